@@ -1,22 +1,21 @@
-"""A peer's own tables: one interface over what reads them, within this machine's trust.
+"""A peer's own tables, read by pyarrow, Dask or Spark through one interface.
 
-A reader gives batches of columns as Arrow record batches, bounded in size, so that a table larger
-than memory can be read; and it folds an operation over all of them where they lie (`partial`).
-Texts of CSV files are given as they are: what they mean is decided in `values`, for all readers
-alike.
+A reader gives columns as Arrow record batches of bounded size, so that tables may be larger than
+memory. It also computes aggregations where the rows are. Values of CSV files are given as text;
+`column_types` interprets them in the same way for all readers.
 """
 
 from __future__ import annotations
 
-from agent.data.reader import Aggregation, Reader
+from agent.data.reader import Aggregation, Reader, merge_states
 from agent.data.settings import DataSettings
 from protocols.errors import CommonweightError, DataError, UnknownName
 
-__all__ = ["Aggregation", "Reader", "open_table"]
+__all__ = ["Aggregation", "Reader", "merge_states", "open_table"]
 
 
 def open_table(data: DataSettings) -> Reader:
-    """The reader that the owner chose, over `data.path`. Raises DataError, CommonweightError."""
+    """A reader of `data.path`, as the owner chose it. Raises DataError, CommonweightError."""
     if not data.path:
         raise DataError("this peer has no data", "commonweight-agent policy set data FILE")
     engine, _, address = data.reader.partition(":")

@@ -1,4 +1,4 @@
-"""CSV and Parquet files of this machine, read by pyarrow piece by piece."""
+"""CSV and Parquet files on this machine, read by pyarrow in pieces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import csv
 import glob
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from agent.data import Aggregation
+from agent.data import Aggregation, merge_states
 from protocols.errors import DataError
 
 S = TypeVar("S")
@@ -26,29 +26,35 @@ _SEPARATORS = ",;\t|"
 _PARQUET = (".parquet", ".pq")
 
 
-class ArrowReader:
-    """One file, a folder of them, or a pattern such as `visits-*.csv`; all with one header."""
+class FileTable:
+    """A file, a folder of files, or a pattern such as `visits-*.csv`. Files may have their columns
+    in different orders."""
 
     def __init__(self, path: str) -> None:
         self._files = find_files(path)
-        self._columns: tuple[str, ...] = ()
+
+    @cached_property
+    def _headers(self) -> dict[Path, list[str]]:
+        return {file: read_header(file) for file in self._files}
 
     def columns(self) -> tuple[str, ...]:
-        if not self._columns:
-            found = dict.fromkeys(name for file in self._files for name in read_header(file))
-            self._columns = tuple(found)
-        return self._columns
+        return tuple(dict.fromkeys(name for names in self._headers.values() for name in names))
+
+    def _columns_in(self, file: Path, columns: Sequence[str]) -> list[str]:
+        return [name for name in self._headers[file] if name in set(columns)]
+
+
+class ArrowReader(FileTable):
+    """Reads the files one after the other."""
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         for file in self._files:
             with map_errors(file):
-                for batch in _batches(file, columns):
+                for batch in _batches(file, self._columns_in(file, columns)):
                     yield align_columns(batch, columns)
 
-    def aggregate(self, operation: Aggregation[S], columns: Sequence[str]) -> S | None:
-        states = (operation.from_batch(batch) for batch in self.batches(columns))
-        first = next(states, None)
-        return first if first is None else reduce(operation.merge, states, first)
+    def aggregate(self, aggregation: Aggregation[S], columns: Sequence[str]) -> S | None:
+        return merge_states(aggregation, map(aggregation.from_batch, self.batches(columns)))
 
 
 def find_files(path: str) -> list[Path]:
@@ -84,10 +90,7 @@ def read_header(file: Path) -> list[str]:
 
 
 def check_text(file: Path) -> None:
-    """Raise DataError unless a CSV file is UTF-8 to its end: for readers that replace what is not.
-
-    Goes through it once, in pieces.
-    """
+    """Raise DataError unless all of a CSV file is UTF-8: for readers that replace invalid bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with map_errors(file), file.open("rb") as data:
         while piece := data.read(_BLOCK_BYTES):
@@ -96,18 +99,17 @@ def check_text(file: Path) -> None:
 
 
 def separator(file: Path) -> str:
-    """What parts the columns: whichever of , ; tab | is most often in the header."""
+    """The separator of the columns: the most frequent of , ; tab | in the header."""
     with file.open(encoding="utf-8-sig") as lines:
         first = lines.readline()
     return max(_SEPARATORS, key=first.count)
 
 
-def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    here = [name for name in read_header(file) if name in set(columns)]
+def _batches(file: Path, here: list[str]) -> Iterator[pa.RecordBatch]:
     if is_parquet(file):
         yield from pq.ParquetFile(file).iter_batches(batch_size=ROWS, columns=here)
         return
-    # All as text: which type a column has is known after its last row, and not in the first block.
+    # All as text: the type of a column is known after its last row, not after the first block.
     convert = pyarrow.csv.ConvertOptions(
         include_columns=here, column_types=dict.fromkeys(here, pa.string())
     )
@@ -118,7 +120,7 @@ def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 
 def align_columns(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
-    """The batch in the order asked for; a column that this file lacks is null throughout."""
+    """The batch with these columns in this order; a column that the file lacks is null."""
     arrays = [
         batch.column(name) if name in batch.schema.names else pa.nulls(len(batch), pa.string())
         for name in columns
@@ -128,7 +130,7 @@ def align_columns(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBat
 
 @contextmanager
 def map_errors(file: Path) -> Iterator[None]:
-    """What is wrong with a file, without its name and contents for others. Raises DataError."""
+    """Raise DataError for errors of a file. Its message has no name and no content of the file."""
     try:
         yield
     except (UnicodeDecodeError, pa.ArrowInvalid, csv.Error) as err:

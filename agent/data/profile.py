@@ -1,6 +1,6 @@
-"""A survey of a table in two passes: what its columns hold, then their statistics.
+"""Profiles a table in two passes: the kinds of its columns, then their statistics.
 
-Both are operations that any reader folds over its batches (`agent.data.Operation`).
+Both passes are aggregations that any reader computes (`agent.data.Aggregation`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from msgspec.structs import replace
 
 from agent.data import Reader, column_types
 from agent.data.column_types import PossibleKinds
@@ -24,7 +25,7 @@ from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, T
 
 
 class KindAggregation:
-    """What each column could hold: dict of `values.Kinds` by name."""
+    """The possible kinds of each column, by name."""
 
     @property
     def state_type(self) -> Any:
@@ -44,7 +45,7 @@ class KindAggregation:
 class StatisticsAggregation(NamedTuple):
     """Statistics of columns of known kinds.
 
-    Numbers in `counted` are counted by value as well, up to `MAX_CLASSES` different whole ones.
+    Columns of numbers in `counted` get counts by value too, up to `MAX_CLASSES` different integers.
     """
 
     kinds: dict[str, ColumnKind]
@@ -61,9 +62,8 @@ class StatisticsAggregation(NamedTuple):
 
     def merge(self, a: TableStatistics, b: TableStatistics) -> TableStatistics:
         whole = statistics.merge((a, b))
-        return TableStatistics(
-            rows=whole.rows, columns={n: self._bounded(c) for n, c in whole.columns.items()}
-        )
+        columns = {name: self._bounded(column) for name, column in whole.columns.items()}
+        return replace(whole, columns=columns)
 
     def _column(self, name: str, column: pa.Array) -> ColumnStatistics:
         kind = self.kinds[name]
@@ -74,7 +74,7 @@ class StatisticsAggregation(NamedTuple):
         found = column_types.numbers(column, kind)
         there = found[~np.isnan(found)]
         whole = bool((there == np.floor(there)).all())
-        told = ColumnStatistics(
+        column_statistics = ColumnStatistics(
             kind=kind,
             missing=len(found) - len(there),
             whole=whole,
@@ -83,35 +83,19 @@ class StatisticsAggregation(NamedTuple):
                 (float(there.min()), float(there.max())) if self.extremes and len(there) else None
             ),
         )
-        if name not in self.counted:
-            return told
-        counts = _counts(column_types.whole_texts(there)) if whole else ColumnStatistics(kind=kind)
+        if name not in self.counted or not whole:
+            return column_statistics
+        counts = _counts(column_types.whole_texts(there))
         return self._bounded(
-            ColumnStatistics(
-                kind=kind,
-                missing=told.missing,
-                whole=whole,
-                moments=told.moments,
-                extremes=told.extremes,
-                categories=counts.categories,
-                many=counts.many,
-            )
+            replace(column_statistics, categories=counts.categories, many=counts.many)
         )
 
     def _bounded(self, column: ColumnStatistics) -> ColumnStatistics:
-        """Of a number that takes many values, or broken ones, the values are nobody's affair."""
-        if column.kind not in NUMERIC:
+        """Without the values of a number that takes many values, or fractional ones."""
+        many = column.many or len(column.categories) > MAX_CLASSES
+        if column.kind not in NUMERIC or (column.whole and not many):
             return column
-        if column.many or not column.whole or len(column.categories) > MAX_CLASSES:
-            return ColumnStatistics(
-                kind=column.kind,
-                missing=column.missing,
-                whole=column.whole,
-                moments=column.moments,
-                extremes=column.extremes,
-                many=column.many or len(column.categories) > MAX_CLASSES,
-            )
-        return column
+        return replace(column, categories={}, others=0, many=many)
 
 
 def _counts(column: pa.StringArray) -> ColumnStatistics:
@@ -124,9 +108,10 @@ def _counts(column: pa.StringArray) -> ColumnStatistics:
 
 
 def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableStatistics:
-    """What may be told of a table: the columns that its owner allows, nothing rare.
+    """Statistics of a table that may leave this machine: columns that the owner allows, no rare
+    values.
 
-    Raises DataError: too few rows for the owner, a column that is not there or not allowed.
+    Raises DataError for too few rows, and for a column that is missing or not allowed.
     """
     names = _allowed(reader.columns(), data.columns, wanted)
     kinds = reader.aggregate(KindAggregation(), names)
@@ -157,7 +142,7 @@ def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableSt
 
 
 def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSettings) -> list[str]:
-    """The columns of the table that are asked for and may be used. Raises SchemaMismatch."""
+    """The requested columns that may be used. Raises SchemaMismatch."""
     for name in (wanted.target, *wanted.features):
         if name not in there:
             usable = {column.lower(): column for column in there if may_use(column, patterns)}
@@ -173,7 +158,7 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
 
 
 def may_use(name: str, patterns: Sequence[str]) -> bool:
-    """True if the owner lets this column be used."""
+    """True if the owner allows the use of this column."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -185,7 +170,7 @@ def _column_withheld(name: str) -> SchemaMismatch:
 def check_table(
     reader: Reader, data: DataSettings, preprocessing: Preprocessing, wanted: TableSettings
 ) -> None:
-    """Does the table hold what was agreed on? Raises SchemaMismatch, which names the column."""
+    """Raise SchemaMismatch, which names the column, if the table does not fit the preprocessing."""
     features = {feature.name: feature.kind for feature in preprocessing.features}
     expected = {**features, preprocessing.target.name: preprocessing.target.kind}
     there = reader.columns()

@@ -1,8 +1,9 @@
-"""What every reader of tables is, and the folds that run over its rows."""
+"""The interface of table readers, and the aggregations that they compute."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -12,8 +13,10 @@ S = TypeVar("S")
 
 
 class Aggregation(Protocol[S]):
-    """A fold over batches whose states merge in any order. A cluster of this machine's owner may
-    run it elsewhere; its states then travel as msgpack."""
+    """A fold over batches whose states merge in any order.
+
+    On the owner's cluster it may run on other machines; its states then travel as msgpack.
+    """
 
     @property
     def state_type(self) -> Any:
@@ -37,9 +40,16 @@ class Reader(Protocol):
         ...
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """All rows, these columns only, some ten thousand rows at a time. Raises DataError."""
+        """All rows of these columns, some ten thousand at a time. Raises DataError."""
         ...
 
     def aggregate(self, operation: Aggregation[S], columns: Sequence[str]) -> S | None:
-        """The operation's state over all rows; None for no rows. Raises DataError."""
+        """The state over all rows; None for no rows. Raises DataError."""
         ...
+
+
+def merge_states(aggregation: Aggregation[S], states: Iterable[S]) -> S | None:
+    """All states merged; None without any."""
+    states = iter(states)
+    first = next(states, None)
+    return first if first is None else reduce(aggregation.merge, states, first)

@@ -1,6 +1,6 @@
-"""Tables read by Spark: in a JVM of this machine, or on a cluster of its owner by its URL.
+"""Tables read by Spark, in a JVM on this machine or on the owner's cluster.
 
-A cluster's workers need commonweight installed, and see the same files. Spark needs Java 17.
+The workers of a cluster need commonweight and access to the same files. Spark needs Java 17.
 """
 
 from __future__ import annotations
@@ -20,15 +20,8 @@ import pyarrow as pa
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from agent.data import Aggregation
-from agent.data.arrow_reader import (
-    align_columns,
-    check_text,
-    find_files,
-    is_parquet,
-    read_header,
-    separator,
-)
+from agent.data import Aggregation, merge_states
+from agent.data.arrow_reader import FileTable, align_columns, check_text, is_parquet, separator
 from protocols.errors import CommonweightError, DataError
 
 S = TypeVar("S")
@@ -39,13 +32,14 @@ _JAVA_HINT = (
 )
 
 
-class SparkReader:
-    """Files by path, folder or pattern. `url` is a master's, such as spark://10.0.0.5:7077."""
+class SparkReader(FileTable):
+    """Reads files in parallel. `url` is that of a master, such as spark://10.0.0.5:7077."""
 
     def __init__(self, path: str, url: str = "") -> None:
         check_java()
-        self._files, self._checked = find_files(path), set[Path]()
-        if not url or url.startswith("local"):  # whatever `python3` is here lacks what we need
+        super().__init__(path)
+        self._checked = set[Path]()
+        if not url or url.startswith("local"):  # another `python3` may lack our packages
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         self._session = (
             SparkSession.builder.master(url or "local[*]")
@@ -56,32 +50,30 @@ class SparkReader:
             .getOrCreate()
         )
 
-    def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for file in self._files for name in read_header(file)))
-
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         pieces = self._frame(columns).mapInArrow(_packed, "piece binary")
         for row in self._map_errors(pieces.toLocalIterator()):
             for batch in pa.ipc.open_stream(row.piece):
                 yield align_columns(batch, columns)
 
-    def aggregate(self, operation: Aggregation[S], columns: Sequence[str]) -> S | None:
+    def aggregate(self, aggregation: Aggregation[S], columns: Sequence[str]) -> S | None:
         names = tuple(columns)
 
-        def folded(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-            states = [operation.from_batch(align_columns(batch, names)) for batch in batches]
-            if states:
-                state = msgspec.msgpack.encode(reduce(operation.merge, states))
-                yield pa.record_batch({"state": pa.array([state], pa.binary())})
+        def fold(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            aligned = (align_columns(batch, names) for batch in batches)
+            state = merge_states(aggregation, map(aggregation.from_batch, aligned))
+            if state is not None:
+                yield pa.record_batch(
+                    {"state": pa.array([msgspec.msgpack.encode(state)], pa.binary())}
+                )
 
-        rows = self._map_errors(
-            iter(self._frame(columns).mapInArrow(folded, "state binary").collect())
-        )
-        found = [msgspec.msgpack.decode(row.state, type=operation.state_type) for row in rows]
-        return reduce(operation.merge, found) if found else None
+        rows = iter(self._frame(columns).mapInArrow(fold, "state binary").collect())
+        decoder = msgspec.msgpack.Decoder(aggregation.state_type)
+        states = (decoder.decode(row.state) for row in self._map_errors(rows))
+        return merge_states(aggregation, states)
 
     def _frame(self, columns: Sequence[str]) -> DataFrame:
-        """All files; they may have their columns in different orders."""
+        """The rows of all files."""
         frames = [self._read(file, columns) for file in self._files]
         return reduce(lambda a, b: a.unionByName(b, allowMissingColumns=True), frames)
 
@@ -90,15 +82,14 @@ class SparkReader:
         if is_parquet(file):
             frame = read.parquet(str(file))
         else:
-            if file not in self._checked:  # Spark replaces what is no text, and says nothing
+            if file not in self._checked:  # Spark silently replaces invalid bytes
                 check_text(file)
                 self._checked.add(file)
-            # All as text: what it means is decided in `values`, for all readers alike.
+            # All as text: `column_types` interprets it, in the same way for all readers.
             frame = read.csv(
                 str(file), sep=separator(file), header=True, multiLine=True, escape='"'
             )
-        here = [name for name in read_header(file) if name in set(columns)]
-        return frame.select([frame[f"`{name}`"] for name in here])
+        return frame.select([frame[f"`{name}`"] for name in self._columns_in(file, columns)])
 
     def _map_errors(self, rows: Iterator[Any]) -> Iterator[Any]:
         try:
@@ -108,7 +99,7 @@ class SparkReader:
 
 
 def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Each batch as one value, as Arrow writes it."""
+    """Each batch as one value in Arrow's IPC format."""
     for batch in batches:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as writer:
@@ -117,7 +108,7 @@ def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def check_java() -> None:
-    """Raises CommonweightError unless there is a Java that Spark can use."""
+    """Raise CommonweightError unless there is a Java that Spark can use."""
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home, "bin", "java")) if home else shutil.which("java")
     if not java or not Path(java).exists():

@@ -1,4 +1,4 @@
-"""What the agent asks of its trainer, and the answer. Pure.
+"""The work that an agent gives its trainer, and the result. Pure.
 
 These structs are frames of `agent.trainer.ipc` too. Weights never travel in them, only paths of
 canonical safetensors files.
@@ -15,12 +15,9 @@ from agent.tasks import Setting
 from protocols.messages.envelope import Metrics
 
 
-class Describe(Struct, frozen=True, tag=True, kw_only=True):
-    """Describe this peer's data and model.
-
-    In every work the caller sets what is to be done. `agent.trainer` adds `id`, `data`, and the
-    `source` of a task that the owner has registered: its file and class.
-    """
+class _TaskWork(Struct, frozen=True, kw_only=True):
+    """What all work has. `agent.trainer` adds `id`, `data`, and `source`: the file and class of a
+    task that the owner has registered."""
 
     id: int = 0
     task: str
@@ -29,34 +26,28 @@ class Describe(Struct, frozen=True, tag=True, kw_only=True):
     data: DataSettings = DataSettings()
 
 
-class Init(Struct, frozen=True, tag=True, kw_only=True):
+class Describe(_TaskWork, frozen=True, tag=True, kw_only=True):
+    """Describe this peer's data and model."""
+
+
+class Init(_TaskWork, frozen=True, tag=True, kw_only=True):
     """Write the first weights of a task to the file `out`."""
 
-    id: int = 0
-    task: str
-    source: str = ""
-    settings: dict[str, Setting]
-    data: DataSettings = DataSettings()
     seed: int
     out: str
 
 
-class Train(Struct, frozen=True, tag=True, kw_only=True):
+class Train(_TaskWork, frozen=True, tag=True, kw_only=True):
     """Train the weights in the file `base` on this peer's data; write the result to `out`.
 
-    `settings` are the task's own, and the run's "seed" and the "round", which order the data.
-    `base` is never written to again: it is a version's file, named by its digest. `kept` is the
-    file of what is this peer's own in the model, and `kept_out` the one to write.
+    `settings` are the task's own plus the run's "seed" and "round", which order the data. `base` is
+    a version's file, named by its digest, and never changes. `personal` is the file with this
+    peer's own part of the model; the new one goes to `personal_out`.
 
-    `agent.trainer` adds the journal: its file, written at most every `journal_every_s`; empty for
-    none. Training resumes from it if it is of the same `key`, task, settings and data.
+    `agent.trainer` adds the checkpoint: its file (empty for none), written at most every
+    `checkpoint_every_s`. Training resumes from it if `key`, task, settings and data are the same.
     """
 
-    id: int = 0
-    task: str
-    source: str = ""
-    settings: dict[str, Setting]
-    data: DataSettings = DataSettings()
     base: str
     out: str
     personal: str = ""
@@ -66,30 +57,20 @@ class Train(Struct, frozen=True, tag=True, kw_only=True):
     checkpoint_every_s: float = 30.0
 
 
-class Evaluate(Struct, frozen=True, tag=True, kw_only=True):
-    """Measure the weights in the file `base` on this peer's held-out data; `kept` as in Train."""
+class Evaluate(_TaskWork, frozen=True, tag=True, kw_only=True):
+    """Evaluate the weights in the file `base` on held-out data; `personal` is as in Train."""
 
-    id: int = 0
-    task: str
-    source: str = ""
-    settings: dict[str, Setting]
-    data: DataSettings = DataSettings()
     base: str
     personal: str = ""
 
 
-class Predict(Struct, frozen=True, tag=True, kw_only=True):
-    """Answer, with the weights in the file `base`, for the files `sources`.
+class Predict(_TaskWork, frozen=True, tag=True, kw_only=True):
+    """Answer for the files `sources` with the weights in the file `base`.
 
-    `rows` are how many rows each file must have; empty: any. The answers go to the file `out`
-    (`agent.predicting`).
+    `rows` is the number of rows that each file must have; empty: any. The answers go to the file
+    `out` (`agent.inference.predictions`).
     """
 
-    id: int = 0
-    task: str
-    source: str = ""
-    settings: dict[str, Setting]
-    data: DataSettings = DataSettings()
     base: str
     sources: list[str]
     rows: list[int] = []
@@ -97,11 +78,11 @@ class Predict(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Done(Struct, frozen=True, tag=True, kw_only=True):
-    """The work `id` is done. `digest` and `nbytes` are the written file's; empty if none was.
+    """The work `id` is done. `digest` and `nbytes` describe the written file; empty without one.
 
     A metric that is NaN or infinite arrives as None. `description` is the answer to Describe, as
-    `protocols.model.schema_card` encodes it. `resumed_at` is the step at which a journal was gone
-    on with, 0 if the work was done from its beginning.
+    `protocols.model.schema_card` encodes it. `resumed_at` is the step of the checkpoint from which
+    training resumed; 0 if it did not.
     """
 
     id: int = 0
@@ -118,8 +99,8 @@ Work = Describe | Init | Train | Evaluate | Predict
 
 
 class Trainer(Protocol):
-    """What the agent asks of a trainer. `agent.trainer.process` has the real one."""
+    """Does the agent's work. `agent.trainer.process` has the implementation."""
 
     def run(self, work: Work) -> Done:
-        """Do a work, and wait for its end. Raises TrainerFailed."""
+        """Do the work and return its result. Raises TrainerFailed."""
         ...

@@ -1,14 +1,14 @@
-"""What a run over pictures asks for: the settings of the task "images", in every framework. Pure.
+"""The settings of the task "images", for every framework. Pure.
 
 Setting     Default  Meaning
 classes              the folders' names, in the order of the labels
-model       cnn      "cnn", "resnet18", or a network as `architecture` declares them
-size        64       pictures are made small to a square of so many pixels
-channels    3        3 for colour, 1 for grey
-flip        true     let half of the pictures be mirrored, anew in each epoch
+model       cnn      "cnn", "resnet18", or a network as `layer_spec` declares them
+size        64       pictures are scaled to a square with this many pixels a side
+channels    3        3 for color, 1 for gray
+flip        true     mirror a random half of the pictures in each epoch
 norm        group    of resnet18: "group", which does not mix the statistics of peers whose pictures
                      differ (Hsieh et al. 2020, arXiv 1910.00189), or "batch", as published
-and those of `plan`.
+and those of `hyperparameters`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEFAULTS: dict[str, Setting] = {
 
 
 class ImageSettings(NamedTuple):
-    """The settings, checked. `network` is what `architecture` can read, or RESNET."""
+    """The settings, checked. `network` is what `layer_spec` can parse, or RESNET."""
 
     classes: tuple[str, ...]
     network: str
@@ -54,8 +54,8 @@ class ImageSettings(NamedTuple):
 
 
 def read_settings(settings: Settings) -> ImageSettings:
-    """The settings that are about pictures and model. Raises UsageError, UnknownName."""
-    read_hyperparameters(settings, DEFAULTS)  # what the loop cannot do is told as early
+    """The settings of pictures and model. Raises UsageError, UnknownName."""
+    read_hyperparameters(settings, DEFAULTS)  # so that its errors show early too
     merged = resolve_settings(settings, DEFAULTS)
     plan = ImageSettings(
         class_folders.parse_classes(str(merged["classes"])),
@@ -66,7 +66,7 @@ def read_settings(settings: Settings) -> ImageSettings:
         str(merged["norm"]),
     )
     if not 8 <= plan.size <= 1024:
-        raise UsageError(f"pictures cannot be of size {plan.size}", "from 8 to 1024")
+        raise UsageError(f"pictures cannot have the size {plan.size}", "from 8 to 1024")
     if plan.channels not in (1, 3):
         raise UsageError(f"pictures have 1 or 3 channels, not {plan.channels}", "channels=3")
     if plan.norm not in ("group", "batch"):

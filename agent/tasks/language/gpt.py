@@ -1,19 +1,19 @@
-"""The task "text-lm": a small GPT, from nothing, on private text files.
+"""The task "text-lm": a small GPT trained from scratch on private text files.
 
     commonweight run start text-lm --set layers=6 --set width=192 --set context=256
 
 Setting     Default  Meaning
 tokens      bytes    "bytes", or the SHA-256 of the `tokenizer.json` in every peer's folder
-vocabulary  257      how many tokens there are; with a tokenizer, its entries and one
+vocabulary  257      the number of tokens; with a tokenizer, its entries plus one
 layers      4        blocks of attention and MLP
 heads       4        of attention
-width       128      numbers by which a token is known within the model
-context     128      tokens that are looked back on
+width       128      dimensions of a token's embedding
+context     128      the number of tokens that a prediction depends on
 dropout     0.0
-and those of `plan`; the optimiser is adamw.
+and those of `hyperparameters`; the optimizer is adamw.
 
-The model is that of GPT-2 (Radford et al. 2019): norms before attention and MLP; tokens and head
-share their matrix.
+The model is that of GPT-2 (Radford et al. 2019): norms before attention and MLP, and one matrix for
+both the embedding and the output.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ from agent.tasks.training import onnx_export
 from agent.tasks.training.classification import to_tensors
 from agent.tasks.training.hyperparameters import (
     LOOP_DEFAULTS,
+    Valid,
+    at_least,
+    check_values,
     read_hyperparameters,
     resolve_settings,
 )
@@ -67,8 +70,18 @@ DEFAULTS: dict[str, Setting] = {
 }
 
 
+_VALID: dict[str, Valid] = {
+    "vocabulary": at_least(2),
+    "layers": at_least(1),
+    "heads": at_least(1),
+    "width": at_least(1),
+    "context": at_least(2),
+    "dropout": lambda rate: 0 <= rate < 1,
+}
+
+
 class GPTConfig(NamedTuple):
-    """The model's sides."""
+    """The dimensions of the model."""
 
     vocabulary: int
     layers: int
@@ -80,27 +93,15 @@ class GPTConfig(NamedTuple):
 
 def read_config(settings: Settings) -> GPTConfig:
     """The model that the settings ask for. Raises UnknownName, UsageError."""
-    read_hyperparameters(settings, DEFAULTS)  # what the loop cannot do is told as early
+    read_hyperparameters(settings, DEFAULTS)  # so that its errors show early too
     merged = resolve_settings(settings, DEFAULTS)
+    check_values(merged, _VALID, DEFAULTS)
     shape = GPTConfig(*(merged[name] for name in GPTConfig._fields))  # type: ignore[arg-type]
-    for name, least in (
-        ("vocabulary", 2),
-        ("layers", 1),
-        ("heads", 1),
-        ("width", 1),
-        ("context", 2),
-    ):
-        if getattr(shape, name) < least:
-            raise UsageError(
-                f"the setting {name} cannot be {getattr(shape, name)}", f"{least} or more"
-            )
     if shape.width % shape.heads:
         raise UsageError(
             f"a width of {shape.width} cannot be shared by {shape.heads} heads",
             f"such as width={shape.heads * 32}",
         )
-    if not 0 <= shape.dropout < 1:
-        raise UsageError(f"the setting dropout cannot be {shape.dropout}", "such as dropout=0.1")
     return shape
 
 

@@ -1,4 +1,4 @@
-"""How many examples a step can take: found by trying, where a step ran out of memory. Pure."""
+"""Finds a batch size that fits into memory after a step ran out of it. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from protocols.errors import OutOfMemory
 
 
 def is_out_of_memory(err: BaseException) -> bool:
-    """True also for the frameworks' own errors, told by name and text: neither is imported."""
+    """Also recognizes the errors of PyTorch and TensorFlow, by name and text, without importing
+    either."""
     return (
         isinstance(err, MemoryError)
         or type(err).__name__ in ("OutOfMemoryError", "ResourceExhaustedError")
@@ -17,24 +18,22 @@ def is_out_of_memory(err: BaseException) -> bool:
 
 
 def run_or_suggest_batch_size(step: Callable[[int], float], batch_size: int) -> float:
-    """`step(batch_size)`; where that runs out of memory, raises OutOfMemory with what would do.
+    """Run `step(batch_size)`, a step of the first n examples of a batch.
 
-    `step(n)` makes a step of the first n examples of a batch. The largest half of a half … that
-    goes is told; the weights are spoilt then, and the work is over.
+    If that runs out of memory, halves the size until a step fits, and raises OutOfMemory with that
+    size. The weights are invalid then.
     """
-    try:
-        return step(batch_size)
-    except Exception as err:
-        if not is_out_of_memory(err):
-            raise
-    # Out of the handler, which holds all that the failed step had.
-    fits = batch_size // 2
-    while fits:
+    size = batch_size
+    while size:
         try:
-            step(fits)
-            break
+            loss = step(size)
         except Exception as err:
             if not is_out_of_memory(err):
                 raise
-        fits //= 2
-    raise OutOfMemory(batch_size, fits)
+        else:
+            if size == batch_size:
+                return loss
+            break
+        # Outside of the handler, which keeps all memory of the failed step.
+        size //= 2
+    raise OutOfMemory(batch_size, size)

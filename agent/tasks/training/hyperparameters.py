@@ -1,19 +1,19 @@
-"""The settings of local training and what they amount to in a round. Pure.
+"""The settings of local training. Pure.
 
 Setting       Default   Meaning
 epochs        5         passes over this peer's examples
-batch_size    10        examples a step; 0 or "all" is all of them
-max_steps     0         stop after so many steps; 0 is no limit
+batch_size    10        examples per step; 0 or "all" is all of them
+max_steps     0         stop after this many steps; 0 is no limit
 optimiser     sgd       "sgd" or "adamw"
 lr            0.1       learning rate
-lr_schedule   constant  by round: "constant", or to 0 by "linear" or "cosine" over `lr_rounds`
+lr_schedule   constant  over rounds: "constant", or "linear" or "cosine" to 0 over `lr_rounds`
 lr_rounds     0
-lr_decay      1.0       the learning rate's factor from round to round
-warmup_rounds 0         rounds until the learning rate is whole
+lr_decay      1.0       factor of the learning rate from round to round
+warmup_rounds 0         rounds until the full learning rate is reached
 momentum      0.0       of sgd
-weight_decay  0.0       sgd: times the weights to the gradient; adamw: apart from it
+weight_decay  0.0       sgd: added to the gradient, times the weights; adamw: decoupled
 clip_norm     0.0       the largest norm of a step's gradient; 0 is no limit
-proximal_mu   0.0       how strongly the first weights hold the others (FedProx)
+proximal_mu   0.0       strength of the pull towards the first weights (FedProx)
 precision     fp32      "bf16" where the device has it, "auto": wherever that is faster
 """
 
@@ -21,33 +21,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agent.tasks import Setting, Settings, merge_settings
 from protocols.errors import UnknownName, UsageError
 
-#: The defaults, over which a task lays its own.
-LOOP_DEFAULTS: Mapping[str, Setting] = {
-    "epochs": 5,
-    "batch_size": 10,
-    "max_steps": 0,
-    "optimiser": "sgd",
-    "lr": 0.1,
-    "lr_schedule": "constant",
-    "lr_rounds": 0,
-    "lr_decay": 1.0,
-    "warmup_rounds": 0,
-    "momentum": 0.0,
-    "weight_decay": 0.0,
-    "clip_norm": 0.0,
-    "proximal_mu": 0.0,
-    "precision": "fp32",
+#: The valid values of a setting: a test, or the choices.
+Valid = Callable[[Any], bool] | tuple[str, ...]
+
+
+def at_least(minimum: float) -> Callable[[float], bool]:
+    return lambda value: value >= minimum
+
+
+def _fraction(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _finite(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+#: The settings of the training loop: defaults and valid values. Tasks override defaults.
+_OPTIONS: dict[str, tuple[Setting, Valid]] = {
+    "epochs": (5, at_least(1)),
+    "batch_size": (10, at_least(0)),
+    "max_steps": (0, at_least(0)),
+    "optimiser": ("sgd", ("sgd", "adamw")),
+    "lr": (0.1, _finite),
+    "lr_schedule": ("constant", ("constant", "linear", "cosine")),
+    "lr_rounds": (0, at_least(0)),
+    "lr_decay": (1.0, lambda factor: 0 < factor <= 1),
+    "warmup_rounds": (0, at_least(0)),
+    "momentum": (0.0, _fraction),
+    "weight_decay": (0.0, _finite),
+    "clip_norm": (0.0, _finite),
+    "proximal_mu": (0.0, _finite),
+    "precision": ("fp32", ("fp32", "bf16", "auto")),
 }
-_CHOICES = {
-    "optimiser": ("sgd", "adamw"),
-    "lr_schedule": ("constant", "linear", "cosine"),
-    "precision": ("fp32", "bf16", "auto"),
-}
+LOOP_DEFAULTS: Mapping[str, Setting] = {name: default for name, (default, _) in _OPTIONS.items()}
+_VALID: Mapping[str, Valid] = {name: valid for name, (_, valid) in _OPTIONS.items()}
 
 
 class Hyperparameters(NamedTuple):
@@ -67,13 +80,13 @@ class Hyperparameters(NamedTuple):
     round: int
 
     def steps(self, examples: int) -> int:
-        """How many steps training on so many examples takes."""
+        """The number of steps of training on this many examples."""
         steps = self.epochs * -(-examples // (self.batch_size or examples))
         return min(steps, self.max_steps) if self.max_steps else steps
 
 
 def resolve_settings(settings: Settings, defaults: Settings) -> dict[str, Setting]:
-    """A task's settings, its own and those of the loop, over its defaults; "all" is 0.
+    """All settings of a task, including those of the loop; a batch size of "all" is 0.
 
     Raises UnknownName, UsageError.
     """
@@ -82,46 +95,33 @@ def resolve_settings(settings: Settings, defaults: Settings) -> dict[str, Settin
     return merge_settings(settings, defaults)
 
 
+def check_values(settings: Settings, valid: Mapping[str, Valid], defaults: Settings) -> None:
+    """Raise UnknownName or UsageError for the first setting with an invalid value."""
+    for name, test in valid.items():
+        value = settings[name]
+        if isinstance(test, tuple):
+            if value not in test:
+                raise UnknownName(
+                    f"the setting {name} cannot be {value!r}", f"one of {', '.join(test)}"
+                )
+        elif not test(value):
+            example = defaults[name] if test(defaults[name]) else 100
+            raise UsageError(f"the setting {name} cannot be {value}", f"such as {name}={example}")
+
+
 def read_hyperparameters(settings: Settings, defaults: Settings = LOOP_DEFAULTS) -> Hyperparameters:
     """The loop's part of a task's settings. Raises UnknownName, UsageError."""
     merged = resolve_settings(settings, defaults)
-    number = {name: value for name, value in merged.items() if name not in _CHOICES}
-    for name, choices in _CHOICES.items():
-        if merged[name] not in choices:
-            raise UnknownName(
-                f"the setting {name} cannot be {merged[name]!r}", f"one of {', '.join(choices)}"
-            )
-    limits: dict[str, Callable[[float], bool]] = {
-        "epochs": lambda n: n >= 1,
-        "batch_size": lambda n: n >= 0,
-        "max_steps": lambda n: n >= 0,
-        "lr": _not_negative,
-        "lr_rounds": lambda n: n >= (merged["lr_schedule"] != "constant"),
-        "lr_decay": lambda n: 0 < n <= 1,
-        "warmup_rounds": lambda n: n >= 0,
-        "momentum": lambda n: 0 <= n < 1,
-        "weight_decay": _not_negative,
-        "clip_norm": _not_negative,
-        "proximal_mu": _not_negative,
-    }
-    for name, held in limits.items():
-        if not held(number[name]):  # type: ignore[arg-type]
-            example = defaults[name] if held(defaults[name]) else 100  # type: ignore[arg-type]
-            raise UsageError(
-                f"the setting {name} cannot be {merged[name]}", f"such as {name}={example}"
-            )
+    needs_rounds = at_least(merged["lr_schedule"] != "constant")
+    check_values(merged, {**_VALID, "lr_rounds": needs_rounds}, defaults)
     round_number = int(settings.get("round", 0))
     merged["lr"] = float(merged["lr"]) * _lr_factor(merged, max(round_number, 1))
     merged |= {"seed": settings.get("seed", 0), "round": round_number}
     return Hyperparameters(**{name: merged[name] for name in Hyperparameters._fields})  # type: ignore[arg-type]
 
 
-def _not_negative(number: float) -> bool:
-    return 0 <= number < math.inf
-
-
 def _lr_factor(settings: Mapping[str, Setting], number: int) -> float:
-    """What the learning rate is multiplied by in round `number`, from 1."""
+    """The factor of the learning rate in round `number`, from 1."""
     factor = float(settings["lr_decay"]) ** (number - 1)
     if (warmup := int(settings["warmup_rounds"])) >= number:
         factor *= number / (warmup + 1)
