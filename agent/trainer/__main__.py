@@ -1,7 +1,7 @@
 """The trainer: the child process that holds the model and the data. `python -m agent.trainer`
 
-Its main loop is in `agent.trainer.main_loop`. A pause or a cancel takes effect between two
-batches. The task decides whether torch is imported.
+`agent.trainer.main_loop` has its main loop. A pause or a cancel takes effect between two batches.
+torch is imported only if the task needs it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from agent.trainer.executor import WorkExecutor
 
 
 def _prefer_for_oom_kill() -> None:
-    """Where memory runs out, Linux shall end the trainer and not the agent."""
+    """Make Linux kill the trainer, not the agent, when memory runs out."""
     try:
         Path("/proc/self/oom_score_adj").write_text("500")
     except OSError:
-        pass  # another system, or a container that forbids it
+        pass  # not Linux, or a container that forbids it
 
 
 def _lower_priority(nice: int) -> None:
-    """Let others go first, on the CPU and on the disk, as far as this system can."""
+    """Lower the CPU and disk priority of this process as far as the system can."""
     if nice == 0:
         return
     process = psutil.Process()
@@ -41,7 +41,7 @@ def _lower_priority(nice: int) -> None:
             if nice == 19:
                 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     except (OSError, psutil.Error):
-        traceback.print_exc()  # it is still nice
+        traceback.print_exc()  # the CPU priority is lower at least
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""The journal of the work in hand: a file from which training that was cut off goes on.
+"""The checkpoint file, from which interrupted training resumes.
 
-    magic, 8 bytes | length of the head, u64 | head, msgpack | arrays, as they lie in memory |
+    magic, 8 bytes | length of the header, u64 | header, msgpack | arrays, as in memory |
     SHA-256 of all before it
 
-Written whole to one side, synced and renamed: a kill or a power cut leaves the last journal or the
-next one. It holds numbers only, no code: whatever a stranger puts there is refused or is weights.
+It is written to a temporary file, synced and renamed, so a kill or a power cut leaves the previous
+checkpoint or the new one. It holds numbers only, never code.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from protocols.local.atomic_files import replacing
 
 _MAGIC = b"cwwork1\n"
 _SHA_BYTES = 32
-_TASK, _CHANCE = "task/", "chance/"
+_TASK, _RNG = "task/", "rng/"
 
 
 class _Head(Struct, frozen=True, kw_only=True):
-    """`arrays` are names, dtypes and shapes in the order in which they lie in the file."""
+    """`arrays` are names, dtypes and shapes in the order of the file."""
 
     key: str
     step: int
@@ -42,46 +42,46 @@ class _Head(Struct, frozen=True, kw_only=True):
 
 
 class CheckpointFile:
-    """The journal at `path` of the work that `key` names, kept at most every `every_s`."""
+    """The checkpoint at `path` of the work with this `key`, written at most every `every_s`."""
 
     def __init__(self, path: Path, key: str, every_s: float) -> None:
         self._path, self._key, self._every_s = path, key, every_s
-        self._kept_at = time.monotonic()
+        self._saved_at = time.monotonic()
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            leftover.unlink(missing_ok=True)  # of a trainer that was killed while it wrote
+            leftover.unlink(missing_ok=True)  # of a trainer that was killed while writing
 
     @property
     def is_due(self) -> bool:
-        """True when the last journal is old enough for another."""
-        return time.monotonic() - self._kept_at >= self._every_s
+        """True when the last checkpoint is older than the interval."""
+        return time.monotonic() - self._saved_at >= self._every_s
 
     def save(self, step: int, snapshot: Snapshot) -> None:
-        """Write down that the work has come to `step`. A full disk costs the journal only."""
+        """Write the state after `step`. An error is logged, and training continues."""
         try:
             write(self._path, self._key, step, snapshot, rng_state.state())
         except OSError as err:
-            sys.stderr.write(f"cannot keep the journal: {err}\n")
-        self._kept_at = time.monotonic()
+            sys.stderr.write(f"cannot write the checkpoint: {err}\n")
+        self._saved_at = time.monotonic()
 
     def load(self) -> tuple[int, Snapshot, Mapping[str, npt.NDArray[Any]]] | None:
-        """The step, the task's state and that of chance, if the journal is of this very work.
+        """The step, the task's state and the RNG state, if the checkpoint is of this work.
 
-        Any other, or a damaged one, is dropped.
+        Deletes a checkpoint of other work or a damaged one.
         """
         try:
-            key, step, snapshot, chances = read(self._path)
+            key, step, snapshot, rng_arrays = read(self._path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as err:
-            sys.stderr.write(f"the journal is dropped: {err}\n")
+            sys.stderr.write(f"the checkpoint is deleted: {err}\n")
             key = ""
         if key != self._key:
             self.delete()
             return None
-        return step, snapshot, chances
+        return step, snapshot, rng_arrays
 
     def delete(self) -> None:
-        """The next trainer begins anew."""
+        """Delete it: training starts from the beginning."""
         self._path.unlink(missing_ok=True)
 
 
@@ -90,11 +90,11 @@ def write(
     key: str,
     step: int,
     snapshot: Snapshot,
-    chances: Mapping[str, npt.NDArray[Any]],
+    rng_arrays: Mapping[str, npt.NDArray[Any]],
 ) -> None:
-    """Write a journal, durably. Raises OSError, ValueError for an array of Python objects."""
+    """Write a checkpoint durably. Raises OSError, ValueError for an array of Python objects."""
     named = {f"{_TASK}{name}": np.asarray(a, order="C") for name, a in snapshot.arrays.items()}
-    named |= {f"{_CHANCE}{name}": np.asarray(a, order="C") for name, a in chances.items()}
+    named |= {f"{_RNG}{name}": np.asarray(a, order="C") for name, a in rng_arrays.items()}
     if odd := [name for name, array in named.items() if array.dtype.hasobject]:
         raise ValueError(f"the array {odd[0]!r} holds Python objects")
     head = msgspec.msgpack.encode(
@@ -122,29 +122,33 @@ def _pieces(
 
 
 def read(path: Path) -> tuple[str, int, Snapshot, Mapping[str, npt.NDArray[Any]]]:
-    """Key, step, the task's state and that of chance. Raises OSError, ValueError (damaged)."""
+    """Key, step, the task's state and the RNG state. Raises OSError, ValueError (damaged)."""
     data = path.read_bytes()
     body = memoryview(data)[:-_SHA_BYTES]
     if hashlib.sha256(body).digest() != data[-_SHA_BYTES:] or not data.startswith(_MAGIC):
-        raise ValueError("its bytes are not those that were written")
+        raise ValueError("it is damaged")
     offset = len(_MAGIC) + 8
     end = offset + int.from_bytes(data[len(_MAGIC) : offset], "little")
     try:
         head = msgspec.msgpack.decode(body[offset:end], type=_Head)
     except msgspec.DecodeError as err:
-        raise ValueError(f"it is of another version: {err}") from err
-    found: dict[str, npt.NDArray[Any]] = {}
+        raise ValueError(f"another version wrote it: {err}") from err
+    arrays: dict[str, npt.NDArray[Any]] = {}
     for name, code, shape in head.arrays:
         dtype, count = np.dtype(code), math.prod(shape)
-        # A copy: what follows a head of any length lies across the boundaries of its type.
+        # A copy, because the offset may not be aligned to the dtype.
         piece = bytearray(body[end : end + count * dtype.itemsize])
-        found[name] = np.frombuffer(piece, dtype, count).reshape(shape)
+        arrays[name] = np.frombuffer(piece, dtype, count).reshape(shape)
         end += len(piece)
-    snapshot = Snapshot(_with_prefix(_TASK, found), head.values)
-    return head.key, head.step, snapshot, _with_prefix(_CHANCE, found)
+    snapshot = Snapshot(_with_prefix(_TASK, arrays), head.values)
+    return head.key, head.step, snapshot, _with_prefix(_RNG, arrays)
 
 
-def _with_prefix(prefix: str, found: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+def _with_prefix(
+    prefix: str, arrays: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
     return {
-        name.removeprefix(prefix): array for name, array in found.items() if name.startswith(prefix)
+        name.removeprefix(prefix): array
+        for name, array in arrays.items()
+        if name.startswith(prefix)
     }

@@ -1,4 +1,4 @@
-"""One trainer process as the agent holds it: its pipes, the threads that listen, its end."""
+"""One trainer process: its pipes, the threads that read and wait, and its end."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 20
 MAX_LOG_BYTES = 1 << 20
-#: Where a stopped trainer learns of its parent's death (`main_loop`).
+#: Only Linux wakes a stopped trainer when its parent dies (`main_loop`).
 FREEZABLE = sys.platform == "linux"
 
 
 class TrainerChild:
-    """One child process, and the two threads that read its answers and wait for its end."""
+    """One child process, and two threads: one reads its answers, one waits for its end."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class TrainerChild:
     ) -> None:
         self._changed = changed
         self._on_answer = on_answer
-        #: Exit code as Popen gives it; set, and `changed` notified, when all answers were read.
+        #: The exit code of Popen. Set when all answers are read; then `changed` is notified.
         self.exit_code: int | None = None
         work_dir.mkdir(parents=True, exist_ok=True)
         log_file = work_dir / "trainer.log"
@@ -48,27 +48,27 @@ class TrainerChild:
         with os.fdopen(os.open(log_file, flags, 0o600), "ab") as stderr:
             start = partial(
                 subprocess.Popen,
-                # -P: a file in the present folder must not pass for a module.
+                # -P: files in the current folder must not shadow modules.
                 [sys.executable, "-P", "-m", *program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 cwd=work_dir,
                 env=_environment(threads),
-                # A Ctrl-C in the terminal is for the parent, which then ends the child in order.
+                # Ctrl-C in the terminal reaches the parent only, which then stops the child.
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
             started: Future[None] = Future()
-            # Linux sends the signal that thaws a frozen child when the thread that started it
-            # ends. So the thread that waits for the child's end also starts it.
+            # Linux wakes a stopped child when the thread that started it ends. So the thread that
+            # waits for the child's end also starts it.
             threading.Thread(
                 target=self._run, args=(start, started), name="trainer end", daemon=True
             ).start()
             started.result()
 
     def send(self, request: Request) -> None:
-        """Write one frame. A child that is gone does not raise here: `exit` tells."""
+        """Write one frame. If the child has ended, this does nothing; see `exit_code`."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(encode(request) + b"\n")
@@ -77,36 +77,36 @@ class TrainerChild:
             pass
 
     def close(self) -> None:
-        """End its standard input, at which it leaves."""
+        """Close its standard input, so that it exits."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.close()
-        except OSError:  # it left before
+        except OSError:  # it has exited
             pass
 
     def kill(self) -> None:
-        """End it at once. What it started itself is ended with it, where there are groups."""
+        """Kill it. On POSIX systems, also kill the processes that it started."""
         if os.name == "posix":
             try:
                 os.killpg(self.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # nothing left; macOS says the latter
+            except (ProcessLookupError, PermissionError):  # it has ended; macOS raises the latter
                 pass
         else:
             self._process.kill()
 
     def freeze(self) -> None:
-        """Stop it, and what it started, wherever they are; only where it is `FREEZABLE`."""
+        """Stop it and the processes that it started with SIGSTOP, if `FREEZABLE`."""
         self._signal("SIGSTOP")
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Continue it after `freeze`."""
         self._signal("SIGCONT")
 
     def _signal(self, name: str) -> None:
         if FREEZABLE and self.exit_code is None:
             try:
                 os.killpg(self.pid, signal.Signals[name])
-            except (ProcessLookupError, PermissionError):  # it ended just now
+            except (ProcessLookupError, PermissionError):  # it has just ended
                 pass
 
     def _read(self) -> None:
@@ -116,13 +116,13 @@ class TrainerChild:
                 try:
                     answer = decode_answer(line)
                 except (msgspec.DecodeError, UnicodeDecodeError):
-                    log.error("the trainer wrote a line that is no frame; ending it")
+                    log.error("the trainer wrote an invalid frame; killing it")
                     self.kill()
                     return
                 self._on_answer(answer)
 
     def _run(self, start: Callable[[], subprocess.Popen[bytes]], started: Future[None]) -> None:
-        """Start the process and wait for its end. What `start` raises goes to `started`."""
+        """Start the process and wait for its end. An error of `start` goes to `started`."""
         try:
             self._process = start()
         except BaseException as err:
@@ -133,8 +133,8 @@ class TrainerChild:
         reader.start()
         started.set_result(None)
         code = self._process.wait()
-        # Its own children (loaders, say) outlive it otherwise. The group's number is still ours
-        # while one of them lives, and free too short a time to have been given out again if not.
+        # Its own children, such as data loaders, would outlive it. The group id is still ours while
+        # one of them lives; otherwise it was freed too recently to have been reused.
         if os.name == "posix":
             self.kill()
         reader.join(timeout=5)
@@ -145,7 +145,7 @@ class TrainerChild:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The parent's, without our own settings (they may hold secrets)."""
+    """The environment of the parent without our own settings, which may hold secrets."""
     env = {
         name: value
         for name, value in os.environ.items()

@@ -1,6 +1,6 @@
-"""The trainer's work: one task after another is found, loaded, trained and evaluated.
+"""Does the trainer's work: creates tasks, loads data, trains, evaluates and predicts.
 
-Without a process of its own (that is `agent.trainer`): a work comes in, its answer goes out, and
+It is independent of the process around it (`agent.trainer`): work comes in, a result goes out, and
 progress goes to `send`.
 """
 
@@ -40,7 +40,7 @@ from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 
 class WorkExecutor:
-    """Does one work after another; keeps the last task and its data for the next."""
+    """Does one piece of work after another, and keeps the last task with its data for the next."""
 
     def __init__(self, control: WorkControl, send: Callable[[Answer], None], threads: int) -> None:
         self._control = control
@@ -49,19 +49,17 @@ class WorkExecutor:
         self._found_as: tuple[str, ...] = ()
         self._task: Task | None = None
         self._data: DataSettings | None = None
-        self._resumed: CheckpointFile | None = (
-            None  # that of the present work, if it goes on from one
-        )
+        self._resumed: CheckpointFile | None = None  # if the current work resumed
 
     def do(self, work: Work) -> Done | Failed:
-        """Do one work. Raises CommonweightError, OSError, Cancelled, and what a task raises."""
+        """Do the work. Raises CommonweightError, OSError, Cancelled, and errors of the task."""
         try:
             return self._do(work)
         except (CommonweightError, OSError):
             raise
         except Exception:
             if self._resumed is not None:
-                self._resumed.delete()  # it may be why: the next try begins anew
+                self._resumed.delete()  # it may be the cause, so the next try starts without it
             raise
         finally:
             self._resumed = None
@@ -157,34 +155,34 @@ class WorkExecutor:
         return msgspec.structs.replace(done, resumed_at=resumed_at)
 
     def _metered(self, work: Train, task: Task) -> tuple[StepCallback, int]:
-        """The `on_step` of a training, and the step from which its journal resumes the task."""
+        """The `on_step` of training, and the step at which training resumes."""
         if not (work.checkpoint and isinstance(task, Resumable)):
             return StepCallback(work.id, "train", self._control, self._send), 0
-        journal = CheckpointFile(
+        checkpoint = CheckpointFile(
             Path(work.checkpoint), _checkpoint_key(work), work.checkpoint_every_s
         )
         resumed_at = 0
-        kept = journal.load()
+        kept = checkpoint.load()
         if kept is not None:
-            self._resumed = journal
-            resumed_at, snapshot, chances = kept
+            self._resumed = checkpoint
+            resumed_at, snapshot, rng_arrays = kept
             task.restore(snapshot)
-            rng_state.restore(chances)
+            rng_state.restore(rng_arrays)
         on_step = StepCallback(
             work.id,
             "train",
             self._control,
             self._send,
-            is_due=lambda: journal.is_due,
-            keep=lambda step: journal.save(step, task.snapshot()),
+            is_due=lambda: checkpoint.is_due,
+            keep=lambda step: checkpoint.save(step, task.snapshot()),
             resumed=kept is not None,
         )
         return on_step, resumed_at
 
     def _find_task(self, *named: str) -> Task:
-        """The task of this name, source and framework."""
+        """The task with this name, source and framework."""
         if self._task is None or self._found_as != named:
-            # Let go of the old task first: two data sets may not fit in memory.
+            # Drop the old task first: two data sets may not fit into memory.
             self._task = self._data = None
             self._task, self._found_as = registry.create(*named), named
             if torch := sys.modules.get("torch"):
@@ -201,7 +199,7 @@ class WorkExecutor:
     ) -> Done:
         self._control.raise_if_cancelled(work)
         path = Path(out)
-        digest = weights.save(update, path, synced=False)  # the agent syncs it while it sends it
+        digest = weights.save(update, path, synced=False)  # the agent syncs it during the upload
         failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
 
@@ -209,13 +207,13 @@ class WorkExecutor:
 def _split_settings(
     settings: Mapping[str, Setting],
 ) -> tuple[dict[str, Setting], dict[str, Setting]]:
-    """The trainer's settings, and those that the task sees."""
+    """The settings of the trainer, and those of the task."""
     scheme = {name: settings[name] for name in personalization.SETTINGS & settings.keys()}
     return scheme, {name: value for name, value in settings.items() if name not in scheme}
 
 
 def _check_tensors(tensors: Mapping[str, Array], schema: Schema) -> Weights:
-    """A task's tensors as weights. Raises BadWeights."""
+    """The tensors of a task as weights. Raises BadWeights."""
     if not isinstance(tensors, Weights):
         bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
         tensors = Weights(tensors, bf16)
@@ -224,7 +222,7 @@ def _check_tensors(tensors: Mapping[str, Array], schema: Schema) -> Weights:
 
 
 def _checkpoint_key(work: Train) -> str:
-    """What must be the same for a journal to be gone on with."""
+    """A hash of all that must be equal for training to resume from a checkpoint."""
     settings = sorted(work.settings.items())
     same = [VERSION, work.key, work.task, settings, msgspec.to_builtins(work.data)]
     return hashlib.sha256(msgspec.json.encode(same)).hexdigest()

@@ -1,7 +1,7 @@
 """The frames between an agent and its trainer: one line of JSON each. Pure.
 
-Requests come on the trainer's standard input, answers go out on what was its standard output.
-Weights never travel in the pipe, only paths of canonical safetensors files.
+Requests go to the trainer's standard input, answers to its standard output. Weights never go
+through the pipe, only paths of canonical safetensors files.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ Phase = Literal["describe", "train", "evaluate", "predict"]
 
 
 class Pause(Struct, frozen=True, tag=True):
-    """Stand still after the present batch, until Resume. `number` tells pauses apart."""
+    """Wait after the current batch until Resume. `number` identifies the pause."""
 
     number: int = 0
 
 
 class Resume(Struct, frozen=True, tag=True):
-    """Go on."""
+    """Continue after a Pause."""
 
 
 class Pace(Struct, frozen=True, tag=True):
-    """Work `share` of the time from now on: rest after each batch; 1 is without a rest."""
+    """Work this fraction of the time from now on, and rest after each batch; 1 is no rest."""
 
     work_fraction: float
 
 
 class Cancel(Struct, frozen=True, tag=True):
-    """Give up the work `id` after the present batch, also while paused."""
+    """Cancel the work `id` after the current batch, also during a pause."""
 
     id: int
 
@@ -44,10 +44,10 @@ class Ready(Struct, frozen=True, tag=True):
 
 
 class Progress(Struct, frozen=True, tag=True, kw_only=True):
-    """Where the work `id` stands. `loss` is the last batch's, None if not finite.
+    """Progress of the work `id`. `loss` is that of the last batch, None if not finite.
 
-    `examples_per_s` is over the last fraction of a second, without pauses. `paused` says that the
-    trainer stands still, and `pause` for which Pause it does.
+    `examples_per_s` covers the last fraction of a second, without pauses. `paused` confirms the
+    Pause with the number `pause`.
     """
 
     id: int
@@ -61,7 +61,7 @@ class Progress(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Failed(Struct, frozen=True, tag=True, kw_only=True):
-    """The work `id` failed. `message` may quote the data: it is for this machine only."""
+    """The work `id` failed. `message` may quote the data, so it stays on this machine."""
 
     id: int
     kind: str

@@ -1,9 +1,8 @@
 """The main loop of a trainer process: requests in, one work at a time, answers out.
 
-Both trainers run in it: `agent.trainer`, which trains here, and `agent.trainer.subfleet`, which
-lets another fleet train. It speaks the frames of `agent.trainer.ipc`. When standard input ends, the
-parent is gone and the process exits at once; what a task was doing is in the journal, and the next
-trainer goes on with it.
+Both trainers use it: `agent.trainer`, which trains here, and `agent.trainer.subfleet`, which lets
+another fleet train. `agent.trainer.ipc` defines the frames. When standard input ends, the parent
+has gone and the process exits at once; the next trainer resumes from the checkpoint.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ Send = Callable[[Answer], None]
 
 
 class Executor(Protocol):
-    """Does one work after another, in the main thread."""
+    """Does one piece of work after another, in the main thread."""
 
     def do(self, work: Work) -> Done | Failed: ...
 
 
 def run(make_executor: Callable[[WorkControl, Send], Executor]) -> NoReturn:
-    """Serve the parent until it goes. `make` gets the commands and the way of progress reports."""
+    """Serve the parent until it exits. `make_executor` gets the control and the progress sender."""
     requests, answers = _take_pipes()
     _continue_when_parent_dies()
 
@@ -69,12 +68,12 @@ def run(make_executor: Callable[[WorkControl, Send], Executor]) -> NoReturn:
     try:
         while True:
             send(execute(works.get(), executor, control))
-    except SystemExit as end:  # a task's own; the usual way out could wait for the reader
+    except SystemExit as end:  # raised by a task; a normal exit could wait for the reader thread
         os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def execute(work: Work, executor: Executor, control: WorkControl) -> Done | Failed:
-    """Do one work. What it raises becomes a Failed."""
+    """Do the work. An error becomes a Failed."""
     try:
         control.raise_if_cancelled(work.id)
         failpoint("trainer.begun")
@@ -88,9 +87,9 @@ def execute(work: Work, executor: Executor, control: WorkControl) -> Done | Fail
         kind = DiskFull.code if is_disk_full(err) else "file"
         return Failed(id=work.id, kind=kind, message=f"a file cannot be used: {err}")
     except Exception as err:
-        # A task is another's code: whatever it raises must not end the protocol.
+        # A task is foreign code: no error of it may end the main loop.
         traceback.print_exc()
-        if is_out_of_memory(err):  # its kind's words leave the machine: none of the task's own
+        if is_out_of_memory(err):  # this message leaves the machine, so it must not quote the task
             kind, words = OutOfMemory.code, "the task ran out of memory"
         else:
             kind, words = "task", f"{type(err).__name__}: {err}"
@@ -98,8 +97,8 @@ def execute(work: Work, executor: Executor, control: WorkControl) -> Done | Fail
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Private copies of the two pipes. Afterwards a task's print goes to the log, and its input()
-    finds nothing, so neither can break the protocol."""
+    """Private copies of the two pipes. A task's print() then goes to the log and its input() reads
+    nothing, so neither breaks the protocol."""
     requests, answers = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -109,7 +108,7 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _read(requests: IO[bytes], control: WorkControl, works: queue.SimpleQueue[Work]) -> None:
-    """The reader thread: commands act at once, works wait their turn."""
+    """The reader thread: applies commands at once and queues work."""
     try:
         for line in requests:
             request = decode_request(line)
@@ -120,7 +119,7 @@ def _read(requests: IO[bytes], control: WorkControl, works: queue.SimpleQueue[Wo
     except (msgspec.DecodeError, UnicodeDecodeError, OSError):
         traceback.print_exc()
         os._exit(1)
-    # The parent has gone or wants an end: nobody waits for an answer or for clean-up.
+    # The parent has exited or closed the pipe, so no answer and no clean-up is needed.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Memory as the system keeps account of it: whether it had to kill somebody for want of it."""
+"""How many processes the kernel has killed because memory ran out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _ROOT = Path("/")
 
 
 def oom_kills(root: Path = _ROOT) -> int | None:
-    """How many processes of our cgroup the kernel has killed for want of memory, if it says so.
+    """The number of out-of-memory kills in our cgroup, or else on the whole machine.
 
-    Of the whole machine where the cgroup does not tell. None where nothing does (not Linux).
+    None if the system does not count them (not Linux).
     """
     for path in _sources(root):
         try:

@@ -1,8 +1,7 @@
-"""The trainer's half of SCAFFOLD, FedBN and DiLoCo: what is this peer's own in a run. Pure.
+"""The trainer's part of SCAFFOLD, FedBN and DiLoCo: this peer's own state in a run.
 
-A task sees the model alone. Layers that stay here, this peer's control variates and its optimizer's
-state lie in a file of its own, which moves on with each update. Each algorithm is a hook around the
-training.
+A task sees only the model. A file of this peer holds local layers, control variates and optimizer
+state, and each update writes a new one. Each algorithm is a hook around the training.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from protocols.model import personalization, weights
 from protocols.model.personalization import build_weights, control_name
 from protocols.model.weights import Array, Schema, Weights
 
-#: Begins the names of the optimizer's arrays in the file.
-_OPTIMISER = "optimiser:"
+#: Prefix of the optimizer's arrays in the file.
+_OPTIMIZER_PREFIX = "optimiser:"
 
 Arrays = dict[str, Array]
 Floats = npt.NDArray[np.floating[Any]]
@@ -31,10 +30,10 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass
 class Training:
-    """One training of `task`: what goes in, what comes out, and what hooks add to that.
+    """One training of `task`: its inputs, its results, and what hooks add.
 
-    `model` is what the task trains, and `trained` the result. `travels` replaces tensors of the
-    update, `own` and `optimiser` go to this peer's file.
+    The task trains `model`, and `trained` is the result. `sent` replaces tensors of the update;
+    `local` and `optimizer_state` go to this peer's file.
     """
 
     task: Task
@@ -49,7 +48,7 @@ class Training:
 
 
 class Hook(Protocol):
-    """Acts around the training of one work. Both methods raise UsageError."""
+    """Runs before and after training. Both methods raise UsageError."""
 
     def before_train(self, training: Training) -> None: ...
 
@@ -57,16 +56,16 @@ class Hook(Protocol):
 
 
 class FedBN:
-    """Keeps some layers here (Li et al. 2021, arXiv 2102.07623)."""
+    """Keeps some layers on this machine (Li et al. 2021, arXiv 2102.07623)."""
 
-    def __init__(self, at_home: frozenset[str]) -> None:
-        self._at_home = at_home
+    def __init__(self, local_layers: frozenset[str]) -> None:
+        self._local_layers = local_layers
 
     def before_train(self, training: Training) -> None:
-        """The model has this peer's layers already."""
+        """Does nothing: the model already has this peer's layers."""
 
     def after_train(self, training: Training) -> None:
-        training.local |= {name: training.trained[name] for name in self._at_home}
+        training.local |= {name: training.trained[name] for name in self._local_layers}
 
 
 class Scaffold:
@@ -87,7 +86,7 @@ class Scaffold:
 
     def before_train(self, training: Training) -> None:
         task = _require_scaffold(training.task)
-        task.lr_times_steps(training.settings)  # refused now, and not after an hour of training
+        task.lr_times_steps(training.settings)  # raises now, not after an hour of training
         task.steer(
             {
                 name: np.subtract(training.version[control], self._own[control])
@@ -115,7 +114,7 @@ class Scaffold:
         ]
         if self._option == 1:
             gradient = task.gradient(training.model, training.settings)
-            # What no gradient moves (running statistics) needs no control.
+            # Tensors without a gradient (running statistics) need no control variate.
             return {n: np.asarray(gradient.get(name, own), own.dtype) for name, n, own in moving}
         path = task.lr_times_steps(training.settings)
         version = training.version
@@ -126,23 +125,23 @@ class Scaffold:
 
 
 class DiLoCo:
-    """Keeps the optimizer's state from round to round (Douillard et al. 2023, arXiv 2311.08105)."""
+    """Keeps the optimizer state between rounds (Douillard et al. 2023, arXiv 2311.08105)."""
 
-    def __init__(self, optimiser: Mapping[str, Array]) -> None:
-        self._optimiser = optimiser
+    def __init__(self, optimizer_state: Mapping[str, Array]) -> None:
+        self._optimizer_state = optimizer_state
 
     def before_train(self, training: Training) -> None:
-        _require_optimizer_state(training.task).load_optimizer_state(self._optimiser)
+        _require_optimizer_state(training.task).load_optimizer_state(self._optimizer_state)
 
     def after_train(self, training: Training) -> None:
         training.optimizer_state = _require_optimizer_state(training.task).optimizer_state()
 
 
 class Personalization:
-    """This peer's own part of a model of schema `model`, under the scheme in the settings.
+    """This peer's own part of a model with the schema `model`, as the `scheme` settings say.
 
-    `first` makes the task's first weights: layers that stay here begin with them. `kept` is the
-    file of earlier updates, if there is one.
+    `first` makes the task's first weights, with which local layers start. `kept` is the file that
+    the last update wrote, if there is one.
     """
 
     def __init__(
@@ -150,50 +149,52 @@ class Personalization:
     ) -> None:
         self._model = model
         self.shared = personalization.shared_schema(model, scheme)
-        at_home = {name: spec for name, spec in model.items() if name not in self.shared}
+        local_layers = {name: spec for name, spec in model.items() if name not in self.shared}
         controls = {n: s for n, s in self.shared.items() if personalization.is_control(n)}
-        self._schema = at_home | controls
-        fresh = first() if at_home else Weights({})
-        self._newcomers: Arrays = {name: fresh[name] for name in at_home}
+        self._schema = local_layers | controls
+        fresh = first() if local_layers else Weights({})
+        self._newcomers: Arrays = {name: fresh[name] for name in local_layers}
         none = {name: np.zeros(s.shape, weights.DTYPES[s.dtype]) for name, s in controls.items()}
-        found, optimiser = self._read(kept)
+        found, optimizer_state = self._read(kept)
         self._own: Mapping[str, Array] = {**self._newcomers, **none} if found is None else found
-        self._hooks: list[Hook] = [FedBN(frozenset(at_home))]
+        self._hooks: list[Hook] = [FedBN(frozenset(local_layers))]
         if option := scheme.get(personalization.SCAFFOLD):
             named = {name: control_name(name, scheme) for name in model}
             steered = {name: control for name, control in named.items() if control in controls}
             self._hooks.append(Scaffold(int(option), steered, self._own))
         if scheme.get(personalization.KEEP_OPTIMIZER):
-            self._hooks.append(DiLoCo(optimiser))
+            self._hooks.append(DiLoCo(optimizer_state))
 
     def _read(self, kept: Path | None) -> tuple[Weights | None, Arrays]:
-        """This peer's tensors and its optimizer's state."""
+        """This peer's tensors and its optimizer state."""
         if kept is None or not kept.exists():
             return None, {}
         try:
             whole = weights.load(kept)
-            names = [name for name in whole if not name.startswith(_OPTIMISER)]
+            names = [name for name in whole if not name.startswith(_OPTIMIZER_PREFIX)]
             found = build_weights({name: whole.schema[name] for name in names}, whole.__getitem__)
             weights.check_schema(found.schema, self._schema)
         except BadWeights as err:
-            sys.stderr.write(f"what this peer kept for itself is dropped: {err.message}\n")
+            sys.stderr.write(f"the personal state of this peer is ignored: {err.message}\n")
             return None, {}
         return found, {
-            name.removeprefix(_OPTIMISER): whole[name] for name in whole if name not in names
+            name.removeprefix(_OPTIMIZER_PREFIX): whole[name] for name in whole if name not in names
         }
 
     @property
     def has_local_layers(self) -> bool:
-        """True if some layers never travel."""
+        """True if some layers stay on this machine."""
         return bool(self._newcomers)
 
     def model(self, version: Weights, *, newcomer: bool = False) -> Weights:
-        """The task's model: what is shared, and this peer's own (or a newcomer's) beside it."""
-        at_home = self._newcomers if newcomer else self._own
-        return build_weights(self._model, lambda n: version[n] if n in self.shared else at_home[n])
+        """The task's model: shared layers, and the local ones of this peer or of a newcomer."""
+        local_layers = self._newcomers if newcomer else self._own
+        return build_weights(
+            self._model, lambda n: version[n] if n in self.shared else local_layers[n]
+        )
 
     def before_train(self, task: Task, settings: Settings, version: Weights) -> Training:
-        """Prepare the task to train `Training.model`. Raises UsageError."""
+        """Prepare the task for training `Training.model`. Raises UsageError."""
         training = Training(task, settings, version, self.model(version))
         for hook in self._hooks:
             hook.before_train(training)
@@ -202,13 +203,15 @@ class Personalization:
     def after_train(
         self, training: Training, trained: Mapping[str, Array], out: Path | None
     ) -> Weights:
-        """The update. What does not travel is written to `out`. Raises UsageError."""
+        """The update. Writes local state to `out`. Raises UsageError."""
         training.trained = trained
         for hook in self._hooks:
             hook.after_train(training)
         if out is not None:
             kept = build_weights(self._schema, training.local.__getitem__)
-            state = {_OPTIMISER + name: array for name, array in training.optimizer_state.items()}
+            state = {
+                _OPTIMIZER_PREFIX + name: array for name, array in training.optimizer_state.items()
+            }
             bf16 = [name for name, spec in kept.schema.items() if spec.dtype == "BF16"]
             weights.save(Weights({**kept, **state}, bf16), out)
         whole = {**training.version, **trained, **training.sent}
@@ -216,7 +219,7 @@ class Personalization:
 
 
 def _movement(training: Training, name: str) -> Floats:
-    """x - y as float64: how far the training has moved a tensor."""
+    """x - y as float64, the movement of a tensor in training."""
     x, y = training.version[name], training.trained[name]
     if training.model.schema[name].dtype == "BF16":
         x, y = weights.bf16_to_float32(x), weights.bf16_to_float32(y)
@@ -228,7 +231,7 @@ def _floats(array: Array) -> Floats:
 
 
 def _require_optimizer_state(task: Task) -> KeepsOptimizerState:
-    """The task, if its optimiser can go on from round to round. Raises UsageError."""
+    """The task, if it can keep its optimizer state. Raises UsageError."""
     if not isinstance(task, KeepsOptimizerState):
         raise UsageError(
             f"{type(task).__name__} cannot keep its optimizer: it has no load_optimizer_state or "
@@ -239,7 +242,7 @@ def _require_optimizer_state(task: Task) -> KeepsOptimizerState:
 
 
 def _require_scaffold(task: Task) -> SupportsScaffold:
-    """The task, if SCAFFOLD can steer it. Raises UsageError."""
+    """The task, if it supports SCAFFOLD. Raises UsageError."""
     if not isinstance(task, SupportsScaffold):
         raise UsageError(
             f"{type(task).__name__} cannot be trained with SCAFFOLD: it has no steer, "

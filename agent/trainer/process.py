@@ -1,6 +1,6 @@
-"""The trainer as the agent asks it: one work at a time, completed with this machine's data.
+"""The trainer as the agent uses it: adds this machine's data to each piece of work.
 
-Never imports torch. The child behind it is `trainer_life`'s.
+Never imports torch. `supervisor` runs the child process.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from protocols.errors import TrainerFailed
 
 
 def ignore(_: Progress) -> None:
-    """Nobody wants to know."""
+    """Discard a progress report."""
 
 
 class TrainerProcess(TrainerSupervisor):
-    """A trainer that is started when first needed, and again after it died or was stopped.
+    """A trainer process that is started when needed, also after it died or was stopped.
 
-    `data` is what the next work trains on. `threads` = 0 takes half the cores. A work that shows
-    no sign of life for `hang_s` while not paused is ended ("hung"), and one that does not obey a
-    cancel within `grace_s` too. `on_progress` runs in the reader's thread and must not block.
+    `data` is what the next work trains on. `threads` = 0 uses half of the cores. The process is
+    killed if it sends nothing for `hang_s` while not paused ("hung"), or does not obey a cancel
+    within `grace_s`. `on_progress` runs in the reader thread and must not block.
 
-    Training is kept in a journal at most every `journal_every_s`; after a kill of the child or of
-    this process the same work, asked again, goes on from there.
+    A checkpoint is written at most every `checkpoint_every_s`. After a kill of the child or of this
+    process, the same work resumes from it.
 
     `sources` are the tasks that the owner has registered: "/path/file.py:Class" by name.
     """
@@ -66,12 +66,12 @@ class TrainerProcess(TrainerSupervisor):
         self._checkpoint, self._checkpoint_every_s = work_dir / "journal", checkpoint_every_s
 
     def run(self, work: Work) -> Done:
-        """Do a work on this machine's data, and wait for its end. Raises TrainerFailed."""
+        """Do the work on this machine's data and return its result. Raises TrainerFailed."""
         return self.do(self._with_local_data(work))
 
     def _with_local_data(self, work: Work) -> Work:
-        """The work with this machine's data and journal. Paths become absolute: the child works in
-        another folder."""
+        """The work with this machine's data and checkpoint. Paths become absolute, because the
+        child runs in another folder."""
         added: dict[str, Any] = {"data": self._data()}
         for name in ("base", "out", "personal", "personal_out"):
             if path := getattr(work, name, ""):
@@ -79,7 +79,7 @@ class TrainerProcess(TrainerSupervisor):
         if isinstance(work, Predict):
             added["sources"] = [_absolute(source) for source in work.sources]
         if isinstance(work, Train):
-            # Whichever run asks: alike in all this, task, settings and data gives the same result.
+            # Equal files, task, settings and data give the same result, whatever the run.
             files = [work.base, *([work.personal] if Path(work.personal).is_file() else [])]
             try:
                 added["key"] = " ".join(_file_stamp(Path(file)) for file in files)
@@ -90,7 +90,7 @@ class TrainerProcess(TrainerSupervisor):
         return msgspec.structs.replace(work, **added)
 
     def delete_checkpoint(self) -> None:
-        """Drop the journal: the last work is done and its answer is safe."""
+        """Delete the checkpoint: the result of the last work is stored safely."""
         self._checkpoint.unlink(missing_ok=True)
 
     def _data(self) -> DataSettings:
@@ -100,7 +100,7 @@ class TrainerProcess(TrainerSupervisor):
 
 
 def _file_stamp(file: Path) -> str:
-    """What is another for another file, or for the same one written anew. Raises OSError."""
+    """A text that changes when the file does. Raises OSError."""
     found = file.stat()
     return f"{file.name} {found.st_size} {found.st_mtime_ns}"
 

@@ -1,6 +1,7 @@
-"""What holds work back between two batches: a pause, a cancel, a pace; and what it tells meanwhile.
+"""Pauses, cancels, slows down and reports work between two batches.
 
-`Control` is told by the thread that reads requests, `Meter` obeys in the one that works.
+The thread that reads requests applies them to `WorkControl`; the thread that works calls
+`StepCallback` after each batch.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ PROGRESS_EVERY_S = 0.2
 
 
 class WorkControl:
-    """What the reader thread was told, and the gate at which the working thread obeys."""
+    """The commands of the agent, and the waits that they cause in the working thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._paused = False
         self._pause = 0  # the number of the latest pause
         self._cancelled = -1
-        #: The part of the time in which to work; read after every batch without a lock.
+        #: The fraction of the time to work; read after every batch without a lock.
         self.work_fraction = 1.0
-        #: Read after every batch without a lock; true while there may be something to obey.
+        #: True while there may be a pause or a cancel; read after every batch without a lock.
         self.needs_attention = False
 
     def apply(self, request: Pause | Resume | Pace | Cancel) -> None:
-        """Note a command. Called by the reader thread."""
+        """Apply a command. Called by the reader thread."""
         with self._changed:
             if isinstance(request, Pace):
                 self.work_fraction = min(1.0, max(0.01, request.work_fraction))
@@ -45,12 +46,12 @@ class WorkControl:
             self._changed.notify_all()
 
     def raise_if_cancelled(self, work: int) -> None:
-        """Raise Cancelled if the work is not wanted any more."""
+        """Raise Cancelled if the work was cancelled."""
         if self._cancelled == work:
             raise Cancelled
 
     def throttle(self, worked_s: float) -> None:
-        """Rest after so much work, as the pace wants it; a command ends the rest."""
+        """Sleep in proportion to the time worked; a command ends the sleep."""
         with self._changed:
             share = self.work_fraction
             self._changed.wait_for(
@@ -59,14 +60,14 @@ class WorkControl:
             )
 
     def wait_while_paused(self, work: int, on_pause: Callable[[int], None]) -> bool:
-        """Raise Cancelled, or stand still while paused; True if there was a pause.
+        """Wait while paused; True if there was a pause. Raises Cancelled.
 
-        `on_pause` is given the number of the pause.
+        `on_pause` gets the number of the pause.
         """
         with self._changed:
             self.raise_if_cancelled(work)
             if not self._paused:
-                self.needs_attention = False  # a cancel that came too late for the work before
+                self.needs_attention = False  # a cancel that came too late for the previous work
                 return False
             number = self._pause
         on_pause(number)
@@ -80,10 +81,10 @@ class WorkControl:
 
 
 class StepCallback:
-    """The `on_step` of one work: sends a few Progress a second and obeys the control.
+    """The `on_step` of one piece of work: sends some Progress a second and obeys the control.
 
-    `keep(step)` writes the journal; it is called when `is_due()`, and before a pause, which may
-    well end with the machine switched off.
+    `keep(step)` writes the checkpoint. It is called when `is_due()`, and before a pause, because
+    the machine may be switched off during one.
     """
 
     def __init__(
@@ -100,8 +101,7 @@ class StepCallback:
         self._is_due, self._keep = is_due, keep
         self._sent_at = -math.inf
         self._rested_at = time.monotonic()
-        #: When the present rate's measure began, and the examples at that time; None until the
-        #: first step of work that was gone on with.
+        #: Start time and examples of the current rate; None until the first step of resumed work.
         self._window = None if resumed else (time.monotonic(), 0)
 
     def __call__(self, step: int, steps: int, loss: float, examples_done: int) -> None:
@@ -139,5 +139,5 @@ class StepCallback:
         if self._control.work_fraction < 1.0:
             self._control.throttle(time.monotonic() - self._rested_at)
         if self._control.needs_attention and self._control.wait_while_paused(self._work, pause):
-            self._window = time.monotonic(), examples_done  # a pause is no time at work
+            self._window = time.monotonic(), examples_done  # a pause does not count as working time
         self._rested_at = time.monotonic()

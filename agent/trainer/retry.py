@@ -1,7 +1,7 @@
-"""The watchdog over the trainer: tries again after a crash, and says when there is no use.
+"""Retries work after a failure of the trainer.
 
-A trainer that was killed, hung, ran out of memory or met an exception is started anew after a
-growing wait; its journal lets it go on where it was. Blocking, for the work thread.
+A trainer that was killed, hung, ran out of memory or raised an exception is restarted after a
+growing delay and resumes from its checkpoint. Methods block; the work thread calls them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from protocols.network.backoff import delays
 
 log = logging.getLogger("commonweight.agent")
 
-#: What another child may not meet again. All else is said of the work itself, or was asked for.
+#: Failures that another child may not repeat. All others are final or were requested.
 RETRYABLE = frozenset({"killed", "died", "hung", "out of memory", "task", "file", "start"})
-#: The same for what others ask in jobs: the same rows meet the same exception.
+#: The same for jobs, where the same rows raise the same exception.
 RETRYABLE_IN_JOBS = RETRYABLE - {"task"}
 
 
 class RetryingTrainer:
-    """A trainer for `client.Client` that survives its children.
+    """A trainer that survives failures of its child processes.
 
-    After `tries` failures of one work it raises the last one, having told `on_given_up(kind)`.
-    Failures of a kind that is not in `worth` are raised at once.
+    After `tries` failures of the same work it calls `on_given_up(kind)` and raises the last one.
+    Failures of a kind that is not in `retryable` are raised at once.
     """
 
     def __init__(
@@ -47,18 +47,18 @@ class RetryingTrainer:
         self._closed = threading.Event()
 
     def run(self, work: Work) -> Done:
-        """Do a work, with some tries. Raises TrainerFailed."""
+        """Do the work, with retries. Raises TrainerFailed."""
         waits = delays(Random(), self._first_s, self._most_s)
         for left in range(self._tries - 1, -1, -1):
             try:
                 done = self._trainer.run(work)
                 if done.resumed_at:
-                    log.info("the training went on from step %s of its journal", done.resumed_at)
+                    log.info("training resumed from the checkpoint at step %s", done.resumed_at)
                 return done
             except TrainerFailed as err:
                 if err.kind not in self._worth or self._closed.is_set():
                     raise
-                # Whatever state it is in: the next try gets a child that has done nothing yet.
+                # The next try gets a new child, whatever state this one is in.
                 self._trainer.stop()
                 if not left:
                     self._on_given_up(err.kind)
@@ -70,6 +70,6 @@ class RetryingTrainer:
         raise AssertionError("at least one try")
 
     def close(self) -> None:
-        """End the trainer for good; a wait for the next try ends too."""
+        """Stop the trainer for good, and end a wait for the next try."""
         self._closed.set()
         self._trainer.close()

@@ -1,12 +1,11 @@
-"""The chance of this process: the generators of Python, numpy and torch that a task may draw from.
+"""Saves, seeds and restores the random number generators of Python, numpy and torch.
 
-Seeded alike for alike work, and kept in the journal, so that training that was cut off draws on as
-if nothing had happened. torch is looked at only where a task has imported it.
+Equal work gets equal seeds, and checkpoints hold the state, so resumed training gives the same
+result. torch is used only if a task has imported it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 import sys
 from collections.abc import Mapping
@@ -15,21 +14,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agent.tasks.training.seeds import derive_seed
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 def seed(*words: object) -> None:
-    """Let all generators begin anew; where depends on every word."""
-    text = " ".join(map(str, words)).encode()
-    number = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+    """Seed all generators; the seed depends on every word."""
+    number = derive_seed(*words)
     random.seed(number)
     np.random.seed(number)
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(number)  # those of the graphics cards too
+        torch.manual_seed(number)  # also those of the GPUs
 
 
 def state() -> Arrays:
-    """Where all generators stand."""
+    """The state of all generators."""
     version, words, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=False)
     found: Arrays = {
@@ -50,7 +50,7 @@ def state() -> Arrays:
 
 
 def restore(kept: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Let all generators go on from where `state` saw them. Raises KeyError, ValueError."""
+    """Set all generators to a state from `state`. Raises KeyError, ValueError."""
     version, *words = (int(word) for word in kept["python"])
     gauss = kept["python gauss"]
     random.setstate((version, tuple(words), float(gauss[0]) if len(gauss) else None))

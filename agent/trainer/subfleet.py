@@ -1,9 +1,9 @@
 """A trainer whose model and data are another fleet: `python -m agent.trainer.subfleet HOME`.
 
-Its main loop is that of `agent.trainer`. It starts each work as a run of that one part
-(`RunSpec.only`) on the coordinator whose home this is, and answers with the mean of the updates and
-the examples of all who contributed. So two levels give the weights that one level would give, and
-the fleet further up learns of no single peer.
+It uses the main loop of `agent.trainer`. Each piece of work becomes a run of that one part
+(`RunSpec.only`) on the coordinator with this home. The result is the mean of the updates, with the
+number of all examples. So two levels give the same weights as one, and the upper fleet learns
+nothing about single peers.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from protocols.model.weights import file_digest
 from protocols.network.error_text import describe_error
 
 _POLL_S, _TIMEOUT_S = 0.2, 30.0
-#: What the trainer adds to a task's settings; runs have fields of their own for it.
+#: Settings that the trainer adds; runs have their own fields for them.
 _RUN_SETTINGS = frozenset({"seed", "round"})
 
 
 class LocalCoordinator:
-    """The coordinator on this machine, asked as its operator."""
+    """A client of the coordinator on this machine, with the operator's key."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
         self._key = identity.load_signing_key(home / "operator.key")
 
     def request(self, method: str, path: str, body: object = None) -> Any:
-        """What the coordinator answers. Raises NotRunning, Unreachable, Refused."""
+        """The response, decoded. Raises NotRunning, Unreachable, Refused."""
         try:
             address = json.loads((self._home / "up.json").read_bytes())["address"]
         except (OSError, ValueError, KeyError) as err:
@@ -71,15 +71,15 @@ class LocalCoordinator:
         return told
 
     def version_path(self, digest: str) -> Path:
-        """Where the coordinator keeps a version."""
+        """The coordinator's file of a version."""
         return self._home / "versions" / f"{digest}.safetensors"
 
     @contextlib.contextmanager
     def lend_version(self, file: Path) -> Iterator[str]:
-        """Put a version among the coordinator's for as long as it is needed; gives its digest."""
+        """Copy a version to the coordinator while the context is open; gives its digest."""
         digest = file_digest(file)
         there = self.version_path(digest)
-        if there.exists():  # the coordinator's own, or lent before
+        if there.exists():  # the coordinator has it already
             yield digest
             return
         try:
@@ -90,13 +90,13 @@ class LocalCoordinator:
 
 
 class FleetExecutor:
-    """Has the fleet do one work after another; progress goes to `send`."""
+    """Does work as runs of the local fleet; progress goes to `send`."""
 
     def __init__(self, fleet: LocalCoordinator, control: WorkControl, send: Send) -> None:
         self._fleet, self._control, self._send = fleet, control, send
 
     def do(self, work: Work) -> Done:
-        """Do one work. Raises CommonweightError, OSError, Cancelled."""
+        """Do the work. Raises CommonweightError, OSError, Cancelled."""
         match work:
             case Describe():
                 run = self._run(work, {"only": "describe", "handshake": True})
@@ -132,7 +132,7 @@ class FleetExecutor:
                 )
 
     def _round(self, work: Train | Evaluate, only: str, base: str) -> Any:
-        """The only round of a run on the version that came from further up."""
+        """The only round of a run on the version of the upper fleet."""
         spec = {
             "only": only,
             "seed": int(work.settings.get("seed", 0)),
@@ -141,7 +141,7 @@ class FleetExecutor:
         return self._run(work, spec, base)["history"][-1]
 
     def _run(self, work: Work, spec: dict[str, Any], base: str = "") -> Any:
-        """Have the fleet do it; the run as it ended. Raises CommonweightError, Cancelled."""
+        """Start a run and wait; returns the ended run. Raises CommonweightError, Cancelled."""
         settings = {name: v for name, v in work.settings.items() if name not in _RUN_SETTINGS}
         order = {
             "spec": {
@@ -156,7 +156,7 @@ class FleetExecutor:
         run = self._fleet.request("POST", "/cw/v1/runs", order)["run"]
         try:
             told = self._wait_for_end(work, run)
-        except BaseException:  # also Cancelled: nobody waits for the run any more
+        except BaseException:  # also Cancelled: the run's result is not needed any more
             with contextlib.suppress(CommonweightError):
                 self._fleet.request("POST", f"/cw/v1/runs/{run}/stop")
             raise
@@ -165,7 +165,7 @@ class FleetExecutor:
         return told
 
     def _wait_for_end(self, work: Work, run: str) -> Any:
-        """The run once it has ended. Raises CommonweightError, Cancelled."""
+        """Wait until the run has ended, and return it. Raises CommonweightError, Cancelled."""
         while True:
             told = self._fleet.request("GET", f"/cw/v1/runs/{run}")
             if told["state"] in ("finished", "stopped", "failed"):
@@ -175,7 +175,7 @@ class FleetExecutor:
             time.sleep(_POLL_S)
 
     def _report_progress(self, work: Work, run: Any) -> None:
-        """How many of the fleet have answered, as the steps of the work."""
+        """Send the number of peers that have answered as the steps of the work."""
         peers = run["peers"].values()
         phase: Phase = "evaluate" if isinstance(work, Evaluate) else "train"
         progress = Progress(
@@ -189,7 +189,7 @@ class FleetExecutor:
         self._send(progress)
 
     def _copy_result(self, work: int, digest: str, out: Path, *, keep: bool = False) -> Done:
-        """Copy a version of the coordinator's to `out`, and delete it there unless `keep`."""
+        """Copy a version of the coordinator to `out`, and delete it there unless `keep`."""
         there = self._fleet.version_path(digest)
         _copy(there, out)
         if not keep:
@@ -198,7 +198,7 @@ class FleetExecutor:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file; `target` is never there in part."""
+    """Copy a file atomically."""
     partial = target.with_name(f".{target.name}.fleet.tmp")
     try:
         shutil.copyfile(source, partial)

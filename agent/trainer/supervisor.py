@@ -1,7 +1,7 @@
-"""The trainer's child process: started when needed, asked, paused, watched, ended.
+"""Supervises the trainer's child process: starts, pauses, watches and stops it.
 
 Never imports torch. All methods block and may be called from any thread but that of `on_progress`
-(there only `pause`, `resume` and `cancel`). One work runs at a time; a second caller waits.
+(there only `pause`, `resume` and `cancel`). One piece of work runs at a time; other callers wait.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from protocols.errors import OutOfMemory, TrainerFailed
 
 log = logging.getLogger(__name__)
 
-#: A batch that goes on for longer after a pause is stopped in its middle.
+#: A batch that runs for longer than this after a pause is stopped in its middle.
 FREEZE_AFTER_S = 0.25
 
 
 class TrainerSupervisor:
-    """A child that is started when first needed, and again after it died or was stopped.
+    """A child process that is started when needed, also after it died or was stopped.
 
-    `program` are the words of its module and options.
+    `program` is its module, followed by its options.
     """
 
     def __init__(
@@ -67,16 +67,15 @@ class TrainerSupervisor:
         self._alive_at = self._ended_at = time.monotonic()
 
     def pause(self) -> None:
-        """Make the present work, or the next one, stand still after its batch.
+        """Pause the current or next work after its batch.
 
-        A batch that takes too long stands still in its middle, where the system can do that. So
-        does a long load of the data.
+        On Linux, a long batch and a long load of the data are stopped in their middle.
         """
         if self._set_paused(True):
             self._freeze_soon()
 
     def resume(self) -> None:
-        """Let the work go on."""
+        """Continue the work."""
         self._set_paused(False)
 
     def pace(self, share: float) -> None:
@@ -87,7 +86,7 @@ class TrainerSupervisor:
                 self._child.send(Pace(share))
 
     def cancel(self) -> None:
-        """Give up the present work, if any: its caller gets TrainerFailed("cancelled")."""
+        """Cancel the current work, if any: its caller gets TrainerFailed("cancelled")."""
         with self._changed:
             if self._working and self._child and self._cancel_by is None:
                 self._cancel_by = time.monotonic() + self._grace_s
@@ -96,7 +95,7 @@ class TrainerSupervisor:
                 self._changed.notify_all()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the child and all it started; a present work fails ("stopped")."""
+        """Stop the child and its children; current work fails ("stopped")."""
         with self._changed:
             child = self._child
             if child is None:
@@ -111,40 +110,40 @@ class TrainerSupervisor:
                 self._child = None
 
     def close(self) -> None:
-        """End the child for good: who asks for work from now on is told "stopped"."""
+        """Stop the child for good: all later work fails ("stopped")."""
         with self._changed:
             self._closed = True
         self.stop()
 
     @property
     def running(self) -> bool:
-        """True while there is a child."""
+        """True while the child runs."""
         return self.pid is not None
 
     @property
     def pid(self) -> int | None:
-        """The child's process id."""
+        """The process id of the child; None without one."""
         child = self._child
         return child.pid if child and child.exit_code is None else None
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the last work ended; 0 while one is going on or there is no child."""
+        """Seconds since the last work ended; 0 during work or without a child."""
         with self._changed:
             idle = self.running and not self._working
             return time.monotonic() - self._ended_at if idle else 0.0
 
     @property
     def rss_bytes(self) -> int:
-        """Memory of the child, 0 if there is none."""
+        """Resident memory of the child; 0 without one."""
         pid = self.pid
         try:
             return int(psutil.Process(pid).memory_info().rss) if pid is not None else 0
-        except psutil.Error:  # it ended just now
+        except psutil.Error:  # it has just ended
             return 0
 
     def _set_paused(self, paused: bool) -> bool:
-        """False if nothing changes. A second pause must not thaw what the first one froze."""
+        """False if nothing changes: a second pause must not wake a stopped child."""
         with self._changed:
             if paused == self._paused:
                 return False
@@ -163,18 +162,18 @@ class TrainerSupervisor:
         timer.start()
 
     def _freeze(self) -> None:
-        """Stop a batch that did not end since the pause; also a long load of the data."""
+        """Stop the child if its batch, or its load of the data, has not ended since the pause."""
         with self._changed:
             child = self._child
             if not self._paused or not self._working or self._pause_confirmed or child is None:
                 return
-            if not self._ready:  # it has not arranged yet to be woken by our death
+            if not self._ready:  # Linux does not yet wake it if we die
                 self._freeze_soon()
             elif self._cancel_by is None and not self._stopping:
                 child.freeze()
 
     def do(self, work: Work) -> Done:
-        """Let the child do a work. Raises TrainerFailed."""
+        """Let the child do the work. Raises TrainerFailed."""
         with self._work_lock:
             with self._changed:
                 child = self._ensure_child()
@@ -184,7 +183,7 @@ class TrainerSupervisor:
                 self._alive_at = time.monotonic()
                 source = self._sources.get(work.task, "")
                 child.send(msgspec.structs.replace(work, id=self._id, source=source))
-                if self._paused:  # that pause's own timer found no work
+                if self._paused:  # the timer of that pause found no work
                     self._freeze_soon()
             try:
                 answer = self._wait_for_answer(child)
@@ -195,7 +194,7 @@ class TrainerSupervisor:
             if isinstance(answer, Done):
                 return answer
             if answer.kind == OutOfMemory.code:
-                # What the failed work took is given back only by the process's end.
+                # Only the end of the process frees the memory of the failed work.
                 self.stop()
             if isinstance(work, Init | Train | Predict):
                 out = Path(work.out)
@@ -222,7 +221,7 @@ class TrainerSupervisor:
         return self._child
 
     def _wait_for_answer(self, child: TrainerChild) -> Done | Failed:
-        """The answer to the present work, or a Failed that says how the child ended instead."""
+        """The result of the current work, or a Failed with the reason why the child ended."""
         ended_because: Failed | None = None
         with self._changed:
             while self._result is None:
@@ -240,10 +239,10 @@ class TrainerSupervisor:
             return self._result
 
     def _deadline(self) -> tuple[float | None, Failed]:
-        """When the child is to be killed, unless something happens, and why."""
+        """When to kill the child, and the reason; None for never."""
         if self._cancel_by is not None:
             return self._cancel_by, self._failed("cancelled", "the work was cancelled")
-        message = f"the trainer gave no sign of life for {self._hang_s:.0f} s and was ended"
+        message = f"the trainer did not respond for {self._hang_s:.0f} s and was killed"
         by = None if self._paused else self._alive_at + self._hang_s
         return by, self._failed("hung", message)
 
@@ -258,24 +257,26 @@ class TrainerSupervisor:
             if name == "SIGKILL":
                 kills = oom_kills.oom_kills()
                 if kills is not None and self._oom_kills is not None and kills > self._oom_kills:
-                    message = "the system ended the trainer: it was out of memory"
+                    message = "the system killed the trainer: memory ran out"
                     return self._failed(OutOfMemory.code, message)
                 if kills is None:
                     name += ", probably out of memory"
             return self._failed("killed", f"the trainer was killed ({name})")
-        shown = str(code) if code < 256 else f"{code:#x}"  # Windows tells crashes in hexadecimal
-        return self._failed("died", f"the trainer ended with exit code {shown}")
+        shown = (
+            str(code) if code < 256 else f"{code:#x}"
+        )  # crash codes of Windows are known in hexadecimal
+        return self._failed("died", f"the trainer exited with code {shown}")
 
     def _failed(self, kind: str, message: str) -> Failed:
         return Failed(id=self._id, kind=kind, message=message)
 
     def _on_answer(self, answer: Answer) -> None:
-        """Called by the reader's thread for every frame."""
+        """Called by the reader thread for every frame."""
         with self._changed:
             self._alive_at = time.monotonic()
             self._ready |= isinstance(answer, Ready)
             if isinstance(answer, Progress):
-                # The answer to an earlier pause may arrive late; the trainer works on since then.
+                # The confirmation of an earlier pause may arrive after its end.
                 self._pause_confirmed = answer.paused and answer.pause == self._pause
             if isinstance(answer, Done | Failed) and answer.id == self._id:
                 self._result = answer
@@ -284,5 +285,5 @@ class TrainerSupervisor:
             try:
                 self._on_progress(answer)
             except Exception:
-                # A fault in somebody's display must not cost the answers that follow.
+                # An error in a display must not stop the reader.
                 log.exception("on_progress failed")
