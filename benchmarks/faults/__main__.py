@@ -37,7 +37,7 @@ Case = Callable[[Path], Row | list[Row]]
 
 
 def cases(seeds: list[int], points: list[str], *, quick: bool) -> dict[str, Case]:
-    """Every case by a word for `--only`, the quick ones first."""
+    """All cases by their word for `--only`, quick ones first."""
     cut_s = 8.0 if quick else 60.0
     many = 200 if quick else 2000
     found: dict[str, Case] = {
@@ -84,8 +84,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the soak; 0 is by the clock")
     parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
     asked = parser.parse_args()
-    # Ended from outside as by Ctrl-C, also where that is ignored, as in the background of a shell:
-    # so that we end what we have started.
+    # Handle SIGTERM like Ctrl-C, also if that is ignored, as in the background of a shell,
+    # so that we end the processes that we have started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     seeds = [1] if asked.quick else asked.seeds
@@ -109,7 +109,7 @@ def main() -> int:
 
 
 def _played(word: str, case: Case) -> list[Row]:
-    """A case's rows; one that cannot end is a violation too, and the others still run."""
+    """The rows of a case. A case that fails counts as a violation, and the others still run."""
     print(f"--- {word}", flush=True)
     with tempfile.TemporaryDirectory(prefix="cwf", ignore_cleanup_errors=True) as folder:
         try:

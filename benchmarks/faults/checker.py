@@ -25,11 +25,11 @@ Fact = dict[str, Any]
 
 
 class Violation(Exception):
-    """An invariant does not hold; raised where going on makes no sense."""
+    """An invariant does not hold and the check cannot continue."""
 
 
 class Line(NamedTuple):
-    """One entry of the ledger as it lies on disk."""
+    """An entry of the ledger on disk."""
 
     seq: int
     at: float
@@ -39,24 +39,24 @@ class Line(NamedTuple):
 
 
 def read_ledger(home: Path) -> list[Line]:
-    """Every entry, oldest first."""
+    """All entries, oldest first."""
     return [Line(*row) for row in _rows(home, "SELECT seq, at, subject, body, hash FROM log")]
 
 
 def read_facts(home: Path, run: str, kind: str = "") -> list[Fact]:
-    """One run's facts, or those of a kind; cheap enough to be asked again and again."""
+    """The events of a run, or those of a kind; cheap enough for polling."""
     select = "SELECT body FROM log WHERE subject = ? AND CAST(body AS TEXT) LIKE ?"
     return [json.loads(row[0]) for row in _rows(home, select, run, f'{{"type":"{kind}%')]
 
 
 def count(home: Path, kind: str) -> int:
-    """How many facts of a kind there are, of all runs."""
+    """The number of events of a kind, over all runs."""
     select = "SELECT COUNT(*) FROM log WHERE CAST(body AS TEXT) LIKE ?"
     return int(_rows(home, select, f'{{"type":"{kind}"%')[0][0])
 
 
 def run_names(home: Path) -> set[str]:
-    """All runs of the ledger."""
+    """All runs in the ledger."""
     return {row[0] for row in _rows(home, "SELECT subject FROM log")} - {"fleet"}
 
 
@@ -70,7 +70,7 @@ def _rows(home: Path, select: str, *arguments: str) -> list[tuple[Any, ...]]:
 
 
 def facts_by_run(lines: Sequence[Line]) -> dict[str, list[Fact]]:
-    """The facts of each run, in order."""
+    """The events of each run, in order."""
     found: dict[str, list[Fact]] = defaultdict(list)
     for line in lines:
         if line.subject != "fleet":
@@ -79,12 +79,12 @@ def facts_by_run(lines: Sequence[Line]) -> dict[str, list[Fact]]:
 
 
 def digests(facts: Sequence[Fact]) -> list[str]:
-    """The versions of a run, one a round."""
+    """The versions of a run, one per round."""
     return [fact["digest"] for fact in facts if fact["type"] == "VersionCommitted"]
 
 
 def ended(facts: Sequence[Fact]) -> str:
-    """How the run ended; empty while it has not."""
+    """How the run ended; empty if it has not."""
     told = [fact for fact in facts if fact["type"] in ("RunEnded", "RunResumed")]
     return told[-1].get("state", "") if told else ""
 
@@ -93,7 +93,7 @@ def ended(facts: Sequence[Fact]) -> str:
 
 
 class Truth(NamedTuple):
-    """What one agent's processes noted: claims that were acknowledged, and steps repeated."""
+    """The notes of an agent's processes: acknowledged claims, and repeated steps."""
 
     acknowledged: list[Fact]
     repeated: int
@@ -101,7 +101,7 @@ class Truth(NamedTuple):
 
 
 def read_truth(path: Path) -> Truth:
-    """A truth file; an agent that never worked has none."""
+    """Read a truth file; an agent that never worked has none."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except FileNotFoundError:
@@ -124,7 +124,7 @@ def read_truth(path: Path) -> Truth:
 
 
 def violations(home: Path, truths: Iterable[Truth] = (), before: Sequence[Line] = ()) -> list[str]:
-    """What is wrong, in sentences; `before` is an earlier look at the same ledger."""
+    """The findings as sentences; `before` is the result of an earlier check of the same ledger."""
     lines = read_ledger(home)
     found = _chain(lines, before)
     runs = facts_by_run(lines)
@@ -134,7 +134,7 @@ def violations(home: Path, truths: Iterable[Truth] = (), before: Sequence[Line] 
 
 
 def told(runs: Mapping[str, Sequence[Fact]], acknowledged: Iterable[Fact]) -> list[str]:
-    """What the facts of the runs and the acknowledged claims alone show."""
+    """The findings from the events of the runs and the acknowledged claims alone."""
     found: list[str] = []
     for run, facts in runs.items():
         found += [f"{run}: {text}" for text in _versions(facts)]
@@ -187,7 +187,7 @@ def _chain(lines: Sequence[Line], before: Sequence[Line]) -> list[str]:
 
 
 def _counted(facts: Sequence[Fact]) -> list[str]:
-    """A: within each round, accepted once, and summed if accepted in time."""
+    """A: each update is accepted once in its round, and summed if it was accepted in time."""
     if facts and facts[0].get("spec", {}).get("mode") == "buffered":
         return _buffered(facts)
     found: list[str] = []
@@ -223,7 +223,7 @@ def _counted(facts: Sequence[Fact]) -> list[str]:
 
 
 def _buffered(facts: Sequence[Fact]) -> list[str]:
-    """A, where nobody waits: accepted once, and summed in the next version that is made."""
+    """A, for buffered runs: each update is accepted once, and summed in the next version."""
     found: list[str] = []
     buffer: list[str] = []
     closed: list[str] = []
@@ -246,7 +246,7 @@ def _buffered(facts: Sequence[Fact]) -> list[str]:
 
 
 def _described(facts: Sequence[Fact]) -> list[str]:
-    """A, before round 1: each peer is heard once, and then it is agreed, once, before any work."""
+    """A, before round 1: one description per peer, then one agreement, before any work."""
     found: list[str] = []
     heard: Counter[str] = Counter()
     agreed: Counter[str] = Counter()
@@ -265,7 +265,7 @@ def _described(facts: Sequence[Fact]) -> list[str]:
 
 
 def _versions(facts: Sequence[Fact]) -> list[str]:
-    """B: one version a round, each the child of the one before."""
+    """B: one version per round, each the child of the previous one."""
     found: list[str] = []
     head, rounds = "", 0
     made: dict[str, int] = {}
@@ -297,7 +297,7 @@ def _versions(facts: Sequence[Fact]) -> list[str]:
 
 
 def _files(folder: Path, facts: Sequence[Fact]) -> list[str]:
-    """B: what a run goes on from lies on disk, and every version's bytes are its name's."""
+    """B: the versions that a run needs are on disk, and every version matches its digest."""
     found = []
     made = [fact["digest"] for fact in facts if fact["type"] == "WeightsInitialised"][-1:]
     made += [
@@ -315,7 +315,7 @@ def _files(folder: Path, facts: Sequence[Fact]) -> list[str]:
 
 
 def _acknowledged(claim: Fact, facts: Sequence[Fact]) -> list[str]:
-    """A: the fate of an acknowledged answer is in the ledger, and there is one."""
+    """A: the ledger has exactly one result for each acknowledged answer."""
     who = f"{claim['peer'][:8]}'s {claim['kind']} of round {claim['round']}"
     if claim["kind"] in ("holdings", "recall"):
         told = {(f["type"], f.get("peer", f.get("by"))) for f in facts}

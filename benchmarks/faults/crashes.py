@@ -15,29 +15,29 @@ from tests.support.waiting import wait_for
 PEERS = ("ada", "bob")
 ROUNDS = 2
 BACK_WITHIN_S = 10.0
-#: Of one peer's work in one round (`site.TRAINING`).
+#: Steps of one peer's work in one round (`site.TRAINING`).
 STEPS = 5
-#: A peer whose work failed is asked again after a deadline.
+#: A peer whose work failed gets work again after a deadline.
 _SOON_S = 4.0
-#: Reached once in a run, or only at its beginning or end: never a second time.
+#: Reached only once in a run.
 _ONCE = ("PeersAsked", "WeightsInitialised", "RunEnded", "runs.queued", "version.adopted")
-#: Not reached by an evaluation; a peer may train only twice.
+#: Not reached in an evaluation; a peer may train only twice.
 _TRAINING_ONLY = ("agent.outbox.cleared", "agent.upload.piece", "agent.upload.done")
-#: Reached by every fact; the first is the order itself, which then was never taken.
+#: Reached by every event; the first is the start of the run, which then never happened.
 _LEDGER = "ledger.inserted"
-#: Reached in a start only.
+#: Reached only at a start.
 _AT_START = "runs.recalled"
 
 
 def coordinator_points(seed: int) -> list[str]:
-    """Every step of a round on the coordinator; the seed says in which round."""
+    """Every step of a round on the coordinator; the seed selects the round."""
     points = [point for point in failpoints.COORDINATOR if point not in (_AT_START, _LEDGER)]
     later = [p if p.endswith(_ONCE) or seed % 2 else f"{p}:2" for p in points]
     return [*later, *(f"{_LEDGER}:{nth}" for nth in range(2 + seed % 2, 12, 2))]
 
 
 def agent_points(seed: int) -> list[str]:
-    """Every step of a round on the agent; the seed says for which of its messages."""
+    """Every step of a round on the agent; the seed selects the message."""
     nth = {1: 2, 2: 1}.get(seed, 3)
     return [f"{p}:{min(nth, 2) if p in _TRAINING_ONLY else nth}" for p in failpoints.AGENT]
 
@@ -46,7 +46,7 @@ def agent_points(seed: int) -> list[str]:
 
 
 def coordinator(folder: Path, seeds: Iterable[int], points: Sequence[str] = ()) -> Row:
-    """SIGKILL at each point, a restart, the same weights as without."""
+    """SIGKILL and a restart at each point; the weights must be the same as without."""
     row = Row("1, 2 coordinator kill -9 at every step of a round", "versions lost; back within s")
     row.figure = "0 lost; {worst:.1f} s"
     with site(folder) as fleet:
@@ -62,7 +62,7 @@ def coordinator(folder: Path, seeds: Iterable[int], points: Sequence[str] = ()) 
 
 
 def meeting(folder: Path, seeds: Iterable[int]) -> Row:
-    """SIGKILL while peers compare themselves before round 1; the same weights as without."""
+    """SIGKILL while peers agree on a schema before round 1; the weights must be the same."""
     row = Row("1, 2 coordinator kill -9 while peers compare themselves", "back within s")
     row.figure = "{worst:.1f} s"
     with site(folder) as fleet:
@@ -110,7 +110,7 @@ def _coordinator_dies_again_at_start(
 def _goes_on(
     fleet: Site, row: Row, seed: int, undisturbed: list[str], point: str, run: str
 ) -> None:
-    """After a restart the run goes on and ends as it would have."""
+    """After a restart the run continues and ends with the same result."""
     lines = len(checker.read_ledger(fleet.home))
     began = time.monotonic()
     fleet.rise()
@@ -130,14 +130,14 @@ def _goes_on(
 
 
 def agent(folder: Path, seeds: Iterable[int], points: Sequence[str] = ()) -> Row:
-    """SIGKILL of one of two agents at each point, and a start; the same weights as without."""
+    """SIGKILL and a start of one of two agents at each point; the weights must be the same."""
     row = Row("2, 3, 4 agent kill -9 at every step of a round", "steps repeated at most")
     _each_dies(folder, row, seeds, lambda seed: points or agent_points(seed), _agent_dies)
     return row
 
 
 def trainer(folder: Path, seeds: Iterable[int], points: Sequence[str] = ()) -> Row:
-    """SIGKILL of a trainer at each point; its agent lives, and asks another for the work."""
+    """SIGKILL of a trainer at each point; its agent survives and starts another trainer."""
     row = Row("33 trainer kill -9 at every step", "steps repeated at most")
     every = [f"{p}:{nth}" for p in failpoints.TRAINER for nth in ((1, 3) if "step" in p else (2,))]
     _each_dies(folder, row, seeds, lambda seed: points or every, _trainer_dies)

@@ -24,13 +24,13 @@ _ROOM_BYTES = 24 * 1024 * 1024
 
 
 def can_mount() -> bool:
-    """Only root on Linux can give a folder a small disk of its own."""
+    """Whether a folder can have a small disk of its own: only for root on Linux."""
     return sys.platform == "linux" and os.geteuid() == 0
 
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A tmpfs at `folder` for the block."""
+    """Mount a tmpfs at `folder` during the block."""
     folder.mkdir(exist_ok=True)
     options = f"size={_ROOM_BYTES},mode=700"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
@@ -41,11 +41,11 @@ def small_disk(folder: Path) -> Iterator[None]:
 
 
 def fill(folder: Path, leave_bytes: int) -> Path:
-    """A file that takes all room but so much."""
+    """Write a file that leaves only this much free space."""
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file:
         try:
-            while True:  # others write meanwhile, so how much is free is not known
+            while True:  # other programs write meanwhile, so the free space is not known exactly
                 file.write(bytes(1 << 16))
         except OSError as err:
             if err.errno != errno.ENOSPC:
@@ -59,7 +59,7 @@ def _ordered(fleet: Site, rounds: int = 3) -> str:
 
 
 def full_coordinator(folder: Path) -> Row:
-    """The coordinator's disk fills in a run; it says so, and goes on when there is room."""
+    """The coordinator's disk fills during a run; it says so, and continues when there is room."""
     row = Row("14 disk full, coordinator", "versions lost")
     with small_disk(folder / "coordinator"), site(folder) as fleet:
         fleet.rise()
@@ -83,7 +83,7 @@ def full_coordinator(folder: Path) -> Row:
 
 
 def _until_told(fleet: Site, run: str) -> None:
-    """Wait until the run stands still and says why, or has ended in what room there was."""
+    """Wait until the run stops and says why, or has ended in the remaining space."""
 
     def told() -> bool:
         waits = "space on the coordinator's disk" in fleet.ask("run", "show", run).stdout
@@ -93,7 +93,7 @@ def _until_told(fleet: Site, run: str) -> None:
 
 
 def full_agent(folder: Path) -> Row:
-    """An agent's disk fills; it lives, and works again when there is room."""
+    """An agent's disk fills; it survives, and works again when there is room."""
     row = Row("15 disk full, agent", "steps lost")
     with small_disk(folder / "ada"), site(folder) as fleet:
         fleet.rise()
@@ -114,7 +114,7 @@ def full_agent(folder: Path) -> Row:
 
 
 def spoilt_versions(folder: Path) -> Row:
-    """The newest version, at the coordinator or in an agent's cache, is not what it was."""
+    """The newest version is damaged, at the coordinator or in an agent's cache."""
     row = Row("16 truncated or flipped checkpoint", "runs that went on, of cases")
     for how in (_truncate, _flip):
         for where in ("coordinator/versions", "ada/cache"):
@@ -135,7 +135,7 @@ def _spoilt(fleet: Site, how: Callable[[Path], None], where: str) -> list[str]:
     for name in ("up", "ada"):
         fleet.programs[name].kill()
     newest = fleet.folder / where / f"{checker.digests(fleet.facts(run))[-1]}.safetensors"
-    if newest.exists():  # an agent may not have fetched it yet
+    if newest.exists():  # an agent may not have downloaded it yet
         how(newest)
     try:
         fleet.rise()
@@ -186,7 +186,7 @@ def lost_disk(folder: Path) -> Row:
 
 
 def spoilt_ledger(folder: Path) -> Row:
-    """A ledger with flipped bytes, or in another's hands: refused clearly, never written to."""
+    """A ledger that is damaged or locked: refused with a clear error, never written to."""
     row = Row("17 ledger corrupt or locked", "clear refusals of cases")
     with site(folder) as fleet:
         fleet.rise()
@@ -217,7 +217,7 @@ def spoilt_ledger(folder: Path) -> Row:
 
 
 def _refusal(fleet: Site) -> list[str]:
-    """Start the coordinator, which must say that it cannot, why, and what to do."""
+    """Start the coordinator, which must fail with the reason and the next step."""
     try:
         fleet.rise()
     except AssertionError as err:

@@ -13,7 +13,7 @@ from tests.support.fleet_harness import ROOT
 
 _HOSTILE, _E2E, _COORDINATOR = "tests/hostile", "tests/e2e", "tests/coordinator"
 
-#: Row of the fault list -> (what its figure is about, its tests).
+#: Row of the fault list -> (the meaning of its figure, its tests).
 TESTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "11 broker killed in a run": (
         "rounds go on, the monitor hears of it",
@@ -122,7 +122,7 @@ NOT_COVERED = {
 
 
 def run(folder: Path) -> list[Row]:
-    """Run them all; a failed test is a violation."""
+    """Run all tests; a failed test is a violation."""
     rows = []
     for fault, (about, tests) in TESTS.items():
         row = Row(fault, about)

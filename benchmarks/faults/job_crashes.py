@@ -39,14 +39,14 @@ from tests.support.fleet_harness import closing
 from tests.support.waiting import wait_for
 
 KINDS = ("infer", "eval", "analyze")
-#: Enough for several units a peer, and for the last rows to be asked for twice.
+#: Enough for several units per peer, and for a second request of the last rows.
 _ROWS, _FEATURES = 640, 3
-#: Small answers travel in their message.
+#: Small answers are sent in their message.
 _LONG_ANSWERS_ONLY = "agent.unit.sent"
 
 
 class JobSite(Site):
-    """Agents with a table each, whose owners allow all that is asked here."""
+    """Agents with a table each, whose owners allow all queries of this case."""
 
     def _env(self, name: str = "coordinator") -> dict[str, str]:
         return super()._env(name) | {"COMMONWEIGHT_AGENT_DATA": str(self.folder / f"{name}.csv")}
@@ -54,7 +54,7 @@ class JobSite(Site):
 
 @contextmanager
 def job_site(folder: Path) -> Iterator[JobSite]:
-    """A fleet with a model, and rows to spread."""
+    """A fleet with a model, and rows for scatter jobs."""
     made = JobSite(
         folder,
         {
@@ -83,7 +83,7 @@ def _table(path: Path, rows: int, seed: int) -> None:
 
 
 class Jobs:
-    """The jobs of one fleet: each kind's specification, and its undisturbed outcome."""
+    """The jobs of one fleet: the specification of each kind, and its result without faults."""
 
     def __init__(self, fleet: JobSite) -> None:
         self._fleet = fleet
@@ -95,7 +95,9 @@ class Jobs:
         given = prepare(fleet.folder / "rows.csv", self._lane.folder, self._lane.suffix)
         shared = {"task": "rows", "settings": {"features": _FEATURES}, "models": (self._model,)}
         asked = parser.parse_query("count, mean(x0), quantile(x1, 0.5)", "")
-        peers = tuple(sorted(map(fleet.peer, PEERS)))  # named: right after a start none is there
+        peers = tuple(
+            sorted(map(fleet.peer, PEERS))
+        )  # by name, because right after a start no agent is connected
         self._specs = {
             "infer": JobSpec(
                 kind="scatter",
@@ -112,7 +114,7 @@ class Jobs:
         self.undisturbed = {kind: self.outcome(self.order(kind)) for kind in KINDS}
 
     def order(self, kind: str) -> str:
-        """Start a job; its id as the ledger has it, also if the coordinator dies of the order."""
+        """Start a job; return its id from the ledger, also if the coordinator dies meanwhile."""
         known = checker.run_names(self._fleet.home)
         remote, said = Remote(self._fleet.home), "nothing"
         try:
@@ -132,11 +134,11 @@ class Jobs:
         return bool(self._fleet.facts(PREFIX + job, "JobEnded"))
 
     def outcome(self, job: str) -> str:
-        """What the job has found, as a digest: all rows in order, or each peer's answer."""
+        """A digest of the job's result: all rows in order, or the answer of each peer."""
         wait_for(lambda: self.ended(job), f"job {job} ended", WITHIN_S, every_s=0.1)
         remote = Remote(self._fleet.home)
         try:
-            # The ledger is ahead of what the coordinator tells by the time of one step.
+            # The ledger is one step ahead of the coordinator's API.
             wait_for(lambda: remote.job(job).ended, f"job {job} is told to have ended")
             found = remote.job(job)
         finally:
@@ -153,12 +155,12 @@ class Jobs:
 
 
 def verified(facts: Iterable[Fact]) -> set[int]:
-    """Units whose answer is there for good."""
+    """The units with a final answer."""
     return {fact["unit"] for fact in facts if fact["type"] == "UnitVerified"}
 
 
 def done_again(facts: Sequence[Fact]) -> list[str]:
-    """Where a job's ledger says that something verified was worked on anew, in sentences."""
+    """Findings: verified units that were worked on again, according to the ledger."""
     found, done = [], set[int]()
     for fact in facts:
         if fact["type"] in ("UnitLeased", "UnitReturned", "UnitVerified") and fact["unit"] in done:
@@ -185,7 +187,7 @@ def seen(fleet: Site, what: str, job: str) -> Counter[tuple[str, int]]:
 
 
 def coordinator_points(kind: str) -> list[str]:
-    """Every step of a unit; of rows that are spread some again, when others are verified."""
+    """Every step of a unit; for scatter jobs some steps again, after other units are verified."""
     if kind != "infer":
         return list(failpoints.JOBS)
     again = [p for p in failpoints.JOBS if "Unit" in p or p in ("job.pushed", "job.reply.pulled")]
@@ -193,7 +195,7 @@ def coordinator_points(kind: str) -> list[str]:
 
 
 def coordinator(folder: Path, kind: str, points: Sequence[str] = ()) -> Row:
-    """SIGKILL at each point, a restart: the same outcome, and nothing verified is done again."""
+    """SIGKILL and a restart at each point: same result, and no verified unit is repeated."""
     row = Row(f"1 coordinator kill -9 at every unit state of a job: {kind}", "back within s")
     row.figure = "{worst:.1f} s"
     with job_site(folder) as fleet:
@@ -222,7 +224,7 @@ def _coordinator_dies(fleet: JobSite, jobs: Jobs, row: Row, kind: str, point: st
 
 
 def _judged(fleet: JobSite, jobs: Jobs, kind: str, job: str) -> list[str]:
-    """What is wrong with a job that ends after a death, in sentences."""
+    """The findings about a job that ends after a crash, as sentences."""
     outcome = jobs.outcome(job)
     found = [*done_again(jobs.facts(job)), *fleet.violations(PEERS)]
     if outcome != jobs.undisturbed[kind]:
@@ -238,14 +240,14 @@ def agent_points() -> list[str]:
 
 
 def agent(folder: Path, points: Sequence[str] = ()) -> Row:
-    """SIGKILL of one of two agents at each point of each kind, and a start; the same outcome."""
+    """SIGKILL and a start of one of two agents at each point of each kind; same result."""
     row = Row("3 agent kill -9 at every step of a unit", "units done twice")
     with job_site(folder) as fleet:
         jobs = Jobs(fleet)
         for kind, point in product(KINDS, points or agent_points()):
             for name in PEERS:
                 fleet.programs[name].stop()
-            # The other is away until then: on few rows it would be quicker than the one to die.
+            # The other one is stopped until then: it could finish the few rows first.
             fleet.come_back("ada", point)
             job = jobs.order(kind)
             fleet.dead("ada")

@@ -33,7 +33,7 @@ from tests.support.waiting import wait_for
 
 NAMES = ("ada", "bob")
 _LOOK_EVERY_S = 1.0
-#: What a process needs until it has seen everything once is no growth.
+#: Memory growth until a process has done everything once does not count.
 _SETTLED = 0.3
 
 
@@ -47,7 +47,7 @@ class Slope(NamedTuple):
 
 
 def slope(samples: list[tuple[int, float]]) -> Slope:
-    """Of (rounds, value), after what settles first."""
+    """The growth of (rounds, value), without the first samples."""
     settled = samples[int(len(samples) * _SETTLED) :]
     count = len(settled)
     mean_x = sum(x for x, _ in settled) / count
@@ -77,7 +77,7 @@ class Month:
         self.events: defaultdict[str, int] = defaultdict(int)
 
     def live(self, rounds: int, of: int, on_run: Callable[[], None]) -> None:
-        """Runs of so many rounds each, and after each of them something that happens."""
+        """Runs with this many rounds each, with an event after each run."""
         happenings = (self.sleep, self.new_settings, self.broker_restarts, self.much_is_logged)
         while self.rounds < rounds:
             run = self._fleet.order(
@@ -101,7 +101,7 @@ class Month:
                 self.samples[f"{name} files"].append((self.rounds, process.num_fds()))
 
     def sleep(self) -> None:
-        """A machine stands still for longer than its links live, and wakes."""
+        """Stop a machine for longer than its connections survive, then wake it."""
         pid = self._fleet.programs["bob"].process.pid
         os.kill(pid, signal.SIGSTOP)
         time.sleep(15)
@@ -120,7 +120,7 @@ class Month:
         self._all_back()
 
     def much_is_logged(self) -> None:
-        """As much as a month writes: the log is at its end before this, so that it rotates."""
+        """Fill the log as in a month, so that it rotates."""
         log = self._fleet.folder / "ada" / logs.FILE
         with log.open("a") as file:
             file.write('{"at":0,"level":"info","name":"x","message":"a month"}\n' * 20_000)
@@ -138,7 +138,7 @@ class Month:
 
 
 def month(rounds: int, of: int, told: Callable[[dict[str, Any]], None]) -> None:
-    """Live it; tell what was found after each run, so that one who breaks off has the last."""
+    """Run it; report after each run, so that an interrupted run has results."""
     about, began = machine(), time.monotonic()
     with tempfile.TemporaryDirectory() as place, site(Path(place)) as fleet:
         fleet.rise()

@@ -18,24 +18,24 @@ from tests.support.fleet_harness import descendants
 from tests.support.waiting import wait_for
 
 SEED = 1
-#: More than any case needs: they end their run themselves.
+#: More than any case needs; the cases end their runs.
 ENDLESS = 100_000
-#: Without a broker a lost peer is seen by its heartbeat; then it takes its reconnection.
+#: Without a broker a lost peer is noticed by its heartbeat; then it has to reconnect.
 NOTICED_WITHIN_S = 45.0
 WILL_WITHIN_S = 10.0
 HEALED_WITHIN_S = 60.0
-#: Up (the agent's bytes are gone), down, and both.
+#: Up (the agent's bytes are lost), down, and both.
 ONE_WAY = {"up": Fault(hold_up=True), "down": Fault(hold_down=True)}
 
 
 def contributors(fleet: Site, run: str) -> list[list[str]]:
-    """Who contributed, by closed round."""
+    """The contributors of each closed round."""
     return [fact["contributors"] for fact in fleet.facts(run, "TrainingClosed")]
 
 
 @contextmanager
 def endless(fleet: Site, names: Sequence[str], *, quorum: int, deadline_s: float) -> Iterator[str]:
-    """A run that all these take part in, and that is stopped with the block."""
+    """A run with all these peers, which is stopped at the end of the block."""
     run = fleet.order(
         task="ping",
         settings={"kilobytes": 4},
@@ -64,7 +64,7 @@ def until_part(fleet: Site, run: str, name: str, after: int) -> float:
 
 
 def cut_links(folder: Path, lasts_s: float) -> list[Row]:
-    """A peer's link is a blackhole, then one-way, for some time; the others go on."""
+    """A peer's connection is a blackhole, then one-way, for some time; the others continue."""
     full = Row("6 full partition", "heal s")
     one_way = Row("7 one-way, 8 half-open TCP", "s until the run goes on without it")
     with site(folder) as fleet:
@@ -110,7 +110,7 @@ def _cut(fleet: Site, proxy: Proxy, fault: Fault, lasts_s: float) -> tuple[float
 
 
 def lost_peer(folder: Path) -> list[Row]:
-    """An agent dies while the run waits for it: its will tells, or else its heartbeat is missed."""
+    """An agent dies while the run waits for it: its will or a missing heartbeat reports that."""
     rows = []
     ways = {"will": ((), WILL_WITHIN_S), "heartbeat, no broker": (NO_BROKER, NOTICED_WITHIN_S)}
     for word, (options, within_s) in ways.items():
@@ -122,9 +122,9 @@ def lost_peer(folder: Path) -> list[Row]:
             fleet.enlist("ada", "bob")
             with endless(fleet, ("ada", "bob"), quorum=1, deadline_s=600.0) as run:
                 agent = fleet.programs["ada"].process.pid
-                os.kill(agent, signal.SIGSTOP)  # with a question in hand
+                os.kill(agent, signal.SIGSTOP)  # while it has work
                 before = len(contributors(fleet, run))
-                time.sleep(0.5)  # for the round to come to wait for it
+                time.sleep(0.5)  # until the round waits for it
                 fleet.programs["ada"].kill()
                 began = time.monotonic()
                 wait_for(lambda: fleet.facts(run, "PeerLost"), "it is known to be lost", within_s)
@@ -141,7 +141,7 @@ def _until_rounds(fleet: Site, run: str, count: int) -> None:
 
 
 def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:
-    """A poor line, and one that is reset again and again: the same weights as on a good one."""
+    """A slow line, and one with many resets: the weights must be the same as on a good line."""
     slow = Row("9 latency, loss, 1 Mbit/s", "times as long")
     flapping = Row("10 flapping link", "connections a minute")
     torn = Row("4 connection cut at byte k of an upload", "bytes sent again at most")
@@ -153,7 +153,7 @@ def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:
             for name in ("ada", "bob"):
                 fleet.redirect(name, proxy.port)
             fleet.start("ada", "bob")
-            _train(fleet)  # the trainers' start is not the line's fault
+            _train(fleet)  # not while the trainers start
             undisturbed, good_s, nbytes = _measured(fleet, proxy)
             proxy.fault = Fault(delay_s=0.05, jitter_s=0.04, bytes_per_s=125_000, drop=0.002)
             found, took_s, _ = _measured(fleet, proxy)
@@ -182,7 +182,7 @@ def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:
                 run = _ordered(fleet)
                 while not fleet.ended(run) and time.monotonic() < ends:
                     proxy.reset()
-                    time.sleep(0.7)  # the fault's own rhythm
+                    time.sleep(0.7)  # the interval of the resets
                 found = checker.digests(fleet.outcome(run))
                 rate = (proxy.connections - before) * 60 / lasts_s
                 flapping.add("reset every 0.7 s", SEED, _same(fleet, found, undisturbed), rate)
@@ -215,7 +215,7 @@ def _same(fleet: Site, found: list[str], undisturbed: list[str]) -> list[str]:
 
 
 def no_broker(folder: Path) -> Row:
-    """A whole run without a broker has the same weights as with one."""
+    """A run without a broker has the same weights as one with a broker."""
     row = Row("11 broker down for a whole run", "rounds affected")
     with site(folder) as fleet:
         fleet.rise()
@@ -232,7 +232,7 @@ def no_broker(folder: Path) -> Row:
 
 
 def stopped_peer(folder: Path, deadline_s: float) -> Row:
-    """SIGSTOP of one of four peers for two deadlines; the rounds go on, and it comes back."""
+    """SIGSTOP of one of four peers for two deadlines; rounds continue, and it returns."""
     row = Row("one of four peers SIGSTOPped for two deadlines", "s until it takes part again")
     names = ("ada", "bob", "cyd", "dan")
     with site(folder) as fleet:
@@ -244,7 +244,7 @@ def stopped_peer(folder: Path, deadline_s: float) -> Row:
             for pid in family:
                 os.kill(pid, signal.SIGSTOP)
             before = len(contributors(fleet, run))
-            time.sleep(2 * deadline_s)  # the fault is to last so long
+            time.sleep(2 * deadline_s)  # the duration of the fault
             for pid in family:
                 os.kill(pid, signal.SIGCONT)
             back_s = until_part(fleet, run, "ada", len(contributors(fleet, run)))
@@ -260,7 +260,7 @@ def stopped_peer(folder: Path, deadline_s: float) -> Row:
 
 
 def late_update(folder: Path) -> Row:
-    """A peer stands still over the end of its round; its update counts in a later one, once."""
+    """A peer is stopped over the end of its round; its update counts once, in a later round."""
     row = Row("24 stale update, folded by policy", "versions behind")
     names = ("ada", "bob", "cyd")
     with site(folder) as fleet:
@@ -282,7 +282,7 @@ def late_update(folder: Path) -> Row:
             family = [agent, *(child.pid for child in descendants(agent))]
             for pid in family:
                 os.kill(pid, signal.SIGSTOP)
-            time.sleep(4)  # past the deadline, and short of its will
+            time.sleep(4)  # after the deadline, and before its will
             for pid in family:
                 os.kill(pid, signal.SIGCONT)
             _until_opened(fleet, run, len(fleet.facts(run, "RoundOpened")) + 2)
@@ -299,7 +299,7 @@ def late_update(folder: Path) -> Row:
 
 
 def _until_opened(fleet: Site, run: str, count: int) -> None:
-    """Wait until so many rounds have been opened, or the run has ended."""
+    """Wait until this many rounds have been opened, or the run has ended."""
     wait_for(
         lambda: len(fleet.facts(run, "RoundOpened")) >= count or fleet.ended(run),
         f"round {count} is open",
@@ -307,7 +307,7 @@ def _until_opened(fleet: Site, run: str, count: int) -> None:
 
 
 def twins(folder: Path) -> Row:
-    """Two agents with one identity take each other's session; nothing is counted twice."""
+    """Two agents with one identity take over each other's session; nothing is counted twice."""
     row = Row("22 two agents, one identity", "double counts")
     with site(folder) as fleet:
         fleet.rise()

@@ -33,7 +33,7 @@ def do(*words: str) -> None:
 
 
 class Network:
-    """One Ethernet with three machines, over IPv4 or over IPv6 alone."""
+    """An Ethernet with three machines, with IPv4 or with IPv6 only."""
 
     def __init__(self, ipv6: bool) -> None:
         self.ipv6 = ipv6
@@ -68,14 +68,14 @@ class Network:
         do("ip", "-n", space, "addr", "add", f"{self.address(name)}/{width}", "dev", "eth0", *more)
 
     def change_address(self, name: str) -> None:
-        """Another address, as after a change from Wi-Fi to cable."""
+        """Change the address, as after a change from Wi-Fi to cable."""
         do("ip", "-n", self.space(name), "addr", "flush", "dev", "eth0", "scope", "global")
         self._numbers[name] += 50
         self.give_address(name)
 
     def link(self, name: str, state: str) -> None:
         do("ip", "-n", self.space(name), "link", "set", "eth0", state)
-        if state == "up" and self.ipv6:  # IPv6 addresses go with the link
+        if state == "up" and self.ipv6:  # IPv6 addresses are lost with the link
             self.give_address(name)
 
     def down(self) -> None:
@@ -84,7 +84,7 @@ class Network:
 
 
 class Machines:
-    """The machines' own folders and programs, and how long each command took."""
+    """The folders and programs of the machines, and the duration of each command."""
 
     def __init__(self, network: Network, folder: Path, scripts: Path) -> None:
         self._network, self._folder, self._scripts = network, folder, scripts
@@ -156,7 +156,7 @@ def site(ipv6: bool, scripts: Path) -> Iterator[tuple[Network, Machines]]:
 
 
 def first_run(network: Network, machines: Machines) -> float:
-    """The way of docs/machines.md; seconds until the first run has ended."""
+    """The steps of docs/machines.md; returns the seconds until the first run has ended."""
     began = time.monotonic()
     machines.ask("hub", "commonweight init")
     machines.begin("hub", "commonweight up" + " --host ::" * network.ipv6)
@@ -184,7 +184,7 @@ def back_after(
 ) -> float:
     """Seconds from the network's return until the agent takes part again."""
     lost()
-    time.sleep(45)  # longer than Flower's patience: the session is gone
+    time.sleep(45)  # longer than Flower's timeout, so the session is lost
     back()
     began = time.monotonic()
     machines.ask("hub", "commonweight run start ping --rounds 1 --quorum 2 --follow")
@@ -192,7 +192,7 @@ def back_after(
 
 
 def main() -> None:
-    # Ended from outside as by Ctrl-C: so that namespaces and programs end as well.
+    # Handle SIGTERM like Ctrl-C, so that namespaces and programs end as well.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.faults.new_user", description=__doc__

@@ -12,7 +12,7 @@ from typing import Any
 
 Entry = dict[str, Any]
 
-#: Marks in the page of docs between which the table stands.
+#: Marks around the table in the page of the docs.
 BEGINS, ENDS = "<!-- faults: begins -->", "<!-- faults: ends -->"
 
 
@@ -31,7 +31,7 @@ class Row:
     worst: float = 0.0
 
     def add(self, case: str, seed: int, found: Sequence[str], figure: float = 0.0) -> None:
-        """Count one case; what was found is said at once, with what is needed to see it again."""
+        """Count one case; print a finding at once, with the arguments to reproduce it."""
         self.cases += 1
         self.passed += not found
         self.worst = max(self.worst, figure)
@@ -42,7 +42,7 @@ class Row:
         print(f"  {case} (seed {seed}): {told}, {figure:.1f}", flush=True)
 
     def entry(self) -> Entry:
-        """The row of the results file."""
+        """The row for the results file."""
         return {
             "fault": self.fault,
             "cases": self.cases,
@@ -55,7 +55,7 @@ class Row:
         }
 
     def entry_with(self, before: Entry) -> Entry:
-        """The row with the cases of an earlier part, which had other seeds."""
+        """The row merged with an earlier part, which had other seeds."""
         both = self.entry() | {
             key: self.entry()[key] + before[key] for key in ("cases", "violations")
         }
@@ -66,7 +66,7 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows for a person."""
+    """The rows as text."""
     lines = [f"{'fault':58} {'cases':>8} {'violations':>10}  figure"]
     for row in rows:
         figure = row.entry()["figure"] + (f" ({row.about})" if row.about else "")
@@ -75,7 +75,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _number(fault: str) -> int:
-    """Of the first row of the fault list that a row here is about."""
+    """The number of the first row of the fault list in this row."""
     found = re.match(r"\d+", fault)
     return int(found[0]) if found else 99
 
@@ -108,7 +108,7 @@ def page(path: Path) -> str:
 
 
 def tell(page_path: Path, results: Path) -> None:
-    """Put the table into a page, between its two marks."""
+    """Write the table into a page, between its two marks."""
     head, _, rest = page_path.read_text().partition(BEGINS)
     tail = rest.partition(ENDS)[2]
     page_path.write_text(f"{head}{BEGINS}\n\n{page(results)}\n\n{ENDS}{tail}")

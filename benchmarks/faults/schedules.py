@@ -14,16 +14,16 @@ _BATCH, _TELL_EVERY = 500, 10_000
 
 
 def _batch(first: int) -> tuple[int, list[tuple[int, str]]]:
-    """Seeds `first` to `first + _BATCH`: how many, and what was wrong."""
+    """Run seeds `first` to `first + _BATCH`; return their number and the findings."""
     seeds = range(first, first + _BATCH)
     return len(seeds), [(seed, text) for seed in seeds for text in violations(seed)]
 
 
 def simulate(count: int, first: int = 0) -> Row:
-    """At least `count` schedules, from seed `first` on."""
+    """Run at least `count` schedules, from seed `first` on."""
     row = Row("1–5, 10, 18, 22–24, 31, 36 simulated schedules", "schedules a minute")
     began = time.monotonic()
-    # Spawned: nothing of this process, its threads least of all, is in them.
+    # Spawned, so that they share nothing with this process and its threads.
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for done, found in pool.imap_unordered(_batch, range(first, first + count, _BATCH)):
             row.cases += done
@@ -38,7 +38,7 @@ def simulate(count: int, first: int = 0) -> Row:
 
 
 def planted(most: int = 3000) -> Row:
-    """Each planted bug is found; the figure is the seed that finds it."""
+    """Each planted bug must be found; the figure is the seed that finds it."""
     row = Row("planted bugs are found", "bug: first seed")
     found = []
     for bug in BUGS:
@@ -53,5 +53,5 @@ def planted(most: int = 3000) -> Row:
 
 
 def first_seed(bug: str, seeds: Iterable[int]) -> int | None:
-    """The first schedule in which a planted bug does harm."""
+    """The first schedule that finds a planted bug."""
     return next((seed for seed in seeds if violations(seed, bug)), None)

@@ -59,7 +59,7 @@ class Agent:
         self._coordinator, self._random = coordinator, random
         self.acknowledged: list[bytes] = []
         self.trained: Counter[str] = Counter()
-        #: Answers that gave way to those of another question.
+        #: Answers that were replaced by the answer to another request.
         self.forgot: Counter[str] = Counter()
         self.skew_s = 0.0
         self._lives = self._made = 0
@@ -75,18 +75,18 @@ class Agent:
         self._doing = self._live()
 
     def die(self, *, power: bool) -> None:
-        """SIGKILL, or the plug; and up again."""
+        """Crash or lose power, then start again."""
         self._doing.close()
         if power:
             self._disk.lose_power()
         self._begin()
 
     def cut_off(self) -> None:
-        """The coordinator has died: whoever waits for its answer hears that."""
+        """The coordinator has died: fail the requests that wait for its answer."""
         self._session = 0
 
     def step(self, now: float) -> None:
-        """Go on to the next place where it could die."""
+        """Run until the next step at which it could die."""
         self._now = now
         if now >= self._said_at + _SIGN_OF_LIFE_S:
             self._announce()
@@ -156,7 +156,7 @@ class Agent:
                 yield
 
     def _look(self) -> None:
-        """Is the session still the one that the coordinator knows?"""
+        """Whether the coordinator still knows the session."""
         if self._coordinator.sessions.get(self.peer) != self._session:
             raise Lost
 
@@ -227,7 +227,7 @@ class Agent:
         return told
 
     def _forget(self, work: Work | None = None) -> None:
-        """The outbox gives way to another question's answer."""
+        """Replace the outbox by the answer to another request."""
         if (kept := self._disk.read("finished")) is not None:
             key = kept.partition("\n")[0]
             if work is None or key != _key(work):

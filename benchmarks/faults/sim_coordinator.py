@@ -50,13 +50,13 @@ class Asked(NamedTuple):
 
 
 class Settling:
-    """The future of an acknowledgement: None, then whether the ledger has it."""
+    """The future of an acknowledgment: None, then whether it is in the ledger."""
 
     settled: bool | None = None
 
 
 class Coordinator:
-    """One run. `ledger` and `disk` outlive a death, all else begins anew."""
+    """A run. `ledger` and `disk` survive a crash; all else is lost."""
 
     def __init__(
         self, ledger: list[bytes], disk: Disk, network: Network, peers: Sequence[str], bug: str
@@ -69,7 +69,7 @@ class Coordinator:
         self._begin()
 
     def _begin(self) -> None:
-        """A new life: everything in memory comes from the ledger."""
+        """Restart: rebuild the memory from the ledger."""
         past = [run_events.decode(body) for body in self.ledger]
         self.run: Run = transitions.replay(RUN, past)
         if self._bug == "forget-pending" and len(past) > 1:
@@ -99,7 +99,7 @@ class Coordinator:
         self._doing = self._drive()
 
     def die(self, *, power: bool) -> None:
-        """SIGKILL, or the plug; and up again."""
+        """Crash or lose power, then start again."""
         self._doing.close()
         if power:
             self.disk.lose_power()
@@ -108,13 +108,13 @@ class Coordinator:
         self._begin()
 
     def step(self) -> None:
-        """Go on to the next place where it could die."""
+        """Run until the next step at which it could die."""
         next(self._doing, None)
 
     # --- requests (hub, lane, superlink) ---
 
     def open(self, peer: str) -> int:
-        """A session's number; what the last one was given is taken back."""
+        """Open a session and return its number; work of the last session is canceled."""
         self.sessions[peer] = self.sessions.get(peer, 0) + 1
         self.mailbox[peer].clear()
         self._misfits.discard(peer)
@@ -135,7 +135,7 @@ class Coordinator:
             self.disk.sync()
 
     def hand_in(self, question: str, claim: bytes) -> Settling:
-        """A reply; the answer to it is there once it is settled."""
+        """Take a reply; its answer is ready once it is acknowledged."""
         settling = Settling()
         if question in self.outstanding:
             settling = self._settling.setdefault(question, settling)
@@ -153,12 +153,12 @@ class Coordinator:
         return self.disk.read(f"version {digest}") is not None
 
     def expire(self, peer: str) -> None:
-        """The peer's heartbeats have run out."""
+        """The peer's heartbeats are missing."""
         if self.sessions.pop(peer, None) is not None:
             self._changed = True
 
     def missed_heartbeat(self, agent: object) -> None:
-        """Nobody's here: in calm every agent that has a session keeps it."""
+        """Nothing to do: without faults every agent keeps its session."""
         self._changed = True
 
     def _hear(self, envelope: Envelope, now: float) -> None:
@@ -261,7 +261,7 @@ class Coordinator:
         yield
 
     def _sweep(self, peers: set[str]) -> None:
-        """Uploads of these peers, who have none under way, that count for nothing."""
+        """The unused uploads of these peers, which have none in progress."""
         for peer in peers - self.run.assignments.keys():
             kept = {f"update {peer} {one.update.digest}" for one in self.run.buffer}
             for name in self.disk.names(f"update {peer} "):
@@ -269,7 +269,7 @@ class Coordinator:
                     self.disk.remove(name)
 
     def _ask_given(self) -> Iterator[None]:
-        """Buffered: each peer's own training."""
+        """For buffered runs: the training of each peer."""
         longest = self.run.spec.deadline_s
         found = [(q, a) for q, a in self.outstanding.items() if a.kind == "train"]
         if self.run.assignments:

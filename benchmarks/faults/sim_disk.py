@@ -6,7 +6,7 @@ from random import Random
 
 
 class Disk:
-    """Small values by name. A write is a rename of a synced file: whole, but not yet durable."""
+    """Small values by name. A write is a rename of a synced file: atomic, but not yet durable."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -23,12 +23,12 @@ class Disk:
         self._unsynced[name] = None
 
     def names(self, start: str) -> list[str]:
-        """Names that begin so, as they are seen now."""
+        """The names with this prefix, as seen now."""
         every = sorted(self._durable.keys() | self._unsynced.keys())
         return [name for name in every if name.startswith(start) and self.read(name) is not None]
 
     def sync(self) -> None:
-        """All that was written is durable from now on."""
+        """Make all writes durable."""
         for name, value in self._unsynced.items():
             if value is None:
                 self._durable.pop(name, None)
@@ -37,7 +37,7 @@ class Disk:
         self._unsynced.clear()
 
     def lose_power(self) -> None:
-        """Each unsynced change is lost or kept, whatever came before or after it."""
+        """Lose or keep each unsynced change, independently of the others."""
         kept = {n: v for n, v in self._unsynced.items() if self._random.random() < 0.5}
         self._unsynced = kept
         self.sync()

@@ -14,13 +14,13 @@ from protocols.model.weights import TensorSpec
 from protocols.tables import preprocessing
 from protocols.tables.statistics import ColumnStatistics, Moments, TableStatistics
 
-#: Between a claim and what goes with it; neither has a line end.
+#: Separates a claim and its description; neither contains a line end.
 _BETWEEN = b"\n"
 _FAILED = b"failed "
 
 
 class Told(NamedTuple):
-    """A peer's answer as it travels: a claim, with a description where that was asked for."""
+    """Encode a peer's answer: a claim, with a description if that was requested."""
 
     claim: bytes
     description: bytes = b""
@@ -30,7 +30,7 @@ class Told(NamedTuple):
 
 
 def unpack(payload: bytes) -> Told:
-    """Raises UpdateRefused for a peer's own word that it cannot do the work."""
+    """Raise UpdateRefused if the peer says that it cannot do the work."""
     if payload.startswith(_FAILED):
         code, _, words = payload.removeprefix(_FAILED).decode().partition(": ")
         raise UpdateRefused(code, words)
@@ -53,12 +53,12 @@ def read(told: Told, digest: str) -> Description:
 
 
 def settings(spec: RunSpec, fixed: str) -> dict[str, str | int | float | bool]:
-    """A run's settings as peers get them."""
+    """The settings of a run as sent to peers."""
     return {**spec.settings, **({"preprocessing": fixed} if fixed else {})}
 
 
 def describe(work: Work, *, fits: bool) -> Description:
-    """A table while its preprocessing is not fixed, where the run is about tables; else a card."""
+    """A table, if the run needs a preprocessing that is not agreed yet; else a card."""
     fixed = str(work.settings.get("preprocessing", ""))
     if "target" in work.settings and not fixed:
         some = ColumnStatistics(kind="number", moments=Moments(10, 1.0, 2.0))
@@ -68,7 +68,7 @@ def describe(work: Work, *, fits: bool) -> Description:
 
 
 def compare(work: Work, *, fits: bool) -> None:
-    """Raise SchemaMismatch unless this peer is as the work says that all are."""
+    """Raise SchemaMismatch unless this peer has the schema in the work."""
     if work.kind == "describe" or not work.card:
         return
     own = describe(work, fits=fits)

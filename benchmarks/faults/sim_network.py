@@ -13,18 +13,18 @@ T = TypeVar("T")
 
 
 class Lost(Exception):
-    """No answer came: the request may have arrived, or may yet arrive."""
+    """No answer came; the request may have arrived, or may arrive later."""
 
 
 class Delayed(NamedTuple):
-    """A request that its sender has given up and that is still under way."""
+    """A request whose sender has timed out, and which may still arrive."""
 
     request: Callable[[], Any]
     times: int
 
 
 class Network:
-    """`cut` peers reach nobody. In `calm` everything arrives, once and in order."""
+    """The network. `cut` peers are offline. If `calm`, everything arrives, once and in order."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
@@ -45,18 +45,18 @@ class Network:
         dice = self._random.random()
         if dice < 0.85:
             return request()
-        if dice < 0.90:  # it arrives, the answer does not
+        if dice < 0.90:  # it arrives, but its answer does not
             request()
-        elif dice < 0.97:  # it arrives later than its sender waits, or twice
+        elif dice < 0.97:  # it arrives after the sender's timeout, or twice
             self.limbo.append(Delayed(request, self._random.randint(1, 2)))
         raise Lost
 
     def publish(self, message: Envelope | str) -> None:
-        """On MQTT: presence of a peer, or a doorbell for it (its name)."""
+        """Publish on MQTT: the presence of a peer, or a doorbell for it (its name)."""
         self._mqtt.append(message)
 
     def deliver(self, now: float) -> None:
-        """One thing that is under way arrives, is lost, or arrives and stays under way."""
+        """One message arrives, is lost, or arrives and will arrive again."""
         if self.limbo and (self.calm or self._random.random() < 0.3):
             late = self.limbo.pop(self._random.randrange(len(self.limbo)))
             for _ in range(late.times):
@@ -65,7 +65,7 @@ class Network:
             return
         index = 0 if self.calm else self._random.randrange(len(self._mqtt))
         message = self._mqtt[index]
-        if self.calm or self._random.random() > 0.1:  # else it comes once more
+        if self.calm or self._random.random() > 0.1:  # else it arrives again
             del self._mqtt[index]
         peer = message if isinstance(message, str) else message.sender
         if not self.calm and (self.cut[peer] or self._random.random() < 0.1):
@@ -73,7 +73,7 @@ class Network:
         if isinstance(message, str):
             self.agents[message].rung = True
         else:
-            # A broker keeps the order of lives: nothing of the last comes after this one's first.
+            # A broker keeps the order of sessions: no old message follows one of the new session.
             ended = [m for m in self._mqtt if _is_before(m, message)]
             self._mqtt = [m for m in self._mqtt if m not in ended]
             self.hear(message, now)

@@ -37,7 +37,7 @@ _CALM_STEPS = 7000
 
 
 class Schedule:
-    """One seed's fleet. `bug` plants one of BUGS, to see that it is found."""
+    """The fleet of one seed. `bug` plants one of BUGS to test the checker."""
 
     def __init__(self, seed: int, bug: str = "") -> None:
         self.random = Random(seed)
@@ -49,18 +49,20 @@ class Schedule:
             quorum=self.random.randint(1, 3),
             deadline_s=self.random.choice((20.0, 60.0, 200.0)),
         )
-        if seed % 3 == 0:  # no draw: the others are what they were
+        if seed % 3 == 0:  # no random draw, so that other values stay the same
             buffer, most = 1 + seed // 3 % 4, seed // 12 % 4
             spec = replace(spec, mode="buffered", quorum=1, buffer=buffer, max_staleness=most)
         misfit = ""
-        if seed % 4 == 1:  # no draw here either
+        if seed % 4 == 1:  # no random draw here either
             misfit = PEERS[-1] if seed // 4 % 3 == 1 else ""
             tables = {"target": "y"} if seed // 4 % 2 else {}
-            quorum = min(spec.quorum, len(PEERS) - bool(misfit))  # who does not fit, never will
+            quorum = min(
+                spec.quorum, len(PEERS) - bool(misfit)
+            )  # an incompatible peer stays incompatible
             spec = replace(spec, handshake=True, settings=tables, quorum=quorum)
         news: list[run_events.RunEvent] = [run_events.RunStarted(spec)]
         disk = Disk(self.random)
-        if self.random.random() < 0.7:  # the others begin with the first weights of a peer
+        if self.random.random() < 0.7:  # the other runs start from the first weights of a peer
             news.append(run_events.WeightsInitialised("first", "file"))
             disk.write("version first", "first")
             disk.sync()
@@ -83,7 +85,7 @@ class Schedule:
         self._seen = 0
 
     def play(self) -> list[str]:
-        """Faults, then calm; what is wrong, in sentences."""
+        """Run with faults, then without; return the findings as sentences."""
         try:
             for _ in range(STEPS):
                 self._step()
@@ -92,7 +94,7 @@ class Schedule:
         return self.end()
 
     def end(self) -> list[str]:
-        """Calm, in which the run must end; what is wrong, in sentences."""
+        """Run without faults until the run ends; return the findings as sentences."""
         try:
             self._calm_down()
         except checker.Violation as err:
@@ -139,12 +141,12 @@ class Schedule:
     def coordinator_dies(self, *, power: bool) -> None:
         self._in_order()
         self.coordinator.die(power=power)
-        self.network.limbo.clear()  # its connections end with it
+        self.network.limbo.clear()  # its connections close too
         self.died["coordinator"] += 1
         self.found += self._missing()
 
     def _missing(self) -> Iterator[str]:
-        """What the run goes on from must be on disk: its version, and what it has accepted."""
+        """The version of the run and its accepted updates must be on disk."""
         run, disk = self.coordinator.run, self.coordinator.disk
         if run.head and disk.read(f"version {run.head}") is None:
             yield f"version {run.head} is not on disk"
@@ -154,7 +156,7 @@ class Schedule:
                 yield f"{peer}'s accepted update {update.digest} is not on disk"
 
     def _in_order(self) -> None:
-        """The ledger only grows, and its replay is the run in memory."""
+        """The ledger only grows, and replaying it gives the state in memory."""
         past = [run_events.decode(body) for body in self.coordinator.ledger]
         if len(past) < self._seen:
             self.found.append("the ledger has lost an entry")
@@ -178,13 +180,13 @@ class Schedule:
             for agent in self.agents.values():
                 agent.step(self.now)
             self.network.deliver(self.now)
-            if turn % 50 == 49:  # heartbeats run out, slow polls come round
+            if turn % 50 == 49:  # heartbeats time out, slow polls run
                 for agent in self.agents.values():
                     self.coordinator.missed_heartbeat(agent)
         else:
             waits = decisions.decide(self.coordinator.run, self.coordinator.view())
             raise checker.Violation(f"in calm the run does not end: {waits}")
-        for _ in range(40):  # what is under way arrives
+        for _ in range(40):  # messages in transit arrive
             self.coordinator.step()
             for agent in self.agents.values():
                 agent.step(self.now)
@@ -203,7 +205,7 @@ class Schedule:
 
 
 def violations(seed: int, bug: str = "") -> list[str]:
-    """What a schedule's seed leads to; empty if all invariants hold."""
+    """The findings of one schedule; empty if all invariants hold."""
     return Schedule(seed, bug).play()
 
 

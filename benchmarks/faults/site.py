@@ -21,15 +21,15 @@ from protocols.failpoints import TRUTH, VARIABLE
 from tests.support.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports
 from tests.support.waiting import wait_for
 
-#: The same in every run with the same seed, on the same peers: a little real training.
+#: A little real training, the same in every run with the same seed and peers.
 TRAINING: dict[str, Setting] = {"epochs": 1, "max_steps": 5}
-#: Nobody listens there.
+#: Nothing listens on this port.
 NO_BROKER = ("--mqtt-url", "mqtt://127.0.0.1:9")
 WITHIN_S = 180.0
 
 
 class Site(Fleet):
-    """A fleet on fixed ports. `armed` holds the failpoints of programs that are started next."""
+    """A fleet on fixed ports. `armed` has the failpoints for the programs that start next."""
 
     def __init__(self, folder: Path, chosen: dict[str, str]) -> None:
         super().__init__(folder, chosen)
@@ -51,9 +51,9 @@ class Site(Fleet):
     # --- coordinator ---
 
     def rise(self, spec: str = "") -> float:
-        """Start the coordinator, armed or not; seconds until it answers."""
+        """Start the coordinator, with its failpoints; return the seconds until it answers."""
         began = time.monotonic()
-        (self.home / "up.json").unlink(missing_ok=True)  # what a killed one left
+        (self.home / "up.json").unlink(missing_ok=True)  # left by a killed one
         self.armed["coordinator"] = spec
         said = len(self.programs["up"].log) if "up" in self.programs else 0
         try:
@@ -61,11 +61,11 @@ class Site(Fleet):
         except AssertionError as err:
             raise AssertionError(self.programs["up"].log[said:]) from err
         finally:
-            self.armed["coordinator"] = ""  # the commands that ask it are not armed
+            self.armed["coordinator"] = ""  # other commands have no failpoints
         return time.monotonic() - began
 
     def rise_and_fall(self, spec: str) -> None:
-        """Start a coordinator that does not live to answer."""
+        """Start a coordinator that dies before it answers."""
         self.armed["coordinator"] = spec
         words = ("up", "--host", "127.0.0.1", "--port", str(self.port), *self.options)
         program = self._start("up", [COORDINATOR, *words], self._env())
@@ -73,14 +73,14 @@ class Site(Fleet):
         program.wait(WITHIN_S)
 
     def dead(self, name: str) -> None:
-        """Wait until this program has died."""
+        """Wait until this program is dead."""
         process = self.programs[name].process
         wait_for(lambda: process.poll() is not None, f"{name} has died", WITHIN_S)
 
     # --- agents ---
 
     def start(self, *names: str) -> None:
-        """Start these agents; wait for their sessions, and for MQTT where there is a broker."""
+        """Start these agents; wait for their sessions, and for MQTT if there is a broker."""
         if "--mqtt-url" not in self.options:
             super().start(*names)
             return
@@ -90,17 +90,17 @@ class Site(Fleet):
             self.until_agent(name, "has its session", lambda told: told["session"])
 
     def background_agent(self, name: str) -> None:
-        """Start an agent and wait for nothing."""
+        """Start an agent and do not wait."""
         self._start(name, [AGENT, "run"], self._env(name))
 
     def redirect(self, name: str, port: int) -> None:
-        """Let this machine reach the coordinator through another port."""
+        """Change the port at which this machine reaches the coordinator."""
         home = self.folder / name
         enrollment = settings.read_enrollment(home)
         settings.write_enrollment(home, replace(enrollment, addresses=(f"127.0.0.1:{port}",)))
 
     def peer(self, name: str) -> str:
-        """The id of this machine's peer."""
+        """The peer id of this machine."""
         return settings.read_enrollment(self.folder / name).peer
 
     def enlist(self, *names: str) -> None:
@@ -108,7 +108,7 @@ class Site(Fleet):
         self.start(*names)
 
     def come_back(self, name: str, spec: str = "") -> None:
-        """Start an agent, armed or not, and wait for its session."""
+        """Start an agent, with its failpoints, and wait for its session."""
         self.armed[name] = spec
         self.start(name)
         self.armed[name] = ""
@@ -127,7 +127,7 @@ class Site(Fleet):
         late: Literal["drop", "fold"] = "drop",
         handshake: bool = False,
     ) -> str:
-        """Start a run; its id as the ledger has it, also if the coordinator dies of the order."""
+        """Start a run; return its id from the ledger, also if the coordinator dies meanwhile."""
         known = checker.run_names(self.home)
         spec = RunSpec(
             task=task,
@@ -151,26 +151,26 @@ class Site(Fleet):
         return new[0]
 
     def facts(self, run: str, kind: str = "") -> list[Fact]:
-        """What the ledger says of a run: all, or the facts of a kind."""
+        """The events of a run in the ledger: all, or those of a kind."""
         return checker.read_facts(self.home, run, kind)
 
     def ended(self, run: str) -> str:
-        """How a run ended; empty while it has not."""
+        """How a run ended; empty if it has not."""
         return checker.ended(self.facts(run, "Run"))
 
     def until_versions(self, run: str, count: int = 1) -> None:
-        """Wait until a run has committed so many versions."""
+        """Wait until a run has committed this many versions."""
         wait_for(
             lambda: len(self.facts(run, "VersionCommitted")) >= count, f"{count} rounds of {run}"
         )
 
     def outcome(self, run: str, within_s: float = WITHIN_S) -> list[Fact]:
-        """The facts of a run, once it has ended."""
+        """Wait until a run has ended; return its events."""
         wait_for(lambda: self.ended(run), f"run {run} ended", within_s, every_s=0.1)
         return self.facts(run)
 
     def violations(self, names: Sequence[str]) -> list[str]:
-        """What the checker finds; each look must extend the last."""
+        """The findings of the checker; each ledger must extend the last one."""
         truths = [checker.read_truth(self.truth_file(name)) for name in names]
         found = checker.violations(self.home, truths, self._seen)
         self._seen = checker.read_ledger(self.home)
@@ -179,7 +179,7 @@ class Site(Fleet):
 
 @contextmanager
 def site(folder: Path, **chosen: str) -> Iterator[Site]:
-    """A Site whose processes all end with the block."""
+    """A Site whose processes end with the block."""
     made = Site(folder, chosen)
     with closing(made):
         yield made

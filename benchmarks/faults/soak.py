@@ -21,19 +21,19 @@ from tests.support.fleet_harness import descendants
 from tests.support.waiting import wait_for
 
 NAMES = ("ada", "bob", "cyd")
-#: These are never killed, so that their memory can be followed.
+#: These are never killed, so that their memory can be measured.
 STEADY = ("bob", "cyd")
 _SAMPLE_EVERY_S = 5.0
-#: What a process needs until it has seen everything once is no growth.
+#: Memory growth until a process has done everything once does not count.
 _SETTLED_AFTER_S = 90.0
 _MB = 1 << 20
 
 
 class Memory:
-    """Resident bytes of processes over time; `slope` is a least-squares line's, in MB an hour.
+    """Resident bytes of processes over time; `slope` of a least-squares line, in MB per hour.
 
-    The coordinator keeps a few KB of each round that a run has closed: `rounds` says how many those
-    were, so that what grows with the work can be told from what grows with time.
+    The coordinator keeps a few KB per closed round: `rounds` is the number of these,
+    to separate growth with work from growth with time.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Memory:
             self._samples[f"{name} {pid}"].append((time.monotonic(), rss / _MB, rounds))
 
     def slope(self, name: str) -> tuple[float, float, int] | None:
-        """MB an hour, seconds and rounds of this program's longest life; None if too short."""
+        """MB per hour, seconds and rounds of this program's longest life; None if too short."""
         lives = [samples for key, samples in self._samples.items() if key.split()[0] == name]
         life = max(lives, key=len, default=[])
         settled = [sample for sample in life if sample[0] > life[0][0] + _SETTLED_AFTER_S]
@@ -60,7 +60,7 @@ class Memory:
 
 
 class Soak:
-    """One fleet, its faults by chance from `seed`."""
+    """A fleet with random faults from `seed`."""
 
     def __init__(self, fleet: Site, proxies: dict[str, Proxy], seed: int) -> None:
         self._fleet, self._proxies = fleet, proxies
@@ -71,7 +71,7 @@ class Soak:
         self.runs = 0
 
     def go_on(self, minutes: float) -> None:
-        """Faults until the time is up; the coordinator's deaths all in the first third."""
+        """Inject faults until the time is up; the coordinator dies only in the first third."""
         began = time.monotonic()
         ends, next_fault, sampled = began + minutes * 60, began + 5, 0.0
         while (now := time.monotonic()) < ends:
@@ -160,7 +160,7 @@ class Soak:
 
 
 def soak(folder: Path, minutes: float, seed: int) -> Row:
-    """Mixed faults for so long; then calm, in which the last run must end."""
+    """Mixed faults for a time; then the last run must end without faults."""
     row = Row("37 mixed soak, random faults", f"{minutes:g} minutes")
     with site(folder) as fleet:
         fleet.rise()

@@ -29,12 +29,12 @@ from tests.support.waiting import wait_for
 
 SEED = 1
 _LOOK_EVERY_S = 0.5
-#: A stand-in that was turned away tries again after so long.
+#: Seconds until a simulated agent that was refused tries again.
 _AGAIN_S = 0.5
 
 
 class Light(Agent):
-    """A real link and client in a thread that notes what was acknowledged to it."""
+    """A real client in a thread that records its acknowledgments."""
 
     acknowledged: list[Fact]
     opened_at = 0.0
@@ -53,7 +53,7 @@ class Light(Agent):
 
 
 def real(folder: Path, count: int) -> Row:
-    """`count` real links with work in hand lose the coordinator, and are all back soon."""
+    """`count` real clients lose the coordinator during work, and all reconnect soon."""
     row = Row(f"31 stampede: {count} real sessions", "all back s")
     with site(folder) as fleet:
         fleet.options = NO_BROKER
@@ -88,7 +88,7 @@ def real(folder: Path, count: int) -> Row:
 
 
 def _joined(fleet: Site, count: int) -> list[Light]:
-    """Agents that have joined over the public route, at work."""
+    """Working agents that have joined over the public route."""
     ticket = tickets.decode(fleet.ticket(count))
     ca_pem = (fleet.home / "ca.pem").read_bytes()
     context = ssl.create_default_context(cadata=ca_pem.decode())
@@ -110,7 +110,7 @@ def _joined(fleet: Site, count: int) -> list[Light]:
 
 
 def protocol(folder: Path, count: int) -> Row:
-    """`count` stand-ins open their sessions in the same moment, after a restart."""
+    """`count` simulated agents open their sessions at once, after a restart."""
     row = Row(f"31 stampede: {count:,} protocol-level sessions", "all back s")
     raise_open_file_limit()
     with site(folder) as fleet:
@@ -123,7 +123,7 @@ def protocol(folder: Path, count: int) -> Row:
 
 
 async def _all_open(fleet: Site, count: int) -> float:
-    """Seconds until all of them have a session with a coordinator that has just started."""
+    """Seconds until all have a session with a coordinator that has just started."""
     context = ssl.create_default_context(cafile=str(fleet.home / "ca.pem"))
     tally, few = Tally(), asyncio.Semaphore(64)
     peers = [StandIn(number, (HOST, fleet.port, context), tally) for number in range(count)]

@@ -25,7 +25,7 @@ TRAINING = 10
 ROUNDS = 100
 SEEDS = (1, 2, 3)
 Split = Literal["iid", "shards", "cameras"]
-#: How the pixels of a split are scaled, whatever the strategy and the codec.
+#: How the pixels of a split are scaled, for all strategies and codecs.
 PIXELS: Mapping[Split, str] = {"iid": "standard", "shards": "unit"}
 #: A small CNN over pictures, and the same with a normalisation before each ReLU.
 _PLAIN = "conv 16 5, pool, conv 32 5, pool, dense 64"
@@ -43,7 +43,7 @@ _PICTURES: Mapping[str, Setting] = {
 
 
 class Band(NamedTuple):
-    """Least and most of what is expected."""
+    """The expected range."""
 
     least: float
     most: float
@@ -62,9 +62,9 @@ class Course(NamedTuple):
     bands: Mapping[str, Band] = {}
     rounds: int = ROUNDS
     peers: int = PEERS
-    #: By the peer's number: what its change is multiplied by before it is sent.
+    #: The factor of each peer's change before it is sent, by the peer's number.
     attack: Mapping[int, float] = {}
-    #: What the accuracy is called: that of the shared model, or with the peers' own layers in it.
+    #: The metric of accuracy: of the shared model, or of models with personal layers.
     metric: str = "accuracy"
 
     def spec(self, seed: int, rounds: int) -> RunSpec:
@@ -100,7 +100,7 @@ class Course(NamedTuple):
 _IID = {"end": Band(0.947, 0.951), "to_90": Band(2, 4), "to_92": Band(5, 7), "to_93": Band(8, 10)}
 _SHARDS = {"best": Band(0.914, 0.924), "to_90": Band(39, 50)}
 
-#: The table that plain federated averaging is known by.
+#: The table of the FedAvg paper.
 REFERENCE = (
     Course("fp32, iid", "iid", bands=_IID),
     Course("int8, iid", "iid", "int8", bands=_IID),
@@ -137,7 +137,7 @@ _MOMENTUM: Mapping[str, Setting] = {"server_momentum": 0.9, "server_learning_rat
 _STANDARD: Mapping[str, Setting] = {"pixels": "standard"}
 _DERIVED: Mapping[str, Setting] = {"option": 3}
 
-#: What else was tried on two label shards a peer.
+#: Other settings with two label shards per peer.
 BETTER = (
     Course("scaffold, shards", "shards", strategy="scaffold"),
     Course("scaffold + sign, shards", "shards", "sign", "scaffold", _DERIVED),
@@ -156,7 +156,7 @@ BETTER = (
     Course("fedprox, shards", "shards", strategy="fedprox", strategy_args={"proximal_mu": 0.1}),
 )
 
-#: Two of ten peers turn the sign of what they learnt, and send it so or four times as large.
+#: Two of ten peers flip the sign of their change, and some send it four times as large.
 _TURNED: Mapping[int, float] = {0: -1.0, 1: -1.0}
 _LARGE: Mapping[int, float] = {0: -4.0, 1: -4.0}
 _AGAINST: Mapping[str, Mapping[str, Setting]] = {
@@ -166,7 +166,7 @@ _AGAINST: Mapping[str, Mapping[str, Setting]] = {
     "multikrum": {"num_malicious_nodes": 2, "num_nodes_to_select": 6},
 }
 
-#: Peers that lie: ten, of which all train in each of 30 rounds.
+#: Attacks: ten peers, all of which train in each of 30 rounds.
 LYING = tuple(
     Course(
         f"{strategy}, {name}",
@@ -182,7 +182,7 @@ LYING = tuple(
     if attack or strategy == "fedavg"
 )
 
-#: The same digits through ten cameras.
+#: The same digits from ten cameras.
 SHIFTED = tuple(
     Course(
         f"{name}, cameras",

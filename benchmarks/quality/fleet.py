@@ -47,7 +47,7 @@ from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.in_process_trainer import InProcess
 
-#: Where there is one, a folder in memory: what is synced here need not survive a power cut.
+#: A folder in memory, if there is one, because this data need not survive a power cut.
 MEMORY = Path("/dev/shm")
 
 
@@ -82,7 +82,7 @@ class Peer:
 
 
 class Liar(InProcess):
-    """A trainer that multiplies what it learnt by `factor`."""
+    """A trainer that multiplies its change by `factor`."""
 
     def __init__(self, data: DataSettings, threads: int, factor: float) -> None:
         super().__init__(data, threads)
@@ -115,7 +115,7 @@ class InProcessFleet:
         self.superlink = Superlink()
         self.grid = ClaimCheckGrid(self.superlink, self.lane)
         self._sign_key = identity.new_signing_key()
-        # Flower draws its node ids by chance: in their order, so that a seed picks the same peers.
+        # Flower draws random node ids; they are sorted, so that a seed selects the same peers.
         nodes = sorted(
             self.superlink.register_node(identity.node_public_pem(identity.new_node_key()))
             for _ in parts
@@ -141,7 +141,7 @@ class InProcessFleet:
         on_round: Callable[[state.Round], None] = lambda closed: None,
         first: Weights | None = None,
     ) -> Run:
-        """The whole of a run, from `first` on. Raises CommonweightError when it fails."""
+        """Run from the weights `first` to the end. Raises CommonweightError if the run fails."""
         random.seed(spec.seed)  # Flower samples from here
         run_id = f"run{spec.seed}"
         begun: list[run_events.RunEvent] = [run_events.RunStarted(spec)]
@@ -198,7 +198,7 @@ class InProcessFleet:
         )
 
     async def _work(self, loop: RunLoop) -> None:
-        """Peers work one after the other, each when its doorbell was rung."""
+        """Peers work one after the other, each after its doorbell."""
         while True:
             peer = await self._rung.get()
             await asyncio.to_thread(self._answer, self.peers[peer], self._node_of[peer])
@@ -218,7 +218,7 @@ def fleet_of(
     threads: int = 1,
     attack: Mapping[int, float] = MappingProxyType({}),
 ) -> Iterator[InProcessFleet]:
-    """A fleet over a temporary folder."""
+    """A fleet in a temporary folder."""
     memory = str(MEMORY) if MEMORY.is_dir() else None
     with TemporaryDirectory(prefix="commonweight-quality-", dir=memory) as folder:
         fleet = InProcessFleet(Path(folder), parts, threads, attack)

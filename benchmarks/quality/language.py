@@ -78,7 +78,7 @@ class Way(NamedTuple):
 
 
 def texts() -> list[str]:
-    """Of each topic and each module, the docstrings of this joined."""
+    """The texts of all topics and of the docstrings of all modules, by name."""
     found = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     library = Path(sysconfig.get_paths()["stdlib"])
     for module in sorted(library.rglob("*.py")):
@@ -86,7 +86,7 @@ def texts() -> list[str]:
             continue
         try:
             tree = ast.parse(module.read_bytes())
-        except SyntaxError:  # a file that shows what is not Python
+        except SyntaxError:  # a file that is not valid Python on purpose
             continue
         kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         told = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
@@ -95,7 +95,7 @@ def texts() -> list[str]:
 
 
 def parts(folder: Path) -> list[DataSettings]:
-    """Each peer's folder of text: every fourth."""
+    """The folder of text of each peer: every fourth text."""
     dealt, made = texts(), []
     for peer in range(PEERS):
         mine = folder / str(peer)
@@ -107,13 +107,13 @@ def parts(folder: Path) -> list[DataSettings]:
 
 
 def loss_on_held_out(tasks: list[TextLM], model: Weights) -> float:
-    """Nats a token over all peers' held-out windows."""
+    """Nats per token over all peers' held-out windows."""
     found = [task.evaluate(model, {**MODEL, "batch_size": 64}, lambda *_: None) for task in tasks]
     return sum(n * m["loss"] for n, m, *_ in found) / sum(n for n, *_ in found)
 
 
 def warmed(data: list[DataSettings], way: Way) -> Weights:
-    """The first weights after some steps of the first peer alone. Nothing is exchanged."""
+    """The first weights after some steps of the first peer alone, without exchange."""
     first = TextLM().init(way.seed, MODEL)
     if not way.warm:
         return first
@@ -206,7 +206,7 @@ def _told(number: int, loss: float | None) -> float:
 
 
 def measured(way: Way) -> dict[str, Any]:
-    """One row of the results."""
+    """A row of the results."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="commonweight-quality-") as folder:
         data = parts(Path(folder))
@@ -216,7 +216,7 @@ def measured(way: Way) -> dict[str, Any]:
 
 
 def read() -> dict[Way, dict[str, Any]]:
-    """What was measured; nothing if there is no file."""
+    """The earlier results; empty if there is no file."""
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     return {_way(**{name: row[name] for name in Way._fields}): row for row in rows}
 

@@ -58,7 +58,7 @@ def measure(course: Course, seed: int, rounds: int, cache: str) -> Row:
 
 
 def figures(accuracy: list[float | None]) -> dict[str, Any]:
-    """Best and last accuracy, and the rounds until 90, 92 and 93 % (None: not reached)."""
+    """Best and last accuracy, and the rounds until 90, 92 and 93 % (None if not reached)."""
     told = [value if value is not None else 0.0 for value in accuracy]
     reached = {
         f"to_{percent}": next(
@@ -74,7 +74,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def read(folder: Path) -> list[Row]:
-    """Rows measured before; none if there is no file."""
+    """The earlier rows; none if there is no file."""
     try:
         rows: list[Row] = json.loads((folder / RESULTS).read_text())["rows"]
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def read(folder: Path) -> list[Row]:
 
 
 def write(folder: Path, new: Iterable[Row]) -> list[Row]:
-    """Put rows in the place of older ones of the same course and seed; all that there are."""
+    """Replace older rows of the same course and seed; return all rows."""
     rows = {(row["course"], row["seed"]): row for row in (*read(folder), *new)}
     ordered = [rows[key] for key in sorted(rows)]
     machine = {
@@ -99,7 +99,7 @@ def write(folder: Path, new: Iterable[Row]) -> list[Row]:
     )
     body = {"about": about, "machine": machine, "rows": ordered}
     text = json.dumps(body, indent=1)
-    # One line for each curve rather than one for each number.
+    # One line per curve, not per number.
     text = _NUMBERS.sub(lambda found: " ".join(found.group().split()), text)
     (folder / RESULTS).write_text(text + "\n")
     return ordered

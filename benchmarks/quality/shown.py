@@ -52,7 +52,7 @@ def _held(band: Band, found: list[float | None]) -> bool:
     if None in found:
         return False
     mean = statistics.mean(value for value in found if value is not None)
-    # Accuracies are told to three digits, rounds as whole ones.
+    # Accuracies have three digits, rounds are integers.
     return band.least <= round(mean, 3 if mean < 1 else 0) <= band.most
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--present", type=int, help="only the load client, with so many agents")
     parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
     asked = parser.parse_args()
-    # Ended from outside as by Ctrl-C: so that we end what we have started.
+    # Handle SIGTERM like Ctrl-C, so that we end the processes that we have started.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
     results: dict[str, Any] = {"machine": report.machine(), "cases": []}
@@ -81,7 +81,7 @@ def _loads(asked: argparse.Namespace) -> tuple[tuple[int, int, int], ...]:
 
 
 def _measured(case: Case, *, with_stock: bool) -> dict[str, Any]:
-    """One row: passes of ours and of stock Flower in turn, and the floor beside them."""
+    """Measure one row: alternating passes of ours and of stock Flower, and the floor."""
     with_stock = with_stock and case.stock_rounds > 0
     own, theirs = [], []
     with _folder() as folder:

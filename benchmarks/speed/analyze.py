@@ -23,7 +23,7 @@ from coordinator.jobs.analysis import combine, validate
 from protocols.analytics.mergeable_states import ALPHA, PeerAnswer
 from protocols.analytics.parser import parse_query
 
-#: Carriers and their shares of the flights of a year from New York.
+#: Carriers and their shares of a year's flights from New York.
 CARRIERS = {
     "UA": 58665, "B6": 54635, "EV": 54173, "DL": 48110, "AA": 32729, "MQ": 26397, "US": 20536,
     "9E": 18460, "WN": 12275, "VX": 5162, "FL": 3260, "AS": 714, "F9": 685, "YV": 601, "HA": 342,
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def made(rows: int) -> pd.DataFrame:
-    """A year of flights, by seed."""
+    """A year of flights, generated from a seed."""
     chance = np.random.default_rng(2013)
     share = np.array(list(CARRIERS.values()), float)
     carrier = chance.choice(list(CARRIERS), rows, p=share / share.sum())

@@ -11,8 +11,8 @@ GB = 1_000 * MB
 class Case(NamedTuple):
     """`rounds` of ours and `stock_rounds` of stock Flower (0: not run) are measured in each pass.
 
-    One round more is run and dropped: it starts trainers and fetches the first weights.
-    `nominal_bytes` is the size that the name says, `model_bytes` the whole KB that are sent.
+    One more round is run and dropped, because it starts trainers and downloads the first weights.
+    `nominal_bytes` is the size in the name, `model_bytes` the size sent, a multiple of 1 KB.
     """
 
     name: str
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     rounds: int
     stock_rounds: int
     passes: int = 1
-    #: One more pass of each through a relay that counts bytes; its times are not used.
+    #: One more pass of each runs through a relay that counts bytes; its times are not used.
     counted: bool = False
 
     @property
@@ -33,14 +33,14 @@ class Case(NamedTuple):
         return self.kilobytes * 1024
 
 
-#: An empty round of stock Flower with eight agents takes half a minute: only in the full run.
+#: An empty round of stock Flower with eight agents takes half a minute, so only in the full run.
 QUICK = (
     Case("10 KB × 2", 2, 10_240, 60, 1),
     Case("10 KB × 8", 8, 10_240, 40, 0),
     Case("40 MB × 2", 2, 40 * MB, 12, 1),
 )
 
-#: A round of stock Flower takes from 7 s to a minute and differs little from the next: few do.
+#: A round of stock Flower takes 7 s to a minute, with little variation, so few rounds suffice.
 FULL = (
     Case("10 KB × 2", 2, 10_240, 120, 3, counted=True),
     Case("10 KB × 8", 8, 10_240, 80, 2),
@@ -55,5 +55,5 @@ FULL = (
 TINY = (Case("10 KB × 1", 1, 10_240, 3, 1), Case("1 MB × 2", 2, MB, 3, 1, counted=True))
 TINY_LOADS = ((20, 10, 2),)
 
-#: Agents that the load client stands in for: (present, in the rounds, rounds).
+#: Agents simulated by the load client: (present, in the rounds, rounds).
 LOADS = ((100, 100, 5), (500, 500, 4), (1_000, 1_000, 3), (2_000, 1_000, 3))

@@ -31,7 +31,7 @@ _PASSES = 3
 
 
 class _Memory:
-    """Keeps a coded file in memory, and the leftovers if they are wanted."""
+    """Keeps an encoded file in memory, and on request the residual."""
 
     def __init__(self, left: bool) -> None:
         self.left: list[Floats] | None = [] if left else None
@@ -55,7 +55,7 @@ class _Memory:
 
 
 def run(megabytes: int = 64) -> list[dict[str, Any]]:
-    """A row for each codec: ratios of bytes, headers in, and GB/s."""
+    """A row per codec: size ratios with headers, and GB/s."""
     rows = []
     for name in registry.NAMES[1:]:
         codec = registry.parse(name)
@@ -111,7 +111,7 @@ def _read_all(model: WeightReader) -> None:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of text; the first is the head, without the name's own column."""
+    """Rows of text; the first is the header, without the column of names."""
     head = ["fewer bytes: 2NN", "large", "encode GB/s", "decode GB/s", "both GB/s"]
     return [
         head,

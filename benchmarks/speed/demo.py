@@ -18,7 +18,7 @@ SPEC = RunSpec(task="mnist", rounds=ROUNDS, quorum=AGENTS - 1, deadline_s=120.0)
 
 
 class Demo:
-    """Five agents, each with a few of the digits, and their coordinator, which runs already."""
+    """A running coordinator, and five agents with a few digits each."""
 
     def __init__(self, fleet: DemoFleet, interrupts: Interrupts) -> None:
         self.fleet = fleet
@@ -26,7 +26,7 @@ class Demo:
         self._interrupts = interrupts
 
     def join(self) -> None:
-        """Start the agents; wait until all are there."""
+        """Start the agents and wait until all are connected."""
         threads = max(1, (os.cpu_count() or 1) // AGENTS)
         self.fleet.start_agents(self.remote, AGENTS, "shards", threads)
         self.until(all_there, AGENTS)
@@ -52,7 +52,7 @@ def all_there(fleet: Fleet) -> bool:
 
 @contextmanager
 def demo() -> Iterator[Demo]:
-    """A demo, gone at the end."""
+    """A demo that ends with the block."""
     with temporary() as (fleet, interrupts):
         lived = Demo(fleet, interrupts)
         yield lived

@@ -182,7 +182,7 @@ def _expect(process: subprocess.Popen[str], line: str) -> None:
 
 
 def _be_a_peer(home: Path) -> None:
-    """Fetch the version that standard input names, and serve it until standard input ends."""
+    """Download the version named on standard input, and serve it until standard input ends."""
     logging.basicConfig(level=logging.WARNING, format=f"{home.name}: %(message)s")
     told = json.loads((home / "told.json").read_text())
     credentials = Credentials(

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 
 class Figures(NamedTuple):
-    """`seconds` of each measured round; CPU seconds a round, and memory, by kind of process.
+    """`seconds` of each measured round; CPU seconds per round, and memory, by kind of process.
 
-    Bytes are those of one round: of weights for ours, on the wire where a relay counted them.
+    Bytes of one round: of the weights for ours; on the wire if a relay counted them.
     """
 
     seconds: list[float]
@@ -26,7 +26,7 @@ class Figures(NamedTuple):
 
 
 def merged(passes: Sequence[Figures]) -> Figures:
-    """All rounds of all passes; the mean of their CPU, the highest of their memory."""
+    """All rounds of all passes, with the mean of CPU and the maximum of memory."""
     first = passes[0]
     return Figures(
         seconds=[second for figures in passes for second in figures.seconds],

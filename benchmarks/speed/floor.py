@@ -36,12 +36,12 @@ from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import HOST, ROOT
 
 _PIECE = 1 << 20
-#: A sample that fits into any machine stands for what is larger.
+#: Larger models are represented by a sample that fits into any machine.
 _IN_MEMORY = 256 * 1024 * 1024
 
 
 class Floor(NamedTuple):
-    """Seconds of each part of one round."""
+    """Seconds for each part of one round."""
 
     wire_s: float
     hash_s: float
@@ -102,7 +102,7 @@ def _one_round(links: list[ssl.SSLSocket], nbytes: int) -> tuple[float, float, f
 
     def down(link: ssl.SSLSocket) -> None:
         _send(link, piece, nbytes)
-        _receive(link, 1)  # the other end has it all
+        _receive(link, 1)  # the other side has received everything
 
     def hashed(link: ssl.SSLSocket) -> None:
         link.sendall(b"h")
@@ -143,7 +143,7 @@ def _receive(link: ssl.SSLSocket, nbytes: int) -> None:
 
 
 def _hash_here(case: Case, rounds: int) -> float:
-    """Seconds for the SHA-256 of all updates, a thread each."""
+    """Seconds for the SHA-256 of all updates, one thread each."""
 
     def work() -> None:
         threads = [
@@ -166,7 +166,7 @@ def _hash(nbytes: int) -> None:
 
 
 def _mean(case: Case) -> float:
-    """Seconds for the mean of the updates, 1 MB at a time; large models by a sample."""
+    """Seconds for the mean of the updates, 1 MB at a time; extrapolated for large models."""
     held = min(case.model_bytes, max(_IN_MEMORY // case.agents, _PIECE))
     updates = [np.ones(held // 4, np.float32) for _ in range(case.agents)]
     result = np.empty(held // 4, np.float32)
@@ -204,7 +204,7 @@ def _disk(case: Case, folder: Path, rounds: int) -> float:
 
 
 def _median(work: Callable[[], float | None], rounds: int) -> float:
-    """The median of what `work` returns, or of the seconds that it takes."""
+    """The median of the results of `work`, or of its duration."""
     found = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -214,7 +214,7 @@ def _median(work: Callable[[], float | None], rounds: int) -> float:
 
 
 def agent_end(port: int, nbytes: int, ca: str) -> None:
-    """An agent's end: takes a model, says so, hashes or sends one when told; until the close."""
+    """An agent: receives a model, confirms it, hashes or sends one on request, until the close."""
     context = ssl.create_default_context(cafile=ca)
     plain = socket.create_connection((HOST, port))
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

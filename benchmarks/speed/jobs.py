@@ -81,7 +81,7 @@ def _timed(work: Callable[[], list[Found]]) -> tuple[float, Found]:
 
 
 def _blocks(source: Path, folder: Path) -> list[Path]:
-    """The very blocks that a job has."""
+    """The same blocks as in a job."""
     given = prepare(source, folder, ".bytes")
     paths = []
     with (folder / f"{given.digest}.bytes").open("rb") as file:
@@ -92,13 +92,13 @@ def _blocks(source: Path, folder: Path) -> list[Path]:
 
 
 def _beside(model: Any, source: Path, folder: Path) -> tuple[dict[str, float | str], Found]:
-    """Seconds of each other way, or why it was not tried; the rows as one process finds them."""
+    """Seconds of each other way, or why it was not measured; and the rows of one process."""
     parts = [(model, path) for path in _blocks(source, folder)]
     seconds: dict[str, float | str] = {}
     seconds["one process"], expected = _timed(lambda: list(map(answers, parts)))
     cores = os.cpu_count() or 2
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        pool.map(abs, range(cores))  # its start is not counted: the fleet is up too
+        pool.map(abs, range(cores))  # without its start, as for the fleet
         seconds[f"Pool({cores})"], _ = _timed(lambda: pool.map(answers, parts))
     seconds[f"Dask, {cores} workers"] = _dask(model, folder, cores)
     return seconds, expected
@@ -127,7 +127,7 @@ def _spread(fleet: Fleet, run: str, source: Path, out: Path) -> tuple[float, dic
 
 
 def _kill_soon(fleet: Fleet) -> None:
-    """Kill a peer when the newest job has given it some rows."""
+    """Kill a peer when it has some rows of the newest job."""
     known = {job["job"] for job in fleet.data("job", "list")}
 
     def at_it() -> bool:
@@ -139,7 +139,7 @@ def _kill_soon(fleet: Fleet) -> None:
 
 
 def measure(name: str, make: Callable[[Path], int], folder: Path) -> dict[str, Any]:
-    """One table, all ways."""
+    """Measure one table in all ways."""
     source = folder / "rows.csv"
     features = make(source)
     chosen = {
@@ -158,7 +158,7 @@ def measure(name: str, make: Callable[[Path], int], folder: Path) -> dict[str, A
         calm_s, _ = _spread(fleet, run, source, folder / "calm.csv")
         killer = threading.Thread(target=_kill_soon, args=(fleet,))
         killer.start()
-        # With other names for the columns it is another job: the same would only be read again.
+        # Other column names make it another job; the answer of the same job would be reused.
         again = folder / "again.csv"
         again.write_bytes(source.read_bytes().replace(b"x", b"y"))
         hard_s, told = _spread(fleet, run, again, folder / "hard.csv")
@@ -179,7 +179,7 @@ def measure(name: str, make: Callable[[Path], int], folder: Path) -> dict[str, A
 
 
 def _difference(out: Path, expected: Found) -> float:
-    """How far the answers are from one process's; each row must be there once, in order."""
+    """The largest difference from the answers of one process; each row must appear in order."""
     with out.open(newline="") as file:
         found = np.array([[float(v) for v in row.values()] for row in csv.DictReader(file)])
     np.testing.assert_array_equal(found[:, 0], np.arange(len(expected)))

@@ -22,14 +22,14 @@ from tests.support.fleet_harness import HOST, Fleet, fleet
 
 _AT_ONCE = 64
 _IDLE_S = 20.0
-#: A round that nobody can end any more must not hold up the benchmark.
+#: A round that can no longer end must not block the benchmark.
 _RUN_WITHIN_S = 240.0
 _SEEN_WITHIN_S = 60.0
 _PROBES_PER_S = 20
 
 
 def run(present: int, working: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Figures of a fleet of `present` stand-ins, of which `working` take part in rounds."""
+    """Results of a fleet of `present` simulated agents, of which `working` take part in rounds."""
     raise_open_file_limit()
     with fleet(folder) as site:
         site.up()
@@ -37,7 +37,7 @@ def run(present: int, working: int, rounds: int, folder: Path) -> dict[str, Any]
 
 
 class _Load:
-    """One coordinator with its stand-ins."""
+    """A coordinator with its simulated agents."""
 
     def __init__(self, site: Fleet, present: int, working: int) -> None:
         self._site, self._remote = site, Remote(site.home)
@@ -79,7 +79,7 @@ class _Load:
         return self._found
 
     async def _step(self, name: str, step: Callable[[StandIn], Awaitable[None]]) -> None:
-        """One step of all, some at a time; its seconds."""
+        """Perform a step of all agents, some at a time; return the seconds."""
         limit = asyncio.Semaphore(_AT_ONCE)
 
         async def take(peer: StandIn) -> None:
@@ -93,7 +93,7 @@ class _Load:
         self._found[name] = time.monotonic() - began
 
     async def _presence(self, name: str, peers: Iterable[StandIn]) -> None:
-        """Seconds from a publish to its being in the coordinator's fleet: median, p99, most."""
+        """Seconds from a publish until it is in the coordinator's fleet: median, p99, maximum."""
         peers = list(peers)
         end = time.monotonic() + _SEEN_WITHIN_S
         while True:
@@ -102,7 +102,7 @@ class _Load:
             if not late or time.monotonic() > end:
                 break
             await asyncio.sleep(0.5)
-        # One that has said more since is left out: which of the two was seen then is not known.
+        # Agents that published again meanwhile are left out: it is unknown which message was seen.
         took = sorted(
             shown[p.peer].seen_at - p.said[1]
             for p in peers
@@ -117,9 +117,9 @@ class _Load:
         }
 
     async def _rest(self) -> None:
-        """CPU in percent of a core while nothing is asked of anybody."""
+        """CPU in percent of a core while the fleet is idle."""
         before, began = self._cpu(), time.monotonic()
-        await asyncio.sleep(_IDLE_S)  # the time in which nothing happens is what is measured
+        await asyncio.sleep(_IDLE_S)  # this measures the idle time
         lasted = time.monotonic() - began
         for kind, used in self._cpu().items():
             self._found[f"resting_{kind}_cpu_percent"] = 100 * (used - before[kind]) / lasted
@@ -135,7 +135,7 @@ class _Load:
         try:
             await asyncio.to_thread(program.wait, _RUN_WITHIN_S)
         except subprocess.TimeoutExpired:
-            pass  # told below: the run is not finished
+            pass  # reported below: the run is not finished
         finally:
             probing.cancel()
             program.kill()
@@ -155,7 +155,7 @@ class _Load:
         await self._presence("in_rounds", [p for p in self._peers if p.said[1] >= began])
 
     async def _probe(self) -> None:
-        """Let those who do not work say something now and then, as presence must not queue."""
+        """Let idle agents publish now and then, as presence must not queue."""
         while True:
             for peer in self._peers[len(self._working) :]:
                 peer.say()

@@ -57,11 +57,11 @@ _POLL_S = 15.0
 
 
 class TurnedAway(Exception):
-    """A request that was refused or not answered; it is in the tally."""
+    """A request that was refused or not answered; it is counted."""
 
 
 class Tally:
-    """What all stand-ins together have met, and the update that they all send."""
+    """The counts of all simulated agents together, and the update that all send."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -81,12 +81,12 @@ class Tally:
 
 
 class StandIn:
-    """One peer. `joined`, `opened` and `greeted` are its steps into the fleet, in this order."""
+    """A peer. `joined`, `opened` and `greeted` are the steps to connect, in this order."""
 
     def __init__(self, number: int, where: tuple[str, int, ssl.SSLContext], tally: Tally) -> None:
         self.name = f"load{number:04}"
         self._tally = tally
-        # As in the agent's pool: the second is opened only while the first is busy.
+        # Like the agent's pool, it opens the second only while the first is busy.
         self._http, self._second = (Http(*where, expiry_s=IDLE_CONNECTION_S) for _ in range(2))
         self._tls = where[2]
         self._sign_key, self._node_key = identity.new_signing_key(), identity.new_node_key()
@@ -119,7 +119,7 @@ class StandIn:
         self.peer, self._answer = answer.peer, answer
 
     async def opened(self) -> None:
-        """Open a session, and keep it."""
+        """Open a session and keep it open."""
         await self._open()
         self._tasks.append(asyncio.create_task(self._keep_beating()))
 
@@ -132,7 +132,7 @@ class StandIn:
         self._heard_at = time.monotonic()
 
     async def greeted(self) -> None:
-        """Log in to the broker and say that we are here."""
+        """Log in to the broker and publish the presence."""
         mqtt, fleet = self._answer.mqtt, self._answer.fleet
         self._topic = topics.presence(fleet, self.peer)
         self._voice = SequencedSigner(self.peer, self._sign_key.sign)
@@ -149,11 +149,11 @@ class StandIn:
         self._tasks.append(asyncio.create_task(self._keep_saying()))
 
     def work_on(self) -> None:
-        """From now on, look for work."""
+        """Start to poll for work."""
         self._tasks.append(asyncio.create_task(self._keep_working()))
 
     def say(self, work: Work | None = None) -> None:
-        """Publish what we do now."""
+        """Publish the current state."""
         state = PeerState.PAUSED if self.paused else PeerState.IDLE
         presence = self._presence(PeerState.TRAINING if work else state, work=work)
         envelope = self._voice.next_envelope(presence)
@@ -193,8 +193,8 @@ class StandIn:
                 async with asyncio.timeout(_POLL_S):
                     await self._doorbell.wait()
             except TimeoutError:
-                pass  # the poll that is due without a doorbell
-            except TurnedAway:  # a new session is asked again what this one was
+                pass  # the regular poll without a doorbell
+            except TurnedAway:  # a new session gets the same work again
                 with contextlib.suppress(TurnedAway):
                     await self._open()
 
@@ -241,7 +241,7 @@ class StandIn:
         if work.kind == "describe":
             claim = msgspec.structs.replace(claim, digest=digest, nbytes=len(data), num_examples=0)
         elif data:
-            self._attached = data  # few bytes go with the answer
+            self._attached = data  # small updates are sent with the answer
             claim = msgspec.structs.replace(claim, digest=digest, nbytes=len(data))
         payload, signature = SIGNED_CLAIM.seal(claim, self._sign_key.sign)
         self.say()
@@ -256,7 +256,7 @@ class StandIn:
         return Message(content, reply_to=message)
 
     async def _made(self, work: Work) -> tuple[str, bytes]:
-        """The bytes that answer the work; none for an evaluation."""
+        """The update for the work; none for an evaluation."""
         if work.kind in ("init", "describe"):
             settings = {name: v for name, v in work.settings.items() if name == "kilobytes"}
             if work.kind == "init":
@@ -316,7 +316,7 @@ class StandIn:
         return await self._sent("POST", path, headers, body)
 
     async def _sent(self, method: str, path: str, headers: dict[str, str], body: bytes) -> bytes:
-        """The answer's body. Raises TurnedAway when there is none or it is a refusal."""
+        """The body of the answer. Raises TurnedAway if there is none or it is a refusal."""
         self._tally.requests += 1
         where = path.rpartition("/")[0] if len(path) > 60 else path
         try:

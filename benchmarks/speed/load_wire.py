@@ -20,7 +20,7 @@ class Answer(NamedTuple):
 
 
 class Http:
-    """One keep-alive connection, opened again after `expiry_s` of rest, as httpx does it."""
+    """A keep-alive connection, reopened after `expiry_s` without use, like httpx."""
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext, expiry_s: float) -> None:
         self._host, self._port, self._tls, self._expiry_s = host, port, tls, expiry_s
@@ -101,7 +101,7 @@ class Mqtt:
         self._ping_s = keepalive_s * 0.8
 
     def publish(self, topic: str, payload: bytes) -> None:
-        """Send a retained message at QoS 1; its acknowledgement is not waited for."""
+        """Send a retained message at QoS 1, without waiting for its acknowledgment."""
         self._send(0x33, _text(topic) + struct.pack(">H", self._next()) + payload)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class Mqtt:
     async def _hear(self) -> None:
         while True:
             first, body = await self._packet()
-            if first >> 4 != 3:  # an acknowledgement or the answer to a ping
+            if first >> 4 != 3:  # an acknowledgment or the answer to a ping
                 continue
             end = 2 + struct.unpack(">H", body[:2])[0]
             if first & 0x06:

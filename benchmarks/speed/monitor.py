@@ -46,7 +46,7 @@ SIZE = (140, 40)
 
 
 class Crowd(ReadOnly):
-    """A `watch.Source`: `peers` that train, change their states now and then, and close rounds."""
+    """A Source with `peers` that train, sometimes change their states, and close rounds."""
 
     def __init__(self, peers: int, rate: int) -> None:
         self._ids = [f"PEER-{number:05d}" for number in range(peers)]
@@ -123,7 +123,7 @@ class Crowd(ReadOnly):
         )
 
     def fill(self, *, losses: int, rounds: int, events: int) -> None:
-        """Begin with histories of this length, as if it had run for long."""
+        """Start with histories of this length, as after a long run."""
         now = time.time()
         for number in range(rounds):
             reduce(self._fleet, self._envelope(COORDINATOR, self._closed(number)), now)
@@ -159,7 +159,7 @@ def _presence(state: PeerState) -> Presence:
 
 
 class Null(HeadlessDriver):
-    """Takes all that a terminal would get: it is made, and goes nowhere."""
+    """Discards the output for the terminal."""
 
     @property
     def is_headless(self) -> bool:
@@ -167,7 +167,7 @@ class Null(HeadlessDriver):
 
 
 class Watched(MonitorApp):
-    """Notes what each drawing costs, and when a screen is out."""
+    """Records the cost of each frame, and when it was written."""
 
     def __init__(self, source: Crowd) -> None:
         super().__init__(source)
@@ -203,14 +203,14 @@ class Watched(MonitorApp):
 
 
 async def measure(peers: int, rate: int, seconds: float) -> dict[str, Any]:
-    """Figures of one load."""
+    """Results of one load."""
     source = Crowd(peers, rate)
     app = Watched(source)
     process, keys_ms, memory = psutil.Process(), [], []
     running = asyncio.create_task(app.run_async(size=SIZE))
     try:
         await asyncio.sleep(3)
-        # In its place: a cursor that goes with its peer moves by itself, and a key may be undone.
+        # Set its position: a cursor that follows its peer could undo the key.
         app.query_one(FleetPage).follow = False
         app.frames_ms.clear()
         said, began, cpu = source.said, time.monotonic(), process.cpu_times()
@@ -245,7 +245,7 @@ async def measure(peers: int, rate: int, seconds: float) -> dict[str, Any]:
 
 
 async def _key(app: Watched, key: str) -> float:
-    """Press a key that moves the cursor: ms until a screen with it is out."""
+    """Press a key that moves the cursor; return the ms until the screen shows it."""
     table = app.query_one("#peer-table")
     before, out = table.cursor_row, asyncio.Event()  # type: ignore[attr-defined]
 

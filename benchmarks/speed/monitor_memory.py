@@ -36,9 +36,9 @@ from coordinator.remote.follower import RESYNC_S
 from protocols.messages.envelope import Envelope
 
 LOOK_EVERY_S = 5.0
-#: Two fetches of the whole fleet, every key below twice.
+#: Two fetches of the complete fleet, and every key below twice.
 WARM_UP_S = 2 * RESYNC_S + 30.0
-#: What a person does meanwhile: every page, a peer, moving about.
+#: Keys of a user: every page, a peer, cursor movements.
 KEYS = ("j", "j", "2", "j", "3", "k", "1", "G", "g", "enter", "2", "escape", "s", "z", "z")
 
 
@@ -47,7 +47,7 @@ class Apart(Crowd):
     is asked for."""
 
     def __init__(self, peers: int, rate: int) -> None:
-        super().__init__(1, rate)  # it makes nothing itself
+        super().__init__(1, rate)  # it creates no messages itself
         self._peers = peers
         self._asked: asyncio.Queue[asyncio.Future[bytes]] = asyncio.Queue()
         self._lines: asyncio.Queue[bytes] = asyncio.Queue()
@@ -92,7 +92,7 @@ class Apart(Crowd):
 
 
 async def crowd(peers: int, rate: int) -> None:
-    """The other end of `Apart`: messages, and a snapshot for each line that comes in."""
+    """The process of `Apart`: sends messages, and a snapshot for each line that it reads."""
     source = Crowd(peers, rate)
     source.fill(losses=MAX_LOSSES, rounds=MAX_ROUNDS_PER_RUN, events=MAX_EVENTS + 100)
     asked = asyncio.StreamReader()
@@ -117,7 +117,7 @@ def _say(line: bytes) -> None:
 
 
 async def measure(peers: int, rate: int, seconds: float, *, trace: bool) -> dict[str, Any]:
-    """Figures of one crowd."""
+    """Results of one fleet."""
     source = Apart(peers, rate)
     await source.begin()
     app = Watched(source)
@@ -146,7 +146,7 @@ async def measure(peers: int, rate: int, seconds: float, *, trace: bool) -> dict
 
 
 def _figures(looks: list[tuple[float, float, int]]) -> dict[str, Any]:
-    """Of (second, resident MB, blocks)."""
+    """The results of samples (second, resident MB, blocks)."""
     quarter = max(len(looks) // 4, 1)
     first, last = looks[:quarter], looks[-quarter:]
     slope = statistics.linear_regression([at for at, _, _ in looks], [mb for _, mb, _ in looks])
@@ -161,7 +161,7 @@ def _figures(looks: list[tuple[float, float, int]]) -> dict[str, Any]:
 
 
 async def _used(app: Watched, seconds: float) -> AsyncIterator[float]:
-    """Press a key at each look; how many seconds have passed."""
+    """Press a key at each sample; return the seconds since the start."""
     began = time.monotonic()
     for number in itertools.count():
         at = time.monotonic() - began

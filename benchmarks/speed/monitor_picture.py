@@ -21,7 +21,7 @@ SIZE = (140, 40)
 
 
 def is_telling(fleet: Fleet | None) -> bool:
-    """True late in the run, while some peers train and others have done so."""
+    """True late in the run, while some peers train and others are done."""
     run = current_run(fleet) if fleet else None
     if fleet is None or run is None or len(run.rounds) < ROUNDS // 2:
         return False
@@ -31,7 +31,7 @@ def is_telling(fleet: Fleet | None) -> bool:
 
 
 async def picture(home: Path) -> str:
-    """The screen as SVG. Raises RuntimeError if the run ended before it was worth a picture."""
+    """The screen as SVG. Raises RuntimeError if the run ended too early."""
     app = MonitorApp(LiveSource(home))
     async with app.run_test(size=SIZE) as pilot:
         while not is_telling(app.fleet):

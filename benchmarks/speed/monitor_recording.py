@@ -24,7 +24,7 @@ PAUSED, KILLED = "agent3", "agent5"
 
 
 def record(lived: Demo, out: Path) -> None:
-    """Live a demo, and write what a monitor hears of it."""
+    """Run a demo, and record the messages for a monitor."""
     environment = os.environ | {"COMMONWEIGHT_HOME": str(lived.fleet.home)}
 
     def commonweight(*words: str) -> None:

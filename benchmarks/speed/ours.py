@@ -19,7 +19,7 @@ from benchmarks.speed.relay import Relay
 from tests.support.fleet_harness import Fleet, fleet
 from tests.support.waiting import wait_for
 
-#: The process of the server's machine that holds the model.
+#: The process on the server's machine that has the model.
 SERVER = ("coordinator",)
 _RUN_WITHIN_S = 1_800.0
 
@@ -28,14 +28,14 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
     """A pass of `case`. `counted`: through a relay that counts, so its times mean nothing."""
     with _site(case.agents, folder, relayed=counted) as (site, relay):
         start = relay.counted() if relay else (0, 0)
-        ping(site, case, 1, seed=1)  # starts the trainers; its versions are other ones
+        ping(site, case, 1, seed=1)  # starts the trainers, with other versions
         spent, first = _cpu(site), relay.counted() if relay else (0, 0)
         history = ping(site, case, case.rounds + 1)["history"]
         cpu = {kind: seconds - spent.get(kind, 0.0) for kind, seconds in _cpu(site).items()}
         measured = history[1:]
         up = sum(closed["bytes_up"] for closed in measured) // case.rounds
         down = sum(closed["bytes_down"] for closed in measured) // case.rounds
-        if relay:  # what the longer run sent more than the one of one round
+        if relay:  # the longer run minus the run of one round
             now = relay.counted()
             up, down = ((now[i] - 2 * first[i] + start[i]) // case.rounds for i in (0, 1))
         return Figures(
@@ -49,13 +49,13 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
 
 
 def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
-    """Memory, and CPU in percent of a core, of a fleet that has worked and has nothing to do."""
+    """Memory, and CPU in percent of a core, of a fleet that is idle after work."""
     settings = {"COMMONWEIGHT_AGENT_IDLE_TIMEOUT_S": "2"}
     with _site(agents, folder, False, **settings) as (site, _):
         ping(site, Case("idle", agents, 10_240, 2, 0), 3)
         wait_for(lambda: not _members(site)["trainer"], "the trainers have ended")
         before, began = _cpu(site), time.monotonic()
-        time.sleep(seconds)  # this is what is measured: the time in which nothing happens
+        time.sleep(seconds)  # this measures the idle time
         lasted = time.monotonic() - began
         spent = {kind: used - before[kind] for kind, used in _cpu(site).items()}
         found: dict[str, float] = {}
@@ -67,7 +67,7 @@ def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
 
 
 def ping(site: Fleet, case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Run the task `ping` to its end, everybody in each round; the run as JSON tells it."""
+    """Run the task `ping` to its end with all agents; return the JSON output of the run."""
     program = site.background(
         f"run-{time.monotonic_ns()}",
         *("run", "start", "ping", "--set", f"kilobytes={case.kilobytes}"),
@@ -127,7 +127,7 @@ def _members(site: Fleet) -> dict[str, list[psutil.Process]]:
 
 
 def _cpu(site: Fleet) -> dict[str, float]:
-    """CPU seconds so far by kind. A trainer that has ended counts for its agent."""
+    """CPU seconds so far by kind. An ended trainer counts for its agent."""
     found = dict.fromkeys(("coordinator", "broker", "agent", "trainer"), 0.0)
     for kind, members in _members(site).items():
         for process in members:

@@ -16,12 +16,12 @@ _SHORT_HEAD = (
     "| model × agents | a round | plain Flower | coordinator's memory | plain Flower |\n"
     "|---|---|---|---|---|\n"
 )
-#: The cases of the README's table, of those that were measured beside stock Flower.
+#: The cases in the README's table, from those measured beside stock Flower.
 _SHORT = ("10 KB × 2", "40 MB × 4", "400 MB × 2")
 
 
 def write(file: Path, made: str) -> None:
-    """Put a table where the file has its place. Raises ValueError if it has none."""
+    """Write a table between its marks in the file. Raises ValueError if it has none."""
     text = file.read_text()
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
@@ -61,7 +61,7 @@ def _row(found: dict[str, Any]) -> str:
 
 
 def comparison(results: dict[str, Any]) -> str:
-    """A few cases beside stock Flower: seconds a round, and memory of the server's processes."""
+    """A few cases beside stock Flower: seconds per round, and memory of the server's processes."""
     rows = "".join(
         f"| {found['name']} | {_seconds(found['ours_s'])} | {_seconds(found['stock_s'])} "
         f"| {found['ours_peak_rss_bytes'] / MB:,.0f} MB "

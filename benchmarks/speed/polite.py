@@ -36,7 +36,7 @@ _BYTES = 3_000_000
 
 
 def _trainer(agent: psutil.Process) -> psutil.Process | None:
-    """The agent's trainer; its other children are small programs that tell of the machine."""
+    """The agent's trainer; its other children are small programs that read sensors."""
     for child in agent.children():
         try:
             if "agent.trainer" in child.cmdline():
@@ -50,13 +50,13 @@ def _trainer(agent: psutil.Process) -> psutil.Process | None:
 def training(
     folder: Path, patience_s: float = 120.0, **settings: str
 ) -> Iterator[tuple[Fleet, psutil.Process]]:
-    """An agent that trains without end, and its trainer's process."""
+    """An agent that trains without end, and its trainer process."""
     with fleet(folder, **settings) as site:
         site.up()
         site.join("ada")
         site.start("ada")
         polite = settings["COMMONWEIGHT_AGENT_WORK"] == "auto"
-        if polite:  # whatever this machine does meanwhile
+        if polite:  # independent of the load of this machine
             site.ask_agent("ada", "policy", "set", "work", "always", "--for", "5m")
         site.start_run("mnist", "--rounds", "9", "--quorum", "1", "--set", "epochs=100000")
         agent = psutil.Process(site.programs["ada"].process.pid)
@@ -70,7 +70,7 @@ def training(
 
 
 def stands_after_s(trainer: psutil.Process, cause: Callable[[], None]) -> float:
-    """Seconds from the cause to the last moment at which the trainer used the CPU."""
+    """Seconds from the cause until the trainer last used the CPU."""
     cause()
     began = moved = time.monotonic()
     used = sum(trainer.cpu_times()[:2])
@@ -104,7 +104,7 @@ def pauses() -> dict[str, Any]:
 
 
 def beside_busy_programs(percent: float) -> dict[str, Any]:
-    """`percent`: above what others use on this machine already, and below what the loops use."""
+    """`percent`: above the present load of this machine, and below that of the loops."""
     every = os.cpu_count() or 1
     found: dict[str, Any] = {}
     with (
@@ -132,7 +132,7 @@ def beside_busy_programs(percent: float) -> dict[str, Any]:
 
 
 def _beside_hogs(cores: int, trainer: psutil.Process) -> float:
-    """Seconds until the trainer stands still beside so many programs that never rest."""
+    """Seconds until the trainer stops beside this many busy loops."""
     hogs: list[subprocess.Popen[bytes]] = []
 
     def hog() -> None:
@@ -153,10 +153,10 @@ def compress(seed: int) -> int:
 
 
 def foreground_s() -> float:
-    """The time that one compression on each core takes."""
+    """The time for one compression on each core."""
     cores = os.cpu_count() or 1
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        pool.map(abs, range(cores))  # the interpreters are there
+        pool.map(abs, range(cores))  # the interpreters have started
         began = time.monotonic()
         pool.map(compress, range(cores), chunksize=1)
         return time.monotonic() - began

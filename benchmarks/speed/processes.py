@@ -13,7 +13,7 @@ _EVERY_S = 0.5
 
 
 def peak_rss(process: psutil.Process) -> int:
-    """The most memory the process ever had in RAM (Linux); what it has now elsewhere."""
+    """The peak memory of the process in RAM (Linux); elsewhere the current memory."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         status = Path(f"/proc/{process.pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -21,7 +21,7 @@ def peak_rss(process: psutil.Process) -> int:
 
 
 def family(roots: Iterable[int]) -> list[psutil.Process]:
-    """These processes and all that they have started and that still run."""
+    """These processes and their running descendants."""
     found: dict[int, psutil.Process] = {}
     for pid in roots:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -43,7 +43,7 @@ def cpu_s(roots: Iterable[int]) -> float:
 
 
 class Peaks:
-    """Peak memory by kind of process, looked at twice a second for those that come and go.
+    """Peak memory by kind of process, sampled twice a second, as processes come and go.
 
     `kind(process)` names what a process is; `most[kind]` is the highest peak of one of them.
     """
@@ -59,13 +59,13 @@ class Peaks:
     def look(self, roots: Iterable[int]) -> None:
         for process in family(roots):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                # A child has its parent's command line until its exec.
+                # A child has the command line of its parent until exec.
                 name = self._kinds[process] = self._kinds.get(process) or self._kind(process)
                 self.most[name] = max(self.most.get(name, 0), peak_rss(process))
                 self.seen.add(process)
 
     def follow(self, roots: list[int]) -> None:
-        """Look twice a second until `end`."""
+        """Sample twice a second until `end`."""
 
         def work() -> None:
             while not self._stop.wait(_EVERY_S):

@@ -38,7 +38,7 @@ _ABOUT = {
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on; nothing that names the machine."""
+    """What the results depend on, without the name of the machine."""
     return {
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -57,7 +57,7 @@ def row(
     least: Floor,
     wire: tuple[Figures, Figures] | None,
 ) -> dict[str, Any]:
-    """One case as it stands in the results."""
+    """One case for the results file."""
     peak = sum(own.peak_rss_bytes[kind] for kind in ours.SERVER)
     found: dict[str, Any] = {
         "name": case.name,

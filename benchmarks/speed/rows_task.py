@@ -32,7 +32,7 @@ class Rows:
         return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, (_, shape) in shapes}
 
     def load(self, data: Any) -> None:
-        """There are none: the rows come with the question."""
+        """Load nothing: the rows come with the request."""
 
     def train(self, weights: Mapping[str, Any], settings: Any, on_step: Any) -> Any:
         return dict(weights), 1, {}
@@ -59,7 +59,7 @@ class Rows:
 
 
 def answers(part: tuple[Mapping[str, Any], Path]) -> np.ndarray[Any, Any]:
-    """Of a model and a block of rows: float64[n, 2], the class and its probability."""
+    """Predict float64[n, 2], the class and its probability, for a block of rows."""
     model, source = part
     (batch,) = Rows().predict(model, {}, str(source))
     return np.column_stack([batch["class"], batch["probability"]])

@@ -51,7 +51,7 @@ def _request(address: str) -> bytes:
 
 
 async def _client(address: str, end: asyncio.Event, told: list[tuple[float, str]]) -> None:
-    """Ask until the end; of each request the seconds, and the version or what failed."""
+    """Send requests until the end; return seconds, and version or error, of each one."""
     host, _, port = address.partition(":")
     request = _request(address)
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -70,7 +70,7 @@ async def _client(address: str, end: asyncio.Event, told: list[tuple[float, str]
 
 
 async def _load(address: str, clients: int, wait: Callable[[], object]) -> dict[str, Any]:
-    """Ask for as long as `wait` takes."""
+    """Send requests while `wait` runs."""
     told: list[tuple[float, str]] = []
     began, end = time.monotonic(), asyncio.Event()
 
@@ -108,7 +108,7 @@ def measure(folder: Path, seconds: float, clients: list[int]) -> Iterator[dict[s
         fleet.start("ada")
         fleet.ended_run(fleet.start_run("mnist", "--rounds", "1"))
         address = fleet.serve("ada")
-        asyncio.run(_load(address, 1, lambda: time.sleep(1)))  # warm
+        asyncio.run(_load(address, 1, lambda: time.sleep(1)))  # warm-up
         for count in clients:
             yield asyncio.run(_load(address, count, lambda: time.sleep(seconds)))
         run = fleet.start_run("mnist", "--rounds", str(ROUNDS), "--set", "epochs=10")

@@ -26,7 +26,7 @@ from tests.support.waiting import wait_for
 
 _APP = Path(__file__).parent / "stock_app"
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
-#: What the processes are called here, by a word of their command line.
+#: The names of the processes, by a word in their command line.
 _KINDS = {
     "flower-superlink": "superlink",
     "flower-supernode": "supernode",
@@ -34,7 +34,7 @@ _KINDS = {
     "flwr-serverapp": "serverapp",
     "flwr-clientapp": "clientapp",
 }
-#: The processes of the server's machine that hold the model.
+#: The processes on the server's machine that have the model.
 SERVER = ("superlink", "serverapp")
 #: Far more than a round of 400 MB takes.
 _ROUND_WITHIN_S = 400.0
@@ -68,7 +68,7 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
 
 
 def round_times(times: Path) -> list[float]:
-    """Seconds of each round that has ended, as the app wrote them down."""
+    """Seconds of each ended round, from the file of the app."""
     began: dict[int, float] = {}
     seconds: list[float] = []
     for line in times.read_text().splitlines():
@@ -133,7 +133,7 @@ class _Site:
         wait_for(listen, "Flower's programs listen")
 
     def start_run(self, kilobytes: int, rounds: int, times: Path) -> None:
-        """`flwr run` of the app, which then goes on by itself."""
+        """Start the app with `flwr run`, which returns at once."""
         agents = len(self.pids) - 1
         config = f'kilobytes={kilobytes} rounds={rounds} agents={agents} times="{times}"'
         done = subprocess.run(
@@ -165,7 +165,7 @@ class _Site:
         )
 
     def close(self) -> None:
-        """End every process that we started, and what those have started."""
+        """End every process that we started, and their descendants."""
         self.peaks.end()
         left = family(self.pids)
         for program in reversed(self._programs):

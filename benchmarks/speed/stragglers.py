@@ -44,7 +44,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Figure(NamedTuple):
-    """When the goal was reached, after how many versions and uploads (refused ones too)."""
+    """When the goal was reached, after how many versions and uploads (including refused ones)."""
 
     time: float
     versions: int
@@ -72,7 +72,7 @@ class Fleet:
         self.judge.load(DataSettings(index=0, parts=1, cache=tempfile.gettempdir()))
 
     def accuracy(self, model: weights.Weights) -> float:
-        """On the 1,000 digits that nobody trains on."""
+        """Evaluate on the 1,000 held-out digits."""
         return self.judge.evaluate(model, SETTINGS, lambda *_: None).metrics["accuracy"]
 
 
@@ -81,7 +81,7 @@ def names() -> list[str]:
 
 
 class Virtual:
-    """One run under a clock of its own."""
+    """One run with a virtual clock."""
 
     def __init__(self, fleet: Fleet, folder: Path, spec: RunSpec) -> None:
         self.fleet, self.lane, self.spec = fleet, WeightStore(folder), spec
@@ -92,7 +92,7 @@ class Virtual:
         self.record(run_events.WeightsInitialised(first, "file"))
         self.now, self.chance = 0.0, Random(spec.seed)
         self.uploads = self.refused = self.most_stale = 0
-        #: (when it is done, peer, round, base, turn)
+        #: (end time, peer, round, base, turn)
         self.at_work: list[tuple[float, str, int, str, int]] = []
 
     def record(self, fact: run_events.RunEvent) -> None:
@@ -104,7 +104,7 @@ class Virtual:
         heapq.heappush(self.at_work, (done, peer, number, base, turn))
 
     def play(self, most: float = 400.0) -> Figure | None:
-        """Until the goal is reached, or for so much time."""
+        """Run until the goal is reached or the time is up."""
         everybody = frozenset(names())
         while self.now < most and not self.run.ended:
             step = decisions.decide(self.run, Observation(everybody))
@@ -146,7 +146,7 @@ class Virtual:
         return self.fleet.accuracy(weights.load(self.lane.version_path(made.digest)))
 
     def finish_those_that_are_due(self) -> None:
-        """All that end at the same moment, before anybody is given more."""
+        """Finish all trainings that end now, before new work is given."""
         self.now = self.at_work[0][0]
         while self.at_work and self.at_work[0][0] == self.now:
             _, peer, number, base, turn = heapq.heappop(self.at_work)
@@ -183,7 +183,7 @@ def weights_of(update: Update, **changed: Any) -> Update:
 
 
 def virtual(seeds: int = 3) -> dict[str, list[Figure | None]]:
-    """By mode, one figure a seed."""
+    """One result per seed, by mode."""
     from flwr.supercore.task_identity import TaskIdentity
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3

@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
-    """Two rounds of a strategy; the figures are of the second, which has a state to read."""
+    """Close two rounds of a strategy; measure the second one, which has to read a state."""
     from flwr.supercore.task_identity import TaskIdentity
 
     from coordinator import strategies

@@ -32,7 +32,7 @@ WARM_UP_STEPS = 20
 
 
 class Course(NamedTuple):
-    """What is trained: so many steps of `batch` examples of the 4,000 digits."""
+    """A training course: a number of steps with `batch` examples of the 4,000 digits."""
 
     model: str
     batch: int
@@ -54,7 +54,7 @@ class Spent(NamedTuple):
 def measure(
     courses: tuple[Course, ...], folder: Path, passes: int = PASSES
 ) -> list[dict[str, Any]]:
-    """One row a course: medians of passes of ours and of the bare loop in turn."""
+    """One row per course: medians of alternating passes of ours and of the plain loop."""
     trainer = TrainerProcess(folder / "trainer", DataSettings(), threads=THREADS)
     rows = []
     try:
@@ -119,7 +119,7 @@ def _bare(course: Course) -> Spent:
 
 
 def bare(course: Course) -> Spent:
-    """The bare loop, in a process of its own."""
+    """The plain loop, in a process of its own."""
     import torch
     from torch import nn
 

@@ -22,7 +22,7 @@ _LARGEST = 1 << 20
 
 
 class Timed(FedAvg):
-    """FedAvg that notes when a round begins (before sampling) and ends (after evaluation)."""
+    """FedAvg that records when a round starts (before sampling) and ends (after evaluation)."""
 
     def __init__(self, times: Path, **settings: Any) -> None:
         super().__init__(**settings)
