@@ -33,11 +33,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
+from flwr.supercore.inflatable import inflatable_object
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -47,33 +43,18 @@ from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.http_client import Response
 from agent.transport.weight_transfer import WeightTransfer, map_parse_errors, raise_for_status
+from protocols.enrollment import joining
 from protocols.enrollment.identity import node_public_pem
-from protocols.enrollment.joining import (
-    ENROLLMENT_STATUS_PATH,
-    LEAVE_PATH,
-    MQTT_PATH,
-    RENEW_PATH,
-    EnrollmentStatus,
-)
+from protocols.enrollment.joining import EnrollmentStatus
 from protocols.errors import Unreachable
 from protocols.failpoints import failpoint
+from protocols.messages import work as messages
 from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.mqtt import MqttAddress
-from protocols.messages.work import (
-    INLINE_MAX_BYTES,
-    POLL_PATH,
-    FlowerMessage,
-    PollRequest,
-    PollResponse,
-)
+from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
+from protocols.p2p import swarm
 from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
-from protocols.p2p.swarm import (
-    DOWNLOAD_REPORT_PATH,
-    PLAN_PATH,
-    DownloadPlan,
-    DownloadPlanRequest,
-    DownloadReport,
-)
+from protocols.p2p.swarm import DownloadPlan, DownloadPlanRequest, DownloadReport
 
 T = TypeVar("T")
 
@@ -174,15 +155,15 @@ class CoordinatorClient(WeightTransfer):
 
     def mqtt_address(self) -> MqttAddress:
         """Requests the broker's address and login. The password changes from time to time."""
-        return self._request_json(MqttAddress, "GET", MQTT_PATH)
+        return self._request_json(MqttAddress, "GET", joining.MQTT_PATH)
 
     def enrollment_status(self) -> EnrollmentStatus:
         """Requests this machine's enrollment status. Needs no session."""
-        return self._request_json(EnrollmentStatus, "GET", ENROLLMENT_STATUS_PATH)
+        return self._request_json(EnrollmentStatus, "GET", joining.ENROLLMENT_STATUS_PATH)
 
     def leave(self) -> None:
         """Asks the coordinator to revoke this machine's key. Needs no session."""
-        self._request("POST", LEAVE_PATH)
+        self._request("POST", joining.LEAVE_PATH)
 
     def send_logs(self, response: LogResponse) -> None:
         """Sends the log lines that an operator requested."""
@@ -190,15 +171,17 @@ class CoordinatorClient(WeightTransfer):
 
     def renew(self) -> bytes:
         """Requests a new node certificate for the same keys."""
-        return self._request("POST", RENEW_PATH)
+        return self._request("POST", joining.RENEW_PATH)
 
     def download_plan(self, digest: str, request: DownloadPlanRequest) -> DownloadPlan:
         """Requests a download plan: which peers hold which pieces of a version."""
-        return self._request_json(DownloadPlan, "POST", PLAN_PATH.format(digest=digest), request)
+        return self._request_json(
+            DownloadPlan, "POST", swarm.PLAN_PATH.format(digest=digest), request
+        )
 
     def announce_version(self, digest: str, report: DownloadReport) -> None:
         """Reports that this agent holds a version, and which peers sent pieces."""
-        path = DOWNLOAD_REPORT_PATH.format(digest=digest)
+        path = swarm.DOWNLOAD_REPORT_PATH.format(digest=digest)
         self._request("POST", path, msgspec.json.encode(report))
 
     def neighbors(self, request: DownloadPlanRequest) -> NeighborsResponse:
@@ -245,7 +228,7 @@ class CoordinatorClient(WeightTransfer):
                 update = attached[1].read_bytes()
         body = msgspec.msgpack.encode(PollRequest(reply=packed, wants_work=want, update=update))
         sent_at = time.monotonic()
-        status, answer = self._send("POST", POLL_PATH, body)
+        status, answer = self._send("POST", messages.POLL_PATH, body)
         if attached is not None and status in (413, 507):
             self.upload(*attached)  # raises the reason, or succeeds now
             return self._exchange(reply, want=want)
@@ -262,7 +245,7 @@ class CoordinatorClient(WeightTransfer):
 
     def upload_update(self, digest: str, source: Path) -> None:
         """Uploads an update. A small one travels with the next reply instead."""
-        if source.stat().st_size > INLINE_MAX_BYTES:
+        if source.stat().st_size > messages.INLINE_MAX_BYTES:
             self.upload(digest, source)
             return
         self._attached = (digest, source)
@@ -271,12 +254,12 @@ class CoordinatorClient(WeightTransfer):
 
 def _pack(reply: Message) -> FlowerMessage:
     """Serializes a reply with all its objects."""
-    with no_object_id_recompute():
+    with inflatable_object.no_object_id_recompute():
         reply.metadata.__dict__["_message_id"] = reply.object_id
-        objects = get_all_nested_objects(reply)
+        objects = inflatable_object.get_all_nested_objects(reply)
         return FlowerMessage(
             message=message_to_proto(remove_content_from_message(reply)).SerializeToString(),
-            tree=get_object_tree(reply).SerializeToString(),
+            tree=inflatable_object.get_object_tree(reply).SerializeToString(),
             objects={object_id: part.deflate() for object_id, part in objects.items()},
         )
 

@@ -29,21 +29,21 @@ class RouteState:
 
     def __init__(self) -> None:
         self._was_cut = False
-        self._told_at = float("-inf")
+        self._reported_at = float("-inf")
 
-    def has_changed(self, used: str, found: str | None, now: float) -> bool:
+    def has_changed(self, used: str, current: str | None, now: float) -> bool:
         """True if open connections are dead and a new one may work.
 
-        `used` is the local address of the last connection, `found` the current one.
+        `used` is the local address of the last connection, `current` the one now.
         """
-        if found is None:
+        if current is None:
             self._was_cut = True
             return False
-        if not self._was_cut and found == used:
+        if not self._was_cut and current == used:
             return False
-        if now - self._told_at < _MIN_INTERVAL_S:
+        if now - self._reported_at < _MIN_INTERVAL_S:
             return False  # the next check sees it again
-        self._was_cut, self._told_at = False, now
+        self._was_cut, self._reported_at = False, now
         return True
 
 
@@ -51,9 +51,11 @@ class RouteWatch:
     """Checks the route that the last connection took."""
 
     def __init__(self) -> None:
-        self._way = RouteState()
+        self._state = RouteState()
 
-    def has_changed(self, ends: tuple[str, str]) -> bool:
-        """Checks the route. `ends` are local and remote IP address, empty before the first."""
-        own, other = ends
-        return bool(other) and self._way.has_changed(own, local_address(other), time.monotonic())
+    def has_changed(self, addresses: tuple[str, str]) -> bool:
+        """Checks the route. `addresses`: local and remote IP address, empty before the first."""
+        local, remote = addresses
+        return bool(remote) and self._state.has_changed(
+            local, local_address(remote), time.monotonic()
+        )

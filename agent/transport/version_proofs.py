@@ -66,16 +66,17 @@ def read_proof(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, by
 
 def list_verified(folder: Path, coordinator_public: bytes) -> list[ProvenVersion]:
     """Returns the versions whose bytes and proof are valid, newest file first."""
-    found = []
+    verified = []
     for proof in folder.glob(f"*{SUFFIX}"):
         try:
             path = _version(proof)
-            kept = ProvenVersion(path, *read_proof(proof.read_bytes(), coordinator_public))
-            if proof.name == f"{kept.work.base}{SUFFIX}" and file_digest(path) == kept.work.base:
-                found.append((path.stat().st_mtime, kept))
+            version = ProvenVersion(path, *read_proof(proof.read_bytes(), coordinator_public))
+            base = version.work.base
+            if proof.name == f"{base}{SUFFIX}" and file_digest(path) == base:
+                verified.append((path.stat().st_mtime, version))
         except (OSError, BadMessage):
             continue  # damaged: another version, or another peer, may be intact
-    return [kept for _, kept in sorted(found, key=lambda pair: pair[0], reverse=True)]
+    return [version for _, version in sorted(verified, key=lambda pair: pair[0], reverse=True)]
 
 
 class VersionIndex:

@@ -15,9 +15,10 @@ from functools import partial
 
 from agent.transport.p2p.gossip import GossipState
 from protocols.enrollment import identity, signed_requests
-from protocols.enrollment.signed_requests import NonceCache, SignedRequest
+from protocols.enrollment.signed_requests import NonceCache
 from protocols.errors import BadMessage
-from protocols.p2p import gossip, swarm
+from protocols.p2p.gossip import ACCESS_TOKEN_HEADER, GOSSIP_PATH, AccessToken
+from protocols.p2p.swarm import DOWNLOAD_TOKEN_HEADER, DownloadToken, verify_download_token
 
 log = logging.getLogger("commonweight.share")
 
@@ -36,38 +37,31 @@ class RequestAuthorizer:
         """
         now = time.time()
         try:
-            holder, key = self._bearer(path, headers, digest, now)
-            signed = signed_requests.parse(method, path, headers, now)
+            token = self._token(path, headers, digest, now)
+            peer = token.peer if isinstance(token, DownloadToken) else token.holder
+            request = signed_requests.parse(method, path, headers, now)
+            if request.sender != peer or not identity.verify(
+                token.sign_public, request.signature, request.message
+            ):
+                raise BadMessage("not signed by the key that its token names")
+            if not self._nonces.use(request.sender, request.nonce, now):
+                raise BadMessage("a repeated request")
         except (BadMessage, BadBase64, ValueError) as err:
             log.debug("refused %s: %s", path, err)
             return ""
-        if not self._is_genuine(signed, holder, key, now):
-            log.debug("refused %s: not signed by the key that its token names", path)
-            return ""
-        return signed.body_sha256
+        return request.body_sha256
 
-    def _bearer(
+    def _token(
         self, path: str, headers: dict[str, str], digest: str, now: float
-    ) -> tuple[str, bytes]:
-        """Returns the peer that must have signed, and its key. Raises BadMessage, ValueError."""
-        if gossip.ACCESS_TOKEN_HEADER in headers and self._gossip is not None:
-            given = self._gossip.check_pass(
-                b64decode(headers[gossip.ACCESS_TOKEN_HEADER], validate=True)
+    ) -> AccessToken | DownloadToken:
+        """Returns the verified token of a request. Raises BadMessage, ValueError."""
+        if ACCESS_TOKEN_HEADER in headers and self._gossip is not None:
+            token = self._gossip.verify_token(
+                b64decode(headers[ACCESS_TOKEN_HEADER], validate=True)
             )
-            if given.gossip_only and path != gossip.GOSSIP_PATH:
+            if token.gossip_only and path != GOSSIP_PATH:
                 raise BadMessage("an observer's token grants gossip entries only")
-            return given.holder, given.sign_public
-        permit = swarm.verify_download_token(
-            b64decode(headers.get(swarm.DOWNLOAD_TOKEN_HEADER, ""), validate=True),
-            partial(identity.verify, self._coordinator_public),
-            digest,
-            now,
-        )
-        return permit.peer, permit.sign_public
-
-    def _is_genuine(self, signed: SignedRequest, holder: str, key: bytes, now: float) -> bool:
-        return (
-            signed.sender == holder
-            and identity.verify(key, signed.signature, signed.message)
-            and self._nonces.use(signed.sender, signed.nonce, now)
-        )
+            return token
+        data = b64decode(headers.get(DOWNLOAD_TOKEN_HEADER, ""), validate=True)
+        verify = partial(identity.verify, self._coordinator_public)
+        return verify_download_token(data, verify, digest, now)

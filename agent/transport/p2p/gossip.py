@@ -23,16 +23,7 @@ from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Presence
 from protocols.p2p import gossip
-from protocols.p2p.gossip import (
-    AccessToken,
-    GossipBatch,
-    GossipEntry,
-    GossipStore,
-    Head,
-    Neighbor,
-    NeighborsResponse,
-    VerifiedEntry,
-)
+from protocols.p2p.gossip import AccessToken, GossipBatch, Head, Neighbor, NeighborsResponse
 
 log = logging.getLogger("commonweight.share")
 
@@ -75,7 +66,7 @@ class GossipState:
         self.heads = heads
         self._presence = presence
         self.address: Callable[[], str] = lambda: ""
-        self._words = GossipStore(credentials.ca_pem, enrollment.fleet)
+        self._store = gossip.GossipStore(credentials.ca_pem, enrollment.fleet)
         self.assigned = self._read()
 
     def _read(self) -> NeighborsResponse | None:
@@ -84,64 +75,63 @@ class GossipState:
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return None
 
-    def learn(self, given: NeighborsResponse) -> None:
+    def learn(self, assigned: NeighborsResponse) -> None:
         """Uses a new list of peers from the coordinator. `save` stores it."""
-        self.assigned = given
-        self._words.remove(given.removed)
+        self.assigned = assigned
+        self._store.remove(assigned.removed)
 
-    def save(self, given: NeighborsResponse) -> None:
+    def save(self, assigned: NeighborsResponse) -> None:
         """Stores the list for the next start. Callable from any thread. Raises OSError."""
-        write_private(self._file, msgspec.json.encode(given))
+        write_private(self._file, msgspec.json.encode(assigned))
+
+    @property
+    def _removed(self) -> tuple[str, ...]:
+        return self.assigned.removed if self.assigned else ()
 
     def outgoing(self) -> GossipBatch:
         """Returns this agent's entry, made now, and the entries of other peers."""
-        word = GossipEntry(
+        entry = gossip.GossipEntry(
             peer=self._credentials.peer,
             at=time.time(),
             presence=self._presence(),
             head=self.heads.newest(),
             address=self.address(),
         )
-        own = gossip.sign_entry(word, self._certificate(), self._credentials.sign_key.sign)
-        return self._words.batch(own)
+        own = gossip.sign_entry(entry, self._certificate(), self._credentials.sign_key.sign)
+        return self._store.batch(own)
 
-    def receive(self, told: GossipBatch) -> None:
+    def receive(self, batch: GossipBatch) -> None:
         """Stores the entries of a batch that are new and valid."""
-        unheard = (self._credentials.peer, *(self.assigned.removed if self.assigned else ()))
-        self._words.add(told.entries, time.time(), unheard)
+        self._store.add(batch.entries, time.time(), (self._credentials.peer, *self._removed))
 
-    def entries(self) -> list[VerifiedEntry]:
+    def entries(self) -> list[gossip.VerifiedEntry]:
         """Returns the newest entry of every peer."""
-        return self._words.newest_first()
+        return self._store.newest_first()
 
     def contacts(self) -> list[Neighbor]:
         """Returns peers to contact: those the coordinator named and those with an address."""
-        removed = frozenset(self.assigned.removed if self.assigned else ())
-        found = {one.peer: one for one in (self.assigned.neighbors if self.assigned else ())}
-        for word, speaker, _ in self.entries():
-            if word.address:
-                found[word.peer] = Neighbor(
-                    peer=word.peer,
-                    name=speaker.name,
-                    address=word.address,
-                    node_public=speaker.node_public,
+        contacts = {one.peer: one for one in (self.assigned.neighbors if self.assigned else ())}
+        for entry, sender, _ in self.entries():
+            if entry.address:
+                contacts[entry.peer] = Neighbor(
+                    peer=entry.peer,
+                    name=sender.name,
+                    address=entry.address,
+                    node_public=sender.node_public,
                 )
-        return [one for peer, one in found.items() if peer not in removed]
+        return [one for peer, one in contacts.items() if peer not in self._removed]
 
-    def check_pass(self, sealed: bytes) -> AccessToken:
+    def verify_token(self, data: bytes) -> AccessToken:
         """Reads an access token. Raises BadMessage if it is invalid or its holder was removed."""
-        given = gossip.verify_access_token(
-            sealed,
-            partial(identity.verify, self._coordinator_public),
-            time.time(),
-        )
-        if self.assigned is not None and given.holder in self.assigned.removed:
-            raise BadMessage(f"{given.holder} was removed from the fleet")
-        return given
+        verify = partial(identity.verify, self._coordinator_public)
+        token = gossip.verify_access_token(data, verify, time.time())
+        if token.holder in self._removed:
+            raise BadMessage(f"{token.holder} was removed from the fleet")
+        return token
 
     def summary(self) -> GossipSummary:
         """Returns what `status` shows."""
         head, now = self.heads.newest(), time.time()
-        lately = [word for word, _, _ in self.entries() if now - word.at < _RECENT_S]
-        alike = sum(word.head == head for word in lately)
-        return GossipSummary(head, len(lately), alike, self.address())
+        recent = [entry for entry, _, _ in self.entries() if now - entry.at < _RECENT_S]
+        alike = sum(entry.head == head for entry in recent)
+        return GossipSummary(head, len(recent), alike, self.address())

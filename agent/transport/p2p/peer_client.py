@@ -17,14 +17,8 @@ import msgspec
 from agent.transport.p2p.peer_connection import PeerConnection, SignRequest
 from protocols.errors import BadWeights, Unreachable
 from protocols.local.atomic_files import write_all
-from protocols.p2p.gossip import (
-    ACCESS_TOKEN_HEADER,
-    GOSSIP_PATH,
-    MAX_BATCH_BYTES,
-    PROOF_PATH,
-    GossipBatch,
-    Neighbor,
-)
+from protocols.p2p import gossip
+from protocols.p2p.gossip import GossipBatch, Neighbor
 
 _TIMEOUT_S = 10.0
 #: A download below this rate is aborted, and another peer is used.
@@ -39,12 +33,19 @@ class PeerClient:
     def __init__(self, peer: Neighbor, access_token: bytes, sign: SignRequest) -> None:
         self._name = peer.name
         self._connection = PeerConnection(
-            peer.name, peer.address, peer.node_public, sign, ACCESS_TOKEN_HEADER, access_token
+            peer.name,
+            peer.address,
+            peer.node_public,
+            sign,
+            gossip.ACCESS_TOKEN_HEADER,
+            access_token,
         )
 
     def exchange_gossip(self, batch: GossipBatch) -> GossipBatch:
         """Sends gossip entries and returns those of the peer."""
-        body = self._fetch("POST", GOSSIP_PATH, MAX_BATCH_BYTES, msgspec.msgpack.encode(batch))
+        body = self._fetch(
+            "POST", gossip.GOSSIP_PATH, gossip.MAX_BATCH_BYTES, msgspec.msgpack.encode(batch)
+        )
         try:
             return msgspec.msgpack.decode(body, type=GossipBatch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
@@ -52,7 +53,7 @@ class PeerClient:
 
     def proof(self, digest: str) -> bytes:
         """Downloads the proof of a version. It is not verified yet."""
-        return self._fetch("GET", PROOF_PATH.format(digest=digest), _MAX_PROOF_BYTES)
+        return self._fetch("GET", gossip.PROOF_PATH.format(digest=digest), _MAX_PROOF_BYTES)
 
     def version(
         self, digest: str, nbytes: int, target: Path, received: Callable[[int], None]

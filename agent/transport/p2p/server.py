@@ -104,6 +104,12 @@ class _HttpConnection:
                 return None
         return bytes(body) if isinstance(event, h11.EndOfMessage) else None
 
+    async def respond(self, status: int, body: bytes = b"", **headers: str) -> None:
+        """Sends a whole response."""
+        await self.start(status, len(body), **headers)
+        await self.write(body)
+        await self.end()
+
     async def start(self, status: int, nbytes: int, **headers: str) -> None:
         """Sends the head of a response with a body of `nbytes`."""
         fields = {"content-length": str(nbytes), **headers}
@@ -130,19 +136,18 @@ class PeerServer:
     def __init__(
         self,
         store: PieceStore,
+        authorizer: RequestAuthorizer,
+        rate_limit: RateLimit,
+        gossip_state: GossipState | None,
         *,
-        coordinator_public: bytes,
         certificate: Path,
         key: Path,
-        bytes_per_s: float = 0.0,
-        gossip_state: GossipState | None = None,
     ) -> None:
         self._store, self._gossip = store, gossip_state
-        self._authorizer = RequestAuthorizer(coordinator_public, gossip_state)
+        self._authorizer, self._rate_limit = authorizer, rate_limit
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_3
         self._tls.load_cert_chain(certificate, key)
-        self._rate_limit = RateLimit(bytes_per_s)
         #: The task of each connection, and its IP address.
         self._connections: dict[asyncio.Task[None], str] = {}
         self._listener: socket.socket | None = None
@@ -200,8 +205,7 @@ class PeerServer:
                 await self._answer(client)
         except _Refused as err:
             with suppress(OSError, TimeoutError, h11.ProtocolError):
-                await client.start(err.status, 0, connection="close")
-                await client.end()
+                await client.respond(err.status, connection="close")
         except (OSError, TimeoutError, h11.ProtocolError, EOFError):
             pass  # the client retries, or asks another peer
         finally:
@@ -224,9 +228,7 @@ class PeerServer:
         answer = self._proof(digest) if digest else self._exchange_gossip(body)
         if answer is None:
             raise _Refused(404)
-        await client.start(200, len(answer))
-        await client.write(answer)
-        await client.end()
+        await client.respond(200, answer)
 
     def _authorize(self, method: str, path: str, headers: dict[str, str]) -> tuple[str, str]:
         """Returns the requested digest (empty for gossip) and the body's, if authorized."""

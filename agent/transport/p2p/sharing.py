@@ -13,10 +13,11 @@ from typing import Literal
 from msgspec.structs import replace
 
 from agent.home.credentials import Credentials
+from agent.transport.p2p.authorization import RequestAuthorizer
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.networks import LocalNetwork, locate
 from agent.transport.p2p.piece_store import PieceStore
-from agent.transport.p2p.server import PeerServer
+from agent.transport.p2p.server import PeerServer, RateLimit
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
@@ -49,9 +50,10 @@ class Sharing:
         self.pieces = PieceStore()
         self._gossip = gossip_state
         self.sign = credentials.sign_request
-        self._policy, self._port, self._bytes_per_s = policy, port, mbit_s * 125_000
-        self._home, self._credentials = home, credentials
-        self._coordinator_public = coordinator_public
+        self._policy, self._port, self._home = policy, port, home
+        self._credentials = credentials
+        self._authorizer = RequestAuthorizer(coordinator_public, gossip_state)
+        self._rate_limit = RateLimit(mbit_s * 125_000)
         self._request: DownloadPlanRequest | None = None
         self._sent = 0
         self._server: PeerServer | None = None
@@ -114,11 +116,11 @@ class Sharing:
         write_private(certificate, pem)
         return PeerServer(
             self.pieces,
-            coordinator_public=self._coordinator_public,
+            self._authorizer,
+            self._rate_limit,
+            self._gossip,
             certificate=certificate,
             key=self._home / "node.key",
-            bytes_per_s=self._bytes_per_s,
-            gossip_state=self._gossip,
         )
 
     async def _serve(self, here: LocalNetwork) -> None:

@@ -37,7 +37,7 @@ async def test_hooks_connect_earlier_parts_with_later_ones(site: Site, tmp_path:
     """The owner's limits reach the bandwidth meter, and the status has all values."""
     agent = an_agent(site, tmp_path / "box", up_mbit=8.0)
     assert agent._bandwidth.rates() == (8.0, 0.0)
-    agent._sharing._asked = DownloadPlanRequest(address="10.0.0.7:4000")
+    agent._sharing._request = DownloadPlanRequest(address="10.0.0.7:4000")
     (spoken,) = agent._gossip.outgoing().entries
     heard = gossip.verify_entry(spoken, site.ca_pem, site.fleet_id, time.time())
     assert heard.entry.address == "10.0.0.7:4000"
