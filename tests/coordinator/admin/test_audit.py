@@ -1,4 +1,4 @@
-"""The audit: what happened, to whom and why, beside a coordinator that is up or down."""
+"""The audit: events, peers and reasons, with a running or stopped coordinator."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def ledger(tmp_path: Path) -> Ledger:
     return made
 
 
-def test_every_kind_of_event_is_told(ledger: Ledger) -> None:
+def test_every_kind_of_event_has_an_entry(ledger: Ledger) -> None:
     assert [(line.seq, line.event, line.text) for line in audit.read_audit(ledger)] == [
         (1, "ticket made", "ticket t1 for 3 machines, valid for 2 h, 'lab'"),
         (2, "asked to join", "ada (AAAA) asked to join with ticket t1"),
@@ -82,7 +82,7 @@ def test_every_kind_of_event_is_told(ledger: Ledger) -> None:
     assert "5ec2e7" not in str(audit.read_audit(ledger)), "a ticket's hash is nobody's business"
 
 
-def test_of_one_peer_by_name_or_id(ledger: Ledger) -> None:
+def test_entries_of_one_peer_by_name_or_id(ledger: Ledger) -> None:
     by_id = audit.read_audit(ledger, peer=BOB)
     assert [line.event for line in by_id] == ["joined", "update refused", "removed"]
     assert [line.reason for line in by_id] == ["", "not finite", "removed by the operator"]
@@ -93,7 +93,7 @@ def test_of_one_peer_by_name_or_id(ledger: Ledger) -> None:
         audit.read_audit(ledger, peer="eve")
 
 
-def test_an_entry_that_cannot_be_read_is_a_line_too(ledger: Ledger) -> None:
+def test_an_unreadable_entry_is_shown_too(ledger: Ledger) -> None:
     ledger.append("fleet", [b"not json", b'{"type":"Novelty"}', b"\xff"])
     ledger.append("mnist-1", [b"[]", b'{"type":"SomethingNew"}'])
     assert [line.event for line in audit.read_audit(ledger)][11:] == ["unreadable"] * 4
@@ -118,7 +118,7 @@ def test_reading_beside_the_writer_changes_nothing(ledger: Ledger, tmp_path: Pat
         audit.open_ledger(tmp_path / "nowhere")
 
 
-def test_a_moment_is_a_date_or_so_long_ago() -> None:
+def test_a_time_is_a_date_or_a_duration_ago() -> None:
     now = 1_700_000_000.0
     assert parse_time("2h", now) == now - 7200
     assert parse_time("90", now) == now - 90

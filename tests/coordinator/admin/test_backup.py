@@ -1,4 +1,4 @@
-"""A coordinator whose disk is gone: a backup and what its peers hold bring all of it back."""
+"""A coordinator with a lost disk is restored from a backup and the versions of its peers."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def test_a_finished_run_gets_its_model_back(tmp_path: Path) -> None:
         await fleet.close()
 
 
-async def test_a_forged_or_damaged_version_is_not_taken_and_the_next_holder_is_asked(
+async def test_a_forged_or_damaged_version_is_refused_and_the_next_holder_asked(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "backup.tar"
@@ -145,7 +145,7 @@ async def a_backup(tmp_path: Path) -> tuple[Path, Path]:
         return fleet.home, file
 
 
-async def test_what_is_restored_is_what_was_there(tmp_path: Path) -> None:
+async def test_a_restored_home_equals_the_original(tmp_path: Path) -> None:
     home, file = await a_backup(tmp_path)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     again = tmp_path / "again"

@@ -1,4 +1,4 @@
-"""The coordinator's doctor, up and down, sound and damaged; and draining a peer."""
+"""The doctor of a running, stopped or damaged coordinator; and draining a peer."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_programs_at_the_default_ports_disturb_no_test(site: Fleet) -> None:
         assert made["ports"]["detail"] == "any free port"
 
 
-def test_one_that_was_killed_is_not_up(site: Fleet) -> None:
+def test_a_killed_coordinator_is_not_up(site: Fleet) -> None:
     site.up().kill()
     assert (site.home / "up.json").exists()
     _, made = doctor(site)
@@ -108,7 +108,7 @@ def test_one_that_was_killed_is_not_up(site: Fleet) -> None:
     assert "does not answer" in made["running"]["detail"]
 
 
-def test_what_is_damaged_is_found(site: Fleet) -> None:
+def test_damage_is_found(site: Fleet) -> None:
     site.up()
     site.ticket()
     site.ticket()
@@ -142,14 +142,14 @@ def test_a_clock_that_was_set_back_is_found(site: Fleet) -> None:
     assert "in the future" in doctor(site)[1]["clock"]["detail"]
 
 
-def test_a_broker_that_ended_is_found(site: Fleet) -> None:
+def test_a_stopped_broker_is_found(site: Fleet) -> None:
     site.up("--mqtt-url", f"mqtt://{HOST}:{two_free_ports()[0]}")
     _, made = doctor(site)
     assert faults(made) == ["broker"]
     assert "no broker listens" in made["broker"]["detail"]
 
 
-def test_a_port_of_another_program_is_told() -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.socket() as other:
         other.bind((HOST, 0))
         other.listen()
@@ -160,7 +160,7 @@ def test_a_port_of_another_program_is_told() -> None:
         check_free("192.0.2.254", 1)
 
 
-def test_this_engine_is_the_right_one() -> None:
+def test_the_installed_flower_is_supported() -> None:
     assert "flwr 1.41" in engine()
 
 

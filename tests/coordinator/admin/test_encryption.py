@@ -1,4 +1,4 @@
-"""A sealed file opens with its passphrase, whole, or not at all."""
+"""An encrypted file is decrypted completely with its passphrase, or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUICK = 4  # of scrypt's n: no attacker here
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
-def test_what_was_sealed_comes_back(tmp_path: Path, size: int) -> None:
+def test_decryption_gives_the_original(tmp_path: Path, size: int) -> None:
     plain, out, back = (tmp_path / name for name in ("plain", "out", "back"))
     plain.write_bytes(bytes(range(251)) * (size // 251 + 1))
     with plain.open("r+b") as file:
@@ -48,7 +48,7 @@ def opens(data: bytes, folder: Path, passphrase: str = "word") -> None:
     encryption.unseal(folder / "changed", folder / "back", passphrase)
 
 
-def test_another_passphrase_does_not_open_it(two_pieces: Path, tmp_path: Path) -> None:
+def test_a_wrong_passphrase_is_refused(two_pieces: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="the passphrase is wrong"):
         opens(two_pieces.read_bytes(), tmp_path, "sword")
 
@@ -66,7 +66,7 @@ def test_a_changed_bit_is_found(
         opens(bytes(data), tmp_path_factory.getbasetemp())
 
 
-def test_pieces_cannot_be_left_out_or_put_elsewhere(two_pieces: Path, tmp_path: Path) -> None:
+def test_pieces_cannot_be_omitted_or_moved(two_pieces: Path, tmp_path: Path) -> None:
     data = two_pieces.read_bytes()
     head, one = data[: encryption._HEAD_BYTES], PIECE + 16
     first, second = data[encryption._HEAD_BYTES :][:one], data[encryption._HEAD_BYTES + one :]
@@ -79,14 +79,14 @@ def test_pieces_cannot_be_left_out_or_put_elsewhere(two_pieces: Path, tmp_path: 
         opens(encryption.MAGIC + b"\x40" + head[len(encryption.MAGIC) + 1 :], tmp_path)
 
 
-def test_nothing_is_written_over(two_pieces: Path, tmp_path: Path) -> None:
+def test_no_file_is_overwritten(two_pieces: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         encryption.seal(two_pieces, two_pieces, "word", log_n=QUICK)
     with pytest.raises(UsageError, match="empty passphrase"):
         encryption.seal(two_pieces, tmp_path / "new", "", log_n=QUICK)
 
 
-def test_a_backup_under_a_passphrase_makes_a_home(
+def test_an_encrypted_backup_restores_a_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the two commands; the passphrase is not in them."""

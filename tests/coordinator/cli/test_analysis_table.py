@@ -1,4 +1,4 @@
-"""Answers as people read them."""
+"""Results of an analysis as text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from coordinator.jobs.analysis import AnalysisResult, Group
         ({"least": 1.0, "most": 2.0, "counts": [], "about": True}, "1  2"),
     ],
 )  # fmt: skip
-def test_a_figure_in_words(figure: object, words: str) -> None:
+def test_figures_as_text(figure: object, words: str) -> None:
     assert format_figure(figure) == words  # type: ignore[arg-type]
 
 

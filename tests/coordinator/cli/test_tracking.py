@@ -1,4 +1,4 @@
-"""A run's metrics as other programs read them. With TensorBoard and MLflow: tests/extras."""
+"""A run's metrics for other programs. TensorBoard and MLflow: tests/extras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows cut into blocks: whatever the file, each record is in one block, whole and in order."""
+"""Rows are cut into blocks: each record of any file is in one block, complete and in order."""
 
 from __future__ import annotations
 

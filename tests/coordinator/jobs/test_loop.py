@@ -1,4 +1,4 @@
-"""Whole jobs: a real coordinator and agents in threads, beside training, with peers that go."""
+"""Complete jobs: a real coordinator and agents in threads, beside training; peers that leave."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Door:
         self._open.set()
 
 
-async def test_rows_are_spread_and_merged_while_a_run_trains(tmp_path: Path) -> None:
+async def test_rows_are_scattered_and_merged_while_a_run_trains(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         run_id = fleet.start(rounds=3, quorum=3)
         spec, scores = scattered(fleet, features())
@@ -130,7 +130,7 @@ async def test_rows_are_spread_and_merged_while_a_run_trains(tmp_path: Path) -> 
         assert fleet.hub.jobs.find(job.id).taken
 
 
-async def test_what_nobody_takes_is_kept_for_some_jobs_only(
+async def test_only_the_newest_untaken_jobs_keep_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coordinator.jobs.manager._MAX_UNTAKEN_JOBS", 1)
@@ -163,7 +163,7 @@ async def test_what_nobody_takes_is_kept_for_some_jobs_only(
         assert await asyncio.to_thread(asked_again, jobs[0]) == "", "its answers are dropped"
 
 
-async def test_a_peer_that_dies_and_one_that_dawdles_cost_no_row(tmp_path: Path) -> None:
+async def test_no_row_is_lost_with_a_dead_and_a_slow_peer(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         dead, slow, _ = fleet.agents
         doors = Door(dead), Door(slow)
@@ -178,7 +178,7 @@ async def test_a_peer_that_dies_and_one_that_dawdles_cost_no_row(tmp_path: Path)
         doors[1].open()
 
 
-async def test_a_restart_loses_nothing_and_does_nothing_verified_again(tmp_path: Path) -> None:
+async def test_a_restart_repeats_no_verified_unit(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path)
     try:
         async with fleet.up():
@@ -202,7 +202,7 @@ async def test_a_restart_loses_nothing_and_does_nothing_verified_again(tmp_path:
         await fleet.close()
 
 
-async def test_each_peer_measures_on_its_own_rows(tmp_path: Path) -> None:
+async def test_each_peer_evaluates_on_its_own_rows(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         models = [first_weights(5, seed=seed) for seed in (1, 2)]
         digests = [fleet.hub.weight_store.save(model) for model in models]
@@ -248,7 +248,7 @@ async def test_a_job_reaches_peers_that_are_named_by_name_or_by_id(tmp_path: Pat
         }
 
 
-async def test_owners_who_do_not_want_it_are_excused(tmp_path: Path) -> None:
+async def test_peers_whose_owners_refuse_are_excused(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         for agent in fleet.agents:
             agent.owner = type(agent.owner)(jobs_scatter="off")
@@ -262,7 +262,7 @@ async def test_owners_who_do_not_want_it_are_excused(tmp_path: Path) -> None:
         assert (await ended(fleet, job.id)).state is JobState.FINISHED
 
 
-async def test_jobs_that_cannot_be(tmp_path: Path) -> None:
+async def test_impossible_jobs_are_refused(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, THREE[0]) as fleet:
         spec, _ = scattered(fleet, features())
         start = fleet.hub.jobs.start

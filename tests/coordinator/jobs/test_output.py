@@ -1,4 +1,4 @@
-"""Answers merged: of numbers or of anything, in each kind of file, the rows count through."""
+"""Merged answers: any values, in each file format, with rows counted through."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _fields(given: AnswerInfo) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_merged(name: str, tmp_path: Path) -> None:
+def test_rows_are_merged_in_order(name: str, tmp_path: Path) -> None:
     rows = TABLES[name]
     job, lane = answered(tmp_path, rows)
     expected = [[n, *row[1:]] for n, row in enumerate(rows * 2)]
@@ -98,7 +98,9 @@ def test_a_column_has_one_type_in_all_units(tmp_path: Path, columns: tuple[list[
 
 
 @pytest.mark.parametrize("columns", [([1, "a"],), ([1], ["a"]), ([[1]], [2]), ([2**70],)])
-def test_what_no_column_holds_is_told(tmp_path: Path, columns: tuple[list[Any], ...]) -> None:
+def test_values_that_fit_no_column_type_are_an_error(
+    tmp_path: Path, columns: tuple[list[Any], ...]
+) -> None:
     pytest.importorskip("pyarrow", reason="Parquet is of the extra tabular")
     job, lane = of_units(tmp_path, *columns)
     with pytest.raises(CommonweightError, match="do not fit") as caught:
@@ -107,7 +109,7 @@ def test_what_no_column_holds_is_told(tmp_path: Path, columns: tuple[list[Any], 
     assert list(tmp_path.glob("*out*")) == []
 
 
-def test_any_letters_whatever_the_machine_speaks(tmp_path: Path) -> None:
+def test_files_are_utf8_in_any_locale(tmp_path: Path) -> None:
     job, _ = of_units(tmp_path, ["Zürich", "東京"])
     in_ascii(f"""
         import msgspec

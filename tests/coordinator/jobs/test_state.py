@@ -1,4 +1,4 @@
-"""Jobs without a network: any schedule of answers, losses and delays gives each row once."""
+"""Jobs without a network: any schedule of answers, losses and delays answers each row once."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_size_of_a_unit_follows_the_peers_speed() -> None:
     assert found["bob"] == pytest.approx(bob * scheduler.UNIT_S, abs=10)
 
 
-def test_a_peer_has_one_more_unit_in_hand_while_enough_is_left() -> None:
+def test_a_peer_has_a_second_unit_queued_while_many_rows_are_left() -> None:
     job = scattered(blocks=1000)
     (step,) = leases(job, "ada")
     job = jobs.apply(job, lease(step))
@@ -104,7 +104,7 @@ def test_a_peer_has_one_more_unit_in_hand_while_enough_is_left() -> None:
     assert left <= 2 * scheduler.LAST_PART * job.total_rows
 
 
-def test_a_peer_that_is_overdue_gives_back_all_that_it_has_in_hand() -> None:
+def test_all_units_of_an_overdue_peer_are_overdue() -> None:
     job = scattered(blocks=1000)
     (step,) = leases(job, "ada")
     job = done(job, step)
@@ -119,7 +119,7 @@ def test_a_peer_that_is_overdue_gives_back_all_that_it_has_in_hand() -> None:
     assert leases(job, "ada") == []
 
 
-def test_what_was_given_back_goes_out_before_new_rows() -> None:
+def test_returned_units_are_leased_before_new_rows() -> None:
     job = scattered()
     (step,) = leases(job, "ada")
     job = jobs.apply(job, lease(step))
@@ -130,7 +130,7 @@ def test_what_was_given_back_goes_out_before_new_rows() -> None:
     assert leases(job, "bob") == [Lease(0, "bob", step.first, step.stop)]
 
 
-def test_an_overdue_unit_goes_to_another_and_the_first_answer_counts() -> None:
+def test_an_overdue_unit_goes_to_another_peer_and_the_first_answer_counts() -> None:
     job = scattered(blocks=1)
     (step,) = leases(job, "ada")
     job = jobs.apply(job, lease(step))
@@ -147,7 +147,7 @@ def test_an_overdue_unit_goes_to_another_and_the_first_answer_counts() -> None:
     assert scheduler.decide(job, Availability(frozenset(PEERS)))[0].state is JobState.FINISHED  # type: ignore[union-attr]
 
 
-def test_only_the_last_rows_are_given_out_twice() -> None:
+def test_only_the_last_rows_are_leased_twice() -> None:
     job = scattered(blocks=100)
     (slow,) = leases(job, "ada")
     job = jobs.apply(job, lease(slow))
@@ -190,7 +190,7 @@ def test_a_unit_that_fails_everywhere_fails_the_job() -> None:
     assert end == (JobState.FAILED, "unit 0 failed on 3 peers: the trainer: task")
 
 
-def test_a_job_that_nobody_can_do_ends_also_when_they_have_left() -> None:
+def test_a_job_that_no_peer_can_do_ends_also_when_all_are_offline() -> None:
     job = jobs.apply(scattered(), job_events.PeerExcused("ada", "refused"))
     assert scheduler.decide(job, Availability(frozenset())) == []  # others may come yet
     (end,) = scheduler.decide(job, Availability(frozenset(), deserted=True))
@@ -198,7 +198,7 @@ def test_a_job_that_nobody_can_do_ends_also_when_they_have_left() -> None:
     assert scheduler.decide(scattered(), Availability(frozenset(), deserted=True)) == []
 
 
-def test_a_job_over_own_rows_tells_who_answered() -> None:
+def test_a_job_over_own_rows_says_how_many_peers_answered() -> None:
     job = jobs.started("job", JobSpec(kind="private", peers=("ada", "bob", "cyd")))
     steps = leases(job, "ada", "bob")
     assert {(step.unit, step.peer) for step in steps} == {(0, "ada"), (1, "bob")}

@@ -1,4 +1,4 @@
-"""What an answer to a unit must be: a table of so many rows, or measures that the ledger keeps."""
+"""Validation of answers to units: a table with the right number of rows, or inline scores."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_rows_are_a_table(lane: JobStore, body: bytes, wrong: str, inline: bool)
         validation.check(SCATTER, UNIT, answer, lane)
 
 
-def test_a_line_of_no_end_is_not_held(lane: JobStore) -> None:
+def test_an_endless_line_is_not_read_into_memory(lane: JobStore) -> None:
     body = b'["row","class"]\n[0,"' + b"a" * (3 << 20) + b'"]\n[1,"b"]\n'
     with pytest.raises(BadMessage, match="row 1"):
         validation.check(SCATTER, UNIT, given(lane, body, inline=False), lane)
 
 
-def test_measures_are_in_the_ledger(lane: JobStore) -> None:
+def test_scores_must_be_in_the_ledger(lane: JobStore) -> None:
     scores = encode({MODEL: Score(20, {"loss": 0.5})})
     validation.check(PRIVATE, UNIT, given(lane, scores, inline=True), lane)
     padded = (
@@ -79,7 +79,7 @@ def test_measures_are_in_the_ledger(lane: JobStore) -> None:
 
 
 @pytest.mark.parametrize("inline", [True, False])
-def test_a_carriage_return_is_a_blank_and_ends_no_line(lane: JobStore, inline: bool) -> None:
+def test_a_carriage_return_does_not_end_a_line(lane: JobStore, inline: bool) -> None:
     body = b'["row","class"]\n[0,\r"a"]\n[1,"b"]\n'
     answer = given(lane, body, inline=inline)
     validation.check(SCATTER, UNIT, answer, lane)

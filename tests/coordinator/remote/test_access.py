@@ -1,4 +1,4 @@
-"""Access from another machine: a ticket with a role, what it opens, and what stays shut."""
+"""Access from another machine: a ticket with a role, what the role allows and forbids."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def joined(site: Site, role: str) -> tuple[Access, Remote]:
     return found, Remote(access.open_home())
 
 
-def test_an_observer_sees_and_changes_nothing(site: Site) -> None:
+def test_an_observer_can_read_and_change_nothing(site: Site) -> None:
     machine = Machine("north")
     site.registry.join(machine.joining(site.ticket()))
     found, remote = joined(site, "observer")
@@ -84,7 +84,7 @@ def test_an_observer_sees_and_changes_nothing(site: Site) -> None:
     assert len(site.registry.tickets) == 2
 
 
-def test_an_operator_elsewhere_may_change_things_until_removed(site: Site) -> None:
+def test_a_remote_operator_can_make_changes_until_removed(site: Site) -> None:
     machine = Machine("north")
     site.registry.join(machine.joining(site.ticket()))
     found, remote = joined(site, "operator")
@@ -98,7 +98,7 @@ def test_an_operator_elsewhere_may_change_things_until_removed(site: Site) -> No
         site.registry.remove_operator(found.operator)
 
 
-def test_an_answer_has_the_exit_status_that_it_would_have_here(site: Site) -> None:
+def test_a_refusal_has_the_exit_status_of_the_local_error(site: Site) -> None:
     site.registry.join(Machine("north").joining(site.ticket()))
     _, remote = joined(site, "operator")
 
@@ -114,7 +114,7 @@ def test_an_answer_has_the_exit_status_that_it_would_have_here(site: Site) -> No
     assert (unknown.value.code, unknown.value.exit_code) == ("unknown_name", ExitCode.USAGE)
 
 
-def test_the_answer_of_another_version_is_told_in_words(
+def test_a_response_of_another_version_is_a_clear_error(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, remote = joined(site, "operator")
@@ -126,7 +126,7 @@ def test_the_answer_of_another_version_is_told_in_words(
         assert "another version" in told.value.hint
 
 
-def test_each_ticket_opens_its_own_door_only_and_once(site: Site) -> None:
+def test_each_ticket_works_once_and_only_for_its_role(site: Site) -> None:
     agents = site.ticket()
     with pytest.raises(CommonweightError, match="is for an agent, not"):
         access.join(tickets.encode(agents))
@@ -139,7 +139,7 @@ def test_each_ticket_opens_its_own_door_only_and_once(site: Site) -> None:
         access.join(tickets.encode(watch))
 
 
-def test_another_coordinator_gets_nothing(site: Site) -> None:
+def test_nothing_is_sent_to_another_coordinator(site: Site) -> None:
     ticket = tickets.new_ticket(site.addresses(), bytes(32))
     with pytest.raises(Refused, match="not the coordinator that made this ticket"):
         access.join(tickets.encode(ticket))
@@ -200,7 +200,7 @@ def _tell(link: CoordinatorClient, told: LogResponse) -> None:
         link.close()
 
 
-async def test_an_agent_that_says_nothing_is_not_waited_for_long() -> None:
+async def test_the_wait_for_a_silent_agent_is_bounded() -> None:
     async def send(peer: str, question: LogRequest) -> bool:
         return peer == "deaf"
 

@@ -1,4 +1,4 @@
-"""How the monitor stays current: snapshot, live messages, polling, gaps, lost links."""
+"""How a fleet is kept current: snapshots, live messages, polling, gaps, lost connections."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def test_a_gap_fetches_a_new_snapshot() -> None:
         assert follow.fleet is before, "a page that holds the fleet holds no old one"
 
 
-async def test_it_polls_while_there_is_no_stream() -> None:
+async def test_snapshots_are_polled_without_live_messages() -> None:
     source = Replay(busy_fleet())
     source.mqtt_up = False
     async with following(source) as follow:
@@ -81,7 +81,7 @@ async def test_it_polls_while_there_is_no_stream() -> None:
         assert follow.connected
 
 
-async def test_it_never_gives_up() -> None:
+async def test_a_lost_connection_is_retried_forever() -> None:
     source = Replay(busy_fleet(), [links(99, epoch="e1")])
     async with following(source) as follow:
         await eventually(lambda: follow.stream and follow.http)

@@ -73,7 +73,7 @@ async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
                 await anext(aiter(source.messages()))
 
 
-async def test_who_watches_gets_no_version(tmp_path: Path) -> None:
+async def test_an_observer_cannot_download_versions(tmp_path: Path) -> None:
     (tmp_path / "coordinator").mkdir()
     with Site(tmp_path / "coordinator").up() as site:
         ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
@@ -99,7 +99,7 @@ async def test_who_watches_gets_no_version(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["127.0.0.1:70000", f"{'a' * 70}:80", "a b:80"])
-async def test_what_is_no_address_is_told_as_such(tmp_path: Path, word: str) -> None:
+async def test_an_invalid_address_is_a_clear_error(tmp_path: Path, word: str) -> None:
     (tmp_path / "coordinator").mkdir()
     with Site(tmp_path / "coordinator").up() as site:
         home = home_of(site, tmp_path)
@@ -108,7 +108,7 @@ async def test_what_is_no_address_is_told_as_such(tmp_path: Path, word: str) -> 
             await PeerSource(home, word).snapshot()
 
 
-async def test_who_is_not_of_the_fleet_sees_nothing(tmp_path: Path) -> None:
+async def test_strangers_see_nothing(tmp_path: Path) -> None:
     (tmp_path / "coordinator").mkdir()
     with Site(tmp_path / "coordinator").up() as site:
         home = home_of(site, tmp_path)

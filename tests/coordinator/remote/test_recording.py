@@ -1,4 +1,4 @@
-"""Recordings: what was heard is what is played, at any pace and in both ways."""
+"""Recordings: a replay gives what was recorded, at any speed and in both directions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shown(source: ReplaySource) -> state.Fleet:
     return asyncio.run(source.snapshot())
 
 
-def test_what_is_played_is_what_was_heard(tmp_path: Path) -> None:
+def test_a_replay_gives_what_was_recorded(tmp_path: Path) -> None:
     source = ReplaySource(record(tmp_path / "a.cwrec"))
     source.seek(source.length_s)
     played, was = shown(source), busy_fleet()
@@ -51,7 +51,7 @@ def test_what_is_played_is_what_was_heard(tmp_path: Path) -> None:
     assert msgspec.to_builtins(played) == msgspec.to_builtins(was)
 
 
-def test_back_and_ahead_give_the_same(tmp_path: Path) -> None:
+def test_seeking_back_and_forward_gives_the_same_fleet(tmp_path: Path) -> None:
     source = ReplaySource(record(tmp_path / "a.cwrec"), wall=lambda: 0.0)
     source.seek(500)
     there = state.encode(shown(source), NOW)
@@ -82,14 +82,14 @@ async def test_pace_stop_and_step(tmp_path: Path) -> None:
     assert source.position_s == pytest.approx(110)
 
 
-async def test_a_recording_is_asked_for_nothing(tmp_path: Path) -> None:
+async def test_a_recording_takes_no_commands(tmp_path: Path) -> None:
     source = ReplaySource(record(tmp_path / "a.cwrec"))
     for ask in (source.command("p", "pause"), source.ticket(), source.logs("p")):
         with pytest.raises(CommonweightError, match="recording"):
             await ask
 
 
-async def test_a_recorded_source_brings_what_the_source_brings(tmp_path: Path) -> None:
+async def test_a_recorded_source_gives_what_its_source_gives(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "a.cwrec", lambda: NOW)
     source = RecordingSource(Replay(busy_fleet(), [story()[0][1]]), recorder)
     await source.snapshot()
@@ -102,7 +102,7 @@ async def test_a_recorded_source_brings_what_the_source_brings(tmp_path: Path) -
     assert second.message == story()[0][1]
 
 
-def test_a_file_that_was_cut_off_plays_to_there(tmp_path: Path) -> None:
+def test_a_truncated_file_is_replayed_up_to_its_end(tmp_path: Path) -> None:
     whole = record(tmp_path / "a.cwrec").read_bytes()
     for share in (0.3, 0.7, 0.95):
         path = tmp_path / f"cut{share}"
@@ -116,7 +116,7 @@ def test_a_file_that_was_cut_off_plays_to_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no recording", b"\x28\xb5\x2f\xfd" + b"\x00" * 40])
-def test_other_files_are_refused_in_words(tmp_path: Path, data: bytes) -> None:
+def test_other_files_are_refused_with_a_reason(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x"
     path.write_bytes(data)
     with pytest.raises(UsageError, match="not a recording of a monitor"):
