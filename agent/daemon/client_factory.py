@@ -91,13 +91,13 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
 def make_client(
     ctx: AgentContext,
     trainer: TrainerProcess,
-    watchdog: RetryingTrainer,
+    retrying_trainer: RetryingTrainer,
     versions: VersionStore,
     job_models: VersionStore,
     link: Callable[[], CoordinatorClient],
     uploads: Uploads,
 ) -> Client:
-    """The ClientApp: training for runs through `watchdog`, and units of jobs.
+    """The ClientApp: training for runs through `retrying_trainer`, and units of jobs.
 
     `versions` holds the versions of runs, `job_models` those that only jobs use.
     """
@@ -138,7 +138,7 @@ def make_client(
     )
     return Client(
         me,
-        watchdog,
+        retrying_trainer,
         _Weights(versions, uploads.update),
         outbox,
         allowed=ctx.settings.allows,

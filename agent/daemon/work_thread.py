@@ -65,13 +65,13 @@ class WorkThread:
         self.trainer = client_factory.make_trainer(
             ctx, lambda progress: ctx.runner.call_threadsafe(self._on_progress, progress)
         )
-        self._watchdog = RetryingTrainer(
+        self._retrying_trainer = RetryingTrainer(
             self.trainer, tries=ctx.settings.trainer_tries, on_given_up=self._on_given_up
         )
         self._client = client_factory.make_client(
             ctx,
             self.trainer,
-            self._watchdog,
+            self._retrying_trainer,
             self.versions,
             self._job_models,
             link,
@@ -96,7 +96,7 @@ class WorkThread:
 
     def close(self) -> None:
         """Stop the trainer for good. This also ends a wait for it or for its next try."""
-        self._watchdog.close()
+        self._retrying_trainer.close()
 
     def answer(self, message: Message) -> Message | None:
         """Handle a message, send the reply, and return the next message, if there is one.

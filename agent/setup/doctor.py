@@ -6,11 +6,13 @@ They do not disturb a running agent: they open no session and publish nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,14 +31,12 @@ from protocols.network import addresses, version_check
 from protocols.network.error_text import describe_error
 
 if TYPE_CHECKING:
-    import httpx
-
     from agent.transport.coordinator_client import CoordinatorClient
     from protocols.enrollment.joining import EnrollmentStatus
 
 _TIMEOUT_S = 5.0
-#: Room for a version of a large model, its update and the outbox.
-_LOW_SPACE_BYTES, _MIN_SPACE_BYTES = 5_000_000_000, 500_000_000
+#: Free space to warn below, and to fail below: a version of a large model, its update, the outbox.
+_ROOM_BYTES = 5_000_000_000, 500_000_000
 #: Flower refuses signatures whose time is further ahead or behind.
 MAX_AHEAD_S, MAX_BEHIND_S = 5.0, 300.0
 _SKEW_WARNING_S = 3.0
@@ -45,15 +45,14 @@ _CERTIFICATE_WARNING_DAYS = 30
 
 def examine_agent(home: Path) -> Iterator[Check]:
     """Run the checks of the agent in `home`, and yield each result at once."""
-    doctor = _Doctor(home)
-    try:
+    with contextlib.closing(_Doctor(home)) as doctor:
         yield from run_checks(
             [
-                CheckStep("home", doctor.home),
-                CheckStep("permissions", doctor.permissions, ("home",)),
+                CheckStep("home", lambda: str(homes.open_home("agent"))),
+                CheckStep("permissions", partial(check_private, home), ("home",)),
                 CheckStep("settings", doctor.settings, ("home",)),
-                CheckStep("disk", doctor.disk, ("home",)),
-                CheckStep("crashes", doctor.crashes, ("home",)),
+                CheckStep("disk", partial(check_room, home, *_ROOM_BYTES), ("home",)),
+                CheckStep("crashes", partial(check_crashes, home), ("home",)),
                 CheckStep("packages", environment.check_packages),
                 CheckStep("device", environment.check_device),
                 CheckStep("sensors", doctor.sensors, ("settings",)),
@@ -69,36 +68,23 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 CheckStep("version", doctor.version, ("coordinator",)),
             ]
         )
-    finally:
-        doctor.close()
 
 
 class _Doctor:
     """The checks, and what they share: a check runs only after those that it needs."""
 
     _enrollment: Enrollment
-    _standing: EnrollmentStatus | None = None
-    _http: httpx.Client | None = None
+    _status: EnrollmentStatus | None = None
     _link: CoordinatorClient | None = None
 
     def __init__(self, home: Path) -> None:
         self._home = home
 
     def close(self) -> None:
-        for opened in (self._http, self._link):
-            if opened is not None:
-                opened.close()
+        if self._link is not None:
+            self._link.close()
 
     # --- this machine ---
-
-    def home(self) -> str:
-        return str(homes.open_home("agent"))
-
-    def crashes(self) -> str | Advice:
-        return check_crashes(self._home)
-
-    def permissions(self) -> str:
-        return check_private(self._home)
 
     def settings(self) -> str:
         tasks = settings.read(self._home).tasks
@@ -119,9 +105,6 @@ class _Doctor:
                 f"commonweight-agent policy set {strict[0]} auto",
             )
         return f"{detail}, which pauses nothing"
-
-    def disk(self) -> str | Advice:
-        return check_room(self._home, _LOW_SPACE_BYTES, _MIN_SPACE_BYTES)
 
     # --- the coordinator, from the network inwards ---
 
@@ -192,17 +175,14 @@ class _Doctor:
 
         from protocols.enrollment.joining import CA_PATH
 
-        if self._http is None:
-            context = ssl.create_default_context(cadata=self._enrollment.ca_pem)
-            self._http = httpx.Client(
-                base_url=f"https://{self._enrollment.addresses[0]}",
-                verify=context,
-                timeout=_TIMEOUT_S,
-            )
+        context = ssl.create_default_context(cadata=self._enrollment.ca_pem)
+        url = f"https://{self._enrollment.addresses[0]}{CA_PATH}"
         try:
-            self._http.get(CA_PATH)  # opens the connection, so that the next answer is quick
-            before = time.time()
-            answer = self._http.get(CA_PATH).raise_for_status()
+            with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
+                http.get(url)  # opens the connection, so that the next answer is quick
+                before = time.time()
+                answer = http.get(url).raise_for_status()
+                now = (before + time.time()) / 2
         except httpx.HTTPError as err:
             raise Unreachable(
                 f"no answer over HTTPS: {describe_error(err)}",
@@ -211,7 +191,7 @@ class _Doctor:
         if "date" not in answer.headers:
             return "the coordinator's answer has no date"
         theirs = parsedate_to_datetime(answer.headers["date"]).timestamp()
-        return check_skew((before + time.time()) / 2 - theirs)
+        return check_skew(now - theirs)
 
     def _open_link(self) -> CoordinatorClient:
         if self._link is None:
@@ -223,18 +203,18 @@ class _Doctor:
 
     def coordinator(self) -> str:
         try:
-            self._standing = self._open_link().enrollment_status()
+            self._status = self._open_link().enrollment_status()
         except Refused as err:
             raise Refused(
                 f"it refuses this machine's signature ({err.message})",
                 "correct the clock if it is wrong; if the peer was removed: join --replace",
             ) from err
-        if self._standing.enrollment == "awaiting":
+        if self._status.enrollment == "awaiting":
             raise Refused(
                 "this machine awaits approval",
-                f"run on the coordinator: commonweight peers approve {self._standing.name}",
+                f"run on the coordinator: commonweight peers approve {self._status.name}",
             )
-        return f"knows this machine as {self._standing.name}"
+        return f"knows this machine as {self._status.name}"
 
     def flower(self) -> str:
         try:
@@ -250,7 +230,7 @@ class _Doctor:
         from agent.transport.mqtt_client import try_login
 
         address = self._enrollment.mqtt
-        if self._standing is not None and self._standing.enrollment == "enrolled":
+        if self._status is not None and self._status.enrollment == "enrolled":
             address = self._open_link().mqtt_address()  # the password may have changed
         # Windows: paho needs a selector loop.
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
@@ -260,8 +240,8 @@ class _Doctor:
         return f"logged in at {address.netloc}"
 
     def version(self) -> str | Advice:
-        assert self._standing is not None
-        theirs = self._standing.version
+        assert self._status is not None
+        theirs = self._status.version
         if theirs == VERSION:
             return f"{VERSION}, as the coordinator"
         detail = f"{VERSION} here, {theirs} on the coordinator"
