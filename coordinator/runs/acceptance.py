@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 
 from flwr.app import Message
 from msgspec.structs import replace
@@ -20,6 +21,15 @@ from protocols.codecs import registry
 from protocols.errors import SHAREABLE_CODES, BadMessage, BadWeights, UpdateRefused
 from protocols.messages.envelope import strip_controls
 from protocols.model.weights_file import WeightsFile
+
+
+@contextlib.contextmanager
+def _refused_as(reason: str) -> Iterator[None]:
+    """Raise UpdateRefused if a reply lacks a record or has a wrong one."""
+    try:
+        yield
+    except (BadMessage, KeyError, TypeError, ValueError) as err:
+        raise UpdateRefused(reason, str(err)) from err
 
 
 async def validate_reply(
@@ -39,10 +49,8 @@ async def validate_reply(
         if colon and code in SHAREABLE_CODES:  # the agent reports that it does not fit the run
             raise UpdateRefused(code, detail)
         raise UpdateRefused("agent failed", reason)
-    try:
+    with _refused_as("bad claim"):
         claim, payload, signature = read_claim(reply)
-    except (BadMessage, KeyError, TypeError, ValueError) as err:
-        raise UpdateRefused("bad claim", str(err)) from err
     if request.kind == "train" and not run.buffered and late_updates.is_late(run, request.round):
         late = late_updates.late_assignment(run, peer, request.round)
         expected = validation.ExpectedReply("train", late.base, model.schema, late)
@@ -50,17 +58,12 @@ async def validate_reply(
         expected = validation.expected_reply(run, model.schema, peer, request.kind)
     validation.check_claim(run, expected, peer, claim, payload, signature, ctx.verify)
     if expected.kind == "describe":
-        try:
+        with _refused_as("bad description"):
             return run_events.PeerDescribed(peer, read_description(reply, claim))
-        except (BadMessage, KeyError, TypeError, ValueError) as err:
-            raise UpdateRefused("bad description", str(err)) from err
     if expected.kind == "holdings":
-        try:
-            return run_events.HoldingTold(
-                peer, recovery.verify_proof(run, read_proof(reply), ctx.is_own_signature)
-            )
-        except (KeyError, TypeError) as err:
-            raise UpdateRefused("bad proof", str(err)) from err
+        with _refused_as("bad proof"):
+            holding = recovery.verify_proof(run, read_proof(reply), ctx.is_own_signature)
+            return run_events.HoldingTold(peer, holding)
     norm = 0.0
     if expected.kind != "evaluate":
         norm = await asyncio.to_thread(_measure, ctx, model, expected, peer, claim.digest)

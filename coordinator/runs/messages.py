@@ -8,6 +8,12 @@ from protocols.messages import envelope
 from protocols.messages.envelope import RunChanged, strip_controls
 from protocols.messages.states import RunState
 
+#: Fields that a closed round has in common with its message.
+_SAME_IN_BOTH = (
+    *("round", "digest", "seconds", "refused", "metrics", "bytes_up", "bytes_down", "norms"),
+    *("spread", "worst", "spent", "staleness"),
+)
+
 
 def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
     """The state of a run."""
@@ -33,22 +39,12 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
 
 def round_body(run_id: str, closed: state.Round) -> envelope.RoundClosed:
     """A closed round."""
+    loss = closed.metrics.get("loss")
     return envelope.RoundClosed(
         run=run_id,
-        round=closed.round,
-        digest=closed.digest,
-        seconds=closed.seconds,
         peers=len(closed.contributors),
-        refused=closed.refused,
-        loss=closed.metrics.get("loss"),
+        loss=loss,
         accuracy=closed.metrics.get("accuracy"),
-        diverged="loss" in closed.metrics and closed.metrics["loss"] is None,
-        metrics=closed.metrics,
-        bytes_up=closed.bytes_up,
-        bytes_down=closed.bytes_down,
-        norms=closed.norms,
-        spread=closed.spread,
-        worst=closed.worst,
-        spent=closed.spent,
-        staleness=closed.staleness,
+        diverged="loss" in closed.metrics and loss is None,
+        **{name: getattr(closed, name) for name in _SAME_IN_BOTH},
     )

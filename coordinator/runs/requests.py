@@ -76,13 +76,13 @@ class PendingRequests:
         Raises StrategyFailed, CommonweightError.
         """
         kind = "train" if opening or run.state is RunState.TRAINING else "evaluate"
-        number = opening or run.round
-        nodes, extra = await self._ask_strategy(kind, number, run.head, eligible)
-        self._content = self._content_of(run, kind, number, extra) if nodes else None
+        work = Assignment(opening or run.round, run.head)
+        nodes, extra = await self._ask_strategy(kind, work, eligible)
+        self._content = self._content_of(run, kind, work, extra) if nodes else None
         return tuple(sorted(map(self._ctx.peer_of, nodes)))
 
     async def _ask_strategy(
-        self, kind: str, number: int, base: str, eligible: Sequence[str]
+        self, kind: str, work: Assignment, eligible: Sequence[str]
     ) -> tuple[list[int], dict[str, int | float]]:
         """The nodes that the strategy chooses, and its settings for the task."""
         ctx = self._ctx
@@ -90,10 +90,11 @@ class PendingRequests:
         configure = getattr(self._strategy, f"configure_{kind}")
 
         def call() -> list[Message]:
-            path = ctx.store.version_path(base)
+            path = ctx.store.version_path(work.base)
             model = weights.load(path) if self._adapter.reads_weights else None
+            base = VersionRecord(work.base, model)
             with strategy_errors(self._adapter.flower):
-                return list(configure(number, VersionRecord(base, model), ConfigRecord(), ctx.grid))
+                return list(configure(work.round, base, ConfigRecord(), ctx.grid))
 
         messages = await asyncio.to_thread(call)
         with strategy_errors(self._adapter.flower):
@@ -101,48 +102,39 @@ class PendingRequests:
             return nodes, shared_config(messages) if messages else {}
 
     def _content_of(
-        self,
-        run: Run,
-        kind: str,
-        number: int,
-        extra: Mapping[str, int | float],
-        assignment: Assignment | None = None,
+        self, run: Run, kind: str, work: Assignment, extra: Mapping[str, int | float]
     ) -> RecordDict:
-        base = assignment.base if assignment else run.head
-        config = self._work_record(run, kind, number, extra, assignment)
-        return RecordDict({"arrays": VersionRecord(base), "config": config})
+        config = self._work_record(run, kind, work, extra)
+        return RecordDict({"arrays": VersionRecord(work.base), "config": config})
 
     def _work_record(
         self,
         run: Run,
         kind: Any,
-        number: int,
+        assignment: Assignment,
         extra: Mapping[str, int | float] = MappingProxyType({}),
-        assignment: Assignment | None = None,
     ) -> ConfigRecord:
         """The signed work. `extra`: the strategy's settings, which win over the run's.
 
-        `assignment`: the work of one peer. Each further turn on a version has another seed, so that
-        it does not repeat the same training.
+        Each further turn on a version has another seed, so it does not repeat the same training.
         """
         spec = run.spec
-        head, turn = (assignment.base, assignment.turn) if assignment else (run.head, 0)
         for_trainers = self._adapter.trainer_settings(spec.strategy_args)
-        parent, patch_bytes = self._model.patch_to(head)
+        parent, patch_bytes = self._model.patch_to(assignment.base)
         shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
         work = Work(
             run=run.id,
             since=run.since,
-            round=number,
+            round=assignment.round,
             kind=kind,
             task=spec.task,
-            base=assignment.base if assignment else _base(run, kind),
+            base=assignment.base,
             nbytes=self._model.nbytes,
             parent=parent,
             patch_bytes=patch_bytes,
             codec=spec.codec,
-            turn=turn,
-            seed=spec.seed + turn * _SEED_STRIDE,
+            turn=assignment.turn,
+            seed=spec.seed + assignment.turn * _SEED_STRIDE,
             settings={**spec.settings, **extra, **for_trainers, **shared},
             card=schema_card.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
@@ -168,7 +160,8 @@ class PendingRequests:
         if run.kind not in ("train", "evaluate"):
             if run.kind in ("init", "recall"):
                 self._model.expect_first_weights()
-            content = RecordDict({"config": self._work_record(run, run.kind, run.round)})
+            query = Assignment(run.round, _base_of_query(run))
+            content = RecordDict({"config": self._work_record(run, run.kind, query)})
             await self._send(run, content, f"query.{run.kind}", peers, run.round)
             return
         if self._content is None:  # after a restart
@@ -189,11 +182,10 @@ class PendingRequests:
             if is_new and not assignment.lost and peer in eligible:
                 peers_of.setdefault(assignment, []).append(peer)
         for assignment, peers in peers_of.items():
-            number = assignment.round
             # The peers are chosen already: only the strategy's settings count.
-            _, extra = await self._ask_strategy("train", number, assignment.base, peers)
-            content = self._content_of(run, "train", number, extra, assignment)
-            await self._send(run, content, "train", peers, number)
+            _, extra = await self._ask_strategy("train", assignment, peers)
+            content = self._content_of(run, "train", assignment, extra)
+            await self._send(run, content, "train", peers, assignment.round)
 
     async def _send(
         self, run: Run, content: RecordDict, message_type: str, peers: Sequence[str], number: int
@@ -277,10 +269,8 @@ class PendingRequests:
         self.acknowledge(mids, False)
 
 
-def _base(run: Run, kind: str) -> str:
-    """The version, or the digest of the preprocessing, that a request is about."""
-    if kind == "describe":
-        return preprocessing.digest(run.preprocessing)
-    if kind == "recall":
-        return run.target_version.digest if run.target_version else ""
-    return run.head if kind in ("train", "evaluate") else ""
+def _base_of_query(run: Run) -> str:
+    """The version, or the digest of the preprocessing, that a query is about; else empty."""
+    if run.kind == "recall" and run.target_version:
+        return run.target_version.digest
+    return preprocessing.digest(run.preprocessing) if run.kind == "describe" else ""

@@ -22,69 +22,48 @@ class Rule(NamedTuple):
     hint: str = ""
 
 
-def _is_buffered(spec: RunSpec) -> bool:
-    return spec.mode == "buffered"
+_BUFFERED = "--mode buffered"
+_SERVER = "use fedavg or a server optimizer"
 
-
+# fmt: off
+#: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
-    Rule(
-        lambda spec, _: bool(personalization.SETTINGS & spec.settings.keys()),
-        "{reserved} is no setting of a task: the strategy sets it",
-        "--strategy scaffold or fedbn, with --strategy-arg",
-    ),
-    Rule(
-        lambda spec, _: spec.min_examples > spec.max_examples,
-        "--min-examples must be at most {spec.max_examples}",
-    ),
-    Rule(
-        lambda spec, _: bool(spec.best_direction) and not spec.best_metric,
-        "--best-direction needs --best-metric",
-    ),
-    Rule(
-        lambda spec, _: (
-            not _is_buffered(spec)
-            and (spec.buffer > 0 or spec.concurrency > 0 or spec.server_lr != 1.0)
-        ),
-        "--buffer, --concurrency and --server-lr belong to --mode buffered",
-        "--mode buffered --buffer 4",
-    ),
-    Rule(
-        lambda spec, _: _is_buffered(spec) and spec.buffer < 1,
-        "--buffer is the number of updates that make a version, 1 or more",
-    ),
-    Rule(
-        lambda spec, _: _is_buffered(spec) and spec.quorum != 1,
-        "--quorum has no effect with --mode buffered: --buffer says what a version needs",
-    ),
-    Rule(
-        lambda spec, _: _is_buffered(spec) and spec.select != 0,
-        "--select has no effect with --mode buffered: --concurrency says how many work",
-    ),
-    Rule(
-        lambda spec, _: _is_buffered(spec) and "fraction_train" in spec.strategy_args,
-        "fraction_train has no effect with --mode buffered: --concurrency says how many work",
-    ),
-    Rule(
-        lambda spec, adapter: _is_buffered(spec) and adapter.feed != "mean",
-        "{spec.strategy} cannot be used with --mode buffered: a fast peer may have several updates "
-        "in a buffer, so that a bound on the number of bad peers has no effect",
-        "use fedavg or a server optimizer; --max-weight-share and --clip-norm bound each peer",
-    ),
-    Rule(
-        lambda spec, adapter: _is_buffered(spec) and adapter.needs_base,
-        "{spec.strategy} cannot be used with --mode buffered: its control variates belong to one "
-        "version",
-        "use fedavg or a server optimizer, or --mode synchronous",
-    ),
-    Rule(
-        lambda spec, adapter: (
-            spec.late == "fold"
-            and (adapter.feed != "mean" or adapter.needs_base or _is_buffered(spec))
-        ),
-        "--late fold cannot be used with {spec.strategy} in mode {spec.mode}",
-        "use fedavg or a server optimizer in synchronous rounds, or --late drop",
-    ),
+    Rule(lambda spec, _: bool(personalization.SETTINGS & spec.settings.keys()),
+         "{reserved} is no setting of a task: the strategy sets it",
+         "--strategy scaffold or fedbn, with --strategy-arg"),
+    Rule(lambda spec, _: spec.min_examples > spec.max_examples,
+         "--min-examples must be at most {spec.max_examples}"),
+    Rule(lambda spec, _: bool(spec.best_direction) and not spec.best_metric,
+         "--best-direction needs --best-metric"),
+    Rule(lambda spec, adapter: spec.late == "fold" and (
+            adapter.feed != "mean" or adapter.needs_base or spec.mode != "synchronous"),
+         "--late fold cannot be used with {spec.strategy} in mode {spec.mode}",
+         f"{_SERVER} in synchronous rounds, or --late drop"),
 )
+_SYNCHRONOUS_RULES = (
+    Rule(lambda spec, _: bool(spec.buffer or spec.concurrency) or spec.server_lr != 1.0,
+         f"--buffer, --concurrency and --server-lr belong to {_BUFFERED}",
+         f"{_BUFFERED} --buffer 4"),
+)
+_BUFFERED_RULES = (
+    Rule(lambda spec, _: spec.buffer < 1,
+         "--buffer is the number of updates that make a version, 1 or more"),
+    Rule(lambda spec, _: spec.quorum != 1,
+         f"--quorum has no effect with {_BUFFERED}: --buffer says what a version needs"),
+    Rule(lambda spec, _: spec.select != 0,
+         f"--select has no effect with {_BUFFERED}: --concurrency says how many work"),
+    Rule(lambda spec, _: "fraction_train" in spec.strategy_args,
+         f"fraction_train has no effect with {_BUFFERED}: --concurrency says how many work"),
+    Rule(lambda _, adapter: adapter.feed != "mean",
+         f"{{spec.strategy}} cannot be used with {_BUFFERED}: a fast peer may have several updates "
+         "in a buffer, so that a bound on the number of bad peers has no effect",
+         f"{_SERVER}; --max-weight-share and --clip-norm bound each peer"),
+    Rule(lambda _, adapter: adapter.needs_base,
+         f"{{spec.strategy}} cannot be used with {_BUFFERED}: its control variates belong to one "
+         "version",
+         f"{_SERVER}, or --mode synchronous"),
+)
+# fmt: on
 
 
 def check(spec: RunSpec) -> None:
@@ -92,7 +71,8 @@ def check(spec: RunSpec) -> None:
     options.check(spec)
     adapter = strategies.find(spec.strategy)
     reserved = min(personalization.SETTINGS & spec.settings.keys(), default="")
-    for rule in _RULES:
+    of_mode = _BUFFERED_RULES if spec.mode == "buffered" else _SYNCHRONOUS_RULES
+    for rule in (*_RULES, *of_mode):
         if rule.is_broken(spec, adapter):
             text, hint = (t.format(spec=spec, reserved=reserved) for t in (rule.text, rule.hint))
             raise UsageError(text, hint)
