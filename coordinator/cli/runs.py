@@ -42,12 +42,12 @@ def _parameter(option: Option) -> inspect.Parameter:
     """An option of the table as a parameter that Typer reads."""
     kind: Any = list[str] | None if option.repeatable else option.kind
     bounds = option.bounds if option.kind in (int, float) else None
-    least = bounds.least if bounds and not bounds.above_least else None
+    minimum = bounds.minimum if bounds and not bounds.above_minimum else None
     return inspect.Parameter(
         _variable(option),
         inspect.Parameter.KEYWORD_ONLY,
         default=None if option.repeatable else option.default,
-        annotation=Annotated[kind, typer.Option(f"--{option.name}", help=option.help, min=least)],
+        annotation=Annotated[kind, typer.Option(f"--{option.name}", help=option.help, min=minimum)],
     )
 
 

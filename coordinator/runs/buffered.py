@@ -16,14 +16,14 @@ from coordinator.runs.state import Assignment, Run
 from coordinator.storage.run_events import UpdateAccepted, WorkGiven
 
 
-def staleness(run: Run, given: Assignment) -> int:
+def staleness(run: Run, work: Assignment) -> int:
     """The number of versions made since the base of this assignment."""
-    return run.num_versions - (given.round - 1)
+    return run.num_versions - (work.round - 1)
 
 
-def is_stale(run: Run, given: Assignment) -> bool:
+def is_stale(run: Run, work: Assignment) -> bool:
     """True if the update of this assignment would be refused."""
-    return staleness(run, given) > run.spec.max_staleness
+    return staleness(run, work) > run.spec.max_staleness
 
 
 def discount(staleness: int) -> float:

@@ -19,15 +19,15 @@ from protocols.model.weights import Schema
 def resolve_version(run: Run, which: str) -> str:
     """The digest of "best", "latest", or a prefix of a digest. Raises UnknownName."""
     if which == "best":
-        found = [run.best.digest] if run.best else []
+        digests = [run.best.digest] if run.best else []
     elif which == "latest":
-        found = [run.head] if run.head else []
+        digests = [run.head] if run.head else []
     else:
         known = {run.first, run.head, *(closed.digest for closed in run.history)}
-        found = [digest for digest in known if which and digest.startswith(which)]
-    if len(found) != 1:
+        digests = [digest for digest in known if which and digest.startswith(which)]
+    if len(digests) != 1:
         raise UnknownName(f"run {run.id} has no version {which!r}", "commonweight models list")
-    return found[0]
+    return digests[0]
 
 
 def build_card(

@@ -191,10 +191,10 @@ class RunManager:
         store, adapter = self._ctx.store, strategies.find(spec.strategy)
         if not store.has(digest):
             raise UnknownName(f"no version {digest[:12]}")
-        given = weights.load(store.version_path(digest))
-        first = personalization.first_version(given, adapter.trainer_settings(spec.strategy_args))
+        model = weights.load(store.version_path(digest))
+        first = personalization.first_version(model, adapter.trainer_settings(spec.strategy_args))
         memory_estimate.check_memory(adapter, spec, first.schema, spec.quorum)
-        return digest if first.schema == given.schema else store.save(first)
+        return digest if first.schema == model.schema else store.save(first)
 
     def _check(self, spec: RunSpec) -> None:
         spec_rules.check(spec)
@@ -267,10 +267,10 @@ class RunManager:
 
     def find(self, run_id: str) -> Run:
         """A run by its id or a unique prefix of it. Raises UnknownName."""
-        found = [run for run in self.all() if run.id.startswith(run_id)]
-        if len(found) != 1:
+        matches = [run for run in self.all() if run.id.startswith(run_id)]
+        if len(matches) != 1:
             raise UnknownName(f"no run {run_id!r}", "commonweight run list")
-        return self._replay(found[0].id) if found[0].ended else found[0]
+        return self._replay(matches[0].id) if matches[0].ended else matches[0]
 
     def all(self) -> list[Run]:
         """All runs, oldest first. Ended runs have only their last rounds."""

@@ -16,26 +16,29 @@ if TYPE_CHECKING:
 
 
 class Bounds(NamedTuple):
-    """The numbers that an option takes. `or_zero`: also 0; `without_least`: not `least` itself."""
+    """The numbers that an option takes, and `text` for them.
 
-    words: str
-    least: float = -math.inf
-    most: float = math.inf
-    above_least: bool = False
+    `above_minimum`: not the minimum itself. `or_zero`: 0 as well.
+    """
+
+    text: str
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    above_minimum: bool = False
     or_zero: bool = False
 
     def contains(self, value: float) -> bool:
         if self.or_zero and value == 0:
             return True
-        is_least = value > self.least if self.above_least else value >= self.least
-        return is_least and value <= self.most and abs(value) < math.inf
+        is_above = value > self.minimum if self.above_minimum else value >= self.minimum
+        return is_above and value <= self.maximum and abs(value) < math.inf
 
 
 class Option(NamedTuple):
     """One option. `kind` and `default` are those of the command line.
 
-    With `is_plain` the value is that of the field of `RunSpec`, which has the same name unless
-    `other_field` names it. The field must be within `bounds`, or one of `choices`.
+    With `is_plain`, the value is that of the `RunSpec` field with the same name, or `other_field`.
+    The field must be within `bounds`, or be one of `choices`.
     """
 
     name: str
@@ -50,7 +53,7 @@ class Option(NamedTuple):
 
     @property
     def repeatable(self) -> bool:
-        """It may be given repeatedly."""
+        """True if the option may be repeated."""
         return isinstance(self.default, tuple)
 
     @property
@@ -59,15 +62,15 @@ class Option(NamedTuple):
 
     @property
     def limits(self) -> str:
-        """The values that it takes, in words; empty if any."""
-        return self.bounds.words if self.bounds else " or ".join(filter(None, self.choices))
+        """The valid values as text; empty if all are valid."""
+        return self.bounds.text if self.bounds else " or ".join(filter(None, self.choices))
 
     @property
     def field(self) -> str:
         return self.other_field or self.name.replace("-", "_")
 
     def parse(self, text: str) -> Any:
-        """The value of a text as it stands in a form. Raises UsageError."""
+        """The value of a text from a form. Raises UsageError."""
         if self.repeatable:
             return text.split()
         try:
@@ -77,7 +80,7 @@ class Option(NamedTuple):
             raise UsageError(f"--{self.name} must be {number}, not {text!r}") from err
 
     def check(self, spec: RunSpec) -> None:
-        """Raise UsageError unless the field has a value that the option takes."""
+        """Raise UsageError unless the field's value is valid."""
         value = getattr(spec, self.field) if self.bounds or self.choices else None
         if value is None or value in self.choices or (self.bounds and self.bounds.contains(value)):
             return
@@ -85,8 +88,8 @@ class Option(NamedTuple):
 
 
 _FROM_0, _FROM_1 = Bounds("0 or more", 0), Bounds("1 or more", 1)
-_ABOVE_0 = Bounds("above 0", 0, above_least=True)
-_SHARE = Bounds("above 0 and at most 1", 0, 1, above_least=True)
+_ABOVE_0 = Bounds("above 0", 0, above_minimum=True)
+_SHARE = Bounds("above 0 and at most 1", 0, 1, above_minimum=True)
 _FACTOR = Bounds("from 1x to 10x", 1, 10, or_zero=True)
 _FINITE = Bounds("a finite number")
 _STRATEGIES = (
@@ -104,7 +107,7 @@ OPTIONS = (
            "peers have.", is_plain=False),
     Option("rounds", int, 10, "How many rounds.", _FROM_1),
     Option("quorum", int, 1, "How many updates a round needs.", _FROM_1, "updates"),
-    Option("deadline", str, "10m", "A round goes on after this time if it has its quorum; auto: "
+    Option("deadline", str, "10m", "A round continues after this time if it has its quorum; auto: "
            "twice what the slowest peer needed before.", _ABOVE_0, "s, m, h or d",
            is_plain=False, other_field="deadline_s"),
     Option("select", str, "", "Ask this many times the quorum of peers (1.2x), and go on once the "
@@ -151,6 +154,6 @@ OPTIONS = (
 
 
 def check(spec: RunSpec) -> None:
-    """Raise UsageError unless each option of a run is one that its row allows."""
+    """Raise UsageError unless each option of a run has a valid value."""
     for option in OPTIONS:
         option.check(spec)

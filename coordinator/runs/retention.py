@@ -16,7 +16,7 @@ def versions_to_keep(run: Run) -> set[str]:
     """Digests of the versions that a run keeps: the newest `keep_versions`, the best, and bases."""
     keep = {run.head, run.parent, run.best.digest if run.best else ""}
     keep |= {closed.digest for closed in run.history[-run.spec.keep_versions :]}
-    keep |= {given.base for given in run.assignments.values() if not buffered.is_stale(run, given)}
+    keep |= {work.base for work in run.assignments.values() if not buffered.is_stale(run, work)}
     keep |= {accepted.update.base for accepted in run.buffer}
     return keep - {""}
 

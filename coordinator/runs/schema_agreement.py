@@ -33,8 +33,8 @@ def agree(run: Run, first: Schema) -> Agreement:
     `first`: the schema of existing first weights, or empty. Raises CommonweightError if no
     agreement is possible.
     """
-    tables = {p: told for p, told in run.described.items() if isinstance(told, TableStatistics)}
-    cards = {p: told for p, told in run.described.items() if isinstance(told, SchemaCard)}
+    tables = {p: one for p, one in run.described.items() if isinstance(one, TableStatistics)}
+    cards = {p: one for p, one in run.described.items() if isinstance(one, SchemaCard)}
     if not run.preprocessing and len(tables) > len(cards):
         derived = preprocessing.derive(tables, run.spec.settings)
         misfits = derived.incompatible | _of_another_kind(cards, "a table", "no table")

@@ -43,11 +43,11 @@ def test_the_command_line_takes_every_option_of_the_table() -> None:
 
 def outside(bounds: Bounds) -> float:
     """A number that does not hold."""
-    if bounds.least == float("-inf"):
+    if bounds.minimum == float("-inf"):
         return float("inf")
-    if bounds.above_least:
-        return int(bounds.least)
-    return 0.5 if bounds.or_zero else int(bounds.least) - 1
+    if bounds.above_minimum:
+        return int(bounds.minimum)
+    return 0.5 if bounds.or_zero else int(bounds.minimum) - 1
 
 
 @pytest.mark.parametrize("option", BOUNDED, ids=lambda o: o.name)
