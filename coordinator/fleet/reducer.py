@@ -24,10 +24,14 @@ import msgspec
 
 from coordinator.fleet.state import Event, Fleet, Job, Level, Peer, Run, finite
 from protocols.messages.envelope import (
+    Command,
+    CoordinatorBody,
+    Doorbell,
     Envelope,
     EventLine,
     JobChanged,
     Links,
+    LogRequest,
     Notice,
     PeerChanged,
     Presence,
@@ -71,9 +75,8 @@ def reduce(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
             _event(fleet, now, body.level, f"{display_name(peer)}: {body.text}", peer.peer)
     elif envelope.sender != COORDINATOR:
         fleet.ignored += 1
-    elif isinstance(body, PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links):
+    elif not isinstance(body, Doorbell | Command | LogRequest):  # these change nothing
         _from_coordinator(fleet, envelope, body, now)
-    # Doorbells and commands show nothing.
     return fleet
 
 
@@ -169,12 +172,7 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
 # --- messages of the coordinator ---
 
 
-def _from_coordinator(
-    fleet: Fleet,
-    envelope: Envelope,
-    body: PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links,
-    now: float,
-) -> None:
+def _from_coordinator(fleet: Fleet, envelope: Envelope, body: CoordinatorBody, now: float) -> None:
     if envelope.epoch == fleet.epoch:
         if envelope.seq <= fleet.seq:
             fleet.ignored += 1
@@ -197,7 +195,7 @@ def _from_coordinator(
         _job_changed(fleet, body, now - envelope.at, now)
     elif isinstance(body, EventLine):
         _event(fleet, now, body.level, body.text, body.subject)
-    else:
+    elif isinstance(body, Links):
         fleet.links = body
 
 

@@ -46,14 +46,19 @@ class TicketRevoked(Struct, frozen=True, tag=True):
     id: str
 
 
-class PeerJoined(Struct, frozen=True, tag=True, kw_only=True):
+class Peer(Struct, frozen=True, kw_only=True):
+    """A machine that joined."""
+
     peer: str
     name: str
     labels: dict[str, str]
     sign_public: bytes
     node_public: bytes
-    ticket: str
     standing: EnrollmentStatus
+
+
+class PeerJoined(Peer, frozen=True, tag=True, kw_only=True):
+    ticket: str
 
 
 class PeerApproved(Struct, frozen=True, tag=True):
@@ -101,17 +106,6 @@ class TicketState(Struct, frozen=True, kw_only=True):
     label: str
     role: TicketRole = "agent"
     revoked: bool = False
-
-
-class Peer(Struct, frozen=True, kw_only=True):
-    """An enrolled machine."""
-
-    peer: str
-    name: str
-    labels: dict[str, str]
-    sign_public: bytes
-    node_public: bytes
-    standing: EnrollmentStatus
 
 
 class Operator(Struct, frozen=True, kw_only=True):

@@ -168,7 +168,7 @@ class FleetMqttClient:
                 reason = "the broker refuses a subscription (its ACL)" if refused else ""
                 self._report_link(True, reason)
                 async for message in client.messages:
-                    self._on_message(message)
+                    self._on_message(message.topic.value, message.payload)
                     await self._drain(queue)
             finally:
                 self._client = None
@@ -179,15 +179,15 @@ class FleetMqttClient:
         """Handle all waiting messages. aiomqtt's iterator would cost a task for each."""
         until = time.monotonic() + _MAX_TURN_S
         while not queue.empty():
-            self._on_message(queue.get_nowait())
+            message = queue.get_nowait()
+            self._on_message(message.topic.value, message.payload)
             if time.monotonic() > until:  # let other tasks run
                 await asyncio.sleep(0)
                 until = time.monotonic() + _MAX_TURN_S
 
-    def _on_message(self, message: aiomqtt.Message) -> None:
-        topic = message.topic.value
+    def _on_message(self, topic: str, payload: object) -> None:
         try:
-            verified = self._verified(topic, message.payload)
+            verified = self._verified(topic, payload)
         except BadMessage as err:
             self.rejected += 1
             self._on_rejected(topic, err)

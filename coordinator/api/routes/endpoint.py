@@ -6,7 +6,8 @@ error is `{"code", "message", "hint"}`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,17 +44,22 @@ class Call(NamedTuple):
 
 
 class Endpoint(NamedTuple):
-    """`handler` returns a value for JSON (None: an empty object), or raises CommonweightError."""
+    """`handler` returns a value for JSON (None: an empty object), or an awaitable for one.
+
+    It may raise CommonweightError.
+    """
 
     method: str
     path: str
-    handler: Callable[[Call], Awaitable[Any]]
+    handler: Callable[[Call], Any]
 
     def route(self, service: CoordinatorService, auth: Auth) -> Route:
         async def answer(request: Request) -> Response:
             try:
                 body = await auth.operator(request, changes=self.method == "POST")
-                value = await self.handler(Call(service, request, body))
+                value = self.handler(Call(service, request, body))
+                if inspect.isawaitable(value):
+                    value = await value
             except CommonweightError as err:
                 return error_response(err, STATUS.get(err.exit_code, 400))
             return json_response({} if value is None else value)

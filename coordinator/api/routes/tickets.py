@@ -11,7 +11,7 @@ from protocols.enrollment import tickets
 from protocols.errors import UsageError
 
 
-async def make_ticket(call: Call) -> dict[str, str]:
+def make_ticket(call: Call) -> dict[str, str]:
     order = call.read(TicketRequest)
     if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
         raise UsageError("a ticket is valid for at most a year and 100,000 machines")
@@ -22,7 +22,7 @@ async def make_ticket(call: Call) -> dict[str, str]:
     return {"ticket": tickets.encode(ticket), "id": ticket.id}
 
 
-async def list_tickets(call: Call) -> list[dict[str, Any]]:
+def list_tickets(call: Call) -> list[dict[str, Any]]:
     return [
         {
             "id": ticket.id,
@@ -36,11 +36,7 @@ async def list_tickets(call: Call) -> list[dict[str, Any]]:
     ]
 
 
-async def revoke_ticket(call: Call) -> None:
-    call.service.registry.revoke_ticket(call.param("ticket"))
-
-
-async def list_operators(call: Call) -> list[dict[str, str]]:
+def list_operators(call: Call) -> list[dict[str, str]]:
     return [
         {"operator": operator.operator, "name": operator.name, "role": operator.role}
         for operator in call.service.registry.operators.values()
@@ -48,14 +44,16 @@ async def list_operators(call: Call) -> list[dict[str, str]]:
     ]
 
 
-async def remove_operator(call: Call) -> None:
-    call.service.registry.remove_operator(call.param("operator"))
-
-
 ROUTES = (
     get("/cw/v1/tickets", list_tickets),
     post("/cw/v1/tickets", make_ticket),
-    post("/cw/v1/tickets/{ticket}/revoke", revoke_ticket),
+    post(
+        "/cw/v1/tickets/{ticket}/revoke",
+        lambda call: call.service.registry.revoke_ticket(call.param("ticket")),
+    ),
     get("/cw/v1/operators", list_operators),
-    post("/cw/v1/operators/{operator}/remove", remove_operator),
+    post(
+        "/cw/v1/operators/{operator}/remove",
+        lambda call: call.service.registry.remove_operator(call.param("operator")),
+    ),
 )
