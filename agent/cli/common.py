@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,14 @@ def print_line(text: str) -> None:
 def print_json(data: Any) -> None:
     """Print one line of JSON, to stdout."""
     sys.stdout.write(json_output.ok(data) + "\n")
+
+
+def print_data(data: Any, lines: Iterable[str], *, json: bool) -> None:
+    """Print `data` as JSON, or `lines` for a person, to stdout."""
+    if json:
+        print_json(data)
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 def parse_duration(text: str) -> float:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agent.cli.common import Json, is_running, parse_duration, print_json, print_line
+from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
 from protocols.errors import NotRunning, UsageError
 from protocols.local import cli_entry, homes
 
@@ -59,10 +59,7 @@ def show_id(json: Json = False) -> None:
     from agent.home import settings
 
     joined = settings.read_enrollment(homes.open_home("agent"))
-    if json:
-        print_json({"peer": joined.peer, "name": joined.name})
-    else:
-        sys.stdout.write(joined.peer + "\n")
+    print_data({"peer": joined.peer, "name": joined.name}, [joined.peer], json=json)
 
 
 def paths(json: Json = False) -> None:
@@ -77,11 +74,7 @@ def paths(json: Json = False) -> None:
         "versions": home / "cache",
         "outbox": home / "outbox",
     }
-    if json:
-        print_json(files)
-        return
-    for what, path in files.items():
-        sys.stdout.write(f"{what:9} {path}\n")
+    print_data(files, (f"{what:9} {path}" for what, path in files.items()), json=json)
 
 
 def show_logs(
@@ -117,14 +110,13 @@ def show_ledger(
 
     entries = audit_log.read(homes.open_home("agent"))
     entries = entries[max(0, len(entries) - lines) :]
-    if json:
-        print_json(entries)
-        return
+    rows: list[str] = []
     for entry in entries:
-        sys.stdout.write(audit_log.format_entry(entry) + "\n")
+        rows.append(audit_log.format_entry(entry))
         if told and entry.told:
-            sys.stdout.write(f"    {entry.told}\n")
-    if not entries:
+            rows.append(f"    {entry.told}")
+    print_data(entries, rows, json=json)
+    if not (entries or json):
         print_line("nothing has left this machine yet")
 
 

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from agent.cli.common import Json, Part, Split, parse_pair, parse_part, print_json, print_line
+from agent.cli.common import (
+    Json,
+    Part,
+    Split,
+    parse_pair,
+    parse_part,
+    print_data,
+    print_json,
+    print_line,
+)
 from protocols.errors import Unreachable
 from protocols.local import cli_entry, homes
 
@@ -84,12 +93,10 @@ def discover(
     from agent.setup import discovery
 
     found = discovery.discover(seconds)
-    if json:
-        print_json([{**one._asdict(), "ca": one.ca.hex()} for one in found])
-        return
-    for one in found:
-        sys.stdout.write(f"{one.name}  {', '.join(one.addresses)}  ca {one.ca.hex()}\n")
-    if not found:
+    data = [{**one._asdict(), "ca": one.ca.hex()} for one in found]
+    lines = (f"{one.name}  {', '.join(one.addresses)}  ca {one.ca.hex()}" for one in found)
+    print_data(data, lines, json=json)
+    if not (found or json):
         print_line("none; a coordinator announces itself with: commonweight up --announce")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from agent.cli.common import Json, is_running, parse_duration, print_json, print_line
+from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
 from protocols.errors import UsageError
 from protocols.local import homes
 
@@ -26,12 +25,12 @@ def show_policy(json: Json = False) -> None:
     from agent.home import settings
 
     infos = settings.describe(homes.open_home("agent"))
-    if json:
-        print_json([setting._asdict() for setting in infos])
-        return
-    for setting in infos:
-        value = settings.format_value(setting.value) or "(none)"
-        sys.stdout.write(f"{setting.name:21} {value:12} {setting.source}\n    {setting.about}\n")
+    lines = (
+        f"{info.name:21} {settings.format_value(info.value) or '(none)':12} {info.source}\n"
+        f"    {info.about}"
+        for info in infos
+    )
+    print_data([info._asdict() for info in infos], lines, json=json)
 
 
 @policy.command("set")
@@ -94,9 +93,6 @@ def policy_now(json: Json = False) -> None:
     time.sleep(_SENSOR_INTERVAL_S)  # the CPU use of other programs needs two readings
     readings = machine.read()
     decision = format_decision(rules.decide(chosen, readings))
-    if json:
-        print_json({"decision": decision, "sensed": readings._asdict()})
-        return
-    sys.stdout.write(decision + "\n")
-    for name, value in readings._asdict().items():
-        sys.stdout.write(f"{name:21} {'unknown' if value is None else value}\n")
+    sensed = readings._asdict()
+    lines = (f"{k:21} {'unknown' if value is None else value}" for k, value in sensed.items())
+    print_data({"decision": decision, "sensed": sensed}, [decision, *lines], json=json)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import typer
 
-from agent.cli.common import Json, is_running, print_json, print_line
+from agent.cli.common import Json, is_running, print_data, print_line
 from protocols.errors import ExitCode
 from protocols.local import homes
 
@@ -68,9 +67,6 @@ def service_status(json: Json = False) -> None:
     """Show whether the service is installed and active. The exit status is 5 if not."""
     system = _system()
     state = system.status()
-    if json:
-        print_json({"state": state, "file": system.file})
-    else:
-        sys.stdout.write(f"{state}  {system.file}\n")
+    print_data({"state": state, "file": system.file}, [f"{state}  {system.file}"], json=json)
     if state != "active":
         raise typer.Exit(ExitCode.NOT_RUNNING)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agent.cli.common import Json, is_running, parse_pair, print_json, print_line
+from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
 from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
 
@@ -57,12 +57,9 @@ def list_tasks(json: Json = False) -> None:
         {"task": name, "source": source, "allowed": chosen.allows(name)}
         for name, source in sorted(sources.items())
     ]
-    if json:
-        print_json(rows)
-        return
-    for row in rows:
-        mark = "✓" if row["allowed"] else "✗ not allowed by policy tasks"
-        sys.stdout.write(f"{row['task']:24} {row['source']}  {mark}\n")
+    marks = {True: "✓", False: "✗ not allowed by policy tasks"}
+    lines = (f"{row['task']:24} {row['source']}  {marks[bool(row['allowed'])]}" for row in rows)
+    print_data(rows, lines, json=json)
 
 
 @task.command("remove")
