@@ -18,21 +18,24 @@ LEAVE_PATH = "/cw/v1/leave"
 MQTT_PATH = "/cw/v1/mqtt"
 
 
-class JoinRequest(Struct, frozen=True, kw_only=True):
+class _TicketRequest(Struct, frozen=True, kw_only=True):
+    ticket: Name
+    secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:@ -]+\Z")]
+    sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    proof: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    version: Name
+
+
+class JoinRequest(_TicketRequest, frozen=True, kw_only=True):
     """An agent's request: the ticket's id and secret, and its two public keys.
 
     `proof` is its Ed25519 signature over `join_proof`. It shows that the sender has the private
     key, and did not just copy the public one.
     """
 
-    ticket: Name
-    secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:@ -]+\Z")]
     labels: Annotated[dict[Name, Name], Meta(max_length=16)] = {}
-    sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
     node_public: Annotated[bytes, Meta(max_length=1024)]
-    proof: Annotated[bytes, Meta(min_length=64, max_length=64)]
-    version: Name
 
 
 def join_proof(ticket: str, secret: bytes, node_public: bytes) -> bytes:
@@ -40,15 +43,8 @@ def join_proof(ticket: str, secret: bytes, node_public: bytes) -> bytes:
     return b"\n".join((b"commonweight join 1", ticket.encode(), secret.hex().encode(), node_public))
 
 
-class OperatorJoinRequest(Struct, frozen=True, kw_only=True):
+class OperatorJoinRequest(_TicketRequest, frozen=True, kw_only=True):
     """The request of a monitor on another machine: its ticket, its public key and a proof."""
-
-    ticket: Name
-    secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:@ -]+\Z")]
-    sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    proof: Annotated[bytes, Meta(min_length=64, max_length=64)]
-    version: Name
 
 
 def operator_join_proof(ticket: str, secret: bytes, sign_public: bytes) -> bytes:

@@ -4,41 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from protocols.local.background_unlink import freeing_in_thread
 
 
-class replacing:
+@contextlib.contextmanager
+def replacing(path: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
     """A binary file (0600) that replaces `path` when the block ends without an error.
 
     `synced`: fsync it before.
     """
-
-    def __init__(self, path: Path, *, synced: bool = True) -> None:
-        self._path, self._synced = path, synced
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> IO[bytes]:
-        descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._file = os.fdopen(descriptor, "wb")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            with self._file:
-                if kind is None and self._synced:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-            if kind is None:
-                with freeing_in_thread(self._path):
-                    os.replace(self._temporary, self._path)
-        finally:
-            # After a rename there is none; a full disk or an error leaves one behind.
-            self._temporary.unlink(missing_ok=True)
-        if kind is None and self._synced:
-            fsync_folder(self._path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
+        with freeing_in_thread(path):
+            os.replace(temporary, path)
+    finally:
+        # After a rename there is none; a full disk or an error leaves one behind.
+        temporary.unlink(missing_ok=True)
+    if synced:
+        fsync_folder(path.parent)
 
 
 def write_private(path: Path, data: bytes, *, synced: bool = True) -> None:

@@ -10,11 +10,13 @@ import json
 import platform
 import time
 import traceback
+from itertools import islice
 from pathlib import Path
 
 from protocols import VERSION
 from protocols.errors import CommonweightError
 from protocols.local.atomic_files import write_private
+from protocols.network.error_text import causes
 
 FOLDER = "crashes"
 MAX_REPORTS = 10
@@ -24,23 +26,12 @@ def save(home: Path, err: BaseException) -> None:
     """Write a report of an unexpected error and delete the oldest. Never raises OSError."""
     if isinstance(err, CommonweightError | KeyboardInterrupt | SystemExit):
         return
-    chain: list[dict[str, object]] = []
-    following: BaseException | None = err
-    while following is not None and len(chain) < 8:
-        steps = traceback.extract_tb(following.__traceback__)
-        chain.append(
-            {
-                "kind": type(following).__name__,
-                "steps": [f"{_shorten(step.filename)}:{step.lineno} {step.name}" for step in steps],
-            }
-        )
-        following = following.__cause__ or following.__context__
     report = {
         "at": time.time(),
         "version": VERSION,
         "python": platform.python_version(),
         "system": platform.system(),
-        "errors": chain,
+        "errors": [_describe(cause) for cause in islice(causes(err), 8)],
     }
     folder = home / FOLDER
     try:
@@ -53,6 +44,12 @@ def save(home: Path, err: BaseException) -> None:
             old.unlink(missing_ok=True)
     except OSError:
         pass  # such as a full disk: the log has the error
+
+
+def _describe(err: BaseException) -> dict[str, object]:
+    frames = traceback.extract_tb(err.__traceback__)
+    steps = [f"{_shorten(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames]
+    return {"kind": type(err).__name__, "steps": steps}
 
 
 def list_reports(home: Path) -> list[Path]:

@@ -9,8 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -101,12 +100,7 @@ class WeightsWriter:
         self._file.write(data)
         self.nbytes += len(data)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        err: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._replacing.__exit__(kind, err, trace)
-        if kind is None:
+    def __exit__(self, *error: Any) -> None:
+        self._replacing.__exit__(*error)
+        if error[0] is None:
             self.digest = self._sha.hexdigest()

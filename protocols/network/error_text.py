@@ -16,8 +16,8 @@ _TEXTS = {
 
 def describe_error(err: BaseException) -> str:
     """Text for a failed connection, from the lowest cause of a library's error."""
-    causes = list(_causes(err))
-    for cause in reversed(causes):
+    lowest_first = list(causes(err))[::-1]
+    for cause in lowest_first:
         match cause:
             case ConnectionRefusedError():
                 return "nothing listens on that port"
@@ -27,7 +27,7 @@ def describe_error(err: BaseException) -> str:
                 return "the connection was closed"
             case ssl.SSLCertVerificationError():
                 return f"its certificate is not valid: {cause.verify_message}"
-    for cause in reversed(causes):
+    for cause in lowest_first:
         name = type(cause).__name__
         if name in _TEXTS:
             return _TEXTS[name]
@@ -38,7 +38,7 @@ def describe_error(err: BaseException) -> str:
     return str(err) or type(err).__name__
 
 
-def _causes(err: BaseException | None) -> Iterator[BaseException]:
+def causes(err: BaseException | None) -> Iterator[BaseException]:
     """The error and its chain of causes, the lowest last."""
     seen: set[int] = set()
     while err is not None and id(err) not in seen:
