@@ -10,23 +10,20 @@ The only file of the agent that imports aiomqtt.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-import secrets
-import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from random import Random
-from typing import Any
 
 import aiomqtt
 from msgspec.structs import replace
 
 from protocols.enrollment.identity import verify
 from protocols.errors import BadMessage
+from protocols.local.mqtt_connection import connect
 from protocols.messages import topics
 from protocols.messages.envelope import (
     Body,
@@ -42,8 +39,6 @@ from protocols.messages.envelope import (
 )
 from protocols.messages.mqtt import (
     COMMAND_WINDOW_S,
-    KEEPALIVE_S,
-    TIMEOUT_S,
     MqttAddress,
     ReplayFilter,
     SequencedSigner,
@@ -61,9 +56,6 @@ _AT_WORK = frozenset({PeerState.IDLE, PeerState.TRAINING, PeerState.SENDING})
 PRESENCE_REFRESH_S = 30.0
 MAX_NOTICES = 32
 _STABLE_S = 10.0  # a connection that lasted this long resets the backoff
-
-_log = logging.getLogger("commonweight.mqtt")
-_log.addHandler(logging.NullHandler())
 
 
 class MqttClient:
@@ -163,14 +155,12 @@ class MqttClient:
     async def _session(self, tls: ssl.SSLContext | None) -> None:
         signer = SequencedSigner(self._peer, self._sign)
         will = signer.seal(self._presence_topic, self._offline("connection lost", will=True))
-        async with _connected(
+        async with connect(
             self._address,
             tls,
             will=aiomqtt.Will(self._presence_topic, will, qos=1, retain=True),
-            keepalive=KEEPALIVE_S,
             # A flood drops the newest messages; the agent polls the coordinator anyway.
             max_queued_incoming_messages=64,
-            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         ) as client:
             try:
                 codes = await client.subscribe(self._command_topic, qos=1)
@@ -272,44 +262,7 @@ async def try_login(address: MqttAddress) -> str:
     """
     tls = await asyncio.to_thread(tls_context, address)
     try:
-        async with _connected(address, tls):
+        async with connect(address, tls):
             return ""
     except aiomqtt.MqttError as err:
         return describe_failure(err.__cause__ or err.__context__, address)
-
-
-@asynccontextmanager
-async def _connected(
-    address: MqttAddress, tls: ssl.SSLContext | None, **options: Any
-) -> AsyncIterator[aiomqtt.Client]:
-    """Connects a client. Waits for a cancelled attempt to end, so that its socket is closed."""
-    client = aiomqtt.Client(
-        address.host,
-        address.port,
-        username=address.user or None,
-        password=address.password or None,
-        # A client with the same id would disconnect us, so the id must be secret.
-        identifier=f"cw{secrets.token_hex(10)}",
-        clean_session=True,
-        tls_context=tls,
-        timeout=TIMEOUT_S,
-        logger=_log,
-        **options,
-    )
-    entering = asyncio.ensure_future(client.__aenter__())
-    try:
-        await asyncio.shield(entering)
-    except asyncio.CancelledError:
-        done, _ = await asyncio.wait({entering}, timeout=2)
-        if not done:
-            entering.cancel()
-        elif entering.exception() is None:
-            with suppress(aiomqtt.MqttError):
-                await client.__aexit__(None, None, None)
-        raise
-    except UnicodeError as err:
-        raise aiomqtt.MqttError("invalid host name") from err
-    try:
-        yield client
-    finally:
-        await client.__aexit__(None, None, None)

@@ -13,12 +13,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import secrets
-import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
 from random import Random
 from typing import cast
 
@@ -27,6 +24,7 @@ from msgspec.structs import replace
 from paho.mqtt.enums import MQTTErrorCode
 
 from protocols.errors import BadMessage
+from protocols.local.mqtt_connection import connect
 from protocols.messages import topics
 from protocols.messages.envelope import (
     MAX_PAYLOAD_BYTES,
@@ -50,8 +48,6 @@ from protocols.messages.envelope import (
     unseal,
 )
 from protocols.messages.mqtt import (
-    KEEPALIVE_S,
-    TIMEOUT_S,
     MqttAddress,
     SequencedSigner,
     describe_failure,
@@ -72,7 +68,6 @@ _MAX_TURN_S = 0.05  # for waiting messages, before other tasks run
 _STABLE_S = 10.0  # a link that lasted this long resets the retry delay
 
 _log = logging.getLogger("commonweight.mqtt")
-_log.addHandler(logging.NullHandler())
 
 
 class FleetMqttClient:
@@ -143,24 +138,10 @@ class FleetMqttClient:
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
         queue = _IncomingQueue(self._drop)
-        client = aiomqtt.Client(
-            self._address.host,
-            self._address.port,
-            username=self._address.user or None,
-            password=self._address.password or None,
-            # A second client with the same id would disconnect this one, so the id is a secret.
-            identifier=f"cw{secrets.token_hex(10)}",
-            clean_session=True,
-            tls_context=tls,
-            keepalive=KEEPALIVE_S,
-            timeout=TIMEOUT_S,
-            queue_type=cast("type[asyncio.Queue[aiomqtt.Message]]", lambda maxsize: queue),
-            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
-            logger=_log,
-        )
-        client.pending_calls_threshold = _MAX_PENDING  # above it, aiomqtt logs each call
-        _read_all(client, queue)
-        async with _entered(client):
+        queue_type = cast("type[asyncio.Queue[aiomqtt.Message]]", lambda maxsize: queue)
+        async with connect(self._address, tls, queue_type=queue_type) as client:
+            client.pending_calls_threshold = _MAX_PENDING  # above it, aiomqtt logs each call
+            _read_all(client, queue)
             try:
                 codes = await client.subscribe(self._filters)
                 refused = any(not isinstance(code, int) and code.is_failure for code in codes)
@@ -306,25 +287,3 @@ def _read_all(client: aiomqtt.Client, queue: _IncomingQueue) -> None:
         return code
 
     paho.loop_read = read  # type: ignore[method-assign]
-
-
-@asynccontextmanager
-async def _entered(client: aiomqtt.Client) -> AsyncIterator[None]:
-    """Connect the client. A cancelled attempt is finished first, or its socket would stay open."""
-    entering = asyncio.ensure_future(client.__aenter__())
-    try:
-        await asyncio.shield(entering)
-    except asyncio.CancelledError:
-        done, _ = await asyncio.wait({entering}, timeout=2)
-        if not done:
-            entering.cancel()
-        elif entering.exception() is None:
-            with suppress(aiomqtt.MqttError):
-                await client.__aexit__(None, None, None)
-        raise
-    except UnicodeError as err:
-        raise aiomqtt.MqttError("not a host name") from err
-    try:
-        yield
-    finally:
-        await client.__aexit__(None, None, None)

@@ -15,7 +15,6 @@ import pytest
 
 from agent.home import settings
 from agent.home.credentials import Credentials
-from agent.transport import mqtt_client
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.mqtt_client import MqttClient
 from coordinator.remote.api_client import Remote
@@ -323,7 +322,7 @@ async def test_who_takes_over_a_client_id_takes_nobody_offline_for_good(
             named.append(f"cw{text}")
         return text
 
-    monkeypatch.setattr(mqtt_client.secrets, "token_hex", noted)
+    monkeypatch.setattr(secrets, "token_hex", noted)
     victim, rogue = Victim(tmp_path / "victim"), Rogue(tmp_path / "eve")
     await asyncio.to_thread(victim.link.open)
     async with victim.online():

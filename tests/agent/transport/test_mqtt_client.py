@@ -195,7 +195,7 @@ async def test_little_is_kept_while_the_link_is_down(site: Site) -> None:
 async def test_a_refused_login_is_said_in_words(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.transport.mqtt_client.TIMEOUT_S", 1.0)
+    monkeypatch.setattr("protocols.local.mqtt_connection.TIMEOUT_S", 1.0)
     async with started(site) as broker:
         address = site.address(broker)
         wrong = Agent(site, replace(address, password="wrong"))
