@@ -43,17 +43,15 @@ class ErrorFeedback:
 
     def _open(self, path: Path, schema: Schema) -> WeightsFile | None:
         """Returns the error feedback of earlier updates, or None."""
+        residual = None
         try:
             residual = WeightsFile(path)
+            check_schema(residual.schema, registry.residual_schema(schema))
         except FileNotFoundError:
             return None
-        except BadWeights as err:
+        except BadWeights as err:  # a damaged file, or one for another model
             log.warning("dropped the error feedback of earlier updates: %s", err.message)
-            return None
-        try:
-            check_schema(residual.schema, registry.residual_schema(schema))
-        except BadWeights:
-            residual.close()
-            log.warning("dropped the error feedback of earlier updates: it is for another model")
+            if residual is not None:
+                residual.close()
             return None
         return residual

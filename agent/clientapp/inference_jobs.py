@@ -26,12 +26,12 @@ _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 _MAX_EXPANSION = 4
 
 
-class Inferring:
+class InferenceJobs:
     """The handlers of `Scatter` and `Private`.
 
     `settings()` returns the owner's current settings. `version(model)` returns a version's file,
     downloaded if needed. `fetch(digest, nbytes, target)` downloads rows. Predictions for this
-    peer's own rows are written to `kept` and never sent.
+    peer's own rows are written to the folder `predictions` and never sent.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Inferring:
         version: Callable[[ModelRef], Path],
         fetch: Callable[[str, int, Path], None],
         folder: Path,
-        kept: Path,
+        predictions: Path,
     ) -> None:
         self._trainer, self._settings = trainer, settings
         self._version, self._fetch = version, fetch
-        self._folder, self._kept = folder, kept
+        self._folder, self._predictions = folder, predictions
 
     # --- rows of a requester ---
 
@@ -96,9 +96,9 @@ class Inferring:
         data = self._settings().data
         if not data or "://" in data:
             return
-        self._kept.mkdir(mode=0o700, exist_ok=True)
+        self._predictions.mkdir(mode=0o700, exist_ok=True)
         suffix = ".parquet" if importlib.util.find_spec("pyarrow") else ".jsonl"
-        out = self._kept / f"{unit.job}-{model.digest[:12]}{suffix}"
+        out = self._predictions / f"{unit.job}-{model.digest[:12]}{suffix}"
         unfinished = out.with_name(f".{out.name}")
         try:
             self._predict(unit, base, [data], unfinished)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from agent.analytics import job_handler
 from agent.clientapp.app import Client
-from agent.clientapp.inference_jobs import Inferring, find_version
+from agent.clientapp.inference_jobs import InferenceJobs, find_version
 from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
@@ -116,7 +116,7 @@ def make_client(
     def fetch_input(digest: str, nbytes: int, target: Path) -> None:
         link().download(digest, nbytes, target, INPUT_PATH)
 
-    inference = Inferring(
+    inference = InferenceJobs(
         RetryingTrainer(trainer, tries=_JOB_TRIES, retryable=RETRYABLE_IN_JOBS),
         read_settings,
         find_model,

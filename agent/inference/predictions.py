@@ -52,7 +52,7 @@ def write(
     """
     done = 0
 
-    def found() -> Iterator[Columns]:
+    def checked_batches() -> Iterator[Columns]:
         nonlocal done
         names: list[str] = []
         for number, source in enumerate(sources):
@@ -69,9 +69,9 @@ def write(
                 )
 
     if out.suffix == ".parquet":
-        return writers.write(found(), out)
+        return writers.write(checked_batches(), out)
     with out.open("wb") as file:
-        for number, batch in enumerate(found()):
+        for number, batch in enumerate(checked_batches()):
             if not number:
                 file.write(_encoder.encode(list(batch)) + b"\n")
             file.write(_encoder.encode_lines(list(zip(*batch.values(), strict=True))))

@@ -53,7 +53,6 @@ class HttpClient:
         self._lock = threading.Lock()
         self._idle: list[tuple[Connection, float]] = []
         self._busy: set[Connection] = set()
-        self._generation = 0
         self._closed = False
         #: Local and remote IP address of the last connection; the remote one may be a proxy's.
         self.peer_addresses = ("", "")
@@ -70,8 +69,7 @@ class HttpClient:
         self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
     ) -> Iterator[http.client.HTTPResponse]:
         """Sends a request. The `with` block reads the response's body, inside `map_errors`."""
-        generation, reusable = self._generation, False
-        connection = self._acquire()
+        reusable, connection = False, self._acquire()
         try:
             with map_errors():
                 if connection.sock is None:
@@ -92,7 +90,7 @@ class HttpClient:
         finally:
             with self._lock:
                 self._busy.discard(connection)
-                reusable = reusable and generation == self._generation
+                reusable = reusable and not connection.ended
                 if reusable:
                     self._idle.append((connection, time.monotonic()))
             if not reusable:
@@ -101,7 +99,6 @@ class HttpClient:
     def drop_connections(self) -> None:
         """Closes all connections, also those still connecting. New ones open on demand."""
         with self._lock:
-            self._generation += 1
             idle, self._idle = self._idle, []
             for connection in self._busy:
                 connection.end()
@@ -150,7 +147,7 @@ class Connection(http.client.HTTPSConnection):
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext, timeout_s: float) -> None:
         super().__init__(host, port, timeout=timeout_s, context=tls)
-        self._tls, self._ended = tls, False
+        self._tls, self.ended = tls, False
         self._create_connection = self._create_tracked
 
     def connect(self) -> None:
@@ -160,7 +157,7 @@ class Connection(http.client.HTTPSConnection):
         self.sock = self._tls.wrap_socket(
             self.sock, server_hostname=server, do_handshake_on_connect=False
         )
-        if self._ended:
+        if self.ended:
             raise ConnectionAbortedError("the connection was ended")
         self.sock.do_handshake()
 
@@ -170,7 +167,7 @@ class Connection(http.client.HTTPSConnection):
 
     def end(self) -> None:
         """Shuts the socket down from another thread. Its own thread closes it."""
-        self._ended = True
+        self.ended = True
         if self.sock is not None:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
@@ -184,7 +181,7 @@ class Connection(http.client.HTTPSConnection):
             self.sock = socket.socket(*kind)
             try:
                 self.sock.settimeout(timeout_s)
-                if self._ended:
+                if self.ended:
                     raise ConnectionAbortedError("the connection was ended")
                 self.sock.connect(place)
                 return self.sock

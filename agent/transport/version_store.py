@@ -99,19 +99,19 @@ class VersionStore:
         path, parent = self._path(work.base), self._path(work.parent)
         if path.exists() or not parent.exists():
             return
-        patch, made = path.with_suffix(".patch"), path.with_suffix(".made")
+        patch, rebuilt = path.with_suffix(".patch"), path.with_suffix(".made")
         try:
             self._link().download_patch(work.base, work.patch_bytes, patch)
             with WeightsFile(parent) as old, WeightsFile(patch) as change:
-                if patches.apply(old, change, made) != work.base:
+                if patches.apply(old, change, rebuilt) != work.base:
                     raise BadWeights("the patch makes a different version")
-            made.replace(path)
+            rebuilt.replace(path)
             self._register(work.base)
             self._drop_old()
         except (CommonweightError, OSError) as err:
             log.warning("downloading the whole version, as its patch failed: %s", err)
         finally:
-            for leftover in (patch, made):
+            for leftover in (patch, rebuilt):
                 with contextlib.suppress(OSError):
                     leftover.unlink(missing_ok=True)
 

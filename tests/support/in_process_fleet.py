@@ -18,7 +18,7 @@ from flwr.app import Error, Message
 from msgspec.structs import replace
 
 from agent.clientapp.app import Client, refusal_text
-from agent.clientapp.inference_jobs import Inferring
+from agent.clientapp.inference_jobs import InferenceJobs
 from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
@@ -213,7 +213,7 @@ class Agent:
         self._open_link().upload(digest, path)
 
     def jobs(self, me: PeerIdentity) -> Jobs:
-        inferring = Inferring(
+        inferring = InferenceJobs(
             self.trainer,
             lambda: self.owner,
             lambda model: self.versions.fetch(model.digest, model.nbytes),

@@ -139,7 +139,6 @@ class PeerServer:
         authorizer: RequestAuthorizer,
         rate_limit: RateLimit,
         gossip_state: GossipState | None,
-        *,
         certificate: Path,
         key: Path,
     ) -> None:

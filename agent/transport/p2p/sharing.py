@@ -109,24 +109,15 @@ class Sharing:
         write_private(remembered, str(port).encode())
         return port
 
-    def _make_server(self) -> PeerServer:
-        """Raises OSError."""
-        certificate = self._home / CERTIFICATE
-        pem = identity.new_node_tls(self._credentials.node_key, self._credentials.peer)
-        write_private(certificate, pem)
-        return PeerServer(
-            self.pieces,
-            self._authorizer,
-            self._rate_limit,
-            self._gossip,
-            certificate=certificate,
-            key=self._home / "node.key",
-        )
-
     async def _serve(self, here: LocalNetwork) -> None:
         """Serves in this network until the machine has left it."""
+        certificate, key = self._home / CERTIFICATE, self._home / "node.key"
+        pem = identity.new_node_tls(self._credentials.node_key, self._credentials.peer)
         try:
-            server = self._make_server()
+            write_private(certificate, pem)
+            server = PeerServer(
+                self.pieces, self._authorizer, self._rate_limit, self._gossip, certificate, key
+            )
             port = self._listen(server, here.host)
         except OSError as err:
             log.warning("cannot share versions on %s port %d: %s", here.host, self._port, err)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.clientapp.inference_jobs import Inferring
+from agent.clientapp.inference_jobs import InferenceJobs
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings
 from coordinator.jobs.input import prepare
@@ -56,7 +56,7 @@ def answers(home: Path, blocks: Path, data: DataSettings = DataSettings()) -> li
     def fetch(digest: str, nbytes: int, target: Path) -> None:
         shutil.copy(spool / f"{digest}.bytes", target)
 
-    inferring = Inferring(
+    inferring = InferenceJobs(
         InProcess(data, source=f"{home}/task.py:Names"),
         lambda: AgentSettings(jobs_scatter="on", tasks=("names",)),
         lambda model: base,
