@@ -1,6 +1,6 @@
-"""One question answered in a process of its own: `python -m agent.analytics`, an `Order` on stdin.
+"""Answers one query in its own process: `python -m agent.analytics`, an `AnswerRequest` on stdin.
 
-The agent itself stays small: what reads tables takes more memory than all the rest of it.
+This keeps the agent small, because the table readers need more memory than the agent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from agent.analytics.query_log import QueryLog
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no part of the answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answer
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=AnswerRequest)
     memory = QueryLog(Path(order.memory))
     answers.write(answer_question(order.question, order.table, order.limits, memory))

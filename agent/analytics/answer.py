@@ -1,4 +1,4 @@
-"""A question, answered: allowed, computed, guarded or noised, written down, and only then told."""
+"""Answers a query: checks it, computes it, applies disclosure rules or noise, and records it."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ log = logging.getLogger("commonweight.analysis")
 def answer_question(
     question: Query, table: DataSettings, limits: QueryLimits, memory: QueryLog
 ) -> bytes:
-    """What this peer tells, encoded: figures, or why it tells none. Written down before.
+    """The encoded answer, with results or the reason for a refusal. Records it first.
 
-    Raises OSError when it cannot be written down.
+    Raises OSError when it cannot be recorded.
     """
     try:
         data = table_fingerprint(table.path) if table.path else ""
     except (CommonweightError, OSError):
-        data = ""  # told below, by the reader
+        data = ""  # the reader raises it again below
     if (told := memory.find_answer(question, data)) is not None:
         return memory.record(replace(question, epsilon=0.0), data, told, ())
     try:
         told, sets = _compute_answer(question, table, limits, memory)
     except CommonweightError as err:
-        # Others learn the kind of trouble, not what the table holds.
+        # Others learn the kind of error, not the content of the table.
         words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
-        log.info("a question was not answered: %s", err.message)
+        log.info("a query was refused: %s", err.message)
         return memory.record(question, data, PeerAnswer(refused=strip_controls(words)), ())
     return memory.record(question, data, told, sets)
 
@@ -76,7 +76,7 @@ def _compute_answer(
 
 
 def table_fingerprint(path: str) -> str:
-    """Changes when the table's files do: names, sizes and times of change."""
+    """A hash of names, sizes and modification times of the table's files."""
     sha = hashlib.sha256()
     for file in find_files(path):
         found = file.stat()

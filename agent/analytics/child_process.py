@@ -1,4 +1,4 @@
-"""Asks the process that answers a question, and waits for it."""
+"""Starts the process that answers a query, and waits for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMEOUT_S = 1800.0
 
 
 class AnswerRequest(Struct, frozen=True, kw_only=True):
-    """All that an answer needs: the question, the table, the limits, and the memory's file."""
+    """All that an answer needs: the query, the table, the limits, and the file of the query log."""
 
     question: Query
     table: DataSettings
@@ -36,7 +36,7 @@ def read_question(text: str) -> Query:
 
 
 def limits(chosen: AgentSettings) -> QueryLimits:
-    """What these settings let others ask."""
+    """The limits on queries in these settings."""
     return QueryLimits(
         mode=chosen.analyze,
         epsilon=chosen.analyze_epsilon,
@@ -48,7 +48,7 @@ def limits(chosen: AgentSettings) -> QueryLimits:
 
 
 def answer(question: Query, chosen: AgentSettings, home: Path) -> bytes:
-    """What this peer tells, encoded; it is in its memory then. Raises CommonweightError."""
+    """The encoded answer, after it was recorded. Raises CommonweightError."""
     order = AnswerRequest(
         question=question,
         table=data_settings(chosen, home / "trainer"),

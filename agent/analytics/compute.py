@@ -1,6 +1,6 @@
-"""Statistics of a question over a table's batches: one pass, bounded memory.
+"""Computes the statistics of a query over the batches of a table, in bounded memory.
 
-Rows are numbered in the reader's order, so that the guard can tell which rows a cell is of.
+Rows are numbered in the reader's order, so that disclosure rules can compare the rows of cells.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Places = npt.NDArray[np.intp]
 _OF_NUMBERS = frozenset(
     {"sum", "mean", "var", "std", "min", "max", "cov", "corr", "quantile", "histogram"}
 )
-#: Groups in one answer; a column of names or keys is no grouping.
+#: The most groups in one answer: a column of names or keys cannot be grouped by.
 MAX_GROUPS = 2000
 
 
@@ -58,11 +58,10 @@ def compute(question: Query, reader: Reader) -> GroupedResult:
             if operation.kind in _OF_NUMBERS and held[name] == "text":
                 raise UsageError(f"{operation} needs numbers, and {name!r} holds text")
     cells: dict[Group, tuple[State, ...]] = {}
-    members: dict[Group, list[Rows]] = {}
-    read: list[int] = []
-    # A count has no column: the first one of the table stands for its rows.
+    places: dict[Group, list[Places]] = {}
+    rows = 0
+    # A count names no column; the first column of the table stands for its rows.
     for batch in reader.batches(columns or known[:1]):
-        rows = batch.num_rows
         table = _Batch(batch, held)
         where = table.mask(question.where)
         for group, place in table.groups(question.by, where):
@@ -78,17 +77,12 @@ def compute(question: Query, reader: Reader) -> GroupedResult:
                 if old is None
                 else tuple(mergeable_states.merge(pair) for pair in zip(old, found, strict=True))
             )
-            mask = np.zeros(rows, bool)
-            mask[place] = True
-            seen = members.setdefault(group, [])
-            seen += [np.zeros(before, bool) for before in read[len(seen) :]]
-            seen.append(mask)
-        read.append(rows)
-    whole = {
-        group: np.concatenate([*masks, *(np.zeros(n, bool) for n in read[len(masks) :])])
-        for group, masks in members.items()
-    }
-    return GroupedResult(sum(read), held, cells, whole)
+            places.setdefault(group, []).append(place + rows)
+        rows += batch.num_rows
+    members = {group: np.zeros(rows, bool) for group in places}
+    for group, parts in places.items():
+        members[group][np.concatenate(parts)] = True
+    return GroupedResult(rows, held, cells, members)
 
 
 def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, ColumnKind]:
@@ -101,7 +95,7 @@ def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, ColumnKind]:
 
 
 class _Batch:
-    """One batch, its columns as numbers or texts when they are first asked for."""
+    """One batch, whose columns are converted to numbers or texts on first use."""
 
     def __init__(self, batch: pa.RecordBatch, held: dict[str, ColumnKind]) -> None:
         self._batch, self._held = batch, held
@@ -116,13 +110,13 @@ class _Batch:
         return texts(self._batch.column(name))
 
     def missing(self, name: str) -> Rows:
-        """Where there is no value."""
+        """A mask of missing values."""
         if self._held[name] in ("text", "empty"):
             return _mask(self.texts(name).is_null())
         return np.isnan(self.numbers(name))
 
     def mask(self, conditions: Iterable[Condition]) -> Rows:
-        """The rows for which all conditions hold; a missing value meets none."""
+        """A mask of the rows for which all conditions hold; a missing value meets none."""
         kept = np.ones(self._batch.num_rows, bool)
         for condition in conditions:
             kept &= self._holds(condition)
@@ -147,7 +141,7 @@ class _Batch:
     def groups(
         self, by: Sequence[str], where: Rows
     ) -> Iterable[tuple[Group, npt.NDArray[np.intp]]]:
-        """The groups among the rows of `where`, and the places of their rows."""
+        """The groups among the rows of `where`, with the indices of their rows."""
         places = np.flatnonzero(where)
         if not by:
             yield (), places
@@ -173,7 +167,7 @@ _COMPARE = {
 def _state(
     operation: Operation, table: _Batch, place: Places, bounds: Mapping[str, tuple[float, float]]
 ) -> State:
-    """An operation's state over the rows at these places, values cut to their bounds."""
+    """An operation's state over the rows at these places, values clipped to their bounds."""
     if operation.kind == "count":
         return CountState(len(place))
     name = operation.columns[0]

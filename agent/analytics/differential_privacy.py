@@ -1,9 +1,9 @@
-"""Noise, so that no answer tells whether one row is in the table (Dwork et al., 2006).
+"""Adds noise, so that no answer reveals whether one row is in the table (Dwork et al., 2006).
 
-An answer is (ε, δ)-differentially private towards a row that is added or removed: ε is shared out
-equally among the parts of each cell, and cells are of different rows, so they do not add up. Which
-cells there are is told only of those whose noisy count passes a threshold (Korolova et al., 2009),
-which is where `DELTA` comes from. OpenDP draws the noise: its floats hide their last bits too.
+An answer is (ε, δ)-differentially private when a row is added or removed. ε is divided equally
+among the parts of a cell. Cells have different rows, so their costs do not add up. A cell is
+released only if its noisy count passes a threshold (Korolova et al., 2009); hence `DELTA`.
+OpenDP draws the noise, which also protects the last bits of floats.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import ModuleType
+from typing import TypeVar
 
 from agent.analytics.compute import GroupedResult
 from protocols.analytics.mergeable_states import (
@@ -25,27 +26,29 @@ from protocols.analytics.query import Operation, Query
 from protocols.errors import CommonweightError, Refused, UsageError
 from protocols.tables.statistics import Moments
 
+Number = TypeVar("Number", int, float)
+
 DELTA = 1e-6
 _MAX_NOISE_SCALE = 2**50
 
 
 def check(question: Query, budget: float, spent: float) -> None:
-    """Raise Refused or UsageError if this cannot be answered with noise, or not any more."""
+    """Raise Refused or UsageError if the query has no noisy answer or the budget is spent."""
     if question.epsilon <= 0:
         raise Refused(
-            "the owner tells answers with noise only",
-            "ask with --epsilon, and --bounds for columns",
+            "the owner answers with noise only",
+            "use --epsilon, and --bounds for columns",
         )
     if spent + question.epsilon > budget + 1e-12:
         raise Refused(
-            f"the owner's budget is spent: {spent:g} of ε = {budget:g}, and this takes "
+            f"the owner's budget is spent: {spent:g} of ε = {budget:g}, and this query needs "
             f"{question.epsilon:g}"
         )
     check_form(question)
 
 
 def check_form(question: Query) -> None:
-    """Raise UsageError for what has no noisy form, or lacks bounds."""
+    """Raise UsageError for an operation that has no noisy form or lacks bounds."""
     for operation in question.operations:
         if operation.kind not in ("count", "missing", "sum", "mean", "histogram"):
             raise UsageError(
@@ -61,14 +64,14 @@ def check_form(question: Query) -> None:
 
 
 def add_noise(question: Query, computed: GroupedResult) -> PeerAnswer:
-    """The answer with noise. Means and sums must have been computed of values within bounds."""
-    # A share for the count that decides whether a cell is told, one for the number of rows.
+    """The answer with noise. Means and sums must be of values that were clipped to bounds."""
+    # One share for the count that decides whether a cell is released, one for the number of rows.
     shares = 1 + sum(2 if op.kind == "mean" else 1 for op in question.operations)
     each = question.epsilon / (shares + 1)
     threshold = 1 + math.log(1 / (2 * DELTA)) / each
     cells = []
     for group, states in computed.cells.items():
-        rows = _noisy_int(int(computed.members[group].sum()), each)
+        rows = _noisy(int(computed.members[group].sum()), each)
         if question.by and rows < threshold:
             continue
         noised = tuple(
@@ -77,7 +80,7 @@ def add_noise(question: Query, computed: GroupedResult) -> PeerAnswer:
         )
         cells.append(Cell(group, max(rows, 0), noised))
     return PeerAnswer(
-        rows=max(_noisy_int(computed.rows, each), 0),
+        rows=max(_noisy(computed.rows, each), 0),
         kinds={name: str(kind) for name, kind in computed.kinds.items()},
         cells=tuple(cells),
     )
@@ -88,47 +91,35 @@ def _state(
 ) -> State:
     match state:
         case CountState(count):
-            return CountState(max(_noisy_int(count, each), 0))
+            return CountState(max(_noisy(count, each), 0))
         case HistogramState(counts, below, above):
-            # One row is in one bin: together they cost what one does.
-            told = tuple(max(_noisy_int(count, each), 0) for count in counts)
-            return HistogramState(
-                told, max(_noisy_int(below, each), 0), max(_noisy_int(above, each), 0)
-            )
+            # A row is in one bin only, so all bins together cost as much as one.
+            told = tuple(max(_noisy(count, each), 0) for count in counts)
+            return HistogramState(told, max(_noisy(below, each), 0), max(_noisy(above, each), 0))
         case MomentsState(moments):
             least, most = bounds[operation.columns[0]]
             middle = (least + most) / 2 if operation.kind == "mean" else 0.0
-            # Around the middle of the bounds a mean's sum is moved least by one row.
+            # Relative to the middle of the bounds, one row changes the sum of a mean least.
             reach = max(abs(least - middle), abs(most - middle)) or 1.0
             total = (moments.mean - middle) * moments.count
             total = min(max(total, -reach * moments.count), reach * moments.count)
-            total = _noisy_float(total, each / reach)
+            total = _noisy(total, each / reach)
             if operation.kind == "sum":
-                # The count beside it is nobody's affair: the sum is told as one value's mean.
+                # The count stays private: the sum is released as the mean of one value.
                 return MomentsState(Moments(1, total, 0.0))
-            count = max(_noisy_int(moments.count, each), 1)
+            count = max(_noisy(moments.count, each), 1)
             return MomentsState(Moments(count, min(max(middle + total / count, least), most), 0.0))
         case _:
             raise AssertionError(f"checked before: {operation}")
 
 
-def _noisy_int(value: int, epsilon: float) -> int:
-    library = _library()
+def _noisy(value: Number, epsilon: float) -> Number:
+    """The value, an int or a float, with Laplace noise for a sensitivity of 1."""
+    library, kind = _library(), type(value)
+    domain = library.atom_domain(T=kind, **({"nan": False} if kind is float else {}))
     scale = min(1 / epsilon, float(_MAX_NOISE_SCALE))
-    made = library.m.make_laplace(
-        library.atom_domain(T=int), library.absolute_distance(T=int), scale=scale
-    )
-    return int(made(value))
-
-
-def _noisy_float(value: float, epsilon: float) -> float:
-    library = _library()
-    made = library.m.make_laplace(
-        library.atom_domain(T=float, nan=False),
-        library.absolute_distance(T=float),
-        scale=min(1 / epsilon, float(_MAX_NOISE_SCALE)),
-    )
-    return float(made(value))
+    add_laplace = library.m.make_laplace(domain, library.absolute_distance(T=kind), scale=scale)
+    return kind(add_laplace(value))
 
 
 def _library() -> ModuleType:
@@ -136,7 +127,7 @@ def _library() -> ModuleType:
         import opendp.prelude as dp
     except ImportError as err:
         raise CommonweightError(
-            "noise is made by OpenDP, which is not installed on this peer",
+            "noise needs OpenDP, which is not installed on this peer",
             "pip install 'commonweight[analyze]'",
         ) from err
     dp.enable_features("contrib")

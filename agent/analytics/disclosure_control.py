@@ -1,14 +1,14 @@
-"""What may leave this peer of an answer. Pure.
+"""Disclosure rules: which cells of an answer may leave this peer. Pure.
 
-Rule 1. A cell of fewer than `min_rows` rows is kept back.
-Rule 2. What is kept back hides among at least `min_rows` rows: else the next smallest cell stays
-        here as well. Otherwise the total, asked for before or after, would tell it.
-Rule 3. Two cells that this requester is told, now or ever, differ in no row, or in at least
-        `min_rows`: else their difference would be about a few people.
-Rule 4. Least and most are single rows' values: told only where the owner says so.
+Rule 1. A cell with fewer than `min_rows` rows is withheld.
+Rule 2. Withheld cells have at least `min_rows` rows together, or the next smallest cell is withheld
+        too. Otherwise the total, from another query, would reveal them.
+Rule 3. Any two cells that were ever released differ in no row or in at least `min_rows` rows.
+        Otherwise their difference would describe a few people.
+Rule 4. Minimum and maximum are values of single rows, so they need the owner's permission.
 
-Rule 3 compares pairs. Many questions put together can tell more than any two (Dinur and Nissim,
-2003): against that, only noise helps (`privacy`).
+Rule 3 compares pairs. Many queries together can reveal more than any two (Dinur and Nissim, 2003);
+only noise protects from that (`differential_privacy`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from protocols.errors import Refused
 
 Bits = npt.NDArray[np.uint8]
 
-#: Sets of rows that are remembered of one requester; then it is told nothing new.
+#: The most sets of rows that are stored; afterwards no new set is released.
 MAX_DISCLOSED_SETS = 512
 
 
 class Disclosure(NamedTuple):
-    """The groups that may be told, rows that may not, and sets of rows told now, to remember."""
+    """The groups to release, the number of withheld rows, and the new sets of rows to store."""
 
     told: tuple[Group, ...]
     kept_back: int
@@ -40,7 +40,7 @@ class Disclosure(NamedTuple):
 
 
 def check(question: Query, limits: QueryLimits) -> None:
-    """Raise Refused if the owner does not let this be asked at all."""
+    """Raise Refused if the owner does not allow the query."""
     for name in question.columns:
         if not may_use(name, limits.columns):
             raise Refused(f"the owner lets nobody ask for column {name!r}")
@@ -56,9 +56,9 @@ def check(question: Query, limits: QueryLimits) -> None:
 def apply_disclosure_rules(
     computed: GroupedResult, limits: QueryLimits, known: Sequence[Bits]
 ) -> Disclosure:
-    """Which groups may be told to somebody who knows of the sets of rows in `known`.
+    """Which groups may be released after the sets of rows in `known`.
 
-    Raises Refused when nothing new may be told.
+    Raises Refused if nothing new may be released.
     """
     sizes = {group: int(mask.sum()) for group, mask in computed.members.items()}
     told = {group for group, size in sizes.items() if size >= limits.min_rows}
@@ -87,11 +87,11 @@ def _check_differences(sets: Iterable[Bits], known: Iterable[Bits], min_rows: in
     for bits in sets:
         for old in known:
             if len(old) != len(bits):
-                continue  # of a table that has other rows now
+                continue  # the table has other rows now
             differing = int(np.unpackbits(bits ^ old).sum())
             if 0 < differing < min_rows:
                 raise Refused(
-                    f"with an earlier answer this would tell of {differing} rows alone",
+                    f"together with an earlier answer this would reveal {differing} rows alone",
                     f"change the condition, so that it differs by {min_rows} rows or more",
                 )
 

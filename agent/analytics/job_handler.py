@@ -1,4 +1,4 @@
-"""Questions as units of jobs: the handler that the agent has for them."""
+"""The agent's handler for queries in jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from protocols.messages.jobs import Analyze, Unit
 
 
 def handler(settings: Callable[[], AgentSettings], home: Path) -> Callable[[Unit], Result]:
-    """Answers a question by the owner's settings of the moment. Raises CommonweightError."""
+    """Answers a query with the current settings of the owner. Raises CommonweightError."""
 
     def answer(unit: Unit) -> Result:
         if not isinstance(unit.question, Analyze):

@@ -1,4 +1,4 @@
-"""What an owner lets others ask. Pure."""
+"""What queries an owner allows. Pure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from msgspec import Struct
 
 
 class QueryLimits(Struct, frozen=True, kw_only=True):
-    """`columns` are patterns; `operations` names, or * for all.
+    """`columns` are patterns; `operations` are names, or * for all.
 
-    `mode`: nothing, after a look at each question, or all that the limits allow. `epsilon`: what
-    all answers together may cost in privacy; 0: they carry noise only on wish.
+    `mode`: no queries, queries that the owner approves one by one, or all within the limits.
+    `epsilon`: the privacy budget of all answers together; 0: noise only if the query asks for it.
     """
 
     mode: Literal["off", "ask", "on"] = "off"

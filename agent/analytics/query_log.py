@@ -1,7 +1,7 @@
-"""What this peer has told, kept on its own disk: the audit log, sets of rows, noise, and ε spent.
+"""The log of answers: what was asked and released, sets of rows, and the spent ε.
 
-SQLite, fully synchronous: an answer is written down before it is told, so that neither a kill nor a
-restart forgets what somebody knows. The file is the owner's (0600) and never leaves.
+SQLite, fully synchronous: an answer is recorded before it is released, so no kill or restart loses
+it. The file belongs to the owner (0600) and never leaves the machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS wishes (
 
 
 class Entry(NamedTuple):
-    """A line of the audit log: what was asked, and what left (`bytes`), or why nothing did."""
+    """A line of the log: the query and the size of its answer (`bytes`), or why it was refused."""
 
     at: float
     question: str
@@ -55,18 +55,18 @@ class QueryLog:
         self._db.close()
 
     def disclosed_sets(self) -> list[Bits]:
-        """Sets of rows that were told of without noise."""
+        """Sets of rows that were released without noise."""
         rows = self._db.execute("SELECT bits FROM sets").fetchall()
         return [np.frombuffer(bits, np.uint8) for (bits,) in rows]
 
     @property
     def spent_epsilon(self) -> float:
-        """ε of all answers with noise: what they tell together is bounded by the sum."""
+        """The sum of ε of all answers with noise, which bounds what they reveal together."""
         (total,) = self._db.execute("SELECT COALESCE(SUM(epsilon), 0) FROM answers").fetchone()
         return float(total)
 
     def find_answer(self, question: Query, data: str) -> PeerAnswer | None:
-        """What was told when the same was asked of the same data: it is told again, at no cost."""
+        """The earlier answer to the same query on the same data; to repeat it costs nothing."""
         row = self._db.execute(
             "SELECT told FROM answers WHERE digest = ? AND data = ? AND refused = '' LIMIT 1",
             (question.digest, data),
@@ -74,7 +74,7 @@ class QueryLog:
         return None if row is None else msgspec.json.decode(row[0], type=PeerAnswer)
 
     def record(self, question: Query, data: str, told: PeerAnswer, sets: Sequence[Bits]) -> bytes:
-        """Write an answer down; its bytes, which may be told from now on."""
+        """Record an answer; returns its encoded bytes, which may then be released."""
         body = msgspec.json.encode(told)
         epsilon = 0.0 if told.refused else question.epsilon
         with self._transaction():
@@ -97,16 +97,16 @@ class QueryLog:
         return body
 
     def entries(self) -> list[Entry]:
-        """The audit log, oldest first."""
+        """The log, oldest first."""
         rows = self._db.execute(
             "SELECT at, question, cells, bytes, epsilon, refused FROM answers ORDER BY id"
         )
         return [Entry(*row) for row in rows]
 
-    # --- an owner who wants to be asked ---
+    # --- approval by the owner ---
 
     def is_allowed(self, question: Query) -> bool:
-        """True if the owner has allowed this question; else it is noted for the owner."""
+        """True if the owner has allowed this query; otherwise stores it for the owner."""
         self._db.execute(
             "INSERT OR IGNORE INTO wishes VALUES (?, ?, ?, NULL)",
             (question.digest, time.time(), str(question)),
@@ -117,12 +117,12 @@ class QueryLog:
         return bool(allowed)
 
     def approval_requests(self) -> list[tuple[str, str, bool | None]]:
-        """Questions that the owner was asked about: digest, words, what was decided."""
+        """Queries that need the owner's approval: digest, text, decision (None: open)."""
         rows = self._db.execute("SELECT digest, question, allowed FROM wishes ORDER BY at")
         return [(d, words, None if yes is None else bool(yes)) for d, words, yes in rows]
 
     def decide(self, digest: str, allowed: bool) -> bool:
-        """What the owner says of a question (a beginning of its digest); False if none is it."""
+        """Store the decision on a query, by a prefix of its digest; False if none matches."""
         done = self._db.execute(
             "UPDATE wishes SET allowed = ? WHERE digest LIKE ? || '%'", (allowed, digest)
         )

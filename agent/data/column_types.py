@@ -1,4 +1,4 @@
-"""What the values of a column mean: missing, number, truth value, date or text. Pure pyarrow."""
+"""Interprets the values of a column: missing, number, boolean, date or text. Pure pyarrow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from protocols.tables.statistics import ColumnKind
 
-#: Texts that say that a value is missing, in any case and with any spaces around.
+#: Texts for a missing value, in any case and with spaces around.
 MISSING = ("", "na", "n/a", "nan", "null", "none", "#n/a", "-", "?")
 #: What `messages.Text` does not take, as RE2 writes it.
 _CONTROL_CHARACTERS = (
@@ -26,7 +26,7 @@ _TRUTH = pa.array(["true", "false"])
 
 
 class PossibleKinds(NamedTuple):
-    """What the texts of a column could all be. `some`: there is a value at all."""
+    """The kinds that fit all values of a column. `some`: there is at least one value."""
 
     some: bool = False
     number: bool = True
@@ -51,7 +51,7 @@ class PossibleKinds(NamedTuple):
 
 
 def possible_kinds(column: pa.Array) -> PossibleKinds:
-    """What the values of one batch could be."""
+    """The kinds that fit all values of one batch."""
     column, fixed = _plain(column)
     column = column.drop_null()
     if not len(column):
@@ -82,17 +82,17 @@ def numbers(column: pa.Array, kind: ColumnKind) -> Floats:
         return found / _DAY_US
     elif pa.types.is_string(column.type):
         lower = pc.utf8_lower(column)
-        # A truth value in a column of numbers: 0 or 1, as at peers that have it so throughout.
+        # A boolean in a column of numbers is 0 or 1, as at peers with boolean columns.
         for word, number in (("true", "1"), ("false", "0")):
             column = pc.if_else(pc.equal(lower, word), number, column)
     return _floats(column)
 
 
 def texts(column: pa.Array) -> pa.StringArray:
-    """The values as text without spaces around; null where missing. A whole number has no dot.
+    """The values as trimmed text; null where missing. An integer has no decimal point.
 
-    Categories and groups travel as `messages.Text`: what could steer a terminal, such as a line's
-    end, is a space here, and a long text is cut.
+    Categories and groups travel as `Text` of `protocols.messages.envelope`, so control characters
+    become spaces and long texts are truncated.
     """
     column, fixed = _plain(column)
     if fixed == "boolean":
@@ -112,7 +112,7 @@ def whole_texts(values: Floats) -> pa.StringArray:
 
 
 def _plain(column: pa.Array) -> tuple[pa.Array, ColumnKind | None]:
-    """Text without spaces around and with missing values as null; or values of a fixed kind."""
+    """Trimmed text with null for missing values; or values with the kind of their type."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     kind = column.type
@@ -127,7 +127,7 @@ def _plain(column: pa.Array) -> tuple[pa.Array, ColumnKind | None]:
     if pa.types.is_null(kind):
         return column.cast(pa.string()), None
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        return column.cast(pa.string()), "text"  # times of day, say; nested values raise
+        return column.cast(pa.string()), "text"  # such as times of day; nested values raise
     text = pc.utf8_trim_whitespace(column.cast(pa.string()))
     missing = pc.is_in(pc.utf8_lower(text), value_set=_MISSING)
     return pc.if_else(missing, None, text), None
@@ -141,7 +141,7 @@ def _floats(column: pa.Array) -> Floats:
 
 
 def _dates(column: pa.Array) -> pa.Array | None:
-    """ISO 8601 dates and times; one with a zone is taken to UTC."""
+    """ISO 8601 dates and times; those with a time zone are converted to UTC."""
     found = _cast(column, pa.timestamp("us"))
     if found is None and (zoned := _cast(column, pa.timestamp("us", tz="UTC"))) is not None:
         found = zoned.cast(pa.timestamp("us"))

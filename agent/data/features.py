@@ -1,4 +1,4 @@
-"""Rows as the numbers that a model takes, by the preprocessing that all peers share."""
+"""Encodes rows as model inputs, with the preprocessing that all peers share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from agent.data import Reader, column_types
 from protocols.tables.preprocessing import Feature, Preprocessing
 from protocols.tables.statistics import NUMERIC, hash_category
 
-#: Beyond this much, rows are kept in a file that the system reads as needed.
+#: More than this goes to a memory-mapped file.
 IN_MEMORY_BYTES = 512 << 20
-#: One row of so many, at a random place among them, is held out for evaluation.
+#: One random row of each group of this size is held out for evaluation.
 HELD_OUT_OF = 5
 _MISSING, _UNSEEN, _FIRST = 0, 1, 2
 
@@ -33,13 +33,13 @@ class EncodedRows(NamedTuple):
 
 
 def input_width(preprocessing: Preprocessing) -> tuple[int, int]:
-    """How many numbers, and how many categories, an input has; the categories come last."""
+    """The number of numeric and of categorical inputs; the latter come last."""
     numeric = preprocessing.numeric
     return len(numeric) + sum(f.missing for f in numeric), len(preprocessing.categorical)
 
 
 def encode_inputs(batch: pa.RecordBatch, preprocessing: Preprocessing) -> Floats:
-    """The features of a batch: float32[n, d]. A column that is not there counts as missing."""
+    """The features of a batch: float32[n, d]. Absent columns count as missing."""
     columns: list[npt.NDArray[Any]] = []
     gaps: list[npt.NDArray[Any]] = []
     for feature in preprocessing.numeric:
@@ -93,7 +93,7 @@ def _indices(column: pa.Array, feature: Feature, hashed: bool) -> npt.NDArray[An
 
 
 class EncodedTable(NamedTuple):
-    """A peer's rows, to train on and held out; `dropped` have no target that is known."""
+    """A peer's rows, to train on and held out; `dropped` rows have no known target."""
 
     trained_on: EncodedRows
     held_out: EncodedRows
@@ -103,7 +103,7 @@ class EncodedTable(NamedTuple):
 def encode_table(
     reader: Reader, preprocessing: Preprocessing, chance: np.random.RandomState, folder: Path
 ) -> EncodedTable:
-    """All rows of a table. `folder` takes what does not fit into memory, without a name."""
+    """All rows of a table. Large tables go to an unnamed file in `folder`."""
     here = set(reader.columns())
     names = [f.name for f in preprocessing.features if f.name in here]
     numbers, categories = input_width(preprocessing)
@@ -123,14 +123,14 @@ def encode_table(
 
 
 def _held_out(chance: np.random.RandomState) -> Iterator[bool]:
-    """For row after row: is it held out? The same however the rows come in batches."""
+    """For each row, whether it is held out. It does not depend on the sizes of batches."""
     while True:
         place = chance.randint(HELD_OUT_OF)
         yield from (number == place for number in range(HELD_OUT_OF))
 
 
 class _Spool:
-    """Rows one after the other, in memory as long as they are few."""
+    """A list of rows, in memory while there are few."""
 
     def __init__(self, width: int, is_class: bool, folder: Path) -> None:
         self._width, self._folder = width, folder
@@ -148,7 +148,7 @@ class _Spool:
 
     def _spill(self) -> None:
         if self._files is None:
-            # Without a name: what is in them is gone with this process, however it ends.
+            # Unnamed files: their content is gone when this process ends, however it ends.
             first = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
             self._files = first, tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
         for rows in self._kept:

@@ -1,4 +1,4 @@
-"""Which data a peer holds, and what may be read of them."""
+"""Which data a peer has, and which part of it may be used."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ Framework = Literal["auto", "torch", "keras"]
 
 
 class DataSettings(Struct, frozen=True, kw_only=True):
-    """Which data a peer holds: its own (`path`), or part `index` of `parts` of a shared set.
+    """Which data a peer has: its own (`path`), or part `index` of `parts` of a shared data set.
 
-    `split` says how a shared set is cut: "iid" at random, "shards" so that a part sees few labels.
-    `models` is the owner's folder of models that a task may build on, each in a folder of its own.
-    `reader` reads tables (see `agent.data`), of which only `columns` (patterns) may be used, and
-    none with fewer than `min_rows` rows. No value is told that fewer than `min_count` rows have,
-    and the least and most of a column only with `extremes`.
-    `cache` is a folder in which a task may keep what it made of the data; empty: nowhere.
-    `device` is where the data lie and are trained on (see `devices`), and with `compile` the task
-    may let torch compile its model. `framework` chooses where a task is there for more than one.
+    `split`: how a shared data set is divided: "iid" at random, "shards" with few labels per part.
+    `models`: the owner's folder of base models, each in its own folder.
+    `reader`: what reads tables (see `agent.data`). Only `columns` (patterns) are used, and no table
+    with fewer than `min_rows` rows. Values of fewer than `min_count` rows never leave the machine,
+    and minimum and maximum of a column only with `extremes`.
+    `cache`: a folder for files that a task makes from the data; empty: none.
+    `device`: where training runs (see `devices`). With `compile`, torch may compile the model.
+    `framework`: which one to use if a task supports more than one.
     """
 
     index: int = 0

@@ -22,17 +22,17 @@ from protocols.tables.statistics import TableStatistics
 Setting = str | int | float | bool
 Settings = Mapping[str, Setting]
 
-#: `on_step(step, steps, loss, examples_done)`, to be called after every batch. It may block (a
-#: pause) or raise `Cancelled`, which a task lets pass.
+#: `on_step(step, steps, loss, examples_done)`: a task calls it after every batch. It may block (a
+#: pause) or raise `Cancelled`, which a task must not catch.
 OnStep = Callable[[int, int, float, int], None]
 
-#: Settings that the caller adds to every task's own. "preprocessing" is what the peers agreed on
-#: from their surveys, as text.
+#: Settings that the caller adds to those of a task. "preprocessing" is the preprocessing of all
+#: peers, as text.
 RESERVED = frozenset({"seed", "round", "preprocessing"})
 
 
 class Cancelled(BaseException):
-    """The work is not wanted any more. No `Exception`, so that a task's own `except` lets it by."""
+    """The work was cancelled. Not an `Exception`, so that `except Exception` does not catch it."""
 
 
 class TrainOutcome(NamedTuple):
@@ -46,7 +46,7 @@ class TrainOutcome(NamedTuple):
 class EvalOutcome(NamedTuple):
     """The number of held-out examples and metrics over them, such as "loss" and "accuracy".
 
-    `tallies` (which may be left out) are what is added up over peers: see
+    `tallies` (optional) are counts that are summed over peers: see
     `protocols.tables.evaluation_counts`.
     """
 
@@ -56,9 +56,9 @@ class EvalOutcome(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """All that training needs to go on between two batches, beside data, settings and chance.
+    """What training needs to resume between two batches, beside data, settings and RNG state.
 
-    Weights, optimiser state and where in the data it is; arrays of any dtype but objects.
+    Weights, optimizer state and the position in the data; arrays of any dtype except objects.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]
@@ -67,11 +67,11 @@ class Snapshot(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """What a task can do. Made without arguments; used by one thread.
+    """The methods of a task. Its class is called without arguments; one thread uses it.
 
-    In the trainer `load` is called before all else. `train` and `evaluate` must not write to the
-    tensors they are given. Plain tuples do for the outcomes, and any mapping of numpy arrays for
-    the weights. An attribute `version` (text), if there is one, must be the same on all peers.
+    The trainer calls `load` first. `train` and `evaluate` must not write to the tensors that they
+    get. Outcomes may be plain tuples, and weights any mapping of numpy arrays. An optional
+    attribute `version` (text) must be the same on all peers.
     """
 
     def schema(self, settings: Settings) -> Schema:
@@ -92,25 +92,24 @@ class Task(Protocol):
 
 @runtime_checkable
 class Resumable(Protocol):
-    """What a task may do besides: go on with training that was cut off by a kill or a power cut.
+    """Optional: resume training after a kill or a power cut.
 
-    The generators of Python, numpy and torch are kept for it; only those of its own are its affair.
+    The trainer saves the RNG state of Python, numpy and torch; the task saves any other state.
     """
 
     def snapshot(self) -> Snapshot:
-        """The present state of `train`. Called from within `on_step`; may give views."""
+        """The current state of `train`. Called from within `on_step`; arrays may be views."""
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Let the next `train`, of the same weights, settings and data, go on from here."""
+        """Make the next `train`, with the same weights, settings and data, resume from here."""
 
 
 @runtime_checkable
 class ProvidesStatistics(Protocol):
-    """What a task may do besides: tell statistics from which follows what all peers share.
+    """Optional: provide statistics from which the coordinator derives the preprocessing.
 
-    They are merged by the coordinator; what it makes of them (`protocols.tables.preprocessing`)
-    comes with all later settings as "preprocessing". Until then nothing but `load` and `survey` is
-    called.
+    The coordinator merges them. The result (`protocols.tables.preprocessing`) comes with all later
+    settings as "preprocessing". Until then, only `load` and `survey` are called.
     """
 
     def survey(self, settings: Settings) -> TableStatistics:
@@ -119,30 +118,30 @@ class ProvidesStatistics(Protocol):
 
 @runtime_checkable
 class HasMetadata(Protocol):
-    """What a task may do besides: say what else but tensors its peers must have alike."""
+    """Optional: name what else, beside tensors, must be the same on all peers."""
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str] | str]:
         """Lists of words by field: "features", "classes", "preprocessing" and the like.
 
-        Called after `load`. They are compared before round 1; a peer that differs is told which
-        field, and the others go on. They leave the machine.
+        Called after `load`. They leave the machine and are compared before round 1. A peer that
+        differs gets the name of the field; the others continue.
         """
 
 
 @runtime_checkable
 class SupportsScaffold(Protocol):
-    """What a task may do besides: let SCAFFOLD steer its plain SGD (arXiv 1910.06378).
+    """Optional: let SCAFFOLD correct plain SGD (arXiv 1910.06378).
 
-    Arrays are by the names of the weights, and as large as these.
+    Arrays have the names and shapes of the weights.
     """
 
     def steer(self, correction: Mapping[str, Array]) -> None:
-        """Let the next `train` add this to the gradient of each of its steps."""
+        """Make the next `train` add this to the gradient of each step."""
 
     def lr_times_steps(self, settings: Settings) -> float:
-        """Learning rate times steps of a `train` with these settings on this peer's data.
+        """Learning rate times steps of `train` with these settings on this peer's data.
 
-        Raises UsageError where its steps would be no plain SGD.
+        Raises UsageError if its steps are not plain SGD.
         """
 
     def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
@@ -151,7 +150,7 @@ class SupportsScaffold(Protocol):
 
 @runtime_checkable
 class KeepsOptimizerState(Protocol):
-    """What a task may do besides: go on in each round with the optimiser of the one before."""
+    """Optional: keep the optimizer state from round to round."""
 
     def load_optimizer_state(self, state: Mapping[str, Array]) -> None:
         """Start the next `train` with this state; an empty mapping means a new optimizer."""
@@ -162,12 +161,12 @@ class KeepsOptimizerState(Protocol):
 
 @runtime_checkable
 class Predicting(Protocol):
-    """What a task may do besides: answer from the shared model, on this machine."""
+    """Optional: predict with the shared model on this machine."""
 
     def predict(
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any] | npt.NDArray[Any]]]:
-        """Answers for the file, folder or text `source`, batch by batch: columns of one length.
+        """Predictions for the file, folder or text `source`, in batches: columns of equal length.
 
         `load` was called before if the owner has set data or a folder of base models. Raises
         CommonweightError.
@@ -176,23 +175,23 @@ class Predicting(Protocol):
 
 @runtime_checkable
 class Exporting(Protocol):
-    """What a task may do besides: write a model in a form for other programs."""
+    """Optional: write a model in a format for other programs."""
 
     @property
     def forms(self) -> Sequence[str]:
-        """Their names, such as "onnx"."""
+        """The names of the formats, such as "onnx"."""
 
     def export(
         self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
     ) -> None:
-        """Write the model to `out`, a file or a folder that is not there yet.
+        """Write the model to `out`, a file or a folder that does not exist yet.
 
         `load` was called before if the owner has set data. Raises CommonweightError.
         """
 
 
 def merge_settings(settings: Settings, defaults: Settings) -> dict[str, Setting]:
-    """`defaults` overlaid with `settings`, each of its default's type; text is parsed.
+    """`defaults` updated with `settings`; each value gets the type of its default, text is parsed.
 
     Raises UnknownName for a setting that has no default, UsageError for one of a wrong type.
     """
@@ -215,7 +214,7 @@ def _of_type(name: str, value: Setting, default: Setting) -> Setting:
         if isinstance(value, str) or (kind is float and type(value) is int):
             return kind(value)
     except (ValueError, KeyError, OverflowError):
-        pass  # told below, like every other value that does not fit
+        pass  # raised below, as for every other invalid value
     else:
         if type(value) is kind:
             return value

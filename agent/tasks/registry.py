@@ -1,13 +1,12 @@
-"""Where tasks are found: by name among the built-in and installed ones, or in a registered file.
+"""Creates tasks: built-in or installed ones by name, or those in registered files.
 
 Installed ones are entry points of the group `commonweight.tasks` that name the class:
 
     [project.entry-points."commonweight.tasks"]
     gait = "my_package.gait:Gait"
 
-A file is one that this machine's owner has registered (`commonweight-agent task add`); what comes
-from the wire is only ever a name. Importing this module imports no task: that happens in the
-trainer's process.
+The owner of a machine registers a file with `commonweight-agent task add`; only a name comes over
+the network. Importing this module imports no task; the trainer process does that.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ BUILT_IN: dict[str, str] = {
     "tabular": "agent.tasks.tabular:Tabular",
     "text-lm": "agent.tasks.language.gpt:TextLM",
 }
-#: Those that are there for TensorFlow as well: schema, settings and wire are the same.
+#: Tasks that also exist for TensorFlow, with the same schema, settings and wire format.
 KERAS: dict[str, str] = {
     "images": "agent.tasks.images.keras_task:Images",
 }
-#: What pip installs for a built-in task, where it is not the same as its name.
+#: The pip extra of a built-in task, if it differs from its name.
 _EXTRAS = {"mnist": "demo", "motion": "demo", "text-lm": "agent"}
 REQUIRED_METHODS = ("schema", "init", "load", "train", "evaluate")
 #: Optional methods by their present names, and the names that older task files use.
@@ -47,12 +46,12 @@ _FORMER_NAMES = {
     "load_optimizer_state": "recall",
     "optimizer_state": "remembered",
 }
-#: What a registered task may be called: it becomes part of run names and messages.
+#: Valid names of registered tasks; they become part of run names and messages.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 
 
 def names() -> list[str]:
-    """Every task that is installed on this machine, sorted. Imports none of them."""
+    """The names of all installed tasks, sorted. Imports none of them."""
     return sorted({*BUILT_IN, *entry_points(group=GROUP).names})
 
 
@@ -66,7 +65,7 @@ def create(name: str, source: str = "", framework: str = "auto") -> Task:
         made = (_from_file(source) if source else _installed(name, framework))()
     except (UnknownName, TaskUnusable):
         raise
-    except Exception as err:  # a task's file is another's code: whatever it raises on import
+    except Exception as err:  # a task file is foreign code and may raise anything
         traceback.print_exc()
         raise TaskUnusable(
             f"the task {name} cannot be loaded: {type(err).__name__}: {err}",
@@ -112,7 +111,7 @@ def _from_file(source: str) -> Any:
     path, attribute = split_source(source)
     if not path.is_file():
         raise TaskUnusable(f"there is no file {path.name}", f"looked for {path}")
-    # Its own imports find its neighbours; after ours, so that none of them passes for another.
+    # Its imports find modules beside it; ours come first, so that none is shadowed.
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = spec_from_file_location(f"commonweight_task_{path.stem}", path)
@@ -133,13 +132,13 @@ def split_source(source: str) -> tuple[Path, str]:
 
 
 def name_of_source(source: str) -> str:
-    """What the task in "some/folder/file.py:Class" is called in a run: "file.py:Class"."""
+    """The name of a task file in runs: "file.py:Class" for "some/folder/file.py:Class"."""
     path, attribute = split_source(source)
     return check_name(f"{path.name}:{attribute}")
 
 
 def check_name(name: str) -> str:
-    """`name` if a task may be called so. Raises UsageError."""
+    """Return a valid task name. Raises UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"a task cannot be called {name!r}",

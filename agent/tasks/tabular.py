@@ -1,18 +1,18 @@
-"""The task "tabular": rows of a table, no code. Classes or a number from the other columns.
+"""The task "tabular": predicts a class or a number from the other columns of a table, without code.
 
     commonweight run start tabular --target price [--kind regression] [--features rooms,area]
 
-Before round 1 the peers survey their tables; from their merged statistics follows one preprocessing
+Before round 1 the peers send statistics of their tables. The coordinator derives one preprocessing
 for all (`protocols.tables.preprocessing` has the rules), which comes with the settings. The
-settings of the loop are in `plan`; besides:
+settings are those of `hyperparameters`, and:
 
 Setting      Default   Meaning
 target                 the column to be predicted
-kind         auto      "classification", "regression", or what the target's values say
-features               columns to predict from; all that at least half of the peers have
-categorical            columns of numbers that are names: years, codes, keys
+kind         auto      "classification", "regression", or by the values of the target
+features               columns to predict from; default: those of at least half of the peers
+categorical            columns of numbers to treat as categories: years, codes, keys
 scaling      standard  "standard": mean 0 and variance 1; "minmax": 0 to 1, where owners allow it
-hashed       false     categories are told as hashes
+hashed       false     peers send hashes of categories
 model        linear    "linear" (logistic for classes) or "mlp"
 hidden       64,32     sizes of the mlp's layers
 """
@@ -118,10 +118,10 @@ class Tabular(TorchTask):
 
     defaults = DEFAULTS
 
-    # --- what the peers have alike ---
+    # --- what all peers share ---
 
     def survey(self, settings: Settings) -> TableStatistics:
-        """Statistics of this peer's table, as much as may leave it. Raises DataError."""
+        """Statistics of this peer's table that may leave the machine. Raises DataError."""
         resolve_settings(settings, DEFAULTS)
         return survey.survey(self._reader(), self._data, preprocessing.parse_settings(settings))
 
@@ -129,7 +129,7 @@ class Tabular(TorchTask):
         return _model(settings).schema()
 
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
-        """Reads the table, so that what is wrong with it is told early. Raises DataError."""
+        """Reads the table, so that errors in it show early. Raises DataError."""
         made = _preprocessing(settings)
         survey.check_table(self._reader(), self._data, made, preprocessing.parse_settings(settings))
         self._rows(settings)
@@ -202,7 +202,7 @@ class Tabular(TorchTask):
         x, y = (torch.from_numpy(array).to(self._device) for array in rows)
         return Examples(x, y, self._data.index)
 
-    # --- answers ---
+    # --- predictions ---
 
     @torch.inference_mode()
     def predict(
@@ -274,7 +274,7 @@ def _measured(
         x, y = rows
         guess = model.forward(w, x)
         error = (guess - y).double()
-        # Of which the mean is taken away: no sum says where the target lies.
+        # Without the mean, so that no sum reveals the location of the target.
         in_units = ((t.double().flatten() * scale).tolist() for t in (y, guess))
         told = {"regression": evaluation_counts.sum_regression(*in_units)}
         sums = {"loss": float(error.square().sum()), "mae": float(error.abs().sum())}

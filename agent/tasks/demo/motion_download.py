@@ -1,9 +1,9 @@
-"""Movements as the package seglearn ships them, made a safetensors file in a process of its own.
+"""Converts the movements of the package seglearn to safetensors in a separate process.
 
     python -m agent.tasks.demo.motion_download OUT
 
-The package's file is a pickled array, which may run anything when it is read: so a process reads it
-once that has nothing else to do and holds no keys, and nothing else of ours ever does.
+The package's file is a pickled array, which may run any code when it is read. So only a process
+without keys and other duties reads it, once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WITHIN_S = 120.0
 
 
 def convert(out: Path) -> None:
-    """Have the file written by a child process. Raises TaskUnusable, CommonweightError."""
+    """Convert the file in a child process. Raises TaskUnusable, CommonweightError."""
     if find_spec("seglearn") is None:
         raise TaskUnusable(
             "the movements of the task motion come with the package seglearn, "

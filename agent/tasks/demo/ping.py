@@ -1,6 +1,6 @@
-"""`ping`: trains nothing. How long does a round take in this fleet, with weights of this size?
+"""The task "ping": measures the time of a round for weights of a given size, without training.
 
-Needs neither torch nor data, so the round is all wire and bookkeeping.
+It needs neither torch nor data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Ping:
         """There is no data."""
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
-        # Something else each round: an agent has a version that did not change, and fetches none.
+        # Changes each round: agents do not download a version that they already have.
         moved = {name: np.add(array, 1, dtype=np.float32) for name, array in weights.items()}
         return TrainOutcome(moved, 1, {})
 

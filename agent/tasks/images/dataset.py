@@ -1,7 +1,7 @@
-"""A folder of pictures with a folder for each class, as numbers. Pillow and numpy, no framework.
+"""Pictures in one folder per class, as arrays. Uses Pillow and numpy, no framework.
 
-Every picture is turned as its camera says, cut to a square from its middle and made small, once;
-what comes of it is kept in a file that is mapped, not read: a folder larger than memory works.
+Each picture is rotated by its EXIF data, cropped to a centered square and scaled, once. The result
+goes to a memory-mapped file, so a folder may be larger than memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from protocols.model import weights
 from protocols.model.weights import Part, TensorSpec
 from protocols.model.weights_file import WeightsWriter
 
-#: What Pillow may read: no format that starts another program.
+#: The formats that Pillow may read: none that starts another program.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -40,8 +40,8 @@ Row = npt.NDArray[np.uint8]
 
 
 class Pictures(NamedTuple):
-    """`pixels` are uint8[n, channels, size, size], perhaps in a file; `labels` int64[n] count the
-    classes from 0; `train` and `held_out` are row numbers, int64[…]."""
+    """`pixels` are uint8[n, channels, size, size], perhaps in a file; `labels` int64[n] are classes
+    from 0; `train` and `held_out` are row numbers, int64[…]."""
 
     pixels: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ class Pictures(NamedTuple):
 
 
 def traits(plan: ImageSettings) -> dict[str, tuple[str, ...]]:
-    """What peers must have alike beside the tensors."""
+    """What must be the same on all peers beside the tensors."""
     return {
         "classes": plan.classes,
         "preprocessing": (f"version 1, a square of {plan.size}, {plan.channels} channels",),
@@ -58,7 +58,7 @@ def traits(plan: ImageSettings) -> dict[str, tuple[str, ...]]:
 
 
 def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
-    """The pictures of this peer. Raises DataError where there are none to train on."""
+    """The pictures of this peer. Raises DataError without any to train on."""
     channels, size = plan.channels, plan.size
     found = class_folders.find_files(data.path, plan.classes, _SUFFIXES)
     count = len(found.paths)
@@ -82,7 +82,7 @@ def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
 def read_pictures(source: str, plan: ImageSettings) -> Iterator[tuple[str, Row]]:
     """The pictures in a folder, or one, with their names; uint8[channels, size, size] each.
 
-    What cannot be read is left out. Raises UsageError where there is none.
+    Unreadable ones are skipped. Raises UsageError if there are none.
     """
     root = Path(source)
     within = root.rglob("*") if root.is_dir() else [root]
@@ -118,18 +118,18 @@ def _decode(paths: Sequence[Path], channels: int, size: int) -> Iterator[Row | N
     mode = "L" if channels == 1 else "RGB"
     for path in paths:
         try:
-            # An error for few bytes that would unpack to a picture of gigabytes.
+            # An error for small files that would unpack to gigabytes.
             with (
                 warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
                 Image.open(path, formats=_FORMATS) as picture,
             ):
-                picture.draft(mode, (2 * size, 2 * size))  # JPEG can be read small at once
+                picture.draft(mode, (2 * size, 2 * size))  # JPEG can be decoded at a smaller size
                 turned = ImageOps.exif_transpose(picture).convert(mode)
                 fitted = ImageOps.fit(turned, (size, size), Image.Resampling.BILINEAR)
                 array = np.asarray(fitted, np.uint8).reshape(size, size, channels)
                 row = array.transpose(2, 0, 1)
         except Exception:
-            # A broken file raises nearly anything in Pillow; it costs this picture only.
+            # Pillow raises nearly anything for a broken file; skip this picture only.
             yield None
         else:
             yield row
@@ -148,7 +148,7 @@ def _in_memory(rows: Iterator[Row | None]) -> Stored:
 def _write_cache(
     path: Path, rows: Iterator[Row | None], count: int, channels: int, size: int
 ) -> Stored:
-    """All rows in a file, one by one."""
+    """Write all rows to a file, one by one."""
     shape = (count, channels, size, size)
     row_bytes = channels * size * size
     blank, readable = np.zeros(row_bytes, np.uint8), np.zeros(count, np.bool_)
@@ -165,7 +165,7 @@ def _write_cache(
 
 
 def _read_cache(path: Path) -> Stored | None:
-    """What `_kept` wrote, mapped; None where there is nothing or it is damaged."""
+    """The mapped file of `_write_cache`; None if it is missing or damaged."""
     try:
         found = weights.load(path)
         return found["pixels"], found["readable"]  # type: ignore[return-value]

@@ -1,6 +1,7 @@
-"""A Hugging Face model folder on this machine, with the adapters that a run trains on it.
+"""A local Hugging Face model folder, with the adapters that a run trains.
 
-Only files are read, never the hub; only safetensors, never a pickle; no code from the folder.
+It reads local files only, never the hub; safetensors only, no pickle; and it runs no code of the
+folder.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from protocols.errors import DataError, TaskUnusable
 from protocols.local.atomic_files import replacing
 from protocols.model.weights import Schema, TensorSpec
 
-#: What makes a model the same model: its weights, its sides, its tokens.
+#: The files that define a model: weights, configuration and tokenizer.
 _COUNTED = re.compile(
     r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json|.*\.model"
     r"|tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json"
@@ -32,10 +33,10 @@ _MODELS = "commonweight-agent policy set models FOLDER"
 
 
 class AdaptedModel(NamedTuple):
-    """The base model in torch's hands with adapters in it.
+    """The base model with adapters.
 
-    `parameters` maps the names under which adapters travel, PEFT's own, to those of the parameters
-    in `model`.
+    `parameters` maps the names with which adapters travel (those of PEFT) to parameter names of
+    `model`.
     """
 
     model: Any
@@ -46,7 +47,7 @@ class AdaptedModel(NamedTuple):
 
 
 def find_folder(data: DataSettings, name: str) -> Path:
-    """Where the model lies that a run calls `name`. Raises DataError where it cannot serve."""
+    """The folder of the model `name`. Raises DataError if there is no usable one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise DataError(
             "a base model is named by one folder's name",
@@ -70,7 +71,7 @@ def find_folder(data: DataSettings, name: str) -> Path:
 
 
 def digest(found: Path, cache: str) -> str:
-    """SHA-256 (hex) over names and bytes of what makes the model; remembered in `cache`."""
+    """SHA-256 (hex) of names and bytes of the model's files; stored in `cache`."""
     files = sorted(p for p in found.iterdir() if _COUNTED.fullmatch(p.name) and p.is_file())
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
@@ -89,7 +90,7 @@ def digest(found: Path, cache: str) -> str:
 
 
 def load_adapted(found: Path, plan: LoraSettings, seed: int = 0) -> AdaptedModel:
-    """Load the model and put new adapters into it, chosen by `seed`.
+    """Load the model and add new adapters, initialized from `seed`.
 
     Raises TaskUnusable, DataError.
     """
@@ -116,7 +117,7 @@ def load_adapted(found: Path, plan: LoraSettings, seed: int = 0) -> AdaptedModel
         model = peft.get_peft_model(base, _adapters(peft, plan))
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as err:  # a folder that is damaged or of another kind raises nearly anything
+    except Exception as err:  # a damaged folder raises nearly anything
         raise DataError(
             f"the base model {found.name} cannot be used: {type(err).__name__}",
             f"{found}: {' '.join(str(err).split())[:400]}",
@@ -141,7 +142,7 @@ def load_adapted(found: Path, plan: LoraSettings, seed: int = 0) -> AdaptedModel
 
 
 def save_merged(of: AdaptedModel, out: Path, found: Path) -> None:
-    """Write the base model with its adapters merged in, as plain transformers loads it."""
+    """Write the base model with merged adapters, in the format of transformers."""
     _, transformers = _libraries()
     of.model.merge_and_unload().save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(found, local_files_only=True).save_pretrained(out)
@@ -159,7 +160,7 @@ def _adapters(peft: Any, plan: LoraSettings) -> Any:
 
 
 def _travelling(peft: Any, model: Any) -> Iterator[tuple[str, str]]:
-    """Names as PEFT writes them to a file, and the parameters that they are."""
+    """Names in PEFT's files, and the names of their parameters."""
     trained = {p.data_ptr(): name for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in peft.get_peft_model_state_dict(model).items():
         if tensor.data_ptr() in trained:
@@ -167,7 +168,7 @@ def _travelling(peft: Any, model: Any) -> Iterator[tuple[str, str]]:
 
 
 def _libraries() -> tuple[Any, Any]:
-    """peft and transformers, told not to ask the network. Raises TaskUnusable."""
+    """peft and transformers, in offline mode. Raises TaskUnusable."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     try:
         import peft

@@ -1,6 +1,6 @@
-"""Guessing the next token: the examples, the loss and the evaluation of the language tasks.
+"""Next-token prediction: the examples, the loss and the evaluation of the language tasks.
 
-An example is `context` tokens, each of which has the next to guess. Every tenth is held out.
+An example is `context` tokens, with a prediction after each. Every tenth example is held out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from protocols.errors import DataError
 from protocols.model.weights import Array
 
 HELD_OUT = 10
-#: Tokens by which a text is continued at most.
+#: The most tokens of a continuation.
 MAX_NEW_TOKENS = 200
 
 #: `logits_of(weights, int64[n, t], training) -> float32[n, t, vocabulary]`
@@ -31,7 +31,7 @@ LogitsOf = Callable[[Tensors, Tensor, bool], Tensor]
 
 
 class Windows(NamedTuple):
-    """All tokens of a peer, int32[n], and where its examples begin, int64[…] each."""
+    """All tokens of a peer, int32[n], and the start indices of its examples, int64[…] each."""
 
     tokens: Tokens
     context: int
@@ -45,7 +45,7 @@ class Windows(NamedTuple):
 
 
 def split_windows(tokens: Tokens, context: int) -> Windows:
-    """Cut into examples. Raises DataError for fewer than two."""
+    """Split tokens into examples. Raises DataError for fewer than two."""
     starts = torch.arange(0, len(tokens) - context, context)
     if len(starts) < 2:
         raise DataError(
@@ -75,7 +75,7 @@ def continue_text(
 
 
 def loss_of(logits_of: LogitsOf, found: Windows) -> LossOf:
-    """The mean loss, nats a token, of the examples that begin at `starts`."""
+    """The mean loss, in nats per token, of the examples at `starts`."""
 
     def loss(w: Tensors, starts: Tensor, _: Tensor) -> Tensor:
         batch = found.batch(starts)
@@ -94,7 +94,7 @@ def evaluate_next_token(
     batch_size: int,
     on_step: OnStep,
 ) -> EvalOutcome:
-    """Mean "loss" (nats a token) and "accuracy" of the next token on held-out examples."""
+    """Mean "loss" (nats per token) and "accuracy" of the next token on held-out examples."""
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
     batches = torch.split(found.held_out.to(device), batch_size or len(found.held_out))
 

@@ -1,11 +1,11 @@
-"""A folder of private text files as tokens. Pure but for reading; no framework.
+"""Private text files as tokens. Uses no framework.
 
-Tokens are bytes (and 256, the end of a text), or those of `tokenizer.json` in the folder: a
-byte-pair encoding that somebody has made of text which everybody may see, as its entries are words
-of that text. The run names it by its SHA-256, as all peers need the same.
+Tokens are bytes (and 256, the end of a text), or those of `tokenizer.json` in the folder. That must
+be a byte-pair encoding of public text, because its entries are words of that text. The run names it
+by its SHA-256, because all peers need the same one.
 
-The tokens of all files, one after the other in the order of their paths, are kept in a file that is
-mapped, not read: a folder larger than memory works.
+The tokens of all files, in the order of their paths, go to a memory-mapped file, so a folder may be
+larger than memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOKENIZER = "tokenizer.json"
 SUFFIXES = (".md", ".text", ".txt")
 
 _PIECE_BYTES = 1 << 20
-#: Longer is no path.
+#: Longer text is not a path.
 _MAX_PATH_CHARS = 1024
 _KEPT = "text-{key}.tokens"
 
@@ -40,7 +40,8 @@ Encode = Callable[[str], Sequence[int]]
 
 
 class Tokenizer(NamedTuple):
-    """How text becomes tokens, `vocabulary` of them, and back. `digest` is that of its file."""
+    """Converts text to tokens and back. `vocabulary` is the number of tokens, `digest` that of the
+    tokenizer's file."""
 
     encode: Encode
     decode: Callable[[Sequence[int]], str]
@@ -50,7 +51,7 @@ class Tokenizer(NamedTuple):
 
 
 def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
-    """That of a run: `kind` is BYTES, or the SHA-256 of the folder's `tokenizer.json`.
+    """The tokenizer of a run: `kind` is BYTES, or the SHA-256 of the folder's `tokenizer.json`.
 
     Raises DataError, SchemaMismatch, TaskUnusable.
     """
@@ -75,10 +76,10 @@ def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
         ) from err
     try:
         made: Any = Made.from_str(data.decode())
-    except Exception as err:  # whatever the library makes of a damaged file
+    except Exception as err:  # the library raises nearly anything for a damaged file
         raise DataError(f"{TOKENIZER} cannot be read", f"{path}: {err}") from err
     size = made.get_vocab_size()
-    # One more than it knows: no entry is sure to mean the end of a text.
+    # One more than its entries, because none is sure to mean the end of a text.
     return Tokenizer(lambda text: made.encode(text).ids, made.decode, size + 1, size, digest)
 
 
@@ -107,7 +108,7 @@ def text_files(path: str) -> list[Path]:
 
 
 def read_pieces(path: Path) -> Iterator[str]:
-    """The text of a file, about a megabyte at a time. Raises DataError where it is not UTF-8."""
+    """The text of a file in pieces of about a megabyte. Raises DataError if it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
     with path.open("rb") as file:
@@ -128,7 +129,7 @@ def read_pieces(path: Path) -> Iterator[str]:
 
 
 def read_texts(source: str) -> Iterator[tuple[str, str]]:
-    """Names and texts that `source` means: a file, all in a folder, or a text itself, ""."""
+    """Names and texts of `source`: a file, all files of a folder, or a text, named ""."""
     is_path = len(source) < _MAX_PATH_CHARS and Path(source).exists()
     for path in text_files(source) if is_path else []:
         yield path.name, "".join(read_pieces(path))

@@ -1,4 +1,4 @@
-"""A folder with a folder for each class: whose files are examples of it. Pure but for looking.
+"""Data in one folder per class, whose files are the examples.
 
 reviews/good/1.txt  reviews/bad/a/2.txt …
 """
@@ -21,8 +21,8 @@ Rows = npt.NDArray[np.int64]
 
 
 class ClassFiles(NamedTuple):
-    """The files, sorted by path, their names below the folder, and the number of each one's
-    class."""
+    """The files, sorted by path, their names relative to the folder, and their classes by
+    number."""
 
     paths: list[Path]
     names: list[str]
@@ -30,7 +30,7 @@ class ClassFiles(NamedTuple):
 
 
 def parse_classes(words: str) -> tuple[str, ...]:
-    """The classes that a run names, in the order of their numbers. Raises UsageError."""
+    """The class names of a run, in the order of their numbers. Raises UsageError."""
     names = tuple(name.strip() for name in words.split(",") if name.strip())
     if len(names) < 2 or len(set(names)) != len(names):
         raise UsageError(
@@ -43,7 +43,7 @@ def parse_classes(words: str) -> tuple[str, ...]:
 def find_files(path: str, classes: Sequence[str], suffixes: Collection[str]) -> ClassFiles:
     """Every file that ends in one of `suffixes`. Raises DataError.
 
-    A peer need not have all classes; a folder that is none is a mistake.
+    A peer need not have all classes; any other folder is an error.
     """
     root = Path(path)
     if not path or not root.is_dir():
@@ -79,15 +79,15 @@ def find_files(path: str, classes: Sequence[str], suffixes: Collection[str]) -> 
 
 
 def split_held_out(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple[Rows, Rows]:
-    """Rows to train on, and a fifth that is held out, chosen by the hash of its name.
+    """Rows to train on, and a held-out fifth, chosen by hashes of the names.
 
-    So an example that is added later moves no other. Raises DataError for fewer than two.
+    So an added example moves no other one. Raises DataError for fewer than two.
     """
     hashes = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
     order = np.array(sorted(range(len(names)), key=hashes.__getitem__), np.int64)
     order = order[usable[order]]
     if len(order) < 2:
-        # Without a hint of ours the agent names the trainer's log, where each is told.
+        # Without a hint, the agent names the trainer's log, which lists the files.
         raise DataError(f"{len(order)} of {len(names)} examples can be read; two are needed")
     held_out = max(1, len(order) // _HELD_OUT)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

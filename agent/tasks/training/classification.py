@@ -1,4 +1,4 @@
-"""How weights classify, and how well: what the torch tasks with labels share."""
+"""Evaluation and prediction of classifiers in torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def evaluate_classifier(
         loss = float(F.cross_entropy(logits, y, reduction="sum"))
         sure, guess = logits.float().softmax(1).max(1)
         right = int((guess == y).sum())
-        # Empty where the training went to NaN: no guess has a probability.
+        # Empty after diverged training, which gives no probabilities.
         told = _tallied(sure.cpu(), guess.cpu(), y.cpu(), logits.shape[1])
         return BatchResult(len(y), {"loss": loss, "accuracy": right}, told)
 
@@ -51,7 +51,7 @@ def split_batches(examples: Examples, size: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def predict_classes(logits: Tensor) -> dict[str, list[Any]]:
-    """Of each row of float32[n, classes] the class, and how probable that is."""
+    """The class of each row of logits float32[n, classes], and its probability."""
     chances, chosen = logits.softmax(1).max(1)
     return {"class": chosen.tolist(), "probability": chances.tolist()}
 

@@ -1,7 +1,7 @@
-"""Tables of plain numbers, as the tasks that ship with data of their own are asked about.
+"""CSV files of plain numbers, for predictions of the demo tasks.
 
-A row is one example, flattened. A CSV file begins with a line of names; a column "label" is left
-out, so that a file with the answers serves as well.
+A row is one flattened example. The first line has the names of the columns; a column "label" is
+ignored, so that files with labels work too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LABEL = "label"
 def read_batches(
     source: str, columns: int, dtype: npt.DTypeLike, what: str
 ) -> Iterator[npt.NDArray[Any]]:
-    """The rows of a CSV file, `dtype[n, columns]` for n up to 1024; `what` a value must be.
+    """The rows of a CSV file, `dtype[n, columns]` for n up to 1024; `what` describes a valid value.
 
     Raises DataError.
     """

@@ -1,4 +1,4 @@
-"""On what a task trains: a graphics card where torch can use one, else the CPU."""
+"""Selects the device for training: a GPU if torch can use one, else the CPU."""
 
 from __future__ import annotations
 

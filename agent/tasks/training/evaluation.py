@@ -14,9 +14,9 @@ Batch = TypeVar("Batch")
 
 
 class BatchResult(NamedTuple):
-    """What one batch adds: the number of its examples, sums over them, and counts.
+    """The result of one batch: the number of its examples, sums over them, and counts.
 
-    `sums` has "loss". Empty `tallies` mean that the batch cannot be counted, and then none is.
+    `sums` has "loss". If `tallies` is empty for one batch, the evaluation has no tallies.
     """
 
     examples: int
@@ -31,9 +31,9 @@ def evaluate(
     *,
     values: int = 1,
 ) -> EvalOutcome:
-    """The means of the sums, and the counts of all batches together.
+    """The means of the sums, and the counts of all batches.
 
-    `values` is how many values an example has: means are over values.
+    An example has `values` values, and means are over values.
     """
     seen = 0
     sums: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Local training of a Keras 3 model on TensorFlow: what `local_training` is to a torch task.
+"""Local training of a Keras 3 model on TensorFlow; `torch_loop` does the same for torch.
 
     class Gait(KerasTask):                    # commonweight-agent task add ./gait.py:Gait
         defaults = KerasTask.defaults | {"units": 32}
@@ -12,9 +12,9 @@
             x, y = ...
             return Examples(x, y, train=rows, held_out=other_rows)
 
-Tensors travel under Keras' own paths and in its layout, unless the task says how another framework
-has them (`images_keras` does). The settings are those of `plan`; on a CPU the same inputs give
-the same bytes.
+Tensors travel with the paths and the layout of Keras, unless the task converts them, as
+`agent.tasks.images.keras_task` does. `hyperparameters` has the settings. On a CPU the same inputs
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ if threads := int(os.environ.get("OMP_NUM_THREADS", "0")):
 
 
 class Examples(NamedTuple):
-    """A peer's examples [n, …] and [n], anything that numpy rows pick from, and which rows are
-    trained on and held out."""
+    """A peer's examples [n, …] and [n], indexable by numpy rows, and the rows to train on and to
+    hold out."""
 
     x: Any
     y: Any
@@ -68,7 +68,7 @@ class Examples(NamedTuple):
 
 
 class _Position:
-    """Training between two batches: what a snapshot holds, and nothing else."""
+    """The state of training between two batches, which a snapshot saves."""
 
     def __init__(self, variables: Sequence[Any]) -> None:
         self.variables = variables
@@ -105,7 +105,7 @@ class KerasTask:
         self._at: _Position | None = None
         self._restored: Snapshot | None = None
 
-    # --- what a subclass says ---
+    # --- for subclasses to define ---
 
     def model(self, settings: Settings) -> Any:
         """A new `keras.Model`."""
@@ -133,13 +133,13 @@ class KerasTask:
         return self._now(settings).schema
 
     def init(self, seed: int, settings: Settings) -> Weights:
-        """As the model's own initialisers begin."""
+        """Weights from the initializers of the model."""
         keras.utils.set_random_seed(derive_seed("init", seed))
         self._model = None
         return self._now(settings)
 
     def load(self, data: DataSettings) -> None:
-        """Note which; the examples are read when they are needed. Raises UsageError."""
+        """Store the data settings; examples are read when needed. Raises UsageError."""
         cards = tf.config.list_physical_devices("GPU")
         if data.device == "cpu" and cards:
             tf.config.set_visible_devices([], "GPU")
@@ -207,15 +207,15 @@ class KerasTask:
     # --- Resumable ---
 
     def snapshot(self) -> Snapshot:
-        """Where `train` is."""
+        """The state of `train`."""
         assert self._at is not None
         return self._at.snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Let the next `train` go on from there."""
+        """Make the next `train` resume from there."""
         self._restored = snapshot
 
-    # --- for subclasses, and here ---
+    # --- helpers ---
 
     def merged(self, settings: Settings) -> dict[str, Setting]:
         """The settings over the defaults. Raises UnknownName, UsageError."""
@@ -230,7 +230,7 @@ class KerasTask:
     def _built(self, settings: Settings) -> Any:
         merged = self.merged(settings)
         if self._model is None or self._model[0] != merged:
-            keras.backend.clear_session()  # layers without a name are numbered from 0 again
+            keras.backend.clear_session()  # restarts the numbering of unnamed layers
             self._model = merged, self.model(settings)
         return self._model[1]
 
@@ -264,7 +264,7 @@ class KerasTask:
                 gradients = [g + plan.proximal_mu * d for g, d in zip(gradients, far, strict=True)]
             if plan.clip_norm:
                 gradients, _ = tf.clip_by_global_norm(gradients, plan.clip_norm)
-            if plan.weight_decay and plan.optimiser == "sgd":  # to the gradient, as torch has it
+            if plan.weight_decay and plan.optimiser == "sgd":  # added to the gradient, as in torch
                 gradients = [
                     g + plan.weight_decay * v.value
                     for g, v in zip(gradients, variables, strict=True)
@@ -292,5 +292,5 @@ def _put(model: Any, arrays: Sequence[Array]) -> None:
 
 
 def _paths(model: Any) -> list[str]:
-    """Names of the model's tensors, without that of the model itself, which is numbered too."""
+    """Names of the model's tensors, without the numbered name of the model itself."""
     return [variable.path.removeprefix(f"{model.name}/") for variable in model.weights]

@@ -1,4 +1,4 @@
-"""Where local training stands between two batches: what a snapshot holds, and nothing else."""
+"""The state of local training between two batches, which snapshots save."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Tensors = dict[str, Tensor]
 class LoopState:
     """Training between two batches.
 
-    `weights` and the optimiser's `state` (tensors by slot and weight, named as torch names them)
-    are changed in place. `trained` are the names of the weights that gradients move; the others
-    (integers, running statistics) are the model's own affair. `done` counts steps; `passed` and
-    `seen` the examples of this epoch and of those before it; `total` is the sum of this epoch's
-    losses. `origin` holds the first weights for the proximal term, `correction` what is added to
-    each gradient: a snapshot need not hold what is there anyway.
+    `weights` and the optimizer's `state` (tensors by slot and weight, with torch's names) change in
+    place. `trained` are the names of weights with gradients; the model itself updates the others
+    (integers, running statistics). `done` counts steps, `passed` the examples of this epoch, `seen`
+    those of earlier epochs; `total` is the sum of this epoch's losses. `origin` holds the first
+    weights for the proximal term, `correction` what is added to each gradient. A snapshot omits
+    both, because the inputs of the training have them.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LoopState:
         self.passed, self.total = 0, 0.0
 
     def load_optimizer_state(self, optimiser: Mapping[str, Array]) -> None:
-        """Take over the state of an optimiser, if it is one of this kind for these weights."""
+        """Use this optimizer state, if it has the slots and shapes of this optimizer."""
         mine = {
             f"{s} {name}": t for s, tensors in self.state.items() for name, t in tensors.items()
         }

@@ -1,4 +1,4 @@
-"""A torch model as an ONNX file, made where torch is, and tried before it is given away."""
+"""Exports a torch model to ONNX, and compares its output with torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONNX = "onnx"
 
 
 class _Net(nn.Module):
-    """A function of weights as a module that holds them, under their names."""
+    """Wraps a function of weights in a module that has the weights as parameters."""
 
     def __init__(
         self, logits_of: Callable[[Tensors, Tensor], Tensor], weights: Mapping[str, Array]
@@ -49,9 +49,9 @@ def export(
 ) -> None:
     """Write the model, from the input "x" to the output "logits".
 
-    `example` is an input of two examples or more; `sides` are its dimensions that may have another
-    length, by default the first. What onnxruntime makes of `example` is compared with torch. Raises
-    TaskUnusable where the extra is not installed, CommonweightError where the two differ.
+    `example` is an input of two examples or more; `sides` are its dynamic dimensions, by default
+    the first. The outputs of onnxruntime and torch for `example` are compared. Raises TaskUnusable
+    if the extra is not installed, CommonweightError if the outputs differ.
     """
     free = sides or {0: torch.export.Dim("n")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

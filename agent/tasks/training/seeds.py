@@ -1,4 +1,4 @@
-"""Seeds that follow from words, and a stream of chance on which two machines agree. Pure."""
+"""Seeds derived from words, and random streams that are the same on all machines. Pure."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 
 def derive_seed(*words: object) -> int:
-    """32 bits that depend on every word."""
+    """A 32-bit seed that depends on every word."""
     text = " ".join(map(str, words)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
 def random_state(*words: object) -> np.random.RandomState:
-    """Chance that depends on every word.
+    """A random generator whose seed depends on every word.
 
-    Its stream is frozen for good; that of np.random.Generator may change with numpy's version, and
-    then two peers would not agree who holds which example.
+    numpy guarantees the stream of RandomState. That of np.random.Generator may change between
+    versions, and then peers would disagree on who has which example.
     """
     return np.random.RandomState(derive_seed(*words))

@@ -1,7 +1,7 @@
-"""Local training of a torch task: the loop, in which `position` is the place to go on from.
+"""The training loop of torch tasks, which can resume between two batches.
 
-A torch task is a model, its data, and this loop; its settings are in `plan`. On a CPU the same
-inputs and number of threads give the same bytes.
+`hyperparameters` has its settings. On a CPU the same inputs and number of threads give the same
+bytes.
 
     DEFAULTS = {**LOOP_DEFAULTS, "model": "mlp", "lr": 0.01}
 
@@ -34,13 +34,13 @@ from agent.tasks.training.loop_state import as_arrays
 from protocols.errors import UsageError
 from protocols.model.weights import Array, Weights
 
-#: Examples that are put in order at a time, so that an epoch needs no second copy of the data.
+#: Examples that are shuffled at a time, so that an epoch needs no second copy of the data.
 _ORDERED = 4096
 
 
 class Examples(NamedTuple):
-    """A peer's examples: [n, …] and [n], both where they are trained on. `part` sets their order
-    apart from other peers'."""
+    """A peer's examples: [n, …] and [n], both on the training device. `part` makes their order
+    differ from that of other peers."""
 
     x: Tensor
     y: Tensor
@@ -76,7 +76,7 @@ class TrainingLoop:
     ) -> TrainOutcome:
         """Train on these examples; the metric "loss" is the mean of the last epoch.
 
-        `buffers` are floating-point tensors that no gradient moves.
+        `buffers` are floating-point tensors without a gradient.
         """
         device, count = examples.x.device, len(examples.y)
         at = LoopState(weights, plan, device, examples.part, buffers, self._correction)
@@ -107,16 +107,16 @@ class TrainingLoop:
         return TrainOutcome(Weights(arrays), count, {"loss": at.total / at.passed})
 
     def snapshot(self) -> Snapshot:
-        """Where `train` is: weights, optimiser, the order of the data and the place in it."""
+        """The state of `train`: weights, optimizer, order of the data and position in it."""
         assert self._at is not None
         return self._at.snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Let the next `train` go on from there."""
+        """Make the next `train` resume from there."""
         self._restored = snapshot
 
     def steer(self, correction: Mapping[str, Array]) -> None:
-        """Let the next `train` add this to each step's gradient: SCAFFOLD's c - c_i, by weight
+        """Make the next `train` add this to the gradient of each step: SCAFFOLD's c - c_i by weight
         (arXiv 1910.06378, equation 3)."""
         self._correction = correction
 
@@ -125,14 +125,14 @@ class TrainingLoop:
         self._recalled = state
 
     def optimizer_state(self) -> Mapping[str, Array]:
-        """The optimiser's state after the last `train`."""
+        """The optimizer state after the last `train`."""
         return self._left
 
 
 def lr_times_steps(plan: Hyperparameters, examples: int) -> float:
     """Learning rate times steps of training on so many examples.
 
-    Raises UsageError where the weights would move by more than that times the gradients.
+    Raises UsageError unless the weights move by exactly that times the gradients.
     """
     bent = ("momentum", "weight_decay", "clip_norm", "proximal_mu")
     if plan.optimiser != "sgd" or any(getattr(plan, name) for name in bent):
@@ -151,8 +151,8 @@ def mean_gradient(
     buffers: frozenset[str] = frozenset(),
     batch: int = _ORDERED,
 ) -> dict[str, Array]:
-    """The gradient of the mean loss over all examples, so many at a time, by weight; `buffers`
-    have none."""
+    """The gradient of the mean loss over all examples by weight, in batches of `batch`;
+    `buffers` have none."""
     device, count = examples.x.device, len(examples.y)
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
     trained = {
@@ -176,7 +176,7 @@ def _step_of(step: Step, x: Tensor, y: Tensor, size: int) -> float:
 
 
 def _batches(examples: Examples, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if not len(order):  # cut off at an epoch's end: it would be split into one batch of nothing
+    if not len(order):  # resumed at the end of an epoch; torch.split would give one empty batch
         return
     for rows in torch.split(order, size * max(1, _ORDERED // size)):
         x, y = examples.x[rows], examples.y[rows]
@@ -184,7 +184,7 @@ def _batches(examples: Examples, order: Tensor, size: int) -> Iterator[tuple[Ten
 
 
 def autograd_step(loss_of: LossOf) -> Callable[[LoopState, Hyperparameters], Step]:
-    """Steps of torch's own optimisers on the loss that a task tells."""
+    """Steps of torch's optimizers on the loss of a task."""
 
     def make(at: LoopState, plan: Hyperparameters) -> Step:
         w = at.weights
@@ -210,7 +210,7 @@ def autograd_step(loss_of: LossOf) -> Callable[[LoopState, Hyperparameters], Ste
 
 
 def _optimiser(at: LoopState, plan: Hyperparameters) -> torch.optim.Optimizer:
-    """A new optimiser that goes on from the state of `at`, and writes to it."""
+    """A new optimizer that shares its state with `at`."""
     trained = [at.weights[name] for name in at.trained]
     made: torch.optim.Optimizer
     if plan.optimiser == "adamw":
@@ -240,7 +240,7 @@ def _adjust_gradients(at: LoopState, plan: Hyperparameters) -> None:
 
 
 def _autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """In what the forward pass is computed. Raises UsageError where the device lacks it."""
+    """The context for the precision of the forward pass. Raises UsageError if unsupported."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if name == "fp32" or (name == "auto" and not fast):
         return contextlib.nullcontext()
