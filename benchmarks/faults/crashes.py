@@ -115,7 +115,7 @@ def _goes_on(
     began = time.monotonic()
     fleet.rise()
     if not fleet.ended(run):
-        wait_for(lambda: len(checker.read_ledger(fleet.home)) > lines, f"{point}: work goes on")
+        wait_for(lambda: len(checker.read_ledger(fleet.home)) > lines, f"{point}: work continues")
     back_s = time.monotonic() - began
     facts = fleet.outcome(run)
     found = fleet.violations(PEERS)

@@ -89,7 +89,7 @@ def _until_told(fleet: Site, run: str) -> None:
         waits = "space on the coordinator's disk" in fleet.ask("run", "show", run).stdout
         return waits or bool(fleet.ended(run))
 
-    wait_for(told, "the full disk is told")
+    wait_for(told, "the full disk is reported")
 
 
 def full_agent(folder: Path) -> Row:
@@ -174,7 +174,7 @@ def lost_disk(folder: Path) -> Row:
         found = fleet.violations([])
         recalled = next(f["version"] for f in facts if f["type"] == "VersionRecalled")
         if undisturbed[recalled["round"] - 1] != recalled["digest"]:
-            found.append(f"{run} goes on from what was never its version")
+            found.append(f"{run} continues from a digest that was never its version")
         if checker.digests(facts)[-1:] != undisturbed[-1:]:
             found.append(f"{run} {checker.ended(facts)} with other weights")
         lost = reached - recalled["round"]

@@ -139,7 +139,7 @@ class Jobs:
         remote = Remote(self._fleet.home)
         try:
             # The ledger is one step ahead of the coordinator's API.
-            wait_for(lambda: remote.job(job).ended, f"job {job} is told to have ended")
+            wait_for(lambda: remote.job(job).ended, f"job {job} has ended")
             found = remote.job(job)
         finally:
             remote.close()
@@ -214,7 +214,9 @@ def _coordinator_dies(fleet: JobSite, jobs: Jobs, row: Row, kind: str, point: st
     asked = seen(fleet, "unit", job)
     began = time.monotonic()
     fleet.rise()
-    wait_for(lambda: jobs.ended(job) or len(jobs.facts(job)) > len(known), f"{point}: work goes on")
+    wait_for(
+        lambda: jobs.ended(job) or len(jobs.facts(job)) > len(known), f"{point}: work continues"
+    )
     back_s = time.monotonic() - began
     found = _judged(fleet, jobs, kind, job)
     for (name, unit), times in seen(fleet, "unit", job).items():

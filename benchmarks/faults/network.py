@@ -95,7 +95,7 @@ def _cut(fleet: Site, proxy: Proxy, fault: Fault, lasts_s: float) -> tuple[float
         before = len(contributors(fleet, run))
         wait_for(
             lambda: any(peer not in who for who in contributors(fleet, run)[before:]),
-            "the run goes on without it",
+            "the run continues without it",
             NOTICED_WITHIN_S,
         )
         noticed_s = time.monotonic() - began
@@ -137,7 +137,7 @@ def lost_peer(folder: Path) -> list[Row]:
 
 
 def _until_rounds(fleet: Site, run: str, count: int) -> None:
-    wait_for(lambda: len(contributors(fleet, run)) >= count, "the run goes on")
+    wait_for(lambda: len(contributors(fleet, run)) >= count, "the run continues")
 
 
 def slow_and_flapping(folder: Path, lasts_s: float) -> list[Row]:

@@ -27,7 +27,7 @@ SEEDS = (1, 2, 3)
 Split = Literal["iid", "shards", "cameras"]
 #: How the pixels of a split are scaled, for all strategies and codecs.
 PIXELS: Mapping[Split, str] = {"iid": "standard", "shards": "unit"}
-#: A small CNN over pictures, and the same with a normalisation before each ReLU.
+#: A small CNN over pictures, and the same with a normalization before each ReLU.
 _PLAIN = "conv 16 5, pool, conv 32 5, pool, dense 64"
 _NORMED = "conv 16 5 norm, pool, conv 32 5 norm, pool, dense 64 norm"
 _PICTURES: Mapping[str, Setting] = {

@@ -140,7 +140,7 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
         next_token.loss_of(lambda t, x, training: forward(shape, t, x, training), found)
         for found in windows
     ]
-    optimiser = torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [t.requires_grad_() for t in w.values()], lr=way.lr, weight_decay=0.0
     )
     orders: list[Tensor] = [torch.empty(0, dtype=torch.int64) for _ in data]
@@ -148,9 +148,9 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
     losses: list[float] = []
     for number in range(1, way.rounds + 1):
         plan = read_hyperparameters({**way.settings(), "round": number}, DEFAULTS)
-        optimiser.param_groups[0]["lr"] = plan.lr
+        optimizer.param_groups[0]["lr"] = plan.lr
         for _ in range(way.inner):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             for peer, found in enumerate(windows):
                 if len(orders[peer]) < BATCH:
                     fresh = torch.randperm(len(found.train), generator=chance)
@@ -158,7 +158,7 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
                 rows, orders[peer] = orders[peer][:BATCH], orders[peer][BATCH:]
                 starts = found.train[rows]
                 (losses_of[peer](w, starts, starts) / len(data)).backward()
-            optimiser.step()
+            optimizer.step()
         arrays = {name: t.detach().numpy() for name, t in w.items()}
         losses.append(_told(number, loss_on_held_out(tasks, Weights(arrays))))
     return {"losses": losses}

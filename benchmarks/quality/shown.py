@@ -15,7 +15,7 @@ from benchmarks.quality.courses import Band, Course
 from benchmarks.quality.measured import Row
 
 _FIGURES = ("end", "best", "to_90", "to_92", "to_93")
-_COLOURS = ("#1f6f8b", "#d08a2e", "#6a4c93", "#4f9d69", "#c44536", "#7a7a7a", "#b5838d", "#2f4858")
+_COLORS = ("#1f6f8b", "#d08a2e", "#6a4c93", "#4f9d69", "#c44536", "#7a7a7a", "#b5838d", "#2f4858")
 
 
 def table(courses: Sequence[Course], rows: Sequence[Row], whole: Mapping[str, float]) -> bool:
@@ -84,10 +84,10 @@ def curves(file: Path, title: str, names: Sequence[str], rows: Sequence[Row]) ->
                 continue
             by_round = [[v for v in at if v is not None] for at in zip(*mine, strict=False)]
             across = range(1, len(by_round) + 1)
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(across, [statistics.mean(at) for at in by_round], color=colour, label=name)
+            color = _COLORS[number % len(_COLORS)]
+            axes.plot(across, [statistics.mean(at) for at in by_round], color=color, label=name)
             low, high = [min(at) for at in by_round], [max(at) for at in by_round]
-            axes.fill_between(across, low, high, color=colour, alpha=0.15, lw=0)
+            axes.fill_between(across, low, high, color=color, alpha=0.15, lw=0)
         ends = [row["accuracy"][-1] or 0.0 for row in rows if row["course"] in names]
         lowest = min(0.7, math.floor(10 * min(ends)) / 10) if ends else 0.7
         axes.set(xlabel="round", ylabel="accuracy", ylim=(lowest, 0.97))

@@ -78,7 +78,7 @@ def stands_after_s(trainer: psutil.Process, cause: Callable[[], None]) -> float:
         time.sleep(0.005)
         if (now := sum(trainer.cpu_times()[:2])) != used:
             used, moved = now, time.monotonic()
-        assert time.monotonic() - began < 30, "it goes on and on"
+        assert time.monotonic() - began < 30, "the pause takes too long"
     return moved - began
 
 
@@ -97,7 +97,7 @@ def pauses() -> dict[str, Any]:
                 _say(f"stands still after {times[-1]:.2f} s")
                 assert site.agent("ada")["reason"] == "on battery"
                 on_mains(folder / "sys", True)
-                site.until_agent("ada", "goes on", lambda told: told["state"] == "training")
+                site.until_agent("ada", "trains again", lambda told: told["state"] == "training")
                 time.sleep(1.0)
             found["mains pulled, s"] = [round(t, 2) for t in times]
     return found
@@ -123,7 +123,7 @@ def beside_busy_programs(percent: float) -> dict[str, Any]:
                 found["reason"] = site.agent("ada")["reason"]
                 _say(f"{cores} busy programs: stands still after {times[-1]:.2f} s")
                 ended = time.monotonic()
-                site.until_agent("ada", "goes on", lambda told: told["state"] == "training")
+                site.until_agent("ada", "trains again", lambda told: told["state"] == "training")
                 again.append(time.monotonic() - ended)
                 time.sleep(2.0)
             found[f"{cores} of {every} cores taken by others, s"] = [round(t, 2) for t in times]

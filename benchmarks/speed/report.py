@@ -248,16 +248,16 @@ def _plot(
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "commonweight", "font.size": 9}
     with pyplot.rc_context(settings):
         figure, axes = pyplot.subplots(figsize=(5.6, 3.4), layout="constrained")
-        for who, colour in (("stock", "#9a9a9a"), ("ours", "#1f6f8b"), ("floor", "#d08a2e")):
+        for who, color in (("stock", "#9a9a9a"), ("ours", "#1f6f8b"), ("floor", "#d08a2e")):
             for group, rows, line in groups:
                 points = sorted(
                     (across(found), found[f"{who}_s"]) for found in rows if found[f"{who}_s"]
                 )
                 if points:
-                    axes.plot(*zip(*points, strict=True), line, color=colour, marker="o", ms=3)
+                    axes.plot(*zip(*points, strict=True), line, color=color, marker="o", ms=3)
                     x, y = points[-1]
                     text = f" {who} {group}" if len(groups) > 1 else f" {who}"
-                    axes.annotate(text, (x, y), color=colour, fontsize=8, va="bottom")
+                    axes.annotate(text, (x, y), color=color, fontsize=8, va="bottom")
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds a round")
         axes.margins(x=0.25)
         for axis in (axes.xaxis, axes.yaxis):

@@ -154,7 +154,7 @@ def bare(course: Course) -> Spent:
             ]
         )
     )
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss_of = nn.CrossEntropyLoss()
 
     def train(steps: int) -> None:
@@ -162,9 +162,9 @@ def bare(course: Course) -> Spent:
         while done < steps:
             order = torch.randperm(len(y))
             for mine in order.split(course.batch):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 loss_of(model(x[mine]), y[mine]).backward()
-                optimiser.step()
+                optimizer.step()
                 done += 1
                 if done == steps:
                     return
