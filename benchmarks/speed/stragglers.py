@@ -222,6 +222,7 @@ class Paced(Mnist):
 def real() -> dict[str, dict[str, float]]:
     """Wall seconds until a version reads 90 %, by mode: 125 steps of twenty digits."""
     from tests.support import fleet_harness
+    from tests.support.waiting import wait_for
 
     fast_s = 0.016
     found: dict[str, dict[str, float]] = {}
@@ -272,7 +273,7 @@ def real() -> dict[str, dict[str, float]]:
                     "--deadline",
                     "5m",
                 )
-                fleet_harness.until(
+                wait_for(
                     lambda run=run: made.run(run)["state"] in ("finished", "stopped", "failed"),
                     f"{name} has ended",
                     within_s=400.0,
