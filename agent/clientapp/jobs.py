@@ -76,7 +76,9 @@ class Jobs:
 
     def answer(self, message: Message) -> RecordDict:
         """Returns the content of the reply. Raises CommonweightError."""
-        unit, key = self._read(message)
+        payload, signature = signed_payload(message, "unit", "unit")
+        unit = jobs.read_unit(payload, signature, self._me.is_coordinators)
+        key = jobs.idempotency_key(payload)
         note("unit", job=unit.job, unit=unit.unit, key=key)
         self._on_work(Work(run=unit.job, round=unit.unit, kind="evaluate", task=unit.task))
         try:
@@ -100,12 +102,6 @@ class Jobs:
         finally:
             self._on_work(None)
         return RecordDict({ANSWER: ConfigRecord(msgspec.structs.asdict(stored))})
-
-    def _read(self, message: Message) -> tuple[Unit, str]:
-        """Returns the unit and its key. Raises BadMessage."""
-        payload, signature = signed_payload(message, "unit", "unit")
-        unit = jobs.read_unit(payload, signature, self._me.is_coordinators)
-        return unit, jobs.idempotency_key(payload)
 
     # --- the outbox ---
 

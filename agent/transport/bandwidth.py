@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ from protocols.local.atomic_files import write_private
 
 FILE = "traffic.json"
 _SAVE_EVERY_S = 10.0
-_BITS = 8e-6  # Mbit per byte
+BYTES_PER_MBIT = 125_000
 
 
 class Day(Struct, frozen=True, kw_only=True):
@@ -23,6 +24,22 @@ class Day(Struct, frozen=True, kw_only=True):
     day: str = ""
     up: int = 0
     down: int = 0
+
+
+class RateLimit:
+    """Spreads bytes over time. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+
+    def reserve(self, nbytes: int, bytes_per_s: float) -> float:
+        """Returns the seconds to wait before `nbytes` may be sent; 0 if there is no limit."""
+        if not nbytes or not bytes_per_s:
+            return 0.0
+        now = time.monotonic()
+        start = max(now, self._free_at)
+        self._free_at = start + nbytes / bytes_per_s
+        return start - now
 
 
 class Bandwidth:
@@ -35,7 +52,7 @@ class Bandwidth:
         self._file = home / FILE
         self.rates: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
         self._lock = threading.Lock()
-        self._free_at = [0.0, 0.0]
+        self._limits = RateLimit(), RateLimit()
         self._saved_at = time.monotonic()
         try:
             self._day = msgspec.json.decode(self._file.read_bytes(), type=Day)
@@ -43,10 +60,10 @@ class Bandwidth:
             self._day = Day()
 
     def sent(self, nbytes: int) -> None:
-        self._count(0, nbytes)
+        self._count(nbytes, 0)
 
     def received(self, nbytes: int) -> None:
-        self._count(1, nbytes)
+        self._count(0, nbytes)
 
     def today(self) -> tuple[int, int]:
         """Returns the bytes up and down since local midnight."""
@@ -60,10 +77,8 @@ class Bandwidth:
             if not at_once and time.monotonic() - self._saved_at < _SAVE_EVERY_S:
                 return
             self._saved_at = time.monotonic()
-            try:
+            with suppress(OSError):
                 write_private(self._file, msgspec.json.encode(self._today()))
-            except OSError:
-                pass
 
     def _today(self) -> Day:
         today = time.strftime("%Y-%m-%d")
@@ -71,17 +86,12 @@ class Bandwidth:
             self._day = Day(day=today)
         return self._day
 
-    def _count(self, way: int, nbytes: int) -> None:
-        rate = self.rates()[way]
+    def _count(self, up: int, down: int) -> None:
+        up_mbit_s, down_mbit_s = self.rates()
         with self._lock:
             day = self._today()
-            self._day = Day(
-                day=day.day, up=day.up + nbytes * (way == 0), down=day.down + nbytes * (way == 1)
-            )
-            wait_s = 0.0
-            if rate:
-                now = time.monotonic()
-                wait_s = max(0.0, self._free_at[way] - now)
-                self._free_at[way] = now + wait_s + nbytes * _BITS / rate
+            self._day = Day(day=day.day, up=day.up + up, down=day.down + down)
+            wait_s = self._limits[0].reserve(up, up_mbit_s * BYTES_PER_MBIT)
+            wait_s += self._limits[1].reserve(down, down_mbit_s * BYTES_PER_MBIT)
         if wait_s:
             time.sleep(wait_s)

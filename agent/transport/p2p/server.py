@@ -18,13 +18,13 @@ import logging
 import re
 import socket
 import ssl
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import h11
 import msgspec
 
+from agent.transport.bandwidth import RateLimit
 from agent.transport.p2p.authorization import RequestAuthorizer
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.piece_store import PieceStore, pieces_of
@@ -43,22 +43,6 @@ _MAX_HEAD_BYTES = 16 * 1024
 _VERSION = re.compile(r"/cw/v1/weights/([0-9a-f]{64})\Z")
 _PROOF = re.compile(r"/cw/v1/proofs/([0-9a-f]{64})\Z")
 _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})\Z")
-
-
-class RateLimit:
-    """A rate limit in bytes per second over all connections; 0 means no limit."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._rate = bytes_per_s
-        self._free_at = 0.0
-
-    async def wait(self, nbytes: int) -> None:
-        """Waits until `nbytes` may be sent."""
-        if self._rate:
-            now = time.monotonic()
-            at = max(now, self._free_at)
-            self._free_at = at + nbytes / self._rate
-            await asyncio.sleep(at - now)
 
 
 class _Refused(Exception):
@@ -131,19 +115,20 @@ class _HttpConnection:
 
 
 class PeerServer:
-    """A listening socket over a piece store."""
+    """A listening socket over a piece store. `bytes_per_s`: 0 for no limit."""
 
     def __init__(
         self,
         store: PieceStore,
         authorizer: RequestAuthorizer,
-        rate_limit: RateLimit,
+        bytes_per_s: float,
         gossip_state: GossipState | None,
         certificate: Path,
         key: Path,
     ) -> None:
         self._store, self._gossip = store, gossip_state
-        self._authorizer, self._rate_limit = authorizer, rate_limit
+        self._authorizer, self._bytes_per_s = authorizer, bytes_per_s
+        self._rate_limit = RateLimit()
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_3
         self._tls.load_cert_chain(certificate, key)
@@ -275,7 +260,7 @@ class PeerServer:
                 return  # the client keeps what it has received
             first, last = piece * PIECE_BYTES, (piece + 1) * PIECE_BYTES
             data = version.read(max(start, first), min(stop, last))
-            await self._rate_limit.wait(len(data))
+            await asyncio.sleep(self._rate_limit.reserve(len(data), self._bytes_per_s))
             await client.write(data)
             self.bytes_sent += len(data)
         await client.end()

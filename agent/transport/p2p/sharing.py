@@ -13,11 +13,12 @@ from typing import Literal
 from msgspec.structs import replace
 
 from agent.home.credentials import Credentials
+from agent.transport.bandwidth import BYTES_PER_MBIT
 from agent.transport.p2p.authorization import RequestAuthorizer
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.networks import LocalNetwork, locate
 from agent.transport.p2p.piece_store import PieceStore
-from agent.transport.p2p.server import PeerServer, RateLimit
+from agent.transport.p2p.server import PeerServer
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
@@ -53,7 +54,7 @@ class Sharing:
         self._policy, self._port, self._home = policy, port, home
         self._credentials = credentials
         self._authorizer = RequestAuthorizer(coordinator_public, gossip_state)
-        self._rate_limit = RateLimit(mbit_s * 125_000)
+        self._bytes_per_s = mbit_s * BYTES_PER_MBIT
         self._request: DownloadPlanRequest | None = None
         self._sent = 0
         self._server: PeerServer | None = None
@@ -116,7 +117,7 @@ class Sharing:
         try:
             write_private(certificate, pem)
             server = PeerServer(
-                self.pieces, self._authorizer, self._rate_limit, self._gossip, certificate, key
+                self.pieces, self._authorizer, self._bytes_per_s, self._gossip, certificate, key
             )
             port = self._listen(server, here.host)
         except OSError as err:
