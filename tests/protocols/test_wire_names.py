@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from protocols.enrollment.joining import EnrollmentStatus
 from protocols.messages.envelope import (
     Command,
     Doorbell,
@@ -27,6 +28,10 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k"}
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
+        (
+            EnrollmentStatus(peer="p", name="n", enrollment="awaiting", version="1"),
+            {"peer": "p", "name": "n", "standing": "awaiting", "version": "1"},
+        ),
         (Doorbell(), {"type": "Doorbell"}),
         (Command(action="pause"), {"type": "Command", "action": "pause", "for_s": 0.0}),
         (LogRequest(request_id="a", max_lines=5), {"type": "LogsAsked", "ask": "a", "most": 5}),
