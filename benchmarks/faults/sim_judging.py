@@ -18,7 +18,7 @@ _decode_claim = msgspec.json.Decoder(UpdateClaim).decode
 
 
 def judged(run: Run, disk: Disk, peer: str, kind: str, payload: bytes, bug: str) -> RunEvent:
-    """Like `coordinator.runs.acceptance.validate_reply`. Raises UpdateRefused."""
+    """Like `coordinator.runs.reply_events.validate_reply`. Raises UpdateRefused."""
     told = sim_handshake.unpack(payload)
     claim = _decode_claim(told.claim)
     expected = validation.expected_reply(run, {}, peer, kind)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Set
 from flwr.app import Message
 
 from coordinator.runs import decisions, retention, schema_agreement, steps
-from coordinator.runs.acceptance import validate_reply
 from coordinator.runs.context import RunContext
+from coordinator.runs.reply_events import validate_reply
 from coordinator.runs.requests import Request
 from coordinator.runs.rounds import Rounds, RunParts
 from coordinator.runs.state import Run
