@@ -64,8 +64,8 @@ class StoredVersion:
     The file may be renamed while it is open. Raises OSError if it cannot be opened.
     """
 
-    def __init__(self, path: Path, nbytes: int, mode: str = "rb") -> None:
-        self._file = path.open(mode, buffering=0)
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self._file = path.open("rb", buffering=0)
         self.nbytes = nbytes
         self.missing: set[int] = set()
         self._lock = threading.Lock()
@@ -94,7 +94,7 @@ class StoredVersion:
             if self._file.closed:
                 raise OSError("the version was dropped")
             self._file.seek(start)
-            data: bytes = self._file.read(stop - start) or b""
+            data = self._file.read(stop - start) or b""
         if len(data) != stop - start:
             raise OSError("the version's file is truncated")
         return data
@@ -107,18 +107,20 @@ class PartialVersion(StoredVersion):
     """
 
     def __init__(self, path: Path, plan: DownloadPlan) -> None:
-        super().__init__(path, plan.nbytes, "r+b")
+        super().__init__(path, plan.nbytes)
         self._plan = plan
+        # A file and a lock of its own: the server reads while a write waits for the disk.
+        self._out, self._out_lock = path.open("r+b", buffering=0), threading.Lock()
         pieces = range(num_pieces(plan.nbytes, plan.piece_bytes))
         self.missing = {
             piece for piece in pieces if not self._matches(piece, self._file.read(plan.piece_bytes))
         }
         self._wanted = self.missing.copy()  # neither present nor requested
-        self._file.truncate(plan.nbytes)
+        self._out.truncate(plan.nbytes)
 
     def take(self, limit: int = 1) -> range:
         """Takes the first consecutive pieces that are neither present nor requested."""
-        with self._lock:
+        with self._out_lock:
             first = stop = min(self._wanted, default=0)
             while stop - first < limit and stop in self._wanted:
                 self._wanted.discard(stop)
@@ -127,7 +129,7 @@ class PartialVersion(StoredVersion):
 
     def give_back(self, pieces: Iterable[int]) -> None:
         """Returns pieces that were taken; those that are not present can be taken again."""
-        with self._lock:
+        with self._out_lock:
             self._wanted |= self.missing.intersection(pieces)
         self.changed.notify()
 
@@ -145,9 +147,9 @@ class PartialVersion(StoredVersion):
         """Writes a piece; False if the bytes do not match its digest."""
         if not self._matches(piece, data):
             return False
-        with self._lock:
-            self._file.seek(piece * self._plan.piece_bytes)
-            write_all(self._file, memoryview(data))
+        with self._out_lock:
+            self._out.seek(piece * self._plan.piece_bytes)
+            write_all(self._out, memoryview(data))
             self.missing.discard(piece)
         self.changed.notify()
         return True
@@ -157,7 +159,11 @@ class PartialVersion(StoredVersion):
         return hashlib.sha256(data).digest() == expected
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        os.fsync(self._out.fileno())
+
+    def end_writing(self) -> None:
+        """Closes the file for writing; it can still be read."""
+        self._out.close()
 
 
 class PieceStore:

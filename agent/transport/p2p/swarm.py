@@ -59,6 +59,8 @@ class SwarmDownload:
         except BaseException:
             self._sharing.pieces.drop(self._digest)
             raise
+        finally:
+            self._version.end_writing()
         return self._report()
 
     def _download(self) -> None:

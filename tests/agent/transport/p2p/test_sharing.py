@@ -20,6 +20,7 @@ import pytest
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p.networks import LocalNetwork
+from agent.transport.p2p.piece_store import PartialVersion, PieceStore
 from agent.transport.p2p.server import MAX_CONNECTIONS_PER_ADDRESS, PeerServer
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_store import VersionStore
@@ -428,3 +429,28 @@ def test_a_plan_must_fit_the_version(digest: str) -> None:
     assert PieceSource(
         peer="p", address=swarm.address_of("fe80::1", 5), node_public=b""
     ).address == ("[fe80::1]:5")
+
+
+def test_a_version_that_comes_another_way_leaves_its_download_intact(
+    tmp_path: Path, digest: str
+) -> None:
+    """Gossip may bring it first: others are served from that file then."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    weights.save(MODEL, whole)
+    data = whole.read_bytes()
+    pieces = [data[at : at + PIECE_BYTES] for at in range(0, SIZE, PIECE_BYTES)]
+    plan = DownloadPlan(
+        digest=digest, nbytes=SIZE, piece_bytes=PIECE_BYTES, pieces=swarm.piece_digests(pieces)
+    )
+    part.touch()
+    store, partial = PieceStore(), PartialVersion(part, plan)
+    store.add(digest, partial)
+    assert partial.put(0, pieces[0])
+    assert not partial.put(1, pieces[0])
+    assert partial.missing == {1, 2, 3}
+    store.put(digest, whole)
+    assert [partial.put(piece, pieces[piece]) for piece in (1, 2, 3)] == [True] * 3
+    partial.sync()
+    partial.end_writing()
+    assert weights.file_digest(part) == digest
+    store.drop(digest)
