@@ -42,8 +42,8 @@ def test_an_agent_that_was_ended_or_killed_goes_on_where_it_was(tmp_path: Path) 
             site.start("ada")
         ended = site.ended_run(run)
         assert ended["state"] == "finished"
-        went_on = [line for line in site.programs["ada"].log.splitlines() if "went on from" in line]
-        assert went_on, site.programs["ada"].log
+        resumed = [line for line in site.programs["ada"].log.splitlines() if "resumed from" in line]
+        assert resumed, site.programs["ada"].log
         assert ended["history"][0]["digest"] == whole["history"][0]["digest"]
 
 
