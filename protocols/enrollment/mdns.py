@@ -27,10 +27,10 @@ def encode_txt_record(name: str, ca_sha256: bytes) -> dict[str, str]:
     return {"v": _FORMAT, "name": name[:64], "ca": ca, "version": VERSION}
 
 
-def parse_txt_record(told: Mapping[bytes, bytes | None]) -> Announcement | None:
+def parse_txt_record(record: Mapping[bytes, bytes | None]) -> Announcement | None:
     """The announcement in a TXT record; None if it is not ours or has another format."""
     try:
-        fields = {key.decode(): (value or b"").decode() for key, value in told.items()}
+        fields = {key.decode(): (value or b"").decode() for key, value in record.items()}
         ca = bytes.fromhex(fields["ca"])
     except (UnicodeDecodeError, KeyError, ValueError):
         return None

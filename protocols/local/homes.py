@@ -75,13 +75,13 @@ def _write_stamp(home: Path, kind: Kind) -> None:
 
 def _migrate(home: Path, kind: Kind) -> None:
     """Migrate an older home to this format, if no program of the older version uses it."""
-    held = lock_home(home, f"{kind} of an older version")
+    file_lock = lock_home(home, f"{kind} of an older version")
     try:
         if (found := check_stamp(home, kind)) < FORMAT:
             migrations.migrate(home, migrations.STEPS[kind], found, FORMAT)
             _write_stamp(home, kind)
     finally:
-        held.release()
+        file_lock.release()
 
 
 def check_stamp(home: Path, kind: Kind) -> int:
