@@ -1,24 +1,21 @@
 """HTTP/1.1 connections with limits on time and size.
 
-A large body stays in the event loop: uvicorn moves it in pieces, and a worker thread hashes and
-writes what arrives (`streams`). Two alternatives were measured over TLS on two busy cores. A thread
-that took the TLS connection over from asyncio gained nothing; this way took, as the median of 9 to
-21 alternating pairs, the following multiple of its time (one transfer, two at once):
-
-    download of 40 MB  0.94, 0.98      of 400 MB  0.95, 1.06
-    upload of 40 MB    0.92, 0.84      of 400 MB  0.68, 0.61
-
-granian was mostly faster: 0.34 to 1.04 of that thread's time for one transfer, 0.36 to 1.41 for
-two. But its embedded server is experimental. It accepts connections itself, so that none can be
-refused by address, and it has no limit for a slow body.
+A response leaves in pieces through the event loop. A large body that arrives is decrypted, hashed
+and written in a thread (`tls_offload`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
+import httptools
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from coordinator.transport import tls_offload
+from coordinator.transport.tls_offload import OffloadedConnection
 
 #: Time for a whole request head, and grace for a body that falls below `MIN_BYTES_PER_S`.
 READ_TIMEOUT_S = 15.0
@@ -33,6 +30,15 @@ MAX_PIPELINED = 16
 #: still sending reads the response only then.
 MAX_DISCARDED_BYTES = 1024**3
 DISCARD_TIMEOUT_S = 60.0
+#: The extension of a request's scope that holds its connection.
+_EXTENSION = "commonweight"
+
+
+def connection_of(scope: Scope) -> LimitedHttpProtocol | None:
+    """The connection of a request, if a server of ours received it."""
+    extension = scope.get("extensions", {}).get(_EXTENSION, {})
+    connection: LimitedHttpProtocol | None = extension.get("connection")
+    return connection
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -44,6 +50,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     _discarded_bytes = 0
     _deadline = float("inf")
     _write_paused_at: float | None = None
+    _is_offloaded = _is_slow_sender = False
+    #: True while a new parser reads the made-up head of a request that is under way.
+    _is_replacing_parser = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -74,16 +83,27 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     # An exception in one of these callbacks stops the parser, and uvicorn responds with 400.
 
     def on_message_begin(self) -> None:
-        self._header_count = 0
+        if self._is_replacing_parser:
+            return
+        self._header_count, self._is_slow_sender = 0, False
         super().on_message_begin()
+        self.scope["extensions"] = {_EXTENSION: {"connection": self}}
+
+    def on_url(self, url: bytes) -> None:
+        if not self._is_replacing_parser:
+            super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_replacing_parser:
+            return
         self._header_count += 1
         if self._header_count > MAX_HEADERS:
             raise ValueError("the request has too many headers")
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_replacing_parser:
+            return
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEAD_BYTES:
             raise ValueError("the request head is too long")
@@ -110,6 +130,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def is_overdue(self, now: float) -> bool:
         """True if the client has sent too little, or read nothing, for too long."""
+        if self._is_offloaded:  # the thread's limits are stricter
+            return False
         if self._write_paused_at is not None:
             return now - self._write_paused_at > WRITE_TIMEOUT_S
         if self._is_responding():
@@ -125,3 +147,57 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def is_idle(self) -> bool:
         """True if no request is in progress and every response has been sent."""
         return not self._is_responding() and not self.transport.get_write_buffer_size()
+
+    # --- bodies received in a thread ---
+
+    def can_offload(self, left: int) -> bool:
+        """True if a thread should receive the next of the `left` bytes of a body."""
+        is_large = left >= tls_offload.MIN_BYTES and not self._is_slow_sender
+        return is_large and tls_offload.can_offload(self.transport)
+
+    async def receive_in_thread(self, left: int, write: Callable[[memoryview], None]) -> int:
+        """Pass the next of the `left` bytes of the body to `write` in a thread; returns how many.
+
+        0 if the event loop should receive them. Raises what `write` raises.
+        """
+        received_bytes, has_begun = 0, False
+
+        def receive(connection: OffloadedConnection) -> None:
+            nonlocal received_bytes, has_begun
+            parsed, self.cycle.body = self.cycle.body, bytearray()
+            received_bytes, has_begun = len(parsed), True
+            write(memoryview(parsed))
+            try:
+                connection.receive(min(left - received_bytes, tls_offload.MAX_BYTES), write)
+            finally:
+                received_bytes += connection.received_bytes
+
+        self._is_offloaded = True
+        self.transport.pause_reading()
+        # Let asyncio finish what it has scheduled for this connection.
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        try:
+            if self.can_offload(left):
+                size = await tls_offload.offload(self.transport, receive)
+                self._is_slow_sender = tls_offload.is_slow(size, time.monotonic() - began)
+        finally:
+            self._is_offloaded = False
+            self._deadline = time.monotonic() + READ_TIMEOUT_S
+            if not (self.flow.read_paused or self.transport.is_closing()):
+                self.transport.resume_reading()
+            if has_begun and not self.transport.is_closing():
+                self._replace_parser(left - received_bytes)
+        return received_bytes
+
+    def _replace_parser(self, left: int) -> None:
+        """The parser has missed a part of the body: make one that expects the `left` bytes."""
+        self._is_replacing_parser = True
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser.feed_data(b"PUT / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % left)
+        self._is_replacing_parser = False
+        # The TLS layer may hold decrypted bytes: reading again passes them on.
+        self.flow.resume_reading()
+        self.transport.pause_reading()
+        self.transport.resume_reading()

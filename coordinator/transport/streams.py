@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from protocols.local.atomic_files import write_all
+from protocols.local.early_writeback import EarlyWriteback
 
 #: Below this size, a write takes less time than the switch to a thread.
 _SMALL_BYTES = 16 * 1024
@@ -31,6 +32,7 @@ class UploadWriter:
     def __init__(self, file: IO[bytes], is_current: Callable[[], bool]) -> None:
         self._file, self._is_current = file, is_current
         self._sha = hashlib.sha256()
+        self._writeback = EarlyWriteback(file.fileno(), file.tell())
         self._waiting: list[bytes] = []
         self._writing: asyncio.Task[None] | None = None
 
@@ -66,17 +68,22 @@ class UploadWriter:
                 rest, self._waiting = self._waiting, []
             self._write(rest)
 
+    def write_now(self, piece: memoryview) -> None:
+        """Write the next bytes in this thread, after a `flush`. Raises OSError."""
+        self._write([piece])
+
     async def _write_waiting(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting, []
             await asyncio.to_thread(self._write, batch)
 
-    def _write(self, batch: Sequence[bytes]) -> None:
+    def _write(self, batch: Sequence[bytes | memoryview]) -> None:
         for piece in batch:
             if not self._is_current():
                 return
             self._sha.update(piece)
             write_all(self._file, memoryview(piece))
+            self._writeback.wrote(len(piece))
 
 
 class WholeFileResponse(Response):

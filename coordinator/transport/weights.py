@@ -27,6 +27,7 @@ from starlette.routing import Route
 from coordinator.fleet.auth import Auth
 from coordinator.storage.spool import DIGEST, PartialUpload
 from coordinator.storage.weight_store import WeightStore
+from coordinator.transport.http_connection import connection_of
 from coordinator.transport.streams import UploadWriter, WholeFileResponse
 from coordinator.transport.upload_limits import UploadLimits
 from protocols.failpoints import failpoint
@@ -147,6 +148,10 @@ class WeightTransfer:
                         self.limits.promised_bytes -= len(piece)
                         self.bytes_up += len(piece)
                         await writer.write(piece)
+                        size = await _receive_in_thread(request, writer, length)
+                        length -= size
+                        self.limits.promised_bytes -= size
+                        self.bytes_up += size
                 finally:
                     await writer.flush()
                 # The agent forgets an upload once it is acknowledged, so it must be durable.
@@ -171,6 +176,20 @@ def _check_enrolled(auth: Auth, node: str, part: PartialUpload) -> None:
     if not auth.is_enrolled(node):
         part.delete()
         raise HTTPException(401)
+
+
+async def _receive_in_thread(request: Request, writer: UploadWriter, left: int) -> int:
+    """Let a thread receive what it can of the `left` bytes; returns how many it has written."""
+    connection = connection_of(request.scope)
+    if connection is None or not connection.can_offload(left):
+        return 0
+    await writer.flush()
+
+    def write(piece: memoryview) -> None:
+        failpoint("upload.piece")
+        writer.write_now(piece)
+
+    return await connection.receive_in_thread(left, write)
 
 
 async def _finish(part: PartialUpload) -> None:

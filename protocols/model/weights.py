@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from protocols.errors import BadWeights
 from protocols.local.atomic_files import replacing
+from protocols.local.early_writeback import EarlyWriteback
 
 Array = npt.NDArray[np.generic]
 Buffer = bytes | memoryview | mmap.mmap
@@ -164,11 +165,14 @@ def save(weights: Weights, path: Path, *, synced: bool = True) -> str:
     """
     sha = hashlib.sha256()
     with replacing(path, synced=synced) as file:
+        writeback = EarlyWriteback(file.fileno()) if synced else None
         for chunk in chunks(weights):
             for start in range(0, len(chunk), PIECE_BYTES):
                 piece = memoryview(chunk)[start : start + PIECE_BYTES]
                 sha.update(piece)
                 file.write(piece)
+                if writeback is not None:
+                    writeback.wrote(len(piece))
     return sha.hexdigest()
 
 

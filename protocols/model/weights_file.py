@@ -15,6 +15,7 @@ import numpy as np
 
 from protocols.errors import BadWeights
 from protocols.local.atomic_files import replacing
+from protocols.local.early_writeback import EarlyWriteback
 from protocols.model.weights import (
     DTYPES,
     MAX_HEADER_BYTES,
@@ -83,6 +84,7 @@ class WeightsWriter:
 
     def __enter__(self) -> WeightsWriter:
         self._file: IO[bytes] = self._replacing.__enter__()
+        self._writeback = EarlyWriteback(self._file.fileno())
         self._put(header_bytes(self._schema))
         return self
 
@@ -98,6 +100,7 @@ class WeightsWriter:
     def _put(self, data: bytes | memoryview) -> None:
         self._sha.update(data)
         self._file.write(data)
+        self._writeback.wrote(len(data))
         self.nbytes += len(data)
 
     def __exit__(self, *error: Any) -> None:

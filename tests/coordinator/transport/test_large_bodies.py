@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.transport import tls_offload
 from coordinator.transport.weights import OFFSET
 from tests.support.https_site import Machine, Site
 from tests.support.waiting import wait_for
@@ -45,6 +46,21 @@ def wire(served: Site) -> Iterator[http.client.HTTPSConnection]:
     connection.close()
 
 
+@pytest.fixture
+def offloaded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes that each thread has received; 0 while it is at work."""
+    received: list[int] = []
+    offload = tls_offload.offload
+
+    async def counted(transport: object, work: object) -> int:
+        received.append(0)
+        received[-1] = await offload(transport, work)  # type: ignore[arg-type]
+        return received[-1]
+
+    monkeypatch.setattr(tls_offload, "offload", counted)
+    return received
+
+
 def status(wire: http.client.HTTPSConnection) -> int:
     answer = wire.getresponse()
     answer.read()
@@ -56,11 +72,12 @@ def spooled(served: Site) -> list[Path]:
 
 
 def test_large_bodies_arrive_whole_and_the_connection_is_reused(
-    served: Site, machine: Machine, wire: http.client.HTTPSConnection
+    served: Site, machine: Machine, wire: http.client.HTTPSConnection, offloaded: list[int]
 ) -> None:
     signed = machine.headers("PUT", PATH, digest=DIGEST)
     wire.request("PUT", PATH, BODY, {**signed, **HEADERS})
     assert status(wire) == 200
+    assert any(offloaded), "a thread received some of it"
     (file,) = spooled(served)
     assert file.read_bytes() == BODY
     (served.folder / "versions" / f"{DIGEST}.safetensors").write_bytes(BODY)
@@ -74,18 +91,19 @@ def test_large_bodies_arrive_whole_and_the_connection_is_reused(
 
 
 def test_a_body_with_another_digest_is_refused_and_deleted(
-    served: Site, machine: Machine, wire: http.client.HTTPSConnection
+    served: Site, machine: Machine, wire: http.client.HTTPSConnection, offloaded: list[int]
 ) -> None:
     signed = machine.headers("PUT", PATH, digest=DIGEST)
     wire.request("PUT", PATH, BODY[:-1] + b"x", {**signed, **HEADERS})
     assert status(wire) == 422
+    assert any(offloaded), "a thread received some of it"
     assert spooled(served) == []
     wire.request("PUT", PATH, BODY, {**machine.headers("PUT", PATH, digest=DIGEST), **HEADERS})
     assert status(wire) == 200
 
 
 def test_an_upload_resumes_where_it_was_cut_off(
-    served: Site, machine: Machine, wire: http.client.HTTPSConnection
+    served: Site, machine: Machine, wire: http.client.HTTPSConnection, offloaded: list[int]
 ) -> None:
     half = SIZE // 2
     wire.putrequest("PUT", PATH)
@@ -106,7 +124,7 @@ def test_an_upload_resumes_where_it_was_cut_off(
 
 
 def test_a_slow_sender_can_finish(
-    served: Site, machine: Machine, wire: http.client.HTTPSConnection
+    served: Site, machine: Machine, wire: http.client.HTTPSConnection, offloaded: list[int]
 ) -> None:
     wire.putrequest("PUT", PATH)
     for name, value in {**machine.headers("PUT", PATH, digest=DIGEST), **HEADERS}.items():
