@@ -117,4 +117,4 @@ def test_the_command_turns_an_exported_file_into_onnx(tmp_path: Path) -> None:
     model.write_bytes(b"something else")
     done = agent(tmp_path / "home", "export", str(model), str(tmp_path / "x.onnx"))
     assert done.returncode == 2
-    assert "is not the file of its card" in done.stderr
+    assert "does not match its card" in done.stderr
