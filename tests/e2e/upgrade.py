@@ -34,9 +34,9 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {VERSION: installed(wheel(ROOT, folder / "now"), folder / "env-now") / SCRIPTS}
     for version in ("0.2.0", "0.3.0"):
         tree = source_as(version, folder)
-        homes = tree / "protocols" / "homes.py"
+        homes = tree / "protocols" / "local" / "homes.py"
         homes.write_text(homes.read_text().replace("\nFORMAT = 1\n", "\nFORMAT = 2\n"))
-        migrations = tree / "protocols" / "migrations.py"
+        migrations = tree / "protocols" / "local" / "migrations.py"
         migrations.write_text(migrations.read_text() + _STEP)
         home = installed(wheel(tree, folder / version), folder / f"env-{version}")
         found[version] = home / SCRIPTS
