@@ -70,7 +70,7 @@ _DEACTIVATE_TIMEOUT_S = 3.0
 class CoordinatorClient(WeightTransfer):
     """One session with the coordinator.
 
-    Every method raises Unreachable when nobody answers and SessionLost when the coordinator no
+    Every method raises Unreachable without an answer, and SessionLost when the coordinator no
     longer knows the session (it was restarted, or this machine was removed). `bandwidth` counts
     and limits the transfer of weights; other requests are small.
     """

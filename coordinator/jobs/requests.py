@@ -47,7 +47,7 @@ class PendingJobRequests:
         self._ack_futures: dict[str, asyncio.Future[bool]] = {}
         #: By peer: when it started with the first of its requests (monotonic s).
         self._started_at: dict[str, float] = {}
-        #: By lease: when it is overdue (monotonic s). A restart starts it anew.
+        #: By lease: when it is overdue (monotonic s). A restart resets it.
         self._deadlines: dict[tuple[int, str], float] = {}
         #: By unit: the digest of the rows that its peers download.
         self._inputs: dict[int, str] = {}

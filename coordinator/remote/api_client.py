@@ -187,7 +187,7 @@ def _decoded(answer: bytes, kind: type[T]) -> T:
 class LiveSource:
     """A `Source` over a home: snapshots by HTTPS, messages by MQTT.
 
-    The coordinator may stop and start again: each call then looks up its address anew.
+    The coordinator may stop and start again: each call looks up its address.
     """
 
     def __init__(self, home: Path) -> None:

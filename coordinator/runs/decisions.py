@@ -195,8 +195,13 @@ def _cannot_begin(run: Run, eligible: frozenset[str]) -> steps.EndRun | None:
     Asking again would give the same answer.
     """
     refused = _with_status(run, "refused")
-    nobody = not (run.history or run.updates or run.pending) and eligible <= refused
-    if nobody and refused and run.last_refusal.startswith(_SETTINGS_REFUSALS):
+    is_new = not (run.history or run.updates or run.pending)
+    if (
+        is_new
+        and refused
+        and eligible <= refused
+        and run.last_refusal.startswith(_SETTINGS_REFUSALS)
+    ):
         return steps.EndRun(RunState.FAILED, f"no peer could train: {run.last_refusal}")
     return None
 

@@ -13,7 +13,7 @@ _MAX_NAMED_PEERS = 4
 
 
 class AskPeers(NamedTuple):
-    """Send the open request to these peers. `opens_phase`: its deadline starts anew."""
+    """Send the open request to these peers. `opens_phase`: its deadline restarts."""
 
     peers: tuple[str, ...]
     opens_phase: bool = False

@@ -137,7 +137,7 @@ class Sharing:
                 await asyncio.wait({serving}, timeout=_CHECK_EVERY_S)
             if serving.done():
                 serving.result()
-        except OSError as err:  # too many open files, for example; the rest of the agent goes on
+        except OSError as err:  # too many open files, for example; this ends only sharing
             log.warning("cannot share versions for now, retrying: %s", err)
             await asyncio.sleep(_CHECK_EVERY_S)
         finally:
