@@ -2,7 +2,8 @@
 
 This is the only coordinator module that uses Flower's private names (version 1.41; see the contract
 tests). Neither the Control API nor the Runtime API is mounted, so nobody can submit a run or take a
-ServerApp's token. Of the Fleet routes, only the two that our agents use are open.
+ServerApp's token. Of the Fleet routes, there are only the two that our agents use, and they call
+Flower's own handlers.
 
 LinkState is rebuilt from the ledger's peers at every start, and one Flower run lives as long as the
 process. So LinkState is kept in memory: with SQLite, the database took 80 % of a small round's CPU.
@@ -15,6 +16,7 @@ import logging
 import os
 import threading
 import time
+from base64 import b64encode
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -23,7 +25,6 @@ from typing import Any, cast
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
-from fastapi import FastAPI
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
@@ -39,7 +40,8 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.date import now
-from flwr.supercore.error import http_error_translator
+from flwr.supercore.error import FlowerError
+from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_children_ids_from_object_content,
@@ -50,26 +52,25 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import (
     get_federation_manager,
     get_objectstore_linkstate_factories,
 )
-from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
-from flwr.superlink.routers.fleet.router import router as fleet_router
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Scope
+from starlette.routing import Route
 
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.sessions import NoSession
-from coordinator.transport.flower_guard import FlowerGuard
 from protocols.errors import BadMessage
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 
@@ -77,8 +78,8 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("commonweight.superlink")
 
 FLEET_PREFIX = "/v1/fleet/"
-#: The routes of Flower that our agents use. Messages and heartbeats have a route of our own.
-OPEN_PATHS = frozenset(FLEET_PREFIX + action for action in ("activate-node", "deactivate-node"))
+#: The body of a Fleet request: a key or a node id, and a number.
+MAX_BODY_BYTES = 16 * 1024
 #: A reply is a message, its RecordDict and two records.
 MAX_OBJECTS = 16
 #: Requests that may complete a reply.
@@ -321,47 +322,62 @@ class Superlink:
 
     # --- the Fleet routes ---
 
-    def app(self, auth: Auth) -> ASGIApp:
-        """The ASGI app of the Fleet routes, behind `auth`."""
-        app = FastAPI(
-            openapi_url=None,
-            docs_url=None,
-            redoc_url=None,
-            middleware=[
-                Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
-                Middleware(ProtobufTranslationMiddleware),
-                Middleware(NodeAuthMiddleware),
-                Middleware(BaseHTTPMiddleware, dispatch=self._end_previous_session),
-            ],
-        )
-        app.state.linkstate_factory = self._factory
-        app.state.enable_supernode_auth = True
-        app.include_router(fleet_router)
-        return FlowerGuard(app, auth, OPEN_PATHS, FLEET_HTTP_PUBLIC_KEY_HEADER, self._on_success)
+    def app(self, auth: Auth) -> Starlette:
+        """The two Fleet routes that our agents use. Errors have no body.
 
-    async def _end_previous_session(
-        self, request: Request, call_next: RequestResponseEndpoint
-    ) -> Response:
-        """End the previous session of a key that opens a new one.
+        Flower's node authentication signs only a timestamp. So a captured request could be repeated
+        for five minutes, even with another body, and end its sender's session. The signature that
+        `auth` checks covers path, body, time and nonce, and is valid once. The price: a stock
+        SuperNode, which does not sign this way, is refused.
+        """
+        app = Starlette(
+            routes=[
+                self._route(auth, "activate-node", ActivateNodeRequest, self._activate),
+                self._route(auth, "deactivate-node", DeactivateNodeRequest, self._deactivate),
+            ],
+            exception_handlers={HTTPException: _bare_error, FlowerError: _bare_error},
+        )
+        app.state.linkstate_factory = self._factory  # where `authenticate_node` looks for it
+        return app
+
+    def _route(
+        self, auth: Auth, action: str, kind: type[Any], handle: Callable[[Any], Any]
+    ) -> Route:
+        async def endpoint(request: Request) -> Response:
+            peer, body = await auth.peer_and_body(request, MAX_BODY_BYTES)
+            node_key = b64encode(peer.node_public).decode()
+            if request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER) != node_key:
+                raise HTTPException(401)  # a peer with another peer's node key
+            try:
+                message = request.state.protobuf_request = kind.FromString(body)
+            except DecodeError as err:
+                raise HTTPException(400) from err
+            await run_in_threadpool(authenticate_node, request)
+            answer = await run_in_threadpool(handle, message)
+            self.on_request(action, self._nodes.get(peer.node_public, 0))
+            return Response(answer.SerializeToString(), media_type=PROTOBUF_MEDIA_TYPE)
+
+        return Route(FLEET_PREFIX + action, endpoint, methods=["POST"])
+
+    def _activate(self, request: ActivateNodeRequest) -> Any:
+        """Open a session, and end the previous one of this key.
 
         Flower refuses a second session, so an agent that was killed and restarted would have to
-        wait until its old heartbeats expire. Its key was checked before.
+        wait until its old heartbeats expire.
         """
-        message = getattr(request.state, "protobuf_request", None)
-        if isinstance(message, ActivateNodeRequest) and message.public_key in self._nodes:
-            node_id = self._nodes[message.public_key]
-            await run_in_threadpool(self.state.deactivate_node, node_id)
-        return await call_next(request)
+        if (node_id := self._nodes.get(request.public_key)) is not None:
+            self.state.deactivate_node(node_id)
+        return fleet_handlers.activate_node(request=request, state=self.state)
 
-    def _on_success(self, scope: Scope) -> None:
-        request = scope["state"].get("protobuf_request")
-        if isinstance(request, ActivateNodeRequest):
-            node_id = self._nodes.get(request.public_key, 0)
-        elif isinstance(request, DeactivateNodeRequest):
-            node_id = request.node_id
-        else:
-            return
-        self.on_request(scope["path"].removeprefix(FLEET_PREFIX), node_id)
+    def _deactivate(self, request: DeactivateNodeRequest) -> Any:
+        return fleet_handlers.deactivate_node(request=request, state=self.state)
+
+
+async def _bare_error(_: Request, err: Exception) -> Response:
+    if isinstance(err, FlowerError):
+        return Response(status_code=API_ERROR_MAP[err.code].http_status_code)
+    assert isinstance(err, HTTPException)
+    return Response(status_code=err.status_code)
 
 
 def _check_objects(tree: ObjectTree, objects: Mapping[str, bytes]) -> None:

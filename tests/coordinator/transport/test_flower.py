@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from agent.transport.coordinator_client import CoordinatorClient, _pack, _unpack
 from agent.transport.weight_transfer import SessionLost
-from coordinator.transport.flower_guard import MAX_BODY_BYTES
+from coordinator.transport.flower import MAX_BODY_BYTES
 from coordinator.transport.flower_records import read_claim
 from protocols.errors import BadMessage, Unreachable
 from protocols.messages.work import POLL_PATH, FlowerMessage, PollRequest
@@ -56,7 +56,9 @@ CALLED = {
         "federation_manager",
     ],
     "flwr.common.serde:message_from_proto": ["message_proto"],
-    "flwr.supercore.error:http_error_translator": ["request", "call_next"],
+    "flwr.superlink.routers.fleet.node_auth:authenticate_node": ["request"],
+    "flwr.superlink.servicer.fleet.fleet_handlers:activate_node": ["*request", "*state"],
+    "flwr.superlink.servicer.fleet.fleet_handlers:deactivate_node": ["*request", "*state"],
     "flwr.supercore.primitives.asymmetric:sign_message": ["private_key", "message"],
 }
 THERE = [
@@ -71,13 +73,11 @@ THERE = [
     "flwr.supercore.constant:FLWR_IN_MEMORY_DB_NAME",
     "flwr.supercore.constant:NOOP_FEDERATION_ID",
     "flwr.supercore.constant:TaskType.SERVER_APP",
+    "flwr.supercore.error.catalog:API_ERROR_MAP",
     "flwr.supercore.error:FlowerError",
     "flwr.supercore.object_store:NoObjectInStoreError",
-    "flwr.supercore.protobuf.translation:ProtobufTranslationMiddleware",
     "flwr.supercore.run:Run",
     "flwr.supercore.task_identity:TaskIdentity",
-    "flwr.superlink.routers.fleet.node_auth:NodeAuthMiddleware",
-    "flwr.superlink.routers.fleet.router:router",
     "flwr.proto.fleet_pb2:ActivateNodeRequest",
     "flwr.proto.fleet_pb2:ActivateNodeResponse",
     "flwr.proto.fleet_pb2:DeactivateNodeRequest",
@@ -274,28 +274,6 @@ def test_a_removed_machine_is_shut_out(
 def test_there_are_only_the_fleet_routes(http: httpx.Client, method: str, path: str) -> None:
     answer = http.request(method, path, headers={"content-length": "0"})
     assert answer.status_code == 404
-
-
-def test_all_of_flowers_routes_are_known() -> None:
-    """A new one in another version would be served without a thought."""
-    routes = {route.path for route in find("flwr.superlink.routers.fleet.router:router").routes}
-    assert routes == {
-        f"/v1/fleet/{name}"
-        for name in (
-            "register-node",
-            "activate-node",
-            "deactivate-node",
-            "unregister-node",
-            "send-node-heartbeat",
-            "pull-messages",
-            "push-messages",
-            "get-run",
-            "get-fab",
-            "push-object",
-            "pull-object",
-            "confirm-message-received",
-        )
-    }
 
 
 def test_a_large_body_is_refused_before_it_is_parsed(http: httpx.Client, machine: Machine) -> None:
