@@ -4,6 +4,8 @@
 # make test-extras   tests of Keras, LoRA, Dask, Spark, each in an environment of its own
 # make setup  only build .venv
 # make wheel  the wheel to install on other machines, in dist/
+# make lock   deploy/locks: every package of an installation, pinned by hash
+# make sbom   the same as a CycloneDX list in build/; make audit-packages asks for known weaknesses
 # make quality  how well it learns, beside the known behaviour: about a minute a row
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
 PYTHON ?= python3
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
-	quality faults faults-quick soak clean
+	quality faults faults-quick soak lock sbom audit-packages clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -55,6 +57,30 @@ docs: setup
 	$(BIN)/python deploy/run_options.py > docs/run-options.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+TOOLS := .venv-tools
+$(TOOLS)/.ready:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'uv>=0.8' 'pip-audit>=2.9' 'cyclonedx-bom>=7'
+	touch $@
+
+# The packages of deploy/install.sh and of the container. torch is the release that the tests run with
+LOCK := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade \
+	--generate-hashes --no-header --no-annotate --constraint deploy/locks/constraints.in
+lock: $(TOOLS)/.ready
+	$(LOCK) pyproject.toml -o deploy/locks/coordinator.txt
+	$(LOCK) --extra tabular --extra analyze pyproject.toml -o deploy/locks/agent.txt
+	$(LOCK) deploy/locks/build.in -o deploy/locks/build.txt
+
+sbom: $(TOOLS)/.ready
+	mkdir -p build
+	for role in coordinator agent; do $(TOOLS)/bin/cyclonedx-py requirements --output-reproducible \
+		--pyproject pyproject.toml -o build/sbom-$$role.json deploy/locks/$$role.txt; done
+
+audit-packages: $(TOOLS)/.ready
+	for role in coordinator agent build; do $(TOOLS)/bin/pip-audit --disable-pip --require-hashes \
+		-r deploy/locks/$$role.txt || exit 1; done
+
 # Needs no .venv: pip fetches the build backend
 wheel:
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
@@ -87,4 +113,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-extras dist build
+	rm -rf $(VENV) .venv-extras $(TOOLS) dist build

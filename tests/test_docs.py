@@ -38,6 +38,7 @@ OTHERS = {
     "pipx",
     "make",
     "pre-commit",
+    "sh",
     "sudo",
     "python",
     "export",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import psutil
 
 from coordinator.storage.run_events import RunSpec
@@ -31,18 +33,26 @@ def check_memory(
     needed, least = (needed_bytes(adapter, schema, n) for n in (peers, spec.quorum))
     if not needed:
         return 0, ""
-    free = psutil.virtual_memory().available
+    free, kind = _memory_bytes()
     one = sum(tensor.nbytes for tensor in schema.values())
     if least > _MAX_OVERCOMMIT * free:
         raise CannotBeMet(
             f"{spec.strategy} needs all updates in memory at once: {_mb(least)} for a quorum of "
-            f"{spec.quorum} with a model of {_mb(one)}; {_mb(free)} are free",
+            f"{spec.quorum} with a model of {_mb(one)}; {_mb(free)} are {kind}",
             "use fedmedian or fedtrimmedavg, which need less memory, or a smaller quorum",
         )
     return needed, (
         f"{spec.strategy} needs all updates in memory at once: about {_mb(needed)} for {peers} "
-        f"peers with a model of {_mb(one)}; {_mb(free)} are free"
+        f"peers with a model of {_mb(one)}; {_mb(free)} are {kind}"
     )
+
+
+def _memory_bytes() -> tuple[int, str]:
+    """Free memory; where a service unit hides /proc/meminfo (ProcSubset=pid), all memory."""
+    try:
+        return psutil.virtual_memory().available, "free"
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "installed"
 
 
 def _mb(size_bytes: float) -> str:

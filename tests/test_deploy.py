@@ -1,0 +1,138 @@
+"""What `deploy/` promises: pinned packages, a pinned image, bounded services, a working script."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from coordinator.strategies import memory_estimate
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+DIRECT = {
+    "coordinator": PROJECT["project"]["dependencies"],
+    "agent": [*PROJECT["project"]["dependencies"], *EXTRAS["agent"], *EXTRAS["tabular"]],
+    "build": PROJECT["build-system"]["requires"],
+}
+_PIN = re.compile(r"^([\w.-]+)==([^ ;\\]+)(?: ; ([^\\]+))? \\$")
+
+
+def pins(role: str) -> dict[str, str]:
+    """Package to version in a lock; every line that is no pin has to be a hash of the one above."""
+    found: dict[str, str] = {}
+    hashes: dict[str, int] = {}
+    name = ""
+    for line in (DEPLOY / "locks" / f"{role}.txt").read_text().splitlines():
+        if pin := _PIN.match(line):
+            name = canonicalize_name(pin[1])
+            found[name], hashes[name] = pin[2], 0
+        else:
+            assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
+            hashes[name] += 1
+    assert all(hashes.values())
+    return found
+
+
+@pytest.mark.parametrize("role", DIRECT)
+def test_a_lock_has_every_package_that_we_ask_for_in_a_version_that_we_allow(role: str) -> None:
+    locked = pins(role)
+    for requirement in map(Requirement, DIRECT[role]):
+        name = canonicalize_name(requirement.name)
+        if name != "commonweight":
+            assert requirement.specifier.contains(locked[name]), requirement
+
+
+def test_the_container_starts_from_a_digest_and_installs_by_hash() -> None:
+    lines = (DEPLOY / "Containerfile").read_text().splitlines()
+    images = [line.split()[1] for line in lines if line.startswith("FROM ")]
+    outside = [image for image in images if image != "base"]
+    assert outside
+    assert all(re.search(r"@sha256:[0-9a-f]{64}$", image) for image in outside)
+    installs = [line for line in lines if "install" in line and line.startswith("RUN")]
+    assert installs == ["RUN sh deploy/install.sh coordinator /opt/commonweight"]
+    assert "--require-hashes" in (DEPLOY / "install.sh").read_text()
+
+
+@pytest.mark.parametrize("unit", ["commonweight.service", "commonweight-agent.service"])
+def test_a_service_has_a_bound_on_memory_and_on_processes(unit: str) -> None:
+    settings = dict(
+        line.split("=", 1)
+        for line in (DEPLOY / unit).read_text().splitlines()
+        if "=" in line and not line.startswith("#")
+    )
+    assert settings["MemoryMax"] == "75%"
+    assert int(settings["TasksMax"]) > 0
+    # The agent reads from /proc how busy the machine is; the coordinator needs none of it.
+    assert ("ProcSubset" in settings) == (unit == "commonweight.service")
+
+
+def test_memory_is_estimated_where_the_service_hides_proc_meminfo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hidden() -> None:
+        raise FileNotFoundError("/proc/meminfo")
+
+    assert memory_estimate._memory_bytes()[1] == "free"
+    monkeypatch.setattr(psutil, "virtual_memory", hidden)
+    size_bytes, kind = memory_estimate._memory_bytes()
+    assert kind == "installed"
+    assert size_bytes > 1e8
+
+
+@pytest.mark.parametrize("arguments", [[], ["server"]])
+def test_the_install_script_says_how_it_is_used(arguments: list[str]) -> None:
+    done = subprocess.run(
+        ["sh", str(DEPLOY / "install.sh"), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "coordinator|agent" in done.stderr
+
+
+@pytest.mark.long
+def test_the_install_script_makes_a_working_coordinator(tmp_path: Path) -> None:
+    done = _install(ROOT, tmp_path / "here")
+    assert done.returncode == 0, done.stderr
+    told = subprocess.run(
+        [tmp_path / "here/bin/commonweight", "--version"], capture_output=True, text=True
+    )
+    assert told.stdout.strip() == PROJECT["project"]["version"]
+
+
+@pytest.mark.long
+def test_the_install_script_refuses_a_package_with_another_hash(tmp_path: Path) -> None:
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("deploy", "agent", "coordinator", "protocols"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    lock = copy / "deploy/locks/coordinator.txt"
+    # aiomqtt is the first package; its hashes are those of other files now.
+    first, rest = lock.read_text().split("\nalembic==", 1)
+    lock.write_text(re.sub("sha256:.{8}", "sha256:00000000", first) + "\nalembic==" + rest)
+    done = _install(copy, tmp_path / "here")
+    assert done.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert not (tmp_path / "here/bin/commonweight").exists()
+
+
+def _install(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", str(source / "deploy/install.sh"), "coordinator", str(folder)],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
