@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator
-from typing import Generic, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import TypeVar
 
 T = TypeVar("T")
 
-
-class _End(Generic[T]):
-    """The end of the generator, or its error."""
-
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+_END = object()
 
 
-def prefetch(items: Generator[T, None, None], depth: int = 1) -> Generator[T, None, None]:
-    """The same items in the same order, `depth` of them made ahead.
+def prefetch(items: Generator[T, None, None], depth: int = 2) -> Generator[T, None, None]:
+    """The same items in the same order, up to `depth` of them made ahead.
 
     An error of `items` is raised in place of its item. Closing this generator closes `items`.
     """
-    ready: queue.Queue[T | _End[T]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def work() -> None:
-        error: BaseException | None = None
+    with closing(items), ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        ready = deque(thread.submit(next, items, _END) for _ in range(depth))
         try:
-            for item in items:
-                ready.put(item)
-                if closed.is_set():
-                    break
-        except BaseException as err:  # raised in the reader
-            error = err
+            while (item := ready.popleft().result()) is not _END:
+                ready.append(thread.submit(next, items, _END))
+                yield item  # type: ignore[misc]
         finally:
-            items.close()
-        ready.put(_End(error))
-
-    worker = threading.Thread(target=work, name="ahead", daemon=True)
-    worker.start()
-    item: T | _End[T] | None = None
-    try:
-        while not isinstance(item := ready.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-    finally:
-        closed.set()
-        while not isinstance(item, _End):  # the thread may wait for space in the queue
-            item = ready.get()
-        worker.join()
+            for future in ready:
+                future.cancel()
