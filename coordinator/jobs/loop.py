@@ -22,16 +22,7 @@ from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
-from coordinator.storage.job_events import (
-    AnswerDropped,
-    JobEnded,
-    JobEvent,
-    JobState,
-    LeaseEnded,
-    PeerExcused,
-    UnitReturned,
-    UnitVerified,
-)
+from coordinator.storage.job_events import JobEvent, JobState
 from protocols.errors import BadMessage, DiskFull
 from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_disk_full
@@ -109,7 +100,7 @@ class JobLoop:
         try:
             await self.requests.send_open(self.job)
         except BadMessage as err:  # the input that the requester wrote is gone
-            self._record(JobEnded(JobState.FAILED, err.message, time.time()))
+            self._record(job_events.JobEnded(JobState.FAILED, err.message, time.time()))
 
     def _availability(self) -> Availability:
         now = time.monotonic()
@@ -165,15 +156,18 @@ class JobLoop:
         if reply.has_error():
             if reply.error.code != AGENT_FAILED:  # Flower cannot reach the node
                 self._lost_until[peer] = time.monotonic() + _RETRY_S
-                return [LeaseEnded(unit.number, peer, "went away")]
+                return [job_events.LeaseEnded(unit.number, peer, "went away")]
             reason = strip_controls(reply.error.reason or "no reason given")
-            return [LeaseEnded(unit.number, peer, FAILED), PeerExcused(peer, reason)]
+            return [
+                job_events.LeaseEnded(unit.number, peer, FAILED),
+                job_events.PeerExcused(peer, reason),
+            ]
         answer = validation.read_answer(request, reply, seconds, self._ctx.verify)
         if unit.verified:
             self._store.uploads.drop(peer, answer.digest)
-            return [AnswerDropped(unit.number, peer, "late")]
+            return [job_events.AnswerDropped(unit.number, peer, "late")]
         self._store.save_answer(peer, answer)
-        return [UnitReturned(unit.number, peer, answer)]
+        return [job_events.UnitReturned(unit.number, peer, answer)]
 
     async def _verify(self) -> None:
         """Check the contents of new answers. A unit is verified once its quorum agrees."""
@@ -195,11 +189,11 @@ class JobLoop:
         digests = [answer.digest for answer in unit.answers.values()]
         chosen = max(digests, key=digests.count)
         others = [
-            AnswerDropped(unit.number, peer, "disagrees")
+            job_events.AnswerDropped(unit.number, peer, "disagrees")
             for peer, answer in unit.answers.items()
             if answer.digest != chosen
         ]
-        self._record(*others, UnitVerified(unit.number, chosen))
+        self._record(*others, job_events.UnitVerified(unit.number, chosen))
         self.requests.release_input(self.job.units[unit.number])
 
     # --- recording and telling ---
@@ -219,9 +213,9 @@ class JobLoop:
 
     def _warn(self, event: JobEvent) -> None:
         match event:
-            case PeerExcused(peer, reason):
+            case job_events.PeerExcused(peer, reason):
                 text = f"{self._ctx.name_of(peer)} is excused: {reason}"
-            case AnswerDropped(unit, peer, reason, detail) if reason != "late":
+            case job_events.AnswerDropped(unit, peer, reason, detail) if reason != "late":
                 name = self._ctx.name_of(peer)
                 text = f"an answer of {name} to unit {unit} is dropped: {detail or reason}"
             case _:
@@ -234,8 +228,8 @@ class JobLoop:
         self._ctx.publish(EventLine(level=level, text=strip_controls(text), subject=subject))
 
 
-def _bad_answer(unit: int, peer: str, err: Exception) -> AnswerDropped:
-    return AnswerDropped(unit, peer, "bad answer", strip_controls(str(err)))
+def _bad_answer(unit: int, peer: str, err: Exception) -> job_events.AnswerDropped:
+    return job_events.AnswerDropped(unit, peer, "bad answer", strip_controls(str(err)))
 
 
 def _event(step: scheduler.Step) -> JobEvent:
@@ -243,6 +237,6 @@ def _event(step: scheduler.Step) -> JobEvent:
         case scheduler.Lease(unit, peer, first, stop):
             return job_events.UnitLeased(unit, peer, first, stop)
         case scheduler.EndLease(unit, peer, reason):
-            return LeaseEnded(unit, peer, reason)
+            return job_events.LeaseEnded(unit, peer, reason)
         case scheduler.End(state, because):
-            return JobEnded(state, because, time.time())
+            return job_events.JobEnded(state, because, time.time())

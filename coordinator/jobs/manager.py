@@ -16,16 +16,7 @@ from coordinator.jobs.state import Job
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
 from coordinator.storage import job_events
-from coordinator.storage.job_events import (
-    PREFIX,
-    JobEnded,
-    JobEvent,
-    JobResumed,
-    JobSpec,
-    JobStarted,
-    JobState,
-    JobTaken,
-)
+from coordinator.storage.job_events import PREFIX, JobEvent, JobSpec, JobState
 from protocols.errors import CannotBeMet, UnknownName, UsageError
 from protocols.failpoints import failpoint
 from protocols.messages.jobs import ModelRef
@@ -90,7 +81,7 @@ class JobManager:
 
     def _end(self, job_id: str, because: str) -> None:
         """Stop a job that no loop drives."""
-        self._record(job_id, JobEnded(JobState.STOPPED, because, time.time()))
+        self._record(job_id, job_events.JobEnded(JobState.STOPPED, because, time.time()))
         self._unpin(self._jobs[job_id])
 
     def _referenced(self) -> set[str]:
@@ -129,7 +120,7 @@ class JobManager:
         """Record a job and start it; return its id. Raises UsageError and its kin."""
         spec = self._checked(spec)
         job_id = f"{spec.kind}-{secrets.token_hex(3)}"
-        event = JobStarted(spec, time.time())
+        event = job_events.JobStarted(spec, time.time())
         self._ctx.ledger.append(PREFIX + job_id, [job_events.encode(event)])
         failpoint("job.queued")
         job = self._jobs[job_id] = jobs.started(job_id, spec, event.at)
@@ -180,7 +171,7 @@ class JobManager:
             raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
         self._check_models(job.spec)
         self._loops.pop(job.id, None)  # its last loop may still be finishing
-        self._record(job.id, JobResumed())
+        self._record(job.id, job_events.JobResumed())
         self._pin(self._jobs[job.id])
         self._new.put_nowait(job.id)
 
@@ -190,7 +181,7 @@ class JobManager:
         if job.state is not JobState.FINISHED:
             raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
         if not job.taken:
-            self._record(job.id, JobTaken())
+            self._record(job.id, job_events.JobTaken())
         for digest in job.on_disk - self._referenced():
             self._store.drop(digest)
 

@@ -21,23 +21,8 @@ from typing import Any, Literal
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from coordinator.storage.job_events import (
-    AnswerDropped,
-    AnswerInfo,
-    Block,
-    JobEnded,
-    JobEvent,
-    JobResumed,
-    JobSpec,
-    JobStarted,
-    JobState,
-    JobTaken,
-    LeaseEnded,
-    PeerExcused,
-    UnitLeased,
-    UnitReturned,
-    UnitVerified,
-)
+from coordinator.storage import job_events as events
+from coordinator.storage.job_events import AnswerInfo, Block, JobEvent, JobSpec, JobState
 
 #: `overdue`: other peers are asked too, and its answer still counts.
 Lease = Literal["open", "overdue"]
@@ -172,11 +157,11 @@ def _count_rows(blocks: Iterable[Block]) -> int:
 # --- transitions -----------------------------------------------------------------------------
 
 
-def _leased(job: Job, unit: Unit, event: UnitLeased) -> Job:
+def _leased(job: Job, unit: Unit, event: events.UnitLeased) -> Job:
     return job.with_unit(replace(unit, leases={**unit.leases, event.peer: "open"}))
 
 
-def _lease_ended(job: Job, unit: Unit, event: LeaseEnded) -> Job:
+def _lease_ended(job: Job, unit: Unit, event: events.LeaseEnded) -> Job:
     if event.peer not in unit.leases:
         return job
     if event.reason == OVERDUE:
@@ -185,7 +170,7 @@ def _lease_ended(job: Job, unit: Unit, event: LeaseEnded) -> Job:
     return job.with_unit(unit.without_lease(event.peer, failed=failed))
 
 
-def _returned(job: Job, unit: Unit, event: UnitReturned) -> Job:
+def _returned(job: Job, unit: Unit, event: events.UnitReturned) -> Job:
     peer, answer = event.peer, event.given
     job = job.with_unit(unit.without_lease(peer, answers={**unit.answers, peer: answer}))
     if answer.seconds <= 0 or not answer.rows:
@@ -195,12 +180,12 @@ def _returned(job: Job, unit: Unit, event: UnitReturned) -> Job:
     return replace(job, rates={**job.rates, peer: known + _RATE_WEIGHT * (rate - known)})
 
 
-def _verified(job: Job, unit: Unit, event: UnitVerified) -> Job:
+def _verified(job: Job, unit: Unit, event: events.UnitVerified) -> Job:
     # Leases stay: their peers still work on it, and get no other work before they have answered.
     return job.with_unit(replace(unit, verified=event.digest))
 
 
-def _dropped(job: Job, unit: Unit, event: AnswerDropped) -> Job:
+def _dropped(job: Job, unit: Unit, event: events.AnswerDropped) -> Job:
     changes: dict[str, Any] = {}
     if not unit.verified:
         answers = {peer: answer for peer, answer in unit.answers.items() if peer != event.peer}
@@ -213,34 +198,38 @@ _ALL = frozenset(UnitState)
 _NOT_VERIFIED = _ALL - {UnitState.VERIFIED}
 #: By event of a unit: the states that admit it, and its transition.
 ADMITS: dict[type[Any], tuple[frozenset[UnitState], Callable[[Job, Unit, Any], Job]]] = {
-    UnitLeased: (_NOT_VERIFIED, _leased),
-    LeaseEnded: (_ALL, _lease_ended),
-    UnitReturned: (_NOT_VERIFIED, _returned),
-    UnitVerified: (frozenset({UnitState.RETURNED}), _verified),
-    AnswerDropped: (_ALL, _dropped),
+    events.UnitLeased: (_NOT_VERIFIED, _leased),
+    events.LeaseEnded: (_ALL, _lease_ended),
+    events.UnitReturned: (_NOT_VERIFIED, _returned),
+    events.UnitVerified: (frozenset({UnitState.RETURNED}), _verified),
+    events.AnswerDropped: (_ALL, _dropped),
 }
 
 
 def apply(job: Job, event: JobEvent) -> Job:
     """The job after `event`."""
     match event:
-        case PeerExcused(peer, reason):
+        case events.PeerExcused(peer, reason):
             return replace(job, excused={**job.excused, peer: reason})
-        case JobEnded(state, because, at):
+        case events.JobEnded(state, because, at):
             units = {n: replace(unit, leases={}) for n, unit in job.units.items()}
             return replace(job, state=state, ended_because=because, ended_at=at, units=units)
-        case JobResumed():
+        case events.JobResumed():
             units = {n: replace(unit, failed=frozenset()) for n, unit in job.units.items()}
             cleared = replace(job, ended_because="", ended_at=0.0, excused={}, units=units)
             return replace(cleared, state=JobState.WORKING)
-        case JobTaken():
+        case events.JobTaken():
             return replace(job, taken=True)
-        case JobStarted():
-            return job
+        case events.UnitEvent():
+            return _apply_to_unit(job, event)
+    return job
+
+
+def _apply_to_unit(job: Job, event: events.UnitEvent) -> Job:
     unit = job.units.get(event.unit)
-    if unit is None and isinstance(event, UnitLeased):
+    if unit is None and isinstance(event, events.UnitLeased):
         unit = Unit(number=event.unit, first=event.first, stop=event.stop)
-    if unit is None or (job.ended and not isinstance(event, AnswerDropped)):
+    if unit is None or (job.ended and not isinstance(event, events.AnswerDropped)):
         return job
     states, transition = ADMITS[type(event)]
     return transition(job, unit, event) if unit.state in states else job
@@ -252,8 +241,8 @@ def started(job_id: str, spec: JobSpec, at: float = 0.0) -> Job:
     return Job(id=job_id, spec=spec, units={} if spec.kind == "scatter" else own, began_at=at)
 
 
-def replay(job_id: str, events: list[JobEvent]) -> Job:
+def replay(job_id: str, past: list[JobEvent]) -> Job:
     """The job after these events, of which the first is JobStarted."""
-    first, *rest = events
-    assert isinstance(first, JobStarted), "a job's first event is JobStarted"
+    first, *rest = past
+    assert isinstance(first, events.JobStarted), "a job's first event is JobStarted"
     return reduce(apply, rest, started(job_id, first.spec, first.at))
