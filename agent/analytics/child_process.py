@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from agent.analytics.limits import QueryLimits
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings, data_settings
 from protocols.analytics.query import Query
-from protocols.errors import BadMessage, CommonweightError
+from protocols.errors import BadMessage
+from protocols.local.programs import run_program
 
 TIMEOUT_S = 1800.0
 
@@ -55,17 +55,9 @@ def answer(question: Query, chosen: AgentSettings, home: Path) -> bytes:
         limits=limits(chosen),
         memory=str(home / "analysis.db"),
     )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "agent.analytics"],
-            input=msgspec.json.encode(order),
-            capture_output=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as err:
-        raise CommonweightError(f"the question took longer than {TIMEOUT_S:.0f} s") from err
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no words"]
-        raise CommonweightError(f"the question could not be answered: {last[0]}")
-    return done.stdout
+    return run_program(
+        [sys.executable, "-P", "-m", "agent.analytics"],
+        "the question could not be answered",
+        within_s=TIMEOUT_S,
+        stdin=msgspec.json.encode(order),
+    )

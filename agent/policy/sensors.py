@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections import deque
@@ -21,6 +20,8 @@ from typing import Generic, TypeVar
 import psutil
 
 from agent.policy.rules import SensorReadings
+from protocols.errors import CommonweightError
+from protocols.local.programs import run_program
 
 SYSFS_VARIABLE = "COMMONWEIGHT_AGENT_SYSFS"
 #: The windows in which the CPU use of other programs is measured. The short one decides how soon
@@ -272,17 +273,9 @@ def missing_sensors(sensed: SensorReadings) -> list[str]:
 def _run(*command: str) -> str | None:
     """The output of a program; None if it is missing or fails."""
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_TIMEOUT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return run_program(command, "no reading", within_s=_COMMAND_TIMEOUT_S).decode()
+    except (CommonweightError, UnicodeDecodeError):
         return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def _read_text(path: Path) -> str:

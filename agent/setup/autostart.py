@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import homes
 from protocols.local.checks import Advice
+from protocols.local.programs import run_program
 
 _HOME_VARIABLE = "COMMONWEIGHT_AGENT_HOME"
 STOP_TIMEOUT_S = 300
@@ -258,23 +259,10 @@ def _write(file: Path, text: bytes) -> None:
 
 
 def _run(command: list[str], hint: str) -> str:
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=STOP_TIMEOUT_S + 20,
-            check=False,
-        )
-    except FileNotFoundError as err:
-        raise CommonweightError(f"there is no {command[0]} on this machine", hint) from err
-    except subprocess.TimeoutExpired as err:
-        raise CommonweightError(f"{' '.join(command)} did not end in time", hint) from err
-    if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
-        raise CommonweightError(f"{' '.join(command)}: {lines[0]}", hint)
-    return done.stdout.strip()
+    within_s = STOP_TIMEOUT_S + 20
+    # The first line of an error is the reason; more lines only name further commands.
+    output = run_program(command, " ".join(command), within_s=within_s, hint=hint, error_line=0)
+    return output.decode(errors="replace").strip()
 
 
 # --- for the doctor --------------------------------------------------------------------------

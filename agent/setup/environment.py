@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
@@ -10,6 +9,9 @@ from pathlib import Path
 
 from protocols import VERSION
 from protocols.errors import CommonweightError
+from protocols.local.programs import run_program
+
+_TORCH_LOAD_S = 120.0
 
 _DEVICE_SCRIPT = """
 import torch
@@ -52,19 +54,13 @@ def check_device() -> str:
             "torch is not installed, so that only tasks without it can run",
             "pip install 'commonweight[agent]'",
         )
-    try:
-        done = subprocess.run(
+    return (
+        run_program(
             [sys.executable, "-P", "-c", _DEVICE_SCRIPT],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
+            "torch does not load",
+            within_s=_TORCH_LOAD_S,
+            hint="check the GPU and its driver, or install torch again",
         )
-    except subprocess.TimeoutExpired as err:
-        raise CommonweightError(
-            "torch did not load within 2 minutes", "check the GPU and its driver"
-        ) from err
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise CommonweightError(f"torch does not load: {last}", "install torch again")
-    return done.stdout.strip()
+        .decode()
+        .strip()
+    )

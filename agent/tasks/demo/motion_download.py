@@ -9,14 +9,14 @@ without keys and other duties reads it, once.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from protocols.errors import CommonweightError, TaskUnusable
+from protocols.errors import TaskUnusable
+from protocols.local.programs import run_program
 from protocols.model.weights import Array, Weights, save
 
 _WITHIN_S = 120.0
@@ -30,20 +30,13 @@ def convert(out: Path) -> None:
             "which is not installed",
             "pip install 'commonweight[demo]'",
         )
-    told = subprocess.run(
+    run_program(
         [sys.executable, "-P", "-m", __name__, str(out)],
+        "the movements of seglearn cannot be read",
+        within_s=_WITHIN_S,
+        hint="pip install -U seglearn",
         env={"PATH": os.defpath, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_WITHIN_S,
-        check=False,
     )
-    if told.returncode:
-        last = told.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise CommonweightError(
-            f"the movements of seglearn cannot be read: {last[0]}", "pip install -U seglearn"
-        )
 
 
 def main(out: Path) -> None:

@@ -177,7 +177,7 @@ def test_without_a_systemd_nothing_is_written(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     system = Systemd(USUAL)
-    with pytest.raises(CommonweightError, match="no systemctl on this machine") as caught:
+    with pytest.raises(CommonweightError, match="no usable systemctl on this machine") as caught:
         system.install(start=True)
     assert "commonweight-agent run" in caught.value.hint
     assert not system.file.exists()

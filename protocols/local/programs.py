@@ -1,0 +1,40 @@
+"""Runs another program to its end, in bounded time."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from protocols.errors import CommonweightError
+
+
+def run_program(
+    command: Sequence[str],
+    failure: str,
+    *,
+    within_s: float,
+    hint: str = "",
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    error_line: int = -1,
+) -> bytes:
+    """What the program writes to standard output.
+
+    Raises CommonweightError if it is missing, fails, or takes longer than `within_s`. The message
+    starts with `failure` and quotes the program's error, by default the last line of it.
+    """
+    try:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, timeout=within_s, env=env, check=False
+        )
+    except OSError as err:
+        raise CommonweightError(
+            f"{failure}: there is no usable {command[0]} on this machine", hint
+        ) from err
+    except subprocess.TimeoutExpired as err:
+        raise CommonweightError(f"{failure}: no result within {within_s:.0f} s", hint) from err
+    if done.returncode:
+        lines = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+        why = lines[error_line] if lines else f"status {done.returncode}"
+        raise CommonweightError(f"{failure}: {why}", hint)
+    return done.stdout
