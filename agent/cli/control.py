@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
+from agent.home import logs, settings
 from protocols.errors import NotRunning, UsageError
 from protocols.local import cli_entry, homes
 
@@ -56,7 +57,6 @@ def _request(want: Any, until: float) -> None:
 
 def show_id(json: Json = False) -> None:
     """Show this machine's id, as the coordinator and the monitor do."""
-    from agent.home import settings
 
     joined = settings.read_enrollment(homes.open_home("agent"))
     print_data({"peer": joined.peer, "name": joined.name}, [joined.peer], json=json)
@@ -64,7 +64,6 @@ def show_id(json: Json = False) -> None:
 
 def paths(json: Json = False) -> None:
     """Show where this agent keeps its files."""
-    from agent.home import logs
 
     home = homes.home_path("agent")
     files = {
@@ -83,7 +82,6 @@ def show_logs(
     json: Annotated[bool, typer.Option("--json", help="Print the JSON lines as logged.")] = False,
 ) -> None:
     """Show the agent's log."""
-    from agent.home import logs
 
     log = logs.LogReader(homes.open_home("agent"))
     new = log.new_lines()
@@ -132,7 +130,6 @@ def leave(
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the coordinator.")] = False,
 ) -> None:
     """Leave the fleet: revoke and delete this machine's key. Data and settings stay."""
-    from agent.home import settings
     from agent.setup import enrollment
 
     home = homes.open_home("agent")

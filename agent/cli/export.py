@@ -13,6 +13,7 @@ import typer
 
 from agent.cli.common import Json, print_json, print_line
 from agent.cli.models import find_model
+from agent.home import settings
 from protocols.errors import UnknownName, UsageError
 from protocols.local import homes
 
@@ -33,7 +34,6 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a shared model for other programs: as ONNX, or with its adapters merged."""
-    from agent.home import settings
     from agent.tasks import Exporting, registry
     from protocols.model import personalization
 

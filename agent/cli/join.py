@@ -19,6 +19,7 @@ from agent.cli.common import (
     print_json,
     print_line,
 )
+from agent.home import settings
 from protocols.errors import Unreachable
 from protocols.local import cli_entry, homes
 
@@ -56,7 +57,6 @@ def join(
     json: Json = False,
 ) -> None:
     """Join a fleet with a ticket from `commonweight ticket create`."""
-    from agent.home import settings
     from agent.setup import enrollment
 
     text = _read_ticket(ticket)

@@ -19,6 +19,7 @@ import typer
 
 from agent.cli import control, export, join, policy, predict, questions, serve, service, task
 from agent.cli.common import Json, Part, Split, is_running, parse_part, print_line
+from agent.home import logs, settings
 from protocols import VERSION
 from protocols.errors import NotRunning
 from protocols.local import cli_entry, crash_reports, exits, homes, json_output
@@ -54,8 +55,6 @@ def root(
 def run(part: Part = None, split: Split = None) -> None:
     """Wait for runs, train and send updates, until Ctrl-C."""
     import asyncio
-
-    from agent.home import logs, settings
 
     os.umask(0o077)
     home = homes.open_home("agent")

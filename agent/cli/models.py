@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from agent.home import settings
+from agent.home.settings import AgentSettings
 from protocols.errors import CommonweightError, UnknownName
 from protocols.local import homes
 
 if TYPE_CHECKING:
-    from agent.home.settings import AgentSettings
     from agent.tasks import Predicting
 
 LATEST = "latest"
@@ -43,7 +44,6 @@ class LocalModel(NamedTuple):
 
 def find_model(model: str) -> LocalModel:
     """Find `latest`, a digest or an exported file. Raises UsageError, UnknownName, NotEnrolled."""
-    from agent.home import settings
     from agent.transport import version_proofs
     from protocols.model import model_card
 
@@ -69,7 +69,6 @@ def load_predicting_task(name: str, chosen: AgentSettings, cache: Path) -> Predi
 
     Raises UnknownName, TaskUnusable, and what the task's `load` raises.
     """
-    from agent.home import settings
     from agent.tasks import Predicting, registry
 
     task = registry.create(name, chosen.task_files.get(name, ""), chosen.framework)

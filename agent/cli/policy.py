@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
+from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
 
@@ -22,7 +23,6 @@ _SENSOR_INTERVAL_S = 0.3
 @policy.command("show")
 def show_policy(json: Json = False) -> None:
     """Show every setting: its value, the source of the value, and its meaning."""
-    from agent.home import settings
 
     infos = settings.describe(homes.open_home("agent"))
     lines = (
@@ -42,7 +42,6 @@ def set_policy(
     ] = "",
 ) -> None:
     """Change a setting of this machine. Rules take always, auto or never."""
-    from agent.home import settings
 
     home = homes.open_home("agent")
     key = key.replace(".", "_")  # data.columns
@@ -83,7 +82,6 @@ def _override(home: Path, key: str, value: str, for_s: float) -> None:
 def policy_now(json: Json = False) -> None:
     """Show the policy's decision now, and the sensor readings."""
     from agent.daemon.policy_loop import format_decision
-    from agent.home import settings
     from agent.policy import rules, sensors
 
     home = homes.open_home("agent")

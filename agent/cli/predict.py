@@ -10,6 +10,7 @@ import typer
 
 from agent.cli.common import print_line
 from agent.cli.models import LATEST, find_model, load_predicting_task
+from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
 
@@ -31,7 +32,6 @@ def predict(
     ] = None,
 ) -> None:
     """Predict with the shared model, on this machine and offline."""
-    from agent.home import settings
     from agent.inference import writers
 
     if out is not None and out.exists():

@@ -15,6 +15,7 @@ import typer
 
 from agent.cli.common import print_line
 from agent.cli.models import LATEST, find_model, load_predicting_task
+from agent.home import settings
 from protocols.errors import PortInUse, UsageError
 from protocols.local import homes
 
@@ -53,7 +54,6 @@ def _load(model: str, cache: Path, old: ServedModel | None = None) -> ServedMode
     `cache` is a folder that the task may use. Raises UnknownName, UsageError, NotEnrolled, and what
     the task's `load` raises.
     """
-    from agent.home import settings
     from agent.inference.server import ServedModel
 
     chosen = settings.read(homes.home_path("agent"))

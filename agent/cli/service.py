@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from agent.cli.common import Json, is_running, print_data, print_line
+from agent.home import settings
 from protocols.errors import ExitCode
 from protocols.local import homes
 
@@ -24,7 +25,6 @@ def _system() -> Any:
 @service.command("install")
 def install_service() -> None:
     """Run the agent now, and whenever this machine starts."""
-    from agent.home import settings
     from agent.setup import autostart
     from protocols.local.checks import Advice
 

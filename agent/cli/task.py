@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
+from agent.home import settings
 from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
 
@@ -26,7 +27,6 @@ def add(
     name: Annotated[str, typer.Option(help="Its name in runs; by default my_task.py:MyTask.")] = "",
 ) -> None:
     """Register a task in a file and allow it here. Runs name tasks; they never send code."""
-    from agent.home import settings
     from agent.tasks import registry
 
     home = homes.open_home("agent")
@@ -48,7 +48,6 @@ def add(
 @task.command("list")
 def list_tasks(json: Json = False) -> None:
     """List the tasks of this machine, and whether its owner allows them."""
-    from agent.home import settings
     from agent.tasks import registry
 
     chosen = settings.read(homes.open_home("agent"))
@@ -65,7 +64,6 @@ def list_tasks(json: Json = False) -> None:
 @task.command("remove")
 def remove(name: Annotated[str, typer.Argument(help="Its name in `task list`.")]) -> None:
     """Unregister a task; its file stays."""
-    from agent.home import settings
 
     home = homes.open_home("agent")
     chosen = settings.read(home)
@@ -94,7 +92,6 @@ def check(
     json: Json = False,
 ) -> None:
     """Train one step here; show the schema, the memory and the time. Nothing is sent."""
-    from agent.home import settings
     from agent.tasks import registry
     from agent.trainer.process import TrainerProcess
 
