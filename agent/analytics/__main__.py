@@ -1,4 +1,4 @@
-"""Answers one query in its own process: `python -m agent.analytics`, an `AnswerRequest` on stdin.
+"""Answers one query in its own process: `python -m agent.analytics HOME`, a `Query` on stdin.
 
 This keeps the agent small, because the table readers need more memory than the agent.
 """
@@ -12,16 +12,18 @@ from pathlib import Path
 import msgspec
 
 from agent.analytics.answer import answer_question
-from agent.analytics.child_process import AnswerRequest
 from agent.analytics.query_log import QueryLog
+from agent.home import settings
+from protocols.analytics.query import Query
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of libraries must not mix with the answer
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=AnswerRequest)
-    memory = QueryLog(Path(order.memory))
-    answers.write(answer_question(order.question, order.table, order.limits, memory))
+    question = msgspec.json.decode(sys.stdin.buffer.read(), type=Query)
+    home = Path(sys.argv[1])
+    memory = QueryLog(home / "analysis.db")
+    answers.write(answer_question(question, settings.read(home), home / "trainer", memory))
     memory.close()
     answers.close()
 

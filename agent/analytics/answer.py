@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from pathlib import Path
 
 from msgspec.structs import replace
 
 from agent.analytics import differential_privacy, disclosure_control
 from agent.analytics.compute import compute
-from agent.analytics.limits import QueryLimits
 from agent.analytics.query_log import QueryLog
 from agent.data import open_table
 from agent.data.arrow_reader import find_files
-from agent.data.settings import DataSettings
+from agent.home.settings import AgentSettings, data_settings
 from protocols.analytics.mergeable_states import Cell, PeerAnswer
 from protocols.analytics.query import Query
 from protocols.errors import CommonweightError, Refused
@@ -22,21 +22,20 @@ from protocols.messages.envelope import strip_controls
 log = logging.getLogger("commonweight.analysis")
 
 
-def answer_question(
-    question: Query, table: DataSettings, limits: QueryLimits, memory: QueryLog
-) -> bytes:
+def answer_question(question: Query, chosen: AgentSettings, cache: Path, memory: QueryLog) -> bytes:
     """The encoded answer, with results or the reason for a refusal. Records it first.
 
-    Raises OSError when it cannot be recorded.
+    `chosen` names the table and what the owner allows. Raises OSError when the answer cannot be
+    recorded.
     """
     try:
-        data = table_fingerprint(table.path) if table.path else ""
+        data = table_fingerprint(chosen.data) if chosen.data else ""
     except (CommonweightError, OSError):
         data = ""  # the reader raises it again below
     if (told := memory.find_answer(question, data)) is not None:
         return memory.record(replace(question, epsilon=0.0), data, told, ())
     try:
-        told, sets = _compute_answer(question, table, limits, memory)
+        told, sets = _compute_answer(question, chosen, cache, memory)
     except CommonweightError as err:
         # Others learn the kind of error, not the content of the table.
         words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
@@ -46,22 +45,24 @@ def answer_question(
 
 
 def _compute_answer(
-    question: Query, table: DataSettings, limits: QueryLimits, memory: QueryLog
+    question: Query, chosen: AgentSettings, cache: Path, memory: QueryLog
 ) -> tuple[PeerAnswer, tuple[disclosure_control.Bits, ...]]:
-    if limits.mode == "off":
+    if chosen.analyze == "off":
         raise Refused(
             "the owner of this machine lets nobody ask", "commonweight-agent policy set analyze on"
         )
-    disclosure_control.check(question, limits)
-    if limits.mode == "ask" and not memory.is_allowed(question):
+    disclosure_control.check(question, chosen)
+    if chosen.analyze == "ask" and not memory.is_allowed(question):
         raise Refused("the owner is asked first", "commonweight-agent questions list")
-    with_noise = bool(limits.epsilon or question.epsilon)
+    with_noise = bool(chosen.analyze_epsilon or question.epsilon)
     if with_noise:
-        differential_privacy.check(question, limits.epsilon or float("inf"), memory.spent_epsilon)
-    computed = compute(question, open_table(table))
+        differential_privacy.check(
+            question, chosen.analyze_epsilon or float("inf"), memory.spent_epsilon
+        )
+    computed = compute(question, open_table(data_settings(chosen, cache)))
     if with_noise:
         return differential_privacy.add_noise(question, computed), ()
-    guarded = disclosure_control.apply_disclosure_rules(computed, limits, memory.disclosed_sets())
+    guarded = disclosure_control.apply_disclosure_rules(computed, chosen, memory.disclosed_sets())
     cells = tuple(
         Cell(group, int(computed.members[group].sum()), computed.cells[group])
         for group in guarded.told

@@ -131,7 +131,7 @@ def make_client(
         handlers={
             Scatter: inference.scatter,
             Private: inference.private,
-            Analyze: job_handler.handler(read_settings, home),
+            Analyze: job_handler.handler(home),
         },
         on_work=events.on_work,
         on_leaving=partial(audit_log.write_answer, home),

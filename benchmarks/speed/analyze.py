@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from agent.analytics import child_process
-from agent.home.settings import AgentSettings
+from agent.analytics import job_handler
+from agent.home import settings
 from coordinator.jobs.analysis import combine, validate
 from protocols.analytics.mergeable_states import ALPHA, PeerAnswer
 from protocols.analytics.parser import parse_query
@@ -72,25 +72,21 @@ def made(rows: int) -> pd.DataFrame:
     )
 
 
-def _peers(folder: Path, flights: pd.DataFrame) -> dict[str, tuple[AgentSettings, Path]]:
+def _peers(folder: Path, flights: pd.DataFrame) -> dict[str, Path]:
     found = {}
     for carrier, part in flights.groupby("carrier"):
         home = folder / str(carrier)
         home.mkdir()
         part.to_csv(home / "flights.csv", index=False)
-        found[str(carrier)] = (
-            AgentSettings(analyze="on", data=str(home / "flights.csv"), data_min_count=5),
-            home,
-        )
+        settings.change(home, analyze="on", data=str(home / "flights.csv"), data_min_count=5)
+        found[str(carrier)] = home
     return found
 
 
-def _measure(
-    text: str, peers: dict[str, tuple[AgentSettings, Path]], flights: pd.DataFrame
-) -> None:
+def _measure(text: str, peers: dict[str, Path], flights: pd.DataFrame) -> None:
     asked, told, sizes, began = parse_query(text), {}, {}, time.monotonic()
-    for peer, (chosen, home) in peers.items():
-        body = child_process.answer(asked, chosen, home)
+    for peer, home in peers.items():
+        body = job_handler.answer(asked, home)
         sizes[peer] = len(body)
         told[peer] = msgspec.json.decode(body, type=PeerAnswer)
         assert not validate(asked, told[peer]), validate(asked, told[peer])

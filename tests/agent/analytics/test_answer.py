@@ -14,13 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.analytics import child_process
+from agent.analytics import job_handler
 from agent.analytics.answer import answer_question
 from agent.analytics.disclosure_control import MAX_DISCLOSED_SETS
-from agent.analytics.limits import QueryLimits
 from agent.analytics.query_log import QueryLog
-from agent.data.settings import DataSettings
-from agent.home.settings import AgentSettings
+from agent.home.settings import AgentSettings, change
 from coordinator.jobs.analysis import AnalysisResult, combine, validate
 from protocols.analytics.mergeable_states import ALPHA, PeerAnswer
 from protocols.analytics.parser import parse_query
@@ -29,7 +27,7 @@ from protocols.errors import BadMessage
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
 
-ALL = QueryLimits(mode="on", min_rows=5, extremes=True)
+ALL = AgentSettings(analyze="on", data_extremes=True)
 Row = dict[str, Any]
 
 
@@ -50,24 +48,23 @@ def people(count: int = 200, seed: int = 3) -> list[Row]:
 class Peer:
     """A table on a disk, with what its owner allows."""
 
-    def __init__(self, folder: Path, rows: Sequence[Row], limits: QueryLimits = ALL) -> None:
+    def __init__(self, folder: Path, rows: Sequence[Row], allowed: AgentSettings = ALL) -> None:
         folder.mkdir(exist_ok=True)
         self.file = folder / "table.csv"
         with self.file.open("w", newline="") as out:
             writer = csv.DictWriter(out, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        self.limits = limits
+        self.allowed = allowed
         self.memory = QueryLog(folder / "analysis.db")
 
     def ask(self, text: str, where: str = "", **more: Any) -> PeerAnswer:
         return self.told(parse_query(text, where, **more))
 
     def told(self, asked: Query) -> PeerAnswer:
-        data = DataSettings(path=str(self.file))
-        return msgspec.json.decode(
-            answer_question(asked, data, self.limits, self.memory), type=PeerAnswer
-        )
+        chosen = msgspec.structs.replace(self.allowed, data=str(self.file))
+        told = answer_question(asked, chosen, self.file.parent, self.memory)
+        return msgspec.json.decode(told, type=PeerAnswer)
 
 
 def together(peers: Sequence[Peer], text: str, where: str = "", **more: Any) -> AnalysisResult:
@@ -185,7 +182,7 @@ def test_the_difference_of_two_questions_isolates_nobody(tmp_path: Path) -> None
 
 
 def test_least_and_most_are_not_told_unless_the_owner_says_so(tmp_path: Path) -> None:
-    peer = Peer(tmp_path, people(), QueryLimits(mode="on"))
+    peer = Peer(tmp_path, people(), AgentSettings(analyze="on"))
     assert "single row" in peer.ask("max(income)").refused
     # Nor by narrowing conditions down to the one.
     top = max(row["income"] for row in people())
@@ -193,25 +190,29 @@ def test_least_and_most_are_not_told_unless_the_owner_says_so(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("limits", "text", "words"),
+    ("allowed", "text", "words"),
     [
-        (QueryLimits(), "count", "lets nobody ask"),
-        (QueryLimits(mode="on", columns=("age",)), "mean(income)", "column 'income'"),
-        (QueryLimits(mode="on", columns=("age",)), "count by city", "column 'city'"),
-        (QueryLimits(mode="on", operations=("count",)), "mean(age)", "does not let mean"),
+        (AgentSettings(), "count", "lets nobody ask"),
+        (AgentSettings(analyze="on", data_columns=("age",)), "mean(income)", "column 'income'"),
+        (AgentSettings(analyze="on", data_columns=("age",)), "count by city", "column 'city'"),
+        (
+            AgentSettings(analyze="on", analyze_operations=("count",)),
+            "mean(age)",
+            "does not let mean",
+        ),
         (ALL, "mean(ages)", "has no column 'ages'"),
         (ALL, "mean(city)", "holds text"),
-        (QueryLimits(mode="on", epsilon=1.0), "count", "with noise only"),
+        (AgentSettings(analyze="on", analyze_epsilon=1.0), "count", "with noise only"),
     ],
 )
 def test_what_is_refused_says_why(
-    tmp_path: Path, limits: QueryLimits, text: str, words: str
+    tmp_path: Path, allowed: AgentSettings, text: str, words: str
 ) -> None:
-    assert words in Peer(tmp_path, people(), limits).ask(text).refused
+    assert words in Peer(tmp_path, people(), allowed).ask(text).refused
 
 
 def test_an_owner_who_is_asked_first(tmp_path: Path) -> None:
-    peer = Peer(tmp_path, people(), QueryLimits(mode="ask"))
+    peer = Peer(tmp_path, people(), AgentSettings(analyze="ask"))
     assert "asked first" in peer.ask("count").refused
     ((digest, words, decided),) = peer.memory.approval_requests()
     assert (words, decided) == ("count", None)
@@ -234,11 +235,11 @@ def test_nobody_collects_sets_of_rows_without_end(tmp_path: Path) -> None:
 
 
 def test_noise_has_a_budget_that_outlives_a_restart(tmp_path: Path) -> None:
-    limits = QueryLimits(mode="on", epsilon=1.0)
-    peer = Peer(tmp_path, people(), limits)
+    allowed = AgentSettings(analyze="on", analyze_epsilon=1.0)
+    peer = Peer(tmp_path, people(), allowed)
     assert not peer.ask("count", epsilon=0.6).refused
     assert "budget is spent" in peer.ask("count", "age > 10", epsilon=0.6).refused
-    again = Peer(tmp_path, people(), limits)
+    again = Peer(tmp_path, people(), allowed)
     again.file.write_text(peer.file.read_text())
     assert again.memory.spent_epsilon == pytest.approx(0.6)
     assert "budget is spent" in again.ask("count", "age > 11", epsilon=0.6).refused
@@ -246,7 +247,7 @@ def test_noise_has_a_budget_that_outlives_a_restart(tmp_path: Path) -> None:
 
 
 def test_the_same_question_a_thousand_times_is_one_answer(tmp_path: Path) -> None:
-    peer = Peer(tmp_path, people(), QueryLimits(mode="on", epsilon=1.0))
+    peer = Peer(tmp_path, people(), AgentSettings(analyze="on", analyze_epsilon=1.0))
     told = {msgspec.json.encode(peer.ask("count, sum(age)", epsilon=0.5, bounds={"age": (0, 90)}))
             for _ in range(50)}  # fmt: skip
     assert len(told) == 1
@@ -256,7 +257,7 @@ def test_the_same_question_a_thousand_times_is_one_answer(tmp_path: Path) -> Non
 @pytest.mark.long
 def test_a_thousand_questions_that_mean_the_same_share_one_budget(tmp_path: Path) -> None:
     """Each is noised anew; what all of them together tell is bounded by the budget."""
-    peer = Peer(tmp_path, people(), QueryLimits(mode="on", epsilon=1.0))
+    peer = Peer(tmp_path, people(), AgentSettings(analyze="on", analyze_epsilon=1.0))
     told = [peer.ask("count", f"age > -{number}", epsilon=0.01) for number in range(1, 1001)]
     answered = [one for one in told if not one.refused]
     assert len(answered) == 100
@@ -266,7 +267,7 @@ def test_a_thousand_questions_that_mean_the_same_share_one_budget(tmp_path: Path
 
 def test_noisy_figures_are_near_and_never_exact_by_rule(tmp_path: Path) -> None:
     rows = people(2000)
-    peer = Peer(tmp_path, rows, QueryLimits(mode="on", epsilon=1000.0))
+    peer = Peer(tmp_path, rows, AgentSettings(analyze="on", analyze_epsilon=1000.0))
     bounds = {"age": (0.0, 90.0)}
     errors = []
     for number in range(6):
@@ -280,7 +281,7 @@ def test_noisy_figures_are_near_and_never_exact_by_rule(tmp_path: Path) -> None:
 
 def test_rare_groups_do_not_show_in_noisy_answers(tmp_path: Path) -> None:
     rows = [{"city": "Oslo"}] * 500 + [{"city": "Røros"}]
-    peer = Peer(tmp_path, rows, QueryLimits(mode="on", epsilon=100.0))
+    peer = Peer(tmp_path, rows, AgentSettings(analyze="on", analyze_epsilon=100.0))
     assert [cell.group for cell in peer.ask("count by city", epsilon=2.0).cells] == [("Oslo",)]
 
 
@@ -322,13 +323,11 @@ def test_a_process_of_its_own_answers_and_remembers(tmp_path: Path) -> None:
     file = Peer(tmp_path / "table", people()).file
     home = tmp_path / "home"
     home.mkdir()
-    chosen = AgentSettings(analyze="on", data=str(file))
-    told = msgspec.json.decode(
-        child_process.answer(parse_query("count"), chosen, home), type=PeerAnswer
-    )
+    change(home, analyze="on", data=str(file))
+    told = msgspec.json.decode(job_handler.answer(parse_query("count"), home), type=PeerAnswer)
     assert told.cells[0].rows == 200
     (entry,) = QueryLog(home / "analysis.db").entries()
     assert (entry.question, entry.cells, entry.refused) == ("count", 1, "")
     assert (home / "analysis.db").stat().st_mode & 0o077 == 0
     with pytest.raises(BadMessage):
-        child_process.read_question('{"operations":[]}')
+        job_handler.read_question('{"operations":[]}')
