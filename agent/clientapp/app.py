@@ -176,7 +176,7 @@ class Client:
         if not isinstance(actual, schema_card.SchemaCard):
             raise SchemaMismatch("schema", "a model", "data without agreed preprocessing")
         if (difference := schema_card.first_difference(expected, actual)) is not None:
-            raise difference.as_error()
+            raise difference
         self._matched_card = (work.run, work.card)
 
     def _run_work(self, work: Work, base: Path) -> Finished:

@@ -14,7 +14,7 @@ from zeroconf import Error, ServiceBrowser, ServiceListener, Zeroconf
 from protocols.enrollment.mdns import SERVICE, parse_txt_record
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import UnknownName, Unreachable
-from protocols.p2p.swarm import address_of
+from protocols.network.addresses import netloc
 
 LISTEN_S = 3.0
 _ANSWER_MS = 1500
@@ -38,7 +38,7 @@ class _Listener(ServiceListener):
         record = parse_txt_record(info.properties) if info is not None else None
         if info is None or record is None or not info.port:
             return
-        addresses = tuple(address_of(ip, info.port) for ip in info.parsed_scoped_addresses())
+        addresses = tuple(netloc(ip, info.port) for ip in info.parsed_scoped_addresses())
         if addresses:
             self.found[name] = DiscoveredCoordinator(
                 record.name, record.ca, addresses, record.version

@@ -77,4 +77,4 @@ def compare(work: Work, *, fits: bool) -> None:
     if (
         difference := schema_card.first_difference(schema_card.decode_card(work.card), own)
     ) is not None:
-        raise difference.as_error()
+        raise difference

@@ -45,7 +45,7 @@ def agree(run: Run, first: Schema) -> Agreement:
     agreed = schema_card.most_common(_matching(cards, first))
     for peer, card in cards.items():
         if (difference := schema_card.first_difference(agreed, card)) is not None:
-            misfits[peer] = difference.as_error()
+            misfits[peer] = difference
     return _agreed(run, misfits, events.SchemaAgreed(agreed), [])
 
 
@@ -76,6 +76,4 @@ def _matching(cards: dict[str, SchemaCard], first: Schema) -> dict[str, SchemaCa
     wanted = schema_card.make_card(card.task, card.version, first, card.traits)
     difference = schema_card.first_difference(wanted, card)
     assert difference is not None
-    raise CommonweightError(
-        f"the first weights do not match the task: {difference.as_error().message}"
-    )
+    raise CommonweightError(f"the first weights do not match the task: {difference.message}")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from protocols.network import addresses
 from protocols.p2p.gossip import MAX_NEIGHBORS
-from protocols.p2p.swarm import DownloadPlanRequest, host_of, in_networks
+from protocols.p2p.swarm import DownloadPlanRequest, in_networks
 
 #: Peers listed for an operator.
 MAX_LISTED = 4096
@@ -25,7 +26,7 @@ class Location(NamedTuple):
         if other.reported.serves_other_networks:
             return True
         networks = self.reported.networks
-        if not in_networks(host_of(other.reported.address), networks):
+        if not in_networks(addresses.parse(other.reported.address).host, networks):
             return False
         # Two homes may use the same private addresses. Peers behind one router have the same
         # outside address; peers without a router in between have one of that very network.

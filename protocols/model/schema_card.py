@@ -49,17 +49,6 @@ class SchemaCard(Struct, frozen=True, kw_only=True, tag="schema"):
         return {name: TensorSpec(dtype, shape) for name, (dtype, shape) in self.tensors.items()}
 
 
-class Difference(Struct, frozen=True):
-    """The first field in which two cards differ, as text."""
-
-    field: str
-    expected: str
-    found: str
-
-    def as_error(self) -> SchemaMismatch:
-        return SchemaMismatch(self.field, self.expected, self.found)
-
-
 def make_card(
     task: str, version: str, schema: Schema, traits: Mapping[str, Sequence[str] | str] = {}
 ) -> SchemaCard:
@@ -124,23 +113,23 @@ def digest(card: SchemaCard) -> Digest:
     return hashlib.sha256(msgspec.json.encode(card, order="sorted")).hexdigest()
 
 
-def first_difference(expected: SchemaCard, found: SchemaCard) -> Difference | None:
+def first_difference(expected: SchemaCard, found: SchemaCard) -> SchemaMismatch | None:
     """The first difference between `found` and `expected`; None if they are equal."""
     if expected.task != found.task:
-        return Difference("task", expected.task, found.task)
+        return SchemaMismatch("task", expected.task, found.task)
     if expected.version != found.version:
         left, right = (card.version or "no version" for card in (expected, found))
-        return Difference("task version", left, right)
+        return SchemaMismatch("task version", left, right)
     for name in sorted(expected.traits.keys() | found.traits.keys()):
         words = [card.traits.get(name, ()) for card in (expected, found)]
         for number, (left, right) in enumerate(zip_longest(*words), 1):
             if left != right:
                 field = f"{name}, number {number}" if max(map(len, words)) > 1 else name
-                return Difference(field, _shorten(left), _shorten(right))
+                return SchemaMismatch(field, _shorten(left), _shorten(right))
     for name in sorted(expected.tensors.keys() | found.tensors.keys()):
         left, right = (_describe_tensor(card.tensors.get(name)) for card in (expected, found))
         if left != right:
-            return Difference(f"tensor {_shorten(name)}", left, right)
+            return SchemaMismatch(f"tensor {_shorten(name)}", left, right)
     return None
 
 

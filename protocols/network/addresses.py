@@ -1,4 +1,4 @@
-"""The address of a coordinator: `host:port`, or `host:port/path` behind a reverse proxy. Pure."""
+"""Addresses: `host:port`, or `host:port/path` of a coordinator behind a reverse proxy. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Address(NamedTuple):
     port: int
     path: str
 
-    @property
-    def netloc(self) -> str:
-        """host:port, with brackets around an IPv6 host."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+def netloc(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse(text: str) -> Address:
     """The parts of an address. Raises ValueError."""
-    netloc, slash, path = text.partition("/")
-    host, _, port = netloc.rpartition(":")
+    place, slash, path = text.partition("/")
+    host, _, port = place.rpartition(":")
     return Address(host.strip("[]"), int(port), (slash + path).rstrip("/"))

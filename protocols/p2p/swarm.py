@@ -131,16 +131,6 @@ def check_plan(plan: DownloadPlan, digest: str, nbytes: int) -> None:
         raise BadMessage("the plan has a wrong number of piece digests")
 
 
-def host_of(address: str) -> str:
-    """The host in host:port, without the brackets of IPv6."""
-    return address.rpartition(":")[0].strip("[]")
-
-
-def address_of(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 host."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def in_networks(host: str, networks: Sequence[str]) -> bool:
     """True if the host, an IP address, lies in one of these networks (CIDR)."""
     try:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from agent.transport.http_client import Connection, map_errors
 from protocols.enrollment import identity
-from protocols.p2p.swarm import host_of
+from protocols.network import addresses
 
 #: Time limits for connecting, and for a peer that sends nothing.
 _CONNECT_S, _STALL_S = 3.0, 8.0
@@ -41,7 +41,8 @@ class PeerConnection(Connection):
         # The pinned key authenticates the peer, not a CA. It is checked before the first request.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        super().__init__(host_of(address), int(address.rpartition(":")[2]), context, _CONNECT_S)
+        host, port, _ = addresses.parse(address)
+        super().__init__(host, port, context, _CONNECT_S)
         self._name, self._node_public, self._sign = name, node_public, sign
         self._token = {token_header: b64encode(token).decode()}
 

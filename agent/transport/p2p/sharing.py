@@ -22,7 +22,7 @@ from agent.transport.p2p.server import PeerServer
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
-from protocols.p2p.swarm import MIN_SHARED_BYTES, DownloadPlanRequest, address_of
+from protocols.p2p.swarm import MIN_SHARED_BYTES, DownloadPlanRequest
 
 log = logging.getLogger("commonweight.share")
 
@@ -126,7 +126,7 @@ class Sharing:
             return
         self._server = server
         self._request = DownloadPlanRequest(
-            address=address_of(here.host, port),
+            address=addresses.netloc(here.host, port),
             networks=here.networks,
             serves_other_networks=self._policy == "on",
         )

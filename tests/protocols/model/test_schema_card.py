@@ -73,8 +73,9 @@ def test_the_first_difference_is_named(
     changed: dict[str, object], field: str, expected: str, found: str
 ) -> None:
     told = schema_card.first_difference(a_card(), a_card(**changed))
-    assert told == schema_card.Difference(field, expected, found)
-    assert told.as_error().message == f"{field}: expected {expected}, found {found}"
+    assert told is not None
+    assert (told.field, told.expected, told.found) == (field, expected, found)
+    assert told.message == f"{field}: expected {expected}, found {found}"
 
 
 def test_the_majority_says_what_is_expected() -> None:

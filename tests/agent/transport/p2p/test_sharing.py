@@ -28,6 +28,7 @@ from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from protocols.model import weights
 from protocols.model.weights import Weights
+from protocols.network import addresses
 from protocols.p2p import swarm
 from protocols.p2p.swarm import (
     PIECE_BYTES,
@@ -427,7 +428,7 @@ def test_a_plan_must_fit_the_version(digest: str) -> None:
         with pytest.raises(swarm.BadMessage):
             swarm.check_plan(wrong, digest, SIZE)
     assert PieceSource(
-        peer="p", address=swarm.address_of("fe80::1", 5), node_public=b""
+        peer="p", address=addresses.netloc("fe80::1", 5), node_public=b""
     ).address == ("[fe80::1]:5")
 
 
