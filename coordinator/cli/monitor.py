@@ -67,22 +67,41 @@ def monitor(
         )
     if join is not None:
         _join(join)
-    if serve:
-        from coordinator.monitor.web import serve_monitor
+    from coordinator.monitor import web
 
+    source = _source(replay, speed, via)
+    if serve:
         options = ["--read-only"] if read_only else []
         options += ["--ascii"] if ascii_ else []
         options += ["--replay", replay, "--speed", str(speed)] if replay else []
         options += ["--via", via] if via else []
-        serve_monitor(host, port, options)
+        web.serve_monitor(host, port, options)
         return
-    screen = sys.stdout.isatty() and not once
+    screen = (sys.stdout.isatty() or web.is_served()) and not once
     if replay is not None:
-        _replay(replay, speed, screen=screen, ascii_only=ascii_)
+        _replay(source, screen=screen, ascii_only=ascii_)
     elif via is not None:
-        _via(via, screen=screen, ascii_only=ascii_)
+        _via(source, screen=screen, ascii_only=ascii_)
     else:
-        _live(screen=screen, read_only=read_only, ascii_only=ascii_, record=record)
+        _live(source, screen=screen, read_only=read_only, ascii_only=ascii_, record=record)
+
+
+def _source(replay: str | None, speed: float, via: str | None) -> Any:
+    """What the monitor shows. Raises CommonweightError if it is not there."""
+    if replay is not None:
+        from coordinator.remote.recording import DEMO_FILE
+        from coordinator.remote.replay import ReplaySource
+
+        return ReplaySource(DEMO_FILE if replay == "demo" else Path(replay), speed)
+    from coordinator.remote import access
+
+    if via is not None:
+        from coordinator.remote.peer_source import PeerSource
+
+        return PeerSource(access.open_home(), via)
+    from coordinator.remote.api_client import LiveSource
+
+    return LiveSource(access.open_home())
 
 
 def _join(ticket: str) -> None:
@@ -110,17 +129,16 @@ def _print(fleet: Any, now: float, *, ascii_only: bool = False, heading: str = "
         sys.stdout.write(terminal_text.ascii_only(line) + "\n")
 
 
-def _live(*, screen: bool, read_only: bool, ascii_only: bool, record: Path | None) -> None:
+def _live(
+    source: Any, *, screen: bool, read_only: bool, ascii_only: bool, record: Path | None
+) -> None:
     from coordinator.remote import access
-    from coordinator.remote.api_client import LiveSource
     from coordinator.remote.recording import Recorder, RecordingSource
-    from coordinator.remote.source import Source
 
-    home = access.open_home()
-    source: Source = LiveSource(home)
     if record is None and not screen:
         _print(asyncio.run(source.snapshot()), time.time(), ascii_only=ascii_only)
         return
+    home = access.open_home()
     if screen and (home / access.ACCESS_FILE).exists():
         read_only = read_only or access.connection_info(home).role == "observer"
     with ExitStack() as stack:
@@ -134,11 +152,7 @@ def _live(*, screen: bool, read_only: bool, ascii_only: bool, record: Path | Non
             _record(source)
 
 
-def _via(peer: str, *, screen: bool, ascii_only: bool) -> None:
-    from coordinator.remote import access
-    from coordinator.remote.peer_source import PeerSource
-
-    source = PeerSource(access.open_home(), peer)
+def _via(source: Any, *, screen: bool, ascii_only: bool) -> None:
     if screen:
         _run(source, read_only=True, ascii_only=ascii_only)
         return
@@ -155,11 +169,7 @@ def _record(source: Any) -> None:
         asyncio.run(FleetFollower(source, time.time).run())
 
 
-def _replay(name: str, speed: float, *, screen: bool, ascii_only: bool) -> None:
-    from coordinator.remote.recording import DEMO_FILE
-    from coordinator.remote.replay import ReplaySource
-
-    source = ReplaySource(DEMO_FILE if name == "demo" else Path(name), speed)
+def _replay(source: Any, *, screen: bool, ascii_only: bool) -> None:
     if screen:
         _run(source, replay=True, ascii_only=ascii_only)
         return

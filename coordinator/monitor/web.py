@@ -6,18 +6,21 @@ listens on loopback only; the token keeps out other users and other pages of thi
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
-import secrets
-import shlex
+import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from coordinator.transport.ports import listenable
 from protocols.errors import UsageError
 
-COOKIE = "commonweight"
+#: Set by the server in TEXTUAL_DRIVER, which Textual reads.
+DRIVER = "coordinator.monitor.tui.pipe_driver:PipeDriver"
+
+
+def is_served() -> bool:
+    """True in the process of a browser's tab: the pipe on its standard output is its screen."""
+    return os.environ.get("TEXTUAL_DRIVER") == DRIVER
 
 
 def check_host(host: str) -> str:
@@ -42,45 +45,22 @@ def is_same_origin(origin: str, host: str) -> bool:
 
 
 def serve_monitor(host: str, port: int, options: Sequence[str]) -> None:
-    """Serve until Ctrl-C. Raises UsageError if the extra is missing or `host` is not loopback."""
+    """Serve until Ctrl-C; `options` are those of `commonweight monitor` in each tab.
+
+    Raises UsageError if the extra is missing, `host` is not loopback or the port is taken.
+    """
     host = check_host(host)
     try:
-        from aiohttp import web
-        from textual_serve.server import Server
-    except ImportError as err:
+        from coordinator.monitor.web_server import MonitorServer
+    except ModuleNotFoundError as err:
         raise UsageError(
             "the monitor in a browser needs textual-serve", "pip install 'commonweight[serve]'"
         ) from err
-    token = secrets.token_urlsafe(24)
     port = port or listenable(host)
-    shown = f"[{host}]" if ":" in host else host
-
-    @web.middleware
-    async def authorize(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
-        if request.host != f"{shown}:{port}":  # another name that resolves to this machine
-            raise web.HTTPForbidden(text="wrong host name\n")
-        if not is_same_origin(request.headers.get("Origin", ""), request.host):
-            raise web.HTTPForbidden(text="request of another site\n")
-        sent = request.query.get("token", "")
-        if sent and hmac.compare_digest(sent.encode(), token.encode()):
-            redirect = web.HTTPFound("/")  # keeps the token out of the address bar
-            redirect.set_cookie(COOKIE, token, httponly=True, samesite="Strict")
-            raise redirect
-        if not hmac.compare_digest(request.cookies.get(COOKIE, "").encode(), token.encode()):
-            raise web.HTTPForbidden(text="open the address that commonweight monitor printed\n")
-        return await handler(request)
-
-    class TokenServer(Server):
-        async def _make_app(self) -> Any:
-            app = await super()._make_app()
-            app.middlewares.append(authorize)
-            return app
-
-        async def on_startup(self, app: Any) -> None:
-            sys.stderr.write(f"open: http://{shown}:{port}/?token={token}\nCtrl-C stops it\n")
-
-        def initialize_logging(self) -> None:
-            """Log nothing: it would hide the printed address."""
-
-    command = shlex.join([sys.executable, "-m", "coordinator.cli", "monitor", *options])
-    TokenServer(command, host=host, port=port, title="commonweight").serve()
+    words = [sys.executable, "-m", "coordinator.cli", "monitor", *options]
+    try:
+        MonitorServer(words, host, port).serve()
+    except OSError as err:
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {err.strerror}", "leave --port out"
+        ) from err
