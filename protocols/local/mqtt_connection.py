@@ -7,13 +7,16 @@ import logging
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiomqtt
 
 from protocols.messages.mqtt import KEEPALIVE_S, TIMEOUT_S, MqttAddress
+
+#: How long a cancelled attempt may take to end by itself.
+CANCEL_TIMEOUT_S = 2.0
 
 _log = logging.getLogger("commonweight.mqtt")
 _log.addHandler(logging.NullHandler())
@@ -25,9 +28,9 @@ async def connect(
 ) -> AsyncIterator[aiomqtt.Client]:
     """Connects with a login and a clean session; `options` are those of `aiomqtt.Client`.
 
-    Raises MqttError. Waits for a cancelled attempt to end, so that its socket is closed.
+    Raises MqttError. However it ends, its socket is closed then.
     """
-    client = aiomqtt.Client(
+    client = _Client(
         address.host,
         address.port,
         username=address.user or None,
@@ -42,11 +45,23 @@ async def connect(
         logger=_log,
         **options,
     )
+    try:
+        await _enter(client)
+        try:
+            yield client
+        finally:
+            await client.__aexit__(None, None, None)
+    finally:
+        client.close()
+
+
+async def _enter(client: _Client) -> None:
+    """Connects. A cancelled attempt gets some time to end, so that it says goodbye."""
     entering = asyncio.ensure_future(client.__aenter__())
     try:
         await asyncio.shield(entering)
     except asyncio.CancelledError:
-        done, _ = await asyncio.wait({entering}, timeout=2)
+        done, _ = await asyncio.wait({entering}, timeout=CANCEL_TIMEOUT_S)
         if not done:
             entering.cancel()
         elif entering.exception() is None:
@@ -55,7 +70,57 @@ async def connect(
         raise
     except UnicodeError as err:
         raise aiomqtt.MqttError("invalid host name") from err
-    try:
-        yield client
-    finally:
-        await client.__aexit__(None, None, None)
+
+
+class _Client(aiomqtt.Client):
+    """An aiomqtt client that does not use a socket after its end, and that can be closed.
+
+    paho closes the socket as soon as it notices a lost connection. aiomqtt 2.5.1 registers the
+    socket's number with the event loop one turn after paho asks for it. The number may be closed
+    then, or belong to another connection. And aiomqtt keeps the socket of an attempt that timed
+    out or was cancelled, and of a connection that hangs at its end.
+    """
+
+    _closed = False
+
+    def close(self) -> None:
+        """Closes the socket if it is open, also one that a thread still connects."""
+        self._closed = True
+        self._client._sock_close()
+        for future in (self._connected, self._disconnected):
+            if future.done() and not future.cancelled():
+                future.exception()  # otherwise asyncio logs it as never retrieved
+
+    def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
+        """Called in the thread that connects."""
+        self._loop.call_soon_threadsafe(self._watch, sock)
+
+    def _watch(self, sock: Any) -> None:
+        if self._closed:
+            self._client._sock_close()
+        elif self._is_open(sock):
+            self._loop.add_reader(sock, self._guard, self._read)
+            self._misc_task = self._loop.create_task(self._misc_loop())
+
+    def _on_socket_register_write(self, client: Any, userdata: Any, sock: Any) -> None:
+        self._loop.call_soon_threadsafe(self._watch_writable, sock)
+
+    def _watch_writable(self, sock: Any) -> None:
+        if self._is_open(sock):
+            self._loop.add_writer(sock, self._guard, self._client.loop_write)
+
+    def _is_open(self, sock: Any) -> bool:
+        return sock is not None and self._client.socket() is sock
+
+    def _read(self) -> None:
+        """Reads, also what TLS has decrypted already."""
+        self._client.loop_read()
+        while (pending := getattr(self._client.socket(), "pending", None)) and pending() > 0:
+            self._client.loop_read()
+
+    def _guard(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except Exception as err:  # a lost connection, or a packet that paho cannot parse
+            if not self._disconnected.done():
+                self._disconnected.set_exception(err)
