@@ -143,5 +143,7 @@ def make_client(
         outbox,
         allowed=ctx.settings.allows,
         observer=events,
-        queries=Queries(Recall(me, ctx.cache, uploads.update).answer, jobs.answer),
+        queries=Queries(
+            Recall(me, ctx.cache, uploads.update, events.on_leaving).answer, jobs.answer
+        ),
     )

@@ -22,17 +22,21 @@ from protocols.messages.work import UpdateClaim
 FILE = "left.jsonl"
 MAX_BYTES = 4 << 20
 
-EntryKind = Literal["description", "first weights", "weights", "evaluation", "answer"]
+EntryKind = Literal[
+    "description", "first weights", "weights", "evaluation", "answer", "held version", "version"
+]
 _KINDS: dict[str, EntryKind] = {
     "describe": "description",
     "init": "first weights",
     "train": "weights",
     "evaluate": "evaluation",
+    "holdings": "held version",
+    "recall": "version",
 }
 
 
 class AuditEntry(Struct, frozen=True, kw_only=True):
-    """One answer. `told` is the statistics as JSON. `digest` and `nbytes` describe the bytes sent.
+    """One answer. `told` is what it says as JSON. `digest` and `nbytes` describe the bytes sent.
 
     `tallies` are the counts of an evaluation that are summed over peers.
     """

@@ -37,6 +37,8 @@ from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
 
 T = TypeVar("T")
 
+#: Live messages that wait for their reader.
+MAX_WAITING = 20_000
 #: How often the peers to ask while the coordinator is away are saved.
 _SAVE_NEIGHBORS_EVERY_S = 600.0
 
@@ -210,11 +212,18 @@ class LiveSource:
     async def messages(self) -> AsyncIterator[Envelope]:
         watch = await self._call(lambda remote: remote.watch())
         self._keys[COORDINATOR] = watch.coordinator_public
-        arrived: asyncio.Queue[Envelope | str] = asyncio.Queue(20_000)
+        arrived: asyncio.Queue[Envelope | str] = asyncio.Queue(MAX_WAITING)
+
+        is_lost = False
 
         def put(item: Envelope | str) -> None:
-            if not arrived.full():
-                arrived.put_nowait(item)
+            nonlocal is_lost
+            if is_lost:  # the reader stops there
+                return
+            is_lost = isinstance(item, str)
+            if arrived.full():
+                arrived.get_nowait()
+            arrived.put_nowait(item)
 
         def on_envelope(_: Kind, envelope: Envelope) -> None:
             body = envelope.body

@@ -199,7 +199,8 @@ class Agent:
             allowed=lambda task: task == "softmax",
             observer=Proving(self._folder / "cache"),
             queries=Queries(
-                Recall(me, self._folder / "cache", self.send).answer, self.jobs(me).answer
+                Recall(me, self._folder / "cache", self.send, lambda *_: None).answer,
+                self.jobs(me).answer,
             ),
         )
         self._thread.start()

@@ -21,6 +21,8 @@ from protocols.p2p import gossip
 from protocols.p2p.gossip import GossipBatch, Neighbor
 
 _TIMEOUT_S = 10.0
+#: A round of gossip waits for its slowest peer, so a silent one costs no more than this.
+STALL_S = 3.0
 #: A download below this rate is aborted, and another peer is used.
 _MIN_BYTES_PER_S = 64 * 1024
 _MAX_PROOF_BYTES = 1 << 20
@@ -39,6 +41,7 @@ class PeerClient:
             sign,
             gossip.ACCESS_TOKEN_HEADER,
             access_token,
+            stall_s=STALL_S,
         )
 
     def exchange_gossip(self, batch: GossipBatch) -> GossipBatch:

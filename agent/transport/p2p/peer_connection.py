@@ -14,8 +14,7 @@ from agent.transport.http_client import Connection, map_errors
 from protocols.enrollment import identity
 from protocols.network import addresses
 
-#: Time limits for connecting, and for a peer that sends nothing.
-_CONNECT_S, _STALL_S = 3.0, 8.0
+_CONNECT_S = 3.0
 
 #: `sign(method, path, body_sha256)` returns the headers of a signed request.
 SignRequest = Callable[[str, str, str], dict[str, str]]
@@ -24,7 +23,8 @@ SignRequest = Callable[[str, str, str], dict[str, str]]
 class PeerConnection(Connection):
     """A connection to `address` (host:port) that accepts only the key `node_public`.
 
-    `name` is for error messages. `token_header` and `token` are sent with every request.
+    `name` is for error messages. `token_header` and `token` are sent with every request. A peer
+    that sends nothing for `stall_s` has failed.
     """
 
     def __init__(
@@ -35,6 +35,8 @@ class PeerConnection(Connection):
         sign: SignRequest,
         token_header: str,
         token: bytes,
+        *,
+        stall_s: float,
     ) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -44,6 +46,7 @@ class PeerConnection(Connection):
         host, port, _ = addresses.parse(address)
         super().__init__(host, port, context, _CONNECT_S)
         self._name, self._node_public, self._sign = name, node_public, sign
+        self._stall_s = stall_s
         self._token = {token_header: b64encode(token).decode()}
 
     def connect(self) -> None:
@@ -55,7 +58,7 @@ class PeerConnection(Connection):
         ):
             self.close()
             raise OSError("another machine answers at its address")
-        self.sock.settimeout(_STALL_S)
+        self.sock.settimeout(self._stall_s)
 
     @contextmanager
     def exchange(

@@ -41,7 +41,13 @@ class PieceDownloader:
         self.rate = 0.0
         self._version, self._digest, self._received = version, plan.digest, received
         self._connection = PeerConnection(
-            source.peer, source.address, source.node_public, sign, DOWNLOAD_TOKEN_HEADER, plan.token
+            source.peer,
+            source.address,
+            source.node_public,
+            sign,
+            DOWNLOAD_TOKEN_HEADER,
+            plan.token,
+            stall_s=PIECE_S,
         )
         self._thread = threading.Thread(
             target=self._work, name=f"source {source.peer}", daemon=True

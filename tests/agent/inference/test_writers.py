@@ -67,7 +67,7 @@ def claim(**changed: Any) -> UpdateClaim:
 def test_what_left_is_noted_for_the_owner_alone(tmp_path: Path) -> None:
     audit_log.write_update(tmp_path, claim(kind="describe"), "tabular", b'{"rows":3}')
     audit_log.write_update(tmp_path, claim(metrics={"loss": 0.5, "nan": None}), "tabular", b"")
-    audit_log.write_update(tmp_path, claim(kind="recall"), "tabular", b"")
+    audit_log.write_update(tmp_path, claim(kind="unknown"), "tabular", b"")
     with (tmp_path / audit_log.FILE).open("ab") as file:
         file.write(b'{"at": 1, "run"')  # a power cut
     sums = {"confusion": [3.0, 1.0, 0.0, 4.0]}

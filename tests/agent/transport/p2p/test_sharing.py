@@ -19,17 +19,20 @@ import pytest
 
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.p2p import peer_client
 from agent.transport.p2p.networks import LocalNetwork
 from agent.transport.p2p.piece_store import PartialVersion, PieceStore
 from agent.transport.p2p.server import MAX_CONNECTIONS_PER_ADDRESS, PeerServer
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_store import VersionStore
 from protocols.enrollment import identity
+from protocols.errors import Unreachable
 from protocols.local.atomic_files import write_private
 from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.network import addresses
 from protocols.p2p import swarm
+from protocols.p2p.gossip import GossipBatch, Neighbor
 from protocols.p2p.swarm import (
     PIECE_BYTES,
     DownloadPlan,
@@ -195,6 +198,21 @@ def test_a_hostile_holder_costs_time_only(
         assert machine.peer not in dict(
             site.holders.plan_fetch(digest, "third", again, HOST, time.monotonic()).sources
         ), "the first complaint was told"
+
+
+def test_a_silent_peer_is_given_up_by_a_round_of_gossip(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the limit for the whole request."""
+    monkeypatch.setattr(peer_client, "STALL_S", 0.1)
+    with hostile_holder(site, tmp_path, "silent") as (machine, address):
+        public, ann = identity.node_public_pem(machine.node_key), site.enroll("ann")
+        neighbor = Neighbor(peer=machine.peer, name="rogue", address=address, node_public=public)
+        client = peer_client.PeerClient(
+            neighbor, b"", lambda method, path, digest: ann.headers(method, path, digest=digest)
+        )
+        with pytest.raises(Unreachable, match="no answer in time"):
+            client.exchange_gossip(GossipBatch())
 
 
 def test_somebody_else_at_a_holders_address_gets_not_a_word(
