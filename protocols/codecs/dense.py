@@ -12,7 +12,7 @@ Encodings that send few elements are in `sparse`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +38,9 @@ from protocols.model.weights import (
     check_schema,
     float32_to_bf16,
 )
+
+#: `decode(field, start, stop, out)` writes these elements of a tensor's change to `out`.
+Decode = Callable[[FlatTensor, int, int, Floats], None]
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -67,16 +70,8 @@ class Encoding(Protocol):
 
     def encode(self, changes: DeltaReader, to: Sink) -> None: ...
 
-    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
-        """A decoder of an encoded file, which is checked. Raises BadWeights."""
-        ...
-
-
-class DeltaDecoder(Protocol):
-    """Reads any part of the change from an encoded file."""
-
-    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
-        """Write elements `start` to `stop` of a tensor's change to `out`."""
+    def open(self, file: WeightReader, layout: FlatLayout) -> Decode:
+        """What decodes this file, which is checked. Raises BadWeights."""
         ...
 
 
@@ -93,18 +88,14 @@ class Bf16:
             to.put("d", bits)
             to.put_residual(np.subtract(block.change, bf16_to_float32(bits), out=block.change))
 
-    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
+    def open(self, file: WeightReader, layout: FlatLayout) -> Decode:
         check_schema(file.schema, self.schema(layout))
-        return _Bf16Decoder(file)
 
+        def decode(field: FlatTensor, start: int, stop: int, out: Floats) -> None:
+            bits = file.read(Part("d", field.start + start, field.start + stop))
+            np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
 
-class _Bf16Decoder:
-    def __init__(self, file: WeightReader) -> None:
-        self._file = file
-
-    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
-        bits = self._file.read(Part("d", field.start + start, field.start + stop))
-        np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
+        return decode
 
 
 class Int8:
@@ -123,10 +114,10 @@ class Int8:
             to.put_residual(block.change)
         to.put("s", np.concatenate(scales))
 
-    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
+    def open(self, file: WeightReader, layout: FlatLayout) -> Decode:
         check_schema(file.schema, self.schema(layout))
         check_scales(file, layout.rows)
-        return Int8Decoder(file)
+        return int8_decoder(file)
 
 
 class Quantizer:
@@ -160,17 +151,14 @@ class Quantizer:
         return self._coded[: len(change)], np.concatenate(scales)
 
 
-class Int8Decoder:
-    """Reads the integers in tensor q and the scales in tensor s."""
+def int8_decoder(file: WeightReader) -> Decode:
+    """Decodes the integers in tensor q with the scales in tensor s."""
 
-    def __init__(self, file: WeightReader) -> None:
-        self._file = file
-
-    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
-        coded = self._file.read(Part("q", field.start + start, field.start + stop))
+    def decode(field: FlatTensor, start: int, stop: int, out: Floats) -> None:
+        coded = file.read(Part("q", field.start + start, field.start + stop))
         first = start // field.row
         last = -(-stop // field.row)
-        scale = self._file.read(Part("s", field.first_row + first, field.first_row + last))
+        scale = file.read(Part("s", field.first_row + first, field.first_row + last))
         for begin, end in _by_row(start, stop, field.row):
             row = begin // field.row - first
             width = min(field.row, end - begin)
@@ -180,6 +168,8 @@ class Int8Decoder:
                 scale[row : row + count, None],
                 out=out[begin - start : end - start].reshape(count, width),
             )
+
+    return decode
 
 
 def _by_row(start: int, stop: int, row: int) -> Iterator[tuple[int, int]]:
@@ -215,7 +205,7 @@ class Sign:
             to.put_residual(change)
         to.put("s", scale)
 
-    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
+    def open(self, file: WeightReader, layout: FlatLayout) -> Decode:
         check_schema(file.schema, self.schema(layout))
         check_scales(file, len(layout.fields))
         for field in layout.fields.values():
@@ -223,7 +213,18 @@ class Sign:
                 last = field.first_byte + field.size // 8
                 if int(file.read(Part("b", last, last + 1))[0]) & (0xFF >> field.size % 8):
                     raise BadWeights(f"bits are set beyond the end of tensor {field.name!r}")
-        return _SignDecoder(file)
+        aligned = np.empty(BLOCK_ELEMENTS + 16, np.float32)
+
+        def decode(field: FlatTensor, start: int, stop: int, out: Floats) -> None:
+            first, last = start // 8, -(-stop // 8)
+            bits = file.read(Part("b", field.first_byte + first, field.first_byte + last))
+            scale = np.asarray(file.read(Part("s", field.number, field.number + 1)), np.float32)
+            signs = aligned[: len(bits) * 8]
+            rows, places = signs.reshape(-1, 8), bits.astype(np.intp)
+            np.take(_SIGNS * scale, places, axis=0, out=rows, mode="clip")
+            out[:] = signs[start - first * 8 : stop - first * 8]
+
+        return decode
 
 
 def _octets(field: FlatTensor) -> int:
@@ -232,20 +233,6 @@ def _octets(field: FlatTensor) -> int:
 
 #: For each byte value and bit, highest first: +1 if the bit is not set, -1 if it is.
 _SIGNS = 1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.float32)
-
-
-class _SignDecoder:
-    def __init__(self, file: WeightReader) -> None:
-        self._file = file
-        self._aligned = np.empty(BLOCK_ELEMENTS + 16, np.float32)
-
-    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
-        first, last = start // 8, -(-stop // 8)
-        bits = self._file.read(Part("b", field.first_byte + first, field.first_byte + last))
-        scale = np.asarray(self._file.read(Part("s", field.number, field.number + 1)), np.float32)
-        signs = self._aligned[: len(bits) * 8]
-        np.take(_SIGNS * scale, bits.astype(np.intp), axis=0, out=signs.reshape(-1, 8), mode="clip")
-        out[:] = signs[start - first * 8 : stop - first * 8]
 
 
 def check_scales(file: WeightReader, count: int) -> None:

@@ -166,7 +166,7 @@ class DecodedUpdate:
         self.schema = base.schema
         self._base = base
         self._fields = (layout := FlatLayout(base.schema)).fields
-        self._coded = coding.open(file, layout)
+        self._decode = coding.open(file, layout)
 
     def read(self, part: Part) -> Array:
         """The elements of a part, flat, in the tensor's dtype (bf16 as uint16)."""
@@ -182,7 +182,7 @@ class DecodedUpdate:
         for start in range(part.start, part.stop, BLOCK_ELEMENTS):
             stop = min(start + BLOCK_ELEMENTS, part.stop)
             here = out[start - part.start : stop - part.start]
-            self._coded.change(self._fields[part.name], start, stop, here)
+            self._decode(self._fields[part.name], start, stop, here)
         return out
 
 

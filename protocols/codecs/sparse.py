@@ -27,7 +27,7 @@ from protocols.codecs.delta import (
     FlatTensor,
     Floats,
 )
-from protocols.codecs.dense import DeltaDecoder, Int8Decoder, Quantizer, Sink, check_scales
+from protocols.codecs.dense import Decode, Quantizer, Sink, check_scales, int8_decoder
 from protocols.codecs.index_coding import (
     GapReader,
     GapWriter,
@@ -65,24 +65,20 @@ class TopK:
             block.change[chosen.within(block)] = 0
             to.put_residual(block.change)
 
-    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
+    def open(self, file: WeightReader, layout: FlatLayout) -> Decode:
         _check_schema(file, self.schema(layout))
-        return _TopKDecoder(file, layout)
+        gaps = GapReader(file, "i", layout.count)
+        if gaps.count * 4 != file.schema["v"].nbytes:
+            raise BadWeights(f"{gaps.count} positions with another number of values")
 
+        def decode(field: FlatTensor, start: int, stop: int, out: Floats) -> None:
+            before, positions = gaps.between(field.start + start, field.start + stop)
+            out[:] = 0
+            if len(positions):
+                values = file.read(Part("v", before, before + len(positions)))
+                out[positions - (field.start + start)] = values
 
-class _TopKDecoder:
-    def __init__(self, file: WeightReader, layout: FlatLayout) -> None:
-        self._file = file
-        self._gaps = GapReader(file, "i", layout.count)
-        if self._gaps.count * 4 != file.schema["v"].nbytes:
-            raise BadWeights(f"{self._gaps.count} positions with another number of values")
-
-    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
-        before, positions = self._gaps.between(field.start + start, field.start + stop)
-        out[:] = 0
-        if len(positions):
-            values = self._file.read(Part("v", before, before + len(positions)))
-            out[positions - (field.start + start)] = values
+        return decode
 
 
 class Ternary:
@@ -132,7 +128,7 @@ class Ternary:
             to.put_residual(block.change)
         to.put("s", np.concatenate(scales))
 
-    def open(self, file: WeightReader, layout: FlatLayout) -> DeltaDecoder:
+    def open(self, file: WeightReader, layout: FlatLayout) -> Decode:
         small = _SmallTensors(layout)
         schema = self._schema(layout, small)
         _check_schema(file, schema)
@@ -142,36 +138,36 @@ class Ternary:
         gaps = GapReader(file, "g", layout.count, "l")
         if gaps.count > (most := _max_elements(self.share, layout.count - small.count)):
             raise BadWeights(f"{gaps.count} positions; the maximum is {most}")
-        return _TernaryDecoder(file, gaps, small)
+        return _ternary_decoder(file, gaps, small)
 
 
-class _TernaryDecoder:
-    def __init__(self, file: WeightReader, gaps: GapReader, small: _SmallTensors) -> None:
-        self._file, self._gaps, self._small = file, gaps, small
-        self._steps = Int8Decoder(file)
-        count, nbytes = gaps.count, file.schema["b"].nbytes
-        if nbytes != -(-count // 8):
-            raise BadWeights(f"{count} positions with another number of signs")
-        if count % 8 and self._bits(nbytes - 1, nbytes)[count % 8 :].any():
-            raise BadWeights("bits are set beyond the last position")
+def _ternary_decoder(file: WeightReader, gaps: GapReader, small: _SmallTensors) -> Decode:
+    def signs(first: int, last: int) -> Array:
+        return np.unpackbits(np.asarray(file.read(Part("b", first, last)), np.uint8))
 
-    def _bits(self, first: int, last: int) -> Array:
-        return np.unpackbits(np.asarray(self._file.read(Part("b", first, last)), np.uint8))
+    count, nbytes = gaps.count, file.schema["b"].nbytes
+    if nbytes != -(-count // 8):
+        raise BadWeights(f"{count} positions with another number of signs")
+    if count % 8 and signs(nbytes - 1, nbytes)[count % 8 :].any():
+        raise BadWeights("bits are set beyond the last position")
+    decode_small = int8_decoder(file)
 
-    def change(self, field: FlatTensor, start: int, stop: int, out: Floats) -> None:
-        if (among := self._small.fields.get(field.name)) is not None:
-            self._steps.change(among, start, stop, out)
+    def decode(field: FlatTensor, start: int, stop: int, out: Floats) -> None:
+        if (among := small.fields.get(field.name)) is not None:
+            decode_small(among, start, stop, out)
             return
-        before, positions = self._gaps.between(field.start + start, field.start + stop)
+        before, positions = gaps.between(field.start + start, field.start + stop)
         out[:] = 0
         if not len(positions):
             return
         after = before + len(positions)
-        minus = self._bits(before // 8, -(-after // 8))[before % 8 :][: len(positions)]
+        minus = signs(before // 8, -(-after // 8))[before % 8 :][: len(positions)]
         rows = (positions - field.start) // field.row
         first, last = field.first_row + int(rows[0]), field.first_row + int(rows[-1]) + 1
-        scale = np.asarray(self._file.read(Part("s", first, last)), np.float32)[rows - rows[0]]
+        scale = np.asarray(file.read(Part("s", first, last)), np.float32)[rows - rows[0]]
         out[positions - (field.start + start)] = np.where(minus, -scale, scale)
+
+    return decode
 
 
 def _row_scales(block: DeltaBlock, here: Positions) -> Floats:
