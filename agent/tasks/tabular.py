@@ -33,41 +33,38 @@ from agent.data import Reader, features, open_table
 from agent.data import profile as survey
 from agent.data.features import EncodedRows, EncodedTable
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
 from agent.tasks.training import evaluation
 from agent.tasks.training.classification import evaluate_classifier, split_batches, to_tensors
 from agent.tasks.training.evaluation import BatchResult
-from agent.tasks.training.hyperparameters import (
-    LOOP_DEFAULTS,
-    read_hyperparameters,
-    resolve_settings,
-)
+from agent.tasks.training.hyperparameters import TaskOptions, anything
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples, autograd_step
 from agent.tasks.training.torch_task import TorchTask, layer_schema
-from protocols.errors import DataError, UnknownName, UsageError
+from protocols.errors import DataError, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights
 from protocols.tables import evaluation_counts, preprocessing
 from protocols.tables.preprocessing import Preprocessing
 from protocols.tables.statistics import TableStatistics
 
 EVALUATION_BATCH = 8192
-DEFAULTS: dict[str, Setting] = {
-    **LOOP_DEFAULTS,
-    "target": "",
-    "kind": "auto",
-    "features": "",
-    "categorical": "",
-    "scaling": "standard",
-    "hashed": False,
-    "model": "linear",
-    "hidden": "64,32",
-    "epochs": 1,
-    "batch_size": 32,
-    "optimiser": "adamw",
-    "lr": 0.01,
-}
+_OPTIONS = TaskOptions(
+    {
+        "target": ("", anything),
+        "kind": ("auto", anything),
+        "features": ("", anything),
+        "categorical": ("", anything),
+        "scaling": ("standard", anything),
+        "hashed": (False, anything),
+        "model": ("linear", ("linear", "mlp")),
+        "hidden": ("64,32", anything),
+    },
+    epochs=1,
+    batch_size=32,
+    optimiser="adamw",
+    lr=0.01,
+)
 #: Fewer rows cannot be split into training and held-out rows.
 _MIN_ROWS = features.HELD_OUT_OF
 
@@ -116,13 +113,13 @@ class _Model(NamedTuple):
 class Tabular(TorchTask):
     """The task."""
 
-    defaults = DEFAULTS
+    defaults = _OPTIONS.defaults
 
     # --- what all peers share ---
 
     def survey(self, settings: Settings) -> TableStatistics:
         """Statistics of this peer's table that may leave the machine. Raises DataError."""
-        resolve_settings(settings, DEFAULTS)
+        _OPTIONS.read(settings)
         return survey.survey(self._reader(), self._data, preprocessing.parse_settings(settings))
 
     def schema(self, settings: Settings) -> Schema:
@@ -180,7 +177,7 @@ class Tabular(TorchTask):
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """On cross-entropy, or on squared error of the scaled target."""
-        plan, model = read_hyperparameters(settings, DEFAULTS), _model(settings)
+        plan, model = self._hyperparameters(settings), _model(settings)
         loss = F.cross_entropy if _preprocessing(settings).target.classes else F.mse_loss
 
         def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -245,14 +242,12 @@ def _preprocessing(settings: Settings) -> Preprocessing:
 
 def _model(settings: Settings) -> _Model:
     """Raises UnknownName, UsageError, DataError."""
-    chosen, made = resolve_settings(settings, DEFAULTS), _preprocessing(settings)
+    chosen, made = _OPTIONS.read(settings), _preprocessing(settings)
     numbers, _ = features.input_width(made)
     outputs = len(made.target.classes) or 1
     sizes = [len(feature.categories) + 2 for feature in made.categorical]
     if chosen["model"] == "linear":
         return _Model(numbers, tuple((size, outputs) for size in sizes), (), outputs)
-    if chosen["model"] != "mlp":
-        raise UnknownName(f"there is no model {chosen['model']!r}", "models: linear, mlp")
     try:
         hidden = tuple(int(size) for size in str(chosen["hidden"]).split(","))
     except ValueError:

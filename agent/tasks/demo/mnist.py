@@ -25,23 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.settings import DataSettings
-from agent.tasks import Setting, Settings
+from agent.tasks import Settings
 from agent.tasks.training import csv_rows, onnx_export
-from agent.tasks.training.hyperparameters import (
-    LOOP_DEFAULTS,
-    Hyperparameters,
-    read_hyperparameters,
-)
+from agent.tasks.training.hyperparameters import Hyperparameters, TaskOptions
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
-from protocols.errors import BadWeights, CommonweightError, UnknownName, UsageError
+from protocols.errors import BadWeights, CommonweightError, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, load, save
 
 DIGITS = 5000
 TRAINED_ON = 4000
-DEFAULTS: dict[str, Setting] = {**LOOP_DEFAULTS, "model": "2nn", "pixels": "unit"}
 #: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
 _MEAN, _DEVIATION = 0.1307, 0.3081
 
@@ -54,6 +49,7 @@ _LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
         "output": (10, 512),
     },
 }
+_OPTIONS = TaskOptions({"model": ("2nn", tuple(_LAYERS)), "pixels": ("unit", ("unit", "standard"))})
 _CACHED: Schema = {
     "labels": TensorSpec("U8", (DIGITS,)),
     "pixels": TensorSpec("U8", (DIGITS, 784)),
@@ -67,7 +63,7 @@ class Mnist(ClassifierTask):
     """The task."""
 
     version = ""
-    defaults = DEFAULTS
+    defaults = _OPTIONS.defaults
     evaluation_batch = 500
 
     def schema(self, settings: Settings) -> Schema:
@@ -138,20 +134,13 @@ def _unit(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 def _scaled(x: Tensor, settings: Settings) -> Tensor:
     """Pixels as the setting "pixels" wants them."""
-    unit = settings.get("pixels", DEFAULTS["pixels"]) == "unit"
+    unit = settings.get("pixels", _OPTIONS.defaults["pixels"]) == "unit"
     return x if unit else (x - _MEAN) / _DEVIATION
 
 
 def _model(settings: Settings) -> str:
     """The model's name. Raises UnknownName, UsageError for any invalid setting."""
-    read_hyperparameters(settings, DEFAULTS)
-    merged = DEFAULTS | dict(settings)
-    pixels, model = merged["pixels"], str(merged["model"])
-    if pixels not in ("unit", "standard"):
-        raise UnknownName(f"the setting pixels cannot be {pixels!r}", "one of unit, standard")
-    if model not in _LAYERS:
-        raise UnknownName(f"there is no model {model!r}", f"models: {', '.join(_LAYERS)}")
-    return model
+    return str(_OPTIONS.read(settings)["model"])
 
 
 # --- models and their steps ------------------------------------------------------------------

@@ -28,14 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.settings import DataSettings
-from agent.tasks import Setting, Settings
+from agent.tasks import Settings
 from agent.tasks.demo import motion_download
 from agent.tasks.training import csv_rows, onnx_export
-from agent.tasks.training.hyperparameters import (
-    LOOP_DEFAULTS,
-    read_hyperparameters,
-    resolve_settings,
-)
+from agent.tasks.training.hyperparameters import TaskOptions
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples
@@ -45,24 +41,19 @@ from protocols.model.weights import Array, Schema, Weights, load
 
 # --- config ----------------------------------------------------------------------------------
 
-DEFAULTS: dict[str, Setting] = {
-    **LOOP_DEFAULTS,
-    "filters": 32,
-    "epochs": 3,
-    "batch_size": 16,
-    "lr": 0.02,
-    "momentum": 0.9,
-}
+_OPTIONS = TaskOptions(
+    {"filters": (32, lambda filters: 1 <= filters <= 1024)},
+    epochs=3,
+    batch_size=16,
+    lr=0.02,
+    momentum=0.9,
+)
 PEOPLE, EXERCISES = 10, 7
 WINDOW, STRIDE = 100, 50
 
 
 def _filters(settings: Settings) -> int:
-    read_hyperparameters(settings, DEFAULTS)
-    filters = int(resolve_settings(settings, DEFAULTS)["filters"])
-    if not 1 <= filters <= 1024:
-        raise UsageError(f"the setting filters cannot be {filters}", "such as filters=32")
-    return filters
+    return int(_OPTIONS.read(settings)["filters"])
 
 
 # --- model -----------------------------------------------------------------------------------
@@ -138,7 +129,7 @@ def _recordings(cache: str) -> Recordings:
 class Motion(ClassifierTask):
     """The task."""
 
-    defaults = DEFAULTS
+    defaults = _OPTIONS.defaults
 
     def schema(self, settings: Settings) -> Schema:
         n = _filters(settings)

@@ -31,20 +31,13 @@ from torch import Tensor
 from torch.export import Dim
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
 from agent.tasks.language import next_token
 from agent.tasks.language import tokens as text
 from agent.tasks.language.next_token import Windows, split_windows
 from agent.tasks.training import onnx_export
 from agent.tasks.training.classification import to_tensors
-from agent.tasks.training.hyperparameters import (
-    LOOP_DEFAULTS,
-    Valid,
-    at_least,
-    check_values,
-    read_hyperparameters,
-    resolve_settings,
-)
+from agent.tasks.training.hyperparameters import TaskOptions, anything, at_least, fraction
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples, autograd_step
@@ -54,30 +47,22 @@ from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 # --- config ----------------------------------------------------------------------------------
 
-DEFAULTS: dict[str, Setting] = {
-    **LOOP_DEFAULTS,
-    "tokens": text.BYTES,
-    "vocabulary": text.BYTE_VOCABULARY,
-    "layers": 4,
-    "heads": 4,
-    "width": 128,
-    "context": 128,
-    "dropout": 0.0,
-    "epochs": 1,
-    "batch_size": 16,
-    "optimiser": "adamw",
-    "lr": 1e-3,
-}
-
-
-_VALID: dict[str, Valid] = {
-    "vocabulary": at_least(2),
-    "layers": at_least(1),
-    "heads": at_least(1),
-    "width": at_least(1),
-    "context": at_least(2),
-    "dropout": lambda rate: 0 <= rate < 1,
-}
+_OPTIONS = TaskOptions(
+    {
+        "tokens": (text.BYTES, anything),
+        "vocabulary": (text.BYTE_VOCABULARY, at_least(2)),
+        "layers": (4, at_least(1)),
+        "heads": (4, at_least(1)),
+        "width": (128, at_least(1)),
+        "context": (128, at_least(2)),
+        "dropout": (0.0, fraction),
+    },
+    epochs=1,
+    batch_size=16,
+    optimiser="adamw",
+    lr=1e-3,
+)
+DEFAULTS = _OPTIONS.defaults
 
 
 class GPTConfig(NamedTuple):
@@ -93,9 +78,7 @@ class GPTConfig(NamedTuple):
 
 def read_config(settings: Settings) -> GPTConfig:
     """The model that the settings ask for. Raises UnknownName, UsageError."""
-    read_hyperparameters(settings, DEFAULTS)  # so that its errors show early too
-    merged = resolve_settings(settings, DEFAULTS)
-    check_values(merged, _VALID, DEFAULTS)
+    merged = _OPTIONS.read(settings)
     shape = GPTConfig(*(merged[name] for name in GPTConfig._fields))  # type: ignore[arg-type]
     if shape.width % shape.heads:
         raise UsageError(

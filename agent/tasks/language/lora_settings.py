@@ -18,42 +18,28 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from agent.tasks import Setting, Settings
+from agent.tasks import Settings
 from agent.tasks.training import class_folders
-from agent.tasks.training.hyperparameters import (
-    LOOP_DEFAULTS,
-    Valid,
-    at_least,
-    check_values,
-    read_hyperparameters,
-    resolve_settings,
-)
+from agent.tasks.training.hyperparameters import TaskOptions, anything, at_least, fraction
 from protocols.errors import UsageError
 
-DEFAULTS: dict[str, Setting] = {
-    **LOOP_DEFAULTS,
-    "model": "",
-    "kind": "causal",
-    "classes": "",
-    "rank": 8,
-    "alpha": 16.0,
-    "dropout": 0.0,
-    "targets": "",
-    "context": 128,
-    "epochs": 1,
-    "batch_size": 8,
-    "optimiser": "adamw",
-    "lr": 1e-3,
-}
-
-
-_VALID: dict[str, Valid] = {
-    "kind": ("causal", "classification"),
-    "rank": at_least(1),
-    "alpha": lambda alpha: alpha > 0,
-    "dropout": lambda rate: 0 <= rate < 1,
-    "context": at_least(2),
-}
+_OPTIONS = TaskOptions(
+    {
+        "model": ("", anything),
+        "kind": ("causal", ("causal", "classification")),
+        "classes": ("", anything),
+        "rank": (8, at_least(1)),
+        "alpha": (16.0, lambda alpha: alpha > 0),
+        "dropout": (0.0, fraction),
+        "targets": ("", anything),
+        "context": (128, at_least(2)),
+    },
+    epochs=1,
+    batch_size=8,
+    optimiser="adamw",
+    lr=1e-3,
+)
+DEFAULTS = _OPTIONS.defaults
 
 
 class LoraSettings(NamedTuple):
@@ -71,9 +57,7 @@ class LoraSettings(NamedTuple):
 
 def read_settings(settings: Settings) -> LoraSettings:
     """The settings of model and adapters. Raises UsageError, UnknownName."""
-    read_hyperparameters(settings, DEFAULTS)  # so that its errors show early too
-    merged = resolve_settings(settings, DEFAULTS)
-    check_values(merged, _VALID, DEFAULTS)
+    merged = _OPTIONS.read(settings)
     if not merged["model"]:
         raise UsageError(
             "a run of lora names its base model", "the folder's name: --set model=NAME"

@@ -34,7 +34,7 @@ def at_least(minimum: float) -> Callable[[float], bool]:
     return lambda value: value >= minimum
 
 
-def _fraction(value: float) -> bool:
+def fraction(value: float) -> bool:
     return 0 <= value < 1
 
 
@@ -42,8 +42,15 @@ def _finite(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-#: The settings of the training loop: defaults and valid values. Tasks override defaults.
-_OPTIONS: dict[str, tuple[Setting, Valid]] = {
+def anything(value: object) -> bool:
+    return True
+
+
+#: The default of a setting and its valid values.
+Option = tuple[Setting, Valid]
+
+#: The settings of the training loop. Tasks override defaults.
+_OPTIONS: dict[str, Option] = {
     "epochs": (5, at_least(1)),
     "batch_size": (10, at_least(0)),
     "max_steps": (0, at_least(0)),
@@ -53,7 +60,7 @@ _OPTIONS: dict[str, tuple[Setting, Valid]] = {
     "lr_rounds": (0, at_least(0)),
     "lr_decay": (1.0, lambda factor: 0 < factor <= 1),
     "warmup_rounds": (0, at_least(0)),
-    "momentum": (0.0, _fraction),
+    "momentum": (0.0, fraction),
     "weight_decay": (0.0, _finite),
     "clip_norm": (0.0, _finite),
     "proximal_mu": (0.0, _finite),
@@ -61,6 +68,22 @@ _OPTIONS: dict[str, tuple[Setting, Valid]] = {
 }
 LOOP_DEFAULTS: Mapping[str, Setting] = {name: default for name, (default, _) in _OPTIONS.items()}
 _VALID: Mapping[str, Valid] = {name: valid for name, (_, valid) in _OPTIONS.items()}
+
+
+class TaskOptions:
+    """The settings of a task: its `own`, and those of the training loop with other defaults."""
+
+    def __init__(self, own: Mapping[str, Option], **loop_defaults: Setting) -> None:
+        own_defaults = {name: default for name, (default, _) in own.items()}
+        self.defaults: Mapping[str, Setting] = {**LOOP_DEFAULTS, **own_defaults, **loop_defaults}
+        self._valid = {name: valid for name, (_, valid) in own.items()}
+
+    def read(self, settings: Settings) -> dict[str, Setting]:
+        """All settings, checked. Raises UnknownName, UsageError."""
+        read_hyperparameters(settings, self.defaults)
+        merged = resolve_settings(settings, self.defaults)
+        check_values(merged, self._valid, self.defaults)
+        return merged
 
 
 class Hyperparameters(NamedTuple):

@@ -293,7 +293,7 @@ def test_a_table_that_came_later_is_compared(tmp_path: Path) -> None:
 
 def test_settings_are_checked(tmp_path: Path) -> None:
     task, settings = loaded(write_csv(tmp_path / "a.csv", MIXED), {"target": "label"})
-    with pytest.raises(UnknownName, match="no model 'forest'"):
+    with pytest.raises(UnknownName, match="model cannot be 'forest'"):
         task.schema({**settings, "model": "forest"})
     with pytest.raises(UsageError, match="hidden"):
         task.schema({**settings, "model": "mlp", "hidden": "64,x"})
