@@ -8,6 +8,7 @@ CommonweightError                     1  something failed
 ├── Unreachable                       3  no answer from that address
 ├── Refused                           4  the other side refused the request
 │   ├── NotEnrolled                      this machine has not joined a fleet
+│   ├── NotAllowed                       the owner does not allow the task
 │   └── VersionSkew                      agent and coordinator versions are incompatible
 ├── NotRunning                        5  the agent or coordinator is not running
 ├── HomeError                         1  the home folder cannot be used
@@ -21,6 +22,9 @@ CommonweightError                     1  something failed
 │   └── SchemaMismatch                   data, model or task differ from those of other peers
 ├── OutOfMemory                       1  a training step does not fit into memory
 ├── TaskUnusable                      1  a task's file or package cannot be loaded
+│   └── MissingPackage                   a package is not installed
+├── SubfleetFailed                    1  the fleet of a peer cannot do the work
+├── SubfleetStopped                   1  the operator of that fleet has stopped it
 ├── CannotPredict                     1  the task can train but not predict
 ├── TrainerFailed                     1  the trainer process failed or was ended
 ├── StrategyFailed                    1  a strategy raised an error
@@ -108,6 +112,12 @@ class NotEnrolled(Refused):
     """This machine has no certificate of a coordinator."""
 
     code = "not_enrolled"
+
+
+class NotAllowed(Refused):
+    """The owner of this machine does not allow the task."""
+
+    code = "not_allowed"
 
 
 class VersionSkew(Refused):
@@ -201,6 +211,28 @@ class TaskUnusable(CommonweightError):
     """A task's file or package cannot be loaded; only the type of the error leaves the machine."""
 
     code = "task_unusable"
+
+
+class MissingPackage(TaskUnusable):
+    """A package is not installed. Message and hint name packages only: the operator sees them."""
+
+    code = "missing_package"
+
+    def __init__(self, what: str, package: str, install: str) -> None:
+        message = f"{what} needs {package}, which is not installed on this machine"
+        super().__init__(message, install)
+
+
+class SubfleetFailed(CommonweightError):
+    """The fleet below this peer cannot do the work. The operator above sees the message."""
+
+    code = "fleet_below"
+
+
+class SubfleetStopped(CommonweightError):
+    """The operator of the fleet below has stopped the work."""
+
+    code = "fleet_below_stopped"
 
 
 class CannotPredict(CommonweightError):

@@ -28,15 +28,7 @@ from agent.clientapp.outbox import Finished, Outbox
 from agent.home.run_state import RunStatePaths
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
-from protocols.errors import (
-    SETTINGS_CODES,
-    SHAREABLE_CODES,
-    CommonweightError,
-    DiskFull,
-    OutOfMemory,
-    SchemaMismatch,
-    TrainerFailed,
-)
+from protocols.errors import CommonweightError, DiskFull, SchemaMismatch, TrainerFailed
 from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
@@ -103,7 +95,9 @@ class Client:
         except OSError as err:  # fails this work only, not the agent
             if is_disk_full(err):
                 raise DiskFull("the disk is full", _MAKE_ROOM) from err
-            raise CommonweightError(f"cannot use the disk: {err.strerror or err}") from err
+            # Not the text of the error itself, which may have a path.
+            why = err.strerror or type(err).__name__
+            raise CommonweightError(f"cannot use the disk: {why}") from err
 
     def _answer(self, message: Message, _: Context) -> Message:
         work, payload, signature = self._read(message)
@@ -265,14 +259,3 @@ def claim_text(reply: Message) -> str:
     if reply.has_error() or CLAIM not in reply.content:
         return ""
     return bytes(cast(ConfigRecord, reply.content[CLAIM])["claim"]).decode()  # type: ignore[arg-type]
-
-
-def refusal_text(err: CommonweightError) -> str:
-    """Returns the text of a failure for the coordinator. A task's own text may quote data."""
-    if not isinstance(err, TrainerFailed):
-        return f"{err.code}: {err.message}"[:300]
-    if err.kind in SETTINGS_CODES and err.hint:
-        return f"{err.kind}: {err.message} ({err.hint})"[:300]
-    if err.kind in SETTINGS_CODES | SHAREABLE_CODES | {OutOfMemory.code}:
-        return f"{err.kind}: {err.message}"[:300]
-    return f"the trainer: {err.kind}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from protocols.enrollment import identity
-from protocols.errors import BadMessage, Refused
+from protocols.errors import BadMessage, NotAllowed, Refused
 from protocols.messages import envelope
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 
@@ -88,9 +88,9 @@ def signed_payload(message: Message, record: str, name: str) -> tuple[bytes, byt
 
 
 def check_allowed(allowed: Callable[[str], bool], task: str) -> None:
-    """Raises Refused if the owner does not allow the task."""
+    """Raises NotAllowed if the owner does not allow the task."""
     if not allowed(task):
-        raise Refused(
+        raise NotAllowed(
             f"the owner of this machine does not allow the task {task!r}",
             f"commonweight-agent policy set tasks {task}",
         )

@@ -6,6 +6,7 @@ Everything here blocks, except what is marked as running on the event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from flwr.app import Error, Message
 
-from agent.clientapp.app import claim_text, refusal_text
+from agent.clientapp.app import claim_text
 from agent.daemon import client_factory, state_machine
 from agent.daemon.client_factory import Uploads
 from agent.daemon.context import AgentContext
@@ -29,8 +30,11 @@ from agent.transport.weight_transfer import CoordinatorDiskFull, SessionLost
 from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
 from protocols.failpoints import failpoint, note
 from protocols.local.disk_space import free_bytes
+from protocols.messages import refusals
 from protocols.messages.jobs import ANSWER_PATH
 from protocols.messages.states import PauseReason
+
+log = logging.getLogger("commonweight.agent")
 
 #: The agent takes no work for so long after the trainer has failed repeatedly.
 TRAINER_COOLDOWN_S = 600.0
@@ -132,9 +136,12 @@ class WorkThread:
             if self._runner.stopping.is_set():
                 return None
             if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
-                text = f"the work failed: {err.message}"
-                self._runner.call_threadsafe(self._report.report_error, text)
-            return Message(Error(_CLIENT_APP_ERROR, refusal_text(err)), reply_to=message)
+                # The operator reads the refusal, which has no path: the owner reads the rest here.
+                text = f"{err.message}; {err.hint}" if err.hint else err.message
+                log.error("the work failed: %s", text)
+                self._report.set_last_error(text)
+            reason = refusals.refusal_of(err).encode()
+            return Message(Error(_CLIENT_APP_ERROR, reason), reply_to=message)
 
     def _handle_with_room(self, message: Message) -> Message:
         """The client's reply. While this machine's disk is full: pause, and try again."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from agent.data.reader import Aggregation, Reader, merge_states
 from agent.data.settings import DataSettings
-from protocols.errors import CommonweightError, DataError, UnknownName
+from protocols.errors import DataError, MissingPackage
 
 __all__ = ["Aggregation", "Reader", "merge_states", "open_table"]
 
 
 def open_table(data: DataSettings) -> Reader:
-    """A reader of `data.path`, as the owner chose it. Raises DataError, CommonweightError."""
+    """A reader of `data.path`, as the owner chose it. Raises DataError, MissingPackage."""
     if not data.path:
         raise DataError("this peer has no data", "commonweight-agent policy set data FILE")
     engine, _, address = data.reader.partition(":")
@@ -34,8 +34,9 @@ def open_table(data: DataSettings) -> Reader:
             return SparkReader(data.path, address)
     except ImportError as err:
         extra = {"arrow": "tabular"}.get(engine, engine)
-        raise CommonweightError(
-            f"tables are read by {err.name}, which is not installed",
-            f"pip install 'commonweight[{extra}]'",
+        raise MissingPackage(
+            f"the table reader {engine}", str(err.name), f"pip install 'commonweight[{extra}]'"
         ) from err
-    raise UnknownName(f"there is no reader {data.reader!r}", "arrow, dask or spark")
+    raise DataError(
+        "there is no such reader of tables", f"{data.reader!r}: use arrow, dask or spark"
+    )

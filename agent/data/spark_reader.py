@@ -22,7 +22,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from agent.data import Aggregation, merge_states
 from agent.data.arrow_reader import FileTable, align_columns, check_text, is_parquet, separator
-from protocols.errors import CommonweightError, DataError
+from protocols.errors import DataError, MissingPackage
 
 S = TypeVar("S")
 
@@ -108,15 +108,14 @@ def _packed(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def check_java() -> None:
-    """Raise CommonweightError unless there is a Java that Spark can use."""
+    """Raise MissingPackage unless there is a Java that Spark can use."""
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home, "bin", "java")) if home else shutil.which("java")
     if not java or not Path(java).exists():
-        raise CommonweightError(f"Spark needs Java {_JAVA} or newer, and there is none", _JAVA_HINT)
+        raise MissingPackage("Spark", f"Java {_JAVA} or newer", _JAVA_HINT)
     said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
     found = re.search(r'version "(\d+)', said)
     if not found or int(found[1]) < _JAVA:
         version = found[1] if found else "an unknown version"
-        raise CommonweightError(
-            f"Spark needs Java {_JAVA} or newer, and {version} is here", _JAVA_HINT
-        )
+        hint = f"{version} is here; {_JAVA_HINT}"
+        raise MissingPackage("Spark", f"Java {_JAVA} or newer", hint)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from protocols.errors import CommonweightError, UsageError
+from protocols.errors import MissingPackage, UsageError
 from protocols.local.atomic_files import replacing
 
 Batch = Mapping[str, Any]
@@ -22,7 +22,7 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 def write(batches: Iterable[Batch], out: Path | None) -> int:
     """Writes all batches to `out`, or as CSV to standard output; returns the number of rows.
 
-    The file appears when it is complete. Raises UsageError, CommonweightError, and the task's
+    The file appears when it is complete. Raises UsageError, MissingPackage, and the task's
     errors.
     """
     if out is None:
@@ -75,9 +75,8 @@ def _parquet(batches: Iterable[Batch], file: IO[bytes]) -> int:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as err:
-        raise CommonweightError(
-            "Parquet needs pyarrow, which is not installed",
-            "pip install 'commonweight[tabular]', or --out NAME.csv",
+        raise MissingPackage(
+            "Parquet", "pyarrow", "pip install 'commonweight[tabular]', or --out NAME.csv"
         ) from err
     count, writer = 0, None
     try:

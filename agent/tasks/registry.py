@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.tasks import Task
-from protocols.errors import TaskUnusable, UnknownName, UsageError
+from protocols.errors import MissingPackage, TaskUnusable, UnknownName, UsageError
 
 GROUP = "commonweight.tasks"
 BUILT_IN: dict[str, str] = {
@@ -67,9 +67,10 @@ def create(name: str, source: str = "", framework: str = "auto") -> Task:
         raise
     except Exception as err:  # a task file is foreign code and may raise anything
         traceback.print_exc()
+        if isinstance(err, ModuleNotFoundError) and name in BUILT_IN:
+            raise MissingPackage(f"the task {name}", str(err.name), _install_hint(name)) from err
         raise TaskUnusable(
-            f"the task {name} cannot be loaded: {type(err).__name__}: {err}",
-            _install_hint(name) if not source else "install what it needs",
+            f"the task {name} cannot be loaded: {type(err).__name__}: {err}", _install_hint(name)
         ) from err
     if missing := [
         method for method in REQUIRED_METHODS if not callable(getattr(made, method, None))
@@ -102,7 +103,7 @@ def _built_in(name: str, framework: str) -> str:
 
 def _install_hint(name: str) -> str:
     if name not in BUILT_IN:
-        return "install what it needs"
+        return "pip install what it needs, into the environment of the agent"
     hint = f"pip install 'commonweight[{_EXTRAS.get(name, name)}]'"
     return f"{hint}, or [tensorflow]" if name in KERAS else hint
 

@@ -26,6 +26,7 @@ from coordinator.storage.job_events import JobEvent, JobState
 from protocols.errors import BadMessage, DiskFull
 from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_disk_full
+from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
 
 log = logging.getLogger("commonweight.job")
@@ -157,7 +158,7 @@ class JobLoop:
             if reply.error.code != AGENT_FAILED:  # Flower cannot reach the node
                 self._lost_until[peer] = time.monotonic() + _RETRY_S
                 return [job_events.LeaseEnded(unit.number, peer, "went away")]
-            reason = strip_controls(reply.error.reason or "no reason given")
+            reason = refusals.decode(reply.error.reason or "").text
             return [
                 job_events.LeaseEnded(unit.number, peer, FAILED),
                 job_events.PeerExcused(peer, reason),

@@ -14,18 +14,21 @@ from coordinator.runs import best_version, buffered, recovery, steps
 from coordinator.runs.state import PeerStatus, Run
 from coordinator.runs.steps import Step, count_peers
 from protocols.errors import SETTINGS_CODES
+from protocols.messages import refusals
 from protocols.messages.states import RunState
 
 
 class Observation(NamedTuple):
-    """What the run's state lacks: the peers that could work now, and whether time is up."""
+    """What the run's state lacks: the peers that could work now, and whether time is up.
+
+    `unfit`: peers that are online but refuse this run until somebody changes something there.
+    """
 
     eligible: frozenset[str]
     deadline_passed: bool = False
+    unfit: frozenset[str] = frozenset()
 
 
-#: Prefixes of refusals by agents that cannot train with the run's settings.
-_SETTINGS_REFUSALS = tuple(f"agent failed: {code}: " for code in sorted(SETTINGS_CODES))
 #: An automatic deadline is this multiple of the slowest peer's time, but at least the minimum.
 _SLOWEST_FACTOR = 2.0
 _MIN_DEADLINE_S = 5.0
@@ -141,17 +144,26 @@ def _decide_describing(run: Run, observed: Observation) -> Step:
         return steps.AgreeSchema()
     if silent := eligible.intersection(run.pending):
         return steps.AskPeers(tuple(sorted(silent)))  # the request may have been lost
-    if not num_described and run.last_refusal:
-        because = f"no peer's data and model fit: {run.last_refusal}"
+    if not num_described and run.last_refusal and not _worth_another_try(run):
+        because = f"no peer can take part: {run.last_refusal}"
         return steps.EndRun(RunState.FAILED, because)
+    if observed.deadline_passed and (others := eligible & _worth_another_try(run)):
+        return steps.AskPeers(tuple(sorted(others)), opens_phase=True)
     because = f" ({run.last_refusal})" if run.last_refusal else ""
     missing = count_peers(quorum - num_described)
     return steps.Wait(f"{missing} more whose data and model fit{because}")
 
 
+def _worth_another_try(run: Run) -> set[str]:
+    """Peers whose last refusal may have passed, such as that of a trainer that was killed."""
+    kinds = run.refusal_kinds
+    return {p for p in _with_status(run, "refused") if kinds.get(p) in refusals.TRANSIENT}
+
+
 def _decide_init(run: Run, observed: Observation) -> Step:
     eligible, refused = observed.eligible, _with_status(run, "refused")
-    if eligible and eligible <= refused and not run.pending:
+    online = eligible | observed.unfit
+    if online and online <= refused and not run.pending:
         # No present peer can do it, and asking again would give the same answer.
         because = f"no peer could make the first weights: {run.last_refusal}"
         return steps.EndRun(RunState.FAILED, because)
@@ -196,12 +208,8 @@ def _cannot_begin(run: Run, eligible: frozenset[str]) -> steps.EndRun | None:
     """
     refused = _with_status(run, "refused")
     is_new = not (run.history or run.updates or run.pending)
-    if (
-        is_new
-        and refused
-        and eligible <= refused
-        and run.last_refusal.startswith(_SETTINGS_REFUSALS)
-    ):
+    about_settings = all(run.refusal_kinds.get(peer) in SETTINGS_CODES for peer in refused)
+    if is_new and refused and eligible <= refused and about_settings:
         return steps.EndRun(RunState.FAILED, f"no peer could train: {run.last_refusal}")
     return None
 

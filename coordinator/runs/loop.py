@@ -156,11 +156,13 @@ class RunLoop:
 
     def _observe(self) -> decisions.Observation:
         deadline_passed = self._timer.phase_s >= decisions.phase_deadline_s(self.run)
-        eligible = self._ctx.eligible() - self._recorder.incompatible
+        online = self._ctx.eligible()
+        eligible = online - self._recorder.incompatible
         if self.run.folds_late:  # peers that still work for an older round get nothing else
             free = eligible - self.requests.late_bases(self.run).keys()
             eligible = free if len(free) >= self.run.spec.quorum else eligible
-        return decisions.Observation(eligible, deadline_passed)
+        unfit = online & self._recorder.incompatible
+        return decisions.Observation(eligible, deadline_passed, unfit)
 
     async def _execute(self, step: steps.Step) -> None:
         record = self._recorder.record

@@ -40,6 +40,7 @@ _SHOWN_RUNS = 5
 _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
     *("assignments", "last_assignments", "buffer", "cooling_down", "excluded", "staleness"),
+    "refusal_kinds",
 )
 _DETAILS_OF_ROUNDS = ("contributors", "norms", "spread", "worst", "tallies", "spent", "staleness")
 #: Well within an agent's timeout. Without an acknowledgment, the agent keeps its reply.

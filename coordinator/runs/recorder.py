@@ -15,8 +15,9 @@ from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import SHAREABLE_CODES, DiskFull
+from protocols.errors import DiskFull
 from protocols.failpoints import failpoint
+from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
 
 log = logging.getLogger("commonweight.run")
@@ -30,7 +31,8 @@ _ANNOUNCE_EVERY_S = 0.1
 class RunRecorder:
     """`run` is the state of the run after all events so far.
 
-    `incompatible`: peers whose data or model do not fit the run. `waiting_for`: text for a person.
+    `incompatible`: peers that cannot do the work until somebody changes something there.
+    `waiting_for`: text for a person.
     `memory_bytes`: memory that aggregation takes on this machine.
     """
 
@@ -68,11 +70,12 @@ class RunRecorder:
         self.announce()
 
     def _report_refusal(self, event: run_events.UpdateRefused) -> None:
-        if event.reason in SHAREABLE_CODES:
+        refusal = refusals.from_ledger(event.reason, event.detail)
+        if refusal.permanent:
             self.incompatible.add(event.peer)
         self._ctx.refused[event.reason] += 1
         name = self._ctx.name_of(event.peer)
-        self.report("warning", f"refused {name}: {event.reason}: {event.detail}", event.peer)
+        self.report("warning", f"refused {name}: {refusal.text}", event.peer)
 
     async def wait_for_space(self, err: Exception) -> None:
         """The disk is full: report it, and return when there is space or it is time for a retry."""

@@ -18,8 +18,8 @@ from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, Update
 from coordinator.transport.flower_records import read_claim, read_description, read_proof
 from protocols.codecs import registry
-from protocols.errors import SHAREABLE_CODES, BadMessage, BadWeights, UpdateRefused
-from protocols.messages.envelope import strip_controls
+from protocols.errors import BadMessage, BadWeights, UpdateRefused
+from protocols.messages import refusals
 from protocols.model.weights_file import WeightsFile
 
 
@@ -44,11 +44,8 @@ async def validate_reply(
             ctx.refresh_online()
             if peer not in ctx.eligible():
                 return run_events.PeerLost(peer, "went away")
-        reason = strip_controls(reply.error.reason or "no reason given")
-        code, colon, detail = reason.partition(": ")
-        if colon and code in SHAREABLE_CODES:  # the agent reports that it does not fit the run
-            raise UpdateRefused(code, detail)
-        raise UpdateRefused("agent failed", reason)
+        refusal = refusals.decode(reply.error.reason or "")
+        raise UpdateRefused(refusal.kind, refusal.text)
     with _refused_as("bad claim"):
         claim, payload, signature = read_claim(reply)
     if request.kind == "train" and not run.buffered and late_updates.is_late(run, request.round):

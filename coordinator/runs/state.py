@@ -76,7 +76,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `described`, `card`, `preprocessing`: what each peer described before round 1, and the schema
     card and preprocessing that followed from it.
     `training_seconds`: by peer, the durations of its last trainings.
-    `refused`: refused updates of this round, `refusals` of the whole run.
+    `refused`: refused updates of this round, `refusals` of the whole run. `last_refusal` is a text
+    for people; `refusal_kinds`: the kind of each peer's last refusal (`messages.refusals`).
     `recalling`: the run is fetching its versions from its peers; `holdings`: what they have;
     `target_version`: the version to fetch; `head_intact`: the ledger's newest version is on disk.
     `buffer`: late updates that go into the next version; with `buffered`, all of its updates.
@@ -105,6 +106,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     refusals: int = 0
     last_refusal: str = ""
     last_refused: str = ""
+    refusal_kinds: dict[str, str] = {}
     norms: dict[str, float] = {}
     history: tuple[Round, ...] = ()
     best: Round | None = None

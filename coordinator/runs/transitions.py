@@ -26,6 +26,7 @@ from coordinator.runs import best_version, rollback
 from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Round, Run
 from coordinator.storage import run_events as events
 from coordinator.storage.run_events import RunEvent, Update
+from protocols.messages import refusals
 from protocols.messages.states import ENDED, RunState
 
 T = TypeVar("T")
@@ -100,6 +101,7 @@ def _without(by_peer: Mapping[str, T], peer: str) -> dict[str, T]:
 
 def _update_refused(run: Run, event: events.UpdateRefused) -> Run:
     peer, peers = event.peer, run.peers
+    refusal = refusals.from_ledger(event.reason, event.detail)
     if event.reason == TOO_FEW:
         run = replace(run, excluded=run.excluded | {peer})
     if event.kind == "train":
@@ -130,8 +132,9 @@ def _update_refused(run: Run, event: events.UpdateRefused) -> Run:
         target_version=run.target_version if run.target_version in holdings.values() else None,
         refused=run.refused + 1,
         refusals=run.refusals + 1,
-        last_refusal=f"{event.reason}: {event.detail}",
+        last_refusal=refusal.text,
         last_refused=peer,
+        refusal_kinds=run.refusal_kinds | {peer: refusal.kind},
     )
 
 

@@ -20,7 +20,6 @@ from tests.support.fleet_harness import (
     fleet,
     run_program,
 )
-from tests.support.waiting import wait_for
 
 HEAVY = ("flwr", "torch", "textual")
 
@@ -107,10 +106,12 @@ def test_with_json_the_error_is_an_envelope(site: Fleet) -> None:
 
 def test_a_setting_that_the_task_does_not_know_harms_only_its_run(site: Fleet) -> None:
     run = site.start_run("ping", "--rounds", "1", "--set", "speed=9")
-    why = "ada: the work failed: the task has no setting 'speed'"
-    wait_for(lambda: why in site.events(), "the agent says why")
-    site.ask("run", "stop", run)
-    assert site.ended_run(run)["history"] == []
+    ended = site.ended_run(run)
+    assert (ended["state"], ended["history"]) == ("failed", [])
+    why = "the task has no setting 'speed' (its settings: "
+    assert why in ended["ended_because"]
+    assert [text for text in site.events() if text.startswith(f"refused ada: {why}")]
+    assert not [text for text in site.events() if text.startswith("ada: ")], "told once"
     again = site.ended_run(site.start_run("ping", "--rounds", "1"))
     assert again["state"] == "finished"
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from flwr.app import Error, Message
 
-from agent.clientapp.app import Client, refusal_text
+from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.home import settings
 from agent.home.credentials import Credentials
@@ -21,6 +21,7 @@ from agent.tasks.work import Done
 from agent.transport.coordinator_client import CoordinatorClient
 from protocols.errors import TrainerFailed
 from protocols.messages import topics
+from protocols.messages.refusals import refusal_of
 from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
@@ -89,6 +90,9 @@ FAULTS: list[tuple[Fault, str]] = [
 ]
 
 
+_NO_FIRST_WEIGHTS = refusal_of(TrainerFailed("task", "")).text.partition(": ")[0]
+
+
 class RogueTrainer(ByKind):
     """Says what it likes: a fault a round, and lies about its evaluation."""
 
@@ -149,7 +153,7 @@ def rogue_agent(home: Path) -> Iterator[None]:
                 reply = client.handle(message)
             except TrainerFailed as err:
                 # With a code that Flower uses for a node that is gone.
-                reply = Message(Error(5, refusal_text(err)), reply_to=message)
+                reply = Message(Error(5, refusal_of(err).encode()), reply_to=message)
             link.push(reply)
 
     def watched() -> None:
@@ -196,7 +200,7 @@ def test_each_bad_update_is_refused_and_the_model_is_that_of_the_honest(tmp_path
             assert with_eve["metrics"] == without["metrics"]
             assert with_eve["refused"] == 2, "the update and the evaluation"
         refused = [text.split(": ") for text in site.events() if text.startswith("refused eve")]
-        found = [why for _, why, *_ in refused if why != "agent failed"]  # asked for first weights
+        found = [why for _, why, *_ in refused if why != _NO_FIRST_WEIGHTS]
         expected = [why for _, reason in FAULTS for why in (reason, "bad example count")]
         assert found == expected
 

@@ -46,7 +46,7 @@ def test_rows_are_spread_and_wrong_ones_harm_nobody(tmp_path: Path) -> None:
         words = ("infer", "--model", run, "--scatter")
         wrong = site.ask(*words, str(few), "--out", str(tmp_path / "none.csv"))
         assert wrong.returncode == 1
-        assert "no peer can do it: the trainer: task" in wrong.stderr
+        assert "no peer can do it: the task raised an error" in wrong.stderr
         assert not (tmp_path / "none.csv").exists()
         told = site.data(*words, str(rows), "--out", str(tmp_path / "out.csv"))
         assert told["rows"] == 3000

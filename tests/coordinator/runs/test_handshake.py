@@ -67,7 +67,7 @@ async def test_who_differs_is_named_with_the_field_and_the_others_go_on(tmp_path
         assert refused[0].detail == "classes, number 2: expected b, found c"
         assert kinds(odd) == ["describe"], "it trained nothing"
         said = [event.text for event in fleet.hub.fleet.events if event.subject == odd.peer]
-        assert "refused agent1: schema: classes, number 2: expected b, found c" in said
+        assert "refused agent1: classes, number 2: expected b, found c" in said
 
 
 async def test_one_that_joins_later_compares_by_itself(tmp_path: Path) -> None:

@@ -280,7 +280,8 @@ def test_settings_that_nobody_can_train_with_end_the_run_in_its_first_round() ->
     loop.refuse("A", *why)
     assert isinstance(loop.decide(), steps.Wait)  # B may do better
     loop.refuse("B", *why)
-    ended = steps.EndRun(RunState.FAILED, f"no peer could train: {': '.join(why)}")
+    told = "SCAFFOLD steers plain SGD only (momentum=0)"
+    ended = steps.EndRun(RunState.FAILED, f"no peer could train: {told}")
     assert loop.decide() == ended
     loop.here |= {"C"}
     assert loop.decide() == steps.AskPeers(("C",))
@@ -520,5 +521,5 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"refusals", "last_refusal", "last_refused", "norms", "history", "best", "needed"}
         | {"strategy_state", "recalling", "whole", "holdings", "sought", "given", "last", "buffer"}
         | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
-        | {"deleted"}
+        | {"deleted", "refusal_kinds"}
     )

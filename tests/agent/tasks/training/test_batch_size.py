@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.clientapp.app import refusal_text
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from protocols.errors import OutOfMemory, TrainerFailed
+from protocols.messages.refusals import refusal_of
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -90,5 +90,5 @@ def test_other_faults_are_their_own() -> None:
 
 def test_the_operator_is_told_what_would_fit() -> None:
     err = OutOfMemory(512, 64)
-    told = refusal_text(TrainerFailed(err.code, err.message, err.hint))
+    told = refusal_of(TrainerFailed(err.code, err.message, err.hint)).encode()
     assert told == "out of memory: 512 examples a step do not fit into memory; 64 would fit"
