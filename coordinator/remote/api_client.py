@@ -23,7 +23,6 @@ from coordinator.fleet import state
 from coordinator.fleet.state import Fleet
 from coordinator.jobs.state import Job
 from coordinator.remote import access, peer_source
-from coordinator.remote.source import Action
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.state import Run
 from coordinator.storage.job_events import JobSpec
@@ -199,18 +198,18 @@ class LiveSource:
         self._keep_at = 0.0
 
     async def snapshot(self) -> Fleet:
-        fleet = await self._call(lambda remote: remote.fleet())
+        fleet = await self.ask(lambda remote: remote.fleet())
         self._keys |= {peer.peer: peer.public_key for peer in fleet.peers.values()}
         if time.monotonic() >= self._keep_at:
             self._keep_at = time.monotonic() + _SAVE_NEIGHBORS_EVERY_S
             with contextlib.suppress(CommonweightError, OSError):  # these are only of use later
                 peer_source.save_neighbors(
-                    self._home, await self._call(lambda remote: remote.neighbours())
+                    self._home, await self.ask(lambda remote: remote.neighbours())
                 )
         return fleet
 
     async def messages(self) -> AsyncIterator[Envelope]:
-        watch = await self._call(lambda remote: remote.watch())
+        watch = await self.ask(lambda remote: remote.watch())
         self._keys[COORDINATOR] = watch.coordinator_public
         arrived: asyncio.Queue[Envelope | str] = asyncio.Queue(MAX_WAITING)
 
@@ -251,41 +250,15 @@ class LiveSource:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        if action == "approve":
-            await self._call(lambda remote: remote.approve(peer))
-            return "approved"
-        if action == "remove":
-            await self._call(lambda remote: remote.remove(peer))
-            return "removed"
-        command = Command(action=action, for_s=for_s)
-        return await self._call(lambda remote: remote.command(peer, command))
-
-    async def start_run(self, order: StartRunRequest) -> str:
-        return await self._call(lambda remote: remote.start_run(order))
-
-    async def stop_run(self, run: str) -> None:
-        await self._call(lambda remote: remote.stop_run(run))
-
-    async def stop_job(self, job: str) -> None:
-        await self._call(lambda remote: remote.stop_job(job))
-
-    async def logs(self, peer: str) -> list[LogLine]:
-        return await self._call(lambda remote: remote.logs(peer))
-
-    async def ticket(self) -> str:
-        created = await self._call(lambda remote: remote.make_ticket(TicketRequest()))
-        return created["ticket"]
-
     def _verify(self, sender: str, signature: bytes, signed: bytes) -> bool:
         public = self._keys.get(sender)
         return public is not None and identity.verify(public, signature, signed)
 
-    async def _call(self, ask: Callable[[Remote], T]) -> T:
+    async def ask(self, request: Callable[[Remote], T]) -> T:
         try:
             if self._remote is None:
                 self._remote = await asyncio.to_thread(Remote, self._home)
-            return await asyncio.to_thread(ask, self._remote)
+            return await asyncio.to_thread(request, self._remote)
         except NotRunning as err:
             raise Unreachable(err.message, err.hint) from err
         except Unreachable:

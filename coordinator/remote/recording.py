@@ -136,9 +136,7 @@ class RecordingSource:
 
     def __init__(self, source: Source, recorder: Recorder) -> None:
         self._source, self._recorder = source, recorder
-        self.command, self.ticket, self.logs = source.command, source.ticket, source.logs
-        self.start_run, self.stop_run = source.start_run, source.stop_run
-        self.stop_job = source.stop_job
+        self.ask = source.ask
 
     async def snapshot(self) -> Fleet:
         fleet = await self._source.snapshot()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any, Literal, Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from coordinator.api.schema import StartRunRequest
 from coordinator.fleet.state import Fleet
 from protocols.errors import CommonweightError
-from protocols.messages.envelope import Envelope, LogLine
+from protocols.messages.envelope import Envelope
 
-Action = Literal["pause", "resume", "finish", "approve", "remove"]
+if TYPE_CHECKING:
+    from coordinator.remote.api_client import Remote
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
-    """Gives the state of a fleet, and takes commands, which raise CommonweightError."""
+    """Gives the state of a fleet, and passes requests to its coordinator."""
 
     async def snapshot(self) -> Fleet:
         """The fleet now, with its `at` stamped. Raises Unreachable or Refused."""
@@ -24,39 +26,17 @@ class Source(Protocol):
         """Verified live messages. Raises Unreachable when the connection is lost."""
         ...
 
-    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
-        """Send a command about a peer, by its id; return its outcome as text."""
-        ...
-
-    async def ticket(self) -> str:
-        """A new join ticket."""
-        ...
-
-    async def start_run(self, order: StartRunRequest) -> str:
-        """Start a run; its id."""
-        ...
-
-    async def stop_run(self, run: str) -> None:
-        """Stop a run."""
-        ...
-
-    async def stop_job(self, job: str) -> None:
-        """Stop a job."""
-        ...
-
-    async def logs(self, peer: str) -> list[LogLine]:
-        """The last lines of a peer's log that its owner shares."""
+    async def ask(self, request: Callable[[Remote], T]) -> T:
+        """The coordinator's answer to a request. Raises CommonweightError."""
         ...
 
 
 class ReadOnly:
-    """The commands of a `Source` that only shows: each raises `refusal()`."""
+    """The requests of a `Source` that only shows: each raises `refusal()`."""
 
     def refusal(self) -> CommonweightError:
-        """Why commands are refused, and what to do."""
+        """Why requests are refused, and what to do."""
         raise NotImplementedError
 
-    async def _refuse(self, *_: object, **__: object) -> Any:
+    async def ask(self, request: Callable[[Remote], T]) -> T:
         raise self.refusal()
-
-    command = ticket = start_run = stop_run = stop_job = logs = _refuse

@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import UTC
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 from textual.app import App
 from textual.pilot import Pilot
 
-from coordinator.api.schema import StartRunRequest
+from coordinator.api.schema import StartRunRequest, TicketRequest
 from coordinator.fleet.reducer import reduce
 from coordinator.fleet.state import Fleet, decode, encode
 from coordinator.monitor.tui import base_app
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.config import Config
-from coordinator.remote.source import Action
 from protocols.errors import Refused, Unreachable
 from protocols.messages.envelope import (
     Body,
+    Command,
     Envelope,
     EventLine,
     JobChanged,
@@ -34,6 +35,8 @@ from protocols.messages.envelope import (
 )
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.topics import COORDINATOR
+
+T = TypeVar("T")
 
 #: A short drawing interval, so that the screen settles soon.
 base_app.DRAW_INTERVAL_S = 0.02
@@ -335,7 +338,7 @@ class Replay:
         self.http_up = fleet is not None
         self.mqtt_up = True
         self.snapshots = 0
-        self.commands: list[tuple[str, Action, float]] = []
+        self.commands: list[tuple[str, str, float]] = []
         self.orders: list[StartRunRequest] = []
         self.stopped: list[str] = []
         self.log_lines = [
@@ -358,29 +361,43 @@ class Replay:
             yield item
         raise Unreachable("the broker at 192.0.2.7:1883 does not answer")
 
-    async def command(self, peer: str, action: Action, for_s: float = 0.0) -> str:
+    async def ask(self, request: Callable[[Any], T]) -> T:
+        return request(self)
+
+    # --- requests, as `Remote` has them ---
+
+    def command(self, peer: str, command: Command) -> str:
+        return self._note(peer, command.action, command.for_s)
+
+    def approve(self, peer: str) -> None:
+        self._note(peer, "approve")
+
+    def remove(self, peer: str) -> None:
+        self._note(peer, "remove")
+
+    def _note(self, peer: str, action: str, for_s: float = 0.0) -> str:
         self.commands.append((peer, action, for_s))
         if peer == IDS["south-attic"]:
             raise Refused("the broker is away", "Try again when it is back.")
         return f"asked to {action}"
 
-    async def start_run(self, order: StartRunRequest) -> str:
+    def start_run(self, order: StartRunRequest) -> str:
         self.orders.append(order)
         return "ping-1"
 
-    async def stop_run(self, run: str) -> None:
+    def stop_run(self, run: str) -> None:
         self.stopped.append(run)
 
-    async def stop_job(self, job: str) -> None:
+    def stop_job(self, job: str) -> None:
         self.stopped.append(job)
 
-    async def logs(self, peer: str) -> list[LogLine]:
+    def logs(self, peer: str) -> list[LogLine]:
         if peer == IDS["west"]:
             raise Unreachable("west does not answer", "It may be offline.")
         return self.log_lines
 
-    async def ticket(self) -> str:
-        return "cw1-" + "k7Qp2m" * 16
+    def make_ticket(self, order: TicketRequest) -> dict[str, str]:
+        return {"ticket": "cw1-" + "k7Qp2m" * 16}
 
 
 def serving(fleet: Fleet) -> Replay:

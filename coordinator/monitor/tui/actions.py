@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from coordinator.fleet.reducer import display_name, shown_state
 from coordinator.fleet.state import Fleet, Level
@@ -15,19 +15,23 @@ from coordinator.monitor.confirmations import (
     start_pending,
     timeout_text,
 )
-from coordinator.remote.source import Action, Source
+from coordinator.remote.source import Source
 from protocols.errors import CommonweightError
+from protocols.messages.envelope import Command
 from protocols.messages.states import PeerState
+
+if TYPE_CHECKING:
+    from coordinator.remote.api_client import Remote
 
 MAX_CONCURRENT = 8
 #: A drain is a finish that is watched to its end, as on the command line.
-_COMMANDS: dict[OperatorAction, Action] = {
-    "pause": "pause",
-    "resume": "resume",
-    "finish": "finish",
-    "drain": "finish",
-    "approve": "approve",
-    "remove": "remove",
+_REQUESTS: dict[OperatorAction, Callable[[Remote, str], object]] = {
+    "pause": lambda remote, peer: remote.command(peer, Command(action="pause")),
+    "resume": lambda remote, peer: remote.command(peer, Command(action="resume")),
+    "finish": lambda remote, peer: remote.command(peer, Command(action="finish")),
+    "drain": lambda remote, peer: remote.command(peer, Command(action="finish")),
+    "approve": lambda remote, peer: remote.approve(peer),
+    "remove": lambda remote, peer: remote.remove(peer),
 }
 _NEEDS_CONNECTION = frozenset({"pause", "resume", "finish", "drain"})
 
@@ -71,7 +75,7 @@ class ActionTracker:
         if action == "approve" and peer.standing == "enrolled":
             return Notice("info", f"{name} is already approved", peer_id)
         try:
-            await self._source.command(peer_id, _COMMANDS[action])
+            await self._source.ask(lambda remote: _REQUESTS[action](remote, peer_id))
         except CommonweightError as err:
             text = f"{action} {name}: {err.message}. {err.hint}".rstrip()
             return Notice("error", text, peer_id)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
 from textual.app import SystemCommand
@@ -14,6 +14,7 @@ from textual.binding import BindingType
 from textual.screen import ModalScreen, Screen
 from textual.widgets import ContentSwitcher, DataTable, Input
 
+from coordinator.api.schema import TicketRequest
 from coordinator.fleet.reducer import current_run
 from coordinator.monitor.confirmations import OperatorAction
 from coordinator.monitor.job_table import is_working
@@ -34,6 +35,9 @@ from coordinator.monitor.tui.tabs import Tabs
 from coordinator.monitor.tui.theme import THEMES
 from protocols.errors import CommonweightError
 from protocols.messages.states import ENDED
+
+if TYPE_CHECKING:
+    from coordinator.remote.api_client import Remote
 
 #: Actions that also work while a peer's screen is open.
 _GLOBAL_ACTIONS = frozenset(
@@ -203,16 +207,16 @@ class MonitorApp(MonitorBase):
     @work(exclusive=True, group="ticket")
     async def action_ticket(self) -> None:
         with self._reporting_errors("cannot make a ticket"):
-            ticket = await self._source.ticket()
+            made = await self._source.ask(lambda remote: remote.make_ticket(TicketRequest()))
             self.announce("info", "made a ticket")
-            self.push_screen(TicketDialog(ticket))
+            self.push_screen(TicketDialog(made["ticket"]))
 
     @work
     async def action_start_run(self) -> None:
         if (order := await self.push_screen_wait(RunForm())) is None:
             return
         with self._reporting_errors("cannot start the run"):
-            run = await self._source.start_run(order)
+            run = await self._source.ask(lambda remote: remote.start_run(order))
             self.actions.expect("start", run, run)
 
     @work
@@ -221,12 +225,12 @@ class MonitorApp(MonitorBase):
         on_jobs = self.page == "jobs"
         job = self._part(JobsPage).current_job
         run = current_run(self.fleet) if self.fleet else None
-        stop: Callable[[str], Awaitable[None]]
+        stop: Callable[[Remote], None]
         if on_jobs and job is not None and is_working(job):
-            name, stop = job.changed.job, self._source.stop_job
+            name, stop = job.changed.job, lambda remote: remote.stop_job(name)
             later = "Its answers stay. The same command continues it later."
         elif not on_jobs and run is not None and run.changed.state not in ENDED:
-            name, stop = run.changed.run, self._source.stop_run
+            name, stop = run.changed.run, lambda remote: remote.stop_run(name)
             later = f"Its versions stay. To continue it later:\ncommonweight run resume {name}"
         else:
             self.notify(f"no active {'job' if on_jobs else 'run'} to stop", timeout=3)
@@ -234,7 +238,7 @@ class MonitorApp(MonitorBase):
         question = f"Stop {'job' if on_jobs else 'run'} {name}?"
         if await self.push_screen_wait(ConfirmDialog(question, later)):
             with self._reporting_errors(f"cannot stop {name}"):
-                await stop(name)
+                await self._source.ask(stop)
                 self.actions.expect("stop", name, name)
 
     @contextmanager

@@ -202,7 +202,7 @@ class PeerScreen(Screen[None]):
         body = self.query_one("#peer-body", VerticalScroll)
         at_foot = self._log_lines is None or body.scroll_offset.y >= body.max_scroll_y - 1
         try:
-            self._log_lines = await self._source.logs(self.peer)
+            self._log_lines = await self._source.ask(lambda remote: remote.logs(self.peer))
         except CommonweightError as err:
             self._log_error = f"{err.message}. {err.hint}".rstrip(" .")
         self.draw()

@@ -68,7 +68,7 @@ async def test_the_fleet_as_a_peer_knows_it(tmp_path: Path) -> None:
             with pytest.raises(UnknownName, match="cyd"):
                 PeerSource(home, "cyd")
             with pytest.raises(Refused):
-                await source.stop_run("r")
+                await source.ask(lambda remote: remote.stop_run("r"))
             with pytest.raises(Unreachable):
                 await anext(aiter(source.messages()))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator.api.schema import TicketRequest
 from coordinator.fleet import reducer as fleets
 from coordinator.fleet import state
 from coordinator.monitor.terminal_text import ascii_only, strip_controls
@@ -84,9 +85,8 @@ async def test_pace_stop_and_step(tmp_path: Path) -> None:
 
 async def test_a_recording_takes_no_commands(tmp_path: Path) -> None:
     source = ReplaySource(record(tmp_path / "a.cwrec"))
-    for ask in (source.command("p", "pause"), source.ticket(), source.logs("p")):
-        with pytest.raises(CommonweightError, match="recording"):
-            await ask
+    with pytest.raises(CommonweightError, match="recording"):
+        await source.ask(lambda remote: remote.logs("p"))
 
 
 async def test_a_recorded_source_gives_what_its_source_gives(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ async def test_a_recorded_source_gives_what_its_source_gives(tmp_path: Path) -> 
     source = RecordingSource(Replay(busy_fleet(), [story()[0][1]]), recorder)
     await source.snapshot()
     assert await anext(source.messages()) == story()[0][1]
-    assert await source.ticket()
+    assert await source.ask(lambda remote: remote.make_ticket(TicketRequest()))
     recorder.close()
     _, lines = read(tmp_path / "a.cwrec")
     first, second = lines

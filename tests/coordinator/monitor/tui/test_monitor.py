@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 from textual.pilot import Pilot
 
+from coordinator.api.schema import TicketRequest
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.dialogs import HelpDialog, TicketDialog
 from coordinator.monitor.tui.events_page import EventsPage
@@ -219,7 +220,7 @@ async def test_names_are_never_markup() -> None:
 
 async def test_a_failed_ticket_shows_the_reason() -> None:
     class Closed(Replay):
-        async def ticket(self) -> str:
+        def make_ticket(self, order: TicketRequest) -> dict[str, str]:
             raise Unreachable("nobody answers", "Is the coordinator up?")
 
     source = Closed(empty_fleet(), [links()])
