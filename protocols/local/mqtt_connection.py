@@ -7,9 +7,9 @@ import logging
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import aiomqtt
 
@@ -17,6 +17,8 @@ from protocols.messages.mqtt import KEEPALIVE_S, TIMEOUT_S, MqttAddress
 
 #: How long a cancelled attempt may take to end by itself.
 CANCEL_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
 
 _log = logging.getLogger("commonweight.mqtt")
 _log.addHandler(logging.NullHandler())
@@ -75,6 +77,9 @@ async def _enter(client: _Client) -> None:
 class _Client(aiomqtt.Client):
     """An aiomqtt client that does not use a socket after its end, and that can be closed.
 
+    It can also be cancelled at any time: before Python 3.12, `asyncio.wait_for` loses a cancel that
+    comes together with the result.
+
     paho closes the socket as soon as it notices a lost connection. aiomqtt 2.5.1 registers the
     socket's number with the event loop one turn after paho asks for it. The number may be closed
     then, or belong to another connection. And aiomqtt keeps the socket of an attempt that timed
@@ -90,6 +95,13 @@ class _Client(aiomqtt.Client):
         for future in (self._connected, self._disconnected):
             if future.done() and not future.cancelled():
                 future.exception()  # otherwise asyncio logs it as never retrieved
+
+    async def _wait_for(self, fut: Awaitable[T], timeout: float | None) -> T:
+        try:
+            async with asyncio.timeout(self.timeout if timeout is None else timeout):
+                return await fut
+        except TimeoutError:
+            raise aiomqtt.MqttError("the broker does not answer in time") from None
 
     def _on_socket_open(self, client: Any, userdata: Any, sock: Any) -> None:
         """Called in the thread that connects."""

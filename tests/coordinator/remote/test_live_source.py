@@ -34,6 +34,7 @@ async def test_a_lost_link_is_told_to_a_reader_that_is_far_behind(
         async with running(watch.feed.run, agent.link.run):
             first = await anext(messages)  # it is connected; from here on it is not read
             assert first.body == IDLE
+            await until(lambda: watch.feed.connected)
             for number in range(5):
                 agent.link.notice(Notice(level="info", text=str(number)))
             await until(lambda: len(watch.heard) >= 5)

@@ -217,6 +217,26 @@ async def test_a_link_that_hangs_at_its_end_leaves_nothing(
                     await client.publish("t", bytes(8 << 20), qos=1)
 
 
+async def test_a_cancel_that_comes_with_the_brokers_answer_is_not_lost() -> None:
+    def serve(connection: socket.socket) -> None:
+        for answer in (_ACCEPTED, b"\x90\x03\x00\x01\x00"):  # CONNACK, SUBACK
+            connection.recv(4096)
+            connection.sendall(answer)
+
+    with _Server(serve) as server:
+        async with mqtt_connection.connect(server.address, None) as client:
+            on_answer = client._on_subscribe
+
+            def cancel(*arguments: Any) -> None:
+                on_answer(*arguments)
+                subscribing.cancel()
+
+            client._client.on_subscribe = cancel
+            subscribing = asyncio.create_task(client.subscribe("t"))
+            await asyncio.wait({subscribing})
+            assert subscribing.cancelled()
+
+
 async def test_resets_of_a_tls_link_log_no_traceback(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
