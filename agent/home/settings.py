@@ -1,16 +1,12 @@
 """The agent's settings and enrollment, and the files in its home that store them.
 
-Precedence: flag, environment (`COMMONWEIGHT_AGENT_…`), settings.toml, default. msgspec validates
-them, because it is loaded anyway and an idle agent must stay small.
+Precedence: flag, environment (`COMMONWEIGHT_AGENT_…`), settings.toml, default.
 """
 
 from __future__ import annotations
 
-import os
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
 import tomli_w
@@ -20,10 +16,11 @@ from agent.data.settings import DataSettings
 from agent.policy import schedule
 from agent.policy.rules import PolicySettings
 from protocols.errors import HomeError, NotEnrolled, UnknownName, UsageError
+from protocols.local import settings_file
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
 
-FILE = "settings.toml"
+FILE = settings_file.SETTINGS_FILE
 ENROLLMENT_FILE = "enrolled.json"
 ENVIRONMENT_PREFIX = "COMMONWEIGHT_AGENT_"
 _PUBLIC_KEYS = (
@@ -166,7 +163,7 @@ class Enrollment(Struct, frozen=True, kw_only=True):
 
 def read(home: Path, **flags: Any) -> AgentSettings:
     """Read the settings; flags override them unless they are None. Raises UsageError."""
-    values = _read_file(home) | _read_environment(os.environ)
+    values = settings_file.read_file(home) | _read_environment()
     values |= {name: value for name, value in flags.items() if value is not None}
     return _validate(values, f"correct {home / FILE}")
 
@@ -178,7 +175,7 @@ def change(home: Path, **values: Any) -> AgentSettings:
             f"there is no setting {sorted(unknown)[0]!r}",
             f"the settings are {', '.join(AgentSettings.__struct_fields__)}",
         )
-    merged = _read_file(home) | {k: v for k, v in values.items() if v is not None}
+    merged = settings_file.read_file(home) | {k: v for k, v in values.items() if v is not None}
     chosen = _validate(merged, "commonweight-agent policy show")
     # Defaults are not written, so that this machine gets better defaults of later versions.
     changed = {name: value for name, value in msgspec.to_builtins(chosen).items() if name in merged}
@@ -212,23 +209,8 @@ def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
     )
 
 
-def _error_text(error: str, values: Mapping[str, Any]) -> str:
-    """Turn msgspec's error into a sentence about the setting."""
-    why, _, place = error.partition(" - at `$.")
-    name = place.rstrip("`").partition("[")[0]
-    if name not in values:
-        return f"a setting is wrong: {error}"
-    kind = get_type_hints(AgentSettings)[name]
-    if get_origin(kind) is Literal:
-        return f"{name} must be one of {', '.join(get_args(kind))}; not {values[name]!r}"
-    return f"{name} is wrong: {why}, not {values[name]!r}"
-
-
 def _validate(values: dict[str, Any], hint: str) -> AgentSettings:
-    try:
-        chosen = msgspec.convert(values, AgentSettings, strict=False)
-    except msgspec.ValidationError as err:
-        raise UsageError(_error_text(str(err), values), hint) from err
+    chosen = settings_file.validate(values, AgentSettings, hint)
     if chosen.part >= chosen.parts:
         raise UsageError(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
     schedule.parse(chosen.hours)
@@ -247,7 +229,7 @@ class SettingInfo(NamedTuple):
 def describe(home: Path) -> list[SettingInfo]:
     """Every setting, the source of its value, and its meaning. Raises UsageError."""
     chosen = msgspec.to_builtins(read(home))
-    file, environment = _read_file(home), _read_environment(os.environ)
+    file, environment = settings_file.read_file(home), _read_environment()
     infos = []
     for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
         source = FILE if name in file else "default"
@@ -283,21 +265,8 @@ def _parse_pair(text: str) -> tuple[str, str]:
     return name, source
 
 
-def _read_file(home: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads((home / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageError(f"cannot read {home / FILE}: {err}") from err
-
-
-def _read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name in AgentSettings.__struct_fields__:
-        if (text := environment.get(ENVIRONMENT_PREFIX + name.upper())) is not None:
-            values[name] = parse_value(name, text)
-    return values
+def _read_environment() -> dict[str, Any]:
+    return settings_file.read_environment(AgentSettings, ENVIRONMENT_PREFIX, parse_value)
 
 
 def read_enrollment(home: Path) -> Enrollment:

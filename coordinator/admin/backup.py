@@ -33,6 +33,7 @@ from protocols import VERSION
 from protocols.errors import CommonweightError, HomeError, HomeTooNew, UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import fsync_folder
+from protocols.local.settings_file import SETTINGS_FILE
 from protocols.messages.states import RunState
 
 FORMAT = 1
@@ -40,7 +41,7 @@ LEDGER_FILE = "ledger.db"
 MANIFEST = "manifest.json"
 _KEYS = ("ca.pem", "ca.key", "coordinator.key", "operator.key")
 _REQUIRED = ("home.json", *_KEYS, "mqtt.json", LEDGER_FILE)
-_OPTIONAL = (settings.SETTINGS_FILE,)
+_OPTIONAL = (SETTINGS_FILE,)
 _WEIGHTS = re.compile(r"(versions|states)/([0-9a-f]{64})\.safetensors")
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20

@@ -6,35 +6,34 @@ import contextlib
 import secrets
 import socket
 import ssl
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import psutil
 import tomli_w
-from pydantic import Field, StringConstraints, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
+from msgspec import Meta
 
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import BadMessage, HomeError, UsageError
-from protocols.local import homes
+from protocols.local import homes, settings_file
 from protocols.local.atomic_files import write_private
+from protocols.local.settings_file import SETTINGS_FILE
 
-SETTINGS_FILE = "settings.toml"
 #: Has the address of the running coordinator.
 UP_FILE = "up.json"
 PORT = 9092
+#: Words for true and false in the environment, besides true, false, 1 and 0.
+_WORDS = {
+    **dict.fromkeys(("yes", "y", "on", "t"), True),
+    **dict.fromkeys(("no", "n", "off", "f"), False),
+}
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
-class Settings(BaseSettings):
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of `commonweight up`. Environment: `COMMONWEIGHT_PORT` and so on.
 
     `host` and `port`: where agents connect. `mqtt_port`: 0 means `port` + 1. `mqtt_url`: an
@@ -45,50 +44,38 @@ class Settings(BaseSettings):
     Prometheus on loopback; 0 is off.
     """
 
-    model_config = SettingsConfigDict(env_prefix="COMMONWEIGHT_", extra="forbid")
-
     host: str = "0.0.0.0"
-    port: int = Field(PORT, ge=0, le=65535)
-    mqtt_port: int = Field(0, ge=0, le=65535)
+    port: Port = PORT
+    mqtt_port: Port = 0
     mqtt_url: str = ""
     mqtt_ca: str = ""
     names: list[str] = []
-    public_addresses: list[
-        Annotated[str, StringConstraints(pattern=r"^[^/]+:\d{1,5}(/[\w./-]*)?$")]
-    ] = []
+    public_addresses: list[Annotated[str, Meta(pattern=r"^[^/]+:\d{1,5}(/[\w./-]*)?\Z")]] = []
     approve: bool = False
-    metrics_port: int = Field(0, ge=0, le=65535)
+    metrics_port: Port = 0
     announce: bool = False
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = TomlConfigSettingsSource(
-            settings_cls, homes.home_path("coordinator") / SETTINGS_FILE
-        )
-        return (init_settings, env_settings, file)
 
 
 def read(**flags: Any) -> Settings:
     """Read the settings; `flags` that are not None win. Raises UsageError."""
+    home = homes.home_path("coordinator")
+    values = settings_file.read_file(home)
+    values |= settings_file.read_environment(Settings, "COMMONWEIGHT_", _parse_variable)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    return settings_file.validate(values, Settings, f"correct {home / SETTINGS_FILE}")
+
+
+def _parse_variable(name: str, text: str) -> Any:
+    """The value of an environment variable. Raises UsageError."""
+    default = getattr(Settings(), name)
+    if isinstance(default, bool):
+        return _WORDS.get(text.lower(), text)
+    if not isinstance(default, list):
+        return text
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"setting {where!r}: {first['msg']}") from err
-    except SettingsError as err:  # a list in the environment is written as JSON
-        raise UsageError(f'{err}: write a list as JSON, such as ["a", "b"]') from err
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageError(
-            f"cannot read {homes.home_path('coordinator') / SETTINGS_FILE}: {err}"
-        ) from err
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError as err:
+        raise UsageError(f'{name}: {err}: write a list as JSON, such as ["a", "b"]') from err
 
 
 class MqttLogin(msgspec.Struct, frozen=True):
@@ -128,13 +115,8 @@ def init(names: list[str]) -> tuple[Path, bool]:
 
 def save_names(home: Path, names: list[str]) -> None:
     """Write `names` into the settings file, so that `up` puts them in the certificate."""
-    try:
-        values = tomllib.loads((home / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        values = {}
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-        raise UsageError(f"cannot read {home / SETTINGS_FILE}: {err}") from err
-    write_private(home / SETTINGS_FILE, tomli_w.dumps(values | {"names": names}).encode())
+    values = settings_file.read_file(home) | {"names": names}
+    write_private(home / SETTINGS_FILE, tomli_w.dumps(values).encode())
 
 
 def new_login(home: Path, removed: int) -> MqttLogin:

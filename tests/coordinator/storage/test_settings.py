@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from coordinator.storage import settings
-from coordinator.storage.settings import SETTINGS_FILE
 from protocols.enrollment import identity
 from protocols.errors import ExitCode, HomeError, UsageError
 from protocols.local.atomic_files import write_private
+from protocols.local.settings_file import SETTINGS_FILE
 
 
 @pytest.fixture
@@ -37,6 +37,15 @@ def test_the_order_is_flag_environment_file_default(
 def test_a_list_in_the_environment_is_json(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMONWEIGHT_NAMES", '["host.lan", "10.0.0.2"]')
     assert settings.read().names == ["host.lan", "10.0.0.2"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("yes", True), ("OFF", False), ("1", True)])
+def test_a_switch_in_the_environment_is_a_word(
+    home: Path, monkeypatch: pytest.MonkeyPatch, text: str, value: bool
+) -> None:
+    (home / SETTINGS_FILE).write_text(f"approve = {str(not value).lower()}\n")
+    monkeypatch.setenv("COMMONWEIGHT_APPROVE", text)
+    assert settings.read().approve is value
 
 
 @pytest.mark.parametrize(

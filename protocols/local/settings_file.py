@@ -1,0 +1,61 @@
+"""Settings of a program: flag, then environment, then settings file, then default.
+
+msgspec validates them, because it is loaded anyway and an idle agent must stay small.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from protocols.errors import UsageError
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+SETTINGS_FILE = "settings.toml"
+
+
+def read_file(home: Path) -> dict[str, Any]:
+    """The settings in the file of a home; none without a file. Raises UsageError."""
+    try:
+        return tomllib.loads((home / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise UsageError(f"cannot read {home / SETTINGS_FILE}: {err}") from err
+
+
+def read_environment(
+    kind: type[msgspec.Struct], prefix: str, parse: Callable[[str, str], Any]
+) -> dict[str, Any]:
+    """The settings of `kind` in the environment: `prefix` and the name in capitals.
+
+    `parse(name, text)` gives the value.
+    """
+    texts = {name: os.environ.get(prefix + name.upper()) for name in kind.__struct_fields__}
+    return {name: parse(name, text) for name, text in texts.items() if text is not None}
+
+
+def validate(values: Mapping[str, Any], kind: type[S], hint: str) -> S:
+    """The settings with these values; the others have their defaults. Raises UsageError."""
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as err:
+        raise UsageError(_error_text(str(err), values, kind), hint) from err
+
+
+def _error_text(error: str, values: Mapping[str, Any], kind: type[msgspec.Struct]) -> str:
+    """Turn msgspec's error into a sentence about the setting."""
+    why, _, place = error.partition(" - at `$.")
+    name = place.rstrip("`").partition("[")[0]
+    if name not in values:
+        return f"a setting is wrong: {error}"
+    hint = get_type_hints(kind)[name]
+    if get_origin(hint) is Literal:
+        return f"{name} must be one of {', '.join(get_args(hint))}; not {values[name]!r}"
+    return f"{name} is wrong: {why}, not {values[name]!r}"
