@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 #: Actions that also work while a peer's screen is open.
 _GLOBAL_ACTIONS = frozenset(
     {"command", "freeze", "reconnect", "help", "picture", "copy", "command_palette", "quit"}
-    | {"play", "step", "seek", "pace"}
+    | {"plain", "play", "step", "seek", "pace"}
 )
 _KEYS_BY_ACTION = {key.action.partition("(")[0]: key for key in KEYS}
 
@@ -109,7 +109,9 @@ class MonitorApp(MonitorBase):
         self.call_after_refresh(self._draw, None)  # the parts of the page have other sizes now
 
     def action_plain(self) -> None:
-        if isinstance(page := self.current_page, FilterPage):
+        if (screen := self.peer_screen) is not None:
+            screen.action_back()
+        elif isinstance(page := self.current_page, FilterPage):
             page.reset_view()
 
     def action_follow(self) -> None:

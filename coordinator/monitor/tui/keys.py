@@ -39,6 +39,7 @@ _ALL = "fleet rounds events peer jobs"
 _PEERS = "fleet peer"
 
 KEYS: tuple[Key, ...] = (
+    Key("plain", "escape", "plain", "back", "go back; clear the filter and the marks", "peer"),
     Key("mark", "space", "mark", "mark", "mark the peer, to command several", "fleet"),
     Key("pause", "P", "command('pause')", "pause", "pause the marked peers", _PEERS, True),
     Key("resume", "R", "command('resume')", "resume", "resume the marked peers", _PEERS, True),
@@ -71,7 +72,6 @@ KEYS: tuple[Key, ...] = (
     Key("ahead", "right_square_bracket", "seek(10)", "+10 s", "in a recording: forward", "replay"),
     Key("slower", "minus", "pace(0.5)", "slower", "in a recording: half as fast", "replay"),
     Key("faster", "plus", "pace(2.0)", "faster", "in a recording: twice as fast", "replay"),
-    Key("plain", "escape", "plain", "", "go back; clear the filter and the marks"),
     Key("palette", "ctrl+p", "command_palette", "palette", "all commands by name", _ALL),
     Key("help", "question_mark,f1", "help", "help", "show this help", _ALL),
     Key("quit", "q", "quit", "quit", "quit; the fleet keeps running", _ALL),

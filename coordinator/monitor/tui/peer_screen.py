@@ -72,7 +72,9 @@ class PeerScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         yield Header(self._following)
-        yield Static(id="peer-tabs")
+        tabs = Static(id="peer-tabs")
+        tabs.auto_links = False  # keep our colors instead of those of links
+        yield tabs
         yield FilterBar("words in the log")
         with VerticalScroll(id="peer-body", can_focus=True):
             yield Static(id="peer-content")

@@ -11,6 +11,7 @@ from coordinator.monitor.tui import config, export
 from coordinator.monitor.tui.config import Config
 from coordinator.monitor.tui.dialogs import ConfirmDialog, HelpDialog, TicketDialog
 from coordinator.monitor.tui.events_page import EventsPage
+from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.keys import KEYS
 from coordinator.monitor.tui.peer_screen import TABS, PeerScreen
 from coordinator.monitor.tui.run_form import RunForm, order
@@ -257,3 +258,11 @@ async def test_every_theme_draws() -> None:
             grounds.add(colors().background)
             assert "● training" in screen_text(app), name
         assert len(grounds) > len(app.available_themes) // 2
+
+
+async def test_a_peer_screen_is_closed_with_a_click() -> None:
+    async with running(busy()) as (app, pilot):
+        await pilot.press("end", "enter")
+        await until(pilot, lambda: isinstance(app.screen, PeerScreen))
+        await pilot.click(Footer, offset=(1, 0))
+        await until(pilot, lambda: len(app.screen_stack) == 1)
