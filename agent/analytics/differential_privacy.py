@@ -23,7 +23,8 @@ from protocols.analytics.mergeable_states import (
     State,
 )
 from protocols.analytics.query import Operation, Query
-from protocols.errors import CommonweightError, Refused, UsageError
+from protocols.errors import Refused, UsageError
+from protocols.extras import needs_extra
 from protocols.tables.statistics import Moments
 
 Number = TypeVar("Number", int, float)
@@ -123,13 +124,8 @@ def _noisy(value: Number, epsilon: float) -> Number:
 
 
 def _library() -> ModuleType:
-    try:
+    with needs_extra("analyze", "noise"):
         import opendp.prelude as dp
-    except ImportError as err:
-        raise CommonweightError(
-            "noise needs OpenDP, which is not installed on this peer",
-            "pip install 'commonweight[analyze]'",
-        ) from err
     dp.enable_features("contrib")
     library: ModuleType = dp
     return library

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from agent.data.reader import Aggregation, Reader, merge_states
 from agent.data.settings import DataSettings
-from protocols.errors import DataError, MissingPackage
+from protocols.errors import DataError
+from protocols.extras import needs_extra
 
 __all__ = ["Aggregation", "Reader", "merge_states", "open_table"]
 
@@ -19,7 +20,7 @@ def open_table(data: DataSettings) -> Reader:
     if not data.path:
         raise DataError("this peer has no data", "commonweight-agent policy set data FILE")
     engine, _, address = data.reader.partition(":")
-    try:
+    with needs_extra({"arrow": "tabular"}.get(engine, engine), f"the table reader {engine}"):
         if engine == "arrow":
             from agent.data.arrow_reader import ArrowReader
 
@@ -32,11 +33,6 @@ def open_table(data: DataSettings) -> Reader:
             from agent.data.spark_reader import SparkReader
 
             return SparkReader(data.path, address)
-    except ImportError as err:
-        extra = {"arrow": "tabular"}.get(engine, engine)
-        raise MissingPackage(
-            f"the table reader {engine}", str(err.name), f"pip install 'commonweight[{extra}]'"
-        ) from err
     raise DataError(
         "there is no such reader of tables", f"{data.reader!r}: use arrow, dask or spark"
     )

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from protocols.errors import MissingPackage, UsageError
+from protocols.errors import UsageError
+from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
 
 Batch = Mapping[str, Any]
@@ -71,13 +72,9 @@ def _json_lines(batches: Iterable[Batch], text: IO[str]) -> int:
 
 
 def _parquet(batches: Iterable[Batch], file: IO[bytes]) -> int:
-    try:
+    with needs_extra("tabular", "Parquet", "--out NAME.csv"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as err:
-        raise MissingPackage(
-            "Parquet", "pyarrow", "pip install 'commonweight[tabular]', or --out NAME.csv"
-        ) from err
     count, writer = 0, None
     try:
         for batch in batches:

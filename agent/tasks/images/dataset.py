@@ -21,7 +21,8 @@ from agent.data.settings import DataSettings
 from agent.tasks.images.settings import ImageSettings
 from agent.tasks.training import class_folders
 from agent.tasks.training.class_folders import ClassFiles, Rows
-from protocols.errors import BadWeights, DataError, MissingPackage
+from protocols.errors import BadWeights, DataError
+from protocols.extras import needs_extra
 from protocols.model import weights
 from protocols.model.weights import Part, TensorSpec
 from protocols.model.weights_file import WeightsWriter
@@ -112,12 +113,8 @@ Stored = tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]
 
 def _decode(paths: Sequence[Path], channels: int, size: int) -> Iterator[Row | None]:
     """Each picture as uint8[channels, size, size]; None for one that cannot be read."""
-    try:
+    with needs_extra("images", "the task images"):
         from PIL import Image, ImageOps
-    except ImportError as err:
-        raise MissingPackage(
-            "the task images", "pillow", "pip install 'commonweight[images]'"
-        ) from err
     mode = "L" if channels == 1 else "RGB"
     for path in paths:
         try:

@@ -19,7 +19,8 @@ import torch
 from agent.data.settings import DataSettings
 from agent.tasks.language.lora_settings import LoraSettings
 from agent.tasks.language.tokens import Tokenizer
-from protocols.errors import DataError, MissingPackage
+from protocols.errors import DataError
+from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
 from protocols.model.weights import Schema, TensorSpec
 
@@ -170,13 +171,9 @@ def _travelling(peft: Any, model: Any) -> Iterator[tuple[str, str]]:
 def _libraries() -> tuple[Any, Any]:
     """peft and transformers, in offline mode. Raises MissingPackage."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    try:
+    with needs_extra("lora", "the task lora"):
         import peft
         import transformers
-    except ImportError as err:
-        raise MissingPackage(
-            "the task lora", str(err.name), "pip install 'commonweight[lora]'"
-        ) from err
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return peft, transformers

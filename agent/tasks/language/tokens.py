@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.data.settings import DataSettings
-from protocols.errors import DataError, MissingPackage, SchemaMismatch
+from protocols.errors import DataError, SchemaMismatch
+from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
 
 BYTES = "bytes"
@@ -68,12 +69,8 @@ def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
     if digest != kind:
         hint = f"commonweight run start … --set tokens={digest}, or the others' file at {path}"
         raise SchemaMismatch("tokens", kind[:12], digest[:12], hint)
-    try:
+    with needs_extra("lora", "a tokenizer of byte pairs"):
         from tokenizers import Tokenizer as Made
-    except ImportError as err:
-        raise MissingPackage(
-            "a tokenizer of byte pairs", "tokenizers", "pip install 'commonweight[lora]'"
-        ) from err
     try:
         made: Any = Made.from_str(data.decode())
     except Exception as err:  # the library raises nearly anything for a damaged file

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from agent.tasks.training.loop_state import Tensors
-from protocols.errors import CommonweightError, MissingPackage
+from protocols.errors import CommonweightError
+from protocols.extras import needs_extra
 from protocols.model.weights import Array
 
 ONNX = "onnx"
@@ -56,7 +57,7 @@ def export(
     free = sides or {0: torch.export.Dim("n")}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     net = _Net(logits_of, weights).eval()
-    try:
+    with needs_extra("onnx", "ONNX"):
         import onnxruntime
 
         with warnings.catch_warnings():
@@ -70,8 +71,6 @@ def export(
                 output_names=["logits"],
                 dynamic_shapes=(free,),
             )
-    except ImportError as err:
-        raise MissingPackage("ONNX", str(err.name), "pip install 'commonweight[onnx]'") from err
     assert made is not None
     temporary = out.with_name(f".{out.name}.tmp")
     try:
