@@ -36,6 +36,7 @@ from protocols.errors import BadWeights, CommonweightError
 from protocols.failpoints import failpoint
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
+from protocols.model.personalization import SCAFFOLD
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 
@@ -84,6 +85,8 @@ class WorkExecutor:
             first = personalization.first_version(first_weights(work.seed), scheme)
             return self._save(work.id, first, work.out, 0, {})
         base = weights.load(Path(work.base))
+        if isinstance(work, Evaluate):  # a job may evaluate the versions of any run
+            base, scheme = personalization.without_controls(base), {**scheme, SCAFFOLD: 0}
         kept = Path(work.personal) if work.personal else None
         run_seed = int(settings.get("seed", 0))
         personal = Personalization(model, scheme, lambda: first_weights(run_seed), kept)

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from agent.data.settings import DataSettings
+from agent.tasks.work import Evaluate, Init
 from agent.trainer.personalization import Personalization
 from protocols.model.weights import Array, Weights
+from tests.support import softmax_task
+from tests.support.in_process_trainer import InProcess
 
 
 class Remembering:
@@ -23,6 +28,19 @@ class Remembering:
 
     def optimizer_state(self) -> Mapping[str, Array]:
         return {"momentum_buffer:body": np.ones(2, np.float32)}
+
+
+@pytest.mark.parametrize("option", [1, 2, 3])
+def test_a_job_evaluates_a_version_with_control_variates(tmp_path: Path, option: int) -> None:
+    task = f"{softmax_task.__file__}:Softmax"
+    trainer = InProcess(DataSettings(index=1, parts=3), source=task)
+    plain, version = str(tmp_path / "plain"), str(tmp_path / "version")
+    trainer.run(Init(task="softmax", settings={}, seed=3, out=plain))
+    trainer.run(Init(task="softmax", settings={"scaffold": option}, seed=3, out=version))
+    expected, found = (
+        trainer.run(Evaluate(task="softmax", settings={}, base=base)) for base in (plain, version)
+    )
+    assert found.metrics == expected.metrics
 
 
 def test_bfloat16_layers_and_the_optimizer_are_kept_together(tmp_path: Path) -> None:
