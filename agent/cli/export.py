@@ -35,7 +35,6 @@ def export(
 ) -> None:
     """Write a shared model for other programs: as ONNX, or with its adapters merged."""
     from agent.tasks import Exporting, registry
-    from protocols.model import personalization
 
     chosen = settings.read(homes.home_path("agent"))
     found = find_model(model)
@@ -51,8 +50,6 @@ def export(
         hint = f"its forms: {', '.join(forms)}" if forms else "use the safetensors file"
         raise UnknownName(f"the task {found.task} has no form {form!r}", hint)
     assert isinstance(task, Exporting)
-    if layers := found.settings.get(personalization.PERSONAL_LAYERS):
-        raise UsageError(f"the layers {layers} of this run stay on each peer: no model is complete")
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
         data = settings.data_settings(chosen, Path(folder))
         task.export(found.load_weights(), found.task_settings, form, data, out)

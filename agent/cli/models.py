@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent.home import settings
 from agent.home.settings import AgentSettings
-from protocols.errors import CommonweightError, UnknownName
+from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.local import homes
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ class LocalModel(NamedTuple):
         """The tensors by name. Raises CommonweightError."""
         from protocols.model import personalization, weights
 
+        if layers := self.settings.get(personalization.PERSONAL_LAYERS):
+            raise UsageError(
+                f"the layers {layers} of this run stay on each peer: no model is complete"
+            )
         try:
             return personalization.without_controls(weights.load(self.path))
         except OSError as err:

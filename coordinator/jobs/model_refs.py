@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from coordinator import strategies
 from coordinator.runs.export import resolve_version
 from coordinator.runs.state import Run
 from protocols.errors import UnknownName, UsageError
 from protocols.messages.jobs import ModelRef, Setting
+from protocols.model import personalization
 
 _HINT = "commonweight models list"
 
@@ -28,7 +30,8 @@ class ResolvedModels(NamedTuple):
 def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> ResolvedModels:
     """The versions for "best", "latest", RUN, RUN:latest, or the start of a digest.
 
-    Raises UnknownName, and UsageError for models of several tasks or settings.
+    Raises UnknownName, and UsageError for models of several tasks or settings, and for those of a
+    run whose peers keep some layers.
     """
     candidates = [run for run in runs if run.head and task in ("", run.spec.task)]
     if not candidates:
@@ -36,6 +39,8 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
         raise UnknownName(f"no run{of_task} has a version", _HINT)
     names = tuple(dict.fromkeys(names))
     found = [_resolve(candidates, name) for name in names]
+    for run, _ in found:
+        _check_whole(run)
     (task, settings), *others = [(run.spec.task, _settings(run)) for run, _ in found]
     if any(other != (task, settings) for other in others):
         raise UsageError(
@@ -45,6 +50,15 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
     if len(digests) < len(found):
         raise UsageError("two of these models are the same version", "name each version once")
     return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), names)
+
+
+def _check_whole(run: Run) -> None:
+    own = strategies.find(run.spec.strategy).trainer_settings(run.spec.strategy_args)
+    if layers := own.get(personalization.PERSONAL_LAYERS):
+        raise UsageError(
+            f"the layers {layers} of run {run.id} stay on each peer: no version is a whole model",
+            "choose the model of a run with another --strategy",
+        )
 
 
 def _resolve(runs: Sequence[Run], name: str) -> tuple[Run, str]:
