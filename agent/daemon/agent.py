@@ -139,6 +139,7 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await self._sessions.close()
+            self._sharing.pieces.close()
             self._bandwidth.save(at_once=True)
             self._report.write_stopped(self._runner.state)
 

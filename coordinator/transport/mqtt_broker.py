@@ -101,6 +101,7 @@ class EmbeddedBroker:
         """
         if self.running:
             return
+        await self.stop()  # releases what is left of a child that has ended
         try:
             _first_certificate(self._certificate)
             self._key.read_bytes()

@@ -195,6 +195,11 @@ class PieceStore:
         if (version := self._versions.pop(digest, None)) is not None:
             version.close()
 
+    def close(self) -> None:
+        """Removes all versions."""
+        for digest in list(self._versions):
+            self.drop(digest)
+
 
 def pieces_of(start: int, stop: int) -> range:
     """Returns the pieces that contain the bytes `start` to `stop`."""

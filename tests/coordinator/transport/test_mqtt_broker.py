@@ -105,7 +105,10 @@ async def test_a_key_that_does_not_fit_leaves_no_child(
     assert not psutil.Process().children()
 
 
-async def test_a_killed_child_is_started_again_on_its_port(site: Site) -> None:
+@pytest.mark.filterwarnings("always::ResourceWarning")
+async def test_a_killed_child_is_started_again_on_its_port(
+    site: Site, recwarn: pytest.WarningsRecorder
+) -> None:
     changes: list[tuple[bool, str]] = []
     async with (
         started(site) as broker,
@@ -121,6 +124,7 @@ async def test_a_killed_child_is_started_again_on_its_port(site: Site) -> None:
         assert broker.pid != first
         assert broker.port == port
         assert await _logs_in(site, broker)
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
 
 
 async def test_a_client_that_stalls_in_its_handshake_does_not_shut_the_door(site: Site) -> None:
