@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
-	quality faults faults-quick soak lock sbom audit-packages clean
+	quality faults faults-quick soak journeys lock sbom audit-packages clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -47,6 +47,13 @@ faults-quick: setup
 MINUTES ?= 20
 soak: setup
 	$(BIN)/python -m benchmarks.faults --soak $(MINUTES)
+
+# Sequences of operations on real fleets. A seed such as 7.3 plays one sequence again.
+# A sequence that has begun ends after the time is over.
+SEED ?=
+journeys: MINUTES = 30
+journeys: setup
+	$(BIN)/python -m tests.journeys --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 quality: setup
 	$(BIN)/python -m benchmarks.quality

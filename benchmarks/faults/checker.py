@@ -298,6 +298,8 @@ def _versions(facts: Sequence[Fact]) -> list[str]:
 
 def _files(folder: Path, facts: Sequence[Fact]) -> list[str]:
     """B: the versions that a run needs are on disk, and every version matches its digest."""
+    if facts and facts[-1]["type"] == "RunDeleted":
+        return []
     found = []
     made = [fact["digest"] for fact in facts if fact["type"] == "WeightsInitialised"][-1:]
     made += [

@@ -34,8 +34,8 @@ class Site(Fleet):
     def __init__(self, folder: Path, chosen: dict[str, str]) -> None:
         super().__init__(folder, chosen)
         self.armed: dict[str, str] = {}
-        self.port, self._mqtt_port = two_free_ports()
-        self.options: tuple[str, ...] = ("--mqtt-port", str(self._mqtt_port))
+        self.port, self.mqtt_port = two_free_ports()
+        self.options: tuple[str, ...] = ("--mqtt-port", str(self.mqtt_port))
         self._seen: list[Line] = []
 
     def _env(self, name: str = "coordinator") -> dict[str, str]:
