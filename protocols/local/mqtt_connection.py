@@ -32,6 +32,8 @@ async def connect(
 
     Raises MqttError. However it ends, its socket is closed then.
     """
+    if tls is not None:
+        tls.sslsocket_class = _TlsSocket
     client = _Client(
         address.host,
         address.port,
@@ -72,6 +74,17 @@ async def _enter(client: _Client) -> None:
         raise
     except UnicodeError as err:
         raise aiomqtt.MqttError("invalid host name") from err
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """Closes itself when its handshake fails: paho drops it then, and keeps no reference."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
 
 
 class _Client(aiomqtt.Client):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -153,6 +154,16 @@ async def test_a_failed_attempt_leaves_nothing(
                 with pytest.raises(aiomqtt.MqttError):
                     async with mqtt_connection.connect(server.address, None):
                         pass
+
+
+async def test_a_failed_tls_handshake_closes_its_socket() -> None:
+    with _Server(lambda connection: connection.close()) as server:
+        before = psutil.Process().num_fds()
+        # The exception keeps its frames, and they keep what they did not close.
+        with pytest.raises(aiomqtt.MqttError) as failed:
+            async with mqtt_connection.connect(server.address, ssl.create_default_context()):
+                pass
+        assert psutil.Process().num_fds() == before, failed
 
 
 @pytest.mark.parametrize("serve", [lambda connection: None, _say(_ACCEPTED)])
