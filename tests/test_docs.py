@@ -134,6 +134,10 @@ def test_a_policy_that_the_docs_set_can_be_set(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for data in ("pictures/cat", "letters"):  # paths of the docs, which must exist
+        (tmp_path / data).mkdir(parents=True)
+        (tmp_path / data / "1.txt").write_text("hello")
     homes.open_home("agent", create=True)
     done = CliRunner().invoke(agent.cli.main.app, shlex.split(line)[1:])
     assert done.exception is None, done.exception

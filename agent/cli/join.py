@@ -57,7 +57,7 @@ def join(
     json: Json = False,
 ) -> None:
     """Join a fleet with a ticket from `commonweight ticket create`."""
-    from agent.setup import enrollment
+    from agent.setup import enrollment, own_data
 
     text = _read_ticket(ticket)
     policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
@@ -71,7 +71,9 @@ def join(
         "split": split,
         **policy,
     }
-    settings.read(home, **chosen)  # wrong settings fail before the ticket is used
+    wanted = settings.read(home, **chosen)  # wrong settings fail before the ticket is used
+    if data:
+        print_line(own_data.check_setting(wanted))
     joined, awaiting = enrollment.join(
         home, text, name=name or socket.gethostname(), labels=labels, replace=replace
     )

@@ -49,7 +49,12 @@ def set_policy(
         _override(home, key, value, parse_duration(duration))
         print_line(f"{key} is {value} for {duration}")
         return
-    settings.change(home, **{key: settings.parse_value(key, value)})
+    parsed = settings.parse_value(key, value)
+    if key == "data":
+        from agent.setup import own_data
+
+        print_line(own_data.check_setting(settings.read(home, data=parsed)))
+    settings.change(home, **{key: parsed})
     source = next(setting.source for setting in settings.describe(home) if setting.name == key)
     print_line(f"{key} is {value} in {home / settings.FILE}")
     if source != settings.FILE:

@@ -65,7 +65,7 @@ def find_files(path: str) -> list[Path]:
     else:
         found = [given] if given.is_file() else [Path(name) for name in glob.glob(path)]
     if not found:
-        raise DataError("there are no data where this peer's owner said", f"no such file: {path}")
+        raise DataError("there are no tables at the path that is set on this machine", path)
     return sorted(found)
 
 

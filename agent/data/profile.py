@@ -149,7 +149,7 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
             near = [usable[low] for low in get_close_matches(name.lower(), usable, 3)]
             found = f"no such column, but {' or '.join(near)}" if near else "no such column"
             hint = f"there are {', '.join(there[:20])}"
-            raise SchemaMismatch(f"column {name}", "one", found, hint)
+            raise SchemaMismatch(f"column {name}", "a column of this name", found, hint)
         if not may_use(name, patterns):
             raise _column_withheld(name)
     allowed = [name for name in there if may_use(name, patterns)]
@@ -164,7 +164,7 @@ def may_use(name: str, patterns: Sequence[str]) -> bool:
 
 def _column_withheld(name: str) -> SchemaMismatch:
     found, hint = "one that its owner keeps back", "commonweight-agent policy set data.columns"
-    return SchemaMismatch(f"column {name}", "one", found, hint)
+    return SchemaMismatch(f"column {name}", "a column that runs may use", found, hint)
 
 
 def check_table(

@@ -20,7 +20,7 @@ from agent.home import settings
 from agent.home.settings import Enrollment
 from agent.policy import sensors
 from agent.policy.sensors import Sensors
-from agent.setup import autostart, environment
+from agent.setup import autostart, environment, own_data
 from protocols import VERSION
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
@@ -51,6 +51,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 CheckStep("home", lambda: str(homes.open_home("agent"))),
                 CheckStep("permissions", partial(check_private, home), ("home",)),
                 CheckStep("settings", doctor.settings, ("home",)),
+                CheckStep("data", doctor.data, ("settings",)),
                 CheckStep("disk", partial(check_room, home, *_ROOM_BYTES), ("home",)),
                 CheckStep("crashes", partial(check_crashes, home), ("home",)),
                 CheckStep("packages", environment.check_packages),
@@ -89,6 +90,9 @@ class _Doctor:
     def settings(self) -> str:
         tasks = settings.read(self._home).tasks
         return "any installed task may run" if "*" in tasks else f"may run {', '.join(tasks)}"
+
+    def data(self) -> str:
+        return own_data.check(settings.read(self._home))
 
     def sensors(self) -> str | Advice:
         chosen = settings.read(self._home)

@@ -23,6 +23,7 @@ from agent.tasks import (
     Setting,
     Settings,
     Task,
+    data_checks,
     registry,
 )
 from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
@@ -56,7 +57,11 @@ class WorkExecutor:
         """Do the work. Raises CommonweightError, OSError, Cancelled, and errors of the task."""
         try:
             return self._do(work)
-        except (CommonweightError, OSError):
+        except CommonweightError:
+            raise
+        except OSError as err:
+            if (known := data_checks.as_data_error(err, work.data)) is not None:
+                raise known from err
             raise
         except Exception:
             if self._resumed is not None:
@@ -71,6 +76,8 @@ class WorkExecutor:
             if work.data.is_set:
                 self._load(task, work.data)
             return self._predict(work, task)
+        if not (work.source or isinstance(work, Init)) and self._data != work.data:
+            data_checks.check(work.task, work.data)
         self._load(task, work.data)
         if isinstance(work, Describe):
             return self._describe(work, task)

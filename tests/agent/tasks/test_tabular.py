@@ -285,7 +285,7 @@ def test_a_table_that_came_later_is_compared(tmp_path: Path) -> None:
         traits([{"age": 3}] * 20)
     with pytest.raises(DataError, match="fewer than 5 rows have a target"):
         traits([{"age": 3, "label": "perhaps"}] * 20)
-    with pytest.raises(SchemaMismatch, match="column age: expected one, found one that its owner"):
+    with pytest.raises(SchemaMismatch, match="column age: expected a column that runs may use"):
         traits([{"age": 3, "label": "no"}] * 20, columns=("label",))
     with pytest.raises(DataError, match="fewer than 50"):
         traits([{"age": 3, "label": "no"}] * 20, min_rows=50)

@@ -1,0 +1,37 @@
+"""Checks the owner's data for `join --data`, `policy set data` and `doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.home import settings
+from agent.home.settings import AgentSettings
+from agent.tasks import data_checks
+from protocols.errors import DataError, UsageError
+
+
+def check(chosen: AgentSettings) -> str:
+    """A line about the data and the tasks that can read them.
+
+    Raises DataError if they cannot be read, or fit none of the tasks that the owner allows.
+    """
+    data = settings.data_settings(chosen, Path())
+    if not data.path:
+        return "no data are set; tasks that bring their own data can run"
+    data_checks.check_path(data)
+    fitting = [task for task in data_checks.fitting_tasks(data) if chosen.allows(task)]
+    if fitting:
+        return f"the data fit the tasks: {', '.join(fitting)}"
+    allowed = [task for task in data_checks.EXPECTED if chosen.allows(task)]
+    needs = "; ".join(f"{task} reads {data_checks.EXPECTED[task]}" for task in allowed)
+    if "*" in chosen.tasks or set(chosen.tasks) - set(allowed):
+        return f"no built-in task reads such data, only tasks of your own ({needs})"
+    raise DataError(f"no task that is allowed here reads such data: {needs}", data.path)
+
+
+def check_setting(chosen: AgentSettings) -> str:
+    """The same for a setting that the owner is about to change. Raises UsageError."""
+    try:
+        return check(chosen)
+    except DataError as err:
+        raise UsageError(err.message, err.hint) from err
