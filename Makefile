@@ -7,6 +7,7 @@
 # make lock   deploy/locks: every package of an installation, pinned by hash
 # make sbom   the same as a CycloneDX list in build/; make audit-packages asks for known weaknesses
 # make quality  how well it learns, beside the known behaviour: about a minute a row
+# make figures  writes the figures of the docs from the results files
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
-	quality faults faults-quick soak journeys lock sbom audit-packages clean
+	figures quality faults faults-quick soak journeys lock sbom audit-packages clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -98,7 +99,7 @@ man: setup
 # A month in an hour: ROUNDS=10000 of a tiny model, and how memory and open files grew with them
 ROUNDS ?= 10000
 month: setup
-	$(BIN)/python -m benchmarks.faults.month --rounds $(ROUNDS)
+	$(BIN)/python -m benchmarks.faults.month --rounds $(ROUNDS) --out docs/faults/month-results.json
 
 # Old agents with a new coordinator and the reverse, from wheels of three versions
 upgrade: setup
@@ -109,6 +110,10 @@ bench: setup
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.speed
+
+# The tables and numbers of the README and docs/, from docs/*/*.json; says what to write by hand
+figures: setup
+	$(BIN)/python -m benchmarks.figures
 
 setup: $(READY)
 

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import figures
 from benchmarks.faults import (
     crashes,
     disk,
@@ -31,7 +32,7 @@ from benchmarks.faults import (
 from benchmarks.faults.results import Row
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
-_OUT, _PAGE = _DOCS / "faults" / "fault-results.json", _DOCS / "reliability.md"
+_OUT = _DOCS / "faults" / "fault-results.json"
 
 Case = Callable[[Path], Row | list[Row]]
 
@@ -101,7 +102,7 @@ def main() -> int:
             rows += played
     print(results.table(rows))
     if asked.out == _OUT:
-        results.tell(_PAGE, _OUT)
+        figures.write_tables()
     wrong = [text for row in rows for text in row.violations]
     for text in wrong:
         print(f"VIOLATION {text}", file=sys.stderr)

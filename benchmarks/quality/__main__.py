@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import figures
 from benchmarks.quality import courses, measured, shown
 
 _OUT = Path(__file__).resolve().parents[2] / "docs" / "quality"
@@ -52,6 +53,8 @@ def main() -> int:
     for name, title, names in _PLOTS:
         if any(row["course"] in names for row in rows):
             shown.curves(asked.out / name, title, names, rows)
+    if asked.out == _OUT:
+        figures.write_tables()
     return 0 if held else 1
 
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed import cases, codecs, floor, load, ours, page, report, stock, training
+from benchmarks import figures
+from benchmarks.speed import cases, codecs, floor, load, ours, report, stock, training
 from benchmarks.speed.cases import Case
 from benchmarks.speed.figures import merged
 
@@ -70,8 +71,7 @@ def main() -> None:
         report.plot(asked.out, results)
     report.show(results)
     if asked.full and asked.out == _OUT and not (asked.only or asked.no_stock or asked.no_load):
-        page.write(_ROOT / "docs" / "benchmarks.md", page.table(results))
-        page.write(_ROOT / "README.md", page.comparison(results))
+        figures.write_tables()
 
 
 def _loads(asked: argparse.Namespace) -> tuple[tuple[int, int, int], ...]:

@@ -1,4 +1,6 @@
-"""A scatter job over four peers beside other ways. `python -m benchmarks.speed.jobs [--tiny]`
+"""A scatter job over four peers beside other ways.
+
+    python -m benchmarks.speed.jobs [--tiny] [--keep]
 
 Real processes: a coordinator and four agents with a trainer each; one agent is killed in the middle
 and one is ten times slower. Each row must be in the result exactly once, and equal to the result of
@@ -28,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.speed import report
 from benchmarks.speed.rows_task import Rows, answers
 from coordinator.jobs.input import prepare
 from tests.extras.__main__ import NotRun, environment
@@ -189,14 +192,19 @@ def _difference(out: Path, expected: Found) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="20,000 rows, to try it out")
+    parser.add_argument("--keep", action="store_true", help="write the results to docs/bench")
     options = parser.parse_args()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     cases = {"synthetic": synthetic(20_000)}
     if not options.tiny:
         cases = {"MNIST-5k": mnist, "synthetic": synthetic(1_000_000)}
+    found: list[dict[str, Any]] = []
     for name, make in cases.items():
         with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
-            sys.stdout.write(json.dumps(measure(name, make, Path(folder)), indent=2) + "\n")
+            found.append(measure(name, make, Path(folder)))
+            sys.stdout.write(json.dumps(found[-1], indent=2) + "\n")
+    if options.keep:
+        report.keep("jobs", {"rows": found})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python -m benchmarks.speed.monitor [--peers 500 2000] [--rate 1000] [--seconds 20]
+"""python -m benchmarks.speed.monitor [--peers 500 2000] [--rate 1000] [--seconds 20] [--keep]
 
 The monitor under load: a fleet with this many peers and messages per second, replayed into the real
 screens at 140x40. Reports the time per frame (drawing and composing changes, in ms of CPU), the
@@ -268,10 +268,17 @@ def main() -> None:
     options.add_argument("--peers", type=int, nargs="+", default=[500, 2000])
     options.add_argument("--rate", type=int, default=1000)
     options.add_argument("--seconds", type=float, default=20)
+    options.add_argument("--keep", action="store_true", help="write the results to docs/bench")
     chosen = options.parse_args()
     tune_gc()
+    found: list[dict[str, Any]] = []
     for peers in chosen.peers:
-        print(json.dumps(asyncio.run(measure(peers, chosen.rate, chosen.seconds))), flush=True)
+        found.append(asyncio.run(measure(peers, chosen.rate, chosen.seconds)))
+        print(json.dumps(found[-1]), flush=True)
+    if chosen.keep:
+        from benchmarks.speed import report  # its imports would count as memory
+
+        report.keep("monitor", {"rows": found})
 
 
 if __name__ == "__main__":

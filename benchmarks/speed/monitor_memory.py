@@ -1,5 +1,5 @@
 """python -m benchmarks.speed.monitor_memory [--peers 500 2000] [--rate 1000] [--seconds 600]
-    [--trace]
+    [--trace] [--keep]
 
 Checks that the monitor's memory does not grow. Before the measurement all histories are full
 (losses of every peer, 2,000 rounds, 1,000 events), every page was open, and the fleet was fetched
@@ -195,15 +195,24 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=600)
     options.add_argument("--trace", action="store_true")
     options.add_argument("--crowd", action="store_true", help=argparse.SUPPRESS)
+    options.add_argument("--keep", action="store_true", help="write the results to docs/bench")
     chosen = options.parse_args()
     if chosen.crowd:
         asyncio.run(crowd(chosen.peers[0], chosen.rate))
         return
     if len(chosen.peers) > 1:
+        found: list[dict[str, Any]] = []
         for peers in chosen.peers:
             words = [sys.executable, "-m", __spec__.name, "--peers", str(peers)]
             words += ["--rate", str(chosen.rate), "--seconds", str(chosen.seconds)]
-            subprocess.run([*words, *(["--trace"] if chosen.trace else [])], check=True)
+            words += ["--trace"] if chosen.trace else []
+            told = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found.append(json.loads(told))
+            print(told, end="", flush=True)
+        if chosen.keep:
+            from benchmarks.speed import report  # its imports would count as memory
+
+            report.keep("monitor", {"memory": found})
         return
     tune_gc()
     figures = asyncio.run(measure(chosen.peers[0], chosen.rate, chosen.seconds, trace=chosen.trace))

@@ -1,13 +1,11 @@
-"""Writes the tables of docs/benchmarks.md and of the README from the results of a full run."""
+"""The tables of docs/benchmarks.md and of the README, from the results of a full run."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.cases import MB
 
-_BEGIN, _END = "<!-- figures of make bench -->\n", "<!-- end of figures -->\n"
 _HEAD = (
     "| model × agents | a round | stock Flower | times faster | ÷ physical limit | coordinator |\n"
     "|---|---|---|---|---|---|\n"
@@ -18,16 +16,6 @@ _SHORT_HEAD = (
 )
 #: The cases in the README's table, from those measured beside stock Flower.
 _SHORT = ("10 KB × 2", "40 MB × 4", "400 MB × 2")
-
-
-def write(file: Path, made: str) -> None:
-    """Write a table between its marks in the file. Raises ValueError if it has none."""
-    text = file.read_text()
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not (begin and end):
-        raise ValueError(f"{file.name} has no place for the figures")
-    file.write_text(before + begin + made + end + after)
 
 
 def table(results: dict[str, Any]) -> str:

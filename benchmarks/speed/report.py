@@ -20,6 +20,7 @@ from benchmarks.speed.figures import Figures
 from benchmarks.speed.floor import Floor
 
 RESULTS = "bench-results.json"
+_DOCS = Path(__file__).resolve().parents[2] / "docs" / "bench"
 _ABOUT = {
     "ours": "TLS 1.3 and signatures on; coordinator and agents as processes; rounds as "
     "`run show` tells them: training and federated evaluation",
@@ -97,6 +98,15 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"about": _ABOUT} | results, indent=1, ensure_ascii=False)
     (folder / RESULTS).write_text(text + "\n")
+
+
+def keep(name: str, results: dict[str, Any]) -> None:
+    """Write the results of a benchmark with a command of its own to docs/bench, for make figures;
+    keys that are missing stay as they are."""
+    file = _DOCS / f"{name}-results.json"
+    known = json.loads(file.read_bytes()) if file.exists() else {}
+    kept = known | {"about": "as measured", "machine": machine()} | results
+    file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
 def show(results: dict[str, Any]) -> None:

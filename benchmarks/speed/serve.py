@@ -1,6 +1,6 @@
 """Predictions in real time under load: throughput, latency, and changes of the version.
 
-    python -m benchmarks.speed.serve [--seconds 10] [--clients 1 8 32]
+    python -m benchmarks.speed.serve [--seconds 10] [--clients 1 8 32] [--keep]
 
 A real fleet of one agent with the digits, and `commonweight-agent serve` on a core of its own.
 Clients on another core request one digit after another over keep-alive connections. Then a run
@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.speed import report
 from tests.support.fleet_harness import AGENT, Fleet, closing
 from tests.support.waiting import wait_for
 
@@ -121,11 +122,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.serve", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--keep", action="store_true", help="write the results to docs/bench")
     options = parser.parse_args()
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
         for line in measure(Path(folder), options.seconds, options.clients):
+            found.append(line)
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
+    if options.keep:
+        report.keep("serve", {"rows": found})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""python -m benchmarks.speed.stragglers [virtual|real]: two of eight peers are ten times slower.
+"""python -m benchmarks.speed.stragglers [virtual|real] [--keep]
+
+Two of eight peers are ten times slower.
 
 How long until the shared model classifies 90 % of the digits, with synchronous rounds and with
 buffered aggregation? `virtual`: real training, decisions, validation and aggregation, but a virtual
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.speed import report
 from coordinator import strategies
 from coordinator.runs import aggregation, buffered, decisions, steps, transitions, validation
 from coordinator.runs.decisions import Observation
@@ -305,12 +308,22 @@ def real() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    keep = "--keep" in sys.argv[1:]
     if "real" in sys.argv[1:]:
-        real()
+        found = real()
+        if keep:
+            report.keep("stragglers", {"real": found})
         return
     print("mode                time  × sync  versions  uploads  refused  τ ≤")
     whole = 0.0
-    for name, figures in virtual().items():
+    played = virtual()
+    if keep:
+        reached = {
+            name: [figure._asdict() for figure in figures if figure]
+            for name, figures in played.items()
+        }
+        report.keep("stragglers", {"virtual": reached})
+    for name, figures in played.items():
         good = [figure for figure in figures if figure is not None]
         if not good:
             print(f"{name:<16}{'never':>8}")

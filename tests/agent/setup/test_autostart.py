@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import plistlib
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from agent.setup.autostart import (
 )
 from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local.checks import Advice
-from tests.support.fleet_harness import AGENT, environment, run_program
+from tests.support.fleet_harness import AGENT, ROOT, environment, run_program
 
 USUAL = ServiceSpec("/opt/cw/bin/python", Path("/home/ann/.local/share/commonweight/agent"), False)
 OTHER = ServiceSpec('/opt/a "b"/bin/py$1', Path("/srv/50% of it/agent"), True)
@@ -92,6 +93,19 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, odd: bool) -> None:
     # It may also report faults of other units of this machine.
     assert file.name not in done.stderr
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+@pytest.mark.parametrize(("unit", "exposure"), [("commonweight", 1.1), ("commonweight-agent", 1.2)])
+def test_the_system_units_expose_little(unit: str, exposure: float) -> None:
+    file = ROOT / "deploy" / f"{unit}.service"
+    words = ["systemd-analyze", "security", "--offline=true", str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    if "offline" in done.stderr:
+        pytest.skip("this systemd rates only units that are installed")
+    found = re.search(r"Overall exposure level for .*: ([\d.]+)", done.stdout)
+    assert found, done.stdout + done.stderr
+    assert float(found[1]) <= exposure
 
 
 def test_the_launchd_agent() -> None:

@@ -225,6 +225,12 @@ def test_a_peer_for_each_carrier_learns_the_delay_as_the_union_does(tmp_path: Pa
     assert told["mse"] ** 0.5 <= 1.05 * central["mse"] ** 0.5
     spread = float(flights.arr_delay.std())
     assert told["mse"] ** 0.5 < 0.8 * spread, "it explains more than the mean"
+    # The figures in docs/tabular.md.
+    sizes = flights.carrier.value_counts()
+    sizes = sizes[sizes >= 30]
+    assert (len(flights), len(sizes), sizes.min(), sizes.max()) == (30_000, 14, 54, 5202)
+    assert told["mse"] ** 0.5 == pytest.approx(17.87, abs=0.05)
+    assert central["mse"] ** 0.5 == pytest.approx(17.90, abs=0.05)
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Results of parts add up, and the page of docs says what the results file says."""
+"""Results of parts add up; what the docs say of all faults together."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from benchmarks.faults import results
@@ -28,8 +29,23 @@ def test_parts_of_a_row_add_up(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["rows"][0]["cases"] == 1
 
 
-def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(text := (ROOT / "docs" / "reliability.md").read_text())
-    results.tell(page, ROOT / "docs" / "faults" / "fault-results.json")
-    assert page.read_text() == text
+PLAYED = json.loads((ROOT / "docs" / "faults" / "fault-results.json").read_bytes())["rows"]
+
+
+def numbers(fault: str) -> set[int]:
+    """The numbers of the list in the name of a row: 1–5, 10 or 7 one thing, 8 another."""
+    found: set[int] = set()
+    for first, last in re.findall(r"(?:^|, )(\d+)(?:–(\d+))?", fault):
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def test_all_faults_of_the_list_have_cases() -> None:
+    listed = set(range(1, 38))
+    real = [row for row in PLAYED if "simulated" not in row["fault"]]
+    assert set().union(*(numbers(row["fault"]) for row in PLAYED if row["cases"])) == listed
+    assert listed - set().union(*(numbers(row["fault"]) for row in real)) == {5, 36}
+
+
+def test_no_case_in_the_docs_has_a_violation() -> None:
+    assert [row["fault"] for row in PLAYED if row["violations"]] == []

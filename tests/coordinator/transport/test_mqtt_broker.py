@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from coordinator.daemon import coordinator
+from coordinator.storage.settings import PORT, MqttLogin, Settings
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from tests.support.mqtt_fleet import HOST, Site, rogue, running, started
@@ -47,6 +49,12 @@ async def test_starts_answers_and_frees_its_port(site: Site) -> None:
     await again.start()
     assert await _logs_in(site, again)
     await again.stop()
+
+
+def test_by_default_it_has_the_port_after_the_coordinators(tmp_path: Path) -> None:
+    made = coordinator._broker(tmp_path, Settings(), PORT, MqttLogin("user", "password"))
+    assert isinstance(made, EmbeddedBroker)
+    assert made.port == PORT + 1
 
 
 async def test_the_password_is_in_one_private_file(site: Site) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -20,11 +17,11 @@ from typer.testing import CliRunner
 
 import agent.cli.main
 import coordinator.cli.main
-from benchmarks.speed import page as figures
+from benchmarks import figures
 from protocols import VERSION
 from protocols.local import homes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = sorted([*(ROOT / name for name in ROOT_PAGES), *(ROOT / "docs").rglob("*.md")])
 PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agent.cli.main.app}
@@ -202,19 +199,21 @@ def test_the_table_of_run_options_is_up_to_date() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "made"), [("docs/benchmarks.md", figures.table), ("README.md", figures.comparison)]
-)
-def test_the_figures_are_those_of_the_last_benchmark(
-    tmp_path: Path, name: str, made: Callable[[dict[str, Any]], str]
-) -> None:
-    results = json.loads((ROOT / "docs" / "bench" / "bench-results.json").read_bytes())
-    page = tmp_path / "page.md"
-    page.write_text(text := (ROOT / name).read_text())
-    figures.write(page, made(results))
-    assert page.read_text() == text
-    assert len(figures.table(results).splitlines()) == len(results["cases"]) + 4
-    assert len(figures.comparison(results).splitlines()) == 5
+@pytest.mark.parametrize(("page", "name"), figures.TABLES)
+def test_a_table_of_figures_is_that_of_the_results_file(page: str, name: str) -> None:
+    text = (ROOT / page).read_text()
+    assert figures.with_table(text, name, figures.made(page, name)) == text, "run: make figures"
+
+
+def test_each_table_of_figures_has_a_results_file() -> None:
+    marks = {
+        (str(page.relative_to(ROOT)), name)
+        for page in PAGES
+        for name in re.findall("<!-- figures of (.*?) -->", page.read_text())
+    }
+    assert marks == set(figures.TABLES)
+    with pytest.raises(ValueError, match="no place"):
+        figures.with_table("no marks", "make bench", "")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,175 @@
+"""The tables of docs/quality.md, from quality-results.json and language.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+_CODECS_HEAD = (
+    "| codec | split | seeds | accuracy at round 100 | best | rounds to 90 / 92 / 93 % | bytes up "
+    "| known |\n|---|---|---|---|---|---|---|---|\n"
+)
+#: Codec, split, and what is known: the results that this table stands beside.
+_CODECS = (
+    ("fp32", "iid", ".949 ± .002; 3 / 6 / 9"),
+    ("int8", "iid", "the same"),
+    ("topk", "iid", ".946; 9 / 15 / 18"),
+    ("fp32", "shards", "best .914–.924; 39–50"),
+    ("int8", "shards", "the same"),
+    ("sign", "shards", "best .910–.921; 55–59"),
+    ("topk", "shards", "best .909–.916; 53–61"),
+)
+_SPLITS = {"iid": "at random", "shards": "two labels per peer"}
+_STRATEGIES_HEAD = (
+    "| strategy | codec | seeds | best | rounds to 90 % | bytes up |\n|---|---|---|---|---|---|\n"
+)
+#: What the page calls a course with two labels per peer, and its codec.
+_STRATEGIES = {
+    "fp32, shards": "FedAvg | fp32",
+    "scaffold, shards": "SCAFFOLD | fp32",
+    "scaffold + ternary, shards": "SCAFFOLD, `option=3` | ternary",
+    "scaffold + sign, shards": "SCAFFOLD, `option=3` | sign",
+    "fedyogi, shards": "FedYogi, eta 0.01 | fp32",
+    "fedavgm, shards": "FedAvgM, momentum 0.9, rate 0.3 | fp32",
+    "fedadam, shards": "FedAdam, eta 0.01 | fp32",
+    "fedprox, shards": "FedProx, mu 0.1 | fp32",
+}
+_CAMERAS_HEAD = (
+    "| strategy | batch norm | accuracy at round 30 | best | rounds to 90 % |\n"
+    "|---|---|---|---|---|\n"
+)
+_CAMERAS = {
+    "fedavg, no norm, cameras": "FedAvg | no",
+    "fedavg, cameras": "FedAvg | yes",
+    "scaffold, cameras": "SCAFFOLD | yes",
+    "fedbn, cameras": "FedBN, with each peer's own norms | yes",
+}
+_LYING_HEAD = "| strategy | nobody lies | turned | turned and fourfold |\n|---|---|---|---|\n"
+_LYING = {
+    "fedavg": "FedAvg",
+    "fedtrimmedavg": "FedTrimmedAvg, beta 0.2",
+    "fedmedian": "FedMedian",
+    "multikrum": "MultiKrum, 2 malicious, 6 chosen",
+}
+_LANGUAGE_HEAD = (
+    "| method | learning rate | held-out loss, nats per token | bytes up | bytes both ways |\n"
+    "|---|---|---|---|---|\n"
+)
+
+
+def codecs(results: dict[str, Any]) -> str:
+    """Codecs beside known results."""
+    lines = ""
+    for codec, split, known in _CODECS:
+        rows = _of(results, f"{codec}, {split}")
+        reached = " / ".join(_round(rows, f"to_{percent}") for percent in (90, 92, 93))
+        lines += (
+            f"| {codec} | {_SPLITS[split]} | {len(rows)} | {_spread(_all(rows, 'end'))} "
+            f"| {_spread(_all(rows, 'best'))} | {reached} "
+            f"| {_share(results, rows, f'fp32, {split}')} | {known} |\n"
+        )
+    return _CODECS_HEAD + lines
+
+
+def strategies(results: dict[str, Any]) -> str:
+    """Strategies where each peer has two labels."""
+    lines = ""
+    for course, name in _STRATEGIES.items():
+        rows = _of(results, course)
+        lines += (
+            f"| {name} | {len(rows)} | {_each(rows, 'best')} | {_each(rows, 'to_90')} "
+            f"| {_share(results, rows, 'fp32, shards')} |\n"
+        )
+    return _STRATEGIES_HEAD + lines
+
+
+def cameras(results: dict[str, Any]) -> str:
+    """Strategies where each peer has another camera."""
+    lines = ""
+    for course, name in _CAMERAS.items():
+        rows = _of(results, course)
+        lines += (
+            f"| {name} | {_spread(_all(rows, 'end'))} | {_mean(_all(rows, 'best'))} "
+            f"| {_round(rows, 'to_90')} |\n"
+        )
+    new = _all(_of(results, "fedbn, cameras"), "newcomer")
+    ends, best = [curve[-1] for curve in new], [max(curve) for curve in new]
+    lines += f"| FedBN, as a new peer would have it | yes | {_spread(ends)} | {_mean(best)} | – |\n"
+    return _CAMERAS_HEAD + lines
+
+
+def lying(results: dict[str, Any]) -> str:
+    """Strategies where two of ten peers lie: the accuracy at the end, and the best."""
+    lines = ""
+    for strategy, name in _LYING.items():
+        cells = []
+        for attack in ("nobody lies", "sign turned", "fourfold"):
+            found = _of(results, f"{strategy}, {attack}")
+            # Only FedAvg was trained without an attack, and it has no result with the last one.
+            missing = "diverges" if attack == "fourfold" else ""
+            cells.append(
+                f"{_shown(found[0]['end'])}, {_shown(found[0]['best'])}" if found else missing
+            )
+        lines += f"| {name} | {' | '.join(cells)} |\n".replace("|  ", "| ")
+    return _LYING_HEAD + lines
+
+
+def language(results: dict[str, Any]) -> str:
+    """DiLoCo beside an exchange at every step."""
+    every = [row for row in results["rows"] if row["arm"] == "every-step"]
+    rare = [row for row in results["rows"] if row["arm"] == "diloco"]
+    up, both = (statistics.mean(row[key] for row in rare) for key in ("fewer_up", "fewer"))
+    name = f"DiLoCo, every {rare[0]['inner']} steps, {rare[0]['codec']}"
+    return (
+        f"{_LANGUAGE_HEAD}| gradients exchanged at every step | {every[0]['lr']} "
+        f"| {_losses(every)} | 1 | 1 |\n"
+        f"| {name} | {rare[0]['lr']} | {_losses(rare)} | 1/{up:.0f} | 1/{both:.0f} |\n"
+    )
+
+
+def _of(results: dict[str, Any], course: str) -> list[Row]:
+    return [row for row in results["rows"] if row["course"] == course]
+
+
+def _all(rows: Sequence[Row], key: str) -> list[Any]:
+    return [row[key] for row in rows]
+
+
+def _shown(value: float) -> str:
+    """.948 for an accuracy, 43 for a number of rounds."""
+    return f"{value:.3f}".removeprefix("0") if value < 1 else f"{value:.0f}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return _shown(statistics.mean(values))
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The mean, and the deviation over the seeds."""
+    return f"{_mean(values)} ± {_shown(statistics.stdev(values))}"
+
+
+def _each(rows: Sequence[Row], key: str) -> str:
+    """The mean, and the value of each seed."""
+    values = _all(rows, key)
+    return _mean(values) + (f" ({' '.join(map(_shown, values))})" if len(values) > 1 else "")
+
+
+def _round(rows: Sequence[Row], key: str) -> str:
+    """The mean number of rounds; a dash if a seed did not get there."""
+    values = _all(rows, key)
+    return "–" if None in values else _mean(values)
+
+
+def _share(results: dict[str, Any], rows: Sequence[Row], whole: str) -> str:
+    """Bytes up beside those of whole weights: 1/34, 2."""
+    key = "bytes_up_a_round"
+    times = statistics.mean(_all(rows, key)) / statistics.mean(_all(_of(results, whole), key))
+    return f"{times:.0f}" if times > 0.75 else f"1/{1 / times:.0f}"
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{row['losses'][-1]:.3f}" for row in rows)

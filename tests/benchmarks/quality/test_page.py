@@ -1,0 +1,56 @@
+"""Sentences of docs/quality.md that no single figure of the results shows."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+from benchmarks.quality.measured import RESULTS
+from tests.support.fleet_harness import ROOT
+
+ROWS = json.loads((ROOT / "docs" / "quality" / RESULTS).read_bytes())["rows"]
+
+
+def every(course: str, key: str) -> list[Any]:
+    found = [row[key] for row in ROWS if row["course"] == course]
+    assert found, course
+    return found
+
+
+def mean(course: str, key: str) -> float:
+    return statistics.mean(every(course, key))
+
+
+def test_fedavg_at_random_splits_is_within_two_thousandths_of_the_known() -> None:
+    assert abs(round(mean("fp32, iid", "end"), 3) - 0.949) <= 0.002
+
+
+def test_int8_is_as_good_as_whole_weights() -> None:
+    for split in ("iid", "shards"):
+        int8, fp32 = f"int8, {split}", f"fp32, {split}"
+        assert round(mean(int8, "end"), 3) == round(mean(fp32, "end"), 3)
+        assert every(int8, "to_90") == every(fp32, "to_90")
+
+
+def test_robust_strategies_stay_within_three_points() -> None:
+    (clean,) = every("fedavg, nobody lies", "end")
+    for strategy in ("fedtrimmedavg", "fedmedian", "multikrum"):
+        for attack in ("sign turned", "fourfold"):
+            assert mean(f"{strategy}, {attack}", "end") >= clean - 0.03
+    assert mean("fedavg, sign turned", "end") < clean - 0.03
+
+
+def test_what_is_slower_or_faster_than_known() -> None:
+    assert round(mean("topk, shards", "best"), 3) == 0.909 - 0.001
+    for course, key, known in (
+        ("fp32, iid", "to_93", 9),
+        ("topk, iid", "to_90", 9),
+        ("topk, iid", "to_92", 15),
+        ("sign, shards", "to_90", 55),
+    ):
+        assert round(known - mean(course, key)) == 2, course
+
+
+def test_ternary_with_scaffold_needs_less_than_half_of_the_rounds() -> None:
+    assert mean("scaffold + ternary, shards", "to_90") < 0.5 * mean("fp32, shards", "to_90")

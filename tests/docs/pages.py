@@ -1,0 +1,114 @@
+"""What README.md and docs/*.md say: their sentences, which of these make a claim with a number,
+and their command lines.
+
+A *statement* is one sentence of a paragraph or of a list item, or one row of a table. Headings,
+code blocks, comments, heads of tables and what a program writes between marks are none. It makes a
+claim if it holds a digit or a number word, outside of inline code, of targets of links and of the
+NAMES below. These are the whole rules.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+#: docs/run-options.md is written from the code as a whole (test_docs.py).
+PAGES = (
+    ROOT / "README.md",
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "run-options.md"),
+)
+#: Names and fixed phrases that hold a number and state none.
+NAMES = (
+    *(r"Python 3\.\d+", r"Flower 1\.41", r"TLS 1\.3", r"MQTT 3\.1\.1", r"SHA-256", r"WSL 2"),
+    *(r"Apache-2\.0", r"AES-256-GCM", r"ISO 8601", r"Java 17", r"ResNet-18", r"x86_64"),
+    *(r"127\.0\.0\.1", r"\b2NN", r"int8", r"bf16", r"fp32", r"UTF-8", r"[Rr]ound [01]\b"),
+    *(r"\[n, \d+(, \d+)?\]", r"float32", r"uint8", r"int64", r"et al\. \d{4}"),
+)
+#: Number words and what they are; "one", "once", "first" and "second" mostly count nothing.
+WORDS = {
+    word: float(number)
+    for number, word in enumerate(
+        (
+            *("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
+            *("twelve", "thirteen", "fourteen", "fifteen"),
+        ),
+        start=2,
+    )
+} | {"twenty": 20, "hundred": 100, "thousand": 1000, "twice": 2, "tenfold": 10, "fourfold": 4}
+PARTS = {
+    name: 1 / number
+    for number, name in enumerate(
+        ("half", "third", "quarter", "fifth", "sixth", "seventh", "eighth"), start=2
+    )
+}
+_NUMBER = re.compile(rf"\d|\b(?:{'|'.join((*WORDS, *PARTS))})\b", re.IGNORECASE)
+_NAME = re.compile("|".join(NAMES))
+_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_GENERATED = re.compile(r"<!-- figures of .*?<!-- end of figures -->", re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_HIDDEN = re.compile(r"`[^`\n]*`|(?<=\])\([^)]*\)")
+_BLOCK_END = re.compile(r"\n\s*\n|\n(?=[-|>] ?|\d+\. )")
+_HEAD = re.compile(r"^\|.*\n(?=\|[-| ]+$)", re.MULTILINE)
+_LIST = re.compile(r"^(?:> ?|- |\**\d+\. )+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"*)]* +(?=[\"A-Z*`\[!])")
+
+
+class Statement(NamedTuple):
+    page: str
+    text: str
+    is_claim: bool
+
+
+class Block(NamedTuple):
+    """A block of command lines, and what its comment says: `run: PLACE` or `not run: REASON`."""
+
+    page: str
+    marker: str
+    lines: tuple[str, ...]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def statements(page: str, text: str) -> list[Statement]:
+    """The statements of a page, without line breaks."""
+    for left_out in (_GENERATED, _FENCE, _COMMENT, _HEAD):
+        text = left_out.sub("\n", text)
+    found = []
+    for block in _BLOCK_END.split(text):
+        joined = _LIST.sub("", " ".join(block.split()))
+        if not joined or joined.startswith("#") or set(joined) <= set("|- "):
+            continue
+        for sentence in [joined] if joined.startswith("|") else _sentences(joined):
+            shown = _NAME.sub("", _masked(sentence))
+            found.append(Statement(page, sentence, bool(_NUMBER.search(shown))))
+    return found
+
+
+def _masked(text: str) -> str:
+    """The text, with inline code and targets of links replaced by as many other characters."""
+    return _HIDDEN.sub(lambda found: f"`{'x' * (len(found[0]) - 2)}`", text)
+
+
+def _sentences(text: str) -> list[str]:
+    ends = [0, *(found.end() for found in _SENTENCE_END.finditer(_masked(text))), len(text)]
+    return [text[start:end].strip() for start, end in itertools.pairwise(ends)]
+
+
+_SH = re.compile(
+    r"(?:^<!-- ((?:not )?run: [^\n]*?) -->\n)?^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
+
+
+def blocks(page: str, text: str) -> list[Block]:
+    """The blocks of command lines of a page; a continued line is one line."""
+    found = []
+    for marker, body in _SH.findall(text):
+        whole = re.sub(r"\\\n", " ", body)
+        lines = tuple(line for line in whole.splitlines() if line.strip() and line[0] != "#")
+        found.append(Block(page, marker, lines))
+    return found
