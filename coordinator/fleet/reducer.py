@@ -23,22 +23,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from coordinator.fleet.state import Event, Fleet, Job, Level, Peer, Run, finite
-from protocols.messages.envelope import (
-    Command,
-    CoordinatorBody,
-    Doorbell,
-    Envelope,
-    EventLine,
-    JobChanged,
-    Links,
-    LogRequest,
-    Notice,
-    PeerChanged,
-    Presence,
-    RoundClosed,
-    RunChanged,
-    Telemetry,
-)
+from protocols.messages import envelope as wire
+from protocols.messages.envelope import Envelope, EventBody
 from protocols.messages.states import AVAILABLE, ENDED, PeerState
 from protocols.messages.topics import COORDINATOR
 
@@ -62,20 +48,20 @@ _MAX_COUNT = 2**53  # every JSON reader represents it exactly
 def reduce(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
     """Apply one verified message. `now` is Unix s. Returns `fleet`, changed in place."""
     body = envelope.body
-    if isinstance(body, Presence | Telemetry | Notice):
+    if isinstance(body, wire.Presence | wire.Telemetry | wire.Notice):
         peer = fleet.peers.get(envelope.sender)
         if peer is None:
             fleet.unknown += 1
-        elif isinstance(body, Presence):
+        elif isinstance(body, wire.Presence):
             _presence(fleet, peer, envelope, body, now)
-        elif isinstance(body, Telemetry):
+        elif isinstance(body, wire.Telemetry):
             _telemetry(peer, envelope, body, now)
         elif _accept(peer, envelope, peer.notice_seq, now):
             peer.notice_seq, peer.seen_at = envelope.seq, now
             _event(fleet, now, body.level, f"{display_name(peer)}: {body.text}", peer.peer)
     elif envelope.sender != COORDINATOR:
         fleet.ignored += 1
-    elif not isinstance(body, Doorbell | Command | LogRequest):  # these change nothing
+    elif isinstance(body, EventBody):
         _from_coordinator(fleet, envelope, body, now)
     return fleet
 
@@ -118,7 +104,9 @@ def _begin_epoch(peer: Peer, epoch: str) -> None:
     peer.telemetry, peer.losses, peer.diverged = None, [], False
 
 
-def _presence(fleet: Fleet, peer: Peer, envelope: Envelope, body: Presence, now: float) -> None:
+def _presence(
+    fleet: Fleet, peer: Peer, envelope: Envelope, body: wire.Presence, now: float
+) -> None:
     if body.will:
         _will(fleet, peer, envelope, now)
         return
@@ -151,7 +139,7 @@ def _will(fleet: Fleet, peer: Peer, envelope: Envelope, now: float) -> None:
     peer.state, peer.reason = PeerState.OFFLINE, "connection lost"
 
 
-def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> None:
+def _telemetry(peer: Peer, envelope: Envelope, body: wire.Telemetry, now: float) -> None:
     if not _accept(peer, envelope, peer.telemetry_seq, now):
         return
     peer.telemetry_seq, peer.seen_at = envelope.seq, now
@@ -172,7 +160,7 @@ def _telemetry(peer: Peer, envelope: Envelope, body: Telemetry, now: float) -> N
 # --- messages of the coordinator ---
 
 
-def _from_coordinator(fleet: Fleet, envelope: Envelope, body: CoordinatorBody, now: float) -> None:
+def _from_coordinator(fleet: Fleet, envelope: Envelope, body: EventBody, now: float) -> None:
     if envelope.epoch == fleet.epoch:
         if envelope.seq <= fleet.seq:
             fleet.ignored += 1
@@ -185,21 +173,21 @@ def _from_coordinator(fleet: Fleet, envelope: Envelope, body: CoordinatorBody, n
         fleet.past_epochs = [*fleet.past_epochs, fleet.epoch][-MAX_PAST_EPOCHS:]
         fleet.gap = True
     fleet.epoch, fleet.seq = envelope.epoch, envelope.seq
-    if isinstance(body, PeerChanged):
+    if isinstance(body, wire.PeerChanged):
         _peer_known(fleet, body)
-    elif isinstance(body, RunChanged):
+    elif isinstance(body, wire.RunChanged):
         _run_changed(fleet, body, now)
-    elif isinstance(body, RoundClosed):
+    elif isinstance(body, wire.RoundClosed):
         _round_closed(fleet, body)
-    elif isinstance(body, JobChanged):
+    elif isinstance(body, wire.JobChanged):
         _job_changed(fleet, body, now - envelope.at, now)
-    elif isinstance(body, EventLine):
+    elif isinstance(body, wire.EventLine):
         _event(fleet, now, body.level, body.text, body.subject)
-    elif isinstance(body, Links):
+    elif isinstance(body, wire.Links):
         fleet.links = body
 
 
-def _peer_known(fleet: Fleet, body: PeerChanged) -> None:
+def _peer_known(fleet: Fleet, body: wire.PeerChanged) -> None:
     if body.enrollment == "removed":
         fleet.peers.pop(body.peer, None)
         return
@@ -211,7 +199,7 @@ def _peer_known(fleet: Fleet, body: PeerChanged) -> None:
     peer.flower = body.has_session
 
 
-def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:
+def _run_changed(fleet: Fleet, body: wire.RunChanged, now: float) -> None:
     if body.deleted:
         fleet.runs.pop(body.run, None)
         return
@@ -222,7 +210,7 @@ def _run_changed(fleet: Fleet, body: RunChanged, now: float) -> None:
     _drop_oldest(fleet.runs, [id_ for id_, run in fleet.runs.items() if run.changed.state in ENDED])
 
 
-def _job_changed(fleet: Fleet, body: JobChanged, behind: float, now: float) -> None:
+def _job_changed(fleet: Fleet, body: wire.JobChanged, behind: float, now: float) -> None:
     """`behind` is how far the coordinator's clock is behind ours, in s."""
     behind = finite(behind) or 0.0
     began, ended = finite(body.began_at), finite(body.ended_at)
@@ -244,7 +232,7 @@ def _drop_oldest(entries: dict[str, Any], ended: list[str]) -> None:
         del entries[(ended or list(entries))[0]]
 
 
-def _round_closed(fleet: Fleet, body: RoundClosed) -> None:
+def _round_closed(fleet: Fleet, body: wire.RoundClosed) -> None:
     run = fleet.runs.get(body.run)
     if run is None:
         fleet.gap = True
@@ -277,7 +265,7 @@ def _bound_rounds(fleet: Fleet) -> None:
         too_many -= gone
 
 
-def _note_contributions(fleet: Fleet, body: RoundClosed, *, replace_last: bool) -> None:
+def _note_contributions(fleet: Fleet, body: wire.RoundClosed, *, replace_last: bool) -> None:
     """Add a character for the newest round to each peer's contributions, or replace the last."""
     known = bool(body.norms) or not body.peers
     for peer in fleet.peers.values():
@@ -299,7 +287,7 @@ def _finite_fields(body: S, **defaults: float | None) -> S:
     return msgspec.structs.replace(body, **invalid) if invalid else body
 
 
-def _finite_round(body: RoundClosed) -> RoundClosed:
+def _finite_round(body: wire.RoundClosed) -> wire.RoundClosed:
     finite_body = _finite_fields(body, loss=None, accuracy=None, seconds=0.0)
     is_finite = (finite_body.loss, finite_body.accuracy) == (body.loss, body.accuracy)
     return msgspec.structs.replace(

@@ -14,20 +14,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from protocols.analytics import mergeable_states as stats
 from protocols.analytics import sketches
-from protocols.analytics.mergeable_states import (
-    PRECISION,
-    ComomentsState,
-    CountState,
-    DistinctState,
-    HistogramState,
-    MomentsState,
-    PeerAnswer,
-    QuantileState,
-    RangeState,
-    State,
-    merge,
-)
+from protocols.analytics.mergeable_states import PeerAnswer, State
 from protocols.analytics.query import Operation, Query
 from protocols.tables.statistics import Moments
 
@@ -35,12 +24,12 @@ Figure = float | int | None | dict[str, Any]
 
 #: The statistics that an operation needs; a histogram with given ends needs a HistogramState.
 _STATES: Mapping[str, type[State]] = (
-    dict.fromkeys(("count", "missing"), CountState)
-    | dict.fromkeys(("sum", "mean", "var", "std"), MomentsState)
-    | dict.fromkeys(("min", "max"), RangeState)
-    | dict.fromkeys(("cov", "corr"), ComomentsState)
-    | dict.fromkeys(("quantile", "histogram"), QuantileState)
-    | {"distinct": DistinctState}
+    dict.fromkeys(("count", "missing"), stats.CountState)
+    | dict.fromkeys(("sum", "mean", "var", "std"), stats.MomentsState)
+    | dict.fromkeys(("min", "max"), stats.RangeState)
+    | dict.fromkeys(("cov", "corr"), stats.ComomentsState)
+    | dict.fromkeys(("quantile", "histogram"), stats.QuantileState)
+    | {"distinct": stats.DistinctState}
 )
 
 
@@ -95,7 +84,7 @@ def combine(
         states[cell.group].append(cell.states)
     groups = []
     for group in sorted(states, key=lambda values: [(v is None, v or "") for v in values]):
-        merged = map(merge, zip(*states[group], strict=True))
+        merged = map(stats.merge, zip(*states[group], strict=True))
         groups.append(Group(group, rows[group], tuple(map(figure, query.operations, merged))))
     return AnalysisResult(
         figures=tuple(map(str, query.operations)),
@@ -127,10 +116,11 @@ def validate(query: Query, answer: PeerAnswer) -> str:
         for operation, state in zip(query.operations, cell.states, strict=True):
             if not isinstance(state, state_of(operation)):
                 return f"{operation} answered by another kind of statistics"
-            if isinstance(state, HistogramState) and len(state.counts) != int(operation.args[0]):
-                return f"{operation} answered in other bins"
-            if isinstance(state, DistinctState) and len(state.registers) not in (0, 1 << PRECISION):
-                return f"{operation} answered with other registers"
+            match state:
+                case stats.HistogramState(counts) if len(counts) != int(operation.args[0]):
+                    return f"{operation} answered in other bins"
+                case stats.DistinctState(found) if len(found) not in (0, 1 << stats.PRECISION):
+                    return f"{operation} answered with other registers"
     if len({cell.group for cell in answer.cells}) != len(answer.cells):
         return "a group occurs twice"
     return ""
@@ -148,34 +138,34 @@ def validate_bytes(query: str, body: bytes) -> str:
 def state_of(operation: Operation) -> type[State]:
     """The statistics that an operation needs."""
     if operation.kind == "histogram" and len(operation.args) == 3:
-        return HistogramState
+        return stats.HistogramState
     return _STATES[operation.kind]
 
 
 def figure(operation: Operation, state: State) -> Figure:
     """The figure of an operation; None where there is no value."""
     match state:
-        case CountState():
+        case stats.CountState():
             return state.count
-        case MomentsState(moments):
+        case stats.MomentsState(moments):
             return _moment(operation.kind, moments)
-        case RangeState():
+        case stats.RangeState():
             return state.least if operation.kind == "min" else state.most
-        case ComomentsState(x, y, c):
+        case stats.ComomentsState(x, y, c):
             if operation.kind == "cov":
                 return c / (x.count - 1) if x.count > 1 else None
             spread = math.sqrt(x.m2 * y.m2)
             return max(-1.0, min(1.0, c / spread)) if spread else None
-        case HistogramState(counts, below, above):
+        case stats.HistogramState(counts, below, above):
             least, most = operation.args[1:]
             bins = {"least": least, "most": most, "counts": list(counts)}
             return bins | {"below": below, "above": above}
-        case QuantileState() if operation.kind == "quantile":
+        case stats.QuantileState() if operation.kind == "quantile":
             return sketches.quantile(state, operation.args[0])
-        case QuantileState():
+        case stats.QuantileState():
             least, most, counts = sketches.quantile_histogram(state, int(operation.args[0]))
             return {"least": least, "most": most, "counts": list(counts), "about": True}
-        case DistinctState():
+        case stats.DistinctState():
             return round(sketches.estimate_distinct(state))
 
 

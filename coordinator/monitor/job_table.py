@@ -6,16 +6,7 @@ from collections.abc import Callable
 
 from coordinator.fleet.state import Fleet, Job
 from coordinator.monitor.peer_table import Cell, Column, Tone, peer_name
-from coordinator.remote.formatting import (
-    NOTHING,
-    age,
-    count,
-    duration,
-    format_bytes,
-    progress,
-    rate,
-    truncate,
-)
+from coordinator.remote import formatting as fmt
 
 #: Glyph and tone by state; an unknown state of a newer coordinator is shown as it is.
 STATES: dict[str, tuple[str, Tone]] = {
@@ -75,7 +66,7 @@ def count_items(job: Job, number: int) -> str:
 
 
 def _plural(number: int, noun: str) -> str:
-    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+    return f"{fmt.count(number)} {noun}{'' if number == 1 else 's'}"
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -85,53 +76,53 @@ def state_cell(job: Job, now: float, width: int = 80) -> Cell:
     """Glyph and state."""
     state = job.changed.state
     glyph, tone = STATES.get(state, ("·", "quiet"))
-    return Cell(truncate(f"{glyph} {state}", width), tone)
+    return Cell(fmt.truncate(f"{glyph} {state}", width), tone)
 
 
 def _done(job: Job, now: float, width: int) -> Cell:
     done, total = min(job.changed.done, job.changed.total), job.changed.total
     share = f" {100 * done // total:>3} %" if total else "   – %"
-    return Cell(progress(done, total, width - len(share)) + share, "busy")
+    return Cell(fmt.progress(done, total, width - len(share)) + share, "busy")
 
 
 def _duration(job: Job, now: float, width: int) -> Cell:
     took = duration_s(job, now)
-    return Cell(NOTHING if took is None else duration(took), "quiet")
+    return Cell(fmt.NOTHING if took is None else fmt.duration(took), "quiet")
 
 
 def _speed(job: Job, now: float, width: int) -> Cell:
     speed = rows_per_s(job, now)
-    return Cell(rate(speed) if speed else NOTHING)
+    return Cell(fmt.rate(speed) if speed else fmt.NOTHING)
 
 
 def _while_working(text: Callable[[Job], str]) -> Callable[[Job, float, int], Cell]:
     """A cell that is empty once the job has ended."""
-    return lambda job, now, width: Cell(text(job) if is_working(job) else NOTHING)
+    return lambda job, now, width: Cell(text(job) if is_working(job) else fmt.NOTHING)
 
 
 _remaining = _while_working(lambda job: count_items(job, num_remaining(job)))
-_peers = _while_working(lambda job: count(job.changed.peers))
-_leased = _while_working(lambda job: count(job.changed.leased))
+_peers = _while_working(lambda job: fmt.count(job.changed.peers))
+_leased = _while_working(lambda job: fmt.count(job.changed.leased))
 
 
 def _job(job: Job, now: float, width: int) -> Cell:
-    return Cell(truncate(job.changed.job, width))
+    return Cell(fmt.truncate(job.changed.job, width))
 
 
 def _units(job: Job, now: float, width: int) -> Cell:
-    return Cell(count(job.changed.units))
+    return Cell(fmt.count(job.changed.units))
 
 
 def _up(job: Job, now: float, width: int) -> Cell:
-    return Cell(format_bytes(job.changed.bytes_up))
+    return Cell(fmt.format_bytes(job.changed.bytes_up))
 
 
 def _down(job: Job, now: float, width: int) -> Cell:
-    return Cell(format_bytes(job.changed.bytes_down) if job.changed.bytes_down else NOTHING)
+    return Cell(fmt.format_bytes(job.changed.bytes_down) if job.changed.bytes_down else fmt.NOTHING)
 
 
 def _outcome(job: Job, now: float, width: int) -> Cell:
-    return Cell(truncate(job.changed.ended_because or job.changed.task, width), "quiet")
+    return Cell(fmt.truncate(job.changed.ended_because or job.changed.task, width), "quiet")
 
 
 #: Key, title, minimum and maximum width, minimum terminal width; the last ones are dropped first.
@@ -158,19 +149,21 @@ def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     """Everything known about a job: (label, cell), the most important first."""
     changed = job.changed
     state = state_cell(job, now)
-    ago = f" {age(now - job.ended_at)} ago" if job.ended_at else ""
+    ago = f" {fmt.age(now - job.ended_at)} ago" if job.ended_at else ""
     because = f": {changed.ended_because}" if changed.ended_because else ""
     kind = KINDS.get(changed.kind, changed.kind)
     done = f"{changed.done:,} of {count_items(job, changed.total)}"
     if is_working(job):
-        done += f" · {count(changed.leased)} leased to {_plural(changed.peers, 'peer')}"
-        done += f" · {count(num_remaining(job))} left"
+        done += f" · {fmt.count(changed.leased)} leased to {_plural(changed.peers, 'peer')}"
+        done += f" · {fmt.count(num_remaining(job))} left"
     rows = f"{changed.rows:,} rows in {_plural(changed.units, 'unit')}"
     speed, took = rows_per_s(job, now), duration_s(job, now)
-    rows += f" · {rate(speed)}" if speed else ""
-    rows += f" · {duration(took)}" if took is not None else ""
-    traffic = f"{format_bytes(changed.bytes_up)} of answers up"
-    traffic += f" · {format_bytes(changed.bytes_down)} of rows down" if changed.bytes_down else ""
+    rows += f" · {fmt.rate(speed)}" if speed else ""
+    rows += f" · {fmt.duration(took)}" if took is not None else ""
+    traffic = f"{fmt.format_bytes(changed.bytes_up)} of answers up"
+    traffic += (
+        f" · {fmt.format_bytes(changed.bytes_down)} of rows down" if changed.bytes_down else ""
+    )
     lines = [
         ("state", Cell(f"{state.text}{ago}{because}", state.tone)),
         ("kind", Cell(f"{kind} · {changed.task}" if changed.task else kind)),
@@ -183,5 +176,5 @@ def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     for peer, reason in changed.excused.items():
         lines.append(("excused", Cell(f"{peer_name(fleet, peer)}: {reason}", "warn")))
     if (more := changed.num_excused - len(changed.excused)) > 0:
-        lines.append(("excused", Cell(f"and {count(more)} more", "warn")))
+        lines.append(("excused", Cell(f"and {fmt.count(more)} more", "warn")))
     return lines

@@ -10,17 +10,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 
 from coordinator.fleet.reducer import display_name, shown_state
 from coordinator.fleet.state import Fleet, Peer
-from coordinator.remote.formatting import (
-    DIVERGED,
-    NOTHING,
-    age,
-    decimal,
-    format_bytes,
-    progress,
-    rate,
-    trend,
-    truncate,
-)
+from coordinator.remote import formatting as fmt
 from protocols.messages.envelope import Telemetry
 from protocols.messages.states import PauseReason, PeerState, label
 
@@ -79,19 +69,19 @@ def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
     room = width - len(label(state)) - len(": ")
     if len(reason) > room and room < 9:
         reason = ""
-    return Cell(truncate(label(state, reason), width), TONES[state])
+    return Cell(fmt.truncate(label(state, reason), width), TONES[state])
 
 
 def _name(peer: Peer, now: float, width: int) -> Cell:
-    return Cell(truncate(display_name(peer), width))
+    return Cell(fmt.truncate(display_name(peer), width))
 
 
 def _round(peer: Peer, now: float, width: int) -> Cell:
-    return Cell(str(peer.round) if peer.run else NOTHING)
+    return Cell(str(peer.round) if peer.run else fmt.NOTHING)
 
 
 def _seen(peer: Peer, now: float, width: int) -> Cell:
-    return Cell(age(now - peer.seen_at) if peer.seen_at else NOTHING, "quiet")
+    return Cell(fmt.age(now - peer.seen_at) if peer.seen_at else fmt.NOTHING, "quiet")
 
 
 def _working(peer: Peer, now: float) -> bool:
@@ -102,38 +92,38 @@ def _step(peer: Peer, now: float, width: int) -> Cell:
     telemetry = peer.telemetry
     if telemetry is None or not telemetry.steps or not _working(peer, now):
         return Cell("")
-    return Cell(progress(telemetry.step, telemetry.steps, width), "busy")
+    return Cell(fmt.progress(telemetry.step, telemetry.steps, width), "busy")
 
 
 def _loss(peer: Peer, now: float, width: int) -> Cell:
     if peer.diverged:
-        return Cell(DIVERGED, "bad")
-    return Cell(decimal(peer.telemetry.loss) if peer.telemetry else NOTHING)
+        return Cell(fmt.DIVERGED, "bad")
+    return Cell(fmt.decimal(peer.telemetry.loss) if peer.telemetry else fmt.NOTHING)
 
 
 def _trend(peer: Peer, now: float, width: int) -> Cell:
-    return Cell(trend(peer.losses, width), "busy")
+    return Cell(fmt.trend(peer.losses, width), "busy")
 
 
 def _from_telemetry(text: Callable[[Telemetry], str]) -> Callable[[Peer, float, int], Cell]:
     """A cell of the last telemetry, empty without one."""
-    return lambda peer, now, width: Cell(text(peer.telemetry) if peer.telemetry else NOTHING)
+    return lambda peer, now, width: Cell(text(peer.telemetry) if peer.telemetry else fmt.NOTHING)
 
 
-_sent = _from_telemetry(lambda telemetry: format_bytes(telemetry.bytes_up))
+_sent = _from_telemetry(lambda telemetry: fmt.format_bytes(telemetry.bytes_up))
 _cpu = _from_telemetry(lambda telemetry: f"{telemetry.cpu_percent:.0f} %")
-_memory = _from_telemetry(lambda telemetry: format_bytes(telemetry.memory_bytes))
-_samples = _from_telemetry(lambda telemetry: rate(telemetry.samples_per_s))
+_memory = _from_telemetry(lambda telemetry: fmt.format_bytes(telemetry.memory_bytes))
+_samples = _from_telemetry(lambda telemetry: fmt.rate(telemetry.samples_per_s))
 _battery = _from_telemetry(lambda telemetry: battery(telemetry.battery_percent))
 
 
 def battery(percent: float | None) -> str:
     """The charge in percent; None without a battery."""
-    return NOTHING if percent is None else f"{percent:.0f} %"
+    return fmt.NOTHING if percent is None else f"{percent:.0f} %"
 
 
 def _rate(peer: Peer, now: float, width: int) -> Cell:
-    return _samples(peer, now, width) if _working(peer, now) else Cell(NOTHING)
+    return _samples(peer, now, width) if _working(peer, now) else Cell(fmt.NOTHING)
 
 
 def _participation(peer: Peer, now: float, width: int) -> Cell:
@@ -150,19 +140,19 @@ def links(peer: Peer, now: float) -> tuple[bool, bool | None]:
 
 def status_dot(up: bool | None) -> str:
     """`●` for a link that is up, `○` for one that is down, `–` for unknown."""
-    return NOTHING if up is None else "●" if up else "○"
+    return fmt.NOTHING if up is None else "●" if up else "○"
 
 
 def _links(peer: Peer, now: float, width: int) -> Cell:
     if peer.standing == "awaiting":
-        return Cell(NOTHING)
+        return Cell(fmt.NOTHING)
     mqtt, flower = links(peer, now)
     tone: Tone = "good" if mqtt and flower is not False else "warn" if mqtt or flower else "bad"
     return Cell(f"m{status_dot(mqtt)} f{status_dot(flower)}", tone)
 
 
 def _version(peer: Peer, now: float, width: int) -> Cell:
-    return Cell(truncate(peer.version, width))
+    return Cell(fmt.truncate(peer.version, width))
 
 
 #: Key, title, minimum and maximum width, minimum terminal width; the last ones are dropped first.

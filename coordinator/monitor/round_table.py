@@ -7,15 +7,7 @@ from functools import partial
 
 from coordinator.fleet.state import Fleet, Peer, Run
 from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell, Column, peer_name
-from coordinator.remote.formatting import (
-    DIVERGED,
-    NOTHING,
-    decimal,
-    duration,
-    format_bytes,
-    percent,
-    truncate,
-)
+from coordinator.remote import formatting as fmt
 from protocols.messages.envelope import RoundClosed
 from protocols.messages.states import ENDED, RunState
 
@@ -63,13 +55,13 @@ def base_columns(best: int) -> list[Column[RoundClosed]]:
         return Cell(text, "strong" if is_best else "plain")
 
     def loss(closed: RoundClosed) -> Cell:
-        return Cell(DIVERGED, "bad") if closed.diverged else Cell(decimal(closed.loss))
+        return Cell(fmt.DIVERGED, "bad") if closed.diverged else Cell(fmt.decimal(closed.loss))
 
     def accuracy(closed: RoundClosed) -> Cell:
-        return Cell(NOTHING if closed.accuracy is None else percent(closed.accuracy))
+        return Cell(fmt.NOTHING if closed.accuracy is None else fmt.percent(closed.accuracy))
 
     def refused(closed: RoundClosed) -> Cell:
-        return Cell(str(closed.refused), "warn") if closed.refused else Cell(NOTHING, "quiet")
+        return Cell(str(closed.refused), "warn") if closed.refused else Cell(fmt.NOTHING, "quiet")
 
     return [
         _column("Round", 7, number),
@@ -77,9 +69,9 @@ def base_columns(best: int) -> list[Column[RoundClosed]]:
         _column("Accuracy", 8, accuracy),
         _column("Peers", 5, lambda closed: Cell(str(closed.peers))),
         _column("Refused", 7, refused),
-        _column("Time", 6, lambda closed: Cell(duration(closed.seconds))),
-        _column("Up", 7, lambda closed: Cell(format_bytes(closed.bytes_up))),
-        _column("Down", 7, lambda closed: Cell(format_bytes(closed.bytes_down))),
+        _column("Time", 6, lambda closed: Cell(fmt.duration(closed.seconds))),
+        _column("Up", 7, lambda closed: Cell(fmt.format_bytes(closed.bytes_up))),
+        _column("Down", 7, lambda closed: Cell(fmt.format_bytes(closed.bytes_down))),
     ]
 
 
@@ -87,11 +79,11 @@ def round_columns(run: Run, fleet: Fleet) -> list[Column[RoundClosed]]:
     """The columns of `run`: also the worst peer, if it is known, and the task's own metrics."""
     columns = base_columns(best_round(run))
     if any(closed.worst for closed in run.rounds):
-        worst = lambda closed: Cell(truncate(worst_peer(closed, fleet), WORST_WIDTH))  # noqa: E731
+        worst = lambda closed: Cell(fmt.truncate(worst_peer(closed, fleet), WORST_WIDTH))  # noqa: E731
         columns.append(_column("Worst", WORST_WIDTH, worst))
     for name in metric_names(run):
-        title = truncate(name.replace("_", " "), METRIC_WIDTH)
-        value = partial(lambda name, closed: Cell(decimal(metric_value(closed, name))), name)
+        title = fmt.truncate(name.replace("_", " "), METRIC_WIDTH)
+        value = partial(lambda name, closed: Cell(fmt.decimal(metric_value(closed, name))), name)
         columns.append(_column(title, max(len(title), 8), value))
     return columns
 

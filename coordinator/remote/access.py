@@ -20,14 +20,8 @@ from coordinator.api.schema import STATUS
 from coordinator.fleet.auth import OPERATOR
 from coordinator.storage.settings import UP_FILE
 from protocols import VERSION
-from protocols.enrollment import identity, tickets
+from protocols.enrollment import identity, joining, tickets
 from protocols.enrollment.identity import SigningKey
-from protocols.enrollment.joining import (
-    OPERATOR_JOIN_PATH,
-    OperatorJoinRequest,
-    OperatorJoinResponse,
-    operator_join_proof,
-)
 from protocols.errors import (
     CommonweightError,
     ExitCode,
@@ -113,18 +107,18 @@ def join(text: str, name: str = "") -> Access:
     home = homes.open_home("operator", create=True)
     key = identity.new_signing_key()
     public = identity.public_bytes(key)
-    request = OperatorJoinRequest(
+    request = joining.OperatorJoinRequest(
         ticket=ticket.id,
         secret=ticket.secret,
         name=name or socket.gethostname(),
         sign_public=public,
-        proof=key.sign(operator_join_proof(ticket.id, ticket.secret, public)),
+        proof=key.sign(joining.operator_join_proof(ticket.id, ticket.secret, public)),
         version=VERSION,
     )
-    answer = post_join(address, ca_pem, OPERATOR_JOIN_PATH, request)
+    answer = post_join(address, ca_pem, joining.OPERATOR_JOIN_PATH, request)
     if not answer.is_success:
         raise error_from(answer)
-    joined = msgspec.json.decode(answer.content, type=OperatorJoinResponse)
+    joined = msgspec.json.decode(answer.content, type=joining.OperatorJoinResponse)
     access = Access(
         operator=joined.operator,
         role=joined.role,

@@ -36,14 +36,7 @@ from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Envelope
 from protocols.network.error_text import describe_error
 from protocols.p2p import gossip
-from protocols.p2p.gossip import (
-    GOSSIP_PATH,
-    MAX_BATCH_BYTES,
-    GossipBatch,
-    GossipStore,
-    NeighborsResponse,
-    VerifiedEntry,
-)
+from protocols.p2p.gossip import GossipStore, NeighborsResponse
 
 NEIGHBORS_FILE = "neighbours.json"
 _TIMEOUT_S = 10.0
@@ -117,14 +110,14 @@ class PeerSource(ReadOnly):
     def refusal(self) -> CommonweightError:
         return Refused("a peer takes no commands", "repeat it when the coordinator is up again")
 
-    def _request(self) -> GossipBatch:
-        body = msgspec.msgpack.encode(GossipBatch())
+    def _request(self) -> gossip.GossipBatch:
+        body = msgspec.msgpack.encode(gossip.GossipBatch())
         digest = hashlib.sha256(body).hexdigest()
         sender, sign = self._own.sender, self._own.key.sign
-        headers = signed_requests.sign_headers(sender, sign, "POST", GOSSIP_PATH, digest)
+        headers = signed_requests.sign_headers(sender, sign, "POST", gossip.GOSSIP_PATH, digest)
         headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._token).decode()
         try:
-            return msgspec.msgpack.decode(self._post(body, headers), type=GossipBatch)
+            return msgspec.msgpack.decode(self._post(body, headers), type=gossip.GossipBatch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise BadMessage(f"{self._partner.name} sent a bad answer: {err}") from err
 
@@ -136,7 +129,7 @@ class PeerSource(ReadOnly):
                 shown = connection.sock.getpeercert(binary_form=True) or b""
                 if not any(identity.certificate_matches_key(shown, key) for key in keys):
                     raise Refused(f"another machine than {name} answers at {address}")
-                connection.request("POST", GOSSIP_PATH, body=body, headers=headers)
+                connection.request("POST", gossip.GOSSIP_PATH, body=body, headers=headers)
                 response = connection.getresponse()
                 if response.status != 200:
                     raise Refused(
@@ -144,7 +137,7 @@ class PeerSource(ReadOnly):
                         "the access token may have expired: run commonweight monitor --once "
                         "while the coordinator is up",
                     )
-                return response.read(MAX_BATCH_BYTES)
+                return response.read(gossip.MAX_BATCH_BYTES)
         # A typed address may be invalid: UnicodeError, OverflowError.
         except (OSError, UnicodeError, OverflowError, http.client.HTTPException) as err:
             reason = describe_error(err)
@@ -170,7 +163,9 @@ _PRESENCE_FIELDS = (
 )
 
 
-def fleet_from_gossip(fleet: str, name: str, entries: Sequence[VerifiedEntry], now: float) -> Fleet:
+def fleet_from_gossip(
+    fleet: str, name: str, entries: Sequence[gossip.VerifiedEntry], now: float
+) -> Fleet:
     """The fleet that these entries describe. `round` is the version that a peer has. Pure."""
     found = Fleet(fleet=fleet, name=name, at=now)
     for entry, speaker, _ in entries:

@@ -13,12 +13,7 @@ from msgspec.structs import replace
 
 from coordinator import strategies
 from coordinator.fleet.registry import SUBJECT, Registry
-from coordinator.runs import (
-    deletion,
-    retention,
-    spec_rules,
-    transitions,
-)
+from coordinator.runs import deletion, retention, spec_rules, transitions
 from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop

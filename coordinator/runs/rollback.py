@@ -9,18 +9,11 @@ from msgspec.structs import replace
 
 from coordinator.runs import best_version
 from coordinator.runs.state import Round, Run
-from coordinator.storage.run_events import (
-    Holding,
-    HoldingTold,
-    RecallBegun,
-    RunResumed,
-    VersionLost,
-    VersionRecalled,
-)
+from coordinator.storage import run_events as events
 from protocols.messages.states import RunState
 
 
-def version_lost(run: Run, event: VersionLost) -> Run:
+def version_lost(run: Run, event: events.VersionLost) -> Run:
     """Return to the time when `to` was the newest version. Later rounds are repeated."""
     digests = [closed.digest for closed in run.history]
     kept = run.history[: digests.index(event.to) + 1 if event.to in digests else 0]
@@ -51,7 +44,7 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
     )
 
 
-def recall_begun(run: Run, event: RecallBegun) -> Run:
+def recall_begun(run: Run, event: events.RecallBegun) -> Run:
     return replace(
         _back_to(run, run.history),
         recalling=True,
@@ -61,7 +54,7 @@ def recall_begun(run: Run, event: RecallBegun) -> Run:
     )
 
 
-def holding_told(run: Run, event: HoldingTold) -> Run:
+def holding_told(run: Run, event: events.HoldingTold) -> Run:
     return replace(
         run,
         peers=run.peers | {event.peer: "answered"},
@@ -69,7 +62,7 @@ def holding_told(run: Run, event: HoldingTold) -> Run:
     )
 
 
-def version_recalled(run: Run, event: VersionRecalled) -> Run:
+def version_recalled(run: Run, event: events.VersionRecalled) -> Run:
     """Drop the rounds after the version. A round that the ledger lacks is added without details."""
     number, digest = event.version.round, event.version.digest
     kept = tuple(closed for closed in run.history if closed.round <= number)
@@ -87,12 +80,12 @@ def version_recalled(run: Run, event: VersionRecalled) -> Run:
     )
 
 
-def _unseen(version: Holding) -> Round:
+def _unseen(version: events.Holding) -> Round:
     """A round that closed after the backup was made. Only its version is known."""
     return Round(round=version.round, digest=version.digest)
 
 
-def run_resumed(run: Run, event: RunResumed) -> Run:
+def run_resumed(run: Run, event: events.RunResumed) -> Run:
     run = replace(run, ended_because="")
     if run.ended_in is RunState.EVALUATING:  # the version exists, only its evaluation is missing
         return replace(run, state=RunState.EVALUATING, evaluating=False)

@@ -21,14 +21,7 @@ from protocols.messages.envelope import Verify
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
-from protocols.model.weights import (
-    FLOAT_DTYPES,
-    Array,
-    Schema,
-    WeightReader,
-    bf16_to_float32,
-    split_into_pieces,
-)
+from protocols.model.weights import Array, Schema, WeightReader
 from protocols.tables import evaluation_counts, preprocessing
 
 R = TypeVar("R", bound=WeightReader)
@@ -187,10 +180,10 @@ def update_norm(update: WeightReader, base: WeightReader) -> float:
     relative error is about 1e-7 for float32. Raises UpdateRefused if the update is not finite.
     """
     total = 0.0
-    for piece in split_into_pieces(update.schema, _CACHED_BYTES):
+    for piece in weights.split_into_pieces(update.schema, _CACHED_BYTES):
         for part in piece:
             dtype = update.schema[part.name].dtype
-            if dtype not in FLOAT_DTYPES:
+            if dtype not in weights.FLOAT_DTYPES:
                 continue
             new: Array
             old: Array | float = 0.0
@@ -208,7 +201,7 @@ def update_norm(update: WeightReader, base: WeightReader) -> float:
                 reason = f"tensor {part.name!r} holds NaN or infinity"
                 raise UpdateRefused("not finite", reason)
             if dtype == "BF16":
-                new, old = bf16_to_float32(new), bf16_to_float32(np.asarray(old))
+                new, old = weights.bf16_to_float32(new), weights.bf16_to_float32(np.asarray(old))
             with np.errstate(over="ignore"):
                 difference = np.subtract(new, old, dtype=np.float64)
                 total += float(np.einsum("i,i->", difference, difference))

@@ -26,17 +26,7 @@ from coordinator.strategies.state import StateReader, StateStore, StateWriter
 from coordinator.transport.flower_records import InMemoryRecord, part_key
 from protocols.errors import CommonweightError
 from protocols.model import weights
-from protocols.model.weights import (
-    DTYPES,
-    FLOAT_DTYPES,
-    PIECE_BYTES,
-    Part,
-    WeightReader,
-    Weights,
-    bf16_to_float32,
-    float32_to_bf16,
-    split_into_pieces,
-)
+from protocols.model.weights import Part, WeightReader
 
 Floats = npt.NDArray[Any]
 Piece = dict[Part, npt.NDArray[np.generic]]
@@ -108,7 +98,7 @@ class Aggregation:
         self.new_state.update(after.digests)
         with strategy_errors(adapter.flower):
             extra = adapter.dump_extra(strategy)
-            custom = None if extra is None else Weights(extra)
+            custom = None if extra is None else weights.Weights(extra)
         if custom is not None:
             self.new_state[CUSTOM_SLOT] = self.states.save(custom)
 
@@ -159,9 +149,9 @@ class Aggregation:
         The pieces are independent of each other.
         """
         schema = self.base.schema
-        limit_bytes = max(_MIN_PIECE_BYTES, PIECE_BYTES // len(self.updates))
-        for piece in split_into_pieces(schema, limit_bytes):
-            floats = [part for part in piece if schema[part.name].dtype in FLOAT_DTYPES]
+        limit_bytes = max(_MIN_PIECE_BYTES, weights.PIECE_BYTES // len(self.updates))
+        for piece in weights.split_into_pieces(schema, limit_bytes):
+            floats = [part for part in piece if schema[part.name].dtype in weights.FLOAT_DTYPES]
             new: Mapping[str, Floats] = {}
             if floats:
                 replies = [
@@ -182,7 +172,7 @@ class Aggregation:
         whole = {
             name: Part(name, 0, int(np.prod(spec.shape)))
             for name, spec in schema.items()
-            if spec.dtype in FLOAT_DTYPES
+            if spec.dtype in weights.FLOAT_DTYPES
         }
 
         def shaped(arrays: Mapping[Part, Floats]) -> dict[str, Floats]:
@@ -199,7 +189,7 @@ class Aggregation:
         new = self._aggregate(self.strategy, replies)
         if adapter.slots(self.strategy):
             after.put(self._dump(self.strategy, whole))
-        for piece in split_into_pieces(schema):
+        for piece in weights.split_into_pieces(schema):
             yield {
                 part: _stored(
                     new[part.name].reshape(-1)[part.start : part.stop], schema[part.name].dtype
@@ -252,7 +242,7 @@ class Aggregation:
         def read(reader: WeightReader, part: Part) -> Floats:
             array = reader.read(part)
             is_bf16 = self.base.schema[part.name].dtype == "BF16"
-            return bf16_to_float32(array) if is_bf16 else _to_float32(array)
+            return weights.bf16_to_float32(array) if is_bf16 else _to_float32(array)
 
         values = {part: read(source, part) for part in parts}
         if scale == 1.0:
@@ -287,9 +277,9 @@ def _to_float32(array: npt.NDArray[Any]) -> Floats:
 
 def _stored(array: Floats, dtype: str) -> npt.NDArray[np.generic]:
     if dtype == "BF16":
-        return float32_to_bf16(array.astype(np.float32))
+        return weights.float32_to_bf16(array.astype(np.float32))
     with np.errstate(over="ignore"):
-        return array.astype(DTYPES[dtype])
+        return array.astype(weights.DTYPES[dtype])
 
 
 def _keyed(parts: Mapping[Part, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -299,7 +289,7 @@ def _keyed(parts: Mapping[Part, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]
 def _check_finite(piece: Piece, schema: weights.Schema) -> None:
     for part, array in piece.items():
         dtype = schema[part.name].dtype
-        if dtype in FLOAT_DTYPES and not weights.is_finite(
+        if dtype in weights.FLOAT_DTYPES and not weights.is_finite(
             array if dtype == "BF16" else _stored(array, dtype), dtype
         ):
             raise CommonweightError(

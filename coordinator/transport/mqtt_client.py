@@ -17,7 +17,7 @@ import ssl
 import time
 from collections.abc import Callable
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import aiomqtt
 from msgspec.structs import replace
@@ -25,28 +25,9 @@ from paho.mqtt.enums import MQTTErrorCode
 
 from protocols.errors import BadMessage
 from protocols.local.mqtt_connection import connect
+from protocols.messages import envelope as wire
 from protocols.messages import topics
-from protocols.messages.envelope import (
-    MAX_PAYLOAD_BYTES,
-    Body,
-    Command,
-    Doorbell,
-    Envelope,
-    EventLine,
-    JobChanged,
-    Links,
-    LogRequest,
-    Notice,
-    PeerChanged,
-    Presence,
-    RoundClosed,
-    RunChanged,
-    Sign,
-    Telemetry,
-    Verify,
-    seal,
-    unseal,
-)
+from protocols.messages.envelope import Envelope, Sign, Verify
 from protocols.messages.mqtt import (
     MqttAddress,
     SequencedSigner,
@@ -56,11 +37,11 @@ from protocols.messages.mqtt import (
 from protocols.messages.topics import COORDINATOR, Kind
 from protocols.network.backoff import delays
 
-_ALLOWED: dict[Kind, tuple[type[Body], ...]] = {
-    "presence": (Presence,),
-    "telemetry": (Telemetry,),
-    "notice": (Notice,),
-    "event": (PeerChanged, RunChanged, RoundClosed, JobChanged, EventLine, Links),
+_ALLOWED: dict[Kind, Any] = {
+    "presence": wire.Presence,
+    "telemetry": wire.Telemetry,
+    "notice": wire.Notice,
+    "event": wire.EventBody,
 }
 _MAX_PENDING = 4096  # unfinished publishes; at more, the broker is stuck
 _MAX_PER_WAKE = 256  # messages read from the socket before other tasks run
@@ -183,7 +164,7 @@ class FleetMqttClient:
             raise BadMessage("not a topic of this fleet")
         if parsed.kind == "presence" and not payload:
             return None
-        envelope = unseal(topic, payload, self._verify)
+        envelope = wire.unseal(topic, payload, self._verify)
         if envelope.sender != parsed.peer:
             raise BadMessage(f"{envelope.sender} used a topic of {parsed.peer}")
         if not isinstance(envelope.body, _ALLOWED.get(parsed.kind, ())):
@@ -197,11 +178,9 @@ class FleetMqttClient:
 
     async def ring_doorbell(self, peer: str) -> bool:
         """Tell `peer` that work is waiting. At QoS 0: an offline peer asks when it is back."""
-        return await self.send_to(peer, Doorbell(), qos=0)
+        return await self.send_to(peer, wire.Doorbell(), qos=0)
 
-    async def send_to(
-        self, peer: str, body: Doorbell | Command | LogRequest, *, qos: int = 1
-    ) -> bool:
+    async def send_to(self, peer: str, body: wire.CommandBody, *, qos: int = 1) -> bool:
         """Sign a message and send it to one peer. Raises RuntimeError without `sign`."""
         if self._command_sequencer is None:
             raise RuntimeError("this client only listens: it has no key to sign with")
@@ -211,12 +190,12 @@ class FleetMqttClient:
     async def publish_event(self, envelope: Envelope) -> bool:
         """Send the monitors an event that the coordinator has numbered."""
         body = envelope.body
-        if isinstance(body, RoundClosed) and len(body.norms) > 200:
+        if isinstance(body, wire.RoundClosed) and len(body.norms) > 200:
             # The norms by peer of a large round do not fit. A snapshot contains them.
             envelope = replace(envelope, body=replace(body, norms={}))
         topic = topics.event(self._fleet)
         assert self._sign is not None
-        return await self._send(topic, seal(topic, envelope, self._sign))
+        return await self._send(topic, wire.seal(topic, envelope, self._sign))
 
     async def clear_presence(self, peer: str) -> bool:
         """Clear the retained presence of a removed peer."""
@@ -225,7 +204,7 @@ class FleetMqttClient:
     async def _send(
         self, topic: str, payload: bytes, qos: int = 1, *, retain: bool = False
     ) -> bool:
-        if len(payload) > MAX_PAYLOAD_BYTES:  # the broker would disconnect us
+        if len(payload) > wire.MAX_PAYLOAD_BYTES:  # the broker would disconnect us
             _log.error("a message of %d bytes to %s was not sent", len(payload), topic)
             return False
         client = self._client

@@ -18,18 +18,8 @@ from coordinator.fleet.state import Fleet
 from coordinator.storage.settings import Keys
 from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.errors import BadMessage, Unreachable
-from protocols.messages.envelope import (
-    Command,
-    CoordinatorBody,
-    Envelope,
-    EventLine,
-    Links,
-    LogRequest,
-    PeerChanged,
-    Presence,
-    Verify,
-    strip_controls,
-)
+from protocols.messages import envelope as wire
+from protocols.messages.envelope import Command, Envelope, Verify, strip_controls
 from protocols.messages.mqtt import MqttAddress, SequencedSigner
 from protocols.messages.topics import COORDINATOR, Kind
 
@@ -81,7 +71,7 @@ class EventPublisher:
 
     # --- outgoing ---
 
-    def publish(self, body: CoordinatorBody) -> None:
+    def publish(self, body: wire.CoordinatorBody) -> None:
         """Apply one of our own messages to the fleet and queue it for the monitors."""
         envelope = self._sequencer.next_envelope(body)
         reduce(self._fleet, envelope, time.time())
@@ -112,14 +102,14 @@ class EventPublisher:
                 "training goes on; try again when the monitor shows mqtt ●",
             )
 
-    async def request_logs(self, peer: str, request: LogRequest) -> bool:
+    async def request_logs(self, peer: str, request: wire.LogRequest) -> bool:
         """Send a request for logs. Returns whether the broker has it."""
         return self._client is not None and await self._client.send_to(peer, request)
 
     def publish_peer(self, peer: Peer) -> None:
         """Publish a peer's identity, and whether its session is open."""
         self.publish(
-            PeerChanged(
+            wire.PeerChanged(
                 peer=peer.peer,
                 name=peer.name,
                 labels=peer.labels,
@@ -136,7 +126,7 @@ class EventPublisher:
             if shown is not None and shown.flower is not self._sessions.is_open(peer.peer):
                 self.publish_peer(peer)
         online = self._sessions.any_online
-        links = Links(mqtt=self._up, flower=online, rejected=self._rejected)
+        links = wire.Links(mqtt=self._up, flower=online, rejected=self._rejected)
         if links != self._fleet.links:
             self.publish(links)
 
@@ -148,7 +138,7 @@ class EventPublisher:
         known = self._presence_numbers(envelope.sender)
         reduce(self._fleet, envelope, time.time())
         # A presence that the reducer ignores is a replay, so it changes nothing here either.
-        if isinstance(body, Presence) and known != self._presence_numbers(envelope.sender):
+        if isinstance(body, wire.Presence) and known != self._presence_numbers(envelope.sender):
             self._sessions.on_presence(envelope.sender, body)
             if before != self._sessions.is_eligible(envelope.sender):
                 self.on_eligibility_change()
@@ -165,7 +155,7 @@ class EventPublisher:
                 "ignored a message on %s: %s", strip_controls(topic), strip_controls(err.message)
             )
             text = f"ignored {self._rejected} malformed or forged MQTT messages so far"
-            self.publish(EventLine(level="warning", text=text))
+            self.publish(wire.EventLine(level="warning", text=text))
 
     def _on_link(self, up: bool, why: str) -> None:
         changed = up != self._up
@@ -173,6 +163,8 @@ class EventPublisher:
         self.publish_links()
         if changed:
             text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
-            self.publish(EventLine(level="info" if up else "warning", text=strip_controls(text)))
+            self.publish(
+                wire.EventLine(level="info" if up else "warning", text=strip_controls(text))
+            )
         if up:
             self.on_up()

@@ -30,14 +30,7 @@ from coordinator.transport.weights import digest_of
 from protocols.messages.envelope import Sign
 from protocols.p2p import gossip, swarm
 from protocols.p2p.gossip import NEIGHBORS_PATH, Neighbor, NeighborsResponse
-from protocols.p2p.swarm import (
-    DOWNLOAD_REPORT_PATH,
-    PIECE_BYTES,
-    PLAN_PATH,
-    DownloadPlanRequest,
-    DownloadReport,
-    PieceSource,
-)
+from protocols.p2p.swarm import DownloadPlanRequest
 
 log = logging.getLogger("commonweight.share")
 
@@ -86,10 +79,10 @@ class SharingRoutes:
                 swarm.DownloadPlan(
                     digest=digest,
                     nbytes=path.stat().st_size,
-                    piece_bytes=PIECE_BYTES,
+                    piece_bytes=swarm.PIECE_BYTES,
                     pieces=pieces,
                     sources=tuple(
-                        PieceSource(peer=p.peer, address=address, node_public=p.node_public)
+                        swarm.PieceSource(peer=p.peer, address=address, node_public=p.node_public)
                         for p, address in self._enrolled(fetch.sources)
                     ),
                     token=swarm.SIGNED_DOWNLOAD_TOKEN.pack(token, self._sign),
@@ -99,7 +92,7 @@ class SharingRoutes:
 
         async def report(request: Request) -> Response:
             digest = digest_of(request)
-            peer, body = await auth.peer_and_struct(request, DownloadReport, _MAX_BODY_BYTES)
+            peer, body = await auth.peer_and_struct(request, swarm.DownloadReport, _MAX_BODY_BYTES)
             for other in self._sources.record_complete(digest, peer.peer, body.rates, body.faulty):
                 known = self._registry.peers.get(other)
                 name = known.name if known else other
@@ -118,8 +111,8 @@ class SharingRoutes:
             return self._neighbors(holder, public, self._directory.all(), gossip_only=True)
 
         return [
-            Route(PLAN_PATH, plan, methods=["POST"]),
-            Route(DOWNLOAD_REPORT_PATH, report, methods=["POST"]),
+            Route(swarm.PLAN_PATH, plan, methods=["POST"]),
+            Route(swarm.DOWNLOAD_REPORT_PATH, report, methods=["POST"]),
             Route(NEIGHBORS_PATH, neighbors, methods=["POST"]),
             Route(NEIGHBORS_PATH, all_peers),
         ]
@@ -167,7 +160,7 @@ class SharingRoutes:
 
 def _piece_digests(path: Path) -> bytes:
     with path.open("rb") as file:
-        return swarm.piece_digests(iter(lambda: file.read(PIECE_BYTES), b""))
+        return swarm.piece_digests(iter(lambda: file.read(swarm.PIECE_BYTES), b""))
 
 
 def _outside(request: Request) -> str:

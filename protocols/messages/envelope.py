@@ -237,17 +237,11 @@ class Links(Struct, frozen=True, tag=True, kw_only=True):
 
 
 PeerBody = Presence | Telemetry | Notice
-CoordinatorBody = (
-    Doorbell
-    | Command
-    | LogRequest
-    | PeerChanged
-    | RunChanged
-    | RoundClosed
-    | JobChanged
-    | EventLine
-    | Links
-)
+#: What the coordinator sends to one peer.
+CommandBody = Doorbell | Command | LogRequest
+#: What the coordinator sends to the monitors.
+EventBody = PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links
+CoordinatorBody = CommandBody | EventBody
 Body = PeerBody | CoordinatorBody
 
 

@@ -22,14 +22,8 @@ from rich.console import Console
 
 from coordinator.api.schema import StartRunRequest
 from coordinator.cli.common import print_json
-from coordinator.cli.demo import datasets
-from coordinator.cli.demo.processes import (
-    START_TIMEOUT_PER_AGENT_S,
-    START_TIMEOUT_S,
-    DemoFleet,
-    Interrupts,
-    temporary,
-)
+from coordinator.cli.demo import datasets, processes
+from coordinator.cli.demo.processes import DemoFleet, Interrupts
 from coordinator.cli.demo.view import DemoView, rounds_table
 from coordinator.fleet.reducer import num_available
 from coordinator.fleet.state import Fleet
@@ -81,7 +75,7 @@ def run_demo(
     chosen = _check(task, agents, split, with_monitor, out)
     agents = agents or chosen.agents
     console = Console(stderr=True)
-    with temporary() as (fleet, interrupts):
+    with processes.temporary() as (fleet, interrupts):
         try:
             demo = _Demo(fleet, interrupts, DemoView(console), agents)
             tables = datasets.write(fleet.folder, agents, seed) if task == TABULAR else []
@@ -168,7 +162,7 @@ class _Demo:
                 view.step(f"starting {_count(agents, 'agent')} …")
                 threads = max(1, (os.cpu_count() or 1) // agents)
                 self._fleet.start_agents(remote, agents, split, threads, tables)
-                timeout_s = START_TIMEOUT_S + agents * START_TIMEOUT_PER_AGENT_S
+                timeout_s = processes.START_TIMEOUT_S + agents * processes.START_TIMEOUT_PER_AGENT_S
 
                 def all_available(fleet: Fleet) -> bool:
                     return num_available(fleet, time.time()) >= agents

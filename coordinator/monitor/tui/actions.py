@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from coordinator.fleet.reducer import display_name, shown_state
 from coordinator.fleet.state import Fleet, Level
-from coordinator.monitor.confirmations import (
-    OperatorAction,
-    PendingAction,
-    outcome,
-    start_pending,
-    timeout_text,
-)
+from coordinator.monitor import confirmations
+from coordinator.monitor.confirmations import OperatorAction, PendingAction
 from coordinator.remote.source import Source
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Command
@@ -85,7 +80,7 @@ class ActionTracker:
     def expect(self, action: OperatorAction, subject: str, name: str) -> None:
         """Wait for the outcome; an earlier action on the same subject is forgotten."""
         self.pending = [one for one in self.pending if one.subject != subject]
-        self.pending.append(start_pending(action, subject, name, self._clock()))
+        self.pending.append(confirmations.start_pending(action, subject, name, self._clock()))
 
     def take_notices(self, fleet: Fleet | None) -> list[Notice]:
         """Notices about the actions that now have an outcome or are overdue."""
@@ -94,10 +89,12 @@ class ActionTracker:
         notices: list[Notice] = []
         still_pending: list[PendingAction] = []
         for pending in self.pending:
-            if text := outcome(fleet, pending):
+            if text := confirmations.outcome(fleet, pending):
                 notices.append(Notice("info", text, pending.subject))
             elif self._clock() >= pending.deadline:
-                notices.append(Notice("warning", timeout_text(pending), pending.subject))
+                notices.append(
+                    Notice("warning", confirmations.timeout_text(pending), pending.subject)
+                )
             else:
                 still_pending.append(pending)
         self.pending = still_pending

@@ -12,7 +12,7 @@ from textual import on, work
 from textual.app import SystemCommand
 from textual.binding import BindingType
 from textual.screen import ModalScreen, Screen
-from textual.widgets import ContentSwitcher, DataTable, Input
+from textual.widgets import ContentSwitcher, Input
 
 from coordinator.api.schema import TicketRequest
 from coordinator.fleet.reducer import current_run
@@ -272,7 +272,7 @@ class MonitorApp(MonitorBase):
         if (peer := self._part(FleetPage).current_peer) is not None:
             self._show_peer(peer)
 
-    @on(DataTable.RowSelected, "#event-table")
+    @on(CellTable.RowSelected, "#event-table")
     def _open_subject(self) -> None:
         """Open the peer that a line of Events is about."""
         event = self._part(EventsPage).current_event

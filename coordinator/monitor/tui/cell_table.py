@@ -25,7 +25,7 @@ from coordinator.monitor.tui.theme import colors, styles
 
 
 class CellTable(ScrollView, can_focus=True):
-    """`cell(row_id, column, width)` returns a cell; the header stays on top.
+    """`cell(row_id, column, width)` returns a cell; a header stays on top.
 
     `set_rows` changes rows and columns together, so no line mixes old and new ones.
     """
@@ -70,9 +70,16 @@ class CellTable(ScrollView, can_focus=True):
             super().__init__()
             self.column = column
 
-    def __init__(self, cell: Callable[[str, Column[Any], int], Cell], *, id: str) -> None:  # noqa: A002
+    def __init__(
+        self,
+        cell: Callable[[str, Column[Any], int], Cell],
+        *,
+        id: str,  # noqa: A002
+        show_header: bool = True,
+    ) -> None:
         super().__init__(id=id)
         self._cell = cell
+        self._header_lines = int(show_header)
         self.columns: list[tuple[Column[Any], int]] = []
         self._sorted = ("", False)
         self.row_ids: list[str] = []
@@ -88,7 +95,7 @@ class CellTable(ScrollView, can_focus=True):
     ) -> None:
         """Show these rows, sorted by the column `sort_by`; the cursor stays in range."""
         self.row_ids, self.columns, self._sorted = order, columns, (sort_by, reverse)
-        size = Size(self.size.width, len(order) + 1)
+        size = Size(self.size.width, len(order) + self._header_lines)
         if self.virtual_size != size:
             self.virtual_size = size
         self.cursor_row = min(self.cursor_row, max(len(order) - 1, 0))
@@ -111,11 +118,11 @@ class CellTable(ScrollView, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         width, base = self.size.width, self._base
-        if y == 0:
+        if y < self._header_lines:
             dim = Style(color=colors().dim)
             titles = [Cell(self._title(column, wide)) for column, wide in self.columns]
             return self._line(titles, base, width, dim)
-        row = self.scroll_offset.y + y - 1
+        row = self.scroll_offset.y + y - self._header_lines
         if row >= len(self.row_ids):
             return Strip.blank(width, base)
         if row == self.cursor_row:
@@ -151,7 +158,7 @@ class CellTable(ScrollView, can_focus=True):
 
     def watch_cursor_row(self, row: int) -> None:
         # The header covers the first line, so row n is on line n + 1.
-        top, room = self.scroll_offset.y, max(self.size.height - 1, 1)
+        top, room = self.scroll_offset.y, max(self.size.height - self._header_lines, 1)
         if row < top:
             self.scroll_to(y=row, animate=False, force=True)
         elif row >= top + room:
@@ -172,8 +179,8 @@ class CellTable(ScrollView, can_focus=True):
         self.post_message(self.RowSelected(self))
 
     def on_click(self, event: Click) -> None:
-        row = self.scroll_offset.y + event.y - 1
-        if event.y == 0:
+        row = self.scroll_offset.y + event.y - self._header_lines
+        if event.y < self._header_lines:
             self._click_title(event.x)
         elif row >= len(self.row_ids):
             return

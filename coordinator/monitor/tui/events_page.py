@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import textwrap
 from datetime import datetime, tzinfo
+from functools import lru_cache
+from typing import NamedTuple
 
-from rich.text import Text
 from textual.app import ComposeResult
-from textual.events import Resize
 from textual.widgets import Static
 
 from coordinator.fleet.state import Event
-from coordinator.monitor.peer_table import LEVELS
+from coordinator.monitor.peer_table import LEVELS, Cell, Column
+from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row, event_rows
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.page import FilterPage, Frame
-from coordinator.monitor.tui.row_table import RowTable
-from coordinator.monitor.tui.theme import colors, styles
 
 MAX_EVENTS = 500
 _TEXT_INDENT = 17  # time, glyph and the blanks around them
+
+
+class Line(NamedTuple):
+    """A line of the table: a long event takes several, and the first has its time and level."""
+
+    event: Event
+    text: str
+    is_first: bool
 
 
 class EventsPage(FilterPage):
@@ -28,29 +35,30 @@ class EventsPage(FilterPage):
     def __init__(self, zone: tzinfo | None = None) -> None:
         super().__init__("events")
         self._zone = zone
-        self._drawn: list[Event] = []
+        self._events: list[Event] = []
+        self._lines: list[Line] = []
 
     def compose(self) -> ComposeResult:
         yield FilterBar("words in the text")
         yield Static("Nothing has happened yet.", id="no-events")
-        yield RowTable(id="event-table", show_header=False)
+        yield CellTable(self._cell, id="event-table", show_header=False)
 
     @property
-    def table(self) -> RowTable:
-        return self.query_one("#event-table", RowTable)
+    def table(self) -> CellTable:
+        return self.query_one("#event-table", CellTable)
 
     @property
     def current_event(self) -> Event | None:
         """The event under the cursor."""
-        row = self.table.cursor_row
-        return self._drawn[row] if 0 <= row < len(self._drawn) else None
+        row = self.table.current_id
+        return None if row is None else self._lines[int(row)].event
 
     @property
     def copy_text(self) -> str:
         return self.current_event.text if self.current_event else ""
 
     def export_rows(self) -> tuple[str, list[Row]]:
-        return "events", event_rows(self._drawn)
+        return "events", event_rows(self._events)
 
     @property
     def view_text(self) -> str:
@@ -60,55 +68,48 @@ class EventsPage(FilterPage):
         return " · ".join(parts)
 
     def draw(self, frame: Frame) -> None:
-        """Show the events, in order of time; lines that are already there stay."""
-        matches = self.bar.matcher()
-        shown = [
+        """Show the events, in order of time."""
+        matches, old = self.bar.matcher(), self._events
+        self._events = [
             event
             for event in frame.events()
             if not (self.faults_only and event.level == "info") and matches(event.text)
         ][-MAX_EVENTS:]
-        table, old = self.table, self._drawn
-        if not table.columns:
-            for width in (8, 1, self._text_width):
-                table.add_column("", width=width)
-        gone = next((n for n, event in enumerate(old) if shown and event is shown[0]), len(old))
-        if shown[: len(old) - gone] != old[gone:]:
-            gone = len(old)
-        if gone == len(old):
-            table.clear()
-        else:
-            for key in list(table.rows)[:gone]:
-                table.remove_row(key)
-        for event in shown[len(old) - gone :]:
-            self._add(event)
-        self._drawn = shown
-        if self.follow and shown and shown != old:
-            table.move_cursor(row=len(shown) - 1, animate=False)
-        self.query_one("#no-events").display = not shown
-        table.display = bool(shown)
+        width = max(self.size.width - _TEXT_INDENT, 10)
+        self._lines = [
+            Line(event, text, number == 0)
+            for event in self._events
+            for number, text in enumerate(_wrap(event.text, width))
+        ]
+        columns = [
+            (Column("time", "", 8, 8, 0, self._time), 8),
+            (Column("level", "", 1, 1, 0, _level), 1),
+            (Column("text", "", 10, width, 0, _text), width),
+        ]
+        self.table.set_rows([str(number) for number in range(len(self._lines))], columns)
+        if self.follow and self._events != old:
+            self.table.move_cursor(len(self._lines) - 1)
+        self.query_one("#no-events").display = not self._events
+        self.table.display = bool(self._events)
 
-    @property
-    def _text_width(self) -> int:
-        return max(self.size.width - _TEXT_INDENT, 10)
+    def _cell(self, row: str, column: Column[Line], width: int) -> Cell:
+        return column.cell(self._lines[int(row)], 0.0, width)
 
-    def _add(self, event: Event) -> None:
-        glyph, tone = LEVELS[event.level]
-        lines = textwrap.wrap(event.text, self._text_width) or [""]
-        style = colors().text if event.level == "info" else styles()[tone]
-        self.table.add_row(
-            Text(format_time(event.at, self._zone), colors().dim),
-            Text(glyph, styles()[tone]),
-            Text("\n".join(lines), style),
-            height=len(lines),
-        )
+    def _time(self, line: Line, now: float, width: int) -> Cell:
+        return Cell(format_time(line.event.at, self._zone) if line.is_first else "", "quiet")
 
-    def invalidate(self) -> None:
-        self._drawn = []
-        self.table.clear(columns=True)
 
-    def on_resize(self, event: Resize) -> None:
-        self.invalidate()
-        super().on_resize(event)
+def _level(line: Line, now: float, width: int) -> Cell:
+    return Cell(*LEVELS[line.event.level]) if line.is_first else Cell("")
+
+
+def _text(line: Line, now: float, width: int) -> Cell:
+    return Cell(line.text, "plain" if line.event.level == "info" else LEVELS[line.event.level][1])
+
+
+@lru_cache(2 * MAX_EVENTS)
+def _wrap(text: str, width: int) -> tuple[str, ...]:
+    return tuple(textwrap.wrap(text, width)) or ("",)
 
 
 def format_time(at: float, zone: tzinfo | None) -> str:

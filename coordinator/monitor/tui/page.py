@@ -14,7 +14,6 @@ from coordinator.fleet.state import Event, Fleet
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row
 from coordinator.monitor.tui.filter_bar import FilterBar
-from coordinator.monitor.tui.row_table import RowTable
 from protocols.errors import CommonweightError
 
 
@@ -45,7 +44,7 @@ class Page(Vertical):
         self._now = 0.0  # Unix s
 
     @property
-    def table(self) -> CellTable | RowTable:
+    def table(self) -> CellTable:
         raise NotImplementedError
 
     @property

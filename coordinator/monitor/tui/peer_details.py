@@ -21,15 +21,7 @@ from coordinator.monitor.peer_table import (
 )
 from coordinator.monitor.tui.plots import Plot, curve_plot
 from coordinator.monitor.tui.theme import Fact, colors, facts_table, styles
-from coordinator.remote.formatting import (
-    DIVERGED,
-    NOTHING,
-    age,
-    decimal,
-    format_bytes,
-    progress,
-    rate,
-)
+from coordinator.remote import formatting as fmt
 from protocols.messages.states import PeerState
 
 MAX_EVENTS = 8
@@ -66,26 +58,31 @@ def _facts(peer: Peer, now: float) -> Table:
     rows: list[Fact] = [
         ("state", state),
         ("id", peer.peer),
-        ("labels", labels or NOTHING),
-        ("seen", f"{age(now - peer.seen_at)} ago" if peer.seen_at else "never"),
+        ("labels", labels or fmt.NOTHING),
+        ("seen", f"{fmt.age(now - peer.seen_at)} ago" if peer.seen_at else "never"),
     ]
     if peer.standing == "enrolled":
         mqtt, flower = links(peer, now)
         rows.append(("links", f"mqtt {status_dot(mqtt)} · flower {status_dot(flower)}"))
-    rows.append(("version", peer.version or NOTHING))
-    rows.append(("run", f"{peer.run} · round {peer.round}" if peer.run else NOTHING))
+    rows.append(("version", peer.version or fmt.NOTHING))
+    rows.append(("run", f"{peer.run} · round {peer.round}" if peer.run else fmt.NOTHING))
     if sent:
         if sent.steps and shown_state(peer, now) in (PeerState.TRAINING, PeerState.SENDING):
-            done = f"{progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
+            done = (
+                f"{fmt.progress(sent.step, sent.steps, 16)} {sent.step}/{sent.steps} {sent.phase}"
+            )
             rows.append(("step", done))
-        up, down = format_bytes(sent.bytes_up), format_bytes(sent.bytes_down)
+        up, down = fmt.format_bytes(sent.bytes_up), fmt.format_bytes(sent.bytes_down)
         rows.append(("sent", f"{up} up · {down} down"))
     if peer.contributions:
         glyphs = Text(peer.contributions.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
         count = f"  {peer.contributions.count('1')} of the last {len(peer.contributions)} rounds"
         rows.append(("took part", glyphs.append(count, colors().dim)))
     rows += [
-        ("disk left", format_bytes(peer.disk_free_bytes) if peer.disk_free_bytes else NOTHING),
+        (
+            "disk left",
+            fmt.format_bytes(peer.disk_free_bytes) if peer.disk_free_bytes else fmt.NOTHING,
+        ),
         ("clock", _describe_skew(peer.skew_s)),
         ("messages", f"{peer.missed} missed · {peer.ignored} ignored"),
     ]
@@ -95,7 +92,7 @@ def _facts(peer: Peer, now: float) -> Table:
 def _describe_skew(skew_s: float) -> str:
     if abs(skew_s) < 1:
         return "correct within 1 s"
-    return f"{age(abs(skew_s))} {'ahead' if skew_s > 0 else 'behind'}"
+    return f"{fmt.age(abs(skew_s))} {'ahead' if skew_s > 0 else 'behind'}"
 
 
 def _event_table(events: Sequence[Event], now: float) -> Table:
@@ -106,7 +103,9 @@ def _event_table(events: Sequence[Event], now: float) -> Table:
     table.add_column(style=colors().text)
     for event in events:
         glyph, tone = LEVELS[event.level]
-        table.add_row(f"{age(now - event.at)} ago", Text(glyph, styles()[tone]), Text(event.text))
+        table.add_row(
+            f"{fmt.age(now - event.at)} ago", Text(glyph, styles()[tone]), Text(event.text)
+        )
     return table
 
 
@@ -125,10 +124,10 @@ def metrics(peer: Peer, width: int, height: int) -> Table:
     rows: list[Fact] = [("", Text("No telemetry yet.", colors().dim))]
     if sent is not None:
         rows = [
-            ("loss", Cell(DIVERGED, "bad") if peer.diverged else decimal(sent.loss)),
-            ("speed", f"{rate(sent.samples_per_s)[:-2]} samples/s"),
+            ("loss", Cell(fmt.DIVERGED, "bad") if peer.diverged else fmt.decimal(sent.loss)),
+            ("speed", f"{fmt.rate(sent.samples_per_s)[:-2]} samples/s"),
             ("processor", f"{sent.cpu_percent:.0f} %"),
-            ("memory", format_bytes(sent.memory_bytes)),
+            ("memory", fmt.format_bytes(sent.memory_bytes)),
             ("battery", battery(sent.battery_percent)),
         ]
     table = facts_table(rows)
@@ -143,7 +142,7 @@ def policy(peer: Peer) -> Table:
     return facts_table(
         [
             ("tasks", ", ".join(peer.tasks) or "none: it gets no work"),
-            *((name, value or NOTHING) for name, value in sorted(peer.policy.items())),
+            *((name, value or fmt.NOTHING) for name, value in sorted(peer.policy.items())),
             ("", ""),
             ("", Text(hint, colors().dim)),
         ]

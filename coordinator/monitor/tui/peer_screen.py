@@ -18,9 +18,7 @@ from textual.widgets import Static
 
 from coordinator.fleet.reducer import display_name
 from coordinator.fleet.state import Fleet, Peer
-from coordinator.monitor.peer_table import (
-    LEVELS,
-)
+from coordinator.monitor.peer_table import LEVELS
 from coordinator.monitor.tui.events_page import format_time
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.footer import Footer

@@ -11,16 +11,8 @@ from rich.text import Text
 from textual.color import Color
 
 from coordinator.fleet.state import finite
-from coordinator.monitor.charts import (
-    Block,
-    Scale,
-    Values,
-    band,
-    bar_width,
-    curve,
-    fit_scale,
-    stack,
-)
+from coordinator.monitor import charts
+from coordinator.monitor.charts import Scale, Values
 from coordinator.monitor.tui.theme import colors
 from coordinator.remote.formatting import DIVERGED, brief, truncate
 
@@ -91,7 +83,7 @@ def curve_plot(
 ) -> list[Text]:
     """A curve; the range of all peers, `spread`, is shaded."""
     values = [finite(value) for value in values]
-    scale = fit_scale([*values, *spread[0], *spread[1]] if spread else values)
+    scale = charts.fit_scale([*values, *spread[0], *spread[1]] if spread else values)
     last = values[-1] if values else None
     bad = colors().vermilion
     end = Text(DIVERGED, bad) if last is None else Text(plot.fmt(last), color)
@@ -99,14 +91,14 @@ def curve_plot(
         return plot.empty(end if values else Text())
     labels, tall = plot.axis_labels(scale), plot.inner_height
     wide = plot.width - len(labels[0])
-    inside = band(*spread, wide, tall, scale) if spread else [[False] * wide] * tall
+    inside = charts.band(*spread, wide, tall, scale) if spread else [[False] * wide] * tall
     tint = _tint(color, 0.78)
     drawn = (
         [
             (char, Style(color=bad if char == "✕" else color, bgcolor=tint if shaded else None))
             for char, shaded in zip(line, shades, strict=True)
         ]
-        for line, shades in zip(curve(values, wide, tall, scale), inside, strict=True)
+        for line, shades in zip(charts.curve(values, wide, tall, scale), inside, strict=True)
     )
     return plot.framed(end, labels, drawn, wide)
 
@@ -123,9 +115,9 @@ def stack_plot(plot: Plot, parts: Sequence[tuple[str, Sequence[float]]]) -> list
     wide = plot.width - len(labels[0])
     drawn = (
         [(block.char, _block_style(part_colors, block)) for block in line]
-        for line in stack(heights, wide, tall, scale.high)
+        for line in charts.stack(heights, wide, tall, scale.high)
     )
-    used = min(bar_width(len(totals), wide) * len(totals), wide)
+    used = min(charts.bar_width(len(totals), wide) * len(totals), wide)
     return plot.framed(Text(plot.fmt(totals[-1]), part_colors[0]), labels, drawn, used)
 
 
@@ -134,7 +126,7 @@ def _clamp(value: float) -> float:
     return min(max(finite(value) or 0.0, 0.0), 1e300)
 
 
-def _block_style(part_colors: Sequence[str], block: Block) -> Style | str:
+def _block_style(part_colors: Sequence[str], block: charts.Block) -> Style | str:
     if block.part < 0:
         return ""
     if len(part_colors) > 1:

@@ -21,7 +21,6 @@ from coordinator.monitor.tui.keys import KEYS, REPLAY_ONLY
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.replay_app import ReplayApp
 from coordinator.monitor.tui.rounds_page import RoundsPage
-from coordinator.monitor.tui.row_table import RowTable
 from coordinator.monitor.tui.run_form import RunForm
 from coordinator.remote.recording import DEMO_FILE
 from coordinator.remote.replay import ReplaySource
@@ -221,10 +220,9 @@ def test_every_binding_has_a_case() -> None:
     assert keys_of(MonitorApp) == PAGES.keys() | replay
     assert keys_of(PeerScreen) == PEER.keys()
     assert keys_of(CellTable) == CELLS.keys()
-    assert keys_of(RowTable) == ROWS.keys()
     for kind, cases in BOXES.items():
         assert keys_of(kind) == cases.keys(), kind
-    known = {MonitorApp, PeerScreen, CellTable, RowTable, *BOXES}
+    known = {MonitorApp, PeerScreen, CellTable, *BOXES}
     assert set(_classes_with_bindings()) <= known
 
 

@@ -11,13 +11,11 @@ from textual.pilot import Pilot
 from coordinator.api.schema import TicketRequest
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.dialogs import HelpDialog, TicketDialog
-from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.footer import footer_line
 from coordinator.monitor.tui.header import header_line
 from coordinator.monitor.tui.page import Frame
 from coordinator.monitor.tui.peer_screen import PeerScreen
-from coordinator.monitor.tui.row_table import MAX_CACHED_CELLS, MAX_CACHED_LINES
 from protocols.errors import Unreachable
 from protocols.messages.envelope import Envelope, EventLine, Presence
 from protocols.messages.states import PauseReason, PeerState
@@ -306,20 +304,6 @@ async def test_a_line_never_mixes_old_and_new_rows() -> None:
         await until(pilot, lambda: page.size.width == 100)
         page.draw(Frame(app.fleet, NOW))
         assert [table.render_line(y).text for y in range(7)] == before
-
-
-async def test_a_table_caches_few_lines() -> None:
-    source = busy()
-    async with running(source) as (app, pilot):
-        await pilot.press("3")
-        table = app.query_one(EventsPage).table
-        for number in range(80):
-            app.announce("info", f"line {number}", toast=False)
-            app._draw(None)
-            await pilot.pause()
-        assert table.row_count > 60
-        assert 0 < len(table._cell_render_cache) <= MAX_CACHED_CELLS
-        assert 0 < len(table._line_cache) <= MAX_CACHED_LINES
 
 
 @pytest.mark.parametrize("width", range(40, 160, 7))
