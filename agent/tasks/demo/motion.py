@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ from torch import Tensor
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.demo import motion_download
-from agent.tasks.training import csv_rows, onnx_export
+from agent.tasks.training import csv_rows
 from agent.tasks.training.hyperparameters import TaskOptions
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
@@ -159,20 +159,12 @@ class Motion(ClassifierTask):
         _filters(settings)
         return forward
 
-    def predict(
-        self, weights: Weights, settings: Settings, source: str
-    ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """For each window at `source`: its number, its exercise and the probability of that.
-
-        `source` is a CSV file with two seconds a line: 600 columns, the 100 values of each of the
-        six sensors one after the other. Raises DataError.
-        """
+    def _read_inputs(self, source: str, settings: Settings) -> Iterator[Tensor]:
+        """Of a CSV file with two seconds a line: 600 columns, the 100 values of each of the six
+        sensors one after the other. Raises DataError."""
         rows = csv_rows.read_batches(source, 6 * WINDOW, np.float32, "a number")
-        batches = (torch.from_numpy(values.reshape(-1, 6, WINDOW)) for values in rows)
-        return self._predict_rows(weights, settings, batches)
+        return (torch.from_numpy(values.reshape(-1, 6, WINDOW)) for values in rows)
 
-    def export(
-        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
-    ) -> None:
-        """ONNX: two seconds, float32[n, 6, 100] -> logits float32[n, 7]."""
-        onnx_export.export(forward, weights, torch.zeros(2, 6, WINDOW), out)
+    def _exported_inputs(self, settings: Settings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Two seconds, float32[n, 6, 100]."""
+        return lambda x: x, torch.zeros(2, 6, WINDOW)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.images import dataset, layer_spec, resnet
 from agent.tasks.images import settings as image_settings
 from agent.tasks.images.dataset import Pictures
 from agent.tasks.images.layer_spec import Layer
 from agent.tasks.images.settings import RESNET, ImageSettings
-from agent.tasks.training import onnx_export
 from agent.tasks.training.classification import predict_classes, to_tensors
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
@@ -116,14 +113,11 @@ class Images(ClassifierTask):
             answer["class"] = [plan.classes[label] for label in answer["class"]]
             yield {"file": [name for name, _ in batch], **answer}
 
-    def export(
-        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
-    ) -> None:
-        """ONNX: pictures uint8[n, channels, size, size] -> logits float32[n, classes]."""
+    def _exported_inputs(self, settings: Settings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """Pictures uint8[n, channels, size, size]."""
         plan = image_settings.read_settings(settings)
-        forward = _forward(plan)
-        example = torch.zeros(2, plan.channels, plan.size, plan.size, dtype=torch.uint8)
-        onnx_export.export(lambda w, x: forward(w, _normalize(x), False), weights, example, out)
+        side = plan.size
+        return _normalize, torch.zeros(2, plan.channels, side, side, dtype=torch.uint8)
 
 
 def _normalize(pixels: Tensor) -> Tensor:

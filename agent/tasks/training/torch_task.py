@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -111,6 +112,14 @@ class ClassifierTask(TorchTask):
         """Names of floating-point tensors that have no gradient."""
         return frozenset()
 
+    def _read_inputs(self, source: str, settings: Settings) -> Iterator[Tensor]:
+        """Batches of inputs of the model, for predictions. Raises DataError."""
+        raise NotImplementedError
+
+    def _exported_inputs(self, settings: Settings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """What makes inputs of an exported model those of this one, and two such inputs."""
+        raise NotImplementedError
+
     def _make_step(
         self, settings: Settings, loss_of: LossOf
     ) -> Callable[[LoopState, Hyperparameters], Step]:
@@ -162,14 +171,22 @@ class ClassifierTask(TorchTask):
             raise RuntimeError("load() comes before train() and evaluate()")
         return self._split
 
-    def _predict_rows(
-        self, weights: Weights, settings: Settings, batches: Iterable[Tensor]
+    @torch.inference_mode()
+    def predict(
+        self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """For each example: its number, its class, and the probability of that class."""
+        """For each example at `source`: its number, its class, the probability of that class."""
         forward, w, first = self._forward(settings), to_tensors(weights), 0
-        for x in batches:
+        for x in self._read_inputs(source, settings):
             yield {"row": range(first, first + len(x)), **predict_classes(forward(w, x, False))}
             first += len(x)
+
+    def export(
+        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: inputs [n, …] as `_exported_inputs` says -> logits float32[n, classes]."""
+        forward, (inputs_of, example) = self._forward(settings), self._exported_inputs(settings)
+        onnx_export.export(lambda w, x: forward(w, inputs_of(x), False), weights, example, out)
 
 
 def layer_schema(shapes: Mapping[str, tuple[int, ...]]) -> Schema:
