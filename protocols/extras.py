@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 from protocols.errors import MissingPackage
 
+#: Packages whose modules have another name.
+_PACKAGES = {"PIL": "pillow"}
+
 
 @contextmanager
 def needs_extra(extra: str, purpose: str, alternative: str = "") -> Iterator[None]:
@@ -16,4 +19,5 @@ def needs_extra(extra: str, purpose: str, alternative: str = "") -> Iterator[Non
     except ImportError as err:
         install = f"pip install 'commonweight[{extra}]'"
         hint = f"{install}, or {alternative}" if alternative else install
-        raise MissingPackage(purpose, str(err.name), hint) from err
+        package = _PACKAGES.get(str(err.name), str(err.name))
+        raise MissingPackage(purpose, package, hint) from err
