@@ -121,6 +121,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     for name in ("cat", "dog"):
         (pictures / name).mkdir(parents=True)
         (pictures / name / "one.png").touch()
+        (pictures / name / "one.txt").write_text("A text for lora.")
     model = tmp_path / "models" / "small"
     model.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):

@@ -201,7 +201,7 @@ def test_answers_for_pictures_that_it_has_never_seen(folder: Path, tmp_path: Pat
     assert all(0.5 < chance <= 1 for chance in answers["probability"])
     (one,) = Images().predict(made, settings, str(tmp_path / "new" / "bright.png"))
     assert one["class"] == ["light"]
-    with pytest.raises(UsageError, match="no picture at"):
+    with pytest.raises(DataError, match="no pictures to predict"):
         list(Images().predict(made, settings, str(tmp_path / "none")))
 
 
