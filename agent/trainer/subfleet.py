@@ -29,7 +29,13 @@ from agent.trainer.ipc import Phase, Progress
 from agent.trainer.main_loop import Send
 from agent.trainer.progress import WorkControl
 from protocols.enrollment import identity, signed_requests
-from protocols.errors import CommonweightError, DataError, NotRunning, Refused, Unreachable
+from protocols.errors import (
+    CommonweightError,
+    NotRunning,
+    SubfleetFailed,
+    SubfleetStopped,
+    Unreachable,
+)
 from protocols.messages.envelope import Metrics
 from protocols.model import schema_card
 from protocols.model.weights import file_digest
@@ -48,7 +54,7 @@ class LocalCoordinator:
         self._key = identity.load_signing_key(home / "operator.key")
 
     def request(self, method: str, path: str, body: object = None) -> Any:
-        """The response, decoded. Raises NotRunning, Unreachable, Refused."""
+        """The response, decoded. Raises NotRunning, Unreachable, SubfleetFailed."""
         try:
             address = json.loads((self._home / "up.json").read_bytes())["address"]
         except (OSError, ValueError, KeyError) as err:
@@ -67,7 +73,8 @@ class LocalCoordinator:
             ) from err
         told = json.loads(answer.content or b"{}")
         if answer.status_code >= 300:
-            raise Refused(str(told.get("message", answer.status_code)), str(told.get("hint", "")))
+            why = told.get("message", f"HTTP {answer.status_code}")
+            raise SubfleetFailed(f"the fleet below refuses it: {why}", str(told.get("hint", "")))
         return told
 
     def version_path(self, digest: str) -> Path:
@@ -101,14 +108,15 @@ class FleetExecutor:
             case Describe():
                 run = self._run(work, {"only": "describe", "handshake": True})
                 if run["preprocessing"] and "preprocessing" not in work.settings:
-                    raise DataError(
-                        "tables are not surveyed over two levels of fleets",
-                        "let the peers of this fleet join the upper one themselves",
+                    raise SubfleetFailed(
+                        "categories and classes are not agreed on over two levels of fleets",
+                        "let the peers of the fleet below join the upper one; or, for pictures, "
+                        "--set classes=cat,dog",
                     )
                 told = msgspec.convert(run["card"], schema_card.SchemaCard)
                 return Done(id=work.id, description=schema_card.encode(told))
             case Predict():
-                raise Refused("a fleet answers for no rows", "ask its own coordinator")
+                raise SubfleetFailed("a fleet answers for no rows", "ask its own coordinator")
             case Init():
                 run = self._run(work, {"only": "init", "seed": work.seed})
                 return self._copy_result(work.id, run["head"], Path(work.out))
@@ -160,8 +168,11 @@ class FleetExecutor:
             with contextlib.suppress(CommonweightError):
                 self._fleet.request("POST", f"/cw/v1/runs/{run}/stop")
             raise
+        because = told["ended_because"]
+        if told["state"] == "stopped":
+            raise SubfleetStopped(f"the fleet below did not finish its run: {because}")
         if told["state"] != "finished":
-            raise Refused(f"this fleet's run {run} {told['state']}: {told['ended_because']}")
+            raise SubfleetFailed(f"the fleet below cannot do it: {because}")
         return told
 
     def _wait_for_end(self, work: Work, run: str) -> Any:

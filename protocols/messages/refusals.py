@@ -31,6 +31,7 @@ _TRAINER = {
 }
 _SENTENCES = _TRAINER | {
     errors.TaskUnusable.code: "the task cannot be loaded there",
+    errors.Unreachable.code: "the coordinator of its fleet below does not answer",
     errors.BadWeights.code: "the task's weights do not have the shapes that it declares",
 }
 _SEE_LOG = "its owner sees why: commonweight-agent status"

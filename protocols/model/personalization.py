@@ -66,7 +66,9 @@ def control_schema(schema: Schema, settings: Settings) -> Schema:
 
 
 def shared_schema(model: Schema, settings: Settings) -> Schema:
-    """The schema of a run's versions. Raises UsageError if all tensors are personal."""
+    """The schema of a run's versions. Raises UsageError if there is no tensor to share."""
+    if not model:
+        raise UsageError("the model of this task has no tensors, so there is nothing to train")
     shared = {name: spec for name, spec in model.items() if not is_personal(name, settings)}
     if not shared:
         raise UsageError(

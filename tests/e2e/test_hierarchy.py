@@ -80,7 +80,7 @@ def linked(low: Path) -> bool:
     return bool(status["session"] and status["mqtt"])
 
 
-def test_tables_of_a_fleet_inside_a_fleet_are_refused_in_words(tmp_path: Path) -> None:
+def test_why_a_fleet_inside_a_fleet_refuses_is_told_in_words(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
     top_folder, low_folder = tmp_path / "top", tmp_path / "low"
     for folder in (top_folder, low_folder):
@@ -94,5 +94,10 @@ def test_tables_of_a_fleet_inside_a_fleet_are_refused_in_words(tmp_path: Path) -
         low.start("ann")
         wait_for(lambda: top.data("peers", "list"), "the fleet has joined the upper one")
         top.start_run("tabular", "--target", "label", "--rounds", "1", "--quorum", "1")
-        words = "tables are not surveyed over two levels of fleets"
+        words = "categories and classes are not agreed on over two levels of fleets"
         wait_for(lambda: words in top.programs["up"].log, "the upper fleet's log says why")
+        # The reason of a peer two levels below, once, and the run ends.
+        ended = top.ended_run(top.start_run("ping", "--set", "speed=9", "--quorum", "1"))
+        why = "the fleet below cannot do it: no peer can take part: the task has no setting 'speed'"
+        assert why in ended["ended_because"]
+        assert top.programs["up"].log.count("refused") == 2

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from agent.data.settings import DataSettings
-from agent.tasks.work import Evaluate, Init
+from agent.tasks.work import Describe, Evaluate, Init
 from agent.trainer.personalization import Personalization
+from protocols.errors import TrainerFailed
 from protocols.model.weights import Array, Weights
 from tests.support import softmax_task
 from tests.support.in_process_trainer import InProcess
@@ -62,3 +63,15 @@ def test_bfloat16_layers_and_the_optimizer_are_kept_together(tmp_path: Path) -> 
     assert training.model["head"].tolist() == [7, 7]
     assert training.model.schema == first.schema
     assert task.recalled["momentum_buffer:body"].tolist() == [1, 1]
+
+
+def test_a_model_without_tensors_is_refused_in_words(tmp_path: Path) -> None:
+    """It raised KeyError: 'at_home'."""
+    empty = tmp_path / "empty.py"
+    methods = ("schema", "init", "load", "train", "evaluate")
+    lines = [f"    def {name}(self, *given): return {{}}" for name in methods]
+    empty.write_text("class Empty:\n" + "\n".join(lines))
+    trainer = InProcess(DataSettings(), source=f"{empty}:Empty")
+    with pytest.raises(TrainerFailed, match="the model of this task has no tensors") as caught:
+        trainer.run(Describe(task="empty", settings={}))
+    assert caught.value.kind == "usage"

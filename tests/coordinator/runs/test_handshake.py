@@ -214,3 +214,28 @@ def test_ledgers_of_before_the_handshake_do_without() -> None:
     spec = run_events.decode(b'{"type":"RunStarted","spec":{"task":"mnist","rounds":1}}')
     run = transitions.replay("r", [spec])
     assert decisions.decide(run, here("a")) == steps.AskPeers(("a",), opens_phase=True)
+
+
+def test_only_a_refusal_that_cannot_pass_ends_the_run() -> None:
+    begun = state.Run(
+        id="r",
+        spec=RunSpec(task="t", rounds=1, quorum=1, handshake=True),
+        peers={"a": "asked"},
+    )
+    here = frozenset({"a"})
+    for reason, detail in (("killed", "x"), ("agent failed", "the trainer: killed")):
+        event = run_events.UpdateRefused(0, "a", reason, detail, "describe")
+        run = transitions.apply(begun, event)
+        assert isinstance(decisions.decide(run, Observation(here)), steps.Wait)
+        again = steps.AskPeers(("a",), opens_phase=True)
+        assert decisions.decide(run, Observation(here, deadline_passed=True)) == again
+    event = run_events.UpdateRefused(0, "a", "data", "no such column", "describe")
+    ended = decisions.decide(transitions.apply(begun, event), Observation(here))
+    assert ended == steps.EndRun(RunState.FAILED, "no peer can take part: no such column")
+
+
+def test_first_weights_that_no_peer_can_make_end_the_run_though_none_is_asked_again() -> None:
+    run = state.Run(id="r", spec=RunSpec(task="t", rounds=1, quorum=1), peers={"a": "asked"})
+    run = transitions.apply(run, run_events.UpdateRefused(0, "a", "data", "no data", "init"))
+    ended = decisions.decide(run, Observation(frozenset(), unfit=frozenset({"a"})))
+    assert ended == steps.EndRun(RunState.FAILED, "no peer could make the first weights: no data")
