@@ -144,7 +144,7 @@ class _TrialRun:
 
         from agent.tasks.work import Describe, Evaluate, Init, Train
         from protocols.model import schema_card
-        from protocols.tables import preprocessing
+        from protocols.tables import class_names, preprocessing
 
         def describe() -> Any:
             done = trainer.run(Describe(task=name, settings=dict(settings)))
@@ -156,10 +156,14 @@ class _TrialRun:
         report: dict[str, Any] = {"task": name, "schema": msgspec.to_builtins(card)}
         report |= {"load_s": load_s, "memory_bytes": trainer.rss_bytes}
         if not isinstance(card, schema_card.SchemaCard):
-            # In a run the preprocessing is derived from the tables of all peers; here from this.
-            derived = preprocessing.derive({"here": card}, settings)
-            report["notes"] = [text for _, text in derived.notes]
-            settings = {**settings, "preprocessing": preprocessing.encode(derived.preprocessing)}
+            # In a run the preprocessing is derived from the data of all peers; here from this.
+            if isinstance(card, class_names.ClassCounts):
+                agreed, notes = class_names.agree({"here": card})
+            else:
+                derived = preprocessing.derive({"here": card}, settings)
+                agreed, notes = preprocessing.encode(derived.preprocessing), derived.notes
+            report["notes"] = [text for _, text in notes]
+            settings = {**settings, "preprocessing": agreed}
             report["schema"] = msgspec.to_builtins(describe())
             report["load_s"] = time.monotonic() - began
         base = folder / "first.safetensors"

@@ -60,9 +60,14 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     data_columns: Annotated[
         tuple[str, ...], Meta(description="columns that runs may use; * matches any text")
     ] = ("*",)
-    data_min_rows: Annotated[int, Meta(ge=0, description="minimum rows of a table in a run")] = 20
+    data_min_rows: Annotated[int, Meta(ge=0, description="minimum rows or pictures in a run")] = 20
     data_min_count: Annotated[
-        int, Meta(ge=1, description="minimum rows that share a value before it may leave")
+        int,
+        Meta(
+            ge=1,
+            description="minimum rows that share a value, or pictures of a class, before it may "
+            "leave",
+        ),
     ] = 5
     data_extremes: Annotated[bool, Meta(description="column minima and maxima may leave")] = False
     analyze: Annotated[

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from agent.data.settings import DataSettings as DataSettings
 from protocols.errors import UnknownName, UsageError
 from protocols.model.weights import Array, Schema, Weights
+from protocols.tables.class_names import ClassCounts
 from protocols.tables.evaluation_counts import Tallies
 from protocols.tables.statistics import TableStatistics
 
@@ -108,12 +109,16 @@ class Resumable(Protocol):
 class ProvidesStatistics(Protocol):
     """Optional: provide statistics from which the coordinator derives the preprocessing.
 
-    The coordinator merges them. The result (`protocols.tables.preprocessing`) comes with all later
-    settings as "preprocessing". Until then, only `load` and `survey` are called.
+    The coordinator merges them. The result (`protocols.tables.preprocessing`, or `class_names` for
+    classes) comes with all later settings as "preprocessing". Until then, only `load` and `survey`
+    are called.
     """
 
-    def survey(self, settings: Settings) -> TableStatistics:
-        """Mergeable statistics, no rows. Called after `load`. Raises DataError."""
+    def survey(self, settings: Settings) -> TableStatistics | ClassCounts | None:
+        """Mergeable statistics, no rows; None if these settings need no preprocessing.
+
+        Called after `load`. Raises DataError.
+        """
 
 
 @runtime_checkable

@@ -117,13 +117,16 @@ class WorkExecutor:
 
     def _describe(self, work: Describe, task: Task) -> Done | Failed:
         scheme, settings = _split_settings(work.settings)
+        told = None
         if isinstance(task, ProvidesStatistics) and not settings.get("preprocessing"):
-            return Done(id=work.id, description=schema_card.encode(task.survey(settings)))
+            told = task.survey(settings)
+        if told is not None:
+            return Done(id=work.id, description=schema_card.encode(told))
         schema = personalization.shared_schema(_normalize_schema(task.schema(settings)), scheme)
         traits = task.traits(settings) if isinstance(task, HasMetadata) else {}
         version = str(getattr(task, "version", ""))
-        told = schema_card.encode(schema_card.make_card(work.task, version, schema, traits))
-        return Done(id=work.id, description=told)
+        card = schema_card.make_card(work.task, version, schema, traits)
+        return Done(id=work.id, description=schema_card.encode(card))
 
     def _evaluate(
         self,

@@ -1,6 +1,7 @@
 """Derives the common preprocessing and schema from what peers described before round 1. Pure.
 
-For tables, the first result is a preprocessing that follows from all of them. Then the schema card
+For tables, the first result is a preprocessing that follows from all of them; for examples in
+folders, it is the list of their classes. Then the schema card
 of most peers is agreed. Peers that do not match are refused, and the others continue.
 """
 
@@ -16,7 +17,8 @@ from protocols.errors import CommonweightError, SchemaMismatch
 from protocols.model import schema_card
 from protocols.model.schema_card import SchemaCard
 from protocols.model.weights import Schema
-from protocols.tables import preprocessing
+from protocols.tables import class_names, preprocessing
+from protocols.tables.class_names import ClassCounts
 from protocols.tables.statistics import TableStatistics
 
 
@@ -34,14 +36,20 @@ def agree(run: Run, first: Schema) -> Agreement:
     agreement is possible.
     """
     tables = {p: one for p, one in run.described.items() if isinstance(one, TableStatistics)}
+    classes = {p: one for p, one in run.described.items() if isinstance(one, ClassCounts)}
     cards = {p: one for p, one in run.described.items() if isinstance(one, SchemaCard)}
+    if not run.preprocessing and len(classes) > max(len(cards), len(tables)):
+        agreement = class_names.agree(classes)
+        misfits = _of_another_kind([*cards, *tables], "folders of classes", "other data")
+        fixed = events.PreprocessingFixed(agreement.text, tuple(sorted(classes)))
+        return _agreed(run, misfits, fixed, agreement.notes)
     if not run.preprocessing and len(tables) > len(cards):
         derived = preprocessing.derive(tables, run.spec.settings)
-        misfits = derived.incompatible | _of_another_kind(cards, "a table", "no table")
+        misfits = derived.incompatible | _of_another_kind([*cards, *classes], "a table", "no table")
         text = preprocessing.encode(derived.preprocessing)
         fitting = tuple(sorted(tables.keys() - misfits.keys()))
         return _agreed(run, misfits, events.PreprocessingFixed(text, fitting), derived.notes)
-    misfits = _of_another_kind(tables, "a model", "a table")
+    misfits = _of_another_kind([*tables, *classes], "a model", "statistics of data")
     agreed = schema_card.most_common(_matching(cards, first))
     for peer, card in cards.items():
         if (difference := schema_card.first_difference(agreed, card)) is not None:
@@ -71,7 +79,7 @@ def _matching(cards: dict[str, SchemaCard], first: Schema) -> dict[str, SchemaCa
     if fitting:
         return fitting
     if not cards:
-        raise CommonweightError("peers described tables again after the preprocessing was fixed")
+        raise CommonweightError("peers described data again after the preprocessing was fixed")
     card = next(iter(cards.values()))
     wanted = schema_card.make_card(card.task, card.version, first, card.traits)
     difference = schema_card.first_difference(wanted, card)

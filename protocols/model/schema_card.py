@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 from protocols.errors import BadMessage, DataError, SchemaMismatch
 from protocols.messages.envelope import Digest, Name, Text
 from protocols.model.weights import Schema, TensorSpec
+from protocols.tables.class_names import ClassCounts
 from protocols.tables.statistics import TableStatistics
 
 #: Of a description as JSON.
@@ -69,7 +70,7 @@ def make_card(
 
 
 #: A card; or before the preprocessing is agreed on, the statistics for it.
-Description = SchemaCard | TableStatistics
+Description = SchemaCard | TableStatistics | ClassCounts
 
 
 def encode(description: Description) -> bytes:
@@ -80,7 +81,9 @@ def encode(description: Description) -> bytes:
     return data
 
 
-_decoder: msgspec.json.Decoder[Description] = msgspec.json.Decoder(SchemaCard | TableStatistics)
+_decoder: msgspec.json.Decoder[Description] = msgspec.json.Decoder(
+    SchemaCard | TableStatistics | ClassCounts
+)
 _card_decoder = msgspec.json.Decoder(SchemaCard)
 
 

@@ -26,6 +26,8 @@ from protocols.extras import needs_extra
 from protocols.model import weights
 from protocols.model.weights import Part, TensorSpec
 from protocols.model.weights_file import WeightsWriter
+from protocols.tables import class_names
+from protocols.tables.class_names import ClassCounts
 
 #: The formats that Pillow may read: none that starts another program.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -58,11 +60,27 @@ def traits(plan: ImageSettings) -> dict[str, tuple[str, ...]]:
     }
 
 
+def survey(data: DataSettings) -> ClassCounts:
+    """The classes of this peer that may leave it, with their counts. Raises DataError."""
+    counts = class_folders.count_examples(data.path, _SUFFIXES)
+    _check_enough(sum(counts.values()), data)
+    return class_names.share_counts(counts, data.min_count)
+
+
+def _check_enough(count: int, data: DataSettings) -> None:
+    if count < data.min_rows:
+        raise DataError(
+            f"the owner asks for at least {data.min_rows} pictures, and there are fewer",
+            f"there are {count}: commonweight-agent policy set data.min_rows",
+        )
+
+
 def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
     """The pictures of this peer. Raises DataError without any to train on."""
     channels, size = plan.channels, plan.size
-    found = class_folders.find_files(data.path, plan.classes, _SUFFIXES)
+    found = class_folders.find_files(data.path, plan.classes, _SUFFIXES, agreed=plan.agreed)
     count = len(found.paths)
+    _check_enough(count, data)
     kept = None
     if data.cache:
         key = hashlib.sha256(json.dumps([channels, size, *_stamps(found)]).encode())

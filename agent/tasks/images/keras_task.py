@@ -23,6 +23,7 @@ from agent.tasks.training.keras_task import Examples, KerasTask
 from agent.tasks.training.seeds import random_state
 from protocols.errors import UsageError
 from protocols.model.weights import Array, Schema, Weights
+from protocols.tables.class_names import ClassCounts
 
 
 class Images(KerasTask):
@@ -30,6 +31,10 @@ class Images(KerasTask):
 
     version = "1"
     defaults = MappingProxyType(image_settings.DEFAULTS)
+
+    def survey(self, settings: Settings) -> ClassCounts | None:
+        """This peer's classes, if the run does not name its own. Raises DataError."""
+        return dataset.survey(self._data) if image_settings.needs_classes(settings) else None
 
     def schema(self, settings: Settings) -> Schema:
         return layer_spec.schema(_layers(settings))

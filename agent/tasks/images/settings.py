@@ -1,7 +1,7 @@
 """The settings of the task "images", for every framework. Pure.
 
 Setting     Default  Meaning
-classes              the folders' names, in the order of the labels
+classes              the folders' names, in the order of the labels; default: those of all peers
 model       cnn      "cnn", "resnet18", or a network as `layer_spec` declares them
 size        64       pictures are scaled to a square with this many pixels a side
 channels    3        3 for color, 1 for gray
@@ -23,6 +23,7 @@ from agent.tasks.training.hyperparameters import (
     resolve_settings,
 )
 from protocols.errors import UsageError
+from protocols.tables import class_names
 
 RESNET = "resnet18"
 CNN = "conv 32 3, pool, conv 64 3, pool, conv 128 3, pool, dense 128"
@@ -43,9 +44,13 @@ DEFAULTS: dict[str, Setting] = {
 
 
 class ImageSettings(NamedTuple):
-    """The settings, checked. `network` is what `layer_spec` can parse, or RESNET."""
+    """The settings, checked. `network` is what `layer_spec` can parse, or RESNET.
+
+    `agreed`: the classes are those that the peers agreed on, not named by the run.
+    """
 
     classes: tuple[str, ...]
+    agreed: bool
     network: str
     size: int
     channels: int
@@ -53,12 +58,24 @@ class ImageSettings(NamedTuple):
     norm: str
 
 
+def needs_classes(settings: Settings) -> bool:
+    """True if the peers have yet to agree on the classes. Raises UsageError, UnknownName."""
+    if str(settings.get("classes", "")).strip() or settings.get("preprocessing"):
+        return False
+    # Errors in the other settings show now, whatever the classes will be.
+    read_settings({**settings, "classes": "a,b"})
+    return True
+
+
 def read_settings(settings: Settings) -> ImageSettings:
-    """The settings of pictures and model. Raises UsageError, UnknownName."""
+    """The settings of pictures and model. Raises UsageError, UnknownName, BadMessage."""
     read_hyperparameters(settings, DEFAULTS)  # so that its errors show early too
     merged = resolve_settings(settings, DEFAULTS)
+    named, agreed = str(merged["classes"]), str(settings.get("preprocessing", ""))
+    is_agreed = bool(agreed) and not named.strip()
     plan = ImageSettings(
-        class_folders.parse_classes(str(merged["classes"])),
+        class_names.decode(agreed) if is_agreed else class_folders.parse_classes(named),
+        is_agreed,
         {"cnn": CNN}.get(str(merged["model"]), str(merged["model"])),
         int(merged["size"]),
         int(merged["channels"]),

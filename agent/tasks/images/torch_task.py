@@ -1,9 +1,10 @@
 """The task "images": pictures in a folder for each class, a small CNN or ResNet-18.
 
-    commonweight run start images --set classes=cat,dog --set model=resnet18 --set size=96
+    commonweight run start images --set model=resnet18 --set size=96
 
-Each peer's `data` is a folder with a folder for each class that it has (see `dataset`); `settings`
-lists the settings. `keras_task` is the same task for TensorFlow.
+Each peer's `data` is a folder with a folder for each class that it has (see `dataset`). Before
+round 1 the peers agree on the classes: all of theirs together (`protocols.tables.class_names`).
+`settings` lists the settings. `keras_task` is the same task for TensorFlow.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split
 from protocols.model.weights import Schema, Weights
+from protocols.tables.class_names import ClassCounts
 
 
 class Images(ClassifierTask):
@@ -36,6 +38,10 @@ class Images(ClassifierTask):
 
     defaults = image_settings.DEFAULTS
     evaluation_batch = gradient_batch = 256
+
+    def survey(self, settings: Settings) -> ClassCounts | None:
+        """This peer's classes, if the run does not name its own. Raises DataError."""
+        return dataset.survey(self._data) if image_settings.needs_classes(settings) else None
 
     def schema(self, settings: Settings) -> Schema:
         plan = image_settings.read_settings(settings)

@@ -6,6 +6,7 @@ reviews/good/1.txt  reviews/bad/a/2.txt …
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from protocols.errors import DataError, UsageError
 
 _HELD_OUT = 5
+#: How many classes a message names.
+_SHOWN = 10
 
 Rows = npt.NDArray[np.int64]
 
@@ -32,19 +35,24 @@ class ClassFiles(NamedTuple):
 def parse_classes(words: str) -> tuple[str, ...]:
     """The class names of a run, in the order of their numbers. Raises UsageError."""
     names = tuple(name.strip() for name in words.split(",") if name.strip())
-    if len(names) < 2 or len(set(names)) != len(names):
-        raise UsageError(
-            f"a run names two classes or more, each once; not {words!r}",
-            "the folders' names, in the order of the labels: --set classes=cat,dog",
-        )
+    example = "name the folders of the examples: --set classes=cat,dog"
+    if not names:
+        raise UsageError("the run does not say which classes there are", example)
+    if len(names) == 1:
+        raise UsageError(f"the run has only the class {names[0]!r}, and two are needed", example)
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise UsageError(f"the run names the class {twice!r} twice", example)
     return names
 
 
-def find_files(path: str, classes: Sequence[str], suffixes: Collection[str]) -> ClassFiles:
-    """Every file that ends in one of `suffixes`. Raises DataError.
+def count_examples(path: str, suffixes: Collection[str]) -> dict[str, int]:
+    """The number of files by the folder that they are in. Raises DataError."""
+    root = Path(path)
+    return {name: len(_examples(root / name, suffixes)) for name in _folders(path)}
 
-    A peer need not have all classes; any other folder is an error.
-    """
+
+def _folders(path: str) -> list[str]:
+    """The folders for classes, sorted. Raises DataError."""
     root = Path(path)
     if not path or not root.is_dir():
         raise DataError(
@@ -55,18 +63,43 @@ def find_files(path: str, classes: Sequence[str], suffixes: Collection[str]) -> 
     if not folders:
         raise DataError(
             "the folder of data has no folder for a class in it",
-            f"put the examples into {root / classes[0]}, {root / classes[1]} and so on",
+            f"put the examples into {root / 'cat'}, {root / 'dog'} and so on",
         )
+    return folders
+
+
+def _examples(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+    ]
+
+
+def find_files(
+    path: str, classes: Sequence[str], suffixes: Collection[str], *, agreed: bool = False
+) -> ClassFiles:
+    """Every file that ends in one of `suffixes`. Raises DataError.
+
+    A peer need not have all classes. Any other folder is an error, or left out if the peers have
+    `agreed` on the classes: then it may be one that its owner does not tell.
+    """
+    root, folders = Path(path), _folders(path)
     if strange := [name for name in folders if name not in classes]:
-        raise DataError(
-            f"a folder of data is no class of this run, which has {', '.join(classes)}",
-            f"move {root / strange[0]} elsewhere, or start a run that names it",
-        )
+        if not agreed:
+            shown = ", ".join(classes[:_SHOWN]) + (" and others" if len(classes) > _SHOWN else "")
+            raise DataError(
+                f"a folder of data is no class of this run, which has {shown}",
+                f"move {root / strange[0]} elsewhere, or start a run that names it",
+            )
+        sys.stderr.write(f"left out, as they are no classes of this run: {', '.join(strange)}\n")
+    if absent := [name for name in classes if name not in folders]:
+        sys.stderr.write(f"classes of this run without a folder here: {', '.join(absent)}\n")
     found = [
         (path, classes.index(name))
         for name in folders
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+        if name in classes
+        for path in _examples(root / name, suffixes)
     ]
     if not found:
         raise DataError(

@@ -130,14 +130,18 @@ def test_the_same_bytes_again_and_after_a_cut(
 
 
 def accuracy(folders: Path, frameworks: tuple[str, ...]) -> float:
-    """Of the last round of a run with a peer for each framework named."""
+    """Of the last round of a run with a peer for each framework. They agree on the classes."""
     data = [data_of(folders, part, framework) for part, framework in enumerate(frameworks)]
-    settings = DIGITS | {"lr": 0.02, "batch_size": 16, "flip": False}
+    settings = DIGITS | {"lr": 0.02, "batch_size": 16, "flip": False, "classes": ""}
     with fleet_of(data) as fleet:
-        run = fleet.run(RunSpec(task="images", rounds=5, quorum=len(data), settings=settings))
+        run = fleet.run(
+            RunSpec(task="images", rounds=5, quorum=len(data), settings=settings, handshake=True)
+        )
     assert run.state is RunState.FINISHED
     assert all(len(closed.contributors) == len(data) for closed in run.history)
     assert not any(closed.refused for closed in run.history)
+    assert run.card is not None
+    assert run.card.traits["classes"] == tuple("0123456789")
     found = run.history[-1].metrics["accuracy"]
     assert found is not None
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -16,9 +17,11 @@ from agent.data.settings import DataSettings
 from agent.tasks.images import dataset, resnet
 from agent.tasks.images import settings as image_settings
 from agent.tasks.images.torch_task import Images
-from protocols.errors import DataError, UnknownName, UsageError
+from protocols.errors import CommonweightError, DataError, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
+from protocols.tables import class_names
+from protocols.tables.class_names import ClassCounts
 from tests.support.callbacks import ignore_step
 
 SMALL = {"classes": "light,dark", "size": 12, "channels": 1, "model": "conv 4 3, pool, dense 8"}
@@ -201,7 +204,7 @@ def test_answers_for_pictures_that_it_has_never_seen(folder: Path, tmp_path: Pat
     assert all(0.5 < chance <= 1 for chance in answers["probability"])
     (one,) = Images().predict(made, settings, str(tmp_path / "new" / "bright.png"))
     assert one["class"] == ["light"]
-    with pytest.raises(DataError, match="no pictures to predict"):
+    with pytest.raises(DataError, match="there are no pictures to predict for"):
         list(Images().predict(made, settings, str(tmp_path / "none")))
 
 
@@ -256,11 +259,69 @@ def test_folders_that_cannot_serve_are_told_without_names_of_files(tmp_path: Pat
     assert "0 of 1 examples can be read" in fault(tmp_path / "d").message
 
 
+def test_only_classes_with_enough_pictures_are_told(folder: Path) -> None:
+    for number in range(3):
+        picture(folder / "data" / "mrs smith" / f"{number}.png", 90)
+    task, settings = loaded(folder, min_count=5), {**SMALL, "classes": ""}
+    told = task.survey(settings)
+    assert told == ClassCounts(counts={"dark": 20, "light": 20}, others=3)
+    assert task.survey(SMALL) is None, "a run may name them"
+    with pytest.raises(UnknownName):
+        task.survey({**settings, "colour": 1})
+    with pytest.raises(DataError, match="at least 50 pictures"):
+        loaded(folder, min_rows=50).survey(settings)
+    shutil.rmtree(folder / "data" / "mrs smith")
+    with pytest.raises(DataError, match="at least 50 pictures"):
+        loaded(folder, min_rows=50).traits(SMALL)
+    (folder / "data" / "light").rename(folder / "data" / "li\x1bght")
+    with pytest.raises(DataError, match="names of the classes cannot be sent"):
+        task.survey(settings)
+
+
+def test_agreed_classes_are_those_of_all_peers_and_others_are_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = loaded(folder)
+    agreed = class_names.agree(
+        {
+            "a": ClassCounts(counts={"light": 20, "zebra, striped": 9}),
+            "b": ClassCounts(counts={"10": 5, "9": 5}),
+        }
+    )
+    assert class_names.decode(agreed.text) == ("9", "10", "light", "zebra, striped")
+    assert agreed.notes == [
+        ("a", "tells 2 of 4 classes: none of 9, 10"),
+        ("b", "tells 2 of 4 classes: none of light, zebra, striped"),
+    ]
+    settings = {**SMALL, "classes": "", "preprocessing": agreed.text}
+    assert task.traits(settings)["classes"] == ("9", "10", "light", "zebra, striped")
+    first = task.init(0, settings)
+    assert [array.shape for array in first.values()][-1][0] == 4
+    seen = task.evaluate(first, settings, ignore_step)
+    assert seen[0] == 4, "a fifth of the light ones"
+    assert "left out, as they are no classes of this run: dark" in capsys.readouterr().err
+    rows = next(iter(task.predict(first, settings, str(folder / "data"))))
+    assert set(rows["class"]) <= {"9", "10", "light", "zebra, striped"}
+    # Names that the run gives win over those of the peers.
+    assert task.traits({**settings, "classes": "light,dark"})["classes"] == ("light", "dark")
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [({"cat": 9}, "only the class 'cat'"), ({}, "the peers have no class")],
+)
+def test_too_few_classes_are_told_with_the_next_step(counts: dict[str, int], said: str) -> None:
+    with pytest.raises(CommonweightError, match=said) as caught:
+        class_names.agree({"a": ClassCounts(counts=counts, others=3)})
+    assert "--set classes=cat,dog" in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"classes": ""}, "two classes"),
-        ({"classes": "cat,cat"}, "two classes"),
+        ({"classes": ""}, "the run does not say which classes there are"),
+        ({"classes": "cat"}, "only the class 'cat', and two are needed"),
+        ({"classes": "cat,cat"}, "names the class 'cat' twice"),
         ({"size": 4}, "size 4"),
         ({"channels": 2}, "channels"),
         ({"norm": "layer"}, "norm"),
