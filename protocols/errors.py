@@ -9,6 +9,8 @@ CommonweightError                     1  something failed
 ├── Refused                           4  the other side refused the request
 │   ├── NotEnrolled                      this machine has not joined a fleet
 │   ├── NotAllowed                       the owner does not allow the task
+│   ├── UploadRefused                    the coordinator does not take an update
+│   ├── UploadUnneeded                   nothing waits for an update any more
 │   └── VersionSkew                      agent and coordinator versions are incompatible
 ├── NotRunning                        5  the agent or coordinator is not running
 ├── HomeError                         1  the home folder cannot be used
@@ -118,6 +120,18 @@ class NotAllowed(Refused):
     """The owner of this machine does not allow the task."""
 
     code = "not_allowed"
+
+
+class UploadRefused(Refused):
+    """The coordinator does not take an update. A retry would get the same answer."""
+
+    code = "upload_refused"
+
+
+class UploadUnneeded(Refused):
+    """The run or job of an upload has ended in the meantime."""
+
+    code = "unneeded"
 
 
 class VersionSkew(Refused):

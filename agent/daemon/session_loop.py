@@ -36,6 +36,10 @@ T = TypeVar("T")
 RENEW_BEFORE_S = 60 * 86400.0
 _HEARTBEAT_RETRY_S = 5.0
 _MIN_RECONNECT_S, _MAX_RECONNECT_S = 0.3, 15.0
+#: A session that ends sooner is a short one. After some in a row, the waits grow as while the
+#: coordinator is away, and the reason is reported.
+_SHORT_SESSION_S = 30.0
+_MAX_SHORT_SESSIONS, _REPORTED_SHORT_SESSIONS = 2, 5
 
 
 class SessionLoop:
@@ -58,6 +62,7 @@ class SessionLoop:
         self._doorbell = asyncio.Event()
         self._last_work_at = 0.0
         self._last_skew = ""
+        self._short_sessions = 0
         self._work_pool = ThreadPoolExecutor(1, "work")
         self._heartbeat_pool = ThreadPoolExecutor(1, "heartbeat")
 
@@ -105,25 +110,46 @@ class SessionLoop:
         """
         waits = delays(Random(), _MIN_RECONNECT_S, _MAX_RECONNECT_S)
         while True:
+            opened_at = 0.0
             try:
                 await self._in_thread(self._open)
+                opened_at = time.monotonic()
                 self._runner.dispatch(SessionChanged(True))
                 self._report.write(self._runner.state)
                 log.info("connected to %s", self._ctx.credentials.address)
-                waits = delays(Random(), _MIN_RECONNECT_S, _MAX_RECONNECT_S)
+                if self._short_sessions <= _MAX_SHORT_SESSIONS:
+                    waits = delays(Random(), _MIN_RECONNECT_S, _MAX_RECONNECT_S)
                 await self._pull_and_answer(answer)
             except CommonweightError as err:
                 self._log_lost(err)
                 self._report.set_last_error(err.message)
+                self._count_short(opened_at, err.message)
             except Exception as err:  # no bug in a session may end an agent that runs for months
                 log.exception("unexpected error in the session")
                 crash_reports.save(self._ctx.home, err)
                 self._report.report_error(f"unexpected error: {type(err).__name__}")
+                self._count_short(opened_at, "of an unexpected error")
             self._runner.dispatch(SessionChanged(False))
             self._report.mark_stale()
             # A doorbell shows that the coordinator is back, and ends the wait.
             self._doorbell.clear()
             await self._wait_for_doorbell(next(waits))
+
+    def _count_short(self, opened_at: float, because: str) -> None:
+        """Count sessions in a row that end soon, and report the reason once.
+
+        `opened_at`: monotonic s; 0 if the session was not opened, which does not count.
+        """
+        if not opened_at:
+            return
+        is_short = time.monotonic() - opened_at < _SHORT_SESSION_S
+        self._short_sessions = self._short_sessions + 1 if is_short else 0
+        if self._short_sessions == _REPORTED_SHORT_SESSIONS:
+            self._report.report_error(
+                f"the last {self._short_sessions} sessions ended soon: {because}; the agent tries "
+                f"again after up to {_MAX_RECONNECT_S:.0f} s. If this lasts, look at the "
+                "coordinator's log"
+            )
 
     def _log_lost(self, err: CommonweightError) -> None:
         if isinstance(err, VersionSkew):

@@ -9,8 +9,9 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 from flwr.app import Error, Message
 
@@ -27,12 +28,20 @@ from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_proofs import VersionIndex
 from agent.transport.version_store import VersionStore
 from agent.transport.weight_transfer import CoordinatorDiskFull, SessionLost
-from protocols.errors import CommonweightError, DiskFull, TrainerFailed, Unreachable
+from protocols.errors import (
+    CommonweightError,
+    DiskFull,
+    TrainerFailed,
+    Unreachable,
+    UploadRefused,
+    UploadUnneeded,
+)
 from protocols.failpoints import failpoint, note
 from protocols.local.disk_space import free_bytes
 from protocols.messages import refusals
 from protocols.messages.jobs import ANSWER_PATH
 from protocols.messages.states import PauseReason
+from protocols.network.backoff import delays
 
 log = logging.getLogger("commonweight.agent")
 
@@ -40,7 +49,10 @@ log = logging.getLogger("commonweight.agent")
 TRAINER_COOLDOWN_S = 600.0
 _POLL_EVERY_S = 0.5
 #: While the coordinator's disk is full, an upload is tried so often, with a wait after each try.
-_MAX_UPLOAD_TRIES, _UPLOAD_RETRY_S = 12, 5.0
+#: The waits grow, and the coordinator expects a try within 20 s.
+_MAX_UPLOAD_TRIES, _MIN_UPLOAD_RETRY_S, _MAX_UPLOAD_RETRY_S = 12, 2.0, 15.0
+#: After a refused upload the agent takes no work for so long. The waits grow.
+_MIN_REFUSAL_WAIT_S, _MAX_REFUSAL_WAIT_S = 1.0, 20.0
 #: While this machine's disk is full: work is tried again with so much more room, or after the wait.
 _MORE_ROOM_BYTES, _DISK_RETRY_S = 1024 * 1024, 20.0
 _CLIENT_APP_ERROR = 2  # Flower's code for an exception in a ClientApp; the text has the reason
@@ -57,9 +69,13 @@ class WorkThread:
         sharing: Sharing,
     ) -> None:
         self._home, self._runner, self._report, self._link = ctx.home, ctx.runner, report, link
+        #: The coordinator has refused the update of the present work; the work has an update.
+        self._is_refused = self._has_update = False
         self._cooldown_end: asyncio.TimerHandle | None = None
         #: The trainer has given up, and the pause that follows may not be in force yet.
         self._gave_up = False
+        #: The last refusal of an update that was reported, and the waits after further ones.
+        self._reported_refusal, self._refusal_waits = "", _refusal_waits()
         job_folder = ctx.home / "jobs" / "models"
         for folder in (ctx.cache, ctx.home / "outbox", ctx.home / "trainer", job_folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -109,7 +125,7 @@ class WorkThread:
         coordinator asks again.
         """
         failpoint("agent.message.taken")
-        self._gave_up = False
+        self._gave_up, self._is_refused, self._has_update = False, False, False
         reply = self._handle(message)
         if reply is None:
             return None
@@ -117,14 +133,26 @@ class WorkThread:
         following: Message | None = None
         failpoint("agent.claim.sending")
         link = self._link()
-        if state_machine.is_willing(self._runner.state) and not self._gave_up:
-            following = link.exchange(reply)
+        try:
+            if self._takes_more_work():
+                following = link.exchange(reply)
+            else:
+                link.push(reply)
+        except (UploadRefused, UploadUnneeded) as err:  # a small update travels with its reply
+            link.push(self._failure(message, err))
         else:
-            link.push(reply)
-        if link.acknowledged and (claim := claim_text(reply)):
-            note("acknowledged", claim=claim)
+            if link.acknowledged and (claim := claim_text(reply)):
+                note("acknowledged", claim=claim)
         failpoint("agent.claim.sent")
+        if self._is_refused:
+            self._sleep(next(self._refusal_waits))
+        elif self._has_update:
+            self._reported_refusal, self._refusal_waits = "", _refusal_waits()
         return following
+
+    def _takes_more_work(self) -> bool:
+        is_willing = state_machine.is_willing(self._runner.state)
+        return is_willing and not self._gave_up and not self._is_refused
 
     def _handle(self, message: Message) -> Message | None:
         """The reply: a result, or the error that says why there is none. None: the agent stops."""
@@ -135,13 +163,27 @@ class WorkThread:
         except CommonweightError as err:
             if self._runner.stopping.is_set():
                 return None
-            if not (isinstance(err, TrainerFailed) and err.kind == "cancelled"):
-                # The operator reads the refusal, which has no path: the owner reads the rest here.
-                text = f"{err.message}; {err.hint}" if err.hint else err.message
-                log.error("the work failed: %s", text)
-                self._report.set_last_error(text)
-            reason = refusals.refusal_of(err).encode()
-            return Message(Error(_CLIENT_APP_ERROR, reason), reply_to=message)
+            return self._failure(message, err)
+
+    def _failure(self, message: Message, err: CommonweightError) -> Message:
+        """The reply to work that has failed. Tells the owner; a refusal that repeats, once."""
+        # The operator reads the refusal, which has no path: the owner reads the rest here.
+        text = f"{err.message}; {err.hint}" if err.hint else err.message
+        is_new = True
+        match err:
+            case UploadUnneeded():
+                log.info("%s", text)
+                is_new = False
+            case UploadRefused():
+                is_new = text != self._reported_refusal
+                self._is_refused, self._reported_refusal = True, text
+            case TrainerFailed(kind="cancelled"):
+                is_new = False
+        if is_new:
+            log.error("the work failed: %s", text)
+            self._report.set_last_error(text)
+        reason = refusals.refusal_of(err).encode()
+        return Message(Error(_CLIENT_APP_ERROR, reason), reply_to=message)
 
     def _handle_with_room(self, message: Message) -> Message:
         """The client's reply. While this machine's disk is full: pause, and try again."""
@@ -161,6 +203,7 @@ class WorkThread:
         self._sleep(_DISK_RETRY_S, lambda: free_bytes(self._home) >= enough_bytes)
 
     def _upload_update(self, digest: str, path: Path) -> None:
+        self._has_update = True
         self._retry_while_full(lambda: self._link().upload_update(digest, path))
 
     def _upload_answer(self, digest: str, path: Path) -> None:
@@ -168,12 +211,13 @@ class WorkThread:
 
     def _retry_while_full(self, send: Callable[[], None]) -> None:
         """Send; retry for a while if the coordinator's disk is full. Raises CoordinatorDiskFull."""
+        waits = delays(Random(), _MIN_UPLOAD_RETRY_S, _MAX_UPLOAD_RETRY_S)
         for _ in range(_MAX_UPLOAD_TRIES):
             try:
                 return send()
             except CoordinatorDiskFull as err:
                 self._report.set_last_error(err.message)
-                self._sleep(_UPLOAD_RETRY_S)
+                self._sleep(next(waits))
                 if self._runner.stopping.is_set():
                     raise
         raise CoordinatorDiskFull("the coordinator has had no room on its disk for too long")
@@ -200,3 +244,7 @@ class WorkThread:
 
     def _on_progress(self, progress: Progress) -> None:
         self._report.progress(self._runner.state, progress, self.trainer.rss_bytes)
+
+
+def _refusal_waits() -> Iterator[float]:
+    return delays(Random(), _MIN_REFUSAL_WAIT_S, _MAX_REFUSAL_WAIT_S)

@@ -42,7 +42,12 @@ from google.protobuf.message import Message as ProtobufMessage
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.http_client import Response
-from agent.transport.weight_transfer import WeightTransfer, map_parse_errors, raise_for_status
+from agent.transport.weight_transfer import (
+    WeightTransfer,
+    map_parse_errors,
+    raise_for_status,
+    raise_for_upload,
+)
 from protocols.enrollment import joining
 from protocols.enrollment.identity import node_public_pem
 from protocols.enrollment.joining import EnrollmentStatus
@@ -229,9 +234,11 @@ class CoordinatorClient(WeightTransfer):
         body = msgspec.msgpack.encode(PollRequest(reply=packed, wants_work=want, update=update))
         sent_at = time.monotonic()
         status, answer = self._send("POST", messages.POLL_PATH, body)
-        if attached is not None and status in (413, 507):
+        if attached is not None and status in (410, 413, 507):
             self.upload(*attached)  # raises the reason, or succeeds now
             return self._exchange(reply, want=want)
+        if reply is not None:
+            raise_for_upload(status, answer)
         raise_for_status(status)
         self.bytes_up += len(update)
         self._heard_at = sent_at
@@ -241,7 +248,11 @@ class CoordinatorClient(WeightTransfer):
                 self._inline_version = response.version
             if reply is not None:  # a heartbeat must not reset the result of a reply
                 self.acknowledged = response.acknowledged
-            return _unpack(response.work) if response.work is not None else None
+            if response.work is None:
+                return None
+            message = _unpack(response.work)
+            self._run = message.metadata.group_id
+            return message
 
     def upload_update(self, digest: str, source: Path) -> None:
         """Uploads an update. A small one travels with the next reply instead."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import ssl
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ from google.protobuf.message import DecodeError
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.http_client import HttpClient, map_errors
-from protocols.errors import BadWeights, Refused, Unreachable
+from protocols.errors import BadWeights, Refused, Unreachable, UploadRefused, UploadUnneeded
 from protocols.failpoints import failpoint
 from protocols.local.atomic_files import write_all
+from protocols.messages.envelope import strip_controls
 from protocols.model.weights import file_digest
 
 _TIMEOUT_S = 30.0
@@ -25,6 +27,8 @@ _TIMEOUT_S = 30.0
 #: coordinator keeps idle connections for 75 s.
 IDLE_CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
+#: How much of a refusal's body is shown.
+_MAX_REASON_BYTES = 200
 VERSION_PATH = "/cw/v1/weights/{digest}"
 UPDATE_PATH = "/cw/v1/updates/{digest}"
 
@@ -58,6 +62,8 @@ class WeightTransfer:
             max_idle_s=IDLE_CONNECTION_S,
         )
         self._interrupted = ""
+        #: The run of the last work, to which updates belong.
+        self._run = ""
         #: A small version that arrived with the last work.
         self._inline_version = b""
         self.bytes_up = self.bytes_down = 0
@@ -147,7 +153,7 @@ class WeightTransfer:
     def upload(self, digest: str, source: Path, at: str = UPDATE_PATH) -> None:
         """Uploads a file; sends nothing if the coordinator has it already.
 
-        Raises Refused if the coordinator rejects it.
+        Raises UploadRefused or UploadUnneeded if the coordinator does not take it.
         """
         path = at.format(digest=digest)
         size = source.stat().st_size
@@ -158,6 +164,8 @@ class WeightTransfer:
             headers = self._signed("PUT", path, digest)
             headers["content-length"] = str(size - offset)
             headers["x-cw-offset"] = str(offset)
+            if at == UPDATE_PATH:
+                headers["x-cw-run"] = urllib.parse.quote(self._run)
             with map_parse_errors():
                 status, body = self._http_client.request(
                     "PUT", path, headers, self._pieces(source, offset)
@@ -167,7 +175,7 @@ class WeightTransfer:
                 elif status == 422 and offset:
                     offset = 0  # the received bytes were not the start of this file
                 else:
-                    raise_for_status(status)
+                    raise_for_upload(status, body)
                     self.bytes_up += size - offset
                     self._interrupted = ""
                     return
@@ -200,6 +208,17 @@ def raise_for_status(status: int) -> None:
         raise SessionLost(f"the coordinator answered {status}")
     if status == 507:
         raise CoordinatorDiskFull("the coordinator's disk is full")
-    if status in (413, 422):  # a retry would get the same answer
-        raise Refused(f"the coordinator rejects it (HTTP {status})")
     raise Unreachable(f"the coordinator answered {status}")
+
+
+def raise_for_upload(status: int, body: bytes) -> None:
+    """Raises the error for the response to an upload or a reply; its body says the reason."""
+    because = strip_controls(body[:_MAX_REASON_BYTES].decode(errors="replace")) or f"HTTP {status}"
+    if status == 410:
+        raise UploadUnneeded(f"the upload is not needed any more: {because}")
+    if status in (413, 422):  # a retry would get the same answer
+        raise UploadRefused(
+            f"the coordinator refuses the upload: {because}",
+            "check that agent and coordinator have the same version, then start a new run",
+        )
+    raise_for_status(status)

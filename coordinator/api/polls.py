@@ -37,7 +37,10 @@ class PollHandler:
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
 
     async def poll(self, peer: str, request: PollRequest) -> PollResponse:
-        """Store the peer's reply and return its next work. Raises BadMessage, NoSession."""
+        """Store the peer's reply and return its next work.
+
+        Raises BadMessage, NoSession, and HTTPException if the update in the request is refused.
+        """
         node = self._sessions.node_of(peer)
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
@@ -48,6 +51,8 @@ class PollHandler:
             return self._with_version(response)
         # Before the reply is stored, because the run may handle it at once.
         request_id = self._superlink.request_id_of(request.reply)
+        if request.update and self._runs.is_awaited(request_id):  # otherwise nobody needs it
+            await self._transfer.receive_inline(peer, request.update)
         future = self._jobs.ack_future(request_id) or self._runs.ack_future(request_id)
         await self._superlink.poll_async(node, PollRequest(reply=request.reply, wants_work=False))
         failpoint("reply.taken")

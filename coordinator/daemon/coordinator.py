@@ -113,6 +113,8 @@ class Coordinator:
         self._publisher.on_eligibility_change = self._peers.wake_queues
         self._publisher.on_up = self.runs.resend_doorbells
         self.transfer.limits.on_shortage = self.runs.wake
+        self.transfer.limits.is_expected = lambda: self.runs.current is not None
+        self.job_transfer.limits.is_expected = lambda: self.jobs.is_working
 
     @property
     def port(self) -> int:
@@ -227,6 +229,7 @@ class Coordinator:
             ring=self._peers.announce_work,
             publish=self._publisher.publish,
             refused=self._refused,
+            enrolled=lambda: frozenset(peer.peer for peer in self.registry.enrolled()),
             refresh_online=self._peers.refresh_online,
         )
 

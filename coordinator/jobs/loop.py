@@ -34,6 +34,7 @@ log = logging.getLogger("commonweight.job")
 #: How long peers with a lease may take to come back after a restart or a lost connection.
 RECONNECT_TIMEOUT_S = 20.0
 _RETRY_S = 1.0
+_UNKNOWN_PEER = "the fleet has no peer with this id; start the job again for the present peers"
 
 
 class JobLoop:
@@ -89,6 +90,7 @@ class JobLoop:
 
     async def _dispatch(self) -> None:
         """Decide until the job must wait or has ended, then send the open requests."""
+        self._record(*self._excuse_removed())
         while not self.job.ended:
             steps = scheduler.decide(self.job, self._availability())
             if self._stop_reason:
@@ -102,6 +104,18 @@ class JobLoop:
             await self.requests.send_open(self.job)
         except BadMessage as err:  # the input that the requester wrote is gone
             self._record(job_events.JobEnded(JobState.FAILED, err.message, time.time()))
+
+    def _excuse_removed(self) -> list[job_events.PeerExcused]:
+        """Peers whose answer can never arrive, because the fleet does not have them.
+
+        They were removed, or an older version of the coordinator recorded their names as ids.
+        """
+        asked = {unit.only for unit in self.job.units.values() if unit.only and not unit.verified}
+        gone = sorted(peer for peer in asked - self.job.excused.keys() if not self._is_known(peer))
+        return [job_events.PeerExcused(peer, _UNKNOWN_PEER) for peer in gone]
+
+    def _is_known(self, peer: str) -> bool:
+        return self._ctx.node_of(peer) is not None
 
     def _availability(self) -> Availability:
         now = time.monotonic()

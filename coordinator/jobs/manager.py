@@ -47,13 +47,13 @@ class JobManager:
 
     async def work(self, resume: bool) -> None:
         """Drive all jobs, those from before a restart first. A disk error ends them all."""
-        self._sweep()
-        for job in self._jobs.values():
+        for job in list(self._jobs.values()):
             if not job.ended:
                 if resume:
                     self._new.put_nowait(job.id)
                 else:
                     self._end(job.id, "not resumed")
+        self._sweep()
         async with asyncio.TaskGroup() as group:
             while True:
                 job = self._jobs[await self._new.get()]
@@ -94,6 +94,8 @@ class JobManager:
     def _sweep(self) -> None:
         if not self.is_working:  # the rows of units, which no event names, are needed until then
             self._store.sweep(self._referenced())
+            if all(job.ended for job in self._jobs.values()):
+                self._store.uploads.clear()
 
     # --- from outside ---
 

@@ -81,7 +81,10 @@ class JobStore(WeightStore):
             raise BadMessage("the answer's bytes were not uploaded") from err
         if size != answer.nbytes or size <= INLINE_MAX_BYTES:
             raise BadMessage(f"the answer has {size} bytes instead of {answer.nbytes}")
-        self.promote_upload(peer, answer.digest)
+        try:
+            self.promote_upload(peer, answer.digest)
+        except FileNotFoundError as err:
+            raise BadMessage("the peer has replaced the answer's bytes") from err
         self.mark_recorded(answer.digest)
 
     def read_answer(self, answer: AnswerInfo) -> bytes:

@@ -33,5 +33,7 @@ class RunContext(NamedTuple):
     publish: Callable[[CoordinatorBody], None]
     #: Refused updates by reason, since the coordinator started.
     refused: Counter[str]
+    #: All peers of the fleet, online or not.
+    enrolled: Callable[[], frozenset[str]] = frozenset
     #: Check now who is online. Otherwise an expired heartbeat is noticed within seconds.
     refresh_online: Callable[[], object] = lambda: None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from coordinator.runs import best_version, buffered, recovery, steps
 from coordinator.runs.state import PeerStatus, Run
 from coordinator.runs.steps import Step, count_peers
-from protocols.errors import SETTINGS_CODES
+from protocols.errors import SETTINGS_CODES, UploadRefused
 from protocols.messages import refusals
 from protocols.messages.states import RunState
 
@@ -22,13 +22,17 @@ class Observation(NamedTuple):
     """What the run's state lacks: the peers that could work now, and whether time is up.
 
     `unfit`: peers that are online but refuse this run until somebody changes something there.
+    `absent`: peers of the fleet that are not online or cannot work now.
     """
 
     eligible: frozenset[str]
     deadline_passed: bool = False
     unfit: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
 
 
+#: Kinds of refusals that no peer can mend: the run's settings or limits do not fit.
+_LASTING_KINDS = SETTINGS_CODES | {UploadRefused.code}
 #: An automatic deadline is this multiple of the slowest peer's time, but at least the minimum.
 _SLOWEST_FACTOR = 2.0
 _MIN_DEADLINE_S = 5.0
@@ -188,7 +192,7 @@ def _decide_training(run: Run, observed: Observation) -> Step:
     if is_due and (others := eligible - run.updates.keys()):
         # New and failed peers, and those already asked: the request may have been lost.
         return steps.AskPeers(tuple(sorted(others)))
-    if (end := _cannot_begin(run, eligible)) is not None:
+    if (end := _cannot_begin(run, observed)) is not None:
         return end
     missing = quorum - answered - len(run.pending)
     if missing > 0:
@@ -201,16 +205,26 @@ def _decide_training(run: Run, observed: Observation) -> Step:
     return steps.Wait(f"updates of {count_peers(len(run.pending))}", run.pending)
 
 
-def _cannot_begin(run: Run, eligible: frozenset[str]) -> steps.EndRun | None:
-    """The end of a run with settings that no present peer can train with, in its first round only.
+def _cannot_begin(run: Run, observed: Observation) -> steps.EndRun | None:
+    """The end of a run whose peers cannot train with its settings, in its first round only.
 
-    Asking again would give the same answer.
+    Asking again would give the same answer. Without absent peers, it is also known that the others
+    are too few for the quorum; in a buffered run each of these makes as many updates as needed.
     """
-    refused = _with_status(run, "refused")
-    is_new = not (run.history or run.updates or run.pending)
-    about_settings = all(run.refusal_kinds.get(peer) in SETTINGS_CODES for peer in refused)
-    if is_new and refused and eligible <= refused and about_settings:
-        return steps.EndRun(RunState.FAILED, f"no peer could train: {run.last_refusal}")
+    refused = run.cooling_down if run.buffered else _with_status(run, "refused")
+    answered = frozenset(run.updates)
+    is_new = not (run.history or run.buffer or run.pending or run.assignments)
+    is_open = bool(answered) and (run.buffered or bool(observed.absent))
+    if (
+        is_new
+        and refused
+        and observed.eligible <= refused | answered
+        and not is_open
+        and run.state is RunState.TRAINING
+        and all(run.refusal_kinds.get(peer) in _LASTING_KINDS for peer in refused)
+    ):
+        who = f"only {count_peers(len(answered))}" if answered else "no peer"
+        return steps.EndRun(RunState.FAILED, f"{who} could train: {run.last_refusal}")
     return None
 
 
@@ -231,6 +245,8 @@ def _decide_buffered(run: Run, observed: Observation) -> Step:
     if buffered.is_full(run):
         contributors = tuple(accepted.peer for accepted in buffered.in_order(run))
         return steps.CloseRound() if evaluating else steps.CloseTraining(contributors)
+    if (end := _cannot_begin(run, observed)) is not None:
+        return end
     if given := buffered.work_for(run, observed.eligible, observed.deadline_passed):
         return steps.AssignWork(given)
     missing = run.spec.buffer - len(run.buffer)

@@ -30,8 +30,8 @@ def late_assignment(run: Run, peer: str, number: int) -> Assignment:
     """The assignment of a late update. Raises UpdateRefused unless the update can be folded."""
     if not run.folds_late or run.ended or run.num_versions >= run.spec.rounds:
         raise UpdateRefused("late", f"it is for round {number} (train)")
-    counted = run.contributors if number == run.round else ()
-    counted += next((c.contributors for c in run.history if c.round == number), ())
+    counted = run.on_time if number == run.round else ()
+    counted += next((c.on_time for c in run.history if c.round == number), ())
     buffered = {(one.peer, one.round) for one in run.buffer}
     if peer in counted or (peer, number) in buffered:
         raise UpdateRefused("replay", "this peer's answer was counted already")

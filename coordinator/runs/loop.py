@@ -21,7 +21,6 @@ from coordinator.runs.rounds import Rounds, RunParts
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.errors import CommonweightError, DiskFull, HomeError, UpdateRefused
 from protocols.local.disk_space import is_disk_full
 from protocols.messages.states import RunState
@@ -86,31 +85,40 @@ class RunLoop:
 
     async def drive(self) -> Run:
         """Work until the run has ended. Raises the errors of the ledger and the disk."""
-        limits = self._ctx.transfer.limits
-        limits.max_uploads = MAX_UPLOADS + self.run.spec.buffer + self.run.folds_late
         try:
-            await self._prepare()
-            while not self.run.ended:
-                self.changed.clear()
-                try:
-                    await self._step()
-                except (OSError, DiskFull) as err:
-                    if not is_disk_full(err):
-                        raise
-                    await self._recorder.wait_for_space(err)  # nothing was recorded: do it again
-                except HomeError:  # the home is damaged, not the run: a restart continues it
-                    raise
-                except CommonweightError as err:
-                    log.error("run %s failed: %s", self.run.id, err.message)
-                    await self._end(RunState.FAILED, err.message)
-            self.requests.cancel_all()
-            await self._collect()
-            text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
-            self._recorder.report("error" if self.run.state is RunState.FAILED else "info", text)
-            return self.run
+            with self._ctx.transfer.receiving(self.run.id, self._counted_uploads):
+                return await self._drive()
         finally:
-            limits.max_uploads = MAX_UPLOADS
+            if self.run.ended:  # else the coordinator stops, and the run continues with them
+                self._ctx.store.uploads.end_run()
             self._recorder.announce_now()
+
+    async def _drive(self) -> Run:
+        await self._prepare()
+        while not self.run.ended:
+            self.changed.clear()
+            try:
+                await self._step()
+            except (OSError, DiskFull) as err:
+                if not is_disk_full(err):
+                    raise
+                await self._recorder.wait_for_space(err)  # nothing was recorded: do it again
+            except HomeError:  # the home is damaged, not the run: a restart continues it
+                raise
+            except CommonweightError as err:
+                log.error("run %s failed: %s", self.run.id, err.message)
+                await self._end(RunState.FAILED, err.message)
+        self.requests.cancel_all()
+        await self._collect()
+        text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
+        self._recorder.report("error" if self.run.state is RunState.FAILED else "info", text)
+        return self.run
+
+    def _counted_uploads(self, peer: str) -> set[str]:
+        """Digests of this peer's accepted updates that no version contains yet."""
+        accepted = [one.update for one in self.run.buffer if one.peer == peer]
+        accepted += [self.run.updates[peer]] if peer in self.run.updates else []
+        return {update.digest for update in accepted}
 
     async def _prepare(self) -> None:
         if self.run.head and not self.run.recalling:
@@ -161,8 +169,8 @@ class RunLoop:
         if self.run.folds_late:  # peers that still work for an older round get nothing else
             free = eligible - self.requests.late_bases(self.run).keys()
             eligible = free if len(free) >= self.run.spec.quorum else eligible
-        unfit = online & self._recorder.incompatible
-        return decisions.Observation(eligible, deadline_passed, unfit)
+        unfit, absent = online & self._recorder.incompatible, self._ctx.enrolled() - online
+        return decisions.Observation(eligible, deadline_passed, unfit, absent)
 
     async def _execute(self, step: steps.Step) -> None:
         record = self._recorder.record
@@ -250,9 +258,10 @@ class RunLoop:
     async def _collect(self) -> None:
         """Validate the replies that have arrived and record the result of each."""
         replies = await self.requests.take_replies()
-        # Concurrently: checking a large update takes as long as receiving it.
-        results = [self._validate(request, reply) for _, request, reply in replies]
-        await self._recorder.record(*await asyncio.gather(*results))
+        with self._ctx.transfer.limits.keeping({request.peer for _, request, _ in replies}):
+            # Concurrently: checking a large update takes as long as receiving it.
+            results = [self._validate(request, reply) for _, request, reply in replies]
+            await self._recorder.record(*await asyncio.gather(*results))
         self._ctx.store.mark_recorded(self.run.head)  # first weights, or a version from a peer
         if self.run.buffered:
             self._rounds.drop_unused_uploads({request.peer for _, request, _ in replies})

@@ -18,7 +18,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import round_body, run_body
-from coordinator.runs.state import Round, Run
+from coordinator.runs.state import Round, Run, accepted_uploads
 from coordinator.storage import job_events, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
@@ -35,9 +35,11 @@ _SHOWN_RUNS = 5
 _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
     *("assignments", "last_assignments", "buffer", "cooling_down", "excluded", "staleness"),
-    "refusal_kinds",
+    *("refusal_kinds", "on_time"),
 )
-_DETAILS_OF_ROUNDS = ("contributors", "norms", "spread", "worst", "tallies", "spent", "staleness")
+_DETAILS_OF_ROUNDS = (
+    *("contributors", "on_time", "norms", "spread", "worst", "tallies", "spent", "staleness"),
+)
 #: Well within an agent's timeout. Without an acknowledgment, the agent keeps its reply.
 _ACK_TIMEOUT_S = 10.0
 
@@ -92,6 +94,8 @@ class RunManager:
         for deleted in self._deleted:
             deletion.execute(self._plan(deleted), self._ctx.store)
         self._deleted = []
+        unfinished = [run for run in self._runs.values() if resume and not run.ended]
+        self._ctx.store.uploads.keep_runs({run.id: accepted_uploads(run) for run in unfinished})
         for run in list(self._runs.values()):
             if not run.ended:
                 if resume:
@@ -143,6 +147,10 @@ class RunManager:
     def ack_future(self, mid: str) -> asyncio.Future[bool] | None:
         """The future for `acknowledged`; take it before the reply to this message is delivered."""
         return self.current.requests.ack_future(mid) if self.current is not None else None
+
+    def is_awaited(self, mid: str) -> bool:
+        """True if the active run waits for a reply to this message."""
+        return self.current is not None and self.current.requests.is_awaited(mid)
 
     async def acknowledged(self, ack_future: asyncio.Future[bool] | None) -> bool:
         """True once the reply's result is in the ledger; False if it is not ours or takes long."""
@@ -259,6 +267,7 @@ class RunManager:
         self._append(run_id, event)
         run = transitions.apply(self._runs[run_id], event)
         self._runs[run_id] = _compact(run)
+        self._ctx.store.uploads.delete_run(run_id)
         self._ctx.publish(run_body(run, ""))
 
     def find(self, run_id: str) -> Run:

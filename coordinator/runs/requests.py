@@ -60,6 +60,7 @@ class PendingRequests:
         self._ctx, self._adapter, self._strategy = ctx, adapter, strategy
         self._model = model
         self._in_flight: dict[str, Request] = {}
+        self._is_sending = False
         #: Replies that were found when their requests were to be canceled.
         self._arrived: list[Message] = []
         self._ack_futures: dict[str, asyncio.Future[bool]] = {}
@@ -196,12 +197,16 @@ class PendingRequests:
             if (node := self._ctx.node_of(peer)) is not None:
                 outgoing.append(Message(content, node, message_type, group_id=run.id))
         failpoint("work.pushing")
-        sent = await asyncio.to_thread(self._ctx.grid.push_messages, outgoing)
-        failpoint("work.pushed")
-        nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
-        reached = {mid: self._ctx.peer_of(nodes[mid]) for mid in sent}
-        details = (number, message_type.removeprefix("query."), time.monotonic())
-        self._in_flight |= {mid: Request(peer, *details) for mid, peer in reached.items()}
+        self._is_sending = True
+        try:
+            sent = await asyncio.to_thread(self._ctx.grid.push_messages, outgoing)
+            failpoint("work.pushed")
+            nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
+            reached = {mid: self._ctx.peer_of(nodes[mid]) for mid in sent}
+            details = (number, message_type.removeprefix("query."), time.monotonic())
+            self._in_flight |= {mid: Request(peer, *details) for mid, peer in reached.items()}
+        finally:
+            self._is_sending = False
         self._ctx.ring(list(reached.values()))
 
     def ring_again(self) -> None:
@@ -223,6 +228,10 @@ class PendingRequests:
         # Without an await: a session that opens meanwhile must not cancel an answered request.
         answered = {mid: request for mid in replies if (request := self._in_flight.pop(mid, None))}
         return [(mid, request, replies[mid]) for mid, request in answered.items()]
+
+    def is_awaited(self, mid: str) -> bool:
+        """True if the reply to this message may count. A peer can reply while messages are sent."""
+        return mid in self._in_flight or self._is_sending
 
     def ack_future(self, mid: str) -> asyncio.Future[bool]:
         """Done when the reply to a request is in the ledger (True) or never will be (False)."""

@@ -31,6 +31,7 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         peers={},
         updates={},
         contributors=(),
+        on_time=(),
         evaluating=False,
         norms={},
         refused=0,

@@ -24,6 +24,8 @@ TOO_STALE, TOO_FEW = "too stale", "too few examples"
 class Round(Struct, frozen=True, kw_only=True):
     """A closed round. `norms` and `staleness` are by peer, `spent` is seconds by phase.
 
+    `on_time`: contributors with an update for this round; the others only had late ones.
+
     By metric: `spread` has the minimum, median and maximum over all peers, `worst` the peer with
     the worst value. `num_examples`: of all contributors together.
     """
@@ -45,6 +47,7 @@ class Round(Struct, frozen=True, kw_only=True):
     staleness: dict[str, int] = {}
     num_examples: int = 0
     num_evaluated: int = 0
+    on_time: tuple[str, ...] = ()
 
 
 class Assignment(Struct, frozen=True):
@@ -123,6 +126,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     excluded: frozenset[str] = frozenset()
     staleness: dict[str, int] = {}
     num_examples: int = 0
+    on_time: tuple[str, ...] = ()
     ended_in: RunState = RunState.WAITING
     ended_because: str = ""
     deleted: bool = False
@@ -165,3 +169,9 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     def pending(self) -> tuple[str, ...]:
         """Peers whose reply is awaited, in order of their ids."""
         return tuple(sorted(p for p, status in self.peers.items() if status == "asked"))
+
+
+def accepted_uploads(run: Run) -> set[tuple[str, str]]:
+    """Peers and digests of the accepted updates that no version contains yet."""
+    accepted = [*run.updates.items(), *((one.peer, one.update) for one in run.buffer)]
+    return {(peer, update.digest) for peer, update in accepted if update.digest}

@@ -45,6 +45,7 @@ def _round_opened(run: Run, event: events.RoundOpened) -> Run:
         peers=dict.fromkeys(event.asked, "asked"),
         updates={},
         contributors=(),
+        on_time=(),
         norms={},
         refused=0,
     )
@@ -151,6 +152,7 @@ def _training_closed(run: Run, event: events.TrainingClosed) -> Run:
         ),
         norms={accepted.peer: accepted.update.norm for accepted in run.buffer} | run.norms,
         staleness=staleness,
+        on_time=tuple(sorted(run.updates)),
     )
 
 
@@ -196,6 +198,7 @@ def _round_closed(run: Run, event: events.RoundClosed) -> Run:
         staleness=run.staleness,
         num_examples=run.num_examples,
         num_evaluated=sum(update.num_examples for update in evaluated.values()),
+        on_time=run.on_time,
     )
     return replace(
         run,

@@ -1,14 +1,16 @@
 """Uploads on disk, until their round is committed. Each is named by its peer and its digest.
 
-An upload that was cut off stays as a `.part` file, and its peer can resume it.
+The uploads of a run are in a folder of the run's own and are deleted with it when the run ends, or
+at the next start. An upload that was cut off stays as a `.part` file, and its peer can resume it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections import defaultdict
-from collections.abc import Collection, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from pathlib import Path
 from types import TracebackType
 
@@ -23,17 +25,63 @@ _PART = ".part"
 
 
 class Spool:
-    """The uploads in a folder. A peer has one partial upload at most."""
+    """The uploads in a folder. A peer has one partial upload at most.
 
-    def __init__(self, folder: Path, suffix: str) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        self.folder, self._suffix = folder, suffix
+    `run`: the run that they are for; empty for answers of jobs, which lie in `root` itself.
+    """
+
+    def __init__(self, root: Path, suffix: str) -> None:
+        root.mkdir(mode=0o700, exist_ok=True)
+        self._root, self._suffix = root, suffix
+        self._use("")
+
+    def _use(self, run: str) -> None:
+        self.run, self.folder = run, self._root / run
         #: The request that writes a `.part` file now. A newer request takes the file over.
         self.writers: dict[Path, PartialUpload] = {}
-        #: By peer: its files. Listing the folder for each upload would get slower with more peers.
-        self._files: defaultdict[str, set[Path]] = defaultdict(set)
-        for path in folder.iterdir():
-            self._files[path.name.rpartition("-")[0]].add(path)
+        #: By peer: its files, oldest first. Listing the folder for each upload would get slower
+        #: with more peers.
+        self._files: defaultdict[str, dict[Path, None]] = defaultdict(dict)
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        files = [path for path in paths if path.is_file()]
+        for path in sorted(files, key=lambda path: path.stat().st_mtime):
+            self._files[_node_of(path)][path] = None
+
+    def begin_run(self, run: str) -> None:
+        """Take the uploads of this run. Those from before a restart are kept."""
+        self._use(run)
+
+    def _make_folder(self, run: str) -> None:
+        (self._root / run).mkdir(mode=0o700, exist_ok=True)
+        atomic_files.fsync_folder(self._root)
+
+    def end_run(self) -> None:
+        """Delete the uploads of the run, also those in progress."""
+        ended = self.run
+        self.clear()
+        self._use("")
+        self.delete_run(ended)
+
+    def delete_run(self, run: str) -> None:
+        """Delete the uploads of a run that is not active."""
+        shutil.rmtree(self._root / run, ignore_errors=True)
+
+    def keep_runs(self, needed: Mapping[str, Collection[tuple[str, str]]]) -> None:
+        """At the start: delete the uploads of all other runs, for example after a crash.
+
+        `needed`: by run, the peers and digests of the uploads that the ledger names. They lie in
+        `root` itself if an older version wrote them, and are moved to the folder of their run.
+        """
+        for run, uploads in needed.items():
+            for node, digest in uploads:
+                if (path := self.path(node, digest)).exists():
+                    self._make_folder(run)
+                    path.replace(self._root / run / path.name)
+        for path in self._root.iterdir():
+            if path.is_dir() and path.name not in needed:
+                shutil.rmtree(path, ignore_errors=True)
+        self.clear()
+        self._use("")
 
     def path(self, node: str, digest: str) -> Path:
         """The file of this peer's whole upload, whether or not it exists."""
@@ -50,50 +98,61 @@ class Spool:
 
     def complete(self, node: str) -> set[Path]:
         """The files of this peer's whole uploads."""
-        return {path for path in self._files[node] if path.suffix != _PART}
+        return {path for path in tuple(self._files[node]) if path.suffix != _PART}
+
+    def uncounted(self, node: str, counted: Set[str]) -> list[Path]:
+        """The files of this peer's whole uploads, oldest first, except those that count."""
+        kept = {self.path(node, digest) for digest in counted}
+        whole = (path for path in tuple(self._files[node]) if path.suffix != _PART)
+        return [path for path in whole if path not in kept]
+
+    def delete(self, paths: Iterable[Path]) -> None:
+        """Delete these uploads."""
+        for path in paths:
+            unlink(path)
+            self._files[_node_of(path)].pop(path, None)
 
     def begin(self, node: str, digest: str) -> PartialUpload:
-        """Start or resume an upload. The peer's other partial upload is deleted."""
+        """Start or resume an upload. The peer's other partial upload is deleted. Raises OSError."""
+        if not self.folder.exists():
+            self._make_folder(self.run)
         part = PartialUpload(self, node, digest)
-        for other in self._files[node] - self.complete(node) - {part.path}:
+        for other in self._files[node].keys() - self.complete(node) - {part.path}:
             self.writers.pop(other, None)
-            other.unlink(missing_ok=True)
-            self._files[node].discard(other)
-        self._files[node].add(part.path)
+            self.delete([other])
+        self._files[node][part.path] = None
         return part
 
     def finish(self, node: str, part: Path, done: Path) -> None:
         """Give a whole, synced upload its final name."""
         os.replace(part, done)
-        self._files[node].discard(part)
-        self._files[node].add(done)
+        self._files[node].pop(part, None)
+        self._files[node][done] = None
 
     def move(self, node: str, digest: str, target: Path) -> None:
         """Move a whole upload out of the spool."""
         path = self.path(node, digest)
         path.replace(target)
-        self._files[node].discard(path)
+        self._files[node].pop(path, None)
 
     def drop(self, node: str, digest: str) -> None:
         """Delete one upload."""
-        unlink(self.path(node, digest))
-        self._files[node].discard(self.path(node, digest))
+        self.delete([self.path(node, digest)])
 
     def keep_only(self, node: str, digests: Set[str]) -> None:
         """Delete this peer's whole uploads except these."""
-        for path in self.complete(node) - {self.path(node, digest) for digest in digests}:
-            unlink(path)
-            self._files[node].discard(path)
+        self.delete(self.complete(node) - {self.path(node, digest) for digest in digests})
 
     def clear(self, keep_of: Collection[str] = ()) -> None:
         """Delete all uploads that no request writes now, except those of the peers `keep_of`."""
-        for node, paths in self._files.items():
-            if node in keep_of:
-                continue
-            for path in paths - self.writers.keys():
-                unlink(path)
-                paths.discard(path)
+        for node, paths in list(self._files.items()):
+            if node not in keep_of:
+                self.delete(paths.keys() - self.writers.keys())
         failpoint("updates.dropped")
+
+
+def _node_of(path: Path) -> str:
+    return path.name.rpartition("-")[0]
 
 
 class PartialUpload:
@@ -136,4 +195,4 @@ class PartialUpload:
 
     def sync(self) -> None:
         """Make the final name durable. Blocks."""
-        atomic_files.fsync_folder(self._spool.folder)
+        atomic_files.fsync_folder(self.path.parent)

@@ -23,10 +23,14 @@ class WeightStore(Versions):
     def promote_upload(self, node: str, digest: str) -> None:
         """Make an upload a version: first weights of a run, or an answer of a job.
 
-        `drop` has no effect on it until `mark_recorded`.
+        `drop` has no effect on it until `mark_recorded`. Raises OSError.
         """
         with self._naming:
             self.unrecorded.add(digest)
-            self.uploads.move(node, digest, self.version_path(digest))
+            try:
+                self.uploads.move(node, digest, self.version_path(digest))
+            except FileNotFoundError:
+                self.unrecorded.discard(digest)
+                raise
         atomic_files.fsync_folder(self.folder)
         failpoint("version.adopted")

@@ -1,17 +1,19 @@
-"""Limits on uploads: size, number for each peer, and free space on the disk."""
+"""Limits on uploads: whose, of which size, how many of each peer, and free space on the disk."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
 
 from protocols.local import disk_space
 
-#: Complete uploads of one peer in the spool: the one that counts, and one that replaces it.
+#: Complete uploads of one peer in the spool, in addition to those that count: one whose reply has
+#: not arrived yet, and one that replaces it. A further one replaces the oldest.
 MAX_UPLOADS = 2
 #: Kept free for the ledger, in addition to the next version.
 _RESERVE_BYTES = 4 * 1024 * 1024
@@ -24,17 +26,35 @@ class UploadLimits:
 
     def __init__(self, folder: Path, max_bytes: int = 0) -> None:
         self._folder = folder
-        #: Size of one upload.
+        #: Size of one upload. 0 until it is known.
         self.max_bytes = max_bytes
-        #: Complete uploads of one peer. Higher if several of its updates may count.
-        self.max_uploads = MAX_UPLOADS
+        #: False while nothing waits for an upload.
+        self.is_expected: Callable[[], bool] = lambda: True
         #: Size of the next version. Uploads must leave space for it.
         self.version_bytes = 0
+        #: The digests of a peer's updates that the ledger names and no version contains yet.
+        self.counted: Callable[[str], Set[str]] = _none
+        #: Peers whose replies are being validated. Their uploads must stay meanwhile.
+        self.validating: set[str] = set()
         #: Bytes that current uploads have announced and not sent yet.
         self.promised_bytes = 0
         self._refused_at = -math.inf
         #: Called when an upload is refused for lack of space.
         self.on_shortage: Callable[[], None] = lambda: None
+
+    def close(self) -> None:
+        """The run has ended: expect no upload before the next run sets its limits."""
+        self.max_bytes = self.version_bytes = 0
+        self.counted = _none
+
+    @contextmanager
+    def keeping(self, peers: Set[str]) -> Iterator[None]:
+        """Keep the uploads of these peers for the duration of the block."""
+        self.validating |= peers
+        try:
+            yield
+        finally:
+            self.validating -= peers
 
     @property
     def free_bytes(self) -> int:
@@ -60,13 +80,14 @@ class UploadLimits:
 
     def check_size(self, nbytes: int) -> None:
         if nbytes > self.max_bytes:
-            raise HTTPException(413, f"an update may have at most {self.max_bytes} bytes")
-
-    def check_count(self, whole: int) -> None:
-        """Raise 413 if the peer already has too many complete uploads in the spool."""
-        if whole >= self.max_uploads:
-            raise HTTPException(413, "this peer has sent enough updates for this round")
+            raise HTTPException(
+                413, f"it has {nbytes:,} bytes, and this run takes at most {self.max_bytes:,}"
+            )
 
     def check_space(self, nbytes: int) -> None:
         if not self.has_space(nbytes):
             raise self.no_space()
+
+
+def _none(_: str) -> Set[str]:
+    return frozenset()

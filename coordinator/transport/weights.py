@@ -6,7 +6,9 @@
 
 A Flower message contains only the digest. The size of an upload is checked before it starts, and
 its digest while it streams. An interrupted upload stays as a `.part` file and is resumed by
-`x-cw-offset`. A small update comes inside its message.
+`x-cw-offset`. A small update comes inside its message. `x-cw-run` names the run that an update is
+for: the coordinator takes only those of the current run, and answers 410 to others. The body of a
+refusal says why.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,14 +32,17 @@ from coordinator.storage.spool import DIGEST, PartialUpload
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.http_connection import connection_of
 from coordinator.transport.streams import UploadWriter, WholeFileResponse
-from coordinator.transport.upload_limits import UploadLimits
+from coordinator.transport.upload_limits import MAX_UPLOADS, UploadLimits
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files, disk_space
 
-OFFSET = "x-cw-offset"
+OFFSET, RUN = "x-cw-offset", "x-cw-run"
 VERSION_PATH = "/cw/v1/weights/{digest}"
 PATCH_PATH = "/cw/v1/patches/{digest}"
 UPDATE_PATH = "/cw/v1/updates/{digest}"
+#: Of the header with a run's id.
+_MAX_RUN_LENGTH = 1024
+_UNEXPECTED = "no run or job waits for it"
 
 
 class WeightTransfer:
@@ -78,15 +84,29 @@ class WeightTransfer:
         self.bytes_down += size
         return WholeFileResponse(path, size)
 
+    @contextmanager
+    def receiving(self, run: str, counted: Callable[[str], Set[str]]) -> Iterator[None]:
+        """Take the uploads of this run for the duration of the block, once it sets its limits.
+
+        `counted`: as in `UploadLimits`. The uploads stay on disk after the block.
+        """
+        self.store.uploads.begin_run(run)
+        self.limits.counted = counted
+        try:
+            yield
+        finally:
+            self.limits.close()
+
     async def receive_inline(self, node: str, data: bytes) -> None:
         """Store a small update that came inside its message. Raises HTTPException."""
         digest = hashlib.sha256(data).hexdigest()
         if self.store.uploads.path(node, digest).exists():
             return
+        self._check_run("")
         self.limits.check_size(len(data))
         part = self._begin(node, digest)
         self.limits.check_space(len(data))
-        with part, self._refusing_when_full():
+        with part, self._mapping_errors(part):
             failpoint("upload.piece")
             self.bytes_up += len(data)
             await asyncio.to_thread(_write_synced, part.path, data)
@@ -94,22 +114,42 @@ class WeightTransfer:
                 await _finish(part)
 
     def _begin(self, node: str, digest: str) -> PartialUpload:
-        """Start or resume an upload. Raises HTTPException if the peer has too many."""
-        part = self.store.uploads.begin(node, digest)
-        self.limits.check_count(len(self.store.uploads.complete(node)))
-        return part
+        """Start or resume an upload. It replaces the peer's oldest one that does not count."""
+        uploads = self.store.uploads
+        uncounted = uploads.uncounted(node, self.limits.counted(node))
+        if surplus := uncounted[: max(0, len(uncounted) - MAX_UPLOADS + 1)]:
+            if node in self.limits.validating:
+                raise HTTPException(503, "an update of this peer is being checked")
+            uploads.delete(surplus)
+        try:
+            return uploads.begin(node, digest)
+        except OSError as err:
+            if not disk_space.is_disk_full(err):
+                raise
+            raise self.limits.no_space() from err
+
+    def _check_run(self, run: str) -> None:
+        """Raise HTTPException unless updates of this run (empty: unknown) are taken now."""
+        current = self.store.uploads.run
+        if run and current and run != current:
+            raise HTTPException(410, "its run has ended or waits for its turn")
+        if not self.limits.is_expected():
+            raise HTTPException(410, _UNEXPECTED)
+        if not self.limits.max_bytes:
+            raise HTTPException(503, f"run {current} is being prepared")
 
     async def _receive(self, request: Request, auth: Auth, node: str, digest: str) -> Response:
+        length, offset = _header_int(request, "content-length"), _header_int(request, OFFSET, "0")
+        self._check_run(urllib.parse.unquote(request.headers.get(RUN, "")[:_MAX_RUN_LENGTH]))
         if self.store.uploads.path(node, digest).exists():
             return JSONResponse({"stored": True})
-        length, offset = _header_int(request, "content-length"), _header_int(request, OFFSET, "0")
         self.limits.check_size(offset + length)
         part = self._begin(node, digest)
         have = part.nbytes
         if offset not in (0, have):
             return JSONResponse({"have": have}, status_code=409)
         self.limits.check_space(length)
-        with part, self._refusing_when_full():
+        with part, self._mapping_errors(part):
             try:
                 received = await self._stream(request, auth, node, part, offset, length)
             except ClientDisconnect:
@@ -161,10 +201,17 @@ class WeightTransfer:
             self.limits.promised_bytes -= length
 
     @contextmanager
-    def _refusing_when_full(self) -> Iterator[None]:
-        """Turn a full disk into a 507. The upload can be resumed."""
+    def _mapping_errors(self, part: PartialUpload) -> Iterator[None]:
+        """Turn a full disk into a 507. The upload can be resumed.
+
+        The folder of a run that ends in the meantime is gone: that becomes a 410.
+        """
         try:
             yield
+        except FileNotFoundError as err:
+            if part.path.parent == self.store.uploads.folder:
+                raise
+            raise HTTPException(410, _UNEXPECTED) from err
         except OSError as err:
             if not disk_space.is_disk_full(err):
                 raise

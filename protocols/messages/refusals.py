@@ -54,6 +54,7 @@ PERMANENT = frozenset(
         errors.TaskUnusable.code,
         errors.MissingPackage.code,
         errors.NotAllowed.code,
+        errors.UploadRefused.code,
         errors.SubfleetFailed.code,
     }
 )
@@ -68,6 +69,7 @@ TRANSIENT = frozenset(
 _WITH_HINT = errors.SETTINGS_CODES | {
     errors.MissingPackage.code,
     errors.NotAllowed.code,
+    errors.UploadRefused.code,
     errors.SubfleetFailed.code,
     errors.SubfleetStopped.code,
     errors.NotRunning.code,

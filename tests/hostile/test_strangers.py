@@ -289,7 +289,7 @@ async def test_a_peer_removed_in_the_middle_of_a_round_is_out_at_once(tmp_path: 
         lines = [f"PUT {path} HTTP/1.1", "host: x", *(f"{k}: {v}" for k, v in head.items())]
         upload = await asyncio.to_thread(secure, fleet.port, fleet.keys.ca_pem.decode())
         upload.sendall("\r\n".join([*lines, "", ""]).encode() + b"x" * 1000)
-        part = fleet.home / "spool" / f"{machine.peer}-{digest}.part"
+        part = fleet.home / "spool" / run_id / f"{machine.peer}-{digest}.part"
         await until(part.exists)
         assert link.mqtt_address is not None
 

@@ -118,6 +118,8 @@ class Site:
         return MqttAddress(host=host, port=1883, user="fleet", password="word")
 
     async def poll(self, peer: str, asked: PollRequest) -> PollResponse:
+        if asked.update:
+            await self.transfer.receive_inline(peer, asked.update)
         answer = await asyncio.to_thread(self.superlink.poll, self.nodes[peer], asked)
         self.heard.append(("exchange", self.nodes[peer]))
         return answer

@@ -101,8 +101,6 @@ class AgentRoutes:
             request, PollRequest, MAX_POLL_BYTES, msgspec.msgpack
         )
         try:
-            if poll.reply is not None and poll.update:
-                await self._service.transfer.receive_inline(peer.peer, poll.update)
             response = await self._service.poll(peer.peer, poll)
         except NoSession as err:
             raise HTTPException(412) from err

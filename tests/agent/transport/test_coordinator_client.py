@@ -17,7 +17,7 @@ from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.weight_transfer import IDLE_CONNECTION_S, CoordinatorDiskFull, SessionLost
 from protocols.enrollment import identity
-from protocols.errors import ExitCode, Refused, Unreachable
+from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from tests.support.https_site import HOST, Machine, Site
@@ -301,7 +301,7 @@ def test_a_small_update_that_is_refused_with_its_answer_is_refused_as_others_are
     question = asked(site, link, machine)
     monkeypatch.setattr(site.transfer.limits, "max_bytes", 3)
     link.upload_update(weights.file_digest(source), source)
-    with pytest.raises(Refused, match="413"):
+    with pytest.raises(UploadRefused, match="it has 5 bytes, and this run takes at most 3"):
         link.push(answered(link, question))
     monkeypatch.setattr(site.transfer.limits, "max_bytes", 100)
     monkeypatch.setattr(site.transfer.limits, "version_bytes", 2**60)

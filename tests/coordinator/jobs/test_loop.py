@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.cli.jobs import _same_job
 from coordinator.jobs import output
 from coordinator.jobs.input import prepare
+from coordinator.jobs.manager import JobManager
 from coordinator.jobs.state import Job
 from coordinator.remote.api_client import Remote
 from coordinator.storage import job_events
 from coordinator.storage.job_events import PREFIX, Block, JobSpec, JobState
 from coordinator.storage.ledger import Ledger
-from protocols.errors import CannotBeMet, UnknownName, UsageError
-from protocols.messages.jobs import ModelRef
+from coordinator.transport.upload_limits import MAX_UPLOADS
+from protocols.errors import CannotBeMet, UnknownName, UploadUnneeded, UsageError
+from protocols.messages.jobs import ANSWER_PATH, INLINE_MAX_BYTES, ModelRef
+from protocols.model import weights
 from tests.support.in_process_fleet import (
     Agent,
     Fleet,
@@ -95,15 +99,15 @@ def check(fleet: Fleet, job: Job, scores: np.ndarray[Any, Any]) -> None:
 
 
 class Door:
-    """Holds up an agent's predictions until it is opened; stopping opens it too."""
+    """Holds up an agent's work of one kind until it is opened; stopping opens it too."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, kind: str = "predict") -> None:
         self.reached, self._open = threading.Event(), threading.Event()
-        self._agent = agent
+        self._agent, self._kind = agent, kind
         agent.trainer.before = self._pass
 
     def _pass(self, kind: str, number: int) -> None:
-        if kind == "predict":
+        if kind == self._kind:
             self.reached.set()
             while not self._open.wait(0.02) and not self._agent.stopping:
                 pass
@@ -246,6 +250,76 @@ async def test_a_job_reaches_peers_that_are_named_by_name_or_by_id(tmp_path: Pat
             first.peer,
             second.peer,
         }
+
+
+async def test_a_job_does_not_wait_for_a_peer_that_is_removed(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        removed = fleet.agents[0]
+        door = Door(removed, "evaluate")
+        digest = fleet.hub.weight_store.save(first_weights(5, seed=1))
+        spec = JobSpec(
+            kind="private",
+            task="softmax",
+            models=(ModelRef(digest, 0),),
+            settings={"round": 0},
+        )
+        job_id = fleet.hub.jobs.start(spec)
+        await until(door.reached.is_set)
+        await until(lambda: fleet.hub.jobs.find(job_id).verified_rows)
+        fleet.hub.registry.remove(removed.peer, "test")
+        job = await ended(fleet, job_id)
+        assert (job.state, job.ended_because) == (JobState.FINISHED, "1 of 2 peers answered")
+        assert "the fleet has no peer with this id" in job.excused[removed.peer]
+        door.open()
+
+
+async def test_a_job_of_an_older_ledger_with_names_instead_of_ids_ends_in_words(
+    tmp_path: Path,
+) -> None:
+    async with fleet_of(tmp_path, THREE[0]) as fleet:
+        digest = fleet.hub.weight_store.save(first_weights(5, seed=1))
+        spec = JobSpec(
+            kind="private", task="softmax", models=(ModelRef(digest, 0),), peers=("agent0",)
+        )
+        subject = f"{job_events.PREFIX}private-0ddba1"
+        fleet.hub._ledger.append(subject, [job_events.encode(job_events.JobStarted(spec, 1.0))])
+        jobs = JobManager(fleet.hub.runs._ctx, fleet.hub.job_store, fleet.hub.registry)
+        work = asyncio.create_task(jobs.work(resume=True))
+        await until(lambda: jobs.find("private-0ddba1").ended)
+        work.cancel()
+        job = jobs.find("private-0ddba1")
+        assert (job.state, job.ended_because) == (JobState.FAILED, "0 of 1 peers answered")
+        assert "start the job again" in job.excused["agent0"]
+
+
+async def test_answers_that_no_job_waits_for_are_not_taken_and_not_kept(tmp_path: Path) -> None:
+    """A peer has more answers left over from stopped jobs than it may have uploads."""
+    async with fleet_of(tmp_path, THREE[0]) as fleet:
+        (agent,) = fleet.agents
+        link = agent._open_link()
+        bytes_of = [bytes([number]) * (INLINE_MAX_BYTES + 1) for number in range(5)]
+        door = Door(agent)
+        spec, scores = scattered(fleet, features())
+        job_id = fleet.hub.jobs.start(spec)
+        await until(door.reached.is_set)
+        for number, data in enumerate(bytes_of):
+            source = tmp_path / str(number)
+            source.write_bytes(data)
+            digest = weights.file_digest(source)
+            other = CoordinatorClient(agent._credentials)
+            await asyncio.to_thread(other.upload, digest, source, ANSWER_PATH)
+            other.close()
+        folder = fleet.home / "jobs" / "spool"
+        assert len(list(folder.iterdir())) == MAX_UPLOADS
+        fleet.hub.jobs.stop(job_id)
+        await ended(fleet, job_id)
+        await until(lambda: not list(folder.iterdir()))
+        with pytest.raises(UploadUnneeded):
+            await asyncio.to_thread(link.upload, digest, source, ANSWER_PATH)
+        door.open()
+        job = await ended(fleet, fleet.hub.jobs.start(scattered(fleet, features())[0]))
+        check(fleet, job, scores)
+        assert list(folder.iterdir()) == []
 
 
 async def test_peers_whose_owners_refuse_are_excused(tmp_path: Path) -> None:

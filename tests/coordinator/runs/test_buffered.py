@@ -167,3 +167,29 @@ TestBuffered.settings = settings(max_examples=80, stateful_step_count=40, deadli
 
 def test_the_discount_is_that_of_the_paper() -> None:
     assert [buffered.discount(n) for n in (0, 3, 8)] == [1.0, 0.5, 1 / 3]
+
+
+def test_settings_that_nobody_can_train_with_end_a_buffered_run_before_its_first_version() -> None:
+    why = ("agent failed", "usage: SCAFFOLD steers plain SGD only (momentum=0)")
+    run = transitions.replay(
+        "r",
+        [
+            run_events.RunStarted(RunSpec(task="t", rounds=2, mode="buffered", buffer=2)),
+            run_events.WeightsInitialised("v0", "file"),
+            run_events.RoundOpened(1, "v0", (), 2),
+            *(run_events.WorkGiven(peer, 1, "v0") for peer in ("A", "B")),
+            run_events.UpdateRefused(1, "A", *why, kind="train"),
+        ],
+    )
+    here = frozenset({"A", "B"})
+    assert isinstance(decisions.decide(run, Observation(here)), steps.Wait), "B may do better"
+    refused = transitions.apply(run, run_events.UpdateRefused(1, "B", *why, kind="train"))
+    told = "SCAFFOLD steers plain SGD only (momentum=0)"
+    ended = steps.EndRun(RunState.FAILED, f"no peer could train: {told}")
+    assert decisions.decide(refused, Observation(here)) == ended
+    newcomer = decisions.decide(refused, Observation(here | {"C"}))
+    assert newcomer == steps.AssignWork((run_events.WorkGiven("C", 1, "v0"),))
+    # One peer makes all updates of a version, so it is enough.
+    update = Update(digest="u", num_examples=1, base="v0")
+    one = transitions.apply(run, run_events.UpdateAccepted(1, "B", update))
+    assert isinstance(decisions.decide(one, Observation(here)), steps.AssignWork)

@@ -27,6 +27,7 @@ from tests.support.in_process_fleet import (
     loss_of,
     some_data,
 )
+from tests.support.waiting import until
 
 FEATURES = 2000
 DATA = [some_data(60, seed, FEATURES) for seed in (1, 2)]
@@ -152,12 +153,19 @@ async def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 async def test_an_upload_may_not_be_larger_than_its_codec_makes_it(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *DATA) as fleet:
+        limits = fleet.hub.transfer.limits
+        while_training = list[int]()
+        fleet.agents[0].trainer.before = lambda kind, _: (
+            while_training.append(limits.max_bytes) if kind == "train" else None
+        )
         run = await fleet.finished(fleet.start(rounds=1, quorum=2, codec="sign"))
         schema = fleet.version(run.head).schema
         model = fleet.hub.weight_store.version_path(run.head).stat().st_size
         most = registry.max_bytes(registry.parse("sign"), schema, model)
         assert most < model / 25
-        assert most <= fleet.hub.transfer.limits.max_bytes < model + 1024 * 1024
+        assert most <= while_training[0] < model + 1024 * 1024
+        await until(lambda: fleet.hub.runs.current is None)
+        assert limits.max_bytes == 0, "the next run sets its own"
 
 
 async def test_an_unknown_codec_is_refused_before_the_start(tmp_path: Path) -> None:

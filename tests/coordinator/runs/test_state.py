@@ -292,6 +292,17 @@ def test_settings_that_nobody_can_train_with_end_the_run_in_its_first_round() ->
     assert isinstance(other.decide(), steps.Wait)
 
 
+def test_too_few_peers_that_can_train_end_the_run_once_no_peer_is_absent() -> None:
+    why = ("upload_refused", "the coordinator refuses the upload: it has 9 bytes")
+    loop = training()
+    loop.answer("A")
+    loop.refuse("B", *why)
+    absent = Observation(loop.here, absent=frozenset({"C"}))
+    assert isinstance(decisions.decide(loop.run, absent), steps.Wait), "C may come"
+    because = f"only 1 peer could train: {why[1]}"
+    assert loop.decide() == steps.EndRun(RunState.FAILED, because)
+
+
 def test_a_lost_peer_is_asked_again_when_it_is_back() -> None:
     loop = training()
     loop.answer("A")
@@ -521,5 +532,5 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"refusals", "last_refusal", "last_refused", "norms", "history", "best", "needed"}
         | {"strategy_state", "recalling", "whole", "holdings", "sought", "given", "last", "buffer"}
         | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
-        | {"deleted", "refusal_kinds"}
+        | {"deleted", "refusal_kinds", "on_time"}
     )
