@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import socket
 import sqlite3
 import ssl
@@ -20,10 +19,10 @@ from coordinator.fleet.state import Fleet
 from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Settings
-from coordinator.transport.ports import listenable
+from coordinator.transport.ports import listen_error, listenable
 from protocols import VERSION
 from protocols.enrollment import identity
-from protocols.errors import CommonweightError, HomeError, PortInUse, Unreachable
+from protocols.errors import CommonweightError, HomeError, Unreachable
 from protocols.local import homes
 from protocols.local.checks import Advice, Check, CheckStep, run_checks
 from protocols.local.home_checks import check_crashes, check_private, check_room
@@ -222,16 +221,11 @@ def engine() -> str:
 
 
 def check_free(host: str, port: int) -> None:
-    """Raise PortInUse or CommonweightError if a server cannot listen there."""
+    """Raise PortInUse or UsageError if a server cannot listen there."""
     try:
         listenable(host, port)
     except OSError as err:
-        if err.errno == errno.EADDRINUSE:
-            hint = "end the other program, or choose another: commonweight up --port"
-            raise PortInUse(f"another program listens on port {port}", hint) from err
-        raise CommonweightError(
-            f"cannot listen on {host}:{port}: {err.strerror}", "choose another: --host, --port"
-        ) from err
+        raise listen_error(err, host, port) from err
 
 
 def check_tls_handshake(mqtt: MqttAddress) -> None:

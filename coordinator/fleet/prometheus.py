@@ -1,8 +1,8 @@
 """The fleet's metrics for Prometheus, and a small server for them.
 
-`exposition` is pure and reads the same state as the monitor. Each call has a registry of its own,
-so two coordinators in one process share nothing. The server answers `GET /metrics` on loopback
-only, without TLS and without a key: the metrics contain numbers and names of runs, nothing else.
+`exposition` is pure and reads the same state as the monitor. The server answers `GET /metrics` on
+loopback only, without TLS and without a key: the metrics contain numbers and names of runs, nothing
+else.
 
 Only a coordinator that serves metrics imports this module, because `prometheus_client` takes
 memory.
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -45,19 +45,15 @@ class Totals(NamedTuple):
 
 def exposition(fleet: Fleet, now: float, totals: Totals = Totals()) -> bytes:
     """All metrics in Prometheus' text format."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_FleetCollector(fleet, now, totals))
-    return generate_latest(registry)
+    metrics = [*_of_fleet(fleet, now), *_of_totals(fleet, totals), *_of_run(fleet)]
+    return generate_latest(_Collected(metrics))
 
 
-class _FleetCollector(Collector):
-    def __init__(self, fleet: Fleet, now: float, totals: Totals) -> None:
-        self._fleet, self._now, self._totals = fleet, now, totals
+class _Collected(list[Metric], Collector):
+    """Metrics as the library takes them."""
 
     def collect(self) -> Iterable[Metric]:
-        yield from _of_fleet(self._fleet, self._now)
-        yield from _of_totals(self._fleet, self._totals)
-        yield from _of_run(self._fleet)
+        return self
 
 
 def _of_fleet(fleet: Fleet, now: float) -> Iterator[Metric]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
-Arrays = Mapping[str, npt.NDArray[Any]]
+from coordinator.strategies.adapter import Arrays
 
 
 class DiLoCo(FedAvg):
@@ -30,12 +29,6 @@ class DiLoCo(FedAvg):
         self.base: Arrays = {}
         self.momentum: Arrays = {}
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        self.base = self.base or {name: array.numpy() for name, array in arrays.items()}
-        return super().configure_train(server_round, arrays, config, grid)
-
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -47,11 +40,9 @@ class DiLoCo(FedAvg):
         for name, array in mean.items():
             base = self.base[name]
             change = base - array.numpy()
-            speed = change
-            if name in self.momentum:
-                speed = self.server_momentum * self.momentum[name] + change
+            speed = change + self.server_momentum * self.momentum.get(name, 0.0)
             momentum[name] = speed.astype(base.dtype)
             step = self.server_learning_rate * (change + self.server_momentum * speed)
             moved[name] = np.asarray((base - step).astype(base.dtype))
-        self.base, self.momentum = moved, momentum
+        self.momentum = momentum
         return ArrayRecord({name: Array(array) for name, array in moved.items()}), metrics
