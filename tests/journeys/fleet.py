@@ -133,16 +133,17 @@ class JourneyFleet(Site):
     def take_broker_away(self) -> None:
         """Kill the broker and take its port, so that it cannot come back."""
 
-        class Closes(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                """The connection closes at once."""
+        class Occupier(socketserver.ThreadingTCPServer):
+            """Closes each connection at once. Its port is free as soon as it ends."""
+
+            allow_reuse_address = daemon_threads = True
 
         def taken() -> bool:
             if (broker := self.broker()) is not None:
                 with suppress(psutil.NoSuchProcess):
                     broker.kill()
             with suppress(OSError):
-                self._occupier = socketserver.ThreadingTCPServer((HOST, self.mqtt_port), Closes)
+                self._occupier = Occupier((HOST, self.mqtt_port), socketserver.BaseRequestHandler)
             return self._occupier is not None
 
         wait_for(taken, "the broker's port is free", every_s=0.02)

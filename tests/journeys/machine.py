@@ -28,6 +28,9 @@ from tests.journeys.run_operations import options, until_finished, words_of
 T = TypeVar("T")
 Pair = tuple[str, str]
 
+#: Steps that take longer are shown with their time.
+SLOW_S = 10.0
+
 
 class Violation(BaseException):
     """An invariant does not hold. Not an Exception: hypothesis would play the sequence again."""
@@ -97,7 +100,10 @@ def machine(
             if self.fleet is None:
                 return
             say(f"{name} {tuple(map(_short, made)) if made else ''}")
+            began = time.monotonic()
             self._run(deed)
+            if (took_s := time.monotonic() - began) > SLOW_S:
+                say(f"  took {took_s:.0f} s")
             coverage.steps += 1
             if before:
                 coverage.run.add((before, name))
