@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from tests.journeys.fleet import JourneyFleet
-from tests.journeys.model import Model
+from tests.journeys.model import Backup, Model
 from tests.journeys.operations import Choose, Deed, operation
 from tests.support.waiting import wait_for
 
@@ -42,30 +42,53 @@ def change_coordinator_settings(model: Model, choose: Choose) -> Deed:
 
 @operation(lambda model: True)
 def back_up(model: Model, choose: Choose) -> Deed:
-    with_versions = choose((True, False))
+    states = [(run, str(run.state)) for run in model.runs]
+    model.backup = backup = Backup(model.keys, states, model.needs_approval)
 
     def deed(fleet: JourneyFleet) -> None:
-        out = fleet.new_file(".backup")
-        fleet.do("backup", str(out), *(["--with-versions"] if with_versions else []))
-        out.unlink()
+        backup.file = fleet.backups / f"{fleet.new_number()}.backup"
+        fleet.do("backup", str(backup.file), "--with-versions")
 
     return deed
 
 
-@operation(lambda model: model.has_broker and bool(model.available))
+def _can_go_back(model: Model) -> bool:
+    """True if no machine has joined, left or been removed since the backup."""
+    return model.has_broker and model.backup is not None and model.backup.keys == model.keys
+
+
+@operation(_can_go_back)
+def restore_older_backup(model: Model, choose: Choose) -> Deed:
+    """Lose the home of the coordinator, and go back to the last backup."""
+    backup = model.backup
+    assert backup is not None
+    model.needs_approval = backup.needs_approval
+    model.runs = [run for run, _ in backup.runs]
+    for run, state in backup.runs:
+        run.state = state  # type: ignore[assignment]
+    from_peers = choose(([], ["--from-peers"]))
+
+    def deed(fleet: JourneyFleet) -> None:
+        fleet.lower()
+        shutil.rmtree(fleet.home)
+        fleet.do("restore", str(backup.file), *from_peers)
+        fleet.forget()
+        fleet.rise()
+
+    return deed
+
+
+@operation(lambda model: model.has_broker)
 def restore_coordinator(model: Model, choose: Choose) -> Deed:
     """Lose the home of the coordinator, and restore it from a backup of that moment."""
 
     def deed(fleet: JourneyFleet) -> None:
-        out = fleet.new_file(".backup")
+        file = fleet.backups / f"{fleet.new_number()}.backup"
         fleet.lower()
-        fleet.do("backup", str(out), "--with-versions")
-        lost = fleet.new_file(".lost")
-        fleet.home.rename(lost)
-        fleet.do("restore", str(out))
+        fleet.do("backup", str(file), "--with-versions")
+        shutil.rmtree(fleet.home)
+        fleet.do("restore", str(file))
         fleet.rise()
-        out.unlink()
-        shutil.rmtree(lost)
 
     return deed
 

@@ -12,7 +12,6 @@ from io import BytesIO
 from pathlib import Path
 
 import psutil
-import pytest
 
 from benchmarks.faults.site import Site
 from coordinator.remote.api_client import Remote
@@ -50,8 +49,9 @@ class JourneyFleet(Site):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, dict(SETTINGS))
-        self.files = folder / "files"
+        self.files, self.backups = folder / "files", folder / "backups"
         self.files.mkdir()
+        self.backups.mkdir()
         self.old_tree = old_tree(folder / "old")
         self.old: set[str] = set()
         self.up_options: tuple[str, ...] = ()
@@ -67,9 +67,18 @@ class JourneyFleet(Site):
         # A command ends at once, and its files and sockets with it. Other programs stay.
         return super()._start(name, words, env | {"PYTHONWARNINGS": "default::ResourceWarning"})
 
+    def new_number(self) -> int:
+        return next(self._numbers)
+
     def new_file(self, suffix: str) -> Path:
         """A path outside the folder of the fleet's temporary files that no file has yet."""
-        return self.files / f"file{next(self._numbers)}{suffix}"
+        return self.files / f"{self.new_number()}{suffix}"
+
+    def forget(self) -> None:
+        """The coordinator knows less than before: what it acknowledged since then may be lost."""
+        self._seen = []
+        for name in NAMES:
+            self.truth_file(name).unlink(missing_ok=True)
 
     # --- commands ---
 
@@ -185,6 +194,7 @@ class JourneyFleet(Site):
         assert not left, f"{name} has left {left}"
 
     def close(self) -> None:
+        """End everything. Raises AssertionError if a program does not end, or leaves a process."""
         self.bring_broker_back()
         if self.remote is not None:
             self.remote.close()
@@ -193,8 +203,3 @@ class JourneyFleet(Site):
     def print_logs(self) -> None:
         """The logs stay in the folder; their ends would hide the steps."""
         print(f"logs: {self.folder}", file=sys.stderr)
-
-
-def needs_history(fleet: JourneyFleet) -> None:
-    if fleet.old_tree is None:
-        pytest.skip("the git history is missing")

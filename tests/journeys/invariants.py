@@ -201,15 +201,8 @@ def logs(fleet: JourneyFleet) -> Iterator[str]:
 
 def at_end(fleet: JourneyFleet) -> Iterator[str]:
     """After all programs have ended: no file is left in the folder for temporary files."""
-    known = {
-        *NAMES,
-        "coordinator",
-        "files",
-        "old",
-        "data",
-        "stranger",
-        *(f"{n}.csv" for n in NAMES),
-    }
+    known = {"coordinator", "stranger", "files", "backups", "old", "data"}
+    known |= {text for name in NAMES for text in (name, f"{name}.csv")}
     for path in sorted(fleet.folder.iterdir()):
         if path.name not in known and path.suffix not in (".log", ".truth"):
             yield f"left behind: {path.name}"

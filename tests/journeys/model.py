@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 NAMES = ("ada", "bob", "cyd")
@@ -17,6 +18,8 @@ class Peer:
     owner_paused: bool = False
     operator_paused: bool = False
     is_old: bool = False
+    #: How often it has joined: each time with a new key.
+    joined: int = 1
 
     @property
     def is_available(self) -> bool:
@@ -38,6 +41,16 @@ class Run:
 
 
 @dataclass
+class Backup:
+    """What a backup holds. `file` is known on a real fleet."""
+
+    keys: dict[str, tuple[str, int]]
+    runs: list[tuple[Run, str]]
+    needs_approval: bool
+    file: Path | None = None
+
+
+@dataclass
 class Model:
     """The whole fleet. `runs` are in the order of their starts."""
 
@@ -45,8 +58,12 @@ class Model:
     runs: list[Run] = field(default_factory=list)
     has_broker: bool = True
     needs_approval: bool = False
-    with_old_agents: bool = True
-    steps: int = 0
+    backup: Backup | None = None
+
+    @property
+    def keys(self) -> dict[str, tuple[str, int]]:
+        """The standing of each machine, and which of its keys it is about."""
+        return {name: (peer.standing, peer.joined) for name, peer in self.peers.items()}
 
     @property
     def available(self) -> list[str]:

@@ -134,6 +134,7 @@ def join(model: Model, choose: Choose) -> Deed:
     """Join again with a new key; with approvals, the machine waits for one."""
     name, peer = _choose_peer(model, choose, standing="gone")
     peer.standing = "awaiting" if model.needs_approval else "enrolled"
+    peer.joined += 1
     mqtt = model.has_broker
     if enrolled := not model.needs_approval:
         _set_running(peer, True)
@@ -150,10 +151,7 @@ def join(model: Model, choose: Choose) -> Deed:
 
 
 @operation(
-    lambda model: (
-        model.with_old_agents
-        and bool(model.peers_where(standing="enrolled", is_running=True, is_old=False))
-    )
+    lambda model: bool(model.peers_where(standing="enrolled", is_running=True, is_old=False))
 )
 def downgrade_agent(model: Model, choose: Choose) -> Deed:
     name, peer = _choose_peer(model, choose, standing="enrolled", is_running=True, is_old=False)
