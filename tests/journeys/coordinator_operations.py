@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 from tests.journeys.fleet import JourneyFleet
-from tests.journeys.model import Backup, Model
+from tests.journeys.model import NAMES, Backup, Model
 from tests.journeys.operations import Choose, Deed, operation
 from tests.support.waiting import wait_for
 
@@ -122,6 +122,27 @@ def kill_broker(model: Model, choose: Choose) -> Deed:
         assert broker is not None
         broker.kill()
         wait_for(lambda: fleet.broker() not in (None, broker), "another broker")
+
+    return deed
+
+
+@operation(lambda model: True)
+def look_at_everything(model: Model, choose: Choose) -> Deed:
+    """Each command that shows something; the three that list peers list the same ones."""
+    known = {name for name, peer in model.peers.items() if peer.standing != "gone"}
+    running = model.peers_where(standing="enrolled", is_running=True)
+
+    def deed(fleet: JourneyFleet) -> None:
+        for words in (("status",), ("monitor", "--once"), ("peers", "list")):
+            shown = fleet.do(*words)
+            assert {name for name in NAMES if f"{name} " in shown} == known, shown
+        for words in (("run", "list"), ("job", "list"), ("models", "list"), ("ticket", "list")):
+            fleet.do(*words)
+        fleet.do("audit")
+        fleet.do("audit", "verify")
+        for name in running:
+            fleet.do_agent(name, "status")
+            fleet.do_agent(name, "ledger")
 
     return deed
 
