@@ -29,7 +29,7 @@ LOOK_EVERY_S = 0.25
 #: What no log may contain.
 BAD_LOG = re.compile(
     r"Traceback \(most recent|Exception in callback|Task was destroyed|ResourceWarning"
-    r"|never retrieved|unexpected error|never awaited|Fatal error|\b413\b"
+    r"|never retrieved|unexpected error|never awaited|Fatal error|HTTP 413|\(413\)"
 )
 #: Reasons for which a run may leave out an update: it came too late.
 HARMLESS = {"late", "too stale", "replay"}
