@@ -15,19 +15,13 @@ from typing import Annotated, Any
 
 import typer
 
+from coordinator.cli.common import Json, print_line
 from protocols.local import cli_entry, json_output
-
-Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
 
 
 def add_to(app: typer.Typer) -> None:
     app.command("monitor")(monitor)
     app.command("status")(status)
-
-
-def print_line(text: str) -> None:
-    """Print a line to stderr."""
-    sys.stderr.write(text + "\n")
 
 
 def monitor(
@@ -78,12 +72,25 @@ def monitor(
         web.serve_monitor(host, port, options)
         return
     screen = (sys.stdout.isatty() or web.is_served()) and not once
-    if replay is not None:
-        _replay(source, screen=screen, ascii_only=ascii_)
-    elif via is not None:
-        _via(source, screen=screen, ascii_only=ascii_)
-    else:
-        _live(source, screen=screen, read_only=read_only, ascii_only=ascii_, record=record)
+    if screen and replay is None:
+        read_only = read_only or via is not None or _is_observer()
+    with ExitStack() as stack:
+        if record is not None:
+            from coordinator.remote.recording import Recorder, RecordingSource
+
+            recorder = Recorder(record)
+            stack.callback(recorder.close)
+            source = RecordingSource(source, recorder)
+        if screen:
+            _run(source, replay=replay is not None, read_only=read_only, ascii_only=ascii_)
+        elif record is not None:
+            _record(source)
+        else:
+            if replay is not None:
+                source.seek(source.length_s)
+            clock = time.time if replay is None else source.clock
+            heading = "" if via is None else source.heading
+            _print(asyncio.run(source.snapshot()), clock(), ascii_only=ascii_, heading=heading)
 
 
 def _source(replay: str | None, speed: float, via: str | None) -> Any:
@@ -129,35 +136,12 @@ def _print(fleet: Any, now: float, *, ascii_only: bool = False, heading: str = "
         sys.stdout.write(terminal_text.ascii_only(line) + "\n")
 
 
-def _live(
-    source: Any, *, screen: bool, read_only: bool, ascii_only: bool, record: Path | None
-) -> None:
+def _is_observer() -> bool:
+    """True if this home has access to a fleet, and may only watch it."""
     from coordinator.remote import access
-    from coordinator.remote.recording import Recorder, RecordingSource
 
-    if record is None and not screen:
-        _print(asyncio.run(source.snapshot()), time.time(), ascii_only=ascii_only)
-        return
     home = access.open_home()
-    if screen and (home / access.ACCESS_FILE).exists():
-        read_only = read_only or access.connection_info(home).role == "observer"
-    with ExitStack() as stack:
-        if record is not None:
-            recorder = Recorder(record)
-            stack.callback(recorder.close)
-            source = RecordingSource(source, recorder)
-        if screen:
-            _run(source, read_only=read_only, ascii_only=ascii_only)
-        else:
-            _record(source)
-
-
-def _via(source: Any, *, screen: bool, ascii_only: bool) -> None:
-    if screen:
-        _run(source, read_only=True, ascii_only=ascii_only)
-        return
-    fleet = asyncio.run(source.snapshot())
-    _print(fleet, time.time(), ascii_only=ascii_only, heading=source.heading)
+    return (home / access.ACCESS_FILE).exists() and access.connection_info(home).role == "observer"
 
 
 def _record(source: Any) -> None:
@@ -169,23 +153,18 @@ def _record(source: Any) -> None:
         asyncio.run(FleetFollower(source, time.time).run())
 
 
-def _replay(source: Any, *, screen: bool, ascii_only: bool) -> None:
-    if screen:
-        _run(source, replay=True, ascii_only=ascii_only)
-        return
-    source.seek(source.length_s)
-    _print(asyncio.run(source.snapshot()), source.clock(), ascii_only=ascii_only)
-
-
-def _run(source: Any, *, replay: bool = False, ascii_only: bool, **options: Any) -> None:
+def _run(source: Any, *, replay: bool, read_only: bool, ascii_only: bool) -> None:
     """Run the terminal UI over `source`. SIGTERM ends it and restores the terminal."""
     from coordinator.monitor.tui import config
     from coordinator.monitor.tui.app import MonitorApp
     from coordinator.monitor.tui.gc_tuning import tune_gc
     from coordinator.monitor.tui.replay_app import ReplayApp
 
-    kind = ReplayApp if replay else MonitorApp
-    app = kind(source, config=config.read(), ascii_only=ascii_only, **options)
+    app: MonitorApp
+    if replay:
+        app = ReplayApp(source, config=config.read(), ascii_only=ascii_only)
+    else:
+        app = MonitorApp(source, read_only=read_only, config=config.read(), ascii_only=ascii_only)
     tune_gc()
     signal.signal(signal.SIGTERM, lambda *_: app.exit())
     app.run()
