@@ -17,6 +17,7 @@ import msgspec
 
 from agent.trainer.ipc import Answer, Request, decode_answer, encode
 from protocols import failpoints
+from protocols.local.programs import child_environment
 
 log = logging.getLogger(__name__)
 
@@ -145,19 +146,9 @@ class TrainerChild:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The environment of the parent without our own settings, which may hold secrets."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("COMMONWEIGHT") or name in (failpoints.VARIABLE, failpoints.TRUTH)
-    }
-    env |= {
+    return child_environment((failpoints.VARIABLE, failpoints.TRUTH)) | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
     }
-    root = Path(__file__).resolve().parents[2]
-    if root.name not in ("site-packages", "dist-packages"):  # run from a source tree
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), env.get("PYTHONPATH")]))
-    return env

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from random import Random
 
 from protocols.errors import Refused
+from protocols.local.programs import child_environment
 from protocols.network.backoff import delays
 
 log = logging.getLogger("commonweight.upstream")
@@ -73,12 +73,7 @@ _AGENT = (sys.executable, "-P", "-m", "agent.cli")
 
 
 def _environment(home: Path) -> dict[str, str]:
-    inherited = {n: v for n, v in os.environ.items() if not n.startswith("COMMONWEIGHT")}
-    root = Path(__file__).resolve().parents[2]
-    if root.name not in ("site-packages", "dist-packages"):  # run from a source tree
-        path = [str(root), inherited.get("PYTHONPATH", "")]
-        inherited["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    return inherited | {
+    return child_environment() | {
         "COMMONWEIGHT_AGENT_HOME": str(home / "upstream"),
         "COMMONWEIGHT_AGENT_FLEET": str(home),
         # This agent itself trains nothing. Each machine of our fleet has its own policy.

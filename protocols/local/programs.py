@@ -1,11 +1,30 @@
-"""Runs another program to its end, in bounded time."""
+"""Runs other programs: one to its end in bounded time, or a child process of ours."""
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from protocols.errors import CommonweightError
+
+
+def child_environment(keep: Collection[str] = ()) -> dict[str, str]:
+    """This environment for a child process that imports our packages.
+
+    It has none of our own settings, which may hold secrets, except those in `keep`.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("COMMONWEIGHT") or name in keep
+    }
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):  # run from a source tree
+        paths = filter(None, [str(root), environment.get("PYTHONPATH")])
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
 
 
 def run_program(

@@ -9,7 +9,6 @@ Rule 2: each child has its own session, so a Ctrl-C in the terminal reaches only
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from coordinator.fleet.state import Fleet
 from coordinator.remote.api_client import Remote
 from coordinator.storage.settings import UP_FILE
 from protocols.errors import CommonweightError, Unreachable
+from protocols.local.programs import child_environment
 
 STEP_S = 0.05
 START_TIMEOUT_S = 60.0
@@ -135,7 +135,7 @@ class DemoFleet:
 
     def start_monitor(self) -> subprocess.Popen[bytes]:
         """Start the monitor of this fleet on this terminal."""
-        environment = _environment() | {"COMMONWEIGHT_HOME": str(self.home)}
+        environment = child_environment() | {"COMMONWEIGHT_HOME": str(self.home)}
         words = [sys.executable, "-P", "-m", "coordinator.cli", "monitor"]
         return subprocess.Popen(words, env=environment)
 
@@ -205,7 +205,7 @@ class DemoFleet:
                 process.wait()
 
     def _spawn(self, name: str, words: list[str], said: bytes = b"") -> subprocess.Popen[bytes]:
-        environment = _environment()
+        environment = child_environment()
         variable = "COMMONWEIGHT_HOME" if name == "coordinator" else "COMMONWEIGHT_AGENT_HOME"
         environment[variable] = str(self.folder / name)
         environment |= {f"COMMONWEIGHT_AGENT_{k}": v for k, v in self._settings.items()}
@@ -255,13 +255,3 @@ def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.Error:
         return []
-
-
-def _environment() -> dict[str, str]:
-    """This environment without the commonweight settings of this machine."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("COMMONWEIGHT")}
-    root = Path(__file__).resolve().parents[3]
-    if root.name not in ("site-packages", "dist-packages"):  # run from a source tree
-        paths = filter(None, [str(root), environment.get("PYTHONPATH")])
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return environment
