@@ -64,7 +64,8 @@ class Peer:
     ) -> None:
         self.sign_key, self.name = identity.new_signing_key(), name
         self._transfer = transfer
-        self._uploaded: Path | None = None
+        #: The digest of the last upload.
+        self._uploaded = ""
         folder.mkdir()
         me = PeerIdentity(name, self.sign_key.sign, identity.public_bytes(coordinator))
         self.client = Client(me, trainer, self, folder, allowed=lambda task: True)
@@ -74,10 +75,13 @@ class Peer:
 
     def send(self, digest: str, path: Path) -> None:
         """Store an upload as the coordinator does, without the HTTP request."""
-        if self._uploaded is not None:
-            self._uploaded.unlink(missing_ok=True)
-        self._uploaded = self._transfer.store.uploads.path(self.name, digest)
-        shutil.copyfile(path, self._uploaded)
+        uploads = self._transfer.store.uploads
+        if self._uploaded:
+            uploads.drop(self.name, self._uploaded)
+        self._uploaded = digest
+        with uploads.begin(self.name, digest) as part:
+            shutil.copyfile(path, part.path)
+            part.finish()
         self._transfer.bytes_up += path.stat().st_size
 
 
