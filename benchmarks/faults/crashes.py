@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.faults import checker
+from benchmarks.faults import checker, failpoint_names
 from benchmarks.faults.results import Row
 from benchmarks.faults.site import Site, site
-from protocols import failpoints
 from tests.support.waiting import wait_for
 
 PEERS = ("ada", "bob")
@@ -31,7 +30,7 @@ _AT_START = "runs.recalled"
 
 def coordinator_points(seed: int) -> list[str]:
     """Every step of a round on the coordinator; the seed selects the round."""
-    points = [point for point in failpoints.COORDINATOR if point not in (_AT_START, _LEDGER)]
+    points = [point for point in failpoint_names.COORDINATOR if point not in (_AT_START, _LEDGER)]
     later = [p if p.endswith(_ONCE) or seed % 2 else f"{p}:2" for p in points]
     return [*later, *(f"{_LEDGER}:{nth}" for nth in range(2 + seed % 2, 12, 2))]
 
@@ -39,7 +38,7 @@ def coordinator_points(seed: int) -> list[str]:
 def agent_points(seed: int) -> list[str]:
     """Every step of a round on the agent; the seed selects the message."""
     nth = {1: 2, 2: 1}.get(seed, 3)
-    return [f"{p}:{min(nth, 2) if p in _TRAINING_ONLY else nth}" for p in failpoints.AGENT]
+    return [f"{p}:{min(nth, 2) if p in _TRAINING_ONLY else nth}" for p in failpoint_names.AGENT]
 
 
 # --- the coordinator -------------------------------------------------------------------------
@@ -70,7 +69,7 @@ def meeting(folder: Path, seeds: Iterable[int]) -> Row:
         fleet.enlist(*PEERS)
         for seed in seeds:
             undisturbed = _weights(fleet, seed)
-            for point in failpoints.HANDSHAKE:
+            for point in failpoint_names.HANDSHAKE:
                 _coordinator_dies(fleet, row, seed, undisturbed, point, handshake=True)
     return row
 
@@ -139,7 +138,9 @@ def agent(folder: Path, seeds: Iterable[int], points: Sequence[str] = ()) -> Row
 def trainer(folder: Path, seeds: Iterable[int], points: Sequence[str] = ()) -> Row:
     """SIGKILL of a trainer at each point; its agent survives and starts another trainer."""
     row = Row("33 trainer kill -9 at every step", "steps repeated at most")
-    every = [f"{p}:{nth}" for p in failpoints.TRAINER for nth in ((1, 3) if "step" in p else (2,))]
+    every = [
+        f"{p}:{nth}" for p in failpoint_names.TRAINER for nth in ((1, 3) if "step" in p else (2,))
+    ]
     _each_dies(folder, row, seeds, lambda seed: points or every, _trainer_dies)
     return row
 

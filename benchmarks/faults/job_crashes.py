@@ -19,7 +19,7 @@ from random import Random
 
 import msgspec
 
-from benchmarks.faults import checker
+from benchmarks.faults import checker, failpoint_names
 from benchmarks.faults.checker import Fact
 from benchmarks.faults.crashes import PEERS
 from benchmarks.faults.results import Row
@@ -31,7 +31,6 @@ from coordinator.jobs.state import Job
 from coordinator.jobs.store import JobStore
 from coordinator.remote.api_client import Remote
 from coordinator.storage.job_events import PREFIX, JobSpec
-from protocols import failpoints
 from protocols.analytics import parser
 from protocols.errors import CommonweightError
 from protocols.messages.jobs import ModelRef
@@ -189,9 +188,11 @@ def seen(fleet: Site, what: str, job: str) -> Counter[tuple[str, int]]:
 def coordinator_points(kind: str) -> list[str]:
     """Every step of a unit; for scatter jobs some steps again, after other units are verified."""
     if kind != "infer":
-        return list(failpoints.JOBS)
-    again = [p for p in failpoints.JOBS if "Unit" in p or p in ("job.pushed", "job.reply.pulled")]
-    return [*failpoints.JOBS, *(f"{point}:3" for point in again)]
+        return list(failpoint_names.JOBS)
+    again = [
+        p for p in failpoint_names.JOBS if "Unit" in p or p in ("job.pushed", "job.reply.pulled")
+    ]
+    return [*failpoint_names.JOBS, *(f"{point}:3" for point in again)]
 
 
 def coordinator(folder: Path, kind: str, points: Sequence[str] = ()) -> Row:
@@ -238,7 +239,7 @@ def _judged(fleet: JobSite, jobs: Jobs, kind: str, job: str) -> list[str]:
 
 
 def agent_points() -> list[str]:
-    return [point for point in failpoints.AGENT_JOBS if point != _LONG_ANSWERS_ONLY]
+    return [point for point in failpoint_names.AGENT_JOBS if point != _LONG_ANSWERS_ONLY]
 
 
 def agent(folder: Path, points: Sequence[str] = ()) -> Row:

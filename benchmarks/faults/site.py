@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from agent.home import settings
-from benchmarks.faults import checker
+from benchmarks.faults import checker, failpoint_names
 from benchmarks.faults.checker import Fact, Line
 from coordinator.api.schema import StartRunRequest
 from coordinator.remote.api_client import Remote
@@ -42,7 +42,7 @@ class Site(Fleet):
         env = super()._env(name)
         env[TRUTH] = str(self.truth_file(name))
         if spec := self.armed.get(name):
-            env[VARIABLE] = spec
+            env[VARIABLE] = failpoint_names.check(spec)
         return env
 
     def truth_file(self, name: str) -> Path:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import checker
+from benchmarks.faults import checker, failpoint_names
+from benchmarks.faults.failpoint_names import NAMES
 from protocols import failpoints
-from protocols.failpoints import NAMES, TRUTH, VARIABLE, parse_failpoints
+from protocols.failpoints import TRUTH, VARIABLE, parse_failpoints
 from tests.support.fleet_harness import ROOT
 
 _CALL = re.compile(r'\bfailpoint\("([a-z.]+)"(, )?')
@@ -41,7 +42,7 @@ def test_without_the_variable_they_are_nothing() -> None:
 @pytest.mark.parametrize("spec", ["nowhere", "work.pushed=melt", "work.pushed:x"])
 def test_a_slip_in_a_spec_is_told(spec: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        parse_failpoints(spec)
+        parse_failpoints(failpoint_names.check(spec))
 
 
 def test_it_happens_the_nth_time_and_once() -> None:

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import crashes, job_crashes
-from protocols import failpoints
-from protocols.failpoints import NAMES
+from benchmarks.faults.failpoint_names import AGENT_JOBS, HANDSHAKE, JOBS, NAMES
 
 
 def test_every_step_of_a_round_is_a_case() -> None:
     for seed in (1, 2, 3):
         points = [*crashes.coordinator_points(seed), *crashes.agent_points(seed)]
         played = {point.partition(":")[0] for point in points} | {"runs.recalled"}
-        of_rounds = NAMES - set(failpoints.JOBS + failpoints.AGENT_JOBS + failpoints.HANDSHAKE)
+        of_rounds = NAMES - set(JOBS + AGENT_JOBS + HANDSHAKE)
         assert played == {name for name in of_rounds if not name.startswith("trainer.")}
 
 
@@ -32,7 +31,7 @@ def test_an_agent_killed_with_its_claim_on_the_way_is_counted_once(tmp_path: Pat
 @pytest.mark.parametrize("kind", job_crashes.KINDS)
 def test_every_step_of_a_unit_is_a_case(kind: str) -> None:
     played = {point.partition(":")[0] for point in job_crashes.coordinator_points(kind)}
-    assert played == set(failpoints.JOBS)
+    assert played == set(JOBS)
 
 
 def test_work_on_what_is_verified_is_found() -> None:

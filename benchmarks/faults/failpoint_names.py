@@ -1,0 +1,78 @@
+"""The names of the failpoints in both programs (`protocols.failpoints`)."""
+
+from __future__ import annotations
+
+import re
+
+#: `run.recording.X` and `run.recorded.X` are before and after event X is in the ledger.
+RUN_EVENTS = (
+    "PeersAsked",
+    "WeightsInitialised",
+    "RoundOpened",
+    "UpdateAccepted",
+    "TrainingClosed",
+    "VersionCommitted",
+    "EvaluationOpened",
+    "RoundClosed",
+    "RunEnded",
+)
+#: Before round 1, while peers agree on a schema.
+HANDSHAKE = tuple(
+    f"run.{step}.{fact}"
+    for fact in ("PeerDescribed", "SchemaAgreed")
+    for step in ("recording", "recorded")
+)
+COORDINATOR = (
+    *(f"run.recording.{fact}" for fact in RUN_EVENTS),
+    *(f"run.recorded.{fact}" for fact in RUN_EVENTS),
+    "ledger.inserted",
+    "runs.queued",
+    "runs.recalled",
+    "round.configured",
+    "work.pushing",
+    "work.pushed",
+    "upload.piece",
+    "upload.synced",
+    "upload.stored",
+    "reply.taken",
+    "reply.pulled",
+    "version.adopted",
+    "version.written",
+    "version.renamed",
+    "updates.dropped",
+    "round.pruned",
+)
+AGENT = (
+    "agent.message.taken",
+    "agent.outbox.cleared",
+    "agent.download.piece",
+    "agent.version.fetched",
+    "agent.work.done",
+    "agent.outbox.written",
+    "agent.upload.piece",
+    "agent.upload.done",
+    "agent.claim.sending",
+    "agent.claim.sent",
+)
+#: Reached only in inference and analytics jobs.
+JOB_EVENTS = ("UnitLeased", "UnitReturned", "UnitVerified", "JobEnded")
+JOBS = (
+    "job.queued",
+    "job.pushing",
+    "job.pushed",
+    "job.reply.pulled",
+    *(f"job.recording.{fact}" for fact in JOB_EVENTS),
+    *(f"job.recorded.{fact}" for fact in JOB_EVENTS),
+)
+AGENT_JOBS = ("agent.unit.done", "agent.unit.kept", "agent.unit.sent")
+TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
+NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + TRAINER)
+
+
+def check(spec: str) -> str:
+    """The spec of failpoints, if it names known ones. Raises ValueError."""
+    for part in filter(None, spec.split(",")):
+        name = re.split("[:=@]", part)[0]
+        if name not in NAMES:
+            raise ValueError(f"{part!r} is not a failpoint")
+    return spec
