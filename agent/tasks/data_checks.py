@@ -50,11 +50,11 @@ def check_path(data: DataSettings) -> None:
     try:
         if path.is_dir():
             if next(path.iterdir(), None) is None:
-                raise DataError("the folder of data is empty", data.path)
+                raise DataError("the folder of data is empty", f"{data.path}: {_SET}")
             return
         with path.open("rb") as file:
             if not file.read(1):
-                raise DataError("the file of data is empty", data.path)
+                raise DataError("the file of data is empty", f"{data.path}: {_SET}")
     except OSError as err:
         if (known := as_data_error(err, data)) is None:
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from agent.tasks import (
     data_checks,
     registry,
 )
+from agent.tasks.training.batch_size import is_out_of_memory
 from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
 from agent.trainer import rng_state
 from agent.trainer.checkpoint import CheckpointFile
@@ -33,7 +35,7 @@ from agent.trainer.ipc import Answer, Failed
 from agent.trainer.personalization import Personalization
 from agent.trainer.progress import StepCallback, WorkControl
 from protocols import VERSION
-from protocols.errors import BadWeights, CommonweightError
+from protocols.errors import BadWeights, CommonweightError, TaskUnusable
 from protocols.failpoints import failpoint
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
@@ -63,9 +65,14 @@ class WorkExecutor:
             if (known := data_checks.as_data_error(err, work.data)) is not None:
                 raise known from err
             raise
-        except Exception:
+        except Exception as err:
             if self._resumed is not None:
                 self._resumed.delete()  # it may be the cause, so the next try starts without it
+            if isinstance(work, Describe) and not is_out_of_memory(err):
+                traceback.print_exc()
+                # The same data and code would raise it again, so no other try follows.
+                why = f"{type(err).__name__}: {err}"
+                raise TaskUnusable(f"the task {work.task} fails on these data: {why}") from err
             raise
         finally:
             self._resumed = None

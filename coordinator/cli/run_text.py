@@ -17,7 +17,7 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
     spec, peers = run.spec, fleet.peers
     yield f"{run.id}: {run.state}, round {run.round}/{spec.rounds}"
     if run.ended:
-        yield f"because {run.ended_because}"
+        yield f"because {run.ended_briefly}"
     elif shown := fleet.runs.get(run.id):
         if shown.changed.memory_bytes:
             nbytes = shown.changed.memory_bytes

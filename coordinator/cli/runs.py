@@ -95,9 +95,8 @@ def start(
         return
     run = _follow(remote, run_id, quiet=json)
     if run.state is RunState.FAILED:
-        raise CommonweightError(
-            f"{run.id} failed: {run.ended_because}", f"commonweight run show {run.id}"
-        )
+        because = run.ended_because if json else run.ended_briefly  # refusals were printed
+        raise CommonweightError(f"{run.id} failed: {because}", f"commonweight run show {run.id}")
     if json:
         print_json(run)
 

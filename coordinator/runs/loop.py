@@ -106,11 +106,12 @@ class RunLoop:
             except HomeError:  # the home is damaged, not the run: a restart continues it
                 raise
             except CommonweightError as err:
-                log.error("run %s failed: %s", self.run.id, err.message)
-                await self._end(RunState.FAILED, err.message)
+                because = f"{err.message} ({err.hint})" if err.hint else err.message
+                log.error("run %s failed: %s", self.run.id, because)
+                await self._end(RunState.FAILED, because)
         self.requests.cancel_all()
         await self._collect()
-        text = f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
+        text = f"run {self.run.id} {self.run.state}: {self.run.ended_briefly}"
         self._recorder.report("error" if self.run.state is RunState.FAILED else "info", text)
         return self.run
 

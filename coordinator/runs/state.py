@@ -136,6 +136,12 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
         return self.state in ENDED
 
     @property
+    def ended_briefly(self) -> str:
+        """Why it has ended, without the refusal that was reported before."""
+        refusal = f": {self.last_refusal}" if self.last_refusal else ""
+        return self.ended_because.removesuffix(refusal)
+
+    @property
     def buffered(self) -> bool:
         """True in the mode "buffered"."""
         return self.spec.mode == "buffered"

@@ -30,7 +30,7 @@ _TRAINER = {
     "cancelled": "the work was cancelled",
 }
 _SENTENCES = _TRAINER | {
-    errors.TaskUnusable.code: "the task cannot be loaded there",
+    errors.TaskUnusable.code: "the task cannot be loaded there, or fails on its data",
     errors.Unreachable.code: "the coordinator of its fleet below does not answer",
     errors.BadWeights.code: "the task's weights do not have the shapes that it declares",
 }

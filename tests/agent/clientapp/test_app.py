@@ -462,4 +462,6 @@ def test_of_a_task_only_what_is_made_to_be_told_leaves() -> None:
     of_settings = TrainerFailed("usage", "the setting lr cannot be -1", "such as lr=0.1")
     assert refusal_of(of_settings).encode() == "usage: the setting lr cannot be -1 (such as lr=0.1)"
     unusable = refusal_of(TrainerFailed("task_unusable", "row 5 is odd")).encode()
-    assert unusable.startswith("task_unusable: the task cannot be loaded there (its owner sees why")
+    assert unusable.startswith(
+        "task_unusable: the task cannot be loaded there, or fails on its data (its owner sees why"
+    )

@@ -124,7 +124,11 @@ def test_a_task_of_ones_own_is_not_tried_again_over_a_folder(tmp_path: Path) -> 
             assert str(path) in caught.value.hint, "the owner sees the path"
             told = refusal_of(caught.value)
             assert told.text == f"{why} (its owner sees why: commonweight-agent status)"
-        assert not given_up
+        table(tmp_path / "words.csv")
+        trainer.data = DataSettings(path=str(tmp_path / "words.csv"))
+        with pytest.raises(TrainerFailed, match="the task line fails on these data: ValueError"):
+            retrying.run(Describe(task="line", settings={}))
+        assert not given_up, "the agent does not pause: other tasks may fit"
     finally:
         retrying.close()
 
