@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from benchmarks.speed.demo import ROUNDS, Demo, all_there, demo
 from coordinator.fleet.reducer import current_run
 from coordinator.fleet.state import Fleet
@@ -44,7 +46,7 @@ def record(lived: Demo, out: Path) -> None:
         commonweight("peers", "pause", PAUSED)
         lived.until(lambda now: _closed(now) >= ROUNDS // 2)
         commonweight("peers", "resume", PAUSED)
-        lived.fleet.kill_agent(KILLED)
+        _kill(lived.fleet.agents[KILLED])
         lived.until(lambda now: _closed(now) >= ROUNDS * 5 // 8)
         lived.fleet.start_agent(KILLED)
         lived.until(_is_over)
@@ -54,6 +56,14 @@ def record(lived: Demo, out: Path) -> None:
     finally:
         recorder.send_signal(signal.SIGINT)
         recorder.wait(10)
+
+
+def _kill(agent: subprocess.Popen[bytes]) -> None:
+    """Kill an agent and its trainer at once, as a power cut does."""
+    family = psutil.Process(agent.pid).children(recursive=True)
+    for process in (agent, *family):
+        process.kill()
+    agent.wait()
 
 
 def _closed(fleet: Fleet) -> int:

@@ -37,8 +37,9 @@ from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Keys, MqttLogin, Settings
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.flower import FLEET_PREFIX, Superlink
+from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
+from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from coordinator.transport.http_server import Server
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from coordinator.transport.piece_sources import PieceSources
@@ -179,7 +180,7 @@ class Coordinator:
     def _app(self) -> ASGIApp:
         """Flower's Fleet routes under their prefix, and our own routes."""
         auth = Auth(self.registry, identity.public_bytes(self._keys.operator_key))
-        flower = self._superlink.app(auth)
+        flower = sessions_app(self._superlink, auth)
         ours = with_fast_path(make_app(self, auth, self._keys.ca_key))
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,9 +1,8 @@
-"""Flower's server parts in this process: LinkState, ObjectStore and the Fleet routes.
+"""Flower's server parts in this process: LinkState and ObjectStore.
 
-This is the only coordinator module that uses Flower's private names (version 1.41; see the contract
-tests). Neither the Control API nor the Runtime API is mounted, so nobody can submit a run or take a
-ServerApp's token. Of the Fleet routes, there are only the two that our agents use, and they call
-Flower's own handlers.
+In the coordinator, only this module and `flower_sessions` use Flower's private names (version 1.41;
+see the contract tests). Neither the Control API nor the Runtime API is mounted, so nobody can
+submit a run or take a ServerApp's token.
 
 LinkState is rebuilt from the ledger's peers at every start, and one Flower run lives as long as the
 process. So LinkState is kept in memory: with SQLite, the database took 80 % of a small round's CPU.
@@ -16,7 +15,6 @@ import logging
 import os
 import threading
 import time
-from base64 import b64encode
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -29,19 +27,15 @@ from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
 from flwr.supercore.constant import (
-    FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLWR_IN_MEMORY_DB_NAME,
     NOOP_FEDERATION_ID,
     TaskType,
 )
 from flwr.supercore.date import now
-from flwr.supercore.error import FlowerError
-from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_children_ids_from_object_content,
@@ -52,24 +46,15 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
-from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import (
     get_federation_manager,
     get_objectstore_linkstate_factories,
 )
-from flwr.superlink.routers.fleet.node_auth import authenticate_node
-from flwr.superlink.servicer.fleet import fleet_handlers
 from google.protobuf.message import DecodeError
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
-from coordinator.fleet.auth import Auth
 from coordinator.fleet.sessions import NoSession
 from protocols.errors import BadMessage
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
@@ -77,9 +62,6 @@ from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("commonweight.superlink")
 
-FLEET_PREFIX = "/v1/fleet/"
-#: The body of a Fleet request: a key or a node id, and a number.
-MAX_BODY_BYTES = 16 * 1024
 #: A reply is a message, its RecordDict and two records.
 MAX_OBJECTS = 16
 #: Requests that may complete a reply.
@@ -94,12 +76,13 @@ class Superlink:
     """
 
     def __init__(self) -> None:
-        _, self._factory = get_objectstore_linkstate_factories(
+        _, self.factory = get_objectstore_linkstate_factories(
             FLWR_IN_MEMORY_DB_NAME, get_federation_manager()
         )
-        self.state = cast(InMemoryLinkState, self._factory.state())
+        self.state = cast(InMemoryLinkState, self.factory.state())
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
-        self._nodes: dict[bytes, int] = {}
+        #: Node ids by public key.
+        self.nodes: dict[bytes, int] = {}
         #: By node: ids of its undelivered messages. Flower's own handler searches the messages of
         #: all nodes at each pull, which took a quarter of a round of 1,000 peers.
         self._undelivered: defaultdict[int, deque[str]] = defaultdict(deque)
@@ -137,7 +120,7 @@ class Superlink:
     def register_node(self, node_public_pem: bytes) -> int:
         """Accept sessions of this P-384 key. Returns the node id."""
         node_id = self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, node_public_pem, 0)
-        self._nodes[node_public_pem] = node_id
+        self.nodes[node_public_pem] = node_id
         return node_id
 
     def remove_node(self, node_id: int) -> None:
@@ -319,65 +302,6 @@ class Superlink:
         for reply_id, reply in list(self._incomplete.items()):
             if reply.metadata.reply_to_message_id in message_ids:
                 del self._incomplete[reply_id]
-
-    # --- the Fleet routes ---
-
-    def app(self, auth: Auth) -> Starlette:
-        """The two Fleet routes that our agents use. Errors have no body.
-
-        Flower's node authentication signs only a timestamp. So a captured request could be repeated
-        for five minutes, even with another body, and end its sender's session. The signature that
-        `auth` checks covers path, body, time and nonce, and is valid once. The price: a stock
-        SuperNode, which does not sign this way, is refused.
-        """
-        app = Starlette(
-            routes=[
-                self._route(auth, "activate-node", ActivateNodeRequest, self._activate),
-                self._route(auth, "deactivate-node", DeactivateNodeRequest, self._deactivate),
-            ],
-            exception_handlers={HTTPException: _bare_error, FlowerError: _bare_error},
-        )
-        app.state.linkstate_factory = self._factory  # where `authenticate_node` looks for it
-        return app
-
-    def _route(
-        self, auth: Auth, action: str, kind: type[Any], handle: Callable[[Any], Any]
-    ) -> Route:
-        async def endpoint(request: Request) -> Response:
-            peer, body = await auth.peer_and_body(request, MAX_BODY_BYTES)
-            node_key = b64encode(peer.node_public).decode()
-            if request.headers.get(FLEET_HTTP_PUBLIC_KEY_HEADER) != node_key:
-                raise HTTPException(401)  # a peer with another peer's node key
-            try:
-                message = request.state.protobuf_request = kind.FromString(body)
-            except DecodeError as err:
-                raise HTTPException(400) from err
-            await run_in_threadpool(authenticate_node, request)
-            answer = await run_in_threadpool(handle, message)
-            self.on_request(action, self._nodes.get(peer.node_public, 0))
-            return Response(answer.SerializeToString(), media_type=PROTOBUF_MEDIA_TYPE)
-
-        return Route(FLEET_PREFIX + action, endpoint, methods=["POST"])
-
-    def _activate(self, request: ActivateNodeRequest) -> Any:
-        """Open a session, and end the previous one of this key.
-
-        Flower refuses a second session, so an agent that was killed and restarted would have to
-        wait until its old heartbeats expire.
-        """
-        if (node_id := self._nodes.get(request.public_key)) is not None:
-            self.state.deactivate_node(node_id)
-        return fleet_handlers.activate_node(request=request, state=self.state)
-
-    def _deactivate(self, request: DeactivateNodeRequest) -> Any:
-        return fleet_handlers.deactivate_node(request=request, state=self.state)
-
-
-async def _bare_error(_: Request, err: Exception) -> Response:
-    if isinstance(err, FlowerError):
-        return Response(status_code=API_ERROR_MAP[err.code].http_status_code)
-    assert isinstance(err, HTTPException)
-    return Response(status_code=err.status_code)
 
 
 def _check_objects(tree: ObjectTree, objects: Mapping[str, bytes]) -> None:

@@ -25,8 +25,9 @@ from coordinator.fleet.state import Fleet
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.flower import FLEET_PREFIX, Superlink
+from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
+from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from coordinator.transport.http_server import Server, listen
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.sharing import SharingRoutes
@@ -128,7 +129,7 @@ class Site:
         ours = with_fast_path(
             make_app(self, self.auth, self.ca_key)  # type: ignore[arg-type]
         )
-        flower = self.superlink.app(self.auth) if hasattr(self, "superlink") else ours
+        flower = sessions_app(self.superlink, self.auth) if hasattr(self, "superlink") else ours
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             self.requests.append((scope["method"], scope["path"]))

@@ -78,7 +78,7 @@ class DemoFleet:
         self.folder = folder
         self._interrupts = interrupts
         self._coordinator: subprocess.Popen[bytes] | None = None
-        self._agents: dict[str, subprocess.Popen[bytes]] = {}
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self._joining: dict[str, subprocess.Popen[bytes]] = {}
         self._settings: dict[str, str] = {}
 
@@ -110,28 +110,20 @@ class DemoFleet:
             self._joining[name] = self._spawn(name, ["agent.cli", *words], ticket)
 
         def all_started() -> bool:
-            for name in names.keys() - self._agents.keys():
+            for name in names.keys() - self.agents.keys():
                 code = self._joining[name].poll()
                 if code:
                     raise self._failed(f"{name} could not join", name)
                 if code == 0:
                     self.start_agent(name)
-            return names.keys() == self._agents.keys()
+            return names.keys() == self.agents.keys()
 
         timeout_s = START_TIMEOUT_S + count * START_TIMEOUT_PER_AGENT_S
         self._await(all_started, "the agents did not join", timeout_s)
 
     def start_agent(self, name: str) -> None:
         """Start an agent that has joined."""
-        self._agents[name] = self._spawn(name, ["agent.cli", "run"])
-
-    def kill_agent(self, name: str) -> None:
-        """Kill an agent and its trainer at once, as a power cut does."""
-        agent = self._agents[name]
-        family = _descendants(agent)
-        agent.kill()
-        agent.wait()
-        _kill(family)
+        self.agents[name] = self._spawn(name, ["agent.cli", "run"])
 
     def start_monitor(self) -> subprocess.Popen[bytes]:
         """Start the monitor of this fleet on this terminal."""
@@ -158,8 +150,8 @@ class DemoFleet:
         self._interrupts.check()
         if self._coordinator is not None and self._coordinator.poll() is not None:
             raise self._failed("the coordinator ended", "coordinator")
-        ended = [name for name, process in self._agents.items() if process.poll() is not None]
-        if ended and len(self._agents) - len(ended) < (quorum or len(self._agents)):
+        ended = [name for name, process in self.agents.items() if process.poll() is not None]
+        if ended and len(self.agents) - len(ended) < (quorum or len(self.agents)):
             raise self._failed(f"{', '.join(ended)} ended", ended[0])
 
     def _failed(self, what: str, name: str) -> CommonweightError:
@@ -182,7 +174,7 @@ class DemoFleet:
 
     def stop(self) -> None:
         """End every process with its children: first terminate, then kill."""
-        agents = [*self._joining.values(), *self._agents.values()]
+        agents = [*self._joining.values(), *self.agents.values()]
         coordinator = [self._coordinator] if self._coordinator else []
         family = [one for process in (*agents, *coordinator) for one in _descendants(process)]
         for group in (agents, coordinator):

@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 
 from agent.transport.coordinator_client import CoordinatorClient, _pack, _unpack
 from agent.transport.weight_transfer import SessionLost
-from coordinator.transport.flower import MAX_BODY_BYTES
 from coordinator.transport.flower_records import read_claim
+from coordinator.transport.flower_sessions import MAX_BODY_BYTES
 from protocols.errors import BadMessage, Unreachable
 from protocols.messages.work import POLL_PATH, FlowerMessage, PollRequest
 from tests.support.https_site import Machine, Site
