@@ -48,6 +48,7 @@ class PollHandler:
         if request.reply is None:
             response = await self._superlink.poll_async(node, request)
             self.on_request("exchange", node)
+            self._note(peer, request, response)
             return self._with_version(response)
         # Before the reply is stored, because the run may handle it at once.
         request_id = self._superlink.request_id_of(request.reply)
@@ -57,6 +58,7 @@ class PollHandler:
         await self._superlink.poll_async(node, PollRequest(reply=request.reply, wants_work=False))
         failpoint("reply.taken")
         self.on_request("push-object", node)
+        self._note(peer, request, PollResponse())
         acknowledged = await self._runs.acknowledged(future)
         if not request.wants_work:
             return PollResponse(acknowledged=acknowledged)
@@ -67,7 +69,14 @@ class PollHandler:
                 # The agent restarted meanwhile: the work belongs to its new session.
                 raise NoSession(f"{peer} has another session")
             response = await self._superlink.poll_async(node, PollRequest())
+        self._note(peer, request, response)
         return self._with_version(msgspec.structs.replace(response, acknowledged=acknowledged))
+
+    def _note(self, peer: str, request: PollRequest, response: PollResponse) -> None:
+        answered, got_work = request.reply is not None, response.work is not None
+        self._sessions.on_poll(
+            peer, answered=answered, wants_work=request.wants_work, got_work=got_work
+        )
 
     def _with_version(self, response: PollResponse) -> PollResponse:
         """Add the version to evaluate, if it is new to all peers and small."""

@@ -99,9 +99,23 @@ def remove_operator(operator: str) -> None:
 @peers.command("list")
 def list_peers(json: Json = False) -> None:
     """List every machine that has joined."""
-    columns = {"Name": "name", "Id": "peer", "Standing": "standing"}
+    columns: Columns[dict[str, Any]] = {
+        "Name": "name",
+        "Id": "peer",
+        "Standing": "standing",
+        "State": _state_text,
+    }
     empty = "no peers yet; on each machine: commonweight-agent join TICKET"
     print_list(connect().peers(), columns, empty, json=json)
+
+
+def _state_text(row: dict[str, Any]) -> str:
+    from coordinator.fleet.reducer import SHORT_REASONS
+    from protocols.messages.states import PeerState, label
+
+    if not row.get("state"):  # a removed peer, or an older coordinator
+        return ""
+    return label(PeerState(row["state"]), SHORT_REASONS.get(row["reason"], row["reason"]))
 
 
 @peers.command("approve")
@@ -124,8 +138,8 @@ def drain(
     deadline: Annotated[str, typer.Option(help="How long to wait for it.")] = "10m",
 ) -> None:
     """Ask a machine to finish its round and stop (id or name), and wait until it has."""
-    from coordinator.fleet.reducer import shown_state
-    from protocols.messages.states import PeerState, label
+    from coordinator.fleet.reducer import describe_state, shown_state
+    from protocols.messages.states import PeerState
 
     remote = connect()
     until = time.monotonic() + parse_seconds(deadline)
@@ -137,14 +151,14 @@ def drain(
             raise UnknownName(f"no peer {peer!r}", "commonweight peers list")
         state = shown_state(found, fleet.at)
         if state in idle:
-            print_line(f"{peer} has no work any more: {label(state, found.reason)}")
+            print_line(f"{peer} has no work any more: {describe_state(found, fleet.at)}")
             return
         if PeerState.PAUSED not in idle:
             _command(peer, "finish")
             idle.add(PeerState.PAUSED)  # counts only after the command: it ends the work
         if time.monotonic() > until:
             raise CommonweightError(
-                f"after {deadline} {peer} is still {label(state, found.reason)}",
+                f"after {deadline} {peer} is still {describe_state(found, fleet.at)}",
                 f"wait longer, or give up its round: commonweight peers pause {peer}",
             )
         time.sleep(_POLL_S)

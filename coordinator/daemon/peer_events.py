@@ -84,6 +84,7 @@ class PeerEvents:
         if self._sessions.node_of(peer) is None:
             return
         is_back = self._sessions.on_request(peer)
+        self._publisher.note_request(peer)
         if action == "activate-node":
             self._sessions.open(peer)
             self._sharing.clear_complaints(peer)

@@ -20,7 +20,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from coordinator.fleet.reducer import current_run, shown_state
+from coordinator.fleet.reducer import current_run, num_available, num_without_presence, shown_state
 from coordinator.fleet.state import Fleet, finite
 from protocols import VERSION
 from protocols.errors import PortInUse
@@ -63,6 +63,10 @@ def _of_fleet(fleet: Fleet, now: float) -> Iterator[Metric]:
     yield _gauge("info", "Version of commonweight.", {(VERSION,): 1}, "version")
     by_state = {(state.value,): states[state] for state in PeerState}
     yield _gauge("peers", "Peers by the state that the monitor shows.", by_state, "state")
+    available = {(): num_available(fleet, now)}
+    yield _gauge("peers_available", "Peers that could get work now.", available)
+    missing = {(): num_without_presence(fleet)}
+    yield _gauge("peers_without_presence", "Connected peers without MQTT presence.", missing)
     yield _gauge("peers_diverged", "Peers whose loss is NaN or infinite.", {(): diverged})
     yield _gauge("link_up", "1 while the link is up, else 0.", links, "link")
 

@@ -25,7 +25,7 @@ import msgspec
 from coordinator.fleet.state import Event, Fleet, Job, Level, Peer, Run, finite
 from protocols.messages import envelope as wire
 from protocols.messages.envelope import Envelope, EventBody
-from protocols.messages.states import AVAILABLE, ENDED, PeerState
+from protocols.messages.states import AVAILABLE, ENDED, PeerState, label
 from protocols.messages.topics import COORDINATOR
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -34,6 +34,16 @@ S = TypeVar("S", bound=msgspec.Struct)
 STALE_WORKING_S = 30.0
 #: Any other peer repeats its presence at least every 30 s: three are missing.
 STALE_IDLE_S = 90.0
+
+#: Reasons for a state that the coordinator derives from a peer's requests.
+NO_PRESENCE, SESSION_ENDED = "MQTT presence missing", "session ended"
+#: For a peer whose presence arrives, but that cannot get work.
+NO_SESSION = "Flower session missing"
+
+#: For columns that are too narrow for the whole reason.
+SHORT_REASONS = {NO_PRESENCE: "no MQTT", NO_SESSION: "no Flower"}
+_SILENT = frozenset({PeerState.OFFLINE, PeerState.STALE})
+_HAVE_REASONS = frozenset({PeerState.PAUSED, PeerState.OFFLINE, PeerState.ERROR})
 
 MAX_LOSSES = 120
 MAX_CONTRIBUTIONS = 40
@@ -113,6 +123,7 @@ def _presence(
     if not _accept(peer, envelope, peer.presence_seq, now):
         return
     before = peer.state
+    peer.no_presence = False
     peer.presence_seq, peer.seen_at = envelope.seq, now
     peer.state, peer.reason = body.state, body.reason
     peer.version, peer.task, peer.run, peer.round = body.version, body.task, body.run, body.round
@@ -136,7 +147,7 @@ def _will(fleet: Fleet, peer: Peer, envelope: Envelope, now: float) -> None:
     peer.will_seq = envelope.seq
     if peer.state is not PeerState.OFFLINE:
         _event(fleet, now, "warning", f"{display_name(peer)} lost its connection", peer.peer)
-    peer.state, peer.reason = PeerState.OFFLINE, "connection lost"
+    peer.state, peer.reason, peer.no_presence = PeerState.OFFLINE, "connection lost", False
 
 
 def _telemetry(peer: Peer, envelope: Envelope, body: wire.Telemetry, now: float) -> None:
@@ -174,7 +185,7 @@ def _from_coordinator(fleet: Fleet, envelope: Envelope, body: EventBody, now: fl
         fleet.gap = True
     fleet.epoch, fleet.seq = envelope.epoch, envelope.seq
     if isinstance(body, wire.PeerChanged):
-        _peer_known(fleet, body)
+        _peer_known(fleet, body, now)
     elif isinstance(body, wire.RunChanged):
         _run_changed(fleet, body, now)
     elif isinstance(body, wire.RoundClosed):
@@ -187,7 +198,7 @@ def _from_coordinator(fleet: Fleet, envelope: Envelope, body: EventBody, now: fl
         fleet.links = body
 
 
-def _peer_known(fleet: Fleet, body: wire.PeerChanged) -> None:
+def _peer_known(fleet: Fleet, body: wire.PeerChanged, now: float) -> None:
     if body.enrollment == "removed":
         fleet.peers.pop(body.peer, None)
         return
@@ -197,6 +208,12 @@ def _peer_known(fleet: Fleet, body: wire.PeerChanged) -> None:
         fleet.peers[body.peer] = peer
     peer.name, peer.labels, peer.standing = body.name or peer.name, body.labels, body.enrollment
     peer.flower = body.has_session
+    if body.state is not None:
+        peer.state, peer.no_presence = body.state, body.state is not PeerState.OFFLINE
+        peer.reason = NO_PRESENCE if peer.no_presence else SESSION_ENDED
+        # Requests do not tell what it works on, and how far it is.
+        peer.run, peer.round, peer.telemetry = "", 0, None
+        peer.seen_at = now if peer.no_presence else peer.seen_at
 
 
 def _run_changed(fleet: Fleet, body: wire.RunChanged, now: float) -> None:
@@ -319,16 +336,42 @@ def shown_state(peer: Peer, now: float) -> PeerState:
     """The peer's own state, unless it awaits approval or has been silent for too long."""
     if peer.standing == "awaiting":
         return PeerState.AWAITING
-    if peer.state in (PeerState.OFFLINE, PeerState.ERROR):
+    if peer.no_presence or peer.state in (PeerState.OFFLINE, PeerState.ERROR):
         return peer.state
     working = peer.state in (PeerState.TRAINING, PeerState.SENDING)
     silent = now - peer.seen_at > (STALE_WORKING_S if working else STALE_IDLE_S)
     return PeerState.STALE if silent else peer.state
 
 
+def has_presence(peer: Peer, now: float) -> bool:
+    """Whether its MQTT messages arrive."""
+    return not peer.no_presence and shown_state(peer, now) not in _SILENT
+
+
+def shown_reason(peer: Peer, now: float) -> str:
+    """Why the peer is in its shown state, or which of its two connections is missing."""
+    state = shown_state(peer, now)
+    if peer.no_presence or state in _HAVE_REASONS:
+        return peer.reason
+    return NO_SESSION if state in AVAILABLE and peer.flower is False else ""
+
+
+def describe_state(peer: Peer, now: float) -> str:
+    """Glyph, state and reason, as every view shows these: `● training: MQTT presence missing`."""
+    return label(shown_state(peer, now), shown_reason(peer, now))
+
+
 def num_available(fleet: Fleet, now: float) -> int:
-    """The number of peers that could get work now."""
-    return sum(shown_state(peer, now) in AVAILABLE for peer in fleet.peers.values())
+    """The number of peers that could get work now. Presence may be missing, a session may not."""
+    return sum(
+        peer.flower is not False and shown_state(peer, now) in AVAILABLE
+        for peer in fleet.peers.values()
+    )
+
+
+def num_without_presence(fleet: Fleet) -> int:
+    """The number of peers that are connected, but not over MQTT."""
+    return sum(peer.no_presence for peer in fleet.peers.values())
 
 
 def num_enrolled(fleet: Fleet) -> int:

@@ -17,6 +17,11 @@ from protocols.messages.envelope import Presence
 from protocols.messages.states import PeerState
 from protocols.network import version_check
 
+#: A peer that is free asks for work at least every 15 s.
+MAX_POLL_GAP_S = 30.0
+#: After a session opens or a will arrives, presence has this long to come.
+PRESENCE_GRACE_S = 5.0
+
 
 class NoSession(Exception):
     """The peer has no session with this run of the coordinator, and must open one."""
@@ -27,8 +32,13 @@ class _Activity:
     """What a peer did last. Times are monotonic s."""
 
     session_number: int = 0
+    opened_at: float = -math.inf
     requested_at: float = -math.inf
-    will_at: float = -math.inf
+    #: When it last said, or the broker for it, that its connection ended.
+    offline_at: float = -math.inf
+    #: Work that it got and has not answered; and when it last asked for work in this session.
+    has_work: bool = False
+    wanted_work_at: float | None = None
     tasks: tuple[str, ...] = ()
     #: The run and round that it trains for, and since when.
     training: tuple[tuple[str, int], float] | None = None
@@ -70,7 +80,10 @@ class Sessions:
 
     def open(self, peer: str) -> None:
         self._online |= {peer}
-        self._activity[peer].session_number += 1
+        activity = self._activity[peer]
+        activity.session_number += 1
+        activity.opened_at = time.monotonic()
+        activity.has_work, activity.wanted_work_at = False, None
 
     def session_number(self, peer: str) -> int:
         """The number of sessions that the peer has opened."""
@@ -92,10 +105,38 @@ class Sessions:
         self._activity[peer].requested_at = time.monotonic()
         return not was_eligible
 
+    def on_poll(self, peer: str, *, answered: bool, wants_work: bool, got_work: bool) -> None:
+        """Note what a poll says of the peer's work. A heartbeat during work says nothing."""
+        activity = self._activity[peer]
+        if wants_work:
+            activity.wanted_work_at = time.monotonic()
+        elif answered:
+            activity.wanted_work_at = -math.inf
+        if answered or wants_work:
+            activity.has_work = got_work
+
+    def state_from_requests(self, peer: str) -> PeerState | None:
+        """What the peer's requests show: training, idle or paused. None if it sends none."""
+        activity, now = self._activity[peer], time.monotonic()
+        if peer not in self._online or activity.offline_at > activity.requested_at:
+            return None
+        if activity.has_work:
+            return PeerState.TRAINING
+        wanted_at = activity.wanted_work_at
+        is_free = wanted_at is None or now - wanted_at <= MAX_POLL_GAP_S
+        return PeerState.IDLE if is_free else PeerState.PAUSED
+
+    def presence_is_due(self, peer: str) -> bool:
+        """Whether presence had enough time to arrive."""
+        activity = self._activity[peer]
+        since = max(activity.opened_at, activity.offline_at)
+        return time.monotonic() - since > PRESENCE_GRACE_S
+
     def on_presence(self, peer: str, presence: Presence) -> None:
         activity, now = self._activity[peer], time.monotonic()
+        if presence.state is PeerState.OFFLINE:
+            activity.offline_at = now
         if presence.will:
-            activity.will_at = now
             return
         activity.tasks = presence.tasks or activity.tasks
         work, training = (presence.run, presence.round), activity.training
@@ -132,4 +173,4 @@ class Sessions:
             if left_s < activity.last_duration_s:
                 return False
         # A request after the last will proves that the peer is online.
-        return activity.will_at <= activity.requested_at
+        return activity.offline_at <= activity.requested_at

@@ -36,11 +36,13 @@ class Event(Struct, kw_only=True, frozen=True):
 class Peer(Struct, kw_only=True):
     """A peer as the last messages describe it.
 
-    `seen_at` is Unix s, 0 for never. `missed` counts lost messages. `said_at` is the newest date of
-    its messages by its own clock, at most our time then. `skew_s` is how far its clock was ahead of
-    ours at its last live message. `contributions` has one character for each of the last rounds of
-    the run `contributions_run`, newest last: `1` if its update is in the round's version, `0` if
-    not, `?` if unknown. `flower` says whether it has a Flower session, None for unknown.
+    `no_presence`: its MQTT presence is missing, and the coordinator derives `state` from its
+    requests. `seen_at` is Unix s, 0 for never. `missed` counts lost messages. `said_at` is the
+    newest date of its messages by its own clock, at most our time then. `skew_s` is how far its
+    clock was ahead of ours at its last live message. `contributions` has one character for each of
+    the last rounds of the run `contributions_run`, newest last: `1` if its update is in the round's
+    version, `0` if not, `?` if unknown. `flower` says whether it has a Flower session, None for
+    unknown.
     """
 
     peer: Name
@@ -49,6 +51,7 @@ class Peer(Struct, kw_only=True):
     standing: Literal["awaiting", "enrolled"] = "enrolled"
     public_key: bytes
     flower: bool | None = None
+    no_presence: bool = False
     state: PeerState = PeerState.OFFLINE
     reason: Text = "not seen yet"
     version: Name = ""

@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from coordinator.fleet.reducer import display_name, shown_state
+from coordinator.fleet.reducer import (
+    SHORT_REASONS,
+    display_name,
+    has_presence,
+    shown_reason,
+    shown_state,
+)
 from coordinator.fleet.state import Fleet, Peer
 from coordinator.remote import formatting as fmt
 from protocols.messages.envelope import Telemetry
@@ -64,9 +70,10 @@ def peer_name(fleet: Fleet, peer_id: str) -> str:
 
 def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
     """Glyph, state and reason; the reason is truncated, or left out below 9 characters."""
-    state = shown_state(peer, now)
-    reason = peer.reason if state in (PeerState.PAUSED, PeerState.OFFLINE, PeerState.ERROR) else ""
+    state, reason = shown_state(peer, now), shown_reason(peer, now)
     room = width - len(label(state)) - len(": ")
+    if len(reason) > room:
+        reason = SHORT_REASONS.get(reason, reason)
     if len(reason) > room and room < 9:
         reason = ""
     return Cell(fmt.truncate(label(state, reason), width), TONES[state])
@@ -135,7 +142,7 @@ def _participation(peer: Peer, now: float, width: int) -> Cell:
 
 def links(peer: Peer, now: float) -> tuple[bool, bool | None]:
     """Whether MQTT messages arrive; whether it has a Flower session (None: unknown)."""
-    return shown_state(peer, now) not in (PeerState.OFFLINE, PeerState.STALE), peer.flower
+    return has_presence(peer, now), peer.flower
 
 
 def status_dot(up: bool | None) -> str:

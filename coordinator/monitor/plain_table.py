@@ -7,7 +7,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.fleet.reducer import current_run, num_available, num_enrolled
+from coordinator.fleet.reducer import current_run, num_available, num_enrolled, num_without_presence
 from coordinator.fleet.state import Fleet
 from coordinator.monitor.peer_table import COLUMNS, Tone, select_peers
 from coordinator.monitor.round_table import describe_run, seconds_left
@@ -35,6 +35,8 @@ def plain_table(fleet: Fleet, now: float, heading: str = "", *, width: int | Non
     """
     run = current_run(fleet)
     summary = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
+    if missing := num_without_presence(fleet):
+        summary += f" · {missing} without MQTT presence"
     left = seconds_left(run) if run else None
     summary += "" if left is None else f" · about {age(left)} left"
     parts = [heading, describe_run(run) if run else "", summary]

@@ -11,16 +11,18 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from coordinator.fleet.reducer import reduce
+from coordinator.fleet.reducer import has_presence, reduce
 from coordinator.fleet.registry import Peer
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.state import Fleet
+from coordinator.fleet.state import Peer as ShownPeer
 from coordinator.storage.settings import Keys
 from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.errors import BadMessage, Unreachable
 from protocols.messages import envelope as wire
 from protocols.messages.envelope import Command, Envelope, Verify, strip_controls
 from protocols.messages.mqtt import MqttAddress, SequencedSigner
+from protocols.messages.states import PeerState
 from protocols.messages.topics import COORDINATOR, Kind
 
 log = logging.getLogger("commonweight.hub")
@@ -106,8 +108,8 @@ class EventPublisher:
         """Send a request for logs. Returns whether the broker has it."""
         return self._client is not None and await self._client.send_to(peer, request)
 
-    def publish_peer(self, peer: Peer) -> None:
-        """Publish a peer's identity, and whether its session is open."""
+    def publish_peer(self, peer: Peer, state: PeerState | None = None) -> None:
+        """Publish a peer's identity, whether its session is open, and a state from its requests."""
         self.publish(
             wire.PeerChanged(
                 peer=peer.peer,
@@ -116,19 +118,45 @@ class EventPublisher:
                 enrollment=peer.standing,
                 public_key=peer.sign_public,
                 has_session=self._sessions.is_open(peer.peer),
+                state=state,
             )
         )
 
+    def note_request(self, peer: str) -> None:
+        """A request is a sign of life of a peer whose presence is missing."""
+        shown = self._fleet.peers.get(peer)
+        if shown is not None and shown.no_presence:
+            shown.seen_at = time.time()
+
     def publish_links(self, peers: Iterable[Peer] = ()) -> None:
         """Publish changes of links, sessions and the number of rejected messages."""
+        now = time.time()
         for peer in peers:
             shown = self._fleet.peers.get(peer.peer)
-            if shown is not None and shown.flower is not self._sessions.is_open(peer.peer):
-                self.publish_peer(peer)
+            if shown is None:
+                continue
+            state = self._state_without_presence(shown, now)
+            if shown.flower is not self._sessions.is_open(peer.peer) or state is not None:
+                was_eligible = self._sessions.is_eligible(peer.peer)
+                self.publish_peer(peer, state)
+                if was_eligible != self._sessions.is_eligible(peer.peer):
+                    self.on_eligibility_change()
         online = self._sessions.any_online
         links = wire.Links(mqtt=self._up, flower=online, rejected=self._rejected)
         if links != self._fleet.links:
             self.publish(links)
+
+    def _state_without_presence(self, shown: ShownPeer, now: float) -> PeerState | None:
+        """The new state of a peer whose presence is missing; None if it is there, or unchanged."""
+        if shown.standing != "enrolled" or (self._up and has_presence(shown, now)):
+            return None
+        state = self._sessions.state_from_requests(shown.peer)
+        if state is None:
+            is_gone = shown.no_presence or not self._up
+            return PeerState.OFFLINE if is_gone and shown.state is not PeerState.OFFLINE else None
+        if not shown.no_presence and not self._sessions.presence_is_due(shown.peer):
+            return None
+        return None if shown.no_presence and shown.state is state else state
 
     # --- incoming ---
 

@@ -123,7 +123,8 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     """A peer was enrolled, approved or removed, or its session opened or ended.
 
     `public_key` is its Ed25519 key (raw, 32 bytes). `has_session`: whether it has a Flower session;
-    None from older coordinators.
+    None from older coordinators. `state`: what its requests show while its MQTT presence is
+    missing, else None.
     """
 
     peer: Name
@@ -134,6 +135,7 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     )
     public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
     has_session: bool | None = field(default=None, name="flower")
+    state: PeerState | None = None
 
 
 class RunChanged(Struct, frozen=True, tag=True, kw_only=True):

@@ -50,6 +50,7 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k"}
                 "standing": "removed",
                 "public_key": KEY,
                 "flower": True,
+                "state": None,
             },
         ),
         (

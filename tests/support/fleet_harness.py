@@ -179,10 +179,14 @@ class Fleet:
     def start(self, *names: str) -> None:
         """Start these agents and wait until each has its session and its MQTT link."""
         for name in names:
-            self._start(name, [AGENT, "run"], self._env(name))
+            self.start_agent(name)
         for name in names:
             self.until_agent(name, "has both its links", lambda told: told["session"])
             self.until_agent(name, "has both its links", lambda told: told["mqtt"])
+
+    def start_agent(self, name: str) -> None:
+        """Start this agent, and do not wait."""
+        self._start(name, [AGENT, "run"], self._env(name))
 
     def agent(self, name: str) -> dict[str, Any]:
         """The last status of the agent; empty if it never ran."""

@@ -11,6 +11,7 @@ from coordinator.api.routes.endpoint import Call, get, post
 from coordinator.api.schema import WatchResponse
 from coordinator.api.service import request_host
 from coordinator.fleet import state
+from coordinator.fleet.reducer import shown_reason, shown_state
 from coordinator.fleet.registry import Peer
 from protocols.messages.envelope import Command
 
@@ -26,8 +27,17 @@ def watch(call: Call) -> WatchResponse:
 
 
 def list_peers(call: Call) -> list[dict[str, Any]]:
+    """All peers with the state that the monitor shows; it is empty for removed ones."""
+    now, shown = time.time(), call.service.fleet.peers
     return [
-        {"peer": p.peer, "name": p.name, "labels": p.labels, "standing": p.standing}
+        {
+            "peer": p.peer,
+            "name": p.name,
+            "labels": p.labels,
+            "standing": p.standing,
+            "state": shown_state(shown[p.peer], now) if p.peer in shown else "",
+            "reason": shown_reason(shown[p.peer], now) if p.peer in shown else "",
+        }
         for p in call.service.registry.peers.values()
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.fleet.reducer import shown_state
+from coordinator.fleet.reducer import has_presence, shown_reason, shown_state
 from coordinator.fleet.state import Event, Fleet, Job, Peer, Run
 from protocols.errors import CommonweightError
 
@@ -26,9 +26,10 @@ def peer_rows(peers: Sequence[Peer], now: float) -> list[Row]:
             "peer": peer.peer,
             "name": peer.name,
             "state": shown_state(peer, now).value,
-            "reason": peer.reason,
+            "reason": shown_reason(peer, now),
             "run": peer.run,
             "round": peer.round,
+            "mqtt": has_presence(peer, now),
             "flower": peer.flower,
             "seen_s_ago": round(now - peer.seen_at, 1) if peer.seen_at else None,
             "loss": peer.telemetry.loss if peer.telemetry else None,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import current_run, reduce, shown_state
+from coordinator.fleet.reducer import current_run, describe_state, has_presence, reduce, shown_state
 from coordinator.fleet.state import Fleet, decode, encode, rebase_times
 from protocols.errors import BadMessage
 from protocols.messages.envelope import (
@@ -230,6 +230,40 @@ def test_silence_is_seen_and_not_stored() -> None:
     assert fleets.num_available(fleet, NOW + 31) == 1
     reduce(fleet, said("A", 2, Telemetry()), NOW + 40)
     assert shown_state(a, NOW + 41) is PeerState.TRAINING
+
+
+def test_a_state_from_requests_stands_in_for_missing_presence() -> None:
+    fleet = new_fleet("A")
+    peer = fleet.peers["A"]
+
+    def requests_show(seq: int, state: PeerState, *, session: bool = True) -> None:
+        known = PeerChanged(peer="A", name="a", public_key=KEY, has_session=session, state=state)
+        reduce(fleet, said(COORDINATOR, seq, known), NOW)
+
+    assert describe_state(peer, NOW) == "✕ offline: not seen yet"
+    requests_show(2, PeerState.TRAINING)
+    later = NOW + 1000  # without any message over MQTT
+    assert describe_state(peer, later) == "● training: MQTT presence missing"
+    assert fleets.num_available(fleet, later) == fleets.num_without_presence(fleet) == 1
+    assert not has_presence(peer, later)
+    reduce(fleet, said("A", 1, is_(PeerState.PAUSED, "battery")), later)
+    assert describe_state(peer, later) == "‖ paused: battery"
+    assert fleets.num_without_presence(fleet) == 0
+    reduce(fleet, said("A", 2, Telemetry(run="r", step=3, steps=9)), later)
+    requests_show(3, PeerState.IDLE)
+    assert (peer.run, peer.telemetry) == ("", None), "it was true of another time"
+    requests_show(4, PeerState.OFFLINE, session=False)
+    assert describe_state(peer, later) == "✕ offline: session ended"
+    assert fleets.num_available(fleet, later) == fleets.num_without_presence(fleet) == 0
+
+
+def test_a_peer_without_a_session_is_not_counted_whatever_its_presence_says() -> None:
+    fleet = new_fleet("A")
+    known = PeerChanged(peer="A", name="a", public_key=KEY, has_session=False)
+    reduce(fleet, said(COORDINATOR, 2, known), NOW)
+    reduce(fleet, said("A", 1, is_(PeerState.IDLE)), NOW)
+    assert describe_state(fleet.peers["A"], NOW) == "○ idle: Flower session missing"
+    assert fleets.num_available(fleet, NOW) == 0
 
 
 def test_a_peer_that_awaits_approval_is_shown_so_whatever_it_says() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from coordinator.fleet.reducer import NO_PRESENCE
 from coordinator.fleet.state import Fleet, Peer, Run
 from coordinator.monitor.peer_table import (
     COLUMNS,
@@ -144,6 +145,16 @@ def test_a_state_has_a_glyph_a_word_and_a_truncated_reason() -> None:
     assert state_cell(paused, NOW, 40).text == "‖ paused: other programs are busy"
     assert state_cell(paused, NOW, 20).text == "‖ paused: other pro…"
     assert state_cell(paused, NOW, 12).text == "‖ paused"
+
+
+@pytest.mark.parametrize("state", [PeerState.TRAINING, PeerState.IDLE, PeerState.PAUSED])
+def test_missing_presence_is_said_in_the_narrowest_column(state: PeerState) -> None:
+    one = peer("a", state, NO_PRESENCE)
+    one.no_presence = True
+    for column, width in fit_columns(COLUMNS, 59, 60):
+        if column.key == "state":
+            assert column.cell(one, NOW, width).text.endswith(f"{state.value}: no MQTT")
+    assert state_cell(one, NOW, 40).text.endswith(f"{state.value}: MQTT presence missing")
 
 
 def test_the_connections_of_a_peer() -> None:
