@@ -153,7 +153,7 @@ class WeightTransfer:
     def upload(self, digest: str, source: Path, at: str = UPDATE_PATH) -> None:
         """Uploads a file; sends nothing if the coordinator has it already.
 
-        Raises UploadRefused or UploadUnneeded if the coordinator does not take it.
+        Raises UploadRefused, UploadUnneeded or Refused if the coordinator does not take it.
         """
         path = at.format(digest=digest)
         size = source.stat().st_size
@@ -216,9 +216,11 @@ def raise_for_upload(status: int, body: bytes) -> None:
     because = strip_controls(body[:_MAX_REASON_BYTES].decode(errors="replace")) or f"HTTP {status}"
     if status == 410:
         raise UploadUnneeded(f"the upload is not needed any more: {because}")
-    if status in (413, 422):  # a retry would get the same answer
+    if status == 413:  # a retry would get the same answer
         raise UploadRefused(
             f"the coordinator refuses the upload: {because}",
             "check that agent and coordinator have the same version, then start a new run",
         )
+    if status == 422:  # the file may be damaged, and new work makes another one
+        raise Refused(f"the coordinator refuses the upload: {because}")
     raise_for_status(status)

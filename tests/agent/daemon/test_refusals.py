@@ -14,7 +14,7 @@ from agent.daemon import session_loop, work_thread
 from agent.daemon.agent import Agent
 from agent.transport.weight_transfer import SessionLost
 from coordinator.transport.flower_records import read_claim
-from protocols.errors import Unreachable, UploadRefused, UploadUnneeded
+from protocols.errors import Refused, Unreachable, UploadRefused, UploadUnneeded
 from protocols.messages import refusals
 from protocols.messages.envelope import Notice
 from protocols.messages.work import SIGNED_WORK, Work
@@ -129,8 +129,9 @@ async def test_only_updates_of_the_current_run_are_taken(
         with pytest.raises(Unreachable, match="503"):
             await asyncio.to_thread(link.upload, "0" * 64, update)
         site.transfer.limits.max_bytes = 1
-        with pytest.raises(UploadRefused, match="not those of the announced digest"):
+        with pytest.raises(Refused, match="not those of the announced digest") as damaged:
             await asyncio.to_thread(link.upload, "0" * 64, update)
+        assert not refusals.refusal_of(damaged.value).permanent
     finally:
         asked.agent._work.close()
 
