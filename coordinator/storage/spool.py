@@ -6,9 +6,11 @@ at the next start. An upload that was cut off stays as a `.part` file, and its p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Set
 from pathlib import Path
@@ -42,9 +44,7 @@ class Spool:
         #: By peer: its files, oldest first. Listing the folder for each upload would get slower
         #: with more peers.
         self._files: defaultdict[str, dict[Path, None]] = defaultdict(dict)
-        paths = self.folder.iterdir() if self.folder.exists() else ()
-        files = [path for path in paths if path.is_file()]
-        for path in sorted(files, key=lambda path: path.stat().st_mtime):
+        for path in _files_by_age(self.folder):
             self._files[_node_of(path)][path] = None
 
     def begin_run(self, run: str) -> None:
@@ -149,6 +149,21 @@ class Spool:
             if node not in keep_of:
                 self.delete(paths.keys() - self.writers.keys())
         failpoint("updates.dropped")
+
+
+def _files_by_age(folder: Path) -> list[Path]:
+    """The files in a folder that may not exist, oldest first.
+
+    Commands open the folder beside the coordinator, which may delete a file meanwhile.
+    """
+    ages = dict[Path, float]()
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    ages[path] = status.st_mtime
+    return sorted(ages, key=ages.__getitem__)
 
 
 def _node_of(path: Path) -> str:

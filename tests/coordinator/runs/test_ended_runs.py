@@ -60,7 +60,7 @@ async def test_a_stopped_run_leaves_nothing_and_does_not_block_the_next_one(
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         quick, slow = fleet.agents
         varied(quick)
-        for _ in range(MAX_UPLOADS + 2):
+        for _ in range(MAX_UPLOADS + 1):
             door = Door(slow, 1)
             run_id = fleet.start(**spec)
             await until(door.reached.is_set)
@@ -114,7 +114,7 @@ async def test_an_update_for_a_stopped_run_is_not_taken(tmp_path: Path) -> None:
         assert spool(fleet) == []
 
 
-async def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_refused_update_is_deleted_with_its_run(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
 
         def wrong(model: Weights, data: Any) -> Weights:
