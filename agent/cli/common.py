@@ -11,7 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from protocols.errors import HomeLocked, UsageError
-from protocols.local import homes, json_output
+from protocols.local import homes
+from protocols.local.cli_entry import print_json as print_json
+from protocols.local.cli_entry import print_line as print_line
+from protocols.local.cli_entry import print_result as print_result
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
 Part = Annotated[
@@ -22,16 +25,6 @@ Split = Annotated[
 ]
 
 _UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def print_line(text: str) -> None:
-    """Print a line for a person, to stderr."""
-    sys.stderr.write(text + "\n")
-
-
-def print_json(data: Any) -> None:
-    """Print one line of JSON, to stdout."""
-    sys.stdout.write(json_output.ok(data) + "\n")
 
 
 def print_data(data: Any, lines: Iterable[str], *, json: bool) -> None:

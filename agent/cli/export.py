@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from agent.cli.common import Json, print_json, print_line
+from agent.cli.common import Json, print_result
 from agent.cli.models import find_model
 from agent.home import settings
 from protocols.errors import UnknownName, UsageError
@@ -53,7 +53,4 @@ def export(
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
         data = settings.data_settings(chosen, Path(folder))
         task.export(found.load_weights(), found.task_settings, form, data, out)
-    if json:
-        print_json({"form": form, "out": out})
-    else:
-        print_line(f"wrote {out} ({form})")
+    print_result({"form": form, "out": out}, f"wrote {out} ({form})", json=json)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from protocols.local import json_output
+from protocols.local.cli_entry import print_json as print_json
+from protocols.local.cli_entry import print_line as print_line
+from protocols.local.cli_entry import print_result as print_result
 
 if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
@@ -33,24 +34,6 @@ def connect() -> Remote:
 def peer_names(remote: Remote) -> dict[str, str]:
     """The name of each peer, by its id."""
     return {peer["peer"]: peer["name"] for peer in remote.peers()}
-
-
-def print_line(text: str) -> None:
-    """Print a line for a person, to stderr."""
-    sys.stderr.write(text + "\n")
-
-
-def print_json(data: Any) -> None:
-    """Print one line of JSON, to stdout."""
-    sys.stdout.write(json_output.ok(data) + "\n")
-
-
-def print_result(data: Any, text: str, *, json: bool) -> None:
-    """Print `data` as a line of JSON, or `text` for a person."""
-    if json:
-        print_json(data)
-    else:
-        print_line(text)
 
 
 def print_table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> None:

@@ -11,7 +11,7 @@ A check that passed may still have a fix: advice about something that is no faul
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from msgspec import Struct
 
@@ -79,9 +79,3 @@ def format_check(check: Check) -> str:
 
 def count_failed(checks: Iterable[Check]) -> int:
     return sum(check.ok is False for check in checks)
-
-
-def to_json(checks: Iterable[Check]) -> dict[str, Any]:
-    """The output of `--json`: the checks, and how many of them failed."""
-    checks = list(checks)
-    return {"faults": count_failed(checks), "checks": checks}

@@ -1,4 +1,4 @@
-"""Helpers of both command lines: exit codes, reading a ticket, printing the checks of a doctor.
+"""Helpers of both command lines: exit codes, output, reading a ticket, the checks of a doctor.
 
 click is imported inside the functions, because a running coordinator or agent does not need it.
 """
@@ -62,6 +62,24 @@ def read_ticket(given: str) -> str:
     return given
 
 
+def print_line(text: str) -> None:
+    """Print a line for a person, to stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def print_json(data: Any) -> None:
+    """Print one line of JSON, to stdout."""
+    sys.stdout.write(json_output.ok(data) + "\n")
+
+
+def print_result(data: Any, text: str, *, json: bool) -> None:
+    """Print `data` as a line of JSON, or `text` for a person."""
+    if json:
+        print_json(data)
+    else:
+        print_line(text)
+
+
 def print_checks(found: Iterable[checks.Check], *, json: bool) -> None:
     """Print each check as soon as it has run. Exits with status 6 if one failed."""
     import click
@@ -73,6 +91,6 @@ def print_checks(found: Iterable[checks.Check], *, json: bool) -> None:
             sys.stdout.write(checks.format_check(check) + "\n")
             sys.stdout.flush()
     if json:
-        sys.stdout.write(json_output.ok(checks.to_json(done)) + "\n")
+        print_json({"faults": checks.count_failed(done), "checks": done})
     if checks.count_failed(done):
         raise click.exceptions.Exit(ExitCode.FAULTS_FOUND)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
-from protocols.errors import CommonweightError
-from protocols.local import json_output
+import click
+import pytest
+
+from protocols.errors import CommonweightError, ExitCode
+from protocols.local import cli_entry
 from protocols.local.checks import (
     Advice,
     Check,
@@ -13,7 +16,6 @@ from protocols.local.checks import (
     count_failed,
     format_check,
     run_checks,
-    to_json,
 )
 
 
@@ -77,9 +79,12 @@ def test_lines_for_a_person() -> None:
     assert "\x1b" not in format_check(Check("dns", False, "\x1b[2J", "\x1b[31m"))
 
 
-def test_the_same_as_json() -> None:
+def test_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     made = [Check("a", True, "fine"), Check("b", None, "skipped"), Check("c", False, "no", "do")]
-    assert json.loads(json_output.ok(to_json(made)))["data"] == {
+    with pytest.raises(click.exceptions.Exit) as ended:
+        cli_entry.print_checks(made, json=True)
+    assert ended.value.exit_code == ExitCode.FAULTS_FOUND
+    assert json.loads(capsys.readouterr().out)["data"] == {
         "faults": 1,
         "checks": [
             {"name": "a", "ok": True, "detail": "fine", "fix": ""},
