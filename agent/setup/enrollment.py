@@ -22,13 +22,7 @@ from protocols import VERSION
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
-from protocols.errors import (
-    CommonweightError,
-    HomeError,
-    HomeLocked,
-    Refused,
-    Unreachable,
-)
+from protocols.errors import CommonweightError, HomeError, HomeLocked, Refused, Unreachable
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.join_client import find_coordinator, post_join

@@ -22,13 +22,7 @@ from coordinator.storage.settings import UP_FILE
 from protocols import VERSION
 from protocols.enrollment import identity, joining, tickets
 from protocols.enrollment.identity import SigningKey
-from protocols.errors import (
-    CommonweightError,
-    ExitCode,
-    HomeError,
-    NotRunning,
-    Refused,
-)
+from protocols.errors import CommonweightError, ExitCode, HomeError, NotRunning, Refused
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.join_client import find_coordinator, post_join

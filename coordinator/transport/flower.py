@@ -30,28 +30,14 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.constant import (
-    FLWR_IN_MEMORY_DB_NAME,
-    NOOP_FEDERATION_ID,
-    TaskType,
-)
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_children_ids_from_object_content,
-    get_object_id,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
+from flwr.supercore.inflatable import inflatable_object as inflatable
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.config_loader import (
-    get_federation_manager,
-    get_objectstore_linkstate_factories,
-)
+from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
 
@@ -209,7 +195,8 @@ class Superlink:
         store = self.state.object_store
         tree = store.get_object_tree(message.metadata.message_id)
         objects = {
-            node.object_id: store.get(node.object_id) or b"" for node in iterate_object_tree(tree)
+            node.object_id: store.get(node.object_id) or b""
+            for node in inflatable.iterate_object_tree(tree)
         }
         store.delete(message.metadata.message_id)
         return FlowerMessage(
@@ -225,18 +212,20 @@ class Superlink:
         ids: list[str] = []
         objects: dict[str, Any] = {}
         unstored: set[str] = set()
-        with self.lock, no_object_id_recompute():
+        with self.lock, inflatable.no_object_id_recompute():
             session = self.state.start_session(self.run_id)
             for message in messages:
                 message.metadata.__dict__["_message_id"] = message.object_id
                 stored, missing = self.state.store_message_and_object_tree(
-                    remove_content_from_message(message), get_object_tree(message), session
+                    remove_content_from_message(message),
+                    inflatable.get_object_tree(message),
+                    session,
                 )
                 if stored:
                     ids.append(message.metadata.message_id)
                     self._undelivered[message.metadata.dst_node_id].append(ids[-1])
                     unstored.update(missing)
-                    objects.update(get_all_nested_objects(message))
+                    objects.update(inflatable.get_all_nested_objects(message))
             # After all messages: a session closes as soon as its registered objects are complete.
             for object_id in sorted(unstored):
                 content = objects[object_id].deflate()
@@ -275,7 +264,7 @@ class Superlink:
         """
         store = self.state.object_store
         contents: dict[str, bytes] = {}
-        for node in iterate_object_tree(store.get_object_tree(reply_id)):
+        for node in inflatable.iterate_object_tree(store.get_object_tree(reply_id)):
             content = store.get(node.object_id)
             if not content:
                 return False
@@ -310,13 +299,13 @@ def _check_objects(tree: ObjectTree, objects: Mapping[str, bytes]) -> None:
     Flower does not compare a tree with its objects, and decodes each object as often as the tree
     names it.
     """
-    nodes = list(islice(iterate_object_tree(tree), MAX_OBJECTS + 1))
+    nodes = list(islice(inflatable.iterate_object_tree(tree), MAX_OBJECTS + 1))
     if len(nodes) > MAX_OBJECTS:
         raise BadMessage(f"the reply has more than {MAX_OBJECTS} objects")
     for node in nodes:
         content = objects.get(node.object_id, b"")
-        if get_object_id(content) != node.object_id:
+        if inflatable.get_object_id(content) != node.object_id:
             raise BadMessage("an object of the reply is missing or has another id")
         children = [child.object_id for child in node.children]
-        if get_object_children_ids_from_object_content(content) != children:
+        if inflatable.get_object_children_ids_from_object_content(content) != children:
             raise BadMessage("the reply's tree does not match its objects")

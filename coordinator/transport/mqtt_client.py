@@ -28,12 +28,7 @@ from protocols.local.mqtt_connection import connect
 from protocols.messages import envelope as wire
 from protocols.messages import topics
 from protocols.messages.envelope import Envelope, Sign, Verify
-from protocols.messages.mqtt import (
-    MqttAddress,
-    SequencedSigner,
-    describe_failure,
-    tls_context,
-)
+from protocols.messages.mqtt import MqttAddress, SequencedSigner, describe_failure, tls_context
 from protocols.messages.topics import COORDINATOR, Kind
 from protocols.network.backoff import delays
 

@@ -17,16 +17,9 @@ from textual.widget import Widget
 
 from coordinator.fleet.reducer import current_run, display_name
 from coordinator.fleet.state import Fleet, Run
+from coordinator.monitor import round_table
 from coordinator.monitor.charts import Values
 from coordinator.monitor.peer_table import peer_name
-from coordinator.monitor.round_table import (
-    best_round,
-    describe_run,
-    metric_names,
-    metric_value,
-    participation,
-    worst_peer,
-)
 from coordinator.monitor.tui.plots import Plot, bar_list, curve_plot, side_by_side, stack_plot
 from coordinator.monitor.tui.theme import colors
 from coordinator.remote.formatting import brief, decimal, duration, format_bytes, percent, truncate
@@ -63,7 +56,7 @@ class RoundPlots(Widget):
         """Draw the current run of `fleet` if it has changed."""
         run = current_run(fleet) if fleet else None
         last = run.rounds[-1] if run and run.rounds else None
-        words = describe_run(run) if run and self._words else ""
+        words = round_table.describe_run(run) if run and self._words else ""
         counts = (len(run.rounds) if run else 0, len(fleet.peers) if fleet else 0)
         shown = (run and run.changed.run, last, counts, colors(), words)
         if shown != self._shown or fleet is not self.fleet:
@@ -104,7 +97,7 @@ class RoundPlots(Widget):
 def _run_header(run: Run, width: int) -> list[Text]:
     """The task and the state of the run: at most four lines and a blank one."""
     lines = [Text(truncate(run.changed.task, width), f"bold {colors().text}", no_wrap=True)]
-    words = wrap(describe_run(run).removeprefix(f"{run.changed.task} · "), width)
+    words = wrap(round_table.describe_run(run).removeprefix(f"{run.changed.task} · "), width)
     return [*lines, *(Text(line, colors().dim, no_wrap=True) for line in words[:3]), Text()]
 
 
@@ -125,7 +118,7 @@ def lay_out(shown: list[Pane], width: int, height: int) -> list[Text]:
 
 def panes(run: Run, fleet: Fleet) -> list[Pane]:
     """Every plot of `run`, the most important first."""
-    names = ("loss", "accuracy", *metric_names(run))
+    names = ("loss", "accuracy", *round_table.metric_names(run))
     loss, accuracy, *others = (partial(_metric, name, run=run, fleet=fleet) for name in names)
     plots = [_participation, _time, _norms, _bytes]
     if any(closed.staleness for closed in run.rounds):
@@ -145,13 +138,17 @@ def _metric(name: str, width: int, height: int, *, run: Run, fleet: Fleet) -> li
     """The mean of all peers, weighted by examples; the range of the peers is shaded."""
     own = colors()
     fmt = percent if name == "accuracy" else brief
-    rounds = [one for one in _recent(run) if metric_value(one, name) is not None or one.diverged]
-    values = [metric_value(closed, name) for closed in rounds]
+    rounds = [
+        one
+        for one in _recent(run)
+        if round_table.metric_value(one, name) is not None or one.diverged
+    ]
+    values = [round_table.metric_value(closed, name) for closed in rounds]
     spreads = [closed.spread.get(name) for closed in rounds]
     spread: tuple[Values, Values] | None = None
     notes: list[str] = []
-    best = next((closed for closed in rounds if closed.round == best_round(run)), None)
-    if best is not None and (at_best := metric_value(best, name)) is not None:
+    best = next((closed for closed in rounds if closed.round == round_table.best_round(run)), None)
+    if best is not None and (at_best := round_table.metric_value(best, name)) is not None:
         notes = [f"★ {fmt(at_best)} in {best.round}", f"★ {fmt(at_best)}"]
     if any(three and three[0] < three[2] for three in spreads):
         ends = [
@@ -161,7 +158,7 @@ def _metric(name: str, width: int, height: int, *, run: Run, fleet: Fleet) -> li
         spread = ([low for low, _ in ends], [high for _, high in ends])
         if last := spreads[-1]:
             text = f"peers {fmt(last[0])} to {fmt(last[2])}"
-            worst = worst_peer(rounds[-1], fleet, name)
+            worst = round_table.worst_peer(rounds[-1], fleet, name)
             notes = [f"{text}, worst {worst}"] * bool(worst) + [text, *notes]
     title = name.replace("_", " ").capitalize()
     plot = Plot(title, width, height, _round_range(rounds), fmt, notes)
@@ -190,7 +187,7 @@ def _participation(width: int, height: int, *, run: Run, fleet: Fleet) -> list[T
     notes = [f"{refused} refused"] if refused else []
     plot = Plot("Peers", width, height, _round_range(rounds), "{:.0f}".format, notes)
     enrolled = [peer for peer in fleet.peers.values() if peer.standing == "enrolled"]
-    strips = {display_name(peer): participation(peer, run, 60) for peer in enrolled}
+    strips = {display_name(peer): round_table.participation(peer, run, 60) for peer in enrolled}
     if not any(strip.strip() for strip in strips.values()) or len(enrolled) > height - 1:
         return stack_plot(plot, [(own.purple, [float(closed.peers) for closed in rounds])])
     wide = min(max(map(len, strips)), max(width // 3, 6))

@@ -10,14 +10,8 @@ from textual.widgets import Static
 
 from coordinator.fleet.reducer import current_run
 from coordinator.fleet.state import Fleet, Run
+from coordinator.monitor import round_table
 from coordinator.monitor.peer_table import Cell, Column, fit_columns
-from coordinator.monitor.round_table import (
-    accuracy_trend,
-    best_round,
-    describe_run,
-    loss_trend,
-    round_columns,
-)
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row, round_rows
 from coordinator.monitor.tui.page import Frame, Page
@@ -74,23 +68,27 @@ class RoundsPage(Page):
             self._fill_table(run, fleet)
 
     def _run_text(self, run: Run, *, trends: bool) -> Text:
-        text = Text(describe_run(run), no_wrap=True, overflow="ellipsis")
+        text = Text(round_table.describe_run(run), no_wrap=True, overflow="ellipsis")
         if trends and run.rounds:
             width, own = max((self.size.width - 24) // 2, 8), colors()
-            text.append("\nloss ", own.dim).append(trend(loss_trend(run.rounds), width), own.blue)
+            text.append("\nloss ", own.dim).append(
+                trend(round_table.loss_trend(run.rounds), width), own.blue
+            )
             text.append("  accuracy ", own.dim)
-            text.append(trend(accuracy_trend(run.rounds), width), own.green)
+            text.append(trend(round_table.accuracy_trend(run.rounds), width), own.green)
         return text
 
     def _fill_table(self, run: Run, fleet: Fleet) -> None:
         """Fill the table if its rounds or its width have changed."""
-        best, last = best_round(run), run.rounds[-1] if run.rounds else None
+        best, last = round_table.best_round(run), run.rounds[-1] if run.rounds else None
         drawn = (run.changed.run, len(run.rounds), last, best, self.size.width, self.follow)
         if drawn == self._drawn:
             return
         self._drawn, self._run = drawn, run.changed.run
         # One character for the scroll bar, so that it never covers a column.
-        columns = fit_columns(round_columns(run, fleet), self.size.width - 1, self.app.size.width)
+        columns = fit_columns(
+            round_table.round_columns(run, fleet), self.size.width - 1, self.app.size.width
+        )
         self.table.set_rows([str(closed.round) for closed in reversed(run.rounds)], columns)
         if self.follow:
             self.table.move_cursor(0)
