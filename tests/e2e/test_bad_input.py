@@ -116,6 +116,17 @@ def test_a_setting_that_the_task_does_not_know_harms_only_its_run(site: Fleet) -
     assert again["state"] == "finished"
 
 
+def test_what_a_task_reads_is_told_once_to_a_peer_without_data(site: Fleet) -> None:
+    ended = site.ended_run(site.start_run("tabular", "--target", "price", "--quorum", "1"))
+    why = "no data are set on this machine, and the task tabular reads a CSV or Parquet file"
+    assert ended["ended_because"].startswith(f"no peer can take part: {why}")
+    told = [text for text in site.events() if why in text]
+    assert [text.partition(":")[0] for text in told] == ["refused ada"], "once"
+    shown = site.ask("run", "show", ended["id"]).stdout
+    assert shown.count(why) == 1
+    assert "policy set data" in site.ask_agent("ada", "status").stdout, "the owner's next step"
+
+
 # --- homes and ports -------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,15 +58,22 @@ def test_peers_agree_on_the_union_of_their_classes(tmp_path: Path) -> None:
 
 
 def _check_predictions(site: Fleet, folder: Path) -> None:
-    """Predict, here from the cache and there from an exported file."""
+    """A job, the agent's own version and an exported file answer with the names."""
     asked = pictures(folder / "asked", {"cat": 2, "dog": 2, "emu": 2})
     run = site.data("run", "list")[-1]["id"]
     model = folder / "model.safetensors"
     assert site.ask("models", "export", run, str(model), "--which", "latest").returncode == 0
-    for source in ("latest", str(model)):
-        out = folder / f"{Path(source).stem}.csv"
-        words = ("predict", str(asked), "--out", str(out), "--model", source)
-        done = site.ask_agent("bob", *words)
+    done = site.ask_agent("bob", "policy", "set", "jobs.scatter", "on")
+    assert done.returncode == 0, done.stderr
+    here = ("predict", str(asked), "--model")
+    for asking, words in (
+        (site.ask, ("infer", "--model", run, "--scatter", str(asked))),
+        (partial(site.ask_agent, "bob"), (*here, "latest")),
+        (partial(site.ask_agent, "bob"), (*here, str(model))),
+    ):
+        out = folder / "answers.csv"
+        out.unlink(missing_ok=True)
+        done = asking(*words, "--out", str(out))
         assert done.returncode == 0, done.stderr
         answers = list(csv.DictReader(out.read_text().splitlines()))
         assert {row["class"] for row in answers} <= {"cat", "dog", "emu"}

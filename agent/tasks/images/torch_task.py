@@ -40,8 +40,11 @@ class Images(ClassifierTask):
     evaluation_batch = gradient_batch = 256
 
     def survey(self, settings: Settings) -> ClassCounts | None:
-        """This peer's classes, if the run does not name its own. Raises DataError."""
-        return dataset.survey(self._data) if image_settings.needs_classes(settings) else None
+        """This peer's classes, if the run does not name its own. Raises DataError, UsageError."""
+        if not image_settings.needs_classes(settings):
+            return None
+        self.schema({**settings, "classes": "a,b"})  # errors in the other settings show now
+        return dataset.survey(self._data)
 
     def schema(self, settings: Settings) -> Schema:
         plan = image_settings.read_settings(settings)

@@ -268,6 +268,8 @@ def test_only_classes_with_enough_pictures_are_told(folder: Path) -> None:
     assert task.survey(SMALL) is None, "a run may name them"
     with pytest.raises(UnknownName):
         task.survey({**settings, "colour": 1})
+    with pytest.raises(UsageError, match="'vgg' is no layer"):
+        task.survey({**settings, "model": "vgg"})
     with pytest.raises(DataError, match="at least 50 pictures"):
         loaded(folder, min_rows=50).survey(settings)
     shutil.rmtree(folder / "data" / "mrs smith")
