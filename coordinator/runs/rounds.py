@@ -105,6 +105,7 @@ class Rounds:
         else:
             late = self._requests.late_bases(self._recorder.run) if run.folds_late else {}
             store.uploads.clear(keep_of=late.keys())
+            failpoint("updates.dropped")
         await asyncio.to_thread(model.make_patch, run.head, version.digest)
         self._requests.clear_work()
 

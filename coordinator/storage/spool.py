@@ -148,7 +148,6 @@ class Spool:
         for node, paths in list(self._files.items()):
             if node not in keep_of:
                 self.delete(paths.keys() - self.writers.keys())
-        failpoint("updates.dropped")
 
 
 def _files_by_age(folder: Path) -> list[Path]:
