@@ -65,7 +65,10 @@ def find_files(path: str) -> list[Path]:
     else:
         found = [given] if given.is_file() else [Path(name) for name in glob.glob(path)]
     if not found:
-        raise DataError("there are no tables at the path that is set on this machine", path)
+        raise DataError(
+            "there are no tables at the path that is set on this machine",
+            f"{path}: commonweight-agent policy set data PATH",
+        )
     return sorted(found)
 
 
