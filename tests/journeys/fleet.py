@@ -57,6 +57,7 @@ class JourneyFleet(Site):
         self.up_options: tuple[str, ...] = ()
         self.remote: Remote | None = None
         self._occupier: socketserver.ThreadingTCPServer | None = None
+        self._skipped: dict[Path, int] = {}
         self._numbers = iter(range(10**6))
 
     def _env(self, name: str = "coordinator") -> dict[str, str]:
@@ -79,6 +80,22 @@ class JourneyFleet(Site):
         self._seen = []
         for name in NAMES:
             self.truth_file(name).unlink(missing_ok=True)
+
+    # --- logs ---
+
+    def logs(self) -> list[Path]:
+        return sorted([*self.folder.glob("*.log"), *self.folder.glob("*/*.log")])
+
+    def unread(self, path: Path) -> str:
+        """What a log has, without what older agents wrote."""
+        if {path.stem, path.parent.name} & self.old:
+            self._skip(path)
+        with path.open("rb") as file:
+            file.seek(self._skipped.get(path, 0))
+            return file.read().decode(errors="replace")
+
+    def _skip(self, path: Path) -> None:
+        self._skipped[path] = path.stat().st_size
 
     # --- commands ---
 
@@ -192,6 +209,10 @@ class JourneyFleet(Site):
             assert program.stop() == 0, program.log[-2000:]
         _, left = psutil.wait_procs(children, timeout=20)
         assert not left, f"{name} has left {left}"
+        if name in self.old:
+            for path in self.logs():
+                if name in (path.stem, path.parent.name):
+                    self._skip(path)
 
     def close(self) -> None:
         """End everything. Raises AssertionError if a program does not end, or leaves a process."""

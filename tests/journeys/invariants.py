@@ -71,8 +71,6 @@ def same_peers(fleet: JourneyFleet, model: Model) -> Iterator[str]:
         yield f"status has {named}, not {wanted}"
     if num_enrolled(shown) != len(model.enrolled):
         yield f"status counts {num_enrolled(shown)} enrolled peers, not {len(model.enrolled)}"
-    if not model.has_broker:
-        return
     counted = num_available(shown, shown.at)
     if counted != len(model.available):
         yield f"status counts {counted} available peers, not {model.available}"
@@ -80,8 +78,9 @@ def same_peers(fleet: JourneyFleet, model: Model) -> Iterator[str]:
         state = shown_state(peer, shown.at)
         if (state in AVAILABLE) != (peer.name in model.available):
             yield f"status shows {peer.name} as {state} ({peer.reason})"
-        if peer.flower is not model.peers[peer.name].is_running:
-            yield f"status shows the session of {peer.name} as {peer.flower}"
+        # The session of a killed agent ends with its heartbeats.
+        if model.peers[peer.name].is_running and not peer.flower:
+            yield f"status shows no session of {peer.name}"
 
 
 # --- disk ---
@@ -188,9 +187,9 @@ def _digests(home: Path) -> set[str]:
 
 
 def logs(fleet: JourneyFleet) -> Iterator[str]:
-    """No log has a traceback or a warning of Python."""
-    for path in sorted([*fleet.folder.glob("*.log"), *fleet.folder.glob("*/*.log")]):
-        lines = path.read_text(errors="replace").splitlines()
+    """No log has a traceback or a warning of Python. What an older agent logs does not count."""
+    for path in fleet.logs():
+        lines = fleet.unread(path).splitlines()
         bad = next((n for n, line in enumerate(lines) if BAD_LOG.search(line)), None)
         if bad is not None:
             yield f"{path.relative_to(fleet.folder)}: " + "\n    ".join(lines[bad : bad + 12])
