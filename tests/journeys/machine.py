@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, Phase, note, seed, settings
@@ -34,6 +36,17 @@ SLOW_S = 10.0
 
 class Violation(BaseException):
     """An invariant does not hold. Not an Exception: hypothesis would play the sequence again."""
+
+
+@contextmanager
+def violations_of_errors() -> Iterator[None]:
+    """Turns every error of the block into a Violation."""
+    try:
+        yield
+    except AssertionError as err:
+        raise Violation(str(err)) from err
+    except Exception as err:
+        raise Violation(traceback.format_exc()) from err
 
 
 class Coverage:
@@ -82,7 +95,8 @@ def machine(
                 return
             if make_fleet is not None and self.fleet is None:
                 self.fleet = make_fleet()
-                self.fleet.begin()
+                with violations_of_errors():
+                    self.fleet.begin()
             made: list[Any] = []
 
             def choose(among: Sequence[T]) -> T:
@@ -110,12 +124,10 @@ def machine(
 
         def _run(self, deed: Callable[[JourneyFleet], None]) -> None:
             assert self.fleet is not None
-            try:
+            with violations_of_errors():
                 deed(self.fleet)
                 if not self.model.active and self.model.available:
                     probe(self.fleet, self.model)
-            except AssertionError as err:
-                raise Violation(str(err)) from err
             if found := invariants.violations(self.fleet, self.model):
                 raise Violation("\n".join(found))
 
