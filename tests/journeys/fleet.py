@@ -17,7 +17,7 @@ from benchmarks.faults.site import Site
 from coordinator.remote.api_client import Remote
 from tests.journeys import quick_task
 from tests.journeys.model import NAMES
-from tests.support.fleet_harness import AGENT, HOST, ROOT, Program, descendants
+from tests.support.fleet_harness import HOST, ROOT, Program, descendants
 from tests.support.waiting import wait_for
 
 #: The oldest commit whose agents work with the present coordinator.
@@ -189,9 +189,9 @@ class JourneyFleet(Site):
         words += ["--replace"] if (self.folder / name / "enrolled.json").exists() else []
         self.do_agent(name, *words, given=self.ticket())
 
-    def start_agent(self, name: str, *, mqtt: bool) -> None:
+    def start_one(self, name: str, *, mqtt: bool) -> None:
         """Start an agent; wait for its session, and for its MQTT link if there is a broker."""
-        self._start(name, [AGENT, "run"], self._env(name))
+        self.start_agent(name)
         self.until_agent(name, "has its session", lambda told: told["session"])
         if mqtt:
             self.until_agent(name, "has its MQTT link", lambda told: told["mqtt"])

@@ -34,7 +34,7 @@ def start_agent(model: Model, choose: Choose) -> Deed:
     name, peer = _choose_peer(model, choose, standing="enrolled", is_running=False)
     _set_running(peer, True)
     mqtt = model.has_broker
-    return lambda fleet: fleet.start_agent(name, mqtt=mqtt)
+    return lambda fleet: fleet.start_one(name, mqtt=mqtt)
 
 
 @operation(_working)
@@ -145,7 +145,7 @@ def join(model: Model, choose: Choose) -> Deed:
         fleet.stop_agent(name)
         fleet.join_one(name)
         if enrolled:
-            fleet.start_agent(name, mqtt=mqtt)
+            fleet.start_one(name, mqtt=mqtt)
 
     return deed
 
@@ -172,7 +172,7 @@ def _restart_as(name: str, *, old: bool, mqtt: bool) -> Deed:
     def deed(fleet: JourneyFleet) -> None:
         fleet.stop_agent(name)
         (fleet.old.add if old else fleet.old.discard)(name)
-        fleet.start_agent(name, mqtt=mqtt)
+        fleet.start_one(name, mqtt=mqtt)
 
     return deed
 
@@ -250,6 +250,6 @@ def approve(model: Model, choose: Choose) -> Deed:
 
     def deed(fleet: JourneyFleet) -> None:
         fleet.do("peers", "approve", name)
-        fleet.start_agent(name, mqtt=mqtt)
+        fleet.start_one(name, mqtt=mqtt)
 
     return deed
