@@ -36,25 +36,6 @@ _RENEWED_DAYS = 30
 _RESTART_HINT = "restart the coordinator: it then creates a new one"
 
 
-#: The checks in their order, and the checks that must pass before them.
-_STEPS: dict[str, tuple[str, ...]] = {
-    "home": (),
-    "permissions": ("home",),
-    "settings": (),
-    "disk": ("home",),
-    "crashes": ("home",),
-    "engine": (),
-    "ledger": ("home",),
-    "versions": ("home",),
-    "clock": ("ledger",),
-    "running": ("home",),
-    "certificate": ("home", "settings"),
-    "ports": ("settings",),
-    "broker": ("running",),
-    "peers": ("running",),
-}
-
-
 class Status(NamedTuple):
     """The status of a running coordinator."""
 
@@ -66,9 +47,24 @@ class Status(NamedTuple):
 def examine_coordinator(home: Path) -> Iterator[Check]:
     """Run every check of the coordinator in `home`; yield each result at once."""
     doctor = _Doctor(home)
-    yield from run_checks(
-        CheckStep(name, getattr(doctor, name), needs) for name, needs in _STEPS.items()
+    # In their order, each with the checks that must pass before it.
+    steps = (
+        CheckStep("home", doctor.home),
+        CheckStep("permissions", lambda: check_private(home), ("home",)),
+        CheckStep("settings", doctor.settings),
+        CheckStep("disk", lambda: check_room(home, _LOW_DISK_BYTES, _MIN_DISK_BYTES), ("home",)),
+        CheckStep("crashes", lambda: check_crashes(home), ("home",)),
+        CheckStep("engine", engine),
+        CheckStep("ledger", doctor.ledger, ("home",)),
+        CheckStep("versions", doctor.versions, ("home",)),
+        CheckStep("clock", doctor.clock, ("ledger",)),
+        CheckStep("running", doctor.running, ("home",)),
+        CheckStep("certificate", doctor.certificate, ("home", "settings")),
+        CheckStep("ports", doctor.ports, ("settings",)),
+        CheckStep("broker", doctor.broker, ("running",)),
+        CheckStep("peers", doctor.peers, ("running",)),
     )
+    yield from run_checks(steps)
 
 
 class _Doctor:
@@ -83,26 +79,14 @@ class _Doctor:
 
     # --- the folder ---
 
-    def engine(self) -> str:
-        return engine()
-
     def home(self) -> str:
         home = homes.open_home("coordinator")
         return f"{home}, fleet {settings.open_keys(home).fleet}"
-
-    def crashes(self) -> str | Advice:
-        return check_crashes(self._home)
-
-    def permissions(self) -> str:
-        return check_private(self._home)
 
     def settings(self) -> str:
         self._settings = settings.read()
         broker = "an external broker" if self._settings.mqtt_url else "the embedded broker"
         return f"{self._settings.host}:{self._settings.port}, {broker}"
-
-    def disk(self) -> str | Advice:
-        return check_room(self._home, _LOW_DISK_BYTES, _MIN_DISK_BYTES)
 
     def ledger(self) -> str:
         if not (self._home / "ledger.db").exists():
