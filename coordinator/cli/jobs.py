@@ -284,5 +284,9 @@ def show(job: str, json: Json = False) -> None:
 @jobs.command("stop")
 def stop(job: str, json: Json = False) -> None:
     """Stop a job. Verified answers stay."""
-    connect().stop_job(job)
-    print_result({"job": job}, f"{job} is stopping", json=json)
+    remote = connect()
+    found = remote.job_status(job)
+    if found.state == "working":
+        remote.stop_job(job)
+    told = "is stopping" if found.state == "working" else f"has ended already: {found.state}"
+    print_result({"job": job}, f"{job} {told}", json=json)

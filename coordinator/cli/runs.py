@@ -155,15 +155,22 @@ def metrics(
 @runs.command("stop")
 def stop(run: str) -> None:
     """Stop a run. Its versions stay."""
-    connect().stop_run(run)
-    print_line(f"{run} is stopping")
+    remote = connect()
+    found = remote.run(run)
+    if found.ended:
+        print_line(f"{found.id} has ended already: {found.state}")
+        return
+    remote.stop_run(found.id)
+    print_line(f"{found.id} is stopping")
 
 
 @runs.command("resume")
 def resume(run: str) -> None:
     """Resume a run that was stopped or has failed, from its newest version."""
-    connect().resume_run(run)
-    print_line(f"{run} is resumed; watch it: commonweight monitor")
+    remote = connect()
+    found = remote.run(run)
+    remote.resume_run(found.id)
+    print_line(f"{found.id} is resumed; watch it: commonweight monitor")
 
 
 @runs.command("delete")

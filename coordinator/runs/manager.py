@@ -31,6 +31,8 @@ from protocols.model import personalization, weights
 
 #: Runs whose rounds the monitor still shows after a restart.
 _SHOWN_RUNS = 5
+#: In an error.
+_MAX_NAMED_RUNS = 3
 #: Fields that ended runs and their rounds do not keep in memory: details of single peers.
 _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
@@ -234,7 +236,7 @@ class RunManager:
 
     def deletion(self, run_id: str) -> Deletion:
         """What `delete` would delete. Raises UnknownName, CannotBeMet if the run has not ended."""
-        run = self.find(run_id)
+        run = self.find(run_id, newest=False)
         is_active = self.current is not None and self.current.run.id == run.id
         if is_active or not run.ended:
             raise CannotBeMet(
@@ -270,11 +272,20 @@ class RunManager:
         self._ctx.store.uploads.delete_run(run_id)
         self._ctx.publish(run_body(run, ""))
 
-    def find(self, run_id: str) -> Run:
-        """A run by its id or a unique prefix of it. Raises UnknownName."""
-        matches = [run for run in self.all() if run.id.startswith(run_id)]
-        if len(matches) != 1:
-            raise UnknownName(f"no run {run_id!r}", "commonweight run list")
+    def find(self, name: str, *, newest: bool = True) -> Run:
+        """A run by its id, a unique prefix of it, or its task: then the task's newest run, unless
+        not `newest`. Raises UnknownName."""
+        matches = [run for run in self.all() if run.id.startswith(name)]
+        of_task = [run for run in matches if newest and run.spec.task == name]
+        matches = [run for run in matches if run.id == name] or of_task[-1:] or matches
+        if not matches:
+            raise UnknownName(f"no run {name!r}", "commonweight run list")
+        if len(matches) > 1:
+            shown = ", ".join(run.id for run in matches[: -_MAX_NAMED_RUNS - 1 : -1])
+            raise UnknownName(
+                f"{len(matches)} runs start with {name!r}, the newest are {shown}",
+                "name one of them; commonweight run list shows all",
+            )
         return self._replay(matches[0].id) if matches[0].ended else matches[0]
 
     def all(self) -> list[Run]:

@@ -206,6 +206,8 @@ async def test_the_command_shows_what_goes_and_asks(tmp_path: Path) -> None:
             return await asyncio.to_thread(run_program, command, env)
 
         run_id = await ended(fleet, rounds=1, quorum=2)
+        stopped = await asyncio.to_thread(run_program, [COORDINATOR, "run", "stop", run_id], env)
+        assert stopped.stderr == f"{run_id} has ended already: finished\n"
         there = on_disk(fleet)
         asked = await delete(run_id)
         assert asked.returncode == 2

@@ -131,6 +131,27 @@ async def test_two_runs_one_after_the_other(tmp_path: Path) -> None:
         assert (await fleet.finished(first)).head != (await fleet.finished(second)).head
 
 
+async def test_a_task_names_its_newest_run_but_not_to_delete_one(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        runs = fleet.hub.runs
+        first = fleet.start(rounds=1, quorum=2, seed=1)
+        await fleet.finished(first)
+        task = runs.find(first).spec.task
+        assert first.startswith(task)
+        assert runs.find(task).id == runs.find(first[:-1]).id == first
+        second = fleet.start(rounds=1, quorum=2, seed=2)
+        await fleet.finished(second)
+        await until(lambda: runs.current is None)
+        assert runs.find(task).id == runs.find(second).id == second
+        assert runs.find(first).id == first
+        with pytest.raises(UnknownName, match=f"2 runs start with '{task[:2]}'.* {second}"):
+            runs.find(task[:2])
+        with pytest.raises(UnknownName, match="2 runs start with"):
+            runs.deletion(task)
+        with pytest.raises(UnknownName, match="no run 'nothing'"):
+            runs.find("nothing")
+
+
 async def test_the_same_seed_gives_the_same_digest(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         one = await fleet.finished(fleet.start(rounds=2, quorum=3, seed=9))
