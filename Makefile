@@ -1,7 +1,7 @@
 # make demo   four agents learn real digits together on this machine
 # make test   format, lint, types, import contracts, and the tests: below ten minutes
 # make test-long  the tests marked `long`: real fleets that are killed, cut off, filled up
-# make test-extras   tests of Keras, LoRA, Dask, Spark, each in an environment of its own
+# make test-extras   tests of Keras, LoRA, Dask, Spark and a browser, each in an environment of its own
 # make setup  only build .venv
 # make wheel  the wheel to install on other machines, in dist/
 # make lock   deploy/locks: every package of an installation, pinned by hash

@@ -12,6 +12,7 @@ import hmac
 import secrets
 import shlex
 import sys
+from asyncio.subprocess import PIPE, Process
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any
@@ -26,8 +27,8 @@ MAX_TABS = 16
 MAX_COLUMNS, MAX_ROWS = 1_000, 500
 MAX_MESSAGE_BYTES = 1 << 20
 HEARTBEAT_S = 15.0
-#: A monitor that has not ended this long after SIGTERM is killed.
-END_WITHIN_S = 3.0
+#: How long a monitor has to end after each of: the request, SIGTERM, SIGKILL.
+END_WITHIN_S = 2.0
 #: The fonts that textual.js names, and those of the system that replace them.
 BUNDLED_FONTS = "'Roboto Mono', Monaco, 'Courier New', monospace"
 FONTS = "ui-monospace, 'Cascadia Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -36,22 +37,23 @@ FONTS = "ui-monospace, 'Cascadia Mono', Menlo, Consolas, 'DejaVu Sans Mono', mon
 class Tab(AppService):
     """The monitor process of one tab in a browser."""
 
+    _ending: asyncio.Task[None] | None = None
+
     def _build_environment(self, width: int = 80, height: int = 24) -> dict[str, str]:
         width, height = _clamp(width, MAX_COLUMNS), _clamp(height, MAX_ROWS)
         return super()._build_environment(width, height) | {"TEXTUAL_DRIVER": DRIVER}
 
-    async def _open_app_process(self, width: int = 80, height: int = 24) -> Any:
+    async def _open_app_process(self, width: int = 80, height: int = 24) -> Process:
         """Start the command without a shell, which would receive the signals in its place.
 
         A session of its own keeps the Ctrl-C of the server's terminal from the process: the server
         ends it.
         """
-        pipe = asyncio.subprocess.PIPE
         self._process = process = await asyncio.create_subprocess_exec(
             *shlex.split(self.command),
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
             env=self._build_environment(width, height),
             start_new_session=True,
         )
@@ -75,20 +77,28 @@ class Tab(AppService):
                 await self.remote_close()
 
     async def stop(self) -> None:
-        """End the process, by force if it does not end soon."""
-        process, relay = self._process, self._task
-        if process is None or relay is None:
+        """End the process, by force if it hangs. May be called several times."""
+        if self._process is None or self._task is None:
             return
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end(self._process, self._task))
+        await asyncio.shield(self._ending)
+
+    async def _end(self, process: Process, relay: asyncio.Task[None]) -> None:
         await self._download_manager.cancel_app_downloads(app_service_id=self.app_service_id)
-        try:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), END_WITHIN_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        await asyncio.wait({relay})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_WITHIN_S):
+                await self.send_meta({"type": "quit"})
+                await process.wait()
+        for end in (process.terminate, process.kill):
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    end()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), END_WITHIN_S)
+        # A browser that takes no more frames would hold it for ever.
+        await asyncio.wait({relay}, timeout=END_WITHIN_S)
+        relay.cancel()
 
 
 class MonitorServer(Server):

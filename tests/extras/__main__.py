@@ -1,7 +1,8 @@
 """Tests of the extras, each in an environment of its own: `make test-extras EXTRAS="dask spark"`.
 
 An environment lies in .venv-extras/NAME on top of .venv and holds only what the extra adds. What
-cannot be installed, or lacks Java, is printed as *not run* and is no failure; a test that fails is.
+cannot be installed, or lacks Java or a browser, is printed as *not run* and is no failure; a test
+that fails is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 INSTALL_WITHIN_S, TESTED_WITHIN_S = 300, 600
+#: What an extra needs beside packages: a command that fails with the reason in its last line.
+CHECKS = {
+    "spark": ("-c", "from agent.data.spark_reader import check_java; check_java()"),
+    "browser": ("-m", "tests.extras.browser.chromium"),
+}
 
 
 class NotRun(Exception):
@@ -74,10 +80,11 @@ def environment(name: str) -> Path:
         raise NotRun(f"not installed within {INSTALL_WITHIN_S} s") from None
     if done.returncode:
         raise NotRun(f"cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-    if "spark" in name:
-        java = [str(python), "-c", "from agent.data.spark_reader import check_java; check_java()"]
-        if (said := subprocess.run(java, capture_output=True, text=True)).returncode:
-            raise NotRun(said.stderr.strip().splitlines()[-1])
+    for part, check in CHECKS.items():
+        if part in name:
+            said = subprocess.run([str(python), *check], capture_output=True, text=True, cwd=ROOT)
+            if said.returncode:
+                raise NotRun(said.stderr.strip().splitlines()[-1])
     return python
 
 
@@ -85,9 +92,8 @@ def requirements(name: str) -> list[str]:
     """What the extra adds, with that of the extras that it names; ONE_and_OTHER is both."""
     if "_and_" in name:
         return [words for part in name.split("_and_") for words in requirements(part)]
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = settings["project"]["optional-dependencies"] | settings["dependency-groups"]
     found: list[str] = []
     for requirement in extras[name]:
         if ours := re.fullmatch(r"commonweight\[(\w+)\]", requirement):

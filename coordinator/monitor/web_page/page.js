@@ -1,8 +1,8 @@
 // Runs before textual.js, which reads the attributes of #terminal when the page is loaded.
 "use strict";
 
-// The monitor needs 40 columns. A character is about 0.6 times as wide as it is high.
-const MIN_COLUMNS = 44;
+// The monitor needs 40 columns, and the tabs of a peer 50. A character is 0.6 times as wide as high.
+const MIN_COLUMNS = 50;
 const MIN_FONT_PX = 8;
 const MAX_FONT_PX = 15;
 const fitting = Math.floor(window.innerWidth / (MIN_COLUMNS * 0.6));

@@ -180,9 +180,17 @@ async def test_no_monitor_outlives_the_server(served: Served, by: str) -> None:
         served.process.wait(60)
         await until(lambda: not alive(tabs))
         assert starting.socket
-    left = served.process.stderr
-    assert left is not None
-    assert "Traceback" not in left.read()
+    assert served.process.stderr is not None
+    assert "Traceback" not in served.process.stderr.read()
+
+
+async def test_a_monitor_that_hangs_is_killed(served: Served) -> None:
+    async with served.tab() as tab:
+        await tab.until("Fleet", "Peer", "State")
+        (process,) = served.tabs
+        process.suspend()
+    await until(lambda: not alive([process]))
+    assert served.process.poll() is None
 
 
 def test_what_cannot_be_shown_is_said_before_a_browser_is_opened(tmp_path: Path) -> None:
