@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import msgspec
 
 from agent.home import status_files
@@ -22,7 +21,7 @@ from protocols import VERSION
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
-from protocols.errors import CommonweightError, HomeError, HomeLocked, Refused, Unreachable
+from protocols.errors import HomeError, HomeLocked, Refused, Unreachable
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.join_client import find_coordinator, post_join
@@ -98,13 +97,7 @@ def _join(
         ),
         version=VERSION,
     )
-    response = post_join(address, ca_pem, JOIN_PATH, joining)
-    if not response.is_success:
-        raise _refusal_error(response)
-    try:
-        answer = msgspec.json.decode(response.content, type=JoinResponse)
-    except msgspec.DecodeError as err:
-        raise Refused(f"the coordinator's answer cannot be decoded: {err}") from err
+    answer = post_join(address, ca_pem, JOIN_PATH, joining, JoinResponse)
     certificate = identity.verify_certificate(ca_pem, answer.certificate)
     if certificate.sign_public != joining.sign_public:
         raise Refused("the coordinator's certificate is for another key")
@@ -172,14 +165,6 @@ def _load_or_create_keys(home: Path, suffix: str) -> tuple[identity.SigningKey, 
     if not node.exists():
         write_private(node, identity.private_pem(identity.new_node_key()))
     return identity.load_signing_key(sign), identity.load_node_key(node)
-
-
-def _refusal_error(answer: httpx.Response) -> CommonweightError:
-    try:
-        error = msgspec.json.decode(answer.content, type=dict[str, str])
-        return Refused(error["message"], error.get("hint", ""))
-    except (msgspec.DecodeError, KeyError):
-        return Refused(f"the coordinator refused ({answer.status_code})", "ask for a new ticket")
 
 
 def _with_host(mqtt: MqttAddress, address: str) -> MqttAddress:

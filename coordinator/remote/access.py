@@ -109,10 +109,9 @@ def join(text: str, name: str = "") -> Access:
         proof=key.sign(joining.operator_join_proof(ticket.id, ticket.secret, public)),
         version=VERSION,
     )
-    answer = post_join(address, ca_pem, joining.OPERATOR_JOIN_PATH, request)
-    if not answer.is_success:
-        raise error_from(answer)
-    joined = msgspec.json.decode(answer.content, type=joining.OperatorJoinResponse)
+    joined = post_join(
+        address, ca_pem, joining.OPERATOR_JOIN_PATH, request, joining.OperatorJoinResponse
+    )
     access = Access(
         operator=joined.operator,
         role=joined.role,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+from typing import TypeVar
 
 import httpx
 import msgspec
@@ -16,6 +17,8 @@ from protocols.enrollment.joining import CA_PATH
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, Refused, Unreachable
 from protocols.network.error_text import describe_error
+
+T = TypeVar("T")
 
 _TIMEOUT_S = 10.0
 _MAX_CA_BYTES = 64 * 1024
@@ -63,11 +66,20 @@ def _fetch_ca(http: httpx.Client, address: str) -> bytes:
     return bytes(ca_pem)
 
 
-def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct) -> httpx.Response:
-    """Send a join request over verified TLS. Raises Unreachable."""
+def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, kind: type[T]) -> T:
+    """Send a join request over verified TLS; return the answer. Raises Unreachable, Refused."""
     context = ssl.create_default_context(cadata=ca_pem.decode())
     url, body = f"https://{address}{path}", msgspec.json.encode(request)
     try:
-        return httpx.post(url, content=body, verify=context, timeout=_TIMEOUT_S)
+        answer = httpx.post(url, content=body, verify=context, timeout=_TIMEOUT_S)
+        if answer.is_success:
+            return msgspec.json.decode(answer.content, type=kind)
+        error = msgspec.json.decode(answer.content, type=dict[str, str])
+        raise Refused(error["message"], error.get("hint", ""))
     except httpx.HTTPError as err:
         raise Unreachable(f"{address}: {describe_error(err)}", "try again") from err
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as err:
+        raise Refused(
+            f"the coordinator's answer ({answer.status_code}) cannot be decoded: {err}",
+            "does the coordinator run another version? Else ask for a new ticket",
+        ) from err
