@@ -280,6 +280,8 @@ class MonitorApp(MonitorBase):
             self._show_peer(event.subject)
 
     def _show_peer(self, peer: str) -> None:
+        if self.peer_screen is not None:  # the second half of a double click
+            return
         footer = self.make_footer("peer")
         screen = PeerScreen(peer, self.following, self._source, footer, self._clock, self._zone)
         self.push_screen(screen, lambda _: self._draw(None))
