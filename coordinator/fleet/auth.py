@@ -70,10 +70,10 @@ class Auth:
         peer, body = await self.peer_and_body(request, limit)
         return peer, decode_body(body, kind, codec)
 
-    async def operator(self, request: Request, *, changes: bool = True) -> bytes:
-        """The body of a request that an operator signed; without `changes`, also an observer.
+    async def operator(self, request: Request, *, or_observer: bool = False) -> bytes:
+        """The body of a request that an operator signed; with `or_observer`, also an observer.
 
-        Raises Refused for an observer whose request changes something.
+        Raises Refused for an observer whose request is for operators.
         """
         signed = self._read(request)
         if signed.sender == OPERATOR:
@@ -83,11 +83,12 @@ class Auth:
         if known is None or known.removed:
             raise self._refuse(request, 401, f"{signed.sender} is no operator")
         self._check(request, signed, known.sign_public)
-        if changes and known.role != "operator":
+        if not or_observer and known.role != "operator":
             self._refuse(request, 403, f"{known.name} is an observer")
             raise Refused(
-                "this access may only watch",
-                "ask for one: commonweight ticket create --role operator",
+                "this access may only watch the state of the fleet; "
+                f"{request.method} {strip_controls(_path(request))} is for operators",
+                "ask the operator for: commonweight ticket create --role operator",
             )
         return await self._body(request, signed, MAX_JSON_BYTES)
 

@@ -106,7 +106,7 @@ class SharingRoutes:
             return self._neighbors(peer.peer, peer.sign_public, nearby, gossip_only=False)
 
         async def all_peers(request: Request) -> Response:
-            await auth.operator(request, changes=False)
+            await auth.operator(request, or_observer=True)
             holder, public = auth.operator_key(request)
             return self._neighbors(holder, public, self._directory.all(), gossip_only=True)
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Call(NamedTuple):
-    """An authorized request of an operator or observer."""
+    """An authorized request of an operator, or of an observer where the endpoint admits one."""
 
     service: CoordinatorService
     request: Request
@@ -46,17 +46,18 @@ class Call(NamedTuple):
 class Endpoint(NamedTuple):
     """`handler` returns a value for JSON (None: an empty object), or an awaitable for one.
 
-    It may raise CommonweightError.
+    It may raise CommonweightError. Observers are refused unless `or_observer`.
     """
 
     method: str
     path: str
     handler: Callable[[Call], Any]
+    or_observer: bool = False
 
     def route(self, service: CoordinatorService, auth: Auth) -> Route:
         async def answer(request: Request) -> Response:
             try:
-                body = await auth.operator(request, changes=self.method == "POST")
+                body = await auth.operator(request, or_observer=self.or_observer)
                 value = self.handler(Call(service, request, body))
                 if inspect.isawaitable(value):
                     value = await value
@@ -67,7 +68,7 @@ class Endpoint(NamedTuple):
         return Route(self.path, answer, methods=[self.method])
 
 
-#: For operators and observers.
-get = partial(Endpoint, "GET")
 #: For operators.
-post = partial(Endpoint, "POST")
+get, post = partial(Endpoint, "GET"), partial(Endpoint, "POST")
+#: For operators and observers: the state of the fleet, and nothing that a single peer answered.
+watch = partial(Endpoint, "GET", or_observer=True)

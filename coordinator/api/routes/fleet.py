@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.api.routes.endpoint import Call, get, post
+from coordinator.api.routes.endpoint import Call, get, post, watch
 from coordinator.api.schema import WatchResponse
 from coordinator.api.service import request_host
 from coordinator.fleet import state
@@ -20,7 +20,7 @@ def snapshot(call: Call) -> msgspec.Raw:
     return msgspec.Raw(state.encode(call.service.fleet, time.time()))
 
 
-def watch(call: Call) -> WatchResponse:
+def watch_address(call: Call) -> WatchResponse:
     fleet, _, public = call.service.identity
     mqtt = call.service.mqtt_for(request_host(call.request))
     return WatchResponse(fleet=fleet, coordinator_public=public, mqtt=mqtt)
@@ -60,9 +60,9 @@ async def command(call: Call) -> dict[str, str]:
 
 
 ROUTES = (
-    get("/cw/v1/fleet", snapshot),
-    get("/cw/v1/watch", watch),
-    get("/cw/v1/peers", list_peers),
+    watch("/cw/v1/fleet", snapshot),
+    watch("/cw/v1/watch", watch_address),
+    watch("/cw/v1/peers", list_peers),
     post("/cw/v1/peers/{peer}/approve", approve),
     post("/cw/v1/peers/{peer}/remove", remove),
     post("/cw/v1/peers/{peer}/command", command),

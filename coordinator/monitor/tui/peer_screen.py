@@ -28,7 +28,7 @@ from coordinator.monitor.tui.tabs import tab_labels
 from coordinator.monitor.tui.theme import colors, styles
 from coordinator.remote.follower import FleetFollower
 from coordinator.remote.source import Source
-from protocols.errors import CommonweightError
+from protocols.errors import CommonweightError, Refused
 from protocols.messages.envelope import LogLine
 
 TABS = ("overview", "metrics", "log", "policy")
@@ -204,6 +204,7 @@ class PeerScreen(Screen[None]):
         try:
             self._log_lines = await self._source.ask(lambda remote: remote.logs(self.peer))
         except CommonweightError as err:
+            self.follow = err.code != Refused.code  # an observer is refused each time
             self._log_error = f"{err.message}. {err.hint}".rstrip(" .")
         self.draw()
         if at_foot and self.open_tab == "log":

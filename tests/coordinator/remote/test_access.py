@@ -186,7 +186,7 @@ def test_log_lines_come_back_from_the_agent_that_was_asked(site: Site) -> None:
     site.log_requests = LogRequests(send)
     site.registry._approve = False
     north, stranger = site.enroll("north"), site.enroll("stranger")
-    _, remote = joined(site, "observer")
+    _, remote = joined(site, "operator")
     assert remote.logs(north.peer) == [LogLine(at=1.0, level="info", text="connected")]
     assert [peer for peer, _ in asked] == [north.peer]
 
