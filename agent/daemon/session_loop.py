@@ -18,11 +18,13 @@ from agent.daemon import state_machine
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SessionChanged
 from agent.daemon.status_reporter import StatusReporter
+from agent.home import fleet_trust
 from agent.home.settings import write_enrollment
 from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
 from agent.transport.weight_transfer import SessionLost
 from protocols.enrollment import identity
-from protocols.errors import CommonweightError, Unreachable, VersionSkew
+from protocols.enrollment.joining import MqttResponse
+from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable, VersionSkew
 from protocols.local import crash_reports
 from protocols.messages.mqtt import MqttAddress
 from protocols.network import version_check
@@ -62,6 +64,7 @@ class SessionLoop:
         self._doorbell = asyncio.Event()
         self._last_work_at = 0.0
         self._last_skew = ""
+        self._refused_broker: MqttAddress | None = None
         self._short_sessions = 0
         self._work_pool = ThreadPoolExecutor(1, "work")
         self._heartbeat_pool = ThreadPoolExecutor(1, "heartbeat")
@@ -191,18 +194,39 @@ class SessionLoop:
 
     def _renew_certificate(self, link: CoordinatorClient) -> None:
         """Renew the node certificate if it expires soon."""
-        ca_pem = self._enrollment.ca_pem.encode()
+        ca_pem, keys = self._enrollment.ca_pem.encode(), self._ctx.credentials
         ends_at = identity.verify_certificate(ca_pem, self._enrollment.certificate).not_after
         if ends_at - time.time() < RENEW_BEFORE_S:
             certificate = link.renew()
-            identity.verify_certificate(ca_pem, certificate)
+            node = identity.node_public_pem(keys.node_key)
+            public = identity.public_bytes(keys.sign_key)
+            fleet_trust.check_certificate(ca_pem, certificate, public, node)
             self._save_enrollment(certificate=certificate)
 
-    def _save_broker_address(self, address: MqttAddress) -> None:
-        """Save the broker's address and login: the password changes when a peer is removed."""
-        if address != self._enrollment.mqtt:
-            self._save_enrollment(mqtt=address)
-            self._runner.call_threadsafe(self._on_broker_changed, address)
+    def _save_broker_address(self, told: MqttResponse) -> None:
+        """Save the broker and the fleet card. The login changes when a peer is removed.
+
+        Raises Refused if the fleet's CA did not sign them.
+        """
+        try:
+            known = fleet_trust.with_broker(self._enrollment, told)
+        except BadMessage as err:
+            if not told.card:  # an older coordinator: work goes on without the new broker
+                if told.address != self._refused_broker:
+                    log.warning("%s: %s", err.message, err.hint)
+                self._refused_broker = told.address
+                return
+            raise Refused(
+                f"the coordinator's answer is not what this fleet's CA signed: {err.message}",
+                "ask the operator who answers at this address; no work is taken from it",
+            ) from err
+        moved = known.mqtt != self._enrollment.mqtt
+        if known != self._enrollment:
+            self._save_enrollment(
+                mqtt=known.mqtt, card=known.card, coordinator_public=known.coordinator_public
+            )
+        if moved:
+            self._runner.call_threadsafe(self._on_broker_changed, known.mqtt)
 
     def _save_enrollment(self, **changes: Any) -> None:
         self._enrollment = replace(self._enrollment, **changes)

@@ -15,7 +15,8 @@ from msgspec import Meta, Struct
 from agent.data.settings import DataSettings
 from agent.policy import schedule
 from agent.policy.rules import PolicySettings
-from protocols.errors import HomeError, NotEnrolled, UnknownName, UsageError
+from protocols.enrollment import fleet_card, identity
+from protocols.errors import BadMessage, HomeError, NotEnrolled, UnknownName, UsageError
 from protocols.local import settings_file
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
@@ -154,7 +155,10 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Enrollment(Struct, frozen=True, kw_only=True):
-    """The result of joining a fleet. `mqtt` has the fleet's login, so the file has mode 0600."""
+    """The result of joining a fleet. `mqtt` has the fleet's login, so the file has mode 0600.
+
+    `card`: the newest fleet card; homes of older versions get theirs at the next session.
+    """
 
     peer: str
     name: str
@@ -164,6 +168,7 @@ class Enrollment(Struct, frozen=True, kw_only=True):
     certificate: bytes
     coordinator_public: bytes
     mqtt: MqttAddress
+    card: bytes = b""
 
 
 def read(home: Path, **flags: Any) -> AgentSettings:
@@ -277,7 +282,7 @@ def _read_environment() -> dict[str, Any]:
 def read_enrollment(home: Path) -> Enrollment:
     """The enrollment of this home. Raises NotEnrolled, HomeError."""
     try:
-        return msgspec.json.decode((home / ENROLLMENT_FILE).read_bytes(), type=Enrollment)
+        enrollment = msgspec.json.decode((home / ENROLLMENT_FILE).read_bytes(), type=Enrollment)
     except FileNotFoundError as err:
         raise NotEnrolled(
             "this machine has not joined a fleet",
@@ -287,6 +292,25 @@ def read_enrollment(home: Path) -> Enrollment:
         raise HomeError(
             f"{home / ENROLLMENT_FILE} is damaged: {err}", "join again: --replace"
         ) from err
+    try:
+        _check_trust(enrollment)
+    except BadMessage as err:
+        raise HomeError(
+            f"{home / ENROLLMENT_FILE} trusts more than this fleet's CA: {err}",
+            "ask the operator for a new ticket, and join again: --replace",
+        ) from err
+    return enrollment
+
+
+def _check_trust(enrollment: Enrollment) -> None:
+    """Raise BadMessage unless there is one CA, and the fleet and the card are of this CA."""
+    ca_pem = enrollment.ca_pem.encode()
+    if identity.fleet_id(ca_pem) != enrollment.fleet:
+        raise BadMessage(f"its CA is not that of fleet {enrollment.fleet}")
+    if enrollment.card:
+        card = fleet_card.verify_card(ca_pem, enrollment.card)
+        if card.coordinator_public != enrollment.coordinator_public:
+            raise BadMessage("the coordinator's signing key is not on the fleet card")
 
 
 def write_enrollment(home: Path, enrollment: Enrollment) -> None:

@@ -11,21 +11,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
-
-from agent.home import status_files
+from agent.home import fleet_trust, status_files
 from agent.home.settings import ENROLLMENT_FILE, Enrollment, write_enrollment
 from agent.transport.p2p.gossip import FILE as NEIGHBOURS
 from agent.transport.p2p.sharing import CERTIFICATE
 from protocols import VERSION
-from protocols.enrollment import identity, tickets
+from protocols.enrollment import fleet_card, identity, tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
-from protocols.errors import HomeError, HomeLocked, Refused, Unreachable
+from protocols.errors import BadMessage, HomeError, HomeLocked, Refused, Unreachable
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
-from protocols.local.join_client import find_coordinator, post_join
-from protocols.messages.mqtt import MqttAddress
+from protocols.local.join_client import ask_version, find_coordinator, post_join
 from protocols.network import addresses
 
 _KEY_FILES = ("sign.key", "node.key")
@@ -98,9 +95,17 @@ def _join(
         version=VERSION,
     )
     answer = post_join(address, ca_pem, JOIN_PATH, joining, JoinResponse)
-    certificate = identity.verify_certificate(ca_pem, answer.certificate)
-    if certificate.sign_public != joining.sign_public:
-        raise Refused("the coordinator's certificate is for another key")
+    if not answer.card:
+        raise _old_coordinator_error(address, ca_pem, answer.peer, sign_key)
+    host = addresses.parse(address).host
+    try:
+        card = fleet_trust.check_join(ca_pem, answer, joining.sign_public, joining.node_public)
+        mqtt = fleet_card.checked_broker(card, answer.mqtt, host)
+    except BadMessage as err:
+        raise Refused(
+            f"the coordinator's answer is not what this fleet's CA signed: {err.message}",
+            "nothing was stored: this machine has not joined. Ask the operator who answers there",
+        ) from err
     # Other announced addresses are not kept, as they may be forged.
     others = () if announced else tuple(other for other in ticket.addresses if other != address)
     enrollment = Enrollment(
@@ -111,7 +116,8 @@ def _join(
         ca_pem=ca_pem.decode(),
         certificate=answer.certificate,
         coordinator_public=answer.coordinator_public,
-        mqtt=_with_host(answer.mqtt, address),
+        mqtt=mqtt,
+        card=answer.card,
     )
     if replace:
         _delete_identity(home)
@@ -167,6 +173,13 @@ def _load_or_create_keys(home: Path, suffix: str) -> tuple[identity.SigningKey, 
     return identity.load_signing_key(sign), identity.load_node_key(node)
 
 
-def _with_host(mqtt: MqttAddress, address: str) -> MqttAddress:
-    """Fill in the broker's host: by default that of the coordinator."""
-    return msgspec.structs.replace(mqtt, host=mqtt.host or addresses.parse(address).host)
+def _old_coordinator_error(
+    address: str, ca_pem: bytes, peer: str, key: identity.SigningKey
+) -> Refused:
+    """The error for a coordinator that sends no fleet card. It names the coordinator's version."""
+    version = ask_version(address, ca_pem, peer, key.sign) or "an older version"
+    return Refused(
+        f"the coordinator runs commonweight {version}, which does not sign its key and broker with "
+        f"the fleet's CA; commonweight {VERSION} joins only with this signature",
+        "update the coordinator, then join with the same ticket",
+    )

@@ -51,12 +51,11 @@ from agent.transport.weight_transfer import (
 )
 from protocols.enrollment import joining
 from protocols.enrollment.identity import node_public_pem
-from protocols.enrollment.joining import EnrollmentStatus
+from protocols.enrollment.joining import EnrollmentStatus, MqttResponse
 from protocols.errors import Unreachable
 from protocols.failpoints import failpoint
 from protocols.messages import work as messages
 from protocols.messages.envelope import LOGS_PATH, LogResponse
-from protocols.messages.mqtt import MqttAddress
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 from protocols.p2p import swarm
 from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
@@ -159,9 +158,9 @@ class CoordinatorClient(WeightTransfer):
         """Seconds until the next heartbeat is due. Every exchange counts as one."""
         return self._heard_at + HEARTBEAT_EVERY_S - time.monotonic()
 
-    def mqtt_address(self) -> MqttAddress:
+    def mqtt_address(self) -> MqttResponse:
         """Requests the broker's address and login. The password changes from time to time."""
-        return self._request_json(MqttAddress, "GET", joining.MQTT_PATH)
+        return self._request_json(MqttResponse, "GET", joining.MQTT_PATH)
 
     def enrollment_status(self) -> EnrollmentStatus:
         """Requests this machine's enrollment status. Needs no session."""

@@ -22,11 +22,12 @@ class StartRunRequest(Struct, frozen=True, kw_only=True):
 
 
 class WatchResponse(Struct, frozen=True, kw_only=True):
-    """What a monitor needs to follow the fleet over MQTT."""
+    """What a monitor needs to follow the fleet over MQTT, with the fleet card that proves it."""
 
     fleet: str
     coordinator_public: bytes
     mqtt: MqttAddress
+    card: bytes = b""
 
 
 class TicketRequest(Struct, frozen=True, kw_only=True):

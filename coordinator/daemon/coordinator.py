@@ -34,6 +34,7 @@ from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.runs.context import RunContext
 from coordinator.runs.manager import RunManager
 from coordinator.storage import settings
+from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Keys, MqttLogin, Settings
 from coordinator.storage.weight_store import WeightStore
@@ -80,6 +81,7 @@ class Coordinator:
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._sessions = Sessions(self.fleet)
         self._broker = _broker(home, chosen, self.port, _login(home, keys, self.registry))
+        self._card = CardFile(home, keys.ca_pem)
         self._publisher = EventPublisher(self.fleet, self._sessions, keys)
         self.log_requests = LogRequests(self._publisher.request_logs)
         sources = PieceSources(self._sessions.is_open)
@@ -208,6 +210,11 @@ class Coordinator:
 
     def mqtt_for(self, host: str) -> MqttAddress:
         return self._broker.address(host, self._keys.ca_pem.decode())
+
+    def fleet_card(self) -> bytes:
+        """The coordinator's key and broker, signed by the CA."""
+        broker = self._broker.address("", self._keys.ca_pem.decode())
+        return self._card.current(self._keys.ca_key, self.identity.public, broker)
 
     async def command(self, peer: str, command: Command) -> str:
         """Send an operator's command. Returns a sentence about it. Raises Unreachable."""

@@ -16,16 +16,17 @@ import httpx
 import msgspec
 from msgspec import Struct
 
-from coordinator.api.schema import STATUS
+from coordinator.api.schema import STATUS, WatchResponse
 from coordinator.fleet.auth import OPERATOR
 from coordinator.storage.settings import UP_FILE
 from protocols import VERSION
-from protocols.enrollment import identity, joining, tickets
+from protocols.enrollment import fleet_card, identity, joining, tickets
 from protocols.enrollment.identity import SigningKey
-from protocols.errors import CommonweightError, ExitCode, HomeError, NotRunning, Refused
+from protocols.errors import BadMessage, CommonweightError, ExitCode, HomeError, NotRunning, Refused
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
-from protocols.local.join_client import find_coordinator, post_join
+from protocols.local.join_client import ask_version, find_coordinator, post_join
+from protocols.network import addresses
 
 ACCESS_FILE = "access.json"
 _KEY = "access.key"
@@ -39,16 +40,18 @@ class Access(Struct, frozen=True, kw_only=True):
     fleet: str
     addresses: tuple[str, ...]
     ca_pem: str
+    card: bytes = b""
 
 
 class ConnectionInfo(NamedTuple):
-    """The addresses and CA of a coordinator, and our id, key and role there."""
+    """The addresses and CA of a coordinator, our id, key and role there, and the card we know."""
 
     addresses: tuple[str, ...]
     ca_pem: str
     sender: str
     key: SigningKey
     role: str
+    card: bytes = b""
 
 
 def open_home() -> Path:
@@ -78,8 +81,11 @@ def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
             raise HomeError(
                 f"{home / ACCESS_FILE} is damaged: {err}", "join again with a ticket"
             ) from err
+        _check_trust(home, access)
         key = identity.load_signing_key(home / _KEY)
-        return ConnectionInfo(access.addresses, access.ca_pem, access.operator, key, access.role)
+        return ConnectionInfo(
+            access.addresses, access.ca_pem, access.operator, key, access.role, access.card
+        )
     try:
         up = json.loads((home / UP_FILE).read_bytes()) if is_up else {}
         addresses = (str(up["address"]),) if is_up else ()
@@ -112,16 +118,66 @@ def join(text: str, name: str = "") -> Access:
     joined = post_join(
         address, ca_pem, joining.OPERATOR_JOIN_PATH, request, joining.OperatorJoinResponse
     )
+    if not joined.card:
+        version = ask_version(address, ca_pem, joined.operator, key.sign) or "an older version"
+        raise Refused(
+            f"the coordinator runs commonweight {version}, which does not sign its key and broker "
+            f"with the fleet's CA; commonweight {VERSION} joins only with this signature",
+            "update the coordinator, then create a new ticket",
+        )
+    try:
+        if fleet_card.verify_card(ca_pem, joined.card).fleet != joined.fleet:
+            raise BadMessage(f"fleet {joined.fleet} is not the fleet of this CA")
+    except BadMessage as err:
+        raise Refused(
+            f"the coordinator's answer is not what this fleet's CA signed: {err.message}",
+            "nothing was stored. Ask who answers at this address",
+        ) from err
     access = Access(
         operator=joined.operator,
         role=joined.role,
         fleet=joined.fleet,
         addresses=tuple(dict.fromkeys((address, *ticket.addresses))),
         ca_pem=ca_pem.decode(),
+        card=joined.card,
     )
     write_private(home / _KEY, identity.private_pem(key))
     write_private(home / ACCESS_FILE, msgspec.json.encode(access))
     return access
+
+
+def _check_trust(home: Path, access: Access) -> None:
+    """Raise HomeError unless there is one CA, and the fleet is of this CA."""
+    try:
+        if identity.fleet_id(access.ca_pem.encode()) != access.fleet:
+            raise BadMessage(f"its CA is not that of fleet {access.fleet}")
+    except BadMessage as err:
+        raise HomeError(
+            f"{home / ACCESS_FILE} trusts more than this fleet's CA: {err}",
+            "join again with a new ticket",
+        ) from err
+
+
+def check_watch(connection: ConnectionInfo, address: str, watch: WatchResponse) -> WatchResponse:
+    """The response with the broker to use, if the CA signed its key and broker. Raises Refused.
+
+    Older coordinators send no card. A monitor that joined one goes on without.
+    """
+    if not watch.card and not connection.card:
+        return watch
+    try:
+        ca_pem = connection.ca_pem.encode()
+        card = fleet_card.verify_card(ca_pem, watch.card, newer_than=connection.card)
+        if (watch.fleet, watch.coordinator_public) != (card.fleet, card.coordinator_public):
+            raise BadMessage("its signing key is not the one on the card")
+        host = addresses.parse(address).host
+        mqtt = fleet_card.checked_broker(card, watch.mqtt, host)
+    except BadMessage as err:
+        raise Refused(
+            f"the coordinator's answer is not what this fleet's CA signed: {err.message}",
+            "ask who answers at this address",
+        ) from err
+    return msgspec.structs.replace(watch, mqtt=mqtt)
 
 
 def error_from(response: httpx.Response) -> CommonweightError:

@@ -67,7 +67,9 @@ class Remote:
         return self._get(NEIGHBORS_PATH, NeighborsResponse)
 
     def watch(self) -> WatchResponse:
-        return self._get("/cw/v1/watch", WatchResponse)
+        """How to follow the fleet over MQTT, as the fleet's CA signed it."""
+        watch = self._get("/cw/v1/watch", WatchResponse)
+        return access.check_watch(self._connection, self.address, watch)
 
     def start_run(self, order: StartRunRequest) -> str:
         return self._post("/cw/v1/runs", order)["run"]

@@ -93,7 +93,7 @@ class PeerSource(ReadOnly):
         self._token = neighbors.access_token
         self._own = access.connection_info(home, is_up=False)
         self._ca_pem = self._own.ca_pem.encode()
-        self._fleet = identity.ca_fingerprint(self._ca_pem).hex()[:16]
+        self._fleet = identity.fleet_id(self._ca_pem)
         self.heading = f"as {self._partner.name} knows it"
 
     async def snapshot(self) -> Fleet:

@@ -133,7 +133,7 @@ def open_keys(home: Path) -> Keys:
     try:
         ca_pem = (home / "ca.pem").read_bytes()
         login = msgspec.json.decode((home / "mqtt.json").read_bytes(), type=MqttLogin)
-        fleet = identity.ca_fingerprint(ca_pem).hex()[:16]
+        fleet = identity.fleet_id(ca_pem)
     except (OSError, msgspec.DecodeError, BadMessage) as err:
         raise HomeError(f"the home {home} is damaged: {err}", "restore it from a backup") from err
     return Keys(

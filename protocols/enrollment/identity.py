@@ -209,12 +209,38 @@ def days_left(pem: bytes, now: datetime.datetime | None = None) -> float:
     return (x509.load_pem_x509_certificate(pem).not_valid_after_utc - now).total_seconds() / 86400
 
 
+def load_ca(pem: bytes) -> x509.Certificate:
+    """The CA certificate, if `pem` is exactly one in canonical form. Raises BadMessage.
+
+    TLS trusts every certificate in a PEM text, so a second one would be a second CA.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        is_ed25519 = isinstance(certificate.public_key(), ed25519.Ed25519PublicKey)
+    except (ValueError, UnsupportedAlgorithm) as err:
+        raise BadMessage("not a PEM certificate") from err
+    if certificate.public_bytes(serialization.Encoding.PEM) != pem:
+        raise BadMessage("not exactly one certificate in canonical PEM form")
+    if not is_ed25519:
+        raise BadMessage("the CA's key is not an Ed25519 key")
+    return certificate
+
+
+def ca_public(pem: bytes) -> bytes:
+    """The CA's Ed25519 key (raw, 32 bytes). Raises BadMessage."""
+    key = load_ca(pem).public_key()
+    assert isinstance(key, ed25519.Ed25519PublicKey)
+    return key.public_bytes_raw()
+
+
 def ca_fingerprint(pem: bytes) -> bytes:
     """SHA-256 of the CA certificate in DER form, as in a ticket. Raises BadMessage."""
-    try:
-        return x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256())
-    except ValueError as err:
-        raise BadMessage("not a PEM certificate") from err
+    return load_ca(pem).fingerprint(hashes.SHA256())
+
+
+def fleet_id(ca_pem: bytes) -> str:
+    """The fleet's id: the first 16 hexadecimal digits of its CA's SHA-256. Raises BadMessage."""
+    return ca_fingerprint(ca_pem).hex()[:16]
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, days: int) -> x509.CertificateBuilder:
@@ -277,6 +303,4 @@ def issue_certificate(ca_key: SigningKey, certificate: NodeCertificate) -> bytes
 
 def verify_certificate(ca_pem: bytes, data: bytes) -> NodeCertificate:
     """The certificate in `data`, if the CA signed it. Raises BadMessage."""
-    ca = x509.load_pem_x509_certificate(ca_pem).public_key()
-    assert isinstance(ca, ed25519.Ed25519PublicKey)
-    return _SIGNED_CERTIFICATE.unpack(data, partial(verify, ca.public_bytes_raw()))
+    return _SIGNED_CERTIFICATE.unpack(data, partial(verify, ca_public(ca_pem)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, convert, field
 
 from protocols.messages.envelope import Name
 from protocols.messages.mqtt import MqttAddress
@@ -54,15 +54,19 @@ def operator_join_proof(ticket: str, secret: bytes, sign_public: bytes) -> bytes
 
 
 class OperatorJoinResponse(Struct, frozen=True, kw_only=True):
-    """The id and role of a monitor that has joined."""
+    """The id and role of a monitor that has joined, and the fleet card, as for an agent."""
 
     operator: str
     role: Literal["observer", "operator"]
     fleet: str
+    card: bytes = b""
 
 
 class JoinResponse(Struct, frozen=True, kw_only=True):
-    """What a machine needs to work in the fleet. `awaiting`: the operator has to approve it."""
+    """What a machine needs to work in the fleet. `awaiting`: the operator has to approve it.
+
+    `card`: the fleet card (`enrollment.fleet_card`); older coordinators send none.
+    """
 
     peer: str
     name: str
@@ -71,6 +75,18 @@ class JoinResponse(Struct, frozen=True, kw_only=True):
     coordinator_public: bytes
     mqtt: MqttAddress
     awaiting: bool
+    card: bytes = b""
+
+
+class MqttResponse(MqttAddress, frozen=True, kw_only=True):
+    """The broker's address and login, and the fleet card; older coordinators send no card."""
+
+    card: bytes = b""
+
+    @property
+    def address(self) -> MqttAddress:
+        """The address without the card."""
+        return convert(self, MqttAddress, from_attributes=True)
 
 
 class EnrollmentStatus(Struct, frozen=True, kw_only=True):

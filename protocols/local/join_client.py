@@ -12,10 +12,11 @@ from typing import TypeVar
 import httpx
 import msgspec
 
-from protocols.enrollment import identity, tickets
-from protocols.enrollment.joining import CA_PATH
+from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment.joining import CA_PATH, ENROLLMENT_STATUS_PATH, EnrollmentStatus
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, Refused, Unreachable
+from protocols.messages.envelope import Sign, strip_controls
 from protocols.network.error_text import describe_error
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ def find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
             with contextlib.suppress(BadMessage):  # not a certificate
                 if tickets.matches_ca(ticket, identity.ca_fingerprint(ca_pem)):
                     return address, ca_pem
-            strangers.append(address)
+            strangers.append(address)  # also one that adds a certificate of its own to the right CA
     if strangers:
         raise Refused(
             f"{', '.join(strangers)} is not the coordinator that made this ticket",
@@ -83,3 +84,16 @@ def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, k
             f"the coordinator's answer ({answer.status_code}) cannot be decoded: {err}",
             "does the coordinator run another version? Else ask for a new ticket",
         ) from err
+
+
+def ask_version(address: str, ca_pem: bytes, peer: str, sign: Sign) -> str:
+    """The coordinator's version, asked as an enrolled peer; empty if it does not say."""
+    context = ssl.create_default_context(cadata=ca_pem.decode())
+    headers = signed_requests.sign_headers(peer, sign, "GET", ENROLLMENT_STATUS_PATH)
+    url = f"https://{address}{ENROLLMENT_STATUS_PATH}"
+    try:
+        answer = httpx.get(url, headers=headers, verify=context, timeout=_TIMEOUT_S)
+        status = msgspec.json.decode(answer.raise_for_status().content, type=EnrollmentStatus)
+    except (httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError):
+        return ""
+    return strip_controls(status.version)[:64]

@@ -23,6 +23,7 @@ from coordinator.fleet.auth import Auth
 from coordinator.fleet.registry import Peer, Registry
 from coordinator.fleet.state import Fleet
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
+from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
@@ -82,9 +83,10 @@ class Site:
         write_private(folder / "server.key", identity.private_pem(key))
         (folder / "server.pem").write_bytes(pem)
         self.sign_key, self.operator_key = (identity.new_signing_key() for _ in range(2))
-        self.fleet_id = identity.ca_fingerprint(self.ca_pem).hex()[:16]
+        self.fleet_id = identity.fleet_id(self.ca_pem)
         public = identity.public_bytes(self.sign_key)
         self.identity = Identity(self.fleet_id, self.ca_pem, public)
+        self.cards = CardFile(folder, self.ca_pem)
         self.ledger = Ledger(folder / "ledger.db")
         self.registry = Registry(self.ledger, approve=approve)
         self.fleet = Fleet(fleet=self.fleet_id, name="test")
@@ -117,6 +119,10 @@ class Site:
 
     def mqtt_for(self, host: str) -> MqttAddress:
         return MqttAddress(host=host, port=1883, user="fleet", password="word")
+
+    def fleet_card(self) -> bytes:
+        public = identity.public_bytes(self.sign_key)
+        return self.cards.current(self.ca_key, public, self.mqtt_for(""))
 
     async def poll(self, peer: str, asked: PollRequest) -> PollResponse:
         if asked.update:

@@ -78,6 +78,7 @@ class AgentRoutes:
                 coordinator_public=self._service.identity.public,
                 mqtt=mqtt,
                 awaiting=peer.standing == "awaiting",
+                card=self._service.fleet_card(),
             )
         )
 
@@ -110,7 +111,8 @@ class AgentRoutes:
 
     async def _mqtt(self, request: Request) -> Response:
         await self._auth.peer(request)
-        return json_response(self._service.mqtt_for(request_host(request)))
+        address = msgspec.structs.asdict(self._service.mqtt_for(request_host(request)))
+        return json_response(joining.MqttResponse(**address, card=self._service.fleet_card()))
 
     async def _status(self, request: Request) -> Response:
         peer = await self._auth.peer(request, or_awaiting=True)
@@ -140,6 +142,9 @@ class AgentRoutes:
         fleet = self._service.identity.fleet
         return json_response(
             joining.OperatorJoinResponse(
-                operator=operator.operator, role=operator.role, fleet=fleet
+                operator=operator.operator,
+                role=operator.role,
+                fleet=fleet,
+                card=self._service.fleet_card(),
             )
         )

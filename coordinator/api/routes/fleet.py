@@ -23,7 +23,8 @@ def snapshot(call: Call) -> msgspec.Raw:
 def watch_address(call: Call) -> WatchResponse:
     fleet, _, public = call.service.identity
     mqtt = call.service.mqtt_for(request_host(call.request))
-    return WatchResponse(fleet=fleet, coordinator_public=public, mqtt=mqtt)
+    card = call.service.fleet_card()
+    return WatchResponse(fleet=fleet, coordinator_public=public, mqtt=mqtt, card=card)
 
 
 def list_peers(call: Call) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 
 from agent.home import settings
 from agent.home.settings import AgentSettings, Enrollment
+from protocols.enrollment import identity
 from protocols.errors import ExitCode, HomeError, NotEnrolled, UsageError
 from protocols.messages.mqtt import MqttAddress
 from tests.support.ascii_locale import in_ascii
@@ -109,13 +110,16 @@ def test_a_wrong_change_leaves_the_file_alone(tmp_path: Path, wrong: dict[str, A
     settings.read(tmp_path)
 
 
+_, CA = identity.new_ca("test")
+
+
 def an_enrollment() -> Enrollment:
     return Enrollment(
         peer="P",
         name="box",
-        fleet="0" * 16,
+        fleet=identity.fleet_id(CA),
         addresses=("host:1",),
-        ca_pem="pem",
+        ca_pem=CA.decode(),
         certificate=b"\x00\xff",
         coordinator_public=bytes(32),
         mqtt=MqttAddress(host="host", port=1, user="fleet", password="secret"),

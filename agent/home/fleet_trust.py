@@ -1,0 +1,59 @@
+"""What this home believes about its fleet: only what the fleet's one CA signed. Pure."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from agent.home.settings import Enrollment
+from protocols.enrollment import fleet_card, identity
+from protocols.enrollment.fleet_card import FleetCard
+from protocols.enrollment.joining import JoinResponse, MqttResponse
+from protocols.errors import BadMessage
+from protocols.network import addresses
+
+
+def check_join(ca_pem: bytes, answer: JoinResponse, sign: bytes, node: bytes) -> FleetCard:
+    """The fleet card of a join response, after a check of every other field against it and the CA.
+
+    `sign`, `node`: this machine's public keys, as it sent them. Raises BadMessage.
+    """
+    card = fleet_card.verify_card(ca_pem, answer.card)
+    if answer.fleet != card.fleet:
+        raise BadMessage(f"fleet {answer.fleet} is not the fleet of this CA, {card.fleet}")
+    if answer.coordinator_public != card.coordinator_public:
+        raise BadMessage("the coordinator's signing key is not the one that this fleet's CA signed")
+    check_certificate(ca_pem, answer.certificate, sign, node)
+    if answer.peer != identity.peer_id(sign):
+        raise BadMessage(f"the id {answer.peer} is not that of this machine's key")
+    return card
+
+
+def check_certificate(ca_pem: bytes, certificate: bytes, sign: bytes, node: bytes) -> None:
+    """Raise BadMessage unless the CA certified these two keys of ours for its fleet."""
+    ours = identity.verify_certificate(ca_pem, certificate)
+    if (ours.sign_public, ours.node_public) != (sign, node):
+        raise BadMessage("the certificate is for another key")
+    if ours.fleet != identity.fleet_id(ca_pem) or ours.peer != identity.peer_id(sign):
+        raise BadMessage("the certificate is for another fleet or peer")
+
+
+def with_broker(enrollment: Enrollment, told: MqttResponse) -> Enrollment:
+    """The enrollment with the broker that the coordinator names. Raises BadMessage.
+
+    Without a card, as from older coordinators, only the login may change.
+    """
+    host = addresses.parse(enrollment.addresses[0]).host
+    if not told.card:
+        known = replace(enrollment.mqtt, user=told.user, password=told.password)
+        if told.address != known:
+            raise BadMessage(
+                f"the coordinator names another MQTT broker, {told.netloc}, without the signature "
+                "of the fleet's CA",
+                "update the coordinator",
+            )
+        return replace(enrollment, mqtt=told.address)
+    ca_pem = enrollment.ca_pem.encode()
+    card = fleet_card.verify_card(ca_pem, told.card, newer_than=enrollment.card)
+    mqtt = fleet_card.checked_broker(card, told.address, host)
+    public = card.coordinator_public
+    return replace(enrollment, mqtt=mqtt, card=told.card, coordinator_public=public)

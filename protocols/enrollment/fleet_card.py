@@ -1,0 +1,100 @@
+"""The fleet card: the coordinator's signing key and its broker, signed by the fleet's CA. Pure.
+
+A machine that joins, or asks for the broker later, believes only what is on the card. A server that
+has the TLS key, but not the CA's key, can thus not bring in a signing key or a broker of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocols.enrollment import identity
+from protocols.enrollment.identity import SigningKey
+from protocols.errors import BadMessage
+from protocols.messages.envelope import Name
+from protocols.messages.mqtt import MqttAddress
+from protocols.messages.signing import SignedJson
+
+FORMAT = 1
+MAX_CARD_BYTES = 16 * 1024
+
+
+class BrokerCard(Struct, frozen=True, kw_only=True):
+    """A broker without its login. An empty `host` is the host of the coordinator.
+
+    `ca_sha256`: of the PEM text of the only CA to trust there; empty for the system's CAs.
+    """
+
+    host: Annotated[str, Meta(max_length=253)] = ""
+    port: Annotated[int, Meta(ge=0, le=65535)]
+    tls: bool = True
+    ca_sha256: Annotated[bytes, Meta(max_length=32)] = b""
+
+
+class FleetCard(Struct, frozen=True, kw_only=True):
+    """What the CA says about its coordinator.
+
+    `coordinator_public`: the Ed25519 key (raw, 32 bytes) of its commands and versions. `counter`
+    grows with each change: an older card is refused.
+    """
+
+    v: int = FORMAT
+    fleet: Name
+    counter: Annotated[int, Meta(ge=1, le=2**53)]
+    coordinator_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    broker: BrokerCard
+
+
+_SIGNED = SignedJson(FleetCard, "fleet card", "fleet card", "this fleet's CA")
+
+
+def broker_card(mqtt: MqttAddress) -> BrokerCard:
+    """The broker of an address, as it stands on a card."""
+    ca = hashlib.sha256(mqtt.ca_pem.encode()).digest() if mqtt.ca_pem else b""
+    return BrokerCard(host=mqtt.host, port=mqtt.port, tls=mqtt.tls, ca_sha256=ca)
+
+
+def issue_card(ca_key: SigningKey, card: FleetCard) -> bytes:
+    """The signed card: 64 bytes of signature, then JSON."""
+    return _SIGNED.pack(card, ca_key.sign)
+
+
+def verify_card(ca_pem: bytes, data: bytes, *, newer_than: bytes = b"") -> FleetCard:
+    """The card in `data`, if this CA signed it for its own fleet. Raises BadMessage.
+
+    `newer_than`: the card that is known; one with a lower counter is refused.
+    """
+    if len(data) > MAX_CARD_BYTES:
+        raise BadMessage(f"a fleet card of {len(data)} bytes; the limit is {MAX_CARD_BYTES}")
+    card = _SIGNED.unpack(data, partial(identity.verify, identity.ca_public(ca_pem)))
+    if card.v != FORMAT:
+        raise BadMessage(f"a fleet card of format {card.v}; this version reads {FORMAT}")
+    if card.fleet != identity.fleet_id(ca_pem):
+        raise BadMessage(f"the card is for fleet {card.fleet}, not for this CA's fleet")
+    if newer_than and newer_than != data:
+        known = verify_card(ca_pem, newer_than)
+        if card.counter <= known.counter and card != known:
+            raise BadMessage(
+                f"the fleet card is older (number {card.counter}) than the one known here "
+                f"({known.counter})"
+            )
+    return card
+
+
+def checked_broker(card: FleetCard, told: MqttAddress, coordinator_host: str) -> MqttAddress:
+    """The broker with its login, if it is the one on the card. Raises BadMessage.
+
+    If the card names no host, it is the host by which this machine knows the coordinator.
+    """
+    wanted = card.broker
+    address = msgspec.structs.replace(told, host=wanted.host or coordinator_host)
+    if wanted.host and wanted.host != told.host:
+        raise BadMessage(f"the broker {told.netloc} is not the one that this fleet's CA signed")
+    if msgspec.structs.replace(broker_card(address), host=wanted.host) != wanted:
+        raise BadMessage(f"the broker {address} is not the one that this fleet's CA signed")
+    return address
