@@ -33,6 +33,8 @@ BAD_LOG = re.compile(
 )
 #: Reasons for which a run may leave out an update: it came too late.
 HARMLESS = {"late", "too stale", "replay"}
+#: A ternary update of an early build is refused by design.
+EARLY_BUILD = "does the sender run another version"
 
 
 def violations(fleet: JourneyFleet, model: Model) -> list[str]:
@@ -153,7 +155,8 @@ def refusals(fleet: JourneyFleet, model: Model) -> Iterator[str]:
     """No run has failed, and none has refused a peer for more than a late update."""
     for run, facts in checker.facts_by_run(checker.read_ledger(fleet.home)).items():
         for fact in facts:
-            if fact["type"] == "UpdateRefused" and fact["reason"] not in HARMLESS:
+            is_refusal = fact["type"] == "UpdateRefused" and fact["reason"] not in HARMLESS
+            if is_refusal and EARLY_BUILD not in fact["detail"]:
                 yield f"run {run} refused {fact['peer'][:8]}: {fact['reason']}: {fact['detail']}"
             if fact["type"] == "RunEnded" and fact.get("state") == "failed":
                 yield f"run {run} failed: {fact}"

@@ -62,7 +62,10 @@ def words_of(chosen: dict[str, object]) -> list[str]:
 
 def _new_run(model: Model, choose: Choose, mode: str, rounds: int) -> tuple[Run, list[str]]:
     quorum = len(model.available) if rounds != ENDLESS else choose((1, len(model.available)))
-    strategy, codec = choose(valid_runs(mode, quorum))
+    valid = valid_runs(mode, quorum)
+    if model.peers_where(is_old=True):  # ternary updates of early builds are refused by design
+        valid = [(strategy, codec) for strategy, codec in valid if codec != "ternary"]
+    strategy, codec = choose(valid)
     kilobytes = choose((0, 200))
     run = Run(mode=mode, strategy=strategy, codec=codec, quorum=quorum)
     model.runs.append(run)
