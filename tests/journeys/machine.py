@@ -128,12 +128,14 @@ def machine(
                 deed(self.fleet)
                 if not self.model.active and self.model.available:
                     probe(self.fleet, self.model)
-            if found := invariants.violations(self.fleet, self.model):
+                found = invariants.violations(self.fleet, self.model)
+            if found:
                 raise Violation("\n".join(found))
 
         def teardown(self) -> None:
             if self.fleet is not None:
-                self.fleet.close()
+                with violations_of_errors():
+                    self.fleet.close()
 
     return Journey
 
