@@ -54,7 +54,7 @@ class Retention:
     ) -> None:
         self._store, self._states = store, states
         self._protected_digests = protected_digests
-        self.on_disk = {closed.digest for closed in run.history}
+        self.on_disk = all_versions(run)
 
     def prune(self, run: Run, in_use: Iterable[str] = ()) -> None:
         """Delete what no run needs any more. `in_use`: bases of peers that still train."""

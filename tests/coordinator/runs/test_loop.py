@@ -570,6 +570,27 @@ async def test_a_restart_in_the_middle_changes_nothing(tmp_path: Path, kind: str
         await fleet.close()
 
 
+async def test_a_restart_in_round_2_does_not_keep_the_first_version_for_ever(
+    tmp_path: Path,
+) -> None:
+    fleet = Fleet(tmp_path)
+    try:
+        async with fleet.up():
+            fleet.join("agent", THREE[0])
+            await fleet.online(1)
+            held = Door(fleet.agents[0], 2)
+            run_id = fleet.start(rounds=4, quorum=1, keep_versions=1)
+            await until(held.reached.is_set)
+        async with fleet.up():
+            held.open()
+            run = await fleet.finished(run_id)
+            store = fleet.hub.weight_store
+            await until(lambda: not store.has(run.first))
+            await fleet.close()
+    finally:
+        await fleet.close()
+
+
 @pytest.mark.parametrize(("lost", "number"), [(1, 1), (1, 2), (2, 2), (1, 3), (2, 3), (3, 3)])
 async def test_a_damaged_version_is_put_aside_and_made_again(
     tmp_path: Path, lost: int, number: int
