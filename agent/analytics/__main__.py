@@ -13,6 +13,8 @@ import msgspec
 
 from agent.analytics.answer import answer_question
 from agent.analytics.query_log import QueryLog
+from agent.data import table_memory
+from agent.data.table_memory import TableMemory
 from agent.home import settings
 from protocols.analytics.query import Query
 
@@ -22,9 +24,11 @@ def main() -> None:
     os.dup2(2, 1)  # output of libraries must not mix with the answer
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Query)
     home = Path(sys.argv[1])
-    memory = QueryLog(home / "analysis.db")
-    answers.write(answer_question(question, settings.read(home), home / "trainer", memory))
+    chosen = settings.read(home)
+    log, memory = QueryLog(home / "analysis.db"), TableMemory(home / table_memory.FILE)
+    answers.write(answer_question(question, chosen, home / "trainer", log, memory))
     memory.close()
+    log.close()
     answers.close()
 
 

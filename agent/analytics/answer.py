@@ -6,6 +6,7 @@ import hashlib
 import logging
 from pathlib import Path
 
+import numpy as np
 from msgspec.structs import replace
 
 from agent.analytics import differential_privacy, disclosure_control
@@ -13,67 +14,89 @@ from agent.analytics.compute import compute
 from agent.analytics.query_log import QueryLog
 from agent.data import open_table
 from agent.data.arrow_reader import find_files
+from agent.data.disclosed_sets import ToldSet
+from agent.data.row_registry import Numbers
+from agent.data.table_memory import TableMemory
 from agent.home.settings import AgentSettings, data_settings
 from protocols.analytics.mergeable_states import Cell, PeerAnswer
 from protocols.analytics.query import Query
-from protocols.errors import CommonweightError, Refused
+from protocols.errors import CommonweightError, DataError, Refused
 from protocols.messages.envelope import strip_controls
 
-log = logging.getLogger("commonweight.analysis")
+_logger = logging.getLogger("commonweight.analysis")
 
 
-def answer_question(question: Query, chosen: AgentSettings, cache: Path, memory: QueryLog) -> bytes:
+def answer_question(
+    question: Query, chosen: AgentSettings, cache: Path, log: QueryLog, memory: TableMemory
+) -> bytes:
     """The encoded answer, with results or the reason for a refusal. Records it first.
 
-    `chosen` names the table and what the owner allows. Raises OSError when the answer cannot be
-    recorded.
+    `chosen` names the table and what the owner allows; `memory` has the rows that training and
+    earlier answers have told about. Raises OSError when the answer cannot be recorded.
     """
     try:
         data = table_fingerprint(chosen.data) if chosen.data else ""
     except (CommonweightError, OSError):
         data = ""  # the reader raises it again below
-    if (told := memory.find_answer(question, data)) is not None:
-        return memory.record(replace(question, epsilon=0.0), data, told, ())
+    if (told := log.find_answer(question, data)) is not None:
+        return log.record(replace(question, epsilon=0.0), data, told)
     try:
-        told, sets = _compute_answer(question, chosen, cache, memory)
+        told = _compute_answer(question, chosen, cache, log, memory)
     except CommonweightError as err:
         # Others learn the kind of error, not the content of the table.
         words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
-        log.info("a query was refused: %s", err.message)
-        return memory.record(question, data, PeerAnswer(refused=strip_controls(words)), ())
-    return memory.record(question, data, told, sets)
+        _logger.info("a query was refused: %s", err.message)
+        return log.record(question, data, PeerAnswer(refused=strip_controls(words)))
+    return log.record(question, data, told)
 
 
 def _compute_answer(
-    question: Query, chosen: AgentSettings, cache: Path, memory: QueryLog
-) -> tuple[PeerAnswer, tuple[disclosure_control.Bits, ...]]:
+    question: Query, chosen: AgentSettings, cache: Path, log: QueryLog, memory: TableMemory
+) -> PeerAnswer:
     if chosen.analyze == "off":
         raise Refused(
             "the owner of this machine lets nobody ask", "commonweight-agent policy set analyze on"
         )
     disclosure_control.check(question, chosen)
-    if chosen.analyze == "ask" and not memory.is_allowed(question):
+    if chosen.analyze == "ask" and not log.is_allowed(question):
         raise Refused("the owner is asked first", "commonweight-agent questions list")
     with_noise = bool(chosen.analyze_epsilon or question.epsilon)
     if with_noise:
         differential_privacy.check(
-            question, chosen.analyze_epsilon or float("inf"), memory.spent_epsilon
+            question, chosen.analyze_epsilon or float("inf"), log.spent_epsilon
         )
-    computed = compute(question, open_table(data_settings(chosen, cache)))
+    reader = open_table(data_settings(chosen, cache))
+    computed = compute(question, reader)
     if with_noise:
-        return differential_privacy.add_noise(question, computed), ()
-    guarded = disclosure_control.apply_disclosure_rules(computed, chosen, memory.disclosed_sets())
+        return differential_privacy.add_noise(question, computed)
+    guarded = disclosure_control.apply_disclosure_rules(computed, chosen)
+    numbers = memory.registry.positions(reader)
+    if len(numbers) != computed.rows:
+        raise DataError("the table changed while it was read", "the next try reads it again")
+    _move_old_sets(log, memory, numbers)
+    memory.sets.tell(
+        [ToldSet("cell", np.sort(numbers[mask])) for mask in guarded.sets], chosen.data_min_count
+    )
     cells = tuple(
         Cell(group, int(computed.members[group].sum()), computed.cells[group])
         for group in guarded.told
     )
-    told = PeerAnswer(
+    return PeerAnswer(
         rows=computed.rows,
         kept_back=guarded.kept_back,
         kinds={name: str(kind) for name, kind in computed.kinds.items()},
         cells=cells,
     )
-    return told, guarded.sets
+
+
+def _move_old_sets(log: QueryLog, memory: TableMemory, numbers: Numbers) -> None:
+    """Take over what an older version has told. It knew rows by their place in the file."""
+    if old := log.old_sets():
+        places = (np.flatnonzero(mask) for mask in old)
+        memory.sets.remember(
+            [ToldSet("cell", np.sort(numbers[place[place < len(numbers)]])) for place in places]
+        )
+        log.forget_old_sets()
 
 
 def table_fingerprint(path: str) -> str:

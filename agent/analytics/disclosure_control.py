@@ -3,8 +3,9 @@
 Rule 1. A cell with fewer than `data_min_count` rows is withheld.
 Rule 2. Withheld cells have at least so many rows together, or the next smallest cell is withheld
         too. Otherwise the total, from another query, would reveal them.
-Rule 3. Any two cells that were ever released differ in no row or in at least so many rows.
-        Otherwise their difference would describe a few people.
+Rule 3. Any two cells that were ever released differ in no row or in at least so many rows, also
+        when the table has changed in between, and also from the rows of training. Otherwise their
+        difference would describe a few people (`agent.data.disclosed_sets`).
 Rule 4. Minimum and maximum are values of single rows, so they need the owner's permission.
 
 Rule 3 compares pairs. Many queries together can reveal more than any two (Dinur and Nissim, 2003);
@@ -13,11 +14,9 @@ only noise protects from that (`differential_privacy`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from agent.analytics.compute import Group, GroupedResult, Rows
 from agent.data.profile import may_use
@@ -25,18 +24,14 @@ from agent.home.settings import AgentSettings
 from protocols.analytics.query import Query
 from protocols.errors import Refused
 
-Bits = npt.NDArray[np.uint8]
-
-#: The most sets of rows that are stored; afterwards no new set is released.
-MAX_DISCLOSED_SETS = 512
-
 
 class Disclosure(NamedTuple):
-    """The groups to release, the number of withheld rows, and the new sets of rows to store."""
+    """The groups to release, the number of withheld rows, and the sets of rows that the answer
+    tells something about, as masks, for rule 3."""
 
     told: tuple[Group, ...]
     kept_back: int
-    sets: tuple[Bits, ...]
+    sets: tuple[Rows, ...]
 
 
 def check(question: Query, chosen: AgentSettings) -> None:
@@ -53,13 +48,8 @@ def check(question: Query, chosen: AgentSettings) -> None:
             )
 
 
-def apply_disclosure_rules(
-    computed: GroupedResult, chosen: AgentSettings, known: Sequence[Bits]
-) -> Disclosure:
-    """Which groups may be released after the sets of rows in `known`.
-
-    Raises Refused if nothing new may be released.
-    """
+def apply_disclosure_rules(computed: GroupedResult, chosen: AgentSettings) -> Disclosure:
+    """Rules 1 and 2: which groups may be released."""
     sizes = {group: int(mask.sum()) for group, mask in computed.members.items()}
     told = {group for group, size in sizes.items() if size >= chosen.data_min_count}
     hidden = {group for group, size in sizes.items() if size > 0} - told
@@ -69,33 +59,7 @@ def apply_disclosure_rules(
         told.discard(smallest)
         hidden.add(smallest)
     groups = tuple(sorted(told, key=lambda group: [(v is None, v or "") for v in group]))
-    sets = [pack_rows(computed.members[group]) for group in groups]
+    sets = [computed.members[group] for group in groups]
     if len(groups) > 1:
-        sets.append(pack_rows(np.logical_or.reduce([computed.members[g] for g in groups])))
-    _check_differences(sets, known, chosen.data_min_count)
-    new = [bits for bits in sets if not any(np.array_equal(bits, old) for old in known)]
-    if len(known) + len(new) > MAX_DISCLOSED_SETS:
-        raise Refused(
-            "this requester has asked for too many different sets of rows",
-            "questions with epsilon, whose answers carry noise, are not counted here",
-        )
-    return Disclosure(groups, sum(sizes[group] for group in hidden), tuple(new))
-
-
-def _check_differences(sets: Iterable[Bits], known: Iterable[Bits], min_rows: int) -> None:
-    """Rule 3. Raises Refused."""
-    for bits in sets:
-        for old in known:
-            if len(old) != len(bits):
-                continue  # the table has other rows now
-            differing = int(np.unpackbits(bits ^ old).sum())
-            if 0 < differing < min_rows:
-                raise Refused(
-                    f"together with an earlier answer this would reveal {differing} rows alone",
-                    f"change the condition, so that it differs by {min_rows} rows or more",
-                )
-
-
-def pack_rows(mask: Rows) -> Bits:
-    """A set of rows as bits."""
-    return np.packbits(mask)
+        sets.append(np.logical_or.reduce(sets))
+    return Disclosure(groups, sum(sizes[group] for group in hidden), tuple(sets))

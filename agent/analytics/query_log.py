@@ -1,4 +1,4 @@
-"""The log of answers: what was asked and released, sets of rows, and the spent ε.
+"""The log of answers: what was asked and released, and the spent ε.
 
 SQLite, fully synchronous: an answer is recorded before it is released, so no kill or restart loses
 it. The file belongs to the owner (0600) and never leaves the machine.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from agent.analytics.disclosure_control import Bits
+from agent.analytics.compute import Rows
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
 
@@ -54,10 +53,15 @@ class QueryLog:
     def close(self) -> None:
         self._db.close()
 
-    def disclosed_sets(self) -> list[Bits]:
-        """Sets of rows that were released without noise."""
+    def old_sets(self) -> list[Rows]:
+        """Masks over the rows of cells that older versions have told, with the file's order of
+        then; padded to whole bytes. Newer ones are in `agent.data.disclosed_sets`."""
         rows = self._db.execute("SELECT bits FROM sets").fetchall()
-        return [np.frombuffer(bits, np.uint8) for (bits,) in rows]
+        return [np.unpackbits(np.frombuffer(bits, np.uint8)).astype(bool) for (bits,) in rows]
+
+    def forget_old_sets(self) -> None:
+        """Delete them: they have moved."""
+        self._db.execute("DELETE FROM sets")
 
     @property
     def spent_epsilon(self) -> float:
@@ -73,27 +77,25 @@ class QueryLog:
         ).fetchone()
         return None if row is None else msgspec.json.decode(row[0], type=PeerAnswer)
 
-    def record(self, question: Query, data: str, told: PeerAnswer, sets: Sequence[Bits]) -> bytes:
+    def record(self, question: Query, data: str, told: PeerAnswer) -> bytes:
         """Record an answer; returns its encoded bytes, which may then be released."""
         body = msgspec.json.encode(told)
         epsilon = 0.0 if told.refused else question.epsilon
-        with self._transaction():
-            self._db.execute(
-                "INSERT INTO answers (at, digest, data, question, told, cells, bytes, epsilon,"
-                " refused) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    time.time(),
-                    question.digest,
-                    data,
-                    str(question),
-                    body,
-                    len(told.cells),
-                    len(body),
-                    epsilon,
-                    told.refused,
-                ),
-            )
-            self._db.executemany("INSERT INTO sets VALUES (?)", [(b.tobytes(),) for b in sets])
+        self._db.execute(
+            "INSERT INTO answers (at, digest, data, question, told, cells, bytes, epsilon,"
+            " refused) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                time.time(),
+                question.digest,
+                data,
+                str(question),
+                body,
+                len(told.cells),
+                len(body),
+                epsilon,
+                told.refused,
+            ),
+        )
         return body
 
     def entries(self) -> list[Entry]:
@@ -127,7 +129,3 @@ class QueryLog:
             "UPDATE wishes SET allowed = ? WHERE digest LIKE ? || '%'", (allowed, digest)
         )
         return done.rowcount > 0
-
-    def _transaction(self) -> sqlite3.Connection:
-        self._db.execute("BEGIN IMMEDIATE")
-        return self._db

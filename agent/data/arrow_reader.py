@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import glob
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -39,6 +40,14 @@ class FileTable:
 
     def columns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for names in self._headers.values() for name in names))
+
+    def fingerprint(self) -> str:
+        """A hash of the bytes of all files, wherever they are."""
+        found = hashlib.blake2b(digest_size=16)
+        for file in self._files:
+            with map_errors(file), file.open("rb") as data:
+                found.update(hashlib.file_digest(data, hashlib.blake2b).digest())
+        return found.hexdigest()
 
     def _columns_in(self, file: Path, columns: Sequence[str]) -> list[str]:
         return [name for name in self._headers[file] if name in set(columns)]

@@ -39,6 +39,10 @@ class Reader(Protocol):
         """Names, in the table's order. Raises DataError."""
         ...
 
+    def fingerprint(self) -> str:
+        """A hash of the content of the table's files. Raises DataError."""
+        ...
+
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """All rows of these columns, some ten thousand at a time. Raises DataError."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from agent.analytics import job_handler
 from agent.analytics.answer import answer_question
-from agent.analytics.disclosure_control import MAX_DISCLOSED_SETS
 from agent.analytics.query_log import QueryLog
+from agent.data.disclosed_sets import MAX_SETS, ToldSet
+from agent.data.table_memory import TableMemory
 from agent.home.settings import AgentSettings, change
 from coordinator.jobs.analysis import AnalysisResult, combine, validate
 from protocols.analytics.mergeable_states import ALPHA, PeerAnswer
@@ -57,13 +59,14 @@ class Peer:
             writer.writerows(rows)
         self.allowed = allowed
         self.memory = QueryLog(folder / "analysis.db")
+        self.told_rows = TableMemory(folder / "told.db")
 
     def ask(self, text: str, where: str = "", **more: Any) -> PeerAnswer:
         return self.told(parse_query(text, where, **more))
 
     def told(self, asked: Query) -> PeerAnswer:
         chosen = msgspec.structs.replace(self.allowed, data=str(self.file))
-        told = answer_question(asked, chosen, self.file.parent, self.memory)
+        told = answer_question(asked, chosen, self.file.parent, self.memory, self.told_rows)
         return msgspec.json.decode(told, type=PeerAnswer)
 
 
@@ -221,13 +224,26 @@ def test_an_owner_who_is_asked_first(tmp_path: Path) -> None:
     assert "asked first" in peer.ask("mean(age)").refused
 
 
+def test_the_sets_of_an_older_version_still_count(tmp_path: Path) -> None:
+    rows = people(203)
+    peer = Peer(tmp_path, rows)
+    youngest = np.array([row["age"] for row in rows]) < 60
+    with sqlite3.connect(tmp_path / "analysis.db") as db:
+        db.execute("INSERT INTO sets VALUES (?)", (np.packbits(youngest).tobytes(),))
+    assert not peer.ask("count").refused
+    assert not peer.ask("mean(income)", "age < 60").refused, "the same set again"
+    ages = sorted(row["age"] for row in rows)
+    near = next(n for n in range(59, 0, -1) if 0 < sum(n <= age < 60 for age in ages) < 5)
+    assert "rows alone" in peer.ask("mean(income)", f"age < {near}").refused
+    assert peer.memory.old_sets() == []
+
+
 def test_nobody_collects_sets_of_rows_without_end(tmp_path: Path) -> None:
     rows = [{"n": number, "m": 1} for number in range(3000)]
     peer = Peer(tmp_path, rows)
-    with peer.memory._transaction() as db:
-        filler = [(bytes(np.packbits(np.arange(2999) % (n + 7) == 0)),) for n in range(512)]
-        db.executemany("INSERT INTO sets VALUES (?)", filler)
-    assert len(peer.memory.disclosed_sets()) == MAX_DISCLOSED_SETS
+    filler = [ToldSet("cell", np.flatnonzero(np.arange(2999) % (n + 7) == 0)) for n in range(512)]
+    assert len(filler) == MAX_SETS["cell"]
+    peer.told_rows.sets.remember(filler)
     assert "too many different sets" in peer.ask("count", "n >= 100").refused
 
 

@@ -1,0 +1,32 @@
+"""Opens a SQLite file of the owner: mode 0600, each commit on disk, shared by two processes."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: The agent and its trainer write for milliseconds; a longer wait is an error.
+_WAIT_S = 60.0
+
+
+def open_database(path: Path, schema: str) -> sqlite3.Connection:
+    """The database with these tables. Raises OSError, sqlite3.Error."""
+    path.touch(mode=0o600)
+    db = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA synchronous = FULL")
+    db.executescript(schema)
+    return db
+
+
+@contextmanager
+def writing(db: sqlite3.Connection) -> Iterator[None]:
+    """One transaction, which no other process can write between; an error undoes it."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")

@@ -1,0 +1,190 @@
+"""Numbers for the rows of a table that stay the same over time, in a file in the agent's home.
+
+A row keeps its number when the file is sorted, moved, converted or gets more rows or columns. A row
+that was edited is another row. Equal rows have different numbers. The file (0600) holds a keyed
+hash of each row, no value, and never leaves the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from agent.data import Reader, column_types
+from agent.data.private_database import open_database, writing
+from protocols.errors import DataError
+
+#: Row numbers, int64[n].
+Numbers = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS registry (name TEXT PRIMARY KEY, value BLOB);
+CREATE TABLE IF NOT EXISTS row_hashes (id INTEGER PRIMARY KEY, hashes BLOB, numbers BLOB);
+CREATE TABLE IF NOT EXISTS read_tables (
+  fingerprint TEXT PRIMARY KEY, at INTEGER, numbers BLOB
+);
+"""
+#: The tables whose numbers are kept, so that an unchanged file is not hashed row by row again.
+_KEPT_TABLES = 4
+_NUMBER = r"^[+-]?[0-9]{1,15}(\.[0-9]+)?$"
+_SEPARATOR, _MISSING = "\x1f", "\x00"
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class RowRegistry:
+    """The numbers of all rows that were ever seen, in the order of first sight, from 0."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = open_database(path, _SCHEMA)
+        self._db.execute(
+            "INSERT OR IGNORE INTO registry VALUES ('secret', ?)", (secrets.token_bytes(32),)
+        )
+        self._secret = self._get("secret")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def positions(self, reader: Reader) -> Numbers:
+        """The number of each row, int64[n] in the reader's order. Raises DataError."""
+        fingerprint = reader.fingerprint()
+        if (known := self._known_table(fingerprint)) is not None:
+            return known
+        names = sorted(reader.columns())
+        before = [str(name) for name in json.loads(self._get("columns") or b"[]")]
+        # A table with more columns than before still has the rows that it had.
+        narrower = before if before and before != names and set(before) <= set(names) else []
+        parts: list[tuple[Hashes, Hashes]] = []
+        for batch in reader.batches(names):
+            texts = {name: _canonical(batch.column(name)) for name in names}
+            parts.append((self._hashes(texts, names), self._hashes(texts, narrower)))
+        if reader.fingerprint() != fingerprint:
+            raise DataError("the table changed while it was read", "the next try reads it again")
+        none = np.zeros(0, np.uint64)
+        full, narrow = (np.concatenate([none, *column]) for column in zip(*parts, strict=True))
+        return self._register(
+            fingerprint, names, _tell_apart(full), _tell_apart(narrow) if narrower else None
+        )
+
+    def _register(
+        self, fingerprint: str, names: Sequence[str], full: Hashes, narrow: Hashes | None
+    ) -> Numbers:
+        with writing(self._db):
+            hashes, numbers = self._stored()
+            found = _look_up(hashes, numbers, full)
+            known = found >= 0
+            if narrow is not None:
+                older = _look_up(hashes, numbers, narrow)
+                taken = np.isin(older, found[known])
+                found = np.where(known | taken, found, older)
+            new = found < 0
+            count = int(numbers.max()) + 1 if len(numbers) else 0
+            found[new] = np.arange(count, count + int(new.sum()))
+            if not known.all():
+                self._db.execute(
+                    "INSERT INTO row_hashes (hashes, numbers) VALUES (?, ?)",
+                    (full[~known].tobytes(), found[~known].tobytes()),
+                )
+            self._db.execute(
+                "INSERT OR REPLACE INTO registry VALUES ('columns', ?)",
+                (json.dumps(list(names)).encode(),),
+            )
+            self._db.execute(
+                "INSERT OR REPLACE INTO read_tables VALUES"
+                " (?, (SELECT COALESCE(MAX(at), 0) + 1 FROM read_tables), ?)",
+                (fingerprint, zlib.compress(np.diff(found, prepend=0).tobytes(), 1)),
+            )
+            self._db.execute(
+                "DELETE FROM read_tables WHERE at <= (SELECT MAX(at) FROM read_tables) - ?",
+                (_KEPT_TABLES,),
+            )
+        return found
+
+    def _known_table(self, fingerprint: str) -> Numbers | None:
+        row = self._db.execute(
+            "SELECT numbers FROM read_tables WHERE fingerprint = ?", (fingerprint,)
+        ).fetchone()
+        if row is None:
+            return None
+        return np.cumsum(np.frombuffer(zlib.decompress(row[0]), np.int64), dtype=np.int64)
+
+    def _stored(self) -> tuple[Hashes, Numbers]:
+        rows = self._db.execute("SELECT hashes, numbers FROM row_hashes ORDER BY id").fetchall()
+        return (
+            np.frombuffer(b"".join(hashes for hashes, _ in rows), np.uint64),
+            np.frombuffer(b"".join(numbers for _, numbers in rows), np.int64),
+        )
+
+    def _hashes(self, texts: dict[str, pa.Array], names: Sequence[str]) -> Hashes:
+        """The keyed hash of each row over these columns; empty without any."""
+        if not names:
+            return np.zeros(0, np.uint64)
+        joined = pc.binary_join_element_wise(
+            *(texts[name] for name in names),
+            pa.scalar(_SEPARATOR, pa.large_string()),
+            null_handling="replace",
+            null_replacement=_MISSING,
+        )
+        if not len(joined):
+            return np.zeros(0, np.uint64)
+        _, offsets, data = joined.buffers()
+        ends = np.frombuffer(offsets, np.int64)[joined.offset : joined.offset + len(joined) + 1]
+        view, places, key = memoryview(data or b""), ends.tolist(), self._secret
+        digests = [
+            hashlib.blake2b(view[start:end], digest_size=8, key=key).digest()
+            for start, end in zip(places[:-1], places[1:], strict=True)
+        ]
+        return np.frombuffer(b"".join(digests), np.uint64)
+
+    def _get(self, name: str) -> bytes:
+        row = self._db.execute("SELECT value FROM registry WHERE name = ?", (name,)).fetchone()
+        return b"" if row is None else bytes(row[0])
+
+
+def _canonical(column: pa.Array) -> pa.Array:
+    """The values as text, the same for a CSV and a Parquet file; null where missing."""
+    try:
+        texts = column_types.texts(column)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # lists, structs, bytes
+        return pa.array([repr(value) for value in column.to_pylist()], pa.large_string())
+    is_number = pc.fill_null(pc.match_substring_regex(texts, _NUMBER), False)
+    if pc.any(is_number).as_py():
+        number = column_types.texts(pc.if_else(is_number, texts, None).cast(pa.float64()))
+        texts = pc.if_else(is_number, number, texts)
+    return texts.cast(pa.large_string())
+
+
+def _tell_apart(hashes: Hashes) -> Hashes:
+    """Different hashes for equal rows: the second of them gets another one, and so on."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    first = np.ones(len(hashes), bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    places = np.arange(len(hashes))
+    occurrence = np.empty(len(hashes), np.uint64)
+    occurrence[order] = (places - np.maximum.accumulate(np.where(first, places, 0))).astype(
+        np.uint64
+    )
+    with np.errstate(over="ignore"):
+        return hashes ^ (occurrence * _GOLDEN)
+
+
+def _look_up(hashes: Hashes, numbers: Numbers, wanted: Hashes) -> Numbers:
+    """The number for each hash, or -1."""
+    found = np.full(len(wanted), -1, np.int64)
+    if len(hashes) and len(wanted):
+        order = np.argsort(hashes, kind="stable")
+        places = np.searchsorted(hashes, wanted, sorter=order)
+        places = order[np.minimum(places, len(order) - 1)]
+        same = hashes[places] == wanted
+        found[same] = numbers[places[same]]
+    return found
