@@ -12,6 +12,7 @@ import json
 import secrets
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +64,14 @@ class RowRegistry:
         before = [str(name) for name in json.loads(self._get("columns") or b"[]")]
         # A table with more columns than before still has the rows that it had.
         narrower = before if before and before != names and set(before) <= set(names) else []
-        parts: list[tuple[Hashes, Hashes]] = []
+        none = np.zeros(0, np.uint64)
+        parts: list[tuple[Hashes, Hashes]] = [(none, none)]
         for batch in reader.batches(names):
             texts = {name: _canonical(batch.column(name)) for name in names}
             parts.append((self._hashes(texts, names), self._hashes(texts, narrower)))
         if reader.fingerprint() != fingerprint:
             raise DataError("the table changed while it was read", "the next try reads it again")
-        none = np.zeros(0, np.uint64)
-        full, narrow = (np.concatenate([none, *column]) for column in zip(*parts, strict=True))
+        full, narrow = (np.concatenate(column) for column in zip(*parts, strict=True))
         return self._register(
             fingerprint, names, _tell_apart(full), _tell_apart(narrow) if narrower else None
         )
@@ -141,7 +142,7 @@ class RowRegistry:
         view, places, key = memoryview(data or b""), ends.tolist(), self._secret
         digests = [
             hashlib.blake2b(view[start:end], digest_size=8, key=key).digest()
-            for start, end in zip(places[:-1], places[1:], strict=True)
+            for start, end in pairwise(places)
         ]
         return np.frombuffer(b"".join(digests), np.uint64)
 
