@@ -17,6 +17,7 @@ from agent.home.settings import AgentSettings
 from agent.tasks import Setting
 from agent.tasks.work import Done, Evaluate, Predict, Trainer
 from protocols.errors import BadMessage, Refused, TrainerFailed
+from protocols.local.safe_paths import path_in
 from protocols.messages import jobs
 from protocols.messages.jobs import ModelRef, Private, Scatter, Score, Scores, Unit
 from protocols.model.weights import file_digest
@@ -98,7 +99,7 @@ class InferenceJobs:
             return
         self._predictions.mkdir(mode=0o700, exist_ok=True)
         suffix = ".parquet" if importlib.util.find_spec("pyarrow") else ".jsonl"
-        out = self._predictions / f"{unit.job}-{model.digest[:12]}{suffix}"
+        out = path_in(self._predictions, f"{unit.job}-{model.digest[:12]}", suffix)
         unfinished = out.with_name(f".{out.name}")
         try:
             self._predict(unit, base, [data], unfinished)
@@ -141,7 +142,7 @@ def _unpack_input(folder: Path, question: Scatter) -> Iterator[Path]:
         raise BadMessage("the file of rows has an invalid name")
     with (folder / "input").open("rb") as whole:
         for number, size in enumerate(question.sizes):
-            block = folder / f"{number:06}{question.suffix}"
+            block = path_in(folder, f"{number:06}", question.suffix)
             block.write_bytes(whole.read(size))
             yield _unzip(block) if question.suffix == ".zip" else block
 
@@ -165,7 +166,7 @@ def _unzip(block: Path) -> Path:
 
 def find_version(cache: Path, model: ModelRef, fetch: Callable[[str, int], Path]) -> Path:
     """Returns a pinned version, from the cache or downloaded."""
-    path = cache / f"{model.digest}.safetensors"
+    path = path_in(cache, model.digest, ".safetensors")
     try:
         if file_digest(path) == model.digest:
             return path

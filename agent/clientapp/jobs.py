@@ -20,6 +20,7 @@ from agent.clientapp.interfaces import PeerIdentity, signed_payload
 from protocols.errors import BadMessage, Refused
 from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import write_private
+from protocols.local.safe_paths import path_in
 from protocols.messages import jobs
 from protocols.messages.jobs import INLINE_MAX_BYTES, Answer, Unit, UnitQuestion
 from protocols.messages.work import Work
@@ -106,7 +107,7 @@ class Jobs:
     # --- the outbox ---
 
     def _file(self, key: str) -> Path:
-        return self._outbox / f"{key}.bytes"
+        return path_in(self._outbox, key, ".bytes")
 
     def _load(self, key: str) -> _StoredAnswer | None:
         """Returns the answer in the outbox if it is complete."""

@@ -25,6 +25,7 @@ from agent.transport.version_proofs import list_verified, read_proof, save_proof
 from agent.transport.version_store import VersionStore
 from protocols.errors import BadMessage, BadWeights, CommonweightError
 from protocols.local.disk_space import check_room
+from protocols.local.safe_paths import path_in
 from protocols.p2p.gossip import GossipBatch, Head, Neighbor
 
 log = logging.getLogger("commonweight.share")
@@ -116,7 +117,9 @@ class GossipLoop:
 
     def _client(self, peer: Neighbor) -> PeerClient:
         assert self._gossip.assigned is not None
-        return PeerClient(peer, self._gossip.assigned.access_token, self._ctx.credentials)
+        return PeerClient(
+            peer, self._gossip.assigned.access_token, self._ctx.credentials.sign_request
+        )
 
     async def _exchange_gossip(self, peer: Neighbor) -> GossipBatch | None:
         try:
@@ -172,7 +175,7 @@ class GossipLoop:
         if Head.of(work) != head:
             raise BadMessage("it proves another version")
         check_room(folder, work.nbytes)
-        part = folder / f"{head.digest}.spread"
+        part = path_in(folder, head.digest, ".spread")
         try:
             client.version(head.digest, work.nbytes, part, self._ctx.bandwidth.received)
             self._versions.adopt(part, head.digest)

@@ -29,6 +29,7 @@ from agent.transport.version_proofs import VersionIndex
 from agent.transport.version_store import VersionStore
 from agent.transport.weight_transfer import CoordinatorDiskFull, SessionLost
 from protocols.errors import (
+    BadMessage,
     CommonweightError,
     DiskFull,
     TrainerFailed,
@@ -174,7 +175,7 @@ class WorkThread:
             case UploadUnneeded():
                 log.info("%s", text)
                 is_new = False
-            case UploadRefused():
+            case UploadRefused() | BadMessage():  # the next ones are probably no better: slow down
                 is_new = text != self._reported_refusal
                 self._is_refused, self._reported_refusal = True, text
             case TrainerFailed(kind="cancelled"):

@@ -36,6 +36,7 @@ from protocols.errors import (
     SubfleetStopped,
     Unreachable,
 )
+from protocols.local.safe_paths import path_in
 from protocols.messages.envelope import Metrics
 from protocols.model import schema_card
 from protocols.model.weights import file_digest
@@ -79,7 +80,7 @@ class LocalCoordinator:
 
     def version_path(self, digest: str) -> Path:
         """The coordinator's file of a version."""
-        return self._home / "versions" / f"{digest}.safetensors"
+        return path_in(self._home / "versions", digest, ".safetensors")
 
     @contextlib.contextmanager
     def lend_version(self, file: Path) -> Iterator[str]:

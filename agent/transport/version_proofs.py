@@ -9,24 +9,27 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
+from protocols.local.safe_paths import path_in
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model.weights import file_digest
 from protocols.p2p.gossip import Head
 
 SUFFIX = ".work.json"
+#: Of the work in a proof.
+MAX_PROOF_BYTES = 1024 * 1024
 
 
 class _Proof(Struct, frozen=True, kw_only=True):
-    work: bytes
-    signature: bytes
+    work: Annotated[bytes, Meta(max_length=MAX_PROOF_BYTES)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
 
 
 class ProvenVersion(NamedTuple):
@@ -43,7 +46,7 @@ class ProvenVersion(NamedTuple):
 
 def save_proof(folder: Path, work: Work, payload: bytes, signature: bytes) -> None:
     """Stores the proof of the work's base; deletes proofs of versions that are gone."""
-    proof = folder / f"{work.base}{SUFFIX}"
+    proof = path_in(folder, work.base, SUFFIX)
     if proof.exists():
         return
     # Not synced: after a power cut the next work brings a new proof.
@@ -101,12 +104,12 @@ class VersionIndex:
 
     def path(self, digest: str) -> Path:
         """Returns the path of a version; the file may not exist."""
-        return self._folder / f"{digest}.safetensors"
+        return path_in(self._folder, digest, ".safetensors")
 
     def proof(self, digest: str) -> bytes | None:
         """Returns the proof of a version as sent to other peers, or None."""
         try:
-            return (self._folder / f"{digest}{SUFFIX}").read_bytes()
+            return path_in(self._folder, digest, SUFFIX).read_bytes()
         except OSError:
             return None
 

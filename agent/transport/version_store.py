@@ -16,6 +16,7 @@ from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreacha
 from protocols.local.atomic_files import fsync_folder
 from protocols.local.background_unlink import freeing_in_thread
 from protocols.local.disk_space import is_disk_full
+from protocols.local.safe_paths import path_in
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
 from protocols.model.weights_file import WeightsFile
@@ -116,7 +117,7 @@ class VersionStore:
                     leftover.unlink(missing_ok=True)
 
     def _path(self, digest: str) -> Path:
-        return self._folder / f"{digest}.safetensors"
+        return path_in(self._folder, digest, ".safetensors")
 
     def shrink(self, nbytes: int, needed: Collection[str]) -> int:
         """Deletes versions, oldest first, until `nbytes` are free; returns the freed bytes.

@@ -9,7 +9,8 @@ from coordinator import strategies
 from coordinator.runs.export import resolve_version
 from coordinator.runs.state import Run
 from protocols.errors import UnknownName, UsageError
-from protocols.messages.jobs import ModelRef, Setting
+from protocols.messages.envelope import Setting
+from protocols.messages.jobs import ModelRef
 from protocols.model import personalization
 
 _HINT = "commonweight models list"

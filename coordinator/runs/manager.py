@@ -176,7 +176,7 @@ class RunManager:
         self._check(spec)
         if from_digest:
             from_digest = self._first_version(spec, from_digest)
-        task = re.sub(r"\W+", "-", spec.task)[:48]
+        task = re.sub(r"[^A-Za-z0-9_]+", "-", spec.task).strip("-_")[:48] or "run"
         run_id = f"{task}-{secrets.token_hex(3)}"
         first = [run_events.WeightsInitialised(from_digest, "file")] if from_digest else []
         self._append(run_id, RunStarted(spec, time.time()), *first)

@@ -10,15 +10,17 @@ import functools
 import operator
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from protocols.messages.jobs import ModelRef, Setting
+from protocols.messages.envelope import Count, Integer, MaybeDigest, Settings
+from protocols.messages.jobs import ModelRef
 
 PREFIX = "job/"
 
+_ShortText = Annotated[str, Meta(max_length=400)]
 Kind = Literal["scatter", "private", "analyze"]
 
 
@@ -34,8 +36,8 @@ class JobState(StrEnum):
 class Block(Struct, frozen=True, array_like=True):
     """Rows that stay together: a file of `nbytes` bytes with `rows` rows."""
 
-    rows: int
-    nbytes: int
+    rows: Count
+    nbytes: Count
 
 
 class JobSpec(Struct, frozen=True, kw_only=True):
@@ -48,19 +50,19 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     """
 
     kind: Kind
-    task: str = ""
-    settings: dict[str, Setting] = {}
-    models: tuple[ModelRef, ...] = ()
-    names: tuple[str, ...] = ()
-    input: str = ""
-    suffix: str = ""
-    blocks: tuple[Block, ...] = ()
-    quorum: int = 1
-    peers: tuple[str, ...] = ()
+    task: _ShortText = ""
+    settings: Settings = {}
+    models: Annotated[tuple[ModelRef, ...], Meta(max_length=1024)] = ()
+    names: Annotated[tuple[_ShortText, ...], Meta(max_length=1024)] = ()
+    input: MaybeDigest = ""
+    suffix: _ShortText = ""
+    blocks: Annotated[tuple[Block, ...], Meta(max_length=1 << 20)] = ()
+    quorum: Integer = 1
+    peers: Annotated[tuple[_ShortText, ...], Meta(max_length=1 << 16)] = ()
     deadline_s: float = 0.0
-    min_group: int = 10
-    query: str = ""
-    requester: str = ""
+    min_group: Count = 10
+    query: Annotated[str, Meta(max_length=256 * 1024)] = ""
+    requester: _ShortText = ""
 
 
 class AnswerInfo(Struct, frozen=True, kw_only=True):

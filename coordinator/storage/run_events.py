@@ -8,16 +8,18 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from protocols.messages.envelope import Metrics
+from protocols.messages.envelope import Count, Integer, Metrics, Settings
 from protocols.messages.states import RunState
 from protocols.model.schema_card import Description, SchemaCard
 
 Setting = str | int | float | bool
+#: Without a pattern: ledgers of older versions have any text.
+_ShortText = Annotated[str, Meta(max_length=400)]
 
 
 class RunEvent(Struct, frozen=True, tag=True):
@@ -51,35 +53,35 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     parent's round `first_round`.
     """
 
-    task: str
-    rounds: int
-    first_round: int = 1
+    task: _ShortText
+    rounds: Count
+    first_round: Count = 1
     only: Literal["", "describe", "init", "train", "evaluate"] = ""
-    strategy: str = "fedavg"
-    strategy_args: dict[str, Setting] = {}
-    settings: dict[str, Setting] = {}
-    codec: str = "fp32"
-    seed: int = 0
-    quorum: int = 1
+    strategy: _ShortText = "fedavg"
+    strategy_args: Settings = {}
+    settings: Settings = {}
+    codec: _ShortText = "fp32"
+    seed: Integer = 0
+    quorum: Integer = 1
     deadline_s: float = 600.0
     deadline: Literal["fixed", "auto"] = "fixed"
     select: float = 0.0
     late: Literal["drop", "fold"] = "drop"
-    keep_versions: int = 2
+    keep_versions: Integer = 2
     weighting: Literal["examples", "equal"] = "examples"
     max_weight_share: float = 1.0
-    max_examples: int = 10_000_000
-    min_examples: int = 1
+    max_examples: Integer = 10_000_000
+    min_examples: Integer = 1
     clip_norm: float = 0.0
     handshake: bool = False
-    best_metric: str = ""
+    best_metric: _ShortText = ""
     best_direction: Literal["", "max", "min"] = ""
-    patience: int = 0
+    patience: Integer = 0
     target: float | None = None
     mode: Literal["synchronous", "buffered"] = "synchronous"
-    buffer: int = 0
-    max_staleness: int = 10
-    concurrency: int = 0
+    buffer: Integer = 0
+    max_staleness: Integer = 10
+    concurrency: Integer = 0
     server_lr: float = 1.0
 
 

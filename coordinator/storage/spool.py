@@ -20,6 +20,7 @@ from protocols.errors import BadWeights
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
+from protocols.local.safe_paths import path_in
 from protocols.model.weights_file import WeightsFile
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -38,7 +39,7 @@ class Spool:
         self._use("")
 
     def _use(self, run: str) -> None:
-        self.run, self.folder = run, self._root / run
+        self.run, self.folder = run, self._folder_of(run)
         #: The request that writes a `.part` file now. A newer request takes the file over.
         self.writers: dict[Path, PartialUpload] = {}
         #: By peer: its files, oldest first. Listing the folder for each upload would get slower
@@ -51,8 +52,11 @@ class Spool:
         """Take the uploads of this run. Those from before a restart are kept."""
         self._use(run)
 
+    def _folder_of(self, run: str) -> Path:
+        return path_in(self._root, run) if run else self._root
+
     def _make_folder(self, run: str) -> None:
-        (self._root / run).mkdir(mode=0o700, exist_ok=True)
+        self._folder_of(run).mkdir(mode=0o700, exist_ok=True)
         atomic_files.fsync_folder(self._root)
 
     def end_run(self) -> None:
@@ -64,7 +68,8 @@ class Spool:
 
     def delete_run(self, run: str) -> None:
         """Delete the uploads of a run that is not active."""
-        shutil.rmtree(self._root / run, ignore_errors=True)
+        if run:
+            shutil.rmtree(self._folder_of(run), ignore_errors=True)
 
     def keep_runs(self, needed: Mapping[str, Collection[tuple[str, str]]]) -> None:
         """At the start: delete the uploads of all other runs, for example after a crash.
@@ -76,7 +81,7 @@ class Spool:
             for node, digest in uploads:
                 if (path := self.path(node, digest)).exists():
                     self._make_folder(run)
-                    path.replace(self._root / run / path.name)
+                    path.replace(self._folder_of(run) / path.name)
         for path in self._root.iterdir():
             if path.is_dir() and path.name not in needed:
                 shutil.rmtree(path, ignore_errors=True)
@@ -85,7 +90,7 @@ class Spool:
 
     def path(self, node: str, digest: str) -> Path:
         """The file of this peer's whole upload, whether or not it exists."""
-        return self.folder / f"{node}-{digest}{self._suffix}"
+        return path_in(self.folder, f"{node}-{digest}", self._suffix)
 
     def open(self, node: str, digest: str) -> WeightsFile:
         """An upload, open for reading. Raises BadWeights."""

@@ -14,6 +14,7 @@ from protocols.codecs import patches
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
+from protocols.local.safe_paths import path_in
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from protocols.model.weights import Array, Part, Schema, Weights
@@ -41,14 +42,14 @@ class Versions:
 
     def version_path(self, digest: str) -> Path:
         """The file of the version with this digest, whether or not it exists."""
-        return self.folder / f"{digest}{self.suffix}"
+        return path_in(self.folder, digest, self.suffix)
 
     def has(self, digest: str) -> bool:
-        return self.version_path(digest).exists()
+        return bool(digest) and self.version_path(digest).exists()
 
     def patch_path(self, digest: str) -> Path:
         """The file of the patch from the parent to this version, whether or not it exists."""
-        return self.folder / f"{digest}.patch"
+        return path_in(self.folder, digest, ".patch")
 
     def make_patch(self, parent: str, digest: str) -> int:
         """Make the patch to a version; its bytes, or 0 if it would not be small."""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from protocols.errors import BadWeights, CommonweightError
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
+from protocols.local.safe_paths import path_in
 from protocols.model import weights
 from protocols.model.weights import DTYPES, FLOAT_DTYPES, Part, Schema, TensorSpec, Weights
 from protocols.model.weights_file import WeightsFile, WeightsWriter
@@ -45,7 +46,7 @@ class StateStore:
 
     def path(self, digest: str) -> Path:
         """The file with this digest, whether or not it exists."""
-        return self._folder / f"{digest}.safetensors"
+        return path_in(self._folder, digest, ".safetensors")
 
     @contextlib.contextmanager
     def open(self, digests: Mapping[str, str], model: Schema) -> Iterator[StateReader]:
@@ -70,7 +71,7 @@ class StateStore:
     def write(self, slots: tuple[str, ...], model: Schema) -> Iterator[StateWriter]:
         """Write a state. Its `digests` are complete after the `with` block. Raises BadWeights."""
         schema = state_schema(model)
-        temporary = {slot: self.path(f".new-{slot}") for slot in slots}
+        temporary = {slot: self._folder / f".new-{slot}.safetensors" for slot in slots}
         with contextlib.ExitStack() as stack:
             files = {
                 slot: stack.enter_context(WeightsWriter(path, schema))

@@ -113,7 +113,7 @@ class PeerAnswer(Struct, frozen=True, kw_only=True):
 
     rows: Count = 0
     kept_back: Count = 0
-    kinds: dict[Text, Text] = {}
+    kinds: Annotated[dict[Text, Text], Meta(max_length=128)] = {}
     cells: Annotated[tuple[Cell, ...], Meta(max_length=2000)] = ()
     refused: Text = ""
 

@@ -60,7 +60,7 @@ class Query(Struct, frozen=True, kw_only=True):
     by: Annotated[tuple[Name, ...], Meta(max_length=MAX_GROUPING)] = ()
     where: Annotated[tuple[Condition, ...], Meta(max_length=MAX_CONDITIONS)] = ()
     epsilon: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    bounds: dict[Name, tuple[Number, Number]] = {}
+    bounds: Annotated[dict[Name, tuple[Number, Number]], Meta(max_length=2 * MAX_OPERATIONS)] = {}
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import BadMessage
-from protocols.messages.envelope import Name
+from protocols.messages.envelope import Count, Id, PublicKey
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.signing import SignedJson
 
@@ -43,10 +43,10 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     grows with each change: an older card is refused.
     """
 
-    v: int = FORMAT
-    fleet: Name
+    v: Count = FORMAT
+    fleet: Id
     counter: Annotated[int, Meta(ge=1, le=2**53)]
-    coordinator_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    coordinator_public: PublicKey
     broker: BrokerCard
 
 

@@ -17,6 +17,7 @@ import ipaddress
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from cryptography import x509
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocols.errors import BadMessage, HomeError
+from protocols.messages.envelope import Count, Id, Name, PublicKey
 from protocols.messages.signing import SignedJson
 
 SigningKey = ed25519.Ed25519PrivateKey
@@ -282,12 +284,12 @@ def _general_name(name: str) -> x509.GeneralName:
 class NodeCertificate(msgspec.Struct, frozen=True, kw_only=True):
     """A peer's two public keys, certified by the CA until `not_after` (Unix s)."""
 
-    v: int = 1
-    fleet: str
-    peer: str
-    name: str
-    sign_public: bytes
-    node_public: bytes
+    v: Count = 1
+    fleet: Id
+    peer: Id
+    name: Name
+    sign_public: PublicKey
+    node_public: Annotated[bytes, msgspec.Meta(max_length=1024)]
     not_after: float
 
 

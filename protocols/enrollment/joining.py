@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, convert, field
 
-from protocols.messages.envelope import Name
+from protocols.messages.envelope import Id, Labels, Name, PublicKey
 from protocols.messages.mqtt import MqttAddress
 
 JOIN_PATH = "/cw/v1/join"
@@ -17,12 +17,15 @@ RENEW_PATH = "/cw/v1/renew"
 LEAVE_PATH = "/cw/v1/leave"
 MQTT_PATH = "/cw/v1/mqtt"
 
+#: A fleet card (`enrollment.fleet_card`).
+Card = Annotated[bytes, Meta(max_length=16 * 1024)]
+
 
 class _TicketRequest(Struct, frozen=True, kw_only=True):
-    ticket: Name
+    ticket: Id
     secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
     name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.:@ -]+\Z")]
-    sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    sign_public: PublicKey
     proof: Annotated[bytes, Meta(min_length=64, max_length=64)]
     version: Name
 
@@ -34,7 +37,7 @@ class JoinRequest(_TicketRequest, frozen=True, kw_only=True):
     key, and did not just copy the public one.
     """
 
-    labels: Annotated[dict[Name, Name], Meta(max_length=16)] = {}
+    labels: Labels = {}
     node_public: Annotated[bytes, Meta(max_length=1024)]
 
 
@@ -56,10 +59,10 @@ def operator_join_proof(ticket: str, secret: bytes, sign_public: bytes) -> bytes
 class OperatorJoinResponse(Struct, frozen=True, kw_only=True):
     """The id and role of a monitor that has joined, and the fleet card, as for an agent."""
 
-    operator: str
+    operator: Id
     role: Literal["observer", "operator"]
-    fleet: str
-    card: bytes = b""
+    fleet: Id
+    card: Card = b""
 
 
 class JoinResponse(Struct, frozen=True, kw_only=True):
@@ -68,20 +71,20 @@ class JoinResponse(Struct, frozen=True, kw_only=True):
     `card`: the fleet card (`enrollment.fleet_card`); older coordinators send none.
     """
 
-    peer: str
-    name: str
-    fleet: str
-    certificate: bytes
-    coordinator_public: bytes
+    peer: Id
+    name: Name
+    fleet: Id
+    certificate: Annotated[bytes, Meta(max_length=4096)]
+    coordinator_public: PublicKey
     mqtt: MqttAddress
     awaiting: bool
-    card: bytes = b""
+    card: Card = b""
 
 
 class MqttResponse(MqttAddress, frozen=True, kw_only=True):
     """The broker's address and login, and the fleet card; older coordinators send no card."""
 
-    card: bytes = b""
+    card: Card = b""
 
     @property
     def address(self) -> MqttAddress:
@@ -92,7 +95,7 @@ class MqttResponse(MqttAddress, frozen=True, kw_only=True):
 class EnrollmentStatus(Struct, frozen=True, kw_only=True):
     """The enrollment status of a machine, and the version of the coordinator."""
 
-    peer: str
-    name: str
+    peer: Id
+    name: Name
     enrollment: Literal["awaiting", "enrolled"] = field(name="standing")
-    version: str
+    version: Name

@@ -34,9 +34,9 @@ class Ticket(Struct, frozen=True, kw_only=True, array_like=True):
     `ca_sha256` is complete, or in a code its first `CA_BYTES`. `secret` is valid once.
     """
 
-    addresses: Annotated[tuple[str, ...], Meta(max_length=16)]
+    addresses: Annotated[tuple[Annotated[str, Meta(max_length=320)], ...], Meta(max_length=16)]
     ca_sha256: Annotated[bytes, Meta(min_length=CA_BYTES, max_length=32)]
-    id: Annotated[str, Meta(min_length=8, max_length=8)]
+    id: Annotated[str, Meta(max_length=8, pattern=r"^[0-9a-z]{8}\Z")]
     secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 

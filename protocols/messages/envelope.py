@@ -26,11 +26,28 @@ _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*\Z"
 Text = Annotated[str, Meta(max_length=400, pattern=_PRINTABLE)]
 Name = Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
-Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Digest = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]{64}\Z")]
+MaybeDigest = Annotated[str, Meta(max_length=64, pattern=r"^([0-9a-f]{64})?\Z")]
+#: Names a run, job, peer, session or request. It has no separator and no `..`, so that a check that
+#: is forgotten later harms nothing. It still becomes a path only by `protocols.local.safe_paths`.
+Id = Annotated[str, Meta(max_length=64, pattern=r"^(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")]
+MaybeId = Annotated[
+    str, Meta(max_length=64, pattern=r"^((?!.*\.\.)[A-Za-z0-9][A-Za-z0-9_.-]{0,63})?\Z")
+]
+#: A task, such as `mnist` or `my_task.py:MyTask`; empty for work without one.
+TaskName = Annotated[str, Meta(max_length=64, pattern=r"^([A-Za-z0-9][A-Za-z0-9_.:-]*)?\Z")]
+PublicKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+#: The value of a setting. Agreed preprocessing is a long one.
+Setting = Annotated[str, Meta(max_length=256 * 1024)] | Integer | float | bool
+Settings = Annotated[dict[Name, Setting], Meta(max_length=256)]
+Labels = Annotated[dict[Name, Name], Meta(max_length=16)]
+#: By peer: one entry for each peer of the largest fleet.
+MAX_PEERS = 65_536
 #: Counts by name that are summed over peers: see `protocols.tables.evaluation_counts`.
 Tallies = Annotated[dict[Name, Annotated[list[float], Meta(max_length=1024)]], Meta(max_length=8)]
 #: JSON has no NaN or infinity: they are sent as null and arrive as None.
-Metrics = dict[Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)], float | None]
+Metrics = Annotated[dict[Name, float | None], Meta(max_length=256)]
 
 
 def strip_controls(text: str) -> str:
@@ -50,10 +67,10 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
     reason: Text = ""
     name: Name = ""
     version: Name = ""
-    task: Name = ""
-    run: Name = ""
+    task: TaskName = ""
+    run: MaybeId = ""
     round: Count = 0
-    tasks: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    tasks: Annotated[tuple[TaskName, ...], Meta(max_length=64)] = ()
     policy: Annotated[dict[Name, Name], Meta(max_length=32)] = {}
     disk_free_bytes: Count = 0
     free_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
@@ -64,7 +81,7 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
 class Telemetry(Struct, frozen=True, tag=True, kw_only=True):
     """What a peer measures while it works. Bytes are counted since the agent started."""
 
-    run: Name = ""
+    run: MaybeId = ""
     round: Count = 0
     phase: Literal["", "train", "evaluate"] = ""
     step: Count = 0
@@ -100,7 +117,7 @@ class Command(Struct, frozen=True, tag=True, kw_only=True):
 class LogRequest(Struct, frozen=True, tag="LogsAsked", kw_only=True):
     """Asks an agent for the last `max_lines` lines of its log; the answer has the `request_id`."""
 
-    request_id: Name = field(name="ask")
+    request_id: Id = field(name="ask")
     max_lines: Annotated[int, Meta(ge=1, le=500)] = field(default=200, name="most")
 
 
@@ -115,7 +132,7 @@ class LogLine(Struct, frozen=True, kw_only=True):
 class LogResponse(Struct, frozen=True, kw_only=True):
     """The answer to `LogRequest`, sent over HTTPS so that nobody on the broker can read it."""
 
-    request_id: Name = field(name="ask")
+    request_id: Id = field(name="ask")
     lines: Annotated[list[LogLine], Meta(max_length=500)]
 
 
@@ -127,13 +144,13 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     missing, else None.
     """
 
-    peer: Name
+    peer: Id
     name: Name
-    labels: dict[Name, Name] = {}
+    labels: Labels = {}
     enrollment: Literal["awaiting", "enrolled", "removed"] = field(
         default="enrolled", name="standing"
     )
-    public_key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    public_key: PublicKey
     has_session: bool | None = field(default=None, name="flower")
     state: PeerState | None = None
 
@@ -145,7 +162,7 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     `deleted`: the run is listed no longer.
     """
 
-    run: Name
+    run: Id
     task: Name
     state: RunState
     round: Count
@@ -154,7 +171,7 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     asked: Count = 0
     answered: Count = 0
     waiting_for: Text = ""
-    head: Name = ""
+    head: MaybeDigest = ""
     best_round: Count = 0
     ended_because: Text = ""
     memory_bytes: Count = 0
@@ -169,7 +186,7 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
     (`work`, `wait`, `transfer`, `aggregate`, `evaluate`).
     """
 
-    run: Name
+    run: Id
     round: Count
     digest: Digest
     seconds: float
@@ -181,11 +198,11 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
     metrics: Metrics = {}
     bytes_up: Count = 0
     bytes_down: Count = 0
-    norms: dict[Name, float] = {}
-    spread: dict[Name, tuple[float, float, float]] = {}
-    worst: dict[Name, Name] = {}
-    spent: dict[Name, float] = {}
-    staleness: dict[Name, Count] = {}
+    norms: Annotated[dict[Name, float], Meta(max_length=MAX_PEERS)] = {}
+    spread: Annotated[dict[Name, tuple[float, float, float]], Meta(max_length=256)] = {}
+    worst: Annotated[dict[Name, Name], Meta(max_length=256)] = {}
+    spent: Annotated[dict[Name, float], Meta(max_length=32)] = {}
+    staleness: Annotated[dict[Name, Count], Meta(max_length=MAX_PEERS)] = {}
 
 
 class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
@@ -198,7 +215,7 @@ class JobChanged(Struct, frozen=True, tag=True, kw_only=True):
     `began_at` and `ended_at` are Unix s by the coordinator's clock, 0 if unknown.
     """
 
-    job: Name
+    job: Id
     kind: Name
     task: Name = ""
     state: Name
@@ -250,9 +267,9 @@ Body = PeerBody | CoordinatorBody
 class Envelope(Struct, frozen=True, kw_only=True):
     """A message: its sender, session (`epoch`), number in the session (`seq`), time (Unix s)."""
 
-    v: int = FORMAT
-    sender: Name
-    epoch: Name
+    v: Count = FORMAT
+    sender: Id
+    epoch: Id
     seq: Count
     at: float
     body: Body

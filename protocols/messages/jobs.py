@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage
-from protocols.messages.envelope import Count, Digest, Metrics, Name
+from protocols.messages.envelope import Count, Digest, Id, Metrics, Settings, TaskName
 from protocols.messages.signing import SignedJson
 
 #: The action of a Flower message of type `query`; Flower allows no types of our own.
@@ -23,8 +23,9 @@ QueryAction = Literal["infer", "analyze"]
 INLINE_MAX_BYTES = 64 * 1024
 INPUT_PATH = "/cw/v1/inputs/{digest}"
 ANSWER_PATH = "/cw/v1/answers/{digest}"
-
-Setting = str | int | float | bool
+#: Blocks of a unit, and models of a job.
+_MAX_BLOCKS, _MAX_MODELS = 65_536, 64
+_Counts = Annotated[tuple[Count, ...], Meta(max_length=_MAX_BLOCKS)]
 
 
 class ModelRef(Struct, frozen=True):
@@ -43,9 +44,9 @@ class Scatter(Struct, frozen=True, tag=True, kw_only=True):
     """
 
     input: Digest
-    sizes: tuple[Count, ...]
-    rows: tuple[Count, ...]
-    suffix: Name
+    sizes: _Counts
+    rows: _Counts
+    suffix: Annotated[str, Meta(max_length=9, pattern=r"^\.[a-z0-9]{1,8}\Z")]
 
 
 class Private(Struct, frozen=True, tag=True, kw_only=True):
@@ -60,7 +61,7 @@ class Private(Struct, frozen=True, tag=True, kw_only=True):
 class Analyze(Struct, frozen=True, tag=True):
     """Answer a query over the peer's own rows, with statistics that can be merged."""
 
-    query: str
+    query: Annotated[str, Meta(max_length=256 * 1024)]
 
 
 UnitQuestion = Scatter | Private | Analyze
@@ -79,29 +80,29 @@ class Score(Struct, frozen=True):
 
 
 #: By the model's digest.
-Scores = dict[Digest, Score]
+Scores = Annotated[dict[Digest, Score], Meta(max_length=_MAX_MODELS)]
 
 
 class Unit(Struct, frozen=True, kw_only=True):
     """A unit of work, signed by the coordinator. `settings` are those of the task."""
 
-    job: Name
+    job: Id
     unit: Count
     question: UnitQuestion
-    task: Name = ""
-    settings: dict[Name, Setting] = {}
-    models: tuple[ModelRef, ...] = ()
+    task: TaskName = ""
+    settings: Settings = {}
+    models: Annotated[tuple[ModelRef, ...], Meta(max_length=_MAX_MODELS)] = ()
 
 
 class Answer(Struct, frozen=True, kw_only=True):
     """The answer to the unit `key`, signed by the peer: digest, size and number of rows."""
 
     key: Digest
-    peer: Name
+    peer: Id
     digest: Digest
     nbytes: Count
     rows: Count
-    nonce: Name
+    nonce: Id
 
 
 _scores = msgspec.json.Decoder(Scores)

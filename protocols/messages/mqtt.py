@@ -33,9 +33,9 @@ class MqttAddress(Struct, frozen=True, kw_only=True):
     host: Annotated[str, Meta(min_length=1, max_length=253)]
     port: Annotated[int, Meta(ge=1, le=65535)]
     tls: bool = True
-    user: str = ""
-    password: str = ""
-    ca_pem: str = ""
+    user: Annotated[str, Meta(max_length=1024)] = ""
+    password: Annotated[str, Meta(max_length=1024)] = ""
+    ca_pem: Annotated[str, Meta(max_length=64 * 1024)] = ""
 
     @property
     def netloc(self) -> str:

@@ -48,7 +48,11 @@ class SignedJson(Generic[T]):
         try:
             return self._decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise BadMessage(f"not a valid {self._name}: {err}") from err
+            raise BadMessage(
+                f"not a valid {self._name}: {err}",
+                "install the same version of commonweight on both sides; if they have it, "
+                "do not trust the sender",
+            ) from err
 
     def signed_bytes(self, payload: bytes) -> bytes:
         """The bytes that the signature covers."""

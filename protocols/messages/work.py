@@ -5,16 +5,32 @@ Work and claims are records in Flower messages; a poll request or response carri
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
-from protocols.messages.envelope import Count, Digest, Metrics, Name, Tallies
+from protocols.messages.envelope import (
+    Count,
+    Digest,
+    Id,
+    Integer,
+    MaybeDigest,
+    Metrics,
+    Settings,
+    Tallies,
+    TaskName,
+)
 from protocols.messages.signing import SignedJson
 
 POLL_PATH = "/cw/v1/exchange"
 #: Weights up to this size are sent with the messages, which costs less than another request.
 INLINE_MAX_BYTES = 64 * 1024
+
+#: Of a Flower message. Weights have requests of their own.
+MAX_MESSAGE_BYTES = 1024 * 1024
+#: A codec, with an argument such as `topk:0.01`.
+CodecName = Annotated[str, Meta(max_length=64, pattern=r"^[a-z0-9]{1,16}(:[0-9.e+-]{1,24})?\Z")]
+_Bytes = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
 
 WorkKind = Literal["describe", "init", "train", "evaluate", "holdings", "recall"]
 
@@ -29,20 +45,20 @@ class Work(Struct, frozen=True, kw_only=True):
     this peer has trained this version before. `since`: when the run was started (Unix s).
     """
 
-    run: Name
+    run: Id
     since: float = 0.0
     round: Count
     kind: WorkKind
-    task: Name
-    base: Name = ""
+    task: TaskName
+    base: MaybeDigest = ""
     nbytes: Count = 0
-    parent: Name = ""
+    parent: MaybeDigest = ""
     patch_bytes: Count = 0
-    codec: Name = "fp32"
+    codec: CodecName = "fp32"
     turn: Count = 0
-    seed: int = 0
-    settings: dict[Name, str | int | float | bool] = {}
-    card: str = ""
+    seed: Integer = 0
+    settings: Settings = {}
+    card: Annotated[str, Meta(max_length=256 * 1024)] = ""
     deadline_s: float = 0.0
 
 
@@ -53,27 +69,27 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     of the description.
     """
 
-    run: Name
+    run: Id
     round: Count
     kind: WorkKind
     turn: Count = 0
-    peer: Name
-    base: Name
-    digest: Name
+    peer: Id
+    base: MaybeDigest
+    digest: MaybeDigest
     nbytes: Count
-    codec: Name = "fp32"
-    num_examples: int
+    codec: CodecName = "fp32"
+    num_examples: Integer
     metrics: Metrics = {}
     tallies: Tallies = {}
-    nonce: Name
+    nonce: Id
 
 
 class FlowerMessage(Struct, frozen=True, kw_only=True):
     """A Flower message: its protobuf, its object tree, and its objects by digest."""
 
-    message: bytes
-    tree: bytes
-    objects: dict[Digest, bytes]
+    message: _Bytes
+    tree: _Bytes
+    objects: Annotated[dict[Digest, _Bytes], Meta(max_length=1024)]
 
 
 class PollRequest(Struct, frozen=True, kw_only=True):
@@ -84,7 +100,7 @@ class PollRequest(Struct, frozen=True, kw_only=True):
 
     reply: FlowerMessage | None = None
     wants_work: bool = field(default=True, name="want")
-    update: bytes = b""
+    update: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
 
 
 class PollResponse(Struct, frozen=True, kw_only=True):
@@ -97,7 +113,7 @@ class PollResponse(Struct, frozen=True, kw_only=True):
 
     work: FlowerMessage | None = None
     acknowledged: bool = field(default=False, name="settled")
-    version: bytes = b""
+    version: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
 
 
 SIGNED_WORK = SignedJson(Work, "work", "piece of work")

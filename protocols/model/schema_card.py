@@ -41,8 +41,10 @@ class SchemaCard(Struct, frozen=True, kw_only=True, tag="schema"):
 
     task: Name
     version: Name = ""
-    tensors: dict[Text, Tensor]
-    traits: dict[Name, tuple[Text, ...]] = {}
+    tensors: Annotated[dict[Text, Tensor], Meta(max_length=65_536)]
+    traits: Annotated[
+        dict[Name, Annotated[tuple[Text, ...], Meta(max_length=65_536)]], Meta(max_length=256)
+    ] = {}
 
     @property
     def schema(self) -> Schema:

@@ -18,7 +18,15 @@ from msgspec import Meta, Struct, field
 from protocols.enrollment import identity
 from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import BadMessage
-from protocols.messages.envelope import Count, Digest, Name, Presence, Sign
+from protocols.messages.envelope import (
+    Count,
+    Digest,
+    Id,
+    Name,
+    Presence,
+    PublicKey,
+    Sign,
+)
 from protocols.messages.signing import SignedJson, VerifySignature
 from protocols.messages.work import Work
 from protocols.p2p.swarm import PeerAddress
@@ -47,7 +55,7 @@ class Head(Struct, frozen=True, kw_only=True, order=True):
     """
 
     since: float
-    run: Name
+    run: Id
     version: Count
     digest: Digest
 
@@ -65,7 +73,7 @@ def version_number(work: Work) -> int:
 class GossipEntry(Struct, frozen=True, kw_only=True):
     """The state of a peer `at` a time by its own clock (Unix s); `address` if it serves others."""
 
-    peer: Name
+    peer: Id
     at: Annotated[float, Meta(ge=0, le=2**40)]
     presence: Presence
     head: Head | None = None
@@ -98,7 +106,7 @@ class GossipBatch(Struct, frozen=True, kw_only=True):
 class Neighbor(Struct, frozen=True, kw_only=True):
     """A peer to exchange gossip with, at host:port; `node_public` (PEM) is the key to expect."""
 
-    peer: Name
+    peer: Id
     name: Name
     address: PeerAddress
     node_public: Annotated[bytes, Meta(max_length=1024)]
@@ -110,11 +118,11 @@ class NeighborsResponse(Struct, frozen=True, kw_only=True):
     Access tokens of peers in `removed` are no longer valid.
     """
 
-    access_token: bytes = field(name="pass_")
+    access_token: Annotated[bytes, Meta(max_length=4096)] = field(name="pass_")
     neighbors: Annotated[tuple[Neighbor, ...], Meta(max_length=4096)] = field(
         default=(), name="near"
     )
-    removed: Annotated[tuple[Name, ...], Meta(max_length=4096)] = ()
+    removed: Annotated[tuple[Id, ...], Meta(max_length=4096)] = ()
 
 
 class AccessToken(Struct, frozen=True, kw_only=True):
@@ -123,8 +131,8 @@ class AccessToken(Struct, frozen=True, kw_only=True):
     `gossip_only`: a monitor may read gossip, and gets no version.
     """
 
-    holder: Name
-    sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    holder: Id
+    sign_public: PublicKey
     until: float
     gossip_only: bool = field(default=False, name="words_only")
 

@@ -16,7 +16,7 @@ from typing import Annotated
 from msgspec import Meta, Struct, field
 
 from protocols.errors import BadMessage
-from protocols.messages.envelope import Count, Digest, Name
+from protocols.messages.envelope import Count, Digest, Id, PublicKey
 from protocols.messages.signing import SignedJson, VerifySignature
 
 PIECE_BYTES = 1 << 20
@@ -25,6 +25,8 @@ MIN_SHARED_BYTES = 1 << 20
 #: Enough for a download over a slow line; a longer one asks for a new plan.
 DOWNLOAD_TOKEN_LIFETIME_S = 1800.0
 MAX_SOURCES = 3
+#: Of a version: 1 TiB in pieces of `PIECE_BYTES`.
+MAX_PIECES = 1 << 20
 
 PLAN_PATH = "/cw/v1/plans/{digest}"
 DOWNLOAD_REPORT_PATH = "/cw/v1/plans/{digest}/held"
@@ -53,13 +55,13 @@ class DownloadPlanRequest(Struct, frozen=True, kw_only=True):
     address: PeerAddress = ""
     networks: _Hosts = ()
     serves_other_networks: bool = field(default=False, name="open")
-    faulty: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
+    faulty: Annotated[tuple[Id, ...], Meta(max_length=256)] = ()
 
 
 class PieceSource(Struct, frozen=True, kw_only=True):
     """A peer that has the version or is downloading it; `node_public` (PEM) is its expected key."""
 
-    peer: Name
+    peer: Id
     address: PeerAddress
     node_public: Annotated[bytes, Meta(max_length=1024)]
 
@@ -72,12 +74,12 @@ class DownloadPlan(Struct, frozen=True, kw_only=True):
 
     digest: Digest
     nbytes: Count
-    piece_bytes: Annotated[int, Meta(ge=1)]
-    pieces: bytes
+    piece_bytes: Annotated[int, Meta(ge=1, le=2**30)]
+    pieces: Annotated[bytes, Meta(max_length=32 * MAX_PIECES)]
     sources: Annotated[tuple[PieceSource, ...], Meta(max_length=MAX_SOURCES)] = field(
         default=(), name="holders"
     )
-    token: bytes = field(default=b"", name="permit")
+    token: Annotated[bytes, Meta(max_length=4096)] = field(default=b"", name="permit")
     use_coordinator: bool = field(default=False, name="seed")
 
 
@@ -87,15 +89,15 @@ class DownloadReport(Struct, frozen=True, kw_only=True):
     `faulty` sources sent wrong bytes, or none in time.
     """
 
-    rates: Annotated[dict[Name, float], Meta(max_length=64)] = {}
-    faulty: Annotated[tuple[Name, ...], Meta(max_length=256)] = ()
+    rates: Annotated[dict[Id, float], Meta(max_length=64)] = {}
+    faulty: Annotated[tuple[Id, ...], Meta(max_length=256)] = ()
 
 
 class DownloadToken(Struct, frozen=True, kw_only=True):
     """The coordinator lets a peer download one version until `until` (Unix s)."""
 
-    peer: Name
-    sign_public: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    peer: Id
+    sign_public: PublicKey
     digest: Digest
     until: float
 

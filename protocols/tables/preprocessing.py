@@ -14,10 +14,10 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage, CommonweightError, SchemaMismatch, UsageError
 from protocols.messages.envelope import Text
@@ -29,6 +29,7 @@ MAX_CLASSES = 20
 MAX_BYTES = 128 * 1024
 
 Setting = str | int | float | bool
+_Texts = Annotated[tuple[Text, ...], Meta(max_length=65_536)]
 
 
 class Feature(Struct, frozen=True, kw_only=True):
@@ -39,7 +40,7 @@ class Feature(Struct, frozen=True, kw_only=True):
     mean: float = 0.0
     scale: float = 1.0
     missing: bool = False
-    categories: tuple[Text, ...] = ()
+    categories: _Texts = ()
 
 
 class Target(Struct, frozen=True, kw_only=True):
@@ -47,7 +48,7 @@ class Target(Struct, frozen=True, kw_only=True):
 
     name: Text
     kind: ColumnKind
-    classes: tuple[Text, ...] = ()
+    classes: _Texts = ()
     mean: float = 0.0
     scale: float = 1.0
 
@@ -56,7 +57,7 @@ class Preprocessing(Struct, frozen=True, kw_only=True):
     """The features in order, and the target. `hashed`: categories are hashes of values."""
 
     version: Literal[1] = 1
-    features: tuple[Feature, ...]
+    features: Annotated[tuple[Feature, ...], Meta(max_length=statistics.MAX_COLUMNS)]
     target: Target
     hashed: bool = False
 

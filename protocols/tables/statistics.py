@@ -27,6 +27,8 @@ NUMERIC: frozenset[ColumnKind] = frozenset({"number", "boolean", "date"})
 
 #: A column with more different texts has no categories, but names, notes or keys.
 MAX_CATEGORIES = 1000
+#: Of a description, which has 256 KB at most.
+MAX_COLUMNS = 16_384
 
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 
@@ -75,7 +77,7 @@ class ColumnStatistics(Struct, frozen=True, kw_only=True):
     whole: bool = False
     moments: Moments = Moments()
     extremes: tuple[Finite, Finite] | None = None
-    categories: dict[Text, Count] = {}
+    categories: Annotated[dict[Text, Count], Meta(max_length=MAX_CATEGORIES)] = {}
     others: Count = 0
     many: bool = False
 
@@ -84,7 +86,7 @@ class TableStatistics(Struct, frozen=True, kw_only=True, tag="table"):
     """A peer's table: its number of rows, and the columns that its owner shares."""
 
     rows: Count
-    columns: dict[Text, ColumnStatistics]
+    columns: Annotated[dict[Text, ColumnStatistics], Meta(max_length=MAX_COLUMNS)]
 
 
 def merge(parts: Iterable[TableStatistics]) -> TableStatistics:

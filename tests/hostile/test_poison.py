@@ -97,7 +97,7 @@ BAD_CLAIMS: list[tuple[str, dict[str, Any]]] = [
     ("bad example count", {"num_examples": 0}),
     ("bad example count", {"num_examples": 10**12}),
     ("bad example count", {"num_examples": 10**18}),
-    ("bad metrics", {"metrics": {f"{n:04d}" + "m" * 60: 1.0 for n in range(1000)}}),
+    ("bad claim", {"metrics": {f"{n:04d}" + "m" * 60: 1.0 for n in range(1000)}}),
     ("bad metrics", {"metrics": {"accuracy": 1e300}}),
 ]
 BAD_BYTES: list[tuple[str, Callable[[bytes], bytes]]] = [
@@ -112,7 +112,7 @@ BAD_BYTES: list[tuple[str, Callable[[bytes], bytes]]] = [
 EVALUATIONS: list[tuple[str | None, dict[str, Any]]] = [
     ("bad metrics", {"metrics": {"loss": 0.1, "accuracy": 1e308}}),
     ("bad metrics", {"metrics": {"loss": 0.1, "accuracy": -5.0}}),
-    ("bad metrics", {"metrics": {f"{n:04d}" + "m" * 60: 1.0 for n in range(1000)}}),
+    ("bad claim", {"metrics": {f"{n:04d}" + "m" * 60: 1.0 for n in range(1000)}}),
     ("bad example count", {"num_examples": 10**12}),
     ("bad example count", {"num_examples": 0}),
     (None, {"metrics": {"loss": None}}),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import ssl
+import threading
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,7 @@ from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import sign_message
 
+from agent.home.credentials import Credentials
 from coordinator.daemon.coordinator import Coordinator
 from coordinator.storage.ledger import Ledger
 from protocols.enrollment import identity, signed_requests, tickets
@@ -165,3 +168,65 @@ def bounded_growth(pid: int, most_mb: float, what: str) -> Iterator[None]:
 
 def files_in(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+class LyingCoordinator:
+    """An HTTPS server with the fleet's certificate that answers each request as `answer` does.
+
+    `answer(head, send)` gets the request's head and sends raw bytes. Its keys sign work.
+    """
+
+    def __init__(self, folder: Path, answer: Callable[[bytes, Callable[[bytes], None]], None]):
+        folder.mkdir(parents=True, exist_ok=True)
+        ca_key, self.ca_pem = identity.new_ca("test")
+        key, pem = identity.new_server_certificate(ca_key, self.ca_pem, ["localhost", HOST])
+        (folder / "server.key").write_bytes(identity.private_pem(key))
+        (folder / "server.pem").write_bytes(pem)
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._tls.load_cert_chain(folder / "server.pem", folder / "server.key")
+        self.sign_key = identity.new_signing_key()
+        self.public = identity.public_bytes(self.sign_key)
+        self.answer, self.requests = answer, 0
+        self._listener = socket.create_server((HOST, 0))
+        self.address = f"{HOST}:{self._listener.getsockname()[1]}"
+        self.fleet = identity.ca_fingerprint(self.ca_pem).hex()[:16]
+
+    def credentials(self, machine: Machine) -> Credentials:
+        return Credentials(
+            self.address, self.ca_pem, machine.peer, machine.node_key, machine.sign_key
+        )
+
+    @contextmanager
+    def up(self) -> Iterator[LyingCoordinator]:
+        thread = threading.Thread(target=self._accept)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                accepted, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(accepted,), daemon=True).start()
+
+    def _serve(self, accepted: socket.socket) -> None:
+        with (
+            contextlib.suppress(OSError),
+            self._tls.wrap_socket(accepted, server_side=True) as sock,
+        ):
+            head = b""
+            while b"\r\n\r\n" not in head:
+                if not (piece := sock.recv(65536)):
+                    return
+                head += piece
+            self.requests += 1
+            self.answer(head, sock.sendall)
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_WR)
+                sock.recv(1)

@@ -162,11 +162,11 @@ class Machine:
         try:
             seen = b""
             for answer in answers.splitlines(keepends=True):
-                asked = b""
-                while not asked.rstrip().endswith(b":"):
-                    asked += os.read(ours, 65536)
-                seen += asked
+                while not seen.rstrip().endswith((b":", b"?")):
+                    seen += os.read(ours, 65536)
                 os.write(ours, answer.encode())
+                seen += b" "
+                seen += os.read(ours, 65536)
             while more := _more(ours):
                 seen += more
             assert shown.wait(30) == 0, f"{self.name}: {line}\n{seen.decode()}"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from agent.home.credentials import Credentials
-from agent.transport.p2p.peer_connection import PeerConnection
+from agent.transport.p2p.peer_connection import PeerConnection, SignRequest
+from agent.transport.version_proofs import MAX_PROOF_BYTES
 from protocols.errors import BadWeights, Unreachable
 from protocols.local.atomic_files import write_all
 from protocols.p2p import gossip
@@ -26,18 +26,20 @@ _TIMEOUT_S = 10.0
 STALL_S = 3.0
 #: A download below this rate is aborted, and another peer is used.
 _MIN_BYTES_PER_S = 64 * 1024
-_MAX_PROOF_BYTES = 1 << 20
+_MAX_PROOF_BYTES = 2 * MAX_PROOF_BYTES  # base64 adds a third
 _READ_BYTES = 1 << 20
 
 
 class PeerClient:
     """A client for one peer. Every method raises Unreachable if the peer fails."""
 
-    def __init__(self, peer: Neighbor, access_token: bytes, credentials: Credentials) -> None:
+    def __init__(self, peer: Neighbor, access_token: bytes, sign: SignRequest) -> None:
         self._name = peer.name
         self._connection = PeerConnection(
-            peer,
-            credentials,
+            peer.name,
+            peer.address,
+            peer.node_public,
+            sign,
             gossip.ACCESS_TOKEN_HEADER,
             access_token,
             stall_s=STALL_S,

@@ -7,31 +7,32 @@ import http.client
 import ssl
 import threading
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from agent.home.credentials import Credentials
 from agent.transport.http_client import Connection, map_errors
 from protocols.enrollment import identity
 from protocols.network import addresses
-from protocols.p2p import peer_addresses
-from protocols.p2p.gossip import Neighbor
-from protocols.p2p.swarm import PieceSource
 
 _CONNECT_S = 3.0
 
+#: `sign(method, path, body_sha256)` returns the headers of a signed request.
+SignRequest = Callable[[str, str, str], dict[str, str]]
+
 
 class PeerConnection(Connection):
-    """A connection to the address of `peer` that accepts only the key of this peer.
+    """A connection to `address` (host:port) that accepts only the key `node_public`.
 
-    `token_header` and `token` are sent with every request. A peer that sends nothing for `stall_s`
-    has failed.
+    `name` is for error messages. `token_header` and `token` are sent with every request. A peer
+    that sends nothing for `stall_s` has failed.
     """
 
     def __init__(
         self,
-        peer: Neighbor | PieceSource,
-        credentials: Credentials,
+        name: str,
+        address: str,
+        node_public: bytes,
+        sign: SignRequest,
         token_header: str,
         token: bytes,
         *,
@@ -42,22 +43,18 @@ class PeerConnection(Connection):
         # The pinned key authenticates the peer, not a CA. It is checked before the first request.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        host, port, _ = addresses.parse(peer.address)
+        host, port, _ = addresses.parse(address)
         super().__init__(host, port, context, _CONNECT_S)
-        self._peer, self._credentials = peer, credentials
-        self._name = peer.name if isinstance(peer, Neighbor) else peer.peer
+        self._name, self._node_public, self._sign = name, node_public, sign
         self._stall_s = stall_s
         self._token = {token_header: b64encode(token).decode()}
 
     def connect(self) -> None:
-        """Connects. Raises OSError, also if another key answers or no peer may be there."""
-        address, is_local = self._peer.address, self._credentials.is_local_fleet
-        if reason := peer_addresses.refusal(address, allow_loopback=is_local):
-            raise OSError(f"no peer is asked at {address}: {reason}")
+        """Connects. Raises OSError, also if another key answers."""
         super().connect()
         certificate = self.sock.getpeercert(binary_form=True)
         if certificate is None or not identity.certificate_matches_key(
-            certificate, self._peer.node_public
+            certificate, self._node_public
         ):
             self.close()
             raise OSError("another machine answers at its address")
@@ -72,7 +69,7 @@ class PeerConnection(Connection):
         After `within_s` the exchange is aborted. A socket timeout alone never ends a peer that
         sends a byte now and then.
         """
-        signed = self._credentials.sign_request(method, path, hashlib.sha256(body).hexdigest())
+        signed = self._sign(method, path, hashlib.sha256(body).hexdigest())
         overdue = threading.Timer(within_s, self.end)
         overdue.daemon = True
         overdue.start()

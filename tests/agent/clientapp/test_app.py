@@ -428,7 +428,7 @@ def test_a_description_goes_with_its_claim_and_not_over_the_lane(desk: Desk) -> 
 
 def test_another_preprocessing_is_another_question(desk: Desk) -> None:
     desk.ask(describe())
-    desk.ask(describe(base="p" * 64))
+    desk.ask(describe(base="c" * 64))
     assert [done[0] for done in desk.trainer.did] == ["describe", "describe"]
 
 

@@ -758,7 +758,7 @@ TRICKS: list[tuple[str, Callable[[Cheat, UpdateClaim], None]]] = [
     ("bad example count", claims(num_examples=-80)),
     ("bad example count", claims(num_examples=10**12)),
     ("bad weights", claims(digest="0" * 64)),
-    ("bad weights", claims(digest="../../versions/x")),
+    ("bad claim", claims(digest="../../versions/x")),
     ("bad weights", claims(digest="")),
     ("bad weights", sends_junk),
     ("bad weights", sends(w=np.zeros((1, 3), np.float32))),

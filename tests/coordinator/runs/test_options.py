@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
 import msgspec
@@ -27,6 +27,7 @@ FORMS = {"deadline": "{}s", "select": "{}x"}
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.is_plain], ids=lambda o: o.name)
 def test_a_plain_option_is_as_its_field(option: Option) -> None:
     kind = FIELDS[option.field].type
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind  # without its bound
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     assert (option.kind, set(option.choices)) == (str if choices else kind, set(choices))
     assert not option.choices or option.default in option.choices

@@ -101,13 +101,13 @@ def test_rounds_that_the_ledger_never_saw_are_one_entry() -> None:
 
 
 def signed(kind: WorkKind, number: int = 4, run: str = "r", key: identity.SigningKey = OWN):
-    work = Work(run=run, round=number, kind=kind, task="t", base="d" if kind != "init" else "")
+    work = Work(run=run, round=number, kind=kind, task="t", base="d" * 64 if kind != "init" else "")
     return SIGNED_WORK.seal(work, key.sign)
 
 
 def test_work_proves_the_version_that_it_is_on() -> None:
-    assert recovery.verify_proof(seeking(), signed("train"), IS_OWN) == Holding(3, "d")
-    assert recovery.verify_proof(seeking(), signed("evaluate"), IS_OWN) == Holding(4, "d")
+    assert recovery.verify_proof(seeking(), signed("train"), IS_OWN) == Holding(3, "d" * 64)
+    assert recovery.verify_proof(seeking(), signed("evaluate"), IS_OWN) == Holding(4, "d" * 64)
     assert recovery.verify_proof(seeking(), None, IS_OWN) is None
 
 

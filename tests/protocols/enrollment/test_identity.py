@@ -107,7 +107,12 @@ def test_a_fingerprint_is_that_of_the_der_form() -> None:
 
 def a_certificate() -> NodeCertificate:
     return NodeCertificate(
-        fleet="0" * 16, peer="P", name="box", sign_public=b"s", node_public=b"n", not_after=1.0
+        fleet="0" * 16,
+        peer="P",
+        name="box",
+        sign_public=bytes(32),
+        node_public=b"n",
+        not_after=1.0,
     )
 
 

@@ -43,6 +43,8 @@ TOPIC = "cw/0123456789abcdef/peer/ABCD/presence"
 STEERING = ["\n", "\r", "\t", "\x00", "\x1b", "\x7f", "\x9b", "\u200e", "\u202e", "\u2066"]
 
 WORDS = st.text(st.characters(categories=["L", "N", "P", "Zs", "So"]), max_size=64)
+IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True)
+TASKS = st.from_regex(r"([A-Za-z0-9][A-Za-z0-9_.:-]{0,63})?", fullmatch=True)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 BODIES = st.one_of(
     st.builds(
@@ -51,10 +53,10 @@ BODIES = st.one_of(
         reason=WORDS,
         name=WORDS,
         round=st.integers(0, 2**62),
-        tasks=st.lists(WORDS, max_size=3).map(tuple),
+        tasks=st.lists(TASKS, max_size=3).map(tuple),
         will=st.booleans(),
     ),
-    st.builds(Telemetry, run=WORDS, step=st.integers(0, 9), loss=st.none() | NUMBERS),
+    st.builds(Telemetry, run=IDS, step=st.integers(0, 9), loss=st.none() | NUMBERS),
     st.builds(Notice, level=st.sampled_from(["info", "warning", "error"]), text=WORDS),
     st.just(Doorbell()),
     st.builds(
@@ -64,14 +66,14 @@ BODIES = st.one_of(
     ),
     st.builds(
         PeerChanged,
-        peer=WORDS,
+        peer=IDS,
         name=WORDS,
         labels=st.dictionaries(WORDS, WORDS, max_size=2),
         public_key=st.binary(min_size=32, max_size=32),
     ),
     st.builds(
         RunChanged,
-        run=WORDS,
+        run=IDS,
         task=WORDS,
         state=st.sampled_from(RunState),
         round=st.integers(0, 9),
@@ -80,7 +82,7 @@ BODIES = st.one_of(
     ),
     st.builds(
         RoundClosed,
-        run=WORDS,
+        run=IDS,
         round=st.integers(0, 9),
         digest=st.just("0f" * 32),
         seconds=NUMBERS,
@@ -92,7 +94,7 @@ BODIES = st.one_of(
     st.builds(Links, mqtt=st.booleans(), flower=st.booleans(), rejected=st.integers(0, 9)),
 )
 ENVELOPES = st.builds(
-    Envelope, sender=WORDS, epoch=WORDS, seq=st.integers(0, 2**62), at=NUMBERS, body=BODIES
+    Envelope, sender=IDS, epoch=IDS, seq=st.integers(0, 2**62), at=NUMBERS, body=BODIES
 )
 
 
@@ -271,7 +273,7 @@ def verify(signature: bytes, signed: bytes) -> bool:
 
 
 def test_work_is_read_when_the_coordinator_signed_it() -> None:
-    work = Work(run="r", round=3, kind="train", task="mnist", base="b", settings={"lr": 0.1})
+    work = Work(run="r", round=3, kind="train", task="mnist", base="b" * 64, settings={"lr": 0.1})
     payload, signature = SIGNED_WORK.seal(work, KEY.sign)
     assert SIGNED_WORK.open(payload, signature, verify) == work
     for wrong in (payload + b" ", payload.replace(b"mnist", b"other"), b""):
