@@ -112,6 +112,7 @@ class Agent:
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
                 asyncio.get_running_loop().add_signal_handler(name, self.stop)
+        self._owner_commands.drop_finish()
         self._owner_commands.poll()
         await self._policy.decide()
         self._report.announce(self._runner.state)

@@ -117,9 +117,7 @@ class GossipLoop:
 
     def _client(self, peer: Neighbor) -> PeerClient:
         assert self._gossip.assigned is not None
-        return PeerClient(
-            peer, self._gossip.assigned.access_token, self._ctx.credentials.sign_request
-        )
+        return PeerClient(peer, self._gossip.assigned.access_token, self._ctx.credentials)
 
     async def _exchange_gossip(self, peer: Neighbor) -> GossipBatch | None:
         try:

@@ -24,6 +24,12 @@ class OwnerCommands:
         self._home, self._runner, self._policy = home, runner, policy
         self._request = OwnerRequest()
 
+    def drop_finish(self) -> None:
+        """At the start: drop a `finish` for an earlier process, which ended before it read it."""
+        request = status_files.read_request(self._home)
+        if request.want == "finish":
+            self._save(OwnerRequest(modes=request.modes))
+
     def poll(self) -> bool:
         """Obey a new request. True if the settings may have changed."""
         request = status_files.read_request(self._home)

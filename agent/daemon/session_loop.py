@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,7 @@ class SessionLoop:
         self._report, self._on_broker_changed = report, on_broker_changed
         self._link: CoordinatorClient | None = None
         self._closed = False
+        self._saving = threading.Lock()
         self._doorbell = asyncio.Event()
         self._last_work_at = 0.0
         self._last_skew = ""
@@ -229,8 +231,9 @@ class SessionLoop:
             self._runner.call_threadsafe(self._on_broker_changed, known.mqtt)
 
     def _save_enrollment(self, **changes: Any) -> None:
-        self._enrollment = replace(self._enrollment, **changes)
-        write_enrollment(self._ctx.home, self._enrollment)
+        with self._saving:  # both threads save
+            self._enrollment = replace(self._enrollment, **changes)
+            write_enrollment(self._ctx.home, self._enrollment)
 
     # --- heartbeats ---
 
@@ -251,11 +254,16 @@ class SessionLoop:
             await self._in_thread(link.heartbeat, pool=self._heartbeat_pool)
             return True
         except SessionLost:
-            with contextlib.suppress(CommonweightError):
-                await self._in_thread(link.open, pool=self._heartbeat_pool)
+            with contextlib.suppress(CommonweightError):  # the next poll reports it
+                await self._in_thread(self._reopen, link, pool=self._heartbeat_pool)
         except CommonweightError as err:
             log.debug("a heartbeat failed: %s", err.message)
         return False
+
+    def _reopen(self, link: CoordinatorClient) -> None:
+        """Open a lost session again: the coordinator has restarted, maybe with another login."""
+        self._save_broker_address(link.mqtt_address())
+        link.open()
 
     async def reconnect(self) -> None:
         """Replace all connections now: after a sleep they are dead, and nothing reports it."""

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from agent.home.settings import Enrollment
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.identity import NodeKey, SigningKey
+from protocols.network import addresses
+from protocols.p2p.peer_addresses import is_loopback
 
 
 class Credentials(NamedTuple):
@@ -29,6 +31,11 @@ class Credentials(NamedTuple):
             node_key=identity.load_node_key(home / "node.key"),
             sign_key=identity.load_signing_key(home / "sign.key"),
         )
+
+    @property
+    def is_local_fleet(self) -> bool:
+        """True if the coordinator is on this machine. Its peers may be there, too."""
+        return is_loopback(addresses.parse(self.address).host)
 
     def sign_request(
         self, method: str, path: str, body_sha256: str = signed_requests.EMPTY_SHA256

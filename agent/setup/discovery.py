@@ -15,6 +15,7 @@ from protocols.enrollment.mdns import SERVICE, parse_txt_record
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import UnknownName, Unreachable
 from protocols.network.addresses import netloc
+from protocols.p2p.peer_addresses import is_loopback, refuse_host
 
 LISTEN_S = 3.0
 _ANSWER_MS = 1500
@@ -30,7 +31,8 @@ class DiscoveredCoordinator(NamedTuple):
 
 
 class _Listener(ServiceListener):
-    def __init__(self) -> None:
+    def __init__(self, *, allow_loopback: bool) -> None:
+        self._allow_loopback = allow_loopback
         self.found: dict[str, DiscoveredCoordinator] = {}
 
     def add_service(self, zc: Zeroconf, type_: str, name: str) -> None:
@@ -38,7 +40,11 @@ class _Listener(ServiceListener):
         record = parse_txt_record(info.properties) if info is not None else None
         if info is None or record is None or not info.port:
             return
-        addresses = tuple(netloc(ip, info.port) for ip in info.parsed_scoped_addresses())
+        addresses = tuple(
+            netloc(ip, info.port)
+            for ip in info.parsed_scoped_addresses()
+            if not refuse_host(ip, allow_loopback=self._allow_loopback)
+        )
         if addresses:
             self.found[name] = DiscoveredCoordinator(
                 record.name, record.ca, addresses, record.version
@@ -58,7 +64,7 @@ def discover(
 
     Raises Unreachable if this machine cannot listen in a network.
     """
-    listener = _Listener()
+    listener = _Listener(allow_loopback=any(map(is_loopback, interfaces or ())))
     try:
         with Zeroconf(interfaces=interfaces) if interfaces else Zeroconf() as network:
             browser = ServiceBrowser(network, SERVICE, listener)

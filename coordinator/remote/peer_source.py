@@ -34,9 +34,11 @@ from protocols.errors import (
 )
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Envelope
+from protocols.network.addresses import parse
 from protocols.network.error_text import describe_error
 from protocols.p2p import gossip
 from protocols.p2p.gossip import GossipStore, NeighborsResponse
+from protocols.p2p.peer_addresses import is_loopback, refusal
 
 NEIGHBORS_FILE = "neighbours.json"
 _TIMEOUT_S = 10.0
@@ -65,10 +67,12 @@ class _Partner(NamedTuple):
     keys: frozenset[bytes]
 
 
-def _find_partner(known: NeighborsResponse, text: str) -> _Partner:
-    """The peer with this name or id, or at this host:port. Raises UnknownName."""
+def _find_partner(known: NeighborsResponse, text: str, *, allow_loopback: bool) -> _Partner:
+    """The peer with this name or id, or at this host:port. Raises UnknownName, Refused."""
     for one in known.neighbors:
         if text in (one.name, one.peer, one.address):
+            if reason := refusal(one.address, allow_loopback=allow_loopback):
+                raise Refused(f"{one.name} is not asked at {one.address}: {reason}")
             return _Partner(one.name, one.address, frozenset({one.node_public}))
     host, _, port = text.rpartition(":")
     if host and port.isdecimal():  # an unknown address: any peer of the fleet may answer there
@@ -89,9 +93,11 @@ class PeerSource(ReadOnly):
 
     def __init__(self, home: Path, peer: str) -> None:
         neighbors = _load_neighbors(home)
-        self._partner = _find_partner(neighbors, peer)
-        self._token = neighbors.access_token
         self._own = access.connection_info(home, is_up=False)
+        # Without addresses, the coordinator is on this machine.
+        is_local = all(is_loopback(parse(one).host) for one in self._own.addresses)
+        self._partner = _find_partner(neighbors, peer, allow_loopback=is_local)
+        self._token = neighbors.access_token
         self._ca_pem = self._own.ca_pem.encode()
         self._fleet = identity.fleet_id(self._ca_pem)
         self.heading = f"as {self._partner.name} knows it"

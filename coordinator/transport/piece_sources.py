@@ -85,7 +85,7 @@ class PieceSources:
         chosen = [other for *_, other in sorted(candidates)[:MAX_SOURCES]]
         for other in chosen:
             self._load[digest, other] = self._load.get((digest, other), 0) + 1
-        if request.address and len(sources) < MAX_KNOWN_SOURCES:
+        if here.address_for(outside) and len(sources) < MAX_KNOWN_SOURCES:
             sources[peer] = _Source(now, order, here)
         complete = any(sources[other].complete for other in chosen)
         seeds, since = self._seeds.get((digest, request.networks), (0, now))
@@ -94,7 +94,7 @@ class PieceSources:
         if seed:
             self._seeds[digest, request.networks] = seeds + 1, now
         return FetchPlan(
-            [(other, sources[other].location.reported.address) for other in chosen], seed
+            [(other, sources[other].location.address_for(outside)) for other in chosen], seed
         )
 
     def record_complete(

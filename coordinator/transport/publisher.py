@@ -97,7 +97,13 @@ class EventPublisher:
         task.add_done_callback(self._sending.discard)
 
     async def command(self, peer: str, command: Command) -> None:
-        """Send an operator's command. Raises Unreachable."""
+        """Send an operator's command. Raises Unreachable if it would be lost."""
+        shown = self._fleet.peers.get(peer)
+        if self._up and shown and (shown.no_presence or shown.state is PeerState.OFFLINE):
+            raise Unreachable(
+                f"{shown.name} is not connected to the MQTT broker, and commands travel over it",
+                "commonweight status shows when it is back; on its machine: commonweight-agent",
+            )
         if self._client is None or not await self._client.send_to(peer, command):
             raise Unreachable(
                 "the MQTT broker is down, and commands travel over it",

@@ -24,12 +24,13 @@ from starlette.routing import Route
 from coordinator.fleet.auth import Auth, json_response
 from coordinator.fleet.registry import Peer, Registry
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.peer_directory import MAX_LISTED, PeerDirectory
+from coordinator.transport.peer_directory import MAX_LISTED, Location, PeerDirectory
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.weights import digest_of
 from protocols.messages.envelope import Sign
 from protocols.p2p import gossip, swarm
 from protocols.p2p.gossip import NEIGHBORS_PATH, Neighbor, NeighborsResponse
+from protocols.p2p.peer_addresses import plain_ip
 from protocols.p2p.swarm import DownloadPlanRequest
 
 log = logging.getLogger("commonweight.share")
@@ -46,12 +47,15 @@ class SharingRoutes:
     ) -> None:
         self._store, self._registry, self._sources, self._sign = store, registry, sources, sign
         self._directory = PeerDirectory()
+        #: By peer: the last reported address that was not passed on.
+        self._warned: dict[str, str] = {}
         #: Piece digests by version, computed at the first request.
         self._lists: dict[str, asyncio.Future[bytes]] = {}
 
     def remove_peer(self, peer: str) -> None:
         """Send no one to this peer any more."""
         self._sources.remove_peer(peer)
+        self._warned.pop(peer, None)
         self._directory.remove(peer)
 
     def clear_complaints(self, peer: str) -> None:
@@ -62,6 +66,7 @@ class SharingRoutes:
         async def plan(request: Request) -> Response:
             digest = digest_of(request)
             peer, body = await auth.peer_and_struct(request, DownloadPlanRequest, _MAX_BODY_BYTES)
+            self._warn_of_address(peer, body, _outside(request))
             path = self._store.version_path(digest)
             if not path.exists():
                 raise HTTPException(404)
@@ -101,6 +106,7 @@ class SharingRoutes:
 
         async def neighbors(request: Request) -> Response:
             peer, body = await auth.peer_and_struct(request, DownloadPlanRequest, _MAX_BODY_BYTES)
+            self._warn_of_address(peer, body, _outside(request))
             self._directory.update(peer.peer, body, _outside(request))
             nearby = self._directory.nearby(peer.peer, body, _outside(request))
             return self._neighbors(peer.peer, peer.sign_public, nearby, gossip_only=False)
@@ -116,6 +122,17 @@ class SharingRoutes:
             Route(NEIGHBORS_PATH, neighbors, methods=["POST"]),
             Route(NEIGHBORS_PATH, all_peers),
         ]
+
+    def _warn_of_address(self, peer: Peer, reported: DownloadPlanRequest, outside: str) -> None:
+        """Log once per peer and address that nobody is sent to what it reports."""
+        reason = Location(reported, outside).refusal
+        if reason and self._warned.get(peer.peer) != reported.address:
+            self._warned[peer.peer] = reported.address
+            log.warning(
+                "%s reports %s as its address for other peers: %s. No peer is sent there; its "
+                "owner can turn sharing off: commonweight-agent policy set share off",
+                *(peer.name, reported.address, reason),
+            )
 
     def _enrolled(self, found: Iterable[tuple[str, str]]) -> Iterator[tuple[Peer, str]]:
         known = self._registry.peers
@@ -165,4 +182,4 @@ def _piece_digests(path: Path) -> bytes:
 
 def _outside(request: Request) -> str:
     """The sender's address as the coordinator sees it."""
-    return request.client.host if request.client else ""
+    return plain_ip(request.client.host) if request.client else ""

@@ -135,6 +135,8 @@ def test_a_policy_that_the_docs_set_can_be_set(
     for data in ("pictures/cat", "letters"):  # paths of the docs, which must exist
         (tmp_path / data).mkdir(parents=True)
         (tmp_path / data / "1.txt").write_text("hello")
+    (tmp_path / "points.txt").write_text("1 2\n")
+    monkeypatch.chdir(tmp_path)
     homes.open_home("agent", create=True)
     done = CliRunner().invoke(agent.cli.main.app, shlex.split(line)[1:])
     assert done.exception is None, done.exception

@@ -27,16 +27,22 @@ from tests.support.waiting import wait_for
 
 #: In the order in which a reader comes to them.
 ORDER = (
-    *("tutorial", "machines", "howto", "training", "tabular", "models", "jobs", "analyze"),
+    *("tutorial", "machines", "howto", "training", "jobs", "tabular", "models", "analyze"),
     *("sharing", "monitor", "tasks", "politeness", "what-leaves", "troubleshooting"),
     *("operations", "security", "index"),
 )
 GROUPS = {
     "clinics": ("north", "south", "west"),
     "labs": ("lab-1", "lab-2"),
+    "studios": ("studio-1", "studio-2"),
     "wards": ("ward-1", "ward-2", "ward-3"),
 }
 PEOPLE = 240
+#: A block with one of these joins its machines or starts their agents itself, or needs no agent.
+BEFORE_AGENT = (
+    *("commonweight-agent join", "commonweight-agent run", "export"),
+    *("commonweight demo", "commonweight monitor --join"),
+)
 
 
 def test_each_page_with_commands_has_its_turn() -> None:
@@ -100,9 +106,9 @@ class Site:
         """Run the lines of a block; yields each line with what it printed."""
         names = [name for place in block.places for name in GROUPS.get(place, (place,))]
         agents = [name for name in names if name != "coordinator"]
-        asked = any(line.startswith(("commonweight-agent", "export")) for line in block.lines)
-        for name in agents if not asked or "coordinator" in names else ():
-            self._start_agent(name)
+        if not any(line.startswith(BEFORE_AGENT) for line in block.lines):
+            for name in agents:
+                self._start_agent(name)
         for line in block.lines:
             if line in block.left_out:
                 continue
@@ -118,8 +124,9 @@ class Site:
     def _start_agent(self, name: str) -> None:
         machine = self.machine(name)
         running = machine.programs.get("agent")
-        joined = (machine.state / "agent" / "enrolled.json").exists()
-        if joined and (running is None or running.process.poll() is not None):
+        if not (machine.state / "agent" / "enrolled.json").exists():
+            self._join(name)
+        if running is None or running.process.poll() is not None:
             machine.run_agent()
 
     def _follow(self, machine: Machine, line: str) -> str:
@@ -128,7 +135,7 @@ class Site:
             given = self._ticket("observer" if "monitor" in line else "agent")
             (machine.cwd / "ticket.txt").write_text(given)
         ended = "run start|run delete|models export|infer"
-        if re.match(f"commonweight-agent predict|commonweight ({ended})", line):
+        if re.match(f"commonweight-agent (predict|policy set data )|commonweight ({ended})", line):
             self._settle(stop="run start" in line)
         if "peers approve" in line:
             self._join("guest")

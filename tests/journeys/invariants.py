@@ -87,6 +87,8 @@ def same_peers(fleet: JourneyFleet, model: Model) -> Iterator[str]:
         # The session of a killed agent ends with its heartbeats.
         if model.peers[peer.name].is_running and not peer.flower:
             yield f"status shows no session of {peer.name}"
+        if model.peers[peer.name].is_running and model.has_broker and peer.no_presence:
+            yield f"status shows no MQTT presence of {peer.name}"
 
 
 # --- disk ---

@@ -162,11 +162,11 @@ class Machine:
         try:
             seen = b""
             for answer in answers.splitlines(keepends=True):
-                while not seen.rstrip().endswith((b":", b"?")):
-                    seen += os.read(ours, 65536)
+                asked = b""
+                while not asked.rstrip().endswith(b":"):
+                    asked += os.read(ours, 65536)
+                seen += asked
                 os.write(ours, answer.encode())
-                seen += b" "
-                seen += os.read(ours, 65536)
             while more := _more(ours):
                 seen += more
             assert shown.wait(30) == 0, f"{self.name}: {line}\n{seen.decode()}"

@@ -22,6 +22,7 @@ from protocols.enrollment import identity
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Presence
+from protocols.network.addresses import parse
 from protocols.p2p import gossip
 from protocols.p2p.gossip import AccessToken, GossipBatch, Head, Neighbor, NeighborsResponse
 
@@ -67,6 +68,8 @@ class GossipState:
         self._presence = presence
         self.address: Callable[[], str] = lambda: ""
         self._store = gossip.GossipStore(credentials.ca_pem, enrollment.fleet)
+        #: By peer: the IP address from which it last connected.
+        self._seen_at: dict[str, str] = {}
         self.assigned = self._read()
 
     def _read(self) -> NeighborsResponse | None:
@@ -100,8 +103,16 @@ class GossipState:
         own = gossip.sign_entry(entry, self._certificate(), self._credentials.sign_key.sign)
         return self._store.batch(own)
 
-    def receive(self, batch: GossipBatch) -> None:
-        """Stores the entries of a batch that are new and valid."""
+    def receive(self, batch: GossipBatch, sender: str = "", host: str = "") -> None:
+        """Stores the entries of a batch that are new and valid.
+
+        `sender`, `host`: the peer that connected to us to send them, and its IP address.
+        """
+        if sender:
+            self._seen_at.pop(sender, None)
+            self._seen_at[sender] = host
+            if len(self._seen_at) > gossip.MAX_ENTRIES:
+                del self._seen_at[next(iter(self._seen_at))]
         self._store.add(batch.entries, time.time(), (self._credentials.peer, *self._removed))
 
     def entries(self) -> list[gossip.VerifiedEntry]:
@@ -109,10 +120,16 @@ class GossipState:
         return self._store.newest_first()
 
     def contacts(self) -> list[Neighbor]:
-        """Returns peers to contact: those the coordinator named and those with an address."""
+        """Returns peers to contact: those that the coordinator named or that connected to us.
+
+        An entry may name a new port, and no other host than the one where the peer was seen.
+        """
         contacts = {one.peer: one for one in (self.assigned.neighbors if self.assigned else ())}
+        hosts = {one.peer: {parse(one.address).host} for one in contacts.values()}
+        for peer, host in self._seen_at.items():
+            hosts.setdefault(peer, set()).add(host)
         for entry, sender, _ in self.entries():
-            if entry.address:
+            if entry.address and parse(entry.address).host in hosts.get(entry.peer, ()):
                 contacts[entry.peer] = Neighbor(
                     peer=entry.peer,
                     name=sender.name,

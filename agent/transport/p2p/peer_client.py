@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from agent.transport.p2p.peer_connection import PeerConnection, SignRequest
+from agent.home.credentials import Credentials
+from agent.transport.p2p.peer_connection import PeerConnection
 from agent.transport.version_proofs import MAX_PROOF_BYTES
 from protocols.errors import BadWeights, Unreachable
 from protocols.local.atomic_files import write_all
@@ -33,13 +34,11 @@ _READ_BYTES = 1 << 20
 class PeerClient:
     """A client for one peer. Every method raises Unreachable if the peer fails."""
 
-    def __init__(self, peer: Neighbor, access_token: bytes, sign: SignRequest) -> None:
+    def __init__(self, peer: Neighbor, access_token: bytes, credentials: Credentials) -> None:
         self._name = peer.name
         self._connection = PeerConnection(
-            peer.name,
-            peer.address,
-            peer.node_public,
-            sign,
+            peer,
+            credentials,
             gossip.ACCESS_TOKEN_HEADER,
             access_token,
             stall_s=STALL_S,

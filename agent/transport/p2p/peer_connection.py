@@ -7,32 +7,31 @@ import http.client
 import ssl
 import threading
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from agent.home.credentials import Credentials
 from agent.transport.http_client import Connection, map_errors
 from protocols.enrollment import identity
 from protocols.network import addresses
+from protocols.p2p import peer_addresses
+from protocols.p2p.gossip import Neighbor
+from protocols.p2p.swarm import PieceSource
 
 _CONNECT_S = 3.0
 
-#: `sign(method, path, body_sha256)` returns the headers of a signed request.
-SignRequest = Callable[[str, str, str], dict[str, str]]
-
 
 class PeerConnection(Connection):
-    """A connection to `address` (host:port) that accepts only the key `node_public`.
+    """A connection to the address of `peer` that accepts only the key of this peer.
 
-    `name` is for error messages. `token_header` and `token` are sent with every request. A peer
-    that sends nothing for `stall_s` has failed.
+    `token_header` and `token` are sent with every request. A peer that sends nothing for `stall_s`
+    has failed.
     """
 
     def __init__(
         self,
-        name: str,
-        address: str,
-        node_public: bytes,
-        sign: SignRequest,
+        peer: Neighbor | PieceSource,
+        credentials: Credentials,
         token_header: str,
         token: bytes,
         *,
@@ -43,18 +42,22 @@ class PeerConnection(Connection):
         # The pinned key authenticates the peer, not a CA. It is checked before the first request.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        host, port, _ = addresses.parse(address)
+        host, port, _ = addresses.parse(peer.address)
         super().__init__(host, port, context, _CONNECT_S)
-        self._name, self._node_public, self._sign = name, node_public, sign
+        self._peer, self._credentials = peer, credentials
+        self._name = peer.name if isinstance(peer, Neighbor) else peer.peer
         self._stall_s = stall_s
         self._token = {token_header: b64encode(token).decode()}
 
     def connect(self) -> None:
-        """Connects. Raises OSError, also if another key answers."""
+        """Connects. Raises OSError, also if another key answers or no peer may be there."""
+        address, is_local = self._peer.address, self._credentials.is_local_fleet
+        if reason := peer_addresses.refusal(address, allow_loopback=is_local):
+            raise OSError(f"no peer is asked at {address}: {reason}")
         super().connect()
         certificate = self.sock.getpeercert(binary_form=True)
         if certificate is None or not identity.certificate_matches_key(
-            certificate, self._node_public
+            certificate, self._peer.node_public
         ):
             self.close()
             raise OSError("another machine answers at its address")
@@ -69,7 +72,7 @@ class PeerConnection(Connection):
         After `within_s` the exchange is aborted. A socket timeout alone never ends a peer that
         sends a byte now and then.
         """
-        signed = self._sign(method, path, hashlib.sha256(body).hexdigest())
+        signed = self._credentials.sign_request(method, path, hashlib.sha256(body).hexdigest())
         overdue = threading.Timer(within_s, self.end)
         overdue.daemon = True
         overdue.start()

@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from agent.transport.p2p.peer_connection import PeerConnection, SignRequest
+from agent.home.credentials import Credentials
+from agent.transport.p2p.peer_connection import PeerConnection
 from agent.transport.p2p.piece_store import PartialVersion
 from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.p2p.swarm import DOWNLOAD_TOKEN_HEADER, DownloadPlan, PieceSource
@@ -33,7 +34,7 @@ class PieceDownloader:
         source: PieceSource,
         version: PartialVersion,
         plan: DownloadPlan,
-        sign: SignRequest,
+        credentials: Credentials,
         received: Callable[[int], None],
     ) -> None:
         self.peer = source.peer
@@ -41,10 +42,8 @@ class PieceDownloader:
         self.rate = 0.0
         self._version, self._digest, self._received = version, plan.digest, received
         self._connection = PeerConnection(
-            source.peer,
-            source.address,
-            source.node_public,
-            sign,
+            source,
+            credentials,
             DOWNLOAD_TOKEN_HEADER,
             plan.token,
             stall_s=PIECE_S,

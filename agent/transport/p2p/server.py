@@ -28,7 +28,9 @@ from agent.transport.bandwidth import RateLimit
 from agent.transport.p2p.authorization import RequestAuthorizer
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.piece_store import PieceStore, pieces_of
+from protocols.enrollment.signed_requests import SENDER
 from protocols.p2p.gossip import GOSSIP_PATH, MAX_BATCH_BYTES, GossipBatch
+from protocols.p2p.peer_addresses import plain_ip
 from protocols.p2p.swarm import PIECE_BYTES
 
 log = logging.getLogger("commonweight.share")
@@ -57,6 +59,8 @@ class _HttpConnection:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        #: The client's IP address.
+        self.host = plain_ip(writer.get_extra_info("peername", ("",))[0])
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD_BYTES)
 
     def start_next(self) -> bool:
@@ -209,7 +213,11 @@ class PeerServer:
         if _VERSION.match(path):
             await self._send_version(client, digest, headers)
             return
-        answer = self._proof(digest) if digest else self._exchange_gossip(body)
+        answer = (
+            self._proof(digest)
+            if digest
+            else self._exchange_gossip(body, headers[SENDER], client.host)
+        )
         if answer is None:
             raise _Refused(404)
         await client.respond(200, answer)
@@ -227,12 +235,12 @@ class PeerServer:
             raise _Refused(401)
         return digest, body_sha256
 
-    def _exchange_gossip(self, body: bytes) -> bytes | None:
-        """Takes the entries in `body` and returns ours."""
+    def _exchange_gossip(self, body: bytes, sender: str, host: str) -> bytes | None:
+        """Takes the entries in `body` and returns ours. `sender` has signed the request."""
         if self._gossip is None:
             return None
         try:
-            self._gossip.receive(msgspec.msgpack.decode(body, type=GossipBatch))
+            self._gossip.receive(msgspec.msgpack.decode(body, type=GossipBatch), sender, host)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         return msgspec.msgpack.encode(self._gossip.outgoing())

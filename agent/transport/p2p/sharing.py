@@ -22,6 +22,7 @@ from agent.transport.p2p.server import PeerServer
 from protocols.enrollment import identity
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
+from protocols.p2p import peer_addresses
 from protocols.p2p.swarm import MIN_SHARED_BYTES, DownloadPlanRequest
 
 log = logging.getLogger("commonweight.share")
@@ -50,13 +51,13 @@ class Sharing:
     ) -> None:
         self.pieces = PieceStore()
         self._gossip = gossip_state
-        self.sign = credentials.sign_request
         self._policy, self._port, self._home = policy, port, home
-        self._credentials = credentials
+        self.credentials = credentials
         self._authorizer = RequestAuthorizer(coordinator_public, gossip_state)
         self._bytes_per_s = mbit_s * BYTES_PER_MBIT
         self._request: DownloadPlanRequest | None = None
         self._sent = 0
+        self._warned_host = ""
         self._server: PeerServer | None = None
 
     @property
@@ -85,6 +86,13 @@ class Sharing:
         """Serves while there is a network to serve, and follows changes of it, until cancelled."""
         if self.is_off:
             await asyncio.Event().wait()
+        if 0 < self._port < peer_addresses.MIN_PORT:
+            log.warning(
+                "share_port %d is below %d, where no peer connects; not sharing. Choose another: "
+                "commonweight-agent policy set share_port 0",
+                *(self._port, peer_addresses.MIN_PORT),
+            )
+            await asyncio.Event().wait()
         while True:
             here = await asyncio.to_thread(self._find_network)
             if here is None:
@@ -94,9 +102,18 @@ class Sharing:
 
     def _find_network(self) -> LocalNetwork | None:
         """Returns the network to serve now, or None."""
-        coordinator = addresses.parse(self._credentials.address)
+        coordinator = addresses.parse(self.credentials.address)
         here = locate(coordinator.host, coordinator.port)
-        return here if here and (self._policy == "on" or here.is_private) else None
+        if here is None or (self._policy != "on" and not here.is_private):
+            return None
+        is_local = self.credentials.is_local_fleet
+        address = addresses.netloc(here.host, peer_addresses.MIN_PORT)
+        if reason := peer_addresses.refusal(address, allow_loopback=is_local):
+            if self._warned_host != here.host:
+                log.warning("not sharing at %s: %s, and no peer connects there", here.host, reason)
+            self._warned_host = here.host
+            return None
+        return here
 
     def _listen(self, server: PeerServer, host: str) -> int:
         """Listens on the owner's port, else on the last one, which peers remember."""
@@ -113,7 +130,7 @@ class Sharing:
     async def _serve(self, here: LocalNetwork) -> None:
         """Serves in this network until the machine has left it."""
         certificate, key = self._home / CERTIFICATE, self._home / "node.key"
-        pem = identity.new_node_tls(self._credentials.node_key, self._credentials.peer)
+        pem = identity.new_node_tls(self.credentials.node_key, self.credentials.peer)
         try:
             write_private(certificate, pem)
             server = PeerServer(

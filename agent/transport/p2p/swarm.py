@@ -95,7 +95,9 @@ class SwarmDownload:
     def _start_downloaders(self) -> None:
         working = {one.peer for one in self._downloaders if one.is_working}
         self._downloaders += [
-            PieceDownloader(source, self._version, self._plan, self._sharing.sign, self._received)
+            PieceDownloader(
+                source, self._version, self._plan, self._sharing.credentials, self._received
+            )
             for source in self._plan.sources
             if source.peer not in working
         ]

@@ -90,6 +90,20 @@ async def test_the_end_of_the_owners_pause_keeps_the_operators_pause(
     assert not agent._runner.state.pauses
 
 
+async def test_a_finish_that_an_earlier_process_did_not_read_ends_no_later_one(
+    site: Site, tmp_path: Path
+) -> None:
+    home = tmp_path / "box"
+    agent = an_agent(site, home)
+    status_files.write_request(home, OwnerRequest(want="finish", at=1.0))
+    serving = asyncio.create_task(agent.serve())
+    await until(lambda: (home / "status.json").exists() or serving.done())
+    assert not serving.done()
+    assert not agent._runner.state.finishing
+    agent.stop()
+    await serving
+
+
 async def test_a_finish_request_is_handled_once(site: Site, tmp_path: Path) -> None:
     home = tmp_path / "box"
     agent = an_agent(site, home)

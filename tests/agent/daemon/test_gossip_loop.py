@@ -119,7 +119,7 @@ async def test_gossip_needs_an_access_token(site: Site, tmp_path: Path) -> None:
         )
 
         async def let_in(who: Peer, sealed: bytes, partner: Neighbor = at_ann) -> bool:
-            asking = PeerClient(partner, sealed, who.credentials.sign_request)
+            asking = PeerClient(partner, sealed, who.credentials)
             try:
                 return bool(
                     (await asyncio.to_thread(asking.exchange_gossip, GossipBatch())).entries

@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from msgspec.structs import replace
 
 from agent.daemon import session_loop, work_thread
 from agent.daemon.agent import Agent
+from agent.home import settings
 from agent.transport.weight_transfer import SessionLost
+from coordinator.fleet.sessions import NoSession
 from coordinator.transport.flower_records import read_claim
 from protocols.errors import Refused, Unreachable, UploadRefused, UploadUnneeded
 from protocols.messages import refusals
 from protocols.messages.envelope import Notice
-from protocols.messages.work import SIGNED_WORK, Work
+from protocols.messages.mqtt import MqttAddress
+from protocols.messages.work import SIGNED_WORK, PollRequest, PollResponse, Work
 from tests.agent.daemon.test_agent import an_agent
-from tests.support.https_site import Site
+from tests.support.https_site import HOST, Site
 from tests.support.waiting import until
 
 
@@ -185,3 +189,26 @@ async def test_a_session_that_lasts_ends_the_long_waits(
     sessions._count_short(time.monotonic(), "of a test")
     assert sessions._short_sessions == 0
     asked.agent._work.close()
+
+
+async def test_a_heartbeat_that_opens_a_session_again_brings_the_new_login(
+    site: Site, asked: Asked
+) -> None:
+    """A coordinator that has removed a peer has another login for the broker after a restart."""
+    agent, moved, poll = asked.agent, list[MqttAddress](), site.poll
+    agent._sessions._on_broker_changed = moved.append
+    login = replace(site.mqtt_for(HOST), password="another")
+
+    async def restarted(peer: str, request: PollRequest) -> PollResponse:
+        site.poll = poll  # type: ignore[method-assign]
+        raise NoSession(peer)
+
+    site.poll, site.mqtt_for = restarted, lambda host: login  # type: ignore[method-assign]
+    try:
+        await agent._sessions._send_heartbeat(agent._sessions.link())
+        await until(lambda: moved)
+        assert [address.password for address in moved] == ["another"]
+        assert settings.read_enrollment(agent._home).mqtt.password == "another"
+        assert await agent._sessions._send_heartbeat(agent._sessions.link())
+    finally:
+        agent._work.close()

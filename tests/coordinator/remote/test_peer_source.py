@@ -13,7 +13,7 @@ from coordinator.fleet.auth import OPERATOR
 from coordinator.monitor.plain_table import plain_table
 from coordinator.remote import peer_source
 from coordinator.remote.peer_source import PeerSource
-from protocols.enrollment import identity, signed_requests
+from protocols.enrollment import identity
 from protocols.errors import NotRunning, Refused, UnknownName, Unreachable
 from protocols.local.atomic_files import write_private
 from protocols.messages.states import PeerState
@@ -78,17 +78,12 @@ async def test_an_observer_cannot_download_versions(tmp_path: Path) -> None:
     with Site(tmp_path / "coordinator").up() as site:
         ann, bob = Peer(site, tmp_path, "ann"), Peer(site, tmp_path, "bob")
         head = ann.hold(3)
-
-        def sign(method: str, path: str, digest: str) -> dict[str, str]:
-            return signed_requests.sign_headers(
-                OPERATOR, site.operator_key.sign, method, path, digest
-            )
-
+        operator = ann.credentials._replace(peer=OPERATOR, sign_key=site.operator_key)
         async with without_coordinator(ann, bob):
             await until(lambda: bob.heads.newest() == head)
             given = await told(site)
             near = next(one for one in given.neighbors if one.name == "ann")
-            asking = PeerClient(near, given.access_token, sign)
+            asking = PeerClient(near, given.access_token, operator)
             assert (await asyncio.to_thread(asking.exchange_gossip, GossipBatch())).entries
             with pytest.raises(Unreachable, match="401"):
                 await asyncio.to_thread(asking.proof, head.digest)

@@ -25,7 +25,7 @@ def test_near_ones_and_open_ones_are_named() -> None:
     book.update("silent", DownloadPlanRequest(networks=HOME), "80.0.0.1")
     asked = at("192.168.1.9")
     assert book.nearby("me", asked, "80.0.0.1") == [
-        ("open", "10.9.9.9:5000"),
+        ("open", "80.0.0.3:5000"),  # where it was seen
         ("near", "192.168.1.2:5000"),
     ]
     assert [peer for peer, _ in book.all()] == ["near", "another home", "open"]

@@ -57,7 +57,7 @@ def test_an_open_holder_serves_everybody() -> None:
     ask(holders, 1, serves_other_networks=True)
     elsewhere = DownloadPlanRequest(address="10.0.0.2:4000", networks=("10.0.0.0/8",))
     found = holders.plan_fetch(VERSION, "far", elsewhere, "198.51.100.1", 0.0).sources
-    assert found == [("p1", "192.168.1.1:4000")]
+    assert found == [("p1", f"{ROUTER}:4000")], "where it was seen"
 
 
 def test_who_failed_is_not_given_again_and_after_two_complaints_to_nobody() -> None:

@@ -12,7 +12,8 @@ from coordinator.fleet.state import Fleet
 from coordinator.storage import settings
 from coordinator.transport.publisher import EventPublisher
 from protocols.enrollment import identity
-from protocols.messages.envelope import Presence
+from protocols.errors import Unreachable
+from protocols.messages.envelope import Command, Presence
 from protocols.messages.mqtt import SequencedSigner
 from protocols.messages.states import PeerState
 
@@ -115,3 +116,22 @@ def test_a_resume_that_only_requests_show_wakes_the_runs(site: Site) -> None:
     site.look()
     assert site.shown == (PeerState.PAUSED, "by its owner")
     assert not site.sessions.is_eligible(site.peer.peer)
+
+
+async def test_a_command_that_would_be_lost_is_refused(site: Site) -> None:
+    sent: list[Command] = []
+
+    class Broker:
+        async def send_to(self, peer: str, command: Command) -> bool:
+            sent.append(command)
+            return True
+
+    site.publisher._client = Broker()  # type: ignore[assignment]
+    site.publisher._on_link(True, "")
+    site.look()
+    with pytest.raises(Unreachable, match="ada is not connected to the MQTT broker"):
+        await site.publisher.command(site.peer.peer, Command(action="pause"))
+    assert sent == []
+    site.hear(PeerState.IDLE)
+    await site.publisher.command(site.peer.peer, Command(action="pause"))
+    assert sent == [Command(action="pause")]

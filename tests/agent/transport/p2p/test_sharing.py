@@ -208,9 +208,7 @@ def test_a_silent_peer_is_given_up_by_a_round_of_gossip(
     with hostile_holder(site, tmp_path, "silent") as (machine, address):
         public, ann = identity.node_public_pem(machine.node_key), site.enroll("ann")
         neighbor = Neighbor(peer=machine.peer, name="rogue", address=address, node_public=public)
-        client = peer_client.PeerClient(
-            neighbor, b"", lambda method, path, digest: ann.headers(method, path, digest=digest)
-        )
+        client = peer_client.PeerClient(neighbor, b"", site.credentials(ann))
         with pytest.raises(Unreachable, match="no answer in time"):
             client.exchange_gossip(GossipBatch())
 
