@@ -24,7 +24,6 @@ from agent.home.settings import write_enrollment
 from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
 from agent.transport.weight_transfer import SessionLost
 from protocols.enrollment import identity
-from protocols.enrollment.joining import MqttResponse
 from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable, VersionSkew
 from protocols.local import crash_reports
 from protocols.messages.mqtt import MqttAddress
@@ -191,7 +190,7 @@ class SessionLoop:
             raise Unreachable("the agent is stopping")
         version_check.check_compatible(self._link.enrollment_status().version, "the coordinator")
         self._link.open()
-        self._save_broker_address(self._link.mqtt_address())
+        self._save_broker(self._link)
         self._renew_certificate(self._link)
 
     def _renew_certificate(self, link: CoordinatorClient) -> None:
@@ -205,11 +204,12 @@ class SessionLoop:
             fleet_trust.check_certificate(ca_pem, certificate, public, node)
             self._save_enrollment(certificate=certificate)
 
-    def _save_broker_address(self, told: MqttResponse) -> None:
+    def _save_broker(self, link: CoordinatorClient) -> None:
         """Save the broker and the fleet card. The login changes when a peer is removed.
 
         Raises Refused if the fleet's CA did not sign them.
         """
+        told = link.mqtt_address()
         try:
             known = fleet_trust.with_broker(self._enrollment, told)
         except BadMessage as err:
@@ -222,6 +222,8 @@ class SessionLoop:
                 f"the coordinator's answer is not what this fleet's CA signed: {err.message}",
                 "ask the operator who answers at this address; no work is taken from it",
             ) from err
+        if known.card and not self._enrollment.card:  # the coordinator reads a named receiver
+            link.name_receiver(known.fleet)
         moved = known.mqtt != self._enrollment.mqtt
         if known != self._enrollment:
             self._save_enrollment(
@@ -262,7 +264,7 @@ class SessionLoop:
 
     def _reopen(self, link: CoordinatorClient) -> None:
         """Open a lost session again: the coordinator has restarted, maybe with another login."""
-        self._save_broker_address(link.mqtt_address())
+        self._save_broker(link)
         link.open()
 
     async def reconnect(self) -> None:

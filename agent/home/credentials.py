@@ -13,13 +13,17 @@ from protocols.p2p.peer_addresses import is_loopback
 
 
 class Credentials(NamedTuple):
-    """The keys of this agent, and the coordinator's address and CA certificate."""
+    """The keys of this agent, and the coordinator's address and CA certificate.
+
+    `fleet`: named in requests as their receiver; empty for an older coordinator.
+    """
 
     address: str
     ca_pem: bytes
     peer: str
     node_key: NodeKey
     sign_key: SigningKey
+    fleet: str = ""
 
     @classmethod
     def load(cls, home: Path, enrollment: Enrollment) -> Credentials:
@@ -30,6 +34,8 @@ class Credentials(NamedTuple):
             peer=enrollment.peer,
             node_key=identity.load_node_key(home / "node.key"),
             sign_key=identity.load_signing_key(home / "sign.key"),
+            # A coordinator that sends a card reads requests that name a receiver.
+            fleet=enrollment.fleet if enrollment.card else "",
         )
 
     @property
@@ -40,7 +46,13 @@ class Credentials(NamedTuple):
     def sign_request(
         self, method: str, path: str, body_sha256: str = signed_requests.EMPTY_SHA256
     ) -> dict[str, str]:
-        """The headers that sign one request."""
+        """The headers that sign one request to the coordinator."""
+        return self.sign_request_to(self.fleet, method, path, body_sha256)
+
+    def sign_request_to(
+        self, receiver: str, method: str, path: str, body_sha256: str
+    ) -> dict[str, str]:
+        """The headers that sign one request to this peer or fleet."""
         return signed_requests.sign_headers(
-            self.peer, self.sign_key.sign, method, path, body_sha256
+            self.peer, self.sign_key.sign, method, path, body_sha256, receiver
         )

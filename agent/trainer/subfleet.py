@@ -57,13 +57,18 @@ class LocalCoordinator:
     def request(self, method: str, path: str, body: object = None) -> Any:
         """The response, decoded. Raises NotRunning, Unreachable, SubfleetFailed."""
         try:
-            address = json.loads((self._home / "up.json").read_bytes())["address"]
+            up = json.loads((self._home / "up.json").read_bytes())
+            address = up["address"]
+            ca_pem = (self._home / "ca.pem").read_text()
         except (OSError, ValueError, KeyError) as err:
             raise NotRunning("this fleet's own coordinator is not up", "commonweight up") from err
         data = b"" if body is None else msgspec.json.encode(body)
         sha256 = hashlib.sha256(data).hexdigest()
-        headers = signed_requests.sign_headers("operator", self._key.sign, method, path, sha256)
-        context = ssl.create_default_context(cadata=(self._home / "ca.pem").read_text())
+        receiver = identity.fleet_id(ca_pem.encode()) if up.get("signs") else ""
+        headers = signed_requests.sign_headers(
+            "operator", self._key.sign, method, path, sha256, receiver
+        )
+        context = ssl.create_default_context(cadata=ca_pem)
         try:
             with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
                 url = f"https://{address}{path}"

@@ -68,6 +68,11 @@ class WeightTransfer:
         self._inline_version = b""
         self.bytes_up = self.bytes_down = 0
 
+    def name_receiver(self, fleet: str) -> None:
+        """Names the fleet in requests from now on, as its coordinator reads that."""
+        self._credentials = self._credentials._replace(fleet=fleet)
+        self._signed = self._credentials.sign_request
+
     def download(self, digest: str, nbytes: int, target: Path, at: str = VERSION_PATH) -> None:
         """Downloads a version, or the file at the path `at`, and resumes an interrupted attempt.
 

@@ -295,7 +295,7 @@ class StandIn:
         headers = {}
         if sender:
             headers = signed_requests.sign_headers(
-                sender, self._sign_key.sign, method, path, digest
+                sender, self._sign_key.sign, method, path, digest, self._answer.fleet
             )
         return await self._sent(method, path, headers | (more or {}), body)
 
@@ -304,7 +304,7 @@ class StandIn:
         at = now().isoformat()
         digest = hashlib.sha256(body).hexdigest()
         headers = signed_requests.sign_headers(
-            self.peer, self._sign_key.sign, "POST", path, digest
+            self.peer, self._sign_key.sign, "POST", path, digest, self._answer.fleet
         ) | {
             "content-type": PROTOBUF_MEDIA_TYPE,
             FLEET_HTTP_PUBLIC_KEY_HEADER: self._node_public,

@@ -181,7 +181,9 @@ class Coordinator:
 
     def _app(self) -> ASGIApp:
         """Flower's Fleet routes under their prefix, and our own routes."""
-        auth = Auth(self.registry, identity.public_bytes(self._keys.operator_key))
+        auth = Auth(
+            self.registry, identity.public_bytes(self._keys.operator_key), self.identity.fleet
+        )
         flower = sessions_app(self._superlink, auth)
         ours = with_fast_path(make_app(self, auth, self._keys.ca_key))
 

@@ -35,10 +35,15 @@ T = TypeVar("T")
 
 
 class Auth:
-    """Checks the signatures of peers and operators, and that no request is accepted twice."""
+    """Checks the signatures of peers and operators, and that no request is accepted twice.
 
-    def __init__(self, registry: Registry, operator_public: bytes) -> None:
-        self._registry = registry
+    `fleet`: our id, which requests name as their receiver.
+    """
+
+    def __init__(self, registry: Registry, operator_public: bytes, fleet: str = "") -> None:
+        self._registry, self._fleet = registry, fleet
+        #: Senders whose requests name their receiver: the older format is refused from them.
+        self._name_receiver: set[str] = set()
         self._operator = operator_public
         self._nonces = NonceCache()
         self._since = time.time()
@@ -99,6 +104,10 @@ class Auth:
             return sender, self._operator
         return sender, self._registry.operators[sender].sign_public
 
+    def signature_format(self, sender: str) -> int:
+        """The format in which this peer or operator signs its requests, as far as we have seen."""
+        return signed_requests.FORMAT if sender in self._name_receiver else 1
+
     def is_enrolled(self, peer_id: str) -> bool:
         peer = self._registry.peers.get(peer_id)
         return peer is not None and peer.standing == "enrolled"
@@ -121,7 +130,7 @@ class Auth:
     def _read(self, request: Request) -> SignedRequest:
         try:
             return signed_requests.parse(
-                request.method, _path(request), request.headers, time.time()
+                request.method, _path(request), request.headers, time.time(), self._fleet
             )
         except BadMessage as err:
             raise self._refuse(request, 401, err.message) from err
@@ -129,9 +138,13 @@ class Auth:
     def _check(self, request: Request, signed: SignedRequest, public: bytes) -> None:
         if not identity.verify(public, signed.signature, signed.message):
             raise self._refuse(request, 401, f"the signature is not that of {signed.sender}")
+        if not signed.receiver and signed.sender in self._name_receiver:
+            raise self._refuse(request, 401, "the request names no receiver, unlike earlier ones")
         sent_before = signed.at <= self._since
         if sent_before or not self._nonces.use(signed.sender, signed.nonce, time.time()):
             raise self._refuse(request, 401, "the request was sent before")
+        if signed.receiver:
+            self._name_receiver.add(signed.sender)
 
     def _refuse(self, request: Request, status: int, why: str) -> HTTPException:
         now = int(time.monotonic())

@@ -41,10 +41,14 @@ class Access(Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     ca_pem: str
     card: bytes = b""
+    receiver: str = ""
 
 
 class ConnectionInfo(NamedTuple):
-    """The addresses and CA of a coordinator, our id, key and role there, and the card we know."""
+    """The addresses and CA of a coordinator, our id, key and role there, and the card we know.
+
+    `receiver`: the fleet, as requests name it; empty for an older coordinator.
+    """
 
     addresses: tuple[str, ...]
     ca_pem: str
@@ -52,6 +56,7 @@ class ConnectionInfo(NamedTuple):
     key: SigningKey
     role: str
     card: bytes = b""
+    receiver: str = ""
 
 
 def open_home() -> Path:
@@ -84,7 +89,13 @@ def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
         _check_trust(home, access)
         key = identity.load_signing_key(home / _KEY)
         return ConnectionInfo(
-            access.addresses, access.ca_pem, access.operator, key, access.role, access.card
+            access.addresses,
+            access.ca_pem,
+            access.operator,
+            key,
+            access.role,
+            access.card,
+            access.fleet if access.card else "",
         )
     try:
         up = json.loads((home / UP_FILE).read_bytes()) if is_up else {}
@@ -94,7 +105,9 @@ def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
             f"no coordinator is running over {home}", "start it: commonweight up"
         ) from err
     key = identity.load_signing_key(home / "operator.key")
-    return ConnectionInfo(addresses, (home / "ca.pem").read_text(), OPERATOR, key, "operator")
+    ca_pem = (home / "ca.pem").read_text()
+    receiver = identity.fleet_id(ca_pem.encode()) if up.get("signs") else ""
+    return ConnectionInfo(addresses, ca_pem, OPERATOR, key, "operator", receiver=receiver)
 
 
 def join(text: str, name: str = "") -> Access:

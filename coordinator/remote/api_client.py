@@ -158,7 +158,9 @@ class Remote:
         digest = hashlib.sha256(body).hexdigest()
         for address in dict.fromkeys((self.address, *self._connection.addresses)):
             sender, sign = self._connection.sender, self._connection.key.sign
-            headers = signed_requests.sign_headers(sender, sign, method, path, digest)
+            headers = signed_requests.sign_headers(
+                sender, sign, method, path, digest, self._connection.receiver
+            )
             url = f"https://{address}{path}"
             try:
                 answer = self._http.request(method, url, content=body, headers=headers)

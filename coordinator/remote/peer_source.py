@@ -15,6 +15,7 @@ import ssl
 import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from protocols.messages.envelope import Envelope
 from protocols.network.addresses import parse
 from protocols.network.error_text import describe_error
 from protocols.p2p import gossip
-from protocols.p2p.gossip import GossipStore, NeighborsResponse
+from protocols.p2p.gossip import GossipStore, Neighbor, NeighborsResponse
 from protocols.p2p.peer_addresses import is_loopback, refusal
 
 NEIGHBORS_FILE = "neighbours.json"
@@ -60,11 +61,11 @@ def _load_neighbors(home: Path) -> NeighborsResponse:
 
 
 class _Partner(NamedTuple):
-    """The peer to ask; `keys` are the node keys that may answer there."""
+    """The peer to ask; `candidates` are the peers that may answer there."""
 
     name: str
     address: str
-    keys: frozenset[bytes]
+    candidates: tuple[Neighbor, ...]
 
 
 def _find_partner(known: NeighborsResponse, text: str, *, allow_loopback: bool) -> _Partner:
@@ -73,10 +74,10 @@ def _find_partner(known: NeighborsResponse, text: str, *, allow_loopback: bool) 
         if text in (one.name, one.peer, one.address):
             if reason := refusal(one.address, allow_loopback=allow_loopback):
                 raise Refused(f"{one.name} is not asked at {one.address}: {reason}")
-            return _Partner(one.name, one.address, frozenset({one.node_public}))
+            return _Partner(one.name, one.address, (one,))
     host, _, port = text.rpartition(":")
     if host and port.isdecimal():  # an unknown address: any peer of the fleet may answer there
-        return _Partner(text, text, frozenset(one.node_public for one in known.neighbors))
+        return _Partner(text, text, known.neighbors)
     names = ", ".join(sorted(one.name for one in known.neighbors)) or "none"
     raise UnknownName(
         f"no peer {text!r} can be asked",
@@ -118,23 +119,34 @@ class PeerSource(ReadOnly):
 
     def _request(self) -> gossip.GossipBatch:
         body = msgspec.msgpack.encode(gossip.GossipBatch())
-        digest = hashlib.sha256(body).hexdigest()
-        sender, sign = self._own.sender, self._own.key.sign
-        headers = signed_requests.sign_headers(sender, sign, "POST", gossip.GOSSIP_PATH, digest)
-        headers[gossip.ACCESS_TOKEN_HEADER] = b64encode(self._token).decode()
         try:
-            return msgspec.msgpack.decode(self._post(body, headers), type=gossip.GossipBatch)
+            return msgspec.msgpack.decode(self._post(body), type=gossip.GossipBatch)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise BadMessage(f"{self._partner.name} sent a bad answer: {err}") from err
 
-    def _post(self, body: bytes, headers: dict[str, str]) -> bytes:
-        name, address, keys = self._partner
+    def _headers(self, peer: Neighbor, body: bytes) -> dict[str, str]:
+        """The headers of a request to this peer."""
+        signed = signed_requests.sign_headers(
+            self._own.sender,
+            self._own.key.sign,
+            "POST",
+            gossip.GOSSIP_PATH,
+            hashlib.sha256(body).hexdigest(),
+            peer.peer if peer.signs > 1 else "",
+        )
+        return signed | {gossip.ACCESS_TOKEN_HEADER: b64encode(self._token).decode()}
+
+    def _post(self, body: bytes) -> bytes:
+        name, address, candidates = self._partner
         try:
             with contextlib.closing(_connection(address)) as connection:
                 connection.connect()
                 shown = connection.sock.getpeercert(binary_form=True) or b""
-                if not any(identity.certificate_matches_key(shown, key) for key in keys):
+                matches = partial(identity.certificate_matches_key, shown)
+                peer = next((one for one in candidates if matches(one.node_public)), None)
+                if peer is None:
                     raise Refused(f"another machine than {name} answers at {address}")
+                headers = self._headers(peer, body)
                 connection.request("POST", gossip.GOSSIP_PATH, body=body, headers=headers)
                 response = connection.getresponse()
                 if response.status != 200:

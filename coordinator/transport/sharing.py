@@ -78,6 +78,7 @@ class SharingRoutes:
                 peer=peer.peer,
                 sign_public=peer.sign_public,
                 digest=digest,
+                signs=auth.signature_format(peer.peer),
                 until=time.time() + swarm.DOWNLOAD_TOKEN_LIFETIME_S,
             )
             return json_response(
@@ -87,7 +88,12 @@ class SharingRoutes:
                     piece_bytes=swarm.PIECE_BYTES,
                     pieces=pieces,
                     sources=tuple(
-                        swarm.PieceSource(peer=p.peer, address=address, node_public=p.node_public)
+                        swarm.PieceSource(
+                            peer=p.peer,
+                            address=address,
+                            node_public=p.node_public,
+                            signs=auth.signature_format(p.peer),
+                        )
                         for p, address in self._enrolled(fetch.sources)
                     ),
                     token=swarm.SIGNED_DOWNLOAD_TOKEN.pack(token, self._sign),
@@ -109,12 +115,13 @@ class SharingRoutes:
             self._warn_of_address(peer, body, _outside(request))
             self._directory.update(peer.peer, body, _outside(request))
             nearby = self._directory.nearby(peer.peer, body, _outside(request))
-            return self._neighbors(peer.peer, peer.sign_public, nearby, gossip_only=False)
+            return self._neighbors(auth, peer.peer, peer.sign_public, nearby, gossip_only=False)
 
         async def all_peers(request: Request) -> Response:
             await auth.operator(request, or_observer=True)
             holder, public = auth.operator_key(request)
-            return self._neighbors(holder, public, self._directory.all(), gossip_only=True)
+            everybody = self._directory.all()
+            return self._neighbors(auth, holder, public, everybody, gossip_only=True)
 
         return [
             Route(swarm.PLAN_PATH, plan, methods=["POST"]),
@@ -141,13 +148,20 @@ class SharingRoutes:
                 yield known[peer], address
 
     def _neighbors(
-        self, holder: str, public: bytes, found: list[tuple[str, str]], *, gossip_only: bool
+        self,
+        auth: Auth,
+        holder: str,
+        public: bytes,
+        found: list[tuple[str, str]],
+        *,
+        gossip_only: bool,
     ) -> Response:
         token = gossip.AccessToken(
             holder=holder,
             sign_public=public,
             until=time.time() + gossip.ACCESS_TOKEN_LIFETIME_S,
             gossip_only=gossip_only,
+            signs=auth.signature_format(holder),
         )
         removed = [p.peer for p in self._registry.peers.values() if p.standing == "removed"]
         removed += [o.operator for o in self._registry.operators.values() if o.removed]
@@ -155,7 +169,13 @@ class SharingRoutes:
             NeighborsResponse(
                 access_token=gossip.SIGNED_ACCESS_TOKEN.pack(token, self._sign),
                 neighbors=tuple(
-                    Neighbor(peer=p.peer, name=p.name, address=address, node_public=p.node_public)
+                    Neighbor(
+                        peer=p.peer,
+                        name=p.name,
+                        address=address,
+                        node_public=p.node_public,
+                        signs=auth.signature_format(p.peer),
+                    )
                     for p, address in self._enrolled(found)
                 ),
                 removed=tuple(removed[-MAX_LISTED:]),

@@ -1,9 +1,12 @@
 """Signed requests: how our own HTTP routes authenticate the sender. Pure.
 
 TLS client certificates are no option, as the server library does not pass them to the app. So a
-request carries the sender's id, a time, a nonce and an Ed25519 signature over method, path, body
-digest, time and nonce. A signature is valid once and for `WINDOW_S`: the coordinator remembers
-nonces that long.
+request carries the sender's id, the receiver's id, a time, a nonce and an Ed25519 signature over
+receiver, method, path, body digest, time and nonce. A signature is valid once and for `WINDOW_S`:
+the receiver remembers nonces that long. The receiver is a fleet, or the peer that is asked.
+
+The older format 1 names no receiver, so whoever gets such a request can pass it on. A sender uses
+it only for receivers that know no other, and it is refused from senders that use format 2.
 """
 
 from __future__ import annotations
@@ -28,10 +31,16 @@ TIME = "x-cw-time"
 NONCE = "x-cw-nonce"
 BODY = "x-cw-body"
 SIGNATURE = "x-cw-signature"
+RECEIVER = "x-cw-receiver"
+#: The newest format of signatures: 1 without a receiver, 2 with.
+FORMAT = 2
 
 
 class SignedRequest(NamedTuple):
-    """The headers of a signed request. The caller must compare `body_sha256` with the body."""
+    """The headers of a signed request. The caller must compare `body_sha256` with the body.
+
+    `receiver` is empty in format 1.
+    """
 
     sender: str
     at: float
@@ -39,6 +48,7 @@ class SignedRequest(NamedTuple):
     body_sha256: str
     signature: bytes
     message: bytes
+    receiver: str
 
 
 def sign_headers(
@@ -47,11 +57,16 @@ def sign_headers(
     method: str,
     path: str,
     body_sha256: str = EMPTY_SHA256,
+    receiver: str = "",
 ) -> dict[str, str]:
-    """The headers of a signed request. `path` includes the query string."""
+    """The headers of a signed request. `path` includes the query string.
+
+    `receiver`: the id of the fleet or of the peer; empty for one that knows only format 1.
+    """
     at, nonce = repr(time.time()), secrets.token_hex(12)
-    message = _message(method, path, body_sha256, at, nonce)
-    return {
+    message = _message(receiver, method, path, body_sha256, at, nonce)
+    named = {RECEIVER: receiver} if receiver else {}
+    return named | {
         SENDER: sender,
         TIME: at,
         NONCE: nonce,
@@ -60,8 +75,13 @@ def sign_headers(
     }
 
 
-def parse(method: str, path: str, sent: Mapping[str, str], now: float) -> SignedRequest:
-    """The headers, with time and format checked, but not the signature. Raises BadMessage."""
+def parse(
+    method: str, path: str, sent: Mapping[str, str], now: float, own: str = ""
+) -> SignedRequest:
+    """The headers, with receiver, time and format checked, but not the signature.
+
+    `own`: the id of this receiver. Raises BadMessage.
+    """
     try:
         sender, at, nonce = sent[SENDER], float(sent[TIME]), sent[NONCE]
         body, signature = sent[BODY], b64decode(sent[SIGNATURE], validate=True)
@@ -73,12 +93,16 @@ def parse(method: str, path: str, sent: Mapping[str, str], now: float) -> Signed
         raise BadMessage("the request is not signed")
     if b64encode(signature).decode() != sent[SIGNATURE]:  # spare bits of the last character
         raise BadMessage("the signature is not in canonical base64")
-    message = _message(method, path, body, sent[TIME], nonce)
-    return SignedRequest(sender, at, nonce, body, signature, message)
+    receiver = sent.get(RECEIVER, "")
+    if receiver not in ("", own):
+        raise BadMessage("the request is for another fleet or peer")
+    message = _message(receiver, method, path, body, sent[TIME], nonce)
+    return SignedRequest(sender, at, nonce, body, signature, message, receiver)
 
 
-def _message(method: str, path: str, body_sha256: str, at: str, nonce: str) -> bytes:
-    return "\n".join(("commonweight request 1", method, path, body_sha256, at, nonce)).encode()
+def _message(receiver: str, method: str, path: str, body_sha256: str, at: str, nonce: str) -> bytes:
+    head = ("commonweight request 2", receiver) if receiver else ("commonweight request 1",)
+    return "\n".join((*head, method, path, body_sha256, at, nonce)).encode()
 
 
 class NonceCache:

@@ -29,7 +29,7 @@ from protocols.messages.envelope import (
 )
 from protocols.messages.signing import SignedJson, VerifySignature
 from protocols.messages.work import Work
-from protocols.p2p.swarm import PeerAddress
+from protocols.p2p.swarm import PeerAddress, SignatureFormat
 
 NEIGHBORS_PATH = "/cw/v1/neighbours"
 GOSSIP_PATH = "/cw/v1/words"
@@ -78,6 +78,7 @@ class GossipEntry(Struct, frozen=True, kw_only=True):
     presence: Presence
     head: Head | None = None
     address: PeerAddress = ""
+    signs: SignatureFormat = 1
 
 
 class _SignedEntry(Struct, frozen=True, kw_only=True):
@@ -110,6 +111,7 @@ class Neighbor(Struct, frozen=True, kw_only=True):
     name: Name
     address: PeerAddress
     node_public: Annotated[bytes, Meta(max_length=1024)]
+    signs: SignatureFormat = 1
 
 
 class NeighborsResponse(Struct, frozen=True, kw_only=True):
@@ -135,6 +137,7 @@ class AccessToken(Struct, frozen=True, kw_only=True):
     sign_public: PublicKey
     until: float
     gossip_only: bool = field(default=False, name="words_only")
+    signs: SignatureFormat = 1
 
 
 SIGNED_ACCESS_TOKEN = SignedJson(AccessToken, "pass", "access token")

@@ -42,6 +42,9 @@ PeerAddress = Annotated[
     ),
 ]
 
+#: The newest format of request signatures that a peer uses and reads (`signed_requests.FORMAT`).
+SignatureFormat = Annotated[int, Meta(ge=1, le=1000)]
+
 _Hosts = Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=16)]
 
 
@@ -64,6 +67,7 @@ class PieceSource(Struct, frozen=True, kw_only=True):
     peer: Id
     address: PeerAddress
     node_public: Annotated[bytes, Meta(max_length=1024)]
+    signs: SignatureFormat = 1
 
 
 class DownloadPlan(Struct, frozen=True, kw_only=True):
@@ -100,6 +104,7 @@ class DownloadToken(Struct, frozen=True, kw_only=True):
     sign_public: PublicKey
     digest: Digest
     until: float
+    signs: SignatureFormat = 1
 
 
 SIGNED_DOWNLOAD_TOKEN = SignedJson(DownloadToken, "permit", "download token")

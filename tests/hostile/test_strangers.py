@@ -70,7 +70,7 @@ pytestmark = pytest.mark.usefixtures("coordinator_home")
 def own_routes(fleet: Fleet) -> list[tuple[str, str]]:
     """Method and path of every route of ours, as the app itself lists them."""
     hub, keys = fleet.hub, fleet.keys
-    auth = Auth(hub.registry, identity.public_bytes(keys.operator_key))
+    auth = Auth(hub.registry, identity.public_bytes(keys.operator_key), keys.fleet)
     app = make_app(hub, auth, keys.ca_key)
     found = []
     for route in app.routes:

@@ -72,6 +72,7 @@ def enroll(hub: Coordinator, name: str) -> Machine:
     machine = Machine(name)
     ticket = tickets.new_ticket(hub.addresses(), bytes(32))
     hub.registry.create_ticket(ticket, ttl_s=60, uses=1)
+    machine.fleet = hub.identity.fleet
     hub.registry.join(machine.joining(ticket))
     return machine
 
@@ -87,7 +88,7 @@ def ours(
     """Our signature by this machine's key, in its own name or in another's."""
     digest = hashlib.sha256(body).hexdigest()
     return signed_requests.sign_headers(
-        sender or machine.peer, machine.sign_key.sign, method, path, digest
+        sender or machine.peer, machine.sign_key.sign, method, path, digest, machine.fleet
     )
 
 

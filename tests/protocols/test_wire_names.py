@@ -21,8 +21,8 @@ from protocols.p2p.swarm import DownloadPlan, DownloadPlanRequest, DownloadRepor
 KEY = bytes(32)
 MESSAGE = FlowerMessage(message=b"m", tree=b"t", objects={})
 OBJECTS = {"message": b"m", "tree": b"t", "objects": {}}
-NEIGHBOR = {"peer": "p", "name": "n", "address": "10.0.0.1:5", "node_public": b"k"}
-SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k"}
+NEIGHBOR = {"peer": "p", "name": "n", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
+SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k"}
             {"pass_": b"t", "near": [NEIGHBOR], "removed": ["q"]},
         ),
         (
-            AccessToken(holder="p", sign_public=KEY, until=1.0, gossip_only=True),
-            {"holder": "p", "sign_public": KEY, "until": 1.0, "words_only": True},
+            AccessToken(holder="p", sign_public=KEY, until=1.0, gossip_only=True, signs=2),
+            {"holder": "p", "sign_public": KEY, "until": 1.0, "words_only": True, "signs": 2},
         ),
         (
             DownloadPlanRequest(serves_other_networks=True, faulty=("q",)),

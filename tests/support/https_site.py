@@ -49,6 +49,7 @@ class Machine:
         self.name = name
         self.sign_key, self.node_key = identity.new_signing_key(), identity.new_node_key()
         self.peer = identity.peer_id(identity.public_bytes(self.sign_key))
+        self.fleet = ""
 
     def joining(self, ticket: tickets.Ticket, **changed: Any) -> JoinRequest:
         fields: dict[str, Any] = {
@@ -67,7 +68,9 @@ class Machine:
         self, method: str, path: str, body: bytes = b"", digest: str = ""
     ) -> dict[str, str]:
         sha256 = digest or hashlib.sha256(body).hexdigest()
-        return signed_requests.sign_headers(self.peer, self.sign_key.sign, method, path, sha256)
+        return signed_requests.sign_headers(
+            self.peer, self.sign_key.sign, method, path, sha256, self.fleet
+        )
 
 
 class Site:
@@ -94,7 +97,7 @@ class Site:
         self.transfer = WeightTransfer(self.lane)
         self.transfer.limits.max_bytes = 1 << 20
         self.job_transfer = WeightTransfer(self.job_lane, MAX_ANSWER_BYTES)
-        self.auth = Auth(self.registry, identity.public_bytes(self.operator_key))
+        self.auth = Auth(self.registry, identity.public_bytes(self.operator_key), self.fleet_id)
         self.holders = PieceSources()
         self.sharing = SharingRoutes(self.lane, self.registry, self.holders, self.sign_key.sign)
         self.requests: list[tuple[str, str]] = []
@@ -153,18 +156,24 @@ class Site:
 
     def enroll(self, name: str = "box") -> Machine:
         machine = Machine(name)
+        machine.fleet = self.fleet_id
         self.registry.join(machine.joining(self.ticket()))
         return machine
 
     def credentials(self, machine: Machine) -> Credentials:
         return Credentials(
-            self.address, self.ca_pem, machine.peer, machine.node_key, machine.sign_key
+            self.address,
+            self.ca_pem,
+            machine.peer,
+            machine.node_key,
+            machine.sign_key,
+            machine.fleet,
         )
 
     def operator(self, method: str, path: str, body: bytes = b"") -> dict[str, str]:
         digest = hashlib.sha256(body).hexdigest()
         return signed_requests.sign_headers(
-            "operator", self.operator_key.sign, method, path, digest
+            "operator", self.operator_key.sign, method, path, digest, self.fleet_id
         )
 
     def http(self) -> httpx.Client:

@@ -314,6 +314,7 @@ class Fleet:
     def join(self, name: str, data: Data) -> Agent:
         """Enroll and start an agent."""
         machine = Machine(name)
+        machine.fleet = self.keys.fleet
         ticket = tickets.new_ticket(self.hub.addresses(), bytes(32))
         self.hub.registry.create_ticket(ticket, ttl_s=60, uses=1)
         self.hub.registry.join(machine.joining(ticket))
@@ -323,6 +324,7 @@ class Fleet:
             machine.peer,
             machine.node_key,
             machine.sign_key,
+            machine.fleet,
         )
         agent = Agent(self.folder / name, machine, credentials, data)
         self.agents.append(agent)

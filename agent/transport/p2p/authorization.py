@@ -24,10 +24,13 @@ log = logging.getLogger("commonweight.share")
 
 
 class RequestAuthorizer:
-    """Checks requests; a repeated request is refused."""
+    """Checks requests to the peer `own`; a repeated request is refused."""
 
-    def __init__(self, coordinator_public: bytes, gossip_state: GossipState | None = None) -> None:
-        self._coordinator_public, self._gossip = coordinator_public, gossip_state
+    def __init__(
+        self, coordinator_public: bytes, own: str, gossip_state: GossipState | None = None
+    ) -> None:
+        self._coordinator_public, self._own = coordinator_public, own
+        self._gossip = gossip_state
         self._nonces = NonceCache(limit=20_000)
 
     def authorize(self, method: str, path: str, headers: dict[str, str], digest: str = "") -> str:
@@ -39,7 +42,9 @@ class RequestAuthorizer:
         try:
             token = self._token(path, headers, digest, now)
             peer = token.peer if isinstance(token, DownloadToken) else token.holder
-            request = signed_requests.parse(method, path, headers, now)
+            request = signed_requests.parse(method, path, headers, now, self._own)
+            if not request.receiver and token.signs > 1:  # another peer may have passed it on
+                raise BadMessage("it names no receiver")
             if request.sender != peer or not identity.verify(
                 token.sign_public, request.signature, request.message
             ):

@@ -18,7 +18,7 @@ import msgspec
 from agent.home.credentials import Credentials
 from agent.home.settings import Enrollment
 from agent.transport.version_proofs import VersionIndex
-from protocols.enrollment import identity
+from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Presence
@@ -99,6 +99,7 @@ class GossipState:
             presence=self._presence(),
             head=self.heads.newest(),
             address=self.address(),
+            signs=signed_requests.FORMAT,
         )
         own = gossip.sign_entry(entry, self._certificate(), self._credentials.sign_key.sign)
         return self._store.batch(own)
@@ -135,6 +136,7 @@ class GossipState:
                     name=sender.name,
                     address=entry.address,
                     node_public=sender.node_public,
+                    signs=entry.signs,
                 )
         return [one for peer, one in contacts.items() if peer not in self._removed]
 

@@ -72,7 +72,9 @@ class PeerConnection(Connection):
         After `within_s` the exchange is aborted. A socket timeout alone never ends a peer that
         sends a byte now and then.
         """
-        signed = self._credentials.sign_request(method, path, hashlib.sha256(body).hexdigest())
+        receiver = self._peer.peer if self._peer.signs > 1 else ""
+        digest = hashlib.sha256(body).hexdigest()
+        signed = self._credentials.sign_request_to(receiver, method, path, digest)
         overdue = threading.Timer(within_s, self.end)
         overdue.daemon = True
         overdue.start()

@@ -53,7 +53,7 @@ class Sharing:
         self._gossip = gossip_state
         self._policy, self._port, self._home = policy, port, home
         self.credentials = credentials
-        self._authorizer = RequestAuthorizer(coordinator_public, gossip_state)
+        self._authorizer = RequestAuthorizer(coordinator_public, credentials.peer, gossip_state)
         self._bytes_per_s = mbit_s * BYTES_PER_MBIT
         self._request: DownloadPlanRequest | None = None
         self._sent = 0

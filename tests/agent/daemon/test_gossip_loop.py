@@ -116,6 +116,7 @@ async def test_gossip_needs_an_access_token(site: Site, tmp_path: Path) -> None:
             name="ann",
             address=ann.sharing.plan_request().address,
             node_public=identity.node_public_pem(ann.machine.node_key),
+            signs=2,
         )
 
         async def let_in(who: Peer, sealed: bytes, partner: Neighbor = at_ann) -> bool:

@@ -297,6 +297,7 @@ def test_a_holder_serves_only_who_has_a_permit_and_signs(
     with peers(site, tmp_path, "ann") as (ann,):
         ann.fetch(digest)
         bob, stranger = site.enroll("bob"), Machine("stranger")
+        bob.fleet = stranger.fleet = ann.machine.peer  # the receiver
         path = f"/cw/v1/weights/{digest}"
         address = ann.sharing.plan_request().address
         good = bob.headers("GET", path) | {
@@ -381,6 +382,7 @@ def test_one_address_holds_a_few_connections(site: Site, tmp_path: Path, digest:
 def _served(site: Site, ann: Peer, digest: str) -> bool:
     ann.fetch(digest)
     bob = site.enroll("bob")
+    bob.fleet = ann.machine.peer  # the receiver
     path = f"/cw/v1/weights/{digest}"
     headers = bob.headers("GET", path) | {swarm.DOWNLOAD_TOKEN_HEADER: permit_of(site, bob, digest)}
     try:
