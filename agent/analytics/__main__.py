@@ -13,7 +13,6 @@ import msgspec
 
 from agent.analytics.answer import answer_question
 from agent.analytics.query_log import QueryLog
-from agent.data import table_memory
 from agent.data.table_memory import TableMemory
 from agent.home import settings
 from protocols.analytics.query import Query
@@ -25,7 +24,7 @@ def main() -> None:
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Query)
     home = Path(sys.argv[1])
     chosen = settings.read(home)
-    log, memory = QueryLog(home / "analysis.db"), TableMemory(home / table_memory.FILE)
+    log, memory = QueryLog(home / "analysis.db"), TableMemory(settings.memory_file(home))
     answers.write(answer_question(question, chosen, home / "trainer", log, memory))
     memory.close()
     log.close()

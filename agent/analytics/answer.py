@@ -14,13 +14,12 @@ from agent.analytics.compute import compute
 from agent.analytics.query_log import QueryLog
 from agent.data import open_table
 from agent.data.arrow_reader import find_files
-from agent.data.disclosed_sets import ToldSet
-from agent.data.row_registry import Numbers
+from agent.data.disclosed_sets import Numbers, ToldSet
 from agent.data.table_memory import TableMemory
 from agent.home.settings import AgentSettings, data_settings
 from protocols.analytics.mergeable_states import Cell, PeerAnswer
 from protocols.analytics.query import Query
-from protocols.errors import CommonweightError, DataError, Refused
+from protocols.errors import CommonweightError, Refused
 from protocols.messages.envelope import strip_controls
 
 _logger = logging.getLogger("commonweight.analysis")
@@ -66,13 +65,11 @@ def _compute_answer(
             question, chosen.analyze_epsilon or float("inf"), log.spent_epsilon
         )
     reader = open_table(data_settings(chosen, cache))
+    reader, numbers = memory.admit(reader, chosen.data_min_count)
     computed = compute(question, reader)
     if with_noise:
         return differential_privacy.add_noise(question, computed)
     guarded = disclosure_control.apply_disclosure_rules(computed, chosen)
-    numbers = memory.registry.positions(reader)
-    if len(numbers) != computed.rows:
-        raise DataError("the table changed while it was read", "the next try reads it again")
     _move_old_sets(log, memory, numbers)
     memory.sets.tell(
         [ToldSet("cell", np.sort(numbers[mask])) for mask in guarded.sets], chosen.data_min_count

@@ -113,6 +113,7 @@ def status(
 
 def _format_status(home: Path, *, json: bool) -> str:
     from agent.home import status_files
+    from agent.setup import own_data
 
     status = status_files.read_status(home)
     if status is None or not is_running(home):
@@ -127,6 +128,8 @@ def _format_status(home: Path, *, json: bool) -> str:
     if status.free_at > time.time():
         at = time.strftime("%a %H:%M", time.localtime(status.free_at))
         lines.append(f"expects to work again {at}")
+    if waiting := own_data.waiting_rows(home):
+        lines.append(f"data: {waiting}")
     lines += _format_version(status)
     if status.share < 1:
         lines.append(f"works {status.share:.0%} of the time")

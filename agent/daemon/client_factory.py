@@ -77,7 +77,7 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
     folder, chosen = ctx.home / "trainer", ctx.settings
     return TrainerProcess(
         folder,
-        settings.data_settings(chosen, folder),
+        settings.data_settings(chosen, folder, settings.memory_file(ctx.home)),
         threads=chosen.threads,
         nice=chosen.nice,
         fleet=chosen.fleet,

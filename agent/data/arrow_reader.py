@@ -6,6 +6,7 @@ import codecs
 import csv
 import glob
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -33,6 +34,7 @@ class FileTable:
 
     def __init__(self, path: str) -> None:
         self._files = find_files(path)
+        self._digests: dict[Path, tuple[tuple[int, ...], bytes]] = {}
 
     @cached_property
     def _headers(self) -> dict[Path, list[str]]:
@@ -42,11 +44,18 @@ class FileTable:
         return tuple(dict.fromkeys(name for names in self._headers.values() for name in names))
 
     def fingerprint(self) -> str:
-        """A hash of the bytes of all files, wherever they are."""
+        """A hash of the bytes of all files, wherever they are. A file that has not changed is read
+        once."""
         found = hashlib.blake2b(digest_size=16)
         for file in self._files:
             with map_errors(file), file.open("rb") as data:
-                found.update(hashlib.file_digest(data, hashlib.blake2b).digest())
+                of = os.fstat(data.fileno())
+                stamp = (of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns)
+                known = self._digests.get(file)
+                if known is None or known[0] != stamp:
+                    known = stamp, hashlib.file_digest(data, hashlib.blake2b).digest()
+                    self._digests[file] = known
+            found.update(known[1])
         return found.hexdigest()
 
     def _columns_in(self, file: Path, columns: Sequence[str]) -> list[str]:

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.data.private_database import open_database, writing
-from agent.data.row_registry import Numbers
 from protocols.errors import NotAllowed
 
+#: Row numbers, int64[n].
+Numbers = npt.NDArray[np.int64]
 #: What a set was used for. Those of one admitted table are not compared with each other:
 #: `table` (a survey), `train` and `held` (evaluation). `steps`: a part of an epoch. `cell`: rows of
 #: one cell of an analytics answer.
@@ -153,7 +154,7 @@ def _compare(told: ToldSet, other_use: str, other: Numbers, min_rows: int) -> No
             raise NotAllowed(
                 f"together with an earlier answer this would reveal {count} rows alone, and the "
                 f"owner's data_min_count is {min_rows}",
-                f"wait until {min_rows} rows differ"
+                f"nothing of these rows leaves until {min_rows} differ: commonweight-agent doctor"
                 if told.use in _OF_TABLE
                 else f"ask for rows that differ by {min_rows} or more",
             )
@@ -172,7 +173,7 @@ def unpack(packed: bytes) -> Numbers:
 def _sketch(rows: Numbers) -> Sketch:
     """uint64[buckets]: equal for equal sets; sets that differ in n buckets differ in n rows or
     more."""
-    mixed = _mix(rows.astype(np.uint64))
+    mixed = mix(rows.astype(np.uint64))
     order = np.argsort(mixed % np.uint64(_BUCKETS), kind="stable")
     ordered = mixed[order]
     counts = np.bincount((ordered % np.uint64(_BUCKETS)).astype(np.int64), minlength=_BUCKETS)
@@ -183,7 +184,7 @@ def _sketch(rows: Numbers) -> Sketch:
     return sketch
 
 
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64 (Steele et al., 2014): a bijection whose outputs look random."""
     with np.errstate(over="ignore"):
         z = (values + np.uint64(1)) * _GOLDEN

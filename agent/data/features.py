@@ -13,13 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agent.data import Reader, column_types
+from agent.data.admission import HELD_OUT_OF, Mask, Split
 from protocols.tables.preprocessing import Feature, Preprocessing
 from protocols.tables.statistics import NUMERIC, hash_category
 
 #: More than this goes to a memory-mapped file.
 IN_MEMORY_BYTES = 512 << 20
-#: One random row of each group of this size is held out for evaluation.
-HELD_OUT_OF = 5
 _MISSING, _UNSEEN, _FIRST = 0, 1, 2
 
 Floats = npt.NDArray[np.float32]
@@ -100,30 +99,59 @@ class EncodedTable(NamedTuple):
     dropped: int
 
 
+def known_targets(reader: Reader, preprocessing: Preprocessing) -> Mask:
+    """bool[n]: the rows whose target all peers know."""
+    target = preprocessing.target.name
+    found = [
+        _is_known(encode_targets(batch, preprocessing), preprocessing)
+        for batch in reader.batches([target])
+    ]
+    return np.concatenate([np.zeros(0, bool), *found])
+
+
 def encode_table(
-    reader: Reader, preprocessing: Preprocessing, chance: np.random.RandomState, folder: Path
+    reader: Reader,
+    preprocessing: Preprocessing,
+    chance: np.random.RandomState,
+    folder: Path,
+    split: Split | None = None,
 ) -> EncodedTable:
-    """All rows of a table. Large tables go to an unnamed file in `folder`."""
+    """All rows of a table, or those of `split`. Large tables go to an unnamed file in `folder`."""
     here = set(reader.columns())
     names = [f.name for f in preprocessing.features if f.name in here]
     numbers, categories = input_width(preprocessing)
     is_class = bool(preprocessing.target.classes)
     spools = [_Spool(numbers + categories, is_class, folder) for _ in range(2)]
     places = _held_out(chance)
-    dropped = 0
+    first = dropped = 0
     for batch in reader.batches([*names, preprocessing.target.name]):
         x, y = encode_inputs(batch, preprocessing), encode_targets(batch, preprocessing)
-        known = y >= 0 if is_class else ~np.isnan(y[:, 0])
-        x, y = x[known], y[known]
-        dropped += len(batch) - len(y)
-        out = np.fromiter(places, bool, len(y))
-        spools[0].append(x[~out], y[~out])
+        known = _is_known(y, preprocessing)
+        if split is None:
+            out = np.zeros(len(y), bool)
+            out[known] = np.fromiter(places, bool, int(known.sum()))
+            train = known & ~out
+        else:
+            train, out = (part[first : first + len(batch)] for part in split)
+        first += len(batch)
+        dropped += int((~known).sum())
+        spools[0].append(x[train], y[train])
         spools[1].append(x[out], y[out])
     return EncodedTable(spools[0].rows(), spools[1].rows(), dropped)
 
 
+def _is_known(y: npt.NDArray[Any], preprocessing: Preprocessing) -> Mask:
+    return np.asarray(y >= 0 if preprocessing.target.classes else ~np.isnan(y[:, 0]))
+
+
+def draw_held_out(chance: np.random.RandomState, count: int) -> Mask:
+    """bool[n]: which of new rows to hold out."""
+    return np.fromiter(_held_out(chance), bool, count)
+
+
 def _held_out(chance: np.random.RandomState) -> Iterator[bool]:
-    """For each row, whether it is held out. It does not depend on the sizes of batches."""
+    """For each row, whether it is held out: one random row of each group of this size. It does not
+    depend on the sizes of batches."""
     while True:
         place = chance.randint(HELD_OUT_OF)
         yield from (number == place for number in range(HELD_OUT_OF))

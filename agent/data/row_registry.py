@@ -21,11 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from agent.data import Reader, column_types
+from agent.data.disclosed_sets import Numbers
 from agent.data.private_database import open_database, writing
 from protocols.errors import DataError
 
-#: Row numbers, int64[n].
-Numbers = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 _SCHEMA = """

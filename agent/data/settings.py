@@ -17,6 +17,8 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     `reader`: what reads tables (see `agent.data`). Only `columns` (patterns) are used, and no table
     with fewer than `min_rows` rows. Values of fewer than `min_count` rows never leave the machine,
     and minimum and maximum of a column only with `extremes`.
+    `memory`: the owner's file that remembers which rows answers told about (`table_memory`); empty:
+    none is kept. Rows come and go in groups of at least `min_count`.
     `cache`: a folder for files that a task makes from the data; empty: none.
     `device`: where training runs (see `devices`). With `compile`, torch may compile the model.
     `framework`: which one to use if a task supports more than one.
@@ -33,6 +35,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     min_count: int = 5
     extremes: bool = False
     cache: str = ""
+    memory: str = ""
     models: str = ""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False

@@ -1,23 +1,83 @@
-"""What this machine remembers of its owner's rows: their numbers, and what was told about them."""
+"""What this machine remembers of its owner's rows: which may be used, and what was told of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
-from agent.data.disclosed_sets import DisclosedSets
+import numpy as np
+import pyarrow as pa
+
+from agent.data import Aggregation, Reader, merge_states
+from agent.data.admission import Admission, Mask
+from agent.data.disclosed_sets import DisclosedSets, Numbers
 from agent.data.row_registry import RowRegistry
+from protocols.errors import DataError
 
-#: The file in the agent's home. It belongs to the owner (0600) and never leaves the machine.
-FILE = "told.db"
+S = TypeVar("S")
+
+
+class AdmittedRows(NamedTuple):
+    """A table's rows that may be used: a reader of these, and their numbers in its order."""
+
+    reader: Reader
+    numbers: Numbers
 
 
 class TableMemory:
-    """One file with the registry of rows and the sets that were told. Used by one thread."""
+    """One file: the registry of rows, the admitted ones, and the sets that were told. Used by one
+    thread."""
 
     def __init__(self, path: Path) -> None:
         self.registry = RowRegistry(path)
+        self.admission = Admission(path)
         self.sets = DisclosedSets(path)
 
     def close(self) -> None:
-        self.registry.close()
-        self.sets.close()
+        for part in (self.registry, self.admission, self.sets):
+            part.close()
+
+    def admit(self, reader: Reader, min_rows: int) -> AdmittedRows:
+        """The rows of a table that may be used now. Raises DataError."""
+        fingerprint = reader.fingerprint()
+        numbers = self.registry.positions(reader)
+        admitted = self.admission.admit(numbers, min_rows)
+        return AdmittedRows(_AdmittedReader(reader, admitted, fingerprint), numbers[admitted])
+
+
+class _AdmittedReader:
+    """A reader without the rows that wait. It raises DataError if the table changes meanwhile."""
+
+    def __init__(self, reader: Reader, admitted: Mask, fingerprint: str) -> None:
+        self._reader, self._admitted, self._fingerprint = reader, admitted, fingerprint
+
+    def columns(self) -> tuple[str, ...]:
+        return self._reader.columns()
+
+    def fingerprint(self) -> str:
+        return self._reader.fingerprint()
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        first = 0
+        for batch in self._reader.batches(columns):
+            mask = self._admitted[first : first + len(batch)]
+            first += len(batch)
+            if len(mask) < len(batch):
+                break
+            if mask.all():
+                yield batch
+            elif mask.any():
+                yield batch.filter(pa.array(mask))
+        self._check(first == len(self._admitted))
+
+    def aggregate(self, aggregation: Aggregation[S], columns: Sequence[str]) -> S | None:
+        if np.all(self._admitted):  # where the rows are, such as on the owner's cluster
+            found = self._reader.aggregate(aggregation, columns)
+            self._check()
+            return found
+        return merge_states(aggregation, map(aggregation.from_batch, self.batches(columns)))
+
+    def _check(self, same: bool = True) -> None:
+        if not same or self._reader.fingerprint() != self._fingerprint:
+            raise DataError("the table changed while it was read", "the next try reads it again")

@@ -198,8 +198,15 @@ def data_path(text: str | None) -> str | None:
     return text if not text or "://" in text else str(Path(text).expanduser().absolute())
 
 
-def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
-    """The data and the device of a task. `cache` is a folder that the task may use."""
+def memory_file(home: Path) -> Path:
+    """What this machine remembers of its owner's rows (`agent.data.table_memory`). It is in a
+    folder of its own, as SQLite writes files beside it."""
+    return home / "told" / "told.db"
+
+
+def data_settings(chosen: AgentSettings, cache: Path, memory: Path | None = None) -> DataSettings:
+    """The data and the device of a task. `cache` is a folder that the task may use; `memory` is
+    `memory_file` if what the task does leaves this machine."""
     return DataSettings(
         index=chosen.part,
         parts=chosen.parts,
@@ -212,6 +219,7 @@ def data_settings(chosen: AgentSettings, cache: Path) -> DataSettings:
         min_count=chosen.data_min_count,
         extremes=chosen.data_extremes,
         cache=str(cache),
+        memory=str(memory.absolute()) if memory else "",
         device=chosen.device,
         compile=chosen.compile,
         models=chosen.models,

@@ -92,7 +92,8 @@ class _Doctor:
         return "any installed task may run" if "*" in tasks else f"may run {', '.join(tasks)}"
 
     def data(self) -> str:
-        return own_data.check(settings.read(self._home))
+        found = own_data.check(settings.read(self._home))
+        return "; ".join(line for line in (found, own_data.waiting_rows(self._home)) if line)
 
     def sensors(self) -> str | Advice:
         chosen = settings.read(self._home)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
+from agent.data.admission import Admission
 from agent.home import settings
 from agent.home.settings import AgentSettings
 from agent.tasks import data_checks
@@ -27,6 +29,16 @@ def check(chosen: AgentSettings) -> str:
     if "*" in chosen.tasks or set(chosen.tasks) - set(allowed):
         return f"no built-in task reads such data, only tasks of your own ({needs})"
     raise DataError(f"no task that is allowed here reads such data: {needs}", data.path)
+
+
+def waiting_rows(home: Path) -> str:
+    """A line about new rows of the owner's data that wait for others; empty if none do."""
+    file = settings.memory_file(home)
+    if not file.exists():
+        return ""
+    with closing(Admission(file)) as admission:
+        counts = admission.counts()
+    return str(counts) if counts is not None and counts.waiting else ""
 
 
 def check_setting(chosen: AgentSettings) -> str:

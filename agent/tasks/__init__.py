@@ -11,8 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import numpy.typing as npt
 
+from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings as DataSettings
 from protocols.errors import UnknownName, UsageError
 from protocols.model.weights import Array, Schema, Weights
@@ -119,6 +121,32 @@ class ProvidesStatistics(Protocol):
 
         Called after `load`. Raises DataError.
         """
+
+
+@runtime_checkable
+class KnowsRows(Protocol):
+    """Optional: say which of the owner's rows an answer depends on.
+
+    The trainer remembers them, and refuses an answer whose rows differ from those of an earlier one
+    in fewer than the owner's `data_min_count` (`agent.data.disclosed_sets`).
+    """
+
+    def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
+        """The numbers of the rows of a use, int64[n]; None if they are no rows of the owner.
+
+        "table": those of the last `survey`. "train" and "held": those of `train`, in the order of
+        its examples, and of `evaluate`. The same array means the same rows. Called after `load`.
+        """
+
+
+@runtime_checkable
+class WatchesEpochs(Protocol):
+    """Optional, with `KnowsRows`: say which examples an epoch of `train` uses, as one that ends
+    early uses a part."""
+
+    def watch_epochs(self, watch: Callable[[npt.NDArray[np.int64]], None]) -> None:
+        """Make the next `train` call this before each epoch, with the places of the examples that
+        it uses, in `rows_of("train")`. It may raise CommonweightError."""
 
 
 @runtime_checkable

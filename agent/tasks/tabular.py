@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +32,11 @@ from torch import Tensor
 
 from agent.data import Reader, features, open_table
 from agent.data import profile as survey
-from agent.data.features import EncodedRows, EncodedTable
+from agent.data.admission import HELD_OUT_OF, Mask
+from agent.data.disclosed_sets import Numbers, Use
+from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
+from agent.data.table_memory import TableMemory
 from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
 from agent.tasks.training import evaluation
 from agent.tasks.training.classification import evaluate_classifier, split_batches, to_tensors
@@ -66,7 +70,7 @@ _OPTIONS = TaskOptions(
     lr=0.01,
 )
 #: Fewer rows cannot be split into training and held-out rows.
-_MIN_ROWS = features.HELD_OUT_OF
+_MIN_ROWS = HELD_OUT_OF
 
 
 class _Model(NamedTuple):
@@ -110,17 +114,34 @@ class _Model(NamedTuple):
         return F.linear(hidden, w["output.weight"], w["output.bias"])
 
 
+class _Rows(NamedTuple):
+    """As `EncodedTable`, with the numbers of the rows if this machine remembers them."""
+
+    trained_on: EncodedRows
+    held_out: EncodedRows
+    dropped: int
+    train_numbers: Numbers | None
+    held_numbers: Numbers | None
+
+
 class Tabular(TorchTask):
     """The task."""
 
     defaults = _OPTIONS.defaults
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._surveyed: Numbers | None = None
 
     # --- what all peers share ---
 
     def survey(self, settings: Settings) -> TableStatistics:
         """Statistics of this peer's table that may leave the machine. Raises DataError."""
         _OPTIONS.read(settings)
-        return survey.survey(self._reader(), self._data, preprocessing.parse_settings(settings))
+        wanted = preprocessing.parse_settings(settings)
+        with self._admitted() as (reader, numbers, _):
+            self._surveyed = numbers
+            return survey.survey(reader, self._data, wanted)
 
     def schema(self, settings: Settings) -> Schema:
         return _model(settings).schema()
@@ -128,7 +149,9 @@ class Tabular(TorchTask):
     def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
         """Reads the table, so that errors in it show early. Raises DataError."""
         made = _preprocessing(settings)
-        survey.check_table(self._reader(), self._data, made, preprocessing.parse_settings(settings))
+        wanted = preprocessing.parse_settings(settings)
+        with self._admitted() as (reader, _, _):
+            survey.check_table(reader, self._data, made, wanted)
         self._rows(settings)
         return {
             "features": [feature.name for feature in made.features],
@@ -150,20 +173,46 @@ class Tabular(TorchTask):
 
     # --- data ---
 
-    def _reader(self) -> Reader:
-        return open_table(self._data)
+    @contextmanager
+    def _admitted(self) -> Iterator[tuple[Reader, Numbers | None, TableMemory | None]]:
+        """The rows that may be used, and their numbers if this machine remembers them."""
+        reader = open_table(self._data)
+        if not self._data.memory:
+            yield reader, None, None
+            return
+        with closing(TableMemory(Path(self._data.memory))) as memory:
+            yield *memory.admit(reader, self._data.min_count), memory
 
-    def _rows(self, settings: Settings) -> EncodedTable:
+    def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
+        if use == "table":
+            return self._surveyed
+        rows = self._rows(settings)
+        return rows.train_numbers if use == "train" else rows.held_numbers
+
+    def _rows(self, settings: Settings) -> _Rows:
         """This peer's rows; read when the preprocessing is known."""
-        rows: EncodedTable = self._read_data.get(
+        rows: _Rows = self._read_data.get(
             str(settings["preprocessing"]), lambda: self._read_rows(_preprocessing(settings))
         )
         return rows
 
-    def _read_rows(self, made: Preprocessing) -> EncodedTable:
-        chance = random_state("held out", self._data.seed, self._data.index)
-        folder = Path(self._data.cache or ".")
-        rows = features.encode_table(self._reader(), made, chance, folder)
+    def _read_rows(self, made: Preprocessing) -> _Rows:
+        words = "held out", self._data.seed, self._data.index
+        folder, least_count = Path(self._data.cache or "."), self._data.min_count
+
+        def draw(count: int, group: int) -> Mask:
+            chance = random_state(*words, *([group] if group else []))
+            return features.draw_held_out(chance, count)
+
+        with self._admitted() as (reader, numbers, memory):
+            split = None
+            parts: tuple[Numbers | None, Numbers | None] = None, None
+            if memory is not None and numbers is not None:
+                usable, name = features.known_targets(reader, made), " ".join(map(str, words))
+                split = memory.admission.split(name, numbers, usable, least_count, draw)
+                parts = numbers[split.train], numbers[split.held_out]
+            table = features.encode_table(reader, made, random_state(*words), folder, split)
+        rows = _Rows(*table, *parts)
         count = len(rows.trained_on.y) + len(rows.held_out.y)
         least = max(_MIN_ROWS, self._data.min_rows)
         if count < least:

@@ -34,6 +34,7 @@ from agent.trainer.checkpoint import CheckpointFile
 from agent.trainer.ipc import Answer, Failed
 from agent.trainer.personalization import Personalization
 from agent.trainer.progress import StepCallback, WorkControl
+from agent.trainer.told_rows import ToldRows
 from protocols import VERSION
 from protocols.errors import BadWeights, CommonweightError, TaskUnusable
 from protocols.failpoints import failpoint
@@ -53,6 +54,7 @@ class WorkExecutor:
         self._found_as: tuple[str, ...] = ()
         self._task: Task | None = None
         self._data: DataSettings | None = None
+        self._told = ToldRows()
         self._resumed: CheckpointFile | None = None  # if the current work resumed
 
     def do(self, work: Work) -> Done | Failed:
@@ -119,14 +121,16 @@ class WorkExecutor:
     def _load(self, task: Task, data: DataSettings) -> None:
         if self._data != data:
             self._data = None
+            self._told = ToldRows()
             task.load(data)
-            self._data = data
+            self._data, self._told = data, ToldRows(data)
 
     def _describe(self, work: Describe, task: Task) -> Done | Failed:
         scheme, settings = _split_settings(work.settings)
         told = None
         if isinstance(task, ProvidesStatistics) and not settings.get("preprocessing"):
             told = task.survey(settings)
+            self._told.tell(task, "table", settings)
         if told is not None:
             return Done(id=work.id, description=schema_card.encode(told))
         schema = personalization.shared_schema(_normalize_schema(task.schema(settings)), scheme)
@@ -143,6 +147,7 @@ class WorkExecutor:
         base: Weights,
         personal: Personalization,
     ) -> Done | Failed:
+        self._told.tell(task, "held", settings)
         on_step = StepCallback(work.id, "evaluate", self._control, self._send)
         found = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
         count, metrics, told = EvalOutcome(*found)
@@ -163,6 +168,7 @@ class WorkExecutor:
     def _train(
         self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personalization
     ) -> Done | Failed:
+        self._told.tell_training(task, settings, whole=bool(work.settings.get(SCAFFOLD)))
         on_step, resumed_at = self._metered(work, task)
         training = personal.before_train(task, settings, base)
         trained, count, metrics = task.train(training.model, settings, on_step)

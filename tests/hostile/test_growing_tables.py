@@ -13,7 +13,7 @@ import pytest
 
 from agent.analytics.answer import answer_question
 from agent.analytics.query_log import QueryLog
-from agent.data.table_memory import FILE, TableMemory
+from agent.data.table_memory import TableMemory
 from agent.home.settings import AgentSettings
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.parser import parse_query
@@ -42,7 +42,7 @@ class Home:
 
     def ask(self, text: str, where: str = "") -> PeerAnswer:
         """As a new process each time."""
-        log, memory = QueryLog(self.folder / "analysis.db"), TableMemory(self.folder / FILE)
+        log, memory = QueryLog(self.folder / "analysis.db"), TableMemory(self.folder / "told.db")
         chosen = AgentSettings(analyze="on", data=str(self.file))
         told = answer_question(parse_query(text, where), chosen, self.folder, log, memory)
         log.close()

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -49,6 +51,8 @@ class Examples(NamedTuple):
 
 #: One step, in place; returns the batch's mean loss before it.
 Step = Callable[[Tensor, Tensor], float]
+#: Gets the places of examples, int64[n].
+Watch = Callable[[npt.NDArray[np.int64]], None]
 #: The mean loss of a batch: `loss_of(weights, x, y) -> float32[]`.
 LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]
 
@@ -63,6 +67,7 @@ class TrainingLoop:
         self._correction: Mapping[str, Array] = {}
         self._recalled: Mapping[str, Array] = {}
         self._left: Mapping[str, Array] = {}
+        self._watch: Watch = lambda places: None
 
     def train(
         self,
@@ -86,9 +91,12 @@ class TrainingLoop:
         self._at, self._restored, self._correction, self._recalled = at, None, {}, {}
         step, steps = make_step(at, plan), plan.steps(count)
         batch = plan.batch_size or count
+        watch, self._watch = self._watch, lambda places: None
         try:
             while True:
-                order = at.permutation(count)[at.passed :].to(device)
+                order = at.permutation(count)
+                watch(order[: at.passed + (steps - at.done) * batch].numpy())
+                order = order[at.passed :].to(device)
                 for x, y in _batches(examples, order, batch):
                     if at.done == steps:
                         break
@@ -105,6 +113,11 @@ class TrainingLoop:
         self._left = as_arrays(at.state)
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()}
         return TrainOutcome(Weights(arrays), count, {"loss": at.total / at.passed})
+
+    def watch_epochs(self, watch: Watch) -> None:
+        """Make the next `train` call this before each epoch, with the places of the examples
+        that it uses."""
+        self._watch = watch
 
     def snapshot(self) -> Snapshot:
         """The state of `train`: weights, optimizer, order of the data and position in it."""

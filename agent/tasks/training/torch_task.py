@@ -69,6 +69,7 @@ class TorchTask:
         self.snapshot, self.restore = self._local.snapshot, self._local.restore
         self.load_optimizer_state = self._local.load_optimizer_state
         self.optimizer_state = self._local.optimizer_state
+        self.watch_epochs = self._local.watch_epochs
 
     def load(self, data: DataSettings) -> None:
         """Store the data settings. Subclasses read the data when the run's settings are known."""

@@ -1,0 +1,142 @@
+"""Which rows of the owner's data may be used: new rows come in groups, never alone.
+
+All rows of the first table are admitted. Later rows wait until `data_min_count` have come, and are
+then admitted together. A row that is deleted is gone at once. An edited row is a deleted one and a
+new one. Each admitted row is trained on or held out for good, and a group of new rows is divided
+only if both parts have enough rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.data.disclosed_sets import Numbers, mix, pack, unpack
+from agent.data.private_database import open_database, writing
+
+Mask = npt.NDArray[np.bool_]
+
+#: The inverse of the share of rows that are held out.
+HELD_OUT_OF = 5
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS admitted (id INTEGER PRIMARY KEY, numbers BLOB);
+CREATE TABLE IF NOT EXISTS splits (id INTEGER PRIMARY KEY, name TEXT, train BLOB, held BLOB);
+CREATE TABLE IF NOT EXISTS last_table (id INTEGER PRIMARY KEY, counts TEXT);
+"""
+
+
+class Counts(NamedTuple):
+    """Rows of the table that was read last: those that may be used, and those that wait."""
+
+    admitted: int
+    waiting: int
+    min_rows: int
+
+    def __str__(self) -> str:
+        used = f"{self.admitted} rows may be used"
+        if not self.waiting:
+            return used
+        return f"{used}; {self.waiting} new rows wait until {self.min_rows} have come"
+
+
+class Split(NamedTuple):
+    """Masks over the rows of a table: to train on, and held out. A row may be in neither."""
+
+    train: Mask
+    held_out: Mask
+
+
+class Admission:
+    """The groups of rows that were admitted, in the file of `table_memory`."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = open_database(path, _SCHEMA)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def admit(self, numbers: Numbers, min_rows: int) -> Mask:
+        """Which of a table's rows may be used. Admits a group of new rows if there are enough."""
+        with writing(self._db):
+            groups = [unpack(rows) for (rows,) in self._db.execute("SELECT numbers FROM admitted")]
+            admitted = np.isin(numbers, _join(groups))
+            waiting = int((~admitted).sum())
+            if waiting >= min_rows:
+                self._db.execute(
+                    "INSERT INTO admitted (numbers) VALUES (?)",
+                    (pack(np.sort(numbers[~admitted])),),
+                )
+                admitted, waiting = np.ones(len(numbers), bool), 0
+            counts = Counts(int(admitted.sum()), waiting, min_rows)
+            self._db.execute(
+                "INSERT OR REPLACE INTO last_table VALUES (1, ?)", (json.dumps(counts),)
+            )
+        return admitted
+
+    def counts(self) -> Counts | None:
+        """Of the table that was read last; None before the first."""
+        row = self._db.execute("SELECT counts FROM last_table").fetchone()
+        return None if row is None else Counts(*json.loads(row[0]))
+
+    def split(
+        self,
+        name: str,
+        numbers: Numbers,
+        usable: Mask,
+        min_rows: int,
+        draw: Callable[[int, int], Mask],
+    ) -> Split:
+        """The parts of these admitted rows, of which a task can use some (`usable`).
+
+        `draw(n, group)` divides a group of n new rows: True is held out. `name` tells divisions of
+        the same rows apart.
+        """
+        with writing(self._db):
+            rows = self._db.execute(
+                "SELECT train, held FROM splits WHERE name = ? ORDER BY id", (name,)
+            ).fetchall()
+            train = _join([unpack(part) for part, _ in rows])
+            held = _join([unpack(part) for _, part in rows])
+            new = usable & ~np.isin(numbers, train) & ~np.isin(numbers, held)
+            count = int(new.sum())
+            if count and (not rows or count >= min_rows):
+                out = np.zeros(len(numbers), bool)
+                if not rows or count // HELD_OUT_OF >= min_rows:
+                    out[new] = draw(count, len(rows))
+                elif (len(held) + count) * HELD_OUT_OF <= len(train) + len(held) + count:
+                    out = new
+                added = np.sort(numbers[new & ~out]), np.sort(numbers[out])
+                self._db.execute(
+                    "INSERT INTO splits (name, train, held) VALUES (?, ?, ?)",
+                    (name, *map(pack, added)),
+                )
+                train, held = _join([train, added[0]]), _join([held, added[1]])
+        return Split(
+            _part(np.isin(numbers, train), numbers, usable, min_rows),
+            _part(np.isin(numbers, held), numbers, usable, min_rows),
+        )
+
+
+def _part(part: Mask, numbers: Numbers, usable: Mask, min_rows: int) -> Mask:
+    """The usable rows of a part, without some more if only a few are not usable.
+
+    A target may be missing in a few rows. A run for it and one for another target would then
+    differ in these rows. Which more rows are left out depends on which are not usable.
+    """
+    used = part & usable
+    unused = numbers[part & ~usable]
+    if not 0 < len(unused) < min_rows:
+        return used
+    salt = np.bitwise_xor.reduce(mix(unused.astype(np.uint64)))
+    order = np.argsort(mix(numbers[used].astype(np.uint64) ^ salt), kind="stable")
+    used[np.flatnonzero(used)[order[: min_rows - len(unused)]]] = False
+    return used
+
+
+def _join(parts: list[Numbers]) -> Numbers:
+    return np.concatenate([np.zeros(0, np.int64), *parts])

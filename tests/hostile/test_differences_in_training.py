@@ -1,0 +1,209 @@
+"""A coordinator asks for the same training twice and subtracts: no row of the owner follows.
+
+Each test asks the trainer as the agent does, in a new process each time as far as the memory goes.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
+
+from agent.data.settings import DataSettings
+from agent.tasks.work import Describe, Done, Evaluate, Init, Train
+from agent.trainer.executor import WorkExecutor
+from agent.trainer.ipc import Failed
+from agent.trainer.progress import WorkControl
+from protocols.errors import NotAllowed
+from protocols.model import schema_card, weights
+from protocols.tables import preprocessing
+from protocols.tables.statistics import TableStatistics
+
+Row = dict[str, Any]
+Change = Callable[[list[Row]], list[Row]]
+#: One step over all rows: its update is the sum of the rows' gradients.
+SETTINGS = {"target": "pay", "kind": "regression", "optimiser": "sgd", "lr": 0.1, "batch_size": 0}
+VICTIM = {"age": 61, "years": 33, "pay": 77_777}
+
+
+def people(count: int) -> list[Row]:
+    return [{"age": 20 + n * 7 % 50, "years": n % 13, "pay": 1000 + 13 * n} for n in range(count)]
+
+
+def add_one(rows: list[Row]) -> list[Row]:
+    return [*rows, VICTIM]
+
+
+def put_first(rows: list[Row]) -> list[Row]:
+    return [VICTIM, *rows]
+
+
+def delete_one(rows: list[Row]) -> list[Row]:
+    return rows[1:]
+
+
+def edit_one(rows: list[Row]) -> list[Row]:
+    return [{**rows[0], "pay": 5000}, *rows[1:]]
+
+
+def replace_one(rows: list[Row]) -> list[Row]:
+    return [*rows[1:], VICTIM]
+
+
+def delete_one_among_new(rows: list[Row]) -> list[Row]:
+    return [*rows[1:], *({**VICTIM, "age": 30 + n} for n in range(30))]
+
+
+CHANGES: tuple[Change, ...] = (
+    *(add_one, put_first, delete_one, edit_one, replace_one, delete_one_among_new),
+)
+
+
+class Trainer:
+    """The trainer of one agent, whose table the test changes."""
+
+    def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
+        self.folder, self.file = folder, folder / "staff.csv"
+        self.write(rows)
+        told = self.do(Describe, SETTINGS)
+        self.table = schema_card.decode(told.description)
+        assert isinstance(self.table, TableStatistics)
+        made = preprocessing.derive({"me": self.table}, SETTINGS).preprocessing
+        self.settings = {**SETTINGS, "preprocessing": preprocessing.encode(made)}
+        self.base = str(folder / "base.safetensors")
+        self.do(Init, self.settings, seed=0, out=self.base)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        with self.file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def do(self, kind: Any, settings: dict[str, Any], **more: Any) -> Done:
+        data = DataSettings(
+            path=str(self.file),
+            min_rows=20,
+            cache=str(self.folder),
+            memory=str(self.folder / "told" / "told.db"),
+            device="cpu",
+        )
+        executor = WorkExecutor(WorkControl(), lambda answer: None, 1)
+        done = executor.do(kind(task="tabular", settings=settings, data=data, **more))
+        assert not isinstance(done, Failed), done
+        return done
+
+    def survey(self) -> TableStatistics:
+        found = schema_card.decode(self.do(Describe, SETTINGS).description)
+        assert isinstance(found, TableStatistics)
+        return found
+
+    def train(self, **settings: Any) -> tuple[int, np.ndarray[Any, Any]]:
+        """The number of examples and the change of the weights."""
+        out = self.folder / "out.safetensors"
+        chosen = {"seed": 1, "round": 1, **self.settings, **settings}
+        done = self.do(Train, chosen, base=self.base, out=str(out))
+        old, new = weights.load(Path(self.base)), weights.load(out)
+        change = np.concatenate([(new[name] - old[name]).ravel() for name in new])
+        return done.num_examples, change
+
+    def evaluate(self) -> tuple[int, float | None]:
+        done = self.do(Evaluate, {"seed": 1, "round": 1, **self.settings}, base=self.base)
+        return done.num_examples, done.metrics["loss"]
+
+
+def asked_again(ask: Callable[[], Any]) -> Any:
+    """The second answer; None if it was refused with the owner's limit and what to do."""
+    try:
+        return ask()
+    except NotAllowed as err:
+        words = f"{err.message}: {err.hint}"
+    assert "data_min_count is 5" in words
+    return None
+
+
+@pytest.mark.attack("20.3")
+@pytest.mark.parametrize("change", CHANGES)
+def test_survey_before_and_after(tmp_path: Path, change: Change) -> None:
+    """Attack: subtract the exact moments of a table before and after a row came, went or was
+    edited."""
+    rows = people(60)
+    trainer = Trainer(tmp_path, rows)
+    trainer.write(change(rows))
+    after = asked_again(trainer.survey)
+    assert after is None or after == trainer.table
+
+
+@pytest.mark.attack("20.3")
+@pytest.mark.parametrize("change", CHANGES)
+def test_full_batch_update_before_and_after(tmp_path: Path, change: Change) -> None:
+    """Attack: subtract two updates of one full-batch step, before and after a row came, went or
+    was edited."""
+    rows = people(60)
+    trainer = Trainer(tmp_path, rows)
+    count, update = trainer.train()
+    trainer.write(change(rows))
+    after = asked_again(trainer.train)
+    assert after is None or (after[0] == count and np.array_equal(after[1], update))
+
+
+@pytest.mark.attack("20.3")
+@pytest.mark.parametrize("change", CHANGES[:-1])
+def test_evaluation_before_and_after(tmp_path: Path, change: Change) -> None:
+    """Attack: subtract the losses of the same weights, before and after a row came, went or was
+    edited."""
+    rows = people(60)
+    trainer = Trainer(tmp_path, rows)
+    before = trainer.evaluate()
+    for attempt in range(2):  # the rows that go are trained on or held out
+        trainer.write(change(rows[attempt * 7 :] + rows[: attempt * 7]))
+        after = asked_again(trainer.evaluate)
+        assert after in (None, before)
+
+
+@pytest.mark.attack("20.3")
+def test_prefixes_of_an_epoch(tmp_path: Path) -> None:
+    """Attack: one step over 10 rows and one over 11, in the order that the seed gives: the
+    updates differ by one row. Also the last row but one of the whole."""
+    trainer = Trainer(tmp_path, people(60))
+    trainer.train(batch_size=10, max_steps=1)
+    assert asked_again(lambda: trainer.train(batch_size=11, max_steps=1)) is None
+    trainer.train(batch_size=15, max_steps=1)
+    count, _ = trainer.train()
+    assert asked_again(lambda: trainer.train(batch_size=count - 1, max_steps=1)) is None
+    assert asked_again(lambda: trainer.train(batch_size=count - 1, epochs=2, max_steps=3)) is None
+
+
+@pytest.mark.attack("20.3")
+def test_one_row_by_a_missing_target(tmp_path: Path) -> None:
+    """Attack: train for a target that two rows lack, and for one that all have."""
+    rows: list[Row] = [{**row, "bonus": n} for n, row in enumerate(people(60))]
+    rows[3]["bonus"] = rows[44]["bonus"] = ""
+    trainer = Trainer(tmp_path, rows)
+    count, _ = trainer.train()
+    wanted = {**SETTINGS, "target": "bonus"}
+    made = preprocessing.derive({"me": trainer.table}, wanted).preprocessing
+    again = {"target": "bonus", "preprocessing": preprocessing.encode(made)}
+    trainer.do(Init, {**wanted, **again}, seed=0, out=trainer.base)
+    found = asked_again(lambda: trainer.train(**again))
+    assert found is None or count - found[0] in (0, 5)
+    assert found is None or trainer.train(**again)[0] == found[0]
+
+
+@pytest.mark.attack("20.3")
+def test_rows_one_after_the_other(tmp_path: Path) -> None:
+    """Attack: ask after each of many new rows. They are used together, and only then."""
+    rows = people(60)
+    trainer = Trainer(tmp_path, rows)
+    count, update = trainer.train()
+    for new in range(1, 12):
+        trainer.write([*rows, *({**VICTIM, "age": 30 + n} for n in range(new))])
+        now, later = trainer.train()
+        assert now == count + new // 5 * 5
+        assert (now == count) == np.array_equal(later, update)
+        assert trainer.survey().rows == 60 + new // 5 * 5
