@@ -118,6 +118,8 @@ class Coordinator:
         self.transfer.limits.on_shortage = self.runs.wake
         self.transfer.limits.is_expected = lambda: self.runs.current is not None
         self.job_transfer.limits.is_expected = lambda: self.jobs.is_working
+        self.job_transfer.limits.max_bytes_of = self.jobs.max_answer_bytes
+        self._peers.on_removed = self._forget_uploads
 
     @property
     def port(self) -> int:
@@ -242,6 +244,10 @@ class Coordinator:
             enrolled=lambda: frozenset(peer.peer for peer in self.registry.enrolled()),
             refresh_online=self._peers.refresh_online,
         )
+
+    def _forget_uploads(self, peer: str) -> None:
+        self.transfer.forget(peer)
+        self.job_transfer.forget(peer)
 
     def _on_broker(self, up: bool, reason: str) -> None:
         if not up:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from coordinator.api.polls import LongPolls
 from coordinator.fleet.registry import Peer, Registry
@@ -34,6 +34,7 @@ class PeerEvents:
         self._registry, self._superlink, self._sessions = registry, superlink, sessions
         self._publisher, self._sharing, self._long_polls = publisher, sharing, long_polls
         self.queues: Sequence[RunManager | JobManager] = ()
+        self.on_removed: Callable[[str], None] = lambda peer: None
 
     def name_of(self, peer: str) -> str:
         known = self._registry.peers.get(peer)
@@ -66,6 +67,7 @@ class PeerEvents:
             if (node := self._sessions.remove(peer.peer)) is not None:
                 self._superlink.remove_node(node)
             self._sharing.remove_peer(peer.peer)
+            self.on_removed(peer.peer)
             self._publisher.clear_presence(peer.peer)
             self._publisher.publish_peer(peer)
             self.wake_queues()

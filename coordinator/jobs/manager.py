@@ -13,7 +13,7 @@ from coordinator.jobs import state as jobs
 from coordinator.jobs.loop import JobLoop
 from coordinator.jobs.messages import job_changed
 from coordinator.jobs.state import Job
-from coordinator.jobs.store import JobStore
+from coordinator.jobs.store import JobStore, max_upload_bytes
 from coordinator.runs.context import RunContext
 from coordinator.storage import job_events
 from coordinator.storage.job_events import PREFIX, JobEvent, JobSpec, JobState
@@ -91,11 +91,29 @@ class JobManager:
         kept = [job for job in jobs if not job.ended] + untaken[-_MAX_UNTAKEN_JOBS:]
         return {digest for job in kept for digest in job.on_disk}
 
+    def max_answer_bytes(self, peer: str) -> int:
+        """The size of the largest answer that this peer may upload now; 0 without a unit."""
+        return max(
+            (
+                max_upload_bytes(job, unit)
+                for job in self.all()
+                if not job.ended
+                for unit, holder, _ in job.leases()
+                if holder == peer
+            ),
+            default=0,
+        )
+
+    def _drop_unexpected(self) -> None:
+        """Delete the uploads of peers that have no unit any more."""
+        for peer in self._store.uploads.peers():
+            if not self.max_answer_bytes(peer):
+                self._store.uploads.forget(peer, frozenset())
+
     def _sweep(self) -> None:
+        self._drop_unexpected()
         if not self.is_working:  # the rows of units, which no event names, are needed until then
             self._store.sweep(self._referenced())
-            if all(job.ended for job in self._jobs.values()):
-                self._store.uploads.clear()
 
     # --- from outside ---
 

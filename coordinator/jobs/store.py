@@ -16,7 +16,7 @@ from collections.abc import Iterator, Set
 from io import BytesIO
 from pathlib import Path
 
-from coordinator.jobs.state import Unit
+from coordinator.jobs.state import Job, Unit
 from coordinator.storage.job_events import AnswerInfo, JobSpec
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage
@@ -24,9 +24,25 @@ from protocols.messages.jobs import INLINE_MAX_BYTES, Scatter
 
 #: One answer is the result of a few seconds of work.
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
+#: Of the answer to a unit of rows: its column names, and each row.
+MAX_TABLE_HEAD_BYTES, MAX_ANSWER_BYTES_PER_ROW = 1 << 20, 1 << 16
+#: Of the answer to a query, whose cells are bounded.
+MAX_ANALYSIS_BYTES = 16 << 20
 _MAX_LINE_BYTES = 1 << 20
 #: The CLI writes rows shortly before their job starts: younger unreferenced files stay.
 _STRAY_S = 3600.0
+
+
+def max_upload_bytes(job: Job, unit: Unit) -> int:
+    """The size of the largest answer to this unit that may come as an upload; 0 for none."""
+    match job.spec.kind:
+        case "scatter":
+            most = MAX_TABLE_HEAD_BYTES + job.rows(unit) * MAX_ANSWER_BYTES_PER_ROW
+            return min(most, MAX_ANSWER_BYTES)
+        case "private":  # scores are in the message
+            return 0
+        case "analyze":
+            return MAX_ANALYSIS_BYTES
 
 
 class JobStore(WeightStore):

@@ -101,6 +101,10 @@ class Spool:
         except FileNotFoundError as err:
             raise BadWeights("the update's bytes were never uploaded") from err
 
+    def peers(self) -> list[str]:
+        """The peers with an upload, whole or not."""
+        return [node for node, files in self._files.items() if files]
+
     def complete(self, node: str) -> set[Path]:
         """The files of this peer's whole uploads."""
         return {path for path in tuple(self._files[node]) if path.suffix != _PART}
@@ -147,6 +151,14 @@ class Spool:
     def keep_only(self, node: str, digests: Set[str]) -> None:
         """Delete this peer's whole uploads except these."""
         self.delete(self.complete(node) - {self.path(node, digest) for digest in digests})
+
+    def forget(self, node: str, counted: Set[str]) -> None:
+        """Delete this peer's uploads, also those in progress, except those that count."""
+        kept = {self.path(node, digest) for digest in counted}
+        gone = self._files[node].keys() - kept
+        for path in gone:
+            self.writers.pop(path, None)
+        self.delete(gone)
 
     def clear(self, keep_of: Collection[str] = ()) -> None:
         """Delete all uploads that no request writes now, except those of the peers `keep_of`."""

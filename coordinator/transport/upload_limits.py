@@ -30,6 +30,8 @@ class UploadLimits:
         self.max_bytes = max_bytes
         #: False while nothing waits for an upload.
         self.is_expected: Callable[[], bool] = lambda: True
+        #: Size of the largest upload that this peer may send now. 0: none.
+        self.max_bytes_of: Callable[[str], int] = lambda peer: self.max_bytes
         #: Size of the next version. Uploads must leave space for it.
         self.version_bytes = 0
         #: The digests of a peer's updates that the ledger names and no version contains yet.
@@ -78,10 +80,10 @@ class UploadLimits:
         self.on_shortage()
         return HTTPException(507, "no space on the coordinator's disk")
 
-    def check_size(self, nbytes: int) -> None:
-        if nbytes > self.max_bytes:
+    def check_size(self, peer: str, nbytes: int) -> None:
+        if nbytes > (limit := self.max_bytes_of(peer)):
             raise HTTPException(
-                413, f"it has {nbytes:,} bytes, and this run takes at most {self.max_bytes:,}"
+                413, f"it has {nbytes:,} bytes, and this run takes at most {limit:,}"
             )
 
     def check_space(self, nbytes: int) -> None:

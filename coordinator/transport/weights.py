@@ -102,8 +102,8 @@ class WeightTransfer:
         digest = hashlib.sha256(data).hexdigest()
         if self.store.uploads.path(node, digest).exists():
             return
-        self._check_run("")
-        self.limits.check_size(len(data))
+        self._check_run(node, "")
+        self.limits.check_size(node, len(data))
         part = self._begin(node, digest)
         self.limits.check_space(len(data))
         with part, self._mapping_errors(part):
@@ -112,6 +112,11 @@ class WeightTransfer:
             await asyncio.to_thread(_write_synced, part.path, data)
             if part.is_current():
                 await _finish(part)
+
+    def forget(self, node: str) -> None:
+        """Delete the uploads of a removed peer, except those that the ledger names."""
+        if node not in self.limits.validating:
+            self.store.uploads.forget(node, self.limits.counted(node))
 
     def _begin(self, node: str, digest: str) -> PartialUpload:
         """Start or resume an upload. It replaces the peer's oldest one that does not count."""
@@ -128,7 +133,7 @@ class WeightTransfer:
                 raise
             raise self.limits.no_space() from err
 
-    def _check_run(self, run: str) -> None:
+    def _check_run(self, node: str, run: str) -> None:
         """Raise HTTPException unless updates of this run (empty: unknown) are taken now."""
         current = self.store.uploads.run
         if run and current and run != current:
@@ -137,13 +142,15 @@ class WeightTransfer:
             raise HTTPException(410, _UNEXPECTED)
         if not self.limits.max_bytes:
             raise HTTPException(503, f"run {current} is being prepared")
+        if not self.limits.max_bytes_of(node):
+            raise HTTPException(410, _UNEXPECTED)
 
     async def _receive(self, request: Request, auth: Auth, node: str, digest: str) -> Response:
         length, offset = _header_int(request, "content-length"), _header_int(request, OFFSET, "0")
-        self._check_run(urllib.parse.unquote(request.headers.get(RUN, "")[:_MAX_RUN_LENGTH]))
+        self._check_run(node, urllib.parse.unquote(request.headers.get(RUN, "")[:_MAX_RUN_LENGTH]))
         if self.store.uploads.path(node, digest).exists():
             return JSONResponse({"stored": True})
-        self.limits.check_size(offset + length)
+        self.limits.check_size(node, offset + length)
         part = self._begin(node, digest)
         have = part.nbytes
         if offset not in (0, have):
@@ -157,6 +164,9 @@ class WeightTransfer:
             if not part.is_current():
                 return JSONResponse({"have": 0}, status_code=409)
             _check_enrolled(auth, node, part)
+            if not self.limits.max_bytes_of(node):  # its unit or run has ended meanwhile
+                part.delete()
+                raise HTTPException(410, _UNEXPECTED)
             if received != digest:
                 part.delete()
                 raise HTTPException(422, "the bytes are not those of the announced digest")
