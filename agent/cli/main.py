@@ -73,7 +73,11 @@ def run(part: Part = None, split: Split = None) -> None:
     gc.freeze()
     print_line(f"agent {joined.name} ({joined.peer}) of fleet {joined.fleet}; Ctrl-C stops it")
     try:
-        asyncio.run(Agent(home, joined, chosen).serve())
+        agent = Agent(home, joined, chosen)
+        asyncio.run(agent.serve())
+        while agent.must_restart:
+            agent = Agent(home, settings.read_enrollment(home), chosen)
+            asyncio.run(agent.serve())
     except Exception as err:
         crash_reports.save(home, err)
         raise

@@ -53,6 +53,8 @@ class Agent:
 
     def __init__(self, home: Path, enrollment: Enrollment, chosen: AgentSettings) -> None:
         self._home = home
+        #: True if `serve` ended because another agent must go on with a changed enrollment.
+        self.must_restart = False
         self._reconnecting: asyncio.Task[None] | None = None
         self._pause_end: asyncio.TimerHandle | None = None
         credentials = Credentials.load(home, enrollment)
@@ -99,6 +101,7 @@ class Agent:
         self._connect()
 
     def _connect(self) -> None:
+        self._sessions.on_key_changed = self._restart
         self._report.traffic = self._sessions.traffic
         self._report.gossip_status = self._gossip.summary
         self._gossip.address = self._sharing.address
@@ -147,6 +150,12 @@ class Agent:
     def stop(self) -> None:
         """End `serve`."""
         self._runner.stop()
+
+    def _restart(self) -> None:
+        """End `serve`, so that all parts start again with the coordinator's new key."""
+        log.warning("the coordinator has a new signing key, certified by this fleet's CA")
+        self.must_restart = True
+        self.stop()
 
     def _execute(self, instruction: state_machine.Instruction) -> None:
         match instruction:

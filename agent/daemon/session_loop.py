@@ -60,6 +60,8 @@ class SessionLoop:
         self._ctx, self._runner, self._enrollment = ctx, ctx.runner, ctx.enrollment
         self._report, self._on_broker_changed = report, on_broker_changed
         self._link: CoordinatorClient | None = None
+        #: Called on the event loop when the coordinator has a new signing key.
+        self.on_key_changed: Callable[[], None] = lambda: None
         self._closed = False
         self._saving = threading.Lock()
         self._doorbell = asyncio.Event()
@@ -229,6 +231,9 @@ class SessionLoop:
             self._save_enrollment(
                 mqtt=known.mqtt, card=known.card, coordinator_public=known.coordinator_public
             )
+        if known.coordinator_public != self._ctx.coordinator_public:
+            self._runner.call_threadsafe(self.on_key_changed)
+            raise Unreachable("the coordinator has a new signing key; starting again with it")
         if moved:
             self._runner.call_threadsafe(self._on_broker_changed, known.mqtt)
 

@@ -113,6 +113,8 @@ def _from_fleet_event(event: FleetEvent, at: float, names: dict[str, str]) -> di
         case registry.OperatorRemoved(operator=operator):
             text = f"the access of {_label(operator, names)} was removed"
             return {"event": "access removed", "text": text}
+        case registry.KeyRotated(key=key, sha256=sha256):
+            return {"event": "key rotated", "text": f"the {key} key was replaced by {sha256}"}
         case registry.PeerApproved(peer=peer):
             text = f"{_label(peer, names)} was approved by the operator"
             return {"event": "approved", "text": text, "peer": peer}

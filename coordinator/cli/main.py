@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import admin, analyze, fleet, jobs, models, monitor, runs
+from coordinator.cli import admin, analyze, fleet, jobs, keys, models, monitor, runs
 from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
 from protocols.local import cli_entry, crash_reports, homes
@@ -34,6 +34,7 @@ app.add_typer(runs.runs, name="run")
 app.add_typer(models.models, name="models")
 jobs.add_to(app)
 analyze.add_to(app)
+app.add_typer(keys.keys, name="keys")
 admin.add_to(app)
 
 

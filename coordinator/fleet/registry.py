@@ -82,6 +82,13 @@ class OperatorRemoved(Struct, frozen=True, tag=True):
     operator: str
 
 
+class KeyRotated(Struct, frozen=True, tag=True):
+    """The coordinator's key of this name was replaced by one with this short hash."""
+
+    key: str
+    sha256: str
+
+
 FleetEvent = (
     TicketCreated
     | TicketRevoked
@@ -90,6 +97,7 @@ FleetEvent = (
     | PeerRemoved
     | OperatorJoined
     | OperatorRemoved
+    | KeyRotated
 )
 
 _encode = msgspec.json.Encoder().encode
@@ -269,6 +277,10 @@ class Registry:
         if peer is None or peer.standing == "removed":
             return False
         return identity.verify(peer.sign_public, signature, message)
+
+    def record_key(self, key: str, sha256: str) -> None:
+        """Record that a key of the coordinator is replaced."""
+        self._record(KeyRotated(key, sha256))
 
     def _unique_name(self, name: str) -> str:
         taken = {peer.name for peer in self.peers.values() if peer.standing != "removed"}

@@ -29,6 +29,11 @@ class CardFile:
             signed = self._path.read_bytes()
             self._card, self._signed = fleet_card.verify_card(ca_pem, signed), signed
 
+    @property
+    def card(self) -> FleetCard | None:
+        """The card in the file, if there is one of this CA."""
+        return self._card
+
     def current(self, ca_key: SigningKey, public: bytes, broker: MqttAddress) -> bytes:
         """The signed card for this signing key and broker."""
         counter = self._card.counter if self._card else 0
