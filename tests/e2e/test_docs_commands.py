@@ -38,6 +38,12 @@ GROUPS = {
     "wards": ("ward-1", "ward-2", "ward-3"),
 }
 PEOPLE = 240
+#: What a line prints, where the page gives a figure: by page and the beginning of the line.
+PRINTS = {
+    ("tutorial", "commonweight run start"): r"round 20/20 accuracy 0\.8[3-7]",
+    ("tutorial", "commonweight-agent ledger "): r"weights, 400 bytes",
+    ("tutorial", "commonweight analyze"): r"female\s+549\s+54\.224\s+male\s+551\s+54\.0327",
+}
 #: A block with one of these joins its machines or starts their agents itself, or needs no agent.
 BEFORE_AGENT = (
     *("commonweight-agent join", "commonweight-agent run", "export"),
@@ -96,8 +102,10 @@ class Site:
             machine.close()
 
     def begin(self, page: str, names: set[str]) -> None:
-        """Begin a page in fresh folders; stop all agents but these."""
+        """Begin a page in fresh folders; stop the runs, and all agents but these."""
         self._page = page
+        if "up" in self.coordinator.programs:
+            self._settle(stop=True)
         for name, machine in self._machines.items():
             if name not in names:
                 machine.stop("agent")
@@ -215,7 +223,7 @@ def write_files(home: Path, seed: int) -> None:
         lines.append(f"{age},{sex},{random.integers(10, 200) * 1000},{city},{int(age > 50)}")
     (home / "patients.csv").write_text("\n".join(lines) + "\n")
     (home / "new.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines[:11]) + "\n")
-    (home / "points.txt").write_text("".join(f"{x} {2 * x + 1}\n" for x in range(10)))
+    (home / "points.txt").write_text("".join(f"{x / 10} {x / 5 + 1}\n" for x in range(10)))
     shutil.copy(ROOT / "docs" / "examples" / "line.py", home)
     pixels, _ = mnist_data()
     rows = [",".join(str(int(value)) for value in row) for row in pixels[:20]]
@@ -253,6 +261,9 @@ def test_commands_work_as_written(site: Site) -> None:
             try:
                 for line, printed in site.follow(block):
                     print(f"{name}: {line}\n{printed[-400:]}", flush=True)
+                    for (page, start), expected in PRINTS.items():
+                        if page == name and line.startswith(start):
+                            assert re.search(expected, printed), f"{line}\n{printed}"
             except (AssertionError, subprocess.TimeoutExpired) as err:
                 print(f"FAILED {name}: {str(err)[:3000]}", flush=True)
                 failed.append(f"{name}: {str(err)[:1500]}")
