@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.journeys import invariants
 from tests.journeys.fleet import JourneyFleet
-from tests.journeys.machine import Coverage, Violation, run_sequence
+from tests.journeys.machine import Coverage, Violation, possible_pairs, run_sequence
 from tests.journeys.operations import OPERATIONS
 
 STEPS = 30
@@ -33,7 +33,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     base, _, only = (given.seed or str(secrets.randbelow(1_000_000))).partition(".")
     until, number, found = time.monotonic() + given.minutes * 60, 0, []
-    coverage = Coverage()
+    coverage = Coverage(len(possible_pairs()))
     while time.monotonic() < until:
         # A violation ends a sequence early: the next ones are planned as if it had not.
         planned = set(coverage.planned)
@@ -83,7 +83,9 @@ def play(
 
 
 def report(base: str, coverage: Coverage, found: list[str]) -> None:
-    pairs = f"{len(coverage.run)} of {coverage.all} ordered pairs of {len(OPERATIONS)} operations"
+    pairs = (
+        f"{len(coverage.run)} of {coverage.possible} possible pairs of {len(OPERATIONS)} operations"
+    )
     print(
         f"seed {base}: {coverage.steps} steps, {coverage.sequences} sequences, {pairs}, "
         f"{len(found)} violations",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from coordinator import strategies
 from coordinator.remote.run_options import build_order
 from coordinator.runs import spec_rules
@@ -19,6 +21,7 @@ ARGUMENTS = {"fedtrimmedavg": ("beta=0.34",)}
 ENDLESS = 100_000
 
 
+@cache
 def valid_runs(mode: str, quorum: int) -> list[tuple[str, str]]:
     """The strategies and codecs that work together in this mode."""
     found = []
