@@ -49,11 +49,11 @@ def violations(fleet: JourneyFleet, model: Model) -> list[str]:
     found = [f"logs: {text}" for text in logs(fleet)]
     for check in checks:
         until = time.monotonic() + WITHIN_S
-        while left := list(check(fleet, model)):
-            if time.monotonic() > until:
-                found += [f"{check.__name__}: {text}" for text in left]
-                break
+        left = set(check(fleet, model))
+        while left and time.monotonic() < until:
             time.sleep(LOOK_EVERY_S)
+            left &= set(check(fleet, model))  # the next round may have begun during a look
+        found += [f"{check.__name__}: {text}" for text in sorted(left)]
     return found
 
 

@@ -46,7 +46,7 @@ def options(
         "strategy": strategy,
         "strategy-arg": ARGUMENTS.get(strategy, ()),
         "codec": codec,
-        "set": (f"kilobytes={kilobytes}", f"pause_s={0.15 if rounds == ENDLESS else 0}"),
+        "set": (f"kilobytes={kilobytes}", f"pause_s={0.3 if rounds == ENDLESS else 0}"),
     }
     if mode == "buffered":
         return chosen | {"mode": "buffered", "buffer": 2}
