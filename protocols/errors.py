@@ -8,7 +8,7 @@ CommonweightError                     1  something failed
 ├── Unreachable                       3  no answer from that address
 ├── Refused                           4  the other side refused the request
 │   ├── NotEnrolled                      this machine has not joined a fleet
-│   ├── NotAllowed                       the owner does not allow the task
+│   ├── NotAllowed                       the owner does not allow the task or its settings
 │   ├── UploadRefused                    the coordinator does not take an update
 │   ├── UploadUnneeded                   nothing waits for an update any more
 │   └── VersionSkew                      agent and coordinator versions are incompatible
@@ -117,7 +117,7 @@ class NotEnrolled(Refused):
 
 
 class NotAllowed(Refused):
-    """The owner of this machine does not allow the task."""
+    """The owner of this machine does not allow the task, or the settings of a run."""
 
     code = "not_allowed"
 

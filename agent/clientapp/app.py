@@ -25,7 +25,9 @@ from agent.clientapp.interfaces import (
     signed_payload,
 )
 from agent.clientapp.outbox import Finished, Outbox
+from agent.data.settings import Floors
 from agent.home.run_state import RunStatePaths
+from agent.tasks import floors as owner_floors
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
 from protocols.errors import CommonweightError, DiskFull, SchemaMismatch, TrainerFailed
@@ -44,7 +46,8 @@ _MAKE_ROOM = "free some space; the agent then continues"
 class Client:
     """Answers the coordinator's messages: trains, evaluates, describes, and passes queries on.
 
-    `allowed(task)` says whether the owner allows a task; `outbox` is the folder of the outbox.
+    `allowed(task)` says whether the owner allows a task, `floors` what no run can go below;
+    `outbox` is the folder of the outbox.
     """
 
     def __init__(
@@ -55,12 +58,13 @@ class Client:
         outbox: Path,
         *,
         allowed: Callable[[str], bool],
+        floors: Floors = Floors(),
         observer: Observer | None = None,
         queries: Queries = Queries(),
     ) -> None:
         self._me, self._trainer, self._transport = me, trainer, transport
         self._outbox = Outbox(outbox, me)
-        self._allowed, self._queries = allowed, queries
+        self._allowed, self._floors, self._queries = allowed, floors, queries
         self._observer = observer or Observer()
         #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
@@ -134,6 +138,8 @@ class Client:
         payload, signature = signed_payload(message, "config", "work")
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
         check_allowed(self._allowed, work.task)
+        if work.kind in ("describe", "train"):
+            owner_floors.check_cohort(work.cohort, self._floors)
         if work.kind == "train":
             registry.parse(work.codec)  # fail before an hour of training, not after
         return work, payload, signature
@@ -226,6 +232,7 @@ class Client:
         )
         try:
             done = self._trainer.run(training)
+            owner_floors.check_examples(work.task, done.num_examples, self._floors)
             if is_encoded:
                 encoded = self._outbox.error_feedback.encode(codec, work.run, trained, base, update)
                 done = replace(done, digest=encoded.digest, nbytes=encoded.nbytes, tallies={})

@@ -142,6 +142,7 @@ def make_client(
         _Weights(versions, uploads.update),
         outbox,
         allowed=ctx.settings.allows,
+        floors=settings.floors(ctx.settings),
         observer=events,
         queries=Queries(
             Recall(me, ctx.cache, uploads.update, events.on_leaving).answer, jobs.answer

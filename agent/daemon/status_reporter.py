@@ -108,7 +108,8 @@ class StatusReporter:
                 step=progress.step,
                 steps=progress.steps,
                 loss=progress.loss,
-                diverged=progress.loss is None,
+                # An evaluation reports no loss on the way.
+                diverged=progress.loss is None and progress.phase == "train",
                 samples_per_s=progress.examples_per_s,
                 bytes_up=up,
                 bytes_down=down,

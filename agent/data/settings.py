@@ -9,6 +9,21 @@ from msgspec import Struct
 Framework = Literal["auto", "torch", "keras"]
 
 
+class Floors(Struct, frozen=True, kw_only=True):
+    """What no setting of a run can go below; the defaults allow everything.
+
+    `min_batch`: rows of a training step. `min_examples`: rows that an update has seen.
+    `min_cohort`: peers whose updates a version has. `max_lr`: the learning rate, 0 for any.
+    `min_count`: rows behind a number that an evaluation tells.
+    """
+
+    min_batch: int = 1
+    min_examples: int = 1
+    min_cohort: int = 1
+    max_lr: float = 0.0
+    min_count: int = 1
+
+
 class DataSettings(Struct, frozen=True, kw_only=True):
     """Which data a peer has: its own (`path`), or part `index` of `parts` of a shared data set.
 
@@ -22,6 +37,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     `cache`: a folder for files that a task makes from the data; empty: none.
     `device`: where training runs (see `devices`). With `compile`, torch may compile the model.
     `framework`: which one to use if a task supports more than one.
+    `floors`: what no setting of a run can go below.
     """
 
     index: int = 0
@@ -40,6 +56,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False
     framework: Framework = "auto"
+    floors: Floors = Floors()
 
     @property
     def is_set(self) -> bool:

@@ -12,7 +12,7 @@ import msgspec
 import tomli_w
 from msgspec import Meta, Struct
 
-from agent.data.settings import DataSettings
+from agent.data.settings import DataSettings, Floors
 from agent.policy import schedule
 from agent.policy.rules import PolicySettings
 from protocols.enrollment import fleet_card, identity
@@ -35,6 +35,7 @@ RESTART_KEYS = frozenset(
         *("threads", "device", "framework", "compile"),
         *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
         *("share", "share_port", "share_mbit_s"),
+        *("min_batch", "min_examples", "min_cohort", "max_lr"),
     }
 )
 
@@ -70,6 +71,27 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
             "leave",
         ),
     ] = 5
+    min_batch: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="minimum rows of a training step, whatever a run asks for; a smaller last "
+            "batch joins the one before",
+        ),
+    ] = 8
+    min_examples: Annotated[
+        int, Meta(ge=1, description="minimum rows that an update has seen before it may leave")
+    ] = 16
+    min_cohort: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="minimum peers in a round, as the coordinator says; 1: also this one alone",
+        ),
+    ] = 1
+    max_lr: Annotated[
+        float, Meta(ge=0, description="maximum learning rate of a run; 0: no limit")
+    ] = 1.0
     data_extremes: Annotated[bool, Meta(description="column minima and maxima may leave")] = False
     analyze: Annotated[
         Literal["off", "ask", "on"],
@@ -224,6 +246,18 @@ def data_settings(chosen: AgentSettings, cache: Path, memory: Path | None = None
         compile=chosen.compile,
         models=chosen.models,
         framework=chosen.framework,
+        floors=floors(chosen),
+    )
+
+
+def floors(chosen: AgentSettings) -> Floors:
+    """What no setting of a run can go below on this machine."""
+    return Floors(
+        min_batch=chosen.min_batch,
+        min_examples=chosen.min_examples,
+        min_cohort=chosen.min_cohort,
+        max_lr=chosen.max_lr,
+        min_count=chosen.data_min_count,
     )
 
 

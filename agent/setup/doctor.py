@@ -88,8 +88,16 @@ class _Doctor:
     # --- this machine ---
 
     def settings(self) -> str:
-        tasks = settings.read(self._home).tasks
-        return "any installed task may run" if "*" in tasks else f"may run {', '.join(tasks)}"
+        chosen = settings.read(self._home)
+        tasks = "any installed task may run"
+        if "*" not in chosen.tasks:
+            tasks = f"may run {', '.join(chosen.tasks)}"
+        lr = f"at most {chosen.max_lr:g}" if chosen.max_lr else "without limit"
+        return (
+            f"{tasks}, with {chosen.min_batch} rows a step (min_batch), {chosen.min_examples} rows "
+            f"an update (min_examples), {chosen.min_cohort} peers a round (min_cohort) or more, "
+            f"and a learning rate {lr} (max_lr)"
+        )
 
     def data(self) -> str:
         found = own_data.check(settings.read(self._home))

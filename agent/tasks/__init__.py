@@ -30,8 +30,8 @@ Settings = Mapping[str, Setting]
 OnStep = Callable[[int, int, float, int], None]
 
 #: Settings that the caller adds to those of a task. "preprocessing" is the preprocessing of all
-#: peers, as text.
-RESERVED = frozenset({"seed", "round", "preprocessing"})
+#: peers, as text; "min_batch" the owner's minimum rows of a step.
+RESERVED = frozenset({"seed", "round", "preprocessing", "min_batch"})
 
 
 class Cancelled(BaseException):

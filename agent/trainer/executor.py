@@ -7,6 +7,7 @@ progress goes to `send`.
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -19,14 +20,18 @@ from agent.inference import predictions
 from agent.tasks import (
     EvalOutcome,
     HasMetadata,
+    OnStep,
     ProvidesStatistics,
     Resumable,
     Setting,
     Settings,
+    Snapshot,
     Task,
     data_checks,
+    floors,
     registry,
 )
+from agent.tasks.floors import StepFloors
 from agent.tasks.training.batch_size import is_out_of_memory
 from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
 from agent.trainer import rng_state
@@ -42,6 +47,10 @@ from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
 from protocols.model.personalization import SCAFFOLD
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
+from protocols.tables import evaluation_counts
+
+#: In a checkpoint: the examples of its steps so far.
+_EXAMPLES_DONE = "examples done"
 
 
 class WorkExecutor:
@@ -85,6 +94,8 @@ class WorkExecutor:
             if work.data.is_set:
                 self._load(task, work.data)
             return self._predict(work, task)
+        if isinstance(work, Describe | Train) and _reads_data(work):
+            floors.check_settings(work.settings, getattr(task, "defaults", None), work.data.floors)
         if not (work.source or isinstance(work, Init)) and self._data != work.data:
             data_checks.check(work.task, work.data)
         self._load(task, work.data)
@@ -148,12 +159,20 @@ class WorkExecutor:
         personal: Personalization,
     ) -> Done | Failed:
         self._told.tell(task, "held", settings)
-        on_step = StepCallback(work.id, "evaluate", self._control, self._send)
+        report = StepCallback(work.id, "evaluate", self._control, self._send)
+
+        def on_step(step: int, steps: int, loss: float, examples_done: int) -> None:
+            report(step, steps, math.nan, examples_done)  # the loss of a few rows stays here
+
         found = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
         count, metrics, told = EvalOutcome(*found)
         if personal.has_local_layers:
             _, own, *_ = task.evaluate(personal.model(base), settings, on_step)
             metrics = {**metrics, **{f"personal_{name}": value for name, value in own.items()}}
+        min_count = work.data.floors.min_count
+        if int(count) < min_count and _reads_data(work):
+            metrics, told = {}, {}
+        told = evaluation_counts.suppress_small(told, min_count)
         tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
         return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
 
@@ -170,9 +189,13 @@ class WorkExecutor:
     ) -> Done | Failed:
         self._told.tell_training(task, settings, whole=bool(work.settings.get(SCAFFOLD)))
         on_step, resumed_at = self._metered(work, task)
+        if hasattr(task, "defaults"):  # it takes the reserved settings
+            settings = {**settings, "min_batch": work.data.floors.min_batch}
         training = personal.before_train(task, settings, base)
         trained, count, metrics = task.train(training.model, settings, on_step)
         failpoint("trainer.trained")
+        if isinstance(on_step, StepFloors):
+            on_step.check_result(int(count))
         self._control.raise_if_cancelled(work.id)
         whole = _check_tensors(trained, training.model.schema)
         kept_out = Path(work.personal_out) if work.personal_out else None
@@ -180,29 +203,37 @@ class WorkExecutor:
         done = self._save(work.id, update, work.out, count, {**metrics, **training.metrics})
         return msgspec.structs.replace(done, resumed_at=resumed_at)
 
-    def _metered(self, work: Train, task: Task) -> tuple[StepCallback, int]:
+    def _metered(self, work: Train, task: Task) -> tuple[OnStep, int]:
         """The `on_step` of training, and the step at which training resumes."""
         if not (work.checkpoint and isinstance(task, Resumable)):
-            return StepCallback(work.id, "train", self._control, self._send), 0
+            return _with_floors(work, StepCallback(work.id, "train", self._control, self._send)), 0
         checkpoint = CheckpointFile(
             Path(work.checkpoint), _checkpoint_key(work), work.checkpoint_every_s
         )
-        resumed_at = 0
+        resumed_at = seen = 0
         kept = checkpoint.load()
         if kept is not None:
             self._resumed = checkpoint
             resumed_at, snapshot, rng_arrays = kept
+            seen = int(snapshot.values.get(_EXAMPLES_DONE, 0))
             task.restore(snapshot)
             rng_state.restore(rng_arrays)
-        on_step = StepCallback(
+
+        def keep(step: int) -> None:
+            arrays, values = task.snapshot()
+            done = on_step.seen if isinstance(on_step, StepFloors) else 0
+            checkpoint.save(step, Snapshot(arrays, {**values, _EXAMPLES_DONE: done}))
+
+        report = StepCallback(
             work.id,
             "train",
             self._control,
             self._send,
             is_due=lambda: checkpoint.is_due,
-            keep=lambda step: checkpoint.save(step, task.snapshot()),
+            keep=keep,
             resumed=kept is not None,
         )
+        on_step = _with_floors(work, report, seen)
         return on_step, resumed_at
 
     def _find_task(self, *named: str) -> Task:
@@ -228,6 +259,16 @@ class WorkExecutor:
         digest = weights.save(update, path, synced=False)  # the agent syncs it during the upload
         failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
+
+
+def _reads_data(work: Work) -> bool:
+    """False for a built-in task that reads no data of the owner."""
+    return bool(work.source) or work.task not in floors.WITHOUT_DATA
+
+
+def _with_floors(work: Train, report: OnStep, seen: int = 0) -> OnStep:
+    """The `on_step` with the owner's floors; `seen` examples were done before it is called."""
+    return StepFloors(report, work.data.floors, seen) if _reads_data(work) else report
 
 
 def _split_settings(

@@ -35,7 +35,8 @@ class Rows:
         """Load nothing: the rows come with the request."""
 
     def train(self, weights: Mapping[str, Any], settings: Any, on_step: Any) -> Any:
-        return dict(weights), 1, {}
+        on_step(1, 1, 0.0, 100)
+        return dict(weights), 100, {}
 
     def evaluate(self, weights: Any, settings: Any, on_step: Any) -> Any:
         return 1, {"loss": 1.0}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from coordinator.runs import best_version, buffered, recovery, steps
 from coordinator.runs.state import PeerStatus, Run
 from coordinator.runs.steps import Step, count_peers
-from protocols.errors import SETTINGS_CODES, UploadRefused
+from protocols.errors import SETTINGS_CODES, NotAllowed, UploadRefused
 from protocols.messages import refusals
 from protocols.messages.states import RunState
 
@@ -31,8 +31,9 @@ class Observation(NamedTuple):
     absent: frozenset[str] = frozenset()
 
 
-#: Kinds of refusals that no peer can mend: the run's settings or limits do not fit.
-_LASTING_KINDS = SETTINGS_CODES | {UploadRefused.code}
+#: Kinds of refusals that no peer mends: the run's settings do not fit, or its owner does not allow
+#: them.
+_LASTING_KINDS = SETTINGS_CODES | {UploadRefused.code, NotAllowed.code}
 #: An automatic deadline is this multiple of the slowest peer's time, but at least the minimum.
 _SLOWEST_FACTOR = 2.0
 _MIN_DEADLINE_S = 5.0

@@ -139,6 +139,8 @@ class PendingRequests:
             settings={**spec.settings, **extra, **for_trainers, **shared},
             card=schema_card.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
+            # A buffer may have several updates of one peer.
+            cohort=1 if run.buffered else spec.quorum,
         )
         payload, signature = SIGNED_WORK.seal(work, self._ctx.sign)
         return ConfigRecord({"work": payload, "signature": signature})

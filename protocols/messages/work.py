@@ -42,7 +42,8 @@ class Work(Struct, frozen=True, kw_only=True):
     "describe" `base` is the digest of the agreed preprocessing, if any. `codec`: for the update.
     `parent`: a version from which a patch of `patch_bytes` (0: none) leads to `base`. `card`: the
     schema that all peers share, a `SchemaCard` as JSON; empty if not known yet. `turn`: how often
-    this peer has trained this version before. `since`: when the run was started (Unix s).
+    this peer has trained this version before. `since`: when the run was started (Unix s). `cohort`:
+    the fewest peers whose updates a version of this run has; 0 from older coordinators.
     """
 
     run: Id
@@ -60,6 +61,7 @@ class Work(Struct, frozen=True, kw_only=True):
     settings: Settings = {}
     card: Annotated[str, Meta(max_length=256 * 1024)] = ""
     deadline_s: float = 0.0
+    cohort: Count = 0
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 BINS = 10
 #: Most classes of a confusion matrix; a larger one is hard to read and takes many bytes.
@@ -45,6 +46,33 @@ def validate(tallies: Tallies, num_examples: int) -> str:
         if abs(sum(examples) - num_examples) > 0.5:
             return f"a {name} of {sum(examples):g} examples, not {num_examples}"
     return ""
+
+
+def suppress_small(tallies: Tallies, min_count: int) -> dict[str, list[float]]:
+    """The tallies in which each class and each bin has no row or at least `min_count`.
+
+    A confusion with a smaller class is left out. A smaller bin of confidence joins the next one, so
+    that the sums stay.
+    """
+    kept = {name: list(tally) for name, tally in tallies.items()}
+    if confusion := kept.get("confusion"):
+        totals = np.reshape(confusion, (math.isqrt(len(confusion)), -1)).sum(1)
+        if ((totals > 0) & (totals < min_count)).any():
+            del kept["confusion"]
+    if calibration := kept.get("calibration"):
+        kept["calibration"] = _join_small(np.reshape(calibration, (-1, 3)), min_count)
+    return kept
+
+
+def _join_small(bins: npt.NDArray[np.float64], min_count: int) -> list[float]:
+    """Bins of confidence float64[n, 3], of which each has no row or at least `min_count`."""
+    joined, carried, last = np.zeros_like(bins), np.zeros(3), len(bins) - 1
+    for place, counts in enumerate(bins):
+        carried = carried + counts
+        if carried[0] >= min_count:
+            joined[place], carried, last = carried, np.zeros(3), place
+    joined[last] += carried
+    return [float(n) for n in joined.reshape(-1)]
 
 
 def merge(tallies: Iterable[Tallies], scale: Iterable[float]) -> dict[str, list[float]]:

@@ -64,7 +64,7 @@ class Quick:
             for name, gradient in self.gradient(model, settings).items():
                 change = gradient + mu * (model[name] - weights[name])
                 model[name] = model[name] - lr * (change + self._correction.get(name, 0))
-            on_step(step + 1, steps, self._loss(model), len(self.y))
+            on_step(step + 1, steps, self._loss(model), (step + 1) * len(self.y))
         if "ballast" in model:
             model["ballast"] = np.add(model["ballast"], 0.001, dtype=np.float32)
         self._correction = {}

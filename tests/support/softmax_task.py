@@ -54,7 +54,7 @@ class Softmax:
         for step in range(int(chosen["steps"])):
             for name, gradient in self.gradient(Weights(model), settings).items():
                 model[name] = model[name] - lr * (gradient + self._correction.get(name, 0))
-            on_step(step + 1, int(chosen["steps"]), 0.0, 0)
+            on_step(step + 1, int(chosen["steps"]), 0.0, (step + 1) * len(self.data.y))
         self._correction = {}
         return model, len(self.data.y), {"loss": 1.0}
 

@@ -87,7 +87,7 @@ class TaskOptions:
 
 
 class Hyperparameters(NamedTuple):
-    """The settings of the loop, checked. `lr` is that of this round."""
+    """The settings of the loop, checked. `lr` is that of this round, `min_batch` the owner's."""
 
     epochs: int
     batch_size: int
@@ -101,11 +101,22 @@ class Hyperparameters(NamedTuple):
     precision: str
     seed: int
     round: int
+    min_batch: int = 1
 
     def steps(self, examples: int) -> int:
         """The number of steps of training on this many examples."""
-        steps = self.epochs * -(-examples // (self.batch_size or examples))
+        an_epoch = -(-examples // (self.batch_size or examples)) - (self.tail(examples) > 0)
+        steps = self.epochs * an_epoch
         return min(steps, self.max_steps) if self.max_steps else steps
+
+    def tail(self, examples: int) -> int:
+        """The rows of an epoch's last batch where it is larger than the others; 0 where not.
+
+        A last batch below the owner's minimum joins the one before.
+        """
+        size = self.batch_size or examples
+        whole, rest = divmod(examples, size)
+        return size + rest if whole and 0 < rest < self.min_batch else 0
 
 
 def resolve_settings(settings: Settings, defaults: Settings) -> dict[str, Setting]:
@@ -140,6 +151,7 @@ def read_hyperparameters(settings: Settings, defaults: Settings = LOOP_DEFAULTS)
     round_number = int(settings.get("round", 0))
     merged["lr"] = float(merged["lr"]) * _lr_factor(merged, max(round_number, 1))
     merged |= {"seed": settings.get("seed", 0), "round": round_number}
+    merged["min_batch"] = int(settings.get("min_batch", 1))
     return Hyperparameters(**{name: merged[name] for name in Hyperparameters._fields})  # type: ignore[arg-type]
 
 

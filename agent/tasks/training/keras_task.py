@@ -167,10 +167,15 @@ class KerasTask:
         try:
             while at.done < steps:
                 order = examples.train[np.random.RandomState(seed + at.epoch).permutation(count)]
-                for start in range(at.passed, count, batch):
+                body = count - plan.tail(count)
+                starts = [
+                    *range(at.passed, body, batch),
+                    *([body] if at.passed <= body < count else []),
+                ]
+                for start in starts:
                     if at.done == steps:
                         break
-                    rows = order[start : start + batch]
+                    rows = order[start : start + batch] if start < body else order[start:]
                     x = self.prepared(examples.x[rows], settings, True)
                     loss = run_or_suggest_batch_size(
                         partial(_step_of, step, x, examples.y[rows]), len(rows)

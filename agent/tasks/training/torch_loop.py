@@ -90,14 +90,15 @@ class TrainingLoop:
             at.restore(self._restored)
         self._at, self._restored, self._correction, self._recalled = at, None, {}, {}
         step, steps = make_step(at, plan), plan.steps(count)
-        batch = plan.batch_size or count
+        batch, tail = plan.batch_size or count, plan.tail(count)
         watch, self._watch = self._watch, lambda places: None
         try:
             while True:
                 order = at.permutation(count)
-                watch(order[: at.passed + (steps - at.done) * batch].numpy())
+                ahead = at.passed + (steps - at.done) * batch
+                watch(order[: count if ahead > count - tail else ahead].numpy())
                 order = order[at.passed :].to(device)
-                for x, y in _batches(examples, order, batch):
+                for x, y in _batches(examples, order, batch, tail):
                     if at.done == steps:
                         break
                     loss = run_or_suggest_batch_size(partial(_step_of, step, x, y), len(y))
@@ -188,12 +189,19 @@ def _step_of(step: Step, x: Tensor, y: Tensor, size: int) -> float:
     return step(x, y) if size == len(y) else step(x[:size], y[:size])
 
 
-def _batches(examples: Examples, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if not len(order):  # resumed at the end of an epoch; torch.split would give one empty batch
-        return
-    for rows in torch.split(order, size * max(1, _ORDERED // size)):
+def _batches(
+    examples: Examples, order: Tensor, size: int, tail: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of `size` rows; the last has `tail` rows, if that is not 0."""
+    body = order[: max(0, len(order) - tail)]
+    # torch.split would give one empty batch of none: training resumed at the end of an epoch.
+    blocks = torch.split(body, size * max(1, _ORDERED // size)) if len(body) else ()
+    for rows in blocks:
         x, y = examples.x[rows], examples.y[rows]
         yield from zip(torch.split(x, size), torch.split(y, size), strict=True)
+    if tail and len(order):
+        rows = order[len(body) :]
+        yield examples.x[rows], examples.y[rows]
 
 
 def autograd_step(loss_of: LossOf) -> Callable[[LoopState, Hyperparameters], Step]:
