@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.data import features
+from agent.data import features, open_table
 from agent.home import settings as home_settings
 from agent.home.settings import AgentSettings
 from agent.tasks.tabular import Tabular
@@ -51,7 +51,9 @@ class Victim:
         task.load(self.data)
         agreed = preprocessing.derive({"me": task.survey(TARGET)}, TARGET).preprocessing
         self.settings = {**TARGET, "preprocessing": preprocessing.encode(agreed)}
-        encoded = features.encode_table(task._reader(), agreed, np.random.RandomState(0), folder)
+        encoded = features.encode_table(
+            open_table(self.data), agreed, np.random.RandomState(0), folder
+        )
         #: All rows, as the model takes them.
         self.rows = np.concatenate([encoded.trained_on.x, encoded.held_out.x])
         self.trainer = InProcess(self.data)
