@@ -1,28 +1,42 @@
-"""Answers a query: checks it, computes it, applies disclosure rules or noise, and records it."""
+"""Answers a query: checks it, applies disclosure rules, adds noise if asked to, and records it."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from agent.analytics import differential_privacy, disclosure_control
-from agent.analytics.compute import compute
+from agent.analytics.compute import Group, Places, Table, find_cells, read_table
+from agent.analytics.disclosure_control import ToldSet
+from agent.analytics.figures import compute_figure
 from agent.analytics.query_log import QueryLog
-from agent.data import open_table
-from agent.data.arrow_reader import find_files
-from agent.data.disclosed_sets import Numbers, ToldSet
+from agent.data import disclosed_sets, open_table
+from agent.data.arrow_reader import find_files, map_errors
+from agent.data.disclosed_sets import Numbers
 from agent.data.table_memory import TableMemory
 from agent.home.settings import AgentSettings, data_settings
-from protocols.analytics.mergeable_states import Cell, PeerAnswer
+from protocols.analytics import parser
+from protocols.analytics.answer_size import max_answer_bytes
+from protocols.analytics.mergeable_states import Cell, PeerAnswer, State, WithheldState
 from protocols.analytics.query import Query
-from protocols.errors import CommonweightError, Refused
+from protocols.errors import CommonweightError, NotAllowed, Refused
 from protocols.messages.envelope import strip_controls
 
 _logger = logging.getLogger("commonweight.analysis")
+
+#: Answers under other rules, such as those of older versions, are not given again.
+_RULES = 2
+#: Settings that decide what an answer may tell.
+_LIMITS = (
+    *("data_columns", "data_min_count", "data_extremes", "analyze_operations"),
+    *("analyze_epsilon", "analyze_epsilon_per_question"),
+)
 
 
 def answer_question(
@@ -33,57 +47,89 @@ def answer_question(
     `chosen` names the table and what the owner allows; `memory` has the rows that training and
     earlier answers have told about. Raises OSError when the answer cannot be recorded.
     """
-    try:
-        data = table_fingerprint(chosen.data) if chosen.data else ""
-    except (CommonweightError, OSError):
-        data = ""  # the reader raises it again below
-    if (told := log.find_answer(question, data)) is not None:
-        return log.record(replace(question, epsilon=0.0), data, told)
-    try:
-        told = _compute_answer(question, chosen, cache, log, memory)
-    except CommonweightError as err:
-        # Others learn the kind of error, not the content of the table.
-        words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
-        _logger.info("a query was refused: %s", err.message)
-        return log.record(question, data, PeerAnswer(refused=strip_controls(words)))
-    return log.record(question, data, told)
+    data = ""
+    # One answer at a time: no other process tells of rows between the check and the record.
+    with log.writing():
+        try:
+            _check(question, chosen, log)
+            data = _state_of(chosen)
+            if (told := log.find_answer(question, data)) is not None:
+                return log.record(replace(question, epsilon=0.0), data, told)
+            told, sets = _compute_answer(question, chosen, cache, log, memory)
+        except CommonweightError as err:
+            # Others learn the kind of error, not the content of the table.
+            words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
+            _logger.warning("a question was refused: %s. It was: %s", err.message, question)
+            return log.record(question, data, PeerAnswer(refused=strip_controls(words)))
+        return log.record(question, data, told, sets)
 
 
-def _compute_answer(
-    question: Query, chosen: AgentSettings, cache: Path, log: QueryLog, memory: TableMemory
-) -> PeerAnswer:
+def _check(question: Query, chosen: AgentSettings, log: QueryLog) -> None:
+    """Raise Refused or UsageError if the owner does not allow the query."""
     if chosen.analyze == "off":
         raise Refused(
             "the owner of this machine lets nobody ask", "commonweight-agent policy set analyze on"
         )
+    parser.check_text(question)
     disclosure_control.check(question, chosen)
+    differential_privacy.check(question, chosen)
     if chosen.analyze == "ask" and not log.is_allowed(question):
         raise Refused("the owner is asked first", "commonweight-agent questions list")
-    with_noise = bool(chosen.analyze_epsilon or question.epsilon)
-    if with_noise:
-        differential_privacy.check(
-            question, chosen.analyze_epsilon or float("inf"), log.spent_epsilon
-        )
+
+
+def _compute_answer(
+    question: Query, chosen: AgentSettings, cache: Path, log: QueryLog, memory: TableMemory
+) -> tuple[PeerAnswer, list[ToldSet]]:
+    if question.epsilon:
+        differential_privacy.check_budget(question, chosen, log.spent_epsilon)
     reader = open_table(data_settings(chosen, cache))
     reader, numbers = memory.admit(reader, chosen.data_min_count)
-    computed = compute(question, reader)
-    if with_noise:
-        return differential_privacy.add_noise(question, computed)
-    guarded = disclosure_control.apply_disclosure_rules(computed, chosen)
+    table = read_table(question, reader, chosen.data_columns)
     _move_old_sets(log, memory, numbers)
-    memory.sets.tell(
-        [ToldSet("cell", np.sort(numbers[mask])) for mask in guarded.sets], chosen.data_min_count
+    cells = {
+        group: np.sort(numbers[places]) for group, places in find_cells(question, table).items()
+    }
+    known, min_rows = [*log.told_figures(), *_told_cells(memory)], chosen.data_min_count
+    disclosure = disclosure_control.choose_cells(cells, np.sort(numbers), known, min_rows)
+    sets = disclosure_control.find_new(
+        [ToldSet("", rows) for rows in disclosure.cells.values()], known
     )
-    cells = tuple(
-        Cell(group, int(computed.members[group].sum()), computed.cells[group])
-        for group in guarded.told
-    )
-    return PeerAnswer(
-        rows=computed.rows,
-        kept_back=guarded.kept_back,
-        kinds={name: str(kind) for name, kind in computed.kinds.items()},
-        cells=cells,
-    )
+    order = np.argsort(numbers)
+    places = {
+        group: order[np.searchsorted(numbers, rows, sorter=order)]
+        for group, rows in disclosure.cells.items()
+    }
+    if question.epsilon:
+        cells_with_noise = differential_privacy.answer(question, table, places)
+        told = _answer(table, cells_with_noise, similar=False)
+    else:
+        figures, more = _figures(question, table, places, numbers, [*known, *sets], min_rows)
+        sets += more
+        found = (
+            Cell(group, len(rows), states)
+            for (group, rows), states in zip(places.items(), figures, strict=True)
+        )
+        told = _answer(table, found, disclosure.similar and not log.is_known_cells(question))
+        if not disclosure.similar:
+            log.remember_cells(question)
+    if (size := len(msgspec.json.encode(told))) > (most := max_answer_bytes(question)):
+        raise Refused(f"the answer has {size:,} bytes, and at most {most:,} are answered")
+    _tell(memory, [one.rows for one in sets if not one.column], min_rows)
+    return told, [one for one in sets if one.column]
+
+
+def _told_cells(memory: TableMemory) -> list[ToldSet]:
+    """Sets of which sums of any column may have been told: by answers, and by surveys."""
+    return [ToldSet("", rows) for rows in memory.sets.rows_of("cell", "table")]
+
+
+def _tell(memory: TableMemory, cells: Sequence[Numbers], min_rows: int) -> None:
+    """Record the cells for all other uses of the rows. Raises Refused."""
+    try:
+        memory.sets.tell([disclosed_sets.ToldSet("cell", rows) for rows in cells], min_rows)
+    except NotAllowed as err:
+        _logger.info("a question was refused: %s", err.message)
+        raise disclosure_control.few_rows(min_rows) from err
 
 
 def _move_old_sets(log: QueryLog, memory: TableMemory, numbers: Numbers) -> None:
@@ -91,15 +137,61 @@ def _move_old_sets(log: QueryLog, memory: TableMemory, numbers: Numbers) -> None
     if old := log.old_sets():
         places = (np.flatnonzero(mask) for mask in old)
         memory.sets.remember(
-            [ToldSet("cell", np.sort(numbers[place[place < len(numbers)]])) for place in places]
+            [
+                disclosed_sets.ToldSet("cell", np.sort(numbers[place[place < len(numbers)]]))
+                for place in places
+            ]
         )
         log.forget_old_sets()
 
 
-def table_fingerprint(path: str) -> str:
-    """A hash of names, sizes and modification times of the table's files."""
-    sha = hashlib.sha256()
-    for file in find_files(path):
-        found = file.stat()
-        sha.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return sha.hexdigest()[:16]
+def _answer(table: Table, cells: Iterable[Cell], similar: bool) -> PeerAnswer:
+    kinds = {name: str(column.kind) for name, column in table.columns.items()}
+    told = tuple(cells)
+    return PeerAnswer(
+        rows=sum(cell.rows for cell in told), similar=similar, kinds=kinds, cells=told
+    )
+
+
+def _figures(
+    question: Query,
+    table: Table,
+    places: Mapping[Group, Places],
+    numbers: Numbers,
+    known: Sequence[ToldSet],
+    min_rows: int,
+) -> tuple[list[tuple[State, ...]], list[ToldSet]]:
+    """The states of each cell, and the sets that they tell of.
+
+    An operation is withheld in all cells if its sets may not be told after those in `known`.
+    """
+    columns: list[list[State]] = []
+    sets: list[ToldSet] = []
+    for operation in question.operations:
+        found = [compute_figure(operation, table, rows, min_rows) for rows in places.values()]
+        about = [
+            ToldSet(one.column, np.sort(numbers[one.rows]))
+            for figure in found
+            for one in figure.told
+            if len(one.rows)
+        ]
+        try:
+            disclosure_control.check_sets(about, [*known, *sets], min_rows)
+        except Refused as err:
+            _logger.info("%s is withheld: %s", operation, err.message)
+            columns.append([WithheldState()] * len(found))
+            continue
+        sets += disclosure_control.find_new(about, [*known, *sets])
+        columns.append([figure.state for figure in found])
+    return list(zip(*columns, strict=True)), sets
+
+
+def _state_of(chosen: AgentSettings) -> str:
+    """A hash of the table's content and of the owner's limits, on which an answer depends."""
+    sha = hashlib.sha256(f"{_RULES}".encode())
+    sha.update(msgspec.json.encode([getattr(chosen, name) for name in _LIMITS]))
+    for path in find_files(chosen.data) if chosen.data else ():
+        with map_errors(path), path.open("rb") as file:
+            sha.update(f"{path.name} {path.stat().st_size}\n".encode())
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:32]

@@ -1,30 +1,30 @@
-"""Computes the statistics of a query over the batches of a table, in bounded memory.
+"""Reads the columns of a query and finds the rows of each cell.
 
-Rows are numbered in the reader's order, so that disclosure rules can compare the rows of cells.
+Columns are held as float64 or as codes of texts, so the memory grows with the rows of the columns
+that are asked for, and not with the whole table.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from agent.data import Reader
 from agent.data.column_types import PossibleKinds, numbers, possible_kinds, texts
-from protocols.analytics import mergeable_states, sketches
-from protocols.analytics.mergeable_states import CountState, MomentsState, RangeState, State
-from protocols.analytics.query import Condition, Operation, Query
+from agent.data.profile import may_use
+from protocols.analytics.mergeable_states import Floats
+from protocols.analytics.query import Condition, Query
 from protocols.errors import UnknownName, UsageError
-from protocols.tables.statistics import ColumnKind, compute_moments
+from protocols.tables.statistics import ColumnKind
 
 Group = tuple[str | None, ...]
-Rows = npt.NDArray[np.bool_]
-Places = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
+#: Places of rows in the reader's order.
+Places = npt.NDArray[np.int64]
 
 #: Operations that need numbers, or dates as days.
 _OF_NUMBERS = frozenset(
@@ -34,55 +34,86 @@ _OF_NUMBERS = frozenset(
 MAX_GROUPS = 2000
 
 
-class GroupedResult(NamedTuple):
-    """Groups with their states; `members` are the rows of each, as a mask over all `rows`."""
+class Column(NamedTuple):
+    """One column: `values` are float64[n], NaN where missing, or none for text.
+
+    `codes` are int64[n], -1 where missing: the place of each row's text in `words`.
+    """
+
+    kind: ColumnKind
+    values: Floats | None
+    codes: Places
+    words: list[str]
+
+    @property
+    def missing(self) -> Mask:
+        if self.kind in ("text", "empty") or self.values is None:
+            return self.codes < 0
+        return np.isnan(self.values)
+
+
+class Table(NamedTuple):
+    """The columns of a query. `width`: the number of all columns of the table."""
 
     rows: int
-    kinds: dict[str, ColumnKind]
-    cells: dict[Group, tuple[State, ...]]
-    members: dict[Group, Rows]
+    width: int
+    columns: dict[str, Column]
+
+    def numbers(self, name: str) -> Floats:
+        values = self.columns[name].values
+        assert values is not None
+        return values
+
+    def num_values(self, name: str) -> int:
+        """The number of different values in a column of numbers."""
+        values = self.numbers(name)
+        return len(np.unique(values[~np.isnan(values)]))
 
 
-def compute(question: Query, reader: Reader) -> GroupedResult:
-    """The statistics of every group. Raises UnknownName, UsageError, DataError."""
-    columns = question.columns
-    known = reader.columns()
-    for name in columns:
+def read_table(question: Query, reader: Reader, allowed: Sequence[str]) -> Table:
+    """The columns of the query. Raises UnknownName, UsageError, DataError."""
+    names, known = question.columns, reader.columns()
+    for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 3)
+            usable = [column for column in known if may_use(column, allowed)]
+            near = difflib.get_close_matches(name, usable, 3)
             hint = f"near: {', '.join(near)}" if near else ""
             raise UnknownName(f"this peer's table has no column {name!r}", hint)
-    held = _kinds(reader, columns)
+    kinds = _kinds(reader, names)
     for operation in question.operations:
         for name in operation.columns:
-            if operation.kind in _OF_NUMBERS and held[name] == "text":
+            if operation.kind in _OF_NUMBERS and kinds[name] == "text":
                 raise UsageError(f"{operation} needs numbers, and {name!r} holds text")
-    cells: dict[Group, tuple[State, ...]] = {}
-    places: dict[Group, list[Places]] = {}
+    as_texts = set(question.by)
+    as_texts |= {c.column for c in question.where}
+    as_texts |= {op.columns[0] for op in question.operations if op.kind in ("missing", "distinct")}
+    as_texts |= {name for name, kind in kinds.items() if kind == "text"}
     rows = 0
+    found: dict[str, tuple[list[Floats], list[Places], dict[str, int]]] = {
+        name: ([], [], {}) for name in names
+    }
     # A count names no column; the first column of the table stands for its rows.
-    for batch in reader.batches(columns or known[:1]):
-        table = _Batch(batch, held)
-        where = table.mask(question.where)
-        for group, place in table.groups(question.by, where):
-            found = tuple(
-                _state(operation, table, place, question.bounds)
-                for operation in question.operations
-            )
-            old = cells.get(group)
-            if old is None and len(cells) >= MAX_GROUPS:
-                raise UsageError(f"more than {MAX_GROUPS} groups", "group by fewer, rounder values")
-            cells[group] = (
-                found
-                if old is None
-                else tuple(mergeable_states.merge(pair) for pair in zip(old, found, strict=True))
-            )
-            places.setdefault(group, []).append(place + rows)
+    for batch in reader.batches(names or known[:1]):
         rows += batch.num_rows
-    members = {group: np.zeros(rows, bool) for group in places}
-    for group, parts in places.items():
-        members[group][np.concatenate(parts)] = True
-    return GroupedResult(rows, held, cells, members)
+        for name, (values, codes, words) in found.items():
+            column = batch.column(name)
+            if kinds[name] != "text":
+                values.append(numbers(column, kinds[name]))
+            if name in as_texts:
+                encoded = texts(column).dictionary_encode()
+                local = [words.setdefault(w, len(words)) for w in encoded.dictionary.to_pylist()]
+                indices = encoded.indices.fill_null(len(local)).to_numpy(zero_copy_only=False)
+                codes.append(np.array([*local, -1], np.int64)[indices])
+    columns = {
+        name: Column(
+            kinds[name],
+            np.concatenate(values) if values else None,
+            np.concatenate(codes) if codes else np.zeros(0, np.int64),
+            list(words),
+        )
+        for name, (values, codes, words) in found.items()
+    }
+    return Table(rows, len(known), columns)
 
 
 def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, ColumnKind]:
@@ -94,107 +125,52 @@ def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, ColumnKind]:
     return {name: kind.kind for name, kind in found.items()}
 
 
-class _Batch:
-    """One batch, whose columns are converted to numbers or texts on first use."""
-
-    def __init__(self, batch: pa.RecordBatch, held: dict[str, ColumnKind]) -> None:
-        self._batch, self._held = batch, held
-        self._numbers: dict[str, mergeable_states.Floats] = {}
-
-    def numbers(self, name: str) -> mergeable_states.Floats:
-        if name not in self._numbers:
-            self._numbers[name] = numbers(self._batch.column(name), self._held[name])
-        return self._numbers[name]
-
-    def texts(self, name: str) -> pa.StringArray:
-        return texts(self._batch.column(name))
-
-    def missing(self, name: str) -> Rows:
-        """A mask of missing values."""
-        if self._held[name] in ("text", "empty"):
-            return _mask(self.texts(name).is_null())
-        return np.isnan(self.numbers(name))
-
-    def mask(self, conditions: Iterable[Condition]) -> Rows:
-        """A mask of the rows for which all conditions hold; a missing value meets none."""
-        kept = np.ones(self._batch.num_rows, bool)
-        for condition in conditions:
-            kept &= self._holds(condition)
-        return kept
-
-    def _holds(self, condition: Condition) -> Rows:
-        name, values = condition.column, condition.values
-        numeric = all(isinstance(value, float) for value in values)
-        if numeric and self._held[name] != "text":
-            column = self.numbers(name)
-            with np.errstate(invalid="ignore"):
-                if condition.comparison == "in":
-                    return np.isin(column, np.array(values, np.float64))
-                return _COMPARE[condition.comparison](column, float(values[0])) & ~np.isnan(column)
-        if condition.comparison not in ("==", "!=", "in"):
-            raise UsageError(f"{name!r} holds text, which has no order here", "use == or in")
-        plain = [f"{v:.0f}" if isinstance(v, float) and v == int(v) else str(v) for v in values]
-        column = self.texts(name)
-        found = _mask(pc.is_in(column, value_set=pa.array(plain, pa.string())))
-        return ~found & ~_mask(column.is_null()) if condition.comparison == "!=" else found
-
-    def groups(
-        self, by: Sequence[str], where: Rows
-    ) -> Iterable[tuple[Group, npt.NDArray[np.intp]]]:
-        """The groups among the rows of `where`, with the indices of their rows."""
-        places = np.flatnonzero(where)
-        if not by:
-            yield (), places
-            return
-        keys = [self.texts(name).take(pa.array(places)).to_pylist() for name in by]
-        found: dict[Group, list[int]] = {}
-        for place, key in zip(places.tolist(), zip(*keys, strict=True), strict=True):
-            found.setdefault(key, []).append(place)
-        for group, members in found.items():
-            yield group, np.array(members, np.intp)
+def find_cells(question: Query, table: Table) -> dict[Group, Places]:
+    """The rows of each group for which all conditions hold. Raises UsageError."""
+    places = np.flatnonzero(select(question.where, table))
+    if not question.by:
+        return {(): places}
+    codes = np.stack([table.columns[name].codes[places] for name in question.by], axis=1)
+    groups, group_of = np.unique(codes, axis=0, return_inverse=True)
+    if len(groups) > MAX_GROUPS:
+        raise UsageError(f"more than {MAX_GROUPS} groups", "group by fewer, rounder values")
+    order = np.argsort(group_of.ravel(), kind="stable")
+    ends = np.cumsum(np.bincount(group_of.ravel(), minlength=len(groups)))[:-1]
+    words = [table.columns[name].words for name in question.by]
+    names = [
+        tuple(None if code < 0 else word[code] for code, word in zip(row, words, strict=True))
+        for row in groups.tolist()
+    ]
+    return dict(zip(names, np.split(places[order], ends), strict=True)) if names else {}
 
 
-def _mask(column: pa.Array) -> Rows:
-    return np.asarray(column.fill_null(False).to_numpy(zero_copy_only=False), bool)
+def select(conditions: Iterable[Condition], table: Table) -> Mask:
+    """A mask of the rows for which all conditions hold; a missing value meets none."""
+    kept = np.ones(table.rows, bool)
+    for condition in conditions:
+        kept &= _holds(condition, table.columns[condition.column])
+    return kept
+
+
+def _holds(condition: Condition, column: Column) -> Mask:
+    values = condition.values
+    if column.values is not None and all(isinstance(value, float) for value in values):
+        with np.errstate(invalid="ignore"):
+            if condition.comparison == "in":
+                return np.isin(column.values, np.array(values, np.float64))
+            compared = _COMPARE[condition.comparison](column.values, float(values[0]))
+            return np.asarray(compared & ~np.isnan(column.values), bool)
+    if condition.comparison not in ("==", "!=", "in"):
+        raise UsageError(
+            f"{condition.column!r} holds text, which has no order here", "use == or in"
+        )
+    wanted = {f"{v:.0f}" if isinstance(v, float) and v == int(v) else str(v) for v in values}
+    hits = np.array([*(word in wanted for word in column.words), False])
+    found = hits[column.codes]
+    return ~found & (column.codes >= 0) if condition.comparison == "!=" else found
 
 
 _COMPARE = {
     "==": np.equal, "!=": np.not_equal, "<": np.less, "<=": np.less_equal,
     ">": np.greater, ">=": np.greater_equal,
 }  # fmt: skip
-
-
-def _state(
-    operation: Operation, table: _Batch, place: Places, bounds: Mapping[str, tuple[float, float]]
-) -> State:
-    """An operation's state over the rows at these places, values clipped to their bounds."""
-    if operation.kind == "count":
-        return CountState(len(place))
-    name = operation.columns[0]
-    if operation.kind == "missing":
-        return CountState(int(table.missing(name)[place].sum()))
-    if operation.kind == "distinct":
-        told = pc.unique(table.texts(name).take(pa.array(place)).drop_null())
-        return sketches.count_distinct(told.to_pylist())
-    values = table.numbers(name)[place]
-    if operation.kind in ("cov", "corr"):
-        other = table.numbers(operation.columns[1])[place]
-        both = ~np.isnan(values) & ~np.isnan(other)
-        return mergeable_states.compute_comoments(values[both], other[both])
-    values = values[~np.isnan(values)]
-    if name in bounds:
-        values = np.clip(values, *bounds[name])
-    match operation.kind:
-        case "min" | "max":
-            if not len(values):
-                return RangeState()
-            return RangeState(float(values.min()), float(values.max()))
-        case "quantile":
-            return mergeable_states.sketch_quantiles(values)
-        case "histogram" if len(operation.args) == 3:
-            bins, least, most = operation.args
-            return mergeable_states.compute_histogram(values, int(bins), least, most)
-        case "histogram":
-            return mergeable_states.sketch_quantiles(values)
-        case _:
-            return MomentsState(compute_moments(values))

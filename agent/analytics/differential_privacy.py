@@ -1,8 +1,10 @@
 """Adds noise, so that no answer reveals whether one row is in the table (Dwork et al., 2006).
 
-An answer is (ε, δ)-differentially private when a row is added or removed. ε is divided equally
-among the parts of a cell. Cells have different rows, so their costs do not add up. A cell is
-released only if its noisy count passes a threshold (Korolova et al., 2009); hence `DELTA`.
+Noise comes on top of the disclosure rules. The numbers of the cells that these release are
+(ε, δ)-differentially private when a row is added or removed; which cells they release is not.
+ε is divided equally among the parts of a cell. Cells have different rows, so their costs do not
+add up. A cell is released only if its noisy count passes a threshold (Korolova et al., 2009); hence
+`DELTA`.
 OpenDP draws the noise, which also protects the last bits of floats.
 """
 
@@ -13,13 +15,14 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TypeVar
 
-from agent.analytics.compute import GroupedResult
+from agent.analytics.compute import Group, Places, Table
+from agent.analytics.figures import compute_clipped
+from agent.home.settings import AgentSettings
 from protocols.analytics.mergeable_states import (
     Cell,
     CountState,
     HistogramState,
     MomentsState,
-    PeerAnswer,
     State,
 )
 from protocols.analytics.query import Operation, Query
@@ -33,19 +36,37 @@ DELTA = 1e-6
 _MAX_NOISE_SCALE = 2**50
 
 
-def check(question: Query, budget: float, spent: float) -> None:
-    """Raise Refused or UsageError if the query has no noisy answer or the budget is spent."""
-    if question.epsilon <= 0:
+def check(question: Query, chosen: AgentSettings) -> None:
+    """Raise Refused or UsageError if the owner allows no such noise, or none without."""
+    if not question.epsilon:
+        if question.bounds:
+            raise Refused("bounds without noise would show single values: leave the bounds out")
+        if chosen.analyze_epsilon:
+            raise Refused(
+                "the owner answers with noise only",
+                "use --epsilon, and --bounds for columns",
+            )
+        return
+    if not chosen.analyze_epsilon:
         raise Refused(
-            "the owner answers with noise only",
-            "use --epsilon, and --bounds for columns",
+            f"the owner has set no privacy budget, and this question needs ε = "
+            f"{question.epsilon:g}: commonweight-agent policy set analyze_epsilon 1.0"
         )
-    if spent + question.epsilon > budget + 1e-12:
+    if question.epsilon > (most := chosen.analyze_epsilon_per_question):
         raise Refused(
-            f"the owner's budget is spent: {spent:g} of ε = {budget:g}, and this query needs "
-            f"{question.epsilon:g}"
+            f"the owner allows ε = {most:g} for a question, and this one needs "
+            f"{question.epsilon:g}: commonweight-agent policy set analyze_epsilon_per_question"
         )
     check_form(question)
+
+
+def check_budget(question: Query, chosen: AgentSettings, spent: float) -> None:
+    """Raise Refused if the owner's budget does not allow one more answer."""
+    if spent + question.epsilon > chosen.analyze_epsilon + 1e-12:
+        raise Refused(
+            f"the owner's budget is spent: {spent:g} of ε = {chosen.analyze_epsilon:g}, and this "
+            f"query needs {question.epsilon:g}"
+        )
 
 
 def check_form(question: Query) -> None:
@@ -55,8 +76,9 @@ def check_form(question: Query) -> None:
             raise UsageError(
                 f"{operation} has no answer with noise here", "count, missing, sum, mean, histogram"
             )
-        if operation.kind in ("sum", "mean") and operation.columns[0] not in question.bounds:
-            name = operation.columns[0]
+        name = next(iter(operation.columns), "")
+        least, most = question.bounds.get(name, (0.0, 0.0))
+        if operation.kind in ("sum", "mean") and not least < most:
             raise UsageError(f"noise for {operation} needs bounds", f"--bounds {name}=0..100")
         if operation.kind == "histogram" and len(operation.args) != 3:
             raise UsageError(
@@ -64,27 +86,23 @@ def check_form(question: Query) -> None:
             )
 
 
-def add_noise(question: Query, computed: GroupedResult) -> PeerAnswer:
-    """The answer with noise. Means and sums must be of values that were clipped to bounds."""
-    # One share for the count that decides whether a cell is released, one for the number of rows.
+def answer(question: Query, table: Table, places: Mapping[Group, Places]) -> list[Cell]:
+    """The cells with noise. `places`: the rows of each cell that the disclosure rules release."""
+    # One share for the count that decides whether a cell is released.
     shares = 1 + sum(2 if op.kind == "mean" else 1 for op in question.operations)
-    each = question.epsilon / (shares + 1)
+    each = question.epsilon / shares
     threshold = 1 + math.log(1 / (2 * DELTA)) / each
     cells = []
-    for group, states in computed.cells.items():
-        rows = _noisy(int(computed.members[group].sum()), each)
+    for group, members in places.items():
+        rows = _noisy(len(members), each)
         if question.by and rows < threshold:
             continue
         noised = tuple(
-            _state(operation, state, question.bounds, each)
-            for operation, state in zip(question.operations, states, strict=True)
+            _state(op, compute_clipped(op, table, members, question.bounds), question.bounds, each)
+            for op in question.operations
         )
         cells.append(Cell(group, max(rows, 0), noised))
-    return PeerAnswer(
-        rows=max(_noisy(computed.rows, each), 0),
-        kinds={name: str(kind) for name, kind in computed.kinds.items()},
-        cells=tuple(cells),
-    )
+    return cells
 
 
 def _state(

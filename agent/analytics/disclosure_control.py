@@ -1,37 +1,47 @@
-"""Disclosure rules: which cells of an answer may leave this peer. Pure.
+"""Disclosure rules: which cells of an answer may leave this peer, and over which rows. Pure.
 
-Rule 1. A cell with fewer than `data_min_count` rows is withheld.
+Rule 1. A cell with fewer than `data_min_count` rows is withheld; its size is not told.
 Rule 2. Withheld cells have at least so many rows together, or the next smallest cell is withheld
         too. Otherwise the total, from another query, would reveal them.
-Rule 3. Any two cells that were ever released differ in no row or in at least so many rows, also
-        when the table has changed in between, and also from the rows of training. Otherwise their
-        difference would describe a few people (`agent.data.disclosed_sets`).
+Rule 3. No sums that were ever told, added and subtracted, are about a few people (`linear_audit`).
+        A cell that differs from what earlier answers tell in fewer rows, or in none, is answered
+        for the earlier rows. A refusal there would say whether such rows exist.
 Rule 4. Minimum and maximum are values of single rows, so they need the owner's permission.
 
-Rule 3 compares pairs. Many queries together can reveal more than any two (Dinur and Nissim, 2003);
-only noise protects from that (`differential_privacy`).
+`figures` has the rules for the figures of a cell. Noise comes on top of all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from agent.analytics.compute import Group, GroupedResult, Rows
+from agent.analytics import linear_audit
+from agent.analytics.compute import Group
+from agent.data.disclosed_sets import Numbers
 from agent.data.profile import may_use
 from agent.home.settings import AgentSettings
 from protocols.analytics.query import Query
 from protocols.errors import Refused
 
+#: The most sets of rows that are stored; afterwards no new set is released.
+MAX_DISCLOSED_SETS = 512
+
+
+class ToldSet(NamedTuple):
+    """Rows of which something was told about `column`; empty for all columns."""
+
+    column: str
+    rows: Numbers
+
 
 class Disclosure(NamedTuple):
-    """The groups to release, the number of withheld rows, and the sets of rows that the answer
-    tells something about, as masks, for rule 3."""
+    """The rows of each cell to release, and whether some are those of earlier answers."""
 
-    told: tuple[Group, ...]
-    kept_back: int
-    sets: tuple[Rows, ...]
+    cells: dict[Group, Numbers]
+    similar: bool
 
 
 def check(question: Query, chosen: AgentSettings) -> None:
@@ -48,18 +58,77 @@ def check(question: Query, chosen: AgentSettings) -> None:
             )
 
 
-def apply_disclosure_rules(computed: GroupedResult, chosen: AgentSettings) -> Disclosure:
-    """Rules 1 and 2: which groups may be released."""
-    sizes = {group: int(mask.sum()) for group, mask in computed.members.items()}
-    told = {group for group, size in sizes.items() if size >= chosen.data_min_count}
-    hidden = {group for group, size in sizes.items() if size > 0} - told
+def choose_cells(
+    cells: Mapping[Group, Numbers], present: Numbers, known: Sequence[ToldSet], min_rows: int
+) -> Disclosure:
+    """The cells that may be released after the sets in `known`. `present`: the rows of the table.
+
+    Raises Refused if these cells may not be released.
+    """
+    told = {group for group, rows in cells.items() if len(rows) >= min_rows}
+    hidden = {group for group, rows in cells.items() if len(rows)} - told
     # Rule 2.
-    while hidden and sum(sizes[g] for g in hidden) < chosen.data_min_count and told:
-        smallest = min(told, key=lambda group: (sizes[group], str(group)))
+    while hidden and sum(len(cells[g]) for g in hidden) < min_rows and told:
+        smallest = min(told, key=lambda group: (len(cells[group]), str(group)))
         told.discard(smallest)
         hidden.add(smallest)
-    groups = tuple(sorted(told, key=lambda group: [(v is None, v or "") for v in group]))
-    sets = [computed.members[group] for group in groups]
-    if len(groups) > 1:
-        sets.append(np.logical_or.reduce(sets))
-    return Disclosure(groups, sum(sizes[group] for group in hidden), tuple(sets))
+    # Rule 3.
+    atoms = linear_audit.Atoms([one.rows for one in known if not one.column])
+    chosen: dict[Group, Numbers] = {}
+    similar = False
+    for group in sorted(told, key=lambda group: [(v is None, v or "") for v in group]):
+        rows = cells[group]
+        near, differing = atoms.nearest(rows)
+        if differing < min_rows and linear_audit.in_span(atoms, near):
+            rows, similar = atoms.rows_of(near), True
+            if not np.isin(rows, present, assume_unique=True).all():
+                raise Refused(
+                    "some rows of an earlier answer are gone, and the others alone would show them",
+                    f"ask again when at least {min_rows} rows have changed",
+                )
+        chosen[group] = rows
+    check_sets([ToldSet("", rows) for rows in chosen.values()], known, min_rows)
+    return Disclosure(chosen, similar)
+
+
+def check_sets(sets: Sequence[ToldSet], known: Sequence[ToldSet], min_rows: int) -> None:
+    """Raise Refused unless these sets may be told after those in `known`."""
+    new = find_new(sets, known)
+    if not new:
+        return
+    if len(known) + len(new) > MAX_DISCLOSED_SETS:
+        raise Refused(
+            f"this peer has told of {len(known)} sets of rows and tells of no new ones",
+            "ask questions again that were answered before",
+        )
+    everything = [*known, *new]
+    columns = {one.column for one in new}
+    if "" in columns:
+        columns = {one.column for one in everything}
+    for column in columns:
+        before, after = (
+            [one.rows for one in sets if one.column in ("", column)] for sets in (known, everything)
+        )
+        if linear_audit.isolates_few(before, after, min_rows):
+            raise few_rows(min_rows)
+
+
+def few_rows(min_rows: int) -> Refused:
+    """The refusal of sets that isolate a few rows. It does not say how many."""
+    return Refused(
+        f"together with earlier answers this could describe fewer than {min_rows} rows (the "
+        "owner's data_min_count)",
+        f"change the condition, so that it differs by {min_rows} rows or more",
+    )
+
+
+def find_new(sets: Sequence[ToldSet], known: Sequence[ToldSet]) -> list[ToldSet]:
+    """The sets that are not in `known`, each once."""
+    seen = {(one.column, one.rows.tobytes()) for one in known}
+    new = []
+    for one in sets:
+        key = one.rows.tobytes()
+        if not seen & {(one.column, key), ("", key)}:
+            seen.add((one.column, key))
+            new.append(one)
+    return new

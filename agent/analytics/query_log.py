@@ -1,4 +1,4 @@
-"""The log of answers: what was asked and released, and the spent ε.
+"""The log of answers: what was asked and released, sets of rows, and the spent ε.
 
 SQLite, fully synchronous: an answer is recorded before it is released, so no kill or restart loses
 it. The file belongs to the owner (0600) and never leaves the machine.
@@ -6,15 +6,20 @@ it. The file belongs to the owner (0600) and never leaves the machine.
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from agent.analytics.compute import Rows
+from agent.analytics.compute import Mask
+from agent.analytics.disclosure_control import ToldSet
+from agent.data.disclosed_sets import pack, unpack
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
 
@@ -24,10 +29,16 @@ CREATE TABLE IF NOT EXISTS answers (
   cells INTEGER, bytes INTEGER, epsilon REAL, refused TEXT
 );
 CREATE TABLE IF NOT EXISTS sets (bits BLOB);
+CREATE TABLE IF NOT EXISTS told_rows (column TEXT, rows BLOB);
+CREATE TABLE IF NOT EXISTS known_cells (digest TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS wishes (
   digest TEXT PRIMARY KEY, at REAL, question TEXT, allowed INTEGER
 );
 """
+
+
+#: Another question may be computed meanwhile.
+_WAIT_S = 1800.0
 
 
 class Entry(NamedTuple):
@@ -46,14 +57,27 @@ class QueryLog:
 
     def __init__(self, path: Path) -> None:
         path.touch(mode=0o600)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(
+            path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False
+        )
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.executescript(_SCHEMA)
 
     def close(self) -> None:
         self._db.close()
 
-    def old_sets(self) -> list[Rows]:
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One transaction, which no other process can write between; an error undoes it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def old_sets(self) -> list[Mask]:
         """Masks over the rows of cells that older versions have told, with the file's order of
         then; padded to whole bytes. Newer ones are in `agent.data.disclosed_sets`."""
         rows = self._db.execute("SELECT bits FROM sets").fetchall()
@@ -62,6 +86,21 @@ class QueryLog:
     def forget_old_sets(self) -> None:
         """Delete them: they have moved."""
         self._db.execute("DELETE FROM sets")
+
+    def told_figures(self) -> list[ToldSet]:
+        """The sets of rows that figures have told of. Those of cells are in `disclosed_sets`."""
+        rows = self._db.execute("SELECT column, rows FROM told_rows ORDER BY rowid").fetchall()
+        return [ToldSet(column, unpack(packed)) for column, packed in rows]
+
+    def is_known_cells(self, question: Query) -> bool:
+        """True if a query about the same cells was answered for exactly their rows."""
+        found = self._db.execute(
+            "SELECT 1 FROM known_cells WHERE digest = ?", (_cells_of(question),)
+        ).fetchone()
+        return found is not None
+
+    def remember_cells(self, question: Query) -> None:
+        self._db.execute("INSERT OR IGNORE INTO known_cells VALUES (?)", (_cells_of(question),))
 
     @property
     def spent_epsilon(self) -> float:
@@ -77,8 +116,10 @@ class QueryLog:
         ).fetchone()
         return None if row is None else msgspec.json.decode(row[0], type=PeerAnswer)
 
-    def record(self, question: Query, data: str, told: PeerAnswer) -> bytes:
-        """Record an answer; returns its encoded bytes, which may then be released."""
+    def record(
+        self, question: Query, data: str, told: PeerAnswer, sets: Sequence[ToldSet] = ()
+    ) -> bytes:
+        """Record an answer inside `writing`; returns its bytes, to release after the commit."""
         body = msgspec.json.encode(told)
         epsilon = 0.0 if told.refused else question.epsilon
         self._db.execute(
@@ -96,6 +137,9 @@ class QueryLog:
                 told.refused,
             ),
         )
+        self._db.executemany(
+            "INSERT INTO told_rows VALUES (?, ?)", [(one.column, pack(one.rows)) for one in sets]
+        )
         return body
 
     def entries(self) -> list[Entry]:
@@ -108,10 +152,16 @@ class QueryLog:
     # --- approval by the owner ---
 
     def is_allowed(self, question: Query) -> bool:
-        """True if the owner has allowed this query; otherwise stores it for the owner."""
+        """True if the owner has allowed this query; otherwise stores it for the owner.
+
+        What was allowed by the words of an older version, which left out part of the query, has to
+        be allowed again.
+        """
+        text = str(question)
         self._db.execute(
-            "INSERT OR IGNORE INTO wishes VALUES (?, ?, ?, NULL)",
-            (question.digest, time.time(), str(question)),
+            "INSERT INTO wishes VALUES (?, ?, ?, NULL) ON CONFLICT (digest) DO UPDATE SET"
+            " question = excluded.question, allowed = NULL WHERE question != excluded.question",
+            (question.digest, time.time(), text),
         )
         (allowed,) = self._db.execute(
             "SELECT allowed FROM wishes WHERE digest = ?", (question.digest,)
@@ -124,8 +174,18 @@ class QueryLog:
         return [(d, words, None if yes is None else bool(yes)) for d, words, yes in rows]
 
     def decide(self, digest: str, allowed: bool) -> bool:
-        """Store the decision on a query, by a prefix of its digest; False if none matches."""
-        done = self._db.execute(
-            "UPDATE wishes SET allowed = ? WHERE digest LIKE ? || '%'", (allowed, digest)
-        )
-        return done.rowcount > 0
+        """Store the decision on a query, by the start of its digest.
+
+        False unless exactly one query has it: others could be made to start alike.
+        """
+        wishes = self._db.execute("SELECT digest FROM wishes").fetchall()
+        found = [known for (known,) in wishes if known.startswith(digest)]
+        if len(found) != 1:
+            return False
+        self._db.execute("UPDATE wishes SET allowed = ? WHERE digest = ?", (allowed, found[0]))
+        return True
+
+
+def _cells_of(question: Query) -> str:
+    """A digest of what selects the cells of a query."""
+    return hashlib.sha256(msgspec.json.encode([question.by, question.where])).hexdigest()

@@ -88,6 +88,14 @@ class DisclosedSets:
         with writing(self._db):
             self._insert([(told, _sketch(told.rows)) for told in sets])
 
+    def rows_of(self, *uses: Use) -> list[Numbers]:
+        """The sets that were told for these uses, in their order."""
+        marks = ", ".join("?" * len(uses))
+        found = self._db.execute(
+            f"SELECT bits FROM told_sets WHERE use IN ({marks}) ORDER BY id", uses
+        )
+        return [unpack(bits) for (bits,) in found]
+
     def _insert(self, new: Sequence[tuple[ToldSet, Sketch]]) -> None:
         self._db.executemany(
             "INSERT INTO told_sets (use, size, sketch, bits) VALUES (?, ?, ?, ?)",

@@ -105,8 +105,15 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     ] = ("*",)
     analyze_epsilon: Annotated[
         float,
-        Meta(ge=0, description="privacy budget ε of all answers; 0: noise only on request"),
+        Meta(
+            ge=0,
+            description="privacy budget ε of all answers, which then all have noise; 0: no answer "
+            "has noise",
+        ),
     ] = 0.0
+    analyze_epsilon_per_question: Annotated[
+        float, Meta(ge=0, description="maximum ε of one question, within analyze_epsilon")
+    ] = 1.0
     tasks: Annotated[
         tuple[str, ...], Meta(description="tasks that may run; * is every installed task")
     ] = ("*",)

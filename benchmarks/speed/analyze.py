@@ -19,8 +19,9 @@ import pandas as pd
 
 from agent.analytics import job_handler
 from agent.home import settings
+from coordinator.cli.analysis_table import format_figure
 from coordinator.jobs.analysis import combine, validate
-from protocols.analytics.mergeable_states import ALPHA, PeerAnswer
+from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.parser import parse_query
 
 #: Carriers and their shares of a year's flights from New York.
@@ -103,8 +104,7 @@ def _measure(text: str, peers: dict[str, Path], flights: pd.DataFrame) -> None:
     else:
         means = flights.groupby(["origin", "month"]).dep_delay.mean()
         errors = [abs(g.figures[1] - means[g.group[0], int(g.group[1] or 0)]) for g in found.groups]  # type: ignore[operator]
-        kept = f"{found.kept_back:,} rows kept back"
-        print(f"  {len(found.groups)} groups, {kept}; largest difference {max(errors):.1e}")
+        print(f"  {len(found.groups)} groups; largest difference {max(errors):.1e}")
 
 
 def _exact_error(group: object, flights: pd.DataFrame) -> float:
@@ -128,11 +128,11 @@ def _exact_error(group: object, flights: pd.DataFrame) -> float:
 def _show_sketches(figures: tuple[object, ...], flights: pd.DataFrame) -> None:
     for got, column, q in ((figures[0], "arr_delay", 0.5), (figures[1], "distance", 0.9)):
         exact = flights[column].quantile(q, interpolation="lower")
-        error = abs(float(got) - exact) / max(abs(exact), 1e-9)  # type: ignore[arg-type]
-        print(f"  quantile({column}, {q:g}): {error:.2%} off, bound {ALPHA:.1%}")
+        share = (flights[column].dropna() <= float(got)).mean()  # type: ignore[arg-type]
+        print(f"  quantile({column}, {q:g}): {got:g} for {exact:g}, which is at {share:.1%}")
     for got, column in ((figures[2], "tailnum"), (figures[3], "dest")):
         exact = flights[column].nunique()
-        print(f"  distinct({column}): {got} for {exact}, {abs(int(got) / exact - 1):.2%} off")  # type: ignore[call-overload]
+        print(f"  distinct({column}): {format_figure(got)} for {exact}")  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

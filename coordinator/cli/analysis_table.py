@@ -31,8 +31,10 @@ def format_figure(figure: Figure) -> str:
             return f"{figure:,}"
         case float():
             return f"{figure:,.6g}" if math.isfinite(figure) else "–"
-        case dict():
+        case {"counts": _}:
             return _bars(figure)
+        case dict():
+            return f"{figure['least']:,} to {figure['most']:,}"
 
 
 def _bars(bins: dict[str, Any]) -> str:

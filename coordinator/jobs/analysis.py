@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from protocols.analytics import mergeable_states as stats
 from protocols.analytics import sketches
+from protocols.analytics.answer_size import max_answer_bytes
 from protocols.analytics.mergeable_states import PeerAnswer, State
 from protocols.analytics.query import Operation, Query
 from protocols.tables.statistics import Moments
@@ -44,8 +45,10 @@ class Group(Struct, frozen=True):
 class AnalysisResult(Struct, frozen=True, kw_only=True):
     """The figures of all peers together, by group.
 
-    `peers` of `asked` peers answered. `rows` of `all_rows` rows are in the groups; `kept_back` rows
-    are in cells that are too small to leave a peer. `left_out` gives the reason by peer.
+    `peers` of `asked` peers answered for `rows` rows. No peer tells how many rows it withholds.
+    `withheld` figures of a peer's group are left out, because they describe too few rows.
+    `similar` peers answered for the rows of an earlier question, which differ in a few rows or in
+    none. `left_out` gives the reason by peer.
     """
 
     figures: tuple[str, ...]
@@ -54,18 +57,22 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
     peers: int
     asked: int
     rows: int
-    all_rows: int
-    kept_back: int
     left_out: dict[str, str]
+    withheld: int = 0
+    similar: int = 0
     epsilon: float = 0.0
 
     @property
     def label(self) -> str:
         """A line that says what the result covers."""
-        share = f", {self.rows / self.all_rows:.0%} of the rows" if self.all_rows else ""
-        kept = f"; {self.kept_back:,} rows in cells too small to show" if self.kept_back else ""
-        noise = f"; with noise for ε = {self.epsilon:g}" if self.epsilon else ""
-        return f"{self.peers} of {self.asked} peers{share}{kept}{noise}"
+        parts = [f"{self.peers} of {self.asked} peers, {self.rows:,} rows"]
+        if self.withheld:
+            parts.append(f"{self.withheld} figures of too few rows left out")
+        if self.similar:
+            parts.append(f"{self.similar} peers answered for the rows of a similar question")
+        if self.epsilon:
+            parts.append(f"with noise for ε = {self.epsilon:g}")
+        return "; ".join(parts)
 
 
 def combine(
@@ -93,9 +100,14 @@ def combine(
         peers=len(used),
         asked=len(asked),
         rows=rows.total(),
-        all_rows=sum(answer.rows for answer in answers.values()),
-        kept_back=sum(answer.kept_back for answer in used),
         left_out=left_out,
+        withheld=sum(
+            isinstance(state, stats.WithheldState)
+            for answer in used
+            for cell in answer.cells
+            for state in cell.states
+        ),
+        similar=sum(answer.similar for answer in used),
         epsilon=query.epsilon,
     )
 
@@ -107,32 +119,38 @@ def validate(query: Query, answer: PeerAnswer) -> str:
     """
     if answer.refused:
         return ""
-    in_cells = sum(cell.rows for cell in answer.cells) + answer.kept_back
-    if in_cells > answer.rows and not query.epsilon:
+    if sum(cell.rows for cell in answer.cells) > answer.rows and not query.epsilon:
         return "more rows in the cells than in the table"
     for cell in answer.cells:
         if len(cell.group) != len(query.by) or len(cell.states) != len(query.operations):
             return "another number of groups or figures than the query has"
         for operation, state in zip(query.operations, cell.states, strict=True):
-            if not isinstance(state, state_of(operation)):
+            if not isinstance(state, (state_of(operation), stats.WithheldState)):
                 return f"{operation} answered by another kind of statistics"
             match state:
                 case stats.HistogramState(counts) if len(counts) != int(operation.args[0]):
                     return f"{operation} answered in other bins"
-                case stats.DistinctState(found) if len(found) not in (0, 1 << stats.PRECISION):
-                    return f"{operation} answered with other registers"
+                case stats.DistinctState(least, most) if least > most:
+                    return f"{operation} answered with no range"
     if len({cell.group for cell in answer.cells}) != len(answer.cells):
         return "a group occurs twice"
     return ""
 
 
+def max_bytes(query: str) -> int:
+    """The most bytes that a peer's answer to this encoded query can have."""
+    return max_answer_bytes(msgspec.json.decode(query, type=Query))
+
+
 def validate_bytes(query: str, body: bytes) -> str:
     """What is wrong with the bytes of a peer's answer; empty if nothing is."""
     try:
-        decoded = msgspec.json.decode(body, type=PeerAnswer)
-        return validate(msgspec.json.decode(query, type=Query), decoded)
+        asked = msgspec.json.decode(query, type=Query)
+        if len(body) > (most := max_answer_bytes(asked)):
+            return f"it has {len(body):,} bytes, and this question needs at most {most:,}"
+        return validate(asked, msgspec.json.decode(body, type=PeerAnswer))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        return f"not an answer: {err}"
+        return f"not an answer ({err}); is the agent of another version?"
 
 
 def state_of(operation: Operation) -> type[State]:
@@ -165,8 +183,10 @@ def figure(operation: Operation, state: State) -> Figure:
         case stats.QuantileState():
             least, most, counts = sketches.quantile_histogram(state, int(operation.args[0]))
             return {"least": least, "most": most, "counts": list(counts), "about": True}
-        case stats.DistinctState():
-            return round(sketches.estimate_distinct(state))
+        case stats.DistinctState(fewest, most):
+            return fewest if fewest == most else {"least": fewest, "most": most}
+        case stats.WithheldState():
+            return None
 
 
 def _moment(kind: str, moments: Moments) -> Figure:

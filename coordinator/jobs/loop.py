@@ -181,6 +181,11 @@ class JobLoop:
         if unit.verified:
             self._store.uploads.drop(peer, answer.digest)
             return [job_events.AnswerDropped(unit.number, peer, "late")]
+        try:
+            validation.check_size(self.job, answer)  # before it is stored, read or decoded
+        except BadMessage:
+            self._store.uploads.drop(peer, answer.digest)
+            raise
         self._store.save_answer(peer, answer)
         return [job_events.UnitReturned(unit.number, peer, answer)]
 

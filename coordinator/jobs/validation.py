@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message
 from coordinator.jobs import analysis
 from coordinator.jobs.requests import JobRequest
 from coordinator.jobs.state import Job, Unit
-from coordinator.jobs.store import JobStore
+from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.storage.job_events import AnswerInfo
 from protocols.errors import BadMessage
 from protocols.messages import jobs as wire
@@ -49,8 +49,22 @@ def read_answer(request: JobRequest, reply: Message, seconds: float, verify: Ver
     )
 
 
+def check_size(job: Job, answer: AnswerInfo) -> None:
+    """Raise BadMessage if the answer is longer than one to this question can be."""
+    match job.spec.kind:
+        case "scatter":
+            most = MAX_ANSWER_BYTES
+        case "private":  # only the ledger's copy is used
+            most = wire.INLINE_MAX_BYTES
+        case "analyze":
+            most = analysis.max_bytes(job.spec.query)
+    if answer.nbytes > most:
+        raise BadMessage(f"it is too long: {answer.nbytes:,} bytes, and at most {most:,} can be")
+
+
 def check(job: Job, unit: Unit, answer: AnswerInfo, store: JobStore) -> None:
     """Raise BadMessage unless the answer fits the unit; OSError if it cannot be read."""
+    check_size(job, answer)
     match job.spec.kind:
         case "scatter":
             rows, found = job.rows(unit), _count_rows(store.lines(answer))

@@ -1,16 +1,15 @@
 """Mergeable statistics that peers send instead of rows. Pure numpy.
 
-Moments and comoments: Chan, Golub and LeVeque (1979). Quantiles: DDSketch (Masson, Rim and Lee,
-2019, relative error `ALPHA`). Distinct counts: HyperLogLog++ (Heule, Nunkesser and Hall, 2013,
-`2**PRECISION` registers: standard error 0.8 %). They are sent as plain numbers, so they can be
-checked before a sketch library reads them. Merging is associative and commutative, up to float64
-rounding of the moments.
+Moments and comoments: Chan, Golub and LeVeque (1979). Quantiles: bins of DDSketch (Masson, Rim and
+Lee, 2019, relative error `ALPHA`), in which a peer has spread the rows of wider buckets. They are
+sent as plain numbers, so they can be checked before a sketch library reads them. Merging is
+associative and commutative, up to float64 rounding of the moments.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Annotated
 
@@ -26,12 +25,15 @@ ALPHA = 0.005
 GAMMA = (1 + ALPHA) / (1 - ALPHA)
 #: Values closer to 0 count as 0 in a quantile.
 TINY = 1e-300
-PRECISION = 14
 _MAX_BINS = 16_384
-#: These bins cover all finite floats.
-_Bin = Annotated[int, Meta(ge=-72_000, le=72_000)]
+#: Bins from -MAX_BIN to MAX_BIN cover all finite floats.
+MAX_BIN = 72_000
+_Bin = Annotated[int, Meta(ge=-MAX_BIN, le=MAX_BIN)]
+#: The key of bin 0 of the positive values. All keys are below MAX_KEY.
+_FIRST_KEY, MAX_KEY = 1 << 17, 1 << 18
 
 Floats = npt.NDArray[np.float64]
+Keys = npt.NDArray[np.int64]
 
 
 class CountState(Struct, frozen=True, tag="count"):
@@ -80,10 +82,19 @@ class QuantileState(Struct, frozen=True, tag="quantiles"):
     zeros: Count = 0
 
 
-class DistinctState(Struct, frozen=True, tag="distinct"):
-    """HyperLogLog registers, one byte each; empty without values."""
+class DistinctState(Struct, frozen=True, tag="values"):
+    """The number of different values: at least `least`, at most `most`.
 
-    registers: Annotated[bytes, Meta(max_length=1 << PRECISION)] = b""
+    Peers tell numbers and no sketch of their values, because a sketch answers for each text whether
+    it is among them. So peers with common values cannot be told from peers without.
+    """
+
+    least: Count = 0
+    most: Count = 0
+
+
+class WithheldState(Struct, frozen=True, tag="withheld"):
+    """The peer does not tell this figure: it would describe too few rows."""
 
 
 State = (
@@ -94,6 +105,7 @@ State = (
     | HistogramState
     | QuantileState
     | DistinctState
+    | WithheldState
 )
 
 
@@ -106,13 +118,14 @@ class Cell(Struct, frozen=True):
 
 
 class PeerAnswer(Struct, frozen=True, kw_only=True):
-    """A peer's answer. `rows` of its table; `kept_back` of them are in cells that it withholds.
+    """A peer's answer. `rows` are those of its cells: what is withheld has no size.
 
+    `similar`: some cells are those of an earlier question, which differ in a few rows or in none.
     `kinds`: the kind of each column of the query. `refused`: why the peer refused the query.
     """
 
     rows: Count = 0
-    kept_back: Count = 0
+    similar: bool = False
     kinds: Annotated[dict[Text, Text], Meta(max_length=128)] = {}
     cells: Annotated[tuple[Cell, ...], Meta(max_length=2000)] = ()
     refused: Text = ""
@@ -134,32 +147,44 @@ def compute_comoments(x: Floats, y: Floats) -> ComomentsState:
     )
 
 
-def compute_histogram(values: Floats, bins: int, low: float, high: float) -> HistogramState:
-    """Counts in `bins` equal bins from `low` to `high`.
+def bin_values(values: Floats, bins: int, low: float, high: float) -> Keys:
+    """The bin of each value, int64[n]: 0 below `low`, 1 to `bins`, `bins + 1` above `high`.
 
     A bin includes its lower edge; the last bin also includes its upper edge.
     """
     inside = (values >= low) & (values <= high)
-    bin_index = ((values[inside] - low) * (bins / (high - low))).astype(np.int64)
-    counts = np.bincount(np.minimum(bin_index, bins - 1), minlength=bins)
-    below, above = int((values < low).sum()), int((values > high).sum())
-    return HistogramState(tuple(counts.tolist()), below, above)
+    found = np.where(values < low, 0, bins + 1)
+    scaled = ((values[inside] - low) * (bins / (high - low))).astype(np.int64)
+    found[inside] = np.clip(scaled, 0, bins - 1) + 1
+    return found
 
 
-def sketch_quantiles(values: Floats) -> QuantileState:
-    """A DDSketch of float64[n] without NaN."""
+def quantile_keys(values: Floats) -> Keys:
+    """The bins of float64[n] without NaN as int64[n], in the order of the values; 0 for zero."""
     size = np.abs(values)
-    return QuantileState(
-        _bins(values[(values > 0) & (size > TINY)]),
-        _bins(-values[(values < 0) & (size > TINY)]),
-        int((size <= TINY).sum()),
-    )
+    keys = np.zeros(len(values), np.int64)
+    some = size > TINY
+    bins = np.ceil(np.log(size[some]) / math.log(GAMMA)).astype(np.int64)
+    keys[some] = np.sign(values[some]).astype(np.int64) * (bins + _FIRST_KEY)
+    return keys
 
 
-def _bins(values: Floats) -> dict[int, int]:
-    bins = np.ceil(np.log(values) / math.log(GAMMA)).astype(np.int64)
-    bins, counts = np.unique(bins, return_counts=True)
-    return dict(zip(bins.tolist(), counts.tolist(), strict=True))
+def spread_bucket(first: int, stop: int, count: int) -> dict[int, int]:
+    """A bucket of `count` rows with keys from `first` to `stop`: counts of evenly spaced keys."""
+    keys = np.arange(first, stop)
+    keys = keys[(keys == 0) | (np.abs(np.abs(keys) - _FIRST_KEY) <= MAX_BIN)]
+    if not len(keys):
+        return {}
+    chosen = keys[(np.arange(count) * 2 + 1) * len(keys) // (2 * count)]
+    found, counts = np.unique(chosen, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def quantile_state(counts: Mapping[int, int]) -> QuantileState:
+    """The state for counts by key."""
+    positive = {key - _FIRST_KEY: count for key, count in counts.items() if key > 0}
+    negative = {-key - _FIRST_KEY: count for key, count in counts.items() if key < 0}
+    return QuantileState(positive, negative, counts.get(0, 0))
 
 
 # --- merging ---------------------------------------------------------------------------------
@@ -194,7 +219,9 @@ def _merge_pair(a: State, b: State) -> State:
                 a.zeros + b.zeros,
             )
         case DistinctState(), DistinctState():
-            return _merge_distinct(a, b)
+            return DistinctState(max(a.least, b.least), a.most + b.most)
+        case (WithheldState(), other) | (other, WithheldState()):
+            return other
         case _:
             raise ValueError(f"{type(a).__name__} and {type(b).__name__} cannot be merged")
 
@@ -209,12 +236,3 @@ def _merge_comoments(a: ComomentsState, b: ComomentsState) -> ComomentsState:
 
 def _add_counts(a: dict[int, int], b: dict[int, int]) -> dict[int, int]:
     return {key: a.get(key, 0) + b.get(key, 0) for key in sorted(a.keys() | b.keys())}
-
-
-def _merge_distinct(a: DistinctState, b: DistinctState) -> DistinctState:
-    if not a.registers or not b.registers:
-        return a if a.registers else b
-    if len(a.registers) != len(b.registers):
-        raise ValueError("registers with different precision")
-    x, y = (np.frombuffer(state.registers, np.uint8) for state in (a, b))
-    return DistinctState(np.maximum(x, y).tobytes())

@@ -13,7 +13,11 @@ import difflib
 import re
 from typing import NamedTuple
 
+import msgspec
+
 from protocols.analytics.query import (
+    CLAUSES,
+    MAX_CONDITIONS,
     MAX_GROUPING,
     MAX_OPERATIONS,
     Comparison,
@@ -25,7 +29,10 @@ from protocols.analytics.query import (
 )
 from protocols.errors import UnknownName, UsageError
 
-_BY = re.compile(r"""\s+by\s+(?=(?:[^"']|"[^"]*"|'[^']*')*\Z)""", re.IGNORECASE)
+#: Quoted text, or a word that starts a clause.
+_CLAUSE = re.compile(
+    r"""\"[^\"]*\"|'[^']*'|\s(WORDS)(?=\s)""".replace("WORDS", "|".join(CLAUSES)), re.IGNORECASE
+)
 
 
 class _Signature(NamedTuple):
@@ -75,28 +82,91 @@ def parse_query(
     epsilon: float = 0.0,
     bounds: dict[str, tuple[float, float]] | None = None,
 ) -> Query:
-    """The query in `text`, with conditions in `where`. Raises UsageError, UnknownName."""
-    what, *grouping = _BY.split(text.strip())
-    if len(grouping) > 1:
-        raise UsageError("there is more than one 'by'", "write: mean(age) by sex, city")
+    """The query in `text`, with conditions in `where`. Raises UsageError, UnknownName.
+
+    `text` may have all clauses itself, so that `parse_query(str(query)) == query`.
+    """
+    what, clauses = _split_clauses(text)
+    if where and "where" in clauses:
+        raise UsageError("there are conditions in the query and in --where", "give one of them")
     operations = tuple(_operation(node) for node in _items(what, "count, mean(age) by sex"))
-    by = tuple(_column(node) for node in _items(grouping[0], "by sex, city")) if grouping else ()
+    by = tuple(_column(node) for node in _items(clauses.get("by", ""), "by sex, city"))
     if not operations:
         raise UsageError("the query is empty", "such as: count, mean(age) by sex")
-    if len(operations) > MAX_OPERATIONS or len(by) > MAX_GROUPING:
+    conditions = parse_conditions(where or clauses.get("where", ""))
+    too_many = len(operations) > MAX_OPERATIONS or len(by) > MAX_GROUPING
+    if too_many or len(conditions) > MAX_CONDITIONS:
         raise UsageError(
-            f"a query has at most {MAX_OPERATIONS} operations, by at most {MAX_GROUPING} columns"
+            f"a query has at most {MAX_OPERATIONS} operations, by at most {MAX_GROUPING} columns, "
+            f"where at most {MAX_CONDITIONS} conditions hold"
         )
     query = Query(
         operations=operations,
         by=by,
-        where=parse_conditions(where),
-        epsilon=epsilon,
-        bounds=bounds or {},
+        where=conditions,
+        epsilon=epsilon or _epsilon(clauses.get("epsilon", "0")),
+        bounds=bounds or _bounds(clauses.get("bounds", "")),
     )
     if missing := query.bounds.keys() - set(query.columns):
         raise UsageError(f"there are bounds for {min(missing)!r}, which is not in the query")
-    return query
+    if query.bounds and not query.epsilon:
+        raise UsageError(
+            "bounds need noise: clipped figures without noise would show single values",
+            "add --epsilon 0.1, or leave the bounds out",
+        )
+    try:
+        return msgspec.json.decode(msgspec.json.encode(query), type=Query)
+    except msgspec.ValidationError as err:
+        raise UsageError(f"not a valid query: {err}") from err
+
+
+def check_text(query: Query) -> None:
+    """Raise UsageError unless the query is what its text says, to the last digit.
+
+    A program may send any operations and conditions, also some that no text has.
+    """
+    try:
+        same = parse_query(str(query)).digest == query.digest
+    except UsageError as err:
+        raise UsageError(f"the question has no text that says all of it: {err.message}") from err
+    if not same:
+        raise UsageError("the question is another than its text says")
+
+
+def _split_clauses(text: str) -> tuple[str, dict[str, str]]:
+    """The operations, and the text of each clause, by the word that starts it."""
+    parts, words, at = [], [], 0
+    for found in _CLAUSE.finditer(text := f" {text.strip()} "):
+        if word := found[1]:
+            parts.append(text[at : found.start()])
+            words.append(word.lower())
+            at = found.end(1)
+    if words != sorted(set(words), key=CLAUSES.index):
+        raise UsageError(
+            f"the query has the clauses {', '.join(words)}: each may be there once, in the order "
+            f"{', '.join(CLAUSES)}",
+            "write: mean(age) by sex, city where age >= 18",
+        )
+    first, *rest = [*parts, text[at:]]
+    return first, dict(zip(words, rest, strict=True))
+
+
+def _epsilon(text: str) -> float:
+    return _number(_parsed(text, "epsilon 0.1"))
+
+
+def _bounds(text: str) -> dict[str, tuple[float, float]]:
+    """The ranges in `age in (0, 110) and income in (0, 1e5)`."""
+    found: dict[str, tuple[float, float]] = {}
+    for condition in parse_conditions(text):
+        match condition:
+            case Condition(name, "in", (float(least), float(most))) if (
+                name not in found and least < most
+            ):
+                found[name] = (least, most)
+            case _:
+                raise UsageError("bounds are a range for each column", "bounds age in (0, 110)")
+    return found
 
 
 def parse_conditions(text: str) -> tuple[Condition, ...]:

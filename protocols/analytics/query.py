@@ -1,12 +1,15 @@
-"""A query over the tables of all peers. Pure.
+"""A query over the tables of all peers, and its text. Pure.
 
 `count, mean(age), histogram(income, 20, 0, 1e5) by sex where age >= 18` has three operations, one
-grouping column and one condition (`parser` reads the text).
+grouping column and one condition. The text says all of a query: `parser.parse_text` reads it back,
+and two different queries have different texts. So an owner who approves a text approves the query.
 """
 
 from __future__ import annotations
 
 import hashlib
+import keyword
+import re
 from typing import Annotated, Literal
 
 import msgspec
@@ -24,6 +27,11 @@ Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 #: Limits of a query.
 MAX_OPERATIONS, MAX_GROUPING, MAX_CONDITIONS = 32, 3, 16
 
+#: The words that start the clauses of a text, in their order.
+CLAUSES = ("by", "where", "bounds", "epsilon")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_RESERVED = frozenset({*CLAUSES, *map(str.lower, keyword.kwlist)})
+
 
 class Operation(Struct, frozen=True, order=True):
     """One statistic of some `columns`; `args` are numbers (quantile, bins, range)."""
@@ -33,7 +41,7 @@ class Operation(Struct, frozen=True, order=True):
     args: Annotated[tuple[Number, ...], Meta(max_length=3)] = ()
 
     def __str__(self) -> str:
-        inside = ", ".join([*self.columns, *(f"{arg:g}" for arg in self.args)])
+        inside = ", ".join([*map(quote_name, self.columns), *map(_number, self.args)])
         return f"{self.kind}({inside})" if inside else self.kind
 
 
@@ -45,9 +53,11 @@ class Condition(Struct, frozen=True):
     values: Annotated[tuple[Number | Text, ...], Meta(min_length=1, max_length=64)]
 
     def __str__(self) -> str:
-        values = [f"{v:g}" if isinstance(v, float) else repr(v) for v in self.values]
-        right = f"({', '.join(values)})" if self.comparison == "in" else values[0]
-        return f"{self.column} {self.comparison} {right}"
+        values = [_number(v) if isinstance(v, float) else quote(v) for v in self.values]
+        right = ", ".join(values)
+        if self.comparison == "in":
+            right = f"({right},)" if len(values) == 1 else f"({right})"
+        return f"{quote_name(self.column)} {self.comparison} {right}"
 
 
 class Query(Struct, frozen=True, kw_only=True):
@@ -71,11 +81,42 @@ class Query(Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.operations))
-        text += f" by {', '.join(self.by)}" if self.by else ""
+        text += f" by {', '.join(map(quote_name, self.by))}" if self.by else ""
         text += f" where {' and '.join(map(str, self.where))}" if self.where else ""
-        return text + (f" with ε = {self.epsilon:g}" if self.epsilon else "")
+        ranges = [
+            f"{quote_name(name)} in ({_number(least)}, {_number(most)})"
+            for name, (least, most) in self.bounds.items()
+        ]
+        text += f" bounds {' and '.join(ranges)}" if ranges else ""
+        return text + (f" epsilon {_number(self.epsilon)}" if self.epsilon else "")
 
     @property
     def digest(self) -> str:
         """SHA-256 of the query."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+def quote(text: str) -> str:
+    """A text in double quotes, as Python reads it. Nothing in it can look like another text."""
+    return '"' + "".join(map(_letter, text)) + '"'
+
+
+def quote_name(name: str) -> str:
+    """The name of a column: as it is if it is one ASCII word without a meaning, else quoted."""
+    plain = _WORD.match(name) and name.lower() not in _RESERVED
+    return name if plain else quote(name)
+
+
+def _letter(letter: str) -> str:
+    code = ord(letter)
+    if letter.isprintable() and letter not in "\"'\\":
+        return letter
+    return (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
+
+
+def _number(value: float) -> str:
+    """All digits of a number, without a decimal point if it is a whole one of usual size."""
+    text = repr(float(value))
+    return text.removesuffix(".0")

@@ -1,32 +1,12 @@
-"""Quantiles and distinct counts from mergeable states, with ddsketch and datasketch."""
+"""Quantiles from mergeable states, with ddsketch."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 
-import numpy as np
-
-from protocols.analytics.mergeable_states import ALPHA, PRECISION, DistinctState, QuantileState
+from protocols.analytics.mergeable_states import ALPHA, QuantileState
 from protocols.extras import needs_extra
-
-
-def count_distinct(values: Iterable[str]) -> DistinctState:
-    """HyperLogLog++ registers of some texts. Pass each text once for speed."""
-    counter = _library("datasketch").HyperLogLogPlusPlus(p=PRECISION, hashfunc=_hash)
-    for value in values:
-        counter.update(value.encode())
-    return DistinctState(counter.reg.tobytes() if counter.reg.any() else b"")
-
-
-def estimate_distinct(state: DistinctState) -> float:
-    """The estimated number of different values."""
-    if not state.registers:
-        return 0.0
-    registers = np.frombuffer(state.registers, np.int8)
-    return float(_library("datasketch").HyperLogLogPlusPlus(reg=registers, hashfunc=_hash).count())
 
 
 def quantile(state: QuantileState, q: float) -> float | None:
@@ -60,10 +40,6 @@ def quantile_histogram(state: QuantileState, bins: int) -> tuple[float, float, t
     return least, most, tuple(counts)
 
 
-def _hash(value: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(value).digest()[:8], "big")
-
-
 def _library(name: str) -> ModuleType:
-    with needs_extra("analyze", "a quantile or distinct count"):
+    with needs_extra("analyze", "a quantile"):
         return import_module(name)

@@ -18,6 +18,7 @@ from coordinator.jobs.analysis import AnalysisResult, Group
         ({"least": 0.0, "most": 9.0, "counts": [0, 4, 8], "below": 0, "above": 2},
          "0 ▁▅█ 9 (2 above)"),
         ({"least": 1.0, "most": 2.0, "counts": [], "about": True}, "1  2"),
+        ({"least": 3, "most": 1200}, "3 to 1,200"),
     ],
 )  # fmt: skip
 def test_figures_as_text(figure: object, words: str) -> None:
@@ -32,12 +33,10 @@ def test_a_table_names_groups_rows_and_figures() -> None:
         peers=2,
         asked=3,
         rows=17,
-        all_rows=20,
-        kept_back=3,
         left_out={"c": "no answer in time"},
     )
     assert rows(answer) == (
         ["city", "rows", "mean(age)"],
         [["Oslo", "12", "30.5"], ["–", "5", "–"]],
     )
-    assert answer.label == "2 of 3 peers, 85% of the rows; 3 rows in cells too small to show"
+    assert answer.label == "2 of 3 peers, 17 rows"

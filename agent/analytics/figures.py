@@ -1,0 +1,196 @@
+"""The figures of one cell, and the sets of rows that each of them describes. Pure.
+
+A cell has enough rows; a figure may still describe few of them. So a figure is withheld if fewer
+than `min_rows` rows have a value; if one of at most three values, such as yes and no, belongs to
+fewer rows; or if one row dominates a sum. Few missing values are not told either: then `min_rows`
+rows are left out of the figure, some of them with a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from agent.analytics.compute import Places, Table
+from protocols.analytics import mergeable_states as stats
+from protocols.analytics.mergeable_states import Floats, State, WithheldState
+from protocols.analytics.query import Operation
+from protocols.tables.statistics import compute_moments
+
+#: The count, the sum and the sum of squares tell how many rows have each of so many values.
+_MAX_SOLVABLE_VALUES = 3
+#: A sum is withheld if all rows but the two largest are less than this part of the largest (the
+#: p % rule of statistical offices, with p = 10).
+_DOMINANCE = 0.1
+#: Quantiles come from at most this many buckets of a cell.
+_MAX_BUCKETS = 32
+#: Buckets are at most this wide, in keys of 1 % each: a factor of 1.9.
+_MAX_BUCKET_KEYS = 64
+
+
+class ToldRows(NamedTuple):
+    """A set of rows that a figure describes.
+
+    `column`: the column of which something is told; empty for any column.
+    """
+
+    column: str
+    rows: Places
+
+
+class Figure(NamedTuple):
+    state: State
+    told: tuple[ToldRows, ...] = ()
+
+
+_WITHHELD = Figure(WithheldState())
+
+
+def compute_figure(operation: Operation, table: Table, rows: Places, min_rows: int) -> Figure:
+    """The figure over the rows at these places, which are in the order of their numbers."""
+    if operation.kind == "count":
+        return Figure(stats.CountState(len(rows)))
+    missing = [table.columns[name].missing[rows] for name in operation.columns]
+    gone = np.logical_or.reduce(missing)
+    if operation.kind == "missing":
+        if _is_few(gone.sum(), min_rows) or _is_few((~gone).sum(), min_rows):
+            return _WITHHELD
+        state = stats.CountState(int(gone.sum()))
+        return Figure(state, (ToldRows(operation.columns[0], rows[gone]),))
+    used = rows[~gone]
+    if _is_few(gone.sum(), min_rows):
+        used = used[min_rows - int(gone.sum()) :]
+    if len(used) < min_rows:
+        return _WITHHELD
+    found = _over_values(operation, table, used, min_rows)
+    if isinstance(found.state, WithheldState):
+        return found
+    over = [ToldRows(name, used) for name in operation.columns]
+    return Figure(found.state, (*over, *found.told))
+
+
+def _over_values(operation: Operation, table: Table, used: Places, min_rows: int) -> Figure:
+    """The figure over rows that have a value."""
+    name = operation.columns[0]
+    if operation.kind == "distinct":
+        counts = np.unique(table.columns[name].codes[used], return_counts=True)[1]
+        common = int((counts >= min_rows).sum())
+        rare = (len(counts) - common) // min_rows * min_rows
+        return Figure(stats.DistinctState(common + rare, common + rare))
+    values = table.numbers(name)[used]
+    match operation.kind:
+        case "min" | "max":
+            return Figure(stats.RangeState(float(values.min()), float(values.max())))
+        case "histogram" if len(operation.args) == 3:
+            return _histogram(operation, values, used, min_rows)
+        case "quantile" | "histogram":
+            return _quantiles(operation, values, used, min_rows)
+    told: list[ToldRows] = []
+    for column in operation.columns:
+        part = table.numbers(column)[used]
+        if _is_dominated(part):
+            return _WITHHELD
+        different, counts = np.unique(part, return_counts=True)
+        if len(different) <= _MAX_SOLVABLE_VALUES and (everywhere := table.num_values(column)) > 1:
+            # Where the whole table has few values, a cell without one of them is told no more than
+            # a cell where it is rare.
+            lacks_one = len(different) < everywhere <= _MAX_SOLVABLE_VALUES
+            if counts.min() < min_rows or lacks_one:
+                return _WITHHELD
+            # A covariance with yes and no tells the sum of the other column over those of yes.
+            about = "" if len(operation.columns) > 1 else column
+            told += [ToldRows(about, used[part == value]) for value in different]
+    if operation.kind not in ("cov", "corr"):
+        return Figure(stats.MomentsState(compute_moments(values)), tuple(told))
+    # A covariance with each other column is an equation about the values of one. There must be
+    # more unknown values than equations.
+    if len(used) < min_rows + table.width:
+        return _WITHHELD
+    other = table.numbers(operation.columns[1])[used]
+    return Figure(stats.compute_comoments(values, other), tuple(told))
+
+
+def _is_few(count: int, min_rows: int) -> bool:
+    return 0 < count < min_rows
+
+
+def _is_dominated(values: Floats) -> bool:
+    """True if the largest of float64[n] follows from the sum to within the p % rule."""
+    size = np.abs(values)
+    if len(size) < 3:
+        return False
+    *_, second, first = np.partition(size, (-2, -1))
+    return bool(size.sum() - first - second < _DOMINANCE * first)
+
+
+# --- histograms ------------------------------------------------------------------------------
+
+
+def _histogram(operation: Operation, values: Floats, used: Places, min_rows: int) -> Figure:
+    """Counts in equal bins. A bin with few rows counts as empty, as do others to hide its size."""
+    bins, low, high = int(operation.args[0]), operation.args[1], operation.args[2]
+    bin_of = stats.bin_values(values, bins, low, high)
+    counts = np.bincount(bin_of, minlength=bins + 2)
+    hidden = set(np.flatnonzero((counts > 0) & (counts < min_rows)).tolist())
+    told = sorted(set(np.flatnonzero(counts).tolist()) - hidden, key=lambda i: (counts[i], i))
+    while told and hidden and sum(counts[i] for i in hidden) < min_rows:
+        hidden.add(told.pop(0))
+    counts[list(hidden)] = 0
+    sets = tuple(ToldRows(operation.columns[0], used[bin_of == i]) for i in told)
+    state = stats.HistogramState(tuple(counts[1:-1].tolist()), int(counts[0]), int(counts[-1]))
+    return Figure(state, sets)
+
+
+def _quantiles(operation: Operation, values: Floats, used: Places, min_rows: int) -> Figure:
+    """Rows in buckets of at least `min_rows`, each spread evenly over the bins of its bucket.
+
+    The buckets are halves of halves of the range of all numbers, so where they end tells no value.
+    A half with fewer than `min_rows` rows gets none: they count in the other half.
+    """
+    if len(used) < 2 * min_rows:
+        return _WITHHELD
+    keys = stats.quantile_keys(values)
+    order = np.argsort(keys, kind="stable")
+    keys, used = keys[order], used[order]
+    least = max(min_rows, -(-len(keys) // _MAX_BUCKETS))
+    counts: dict[int, int] = {}
+    told = []
+    todo = [(0, len(keys), -stats.MAX_KEY, stats.MAX_KEY)]
+    while todo:
+        start, stop, low, high = todo.pop()
+        middle = (low + high) // 2
+        cut = int(np.clip(np.searchsorted(keys, middle), start, stop))
+        smaller, is_wide = min(cut - start, stop - cut), high - low > _MAX_BUCKET_KEYS
+        if high - low > 1 and smaller >= min_rows and (is_wide or stop - start > least):
+            todo += [(start, cut, low, middle), (cut, stop, middle, high)]
+        elif high - low > 1 and smaller < min_rows and (is_wide or stop - start >= 2 * min_rows):
+            half = (low, middle) if cut - start >= stop - cut else (middle, high)
+            todo.append((start, stop, *half))
+        else:
+            for key, count in stats.spread_bucket(low, high, stop - start).items():
+                counts[key] = counts.get(key, 0) + count
+            told.append(ToldRows(operation.columns[0], used[start:stop]))
+    return Figure(stats.quantile_state(counts), tuple(told))
+
+
+# --- figures that get noise ------------------------------------------------------------------
+
+
+def compute_clipped(
+    operation: Operation, table: Table, rows: Places, bounds: Mapping[str, tuple[float, float]]
+) -> State:
+    """The figure over all rows of a cell with values clipped to their bounds, before noise."""
+    if operation.kind == "count":
+        return stats.CountState(len(rows))
+    name = operation.columns[0]
+    if operation.kind == "missing":
+        return stats.CountState(int(table.columns[name].missing[rows].sum()))
+    values = table.numbers(name)[rows]
+    values = values[~np.isnan(values)]
+    if operation.kind == "histogram":
+        bins, low, high = int(operation.args[0]), operation.args[1], operation.args[2]
+        counts = np.bincount(stats.bin_values(values, bins, low, high), minlength=bins + 2)
+        return stats.HistogramState(tuple(counts[1:-1].tolist()), int(counts[0]), int(counts[-1]))
+    return stats.MomentsState(compute_moments(np.clip(values, *bounds[name])))

@@ -1,0 +1,119 @@
+"""Which rows can be computed from the sums over sets of rows that were told. Pure numpy.
+
+An answer tells sums over sets of rows. Whoever has several can add and subtract them, so pairs are
+not all: `age <= 50` and `age >= 50` less everybody is the one person of 50. So all linear
+combinations are looked at, after Chin and Özsoyoğlu (Auditing and inference control in statistical
+databases, 1982). The told sets divide the rows into atoms: rows that the same sets have. A
+combination is constant on each atom. It describes few people if it vanishes on every atom of
+`min_rows` rows or more, but not everywhere. There is none exactly if the sets keep their rank when
+only large atoms are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.data.disclosed_sets import Numbers
+
+_Matrix = npt.NDArray[np.int64]
+
+_PRIME = (1 << 31) - 1
+#: Exact in float64: below 2**22 atoms with coefficients below 2**31.
+_PIECE = 1 << 14
+
+
+class Atoms:
+    """The atoms of some sets. `sizes` are int64[a]; `member` is bool[sets, a]."""
+
+    def __init__(self, sets: Sequence[Numbers]) -> None:
+        random = np.random.default_rng()
+        label = np.zeros(
+            1 + max((int(rows[-1]) for rows in sets if len(rows)), default=-1), np.uint64
+        )
+        covered = np.zeros(len(label), bool)
+        for rows in sets:
+            label[rows] += random.integers(0, 1 << 64, dtype=np.uint64)  # modulo 2**64
+            covered[rows] = True
+        self._rows = np.flatnonzero(covered)
+        _, first, self._atom_of, self.sizes = np.unique(
+            label[self._rows], return_index=True, return_inverse=True, return_counts=True
+        )
+        one_of_each = self._rows[first]
+        self.member = np.zeros((len(sets), len(first)), bool)
+        for member, rows in zip(self.member, sets, strict=True):
+            if len(rows):
+                place = np.minimum(np.searchsorted(rows, one_of_each), len(rows) - 1)
+                member[:] = rows[place] == one_of_each
+
+    def nearest(self, rows: Numbers) -> tuple[npt.NDArray[np.bool_], int]:
+        """The union of atoms (bool[a]) nearest to a set, and how many rows they differ in."""
+        if not len(self._rows):
+            return np.zeros(0, bool), len(rows)
+        place = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
+        inside = self._rows[place] == rows
+        counts = np.bincount(self._atom_of[place[inside]], minlength=len(self.sizes))
+        chosen = 2 * counts > self.sizes
+        differing = np.where(chosen, self.sizes - counts, counts).sum() + (~inside).sum()
+        return chosen, int(differing)
+
+    def rows_of(self, chosen: npt.NDArray[np.bool_]) -> Numbers:
+        """The rows of a union of atoms."""
+        return self._rows[chosen[self._atom_of]]
+
+
+def isolates_few(before: Sequence[Numbers], after: Sequence[Numbers], min_rows: int) -> bool:
+    """True if sums over the sets of `after` say something about a few rows that `before` does not.
+
+    It is also true for some combinations of `min_rows` rows or more, if all their atoms are small.
+    """
+    found = _num_small(after, min_rows)
+    return found > 0 and found > _num_small(before, min_rows)
+
+
+def _num_small(sets: Sequence[Numbers], min_rows: int) -> int:
+    """The dimension of the linear combinations that vanish on all large atoms."""
+    atoms = Atoms(sets)
+    return _rank(atoms.member) - _rank(atoms.member[:, atoms.sizes >= min_rows])
+
+
+def in_span(atoms: Atoms, chosen: npt.NDArray[np.bool_]) -> bool:
+    """True if the sum over this union of atoms follows from the sums over the sets."""
+    if (atoms.member == chosen).all(axis=1).any():
+        return True
+    return _rank(np.vstack([atoms.member, chosen])) == _rank(atoms.member)
+
+
+def _rank(matrix: npt.NDArray[np.bool_]) -> int:
+    """The rank modulo a prime of 31 bits, which is that over the numbers but for a freak case."""
+    reduced = _project(np.unique(matrix, axis=0))
+    rank = 0
+    for column in range(reduced.shape[1]):
+        pivots = np.flatnonzero(reduced[rank:, column])
+        if not len(pivots):
+            continue
+        reduced[[rank, rank + pivots[0]]] = reduced[[rank + pivots[0], rank]]
+        pivot = reduced[rank] * pow(int(reduced[rank, column]), -1, _PRIME) % _PRIME
+        below = rank + 1 + np.flatnonzero(reduced[rank + 1 :, column])
+        reduced[below] = (reduced[below] - reduced[below, column, None] * pivot) % _PRIME
+        rank += 1
+        if rank == len(reduced):
+            break
+    return rank
+
+
+def _project(matrix: npt.NDArray[np.bool_]) -> _Matrix:
+    """As many columns as rows are enough for the rank: random combinations of the columns."""
+    sets, atoms = matrix.shape
+    width = sets + 8
+    if atoms <= width:
+        return matrix.astype(np.int64)
+    random = np.random.default_rng()
+    found = np.zeros((sets, width), np.int64)
+    for start in range(0, atoms, _PIECE):
+        piece = matrix[:, start : start + _PIECE].astype(np.float64)
+        factors = random.integers(0, _PRIME, (piece.shape[1], width)).astype(np.float64)
+        found += (piece @ factors).astype(np.int64) % _PRIME
+    return found % _PRIME
