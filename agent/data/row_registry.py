@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import zlib
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from agent.data import Reader, column_types
 from agent.data.disclosed_sets import Numbers
 from agent.data.private_database import open_database, writing
+from agent.data.reader import Reader
 from protocols.errors import DataError
 
 Hashes = npt.NDArray[np.uint64]
@@ -36,8 +34,6 @@ CREATE TABLE IF NOT EXISTS read_tables (
 """
 #: The tables whose numbers are kept, so that an unchanged file is not hashed row by row again.
 _KEPT_TABLES = 4
-_NUMBER = r"^[+-]?[0-9]{1,15}(\.[0-9]+)?$"
-_SEPARATOR, _MISSING = "\x1f", "\x00"
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -63,20 +59,42 @@ class RowRegistry:
         before = [str(name) for name in json.loads(self._get("columns") or b"[]")]
         # A table with more columns than before still has the rows that it had.
         narrower = before if before and before != names and set(before) <= set(names) else []
-        none = np.zeros(0, np.uint64)
-        parts: list[tuple[Hashes, Hashes]] = [(none, none)]
-        for batch in reader.batches(names):
-            texts = {name: _canonical(batch.column(name)) for name in names}
-            parts.append((self._hashes(texts, names), self._hashes(texts, narrower)))
+        from agent.data import row_hashes  # needs pyarrow, which folders of files do not
+
+        full, narrow = row_hashes.hash_rows(reader, (names, narrower), self._secret)
         if reader.fingerprint() != fingerprint:
             raise DataError("the table changed while it was read", "the next try reads it again")
-        full, narrow = (np.concatenate(column) for column in zip(*parts, strict=True))
         return self._register(
-            fingerprint, names, _tell_apart(full), _tell_apart(narrow) if narrower else None
+            fingerprint, _tell_apart(full), _tell_apart(narrow) if narrower else None, names
         )
 
+    def file_numbers(self, files: Sequence[tuple[str, Path]]) -> Numbers:
+        """The number of each file, int64[n]: of its label and content, whatever its name is."""
+        stamps = hashlib.blake2b(digest_size=16)
+        for label, path in files:
+            stamps.update(f"{label}\n{path}\n{_stamp(path)}\n".encode(errors="surrogateescape"))
+        fingerprint = f"files {stamps.hexdigest()}"
+        if (known := self._known_table(fingerprint)) is not None:
+            return known
+        digests = [self._hash_file(label, path) for label, path in files]
+        full = np.frombuffer(b"".join(digests), np.uint64)
+        return self._register(fingerprint, _tell_apart(full))
+
+    def _hash_file(self, label: str, path: Path) -> bytes:
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, hashlib.blake2b).digest()
+        except OSError:  # the task cannot read it either
+            content = os.fsencode(path)
+        words = label.encode(errors="surrogateescape") + b"\0" + content
+        return hashlib.blake2b(words, digest_size=8, key=self._secret).digest()
+
     def _register(
-        self, fingerprint: str, names: Sequence[str], full: Hashes, narrow: Hashes | None
+        self,
+        fingerprint: str,
+        full: Hashes,
+        narrow: Hashes | None = None,
+        names: Sequence[str] = (),
     ) -> Numbers:
         with writing(self._db):
             hashes, numbers = self._stored()
@@ -94,10 +112,11 @@ class RowRegistry:
                     "INSERT INTO row_hashes (hashes, numbers) VALUES (?, ?)",
                     (full[~known].tobytes(), found[~known].tobytes()),
                 )
-            self._db.execute(
-                "INSERT OR REPLACE INTO registry VALUES ('columns', ?)",
-                (json.dumps(list(names)).encode(),),
-            )
+            if names:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO registry VALUES ('columns', ?)",
+                    (json.dumps(list(names)).encode(),),
+                )
             self._db.execute(
                 "INSERT OR REPLACE INTO read_tables VALUES"
                 " (?, (SELECT COALESCE(MAX(at), 0) + 1 FROM read_tables), ?)",
@@ -124,43 +143,17 @@ class RowRegistry:
             np.frombuffer(b"".join(numbers for _, numbers in rows), np.int64),
         )
 
-    def _hashes(self, texts: dict[str, pa.Array], names: Sequence[str]) -> Hashes:
-        """The keyed hash of each row over these columns; empty without any."""
-        if not names:
-            return np.zeros(0, np.uint64)
-        joined = pc.binary_join_element_wise(
-            *(texts[name] for name in names),
-            pa.scalar(_SEPARATOR, pa.large_string()),
-            null_handling="replace",
-            null_replacement=_MISSING,
-        )
-        if not len(joined):
-            return np.zeros(0, np.uint64)
-        _, offsets, data = joined.buffers()
-        ends = np.frombuffer(offsets, np.int64)[joined.offset : joined.offset + len(joined) + 1]
-        view, places, key = memoryview(data or b""), ends.tolist(), self._secret
-        digests = [
-            hashlib.blake2b(view[start:end], digest_size=8, key=key).digest()
-            for start, end in pairwise(places)
-        ]
-        return np.frombuffer(b"".join(digests), np.uint64)
-
     def _get(self, name: str) -> bytes:
         row = self._db.execute("SELECT value FROM registry WHERE name = ?", (name,)).fetchone()
         return b"" if row is None else bytes(row[0])
 
 
-def _canonical(column: pa.Array) -> pa.Array:
-    """The values as text, the same for a CSV and a Parquet file; null where missing."""
+def _stamp(path: Path) -> tuple[int, ...]:
     try:
-        texts = column_types.texts(column)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # lists, structs, bytes
-        return pa.array([repr(value) for value in column.to_pylist()], pa.large_string())
-    is_number = pc.fill_null(pc.match_substring_regex(texts, _NUMBER), False)
-    if pc.any(is_number).as_py():
-        number = column_types.texts(pc.if_else(is_number, texts, None).cast(pa.float64()))
-        texts = pc.if_else(is_number, number, texts)
-    return texts.cast(pa.large_string())
+        of = path.stat()
+    except OSError:
+        return ()
+    return of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns
 
 
 def _tell_apart(hashes: Hashes) -> Hashes:

@@ -29,6 +29,9 @@ Settings = Mapping[str, Setting]
 #: pause) or raise `Cancelled`, which a task must not catch.
 OnStep = Callable[[int, int, float, int], None]
 
+#: Gets the places of the examples of an epoch, int64[n].
+Watch = Callable[[npt.NDArray[np.int64]], None]
+
 #: Settings that the caller adds to those of a task. "preprocessing" is the preprocessing of all
 #: peers, as text; "min_batch" the owner's minimum rows of a step.
 RESERVED = frozenset({"seed", "round", "preprocessing", "min_batch"})
@@ -144,7 +147,7 @@ class WatchesEpochs(Protocol):
     """Optional, with `KnowsRows`: say which examples an epoch of `train` uses, as one that ends
     early uses a part."""
 
-    def watch_epochs(self, watch: Callable[[npt.NDArray[np.int64]], None]) -> None:
+    def watch_epochs(self, watch: Watch) -> None:
         """Make the next `train` call this before each epoch, with the places of the examples that
         it uses, in `rows_of("train")`. It may raise CommonweightError."""
 

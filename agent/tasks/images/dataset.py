@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
 from agent.tasks.images.settings import ImageSettings
 from agent.tasks.training import class_folders
@@ -44,12 +45,19 @@ Row = npt.NDArray[np.uint8]
 
 class Pictures(NamedTuple):
     """`pixels` are uint8[n, channels, size, size], perhaps in a file; `labels` int64[n] are classes
-    from 0; `train` and `held_out` are row numbers, int64[…]."""
+    from 0; `train` and `held_out` are row numbers, int64[…]. The others are their numbers over time
+    (`agent.data.row_registry`), if this machine remembers them."""
 
     pixels: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     train: Rows
     held_out: Rows
+    train_numbers: Numbers | None
+    held_numbers: Numbers | None
+
+    def numbers_of(self, use: Use) -> Numbers | None:
+        """The numbers over time of the pictures to train on, or held out."""
+        return self.train_numbers if use == "train" else self.held_numbers
 
 
 def traits(plan: ImageSettings) -> dict[str, tuple[str, ...]]:
@@ -60,11 +68,12 @@ def traits(plan: ImageSettings) -> dict[str, tuple[str, ...]]:
     }
 
 
-def survey(data: DataSettings) -> ClassCounts:
-    """The classes of this peer that may leave it, with their counts. Raises DataError."""
-    counts = class_folders.count_examples(data.path, _SUFFIXES)
+def survey(data: DataSettings) -> tuple[ClassCounts, Numbers | None]:
+    """The classes of this peer that may leave it, with their counts; and the numbers of the
+    pictures, if this machine remembers them. Raises DataError."""
+    counts, numbers = class_folders.count_examples(data, _SUFFIXES)
     _check_enough(sum(counts.values()), data)
-    return class_names.share_counts(counts, data.min_count)
+    return class_names.share_counts(counts, data.min_count), numbers
 
 
 def _check_enough(count: int, data: DataSettings) -> None:
@@ -78,7 +87,9 @@ def _check_enough(count: int, data: DataSettings) -> None:
 def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
     """The pictures of this peer. Raises DataError without any to train on."""
     channels, size = plan.channels, plan.size
-    found = class_folders.find_files(data.path, plan.classes, _SUFFIXES, agreed=plan.agreed)
+    found, numbers = class_folders.admit(
+        class_folders.find_files(data.path, plan.classes, _SUFFIXES, agreed=plan.agreed), data
+    )
     count = len(found.paths)
     _check_enough(count, data)
     kept = None
@@ -95,7 +106,9 @@ def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
     pixels, readable = stored
     if unread := int((~readable).sum()):
         sys.stderr.write(f"{unread} of {count} pictures cannot be read and are left out\n")
-    return Pictures(pixels, found.labels, *class_folders.split_held_out(found.names, readable))
+    parts = class_folders.split(found.names, readable, numbers, data)
+    told = (None if numbers is None else numbers[part] for part in parts)
+    return Pictures(pixels, found.labels, *parts, *told)
 
 
 def read_pictures(source: str, plan: ImageSettings) -> Iterator[tuple[str, Row]]:

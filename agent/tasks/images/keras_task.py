@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.images import dataset, layer_spec
@@ -31,13 +32,16 @@ class Images(KerasTask):
 
     version = "1"
     defaults = MappingProxyType(image_settings.DEFAULTS)
+    _surveyed: Numbers | None = None
+    _pictures: dataset.Pictures | None = None
 
     def survey(self, settings: Settings) -> ClassCounts | None:
         """This peer's classes, if the run does not name its own. Raises DataError, UsageError."""
         if not image_settings.needs_classes(settings):
             return None
         self.schema({**settings, "classes": "a,b"})  # errors in the other settings show now
-        return dataset.survey(self._data)
+        found, self._surveyed = dataset.survey(self._data)
+        return found
 
     def schema(self, settings: Settings) -> Schema:
         return layer_spec.schema(_layers(settings))
@@ -85,7 +89,15 @@ class Images(KerasTask):
 
     def read(self, data: DataSettings, settings: Settings) -> Examples:
         found = dataset.load_pictures(data, image_settings.read_settings(settings))
+        self._pictures = found
         return Examples(found.pixels, found.labels, found.train, found.held_out)
+
+    def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
+        """The numbers of the pictures behind an answer."""
+        if use == "table":
+            return self._surveyed
+        self._found(settings)
+        return self._pictures.numbers_of(use) if self._pictures else None
 
     def prepared(self, x: Any, settings: Settings, training: bool) -> Any:
         """uint8[n, channels, size, size] -> float32[n, size, size, channels]."""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agent.data.disclosed_sets import Numbers, Use
 from agent.tasks import Settings
 from agent.tasks.images import dataset, layer_spec, resnet
 from agent.tasks.images import settings as image_settings
@@ -38,13 +39,18 @@ class Images(ClassifierTask):
 
     defaults = image_settings.DEFAULTS
     evaluation_batch = gradient_batch = 256
+    _surveyed: Numbers | None = None
+
+    def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
+        return self._surveyed if use == "table" else self._read(settings).numbers_of(use)
 
     def survey(self, settings: Settings) -> ClassCounts | None:
         """This peer's classes, if the run does not name its own. Raises DataError, UsageError."""
         if not image_settings.needs_classes(settings):
             return None
         self.schema({**settings, "classes": "a,b"})  # errors in the other settings show now
-        return dataset.survey(self._data)
+        found, self._surveyed = dataset.survey(self._data)
+        return found
 
     def schema(self, settings: Settings) -> Schema:
         plan = image_settings.read_settings(settings)

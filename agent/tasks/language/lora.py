@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
+from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
 from agent.tasks.language import base_model, lora_settings, next_token
@@ -37,13 +38,16 @@ from protocols.model.weights import Schema, Weights
 
 class _Texts(NamedTuple):
     """Texts of a classification: tokens int64[n, context] filled up with the pad, their lengths
-    int64[n], labels int64[n], and which rows are trained on and held out."""
+    int64[n], labels int64[n], and which rows are trained on and held out; and the numbers of these
+    over time, if this machine remembers them."""
 
     tokens: Tensor
     lengths: Tensor
     labels: Tensor
     train: Tensor
     held_out: Tensor
+    train_numbers: Numbers | None
+    held_numbers: Numbers | None
 
 
 class Lora(TorchTask):
@@ -106,12 +110,19 @@ class Lora(TorchTask):
         def read() -> Windows | _Texts:
             made = self._adapted(plan)
             if plan.kind == "classification":
-                return _texts(self._data.path, plan, made)
+                return _texts(self._data, plan, made)
             tokens = made.tokens._replace(digest=self._digest(plan))
             return split_windows(text.tokenize(self._data, tokens), plan.context)
 
         examples: Windows | _Texts = self._read_data.get(plan, read)
         return examples
+
+    def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
+        """The numbers of the texts of a classification; other text has no rows."""
+        found = self._read(lora_settings.read_settings(settings))
+        if isinstance(found, Windows):
+            return None
+        return found.train_numbers if use == "train" else found.held_numbers
 
     def _rows(self, texts: _Texts, rows: Tensor) -> Examples:
         return Examples(rows.to(self._device), texts.labels[rows].to(self._device))
@@ -201,9 +212,11 @@ class Lora(TorchTask):
         base_model.save_merged(made, out, found)
 
 
-def _texts(path: str, plan: LoraSettings, made: AdaptedModel) -> _Texts:
+def _texts(data: DataSettings, plan: LoraSettings, made: AdaptedModel) -> _Texts:
     """The texts in a folder for each class. Raises DataError."""
-    found = class_folders.find_files(path, plan.classes, text.SUFFIXES)
+    found, numbers = class_folders.admit(
+        class_folders.find_files(data.path, plan.classes, text.SUFFIXES), data
+    )
     rows = [
         list(made.tokens.encode("".join(text.read_pieces(p))))[: plan.context] for p in found.paths
     ]
@@ -211,5 +224,13 @@ def _texts(path: str, plan: LoraSettings, made: AdaptedModel) -> _Texts:
     filled = np.full((len(rows), max(1, lengths.max())), made.pad, np.int64)
     for row, tokens in zip(filled, rows, strict=True):
         row[: len(tokens)] = tokens
-    cut = class_folders.split_held_out(found.names, lengths > 0)
-    return _Texts(*(torch.from_numpy(a) for a in (filled, lengths, found.labels, *cut)))
+    train, held_out = class_folders.split(found.names, lengths > 0, numbers, data)
+    return _Texts(
+        torch.from_numpy(filled),
+        torch.from_numpy(lengths),
+        torch.from_numpy(found.labels),
+        torch.from_numpy(train),
+        torch.from_numpy(held_out),
+        train_numbers=None if numbers is None else numbers[train],
+        held_numbers=None if numbers is None else numbers[held_out],
+    )

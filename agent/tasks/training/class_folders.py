@@ -8,12 +8,18 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from agent.data.admission import Admission
+from agent.data.disclosed_sets import Numbers
+from agent.data.row_registry import RowRegistry
+from agent.data.settings import DataSettings
+from agent.tasks.training.seeds import random_state
 from protocols.errors import DataError, UsageError
 
 _HELD_OUT = 5
@@ -45,10 +51,22 @@ def parse_classes(words: str) -> tuple[str, ...]:
     return names
 
 
-def count_examples(path: str, suffixes: Collection[str]) -> dict[str, int]:
-    """The number of files by the folder that they are in. Raises DataError."""
-    root = Path(path)
-    return {name: len(_examples(root / name, suffixes)) for name in _folders(path)}
+def count_examples(
+    data: DataSettings, suffixes: Collection[str]
+) -> tuple[dict[str, int], Numbers | None]:
+    """The number of files by the folder that they are in, of those that may be used; and the
+    numbers of these if this machine remembers them. Raises DataError."""
+    root, folders = Path(data.path), _folders(data.path)
+    paths = [
+        (path, place)
+        for place, name in enumerate(folders)
+        for path in _examples(root / name, suffixes)
+    ]
+    names = [path.relative_to(root).as_posix() for path, _ in paths]
+    labels = np.array([place for _, place in paths], np.int64)
+    found, numbers = admit(ClassFiles([path for path, _ in paths], names, labels), data)
+    counts = np.bincount(found.labels, minlength=len(folders)).tolist()
+    return dict(zip(folders, counts, strict=True)), numbers
 
 
 def _folders(path: str) -> list[str]:
@@ -109,6 +127,48 @@ def find_files(
     paths = [path for path, _ in found]
     names = [path.relative_to(root).as_posix() for path in paths]
     return ClassFiles(paths, names, np.array([label for _, label in found], np.int64))
+
+
+def admit(found: ClassFiles, data: DataSettings) -> tuple[ClassFiles, Numbers | None]:
+    """The files that may be used (`agent.data.admission`), and their numbers if this machine
+    remembers them. An example is its content and its class, whatever its name is."""
+    if not data.memory:
+        return found, None
+    file = Path(data.memory)
+    labels = [Path(name).parts[0] for name in found.names]
+    with closing(RowRegistry(file)) as registry, closing(Admission(file)) as admission:
+        numbers = registry.file_numbers(list(zip(labels, found.paths, strict=True)))
+        admitted = admission.admit(numbers, data.min_count)
+    rows = np.flatnonzero(admitted)
+    kept = ClassFiles(
+        [found.paths[row] for row in rows], [found.names[row] for row in rows], found.labels[rows]
+    )
+    return kept, numbers[rows]
+
+
+def split(
+    names: Sequence[str],
+    usable: npt.NDArray[np.bool_],
+    numbers: Numbers | None,
+    data: DataSettings,
+) -> tuple[Rows, Rows]:
+    """As `split_held_out`, if this machine remembers no rows; else each row stays on its side.
+
+    Raises DataError for fewer than two.
+    """
+    first = split_held_out(names, usable)
+    if numbers is None:
+        return first
+
+    def draw(count: int, group: int) -> npt.NDArray[np.bool_]:
+        if not group:
+            return np.isin(np.flatnonzero(usable), first[1])
+        chance = random_state("held out", data.seed, data.index, group)
+        return np.asarray(chance.permutation(count) < count // _HELD_OUT)
+
+    with closing(Admission(Path(data.memory))) as admission:
+        parts = admission.split("files", numbers, usable, data.min_count, draw)
+    return np.flatnonzero(parts.train), np.flatnonzero(parts.held_out)
 
 
 def split_held_out(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple[Rows, Rows]:

@@ -33,7 +33,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome, Watch
 from agent.tasks.training import evaluation
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.evaluation import BatchResult
@@ -104,6 +104,7 @@ class KerasTask:
         self._examples: tuple[dict[str, Setting], Examples] | None = None
         self._at: _Position | None = None
         self._restored: Snapshot | None = None
+        self._watch: Watch = lambda places: None
 
     # --- for subclasses to define ---
 
@@ -164,10 +165,14 @@ class KerasTask:
         step, count = self._step(model, optimiser, plan), len(examples.train)
         batch, steps = plan.batch_size or count, plan.steps(count)
         seed = derive_seed("order", plan.seed, plan.round, self._data.index)
+        watch, self._watch = self._watch, lambda places: None
         try:
             while at.done < steps:
-                order = examples.train[np.random.RandomState(seed + at.epoch).permutation(count)]
+                places = np.random.RandomState(seed + at.epoch).permutation(count)
                 body = count - plan.tail(count)
+                ahead = at.passed + (steps - at.done) * batch
+                watch(places[: count if ahead > body else ahead])
+                order = examples.train[places]
                 starts = [
                     *range(at.passed, body, batch),
                     *([body] if at.passed <= body < count else []),
@@ -208,6 +213,10 @@ class KerasTask:
 
         batches = range(0, len(examples.held_out), EVALUATION_BATCH)
         return evaluation.evaluate(batches, measure, on_step)
+
+    def watch_epochs(self, watch: Watch) -> None:
+        """Make the next `train` call this before each epoch, with the places of its examples."""
+        self._watch = watch
 
     # --- Resumable ---
 

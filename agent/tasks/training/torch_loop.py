@@ -22,12 +22,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agent.tasks import OnStep, Snapshot, TrainOutcome
+from agent.tasks import OnStep, Snapshot, TrainOutcome, Watch
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.loop_state import LoopState as LoopState
@@ -51,8 +49,6 @@ class Examples(NamedTuple):
 
 #: One step, in place; returns the batch's mean loss before it.
 Step = Callable[[Tensor, Tensor], float]
-#: Gets the places of examples, int64[n].
-Watch = Callable[[npt.NDArray[np.int64]], None]
 #: The mean loss of a batch: `loss_of(weights, x, y) -> float32[]`.
 LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]
 
