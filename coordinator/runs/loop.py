@@ -124,6 +124,8 @@ class RunLoop:
     async def _prepare(self) -> None:
         if self.run.head and not self.run.recalling:
             await self._find_intact_version()
+        if self.run.state in (RunState.TRAINING, RunState.AGGREGATING):
+            await self._repeat_round_without_updates()
         if self.run.head and not (self.run.ended or self.run.recalling):
             self._model.set_version(self.run.head)
         self._recorder.announce()
@@ -142,6 +144,17 @@ class RunLoop:
             return
         await self._recorder.record(run_events.VersionLost(head, intact))
         text = f"{damage}: run {self.run.id} continues from {intact[:12]}"
+        self._recorder.report("warning", text)
+
+    async def _repeat_round_without_updates(self) -> None:
+        """Repeat the round if accepted updates are not on disk: a backup does not hold them."""
+        run, path = self.run, self._ctx.store.uploads.path
+        peers = {*run.updates, *(one.peer for one in run.buffer)}
+        uploads = [path(peer, digest) for peer in peers for digest in self._counted_uploads(peer)]
+        if all(upload.exists() for upload in uploads):
+            return
+        await self._recorder.record(run_events.VersionLost(run.head, run.head))
+        text = f"updates of run {run.id} are not on disk: round {run.round} is repeated"
         self._recorder.report("warning", text)
 
     async def _end(self, state: RunState, because: str) -> None:

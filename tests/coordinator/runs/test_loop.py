@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -565,6 +566,28 @@ async def test_a_restart_in_the_middle_changes_nothing(tmp_path: Path, kind: str
             assert [closed.digest for closed in run.history] == [
                 closed.digest for closed in undisturbed.history
             ]
+            await fleet.close()
+    finally:
+        await fleet.close()
+
+
+async def test_a_round_whose_updates_are_lost_is_repeated(tmp_path: Path) -> None:
+    """As after a restore: a backup holds what was accepted, but not the uploads."""
+    fleet = Fleet(tmp_path)
+    try:
+        async with fleet.up():
+            for number, part in enumerate(THREE[:2]):
+                fleet.join(f"agent{number}", part)
+            await fleet.online(2)
+            held = Door(fleet.agents[1], 2)
+            run_id = fleet.start(rounds=3, quorum=2)
+            await until(held.reached.is_set)
+            await until(lambda: len(fleet.facts(run_id, run_events.UpdateAccepted)) >= 3)
+        shutil.rmtree(fleet.home / "spool")
+        async with fleet.up():
+            held.open()
+            run = await fleet.finished(run_id)
+            assert (run.state, run.round) == (RunState.FINISHED, 3)
             await fleet.close()
     finally:
         await fleet.close()
