@@ -19,7 +19,7 @@ from benchmarks.faults.checker import Fact, Truth
 from benchmarks.faults.results import Row
 from benchmarks.faults.site import NO_BROKER, Site, site
 from benchmarks.speed.load_agent import StandIn, Tally, TurnedAway
-from coordinator.transport.http_server import raise_open_file_limit
+from coordinator.transport.connection_limits import raise_open_file_limit
 from protocols.enrollment import tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinResponse
 from tests.support.fleet_harness import HOST

@@ -16,7 +16,7 @@ import psutil
 from benchmarks.speed.load_agent import StandIn, Tally
 from benchmarks.speed.processes import peak_rss
 from coordinator.remote.api_client import Remote
-from coordinator.transport.http_server import raise_open_file_limit
+from coordinator.transport.connection_limits import raise_open_file_limit
 from protocols.enrollment import tickets
 from tests.support.fleet_harness import HOST, Fleet, fleet
 

@@ -40,8 +40,9 @@ FORMAT = 1
 LEDGER_FILE = "ledger.db"
 MANIFEST = "manifest.json"
 _KEYS = ("ca.pem", "ca.key", "coordinator.key", "operator.key")
-_REQUIRED = ("home.json", *_KEYS, "mqtt.json", LEDGER_FILE)
-_OPTIONAL = (SETTINGS_FILE,)
+_REQUIRED = ("home.json", *_KEYS, LEDGER_FILE)
+#: `mqtt.json`: homes of earlier versions have it, with a login that is not used any more.
+_OPTIONAL = (SETTINGS_FILE, "mqtt.json")
 _WEIGHTS = re.compile(r"(versions|states)/([0-9a-f]{64})\.safetensors")
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20

@@ -33,10 +33,9 @@ from coordinator.jobs.manager import JobManager
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.runs.context import RunContext
 from coordinator.runs.manager import RunManager
-from coordinator.storage import settings
 from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
-from coordinator.storage.settings import UP_FILE, Keys, MqttLogin, Settings
+from coordinator.storage.settings import UP_FILE, Keys, Settings
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
@@ -80,7 +79,7 @@ class Coordinator:
         self._superlink = Superlink()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._sessions = Sessions(self.fleet)
-        self._broker = _broker(home, chosen, self.port, _login(home, keys, self.registry))
+        self._broker = _broker(home, chosen, self.port, keys)
         self._card = CardFile(home, keys.ca_pem)
         self._publisher = EventPublisher(self.fleet, self._sessions, keys)
         self.log_requests = LogRequests(self._publisher.request_logs)
@@ -94,6 +93,7 @@ class Coordinator:
             self._publisher,
             self.sharing,
             long_polls,
+            self._broker,
         )
         self._peers.admit_all()
         # Runs and jobs.
@@ -111,6 +111,8 @@ class Coordinator:
     def _connect(self) -> None:
         self._peers.queues = (self.runs, self.jobs)
         self.registry.on_change = self._peers.on_change
+        self.registry.on_operator_change = self._peers.on_operator_change
+        self._broker.on_refused = self._peers.on_mqtt_refused
         self._superlink.on_request = self._peers.on_request
         self._polls.on_request = self._peers.on_request
         self._publisher.on_eligibility_change = self._peers.wake_queues
@@ -156,10 +158,9 @@ class Coordinator:
 
     def _work(self, server: Server, resume: bool) -> dict[str, Coroutine[Any, Any, None]]:
         """The background tasks, by name."""
-        broker = self._broker.address("127.0.0.1", self._keys.ca_pem.decode())
         work = {
             "broker": self._broker.supervise(self._on_broker),
-            "feed": self._publisher.listen(broker, self.registry.verify),
+            "feed": self._publisher.listen(self._broker.own_address(), self.registry.verify),
             "publisher": self._publisher.relay(),
             "heartbeat": self._send_heartbeats(),
             "sessions": self._peers.watch(),
@@ -212,8 +213,8 @@ class Coordinator:
 
     # --- for the HTTP routes (CoordinatorService) ---
 
-    def mqtt_for(self, host: str) -> MqttAddress:
-        return self._broker.address(host, self._keys.ca_pem.decode())
+    def mqtt_for(self, host: str, user: str) -> MqttAddress:
+        return self._broker.address(host, self._keys.ca_pem.decode(), user)
 
     def fleet_card(self) -> bytes:
         """The coordinator's key and broker, signed by the CA."""
@@ -254,16 +255,7 @@ class Coordinator:
             log.warning("the MQTT broker is down: %s", reason)
 
 
-def _login(home: Path, keys: Keys, registry: Registry) -> MqttLogin:
-    """The login for the embedded broker. It is new if a peer or operator was removed meanwhile."""
-    removed = sum(peer.standing == "removed" for peer in registry.peers.values())
-    removed += sum(operator.removed for operator in registry.operators.values())
-    return keys.login if removed == keys.login.removed else settings.new_login(home, removed)
-
-
-def _broker(
-    home: Path, chosen: Settings, port: int, login: MqttLogin
-) -> EmbeddedBroker | ExternalBroker:
+def _broker(home: Path, chosen: Settings, port: int, keys: Keys) -> EmbeddedBroker | ExternalBroker:
     """The external broker of the settings, or an embedded one on the port after `port`."""
     if chosen.mqtt_url:
         return ExternalBroker(chosen.mqtt_url, Path(chosen.mqtt_ca) if chosen.mqtt_ca else None)
@@ -273,6 +265,6 @@ def _broker(
         chosen.mqtt_port or (port + 1 if chosen.port else 0),
         home / "server.pem",
         home / "server.key",
-        login.user,
-        login.password,
+        keys.fleet,
+        keys.sign_key.private_bytes_raw(),
     )

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from coordinator.api.polls import LongPolls
-from coordinator.fleet.registry import Peer, Registry
+from coordinator.fleet.auth import OPERATOR
+from coordinator.fleet.registry import Operator, Peer, Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import REPLY_ACTIONS, Superlink
+from coordinator.transport.mqtt_access import monitor_user
+from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes
-from protocols.messages.envelope import EventLine
+from protocols.messages.envelope import EventLine, strip_controls
+
+log = logging.getLogger("commonweight.hub")
 
 ONLINE_EVERY_S = 2.0
 _CHANGES = {"enrolled": "joined", "awaiting": "asks to join", "removed": "was removed"}
 
 
 class PeerEvents:
-    """Updates Flower's nodes, the sessions, the published events and the run and job `queues`."""
+    """Updates Flower's nodes, sessions, MQTT logins, events, and the run and job `queues`."""
 
     def __init__(
         self,
@@ -30,9 +36,11 @@ class PeerEvents:
         publisher: EventPublisher,
         sharing: SharingRoutes,
         long_polls: LongPolls,
+        broker: EmbeddedBroker | ExternalBroker,
     ) -> None:
         self._registry, self._superlink, self._sessions = registry, superlink, sessions
         self._publisher, self._sharing, self._long_polls = publisher, sharing, long_polls
+        self._broker = broker
         self.queues: Sequence[RunManager | JobManager] = ()
         self.on_removed: Callable[[str], None] = lambda peer: None
 
@@ -54,11 +62,15 @@ class PeerEvents:
     def admit_all(self) -> None:
         for peer in self._registry.peers.values():
             self._admit(peer)
+        self._broker.admit(monitor_user(OPERATOR), "monitor")
+        for operator in self._registry.operators.values():
+            self.on_operator_change(operator)
 
     def _admit(self, peer: Peer) -> None:
-        """Register an enrolled peer's Flower key and publish the peer."""
+        """Register an enrolled peer's Flower key and MQTT login, and publish the peer."""
         if peer.standing == "enrolled" and self._sessions.node_of(peer.peer) is None:
             self._sessions.add(peer.peer, self._superlink.register_node(peer.node_public))
+            self._broker.admit(peer.peer, "agent")
         if peer.standing != "removed":
             self._publisher.publish_peer(peer)
 
@@ -68,6 +80,7 @@ class PeerEvents:
                 self._superlink.remove_node(node)
             self._sharing.remove_peer(peer.peer)
             self.on_removed(peer.peer)
+            self._broker.drop(peer.peer)
             self._publisher.clear_presence(peer.peer)
             self._publisher.publish_peer(peer)
             self.wake_queues()
@@ -75,6 +88,21 @@ class PeerEvents:
             self._admit(peer)
         text = f"{peer.name} {_CHANGES[peer.standing]}"
         self._publisher.publish(EventLine(level="info", text=text, subject=peer.peer))
+
+    def on_operator_change(self, operator: Operator) -> None:
+        """An operator or observer joined or was removed."""
+        user = monitor_user(operator.operator)
+        if operator.removed:
+            self._broker.drop(user)
+        else:
+            self._broker.admit(user, "monitor")
+
+    def on_mqtt_refused(self, user: str, why: str) -> None:
+        """The broker's gate refused something for the first time."""
+        who = self.name_of(user) if user else "a client without a valid login"
+        log.warning("MQTT: refused %s: %s", strip_controls(who), why)
+        text = strip_controls(f"MQTT: refused {who}: {why}")
+        self._publisher.publish(EventLine(level="warning", text=text, subject=user[:64]))
 
     # --- Flower's sessions ---
 

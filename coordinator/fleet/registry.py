@@ -127,7 +127,8 @@ class Operator(Struct, frozen=True, kw_only=True):
 
 
 class Registry:
-    """The members of the fleet. `on_change(peer)` is called after a peer's standing changed."""
+    """The members of the fleet. `on_change(peer)` is called after a peer's standing changed, and
+    `on_operator_change(operator)` after an operator or observer joined or was removed."""
 
     def __init__(self, ledger: Ledger, *, approve: bool = False) -> None:
         self._ledger = ledger
@@ -136,6 +137,7 @@ class Registry:
         self.peers: dict[str, Peer] = {}
         self.operators: dict[str, Operator] = {}
         self.on_change: Callable[[Peer], None] = lambda peer: None
+        self.on_operator_change: Callable[[Operator], None] = lambda operator: None
         for entry in ledger.entries(SUBJECT):
             self._apply(_decode(entry.body))
 
@@ -294,6 +296,8 @@ class Registry:
         self._apply(event)
         if isinstance(event, PeerJoined | PeerApproved | PeerRemoved):
             self.on_change(self.peers[event.peer])
+        elif isinstance(event, OperatorJoined | OperatorRemoved):
+            self.on_operator_change(self.operators[event.operator])
 
     def _apply(self, event: FleetEvent) -> None:
         match event:

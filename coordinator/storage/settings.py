@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import socket
 import ssl
 from pathlib import Path
@@ -78,14 +77,6 @@ def _parse_variable(name: str, text: str) -> Any:
         raise UsageError(f'{name}: {err}: write a list as JSON, such as ["a", "b"]') from err
 
 
-class MqttLogin(msgspec.Struct, frozen=True):
-    """The login for the embedded broker, made when `removed` peers had been removed."""
-
-    user: str
-    password: str
-    removed: int = 0
-
-
 class Keys(NamedTuple):
     """The keys and certificates in a coordinator's home."""
 
@@ -94,7 +85,6 @@ class Keys(NamedTuple):
     ca_key: SigningKey
     sign_key: SigningKey
     operator_key: SigningKey
-    login: MqttLogin
 
 
 def init(names: list[str]) -> tuple[Path, bool]:
@@ -106,7 +96,6 @@ def init(names: list[str]) -> tuple[Path, bool]:
     write_private(home / "ca.key", identity.private_pem(ca_key))
     write_private(home / "coordinator.key", identity.private_pem(identity.new_signing_key()))
     write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
-    new_login(home, 0)
     # Last: its presence marks a complete home.
     write_private(home / "ca.pem", ca_pem)
     certify(home, ca_key, ca_pem, names)
@@ -119,22 +108,14 @@ def save_names(home: Path, names: list[str]) -> None:
     write_private(home / SETTINGS_FILE, tomli_w.dumps(values).encode())
 
 
-def new_login(home: Path, removed: int) -> MqttLogin:
-    """Store a new MQTT password, since a removed peer knows the last one."""
-    login = MqttLogin("fleet", secrets.token_urlsafe(24), removed)
-    write_private(home / "mqtt.json", msgspec.json.encode(login))
-    return login
-
-
 def open_keys(home: Path) -> Keys:
     """The keys in the home. Raises HomeError."""
     if not (home / "ca.pem").exists():
         raise HomeError(f"{home} has no CA", "make one: commonweight init")
     try:
         ca_pem = (home / "ca.pem").read_bytes()
-        login = msgspec.json.decode((home / "mqtt.json").read_bytes(), type=MqttLogin)
         fleet = identity.fleet_id(ca_pem)
-    except (OSError, msgspec.DecodeError, BadMessage) as err:
+    except (OSError, BadMessage) as err:
         raise HomeError(f"the home {home} is damaged: {err}", "restore it from a backup") from err
     return Keys(
         fleet=fleet,
@@ -142,7 +123,6 @@ def open_keys(home: Path) -> Keys:
         ca_key=identity.load_signing_key(home / "ca.key"),
         sign_key=identity.load_signing_key(home / "coordinator.key"),
         operator_key=identity.load_signing_key(home / "operator.key"),
-        login=login,
     )
 
 

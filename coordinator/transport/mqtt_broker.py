@@ -1,26 +1,33 @@
-"""The MQTT broker: our own in a child process (rumqttd, from iotcore), or an external one by URL.
+"""The MQTT broker: our own in a child process (rumqttd behind `mqtt_gate`), or an external one.
 
 Rule 1: the child ends with this process, even on SIGKILL: it reads our end of its stdin pipe.
 Rule 2: the child has a session of its own, so Ctrl-C reaches only us.
-Rule 3: the password is in one file with mode 0600, never in an argument list.
-Rule 4: rumqttd does one TLS handshake at a time, without a timeout. One client that stalls in its
-        handshake (a closed laptop) blocks all others. So the broker is probed regularly, and
-        restarted if it stays blocked.
+Rule 3: rumqttd's password is new at each start, in files with mode 0600, never in an argument list.
+        Only the gate and the coordinator use it, on loopback.
+Rule 4: agents and monitors have a login each (`mqtt_access`). A removed one is cut off at once.
+Rule 5: the child is probed regularly, and restarted if it stays blocked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import queue
+import secrets
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import tomli_w
 
+from coordinator.transport.mqtt_access import Login, Passwords, Role
 from coordinator.transport.ports import listen_error, listenable
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from protocols.local.atomic_files import write_private
@@ -28,6 +35,7 @@ from protocols.messages.envelope import MAX_PAYLOAD_BYTES
 from protocols.messages.mqtt import MqttAddress, parse_url
 
 OnChange = Callable[[bool, str], None]
+OnRefused = Callable[[str, str], None]
 
 MAX_CONNECTIONS = 10_000
 START_TIMEOUT_S = 20.0
@@ -36,26 +44,16 @@ _STABLE_S = 60.0  # a child that lived this long resets the retry delay
 _POLL_S = 0.2
 _STOP_TIMEOUT_S = 5.0
 
-# -P: a folder named `iotcore` in the current directory must not hide the package. rumqttd logs each
-# packet as an error, so its log is disabled. A panic is still written to stderr.
-_CHILD = """
-import logging, os, sys, threading
-from iotcore import IotCoreBroker
-
-def end_with_parent():
-    sys.stdin.buffer.read()
-    os._exit(0)
-
-logging.disable(logging.CRITICAL)
-threading.Thread(target=end_with_parent, daemon=True).start()
-IotCoreBroker(config_path=sys.argv[1]).run_forever()
-"""
+_LOOPBACK = "127.0.0.1"
+_USER = "gate"
 
 
 class EmbeddedBroker:
-    """rumqttd with TLS and one login, listening on `host:port` (port 0: any free port).
+    """rumqttd behind the gate, which listens with TLS on `host:port` (port 0: any free port).
 
     Its configuration and log are in `folder`. A renewed `certificate` is used without a restart.
+    `fleet` is the fleet's id in topics; passwords derive from `secret`. `on_refused(user, why)` is
+    called in the event loop for each new kind of refusal; `user` is empty for one without a login.
     """
 
     def __init__(
@@ -65,16 +63,20 @@ class EmbeddedBroker:
         port: int,
         certificate: Path,
         key: Path,
-        user: str,
-        password: str,
+        fleet: str,
+        secret: bytes,
         *,
         stuck_after_s: float = 30.0,
     ) -> None:
         self.host, self.port = host, port
         self._folder = folder
         self._certificate, self._key = certificate, key
-        self._user, self._password = user, password
+        self._fleet, self._passwords = fleet, Passwords(secret)
+        self._logins: dict[str, Login] = {}
+        self.on_refused: OnRefused = lambda user, why: None
         self._stuck_after_s = stuck_after_s
+        self._inner_port, self._inner_password = 0, ""
+        self._lines: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._ip = ""
 
@@ -87,11 +89,35 @@ class EmbeddedBroker:
         """The child's process id while it runs."""
         return self._process.pid if self._process and self.running else None
 
-    def address(self, host: str, ca_pem: str) -> MqttAddress:
-        """The address for a client that knows this machine as `host`."""
+    def address(self, host: str, ca_pem: str, user: str = "") -> MqttAddress:
+        """The address for a client that knows this machine as `host`, with this user's login."""
         return MqttAddress(
-            host=host, port=self.port, user=self._user, password=self._password, ca_pem=ca_pem
+            host=host,
+            port=self.port,
+            user=user,
+            password=self._passwords.of(user) if user else "",
+            ca_pem=ca_pem,
         )
+
+    def own_address(self) -> MqttAddress:
+        """The address for this process: past the gate, on loopback, with all rights."""
+        return MqttAddress(
+            host=_LOOPBACK,
+            port=self._inner_port,
+            tls=False,
+            user=_USER,
+            password=self._inner_password,
+        )
+
+    def admit(self, user: str, role: Role) -> None:
+        """Let a user log in from now on."""
+        login = self._logins[user] = self._passwords.login(user, role)
+        self._lines.put(list(login))
+
+    def drop(self, user: str) -> None:
+        """Refuse a user's login from now on, and cut its connections."""
+        if self._logins.pop(user, None) is not None:
+            self._lines.put([user, "", ""])
 
     async def start(self) -> None:
         """Start the child and wait until it accepts connections.
@@ -110,6 +136,7 @@ class EmbeddedBroker:
         self._ip = await self._resolve()
         try:
             self.port = listenable(self._ip, self.port)
+            self._inner_port = listenable(_LOOPBACK, self._inner_port)
         except OSError as err:
             raise listen_error(err, self.host, self.port, port_option="--mqtt-port") from err
         self._process = self._spawn()
@@ -124,6 +151,7 @@ class EmbeddedBroker:
         process, self._process = self._process, None
         if process is None:
             return
+        self._lines.put(None)
         process.terminate()
         try:
             await asyncio.to_thread(process.wait, _STOP_TIMEOUT_S)
@@ -133,8 +161,9 @@ class EmbeddedBroker:
         finally:
             if process.poll() is None:  # cancelled
                 process.kill()
-            if process.stdin is not None:
-                process.stdin.close()
+            with contextlib.suppress(OSError):  # a line was not read to its end
+                if process.stdin is not None:
+                    process.stdin.close()
 
     async def supervise(self, on_change: OnChange) -> None:
         """Restart the child whenever it ends, until cancelled. Cancel this before `stop`.
@@ -175,34 +204,68 @@ class EmbeddedBroker:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        config = self._folder / "broker.toml"
+        # The coordinator's own link keeps its address over a restart of the child.
+        self._inner_password = self._inner_password or secrets.token_urlsafe(24)
+        config, gate = self._folder / "broker.toml", self._folder / "gate.json"
         write_private(config, self._toml().encode())
+        write_private(gate, json.dumps(self._gate_config(config)).encode())
+        # -P: a folder named `iotcore` in the current directory must not hide the package.
         with open(self._folder / "broker.log", "wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-P", "-c", _CHILD, str(config)],
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "coordinator.transport.mqtt_gate", str(gate)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
                 creationflags=_NEW_GROUP,
             )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._lines = queue.SimpleQueue()
+        for login in self._logins.values():
+            self._lines.put(list(login))
+        self._lines.put([])
+        told = (asyncio.get_running_loop(), process.stdout)
+        pipe = (self._lines, process.stdin)
+        threading.Thread(target=_write_lines, args=pipe, daemon=True).start()
+        threading.Thread(target=self._read_refusals, args=told, daemon=True).start()
+        return process
+
+    def _read_refusals(self, loop: asyncio.AbstractEventLoop, pipe: IO[bytes]) -> None:
+        with pipe:
+            for line in pipe:
+                user, why = json.loads(line)
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(self._refused, user, why)
+
+    def _refused(self, user: str, why: str) -> None:
+        self.on_refused(user, why)
+
+    def _gate_config(self, broker_config: Path) -> dict[str, str | int]:
+        """A `mqtt_gate.GateConfig`."""
+        return {
+            "fleet": self._fleet,
+            "host": self._ip,
+            "port": self.port,
+            "certificate": str(self._certificate.absolute()),
+            "key": str(self._key.absolute()),
+            "broker_config": str(broker_config.absolute()),
+            "broker_port": self._inner_port,
+            "broker_user": _USER,
+            "broker_password": self._inner_password,
+        }
 
     def _toml(self) -> str:
-        listen = f"[{self._ip}]:{self.port}" if ":" in self._ip else f"{self._ip}:{self.port}"
         server = {
             "name": "mqtt",
-            "listen": listen,
+            "listen": f"{_LOOPBACK}:{self._inner_port}",
             "next_connection_delay_ms": 0,  # otherwise a fleet that reconnects has to queue
-            "tls": {
-                "certpath": str(self._certificate.absolute()),
-                "keypath": str(self._key.absolute()),
-            },
             "connections": {
                 "connection_timeout_ms": 10_000,
                 "max_payload_size": MAX_PAYLOAD_BYTES + 4096,
                 "max_inflight_count": 100,
                 "dynamic_filters": False,
-                "auth": {self._user: self._password},
+                "auth": {_USER: self._inner_password},
             },
         }
         router = {
@@ -284,6 +347,7 @@ class ExternalBroker:
 
     running = True
     pid = None
+    on_refused: OnRefused
 
     def __init__(self, url: str, ca_file: Path | None = None) -> None:
         try:
@@ -293,9 +357,18 @@ class ExternalBroker:
         self._address = parse_url(url, ca_pem)
         self.host, self.port = self._address.host, self._address.port
 
-    def address(self, host: str = "", ca_pem: str = "") -> MqttAddress:
+    def address(self, host: str = "", ca_pem: str = "", user: str = "") -> MqttAddress:
         """The address in the URL. The parameters are ignored."""
         return self._address
+
+    def own_address(self) -> MqttAddress:
+        return self._address
+
+    def admit(self, user: str, role: Role) -> None:
+        """Do nothing: that broker has logins of its own."""
+
+    def drop(self, user: str) -> None:
+        """Do nothing: that broker has logins of its own."""
 
     async def start(self) -> None:
         """Do nothing: we do not run this broker."""
@@ -313,6 +386,14 @@ if sys.platform == "win32":
     _NEW_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
 else:
     _NEW_GROUP = 0
+
+
+def _write_lines(lines: queue.SimpleQueue[list[str] | None], pipe: IO[bytes]) -> None:
+    """Write each line until None, in a thread: a full pipe must not stop the event loop."""
+    with contextlib.suppress(OSError, ValueError):  # the child has ended
+        while (line := lines.get()) is not None:
+            pipe.write(json.dumps(line).encode() + b"\n")
+            pipe.flush()
 
 
 def _first_certificate(path: Path) -> bytes:

@@ -31,13 +31,10 @@ def external_broker(folder: Path) -> Iterator[tuple[EmbeddedBroker, dict[str, st
     site = Site(folder)
     broker = site.broker()
     asyncio.run(broker.start())
-    (folder / "ca.pem").write_text(site.ca_pem)
-    url = f"mqtts://fleet:{site.password}@{HOST}:{broker.port}"
+    own = site.address(broker)  # one login for all, as most brokers have
     try:
-        yield (
-            broker,
-            {"COMMONWEIGHT_MQTT_URL": url, "COMMONWEIGHT_MQTT_CA": str(folder / "ca.pem")},
-        )
+        url = f"mqtt://{own.user}:{own.password}@{own.netloc}"
+        yield broker, {"COMMONWEIGHT_MQTT_URL": url}
     finally:
         asyncio.run(broker.stop())
 

@@ -15,15 +15,14 @@ import pytest
 from agent.home import settings
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import CoordinatorClient
-from coordinator.transport.http_connection import READ_TIMEOUT_S
-from coordinator.transport.http_server import (
-    HANDSHAKE_TIMEOUT_S,
+from coordinator.transport.connection_limits import (
     MAX_NEW_BURST,
     MAX_PER_CLIENT,
     RateLimitedListener,
     client_key,
-    listen,
 )
+from coordinator.transport.http_connection import READ_TIMEOUT_S
+from coordinator.transport.http_server import HANDSHAKE_TIMEOUT_S, listen
 from tests.hostile.tools import bounded_growth, plain, secure
 from tests.support.fleet_harness import fleet
 from tests.support.waiting import wait_for

@@ -55,12 +55,12 @@ class Impostor(Site):
             fleet=true.fleet_id, ca_pem=shown(true.ca_pem, self.own_ca), public=public
         )
         self.card = b""
-        self.broker = super().mqtt_for(HOST)
+        self.broker = super().mqtt_for(HOST, "")
 
     def fleet_card(self) -> bytes:
         return self.card
 
-    def mqtt_for(self, host: str) -> MqttAddress:
+    def mqtt_for(self, host: str, user: str) -> MqttAddress:
         return self.broker
 
     def steal_tls(self) -> None:
@@ -134,12 +134,12 @@ def test_a_stolen_tls_key_brings_in_no_signing_key(
     impostor.steal_tls()
     if card == "own":
         keys = (impostor.own_ca_key, impostor.identity.public)
-        impostor.card = impostor.cards.current(*keys, site.mqtt_for(""))
+        impostor.card = impostor.cards.current(*keys, site.mqtt_for("", ""))
     elif card == "true":
         impostor.card = site.fleet_card()
     elif card == "of another fleet":
         impostor.card = Impostor(tmp_path / "third", site, SHOWN["before"]).cards.current(
-            site.ca_key, impostor.identity.public, site.mqtt_for("")
+            site.ca_key, impostor.identity.public, site.mqtt_for("", "")
         )  # as if one CA key served two certificates
     elif card == "spliced":
         from protocols.enrollment.fleet_card import verify_card

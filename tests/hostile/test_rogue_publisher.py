@@ -1,8 +1,14 @@
-"""A member turned rogue on the broker: the fleet's login, keys of its own, and no effect."""
+"""A member with all rights on the broker: it hears and sends all, with keys of its own.
+
+It has no effect, because the broker is not trusted. What the broker's gate keeps a member from is
+in `test_broker_logins`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable
@@ -31,7 +37,7 @@ from protocols.messages.envelope import (
     Telemetry,
     seal,
 )
-from protocols.messages.mqtt import MqttAddress, SequencedSigner, tls_context
+from protocols.messages.mqtt import MqttAddress, SequencedSigner
 from protocols.messages.states import PeerState, RunState
 from tests.support.fleet_harness import Fleet, fleet
 from tests.support.waiting import until as soon
@@ -80,11 +86,19 @@ class Victim:
 
 
 class Rogue:
-    """The fleet's login, eavesdropping, and a voice signed by its own key in anybody's name."""
+    """The coordinator's login, past the gate, and a voice of its own key in anybody's name."""
 
     def __init__(self, home: Path) -> None:
         self.enrollment = settings.read_enrollment(home)
         self.sign = Credentials.load(home, self.enrollment).sign_key.sign
+        gate = json.loads((home.parent / "coordinator" / "broker" / "gate.json").read_bytes())
+        self.address = MqttAddress(
+            host="127.0.0.1",
+            port=gate["broker_port"],
+            tls=False,
+            user=gate["broker_user"],
+            password=gate["broker_password"],
+        )
         self.captured: list[tuple[str, bytes]] = []
 
     def has_heard(self, words: bytes) -> bool:
@@ -92,13 +106,12 @@ class Rogue:
 
     @asynccontextmanager
     async def connected(self, identifier: str | None = None) -> AsyncIterator[aiomqtt.Client]:
-        address: MqttAddress = self.enrollment.mqtt
+        address = self.address
         client = aiomqtt.Client(
             address.host,
             address.port,
             username=address.user,
             password=address.password,
-            tls_context=tls_context(address),
             identifier=identifier,
             max_inflight_messages=100,
         )
@@ -330,7 +343,8 @@ async def test_who_takes_over_a_client_id_takes_nobody_offline_for_good(
         first = await asyncio.to_thread(row, site, victim.peer)
         for number in range(3):
             assert len(set(named)) == number + 1, "a new id for each session"
-            async with rogue.connected(identifier=named[-1]):
+            digest = hashlib.sha256(named[-1].encode()).hexdigest()  # as the gate passes it on
+            async with rogue.connected(identifier=f"{victim.peer}.{digest[:20]}"):
                 await soon(lambda before=number + 1: len(named) > before)
                 await soon(lambda: victim.mqtt.connected)
         last = await row_when(

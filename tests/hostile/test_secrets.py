@@ -137,9 +137,11 @@ class Worked:
             self.lines.add(done.stdout + done.stderr)
         self._note_arguments()
         found = tickets.decode(ticket)
-        login = json.loads((site.home / "mqtt.json").read_bytes())
-        self.password: str = login["password"]
-        assert settings.read_enrollment(site.folder / "ada").mqtt.password == self.password
+        enrollment = settings.read_enrollment(site.folder / "ada")
+        self.password = enrollment.mqtt.password
+        assert enrollment.mqtt.user == enrollment.peer
+        gate = json.loads((site.home / "broker" / "gate.json").read_bytes())
+        self.inner_password: str = gate["broker_password"]
         self.ticket = {
             "the ticket": ticket.encode(),
             "its secret": found.secret,
@@ -197,6 +199,7 @@ def test_secrets_are_in_no_argument_list(worked: Worked) -> None:
     keys = [body.decode() for body in worked.private_keys.values()]
     for line in worked.arguments:
         assert worked.password not in line
+        assert worked.inner_password not in line
         for secret in worked.ticket.values():
             assert secret.decode("latin-1") not in line
         assert not any(key in line for key in keys)
@@ -211,19 +214,18 @@ def test_the_ticket_is_written_nowhere(worked: Worked) -> None:
             assert secret not in line.encode(), what
 
 
-def test_the_mqtt_password_is_only_where_it_is_used(worked: Worked) -> None:
-    found = {
-        str(path.relative_to(worked.site.folder))
-        for path in files_in(worked.site.folder)
-        if worked.password.encode() in path.read_bytes()
-    }
-    assert found == {
-        "coordinator/mqtt.json",
-        "coordinator/broker/broker.toml",
-        f"ada/{settings.ENROLLMENT_FILE}",
-        f"bob/{settings.ENROLLMENT_FILE}",
-    }
-    assert not any(worked.password in line for line in worked.lines)
+def test_the_mqtt_passwords_are_only_where_they_are_used(worked: Worked) -> None:
+    def holders(password: str) -> set[str]:
+        assert not any(password in line for line in worked.lines)
+        return {
+            str(path.relative_to(worked.site.folder))
+            for path in files_in(worked.site.folder)
+            if password.encode() in path.read_bytes()
+        }
+
+    assert holders(worked.password) == {f"ada/{settings.ENROLLMENT_FILE}"}
+    inner = {"coordinator/broker/gate.json", "coordinator/broker/broker.toml"}
+    assert holders(worked.inner_password) == inner
 
 
 def test_private_keys_are_in_their_own_files_alone(worked: Worked) -> None:

@@ -120,12 +120,12 @@ class Site:
     def addresses(self) -> tuple[str, ...]:
         return (self.address,)
 
-    def mqtt_for(self, host: str) -> MqttAddress:
-        return MqttAddress(host=host, port=1883, user="fleet", password="word")
+    def mqtt_for(self, host: str, user: str) -> MqttAddress:
+        return MqttAddress(host=host, port=1883, user=user, password="word")
 
     def fleet_card(self) -> bytes:
         public = identity.public_bytes(self.sign_key)
-        return self.cards.current(self.ca_key, public, self.mqtt_for(""))
+        return self.cards.current(self.ca_key, public, self.mqtt_for("", ""))
 
     async def poll(self, peer: str, asked: PollRequest) -> PollResponse:
         if asked.update:

@@ -97,7 +97,7 @@ class Site:
     """A folder with a CA and a TLS certificate, the keys, one enrolled peer."""
 
     folder: Path
-    password: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     coordinator_key: identity.SigningKey = field(default_factory=identity.new_signing_key)
     agent_key: identity.SigningKey = field(default_factory=identity.new_signing_key)
 
@@ -120,12 +120,20 @@ class Site:
     def broker(self, port: int = 0, **options: float) -> EmbeddedBroker:
         certificate, key = self.folder / "tls.pem", self.folder / "tls.key"
         folder = self.folder / "mqtt"
-        return EmbeddedBroker(
-            folder, HOST, port, certificate, key, "fleet", self.password, **options
+        broker = EmbeddedBroker(
+            folder, HOST, port, certificate, key, self.fleet, self.secret, **options
         )
+        broker.admit(self.peer, "agent")
+        broker.admit("monitor", "monitor")
+        return broker
 
     def address(self, broker: EmbeddedBroker) -> MqttAddress:
-        return broker.address(HOST, self.ca_pem)
+        """The coordinator's way past the gate, with all rights: that of a hostile broker too."""
+        return broker.own_address()
+
+    def login(self, broker: EmbeddedBroker, user: str = "") -> MqttAddress:
+        """The address with the login of the peer, or of another user."""
+        return broker.address(HOST, self.ca_pem, user or self.peer)
 
 
 @asynccontextmanager
@@ -139,7 +147,7 @@ async def started(site: Site) -> AsyncIterator[EmbeddedBroker]:
 
 
 def rogue(address: MqttAddress) -> aiomqtt.Client:
-    """An MQTT client with the fleet's password but no signing key."""
+    """An MQTT client with a login but no signing key."""
     return aiomqtt.Client(
         address.host,
         address.port,

@@ -66,8 +66,8 @@ class AgentRoutes:
             peer = self._service.registry.join(body)
         except CommonweightError as err:
             return error_response(err, 403)
-        mqtt = self._service.mqtt_for(request_host(request))
-        if peer.standing == "awaiting":  # with the login, it could read all messages of the fleet
+        mqtt = self._service.mqtt_for(request_host(request), peer.peer)
+        if peer.standing == "awaiting":
             mqtt = msgspec.structs.replace(mqtt, user="", password="")
         return json_response(
             joining.JoinResponse(
@@ -110,8 +110,9 @@ class AgentRoutes:
         return Response(msgspec.msgpack.encode(response), media_type="application/msgpack")
 
     async def _mqtt(self, request: Request) -> Response:
-        await self._auth.peer(request)
-        address = msgspec.structs.asdict(self._service.mqtt_for(request_host(request)))
+        peer = await self._auth.peer(request)
+        mqtt = self._service.mqtt_for(request_host(request), peer.peer)
+        address = msgspec.structs.asdict(mqtt)
         return json_response(joining.MqttResponse(**address, card=self._service.fleet_card()))
 
     async def _status(self, request: Request) -> Response:

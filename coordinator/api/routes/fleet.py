@@ -13,6 +13,8 @@ from coordinator.api.service import request_host
 from coordinator.fleet import state
 from coordinator.fleet.reducer import shown_reason, shown_state
 from coordinator.fleet.registry import Peer
+from coordinator.transport.mqtt_access import monitor_user
+from protocols.enrollment.signed_requests import SENDER
 from protocols.messages.envelope import Command
 
 
@@ -22,7 +24,8 @@ def snapshot(call: Call) -> msgspec.Raw:
 
 def watch_address(call: Call) -> WatchResponse:
     fleet, _, public = call.service.identity
-    mqtt = call.service.mqtt_for(request_host(call.request))
+    user = monitor_user(call.request.headers[SENDER])
+    mqtt = call.service.mqtt_for(request_host(call.request), user)
     card = call.service.fleet_card()
     return WatchResponse(fleet=fleet, coordinator_public=public, mqtt=mqtt, card=card)
 

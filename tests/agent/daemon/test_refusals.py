@@ -197,13 +197,13 @@ async def test_a_heartbeat_that_opens_a_session_again_brings_the_new_login(
     """A coordinator that has removed a peer has another login for the broker after a restart."""
     agent, moved, poll = asked.agent, list[MqttAddress](), site.poll
     agent._sessions._on_broker_changed = moved.append
-    login = replace(site.mqtt_for(HOST), password="another")
+    login = replace(site.mqtt_for(HOST, ""), password="another")
 
     async def restarted(peer: str, request: PollRequest) -> PollResponse:
         site.poll = poll  # type: ignore[method-assign]
         raise NoSession(peer)
 
-    site.poll, site.mqtt_for = restarted, lambda host: login  # type: ignore[method-assign]
+    site.poll, site.mqtt_for = restarted, lambda host, user: login  # type: ignore[method-assign]
     try:
         await agent._sessions._send_heartbeat(agent._sessions.link())
         await until(lambda: moved)

@@ -63,7 +63,7 @@ class Stage:
 @pytest.fixture
 async def stage(site: Site) -> AsyncIterator[Stage]:
     async with started(site) as broker:
-        agent = Agent(site, site.address(broker))
+        agent = Agent(site, site.login(broker))
         async with running(agent.link.run), rogue(site.address(broker)) as client:
             await until(lambda: agent.link.connected)
             yield Stage(site, agent, client)
@@ -153,7 +153,7 @@ async def test_any_bytes_are_counted_and_ignored(stage: Stage) -> None:
 
 async def test_a_flood_of_telemetry_sends_few_and_the_last(site: Site) -> None:
     async with started(site) as broker:
-        watch, agent = Watch(site, site.address(broker)), Agent(site, site.address(broker))
+        watch, agent = Watch(site, site.address(broker)), Agent(site, site.login(broker))
         async with running(watch.feed.run, agent.link.run):
             await until(lambda: watch.feed.connected and agent.link.connected)
             began = time.monotonic()
@@ -170,7 +170,7 @@ async def test_a_flood_of_telemetry_sends_few_and_the_last(site: Site) -> None:
 async def test_little_is_kept_while_the_link_is_down(site: Site) -> None:
     broker = site.broker()
     await broker.start()
-    watch, agent = Watch(site, site.address(broker)), Agent(site, site.address(broker))
+    watch, agent = Watch(site, site.address(broker)), Agent(site, site.login(broker))
     await broker.stop()
     async with running(agent.link.run):
         await until(lambda: agent.changes)
@@ -197,7 +197,7 @@ async def test_a_refused_login_is_said_in_words(
 ) -> None:
     monkeypatch.setattr("protocols.local.mqtt_connection.TIMEOUT_S", 1.0)
     async with started(site) as broker:
-        address = site.address(broker)
+        address = site.login(broker)
         wrong = Agent(site, replace(address, password="wrong"))
         async with running(wrong.link.run):
             await until(lambda: wrong.changes)
@@ -214,7 +214,7 @@ async def test_a_refused_login_is_said_in_words(
 async def test_a_sign_of_life_is_given(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.transport.mqtt_client.PRESENCE_REFRESH_S", 0.1)
     async with started(site) as broker:
-        watch, agent = Watch(site, site.address(broker)), Agent(site, site.address(broker))
+        watch, agent = Watch(site, site.address(broker)), Agent(site, site.login(broker))
         agent.link.set_presence(IDLE)
         async with running(watch.feed.run, agent.link.run):
             await until(lambda: len(watch.heard) >= 3)

@@ -93,7 +93,6 @@ def test_a_home_is_made_once(home: Path) -> None:
     again = settings.open_keys(home)
     assert again.fleet == keys.fleet
     assert identity.public_bytes(again.operator_key) == identity.public_bytes(keys.operator_key)
-    assert again.login == keys.login
     if os.name == "posix":
         private = [path for path in home.iterdir() if path.suffix in (".key", ".json", ".pem")]
         assert {path.stat().st_mode & 0o077 for path in private} == {0}
@@ -112,9 +111,7 @@ def test_without_keys_the_way_is_shown(home: Path) -> None:
     assert "commonweight init" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    "name", ["ca.pem", "ca.key", "coordinator.key", "operator.key", "mqtt.json"]
-)
+@pytest.mark.parametrize("name", ["ca.pem", "ca.key", "coordinator.key", "operator.key"])
 @pytest.mark.parametrize("content", [b"", b"junk", None])
 def test_a_damaged_home_is_said(home: Path, name: str, content: bytes | None) -> None:
     settings.init([])
@@ -175,11 +172,3 @@ def test_where_others_reach_us() -> None:
     found = settings.reachable_names("0.0.0.0")
     assert found
     assert not any(name.startswith("127.") for name in found[:-1])
-
-
-def test_a_new_login_replaces_the_last(home: Path) -> None:
-    settings.init([])
-    before = settings.open_keys(home).login
-    after = settings.new_login(home, 1)
-    assert after.password != before.password
-    assert settings.open_keys(home).login == after

@@ -50,7 +50,7 @@ def site(tmp_path: Path) -> Site:
 
 async def test_presence_telemetry_and_notices_arrive_and_a_clean_stop_says_so(site: Site) -> None:
     async with started(site) as broker:
-        watch, agent = Watch(site, site.address(broker)), Agent(site, site.address(broker))
+        watch, agent = Watch(site, site.address(broker)), Agent(site, site.login(broker))
         agent.link.set_presence(IDLE)
         agent.link.notice(Notice(level="info", text="hello \x1b[31m"))
         async with running(watch.feed.run):
@@ -129,7 +129,7 @@ async def test_the_will_of_a_killed_agent_arrives_signed(site: Site) -> None:
 async def test_both_links_come_back_after_the_broker_was_killed(site: Site) -> None:
     async with started(site) as broker:
         watch = Watch(site, site.address(broker), sign=site.coordinator_key.sign)
-        agent = Agent(site, site.address(broker))
+        agent = Agent(site, site.login(broker))
         agent.link.set_presence(IDLE)
         async with running(
             lambda: broker.supervise(lambda *_: None), watch.feed.run, agent.link.run
@@ -259,7 +259,7 @@ async def test_monitors_hear_events_without_gaps_in_their_numbers(site: Site) ->
 async def test_a_removed_peer_is_forgotten(site: Site) -> None:
     async with started(site) as broker:
         watch = Watch(site, site.address(broker), sign=site.coordinator_key.sign)
-        agent = Agent(site, site.address(broker))
+        agent = Agent(site, site.login(broker))
         agent.link.set_presence(IDLE)
         async with running(watch.feed.run):
             async with running(agent.link.run):

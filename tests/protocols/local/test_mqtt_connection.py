@@ -80,7 +80,7 @@ async def test_a_link_that_ends_while_something_is_sent_logs_no_traceback(
     monkeypatch.setattr(mqtt_connection, "TIMEOUT_S", 1.0)
     async with started(site) as broker, nothing_left(broker.port):
         watch = Watch(site, site.address(broker), sign=site.coordinator_key.sign)
-        agent = Agent(site, site.address(broker))
+        agent = Agent(site, site.login(broker))
         async with running(watch.feed.run, agent.link.run):
             await until(lambda: watch.feed.connected and agent.link.connected)
             ringing = asyncio.create_task(watch.feed.ring_doorbell(site.peer))
@@ -256,9 +256,10 @@ async def test_resets_of_a_tls_link_log_no_traceback(
     async with started(site) as broker:
         with Proxy(broker.port) as proxy:
             async with nothing_left(proxy.port):
-                address = replace(site.address(broker), port=proxy.port)
-                watch = Watch(site, address, sign=site.coordinator_key.sign)
-                agent = Agent(site, address)
+                watch, agent = (
+                    kind(site, replace(site.login(broker, user), port=proxy.port))
+                    for kind, user in ((Watch, "monitor"), (Agent, site.peer))
+                )
                 async with running(watch.feed.run, agent.link.run):
                     for fault in (CLEAR, BLACKHOLE, Fault(refuse=True)):
                         proxy.fault = CLEAR
@@ -268,6 +269,4 @@ async def test_resets_of_a_tls_link_log_no_traceback(
                         if fault is not BLACKHOLE:
                             proxy.reset()
                         agent.link.set_presence(IDLE)
-                        ringing = asyncio.create_task(watch.feed.ring_doorbell(site.peer))
                         await until(lambda: not (watch.feed.connected or agent.link.connected))
-                        await ringing

@@ -1,0 +1,66 @@
+"""Who may log in to the fleet's broker, and what each login may send and read. Pure.
+
+    role       may publish                                  may subscribe to
+    agent      its presence, telemetry and notices          its commands
+    monitor    nothing                                      presence, telemetry, notices, events
+
+An agent's user is its peer id. A password is derived from a key of the coordinator, so that no
+file has it; the broker's process gets its SHA-256 only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from base64 import urlsafe_b64encode
+from typing import Literal, NamedTuple
+
+from protocols.messages import topics
+
+Role = Literal["agent", "monitor"]
+#: What agents may publish, by kind: whether the broker may keep the message.
+_PUBLISHED: dict[topics.Kind, bool] = {"presence": True, "telemetry": False, "notice": False}
+
+
+class Login(NamedTuple):
+    """`password_sha256` is in hex."""
+
+    user: str
+    role: Role
+    password_sha256: str
+
+    def matches(self, password: bytes) -> bool:
+        digest = hashlib.sha256(password).hexdigest()
+        return hmac.compare_digest(digest, self.password_sha256)
+
+    def may_publish(self, fleet: str, topic: str, *, retain: bool) -> bool:
+        parsed = topics.parse(topic)
+        if self.role != "agent" or parsed is None or parsed[:2] != (fleet, self.user):
+            return False
+        return parsed.kind in _PUBLISHED and (_PUBLISHED[parsed.kind] or not retain)
+
+    def may_subscribe(self, fleet: str, topic_filter: str) -> bool:
+        if self.role == "agent":
+            return topic_filter == topics.command(fleet, self.user)
+        state = {topics.all_peers(fleet, kind) for kind in _PUBLISHED}
+        return topic_filter in state | {topics.event(fleet)}
+
+
+class Passwords:
+    """Derives each user's password from `secret`, the same one each time."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = hashlib.sha256(b"commonweight mqtt logins 1\n" + secret).digest()
+
+    def of(self, user: str) -> str:
+        """192 bits in 32 characters."""
+        mac = hmac.digest(self._secret, user.encode(), "sha256")
+        return urlsafe_b64encode(mac[:24]).decode()
+
+    def login(self, user: str, role: Role) -> Login:
+        return Login(user, role, hashlib.sha256(self.of(user).encode()).hexdigest())
+
+
+def monitor_user(operator: str) -> str:
+    """The user of an operator or observer. It differs from a peer's, also with the same key."""
+    return f"monitor-{operator}"
