@@ -151,13 +151,27 @@ def join(model: Model, choose: Choose) -> Deed:
 
 
 @operation(
-    lambda model: bool(model.peers_where(standing="enrolled", is_running=True, is_old=False))
+    lambda model: (
+        not model.needs_approval
+        and bool(model.peers_where(standing="enrolled", is_running=True, is_old=False))
+    )
 )
 def downgrade_agent(model: Model, choose: Choose) -> Deed:
+    """An older agent joins with a key of its own: it signs requests that later agents do not."""
     name, peer = _choose_peer(model, choose, standing="enrolled", is_running=True, is_old=False)
     _set_running(peer, True)
     peer.is_old = True
-    return _restart_as(name, old=True, mqtt=model.has_broker)
+    peer.joined += 1
+    mqtt = model.has_broker
+
+    def deed(fleet: JourneyFleet) -> None:
+        fleet.stop_agent(name)
+        fleet.do_agent(name, "leave", "--yes")
+        fleet.old.add(name)
+        fleet.join_one(name)
+        fleet.start_one(name, mqtt=mqtt)
+
+    return deed
 
 
 @operation(lambda model: bool(model.peers_where(standing="enrolled", is_running=True, is_old=True)))
@@ -165,13 +179,11 @@ def upgrade_agent(model: Model, choose: Choose) -> Deed:
     name, peer = _choose_peer(model, choose, standing="enrolled", is_running=True, is_old=True)
     _set_running(peer, True)
     peer.is_old = False
-    return _restart_as(name, old=False, mqtt=model.has_broker)
+    mqtt = model.has_broker
 
-
-def _restart_as(name: str, *, old: bool, mqtt: bool) -> Deed:
     def deed(fleet: JourneyFleet) -> None:
         fleet.stop_agent(name)
-        (fleet.old.add if old else fleet.old.discard)(name)
+        fleet.old.discard(name)
         fleet.start_one(name, mqtt=mqtt)
 
     return deed
