@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from agent.data import features, open_table
+from agent.data.settings import Floors
 from agent.home import settings as home_settings
 from agent.home.settings import AgentSettings
 from agent.tasks.tabular import Tabular
@@ -24,6 +25,7 @@ from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.tables import preprocessing
+from tests.support.fleet_harness import fleet
 from tests.support.in_process_fleet import fleet_of, some_data
 from tests.support.in_process_trainer import InProcess
 from tests.support.tables import write_csv
@@ -261,17 +263,15 @@ async def test_a_round_with_fewer_peers_than_the_owner_wants_fails(
 
     It fails in its first round and says what to do, rather than waits.
     """
-    from agent.data.settings import Floors
-
-    async with fleet_of(tmp_path, some_data(30, 0), some_data(40, 1)) as fleet:
-        for agent in fleet.agents:
+    async with fleet_of(tmp_path, some_data(30, 0), some_data(40, 1)) as site:
+        for agent in site.agents:
             assert agent.client is not None
             agent.client._floors = Floors(min_cohort=2)
-        run = await fleet.finished(fleet.start(rounds=1, **spec))
+        run = await site.finished(site.start(rounds=1, **spec))
         assert run.state is RunState.FAILED
         assert "min_cohort is 2" in run.ended_because
         assert "policy set min_cohort" in run.ended_because
-        together: Run = await fleet.finished(fleet.start(rounds=1, quorum=2))
+        together: Run = await site.finished(site.start(rounds=1, quorum=2))
         assert together.state is RunState.FINISHED
 
 
@@ -280,13 +280,40 @@ async def test_an_update_of_few_rows_is_refused_by_the_agent_itself(
     tmp_path: Path, coordinator_home: Path
 ) -> None:
     """Attack: a trainer that checks nothing, such as a fleet below with one row."""
-    from agent.data.settings import Floors
-
-    async with fleet_of(tmp_path, some_data(15, 0)) as fleet:
-        (agent,) = fleet.agents
+    async with fleet_of(tmp_path, some_data(15, 0)) as site:
+        (agent,) = site.agents
         assert agent.client is not None
         agent.client._floors = Floors(min_examples=16)
-        run = await fleet.finished(fleet.start(rounds=1))
+        run = await site.finished(site.start(rounds=1))
         assert run.state is RunState.FAILED
         assert "min_examples" in run.ended_because
-        assert fleet.refusals(run.id) == [(1, agent.peer, NotAllowed.code)]
+        assert site.refusals(run.id) == [(1, agent.peer, NotAllowed.code)]
+
+
+@pytest.mark.long
+@pytest.mark.attack("20.3")
+def test_both_sides_of_a_live_fleet_hear_of_a_refused_run(tmp_path: Path) -> None:
+    """Attack: a run of one row a step on a fleet of real processes.
+
+    It fails at once, the operator and each owner read why, and the next run is trained.
+    """
+    with fleet(tmp_path) as site:
+        assert site.ask("init").returncode == 0
+        site.up()
+        site.join("ann", "bob")
+        site.start("ann", "bob")
+        words = ("mnist", "--rounds", "1", "--quorum", "2", "--set", "epochs=1")
+        run = site.ended_run(
+            site.start_run(*words, "--set", "batch_size=1", "--set", "max_steps=1")
+        )
+        assert run["state"] == "failed"
+        assert not run["history"]
+        assert "min_batch is 8" in run["ended_because"]
+        assert "commonweight-agent policy set min_batch" in run["ended_because"]
+        told = [text for text in site.events() if "min_batch is 8" in text and "refused" in text]
+        assert len(told) == 2
+        for name in ("ann", "bob"):
+            assert "min_batch is 8" in site.agent(name)["last_error"]
+            log = (site.folder / name / "agent.log").read_text()
+            assert log.count("min_batch is 8") == 1
+        assert site.ended_run(site.start_run(*words))["state"] == "finished"

@@ -103,3 +103,22 @@ def test_a_peer_with_other_classes_is_left_out_and_nothing_gives_nothing() -> No
     assert evaluation_counts.compute_metrics({"confusion": [0.0] * 4}) == {}
     assert evaluation_counts.compute_metrics({"regression": [0.0] * 5}) == {}
     assert "r2" not in evaluation_counts.compute_metrics({"regression": [2.0, 1.0, 1.0, 6.0, 18.0]})
+
+
+@given(st.lists(st.integers(0, 12), min_size=10, max_size=10), st.integers(1, 8))
+def test_a_bin_of_few_examples_joins_another(counts: list[int], min_count: int) -> None:
+    tally = [float(n) for count in counts for n in (count, count / 2, count // 3)]
+    joined = evaluation_counts.suppress_small({"calibration": tally}, min_count)["calibration"]
+    kept = [count for count in joined[::3] if count]
+    assert len(kept) <= 1 or min(kept) >= min_count
+    for place in range(3):
+        assert sum(joined[place::3]) == sum(tally[place::3])
+    if all(count == 0 or count >= min_count for count in counts):
+        assert joined == tally
+
+
+def test_a_class_of_few_examples_is_in_no_confusion() -> None:
+    few, enough = [20.0, 1.0, 3.0, 1.0], [20.0, 1.0, 0.0, 5.0]
+    assert evaluation_counts.suppress_small({"confusion": few}, 5) == {}
+    assert evaluation_counts.suppress_small({"confusion": few}, 4) == {"confusion": few}
+    assert evaluation_counts.suppress_small({"confusion": enough}, 5) == {"confusion": enough}

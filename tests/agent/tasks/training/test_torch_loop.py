@@ -157,6 +157,35 @@ def test_an_epoch_is_ordered_in_pieces_without_losing_any(
     assert weights.digest(train(examples, batch_size=4)) == whole
 
 
+@pytest.mark.parametrize(
+    ("batch", "steps"),
+    [(49, [50]), (44, [50]), (42, [42, 8]), (20, [20, 20, 10]), (24, [24, 26]), (80, [50])],
+)
+def test_a_small_last_batch_joins_the_one_before(
+    examples: Examples, batch: int, steps: list[int]
+) -> None:
+    """It has at least the owner's minimum; others stay as they are."""
+    done = [0]
+    train(examples, on_step=lambda *told: done.append(told[3]), batch_size=batch, min_batch=8)
+    assert np.diff(done).tolist() == 3 * steps
+
+
+@pytest.mark.parametrize("cut", [3, 4, 7])
+def test_training_goes_on_before_and_after_a_joined_batch(examples: Examples, cut: int) -> None:
+    """An epoch has 12, 12, 12 and 14 rows."""
+    settings: dict[str, Setting] = {"batch_size": 12, "min_batch": 8, "epochs": 2}
+    local, kept = TrainingLoop(), list[Snapshot]()
+
+    def keep(step: int, *_: object) -> None:
+        if step == cut:
+            arrays, values = local.snapshot()
+            kept.append(Snapshot({name: np.array(a) for name, a in arrays.items()}, values))
+
+    whole = train(examples, local, keep, **settings)
+    local.restore(kept[0])
+    assert weights.digest(train(examples, local, **settings)) == weights.digest(whole)
+
+
 def test_bf16_is_computed_where_it_is_asked_for(examples: Examples) -> None:
     full, half, auto = (train(examples, precision=p) for p in ("fp32", "bf16", "auto"))
     assert half["weight"].dtype == np.float32
