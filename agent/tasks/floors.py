@@ -8,6 +8,7 @@ large batches (Fowl et al. 2022, arXiv 2110.13057): only noise does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from agent.data.settings import Floors
@@ -29,16 +30,17 @@ def check_settings(settings: Settings, defaults: object, floors: Floors) -> None
     for name in _LEARNING_RATES:
         lr = _number(merged.get(name))
         if floors.max_lr and lr is not None and not 0 <= lr <= floors.max_lr:
+            allow = f", or {_SET} max_lr {lr:g}" if 0 < lr < math.inf else ""
             raise NotAllowed(
                 f"the owner's max_lr is {floors.max_lr:g}, and the run asks for {name}={lr:g}",
-                f"--set {name}={floors.max_lr:g}, or {_SET} max_lr {lr:g}",
+                f"--set {name}={floors.max_lr:g}{allow}",
             )
     batch, steps = (_number(merged.get(name)) or 0 for name in ("batch_size", "max_steps"))
     if 0 < batch < floors.min_batch:
-        raise _small_batch(f"batch_size={batch:g}", floors)
+        raise _small_batch(f"batch_size={batch:g}", batch, floors)
     if 0 < batch * steps < floors.min_examples:
         asked = f"max_steps={steps:g} of batch_size={batch:g}, {batch * steps:g} rows"
-        raise _few_examples(asked, floors)
+        raise _few_examples(asked, batch * steps, floors)
 
 
 def check_cohort(cohort: int, floors: Floors) -> None:
@@ -54,7 +56,7 @@ def check_cohort(cohort: int, floors: Floors) -> None:
 def check_examples(task: str, num_examples: int, floors: Floors) -> None:
     """Raise NotAllowed if an update of `task` has seen too few rows."""
     if task not in WITHOUT_DATA and num_examples < floors.min_examples:
-        raise _few_examples(f"an update of {num_examples} rows", floors)
+        raise _few_examples(f"an update of {num_examples} rows", num_examples, floors)
 
 
 class StepFloors:
@@ -70,11 +72,9 @@ class StepFloors:
     def __call__(self, step: int, steps: int, loss: float, examples_done: int) -> None:
         rows = int(examples_done) - self.seen
         if rows < self._floors.min_batch > 1:
-            self._fault = (
-                _small_batch(f"a step of {rows} rows", self._floors)
-                if rows > 0
-                else (_no_examples(self._floors))
-            )
+            self._fault = _no_examples(self._floors)
+            if rows > 0:
+                self._fault = _small_batch(f"a step of {rows} rows", rows, self._floors)
             raise self._fault
         self.seen = int(examples_done)
         self._on_step(step, steps, loss, examples_done)
@@ -89,21 +89,21 @@ class StepFloors:
         if self._floors.min_examples > 1 and self.seen <= 0:
             raise _no_examples(self._floors)
         if (seen := min(self.seen, num_examples)) < self._floors.min_examples > 1:
-            raise _few_examples(f"an update of {seen} rows", self._floors)
+            raise _few_examples(f"an update of {seen} rows", seen, self._floors)
 
 
-def _small_batch(asked: str, floors: Floors) -> NotAllowed:
+def _small_batch(asked: str, rows: float, floors: Floors) -> NotAllowed:
     return NotAllowed(
         f"the owner's min_batch is {floors.min_batch} rows a step, and the run asks for {asked}",
-        f"--set batch_size={floors.min_batch}, or {_SET} min_batch 1",
+        f"--set batch_size={floors.min_batch}, or {_SET} min_batch {max(1, int(rows))}",
     )
 
 
-def _few_examples(asked: str, floors: Floors) -> NotAllowed:
+def _few_examples(asked: str, rows: float, floors: Floors) -> NotAllowed:
     return NotAllowed(
         f"the owner's min_examples is {floors.min_examples} rows for an update, and the run makes "
         f"{asked}",
-        f"more steps or more data, or {_SET} min_examples 1",
+        f"more steps or more data, or {_SET} min_examples {max(1, int(rows))}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from agent.data import features, open_table
 from agent.data.settings import Floors
 from agent.home import settings as home_settings
 from agent.home.settings import AgentSettings
+from agent.tasks import floors
 from agent.tasks.tabular import Tabular
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train
 from agent.trainer.executor import WorkExecutor
@@ -92,7 +94,7 @@ def refused(victim: Victim, floor: str, **settings: Any) -> None:
     told = refusals.refusal_of(found.value)  # what the operator reads
     assert told.permanent
     assert floor in told.text
-    assert "commonweight-agent policy set" in told.text
+    assert "(--set" in told.text or "policy set" in told.text  # what to do
 
 
 # --- single rows through settings ------------------------------------------------------------
@@ -273,6 +275,36 @@ async def test_a_round_with_fewer_peers_than_the_owner_wants_fails(
         assert "policy set min_cohort" in run.ended_because
         together: Run = await site.finished(site.start(rounds=1, quorum=2))
         assert together.state is RunState.FINISHED
+
+
+@pytest.mark.attack("20.3")
+def test_a_coordinator_that_does_not_say_how_many_peers_a_round_has() -> None:
+    """Attack: work without `cohort`, as older coordinators sign it, to a careful owner.
+
+    Owners with the default take such work.
+    """
+    floors.check_cohort(0, home_settings.floors(AgentSettings()))
+    with pytest.raises(NotAllowed, match="min_cohort is 2 peers in a round, and this run does not"):
+        floors.check_cohort(0, home_settings.floors(AgentSettings(min_cohort=2)))
+
+
+@pytest.mark.attack("20.3")
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"batch_size": 4}, "policy set min_batch 4"),
+        ({"batch_size": 9, "max_steps": 1}, "policy set min_examples 9"),
+        ({"lr": 2.5}, "policy set max_lr 2.5"),
+        ({"lr": math.nan}, "--set lr=1"),
+    ],
+)
+def test_a_refusal_advises_no_more_than_the_run_asks_for(
+    settings: dict[str, Any], advice: str
+) -> None:
+    """Attack: a refusal whose advice talks the owner into giving up a whole limit."""
+    with pytest.raises(NotAllowed) as found:
+        floors.check_settings(settings, {}, home_settings.floors(AgentSettings()))
+    assert found.value.hint.endswith(advice)
 
 
 @pytest.mark.attack("20.3")
