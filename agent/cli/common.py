@@ -15,6 +15,7 @@ from protocols.local import homes
 from protocols.local.cli_entry import print_json as print_json
 from protocols.local.cli_entry import print_line as print_line
 from protocols.local.cli_entry import print_result as print_result
+from protocols.local.cli_entry import print_text as print_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
 Part = Annotated[

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli.common import Json, print_json, print_line
+from agent.cli.common import Json, print_json, print_line, print_text
 from protocols.errors import UnknownName
 from protocols.local import homes
 
@@ -46,13 +45,13 @@ def list_questions(json: Json = False) -> None:
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at))
         outcome = entry.refused or f"{entry.cells} cells, {entry.bytes:,} bytes"
         noise = f", ε {entry.epsilon:g}" if entry.epsilon else ""
-        sys.stdout.write(f"{at}  {entry.question}: {outcome}{noise}\n")
+        print_text(f"{at}  {entry.question}: {outcome}{noise}")
     if query_log.spent_epsilon:
-        sys.stdout.write(f"privacy budget spent: ε {query_log.spent_epsilon:g}\n")
+        print_text(f"privacy budget spent: ε {query_log.spent_epsilon:g}")
     for digest, question, allowed in requests:
         if allowed is None:
             print_line(f"waits for your approval: {question}")
-            print_line(f"  commonweight-agent questions allow {digest[:8]}")
+            print_line(f"  commonweight-agent questions allow {digest[:12]}")
     if not entries and not requests:
         print_line("no questions yet")
 
@@ -71,5 +70,8 @@ def deny(question: Digest) -> None:
 
 def _decide(question: str, *, allowed: bool) -> None:
     if len(question) < 4 or not _query_log().decide(question, allowed):
-        raise UnknownName(f"no question {question!r}", "commonweight-agent questions list")
+        raise UnknownName(
+            f"not one question whose digest starts with {question!r}",
+            "commonweight-agent questions list",
+        )
     print_line(f"{'allowed' if allowed else 'denied'}; this takes effect when it is asked again")

@@ -14,6 +14,7 @@ from typing import IO, Any
 from protocols.errors import UsageError
 from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
+from protocols.local.spreadsheets import escape_formula
 
 Batch = Mapping[str, Any]
 
@@ -55,9 +56,9 @@ def _csv(batches: Iterable[Batch], text: IO[str]) -> int:
     count, writer = 0, csv.writer(text, lineterminator="\n")
     for batch in batches:
         if not count:
-            writer.writerow(batch)
+            writer.writerow(map(escape_formula, batch))
         for row in zip(*map(_plain, batch.values()), strict=True):
-            writer.writerow(row)
+            writer.writerow(map(escape_formula, row))
             count += 1
     return count
 

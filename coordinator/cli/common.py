@@ -11,6 +11,7 @@ import typer
 from protocols.local.cli_entry import print_json as print_json
 from protocols.local.cli_entry import print_line as print_line
 from protocols.local.cli_entry import print_result as print_result
+from protocols.local.cli_entry import print_text as print_text
 
 if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
@@ -37,13 +38,19 @@ def peer_names(remote: Remote) -> dict[str, str]:
 
 
 def print_table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table, to stdout."""
+    """Print a table, to stdout. Names and values of peers are neither markup nor more lines."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*titles, box=None, pad_edge=False)
+    def cell(value: object) -> Text:
+        return Text("".join(c if c.isprintable() else "·" for c in str(value)))
+
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(cell(title))
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*map(cell, row))
     Console().print(table)
 
 

@@ -22,6 +22,7 @@ from coordinator.cli.common import (
     print_list,
     print_result,
     print_table,
+    print_text,
 )
 from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageError
@@ -162,11 +163,12 @@ def _same_job(remote: Remote, spec: JobSpec, store: JobStore) -> str:
 def _wait_until_ended(remote: Remote, job_id: str, *, quiet: bool) -> Job:
     """Show a progress bar until the job has ended; return the job."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True, quiet=quiet)
     with Progress(console=console, disable=quiet or not console.is_terminal) as bar:
-        shown = bar.add_task(job_id, total=None)
+        shown = bar.add_task(escape(job_id), total=None)
         while True:
             status = remote.job_status(job_id)
             bar.update(shown, total=status.total, completed=status.done)
@@ -278,7 +280,7 @@ def show(job: str, json: Json = False) -> None:
         lines.append(f"  {names.get(peer, peer)}: {len(rows)} units, {sum(rows):,} rows{rate}")
     lines += [f"dropped answers: {count} {why}" for why, count in sorted(found.dropped.items())]
     lines += [f"excused {names.get(peer, peer)}: {why}" for peer, why in found.excused.items()]
-    sys.stdout.write("\n".join(lines) + "\n")
+    print_text("\n".join(lines))
 
 
 @jobs.command("stop")

@@ -16,6 +16,7 @@ from coordinator.jobs.state import Job
 from coordinator.jobs.store import JobStore
 from coordinator.runs.best_version import lower_is_better
 from protocols.errors import CommonweightError, UsageError
+from protocols.local.spreadsheets import escape_formula
 from protocols.messages import jobs as wire
 from protocols.messages.jobs import Score
 
@@ -89,13 +90,13 @@ def _write_csv(path: Path, job: Job, store: JobStore) -> None:
         writer = csv.writer(file)
         for number, (names, body, first) in enumerate(_parts(job, store)):
             if number == 0:
-                writer.writerow(names)
+                writer.writerow(map(escape_formula, names))
             is_numeric = not body.translate(None, _NUMBERS)
             flat = body.count(b"[") == body.count(b"\n")
             if is_numeric and flat and names[0] == "row" and len(names) > 1:
                 _copy_numbers(file, body, first)
             else:
-                writer.writerows(_rows(names, body, first))
+                writer.writerows(map(escape_formula, row) for row in _rows(names, body, first))
 
 
 def _copy_numbers(file: TextIO, body: bytes, first: int) -> None:

@@ -27,7 +27,7 @@ def run(command: Callable[..., Any]) -> int:
         if "--json" in sys.argv:
             sys.stdout.write(json_output.error(err) + "\n")
         else:
-            sys.stderr.write(json_output.format_error(err) + "\n")
+            print_line(json_output.format_error(err))
         return int(err.exit_code)
     except click.exceptions.Exit as end:
         return end.exit_code
@@ -63,8 +63,18 @@ def read_ticket(given: str) -> str:
 
 
 def print_line(text: str) -> None:
-    """Print a line for a person, to stderr."""
-    sys.stderr.write(text + "\n")
+    """Print a line for a person, to stderr; control characters of peers as `·`."""
+    sys.stderr.write(printable(text) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Print lines for a person, to stdout; control characters of peers as `·`."""
+    sys.stdout.write(printable(text) + "\n")
+
+
+def printable(text: str) -> str:
+    """The text without control characters but line feeds."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
 
 
 def print_json(data: Any) -> None:

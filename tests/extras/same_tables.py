@@ -10,11 +10,14 @@ import msgspec
 import pytest
 from hypothesis import strategies as st
 
-from agent.analytics.compute import compute
+from agent.analytics.compute import Group, find_cells, read_table
+from agent.analytics.figures import compute_figure
 from agent.data import Reader, open_table, profile
 from agent.data.settings import DataSettings
 from coordinator.jobs import analysis
+from protocols.analytics.mergeable_states import State
 from protocols.analytics.parser import parse_query
+from protocols.analytics.query import Query
 from protocols.tables.preprocessing import parse_settings
 from tests.support.tables import MIXED, write_csv, write_parquet
 
@@ -103,15 +106,21 @@ def check_answers(data: DataSettings) -> None:
     """Every question comes to the same statistics and groups as with the default reader."""
     for asked in QUESTIONS:
         found, expected = (
-            compute(asked, open_table(one))
-            for one in (data, msgspec.structs.replace(data, reader="arrow"))
+            _states(asked, one) for one in (data, msgspec.structs.replace(data, reader="arrow"))
         )
-        assert (found.rows, found.kinds) == (expected.rows, expected.kinds)
-        assert found.cells.keys() == expected.cells.keys()
-        for group, states in found.cells.items():
-            assert found.members[group].sum() == expected.members[group].sum()
-            for state, other in zip(states, expected.cells[group], strict=True):
+        assert found.keys() == expected.keys()
+        for group, states in found.items():
+            for state, other in zip(states, expected[group], strict=True):
                 check_alike(msgspec.to_builtins(state), msgspec.to_builtins(other))
+
+
+def _states(asked: Query, data: DataSettings) -> dict[Group, list[State]]:
+    """The states of each cell, without the rules for few rows."""
+    table = read_table(asked, open_table(data), ("*",))
+    return {
+        group: [compute_figure(op, table, rows, 1).state for op in asked.operations]
+        for group, rows in find_cells(asked, table).items()
+    }
 
 
 def check_alike(one: Any, two: Any) -> None:
@@ -137,7 +146,7 @@ def check_pandas(path: Path) -> None:
 
     frame = pd.read_csv(path, keep_default_na=False, na_values={"age": [""], "income": ["", "NA"]})
     asked = parse_query("count, missing(age), sum(income), mean(age), min(age), max(income)")
-    cells = compute(asked, open_table(DataSettings(path=str(path)))).cells[()]
+    cells = _states(asked, DataSettings(path=str(path)))[()]
     told = [analysis.figure(op, state) for op, state in zip(asked.operations, cells, strict=True)]
     assert told == pytest.approx(
         [

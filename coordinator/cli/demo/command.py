@@ -74,7 +74,7 @@ def run_demo(
     started_at = time.monotonic()
     chosen = _check(task, agents, split, with_monitor, out)
     agents = agents or chosen.agents
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with processes.temporary() as (fleet, interrupts):
         try:
             demo = _Demo(fleet, interrupts, DemoView(console), agents)

@@ -15,6 +15,7 @@ import msgspec
 from coordinator.fleet.reducer import has_presence, shown_reason, shown_state
 from coordinator.fleet.state import Event, Fleet, Job, Peer, Run
 from protocols.errors import CommonweightError
+from protocols.local.spreadsheets import escape_formula
 
 Row = dict[str, Any]
 
@@ -74,15 +75,8 @@ def as_csv(rows: Sequence[Row]) -> str:
     if rows:
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {key: _escape_formula(value) for key, value in row.items()} for row in rows
-        )
+        writer.writerows({key: escape_formula(value) for key, value in row.items()} for row in rows)
     return out.getvalue()
-
-
-def _escape_formula(value: object) -> object:
-    dangerous = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
-    return f"'{value}" if dangerous else value
 
 
 def write(folder: Path, what: str, rows: Sequence[Row], fleet: Fleet | None) -> list[Path]:
