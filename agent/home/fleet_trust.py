@@ -7,34 +7,43 @@ from msgspec.structs import replace
 from agent.home.settings import Enrollment
 from protocols.enrollment import fleet_card, identity
 from protocols.enrollment.fleet_card import FleetCard
+from protocols.enrollment.identity import NodeCertificate
 from protocols.enrollment.joining import JoinResponse, MqttResponse
 from protocols.errors import BadMessage
 from protocols.network import addresses
 
 
-def check_join(ca_pem: bytes, answer: JoinResponse, sign: bytes, node: bytes) -> FleetCard:
+def check_join(
+    ca_pem: bytes, answer: JoinResponse, sign: bytes, node: bytes, at_least: int = 0
+) -> FleetCard:
     """The fleet card of a join response, after a check of every other field against it and the CA.
 
-    `sign`, `node`: this machine's public keys, as it sent them. Raises BadMessage.
+    `sign`, `node`: this machine's public keys, as it sent them. `at_least`: the number of the card
+    in the ticket. Raises BadMessage.
     """
-    card = fleet_card.verify_card(ca_pem, answer.card)
+    card = fleet_card.verify_card(ca_pem, answer.card, at_least=at_least)
     if answer.fleet != card.fleet:
         raise BadMessage(f"fleet {answer.fleet} is not the fleet of this CA, {card.fleet}")
     if answer.coordinator_public != card.coordinator_public:
         raise BadMessage("the coordinator's signing key is not the one that this fleet's CA signed")
-    check_certificate(ca_pem, answer.certificate, sign, node)
+    ours = check_certificate(ca_pem, answer.certificate, sign, node)
+    if answer.name != ours.name:
+        raise BadMessage("this machine's name is not the one in its certificate")
     if answer.peer != identity.peer_id(sign):
         raise BadMessage(f"the id {answer.peer} is not that of this machine's key")
     return card
 
 
-def check_certificate(ca_pem: bytes, certificate: bytes, sign: bytes, node: bytes) -> None:
-    """Raise BadMessage unless the CA certified these two keys of ours for its fleet."""
+def check_certificate(
+    ca_pem: bytes, certificate: bytes, sign: bytes, node: bytes
+) -> NodeCertificate:
+    """The certificate, if the CA made it for these two keys and its fleet. Raises BadMessage."""
     ours = identity.verify_certificate(ca_pem, certificate)
     if (ours.sign_public, ours.node_public) != (sign, node):
         raise BadMessage("the certificate is for another key")
     if ours.fleet != identity.fleet_id(ca_pem) or ours.peer != identity.peer_id(sign):
         raise BadMessage("the certificate is for another fleet or peer")
+    return ours
 
 
 def with_broker(enrollment: Enrollment, told: MqttResponse) -> Enrollment:

@@ -99,7 +99,8 @@ def _join(
         raise _old_coordinator_error(address, ca_pem, answer.peer, sign_key)
     host = addresses.parse(address).host
     try:
-        card = fleet_trust.check_join(ca_pem, answer, joining.sign_public, joining.node_public)
+        keys = (joining.sign_public, joining.node_public)
+        card = fleet_trust.check_join(ca_pem, answer, *keys, at_least=ticket.card)
         mqtt = fleet_card.checked_broker(card, answer.mqtt, host)
     except BadMessage as err:
         raise Refused(

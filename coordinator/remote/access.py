@@ -139,7 +139,7 @@ def join(text: str, name: str = "") -> Access:
             "update the coordinator, then create a new ticket",
         )
     try:
-        if fleet_card.verify_card(ca_pem, joined.card).fleet != joined.fleet:
+        if fleet_card.verify_card(ca_pem, joined.card, at_least=ticket.card).fleet != joined.fleet:
             raise BadMessage(f"fleet {joined.fleet} is not the fleet of this CA")
     except BadMessage as err:
         raise Refused(

@@ -64,10 +64,13 @@ def issue_card(ca_key: SigningKey, card: FleetCard) -> bytes:
     return _SIGNED.pack(card, ca_key.sign)
 
 
-def verify_card(ca_pem: bytes, data: bytes, *, newer_than: bytes = b"") -> FleetCard:
+def verify_card(
+    ca_pem: bytes, data: bytes, *, newer_than: bytes = b"", at_least: int = 0
+) -> FleetCard:
     """The card in `data`, if this CA signed it for its own fleet. Raises BadMessage.
 
-    `newer_than`: the card that is known; one with a lower counter is refused.
+    `newer_than`: the card that is known; one with a lower counter is refused. `at_least`: the
+    lowest counter, from a ticket.
     """
     if len(data) > MAX_CARD_BYTES:
         raise BadMessage(f"a fleet card of {len(data)} bytes; the limit is {MAX_CARD_BYTES}")
@@ -76,6 +79,10 @@ def verify_card(ca_pem: bytes, data: bytes, *, newer_than: bytes = b"") -> Fleet
         raise BadMessage(f"a fleet card of format {card.v}; this version reads {FORMAT}")
     if card.fleet != identity.fleet_id(ca_pem):
         raise BadMessage(f"the card is for fleet {card.fleet}, not for this CA's fleet")
+    if card.counter < at_least:
+        raise BadMessage(
+            f"the fleet card is older (number {card.counter}) than the ticket ({at_least})"
+        )
     if newer_than and newer_than != data:
         known = verify_card(ca_pem, newer_than)
         if card.counter <= known.counter and card != known:

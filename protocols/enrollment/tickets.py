@@ -31,21 +31,24 @@ _COPY_AGAIN = "copy the whole line that `commonweight ticket create` printed"
 class Ticket(Struct, frozen=True, kw_only=True, array_like=True):
     """A ticket for one join. `addresses` are host:port, best first; a code has none.
 
-    `ca_sha256` is complete, or in a code its first `CA_BYTES`. `secret` is valid once.
+    `ca_sha256` is complete, or in a code its first `CA_BYTES`. `secret` is valid once. `card`: the
+    number of the fleet card when the ticket was made: an older card is refused; 0 in a code.
     """
 
     addresses: Annotated[tuple[Annotated[str, Meta(max_length=320)], ...], Meta(max_length=16)]
     ca_sha256: Annotated[bytes, Meta(min_length=CA_BYTES, max_length=32)]
     id: Annotated[str, Meta(max_length=8, pattern=r"^[0-9a-z]{8}\Z")]
     secret: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    card: Annotated[int, Meta(ge=0, le=2**53)] = 0
 
 
-def new_ticket(addresses: tuple[str, ...], ca_sha256: bytes) -> Ticket:
+def new_ticket(addresses: tuple[str, ...], ca_sha256: bytes, card: int = 0) -> Ticket:
     return Ticket(
         addresses=addresses,
         ca_sha256=ca_sha256,
         id=secrets.token_hex(4),
         secret=secrets.token_bytes(16),
+        card=card,
     )
 
 

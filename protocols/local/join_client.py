@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import time
 from typing import TypeVar
 
 import httpx
@@ -57,13 +58,15 @@ def find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
 
 def _fetch_ca(http: httpx.Client, address: str) -> bytes:
     """The CA certificate of a server, cut after `_MAX_CA_BYTES`. Raises httpx.HTTPError."""
-    ca_pem = bytearray()
+    ca_pem, end = bytearray(), time.monotonic() + _TIMEOUT_S
     with http.stream("GET", f"https://{address}{CA_PATH}") as answer:
         answer.raise_for_status()
         for piece in answer.iter_raw():
             ca_pem += piece
             if len(ca_pem) > _MAX_CA_BYTES:
                 break
+            if time.monotonic() > end:  # a byte now and then
+                raise httpx.ReadTimeout("it sends its CA too slowly")
     return bytes(ca_pem)
 
 

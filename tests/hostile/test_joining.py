@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
+import ssl
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +20,8 @@ from coordinator.remote import access
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.joining import CA_PATH
 from protocols.enrollment.tickets import Ticket
-from protocols.errors import HomeError, Refused
+from protocols.errors import HomeError, Refused, Unreachable
+from protocols.local import join_client
 from protocols.messages.mqtt import MqttAddress
 from tests.support.https_site import HOST, Site
 
@@ -187,6 +192,60 @@ def test_a_broker_on_the_coordinators_host_cannot_be_moved(
     with impostor.up():
         join(home, tickets.encode(ticket))
     assert read_enrollment(home).mqtt.host == HOST
+
+
+@pytest.mark.attack("20.1")
+def test_a_server_cannot_hold_a_join_for_hours(
+    site: Site, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: a server sends a byte of its CA now and then, and no timeout of a read is reached."""
+    monkeypatch.setattr(join_client, "_TIMEOUT_S", 0.3)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(site.folder / "server.pem", site.folder / "server.key")
+    ended = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            accepted, _ = listener.accept()
+            with context.wrap_socket(accepted, server_side=True) as call:
+                call.recv(65536)
+                call.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while not ended.wait(0.05):
+                    call.sendall(b"-")
+
+    with socket.create_server((HOST, 0)) as listener:
+        server = threading.Thread(target=drip, args=(listener,))
+        server.start()
+        address = f"{HOST}:{listener.getsockname()[1]}"
+        ticket = msgspec.structs.replace(site.ticket(), addresses=(address,))
+        try:
+            with pytest.raises(Unreachable, match="too slowly"):
+                join(home, tickets.encode(ticket))
+        finally:
+            ended.set()
+            server.join(20)
+
+
+@pytest.mark.attack("20.1")
+def test_a_ticket_takes_no_older_card(site: Site, home: Path, tmp_path: Path) -> None:
+    """Attack: with the TLS key and a signing key that was replaced, by the card of that time."""
+    impostor = Impostor(tmp_path / "impostor", site, lambda ca, own: ca)
+    impostor.steal_tls()
+    impostor.card, leaked = site.fleet_card(), site.identity.public
+    impostor.identity = impostor.identity._replace(public=leaked)
+    site.sign_key = identity.new_signing_key()
+    site.identity = site.identity._replace(public=identity.public_bytes(site.sign_key))
+    with site.http() as http:
+        body = b"{}"
+        headers = site.operator("POST", "/cw/v1/tickets", body)
+        made = http.post("/cw/v1/tickets", content=body, headers=headers).json()
+    ticket = impostor.lure(tickets.decode(made["ticket"]))
+    with impostor.up(), pytest.raises(Refused, match="is older"):
+        join(home, tickets.encode(ticket))
+    assert not (home / ENROLLMENT_FILE).exists()
+    true = msgspec.structs.replace(ticket, addresses=site.addresses())
+    join(home, tickets.encode(true))
+    assert read_enrollment(home).coordinator_public == site.identity.public
 
 
 @pytest.mark.attack("20.1")

@@ -7,7 +7,7 @@ from typing import Any
 
 from coordinator.api.routes.endpoint import Call, get, post
 from coordinator.api.schema import TicketRequest
-from protocols.enrollment import tickets
+from protocols.enrollment import fleet_card, tickets
 from protocols.errors import UsageError
 
 
@@ -15,7 +15,9 @@ def make_ticket(call: Call) -> dict[str, str]:
     order = call.read(TicketRequest)
     if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
         raise UsageError("a ticket is valid for at most a year and 100,000 machines")
-    ticket = tickets.new_ticket(call.service.addresses(), call.service.identity.ca_sha256)
+    ours = call.service.identity
+    card = fleet_card.verify_card(ours.ca_pem, call.service.fleet_card())
+    ticket = tickets.new_ticket(call.service.addresses(), ours.ca_sha256, card.counter)
     call.service.registry.create_ticket(
         ticket, ttl_s=order.ttl_s, uses=order.uses, label=order.label, role=order.role
     )
