@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from protocols.enrollment.joining import EnrollmentStatus
 
 _TIMEOUT_S = 5.0
+_MAX_CA_BYTES = 64 * 1024
 #: Free space to warn below, and to fail below: a version of a large model, its update, the outbox.
 _ROOM_BYTES = 5_000_000_000, 500_000_000
 #: Flower refuses signatures whose time is further ahead or behind.
@@ -185,14 +186,17 @@ class _Doctor:
         import httpx
 
         from protocols.enrollment.joining import CA_PATH
+        from protocols.local import bounded_http
 
         context = ssl.create_default_context(cadata=self._enrollment.ca_pem)
         url = f"https://{self._enrollment.addresses[0]}{CA_PATH}"
         try:
             with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
-                http.get(url)  # opens the connection, so that the next answer is quick
+                # The first request opens the connection, so that the next answer is quick.
+                bounded_http.request(http, "GET", url, max_bytes=_MAX_CA_BYTES)
                 before = time.time()
-                answer = http.get(url).raise_for_status()
+                answer = bounded_http.request(http, "GET", url, max_bytes=_MAX_CA_BYTES)
+                answer.raise_for_status()
                 now = (before + time.time()) / 2
         except httpx.HTTPError as err:
             raise Unreachable(

@@ -36,6 +36,7 @@ from protocols.errors import (
     SubfleetStopped,
     Unreachable,
 )
+from protocols.local import bounded_http
 from protocols.local.safe_paths import path_in
 from protocols.messages.envelope import Metrics
 from protocols.model import schema_card
@@ -43,6 +44,7 @@ from protocols.model.weights import file_digest
 from protocols.network.error_text import describe_error
 
 _POLL_S, _TIMEOUT_S = 0.2, 30.0
+_MAX_ANSWER_BYTES = 64 * 1024 * 1024
 #: Settings that the trainer adds; runs have their own fields for them.
 _RUN_SETTINGS = frozenset({"seed", "round"})
 
@@ -72,7 +74,9 @@ class LocalCoordinator:
         try:
             with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
                 url = f"https://{address}{path}"
-                answer = http.request(method, url, content=data, headers=headers)
+                answer = bounded_http.request(
+                    http, method, url, max_bytes=_MAX_ANSWER_BYTES, content=data, headers=headers
+                )
         except httpx.HTTPError as err:
             raise Unreachable(
                 f"this fleet's own coordinator does not answer: {describe_error(err)}"

@@ -42,7 +42,7 @@ from google.protobuf.message import Message as ProtobufMessage
 
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
-from agent.transport.http_client import Response
+from agent.transport.http_client import MAX_RESPONSE_BYTES, Response
 from agent.transport.weight_transfer import (
     WeightTransfer,
     map_parse_errors,
@@ -58,7 +58,7 @@ from protocols.messages import work as messages
 from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 from protocols.p2p import swarm
-from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
+from protocols.p2p.gossip import MAX_NEIGHBORS_BYTES, NEIGHBORS_PATH, NeighborsResponse
 from protocols.p2p.swarm import DownloadPlan, DownloadPlanRequest, DownloadReport
 
 T = TypeVar("T")
@@ -178,11 +178,10 @@ class CoordinatorClient(WeightTransfer):
         """Requests a new node certificate for the same keys."""
         return self._request("POST", joining.RENEW_PATH)
 
-    def download_plan(self, digest: str, request: DownloadPlanRequest) -> DownloadPlan:
-        """Requests a download plan: which peers hold which pieces of a version."""
-        return self._request_json(
-            DownloadPlan, "POST", swarm.PLAN_PATH.format(digest=digest), request
-        )
+    def download_plan(self, digest: str, nbytes: int, request: DownloadPlanRequest) -> DownloadPlan:
+        """Requests a download plan: which peers hold which pieces of a version of `nbytes`."""
+        path, max_bytes = swarm.PLAN_PATH.format(digest=digest), swarm.max_plan_bytes(nbytes)
+        return self._request_json(DownloadPlan, "POST", path, request, max_bytes)
 
     def announce_version(self, digest: str, report: DownloadReport) -> None:
         """Reports that this agent holds a version, and which peers sent pieces."""
@@ -191,26 +190,41 @@ class CoordinatorClient(WeightTransfer):
 
     def neighbors(self, request: DownloadPlanRequest) -> NeighborsResponse:
         """Requests the peers to contact while the coordinator is away; reports our address."""
-        return self._request_json(NeighborsResponse, "POST", NEIGHBORS_PATH, request)
+        return self._request_json(
+            NeighborsResponse, "POST", NEIGHBORS_PATH, request, MAX_NEIGHBORS_BYTES
+        )
 
     def _request_json(
-        self, kind: type[T], method: str, path: str, request: DownloadPlanRequest | None = None
+        self,
+        kind: type[T],
+        method: str,
+        path: str,
+        request: DownloadPlanRequest | None = None,
+        max_bytes: int = MAX_RESPONSE_BYTES,
     ) -> T:
         body = msgspec.json.encode(request) if request is not None else b""
         with map_parse_errors():
-            return msgspec.json.decode(self._request(method, path, body), type=kind)
+            return msgspec.json.decode(self._request(method, path, body, max_bytes), type=kind)
 
-    def _request(self, method: str, path: str, body: bytes = b"") -> bytes:
-        response = self._send(method, path, body)
+    def _request(
+        self, method: str, path: str, body: bytes = b"", max_bytes: int = MAX_RESPONSE_BYTES
+    ) -> bytes:
+        response = self._send(method, path, body, max_bytes=max_bytes)
         raise_for_status(response.status)
         return response.body
 
     def _send(
-        self, method: str, path: str, body: bytes, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        max_bytes: int = MAX_RESPONSE_BYTES,
     ) -> Response:
         """Sends a signed request and returns the response, whatever its status."""
         signed = self._signed(method, path, hashlib.sha256(body).hexdigest())
-        return self._http_client.request(method, path, signed | (headers or {}), body)
+        sent = signed | (headers or {})
+        return self._http_client.request(method, path, sent, body, max_bytes=max_bytes)
 
     def pull(self) -> Message | None:
         """Returns the next message for this agent, or None."""
@@ -233,7 +247,9 @@ class CoordinatorClient(WeightTransfer):
                 update = attached[1].read_bytes()
         body = msgspec.msgpack.encode(PollRequest(reply=packed, wants_work=want, update=update))
         sent_at = time.monotonic()
-        status, answer = self._send("POST", messages.POLL_PATH, body)
+        status, answer = self._send(
+            "POST", messages.POLL_PATH, body, max_bytes=messages.MAX_POLL_RESPONSE_BYTES
+        )
         if attached is not None and status in (410, 413, 507):
             self.upload(*attached)  # raises the reason, or succeeds now
             return self._exchange(reply, want=want)

@@ -31,6 +31,12 @@ from protocols.network.error_text import describe_error
 Body = bytes | Iterable[bytes]
 
 
+#: Of a response without weights: a few kilobytes are usual.
+MAX_RESPONSE_BYTES = 256 * 1024
+#: A whole request ends within this time, and weights come at this rate at least.
+REQUEST_WITHIN_S, MIN_BYTES_PER_S = 90.0, 1024.0
+
+
 class Response(NamedTuple):
     """A complete response."""
 
@@ -58,18 +64,58 @@ class HttpClient:
         self.peer_addresses = ("", "")
 
     def request(
-        self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: Body = b"",
+        *,
+        max_bytes: int = MAX_RESPONSE_BYTES,
     ) -> Response:
-        """Sends a request, reads the response. A body in pieces needs a content-length header."""
-        with self.stream(method, path, headers, body) as response, map_errors():
-            return Response(response.status, response.read())
+        """Sends a request, reads the response. A body in pieces needs a content-length header.
+
+        Raises Unreachable for a response of more than `max_bytes`, of which no more is read.
+        """
+        nbytes = 0 if isinstance(body, bytes) else int(headers["content-length"])
+        with self.stream(method, path, headers, body, nbytes) as response, map_errors():
+            data = _read(response, max_bytes)
+            if data is None:
+                raise Unreachable(
+                    f"the coordinator's response to {method} {path[:80]} has more than "
+                    f"{max_bytes:,} bytes; no more of it was read",
+                    "check that agent and coordinator have the same version: "
+                    "commonweight-agent doctor",
+                )
+            if response.length:
+                raise http.client.IncompleteRead(data, response.length)
+            return Response(response.status, data)
 
     @contextlib.contextmanager
     def stream(
-        self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: Body = b"",
+        nbytes: int = 0,
     ) -> Iterator[http.client.HTTPResponse]:
-        """Sends a request. The `with` block reads the response's body, inside `map_errors`."""
+        """Sends a request. The `with` block reads the response's body, inside `map_errors`.
+
+        `nbytes` of weights, up or down, have more time than other requests.
+        """
         reusable, connection = False, self._acquire()
+        within_s = REQUEST_WITHIN_S + nbytes / MIN_BYTES_PER_S
+        # A socket's timeout alone never ends a server that sends a byte now and then.
+        is_late = False
+
+        def expire() -> None:
+            nonlocal is_late
+            is_late = True
+            connection.end()
+
+        overdue = threading.Timer(min(within_s, threading.TIMEOUT_MAX), expire)
+        overdue.daemon = True
+        overdue.start()
         try:
             with map_errors():
                 if connection.sock is None:
@@ -87,7 +133,14 @@ class HttpClient:
                 response = connection.getresponse()
             yield response
             reusable = response.isclosed() and not response.will_close
+        except Unreachable as err:
+            if is_late:
+                raise Unreachable(
+                    f"the coordinator's response did not end within {within_s:,.0f} s"
+                ) from err
+            raise
         finally:
+            overdue.cancel()
             with self._lock:
                 self._busy.discard(connection)
                 reusable = reusable and not connection.ended
@@ -170,7 +223,8 @@ class Connection(http.client.HTTPSConnection):
         self.ended = True
         if self.sock is not None:
             with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+                # That of SSLSocket would let its thread read the rest without decryption.
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def _create_tracked(
         self, address: tuple[str, int], timeout_s: float, source: object = None
@@ -212,6 +266,22 @@ def proxy_for(host: str, port: int) -> Proxy | None:
         login = b64encode(f"{user}:{password}".encode()).decode()
         headers["proxy-authorization"] = f"Basic {login}"
     return Proxy(proxy.hostname or "", proxy.port or 3128, headers)
+
+
+def _read(response: http.client.HTTPResponse, max_bytes: int) -> bytes | None:
+    """The body; None if it has more bytes, of which no more are read."""
+    if not response.chunked:
+        if response.length is not None and response.length > max_bytes:
+            return None
+        data = response.read(max_bytes + 1)
+        return data if len(data) <= max_bytes else None
+    # `read` makes an object of each chunk: a hundred bytes of memory for one byte.
+    chunks = bytearray()
+    while len(chunks) <= max_bytes:
+        if not (piece := response.read1(max_bytes + 1)):
+            return bytes(chunks)
+        chunks += piece
+    return None
 
 
 def _send(connection: http.client.HTTPSConnection, pieces: Iterable[bytes]) -> None:

@@ -106,7 +106,8 @@ class WeightTransfer:
 
     def stream(self, digest: str, start: int, stop: int) -> Iterator[bytes]:
         """Yields the bytes `start` to `stop` of a version as they arrive."""
-        with self._get(f"/cw/v1/weights/{digest}", f"{start}-{stop - 1}") as response:
+        path, wanted = f"/cw/v1/weights/{digest}", f"{start}-{stop - 1}"
+        with self._get(path, wanted, stop - start) as response:
             yield from map(bytes, self._read(response, stop - start))
 
     def _download_rest(self, path: str, nbytes: int, part: Path, size: int) -> tuple[int, str]:
@@ -118,7 +119,7 @@ class WeightTransfer:
         if size:
             with part.open("rb") as file:
                 sha = hashlib.file_digest(file, "sha256")
-        with self._get(path, f"{size}-" if size else "") as response:
+        with self._get(path, f"{size}-" if size else "", nbytes) as response:
             if response.status != 206:  # the whole file comes
                 size, sha = 0, hashlib.sha256()
             # Not synced: the digest is verified before use, also after a power cut.
@@ -133,11 +134,11 @@ class WeightTransfer:
         return size, sha.hexdigest()
 
     @contextmanager
-    def _get(self, path: str, byte_range: str) -> Iterator[http.client.HTTPResponse]:
+    def _get(self, path: str, byte_range: str, nbytes: int) -> Iterator[http.client.HTTPResponse]:
         headers = self._signed("GET", path)
         if byte_range:
             headers["range"] = f"bytes={byte_range}"
-        with self._http_client.stream("GET", path, headers) as response:
+        with self._http_client.stream("GET", path, headers, nbytes=nbytes) as response:
             raise_for_status(response.status)
             yield response
 

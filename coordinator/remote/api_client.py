@@ -29,6 +29,7 @@ from coordinator.storage.job_events import JobSpec
 from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage, CommonweightError, NotRunning, Unreachable
+from protocols.local import bounded_http
 from protocols.messages.envelope import Command, Envelope, JobChanged, LogLine, PeerChanged
 from protocols.messages.topics import COORDINATOR, Kind
 from protocols.network.error_text import describe_error
@@ -36,6 +37,8 @@ from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
 
 T = TypeVar("T")
 
+#: Of a response. The state of a fleet of thousands of peers has some megabytes.
+MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 #: Live messages that wait for their reader.
 MAX_WAITING = 20_000
 #: How often the peers to ask while the coordinator is away are saved.
@@ -163,7 +166,14 @@ class Remote:
             )
             url = f"https://{address}{path}"
             try:
-                answer = self._http.request(method, url, content=body, headers=headers)
+                answer = bounded_http.request(
+                    self._http,
+                    method,
+                    url,
+                    max_bytes=MAX_RESPONSE_BYTES,
+                    content=body,
+                    headers=headers,
+                )
             except httpx.ConnectError as err:
                 tried.append(f"{address}: {describe_error(err)}")
                 continue

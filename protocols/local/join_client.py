@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-import time
 from typing import TypeVar
 
 import httpx
@@ -17,6 +16,7 @@ from protocols.enrollment import identity, signed_requests, tickets
 from protocols.enrollment.joining import CA_PATH, ENROLLMENT_STATUS_PATH, EnrollmentStatus
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, Refused, Unreachable
+from protocols.local import bounded_http
 from protocols.messages.envelope import Sign, strip_controls
 from protocols.network.error_text import describe_error
 
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 _TIMEOUT_S = 10.0
 _MAX_CA_BYTES = 64 * 1024
+#: Of the answer to a request to join: certificates, keys and the address of the broker.
+_MAX_ANSWER_BYTES = 256 * 1024
 
 
 def find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
@@ -41,6 +43,9 @@ def find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
             except (httpx.HTTPError, httpx.InvalidURL) as err:
                 failed.append(f"{address} ({err or type(err).__name__})")
                 continue
+            except Unreachable:  # far more than a certificate
+                strangers.append(address)
+                continue
             with contextlib.suppress(BadMessage):  # not a certificate
                 if tickets.matches_ca(ticket, identity.ca_fingerprint(ca_pem)):
                     return address, ca_pem
@@ -57,17 +62,10 @@ def find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
 
 
 def _fetch_ca(http: httpx.Client, address: str) -> bytes:
-    """The CA certificate of a server, cut after `_MAX_CA_BYTES`. Raises httpx.HTTPError."""
-    ca_pem, end = bytearray(), time.monotonic() + _TIMEOUT_S
-    with http.stream("GET", f"https://{address}{CA_PATH}") as answer:
-        answer.raise_for_status()
-        for piece in answer.iter_raw():
-            ca_pem += piece
-            if len(ca_pem) > _MAX_CA_BYTES:
-                break
-            if time.monotonic() > end:  # a byte now and then
-                raise httpx.ReadTimeout("it sends its CA too slowly")
-    return bytes(ca_pem)
+    """The CA certificate of a server. Raises Unreachable, httpx.HTTPError."""
+    url = f"https://{address}{CA_PATH}"
+    answer = bounded_http.request(http, "GET", url, max_bytes=_MAX_CA_BYTES, within_s=_TIMEOUT_S)
+    return answer.raise_for_status().content
 
 
 def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, kind: type[T]) -> T:
@@ -75,7 +73,15 @@ def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, k
     context = ssl.create_default_context(cadata=ca_pem.decode())
     url, body = f"https://{address}{path}", msgspec.json.encode(request)
     try:
-        answer = httpx.post(url, content=body, verify=context, timeout=_TIMEOUT_S)
+        with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
+            answer = bounded_http.request(
+                http,
+                "POST",
+                url,
+                max_bytes=_MAX_ANSWER_BYTES,
+                content=body,
+                within_s=_TIMEOUT_S,
+            )
         if answer.is_success:
             return msgspec.json.decode(answer.content, type=kind)
         error = msgspec.json.decode(answer.content, type=dict[str, str])
@@ -95,8 +101,16 @@ def ask_version(address: str, ca_pem: bytes, peer: str, sign: Sign) -> str:
     headers = signed_requests.sign_headers(peer, sign, "GET", ENROLLMENT_STATUS_PATH)
     url = f"https://{address}{ENROLLMENT_STATUS_PATH}"
     try:
-        answer = httpx.get(url, headers=headers, verify=context, timeout=_TIMEOUT_S)
+        with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
+            answer = bounded_http.request(
+                http,
+                "GET",
+                url,
+                max_bytes=_MAX_ANSWER_BYTES,
+                headers=headers,
+                within_s=_TIMEOUT_S,
+            )
         status = msgspec.json.decode(answer.raise_for_status().content, type=EnrollmentStatus)
-    except (httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError):
+    except (Unreachable, httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError):
         return ""
     return strip_controls(status.version)[:64]

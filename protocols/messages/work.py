@@ -28,6 +28,8 @@ INLINE_MAX_BYTES = 64 * 1024
 
 #: Of a Flower message. Weights have requests of their own.
 MAX_MESSAGE_BYTES = 1024 * 1024
+#: Of the answer to a poll: the message and its objects, and a small version.
+MAX_POLL_RESPONSE_BYTES = 2 * MAX_MESSAGE_BYTES
 #: A codec, with an argument such as `topk:0.01`.
 CodecName = Annotated[str, Meta(max_length=64, pattern=r"^[a-z0-9]{1,16}(:[0-9.e+-]{1,24})?\Z")]
 _Bytes = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]

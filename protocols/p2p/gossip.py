@@ -39,6 +39,8 @@ ACCESS_TOKEN_HEADER = "x-cw-pass"
 #: Long enough for an absence of the coordinator, which renews tokens all the time otherwise.
 ACCESS_TOKEN_LIFETIME_S = 7 * 86400.0
 MAX_NEIGHBORS = 16
+#: Of a `NeighborsResponse`: the neighbors, and the ids of removed peers.
+MAX_NEIGHBORS_BYTES = 1 << 20
 #: Entries that a store keeps and a batch holds, and the size of each.
 MAX_ENTRIES, MAX_ENTRY_BYTES = 256, 8 * 1024
 MAX_BATCH_BYTES = 1 << 20

@@ -78,7 +78,7 @@ class DownloadPlan(Struct, frozen=True, kw_only=True):
 
     digest: Digest
     nbytes: Count
-    piece_bytes: Annotated[int, Meta(ge=1, le=2**30)]
+    piece_bytes: Annotated[int, Meta(ge=1, le=16 * PIECE_BYTES)]
     pieces: Annotated[bytes, Meta(max_length=32 * MAX_PIECES)]
     sources: Annotated[tuple[PieceSource, ...], Meta(max_length=MAX_SOURCES)] = field(
         default=(), name="holders"
@@ -123,6 +123,11 @@ def verify_download_token(
 def num_pieces(nbytes: int, piece_bytes: int = PIECE_BYTES) -> int:
     """The number of pieces in a version of `nbytes`."""
     return -(-nbytes // piece_bytes)
+
+
+def max_plan_bytes(nbytes: int) -> int:
+    """The size of a plan for a version of `nbytes` as JSON at most: 32 bytes a piece, as base64."""
+    return 64 * 1024 + 44 * num_pieces(nbytes)
 
 
 def piece_digests(pieces: Iterable[bytes]) -> bytes:

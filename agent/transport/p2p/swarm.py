@@ -88,7 +88,7 @@ class SwarmDownload:
 
     def _next_plan(self) -> None:
         request = self._sharing.plan_request(self._report().faulty)
-        self._plan = self._link.download_plan(self._digest, request)
+        self._plan = self._link.download_plan(self._digest, self._nbytes, request)
         check_plan(self._plan, self._digest, self._nbytes)
         self._planned_at, self._plan_missing = time.monotonic(), -1
 
