@@ -74,7 +74,7 @@ class StepFloors:
         if rows < self._floors.min_batch > 1:
             self._fault = _no_examples(self._floors)
             if rows > 0:
-                self._fault = _small_batch(f"a step of {rows} rows", rows, self._floors)
+                self._fault = _small_batch(f"a step of {rows}", rows, self._floors)
             raise self._fault
         self.seen = int(examples_done)
         self._on_step(step, steps, loss, examples_done)

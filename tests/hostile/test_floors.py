@@ -213,6 +213,55 @@ def test_the_floors_hold_for_a_task_of_the_owners(
     assert not (tmp_path / "out").exists()
 
 
+RESUMABLE = """
+import numpy as np
+from agent.tasks import Snapshot
+
+class Own:
+    "Steps of 20 rows; after a restart, steps of one."
+
+    def schema(self, settings): return {"w": ("F64", (1,))}
+    def init(self, seed, settings): return {"w": np.zeros(1)}
+    def load(self, data): self.done = 0
+    def evaluate(self, weights, settings, on_step): return 100, {}
+    def snapshot(self): return Snapshot({}, {"done": self.done})
+    def restore(self, snapshot): self.done = snapshot.values["done"]
+
+    def train(self, weights, settings, on_step):
+        if self.done:
+            self.done += 1
+            on_step(3, 3, 0.0, self.done)
+            return weights, 100, {}
+        for step in (1, 2):
+            self.done = 20 * step
+            on_step(step, 3, 0.0, self.done)
+        raise MemoryError
+"""
+
+
+@pytest.mark.attack("20.3")
+def test_a_step_after_a_restart_has_the_floors_too(tmp_path: Path) -> None:
+    """Attack: the trainer dies in the middle, and training resumes with a step of one row."""
+    (tmp_path / "own.py").write_text(RESUMABLE)
+    base = tmp_path / "base.safetensors"
+    weights.save(Weights({"w": np.zeros(1)}), base)
+    work = Train(
+        task="own",
+        settings={},
+        base=str(base),
+        out=str(tmp_path / "out"),
+        checkpoint=str(tmp_path / "checkpoint"),
+        checkpoint_every_s=0.0,
+    )
+    data = home_settings.data_settings(AgentSettings(), tmp_path)
+    for ending in ("out of memory", NotAllowed.code):
+        with pytest.raises(TrainerFailed) as found:
+            InProcess(data, source=f"{tmp_path}/own.py:Own").run(work)
+        assert found.value.kind == ending
+    assert "asks for a step of 1" in found.value.message
+    assert not (tmp_path / "out").exists()
+
+
 # --- evaluations of few rows -----------------------------------------------------------------
 
 
