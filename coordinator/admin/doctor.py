@@ -77,6 +77,11 @@ class _Doctor:
     def __init__(self, home: Path) -> None:
         self._home = home
 
+    @property
+    def _is_external(self) -> bool:
+        """Whether the coordinator does not run the broker."""
+        return bool(self._settings.mqtt_url or self._settings.mqtt_mosquitto)
+
     # --- the folder ---
 
     def home(self) -> str:
@@ -85,7 +90,7 @@ class _Doctor:
 
     def settings(self) -> str:
         self._settings = settings.read()
-        broker = "an external broker" if self._settings.mqtt_url else "the embedded broker"
+        broker = "an external broker" if self._is_external else "the embedded broker"
         return f"{self._settings.host}:{self._settings.port}, {broker}"
 
     def ledger(self) -> str:
@@ -155,11 +160,11 @@ class _Doctor:
     def ports(self) -> str:
         if self._up is not None:
             ours = [self._up.address]
-            if not self._settings.mqtt_url:
+            if not self._is_external:
                 ours.append(self._up.mqtt.netloc)
             return f"{' and '.join(ours)} are in use by this coordinator"
         chosen, ports = self._settings, {self._settings.port}
-        if not chosen.mqtt_url:
+        if not self._is_external:
             ports.add(chosen.mqtt_port or (chosen.port and chosen.port + 1))
         ports.discard(0)  # any free port
         for port in sorted(ports):
@@ -170,7 +175,7 @@ class _Doctor:
         assert self._up is not None
         mqtt, links = self._up.mqtt, self._up.fleet.links
         fix = "training continues without it, and it is restarted: commonweight monitor"
-        if self._settings.mqtt_url:
+        if self._is_external:
             fix = "training continues without it; check that broker"
         try:
             check_tls_handshake(mqtt)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import admin, analyze, fleet, jobs, keys, models, monitor, runs
+from coordinator.cli import admin, analyze, fleet, jobs, keys, models, monitor, mqtt, runs
 from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
 from protocols.local import cli_entry, crash_reports, homes
@@ -36,6 +36,7 @@ jobs.add_to(app)
 analyze.add_to(app)
 app.add_typer(keys.keys, name="keys")
 admin.add_to(app)
+mqtt.add_to(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -76,6 +77,10 @@ def up(
     mqtt_url: Annotated[
         str | None, typer.Option(help="Use this broker instead of the embedded one.")
     ] = None,
+    mosquitto: Annotated[
+        str | None,
+        typer.Option(help="Use the Mosquitto of this folder: commonweight mqtt mosquitto."),
+    ] = None,
     approve: Annotated[
         bool | None, typer.Option("--approve", help="New peers wait for your approval.")
     ] = None,
@@ -109,6 +114,7 @@ def up(
         port=port,
         mqtt_port=mqtt_port,
         mqtt_url=mqtt_url,
+        mqtt_mosquitto=str(Path(mosquitto).absolute()) if mosquitto else None,
         approve=approve,
         metrics_port=metrics_port,
         announce=announce,

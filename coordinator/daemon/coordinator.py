@@ -41,6 +41,8 @@ from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
 from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from coordinator.transport.http_server import Server
+from coordinator.transport.mosquitto import MosquittoBroker, MosquittoFiles
+from coordinator.transport.mqtt_access import Passwords
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.publisher import EventPublisher
@@ -255,8 +257,15 @@ class Coordinator:
             log.warning("the MQTT broker is down: %s", reason)
 
 
-def _broker(home: Path, chosen: Settings, port: int, keys: Keys) -> EmbeddedBroker | ExternalBroker:
+def _broker(
+    home: Path, chosen: Settings, port: int, keys: Keys
+) -> EmbeddedBroker | ExternalBroker | MosquittoBroker:
     """The external broker of the settings, or an embedded one on the port after `port`."""
+    if chosen.mqtt_mosquitto:
+        passwords = mqtt_passwords(keys)
+        files = MosquittoFiles(Path(chosen.mqtt_mosquitto), keys.fleet, passwords)
+        ca_pem, mqtt_port = keys.ca_pem.decode(), mosquitto_port(chosen)
+        return MosquittoBroker(files, passwords, chosen.host, mqtt_port, ca_pem)
     if chosen.mqtt_url:
         return ExternalBroker(chosen.mqtt_url, Path(chosen.mqtt_ca) if chosen.mqtt_ca else None)
     return EmbeddedBroker(
@@ -266,5 +275,15 @@ def _broker(home: Path, chosen: Settings, port: int, keys: Keys) -> EmbeddedBrok
         home / "server.pem",
         home / "server.key",
         keys.fleet,
-        keys.sign_key.private_bytes_raw(),
+        mqtt_passwords(keys),
     )
+
+
+def mqtt_passwords(keys: Keys) -> Passwords:
+    """The passwords of all members for the broker."""
+    return Passwords(keys.sign_key.private_bytes_raw())
+
+
+def mosquitto_port(chosen: Settings) -> int:
+    """Where Mosquitto listens."""
+    return chosen.mqtt_port or chosen.port + 1

@@ -13,6 +13,7 @@ from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import REPLY_ACTIONS, Superlink
+from coordinator.transport.mosquitto import MosquittoBroker
 from coordinator.transport.mqtt_access import monitor_user
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from coordinator.transport.publisher import EventPublisher
@@ -36,7 +37,7 @@ class PeerEvents:
         publisher: EventPublisher,
         sharing: SharingRoutes,
         long_polls: LongPolls,
-        broker: EmbeddedBroker | ExternalBroker,
+        broker: EmbeddedBroker | ExternalBroker | MosquittoBroker,
     ) -> None:
         self._registry, self._superlink, self._sessions = registry, superlink, sessions
         self._publisher, self._sharing, self._long_polls = publisher, sharing, long_polls

@@ -36,9 +36,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Settings of `commonweight up`. Environment: `COMMONWEIGHT_PORT` and so on.
 
     `host` and `port`: where agents connect. `mqtt_port`: 0 means `port` + 1. `mqtt_url`: an
-    external broker instead of the embedded one. `names`: host names and addresses by which agents
-    reach this machine, instead of those detected. `public_addresses`: host:port or host:port/path
-    of a proxy or router in front of this machine. `approve`: new peers wait for `peers approve`.
+    external broker instead of the embedded one. `mqtt_mosquitto`: a folder of `commonweight mqtt
+    mosquitto` instead, for a Mosquitto on this machine. `names`: host names and addresses by which
+    agents reach this machine, instead of those detected. `public_addresses`: host:port or
+    host:port/path of a proxy or router in front of this machine. `approve`: new peers wait for
+    `peers approve`.
     `announce`: announce the coordinator in the local network. `metrics_port`: serves /metrics for
     Prometheus on loopback; 0 is off.
     """
@@ -48,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mqtt_port: Port = 0
     mqtt_url: str = ""
     mqtt_ca: str = ""
+    mqtt_mosquitto: str = ""
     names: list[str] = []
     public_addresses: list[Annotated[str, Meta(pattern=r"^[^/]+:\d{1,5}(/[\w./-]*)?\Z")]] = []
     approve: bool = False
@@ -61,7 +64,13 @@ def read(**flags: Any) -> Settings:
     values = settings_file.read_file(home)
     values |= settings_file.read_environment(Settings, "COMMONWEIGHT_", _parse_variable)
     values |= {name: value for name, value in flags.items() if value is not None}
-    return settings_file.validate(values, Settings, f"correct {home / SETTINGS_FILE}")
+    chosen = settings_file.validate(values, Settings, f"correct {home / SETTINGS_FILE}")
+    if chosen.mqtt_url and chosen.mqtt_mosquitto:
+        raise UsageError(
+            "mqtt_url and mqtt_mosquitto name two brokers",
+            f"leave one out, on the command line or in {home / SETTINGS_FILE}",
+        )
+    return chosen
 
 
 def _parse_variable(name: str, text: str) -> Any:

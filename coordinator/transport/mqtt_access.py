@@ -13,11 +13,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 from base64 import urlsafe_b64encode
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from protocols.messages import topics
 
 Role = Literal["agent", "monitor"]
+#: Gets the user (empty for one without a login) and why something was refused.
+OnRefused = Callable[[str, str], None]
 #: What agents may publish, by kind: whether the broker may keep the message.
 _PUBLISHED: dict[topics.Kind, bool] = {"presence": True, "telemetry": False, "notice": False}
 

@@ -27,7 +27,7 @@ from typing import IO
 
 import tomli_w
 
-from coordinator.transport.mqtt_access import Login, Passwords, Role
+from coordinator.transport.mqtt_access import Login, OnRefused, Passwords, Role
 from coordinator.transport.ports import listen_error, listenable
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from protocols.local.atomic_files import write_private
@@ -35,7 +35,6 @@ from protocols.messages.envelope import MAX_PAYLOAD_BYTES
 from protocols.messages.mqtt import MqttAddress, parse_url
 
 OnChange = Callable[[bool, str], None]
-OnRefused = Callable[[str, str], None]
 
 MAX_CONNECTIONS = 10_000
 START_TIMEOUT_S = 20.0
@@ -52,7 +51,7 @@ class EmbeddedBroker:
     """rumqttd behind the gate, which listens with TLS on `host:port` (port 0: any free port).
 
     Its configuration and log are in `folder`. A renewed `certificate` is used without a restart.
-    `fleet` is the fleet's id in topics; passwords derive from `secret`. `on_refused(user, why)` is
+    `fleet` is the fleet's id in topics. `on_refused(user, why)` is
     called in the event loop for each new kind of refusal; `user` is empty for one without a login.
     """
 
@@ -64,14 +63,14 @@ class EmbeddedBroker:
         certificate: Path,
         key: Path,
         fleet: str,
-        secret: bytes,
+        passwords: Passwords,
         *,
         stuck_after_s: float = 30.0,
     ) -> None:
         self.host, self.port = host, port
         self._folder = folder
         self._certificate, self._key = certificate, key
-        self._fleet, self._passwords = fleet, Passwords(secret)
+        self._fleet, self._passwords = fleet, passwords
         self._logins: dict[str, Login] = {}
         self.on_refused: OnRefused = lambda user, why: None
         self._stuck_after_s = stuck_after_s

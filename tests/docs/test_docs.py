@@ -28,6 +28,7 @@ PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agen
 #: Programs that are not ours; what they are asked is theirs.
 OTHERS = {
     "curl",
+    "mosquitto",
     "pip",
     "python3",
     ".",

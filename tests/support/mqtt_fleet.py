@@ -14,6 +14,7 @@ from pathlib import Path
 import aiomqtt
 
 from agent.transport.mqtt_client import MqttClient
+from coordinator.transport.mqtt_access import Passwords
 from coordinator.transport.mqtt_broker import EmbeddedBroker
 from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.enrollment import identity
@@ -121,7 +122,7 @@ class Site:
         certificate, key = self.folder / "tls.pem", self.folder / "tls.key"
         folder = self.folder / "mqtt"
         broker = EmbeddedBroker(
-            folder, HOST, port, certificate, key, self.fleet, self.secret, **options
+            folder, HOST, port, certificate, key, self.fleet, Passwords(self.secret), **options
         )
         broker.admit(self.peer, "agent")
         broker.admit("monitor", "monitor")

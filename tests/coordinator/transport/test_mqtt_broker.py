@@ -17,6 +17,7 @@ import pytest
 from coordinator.daemon import coordinator
 from coordinator.storage import settings
 from coordinator.storage.settings import PORT, Settings
+from coordinator.transport.mqtt_access import Passwords
 from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from tests.support.mqtt_fleet import HOST, Site, rogue, running, started
@@ -95,10 +96,12 @@ async def test_a_port_in_use_is_named_with_the_option(site: Site) -> None:
 async def test_what_cannot_work_is_said(site: Site) -> None:
     certificate, key = site.folder / "tls.pem", site.folder / "tls.key"
     for host in ("192.0.2.1", "nowhere.invalid"):
-        broker = EmbeddedBroker(site.folder, host, 0, certificate, key, "f", b"s")
+        broker = EmbeddedBroker(site.folder, host, 0, certificate, key, "f", Passwords(b"s"))
         with pytest.raises(UsageError, match=host):
             await broker.start()
-    broker = EmbeddedBroker(site.folder, HOST, 0, site.folder / "none.pem", key, "f", b"s")
+    broker = EmbeddedBroker(
+        site.folder, HOST, 0, site.folder / "none.pem", key, "f", Passwords(b"s")
+    )
     with pytest.raises(HomeError, match=r"none\.pem"):
         await broker.start()
 
@@ -166,12 +169,13 @@ async def test_a_cancelled_start_leaves_no_child(site: Site) -> None:
 _PARENT = """
 import asyncio, json, sys
 from pathlib import Path
+from coordinator.transport.mqtt_access import Passwords
 from coordinator.transport.mqtt_broker import EmbeddedBroker
 
 async def main():
     folder, certificate, key = json.loads(sys.stdin.readline())
     broker = EmbeddedBroker(
-        Path(folder), "127.0.0.1", 0, Path(certificate), Path(key), "fleet", b"secret"
+        Path(folder), "127.0.0.1", 0, Path(certificate), Path(key), "f", Passwords(b"s")
     )
     await broker.start()
     print(broker.pid, broker.port, flush=True)

@@ -1,0 +1,52 @@
+"""`commonweight mqtt mosquitto`: Mosquitto in place of the embedded broker."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coordinator.cli.common import Json, print_result
+from protocols.errors import HomeError
+
+mqtt = typer.Typer(help="A broker of your own.", no_args_is_help=True)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.add_typer(mqtt, name="mqtt")
+
+
+@mqtt.callback()
+def _group() -> None:
+    """A broker of your own."""
+
+
+@mqtt.command()
+def mosquitto(
+    folder: Annotated[Path, typer.Argument(help="A folder of its own, for its files.")],
+    json: Json = False,
+) -> None:
+    """Write the files of a Mosquitto with a login and rights for each member."""
+    from coordinator.daemon.coordinator import mosquitto_port, mqtt_passwords
+    from coordinator.storage import settings
+    from coordinator.transport.mosquitto import MosquittoFiles
+    from protocols.local import homes
+
+    home = homes.open_home("coordinator")
+    keys, chosen = settings.open_keys(home), settings.read()
+    files = MosquittoFiles(folder, keys.fleet, mqtt_passwords(keys))
+    port = mosquitto_port(chosen)
+    certificate, key = home / "server.pem", home / "server.key"
+    try:
+        config = files.write_config(chosen.host, port, certificate, key)
+        files.write_empty()
+    except OSError as err:
+        raise HomeError(f"cannot write into {folder}: {err}", "choose another folder") from err
+    start, up = (
+        f"mosquitto -c {shlex.quote(str(config))}",
+        f"--mosquitto {shlex.quote(str(folder))}",
+    )
+    text = f"wrote {config}\nnext: {start}\nthen: commonweight up {up}"
+    print_result({"config": config, "port": port, "start": start}, text, json=json)
