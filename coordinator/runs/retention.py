@@ -23,14 +23,14 @@ def versions_to_keep(run: Run) -> set[str]:
 
 def states_to_keep(run: Run, versions: Set[str]) -> set[str]:
     """Digests of the strategy's states at these versions and now."""
-    rounds = [*run.history, *((run.best,) if run.best else ())]
+    rounds = [*run.history, *run.abandoned, *((run.best,) if run.best else ())]
     states = {d for r in rounds if r.digest in versions for d in r.strategy_state.values()}
     return states | set(run.strategy_state.values())
 
 
 def all_versions(run: Run) -> set[str]:
     """Digests of all versions of a run that its record names."""
-    committed = {closed.digest for closed in run.history}
+    committed = {closed.digest for closed in (*run.history, *run.abandoned)}
     return (committed | versions_to_keep(run) | {run.first}) - {""}
 
 
@@ -62,7 +62,8 @@ class Retention:
         self.on_disk |= {run.head, run.parent}
         for digest in self.on_disk - keep - protected:
             self._store.drop(digest)
-        known = {d for r in run.history for d in r.strategy_state.values()}
+        rounds = (*run.history, *run.abandoned)
+        known = {d for r in rounds for d in r.strategy_state.values()}
         self._states.drop(known - states_to_keep(run, keep) - protected)
         failpoint("round.pruned")
         self.on_disk &= keep

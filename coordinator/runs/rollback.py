@@ -40,9 +40,18 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         cooling_down=frozenset(),
         staleness={},
         history=kept,
+        abandoned=(*run.abandoned, *_undone(run, kept)),
         best=best_version.best(run.spec, kept),
         strategy_state=kept[-1].strategy_state if kept else {},
     )
+
+
+def _undone(run: Run, kept: tuple[Round, ...]) -> list[Round]:
+    """The rounds with files on disk that are not among `kept`. The last may not be closed."""
+    last = Round(round=run.round, digest=run.head, strategy_state=run.strategy_state)
+    stored = (*run.history[-run.spec.keep_versions :], *([run.best] if run.best else []), last)
+    digests = {run.first, *(closed.digest for closed in kept)}
+    return [one for one in stored if one.digest and one.digest not in digests]
 
 
 def recall_begun(run: Run, event: events.RecallBegun) -> Run:

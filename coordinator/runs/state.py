@@ -86,6 +86,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `buffer`: late updates that go into the next version; with `buffered`, all of its updates.
     `assignments` and `last_assignments`, by peer: work in progress, and the last that was assigned.
     `cooling_down`: peers that get no work before the next version. `excluded`: no work at all.
+    `abandoned`: rounds that a return to an earlier version undid, while their files may exist.
     `deleted`: the files are deleted, and the run is not listed any more.
     """
 
@@ -113,6 +114,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     norms: dict[str, float] = {}
     history: tuple[Round, ...] = ()
     best: Round | None = None
+    abandoned: tuple[Round, ...] = ()
     strategy_state: dict[str, str] = {}
     training_seconds: dict[str, tuple[float, ...]] = {}
     recalling: bool = False

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from coordinator.runs import recovery, steps, transitions
+from coordinator.runs import recovery, retention, steps, transitions
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import Holding, RunEvent, RunSpec, Update
+from coordinator.storage.weight_store import WeightStore
+from coordinator.strategies.state import StateStore
 from protocols.enrollment import identity
 from protocols.errors import UpdateRefused
 from protocols.messages.states import RunState
@@ -127,3 +130,25 @@ def test_what_the_coordinator_did_not_sign_for_this_run_proves_nothing(
 ) -> None:
     with pytest.raises(UpdateRefused, match=r"work|proves"):
         recovery.verify_proof(seeking(), proof, IS_OWN)
+
+
+def test_files_of_a_round_that_had_not_closed_are_deleted_after_the_recall(tmp_path: Path) -> None:
+    """The backup has the version and its state, and the ledger names both."""
+    unclosed: list[RunEvent] = [
+        run_events.RoundOpened(2, "v1", ("A",)),
+        run_events.UpdateAccepted(2, "A", Update(digest="u2", num_examples=1)),
+        run_events.TrainingClosed(2, ("A",)),
+        run_events.VersionCommitted(2, "v2", "v1", ("A",), {}, {"momentum": "m2"}),
+    ]
+    back = run_events.VersionRecalled(Holding(5, "v5"), "A")
+    run = transitions.replay(
+        "r", [*BEFORE, *unclosed, run_events.RecallBegun(True), *told(A=Holding(5, "v5")), back]
+    )
+    store = WeightStore(tmp_path)
+    states = StateStore(store.states)
+    versions = [store.version_path(digest) for digest in ("v2", "v1", "v5")]
+    paths = [*versions, states.path("m2"), states.path("m1")]
+    for path in paths:
+        path.touch()
+    retention.Retention(run, store, states, set).prune(run)
+    assert [path.stem for path in paths if path.exists()] == ["v1", "v5", "m1"]
