@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from agent.data.disclosed_sets import Numbers, mix, pack, unpack
 from agent.data.private_database import open_database, writing
+from protocols.errors import NotAllowed
 
 Mask = npt.NDArray[np.bool_]
 
@@ -26,6 +27,7 @@ HELD_OUT_OF = 5
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS admitted (id INTEGER PRIMARY KEY, numbers BLOB);
 CREATE TABLE IF NOT EXISTS splits (id INTEGER PRIMARY KEY, name TEXT, train BLOB, held BLOB);
+CREATE TABLE IF NOT EXISTS table_sizes (size INTEGER PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS last_table (id INTEGER PRIMARY KEY, counts TEXT);
 """
 
@@ -60,12 +62,18 @@ class Admission:
     def close(self) -> None:
         self._db.close()
 
-    def admit(self, numbers: Numbers, min_rows: int) -> Mask:
-        """Which of a table's rows may be used. Admits a group of new rows if there are enough."""
+    def admit(self, numbers: Numbers, min_rows: int, *, whole: bool = False) -> Mask:
+        """Which rows may be used. Admits a group of new rows if there are enough.
+
+        `whole`: these are all rows of the owner's table. Raises NotAllowed if nearly all of them
+        changed, and their number by a few: the same people may be in it, and a few others.
+        """
         with writing(self._db):
             groups = [unpack(rows) for (rows,) in self._db.execute("SELECT numbers FROM admitted")]
             admitted = np.isin(numbers, _join(groups))
             waiting = int((~admitted).sum())
+            if whole:
+                self._check_size(len(numbers), min_rows, rewritten=2 * waiting > len(numbers))
             if waiting >= min_rows:
                 self._db.execute(
                     "INSERT INTO admitted (numbers) VALUES (?)",
@@ -77,6 +85,17 @@ class Admission:
                 "INSERT OR REPLACE INTO last_table VALUES (1, ?)", (json.dumps(counts),)
             )
         return admitted
+
+    def _check_size(self, size: int, min_rows: int, *, rewritten: bool) -> None:
+        sizes = {size for (size,) in self._db.execute("SELECT size FROM table_sizes")}
+        close = [abs(size - other) for other in sizes if 0 < abs(size - other) < min_rows]
+        if rewritten and close:
+            raise NotAllowed(
+                f"nearly all rows of the table changed, and their number by {min(close)}, which is "
+                f"fewer than the owner's data_min_count of {min_rows}",
+                "leave columns that change at each export out of the file",
+            )
+        self._db.execute("INSERT OR IGNORE INTO table_sizes VALUES (?)", (size,))
 
     def counts(self) -> Counts | None:
         """Of the table that was read last; None before the first."""
@@ -94,7 +113,7 @@ class Admission:
         """The parts of these admitted rows, of which a task can use some (`usable`).
 
         `draw(n, group)` divides a group of n new rows: True is held out. `name` tells divisions of
-        the same rows apart.
+        the same rows apart. Raises NotAllowed if a task can use only a few rows of a part.
         """
         with writing(self._db):
             rows = self._db.execute(
@@ -116,10 +135,15 @@ class Admission:
                     (name, *map(pack, added)),
                 )
                 train, held = _join([train, added[0]]), _join([held, added[1]])
-        return Split(
-            _part(np.isin(numbers, train), numbers, usable, min_rows),
-            _part(np.isin(numbers, held), numbers, usable, min_rows),
-        )
+        parts = [np.isin(numbers, part) for part in (train, held)]
+        used = [_part(part, numbers, usable, min_rows) for part in parts]
+        for part, of in zip(used, parts, strict=True):
+            if part.sum() < min(min_rows, of.sum()):
+                raise NotAllowed(
+                    f"the run can use {part.sum()} rows of {of.sum()} to train on or to hold out, "
+                    f"and the owner's data_min_count is {min_rows}"
+                )
+        return Split(*used)
 
 
 def _part(part: Mask, numbers: Numbers, usable: Mask, min_rows: int) -> Mask:

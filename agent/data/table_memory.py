@@ -42,7 +42,7 @@ class TableMemory:
         """The rows of a table that may be used now. Raises DataError."""
         fingerprint = reader.fingerprint()
         numbers = self.registry.positions(reader)
-        admitted = self.admission.admit(numbers, min_rows)
+        admitted = self.admission.admit(numbers, min_rows, whole=True)
         return AdmittedRows(_AdmittedReader(reader, admitted, fingerprint), numbers[admitted])
 
 

@@ -70,13 +70,21 @@ def widen(rows: list[Row]) -> list[Row]:
     return [{**row, "town": "x"} for row in [*rows, VICTIM]]
 
 
+def stamp(rows: list[Row]) -> list[Row]:
+    return [{**row, "exported": "2026-11-30"} for row in [*rows, VICTIM]]
+
+
+def narrow(rows: list[Row]) -> list[Row]:
+    return [{"name": row["name"], "pay": row["pay"]} for row in [*rows, VICTIM]]
+
+
 @pytest.mark.attack("20.3")
-@pytest.mark.parametrize("change", [add_one, shuffle, widen])
+@pytest.mark.parametrize("change", [add_one, shuffle, widen, stamp, narrow])
 def test_one_more_row(tmp_path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
     """Attack: ask for a sum, wait until one row is added, ask again, subtract. Also with the rows
-    in another order, and with another column."""
+    in another order, with another column, with one less, and with one that changes everywhere."""
     home, rows = Home(tmp_path), people(104)
-    home.write(rows)
+    home.write([{**row, "exported": "2026-11-29"} for row in rows] if change is stamp else rows)
     before = total(home.ask("sum(pay)"))
     home.write(change(rows))
     after = total(home.ask("sum(pay)"))
