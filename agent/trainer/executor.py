@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.data.change_watch import ChangeWatch
 from agent.data.settings import DataSettings
 from agent.inference import predictions
 from agent.tasks import (
@@ -64,6 +65,7 @@ class WorkExecutor:
         self._task: Task | None = None
         self._data: DataSettings | None = None
         self._told = ToldRows()
+        self._watch = ChangeWatch("")
         self._resumed: CheckpointFile | None = None  # if the current work resumed
 
     def do(self, work: Work) -> Done | Failed:
@@ -130,9 +132,10 @@ class WorkExecutor:
         return self._train(work, task, settings, base, personal)
 
     def _load(self, task: Task, data: DataSettings) -> None:
-        if self._data != data:
+        if self._data != data or self._watch.changed():
             self._data = None
             self._told = ToldRows()
+            self._watch = ChangeWatch(data.path if data.memory else "")
             task.load(data)
             self._data, self._told = data, ToldRows(data)
 

@@ -10,12 +10,51 @@ import pytest
 
 from tests.support.fleet_harness import Fleet, fleet
 from tests.support.tables import MIXED, write_csv
+from tests.support.waiting import wait_for
 
 
 def joined(site: Fleet, name: str, table: Path) -> None:
     words = ("join", "-", "--name", name, "--data", str(table))
     done = site.ask_agent(name, *words, given=site.ticket())
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_a_row_that_its_owner_deletes_stops_answers_until_more_have_gone(tmp_path: Path) -> None:
+    tables = {
+        "bern": write_csv(tmp_path / "bern.csv", MIXED[:90]),
+        "basel": write_csv(tmp_path / "basel.csv", MIXED[90:]),
+    }
+    words = ("--target", "label", "--rounds", "1", "--quorum", "2", "--follow")
+    with fleet(tmp_path) as site:
+        assert site.ask("init").returncode == 0
+        site.up()
+        for name, table in tables.items():
+            joined(site, name, table)
+        site.start(*tables)
+        assert site.ask("run", "start", "tabular", *words).returncode == 0
+        write_csv(tmp_path / "bern.csv", MIXED[:90] + MIXED[90:93])
+        site.programs["bern"].stop()
+        site.start("bern")
+        done = site.ask("run", "start", "tabular", *words)
+        assert done.returncode == 0, done.stderr
+        assert "3 new rows wait until 5 have come" in site.ask_agent("bern", "status").stdout
+
+        write_csv(tmp_path / "bern.csv", MIXED[1:90])
+        site.programs["bern"].stop()
+        site.start("bern")
+        run = site.start_run("tabular", *words[:-1])
+        limit = "would reveal 1 rows alone, and the owner's data_min_count is 5"
+        wait_for(lambda: any(limit in text for text in site.events()), "the operator hears of it")
+        logs = (file.read_text() for file in (tmp_path / "bern").glob("*.log"))
+        assert "".join(logs).count(limit) == 1
+        assert site.ask("run", "stop", run).returncode == 0
+
+        write_csv(tmp_path / "bern.csv", MIXED[20:90])
+        site.programs["bern"].stop()
+        site.start("bern")
+        done = site.ask("run", "start", "tabular", *words)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.long

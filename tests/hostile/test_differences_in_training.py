@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 
+from agent.data import change_watch
 from agent.data.settings import DataSettings
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train
 from agent.trainer.executor import WorkExecutor
@@ -85,7 +86,13 @@ class Trainer:
             writer.writeheader()
             writer.writerows(rows)
 
-    def do(self, kind: Any, settings: dict[str, Any], **more: Any) -> Done:
+    def do(
+        self,
+        kind: Any,
+        settings: dict[str, Any],
+        executor: WorkExecutor | None = None,
+        **more: Any,
+    ) -> Done:
         data = DataSettings(
             path=str(self.file),
             min_rows=20,
@@ -93,7 +100,7 @@ class Trainer:
             memory=str(self.folder / "told" / "told.db"),
             device="cpu",
         )
-        executor = WorkExecutor(WorkControl(), lambda answer: None, 1)
+        executor = executor or WorkExecutor(WorkControl(), lambda answer: None, 1)
         done = executor.do(kind(task="tabular", settings=settings, data=data, **more))
         assert not isinstance(done, Failed), done
         return done
@@ -103,11 +110,13 @@ class Trainer:
         assert isinstance(found, TableStatistics)
         return found
 
-    def train(self, **settings: Any) -> tuple[int, np.ndarray[Any, Any]]:
+    def train(
+        self, *, executor: WorkExecutor | None = None, **settings: Any
+    ) -> tuple[int, np.ndarray[Any, Any]]:
         """The number of examples and the change of the weights."""
         out = self.folder / "out.safetensors"
         chosen = {"seed": 1, "round": 1, **self.settings, **settings}
-        done = self.do(Train, chosen, base=self.base, out=str(out))
+        done = self.do(Train, chosen, executor, base=self.base, out=str(out))
         old, new = weights.load(Path(self.base)), weights.load(out)
         change = np.concatenate([(new[name] - old[name]).ravel() for name in new])
         return done.num_examples, change
@@ -193,6 +202,24 @@ def test_one_row_by_a_missing_target(tmp_path: Path) -> None:
     found = asked_again(lambda: trainer.train(**again))
     assert found is None or count - found[0] in (0, 5)
     assert found is None or trainer.train(**again)[0] == found[0]
+
+
+@pytest.mark.attack("20.3")
+def test_a_deleted_row_is_not_used_by_a_trainer_that_has_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: keep a trainer busy, so that it goes on with rows that their owner has deleted."""
+    monkeypatch.setattr(change_watch, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(change_watch, "_COST_FACTOR", 0)
+    rows = people(60)
+    trainer = Trainer(tmp_path, rows)
+    executor = WorkExecutor(WorkControl(), lambda answer: None, 1)
+    count, _ = trainer.train(executor=executor)
+    trainer.write(rows[1:])
+    assert asked_again(lambda: trainer.train(executor=executor)) is None
+    trainer.write(rows[30:])
+    fewer, _ = trainer.train(executor=executor)
+    assert fewer < count
 
 
 @pytest.mark.attack("20.3")

@@ -1,0 +1,55 @@
+"""Notices that the files of the owner's data changed, so that deleted rows are not used again."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+#: A look at the files takes at most this share of the time, and comes at most so often.
+LOOK_EVERY_S = 30.0
+_COST_FACTOR = 20
+
+
+class ChangeWatch:
+    """Compares the stamps of all files at a path with those of the last look."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        began = time.monotonic()
+        self._stamp = self._look()
+        self._next_at = self._wait_from(began)
+
+    def changed(self) -> bool:
+        """True if files came, went or changed. Looks at most every `LOOK_EVERY_S`."""
+        began = time.monotonic()
+        if not self._path or began < self._next_at:
+            return False
+        stamp = self._look()
+        self._next_at = self._wait_from(began)
+        return stamp != self._stamp
+
+    @staticmethod
+    def _wait_from(began: float) -> float:
+        now = time.monotonic()
+        return now + max(LOOK_EVERY_S, _COST_FACTOR * (now - began))
+
+    def _look(self) -> int:
+        return hash(tuple(_stamps(self._path))) if self._path else 0
+
+
+def _stamps(path: str) -> Iterator[tuple[object, ...]]:
+    given = Path(path)
+    files: Iterator[Path]
+    if given.is_dir():
+        files = (Path(folder, name) for folder, _, names in os.walk(given) for name in names)
+    else:
+        files = iter([given] if given.exists() else [Path(name) for name in glob.glob(path)])
+    for file in files:
+        try:
+            of = file.stat()
+        except OSError:
+            continue
+        yield str(file), of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns
