@@ -91,6 +91,7 @@ class Gate:
         self.listener.max_unsettled = MAX_WAITING
         self._files = (Path(config.certificate), Path(config.key))
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._loaded: list[int] = []
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
 
     async def serve(self) -> None:
@@ -100,31 +101,31 @@ class Gate:
         self.listener.bind((self.config.host, self.config.port))
         self.listener.setblocking(False)
         self._tls.load_cert_chain(*self._files)
+        self._loaded = [path.stat().st_mtime_ns for path in self._files]
         max_files = raise_open_file_limit()
         if max_files is not None:  # one from the client, and two to the broker
             self.listener.max_connections = min(self.listener.max_connections, max_files // 4)
         await asyncio.get_running_loop().create_server(
-            lambda: Connection(self),
+            self._new_connection,
             sock=self.listener,
             ssl=self._tls,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
             ssl_shutdown_timeout=2.0,
             backlog=2048,
         )
-        loaded = self._written()
         while True:
             await asyncio.sleep(_CHECK_EVERY_S)
             self.listener.drop_full_buckets(time.monotonic())
-            if (written := self._written()) != loaded:
-                with contextlib.suppress(OSError):  # between two files: the next time
-                    self._tls.load_cert_chain(*self._files)
-                    loaded = written
 
-    def _written(self) -> list[int]:
-        """When the certificate and its key were written."""
-        with contextlib.suppress(OSError):
-            return [path.stat().st_mtime_ns for path in self._files]
-        return []
+    def _new_connection(self) -> Connection:
+        """Called before the handshake, so that this one has a renewed certificate already."""
+        with contextlib.suppress(OSError):  # between two files: the next time
+            written = [path.stat().st_mtime_ns for path in self._files]
+            if written != self._loaded:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*self._files)
+                self._tls.load_cert_chain(*self._files)
+                self._loaded = written
+        return Connection(self)
 
     def set_login(self, user: str, role: Any, password_sha256: str) -> None:
         """Admit a user; without a role, end its login and cut its connections."""

@@ -350,6 +350,51 @@ def _presence(watch: Watch) -> list[Any]:
     return watch.bodies(Presence)
 
 
+@pytest.mark.attack("20.7")
+async def test_a_removal_while_the_broker_is_down_holds(site: Site) -> None:
+    """Attack: a member is removed while the broker is down, and logs in once it is back."""
+    changes: list[bool] = []
+    async with (
+        started(site) as broker,
+        running(lambda: broker.supervise(lambda up, _: changes.append(up))),
+    ):
+        broker.admit("EVES-EVES-EVES-EVES", "agent")
+        assert broker.pid is not None
+        psutil.Process(broker.pid).kill()
+        broker.drop("EVES-EVES-EVES-EVES")
+        await until(lambda: changes[-2:] == [False, True])
+        assert await refused_login(site.login(broker, "EVES-EVES-EVES-EVES"))
+        assert not await refused_login(site.login(broker))
+
+
+@pytest.mark.attack("20.7")
+async def test_an_agent_that_reads_nothing_stops_nobody(site: Site) -> None:
+    """Attack: a monitor subscribes to all that it may, sends pings, and never reads."""
+    async with started(site) as broker:
+        address = site.login(broker, "monitor")
+        context = ssl.create_default_context(cadata=site.ca_pem)
+        plain = socket.create_connection((HOST, broker.port))
+        stuck = await asyncio.to_thread(context.wrap_socket, plain, server_hostname=HOST)
+        connect = Connect("x", 60, address.user, address.password.encode(), None)
+        wanted = topics.all_peers(site.fleet, "telemetry").encode()
+        body = b"\0\1" + len(wanted).to_bytes(2) + wanted + b"\0"
+        stuck.sendall(mqtt_packets.encode_connect(connect) + bytes([0x82, len(body)]) + body)
+        assert broker.pid is not None
+        child, payload = psutil.Process(broker.pid), b"x" * 10_000
+        before = child.memory_info().rss
+        watch = Watch(site, address)
+        async with running(watch.feed.run), rogue(site.address(broker)) as inside:
+            await until(lambda: watch.feed.connected)
+            for _ in range(2000):  # 20 MB
+                await inside.publish(topics.telemetry(site.fleet, site.peer), payload)
+            agent = Agent(site, site.login(broker))
+            agent.link.set_presence(Presence(state=PeerState.PAUSED, name="box"))
+            async with running(agent.link.run):
+                await until(lambda: watch.bodies(Presence))
+        assert child.memory_info().rss - before < 60e6
+        stuck.close()
+
+
 # --- removal, over a whole coordinator -----------------------------------------------------------
 
 
