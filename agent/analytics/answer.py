@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from agent.analytics import differential_privacy, disclosure_control
 from agent.analytics.compute import Group, Places, Table, find_cells, read_table
 from agent.analytics.disclosure_control import ToldSet
-from agent.analytics.figures import compute_figure
+from agent.analytics.figures import compute_figure, min_product_rows
 from agent.analytics.query_log import QueryLog
 from agent.data import disclosed_sets, open_table
 from agent.data.arrow_reader import find_files, map_errors
@@ -59,7 +59,7 @@ def answer_question(
         except CommonweightError as err:
             # Others learn the kind of error, not the content of the table.
             words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
-            _logger.warning("a question was refused: %s. It was: %s", err.message, question)
+            _logger.info("a question was refused: %s. It was: %s", err.message, question)
             return log.record(question, data, PeerAnswer(refused=strip_controls(words)))
         return log.record(question, data, told, sets)
 
@@ -176,7 +176,9 @@ def _figures(
             if len(one.rows)
         ]
         try:
-            disclosure_control.check_sets(about, [*known, *sets], min_rows)
+            disclosure_control.check_sets(
+                about, [*known, *sets], min_rows, min_product_rows(table, min_rows)
+            )
         except Refused as err:
             _logger.info("%s is withheld: %s", operation, err.message)
             columns.append([WithheldState()] * len(found))

@@ -55,7 +55,8 @@ def check(question: Query, chosen: AgentSettings) -> None:
     if question.epsilon > (most := chosen.analyze_epsilon_per_question):
         raise Refused(
             f"the owner allows ε = {most:g} for a question, and this one needs "
-            f"{question.epsilon:g}: commonweight-agent policy set analyze_epsilon_per_question"
+            f"{question.epsilon:g}: commonweight-agent policy set analyze_epsilon_per_question "
+            f"{question.epsilon:g}"
         )
     check_form(question)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from agent.analytics import linear_audit
 from agent.analytics.compute import Group
+from agent.analytics.figures import PRODUCTS
 from agent.data.disclosed_sets import Numbers
 from agent.data.profile import may_use
 from agent.home.settings import AgentSettings
@@ -87,11 +88,13 @@ def choose_cells(
                     f"ask again when at least {min_rows} rows have changed",
                 )
         chosen[group] = rows
-    check_sets([ToldSet("", rows) for rows in chosen.values()], known, min_rows)
+    check_sets([ToldSet("", rows) for rows in chosen.values()], known, min_rows, min_rows)
     return Disclosure(chosen, similar)
 
 
-def check_sets(sets: Sequence[ToldSet], known: Sequence[ToldSet], min_rows: int) -> None:
+def check_sets(
+    sets: Sequence[ToldSet], known: Sequence[ToldSet], min_rows: int, min_product_rows: int
+) -> None:
     """Raise Refused unless these sets may be told after those in `known`."""
     new = find_new(sets, known)
     if not new:
@@ -104,12 +107,15 @@ def check_sets(sets: Sequence[ToldSet], known: Sequence[ToldSet], min_rows: int)
     everything = [*known, *new]
     columns = {one.column for one in new}
     if "" in columns:
-        columns = {one.column for one in everything}
+        columns = {one.column for one in everything} - {PRODUCTS}
     for column in columns:
+        is_product = column == PRODUCTS
+        about = {column} if is_product else {column, ""}
         before, after = (
-            [one.rows for one in sets if one.column in ("", column)] for sets in (known, everything)
+            [one.rows for one in some if one.column in about] for some in (known, everything)
         )
-        if linear_audit.isolates_few(before, after, min_rows):
+        least = min_product_rows if is_product else min_rows
+        if linear_audit.isolates_few(before, after, least):
             raise few_rows(min_rows)
 
 
@@ -128,7 +134,8 @@ def find_new(sets: Sequence[ToldSet], known: Sequence[ToldSet]) -> list[ToldSet]
     new = []
     for one in sets:
         key = one.rows.tobytes()
-        if not seen & {(one.column, key), ("", key)}:
+        same = {(one.column, key)} if one.column == PRODUCTS else {(one.column, key), ("", key)}
+        if not seen & same:
             seen.add((one.column, key))
             new.append(one)
     return new

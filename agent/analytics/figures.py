@@ -30,10 +30,16 @@ _MAX_BUCKETS = 32
 _MAX_BUCKET_KEYS = 64
 
 
+#: A covariance tells the sum of one column's values, each times another column's value. Whoever
+#: knows the other column has one more equation about the rows.
+PRODUCTS = "\0products"
+
+
 class ToldRows(NamedTuple):
     """A set of rows that a figure describes.
 
-    `column`: the column of which something is told; empty for any column.
+    `column`: the column of which something is told; empty for any column; `PRODUCTS` for products
+    of the values of two columns.
     """
 
     column: str
@@ -104,12 +110,17 @@ def _over_values(operation: Operation, table: Table, used: Places, min_rows: int
             told += [ToldRows(about, used[part == value]) for value in different]
     if operation.kind not in ("cov", "corr"):
         return Figure(stats.MomentsState(compute_moments(values)), tuple(told))
-    # A covariance with each other column is an equation about the values of one. There must be
-    # more unknown values than equations.
-    if len(used) < min_rows + table.width:
+    if len(used) < min_product_rows(table, min_rows):
         return _WITHHELD
+    told.append(ToldRows(PRODUCTS, used))
     other = table.numbers(operation.columns[1])[used]
     return Figure(stats.compute_comoments(values, other), tuple(told))
+
+
+def min_product_rows(table: Table, min_rows: int) -> int:
+    """The least rows of a covariance: with each other column it is an equation about the values of
+    one, and there must be more unknown values than equations."""
+    return min_rows + table.width
 
 
 def _is_few(count: int, min_rows: int) -> bool:

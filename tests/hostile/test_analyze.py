@@ -19,6 +19,7 @@ from agent.analytics.query_log import QueryLog
 from agent.data.table_memory import TableMemory
 from agent.home.settings import AgentSettings
 from protocols.analytics.mergeable_states import (
+    ComomentsState,
     CountState,
     HistogramState,
     MomentsState,
@@ -387,6 +388,26 @@ def test_covariances_with_known_columns_do_not_solve_for_values(tmp_path: Path) 
         "sum(salary), " + ", ".join(f"cov(k{n}, salary)" for n in range(1, 6)), "number < 6"
     )
     assert [type(state).__name__ for state in told.cells[0].states[1:]] == ["WithheldState"] * 5
+
+
+@pytest.mark.attack("20.2")
+def test_two_nested_cells_do_not_solve_for_the_rows_between(tmp_path: Path) -> None:
+    """Attack: covariances with known columns over two cells that differ in five rows: five
+    equations for the five salaries."""
+    names = [f"k{n}" for n in range(1, 6)]
+    rows = [
+        row | {name: int(row["number"]) ** (n + 1) % 97 for n, name in enumerate(names)}
+        for row in persons()
+    ]
+    victim = Victim(tmp_path, rows)
+    text = "sum(salary), " + ", ".join(f"cov({name}, salary)" for name in names)
+    equations = []
+    for where in ("", "number < 195", "number >= 5", "number >= 195"):
+        told = victim.ask(text, where)
+        found = [state for cell in told.cells for state in cell.states]
+        equations.append(sum(isinstance(state, ComomentsState) for state in found))
+        assert not told.refused, "sums are told all the same"
+    assert equations == [5, 0, 0, 0]
 
 
 # --- the owner's word -----------------------------------------------------------------------------
