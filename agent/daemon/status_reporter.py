@@ -107,7 +107,7 @@ class StatusReporter:
                 phase=progress.phase if progress.phase in ("train", "evaluate") else "",
                 step=progress.step,
                 steps=progress.steps,
-                loss=progress.loss,
+                loss=coarse_loss(progress),
                 # An evaluation reports no loss on the way.
                 diverged=progress.loss is None and progress.phase == "train",
                 samples_per_s=progress.examples_per_s,
@@ -168,3 +168,14 @@ def _disk_free_bytes(home: Path) -> int:
         return shutil.disk_usage(home).free
     except OSError:
         return 0
+
+
+def coarse_loss(progress: Progress) -> float | None:
+    """The loss that may leave during training: two digits of a batch's mean.
+
+    Exact losses of two batches at the same weights, one with one row more, would reveal the loss of
+    that row. The memory of what was told knows whole answers only. An evaluation tells none.
+    """
+    if progress.loss is None or progress.phase != "train":
+        return None
+    return float(f"{progress.loss:.2g}")

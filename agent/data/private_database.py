@@ -7,17 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from protocols.errors import HomeError
+
 #: The agent and its trainer write for milliseconds; a longer wait is an error.
 _WAIT_S = 60.0
 
 
 def open_database(path: Path, schema: str) -> sqlite3.Connection:
-    """The database with these tables. Raises OSError, sqlite3.Error."""
+    """The database with these tables. Raises OSError, HomeError."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.touch(mode=0o600)
     db = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA synchronous = FULL")
-    db.executescript(schema)
+    try:
+        db.execute("PRAGMA synchronous = FULL")
+        db.executescript(schema)
+    except sqlite3.DatabaseError as err:  # an answer without a memory could reveal a row
+        db.close()
+        raise HomeError(
+            f"the memory of what was told cannot be read: {err}",
+            f"restore {path} from a backup; without one, move it away, and what was told before is "
+            "no longer compared",
+        ) from err
     return db
 
 

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 
+from agent.daemon.status_reporter import coarse_loss
 from agent.data import change_watch
 from agent.data.settings import DataSettings
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train
 from agent.trainer.executor import WorkExecutor
-from agent.trainer.ipc import Failed
+from agent.trainer.ipc import Failed, Progress
 from agent.trainer.progress import WorkControl
 from protocols.errors import NotAllowed
 from protocols.model import schema_card, weights
@@ -69,14 +71,16 @@ CHANGES: tuple[Change, ...] = (
 class Trainer:
     """The trainer of one agent, whose table the test changes."""
 
-    def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
+    def __init__(
+        self, folder: Path, rows: Sequence[Row], settings: dict[str, Any] = SETTINGS
+    ) -> None:
         self.folder, self.file = folder, folder / "staff.csv"
         self.write(rows)
-        told = self.do(Describe, SETTINGS)
+        told = self.do(Describe, settings)
         self.table = schema_card.decode(told.description)
         assert isinstance(self.table, TableStatistics)
-        made = preprocessing.derive({"me": self.table}, SETTINGS).preprocessing
-        self.settings = {**SETTINGS, "preprocessing": preprocessing.encode(made)}
+        made = preprocessing.derive({"me": self.table}, settings).preprocessing
+        self.settings = {**settings, "preprocessing": preprocessing.encode(made)}
         self.base = str(folder / "base.safetensors")
         self.do(Init, self.settings, seed=0, out=self.base)
 
@@ -220,6 +224,43 @@ def test_a_deleted_row_is_not_used_by_a_trainer_that_has_read_it(
     trainer.write(rows[30:])
     fewer, _ = trainer.train(executor=executor)
     assert fewer < count
+
+
+@pytest.mark.attack("20.3")
+def test_losses_on_the_way(tmp_path: Path) -> None:
+    """Attack: read the losses of the first batch in the telemetry, with 12 rows and with 13, and
+    compute the loss of the one."""
+    told: list[float | None] = []
+    losses = np.random.default_rng(3).gamma(2.0, 1.0, 13)
+    for rows in (12, 13):
+        mean = float(losses[:rows].mean())
+        progress = {"id": 1, "step": 1, "steps": 9, "loss": mean, "examples_per_s": 1.0}
+        told.append(coarse_loss(Progress(phase="train", **progress)))  # type: ignore[arg-type]
+        assert coarse_loss(Progress(phase="evaluate", **progress)) is None  # type: ignore[arg-type]
+    assert told[0] is not None
+    assert told[1] is not None
+    assert abs(13 * told[1] - 12 * told[0] - losses[12]) > 1e-2 * losses[12]
+    assert told == [float(f"{loss:.1e}") for loss in (losses[:12].mean(), losses.mean())]
+
+
+@pytest.mark.attack("20.3")
+def test_a_class_that_the_run_leaves_out(tmp_path: Path) -> None:
+    """Attack: train with all classes, and with preprocessing that leaves out one with two rows;
+    or evaluate a class of which a few rows are held out."""
+    rows: list[Row] = [{**row, "grade": "ab"[n % 2]} for n, row in enumerate(people(58))]
+    rows += [{**rows[0], "grade": "c"}, {**rows[1], "grade": "c"}]
+    wanted = {**SETTINGS, "target": "grade", "kind": "classification", "features": "age"}
+    trainer = Trainer(tmp_path, rows, {**wanted, "target": "grade"})
+    made = preprocessing.decode(trainer.settings["preprocessing"])
+    counts = []
+    for classes in (("a", "b", "c"), ("a", "b"), ("a", "c")):
+        target = replace(made.target, classes=classes)
+        chosen = {**wanted, "preprocessing": preprocessing.encode(replace(made, target=target))}
+        trainer.do(Init, chosen, seed=0, out=trainer.base)
+        found = asked_again(lambda chosen=chosen: trainer.train(**chosen))
+        counts.append(found and found[0])
+    assert counts[0] == 48
+    assert counts[1] is None or counts[0] - counts[1] >= 5
 
 
 @pytest.mark.attack("20.3")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.data.disclosed_sets import DisclosedSets, ToldSet, Use
-from protocols.errors import NotAllowed
+from protocols.errors import HomeError, NotAllowed
 
 MIN = 5
 
@@ -71,6 +71,13 @@ def test_one_of_two_sets_at_the_same_time_is_told(tmp_path: Path) -> None:
         thread.join()
     assert len(outcomes) == 8
     assert outcomes.count(True) == 2, "one set, by the two that asked for it"
+
+
+def test_a_damaged_memory_tells_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "told.db"
+    file.write_bytes(b"no database" * 100)
+    with pytest.raises(HomeError, match="memory of what was told"):
+        DisclosedSets(file)
 
 
 def test_sets_of_one_answer_are_compared_too(tmp_path: Path) -> None:
