@@ -28,6 +28,7 @@ from coordinator.fleet.registry import SUBJECT
 from coordinator.runs import transitions
 from coordinator.storage import job_events, run_events, settings
 from coordinator.storage.ledger import Ledger
+from coordinator.storage.settings import ISSUER_FILE
 from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
 from protocols.errors import CommonweightError, HomeError, HomeTooNew, UsageError
@@ -39,10 +40,12 @@ from protocols.messages.states import RunState
 FORMAT = 1
 LEDGER_FILE = "ledger.db"
 MANIFEST = "manifest.json"
-_KEYS = ("ca.pem", "ca.key", "coordinator.key", "operator.key")
+_KEYS = ("ca.pem", "coordinator.key", "operator.key")
+#: A home has one of these: the CA's key, or an issuer while the CA's key is offline.
+_SIGNERS = ("ca.key", ISSUER_FILE)
 _REQUIRED = ("home.json", *_KEYS, LEDGER_FILE)
 #: `mqtt.json`: homes of earlier versions have it, with a login that is not used any more.
-_OPTIONAL = (SETTINGS_FILE, "mqtt.json")
+_OPTIONAL = (SETTINGS_FILE, "mqtt.json", *_SIGNERS)
 _WEIGHTS = re.compile(r"(versions|states)/([0-9a-f]{64})\.safetensors")
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20
@@ -227,6 +230,8 @@ def _manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> Manifest:
             raise _damaged(f"{name!r} is not named after its digest")
     if absent := set(_REQUIRED) - manifest.files.keys():
         raise _damaged(f"{min(absent)!r} is missing")
+    if not manifest.files.keys() & set(_SIGNERS):
+        raise _damaged(f"'{_SIGNERS[0]}' is missing")
     return manifest
 
 

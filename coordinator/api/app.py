@@ -16,11 +16,13 @@ from coordinator.fleet.auth import Auth
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH
 
 
-def make_app(service: CoordinatorService, auth: Auth, ca_key: Any) -> Starlette:
+def make_app(
+    service: CoordinatorService, auth: Auth, ca_key: Any, issuer: bytes = b""
+) -> Starlette:
     endpoints = (*fleet.ROUTES, *runs.ROUTES, *jobs.ROUTES, *tickets.ROUTES)
     return Starlette(
         routes=[
-            *AgentRoutes(service, auth, ca_key).routes(),
+            *AgentRoutes(service, auth, ca_key, issuer).routes(),
             *(endpoint.route(service, auth) for endpoint in endpoints),
             *service.transfer.routes(auth),
             service.transfer.patch_route(auth),

@@ -42,7 +42,7 @@ PassphraseFile = Annotated[
 ]
 
 
-def _passphrase(file: Path | None, *, new: bool) -> str:
+def read_passphrase(file: Path | None, *, new: bool) -> str:
     """The passphrase from a file or the terminal. Raises UsageError.
 
     It is never an argument: everybody on the machine can read the command line.
@@ -83,7 +83,7 @@ def backup(
     home = homes.open_home("coordinator")
     encrypt = encrypt or passphrase_file is not None
     if encrypt:
-        passphrase = _passphrase(passphrase_file, new=True)
+        passphrase = read_passphrase(passphrase_file, new=True)
         with _temporary_file(home) as plain:
             manifest = backups.write(home, plain, with_versions=with_versions)
             encryption.seal(plain, file, passphrase)
@@ -112,7 +112,7 @@ def restore(
 
     home = homes.home_path("coordinator")
     if encryption.is_sealed(file):
-        passphrase = _passphrase(passphrase_file, new=False)
+        passphrase = read_passphrase(passphrase_file, new=False)
         home.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_file(home.parent) as plain:
             encryption.unseal(file, plain, passphrase)

@@ -15,6 +15,7 @@ import typer
 from coordinator.cli import admin, analyze, fleet, jobs, keys, models, monitor, mqtt, runs
 from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
+from protocols.errors import UsageError
 from protocols.local import cli_entry, crash_reports, homes
 
 # Typer escapes "[default: 10]" for rich even in help that is plain text.
@@ -54,16 +55,36 @@ def init(
         list[str] | None,
         typer.Option("--san", help="A host name or address of this machine; may be repeated."),
     ] = None,
+    offline_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the CA's key to this file, encrypted, to be kept elsewhere; an issuer "
+            "signs in its place."
+        ),
+    ] = None,
+    passphrase_file: admin.PassphraseFile = None,
     json: Json = False,
 ) -> None:
     """Create a coordinator on this machine: its keys, CA and folder."""
     from coordinator.storage import settings
 
-    home, new = settings.init(name or [])
+    keep = None
+    if offline_ca is not None and not (homes.home_path("coordinator") / "ca.pem").exists():
+        from coordinator.admin.keys import write_encrypted
+
+        keep = write_encrypted(offline_ca, admin.read_passphrase(passphrase_file, new=True))
+    elif offline_ca is not None:
+        raise UsageError(
+            "this coordinator has a CA already, whose key cannot be taken offline",
+            "use it as it is, or make another with COMMONWEIGHT_HOME",
+        )
+    home, new = settings.init(name or [], keep)
     if name:
         settings.save_names(home, name)
     data = {"home": home, "fleet": settings.open_keys(home).fleet, "new": new}
     text = f"created a coordinator in {home}" if new else f"{home} has a coordinator already"
+    if keep:
+        text += f"\nthe CA's key is in {offline_ca}: keep it and its passphrase elsewhere"
     print_result(data, f"{text}\nnext: commonweight up", json=json)
 
 

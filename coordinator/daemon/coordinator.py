@@ -190,7 +190,7 @@ class Coordinator:
             self.registry, identity.public_bytes(self._keys.operator_key), self.identity.fleet
         )
         flower = sessions_app(self._superlink, auth)
-        ours = with_fast_path(make_app(self, auth, self._keys.ca_key))
+        ours = with_fast_path(make_app(self, auth, self._keys.ca_key, self._keys.issuer))
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             inner = flower if scope["path"].startswith(FLEET_PREFIX) else ours
@@ -221,7 +221,9 @@ class Coordinator:
     def fleet_card(self) -> bytes:
         """The coordinator's key and broker, signed by the CA."""
         broker = self._broker.address("", self._keys.ca_pem.decode())
-        return self._card.current(self._keys.ca_key, self.identity.public, broker)
+        return self._card.current(
+            self._keys.ca_key, self.identity.public, broker, self._keys.issuer
+        )
 
     async def command(self, peer: str, command: Command) -> str:
         """Send an operator's command. Returns a sentence about it. Raises Unreachable."""

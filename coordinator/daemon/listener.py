@@ -38,7 +38,9 @@ class Listener:
         """Issue or renew the certificate. Returns False if it is still valid."""
         public = [addresses.parse(address).host for address in self._public]
         keys = self._keys
-        return settings.certify(self._home, keys.ca_key, keys.ca_pem, [*self.names, *public])
+        return settings.certify(
+            self._home, keys.ca_key, keys.ca_pem, [*self.names, *public], keys.issuer
+        )
 
     def server(self, app: ASGIApp) -> Server:
         return Server(app, self._socket, self._home / "server.pem", self._home / "server.key")

@@ -34,14 +34,20 @@ class CardFile:
         """The card in the file, if there is one of this CA."""
         return self._card
 
-    def current(self, ca_key: SigningKey, public: bytes, broker: MqttAddress) -> bytes:
-        """The signed card for this signing key and broker."""
+    def current(
+        self, ca_key: SigningKey, public: bytes, broker: MqttAddress, issuer: bytes = b""
+    ) -> bytes:
+        """The signed card for this signing key and broker.
+
+        `issuer`: the certificate (PEM) of the issuer whose key `ca_key` is, or empty.
+        """
         counter = self._card.counter if self._card else 0
         card = FleetCard(
             fleet=identity.fleet_id(self._ca_pem) if self._card is None else self._card.fleet,
             counter=max(counter, 1),
             coordinator_public=public,
             broker=fleet_card.broker_card(broker),
+            issuer=issuer,
         )
         if card != self._card:
             # The clock keeps the counter growing in a home that was restored from a backup.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -23,6 +24,8 @@ from protocols.local.settings_file import SETTINGS_FILE
 #: Has the address of the running coordinator.
 UP_FILE = "up.json"
 PORT = 9092
+#: Certificate and key of the issuer, if the CA's key is offline.
+ISSUER_FILE = "issuer.pem"
 #: Words for true and false in the environment, besides true, false, 1 and 0.
 _WORDS = {
     **dict.fromkeys(("yes", "y", "on", "t"), True),
@@ -87,28 +90,66 @@ def _parse_variable(name: str, text: str) -> Any:
 
 
 class Keys(NamedTuple):
-    """The keys and certificates in a coordinator's home."""
+    """The keys and certificates in a coordinator's home.
+
+    If the CA's key is offline, `ca_key` is the key of an issuer, and `issuer` its certificate.
+    """
 
     fleet: str
     ca_pem: bytes
     ca_key: SigningKey
     sign_key: SigningKey
     operator_key: SigningKey
+    issuer: bytes = b""
 
 
-def init(names: list[str]) -> tuple[Path, bool]:
-    """Create a coordinator's home: CA, keys, TLS certificate. Returns (home, True if new)."""
+def init(
+    names: list[str], keep_offline: Callable[[SigningKey], None] | None = None
+) -> tuple[Path, bool]:
+    """Create a coordinator's home: CA, keys, TLS certificate. Returns (home, True if new).
+
+    `keep_offline` stores the CA's key elsewhere; an issuer in the home then signs in its place.
+    """
     home = homes.open_home("coordinator", create=True)
     if (home / "ca.pem").exists():
         return home, False
-    ca_key, ca_pem = identity.new_ca(socket.gethostname())
-    write_private(home / "ca.key", identity.private_pem(ca_key))
+    is_offline, issuer = keep_offline is not None, b""
+    ca_key, ca_pem = identity.new_ca(socket.gethostname(), with_issuers=is_offline)
+    if keep_offline is not None:
+        keep_offline(ca_key)
+        ca_key, issuer = write_issuer(home, ca_key, ca_pem)
+    else:
+        (home / ISSUER_FILE).unlink(missing_ok=True)  # of an `init` that did not end
+        write_private(home / "ca.key", identity.private_pem(ca_key))
     write_private(home / "coordinator.key", identity.private_pem(identity.new_signing_key()))
     write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
     # Last: its presence marks a complete home.
     write_private(home / "ca.pem", ca_pem)
-    certify(home, ca_key, ca_pem, names)
+    certify(home, ca_key, ca_pem, names, issuer)
     return home, True
+
+
+def write_issuer(home: Path, ca_key: SigningKey, ca_pem: bytes) -> tuple[SigningKey, bytes]:
+    """Store a new issuer in the home, certificate and key in one file. Returns both."""
+    key, issuer = identity.new_issuer(ca_key, ca_pem)
+    write_private(home / ISSUER_FILE, issuer + identity.private_pem(key))
+    return key, issuer
+
+
+def _open_issuer(home: Path, ca_pem: bytes) -> tuple[SigningKey, bytes]:
+    """The key that signs in this home, and the issuer's certificate, empty if it is the CA's key.
+
+    Raises HomeError, BadMessage, OSError.
+    """
+    if not (home / ISSUER_FILE).exists():
+        return identity.load_signing_key(home / "ca.key"), b""
+    end = b"-----END CERTIFICATE-----\n"
+    text = (home / ISSUER_FILE).read_bytes()
+    issuer = text[: text.find(end) + len(end)]
+    key = identity.load_signing_key(home / ISSUER_FILE)
+    if identity.signer_public(ca_pem, issuer) != identity.public_bytes(key):
+        raise BadMessage("the issuer's certificate is for another key")
+    return key, issuer
 
 
 def save_names(home: Path, names: list[str]) -> None:
@@ -124,33 +165,45 @@ def open_keys(home: Path) -> Keys:
     try:
         ca_pem = (home / "ca.pem").read_bytes()
         fleet = identity.fleet_id(ca_pem)
+        ca_key, issuer = _open_issuer(home, ca_pem)
     except (OSError, BadMessage) as err:
         raise HomeError(f"the home {home} is damaged: {err}", "restore it from a backup") from err
     return Keys(
         fleet=fleet,
         ca_pem=ca_pem,
-        ca_key=identity.load_signing_key(home / "ca.key"),
+        ca_key=ca_key,
         sign_key=identity.load_signing_key(home / "coordinator.key"),
         operator_key=identity.load_signing_key(home / "operator.key"),
+        issuer=issuer,
     )
 
 
-def certify(home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str]) -> bool:
-    """Create or renew the TLS certificate. False if it is valid for `names` for another month."""
+def certify(
+    home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str], issuer: bytes = b""
+) -> bool:
+    """Create or renew the TLS certificate. False if it is valid for `names` for another month.
+
+    `issuer`: the certificate (PEM) of the issuer whose key `ca_key` is; servers send it along.
+    """
     certificate = home / "server.pem"
     wanted = {"localhost", "127.0.0.1", "::1", *names}
     # A key that does not match (a crash between the two files) is replaced like an old one.
     with contextlib.suppress(OSError, ValueError):
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, home / "server.key")
         pem = certificate.read_bytes()
-        if wanted <= identity.certificate_names(pem) and identity.days_left(pem) > 30:
+        is_chained = pem.endswith(issuer)
+        if (
+            is_chained
+            and wanted <= identity.certificate_names(pem)
+            and identity.days_left(pem) > 30
+        ):
             return False
     try:
-        key, pem = identity.new_server_certificate(ca_key, ca_pem, sorted(wanted))
+        key, pem = identity.new_server_certificate(ca_key, issuer or ca_pem, sorted(wanted))
     except ValueError as err:
         raise UsageError(f"no certificate can be made for {', '.join(names)}: {err}") from err
     write_private(home / "server.key", identity.private_pem(key))
-    write_private(certificate, pem)
+    write_private(certificate, pem + issuer)
     return True
 
 

@@ -6,6 +6,7 @@ has the TLS key, but not the CA's key, can thus not bring in a signing key or a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from functools import partial
 from typing import Annotated
@@ -40,7 +41,8 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     """What the CA says about its coordinator.
 
     `coordinator_public`: the Ed25519 key (raw, 32 bytes) of its commands and versions. `counter`
-    grows with each change: an older card is refused.
+    grows with each change: an older card is refused. `issuer`: the certificate (PEM) of the issuer
+    that signed it, or empty for the CA; after a newer issuer, an older one is refused.
     """
 
     v: Count = FORMAT
@@ -48,6 +50,7 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     counter: Annotated[int, Meta(ge=1, le=2**53)]
     coordinator_public: PublicKey
     broker: BrokerCard
+    issuer: Annotated[bytes, Meta(max_length=2048)] = b""
 
 
 _SIGNED = SignedJson(FleetCard, "fleet card", "fleet card", "this fleet's CA")
@@ -74,7 +77,11 @@ def verify_card(
     """
     if len(data) > MAX_CARD_BYTES:
         raise BadMessage(f"a fleet card of {len(data)} bytes; the limit is {MAX_CARD_BYTES}")
-    card = _SIGNED.unpack(data, partial(identity.verify, identity.ca_public(ca_pem)))
+    issuer = b""
+    with contextlib.suppress(BadMessage):  # whoever signed it; `unpack` says why it is not valid
+        issuer = _SIGNED.decode(data[64:]).issuer
+    signer = identity.signer_public(ca_pem, issuer)
+    card = _SIGNED.unpack(data, partial(identity.verify, signer))
     if card.v != FORMAT:
         raise BadMessage(f"a fleet card of format {card.v}; this version reads {FORMAT}")
     if card.fleet != identity.fleet_id(ca_pem):
@@ -85,6 +92,8 @@ def verify_card(
         )
     if newer_than and newer_than != data:
         known = verify_card(ca_pem, newer_than)
+        if identity.issued_at(card.issuer) < identity.issued_at(known.issuer):
+            raise BadMessage("the fleet card is of an issuer that was replaced")
         if card.counter <= known.counter and card != known:
             raise BadMessage(
                 f"the fleet card is older (number {card.counter}) than the one known here "

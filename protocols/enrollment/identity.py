@@ -2,7 +2,8 @@
 
 An agent has two keys: P-384 for Flower's node authentication, Ed25519 for all else. The
 coordinator has a CA (Ed25519) that signs its TLS certificate and the node certificates, and a
-signing key (Ed25519) for commands and versions.
+signing key (Ed25519) for commands and versions. If the CA's key is kept offline, an issuer signs in
+its place: an intermediate certificate of the CA, which travels with what it signs.
 
 A peer id has four groups of four characters, like a device id of Syncthing: 15 characters of the
 SHA-256 of its Ed25519 key in base32 (75 bits) and a Luhn mod 32 check character.
@@ -11,6 +12,7 @@ SHA-256 of its Ed25519 key in base32 (75 bits) and a Luhn mod 32 check character
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -136,14 +138,16 @@ def _load(path: Path) -> object:
 # --- the coordinator's CA and TLS certificate ------------------------------------------------
 
 
-def new_ca(fleet_name: str) -> tuple[SigningKey, bytes]:
-    """A CA key and its self-signed certificate (PEM)."""
+def new_ca(fleet_name: str, *, with_issuers: bool = False) -> tuple[SigningKey, bytes]:
+    """A CA key and its self-signed certificate (PEM). `with_issuers`: it may have issuers."""
     key = new_signing_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"commonweight {fleet_name}")])
     certificate = (
         _builder(subject, subject, CA_DAYS)
         .public_key(key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(
+            x509.BasicConstraints(ca=True, path_length=1 if with_issuers else 0), critical=True
+        )
         .add_extension(_usage(sign_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, None)
@@ -151,11 +155,59 @@ def new_ca(fleet_name: str) -> tuple[SigningKey, bytes]:
     return key, certificate.public_bytes(serialization.Encoding.PEM)
 
 
+def new_issuer(ca_key: SigningKey, ca_pem: bytes) -> tuple[SigningKey, bytes]:
+    """The key and the certificate (PEM) of an issuer, which signs in place of the CA."""
+    key, ca = new_signing_key(), load_ca(ca_pem)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "commonweight issuer")])
+    certificate = (
+        _builder(subject, ca.subject, CA_DAYS)
+        .public_key(key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(sign_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
+        )
+        .sign(ca_key, None)
+    )
+    return key, certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def signer_public(ca_pem: bytes, issuer: bytes) -> bytes:
+    """The Ed25519 key of the CA, or of its issuer if `issuer` (PEM) is not empty.
+
+    Raises BadMessage unless the CA made this issuer, and it is valid now.
+    """
+    if not issuer:
+        return ca_public(ca_pem)
+    certificate, ca = load_ca(issuer), load_ca(ca_pem)
+    try:
+        certificate.verify_directly_issued_by(ca)
+        limits = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as err:
+        raise BadMessage("the issuer is not certified by this fleet's CA") from err
+    if not limits.ca or not usage.key_cert_sign:
+        raise BadMessage("the issuer's certificate is not one for issuers")
+    now = datetime.datetime.now(datetime.UTC)
+    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+        raise BadMessage("the issuer's certificate has expired, or a clock is wrong")
+    return ca_public(issuer)
+
+
+def issued_at(issuer: bytes) -> float:
+    """When an issuer's certificate begins (Unix s); 0 for the CA itself. Raises BadMessage."""
+    return load_ca(issuer).not_valid_before_utc.timestamp() if issuer else 0.0
+
+
 def new_server_certificate(
     ca_key: SigningKey, ca_pem: bytes, names: Iterable[str]
 ) -> tuple[NodeKey, bytes]:
-    """A TLS key (P-256) and certificate for these DNS names and addresses, signed by the CA."""
-    ca = x509.load_pem_x509_certificate(ca_pem)
+    """A TLS key (P-256) and certificate for these DNS names and addresses, signed by the CA.
+
+    `ca_key` and `ca_pem` may be those of an issuer.
+    """
+    ca = load_ca(ca_pem)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "commonweight coordinator")])
     certificate = (
@@ -282,7 +334,10 @@ def _general_name(name: str) -> x509.GeneralName:
 
 
 class NodeCertificate(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer's two public keys, certified by the CA until `not_after` (Unix s)."""
+    """A peer's two public keys, certified by the CA until `not_after` (Unix s).
+
+    `issuer`: the certificate (PEM) of the issuer that signed it, or empty for the CA.
+    """
 
     v: Count = 1
     fleet: Id
@@ -291,6 +346,7 @@ class NodeCertificate(msgspec.Struct, frozen=True, kw_only=True):
     sign_public: PublicKey
     node_public: Annotated[bytes, msgspec.Meta(max_length=1024)]
     not_after: float
+    issuer: Annotated[bytes, msgspec.Meta(max_length=2048)] = b""
 
 
 _SIGNED_CERTIFICATE = SignedJson(
@@ -305,4 +361,7 @@ def issue_certificate(ca_key: SigningKey, certificate: NodeCertificate) -> bytes
 
 def verify_certificate(ca_pem: bytes, data: bytes) -> NodeCertificate:
     """The certificate in `data`, if the CA signed it. Raises BadMessage."""
-    return _SIGNED_CERTIFICATE.unpack(data, partial(verify, ca_public(ca_pem)))
+    issuer = b""
+    with contextlib.suppress(BadMessage):  # whoever signed it; `unpack` says why it is not valid
+        issuer = _SIGNED_CERTIFICATE.decode(data[64:]).issuer
+    return _SIGNED_CERTIFICATE.unpack(data, partial(verify, signer_public(ca_pem, issuer)))

@@ -39,9 +39,12 @@ MAX_LOGS_BYTES = 512 * 1024
 
 
 class AgentRoutes:
-    """The handlers. `ca_key` signs node certificates."""
+    """The handlers. `ca_key` signs node certificates, as the CA or as its `issuer` (PEM)."""
 
-    def __init__(self, service: CoordinatorService, auth: Auth, ca_key: Any) -> None:
+    def __init__(
+        self, service: CoordinatorService, auth: Auth, ca_key: Any, issuer: bytes = b""
+    ) -> None:
+        self._issuer = issuer
         self._service, self._auth, self._ca_key = service, auth, ca_key
 
     def routes(self) -> list[Route]:
@@ -90,6 +93,7 @@ class AgentRoutes:
             sign_public=peer.sign_public,
             node_public=peer.node_public,
             not_after=time.time() + identity.CERTIFICATE_DAYS * 86400,
+            issuer=self._issuer,
         )
         return identity.issue_certificate(self._ca_key, certificate)
 
