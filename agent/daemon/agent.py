@@ -195,8 +195,8 @@ class Agent:
                     lifted = state_machine.PauseLifted(frozenset({PauseReason.OPERATOR}))
                     self._pause_end = self._runner.dispatch_later(for_s, lifted)
             case Command(action="resume"):
-                reasons = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
-                self._runner.dispatch(state_machine.PauseLifted(reasons))
+                lifted = state_machine.PauseLifted(state_machine.LIFTED_BY_OPERATOR)
+                self._runner.dispatch(lifted)
             case Command(action="finish"):
                 self._runner.dispatch(state_machine.FinishRequested())
 

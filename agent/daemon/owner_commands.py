@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 
 from agent.daemon.policy_loop import PolicyLoop
-from agent.daemon.state_machine import FinishRequested, PauseLifted, PauseRequested
+from agent.daemon.state_machine import (
+    LIFTED_BY_OPERATOR,
+    FinishRequested,
+    PauseLifted,
+    PauseRequested,
+)
 from agent.daemon.state_runner import StateRunner
 from agent.home import status_files
 from agent.home.status_files import OwnerRequest
@@ -14,7 +19,7 @@ from protocols.local.disk_space import is_disk_full
 from protocols.messages.states import PauseReason
 
 _OWN_PAUSE = frozenset({PauseReason.USER})
-_LIFTED_BY_OWNER = _OWN_PAUSE | {PauseReason.OPERATOR, PauseReason.TRAINER}
+_LIFTED_BY_OWNER = _OWN_PAUSE | LIFTED_BY_OPERATOR
 
 
 class OwnerCommands:

@@ -4,7 +4,8 @@ Rule 1. Presence is a function of the state alone.
 Rule 2. A pause stops the trainer between two batches and prevents new work. No work is lost.
 Rule 3. When the trainer has failed repeatedly, that is a pause too.
 Rule 4. The policy's decision is one more pause and a pace. It does not change other pauses.
-Rule 5. `finish` completes and sends the current work, then ends the agent.
+Rule 5. `finish` completes and sends the current work, then ends the agent. It lifts the operator's
+        pause. While another pause forbids the work, the agent ends at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from msgspec.structs import replace
 
 from protocols.messages.states import PauseReason, PeerState
 from protocols.messages.work import Work
+
+#: The pauses that the operator's `resume` and `finish` lift.
+LIFTED_BY_OPERATOR = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
 
 
 class PolicyDecided(NamedTuple):
@@ -156,18 +160,25 @@ def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instructio
         case PauseRequested(reason, until):
             after = replace(state, pauses={**state.pauses, reason: until})
         case PauseLifted(reasons):
-            pauses = {why: until for why, until in state.pauses.items() if why not in reasons}
-            after = replace(state, pauses=pauses)
+            after = replace(state, pauses=_without(state.pauses, reasons))
         case TrainerGaveUp(kind, until):
             pauses = {**state.pauses, PauseReason.TRAINER: until}
             after = replace(state, pauses=pauses, trainer_failure=kind)
         case PolicyDecided():
             after = replace(state, policy=event)
         case FinishRequested():
-            after = replace(state, finishing=True)
-    if after.finishing and after.work is None:
+            pauses = _without(state.pauses, LIFTED_BY_OPERATOR)
+            after = replace(state, pauses=pauses, finishing=True)
+    is_held = is_paused(after) and not after.sending
+    if after.finishing and (after.work is None or is_held):
         after = replace(after, finished=True)
     return after, _instructions(state, after)
+
+
+def _without(
+    pauses: Mapping[PauseReason, float], reasons: frozenset[PauseReason]
+) -> dict[PauseReason, float]:
+    return {why: until for why, until in pauses.items() if why not in reasons}
 
 
 def _instructions(before: AgentState, after: AgentState) -> list[Instruction]:

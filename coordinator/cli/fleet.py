@@ -17,6 +17,8 @@ peers = typer.Typer(help="The machines of the fleet.", no_args_is_help=True)
 operators = typer.Typer(help="Access from other machines.", no_args_is_help=True)
 
 _POLL_S = 0.5
+#: After a restart of the coordinator, agents connect again within this time.
+_SETTLE_S = 45.0
 
 
 def add_to(app: typer.Typer) -> None:
@@ -138,24 +140,25 @@ def drain(
     deadline: Annotated[str, typer.Option(help="How long to wait for it.")] = "10m",
 ) -> None:
     """Ask a machine to finish its round and stop (id or name), and wait until it has."""
-    from coordinator.fleet.reducer import describe_state, shown_state
+    from coordinator.fleet.reducer import describe_state, is_unclear, shown_state
     from protocols.messages.states import PeerState
 
-    remote = connect()
-    until = time.monotonic() + parse_seconds(deadline)
-    idle = {PeerState.OFFLINE, PeerState.AWAITING}
+    remote, began, sent = connect(), time.monotonic(), False
+    until = began + parse_seconds(deadline)
     while True:
         fleet = remote.fleet()
         found = next((p for p in fleet.peers.values() if peer in (p.peer, p.name)), None)
         if found is None:
             raise UnknownName(f"no peer {peer!r}", "commonweight peers list")
         state = shown_state(found, fleet.at)
-        if state in idle:
+        settled = not is_unclear(found) or time.monotonic() > began + _SETTLE_S
+        if state is PeerState.AWAITING or (state is PeerState.OFFLINE and settled):
             print_line(f"{peer} has no work any more: {describe_state(found, fleet.at)}")
             return
-        if PeerState.PAUSED not in idle:
+        may_send = state is not PeerState.OFFLINE and (settled or not fleet.links.mqtt)
+        if may_send and not sent:
             _command(peer, "finish")
-            idle.add(PeerState.PAUSED)  # counts only after the command: it ends the work
+            sent = True
         if time.monotonic() > until:
             raise CommonweightError(
                 f"after {deadline} {peer} is still {describe_state(found, fleet.at)}",

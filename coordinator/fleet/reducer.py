@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from coordinator.fleet.state import Event, Fleet, Job, Level, Peer, Run, finite
+from coordinator.fleet.state import NOT_SEEN, Event, Fleet, Job, Level, Peer, Run, finite
 from protocols.messages import envelope as wire
 from protocols.messages.envelope import Envelope, EventBody
 from protocols.messages.states import AVAILABLE, ENDED, PeerState, label
@@ -346,6 +346,15 @@ def shown_state(peer: Peer, now: float) -> PeerState:
 def has_presence(peer: Peer, now: float) -> bool:
     """Whether its MQTT messages arrive."""
     return not peer.no_presence and shown_state(peer, now) not in _SILENT
+
+
+def is_unclear(peer: Peer) -> bool:
+    """True if the peer may be at work while its presence does not arrive or says offline.
+
+    This lasts some seconds after a restart of the coordinator or of the broker.
+    """
+    is_offline = peer.state is PeerState.OFFLINE
+    return peer.no_presence or (is_offline and (bool(peer.flower) or peer.reason == NOT_SEEN))
 
 
 def shown_reason(peer: Peer, now: float) -> str:

@@ -23,6 +23,9 @@ from protocols.messages.states import PeerState
 
 Level = Literal["info", "warning", "error"]
 
+#: The reason of a peer that has not been seen since the coordinator's start.
+NOT_SEEN = "not seen yet"
+
 
 class Event(Struct, kw_only=True, frozen=True):
     """A line of the Events screen. `at` is Unix s by the reader's clock."""
@@ -53,7 +56,7 @@ class Peer(Struct, kw_only=True):
     flower: bool | None = None
     no_presence: bool = False
     state: PeerState = PeerState.OFFLINE
-    reason: Text = "not seen yet"
+    reason: Text = NOT_SEEN
     version: Name = ""
     task: Name = ""
     run: Name = ""

@@ -45,6 +45,8 @@ def on(*reasons: PauseReason, until: float = 0.0) -> dict[PauseReason, float]:
     return dict.fromkeys(reasons, until)
 
 
+HELD = AgentState(work=WORK, pauses=on(PauseReason.OPERATOR))
+
 TABLE: list[tuple[str, AgentState, Event, list[Instruction]]] = [
     ("a session alone says nothing", AgentState(), SessionChanged(True), []),
     ("a broker that is back: look", AgentState(), BrokerChanged(True), [PollForWork()]),
@@ -82,6 +84,25 @@ TABLE: list[tuple[str, AgentState, Event, list[Instruction]]] = [
         [Announce(), Shutdown()],
     ),
     ("finish while paused", AgentState(pauses=on(USER)), FinishRequested(), [Shutdown()]),
+    ("finish lifts the operator's pause", HELD, FinishRequested(), [ResumeTrainer(), Announce()]),
+    (
+        "finish at paused work",
+        AgentState(work=WORK, pauses=on(USER)),
+        FinishRequested(),
+        [Shutdown()],
+    ),
+    (
+        "a pause of the last work",
+        AgentState(work=WORK, finishing=True),
+        PauseRequested(USER),
+        [PauseTrainer(), Announce(), Shutdown()],
+    ),
+    (
+        "a pause while the last update is sent",
+        AgentState(work=WORK, sending=True, finishing=True),
+        PauseRequested(USER),
+        [PauseTrainer(), Announce()],
+    ),
     ("finish again", AgentState(finishing=True, finished=True), FinishRequested(), []),
     ("a broker after leaving", AgentState(finishing=True, finished=True), BrokerChanged(True), []),
 ]
@@ -218,8 +239,8 @@ def test_invariants_hold_for_any_events(events: list[Event]) -> None:
             now
         )
         assert not (now.sending and now.work is None)
-        # It shuts down once, and without work.
+        # It shuts down once, and without work that it may do.
         assert times_left == now.finished
         assert now.finishing or not now.finished
         if now.finished and not before.finished:
-            assert now.work is None
+            assert now.work is None or (state_machine.is_paused(now) and not now.sending)

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,3 +202,26 @@ def test_a_drained_peer_has_stopped_when_the_command_ends(site: Fleet) -> None:
     assert "after 1s other is still" in late.stderr
     assert "commonweight peers pause other" in late.stderr
     wait_for(lambda: suspended.poll() is not None, "it ends once it hears the command")
+
+
+@pytest.mark.long
+def test_a_drain_right_after_a_restart_waits_for_the_agent(site: Fleet) -> None:
+    """The coordinator has not heard of it yet: it is no agent that has stopped."""
+    import psutil
+
+    port = two_free_ports()[0]
+    site.up(port=port)
+    site.join("box")
+    site.start("box")
+    agent = psutil.Process(site.programs["box"].process.pid)
+    agent.suspend()  # so that it cannot connect before the command looks
+    assert site.programs["up"].stop() == 0
+    site.up(port=port)
+    back = threading.Timer(3, agent.resume)
+    back.start()
+    try:
+        done = site.ask("peers", "drain", "box", "--deadline", "60s")
+    finally:
+        back.join()
+    assert (done.returncode, "finish sent to box" in done.stderr) == (0, True), done.stderr
+    assert site.programs["box"].wait(30) == 0
