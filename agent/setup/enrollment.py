@@ -16,7 +16,7 @@ from agent.home.settings import ENROLLMENT_FILE, Enrollment, write_enrollment
 from agent.transport.p2p.gossip import FILE as NEIGHBOURS
 from agent.transport.p2p.sharing import CERTIFICATE
 from protocols import VERSION
-from protocols.enrollment import fleet_card, identity, tickets
+from protocols.enrollment import fleet_card, identity, names, tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, HomeError, HomeLocked, Refused, Unreachable
@@ -43,7 +43,7 @@ def join(
     TicketMalformed, Unreachable, Refused; HomeError if this home has joined a fleet already, and
     HomeLocked while its agent runs.
     """
-    ticket = tickets.decode(text)
+    ticket, name = tickets.decode(text), names.normalize(name)
     if (home / ENROLLMENT_FILE).exists() and not replace:
         raise HomeError(
             f"{home} has joined a fleet already",

@@ -248,6 +248,7 @@ class Coordinator:
             refused=self._refused,
             enrolled=lambda: frozenset(peer.peer for peer in self.registry.enrolled()),
             refresh_online=self._peers.refresh_online,
+            ticket_of=self.registry.ticket_of,
         )
 
     def _forget_uploads(self, peer: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Literal
 
 import msgspec
@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from coordinator.storage.ledger import Ledger
-from protocols.enrollment import identity
+from protocols.enrollment import identity, names
 from protocols.enrollment.joining import (
     JoinRequest,
     OperatorJoinRequest,
@@ -55,10 +55,12 @@ class Peer(Struct, frozen=True, kw_only=True):
     sign_public: bytes
     node_public: bytes
     standing: EnrollmentStatus
+    #: The id of the ticket that it joined with.
+    ticket: str = ""
 
 
 class PeerJoined(Peer, frozen=True, tag=True, kw_only=True):
-    ticket: str
+    """A machine has joined."""
 
 
 class PeerApproved(Struct, frozen=True, tag=True):
@@ -187,11 +189,12 @@ class Registry:
         # Flower accepts a node key once, even a removed one. A second would fail every start.
         if any(peer.node_public == request.node_public for peer in self.peers.values()):
             raise Refused("another machine has this node key", "join again with --replace")
+        taken = {peer.name for peer in self.peers.values() if peer.standing != "removed"}
         self._record(
             PeerJoined(
                 peer=peer_id,
-                name=self._unique_name(request.name),
-                labels=request.labels,
+                name=_free_name(request.name, taken),
+                labels=names.normalize_labels(request.labels),
                 sign_public=request.sign_public,
                 node_public=request.node_public,
                 ticket=ticket.id,
@@ -211,10 +214,15 @@ class Registry:
             )
         _check_valid(ticket)
         operator_id = identity.peer_id(request.sign_public)
+        taken = {
+            one.name
+            for one in self.operators.values()
+            if not one.removed and one.operator != operator_id
+        }
         self._record(
             OperatorJoined(
                 operator=operator_id,
-                name=request.name,
+                name=_free_name(request.name, taken),
                 sign_public=request.sign_public,
                 role=ticket.role,
                 ticket=ticket.id,
@@ -284,12 +292,10 @@ class Registry:
         """Record that a key of the coordinator is replaced."""
         self._record(KeyRotated(key, sha256))
 
-    def _unique_name(self, name: str) -> str:
-        taken = {peer.name for peer in self.peers.values() if peer.standing != "removed"}
-        free, number = name, 2
-        while free in taken:
-            free, number = f"{name[:56]}-{number}", number + 1
-        return free
+    def ticket_of(self, peer_id: str) -> str:
+        """The id of the ticket that a peer joined with; its own id if that is not known."""
+        known = self.peers.get(peer_id)
+        return (known.ticket if known else "") or peer_id
 
     def _record(self, event: FleetEvent) -> None:
         self._ledger.append(SUBJECT, [_encode(event)])
@@ -324,6 +330,16 @@ class Registry:
     def _use_ticket(self, ticket_id: str) -> None:
         if ticket := self.tickets.get(ticket_id):
             self.tickets[ticket_id] = replace(ticket, uses_left=ticket.uses_left - 1)
+
+
+def _free_name(wanted: str, taken: Set[str]) -> str:
+    """The name in its one form, with a number if another has it. Raises Refused."""
+    name = names.normalize(wanted)
+    names.check_free(name, taken)
+    free, number = name, 2
+    while free in taken:
+        free, number = f"{name[:56]}-{number}", number + 1
+    return free
 
 
 def _check_valid(ticket: TicketState) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from flwr.serverapp.strategy import Strategy
@@ -30,6 +30,10 @@ from protocols.model.weights_file import WeightsFile
 from protocols.tables import evaluation_counts
 
 
+def _own_ticket(peer: str) -> str:
+    return peer
+
+
 class CommittedVersion(NamedTuple):
     """A new version, the mean of its updates' metrics, and the strategy's state by slot."""
 
@@ -44,15 +48,19 @@ def commit(
     states: StateStore,
     strategy: Strategy,
     contributors: tuple[str, ...],
+    ticket_of: Callable[[str], str] = _own_ticket,
 ) -> CommittedVersion:
-    """Aggregate the run's updates. Stores the version and the strategy's new state durably."""
+    """Aggregate the run's updates. Stores the version and the strategy's new state durably.
+
+    `ticket_of`: the ticket that a peer joined with. Peers of one ticket share a cap.
+    """
     spec = run.spec
     adapter = strategies.find(spec.strategy)
     accepted = sorted(run.updates.items())
     accepted += [(one.peer, one.update) for one in buffered.in_order(run)]
     updates = [update for _, update in accepted]
     examples = [1 if spec.weighting == "equal" else update.num_examples for update in updates]
-    shares = _shares([peer for peer, _ in accepted], examples, spec.max_weight_share)
+    shares = _shares([peer for peer, _ in accepted], examples, spec.max_weight_share, ticket_of)
     metrics = _mean_metrics([update.metrics for update in updates], shares)
     required = adapter.required_metric(spec.strategy_args)
     with contextlib.ExitStack() as stack:
@@ -101,12 +109,14 @@ def commit(
     return CommittedVersion(digest, metrics, aggregation.new_state)
 
 
-def _shares(peers: list[str], weights: list[int], cap: float) -> list[float]:
+def _shares(
+    peers: list[str], weights: list[int], cap: float, ticket_of: Callable[[str], str]
+) -> list[float]:
     """Each update's share of the mean. `cap` bounds the share of a peer with all its updates."""
     totals: Counter[str] = Counter()
     for peer, weight in zip(peers, weights, strict=True):
         totals[peer] += weight
-    share = averaging.shares(totals, cap=cap)
+    share = averaging.shares_by_ticket(totals, ticket_of, cap=cap)
     return [share[p] * (w / totals[p]) for p, w in zip(peers, weights, strict=True)]
 
 
@@ -134,7 +144,9 @@ class Evaluation(NamedTuple):
     tallies: dict[str, list[float]]
 
 
-def aggregate_evaluation(run: Run, strategy: Strategy) -> Evaluation:
+def aggregate_evaluation(
+    run: Run, strategy: Strategy, ticket_of: Callable[[str], str] = _own_ticket
+) -> Evaluation:
     """The round's federated evaluation: means through the strategy, and metrics from tallies.
 
     The strategy gets one reply with the mean of all: Flower's strategies raise if two replies have
@@ -145,7 +157,7 @@ def aggregate_evaluation(run: Run, strategy: Strategy) -> Evaluation:
         return Evaluation({}, {})
     counts = {peer: update.num_examples for peer, update in answers.items()}
     total = sum(counts.values())
-    share = averaging.shares(counts, cap=run.spec.max_weight_share)
+    share = averaging.shares_by_ticket(counts, ticket_of, cap=run.spec.max_weight_share)
     mean = _mean_metrics([u.metrics for u in answers.values()], [share[p] for p in answers])
     reply = as_reply("evaluate", None, {**_finite(mean), "num-examples": total})
     with strategy_errors(run.spec.strategy):

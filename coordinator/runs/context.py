@@ -35,5 +35,7 @@ class RunContext(NamedTuple):
     refused: Counter[str]
     #: All peers of the fleet, online or not.
     enrolled: Callable[[], frozenset[str]] = frozenset
+    #: The ticket that a peer joined with: peers of one ticket share one cap on their weight.
+    ticket_of: Callable[[str], str] = lambda peer: peer
     #: Check now who is online. Otherwise an expired heartbeat is noticed within seconds.
     refresh_online: Callable[[], object] = lambda: None

@@ -92,7 +92,13 @@ class Rounds:
     async def aggregate(self, contributors: tuple[str, ...]) -> None:
         run, store, model = self._recorder.run, self._ctx.store, self._parts.model
         version = await asyncio.to_thread(
-            aggregation.commit, run, store, self._states, self._parts.strategy, contributors
+            aggregation.commit,
+            run,
+            store,
+            self._states,
+            self._parts.strategy,
+            contributors,
+            self._ctx.ticket_of,
         )
         await self._recorder.record(
             run_events.VersionCommitted(
@@ -118,7 +124,9 @@ class Rounds:
 
     async def close(self) -> None:
         run, transfer = self._recorder.run, self._ctx.transfer
-        evaluation = aggregation.aggregate_evaluation(run, self._parts.strategy)
+        evaluation = aggregation.aggregate_evaluation(
+            run, self._parts.strategy, self._ctx.ticket_of
+        )
         event = run_events.RoundClosed(
             run.round,
             evaluation.metrics,

@@ -12,6 +12,7 @@ float32 for the sum, and the result is rounded to nearest even.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -54,6 +55,30 @@ def shares(num_examples: Mapping[str, int], *, cap: float) -> dict[str, float]:
         left = 1.0 - cap * len(capped)
         share = {p: cap if p in capped else left * raw[p] / free for p in share}
     return share
+
+
+def shares_by_ticket(
+    num_examples: Mapping[str, int], ticket_of: Callable[[str], str], *, cap: float
+) -> dict[str, float]:
+    """As `shares`, and the peers that joined by one ticket have at most `cap` together.
+
+    Otherwise somebody with a ticket for several machines could multiply their share. With peers
+    of one ticket only, the cap holds for each peer.
+    """
+    share = shares(num_examples, cap=cap)
+    tickets = {peer: ticket_of(peer) for peer in share}
+    counts: dict[str, int] = defaultdict(int)
+    together: dict[str, float] = defaultdict(float)
+    for peer, part in share.items():
+        counts[tickets[peer]] += num_examples[peer]
+        together[tickets[peer]] += part
+    if len(together) == 1 or max(together.values()) <= cap * (1 + 1e-12):
+        return share
+    allowed = shares(counts, cap=cap)
+    return {
+        peer: allowed[tickets[peer]] * (part / together[tickets[peer]])
+        for peer, part in share.items()
+    }
 
 
 class RebasedUpdate:

@@ -137,11 +137,14 @@ def test_names_are_told_apart_and_stay_names(registry: Registry) -> None:
 
 
 def test_an_id_comes_before_a_name(registry: Registry) -> None:
+    """Older ledgers have peers whose name is an id; no such name is taken any more."""
     victim = Machine("victim")
-    impostor = join(registry, Machine(victim.peer))
+    with pytest.raises(Refused, match="stands for something else"):
+        join(registry, Machine(victim.peer))
+    older = join(registry, Machine("older"))
+    registry.peers[older.peer] = msgspec.structs.replace(older, name=victim.peer)
     join(registry, victim)
     assert registry.find(victim.peer).name == "victim"
-    assert impostor.name == victim.peer
 
 
 @pytest.mark.parametrize("by", ["name", "id"])
