@@ -161,9 +161,9 @@ class WeightTransfer:
                 received = await self._stream(request, auth, node, part, offset, length)
             except ClientDisconnect:
                 return Response(status_code=400)  # the upload can be resumed
+            _check_enrolled(auth, node, part)
             if not part.is_current():
                 return JSONResponse({"have": 0}, status_code=409)
-            _check_enrolled(auth, node, part)
             if not self.limits.max_bytes_of(node):  # its unit or run has ended meanwhile
                 part.delete()
                 raise HTTPException(410, _UNEXPECTED)
@@ -190,9 +190,9 @@ class WeightTransfer:
                     await asyncio.to_thread(writer.hash_existing, part.path)
                 try:
                     async for piece in request.stream():
+                        _check_enrolled(auth, node, part)
                         if not part.is_current():
                             return ""
-                        _check_enrolled(auth, node, part)
                         failpoint("upload.piece")
                         length -= len(piece)
                         self.limits.promised_bytes -= len(piece)
