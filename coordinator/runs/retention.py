@@ -59,7 +59,7 @@ class Retention:
     def prune(self, run: Run, in_use: Iterable[str] = ()) -> None:
         """Delete what no run needs any more. `in_use`: bases of peers that still train."""
         keep, protected = versions_to_keep(run) | set(in_use), self._protected_digests()
-        self.on_disk |= {run.head, run.parent}
+        self.on_disk |= {run.head, run.parent} - {""}  # a single evaluation has no parent
         for digest in self.on_disk - keep - protected:
             self._store.drop(digest)
         rounds = (*run.history, *run.abandoned)

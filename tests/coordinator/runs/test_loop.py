@@ -174,6 +174,17 @@ async def test_a_run_goes_on_from_a_version(tmp_path: Path) -> None:
         assert all(("init", 0) not in agent.trainer.worked for agent in fleet.agents)
 
 
+async def test_a_run_that_only_evaluates_has_no_version_before_its_own(tmp_path: Path) -> None:
+    """An upper fleet asks a fleet below for one."""
+    async with fleet_of(tmp_path, some_data(30, 0)) as fleet:
+        trained = await fleet.finished(fleet.start(rounds=1))
+        spec = RunSpec(task="softmax", rounds=1, only="evaluate")
+        run = await fleet.finished(fleet.hub.runs.start(spec, trained.head))
+        assert run.state is RunState.FINISHED, run.ended_because
+        assert run.history[-1].metrics["loss"]
+        assert fleet.hub.weight_store.has(trained.head)
+
+
 async def test_a_run_starts_from_a_bf16_file(tmp_path: Path) -> None:
     model = narrowed(first_weights(5, seed=1))
     file = tmp_path / "model.safetensors"
