@@ -18,6 +18,7 @@ import os
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Protocol
 
 VARIABLE = "COMMONWEIGHT_FAILPOINT"
@@ -32,6 +33,13 @@ class Failpoint(Protocol):
 
 class Note(Protocol):
     def __call__(self, what: str, **fields: str | int) -> None: ...
+
+
+def folders() -> list[Path]:
+    """The folders of the files that this process may write here: of the markers and the notes."""
+    parts = os.environ.get(VARIABLE, "").split(",")
+    files = [*(part.partition("@")[2] for part in parts), os.environ.get(TRUTH, "")]
+    return [Path(file).absolute().parent for file in files if file]
 
 
 def parse_failpoints(spec: str) -> Failpoint:

@@ -93,6 +93,7 @@ def check(
 ) -> None:
     """Train one step here; show the schema, the memory and the time. Nothing is sent."""
     from agent.tasks import registry
+    from agent.trainer import sandbox_rules
     from agent.trainer.process import TrainerProcess
 
     with contextlib.ExitStack() as stack:
@@ -109,6 +110,7 @@ def check(
             threads=chosen.threads,
             on_progress=trial.on_progress,
             sources={name: source} if source else {},
+            rules=sandbox_rules.make_rules(chosen, write=(folder,), sources=[source]),
         )
         stack.callback(trainer.stop)
         # A task parses the text by the types of its own defaults.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from agent.clientapp.recovery import Recall
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
 from agent.home import audit_log, settings
+from agent.policy import sandbox
+from agent.trainer import sandbox_rules
 from agent.trainer.ipc import Progress
 from agent.trainer.process import TrainerProcess
 from agent.trainer.retry import RETRYABLE_IN_JOBS, RetryingTrainer
@@ -25,8 +28,12 @@ from agent.transport.version_store import VersionStore
 from protocols.messages.jobs import INPUT_PATH, Analyze, ModelRef, Private, Scatter
 from protocols.messages.work import UpdateClaim, Work
 
+log = logging.getLogger("commonweight.agent")
+
 #: A job may fail for reasons of the requester. Its failures do not pause the agent.
 _JOB_TRIES = 2
+#: The folders of the home that a trainer writes to, beside its own.
+_WRITTEN = ("outbox", "jobs", "predictions")
 
 Send = Callable[[str, Path], None]
 
@@ -75,9 +82,11 @@ class _Events(Observer):
 def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> TrainerProcess:
     """The trainer of this agent. Its child process starts with the first work."""
     folder, chosen = ctx.home / "trainer", ctx.settings
+    memory = settings.memory_file(ctx.home)
+    _log_sandbox(chosen)
     return TrainerProcess(
         folder,
-        settings.data_settings(chosen, folder, settings.memory_file(ctx.home)),
+        settings.data_settings(chosen, folder, memory),
         threads=chosen.threads,
         nice=chosen.nice,
         fleet=chosen.fleet,
@@ -85,7 +94,18 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
         hang_s=chosen.hang_timeout_s,
         checkpoint_every_s=chosen.checkpoint_interval_s,
         sources=chosen.task_files,
+        rules=sandbox_rules.make_rules(
+            chosen,
+            read=(ctx.cache,),
+            write=(folder, *(ctx.home / name for name in _WRITTEN), memory.parent),
+        ),
     )
+
+
+def _log_sandbox(chosen: settings.AgentSettings) -> None:
+    detail, fix = sandbox.describe(chosen.sandbox, sandbox.support())
+    if fix and not chosen.fleet:
+        log.warning("sandbox: %s (%s)", detail, fix)
 
 
 def make_client(

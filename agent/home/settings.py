@@ -32,7 +32,7 @@ _PUBLIC_KEYS = (
 RESTART_KEYS = frozenset(
     {
         *("part", "parts", "split", "data_seed", "data", "tasks", "task_files", "models"),
-        *("threads", "device", "framework", "compile"),
+        *("threads", "device", "framework", "compile", "sandbox", "sandbox_read"),
         *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
         *("share", "share_port", "share_mbit_s"),
         *("min_batch", "min_examples", "min_cohort", "max_lr"),
@@ -131,6 +131,16 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         Meta(description="for tasks that exist in both; auto: torch if it is installed"),
     ] = "auto"
     compile: Annotated[bool, Meta(description="compile the model, if the task supports it")] = False
+    sandbox: Annotated[
+        Literal["auto", "require", "off"],
+        Meta(
+            description="limit what a task can reach: auto, as this machine can (see doctor); "
+            "require, train only if it can; off"
+        ),
+    ] = "auto"
+    sandbox_read: Annotated[
+        tuple[str, ...], Meta(description="further files and folders that tasks may read and run")
+    ] = ()
     checkpoint_interval_s: Annotated[
         float, Meta(ge=0, description="seconds of training that a crash may lose")
     ] = 30.0
@@ -303,6 +313,8 @@ def parse_value(name: str, text: str) -> Any:
     """Parse a value from the command line or the environment."""
     if name in ("data", "models"):
         return data_path(text)
+    if name == "sandbox_read":
+        return [data_path(part.strip()) for part in text.split(",") if part.strip()]
     kind = type(getattr(AgentSettings(), name, text))
     if kind not in (tuple, dict):
         return text

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from agent.home import settings
 from agent.home.settings import Enrollment
-from agent.policy import sensors
+from agent.policy import sandbox, sensors
 from agent.policy.sensors import Sensors
 from agent.setup import autostart, environment, own_data
 from protocols import VERSION
@@ -57,6 +57,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 CheckStep("crashes", partial(check_crashes, home), ("home",)),
                 CheckStep("packages", environment.check_packages),
                 CheckStep("device", environment.check_device),
+                CheckStep("sandbox", doctor.sandbox, ("settings",)),
                 CheckStep("sensors", doctor.sensors, ("settings",)),
                 CheckStep("service", autostart.check),
                 CheckStep("enrolled", doctor.enrolled, ("home",)),
@@ -119,6 +120,22 @@ class _Doctor:
                 f"commonweight-agent policy set {strict[0]} auto",
             )
         return f"{detail}, which pauses nothing"
+
+    def sandbox(self) -> str | Advice:
+        chosen = settings.read(self._home)
+        if chosen.fleet:
+            return "not needed: another fleet trains, and no task runs here"
+        detail, fix = sandbox.describe(chosen.sandbox, sandbox.support())
+        if fix and chosen.sandbox == "require":
+            raise CommonweightError(detail, fix)
+        if not fix and sandbox.uses_network(chosen.data_reader):
+            detail += f"; but the network is open for data_reader {chosen.data_reader}"
+        own = self._home.resolve()
+        for path in filter(None, (chosen.data, chosen.models, *chosen.sandbox_read)):
+            if own.is_relative_to(Path(path).resolve()) and chosen.sandbox != "off":
+                detail += f"; but tasks may read {path}, which contains the agent's keys in {own}"
+                fix = "keep data and models in a folder of their own"
+        return Advice(detail, fix) if fix else detail
 
     # --- the coordinator, from the network inwards ---
 

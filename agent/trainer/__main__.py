@@ -10,20 +10,12 @@ import argparse
 import os
 import sys
 import traceback
-from pathlib import Path
 
 import psutil
 
 from agent.trainer import main_loop
 from agent.trainer.executor import WorkExecutor
-
-
-def _prefer_for_oom_kill() -> None:
-    """Make Linux kill the trainer, not the agent, when memory runs out."""
-    try:
-        Path("/proc/self/oom_score_adj").write_text("500")
-    except OSError:
-        pass  # not Linux, or a container that forbids it
+from agent.trainer.oom_kills import prefer_for_oom_kill
 
 
 def _lower_priority(nice: int) -> None:
@@ -50,7 +42,7 @@ def main() -> None:
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
     _lower_priority(options.nice)
-    _prefer_for_oom_kill()
+    prefer_for_oom_kill()
     main_loop.run(lambda control, send: WorkExecutor(control, send, options.threads))
 
 

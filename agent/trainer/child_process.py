@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from agent.policy import sandbox
+from agent.policy.sandbox import SandboxRules
 from agent.trainer.ipc import Answer, Request, decode_answer, encode
 from protocols import failpoints
 from protocols.local.programs import child_environment
@@ -37,12 +40,18 @@ class TrainerChild:
         threads: int,
         changed: threading.Condition,
         on_answer: Callable[[Answer], None],
+        rules: SandboxRules | None = None,
     ) -> None:
         self._changed = changed
         self._on_answer = on_answer
         #: The exit code of Popen. Set when all answers are read; then `changed` is notified.
         self.exit_code: int | None = None
         work_dir.mkdir(parents=True, exist_ok=True)
+        environment = _environment(threads)
+        if rules is not None and rules.mode != "off":
+            program = ["agent.trainer.sandboxed", *program]
+            environment |= sandbox.environment(rules, work_dir)
+            _make_folders(rules, work_dir)
         log_file = work_dir / "trainer.log"
         too_long = log_file.exists() and log_file.stat().st_size > MAX_LOG_BYTES
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if too_long else 0)
@@ -55,7 +64,7 @@ class TrainerChild:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 cwd=work_dir,
-                env=_environment(threads),
+                env=environment,
                 # Ctrl-C in the terminal reaches the parent only, which then stops the child.
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -143,6 +152,13 @@ class TrainerChild:
         with self._changed:
             self.exit_code = code
             self._changed.notify_all()
+
+
+def _make_folders(rules: SandboxRules, work_dir: Path) -> None:
+    """The folders that the trainer may write to: it cannot make them itself."""
+    shutil.rmtree(work_dir / sandbox.TEMPORARY, ignore_errors=True)
+    for folder in (work_dir / sandbox.TEMPORARY, *map(Path, rules.write)):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import IO, NoReturn, Protocol
 
 import msgspec
 
+from agent.policy import sandbox
 from agent.tasks import Cancelled
 from agent.tasks.training.batch_size import is_out_of_memory
 from agent.tasks.work import Done, Work
@@ -80,20 +81,24 @@ def execute(work: Work, executor: Executor, control: WorkControl) -> Done | Fail
         return executor.do(work)
     except Cancelled:
         return Failed(id=work.id, kind="cancelled", message="the work was cancelled")
-    except CommonweightError as err:
+    except Exception as err:
+        if (refused := sandbox.refusal(err)) is not None:
+            traceback.print_exc()
+            return Failed(id=work.id, kind=sandbox.KIND, message=refused, hint=sandbox.HINT)
+        return _failed(work, err)
+
+
+def _failed(work: Work, err: Exception) -> Failed:
+    if isinstance(err, CommonweightError):
         return Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
-    except OSError as err:
-        traceback.print_exc()
+    traceback.print_exception(err)
+    if isinstance(err, OSError):
         kind = DiskFull.code if is_disk_full(err) else "file"
         return Failed(id=work.id, kind=kind, message=f"a file cannot be used: {err}")
-    except Exception as err:
-        # A task is foreign code: no error of it may end the main loop.
-        traceback.print_exc()
-        if is_out_of_memory(err):  # this message leaves the machine, so it must not quote the task
-            kind, words = OutOfMemory.code, "the task ran out of memory"
-        else:
-            kind, words = "task", f"{type(err).__name__}: {err}"
-        return Failed(id=work.id, kind=kind, message=words)
+    # A task is foreign code: no error of it may end the main loop.
+    if is_out_of_memory(err):  # this message leaves the machine, so it must not quote the task
+        return Failed(id=work.id, kind=OutOfMemory.code, message="the task ran out of memory")
+    return Failed(id=work.id, kind="task", message=f"{type(err).__name__}: {err}")
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:

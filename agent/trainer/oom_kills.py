@@ -1,4 +1,4 @@
-"""How many processes the kernel has killed because memory ran out."""
+"""How many processes the kernel has killed because memory ran out, and which it kills first."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def oom_kills(root: Path = _ROOT) -> int | None:
         except (OSError, ValueError):
             continue
     return None
+
+
+def prefer_for_oom_kill() -> None:
+    """Make Linux kill this process, not the agent, when memory runs out."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("500")
+    except OSError:
+        pass  # not Linux, or a container or the sandbox forbids it
 
 
 def _sources(root: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from agent.data.settings import DataSettings
+from agent.policy.sandbox import SandboxRules
 from agent.tasks.work import Done, Predict, Train, Work
 from agent.trainer.ipc import Progress
 from agent.trainer.supervisor import TrainerSupervisor
@@ -35,6 +36,7 @@ class TrainerProcess(TrainerSupervisor):
     process, the same work resumes from it.
 
     `sources` are the tasks that the owner has registered: "/path/file.py:Class" by name.
+    `rules` are those of the sandbox. With `fleet` no task runs here, and so there is no sandbox.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class TrainerProcess(TrainerSupervisor):
         grace_s: float = 10.0,
         checkpoint_every_s: float = 30.0,
         sources: Mapping[str, str] = MappingProxyType({}),
+        rules: SandboxRules | None = None,
     ) -> None:
         threads = threads or max(1, (os.cpu_count() or 2) // 2)
         options = ["--threads", str(threads), "--nice", str(nice)]
@@ -61,6 +64,7 @@ class TrainerProcess(TrainerSupervisor):
             hang_s=hang_s,
             grace_s=grace_s,
             sources=sources,
+            rules=None if fleet else rules,
         )
         self.data = data
         self._checkpoint, self._checkpoint_every_s = work_dir / "journal", checkpoint_every_s

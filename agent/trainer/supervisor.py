@@ -17,6 +17,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from agent.policy import sandbox
+from agent.policy.sandbox import SandboxRules
 from agent.tasks.work import Done, Init, Predict, Train, Work
 from agent.trainer import oom_kills
 from agent.trainer.child_process import TrainerChild
@@ -45,7 +47,10 @@ class TrainerSupervisor:
         hang_s: float,
         grace_s: float,
         sources: Mapping[str, str],
+        rules: SandboxRules | None = None,
     ) -> None:
+        self._rules = rules
+        self._stamp: object = None  # of the files that the child's rules are about
         self._sources = sources
         self._work_dir = work_dir
         self._program, self._threads = program, threads
@@ -175,6 +180,8 @@ class TrainerSupervisor:
     def do(self, work: Work) -> Done:
         """Let the child do the work. Raises TrainerFailed."""
         with self._work_lock:
+            if self._rules is not None and self._stamp != self._rules.stamp():
+                self.stop()  # a file of the owner was replaced, which the child may not read
             with self._changed:
                 child = self._ensure_child()
                 self._id += 1
@@ -208,10 +215,18 @@ class TrainerSupervisor:
             raise TrainerFailed("stopped", "the trainer was stopped")
         if self._child is None or self._child.exit_code is not None:
             self._oom_kills, self._ready = oom_kills.oom_kills(), False
+            if self._rules is not None:
+                sandbox.check(self._rules)
             try:
                 self._child = TrainerChild(
-                    self._work_dir, self._program, self._threads, self._changed, self._on_answer
+                    self._work_dir,
+                    self._program,
+                    self._threads,
+                    self._changed,
+                    self._on_answer,
+                    self._rules,
                 )
+                self._stamp = self._rules.stamp() if self._rules is not None else None
             except OSError as err:
                 raise TrainerFailed("start", f"the trainer cannot be started: {err}") from err
             if self._share != 1.0:

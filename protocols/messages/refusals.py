@@ -26,6 +26,7 @@ _TRAINER = {
     "died": "its trainer exited",
     "hung": "its trainer stopped answering",
     "start": "its trainer cannot be started",
+    "sandbox": "its owner's sandbox refused what the task tried, or cannot work there",
     "stopped": "its trainer was stopped",
     "cancelled": "the work was cancelled",
 }
@@ -56,6 +57,7 @@ PERMANENT = frozenset(
         errors.NotAllowed.code,
         errors.UploadRefused.code,
         errors.SubfleetFailed.code,
+        "sandbox",
     }
 )
 #: Kinds that another try may mend.

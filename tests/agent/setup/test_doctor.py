@@ -41,6 +41,7 @@ HERE = [
     "crashes",
     "packages",
     "device",
+    "sandbox",
     "sensors",
     "service",
 ]
@@ -97,7 +98,7 @@ def test_a_machine_that_never_joined(site: Fleet) -> None:
     assert made["home"]["ok"] is False
     assert "commonweight-agent join" in made["home"]["fix"]
     assert {name for name, check in made.items() if check["ok"] is None} == {
-        "permissions", "settings", "data", "disk", "crashes", "sensors", *THERE
+        "permissions", "settings", "data", "disk", "crashes", "sandbox", "sensors", *THERE
     }  # fmt: skip
     assert not (site.folder / "nobody").exists()
 
