@@ -115,7 +115,7 @@ def check_sets(
             [one.rows for one in some if one.column in about] for some in (known, everything)
         )
         least = min_product_rows if is_product else min_rows
-        if linear_audit.isolates_few(before, after, least):
+        if linear_audit.isolates_few(before, after, least, search=not is_product):
             raise few_rows(min_rows)
 
 

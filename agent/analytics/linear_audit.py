@@ -23,6 +23,8 @@ _Matrix = npt.NDArray[np.int64]
 _PRIME = (1 << 31) - 1
 #: Exact in float64: below 2**22 atoms with coefficients below 2**31.
 _PIECE = 1 << 14
+#: The most work of one search, about 5 s, and its tries.
+_MAX_SEARCH, _TRIES = 20_000_000, 60
 
 
 class Atoms:
@@ -64,13 +66,54 @@ class Atoms:
         return self._rows[chosen[self._atom_of]]
 
 
-def isolates_few(before: Sequence[Numbers], after: Sequence[Numbers], min_rows: int) -> bool:
+def isolates_few(
+    before: Sequence[Numbers], after: Sequence[Numbers], min_rows: int, *, search: bool = True
+) -> bool:
     """True if sums over the sets of `after` say something about a few rows that `before` does not.
 
-    It is also true for some combinations of `min_rows` rows or more, if all their atoms are small.
+    The ranks decide most cases. Where many atoms are small, all combinations vanish on the large
+    ones, and few of them are about few rows: then `search` looks for such a combination.
     """
     found = _num_small(after, min_rows)
-    return found > 0 and found > _num_small(before, min_rows)
+    if found == 0 or found == _num_small(before, min_rows):
+        return False
+    atoms = Atoms(after)
+    if not search or len(after) ** 2 * len(atoms.sizes) > _MAX_SEARCH:
+        return True
+    return _has_small_combination(atoms, min_rows)
+
+
+def _has_small_combination(atoms: Atoms, min_rows: int) -> bool:
+    """Looks for combinations about fewer than `min_rows` rows: information set decoding (Prange,
+    1962). A combination about few atoms is a row of the reduced matrix, unless several of its atoms
+    are pivots; so pivots are chosen at random, large atoms first, again and again."""
+    random = np.random.default_rng(len(atoms.sizes))
+    matrix = np.unique(atoms.member, axis=0).astype(np.int64)
+    for attempt in range(_TRIES):
+        weight = np.minimum(atoms.sizes, min_rows) if attempt % 2 else np.ones(len(atoms.sizes))
+        order = np.argsort(random.random(len(weight)) ** (1 / weight))[::-1]
+        reduced = _reduce(matrix[:, order])
+        if ((reduced != 0) @ atoms.sizes[order] < min_rows).any():
+            return True
+    return False
+
+
+def _reduce(matrix: _Matrix) -> _Matrix:
+    """The reduced row echelon form modulo the prime, without rows of zeros."""
+    reduced, rank = matrix.copy(), 0
+    for column in range(reduced.shape[1]):
+        pivots = np.flatnonzero(reduced[rank:, column])
+        if not len(pivots):
+            continue
+        reduced[[rank, rank + pivots[0]]] = reduced[[rank + pivots[0], rank]]
+        reduced[rank] = reduced[rank] * pow(int(reduced[rank, column]), -1, _PRIME) % _PRIME
+        others = np.flatnonzero(reduced[:, column])
+        others = others[others != rank]
+        reduced[others] = (reduced[others] - reduced[others, column, None] * reduced[rank]) % _PRIME
+        rank += 1
+        if rank == len(reduced):
+            break
+    return reduced[:rank]
 
 
 def _num_small(sets: Sequence[Numbers], min_rows: int) -> int:
