@@ -25,6 +25,8 @@ from protocols.model.weights import file_digest
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 #: The maximum expansion of a block of pictures, which are compressed already.
 _MAX_EXPANSION = 4
+#: Folders in a block, in addition to its files.
+_SPARE_MEMBERS = 256
 
 
 class InferenceJobs:
@@ -144,10 +146,11 @@ def _unpack_input(folder: Path, question: Scatter) -> Iterator[Path]:
         for number, size in enumerate(question.sizes):
             block = path_in(folder, f"{number:06}", question.suffix)
             block.write_bytes(whole.read(size))
-            yield _unzip(block) if question.suffix == ".zip" else block
+            rows = question.rows[number]
+            yield _unzip(block, rows) if question.suffix == ".zip" else block
 
 
-def _unzip(block: Path) -> Path:
+def _unzip(block: Path, rows: int) -> Path:
     """Unpacks a zip file into a folder. Raises BadMessage for one that we would not make."""
     # Resolve links, as for the members below: the home may be a link.
     folder = block.with_suffix("").resolve()
@@ -156,6 +159,8 @@ def _unzip(block: Path) -> Path:
             members = packed.infolist()
             limit = _MAX_EXPANSION * block.stat().st_size
             inside = all((folder / m.filename).resolve().is_relative_to(folder) for m in members)
+            if len(members) > 2 * rows + _SPARE_MEMBERS:
+                raise BadMessage(f"a block of {rows} files has {len(members)} members")
             if sum(member.file_size for member in members) > limit or not inside:
                 raise BadMessage("a block of files is too large or leaves its folder")
             packed.extractall(folder)

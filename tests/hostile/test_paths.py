@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from msgspec.structs import replace
 
 from agent.clientapp.app import Client
-from agent.clientapp.inference_jobs import InferenceJobs, find_version
+from agent.clientapp.inference_jobs import InferenceJobs, _unzip, find_version
 from agent.clientapp.interfaces import PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.home.settings import AgentSettings
@@ -232,6 +233,18 @@ def test_no_store_makes_a_path_of_such_a_name(tmp_path: Path, name: str) -> None
     for number, make in enumerate(makers):
         with pytest.raises(BadMessage):
             raise AssertionError(f"maker {number} made {make()} of {name!r}")
+
+
+@pytest.mark.attack("20.4")
+def test_a_block_does_not_unpack_to_more_files_than_it_has_rows(tmp_path: Path) -> None:
+    """Attack: a zip file of empty files that is small, and uses up the inodes of the disk."""
+    block = tmp_path / "block.zip"
+    with zipfile.ZipFile(block, "w") as packed:
+        for number in range(1000):
+            packed.writestr(f"{number}.png", b"")
+    with pytest.raises(BadMessage, match="members"):
+        _unzip(block, 10)
+    assert list(tmp_path.iterdir()) == [block]
 
 
 def test_honest_names_are_paths_in_their_folder(tmp_path: Path) -> None:
