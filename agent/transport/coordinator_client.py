@@ -210,7 +210,7 @@ class CoordinatorClient(WeightTransfer):
         self, method: str, path: str, body: bytes = b"", max_bytes: int = MAX_RESPONSE_BYTES
     ) -> bytes:
         response = self._send(method, path, body, max_bytes=max_bytes)
-        raise_for_status(response.status)
+        raise_for_status(response.status, response.body)
         return response.body
 
     def _send(
@@ -255,7 +255,7 @@ class CoordinatorClient(WeightTransfer):
             return self._exchange(reply, want=want)
         if reply is not None:
             raise_for_upload(status, answer)
-        raise_for_status(status)
+        raise_for_status(status, answer)
         self.bytes_up += len(update)
         self._heard_at = sent_at
         with map_parse_errors():

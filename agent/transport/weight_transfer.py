@@ -206,12 +206,13 @@ def map_parse_errors() -> Iterator[None]:
         raise Unreachable(f"cannot parse the coordinator's response: {err}") from err
 
 
-def raise_for_status(status: int) -> None:
-    """Raises the error for an HTTP status; none below 300."""
+def raise_for_status(status: int, body: bytes = b"") -> None:
+    """Raises the error for an HTTP status; none below 300. The body may say the reason."""
     if status < 300:
         return
     if status in (401, 403, 404, 412):
-        raise SessionLost(f"the coordinator answered {status}")
+        reason = _reason(body)
+        raise SessionLost(f"the coordinator answered {status}" + (f": {reason}" if reason else ""))
     if status == 507:
         raise CoordinatorDiskFull("the coordinator's disk is full")
     raise Unreachable(f"the coordinator answered {status}")
@@ -219,7 +220,7 @@ def raise_for_status(status: int) -> None:
 
 def raise_for_upload(status: int, body: bytes) -> None:
     """Raises the error for the response to an upload or a reply; its body says the reason."""
-    because = strip_controls(body[:_MAX_REASON_BYTES].decode(errors="replace")) or f"HTTP {status}"
+    because = _reason(body) or f"HTTP {status}"
     if status == 410:
         raise UploadUnneeded(f"the upload is not needed any more: {because}")
     if status == 413:  # a retry would get the same answer
@@ -229,4 +230,8 @@ def raise_for_upload(status: int, body: bytes) -> None:
         )
     if status == 422:  # the file may be damaged, and new work makes another one
         raise Refused(f"the coordinator refuses the upload: {because}")
-    raise_for_status(status)
+    raise_for_status(status, body)
+
+
+def _reason(body: bytes) -> str:
+    return strip_controls(body[:_MAX_REASON_BYTES].decode(errors="replace"))

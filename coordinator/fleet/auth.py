@@ -1,9 +1,10 @@
 """Authenticates signed requests, and reads their bodies.
 
-A refusal is a bare 401 or 403. The reason is in the log, not in the response. The sender is checked
-before the body is read: the signature covers the body's digest, which is in the head. A request is
-accepted once, and never if it was signed before this coordinator started, because the nonces of
-earlier runs of the program are not stored.
+A refusal is a bare 401 or 403. The reason is in the log, and in the response only if the sender's
+signature is valid and its owner must act. The sender is checked before the body is read: the
+signature covers the body's digest, which is in the head. A request is accepted once, and never if
+it was signed before this coordinator started, because the nonces of earlier runs of the program are
+not stored.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ OPERATOR = "operator"
 MAX_JSON_BYTES = 256 * 1024
 #: Refusals logged in one second. The rest are only counted.
 _MAX_LINES_PER_S = 10
+_DOWNGRADED = (
+    "Upgrade it again, or join again with a new key: commonweight-agent join TICKET --replace"
+)
 
 T = TypeVar("T")
 
@@ -139,7 +143,10 @@ class Auth:
         if not identity.verify(public, signed.signature, signed.message):
             raise self._refuse(request, 401, f"the signature is not that of {signed.sender}")
         if not signed.receiver and signed.sender in self._name_receiver:
-            raise self._refuse(request, 401, "the request names no receiver, unlike earlier ones")
+            known = self._registry.peers.get(signed.sender)
+            name = known.name if known else signed.sender
+            why = f"{name} signs requests as an older version does, unlike before. {_DOWNGRADED}"
+            raise self._refuse(request, 401, why, f"this agent was downgraded. {_DOWNGRADED}")
         sent_before = signed.at <= self._since
         if sent_before or not self._nonces.use(signed.sender, signed.nonce, time.time()):
             raise self._refuse(request, 401, "the request was sent before")
@@ -147,7 +154,9 @@ class Auth:
         if signed.receiver and signed.sender != OPERATOR:
             self._name_receiver.add(signed.sender)
 
-    def _refuse(self, request: Request, status: int, why: str) -> HTTPException:
+    def _refuse(
+        self, request: Request, status: int, why: str, response: str | None = None
+    ) -> HTTPException:
         now = int(time.monotonic())
         if now != self._second:
             if self._lines > _MAX_LINES_PER_S:
@@ -157,7 +166,7 @@ class Auth:
         if self._lines <= _MAX_LINES_PER_S:
             path = strip_controls(_path(request))
             log.warning("refused %s %s: %s", request.method, path, strip_controls(why))
-        return HTTPException(status)
+        return HTTPException(status, response)
 
 
 async def read_body(request: Request, limit: int = MAX_JSON_BYTES) -> bytes:

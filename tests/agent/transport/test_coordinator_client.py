@@ -66,6 +66,15 @@ def test_a_coordinator_that_forgot_us_means_a_lost_session(
         link.open()
 
 
+def test_an_agent_that_was_downgraded_reads_what_to_do(site: Site, link: CoordinatorClient) -> None:
+    """The coordinator does not take the older format of signatures any more from a peer."""
+    link.name_receiver(site.fleet_id)
+    link.enrollment_status()
+    link.name_receiver("")
+    with pytest.raises(SessionLost, match=r"answered 401: .*Upgrade it again, .* --replace"):
+        link.enrollment_status()
+
+
 def test_a_lost_session_is_a_refusal_to_a_person() -> None:
     assert issubclass(SessionLost, Refused)
     assert SessionLost("x").exit_code is ExitCode.REFUSED

@@ -12,7 +12,7 @@ import pytest
 
 from coordinator.api.schema import TicketRequest
 from protocols.enrollment import identity, signed_requests, tickets
-from protocols.enrollment.joining import CA_PATH, JOIN_PATH, JoinResponse
+from protocols.enrollment.joining import CA_PATH, JOIN_PATH, MQTT_PATH, JoinResponse
 from tests.support.https_site import Machine, Site
 
 OPERATORS = [
@@ -153,3 +153,20 @@ def test_there_is_nothing_else(http: httpx.Client, path: str) -> None:
 def test_a_wrong_method_is_refused(http: httpx.Client) -> None:
     assert http.delete("/cw/v1/peers").status_code == 405
     assert http.get(JOIN_PATH).status_code == 405
+
+
+def test_a_downgraded_peer_is_named_in_the_log(
+    http: httpx.Client,
+    site: Site,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Other tests of this file may have used up this second's lines.
+    monkeypatch.setattr("coordinator.fleet.auth._MAX_LINES_PER_S", 10**6)
+    machine = Machine("downgraded")
+    site.registry.join(machine.joining(site.ticket()))
+    machine.fleet = site.fleet_id
+    assert http.get(MQTT_PATH, headers=machine.headers("GET", MQTT_PATH)).status_code == 403
+    machine.fleet = ""
+    assert http.get(MQTT_PATH, headers=machine.headers("GET", MQTT_PATH)).status_code == 401
+    assert "downgraded signs requests as an older version does" in caplog.text
