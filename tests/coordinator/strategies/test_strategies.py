@@ -25,7 +25,7 @@ from coordinator.runs import aggregation, transitions, validation
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Setting, Update
 from coordinator.storage.weight_store import WeightStore
-from coordinator.strategies import averaging, runner
+from coordinator.strategies import averaging
 from coordinator.strategies.state import StateStore
 from protocols.errors import (
     CannotBeMet,
@@ -333,13 +333,12 @@ class Whole:
 @pytest.fixture
 def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Cuts models in pieces of so many bytes."""
+    split = weights.split_into_pieces
 
     def cut(limit_bytes: int) -> None:
-        for module in (averaging, runner):
+        for module in (averaging, weights):
             monkeypatch.setattr(
-                module,
-                "split_into_pieces",
-                lambda schema, _=0: weights.split_into_pieces(schema, limit_bytes),
+                module, "split_into_pieces", lambda schema, _=0: split(schema, limit_bytes)
             )
 
     return cut
