@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from coordinator.strategies.adapter import Arrays
@@ -29,6 +30,12 @@ class DiLoCo(FedAvg):
         self.base: Arrays = {}
         self.momentum: Arrays = {}
 
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self.base = self.base or {name: array.numpy() for name, array in arrays.items()}
+        return super().configure_train(server_round, arrays, config, grid)
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -44,5 +51,5 @@ class DiLoCo(FedAvg):
             momentum[name] = speed.astype(base.dtype)
             step = self.server_learning_rate * (change + self.server_momentum * speed)
             moved[name] = np.asarray((base - step).astype(base.dtype))
-        self.momentum = momentum
+        self.base, self.momentum = moved, momentum
         return ArrayRecord({name: Array(array) for name, array in moved.items()}), metrics
