@@ -30,7 +30,7 @@ def the_broker(site: Fleet) -> psutil.Process:
     return next(
         child
         for child in descendants(site.programs["up"].process.pid)
-        if child.cmdline()[-1].endswith("broker.toml")
+        if child.cmdline()[-1].endswith("gate.json")
     )
 
 

@@ -152,7 +152,7 @@ class JourneyFleet(Site):
         """The process of the embedded broker."""
         for child in descendants(self.programs["up"].process.pid):
             with suppress(psutil.Error):
-                if child.cmdline()[-1:] and child.cmdline()[-1].endswith("broker.toml"):
+                if child.cmdline()[-1:] and child.cmdline()[-1].endswith("gate.json"):
                     return child
         return None
 
