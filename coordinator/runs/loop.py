@@ -124,7 +124,7 @@ class RunLoop:
     async def _prepare(self) -> None:
         if self.run.head and not self.run.recalling:
             await self._find_intact_version()
-        if self.run.state in (RunState.TRAINING, RunState.AGGREGATING):
+        if self.run.state in (RunState.TRAINING, RunState.AGGREGATING, RunState.EVALUATING):
             await self._repeat_round_without_updates()
         if self.run.head and not (self.run.ended or self.run.recalling):
             self._model.set_version(self.run.head)
@@ -149,11 +149,13 @@ class RunLoop:
     async def _repeat_round_without_updates(self) -> None:
         """Repeat the round if accepted updates are not on disk: a backup does not hold them."""
         run, path = self.run, self._ctx.store.uploads.path
-        peers = {*run.updates, *(one.peer for one in run.buffer)}
-        uploads = [path(peer, digest) for peer in peers for digest in self._counted_uploads(peer)]
-        if all(upload.exists() for upload in uploads):
+        accepted = [(one.peer, one.update.digest) for one in run.buffer]
+        if run.state is not RunState.EVALUATING:  # there, the version contains the others
+            accepted += [(peer, update.digest) for peer, update in run.updates.items()]
+        if all(path(peer, digest).exists() for peer, digest in accepted):
             return
-        await self._recorder.record(run_events.VersionLost(run.head, run.head))
+        closed = run.history[-1].digest if run.history else run.first
+        await self._recorder.record(run_events.VersionLost(run.head, closed))
         text = f"updates of run {run.id} are not on disk: round {run.round} is repeated"
         self._recorder.report("warning", text)
 
