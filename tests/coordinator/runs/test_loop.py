@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import threading
@@ -17,8 +18,9 @@ from msgspec.structs import replace
 
 from agent.tasks.work import Done
 from coordinator.remote import run_options
-from coordinator.runs import state
+from coordinator.runs import state, transitions
 from coordinator.storage import run_events, settings
+from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_records import CLAIM, read_claim
@@ -577,6 +579,42 @@ async def test_a_restart_in_the_middle_changes_nothing(tmp_path: Path, kind: str
             assert [closed.digest for closed in run.history] == [
                 closed.digest for closed in undisturbed.history
             ]
+            await fleet.close()
+    finally:
+        await fleet.close()
+
+
+async def test_updates_that_came_during_an_evaluation_and_are_lost_are_repeated(
+    tmp_path: Path,
+) -> None:
+    """As after a restore of a buffered run: the ledger has the next update, the spool has not."""
+    fleet = Fleet(tmp_path)
+    try:
+        async with fleet.up():
+            fleet.join("agent0", THREE[0])
+            await fleet.online(1)
+            run_id = fleet.start(rounds=30, quorum=1, mode="buffered", buffer=1)
+            await until(lambda: fleet.facts(run_id, run_events.VersionCommitted))
+        with contextlib.closing(Ledger(fleet.home / "ledger.db")) as ledger:
+            past = [run_events.decode(entry.body) for entry in ledger.entries(run_id)]
+            last = max(n for n, e in enumerate(past) if isinstance(e, run_events.VersionCommitted))
+            run = transitions.replay(run_id, past)
+            lost = run_events.Update(digest="e" * 64, num_examples=1, base=run.head)
+            peer = run.history[-1].contributors[0] if run.history else past[last].contributors[0]
+            more = [
+                run_events.TrainingClosed(run.round, (peer,)),
+                run_events.VersionCommitted(run.round, run.head, run.head, (peer,), {}, {}),
+                run_events.EvaluationOpened(run.round, (peer,)),
+                run_events.WorkGiven(peer, run.round + 1, run.head, 0),
+                run_events.UpdateAccepted(run.round + 1, peer, lost),
+            ]
+            ledger.append(run_id, [run_events.encode(event) for event in more])
+            run = transitions.replay(run_id, [*past, *more])
+            assert run.state is RunState.EVALUATING
+            assert "e" * 64 in {one.update.digest for one in run.buffer}
+        shutil.rmtree(fleet.home / "spool")
+        async with fleet.up():
+            assert (await fleet.finished(run_id)).state is RunState.FINISHED
             await fleet.close()
     finally:
         await fleet.close()
