@@ -15,7 +15,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.transport.coordinator_client import CoordinatorClient, _pack
-from agent.transport.http_client import Body, Response
+from agent.transport.http_client import MAX_RESPONSE_BYTES, Body, Response
 from coordinator.storage import run_events
 from coordinator.transport.flower_records import CLAIM
 from protocols.enrollment import identity, signed_requests
@@ -57,14 +57,20 @@ class Tap:
         link._http_client.request = self._noted  # type: ignore[method-assign]
 
     def _noted(
-        self, method: str, path: str, headers: Mapping[str, str], body: Body = b""
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: Body = b"",
+        *,
+        max_bytes: int = MAX_RESPONSE_BYTES,
     ) -> Response:
         content = body if isinstance(body, bytes) else b"".join(body)
         headers = {name: value for name, value in headers.items() if name != "content-length"}
         self.seen.append(
             httpx.Request(method, f"https://tapped{path}", headers=headers, content=content)
         )
-        return self._ask(method, path, headers, content)
+        return self._ask(method, path, headers, content, max_bytes=max_bytes)
 
     def again(self, http: httpx.Client, *, without_ours: bool = False) -> dict[str, int]:
         """Send all of them again, byte for byte; statuses by path."""

@@ -125,7 +125,7 @@ def person(hub: Coordinator, role: Any) -> tuple[str, SigningKey]:
         joining.OperatorJoinRequest(
             ticket=ticket.id,
             secret=ticket.secret,
-            name=role,
+            name=f"the-{role}",
             sign_public=public,
             proof=proof,
             version="0",
