@@ -23,7 +23,7 @@ from agent.daemon.state_machine import (
 )
 from benchmarks.faults import sim_handshake
 from benchmarks.faults.sim_coordinator import Coordinator
-from benchmarks.faults.sim_disk import Disk
+from benchmarks.faults.sim_disk import FIRST, Disk, digest_of
 from benchmarks.faults.sim_handshake import Told
 from benchmarks.faults.sim_network import Lost, Network
 from protocols.errors import SchemaMismatch
@@ -203,7 +203,8 @@ class Agent:
                 while self._worker.pauses:
                     yield
             self._made += 1
-            digest = "first" if work.kind == "init" else f"u{self.peer}{work.round}.{self._made}"
+            name = f"u{self.peer}{work.round}.{self._made}"
+            digest = FIRST if work.kind == "init" else digest_of(name)
             self._disk.write("update", digest)
             self._disk.sync()
             yield

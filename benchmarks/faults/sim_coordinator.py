@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from benchmarks.faults import sim_handshake
 from benchmarks.faults.checker import Violation
-from benchmarks.faults.sim_disk import Disk
+from benchmarks.faults.sim_disk import Disk, digest_of
 from benchmarks.faults.sim_judging import judged
 from benchmarks.faults.sim_network import Network
 from coordinator.fleet import reducer as fleets
@@ -245,7 +245,7 @@ class Coordinator:
             if self.disk.read(f"update {peer} {digest}") is None:
                 raise Violation(f"{peer}'s accepted update {digest} is not on disk")
             parts.append(digest)
-        digest = f"v{self.run.round}({'+'.join(parts[1:])})"
+        digest = digest_of(f"v{self.run.round}({'+'.join(parts[1:])})")
         yield
         self.disk.write(f"version {digest}", digest)
         yield

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from random import Random
+
+
+def digest_of(name: str) -> str:
+    """The digest of simulated weights, which are no more than this name: 64 hex digits."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+#: The digest of the weights that every run starts with.
+FIRST = digest_of("first")
 
 
 class Disk:

@@ -23,7 +23,7 @@ from msgspec.structs import replace
 from benchmarks.faults import checker
 from benchmarks.faults.sim_agent import Agent
 from benchmarks.faults.sim_coordinator import BUGS, RUN, Coordinator
-from benchmarks.faults.sim_disk import Disk
+from benchmarks.faults.sim_disk import FIRST, Disk
 from benchmarks.faults.sim_network import Network
 from coordinator.runs import decisions, transitions
 from coordinator.storage import run_events
@@ -63,8 +63,8 @@ class Schedule:
         news: list[run_events.RunEvent] = [run_events.RunStarted(spec)]
         disk = Disk(self.random)
         if self.random.random() < 0.7:  # the other runs start from the first weights of a peer
-            news.append(run_events.WeightsInitialised("first", "file"))
-            disk.write("version first", "first")
+            news.append(run_events.WeightsInitialised(FIRST, "file"))
+            disk.write(f"version {FIRST}", FIRST)
             disk.sync()
         ledger = [run_events.encode(fact) for fact in news]
         self.coordinator = Coordinator(ledger, disk, self.network, PEERS, bug)
