@@ -45,9 +45,9 @@ class _Memory:
     def put(self, name: str, array: Array) -> None:
         self._parts[name].append(array.copy())
 
-    def keep(self, left: Floats) -> None:
+    def put_residual(self, residual: Floats) -> None:
         if self.left is not None:
-            self.left.append(left.copy())
+            self.left.append(residual.copy())
 
     def file(self) -> Weights:
         bf16 = [name for name, spec in self._schema.items() if spec.dtype == "BF16"]
