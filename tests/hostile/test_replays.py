@@ -42,6 +42,7 @@ OURS = (
     signed_requests.NONCE,
     signed_requests.BODY,
     signed_requests.SIGNATURE,
+    signed_requests.RECEIVER,
 )
 
 
