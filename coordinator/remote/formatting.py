@@ -59,12 +59,12 @@ def duration(seconds: float) -> str:
 
 
 def decimal(value: float | None) -> str:
-    """A loss or an accuracy in at most seven characters."""
+    """A loss or an accuracy in at most nine characters."""
     number = finite(value)
     if number is None:
         return NOTHING
     size = abs(number)
-    return f"{number:.4f}" if size < 10 else f"{number:.4g}" if size < 1e5 else f"{number:.1e}"
+    return f"{number:.4f}" if size < 10 else f"{number:.4g}" if size < 1e4 else f"{number:.1e}"
 
 
 def brief(value: float) -> str:

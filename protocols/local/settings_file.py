@@ -24,8 +24,8 @@ def read_file(home: Path) -> dict[str, Any]:
     """The settings in the file of a home; none without a file. Raises UsageError."""
     try:
         return tomllib.loads((home / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}  # a home that is a file is reported where it is opened
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise UsageError(f"cannot read {home / SETTINGS_FILE}: {err}") from err
 

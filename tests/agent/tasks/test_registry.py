@@ -24,7 +24,7 @@ LINE = f"{Path(__file__).parents[3] / 'docs/examples/line.py'}:Line"
 @pytest.fixture
 def points(tmp_path: Path) -> Path:
     file = tmp_path / "points.txt"
-    file.write_text("".join(f"{x} {2 * x + 1}\n" for x in range(-5, 6)))
+    file.write_text("".join(f"{x / 2} {x + 1}\n" for x in range(-10, 11)))
     return file
 
 
@@ -49,7 +49,7 @@ def test_the_documented_example_is_forty_lines_and_finds_its_line(
         told = trainer.run(Evaluate(task="my-line", settings={}, base=str(out)))
     finally:
         trainer.stop()
-    assert done.num_examples == 11
+    assert done.num_examples == 21
     assert np.allclose([weights.load(out)[name][0] for name in ("slope", "intercept")], [2, 1])
     assert (told.metrics["loss"] or 0) < 1e-6
 
@@ -74,7 +74,7 @@ def test_check_shows_schema_memory_and_time_and_the_trace_of_a_broken_file(
     agent_home: Path, points: Path, tmp_path: Path
 ) -> None:
     code, said, _ = agent(agent_home, "task", "check", LINE, "--data", str(points), "--json")
-    assert code == 0
+    assert code == 0, said
     told = json.loads(said)["data"]
     assert told["schema"]["tensors"] == {"intercept": ["F32", [1]], "slope": ["F32", [1]]}
     assert told["train"]["steps"] == 20

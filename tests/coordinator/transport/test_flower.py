@@ -179,7 +179,7 @@ def test_flowers_own_client_calls_the_routes_that_we_call(
     with pytest.raises(httpx.HTTPStatusError):
         getattr(client, name)(request)
     ours: list[tuple[str, str, dict[str, str], bytes]] = []
-    monkeypatch.setattr(link._http_client, "request", lambda *call: ours.append(call))
+    monkeypatch.setattr(link._http_client, "request", lambda *call, max_bytes: ours.append(call))
     link._fleet_call("activate-node" if name == "ActivateNode" else "deactivate-node", request)
     method, path, headers, body = ours[0]
     monkeypatch.undo()
