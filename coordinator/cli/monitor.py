@@ -41,6 +41,9 @@ def monitor(
         str | None,
         typer.Option(help="A ticket with a role (file:PATH, or - to paste): watch from here on."),
     ] = None,
+    name: Annotated[
+        str, typer.Option(help="With --join: the operator's name; default: this host's.")
+    ] = "",
     via: Annotated[
         str | None,
         typer.Option(help="Ask this peer (name or HOST:PORT) while the coordinator is away."),
@@ -60,7 +63,7 @@ def monitor(
             "leave --serve, --replay and --via out",
         )
     if join is not None:
-        _join(join)
+        _join(join, name)
     from coordinator.monitor import web
 
     source = _source(replay, speed, via)
@@ -111,10 +114,10 @@ def _source(replay: str | None, speed: float, via: str | None) -> Any:
     return LiveSource(access.open_home())
 
 
-def _join(ticket: str) -> None:
+def _join(ticket: str, name: str) -> None:
     from coordinator.remote import access
 
-    joined = access.join(cli_entry.read_ticket(ticket))
+    joined = access.join(cli_entry.read_ticket(ticket), name)
     print_line(f"joined fleet {joined.fleet} as {joined.role}; next: commonweight monitor")
 
 

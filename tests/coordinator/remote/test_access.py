@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -11,11 +12,13 @@ from pathlib import Path
 import msgspec
 import pytest
 from starlette.responses import JSONResponse
+from typer.testing import CliRunner
 
 from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.api.log_requests import LogRequests
 from coordinator.api.routes import endpoint
 from coordinator.api.schema import StartRunRequest, TicketRequest
+from coordinator.cli.main import app
 from coordinator.remote import access
 from coordinator.remote.access import Access
 from coordinator.remote.api_client import Remote
@@ -137,6 +140,23 @@ def test_each_ticket_works_once_and_only_for_its_role(site: Site) -> None:
     access.join(tickets.encode(watch))
     with pytest.raises(CommonweightError, match="was used already"):
         access.join(tickets.encode(watch))
+
+
+def test_a_machine_with_a_reserved_name_joins_under_another(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "coordinator")
+    watch = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
+    site.registry.create_ticket(watch, ttl_s=60, uses=1, role="observer")
+    file = tmp_path / "ticket"
+    file.write_text(tickets.encode(watch))
+    command = ["monitor", "--once", "--join", f"file:{file}"]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, Refused)
+    assert "--name" in refused.exception.hint
+    done = CliRunner().invoke(app, [*command, "--name", "watcher"])
+    assert "joined fleet" in done.output
+    assert [found.name for found in site.registry.operators.values()] == ["watcher"]
 
 
 def test_nothing_is_sent_to_another_coordinator(site: Site) -> None:
