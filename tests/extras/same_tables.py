@@ -15,7 +15,7 @@ from agent.analytics.figures import compute_figure
 from agent.data import Reader, open_table, profile
 from agent.data.settings import DataSettings
 from coordinator.jobs import analysis
-from protocols.analytics.mergeable_states import State
+from protocols.analytics.mergeable_states import State, WithheldState
 from protocols.analytics.parser import parse_query
 from protocols.analytics.query import Query
 from protocols.tables.preprocessing import parse_settings
@@ -148,14 +148,14 @@ def check_pandas(path: Path) -> None:
     asked = parse_query("count, missing(age), sum(income), mean(age), min(age), max(income)")
     cells = _states(asked, DataSettings(path=str(path)))[()]
     told = [analysis.figure(op, state) for op, state in zip(asked.operations, cells, strict=True)]
-    assert told == pytest.approx(
-        [
-            len(frame),
-            frame.age.isna().sum(),
-            frame.income.sum(),
-            frame.age.mean(),
-            frame.age.min(),
-            frame.income.max(),
-        ],
-        nan_ok=True,
+    figures = (
+        len(frame),
+        frame.age.isna().sum(),
+        frame.income.sum(),
+        frame.age.mean(),
+        frame.age.min(),
+        frame.income.max(),
     )
+    for state, figure, expected in zip(cells, told, figures, strict=True):
+        if not isinstance(state, WithheldState):  # few values, or one that dominates a sum
+            assert figure == pytest.approx(expected, nan_ok=True)
