@@ -200,11 +200,15 @@ def environment(rules: SandboxRules, work_dir: Path) -> dict[str, str]:
         )
     }
     user = os.environ.get("LOGNAME") or os.environ.get("USER") or "trainer"  # not from /etc/passwd
+    # Java does not know TMPDIR, and the account's home folder is not for it.
+    own = " ".join(f"-D{name}={folder / TEMPORARY}" for name in ("java.io.tmpdir", "user.home"))
+    java = {"JAVA_TOOL_OPTIONS": own} if rules.network else {}
     return {
         VARIABLE: msgspec.json.encode(rules).decode(),
         "TMPDIR": str(folder / TEMPORARY),
         "USER": user,
         **caches,
+        **java,
     }
 
 
@@ -306,6 +310,9 @@ def _all_rules(rules: SandboxRules) -> Iterator[tuple[str, int]]:
     yield "/dev/shm", _READ_FILE | _WRITE_FILE | _TRUNCATE | _MAKE_REG | _REMOVE_FILE
     if rules.network:  # a cluster's client starts other processes, such as Java
         yield "/proc", _READ
+        # Names of hosts, and of accounts: Spark does not start without its user's.
+        for name in ("hosts", "hostname", "resolv.conf", "gai.conf", "services", "passwd", "group"):
+            yield f"/etc/{name}", _READ_FILE
     for path in rules.read:
         yield path, _READ
     for path in rules.allowed:
