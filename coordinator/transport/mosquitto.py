@@ -136,13 +136,7 @@ class MosquittoBroker:
 
     def address(self, host: str, ca_pem: str, user: str = "") -> MqttAddress:
         """The address for a client that knows this machine as `host`, with this user's login."""
-        return MqttAddress(
-            host=host,
-            port=self.port,
-            user=user,
-            password=self._passwords.of(user) if user else "",
-            ca_pem=ca_pem,
-        )
+        return self._passwords.address(host, self.port, ca_pem, user)
 
     def own_address(self) -> MqttAddress:
         """The address for this process."""

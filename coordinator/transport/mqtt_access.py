@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from protocols.messages import topics
+from protocols.messages.mqtt import MqttAddress
 
 Role = Literal["agent", "monitor"]
 #: Gets the user (empty for one without a login) and why something was refused.
@@ -59,6 +60,11 @@ class Passwords:
         """192 bits in 32 characters."""
         mac = hmac.digest(self._secret, user.encode(), "sha256")
         return urlsafe_b64encode(mac[:24]).decode()
+
+    def address(self, host: str, port: int, ca_pem: str, user: str) -> MqttAddress:
+        """The address of the broker with this user's login; without one if `user` is empty."""
+        password = self.of(user) if user else ""
+        return MqttAddress(host=host, port=port, user=user, password=password, ca_pem=ca_pem)
 
     def login(self, user: str, role: Role) -> Login:
         return Login(user, role, hashlib.sha256(self.of(user).encode()).hexdigest())

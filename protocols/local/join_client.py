@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+from collections.abc import Mapping
 from typing import TypeVar
 
 import httpx
@@ -70,18 +71,9 @@ def _fetch_ca(http: httpx.Client, address: str) -> bytes:
 
 def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, kind: type[T]) -> T:
     """Send a join request over verified TLS; return the answer. Raises Unreachable, Refused."""
-    context = ssl.create_default_context(cadata=ca_pem.decode())
-    url, body = f"https://{address}{path}", msgspec.json.encode(request)
+    body = msgspec.json.encode(request)
     try:
-        with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
-            answer = bounded_http.request(
-                http,
-                "POST",
-                url,
-                max_bytes=_MAX_ANSWER_BYTES,
-                content=body,
-                within_s=_TIMEOUT_S,
-            )
+        answer = _send(address, ca_pem, "POST", path, content=body)
         if answer.is_success:
             return msgspec.json.decode(answer.content, type=kind)
         error = msgspec.json.decode(answer.content, type=dict[str, str])
@@ -95,21 +87,34 @@ def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, k
         ) from err
 
 
+def _send(
+    address: str,
+    ca_pem: bytes,
+    method: str,
+    path: str,
+    *,
+    content: bytes = b"",
+    headers: Mapping[str, str] = {},
+) -> httpx.Response:
+    """Send a request over TLS that trusts this CA alone, and read a bounded answer."""
+    context = ssl.create_default_context(cadata=ca_pem.decode())
+    with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
+        return bounded_http.request(
+            http,
+            method,
+            f"https://{address}{path}",
+            max_bytes=_MAX_ANSWER_BYTES,
+            content=content,
+            headers=headers,
+            within_s=_TIMEOUT_S,
+        )
+
+
 def ask_version(address: str, ca_pem: bytes, peer: str, sign: Sign) -> str:
     """The coordinator's version, asked as an enrolled peer; empty if it does not say."""
-    context = ssl.create_default_context(cadata=ca_pem.decode())
     headers = signed_requests.sign_headers(peer, sign, "GET", ENROLLMENT_STATUS_PATH)
-    url = f"https://{address}{ENROLLMENT_STATUS_PATH}"
     try:
-        with httpx.Client(verify=context, timeout=_TIMEOUT_S) as http:
-            answer = bounded_http.request(
-                http,
-                "GET",
-                url,
-                max_bytes=_MAX_ANSWER_BYTES,
-                headers=headers,
-                within_s=_TIMEOUT_S,
-            )
+        answer = _send(address, ca_pem, "GET", ENROLLMENT_STATUS_PATH, headers=headers)
         status = msgspec.json.decode(answer.raise_for_status().content, type=EnrollmentStatus)
     except (Unreachable, httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError):
         return ""
