@@ -6,6 +6,7 @@
 # make wheel  the wheel to install on other machines, in dist/
 # make lock   deploy/locks: every package of an installation, pinned by hash
 # make sbom   the same as a CycloneDX list in build/; make audit-packages asks for known weaknesses
+# make attacks  every attack that was tried, on the code as it is: the table in docs/security.md
 # make quality  how well it learns, beside the known behaviour: about a minute a row
 # make figures  writes the figures of the docs from the results files
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
-	figures quality faults faults-quick soak journeys lock sbom audit-packages clean
+	figures quality faults faults-quick soak journeys attacks lock sbom audit-packages clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -55,6 +56,10 @@ SEED ?=
 journeys: MINUTES = 30
 journeys: setup
 	$(BIN)/python -m tests.journeys --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# Runs each attack, quick and long, about half an hour. After a new test: python -m tests.attacks --new
+attacks: setup
+	$(BIN)/python -m tests.attacks
 
 quality: setup
 	$(BIN)/python -m benchmarks.quality

@@ -54,7 +54,9 @@ def test_a_lock_has_every_package_that_we_ask_for_in_a_version_that_we_allow(rol
             assert requirement.specifier.contains(locked[name]), requirement
 
 
+@pytest.mark.attack("20.provenance")
 def test_the_container_starts_from_a_digest_and_installs_by_hash() -> None:
+    """Attack: put another base image or package into the container than those that were tested."""
     lines = (DEPLOY / "Containerfile").read_text().splitlines()
     images = [line.split()[1] for line in lines if line.startswith("FROM ")]
     outside = [image for image in images if image != "base"]
@@ -111,7 +113,9 @@ def test_the_install_script_makes_a_working_coordinator(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.attack("20.provenance")
 def test_the_install_script_refuses_a_package_with_another_hash(tmp_path: Path) -> None:
+    """Attack: the package index hands out another file under the same name and version."""
     copy = tmp_path / "source"
     copy.mkdir()
     for name in ("deploy", "agent", "coordinator", "protocols"):

@@ -47,7 +47,7 @@ PARTS = {
 _NUMBER = re.compile(rf"\d|\b(?:{'|'.join((*WORDS, *PARTS))})\b", re.IGNORECASE)
 _NAME = re.compile("|".join(NAMES))
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-_GENERATED = re.compile(r"<!-- figures of .*?<!-- end of figures -->", re.DOTALL)
+_GENERATED = re.compile(r"<!-- (figures|attacks)\b.*?<!-- end of \1 -->", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _HIDDEN = re.compile(r"`[^`\n]*`|(?<=\])\([^)]*\)")
 _BLOCK_END = re.compile(r"\n\s*\n|\n(?=[-|>] ?|\d+\. )")

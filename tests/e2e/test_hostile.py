@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from flwr.app import Error, Message
 
 from agent.clientapp.app import Client
@@ -189,7 +190,9 @@ def start_honest(site: Fleet) -> None:
     site.start("ada", "bob")
 
 
+@pytest.mark.attack("20.5")
 def test_each_bad_update_is_refused_and_the_model_is_that_of_the_honest(tmp_path: Path) -> None:
+    """Attack: an enrolled agent sends NaN, other shapes and false counts in a real fleet."""
     with fleet(tmp_path) as site:
         start_honest(site)
         rounds = str(len(FAULTS))
@@ -213,7 +216,9 @@ def test_each_bad_update_is_refused_and_the_model_is_that_of_the_honest(tmp_path
         assert found == expected
 
 
+@pytest.mark.attack("20.7")
 async def test_a_malformed_mqtt_payload_is_ignored_counted_and_shown(tmp_path: Path) -> None:
+    """Attack: a member publishes malformed messages in a real fleet."""
     with fleet(tmp_path) as site:
         start_honest(site)
         enrollment = settings.read_enrollment(tmp_path / "ada")

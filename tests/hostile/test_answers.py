@@ -228,7 +228,7 @@ def test_a_request_of_an_operator_ends_in_time(
 
 
 def test_honest_answers_keep_the_connection(liar: LyingCoordinator, tmp_path: Path) -> None:
-    """A response of exactly the limit is read whole, and a shorter one than announced is not."""
+    """Control: a response of exactly the limit is read whole, and a cut one is refused."""
     body = b"y" * http_client.MAX_RESPONSE_BYTES
     liar.answer = lambda head, send: send(
         OK + f"content-length: {len(body)}\r\n\r\n".encode() + body

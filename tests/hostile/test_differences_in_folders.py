@@ -19,6 +19,8 @@ from agent.trainer.progress import WorkControl
 from protocols.errors import NotAllowed
 from protocols.model import weights
 
+pytestmark = pytest.mark.attack("20.3")
+
 SETTINGS: dict[str, Any] = {
     "classes": "cat,dog", "size": 8, "channels": 1, "model": "dense 4", "flip": False,
     "batch_size": 0, "epochs": 1,
@@ -120,6 +122,7 @@ def test_pictures_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_another_name_is_no_change(tmp_path: Path) -> None:
+    """Control: a picture with another name is no new picture."""
     trainer = Trainer(tmp_path)
     count, _ = trainer.train()
     (trainer.data / "cat" / "7.png").rename(trainer.data / "cat" / "renamed.png")

@@ -32,6 +32,8 @@ from tests.support.in_process_fleet import fleet_of, some_data
 from tests.support.in_process_trainer import InProcess
 from tests.support.tables import write_csv
 
+pytestmark = pytest.mark.attack("20.3")
+
 FEATURES = ("age", "income", "height")
 TARGET = {"target": "ill"}
 #: One step on one row, at a rate that leaves the gradient as it is.
@@ -155,7 +157,10 @@ def test_the_same_few_rows_again_are_no_more_rows(tmp_path: Path) -> None:
 
 
 def test_a_whole_table_in_one_step_is_allowed(tmp_path: Path) -> None:
-    """The step of the equality with central training, at the smallest table that may train."""
+    """Control: one full-batch step over the smallest table that may train is allowed.
+
+    It is the step of the equality with central training.
+    """
     victim = Victim(tmp_path, rows=20, ill=10)
     change = victim.update(batch_size="all", epochs=1, optimiser="sgd", lr=1.0)
     assert not victim.leaks(change)

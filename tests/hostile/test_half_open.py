@@ -27,6 +27,8 @@ from tests.hostile.tools import bounded_growth, plain, secure
 from tests.support.fleet_harness import fleet
 from tests.support.waiting import wait_for
 
+pytestmark = pytest.mark.attack("20.wire", by="stranger")
+
 EXCHANGES = 200
 #: Added to the server's limits for its check interval and a busy machine.
 SLACK_S = 20.0
@@ -49,6 +51,7 @@ def is_open(sock: socket.socket) -> bool:
 
 @pytest.mark.long
 def test_an_honest_agent_is_served_beside_300_half_open_connections(tmp_path: Path) -> None:
+    """Attack: hold 300 half-open connections, so that an honest agent is not served."""
     with fleet(tmp_path) as site:
         site.up()
         site.join("ada")
@@ -93,7 +96,10 @@ def test_an_honest_agent_is_served_beside_300_half_open_connections(tmp_path: Pa
 
 
 def test_one_address_can_hold_so_many_connections_and_no_more(tmp_path: Path) -> None:
-    """Not even in the TLS handshake, which uvicorn does not see."""
+    """Attack: one address opens connections without end, and leaves them in the TLS handshake.
+
+    uvicorn does not see these.
+    """
     listener = listen("127.0.0.1", 0)
     assert isinstance(listener, RateLimitedListener)
     listener.listen(64)
@@ -124,6 +130,7 @@ def _accepted(listener: socket.socket, into: list[socket.socket]) -> bool:
 
 
 def test_new_connections_come_at_a_bounded_rate(tmp_path: Path) -> None:
+    """Attack: open new connections as fast as possible."""
     listener = listen("127.0.0.1", 0)
     assert isinstance(listener, RateLimitedListener)
     assert sum(listener._admit("10.0.0.1") for _ in range(MAX_NEW_BURST * 2)) < MAX_NEW_BURST * 1.2

@@ -29,6 +29,8 @@ from tests.support.https_site import HOST, Machine
 from tests.support.mqtt_fleet import rogue
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.attack("20.7")
+
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
 
 needs_mosquitto = pytest.mark.skipif(
@@ -179,9 +181,11 @@ async def test_mosquitto_cuts_off_a_removed_member(
             assert await heard(inside, 1) == [], "it keeps nothing of the removed agent"
 
 
+@pytest.mark.attack("20.7", by="thief")
 def test_the_command_writes_private_files_and_names_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Attack: another account reads the passwords of Mosquitto in the files that we write."""
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
     settings.init([HOST])
     folder = tmp_path / "broker"
@@ -200,6 +204,7 @@ def test_the_command_writes_private_files_and_names_the_next_step(
 
 
 def test_two_brokers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: two brokers in the settings are refused."""
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="two brokers"):
         settings.read(mqtt_url="mqtts://x", mqtt_mosquitto="/somewhere")

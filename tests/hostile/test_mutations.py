@@ -65,6 +65,8 @@ from protocols.model.weights_file import WeightsFile
 from tests.hostile.mutate import CHANGES, PLACES, WEIRD, as_json, distorted, few, mutated, plain_of
 from tests.support.https_site import Machine, Site
 
+pytestmark = pytest.mark.attack("20.wire", by="stranger")
+
 tried: Counter[str] = Counter()
 KEY = identity.new_signing_key()
 PUBLIC = identity.public_bytes(KEY)
@@ -79,6 +81,7 @@ TICKET = tickets.new_ticket(("coordinator.lan:9092", "10.0.0.1:9092"), bytes(ran
 @given(CHANGES)
 @few(1500)
 def test_tickets(changes: list[tuple[str, int, bytes]]) -> None:
+    """Attack: change, cut or lengthen a ticket at random."""
     tried["ticket"] += 1
     text = mutated(tickets.encode(TICKET).encode(), changes).decode("latin-1")
     try:
@@ -90,6 +93,7 @@ def test_tickets(changes: list[tuple[str, int, bytes]]) -> None:
 @given(PLACES)
 @few(700)
 def test_tickets_with_a_good_checksum(places: list[tuple[int, Any, bool]]) -> None:
+    """Attack: make a ticket of wrong types and sizes, with a good checksum."""
     tried["ticket"] += 1
     fields = [list(TICKET.addresses), TICKET.ca_sha256, TICKET.id, TICKET.secret]
     try:
@@ -117,6 +121,7 @@ def test_join_bodies(
     changes: list[tuple[str, int, bytes]],
     raw: bool,
 ) -> None:
+    """Attack: send a distorted request to join."""
     tried["join"] += 1
     machine = Machine()
     ticket = tickets.new_ticket(("x:1",), bytes(32))  # nobody made it
@@ -148,6 +153,7 @@ HEADERS = [
 def test_signed_request_headers(
     name: str, changes: list[tuple[str, int, bytes]], method: str
 ) -> None:
+    """Attack: change the headers of a signed request."""
     tried["request"] += 1
     sent = signed_requests.sign_headers(PEER, KEY.sign, "GET", "/cw/v1/mqtt")
     sent[name] = mutated(sent[name].encode(), changes).decode("latin-1")
@@ -190,6 +196,7 @@ def a_feed() -> tuple[FleetMqttClient, Fleet, list[BadMessage]]:
 @given(CHANGES)
 @few(1200)
 def test_envelopes_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
+    """Attack: change the bytes of a signed MQTT message."""
     tried["envelope"] += 1
     feed, fleet, rejected = a_feed()
     before = state.encode(fleet, 0.0)
@@ -199,11 +206,13 @@ def test_envelopes_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
     assert state.encode(fleet, 0.0) == before
 
 
+@pytest.mark.attack("20.wire", by="peer")
 @given(PLACES, st.sampled_from([PRESENCE, TELEMETRY]))
 @few(1000)
 def test_envelopes_of_a_lying_member(
     places: list[tuple[int, Any, bool]], body: Presence | Telemetry
 ) -> None:
+    """Attack: sign an MQTT message with fields of wrong types, sizes and numbers."""
     tried["envelope"] += 1
     feed, fleet, _ = a_feed()
     topic = TOPIC if isinstance(body, Presence) else topics.telemetry(FLEET, PEER)
@@ -218,6 +227,7 @@ def test_envelopes_of_a_lying_member(
 @given(CHANGES)
 @few(500)
 def test_topics(changes: list[tuple[str, int, bytes]]) -> None:
+    """Attack: send a signed MQTT message under another topic."""
     tried["topic"] += 1
     text = mutated(TOPIC.encode(), changes).decode("latin-1")
     found = topics.parse(text)
@@ -268,6 +278,7 @@ def judge(payload: bytes, signature: bytes) -> UpdateClaim | None:
 @given(CHANGES)
 @few(900)
 def test_claims_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
+    """Attack: change the bytes of a signed claim about an update."""
     tried["claim"] += 1
     payload, signature = SIGNED_CLAIM.seal(GOOD, KEY.sign)
     assert judge(payload, signature) == GOOD
@@ -275,9 +286,11 @@ def test_claims_as_bytes(changes: list[tuple[str, int, bytes]]) -> None:
     assert judge(payload, mutated(signature, changes)) is None
 
 
+@pytest.mark.attack("20.wire", by="peer")
 @given(PLACES)
 @few(1200)
 def test_claims_of_a_lying_member(places: list[tuple[int, Any, bool]]) -> None:
+    """Attack: sign a claim with fields of wrong types, sizes and numbers."""
     tried["claim"] += 1
     payload = as_json(distorted(plain_of(GOOD), places))
     claim = judge(payload, KEY.sign(SIGNED_CLAIM.signed_bytes(payload)))
@@ -291,11 +304,13 @@ def test_claims_of_a_lying_member(places: list[tuple[int, Any, bool]]) -> None:
 WORK = Work(run="r", round=1, kind="train", task="mnist", base="a" * 64, settings={"lr": 0.1})
 
 
+@pytest.mark.attack("20.wire", by="coordinator")
 @given(CHANGES, PLACES, st.booleans())
 @few(900)
 def test_work(
     changes: list[tuple[str, int, bytes]], places: list[tuple[int, Any, bool]], raw: bool
 ) -> None:
+    """Attack: change work on its way, or sign work with distorted fields."""
     tried["work"] += 1
     payload, signature = SIGNED_WORK.seal(WORK, KEY.sign)
     if raw:
@@ -317,9 +332,11 @@ MODEL = Weights({"w": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.arr
 DATA = weights.to_bytes(MODEL)
 
 
+@pytest.mark.attack("20.wire", by="peer")
 @given(CHANGES)
 @few(1500)
 def test_safetensors(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> None:
+    """Attack: change the bytes of a file of weights."""
     tried["weights"] += 1
     data = mutated(DATA, changes)
     path = _scratch(tmp_path_factory)
@@ -355,9 +372,11 @@ def _scratch(factory: pytest.TempPathFactory) -> Path:
     return _files["scratch"]
 
 
+@pytest.mark.attack("20.wire", by="peer")
 @given(st.dictionaries(st.sampled_from(["w", "n", "é", "", "x" * 300]), st.sampled_from(WEIRD)))
 @few(600)
 def test_safetensors_headers(table: dict[str, Any]) -> None:
+    """Attack: send a file of weights with strange names, shapes and offsets."""
     tried["weights"] += 1
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     text = as_json({name: entry | {"shape": weird} for name, weird in copy.deepcopy(table).items()})
@@ -369,6 +388,7 @@ def test_safetensors_headers(table: dict[str, Any]) -> None:
 @given(CHANGES)
 @few(300)
 def test_node_keys_and_certificates(changes: list[tuple[str, int, bytes]]) -> None:
+    """Attack: change a public key or a certificate."""
     tried["key"] += 1
     with pytest.raises(BadMessage):
         identity.check_node_public(mutated(NODE_PUBLIC, changes))
@@ -427,6 +447,7 @@ def asked(site: Site) -> Asked:
 PARTS = st.sampled_from(["message", "tree", "objects", "body", "deep", "wide"])
 
 
+@pytest.mark.attack("20.wire", by="peer")
 @given(part=PARTS, changes=CHANGES, keep_hash=st.booleans(), data=st.data())
 @few(1200)
 def test_exchange_bodies(
@@ -436,6 +457,7 @@ def test_exchange_bodies(
     keep_hash: bool,
     data: st.DataObject,
 ) -> None:
+    """Attack: change, nest or enlarge the messages of Flower at random."""
     count = data.draw(st.integers(1, 60))
     tried["exchange"] += 1
     parcel = asked.parcel()
@@ -476,6 +498,7 @@ def test_exchange_bodies(
 
 
 def test_nothing_piles_up_in_flowers_memory(asked: Asked) -> None:
+    """Control: after all refused messages, no message is left in memory."""
     state = asked.site.superlink.state
     assert state.num_message_ins() == 0
     assert state.num_message_res() == 0
@@ -515,6 +538,7 @@ def http(site: Site) -> Iterator[httpx.Client]:
 def test_over_http(
     site: Site, http: httpx.Client, asked: Asked, route: Any, changes: Any, where: str
 ) -> None:
+    """Attack: change path, headers and body of requests to a running server."""
     tried["http"] += 1
     method, path = route
     body = b'{"ttl_s":60,"uses":1,"label":"x"}'
@@ -537,6 +561,7 @@ def test_over_http(
 
 
 def test_zz_enough_was_tried() -> None:
+    """Control: at least 10,000 mutations were tried."""
     total = sum(tried.values())
     print(f"{total} mutations tried, all refused cleanly or harmless: {dict(tried)}")
     assert total >= 10_000

@@ -57,6 +57,7 @@ def test_a_name_that_cannot_be_read_is_refused(name: str) -> None:
 
 
 def test_a_removed_peer_leaves_its_name_and_the_same_name_is_numbered(site: Site) -> None:
+    """Control: the same name gets a number, and a removed peer leaves its name."""
     first = site.registry.peers[site.enroll("clinic").peer]
     assert site.registry.peers[site.enroll("  clinic ").peer].name == "clinic-2"
     site.registry.remove(first.peer, "test")
@@ -69,6 +70,7 @@ def test_a_removed_peer_leaves_its_name_and_the_same_name_is_numbered(site: Site
 
 @pytest.mark.parametrize("name", ["клиника", "Klinik Zürich 2", "病院-3", "a.b:c@d_e"])
 def test_honest_names_of_any_language_are_taken(name: str) -> None:
+    """Control: honest names of any language are taken."""
     assert names.normalize(name) == name
     names.check_free(name, ["clinic"])
 
@@ -93,6 +95,7 @@ def test_sybils_of_one_ticket_share_one_cap() -> None:
 
 
 def test_shares_stay_the_same_bits_where_no_cap_binds() -> None:
+    """Control: shares stay the same bits where no cap binds."""
     counts = {"a": 7, "b": 11, "c": 13}
     plain = averaging.shares(counts, cap=0.5)
     for tickets in ({"a": "1", "b": "2", "c": "3"}, dict.fromkeys(counts, "1")):
@@ -103,6 +106,7 @@ def test_shares_stay_the_same_bits_where_no_cap_binds() -> None:
 
 
 def test_the_registry_knows_the_ticket_of_each_peer(site: Site) -> None:
+    """Control: the registry knows the ticket of each peer."""
     shared = site.ticket(uses=2)
     machines = [Machine("one"), Machine("two")]
     for machine in machines:

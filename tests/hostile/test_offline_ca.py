@@ -21,6 +21,8 @@ from protocols.errors import BadMessage, UsageError
 from protocols.messages.mqtt import MqttAddress
 from tests.support.fleet_harness import fleet
 
+pytestmark = pytest.mark.attack("20.keys")
+
 PASSPHRASE = "correct horse battery"
 BROKER = MqttAddress(host="", port=1883)
 
@@ -98,6 +100,7 @@ def test_nobody_makes_an_issuer_of_his_own(home: Path, kind: str) -> None:
 
 
 def test_the_issuer_signs_peers_cards_and_tls(home: Path) -> None:
+    """Control: the issuer signs peers, fleet cards and TLS certificates."""
     found = settings.open_keys(home)
     made = certificate(found.ca_pem, issuer=found.issuer)
     signed = identity.issue_certificate(found.ca_key, made)
@@ -135,6 +138,7 @@ def test_a_replaced_issuer_makes_no_card(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_passphrase_has_a_length_and_no_file_is_overwritten(tmp_path: Path) -> None:
+    """Control: a short passphrase and an existing file are refused."""
     with pytest.raises(UsageError, match="12 characters"):
         keys.write_encrypted(tmp_path / "ca.key", "short")
     (tmp_path / "ca.key").write_text("x")
@@ -143,6 +147,7 @@ def test_a_passphrase_has_a_length_and_no_file_is_overwritten(tmp_path: Path) ->
 
 
 def test_a_backup_has_the_issuer(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Control: a backup has the issuer."""
     Ledger(home / "ledger.db").close()
     backup.write(home, tmp_path / "saved", with_versions=False)
     before = settings.open_keys(home)
@@ -154,6 +159,7 @@ def test_a_backup_has_the_issuer(home: Path, tmp_path: Path, monkeypatch: Any) -
 
 @pytest.mark.long
 def test_a_fleet_works_with_an_offline_ca(tmp_path: Path) -> None:
+    """Control: a fleet whose CA is offline joins, trains and passes its checks."""
     (tmp_path / "word").write_text(PASSPHRASE + "\n")
     with fleet(tmp_path) as site:
         word = ("--passphrase-file", str(tmp_path / "word"))

@@ -34,6 +34,8 @@ from tests.hostile.tools import LyingCoordinator
 from tests.support.https_site import Machine
 from tests.support.in_process_fleet import Trainer, some_data
 
+pytestmark = pytest.mark.attack("20.4")
+
 MODEL = Weights({"w": np.arange(15, dtype=np.float32).reshape(5, 3), "b": np.zeros(3, np.float32)})
 DIGEST = weights.digest(MODEL)
 #: Each leads, or could lead, from `home/cache` to `victim` beside the home, or elsewhere.
@@ -248,6 +250,7 @@ def test_a_block_does_not_unpack_to_more_files_than_it_has_rows(tmp_path: Path) 
 
 
 def test_honest_names_are_paths_in_their_folder(tmp_path: Path) -> None:
+    """Control: honest names are paths in their folder."""
     digest = hashlib.sha256(b"x").hexdigest()
     for name in (digest, f"AAAA-BBBB-{digest}", "softmax-a1b2c3", "v1.2_x"):
         assert path_in(tmp_path, name, ".part").parent == tmp_path

@@ -18,6 +18,8 @@ from protocols.p2p.swarm import DownloadPlanRequest
 from tests.support.https_site import HOST, Site
 from tests.support.lone_peers import Peer
 
+pytestmark = pytest.mark.attack("20.12")
+
 OUTSIDE = "203.0.113.7"
 #: Addresses inside of a machine or its cloud, also as IPv6 can write them.
 FORBIDDEN = [
@@ -138,6 +140,7 @@ async def test_gossip_names_no_other_host(site: Site, tmp_path: Path) -> None:
 
 
 def test_ordinary_addresses_are_fine() -> None:
+    """Control: private and public addresses of machines are allowed."""
     for address in (
         "192.168.1.2:4000",
         "10.0.0.1:65535",

@@ -27,7 +27,7 @@ FEATURES, CLASSES = 20, 3
 HONEST = tuple(some_data(20 + 10 * seed, seed, FEATURES) for seed in range(2))
 
 
-pytestmark = pytest.mark.usefixtures("coordinator_home")
+pytestmark = [pytest.mark.usefixtures("coordinator_home"), pytest.mark.attack("20.5")]
 
 
 class Poisoner:
@@ -126,6 +126,7 @@ def digests(run: state.Run) -> list[str]:
 
 
 async def test_the_result_is_that_of_the_run_without_the_rogue(tmp_path: Path) -> None:
+    """Attack: send updates with NaN, other shapes, names, counts and bytes in each round."""
     async with fleet_of(tmp_path, *HONEST) as fleet:
         rounds = len(BAD_MODELS) + len(BAD_CLAIMS) + len(BAD_BYTES)
         plain = await fleet.finished(fleet.start(rounds=rounds, quorum=2, seed=3))
@@ -162,6 +163,7 @@ async def test_the_result_is_that_of_the_run_without_the_rogue(tmp_path: Path) -
 
 
 async def test_lies_about_an_evaluation_move_nothing(tmp_path: Path) -> None:
+    """Attack: report an evaluation with impossible counts and metrics."""
     async with fleet_of(tmp_path, *HONEST) as fleet:
         rounds = len(EVALUATIONS)
         plain = await fleet.finished(fleet.start(rounds=rounds, quorum=2, seed=3))
@@ -194,7 +196,7 @@ async def test_lies_about_an_evaluation_move_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cap", [0.34, 0.5])
 async def test_the_cap_on_a_peers_share_holds(tmp_path: Path, cap: float) -> None:
-    """A peer with the most examples there can be moves the model by its share and no more."""
+    """Attack: claim ten million examples, to move the model by more than one share."""
     async with fleet_of(tmp_path, *HONEST) as fleet:
         rogue = fleet.join("rogue", some_data(40, 7, FEATURES))
         await fleet.online(3)
@@ -220,7 +222,7 @@ async def test_the_cap_on_a_peers_share_holds(tmp_path: Path, cap: float) -> Non
 
 
 async def test_one_peer_alone_can_tell_only_so_much(tmp_path: Path) -> None:
-    """Its metrics go to every monitor: as many as may be, with the longest names there are."""
+    """Attack: send as many metrics as may be, with the longest names, which go to every monitor."""
     async with fleet_of(tmp_path, HONEST[0]) as fleet:
         poison = Poisoner(fleet.agents[0])
         many = {f"{n:02d}" + "\U0001f4a5" * 62: 1e308 for n in range(32)}
@@ -233,6 +235,6 @@ async def test_one_peer_alone_can_tell_only_so_much(tmp_path: Path) -> None:
 
 
 def test_broadcasting_is_what_the_gate_prevents() -> None:
-    """The trap that the shapes above are about: numpy would take it without a word."""
+    """Control: numpy itself adds arrays of other shapes, so the check of shapes is needed."""
     model = first_weights(FEATURES)
     assert (np.asarray(model["w"]) + np.ones((1, CLASSES), np.float32)).shape == (FEATURES, CLASSES)

@@ -46,7 +46,10 @@ OURS = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("coordinator_home")
+pytestmark = [
+    pytest.mark.usefixtures("coordinator_home"),
+    pytest.mark.attack("20.wire", by="network"),
+]
 
 
 class Tap:
@@ -88,7 +91,10 @@ class Tap:
 
 
 async def test_captured_requests_are_worth_nothing(tmp_path: Path) -> None:
-    """Also those of Flower, whose signature is good for five minutes and any body."""
+    """Attack: send captured requests again, ours and those of Flower.
+
+    Flower's signature is good for five minutes and any body.
+    """
     async with fleet_of(tmp_path, some_data(20, 0)) as fleet:
         hub = fleet.hub
         victim = enroll(hub, "victim")
@@ -155,7 +161,10 @@ def mine_public(machine: Any) -> bytes:
 
 
 async def test_requests_of_the_coordinators_last_life_are_refused(tmp_path: Path) -> None:
-    """It has forgotten the nonces, but not when it started."""
+    """Attack: send a captured request again after the coordinator has restarted.
+
+    It has forgotten the nonces, but not when it started.
+    """
     fleet = Fleet(tmp_path)
     try:
         async with fleet.up():
@@ -171,7 +180,9 @@ async def test_requests_of_the_coordinators_last_life_are_refused(tmp_path: Path
         await fleet.close()
 
 
+@pytest.mark.attack("20.wire", by="peer")
 def test_one_who_spends_all_its_nonces_shuts_out_nobody_else() -> None:
+    """Attack: use up all nonces, so that others are refused."""
     nonces = signed_requests.NonceCache(limit=1000)
     now = time.time()
     assert sum(nonces.use("rogue", str(number), now) for number in range(5000)) == 1000
@@ -187,8 +198,9 @@ def counted(fleet: Fleet, run_id: str) -> list[tuple[int, str]]:
     return [(fact.round, fact.peer) for fact in accepted if fact.update.digest]
 
 
+@pytest.mark.attack("20.wire", by="peer")
 async def test_an_update_sent_again_counts_no_second_time(tmp_path: Path) -> None:
-    """The same bytes and claim: at once, again after the round, and in the answer to the next."""
+    """Attack: send one update several times: at once, after the round, and in the next one."""
     datas = [some_data(20 + 10 * seed, seed) for seed in range(2)]
     async with fleet_of(tmp_path, *datas) as fleet:
         plain_run = await fleet.finished(fleet.start(rounds=3, quorum=2))
@@ -234,8 +246,9 @@ async def test_an_update_sent_again_counts_no_second_time(tmp_path: Path) -> Non
         assert len(statuses) == 10
 
 
+@pytest.mark.attack("20.wire", by="peer")
 async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Path) -> None:
-    """The digest of another's upload, another's signed claim, a reply from another's node."""
+    """Attack: claim another's upload, send another's signed claim, answer for another's node."""
     datas = [some_data(20 + 10 * seed, seed) for seed in range(3)]
     async with fleet_of(tmp_path, *datas) as fleet:
         rogue, victim = fleet.agents[0], fleet.agents[1]

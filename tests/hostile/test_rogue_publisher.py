@@ -42,6 +42,8 @@ from protocols.messages.states import PeerState, RunState
 from tests.support.fleet_harness import Fleet, fleet
 from tests.support.waiting import until as soon
 
+pytestmark = pytest.mark.attack("20.7", by="broker")
+
 FLOOD = 5000
 IDLE = Presence(state=PeerState.IDLE, name="victim", tasks=("ping", "mnist"))
 #: What of a peer's row only the peer itself may change.
@@ -181,6 +183,7 @@ def site(tmp_path: Path) -> Any:
 
 @pytest.mark.long
 async def test_whatever_a_rogue_publishes_moves_nothing(site: Fleet, tmp_path: Path) -> None:
+    """Attack: with all rights on the broker, replay, forge and mix up the messages of others."""
     victim, rogue = Victim(tmp_path / "victim"), Rogue(tmp_path / "eve")
     peer, here = victim.peer, rogue.enrollment.fleet
     await asyncio.to_thread(victim.link.open)
@@ -289,7 +292,10 @@ def forged_by(rogue: Rogue, peer: str, here: str) -> list[tuple[str, bytes]]:
 
 
 async def test_old_sessions_cannot_be_played_again(site: Fleet, tmp_path: Path) -> None:
-    """Not even when more sessions have passed than anybody remembers, nor after a restart."""
+    """Attack: replay what an agent said in earlier sessions, also after a restart.
+
+    Not even when more sessions have passed than anybody remembers.
+    """
     victim, rogue = Victim(tmp_path / "victim"), Rogue(tmp_path / "eve")
     peer = victim.peer
     await asyncio.to_thread(victim.link.open)
@@ -325,7 +331,10 @@ async def test_old_sessions_cannot_be_played_again(site: Fleet, tmp_path: Path) 
 async def test_who_takes_over_a_client_id_takes_nobody_offline_for_good(
     site: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ids cannot be guessed. With one that was, the victim is thrown out, and is back at once."""
+    """Attack: take over an agent's client id on the broker, to keep it offline.
+
+    Ids cannot be guessed. With one that was, the victim is thrown out, and is back at once.
+    """
     named: list[str] = []
     real = secrets.token_hex
 

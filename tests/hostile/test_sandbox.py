@@ -20,6 +20,8 @@ from agent.trainer.process import TrainerProcess
 from protocols.errors import TrainerFailed
 from protocols.local import homes
 
+pytestmark = pytest.mark.attack("20.sandbox")
+
 LACKS = sandbox.support().lacks()
 enforced = pytest.mark.skipif(bool(LACKS), reason=f"this machine lacks {' and '.join(LACKS)}")
 
@@ -175,7 +177,7 @@ def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
 
 
 @enforced
-@pytest.mark.attack("sandbox")
+@pytest.mark.attack("20.sandbox")
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_from_a_task_fail(owner: Owner, name: str) -> None:
     """Attack: a task reaches for the network, the owner's files, keys, programs and processes."""
@@ -190,7 +192,7 @@ def test_attacks_from_a_task_fail(owner: Owner, name: str) -> None:
 
 
 @enforced
-@pytest.mark.attack("sandbox")
+@pytest.mark.attack("20.sandbox")
 @pytest.mark.skipif(sandbox.support().landlock < 6, reason="Landlock 6 (Linux 6.12) limits signals")
 def test_no_signal_reaches_the_agent(owner: Owner) -> None:
     """Attack: a task kills the agent. Signal 0 asks only whether it could."""
@@ -200,7 +202,7 @@ def test_no_signal_reaches_the_agent(owner: Owner) -> None:
 
 @enforced
 def test_honest_work_goes_on(owner: Owner) -> None:
-    """Temporary files, worker processes and a DataLoader's workers work in the sandbox."""
+    """Control: temporary files, worker processes and a DataLoader's workers work in the sandbox."""
     owner.run("tempfile.NamedTemporaryFile().write(b'x'); open('result', 'w').write('x')")
     owner.run("os.kill(os.getpid(), 0); socket.socketpair()[0].close()")
     owner.run(
@@ -221,7 +223,7 @@ def test_honest_work_goes_on(owner: Owner) -> None:
 
 @enforced
 def test_the_owner_replaces_the_data(owner: Owner) -> None:
-    """A file that replaces the data while the trainer runs is readable too."""
+    """Control: a file that replaces the data while the trainer runs is readable too."""
     owner.run("assert open(HOME / 'data.csv').read() == 'a\\n1\\n'")
     (owner.folder / "new.csv").write_text("a\n2\n")
     (owner.folder / "new.csv").rename(owner.folder / "data.csv")
@@ -230,7 +232,7 @@ def test_the_owner_replaces_the_data(owner: Owner) -> None:
 
 @enforced
 def test_an_owner_allows_a_path(tmp_path: Path) -> None:
-    """What `sandbox_read` names can be read and run, and not written."""
+    """Control: what `sandbox_read` names can be read and run, and not written."""
     allowed = tmp_path / "more"
     allowed.mkdir()
     (allowed / "file").write_text("words")
@@ -245,7 +247,7 @@ def test_an_owner_allows_a_path(tmp_path: Path) -> None:
 
 
 def test_off_means_off(tmp_path: Path) -> None:
-    """Without the sandbox the attacks work, so that the tests above show something."""
+    """Control: without the sandbox these attacks work, so the tests above show something."""
     made = own(tmp_path, "off")
     try:
         made.run("assert open(HOME / 'agent' / 'sign.key').read() == 'secret'")
@@ -255,7 +257,7 @@ def test_off_means_off(tmp_path: Path) -> None:
 
 
 def test_require_trains_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without Landlock trains with `auto`, not with `require`."""
+    """Control: a machine without Landlock trains with `auto`, not with `require`."""
     monkeypatch.setattr(sandbox, "support", lambda: sandbox.Support(0, True))
     made = own(tmp_path, "require")
     with pytest.raises(TrainerFailed, match="this machine lacks") as refused:
@@ -267,7 +269,7 @@ def test_require_trains_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are of Linux")
 def test_the_doctors_words() -> None:
-    """Doctor tells what holds, what is missing, and what to do."""
+    """Control: `doctor` tells what holds, what is missing, and what to do."""
     whole = sandbox.describe("auto", sandbox.Support(6, True))
     assert whole[1] == ""
     assert "no network" in whole[0]
@@ -292,7 +294,7 @@ def test_the_doctors_words() -> None:
 
 
 def test_doctor_has_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`doctor` shows the sandbox of this machine."""
+    """Control: `doctor` shows the sandbox of this machine."""
     monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path))
     homes.open_home("agent", create=True)
     (tmp_path / "settings.toml").write_text('sandbox = "off"\n')

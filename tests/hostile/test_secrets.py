@@ -19,6 +19,8 @@ from tests.hostile.tools import files_in
 from tests.support.fleet_harness import ROOT, Fleet, descendants, fleet
 from tests.support.waiting import wait_for
 
+pytestmark = pytest.mark.attack("20.secrets")
+
 OURS = ("agent", "coordinator", "protocols")
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "input"}
@@ -71,7 +73,9 @@ def dangers(path: Path) -> list[str]:
     return found
 
 
+@pytest.mark.attack("20.secrets", by="stranger")
 def test_no_bytes_become_code() -> None:
+    """Attack: send bytes that a decoder would run as code (pickle, eval and the like)."""
     files = list(sources())
     assert len(files) > 50
     # Reads a pickle of an installed package, not of the wire, in a process that holds nothing else.
@@ -82,6 +86,7 @@ def test_no_bytes_become_code() -> None:
 
 
 def test_the_search_finds_what_it_looks_for(tmp_path: Path) -> None:
+    """Control: the search for dangerous decoders finds each of them in a bad file."""
     bad = tmp_path / "bad.py"
     bad.write_text(
         "import pickle\nfrom yaml import load\nimport torch, os, subprocess\n"
@@ -185,6 +190,7 @@ def homes_of(worked: Worked) -> list[Path]:
 
 
 def test_only_the_owner_can_read(worked: Worked) -> None:
+    """Attack: another account of the machine reads the files of a home."""
     wrong = []
     for home in homes_of(worked):
         for path in [home, *home.rglob("*")]:
@@ -195,6 +201,7 @@ def test_only_the_owner_can_read(worked: Worked) -> None:
 
 
 def test_secrets_are_in_no_argument_list(worked: Worked) -> None:
+    """Attack: another account reads passwords, tickets and keys in the list of processes."""
     assert len(worked.arguments) >= 4, "coordinator, broker, agents, trainers"
     keys = [body.decode() for body in worked.private_keys.values()]
     for line in worked.arguments:
@@ -206,6 +213,7 @@ def test_secrets_are_in_no_argument_list(worked: Worked) -> None:
 
 
 def test_the_ticket_is_written_nowhere(worked: Worked) -> None:
+    """Attack: find a used ticket in files and logs."""
     for path in files_in(worked.site.folder):
         data = path.read_bytes()
         assert [what for what, secret in worked.ticket.items() if secret in data] == [], path
@@ -215,6 +223,8 @@ def test_the_ticket_is_written_nowhere(worked: Worked) -> None:
 
 
 def test_the_mqtt_passwords_are_only_where_they_are_used(worked: Worked) -> None:
+    """Attack: find MQTT passwords in other files and in logs."""
+
     def holders(password: str) -> set[str]:
         assert not any(password in line for line in worked.lines)
         return {
@@ -229,6 +239,7 @@ def test_the_mqtt_passwords_are_only_where_they_are_used(worked: Worked) -> None
 
 
 def test_private_keys_are_in_their_own_files_alone(worked: Worked) -> None:
+    """Attack: find private keys outside of their own files, and in logs."""
     keys = worked.private_keys
     names = {str(path.relative_to(worked.site.folder)) for path in keys}
     assert names == {

@@ -29,6 +29,8 @@ from tests.hostile.tools import answer_to, bounded_growth, files_in, plain, secu
 from tests.support.fleet_harness import Fleet, fleet
 from tests.support.waiting import wait_for
 
+pytestmark = pytest.mark.attack("20.wire", by="stranger")
+
 MOST_GROWTH_MB = 64
 
 
@@ -147,6 +149,7 @@ REFUSED = {0, 400, 401, 403, 404, 405, 410, 411, 413, 422}
 )
 @pytest.mark.parametrize("method", ["PUT", "POST"])
 def test_a_lying_length_is_refused(target: Target, headers: dict[str, str], method: str) -> None:
+    """Attack: announce another length of a body than the one that is sent."""
     digest = hashlib.sha256(b"x").hexdigest()
     path = f"/cw/v1/updates/{digest}" if method == "PUT" else POLL_PATH
     for signed_digest in (digest, signed_requests.EMPTY_SHA256):
@@ -195,6 +198,7 @@ def parts(target: Target) -> list[str]:
     ids=range(24),
 )
 def test_a_strange_head_is_refused(target: Target, data: bytes) -> None:
+    """Attack: send endless, malformed and random heads of requests."""
     began = time.monotonic()
     answer = target.send(data, timeout_s=1.5)
     took = time.monotonic() - began
@@ -203,6 +207,7 @@ def test_a_strange_head_is_refused(target: Target, data: bytes) -> None:
 
 
 def test_pipelined_requests_are_answered_in_order_or_cut_off(target: Target) -> None:
+    """Attack: send several requests at once, to get the answer to another one."""
     good = b"GET /cw/v1/ca HTTP/1.1\r\nhost: x\r\n\r\n"
     end = b"GET /cw/v1/nothing HTTP/1.1\r\nhost: x\r\n\r\n"
     answer = target.send(good * 5 + end + good)
@@ -212,6 +217,7 @@ def test_pipelined_requests_are_answered_in_order_or_cut_off(target: Target) -> 
 
 
 def test_no_tls_is_no_answer(target: Target) -> None:
+    """Attack: speak without TLS, or with a malformed handshake."""
     for data in (
         b"GET /cw/v1/ca HTTP/1.1\r\nhost: x\r\n\r\n",
         b"\x16\x03\x01\xff\xff" + os.urandom(70_000),
@@ -227,7 +233,7 @@ def test_no_tls_is_no_answer(target: Target) -> None:
 
 
 def test_a_stranger_makes_nobody_read_his_body(target: Target) -> None:
-    """Refused by its head: 200 MB that follow are not kept."""
+    """Attack: send 200 MB after a request that is refused by its head."""
     head = b"POST /cw/v1/exchange HTTP/1.1\r\nhost: x\r\ncontent-length: 10000000000\r\n\r\n"
     socks = [secure(target.port, target.ca_pem) for _ in range(8)]
     for sock in socks:
@@ -241,8 +247,9 @@ def test_a_stranger_makes_nobody_read_his_body(target: Target) -> None:
         sock.close()
 
 
+@pytest.mark.attack("20.wire", by="peer")
 def test_a_member_cannot_fill_the_disk_or_memory(target: Target) -> None:
-    """Uploads without end, each of another digest, whole or cut off: bounded for each peer."""
+    """Attack: upload without end, each time another digest, whole or cut off."""
     # A run that waits for its first weights takes uploads of any size.
     run = target.site.start_run("ping", "--rounds", "1", "--quorum", "1", "--deadline", "300s")
     question = wait_for(target.link.pull, "it is asked what it would train")
@@ -276,7 +283,7 @@ def test_a_member_cannot_fill_the_disk_or_memory(target: Target) -> None:
 
 @pytest.mark.long
 def test_a_slow_sender_is_shown_the_door(target: Target) -> None:
-    """A byte a second, in a head, in a body and in a TLS handshake; each ends within its limit."""
+    """Attack: send a byte a second, in a head, in a body and in a TLS handshake."""
     digest = hashlib.sha256(b"x").hexdigest()
     body_head = target.head("POST", POLL_PATH, {"content-length": "100000"}, digest=digest)
     in_head = secure(target.port, target.ca_pem)
@@ -329,6 +336,7 @@ def is_closed(sock: socket.socket) -> bool:
 
 
 def test_nothing_of_ours_is_left_in_the_folder(target: Target) -> None:
+    """Control: after these attacks, no temporary file is left."""
     names = {path.name for path in files_in(target.site.home)}
     assert not [name for name in names if name.endswith(".tmp")]
     assert Path(target.site.home / "spool").is_dir()

@@ -27,7 +27,10 @@ WITHIN_S = 30.0
 #: What the stock program says of a refusal, on its way out or before it tries again.
 SEEN = ("401 Unauthorized", "404 Not Found")
 
-pytestmark = pytest.mark.skipif(not STOCK.exists(), reason="flower-supernode is not installed")
+pytestmark = [
+    pytest.mark.skipif(not STOCK.exists(), reason="flower-supernode is not installed"),
+    pytest.mark.attack("20.strangers"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,7 @@ def asked(site: Fleet) -> int:
 
 @pytest.mark.parametrize("who", ["nobody", "its own new key", "a registered key"])
 def test_stock_supernode_is_refused_cleanly(site: Fleet, tmp_path: Path, who: str) -> None:
+    """Attack: connect with the stock `flower-supernode`, with and without a registered key."""
     up = json.loads((site.home / "up.json").read_bytes())
     enrollment = settings.read_enrollment(site.folder / "ada")
     ca = tmp_path / "ca.pem"

@@ -64,7 +64,7 @@ NOT_THERE = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("coordinator_home")
+pytestmark = [pytest.mark.usefixtures("coordinator_home"), pytest.mark.attack("20.strangers")]
 
 
 def own_routes(fleet: Fleet) -> list[tuple[str, str]]:
@@ -175,6 +175,7 @@ def refusals(http: httpx.Client, calls: Iterator[Call]) -> int:
 
 
 async def test_no_route_lets_in_who_does_not_belong(tmp_path: Path) -> None:
+    """Attack: call every route without a key, with another's, and with a removed machine's."""
     async with fleet_of(tmp_path, some_data(20, 0), some_data(30, 1)) as fleet:
         rogue, removed = enroll(fleet.hub, "rogue"), enroll(fleet.hub, "removed")
         with client(fleet) as http:
@@ -193,6 +194,7 @@ async def test_no_route_lets_in_who_does_not_belong(tmp_path: Path) -> None:
 
 
 async def test_who_awaits_approval_may_only_ask_how_it_stands(tmp_path: Path) -> None:
+    """Attack: a machine that awaits approval calls every route."""
     async with fleet_of(tmp_path, some_data(20, 0)) as fleet:
         fleet.hub.registry._approve = True
         waiting = enroll(fleet.hub, "waiting")
@@ -209,6 +211,7 @@ async def test_who_awaits_approval_may_only_ask_how_it_stands(tmp_path: Path) ->
 
 
 async def test_a_waiting_machine_is_not_given_the_fleets_mqtt_login(tmp_path: Path) -> None:
+    """Attack: a machine that awaits approval asks for the MQTT login."""
     async with fleet_of(tmp_path, some_data(20, 0)) as fleet:
         fleet.hub.registry._approve = True
         machine = Machine("waiting")
@@ -230,7 +233,10 @@ async def test_a_waiting_machine_is_not_given_the_fleets_mqtt_login(tmp_path: Pa
 
 
 async def test_nobody_joins_with_a_key_that_he_has_only_seen(tmp_path: Path) -> None:
-    """Neither with a good ticket, nor with a spent one to be told what the owner was told."""
+    """Attack: join with the public key of another machine, or without proof of the own one.
+
+    Neither with a good ticket, nor with a spent one to be told what the owner was told.
+    """
     async with fleet_of(tmp_path, some_data(20, 0)) as fleet:
         victim, thief = fleet.agents[0].machine, Machine("thief")
         ticket = tickets.new_ticket(fleet.hub.addresses(), bytes(32))
@@ -254,7 +260,7 @@ async def test_nobody_joins_with_a_key_that_he_has_only_seen(tmp_path: Path) -> 
 
 
 async def test_a_host_header_chooses_no_route(tmp_path: Path) -> None:
-    """The path that is checked is the path that is served, whatever the Host header pretends."""
+    """Attack: a Host header pretends another path than the one that is checked."""
     async with fleet_of(tmp_path, some_data(20, 0)) as fleet:
         operator = fleet.keys.operator_key
 
@@ -268,7 +274,10 @@ async def test_a_host_header_chooses_no_route(tmp_path: Path) -> None:
 
 
 async def test_a_peer_removed_in_the_middle_of_a_round_is_out_at_once(tmp_path: Path) -> None:
-    """On a connection that is open, in an upload that is under way; the others end the round."""
+    """Attack: a removed peer goes on over its open connection and in an upload under way.
+
+    The others end the round.
+    """
     datas = [some_data(20 + 10 * seed, seed) for seed in range(3)]
     async with fleet_of(tmp_path, *datas) as fleet:
         removed = fleet.agents[0]
