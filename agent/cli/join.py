@@ -39,6 +39,16 @@ def join(
     name: Annotated[str | None, typer.Option(help="This machine's name in the fleet.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="key=value; may be repeated.")] = None,
     data: Annotated[str | None, typer.Option(help="This machine's data.")] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="A task that may train on this data; may be repeated. * is every task."),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="The columns that may be used, such as age,sex.")
+    ] = None,
+    purpose: Annotated[
+        str | None, typer.Option(help="What the allowed tasks are for: a note for yourself.")
+    ] = None,
     part: Part = None,
     split: Split = None,
     battery: Annotated[
@@ -57,7 +67,7 @@ def join(
     json: Json = False,
 ) -> None:
     """Join a fleet with a ticket from `commonweight ticket create`."""
-    from agent.setup import enrollment, own_data
+    from agent.setup import consents, enrollment, own_data
 
     text = _read_ticket(ticket)
     policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
@@ -69,8 +79,13 @@ def join(
         "data": settings.data_path(data),
         **parse_part(part),
         "split": split,
+        "data_columns": consents.split_list(columns),
         **policy,
     }
+    names = [name for text in allow or [] for name in consents.split_list(text) or []]
+    if names:
+        own, known = settings.read_own(home), consents.known_tasks(settings.read(home))
+        chosen |= consents.allowing(own, known, names, purpose=purpose)
     wanted = settings.read(home, **chosen)  # wrong settings fail before the ticket is used
     if data:
         print_line(own_data.check_setting(wanted))

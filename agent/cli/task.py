@@ -14,7 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
-from agent.home import settings
+from agent.home import consent_requests, settings
+from agent.home.consent_requests import Request
+from agent.home.settings import AgentSettings
+from agent.setup import consents
+from agent.tasks import registry
 from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
 
@@ -26,9 +30,7 @@ def add(
     source: Annotated[str, typer.Argument(help="File and class: ./my_task.py:MyTask.")],
     name: Annotated[str, typer.Option(help="Its name in runs; by default my_task.py:MyTask.")] = "",
 ) -> None:
-    """Register a task in a file and allow it here. Runs name tasks; they never send code."""
-    from agent.tasks import registry
-
+    """Register a task in a file and allow it here, as the file is now. Runs send no code."""
     home = homes.open_home("agent")
     path, attribute = registry.split_source(source)
     if not path.is_file():
@@ -36,29 +38,92 @@ def add(
     known = registry.check_name(name) if name else registry.name_of_source(source)
     if known in registry.names():
         raise UsageError(f"{known} is the name of an installed task", "choose another with --name")
-    chosen = settings.read(home)
-    files = {**chosen.task_files, known: f"{path}:{attribute}"}
-    allowed = None if chosen.allows(known) else [*chosen.tasks, known]
-    settings.change(home, task_files=files, tasks=allowed)
-    print_line(f"registered {known}; next: commonweight-agent task check {known}")
+    own = settings.read_own(home)
+    files = {**own.task_files, known: f"{path}:{attribute}"}
+    settings.change(home, task_files=files, **consents.allowing(own, files, [known]))
+    print_line(f"registered and allowed {known}; next: commonweight-agent task check {known}")
     print_line(f"the operator starts it with: commonweight run start {known}")
+    print_line(f"after a change of the file, allow it again: commonweight-agent task allow {known}")
     _say_restart_needed(home)
+
+
+@task.command("allow")
+def allow(
+    name: Annotated[str, typer.Argument(help="Its name in `task list`, or * for every task.")],
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Columns that it may use, such as age,sex; default: data.columns."),
+    ] = None,
+    purpose: Annotated[str | None, typer.Option(help="What for: a note for yourself.")] = None,
+) -> None:
+    """Allow a task to train and evaluate on this machine's data. It holds for all later runs."""
+    home = homes.open_home("agent")
+    asked = consent_requests.read(home)
+    consents.allow(home, name, columns=consents.split_list(columns), purpose=purpose)
+    chosen = settings.read(home)
+    print_line(f"allowed {name}, {consents.describe(chosen, name)}")
+    _say_overridden(home)
+    if is_running(home) and (name == consents.EVERY or name in asked):
+        print_line("the running agent takes part within seconds")
+
+
+@task.command("forbid")
+def forbid(
+    name: Annotated[str, typer.Argument(help="Its name in `task list`, or *.")],
+) -> None:
+    """Forbid a task. Runs do not wait for this machine then, and do not ask again."""
+    home = homes.open_home("agent")
+    consents.forbid(home, name)
+    print_line(f"forbidden: {name}" if name != consents.EVERY else "each task needs consent now")
+    _say_overridden(home)
+
+
+def _say_overridden(home: Path) -> None:
+    for setting in settings.describe(home):
+        if setting.name in ("tasks", "forbidden_tasks", "task_files") and (
+            setting.source not in (settings.FILE, "default")
+        ):
+            print_line(f"but {setting.source} is set and overrides {setting.name}")
 
 
 @task.command("list")
 def list_tasks(json: Json = False) -> None:
-    """List the tasks of this machine, and whether its owner allows them."""
-    from agent.tasks import registry
-
-    chosen = settings.read(homes.open_home("agent"))
-    sources = dict.fromkeys(registry.names(), "installed") | chosen.task_files
+    """List the tasks of this machine: allowed, forbidden, or awaiting your consent."""
+    home = homes.open_home("agent")
+    chosen = settings.read(home)
+    asked = {request.task: request for request in consents.requests(home, chosen)}
     rows = [
-        {"task": name, "source": source, "allowed": chosen.allows(name)}
-        for name, source in sorted(sources.items())
+        {
+            "task": name,
+            "source": source or "installed",
+            "allowed": chosen.allows(name),
+            "standing": chosen.standing_of(name),
+            "columns": list(chosen.columns_of(name)),
+            "purpose": chosen.consent_to(name).purpose,
+            "run": asked[name].run if name in asked else "",
+            "next": asked[name].command if name in asked else "",
+        }
+        for name, source in sorted(consents.known_tasks(chosen).items())
     ]
-    marks = {True: "✓", False: "✗ not allowed by policy tasks"}
-    lines = (f"{row['task']:24} {row['source']}  {marks[bool(row['allowed'])]}" for row in rows)
+    lines = (
+        f"{row['task']:24} {row['source']}  {_mark(chosen, str(row['task']), asked)}"
+        for row in rows
+    )
     print_data(rows, lines, json=json)
+
+
+def _mark(chosen: AgentSettings, name: str, asked: dict[str, Request]) -> str:
+    """Glyph and word of what the owner has decided about a task."""
+    match chosen.standing_of(name):
+        case "allowed":
+            return f"✓ allowed, {consents.describe(chosen, name)}"
+        case "forbidden":
+            return "✗ forbidden"
+        case standing:
+            word = "file has changed, " if standing == "changed" else ""
+            if name in asked:
+                return f"? {word}awaiting consent: {asked[name].about}: {asked[name].command}"
+            return f"? {word}asks you first: commonweight-agent task allow {name}"
 
 
 @task.command("remove")
@@ -66,11 +131,16 @@ def remove(name: Annotated[str, typer.Argument(help="Its name in `task list`.")]
     """Unregister a task; its file stays."""
 
     home = homes.open_home("agent")
-    chosen = settings.read(home)
-    if name not in chosen.task_files:
+    own = settings.read_own(home)
+    if name not in own.task_files:
         raise UnknownName(f"no registered task {name!r}", "commonweight-agent task list")
-    files = {known: source for known, source in chosen.task_files.items() if known != name}
-    settings.change(home, task_files=files)
+    settings.change(
+        home,
+        task_files={known: file for known, file in own.task_files.items() if known != name},
+        tasks=[known for known in own.tasks if known != name],
+        consents={known: said for known, said in own.consents.items() if known != name},
+    )
+    consent_requests.drop(home, name)
     print_line(f"unregistered {name}")
     _say_restart_needed(home)
 
@@ -92,7 +162,6 @@ def check(
     json: Json = False,
 ) -> None:
     """Train one step here; show the schema, the memory and the time. Nothing is sent."""
-    from agent.tasks import registry
     from agent.trainer import sandbox_rules
     from agent.trainer.process import TrainerProcess
 

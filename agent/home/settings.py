@@ -13,7 +13,8 @@ import tomli_w
 from msgspec import Meta, Struct
 
 from agent.data.settings import DataSettings, Floors
-from agent.policy import schedule
+from agent.policy import consent, schedule, task_code
+from agent.policy.consent import Consent, Standing
 from agent.policy.rules import PolicySettings
 from protocols.enrollment import fleet_card, identity
 from protocols.errors import BadMessage, HomeError, NotEnrolled, UnknownName, UsageError
@@ -31,7 +32,7 @@ _PUBLIC_KEYS = (
 #: Changes of these take effect at the next start of the agent, all others at once.
 RESTART_KEYS = frozenset(
     {
-        *("part", "parts", "split", "data_seed", "data", "tasks", "task_files", "models"),
+        *("part", "parts", "split", "data_seed", "data", "task_files", "models"),
         *("threads", "device", "framework", "compile", "sandbox", "sandbox_read"),
         *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
         *("share", "share_port", "share_mbit_s"),
@@ -115,8 +116,20 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         float, Meta(ge=0, description="maximum ε of one question, within analyze_epsilon")
     ] = 1.0
     tasks: Annotated[
-        tuple[str, ...], Meta(description="tasks that may run; * is every installed task")
+        tuple[str, ...],
+        Meta(
+            description="tasks that you allow: commonweight-agent task allow; * is every task on "
+            "this machine"
+        ),
     ] = ("*",)
+    forbidden_tasks: Annotated[
+        tuple[str, ...],
+        Meta(description="tasks that never run, also with *: commonweight-agent task forbid"),
+    ] = ()
+    consents: Annotated[
+        dict[str, Consent],
+        Meta(description="columns, purpose and code of the tasks that you allow: task allow"),
+    ] = msgspec.field(default_factory=dict)
     task_files: Annotated[
         dict[str, str], Meta(description="your own tasks by name: commonweight-agent task add")
     ] = msgspec.field(default_factory=dict)
@@ -190,7 +203,28 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
 
     def allows(self, task: str) -> bool:
         """True if the owner allows this task."""
-        return "*" in self.tasks or task in self.tasks
+        return self.standing_of(task) == "allowed"
+
+    def standing_of(self, task: str) -> Standing:
+        """What the owner has decided about a task. Reads the task's file, if it has one."""
+        if task in self.forbidden_tasks:
+            return "forbidden"
+        if task not in self.tasks and "*" not in self.tasks:
+            return "awaiting"
+        source, code = self.task_files.get(task, ""), self.consent_to(task).code
+        if not source:
+            return "changed" if code else "allowed"
+        if not code:  # a file that was registered without `task add`
+            return "allowed" if "*" in self.tasks else "changed"
+        return "allowed" if task_code.digest(source) == code else "changed"
+
+    def consent_to(self, task: str) -> Consent:
+        """What the owner said when this task, or every task, was allowed."""
+        return self.consents.get(task) or self.consents.get("*") or Consent()
+
+    def columns_of(self, task: str) -> tuple[str, ...]:
+        """Patterns of the columns that this task may use."""
+        return consent.narrow(self.consent_to(task).columns, self.data_columns)
 
 
 class Enrollment(Struct, frozen=True, kw_only=True):
@@ -217,6 +251,11 @@ def read(home: Path, **flags: Any) -> AgentSettings:
     return _validate(values, f"correct {home / FILE}")
 
 
+def read_own(home: Path) -> AgentSettings:
+    """The settings in the file alone, which `change` builds on. Raises UsageError."""
+    return _validate(settings_file.read_file(home), f"correct {home / FILE}")
+
+
 def change(home: Path, **values: Any) -> AgentSettings:
     """Change these settings in the file and keep the others. Raises UsageError, UnknownName."""
     if unknown := values.keys() - set(AgentSettings.__struct_fields__):
@@ -224,7 +263,8 @@ def change(home: Path, **values: Any) -> AgentSettings:
             f"there is no setting {sorted(unknown)[0]!r}",
             f"the settings are {', '.join(AgentSettings.__struct_fields__)}",
         )
-    merged = settings_file.read_file(home) | {k: v for k, v in values.items() if v is not None}
+    given = {name: value for name, value in values.items() if value is not None}
+    merged = settings_file.read_file(home) | msgspec.to_builtins(given)
     chosen = _validate(merged, "commonweight-agent policy show")
     # Defaults are not written, so that this machine gets better defaults of later versions.
     changed = {name: value for name, value in msgspec.to_builtins(chosen).items() if name in merged}
@@ -313,6 +353,10 @@ def parse_value(name: str, text: str) -> Any:
     """Parse a value from the command line or the environment."""
     if name in ("data", "models"):
         return data_path(text)
+    if name == "consents":
+        raise UsageError(
+            "consents are given to one task at a time", "commonweight-agent task allow"
+        )
     if name == "sandbox_read":
         return [data_path(part.strip()) for part in text.split(",") if part.strip()]
     kind = type(getattr(AgentSettings(), name, text))
@@ -325,7 +369,7 @@ def parse_value(name: str, text: str) -> Any:
 def format_value(value: Any) -> str:
     """Format a value so that `parse_value` can read it."""
     if isinstance(value, dict):
-        return ",".join(f"{name}={source}" for name, source in value.items())
+        return ",".join(f"{k}={v}" if isinstance(v, str) else k for k, v in value.items())
     return ",".join(value) if isinstance(value, list | tuple) else str(value)
 
 

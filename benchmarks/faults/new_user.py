@@ -171,7 +171,7 @@ def first_run(network: Network, machines: Machines) -> float:
     wait_for(answers, "the coordinator is up", every_s=0.5)
     for name in ("ada", "bob"):
         ticket = machines.ask("hub", "commonweight ticket create").strip()
-        machines.ask(name, f"commonweight-agent join - --name {name}", given=ticket)
+        machines.ask(name, f"commonweight-agent join - --name {name} --allow ping", given=ticket)
         machines.begin(name, "commonweight-agent run")
     for name in ("ada", "bob"):
         wait_for(lambda name=name: machines.status(name).get("session"), f"{name} is connected")

@@ -28,7 +28,7 @@ class Demo:
     def join(self) -> None:
         """Start the agents and wait until all are connected."""
         threads = max(1, (os.cpu_count() or 1) // AGENTS)
-        self.fleet.start_agents(self.remote, AGENTS, "shards", threads)
+        self.fleet.start_agents(self.remote, AGENTS, "mnist", "shards", threads)
         self.until(all_there, AGENTS)
 
     def learn(self) -> None:

@@ -73,9 +73,14 @@ _AGENT = (sys.executable, "-P", "-m", "agent.cli")
 
 
 def _environment(home: Path) -> dict[str, str]:
-    return child_environment() | {
-        "COMMONWEIGHT_AGENT_HOME": str(home / "upstream"),
-        "COMMONWEIGHT_AGENT_FLEET": str(home),
-        # This agent itself trains nothing. Each machine of our fleet has its own policy.
-        "COMMONWEIGHT_AGENT_WORK": "always",
-    }
+    # The owners of our fleet's machines allow tasks, each on their own machine.
+    return (
+        {"COMMONWEIGHT_AGENT_TASKS": "*"}
+        | child_environment()
+        | {
+            "COMMONWEIGHT_AGENT_HOME": str(home / "upstream"),
+            "COMMONWEIGHT_AGENT_FLEET": str(home),
+            # This agent itself trains nothing. Each machine of our fleet has its own policy.
+            "COMMONWEIGHT_AGENT_WORK": "always",
+        }
+    )

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.e2e.test_tabular import joined
-from tests.support.fleet_harness import ROOT, Fleet, fleet
+from tests.support.fleet_harness import ALLOW, ROOT, Fleet, fleet
 from tests.support.tables import MIXED, write_csv
 from tests.support.waiting import wait_for
 
@@ -30,7 +30,7 @@ def join(site: Fleet, *names: str) -> None:
         x = rng.uniform(-1, 1, POINTS[name])
         points = site.folder / f"{name}.txt"
         np.savetxt(points, np.column_stack((x, 3 * x + rng.standard_normal(len(x)))))
-        words = ("join", "-", "--name", name, "--data", str(points))
+        words = ("join", "-", "--name", name, "--data", str(points), *ALLOW)
         done = site.ask_agent(name, *words, given=ticket)
         assert done.returncode == 0, done.stderr
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fleet_harness import AGENT, COORDINATOR, command, environment
+from tests.support.fleet_harness import AGENT, ALLOW, COORDINATOR, command, environment
 from tests.support.waiting import wait_for
 
 pytestmark = [
@@ -171,7 +171,7 @@ def three_agents(folder: Path) -> Iterator[tuple[Host, dict[str, Host]]]:
             ticket = hub.run(COORDINATOR, "ticket", "create", "--uses", str(len(AGENTS)))
 
             def join(name: str) -> str:
-                return hosts[name].run(AGENT, "join", "-", "--name", name, given=ticket)
+                return hosts[name].run(AGENT, "join", "-", "--name", name, *ALLOW, given=ticket)
 
             with ThreadPoolExecutor() as pool:
                 assert len(list(pool.map(join, AGENTS))) == len(AGENTS)

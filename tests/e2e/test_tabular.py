@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fleet_harness import Fleet, fleet
+from tests.support.fleet_harness import ALLOW, Fleet, fleet
 from tests.support.tables import MIXED, write_csv
 from tests.support.waiting import wait_for
 
 
 def joined(site: Fleet, name: str, table: Path) -> None:
-    words = ("join", "-", "--name", name, "--data", str(table))
+    words = ("join", "-", "--name", name, "--data", str(table), *ALLOW)
     done = site.ask_agent(name, *words, given=site.ticket())
     assert done.returncode == 0, done.stderr
 

@@ -16,7 +16,7 @@ import pytest
 from agent.home import settings
 from protocols.enrollment import tickets
 from tests.hostile.tools import files_in
-from tests.support.fleet_harness import ROOT, Fleet, descendants, fleet
+from tests.support.fleet_harness import ALLOW, ROOT, Fleet, descendants, fleet
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.attack("20.secrets")
@@ -114,7 +114,7 @@ class Worked:
         self.arguments: set[str] = set()
         ticket = site.data("ticket", "create", "--uses", "2")["ticket"]
         for name in ("ada", "bob"):
-            done = site.ask_agent(name, "join", "-", "--name", name, given=ticket)
+            done = site.ask_agent(name, "join", "-", "--name", name, *ALLOW, given=ticket)
             assert done.returncode == 0
             self.lines.add(done.stdout + done.stderr)
         site.start("ada", "bob")

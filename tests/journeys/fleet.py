@@ -27,6 +27,8 @@ SETTINGS = {
     "COMMONWEIGHT_AGENT_TASK_FILES": f"quick={Path(quick_task.__file__)}:Quick",
     "COMMONWEIGHT_AGENT_JOBS_SCATTER": "on",
     "COMMONWEIGHT_AGENT_ANALYZE": "on",
+    # Not by `join --allow`, which older agents do not have.
+    "COMMONWEIGHT_AGENT_TASKS": "*",
 }
 
 

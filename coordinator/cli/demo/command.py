@@ -159,9 +159,10 @@ class _Demo:
         with self._view as view:
             view.step("starting a coordinator …")
             with contextlib.closing(self._fleet.start_coordinator()) as remote:
-                view.step(f"starting {_count(agents, 'agent')} …")
+                allow = f"commonweight-agent join --allow {spec.task}"
+                view.step(f"starting {_count(agents, 'agent')}, each with {allow} …")
                 threads = max(1, (os.cpu_count() or 1) // agents)
-                self._fleet.start_agents(remote, agents, split, threads, tables)
+                self._fleet.start_agents(remote, agents, spec.task, split, threads, tables)
                 timeout_s = processes.START_TIMEOUT_S + agents * processes.START_TIMEOUT_PER_AGENT_S
 
                 def all_available(fleet: Fleet) -> bool:

@@ -94,16 +94,26 @@ class DemoFleet:
         return Remote(self.home)
 
     def start_agents(
-        self, remote: Remote, count: int, split: str, threads: int, tables: Sequence[Path] = ()
+        self,
+        remote: Remote,
+        count: int,
+        task: str,
+        split: str,
+        threads: int,
+        tables: Sequence[Path] = (),
     ) -> None:
-        """Join and start `count` agents, each with its part of the data or its own table."""
+        """Join and start `count` agents, each with its part of the data or its own table.
+
+        They allow this task alone.
+        """
         order = TicketRequest(ttl_s=3600, uses=count, label="demo")
         ticket = remote.make_ticket(order)["ticket"].encode()
         # A person waits for the demo, so the agents work at normal priority.
         self._settings = {"THREADS": str(threads), "WORK": "always", "NICE": "0"}
         names = {f"agent{part + 1}": part for part in range(count)}
         for name, part in names.items():
-            words = ["join", "-", "--name", name, "--part", f"{part}/{count}", "--split", split]
+            words = ["join", "-", "--name", name, "--allow", task]
+            words += ["--part", f"{part}/{count}", "--split", split]
             if tables:
                 words += ["--data", str(tables[part])]
             # On standard input: every user of this machine can read the arguments.

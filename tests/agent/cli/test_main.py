@@ -68,7 +68,7 @@ def test_policy_says_where_each_value_comes_from(agent_home: Path) -> None:
     assert (found["split"]["value"], found["split"]["source"]) == ("iid", "default")
     _, said, _ = agent(agent_home, "policy", "show")
     assert re.search(
-        r"^tasks +mnist,ping +settings.toml\n    tasks that may run", said, re.MULTILINE
+        r"^tasks +mnist,ping +settings.toml\n    tasks that you allow", said, re.MULTILINE
     )
 
 

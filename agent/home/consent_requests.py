@@ -1,0 +1,79 @@
+"""The tasks that runs asked for and that wait for their owner's consent, in a file of the home.
+
+A request stays until the owner allows or forbids its task. Only tasks that are on this machine are
+written, so the file stays small.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from protocols.local.atomic_files import write_private
+from protocols.messages.envelope import strip_controls
+
+FILE = "asked.json"
+_MAX_COLUMNS, _MAX_COLUMN_CHARS = 32, 64
+#: Names of columns that a suggested command may have: no pattern, and nothing that a shell reads.
+_PLAIN = re.compile(r"[\w.-]+( [\w.-]+)*")
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """A run asked for a task. `columns`: those that it names, none if it takes all that it may.
+
+    `at`: Unix s of the first time.
+    """
+
+    task: str
+    run: str
+    at: float
+    columns: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """The command that allows it. It is safe to paste into a shell."""
+        words = ["commonweight-agent", "task", "allow", self.task]
+        if self.columns and all(_PLAIN.fullmatch(name) for name in self.columns):
+            words += ["--columns", ",".join(self.columns)]
+        return shlex.join(words)
+
+    @property
+    def about(self) -> str:
+        """Which run asks for what."""
+        columns = f" and the columns {', '.join(self.columns)}" if self.columns else ""
+        return f"run {self.run} asks for the task {self.task!r}{columns}"
+
+
+def plain_columns(names: list[str]) -> tuple[str, ...]:
+    """Names of columns from a run's settings, as they may be shown to a person."""
+    shown = (strip_controls(name.strip())[:_MAX_COLUMN_CHARS] for name in names)
+    return tuple(dict.fromkeys(filter(None, shown)))[:_MAX_COLUMNS]
+
+
+def read(home: Path) -> dict[str, Request]:
+    """The requests by task; none if the file is missing or damaged."""
+    try:
+        found = msgspec.json.decode((home / FILE).read_bytes(), type=list[Request])
+    except (OSError, msgspec.DecodeError):
+        return {}
+    return {request.task: request for request in found}
+
+
+def add(home: Path, request: Request) -> None:
+    """Write a request in place of an earlier one for its task. Raises OSError."""
+    _write(home, read(home) | {request.task: request})
+
+
+def drop(home: Path, task: str) -> None:
+    """Delete the request for a task: its owner has decided. Raises OSError."""
+    found = read(home)
+    if found.pop(task, None) is not None:
+        _write(home, found)
+
+
+def _write(home: Path, found: dict[str, Request]) -> None:
+    write_private(home / FILE, msgspec.json.encode(list(found.values())))

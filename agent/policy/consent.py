@@ -1,0 +1,50 @@
+"""An owner's consent to a task: the columns that it may use, what for, and its code. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+MAX_PURPOSE_CHARS = 200
+
+#: `changed`: the task's file is no longer the one that the owner allowed.
+Standing = Literal["allowed", "forbidden", "awaiting", "changed"]
+
+
+class Consent(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an owner said when a task was allowed.
+
+    `columns`: patterns of columns that the task may use, among those of `data_columns`; empty: all
+    of these. `purpose`: the owner's note. `code`: SHA-256 of the task's file and of the modules
+    beside it that it imports; empty for installed tasks. `at`: Unix s.
+    """
+
+    columns: tuple[str, ...] = ()
+    purpose: Annotated[str, Meta(max_length=MAX_PURPOSE_CHARS)] = ""
+    code: str = ""
+    at: float = 0.0
+
+
+def narrow(columns: Sequence[str], within: Sequence[str]) -> tuple[str, ...]:
+    """The patterns of `columns` that stay within the patterns `within`; all of these if empty.
+
+    A pattern with `*` counts only if the other list has it too, or has `*` itself: no pattern
+    allows more than both lists do.
+    """
+    if not columns:
+        return tuple(within)
+    return tuple(
+        pattern
+        for pattern in columns
+        if "*" in within
+        or pattern in within
+        or (is_name(pattern) and any(fnmatchcase(pattern, outer) for outer in within))
+    )
+
+
+def is_name(pattern: str) -> bool:
+    """True if a pattern matches one column only, that of this name."""
+    return not set(pattern) & set("*?[")

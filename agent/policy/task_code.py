@@ -1,0 +1,67 @@
+"""The code of a task file: its digest, and the modules beside it that it imports.
+
+A digest is what an owner's consent to a task of their own is about. It does not cover installed
+packages, or modules that are found only while the code runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def digest(source: str) -> str:
+    """SHA-256 of the code of "/path/file.py:Class", as hex; empty if the file cannot be read."""
+    path = Path(source.rpartition(":")[0])
+    found = hashlib.sha256()
+    try:
+        for file in files(path):
+            data = file.read_bytes()
+            name = file.relative_to(path.parent).as_posix()
+            found.update(f"{name}\0{len(data)}\0".encode() + data)
+    except OSError:
+        return ""
+    return found.hexdigest()
+
+
+def files(path: Path) -> list[Path]:
+    """The task file first, then the Python files beside it that it imports, directly or not.
+
+    Of a package, all files. Raises OSError if the task file cannot be read.
+    """
+    found, waiting = {path: None}, [path]
+    path.stat()
+    while waiting:
+        for name in sorted(_imported(waiting.pop())):
+            for file in _beside(path.parent, name):
+                if file not in found:
+                    found[file] = None
+                    waiting.append(file)
+    first, *others = found
+    return [first, *sorted(others)]
+
+
+def _beside(folder: Path, name: str) -> Iterator[Path]:
+    """The files of the module `name` in this folder."""
+    yield from filter(Path.is_file, (folder / f"{name}.py", *folder.glob(f"{name}.*.so")))
+    if (folder / name).is_dir():
+        yield from (file for file in (folder / name).rglob("*") if file.suffix in (".py", ".so"))
+
+
+def _imported(file: Path) -> set[str]:
+    """The first parts of the names of all modules that a Python file imports."""
+    if file.suffix != ".py":
+        return set()
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return set()  # it cannot be run either
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
