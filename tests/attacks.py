@@ -133,6 +133,14 @@ def find_tests() -> list[Test]:
     return sorted(found, key=lambda test: order.index(test.numbers[0]))
 
 
+def names_of_tests() -> set[str]:
+    """The name of every test, of attacks and others."""
+    texts = (path.read_text() for path in HERE.rglob("test_*.py"))
+    return {
+        name for text in texts for name in re.findall(r"^ *(?:async )?def (test_\w+)", text, re.M)
+    }
+
+
 def _files() -> list[Path]:
     everywhere = sorted(HERE.rglob("test_*.py"))
     return [path for path in everywhere if _is_hostile(path) or "mark.attack(" in path.read_text()]

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests import attacks
+
+#: In docs/security.md: what a row says if no test shows it.
+NOTHING = "nothing"
+
+
+def test_each_row_of_the_threat_model_names_tests_that_exist() -> None:
+    text = attacks.PAGE.read_text().partition("## Who attacks")[2].partition("\n## ")[0]
+    rows = re.findall(
+        r"^\| (?!tries to|has \||---)(.+?) \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE
+    )
+    assert len(rows) > 50
+    tests = attacks.names_of_tests()
+    for tries, shown_by in rows:
+        named = re.findall(r"`(test_\w+)`", shown_by)
+        assert shown_by == (", ".join(f"`{name}`" for name in named) or NOTHING), tries
+        assert set(named) <= tests, (tries, set(named) - tests)
 
 
 def test_each_attack_has_a_number_an_attacker_and_a_sentence() -> None:
