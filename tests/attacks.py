@@ -37,7 +37,7 @@ STOPPED, WORKS, OPEN, FAILS, NOT_RUN = "stopped", "works", "**open**", "**fails*
 class Numbered(NamedTuple):
     """An attack of the audit, or a group of attacks: what it is and who tries it.
 
-    `reason` says why there is no test of it.
+    `reason` says why there is no test of it, while there is none.
     """
 
     attack: str
@@ -114,8 +114,8 @@ class Test(NamedTuple):
 
     @property
     def shown(self) -> str:
-        """The test's name in the table: from tests/hostile, or from tests."""
-        return self.node.removeprefix("tests/").removeprefix("hostile/")
+        """The test's name in the table; files of tests/hostile have no folder there."""
+        return self.node.removeprefix("tests/hostile/")
 
 
 # --- finding the tests -----------------------------------------------------------------------
@@ -249,7 +249,7 @@ def tables(tests: list[Test], results: dict[str, str]) -> str:
     lines += ["", "### Every test", ""]
     lines += [
         f"{STOPPED.capitalize()}: the attack fails. {WORKS.capitalize()}: honest work goes on "
-        "beside the defence. Names of files are from `tests/hostile`, or from `tests`.",
+        "beside the defence. Files without a folder are in `tests/hostile`.",
         "",
     ]
     lines += ["| no. | attack | by | result | test |", "|---|---|---|---|---|"]
@@ -260,11 +260,16 @@ def tables(tests: list[Test], results: dict[str, str]) -> str:
 def _numbered_row(number: str, tests: list[Test], results: dict[str, str]) -> str:
     attack, by, reason = NUMBERED[number]
     of_it = [test for test in tests if number in test.numbers and not test.is_control]
+    if not of_it:
+        return f"| {number} | {attack} | {by} | {OPEN}: {reason} | – |"
     told = {results.get(test.node, NOT_RUN).partition(":")[0] for test in of_it}
     result = next((word for word in (OPEN, NOT_RUN) if word in told), STOPPED)
-    if not of_it:
-        result = f"{OPEN}: {reason}"
-    return f"| {number} | {attack} | {by} | {result} | {len(of_it)} |"
+    files = ", ".join(f"`{file}`" for file in dict.fromkeys(map(_file_shown, of_it)))
+    return f"| {number} | {attack} | {by} | {result} | {len(of_it)} in {files} |"
+
+
+def _file_shown(test: Test) -> str:
+    return test.shown.partition("::")[0]
 
 
 def test_row(test: Test, result: str) -> str:
@@ -276,16 +281,20 @@ def test_row(test: Test, result: str) -> str:
 
 
 def results_in(page: str, tests: list[Test]) -> dict[str, str]:
-    """The results in the page's table, of the tests that are there and were run."""
+    """The results in the page's table, of the tests that are there."""
     by_name = {test.shown: test for test in tests}
     found = {}
     for row in page.splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]
-        if len(cells) == 7 and (test := by_name.get(cells[5].strip("`"))):
-            result = {WORKS: STOPPED, FAILS: OPEN}.get(cells[4], cells[4])
-            if not result.startswith(NOT_RUN):
-                found[test.node] = result
+        test = by_name.get(cells[5].strip("`")) if len(cells) == 7 else None
+        if test and cells[4] != NOT_RUN:
+            found[test.node] = {WORKS: STOPPED, FAILS: OPEN}.get(cells[4], cells[4])
     return found
+
+
+def tables_in(page: str) -> str:
+    """The tables between the page's marks."""
+    return page.partition(BEGIN)[2].partition(END)[0]
 
 
 def with_tables(page: str, made: str) -> str:
@@ -309,7 +318,7 @@ def main(words: list[str]) -> int:
     tests = find_tests()
     known = results_in(PAGE.read_text(), tests) if asked.new or asked.files else {}
     if asked.new:
-        chosen = [test.node for test in tests if test.node not in known]
+        chosen = [test.node for test in tests if known.get(test.node, NOT_RUN)[:7] == NOT_RUN]
     else:
         chosen = asked.files or sorted({test.file for test in tests})
     results = known | (run(chosen) if chosen else {})
@@ -317,8 +326,9 @@ def main(words: list[str]) -> int:
     failed = [test.node for test in tests if results.get(test.node) == OPEN]
     not_run = [test.node for test in tests if results.get(test.node, NOT_RUN).startswith(NOT_RUN)]
     print(f"{len(tests)} tests in {PAGE.relative_to(ROOT)}: {len(failed)} failed")
-    print(*[f"failed: {node}" for node in failed], sep="\n")
-    print(*[f"not run: {node}" for node in not_run], sep="\n")
+    for word, nodes in (("failed", failed), ("not run", not_run)):
+        for node in nodes:
+            print(f"{word}: {node}")
     return int(bool(failed))
 
 

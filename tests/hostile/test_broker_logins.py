@@ -159,7 +159,7 @@ async def test_nobody_fills_the_broker_with_retained_messages(site: Site) -> Non
             assert await kept_topics(inside) == [own]
 
 
-@pytest.mark.attack("20.7")
+@pytest.mark.attack("20.7", by="observer")
 async def test_an_observer_publishes_nothing(site: Site) -> None:
     """Attack: an observer uses its login to publish, to leave a will, and to read commands."""
     async with started(site) as broker:
@@ -223,7 +223,7 @@ async def idle_clients(site: Site, port: int) -> AsyncIterator[list[socket.socke
             sock.close()
 
 
-@pytest.mark.attack("20.7")
+@pytest.mark.attack("20.7", by="stranger")
 async def test_idle_connections_keep_nobody_out(site: Site) -> None:
     """Attack: connections that stall before, in and after their TLS handshake.
 
@@ -235,7 +235,7 @@ async def test_idle_connections_keep_nobody_out(site: Site) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.attack("20.7")
+@pytest.mark.attack("20.7", by="stranger")
 async def test_idle_connections_are_ended(site: Site) -> None:
     """Attack: connections that stall forever, to use up the broker's files and memory."""
     async with started(site) as broker, idle_clients(site, broker.port) as idle:
@@ -275,7 +275,7 @@ async def test_a_client_id_takes_over_no_other_users_connection(site: Site) -> N
             await first.publish(topics.notice(site.fleet, site.peer), b"still here", qos=1)
 
 
-@pytest.mark.attack("20.7")
+@pytest.mark.attack("20.7", by="stranger")
 async def test_packets_that_are_none_reach_no_broker(site: Site) -> None:
     """Attack: malformed and forbidden packets before and after a login, and a second CONNECT."""
     async with started(site) as broker:
@@ -367,7 +367,7 @@ async def test_a_removal_while_the_broker_is_down_holds(site: Site) -> None:
         assert not await refused_login(site.login(broker))
 
 
-@pytest.mark.attack("20.7")
+@pytest.mark.attack("20.7", by="observer")
 async def test_an_agent_that_reads_nothing_stops_nobody(site: Site) -> None:
     """Attack: a monitor subscribes to all that it may, sends pings, and never reads."""
     async with started(site) as broker:

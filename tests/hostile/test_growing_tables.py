@@ -78,7 +78,7 @@ def narrow(rows: list[Row]) -> list[Row]:
     return [{"name": row["name"], "pay": row["pay"]} for row in [*rows, VICTIM]]
 
 
-@pytest.mark.attack("20.3")
+@pytest.mark.attack("20.3", by="requester")
 @pytest.mark.parametrize("change", [add_one, shuffle, widen, stamp, narrow])
 def test_one_more_row(tmp_path: Path, change: Callable[[list[Row]], list[Row]]) -> None:
     """Attack: ask for a sum, wait until one row is added, ask again, subtract. Also with the rows
@@ -92,7 +92,7 @@ def test_one_more_row(tmp_path: Path, change: Callable[[list[Row]], list[Row]]) 
     assert after is None or round(after - before) != VICTIM["pay"]
 
 
-@pytest.mark.attack("20.3")
+@pytest.mark.attack("20.3", by="requester")
 def test_one_row_less(tmp_path: Path) -> None:
     """Attack: ask for a sum, wait until one row is deleted, ask again, subtract."""
     home, rows = Home(tmp_path), people(104)

@@ -129,7 +129,7 @@ def test_a_second_ca_hijacks_no_monitor(site: Site, home: Path, tmp_path: Path) 
     assert not (tmp_path / "watch" / access.ACCESS_FILE).exists()
 
 
-@pytest.mark.attack("20.1")
+@pytest.mark.attack("20.1", by="thief")
 @pytest.mark.parametrize("card", ["none", "own", "true", "of another fleet", "spliced"])
 def test_a_stolen_tls_key_brings_in_no_signing_key(
     site: Site, home: Path, tmp_path: Path, card: str
@@ -159,7 +159,7 @@ def test_a_stolen_tls_key_brings_in_no_signing_key(
     assert not (home / ENROLLMENT_FILE).exists()
 
 
-@pytest.mark.attack("20.1")
+@pytest.mark.attack("20.1", by="thief")
 @pytest.mark.parametrize(
     "changed", [{"tls": False}, {"port": 1884}, {"ca_pem": "own"}], ids=["tls", "port", "ca"]
 )
@@ -226,7 +226,7 @@ def test_a_server_cannot_hold_a_join_for_hours(
             server.join(20)
 
 
-@pytest.mark.attack("20.1")
+@pytest.mark.attack("20.1", by="thief")
 def test_a_ticket_takes_no_older_card(site: Site, home: Path, tmp_path: Path) -> None:
     """Attack: with the TLS key and a signing key that was replaced, by the card of that time."""
     impostor = Impostor(tmp_path / "impostor", site, lambda ca, own: ca)

@@ -100,7 +100,7 @@ def test_private_addresses_of_another_home_are_told_to_nobody() -> None:
     assert directory.nearby("evil", asked, "198.51.100.1") == []
 
 
-@pytest.mark.attack("20.12")
+@pytest.mark.attack("20.12", by="coordinator")
 @pytest.mark.parametrize("address", [one for one in FORBIDDEN if "%" not in one])
 async def test_an_agent_connects_to_no_address_inside_a_machine(
     address: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

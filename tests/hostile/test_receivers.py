@@ -27,7 +27,7 @@ def other(tmp_path: Path) -> Iterator[Site]:
         yield running
 
 
-@pytest.mark.attack("20.13")
+@pytest.mark.attack("20.13", by="coordinator")
 def test_a_request_for_one_fleet_is_refused_by_another(site: Site, other: Site) -> None:
     """Attack: the coordinator of one fleet replays a request to another with the same peer."""
     machine = site.enroll("twin")
@@ -46,7 +46,7 @@ def test_a_request_for_one_fleet_is_refused_by_another(site: Site, other: Site) 
         assert ours.get(ENROLLMENT_STATUS_PATH, headers=sent).status_code == 200
 
 
-@pytest.mark.attack("20.13")
+@pytest.mark.attack("20.13", by="coordinator")
 def test_an_operators_request_is_refused_by_another_fleet(site: Site, other: Site) -> None:
     """Attack: the same with an operator whose key is in two fleets, such as a copied home."""
     other.auth._operator = site.auth._operator
@@ -56,7 +56,7 @@ def test_an_operators_request_is_refused_by_another_fleet(site: Site, other: Sit
     assert answer.status_code == 401
 
 
-@pytest.mark.attack("20.13")
+@pytest.mark.attack("20.13", by="network")
 def test_the_older_format_is_refused_after_the_newer(site: Site) -> None:
     """Attack: a request without a receiver, as older agents sign them, is passed on."""
     machine = site.enroll("ann")
