@@ -26,7 +26,13 @@ from protocols.errors import CommonweightError, HomeError, Unreachable
 from protocols.local import homes
 from protocols.local.checks import Advice, Check, CheckStep, run_checks
 from protocols.local.home_checks import check_crashes, check_private, check_room
-from protocols.messages.mqtt import MqttAddress, describe_failure, tls_context
+from protocols.messages.mqtt import (
+    NO_TLS_HINT,
+    MqttAddress,
+    describe_failure,
+    parse_url,
+    tls_context,
+)
 
 ENGINE = "1.41"
 _TIMEOUT_S = 5.0
@@ -88,10 +94,14 @@ class _Doctor:
         home = homes.open_home("coordinator")
         return f"{home}, fleet {settings.open_keys(home).fleet}"
 
-    def settings(self) -> str:
+    def settings(self) -> str | Advice:
         self._settings = settings.read()
         broker = "an external broker" if self._is_external else "the embedded broker"
-        return f"{self._settings.host}:{self._settings.port}, {broker}"
+        said = f"{self._settings.host}:{self._settings.port}, {broker}"
+        url = self._settings.mqtt_url
+        if url and parse_url(url).is_readable_on_the_way:
+            return Advice(f"{said} without TLS", NO_TLS_HINT)
+        return said
 
     def ledger(self) -> str:
         if not (self._home / "ledger.db").exists():

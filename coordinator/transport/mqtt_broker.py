@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import queue
 import secrets
 import socket
@@ -32,9 +33,11 @@ from coordinator.transport.ports import listen_error, listenable
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import MAX_PAYLOAD_BYTES
-from protocols.messages.mqtt import MqttAddress, parse_url
+from protocols.messages.mqtt import NO_TLS_HINT, MqttAddress, parse_url
 
 OnChange = Callable[[bool, str], None]
+
+log = logging.getLogger("commonweight.mqtt")
 
 MAX_CONNECTIONS = 10_000
 START_TIMEOUT_S = 20.0
@@ -349,6 +352,8 @@ class ExternalBroker:
             raise UsageError(f"cannot read the CA file {ca_file}", "it must be PEM") from err
         self._address = parse_url(url, ca_pem)
         self.host, self.port = self._address.host, self._address.port
+        if self._address.is_readable_on_the_way:
+            log.warning("the MQTT broker %s has no TLS; %s", self._address, NO_TLS_HINT)
 
     def address(self, host: str = "", ca_pem: str = "", user: str = "") -> MqttAddress:
         """The address in the URL. The parameters are ignored."""

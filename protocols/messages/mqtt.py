@@ -14,6 +14,7 @@ from protocols.errors import UsageError
 from protocols.messages.envelope import Body, Envelope, Sign, seal
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
+NO_TLS_HINT = "whoever is on the way reads presence, telemetry and the login: use mqtts://"
 _EXAMPLE = "write it as mqtt://[user:password@]host:port, or mqtts:// for TLS"
 
 #: A command with a time further than this from the agent's clock is ignored.
@@ -42,6 +43,11 @@ class MqttAddress(Struct, frozen=True, kw_only=True):
         """`host:port`, with brackets around an IPv6 host."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+    @property
+    def is_readable_on_the_way(self) -> bool:
+        """True without TLS, unless the broker is on this machine."""
+        return not self.tls and self.host not in ("localhost", "127.0.0.1", "::1")
 
     def __str__(self) -> str:
         login = f"{self.user}@" if self.user else ""

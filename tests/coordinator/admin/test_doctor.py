@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from coordinator.admin.doctor import check_free, engine
+from coordinator.admin.doctor import check_free, engine, examine_coordinator
+from coordinator.storage import settings
 from coordinator.storage.settings import PORT
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, PortInUse
@@ -61,6 +62,16 @@ def test_before_init(site: Fleet) -> None:
     assert "commonweight init" in made["home"]["fix"]
     assert {"ledger", "running", "broker", "peers"} <= set(skipped(made))
     assert not site.home.exists(), "a doctor makes nothing"
+
+
+def test_a_broker_without_tls_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path))
+    monkeypatch.setenv("COMMONWEIGHT_MQTT_URL", "mqtt://fleet:secret@broker.example")
+    settings.init([HOST])
+    line = next(check for check in examine_coordinator(tmp_path) if check.name == "settings")
+    assert "without TLS" in line.detail
+    assert "mqtts://" in line.fix
+    assert "secret" not in line.detail + line.fix
 
 
 def test_up_and_down(site: Fleet) -> None:

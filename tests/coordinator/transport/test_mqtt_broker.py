@@ -232,3 +232,20 @@ async def test_an_external_broker_is_its_url(site: Site) -> None:
     await broker.stop()
     with pytest.raises(UsageError, match="cannot read"):
         ExternalBroker("mqtts://broker.example", site.folder / "none")
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("mqtt://fleet:secret@broker.example", True),
+        ("mqtts://fleet:secret@broker.example", False),
+        ("mqtt://127.0.0.1", False),
+        ("mqtt://[::1]:1884", False),
+    ],
+)
+def test_a_broker_without_tls_is_a_warning(
+    url: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ExternalBroker(url)
+    assert ("has no TLS" in caplog.text) == warned
+    assert "secret" not in caplog.text
