@@ -12,7 +12,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.analytics import differential_privacy, disclosure_control
-from agent.analytics.compute import Group, Places, Table, find_cells, read_table
+from agent.analytics.compute import CutsOf, Group, Places, Table, find_cells, read_table
+from agent.analytics.cut_points import CutPoints
 from agent.analytics.disclosure_control import ToldSet
 from agent.analytics.figures import compute_figure, min_product_rows
 from agent.analytics.query_log import QueryLog
@@ -31,7 +32,7 @@ from protocols.messages.envelope import strip_controls
 _logger = logging.getLogger("commonweight.analysis")
 
 #: Answers under other rules, such as those of older versions, are not given again.
-_RULES = 2
+_RULES = 3
 #: Settings that decide what an answer may tell.
 _LIMITS = (
     *("data_columns", "data_min_count", "data_extremes", "analyze_operations"),
@@ -86,11 +87,20 @@ def _compute_answer(
     reader, numbers = memory.admit(reader, chosen.data_min_count)
     table = read_table(question, reader, chosen.data_columns)
     _move_old_sets(log, memory, numbers)
-    cells = {
-        group: np.sort(numbers[places]) for group, places in find_cells(question, table).items()
-    }
-    known, min_rows = [*log.told_figures(), *_told_cells(memory)], chosen.data_min_count
-    disclosure = disclosure_control.choose_cells(cells, np.sort(numbers), known, min_rows)
+    min_rows, used_cuts = chosen.data_min_count, dict[str, CutPoints]()
+
+    def cuts_of(column: str) -> CutPoints:
+        if column not in used_cuts:
+            used_cuts[column] = log.cuts(column, table.numbers(column), min_rows)
+        return used_cuts[column]
+
+    found_cells = find_cells(question, table, cuts_of, min_rows)
+    cells = {group: np.sort(numbers[places]) for group, places in found_cells.rows.items()}
+    known = [*log.told_figures(), *_told_cells(memory)]
+    disclosure = disclosure_control.choose_cells(
+        cells, found_cells.indivisible, np.sort(numbers), known, min_rows
+    )
+    moved = bool(disclosure.cells) and any(cuts.moved for cuts in used_cuts.values())
     sets = disclosure_control.find_new(
         [ToldSet("", rows) for rows in disclosure.cells.values()], known
     )
@@ -101,16 +111,19 @@ def _compute_answer(
     }
     if question.epsilon:
         cells_with_noise = differential_privacy.answer(question, table, places)
-        told = _answer(table, cells_with_noise, similar=False)
+        told = _answer(table, cells_with_noise, similar=moved)
     else:
-        figures, more = _figures(question, table, places, numbers, [*known, *sets], min_rows)
+        figures, more = _figures(
+            question, table, places, numbers, [*known, *sets], cuts_of, min_rows
+        )
         sets += more
         found = (
             Cell(group, len(rows), states)
             for (group, rows), states in zip(places.items(), figures, strict=True)
         )
-        told = _answer(table, found, disclosure.similar and not log.is_known_cells(question))
-        if not disclosure.similar:
+        similar = moved or (disclosure.similar and not log.is_known_cells(question))
+        told = _answer(table, found, similar)
+        if not (moved or disclosure.similar):
             log.remember_cells(question)
     if (size := len(msgspec.json.encode(told))) > (most := max_answer_bytes(question)):
         raise Refused(f"the answer has {size:,} bytes, and at most {most:,} are answered")
@@ -159,6 +172,7 @@ def _figures(
     places: Mapping[Group, Places],
     numbers: Numbers,
     known: Sequence[ToldSet],
+    cuts_of: CutsOf,
     min_rows: int,
 ) -> tuple[list[tuple[State, ...]], list[ToldSet]]:
     """The states of each cell, and the sets that they tell of.
@@ -168,20 +182,23 @@ def _figures(
     columns: list[list[State]] = []
     sets: list[ToldSet] = []
     for operation in question.operations:
-        found = [compute_figure(operation, table, rows, min_rows) for rows in places.values()]
-        about = [
-            ToldSet(one.column, np.sort(numbers[one.rows]))
-            for figure in found
-            for one in figure.told
-            if len(one.rows)
-        ]
         try:
+            found = [
+                compute_figure(operation, table, rows, cuts_of, min_rows)
+                for rows in places.values()
+            ]
+            about = [
+                ToldSet(one.column, np.sort(numbers[one.rows]))
+                for figure in found
+                for one in figure.told
+                if len(one.rows)
+            ]
             disclosure_control.check_sets(
                 about, [*known, *sets], min_rows, min_product_rows(table, min_rows)
             )
         except Refused as err:
             _logger.info("%s is withheld: %s", operation, err.message)
-            columns.append([WithheldState()] * len(found))
+            columns.append([WithheldState()] * len(places))
             continue
         sets += disclosure_control.find_new(about, [*known, *sets])
         columns.append([figure.state for figure in found])

@@ -7,12 +7,14 @@ that are asked for, and not with the whole table.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from agent.analytics.cut_points import CutPoints
 from agent.data import Reader
 from agent.data.column_types import PossibleKinds, numbers, possible_kinds, texts
 from agent.data.profile import may_use
@@ -25,6 +27,8 @@ Group = tuple[str | None, ...]
 Mask = npt.NDArray[np.bool_]
 #: Places of rows in the reader's order.
 Places = npt.NDArray[np.int64]
+#: The cuts of a column of numbers, by its name.
+CutsOf = Callable[[str], CutPoints]
 
 #: Operations that need numbers, or dates as days.
 _OF_NUMBERS = frozenset(
@@ -125,52 +129,84 @@ def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, ColumnKind]:
     return {name: kind.kind for name, kind in found.items()}
 
 
-def find_cells(question: Query, table: Table) -> dict[Group, Places]:
-    """The rows of each group for which all conditions hold. Raises UsageError."""
-    places = np.flatnonzero(select(question.where, table))
-    if not question.by:
-        return {(): places}
-    codes = np.stack([table.columns[name].codes[places] for name in question.by], axis=1)
+class Cells(NamedTuple):
+    """The rows of each group for which all conditions hold.
+
+    `indivisible`: groups of which an answer could say whether all of a few rows meet a condition.
+    """
+
+    rows: dict[Group, Places]
+    indivisible: frozenset[Group] = frozenset()
+
+
+def find_cells(question: Query, table: Table, cuts_of: CutsOf, min_rows: int) -> Cells:
+    """The cells of a query. Raises UsageError, Refused.
+
+    Fewer than 2 `min_rows` rows are not divided by a condition or a grouping column.
+    """
+    everything = np.ones(table.rows, bool)
+    masks: dict[str, Mask] = {}
+    for condition in question.where:
+        mask = _holds(condition, table.columns[condition.column], cuts_of, min_rows)
+        masks[condition.column] = masks.get(condition.column, everything) & mask
+    selected = np.logical_and.reduce([everything, *masks.values()])
+    codes = np.stack(
+        [np.zeros(table.rows, np.int64), *(table.columns[name].codes for name in question.by)], 1
+    )
     groups, group_of = np.unique(codes, axis=0, return_inverse=True)
-    if len(groups) > MAX_GROUPS:
+    group_of = group_of.reshape(-1)
+    sizes = np.bincount(group_of[selected], minlength=len(groups))
+    if np.count_nonzero(sizes) > MAX_GROUPS:
         raise UsageError(f"more than {MAX_GROUPS} groups", "group by fewer, rounder values")
-    order = np.argsort(group_of.ravel(), kind="stable")
-    ends = np.cumsum(np.bincount(group_of.ravel(), minlength=len(groups)))[:-1]
+    few = np.zeros(len(groups), bool)
+    for name in masks:
+        others = [mask for column, mask in masks.items() if column != name]
+        undivided = np.logical_and.reduce([everything, *others])
+        few |= np.bincount(group_of[undivided], minlength=len(groups)) < 2 * min_rows
+    for column in range(1, codes.shape[1]):
+        _, outer = np.unique(np.delete(groups, column, 1), axis=0, return_inverse=True)
+        outer = outer.reshape(-1)
+        few |= np.bincount(outer, sizes)[outer] < 2 * min_rows
     words = [table.columns[name].words for name in question.by]
     names = [
-        tuple(None if code < 0 else word[code] for code, word in zip(row, words, strict=True))
+        tuple(None if code < 0 else word[code] for code, word in zip(row[1:], words, strict=True))
         for row in groups.tolist()
     ]
-    return dict(zip(names, np.split(places[order], ends), strict=True)) if names else {}
+    places = np.flatnonzero(selected)
+    order = places[np.argsort(group_of[places], kind="stable")]
+    parts = np.split(order, np.cumsum(sizes)[:-1]) if names else []
+    found = {name: part for name, part in zip(names, parts, strict=True) if len(part)}
+    indivisible = frozenset(name for name, is_few in zip(names, few, strict=True) if is_few)
+    return Cells(found if question.by else {(): places}, indivisible)
 
 
-def select(conditions: Iterable[Condition], table: Table) -> Mask:
-    """A mask of the rows for which all conditions hold; a missing value meets none."""
-    kept = np.ones(table.rows, bool)
-    for condition in conditions:
-        kept &= _holds(condition, table.columns[condition.column])
-    return kept
+def _holds(condition: Condition, column: Column, cuts_of: CutsOf, min_rows: int) -> Mask:
+    """A mask of the rows for which a condition holds; a missing value meets none.
 
-
-def _holds(condition: Condition, column: Column) -> Mask:
-    values = condition.values
+    Values that fewer than `min_rows` rows have are equal to none.
+    """
+    values, comparison = condition.values, condition.comparison
     if column.values is not None and all(isinstance(value, float) for value in values):
-        with np.errstate(invalid="ignore"):
-            if condition.comparison == "in":
-                return np.isin(column.values, np.array(values, np.float64))
-            compared = _COMPARE[condition.comparison](column.values, float(values[0]))
-            return np.asarray(compared & ~np.isnan(column.values), bool)
-    if condition.comparison not in ("==", "!=", "in"):
+        there = ~np.isnan(column.values)
+        if comparison in ("==", "!=", "in"):
+            equal = np.zeros(len(there), bool)
+            for value in {*values}:
+                same = column.values == value
+                if np.count_nonzero(same) >= min_rows:
+                    equal |= same
+            return there & ~equal if comparison == "!=" else equal
+        threshold = float(values[0])
+        if comparison in ("<=", ">"):
+            threshold = math.nextafter(threshold, math.inf)
+        cut = cuts_of(condition.column).cut(threshold)
+        is_below = column.values < cut
+        return there & (is_below if comparison in ("<", "<=") else ~is_below)
+    if comparison not in ("==", "!=", "in"):
         raise UsageError(
             f"{condition.column!r} holds text, which has no order here", "use == or in"
         )
     wanted = {f"{v:.0f}" if isinstance(v, float) and v == int(v) else str(v) for v in values}
-    hits = np.array([*(word in wanted for word in column.words), False])
-    found = hits[column.codes]
-    return ~found & (column.codes >= 0) if condition.comparison == "!=" else found
-
-
-_COMPARE = {
-    "==": np.equal, "!=": np.not_equal, "<": np.less, "<=": np.less_equal,
-    ">": np.greater, ">=": np.greater_equal,
-}  # fmt: skip
+    counts = np.bincount(column.codes[column.codes >= 0], minlength=len(column.words))
+    hits = [word in wanted and n >= min_rows for word, n in zip(column.words, counts, strict=True)]
+    found = np.array([*hits, False])[column.codes]
+    return ~found & (column.codes >= 0) if comparison == "!=" else found

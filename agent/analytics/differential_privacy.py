@@ -85,13 +85,34 @@ def check_form(question: Query) -> None:
             raise UsageError(
                 "a histogram with noise needs a range", "histogram(income, 20, 0, 1e5)"
             )
+        reach = _reach(operation, (least, most)) if operation.kind in ("sum", "mean") else 1.0
+        if reach / _share(question) > _MAX_NOISE_SCALE:
+            raise UsageError(
+                f"{operation} needs more noise than can be drawn",
+                "narrower --bounds, or more --epsilon",
+            )
+
+
+def _share(question: Query) -> float:
+    """ε of each part of a cell; one part is the count that decides whether it is released."""
+    parts = sum(2 if op.kind == "mean" else 1 for op in question.operations)
+    return question.epsilon / (1 + parts)
+
+
+def _middle(operation: Operation, bounds: tuple[float, float]) -> float:
+    """One row changes a sum of differences from it least; for a sum it has to be 0."""
+    return sum(bounds) / 2 if operation.kind == "mean" else 0.0
+
+
+def _reach(operation: Operation, bounds: tuple[float, float]) -> float:
+    """The most that one row changes a sum."""
+    middle = _middle(operation, bounds)
+    return max(abs(bound - middle) for bound in bounds) or 1.0
 
 
 def answer(question: Query, table: Table, places: Mapping[Group, Places]) -> list[Cell]:
     """The cells with noise. `places`: the rows of each cell that the disclosure rules release."""
-    # One share for the count that decides whether a cell is released.
-    shares = 1 + sum(2 if op.kind == "mean" else 1 for op in question.operations)
-    each = question.epsilon / shares
+    each = _share(question)
     threshold = 1 + math.log(1 / (2 * DELTA)) / each
     cells = []
     for group, members in places.items():
@@ -118,9 +139,8 @@ def _state(
             return HistogramState(told, max(_noisy(below, each), 0), max(_noisy(above, each), 0))
         case MomentsState(moments):
             least, most = bounds[operation.columns[0]]
-            middle = (least + most) / 2 if operation.kind == "mean" else 0.0
-            # Relative to the middle of the bounds, one row changes the sum of a mean least.
-            reach = max(abs(least - middle), abs(most - middle)) or 1.0
+            middle = _middle(operation, (least, most))
+            reach = _reach(operation, (least, most))
             total = (moments.mean - middle) * moments.count
             total = min(max(total, -reach * moments.count), reach * moments.count)
             total = _noisy(total, each / reach)
@@ -137,8 +157,8 @@ def _noisy(value: Number, epsilon: float) -> Number:
     """The value, an int or a float, with Laplace noise for a sensitivity of 1."""
     library, kind = _library(), type(value)
     domain = library.atom_domain(T=kind, **({"nan": False} if kind is float else {}))
-    scale = min(1 / epsilon, float(_MAX_NOISE_SCALE))
-    add_laplace = library.m.make_laplace(domain, library.absolute_distance(T=kind), scale=scale)
+    distance = library.absolute_distance(T=kind)
+    add_laplace = library.m.make_laplace(domain, distance, scale=1 / epsilon)
     return kind(add_laplace(value))
 
 

@@ -6,14 +6,17 @@ Rule 2. Withheld cells have at least so many rows together, or the next smallest
 Rule 3. No sums that were ever told, added and subtracted, are about a few people (`linear_audit`).
         A cell that differs from what earlier answers tell in fewer rows, or in none, is answered
         for the earlier rows. A refusal there would say whether such rows exist.
-Rule 4. Minimum and maximum are values of single rows, so they need the owner's permission.
+Rule 4. Fewer than twice `data_min_count` rows are not divided by a condition or a grouping: the
+        answer would say whether all of them meet it (`compute.find_cells`). Values that few rows
+        have meet no condition, and no two thresholds have few rows between (`cut_points`).
+Rule 5. Minimum and maximum are values of single rows, so they need the owner's permission.
 
 `figures` has the rules for the figures of a cell. Noise comes on top of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,13 +63,17 @@ def check(question: Query, chosen: AgentSettings) -> None:
 
 
 def choose_cells(
-    cells: Mapping[Group, Numbers], present: Numbers, known: Sequence[ToldSet], min_rows: int
+    cells: Mapping[Group, Numbers],
+    indivisible: Collection[Group],
+    present: Numbers,
+    known: Sequence[ToldSet],
+    min_rows: int,
 ) -> Disclosure:
     """The cells that may be released after the sets in `known`. `present`: the rows of the table.
 
     Raises Refused if these cells may not be released.
     """
-    told = {group for group, rows in cells.items() if len(rows) >= min_rows}
+    told = {group for group, rows in cells.items() if len(rows) >= min_rows} - {*indivisible}
     hidden = {group for group, rows in cells.items() if len(rows)} - told
     # Rule 2.
     while hidden and sum(len(cells[g]) for g in hidden) < min_rows and told:
@@ -79,9 +86,9 @@ def choose_cells(
     similar = False
     for group in sorted(told, key=lambda group: [(v is None, v or "") for v in group]):
         rows = cells[group]
-        near, differing = atoms.nearest(rows)
-        if differing < min_rows and linear_audit.in_span(atoms, near):
-            rows, similar = atoms.rows_of(near), True
+        near = linear_audit.find_similar(atoms, rows, min_rows)
+        if near is not None:
+            rows, similar = near, True
             if not np.isin(rows, present, assume_unique=True).all():
                 raise Refused(
                     "some rows of an earlier answer are gone, and the others alone would show them",

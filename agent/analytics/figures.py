@@ -1,9 +1,10 @@
 """The figures of one cell, and the sets of rows that each of them describes. Pure.
 
 A cell has enough rows; a figure may still describe few of them. So a figure is withheld if fewer
-than `min_rows` rows have a value; if one of at most three values, such as yes and no, belongs to
-fewer rows; or if one row dominates a sum. Few missing values are not told either: then `min_rows`
-rows are left out of the figure, some of them with a value.
+than `min_rows` rows have a value; if all rows but fewer than that have the same one; if one of at
+most three values, such as yes and no, belongs to fewer rows; or if one row dominates a sum. A cell
+with no missing value and one with a few are told alike: where some of the table are missing,
+`min_rows` rows are left out, some of them with a value.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agent.analytics.compute import Places, Table
+from agent.analytics.compute import CutsOf, Places, Table
+from agent.analytics.cut_points import CutPoints
 from protocols.analytics import mergeable_states as stats
 from protocols.analytics.mergeable_states import Floats, State, WithheldState
 from protocols.analytics.query import Operation
@@ -54,32 +56,44 @@ class Figure(NamedTuple):
 _WITHHELD = Figure(WithheldState())
 
 
-def compute_figure(operation: Operation, table: Table, rows: Places, min_rows: int) -> Figure:
-    """The figure over the rows at these places, which are in the order of their numbers."""
+def compute_figure(
+    operation: Operation, table: Table, rows: Places, cuts_of: CutsOf, min_rows: int
+) -> Figure:
+    """The figure over the rows at these places, which are in the order of their numbers.
+
+    Raises Refused.
+    """
     if operation.kind == "count":
         return Figure(stats.CountState(len(rows)))
     missing = [table.columns[name].missing[rows] for name in operation.columns]
     gone = np.logical_or.reduce(missing)
     if operation.kind == "missing":
-        if _is_few(gone.sum(), min_rows) or _is_few((~gone).sum(), min_rows):
-            return _WITHHELD
+        # As in a histogram, few rows are shown as none.
+        if gone.sum() < min_rows:
+            return Figure(stats.CountState(0))
+        if (~gone).sum() < min_rows:
+            return Figure(stats.CountState(len(rows)))
         state = stats.CountState(int(gone.sum()))
         return Figure(state, (ToldRows(operation.columns[0], rows[gone]),))
     used = rows[~gone]
-    if _is_few(gone.sum(), min_rows):
+    if gone.sum() < min_rows and any(table.columns[n].missing.any() for n in operation.columns):
         used = used[min_rows - int(gone.sum()) :]
     if len(used) < min_rows:
         return _WITHHELD
-    found = _over_values(operation, table, used, min_rows)
+    found = _over_values(operation, table, used, cuts_of, min_rows)
     if isinstance(found.state, WithheldState):
         return found
     over = [ToldRows(name, used) for name in operation.columns]
     return Figure(found.state, (*over, *found.told))
 
 
-def _over_values(operation: Operation, table: Table, used: Places, min_rows: int) -> Figure:
+def _over_values(
+    operation: Operation, table: Table, used: Places, cuts_of: CutsOf, min_rows: int
+) -> Figure:
     """The figure over rows that have a value."""
     name = operation.columns[0]
+    if operation.kind in ("distinct", "histogram", "quantile") and len(used) < 2 * min_rows:
+        return _WITHHELD  # it would say whether all of a few rows are alike
     if operation.kind == "distinct":
         counts = np.unique(table.columns[name].codes[used], return_counts=True)[1]
         common = int((counts >= min_rows).sum())
@@ -90,7 +104,7 @@ def _over_values(operation: Operation, table: Table, used: Places, min_rows: int
         case "min" | "max":
             return Figure(stats.RangeState(float(values.min()), float(values.max())))
         case "histogram" if len(operation.args) == 3:
-            return _histogram(operation, values, used, min_rows)
+            return _histogram(operation, values, used, cuts_of(name), min_rows)
         case "quantile" | "histogram":
             return _quantiles(operation, values, used, min_rows)
     told: list[ToldRows] = []
@@ -99,6 +113,8 @@ def _over_values(operation: Operation, table: Table, used: Places, min_rows: int
         if _is_dominated(part):
             return _WITHHELD
         different, counts = np.unique(part, return_counts=True)
+        if counts.max() >= min_rows > len(part) - counts.max() and table.num_values(column) > 1:
+            return _WITHHELD
         if len(different) <= _MAX_SOLVABLE_VALUES and (everywhere := table.num_values(column)) > 1:
             # Where the whole table has few values, a cell without one of them is told no more than
             # a cell where it is rare.
@@ -139,10 +155,13 @@ def _is_dominated(values: Floats) -> bool:
 # --- histograms ------------------------------------------------------------------------------
 
 
-def _histogram(operation: Operation, values: Floats, used: Places, min_rows: int) -> Figure:
-    """Counts in equal bins. A bin with few rows counts as empty, as do others to hide its size."""
+def _histogram(
+    operation: Operation, values: Floats, used: Places, cuts: CutPoints, min_rows: int
+) -> Figure:
+    """Counts in equal bins. A bin with few rows counts as empty, as do others to hide its size.
+    Edges are cuts."""
     bins, low, high = int(operation.args[0]), operation.args[1], operation.args[2]
-    bin_of = stats.bin_values(values, bins, low, high)
+    bin_of = np.searchsorted(cuts.edges(low, high, bins), values, side="right")
     counts = np.bincount(bin_of, minlength=bins + 2)
     hidden = set(np.flatnonzero((counts > 0) & (counts < min_rows)).tolist())
     told = sorted(set(np.flatnonzero(counts).tolist()) - hidden, key=lambda i: (counts[i], i))
@@ -160,8 +179,6 @@ def _quantiles(operation: Operation, values: Floats, used: Places, min_rows: int
     The buckets are halves of halves of the range of all numbers, so where they end tells no value.
     A half with fewer than `min_rows` rows gets none: they count in the other half.
     """
-    if len(used) < 2 * min_rows:
-        return _WITHHELD
     keys = stats.quantile_keys(values)
     order = np.argsort(keys, kind="stable")
     keys, used = keys[order], used[order]

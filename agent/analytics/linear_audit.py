@@ -50,16 +50,14 @@ class Atoms:
                 place = np.minimum(np.searchsorted(rows, one_of_each), len(rows) - 1)
                 member[:] = rows[place] == one_of_each
 
-    def nearest(self, rows: Numbers) -> tuple[npt.NDArray[np.bool_], int]:
-        """The union of atoms (bool[a]) nearest to a set, and how many rows they differ in."""
+    def count(self, rows: Numbers) -> tuple[_Matrix, int]:
+        """How many rows of a set each atom has, int64[a], and how many no atom has."""
         if not len(self._rows):
-            return np.zeros(0, bool), len(rows)
+            return np.zeros(0, np.int64), len(rows)
         place = np.minimum(np.searchsorted(self._rows, rows), len(self._rows) - 1)
         inside = self._rows[place] == rows
         counts = np.bincount(self._atom_of[place[inside]], minlength=len(self.sizes))
-        chosen = 2 * counts > self.sizes
-        differing = np.where(chosen, self.sizes - counts, counts).sum() + (~inside).sum()
-        return chosen, int(differing)
+        return counts.astype(np.int64), int((~inside).sum())
 
     def rows_of(self, chosen: npt.NDArray[np.bool_]) -> Numbers:
         """The rows of a union of atoms."""
@@ -120,6 +118,55 @@ def _num_small(sets: Sequence[Numbers], min_rows: int) -> int:
     """The dimension of the linear combinations that vanish on all large atoms."""
     atoms = Atoms(sets)
     return _rank(atoms.member) - _rank(atoms.member[:, atoms.sizes >= min_rows])
+
+
+def find_similar(atoms: Atoms, rows: Numbers, min_rows: int) -> Numbers | None:
+    """The set of rows whose sums follow from those told, and that differs in fewer than `min_rows`
+    rows, or in none; None if there is none."""
+    counts, outside = atoms.count(rows)
+    nearest = 2 * counts > atoms.sizes
+    found = _differing(atoms, nearest, counts) + outside
+    if found < min_rows and in_span(atoms, nearest):
+        return atoms.rows_of(nearest)
+    # Where an atom is small, the set may differ in all of its rows.
+    large = atoms.sizes >= min_rows
+    if found >= min_rows and _differing(atoms, nearest, counts, large) + outside >= min_rows:
+        return None
+    solved = _extend(atoms, nearest, large)
+    if solved is None or _differing(atoms, solved, counts) + outside >= min_rows:
+        return None
+    return atoms.rows_of(solved)
+
+
+def _differing(
+    atoms: Atoms,
+    chosen: npt.NDArray[np.bool_],
+    counts: _Matrix,
+    among: npt.NDArray[np.bool_] | None = None,
+) -> int:
+    """In how many rows, of these atoms, a union of atoms differs from a set with these counts."""
+    differing = np.where(chosen, atoms.sizes - counts, counts)
+    return int(differing.sum() if among is None else differing[among].sum())
+
+
+def _extend(
+    atoms: Atoms, chosen: npt.NDArray[np.bool_], large: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_] | None:
+    """The union of atoms that follows from the sets and has the chosen ones of the large atoms;
+    None if there is none. All combinations are known by the large atoms (`isolates_few`)."""
+    if not large.any() or len(atoms.member) ** 2 * len(large) > _MAX_SEARCH:
+        return None
+    order = np.argsort(~large, kind="stable")
+    reduced = _reduce(np.unique(atoms.member, axis=0).astype(np.int64)[:, order])
+    wanted, count = chosen[order], int(large.sum())
+    pivots = (reduced != 0).argmax(1)
+    used = (pivots < count) & wanted[pivots]
+    total = reduced[used].sum(0) % _PRIME
+    if (total[:count] != wanted[:count]).any() or (total > 1).any():
+        return None
+    found = np.zeros(len(large), bool)
+    found[order] = total == 1
+    return found
 
 
 def in_span(atoms: Atoms, chosen: npt.NDArray[np.bool_]) -> bool:

@@ -18,9 +18,10 @@ import msgspec
 import numpy as np
 
 from agent.analytics.compute import Mask
+from agent.analytics.cut_points import CutPoints
 from agent.analytics.disclosure_control import ToldSet
 from agent.data.disclosed_sets import pack, unpack
-from protocols.analytics.mergeable_states import PeerAnswer
+from protocols.analytics.mergeable_states import Floats, PeerAnswer
 from protocols.analytics.query import Query
 
 _SCHEMA = """
@@ -31,6 +32,9 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS sets (bits BLOB);
 CREATE TABLE IF NOT EXISTS told_rows (column TEXT, rows BLOB);
 CREATE TABLE IF NOT EXISTS known_cells (digest TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS thresholds (
+  column TEXT, threshold REAL, is_cut INTEGER, PRIMARY KEY (column, threshold)
+);
 CREATE TABLE IF NOT EXISTS wishes (
   digest TEXT PRIMARY KEY, at REAL, question TEXT, allowed INTEGER
 );
@@ -101,6 +105,22 @@ class QueryLog:
 
     def remember_cells(self, question: Query) -> None:
         self._db.execute("INSERT OR IGNORE INTO known_cells VALUES (?)", (_cells_of(question),))
+
+    def cuts(self, column: str, values: Floats, min_rows: int) -> CutPoints:
+        """The cuts of a column of numbers, with the values that it has now."""
+        asked = self._db.execute(
+            "SELECT threshold, is_cut FROM thresholds WHERE column = ?", (column,)
+        ).fetchall()
+
+        def remember(threshold: float, is_cut: bool) -> None:
+            self._db.execute(
+                "INSERT OR REPLACE INTO thresholds VALUES (?, ?, ?)", (column, threshold, is_cut)
+            )
+
+        cuts = [threshold for threshold, is_cut in asked if is_cut]
+        return CutPoints(
+            column, values, min_rows, cuts, [threshold for threshold, _ in asked], remember
+        )
 
     @property
     def spent_epsilon(self) -> float:

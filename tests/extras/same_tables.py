@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from agent.analytics.compute import Group, find_cells, read_table
+from agent.analytics.cut_points import CutPoints
 from agent.analytics.figures import compute_figure
 from agent.data import Reader, open_table, profile
 from agent.data.settings import DataSettings
@@ -117,9 +118,13 @@ def check_answers(data: DataSettings) -> None:
 def _states(asked: Query, data: DataSettings) -> dict[Group, list[State]]:
     """The states of each cell, without the rules for few rows."""
     table = read_table(asked, open_table(data), ("*",))
+
+    def cuts_of(name: str) -> CutPoints:
+        return CutPoints(name, table.numbers(name), 0)
+
     return {
-        group: [compute_figure(op, table, rows, 1).state for op in asked.operations]
-        for group, rows in find_cells(asked, table).items()
+        group: [compute_figure(op, table, rows, cuts_of, 1).state for op in asked.operations]
+        for group, rows in find_cells(asked, table, cuts_of, 1).rows.items()
     }
 
 
