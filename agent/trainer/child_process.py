@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from agent.policy import sandbox
-from agent.policy.sandbox import SandboxRules
+from agent.policy.file_access import SandboxRules
 from agent.trainer.ipc import Answer, Request, decode_answer, encode
 from protocols import failpoints
 from protocols.local.programs import child_environment

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from agent.data.settings import DataSettings
-from agent.policy.sandbox import SandboxRules
+from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, Predict, Train, Work
 from agent.trainer.ipc import Progress
 from agent.trainer.supervisor import TrainerSupervisor

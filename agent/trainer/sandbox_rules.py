@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agent.home.settings import AgentSettings
 from agent.policy import sandbox
-from agent.policy.sandbox import SandboxRules
+from agent.policy.file_access import SandboxRules
 from agent.tasks import registry
 from protocols import failpoints
 

@@ -13,6 +13,7 @@ import traceback
 import msgspec
 
 from agent.policy import sandbox
+from agent.policy.file_access import SandboxRules
 from agent.trainer.oom_kills import prefer_for_oom_kill
 from agent.trainer.worker_tensors import copy_tensors
 
@@ -20,7 +21,7 @@ from agent.trainer.worker_tensors import copy_tensors
 def main() -> None:
     prefer_for_oom_kill()  # the sandbox does not let it write there
     try:
-        rules = msgspec.json.decode(os.environ.pop(sandbox.VARIABLE), type=sandbox.SandboxRules)
+        rules = msgspec.json.decode(os.environ.pop(sandbox.VARIABLE), type=SandboxRules)
         sandbox.enforce(rules)
         copy_tensors()
     except Exception:

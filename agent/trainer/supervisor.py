@@ -18,7 +18,7 @@ import msgspec
 import psutil
 
 from agent.policy import sandbox
-from agent.policy.sandbox import SandboxRules
+from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, Init, Predict, Train, Work
 from agent.trainer import oom_kills
 from agent.trainer.child_process import TrainerChild

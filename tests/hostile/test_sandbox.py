@@ -13,6 +13,7 @@ import pytest
 
 from agent.home.settings import AgentSettings, data_settings
 from agent.policy import sandbox
+from agent.policy.file_access import Mode
 from agent.setup.doctor import examine_agent
 from agent.tasks.work import Describe
 from agent.trainer import sandbox_rules
@@ -58,6 +59,7 @@ CALLS = {
     "new user namespace": "call(272, 0x10000000)",
     "fork into new namespace": "call(56, 0x50000011, 0, 0, 0, 0)",
     "keys": "call(250, 0, -3, 0)",
+    "child of the agent": "call(56, 0x8011, 0, 0, 0, 0) or os._exit(0)",
     "socket of the 32-bit x32 interface": "call(0x40000029, 2, 1, 0)",
 }
 ATTACKS = {
@@ -72,6 +74,11 @@ ATTACKS = {
     "wrapped": "import urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{PORT}', None, 3)",
     "fork": "pid = os.fork() or os._exit(TRY(lambda: socket.socket()));"
     "OUGHT(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0)",
+    "new session": "pid = os.fork() or os._exit(TRY(os.setsid));"
+    "OUGHT(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0)",
+    "new process group": "pid = os.fork() or os._exit(TRY(lambda: os.setpgid(0, 0)));"
+    "OUGHT(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0)",
+    "new session by Popen": "subprocess.Popen([sys.executable, '-c', ''], start_new_session=True)",
     "python": "subprocess.run([sys.executable, '-c', 'import socket; socket.socket()'], "
     "check=True)",
     "thread": "found = []; t = threading.Thread(target=lambda: found.append("
@@ -104,7 +111,7 @@ ATTACKS = {
     "program of its own": "shutil.copyfile('/bin/sh', 'sh'); os.execv('./sh', ['sh'])",
     "cpu limit of the agent": "import resource; "
     "resource.prlimit(os.getppid(), resource.RLIMIT_CPU)",
-    "lift it": "import agent.policy.sandbox as s; s._call(446, 0, 0); "
+    "lift it": "import agent.policy.system_calls as s; s.call(446, 0, 0); "
     "open(HOME / 'agent' / 'sign.key')",
     **(CALLS if os.uname().machine == "x86_64" else {}),
 }
@@ -124,7 +131,7 @@ class Owner(NamedTuple):
         self.trainer.run(Describe(task="hostile", settings=settings))
 
 
-def own(folder: Path, mode: sandbox.Mode, prelude: str = "", **chosen: object) -> Owner:
+def own(folder: Path, mode: Mode, prelude: str = "", **chosen: object) -> Owner:
     tasks, agent = folder / "tasks", folder / "agent"
     for name in (folder, tasks, agent, folder / ".ssh"):
         name.mkdir(exist_ok=True)

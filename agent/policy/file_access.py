@@ -1,0 +1,102 @@
+"""Which files a sandboxed process may use: those of the system, and those of its owner's rules."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterator
+from typing import Literal
+
+from msgspec import Struct
+
+Mode = Literal["auto", "require", "off"]
+#: `read` includes the names in a folder, and `run` includes `read`. `write` includes all but `run`.
+Access = Literal["read", "run", "list", "write", "device", "shared memory"]
+
+
+class SandboxRules(Struct, frozen=True, kw_only=True):
+    """What the owner's settings add to what every process in the sandbox may use.
+
+    `allowed` are the owner's `sandbox_read`; programs there may run too. `listed` are folders whose
+    names may be listed. `compile`: compilers may run. `network`: sockets are allowed and Java may
+    run, to read tables on a cluster; no process of a task has it.
+    """
+
+    mode: Mode = "auto"
+    read: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    compile: bool = False
+    network: bool = False
+
+    def stamp(self) -> tuple[tuple[int, int] | None, ...]:
+        """Changes when a path becomes another file: rules are about files, not about names."""
+        return tuple(map(_identity, (*self.read, *self.allowed, *self.write)))
+
+
+def all_rules(rules: SandboxRules) -> Iterator[tuple[str, Access]]:
+    """Each path and what may be done there. A path that does not exist needs no rule."""
+    for path in _system_paths():
+        yield path, "run" if rules.compile or rules.network else "read"
+    for pattern in ("/lib*/ld-*", "/lib*/*/ld-*", "/usr/lib*/ld-*"):  # what starts programs
+        for path in glob.glob(pattern):
+            yield path, "run"
+    yield sys.executable, "run"
+    for pattern in _DEVICES:
+        for path in glob.glob(pattern):
+            yield path, "device"
+    # Shared memory and semaphores of worker processes; the names of others' stay unknown.
+    yield "/dev/shm", "shared memory"
+    if rules.network:  # a cluster's client starts other processes, such as Java
+        yield "/proc", "read"
+        # Names of hosts, and of accounts: Spark does not start without its user's.
+        for name in ("hosts", "hostname", "resolv.conf", "gai.conf", "services", "passwd", "group"):
+            yield f"/etc/{name}", "read"
+    for path in rules.read:
+        yield path, "read"
+    for path in rules.allowed:
+        yield path, "run"
+    for path in rules.listed:
+        yield path, "list"
+    for path in rules.write:
+        yield path, "write"
+
+
+_DEVICES = (
+    *("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"),
+    *("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/dri", "/dev/kfd", "/dev/dxg"),
+)
+
+
+def _system_paths() -> Iterator[str]:
+    """The interpreter, its packages, and what system libraries read. No accounts, no keys."""
+    yield from (path for path in sys.path if os.path.isabs(path))
+    yield from {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
+    yield from ("/usr", "/bin", "/sbin", "/nix/store", "/gnu/store", *glob.glob("/lib*"))
+    yield from (p for pattern in ("/opt/rocm*", "/opt/cuda*") for p in glob.glob(pattern))
+    for name in (
+        *("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ld.so.preload", "localtime", "timezone"),
+        *("locale.alias", "os-release", "mime.types", "fonts", "OpenCL", "crypto-policies"),
+        *("ssl/openssl.cnf", "ssl/certs", "pki/tls/openssl.cnf", "pki/tls/certs"),
+        *("pki/ca-trust", "nsswitch.conf", "host.conf", "alternatives"),
+    ):
+        yield f"/etc/{name}"
+    yield from glob.glob("/etc/java*")
+    for name in (
+        *("self", "cpuinfo", "meminfo", "stat", "vmstat", "loadavg", "uptime", "version"),
+        *("filesystems", "devices", "modules", "sys", "driver", "cgroups"),
+    ):
+        yield f"/proc/{name}"
+    for name in ("devices", "bus/pci", "class/drm", "class/kfd", "fs/cgroup", "module"):
+        yield f"/sys/{name}"
+    yield os.path.expanduser("~/.keras/keras.json")
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
