@@ -97,7 +97,8 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
         rules=sandbox_rules.make_rules(
             chosen,
             read=(ctx.cache,),
-            write=(folder, *(ctx.home / name for name in _WRITTEN), memory.parent),
+            write=(folder, *(ctx.home / name for name in _WRITTEN)),
+            memory=memory,
         ),
     )
 

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from agent.data import memory_access
 from agent.data.disclosed_sets import Numbers, mix, pack, unpack
 from agent.data.private_database import open_database, writing
-from protocols.errors import NotAllowed
+from protocols.errors import DataError, NotAllowed
 
 Mask = npt.NDArray[np.bool_]
 
@@ -57,10 +58,10 @@ class Admission:
     """The groups of rows that were admitted, in the file of `table_memory`."""
 
     def __init__(self, path: Path) -> None:
-        self._db = open_database(path, _SCHEMA)
+        self._store = memory_access.open_admission(path) or AdmissionStore(path)
 
     def close(self) -> None:
-        self._db.close()
+        self._store.close()
 
     def admit(self, numbers: Numbers, min_rows: int, *, whole: bool = False) -> Mask:
         """Which rows may be used. Admits a group of new rows if there are enough.
@@ -68,6 +69,45 @@ class Admission:
         `whole`: these are all rows of the owner's table. Raises NotAllowed if nearly all of them
         changed, and their number by a few: the same people may be in it, and a few others.
         """
+        return self._store.admit(numbers, min_rows, whole)
+
+    def split(
+        self,
+        name: str,
+        numbers: Numbers,
+        usable: Mask,
+        min_rows: int,
+        draw: Callable[[int, int], Mask],
+    ) -> Split:
+        """The parts of these admitted rows, of which a task can use some (`usable`).
+
+        `draw(n, group)` divides a group of n new rows: True is held out. `name` tells divisions of
+        the same rows apart. Raises NotAllowed if a task can use only a few rows of a part.
+        """
+        count, group = self._store.count_new(name, numbers, usable)
+        drawn = draw(count, group) if count else np.zeros(0, bool)
+        train, held = self._store.divide(name, numbers, usable, min_rows, drawn)
+        used = [_part(part, numbers, usable, min_rows) for part in (train, held)]
+        for part, of in zip(used, (train, held), strict=True):
+            if part.sum() < min(min_rows, of.sum()):
+                raise NotAllowed(
+                    f"the run can use {part.sum()} rows of {of.sum()} to train on or to hold out, "
+                    f"and the owner's data_min_count is {min_rows}"
+                )
+        return Split(*used)
+
+
+class AdmissionStore:
+    """The file of the admitted rows."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = open_database(path, _SCHEMA)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def admit(self, numbers: Numbers, min_rows: int, whole: bool) -> Mask:
+        """As `Admission.admit`."""
         with writing(self._db):
             groups = [unpack(rows) for (rows,) in self._db.execute("SELECT numbers FROM admitted")]
             admitted = np.isin(numbers, _join(groups))
@@ -102,31 +142,26 @@ class Admission:
         row = self._db.execute("SELECT counts FROM last_table").fetchone()
         return None if row is None else Counts(*json.loads(row[0]))
 
-    def split(
-        self,
-        name: str,
-        numbers: Numbers,
-        usable: Mask,
-        min_rows: int,
-        draw: Callable[[int, int], Mask],
-    ) -> Split:
-        """The parts of these admitted rows, of which a task can use some (`usable`).
+    def count_new(self, name: str, numbers: Numbers, usable: Mask) -> tuple[int, int]:
+        """How many usable rows are in no part yet, and how many groups were divided before."""
+        train, held, groups = self._parts(name)
+        return int((usable & ~np.isin(numbers, train) & ~np.isin(numbers, held)).sum()), groups
 
-        `draw(n, group)` divides a group of n new rows: True is held out. `name` tells divisions of
-        the same rows apart. Raises NotAllowed if a task can use only a few rows of a part.
-        """
+    def divide(
+        self, name: str, numbers: Numbers, usable: Mask, min_rows: int, drawn: Mask
+    ) -> tuple[Mask, Mask]:
+        """Masks of the rows to train on and of those held out. Divides new rows, if there are
+        enough, as `drawn` for those of `count_new` says. Raises DataError if these changed."""
         with writing(self._db):
-            rows = self._db.execute(
-                "SELECT train, held FROM splits WHERE name = ? ORDER BY id", (name,)
-            ).fetchall()
-            train = _join([unpack(part) for part, _ in rows])
-            held = _join([unpack(part) for _, part in rows])
+            train, held, groups = self._parts(name)
             new = usable & ~np.isin(numbers, train) & ~np.isin(numbers, held)
             count = int(new.sum())
-            if count and (not rows or count >= min_rows):
+            if count and (not groups or count >= min_rows):
+                if len(drawn) != count:
+                    raise DataError("the table changed while it was divided", "try again")
                 out = np.zeros(len(numbers), bool)
-                if not rows or count // HELD_OUT_OF >= min_rows:
-                    out[new] = draw(count, len(rows))
+                if not groups or count // HELD_OUT_OF >= min_rows:
+                    out[new] = drawn
                 elif (len(held) + count) * HELD_OUT_OF <= len(train) + len(held) + count:
                     out = new
                 added = np.sort(numbers[new & ~out]), np.sort(numbers[out])
@@ -135,15 +170,15 @@ class Admission:
                     (name, *map(pack, added)),
                 )
                 train, held = _join([train, added[0]]), _join([held, added[1]])
-        parts = [np.isin(numbers, part) for part in (train, held)]
-        used = [_part(part, numbers, usable, min_rows) for part in parts]
-        for part, of in zip(used, parts, strict=True):
-            if part.sum() < min(min_rows, of.sum()):
-                raise NotAllowed(
-                    f"the run can use {part.sum()} rows of {of.sum()} to train on or to hold out, "
-                    f"and the owner's data_min_count is {min_rows}"
-                )
-        return Split(*used)
+        return np.isin(numbers, train), np.isin(numbers, held)
+
+    def _parts(self, name: str) -> tuple[Numbers, Numbers, int]:
+        """The rows to train on, those held out, and the number of groups that were divided."""
+        rows = self._db.execute(
+            "SELECT train, held FROM splits WHERE name = ? ORDER BY id", (name,)
+        ).fetchall()
+        train, held = (_join([unpack(row[place]) for row in rows]) for place in (0, 1))
+        return train, held, len(rows)
 
 
 def _part(part: Mask, numbers: Numbers, usable: Mask, min_rows: int) -> Mask:

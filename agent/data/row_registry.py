@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from agent.data import memory_access
 from agent.data.disclosed_sets import Numbers
 from agent.data.private_database import open_database, writing
 from agent.data.reader import Reader
@@ -38,25 +39,25 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RowRegistry:
-    """The numbers of all rows that were ever seen, in the order of first sight, from 0."""
+    """The numbers of all rows that were ever seen, in the order of first sight, from 0.
+
+    It hashes the rows where they are; the file belongs to a `RowStore`.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._db = open_database(path, _SCHEMA)
-        self._db.execute(
-            "INSERT OR IGNORE INTO registry VALUES ('secret', ?)", (secrets.token_bytes(32),)
-        )
-        self._secret = self._get("secret")
+        self._store = memory_access.open_rows(path) or RowStore(path)
+        self._secret = self._store.secret()
 
     def close(self) -> None:
-        self._db.close()
+        self._store.close()
 
     def positions(self, reader: Reader) -> Numbers:
         """The number of each row, int64[n] in the reader's order. Raises DataError."""
         fingerprint = reader.fingerprint()
-        if (known := self._known_table(fingerprint)) is not None:
+        if (known := self._store.known_table(fingerprint)) is not None:
             return known
         names = sorted(reader.columns())
-        before = [str(name) for name in json.loads(self._get("columns") or b"[]")]
+        before = self._store.columns()
         # A table with more columns than before still has the rows that it had.
         narrower = before if before and before != names and set(before) <= set(names) else []
         from agent.data import row_hashes  # needs pyarrow, which folders of files do not
@@ -64,7 +65,7 @@ class RowRegistry:
         full, narrow = row_hashes.hash_rows(reader, (names, narrower), self._secret)
         if reader.fingerprint() != fingerprint:
             raise DataError("the table changed while it was read", "the next try reads it again")
-        return self._register(
+        return self._store.register(
             fingerprint, _tell_apart(full), _tell_apart(narrow) if narrower else None, names
         )
 
@@ -74,11 +75,11 @@ class RowRegistry:
         for label, path in files:
             stamps.update(f"{label}\n{path}\n{_stamp(path)}\n".encode(errors="surrogateescape"))
         fingerprint = f"files {stamps.hexdigest()}"
-        if (known := self._known_table(fingerprint)) is not None:
+        if (known := self._store.known_table(fingerprint)) is not None:
             return known
         digests = [self._hash_file(label, path) for label, path in files]
         full = np.frombuffer(b"".join(digests), np.uint64)
-        return self._register(fingerprint, _tell_apart(full))
+        return self._store.register(fingerprint, _tell_apart(full), None, ())
 
     def _hash_file(self, label: str, path: Path) -> bytes:
         try:
@@ -89,13 +90,50 @@ class RowRegistry:
         words = label.encode(errors="surrogateescape") + b"\0" + content
         return hashlib.blake2b(words, digest_size=8, key=self._secret).digest()
 
-    def _register(
+
+class RowStore:
+    """The file of the registry."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = open_database(path, _SCHEMA)
+        self._db.execute(
+            "INSERT OR IGNORE INTO registry VALUES ('secret', ?)", (secrets.token_bytes(32),)
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+    def secret(self) -> bytes:
+        """The key of the hashes."""
+        return self._get("secret")
+
+    def columns(self) -> list[str]:
+        """The columns of the table that was read last, sorted."""
+        return [str(name) for name in json.loads(self._get("columns") or b"[]")]
+
+    def known_table(self, fingerprint: str) -> Numbers | None:
+        """The numbers of a table's rows, if it is one of those that were read last."""
+        row = self._db.execute(
+            "SELECT numbers FROM read_tables WHERE fingerprint = ?", (fingerprint,)
+        ).fetchone()
+        if row is None:
+            return None
+        return np.cumsum(np.frombuffer(zlib.decompress(row[0]), np.int64), dtype=np.int64)
+
+    def count(self) -> int:
+        """How many numbers there are."""
+        _, numbers = self._stored()
+        return int(numbers.max()) + 1 if len(numbers) else 0
+
+    def register(
         self,
         fingerprint: str,
         full: Hashes,
-        narrow: Hashes | None = None,
-        names: Sequence[str] = (),
+        narrow: Hashes | None,
+        names: Sequence[str],
     ) -> Numbers:
+        """The number of each row with these hashes, uint64[n]: known ones, and new ones for new
+        rows. `narrow`: its hash over the columns that earlier tables had."""
         with writing(self._db):
             hashes, numbers = self._stored()
             found = _look_up(hashes, numbers, full)
@@ -127,14 +165,6 @@ class RowRegistry:
                 (_KEPT_TABLES,),
             )
         return found
-
-    def _known_table(self, fingerprint: str) -> Numbers | None:
-        row = self._db.execute(
-            "SELECT numbers FROM read_tables WHERE fingerprint = ?", (fingerprint,)
-        ).fetchone()
-        if row is None:
-            return None
-        return np.cumsum(np.frombuffer(zlib.decompress(row[0]), np.int64), dtype=np.int64)
 
     def _stored(self) -> tuple[Hashes, Numbers]:
         rows = self._db.execute("SELECT hashes, numbers FROM row_hashes ORDER BY id").fetchall()

@@ -21,6 +21,9 @@ class SandboxRules(Struct, frozen=True, kw_only=True):
     `allowed` are the owner's `sandbox_read`; programs there may run too. `listed` are folders whose
     names may be listed. `compile`: compilers may run. `network`: sockets are allowed and Java may
     run, to read tables on a cluster; no process of a task has it.
+
+    `memory` is the file that remembers rows, which only the trainer's helper uses, with the owner's
+    `min_count`.
     """
 
     mode: Mode = "auto"
@@ -30,6 +33,8 @@ class SandboxRules(Struct, frozen=True, kw_only=True):
     write: tuple[str, ...] = ()
     compile: bool = False
     network: bool = False
+    memory: str = ""
+    min_count: int = 1
 
     def stamp(self) -> tuple[tuple[int, int] | None, ...]:
         """Changes when a path becomes another file: rules are about files, not about names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from agent.data.admission import Admission
+from agent.data.admission import AdmissionStore
 from agent.home import settings
 from agent.home.settings import AgentSettings
 from agent.tasks import data_checks
@@ -36,7 +36,7 @@ def waiting_rows(home: Path) -> str:
     file = settings.memory_file(home)
     if not file.exists():
         return ""
-    with closing(Admission(file)) as admission:
+    with closing(AdmissionStore(file)) as admission:
         counts = admission.counts()
     return str(counts) if counts is not None and counts.waiting else ""
 

@@ -18,9 +18,10 @@ def make_rules(
     read: Collection[Path] = (),
     write: Collection[Path],
     sources: Collection[str] = (),
+    memory: Path | None = None,
 ) -> SandboxRules:
     """The rules for a trainer on the owner's data. `read` and `write` are further folders;
-    `sources` are task files beside the registered ones."""
+    `sources` are task files beside the registered ones. `memory` remembers rows."""
     files = [*chosen.task_files.values(), *filter(None, sources)]
     folders = {registry.split_source(source)[0].resolve().parent for source in files}
     modules = [module for folder in sorted(folders) for module in _modules(folder)]
@@ -33,6 +34,8 @@ def make_rules(
         write=tuple(map(_absolute, (*write, *failpoints.folders()))),
         compile=chosen.compile,
         network=sandbox.uses_network(chosen.data_reader),
+        memory=_absolute(memory) if memory else "",
+        min_count=chosen.data_min_count,
     )
 
 

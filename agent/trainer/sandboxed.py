@@ -14,6 +14,7 @@ import msgspec
 
 from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
+from agent.trainer import helper
 from agent.trainer.oom_kills import prefer_for_oom_kill
 from agent.trainer.worker_tensors import copy_tensors
 
@@ -22,7 +23,12 @@ def main() -> None:
     prefer_for_oom_kill()  # the sandbox does not let it write there
     try:
         rules = msgspec.json.decode(os.environ.pop(sandbox.VARIABLE), type=SandboxRules)
+        pipe = helper.start(rules) if sys.platform == "linux" else None
         sandbox.enforce(rules)
+        if pipe is not None:
+            from agent.data import memory_access
+
+            memory_access.connect(pipe)
         copy_tensors()
     except Exception:
         traceback.print_exc()

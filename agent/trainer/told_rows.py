@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from agent.data import memory_access
 from agent.data.disclosed_sets import DisclosedSets, Numbers, ToldSet, Use
 from agent.data.settings import DataSettings
 from agent.tasks import KnowsRows, Settings, Task, WatchesEpochs
@@ -51,7 +52,8 @@ class ToldRows:
         task.watch_epochs(watch)
 
     def _record(self, use: Use, rows: Numbers) -> None:
-        memory = DisclosedSets(Path(self._data.memory))
+        file = Path(self._data.memory)
+        memory = memory_access.open_sets(file) or DisclosedSets(file)
         try:
             memory.tell([ToldSet(use, np.sort(rows))], self._data.min_count)
         finally:

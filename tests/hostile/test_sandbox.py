@@ -7,48 +7,19 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from agent.home.settings import AgentSettings, data_settings
 from agent.policy import sandbox
-from agent.policy.file_access import Mode
 from agent.setup.doctor import examine_agent
-from agent.tasks.work import Describe
-from agent.trainer import sandbox_rules
-from agent.trainer.process import TrainerProcess
 from protocols.errors import TrainerFailed
 from protocols.local import homes
+from tests.support.hostile_task import Owner, own
 
 pytestmark = pytest.mark.attack("20.sandbox")
 
 LACKS = sandbox.support().lacks()
 enforced = pytest.mark.skipif(bool(LACKS), reason=f"this machine lacks {' and '.join(LACKS)}")
-
-#: It does what the setting "do" says, as Python code.
-TASK = """
-import ctypes, os, pathlib, shutil, signal, socket, subprocess, sys, tempfile, threading
-
-class Hostile:
-    def schema(self, settings):
-        exec(settings.get("do", ""), globals())
-        return {"w": ("F32", (1,))}
-
-    def load(self, data):
-        open(data.path).read()
-
-    def init(self, seed, settings): ...
-    def train(self, weights, settings, on_step): ...
-    def evaluate(self, weights, settings, on_step): ...
-
-def call(number, *arguments):
-    libc = ctypes.CDLL(None, use_errno=True)
-    found = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
-    if found < 0:
-        raise OSError(ctypes.get_errno(), "the system call failed")
-    return found
-"""
 
 #: Of x86_64.
 CALLS = {
@@ -117,57 +88,6 @@ ATTACKS = {
 }
 #: Another error tells of these: EXDEV, or that of a child process.
 QUIET = {"python", "hard link to a key", "rename", "move out"}
-
-
-class Owner(NamedTuple):
-    """An owner's files, one trainer in the sandbox, and sockets of other programs."""
-
-    folder: Path
-    trainer: TrainerProcess
-    prelude: str
-
-    def run(self, code: str) -> None:
-        settings = {"do": f"{self.prelude}\n{code}"}
-        self.trainer.run(Describe(task="hostile", settings=settings))
-
-
-def own(folder: Path, mode: Mode, prelude: str = "", **chosen: object) -> Owner:
-    tasks, agent = folder / "tasks", folder / "agent"
-    for name in (folder, tasks, agent, folder / ".ssh"):
-        name.mkdir(exist_ok=True)
-    source = tasks / "hostile.py"
-    source.write_text(TASK)
-    for secret in (agent / "sign.key", folder / ".ssh" / "id_ed25519"):
-        secret.write_text("secret")
-    data = folder / "data.csv"
-    data.write_text("a\n1\n")
-    settings = AgentSettings(
-        sandbox=mode,
-        data=str(data),
-        task_files={"hostile": f"{source}:Hostile"},
-        **chosen,  # type: ignore[arg-type]
-    )
-    work = folder / "work"
-    trainer = TrainerProcess(
-        work,
-        data_settings(settings, work),
-        threads=1,
-        sources=settings.task_files,
-        rules=sandbox_rules.make_rules(settings, write=(work,)),
-    )
-    helpers = f"""
-HOME = pathlib.Path({str(folder)!r})
-def TRY(what):
-    try:
-        what()
-    except PermissionError:
-        return 0
-    return 1
-def OUGHT(true):
-    if true:
-        raise PermissionError(1, "as it ought to be")
-"""
-    return Owner(folder, trainer, helpers + prelude)
 
 
 @pytest.fixture(scope="module")
