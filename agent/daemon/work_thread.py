@@ -21,6 +21,7 @@ from agent.daemon.client_factory import Uploads
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import PauseLifted, PauseRequested, TrainerGaveUp
 from agent.daemon.status_reporter import StatusReporter
+from agent.home.logs import owner_log
 from agent.trainer.ipc import Progress
 from agent.trainer.retry import RetryingTrainer
 from agent.transport.coordinator_client import CoordinatorClient
@@ -168,7 +169,7 @@ class WorkThread:
 
     def _failure(self, message: Message, err: CommonweightError) -> Message:
         """The reply to work that has failed. Tells the owner; a refusal that repeats, once."""
-        # The operator reads the refusal, which has no path: the owner reads the rest here.
+        refusal = refusals.refusal_of(err)  # has no path and no data; the operator reads it
         text = f"{err.message}; {err.hint}" if err.hint else err.message
         is_new = True
         match err:
@@ -181,10 +182,10 @@ class WorkThread:
             case TrainerFailed(kind="cancelled"):
                 is_new = False
         if is_new:
-            log.error("the work failed: %s", text)
+            log.error("the work failed: %s", refusal.text)
+            owner_log.error("%s", text)
             self._report.set_last_error(text)
-        reason = refusals.refusal_of(err).encode()
-        return Message(Error(_CLIENT_APP_ERROR, reason), reply_to=message)
+        return Message(Error(_CLIENT_APP_ERROR, refusal.encode()), reply_to=message)
 
     def _handle_with_room(self, message: Message) -> Message:
         """The client's reply. While this machine's disk is full: pause, and try again."""

@@ -13,6 +13,9 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 FILE = "agent.log"
+#: For the owner alone: what an operator can read are lines of commonweight's own loggers
+#: (log_redaction). Errors of tasks go here, as they may quote the data.
+owner_log = logging.getLogger("owner")
 #: The log takes at most four megabytes.
 MAX_FILE_BYTES, ROTATED_FILES = 1 << 20, 3
 

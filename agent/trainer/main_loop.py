@@ -93,8 +93,9 @@ def _failed(work: Work, err: Exception) -> Failed:
         return Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
     traceback.print_exception(err)
     if isinstance(err, OSError):
-        kind = DiskFull.code if is_disk_full(err) else "file"
-        return Failed(id=work.id, kind=kind, message=f"a file cannot be used: {err}")
+        if is_disk_full(err):  # this message leaves the machine, so it must not name the file
+            return Failed(id=work.id, kind=DiskFull.code, message="the disk is full", hint=str(err))
+        return Failed(id=work.id, kind="file", message=f"a file cannot be used: {err}")
     # A task is foreign code: no error of it may end the main loop.
     if is_out_of_memory(err):  # this message leaves the machine, so it must not quote the task
         return Failed(id=work.id, kind=OutOfMemory.code, message="the task ran out of memory")

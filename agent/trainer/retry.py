@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable
 from random import Random
 
+from agent.home.logs import owner_log
 from agent.tasks.work import Done, Work
 from agent.trainer.process import TrainerProcess
 from protocols.errors import TrainerFailed
+from protocols.messages.refusals import refusal_of
 from protocols.network.backoff import delays
 
 log = logging.getLogger("commonweight.agent")
@@ -64,7 +66,9 @@ class RetryingTrainer:
                     self._on_given_up(err.kind)
                     raise
                 wait_s = next(waits)
-                log.warning("%s; again in %.1f s, tries left: %s", err.message, wait_s, left)
+                owner_log.warning("%s", err.message)
+                text = refusal_of(err).text
+                log.warning("%s; again in %.1f s, tries left: %s", text, wait_s, left)
                 if self._closed.wait(wait_s):
                     raise TrainerFailed("stopped", "the trainer was stopped") from err
         raise AssertionError("at least one try")
