@@ -183,7 +183,8 @@ class WorkThread:
                 is_new = False
         if is_new:
             log.error("the work failed: %s", refusal.text)
-            owner_log.error("%s", text)
+            if not (err.message in refusal.text and err.hint in refusal.text):
+                owner_log.error("%s", text)
             self._report.set_last_error(text)
         return Message(Error(_CLIENT_APP_ERROR, refusal.encode()), reply_to=message)
 

@@ -91,8 +91,8 @@ class Admission:
         for part, of in zip(used, (train, held), strict=True):
             if part.sum() < min(min_rows, of.sum()):
                 raise NotAllowed(
-                    f"the run can use {part.sum()} rows of {of.sum()} to train on or to hold out, "
-                    f"and the owner's data_min_count is {min_rows}"
+                    "the run can use only a few rows to train on or to hold out, and the owner's "
+                    f"data_min_count is {min_rows}"
                 )
         return Split(*used)
 
@@ -131,8 +131,8 @@ class AdmissionStore:
         close = [abs(size - other) for other in sizes if 0 < abs(size - other) < min_rows]
         if rewritten and close:
             raise NotAllowed(
-                f"nearly all rows of the table changed, and their number by {min(close)}, which is "
-                f"fewer than the owner's data_min_count of {min_rows}",
+                "nearly all rows of the table changed, and their number by a few: the owner's "
+                f"data_min_count is {min_rows}",
                 "leave columns that change at each export out of the file",
             )
         self._db.execute("INSERT OR IGNORE INTO table_sizes VALUES (?)", (size,))

@@ -160,7 +160,8 @@ def _compare(told: ToldSet, other_use: str, other: Numbers, min_rows: int) -> No
     for count in counts:
         if 0 < count < min_rows:
             raise NotAllowed(
-                f"together with an earlier answer this would reveal {count} rows alone, and the "
+                # How many is not told: the operator reads this, and chose the sets.
+                "together with an earlier answer this would reveal a few rows alone, and the "
                 f"owner's data_min_count is {min_rows}",
                 f"nothing of these rows leaves until {min_rows} differ: commonweight-agent doctor"
                 if told.use in _OF_TABLE

@@ -66,8 +66,9 @@ class RetryingTrainer:
                     self._on_given_up(err.kind)
                     raise
                 wait_s = next(waits)
-                owner_log.warning("%s", err.message)
                 text = refusal_of(err).text
+                if err.message not in text:
+                    owner_log.warning("%s", err.message)
                 log.warning("%s; again in %.1f s, tries left: %s", text, wait_s, left)
                 if self._closed.wait(wait_s):
                     raise TrainerFailed("stopped", "the trainer was stopped") from err

@@ -91,9 +91,9 @@ def test_a_row_less_is_refused_whatever_the_task_says(tmp_path: Path) -> None:
         made.trainer.stop()
         data = tmp_path / "data.csv"
         data.write_text("\n".join(data.read_text().splitlines()[:-1]) + "\n")
-        with pytest.raises(TrainerFailed, match="would reveal 1 rows alone"):
+        with pytest.raises(TrainerFailed, match="would reveal a few rows alone"):
             evaluate(made)
-        with pytest.raises(TrainerFailed, match="would reveal 1 rows alone"):
+        with pytest.raises(TrainerFailed, match="would reveal a few rows alone"):
             made.run(
                 "import numpy, agent.data.memory_access as m\n"
                 "from agent.data.disclosed_sets import ToldSet\n"
