@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from agent.home import fleet_trust, status_files
@@ -19,7 +18,7 @@ from protocols import VERSION
 from protocols.enrollment import fleet_card, identity, names, tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
-from protocols.errors import BadMessage, HomeError, HomeLocked, Refused, Unreachable
+from protocols.errors import BadMessage, HomeError, Refused, Unreachable
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.join_client import ask_version, find_coordinator, post_join
@@ -53,23 +52,16 @@ def join(
         return _join(home, ticket, name=name, labels=labels, replace=replace)
 
 
-@contextlib.contextmanager
-def lock_home(home: Path) -> Iterator[None]:
+def lock_home(home: Path) -> contextlib.AbstractContextManager[None]:
     """Lock the home, as a running agent would overwrite a new enrollment with its old one.
 
     Raises HomeLocked.
     """
-    try:
-        held = homes.lock_home(home, "agent")
-    except HomeLocked as err:
-        raise HomeLocked(
-            f"the agent of {home} is running",
-            "stop it first: commonweight-agent finish, or commonweight-agent service stop",
-        ) from err
-    try:
-        yield
-    finally:
-        held.release()
+    return homes.hold(
+        home,
+        f"the agent of {home} is running",
+        "stop it first: commonweight-agent finish, or commonweight-agent service stop",
+    )
 
 
 def _join(

@@ -25,7 +25,7 @@ from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import ISSUER_FILE
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
-from protocols.errors import HomeLocked, UsageError
+from protocols.errors import UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 
@@ -140,19 +140,14 @@ def _recorded(home: Path, name: str, digest: str) -> Iterator[None]:
     The ledger comes first: a crash in between costs an entry, and is never a silent change.
     """
     settings.open_keys(home)  # a damaged home is an error
-    try:
-        held = homes.lock_home(home, "coordinator")
-    except HomeLocked as err:
-        raise HomeLocked(
-            f"the coordinator of {home} is running with its present keys",
-            "stop it, rotate the key, then start it again: commonweight up",
-        ) from err
-    try:
+    with homes.hold(
+        home,
+        f"the coordinator of {home} is running with its present keys",
+        "stop it, rotate the key, then start it again: commonweight up",
+    ):
         ledger = Ledger(home / "ledger.db")
         try:
             Registry(ledger).record_key(name, digest)
         finally:
             ledger.close()
         yield
-    finally:
-        held.release()

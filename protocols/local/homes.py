@@ -6,8 +6,10 @@ coordinator on another machine) override the platform's folders, so one machine 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -121,3 +123,16 @@ def lock_home(home: Path, what: str) -> FileLock:
             "stop it first, or give this one a home of its own",
         ) from err
     return file_lock
+
+
+@contextlib.contextmanager
+def hold(home: Path, message: str, hint: str) -> Iterator[None]:
+    """Lock the home for a block. Raises HomeLocked with this message while a program uses it."""
+    try:
+        held = lock_home(home, "program")
+    except HomeLocked as err:
+        raise HomeLocked(message, hint) from err
+    try:
+        yield
+    finally:
+        held.release()
