@@ -152,8 +152,8 @@ class Agent:
         self._runner.stop()
 
     def _restart(self) -> None:
-        """End `serve`, so that all parts start again with the coordinator's new key."""
-        log.warning("the coordinator has a new signing key, certified by this fleet's CA")
+        """End `serve`, so that all parts start again with the coordinator's new key or CA."""
+        log.warning("the coordinator has a new key or CA, signed by this fleet's CA")
         self.must_restart = True
         self.stop()
 

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from flwr.app import Message
-from msgspec.structs import replace
+from msgspec import structs
 
 from agent.daemon import state_machine
 from agent.daemon.context import AgentContext
@@ -25,7 +25,7 @@ from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorCli
 from agent.transport.weight_transfer import SessionLost
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable, VersionSkew
-from protocols.local import crash_reports
+from protocols.local import crash_reports, join_client
 from protocols.messages.mqtt import MqttAddress
 from protocols.network import version_check
 from protocols.network.backoff import delays
@@ -60,7 +60,7 @@ class SessionLoop:
         self._ctx, self._runner, self._enrollment = ctx, ctx.runner, ctx.enrollment
         self._report, self._on_broker_changed = report, on_broker_changed
         self._link: CoordinatorClient | None = None
-        #: Called on the event loop when the coordinator has a new signing key.
+        #: Called on the event loop when the coordinator has a new signing key or CA.
         self.on_key_changed: Callable[[], None] = lambda: None
         self._closed = False
         self._saving = threading.Lock()
@@ -190,20 +190,47 @@ class SessionLoop:
             self._link = CoordinatorClient(self._ctx.credentials, self._ctx.bandwidth)
         if self._closed:  # `close` may have run before this link existed
             raise Unreachable("the agent is stopping")
-        version_check.check_compatible(self._link.enrollment_status().version, "the coordinator")
+        try:
+            status = self._link.enrollment_status()
+        except Unreachable as err:
+            if join_client.is_other_ca(err):
+                self._follow_ca(err)
+            raise
+        version_check.check_compatible(status.version, "the coordinator")
         self._link.open()
         self._save_broker(self._link)
         self._renew_certificate(self._link)
 
+    def _follow_ca(self, err: Unreachable) -> None:
+        """Go on with the fleet's newest CA, if the one known here leads to it.
+
+        Raises Unreachable then, as all parts start again with it; Refused for another CA.
+        """
+        told = join_client.fetch_chain(self._ctx.credentials.address)
+        try:
+            changed = fleet_trust.with_new_ca(self._enrollment, told)
+        except BadMessage as wrong:
+            raise Refused(
+                f"the server has another CA than this fleet: {wrong.message}",
+                "ask the operator who answers at this address; nothing was sent",
+            ) from err
+        if changed == self._enrollment:
+            return
+        self._save_enrollment(**structs.asdict(changed))
+        self._runner.call_threadsafe(self.on_key_changed)
+        raise Unreachable("the fleet has a new CA, signed by the old one; starting again with it")
+
     def _renew_certificate(self, link: CoordinatorClient) -> None:
-        """Renew the node certificate if it expires soon."""
-        ca_pem, keys = self._enrollment.ca_pem.encode(), self._ctx.credentials
-        ends_at = identity.verify_certificate(ca_pem, self._enrollment.certificate).not_after
+        """Renew the node certificate if it expires soon, or is not of the newest CA."""
+        known, keys = self._enrollment, self._ctx.credentials
+        ca_pem, ends_at = known.ca_pem.encode(), 0.0
+        with contextlib.suppress(BadMessage):  # of the CA before
+            ends_at = identity.verify_certificate(ca_pem, known.certificate).not_after
         if ends_at - time.time() < RENEW_BEFORE_S:
             certificate = link.renew()
             node = identity.node_public_pem(keys.node_key)
             public = identity.public_bytes(keys.sign_key)
-            fleet_trust.check_certificate(ca_pem, certificate, public, node)
+            fleet_trust.check_certificate(ca_pem, known.fleet, certificate, public, node)
             self._save_enrollment(certificate=certificate)
 
     def _save_broker(self, link: CoordinatorClient) -> None:
@@ -239,7 +266,7 @@ class SessionLoop:
 
     def _save_enrollment(self, **changes: Any) -> None:
         with self._saving:  # both threads save
-            self._enrollment = replace(self._enrollment, **changes)
+            self._enrollment = structs.replace(self._enrollment, **changes)
             write_enrollment(self._ctx.home, self._enrollment)
 
     # --- heartbeats ---

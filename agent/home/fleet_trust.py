@@ -5,7 +5,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from agent.home.settings import Enrollment
-from protocols.enrollment import fleet_card, identity
+from protocols.enrollment import ca_chain, fleet_card, identity
+from protocols.enrollment.ca_chain import CaTrust, ChainResponse
 from protocols.enrollment.fleet_card import FleetCard
 from protocols.enrollment.identity import NodeCertificate
 from protocols.enrollment.joining import JoinResponse, MqttResponse
@@ -21,12 +22,13 @@ def check_join(
     `sign`, `node`: this machine's public keys, as it sent them. `at_least`: the number of the card
     in the ticket. Raises BadMessage.
     """
-    card = fleet_card.verify_card(ca_pem, answer.card, at_least=at_least)
-    if answer.fleet != card.fleet:
-        raise BadMessage(f"fleet {answer.fleet} is not the fleet of this CA, {card.fleet}")
+    fleet = ca_chain.fleet_of(ca_pem, answer.transitions)
+    card = fleet_card.verify_card(ca_pem, answer.card, fleet=fleet, at_least=at_least)
+    if answer.fleet != fleet:
+        raise BadMessage(f"fleet {answer.fleet} is not the fleet of this CA, {fleet}")
     if answer.coordinator_public != card.coordinator_public:
         raise BadMessage("the coordinator's signing key is not the one that this fleet's CA signed")
-    ours = check_certificate(ca_pem, answer.certificate, sign, node)
+    ours = check_certificate(ca_pem, fleet, answer.certificate, sign, node)
     if answer.name != ours.name:
         raise BadMessage("this machine's name is not the one in its certificate")
     if answer.peer != identity.peer_id(sign):
@@ -35,13 +37,13 @@ def check_join(
 
 
 def check_certificate(
-    ca_pem: bytes, certificate: bytes, sign: bytes, node: bytes
+    ca_pem: bytes, fleet: str, certificate: bytes, sign: bytes, node: bytes
 ) -> NodeCertificate:
-    """The certificate, if the CA made it for these two keys and its fleet. Raises BadMessage."""
+    """The certificate, if the CA made it for these two keys and this fleet. Raises BadMessage."""
     ours = identity.verify_certificate(ca_pem, certificate)
     if (ours.sign_public, ours.node_public) != (sign, node):
         raise BadMessage("the certificate is for another key")
-    if ours.fleet != identity.fleet_id(ca_pem) or ours.peer != identity.peer_id(sign):
+    if ours.fleet != fleet or ours.peer != identity.peer_id(sign):
         raise BadMessage("the certificate is for another fleet or peer")
     return ours
 
@@ -62,7 +64,41 @@ def with_broker(enrollment: Enrollment, told: MqttResponse) -> Enrollment:
             )
         return replace(enrollment, mqtt=told.address)
     ca_pem = enrollment.ca_pem.encode()
-    card = fleet_card.verify_card(ca_pem, told.card, newer_than=enrollment.card)
+    card = fleet_card.verify_card(
+        ca_pem, told.card, fleet=enrollment.fleet, newer_than=enrollment.card
+    )
     mqtt = fleet_card.checked_broker(card, told.address, host)
     public = card.coordinator_public
     return replace(enrollment, mqtt=mqtt, card=told.card, coordinator_public=public)
+
+
+def with_new_ca(enrollment: Enrollment, told: ChainResponse) -> Enrollment:
+    """The enrollment with the newest CA, its card and its key; the same if there is no newer CA.
+
+    The node certificate is still that of the old CA. Raises BadMessage.
+    """
+    old = enrollment.ca_pem.encode()
+    ca_pem = ca_chain.follow(old, enrollment.transitions, told.transitions)
+    if ca_pem == old:
+        return enrollment
+    card = ca_chain.first_card(ca_pem, told.card, old, enrollment.card, enrollment.fleet)
+    mqtt = enrollment.mqtt
+    if mqtt.ca_pem == enrollment.ca_pem:  # the embedded broker has a certificate of the same CA
+        mqtt = replace(mqtt, ca_pem=ca_pem.decode())
+    return replace(
+        enrollment,
+        ca_pem=ca_pem.decode(),
+        transitions=told.transitions,
+        card=told.card,
+        coordinator_public=card.coordinator_public,
+        mqtt=mqtt,
+    )
+
+
+def trusted_cas(enrollment: Enrollment) -> CaTrust:
+    """The CAs whose node certificates count. Raises BadMessage."""
+    ca_pem, until = enrollment.ca_pem.encode(), 0.0
+    if enrollment.card:
+        card = fleet_card.verify_card(ca_pem, enrollment.card, fleet=enrollment.fleet)
+        until = card.old_ca_until
+    return CaTrust.of(ca_pem, enrollment.transitions, until)

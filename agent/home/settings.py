@@ -16,7 +16,7 @@ from agent.data.settings import DataSettings, Floors
 from agent.policy import consent, schedule, task_code
 from agent.policy.consent import Consent, Standing
 from agent.policy.rules import PolicySettings
-from protocols.enrollment import fleet_card, identity
+from protocols.enrollment import ca_chain, fleet_card
 from protocols.errors import BadMessage, HomeError, NotEnrolled, UnknownName, UsageError
 from protocols.local import settings_file
 from protocols.local.atomic_files import write_private
@@ -231,6 +231,7 @@ class Enrollment(Struct, frozen=True, kw_only=True):
     """The result of joining a fleet. `mqtt` has the fleet's login, so the file has mode 0600.
 
     `card`: the newest fleet card; homes of older versions get theirs at the next session.
+    `transitions`: from the CA that gave the fleet its id to `ca_pem`.
     """
 
     peer: str
@@ -242,6 +243,7 @@ class Enrollment(Struct, frozen=True, kw_only=True):
     coordinator_public: bytes
     mqtt: MqttAddress
     card: bytes = b""
+    transitions: tuple[bytes, ...] = ()
 
 
 def read(home: Path, **flags: Any) -> AgentSettings:
@@ -410,10 +412,10 @@ def read_enrollment(home: Path) -> Enrollment:
 def _check_trust(enrollment: Enrollment) -> None:
     """Raise BadMessage unless there is one CA, and the fleet and the card are of this CA."""
     ca_pem = enrollment.ca_pem.encode()
-    if identity.fleet_id(ca_pem) != enrollment.fleet:
+    if ca_chain.fleet_of(ca_pem, enrollment.transitions) != enrollment.fleet:
         raise BadMessage(f"its CA is not that of fleet {enrollment.fleet}")
     if enrollment.card:
-        card = fleet_card.verify_card(ca_pem, enrollment.card)
+        card = fleet_card.verify_card(ca_pem, enrollment.card, fleet=enrollment.fleet)
         if card.coordinator_public != enrollment.coordinator_public:
             raise BadMessage("the coordinator's signing key is not on the fleet card")
 

@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.home import settings
+from agent.home import fleet_trust, settings
 from agent.home.settings import Enrollment
 from agent.policy import sandbox, sensors
 from agent.policy.sensors import Sensors
 from agent.setup import autostart, environment, own_data
 from protocols import VERSION
 from protocols.enrollment import identity
-from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
-from protocols.local import homes
+from protocols.errors import BadMessage, CommonweightError, NotEnrolled, Refused, Unreachable
+from protocols.local import homes, join_client
 from protocols.local.checks import Advice, Check, CheckStep, run_checks
 from protocols.local.home_checks import check_crashes, check_private, check_room
 from protocols.network import addresses, version_check
@@ -143,8 +143,8 @@ class _Doctor:
         enrollment = settings.read_enrollment(self._home)
         own = identity.public_bytes(identity.load_signing_key(self._home / "sign.key"))
         identity.load_node_key(self._home / "node.key")
-        certificate = identity.verify_certificate(
-            enrollment.ca_pem.encode(), enrollment.certificate
+        certificate = fleet_trust.trusted_cas(enrollment).verify_certificate(
+            enrollment.certificate, time.time()
         )
         if certificate.sign_public != own:
             raise NotEnrolled("the certificate is for another key", "join again: --replace")
@@ -189,7 +189,7 @@ class _Doctor:
                 certificate = secure.getpeercert() or {}
         except ssl.SSLCertVerificationError as err:
             raise Refused(
-                f"the server's certificate is not valid: {err.verify_message}", _tls_fix(err)
+                f"the server's certificate is not valid: {err.verify_message}", self._tls_fix(err)
             ) from err
         except OSError as err:
             raise Unreachable(f"no TLS: {err}", "does another program listen there?") from err
@@ -198,6 +198,20 @@ class _Doctor:
         if days < _CERTIFICATE_WARNING_DAYS:
             return Advice(detail, "restart the coordinator: it renews its certificate")
         return detail
+
+    def _tls_fix(self, err: ssl.SSLCertVerificationError) -> str:
+        if "mismatch" in err.verify_message:
+            return "on the coordinator, add this address to `names` in settings.toml and restart it"
+        if "expired" in err.verify_message or "not yet valid" in err.verify_message:
+            return "correct the clock; if it is right, restart the coordinator: it renews"
+        told = join_client.fetch_chain(self._enrollment.addresses[0])
+        with contextlib.suppress(BadMessage):
+            if fleet_trust.with_new_ca(self._enrollment, told) != self._enrollment:
+                return (
+                    "the fleet has a new CA, signed by the one known here: the agent takes it at "
+                    "its next session: commonweight-agent run"
+                )
+        return "another coordinator answers there: join it with its own ticket and --replace"
 
     def clock(self) -> str | Advice:
         import httpx
@@ -281,14 +295,6 @@ class _Doctor:
         if not version_check.are_compatible(theirs, VERSION):
             raise CommonweightError(detail, fix)
         return Advice(detail, fix)
-
-
-def _tls_fix(err: ssl.SSLCertVerificationError) -> str:
-    if "mismatch" in err.verify_message:
-        return "on the coordinator, add this address to `names` in settings.toml and restart it"
-    if "expired" in err.verify_message or "not yet valid" in err.verify_message:
-        return "correct the clock; if it is right, restart the coordinator: it renews"
-    return "another coordinator answers there: join it with its own ticket and --replace"
 
 
 def check_skew(ahead_s: float) -> str | Advice:

@@ -19,7 +19,7 @@ from protocols.enrollment import fleet_card, identity, names, tickets
 from protocols.enrollment.joining import JOIN_PATH, JoinRequest, JoinResponse, join_proof
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, HomeError, Refused, Unreachable
-from protocols.local import homes
+from protocols.local import homes, join_client
 from protocols.local.atomic_files import write_private
 from protocols.local.join_client import ask_version, find_coordinator, post_join
 from protocols.network import addresses
@@ -85,6 +85,7 @@ def _join(
             join_proof(ticket.id, ticket.secret, identity.node_public_pem(node_key))
         ),
         version=VERSION,
+        follows_ca=True,
     )
     answer = post_join(address, ca_pem, JOIN_PATH, joining, JoinResponse)
     if not answer.card:
@@ -111,6 +112,7 @@ def _join(
         coordinator_public=answer.coordinator_public,
         mqtt=mqtt,
         card=answer.card,
+        transitions=answer.transitions,
     )
     if replace:
         _delete_identity(home)
@@ -127,13 +129,9 @@ def leave(home: Path, enrollment: Enrollment, *, offline: bool = False) -> None:
     Raises Unreachable or Refused, and deletes nothing then.
     """
     if not offline:
-        from agent.home.credentials import Credentials
-        from agent.transport.coordinator_client import CoordinatorClient
-
-        link = CoordinatorClient(Credentials.load(home, enrollment))
         hint = "leave without the coordinator: commonweight-agent leave --yes --offline"
         try:
-            link.leave()
+            _tell_leaving(home, enrollment)
         except Unreachable as err:
             raise Unreachable(err.message, hint) from err
         except Refused as err:
@@ -141,13 +139,32 @@ def leave(home: Path, enrollment: Enrollment, *, offline: bool = False) -> None:
                 f"the coordinator does not know this peer, or a clock is wrong ({err.message})",
                 hint,
             ) from err
-        finally:
-            link.close()
     _delete_identity(home)
     for file in _KEY_FILES:
         (home / (file + _NEW_SUFFIX)).unlink(missing_ok=True)
     for folder in ("cache", "outbox"):
         shutil.rmtree(home / folder, ignore_errors=True)
+
+
+def _tell_leaving(home: Path, enrollment: Enrollment) -> None:
+    """Ask the coordinator to revoke our key, also if the fleet has a new CA."""
+    from agent.home.credentials import Credentials
+    from agent.transport.coordinator_client import CoordinatorClient
+
+    link = CoordinatorClient(Credentials.load(home, enrollment))
+    try:
+        link.leave()
+    except Unreachable as err:
+        newer = enrollment
+        if join_client.is_other_ca(err):
+            with contextlib.suppress(BadMessage):  # of another fleet
+                told = join_client.fetch_chain(enrollment.addresses[0])
+                newer = fleet_trust.with_new_ca(enrollment, told)
+        if newer == enrollment:
+            raise
+        _tell_leaving(home, newer)
+    finally:
+        link.close()
 
 
 def _delete_identity(home: Path) -> None:

@@ -66,7 +66,7 @@ class LocalCoordinator:
             raise NotRunning("this fleet's own coordinator is not up", "commonweight up") from err
         data = b"" if body is None else msgspec.json.encode(body)
         sha256 = hashlib.sha256(data).hexdigest()
-        receiver = identity.fleet_id(ca_pem.encode()) if up.get("signs") else ""
+        receiver = str(up.get("fleet", ""))
         headers = signed_requests.sign_headers(
             "operator", self._key.sign, method, path, sha256, receiver
         )

@@ -115,6 +115,9 @@ def _from_fleet_event(event: FleetEvent, at: float, names: dict[str, str]) -> di
             return {"event": "access removed", "text": text}
         case registry.KeyRotated(key=key, sha256=sha256):
             return {"event": "key rotated", "text": f"the {key} key was replaced by {sha256}"}
+        case registry.CaFollowed(member=member):
+            text = f"{_label(member, names)} uses the new CA"
+            return {"event": "new CA", "text": text, "peer": member}
         case registry.PeerApproved(peer=peer):
             text = f"{_label(peer, names)} was approved by the operator"
             return {"event": "approved", "text": text, "peer": peer}

@@ -27,8 +27,8 @@ from msgspec import Struct
 from coordinator.fleet.registry import SUBJECT
 from coordinator.runs import transitions
 from coordinator.storage import job_events, run_events, settings
+from coordinator.storage.ca_files import CA_FILE, CA_KEY_FILE, CHAIN_FILE, ISSUER_FILE, PENDING_FILE
 from coordinator.storage.ledger import Ledger
-from coordinator.storage.settings import ISSUER_FILE
 from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
 from protocols.errors import CommonweightError, HomeError, HomeTooNew, UsageError
@@ -40,12 +40,12 @@ from protocols.messages.states import RunState
 FORMAT = 1
 LEDGER_FILE = "ledger.db"
 MANIFEST = "manifest.json"
-_KEYS = ("ca.pem", "coordinator.key", "operator.key")
+_KEYS = (CA_FILE, "coordinator.key", "operator.key")
 #: A home has one of these: the CA's key, or an issuer while the CA's key is offline.
-_SIGNERS = ("ca.key", ISSUER_FILE)
+_SIGNERS = (CA_KEY_FILE, ISSUER_FILE)
 _REQUIRED = ("home.json", *_KEYS, LEDGER_FILE)
 #: `mqtt.json`: homes of earlier versions have it, with a login that is not used any more.
-_OPTIONAL = (SETTINGS_FILE, "mqtt.json", *_SIGNERS)
+_OPTIONAL = (SETTINGS_FILE, "mqtt.json", CHAIN_FILE, PENDING_FILE, *_SIGNERS)
 _WEIGHTS = re.compile(r"(versions|states)/([0-9a-f]{64})\.safetensors")
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20

@@ -1,8 +1,8 @@
 """Rotation of the coordinator's keys while it is stopped, and what `keys status` shows.
 
-The CA stays, so no machine joins again. At the next `up` the CA signs a fleet card with the new
-signing key and a higher number. Agents replace the key at their next session, and refuse the older
-card from then on.
+No machine joins again. At the next `up` the CA signs a fleet card with the new signing key and a
+higher number; agents replace the key at their next session, and refuse the older card from then on.
+A new CA is signed by the old one (`protocols.enrollment.ca_chain`), and the fleet keeps its id.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -19,12 +21,14 @@ from cryptography.hazmat.primitives import serialization
 from msgspec import Struct
 
 from coordinator.fleet.registry import Registry
-from coordinator.storage import settings
+from coordinator.storage import ca_files, settings
+from coordinator.storage.ca_files import ISSUER_FILE, CaFiles
 from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
-from coordinator.storage.settings import ISSUER_FILE
-from protocols.enrollment import identity
+from coordinator.storage.settings import Keys
+from protocols.enrollment import ca_chain, identity
 from protocols.enrollment.identity import SigningKey
+from protocols.enrollment.joining import MAX_TRANSITIONS
 from protocols.errors import UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
@@ -39,10 +43,17 @@ class KeyStatus(Struct, frozen=True, kw_only=True):
 
     `card`: the number of the fleet card; 0 before the first `up`. `is_announced`: it has the
     current signing key. `issuer_days`: of the issuer's certificate, if the CA's key is offline.
+    `ca_rotations`: how often the CA was replaced. `behind`: names of the machines and accesses that
+    have not come since the last time. `old_ca_until`: until when (Unix s) certificates of the CA
+    before count; 0 if they do not.
     """
 
     fleet: str
+    ca: str
     ca_days: float
+    ca_rotations: int
+    behind: list[str]
+    old_ca_until: float
     tls_days: float
     signing: str
     operator: str
@@ -60,14 +71,20 @@ def read_status(home: Path) -> KeyStatus:
     """The status of the keys in `home`. Raises HomeError."""
     keys = settings.open_keys(home)
     public = identity.public_bytes(keys.sign_key)
-    card = CardFile(home, keys.ca_pem).card
+    card = CardFile(home, keys.ca_pem, keys.chain).card
     now = datetime.datetime.now(datetime.UTC)
     tls_days = 0.0
     with contextlib.suppress(OSError, ValueError):  # `up` makes one
         tls_days = identity.days_left((home / "server.pem").read_bytes(), now)
+    steps = ca_chain.read_chain(keys.chain)
+    behind, peers_behind = _read_behind(home) if steps else ([], False)
     return KeyStatus(
         fleet=keys.fleet,
+        ca=identity.ca_fingerprint(keys.ca_pem).hex()[:16],
         ca_days=identity.days_left(keys.ca_pem, now),
+        ca_rotations=len(steps),
+        behind=behind,
+        old_ca_until=steps[-1].old_until if peers_behind else 0.0,
         tls_days=tls_days,
         signing=short_hash(public),
         operator=short_hash(identity.public_bytes(keys.operator_key)),
@@ -77,11 +94,21 @@ def read_status(home: Path) -> KeyStatus:
     )
 
 
+def _read_behind(home: Path) -> tuple[list[str], bool]:
+    """The names of members that are behind, and whether a peer is among them."""
+    with contextlib.closing(Ledger(home / "ledger.db", read_only=True)) as ledger:
+        known = Registry(ledger)
+    peers = [known.peers[one].name for one in known.behind if one in known.peers]
+    others = [known.operators[one].name for one in known.behind if one in known.operators]
+    return sorted(peers) + sorted(others), bool(peers)
+
+
 def rotate(home: Path, name: KeyName) -> str:
     """Replace this key by a new one; return its short hash. Raises HomeError, HomeLocked."""
     key = identity.new_signing_key()
     digest = short_hash(identity.public_bytes(key))
-    with _recorded(home, name, digest):
+    with _locked(home):
+        _record(home, name, digest)
         write_private(home / FILES[name], identity.private_pem(key))
     return digest
 
@@ -91,25 +118,98 @@ def rotate_issuer(home: Path, ca_file: Path, passphrase: str) -> str:
 
     Raises UsageError (wrong file or passphrase), HomeError, HomeLocked.
     """
-    keys = settings.open_keys(home)
-    if not keys.issuer:
-        raise UsageError(
-            "the CA's key of this home is not offline, so it has no issuer",
-            "only a fleet made with commonweight init --offline-ca has one",
-        )
-    try:
-        ca_key = serialization.load_pem_private_key(ca_file.read_bytes(), passphrase.encode())
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
-        raise UsageError(f"cannot open {ca_file}: {err}", "is it the passphrase of init?") from err
-    if not isinstance(ca_key, SigningKey) or identity.public_bytes(ca_key) != identity.ca_public(
-        keys.ca_pem
-    ):
-        raise UsageError(f"{ca_file} is not the key of this fleet's CA, {keys.fleet}")
-    key, issuer = identity.new_issuer(ca_key, keys.ca_pem)
-    digest = short_hash(identity.public_bytes(key))
-    with _recorded(home, "issuer", digest):
+    with _locked(home) as keys:
+        if not keys.issuer:
+            raise UsageError(
+                "the CA's key of this home is not offline, so it has no issuer",
+                "take it offline: commonweight keys rotate ca --offline-ca FILE",
+            )
+        ca_key = _open_ca_key(keys, ca_file, passphrase)
+        key, issuer = identity.new_issuer(ca_key, keys.ca_pem)
+        digest = short_hash(identity.public_bytes(key))
+        _record(home, "issuer", digest)
         write_private(home / ISSUER_FILE, issuer + identity.private_pem(key))
     return digest
+
+
+def rotate_ca(
+    home: Path,
+    *,
+    old: tuple[Path, str] | None = None,
+    keep_offline: Callable[[SigningKey], None] | None = None,
+    old_days: float = ca_chain.OLD_CA_DAYS,
+) -> str:
+    """Replace the CA by a new one, which the old one signs; return its short hash.
+
+    `old`: file and passphrase of the old CA's key, if it is offline. `keep_offline` stores the new
+    CA's key elsewhere. `old_days`: how long certificates of the old CA count, unless all peers have
+    new ones before. Raises UsageError, HomeError, HomeLocked.
+    """
+    if not 0 <= old_days <= ca_chain.MAX_OLD_CA_DAYS:
+        raise UsageError(
+            f"certificates of the old CA cannot count for {old_days:g} days",
+            f"--old-days is from 0 to {ca_chain.MAX_OLD_CA_DAYS:g}",
+        )
+    with _locked(home) as keys:
+        check_ca_options(keys, has_old=old is not None, is_offline=keep_offline is not None)
+        old_key = _open_ca_key(keys, *old) if old else keys.ca_key
+        key, ca_pem = identity.new_ca(socket.gethostname(), with_issuers=keep_offline is not None)
+        now = time.time()
+        step = ca_chain.Transition(
+            fleet=keys.fleet,
+            counter=len(keys.chain) + 1,
+            old_ca=keys.ca_pem,
+            new_ca=ca_pem,
+            at=now,
+            old_until=now + old_days * 86400,
+        )
+        chain = (*keys.chain, ca_chain.sign_transition(old_key, step))
+        signer = identity.private_pem(key)
+        if keep_offline is not None:
+            issuer_key, issuer = identity.new_issuer(key, ca_pem)
+            signer = issuer + identity.private_pem(issuer_key)
+            keep_offline(key)
+        digest = identity.ca_fingerprint(ca_pem).hex()[:16]
+        _record(home, "ca", digest)
+        new = CaFiles(
+            ca_pem=ca_pem, chain=chain, signer=signer, is_offline=keep_offline is not None
+        )
+        ca_files.replace(home, new)
+    return digest
+
+
+def check_ca_options(keys: Keys, *, has_old: bool, is_offline: bool) -> None:
+    """Raise UsageError unless these options of `rotate_ca` fit to the present CA."""
+    if keys.issuer and not has_old:
+        raise UsageError(
+            "the old CA's key is offline, and it has to sign the new CA",
+            "--ca-key FILE, as given to commonweight init --offline-ca",
+        )
+    if keys.issuer and not is_offline:
+        raise UsageError(
+            "the CA's key of this fleet is offline, so the new key needs a file, too",
+            "--offline-ca FILE, with a name that is not taken",
+        )
+    if has_old and not keys.issuer:
+        raise UsageError("the old CA's key is in this home", "leave out --ca-key")
+    if len(keys.chain) >= MAX_TRANSITIONS:
+        raise UsageError(
+            f"the CA was replaced {len(keys.chain)} times already, which is the limit",
+            "create another fleet: set COMMONWEIGHT_HOME, then commonweight init",
+        )
+
+
+def _open_ca_key(keys: Keys, file: Path, passphrase: str) -> SigningKey:
+    """The key of this home's CA from an encrypted file. Raises UsageError."""
+    try:
+        key = serialization.load_pem_private_key(file.read_bytes(), passphrase.encode())
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
+        raise UsageError(f"cannot open {file}: {err}", "is it the passphrase of init?") from err
+    if not isinstance(key, SigningKey) or identity.public_bytes(key) != identity.ca_public(
+        keys.ca_pem
+    ):
+        raise UsageError(f"{file} is not the key of this fleet's CA, {keys.fleet}")
+    return key
 
 
 def write_encrypted(file: Path, passphrase: str) -> Callable[[SigningKey], None]:
@@ -134,20 +234,21 @@ def write_encrypted(file: Path, passphrase: str) -> Callable[[SigningKey], None]
 
 
 @contextlib.contextmanager
-def _recorded(home: Path, name: str, digest: str) -> Iterator[None]:
-    """Lock the stopped coordinator's home, and record the new key in the ledger.
-
-    The ledger comes first: a crash in between costs an entry, and is never a silent change.
-    """
-    settings.open_keys(home)  # a damaged home is an error
+def _locked(home: Path) -> Iterator[Keys]:
+    """Lock the stopped coordinator's home, and open its keys. Raises HomeError, HomeLocked."""
     with homes.hold(
         home,
         f"the coordinator of {home} is running with its present keys",
         "stop it, rotate the key, then start it again: commonweight up",
     ):
-        ledger = Ledger(home / "ledger.db")
-        try:
-            Registry(ledger).record_key(name, digest)
-        finally:
-            ledger.close()
-        yield
+        ca_files.finish_rotation(home)
+        yield settings.open_keys(home)
+
+
+def _record(home: Path, name: str, digest: str) -> None:
+    """Record a new key in the ledger.
+
+    The ledger comes first: a crash in between costs an entry, and is never a silent change.
+    """
+    with contextlib.closing(Ledger(home / "ledger.db")) as ledger:
+        Registry(ledger).record_key(name, digest)

@@ -16,6 +16,7 @@ from coordinator.runs.manager import RunManager
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
+from protocols.enrollment.joining import Chain
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Command
 from protocols.messages.mqtt import MqttAddress
@@ -23,11 +24,15 @@ from protocols.messages.work import PollRequest, PollResponse
 
 
 class Identity(NamedTuple):
-    """What identifies this coordinator to others. `public` verifies its signatures."""
+    """What identifies this coordinator to others. `public` verifies its signatures.
+
+    `chain`: the transitions from the CA that gave the fleet its id to this one.
+    """
 
     fleet: str
     ca_pem: bytes
     public: bytes
+    chain: Chain = ()
 
     @property
     def ca_sha256(self) -> bytes:

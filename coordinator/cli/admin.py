@@ -42,15 +42,19 @@ PassphraseFile = Annotated[
 ]
 
 
-def read_passphrase(file: Path | None, *, new: bool) -> str:
-    """The passphrase from a file or the terminal. Raises UsageError.
+def read_passphrase(file: Path | None, *, new: bool, what: str = "") -> str:
+    """The passphrase, of `what`, from a file or the terminal. Raises UsageError.
 
     It is never an argument: everybody on the machine can read the command line.
     """
     if file is None:
+        of = f" of {what}" if what else ""
         if not sys.stdin.isatty():
-            raise UsageError("there is no terminal to ask for a passphrase", "--passphrase-file")
-        return str(typer.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True))
+            option = "--new-passphrase-file FILE" if what and new else "--passphrase-file FILE"
+            raise UsageError(f"there is no terminal to ask for the passphrase{of}", option)
+        return str(
+            typer.prompt(f"passphrase{of}", hide_input=True, confirmation_prompt=new, err=True)
+        )
     try:
         return file.read_text().partition("\n")[0]
     except (OSError, UnicodeDecodeError) as err:

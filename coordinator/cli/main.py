@@ -127,7 +127,7 @@ def up(
     import asyncio
     import logging
 
-    from coordinator.storage import settings
+    from coordinator.storage import ca_files, settings
 
     os.umask(0o077)
     chosen = settings.read(
@@ -143,6 +143,7 @@ def up(
     home, _ = settings.init(chosen.names)
     homes.open_home("coordinator")
     held = homes.lock_home(home, "coordinator")
+    ca_files.finish_rotation(home)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )

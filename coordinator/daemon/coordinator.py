@@ -48,7 +48,7 @@ from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
-from protocols.enrollment import identity
+from protocols.enrollment import ca_chain, identity
 from protocols.local import heap
 from protocols.messages.envelope import Command
 from protocols.messages.mqtt import MqttAddress
@@ -68,7 +68,8 @@ class Coordinator:
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
         self._home, self._keys, self._settings = home, keys, chosen
         heap.limit_arenas()
-        self.identity = Identity(keys.fleet, keys.ca_pem, identity.public_bytes(keys.sign_key))
+        public = identity.public_bytes(keys.sign_key)
+        self.identity = Identity(keys.fleet, keys.ca_pem, public, keys.chain)
         self._stopping = asyncio.Event()
         self._listener = Listener(home, keys, chosen)
         # On disk.
@@ -82,7 +83,8 @@ class Coordinator:
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._sessions = Sessions(self.fleet)
         self._broker = _broker(home, chosen, self.port, keys)
-        self._card = CardFile(home, keys.ca_pem)
+        self._steps = ca_chain.read_chain(keys.chain)
+        self._card = CardFile(home, keys.ca_pem, keys.chain)
         self._publisher = EventPublisher(self.fleet, self._sessions, keys)
         self.log_requests = LogRequests(self._publisher.request_logs)
         sources = PieceSources(self._sessions.is_open)
@@ -222,8 +224,17 @@ class Coordinator:
         """The coordinator's key and broker, signed by the CA."""
         broker = self._broker.address("", self._keys.ca_pem.decode())
         return self._card.current(
-            self._keys.ca_key, self.identity.public, broker, self._keys.issuer
+            self._keys.ca_key,
+            self.identity.public,
+            broker,
+            self._keys.issuer,
+            self._old_ca_until(),
         )
+
+    def _old_ca_until(self) -> float:
+        """Until when certificates of the CA before count: 0 once all peers have new ones."""
+        behind = self.registry.behind & self.registry.peers.keys()
+        return self._steps[-1].old_until if self._steps and behind else 0.0
 
     async def command(self, peer: str, command: Command) -> str:
         """Send an operator's command. Returns a sentence about it. Raises Unreachable."""

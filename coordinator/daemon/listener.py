@@ -14,7 +14,6 @@ from starlette.types import ASGIApp
 from coordinator.storage import settings
 from coordinator.storage.settings import UP_FILE, Keys, Settings
 from coordinator.transport.http_server import Server, listen
-from protocols.enrollment import signed_requests
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
 
@@ -66,6 +65,6 @@ class Listener:
             "address": f"{local}:{self.port}",
             "host": self._host,
             "since": time.time(),
-            "signs": signed_requests.FORMAT,
+            "fleet": self._keys.fleet,
         }
         write_private(self._home / UP_FILE, json.dumps(up).encode())

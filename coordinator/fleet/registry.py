@@ -91,6 +91,12 @@ class KeyRotated(Struct, frozen=True, tag=True):
     sha256: str
 
 
+class CaFollowed(Struct, frozen=True, tag=True):
+    """The peer or operator `member` trusts the CA since the last rotation."""
+
+    member: str
+
+
 FleetEvent = (
     TicketCreated
     | TicketRevoked
@@ -100,6 +106,7 @@ FleetEvent = (
     | OperatorJoined
     | OperatorRemoved
     | KeyRotated
+    | CaFollowed
 )
 
 _encode = msgspec.json.Encoder().encode
@@ -138,6 +145,8 @@ class Registry:
         self.tickets: dict[str, TicketState] = {}
         self.peers: dict[str, Peer] = {}
         self.operators: dict[str, Operator] = {}
+        #: Peers and operators that have not come since the last rotation of the CA.
+        self.behind: set[str] = set()
         self.on_change: Callable[[Peer], None] = lambda peer: None
         self.on_operator_change: Callable[[Operator], None] = lambda operator: None
         for entry in ledger.entries(SUBJECT):
@@ -292,6 +301,11 @@ class Registry:
         """Record that a key of the coordinator is replaced."""
         self._record(KeyRotated(key, sha256))
 
+    def note_ca(self, member: str) -> None:
+        """Record that a member trusts the new CA: it got a certificate, or came over its TLS."""
+        if member in self.behind:
+            self._record(CaFollowed(member))
+
     def ticket_of(self, peer_id: str) -> str:
         """The id of the ticket that a peer joined with; its own id if that is not known."""
         known = self.peers.get(peer_id)
@@ -322,10 +336,17 @@ class Registry:
             case OperatorRemoved():
                 operator = self.operators[event.operator]
                 self.operators[event.operator] = replace(operator, removed=True)
+                self.behind.discard(event.operator)
+            case KeyRotated(key="ca"):
+                self.behind = {p.peer for p in self.peers.values() if p.standing != "removed"}
+                self.behind |= {one.operator for one in self.operators.values() if not one.removed}
+            case CaFollowed(member=member):
+                self.behind.discard(member)
             case PeerApproved():
                 self.peers[event.peer] = replace(self.peers[event.peer], standing="enrolled")
             case PeerRemoved():
                 self.peers[event.peer] = replace(self.peers[event.peer], standing="removed")
+                self.behind.discard(event.peer)
 
     def _use_ticket(self, ticket_id: str) -> None:
         if ticket := self.tickets.get(ticket_id):

@@ -8,6 +8,7 @@ role what each request may do. On the coordinator's own machine its home gives a
 from __future__ import annotations
 
 import json
+import math
 import socket
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +19,16 @@ from msgspec import Struct
 
 from coordinator.api.schema import STATUS, WatchResponse
 from coordinator.fleet.auth import OPERATOR
+from coordinator.storage import ca_files
 from coordinator.storage.settings import UP_FILE
 from protocols import VERSION
-from protocols.enrollment import fleet_card, identity, joining, tickets
+from protocols.enrollment import ca_chain, fleet_card, identity, joining, tickets
+from protocols.enrollment.ca_chain import CaTrust
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import BadMessage, CommonweightError, ExitCode, HomeError, NotRunning, Refused
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
-from protocols.local.join_client import ask_version, find_coordinator, post_join
+from protocols.local.join_client import ask_version, fetch_chain, find_coordinator, post_join
 from protocols.network import addresses
 
 ACCESS_FILE = "access.json"
@@ -41,22 +44,25 @@ class Access(Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     ca_pem: str
     card: bytes = b""
-    receiver: str = ""
+    transitions: tuple[bytes, ...] = ()
 
 
 class ConnectionInfo(NamedTuple):
     """The addresses and CA of a coordinator, our id, key and role there, and the card we know.
 
-    `receiver`: the fleet, as requests name it; empty for an older coordinator.
+    `receiver`: the fleet, as requests name it; empty for an older coordinator. `transitions`: from
+    the CA that gave the fleet its id to `ca_pem`.
     """
 
     addresses: tuple[str, ...]
     ca_pem: str
+    fleet: str
     sender: str
     key: SigningKey
     role: str
     card: bytes = b""
     receiver: str = ""
+    transitions: tuple[bytes, ...] = ()
 
 
 def open_home() -> Path:
@@ -80,22 +86,18 @@ def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
     Raises NotRunning (no coordinator runs here), HomeError.
     """
     if (home / ACCESS_FILE).exists():
-        try:
-            access = msgspec.json.decode((home / ACCESS_FILE).read_bytes(), type=Access)
-        except (OSError, msgspec.DecodeError) as err:
-            raise HomeError(
-                f"{home / ACCESS_FILE} is damaged: {err}", "join again with a ticket"
-            ) from err
-        _check_trust(home, access)
+        access = _read_access(home)
         key = identity.load_signing_key(home / _KEY)
         return ConnectionInfo(
             access.addresses,
             access.ca_pem,
+            access.fleet,
             access.operator,
             key,
             access.role,
             access.card,
             access.fleet if access.card else "",
+            access.transitions,
         )
     try:
         up = json.loads((home / UP_FILE).read_bytes()) if is_up else {}
@@ -105,9 +107,17 @@ def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
             f"no coordinator is running over {home}", "start it: commonweight up"
         ) from err
     key = identity.load_signing_key(home / "operator.key")
-    ca_pem = (home / "ca.pem").read_text()
-    receiver = identity.fleet_id(ca_pem.encode()) if up.get("signs") else ""
-    return ConnectionInfo(addresses, ca_pem, OPERATOR, key, "operator", receiver=receiver)
+    ca_pem, chain = ca_files.read_public(home)
+    return ConnectionInfo(
+        addresses,
+        ca_pem.decode(),
+        ca_chain.fleet_of(ca_pem, chain),
+        OPERATOR,
+        key,
+        "operator",
+        receiver=str(up.get("fleet", "")),
+        transitions=chain,
+    )
 
 
 def join(text: str, name: str = "") -> Access:
@@ -127,6 +137,7 @@ def join(text: str, name: str = "") -> Access:
         sign_public=public,
         proof=key.sign(joining.operator_join_proof(ticket.id, ticket.secret, public)),
         version=VERSION,
+        follows_ca=True,
     )
     joined = post_join(
         address, ca_pem, joining.OPERATOR_JOIN_PATH, request, joining.OperatorJoinResponse
@@ -139,7 +150,9 @@ def join(text: str, name: str = "") -> Access:
             "update the coordinator, then create a new ticket",
         )
     try:
-        if fleet_card.verify_card(ca_pem, joined.card, at_least=ticket.card).fleet != joined.fleet:
+        fleet = ca_chain.fleet_of(ca_pem, joined.transitions)
+        fleet_card.verify_card(ca_pem, joined.card, fleet=fleet, at_least=ticket.card)
+        if joined.fleet != fleet:
             raise BadMessage(f"fleet {joined.fleet} is not the fleet of this CA")
     except BadMessage as err:
         raise Refused(
@@ -153,6 +166,7 @@ def join(text: str, name: str = "") -> Access:
         addresses=tuple(dict.fromkeys((address, *ticket.addresses))),
         ca_pem=ca_pem.decode(),
         card=joined.card,
+        transitions=joined.transitions,
     )
     write_private(home / _KEY, identity.private_pem(key))
     write_private(home / ACCESS_FILE, msgspec.json.encode(access))
@@ -162,13 +176,57 @@ def join(text: str, name: str = "") -> Access:
 def _check_trust(home: Path, access: Access) -> None:
     """Raise HomeError unless there is one CA, and the fleet is of this CA."""
     try:
-        if identity.fleet_id(access.ca_pem.encode()) != access.fleet:
+        if ca_chain.fleet_of(access.ca_pem.encode(), access.transitions) != access.fleet:
             raise BadMessage(f"its CA is not that of fleet {access.fleet}")
     except BadMessage as err:
         raise HomeError(
             f"{home / ACCESS_FILE} trusts more than this fleet's CA: {err}",
             "join again with a new ticket",
         ) from err
+
+
+def follow_ca(home: Path, address: str) -> bool:
+    """Trust the newest CA of the fleet, if the one trusted here leads to it; False if not.
+
+    Raises Refused if the server shows transitions that do not begin with this CA.
+    """
+    if not (home / ACCESS_FILE).exists():  # the coordinator's own home
+        return False
+    access = _read_access(home)
+    told, old = fetch_chain(address), access.ca_pem.encode()
+    try:
+        ca_pem = ca_chain.follow(old, access.transitions, told.transitions)
+        if ca_pem == old:
+            return False
+        ca_chain.first_card(ca_pem, told.card, old, access.card, access.fleet)
+    except BadMessage as err:
+        raise Refused(
+            f"the server at {address} has another CA than this fleet: {err.message}",
+            "nothing was sent. Ask the operator who answers at this address",
+        ) from err
+    changed = msgspec.structs.replace(
+        access, ca_pem=ca_pem.decode(), card=told.card, transitions=told.transitions
+    )
+    write_private(home / ACCESS_FILE, msgspec.json.encode(changed))
+    return True
+
+
+def _read_access(home: Path) -> Access:
+    """The access in this home. Raises HomeError."""
+    try:
+        access = msgspec.json.decode((home / ACCESS_FILE).read_bytes(), type=Access)
+    except (OSError, msgspec.DecodeError) as err:
+        raise HomeError(
+            f"{home / ACCESS_FILE} is damaged: {err}", "join again with a ticket"
+        ) from err
+    _check_trust(home, access)
+    return access
+
+
+def trusted_cas(connection: ConnectionInfo) -> CaTrust:
+    """The CAs whose node certificates count. Raises BadMessage."""
+    # Without the present card, the period of the transition counts in full.
+    return CaTrust.of(connection.ca_pem.encode(), connection.transitions, math.inf)
 
 
 def check_watch(connection: ConnectionInfo, address: str, watch: WatchResponse) -> WatchResponse:
@@ -180,7 +238,9 @@ def check_watch(connection: ConnectionInfo, address: str, watch: WatchResponse) 
         return watch
     try:
         ca_pem = connection.ca_pem.encode()
-        card = fleet_card.verify_card(ca_pem, watch.card, newer_than=connection.card)
+        card = fleet_card.verify_card(
+            ca_pem, watch.card, fleet=connection.fleet, newer_than=connection.card
+        )
         if (watch.fleet, watch.coordinator_public) != (card.fleet, card.coordinator_public):
             raise BadMessage("its signing key is not the one on the card")
         host = addresses.parse(address).host

@@ -30,6 +30,7 @@ from coordinator.transport.mqtt_client import FleetMqttClient
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage, CommonweightError, NotRunning, Unreachable
 from protocols.local import bounded_http
+from protocols.local.join_client import is_other_ca
 from protocols.messages.envelope import Command, Envelope, JobChanged, LogLine, PeerChanged
 from protocols.messages.topics import COORDINATOR, Kind
 from protocols.network.error_text import describe_error
@@ -45,6 +46,14 @@ MAX_WAITING = 20_000
 _SAVE_NEIGHBORS_EVERY_S = 600.0
 
 
+class _OtherCa(Unreachable):
+    """The server at this address has a certificate of a CA that is not trusted here."""
+
+    def __init__(self, message: str, hint: str, address: str) -> None:
+        super().__init__(message, hint)
+        self.address = address
+
+
 class Remote:
     """A client of the coordinator whose home this is, or to which the home gives access.
 
@@ -53,11 +62,15 @@ class Remote:
     """
 
     def __init__(self, home: Path) -> None:
-        self._connection = access.connection_info(home)
+        self._home = home
+        self._connect()
         self.role = self._connection.role
+        self.address = self._connection.addresses[0]
+
+    def _connect(self) -> None:
+        self._connection = access.connection_info(self._home)
         context = ssl.create_default_context(cadata=self._connection.ca_pem)
         self._http = httpx.Client(verify=context, timeout=15)
-        self.address = self._connection.addresses[0]
 
     def close(self) -> None:
         self._http.close()
@@ -156,8 +169,22 @@ class Remote:
         return _decoded(self._request("POST", path, msgspec.json.encode(body)), dict[str, str])
 
     def _request(self, method: str, path: str, body: bytes = b"") -> bytes:
-        """The response of the first address that gives one. Later requests start with it."""
+        """The response of the first address that gives one. Later requests start with it.
+
+        If the fleet has a new CA, the request is sent again with it.
+        """
+        try:
+            return self._send(method, path, body)
+        except _OtherCa as err:
+            if not access.follow_ca(self._home, err.address):
+                raise
+        self.close()
+        self._connect()
+        return self._send(method, path, body)
+
+    def _send(self, method: str, path: str, body: bytes) -> bytes:
         tried: list[str] = []
+        other = ""
         digest = hashlib.sha256(body).hexdigest()
         for address in dict.fromkeys((self.address, *self._connection.addresses)):
             sender, sign = self._connection.sender, self._connection.key.sign
@@ -175,6 +202,7 @@ class Remote:
                     headers=headers,
                 )
             except httpx.ConnectError as err:
+                other = other or (address if is_other_ca(err) else "")
                 tried.append(f"{address}: {describe_error(err)}")
                 continue
             except httpx.HTTPError as err:  # the request may have arrived: do not repeat it
@@ -184,9 +212,10 @@ class Remote:
             if answer.is_success:
                 return answer.content
             raise access.error_from(answer)
-        raise Unreachable(
-            f"the coordinator does not answer: {'; '.join(tried)}", "is it running? commonweight up"
-        )
+        message = f"the coordinator does not answer: {'; '.join(tried)}"
+        if other:
+            raise _OtherCa(message, "ask the operator who answers at this address", other)
+        raise Unreachable(message, "is it running? commonweight up")
 
 
 def _decoded(answer: bytes, kind: type[T]) -> T:

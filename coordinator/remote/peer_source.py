@@ -99,14 +99,13 @@ class PeerSource(ReadOnly):
         is_local = all(is_loopback(parse(one).host) for one in self._own.addresses)
         self._partner = _find_partner(neighbors, peer, allow_loopback=is_local)
         self._token = neighbors.access_token
-        self._ca_pem = self._own.ca_pem.encode()
-        self._fleet = identity.fleet_id(self._ca_pem)
+        self._fleet = self._own.fleet
         self.heading = f"as {self._partner.name} knows it"
 
     async def snapshot(self) -> Fleet:
         """Raises Unreachable, Refused."""
         batch = await asyncio.to_thread(self._request)
-        store, now = GossipStore(self._ca_pem, self._fleet), time.time()
+        store, now = GossipStore(access.trusted_cas(self._own), self._fleet), time.time()
         store.add(batch.entries, now)
         return fleet_from_gossip(self._fleet, self.heading, store.newest_first(), now)
 

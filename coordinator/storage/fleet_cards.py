@@ -8,9 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from protocols.enrollment import fleet_card, identity
+from protocols.enrollment import ca_chain, fleet_card
 from protocols.enrollment.fleet_card import FleetCard
 from protocols.enrollment.identity import SigningKey
+from protocols.enrollment.joining import Chain
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
@@ -21,13 +22,19 @@ FILE = "fleet.card"
 class CardFile:
     """The card in a coordinator's home. It is signed again only when its content changes."""
 
-    def __init__(self, home: Path, ca_pem: bytes) -> None:
-        self._path, self._ca_pem = home / FILE, ca_pem
+    def __init__(self, home: Path, ca_pem: bytes, chain: Chain = ()) -> None:
+        self._path = home / FILE
+        self._fleet = ca_chain.fleet_of(ca_pem, chain)
         self._card: FleetCard | None = None
-        self._signed = b""
-        with contextlib.suppress(OSError, BadMessage):  # none yet, or of another CA
+        self._signed, self._counter = b"", 0
+        with contextlib.suppress(OSError):  # none yet
             signed = self._path.read_bytes()
-            self._card, self._signed = fleet_card.verify_card(ca_pem, signed), signed
+            for one in (ca_pem, *(step.old_ca for step in ca_chain.read_chain(chain))):
+                with contextlib.suppress(BadMessage):
+                    card = fleet_card.verify_card(one, signed, fleet=self._fleet)
+                    self._counter = card.counter  # of an earlier CA, too
+                    if one == ca_pem:
+                        self._card, self._signed = card, signed
 
     @property
     def card(self) -> FleetCard | None:
@@ -35,24 +42,30 @@ class CardFile:
         return self._card
 
     def current(
-        self, ca_key: SigningKey, public: bytes, broker: MqttAddress, issuer: bytes = b""
+        self,
+        ca_key: SigningKey,
+        public: bytes,
+        broker: MqttAddress,
+        issuer: bytes = b"",
+        old_ca_until: float = 0.0,
     ) -> bytes:
         """The signed card for this signing key and broker.
 
         `issuer`: the certificate (PEM) of the issuer whose key `ca_key` is, or empty.
+        `old_ca_until`: as on the card.
         """
-        counter = self._card.counter if self._card else 0
         card = FleetCard(
-            fleet=identity.fleet_id(self._ca_pem) if self._card is None else self._card.fleet,
-            counter=max(counter, 1),
+            fleet=self._fleet,
+            counter=max(self._counter, 1),
             coordinator_public=public,
             broker=fleet_card.broker_card(broker),
             issuer=issuer,
+            old_ca_until=old_ca_until,
         )
         if card != self._card:
             # The clock keeps the counter growing in a home that was restored from a backup.
-            counter = max(counter + 1, int(time.time()))
-            self._card = msgspec.structs.replace(card, counter=counter)
+            self._counter = max(self._counter + 1, int(time.time()))
+            self._card = msgspec.structs.replace(card, counter=self._counter)
             self._signed = fleet_card.issue_card(ca_key, self._card)
             write_private(self._path, self._signed)
         return self._signed

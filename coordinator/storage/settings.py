@@ -14,8 +14,11 @@ import psutil
 import tomli_w
 from msgspec import Meta
 
-from protocols.enrollment import identity
+from coordinator.storage import ca_files
+from coordinator.storage.ca_files import CA_FILE, CA_KEY_FILE, ISSUER_FILE, CaFiles
+from protocols.enrollment import ca_chain, identity
 from protocols.enrollment.identity import SigningKey
+from protocols.enrollment.joining import Chain
 from protocols.errors import BadMessage, HomeError, UsageError
 from protocols.local import homes, settings_file
 from protocols.local.atomic_files import write_private
@@ -24,8 +27,6 @@ from protocols.local.settings_file import SETTINGS_FILE
 #: Has the address of the running coordinator.
 UP_FILE = "up.json"
 PORT = 9092
-#: Certificate and key of the issuer, if the CA's key is offline.
-ISSUER_FILE = "issuer.pem"
 #: Words for true and false in the environment, besides true, false, 1 and 0.
 _WORDS = {
     **dict.fromkeys(("yes", "y", "on", "t"), True),
@@ -93,6 +94,7 @@ class Keys(NamedTuple):
     """The keys and certificates in a coordinator's home.
 
     If the CA's key is offline, `ca_key` is the key of an issuer, and `issuer` its certificate.
+    `chain`: the transitions from the CA that gave the fleet its id to this one.
     """
 
     fleet: str
@@ -101,6 +103,7 @@ class Keys(NamedTuple):
     sign_key: SigningKey
     operator_key: SigningKey
     issuer: bytes = b""
+    chain: Chain = ()
 
 
 def init(
@@ -111,7 +114,7 @@ def init(
     `keep_offline` stores the CA's key elsewhere; an issuer in the home then signs in its place.
     """
     home = homes.open_home("coordinator", create=True)
-    if (home / "ca.pem").exists():
+    if (home / CA_FILE).exists():
         return home, False
     is_offline, issuer = keep_offline is not None, b""
     ca_key, ca_pem = identity.new_ca(socket.gethostname(), with_issuers=is_offline)
@@ -120,11 +123,11 @@ def init(
         ca_key, issuer = write_issuer(home, ca_key, ca_pem)
     else:
         (home / ISSUER_FILE).unlink(missing_ok=True)  # of an `init` that did not end
-        write_private(home / "ca.key", identity.private_pem(ca_key))
+        write_private(home / CA_KEY_FILE, identity.private_pem(ca_key))
     write_private(home / "coordinator.key", identity.private_pem(identity.new_signing_key()))
     write_private(home / "operator.key", identity.private_pem(identity.new_signing_key()))
     # Last: its presence marks a complete home.
-    write_private(home / "ca.pem", ca_pem)
+    write_private(home / CA_FILE, ca_pem)
     certify(home, ca_key, ca_pem, names, issuer)
     return home, True
 
@@ -136,18 +139,17 @@ def write_issuer(home: Path, ca_key: SigningKey, ca_pem: bytes) -> tuple[Signing
     return key, issuer
 
 
-def _open_issuer(home: Path, ca_pem: bytes) -> tuple[SigningKey, bytes]:
+def _open_signer(home: Path, files: CaFiles) -> tuple[SigningKey, bytes]:
     """The key that signs in this home, and the issuer's certificate, empty if it is the CA's key.
 
-    Raises HomeError, BadMessage, OSError.
+    Raises HomeError, BadMessage.
     """
-    if not (home / ISSUER_FILE).exists():
-        return identity.load_signing_key(home / "ca.key"), b""
+    if not files.is_offline:
+        return identity.parse_signing_key(files.signer, home / CA_KEY_FILE), b""
     end = b"-----END CERTIFICATE-----\n"
-    text = (home / ISSUER_FILE).read_bytes()
-    issuer = text[: text.find(end) + len(end)]
-    key = identity.load_signing_key(home / ISSUER_FILE)
-    if identity.signer_public(ca_pem, issuer) != identity.public_bytes(key):
+    issuer = files.signer[: files.signer.find(end) + len(end)]
+    key = identity.parse_signing_key(files.signer, home / ISSUER_FILE)
+    if identity.signer_public(files.ca_pem, issuer) != identity.public_bytes(key):
         raise BadMessage("the issuer's certificate is for another key")
     return key, issuer
 
@@ -160,21 +162,22 @@ def save_names(home: Path, names: list[str]) -> None:
 
 def open_keys(home: Path) -> Keys:
     """The keys in the home. Raises HomeError."""
-    if not (home / "ca.pem").exists():
+    if not (home / CA_FILE).exists():
         raise HomeError(f"{home} has no CA", "make one: commonweight init")
     try:
-        ca_pem = (home / "ca.pem").read_bytes()
-        fleet = identity.fleet_id(ca_pem)
-        ca_key, issuer = _open_issuer(home, ca_pem)
+        files = ca_files.read(home)
+        fleet = ca_chain.fleet_of(files.ca_pem, files.chain)
+        ca_key, issuer = _open_signer(home, files)
     except (OSError, BadMessage) as err:
         raise HomeError(f"the home {home} is damaged: {err}", "restore it from a backup") from err
     return Keys(
         fleet=fleet,
-        ca_pem=ca_pem,
+        ca_pem=files.ca_pem,
         ca_key=ca_key,
         sign_key=identity.load_signing_key(home / "coordinator.key"),
         operator_key=identity.load_signing_key(home / "operator.key"),
         issuer=issuer,
+        chain=files.chain,
     )
 
 
@@ -191,9 +194,9 @@ def certify(
     with contextlib.suppress(OSError, ValueError):
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, home / "server.key")
         pem = certificate.read_bytes()
-        is_chained = pem.endswith(issuer)
         if (
-            is_chained
+            pem.endswith(issuer)
+            and identity.is_issued_by(pem, issuer or ca_pem)
             and wanted <= identity.certificate_names(pem)
             and identity.days_left(pem) > 30
         ):

@@ -43,6 +43,7 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     `coordinator_public`: the Ed25519 key (raw, 32 bytes) of its commands and versions. `counter`
     grows with each change: an older card is refused. `issuer`: the certificate (PEM) of the issuer
     that signed it, or empty for the CA; after a newer issuer, an older one is refused.
+    `old_ca_until`: node certificates of the CA before this one count until then (Unix s).
     """
 
     v: Count = FORMAT
@@ -51,6 +52,7 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     coordinator_public: PublicKey
     broker: BrokerCard
     issuer: Annotated[bytes, Meta(max_length=2048)] = b""
+    old_ca_until: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
 
 
 _SIGNED = SignedJson(FleetCard, "fleet card", "fleet card", "this fleet's CA")
@@ -68,12 +70,13 @@ def issue_card(ca_key: SigningKey, card: FleetCard) -> bytes:
 
 
 def verify_card(
-    ca_pem: bytes, data: bytes, *, newer_than: bytes = b"", at_least: int = 0
+    ca_pem: bytes, data: bytes, *, fleet: str = "", newer_than: bytes = b"", at_least: int = 0
 ) -> FleetCard:
     """The card in `data`, if this CA signed it for its own fleet. Raises BadMessage.
 
-    `newer_than`: the card that is known; one with a lower counter is refused. `at_least`: the
-    lowest counter, from a ticket.
+    `fleet`: its id, if this CA is not the first of its fleet (`ca_chain.fleet_of`). `newer_than`:
+    the card that is known; one with a lower counter is refused. `at_least`: the lowest counter,
+    from a ticket.
     """
     if len(data) > MAX_CARD_BYTES:
         raise BadMessage(f"a fleet card of {len(data)} bytes; the limit is {MAX_CARD_BYTES}")
@@ -84,14 +87,14 @@ def verify_card(
     card = _SIGNED.unpack(data, partial(identity.verify, signer))
     if card.v != FORMAT:
         raise BadMessage(f"a fleet card of format {card.v}; this version reads {FORMAT}")
-    if card.fleet != identity.fleet_id(ca_pem):
+    if card.fleet != (fleet or identity.fleet_id(ca_pem)):
         raise BadMessage(f"the card is for fleet {card.fleet}, not for this CA's fleet")
     if card.counter < at_least:
         raise BadMessage(
             f"the fleet card is older (number {card.counter}) than the ticket ({at_least})"
         )
     if newer_than and newer_than != data:
-        known = verify_card(ca_pem, newer_than)
+        known = verify_card(ca_pem, newer_than, fleet=fleet)
         if identity.issued_at(card.issuer) < identity.issued_at(known.issuer):
             raise BadMessage("the fleet card is of an issuer that was replaced")
         if card.counter <= known.counter and card != known:

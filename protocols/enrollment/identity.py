@@ -114,7 +114,12 @@ def private_pem(key: SigningKey | NodeKey) -> bytes:
 
 def load_signing_key(path: Path) -> SigningKey:
     """Read an Ed25519 key from a PEM file. Raises HomeError."""
-    key = _load(path)
+    return parse_signing_key(_read(path), path)
+
+
+def parse_signing_key(pem: bytes, path: Path) -> SigningKey:
+    """The Ed25519 key in the text of this file. Raises HomeError."""
+    key = _parse(pem, path)
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise HomeError(f"{path} is not an Ed25519 key")
     return key
@@ -122,16 +127,23 @@ def load_signing_key(path: Path) -> SigningKey:
 
 def load_node_key(path: Path) -> NodeKey:
     """Read a P-384 key from a PEM file. Raises HomeError."""
-    key = _load(path)
+    key = _parse(_read(path), path)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise HomeError(f"{path} is not an elliptic-curve key")
     return key
 
 
-def _load(path: Path) -> object:
+def _read(path: Path) -> bytes:
     try:
-        return serialization.load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
+        return path.read_bytes()
+    except OSError as err:
+        raise HomeError(f"cannot read the key {path}: {err}") from err
+
+
+def _parse(pem: bytes, path: Path) -> object:
+    try:
+        return serialization.load_pem_private_key(pem, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
         raise HomeError(f"cannot read the key {path}: {err}") from err
 
 
@@ -255,6 +267,15 @@ def certificate_names(pem: bytes) -> set[str]:
     certificate = x509.load_pem_x509_certificate(pem)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return {str(name.value) for name in names}
+
+
+def is_issued_by(pem: bytes, ca_pem: bytes) -> bool:
+    """True if this CA or issuer (PEM) signed the first certificate in `pem`. Raises ValueError."""
+    try:
+        x509.load_pem_x509_certificate(pem).verify_directly_issued_by(load_ca(ca_pem))
+    except (BadMessage, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def days_left(pem: bytes, now: datetime.datetime | None = None) -> float:

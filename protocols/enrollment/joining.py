@@ -12,6 +12,7 @@ from protocols.messages.mqtt import MqttAddress
 JOIN_PATH = "/cw/v1/join"
 OPERATOR_JOIN_PATH = "/cw/v1/operators/join"
 CA_PATH = "/cw/v1/ca"
+CA_CHAIN_PATH = "/cw/v1/ca/transitions"
 ENROLLMENT_STATUS_PATH = "/cw/v1/standing"
 RENEW_PATH = "/cw/v1/renew"
 LEAVE_PATH = "/cw/v1/leave"
@@ -19,6 +20,12 @@ MQTT_PATH = "/cw/v1/mqtt"
 
 #: A fleet card (`enrollment.fleet_card`).
 Card = Annotated[bytes, Meta(max_length=16 * 1024)]
+MAX_TRANSITIONS, MAX_TRANSITION_BYTES = 32, 4 * 1024
+#: The transitions of a fleet's CA (`enrollment.ca_chain`), oldest first.
+Chain = Annotated[
+    tuple[Annotated[bytes, Meta(max_length=MAX_TRANSITION_BYTES)], ...],
+    Meta(max_length=MAX_TRANSITIONS),
+]
 
 
 class _TicketRequest(Struct, frozen=True, kw_only=True):
@@ -28,13 +35,14 @@ class _TicketRequest(Struct, frozen=True, kw_only=True):
     sign_public: PublicKey
     proof: Annotated[bytes, Meta(min_length=64, max_length=64)]
     version: Name
+    follows_ca: bool = False
 
 
 class JoinRequest(_TicketRequest, frozen=True, kw_only=True):
     """An agent's request: the ticket's id and secret, and its two public keys.
 
     `proof` is its Ed25519 signature over `join_proof`. It shows that the sender has the private
-    key, and did not just copy the public one.
+    key, and did not just copy the public one. `follows_ca`: it reads transitions of the CA.
     """
 
     labels: Labels = {}
@@ -57,18 +65,20 @@ def operator_join_proof(ticket: str, secret: bytes, sign_public: bytes) -> bytes
 
 
 class OperatorJoinResponse(Struct, frozen=True, kw_only=True):
-    """The id and role of a monitor that has joined, and the fleet card, as for an agent."""
+    """The id and role of a monitor that has joined; fleet card and transitions as for an agent."""
 
     operator: Id
     role: Literal["observer", "operator"]
     fleet: Id
     card: Card = b""
+    transitions: Chain = ()
 
 
 class JoinResponse(Struct, frozen=True, kw_only=True):
     """What a machine needs to work in the fleet. `awaiting`: the operator has to approve it.
 
-    `card`: the fleet card (`enrollment.fleet_card`); older coordinators send none.
+    `card`: the fleet card (`enrollment.fleet_card`); older coordinators send none. `transitions`:
+    from the CA that gave the fleet its id to the present one.
     """
 
     peer: Id
@@ -79,6 +89,7 @@ class JoinResponse(Struct, frozen=True, kw_only=True):
     mqtt: MqttAddress
     awaiting: bool
     card: Card = b""
+    transitions: Chain = ()
 
 
 class MqttResponse(MqttAddress, frozen=True, kw_only=True):

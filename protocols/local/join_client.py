@@ -1,5 +1,7 @@
 """The HTTP client of joining: find the coordinator of a ticket, then send the join request.
 
+It also fetches the transitions of a CA, which prove themselves.
+
 Nothing is sent before the server's CA has the hash in the ticket.
 """
 
@@ -14,16 +16,24 @@ import httpx
 import msgspec
 
 from protocols.enrollment import identity, signed_requests, tickets
-from protocols.enrollment.joining import CA_PATH, ENROLLMENT_STATUS_PATH, EnrollmentStatus
+from protocols.enrollment.ca_chain import ChainResponse
+from protocols.enrollment.joining import (
+    CA_CHAIN_PATH,
+    CA_PATH,
+    ENROLLMENT_STATUS_PATH,
+    EnrollmentStatus,
+)
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, Refused, Unreachable
 from protocols.local import bounded_http
 from protocols.messages.envelope import Sign, strip_controls
-from protocols.network.error_text import describe_error
+from protocols.network.error_text import causes, describe_error
 
 T = TypeVar("T")
 
 _TIMEOUT_S = 10.0
+#: Codes of OpenSSL for a certificate that is not valid yet or expired, or has another name.
+_RIGHT_CA = frozenset({9, 10, 62, 64})
 _MAX_CA_BYTES = 64 * 1024
 #: Of the answer to a request to join: certificates, keys and the address of the broker.
 _MAX_ANSWER_BYTES = 256 * 1024
@@ -54,7 +64,8 @@ def find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
     if strangers:
         raise Refused(
             f"{', '.join(strangers)} is not the coordinator that made this ticket",
-            "another server answers there; nothing was sent. Ask for a new ticket",
+            "another server answers there, or the fleet has a new CA since the ticket was made; "
+            "nothing was sent. Ask for a new ticket",
         )
     raise Unreachable(
         f"no coordinator answers: {'; '.join(failed)}",
@@ -67,6 +78,28 @@ def _fetch_ca(http: httpx.Client, address: str) -> bytes:
     url = f"https://{address}{CA_PATH}"
     answer = bounded_http.request(http, "GET", url, max_bytes=_MAX_CA_BYTES, within_s=_TIMEOUT_S)
     return answer.raise_for_status().content
+
+
+def is_other_ca(err: BaseException) -> bool:
+    """True if a connection failed because the server's certificate is not of the trusted CA."""
+    return any(
+        isinstance(cause, ssl.SSLCertVerificationError) and cause.verify_code not in _RIGHT_CA
+        for cause in causes(err)
+    )
+
+
+def fetch_chain(address: str) -> ChainResponse:
+    """The transitions of the CA that a server shows; none if it does not answer with any.
+
+    TLS is not verified: each transition has the signature of the CA before it.
+    """
+    url, limit = f"https://{address}{CA_CHAIN_PATH}", _MAX_ANSWER_BYTES
+    try:
+        with httpx.Client(verify=False, timeout=_TIMEOUT_S) as http:
+            answer = bounded_http.request(http, "GET", url, max_bytes=limit, within_s=_TIMEOUT_S)
+        return msgspec.json.decode(answer.raise_for_status().content, type=ChainResponse)
+    except (httpx.HTTPError, httpx.InvalidURL, Unreachable, msgspec.DecodeError, ValueError):
+        return ChainResponse()
 
 
 def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, kind: type[T]) -> T:

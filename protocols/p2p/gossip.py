@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from protocols.enrollment import identity
+from protocols.enrollment.ca_chain import CaTrust
 from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import BadMessage
 from protocols.messages.envelope import (
@@ -162,15 +163,18 @@ def sign_entry(entry: GossipEntry, certificate: bytes, sign: Sign) -> bytes:
     )
 
 
-def verify_entry(signed: bytes, ca_pem: bytes, fleet: str, now: float) -> VerifiedEntry:
+def verify_entry(signed: bytes, cas: CaTrust, fleet: str, now: float) -> VerifiedEntry:
     """The entry in `signed`, if an enrolled peer of this fleet signed it. Raises BadMessage."""
     try:
         parts = msgspec.msgpack.decode(signed, type=_SignedEntry)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"not a valid gossip entry: {err}") from err
     entry = _SIGNED_JSON_ENTRY.decode(parts.entry)
-    sender = identity.verify_certificate(ca_pem, parts.certificate)
-    if (sender.fleet, sender.peer) != (fleet, entry.peer) or sender.not_after < now:
+    sender = cas.verify_certificate(parts.certificate, now)
+    own_id = identity.peer_id(sender.sign_public)
+    if (sender.fleet, sender.peer, own_id) != (fleet, entry.peer, entry.peer) or (
+        sender.not_after < now
+    ):
         raise BadMessage("the certificate of the entry is of another fleet or peer, or has expired")
     message = _SIGNED_JSON_ENTRY.signed_bytes(parts.entry)
     if not identity.verify(sender.sign_public, parts.signature, message):
@@ -183,8 +187,8 @@ def verify_entry(signed: bytes, ca_pem: bytes, fleet: str, now: float) -> Verifi
 class GossipStore:
     """The newest entry of each peer, at most `MAX_ENTRIES`."""
 
-    def __init__(self, ca_pem: bytes, fleet: str) -> None:
-        self._ca_pem, self._fleet = ca_pem, fleet
+    def __init__(self, cas: CaTrust, fleet: str) -> None:
+        self._cas, self._fleet = cas, fleet
         self._newest: dict[str, VerifiedEntry] = {}
 
     def add(self, signed: Iterable[bytes], now: float, excluded: Iterable[str] = ()) -> int:
@@ -198,7 +202,7 @@ class GossipStore:
             if data in known:
                 continue
             try:
-                new = verify_entry(data, self._ca_pem, self._fleet, now)
+                new = verify_entry(data, self._cas, self._fleet, now)
             except BadMessage:
                 continue  # the peer that forwarded it may not have checked it
             peer = new.entry.peer

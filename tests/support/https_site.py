@@ -7,6 +7,7 @@ import hashlib
 import logging
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment.ca_chain import Transition, sign_transition
 from protocols.enrollment.joining import JoinRequest, join_proof
 from protocols.local.atomic_files import write_private
 from protocols.messages.mqtt import MqttAddress
@@ -82,9 +84,7 @@ class Site:
     def __init__(self, folder: Path, *, flower: bool = False, approve: bool = False) -> None:
         self.folder = folder
         self.ca_key, self.ca_pem = identity.new_ca("test")
-        key, pem = identity.new_server_certificate(self.ca_key, self.ca_pem, ["localhost", HOST])
-        write_private(folder / "server.key", identity.private_pem(key))
-        (folder / "server.pem").write_bytes(pem)
+        self._certify()
         self.sign_key, self.operator_key = (identity.new_signing_key() for _ in range(2))
         self.fleet_id = identity.fleet_id(self.ca_pem)
         public = identity.public_bytes(self.sign_key)
@@ -110,6 +110,39 @@ class Site:
             self.superlink.on_request = lambda action, node: self.heard.append((action, node))
             self.grid = ClaimCheckGrid(self.superlink, self.lane)
             self.registry.on_change = self._admit
+
+    def _certify(self) -> None:
+        key, pem = identity.new_server_certificate(self.ca_key, self.ca_pem, ["localhost", HOST])
+        write_private(self.folder / "server.key", identity.private_pem(key))
+        (self.folder / "server.pem").write_bytes(pem)
+
+    def replace_ca(self) -> None:
+        """Replace the CA, as `keys rotate ca` does while the coordinator is stopped."""
+        key, pem = identity.new_ca("test")
+        step = Transition(
+            fleet=self.fleet_id,
+            counter=len(self.identity.chain) + 1,
+            old_ca=self.ca_pem,
+            new_ca=pem,
+            at=time.time(),
+            old_until=time.time() + 60,
+        )
+        chain = (*self.identity.chain, sign_transition(self.ca_key, step))
+        self.ca_key, self.ca_pem = key, pem
+        self.identity = self.identity._replace(ca_pem=pem, chain=chain)
+        self.cards = CardFile(self.folder, pem, chain)
+        self.registry.record_key("ca", identity.ca_fingerprint(pem).hex()[:16])
+        self._certify()
+
+    @classmethod
+    def again(cls, stopped: Site) -> Site:
+        """The site of a stopped one, with its keys and its registry."""
+        site = cls(stopped.folder)
+        site.ca_key, site.ca_pem, site.sign_key = stopped.ca_key, stopped.ca_pem, stopped.sign_key
+        site.fleet_id, site.identity = stopped.fleet_id, stopped.identity
+        public = identity.public_bytes(site.operator_key)
+        site.auth = Auth(site.registry, public, site.fleet_id)
+        return site
 
     def _admit(self, peer: Peer) -> None:
         if peer.standing == "enrolled" and peer.peer not in self.nodes:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from agent.home import fleet_trust
 from agent.home.credentials import Credentials
 from agent.home.settings import Enrollment
 from agent.transport.version_proofs import VersionIndex
@@ -67,7 +68,7 @@ class GossipState:
         self.heads = heads
         self._presence = presence
         self.address: Callable[[], str] = lambda: ""
-        self._store = gossip.GossipStore(credentials.ca_pem, enrollment.fleet)
+        self._store = gossip.GossipStore(fleet_trust.trusted_cas(enrollment), enrollment.fleet)
         #: By peer: the IP address from which it last connected.
         self._seen_at: dict[str, str] = {}
         self.assigned = self._read()

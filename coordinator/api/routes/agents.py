@@ -1,6 +1,7 @@
 """What agents ask: to join, their work, their certificate; and how an operator joins.
 
 GET  /cw/v1/ca                the CA certificate (its hash is in every ticket)
+GET  /cw/v1/ca/transitions    how this CA took the place of earlier ones, and the fleet card
 POST /cw/v1/join              join with a ticket
 POST /cw/v1/exchange          send a reply, get the next work     (an enrolled peer)
 GET  /cw/v1/mqtt              the address and login of the broker (an enrolled peer)
@@ -28,7 +29,8 @@ from coordinator.fleet.registry import Peer
 from coordinator.fleet.sessions import NoSession
 from protocols import VERSION
 from protocols.enrollment import identity, joining
-from protocols.errors import BadMessage, CommonweightError
+from protocols.enrollment.ca_chain import ChainResponse
+from protocols.errors import BadMessage, CommonweightError, Refused
 from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.work import POLL_PATH, PollRequest
 
@@ -50,6 +52,7 @@ class AgentRoutes:
     def routes(self) -> list[Route]:
         return [
             Route(joining.CA_PATH, self._ca),
+            Route(joining.CA_CHAIN_PATH, self._ca_chain),
             Route(joining.JOIN_PATH, self._join, methods=["POST"]),
             Route(POLL_PATH, self._poll, methods=["POST"]),
             Route(joining.MQTT_PATH, self._mqtt),
@@ -63,9 +66,23 @@ class AgentRoutes:
     async def _ca(self, _: Request) -> Response:
         return Response(self._service.identity.ca_pem, media_type="application/x-pem-file")
 
+    async def _ca_chain(self, _: Request) -> Response:
+        chain, card = self._service.identity.chain, self._service.fleet_card()
+        return json_response(ChainResponse(transitions=chain, card=card))
+
+    def _check_follows(self, request: joining.JoinRequest | joining.OperatorJoinRequest) -> None:
+        """Raise Refused for a version that cannot check this fleet's CA."""
+        if self._service.identity.chain and not request.follows_ca:
+            raise Refused(
+                f"this fleet has replaced its CA, and commonweight {request.version} on this "
+                "machine cannot check that",
+                "update it: pip install --upgrade commonweight",
+            )
+
     async def _join(self, request: Request) -> Response:
         body = decode_body(await read_body(request, MAX_JOIN_BYTES), joining.JoinRequest)
         try:
+            self._check_follows(body)
             peer = self._service.registry.join(body)
         except CommonweightError as err:
             return error_response(err, 403)
@@ -82,6 +99,7 @@ class AgentRoutes:
                 mqtt=mqtt,
                 awaiting=peer.standing == "awaiting",
                 card=self._service.fleet_card(),
+                transitions=self._service.identity.chain,
             )
         )
 
@@ -98,7 +116,9 @@ class AgentRoutes:
         return identity.issue_certificate(self._ca_key, certificate)
 
     async def _renew(self, request: Request) -> Response:
-        certificate = self._certificate(await self._auth.peer(request))
+        peer = await self._auth.peer(request)
+        certificate = self._certificate(peer)
+        self._service.registry.note_ca(peer.peer)
         return Response(certificate, media_type="application/octet-stream")
 
     async def _poll(self, request: Request) -> Response:
@@ -141,15 +161,16 @@ class AgentRoutes:
     async def _join_operator(self, request: Request) -> Response:
         body = decode_body(await read_body(request, MAX_JOIN_BYTES), joining.OperatorJoinRequest)
         try:
+            self._check_follows(body)
             operator = self._service.registry.join_operator(body)
         except CommonweightError as err:
             return error_response(err, 403)
-        fleet = self._service.identity.fleet
         return json_response(
             joining.OperatorJoinResponse(
                 operator=operator.operator,
                 role=operator.role,
-                fleet=fleet,
+                fleet=self._service.identity.fleet,
                 card=self._service.fleet_card(),
+                transitions=self._service.identity.chain,
             )
         )

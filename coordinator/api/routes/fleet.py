@@ -23,11 +23,11 @@ def snapshot(call: Call) -> msgspec.Raw:
 
 
 def watch_address(call: Call) -> WatchResponse:
-    fleet, _, public = call.service.identity
+    ours = call.service.identity
     user = monitor_user(call.request.headers[SENDER])
     mqtt = call.service.mqtt_for(request_host(call.request), user)
     card = call.service.fleet_card()
-    return WatchResponse(fleet=fleet, coordinator_public=public, mqtt=mqtt, card=card)
+    return WatchResponse(fleet=ours.fleet, coordinator_public=ours.public, mqtt=mqtt, card=card)
 
 
 def list_peers(call: Call) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ def make_ticket(call: Call) -> dict[str, str]:
     if not 0 < order.ttl_s <= 366 * 86400 or not 0 < order.uses <= 100_000:
         raise UsageError("a ticket is valid for at most a year and 100,000 machines")
     ours = call.service.identity
-    card = fleet_card.verify_card(ours.ca_pem, call.service.fleet_card())
+    card = fleet_card.verify_card(ours.ca_pem, call.service.fleet_card(), fleet=ours.fleet)
     ticket = tickets.new_ticket(call.service.addresses(), ours.ca_sha256, card.counter)
     call.service.registry.create_ticket(
         ticket, ttl_s=order.ttl_s, uses=order.uses, label=order.label, role=order.role

@@ -16,6 +16,7 @@ from agent.home.status_files import OwnerRequest
 from agent.setup import enrollment
 from benchmarks.faults.disk import can_mount, fill, small_disk
 from protocols.enrollment import tickets
+from protocols.enrollment.ca_chain import CaTrust
 from protocols.messages.envelope import Command
 from protocols.messages.states import PauseReason
 from protocols.p2p import gossip
@@ -39,7 +40,7 @@ async def test_hooks_connect_earlier_parts_with_later_ones(site: Site, tmp_path:
     assert agent._bandwidth.rates() == (8.0, 0.0)
     agent._sharing._request = DownloadPlanRequest(address="10.0.0.7:4000")
     (spoken,) = agent._gossip.outgoing().entries
-    heard = gossip.verify_entry(spoken, site.ca_pem, site.fleet_id, time.time())
+    heard = gossip.verify_entry(spoken, CaTrust(site.ca_pem), site.fleet_id, time.time())
     assert heard.entry.address == "10.0.0.7:4000"
     agent._report.write(agent._runner.state)
     status = status_files.read_status(tmp_path / "box")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.enrollment import identity
+from protocols.enrollment.ca_chain import CaTrust
 from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import BadMessage
 from protocols.messages.envelope import Presence
@@ -59,7 +60,7 @@ def spoken(at: float, **changed: bytes) -> bytes:
 
 def test_the_newest_word_of_a_peer_counts() -> None:
     now = time.time()
-    words = GossipStore(CA_PEM, "f")
+    words = GossipStore(CaTrust(CA_PEM), "f")
     new, old = spoken(now), spoken(now - 5)
     assert words.add([old, new], now) == 2
     assert words.add([old, new], now) == 0
@@ -96,18 +97,18 @@ def test_the_newest_word_of_a_peer_counts() -> None:
     ],
 )
 def test_a_forged_word_is_not_heard(forged: bytes) -> None:
-    assert GossipStore(CA_PEM, "f").add([forged], time.time()) == 0
+    assert GossipStore(CaTrust(CA_PEM), "f").add([forged], time.time()) == 0
 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_harm(data: bytes) -> None:
-    assert GossipStore(CA_PEM, "f").add([data], 0.0) == 0
+    assert GossipStore(CaTrust(CA_PEM), "f").add([data], 0.0) == 0
     with pytest.raises(BadMessage):
         gossip.verify_access_token(data, lambda signature, signed: True, float("inf"))
 
 
 def test_words_are_bounded() -> None:
-    now, words = time.time(), GossipStore(CA_PEM, "f")
+    now, words = time.time(), GossipStore(CaTrust(CA_PEM), "f")
     for number in range(MAX_ENTRIES + 3):
         peer = f"{number:016x}"
         said = gossip.sign_entry(word(now + number / 1000, peer), certificate(peer), SIGN.sign)
