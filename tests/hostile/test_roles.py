@@ -33,6 +33,7 @@ ALLOWED = {
 #: Every route has its row. HEAD is as GET.
 ROLES = {
     "GET /cw/v1/ca": ANYONE,
+    "GET /cw/v1/ca/transitions": ANYONE,
     "POST /cw/v1/join": ANYONE,
     "POST /cw/v1/operators/join": ANYONE,
     "GET /cw/v1/standing": AWAITING,

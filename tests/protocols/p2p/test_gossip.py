@@ -32,7 +32,11 @@ PEER = identity.peer_id(identity.public_bytes(SIGN))
 
 
 def certificate(
-    peer: str = PEER, fleet: str = "f", key: identity.SigningKey = CA_KEY, lasts_s: float = 3600
+    peer: str = PEER,
+    fleet: str = "f",
+    key: identity.SigningKey = CA_KEY,
+    lasts_s: float = 3600,
+    sign: identity.SigningKey = SIGN,
 ) -> bytes:
     return identity.issue_certificate(
         key,
@@ -40,7 +44,7 @@ def certificate(
             fleet=fleet,
             peer=peer,
             name="ann",
-            sign_public=identity.public_bytes(SIGN),
+            sign_public=identity.public_bytes(sign),
             node_public=identity.node_public_pem(NODE),
             not_after=time.time() + lasts_s,
         ),
@@ -109,12 +113,13 @@ def test_no_bytes_harm(data: bytes) -> None:
 
 def test_words_are_bounded() -> None:
     now, words = time.time(), GossipStore(CaTrust(CA_PEM), "f")
-    for number in range(MAX_ENTRIES + 3):
-        peer = f"{number:016x}"
-        said = gossip.sign_entry(word(now + number / 1000, peer), certificate(peer), SIGN.sign)
-        assert words.add([said], now) == 1
+    keys = [identity.new_signing_key() for _ in range(MAX_ENTRIES + 3)]
+    peers = [identity.peer_id(identity.public_bytes(key)) for key in keys]
+    for number, (peer, key) in enumerate(zip(peers, keys, strict=True)):
+        own = certificate(peer, sign=key)
+        assert words.add([gossip.sign_entry(word(now + number / 1000, peer), own, key.sign)], now)
     assert len(words.newest_first()) == MAX_ENTRIES
-    assert f"{0:016x}" not in {heard.entry.peer for heard in words.newest_first()}
+    assert peers[0] not in {heard.entry.peer for heard in words.newest_first()}
     assert len(msgspec.msgpack.encode(words.batch(b""))) < gossip.MAX_BATCH_BYTES
 
 
