@@ -34,6 +34,7 @@ from protocols.errors import CommonweightError, DiskFull, SchemaMismatch, Traine
 from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
+from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, Work
 from protocols.model import schema_card
 
@@ -203,6 +204,8 @@ class Client:
         is_stateful = work.kind == "train" and bool(personal or registry.parse(work.codec).encoding)
         finished = self._outbox.keep(work, done, synced=is_stateful)
         failpoint("agent.outbox.written")
+        if work.kind == "evaluate":
+            self._observer.on_evaluated(work, Score(done.num_examples, done.metrics))
         try:
             self._write_audit_entry(work, finished)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import re
 import shutil
 import tempfile
@@ -13,14 +14,19 @@ from pathlib import Path
 
 from agent.clientapp.interfaces import check_allowed
 from agent.clientapp.jobs import Result
+from agent.clientapp.told_scores import ToldScores, blur, key_of
+from agent.home import audit_log
 from agent.home.settings import AgentSettings
 from agent.tasks import Setting
 from agent.tasks.work import Done, Evaluate, Predict, Trainer
+from agent.transport import version_proofs
 from protocols.errors import BadMessage, Refused, TrainerFailed
 from protocols.local.safe_paths import path_in
 from protocols.messages import jobs
 from protocols.messages.jobs import ModelRef, Private, Scatter, Score, Scores, Unit
 from protocols.model.weights import file_digest
+
+log = logging.getLogger("commonweight.agent")
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 #: The maximum expansion of a block of pictures, which are compressed already.
@@ -34,7 +40,8 @@ class InferenceJobs:
 
     `settings()` returns the owner's current settings. `version(model)` returns a version's file,
     downloaded if needed. `fetch(digest, nbytes, target)` downloads rows. Predictions for this
-    peer's own rows are written to the folder `predictions` and never sent.
+    peer's own rows are written to the folder `predictions` and never sent. `told` has the metrics
+    that were told; `took_part(digest)` says whether a version is of a run that this peer worked in.
     """
 
     def __init__(
@@ -45,7 +52,10 @@ class InferenceJobs:
         fetch: Callable[[str, int, Path], None],
         folder: Path,
         predictions: Path,
+        told: ToldScores,
+        took_part: Callable[[str], bool],
     ) -> None:
+        self._told, self._took_part = told, took_part
         self._trainer, self._settings = trainer, settings
         self._version, self._fetch = version, fetch
         self._folder, self._predictions = folder, predictions
@@ -76,25 +86,64 @@ class InferenceJobs:
     # --- rows of this peer ---
 
     def private(self, unit: Unit) -> Result:
-        """Evaluates the models on this peer's rows. Raises Refused, TrainerFailed."""
+        """Tells the models' metrics on this peer's rows. Raises Refused, TrainerFailed.
+
+        A model may be made so that one row decides its metrics. So what the evaluation of a run
+        has told is repeated. Of another version of a run that this peer took part in, only the
+        accuracy is told, with noise; of a model that the owner allows, all.
+        """
         question = unit.question
         assert isinstance(question, Private)
         check_allowed(self._settings().allows, unit.task)
         scores: Scores = {}
         min_count = max(question.min_group, self._settings().data_min_count)
-        for model in unit.models:
-            base = self._version(model)
-            done = self._trainer.run(
-                Evaluate(task=unit.task, settings=_settings(unit), base=str(base))
-            )
-            is_enough = done.num_examples >= min_count
-            scores[model.digest] = (
-                Score(done.num_examples, done.metrics) if is_enough else Score(0, {})
-            )
-            self._predict_own(unit, model, base)
+        try:
+            self._check_models(unit)
+            for model in unit.models:
+                score = self._told.find(_key(unit, model)) or self._measure(unit, model)
+                is_enough = score.num_examples >= min_count
+                scores[model.digest] = score if is_enough else Score(0, {})
+                self._predict_own(unit, model)
+        except Refused as err:
+            log.warning("the job %s was refused: %s (%s)", unit.job, err.message, err.hint)
+            raise
         return Result(jobs.encode(scores), max(score.num_examples for score in scores.values()))
 
-    def _predict_own(self, unit: Unit, model: ModelRef, base: Path) -> None:
+    def _check_models(self, unit: Unit) -> None:
+        """Raise Refused if the owner lets this machine not measure one of the models."""
+        new = [model for model in unit.models if self._told.find(_key(unit, model)) is None]
+        for model in new:
+            if not self._is_allowed(model) and not self._took_part(model.digest):
+                raise Refused(
+                    f"this machine took part in no run with the model {model.digest[:12]}",
+                    f"commonweight-agent policy set jobs.private_models {model.digest}",
+                )
+        told, most = self._told.count_of_day(), self._settings().jobs_private_per_day
+        if new and told + len(new) > most:
+            raise Refused(
+                f"this machine answered for {told} models in the last 24 hours, the job asks for "
+                f"{len(new)} more, and its owner's jobs_private_per_day is {most}",
+                f"commonweight-agent policy set jobs.private_per_day {told + len(new)}",
+            )
+
+    def _is_allowed(self, model: ModelRef) -> bool:
+        allowed = self._settings().jobs_private_models
+        return "*" in allowed or model.digest in allowed
+
+    def _measure(self, unit: Unit, model: ModelRef) -> Score:
+        """Evaluates a model, and records what will be told."""
+        done = self._trainer.run(
+            Evaluate(task=unit.task, settings=_settings(unit), base=str(self._version(model)))
+        )
+        min_count = self._settings().data_min_count
+        if done.num_examples < min_count:
+            return Score(0, {})
+        exact = Score(done.num_examples, done.metrics)
+        score = exact if self._is_allowed(model) else blur(done, min_count)
+        self._told.remember(_key(unit, model), "job", score)
+        return score
+
+    def _predict_own(self, unit: Unit, model: ModelRef) -> None:
         """Writes predictions for this peer's own file, if the task supports it."""
         data = self._settings().data
         if not data or "://" in data:
@@ -104,7 +153,7 @@ class InferenceJobs:
         out = path_in(self._predictions, f"{unit.job}-{model.digest[:12]}", suffix)
         unfinished = out.with_name(f".{out.name}")
         try:
-            self._predict(unit, base, [data], unfinished)
+            self._predict(unit, self._version(model), [data], unfinished)
             unfinished.replace(out)
         except TrainerFailed as err:
             unfinished.unlink(missing_ok=True)
@@ -132,6 +181,10 @@ class InferenceJobs:
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(prefix="unit-", dir=self._folder) as folder:
             yield Path(folder)
+
+
+def _key(unit: Unit, model: ModelRef) -> str:
+    return key_of(unit.task, unit.settings, model.digest)
 
 
 def _settings(unit: Unit) -> dict[str, Setting]:
@@ -178,3 +231,16 @@ def find_version(cache: Path, model: ModelRef, fetch: Callable[[str, int], Path]
     except OSError:
         pass  # not in the cache
     return fetch(model.digest, model.nbytes)
+
+
+def took_part(home: Path, cache: Path, coordinator_public: bytes, digest: str) -> bool:
+    """True for a version that the coordinator has signed in a run in which this machine worked."""
+    try:
+        proof = path_in(cache, digest, version_proofs.SUFFIX).read_bytes()
+        work, _, _ = version_proofs.read_proof(proof, coordinator_public)
+    except (OSError, BadMessage):
+        return False
+    return work.base == digest and any(
+        entry.run == work.run and entry.what in ("weights", "evaluation")
+        for entry in audit_log.read(home)
+    )

@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, NotAllowed, Refused
 from protocols.messages import envelope
+from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 
 
@@ -67,6 +68,9 @@ class Observer:
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
         """The version of this signed work is in the cache."""
+
+    def on_evaluated(self, work: Work, score: Score) -> None:
+        """The metrics of an evaluation are about to be sent. If this raises, nothing is sent."""
 
     def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
         """An answer is about to be sent. If this raises, nothing is sent."""

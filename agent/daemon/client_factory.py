@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from agent.analytics import job_handler
 from agent.clientapp.app import Client
-from agent.clientapp.inference_jobs import InferenceJobs, find_version
+from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
 from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
+from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
 from agent.home import audit_log, settings
@@ -22,10 +23,10 @@ from agent.trainer import sandbox_rules
 from agent.trainer.ipc import Progress
 from agent.trainer.process import TrainerProcess
 from agent.trainer.retry import RETRYABLE_IN_JOBS, RetryingTrainer
+from agent.transport import version_proofs
 from agent.transport.coordinator_client import CoordinatorClient
-from agent.transport.version_proofs import save_proof
 from agent.transport.version_store import VersionStore
-from protocols.messages.jobs import INPUT_PATH, Analyze, ModelRef, Private, Scatter
+from protocols.messages.jobs import INPUT_PATH, Analyze, ModelRef, Private, Scatter, Score
 from protocols.messages.work import UpdateClaim, Work
 
 log = logging.getLogger("commonweight.agent")
@@ -67,7 +68,11 @@ class _Events(Observer):
         self._ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
-        save_proof(self._ctx.cache, work, payload, signature)
+        version_proofs.save_proof(self._ctx.cache, work, payload, signature)
+
+    def on_evaluated(self, work: Work, score: Score) -> None:
+        scores = ToldScores(settings.scores_file(self._ctx.home))
+        scores.remember(key_of(work.task, work.settings, work.base), "run", score)
 
     def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
         audit_log.write_update(self._ctx.home, claim, task, description)
@@ -144,6 +149,8 @@ def make_client(
         fetch_input,
         home / "jobs",
         home / "predictions",
+        ToldScores(settings.scores_file(home)),
+        partial(took_part, home, ctx.cache, ctx.enrollment.coordinator_public),
     )
     jobs = Jobs(
         me,

@@ -184,6 +184,21 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["on", "off"],
         Meta(description="run inference on rows that others send; rows and answers are theirs"),
     ] = "off"
+    jobs_private_models: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="digests of models that jobs may measure exactly on your rows (infer "
+            "--private), although this machine took part in no run with them; * is all"
+        ),
+    ] = ()
+    jobs_private_per_day: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="new answers to infer --private in 24 hours; what a run's evaluation has "
+            "told is repeated without a limit",
+        ),
+    ] = 8
     share: Annotated[
         Literal["lan", "on", "off"],
         Meta(
@@ -283,6 +298,11 @@ def memory_file(home: Path) -> Path:
     """What this machine remembers of its owner's rows (`agent.data.table_memory`). It is in a
     folder of its own, as SQLite writes files beside it."""
     return home / "told" / "told.db"
+
+
+def scores_file(home: Path) -> Path:
+    """What this machine told about models on its own rows (`agent.clientapp.told_scores`)."""
+    return home / "told" / "scores.db"
 
 
 def data_settings(chosen: AgentSettings, cache: Path, memory: Path | None = None) -> DataSettings:

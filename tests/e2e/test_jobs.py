@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,24 @@ def test_rows_are_spread_and_wrong_ones_harm_nobody(tmp_path: Path) -> None:
         for name in ("ann", "bob"):
             assert "unexpected error" not in site.programs[name].log
             assert site.agent(name)["state"] == "idle"
+
+
+@pytest.mark.long
+def test_a_job_repeats_what_the_run_has_told(tmp_path: Path) -> None:
+    """`infer --private` of the tutorial: no owner has to allow it, and a newcomer is excused."""
+    site = Fleet(tmp_path, {})
+    with closing(site):
+        site.up()
+        site.join("ann", "bob", "cyd")
+        site.start("ann", "bob")
+        run = site.start_run("mnist", "--rounds", "2", "--quorum", "2")
+        site.ended_run(run)
+        site.start("cyd")
+        told = site.data("infer", "--private", "--model", run)
+        assert told["peers"]["answered"] == 2, told
+        assert "took part in no run" in json.dumps(told["peers"]), told
+        metrics = {matrix["metric"] for matrix in told["metrics"]}
+        assert metrics == {"accuracy", "loss"}
+        evaluated = site.run(run)["history"][-1]["metrics"]
+        for matrix in told["metrics"]:
+            assert list(matrix["weighted"].values()) == [pytest.approx(evaluated[matrix["metric"]])]

@@ -18,6 +18,7 @@ from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs, _unzip, find_version
 from agent.clientapp.interfaces import PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
+from agent.clientapp.told_scores import ToldScores
 from agent.home.settings import AgentSettings
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.version_proofs import VersionIndex, save_proof
@@ -88,6 +89,8 @@ class Victim:
             lambda digest, nbytes, target: self.link.download(digest, nbytes, target),
             self.home / "jobs",
             self.home / "predictions",
+            ToldScores(self.home / "told" / "scores.db"),
+            lambda digest: True,
         )
         jobs = Jobs(
             me,

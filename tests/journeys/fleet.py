@@ -26,6 +26,8 @@ ROWS = 60
 SETTINGS = {
     "COMMONWEIGHT_AGENT_TASK_FILES": f"quick={Path(quick_task.__file__)}:Quick",
     "COMMONWEIGHT_AGENT_JOBS_SCATTER": "on",
+    "COMMONWEIGHT_AGENT_JOBS_PRIVATE_MODELS": "*",
+    "COMMONWEIGHT_AGENT_JOBS_PRIVATE_PER_DAY": "1000000",
     "COMMONWEIGHT_AGENT_ANALYZE": "on",
     # Not by `join --allow`, which older agents do not have.
     "COMMONWEIGHT_AGENT_TASKS": "*",

@@ -22,6 +22,7 @@ from agent.clientapp.inference_jobs import InferenceJobs
 from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
+from agent.clientapp.told_scores import ToldScores
 from agent.home.credentials import Credentials
 from agent.home.settings import AgentSettings
 from agent.tasks.work import Done
@@ -181,7 +182,9 @@ class Agent:
         self.machine, self.peer = machine, machine.peer
         self.trainer = Trainer(data)
         self.failures: list[BaseException] = []
-        self.owner = AgentSettings(jobs_scatter="on", tasks=("softmax",))
+        self.owner = AgentSettings(
+            jobs_scatter="on", jobs_private_models=("*",), tasks=("softmax",)
+        )
         self._folder, self._credentials = folder, credentials
         (folder / "cache").mkdir(parents=True, exist_ok=True)
         self.versions = VersionStore(folder / "cache", self._open_link)
@@ -222,6 +225,8 @@ class Agent:
             lambda digest, nbytes, to: self._open_link().download(digest, nbytes, to, INPUT_PATH),
             self._folder / "jobs",
             self._folder / "predictions",
+            ToldScores(self._folder / "told" / "scores.db"),
+            lambda digest: False,
         )
         return Jobs(
             me,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from agent.clientapp.inference_jobs import InferenceJobs
+from agent.clientapp.told_scores import ToldScores
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings
 from coordinator.jobs.input import prepare
@@ -63,6 +64,8 @@ def answers(home: Path, blocks: Path, data: DataSettings = DataSettings()) -> li
         fetch,
         home / "jobs",
         home / "predictions",
+        ToldScores(home / "told" / "scores.db"),
+        lambda digest: True,
     )
     question = Scatter(
         input=given.digest,

@@ -1,0 +1,100 @@
+"""What this machine told about models on its own rows, so that no number is told twice differently.
+
+A metric over all held-out rows is exact, and a model can be made so that one row decides it. So a
+job (`infer --private`) repeats what the evaluations of runs have told, and tells little else
+(`inference_jobs`). SQLite in the folder `told`, mode 0600; a score is recorded before it leaves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from agent.data.private_database import open_database, writing
+from agent.tasks import Setting
+from agent.tasks.work import Done
+from protocols.errors import Refused
+from protocols.messages.envelope import Metrics
+from protocols.messages.jobs import Score
+from protocols.model import personalization
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS told_scores (
+  key TEXT PRIMARY KEY, at REAL, origin TEXT, num_examples INTEGER, metrics TEXT
+);
+"""
+_DAY_S = 86_400.0
+#: Settings that change no evaluation.
+_ORDER = frozenset({"seed", "round"})
+
+Origin = Literal["run", "job"]
+
+
+class ToldScores:
+    """The scores in the file `path`, by model, task and settings."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def find(self, key: str) -> Score | None:
+        """What was told of this model."""
+        with closing(open_database(self._path, _SCHEMA)) as db:
+            row = db.execute(
+                "SELECT num_examples, metrics FROM told_scores WHERE key = ?", (key,)
+            ).fetchone()
+        return None if row is None else Score(row[0], msgspec.json.decode(row[1], type=Metrics))
+
+    def remember(self, key: str, origin: Origin, score: Score) -> None:
+        """Record a score before it leaves. What a run tells replaces what a job told."""
+        values = key, time.time(), origin, score.num_examples, msgspec.json.encode(score.metrics)
+        with closing(open_database(self._path, _SCHEMA)) as db, writing(db):
+            db.execute("INSERT OR REPLACE INTO told_scores VALUES (?, ?, ?, ?, ?)", values)
+
+    def count_of_day(self) -> int:
+        """How many scores jobs have been told in the last 24 hours, without repetitions."""
+        with closing(open_database(self._path, _SCHEMA)) as db:
+            (count,) = db.execute(
+                "SELECT COUNT(*) FROM told_scores WHERE origin = 'job' AND at > ?",
+                (time.time() - _DAY_S,),
+            ).fetchone()
+        return int(count)
+
+
+def key_of(task: str, settings: Mapping[str, Setting], digest: str) -> str:
+    """Equal for evaluations with the same result."""
+    skipped = personalization.SETTINGS | _ORDER
+    chosen = sorted((name, value) for name, value in settings.items() if name not in skipped)
+    return hashlib.sha256(msgspec.json.encode([task, chosen, digest])).hexdigest()
+
+
+def blur(done: Done, min_count: int) -> Score:
+    """The accuracy with noise, so that no model shows by it whether one row is there.
+
+    A row changes the number of correct rows by 1; discrete Laplace noise of the scale `min_count`
+    makes this (1 / `min_count`)-differentially private (Ghosh et al., 2009). A loss has no bound
+    for a row, and so no noise is enough. Raises Refused for a task without accuracy.
+    """
+    accuracy = done.metrics.get("accuracy")
+    if accuracy is None or not math.isfinite(accuracy):
+        raise Refused(
+            "of a model that this machine has not evaluated in a run, only the accuracy "
+            "is told, and this task has none"
+        )
+    count = done.num_examples
+    right = math.floor(min(max(accuracy, 0.0), 1.0) * count + 1e-6)
+    noisy = min(max(right + _draw(min_count) - _draw(min_count), 0), count)
+    return Score(count, {"accuracy": noisy / count})
+
+
+def _draw(scale: int) -> int:
+    """A number of a geometric distribution: two of them differ by discrete Laplace noise."""
+    uniform = 1.0 - random.SystemRandom().random()  # in (0, 1]
+    return math.floor(-math.log(uniform) * scale)
