@@ -157,16 +157,39 @@ def standing(facts: Sequence[Fact]) -> list[Fact]:
             made[fact["version"]["digest"]] = fact["version"]["round"]
         if fact["type"] in ("VersionLost", "VersionRecalled"):
             to = fact["to"] if fact["type"] == "VersionLost" else fact["version"]["digest"]
-            again = made.get(to, 0) + 1
-            opened = (n for n, f in enumerate(found) if _opens(f, again))
-            del found[next(opened, len(found)) :]
+            _undo(found, made.get(to, 0) + 1)
         elif fact["type"] == "RunResumed":
             begun = [f["round"] for f in found if f["type"] == "RoundOpened"][-1:]
             if begun and begun[0] not in made.values():
-                del found[next(n for n, f in enumerate(found) if _opens(f, begun[0])) :]
+                _undo(found, begun[0])
+            elif found[-1]["type"] == "RunEnded" and not _evaluates(found):
+                _drop_unsummed(found)
         else:
             found.append(fact)
     return found
+
+
+def _undo(found: list[Fact], again: int) -> None:
+    """Drop the rounds from this one on, and the updates that were taken for them before."""
+    opened = (n for n, fact in enumerate(found) if _opens(fact, again))
+    del found[next(opened, len(found)) :]
+    _drop_unsummed(found)
+
+
+def _drop_unsummed(found: list[Fact]) -> None:
+    """Drop the updates after the last sum. A buffered run takes them before its round opens."""
+    closed = max((n for n, f in enumerate(found) if f["type"] == "TrainingClosed"), default=-1)
+    found[closed + 1 :] = [
+        fact
+        for fact in found[closed + 1 :]
+        if not (fact["type"] == "UpdateAccepted" and fact["update"].get("digest"))
+    ]
+
+
+def _evaluates(facts: Sequence[Fact]) -> bool:
+    """Whether the last version is not yet evaluated."""
+    kinds = [f["type"] for f in facts if f["type"] in ("VersionCommitted", "RoundClosed")]
+    return kinds[-1:] == ["VersionCommitted"]
 
 
 def _opens(fact: Fact, number: int) -> bool:
@@ -239,8 +262,6 @@ def _buffered(facts: Sequence[Fact]) -> list[str]:
                 closed, buffer = fact["contributors"], []
             case "VersionCommitted" if fact["contributors"] != closed:
                 found.append(f"version {fact['round']} has other contributors than its buffer")
-            case "VersionLost":
-                buffer = []
     found += [f"{key} counts {times} times" for key, times in ever.items() if times > 1]
     return found
 

@@ -167,6 +167,51 @@ def test_a_round_that_was_done_again_for_a_lost_version_counts_once(tmp_path: Pa
     assert home.judged() == []
 
 
+def _buffered(home: Home, *after_loss: RunEvent) -> Facts:
+    """A buffered run that lost version 2 after it had taken an update for version 3."""
+    base, first, second = home.versions
+
+    def took(number: int, digest: str) -> RunEvent:
+        return run_events.UpdateAccepted(number, "A", Update(digest=digest, num_examples=1))
+
+    def closed(number: int, made: str, parent: str) -> Facts:
+        return [
+            run_events.RoundOpened(number, parent, ()),
+            run_events.TrainingClosed(number, ("A",)),
+            run_events.VersionCommitted(number, made, parent, ("A",), {}),
+            run_events.EvaluationOpened(number, ("A",)),
+            run_events.RoundClosed(number, {}, 1.0, 0, 0),
+        ]
+
+    return [
+        run_events.RunStarted(RunSpec(task="t", rounds=9, mode="buffered", buffer=1)),
+        run_events.WeightsInitialised(base, "A"),
+        took(1, "u1"),
+        *closed(1, first, base),
+        took(2, "u2"),
+        *closed(2, second, first),
+        took(3, "u3"),
+        run_events.VersionLost(second, first),
+        took(2, "u2 again"),
+        *after_loss,
+        *closed(2, second, first),
+    ]
+
+
+def test_a_buffered_run_takes_updates_again_for_a_lost_version(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.facts = _buffered(home)
+    home.truth = Truth([claim("A", 2, "u2"), claim("A", 2, "u2 again")], 0, 0)
+    assert home.judged() == []
+
+
+def test_a_buffered_run_that_takes_one_twice_after_a_loss_is_found(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    again = run_events.UpdateAccepted(2, "A", Update(digest="u2 again", num_examples=1))
+    home.facts, home.truth = _buffered(home, again), Truth([], 0, 0)
+    assert any("counts 2 times" in text for text in home.judged())
+
+
 def test_a_changed_or_missing_entry_is_found(tmp_path: Path) -> None:
     home = Home(tmp_path)
     assert home.judged() == []
