@@ -111,6 +111,7 @@ class RunLoop:
                 await self._end(RunState.FAILED, because)
         self.requests.cancel_all()
         await self._collect()
+        self._rounds.prune()  # no peer trains on older versions any more
         text = f"run {self.run.id} {self.run.state}: {self.run.ended_briefly}"
         self._recorder.report("error" if self.run.state is RunState.FAILED else "info", text)
         return self.run

@@ -22,6 +22,7 @@ from coordinator.runs.state import Round, Run, accepted_uploads
 from coordinator.storage import job_events, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
+from coordinator.strategies.state import StateStore
 from protocols.errors import CannotBeMet, CommonweightError, UnknownName
 from protocols.failpoints import failpoint
 from protocols.local import heap
@@ -268,8 +269,10 @@ class RunManager:
         event = run_events.RunEnded(state, because)
         self._append(run_id, event)
         run = transitions.apply(self._runs[run_id], event)
+        store, protected = self._ctx.store, partial(self._protected_by_others, run_id)
+        retention.Retention(run, store, StateStore(store.states), protected).prune(run)
         self._runs[run_id] = _compact(run)
-        self._ctx.store.uploads.delete_run(run_id)
+        store.uploads.delete_run(run_id)
         self._ctx.publish(run_body(run, ""))
 
     def find(self, name: str, *, newest: bool = True) -> Run:

@@ -144,4 +144,9 @@ class Rounds:
         await self._recorder.record(event)
         run = self._recorder.run
         self._ctx.publish(round_body(run.id, run.history[-1]))
+        self.prune()
+
+    def prune(self) -> None:
+        """Delete the versions and states that the run does not need any more."""
+        run = self._recorder.run
         self._retention.prune(run, self._requests.late_bases(run).values())

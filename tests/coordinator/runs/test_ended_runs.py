@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from coordinator.runs import state
+from coordinator.runs import retention, state
 from coordinator.storage import run_events
 from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.errors import UploadUnneeded
@@ -180,6 +180,43 @@ async def test_a_run_that_is_not_continued_leaves_nothing(tmp_path: Path) -> Non
             await until(lambda: fleet.hub.runs.find(run_id).ended)
             assert spool(fleet) == []
             await fleet.close()
+    finally:
+        await fleet.close()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+async def test_an_ended_run_keeps_no_version_for_a_peer_that_still_trains(
+    tmp_path: Path, resume: bool
+) -> None:
+    fleet = Fleet(tmp_path)
+
+    def keeps_what_it_needs() -> None:
+        kept = retention.versions_to_keep(fleet.hub.runs.find(run_id))
+        assert {path.stem for path in (fleet.home / "versions").iterdir()} == kept
+        assert base not in kept
+
+    try:
+        async with fleet.up():
+            for number, data in enumerate(THREE[:2]):
+                fleet.join(f"agent{number}", data)
+            await fleet.online(2)
+            varied(fleet.agents[0])
+            door = Door(fleet.agents[1], 1)
+            run_id = fleet.start(rounds=90, quorum=1, deadline_s=0.2, late="fold", max_staleness=90)
+            await until(lambda: len(fleet.facts(run_id, run_events.RoundClosed)) > 5)
+            base = fleet.hub.runs.find(run_id).first
+            assert fleet.hub.weight_store.has(base)
+            if resume:
+                fleet.hub.runs.stop(run_id)
+                await fleet.finished(run_id)
+                await is_idle(fleet)
+                keeps_what_it_needs()
+            door.open()
+        if not resume:
+            async with fleet.up(resume=False):
+                await until(lambda: fleet.hub.runs.find(run_id).ended)
+                keeps_what_it_needs()
+                await fleet.close()
     finally:
         await fleet.close()
 
