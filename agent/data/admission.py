@@ -181,6 +181,22 @@ class AdmissionStore:
         return train, held, len(rows)
 
 
+def split_classes(classes: Numbers, min_rows: int, divide: Callable[[Mask], Split]) -> Split:
+    """What `divide` makes of the rows with a class, without classes of few rows to train on.
+
+    The weights of a class change by the sum of its rows less what all rows add, so a class with
+    one row would tell that row.
+    """
+    usable = classes >= 0
+    while True:
+        split = divide(usable)
+        counts = np.bincount(classes[split.train], minlength=int(classes.max(initial=0)) + 1)
+        rare = (counts < min_rows)[classes] & usable
+        if not rare.any():
+            return split
+        usable = usable & ~rare
+
+
 def _part(part: Mask, numbers: Numbers, usable: Mask, min_rows: int) -> Mask:
     """The usable rows of a part, without some more if only a few are not usable.
 

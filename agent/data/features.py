@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -14,12 +14,20 @@ import pyarrow.compute as pc
 
 from agent.data import Reader, column_types
 from agent.data.admission import HELD_OUT_OF, Mask, Split
+from agent.data.rare_values import (
+    FIRST,
+    MISSING,
+    UNSEEN,
+    Vocabulary,
+    replace_rare_categories,
+    replace_rare_gaps,
+    replace_rare_numbers,
+)
 from protocols.tables.preprocessing import Feature, Preprocessing
 from protocols.tables.statistics import NUMERIC, hash_category
 
 #: More than this goes to a memory-mapped file.
 IN_MEMORY_BYTES = 512 << 20
-_MISSING, _UNSEEN, _FIRST = 0, 1, 2
 
 Floats = npt.NDArray[np.float32]
 
@@ -37,8 +45,15 @@ def input_width(preprocessing: Preprocessing) -> tuple[int, int]:
     return len(numeric) + sum(f.missing for f in numeric), len(preprocessing.categorical)
 
 
-def encode_inputs(batch: pa.RecordBatch, preprocessing: Preprocessing) -> Floats:
-    """The features of a batch: float32[n, d]. Absent columns count as missing."""
+def encode_inputs(
+    batch: pa.RecordBatch,
+    preprocessing: Preprocessing,
+    vocabularies: Mapping[str, Vocabulary] | None = None,
+) -> Floats:
+    """The features of a batch: float32[n, d]. Absent columns count as missing.
+
+    Categories are those of the preprocessing, or the numbers of `vocabularies`.
+    """
     columns: list[npt.NDArray[Any]] = []
     gaps: list[npt.NDArray[Any]] = []
     for feature in preprocessing.numeric:
@@ -49,6 +64,8 @@ def encode_inputs(batch: pa.RecordBatch, preprocessing: Preprocessing) -> Floats
             gaps.append(~there)
     indices = [
         _indices(_column(batch, feature), feature, preprocessing.hashed)
+        if vocabularies is None
+        else vocabularies[feature.name].encode(column_types.texts(_column(batch, feature)))
         for feature in preprocessing.categorical
     ]
     made = np.empty((len(batch), len(columns) + len(gaps) + len(indices)), np.float32)
@@ -85,10 +102,10 @@ def _indices(column: pa.Array, feature: Feature, hashed: bool) -> npt.NDArray[An
         names = [hash_category(feature.name, text) for text in coded.dictionary.to_pylist()]
         texts = pa.array(names, pa.string()).take(coded.indices)
     known = pa.array(feature.categories, pa.string())
-    found = pc.fill_null(pc.index_in(texts, value_set=known), _UNSEEN - _FIRST)
+    found = pc.fill_null(pc.index_in(texts, value_set=known), UNSEEN - FIRST)
     missing = np.asarray(pc.is_null(texts).to_numpy(zero_copy_only=False))
-    indices = np.asarray(found.to_numpy(zero_copy_only=False)) + _FIRST
-    return np.where(missing, _MISSING, indices)
+    indices = np.asarray(found.to_numpy(zero_copy_only=False)) + FIRST
+    return np.where(missing, MISSING, indices)
 
 
 class EncodedTable(NamedTuple):
@@ -99,14 +116,15 @@ class EncodedTable(NamedTuple):
     dropped: int
 
 
-def known_targets(reader: Reader, preprocessing: Preprocessing) -> Mask:
-    """bool[n]: the rows whose target all peers know."""
-    target = preprocessing.target.name
-    found = [
-        _is_known(encode_targets(batch, preprocessing), preprocessing)
-        for batch in reader.batches([target])
-    ]
-    return np.concatenate([np.zeros(0, bool), *found])
+def read_classes(reader: Reader, preprocessing: Preprocessing) -> npt.NDArray[np.int64]:
+    """int64[n]: the class of each row, 0 if the target is a number, -1 if no peer can use it."""
+    none = np.zeros(0, np.int64)
+    found = [none]
+    for batch in reader.batches([preprocessing.target.name]):
+        y = encode_targets(batch, preprocessing)
+        known = _is_known(y, preprocessing)
+        found.append(y if preprocessing.target.classes else known.astype(np.int64) - 1)
+    return np.concatenate(found)
 
 
 def encode_table(
@@ -115,17 +133,23 @@ def encode_table(
     chance: np.random.RandomState,
     folder: Path,
     split: Split | None = None,
+    min_rows: int = 1,
 ) -> EncodedTable:
-    """All rows of a table, or those of `split`. Large tables go to an unnamed file in `folder`."""
+    """All rows of a table, or those of `split`. Large tables go to an unnamed file in `folder`.
+
+    Values that fewer than `min_rows` rows of a part have are replaced (`rare_values`).
+    """
     here = set(reader.columns())
     names = [f.name for f in preprocessing.features if f.name in here]
     numbers, categories = input_width(preprocessing)
     is_class = bool(preprocessing.target.classes)
     spools = [_Spool(numbers + categories, is_class, folder) for _ in range(2)]
     places = _held_out(chance)
+    vocabularies = {feature.name: Vocabulary() for feature in preprocessing.categorical}
     first = dropped = 0
     for batch in reader.batches([*names, preprocessing.target.name]):
-        x, y = encode_inputs(batch, preprocessing), encode_targets(batch, preprocessing)
+        x = encode_inputs(batch, preprocessing, vocabularies)
+        y = encode_targets(batch, preprocessing)
         known = _is_known(y, preprocessing)
         if split is None:
             out = np.zeros(len(y), bool)
@@ -137,7 +161,31 @@ def encode_table(
         dropped += int((~known).sum())
         spools[0].append(x[train], y[train])
         spools[1].append(x[out], y[out])
-    return EncodedTable(spools[0].rows(), spools[1].rows(), dropped)
+    table = EncodedTable(spools[0].rows(), spools[1].rows(), dropped)
+    for part in (table.trained_on, table.held_out):
+        _replace_rare(part.x, preprocessing, vocabularies, min_rows)
+    return table
+
+
+def _replace_rare(
+    x: Floats,
+    preprocessing: Preprocessing,
+    vocabularies: Mapping[str, Vocabulary],
+    min_rows: int,
+) -> None:
+    """Replace rare values in place, and put categories in place of the vocabularies' numbers."""
+    numeric = preprocessing.numeric
+    place = len(numeric)
+    for column, feature in enumerate(numeric):
+        if feature.missing:
+            replace_rare_gaps(x[:, column], x[:, place], min_rows)
+            place += 1
+        replace_rare_numbers(x[:, column], min_rows)
+    for column, feature in enumerate(preprocessing.categorical, place):
+        indices = vocabularies[feature.name].indices(
+            feature.name, feature.categories, preprocessing.hashed
+        )
+        replace_rare_categories(x[:, column], indices, min_rows)
 
 
 def _is_known(y: npt.NDArray[Any], preprocessing: Preprocessing) -> Mask:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from agent.data import Reader, features, open_table
 from agent.data import profile as survey
-from agent.data.admission import HELD_OUT_OF, Mask
+from agent.data.admission import HELD_OUT_OF, Mask, Split, split_classes
 from agent.data.disclosed_sets import Numbers, Use
 from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
@@ -208,10 +208,17 @@ class Tabular(TorchTask):
             split = None
             parts: tuple[Numbers | None, Numbers | None] = None, None
             if memory is not None and numbers is not None:
-                usable, name = features.known_targets(reader, made), " ".join(map(str, words))
-                split = memory.admission.split(name, numbers, usable, least_count, draw)
+                name, known = " ".join(map(str, words)), numbers
+
+                def divide(usable: Mask) -> Split:
+                    return memory.admission.split(name, known, usable, least_count, draw)
+
+                classes = features.read_classes(reader, made)
+                split = split_classes(classes, least_count, divide)
                 parts = numbers[split.train], numbers[split.held_out]
-            table = features.encode_table(reader, made, random_state(*words), folder, split)
+            table = features.encode_table(
+                reader, made, random_state(*words), folder, split, least_count
+            )
         rows = _Rows(*table, *parts)
         count = len(rows.trained_on.y) + len(rows.held_out.y)
         least = max(_MIN_ROWS, self._data.min_rows)

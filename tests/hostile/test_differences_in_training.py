@@ -259,8 +259,8 @@ def test_a_class_that_the_run_leaves_out(tmp_path: Path) -> None:
         trainer.do(Init, chosen, seed=0, out=trainer.base)
         found = asked_again(lambda chosen=chosen: trainer.train(**chosen))
         counts.append(found and found[0])
-    assert counts[0] == 48
-    assert counts[1] is None or counts[0] - counts[1] >= 5
+    assert counts[:2] == [43, 43], "the class of two rows is left out in any case"
+    assert counts[2] is None or counts[2] <= 43 - 5
 
 
 @pytest.mark.attack("20.3")

@@ -1,0 +1,159 @@
+"""A coordinator writes preprocessing that singles out rows: the owner's agent sees none of them.
+
+Each weight of a category changes by the gradients of its rows alone. So a category, a class or a
+flag of one row would tell that row's target, or the whole row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
+
+from agent.data.settings import DataSettings
+from agent.tasks.tabular import Tabular
+from agent.tasks.work import Init
+from protocols.errors import NotAllowed
+from protocols.model import weights
+from protocols.tables import preprocessing
+from protocols.tables.preprocessing import Feature, Preprocessing, Target
+from protocols.tables.statistics import hash_category
+from tests.hostile.test_differences_in_training import SETTINGS, Row, Trainer
+
+pytestmark = pytest.mark.attack("20.3")
+MIN_COUNT = DataSettings().min_count
+COUNT = 60
+NAMES = tuple(f"p{number}" for number in range(COUNT))
+WANTED = {**SETTINGS, "target": "ill", "kind": "classification", "features": "age,name"}
+
+
+def patients() -> list[Row]:
+    return [
+        {
+            "name": NAMES[n],
+            "ward": "abc"[n % 3] if n != 40 else "d",
+            "age": 20 + n * 7 % 50,
+            "ill": "yes" if n * n % 7 in (1, 2) else "no",
+            "debt": 900 if n in (3, 41) else 0,
+            "visits": "" if n in (7, 8) else 2,
+            "score": "" if n in (9, 10) else n * 5 % 17,
+            "note": n if n in (11, 12) else "",
+        }
+        for n in range(COUNT)
+    ]
+
+
+def trained(folder: Path, made: Preprocessing, **more: Any) -> dict[str, Any]:
+    """The change of each tensor by one step over all rows, from 0."""
+    trainer = Trainer(folder, patients(), WANTED)
+    chosen = {**WANTED, "target": made.target.name, "features": "", **more}
+    trainer.settings = {**chosen, "preprocessing": preprocessing.encode(made)}
+    trainer.do(Init, trainer.settings, seed=0, out=trainer.base)
+    trainer.train()
+    old, new = weights.load(Path(trainer.base)), weights.load(folder / "out.safetensors")
+    return {name: new[name] - old[name] for name in new}
+
+
+ILL = Target(name="ill", kind="text", classes=("no", "yes"))
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_category_for_each_person(tmp_path: Path, hashed: bool) -> None:
+    """Attack: name each person as a category; the sign of its weight's change is the label."""
+    words = tuple(hash_category("name", name) for name in NAMES) if hashed else NAMES
+    made = Preprocessing(
+        features=(Feature(name="name", kind="text", categories=words),), target=ILL, hashed=hashed
+    )
+    change = trained(tmp_path, made)["embedding0.weight"]
+    told = np.flatnonzero(change.any(axis=1))
+    assert len(told) <= 1, f"the labels of {len(told)} persons follow from their own weights"
+
+
+def test_a_class_for_each_person(tmp_path: Path) -> None:
+    """Attack: name each person as a class; the change of its weights is the person's row, less
+    what all rows add."""
+    made = Preprocessing(
+        features=(Feature(name="age", kind="number", mean=40.0, scale=10.0),),
+        target=Target(name="name", kind="text", classes=NAMES[:40]),
+    )
+    with pytest.raises(NotAllowed, match="data_min_count"):
+        trained(tmp_path, made)
+
+
+def test_a_rare_class_tells_its_row(tmp_path: Path) -> None:
+    """Attack: an honest run for a class of which this machine has one row: ward d."""
+    made = Preprocessing(
+        features=(Feature(name="age", kind="number"),),
+        target=Target(name="ward", kind="text", classes=("a", "b", "c", "d")),
+    )
+    change = trained(tmp_path, made)
+    # Without a row of the class, its weights change by the mean over all rows, as any class's do.
+    ages = np.array([row["age"] for row in patients() if row["ward"] != "d"])
+    step = -change["output.weight"][3, 0] / (SETTINGS["lr"] * 0.25)
+    assert ages.mean() - 3 < step < ages.mean() + 3
+
+
+TEXT = "text"
+CRAFTED = {
+    "all but one": (Feature(name="name", kind=TEXT, categories=NAMES[:40] + NAMES[41:]),),
+    "a rare one": (Feature(name="ward", kind=TEXT, categories=("a", "b", "c", "d")),),
+    "all but the rare one": (Feature(name="ward", kind=TEXT, categories=("a", "b", "c")),),
+    "a number as text": (Feature(name="age", kind=TEXT, categories=("20", "27", "34")),),
+    "rare numbers": (Feature(name="debt", kind="number"),),
+    "few missing numbers": (Feature(name="score", kind="number", missing=True),),
+    "few missing, others alike": (Feature(name="visits", kind="number"),),
+    "few missing, others alike, and told": (Feature(name="visits", kind="number", missing=True),),
+    "few there": (Feature(name="note", kind="number", missing=True),),
+    "few there, not told": (Feature(name="note", kind="number"),),
+    "few missing texts": (Feature(name="score", kind=TEXT, categories=("5", "10")),),
+    "few texts there": (Feature(name="note", kind=TEXT, categories=("11", "12")),),
+}
+
+
+@pytest.mark.parametrize("features", CRAFTED.values(), ids=CRAFTED.keys())
+def test_no_input_of_a_model_belongs_to_a_few(
+    tmp_path: Path, features: tuple[Feature, ...]
+) -> None:
+    """Attack: preprocessing in which an input has one value for a few rows and another for all
+    others: a rare category, an unseen one, a missing value, a number that is 0 elsewhere."""
+    made = Preprocessing(features=features, target=ILL)
+    for part in parts_of(tmp_path, made):
+        for column in part.T:
+            _, counts = np.unique(column, return_counts=True)
+            if features[0].kind == TEXT or len(counts) < 4:
+                assert counts.min() >= MIN_COUNT, f"a value of {counts.min()} rows"
+
+
+def parts_of(folder: Path, made: Preprocessing) -> list[Any]:
+    """The inputs of the rows to train on and of those held out."""
+    trainer = Trainer(folder, patients(), WANTED)
+    task = Tabular()
+    task.load(
+        DataSettings(
+            path=str(trainer.file),
+            min_rows=20,
+            cache=str(folder),
+            memory=str(folder / "told" / "told.db"),
+            device="cpu",
+        )
+    )
+    rows = task._rows({**WANTED, "preprocessing": preprocessing.encode(made)})
+    return [rows.trained_on.x, rows.held_out.x]
+
+
+def test_two_lists_of_categories_do_not_differ_in_a_few_rows(tmp_path: Path) -> None:
+    """Attack: leave out of the categories a common one and a rare one, and then only the rare one;
+    the weights of the unseen differ by the rare row."""
+    sets = []
+    for number, categories in enumerate((("a", "b"), ("a", "b", "c"), ("a", "b", "c", "d"))):
+        feature = Feature(name="ward", kind=TEXT, categories=categories)
+        made = Preprocessing(features=(feature,), target=ILL)
+        (tmp_path / str(number)).mkdir()
+        x = parts_of(tmp_path / str(number), made)[0][:, 0]
+        sets += [x == value for value in np.unique(x)]
+    differences = [int((one ^ other).sum()) for one in sets for other in sets]
+    assert all(count == 0 or count >= MIN_COUNT for count in differences)
