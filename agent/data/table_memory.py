@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -32,11 +33,17 @@ class TableMemory:
     def __init__(self, path: Path) -> None:
         self.registry = RowRegistry(path)
         self.admission = Admission(path)
-        self.sets = DisclosedSets(path)
+        self._path = path
+
+    @cached_property
+    def sets(self) -> DisclosedSets:
+        """The sets that were told. A trainer cannot open the file, and its helper records them."""
+        return DisclosedSets(self._path)
 
     def close(self) -> None:
-        for part in (self.registry, self.admission, self.sets):
-            part.close()
+        for part in (self.registry, self.admission, self.__dict__.get("sets")):
+            if part is not None:
+                part.close()
 
     def admit(self, reader: Reader, min_rows: int) -> AdmittedRows:
         """The rows of a table that may be used now. Raises DataError."""

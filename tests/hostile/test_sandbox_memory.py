@@ -18,10 +18,11 @@ from agent.data.disclosed_sets import DisclosedSets
 from agent.data.memory_access import Admit, Divide, Register, Reply, Tell, encode
 from agent.data.memory_service import MemoryService
 from agent.policy import sandbox
-from agent.tasks.work import Evaluate
+from agent.tasks.work import Describe, Evaluate
 from protocols.errors import NotAllowed, TrainerFailed
-from protocols.model import weights
+from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
+from protocols.tables.statistics import TableStatistics
 from tests.support.hostile_task import Owner, own
 from tests.support.waiting import wait_for
 
@@ -275,3 +276,19 @@ def test_the_memory_is_private(owner: Owner) -> None:
     assert file.stat().st_mode & 0o077 == 0
     with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
         assert db.execute("SELECT COUNT(*) FROM told_sets").fetchone() == (1,)
+
+
+def test_a_table_is_surveyed_in_the_sandbox(tmp_path: Path) -> None:
+    """Control: the task `tabular` works in the sandbox, and its helper remembers the rows."""
+    pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
+    made = own(tmp_path, "require", rows=ROWS)
+    try:
+        done = made.trainer.run(Describe(task="tabular", settings={"target": "a"}))
+    finally:
+        made.trainer.stop()
+    found = schema_card.decode(done.description)
+    assert isinstance(found, TableStatistics)
+    assert found.rows == ROWS
+    memory = DisclosedSets(tmp_path / "agent" / "told" / "told.db")
+    assert [len(rows) for rows in memory.rows_of("table")] == [ROWS]
+    memory.close()
