@@ -54,10 +54,10 @@ NUMBERED = {
     "5": Numbered("own the model as one peer", "peer"),
     "6": Numbered("stop the coordinator with a huge answer", "peer"),
     "7": Numbered("listen, speak for others and flood on MQTT", "peer"),
-    "8": Numbered("read agents' logs and answers as an observer", "observer"),
+    "8": Numbered("read agents' logs and answers beyond one's role", "observer"),
     "9": Numbered("fill the coordinator's disk with answers of jobs", "peer"),
     "10": Numbered("fill a machine's memory with an answer", "coordinator"),
-    "11": Numbered("show peers different versions", "coordinator", "the log of versions is new"),
+    "11": Numbered("show peers different versions", "coordinator", "peers compare no versions yet"),
     "12": Numbered("send machines to an address of the attacker's choice", "peer"),
     "13": Numbered("pass a signed request on to another receiver", "peer"),
     "14": Numbered("run a formula in a spreadsheet, or forge rows in a terminal", "peer"),
@@ -84,8 +84,12 @@ LATER = (
         "the owner's limits make it take more updates; noise in training would stop it",
     ),
     (
-        *("3", "tell by a model made for one row whether that row is held out", "coordinator"),
-        "metrics are exact; noise on them would stop it",
+        *(
+            "3",
+            "tell by a run's model made for one row whether that row is held out",
+            "coordinator",
+        ),
+        "metrics of a run's evaluations are exact; noise on them would stop it",
     ),
     (
         *("2", "put very many exact answers together, knowing most of the rows", "requester"),
