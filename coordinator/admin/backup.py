@@ -24,7 +24,7 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
-from coordinator.fleet.registry import SUBJECT
+from coordinator.fleet.registry import SUBJECT, Registry
 from coordinator.runs import transitions
 from coordinator.storage import job_events, run_events, settings
 from coordinator.storage.ca_files import CA_FILE, CA_KEY_FILE, CHAIN_FILE, ISSUER_FILE, PENDING_FILE
@@ -155,7 +155,8 @@ def _member(name: str, nbytes: int) -> tarfile.TarInfo:
 
 
 def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
-    """Restore a home from a backup. Nothing is changed unless the whole backup is good.
+    """Restore a home from a backup, without its open tickets. Nothing is changed unless the whole
+    backup is good.
 
     `from_peers`: the newest versions of its runs are fetched from the peers, because the
     coordinator's disk is lost and the backup is older.
@@ -172,6 +173,7 @@ def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
         with file.open("rb") as source:
             manifest = _unpack(source, fresh)
         _check(fresh, manifest)
+        _revoke_tickets(fresh)
         if from_peers:
             _begin_recall(fresh)
         os.replace(fresh, home)
@@ -255,6 +257,15 @@ def _check(folder: Path, manifest: Manifest) -> None:
     _, head = _newest(folder / LEDGER_FILE, verify=True)
     if (fleet, head) != (manifest.fleet, manifest.head):
         raise _damaged("its keys or its ledger do not match the manifest")
+
+
+def _revoke_tickets(home: Path) -> None:
+    """Revoke all open tickets: the backup does not know which were used or revoked after it."""
+    with contextlib.closing(Ledger(home / LEDGER_FILE)) as ledger:
+        registry = Registry(ledger)
+        for ticket in [*registry.tickets.values()]:
+            if ticket.uses_left > 0 and not ticket.revoked:
+                registry.revoke_ticket(ticket.id)
 
 
 def _begin_recall(home: Path) -> None:

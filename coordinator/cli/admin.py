@@ -129,7 +129,10 @@ def restore(
         print_json(data)
         return
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.at))
-    print_line(f"restored {home} as it was on {at}")
+    print_line(f"restored {home} as it was on {at}, without open tickets")
+    print_line(
+        "whoever was removed since then is a member again: commonweight peers list, operators list"
+    )
     if not from_peers and not any(name.startswith("versions/") for name in manifest.files):
         print_line("it contains no shared weights: --from-peers gets them from the agents")
     print_line("next: commonweight up, under the address that the agents know")

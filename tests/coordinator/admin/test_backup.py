@@ -155,7 +155,8 @@ async def test_a_restored_home_equals_the_original(tmp_path: Path) -> None:
         if name != backup.LEDGER_FILE:
             assert (again / name).read_bytes() == (home / name).read_bytes()
     ledgers = [Ledger(folder / backup.LEDGER_FILE, read_only=True) for folder in (home, again)]
-    assert list(ledgers[0].entries())[: made.entries] == list(ledgers[1].entries())
+    first, second = (list(ledger.entries())[: made.entries] for ledger in ledgers)
+    assert first == second
     for ledger in ledgers:
         ledger.close()
     with pytest.raises(UsageError, match="not empty"):
