@@ -34,6 +34,7 @@ from protocols.errors import CommonweightError, DiskFull, SchemaMismatch, Traine
 from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
+from protocols.messages.fleet_names import FleetNames
 from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, Work
 from protocols.model import schema_card
@@ -64,7 +65,7 @@ class Client:
         queries: Queries = Queries(),
     ) -> None:
         self._me, self._trainer, self._transport = me, trainer, transport
-        self._outbox = Outbox(outbox, me)
+        self._outbox, self._fleet_names = Outbox(outbox, me), FleetNames(me.fleet)
         self._allowed, self._floors, self._queries = allowed, floors, queries
         self._observer = observer or Observer()
         #: The run and schema card that matched this peer's task and data.
@@ -138,6 +139,7 @@ class Client:
         """Returns the work, its bytes and the coordinator's signature over them."""
         payload, signature = signed_payload(message, "config", "work")
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
+        self._fleet_names.check("coordinator", work.fleet)
         check_allowed(self._allowed, work.task)
         if work.kind in ("describe", "train"):
             owner_floors.check_cohort(work.cohort, self._floors)

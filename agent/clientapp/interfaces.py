@@ -24,12 +24,13 @@ class PeerIdentity(NamedTuple):
     """This peer's identity and the coordinator's.
 
     `sign` makes the Ed25519 signature of this peer; `coordinator_public` is the coordinator's
-    Ed25519 key (raw, 32 bytes).
+    Ed25519 key (raw, 32 bytes). `fleet`: the id of the fleet, which claims name.
     """
 
     peer: str
     sign: envelope.Sign
     coordinator_public: bytes
+    fleet: str = ""
 
     def is_coordinators(self, signature: bytes, signed: bytes) -> bool:
         """True if the coordinator signed these bytes."""
@@ -45,6 +46,7 @@ class PeerIdentity(NamedTuple):
             peer=self.peer,
             base=work.base,
             nonce=secrets.token_hex(12),
+            fleet=self.fleet,
             **fields,
         )
         return SIGNED_CLAIM.seal(claim, self.sign)

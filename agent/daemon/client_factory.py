@@ -129,7 +129,10 @@ def make_client(
     """
     home, outbox = ctx.home, ctx.home / "outbox"
     me = PeerIdentity(
-        ctx.enrollment.peer, ctx.credentials.sign_key.sign, ctx.enrollment.coordinator_public
+        ctx.enrollment.peer,
+        ctx.credentials.sign_key.sign,
+        ctx.enrollment.coordinator_public,
+        ctx.enrollment.fleet,
     )
     events = _Events(ctx, trainer)
 

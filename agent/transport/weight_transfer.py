@@ -161,17 +161,21 @@ class WeightTransfer:
 
         Raises UploadRefused, UploadUnneeded or Refused if the coordinator does not take it.
         """
-        path = at.format(digest=digest)
+        path, unsigned = at.format(digest=digest), {}
+        if at == UPDATE_PATH:
+            run = urllib.parse.quote(self._run, safe="")
+            if self._credentials.fleet:
+                path += f"?run={run}"
+            else:  # an older coordinator reads it in a header, which the signature does not cover
+                unsigned["x-cw-run"] = run
         size = source.stat().st_size
         # After an interruption, an offset at the end sends nothing and asks for the received size.
         offset = size if digest == self._interrupted else 0
         self._interrupted = digest
         for _ in range(3):
-            headers = self._signed("PUT", path, digest)
+            headers = self._signed("PUT", path, digest) | unsigned
             headers["content-length"] = str(size - offset)
             headers["x-cw-offset"] = str(offset)
-            if at == UPDATE_PATH:
-                headers["x-cw-run"] = urllib.parse.quote(self._run)
             with map_parse_errors():
                 status, body = self._http_client.request(
                     "PUT", path, headers, self._pieces(source, offset)

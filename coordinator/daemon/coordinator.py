@@ -51,6 +51,7 @@ from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import ca_chain, identity
 from protocols.local import heap
 from protocols.messages.envelope import Command
+from protocols.messages.fleet_names import FleetNames
 from protocols.messages.mqtt import MqttAddress
 
 log = logging.getLogger("commonweight.hub")
@@ -260,6 +261,8 @@ class Coordinator:
             enrolled=lambda: frozenset(peer.peer for peer in self.registry.enrolled()),
             refresh_online=self._peers.refresh_online,
             ticket_of=self.registry.ticket_of,
+            fleet=self.identity.fleet,
+            check_fleet=FleetNames(self.identity.fleet).check,
         )
 
     def _forget_uploads(self, peer: str) -> None:

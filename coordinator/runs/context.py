@@ -39,3 +39,7 @@ class RunContext(NamedTuple):
     ticket_of: Callable[[str], str] = lambda peer: peer
     #: Check now who is online. Otherwise an expired heartbeat is noticed within seconds.
     refresh_online: Callable[[], object] = lambda: None
+    #: The id of the fleet, which work names.
+    fleet: str = ""
+    #: Raises BadMessage if a claim of this peer names another fleet, or none unlike before.
+    check_fleet: Callable[[str, str], None] = lambda peer, named: None

@@ -54,6 +54,8 @@ async def validate_reply(
     else:
         expected = validation.expected_reply(run, model.schema, peer, request.kind)
     validation.check_claim(run, expected, peer, claim, payload, signature, ctx.verify)
+    with _refused_as("another fleet"):
+        ctx.check_fleet(peer, claim.fleet)
     if expected.kind == "describe":
         with _refused_as("bad description"):
             return run_events.PeerDescribed(peer, read_description(reply, claim))

@@ -141,6 +141,7 @@ class PendingRequests:
             deadline_s=spec.deadline_s,
             # A buffer may have several updates of one peer.
             cohort=1 if run.buffered else spec.quorum,
+            fleet=self._ctx.fleet,
         )
         payload, signature = SIGNED_WORK.seal(work, self._ctx.sign)
         return ConfigRecord({"work": payload, "signature": signature})

@@ -6,9 +6,10 @@
 
 A Flower message contains only the digest. The size of an upload is checked before it starts, and
 its digest while it streams. An interrupted upload stays as a `.part` file and is resumed by
-`x-cw-offset`. A small update comes inside its message. `x-cw-run` names the run that an update is
-for: the coordinator takes only those of the current run, and answers 410 to others. The body of a
-refusal says why.
+`x-cw-offset`. A small update comes inside its message. `?run=` names the run that an update is for:
+the coordinator takes only those of the current run, and answers 410 to others. Older agents, whose
+requests name no receiver, send it as `x-cw-run`, which they do not sign. The body of a refusal says
+why.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.http_connection import connection_of
 from coordinator.transport.streams import UploadWriter, WholeFileResponse
 from coordinator.transport.upload_limits import MAX_UPLOADS, UploadLimits
+from protocols.enrollment.signed_requests import RECEIVER
 from protocols.failpoints import failpoint
 from protocols.local import atomic_files, disk_space
 
@@ -40,7 +42,7 @@ OFFSET, RUN = "x-cw-offset", "x-cw-run"
 VERSION_PATH = "/cw/v1/weights/{digest}"
 PATCH_PATH = "/cw/v1/patches/{digest}"
 UPDATE_PATH = "/cw/v1/updates/{digest}"
-#: Of the header with a run's id.
+#: Of the header with the id of a run.
 _MAX_RUN_LENGTH = 1024
 _UNEXPECTED = "no run or job waits for it"
 
@@ -147,7 +149,7 @@ class WeightTransfer:
 
     async def _receive(self, request: Request, auth: Auth, node: str, digest: str) -> Response:
         length, offset = _header_int(request, "content-length"), _header_int(request, OFFSET, "0")
-        self._check_run(node, urllib.parse.unquote(request.headers.get(RUN, "")[:_MAX_RUN_LENGTH]))
+        self._check_run(node, _run_of(request))
         if self.store.uploads.path(node, digest).exists():
             return JSONResponse({"stored": True})
         self.limits.check_size(node, offset + length)
@@ -267,6 +269,13 @@ def digest_of(request: Request) -> str:
     if not DIGEST.fullmatch(digest):
         raise HTTPException(404)
     return digest
+
+
+def _run_of(request: Request) -> str:
+    """The run that an upload names; empty if it names none."""
+    if request.headers.get(RECEIVER):
+        return request.query_params.get("run", "")
+    return urllib.parse.unquote(request.headers.get(RUN, "")[:_MAX_RUN_LENGTH])
 
 
 def _header_int(request: Request, header: str, default: str = "") -> int:

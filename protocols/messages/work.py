@@ -15,6 +15,7 @@ from protocols.messages.envelope import (
     Id,
     Integer,
     MaybeDigest,
+    MaybeId,
     Metrics,
     Settings,
     Tallies,
@@ -45,7 +46,8 @@ class Work(Struct, frozen=True, kw_only=True):
     `parent`: a version from which a patch of `patch_bytes` (0: none) leads to `base`. `card`: the
     schema that all peers share, a `SchemaCard` as JSON; empty if not known yet. `turn`: how often
     this peer has trained this version before. `since`: when the run was started (Unix s). `cohort`:
-    the fewest peers whose updates a version of this run has; 0 from older coordinators.
+    the fewest peers whose updates a version of this run has; 0 from older coordinators. `fleet`:
+    the id of the fleet; empty from older ones.
     """
 
     run: Id
@@ -64,13 +66,14 @@ class Work(Struct, frozen=True, kw_only=True):
     card: Annotated[str, Meta(max_length=256 * 1024)] = ""
     deadline_s: float = 0.0
     cohort: Count = 0
+    fleet: MaybeId = ""
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):
     """A claim about an update, signed by the agent. `turn` is that of the work.
 
     `base`: the version that it trained on. `digest` and `nbytes` are those of the uploaded file, or
-    of the description.
+    of the description. `fleet`: the id of the fleet; empty from older agents.
     """
 
     run: Id
@@ -86,6 +89,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     metrics: Metrics = {}
     tallies: Tallies = {}
     nonce: Id
+    fleet: MaybeId = ""
 
 
 class FlowerMessage(Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 from agent.transport.p2p.authorization import RequestAuthorizer
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.joining import ENROLLMENT_STATUS_PATH
+from protocols.errors import BadMessage
+from protocols.messages.fleet_names import FleetNames
 from protocols.p2p.swarm import DOWNLOAD_TOKEN_HEADER, SIGNED_DOWNLOAD_TOKEN, DownloadToken
 from tests.support.https_site import Machine, Site
 
@@ -69,6 +72,49 @@ def test_the_older_format_is_refused_after_the_newer(site: Site) -> None:
         assert http.get(ENROLLMENT_STATUS_PATH, headers=named).status_code == 200
         later = old(machine.peer, key, "GET", ENROLLMENT_STATUS_PATH)
         assert http.get(ENROLLMENT_STATUS_PATH, headers=later).status_code == 401
+
+
+@pytest.mark.attack("20.13", by="network")
+def test_an_update_is_taken_for_the_run_that_its_sender_signed(site: Site) -> None:
+    """Attack: a proxy that ends TLS gives an update for an earlier run to the present one."""
+    machine, data = site.enroll("ann"), b"an update"
+    digest = hashlib.sha256(data).hexdigest()
+    path, key = f"/cw/v1/updates/{digest}", machine.sign_key.sign
+
+    def signed(path: str, receiver: str = site.fleet_id) -> dict[str, str]:
+        return signed_requests.sign_headers(machine.peer, key, "PUT", path, digest, receiver)
+
+    with site.http() as http, site.transfer.receiving("run-2", lambda peer: set()):
+        site.transfer.limits.max_bytes = 1 << 20
+        for query, changed, header in (
+            ("?run=run-1", "?run=run-1", ""),
+            ("?run=run-1", "?run=run-1", "run-2"),
+            ("?run=run-1", "?run=run-2", ""),
+            ("?run=run-1", "", "run-2"),
+            ("?run=run-1", "?run=run-1&run=run-2", ""),
+        ):
+            headers = signed(path + query) | ({"x-cw-run": header} if header else {})
+            answer = http.put(path + changed, content=data, headers=headers)
+            assert answer.status_code in (401, 410), (query, changed, header)
+        older = signed(path, "") | {"x-cw-run": "run-1"}
+        assert http.put(path, content=data, headers=older).status_code == 401, "a downgrade"
+        assert not site.lane.uploads.path(machine.peer, digest).exists()
+        headers = signed(path + "?run=run-2")
+        assert http.put(path + "?run=run-2", content=data, headers=headers).status_code == 200
+
+
+@pytest.mark.attack("20.13", by="coordinator")
+def test_work_and_claims_for_one_fleet_do_not_count_in_another(site: Site, other: Site) -> None:
+    """Attack: what was signed for one fleet is used in another that has the same keys."""
+    names = FleetNames(site.fleet_id)
+    names.check("ann", "")  # an older agent
+    for sender, named in (("ann", other.fleet_id), ("bob", other.fleet_id), ("ann", "x")):
+        with pytest.raises(BadMessage, match="signed for fleet"):
+            names.check(sender, named)
+    names.check("ann", site.fleet_id)
+    with pytest.raises(BadMessage, match="unlike before"):
+        names.check("ann", "")
+    names.check("bob", "")
 
 
 def token(site: Site, machine: Machine, **changed: Any) -> dict[str, str]:

@@ -246,6 +246,36 @@ async def test_an_update_sent_again_counts_no_second_time(tmp_path: Path) -> Non
         assert len(statuses) == 10
 
 
+@pytest.mark.attack("20.13", by="peer")
+async def test_a_claim_for_another_fleet_does_not_count(tmp_path: Path) -> None:
+    """Attack: a claim that was signed for another fleet, or as an older version signs them."""
+    datas = [some_data(20 + 10 * seed, seed) for seed in range(2)]
+    async with fleet_of(tmp_path, *datas) as fleet:
+        rogue = fleet.agents[0]
+        honest = rogue.answer
+        names = {2: "another-fleet", 3: ""}
+
+        def answer(message: Message) -> Message:
+            reply = honest(message)
+            record = reply.content.config_records[CLAIM]
+            claim = SIGNED_CLAIM.decode(record["claim"])  # type: ignore[arg-type]
+            assert claim.fleet == fleet.keys.fleet
+            if claim.kind != "train" or claim.round not in names:
+                return reply
+            changed = msgspec.structs.replace(claim, fleet=names[claim.round])
+            payload, signature = SIGNED_CLAIM.seal(changed, rogue.machine.sign_key.sign)
+            other = ConfigRecord({"claim": payload, "signature": signature})
+            return Message(RecordDict({CLAIM: other}), reply_to=message)
+
+        rogue.answer = answer  # type: ignore[method-assign]
+        run_id = fleet.start(rounds=4, quorum=1)
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED
+        counts = [number for number, peer in counted(fleet, run_id) if peer == rogue.peer]
+        assert set(counts) == {1, 4}
+        assert fleet.refusals(run_id) == [(number, rogue.peer, "another fleet") for number in names]
+
+
 @pytest.mark.attack("20.wire", by="peer")
 async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Path) -> None:
     """Attack: claim another's upload, send another's signed claim, answer for another's node."""

@@ -194,7 +194,8 @@ class Agent:
         self._thread = threading.Thread(target=self._run, name=machine.name)
 
     def start(self, coordinator_public: bytes) -> None:
-        me = PeerIdentity(self.peer, self.machine.sign_key.sign, coordinator_public)
+        fleet = self.machine.fleet
+        me = PeerIdentity(self.peer, self.machine.sign_key.sign, coordinator_public, fleet)
         self.client = Client(
             me,
             self.trainer,

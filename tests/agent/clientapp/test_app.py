@@ -104,7 +104,7 @@ class Desk(Observer):
         self.client = self.made_again()
 
     def made_again(self) -> Client:
-        me = PeerIdentity("P", KEY.sign, identity.public_bytes(COORDINATOR))
+        me = PeerIdentity("P", KEY.sign, identity.public_bytes(COORDINATOR), "f")
         return Client(
             me,
             self.trainer,
@@ -191,6 +191,18 @@ def question(work: Work, key: identity.SigningKey = COORDINATOR) -> Message:
     return Message(RecordDict({"config": config}), 9, kind)
 
 
+@pytest.mark.attack("20.13", by="coordinator")
+def test_work_for_another_fleet_is_refused(desk: Desk) -> None:
+    """Attack: work that was signed for another fleet with the same signing key."""
+    with pytest.raises(BadMessage, match="signed for fleet g"):
+        desk.ask(some_work(fleet="g"))
+    assert desk.trainer.did == []
+    assert desk.ask().fleet == "f", "an older coordinator names none"
+    desk.ask(some_work(round=3, fleet="f"))
+    with pytest.raises(BadMessage, match="unlike before"):
+        desk.ask(some_work(round=4))
+
+
 def test_training_is_answered_with_a_signed_claim(desk: Desk) -> None:
     claim = desk.ask()
     assert claim == UpdateClaim(
@@ -204,6 +216,7 @@ def test_training_is_answered_with_a_signed_claim(desk: Desk) -> None:
         num_examples=5,
         metrics={"loss": 0.5},
         nonce=claim.nonce,
+        fleet="f",
     )
     settings = {"lr": 0.1, "seed": 3, "round": 2}
     assert desk.trainer.did == [("train", "mnist", settings, "b" * 64 + "-7")]
