@@ -12,12 +12,16 @@ import math
 from collections.abc import Mapping
 
 from agent.data.settings import Floors
-from agent.tasks import OnStep, Settings
+from agent.tasks import OnStep, Setting, Settings
 from protocols.errors import NotAllowed
 
 #: Built-in tasks that read no data of the owner.
 WITHOUT_DATA = frozenset({"ping"})
 _LEARNING_RATES = ("lr", "learning_rate")
+#: Settings that pull the weights back in each step, times the learning rate.
+_PULLS = ("weight_decay", "proximal_mu")
+#: The largest part of earlier steps that a step may take back.
+MAX_FORGOTTEN = 0.5
 _SET = "on that machine: commonweight-agent policy set"
 
 
@@ -38,9 +42,29 @@ def check_settings(settings: Settings, defaults: object, floors: Floors) -> None
     batch, steps = (_number(merged.get(name)) or 0 for name in ("batch_size", "max_steps"))
     if 0 < batch < floors.min_batch:
         raise _small_batch(f"batch_size={batch:g}", batch, floors)
+    _check_memory(merged, floors)
     if 0 < batch * steps < floors.min_examples:
         asked = f"max_steps={steps:g} of batch_size={batch:g}, {batch * steps:g} rows"
         raise _few_examples(asked, batch * steps, floors)
+
+
+def _check_memory(settings: Mapping[str, Setting], floors: Floors) -> None:
+    """Raise NotAllowed if training forgets.
+
+    With lr times weight_decay = 1, a step of SGD takes back all earlier ones, so the update is that
+    of the last step's rows alone.
+    """
+    if floors.min_examples <= floors.min_batch:
+        return
+    lr = max(_number(settings.get(name)) or 0.0 for name in _LEARNING_RATES)
+    for name in _PULLS:
+        pull = _number(settings.get(name)) or 0.0
+        if lr and not lr * pull <= MAX_FORGOTTEN:
+            raise NotAllowed(
+                f"the owner's min_examples is {floors.min_examples} rows for an update, and with "
+                f"{name}={pull:g} each step forgets the rows of earlier ones",
+                f"--set {name}={MAX_FORGOTTEN / lr:.2g} or less",
+            )
 
 
 def check_cohort(cohort: int, floors: Floors) -> None:

@@ -128,3 +128,21 @@ def test_another_name_is_no_change(tmp_path: Path) -> None:
     (trainer.data / "cat" / "7.png").rename(trainer.data / "cat" / "renamed.png")
     assert trainer.train()[0] == count
     trainer.evaluate()
+
+
+def test_a_class_of_one_picture_is_not_trained_on(tmp_path: Path) -> None:
+    """Attack: a linear model, in which the weights of a class change by its pictures; a machine
+    has one picture of the class."""
+    trainer = Trainer(tmp_path)
+    settings = {**SETTINGS, "classes": "cat,dog,owl", "model": "dense 3", "optimiser": "sgd"}
+    changes = []
+    for level in (0, 150):
+        picture(trainer.data / "owl" / "only.png", level)
+        (tmp_path / "told" / "told.db").unlink(missing_ok=True)
+        trainer.do(Init, settings, seed=0, out=trainer.base)
+        out = tmp_path / "out.safetensors"
+        trainer.do(Train, {"seed": 1, "round": 1, **settings}, base=trainer.base, out=str(out))
+        old, new = weights.load(Path(trainer.base)), weights.load(out)
+        changes.append([new[name] - old[name] for name in sorted(new)])
+    for one, two in zip(*changes, strict=True):
+        np.testing.assert_array_equal(one, two)

@@ -144,6 +144,15 @@ def test_a_rate_beyond_the_owners_is_refused(tmp_path: Path, lr: Any) -> None:
 
 
 @pytest.mark.attack("20.3")
+@pytest.mark.parametrize("name", ["weight_decay", "proximal_mu"])
+@pytest.mark.parametrize("pull", [1e6, "1000", float("inf")])
+def test_an_update_does_not_forget_its_first_rows(tmp_path: Path, name: str, pull: Any) -> None:
+    """Attack: a pull to the first weights that takes back all steps but the last."""
+    settings = {"optimiser": "sgd", "lr": 0.001, "batch_size": 8, name: pull}
+    refused(Victim(tmp_path), "min_examples", **settings)
+
+
+@pytest.mark.attack("20.3")
 def test_an_update_of_a_few_rows_does_not_leave(tmp_path: Path) -> None:
     """Attack: batches of the owner's minimum, and only one of them."""
     refused(Victim(tmp_path), "min_examples", batch_size=8, max_steps=1)

@@ -106,7 +106,7 @@ def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
     pixels, readable = stored
     if unread := int((~readable).sum()):
         sys.stderr.write(f"{unread} of {count} pictures cannot be read and are left out\n")
-    parts = class_folders.split(found.names, readable, numbers, data)
+    parts = class_folders.split(found, readable, numbers, data)
     told = (None if numbers is None else numbers[part] for part in parts)
     return Pictures(pixels, found.labels, *parts, *told)
 

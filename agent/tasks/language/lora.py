@@ -224,7 +224,7 @@ def _texts(data: DataSettings, plan: LoraSettings, made: AdaptedModel) -> _Texts
     filled = np.full((len(rows), max(1, lengths.max())), made.pad, np.int64)
     for row, tokens in zip(filled, rows, strict=True):
         row[: len(tokens)] = tokens
-    train, held_out = class_folders.split(found.names, lengths > 0, numbers, data)
+    train, held_out = class_folders.split(found, lengths > 0, numbers, data)
     return _Texts(
         torch.from_numpy(filled),
         torch.from_numpy(lengths),

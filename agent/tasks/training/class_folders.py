@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from agent.data.admission import Admission
+from agent.data.admission import Admission, split_classes
 from agent.data.disclosed_sets import Numbers
 from agent.data.row_registry import RowRegistry
 from agent.data.settings import DataSettings
@@ -147,16 +147,17 @@ def admit(found: ClassFiles, data: DataSettings) -> tuple[ClassFiles, Numbers | 
 
 
 def split(
-    names: Sequence[str],
+    found: ClassFiles,
     usable: npt.NDArray[np.bool_],
     numbers: Numbers | None,
     data: DataSettings,
 ) -> tuple[Rows, Rows]:
-    """As `split_held_out`, if this machine remembers no rows; else each row stays on its side.
+    """As `split_held_out`, if this machine remembers no rows; else each row stays on its side, and
+    classes with few examples to train on are left out.
 
     Raises DataError for fewer than two.
     """
-    first = split_held_out(names, usable)
+    first = split_held_out(found.names, usable)
     if numbers is None:
         return first
 
@@ -167,7 +168,11 @@ def split(
         return np.asarray(chance.permutation(count) < count // _HELD_OUT)
 
     with closing(Admission(Path(data.memory))) as admission:
-        parts = admission.split("files", numbers, usable, data.min_count, draw)
+        parts = split_classes(
+            np.where(usable, found.labels, -1),
+            data.min_count,
+            lambda chosen: admission.split("files", numbers, chosen, data.min_count, draw),
+        )
     return np.flatnonzero(parts.train), np.flatnonzero(parts.held_out)
 
 
