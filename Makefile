@@ -57,7 +57,7 @@ journeys: MINUTES = 30
 journeys: setup
 	$(BIN)/python -m tests.journeys --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-# Runs each attack, quick and long, about half an hour. After a new test: python -m tests.attacks --new
+# Runs each attack, quick and long, about ten minutes. After a new test: python -m tests.attacks --new
 attacks: setup
 	$(BIN)/python -m tests.attacks
 
