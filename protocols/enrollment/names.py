@@ -28,6 +28,9 @@ _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _TOGETHER = frozenset(
     {"LATIN", "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL"}
 )
+#: Latin letters without an ASCII letter in them that languages write. Others are phonetic signs,
+#: small capitals and the like, which look like plain letters.
+_LATIN = frozenset("æœøðþßđħłŋŧəıƒ")
 #: Capitals first, as some look like another letter than their small ones.
 _CAPITALS = str.maketrans(
     "АВЕЅІЈКМНОРСТУХԚԜ" + "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "abesijkmhopctyxqw" + "abezhikmnoptyx"
@@ -35,7 +38,7 @@ _CAPITALS = str.maketrans(
 _LOOK_ALIKES = str.maketrans(
     "абвгдезіјкӏмнопрѕстуѵхһԁԛԝүє" + "αβγεζηικνορτυχωϲϳμ" + "01|ıi",
     "abbrde3ljklmhonpsctyvxhdqwye" + "abyeznlkvoptuxwcju" + "ollll",
-)
+) | str.maketrans("ー一\u1173丨\u1175〇\u110b", "---lloo")
 _HINT = "choose another name: --name NAME"
 
 
@@ -55,6 +58,8 @@ def normalize_labels(labels: Mapping[str, str]) -> dict[str, str]:
 def normalize(name: str) -> str:
     """The name in its one form (NFKC, single spaces). Raises Refused if it cannot be read."""
     plain = " ".join(unicodedata.normalize("NFKC", name[: 4 * MAX_CHARS]).split())
+    # Digits of other scripts look like other digits.
+    plain = "".join(str(unicodedata.decimal(one, one)) for one in plain)
     if not plain or len(plain) > MAX_CHARS:
         raise Refused(
             f"a name has 1 to {MAX_CHARS} characters, and {plain!a} has {len(plain)}", _HINT
@@ -63,10 +68,19 @@ def normalize(name: str) -> str:
         raise Refused(f"the name {plain!a} has characters that cannot be seen", _HINT)
     if not plain[0].isalnum():
         raise Refused(f"the name {plain!a} does not start with a letter or digit", _HINT)
+    if strange := next(filter(_is_strange, plain), ""):
+        raise Refused(f"the name {plain!a} has {strange!a}, which looks like another letter", _HINT)
     scripts = {unicodedata.name(one, "?").split()[0] for one in plain if one.isalpha()}
     if len(scripts) > 1 and not scripts <= _TOGETHER:
         raise Refused(f"the name {plain!a} mixes letters of several scripts", _HINT)
     return plain
+
+
+def _is_strange(letter: str) -> bool:
+    """True for a Latin letter that is no ASCII letter with marks, and that no language writes."""
+    if not unicodedata.name(letter, "").startswith("LATIN "):
+        return False
+    return not unicodedata.normalize("NFKD", letter)[0].isascii() and letter.lower() not in _LATIN
 
 
 @lru_cache(maxsize=65_536)

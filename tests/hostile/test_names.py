@@ -24,9 +24,22 @@ IMITATIONS = [
     "cl\N{LATIN SMALL LETTER I WITH ACUTE}nic",
     "сӏіпіс",
     "\N{MATHEMATICAL BOLD SMALL C}LINIC",
+    "\N{LATIN LETTER SMALL CAPITAL C}linic",
+    "clini\N{LATIN LETTER SMALL CAPITAL C}",
+    "clin\N{LATIN SMALL LETTER IOTA}c",
+]
+#: Of the name ward-10.
+DASHED = [
+    "ward\N{KATAKANA-HIRAGANA PROLONGED SOUND MARK}10",
+    "ward\N{CJK UNIFIED IDEOGRAPH-4E00}10",
+    "w\N{LATIN SMALL LETTER ALPHA}rd-10",
+    "ward-1\N{HANGUL LETTER IEUNG}",
+    "ward-\N{HANGUL LETTER I}0",
+    "ward-\N{ARABIC-INDIC DIGIT ONE}\N{ARABIC-INDIC DIGIT FIVE}",
 ]
 RESERVED = [
     *("coordinator", "Operator", "ALL", "se1f", "none", "\N{CYRILLIC SMALL LETTER A}ll"),
+    *("\N{LATIN LETTER SMALL CAPITAL A}ll", "coordinat\N{LATIN LETTER SMALL CAPITAL O}r"),
     "AAAA-BBBB-CCCC-DDDD",
 ]
 HIDDEN = ["cli\N{RIGHT-TO-LEFT OVERRIDE}nic", "cli\N{ZERO WIDTH SPACE}nic", "a\x1b[2Jb", "a\nb"]
@@ -45,6 +58,17 @@ def test_a_peer_does_not_imitate_another(site: Site, name: str) -> None:
     with pytest.raises(Refused, match=r"looks like|stands for|mixes letters"):
         site.registry.join(machine.joining(site.ticket(), name=name))
     assert [peer.name for peer in site.registry.peers.values()] == ["clinic"]
+
+
+@pytest.mark.parametrize("name", DASHED)
+def test_signs_of_other_scripts_are_no_dashes_and_digits(name: str) -> None:
+    """Attack: letters of other scripts that look like a dash, or digits that look like others."""
+    try:
+        plain = names.normalize(name)
+        names.check_free(plain, ["ward-10"])
+    except Refused:
+        return
+    assert plain == "ward-15", "the digits are shown as what they mean"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +92,19 @@ def test_a_removed_peer_leaves_its_name_and_the_same_name_is_numbered(site: Site
     assert site.registry.peers[machine.peer].name == "x-ray"
 
 
-@pytest.mark.parametrize("name", ["клиника", "Klinik Zürich 2", "病院-3", "a.b:c@d_e"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "клиника",
+        "Klinik Zürich 2",
+        "病院-3",
+        "a.b:c@d_e",
+        "Łódź",
+        "Ålesund Sør",
+        "Bình Dương",
+        "Iași",
+    ],
+)
 def test_honest_names_of_any_language_are_taken(name: str) -> None:
     """Control: honest names of any language are taken."""
     assert names.normalize(name) == name
