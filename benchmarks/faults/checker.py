@@ -165,8 +165,21 @@ def standing(facts: Sequence[Fact]) -> list[Fact]:
             elif found[-1]["type"] == "RunEnded" and not _evaluates(found):
                 _drop_unsummed(found)
         else:
+            if fact["type"] == "EvaluationOpened":  # a resumed run asks all peers again
+                _drop_evaluations(found, fact["round"])
             found.append(fact)
     return found
+
+
+def _drop_evaluations(found: list[Fact], number: int) -> None:
+    """Drop the results of an evaluation that is done again."""
+    found[:] = [
+        fact
+        for fact in found
+        if fact["type"] != "UpdateAccepted"
+        or fact["round"] != number
+        or fact["update"].get("digest")
+    ]
 
 
 def _undo(found: list[Fact], again: int) -> None:

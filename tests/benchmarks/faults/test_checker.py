@@ -212,6 +212,18 @@ def test_a_buffered_run_that_takes_one_twice_after_a_loss_is_found(tmp_path: Pat
     assert any("counts 2 times" in text for text in home.judged())
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_run_that_is_resumed_asks_for_its_evaluation_again(tmp_path: Path, times: int) -> None:
+    home = Home(tmp_path)
+    opened = of(home, run_events.EvaluationOpened, 1)
+    again, answer = home.facts[opened : opened + 2]
+    stopped = [run_events.RunEnded(RunState.STOPPED, "by the operator"), run_events.RunResumed()]
+    home.facts[opened + 2 : opened + 2] = [*stopped, again, *[answer] * times]
+    assert [text for text in home.judged() if "counts an evaluation" in text] == [
+        "r: round 2 counts an evaluation more than once"
+    ][: times - 1]
+
+
 def test_a_changed_or_missing_entry_is_found(tmp_path: Path) -> None:
     home = Home(tmp_path)
     assert home.judged() == []
