@@ -171,7 +171,9 @@ def check(
         if not source and name.partition(":")[0].endswith(".py"):
             path, attribute = registry.split_source(name)
             name, source = registry.name_of_source(name), f"{path}:{attribute}"
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
+        folder = root / "work"
+        folder.mkdir()
         trial = _TrialRun()
         trainer = TrainerProcess(
             folder,
@@ -179,7 +181,9 @@ def check(
             threads=chosen.threads,
             on_progress=trial.on_progress,
             sources={name: source} if source else {},
-            rules=sandbox_rules.make_rules(chosen, write=(folder,), sources=[source]),
+            rules=sandbox_rules.make_rules(
+                chosen, write=(folder,), sources=[source], spool=root / "spool"
+            ),
         )
         stack.callback(trainer.stop)
         # A task parses the text by the types of its own defaults.

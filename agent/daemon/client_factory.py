@@ -104,6 +104,7 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
             read=(ctx.cache,),
             write=(folder, *(ctx.home / name for name in _WRITTEN)),
             memory=memory,
+            spool=ctx.home / "spool",
         ),
     )
 

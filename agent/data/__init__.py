@@ -8,7 +8,7 @@ memory. It also computes aggregations where the rows are. Values of CSV files ar
 from __future__ import annotations
 
 from agent.data.reader import Aggregation, Reader, merge_states
-from agent.data.settings import DataSettings
+from agent.data.settings import DataSettings, uses_network
 from protocols.errors import DataError
 from protocols.extras import needs_extra
 
@@ -20,6 +20,11 @@ def open_table(data: DataSettings) -> Reader:
     if not data.path:
         raise DataError("this peer has no data", "commonweight-agent policy set data FILE")
     engine, _, address = data.reader.partition(":")
+    if uses_network(data.reader):
+        from agent.data.helper_requests import spooled_table
+
+        if (folder := spooled_table()) is not None:
+            return open_table(DataSettings(path=folder))
     with needs_extra({"arrow": "tabular"}.get(engine, engine), f"the table reader {engine}"):
         if engine == "arrow":
             from agent.data.arrow_reader import ArrowReader

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from agent.data import memory_access
+from agent.data import helper_requests
 from agent.data.disclosed_sets import Numbers, mix, pack, unpack
 from agent.data.private_database import open_database, writing
 from protocols.errors import DataError, NotAllowed
@@ -58,7 +58,7 @@ class Admission:
     """The groups of rows that were admitted, in the file of `table_memory`."""
 
     def __init__(self, path: Path) -> None:
-        self._store = memory_access.open_admission(path) or AdmissionStore(path)
+        self._store = helper_requests.open_admission(path) or AdmissionStore(path)
 
     def close(self) -> None:
         self._store.close()

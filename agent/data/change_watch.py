@@ -37,10 +37,11 @@ class ChangeWatch:
         return now + max(LOOK_EVERY_S, _COST_FACTOR * (now - began))
 
     def _look(self) -> int:
-        return hash(tuple(_stamps(self._path))) if self._path else 0
+        return hash(tuple(file_stamps(self._path))) if self._path else 0
 
 
-def _stamps(path: str) -> Iterator[tuple[object, ...]]:
+def file_stamps(path: str) -> Iterator[tuple[object, ...]]:
+    """One for each file at a path, which changes with the file."""
     given = Path(path)
     files: Iterator[Path]
     if given.is_dir():

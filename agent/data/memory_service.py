@@ -1,4 +1,4 @@
-"""Does what a trainer in the sandbox asks of the memory of rows, and nothing else.
+"""Does what a trainer in the sandbox asks its helper for, and nothing else.
 
 The trainer runs tasks, so its requests are not trusted: `min_rows` is the owner's, and only numbers
 of the registry count. What was recorded stays. A record is on disk before the reply is sent.
@@ -6,6 +6,7 @@ of the registry count. What was recorded stays. A record is on disk before the r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -14,10 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from agent.data import memory_access as asked
+from agent.data import helper_requests as asked
 from agent.data.admission import AdmissionStore
 from agent.data.disclosed_sets import DisclosedSets, Numbers, ToldSet, Use
-from agent.data.memory_access import Reply, Request
+from agent.data.helper_requests import Reply, Request
 from agent.data.row_registry import RowStore
 from protocols.errors import CommonweightError, NotAllowed
 
@@ -26,10 +27,10 @@ _USES = frozenset(get_args(Use)) - {"cell"}
 
 
 class MemoryService:
-    """The memory in the file `path`; for one thread."""
+    """The memory in the file `path`; for one thread. `read_table` gives the folder of the table."""
 
-    def __init__(self, path: Path, min_rows: int) -> None:
-        self._path, self._min_rows = path, min_rows
+    def __init__(self, path: Path, min_rows: int, read_table: Callable[[], Path]) -> None:
+        self._path, self._min_rows, self._read_table = path, min_rows, read_table
 
     @cached_property
     def _rows(self) -> RowStore:
@@ -52,7 +53,7 @@ class MemoryService:
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as err:
             reply = Reply(error=(NotAllowed.code, f"not a valid request: {err}", ""))
         except OSError as err:
-            reply = Reply(error=("file", f"the memory of rows cannot be used: {err}", ""))
+            reply = Reply(error=("file", f"a file cannot be used: {err}", ""))
         return asked.encode(reply)
 
     def _do(self, request: Request) -> Reply:
@@ -78,6 +79,8 @@ class MemoryService:
                 rows = self._numbers(numbers)
                 mask, out = _mask(usable, rows), np.frombuffer(drawn, np.bool_)
                 return _arrays(*self._admission.divide(name, rows, mask, self._min_rows, out))
+            case asked.ReadTable():
+                return Reply(texts=(str(self._read_table()),))
             case asked.Tell(use, numbers):
                 if use not in _USES:
                     raise ValueError(f"a trainer tells no {use}")

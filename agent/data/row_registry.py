@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from agent.data import memory_access
+from agent.data import helper_requests
 from agent.data.disclosed_sets import Numbers
 from agent.data.private_database import open_database, writing
 from agent.data.reader import Reader
@@ -45,7 +45,7 @@ class RowRegistry:
     """
 
     def __init__(self, path: Path) -> None:
-        self._store = memory_access.open_rows(path) or RowStore(path)
+        self._store = helper_requests.open_rows(path) or RowStore(path)
         self._secret = self._store.secret()
 
     def close(self) -> None:

@@ -9,6 +9,11 @@ from msgspec import Struct
 Framework = Literal["auto", "torch", "keras"]
 
 
+def uses_network(reader: str) -> bool:
+    """True if this reader of tables needs connections: to a cluster, or to Spark's own Java."""
+    return reader.startswith(("dask:", "spark"))
+
+
 class Floors(Struct, frozen=True, kw_only=True):
     """What no setting of a run can go below; the defaults allow everything.
 

@@ -22,8 +22,8 @@ class SandboxRules(Struct, frozen=True, kw_only=True):
     names may be listed. `compile`: compilers may run. `network`: sockets are allowed and Java may
     run, to read tables on a cluster; no process of a task has it.
 
-    `memory` is the file that remembers rows, which only the trainer's helper uses, with the owner's
-    `min_count`.
+    What only the trainer's helper uses: `memory`, the file that remembers rows, with the owner's
+    `min_count`; and `table`, which `reader` reads with a connection into the folder `spool`.
     """
 
     mode: Mode = "auto"
@@ -35,6 +35,9 @@ class SandboxRules(Struct, frozen=True, kw_only=True):
     network: bool = False
     memory: str = ""
     min_count: int = 1
+    table: str = ""
+    reader: str = ""
+    spool: str = ""
 
     def stamp(self) -> tuple[tuple[int, int] | None, ...]:
         """Changes when a path becomes another file: rules are about files, not about names."""

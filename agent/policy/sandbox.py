@@ -83,11 +83,6 @@ def describe(mode: Mode, found: Support) -> tuple[str, str]:
     return detail, "use such a Linux, or run only tasks that you trust"
 
 
-def uses_network(reader: str) -> bool:
-    """True if this reader of tables needs connections: to a cluster, or to Spark's own Java."""
-    return reader.startswith(("dask:", "spark"))
-
-
 def check(rules: SandboxRules) -> None:
     """Raise TrainerFailed if the owner requires more than this machine can enforce."""
     if rules.mode == "require" and support().lacks():

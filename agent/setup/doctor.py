@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent.data.settings import uses_network
 from agent.home import fleet_trust, settings
 from agent.home.settings import Enrollment
 from agent.policy import sandbox, sensors
@@ -128,8 +129,8 @@ class _Doctor:
         detail, fix = sandbox.describe(chosen.sandbox, sandbox.support())
         if fix and chosen.sandbox == "require":
             raise CommonweightError(detail, fix)
-        if not fix and sandbox.uses_network(chosen.data_reader):
-            detail += f"; but the network is open for data_reader {chosen.data_reader}"
+        if not fix and uses_network(chosen.data_reader):
+            detail += f"; another process reads the table by {chosen.data_reader}"
         own = self._home.resolve()
         for path in filter(None, (chosen.data, chosen.models, *chosen.sandbox_read)):
             if own.is_relative_to(Path(path).resolve()) and chosen.sandbox != "off":

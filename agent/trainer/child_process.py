@@ -157,7 +157,8 @@ class TrainerChild:
 def _make_folders(rules: SandboxRules, work_dir: Path) -> None:
     """The folders that the trainer may write to: it cannot make them itself."""
     shutil.rmtree(work_dir / sandbox.TEMPORARY, ignore_errors=True)
-    for folder in (work_dir / sandbox.TEMPORARY, *map(Path, rules.write)):
+    spool = [rules.spool] if rules.spool else []  # must exist before a rule is made for it
+    for folder in (work_dir / sandbox.TEMPORARY, *map(Path, (*rules.write, *spool))):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 

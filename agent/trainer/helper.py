@@ -1,8 +1,8 @@
 """The helper of a trainer in the sandbox: a process beside it, outside the sandbox, with our code.
 
-It keeps the memory of rows, which no task may change, and ends what the trainer leaves running,
-also when nobody else does because the agent was killed. It is forked before the sandbox starts and
-ends after the trainer. Linux only.
+It keeps the memory of rows, which no task may change, and reads a table to which the trainer has no
+connection. It ends what the trainer leaves running, also when nobody else does because the agent
+was killed. It is forked before the sandbox starts and ends after the trainer. Linux only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from agent.policy.file_access import SandboxRules
+from agent.trainer.spooled_table import SpooledTable
 
 #: Of a request and of a reply: 16 bytes for each of 64 million rows.
 MAX_FRAME_BYTES = 1 << 30
@@ -24,7 +25,7 @@ MAX_FRAME_BYTES = 1 << 30
 
 def start(rules: SandboxRules) -> Connection:
     """Fork the helper of this process, which is about to become the trainer, and return the pipe to
-    it (`agent.data.memory_access`)."""
+    it (`agent.data.helper_requests`)."""
     trainer = os.getpid()
     ours, theirs = Pipe()
     watch = os.pidfd_open(trainer)
@@ -55,19 +56,22 @@ def _leave(trainer: int) -> None:
 def _serve(pipe: Connection, watch: int, rules: SandboxRules) -> None:
     """Answer the trainer until it has ended."""
     answer: Callable[[bytes], bytes] | None = None
+    table = SpooledTable(rules, watch)
     poll = select.poll()
     poll.register(watch, select.POLLIN)
     poll.register(pipe, select.POLLIN)
     while True:
         ready = dict(poll.poll())
         if watch in ready:
+            table.delete()
             return
         try:
             frame = pipe.recv_bytes(MAX_FRAME_BYTES)
             if answer is None:  # numpy starts threads, and no thread may exist before a fork
                 from agent.data.memory_service import MemoryService
 
-                answer = MemoryService(Path(rules.memory), rules.min_count).answer
+                memory = MemoryService(Path(rules.memory), rules.min_count, table.folder)
+                answer = memory.answer
             pipe.send_bytes(answer(frame))
         except (EOFError, OSError):  # the trainer sent nonsense, or ended
             poll.unregister(pipe)

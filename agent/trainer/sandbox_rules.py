@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from agent.data.settings import uses_network
 from agent.home.settings import AgentSettings
-from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
 from agent.tasks import registry
 from protocols import failpoints
@@ -19,13 +20,20 @@ def make_rules(
     write: Collection[Path],
     sources: Collection[str] = (),
     memory: Path | None = None,
+    spool: Path | None = None,
 ) -> SandboxRules:
     """The rules for a trainer on the owner's data. `read` and `write` are further folders;
-    `sources` are task files beside the registered ones. `memory` remembers rows."""
+    `sources` are task files beside the registered ones. `memory` remembers rows, and
+    `spool` is the folder for a table that the trainer has no connection to."""
     files = [*chosen.task_files.values(), *filter(None, sources)]
     folders = {registry.split_source(source)[0].resolve().parent for source in files}
     modules = [module for folder in sorted(folders) for module in _modules(folder)]
     data: list[str | Path] = [path for path in (chosen.data, chosen.models) if path]
+    if glob.has_magic(chosen.data) and not Path(chosen.data).exists():
+        data += glob.glob(chosen.data)
+        folders.add(Path(chosen.data).parent)
+    spooled = spool if spool and uses_network(chosen.data_reader) else None
+    data += [spooled] if spooled else []
     return SandboxRules(
         mode=chosen.sandbox,
         read=(*map(_absolute, (*data, *read)), *modules),
@@ -33,9 +41,11 @@ def make_rules(
         listed=tuple(map(str, sorted(folders))),
         write=tuple(map(_absolute, (*write, *failpoints.folders()))),
         compile=chosen.compile,
-        network=sandbox.uses_network(chosen.data_reader),
         memory=_absolute(memory) if memory else "",
         min_count=chosen.data_min_count,
+        table=chosen.data if spooled else "",
+        reader=chosen.data_reader if spooled else "",
+        spool=_absolute(spooled) if spooled else "",
     )
 
 

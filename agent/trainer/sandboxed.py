@@ -23,12 +23,13 @@ def main() -> None:
     prefer_for_oom_kill()  # the sandbox does not let it write there
     try:
         rules = msgspec.json.decode(os.environ.pop(sandbox.VARIABLE), type=SandboxRules)
-        pipe = helper.start(rules) if sys.platform == "linux" else None
+        is_trainer = sys.platform == "linux" and not rules.network
+        pipe = helper.start(rules) if is_trainer else None
         sandbox.enforce(rules)
         if pipe is not None:
-            from agent.data import memory_access
+            from agent.data import helper_requests
 
-            memory_access.connect(pipe)
+            helper_requests.connect(pipe)
         copy_tensors()
     except Exception:
         traceback.print_exc()

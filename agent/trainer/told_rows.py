@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from agent.data import memory_access
+from agent.data import helper_requests
 from agent.data.disclosed_sets import DisclosedSets, Numbers, ToldSet, Use
 from agent.data.settings import DataSettings
 from agent.tasks import KnowsRows, Settings, Task, WatchesEpochs
@@ -53,7 +53,7 @@ class ToldRows:
 
     def _record(self, use: Use, rows: Numbers) -> None:
         file = Path(self._data.memory)
-        memory = memory_access.open_sets(file) or DisclosedSets(file)
+        memory = helper_requests.open_sets(file) or DisclosedSets(file)
         try:
             memory.tell([ToldSet(use, np.sort(rows))], self._data.min_count)
         finally:

@@ -17,6 +17,7 @@ import ctypes, os, pathlib, shutil, signal, socket, subprocess, sys, tempfile, t
 
 class Hostile:
     def schema(self, settings):
+        globals()["task"] = self
         exec(settings.get("do", ""), globals())
         return {"w": ("F32", (1,))}
 
@@ -81,7 +82,9 @@ def own(folder: Path, mode: Mode, prelude: str = "", *, rows: int = 1, **chosen:
         data_settings(settings, work, memory),
         threads=2,
         sources=settings.task_files,
-        rules=sandbox_rules.make_rules(settings, write=(work,), memory=memory),
+        rules=sandbox_rules.make_rules(
+            settings, write=(work,), memory=memory, spool=folder / "spool"
+        ),
     )
     helpers = f"""
 HOME = pathlib.Path({str(folder)!r})

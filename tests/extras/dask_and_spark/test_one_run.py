@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.policy import sandbox
+from protocols.errors import TrainerFailed
 from tests.e2e.test_tabular import joined
 from tests.support.fleet_harness import fleet
+from tests.support.hostile_task import own
 from tests.support.tables import MIXED, write_csv, write_parquet
 from tests.support.waiting import wait_for
 
@@ -44,3 +47,27 @@ def test_arrow_dask_and_spark_train_together(tmp_path: Path) -> None:
         ages = [float(row["age"]) for row in MIXED if row["age"]]
         mean = sum(ages) / len(ages)
         assert abs(features["age"]["mean"] - mean) < 1e-9 * mean
+
+
+def test_a_task_has_no_network_beside_a_reader_that_has(tmp_path: Path) -> None:
+    """Spark's Java reads the table in another process; the task reads it, and opens no socket."""
+    made = own(tmp_path, "auto", rows=30, data_reader="spark")
+    read = "from agent.data import open_table\nreader = open_table(task.data)\n"
+    try:
+        made.run(
+            f"{read}rows = [v for b in reader.batches(['a']) for v in b.column(0).to_pylist()]\n"
+            "assert rows == [str(n) for n in range(1, 31)], rows"
+        )
+        if sandbox.support().lacks():
+            return
+        for attack in (
+            "socket.socket()",
+            "subprocess.run(['/bin/sh', '-c', 'true'])",
+            "open('/etc/passwd')",
+            "open(HOME / 'spool' / 'x', 'w')",
+        ):
+            with pytest.raises(TrainerFailed, match="sandbox refused"):
+                made.run(attack)
+    finally:
+        made.trainer.stop()
+    wait_for(lambda: not list((tmp_path / "spool").iterdir()), "the rows are deleted")

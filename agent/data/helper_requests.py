@@ -1,7 +1,9 @@
-"""The memory of rows in a process that must not change its file: the trainer in the sandbox.
+"""What a trainer in the sandbox asks its helper for (`agent.trainer.helper`).
 
-Its helper (`agent.trainer.helper`) has the file, and does only what these requests ask for. So a
-task cannot remove or change what was recorded. Elsewhere the file is opened directly.
+It asks for the memory of rows, and for a table that only a process with a connection can read.
+
+The helper does only what these requests say, so a task cannot remove or change what was recorded,
+and has no network. Processes outside the sandbox have no helper and open files and tables directly.
 """
 
 from __future__ import annotations
@@ -74,7 +76,11 @@ class Tell(Struct, frozen=True, tag=True):
     rows: bytes
 
 
-Request = RegistryState | KnownTable | Register | Admit | CountNew | Divide | Tell
+class ReadTable(Struct, frozen=True, tag=True):
+    """Read the owner's table into a folder of Parquet files: its path (`texts`)."""
+
+
+Request = RegistryState | KnownTable | Register | Admit | CountNew | Divide | Tell | ReadTable
 
 
 class Reply(Struct, frozen=True, kw_only=True):
@@ -192,6 +198,11 @@ def open_admission(path: Path) -> RemoteAdmission | None:
 def open_sets(path: Path) -> RemoteSets | None:
     """The helper's sets; None in a process that opens the file itself."""
     return RemoteSets(_helper) if _helper else None
+
+
+def spooled_table() -> str | None:
+    """The folder into which the helper has read the owner's table; None outside the sandbox."""
+    return _helper.ask(ReadTable()).texts[0] if _helper else None
 
 
 def _mask(found: bytes) -> Mask:
