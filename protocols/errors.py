@@ -9,6 +9,7 @@ CommonweightError                     1  something failed
 ├── Refused                           4  the other side refused the request
 │   ├── NotEnrolled                      this machine has not joined a fleet
 │   ├── NotAllowed                       the owner does not allow the task or its settings
+│   │   └── AwaitingConsent              the owner has not decided about the task yet
 │   ├── UploadRefused                    the coordinator does not take an update
 │   ├── UploadUnneeded                   nothing waits for an update any more
 │   └── VersionSkew                      agent and coordinator versions are incompatible
@@ -120,6 +121,12 @@ class NotAllowed(Refused):
     """The owner of this machine does not allow the task, or the settings of a run."""
 
     code = "not_allowed"
+
+
+class AwaitingConsent(NotAllowed):
+    """The owner of this machine has not decided about the task yet."""
+
+    code = "awaiting_consent"
 
 
 class UploadRefused(Refused):

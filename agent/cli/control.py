@@ -103,15 +103,16 @@ def show_ledger(
     told: Annotated[bool, typer.Option("--told", help="Show statistics in full.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what has left this machine: statistics, weights, metrics."""
-    from agent.home import audit_log
+    """Show what has left this machine and what it refused by your rules."""
+    from agent.home import audit_log, refusal_log
 
-    entries = audit_log.read(homes.open_home("agent"))
+    home = homes.open_home("agent")
+    entries = sorted([*audit_log.read(home), *refusal_log.read(home)], key=lambda entry: entry.at)
     entries = entries[max(0, len(entries) - lines) :]
     rows: list[str] = []
     for entry in entries:
         rows.append(audit_log.format_entry(entry))
-        if told and entry.told:
+        if told and entry.told and entry.what != "refused":
             rows.append(f"    {entry.told}")
     print_data(entries, rows, json=json)
     if not (entries or json):

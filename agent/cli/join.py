@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from agent.cli.common import (
     print_line,
 )
 from agent.home import settings
+from agent.setup import sharing_text
 from protocols.errors import Unreachable
 from protocols.local import cli_entry, homes
 
@@ -28,6 +30,7 @@ _PROMPTS = {
     "battery": ("train on battery too? always, or auto for no", "auto"),
     "hours": ("work hours, for example mon-fri 18:00-08:00; empty for all", ""),
     "cpu_share": ("share of the CPU time to use, 0.01 to 1", "1"),
+    "allow": ("tasks that may train on your data, such as tabular; empty: you are asked", ""),
 }
 
 
@@ -73,6 +76,7 @@ def join(
     policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
     if sys.stdin.isatty() and sys.stderr.isatty() and not (unattended or json):
         policy |= {key: _prompt(key) for key, value in policy.items() if value is None}
+        allow = allow or [_prompt("allow")]
     labels = dict(parse_pair(item) for item in label or [])
     home = homes.open_home("agent", create=True)
     chosen: dict[str, Any] = {
@@ -99,7 +103,25 @@ def join(
     print_line(f"joined as {joined.name}, id {joined.peer}")
     if awaiting:
         print_line(f"the operator must approve it: commonweight peers approve {joined.name}")
+    _say_terms(home)
     print_line("next: commonweight-agent run")
+
+
+def _say_terms(home: Path) -> None:
+    """What this machine allows now: tasks, columns, and a port for other peers."""
+    from agent.setup import consents
+
+    chosen = settings.read(home)
+    for task in chosen.tasks:
+        name = "every task on this machine" if task == consents.EVERY else task
+        print_line(f"allowed: {name}, {consents.describe(chosen, task)}")
+    if not chosen.tasks:
+        print_line(
+            "no task is allowed yet: a run that needs one waits for you "
+            "(commonweight-agent task allow NAME)"
+        )
+    if line := sharing_text.describe(chosen, home):
+        print_line(line)
 
 
 def discover(

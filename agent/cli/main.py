@@ -20,6 +20,7 @@ import typer
 from agent.cli import control, export, join, policy, predict, questions, serve, service, task
 from agent.cli.common import Json, Part, Split, is_running, parse_part, print_line
 from agent.home import logs, settings
+from agent.setup import sharing_text
 from protocols import VERSION
 from protocols.errors import NotRunning
 from protocols.local import cli_entry, crash_reports, exits, homes, json_output
@@ -72,6 +73,8 @@ def run(part: Part = None, split: Split = None) -> None:
     gc.collect()
     gc.freeze()
     print_line(f"agent {joined.name} ({joined.peer}) of fleet {joined.fleet}; Ctrl-C stops it")
+    if line := sharing_text.describe(chosen, home):
+        print_line(line)
     try:
         agent = Agent(home, joined, chosen)
         asyncio.run(agent.serve())
@@ -117,7 +120,7 @@ def status(
 
 def _format_status(home: Path, *, json: bool) -> str:
     from agent.home import status_files
-    from agent.setup import own_data
+    from agent.setup import consents, own_data
 
     status = status_files.read_status(home)
     if status is None or not is_running(home):
@@ -134,7 +137,11 @@ def _format_status(home: Path, *, json: bool) -> str:
         lines.append(f"expects to work again {at}")
     if waiting := own_data.waiting_rows(home):
         lines.append(f"data: {waiting}")
+    for request in consents.requests(home, settings.read(home)):
+        lines.append(f"? awaiting consent: {request.about}; to allow it: {request.command}")
     lines += _format_version(status)
+    if status.shares_at:
+        lines.append(f"other peers fetch shared versions at {status.shares_at}")
     if status.share < 1:
         lines.append(f"works {status.share:.0%} of the time")
     uptime = _format_uptime(status.since)
@@ -156,7 +163,7 @@ def _format_version(status: Status) -> list[str]:
     text = f"holds version {head.version} of {head.run} ({head.digest[:12]})"
     if not status.session and status.heard:
         text += f"; {status.alike} of {status.heard} other peers hold the same"
-    return [text + (f"; shares it at {status.shares_at}" if status.shares_at else "")]
+    return [text]
 
 
 def _format_uptime(since: float) -> str:

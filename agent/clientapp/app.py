@@ -16,17 +16,18 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
+from agent.clientapp import consent
 from agent.clientapp.interfaces import (
     Observer,
     PeerIdentity,
     Queries,
     Transport,
-    check_allowed,
     signed_payload,
 )
 from agent.clientapp.outbox import Finished, Outbox
 from agent.data.settings import Floors
 from agent.home.run_state import RunStatePaths
+from agent.home.settings import AgentSettings
 from agent.tasks import floors as owner_floors
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
@@ -48,8 +49,8 @@ _MAKE_ROOM = "free some space; the agent then continues"
 class Client:
     """Answers the coordinator's messages: trains, evaluates, describes, and passes queries on.
 
-    `allowed(task)` says whether the owner allows a task, `floors` what no run can go below;
-    `outbox` is the folder of the outbox.
+    `settings()` are the owner's settings now, which say what a task may do; `floors` is what no
+    run can go below; `outbox` is the folder of the outbox.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class Client:
         transport: Transport,
         outbox: Path,
         *,
-        allowed: Callable[[str], bool],
+        settings: Callable[[], AgentSettings],
         floors: Floors = Floors(),
         observer: Observer | None = None,
         queries: Queries = Queries(),
     ) -> None:
         self._me, self._trainer, self._transport = me, trainer, transport
         self._outbox, self._fleet_names = Outbox(outbox, me), FleetNames(me.fleet)
-        self._allowed, self._floors, self._queries = allowed, floors, queries
+        self._settings, self._floors, self._queries = settings, floors, queries
         self._observer = observer or Observer()
         #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
@@ -140,7 +141,7 @@ class Client:
         payload, signature = signed_payload(message, "config", "work")
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
         self._fleet_names.check("coordinator", work.fleet)
-        check_allowed(self._allowed, work.task)
+        consent.check(self._settings(), work.run, work.task, work.settings)
         if work.kind in ("describe", "train"):
             owner_floors.check_cohort(work.cohort, self._floors)
         if work.kind == "train":

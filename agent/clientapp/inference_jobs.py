@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from agent.clientapp.interfaces import check_allowed
+from agent.clientapp import consent
 from agent.clientapp.jobs import Result
 from agent.clientapp.told_scores import ToldScores, blur, key_of
 from agent.home import audit_log
@@ -71,7 +71,7 @@ class InferenceJobs:
                 "the owner of this machine does not allow predictions for rows of others",
                 "commonweight-agent policy set jobs.scatter on",
             )
-        check_allowed(self._settings().allows, unit.task)
+        consent.check(self._settings(), unit.job, unit.task, unit.settings)
         (model,) = unit.models
         base = self._version(model)
         with self._workplace() as folder:
@@ -94,7 +94,7 @@ class InferenceJobs:
         """
         question = unit.question
         assert isinstance(question, Private)
-        check_allowed(self._settings().allows, unit.task)
+        consent.check(self._settings(), unit.job, unit.task, unit.settings)
         scores: Scores = {}
         min_count = max(question.min_group, self._settings().data_min_count)
         try:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from protocols.enrollment import identity
-from protocols.errors import BadMessage, NotAllowed, Refused
+from protocols.errors import BadMessage, Refused
 from protocols.messages import envelope
 from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
@@ -91,15 +91,6 @@ def signed_payload(message: Message, record: str, name: str) -> tuple[bytes, byt
     if not isinstance(payload, bytes) or not isinstance(signature, bytes):
         raise BadMessage(f"a message without a signed {name}")
     return payload, signature
-
-
-def check_allowed(allowed: Callable[[str], bool], task: str) -> None:
-    """Raises NotAllowed if the owner does not allow the task."""
-    if not allowed(task):
-        raise NotAllowed(
-            f"the owner of this machine does not allow the task {task!r}",
-            f"commonweight-agent policy set tasks {task}",
-        )
 
 
 def refuse(_: object) -> RecordDict:

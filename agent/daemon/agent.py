@@ -229,6 +229,8 @@ class Agent:
                 self._reconnecting = asyncio.create_task(self._reconnect(why), name="reconnect")
             if self._owner_commands.poll():
                 self._apply_settings(self._policy.settings)
+                if self._work.owner_has_decided():
+                    self._sessions.tell_decision()
             trainer, has_work = self._work.trainer, self._runner.state.work is not None
             if not has_work and trainer.idle_s > self._policy.settings.idle_timeout_s:
                 await asyncio.to_thread(trainer.stop)

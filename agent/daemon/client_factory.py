@@ -18,10 +18,12 @@ from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
 from agent.home import audit_log, settings
+from agent.home.live_settings import LiveSettings
+from agent.home.settings import AgentSettings
 from agent.policy import sandbox
 from agent.trainer import sandbox_rules
 from agent.trainer.ipc import Progress
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import Terms, TrainerProcess
 from agent.trainer.retry import RETRYABLE_IN_JOBS, RetryingTrainer
 from agent.transport import version_proofs
 from agent.transport.coordinator_client import CoordinatorClient
@@ -84,7 +86,9 @@ class _Events(Observer):
         self._trainer.delete_checkpoint()
 
 
-def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> TrainerProcess:
+def make_trainer(
+    ctx: AgentContext, owner: LiveSettings, on_progress: Callable[[Progress], None]
+) -> TrainerProcess:
     """The trainer of this agent. Its child process starts with the first work."""
     folder, chosen = ctx.home / "trainer", ctx.settings
     memory = settings.memory_file(ctx.home)
@@ -99,6 +103,7 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
         hang_s=chosen.hang_timeout_s,
         checkpoint_every_s=chosen.checkpoint_interval_s,
         sources=chosen.task_files,
+        terms=lambda task: Terms(owner().columns_of(task), _code_of(owner(), task)),
         rules=sandbox_rules.make_rules(
             chosen,
             read=(ctx.cache,),
@@ -109,7 +114,12 @@ def make_trainer(ctx: AgentContext, on_progress: Callable[[Progress], None]) -> 
     )
 
 
-def _log_sandbox(chosen: settings.AgentSettings) -> None:
+def _code_of(chosen: AgentSettings, task: str) -> str:
+    """The digest of a task file that the owner allowed; empty for installed tasks."""
+    return chosen.consent_to(task).code if task in chosen.task_files else ""
+
+
+def _log_sandbox(chosen: AgentSettings) -> None:
     detail, fix = sandbox.describe(chosen.sandbox, sandbox.support())
     if fix and not chosen.fleet:
         log.warning("sandbox: %s (%s)", detail, fix)
@@ -119,12 +129,15 @@ def make_client(
     ctx: AgentContext,
     trainer: TrainerProcess,
     retrying_trainer: RetryingTrainer,
+    owner: LiveSettings,
     versions: VersionStore,
     job_models: VersionStore,
     link: Callable[[], CoordinatorClient],
     uploads: Uploads,
 ) -> Client:
     """The ClientApp: training for runs through `retrying_trainer`, and units of jobs.
+
+    `owner` says what a task may do now.
 
     `versions` holds the versions of runs, `job_models` those that only jobs use.
     """
@@ -137,9 +150,6 @@ def make_client(
     )
     events = _Events(ctx, trainer)
 
-    def read_settings() -> settings.AgentSettings:
-        return settings.read(home)
-
     def find_model(model: ModelRef) -> Path:
         return find_version(ctx.cache, model, job_models.fetch)
 
@@ -148,7 +158,7 @@ def make_client(
 
     inference = InferenceJobs(
         RetryingTrainer(trainer, tries=_JOB_TRIES, retryable=RETRYABLE_IN_JOBS),
-        read_settings,
+        owner,
         find_model,
         fetch_input,
         home / "jobs",
@@ -173,7 +183,7 @@ def make_client(
         retrying_trainer,
         _Weights(versions, uploads.update),
         outbox,
-        allowed=ctx.settings.allows,
+        settings=owner,
         floors=settings.floors(ctx.settings),
         observer=events,
         queries=Queries(

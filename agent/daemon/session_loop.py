@@ -95,6 +95,12 @@ class SessionLoop:
         """Poll for work now."""
         self._doorbell.set()
 
+    def tell_decision(self) -> None:
+        """Tell the coordinator with a poll now that refused work may be asked for again."""
+        if self._link is not None:
+            self._link.owner_has_decided = True
+        self.wake()
+
     def run_in_background(self, call: Callable[..., None], *arguments: Any) -> None:
         """Call a function in the heartbeat thread, so that the work does not wait for it."""
         self._heartbeat_pool.submit(call, *arguments)

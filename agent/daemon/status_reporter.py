@@ -18,6 +18,7 @@ from agent.home import status_files
 from agent.home.settings import AgentSettings, Enrollment
 from agent.home.status_files import Status
 from agent.policy import sensors
+from agent.policy.consent import ASKED_FIRST
 from agent.tasks import registry
 from agent.trainer.ipc import Progress
 from agent.transport.mqtt_client import MqttClient
@@ -29,6 +30,8 @@ from protocols.messages.states import PeerState
 log = logging.getLogger("commonweight.agent")
 
 _MAX_AGE_S = 10.0
+#: In a presence.
+_MAX_TASKS = 64
 
 
 class StatusReporter:
@@ -44,8 +47,8 @@ class StatusReporter:
         self._home, self._settings, self._mqtt = home, chosen, mqtt
         self.traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.gossip_status: Callable[[], GossipSummary] = lambda: GossipSummary(None, 0, 0, "")
-        known_tasks = {*registry.names(), *chosen.task_files}
-        self._tasks = tuple(task for task in sorted(known_tasks) if chosen.allows(task))
+        self._known_tasks = sorted({*registry.names(), *chosen.task_files})
+        self._note_tasks()
         self._process = psutil.Process()
         self._last_presence = Presence(state=PeerState.IDLE)
         self._is_stale = True
@@ -68,6 +71,7 @@ class StatusReporter:
     def apply_settings(self, chosen: AgentSettings, agent: AgentState) -> None:
         """Announce changed settings."""
         self._settings = chosen
+        self._note_tasks()
         self.announce(agent)
 
     def announce(self, agent: AgentState) -> None:
@@ -84,6 +88,7 @@ class StatusReporter:
             run=run,
             round=round_,
             tasks=self._tasks,
+            askable=self._askable,
             policy=self._settings.public_values(),
             disk_free_bytes=_disk_free_bytes(self._home),
             free_at=free_at,
@@ -94,6 +99,13 @@ class StatusReporter:
         status.state, status.reason, status.run, status.round = state.value, reason, run, round_
         status.share, status.free_at = agent.policy.share, free_at
         self._is_stale = True
+
+    def _note_tasks(self) -> None:
+        """Note which tasks may run, and for which the owner would be asked."""
+        standings = {task: self._settings.standing_of(task) for task in self._known_tasks}
+        allowed = [task for task, standing in standings.items() if standing == "allowed"]
+        asked = [task for task, standing in standings.items() if standing in ASKED_FIRST]
+        self._tasks, self._askable = tuple(allowed[:_MAX_TASKS]), tuple(asked[:_MAX_TASKS])
 
     def progress(self, agent: AgentState, progress: Progress, trainer_bytes: int) -> None:
         """Publish how far the current work is."""

@@ -14,14 +14,21 @@ from pathlib import Path
 from random import Random
 
 from flwr.app import Error, Message
+from msgspec.structs import replace
 
 from agent.clientapp.app import claim_text
+from agent.clientapp.consent import ConsentNeeded
 from agent.daemon import client_factory, state_machine
 from agent.daemon.client_factory import Uploads
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import PauseLifted, PauseRequested, TrainerGaveUp
 from agent.daemon.status_reporter import StatusReporter
+from agent.home import consent_requests
+from agent.home.consent_requests import Request
+from agent.home.live_settings import LiveSettings
 from agent.home.logs import owner_log
+from agent.home.refusal_log import RefusalLog
+from agent.policy.consent import ASKED_FIRST
 from agent.trainer.ipc import Progress
 from agent.trainer.retry import RetryingTrainer
 from agent.transport.coordinator_client import CoordinatorClient
@@ -33,6 +40,7 @@ from protocols.errors import (
     BadMessage,
     CommonweightError,
     DiskFull,
+    NotAllowed,
     TrainerFailed,
     Unreachable,
     UploadRefused,
@@ -84,8 +92,13 @@ class WorkThread:
         self._heads = VersionIndex(ctx.cache, ctx.coordinator_public)
         self.versions = VersionStore(ctx.cache, link, sharing, ctx.bandwidth.received)
         self._job_models = VersionStore(job_folder, link)
+        self._owner, self._refusals = LiveSettings(ctx.home), RefusalLog(ctx.home)
+        #: Tasks that the coordinator asked for and that wait for the owner's consent.
+        self._asked: set[str] = set()
         self.trainer = client_factory.make_trainer(
-            ctx, lambda progress: ctx.runner.call_threadsafe(self._on_progress, progress)
+            ctx,
+            self._owner,
+            lambda progress: ctx.runner.call_threadsafe(self._on_progress, progress),
         )
         self._retrying_trainer = RetryingTrainer(
             self.trainer, tries=ctx.settings.trainer_tries, on_given_up=self._on_given_up
@@ -94,6 +107,7 @@ class WorkThread:
             ctx,
             self.trainer,
             self._retrying_trainer,
+            self._owner,
             self.versions,
             self._job_models,
             link,
@@ -173,6 +187,11 @@ class WorkThread:
         text = f"{err.message}; {err.hint}" if err.hint else err.message
         is_new = True
         match err:
+            case ConsentNeeded():
+                self._ask_owner(err.request)
+                is_new = False
+            case NotAllowed() | TrainerFailed(kind=NotAllowed.code):
+                is_new = self._refusals.note(message.metadata.group_id, "", text)
             case UploadUnneeded():
                 log.info("%s", text)
                 is_new = False
@@ -187,6 +206,31 @@ class WorkThread:
                 owner_log.error("%s", text)
             self._report.set_last_error(text)
         return Message(Error(_CLIENT_APP_ERROR, refusal.encode()), reply_to=message)
+
+    def _ask_owner(self, request: Request) -> None:
+        """Tell the owner once which run waits for their consent, and what gives it."""
+        self._asked.add(request.task)
+        known = consent_requests.read(self._home).get(request.task)
+        if known is not None and replace(known, run=request.run, at=request.at) == request:
+            request = replace(request, at=known.at)
+        if known == request:
+            return
+        text = f"{request.about}; to allow it: {request.command}"
+        try:
+            consent_requests.add(self._home, request)
+        except OSError as err:
+            log.warning("cannot write %s: %s", consent_requests.FILE, err.strerror)
+        if self._refusals.note(request.run, request.task, text):
+            log.warning("awaiting consent: %s", text)
+        self._runner.call_threadsafe(self._report.mark_stale)
+
+    def owner_has_decided(self) -> bool:
+        """True if the owner has allowed or forbidden a task that the coordinator asked for."""
+        chosen = self._owner()
+        asked = list(self._asked)  # the work thread may add one meanwhile
+        decided = {task for task in asked if chosen.standing_of(task) not in ASKED_FIRST}
+        self._asked -= decided
+        return bool(decided)
 
     def _handle_with_room(self, message: Message) -> Message:
         """The client's reply. While this machine's disk is full: pause, and try again."""

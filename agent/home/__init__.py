@@ -2,3 +2,5 @@
 
 Any layer above may import it.
 """
+
+from agent.home import consent_migration as consent_migration

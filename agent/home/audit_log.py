@@ -23,7 +23,14 @@ FILE = "left.jsonl"
 MAX_BYTES = 4 << 20
 
 EntryKind = Literal[
-    "description", "first weights", "weights", "evaluation", "answer", "held version", "version"
+    "description",
+    "first weights",
+    "weights",
+    "evaluation",
+    "answer",
+    "held version",
+    "version",
+    "refused",
 ]
 _KINDS: dict[str, EntryKind] = {
     "describe": "description",
@@ -132,6 +139,8 @@ def read(home: Path) -> list[AuditEntry]:
 def format_entry(entry: AuditEntry) -> str:
     """One line for a person."""
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.at))
+    if entry.what == "refused":
+        return f"{at}  {entry.run}  refused: {entry.told}"
     parts = [f"{at}  {entry.run}  round {entry.round}  {entry.what}"]
     if entry.nbytes:
         codec = f" as {entry.codec}" if entry.codec else ""

@@ -23,14 +23,14 @@ _PLAIN = re.compile(r"[\w.-]+( [\w.-]+)*")
 
 
 class Request(Struct, frozen=True, kw_only=True):
-    """A run asked for a task. `columns`: those that it names, none if it takes all that it may.
-
-    `at`: Unix s of the first time.
+    """A run asked for a task. `columns`: those that it names, none if it takes all that it may;
+    `target`: the one that it predicts. `at`: Unix s of the first time.
     """
 
     task: str
     run: str
     at: float
+    target: str = ""
     columns: tuple[str, ...] = ()
 
     @property
@@ -44,8 +44,9 @@ class Request(Struct, frozen=True, kw_only=True):
     @property
     def about(self) -> str:
         """Which run asks for what."""
-        columns = f" and the columns {', '.join(self.columns)}" if self.columns else ""
-        return f"run {self.run} asks for the task {self.task!r}{columns}"
+        columns = ", ".join(self.columns) or "all columns that you allow"
+        target = f" to predict {self.target}, from {columns}" if self.target else ""
+        return f"run {self.run} asks for the task {self.task!r}{target}"
 
 
 def plain_columns(names: list[str]) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
             description="tasks that you allow: commonweight-agent task allow; * is every task on "
             "this machine"
         ),
-    ] = ("*",)
+    ] = ()
     forbidden_tasks: Annotated[
         tuple[str, ...],
         Meta(description="tasks that never run, also with *: commonweight-agent task forbid"),

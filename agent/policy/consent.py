@@ -14,6 +14,10 @@ MAX_PURPOSE_CHARS = 200
 Standing = Literal["allowed", "forbidden", "awaiting", "changed"]
 
 
+#: The owner is asked before such a task runs.
+ASKED_FIRST: frozenset[Standing] = frozenset({"awaiting", "changed"})
+
+
 class Consent(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an owner said when a task was allowed.
 
@@ -39,10 +43,13 @@ def narrow(columns: Sequence[str], within: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         pattern
         for pattern in columns
-        if "*" in within
-        or pattern in within
-        or (is_name(pattern) and any(fnmatchcase(pattern, outer) for outer in within))
+        if "*" in within or pattern in within or (is_name(pattern) and matches(pattern, within))
     )
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """True if one of the patterns allows a column of this name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_name(pattern: str) -> bool:

@@ -13,7 +13,7 @@ from agent.home import consent_requests, settings
 from agent.home.consent_requests import Request
 from agent.home.settings import AgentSettings
 from agent.policy import consent, task_code
-from agent.policy.consent import Consent
+from agent.policy.consent import ASKED_FIRST, Consent
 from agent.tasks import registry
 from protocols.errors import UnknownName, UsageError
 from protocols.messages.envelope import strip_controls
@@ -115,6 +115,6 @@ def requests(home: Path, chosen: AgentSettings) -> list[Request]:
     waiting = (
         request
         for request in consent_requests.read(home).values()
-        if chosen.standing_of(request.task) in ("awaiting", "changed")
+        if chosen.standing_of(request.task) in ASKED_FIRST
     )
     return sorted(waiting, key=lambda request: request.at)

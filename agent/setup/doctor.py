@@ -21,7 +21,7 @@ from agent.home import fleet_trust, settings
 from agent.home.settings import Enrollment
 from agent.policy import sandbox, sensors
 from agent.policy.sensors import Sensors
-from agent.setup import autostart, environment, own_data
+from agent.setup import autostart, consents, environment, own_data, sharing_text
 from protocols import VERSION
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, CommonweightError, NotEnrolled, Refused, Unreachable
@@ -53,6 +53,8 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 CheckStep("home", lambda: str(homes.open_home("agent"))),
                 CheckStep("permissions", partial(check_private, home), ("home",)),
                 CheckStep("settings", doctor.settings, ("home",)),
+                CheckStep("tasks", doctor.tasks, ("settings",)),
+                CheckStep("sharing", doctor.sharing, ("settings",)),
                 CheckStep("data", doctor.data, ("settings",)),
                 CheckStep("disk", partial(check_room, home, *_ROOM_BYTES), ("home",)),
                 CheckStep("crashes", partial(check_crashes, home), ("home",)),
@@ -92,15 +94,35 @@ class _Doctor:
 
     def settings(self) -> str:
         chosen = settings.read(self._home)
-        tasks = "any installed task may run"
-        if "*" not in chosen.tasks:
-            tasks = f"may run {', '.join(chosen.tasks)}"
         lr = f"at most {chosen.max_lr:g}" if chosen.max_lr else "without limit"
         return (
-            f"{tasks}, with {chosen.min_batch} rows a step (min_batch), {chosen.min_examples} rows "
-            f"an update (min_examples), {chosen.min_cohort} peers a round (min_cohort) or more, "
-            f"and a learning rate {lr} (max_lr)"
+            f"runs have {chosen.min_batch} rows a step (min_batch), {chosen.min_examples} rows an "
+            f"update (min_examples), {chosen.min_cohort} peers a round (min_cohort) or more, and a "
+            f"learning rate {lr} (max_lr)"
         )
+
+    def tasks(self) -> str | Advice:
+        chosen = settings.read(self._home)
+        allowed = [
+            f"{'every task' if task == consents.EVERY else task} "
+            f"({consents.describe(chosen, task)})"
+            for task in chosen.tasks
+            if task == consents.EVERY or chosen.allows(task)
+        ]
+        detail = f"allowed: {'; '.join(allowed)}" if allowed else "no task is allowed yet"
+        if chosen.forbidden_tasks:
+            detail += f"; forbidden: {', '.join(chosen.forbidden_tasks)}"
+        changed = [task for task in chosen.tasks if chosen.standing_of(task) == "changed"]
+        if changed:
+            advice = f"commonweight-agent task allow {changed[0]}"
+            return Advice(f"{detail}; the file of {changed[0]} has changed since", advice)
+        if waiting := consents.requests(self._home, chosen):
+            return Advice(f"{detail}; {waiting[0].about}", waiting[0].command)
+        return detail
+
+    def sharing(self) -> str:
+        chosen = settings.read(self._home)
+        return sharing_text.describe(chosen, self._home) or "off: no port is opened"
 
     def data(self) -> str:
         found = own_data.check(settings.read(self._home))

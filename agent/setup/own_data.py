@@ -21,12 +21,14 @@ def check(chosen: AgentSettings) -> str:
     if not data.path:
         return "no data are set; tasks that bring their own data can run"
     data_checks.check_path(data)
-    fitting = [task for task in data_checks.fitting_tasks(data) if chosen.allows(task)]
-    if fitting:
+    all_fitting = data_checks.fitting_tasks(data)
+    if fitting := [task for task in all_fitting if chosen.allows(task)]:
         return f"the data fit the tasks: {', '.join(fitting)}"
-    allowed = [task for task in data_checks.EXPECTED if chosen.allows(task)]
+    if all_fitting and not chosen.tasks:
+        return f"the data fit the tasks: {', '.join(all_fitting)}; none of them is allowed yet"
+    allowed = [task for task in data_checks.EXPECTED if chosen.allows(task) or not chosen.tasks]
     needs = "; ".join(f"{task} reads {data_checks.EXPECTED[task]}" for task in allowed)
-    if "*" in chosen.tasks or set(chosen.tasks) - set(allowed):
+    if not chosen.tasks or "*" in chosen.tasks or set(chosen.tasks) - set(allowed):
         return f"no built-in task reads such data, only tasks of your own ({needs})"
     raise DataError(f"no task that is allowed here reads such data: {needs}", data.path)
 

@@ -20,8 +20,9 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from agent.policy import task_code
 from agent.tasks import Task
-from protocols.errors import MissingPackage, TaskUnusable, UnknownName, UsageError
+from protocols.errors import MissingPackage, NotAllowed, TaskUnusable, UnknownName, UsageError
 
 GROUP = "commonweight.tasks"
 BUILT_IN: dict[str, str] = {
@@ -55,15 +56,17 @@ def names() -> list[str]:
     return sorted({*BUILT_IN, *entry_points(group=GROUP).names})
 
 
-def create(name: str, source: str = "", framework: str = "auto") -> Task:
+def create(name: str, source: str = "", framework: str = "auto", code: str = "") -> Task:
     """A new task: of the class `source` ("/path/file.py:Class") if given, else of this name.
 
-    `framework` is "torch", "keras", or "auto" for torch where it is installed.
-    Raises UnknownName, and TaskUnusable if it cannot be loaded; then the trace is on stderr.
+    `framework` is "torch", "keras", or "auto" for torch where it is installed. `code` is the digest
+    of the code that the owner allowed; empty: any.
+    Raises UnknownName, NotAllowed for other code, and TaskUnusable if it cannot be loaded; then the
+    trace is on stderr.
     """
     try:
-        made = (_from_file(source) if source else _installed(name, framework))()
-    except (UnknownName, TaskUnusable):
+        made = (_from_file(source, code) if source else _installed(name, framework))()
+    except (UnknownName, NotAllowed, TaskUnusable):
         raise
     except Exception as err:  # a task file is foreign code and may raise anything
         traceback.print_exc()
@@ -108,10 +111,16 @@ def _install_hint(name: str) -> str:
     return f"{hint}, or [tensorflow]" if name in KERAS else hint
 
 
-def _from_file(source: str) -> Any:
+def _from_file(source: str, code: str) -> Any:
     path, attribute = split_source(source)
     if not path.is_file():
         raise TaskUnusable(f"there is no file {path.name}", f"looked for {path}")
+    if code and task_code.digest(source) != code:
+        raise NotAllowed(
+            "the task's file is not the one that its owner allowed",
+            "on that machine: commonweight-agent task allow",
+        )
+    _forget_modules(path)
     # Its imports find modules beside it; ours come first, so that none is shadowed.
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
@@ -122,6 +131,14 @@ def _from_file(source: str) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return getattr(module, attribute)
+
+
+def _forget_modules(path: Path) -> None:
+    """Drop the modules beside a task file, so that changed ones are read again."""
+    own = {str(file) for file in task_code.files(path)}
+    for name, module in list(sys.modules.items()):
+        if name != "__main__" and getattr(module, "__file__", None) in own:
+            del sys.modules[name]
 
 
 def split_source(source: str) -> tuple[Path, str]:

@@ -16,12 +16,13 @@ from protocols.messages.envelope import Metrics
 
 
 class _TaskWork(Struct, frozen=True, kw_only=True):
-    """What all work has. `agent.trainer` adds `id`, `data`, and `source`: the file and class of a
-    task that the owner has registered."""
+    """What all work has. `agent.trainer` adds `id`, `data`, and of a task that the owner has
+    registered `source`, its file and class, and `code`, the digest of the code that was allowed."""
 
     id: int = 0
     task: str
     source: str = ""
+    code: str = ""
     settings: dict[str, Setting]
     data: DataSettings = DataSettings()
 

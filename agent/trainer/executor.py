@@ -91,7 +91,7 @@ class WorkExecutor:
             self._resumed = None
 
     def _do(self, work: Work) -> Done | Failed:
-        task = self._find_task(work.task, work.source, work.data.framework)
+        task = self._find_task(work.task, work.source, work.data.framework, work.code)
         if isinstance(work, Predict):
             if work.data.is_set:
                 self._load(task, work.data)
@@ -240,7 +240,7 @@ class WorkExecutor:
         return on_step, resumed_at
 
     def _find_task(self, *named: str) -> Task:
-        """The task with this name, source and framework."""
+        """The task with this name, source, framework and code."""
         if self._task is None or self._found_as != named:
             # Drop the old task first: two data sets may not fit into memory.
             self._task = self._data = None

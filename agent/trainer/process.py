@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,6 +19,13 @@ from agent.tasks.work import Done, Predict, Train, Work
 from agent.trainer.ipc import Progress
 from agent.trainer.supervisor import TrainerSupervisor
 from protocols.errors import TrainerFailed
+
+
+class Terms(NamedTuple):
+    """What an owner allows a task: patterns of columns, and its code (see `task_code.digest`)."""
+
+    columns: tuple[str, ...]
+    code: str = ""
 
 
 def ignore(_: Progress) -> None:
@@ -36,6 +43,7 @@ class TrainerProcess(TrainerSupervisor):
     process, the same work resumes from it.
 
     `sources` are the tasks that the owner has registered: "/path/file.py:Class" by name.
+    `terms(task)` is what the owner allows a task now; without it, `data` says all.
     `rules` are those of the sandbox. With `fleet` no task runs here, and so there is no sandbox.
     """
 
@@ -52,6 +60,7 @@ class TrainerProcess(TrainerSupervisor):
         grace_s: float = 10.0,
         checkpoint_every_s: float = 30.0,
         sources: Mapping[str, str] = MappingProxyType({}),
+        terms: Callable[[str], Terms] | None = None,
         rules: SandboxRules | None = None,
     ) -> None:
         threads = threads or max(1, (os.cpu_count() or 2) // 2)
@@ -66,7 +75,7 @@ class TrainerProcess(TrainerSupervisor):
             sources=sources,
             rules=None if fleet else rules,
         )
-        self.data = data
+        self.data, self._terms = data, terms
         self._checkpoint, self._checkpoint_every_s = work_dir / "journal", checkpoint_every_s
 
     def run(self, work: Work) -> Done:
@@ -77,6 +86,10 @@ class TrainerProcess(TrainerSupervisor):
         """The work with this machine's data and checkpoint. Paths become absolute, because the
         child runs in another folder."""
         added: dict[str, Any] = {"data": self._data()}
+        if self._terms is not None:
+            terms = self._terms(work.task)
+            added["data"] = msgspec.structs.replace(added["data"], columns=terms.columns)
+            added["code"] = terms.code
         for name in ("base", "out", "personal", "personal_out"):
             if path := getattr(work, name, ""):
                 added[name] = _absolute(path)

@@ -89,6 +89,8 @@ class CoordinatorClient(WeightTransfer):
         self._attached: tuple[str, Path] | None = None
         #: True once the coordinator has written the result of the last reply to its ledger.
         self.acknowledged = False
+        #: The next poll tells the coordinator that its refused work may be asked for again.
+        self.owner_has_decided = False
 
     def reconnect(self) -> None:
         """Closes all connections. New ones open on demand."""
@@ -245,7 +247,11 @@ class CoordinatorClient(WeightTransfer):
             packed = _pack(reply)
             if attached is not None and not reply.has_error():
                 update = attached[1].read_bytes()
-        body = msgspec.msgpack.encode(PollRequest(reply=packed, wants_work=want, update=update))
+        decided = self.owner_has_decided
+        request = PollRequest(
+            reply=packed, wants_work=want, update=update, owner_has_decided=decided
+        )
+        body = msgspec.msgpack.encode(request)
         sent_at = time.monotonic()
         status, answer = self._send(
             "POST", messages.POLL_PATH, body, max_bytes=messages.MAX_POLL_RESPONSE_BYTES
@@ -257,6 +263,8 @@ class CoordinatorClient(WeightTransfer):
             raise_for_upload(status, answer)
         raise_for_status(status, answer)
         self.bytes_up += len(update)
+        if decided:
+            self.owner_has_decided = False
         self._heard_at = sent_at
         with map_parse_errors():
             response = msgspec.msgpack.decode(answer, type=PollResponse)

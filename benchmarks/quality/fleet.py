@@ -25,6 +25,7 @@ from msgspec.structs import replace
 from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
+from agent.home.settings import AgentSettings
 from agent.tasks import work as trainer_work
 from agent.tasks.work import Done, Train
 from agent.transport.coordinator_client import _pack, _unpack
@@ -68,7 +69,9 @@ class Peer:
         self._uploaded = ""
         folder.mkdir()
         me = PeerIdentity(name, self.sign_key.sign, identity.public_bytes(coordinator))
-        self.client = Client(me, trainer, self, folder, allowed=lambda task: True)
+        self.client = Client(
+            me, trainer, self, folder, settings=lambda: AgentSettings(tasks=("*",))
+        )
 
     def fetch(self, work: Work) -> Path:
         return self._transfer.store.version_path(work.base)

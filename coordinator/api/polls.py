@@ -49,6 +49,8 @@ class PollHandler:
             response = await self._superlink.poll_async(node, request)
             self.on_request("exchange", node)
             self._note(peer, request, response)
+            if request.owner_has_decided:
+                self._runs.owner_has_decided(peer)
             return self._with_version(response)
         # Before the reply is stored, because the run may handle it at once.
         request_id = self._superlink.request_id_of(request.reply)
@@ -60,6 +62,8 @@ class PollHandler:
         self.on_request("push-object", node)
         self._note(peer, request, PollResponse())
         acknowledged = await self._runs.acknowledged(future)
+        if request.owner_has_decided:
+            self._runs.owner_has_decided(peer)
         if not request.wants_work:
             return PollResponse(acknowledged=acknowledged)
         response = await self._superlink.poll_async(node, PollRequest())

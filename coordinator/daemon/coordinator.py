@@ -122,6 +122,7 @@ class Coordinator:
         self._polls.on_request = self._peers.on_request
         self._publisher.on_eligibility_change = self._peers.wake_queues
         self._publisher.on_up = self.runs.resend_doorbells
+        self._publisher.awaits_consent = self.runs.awaits_consent
         self.transfer.limits.on_shortage = self.runs.wake
         self.transfer.limits.is_expected = lambda: self.runs.current is not None
         self.job_transfer.limits.is_expected = lambda: self.jobs.is_working

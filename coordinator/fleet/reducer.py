@@ -42,6 +42,8 @@ NO_SESSION = "Flower session missing"
 
 #: For columns that are too narrow for the whole reason.
 SHORT_REASONS = {NO_PRESENCE: "no MQTT", NO_SESSION: "no Flower"}
+#: Before the task whose owner has to decide.
+CONSENT = "consent"
 _SILENT = frozenset({PeerState.OFFLINE, PeerState.STALE})
 _HAVE_REASONS = frozenset({PeerState.PAUSED, PeerState.OFFLINE, PeerState.ERROR})
 
@@ -207,7 +209,7 @@ def _peer_known(fleet: Fleet, body: wire.PeerChanged, now: float) -> None:
         peer = Peer(peer=body.peer, name=body.name, public_key=body.public_key)
         fleet.peers[body.peer] = peer
     peer.name, peer.labels, peer.standing = body.name or peer.name, body.labels, body.enrollment
-    peer.flower = body.has_session
+    peer.flower, peer.awaits_consent = body.has_session, body.awaits_consent
     if body.state is not None:
         peer.state, peer.no_presence = body.state, body.state is not PeerState.OFFLINE
         peer.reason = NO_PRESENCE if peer.no_presence else SESSION_ENDED
@@ -333,14 +335,16 @@ def _event(fleet: Fleet, now: float, level: Level, text: str, subject: str) -> N
 
 
 def shown_state(peer: Peer, now: float) -> PeerState:
-    """The peer's own state, unless it awaits approval or has been silent for too long."""
+    """The peer's own state, unless it awaits approval or consent, or was silent for too long."""
     if peer.standing == "awaiting":
         return PeerState.AWAITING
-    if peer.no_presence or peer.state in (PeerState.OFFLINE, PeerState.ERROR):
-        return peer.state
-    working = peer.state in (PeerState.TRAINING, PeerState.SENDING)
-    silent = now - peer.seen_at > (STALE_WORKING_S if working else STALE_IDLE_S)
-    return PeerState.STALE if silent else peer.state
+    if not peer.no_presence and peer.state not in (PeerState.OFFLINE, PeerState.ERROR):
+        working = peer.state in (PeerState.TRAINING, PeerState.SENDING)
+        if now - peer.seen_at > (STALE_WORKING_S if working else STALE_IDLE_S):
+            return PeerState.STALE
+    if peer.state is PeerState.IDLE and peer.awaits_consent:
+        return PeerState.AWAITING
+    return peer.state
 
 
 def has_presence(peer: Peer, now: float) -> bool:
@@ -360,6 +364,8 @@ def is_unclear(peer: Peer) -> bool:
 def shown_reason(peer: Peer, now: float) -> str:
     """Why the peer is in its shown state, or which of its two connections is missing."""
     state = shown_state(peer, now)
+    if state is PeerState.AWAITING:
+        return f"{CONSENT}: {peer.awaits_consent}" if peer.awaits_consent else ""
     if peer.no_presence or state in _HAVE_REASONS:
         return peer.reason
     return NO_SESSION if state in AVAILABLE and peer.flower is False else ""

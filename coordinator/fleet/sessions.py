@@ -138,7 +138,7 @@ class Sessions:
             activity.offline_at = now
         if presence.will:
             return
-        activity.tasks = presence.tasks or activity.tasks
+        activity.tasks = (*presence.tasks, *presence.askable) or activity.tasks
         work, training = (presence.run, presence.round), activity.training
         if presence.state is PeerState.TRAINING:
             if training is None or training[0] != work:
@@ -149,7 +149,7 @@ class Sessions:
                 activity.last_duration_s = now - training[1]
 
     def tasks(self) -> set[str]:
-        """Tasks that online peers can and may run."""
+        """Tasks that online peers can run and whose owners do not forbid them."""
         return {task for peer in self._online for task in self._activity[peer].tasks}
 
     def eligible(self) -> frozenset[str]:

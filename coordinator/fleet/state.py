@@ -40,12 +40,12 @@ class Peer(Struct, kw_only=True):
     """A peer as the last messages describe it.
 
     `no_presence`: its MQTT presence is missing, and the coordinator derives `state` from its
-    requests. `seen_at` is Unix s, 0 for never. `missed` counts lost messages. `said_at` is the
-    newest date of its messages by its own clock, at most our time then. `skew_s` is how far its
-    clock was ahead of ours at its last live message. `contributions` has one character for each of
-    the last rounds of the run `contributions_run`, newest last: `1` if its update is in the round's
-    version, `0` if not, `?` if unknown. `flower` says whether it has a Flower session, None for
-    unknown.
+    requests. `awaits_consent`: the task for which a run awaits its owner's consent. `seen_at` is
+    Unix s, 0 for never. `missed` counts lost messages. `said_at` is the newest date of its messages
+    by its own clock, at most our time then. `skew_s` is how far its clock was ahead of ours at its
+    last live message. `contributions` has one character for each of the last rounds of the run
+    `contributions_run`, newest last: `1` if its update is in the round's version, `0` if not, `?`
+    if unknown. `flower` says whether it has a Flower session, None for unknown.
     """
 
     peer: Name
@@ -57,6 +57,7 @@ class Peer(Struct, kw_only=True):
     no_presence: bool = False
     state: PeerState = PeerState.OFFLINE
     reason: Text = NOT_SEEN
+    awaits_consent: Name = ""
     version: Name = ""
     task: Name = ""
     run: Name = ""

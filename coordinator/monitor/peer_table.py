@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from coordinator.fleet.reducer import (
+    CONSENT,
     SHORT_REASONS,
     display_name,
     has_presence,
@@ -72,9 +73,11 @@ def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
     """Glyph, state and reason; the reason is truncated, or left out below 9 characters."""
     state, reason = shown_state(peer, now), shown_reason(peer, now)
     room = width - len(label(state)) - len(": ")
-    if len(reason) > room:
+    if state is PeerState.AWAITING and reason and len(label(state, reason)) > width:
+        return Cell(fmt.truncate(label(state, CONSENT), width), TONES[state])
+    if len(reason) > room and state is not PeerState.AWAITING:
         reason = SHORT_REASONS.get(reason, reason)
-    if len(reason) > room and room < 9:
+    if len(reason) > room and room < 9 and state is not PeerState.AWAITING:
         reason = ""
     return Cell(fmt.truncate(label(state, reason), width), TONES[state])
 

@@ -46,13 +46,15 @@ def in_order(run: Run) -> list[UpdateAccepted]:
     return sorted(run.buffer, key=lambda one: (one.peer, one.round, one.update.turn))
 
 
-def work_for(run: Run, eligible: Set[str], deadline_passed: bool) -> tuple[WorkGiven, ...]:
+def work_for(
+    run: Run, eligible: Set[str], deadline_passed: bool, decided: Set[str] = frozenset()
+) -> tuple[WorkGiven, ...]:
     """Assignments for free peers, up to the run's concurrency, longest free first.
 
     A peer that comes back keeps its assignment, unless it is too old. A peer whose last update was
-    refused gets nothing before the next version or the deadline.
+    refused gets nothing before the next version or the deadline, unless its owner has `decided`.
     """
-    cooling_down = frozenset() if deadline_passed else run.cooling_down
+    cooling_down = frozenset() if deadline_passed else run.cooling_down - decided
     at_work = sum(not work.lost for work in run.assignments.values())
     room = (run.spec.concurrency or len(eligible)) - at_work
     free = [

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import NamedTuple
 
 from coordinator.runs import best_version, buffered, recovery, steps
 from coordinator.runs.state import PeerStatus, Run
 from coordinator.runs.steps import Step, count_peers
-from protocols.errors import SETTINGS_CODES, NotAllowed, UploadRefused
+from protocols.errors import SETTINGS_CODES, AwaitingConsent, NotAllowed, UploadRefused
 from protocols.messages import refusals
 from protocols.messages.states import RunState
 
@@ -99,14 +99,32 @@ def _decide_waiting(run: Run, observed: Observation) -> Step:
         return _decide_init(run, observed)
     eligible = tuple(sorted(observed.eligible))
     if len(eligible) < spec.quorum:
-        return _wait_for_quorum(spec.quorum - len(eligible))
+        return _wait_for_quorum(run, observed, spec.quorum - len(eligible))
     if spec.only == "evaluate":
         return steps.OpenEvaluation(eligible)
     return steps.OpenRound(run.round + 1, run.head, eligible)
 
 
-def _wait_for_quorum(missing: int) -> steps.Wait:
-    return steps.Wait(f"{count_peers(missing)} more for the quorum")
+def _wait_for_quorum(run: Run, observed: Observation, missing: int) -> steps.Wait:
+    """The wait for so many more peers; for their owners' consent, if that is what they lack."""
+    more = f"{count_peers(missing)} more for the quorum"
+    if not (awaiting := _await_consent(run, observed)):
+        return steps.Wait(more)
+    consent = f"the consent of {count_peers(len(awaiting))} to the task {run.spec.task}"
+    return steps.Wait(consent if len(awaiting) >= missing else f"{more}, and {consent}", awaiting)
+
+
+def _await_consent(run: Run, observed: Observation) -> tuple[str, ...]:
+    """Online peers whose owners have not decided about the task yet, sorted."""
+    kinds = run.refusal_kinds
+    return tuple(sorted(p for p in observed.unfit if kinds.get(p) == AwaitingConsent.code))
+
+
+def _decided(run: Run, eligible: Set[str]) -> set[str]:
+    """Peers that lacked consent when they were asked, and whose owners have decided since."""
+    kinds = run.refusal_kinds
+    refused = _with_status(run, "refused") | run.cooling_down
+    return {p for p in refused & eligible if kinds.get(p) == AwaitingConsent.code}
 
 
 def _only_part_is_done(run: Run) -> bool:
@@ -140,8 +158,9 @@ def _decide_describing(run: Run, observed: Observation) -> Step:
     """All present peers are asked at once. Peers that come later compare the schema themselves."""
     eligible, quorum, num_described = observed.eligible, run.spec.quorum, len(run.described)
     if not run.peers and len(eligible) < quorum:
-        return _wait_for_quorum(quorum - len(eligible))
-    if to_ask := {p for p in eligible if run.peers.get(p, "lost") == "lost"}:
+        return _wait_for_quorum(run, observed, quorum - len(eligible))
+    to_ask = {p for p in eligible if run.peers.get(p, "lost") == "lost"} | _decided(run, eligible)
+    if to_ask:
         return steps.AskPeers(tuple(sorted(to_ask)))
     if run.pending and not observed.deadline_passed:
         return steps.Wait(f"the descriptions of data and model by {count_peers(len(run.pending))}")
@@ -149,11 +168,14 @@ def _decide_describing(run: Run, observed: Observation) -> Step:
         return steps.AgreeSchema()
     if silent := eligible.intersection(run.pending):
         return steps.AskPeers(tuple(sorted(silent)))  # the request may have been lost
-    if not num_described and run.last_refusal and not _worth_another_try(run):
+    awaiting = _await_consent(run, observed)
+    if not (num_described or awaiting) and run.last_refusal and not _worth_another_try(run):
         because = f"no peer can take part: {run.last_refusal}"
         return steps.EndRun(RunState.FAILED, because)
     if observed.deadline_passed and (others := eligible & _worth_another_try(run)):
         return steps.AskPeers(tuple(sorted(others)), opens_phase=True)
+    if awaiting:
+        return _wait_for_quorum(run, observed, quorum - num_described)
     because = f" ({run.last_refusal})" if run.last_refusal else ""
     missing = count_peers(quorum - num_described)
     return steps.Wait(f"{missing} more whose data and model fit{because}")
@@ -167,8 +189,9 @@ def _worth_another_try(run: Run) -> set[str]:
 
 def _decide_init(run: Run, observed: Observation) -> Step:
     eligible, refused = observed.eligible, _with_status(run, "refused")
-    online = eligible | observed.unfit
-    if online and online <= refused and not run.pending:
+    refused -= _decided(run, eligible)
+    online, awaiting = eligible | observed.unfit, _await_consent(run, observed)
+    if online and not awaiting and online <= refused and not run.pending:
         # No present peer can do it, and asking again would give the same answer.
         because = f"no peer could make the first weights: {run.last_refusal}"
         return steps.EndRun(RunState.FAILED, because)
@@ -178,6 +201,8 @@ def _decide_init(run: Run, observed: Observation) -> Step:
         return steps.Wait("the first weights from 1 peer", run.pending[:1])
     if untried := eligible - refused:
         return steps.AskPeers((min(untried),), opens_phase=True)
+    if awaiting:
+        return _wait_for_quorum(run, observed, 1)
     return steps.Wait("a peer that can make the first weights")
 
 
@@ -188,7 +213,7 @@ def _decide_training(run: Run, observed: Observation) -> Step:
     if answered >= quorum and (is_due or not (waits_for_all and run.pending)):
         late = {accepted.peer for accepted in run.buffer}
         return steps.CloseTraining(tuple(sorted(run.updates.keys() | late)))
-    if back := _with_status(run, "lost") & eligible:
+    if back := (_with_status(run, "lost") & eligible) | _decided(run, eligible):
         return steps.AskPeers(tuple(sorted(back)))
     if is_due and (others := eligible - run.updates.keys()):
         # New and failed peers, and those already asked: the request may have been lost.
@@ -200,7 +225,7 @@ def _decide_training(run: Run, observed: Observation) -> Step:
         if new := eligible - run.peers.keys():
             count = math.ceil(run.spec.select * missing)
             return steps.AskPeers(select_peers(run, run.round, new, count))
-        return _wait_for_quorum(missing)
+        return _wait_for_quorum(run, observed, missing)
     if is_due:
         return steps.Wait(f"the quorum: {answered} of {quorum}; the deadline has passed")
     return steps.Wait(f"updates of {count_peers(len(run.pending))}", run.pending)
@@ -248,8 +273,11 @@ def _decide_buffered(run: Run, observed: Observation) -> Step:
         return steps.CloseRound() if evaluating else steps.CloseTraining(contributors)
     if (end := _cannot_begin(run, observed)) is not None:
         return end
-    if given := buffered.work_for(run, observed.eligible, observed.deadline_passed):
+    decided = _decided(run, observed.eligible)
+    if given := buffered.work_for(run, observed.eligible, observed.deadline_passed, decided):
         return steps.AssignWork(given)
+    if not run.assignments and (awaiting := _await_consent(run, observed)):
+        return _wait_for_quorum(run, observed, len(awaiting))
     missing = run.spec.buffer - len(run.buffer)
     behind = max((buffered.staleness(run, each) for each in run.assignments.values()), default=0)
     at_work = f"{count_peers(len(run.assignments))} at work, at most {behind} versions behind"

@@ -21,7 +21,7 @@ from coordinator.runs.rounds import Rounds, RunParts
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import CommonweightError, DiskFull, HomeError, UpdateRefused
+from protocols.errors import AwaitingConsent, CommonweightError, DiskFull, HomeError, UpdateRefused
 from protocols.local.disk_space import is_disk_full
 from protocols.messages.states import RunState
 
@@ -30,6 +30,7 @@ log = logging.getLogger("commonweight.run")
 #: How long peers with unfinished work may take to reconnect after the coordinator's restart.
 RECONNECT_GRACE_S = 20.0
 _SHORTAGE_RETRY_S = 5.0
+_ASK_AGAIN_S = 1.0
 
 
 class RunLoop:
@@ -53,6 +54,8 @@ class RunLoop:
         self._grace_until = time.monotonic() + RECONNECT_GRACE_S if has_work else 0.0
         self._stop_reason = ""
         self._shortage_reported = False
+        #: When peers were asked again after their owners' decisions (monotonic s).
+        self._asked_again_at: dict[str, float] = {}
 
     # --- called from outside ---
 
@@ -66,6 +69,26 @@ class RunLoop:
         self._recorder.incompatible.discard(peer)
         self.requests.cancel_from(peer)
         self.changed.set()
+
+    def owner_has_decided(self, peer: str) -> None:
+        """The peer's owner has allowed or forbidden a task: ask again, not more than once a
+        second."""
+        if self.awaits_consent(peer):
+            asyncio.get_running_loop().call_later(
+                max(0.0, self._asked_again_at.get(peer, 0.0) + _ASK_AGAIN_S - time.monotonic()),
+                self._ask_again,
+                peer,
+            )
+
+    def _ask_again(self, peer: str) -> None:
+        self._asked_again_at[peer] = time.monotonic()
+        self._recorder.incompatible.discard(peer)
+        self.changed.set()
+
+    def awaits_consent(self, peer: str) -> bool:
+        """True if the peer refused work because its owner has not allowed the task yet."""
+        is_refused = peer in self._recorder.incompatible
+        return is_refused and self.run.refusal_kinds.get(peer) == AwaitingConsent.code
 
     @property
     def run(self) -> Run:

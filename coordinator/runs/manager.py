@@ -142,6 +142,16 @@ class RunManager:
         if self.current is not None:
             self.current.session_opened(peer)
 
+    def owner_has_decided(self, peer: str) -> None:
+        """The peer's owner has allowed or forbidden a task."""
+        if self.current is not None:
+            self.current.owner_has_decided(peer)
+
+    def awaits_consent(self, peer: str) -> str:
+        """The task for which the active run awaits the consent of this peer's owner, or ""."""
+        loop = self.current
+        return loop.run.spec.task if loop is not None and loop.awaits_consent(peer) else ""
+
     def resend_doorbells(self) -> None:
         """The broker is back, and earlier doorbells may be lost: ring again."""
         if self.current is not None:

@@ -15,7 +15,7 @@ from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import DiskFull
+from protocols.errors import AwaitingConsent, DiskFull
 from protocols.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
@@ -75,7 +75,10 @@ class RunRecorder:
             self.incompatible.add(event.peer)
         self._ctx.refused[event.reason] += 1
         name = self._ctx.name_of(event.peer)
-        self.report("warning", f"refused {name}: {refusal.text}", event.peer)
+        if refusal.kind == AwaitingConsent.code:
+            self.report("warning", f"{name} awaits consent: {refusal.text}", event.peer)
+        else:
+            self.report("warning", f"refused {name}: {refusal.text}", event.peer)
 
     async def wait_for_space(self, err: Exception) -> None:
         """The disk is full: report it, and return when there is space or it is time for a retry."""

@@ -42,6 +42,8 @@ class EventPublisher:
         self._fleet, self._sessions, self._keys = fleet, sessions, keys
         self.on_eligibility_change: Callable[[], None] = lambda: None
         self.on_up: Callable[[], None] = lambda: None
+        #: The task for which a run awaits the consent of this peer's owner, or "".
+        self.awaits_consent: Callable[[str], str] = lambda peer: ""
         self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
         self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MAX_OUTGOING)
         self._sending: set[asyncio.Task[bool]] = set()
@@ -125,6 +127,7 @@ class EventPublisher:
                 public_key=peer.sign_public,
                 has_session=self._sessions.is_open(peer.peer),
                 state=state,
+                awaits_consent=self.awaits_consent(peer.peer),
             )
         )
 
@@ -142,7 +145,11 @@ class EventPublisher:
             if shown is None:
                 continue
             state = self._state_without_presence(shown, now)
-            if shown.flower is not self._sessions.is_open(peer.peer) or state is not None:
+            if (
+                shown.flower is not self._sessions.is_open(peer.peer)
+                or shown.awaits_consent != self.awaits_consent(peer.peer)
+                or state is not None
+            ):
                 was_eligible = self._sessions.is_eligible(peer.peer)
                 self.publish_peer(peer, state)
                 if was_eligible != self._sessions.is_eligible(peer.peer):

@@ -21,8 +21,9 @@ from protocols.errors import HomeError, HomeLocked, HomeTooNew, NotRunning
 from protocols.local import migrations
 from protocols.local.atomic_files import write_private
 
-FORMAT = 1
 Kind = Literal["coordinator", "agent", "operator"]
+#: The format of each kind of home. Agents have 2 since an owner allows each task.
+FORMATS: dict[Kind, int] = {"coordinator": 1, "agent": 2, "operator": 1}
 _VARIABLES: dict[Kind, str] = {
     "coordinator": "COMMONWEIGHT_HOME",
     "agent": "COMMONWEIGHT_AGENT_HOME",
@@ -65,13 +66,13 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
         ) from err
     if not os.access(home, os.W_OK):
         raise HomeError(f"no permission to write in {home}", f"set {_VARIABLES[kind]}")
-    if found < FORMAT:
+    if found < FORMATS[kind]:
         _migrate(home, kind)
     return home
 
 
 def _write_stamp(home: Path, kind: Kind) -> None:
-    stamp = {"format": FORMAT, "kind": kind, "written_by": VERSION}
+    stamp = {"format": FORMATS[kind], "kind": kind, "written_by": VERSION}
     write_private(home / STAMP, json.dumps(stamp).encode())
 
 
@@ -79,8 +80,8 @@ def _migrate(home: Path, kind: Kind) -> None:
     """Migrate an older home to this format, if no program of the older version uses it."""
     file_lock = lock_home(home, f"{kind} of an older version")
     try:
-        if (found := check_stamp(home, kind)) < FORMAT:
-            migrations.migrate(home, migrations.STEPS[kind], found, FORMAT)
+        if (found := check_stamp(home, kind)) < FORMATS[kind]:
+            migrations.migrate(home, migrations.STEPS[kind], found, FORMATS[kind])
             _write_stamp(home, kind)
     finally:
         file_lock.release()
@@ -94,10 +95,10 @@ def check_stamp(home: Path, kind: Kind) -> int:
         found, found_kind = int(stamp["format"]), str(stamp["kind"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
         raise HomeError(f"{home / STAMP} is damaged", "restore it from a backup") from err
-    if found > FORMAT:
+    if found > FORMATS[kind]:
         raise HomeTooNew(
             f"{home} was written by commonweight {stamp.get('written_by', '?')} (format {found}); "
-            f"this is {VERSION} (format {FORMAT})",
+            f"this is {VERSION} (format {FORMATS[kind]})",
             "update commonweight on this machine: pip install --upgrade commonweight",
         )
     if found_kind != kind:

@@ -13,7 +13,14 @@ from pathlib import Path
 from protocols.errors import HomeError
 
 Step = Callable[[Path], None]
-STEPS: dict[str, dict[int, Step]] = {"coordinator": {}, "agent": {}, "operator": {}}
+
+
+def _missing(home: Path) -> None:
+    raise HomeError("only commonweight-agent can do this")
+
+
+#: `agent.home` adds the steps of an agent's home.
+STEPS: dict[str, dict[int, Step]] = {"coordinator": {}, "agent": {1: _missing}, "operator": {}}
 
 _LARGE = ("versions", "updates", "cache", "outbox", "trainer")
 

@@ -56,7 +56,8 @@ def strip_controls(text: str) -> str:
 
 
 class Presence(Struct, frozen=True, tag=True, kw_only=True):
-    """The state of a peer; retained by the broker. `tasks` are those that it can and may run.
+    """The state of a peer; retained by the broker. `tasks` are those that it can and may run,
+    `askable` those for which its owner would be asked.
 
     `policy`: the settings that its owner shows to others. `disk_free_bytes`: 0 if unknown.
     A paused peer expects to work again at `free_at`; another one can work until `free_until` (Unix
@@ -71,6 +72,7 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
     run: MaybeId = ""
     round: Count = 0
     tasks: Annotated[tuple[TaskName, ...], Meta(max_length=64)] = ()
+    askable: Annotated[tuple[TaskName, ...], Meta(max_length=64)] = ()
     policy: Annotated[dict[Name, Name], Meta(max_length=32)] = {}
     disk_free_bytes: Count = 0
     free_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
@@ -141,7 +143,7 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
 
     `public_key` is its Ed25519 key (raw, 32 bytes). `has_session`: whether it has a Flower session;
     None from older coordinators. `state`: what its requests show while its MQTT presence is
-    missing, else None.
+    missing, else None. `awaits_consent`: the task for which a run awaits its owner's consent.
     """
 
     peer: Id
@@ -153,6 +155,7 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     public_key: PublicKey
     has_session: bool | None = field(default=None, name="flower")
     state: PeerState | None = None
+    awaits_consent: TaskName = ""
 
 
 class RunChanged(Struct, frozen=True, tag=True, kw_only=True):

@@ -35,6 +35,10 @@ _SENTENCES = _TRAINER | {
     errors.Unreachable.code: "the coordinator of its fleet below does not answer",
     errors.BadWeights.code: "the task's weights do not have the shapes that it declares",
 }
+#: Older coordinators do not know the kind `AwaitingConsent`: it travels as NotAllowed, with words
+#: before its text. Older agents write the second ones.
+_AWAITS = "awaits consent: "
+_OLD_AWAITS = "the owner of this machine does not allow the task "
 _SEE_LOG = "its owner sees why: commonweight-agent status"
 _OLD_TRAINER = "the trainer"
 
@@ -55,6 +59,7 @@ PERMANENT = frozenset(
         errors.TaskUnusable.code,
         errors.MissingPackage.code,
         errors.NotAllowed.code,
+        errors.AwaitingConsent.code,
         errors.UploadRefused.code,
         errors.SubfleetFailed.code,
         "sandbox",
@@ -71,6 +76,7 @@ TRANSIENT = frozenset(
 _WITH_HINT = errors.SETTINGS_CODES | {
     errors.MissingPackage.code,
     errors.NotAllowed.code,
+    errors.AwaitingConsent.code,
     errors.UploadRefused.code,
     errors.SubfleetFailed.code,
     errors.SubfleetStopped.code,
@@ -93,7 +99,10 @@ class Refusal(Struct, frozen=True):
 
     def encode(self) -> str:
         """The text that travels."""
-        return f"{self.kind}: {self.text}"[:MAX_CHARS]
+        kind = self.kind
+        if kind == errors.AwaitingConsent.code:
+            kind = f"{errors.NotAllowed.code}: {_AWAITS.rstrip(': ')}"
+        return f"{kind}: {self.text}"[:MAX_CHARS]
 
 
 def refusal_of(err: CommonweightError) -> Refusal:
@@ -115,6 +124,8 @@ def decode(reason: str) -> Refusal:
     if kind == _OLD_TRAINER and text in KINDS:
         return Refusal(text, _sentence(text))
     if colon and text and kind in KINDS:
+        if kind == errors.NotAllowed.code and text.startswith((_AWAITS, _OLD_AWAITS)):
+            return Refusal(errors.AwaitingConsent.code, text.removeprefix(_AWAITS))
         return Refusal(kind, text)
     return Refusal(FAILED, strip_controls(reason) or "no reason given")
 

@@ -59,6 +59,11 @@ ENDED = frozenset({RunState.FINISHED, RunState.STOPPED, RunState.FAILED})
 
 
 def label(state: PeerState, reason: str = "") -> str:
-    """Glyph and word of a state, as shown everywhere: `‖ paused: battery`."""
-    word = "awaiting approval" if state is PeerState.AWAITING else state.value
+    """Glyph and word of a state, as shown everywhere: `‖ paused: battery`.
+
+    A peer awaits approval, or with a reason that: `? awaiting consent: tabular`.
+    """
+    word = state.value
+    if state is PeerState.AWAITING:
+        word, reason = f"{word} {reason or 'approval'}", ""
     return f"{GLYPHS[state]} {word}" + (f": {reason}" if reason else "")

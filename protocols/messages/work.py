@@ -103,12 +103,14 @@ class FlowerMessage(Struct, frozen=True, kw_only=True):
 class PollRequest(Struct, frozen=True, kw_only=True):
     """An agent's request: the reply to its last work, if any, and whether it wants new work.
 
-    `update`: the bytes of a small update; a large one is uploaded before.
+    `update`: the bytes of a small update; a large one is uploaded before. `owner_has_decided`: the
+    owner has allowed or forbidden a task since the agent refused work for want of consent.
     """
 
     reply: FlowerMessage | None = None
     wants_work: bool = field(default=True, name="want")
     update: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
+    owner_has_decided: bool = field(default=False, name="decided")
 
 
 class PollResponse(Struct, frozen=True, kw_only=True):

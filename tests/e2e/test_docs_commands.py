@@ -106,6 +106,9 @@ class Site:
         self._page = page
         if "up" in self.coordinator.programs:
             self._settle(stop=True)
+        for machine in self._machines.values():  # each page has tasks of its own
+            if (machine.state / "agent" / "enrolled.json").exists():
+                machine.ask("commonweight-agent task allow '*'")
         for name, machine in self._machines.items():
             if name not in names:
                 machine.stop("agent")

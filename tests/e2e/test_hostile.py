@@ -17,6 +17,7 @@ from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import Floors
 from agent.home import settings
 from agent.home.credentials import Credentials
+from agent.home.settings import AgentSettings
 from agent.tasks import Settings
 from agent.tasks.demo.mnist import Mnist
 from agent.tasks.work import Done
@@ -146,7 +147,7 @@ def rogue_agent(home: Path) -> Iterator[None]:
         RogueTrainer(),
         OverLink(home, link),
         outbox,
-        allowed=lambda task: True,
+        settings=lambda: AgentSettings(tasks=("*",)),
         floors=Floors(min_examples=-(10**6)),  # its own agent stops none of its faults
     )
     over, opened = threading.Event(), threading.Event()

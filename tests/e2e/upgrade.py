@@ -20,10 +20,10 @@ from tests.support.wheels import SCRIPTS, installed, source_as, wheel
 _STEP = """
 
 def _settings_noted(home: Path) -> None:
-    (home / "noted.txt").write_text("format 2")
+    (home / "noted.txt").write_text("format 3")
 
 
-STEPS["agent"][1] = _settings_noted
+STEPS["agent"][2] = _settings_noted
 """
 
 
@@ -35,7 +35,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for version in ("0.2.0", "0.3.0"):
         tree = source_as(version, folder)
         homes = tree / "protocols" / "local" / "homes.py"
-        homes.write_text(homes.read_text().replace("\nFORMAT = 1\n", "\nFORMAT = 2\n"))
+        homes.write_text(homes.read_text().replace('"agent": 2', '"agent": 3'))
         migrations = tree / "protocols" / "local" / "migrations.py"
         migrations.write_text(migrations.read_text() + _STEP)
         home = installed(wheel(tree, folder / version), folder / f"env-{version}")
@@ -107,13 +107,13 @@ def test_a_home_is_taken_along_after_a_copy_and_never_back(
         site.of["ada"] = "0.2.0"
         assert site.ask_agent("ada", "id").returncode == 0
         home = tmp_path / "ada"
-        assert (home / "noted.txt").read_text() == "format 2"
-        assert json.loads((home / "home.json").read_text())["format"] == 2
-        kept = home / "before-format-2"
-        assert json.loads((kept / "home.json").read_text())["format"] == 1
+        assert (home / "noted.txt").read_text() == "format 3"
+        assert json.loads((home / "home.json").read_text())["format"] == 3
+        kept = home / "before-format-3"
+        assert json.loads((kept / "home.json").read_text())["format"] == 2
         assert (kept / "enrolled.json").read_bytes() == (home / "enrolled.json").read_bytes()
         site.of["ada"] = VERSION
         back = site.ask_agent("ada", "id")
         assert back.returncode == 1
-        assert "written by commonweight 0.2.0 (format 2)" in back.stderr
+        assert "written by commonweight 0.2.0 (format 3)" in back.stderr
         assert "pip install --upgrade commonweight" in back.stderr

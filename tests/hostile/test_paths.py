@@ -103,7 +103,7 @@ class Victim:
             self.trainer,
             self,
             self.home / "outbox",
-            allowed=lambda task: task == "softmax",
+            settings=lambda: AgentSettings(tasks=("softmax",)),
             queries=Queries(lambda work: RecordDict(), jobs.answer),
         )
 

@@ -19,7 +19,7 @@ from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
 from agent.home import settings
 from agent.home.credentials import Credentials
-from agent.home.settings import Enrollment
+from agent.home.settings import AgentSettings, Enrollment
 from agent.trainer.process import TrainerProcess
 from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.transport.upload_limits import MAX_UPLOADS
@@ -83,7 +83,9 @@ class Target:
         me = PeerIdentity(
             self.mine.peer, self.mine.sign_key.sign, self.enrollment.coordinator_public
         )
-        client = Client(me, trainer, NoWeights(), self.home, allowed=lambda task: True)
+        client = Client(
+            me, trainer, NoWeights(), self.home, settings=lambda: AgentSettings(tasks=("*",))
+        )
         try:
             return client.handle(question)
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import psutil
 
 from tests.journeys.fleet import JourneyFleet
@@ -167,6 +169,7 @@ def downgrade_agent(model: Model, choose: Choose) -> Deed:
     def deed(fleet: JourneyFleet) -> None:
         fleet.stop_agent(name)
         fleet.do_agent(name, "leave", "--yes")
+        shutil.rmtree(fleet.folder / name)  # older agents refuse a home of a newer format
         fleet.old.add(name)
         fleet.join_one(name)
         fleet.start_one(name, mqtt=mqtt)

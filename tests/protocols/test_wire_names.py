@@ -50,12 +50,13 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
                 "standing": "removed",
                 "public_key": KEY,
                 "flower": True,
+                "awaits_consent": "",
                 "state": None,
             },
         ),
         (
             PollRequest(reply=MESSAGE, wants_work=False, update=b"u"),
-            {"reply": OBJECTS, "want": False, "update": b"u"},
+            {"reply": OBJECTS, "want": False, "update": b"u", "decided": False},
         ),
         (
             PollResponse(work=MESSAGE, acknowledged=True, version=b"v"),

@@ -201,7 +201,7 @@ class Agent:
             self.trainer,
             self,
             self._folder,
-            allowed=lambda task: task == "softmax",
+            settings=lambda: AgentSettings(tasks=("softmax",)),
             observer=Proving(self._folder / "cache"),
             queries=Queries(
                 Recall(me, self._folder / "cache", self.send, lambda *_: None).answer,

@@ -141,7 +141,8 @@ def policy(peer: Peer) -> Table:
     hint = "To change them, on that machine: commonweight-agent policy set NAME VALUE"
     return facts_table(
         [
-            ("tasks", ", ".join(peer.tasks) or "none: it gets no work"),
+            ("tasks", ", ".join(peer.tasks) or "none yet: its owner allows each"),
+            *([("awaits consent", peer.awaits_consent)] if peer.awaits_consent else []),
             *((name, value or fmt.NOTHING) for name, value in sorted(peer.policy.items())),
             ("", ""),
             ("", Text(hint, colors().dim)),

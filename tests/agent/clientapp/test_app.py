@@ -18,16 +18,18 @@ from msgspec.structs import replace
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client
 from agent.clientapp.interfaces import Observer, PeerIdentity
 from agent.home import audit_log
+from agent.home.settings import AgentSettings
 from agent.tasks.work import Done
 from protocols.enrollment import identity
 from protocols.errors import (
+    AwaitingConsent,
     BadMessage,
     BadWeights,
     CommonweightError,
     DiskFull,
-    Refused,
     SchemaMismatch,
     TrainerFailed,
+    UnknownName,
     Unreachable,
 )
 from protocols.messages import envelope
@@ -110,7 +112,7 @@ class Desk(Observer):
             self.trainer,
             self,
             self.folder,
-            allowed=lambda task: task == "mnist",
+            settings=lambda: AgentSettings(tasks=("mnist",)),
             observer=self,
         )
 
@@ -389,9 +391,11 @@ def test_a_message_without_signed_work_is_refused(desk: Desk, config: ConfigReco
 
 
 def test_a_task_that_the_owner_does_not_allow_is_refused(desk: Desk) -> None:
-    with pytest.raises(Refused, match="'other'") as caught:
+    with pytest.raises(AwaitingConsent, match="has not allowed the task 'ping' yet") as caught:
+        desk.ask(some_work(task="ping"))
+    assert caught.value.hint == "on that machine: commonweight-agent task allow ping"
+    with pytest.raises(UnknownName, match="no task 'other'"):
         desk.ask(some_work(task="other"))
-    assert "policy set tasks other" in caught.value.hint
     assert desk.trainer.did == []
 
 

@@ -29,6 +29,7 @@ def an_agent(site: Site, home: Path, **chosen: Any) -> Agent:
     home.mkdir(exist_ok=True)
     ticket = tickets.encode(site.ticket())
     joined, _ = enrollment.join(home, ticket, name="box", labels={})
+    settings.change(home, tasks=["*"])
     agent = Agent(home, joined, settings.read(home, **chosen))
     agent._runner.start()
     return agent

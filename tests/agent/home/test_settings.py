@@ -44,7 +44,8 @@ def test_tasks_in_the_environment_are_a_list(
     assert chosen.tasks == ("mnist", "ping")
     assert chosen.allows("ping")
     assert not chosen.allows("gait")
-    assert AgentSettings().allows("gait")
+    assert not AgentSettings().allows("mnist"), "a new home allows nothing"
+    assert AgentSettings(tasks=("*",)).allows("gait")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ HOST = "127.0.0.1"
 HERE = [
     "home",
     "permissions",
-    "settings",
+    *("settings", "tasks", "sharing"),
     "data",
     "disk",
     "crashes",
@@ -98,7 +98,8 @@ def test_a_machine_that_never_joined(site: Fleet) -> None:
     assert made["home"]["ok"] is False
     assert "commonweight-agent join" in made["home"]["fix"]
     assert {name for name, check in made.items() if check["ok"] is None} == {
-        "permissions", "settings", "data", "disk", "crashes", "sandbox", "sensors", *THERE
+        *("permissions", "settings", "tasks", "sharing", "data", "disk", "crashes", "sandbox"),
+        *("sensors", *THERE),
     }  # fmt: skip
     assert not (site.folder / "nobody").exists()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings
@@ -139,7 +140,10 @@ def test_a_task_of_ones_own_is_not_tried_again_over_a_folder(tmp_path: Path) -> 
 def test_the_owner_is_told_which_tasks_read_the_data(tmp_path: Path) -> None:
     folder_of_pictures(tmp_path / "pets")
     pets = AgentSettings(data=str(tmp_path / "pets"))
-    assert own_data.check_setting(pets) == "the data fit the tasks: images"
+    said = "the data fit the tasks: images; none of them is allowed yet"
+    assert own_data.check_setting(pets) == said
+    allowed = replace(pets, tasks=("images",))
+    assert own_data.check_setting(allowed) == "the data fit the tasks: images"
     assert "tasks that bring their own data" in own_data.check(AgentSettings())
 
 

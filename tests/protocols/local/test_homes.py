@@ -47,7 +47,7 @@ def test_none_yet(home: Path) -> None:
 def test_a_new_home_is_private_and_stays(home: Path) -> None:
     assert homes.open_home("coordinator", create=True) == home
     first = (home / "home.json").read_bytes()
-    assert json.loads(first)["format"] == homes.FORMAT
+    assert json.loads(first)["format"] == homes.FORMATS["coordinator"]
     assert homes.open_home("coordinator", create=True) == homes.open_home("coordinator") == home
     assert (home / "home.json").read_bytes() == first
     if os.name == "posix":
@@ -55,12 +55,15 @@ def test_a_new_home_is_private_and_stays(home: Path) -> None:
 
 
 def test_an_older_format_opens(home: Path) -> None:
-    stamp(home, {"format": homes.FORMAT - 1, "kind": "coordinator"})
+    stamp(home, {"format": homes.FORMATS["coordinator"] - 1, "kind": "coordinator"})
     assert homes.open_home("coordinator") == home
 
 
 def test_a_newer_format_is_refused_and_kept(home: Path) -> None:
-    stamp(home, {"format": homes.FORMAT + 1, "kind": "coordinator", "written_by": "9.9"})
+    stamp(
+        home,
+        {"format": homes.FORMATS["coordinator"] + 1, "kind": "coordinator", "written_by": "9.9"},
+    )
     before = (home / "home.json").read_bytes()
     with pytest.raises(HomeTooNew, match=r"9\.9") as caught:
         homes.open_home("coordinator", create=True)

@@ -17,7 +17,9 @@ def home(agent_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (agent_home / "settings.toml").write_text("part = 1\n")
     (agent_home / "cache").mkdir()
     (agent_home / "cache" / "large").write_bytes(bytes(100))
-    monkeypatch.setattr(homes, "FORMAT", 3)
+    (agent_home / "home.json").write_text('{"format": 1, "kind": "agent", "written_by": "0.1.0"}')
+    monkeypatch.setitem(homes.FORMATS, "agent", 3)
+    monkeypatch.setitem(migrations.STEPS, "agent", {})
     return agent_home
 
 

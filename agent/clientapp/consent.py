@@ -1,0 +1,77 @@
+"""Refuses work of a task that the owner has not allowed, and says what allows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from agent.home.consent_requests import Request, plain_columns
+from agent.home.settings import AgentSettings
+from agent.policy import consent
+from agent.tasks import Setting, registry
+from protocols.errors import AwaitingConsent, NotAllowed, UnknownName
+
+_ON_THAT_MACHINE = "on that machine: commonweight-agent"
+#: Built-in tasks whose settings `target` and `features` name columns of the owner's table.
+_NAME_COLUMNS = frozenset({"tabular"})
+
+
+class ConsentNeeded(AwaitingConsent):
+    """The owner has not decided. `request` is what the owner reads."""
+
+    def __init__(self, message: str, hint: str, request: Request) -> None:
+        super().__init__(message, hint)
+        self.request = request
+
+
+def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Setting]) -> None:
+    """Raise ConsentNeeded if the owner has not decided about this task, NotAllowed if the task is
+    forbidden or the run asks for a column that it may not use, UnknownName if it is not here."""
+    standing = chosen.standing_of(task)
+    target, features = _named_columns(task, settings)
+    if standing == "allowed":
+        _check_columns(chosen, run, task, [*target, *features])
+        return
+    if standing == "forbidden":
+        raise NotAllowed(
+            f"the owner of this machine forbids the task {task!r}",
+            f"{_ON_THAT_MACHINE} task allow {task}",
+        )
+    if task not in chosen.task_files and task not in registry.names():
+        raise UnknownName(
+            f"this machine has no task {task!r}", f"{_ON_THAT_MACHINE} task add, or pip install"
+        )
+    request = Request(
+        task=task,
+        run=run,
+        at=time.time(),
+        target=next(iter(plain_columns(target)), ""),
+        columns=plain_columns([*target, *features]) if features else (),
+    )
+    message = f"its owner has not allowed the task {task!r} yet"
+    if standing == "changed":
+        message = f"its owner has not allowed the task {task!r} as its file is now"
+    raise ConsentNeeded(message, f"{_ON_THAT_MACHINE} task allow {task}", request)
+
+
+def _check_columns(chosen: AgentSettings, run: str, task: str, columns: list[str]) -> None:
+    allowed = chosen.columns_of(task)
+    kept = [name for name in columns if not consent.matches(name, allowed)]
+    if not kept or chosen.fleet:
+        return
+    (first, *_) = plain_columns(kept[:1]) or ("",)
+    raise NotAllowed(
+        f"the owner does not let the task {task!r} use the column {first!r}, which run {run} asks "
+        "for",
+        f"{_ON_THAT_MACHINE} task allow {task} --columns, and policy set data.columns",
+    )
+
+
+def _named_columns(task: str, settings: Mapping[str, Setting]) -> tuple[list[str], list[str]]:
+    """The target and the features that a run names. Features that it does not name are known only
+    when the table is read."""
+    if task not in _NAME_COLUMNS:
+        return [], []
+    target, features = (str(settings.get(name, "")) for name in ("target", "features"))
+    named = [name for name in map(str.strip, features.split(",")) if name]
+    return [target] if target else [], named

@@ -1,0 +1,39 @@
+"""The owner's settings as they are now: read again when their file has changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from agent.home import settings
+from agent.home.settings import AgentSettings
+from protocols.errors import CommonweightError
+
+log = logging.getLogger("commonweight.agent")
+
+
+class LiveSettings:
+    """Call it for the settings in force. Wrong settings in the file change nothing."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._stamp = self._file_stamp()
+        self._settings = settings.read(home)
+
+    def __call__(self) -> AgentSettings:
+        if (stamp := self._file_stamp()) != self._stamp:
+            self._stamp = stamp
+            try:
+                self._settings = settings.read(self._home)
+            except CommonweightError as err:
+                log.error("the changed settings are wrong, the old ones stay: %s", err.message)
+        return self._settings
+
+    def _file_stamp(self) -> tuple[int, int, int]:
+        """Changes with the file, which is replaced as a whole."""
+        try:
+            found = os.stat(self._home / settings.FILE)
+        except OSError:
+            return (0, 0, 0)
+        return found.st_mtime_ns, found.st_ino, found.st_size

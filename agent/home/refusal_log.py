@@ -1,0 +1,63 @@
+"""What this machine refused by its owner's rules: entries of the ledger, in a file of their own.
+
+A coordinator can ask as often as it likes. In this file its requests push out no entry of an answer
+that has left.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import msgspec
+
+from agent.home.audit_log import AuditEntry
+from protocols.messages.envelope import strip_controls
+
+log = logging.getLogger("commonweight.agent")
+
+FILE = "refused.jsonl"
+MAX_BYTES = 1 << 20
+_MAX_REMEMBERED = 256
+
+
+class RefusalLog:
+    """Writes each refusal once."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / FILE
+        self._written: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def note(self, run: str, task: str, text: str) -> bool:
+        """Write a refusal. False if this run was refused for the same reason lately."""
+        run, text = strip_controls(run)[:64], strip_controls(text)
+        if (run, text) in self._written:
+            self._written.move_to_end((run, text))
+            return False
+        self._written[run, text] = None
+        if len(self._written) > _MAX_REMEMBERED:
+            self._written.popitem(last=False)
+        entry = AuditEntry(at=time.time(), run=run, task=task, round=0, what="refused", told=text)
+        try:
+            if self._path.exists() and self._path.stat().st_size > MAX_BYTES:
+                self._path.replace(self._path.with_name(f"1.{FILE}"))
+            with self._path.open("ab") as file:
+                self._path.chmod(0o600)
+                file.write(b"\n" + msgspec.json.encode(entry) + b"\n")
+        except OSError as err:  # nothing of the owner's leaves with a refusal
+            log.warning("cannot write the refusal to %s: %s", FILE, err.strerror)
+        return True
+
+
+def read(home: Path) -> list[AuditEntry]:
+    """All refusals, oldest first. Incomplete lines are skipped."""
+    entries = []
+    for path in (home / f"1.{FILE}", home / FILE):
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                entries.append(msgspec.json.decode(line, type=AuditEntry))
+            except msgspec.DecodeError:
+                continue
+    return entries
