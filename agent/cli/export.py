@@ -5,6 +5,7 @@ The agent does this and not the coordinator, which has neither torch nor the tas
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ import typer
 from agent.cli.common import Json, print_result
 from agent.cli.models import find_model
 from agent.home import settings
-from protocols.errors import UnknownName, UsageError
+from protocols.errors import UsageError
 from protocols.local import homes
 
 
@@ -34,7 +35,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a shared model for other programs: as ONNX, or with its adapters merged."""
-    from agent.tasks import Exporting, registry
+    from agent.cli.local_trainer import LocalTrainer
+    from agent.tasks.work import Export
 
     chosen = settings.read(homes.home_path("agent"))
     found = find_model(model)
@@ -44,13 +46,20 @@ def export(
     out = out.absolute()
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent}")
-    task = registry.create(found.task, chosen.task_files.get(found.task, ""), chosen.framework)
-    forms = task.forms if isinstance(task, Exporting) else ()
-    if form not in forms:
-        hint = f"its forms: {', '.join(forms)}" if forms else "use the safetensors file"
-        raise UnknownName(f"the task {found.task} has no form {form!r}", hint)
-    assert isinstance(task, Exporting)
-    with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
-        data = settings.data_settings(chosen, Path(folder))
-        task.export(found.load_weights(), found.task_settings, form, data, out)
+    found.check_whole()
+    with (
+        tempfile.TemporaryDirectory(prefix="commonweight-") as folder,
+        LocalTrainer(chosen, Path(folder), [found.path]) as trainer,
+    ):
+        made = trainer.work / out.name
+        trainer.run(
+            Export(
+                task=found.task,
+                settings=found.settings,
+                base=str(found.path),
+                form=form,
+                out=str(made),
+            )
+        )
+        shutil.move(made, out)
     print_result({"form": form, "out": out}, f"wrote {out} ({form})", json=json)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from agent.home import settings
-from agent.home.settings import AgentSettings
-from protocols.errors import CommonweightError, UnknownName, UsageError
+from protocols.errors import UnknownName, UsageError
 from protocols.local import homes
-
-if TYPE_CHECKING:
-    from agent.tasks import Predicting
 
 LATEST = "latest"
 
@@ -24,26 +20,14 @@ class LocalModel(NamedTuple):
     task: str
     settings: dict[str, Any]
 
-    @property
-    def task_settings(self) -> dict[str, Any]:
-        """The settings of the task alone."""
+    def check_whole(self) -> None:
+        """Raise UsageError if a part of the model stays on each peer."""
         from protocols.model import personalization
-
-        items = self.settings.items()
-        return {key: value for key, value in items if key not in personalization.SETTINGS}
-
-    def load_weights(self) -> Any:
-        """The tensors by name. Raises CommonweightError."""
-        from protocols.model import personalization, weights
 
         if layers := self.settings.get(personalization.PERSONAL_LAYERS):
             raise UsageError(
                 f"the layers {layers} of this run stay on each peer: no model is complete"
             )
-        try:
-            return personalization.without_controls(weights.load(self.path))
-        except OSError as err:
-            raise CommonweightError(f"cannot read {self.path}: {err.strerror}") from err
 
 
 def find_model(model: str) -> LocalModel:
@@ -66,19 +50,3 @@ def find_model(model: str) -> LocalModel:
         digests = ", ".join(version.work.base[:12] for version in cached)
         raise UnknownName(f"this agent has no version {model}", f"it has {digests}")
     raise UnknownName("this agent has no version yet", "it gets one with its first work")
-
-
-def load_predicting_task(name: str, chosen: AgentSettings, cache: Path) -> Predicting:
-    """The task `name`, ready to predict: loaded, if the owner has set data or base models.
-
-    Raises UnknownName, TaskUnusable, and what the task's `load` raises.
-    """
-    from agent.tasks import Predicting, registry
-
-    task = registry.create(name, chosen.task_files.get(name, ""), chosen.framework)
-    if not isinstance(task, Predicting):
-        raise UnknownName(f"the task {name} cannot predict", "its class needs a method predict")
-    data = settings.data_settings(chosen, cache)
-    if data.is_set:
-        task.load(data)
-    return task

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import print_line
-from agent.cli.models import LATEST, find_model, load_predicting_task
+from agent.cli.models import LATEST, find_model
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
@@ -32,15 +32,19 @@ def predict(
     ] = None,
 ) -> None:
     """Predict with the shared model, on this machine and offline."""
+    from agent.cli.local_trainer import LocalTrainer, paths_of
     from agent.inference import writers
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already", "choose another name")
     chosen = settings.read(homes.home_path("agent"))
     found = find_model(model)
-    with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
-        task = load_predicting_task(found.task, chosen, Path(folder))
-        answers = task.predict(found.load_weights(), found.task_settings, source)
-        count = writers.write(answers, out)
+    found.check_whole()
+    read = [found.path, *paths_of(source)]
+    with (
+        tempfile.TemporaryDirectory(prefix="commonweight-") as folder,
+        LocalTrainer(chosen, Path(folder), read) as trainer,
+    ):
+        count = writers.write(trainer.predict(found, source), out)
     where = f" in {out}" if out else ""
     print_line(f"{count} answers{where}, by {found.path.stem[:12]} of the task {found.task}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.cli.common import print_line
-from agent.cli.models import LATEST, find_model, load_predicting_task
+from agent.cli.models import LATEST, find_model
 from agent.home import settings
 from protocols.errors import PortInUse, UsageError
 from protocols.local import homes
@@ -41,39 +41,70 @@ def serve(
         raise UsageError(f"{socket} exists already", "stop the service that uses it, or delete it")
     os.umask(0o077)
     try:
-        with tempfile.TemporaryDirectory(prefix="commonweight-") as cache:
-            asyncio.run(_serve(_load(model, Path(cache)), model, Path(cache), port, socket))
+        with (
+            tempfile.TemporaryDirectory(prefix="commonweight-") as cache,
+            contextlib.ExitStack() as stack,
+        ):
+            loader = _Loader(model, Path(cache), stack)
+            asyncio.run(_serve(loader, port, socket))
     finally:
         if socket is not None:
             socket.unlink(missing_ok=True)
 
 
-def _load(model: str, cache: Path, old: ServedModel | None = None) -> ServedModel:
-    """Load the model and its task. A task that `old` has loaded already is used again.
+class _Loader:
+    """Loads the model, and newer ones. Its task runs in the sandbox, where no socket is."""
 
-    `cache` is a folder that the task may use. Raises UnknownName, UsageError, NotEnrolled, and what
-    the task's `load` raises.
-    """
-    from agent.inference.server import ServedModel
+    def __init__(self, model: str, folder: Path, stack: contextlib.ExitStack) -> None:
+        self._model, self._folder, self._stack = model, folder, stack
+        self.rows = folder / "rows"
+        self.rows.mkdir()
 
-    chosen = settings.read(homes.home_path("agent"))
-    found = find_model(model)
-    if old is not None and old.name == found.task:
-        task = old.task
-    else:
-        task = load_predicting_task(found.task, chosen, cache)
-    weights = found.load_weights()
-    return ServedModel(found.path.stem, found.task, task, weights, found.task_settings)
+    def load(self, old: ServedModel | None = None) -> ServedModel:
+        """Load the model and its task. A trainer that has loaded the task already is used again.
+
+        Raises UnknownName, UsageError, NotEnrolled, and what the task raises.
+        """
+        from agent.cli.local_trainer import LocalTrainer, SandboxedTask
+        from agent.inference.server import ServedModel
+
+        found = find_model(self._model)
+        found.check_whole()
+        if old is not None and old.name == found.task and isinstance(old.task, SandboxedTask):
+            trainer = old.task.trainer
+        else:
+            home = homes.home_path("agent")
+            folder = Path(tempfile.mkdtemp(dir=self._folder))
+            read = [found.path, home / "cache", self.rows]
+            trainer = LocalTrainer(settings.read(home), folder, read)
+            self._stack.enter_context(trainer)
+        trainer.load(found)
+        task = SandboxedTask(trainer, found)
+        return ServedModel(found.path.stem, found.task, task, None, {})
+
+    def load_newer(self, old: ServedModel) -> ServedModel | None:
+        """A newer version, if there is one and the model is `latest`."""
+        if self._model != LATEST:
+            return None
+        home = homes.open_home("agent")
+        newest = max(
+            (home / "cache").glob("*.safetensors"),
+            key=lambda path: path.stat().st_mtime,
+            default=None,
+        )
+        if newest is None or newest.stem == old.version:
+            return None
+        found = self.load(old)
+        return found if found.version != old.version else None
 
 
-async def _serve(
-    served: ServedModel, model: str, cache: Path, port: int, socket: Path | None
-) -> None:
+async def _serve(loader: _Loader, port: int, socket: Path | None) -> None:
     import uvicorn
 
     from agent.inference.server import InferenceServer
 
-    server = InferenceServer(served, lambda old: _load_newer(old, model, cache))
+    served = loader.load()
+    server = InferenceServer(served, loader.load_newer, loader.rows)
     http = uvicorn.Server(
         uvicorn.Config(server.app(), lifespan="off", log_config=None, access_log=False)
     )
@@ -118,17 +149,3 @@ def _open_listener(port: int, path: Path | None) -> net.socket:
         what = f"the socket {path}" if path else f"port {port}"
         raise PortInUse(f"{what} cannot be opened: {err.strerror}", "choose another") from err
     return listener
-
-
-def _load_newer(old: ServedModel, model: str, cache: Path) -> ServedModel | None:
-    """A newer version, if there is one and `model` is `latest`."""
-    if model != LATEST:
-        return None
-    home = homes.open_home("agent")
-    newest = max(
-        (home / "cache").glob("*.safetensors"), key=lambda path: path.stat().st_mtime, default=None
-    )
-    if newest is None or newest.stem == old.version:
-        return None
-    found = _load(model, cache, old)
-    return found if found.version != old.version else None

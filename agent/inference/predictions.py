@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from protocols.errors import CannotPredict, DataError
 from protocols.model.weights import Weights
 
 _encoder = msgspec.json.Encoder()
+_decode_row = msgspec.json.Decoder(list[Any]).decode
+_BATCH_ROWS = 4096
 Columns = Mapping[str, Sequence[Any]]
 
 
@@ -35,6 +38,20 @@ def batches(
         if len({len(column) for column in columns.values()}) > 1:
             raise DataError("the task returned columns of different lengths")
         yield columns
+
+
+def read(file: Path) -> Iterator[dict[str, list[Any]]]:
+    """Yields the predictions in a file of lines that `write` made, in batches of columns.
+
+    Raises DataError for other lines: a task can write to that file.
+    """
+    try:
+        with file.open("rb") as lines:
+            names = msgspec.json.decode(next(lines, b"[]"), type=list[str])
+            while rows := [_decode_row(line) for line in islice(lines, _BATCH_ROWS)]:
+                yield dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as err:
+        raise DataError(f"the task wrote predictions that cannot be read: {err}") from err
 
 
 def write(

@@ -30,7 +30,6 @@ from starlette.routing import Route
 from agent.inference import predictions
 from agent.tasks import Settings
 from protocols.errors import CommonweightError, UsageError
-from protocols.model.weights import Weights
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 MAX_ROWS, MAX_WAITING = 4096, 1024
@@ -41,12 +40,12 @@ _HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", ""})
 
 
 class ServedModel(NamedTuple):
-    """A loaded model. `version` names it."""
+    """A loaded model. `version` names it; `model` is what `task` takes as weights."""
 
     version: str
     name: str
     task: object
-    model: Weights
+    model: Any
     settings: Settings
 
 
@@ -63,11 +62,18 @@ class Busy(CommonweightError):
 
 
 class InferenceServer:
-    """Serves one model at a time. `newest(served)` returns a newer one or None; it may block."""
+    """Serves one model at a time. `newest(served)` returns a newer one or None; it may block.
+
+    Rows wait in the folder `rows` while the task reads them; None for one of the system.
+    """
 
     def __init__(
-        self, served: ServedModel, newest: Callable[[ServedModel], ServedModel | None]
+        self,
+        served: ServedModel,
+        newest: Callable[[ServedModel], ServedModel | None],
+        rows: Path | None = None,
     ) -> None:
+        self._rows = rows
         self.served, self._newest = served, newest
         self._waiting: asyncio.Queue[_PendingRequest] = asyncio.Queue(MAX_WAITING)
         self._thread = ThreadPoolExecutor(1, "model")
@@ -88,7 +94,9 @@ class InferenceServer:
                 by_columns[pending.head].append(pending)
             for group in by_columns.values():
                 self.batches += 1
-                answers = await loop.run_in_executor(self._thread, _answer, self.served, group)
+                answers = await loop.run_in_executor(
+                    self._thread, _answer, self.served, group, self._rows
+                )
                 for pending, answer in zip(group, answers, strict=True):
                     if pending.answer.done():
                         continue  # the client has disconnected
@@ -153,23 +161,25 @@ class InferenceServer:
 
 
 def _answer(
-    served: ServedModel, batch: list[_PendingRequest]
+    served: ServedModel, batch: list[_PendingRequest], folder: Path | None
 ) -> Sequence[dict[str, Any] | CommonweightError]:
     """Predicts for a batch; on an error, request by request."""
     try:
-        return _predict(served, batch)
+        return _predict(served, batch, folder)
     except Exception as err:  # a task may raise anything; the server continues
         if len(batch) > 1:
-            return [answer for one in batch for answer in _answer(served, [one])]
+            return [answer for one in batch for answer in _answer(served, [one], folder)]
         if isinstance(err, CommonweightError):
             return [err]
         return [CommonweightError(f"the task failed: {type(err).__name__}: {err}"[:300])]
 
 
-def _predict(served: ServedModel, batch: list[_PendingRequest]) -> list[dict[str, Any]]:
+def _predict(
+    served: ServedModel, batch: list[_PendingRequest], rows: Path | None
+) -> list[dict[str, Any]]:
     """Predicts for requests with the same columns. Raises what the task raises."""
     counts = [len(pending.rows) for pending in batch]
-    with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
+    with tempfile.TemporaryDirectory(prefix="commonweight-", dir=rows) as folder:
         source = Path(folder) / "rows.csv"
         source.write_bytes(batch[0].head + b"".join(row for one in batch for row in one.rows))
         columns: dict[str, list[Any]] = {}

@@ -78,6 +78,14 @@ class Predict(_TaskWork, frozen=True, tag=True, kw_only=True):
     out: str
 
 
+class Export(_TaskWork, frozen=True, tag=True, kw_only=True):
+    """Write the weights in the file `base` in the format `form` to `out`, which does not exist."""
+
+    base: str
+    form: str
+    out: str
+
+
 class Done(Struct, frozen=True, tag=True, kw_only=True):
     """The work `id` is done. `digest` and `nbytes` describe the written file; empty without one.
 
@@ -96,7 +104,7 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     resumed_at: int = 0
 
 
-Work = Describe | Init | Train | Evaluate | Predict
+Work = Describe | Init | Train | Evaluate | Predict | Export
 
 
 class Trainer(Protocol):

@@ -20,8 +20,10 @@ from agent.data.settings import DataSettings
 from agent.inference import predictions
 from agent.tasks import (
     EvalOutcome,
+    Exporting,
     HasMetadata,
     OnStep,
+    Predicting,
     ProvidesStatistics,
     Resumable,
     Setting,
@@ -34,7 +36,7 @@ from agent.tasks import (
 )
 from agent.tasks.floors import StepFloors
 from agent.tasks.training.batch_size import is_out_of_memory
-from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
+from agent.tasks.work import Describe, Done, Evaluate, Export, Init, Predict, Train, Work
 from agent.trainer import rng_state
 from agent.trainer.checkpoint import CheckpointFile
 from agent.trainer.ipc import Answer, Failed
@@ -42,7 +44,7 @@ from agent.trainer.personalization import Personalization
 from agent.trainer.progress import StepCallback, WorkControl
 from agent.trainer.told_rows import ToldRows
 from protocols import VERSION
-from protocols.errors import BadWeights, CommonweightError, TaskUnusable
+from protocols.errors import BadWeights, CannotPredict, CommonweightError, TaskUnusable, UnknownName
 from protocols.failpoints import failpoint
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
@@ -66,6 +68,7 @@ class WorkExecutor:
         self._data: DataSettings | None = None
         self._told = ToldRows()
         self._watch = ChangeWatch("")
+        self._model: tuple[object, Weights] | None = None  # of the last prediction
         self._resumed: CheckpointFile | None = None  # if the current work resumed
 
     def do(self, work: Work) -> Done | Failed:
@@ -92,10 +95,19 @@ class WorkExecutor:
 
     def _do(self, work: Work) -> Done | Failed:
         task = self._find_task(work.task, work.source, work.data.framework, work.code)
-        if isinstance(work, Predict):
+        if isinstance(work, Predict | Export):
+            if isinstance(work, Predict) and not isinstance(task, Predicting):
+                raise CannotPredict(
+                    f"the task {work.task} cannot predict",
+                    "it needs a method predict: docs/tasks.md",
+                )
             if work.data.is_set:
                 self._load(task, work.data)
-            return self._predict(work, task)
+            loaded = self._load_model(Path(work.base))
+            if isinstance(work, Predict):
+                return self._predict(work, task, loaded)
+            return _export(work, task, loaded)
+        self._model = None
         if isinstance(work, Describe | Train) and _reads_data(work):
             floors.check_settings(work.settings, getattr(task, "defaults", None), work.data.floors)
         if not (work.source or isinstance(work, Init)) and self._data != work.data:
@@ -179,10 +191,18 @@ class WorkExecutor:
         tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
         return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
 
-    def _predict(self, work: Predict, task: Task) -> Done | Failed:
+    def _load_model(self, base: Path) -> Weights:
+        """The weights in a file, which are kept for the next request of a server."""
+        of = base.stat()
+        stamp = base, of.st_ino, of.st_size, of.st_mtime_ns
+        if self._model is None or self._model[0] != stamp:
+            self._model = None  # two models may not fit into memory
+            self._model = stamp, personalization.without_controls(weights.load(base))
+        return self._model[1]
+
+    def _predict(self, work: Predict, task: Task, model: Weights) -> Done | Failed:
         _, settings = _split_settings(work.settings)
         on_step = StepCallback(work.id, "predict", self._control, self._send)
-        model = personalization.without_controls(weights.load(Path(work.base)))
         out = Path(work.out)
         count = predictions.write(task, model, settings, work.sources, work.rows, out, on_step)
         return _done(work.id, weights.file_digest(out), out.stat().st_size, count, {})
@@ -262,6 +282,16 @@ class WorkExecutor:
         digest = weights.save(update, path, synced=False)  # the agent syncs it during the upload
         failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
+
+
+def _export(work: Export, task: Task, model: Weights) -> Done:
+    forms = task.forms if isinstance(task, Exporting) else ()
+    if not isinstance(task, Exporting) or work.form not in forms:
+        hint = f"its forms: {', '.join(forms)}" if forms else "use the safetensors file"
+        raise UnknownName(f"the task {work.task} has no form {work.form!r}", hint)
+    _, settings = _split_settings(work.settings)
+    task.export(model, settings, work.form, work.data, Path(work.out))
+    return _done(work.id, "", 0, 0, {})
 
 
 def _reads_data(work: Work) -> bool:

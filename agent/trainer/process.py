@@ -5,6 +5,7 @@ Never imports torch. `supervisor` runs the child process.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,7 +95,7 @@ class TrainerProcess(TrainerSupervisor):
             if path := getattr(work, name, ""):
                 added[name] = _absolute(path)
         if isinstance(work, Predict):
-            added["sources"] = [_absolute(source) for source in work.sources]
+            added["sources"] = [_located(source) for source in work.sources]
         if isinstance(work, Train):
             # Equal files, task, settings and data give the same result, whatever the run.
             files = [work.base, *([work.personal] if Path(work.personal).is_file() else [])]
@@ -120,6 +121,11 @@ def _file_stamp(file: Path) -> str:
     """A text that changes when the file does. Raises OSError."""
     found = file.stat()
     return f"{file.name} {found.st_size} {found.st_mtime_ns}"
+
+
+def _located(source: str) -> str:
+    """A path or pattern of files as an absolute one; a text as it is."""
+    return _absolute(source) if os.path.exists(source) or glob.glob(source) else source
 
 
 def _absolute(path: str | Path) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Work
+from agent.tasks.work import Describe, Done, Evaluate, Export, Init, Predict, Train, Work
 from agent.trainer import main_loop
 from agent.trainer.ipc import Phase, Progress
 from agent.trainer.main_loop import Send
@@ -125,7 +125,7 @@ class FleetExecutor:
                     )
                 told = msgspec.convert(run["card"], schema_card.SchemaCard)
                 return Done(id=work.id, description=schema_card.encode(told))
-            case Predict():
+            case Predict() | Export():
                 raise SubfleetFailed("a fleet answers for no rows", "ask its own coordinator")
             case Init():
                 run = self._run(work, {"only": "init", "seed": work.seed})

@@ -13,4 +13,4 @@ from protocols.errors import UsageError
 def test_a_model_without_the_layers_of_each_peer_is_refused(tmp_path: Path) -> None:
     model = LocalModel(tmp_path / "version", "ping", {"at_home": "*norm*"})
     with pytest.raises(UsageError, match=r"the layers \*norm\* of this run stay on each peer"):
-        model.load_weights()
+        model.check_whole()

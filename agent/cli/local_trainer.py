@@ -1,0 +1,94 @@
+"""A trainer in the sandbox for a command of the owner: `predict`, `serve` or `export`."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from agent.cli.models import LocalModel
+from agent.home import settings
+from agent.home.settings import AgentSettings
+from agent.inference import predictions
+from agent.tasks.work import Done, Predict, Work
+from agent.trainer import sandbox_rules
+from agent.trainer.process import TrainerProcess
+from protocols.errors import TrainerFailed, UnknownName, UsageError
+
+_ERRORS = {kind.code: kind for kind in (UsageError, UnknownName)}
+
+
+class LocalTrainer:
+    """Runs the task of a model in a process that reads only `read` and what every trainer may.
+
+    `folder` is a private one of the command; what the trainer writes is in `work`, a folder in it.
+    """
+
+    def __init__(self, chosen: AgentSettings, folder: Path, read: Collection[Path]) -> None:
+        self.work = folder / "work"
+        self.work.mkdir(mode=0o700)
+        self._trainer = TrainerProcess(
+            self.work,
+            settings.data_settings(chosen, self.work),
+            threads=chosen.threads,
+            sources=chosen.task_files,
+            rules=sandbox_rules.make_rules(
+                chosen, read=read, write=(self.work,), spool=folder / "spool"
+            ),
+        )
+
+    def __enter__(self) -> LocalTrainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._trainer.stop()
+
+    def run(self, work: Work) -> Done:
+        """Do the work. Raises CommonweightError without the trainer's log, which is deleted."""
+        try:
+            return self._trainer.run(work)
+        except TrainerFailed as err:
+            hint = "" if err.hint.startswith("the trainer's log") else err.hint
+            kind = _ERRORS.get(err.kind)
+            if kind is not None:
+                raise kind(err.message, hint) from err
+            raise TrainerFailed(err.kind, err.message, hint) from err
+
+    def load(self, model: LocalModel) -> None:
+        """Load the task with its data, and the model. Raises CommonweightError."""
+        self.run(_predict(model, [], self.work / "none.jsonl"))
+
+    def predict(self, model: LocalModel, source: str) -> Iterator[dict[str, list[Any]]]:
+        """Predictions for a source, in batches of columns. Raises CommonweightError."""
+        out = self.work / "answers.jsonl"
+        self.run(_predict(model, [source], out))
+        return predictions.read(out)
+
+
+class SandboxedTask:
+    """The task of one model, whose `predict` runs in the sandbox."""
+
+    def __init__(self, trainer: LocalTrainer, model: LocalModel) -> None:
+        self.trainer, self._model = trainer, model
+
+    def predict(
+        self, weights: object, settings: object, source: str
+    ) -> Iterator[dict[str, list[Any]]]:
+        return self.trainer.predict(self._model, source)
+
+
+def _predict(model: LocalModel, sources: list[str], out: Path) -> Predict:
+    return Predict(
+        task=model.task,
+        settings=model.settings,
+        base=str(model.path),
+        sources=sources,
+        out=str(out),
+    )
+
+
+def paths_of(source: str) -> list[Path]:
+    """The files that a source names; none if it is a text."""
+    return [Path(source)] if os.path.exists(source) else [Path(path) for path in glob.glob(source)]
