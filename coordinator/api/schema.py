@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from coordinator.storage.run_events import RunSpec
 from protocols.enrollment.joining import Card
 from protocols.errors import ExitCode
-from protocols.messages.envelope import Count, Id, MaybeDigest, Name, PublicKey
+from protocols.messages.envelope import (
+    Count,
+    Id,
+    Integer,
+    Labels,
+    MaybeDigest,
+    Name,
+    PublicKey,
+    Text,
+)
 from protocols.messages.mqtt import MqttAddress
 
 #: The HTTP status of an error, by the exit code that a command has for it.
 STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.UNREACHABLE: 503}
+
+
+T = TypeVar("T")
+#: Of a list that has a row for each run, job, ticket or member since the fleet began.
+Rows = Annotated[list[T], Meta(max_length=1 << 20)]
+#: What a request has made, by name: its id, or a ticket.
+Made = Annotated[dict[Name, Annotated[str, Meta(max_length=16 * 1024)]], Meta(max_length=16)]
+
+
+class ErrorResponse(Struct, frozen=True, kw_only=True):
+    """An error of the coordinator. `hint`: the next step."""
+
+    code: Annotated[str, Meta(max_length=256)]
+    message: Annotated[str, Meta(max_length=64 * 1024)]
+    hint: Annotated[str, Meta(max_length=64 * 1024)]
 
 
 class StartRunRequest(Struct, frozen=True, kw_only=True):
@@ -39,3 +63,33 @@ class TicketRequest(Struct, frozen=True, kw_only=True):
     uses: Count = 1
     label: Name = ""
     role: Literal["agent", "observer", "operator"] = "agent"
+
+
+class TicketRow(Struct, frozen=True, kw_only=True):
+    """A ticket without its secret."""
+
+    id: Name
+    label: Annotated[str, Meta(max_length=4096)] = ""
+    role: Name
+    uses_left: Integer
+    expires_in_s: float
+    revoked: bool
+
+
+class OperatorRow(Struct, frozen=True, kw_only=True):
+    """An access from another machine."""
+
+    operator: Name
+    name: Name
+    role: Name
+
+
+class PeerRow(Struct, frozen=True, kw_only=True):
+    """A machine that has joined, with the state that the monitor shows; empty for removed ones."""
+
+    peer: Name
+    name: Name
+    labels: Labels = {}
+    standing: Name
+    state: Name = ""
+    reason: Text = ""

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
 from protocols.errors import BadMessage
 from protocols.messages.envelope import (
+    MAX_PEERS,
     Count,
+    Integer,
     JobChanged,
+    Labels,
     Links,
     Name,
     RoundClosed,
     RunChanged,
     Telemetry,
     Text,
+    Time,
 )
 from protocols.messages.states import PeerState
 
+#: As in recordings of older versions, which have any text.
+_Line = Annotated[str, Meta(max_length=4096)]
+_Epochs = Annotated[list[Name], Meta(max_length=64)]
 Level = Literal["info", "warning", "error"]
 
 #: The reason of a peer that has not been seen since the coordinator's start.
@@ -30,9 +37,9 @@ NOT_SEEN = "not seen yet"
 class Event(Struct, kw_only=True, frozen=True):
     """A line of the Events screen. `at` is Unix s by the reader's clock."""
 
-    at: float
+    at: Time
     level: Level
-    text: str
+    text: _Line
     subject: Name = ""
 
 
@@ -50,9 +57,9 @@ class Peer(Struct, kw_only=True):
 
     peer: Name
     name: Name
-    labels: dict[Name, Name] = {}
+    labels: Labels = {}
     standing: Literal["awaiting", "enrolled"] = "enrolled"
-    public_key: bytes
+    public_key: Annotated[bytes, Meta(max_length=32)]
     flower: bool | None = None
     no_presence: bool = False
     state: PeerState = PeerState.OFFLINE
@@ -63,64 +70,64 @@ class Peer(Struct, kw_only=True):
     run: Name = ""
     round: Count = 0
     telemetry: Telemetry | None = None
-    losses: list[float | None] = []
+    losses: Annotated[list[float | None], Meta(max_length=1024)] = []
     diverged: bool = False
-    contributions: str = field(default="", name="given")
+    contributions: Annotated[str, Meta(max_length=1024)] = field(default="", name="given")
     contributions_run: Name = field(default="", name="given_run")
-    tasks: tuple[Name, ...] = ()
-    policy: dict[Name, Name] = {}
+    tasks: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    policy: Annotated[dict[Name, Name], Meta(max_length=32)] = {}
     disk_free_bytes: Count = 0
-    free_at: float = 0.0
-    free_until: float = 0.0
+    free_at: Time = 0.0
+    free_until: Time = 0.0
     skew_s: float = 0.0
-    seen_at: float = 0.0
-    said_at: float = 0.0
+    seen_at: Time = 0.0
+    said_at: Time = 0.0
     epoch: Name = ""
-    past_epochs: list[Name] = []
-    seq: int = -1
-    presence_seq: int = -1
-    telemetry_seq: int = -1
-    notice_seq: int = -1
-    will_seq: int = -1
-    missed: int = 0
-    ignored: int = 0
+    past_epochs: _Epochs = []
+    seq: Integer = -1
+    presence_seq: Integer = -1
+    telemetry_seq: Integer = -1
+    notice_seq: Integer = -1
+    will_seq: Integer = -1
+    missed: Integer = 0
+    ignored: Integer = 0
 
 
 class Run(Struct, kw_only=True):
     """A run's last status and its rounds in order. Only the last round has `norms`."""
 
     changed: RunChanged
-    changed_at: float
-    rounds: list[RoundClosed] = []
+    changed_at: Time
+    rounds: Annotated[list[RoundClosed], Meta(max_length=4096)] = []
 
 
 class Job(Struct, kw_only=True):
     """A job beside training. Its times are Unix s by the reader's clock, or 0."""
 
     changed: JobChanged
-    changed_at: float
-    began_at: float = 0.0
-    ended_at: float = 0.0
+    changed_at: Time
+    began_at: Time = 0.0
+    ended_at: Time = 0.0
 
 
 class Fleet(Struct, kw_only=True):
     """Everything that the monitor, `status` and the metrics show. `at`: the time of encoding."""
 
-    fleet: str
-    name: str = ""
-    at: float = 0.0
-    peers: dict[Name, Peer] = {}
-    runs: dict[Name, Run] = {}
-    jobs: dict[Name, Job] = {}
-    events: list[Event] = []
-    num_events: int = 0
+    fleet: _Line
+    name: _Line = ""
+    at: Time = 0.0
+    peers: Annotated[dict[Name, Peer], Meta(max_length=MAX_PEERS)] = {}
+    runs: Annotated[dict[Name, Run], Meta(max_length=256)] = {}
+    jobs: Annotated[dict[Name, Job], Meta(max_length=256)] = {}
+    events: Annotated[list[Event], Meta(max_length=4096)] = []
+    num_events: Integer = 0
     links: Links = Links(mqtt=False, flower=False)
     epoch: Name = ""
-    past_epochs: list[Name] = []
-    seq: int = -1
+    past_epochs: _Epochs = []
+    seq: Integer = -1
     gap: bool = False
-    unknown: int = 0
-    ignored: int = 0
+    unknown: Integer = 0
+    ignored: Integer = 0
 
 
 def finite(value: float | None) -> float | None:

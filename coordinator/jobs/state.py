@@ -16,16 +16,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from functools import cached_property, reduce
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
 from coordinator.storage import job_events as events
 from coordinator.storage.job_events import AnswerInfo, Block, JobEvent, JobSpec, JobState
+from protocols.messages.envelope import MAX_PEERS, Integer, Time
 
 #: `overdue`: other peers are asked too, and its answer still counts.
 Lease = Literal["open", "overdue"]
+T = TypeVar("T")
+#: Bounds for operators, who decode jobs. The ledger may have any text.
+_Line = Annotated[str, Meta(max_length=64 * 1024)]
+_ByPeer = Annotated[dict[_Line, T], Meta(max_length=MAX_PEERS)]
 OVERDUE, FAILED = "overdue", "failed"
 #: The weight of a new measurement in the average of a peer's speed.
 _RATE_WEIGHT = 0.5
@@ -45,14 +50,14 @@ class Unit(Struct, frozen=True, kw_only=True, dict=True):
     of the verified answer.
     """
 
-    number: int
-    first: int = 0
-    stop: int = 0
-    only: str = ""
-    leases: dict[str, Lease] = {}
-    answers: dict[str, AnswerInfo] = field(default_factory=dict, name="given")
-    failed: frozenset[str] = frozenset()
-    verified: str = ""
+    number: Integer
+    first: Integer = 0
+    stop: Integer = 0
+    only: _Line = ""
+    leases: _ByPeer[Lease] = {}
+    answers: _ByPeer[AnswerInfo] = field(default_factory=dict, name="given")
+    failed: Annotated[frozenset[_Line], Meta(max_length=MAX_PEERS)] = frozenset()
+    verified: _Line = ""
 
     @property
     def state(self) -> UnitState:
@@ -86,17 +91,17 @@ class Job(Struct, frozen=True, kw_only=True, dict=True):
     by reason. `taken`: the requester has the answers. Times are Unix s, 0 if unknown.
     """
 
-    id: str
+    id: _Line
     spec: JobSpec
     state: JobState = JobState.WORKING
-    units: dict[int, Unit] = {}
-    rates: dict[str, float] = {}
-    excused: dict[str, str] = {}
-    dropped: dict[str, int] = {}
-    ended_because: str = ""
+    units: Annotated[dict[Integer, Unit], Meta(max_length=1 << 20)] = {}
+    rates: _ByPeer[float] = {}
+    excused: _ByPeer[_Line] = {}
+    dropped: _ByPeer[Integer] = {}
+    ended_because: _Line = ""
     taken: bool = False
-    began_at: float = 0.0
-    ended_at: float = 0.0
+    began_at: Time = 0.0
+    ended_at: Time = 0.0
 
     @property
     def ended(self) -> bool:

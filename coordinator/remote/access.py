@@ -17,7 +17,7 @@ import httpx
 import msgspec
 from msgspec import Struct
 
-from coordinator.api.schema import STATUS, WatchResponse
+from coordinator.api.schema import STATUS, ErrorResponse, WatchResponse
 from coordinator.fleet.auth import OPERATOR
 from coordinator.storage import ca_files
 from coordinator.storage.settings import UP_FILE
@@ -257,10 +257,10 @@ def error_from(response: httpx.Response) -> CommonweightError:
     """The error in a coordinator's response, with its message, code and exit status."""
     status = response.status_code
     try:
-        body = msgspec.json.decode(response.content, type=dict[str, str])
-        error = CommonweightError(body["message"], body["hint"])
-        error.code = body["code"]
-    except (msgspec.DecodeError, KeyError):
+        body = msgspec.json.decode(response.content, type=ErrorResponse)
+        error = CommonweightError(body.message, body.hint)
+        error.code = body.code
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Refused(f"the coordinator refused ({status})", "commonweight doctor")
     codes = (exit_code for exit_code, known in STATUS.items() if known == status)
     error.exit_code = next(codes, ExitCode.FAILED)

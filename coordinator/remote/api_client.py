@@ -11,14 +11,23 @@ import contextlib
 import hashlib
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import msgspec
 
-from coordinator.api.schema import StartRunRequest, TicketRequest, WatchResponse
+from coordinator.api.schema import (
+    Made,
+    OperatorRow,
+    PeerRow,
+    Rows,
+    StartRunRequest,
+    TicketRequest,
+    TicketRow,
+    WatchResponse,
+)
 from coordinator.fleet import state
 from coordinator.fleet.state import Fleet
 from coordinator.jobs.state import Job
@@ -91,7 +100,7 @@ class Remote:
         return self._post("/cw/v1/runs", order)["run"]
 
     def runs(self) -> list[Run]:
-        return self._get("/cw/v1/runs", list[Run])
+        return self._rows("/cw/v1/runs", Run)
 
     def run(self, run_id: str) -> Run:
         return self._get(f"/cw/v1/runs/{run_id}", Run)
@@ -108,13 +117,16 @@ class Remote:
 
     def delete_run(self, run_id: str) -> Deletion:
         """Delete an ended run; return what was deleted."""
-        return _decoded(self._request("POST", f"/cw/v1/runs/{run_id}/delete"), Deletion)
+        deleted: Deletion = _decoded(
+            self._request("POST", f"/cw/v1/runs/{run_id}/delete"), Deletion
+        )
+        return deleted
 
     def start_job(self, spec: JobSpec) -> str:
         return self._post("/cw/v1/jobs", spec)["job"]
 
     def jobs(self) -> list[Job]:
-        return self._get("/cw/v1/jobs", list[Job])
+        return self._rows("/cw/v1/jobs", Job)
 
     def job(self, job_id: str) -> Job:
         return self._get(f"/cw/v1/jobs/{job_id}", Job)
@@ -136,13 +148,13 @@ class Remote:
         return self._post("/cw/v1/tickets", order)
 
     def tickets(self) -> list[dict[str, Any]]:
-        return self._get("/cw/v1/tickets", list[dict[str, Any]])
+        return _as_dicts(self._rows("/cw/v1/tickets", TicketRow))
 
     def revoke_ticket(self, ticket_id: str) -> None:
         self._request("POST", f"/cw/v1/tickets/{ticket_id}/revoke")
 
     def peers(self) -> list[dict[str, Any]]:
-        return self._get("/cw/v1/peers", list[dict[str, Any]])
+        return _as_dicts(self._rows("/cw/v1/peers", PeerRow))
 
     def approve(self, peer: str) -> None:
         self._request("POST", f"/cw/v1/peers/{peer}/approve")
@@ -154,19 +166,27 @@ class Remote:
         return str(self._post(f"/cw/v1/peers/{peer}/command", command)["outcome"])
 
     def logs(self, peer: str) -> list[LogLine]:
-        return self._get(f"/cw/v1/peers/{peer}/logs", list[LogLine])
+        return self._rows(f"/cw/v1/peers/{peer}/logs", LogLine)
 
     def operators(self) -> list[dict[str, Any]]:
-        return self._get("/cw/v1/operators", list[dict[str, Any]])
+        return _as_dicts(self._rows("/cw/v1/operators", OperatorRow))
 
     def remove_operator(self, operator: str) -> None:
         self._request("POST", f"/cw/v1/operators/{operator}/remove")
 
     def _get(self, path: str, kind: type[T]) -> T:
-        return _decoded(self._request("GET", path), kind)
+        found: T = _decoded(self._request("GET", path), kind)
+        return found
+
+    def _rows(self, path: str, kind: type[T]) -> list[T]:
+        rows: list[T] = _decoded(self._request("GET", path), Rows[kind])  # type: ignore[valid-type]
+        return rows
 
     def _post(self, path: str, body: Any) -> dict[str, str]:
-        return _decoded(self._request("POST", path, msgspec.json.encode(body)), dict[str, str])
+        made: dict[str, str] = _decoded(
+            self._request("POST", path, msgspec.json.encode(body)), Made
+        )
+        return made
 
     def _request(self, method: str, path: str, body: bytes = b"") -> bytes:
         """The response of the first address that gives one. Later requests start with it.
@@ -218,7 +238,11 @@ class Remote:
         raise Unreachable(message, "is it running? commonweight up")
 
 
-def _decoded(answer: bytes, kind: type[T]) -> T:
+def _as_dicts(rows: Iterable[msgspec.Struct]) -> list[dict[str, Any]]:
+    return [msgspec.structs.asdict(row) for row in rows]
+
+
+def _decoded(answer: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(answer, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from coordinator.runs import retention
 from coordinator.runs.state import Run
 from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies.state import StateStore
+from protocols.messages.envelope import Count
+
+_Line = Annotated[str, Meta(max_length=64 * 1024)]
+_Digests = Annotated[tuple[_Line, ...], Meta(max_length=1 << 20)]
 
 
 class Deletion(Struct, frozen=True, kw_only=True):
@@ -20,12 +25,12 @@ class Deletion(Struct, frozen=True, kw_only=True):
     use them have ended, and `nbytes` includes them.
     """
 
-    run: str
-    versions: tuple[str, ...] = ()
-    states: tuple[str, ...] = ()
-    nbytes: int = 0
-    shared: tuple[str, ...] = ()
-    in_use: tuple[str, ...] = ()
+    run: _Line
+    versions: _Digests = ()
+    states: _Digests = ()
+    nbytes: Count = 0
+    shared: _Digests = ()
+    in_use: _Digests = ()
 
 
 def plan(run: Run, protected: Set[str], store: WeightStore) -> Deletion:

@@ -5,16 +5,22 @@ Events change it (`runs.transitions`), and `runs.decisions` says what comes next
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from coordinator.storage.run_events import Holding, RunSpec, Update, UpdateAccepted
-from protocols.messages.envelope import Metrics
+from protocols.messages.envelope import MAX_PEERS, Integer, Metrics, Tallies, Time
 from protocols.messages.states import ENDED, RunState
 from protocols.messages.work import WorkKind
 from protocols.model.schema_card import Description, SchemaCard
 
+T = TypeVar("T")
+#: Bounds for monitors, which decode runs. The ledger may have any text.
+_Line = Annotated[str, Meta(max_length=64 * 1024)]
+_Peers = Annotated[tuple[_Line, ...], Meta(max_length=MAX_PEERS)]
+_ByPeer = Annotated[dict[_Line, T], Meta(max_length=MAX_PEERS)]
+_ByName = Annotated[dict[_Line, T], Meta(max_length=1024)]
 PeerStatus = Literal["asked", "answered", "refused", "lost"]
 
 #: Reasons of refusals that have consequences in later rounds.
@@ -30,32 +36,35 @@ class Round(Struct, frozen=True, kw_only=True):
     the worst value. `num_examples`: of all contributors together.
     """
 
-    round: int
-    digest: str
-    contributors: tuple[str, ...] = ()
-    refused: int = 0
+    round: Integer
+    digest: _Line
+    contributors: _Peers = ()
+    refused: Integer = 0
     metrics: Metrics = {}
     seconds: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    norms: dict[str, float] = {}
-    strategy_state: dict[str, str] = {}
-    spread: dict[str, tuple[float, float, float]] = {}
-    worst: dict[str, str] = {}
-    tallies: dict[str, list[float]] = {}
-    spent: dict[str, float] = {}
-    staleness: dict[str, int] = {}
-    num_examples: int = 0
-    num_evaluated: int = 0
-    on_time: tuple[str, ...] = ()
+    bytes_up: Integer = 0
+    bytes_down: Integer = 0
+    norms: _ByPeer[float] = {}
+    strategy_state: _ByName[_Line] = {}
+    spread: _ByName[tuple[float, float, float]] = {}
+    worst: _ByName[_Line] = {}
+    tallies: Tallies = {}
+    spent: _ByName[float] = {}
+    staleness: _ByPeer[Integer] = {}
+    num_examples: Integer = 0
+    num_evaluated: Integer = 0
+    on_time: _Peers = ()
+
+
+_Rounds = Annotated[tuple[Round, ...], Meta(max_length=1 << 20)]
 
 
 class Assignment(Struct, frozen=True):
     """Training of one peer on `base`, the version before `round`. `lost` while it is offline."""
 
-    round: int
-    base: str
-    turn: int = 0
+    round: Integer
+    base: _Line
+    turn: Integer = 0
     lost: bool = False
 
 
@@ -90,47 +99,47 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `deleted`: the files are deleted, and the run is not listed any more.
     """
 
-    id: str
+    id: _Line
     spec: RunSpec
-    since: float = 0.0
+    since: Time = 0.0
     state: RunState = RunState.WAITING
-    round: int = 0
-    first: str = ""
-    head: str = ""
-    parent: str = ""
-    described: dict[str, Description] = {}
-    preprocessing: str = ""
+    round: Integer = 0
+    first: _Line = ""
+    head: _Line = ""
+    parent: _Line = ""
+    described: _ByPeer[Description] = {}
+    preprocessing: Annotated[str, Meta(max_length=256 * 1024)] = ""
     card: SchemaCard | None = None
-    num_eligible: int = 0
-    peers: dict[str, PeerStatus] = {}
-    updates: dict[str, Update] = {}
-    contributors: tuple[str, ...] = ()
+    num_eligible: Integer = 0
+    peers: _ByPeer[PeerStatus] = {}
+    updates: _ByPeer[Update] = {}
+    contributors: _Peers = ()
     evaluating: bool = False
-    refused: int = 0
-    refusals: int = 0
-    last_refusal: str = ""
-    last_refused: str = ""
-    refusal_kinds: dict[str, str] = {}
-    norms: dict[str, float] = {}
-    history: tuple[Round, ...] = ()
+    refused: Integer = 0
+    refusals: Integer = 0
+    last_refusal: _Line = ""
+    last_refused: _Line = ""
+    refusal_kinds: _ByPeer[_Line] = {}
+    norms: _ByPeer[float] = {}
+    history: _Rounds = ()
     best: Round | None = None
-    abandoned: tuple[Round, ...] = ()
-    strategy_state: dict[str, str] = {}
-    training_seconds: dict[str, tuple[float, ...]] = {}
+    abandoned: _Rounds = ()
+    strategy_state: _ByName[_Line] = {}
+    training_seconds: _ByPeer[Annotated[tuple[float, ...], Meta(max_length=1024)]] = {}
     recalling: bool = False
     head_intact: bool = False
-    holdings: dict[str, Holding | None] = {}
+    holdings: _ByPeer[Holding | None] = {}
     target_version: Holding | None = None
-    assignments: dict[str, Assignment] = {}
-    last_assignments: dict[str, Assignment] = {}
-    buffer: tuple[UpdateAccepted, ...] = ()
-    cooling_down: frozenset[str] = frozenset()
-    excluded: frozenset[str] = frozenset()
-    staleness: dict[str, int] = {}
-    num_examples: int = 0
-    on_time: tuple[str, ...] = ()
+    assignments: _ByPeer[Assignment] = {}
+    last_assignments: _ByPeer[Assignment] = {}
+    buffer: Annotated[tuple[UpdateAccepted, ...], Meta(max_length=MAX_PEERS)] = ()
+    cooling_down: Annotated[frozenset[_Line], Meta(max_length=MAX_PEERS)] = frozenset()
+    excluded: Annotated[frozenset[_Line], Meta(max_length=MAX_PEERS)] = frozenset()
+    staleness: _ByPeer[Integer] = {}
+    num_examples: Integer = 0
+    on_time: _Peers = ()
     ended_in: RunState = RunState.WAITING
-    ended_because: str = ""
+    ended_because: _Line = ""
     deleted: bool = False
 
     @property

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.messages.envelope import Count, Integer, MaybeDigest, Settings
-from protocols.messages.jobs import ModelRef
+from protocols.messages.jobs import INLINE_MAX_BYTES, ModelRef
 
 PREFIX = "job/"
 
@@ -71,11 +71,11 @@ class AnswerInfo(Struct, frozen=True, kw_only=True):
     `seconds`: from the request to the answer.
     """
 
-    digest: str
-    nbytes: int
-    rows: int
+    digest: _ShortText
+    nbytes: Integer
+    rows: Integer
     seconds: float = 0.0
-    body: bytes = b""
+    body: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
 
 
 class JobEvent(Struct, frozen=True, tag=True):

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from protocols.messages.envelope import Count, Integer, Metrics, Settings
+from protocols.messages.envelope import Count, Integer, Metrics, Settings, Tallies
 from protocols.messages.states import RunState
 from protocols.model.schema_card import Description, SchemaCard
 
@@ -93,16 +93,16 @@ class Update(Struct, frozen=True, kw_only=True):
     number of versions made since.
     """
 
-    digest: str = ""
-    nbytes: int = 0
-    num_examples: int
+    digest: _ShortText = ""
+    nbytes: Integer = 0
+    num_examples: Integer
     metrics: Metrics = {}
-    tallies: dict[str, list[float]] = {}
+    tallies: Tallies = {}
     norm: float = 0.0
     seconds: float = 0.0
-    base: str = ""
-    turn: int = 0
-    staleness: int = 0
+    base: _ShortText = ""
+    turn: Integer = 0
+    staleness: Integer = 0
 
 
 class RunStarted(RunEvent, frozen=True):
@@ -174,8 +174,8 @@ class PeerLost(RunEvent, frozen=True):
 
 
 class UpdateAccepted(RunEvent, frozen=True):
-    round: int
-    peer: str
+    round: Integer
+    peer: _ShortText
     update: Update
 
 
@@ -218,8 +218,8 @@ class VersionLost(RunEvent, frozen=True):
 class Holding(Struct, frozen=True):
     """A version that a peer has proved to have: its number in the run, and its digest."""
 
-    round: int
-    digest: str
+    round: Integer
+    digest: _ShortText
 
 
 class RecallBegun(RunEvent, frozen=True):

@@ -38,6 +38,8 @@ MaybeId = Annotated[
 TaskName = Annotated[str, Meta(max_length=64, pattern=r"^([A-Za-z0-9][A-Za-z0-9_.:-]*)?\Z")]
 PublicKey = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+#: Unix s, which stays a date after a correction of clocks.
+Time = Annotated[float, Meta(ge=-(2**40), le=2**40)]
 #: The value of a setting. Agreed preprocessing is a long one.
 Setting = Annotated[str, Meta(max_length=256 * 1024)] | Integer | float | bool
 Settings = Annotated[dict[Name, Setting], Meta(max_length=256)]

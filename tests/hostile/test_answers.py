@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from agent.transport import http_client
 from agent.transport.coordinator_client import CoordinatorClient
+from coordinator.fleet import state
+from coordinator.fleet.state import Fleet
 from coordinator.remote import access
 from coordinator.remote.access import ConnectionInfo
 from coordinator.remote.api_client import Remote
 from protocols.enrollment import identity
 from protocols.enrollment.tickets import new_ticket
-from protocols.errors import CommonweightError, Refused, Unreachable
+from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable
 from protocols.local import join_client
 from protocols.local.join_client import find_coordinator, post_join
 from protocols.messages.envelope import LogResponse
@@ -171,7 +176,8 @@ def test_an_operator_reads_little_of_any_kind_of_body(
     liar.answer = answer
     monkeypatch.setattr("coordinator.remote.api_client.MAX_RESPONSE_BYTES", 1 * MB)
     key = identity.new_signing_key()
-    info = ConnectionInfo((liar.address,), liar.ca_pem.decode(), "operator", key, "operator")
+    fleet = (liar.ca_pem.decode(), liar.fleet)
+    info = ConnectionInfo((liar.address,), *fleet, "operator", key, "operator")
     monkeypatch.setattr(access, "connection_info", lambda home: info)
     ticket = new_ticket((liar.address,), identity.ca_fingerprint(liar.ca_pem))
     remote = Remote(tmp_path)
@@ -240,3 +246,22 @@ def test_honest_answers_keep_the_connection(liar: LyingCoordinator, tmp_path: Pa
         link.renew()
     assert httpx.Response(200, content=body).content == body
     link.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"at": 1e300},
+        {"events": [{"at": -1e18, "level": "info", "text": "x"}]},
+        {"events": [{"at": 0.0, "level": "info", "text": "x"}] * 5000},
+        {"seq": 10**400},
+        {"name": "x" * 10_000},
+        {"peers": {str(number): {} for number in range(70_000)}},
+    ],
+    ids=["a date", "an event", "events", "digits", "a name", "peers"],
+)
+def test_a_monitor_takes_no_state_of_a_fleet_without_bounds(changes: dict[str, Any]) -> None:
+    """Attack: a coordinator sends a state whose dates, numbers or lists end the monitor."""
+    told = msgspec.json.decode(state.encode(Fleet(fleet="f"), 0.0)) | changes
+    with pytest.raises(BadMessage):
+        state.decode(json.dumps(told).encode())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from inspect import getsource as inspect_source
 from typing import Any
 
 import msgspec
@@ -12,8 +14,10 @@ import pytest
 from msgspec import inspect
 
 import coordinator.api.schema
+import coordinator.fleet.state
 import protocols
 from agent.transport import version_proofs
+from coordinator.remote import access, api_client
 from coordinator.storage.job_events import JobSpec
 from coordinator.storage.run_events import RunSpec
 
@@ -41,6 +45,43 @@ def structs() -> list[type[msgspec.Struct]]:
     for kind in (RunSpec, JobSpec):
         found[f"{kind.__module__}.{kind.__qualname__}"] = kind
     return [kind for name, kind in found.items() if name not in NOT_FROM_THE_NETWORK]
+
+
+def decoded_by_clients() -> dict[str, Any]:
+    """What monitors and operators decode: the types in the calls of the client, and `Fleet`."""
+    found: dict[str, Any] = {"Fleet": coordinator.fleet.state.Fleet}
+    for module in (api_client, access):
+        for call in ast.walk(ast.parse(inspect_source(module))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func)
+            kinds = {one.arg: one.value for one in call.keywords}
+            if name in ("self._get", "self._rows", "_decoded"):
+                kind = ast.unparse(call.args[1])
+            elif name.endswith(".decode") and "type" in kinds:
+                kind = ast.unparse(kinds["type"])
+            else:
+                continue
+            if kind not in ("kind", "Rows[kind]", "Access"):  # a parameter; a file of the owner
+                found[kind] = eval(kind, vars(module))
+    found["Rows"] = coordinator.api.schema.Rows[float]
+    return found
+
+
+def structs_in(kind: inspect.Type, found: dict[type[Any], inspect.StructType]) -> None:
+    """Add all structs that a value of this type may have."""
+    if isinstance(kind, inspect.StructType):
+        if kind.cls in found:
+            return
+        found[kind.cls] = kind
+        for field in kind.fields:
+            structs_in(field.type, found)
+    for name in ("item_type", "key_type", "value_type", "type"):
+        if isinstance(part := getattr(kind, name, None), inspect.Type):
+            structs_in(part, found)
+    for name in ("item_types", "types"):
+        for part in getattr(kind, name, ()):
+            structs_in(part, found)
 
 
 def unbounded(kind: inspect.Type, place: str) -> Iterator[str]:
@@ -90,6 +131,29 @@ def test_every_field_of_a_message_has_a_bound(kind: type[msgspec.Struct]) -> Non
         fault for field in info.fields for fault in unbounded(field.type, f"{place}.{field.name}")
     ]
     assert faults == []
+
+
+@pytest.mark.attack("20.10", by="coordinator")
+@pytest.mark.parametrize("name", decoded_by_clients())
+def test_every_field_of_an_answer_to_an_operator_has_a_bound(name: str) -> None:
+    """Attack: an answer to a monitor has a list, a text or an integer of any length."""
+    kind = inspect.type_info(decoded_by_clients()[name])
+    found: dict[type[Any], inspect.StructType] = {}
+    structs_in(kind, found)
+    faults = list(unbounded(kind, name))
+    for cls, info in found.items():
+        for field in info.fields:
+            faults += unbounded(field.type, f"{cls.__qualname__}.{field.name}")
+    assert faults == []
+
+
+def test_the_guard_sees_the_types_of_the_client() -> None:
+    kinds = decoded_by_clients()
+    assert {"Fleet", "Run", "Job", "PeerRow", "TicketRow", "Made", "ErrorResponse"} <= kinds.keys()
+    found: dict[type[Any], inspect.StructType] = {}
+    structs_in(inspect.type_info(kinds["Run"]), found)
+    names = {cls.__name__ for cls in found}
+    assert {"RunSpec", "Round", "Update", "SchemaCard", "Holding"} <= names
 
 
 class _Loose(msgspec.Struct):

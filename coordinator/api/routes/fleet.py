@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import msgspec
 
 from coordinator.api.routes.endpoint import Call, get, post, watch
-from coordinator.api.schema import WatchResponse
+from coordinator.api.schema import PeerRow, WatchResponse
 from coordinator.api.service import request_host
 from coordinator.fleet import state
 from coordinator.fleet.reducer import shown_reason, shown_state
@@ -30,18 +29,17 @@ def watch_address(call: Call) -> WatchResponse:
     return WatchResponse(fleet=ours.fleet, coordinator_public=ours.public, mqtt=mqtt, card=card)
 
 
-def list_peers(call: Call) -> list[dict[str, Any]]:
-    """All peers with the state that the monitor shows; it is empty for removed ones."""
+def list_peers(call: Call) -> list[PeerRow]:
     now, shown = time.time(), call.service.fleet.peers
     return [
-        {
-            "peer": p.peer,
-            "name": p.name,
-            "labels": p.labels,
-            "standing": p.standing,
-            "state": shown_state(shown[p.peer], now) if p.peer in shown else "",
-            "reason": shown_reason(shown[p.peer], now) if p.peer in shown else "",
-        }
+        PeerRow(
+            peer=p.peer,
+            name=p.name,
+            labels=p.labels,
+            standing=p.standing,
+            state=shown_state(shown[p.peer], now) if p.peer in shown else "",
+            reason=shown_reason(shown[p.peer], now) if p.peer in shown else "",
+        )
         for p in call.service.registry.peers.values()
     ]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from coordinator.api.routes.endpoint import Call, get, post
-from coordinator.api.schema import TicketRequest
+from coordinator.api.schema import OperatorRow, TicketRequest, TicketRow
 from protocols.enrollment import fleet_card, tickets
 from protocols.errors import UsageError
 
@@ -24,23 +23,23 @@ def make_ticket(call: Call) -> dict[str, str]:
     return {"ticket": tickets.encode(ticket), "id": ticket.id}
 
 
-def list_tickets(call: Call) -> list[dict[str, Any]]:
+def list_tickets(call: Call) -> list[TicketRow]:
     return [
-        {
-            "id": ticket.id,
-            "label": ticket.label,
-            "role": ticket.role,
-            "uses_left": ticket.uses_left,
-            "expires_in_s": ticket.expires_at - time.time(),
-            "revoked": ticket.revoked,
-        }
+        TicketRow(
+            id=ticket.id,
+            label=ticket.label,
+            role=ticket.role,
+            uses_left=ticket.uses_left,
+            expires_in_s=ticket.expires_at - time.time(),
+            revoked=ticket.revoked,
+        )
         for ticket in call.service.registry.tickets.values()
     ]
 
 
-def list_operators(call: Call) -> list[dict[str, str]]:
+def list_operators(call: Call) -> list[OperatorRow]:
     return [
-        {"operator": operator.operator, "name": operator.name, "role": operator.role}
+        OperatorRow(operator=operator.operator, name=operator.name, role=operator.role)
         for operator in call.service.registry.operators.values()
         if not operator.removed
     ]
