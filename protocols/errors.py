@@ -10,6 +10,8 @@ CommonweightError                     1  something failed
 │   ├── NotEnrolled                      this machine has not joined a fleet
 │   ├── NotAllowed                       the owner does not allow the task or its settings
 │   │   └── AwaitingConsent              the owner has not decided about the task yet
+│   ├── LogConflict                      the coordinator's log of versions contradicts itself
+│   ├── Unwitnessed                      too few pinned peers have shown what they see
 │   ├── UploadRefused                    the coordinator does not take an update
 │   ├── UploadUnneeded                   nothing waits for an update any more
 │   └── VersionSkew                      agent and coordinator versions are incompatible
@@ -127,6 +129,18 @@ class AwaitingConsent(NotAllowed):
     """The owner of this machine has not decided about the task yet."""
 
     code = "awaiting_consent"
+
+
+class LogConflict(Refused):
+    """Work contradicts the log of versions that the coordinator has shown."""
+
+    code = "log_conflict"
+
+
+class Unwitnessed(Refused):
+    """Too few of the peers that the owner pinned have shown which versions they see."""
+
+    code = "unwitnessed"
 
 
 class UploadRefused(Refused):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli import control, export, join, policy, predict, questions, serve, service, task
+from agent.cli import audit, control, export, join, policy, predict, questions, serve, service, task
 from agent.cli.common import Json, Part, Split, is_running, parse_part, print_line
 from agent.home import logs, settings
 from agent.setup import sharing_text
@@ -183,7 +183,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in _COMMANDS.items():
     app.command(name)(command)
-for group in (policy.policy, service.service, task.task, questions.questions):
+for group in (audit.audit, policy.policy, service.service, task.task, questions.questions):
     app.add_typer(group)
 
 

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from agent.clientapp import consent
 from agent.clientapp.interfaces import (
+    CheckLog,
     Observer,
     PeerIdentity,
     Queries,
@@ -31,7 +32,7 @@ from agent.home.settings import AgentSettings
 from agent.tasks import floors as owner_floors
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
-from protocols.errors import CommonweightError, DiskFull, SchemaMismatch, TrainerFailed
+from protocols.errors import BadMessage, CommonweightError, DiskFull, SchemaMismatch, TrainerFailed
 from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
@@ -50,7 +51,8 @@ class Client:
     """Answers the coordinator's messages: trains, evaluates, describes, and passes queries on.
 
     `settings()` are the owner's settings now, which say what a task may do; `floors` is what no
-    run can go below; `outbox` is the folder of the outbox.
+    run can go below; `outbox` is the folder of the outbox. `check_log` raises LogConflict
+    if the log of versions does not have the version of the work.
     """
 
     def __init__(
@@ -64,11 +66,12 @@ class Client:
         floors: Floors = Floors(),
         observer: Observer | None = None,
         queries: Queries = Queries(),
+        check_log: CheckLog = lambda work, head, page: None,
     ) -> None:
         self._me, self._trainer, self._transport = me, trainer, transport
         self._outbox, self._fleet_names = Outbox(outbox, me), FleetNames(me.fleet)
         self._settings, self._floors, self._queries = settings, floors, queries
-        self._observer = observer or Observer()
+        self._observer, self._check_log = observer or Observer(), check_log
         #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
         self.app = ClientApp()
@@ -144,6 +147,11 @@ class Client:
         consent.check(self._settings(), work.run, work.task, work.settings)
         if work.kind in ("describe", "train"):
             owner_floors.check_cohort(work.cohort, self._floors)
+        config = message.content.config_records["config"]
+        head, page = config.get("head", b""), config.get("log", b"")
+        if not isinstance(head, bytes) or not isinstance(page, bytes):
+            raise BadMessage("a message whose log of versions is not bytes")
+        self._check_log(work, head, page)
         if work.kind == "train":
             registry.parse(work.codec)  # fail before an hour of training, not after
         return work, payload, signature

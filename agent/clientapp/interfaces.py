@@ -52,6 +52,11 @@ class PeerIdentity(NamedTuple):
         return SIGNED_CLAIM.seal(claim, self.sign)
 
 
+#: Gets the work, the signed head of the log of versions and the entries before it; both empty from
+#: older coordinators.
+CheckLog = Callable[[Work, bytes, bytes], None]
+
+
 class Transport(Protocol):
     """Moves weights by digest; blocking. Both methods raise Unreachable."""
 

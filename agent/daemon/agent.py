@@ -27,6 +27,7 @@ from agent.home.settings import AgentSettings, Enrollment
 from agent.policy import sensors
 from agent.policy.sensors import Sensors
 from agent.transport.bandwidth import Bandwidth
+from agent.transport.followed_log import FollowedLog, Witnesses
 from agent.transport.mqtt_client import MqttClient
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.sharing import Sharing
@@ -75,6 +76,13 @@ class Agent:
         self._report = StatusReporter(home, enrollment, chosen, self._presence)
         self._sessions = SessionLoop(ctx, self._report, self._presence.move)
         link = self._sessions.link
+        self._log = FollowedLog(
+            home,
+            enrollment,
+            credentials,
+            lambda start: link().log_page(start),
+            self._sessions.certificate,
+        )
         self._gossip = GossipState(
             home,
             enrollment,
@@ -93,8 +101,10 @@ class Agent:
             gossip_state=self._gossip,
         )
         # The work, and the policy that allows it.
-        self._work = WorkThread(ctx, self._report, link, self._sharing)
-        self._gossip_loop = GossipLoop(ctx, self._gossip, self._sharing, self._work.versions, link)
+        self._work = WorkThread(ctx, self._report, link, self._sharing, self._log.check_work)
+        self._gossip_loop = GossipLoop(
+            ctx, self._gossip, self._sharing, self._work.versions, link, self._log
+        )
         machine = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
         self._policy = PolicyLoop(ctx, machine, self._work.make_room)
         self._owner_commands = OwnerCommands(home, self._runner, self._policy)
@@ -102,6 +112,11 @@ class Agent:
 
     def _connect(self) -> None:
         self._sessions.on_key_changed = self._restart
+        self._sessions.followed = self._log
+        self._gossip.own_seen, self._gossip.on_seen = self._log.last_seen, self._log.offer
+        self._log.on_fork = lambda text: self._runner.call_threadsafe(self._on_fork, text)
+        self._log.on_note = lambda text: self._runner.call_threadsafe(self._on_log_note, text)
+        self._log.witnesses = self._witnesses
         self._report.traffic = self._sessions.traffic
         self._report.gossip_status = self._gossip.summary
         self._gossip.address = self._sharing.address
@@ -112,6 +127,7 @@ class Agent:
     async def serve(self) -> None:
         """Work until `stop`, SIGINT or SIGTERM. Leaves no process behind."""
         self._runner.start()
+        await self._check_log()
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead
                 asyncio.get_running_loop().add_signal_handler(name, self.stop)
@@ -144,6 +160,7 @@ class Agent:
             await asyncio.gather(*running, return_exceptions=True)
             await self._sessions.close()
             self._sharing.pieces.close()
+            self._log.close()
             self._bandwidth.save(at_once=True)
             self._report.write_stopped(self._runner.state)
 
@@ -234,10 +251,49 @@ class Agent:
             trainer, has_work = self._work.trainer, self._runner.state.work is not None
             if not has_work and trainer.idle_s > self._policy.settings.idle_timeout_s:
                 await asyncio.to_thread(trainer.stop)
+            await self._check_log()
             self._report.write_if_stale(self._runner.state)
             self._bandwidth.save()
             tick_s = _TICK_S if has_work or trainer.running else _IDLE_TICK_S
             await asyncio.sleep(tick_s)
+
+    # --- the log of versions ---
+
+    def _witnesses(self) -> Witnesses:
+        chosen = self._policy.settings
+        return Witnesses(chosen.min_witnesses, chosen.witnesses)
+
+    async def _check_log(self) -> None:
+        """Compare heads that have come, and pause for a proof or for missing witnesses."""
+        if self._log.has_waiting:
+            await asyncio.to_thread(self._log.process)
+        if self._runner.state.pauses.keys() & {PauseReason.FORK} or self._log.is_forked:
+            self._set_pause(PauseReason.FORK, await asyncio.to_thread(self._log.refresh))
+        if self._witnesses().needed or PauseReason.WITNESS in self._runner.state.pauses:
+            missing = await asyncio.to_thread(self._log.missing_witnesses)
+            if missing and PauseReason.WITNESS not in self._runner.state.pauses:
+                log.warning(
+                    "no work until it is met: %s; min_witnesses is %d (%s)",
+                    *(missing, self._witnesses().needed),
+                    "commonweight-agent policy set min_witnesses 0, to work without them",
+                )
+            self._set_pause(PauseReason.WITNESS, bool(missing))
+
+    def _set_pause(self, reason: PauseReason, active: bool) -> None:
+        if active is not (reason in self._runner.state.pauses):
+            self._runner.dispatch(
+                state_machine.PauseRequested(reason)
+                if active
+                else state_machine.PauseLifted(frozenset({reason}))
+            )
+
+    def _on_fork(self, text: str) -> None:
+        self._report.report_error(text)
+        self._set_pause(PauseReason.FORK, True)
+
+    def _on_log_note(self, text: str) -> None:
+        log.warning("%s", text)
+        self._report.notice(text)
 
     def _apply_settings(self, chosen: AgentSettings) -> None:
         """Apply the changed settings that nothing reads again by itself."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from agent.analytics import job_handler
 from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
-from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
+from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
 from agent.clientapp.told_scores import ToldScores, key_of
@@ -134,6 +134,7 @@ def make_client(
     job_models: VersionStore,
     link: Callable[[], CoordinatorClient],
     uploads: Uploads,
+    check_log: CheckLog,
 ) -> Client:
     """The ClientApp: training for runs through `retrying_trainer`, and units of jobs.
 
@@ -189,4 +190,5 @@ def make_client(
         queries=Queries(
             Recall(me, ctx.cache, uploads.update, events.on_leaving).answer, jobs.answer
         ),
+        check_log=check_log,
     )

@@ -1,6 +1,7 @@
 """Spreads the newest version between peers while the coordinator is away.
 
-During a session the agent asks the coordinator now and then which peers it could ask instead.
+During a session peers compare what they have seen of the coordinator's log of versions, without
+the coordinator between them. The agent asks it now and then which peers it could ask instead.
 Without a session it exchanges gossip with some peers at growing intervals. If a peer holds a newer
 version, the agent fetches it from there, with the coordinator's signature as proof.
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import can_take_work
 from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.followed_log import FollowedLog
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.peer_client import PeerClient
 from agent.transport.p2p.sharing import Sharing
@@ -34,6 +36,8 @@ _TICK_S = 1.0
 #: Between two rounds of gossip.
 MIN_INTERVAL_S, MAX_INTERVAL_S = 2.0, 60.0
 _PEERS_PER_ROUND = 2
+#: During a session, peers tell each other what they have seen of the coordinator's log so often.
+SEEN_INTERVAL_S = 30.0
 #: In one round, so that peers that lie or do not answer cannot block the others.
 _MAX_VERSIONS_TRIED, _MAX_HOLDERS_TRIED = 4, 3
 #: When to ask the coordinator again for neighbors and an access token: soon after a session opens,
@@ -54,7 +58,9 @@ class GossipLoop:
         sharing: Sharing,
         versions: VersionStore,
         link: Callable[[], CoordinatorClient],
+        log_: FollowedLog | None = None,
     ) -> None:
+        self._log = log_
         self._ctx, self._gossip, self._sharing = ctx, gossip, sharing
         self._versions, self._link = versions, link
         #: When a peer may be asked for a version again (monotonic s).
@@ -66,6 +72,7 @@ class GossipLoop:
         if self._sharing.is_off:
             await asyncio.Event().wait()
         refresh_at, refreshed_as, round_at, interval_s = 0.0, "", 0.0, MIN_INTERVAL_S
+        seen_at = 0.0
         waits = iter(_FIRST_REFRESHES_S)
         while True:
             now = time.monotonic()
@@ -75,6 +82,9 @@ class GossipLoop:
                     done = await self._refresh_neighbors()
                     wait_s = next(waits, _REFRESH_EVERY_S) if done else _REFRESH_RETRY_S
                     refresh_at, refreshed_as = now + wait_s, address
+                if now >= seen_at:
+                    seen_at = now + SEEN_INTERVAL_S * random.uniform(0.8, 1.2)
+                    await self._exchange_with_some(self._gossip.contacts())
                 round_at, interval_s = now + MIN_INTERVAL_S, MIN_INTERVAL_S
             else:
                 refresh_at, waits = now, iter(_FIRST_REFRESHES_S)
@@ -104,11 +114,19 @@ class GossipLoop:
         if not self._shared_cache:  # share the versions from before this start, too
             self._shared_cache = True
             await asyncio.to_thread(self._share_cached_versions)
+        await self._exchange_with_some(partners)
+        return await self._fetch_newest(partners)
+
+    async def _exchange_with_some(self, partners: list[Neighbor]) -> None:
+        """Exchange gossip with some of these peers."""
+        if self._gossip.assigned is None or not partners:
+            return
+        if self._log is not None:
+            await asyncio.to_thread(self._log.seen)
         sample = random.sample(partners, min(_PEERS_PER_ROUND, len(partners)))
         for batch in await asyncio.gather(*map(self._exchange_gossip, sample)):
             if batch is not None:
                 self._gossip.receive(batch)
-        return await self._fetch_newest(partners)
 
     def _share_cached_versions(self) -> None:
         for cached in list_verified(self._ctx.cache, self._ctx.coordinator_public):

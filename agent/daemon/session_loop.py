@@ -22,6 +22,7 @@ from agent.daemon.status_reporter import StatusReporter
 from agent.home import fleet_trust
 from agent.home.settings import write_enrollment
 from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
+from agent.transport.followed_log import FollowedLog
 from agent.transport.weight_transfer import SessionLost
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable, VersionSkew
@@ -62,6 +63,8 @@ class SessionLoop:
         self._link: CoordinatorClient | None = None
         #: Called on the event loop when the coordinator has a new signing key or CA.
         self.on_key_changed: Callable[[], None] = lambda: None
+        #: Follows the coordinator's log of versions.
+        self.followed: FollowedLog | None = None
         self._closed = False
         self._saving = threading.Lock()
         self._doorbell = asyncio.Event()
@@ -193,7 +196,11 @@ class SessionLoop:
 
     def _open(self) -> None:
         if self._link is None:
-            self._link = CoordinatorClient(self._ctx.credentials, self._ctx.bandwidth)
+            link = CoordinatorClient(self._ctx.credentials, self._ctx.bandwidth)
+            if self.followed is not None:
+                link.log_statement = self.followed.statement
+                link.on_log_news = self.followed.news
+            self._link = link
         if self._closed:  # `close` may have run before this link existed
             raise Unreachable("the agent is stopping")
         try:

@@ -137,6 +137,10 @@ class StatusReporter:
         self._status.last_error = text
         self._mqtt.notice(Notice(level="error", text=text[:400]))
 
+    def notice(self, text: str) -> None:
+        """Tell the operators what is no failure."""
+        self._mqtt.notice(Notice(level="warning", text=text[:400]))
+
     def set_last_error(self, text: str) -> None:
         """Report to the owner alone a failure that may pass without action."""
         self._status.last_error = text

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from agent.clientapp.app import claim_text
 from agent.clientapp.consent import ConsentNeeded
+from agent.clientapp.interfaces import CheckLog
 from agent.daemon import client_factory, state_machine
 from agent.daemon.client_factory import Uploads
 from agent.daemon.context import AgentContext
@@ -77,6 +78,7 @@ class WorkThread:
         report: StatusReporter,
         link: Callable[[], CoordinatorClient],
         sharing: Sharing,
+        check_log: CheckLog,
     ) -> None:
         self._home, self._runner, self._report, self._link = ctx.home, ctx.runner, report, link
         #: The coordinator has refused the update of the present work; the work has an update.
@@ -112,6 +114,7 @@ class WorkThread:
             self._job_models,
             link,
             Uploads(self._upload_update, self._upload_answer),
+            check_log,
         )
 
     def pids(self) -> list[int]:

@@ -16,7 +16,7 @@ from agent.data.settings import DataSettings, Floors
 from agent.policy import consent, schedule, task_code
 from agent.policy.consent import Consent, Standing
 from agent.policy.rules import PolicySettings
-from protocols.enrollment import ca_chain, fleet_card
+from protocols.enrollment import ca_chain, fleet_card, identity
 from protocols.errors import BadMessage, HomeError, NotEnrolled, UnknownName, UsageError
 from protocols.local import settings_file
 from protocols.local.atomic_files import write_private
@@ -93,6 +93,21 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     max_lr: Annotated[
         float, Meta(ge=0, description="maximum learning rate of a run; 0: no limit")
     ] = 1.0
+    witnesses: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="ids of peers you trust to say which versions they see "
+            "(commonweight-agent id, there)"
+        ),
+    ] = ()
+    min_witnesses: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="work only while so many of the witnesses show that they see the same "
+            "versions; 0: without them",
+        ),
+    ] = 0
     data_extremes: Annotated[bool, Meta(description="column minima and maxima may leave")] = False
     analyze: Annotated[
         Literal["off", "ask", "on"],
@@ -345,6 +360,14 @@ def _validate(values: dict[str, Any], hint: str) -> AgentSettings:
     if chosen.part >= chosen.parts:
         raise UsageError(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
     schedule.parse(chosen.hours)
+    if unknown := [one for one in chosen.witnesses if not identity.is_peer_id(one)]:
+        raise UsageError(f"witnesses: {unknown[0]!r} is no id of a peer", hint)
+    if chosen.min_witnesses > len(set(chosen.witnesses)):
+        raise UsageError(
+            f"min_witnesses is {chosen.min_witnesses}, and witnesses names "
+            f"{len(set(chosen.witnesses))}",
+            "commonweight-agent policy set witnesses ID,ID: ids of peers whose owners you trust",
+        )
     return chosen
 
 

@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from base64 import b64encode
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar, cast
@@ -56,6 +57,7 @@ from protocols.errors import Unreachable
 from protocols.failpoints import failpoint
 from protocols.messages import work as messages
 from protocols.messages.envelope import LOGS_PATH, LogResponse
+from protocols.messages.version_log import LOG_PATH, LogNews
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
 from protocols.p2p import swarm
 from protocols.p2p.gossip import MAX_NEIGHBORS_BYTES, NEIGHBORS_PATH, NeighborsResponse
@@ -91,6 +93,9 @@ class CoordinatorClient(WeightTransfer):
         self.acknowledged = False
         #: The next poll tells the coordinator that its refused work may be asked for again.
         self.owner_has_decided = False
+        #: What to tell of the log of versions with a request, if anything; and what gets its news.
+        self.log_statement: Callable[[], bytes | None] = lambda: None
+        self.on_log_news: Callable[[LogNews], None] = lambda news: None
 
     def reconnect(self) -> None:
         """Closes all connections. New ones open on demand."""
@@ -196,6 +201,10 @@ class CoordinatorClient(WeightTransfer):
             NeighborsResponse, "POST", NEIGHBORS_PATH, request, MAX_NEIGHBORS_BYTES
         )
 
+    def log_page(self, start: int) -> bytes:
+        """Requests the entries of the log of versions after the first `start`."""
+        return self._request("GET", LOG_PATH.format(start=start))
+
     def _request_json(
         self,
         kind: type[T],
@@ -247,9 +256,13 @@ class CoordinatorClient(WeightTransfer):
             packed = _pack(reply)
             if attached is not None and not reply.has_error():
                 update = attached[1].read_bytes()
-        decided = self.owner_has_decided
+        decided, seen = self.owner_has_decided, self.log_statement()
         request = PollRequest(
-            reply=packed, wants_work=want, update=update, owner_has_decided=decided
+            reply=packed,
+            wants_work=want,
+            update=update,
+            owner_has_decided=decided,
+            seen=seen,
         )
         body = msgspec.msgpack.encode(request)
         sent_at = time.monotonic()
@@ -268,6 +281,9 @@ class CoordinatorClient(WeightTransfer):
         self._heard_at = sent_at
         with map_parse_errors():
             response = msgspec.msgpack.decode(answer, type=PollResponse)
+        if response.log is not None:
+            self.on_log_news(response.log)
+        with map_parse_errors():
             if response.work is not None:
                 self._inline_version = response.version
             if reply is not None:  # a heartbeat must not reset the result of a reply

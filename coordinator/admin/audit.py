@@ -5,6 +5,7 @@ It only reads the ledger, also while the coordinator runs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.fleet import registry
+from coordinator.fleet.auth import OPERATOR
 from coordinator.fleet.registry import FleetEvent
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
@@ -118,6 +120,13 @@ def _from_fleet_event(event: FleetEvent, at: float, names: dict[str, str]) -> di
         case registry.CaFollowed(member=member):
             text = f"{_label(member, names)} uses the new CA"
             return {"event": "new CA", "text": text, "peer": member}
+        case registry.AnswersRead(operator=operator, what=what):
+            who = "the operator of this home" if operator == OPERATOR else _label(operator, names)
+            return {"event": "answers read", "text": f"{who}: {what}"}
+        case registry.Restored(entries=entries, made_at=made_at):
+            made = time.strftime("%Y-%m-%d %H:%M", time.localtime(made_at))
+            text = f"restored from a backup of {made}, which has {entries} entries"
+            return {"event": "restored", "text": text}
         case registry.PeerApproved(peer=peer):
             text = f"{_label(peer, names)} was approved by the operator"
             return {"event": "approved", "text": text, "peer": peer}

@@ -173,6 +173,7 @@ def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
         with file.open("rb") as source:
             manifest = _unpack(source, fresh)
         _check(fresh, manifest)
+        _record_restore(fresh, manifest)
         _revoke_tickets(fresh)
         if from_peers:
             _begin_recall(fresh)
@@ -266,6 +267,12 @@ def _revoke_tickets(home: Path) -> None:
         for ticket in [*registry.tickets.values()]:
             if ticket.uses_left > 0 and not ticket.revoked:
                 registry.revoke_ticket(ticket.id)
+
+
+def _record_restore(home: Path, manifest: Manifest) -> None:
+    """Agents take the entry as the reason why versions that they know are gone."""
+    with contextlib.closing(Ledger(home / LEDGER_FILE)) as ledger:
+        Registry(ledger).record_restore(manifest.entries, manifest.at)
 
 
 def _begin_recall(home: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from coordinator.fleet.sessions import NoSession, Sessions
+from coordinator.fleet.witnesses import Witnesses
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import Superlink
@@ -31,7 +32,9 @@ class PollHandler:
         runs: RunManager,
         jobs: JobManager,
         long_polls: LongPolls,
+        witnesses: Witnesses,
     ) -> None:
+        self._witnesses = witnesses
         self._superlink, self._sessions, self._transfer = superlink, sessions, transfer
         self._runs, self._jobs, self._long_polls = runs, jobs, long_polls
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
@@ -44,6 +47,12 @@ class PollHandler:
         node = self._sessions.node_of(peer)
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
+        response = await self._answer(peer, node, request)
+        if request.seen is None:
+            return response
+        return msgspec.structs.replace(response, log=self._witnesses.exchange(peer, request.seen))
+
+    async def _answer(self, peer: str, node: int, request: PollRequest) -> PollResponse:
         session = self._sessions.session_number(peer)
         if request.reply is None:
             response = await self._superlink.poll_async(node, request)

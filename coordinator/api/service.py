@@ -13,6 +13,7 @@ from coordinator.fleet.registry import Registry
 from coordinator.fleet.state import Fleet
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
+from coordinator.storage.version_log import VersionLog
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
@@ -51,6 +52,7 @@ class CoordinatorService(Protocol):
     runs: RunManager
     log_requests: LogRequests
     sharing: SharingRoutes
+    version_log: VersionLog
 
     def addresses(self) -> tuple[str, ...]: ...
     def mqtt_for(self, host: str, user: str) -> MqttAddress: ...

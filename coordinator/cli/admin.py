@@ -180,22 +180,47 @@ def parse_time(text: str, now: float) -> float:
 
 
 @audit.command("verify")
-def verify(json: Json = False) -> None:
-    """Verify the ledger's hash chain, and name the first entry that was changed.
+def verify(
+    heads: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files of `commonweight-agent audit heads`, from other machines."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Verify the ledger's hash chain, and compare it with what agents have seen of it.
 
-    A ledger whose end was cut off still verifies: keep the last hash elsewhere to detect that.
+    A ledger that was rewritten or cut off contradicts their heads, and the first entry is named.
     """
+    from coordinator.admin import countersignatures
     from coordinator.admin.audit import open_ledger
+    from coordinator.storage import settings
 
-    with contextlib.closing(open_ledger(homes.open_home("coordinator"))) as ledger:
+    home = homes.open_home("coordinator")
+    keys = settings.open_keys(home)
+    with contextlib.closing(open_ledger(home)) as ledger:
         changed, newest = ledger.verify(), ledger.newest()
-    if changed is not None:
+        if changed is not None:
+            raise CommonweightError(
+                f"entry {changed} was changed, or one before it is missing",
+                "restore ledger.db from a backup; do not trust the entries after that one",
+            )
+        seen = list(countersignatures.stored(home, ledger))
+        for file in heads or []:
+            seen += countersignatures.from_file(file, keys.ca_pem)
+        compared = countersignatures.compare(ledger, seen)
+    if compared.contradicting:
         raise CommonweightError(
-            f"entry {changed} was changed, or one before it is missing",
-            "restore ledger.db from a backup; do not trust the entries after that one",
+            f"the ledger was rewritten, or is another one: {compared.contradicting[0]}"
+            + (
+                f" ({len(compared.contradicting)} such heads)" if compared.contradicting[1:] else ""
+            ),
+            "do not trust this ledger; a backup from before that time has the entries",
         )
     count, head = (newest.seq, newest.hash.hex()) if newest else (0, "")
     if json:
-        print_json({"entries": count, "head": head})
-    else:
-        sys.stdout.write(f"{count} entries, every hash fits; the last is {head or 'none'}\n")
+        print_json({"entries": count, "head": head, **compared._asdict()})
+        return
+    sys.stdout.write(f"{count} entries, every hash fits; the last is {head or 'none'}\n")
+    sys.stdout.write(f"{compared.agreeing} heads that agents have seen agree with it\n")
+    for text in compared.explained:
+        sys.stdout.write(f"explained: {text}\n")

@@ -44,5 +44,6 @@ def export(
     remote = connect()
     found = remote.run(run)
     names = {peer.peer: display_name(peer) for peer in remote.fleet().peers.values()}
+    remote.mark_exported(found.id, model_export.resolve_version(found, which))
     version = model_export.export(homes.open_home("coordinator"), found, which, names, out)
     print_line(f"wrote {out} ({version[:12]}) and {model_card.card_path(out)}")

@@ -29,13 +29,16 @@ from coordinator.fleet.auth import Auth
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.state import Fleet
+from coordinator.fleet.witnesses import Witnesses
 from coordinator.jobs.manager import JobManager
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.runs.context import RunContext
 from coordinator.runs.manager import RunManager
 from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
+from coordinator.storage.seen_heads import SeenHeads
 from coordinator.storage.settings import UP_FILE, Keys, Settings
+from coordinator.storage.version_log import VersionLog
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
@@ -50,7 +53,7 @@ from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import ca_chain, identity
 from protocols.local import heap
-from protocols.messages.envelope import Command
+from protocols.messages.envelope import Command, EventLine, strip_controls
 from protocols.messages.fleet_names import FleetNames
 from protocols.messages.mqtt import MqttAddress
 
@@ -76,9 +79,18 @@ class Coordinator:
         # On disk.
         self._ledger = Ledger(home / "ledger.db")
         self.registry = Registry(self._ledger, approve=chosen.approve)
+        self.version_log = VersionLog(self._ledger, keys.fleet, keys.sign_key.sign)
         self.weight_store, self.job_store = WeightStore(home), JobStore(home / "jobs")
         self.transfer = WeightTransfer(self.weight_store)
         self.job_transfer = WeightTransfer(self.job_store, MAX_ANSWER_BYTES)
+        self._seen_heads = SeenHeads(home)
+        self._witnesses = Witnesses(
+            self._seen_heads,
+            self.version_log,
+            self._ledger,
+            self.registry,
+            self.identity.public,
+        )
         # Peers, and the ways to reach them.
         self._superlink = Superlink()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
@@ -108,7 +120,13 @@ class Coordinator:
         self.runs = RunManager(context, self.registry, self._sessions.tasks)
         self.jobs = JobManager(context, self.job_store, self.registry)
         self._polls = PollHandler(
-            self._superlink, self._sessions, self.transfer, self.runs, self.jobs, long_polls
+            self._superlink,
+            self._sessions,
+            self.transfer,
+            self.runs,
+            self.jobs,
+            long_polls,
+            self._witnesses,
         )
         self.addresses, self.poll = self._listener.addresses, self._polls.poll
         self._connect()
@@ -127,7 +145,8 @@ class Coordinator:
         self.transfer.limits.is_expected = lambda: self.runs.current is not None
         self.job_transfer.limits.is_expected = lambda: self.jobs.is_working
         self.job_transfer.limits.max_bytes_of = self.jobs.max_answer_bytes
-        self._peers.on_removed = self._forget_uploads
+        self._peers.on_removed = self._forget_peer
+        self._witnesses.report = self._report_contradiction
 
     @property
     def port(self) -> int:
@@ -158,6 +177,7 @@ class Coordinator:
             (self._home / UP_FILE).unlink(missing_ok=True)
             await self._broker.stop()
             self._ledger.close()
+            self._seen_heads.close()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -264,11 +284,17 @@ class Coordinator:
             ticket_of=self.registry.ticket_of,
             fleet=self.identity.fleet,
             check_fleet=FleetNames(self.identity.fleet).check,
+            log_head=self.version_log.head,
         )
 
-    def _forget_uploads(self, peer: str) -> None:
+    def _forget_peer(self, peer: str) -> None:
         self.transfer.forget(peer)
         self.job_transfer.forget(peer)
+        self._witnesses.forget(peer)
+
+    def _report_contradiction(self, text: str, peer: str) -> None:
+        log.error("%s", text)
+        self._publisher.publish(EventLine(level="error", text=strip_controls(text), subject=peer))
 
     def _on_broker(self, up: bool, reason: str) -> None:
         if not up:

@@ -97,6 +97,28 @@ class CaFollowed(Struct, frozen=True, tag=True):
     member: str
 
 
+class Restored(Struct, frozen=True, tag=True, kw_only=True):
+    """The home was restored from a backup with `entries` entries, made `made_at` a time (Unix s).
+
+    `epoch` grows with each restore: agents tell a restored coordinator from one that shows two
+    versions (`storage.version_log`).
+    """
+
+    epoch: int
+    entries: int
+    made_at: float
+
+
+class AnswersRead(Struct, frozen=True, tag=True, kw_only=True):
+    """An operator read what single peers answered or logged, or exported a version.
+
+    `operator`: an id, or "operator" for the key in this home. Recorded once a day for each `what`.
+    """
+
+    operator: str
+    what: str
+
+
 FleetEvent = (
     TicketCreated
     | TicketRevoked
@@ -107,6 +129,8 @@ FleetEvent = (
     | OperatorRemoved
     | KeyRotated
     | CaFollowed
+    | Restored
+    | AnswersRead
 )
 
 _encode = msgspec.json.Encoder().encode
@@ -147,6 +171,9 @@ class Registry:
         self.operators: dict[str, Operator] = {}
         #: Peers and operators that have not come since the last rotation of the CA.
         self.behind: set[str] = set()
+        self._epoch = 0
+        #: What was read today: day, operator and what.
+        self._read: set[tuple[int, str, str]] = set()
         self.on_change: Callable[[Peer], None] = lambda peer: None
         self.on_operator_change: Callable[[Operator], None] = lambda operator: None
         for entry in ledger.entries(SUBJECT):
@@ -306,6 +333,20 @@ class Registry:
         if member in self.behind:
             self._record(CaFollowed(member))
 
+    def record_read(self, operator: str, what: str) -> None:
+        """Record who read an answer, once a day."""
+        today = int(time.time() // 86400)
+        self._read = {one for one in self._read if one[0] == today}
+        if (today, operator, what) not in self._read:
+            self._record(AnswersRead(operator=operator, what=what))
+            self._read.add((today, operator, what))
+
+    def record_restore(self, entries: int, made_at: float) -> None:
+        """Record that this home was restored from a backup."""
+        # The clock keeps the epoch growing when one backup is restored twice.
+        epoch = max(self._epoch + 1, int(time.time()))
+        self._record(Restored(epoch=epoch, entries=entries, made_at=made_at))
+
     def ticket_of(self, peer_id: str) -> str:
         """The id of the ticket that a peer joined with; its own id if that is not known."""
         known = self.peers.get(peer_id)
@@ -347,6 +388,8 @@ class Registry:
             case PeerRemoved():
                 self.peers[event.peer] = replace(self.peers[event.peer], standing="removed")
                 self.behind.discard(event.peer)
+            case Restored():
+                self._epoch = event.epoch
 
     def _use_ticket(self, ticket_id: str) -> None:
         if ticket := self.tickets.get(ticket_id):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from coordinator.storage.ledger import Ledger
+from coordinator.storage.version_log import SignedTail
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower_grid import ClaimCheckGrid
 from coordinator.transport.weights import WeightTransfer
@@ -37,6 +38,8 @@ class RunContext(NamedTuple):
     enrolled: Callable[[], frozenset[str]] = frozenset
     #: The ticket that a peer joined with: peers of one ticket share one cap on their weight.
     ticket_of: Callable[[str], str] = lambda peer: peer
+    #: The signed head of the log of versions, with its last entries. Empty: agents do not check.
+    log_head: Callable[[], SignedTail] = SignedTail
     #: Check now who is online. Otherwise an expired heartbeat is noticed within seconds.
     refresh_online: Callable[[], object] = lambda: None
     #: The id of the fleet, which work names.

@@ -144,7 +144,10 @@ class PendingRequests:
             fleet=self._ctx.fleet,
         )
         payload, signature = SIGNED_WORK.seal(work, self._ctx.sign)
-        return ConfigRecord({"work": payload, "signature": signature})
+        log = self._ctx.log_head()
+        return ConfigRecord(
+            {"work": payload, "signature": signature, "head": log.head, "log": log.page}
+        )
 
     def clear_work(self) -> None:
         """Forget the round's request: the next one is different."""

@@ -115,12 +115,27 @@ class Ledger:
                 ) from err
             self._head = head
 
-    def entries(self, subject: str | None = None) -> Iterator[Entry]:
-        """All entries, oldest first, or those of one subject."""
-        where, arguments = ("WHERE subject = ?", (subject,)) if subject else ("", ())
+    def entries(self, subject: str | None = None, *, before: int = 0) -> Iterator[Entry]:
+        """All entries, oldest first, or those of one subject, there with `before` only earlier."""
+        where: str = ""
+        arguments: tuple[str | int, ...] = ()
+        if subject:
+            where, arguments = "WHERE subject = ? AND seq < ?", (subject, before or 2**62)
         with self._lock:
             rows = self._db.execute(f"{_SELECT} {where} ORDER BY seq", arguments).fetchall()
         return (Entry(*row) for row in rows)
+
+    def entries_after(self, seq: int, limit: int) -> list[Entry]:
+        """At most `limit` entries with a higher number than `seq`, oldest first."""
+        with self._lock:
+            rows = self._db.execute(f"{_SELECT} WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
+            return [Entry(*row) for row in rows]
+
+    def entry(self, seq: int) -> Entry | None:
+        """The entry of this number; None if there is none."""
+        with self._lock:
+            row = self._db.execute(f"{_SELECT} WHERE seq = ?", (seq,)).fetchone()
+        return Entry(*row) if row else None
 
     def subjects(self) -> list[str]:
         """All subjects, in order of their first entry."""

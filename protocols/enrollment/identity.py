@@ -92,6 +92,15 @@ def peer_id(public: bytes) -> str:
     return "-".join(text[i : i + 4] for i in range(0, 16, 4))
 
 
+def is_peer_id(text: str) -> bool:
+    """True if `text` can be a peer id: its check character fits."""
+    plain = text.replace("-", "")
+    grouped = "-".join(plain[i : i + 4] for i in range(0, 16, 4))
+    if len(plain) != 16 or grouped != text or set(plain) - set(_ALPHABET):
+        return False
+    return _check_character(plain[:15]) == plain[15]
+
+
 def _check_character(text: str) -> str:
     """Luhn mod 32: detects every wrong letter, and all swapped neighbors except A and 7."""
     # The letter before the check character is doubled, so that swapping those two is detected.

@@ -60,6 +60,7 @@ PERMANENT = frozenset(
         errors.MissingPackage.code,
         errors.NotAllowed.code,
         errors.AwaitingConsent.code,
+        errors.LogConflict.code,
         errors.UploadRefused.code,
         errors.SubfleetFailed.code,
         "sandbox",
@@ -70,6 +71,7 @@ TRANSIENT = frozenset(
     {
         *("file", "killed", "died", "hung", "start", "stopped", "cancelled"),
         *(errors.NotRunning.code, errors.Unreachable.code, errors.SubfleetStopped.code),
+        errors.Unwitnessed.code,
     }
 )
 #: Kinds whose hint has no path either.
@@ -77,6 +79,8 @@ _WITH_HINT = errors.SETTINGS_CODES | {
     errors.MissingPackage.code,
     errors.NotAllowed.code,
     errors.AwaitingConsent.code,
+    errors.LogConflict.code,
+    errors.Unwitnessed.code,
     errors.UploadRefused.code,
     errors.SubfleetFailed.code,
     errors.SubfleetStopped.code,

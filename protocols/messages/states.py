@@ -40,6 +40,8 @@ class PauseReason(StrEnum):
     OPERATOR = "by the operator"
     TRAINER = "trainer failed"
     DISK = "disk full"
+    FORK = "refused: the coordinator showed two versions"
+    WITNESS = "waiting for its witnesses"
 
 
 class RunState(StrEnum):

@@ -22,6 +22,7 @@ from protocols.messages.envelope import (
     TaskName,
 )
 from protocols.messages.signing import SignedJson
+from protocols.messages.version_log import LogNews, SeenBytes
 
 POLL_PATH = "/cw/v1/exchange"
 #: Weights up to this size are sent with the messages, which costs less than another request.
@@ -105,12 +106,15 @@ class PollRequest(Struct, frozen=True, kw_only=True):
 
     `update`: the bytes of a small update; a large one is uploaded before. `owner_has_decided`: the
     owner has allowed or forbidden a task since the agent refused work for want of consent.
+    `seen`: what it has seen of the log of versions (`p2p.seen_heads`), to get the news of it; None
+    if not now.
     """
 
     reply: FlowerMessage | None = None
     wants_work: bool = field(default=True, name="want")
     update: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
     owner_has_decided: bool = field(default=False, name="decided")
+    seen: SeenBytes | None = None
 
 
 class PollResponse(Struct, frozen=True, kw_only=True):
@@ -118,12 +122,14 @@ class PollResponse(Struct, frozen=True, kw_only=True):
 
     `acknowledged`: the reply is handled and that is in the ledger, so it survives a crash of the
     coordinator. False if no run waits for the reply, or if it is not handled yet; the coordinator
-    may then ask again. `version`: the bytes of a small version to work on, if it is new.
+    may then ask again. `version`: the bytes of a small version to work on, if it is new. `log`:
+    the news of the log of versions, for a request with `seen`.
     """
 
     work: FlowerMessage | None = None
     acknowledged: bool = field(default=False, name="settled")
     version: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
+    log: LogNews | None = None
 
 
 SIGNED_WORK = SignedJson(Work, "work", "piece of work")

@@ -30,6 +30,7 @@ from protocols.messages.envelope import (
 )
 from protocols.messages.signing import SignedJson, VerifySignature
 from protocols.messages.work import Work
+from protocols.p2p.seen_heads import MAX_GOSSIP_PROOF_BYTES, MAX_SEEN_BYTES
 from protocols.p2p.swarm import PeerAddress, SignatureFormat
 
 NEIGHBORS_PATH = "/cw/v1/neighbours"
@@ -74,7 +75,11 @@ def version_number(work: Work) -> int:
 
 
 class GossipEntry(Struct, frozen=True, kw_only=True):
-    """The state of a peer `at` a time by its own clock (Unix s); `address` if it serves others."""
+    """The state of a peer `at` a time by its own clock (Unix s); `address` if it serves others.
+
+    `seen`: its statement about the coordinator's log of versions (`seen_heads`). `proof`: that the
+    coordinator showed two versions (`fork_proof`).
+    """
 
     peer: Id
     at: Annotated[float, Meta(ge=0, le=2**40)]
@@ -82,6 +87,8 @@ class GossipEntry(Struct, frozen=True, kw_only=True):
     head: Head | None = None
     address: PeerAddress = ""
     signs: SignatureFormat = 1
+    seen: Annotated[bytes, Meta(max_length=MAX_SEEN_BYTES)] = b""
+    proof: Annotated[bytes, Meta(max_length=MAX_GOSSIP_PROOF_BYTES)] = b""
 
 
 class _SignedEntry(Struct, frozen=True, kw_only=True):
@@ -191,12 +198,14 @@ class GossipStore:
         self._cas, self._fleet = cas, fleet
         self._newest: dict[str, VerifiedEntry] = {}
 
-    def add(self, signed: Iterable[bytes], now: float, excluded: Iterable[str] = ()) -> int:
+    def add(
+        self, signed: Iterable[bytes], now: float, excluded: Iterable[str] = ()
+    ) -> list[VerifiedEntry]:
         """Store the entries that are valid and newer, except those about `excluded` peers.
 
-        Returns how many were stored.
+        Returns those that were stored.
         """
-        num_stored, excluded = 0, set(excluded)
+        added, excluded = [], set(excluded)
         known = {stored.signed for stored in self._newest.values()}
         for data in signed:
             if data in known:
@@ -209,10 +218,10 @@ class GossipStore:
             old = self._newest.get(peer)
             if peer not in excluded and (old is None or old.entry.at < new.entry.at):
                 self._newest[peer] = new
-                num_stored += 1
+                added.append(new)
         while len(self._newest) > MAX_ENTRIES:
             del self._newest[min(self._newest, key=lambda peer: self._newest[peer].entry.at)]
-        return num_stored
+        return added
 
     def newest_first(self) -> list[VerifiedEntry]:
         """The newest entry of every peer, sorted by time."""

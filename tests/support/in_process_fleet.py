@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -24,10 +25,11 @@ from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
 from agent.clientapp.told_scores import ToldScores
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings
+from agent.home.settings import AgentSettings, Enrollment, write_enrollment
 from agent.tasks.work import Done
 from agent.transport import version_proofs
 from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.followed_log import FollowedLog
 from agent.transport.version_store import VersionStore
 from agent.transport.weight_transfer import SessionLost
 from coordinator.daemon.coordinator import Coordinator
@@ -40,6 +42,7 @@ from coordinator.storage.settings import Settings
 from protocols.enrollment import identity, tickets
 from protocols.errors import CommonweightError, Unreachable
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Private, Scatter
+from protocols.messages.mqtt import MqttAddress
 from protocols.messages.refusals import refusal_of
 from protocols.messages.work import Work
 from protocols.model import schema_card, weights
@@ -193,9 +196,17 @@ class Agent:
         self.client: Client | None = None
         self._thread = threading.Thread(target=self._run, name=machine.name)
 
-    def start(self, coordinator_public: bytes) -> None:
-        fleet = self.machine.fleet
-        me = PeerIdentity(self.peer, self.machine.sign_key.sign, coordinator_public, fleet)
+    def start(self, enrollment: Enrollment) -> None:
+        public, fleet = enrollment.coordinator_public, self.machine.fleet
+        me = PeerIdentity(self.peer, self.machine.sign_key.sign, public, fleet)
+        write_enrollment(self._folder, enrollment)
+        self.log = FollowedLog(
+            self._folder,
+            enrollment,
+            self._credentials,
+            lambda start: self._open_link().log_page(start),
+            lambda: enrollment.certificate,
+        )
         self.client = Client(
             me,
             self.trainer,
@@ -207,6 +218,7 @@ class Agent:
                 Recall(me, self._folder / "cache", self.send, lambda *_: None).answer,
                 self.jobs(me).answer,
             ),
+            check_log=self.log.check_work,
         )
         self._thread.start()
 
@@ -243,6 +255,7 @@ class Agent:
         self._stopping.set()
         self._thread.join(30)
         assert not self._thread.is_alive(), f"{self.machine.name} does not stop"
+        self.log.close()
         assert self.failures == []
 
     @property
@@ -257,6 +270,8 @@ class Agent:
         try:
             while not self._stopping.is_set():
                 self.link = CoordinatorClient(self._credentials)
+                self.link.log_statement = self.log.statement
+                self.link.on_log_news = self.log.news
                 with suppress(Unreachable, SessionLost):
                     self.link.open()
                     self._work(self.link)
@@ -282,6 +297,19 @@ class Agent:
             raise
         except CommonweightError as err:
             return Message(Error(2, refusal_of(err).encode()), reply_to=message)
+
+
+def node_certificate(keys: settings.Keys, machine: Machine) -> bytes:
+    certificate = identity.NodeCertificate(
+        fleet=keys.fleet,
+        peer=machine.peer,
+        name=machine.name,
+        sign_public=identity.public_bytes(machine.sign_key),
+        node_public=identity.node_public_pem(machine.node_key),
+        not_after=time.time() + 3600,
+        issuer=keys.issuer,
+    )
+    return identity.issue_certificate(keys.ca_key, certificate)
 
 
 # --- the coordinator -------------------------------------------------------------------------
@@ -334,7 +362,19 @@ class Fleet:
         )
         agent = Agent(self.folder / name, machine, credentials, data)
         self.agents.append(agent)
-        agent.start(identity.public_bytes(self.keys.sign_key))
+        agent.start(
+            Enrollment(
+                peer=machine.peer,
+                name=name,
+                fleet=machine.fleet,
+                addresses=(credentials.address,),
+                ca_pem=self.keys.ca_pem.decode(),
+                certificate=node_certificate(self.keys, machine),
+                coordinator_public=identity.public_bytes(self.keys.sign_key),
+                mqtt=MqttAddress(host=HOST, port=9),
+                card=self.hub.fleet_card(),
+            )
+        )
         return agent
 
     async def online(self, count: int) -> None:

@@ -68,6 +68,10 @@ class GossipState:
         self.heads = heads
         self._presence = presence
         self.address: Callable[[], str] = lambda: ""
+        #: This agent's statement about the coordinator's log and its proof of a fork, if any; and
+        #: what gets those of others.
+        self.own_seen: Callable[[], tuple[bytes, bytes]] = lambda: (b"", b"")
+        self.on_seen: Callable[[bytes, bytes], None] = lambda seen, proof: None
         self._store = gossip.GossipStore(fleet_trust.trusted_cas(enrollment), enrollment.fleet)
         #: By peer: the IP address from which it last connected.
         self._seen_at: dict[str, str] = {}
@@ -101,6 +105,7 @@ class GossipState:
             head=self.heads.newest(),
             address=self.address(),
             signs=signed_requests.FORMAT,
+            **dict(zip(("seen", "proof"), self.own_seen(), strict=True)),
         )
         own = gossip.sign_entry(entry, self._certificate(), self._credentials.sign_key.sign)
         return self._store.batch(own)
@@ -115,7 +120,10 @@ class GossipState:
             self._seen_at[sender] = host
             if len(self._seen_at) > gossip.MAX_ENTRIES:
                 del self._seen_at[next(iter(self._seen_at))]
-        self._store.add(batch.entries, time.time(), (self._credentials.peer, *self._removed))
+        excluded = (self._credentials.peer, *self._removed)
+        for stored in self._store.add(batch.entries, time.time(), excluded):
+            if stored.entry.seen or stored.entry.proof:
+                self.on_seen(stored.entry.seen, stored.entry.proof)
 
     def entries(self) -> list[gossip.VerifiedEntry]:
         """Returns the newest entry of every peer."""

@@ -5,6 +5,7 @@ GET  /cw/v1/ca/transitions    how this CA took the place of earlier ones, and th
 POST /cw/v1/join              join with a ticket
 POST /cw/v1/exchange          send a reply, get the next work     (an enrolled peer)
 GET  /cw/v1/mqtt              the address and login of the broker (an enrolled peer)
+GET  /cw/v1/log/{start}       entries of the log of versions      (an enrolled peer)
 POST /cw/v1/renew             a new node certificate              (an enrolled peer)
 POST /cw/v1/logs              log lines that were requested       (an enrolled peer)
 GET  /cw/v1/standing          enrollment status                   (also while awaiting)
@@ -14,6 +15,7 @@ POST /cw/v1/operators/join    join as an operator or observer with a ticket
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -32,6 +34,7 @@ from protocols.enrollment import identity, joining
 from protocols.enrollment.ca_chain import ChainResponse
 from protocols.errors import BadMessage, CommonweightError, Refused
 from protocols.messages.envelope import LOGS_PATH, LogResponse
+from protocols.messages.version_log import LOG_PATH
 from protocols.messages.work import POLL_PATH, PollRequest
 
 MAX_JOIN_BYTES = 16 * 1024
@@ -56,6 +59,7 @@ class AgentRoutes:
             Route(joining.JOIN_PATH, self._join, methods=["POST"]),
             Route(POLL_PATH, self._poll, methods=["POST"]),
             Route(joining.MQTT_PATH, self._mqtt),
+            Route(LOG_PATH.replace("{start}", "{start:int}"), self._log),
             Route(joining.ENROLLMENT_STATUS_PATH, self._status),
             Route(joining.RENEW_PATH, self._renew, methods=["POST"]),
             Route(joining.LEAVE_PATH, self._leave, methods=["POST"]),
@@ -138,6 +142,12 @@ class AgentRoutes:
         mqtt = self._service.mqtt_for(request_host(request), peer.peer)
         address = msgspec.structs.asdict(mqtt)
         return json_response(joining.MqttResponse(**address, card=self._service.fleet_card()))
+
+    async def _log(self, request: Request) -> Response:
+        await self._auth.peer(request)
+        start = min(request.path_params["start"], 2**53)
+        page = await asyncio.to_thread(self._service.version_log.page, start)
+        return Response(page, media_type="application/json")
 
     async def _status(self, request: Request) -> Response:
         peer = await self._auth.peer(request, or_awaiting=True)

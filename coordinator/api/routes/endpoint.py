@@ -19,6 +19,7 @@ from starlette.routing import Route
 from coordinator.api.schema import STATUS
 from coordinator.api.service import CoordinatorService, error_response
 from coordinator.fleet.auth import Auth, json_response
+from protocols.enrollment.signed_requests import SENDER
 from protocols.errors import CommonweightError, UsageError
 
 T = TypeVar("T")
@@ -46,13 +47,15 @@ class Call(NamedTuple):
 class Endpoint(NamedTuple):
     """`handler` returns a value for JSON (None: an empty object), or an awaitable for one.
 
-    It may raise CommonweightError. Observers are refused unless `or_observer`.
+    It may raise CommonweightError. Observers are refused unless `or_observer`. `reads`: what the
+    audit says that its caller has read, with the parts of the path in braces.
     """
 
     method: str
     path: str
     handler: Callable[[Call], Any]
     or_observer: bool = False
+    reads: str = ""
 
     def route(self, service: CoordinatorService, auth: Auth) -> Route:
         async def answer(request: Request) -> Response:
@@ -61,6 +64,9 @@ class Endpoint(NamedTuple):
                 value = self.handler(Call(service, request, body))
                 if inspect.isawaitable(value):
                     value = await value
+                if self.reads:
+                    what = self.reads.format(**request.path_params)
+                    service.registry.record_read(request.headers[SENDER], what)
             except CommonweightError as err:
                 return error_response(err, STATUS.get(err.exit_code, 400))
             return json_response({} if value is None else value)

@@ -71,5 +71,6 @@ ROUTES = (
     get(
         "/cw/v1/peers/{peer}/logs",
         lambda call: call.service.log_requests.request(find_peer(call).peer),
+        reads="the log of peer {peer}",
     ),
 )

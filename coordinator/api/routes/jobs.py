@@ -13,9 +13,9 @@ def find_job(call: Call) -> Job:
 
 
 ROUTES = (
-    get("/cw/v1/jobs", lambda call: call.service.jobs.all()),
+    get("/cw/v1/jobs", lambda call: call.service.jobs.all(), reads="the answers of all jobs"),
     post("/cw/v1/jobs", lambda call: {"job": call.service.jobs.start(call.read(JobSpec))}),
-    get("/cw/v1/jobs/{job}", find_job),
+    get("/cw/v1/jobs/{job}", find_job, reads="the answers of job {job}"),
     watch("/cw/v1/jobs/{job}/stands", lambda call: job_changed(find_job(call))),
     post("/cw/v1/jobs/{job}/stop", lambda call: call.service.jobs.stop(find_job(call).id)),
     post("/cw/v1/jobs/{job}/taken", lambda call: call.service.jobs.mark_taken(call.param("job"))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coordinator.api.routes.endpoint import Call, get, post
 from coordinator.api.schema import StartRunRequest
+from coordinator.runs.export import resolve_version
 from coordinator.runs.state import Run
 
 
@@ -16,10 +17,18 @@ def find_run(call: Call) -> Run:
     return call.service.runs.find(call.param("run"))
 
 
+def exported(call: Call) -> None:
+    """An operator exports a version, as the audit then says. Raises UnknownName."""
+    resolve_version(find_run(call), call.param("digest"))
+
+
 ROUTES = (
-    get("/cw/v1/runs", lambda call: call.service.runs.all()),
+    get(
+        "/cw/v1/runs", lambda call: call.service.runs.all(), reads="the peers' answers in all runs"
+    ),
     post("/cw/v1/runs", start_run),
-    get("/cw/v1/runs/{run}", find_run),
+    get("/cw/v1/runs/{run}", find_run, reads="the peers' answers in run {run}"),
+    post("/cw/v1/runs/{run}/exported/{digest}", exported, reads="exported {digest} of run {run}"),
     post("/cw/v1/runs/{run}/stop", lambda call: call.service.runs.stop(find_run(call).id)),
     post("/cw/v1/runs/{run}/resume", lambda call: call.service.runs.resume(call.param("run"))),
     get("/cw/v1/runs/{run}/deletion", lambda call: call.service.runs.deletion(call.param("run"))),

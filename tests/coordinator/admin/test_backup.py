@@ -157,6 +157,7 @@ async def test_a_restored_home_equals_the_original(tmp_path: Path) -> None:
     ledgers = [Ledger(folder / backup.LEDGER_FILE, read_only=True) for folder in (home, again)]
     first, second = (list(ledger.entries())[: made.entries] for ledger in ledgers)
     assert first == second
+    assert any(b'"type":"Restored"' in entry.body for entry in ledgers[1].entries())
     for ledger in ledgers:
         ledger.close()
     with pytest.raises(UsageError, match="not empty"):

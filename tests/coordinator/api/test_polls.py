@@ -76,6 +76,7 @@ async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one
         cast(Any, SimpleNamespace(ack_future=lambda q: None, acknowledged=settled, current=None)),
         cast(Any, SimpleNamespace(ack_future=lambda q: None, is_working=True)),
         long_polls,
+        cast(Any, None),
     )
     asked = asyncio.create_task(
         exchanges.poll("A", PollRequest(reply=FlowerMessage(message=b"", tree=b"", objects={})))

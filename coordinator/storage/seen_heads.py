@@ -1,0 +1,72 @@
+"""What peers have signed that they saw of our log: countersignatures of the ledger.
+
+One file beside the ledger. Of each peer it keeps the newest statement, and one for each stretch of
+the ledger, so that a ledger that was rewritten contradicts them (`admin.audit`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import NamedTuple
+
+from protocols.errors import HomeError
+from protocols.messages.version_log import LogHead
+
+FILE = "seen.db"
+#: Entries of the ledger for which one statement of a peer is kept.
+_STRETCH = 1000
+
+
+class StoredStatement(NamedTuple):
+    """A peer's statement (`p2p.seen_heads`) about a head over `ledger` entries of the ledger."""
+
+    peer: str
+    ledger: int
+    data: bytes
+
+
+class SeenHeads:
+    """The statements in a home. Raises HomeError if the file cannot be used."""
+
+    def __init__(self, home: Path, *, read_only: bool = False) -> None:
+        path = home / FILE
+        self._path = path
+        try:
+            mode = "ro" if read_only else "rwc"
+            uri = f"{path.absolute().as_uri()}?mode={mode}"
+            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+            if not read_only:
+                path.chmod(0o600)
+                self._db.executescript(
+                    """
+                    PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;
+                    CREATE TABLE IF NOT EXISTS seen (
+                        peer TEXT, epoch INTEGER, stretch INTEGER, ledger INTEGER, data BLOB,
+                        PRIMARY KEY (peer, epoch, stretch));
+                    """
+                )
+        except sqlite3.DatabaseError as err:
+            raise HomeError(
+                f"{path} cannot be used: {err}",
+                "move it away: the agents still have what they signed",
+            ) from err
+
+    def add(self, peer: str, head: LogHead, data: bytes) -> None:
+        """Keep a verified statement of a peer. A full disk loses it, and the peer keeps it."""
+        try:
+            self._db.execute(
+                "INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?, ?)",
+                (peer, head.epoch, head.ledger // _STRETCH, head.ledger, data),
+            )
+        except sqlite3.OperationalError:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
+    def all(self) -> list[StoredStatement]:
+        """All statements, oldest first."""
+        rows = self._db.execute("SELECT peer, ledger, data FROM seen ORDER BY epoch, ledger")
+        return [StoredStatement(*row) for row in rows]
+
+    def close(self) -> None:
+        self._db.close()
