@@ -168,13 +168,15 @@ class Client:
 
     def _describe(self, work: Work) -> Finished:
         """Describes data and model."""
-        description = self._run_describe(work)
+        told = self._run_describe(work)
         self._outbox.commit_last()
-        done = Done(digest=hashlib.sha256(description).hexdigest(), nbytes=len(description))
+        description = told.description
+        digest = hashlib.sha256(description).hexdigest()
+        done = replace(told, description=b"", digest=digest, nbytes=len(description))
         return self._outbox.keep(work, done, description)
 
-    def _run_describe(self, work: Work) -> bytes:
-        return self._trainer.run(Describe(task=work.task, settings=_settings(work))).description
+    def _run_describe(self, work: Work) -> Done:
+        return self._trainer.run(Describe(task=work.task, settings=_settings(work)))
 
     def _check_card(self, work: Work) -> None:
         """Compares this peer's schema card with the run's, once per run, as it may load the data.
@@ -184,7 +186,7 @@ class Client:
         if not work.card or self._matched_card == (work.run, work.card):
             return
         expected = schema_card.decode_card(work.card)
-        actual = schema_card.decode(self._run_describe(work))
+        actual = schema_card.decode(self._run_describe(work).description)
         if not isinstance(actual, schema_card.SchemaCard):
             raise SchemaMismatch("schema", "a model", "data without agreed preprocessing")
         if (difference := schema_card.first_difference(expected, actual)) is not None:

@@ -94,6 +94,7 @@ class Outbox:
             nbytes=done.nbytes,
             codec=work.codec if work.kind == "train" else registry.UNCODED,
             num_examples=done.num_examples,
+            num_held_out=done.num_held_out,
             metrics=done.metrics,
             tallies=done.tallies,
         )

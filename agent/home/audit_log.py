@@ -57,6 +57,7 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
     nbytes: int = 0
     codec: str = ""
     num_examples: int = 0
+    num_held_out: int = 0
     metrics: Metrics = {}
     tallies: dict[str, list[float]] = {}
     told: str = ""
@@ -80,6 +81,7 @@ def write_update(home: Path, claim: UpdateClaim, task: str, description: bytes) 
         nbytes=claim.nbytes,
         codec=claim.codec if what == "weights" else "",
         num_examples=claim.num_examples,
+        num_held_out=claim.num_held_out,
         metrics=claim.metrics,
         tallies={name: list(counts) for name, counts in claim.tallies.items()},
         told=description.decode(),
@@ -147,6 +149,8 @@ def format_entry(entry: AuditEntry) -> str:
         parts.append(f"{entry.nbytes:,} bytes {entry.digest[:12]}{codec}")
     if entry.num_examples:
         parts.append(f"{entry.num_examples} examples")
+    if entry.num_held_out:
+        parts.append(f"{entry.num_held_out} held out")
     parts += [f"{key} {value:.4g}" for key, value in entry.metrics.items() if value is not None]
     parts += [f"{len(counts)} sums of {name}" for name, counts in entry.tallies.items()]
     return ", ".join(parts)

@@ -143,6 +143,14 @@ class KnowsRows(Protocol):
 
 
 @runtime_checkable
+class CountsExamples(Protocol):
+    """Optional: count the examples before round 1. No later claim of this peer may exceed them."""
+
+    def count_examples(self, settings: Settings) -> tuple[int, int]:
+        """How many examples `train` and `evaluate` use. Called after `load`."""
+
+
+@runtime_checkable
 class WatchesEpochs(Protocol):
     """Optional, with `KnowsRows`: say which examples an epoch of `train` uses, as one that ends
     early uses a part."""

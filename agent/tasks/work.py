@@ -90,14 +90,16 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     """The work `id` is done. `digest` and `nbytes` describe the written file; empty without one.
 
     A metric that is NaN or infinite arrives as None. `description` is the answer to Describe, as
-    `protocols.model.schema_card` encodes it. `resumed_at` is the step of the checkpoint from which
-    training resumed; 0 if it did not.
+    `protocols.model.schema_card` encodes it; with it, `num_examples` and `num_held_out` are those
+    that later work will use, 0 if the task does not count them. `resumed_at` is the step of the
+    checkpoint from which training resumed; 0 if it did not.
     """
 
     id: int = 0
     digest: str = ""
     nbytes: int = 0
     num_examples: int = 0
+    num_held_out: int = 0
     metrics: Metrics = {}
     tallies: dict[str, list[float]] = {}
     description: bytes = b""

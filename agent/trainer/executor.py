@@ -19,9 +19,11 @@ from agent.data.change_watch import ChangeWatch
 from agent.data.settings import DataSettings
 from agent.inference import predictions
 from agent.tasks import (
+    CountsExamples,
     EvalOutcome,
     Exporting,
     HasMetadata,
+    KnowsRows,
     OnStep,
     Predicting,
     ProvidesStatistics,
@@ -163,7 +165,13 @@ class WorkExecutor:
         traits = task.traits(settings) if isinstance(task, HasMetadata) else {}
         version = str(getattr(task, "version", ""))
         card = schema_card.make_card(work.task, version, schema, traits)
-        return Done(id=work.id, description=schema_card.encode(card))
+        train, held_out = _count_examples(task, settings, work.data)
+        return Done(
+            id=work.id,
+            description=schema_card.encode(card),
+            num_examples=train,
+            num_held_out=held_out,
+        )
 
     def _evaluate(
         self,
@@ -292,6 +300,20 @@ def _export(work: Export, task: Task, model: Weights) -> Done:
     _, settings = _split_settings(work.settings)
     task.export(model, settings, work.form, work.data, Path(work.out))
     return _done(work.id, "", 0, 0, {})
+
+
+def _count_examples(task: Task, settings: Settings, data: DataSettings) -> tuple[int, int]:
+    """The examples that `task` trains on and holds out, if this peer may tell them now; else 0.
+
+    How many rows of a remembered table are left is told with the answers that depend on them, as
+    those are compared with earlier ones.
+    """
+    remembers = bool(data.memory) and isinstance(task, KnowsRows)
+    if remembers or not isinstance(task, CountsExamples):
+        return 0, 0
+    train, held_out = map(int, task.count_examples(settings))
+    least = data.floors.min_count
+    return train if train >= least else 0, held_out if held_out >= least else 0
 
 
 def _reads_data(work: Work) -> bool:

@@ -47,6 +47,8 @@ _POLL_S, _TIMEOUT_S = 0.2, 30.0
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024
 #: Settings that the trainer adds; runs have their own fields for them.
 _RUN_SETTINGS = frozenset({"seed", "round"})
+#: The default of runs, for the runs of this fleet.
+_OUTLIER_LIMIT = 3.0
 
 
 class LocalCoordinator:
@@ -124,7 +126,12 @@ class FleetExecutor:
                         "--set classes=cat,dog",
                     )
                 told = msgspec.convert(run["card"], schema_card.SchemaCard)
-                return Done(id=work.id, description=schema_card.encode(told))
+                return Done(
+                    id=work.id,
+                    description=schema_card.encode(told),
+                    num_examples=_sum_declared(run, 0),
+                    num_held_out=_sum_declared(run, 1),
+                )
             case Predict() | Export():
                 raise SubfleetFailed("a fleet answers for no rows", "ask its own coordinator")
             case Init():
@@ -167,6 +174,7 @@ class FleetExecutor:
                 "rounds": spec.get("first_round", 1),
                 "settings": settings,
                 "keep_versions": 1,
+                "outlier_limit": _OUTLIER_LIMIT,
                 **spec,
             },
             "from_digest": base,
@@ -226,6 +234,12 @@ def _copy(source: Path, target: Path) -> None:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sum_declared(run: Any, which: int) -> int:
+    """The examples that all peers of the run declare; 0 if one does not."""
+    counts = [counts[which] for counts in run["declared"].values()]
+    return sum(counts) if counts and all(counts) else 0
 
 
 def main() -> None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from agent.data.settings import DataSettings
 from agent.tasks import Setting
 from benchmarks.quality import cameras
+from benchmarks.quality.liars import LIES, Lie, scaled
+from coordinator.runs.options import OUTLIER_LIMIT
 from coordinator.storage.run_events import RunSpec
 
 PEERS = 20
@@ -62,8 +64,13 @@ class Course(NamedTuple):
     bands: Mapping[str, Band] = {}
     rounds: int = ROUNDS
     peers: int = PEERS
-    #: The factor of each peer's change before it is sent, by the peer's number.
-    attack: Mapping[int, float] = {}
+    #: How a peer lies, by the peer's number.
+    attack: Mapping[int, Lie] = {}
+    #: The limit on outliers, and whether the last peer is left out.
+    outlier_limit: float = 0.0
+    without_last: bool = False
+    #: Measured by a judge with all held-out digits, as peers may lie about their own.
+    judged: bool = False
     #: The metric of accuracy: of the shared model, or of models with personal layers.
     metric: str = "accuracy"
 
@@ -76,10 +83,14 @@ class Course(NamedTuple):
             task=task,
             rounds=rounds,
             seed=seed,
-            quorum=TRAINING,
+            quorum=min(TRAINING, self.peers) - self.without_last,
+            outlier_limit=self.outlier_limit,
             codec=self.codec,
             strategy=self.strategy,
-            strategy_args={"fraction_train": TRAINING / self.peers, **self.strategy_args},
+            strategy_args={
+                "fraction_train": min(1.0, TRAINING / self.peers),
+                **self.strategy_args,
+            },
             settings=settings,
         )
 
@@ -93,7 +104,7 @@ class Course(NamedTuple):
             DataSettings(
                 index=i, parts=self.peers, split=self.split, seed=seed, cache=cache, device="cpu"
             )
-            for i in range(self.peers)
+            for i in range(self.peers - self.without_last)
         ]
 
 
@@ -157,8 +168,8 @@ BETTER = (
 )
 
 #: Two of ten peers flip the sign of their change, and some send it four times as large.
-_TURNED: Mapping[int, float] = {0: -1.0, 1: -1.0}
-_LARGE: Mapping[int, float] = {0: -4.0, 1: -4.0}
+_TURNED: Mapping[int, Lie] = dict.fromkeys((0, 1), scaled(-1.0))
+_LARGE: Mapping[int, Lie] = dict.fromkeys((0, 1), scaled(-4.0))
 _AGAINST: Mapping[str, Mapping[str, Setting]] = {
     "fedavg": {},
     "fedtrimmedavg": {"beta": 0.2},
@@ -182,6 +193,34 @@ LYING = tuple(
     if attack or strategy == "fedavg"
 )
 
+#: One of ten peers lies, with the defaults of a run, and in a fleet without that peer. Short runs.
+_ONE: Mapping[Split, Mapping[str, Any]] = {
+    "iid": {"rounds": 12, "settings": {"epochs": 3, "batch_size": 20}},
+    "shards": {"rounds": 20, "settings": {"epochs": 2, "batch_size": 20}},
+}
+_LAST = TRAINING - 1
+ONE_OF_TEN = tuple(
+    course
+    for split, short in _ONE.items()
+    for of in (
+        Course("", split, peers=TRAINING, judged=True, outlier_limit=OUTLIER_LIMIT, **short),
+    )
+    for course in (
+        of._replace(name=f"one of ten: left out, {split}", without_last=True),
+        of._replace(name=f"one of ten: honest, {split}"),
+        *(
+            of._replace(name=f"one of ten: {name}, {split}", attack={_LAST: lie})
+            for name, lie in LIES.items()
+        ),
+        *(
+            of._replace(
+                name=f"one of ten: {name}, no limit, {split}", attack={_LAST: lie}, outlier_limit=0
+            )
+            for name, lie in LIES.items()
+        ),
+    )
+)
+
 #: The same digits from ten cameras.
 SHIFTED = tuple(
     Course(
@@ -201,4 +240,4 @@ SHIFTED = tuple(
     )
 )
 
-ALL = (*REFERENCE, *BETTER, *SHIFTED, *LYING)
+ALL = (*REFERENCE, *BETTER, *SHIFTED, *LYING, *ONE_OF_TEN)

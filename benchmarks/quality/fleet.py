@@ -18,17 +18,14 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from flwr.app import Message
-from msgspec.structs import replace
 
 from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
 from agent.home.settings import AgentSettings
-from agent.tasks import work as trainer_work
-from agent.tasks.work import Done, Train
 from agent.transport.coordinator_client import _pack, _unpack
+from benchmarks.quality.liars import Liar, Lie
 from coordinator.runs import state, transitions
 from coordinator.runs.context import RunContext
 from coordinator.runs.loop import RunLoop
@@ -66,7 +63,7 @@ class Peer:
         self.sign_key, self.name = identity.new_signing_key(), name
         self._transfer = transfer
         #: The digest of the last upload.
-        self._uploaded = ""
+        self.uploaded = ""
         folder.mkdir()
         me = PeerIdentity(name, self.sign_key.sign, identity.public_bytes(coordinator))
         self.client = Client(
@@ -79,42 +76,25 @@ class Peer:
     def send(self, digest: str, path: Path) -> None:
         """Store an upload as the coordinator does, without the HTTP request."""
         uploads = self._transfer.store.uploads
-        if self._uploaded:
-            uploads.drop(self.name, self._uploaded)
-        self._uploaded = digest
+        if self.uploaded:
+            uploads.drop(self.name, self.uploaded)
+        self.uploaded = digest
         with uploads.begin(self.name, digest) as part:
             shutil.copyfile(path, part.path)
             part.finish()
         self._transfer.bytes_up += path.stat().st_size
 
 
-class Liar(InProcess):
-    """A trainer that multiplies its change by `factor`."""
-
-    def __init__(self, data: DataSettings, threads: int, factor: float) -> None:
-        super().__init__(data, threads)
-        self._factor = factor
-
-    def run(self, work: trainer_work.Work) -> Done:
-        done = super().run(work)
-        if not isinstance(work, Train):
-            return done
-        base, out = Path(work.base), Path(work.out)
-        before, made = weights.load(base), weights.load(out)
-        lie = {n: before[n] + np.float32(self._factor) * (made[n] - before[n]) for n in made}
-        return replace(done, digest=weights.save(Weights(lie), out), nbytes=out.stat().st_size)
-
-
 class InProcessFleet:
     """A coordinator's parts and its peers, over one folder. `parts[i]` are peer i's data, and
-    `attack[i]` is what it multiplies its changes by."""
+    `attack[i]` is how it lies."""
 
     def __init__(
         self,
         folder: Path,
         parts: Sequence[DataSettings],
         threads: int = 1,
-        attack: Mapping[int, float] = MappingProxyType({}),
+        attack: Mapping[int, Lie] = MappingProxyType({}),
     ) -> None:
         self.lane = WeightStore(folder)
         self.transfer = WeightTransfer(self.lane)
@@ -133,11 +113,18 @@ class InProcessFleet:
             name = f"peer{number:02}"
             self.superlink.state.activate_node(node, 1e6)
             self._node_of[name] = node
-            factor = attack.get(number)
-            trainer = InProcess(data, threads) if factor is None else Liar(data, threads, factor)
+            others = partial(self._uploads_of_others, name)
+            lie = attack.get(number)
+            trainer = InProcess(data, threads) if lie is None else Liar(data, threads, lie, others)
             self.peers[name] = Peer(name, folder / name, self.transfer, self._sign_key, trainer)
         self._peer_of = {node: name for name, node in self._node_of.items()}
         self._rung: asyncio.Queue[str] = asyncio.Queue()
+
+    def _uploads_of_others(self, name: str) -> list[Weights]:
+        """The updates that others have sent in this round. Peers work in the order of their names,
+        so the last one sees all."""
+        others = [peer for peer in self.peers.values() if peer.name != name]
+        return [weights.load(self.lane.uploads.path(one.name, one.uploaded)) for one in others]
 
     def close(self) -> None:
         self.ledger.close()
@@ -223,7 +210,7 @@ class InProcessFleet:
 def fleet_of(
     parts: Sequence[DataSettings],
     threads: int = 1,
-    attack: Mapping[int, float] = MappingProxyType({}),
+    attack: Mapping[int, Lie] = MappingProxyType({}),
 ) -> Iterator[InProcessFleet]:
     """A fleet in a temporary folder."""
     memory = str(MEMORY) if MEMORY.is_dir() else None

@@ -8,14 +8,21 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
+from agent.data.settings import DataSettings
+from agent.tasks.demo.mnist import Mnist
 from benchmarks.quality.courses import Course
 from benchmarks.quality.fleet import fleet_of
 from coordinator.runs.state import Round
+from coordinator.storage.run_events import RunSpec
+from protocols.errors import CommonweightError
+from protocols.model import weights
 
 #: A list of numbers.
 _NUMBERS = re.compile(r"\[[\d\s.,eE+null-]*\]")
@@ -39,7 +46,15 @@ def measure(course: Course, seed: int, rounds: int, cache: str) -> Row:
 
     began = time.monotonic()
     with fleet_of(course.parts(seed, cache), attack=course.attack) as fleet:
-        fleet.run(course.spec(seed, rounds), note)
+        if course.judged:
+            judge = _judge(fleet.lane.version_path, course.spec(seed, rounds), cache)
+            noted, note = note, lambda closed: noted(judge(closed))
+        try:
+            run = fleet.run(course.spec(seed, rounds), note)
+            chosen = accuracy[run.best.round - 1] if run.best else None
+        except CommonweightError:  # diverged: it reads no better than chance from here on
+            chosen = 0.0
+            accuracy += [0.0] * (rounds - len(accuracy))
     return {
         "course": course.name,
         "split": course.split,
@@ -54,7 +69,20 @@ def measure(course: Course, seed: int, rounds: int, cache: str) -> Row:
         "accuracy": accuracy,
         "loss": loss,
         **({"newcomer": newcomer} if course.metric != "accuracy" else {}),
+        **({"chosen": chosen} if course.judged else {}),
     }
+
+
+def _judge(path_of: Callable[[str], Path], spec: RunSpec, cache: str) -> Callable[[Round], Round]:
+    """Puts the accuracy on all held-out digits in place of what the peers report."""
+    task = Mnist()
+    task.load(DataSettings(seed=spec.seed, cache=cache, device="cpu"))
+
+    def judge(closed: Round) -> Round:
+        found = task.evaluate(weights.load(path_of(closed.digest)), spec.settings, lambda *_: None)
+        return replace(closed, metrics=dict(found.metrics))
+
+    return judge
 
 
 def figures(accuracy: list[float | None]) -> dict[str, Any]:

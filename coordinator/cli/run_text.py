@@ -80,8 +80,11 @@ def best(run: Run) -> str:
     if run.best is None:
         return "–"
     name = best_version.metric_of(run.spec, run.best.metrics)
-    value = run.best.metrics.get(name)
-    return f"round {run.best.round}" + ("" if value is None else f" {name} {value:.4f}")
+    value, decides = run.best.metrics.get(name), run.best.decisive.get(name)
+    if value is None:
+        return f"round {run.best.round}"
+    middle = f" ({decides:.4f} over the peers in the middle)" if decides is not None else ""
+    return f"round {run.best.round} {name} {value:.4f}{middle}"
 
 
 def refusal(run: Run, peers: Mapping[str, Peer]) -> str:
@@ -110,7 +113,11 @@ def buffer_lines(run: Run, peers: Mapping[str, Peer]) -> Iterator[str]:
 
 
 def fairness(closed: Round, peers: Mapping[str, Peer]) -> Iterator[str]:
-    """For each metric: its spread over the peers, and the peer with the worst value."""
+    """For each metric: its spread over the peers, and the peer with the worst value; and the peers
+    that count less."""
+    for peer, times in sorted(closed.limited.items()):
+        name = _name(peer, peers)
+        yield f"round {closed.round}: {name} counts less, at {times:.3g} times the median peer"
     for name, (least, median, most) in sorted(closed.spread.items()):
         peer = closed.worst.get(name, "")
         worst = f"; worst: {_name(peer, peers)}" if peer else ""

@@ -14,11 +14,12 @@ from typing import NamedTuple
 from flwr.serverapp.strategy import Strategy
 
 from coordinator import strategies
-from coordinator.runs import buffered
+from coordinator.runs import buffered, outlier_limits
+from coordinator.runs.outlier_limits import OutlierLimits
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import Update
 from coordinator.storage.weight_store import WeightStore
-from coordinator.strategies import averaging
+from coordinator.strategies import averaging, outliers
 from coordinator.strategies.failures import strategy_errors
 from coordinator.strategies.prefetch import prefetch
 from coordinator.strategies.runner import Aggregation, InputUpdate, as_reply
@@ -35,11 +36,15 @@ def _own_ticket(peer: str) -> str:
 
 
 class CommittedVersion(NamedTuple):
-    """A new version, the mean of its updates' metrics, and the strategy's state by slot."""
+    """A new version, the mean of its updates' metrics, and the strategy's state by slot.
+
+    `limited`: peers whose updates count less, and how many times the median they pull.
+    """
 
     digest: str
     metrics: Metrics
     state: dict[str, str]
+    limited: dict[str, float]
 
 
 def commit(
@@ -60,9 +65,17 @@ def commit(
     accepted += [(one.peer, one.update) for one in buffered.in_order(run)]
     updates = [update for _, update in accepted]
     examples = [1 if spec.weighting == "equal" else update.num_examples for update in updates]
-    shares = _shares([peer for peer, _ in accepted], examples, spec.max_weight_share, ticket_of)
+    peers = [peer for peer, _ in accepted]
+    shares = _shares(peers, examples, spec.max_weight_share, ticket_of)
     metrics = _mean_metrics([update.metrics for update in updates], shares)
     required = adapter.required_metric(spec.strategy_args)
+    limits = OutlierLimits(run, peers, ticket_of)
+    scale = [
+        min(_clip_factor(update.norm, spec.clip_norm), factor)
+        * buffered.discount(update.staleness)
+        * spec.server_lr
+        for update, factor in zip(updates, limits.norm_factors(updates), strict=True)
+    ]
     with contextlib.ExitStack() as stack:
         base, origin = (
             stack.enter_context(WeightsFile(store.version_path(run.head))) for _ in range(2)
@@ -72,6 +85,15 @@ def commit(
             reader = _open_on_head(run, store, peer, update, base, stack)
             return adapter.transform_update(spec.strategy_args, reader, base, update.metrics)
 
+        readers = [weights_of(peer, update) for peer, update in accepted]
+        if adapter.feed == "mean":
+            shares = limits.shares(shares, readers, scale, base, updates)
+        else:  # the strategy itself weighs them, by these numbers
+            examples = [int(number) for number in limits.at_most(examples)]
+        # Only this metric: Flower's strategies raise if replies have different metrics.
+        told = [update.metrics.get(required) for update in updates]
+        if adapter.weighs_by_metric:
+            told = list(limits.at_most([value or 0.0 for value in told]))
         aggregation = Aggregation(
             adapter,
             strategy,
@@ -81,17 +103,10 @@ def commit(
             origin,
             [
                 InputUpdate(
-                    weights_of(peer, update),
-                    share,
-                    _clip_factor(update.norm, spec.clip_norm)
-                    * buffered.discount(update.staleness)
-                    * spec.server_lr,
-                    num_examples,
-                    # Only this metric: Flower's strategies raise if replies have different metrics.
-                    {n: v for n, v in update.metrics.items() if n == required and v is not None},
+                    reader, share, by, num_examples, {} if value is None else {required: value}
                 )
-                for (peer, update), share, num_examples in zip(
-                    accepted, shares, examples, strict=True
+                for reader, share, by, num_examples, value in zip(
+                    readers, shares, scale, examples, told, strict=True
                 )
             ],
             {
@@ -106,7 +121,7 @@ def commit(
         if base.nbytes > PIECE_BYTES:  # for a smaller model, a thread costs more than it saves
             pieces = stack.enter_context(contextlib.closing(prefetch(pieces)))
         digest = store.write(base.schema, pieces)
-    return CommittedVersion(digest, metrics, aggregation.new_state)
+    return CommittedVersion(digest, metrics, aggregation.new_state, limits.limited)
 
 
 def _shares(
@@ -138,10 +153,13 @@ def _open_on_head(
 
 
 class Evaluation(NamedTuple):
-    """The metrics of all peers together, and the sum of their tallies."""
+    """The metrics of all peers together, the sum of their tallies, the values that decide instead
+    of the metrics, and the metrics that a few peers have moved far."""
 
     metrics: Metrics
     tallies: dict[str, list[float]]
+    decisive: Metrics
+    doubtful: frozenset[str]
 
 
 def aggregate_evaluation(
@@ -154,11 +172,15 @@ def aggregate_evaluation(
     """
     answers = dict(sorted(run.updates.items()))
     if not answers:
-        return Evaluation({}, {})
+        return Evaluation({}, {}, {}, frozenset())
     counts = {peer: update.num_examples for peer, update in answers.items()}
-    total = sum(counts.values())
-    share = averaging.shares_by_ticket(counts, ticket_of, cap=run.spec.max_weight_share)
-    mean = _mean_metrics([u.metrics for u in answers.values()], [share[p] for p in answers])
+    total, limit = sum(counts.values()), run.spec.outlier_limit
+    capped = outliers.cap_counts(counts, ticket_of, limit) if limit else counts
+    share = averaging.shares_by_ticket(capped, ticket_of, cap=run.spec.max_weight_share)
+    answered = {peer: update.metrics for peer, update in answers.items()}
+    if limit:
+        answered = outlier_limits.usual_metrics(answered, ticket_of)
+    mean = _mean_metrics(list(answered.values()), [share[p] for p in answers], by_peers=limit > 0)
     reply = as_reply("evaluate", None, {**_finite(mean), "num-examples": total})
     with strategy_errors(run.spec.strategy):
         result = strategy.aggregate_evaluate(run.round, [reply])
@@ -170,7 +192,11 @@ def aggregate_evaluation(
     # The cap on a peer's share applies to its tallies as well.
     scale = [share[peer] * total / counts[peer] for peer in answers]
     tallies = evaluation_counts.merge((update.tallies for update in answers.values()), scale)
-    return Evaluation({**means, **evaluation_counts.compute_metrics(tallies)}, tallies)
+    metrics = {**means, **evaluation_counts.compute_metrics(tallies)}
+    if not limit:
+        return Evaluation(metrics, tallies, {}, frozenset())
+    decisive = outlier_limits.decisive_metrics(metrics, answers, ticket_of)
+    return Evaluation(metrics, tallies, *decisive)
 
 
 def _clip_factor(norm: float, max_norm: float) -> float:
@@ -182,10 +208,13 @@ def _finite(metrics: Metrics) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def _mean_metrics(metrics: Sequence[Metrics], shares: Sequence[float]) -> Metrics:
+def _mean_metrics(
+    metrics: Sequence[Metrics], shares: Sequence[float], *, by_peers: bool = False
+) -> Metrics:
     """The mean, by share, of metrics that are finite at peers with at least half of all shares.
 
-    Other peers do not count: one diverging peer cannot hide a metric for everyone.
+    Other peers do not count: one diverging peer cannot hide a metric for everyone. `by_peers`: at
+    half of the peers, so that a peer with a large share cannot hide it either.
     """
     means: Metrics = {}
     for name in sorted(set[str]().union(*metrics)):
@@ -195,6 +224,7 @@ def _mean_metrics(metrics: Sequence[Metrics], shares: Sequence[float]) -> Metric
             if (value := each.get(name)) is not None
         ]
         held = 1.0 if len(finite) == len(metrics) else sum(share for _, share in finite)
-        if held >= 0.5:
+        enough = 2 * len(finite) >= len(metrics) if by_peers and len(metrics) > 2 else held >= 0.5
+        if enough and held:
             means[name] = sum(share * value for value, share in finite) / held
     return means

@@ -29,6 +29,8 @@ TASK_METRICS: Mapping[str, frozenset[str]] = {
     "text-lm": frozenset({"accuracy", "loss"}),
 }
 _KINDS = {"classification": _CLASSIFICATION, "regression": _REGRESSION}
+_SHARES = frozenset({"accuracy", "balanced_accuracy", "ece", "macro_f1"})
+_NOT_NEGATIVE = frozenset({"loss", "mae", "mse", "rmse"})
 #: Prefix of the metrics of a model with the peer's own layers in it (FedBN).
 _PERSONAL = "personal_"
 _DEFAULT_ORDER = tuple(prefix + name for name in DEFAULT_METRICS for prefix in (_PERSONAL, ""))
@@ -56,10 +58,30 @@ def lower_is_better(name: str) -> bool:
     return name.lower().replace("-", "_").split("_")[-1] in _LOWER_IS_BETTER
 
 
+def bounds_of(task: str, metric: str) -> tuple[float, float]:
+    """The least and the greatest value that a metric can have.
+
+    An accuracy is a share in every task. The other metrics are known of the built-in tasks only: a
+    loss of a custom task may be negative.
+    """
+    name = metric.removeprefix(_PERSONAL)
+    if name == "accuracy" or (task in TASK_METRICS and name in _SHARES):
+        return 0.0, 1.0
+    if task in TASK_METRICS and name in _NOT_NEGATIVE:
+        return 0.0, math.inf
+    return -math.inf, 1.0 if task in TASK_METRICS and name == "r2" else math.inf
+
+
 def metric_of(spec: RunSpec, metrics: Metrics) -> str:
     """The metric by which this run's versions are compared; empty if the peers reported none."""
     names = (spec.best_metric,) if spec.best_metric else _DEFAULT_ORDER
     return next((name for name in names if name in metrics), "")
+
+
+def decisive(closed: Round) -> Metrics:
+    """The metrics of a round by which versions are compared: of the peers in the middle, if there
+    are enough (`outlier_limits.decisive_metrics`)."""
+    return {**closed.metrics, **closed.decisive}
 
 
 def score(spec: RunSpec, metrics: Metrics) -> float:
@@ -71,7 +93,7 @@ def score(spec: RunSpec, metrics: Metrics) -> float:
 
 def best(spec: RunSpec, rounds: Sequence[Round]) -> Round | None:
     """The round with the best version, the first among equals."""
-    return max(rounds, key=lambda closed: score(spec, closed.metrics), default=None)
+    return max(rounds, key=lambda closed: score(spec, decisive(closed)), default=None)
 
 
 def reaches_target(spec: RunSpec, metrics: Metrics) -> bool:

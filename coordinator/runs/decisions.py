@@ -145,8 +145,9 @@ def _early_stop(run: Run) -> steps.EndRun | None:
         reported = ", ".join(sorted(last.metrics))
         because = f"no peer reports the metric {wanted}; they report: {reported}"
         return steps.EndRun(RunState.FAILED, because)
-    if best_version.reaches_target(spec, best.metrics):
-        because = f"{name} is {best.metrics[name]:.4g} in round {best.round}"
+    deciding = best_version.decisive(best)
+    if best_version.reaches_target(spec, deciding):
+        because = f"{name} is {deciding[name]:.4g} in round {best.round}"
         return steps.EndRun(RunState.FINISHED, because)
     if spec.patience and run.round - best.round >= spec.patience:
         because = f"no better {name} in {spec.patience} rounds; best is round {best.round}"

@@ -38,10 +38,11 @@ _MAX_NAMED_RUNS = 3
 _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
     *("assignments", "last_assignments", "buffer", "cooling_down", "excluded", "staleness"),
-    *("refusal_kinds", "on_time"),
+    *("refusal_kinds", "on_time", "declared", "limited", "limited_now"),
 )
 _DETAILS_OF_ROUNDS = (
     *("contributors", "on_time", "norms", "spread", "worst", "tallies", "spent", "staleness"),
+    "limited",
 )
 #: Well within an agent's timeout. Without an acknowledgment, the agent keeps its reply.
 _ACK_TIMEOUT_S = 10.0

@@ -91,7 +91,10 @@ _FROM_0, _FROM_1 = Bounds("0 or more", 0), Bounds("1 or more", 1)
 _ABOVE_0 = Bounds("above 0", 0, above_minimum=True)
 _SHARE = Bounds("above 0 and at most 1", 0, 1, above_minimum=True)
 _FACTOR = Bounds("from 1x to 10x", 1, 10, or_zero=True)
+_OUTLIERS = Bounds("0, or 1 or more", 1, or_zero=True)
 _FINITE = Bounds("a finite number")
+#: The default of --outlier-limit: docs/quality.md has what was measured.
+OUTLIER_LIMIT = 3.0
 _STRATEGIES = (
     "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, fedmedian, fedtrimmedavg, krum, "
     "multikrum, bulyan, qfedavg, diloco, scaffold, fedbn, or module:Class for your own."
@@ -129,6 +132,9 @@ OPTIONS = (
            _SHARE),
     Option("clip-norm", float, 0.0, "No update moves the weights further than this (0: off).",
            _FROM_0, "Euclidean norm"),
+    Option("outlier-limit", float, OUTLIER_LIMIT, "No peer pulls a version further than this many "
+           "times the median peer, in rounds of three peers or more (0: off).", _OUTLIERS,
+           "times"),
     Option("min-examples", int, 1, "A peer that trains on fewer examples gets no work from this "
            "run.", _FROM_1, "examples"),
     Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "

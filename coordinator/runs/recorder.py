@@ -42,6 +42,7 @@ class RunRecorder:
         self.waiting_for = ""
         self.memory_bytes = 0
         self._disk_full = False
+        self._bounded: set[str] = set()
         self._announced_at = -math.inf
         self._announcing: asyncio.TimerHandle | None = None
 
@@ -64,6 +65,8 @@ class RunRecorder:
             self.run = transitions.apply(self.run, event)
             if isinstance(event, run_events.UpdateRefused):
                 self._report_refusal(event)
+            elif isinstance(event, run_events.UpdateAccepted) and event.update.claimed:
+                self._report_bound(event)
         if self._disk_full:
             self._disk_full, self.waiting_for = False, ""
             self.report("info", f"the disk has space again: run {self.run.id} continues")
@@ -79,6 +82,18 @@ class RunRecorder:
             self.report("warning", f"{name} awaits consent: {refusal.text}", event.peer)
         else:
             self.report("warning", f"refused {name}: {refusal.text}", event.peer)
+
+    def _report_bound(self, event: run_events.UpdateAccepted) -> None:
+        """Report a peer that claims more examples than it declared, once."""
+        if event.peer in self._bounded:
+            return
+        self._bounded.add(event.peer)
+        declared, claimed = event.update.num_examples, event.update.claimed
+        text = (
+            f"{self._ctx.name_of(event.peer)} claims {claimed} examples and counts with the "
+            f"{declared} that it declared for this run; a new run counts new data"
+        )
+        self.report("warning", text, event.peer)
 
     async def wait_for_space(self, err: Exception) -> None:
         """The disk is full: report it, and return when there is space or it is time for a retry."""

@@ -58,7 +58,10 @@ async def validate_reply(
         ctx.check_fleet(peer, claim.fleet)
     if expected.kind == "describe":
         with _refused_as("bad description"):
-            return run_events.PeerDescribed(peer, read_description(reply, claim))
+            description = read_description(reply, claim)
+        return run_events.PeerDescribed(
+            peer, description, *validation.declared_examples(description, claim)
+        )
     if expected.kind == "holdings":
         with _refused_as("bad proof"):
             holding = recovery.verify_proof(run, read_proof(reply), ctx.is_own_signature)
@@ -74,12 +77,18 @@ async def validate_reply(
                 state = retention.state_of(run, run.target_version, ctx.store)
                 return run_events.VersionRecalled(run.target_version, peer, state)
             return run_events.WeightsInitialised(claim.digest, peer)
+    num_examples = validation.bounded_examples(run, claim)
+    is_bounded = num_examples < claim.num_examples
+    factor = num_examples / claim.num_examples
     update = Update(
         digest=claim.digest,
         nbytes=claim.nbytes,
-        num_examples=claim.num_examples,
+        num_examples=num_examples,
+        claimed=claim.num_examples if is_bounded else 0,
         metrics=claim.metrics,
-        tallies=claim.tallies,
+        tallies={name: [factor * n for n in tally] for name, tally in claim.tallies.items()}
+        if is_bounded
+        else claim.tallies,
         norm=norm,
         seconds=request.seconds,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Set
+import math
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 from flwr.serverapp.strategy import Strategy
 
 from coordinator import strategies
-from coordinator.runs import aggregation, decisions, late_updates, steps
+from coordinator.runs import aggregation, best_version, decisions, late_updates, steps
 from coordinator.runs.context import RunContext
 from coordinator.runs.messages import round_body
 from coordinator.runs.model import RunModel
@@ -62,6 +63,7 @@ class Rounds:
         )
         self._bytes_at_open = (0, 0)
         self._memory_checked = False
+        self._was_doubtful = False
 
     @property
     def on_disk(self) -> Set[str]:
@@ -102,9 +104,16 @@ class Rounds:
         )
         await self._recorder.record(
             run_events.VersionCommitted(
-                run.round, version.digest, run.head, contributors, version.metrics, version.state
+                run.round,
+                version.digest,
+                run.head,
+                contributors,
+                version.metrics,
+                version.state,
+                version.limited,
             )
         )
+        self._report_limited(run, version.limited)
         store.mark_recorded(version.digest)
         if run.buffered:
             self.drop_unused_uploads({accepted.peer for accepted in run.buffer})
@@ -114,6 +123,32 @@ class Rounds:
             failpoint("updates.dropped")
         await asyncio.to_thread(model.make_patch, run.head, version.digest)
         self._requests.clear_work()
+
+    def _report_limited(self, run: Run, limited: Mapping[str, float]) -> None:
+        """Report the peers whose updates count less, each once in a run."""
+        for peer in sorted(limited.keys() - run.limited):
+            limit = f"the limit is {run.spec.outlier_limit:g} (--outlier-limit)"
+            text = (
+                f"{self._ctx.name_of(peer)} counts less in round {run.round}: it pulls the version "
+                f"{limited[peer]:.3g} times as far as the median peer, and {limit}"
+            )
+            self._recorder.report("warning", text, peer)
+
+    def _report_doubtful(self, run: Run, doubtful: Set[str]) -> None:
+        """Report that a few peers have moved the mean that people read, when it begins."""
+        closed = run.history[-1]
+        name = best_version.metric_of(run.spec, closed.metrics)
+        before, self._was_doubtful = self._was_doubtful, name in doubtful
+        if name not in doubtful or before:
+            return
+        least, median, most = closed.spread.get(name, (math.nan,) * 3)
+        text = (
+            f"round {closed.round}: the mean {name} is {closed.metrics[name]:.4g}, but the median "
+            f"over the peers is {median:.4g} ({least:.4g} to {most:.4g}): a few peers make the "
+            f"difference. The best version is chosen by {closed.decisive[name]:.4g}, the mean of "
+            "the peers in the middle"
+        )
+        self._recorder.report("warning", text)
 
     def drop_unused_uploads(self, peers: set[str]) -> None:
         """Delete uploads that do not count, of those of `peers` that are not training."""
@@ -135,6 +170,7 @@ class Rounds:
             transfer.bytes_down - self._bytes_at_open[1],
             self._timer.phase_seconds(),
             evaluation.tallies,
+            evaluation.decisive,
         )
         self._requests.clear_work()
         if run.buffered:  # training continues, but another version is evaluated next
@@ -143,6 +179,7 @@ class Rounds:
             self._requests.cancel(lambda r: late_updates.is_expired(run, r.kind, r.round))
         await self._recorder.record(event)
         run = self._recorder.run
+        self._report_doubtful(run, evaluation.doubtful)
         self._ctx.publish(round_body(run.id, run.history[-1]))
         self.prune()
 

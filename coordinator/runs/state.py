@@ -30,6 +30,9 @@ TOO_STALE, TOO_FEW = "too stale", "too few examples"
 class Round(Struct, frozen=True, kw_only=True):
     """A closed round. `norms` and `staleness` are by peer, `spent` is seconds by phase.
 
+    `limited`: contributors that counted less, and how many times the median they pulled.
+    `decisive`: by metric, the value that decides instead of the one in `metrics`.
+
     `on_time`: contributors with an update for this round; the others only had late ones.
 
     By metric: `spread` has the minimum, median and maximum over all peers, `worst` the peer with
@@ -53,6 +56,8 @@ class Round(Struct, frozen=True, kw_only=True):
     staleness: _ByPeer[Integer] = {}
     num_examples: Integer = 0
     num_evaluated: Integer = 0
+    limited: _ByPeer[float] = {}
+    decisive: Metrics = {}
     on_time: _Peers = ()
 
 
@@ -96,6 +101,9 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `assignments` and `last_assignments`, by peer: work in progress, and the last that was assigned.
     `cooling_down`: peers that get no work before the next version. `excluded`: no work at all.
     `abandoned`: rounds that a return to an earlier version undid, while their files may exist.
+    `declared`: by peer, the examples that it trains on and that it holds out, at most: those that
+    it declared before round 1, else those of its first claims (0: not known yet).
+    `limited`: peers that counted less in a version; `limited_now`: in the newest one.
     `deleted`: the files are deleted, and the run is not listed any more.
     """
 
@@ -138,6 +146,9 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     staleness: _ByPeer[Integer] = {}
     num_examples: Integer = 0
     on_time: _Peers = ()
+    declared: _ByPeer[tuple[Integer, Integer]] = {}
+    limited: Annotated[frozenset[_Line], Meta(max_length=MAX_PEERS)] = frozenset()
+    limited_now: _ByPeer[float] = {}
     ended_in: RunState = RunState.WAITING
     ended_because: _Line = ""
     deleted: bool = False

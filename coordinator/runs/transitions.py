@@ -70,8 +70,33 @@ def _peer_lost(run: Run, event: events.PeerLost) -> Run:
     return replace(run, peers=run.peers | {event.peer: "lost"})
 
 
+def _declared(run: Run, peer: str, *numbers: int) -> dict[str, tuple[int, int]]:
+    """The declared examples of all peers, with those of a peer for which none were known yet.
+
+    Numbers that are declared again count only if they are smaller: the statistics of a table have
+    all of its rows, and the description after it those that are left.
+    """
+    known = run.declared.get(peer, (0, 0))
+    trained, held_out = (
+        min(old, new) if old and new else old or new
+        for old, new in zip(known, numbers, strict=True)
+    )
+    return run.declared | {peer: (trained, held_out)}
+
+
+def _claimed(run: Run, peer: str, *numbers: int) -> dict[str, tuple[int, int]]:
+    """The same after an accepted claim: the first one counts if nothing was declared."""
+    known = run.declared.get(peer, (0, 0))
+    trained, held_out = (old or new for old, new in zip(known, numbers, strict=True))
+    return run.declared | {peer: (trained, held_out)}
+
+
 def _update_accepted(run: Run, event: events.UpdateAccepted) -> Run:
     peer, update = event.peer, event.update
+    if not run.evaluating or update.base:
+        run = replace(run, declared=_claimed(run, peer, update.num_examples, 0))
+    else:
+        run = replace(run, declared=_claimed(run, peer, 0, update.num_examples))
     if update.base:  # buffered, or late
         return replace(
             run,
@@ -162,6 +187,8 @@ def _version_committed(run: Run, event: events.VersionCommitted) -> Run:
         state=RunState.EVALUATING,
         head=event.digest,
         strategy_state=event.strategy_state,
+        limited=run.limited | event.limited.keys(),
+        limited_now=event.limited,
         peers={},
         updates={},
         buffer=(),
@@ -198,6 +225,8 @@ def _round_closed(run: Run, event: events.RoundClosed) -> Run:
         staleness=run.staleness,
         num_examples=run.num_examples,
         num_evaluated=sum(update.num_examples for update in evaluated.values()),
+        limited=run.limited_now,
+        decisive=event.decisive,
         on_time=run.on_time,
     )
     return replace(
@@ -236,6 +265,7 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
             run,
             peers=run.peers | {event.peer: "answered"},
             described=run.described | {event.peer: event.description},
+            declared=_declared(run, event.peer, event.num_examples, event.num_held_out),
         ),
     ),
     events.PreprocessingFixed: (

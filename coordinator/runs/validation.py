@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from coordinator import strategies
-from coordinator.runs import buffered
+from coordinator.runs import best_version, buffered
 from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Run
 from protocols.codecs.registry import DecodedUpdate
 from protocols.errors import BadWeights, UpdateRefused
@@ -21,8 +21,11 @@ from protocols.messages.envelope import Verify
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
+from protocols.model.schema_card import Description
 from protocols.model.weights import Array, Schema, WeightReader
 from protocols.tables import evaluation_counts, preprocessing
+from protocols.tables.class_names import ClassCounts
+from protocols.tables.statistics import TableStatistics
 
 R = TypeVar("R", bound=WeightReader)
 
@@ -33,6 +36,8 @@ _ROW_ELEMENTS = 512
 #: Below this sum, float32 has lost digits of the squares.
 _MIN_FLOAT32_SQUARES = 1e-25
 
+#: The most examples of a fleet that a peer can stand for.
+_MAX_DECLARED = 10**12
 #: Each metric of an update is in the ledger and on every monitor.
 MAX_METRICS = 32
 
@@ -81,9 +86,10 @@ def check_claim(
         )
     if claim.tallies and (fault := evaluation_counts.validate(claim.tallies, claim.num_examples)):
         raise UpdateRefused("bad metrics", fault)
-    accuracy = claim.metrics.get("accuracy")
-    if accuracy is not None and not 0.0 <= accuracy <= 1.0:  # it decides which version is the best
-        raise UpdateRefused("bad metrics", f"an accuracy of {accuracy:g}")
+    for name, value in claim.metrics.items():  # they decide which version is the best
+        bounds = best_version.bounds_of(run.spec.task, name)
+        if value is not None and not bounds[0] <= value <= bounds[1]:
+            raise UpdateRefused("bad metrics", f"{_article(name)} {name} of {value:g}")
     if claim.kind == "train":
         needed = strategies.find(run.spec.strategy).required_metric(run.spec.strategy_args)
         value = claim.metrics.get(needed)
@@ -98,6 +104,34 @@ def check_claim(
         raise UpdateRefused(TOO_FEW, detail)
     if claim.kind in ("train", "evaluate") and not 0 < claim.num_examples <= cap:
         raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")
+
+
+def declared_examples(description: Description, claim: UpdateClaim) -> tuple[int, int]:
+    """The examples that a peer has for the run, to train on and held out, by its description.
+
+    Raises UpdateRefused if the numbers make no sense.
+    """
+    declared = claim.num_examples, claim.num_held_out
+    if not all(0 <= number <= _MAX_DECLARED for number in declared):
+        raise UpdateRefused("bad example count", f"it declares {declared[0]} and {declared[1]}")
+    match description:
+        case TableStatistics():
+            return description.rows, description.rows
+        case ClassCounts():
+            return (sum(description.counts.values()) + description.others,) * 2
+        case _:
+            return declared
+
+
+def bounded_examples(run: Run, claim: UpdateClaim) -> int:
+    """The examples of a claim, at most as many as the peer has declared for this run."""
+    train, held_out = run.declared.get(claim.peer, (0, 0))
+    declared = held_out if claim.kind == "evaluate" else train
+    return min(claim.num_examples, declared) if declared else claim.num_examples
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1] in "aeio" else "a"
 
 
 def check_weights(expected: ExpectedReply, open_update: Callable[[], R]) -> R:

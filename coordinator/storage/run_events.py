@@ -40,6 +40,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `codec`: how updates are compressed, one of `protocols.codecs.registry`.
     `weighting`: updates count by their examples, or all the same.
     `clip_norm`: the maximum Euclidean norm of an update's change (0: none).
+    `outlier_limit`: how many times as far as the median peer one may pull a version
+    (`strategies.outliers`; 0: no limit, as in old ledgers).
     `handshake`: before round 1, peers compare schema and preprocessing. Old ledgers lack it.
     `best_metric`: the metric that decides which version is best (empty: accuracy, else loss);
     `best_direction`: whether higher is better (empty: decided by the metric's name). The run ends
@@ -73,6 +75,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     max_examples: Integer = 10_000_000
     min_examples: Integer = 1
     clip_norm: float = 0.0
+    outlier_limit: float = 0.0
     handshake: bool = False
     best_metric: _ShortText = ""
     best_direction: Literal["", "max", "min"] = ""
@@ -90,12 +93,14 @@ class Update(Struct, frozen=True, kw_only=True):
 
     `seconds`: from the request to the reply (0 in old ledgers). Buffered and late updates also
     have `base`, the version they were trained on, `turn` as in `WorkGiven`, and `staleness`, the
-    number of versions made since.
+    number of versions made since. `claimed`: the examples that the peer claimed, if these are more
+    than it declared; `num_examples` are the declared ones then.
     """
 
     digest: _ShortText = ""
     nbytes: Integer = 0
     num_examples: Integer
+    claimed: Integer = 0
     metrics: Metrics = {}
     tallies: Tallies = {}
     norm: float = 0.0
@@ -113,10 +118,16 @@ class RunStarted(RunEvent, frozen=True):
 
 
 class PeerDescribed(RunEvent, frozen=True):
-    """Before round 1, a peer described its model or the statistics of its table."""
+    """Before round 1, a peer described its model or the statistics of its table.
+
+    `num_examples` and `num_held_out`: the data that it declares, which bound later claims (0: not
+    declared).
+    """
 
     peer: str
     description: Description
+    num_examples: int = 0
+    num_held_out: int = 0
 
 
 class PreprocessingFixed(RunEvent, frozen=True):
@@ -198,7 +209,10 @@ class TrainingClosed(RunEvent, frozen=True):
 
 
 class VersionCommitted(RunEvent, frozen=True):
-    """`strategy_state`: digests, by slot, of the strategy's state after this version."""
+    """`strategy_state`: digests, by slot, of the strategy's state after this version.
+
+    `limited`: peers whose updates counted less, and how many times the median they pulled.
+    """
 
     round: int
     digest: str
@@ -206,6 +220,7 @@ class VersionCommitted(RunEvent, frozen=True):
     contributors: tuple[str, ...]
     metrics: Metrics
     strategy_state: dict[str, str] = {}
+    limited: dict[str, float] = {}
 
 
 class VersionLost(RunEvent, frozen=True):
@@ -260,6 +275,7 @@ class EvaluationOpened(RunEvent, frozen=True):
 class RoundClosed(RunEvent, frozen=True):
     """`seconds` since the round was opened. `metrics`: the federated evaluation, may be empty.
 
+    `decisive`: values that decide instead of those in `metrics`: means of the peers in the middle.
     `spent`: seconds by phase of the round: `work` until the first update, `wait` for the others,
     `aggregate`, `evaluate`.
     """
@@ -271,6 +287,7 @@ class RoundClosed(RunEvent, frozen=True):
     bytes_down: int
     spent: dict[str, float] = {}
     tallies: dict[str, list[float]] = {}
+    decisive: Metrics = {}
 
 
 class RunEnded(RunEvent, frozen=True):

@@ -75,6 +75,8 @@ class StrategyAdapter:
     feed: Feed = "mean"
     #: Peers count by their examples, so `--weighting` has an effect.
     weighs_peers = True
+    #: Peers count by the metric that `required_metric` names: the more, the higher it is.
+    weighs_by_metric = False
     #: It works with codecs that send few coordinates. If most updates have no change in most
     #: coordinates, a median has none either.
     takes_sparse = True

@@ -38,7 +38,7 @@ _BLOCK = 1 << 15
 Transform = Callable[[dict[Part, Array]], dict[Part, Array]]
 
 
-def shares(num_examples: Mapping[str, int], *, cap: float) -> dict[str, float]:
+def shares(num_examples: Mapping[str, float], *, cap: float) -> dict[str, float]:
     """Each peer's share of the mean. The shares add up to 1.
 
     No peer's share exceeds `cap` (0…1] if there are enough peers for that. The excess is
@@ -58,7 +58,7 @@ def shares(num_examples: Mapping[str, int], *, cap: float) -> dict[str, float]:
 
 
 def shares_by_ticket(
-    num_examples: Mapping[str, int], ticket_of: Callable[[str], str], *, cap: float
+    num_examples: Mapping[str, float], ticket_of: Callable[[str], str], *, cap: float
 ) -> dict[str, float]:
     """As `shares`, and the peers that joined by one ticket have at most `cap` together.
 
@@ -67,7 +67,7 @@ def shares_by_ticket(
     """
     share = shares(num_examples, cap=cap)
     tickets = {peer: ticket_of(peer) for peer in share}
-    counts: dict[str, int] = defaultdict(int)
+    counts: dict[str, float] = defaultdict(float)
     together: dict[str, float] = defaultdict(float)
     for peer, part in share.items():
         counts[tickets[peer]] += num_examples[peer]

@@ -16,6 +16,7 @@ from coordinator.strategies.adapter import Arrays, StrategyAdapter
 class QFedAvg(StrategyAdapter):
     feed = "models"
     weighs_peers = False
+    weighs_by_metric = True
     defaults = MappingProxyType({"train_loss_key": "loss"})
     memory_copies = 1.1
 

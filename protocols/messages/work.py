@@ -74,7 +74,9 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     """A claim about an update, signed by the agent. `turn` is that of the work.
 
     `base`: the version that it trained on. `digest` and `nbytes` are those of the uploaded file, or
-    of the description. `fleet`: the id of the fleet; empty from older agents.
+    of the description. `fleet`: the id of the fleet; empty from older agents. `num_held_out` comes
+    with a description only: it and `num_examples` are what the peer has for the run, 0 if it does
+    not know (older agents).
     """
 
     run: Id
@@ -87,6 +89,7 @@ class UpdateClaim(Struct, frozen=True, kw_only=True):
     nbytes: Count
     codec: CodecName = "fp32"
     num_examples: Integer
+    num_held_out: Count = 0
     metrics: Metrics = {}
     tallies: Tallies = {}
     nonce: Id

@@ -12,6 +12,7 @@ regression   examples; sums of (ŷ - y)², |ŷ - y|, y and y²
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -76,11 +77,16 @@ def _join_small(bins: npt.NDArray[np.float64], min_count: int) -> list[float]:
 
 
 def merge(tallies: Iterable[Tallies], scale: Iterable[float]) -> dict[str, list[float]]:
-    """The scaled sum of all tallies. Those of another size than the first are skipped."""
-    total: dict[str, list[float]] = {}
-    for peer_tallies, factor in zip(tallies, scale, strict=True):
+    """The scaled sum of all tallies. Those of another size than most peers have are skipped."""
+    everyone = list(tallies)
+    sizes: dict[str, Counter[int]] = {}
+    for peer_tallies in everyone:
         for name, tally in peer_tallies.items():
-            so_far = total.setdefault(name, [0.0] * len(tally))
+            sizes.setdefault(name, Counter())[len(tally)] += 1
+    total = {name: [0.0] * size.most_common(1)[0][0] for name, size in sizes.items()}
+    for peer_tallies, factor in zip(everyone, scale, strict=True):
+        for name, tally in peer_tallies.items():
+            so_far = total[name]
             if len(so_far) == len(tally):
                 total[name] = [a + factor * b for a, b in zip(so_far, tally, strict=True)]
     return total

@@ -51,7 +51,7 @@ class Poisoner:
         if record is None:
             return reply
         claim = SIGNED_CLAIM.decode(record["claim"])  # type: ignore[arg-type]
-        if claim.kind == "init":
+        if claim.kind in ("init", "describe"):
             return reply
         changed = dict(
             (self.train if claim.kind == "train" else self.evaluate).get(claim.round, {})

@@ -128,6 +128,11 @@ class ClassifierTask(TorchTask):
 
     # --- Task ---
 
+    def count_examples(self, settings: Settings) -> tuple[int, int]:
+        """How many examples `train` and `evaluate` use."""
+        split = self._examples(settings)
+        return len(split.trained_on.y), len(split.held_out.y)
+
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """Train with SGD or AdamW; the metric "loss" is the mean of the last epoch."""
         forward = self._forward(settings)

@@ -29,6 +29,7 @@ from coordinator.fleet.reducer import num_available
 from coordinator.fleet.state import Fleet
 from coordinator.fleet.state import Run as ShownRun
 from coordinator.remote.api_client import Remote
+from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import CommonweightError, UnknownName, UsageError
@@ -133,6 +134,7 @@ def _spec(task: str, agents: int, rounds: int, seed: int) -> RunSpec:
         rounds=rounds,
         seed=seed,
         quorum=max(1, agents - 1),
+        outlier_limit=options.OUTLIER_LIMIT,
         handshake=True,
         # All agents share this machine's cores, and in the first round they also load torch.
         deadline_s=60.0 + 10.0 * agents,

@@ -14,6 +14,7 @@ from agent.data.settings import DataSettings
 from agent.tasks.demo.mnist import Mnist
 from benchmarks.quality import cameras, courses, measured, shown
 from benchmarks.quality.fleet import fleet_of
+from benchmarks.quality.liars import Lie, scaled
 from coordinator.storage.run_events import RunSpec
 from protocols.messages.states import RunState
 from protocols.model import weights
@@ -33,7 +34,7 @@ def parts(cache: str, count: int = 3) -> list[DataSettings]:
 
 
 def trained(
-    data: Sequence[DataSettings], attack: Mapping[int, float] | None = None, **spec: object
+    data: Sequence[DataSettings], attack: Mapping[int, Lie] | None = None, **spec: object
 ) -> tuple[list[str], Weights]:
     """The digests of all versions, and the last one."""
     with fleet_of(data, attack=attack or {}) as fleet:
@@ -96,7 +97,7 @@ def test_one_full_batch_a_round_is_gradient_descent_on_all_data(cache: str) -> N
 def test_liars_send_the_opposite_of_what_they_learnt(cache: str) -> None:
     spec = {"rounds": 1, "settings": SHORT}
     _, learnt = trained(parts(cache), **spec)
-    _, turned = trained(parts(cache), attack=dict.fromkeys(range(3), -1.0), **spec)
+    _, turned = trained(parts(cache), attack=dict.fromkeys(range(3), scaled(-1.0)), **spec)
     for name, first in Mnist().init(4, {}).items():
         np.testing.assert_allclose(first - learnt[name], turned[name] - first, rtol=0, atol=1e-6)
         assert np.abs(first - learnt[name]).max() > 1e-3

@@ -532,5 +532,6 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"refusals", "last_refusal", "last_refused", "norms", "history", "best", "needed"}
         | {"strategy_state", "recalling", "whole", "holdings", "sought", "given", "last", "buffer"}
         | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
-        | {"deleted", "refusal_kinds", "on_time", "abandoned"}
+        | {"deleted", "refusal_kinds", "on_time", "abandoned", "declared", "limited"}
+        | {"limited_now"}
     )
