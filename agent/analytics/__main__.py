@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from agent.analytics.answer import answer_question
-from agent.analytics.query_log import QueryLog
+from agent.analytics.query_log import QueryLog, log_file
 from agent.data.table_memory import TableMemory
 from agent.home import settings
 from protocols.analytics.query import Query
@@ -24,8 +24,8 @@ def main() -> None:
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Query)
     home = Path(sys.argv[1])
     chosen = settings.read(home)
-    log, memory = QueryLog(home / "analysis.db"), TableMemory(settings.memory_file(home))
-    answers.write(answer_question(question, chosen, home / "trainer", log, memory))
+    log, memory = QueryLog(log_file(home)), TableMemory(settings.memory_file(home))
+    answers.write(answer_question(question, chosen, home / "analysis", log, memory))
     memory.close()
     log.close()
     answers.close()

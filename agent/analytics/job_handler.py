@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
+from agent.analytics import query_log
 from agent.clientapp.jobs import Result
+from agent.data.settings import uses_network
+from agent.home import settings
+from agent.policy import sandbox
+from agent.trainer import sandbox_rules
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
 from protocols.errors import BadMessage
@@ -16,6 +23,8 @@ from protocols.local.programs import run_program
 from protocols.messages.jobs import Analyze, Unit
 
 TIMEOUT_S = 1800.0
+#: The folder in the home for files that it makes from the data.
+CACHE = "analysis"
 
 
 def handler(home: Path) -> Callable[[Unit], Result]:
@@ -40,9 +49,36 @@ def read_question(text: str) -> Query:
 
 def answer(question: Query, home: Path) -> bytes:
     """The encoded answer, after it was recorded. Raises CommonweightError."""
+    query_log.move_log(home)
+    program, env = child_program(home)
     return run_program(
-        [sys.executable, "-P", "-m", "agent.analytics", str(home)],
+        [sys.executable, "-P", "-m", *program, str(home)],
         "the question could not be answered",
         within_s=TIMEOUT_S,
         stdin=msgspec.json.encode(question),
+        env=env,
     )
+
+
+def child_program(home: Path) -> tuple[list[str], dict[str, str]]:
+    """The module that answers, and its environment. Raises TrainerFailed.
+
+    It runs in the sandbox too: it reads the data and the settings, and writes what was told. Only a
+    cluster of the owner's is a reason for connections.
+    """
+    chosen = settings.read(home)
+    folder = home / CACHE
+    rules = replace(
+        sandbox_rules.make_rules(
+            chosen, read=(home / settings.FILE,), write=(folder, settings.memory_file(home).parent)
+        ),
+        tasks=False,
+        network=uses_network(chosen.data_reader),
+    )
+    if rules.mode == "off":
+        return ["agent.analytics"], dict(os.environ)
+    sandbox.check(rules)
+    for path in (*map(Path, rules.write), folder / sandbox.TEMPORARY):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    env = {**os.environ, **sandbox.environment(rules, folder)}
+    return ["agent.trainer.sandboxed", "agent.analytics"], env

@@ -10,7 +10,7 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from agent.analytics.compute import Mask
 from agent.analytics.cut_points import CutPoints
 from agent.analytics.disclosure_control import ToldSet
 from agent.data.disclosed_sets import pack, unpack
+from agent.home import settings
 from protocols.analytics.mergeable_states import Floats, PeerAnswer
 from protocols.analytics.query import Query
 
@@ -43,6 +44,25 @@ CREATE TABLE IF NOT EXISTS wishes (
 
 #: Another question may be computed meanwhile.
 _WAIT_S = 1800.0
+
+
+def log_file(home: Path) -> Path:
+    """The file of the log in a home, in the folder of what was told."""
+    return settings.memory_file(home).with_name("analysis.db")
+
+
+def move_log(home: Path) -> None:
+    """Move the file from where older versions had it. Raises OSError, sqlite3.Error."""
+    old, new = home / "analysis.db", log_file(home)
+    if not old.exists() or new.exists():
+        return
+    new.parent.mkdir(mode=0o700, exist_ok=True)
+    with closing(
+        sqlite3.connect(f"{old.absolute().as_uri()}?mode=rw", uri=True, timeout=_WAIT_S)
+    ) as db:
+        db.execute("BEGIN EXCLUSIVE")  # nobody writes, and a crash of before is made good
+        if old.exists() and not new.exists():
+            old.rename(new)
 
 
 class Entry(NamedTuple):

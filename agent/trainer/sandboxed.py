@@ -1,4 +1,6 @@
-"""Starts a trainer in the sandbox: `python -m agent.trainer.sandboxed MODULE OPTIONS`.
+"""Starts a trainer, or another process of the agent, in the sandbox.
+
+    python -m agent.trainer.sandboxed MODULE OPTIONS
 
 It imports no numeric library before the rules are in force: their threads would be free of them.
 """
@@ -23,8 +25,7 @@ def main() -> None:
     prefer_for_oom_kill()  # the sandbox does not let it write there
     try:
         rules = msgspec.json.decode(os.environ.pop(sandbox.VARIABLE), type=SandboxRules)
-        is_trainer = sys.platform == "linux" and not rules.network
-        pipe = helper.start(rules) if is_trainer else None
+        pipe = helper.start(rules) if sys.platform == "linux" and rules.tasks else None
         sandbox.enforce(rules)
         if pipe is not None:
             from agent.data import helper_requests

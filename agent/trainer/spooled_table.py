@@ -35,6 +35,7 @@ class SpooledTable:
             rules,
             write=(rules.spool,),
             network=True,
+            tasks=False,
             **dict.fromkeys(("memory", "table", "reader", "spool"), ""),
         )
         self._stamps: list[tuple[object, ...]] | None = None

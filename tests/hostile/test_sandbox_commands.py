@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,13 @@ import httpx
 import numpy as np
 import pytest
 
+from agent.analytics import job_handler
 from agent.home import settings
 from agent.policy import sandbox
 from protocols.local import homes
 from protocols.model import model_card, weights
 from protocols.model.weights import Weights
-from tests.support.fleet_harness import AGENT, Program, environment, run_program
+from tests.support.fleet_harness import AGENT, ROOT, Program, environment, run_program
 from tests.support.waiting import wait_for
 
 LACKS = sandbox.support().lacks()
@@ -134,3 +136,31 @@ def test_a_task_that_serves_is_in_the_sandbox(owner: Owner) -> None:
         answer = httpx.post(address, content="x\nnone\nnone\n", timeout=30)
         assert answer.json()["answers"] == {"answer": [2.0, 2.0]}
     assert not (owner.folder / "written").exists()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "open(HOME + '/sign.key')",
+        "open(HOME + '/enrolled.json', 'w')",
+        "open(HOME + '/settings.toml', 'a')",
+        "import socket; socket.socket()",
+        "import subprocess; subprocess.run(['/bin/sh', '-c', 'true'])",
+        "open('/etc/passwd')",
+    ],
+)
+def test_the_process_that_answers_questions_is_in_the_sandbox(owner: Owner, attack: str) -> None:
+    """Attack: a fault of a library lets a question run code in the process that answers it."""
+    home = owner.folder / "home"
+    program, env = job_handler.child_program(home)
+    assert program.pop() == "agent.analytics"
+    code = attack.replace("HOME", repr(str(home)))
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *program, "timeit", "-n", "1", "-r", "1", code],
+        env={**env, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "PermissionError" in done.stderr, done

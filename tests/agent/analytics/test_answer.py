@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.analytics import job_handler
+from agent.analytics import job_handler, query_log
 from agent.analytics.answer import answer_question
 from agent.analytics.query_log import QueryLog
 from agent.data.disclosed_sets import MAX_SETS, ToldSet
@@ -352,8 +353,31 @@ def test_a_process_of_its_own_answers_and_remembers(tmp_path: Path) -> None:
     change(home, analyze="on", data=str(file))
     told = msgspec.json.decode(job_handler.answer(parse_query("count"), home), type=PeerAnswer)
     assert told.cells[0].rows == 200
-    (entry,) = QueryLog(home / "analysis.db").entries()
+    file_of_log = home / "told" / "analysis.db"
+    (entry,) = QueryLog(file_of_log).entries()
     assert (entry.question, entry.cells, entry.refused) == ("count", 1, "")
-    assert (home / "analysis.db").stat().st_mode & 0o077 == 0
+    assert file_of_log.stat().st_mode & 0o077 == 0
     with pytest.raises(BadMessage):
         job_handler.read_question('{"operations":[]}')
+
+
+def test_the_log_of_an_older_version_is_moved(tmp_path: Path) -> None:
+    """Also if that version was killed while it wrote, and if two processes move it."""
+    file = Peer(tmp_path / "table", people()).file
+    home = tmp_path / "home"
+    home.mkdir()
+    change(home, analyze="ask", data=str(file))
+    log = QueryLog(home / "analysis.db")
+    assert not log.is_allowed(parse_query("count"))
+    log.decide(parse_query("count").digest, True)
+    log._db.execute("BEGIN IMMEDIATE")
+    log._db.execute("DELETE FROM wishes")  # not committed
+    shutil.copytree(home, tmp_path / "copy")
+    log._db.execute("ROLLBACK")
+    log.close()
+    for one in (home, tmp_path / "copy"):
+        told = msgspec.json.decode(job_handler.answer(parse_query("count"), one), type=PeerAnswer)
+        assert told.refused == ""
+        assert not (one / "analysis.db").exists()
+        query_log.move_log(one)
+        assert len(QueryLog(query_log.log_file(one)).entries()) == 1
