@@ -120,6 +120,12 @@ def _await_consent(run: Run, observed: Observation) -> tuple[str, ...]:
     return tuple(sorted(p for p in observed.unfit if kinds.get(p) == AwaitingConsent.code))
 
 
+def _may_be_decided(run: Run, observed: Observation) -> bool:
+    """True if the owner of a peer that refused, online or not, has not decided yet."""
+    refused = _with_status(run, "refused") | observed.unfit
+    return any(run.refusal_kinds.get(peer) == AwaitingConsent.code for peer in refused)
+
+
 def _decided(run: Run, eligible: Set[str]) -> set[str]:
     """Peers that lacked consent when they were asked, and whose owners have decided since."""
     kinds = run.refusal_kinds
@@ -169,13 +175,13 @@ def _decide_describing(run: Run, observed: Observation) -> Step:
         return steps.AgreeSchema()
     if silent := eligible.intersection(run.pending):
         return steps.AskPeers(tuple(sorted(silent)))  # the request may have been lost
-    awaiting = _await_consent(run, observed)
-    if not (num_described or awaiting) and run.last_refusal and not _worth_another_try(run):
+    is_hopeless = not (num_described or _worth_another_try(run) or _may_be_decided(run, observed))
+    if is_hopeless and run.last_refusal:
         because = f"no peer can take part: {run.last_refusal}"
         return steps.EndRun(RunState.FAILED, because)
     if observed.deadline_passed and (others := eligible & _worth_another_try(run)):
         return steps.AskPeers(tuple(sorted(others)), opens_phase=True)
-    if awaiting:
+    if _await_consent(run, observed):
         return _wait_for_quorum(run, observed, quorum - num_described)
     because = f" ({run.last_refusal})" if run.last_refusal else ""
     missing = count_peers(quorum - num_described)
@@ -191,8 +197,8 @@ def _worth_another_try(run: Run) -> set[str]:
 def _decide_init(run: Run, observed: Observation) -> Step:
     eligible, refused = observed.eligible, _with_status(run, "refused")
     refused -= _decided(run, eligible)
-    online, awaiting = eligible | observed.unfit, _await_consent(run, observed)
-    if online and not awaiting and online <= refused and not run.pending:
+    online = eligible | observed.unfit
+    if online and not _may_be_decided(run, observed) and online <= refused and not run.pending:
         # No present peer can do it, and asking again would give the same answer.
         because = f"no peer could make the first weights: {run.last_refusal}"
         return steps.EndRun(RunState.FAILED, because)
@@ -202,7 +208,7 @@ def _decide_init(run: Run, observed: Observation) -> Step:
         return steps.Wait("the first weights from 1 peer", run.pending[:1])
     if untried := eligible - refused:
         return steps.AskPeers((min(untried),), opens_phase=True)
-    if awaiting:
+    if _await_consent(run, observed):
         return _wait_for_quorum(run, observed, 1)
     return steps.Wait("a peer that can make the first weights")
 

@@ -212,7 +212,7 @@ class Agent:
             self.trainer,
             self,
             self._folder,
-            settings=lambda: AgentSettings(tasks=("softmax",)),
+            settings=lambda: self.owner,
             observer=Proving(self._folder / "cache"),
             queries=Queries(
                 Recall(me, self._folder / "cache", self.send, lambda *_: None).answer,
