@@ -164,6 +164,8 @@ def encode_table(
     table = EncodedTable(spools[0].rows(), spools[1].rows(), dropped)
     for part in (table.trained_on, table.held_out):
         _replace_rare(part.x, preprocessing, vocabularies, min_rows)
+        if not preprocessing.target.classes:
+            replace_rare_numbers(part.y[:, 0], min_rows)
     return table
 
 

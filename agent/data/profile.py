@@ -17,11 +17,18 @@ from msgspec.structs import replace
 
 from agent.data import Reader, column_types
 from agent.data.column_types import PossibleKinds
+from agent.data.rare_values import most_frequent
 from agent.data.settings import DataSettings
 from protocols.errors import DataError, SchemaMismatch
 from protocols.tables import statistics
 from protocols.tables.preprocessing import MAX_CLASSES, Preprocessing, TableSettings
-from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, TableStatistics
+from protocols.tables.statistics import (
+    NUMERIC,
+    ColumnKind,
+    ColumnStatistics,
+    Moments,
+    TableStatistics,
+)
 
 
 class KindAggregation:
@@ -50,7 +57,6 @@ class StatisticsAggregation(NamedTuple):
 
     kinds: dict[str, ColumnKind]
     counted: frozenset[str] = frozenset()
-    extremes: bool = False
 
     @property
     def state_type(self) -> Any:
@@ -79,9 +85,7 @@ class StatisticsAggregation(NamedTuple):
             missing=len(found) - len(there),
             whole=whole,
             moments=statistics.compute_moments(there),
-            extremes=(
-                (float(there.min()), float(there.max())) if self.extremes and len(there) else None
-            ),
+            extremes=((float(there.min()), float(there.max())) if len(there) else None),
         )
         if name not in self.counted or not whole:
             return column_statistics
@@ -127,7 +131,7 @@ def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableSt
             "the owner does not tell the least and the most of a column, which minmax needs",
             "commonweight-agent policy set data.extremes true",
         )
-    measure = StatisticsAggregation(found, frozenset({wanted.target}), extremes)
+    measure = StatisticsAggregation(found, frozenset({wanted.target}))
     table = reader.aggregate(measure, names)
     assert table is not None
     if table.rows < data.min_rows:
@@ -135,10 +139,51 @@ def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableSt
             f"the owner asks for at least {data.min_rows} rows, and there are fewer",
             f"there are {table.rows}: commonweight-agent policy set data.min_rows",
         )
+    table = _without_sparse_numbers(reader, table, data.min_count)
+    if not extremes:
+        columns = {name: replace(column, extremes=None) for name, column in table.columns.items()}
+        table = replace(table, columns=columns)
     hashed = [n for n, kind in found.items() if kind == "text" and n != wanted.target]
     return statistics.without_rare_values(
         table, data.min_count, hashed=hashed if wanted.hashed else ()
     )
+
+
+def _without_sparse_numbers(
+    reader: Reader, table: TableStatistics, min_rows: int
+) -> TableStatistics:
+    """The statistics with constants for columns in which fewer than `min_rows` rows differ from the
+    most frequent value: their sum would be that of a few rows."""
+    kinds = {
+        name: column.kind
+        for name, column in table.columns.items()
+        if column.extremes and _may_be_sparse(column.moments, *column.extremes, min_rows)
+    }
+    frequent: dict[str, float] = {}
+    differing = dict.fromkeys(kinds, 0)
+    for batch in reader.batches(list(kinds)) if kinds else ():
+        for name, kind in kinds.items():
+            values = column_types.numbers(batch.column(name), kind)
+            values = values[~np.isnan(values)]
+            if len(values) and name not in frequent:
+                frequent[name] = float(most_frequent(values, min_rows))
+            differing[name] += int(np.count_nonzero(values != frequent.get(name)))
+    columns = dict(table.columns)
+    for name, value in frequent.items():
+        if differing[name] < min_rows:
+            count = columns[name].moments.count
+            columns[name] = replace(
+                columns[name],
+                whole=value.is_integer(),
+                moments=Moments(count, value, 0.0),
+                extremes=(value, value),
+            )
+    return replace(table, columns=columns)
+
+
+def _may_be_sparse(moments: Moments, low: float, high: float, min_rows: int) -> bool:
+    """False if too many rows differ: each of them adds at most the square of the range."""
+    return low < high and moments.m2 < min_rows * (high - low) ** 2
 
 
 def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSettings) -> list[str]:

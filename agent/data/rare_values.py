@@ -10,6 +10,7 @@ table and not on the categories of a run, so two runs with other categories diff
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,12 +64,17 @@ def replace_rare_categories(column: Floats, indices: npt.NDArray[np.int64], min_
     column[:] = np.where(rare, merged, indices)[codes]
 
 
+def most_frequent(values: npt.NDArray[Any], min_rows: int) -> Any:
+    """The most frequent of some values, by the first of them: right if all but a few are equal."""
+    sample, counts = np.unique(values[: _SAMPLE * min_rows], return_counts=True)
+    return sample[counts.argmax()]
+
+
 def replace_rare_numbers(column: Floats, min_rows: int) -> None:
     """Make a column constant if fewer than `min_rows` rows differ from its most frequent value."""
-    sample, counts = np.unique(column[: _SAMPLE * min_rows], return_counts=True)
-    if not len(sample):
+    if not len(column):
         return
-    frequent = sample[counts.argmax()]
+    frequent = most_frequent(column, min_rows)
     if np.count_nonzero(column != frequent) < min_rows:
         column[:] = frequent
 

@@ -45,9 +45,15 @@ class Agreement(NamedTuple):
 
 
 def share_counts(counts: Mapping[str, int], min_count: int) -> ClassCounts:
-    """What may leave a peer: no class with fewer than `min_count` examples. Raises DataError."""
+    """What may leave a peer: no class with fewer than `min_count` examples. Raises DataError.
+
+    If fewer than that are in such classes together, they count as examples of the largest class.
+    """
     shared = {name: count for name, count in counts.items() if count >= max(1, min_count)}
     others = sum(counts.values()) - sum(shared.values())
+    if shared and 0 < others < min_count:
+        shared[max(shared, key=lambda name: (shared[name], name))] += others
+        others = 0
     try:
         return msgspec.convert({"type": "classes", "counts": shared, "others": others}, ClassCounts)
     except msgspec.ValidationError as err:

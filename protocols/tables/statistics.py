@@ -145,7 +145,8 @@ def without_rare_values(
 ) -> TableStatistics:
     """The statistics that may leave a peer: without values that fewer than `min_count` rows have.
 
-    Columns in `hashed` have the `hash_category` of each value.
+    Nor do they tell the number of such rows: they count as rows with the most frequent value, or
+    with the mean. Columns in `hashed` have the `hash_category` of each value.
     """
     hashed = frozenset(hashed)
 
@@ -154,10 +155,31 @@ def without_rare_values(
         rare = sum(column.categories.values()) - sum(common.values())
         if name in hashed:
             common = {hash_category(name, value): n for value, n in common.items()}
-        return replace(column, categories=common, others=column.others + rare)
+        column = replace(column, categories=common, others=column.others + rare)
+        return _without_few(column, min_count)
 
     columns = {name: without_rare(name, column) for name, column in table.columns.items()}
     return replace(table, columns=columns)
+
+
+def _without_few(column: ColumnStatistics, min_count: int) -> ColumnStatistics:
+    """The statistics without the number of missing or unlisted values, if it is small."""
+    counts, moments = dict(column.categories), column.moments
+    missing, others = column.missing, column.others
+    if column.kind in NUMERIC:
+        if 0 < moments.count < min_count:
+            return ColumnStatistics(kind=column.kind, missing=missing + moments.count)
+        if 0 < missing < min_count:
+            moments, missing = replace(moments, count=moments.count + missing), 0
+        others = moments.count - sum(counts.values()) if counts else others
+    elif 0 < missing < min_count and (counts or others):
+        missing, others = 0, others + missing
+    if 0 < others < min_count and counts:
+        counts[max(counts, key=lambda name: (counts[name], name))] += others
+        others = 0
+    elif 0 < others < min_count and missing:
+        missing, others = missing + others, 0
+    return replace(column, missing=missing, others=others, categories=counts, moments=moments)
 
 
 def hash_category(column: str, value: str) -> str:

@@ -16,12 +16,12 @@ pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 
 from agent.data.settings import DataSettings
 from agent.tasks.tabular import Tabular
-from agent.tasks.work import Init
+from agent.tasks.work import Describe, Init
 from protocols.errors import NotAllowed
-from protocols.model import weights
+from protocols.model import schema_card, weights
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
-from protocols.tables.statistics import hash_category
+from protocols.tables.statistics import Moments, TableStatistics, hash_category
 from tests.hostile.test_differences_in_training import SETTINGS, Row, Trainer
 
 pytestmark = pytest.mark.attack("20.3")
@@ -157,3 +157,29 @@ def test_two_lists_of_categories_do_not_differ_in_a_few_rows(tmp_path: Path) -> 
         sets += [x == value for value in np.unique(x)]
     differences = [int((one ^ other).sum()) for one in sets for other in sets]
     assert all(count == 0 or count >= MIN_COUNT for count in differences)
+
+
+def test_the_survey_counts_and_sums_no_few_rows(tmp_path: Path) -> None:
+    """Attack: read from the survey of a table the sum of a column that is 0 but for one person,
+    how many values are missing or rare, or the mean of a column that two rows have."""
+    found = Trainer(tmp_path, patients(), WANTED).do(Describe, {**WANTED, "features": ""})
+    table = schema_card.decode(found.description)
+    assert isinstance(table, TableStatistics)
+    for name, column in table.columns.items():
+        for count in (column.missing, column.others, *column.categories.values()):
+            assert count == 0 or count >= MIN_COUNT, f"{count} rows of {name}"
+        assert column.moments.count == 0 or column.moments.count >= MIN_COUNT
+    debt, note = table.columns["debt"].moments, table.columns["note"].moments
+    assert (debt.mean, debt.m2) == (0.0, 0.0), "the debts of two"
+    assert note == Moments()
+
+
+def test_the_sum_of_a_sparse_target(tmp_path: Path) -> None:
+    """Attack: predict a number that is 0 but for two persons: the change of the bias is their
+    sum."""
+    made = Preprocessing(
+        features=(Feature(name="age", kind="number", mean=45.0, scale=15.0),),
+        target=Target(name="debt", kind="number"),
+    )
+    change = trained(tmp_path, made, kind="regression")
+    assert not any(values.any() for values in change.values())

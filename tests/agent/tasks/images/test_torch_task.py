@@ -264,7 +264,7 @@ def test_only_classes_with_enough_pictures_are_told(folder: Path) -> None:
         picture(folder / "data" / "mrs smith" / f"{number}.png", 90)
     task, settings = loaded(folder, min_count=5), {**SMALL, "classes": ""}
     told = task.survey(settings)
-    assert told == ClassCounts(counts={"dark": 20, "light": 20}, others=3)
+    assert told == ClassCounts(counts={"dark": 20, "light": 23})
     assert task.survey(SMALL) is None, "a run may name them"
     with pytest.raises(UnknownName):
         task.survey({**settings, "colour": 1})
