@@ -33,7 +33,7 @@ def show_policy(json: Json = False) -> None:
     print_data([info._asdict() for info in infos], lines, json=json)
 
 
-@policy.command("set")
+@policy.command("set", context_settings={"ignore_unknown_options": True})  # -3 is a value
 def set_policy(
     key: Annotated[str, typer.Argument(help="The setting; see policy show.")],
     value: Annotated[str, typer.Argument(help="Its value; several are separated by commas.")],
@@ -54,9 +54,15 @@ def set_policy(
         from agent.setup import own_data
 
         print_line(own_data.check_setting(settings.read(home, data=parsed)))
+    if key == "sandbox_read":
+        for path in map(Path, parsed):
+            if home.resolve().is_relative_to(path.resolve()):
+                print_line(f"with {path}, tasks may read the agent's keys, which are in {home}")
+            elif not path.exists():
+                print_line(f"{path} does not exist yet")
     settings.change(home, **{key: parsed})
     source = next(setting.source for setting in settings.describe(home) if setting.name == key)
-    print_line(f"{key} is {value} in {home / settings.FILE}")
+    print_line(f"{key} is {value or 'empty'} in {home / settings.FILE}")
     if source != settings.FILE:
         print_line(f"but {source} is set and overrides it")
     if is_running(home) and key in settings.RESTART_KEYS:

@@ -119,17 +119,26 @@ def rotate_issuer(home: Path, ca_file: Path, passphrase: str) -> str:
     Raises UsageError (wrong file or passphrase), HomeError, HomeLocked.
     """
     with _locked(home) as keys:
-        if not keys.issuer:
-            raise UsageError(
-                "the CA's key of this home is not offline, so it has no issuer",
-                "take it offline: commonweight keys rotate ca --offline-ca FILE",
-            )
+        check_issuer(keys, has_ca_key=True)
         ca_key = _open_ca_key(keys, ca_file, passphrase)
         key, issuer = identity.new_issuer(ca_key, keys.ca_pem)
         digest = short_hash(identity.public_bytes(key))
         _record(home, "issuer", digest)
         write_private(home / ISSUER_FILE, issuer + identity.private_pem(key))
     return digest
+
+
+def check_issuer(keys: Keys, *, has_ca_key: bool) -> None:
+    """Raise UsageError unless `rotate_issuer` can replace the issuer of these keys."""
+    if not keys.issuer:
+        raise UsageError(
+            "the CA's key of this home is not offline, so it has no issuer",
+            "take it offline: commonweight keys rotate ca --offline-ca FILE",
+        )
+    if not has_ca_key:
+        raise UsageError(
+            "the CA's key signs a new issuer", "--ca-key FILE, as given to --offline-ca"
+        )
 
 
 def rotate_ca(
@@ -201,23 +210,39 @@ def check_ca_options(keys: Keys, *, has_old: bool, is_offline: bool) -> None:
 
 def _open_ca_key(keys: Keys, file: Path, passphrase: str) -> SigningKey:
     """The key of this home's CA from an encrypted file. Raises UsageError."""
+    hint = "--ca-key names the file that init or keys rotate wrote by --offline-ca"
     try:
-        key = serialization.load_pem_private_key(file.read_bytes(), passphrase.encode())
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as err:
-        raise UsageError(f"cannot open {file}: {err}", "is it the passphrase of init?") from err
+        data = file.read_bytes()
+    except OSError as err:
+        raise UsageError(f"cannot open {file}: {err.strerror}", hint) from err
+    if b"ENCRYPTED PRIVATE KEY" not in data:
+        raise UsageError(f"cannot open {file}: it has no encrypted key", hint)
+    try:
+        key = serialization.load_pem_private_key(data, passphrase.encode())
+    except (ValueError, TypeError, UnsupportedAlgorithm) as err:
+        raise UsageError(
+            f"cannot open {file} with this passphrase", "each file has its own, chosen with it"
+        ) from err
     if not isinstance(key, SigningKey) or identity.public_bytes(key) != identity.ca_public(
         keys.ca_pem
     ):
-        raise UsageError(f"{file} is not the key of this fleet's CA, {keys.fleet}")
+        raise UsageError(f"{file} is not the key of this fleet's CA, {keys.fleet}", hint)
     return key
 
 
 def write_encrypted(file: Path, passphrase: str) -> Callable[[SigningKey], None]:
     """A function that writes a CA key to a new `file`, encrypted. Raises UsageError."""
     if len(passphrase) < MIN_PASSPHRASE:
-        raise UsageError(f"the passphrase must have at least {MIN_PASSPHRASE} characters")
+        raise UsageError(
+            f"the passphrase must have at least {MIN_PASSPHRASE} characters", "use some words"
+        )
     if file.exists():
         raise UsageError(f"{file} exists already", "choose another name for the CA's key")
+    if file.resolve().is_relative_to(homes.home_path("coordinator").resolve()):
+        raise UsageError(
+            f"{file} is in the coordinator's home, where a thief finds it",
+            "choose a file elsewhere, best on a disk that you put away",
+        )
 
     def write(key: SigningKey) -> None:
         pem = key.private_bytes(
@@ -228,7 +253,10 @@ def write_encrypted(file: Path, passphrase: str) -> Callable[[SigningKey], None]
         try:
             write_private(file, pem)
         except OSError as err:
-            raise UsageError(f"cannot write {file}: {err.strerror or err}") from err
+            raise UsageError(
+                f"cannot write {file}: {err.strerror or err}",
+                "choose a file in a folder that exists and that you can write to",
+            ) from err
 
     return write
 

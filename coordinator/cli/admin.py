@@ -58,7 +58,11 @@ def read_passphrase(file: Path | None, *, new: bool, what: str = "") -> str:
     try:
         return file.read_text().partition("\n")[0]
     except (OSError, UnicodeDecodeError) as err:
-        raise UsageError(f"cannot read the passphrase: {err}") from err
+        why = err.strerror if isinstance(err, OSError) else "it is not text"
+        raise UsageError(
+            f"cannot read the passphrase in {file}: {why}",
+            "name a text file whose first line is the passphrase",
+        ) from err
 
 
 @contextlib.contextmanager

@@ -103,6 +103,10 @@ def rotate(
     ):
         if given is not None and key not in fits:
             raise UsageError(f"{option} is not for the {key.value} key", "leave it out")
+    if key is _Key.CA and ca_key is None and passphrase_file is not None:
+        raise UsageError("--passphrase-file is for the old CA's key", "add --ca-key FILE")
+    if offline_ca is None and new_passphrase_file is not None:
+        raise UsageError("--new-passphrase-file is for the new CA's key", "add --offline-ca FILE")
     if key is _Key.SIGNING or key is _Key.OPERATOR:
         digest = admin.rotate(home, "signing" if key is _Key.SIGNING else "operator")
     elif key is _Key.CA:
@@ -116,9 +120,9 @@ def rotate(
             keep = admin.write_encrypted(offline_ca, word)
         days = OLD_CA_DAYS if old_days is None else old_days
         digest = admin.rotate_ca(home, old=old, keep_offline=keep, old_days=days)
-    elif ca_key is None:
-        raise UsageError("the CA's key signs a new issuer", "--ca-key FILE, as given to init")
     else:
+        admin.check_issuer(settings.open_keys(home), has_ca_key=ca_key is not None)
+        assert ca_key is not None
         digest = admin.rotate_issuer(home, ca_key, read_passphrase(passphrase_file, new=False))
     name = "CA's" if key is _Key.CA else key.value
     text = f"the new {name} key is {digest}\nnext: {_WHAT_NEXT[key]}"

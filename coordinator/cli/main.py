@@ -69,14 +69,18 @@ def init(
     from coordinator.storage import settings
 
     keep = None
+    if passphrase_file is not None and offline_ca is None:
+        raise UsageError(
+            "a passphrase is for a CA's key that is kept offline", "add --offline-ca FILE"
+        )
     if offline_ca is not None and not (homes.home_path("coordinator") / "ca.pem").exists():
         from coordinator.admin.keys import write_encrypted
 
         keep = write_encrypted(offline_ca, admin.read_passphrase(passphrase_file, new=True))
     elif offline_ca is not None:
         raise UsageError(
-            "this coordinator has a CA already, whose key cannot be taken offline",
-            "use it as it is, or make another with COMMONWEIGHT_HOME",
+            "this coordinator has a CA already",
+            f"replace it by an offline one: commonweight keys rotate ca --offline-ca {offline_ca}",
         )
     home, new = settings.init(name or [], keep)
     if name:

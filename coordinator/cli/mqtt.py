@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli.common import Json, print_result
-from protocols.errors import HomeError
+from protocols.errors import HomeError, UsageError
 
 mqtt = typer.Typer(help="A broker of your own.", no_args_is_help=True)
 
@@ -35,6 +35,10 @@ def mosquitto(
     from protocols.local import homes
 
     home = homes.open_home("coordinator")
+    if folder.resolve() == home.resolve():
+        raise UsageError(
+            f"{folder} is the coordinator's home", "choose a folder of its own for Mosquitto"
+        )
     keys, chosen = settings.open_keys(home), settings.read()
     files = MosquittoFiles(folder, keys.fleet, mqtt_passwords(keys))
     port = mosquitto_port(chosen)
@@ -43,7 +47,9 @@ def mosquitto(
         config = files.write_config(chosen.host, port, certificate, key)
         files.write_empty()
     except OSError as err:
-        raise HomeError(f"cannot write into {folder}: {err}", "choose another folder") from err
+        raise HomeError(
+            f"cannot write into {folder}: {err.strerror or err}", "choose another folder"
+        ) from err
     start, up = (
         f"mosquitto -c {shlex.quote(str(config))}",
         f"--mosquitto {shlex.quote(str(folder))}",

@@ -161,7 +161,8 @@ class MosquittoBroker:
                 self._reload()
         except OSError as err:
             raise HomeError(
-                f"cannot write the logins of Mosquitto: {err}",
+                f"cannot write the logins of Mosquitto into {self._files.folder}: "
+                f"{err.strerror or err}",
                 f"commonweight mqtt mosquitto {self._files.folder}",
             ) from err
 

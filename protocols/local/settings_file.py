@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -55,7 +55,31 @@ def _error_text(error: str, values: Mapping[str, Any], kind: type[msgspec.Struct
     name = place.rstrip("`").partition("[")[0]
     if name not in values:
         return f"a setting is wrong: {error}"
-    hint = get_type_hints(kind)[name]
-    if get_origin(hint) is Literal:
-        return f"{name} must be one of {', '.join(get_args(hint))}; not {values[name]!r}"
+    if wanted := _wanted(get_type_hints(kind, include_extras=True)[name]):
+        return f"{name} must be {wanted}; not {values[name]!r}"
     return f"{name} is wrong: {why}, not {values[name]!r}"
+
+
+def _wanted(hint: Any) -> str:
+    """The numbers or words that a setting takes, as text; empty for other types."""
+    from msgspec import inspect  # an idle agent does not need it
+
+    found = inspect.type_info(hint)
+    while isinstance(found, inspect.Metadata):
+        found = found.type
+    if isinstance(found, inspect.LiteralType):
+        words = get_args(get_args(hint)[0] if get_origin(hint) is Annotated else hint)
+        return f"one of {', '.join(words)}"
+    if isinstance(found, inspect.BoolType):
+        return "true or false"
+    if not isinstance(found, inspect.IntType | inspect.FloatType):
+        return ""
+    parts = ["a whole number" if isinstance(found, inspect.IntType) else "a number"]
+    for bound, text in (
+        (found.ge, "at least"),
+        (found.gt, "more than"),
+        (found.le, "at most"),
+        (found.lt, "less than"),
+    ):
+        parts += [f"{text} {bound:g}"] if bound is not None else []
+    return ", ".join(parts)

@@ -72,6 +72,16 @@ def test_policy_says_where_each_value_comes_from(agent_home: Path) -> None:
     )
 
 
+def test_policy_tells_a_wrong_number_and_what_a_path_opens(agent_home: Path) -> None:
+    code, _, err = agent(agent_home, "policy", "set", "min_batch", "-3")
+    assert code == 2
+    assert "min_batch must be a whole number, at least 1; not '-3'" in err
+    code, _, err = agent(agent_home, "policy", "set", "sandbox_read", f"{agent_home.parent},none")
+    assert code == 0
+    assert "tasks may read the agent's keys" in err
+    assert f"{Path('none').absolute()} does not exist yet" in err
+
+
 def test_policy_writes_only_what_was_set(agent_home: Path) -> None:
     agent(agent_home, "policy", "set", "threads", "2")
     assert (agent_home / "settings.toml").read_text() == "threads = 2\n"

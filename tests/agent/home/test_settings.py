@@ -161,7 +161,11 @@ def test_non_ascii_settings_in_any_locale(tmp_path: Path) -> None:
     ("name", "value", "words"),
     [
         ("battery", "maybe", "battery must be one of always, auto, never; not 'maybe'"),
-        ("cpu_share", "200", "cpu_share is wrong: .* <= 1.0, not '200'"),
+        ("cpu_share", "200", "cpu_share must be a number, .*at most 1; not '200'"),
+        ("min_batch", "-3", "min_batch must be a whole number, at least 1; not '-3'"),
+        ("min_batch", "abc", "min_batch must be a whole number, at least 1; not 'abc'"),
+        ("max_lr", "nan", "max_lr must be a number, at least 0; not 'nan'"),
+        ("sandbox", "perhaps", "sandbox must be one of auto, require, off; not 'perhaps'"),
     ],
 )
 def test_the_error_for_a_wrong_value_names_the_valid_ones(
