@@ -144,7 +144,7 @@ class Client:
         payload, signature = signed_payload(message, "config", "work")
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
         self._fleet_names.check("coordinator", work.fleet)
-        consent.check(self._settings(), work.run, work.task, work.settings)
+        self._check_consent(work)
         if work.kind in ("describe", "train"):
             owner_floors.check_cohort(work.cohort, self._floors)
         config = message.content.config_records["config"]
@@ -155,6 +155,9 @@ class Client:
         if work.kind == "train":
             registry.parse(work.codec)  # fail before an hour of training, not after
         return work, payload, signature
+
+    def _check_consent(self, work: Work) -> None:
+        consent.check(self._settings(), work.run, work.task, work.settings)
 
     def _fetch_base(self, work: Work) -> Path:
         """Returns the file of the work's base version; an empty path for the first weights."""
@@ -169,6 +172,7 @@ class Client:
     def _describe(self, work: Work) -> Finished:
         """Describes data and model."""
         told = self._run_describe(work)
+        self._check_consent(work)
         self._outbox.commit_last()
         description = told.description
         digest = hashlib.sha256(description).hexdigest()
@@ -213,6 +217,7 @@ class Client:
                 Evaluate(task=work.task, settings=_settings(work), base=str(base), personal=state)
             )
         failpoint("agent.work.done")
+        self._check_consent(work)  # the owner may have withdrawn it meanwhile
         # Sync the reply at once if state that stays on this peer changes with the update.
         is_stateful = work.kind == "train" and bool(personal or registry.parse(work.codec).encoding)
         finished = self._outbox.keep(work, done, synced=is_stateful)

@@ -107,6 +107,7 @@ class InferenceJobs:
         except Refused as err:
             log.warning("the job %s was refused: %s (%s)", unit.job, err.message, err.hint)
             raise
+        consent.check(self._settings(), unit.job, unit.task, unit.settings)
         return Result(jobs.encode(scores), max(score.num_examples for score in scores.values()))
 
     def _check_models(self, unit: Unit) -> None:

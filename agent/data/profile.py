@@ -208,7 +208,8 @@ def may_use(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _column_withheld(name: str) -> SchemaMismatch:
-    found, hint = "one that its owner keeps back", "commonweight-agent policy set data.columns"
+    found = "one that its owner keeps back"
+    hint = "commonweight-agent task allow TASK --columns, within policy set data.columns"
     return SchemaMismatch(f"column {name}", "a column that runs may use", found, hint)
 
 

@@ -108,7 +108,8 @@ def test_the_walk_through_works_as_written(machines: dict[str, FreshMachine]) ->
         for name in CLINICS if place == "clinics" else (place,):
             for line in lines:
                 ours = line.replace("north", name)
-                printed = machines[name].follow(ours, ticket + "\n")
+                given = f"{ticket}\n" if " join " in line else ""
+                printed = machines[name].follow(ours, given)
                 if line.startswith("commonweight ticket create"):
                     ticket = printed.strip()
                 if line.startswith(("commonweight run start", "commonweight analyze")):

@@ -25,7 +25,7 @@ from agent.home.refusal_log import RefusalLog
 from agent.home.settings import AgentSettings
 from agent.policy import consent
 from agent.setup import consents
-from agent.tasks.work import Describe
+from agent.tasks.work import Describe, Done
 from agent.trainer.process import Terms, TrainerProcess
 from protocols.enrollment import identity
 from protocols.errors import AwaitingConsent, NotAllowed, TrainerFailed, UnknownName
@@ -135,6 +135,26 @@ def test_consent_that_is_withdrawn_holds_for_the_next_message(machine: Machine) 
     consents.forbid(machine.home, "ping")
     with pytest.raises(NotAllowed):
         machine.ask("ping", "init")
+
+
+@pytest.mark.parametrize("kind", ["describe", "init", "train", "evaluate"])
+def test_nothing_leaves_once_consent_is_withdrawn_during_the_work(
+    machine: Machine, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: have the work begun while the owner allows it, and take the result afterwards."""
+    consents.allow(machine.home, "ping")
+    (machine.home / "base").write_bytes(b"a version")
+
+    def run(work: Any) -> Done:
+        consents.forbid(machine.home, "ping")
+        if out := getattr(work, "out", ""):
+            Path(out).write_bytes(b"an update")
+        return Done(digest="a" * 64, nbytes=9, num_examples=99, description=b"{}")
+
+    monkeypatch.setattr(machine.trainer, "run", run)
+    monkeypatch.setattr(machine.trainer, "fetch", lambda work: machine.home / "base")
+    with pytest.raises(NotAllowed, match="forbids the task 'ping'"):
+        machine.ask("ping", kind)
 
 
 @pytest.mark.parametrize(
