@@ -47,7 +47,10 @@ def show(json: Json = False) -> None:
         lines.append("no log of versions was seen yet")
     lines += [f"{peer} has seen the same up to entry {at}" for peer, at in confirmed.items()]
     for path in proofs:
-        text = fork_proof.check(joined.ca_pem.encode(), fork_proof.decode(path.read_bytes()))
+        try:
+            text = fork_proof.check(joined.ca_pem.encode(), fork_proof.decode(path.read_bytes()))
+        except BadMessage as err:  # such as one from before a rotation of the CA
+            text = f"cannot be checked now: {err.message}"
         mark = "proof" if path in pending else "acknowledged proof"
         lines.append(f"{mark} {path}: {text}")
     if pending:

@@ -265,6 +265,12 @@ class Agent:
 
     async def _check_log(self) -> None:
         """Compare heads that have come, and pause for a proof or for missing witnesses."""
+        try:
+            await self._compare_log()
+        except CommonweightError as err:  # a full disk: work itself reports it
+            log.info("the coordinator's log of versions: %s", err.message)
+
+    async def _compare_log(self) -> None:
         if self._log.has_waiting:
             await asyncio.to_thread(self._log.process)
         if self._runner.state.pauses.keys() & {PauseReason.FORK} or self._log.is_forked:

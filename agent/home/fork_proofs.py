@@ -21,14 +21,18 @@ MAX_PROOFS = 64
 
 def save(home: Path, proof: ForkProof) -> Path:
     """Store a proof; the path of its file. Raises OSError."""
-    folder = home / FOLDER
-    folder.mkdir(mode=0o700, exist_ok=True)
-    path = path_in(folder, proof.id, _OPEN)
+    path = path_of(home, proof)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     if not path.exists():
         for old in all_files(home)[: -MAX_PROOFS + 1]:
             old.unlink()
         write_private(path, fork_proof.encode(proof))
     return path
+
+
+def path_of(home: Path, proof: ForkProof) -> Path:
+    """Where a proof is stored."""
+    return path_in(home / FOLDER, proof.id, _OPEN)
 
 
 def not_acknowledged(home: Path) -> list[Path]:

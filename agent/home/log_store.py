@@ -58,6 +58,8 @@ class LogStore:
                 CREATE TABLE IF NOT EXISTS audit (at REAL PRIMARY KEY, head BLOB NOT NULL);
                 CREATE TABLE IF NOT EXISTS confirmed (
                     peer TEXT PRIMARY KEY, size INTEGER NOT NULL, at REAL NOT NULL);
+                CREATE TABLE IF NOT EXISTS epochs (
+                    epoch INTEGER PRIMARY KEY, at REAL NOT NULL, head BLOB NOT NULL);
                 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB NOT NULL);
                 """
             )
@@ -85,7 +87,7 @@ class LogStore:
 
     def forget(self) -> None:
         """Forget all but the audit's heads: the log starts anew."""
-        for table in ("entries", "heads", "confirmed", "meta"):
+        for table in ("entries", "heads", "confirmed", "epochs", "meta"):
             self._write(f"DELETE FROM {table}")
 
     # --- the log ---
@@ -221,6 +223,24 @@ class LogStore:
         self._write("DELETE FROM heads WHERE size > ?", (size,))
         self._write("DELETE FROM confirmed")
         return [LogEntry(*row) for row in rows if row[0]]
+
+    # --- epochs ---
+
+    def note_epoch(self, head: LogHead, signed: bytes) -> None:
+        """Remember the earliest head of its epoch, shown to this agent or to another peer."""
+        self._write(
+            "INSERT INTO epochs VALUES (?, ?, ?) ON CONFLICT (epoch) DO UPDATE SET "
+            "at = excluded.at, head = excluded.head WHERE excluded.at < at",
+            (head.epoch, head.at, signed),
+        )
+
+    def newer_epoch(self, epoch: int, before: float) -> bytes:
+        """A head of a newer epoch that was signed `before` a time (Unix s), or empty."""
+        row = self._execute(
+            "SELECT head FROM epochs WHERE epoch > ? AND at < ? ORDER BY at LIMIT 1",
+            (epoch, before),
+        ).fetchone()
+        return bytes(row[0]) if row else b""
 
     # --- other peers ---
 

@@ -44,8 +44,15 @@ log = logging.getLogger("commonweight.log")
 TELL_EVERY_S, TELL_EVERY_IN_LARGE_FLEET_S, LARGE_FLEET = 2.0, 15.0, 16
 #: Versions older than this must have been seen by the owner's witnesses.
 WITNESS_LAG_S = 60.0
+#: An agent is told of the log's growth within seconds. What a peer has seen for so long, and this
+#: agent is not shown, is kept from it.
+MAX_BEHIND_S = 300.0
+#: After more new entries than this, the log is followed anew.
+MAX_GAP = 131_072
 #: Statements that wait, and peers whose last one is remembered.
 _MAX_WAITING, _MAX_PEERS = 256, 4096
+#: Of one kind at once.
+_MAX_NOTES = 8
 #: Read before the known entries for the version of work.
 _MAX_OLDER_PAGES = 8
 _NEXT = "commonweight-agent audit show; commonweight-agent audit acknowledge, to go on"
@@ -56,6 +63,14 @@ class Witnesses(NamedTuple):
 
     needed: int = 0
     peers: tuple[str, ...] = ()
+
+
+class _Ahead(NamedTuple):
+    """A peer has seen this head, which ours had not reached `since` a time (monotonic s)."""
+
+    seen: SeenHead
+    head: LogHead
+    since: float
 
 
 class FollowedLog:
@@ -85,9 +100,11 @@ class FollowedLog:
         self._waiting: deque[bytes] = deque(maxlen=_MAX_WAITING)
         #: By peer: its last statement, and the time when it was made.
         self._statements: dict[str, tuple[bytes, float]] = {}
-        #: Heads of other peers with more entries than ours, to compare when ours has grown.
-        self._ahead: dict[str, tuple[SeenHead, LogHead]] = {}
+        #: By peer: a head that ours has not reached, to compare when it has.
+        self._ahead: dict[str, _Ahead] = {}
         self._told_at, self._warned = -1e9, False
+        #: A proof could not be stored: no work before a restart.
+        self._is_unsaved = False
         #: Ours, for gossip.
         self._seen, self._proof = b"", b""
         self._ignored_before = fork_proofs.acknowledged_at(home)
@@ -110,7 +127,7 @@ class FollowedLog:
     @property
     def is_forked(self) -> bool:
         """True while a proof is not acknowledged."""
-        return bool(fork_proofs.not_acknowledged(self._home))
+        return self._is_unsaved or bool(fork_proofs.not_acknowledged(self._home))
 
     def refresh(self) -> bool:
         """Begin anew if the owner has acknowledged the proofs. True while one is open."""
@@ -144,6 +161,7 @@ class FollowedLog:
                 self._without_log()
                 return
             signed = self._follow(head, wire.decode_page(page))
+            self._check_not_behind()
             if work.kind in ("train", "evaluate"):
                 self._check_version(work, signed)
                 self.check_witnesses()
@@ -167,6 +185,18 @@ class FollowedLog:
                 "this coordinator is older and keeps no log of versions: nobody notices if it "
                 "shows other versions to other peers"
             )
+
+    def _check_not_behind(self) -> None:
+        """Raise LogConflict if another peer has long seen what this agent is not shown."""
+        known = self._store.newest()
+        for peer, (_, head, since) in self._ahead.items():
+            if time.monotonic() - since > MAX_BEHIND_S:
+                raise LogConflict(
+                    f"the peer {peer} has seen {head.size} entries of the coordinator's log"
+                    + (" after a restore" if head.epoch > self._epoch else "")
+                    + f", and this machine is shown {known.size if known else 0}",
+                    "ask the operator why; commonweight-agent audit show",
+                )
 
     def _check_version(self, work: Work, head: LogHead) -> None:
         number = version_number(work)
@@ -230,6 +260,13 @@ class FollowedLog:
             raise LogConflict("a log that was replaced by a backup", "commonweight-agent logs")
         elif head.size <= known.size:
             self._compare(head, signed, known)
+        elif head.size > known.size + MAX_GAP:
+            self.on_note(
+                f"the coordinator's log has grown by {head.size - known.size} entries since this "
+                "agent saw it; it is followed anew"
+            )
+            self._store.cut(0)
+            self._begin(head, signed, page)
         else:
             entries, before = self._entries_between(known.size, head, page)
             if before != known.hash:
@@ -237,7 +274,6 @@ class FollowedLog:
             self._extend(known.size, known.hash, entries, head, signed)
         if self._store.hash_at(head.size) is not None:
             self._store.add_head(head, signed)
-        self._note_epoch(head, signed)
         newest = self._store.newest()
         if newest is not None and newest.head == signed:
             self._seen = b""
@@ -305,12 +341,11 @@ class FollowedLog:
             else:
                 past = []
             self._forked(b"", signed, before, [*past, *entries])
-        for one in decoded:
-            if one.kind == "back":
-                self.on_note(
-                    f"run {one.run} goes on from version {one.number} ({one.digest[:12]}): the "
-                    "coordinator took back what came after it"
-                )
+        for one in [one for one in decoded if one.kind == "back"][-_MAX_NOTES:]:
+            self.on_note(
+                f"run {one.run} goes on from version {one.number} ({one.digest[:12]}): the "
+                "coordinator took back what came after it"
+            )
         hashes = wire.chain_all(before, start, entries)
         self._store.append(start, list(zip(entries, decoded, strict=True)), hashes)
 
@@ -362,23 +397,10 @@ class FollowedLog:
         return same and ours.ledger_hash != head.ledger_hash
 
     def _check_epoch(self, head: LogHead, signed: bytes) -> None:
-        """Raise LogConflict if an older log is shown long after a newer one."""
-        newest = self._store.meta("newest epoch")
-        if not newest:
-            return
-        first = wire.SIGNED_HEAD.decode(newest[64:])
-        if head.epoch < first.epoch and head.at > first.at + MAX_CLOCK_SKEW_S:
-            self._forked(signed, newest, first.hash, [])
-        if head.epoch > first.epoch:
-            return
-        if head.epoch == first.epoch and head.at < first.at:
-            self._store.set_meta("newest epoch", signed)
-
-    def _note_epoch(self, head: LogHead, signed: bytes) -> None:
-        """Remember the first head that was seen of the newest epoch."""
-        newest = self._store.meta("newest epoch")
-        if not newest or wire.SIGNED_HEAD.decode(newest[64:]).epoch < head.epoch:
-            self._store.set_meta("newest epoch", signed)
+        """Remember the head's epoch. Raise LogConflict if it is shown long after a newer one."""
+        if newer := self._store.newer_epoch(head.epoch, head.at - MAX_CLOCK_SKEW_S):
+            self._forked(signed, newer, wire.START, [])
+        self._store.note_epoch(head, signed)
 
     def _forked(self, first: bytes, second: bytes, before: bytes, entries: list[bytes]) -> None:
         """Keep the proof and raise LogConflict; BadMessage if the proof would show nothing."""
@@ -399,7 +421,12 @@ class FollowedLog:
 
     def _keep(self, proof: ForkProof, text: str) -> None:
         is_new = not self.is_forked
-        path = fork_proofs.save(self._home, proof)
+        try:
+            path = fork_proofs.save(self._home, proof)
+        except OSError as err:
+            self._is_unsaved = True
+            log.error("the proof cannot be stored: %s", err)
+            path = fork_proofs.path_of(self._home, proof)
         self._store.set_meta("forked", b"1")
         encoded = fork_proof.encode(proof)
         self._proof = encoded if len(encoded) <= seen_heads.MAX_GOSSIP_PROOF_BYTES else b""
@@ -452,13 +479,12 @@ class FollowedLog:
     def _compare_seen(self, peer: VerifiedSeen, head: LogHead) -> None:
         signed = peer.seen.head
         self._check_epoch(head, signed)
-        self._note_epoch(head, signed)
         known = self._store.newest()
         if known is None or head.epoch != self._epoch or head.size > known.size:
-            self._ahead.pop(peer.seen.peer, None)
-            self._ahead[peer.seen.peer] = (peer.seen, head)
-            while len(self._ahead) > _MAX_PEERS:
-                del self._ahead[next(iter(self._ahead))]
+            # The first one stays: a log that always grows faster than ours would never be reached.
+            if len(self._ahead) < _MAX_PEERS:
+                ahead = _Ahead(peer.seen, head, time.monotonic())
+                self._ahead.setdefault(peer.seen.peer, ahead)
             return
         if self._compare(head, signed, known):
             self._store.confirm(peer.seen.peer, head.size, peer.seen.at)
@@ -468,8 +494,10 @@ class FollowedLog:
         known = self._store.newest()
         if known is None:
             return
-        for peer, (seen, head) in list(self._ahead.items()):
-            if head.epoch == self._epoch and head.size <= known.size:
+        for peer, (seen, head, _) in list(self._ahead.items()):
+            if head.epoch < self._epoch:  # it was ahead before a restore
+                del self._ahead[peer]
+            elif head.epoch == self._epoch and head.size <= known.size:
                 del self._ahead[peer]
                 if self._compare(head, seen.head, known):
                     self._store.confirm(peer, head.size, seen.at)

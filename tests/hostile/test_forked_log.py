@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from agent.home import fork_proofs
+from agent.home import fork_proofs, log_store
 from agent.home.settings import write_enrollment
+from agent.transport import followed_log
 from agent.transport.followed_log import Witnesses
 from coordinator.fleet.registry import Restored
 from coordinator.storage.version_log import SignedTail
@@ -481,8 +483,7 @@ def test_an_agent_follows_a_long_log_and_remembers_a_window(scene: Scene) -> Non
     """Control: an agent that was away follows the log, and a new one reads older entries."""
     ada = scene.agent("ada")
     ada.train(3)
-    for number in range(4, 1400):
-        scene.shown.version(number)
+    scene.shown.versions(4, 1399)
     ada.train(1399)
     assert ada.pages == 3
     late = scene.agent("late")
@@ -534,3 +535,80 @@ def test_a_backup_that_is_restored_twice_is_no_fork(scene: Scene) -> None:
     assert not ada.forks + bob.forks
     assert len(ada.notes) == 2
     assert len(bob.notes) == 1
+
+
+@pytest.mark.attack("20.11")
+def test_a_log_that_grows_out_of_sight(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attack: fill one of two logs with entries, so that no peer remembers a common place."""
+    ada, bob = forked(scene)
+    monkeypatch.setattr(log_store, "MAX_ENTRIES", 64)
+    for number in range(100):
+        bob.shown.start(f"fill-{number:06x}")
+    bob.shown.version(5, "bob 5")
+    bob.train(5, "bob 5")
+    bob.hear(ada)
+    assert not bob.forks, "bob remembers nothing so old"
+    ada.hear(bob)
+    ada.train(4, "for ada")
+    monkeypatch.setattr(followed_log, "MAX_BEHIND_S", 0.0)
+    with pytest.raises(LogConflict, match=f"{bob.machine.peer} has seen 20"):
+        ada.train(4, "for ada")
+    bob.shown.version(6, "bob 6")
+    bob.train(6, "bob 6")
+    ada.hear(bob)
+    ada.shown.version(5, "ada 5")
+    with pytest.raises(LogConflict, match=f"{bob.machine.peer} has seen 20"):
+        ada.train(5, "ada 5")
+
+
+@pytest.mark.attack("20.11")
+def test_restores_without_end(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attack: restore again and again for one half of the fleet, and never for the other."""
+    other = scene.copy()
+    ada, bob = scene.agent("ada"), scene.agent("bob")
+    ada.train(3)
+    bob.train(3)
+    bob.shown = other
+    for count in range(3):
+        later = Restored(epoch=int(time.time()) + 200 * count, entries=0, made_at=0.0)
+        other.ledger.append("fleet", [msgspec.json.encode(later)])
+        other.version(4 + count, f"bob {count}")
+        bob.train(4 + count, f"bob {count}")
+        sign_later(other, 200)
+        ada.hear(bob)
+    ada.train(3)
+    monkeypatch.setattr(followed_log, "MAX_BEHIND_S", 0.0)
+    with pytest.raises(LogConflict, match="after a restore"):
+        ada.train(3)
+    monkeypatch.undo()
+    sign_later(scene.shown, 700)
+    scene.shown.version(4, "ada")
+    with pytest.raises(LogConflict, match="shows its old log beside the one that was restored"):
+        ada.train(4, "ada")
+
+
+@pytest.mark.attack("20.11")
+def test_an_endless_log(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attack: claim a huge log, so that an agent reads entries until its memory is full."""
+    monkeypatch.setattr(followed_log, "MAX_GAP", 1000)
+    ada = scene.agent("ada")
+    ada.train(3)
+    scene.shown.versions(4, 1099)
+    ada.train(1099)
+    assert ada.pages == 0
+    assert "is followed anew" in ada.notes[0]
+
+
+@pytest.mark.attack("20.11")
+def test_a_proof_for_which_there_is_no_room(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attack: lie to an agent whose disk is full."""
+    ada, bob = forked(scene)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fork_proofs, "write_private", full)
+    ada.hear(bob)
+    assert len(ada.forks) == 1
+    with pytest.raises(LogConflict, match="owner has the proof"):
+        ada.train(4, "for ada")

@@ -72,6 +72,14 @@ class Shown:
         made = digest(text or f"version {number}")
         self._append(run_events.VersionCommitted(number, made, digest("?"), (), {}), run)
 
+    def versions(self, first: int, last: int) -> None:
+        """Make these versions at once."""
+        made = [
+            run_events.VersionCommitted(number, digest(f"version {number}"), digest("?"), (), {})
+            for number in range(first, last + 1)
+        ]
+        self.ledger.append(RUN, [run_events.encode(event) for event in made])
+
     def take_back(self, lost: str, to: str, run: str = RUN) -> None:
         self._append(run_events.VersionLost(digest(lost), digest(to)), run)
 
