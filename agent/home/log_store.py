@@ -131,15 +131,17 @@ class LogStore:
         )
         return [bytes(entry) for (entry,) in rows]
 
-    def last_numbers(self, runs: set[str]) -> dict[str, int]:
-        """By run: the number of its last version; -1 if it has none. Unknown runs are left out."""
+    def last_versions(self, runs: set[str]) -> dict[str, tuple[int, str]]:
+        """By run: number and digest of its last version; -1 if it has none. Unknown runs are left
+        out."""
         found = {}
         for run in runs:
             row = self._execute(
-                "SELECT kind, number FROM entries WHERE run = ? ORDER BY size DESC LIMIT 1", (run,)
+                "SELECT kind, number, digest FROM entries WHERE run = ? ORDER BY size DESC LIMIT 1",
+                (run,),
             ).fetchone()
             if row:
-                found[run] = -1 if row[0] == "run" else int(row[1])
+                found[run] = (-1, "") if row[0] == "run" else (int(row[1]), str(row[2]))
         return found
 
     def last_entry_of(self, run: str, number: int) -> int:

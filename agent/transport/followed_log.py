@@ -331,7 +331,7 @@ class FollowedLog:
         decoded = [wire.decode_entry(entry) for entry in entries]
         if any(one.kind == "restore" and one.number > head.epoch for one in decoded):
             raise BadMessage("the signed head does not name the last restore of its log")
-        last = self._store.last_numbers({one.run for one in decoded if one.run})
+        last = self._store.last_versions({one.run for one in decoded if one.run})
         if (found := wire.first_repeated(decoded, last)) is not None:
             again = decoded[found]
             earlier = self._store.last_entry_of(again.run, again.number)

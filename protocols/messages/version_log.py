@@ -13,7 +13,7 @@ of one round must sign two heads that no single log can have (`enrollment.fork_p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -133,19 +133,24 @@ def chain_all(before: bytes, start: int, entries: Iterable[bytes]) -> list[bytes
     return hashes
 
 
-def first_repeated(entries: Sequence[LogEntry], last: dict[str, int] | None = None) -> int | None:
-    """The index of a version whose run has made one of its number before; None if there is none.
+def first_repeated(
+    entries: Sequence[LogEntry], last: Mapping[str, tuple[int, str]] | None = None
+) -> int | None:
+    """The index of a version whose run has made another of its number before, or of a run that was
+    started before; None if there is none.
 
-    Also of a run that was started before. `last`: by run, the number of its last version before
-    these entries, or -1 without one.
+    `last`: by run, number and digest of its last version before these entries; -1 without one.
     """
-    last = dict(last or {})
+    known = dict(last or {})
     for index, entry in enumerate(entries):
-        known = last.get(entry.run)
-        if known is not None and (
-            entry.kind == "run" or (entry.kind == "version" and entry.number <= known)
-        ):
+        number, digest = known.get(entry.run, (-2, ""))
+        is_again = entry.kind == "run" and number > -2
+        is_other = entry.kind == "version" and (
+            entry.number < number or (entry.number == number and entry.digest != digest)
+        )
+        if is_again or is_other:
             return index
         if entry.kind != "restore":
-            last[entry.run] = entry.number if entry.kind != "run" else -1
+            made = entry.kind != "run"
+            known[entry.run] = (entry.number, entry.digest) if made else (-1, "")
     return None
