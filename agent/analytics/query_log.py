@@ -24,6 +24,7 @@ from agent.data.disclosed_sets import pack, unpack
 from agent.home import settings
 from protocols.analytics.mergeable_states import Floats, PeerAnswer
 from protocols.analytics.query import Query
+from protocols.errors import HomeError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -52,17 +53,22 @@ def log_file(home: Path) -> Path:
 
 
 def move_log(home: Path) -> None:
-    """Move the file from where older versions had it. Raises OSError, sqlite3.Error."""
+    """Move the file from where older versions had it. Raises OSError, HomeError."""
     old, new = home / "analysis.db", log_file(home)
     if not old.exists() or new.exists():
         return
     new.parent.mkdir(mode=0o700, exist_ok=True)
-    with closing(
-        sqlite3.connect(f"{old.absolute().as_uri()}?mode=rw", uri=True, timeout=_WAIT_S)
-    ) as db:
-        db.execute("BEGIN EXCLUSIVE")  # nobody writes, and a crash of before is made good
-        if old.exists() and not new.exists():
-            old.rename(new)
+    address = f"{old.absolute().as_uri()}?mode=rw"  # never a new file
+    try:
+        with closing(sqlite3.connect(address, uri=True, timeout=_WAIT_S)) as db:
+            db.execute("BEGIN EXCLUSIVE")  # nobody writes, and a crash of before is made good
+            if old.exists() and not new.exists():
+                old.rename(new)
+    except sqlite3.DatabaseError as err:  # an answer without a memory could reveal a row
+        if old.exists():
+            raise HomeError(
+                f"the log of answers cannot be read: {err}", f"restore {old} from a backup"
+            ) from err
 
 
 class Entry(NamedTuple):

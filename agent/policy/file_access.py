@@ -21,7 +21,7 @@ class SandboxRules(Struct, frozen=True, kw_only=True):
     `allowed` are the owner's `sandbox_read`; programs there may run too. `listed` are folders whose
     names may be listed. `compile`: compilers may run. `network`: sockets are allowed and Java may
     run, to read tables on a cluster; no process of a task has it. `tasks`: it is a trainer, which
-    has a helper.
+    has a helper. `bwrap`: bubblewrap limits the files, where there is no Landlock.
 
     What only the trainer's helper uses: `memory`, the file that remembers rows, with the owner's
     `min_count`; and `table`, which `reader` reads with a connection into the folder `spool`.
@@ -35,6 +35,7 @@ class SandboxRules(Struct, frozen=True, kw_only=True):
     compile: bool = False
     network: bool = False
     tasks: bool = True
+    bwrap: bool = False
     memory: str = ""
     min_count: int = 1
     table: str = ""

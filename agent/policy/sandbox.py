@@ -12,17 +12,19 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import msgspec
+from msgspec.structs import replace
 
-from agent.policy import landlock, seccomp
+from agent.policy import bubblewrap, landlock, seccomp
 from agent.policy.file_access import Mode, SandboxRules, all_rules
 from agent.policy.system_calls import libc, must
 from protocols.errors import CommonweightError, TrainerFailed
 
 #: The rules travel to the child in its environment, where other users cannot read them.
 VARIABLE = "COMMONWEIGHT_AGENT_TRAINER_SANDBOX"
+_INSIDE = "COMMONWEIGHT_AGENT_TRAINER_SANDBOX_INSIDE"
 KIND = "sandbox"
 #: Where a trainer puts temporary files: a folder in its work folder.
 TEMPORARY = "tmp"
@@ -31,30 +33,36 @@ HINT = "if you trust the task with it: commonweight-agent policy set sandbox_rea
 
 
 class Support(NamedTuple):
-    """The version of Landlock (0: none), and whether seccomp filters work."""
+    """The version of Landlock (0: none), and whether seccomp filters work, and bubblewrap if there
+    is no Landlock."""
 
     landlock: int
     seccomp: bool
+    bwrap: bool = False
 
     def lacks(self) -> list[str]:
         """What is needed and missing on this machine."""
         if sys.platform != "linux":
             return ["Linux"]
         found = []
-        if self.landlock < landlock.MIN_VERSION:
+        if self.landlock < landlock.MIN_VERSION and not self.bwrap:
             least = landlock.MIN_VERSION
-            found.append(f"Landlock {least} (Linux 6.2, with landlock in /sys/kernel/security/lsm)")
+            found.append(
+                f"Landlock {least} (Linux 6.2, with landlock in /sys/kernel/security/lsm) or "
+                "bubblewrap that may make namespaces (apt install bubblewrap)"
+            )
         if not self.seccomp:
             found.append("seccomp filters (on x86_64 or aarch64)")
         return found
 
     def limits(self) -> list[str]:
         """What a trainer may not do here, in words."""
+        has_own_signals = self.bwrap or self.landlock >= landlock.SIGNALS_VERSION
         files = ["reads only its data, models and packages, writes only its work folder"]
         return [
-            *(files if self.landlock else []),
-            *(["no network"] if self.seccomp else []),
-            *(["no signals to others"] if self.landlock >= landlock.SIGNALS_VERSION else []),
+            *(files if self.landlock or self.bwrap else []),
+            *(["no network"] if self.seccomp or self.bwrap else []),
+            *(["no signals to others"] if has_own_signals else []),
         ]
 
 
@@ -62,7 +70,9 @@ def support() -> Support:
     """What this machine can enforce. Changes nothing."""
     if sys.platform != "linux":
         return Support(0, False)
-    return Support(landlock.version(), seccomp.is_supported())
+    found = landlock.version()
+    is_old = found < landlock.MIN_VERSION
+    return Support(found, seccomp.is_supported(), is_old and bubblewrap.works())
 
 
 def describe(mode: Mode, found: Support) -> tuple[str, str]:
@@ -104,7 +114,7 @@ def environment(rules: SandboxRules, work_dir: Path) -> dict[str, str]:
     own = " ".join(f"-D{name}={folder / TEMPORARY}" for name in ("java.io.tmpdir", "user.home"))
     java = {"JAVA_TOOL_OPTIONS": own} if rules.network else {}
     return {
-        VARIABLE: msgspec.json.encode(rules).decode(),
+        VARIABLE: _encode(replace(rules, bwrap=rules.bwrap or support().bwrap)),
         "TMPDIR": str(folder / TEMPORARY),
         "USER": user,
         **caches,
@@ -112,11 +122,29 @@ def environment(rules: SandboxRules, work_dir: Path) -> dict[str, str]:
     }
 
 
+def take_rules() -> SandboxRules:
+    """The rules of this process, from its environment."""
+    return msgspec.json.decode(os.environ.pop(VARIABLE), type=SandboxRules)
+
+
+def restart_in_bubblewrap(rules: SandboxRules, module: str) -> NoReturn:
+    """Run this module again where only the files of the rules exist."""
+    os.environ |= {VARIABLE: _encode(rules), _INSIDE: "1"}
+    program = [sys.executable, "-P", "-m", module, *sys.argv[1:]]
+    words = bubblewrap.command(all_rules(rules), network=rules.network, program=program)
+    os.execv(words[0], words)
+
+
+def is_inside_bubblewrap() -> bool:
+    """True after `restart_in_bubblewrap`."""
+    return os.environ.pop(_INSIDE, "") != ""
+
+
 def enforce(rules: SandboxRules) -> None:
     """Limit this process and its later children for good. Raises CommonweightError."""
     global _enforced
-    found = support()
-    if rules.mode == "off" or not (found.landlock or found.seccomp):
+    has_landlock, has_seccomp = landlock.version() > 0, seccomp.is_supported()
+    if rules.mode == "off" or not (has_landlock or has_seccomp):
         return
     if len(os.listdir("/proc/self/task")) > 1:
         raise CommonweightError("the sandbox must start before other threads do")
@@ -124,14 +152,18 @@ def enforce(rules: SandboxRules) -> None:
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     must(libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    if found.landlock:
+    if has_landlock and not rules.bwrap:
         landlock.restrict_files(all_rules(rules), network=rules.network)
-    if found.seccomp:
+    if has_seccomp:
         seccomp.restrict_calls(network=rules.network)
     _enforced = True
 
 
 _enforced = False
+
+
+def _encode(rules: SandboxRules) -> str:
+    return msgspec.json.encode(rules).decode()
 
 
 def refusal(err: BaseException) -> str | None:

@@ -23,16 +23,19 @@ from agent.trainer.spooled_table import SpooledTable
 MAX_FRAME_BYTES = 1 << 30
 
 
-def start(rules: SandboxRules) -> Connection:
-    """Fork the helper of this process, which is about to become the trainer, and return the pipe to
-    it (`agent.data.helper_requests`)."""
+def start(rules: SandboxRules) -> int:
+    """Fork the helper of this process, which is about to become the trainer, and return the file
+    descriptor of the pipe to it (`agent.data.helper_requests`)."""
     trainer = os.getpid()
     ours, theirs = Pipe()
     watch = os.pidfd_open(trainer)
     if os.fork():
         theirs.close()
         os.close(watch)
-        return ours
+        pipe = os.dup(ours.fileno())
+        os.set_inheritable(pipe, True)
+        ours.close()
+        return pipe
     try:
         ours.close()
         _leave(trainer)

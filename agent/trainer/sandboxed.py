@@ -11,26 +11,32 @@ import os
 import runpy
 import sys
 import traceback
-
-import msgspec
+from multiprocessing.connection import Connection
 
 from agent.policy import sandbox
-from agent.policy.file_access import SandboxRules
 from agent.trainer import helper
 from agent.trainer.oom_kills import prefer_for_oom_kill
 from agent.trainer.worker_tensors import copy_tensors
+
+#: The file descriptor of the pipe to the helper.
+_PIPE = "COMMONWEIGHT_AGENT_TRAINER_HELPER"
 
 
 def main() -> None:
     prefer_for_oom_kill()  # the sandbox does not let it write there
     try:
-        rules = msgspec.json.decode(os.environ.pop(sandbox.VARIABLE), type=SandboxRules)
-        pipe = helper.start(rules) if sys.platform == "linux" and rules.tasks else None
+        rules = sandbox.take_rules()
+        is_inside = sandbox.is_inside_bubblewrap()
+        if sys.platform == "linux" and rules.tasks and not is_inside:
+            os.environ[_PIPE] = str(helper.start(rules))
+        if rules.bwrap and not is_inside:
+            sandbox.restart_in_bubblewrap(rules, "agent.trainer.sandboxed")
         sandbox.enforce(rules)
-        if pipe is not None:
+        if pipe := os.environ.pop(_PIPE, ""):
             from agent.data import helper_requests
 
-            helper_requests.connect(pipe)
+            os.set_inheritable(int(pipe), False)
+            helper_requests.connect(Connection(int(pipe)))
         copy_tensors()
     except Exception:
         traceback.print_exc()
