@@ -150,34 +150,42 @@ def find_cells(question: Query, table: Table, cuts_of: CutsOf, min_rows: int) ->
         mask = _holds(condition, table.columns[condition.column], cuts_of, min_rows)
         masks[condition.column] = masks.get(condition.column, everything) & mask
     selected = np.logical_and.reduce([everything, *masks.values()])
-    codes = np.stack(
-        [np.zeros(table.rows, np.int64), *(table.columns[name].codes for name in question.by)], 1
-    )
-    groups, group_of = np.unique(codes, axis=0, return_inverse=True)
-    group_of = group_of.reshape(-1)
-    sizes = np.bincount(group_of[selected], minlength=len(groups))
-    if np.count_nonzero(sizes) > MAX_GROUPS:
+    group_of, codes = _group([table.columns[name] for name in question.by], table.rows)
+    sizes = np.bincount(group_of[selected], minlength=len(codes))
+    there = np.flatnonzero(sizes)
+    if len(there) > MAX_GROUPS:
         raise UsageError(f"more than {MAX_GROUPS} groups", "group by fewer, rounder values")
-    few = np.zeros(len(groups), bool)
+    few = np.zeros(len(codes), bool)
     for name in masks:
         others = [mask for column, mask in masks.items() if column != name]
         undivided = np.logical_and.reduce([everything, *others])
-        few |= np.bincount(group_of[undivided], minlength=len(groups)) < 2 * min_rows
-    for column in range(1, codes.shape[1]):
-        _, outer = np.unique(np.delete(groups, column, 1), axis=0, return_inverse=True)
+        few |= np.bincount(group_of[undivided], minlength=len(codes)) < 2 * min_rows
+    for column in range(len(question.by)):
+        rest = np.delete(codes[there], column, 1)
+        _, outer = np.unique(rest, axis=0, return_inverse=True)
         outer = outer.reshape(-1)
-        few |= np.bincount(outer, sizes)[outer] < 2 * min_rows
+        few[there] |= np.bincount(outer, sizes[there])[outer] < 2 * min_rows
     words = [table.columns[name].words for name in question.by]
     names = [
-        tuple(None if code < 0 else word[code] for code, word in zip(row[1:], words, strict=True))
-        for row in groups.tolist()
+        tuple(None if code < 0 else word[code] for code, word in zip(row, words, strict=True))
+        for row in codes[there].tolist()
     ]
     places = np.flatnonzero(selected)
     order = places[np.argsort(group_of[places], kind="stable")]
-    parts = np.split(order, np.cumsum(sizes)[:-1]) if names else []
-    found = {name: part for name, part in zip(names, parts, strict=True) if len(part)}
-    indivisible = frozenset(name for name, is_few in zip(names, few, strict=True) if is_few)
-    return Cells(found if question.by else {(): places}, indivisible)
+    parts = np.split(order, np.cumsum(sizes[there])[:-1])
+    found = dict(zip(names, parts, strict=True)) if names else {}
+    indivisible = {name for name, is_few in zip(names, few[there], strict=True) if is_few}
+    return Cells(found if question.by else {(): places}, frozenset(indivisible))
+
+
+def _group(by: Sequence[Column], rows: int) -> tuple[Places, Places]:
+    """The group of each row, int64[rows], and the codes of each group, int64[groups, columns]."""
+    group_of, first = np.zeros(rows, np.int64), np.zeros(min(rows, 1), np.int64)
+    for column in by:
+        keys = group_of * (len(column.words) + 1) + column.codes
+        _, first, group_of = np.unique(keys, return_index=True, return_inverse=True)
+    codes = [column.codes[first] for column in by]
+    return group_of, np.stack(codes, 1) if codes else np.zeros((len(first), 0), np.int64)
 
 
 def _holds(condition: Condition, column: Column, cuts_of: CutsOf, min_rows: int) -> Mask:

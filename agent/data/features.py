@@ -183,11 +183,11 @@ def _replace_rare(
             replace_rare_gaps(x[:, column], x[:, place], min_rows)
             place += 1
         replace_rare_numbers(x[:, column], min_rows)
-    for column, feature in enumerate(preprocessing.categorical, place):
-        indices = vocabularies[feature.name].indices(
-            feature.name, feature.categories, preprocessing.hashed
-        )
-        replace_rare_categories(x[:, column], indices, min_rows)
+    indices = [
+        vocabularies[feature.name].indices(feature.name, feature.categories, preprocessing.hashed)
+        for feature in preprocessing.categorical
+    ]
+    replace_rare_categories(x[:, place:], indices, min_rows)
 
 
 def _is_known(y: npt.NDArray[Any], preprocessing: Preprocessing) -> Mask:

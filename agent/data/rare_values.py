@@ -25,6 +25,7 @@ MISSING, UNSEEN, FIRST = 0, 1, 2
 _MAX_VALUES = 1 << 16
 #: Rows in which a most frequent value is looked for, as a multiple of `min_rows`.
 _SAMPLE = 8
+_BLOCK = 1 << 16
 
 Floats = npt.NDArray[np.float32]
 
@@ -53,15 +54,33 @@ class Vocabulary:
         return np.array([MISSING, UNSEEN, *(known.get(text, UNSEEN) for text in texts)], np.int64)
 
 
-def replace_rare_categories(column: Floats, indices: npt.NDArray[np.int64], min_rows: int) -> None:
-    """Write the index of each row's category into a column of a `Vocabulary`'s numbers."""
-    codes = column.astype(np.int64)
-    counts = np.bincount(codes, minlength=len(indices))
+def replace_rare_categories(
+    codes: Floats, indices: Sequence[npt.NDArray[np.int64]], min_rows: int
+) -> None:
+    """Write the indices of the rows' categories into columns of `Vocabulary` numbers.
+
+    `codes`: float32[n, k], which may lie on disk; `indices`: of each column, by number.
+    """
+    counts = [np.zeros(len(known), np.int64) for known in indices]
+    for start in range(0, len(codes), _BLOCK):
+        block = codes[start : start + _BLOCK].astype(np.int64)
+        for column, count in zip(block.T, counts, strict=True):
+            count += np.bincount(column, minlength=len(count))
+    merged = [_merge_rare(*of, min_rows) for of in zip(indices, counts, strict=True)]
+    for start in range(0, len(codes), _BLOCK):
+        block = codes[start : start + _BLOCK].astype(np.int64)
+        for place, known in enumerate(merged):
+            codes[start : start + _BLOCK, place] = known[block[:, place]]
+
+
+def _merge_rare(
+    indices: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], min_rows: int
+) -> npt.NDArray[np.int64]:
+    """The index for each number, if so many rows have it."""
     rare = counts < min_rows
     rare[UNSEEN] = True
     few = counts[rare].sum() < min_rows and not rare.all()
-    merged = indices[np.where(rare, 0, counts).argmax()] if few else UNSEEN
-    column[:] = np.where(rare, merged, indices)[codes]
+    return np.where(rare, indices[np.where(rare, 0, counts).argmax()] if few else UNSEEN, indices)
 
 
 def most_frequent(values: npt.NDArray[Any], min_rows: int) -> Any:
@@ -75,6 +94,8 @@ def replace_rare_numbers(column: Floats, min_rows: int) -> None:
     if not len(column):
         return
     frequent = most_frequent(column, min_rows)
+    if np.count_nonzero(column[: _SAMPLE * min_rows] != frequent) >= min_rows:
+        return  # without reading the rest, which may lie on disk
     if np.count_nonzero(column != frequent) < min_rows:
         column[:] = frequent
 
@@ -82,6 +103,9 @@ def replace_rare_numbers(column: Floats, min_rows: int) -> None:
 def replace_rare_gaps(column: Floats, gaps: Floats, min_rows: int) -> None:
     """Tell no missing value of a number (1 in `gaps`) if few are missing, nor a value if few have
     one."""
+    sample = gaps[: _SAMPLE * min_rows]
+    if min_rows <= np.count_nonzero(sample) <= len(sample) - min_rows:
+        return
     count = np.count_nonzero(gaps)
     if count < min_rows:
         gaps[:] = 0
