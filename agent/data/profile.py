@@ -207,6 +207,15 @@ def may_use(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def check_columns(there: Sequence[str], data: DataSettings, preprocessing: Preprocessing) -> None:
+    """Raise SchemaMismatch if a preprocessing, which comes from the coordinator, names a column of
+    the table that the owner keeps back."""
+    named = {preprocessing.target.name, *(feature.name for feature in preprocessing.features)}
+    for name in there:
+        if name in named and not may_use(name, data.columns):
+            raise _column_withheld(name)
+
+
 def _column_withheld(name: str) -> SchemaMismatch:
     found = "one that its owner keeps back"
     hint = "commonweight-agent task allow TASK --columns, within policy set data.columns"
@@ -221,9 +230,8 @@ def check_table(
     expected = {**features, preprocessing.target.name: preprocessing.target.kind}
     there = reader.columns()
     _allowed(there, data.columns, wanted)
+    check_columns(there, data, preprocessing)
     names = [name for name in there if name in expected]
-    if kept := [name for name in names if not may_use(name, data.columns)]:
-        raise _column_withheld(kept[0])
     for name, kinds in (reader.aggregate(KindAggregation(), names) or {}).items():
         kind, agreed = kinds.kind, expected[name]
         alike = kind in (agreed, "empty") or agreed == "text"

@@ -205,6 +205,7 @@ class Tabular(TorchTask):
             return features.draw_held_out(chance, count)
 
         with self._admitted() as (reader, numbers, memory):
+            survey.check_columns(reader.columns(), self._data, made)
             split = None
             parts: tuple[Numbers | None, Numbers | None] = None, None
             if memory is not None and numbers is not None:

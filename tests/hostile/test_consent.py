@@ -25,14 +25,23 @@ from agent.home.refusal_log import RefusalLog
 from agent.home.settings import AgentSettings
 from agent.policy import consent
 from agent.setup import consents
-from agent.tasks.work import Describe, Done
+from agent.tasks.tabular import Tabular
+from agent.tasks.work import Describe, Done, Init
 from agent.trainer.process import Terms, TrainerProcess
 from protocols.enrollment import identity
-from protocols.errors import AwaitingConsent, NotAllowed, TrainerFailed, UnknownName
+from protocols.errors import (
+    AwaitingConsent,
+    NotAllowed,
+    SchemaMismatch,
+    TrainerFailed,
+    UnknownName,
+)
 from protocols.local import homes
 from protocols.messages import refusals
 from protocols.messages.jobs import Private, Scatter, Unit
 from protocols.messages.work import SIGNED_WORK, Work
+from protocols.tables import preprocessing
+from tests.hostile.test_floors import Victim
 from tests.support.fleet_harness import AGENT, ROOT, environment, run_program
 
 pytestmark = pytest.mark.attack("20.consent", by="coordinator")
@@ -197,6 +206,29 @@ def test_the_columns_of_a_task_reach_its_trainer_and_never_pass_those_of_the_mac
     work = trainer._with_local_data(Describe(task="tabular", settings={}))
     assert work.data.columns == ("age", "lab_a")
     trainer.close()
+
+
+@pytest.mark.parametrize("target", ["ill", "income"])
+@pytest.mark.parametrize("kind", ["update", "evaluate", "describe"])
+def test_the_agreed_preprocessing_is_no_way_to_other_columns(
+    tmp_path: Path, kind: str, target: str
+) -> None:
+    """Attack: skip the handshake, and name columns beyond the consent in the preprocessing."""
+    own, theirs = tmp_path / "own", tmp_path / "theirs"
+    own.mkdir()
+    theirs.mkdir()
+    liar = Victim(own)  # a table with the same columns, of which all may be used
+    wanted = {"target": target, "kind": "regression" if target == "income" else "auto"}
+    task = Tabular()
+    task.load(liar.data)
+    agreed = preprocessing.derive({"me": task.survey(wanted)}, wanted).preprocessing
+    crafted = {**wanted, "target": "ill", "preprocessing": preprocessing.encode(agreed)}
+    allowed = ("age", "height", "ill")
+    victim = Victim(theirs, data_columns=allowed)
+    liar.trainer.run(Init(task="tabular", settings=crafted, seed=0, out=str(victim.base)))
+    with pytest.raises(TrainerFailed, match="column income") as refused:
+        getattr(victim, kind)(**crafted)
+    assert refused.value.kind == SchemaMismatch.code
 
 
 @pytest.fixture
