@@ -24,6 +24,8 @@ _MACHINES = {
 _NETWORK = {"x86_64": (41, 42, 43, 49, 50, 288), "aarch64": (198, 203, 202, 200, 201, 242)}
 #: setpgid, setsid: the agent ends a trainer with its process group.
 _PROCESS_GROUPS = {"x86_64": (109, 112), "aarch64": (154, 157)}
+#: mknod, symlink: the agent reads the trainer's folders and would follow a link.
+_SPECIAL_FILES = {"x86_64": (133, 259, 88, 266), "aarch64": (33, 36)}
 _DENIED = {
     "x86_64": (
         *(101, 310, 311, 312),  # ptrace, process_vm_readv, process_vm_writev, kcmp
@@ -70,7 +72,7 @@ def is_supported() -> bool:
 
 
 def restrict_calls(*, network: bool) -> None:
-    """Refuse the calls of attacks, and without `network` those of sockets and process groups."""
+    """Refuse the calls of attacks; without `network` also those of sockets, groups and links."""
     machine = platform.machine()
     program = b"".join(_filter(machine, network))
     code = ctypes.create_string_buffer(program, len(program))
@@ -87,7 +89,7 @@ def _filter(machine: str, network: bool) -> Iterator[bytes]:
     yield from (_step(_LOAD, _NUMBER), _step(_BELOW_X32, _X32, 0, 1), deny)
     denied = (*_DENIED[machine], *_DENIED_EVERYWHERE)
     if not network:  # of programs that read tables on a cluster, and of no task
-        denied += (*_NETWORK[machine], *_PROCESS_GROUPS[machine])
+        denied += (*_NETWORK[machine], *_PROCESS_GROUPS[machine], *_SPECIAL_FILES[machine])
     for number in denied:
         yield from (_step(_EQUAL, number, 0, 1), deny)
     # Its flags are in memory, which a filter cannot read; the C library then uses `clone`.

@@ -31,6 +31,8 @@ ATTACKS = {
     "accounts": "open('/etc/shadow').read()",
     "write its data": "open(HOME / 'data.csv', 'a')",
     "write a package": "open(os.__file__, 'a')",
+    "link for the agent": "os.symlink(HOME / 'agent' / 'sign.key', 'update')",
+    "pipe for the agent": "os.mkfifo('update')",
     "mount": "call(165, 0, 0, 0, 0, 0)",
     "agent's memory": "open(f'/proc/{AGENT}/mem')",
     "signal": "os.kill(AGENT, 0)",
