@@ -39,6 +39,7 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
     ("docs/quality.md", "strategies"): ("quality/quality-results.json", quality.strategies),
     ("docs/quality.md", "cameras"): ("quality/quality-results.json", quality.cameras),
     ("docs/quality.md", "lying peers"): ("quality/quality-results.json", quality.lying),
+    ("docs/quality.md", "one liar"): ("quality/quality-results.json", quality.one_liar),
     ("docs/quality.md", "few exchanges"): ("quality/language.json", quality.language),
     ("docs/quality.md", "slow peers"): (
         "bench/stragglers-results.json",

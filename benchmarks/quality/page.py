@@ -54,6 +54,23 @@ _LYING = {
     "fedmedian": "FedMedian",
     "multikrum": "MultiKrum, 2 malicious, 6 chosen",
 }
+_ONE_HEAD = (
+    "| one of ten peers | at random, no limit | at random | two labels per peer |\n"
+    "|---|---|---|---|\n"
+)
+#: What the page calls a lie.
+_ONE = {
+    "honest": "is honest",
+    "sign flip": "turns the sign of its change",
+    "hundredfold": "sends a hundred times its change",
+    "random": "sends noise, ten times as long as its change",
+    "constant": "sends 7.0 for every weight",
+    "label flip": "trains on labels 9 - y",
+    "a little": "sends the mean of the others less 1.5 deviations",
+    "inflated count": "turns the sign, and claims a thousand times its examples",
+    "at the limit": "turns the mean of the others, as far as the limit just allows",
+    "false metrics": "praises the first version and blames the others: the version chosen as best",
+}
 _LANGUAGE_HEAD = (
     "| method | learning rate | held-out loss, nats per token | bytes up | bytes both ways |\n"
     "|---|---|---|---|---|\n"
@@ -115,6 +132,34 @@ def lying(results: dict[str, Any]) -> str:
             )
         lines += f"| {name} | {' | '.join(cells)} |\n".replace("|  ", "| ")
     return _LYING_HEAD + lines
+
+
+def one_liar(results: dict[str, Any]) -> str:
+    """One lying peer of ten: points more or less than the fleet without that peer."""
+    lines = ""
+    for lie, name in _ONE.items():
+        key = "chosen" if lie == "false metrics" else "end"
+        cells = [
+            _points(results, f"one of ten: {course}", split, key)
+            for course, split in ((f"{lie}, no limit", "iid"), (lie, "iid"), (lie, "shards"))
+        ]
+        lines += f"| {name} | {' | '.join(cells)} |\n".replace("|  ", "| ")
+    return _ONE_HEAD + lines
+
+
+def points_of_one_liar(results: dict[str, Any], lie: str, split: str, key: str) -> list[float]:
+    """By seed, how many points the accuracy is above that of the fleet without the liar."""
+    without = {row["seed"]: row[key] for row in _of(results, f"one of ten: left out, {split}")}
+    rows = _of(results, f"{lie}, {split}")
+    return [100 * (row[key] - without[row["seed"]]) for row in rows]
+
+
+def _points(results: dict[str, Any], lie: str, split: str, key: str) -> str:
+    found = points_of_one_liar(results, lie, split, key)
+    if not found:
+        return ""
+    ends = f" ({min(found):+.1f} to {max(found):+.1f})" if len(found) > 1 else ""
+    return f"{statistics.mean(found):+.1f}{ends}".replace("-", "−")
 
 
 def language(results: dict[str, Any]) -> str:

@@ -558,3 +558,31 @@ def test_the_limit_is_on_by_default() -> None:
     """Control: a run that sets nothing has the limit."""
     assert run_options.build_order({"task": "mnist"}).spec.outlier_limit == OUTLIER_LIMIT
     assert demo._spec("mnist", 3, 1, 0).outlier_limit == OUTLIER_LIMIT
+
+
+async def test_a_modified_agent_does_not_make_the_model_seven(tmp_path: Path) -> None:
+    """Attack: in a fleet of four, an agent sends 7.0 for every weight, with millions of examples,
+    and an evaluation that praises it."""
+    data = [some_data(20 + 10 * seed, seed, 20) for seed in range(3)]
+    worst = {}
+    for limit in (OUTLIER_LIMIT, 0.0):
+        async with fleet_of(tmp_path / str(limit), *data) as fleet:
+            rogue = fleet.join("rogue", some_data(40, 7, 20))
+            await fleet.online(4)
+            poison = Poisoner(rogue)
+            claim = {"num_examples": 10_000_000, "metrics": {"loss": 0.0, "accuracy": 1.0}}
+            poison.train = poison.evaluate = dict.fromkeys((1, 2, 3), claim)
+            poison.models = dict.fromkeys(
+                (1, 2, 3), lambda model: {n: np.full_like(a, 7.0) for n, a in model.items()}
+            )
+            started = fleet.start(
+                rounds=3, quorum=4, seed=3, handshake=True, outlier_limit=limit, target=0.99
+            )
+            run = await fleet.finished(started)
+            model = fleet.version(run.head)
+            worst[limit] = max(float(np.abs(np.asarray(model[name])).max()) for name in model)
+            told = [line.text for line in fleet.hub.fleet.events if "counts less" in line.text]
+            assert len(told) == (1 if limit else 0)
+            assert len(run.history) == (3 if limit else 1)
+    assert worst[0.0] == pytest.approx(7.0, abs=0.01)
+    assert worst[OUTLIER_LIMIT] < 1.5
