@@ -32,9 +32,11 @@ _BLOCK_VALUES = 1 << 22
 #: a sample of the blocks.
 _MAX_PRODUCTS = 4e11
 _ROUNDS_OF_WEISZFELD = 16
-#: Distances below this part of the median norm count as this: identical updates must not make an
-#: outlier of the next peer.
-_LEAST_DISTANCE = 0.1
+#: Weiszfeld: distances below this part of the median distance count as this.
+_SMOOTHING = 0.1
+#: Distances below this part of the median norm count as this. With a limit of 3, a peer that has
+#: not moved is no outlier, and two peers that agree by chance make none of the third.
+_LEAST_DISTANCE = 1 / 3
 
 
 class Limited(NamedTuple):
@@ -184,7 +186,7 @@ def _center(matrix: Floats, voter_of: Sequence[str]) -> Floats:
     weights = _most_central(matrix, voter_of)
     for _ in range(_ROUNDS_OF_WEISZFELD):
         distance = _distances(matrix, weights)
-        least = _LEAST_DISTANCE * median_by_voter(distance.tolist(), voter_of)
+        least = _SMOOTHING * median_by_voter(distance.tolist(), voter_of)
         weights = votes / np.maximum(distance, max(least, 1e-300))
         weights /= weights.sum()
     return weights

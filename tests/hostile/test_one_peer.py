@@ -240,11 +240,12 @@ def test_two_peers_do_not_outvote_each_other(tmp_path: Path) -> None:
     assert some.limited == {}
 
 
-def test_equal_updates_make_no_outlier_of_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("third", [1.2, 0.1, 1.9])
+def test_equal_updates_make_no_outlier_of_the_next(tmp_path: Path, third: float) -> None:
     """Control: beside two equal updates, a third one counts as it is."""
     some = Round(tmp_path / "same", honest=0)
     step = np.ones(SIZE)
-    some.close({"a": (step, {}), "b": (step, {}), "c": (step * 1.2, {})})
+    some.close({"a": (step, {}), "b": (step, {}), "c": (step * third, {})})
     assert some.limited == {}
 
 
