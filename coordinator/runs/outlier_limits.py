@@ -21,6 +21,8 @@ _MAX_EARLIER_ROUNDS = 5
 _MAX_ENLARGED = 1e6
 
 
+#: A mean that is further away from the middle than this part of it is reported.
+_TOLD_FROM = 0.05
 #: Metrics of all examples that need not lie between those of the peers.
 _POOLED = frozenset({"balanced_accuracy", "macro_f1", "ece"})
 
@@ -51,8 +53,8 @@ def decisive_metrics(
 ) -> tuple[Metrics, frozenset[str]]:
     """The values that decide instead of those in `metrics`: means of the voters in the middle.
 
-    One peer of three or more hardly moves them. Also the metrics that no voter in the middle
-    reaches: a few peers make them what they are.
+    One peer of three or more hardly moves them. Also the metrics that are far from all voters in
+    the middle: a few peers make them what they are.
     """
     decisive: Metrics = {}
     doubtful = set()
@@ -66,8 +68,11 @@ def decisive_metrics(
             continue
         voter_of = outliers.voters(list(values), ticket_of)
         if middle := outliers.values_in_the_middle(list(values.values()), voter_of):
-            decisive[name] = sum(middle) / len(middle)
-            if name not in _POOLED and not middle[0] <= mean <= middle[-1]:
+            decides = sum(middle) / len(middle)
+            decisive[name] = decides
+            beyond = max(middle[0] - mean, mean - middle[-1])
+            usual = max(middle[-1] - middle[0], _TOLD_FROM * abs(decides))
+            if name not in _POOLED and beyond > usual:
                 doubtful.add(name)
     return decisive, frozenset(doubtful)
 

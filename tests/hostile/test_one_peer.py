@@ -17,7 +17,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from coordinator.cli.demo import command as demo
 from coordinator.remote import run_options
-from coordinator.runs import aggregation, best_version, decisions, transitions, validation
+from coordinator.runs import (
+    aggregation,
+    best_version,
+    decisions,
+    outlier_limits,
+    transitions,
+    validation,
+)
 from coordinator.runs.options import OUTLIER_LIMIT
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
@@ -392,6 +399,17 @@ def test_the_praise_of_a_version_is_worth_no_round_of_training() -> None:
 
     rounds = [told(0.0, 1.0).history[0], told(0.02, 0.0).history[0]]
     assert best_version.best(told(0.0, 1.0).spec, rounds) is rounds[1]
+
+
+def test_a_mean_that_few_peers_make_is_told() -> None:
+    """Attack: a false metric is to stay unnoticed in the mean that people read."""
+    names = {"accuracy", "loss"}
+    for lie, expected in ((OTHERS["a"], set()), ({"accuracy": 1.0, "loss": 9.0}, names)):
+        told = {**OTHERS, "d": {"accuracy": 0.66, "loss": 1.0}, "liar": lie}
+        metrics = {n: sum(m[n] or 0 for m in told.values()) / 5 for n in names}
+        answers = {p: Update(num_examples=9, metrics=m) for p, m in told.items()}
+        found = outlier_limits.decisive_metrics(metrics, answers, lambda peer: peer)
+        assert found[1] == expected
 
 
 def test_few_peers_decide_by_their_mean() -> None:

@@ -6,6 +6,8 @@ import json
 import statistics
 from typing import Any
 
+from benchmarks.quality import page
+from benchmarks.quality.liars import LIES
 from benchmarks.quality.measured import RESULTS
 from tests.support.fleet_harness import ROOT
 
@@ -39,6 +41,17 @@ def test_robust_strategies_stay_within_three_points() -> None:
         for attack in ("sign turned", "fourfold"):
             assert mean(f"{strategy}, {attack}", "end") >= clean - 0.03
     assert mean("fedavg, sign turned", "end") < clean - 0.03
+
+
+def test_one_liar_costs_less_than_two_points_at_random_splits() -> None:
+    results = {"rows": ROWS}
+    for lie in LIES:
+        key = "chosen" if lie == "false metrics" else "end"
+        found = page.points_of_one_liar(results, f"one of ten: {lie}", "iid", key)
+        assert len(found) == 5, lie
+        assert statistics.mean(found) > -2, lie
+    turned = page.points_of_one_liar(results, "one of ten: sign flip", "shards", "end")
+    assert statistics.mean(turned) < -5
 
 
 def test_what_is_slower_or_faster_than_known() -> None:
