@@ -13,6 +13,8 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 from msgspec.structs import replace
 
+from agent.daemon import gossip_loop
+from agent.daemon.state_machine import SessionChanged
 from agent.tasks.demo.ping import Ping
 from coordinator.daemon.coordinator import Coordinator
 from coordinator.storage import run_events
@@ -23,7 +25,10 @@ from protocols.messages.work import SIGNED_WORK
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.support.fleet_harness import Fleet, fleet, free_port
+from tests.support.https_site import Site
 from tests.support.in_process_fleet import fleet_of, some_data
+from tests.support.lone_peers import Peer, without_coordinator
+from tests.support.version_logs import Follower, Shown, SiteAuthority
 from tests.support.waiting import until, wait_for
 
 REFUSED = "refused: the coordinator showed two versions"
@@ -70,6 +75,44 @@ def lie(hub: Coordinator, victim: str) -> None:
         return push(messages)
 
     hub._grid.push_messages = push_changed  # type: ignore[method-assign]
+
+
+@pytest.mark.attack("20.11")
+@pytest.mark.parametrize("has_session", [True, False])
+async def test_peers_find_out_without_the_coordinator(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_session: bool
+) -> None:
+    """Attack: pass on nothing of what peers have seen, while they share versions."""
+    monkeypatch.setattr(gossip_loop, "_TICK_S", 0.02)
+    monkeypatch.setattr(gossip_loop, "MIN_INTERVAL_S", 0.05)
+    monkeypatch.setattr(gossip_loop, "SEEN_INTERVAL_S", 0.05)
+    authority = SiteAuthority(site)
+    first = Shown(authority, tmp_path / "first")
+    first.start()
+    second = first.copy(tmp_path / "second")
+    followers = []
+    peers = [Peer(site, tmp_path, name) for name in ("ann", "bob")]
+    for peer, shown in zip(peers, (first, second), strict=True):
+        follower = Follower(authority, tmp_path / f"log of {peer.name}", shown, peer.machine)
+        shown.version(1, f"for {peer.name}")
+        follower.train(1, f"for {peer.name}")
+        peer.gossip.own_seen, peer.gossip.on_seen = follower.log.last_seen, follower.log.offer
+        peer.spread._log = follower.log
+        followers.append(follower)
+        if has_session:
+            peer.loop.dispatch(SessionChanged(True))
+
+    def all_know() -> bool:
+        for follower in followers:
+            follower.log.process()
+        return all(follower.forks for follower in followers)
+
+    async with without_coordinator(*peers):
+        await until(all_know)
+    for follower in followers:
+        follower.log.close()
+    first.close()
+    second.close()
 
 
 @pytest.mark.long

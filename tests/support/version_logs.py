@@ -22,7 +22,7 @@ from protocols.messages import version_log as wire
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.version_log import LogNews
 from protocols.messages.work import Work
-from tests.support.https_site import HOST, Machine
+from tests.support.https_site import HOST, Machine, Site
 
 RUN = "ping-abc123"
 
@@ -45,6 +45,15 @@ class Authority:
         self.sign_key, self.public = key, identity.public_bytes(key)
         mqtt = MqttAddress(host=HOST, port=1)
         self.card = self._cards.current(self.ca_key, self.public, mqtt)
+
+
+class SiteAuthority(Authority):
+    """That of a running site."""
+
+    def __init__(self, site: Site) -> None:
+        self.ca_key, self.ca_pem, self.fleet = site.ca_key, site.ca_pem, site.fleet_id
+        self.sign_key, self.public = site.sign_key, site.identity.public
+        self.card = site.fleet_card()
 
 
 class Shown:
@@ -105,10 +114,12 @@ class Shown:
 class Follower:
     """An agent that follows the log of `shown`, which may be exchanged."""
 
-    def __init__(self, authority: Authority, folder: Path, shown: Shown) -> None:
+    def __init__(
+        self, authority: Authority, folder: Path, shown: Shown, machine: Machine | None = None
+    ) -> None:
         self.authority, self.home, self.shown = authority, folder, shown
         folder.mkdir(parents=True, exist_ok=True)
-        self.machine = machine = Machine(folder.name)
+        self.machine = machine = machine or Machine(folder.name)
         certificate = identity.issue_certificate(
             authority.ca_key,
             NodeCertificate(

@@ -167,7 +167,7 @@ def test_the_audit_of_a_real_fleet(site: Fleet) -> None:
     assert up.stop() == 0
     assert site.data("audit", "verify") == verified
     shown = site.ask("audit").stdout
-    assert len(shown.splitlines()) == 6
+    assert len(shown.splitlines()) == 7
     assert "box (" in shown
     assert len(verified["head"]) == 64
 
