@@ -80,9 +80,8 @@ class Target:
     def described(self, question: Message) -> Message:
         """An honest answer to the first question of a run."""
         trainer = TrainerProcess(self.home, DataSettings())
-        me = PeerIdentity(
-            self.mine.peer, self.mine.sign_key.sign, self.enrollment.coordinator_public
-        )
+        coordinator_public, fleet = self.enrollment.coordinator_public, self.enrollment.fleet
+        me = PeerIdentity(self.mine.peer, self.mine.sign_key.sign, coordinator_public, fleet)
         client = Client(
             me, trainer, NoWeights(), self.home, settings=lambda: AgentSettings(tasks=("*",))
         )

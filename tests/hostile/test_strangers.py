@@ -82,7 +82,7 @@ def own_routes(fleet: Fleet) -> list[tuple[str, str]]:
             .replace("{job}", "x-1")
         )
         path = path.replace("{ticket}", "abcdef01").replace("{peer}", fleet.agents[0].peer)
-        path = path.replace("{operator}", "laptop")
+        path = path.replace("{operator}", "laptop").replace("{start:int}", "1")
         assert "{" not in path
         for method in sorted((route.methods or set()) - {"HEAD"}):
             found.append((method, path))
