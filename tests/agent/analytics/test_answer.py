@@ -288,17 +288,17 @@ def test_noisy_figures_are_near_and_never_exact_by_rule(tmp_path: Path) -> None:
     peer = Peer(
         tmp_path,
         rows,
-        AgentSettings(analyze="on", analyze_epsilon=1000.0, analyze_epsilon_per_question=4.0),
+        AgentSettings(analyze="on", analyze_epsilon=1000.0, analyze_epsilon_per_question=0.5),
     )
     bounds = {"age": (0.0, 90.0)}
     errors = []
     for number in range(6):
-        told = peer.ask("count, mean(age)", f"age >= -{number}", epsilon=4.0, bounds=bounds)
+        told = peer.ask("count, mean(age)", f"age >= -{number}", epsilon=0.5, bounds=bounds)
         count, mean = told.cells[0].states
         errors.append(count.count - 2000)  # type: ignore[union-attr]
-        assert abs(mean.moments.mean - np.mean([r["age"] for r in rows])) < 2  # type: ignore[union-attr]
+        assert abs(mean.moments.mean - np.mean([r["age"] for r in rows])) < 10  # type: ignore[union-attr]
     assert len(set(errors)) > 1
-    assert max(map(abs, errors)) < 60
+    assert max(map(abs, errors)) < 200
 
 
 def test_rare_groups_do_not_show_in_noisy_answers(tmp_path: Path) -> None:
