@@ -141,7 +141,9 @@ def rogue_agent(home: Path) -> Iterator[None]:
     outbox = home / "outbox"
     outbox.mkdir()
 
-    me = PeerIdentity(mine.peer, mine.sign_key.sign, enrollment.coordinator_public)
+    me = PeerIdentity(
+        mine.peer, mine.sign_key.sign, enrollment.coordinator_public, enrollment.fleet
+    )
     client = Client(
         me,
         RogueTrainer(),
