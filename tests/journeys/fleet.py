@@ -58,6 +58,8 @@ class JourneyFleet(Site):
         self.backups.mkdir()
         self.old_tree = old_tree(folder / "old")
         self.old: set[str] = set()
+        #: Digests in the ledgers of homes that were deleted.
+        self.told_before: set[str] = set()
         self.up_options: tuple[str, ...] = ()
         self.remote: Remote | None = None
         self._occupier: socketserver.ThreadingTCPServer | None = None

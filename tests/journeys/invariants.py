@@ -172,7 +172,7 @@ def ledger(fleet: JourneyFleet, model: Model) -> Iterator[str]:
 def owners_ledgers(fleet: JourneyFleet, model: Model) -> Iterator[str]:
     """Each update that a run accepted is in the ledger of its owner."""
     told = {name: _digests(fleet.folder / name) for name in NAMES}
-    everything = set().union(*told.values())
+    everything = fleet.told_before.union(*told.values())
     for run, facts in checker.facts_by_run(checker.read_ledger(fleet.home)).items():
         for fact in facts:
             if fact["type"] == "UpdateAccepted":

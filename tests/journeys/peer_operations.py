@@ -6,6 +6,7 @@ import shutil
 
 import psutil
 
+from agent.home import audit_log
 from tests.journeys.fleet import JourneyFleet
 from tests.journeys.model import Model, Peer
 from tests.journeys.operations import Choose, Deed, ignore, operation
@@ -169,6 +170,7 @@ def downgrade_agent(model: Model, choose: Choose) -> Deed:
     def deed(fleet: JourneyFleet) -> None:
         fleet.stop_agent(name)
         fleet.do_agent(name, "leave", "--yes")
+        fleet.told_before |= {entry.digest for entry in audit_log.read(fleet.folder / name)}
         shutil.rmtree(fleet.folder / name)  # older agents refuse a home of a newer format
         fleet.old.add(name)
         fleet.join_one(name)
