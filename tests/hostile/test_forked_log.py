@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from agent.home import fork_proofs, log_store
 from agent.home.settings import write_enrollment
-from agent.transport import followed_log
+from agent.transport import log_replica, peer_heads
 from agent.transport.followed_log import Witnesses
 from coordinator.fleet.registry import Restored
 from coordinator.storage.version_log import SignedTail
@@ -550,7 +550,7 @@ def test_a_log_that_grows_out_of_sight(scene: Scene, monkeypatch: pytest.MonkeyP
     assert not bob.forks, "bob remembers nothing so old"
     ada.hear(bob)
     ada.train(4, "for ada")
-    monkeypatch.setattr(followed_log, "MAX_BEHIND_S", 0.0)
+    monkeypatch.setattr(peer_heads, "MAX_BEHIND_S", 0.0)
     with pytest.raises(LogConflict, match=f"{bob.machine.peer} has seen 20"):
         ada.train(4, "for ada")
     bob.shown.version(6, "bob 6")
@@ -577,7 +577,7 @@ def test_restores_without_end(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> 
         sign_later(other, 200)
         ada.hear(bob)
     ada.train(3)
-    monkeypatch.setattr(followed_log, "MAX_BEHIND_S", 0.0)
+    monkeypatch.setattr(peer_heads, "MAX_BEHIND_S", 0.0)
     with pytest.raises(LogConflict, match="after a restore"):
         ada.train(3)
     monkeypatch.undo()
@@ -590,7 +590,7 @@ def test_restores_without_end(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.attack("20.11")
 def test_an_endless_log(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attack: claim a huge log, so that an agent reads entries until its memory is full."""
-    monkeypatch.setattr(followed_log, "MAX_GAP", 1000)
+    monkeypatch.setattr(log_replica, "MAX_GAP", 1000)
     ada = scene.agent("ada")
     ada.train(3)
     scene.shown.versions(4, 1099)
