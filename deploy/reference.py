@@ -14,7 +14,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import manual  # noqa: E402
 
-from agent.home.settings import AgentSettings, format_value  # noqa: E402
+from agent.home.settings import format_value  # noqa: E402
+from agent.home.settings_schema import AgentSettings  # noqa: E402
 from protocols import errors  # noqa: E402
 
 

@@ -21,7 +21,8 @@ from agent.data import disclosed_sets, open_table
 from agent.data.arrow_reader import find_files, map_errors
 from agent.data.disclosed_sets import Numbers
 from agent.data.table_memory import TableMemory
-from agent.home.settings import AgentSettings, data_settings
+from agent.home.settings import data_settings
+from agent.home.settings_schema import AgentSettings
 from protocols.analytics import parser
 from protocols.analytics.answer_size import max_answer_bytes
 from protocols.analytics.mergeable_states import Cell, PeerAnswer, State, WithheldState

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from agent.analytics.compute import Group, Places, Table
 from agent.analytics.figures import compute_clipped
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from protocols.analytics.mergeable_states import (
     Cell,
     CountState,

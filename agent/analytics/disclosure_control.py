@@ -26,7 +26,7 @@ from agent.analytics.compute import Group
 from agent.analytics.figures import PRODUCTS
 from agent.data.disclosed_sets import Numbers
 from agent.data.profile import may_use
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from protocols.analytics.query import Query
 from protocols.errors import Refused
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import Json, print_data, print_json, print_line
-from agent.home import fork_proofs, settings
+from agent.home import enrollment_file, fork_proofs
 from protocols.enrollment import fork_proof
 from protocols.errors import BadMessage, UsageError
 from protocols.local import homes
@@ -32,7 +32,7 @@ def show(json: Json = False) -> None:
     from protocols.messages.version_log import SIGNED_HEAD
 
     home = homes.open_home("agent")
-    joined, proofs = settings.read_enrollment(home), fork_proofs.all_files(home)
+    joined, proofs = enrollment_file.read_enrollment(home), fork_proofs.all_files(home)
     pending = fork_proofs.not_acknowledged(home)
     lines, size, confirmed = [], 0, {}
     if (home / FILE).exists():
@@ -83,7 +83,7 @@ def verify(
         data = file.read_bytes()
     except OSError as err:
         raise UsageError(f"cannot read {err.filename}: {err.strerror}") from err
-    ca_pem = ca_pem or settings.read_enrollment(homes.open_home("agent")).ca_pem.encode()
+    ca_pem = ca_pem or enrollment_file.read_enrollment(homes.open_home("agent")).ca_pem.encode()
     if b'"heads":' in data[:65536]:
         text = _compare_heads(ca_pem, data)
     else:
@@ -104,7 +104,7 @@ def _compare_heads(ca_pem: bytes, data: bytes) -> str:
     home = homes.open_home("agent")
     peer, heads = fork_proof.open_seen(ca_pem, data)
     agreeing = unknown = 0
-    with contextlib.closing(LogStore(home, settings.read_enrollment(home).fleet)) as store:
+    with contextlib.closing(LogStore(home, enrollment_file.read_enrollment(home).fleet)) as store:
         epoch = int(store.number("epoch"))
         for _, head in heads:
             ours = store.hash_at(head.size)
@@ -127,7 +127,7 @@ def heads(file: Annotated[Path, typer.Argument(help="The file to write.")]) -> N
     from agent.home.log_store import LogStore
 
     home = homes.open_home("agent")
-    joined = settings.read_enrollment(home)
+    joined = enrollment_file.read_enrollment(home)
     with contextlib.closing(LogStore(home, joined.fleet)) as store:
         found, old_card = store.audit_heads(), store.meta("old card")
     seen = fork_proof.SeenLog(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
-from agent.home import logs, settings
+from agent.home import enrollment_file, logs
 from protocols.errors import NotRunning, UsageError
 from protocols.local import cli_entry, homes
 
@@ -58,7 +58,7 @@ def _request(want: Any, until: float) -> None:
 def show_id(json: Json = False) -> None:
     """Show this machine's id, as the coordinator and the monitor do."""
 
-    joined = settings.read_enrollment(homes.open_home("agent"))
+    joined = enrollment_file.read_enrollment(homes.open_home("agent"))
     print_data({"peer": joined.peer, "name": joined.name}, [joined.peer], json=json)
 
 
@@ -135,7 +135,7 @@ def leave(
 
     home = homes.open_home("agent")
     with enrollment.lock_home(home):
-        joined = settings.read_enrollment(home)
+        joined = enrollment_file.read_enrollment(home)
         if not yes:
             if not sys.stdin.isatty():
                 raise UsageError("leaving asks first, and there is no terminal", "add --yes")

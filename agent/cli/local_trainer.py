@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.cli.models import LocalModel
 from agent.home import settings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.inference import predictions
 from agent.tasks.work import Done, Predict, Work
 from agent.trainer import sandbox_rules

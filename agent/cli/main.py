@@ -19,7 +19,7 @@ import typer
 
 from agent.cli import audit, control, export, join, policy, predict, questions, serve, service, task
 from agent.cli.common import Json, Part, Split, is_running, parse_part, print_line
-from agent.home import logs, settings
+from agent.home import enrollment_file, logs, settings
 from agent.setup import sharing_text
 from protocols import VERSION
 from protocols.errors import NotRunning
@@ -61,7 +61,7 @@ def run(part: Part = None, split: Split = None) -> None:
     home = homes.open_home("agent")
     # Lock first: without the lock, `join --replace` may change the enrollment meanwhile.
     lock = homes.lock_home(home, "agent")
-    joined = settings.read_enrollment(home)
+    joined = enrollment_file.read_enrollment(home)
     chosen = settings.read(home, **parse_part(part), split=split)
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -79,7 +79,7 @@ def run(part: Part = None, split: Split = None) -> None:
         agent = Agent(home, joined, chosen)
         asyncio.run(agent.serve())
         while agent.must_restart:
-            agent = Agent(home, settings.read_enrollment(home), chosen)
+            agent = Agent(home, enrollment_file.read_enrollment(home), chosen)
             asyncio.run(agent.serve())
     except Exception as err:
         crash_reports.save(home, err)

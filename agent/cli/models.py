@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agent.home import settings
+from agent.home import enrollment_file
 from protocols.errors import UnknownName, UsageError
 from protocols.local import homes
 
@@ -41,7 +41,7 @@ def find_model(model: str) -> LocalModel:
         card = model_card.read(path)
         return LocalModel(path, card.task, card.settings)
     home = homes.open_home("agent")
-    enrollment = settings.read_enrollment(home)
+    enrollment = enrollment_file.read_enrollment(home)
     cached = version_proofs.list_verified(home / "cache", enrollment.coordinator_public)
     for version in cached:
         if not is_digest or version.work.base.startswith(model):

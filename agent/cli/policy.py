@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
-from agent.home import settings
+from agent.home import settings, settings_schema
 from protocols.errors import UsageError
 from protocols.local import homes
 
@@ -65,7 +65,7 @@ def set_policy(
     print_line(f"{key} is {value or 'empty'} in {home / settings.FILE}")
     if source != settings.FILE:
         print_line(f"but {source} is set and overrides it")
-    if is_running(home) and key in settings.RESTART_KEYS:
+    if is_running(home) and key in settings_schema.RESTART_KEYS:
         print_line("restart the running agent to apply it")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from agent.cli.common import Json, is_running, print_data, print_line
-from agent.home import settings
+from agent.home import enrollment_file
 from protocols.errors import ExitCode
 from protocols.local import homes
 
@@ -29,7 +29,7 @@ def install_service() -> None:
     from protocols.local.checks import Advice
 
     home = homes.open_home("agent")
-    settings.read_enrollment(home)
+    enrollment_file.read_enrollment(home)
     system, running = _system(), is_running(home)
     system.install(start=not running)
     print_line(f"installed {system.file}")

@@ -16,7 +16,7 @@ import typer
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
 from agent.home import consent_requests, settings
 from agent.home.consent_requests import Request
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.setup import consents
 from agent.tasks import registry
 from protocols.errors import TrainerFailed, UnknownName, UsageError

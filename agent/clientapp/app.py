@@ -28,7 +28,7 @@ from agent.clientapp.interfaces import (
 from agent.clientapp.outbox import Finished, Outbox
 from agent.data.settings import Floors
 from agent.home.run_state import RunStatePaths
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.tasks import floors as owner_floors
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from agent.home.consent_requests import Request, plain_columns
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.policy import consent
 from agent.tasks import Setting, registry
 from protocols.errors import AwaitingConsent, NotAllowed, UnknownName

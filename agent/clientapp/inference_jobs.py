@@ -16,7 +16,7 @@ from agent.clientapp import consent
 from agent.clientapp.jobs import Result
 from agent.clientapp.told_scores import ToldScores, blur, key_of
 from agent.home import audit_log
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.tasks import Setting
 from agent.tasks.work import Done, Evaluate, Predict, Trainer
 from agent.transport import version_proofs

@@ -23,7 +23,8 @@ from agent.daemon.status_reporter import StatusReporter
 from agent.daemon.work_thread import WorkThread
 from agent.home import log_redaction, logs
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings, Enrollment
+from agent.home.enrollment_file import Enrollment
+from agent.home.settings_schema import AgentSettings
 from agent.policy import sensors
 from agent.policy.sensors import Sensors
 from agent.transport.bandwidth import Bandwidth

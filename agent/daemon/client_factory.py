@@ -19,7 +19,7 @@ from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
 from agent.home import audit_log, settings
 from agent.home.live_settings import LiveSettings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.policy import sandbox
 from agent.trainer import sandbox_rules
 from agent.trainer.ipc import Progress

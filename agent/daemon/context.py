@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from agent.daemon.state_runner import StateRunner
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings, Enrollment
+from agent.home.enrollment_file import Enrollment
+from agent.home.settings_schema import AgentSettings
 from agent.transport.bandwidth import Bandwidth
 
 

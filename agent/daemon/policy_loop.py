@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import PolicyDecided
 from agent.home import settings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.home.status_files import OwnerRequest
 from agent.policy import rules
 from agent.policy.rules import Decision, Pause, Run, Slow

@@ -20,7 +20,7 @@ from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SessionChanged
 from agent.daemon.status_reporter import StatusReporter
 from agent.home import fleet_trust
-from agent.home.settings import write_enrollment
+from agent.home.enrollment_file import write_enrollment
 from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
 from agent.transport.followed_log import FollowedLog
 from agent.transport.weight_transfer import SessionLost

@@ -15,7 +15,8 @@ import psutil
 from agent.daemon import state_machine
 from agent.daemon.state_machine import AgentState
 from agent.home import status_files
-from agent.home.settings import AgentSettings, Enrollment
+from agent.home.enrollment_file import Enrollment
+from agent.home.settings_schema import AgentSettings
 from agent.home.status_files import Status
 from agent.policy import sensors
 from agent.policy.consent import ASKED_FIRST

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.home.settings import Enrollment
+from agent.home.enrollment_file import Enrollment
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.identity import NodeKey, SigningKey
 from protocols.network import addresses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from agent.home.settings import Enrollment
+from agent.home.enrollment_file import Enrollment
 from protocols.enrollment import ca_chain, fleet_card, identity
 from protocols.enrollment.ca_chain import CaTrust, ChainResponse
 from protocols.enrollment.fleet_card import FleetCard

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from agent.home import settings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from protocols.errors import CommonweightError
 
 log = logging.getLogger("commonweight.agent")

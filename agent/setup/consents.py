@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from agent.home import consent_requests, settings
 from agent.home.consent_requests import Request
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.policy import consent, task_code
 from agent.policy.consent import ASKED_FIRST, Consent
 from agent.tasks import registry

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.data.settings import uses_network
-from agent.home import fleet_trust, settings
-from agent.home.settings import Enrollment
+from agent.home import enrollment_file, fleet_trust, settings
+from agent.home.enrollment_file import Enrollment
 from agent.policy import sandbox, sensors
 from agent.policy.sensors import Sensors
 from agent.setup import autostart, consents, environment, own_data, sharing_text
@@ -163,7 +163,7 @@ class _Doctor:
     # --- the coordinator, from the network inwards ---
 
     def enrolled(self) -> str:
-        enrollment = settings.read_enrollment(self._home)
+        enrollment = enrollment_file.read_enrollment(self._home)
         own = identity.public_bytes(identity.load_signing_key(self._home / "sign.key"))
         identity.load_node_key(self._home / "node.key")
         certificate = fleet_trust.trusted_cas(enrollment).verify_certificate(

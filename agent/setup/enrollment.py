@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from agent.home import fleet_trust, status_files
-from agent.home.settings import ENROLLMENT_FILE, Enrollment, write_enrollment
+from agent.home.enrollment_file import ENROLLMENT_FILE, Enrollment, write_enrollment
 from agent.transport.p2p.gossip import FILE as NEIGHBOURS
 from agent.transport.p2p.sharing import CERTIFICATE
 from protocols import VERSION

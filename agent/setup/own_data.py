@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agent.data.admission import AdmissionStore
 from agent.home import settings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.tasks import data_checks
 from protocols.errors import DataError, UsageError
 

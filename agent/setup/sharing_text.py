@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.transport.p2p.sharing import PORT
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from agent.data.settings import uses_network
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.policy.file_access import SandboxRules
 from agent.tasks import registry
 from protocols import failpoints

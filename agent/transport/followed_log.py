@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from agent.home import fleet_trust
 from agent.home.credentials import Credentials
-from agent.home.settings import Enrollment
+from agent.home.enrollment_file import Enrollment
 from agent.transport.log_replica import NEXT_STEP, LogReplica
 from agent.transport.peer_heads import PeerHeads
 from protocols.errors import (

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from agent.home import fork_proofs, settings
+from agent.home import enrollment_file, fork_proofs
+from agent.home.enrollment_file import Enrollment
 from agent.home.log_store import Known, LogStore
-from agent.home.settings import Enrollment
 from protocols.enrollment import fork_proof, identity
 from protocols.enrollment.fork_proof import MAX_CLOCK_SKEW_S, ForkProof
 from protocols.errors import BadMessage, HomeError, LogConflict
@@ -259,7 +259,7 @@ class LogReplica:
 
     def _forked(self, first: bytes, second: bytes, before: bytes, entries: list[bytes]) -> None:
         """Keep the proof and raise LogConflict; BadMessage if the proof would show nothing."""
-        joined = settings.read_enrollment(self._home)
+        joined = enrollment_file.read_enrollment(self._home)
         cards = (joined.card, self.store.meta("old card"))
         proof = ForkProof(
             fleet=self._fleet,

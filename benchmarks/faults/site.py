@@ -10,7 +10,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from agent.home import settings
+from agent.home import enrollment_file
 from benchmarks.faults import checker, failpoint_names
 from benchmarks.faults.checker import Fact, Line
 from coordinator.api.schema import StartRunRequest
@@ -96,12 +96,14 @@ class Site(Fleet):
     def redirect(self, name: str, port: int) -> None:
         """Change the port at which this machine reaches the coordinator."""
         home = self.folder / name
-        enrollment = settings.read_enrollment(home)
-        settings.write_enrollment(home, replace(enrollment, addresses=(f"127.0.0.1:{port}",)))
+        enrollment = enrollment_file.read_enrollment(home)
+        enrollment_file.write_enrollment(
+            home, replace(enrollment, addresses=(f"127.0.0.1:{port}",))
+        )
 
     def peer(self, name: str) -> str:
         """The peer id of this machine."""
-        return settings.read_enrollment(self.folder / name).peer
+        return enrollment_file.read_enrollment(self.folder / name).peer
 
     def enlist(self, *names: str) -> None:
         self.join(*names)

@@ -23,7 +23,7 @@ from flwr.app import Message
 from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.transport.coordinator_client import _pack, _unpack
 from benchmarks.quality.liars import Liar, Lie
 from coordinator.runs import state, transitions

@@ -15,9 +15,9 @@ from flwr.app import Error, Message
 from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import Floors
-from agent.home import settings
+from agent.home import enrollment_file
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.tasks import Settings
 from agent.tasks.demo.mnist import Mnist
 from agent.tasks.work import Done
@@ -135,7 +135,7 @@ class OverLink(NamedTuple):
 @contextmanager
 def rogue_agent(home: Path) -> Iterator[None]:
     """An enrolled agent, all real but its trainer, at work in a thread of this process."""
-    enrollment = settings.read_enrollment(home)
+    enrollment = enrollment_file.read_enrollment(home)
     mine = Credentials.load(home, enrollment)
     link = CoordinatorClient(mine)
     outbox = home / "outbox"
@@ -224,7 +224,7 @@ async def test_a_malformed_mqtt_payload_is_ignored_counted_and_shown(tmp_path: P
     """Attack: a member publishes malformed messages in a real fleet."""
     with fleet(tmp_path) as site:
         start_honest(site)
-        enrollment = settings.read_enrollment(tmp_path / "ada")
+        enrollment = enrollment_file.read_enrollment(tmp_path / "ada")
         run = site.start_run("ping", "--rounds", "20", "--quorum", "2")
         payloads = [b"\x00\xff" * 40, b"A" * 88 + b".{}", b"x" * 16_000, b"{}"]
         async with with_login_only(enrollment.mqtt) as client:

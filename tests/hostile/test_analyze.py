@@ -17,7 +17,7 @@ import pytest
 from agent.analytics.answer import answer_question
 from agent.analytics.query_log import QueryLog
 from agent.data.table_memory import TableMemory
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from protocols.analytics.mergeable_states import (
     ComomentsState,
     CountState,

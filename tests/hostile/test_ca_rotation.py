@@ -13,9 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.home import fleet_trust
-from agent.home import settings as agent_settings
-from agent.home.settings import Enrollment
+from agent.home import enrollment_file, fleet_trust
+from agent.home.enrollment_file import Enrollment
 from agent.setup import enrollment as setup
 from coordinator.admin import backup, keys
 from coordinator.remote import access
@@ -106,8 +105,8 @@ def test_the_fleet_keeps_its_id_and_a_machine_follows_two_rotations(home: Path) 
         assert (moved.ca_pem.encode(), moved.fleet) == (after.ca_pem, before.fleet)
         assert moved.coordinator_public == identity.public_bytes(after.sign_key)
         assert moved.mqtt.ca_pem == moved.ca_pem
-        agent_settings.write_enrollment(home, moved)
-        assert agent_settings.read_enrollment(home) == moved
+        enrollment_file.write_enrollment(home, moved)
+        assert enrollment_file.read_enrollment(home) == moved
         assert fleet_trust.with_new_ca(moved, told) == moved
 
 
@@ -243,9 +242,9 @@ def test_an_enrollment_on_disk_needs_its_transitions(home: Path, tmp_path: Path)
         {"ca_pem": pem.decode(), "card": b""},
         {"ca_pem": pem.decode(), "card": b"", "fleet": identity.fleet_id(pem)},
     ):
-        agent_settings.write_enrollment(tmp_path, msgspec.structs.replace(machine, **changed))
+        enrollment_file.write_enrollment(tmp_path, msgspec.structs.replace(machine, **changed))
         with pytest.raises(HomeError, match="trusts more"):
-            agent_settings.read_enrollment(tmp_path)
+            enrollment_file.read_enrollment(tmp_path)
 
 
 def entry(found: Keys, now: float) -> bytes:
@@ -413,7 +412,7 @@ def test_an_older_machine_joins_a_fleet_with_a_new_ca_only_after_an_update(
     with site.up():
         ticket = site.ticket(uses=9)
         setup.join(tmp_path / "agent", tickets.encode(ticket), name="new", labels={})
-        joined = agent_settings.read_enrollment(tmp_path / "agent")
+        joined = enrollment_file.read_enrollment(tmp_path / "agent")
         assert joined.fleet == site.fleet_id != identity.fleet_id(site.ca_pem)
         monkeypatch.setattr(setup, "JoinRequest", lambda **given: _without_ca(given))
         with pytest.raises(Refused, match="replaced its CA") as refused:

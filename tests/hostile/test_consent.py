@@ -22,7 +22,7 @@ from agent.data.settings import DataSettings
 from agent.home import consent_requests, refusal_log, settings
 from agent.home.live_settings import LiveSettings
 from agent.home.refusal_log import RefusalLog
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.policy import consent
 from agent.setup import consents
 from agent.tasks.tabular import Tabular

@@ -12,7 +12,7 @@ import pytest
 from agent.data import features, open_table
 from agent.data.settings import Floors
 from agent.home import settings as home_settings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.tasks import floors
 from agent.tasks.tabular import Tabular
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent.home import fork_proofs, log_store
-from agent.home.settings import write_enrollment
+from agent.home.enrollment_file import write_enrollment
 from agent.transport import log_replica, peer_heads
 from agent.transport.followed_log import Witnesses
 from coordinator.fleet.registry import Restored

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.home import settings
+from agent.home import enrollment_file
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.transport.connection_limits import (
@@ -57,7 +57,7 @@ def test_an_honest_agent_is_served_beside_300_half_open_connections(tmp_path: Pa
         site.join("ada")
         up = json.loads((site.home / "up.json").read_bytes())
         port = int(up["address"].rpartition(":")[2])
-        enrollment = settings.read_enrollment(tmp_path / "ada")
+        enrollment = enrollment_file.read_enrollment(tmp_path / "ada")
         server = psutil.Process(up["pid"])
         honest = CoordinatorClient(Credentials.load(tmp_path / "ada", enrollment))
         honest.open()

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.home.settings import ENROLLMENT_FILE, read_enrollment
+from agent.home.enrollment_file import ENROLLMENT_FILE, read_enrollment
 from agent.setup import discovery, enrollment
 from agent.setup.discovery import DiscoveredCoordinator
 from coordinator.remote import access

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings, read_enrollment
+from agent.home.enrollment_file import read_enrollment
+from agent.home.settings_schema import AgentSettings
 from agent.setup import sharing_text
 from agent.transport.p2p.sharing import Sharing
 from protocols.enrollment import identity, tickets

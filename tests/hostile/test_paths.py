@@ -19,7 +19,7 @@ from agent.clientapp.inference_jobs import InferenceJobs, _unzip, find_version
 from agent.clientapp.interfaces import PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.told_scores import ToldScores
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.version_proofs import VersionIndex, save_proof
 from agent.transport.version_store import VersionStore

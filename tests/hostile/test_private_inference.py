@@ -15,7 +15,7 @@ from agent.clientapp import told_scores
 from agent.clientapp.inference_jobs import InferenceJobs, took_part
 from agent.clientapp.told_scores import ToldScores, blur, key_of
 from agent.home import audit_log
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
 from agent.transport import version_proofs
 from protocols.enrollment import identity

@@ -19,7 +19,7 @@ from typing import Any
 import aiomqtt
 import pytest
 
-from agent.home import settings
+from agent.home import enrollment_file
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.mqtt_client import MqttClient
@@ -57,7 +57,7 @@ class Victim:
     """An enrolled agent's session and MQTT link in this process, under names that we can know."""
 
     def __init__(self, home: Path) -> None:
-        self.enrollment = settings.read_enrollment(home)
+        self.enrollment = enrollment_file.read_enrollment(home)
         self.mine = Credentials.load(home, self.enrollment)
         self.link = CoordinatorClient(self.mine)
         self.obeyed: list[Doorbell | Command] = []
@@ -91,7 +91,7 @@ class Rogue:
     """The coordinator's login, past the gate, and a voice of its own key in anybody's name."""
 
     def __init__(self, home: Path) -> None:
-        self.enrollment = settings.read_enrollment(home)
+        self.enrollment = enrollment_file.read_enrollment(home)
         self.sign = Credentials.load(home, self.enrollment).sign_key.sign
         gate = json.loads((home.parent / "coordinator" / "broker" / "gate.json").read_bytes())
         self.address = MqttAddress(

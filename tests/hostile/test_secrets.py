@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.home import settings
+from agent.home import enrollment_file
 from protocols.enrollment import tickets
 from tests.hostile.tools import files_in
 from tests.support.fleet_harness import ALLOW, ROOT, Fleet, descendants, fleet
@@ -142,7 +142,7 @@ class Worked:
             self.lines.add(done.stdout + done.stderr)
         self._note_arguments()
         found = tickets.decode(ticket)
-        enrollment = settings.read_enrollment(site.folder / "ada")
+        enrollment = enrollment_file.read_enrollment(site.folder / "ada")
         self.password = enrollment.mqtt.password
         assert enrollment.mqtt.user == enrollment.peer
         gate = json.loads((site.home / "broker" / "gate.json").read_bytes())
@@ -233,7 +233,7 @@ def test_the_mqtt_passwords_are_only_where_they_are_used(worked: Worked) -> None
             if password.encode() in path.read_bytes()
         }
 
-    assert holders(worked.password) == {f"ada/{settings.ENROLLMENT_FILE}"}
+    assert holders(worked.password) == {f"ada/{enrollment_file.ENROLLMENT_FILE}"}
     inner = {"coordinator/broker/gate.json", "coordinator/broker/broker.toml"}
     assert holders(worked.inner_password) == inner
 

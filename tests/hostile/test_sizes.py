@@ -17,9 +17,10 @@ from flwr.app import Message
 from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.data.settings import DataSettings
-from agent.home import settings
+from agent.home import enrollment_file
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings, Enrollment
+from agent.home.enrollment_file import Enrollment
+from agent.home.settings_schema import AgentSettings
 from agent.trainer.process import TrainerProcess
 from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.transport.upload_limits import MAX_UPLOADS
@@ -55,7 +56,7 @@ class Target:
         self.pid: int = up["pid"]
         self.port = int(up["address"].rpartition(":")[2])
         self.home = site.folder / "eve"
-        self.enrollment: Enrollment = settings.read_enrollment(self.home)
+        self.enrollment: Enrollment = enrollment_file.read_enrollment(self.home)
         self.mine = Credentials.load(self.home, self.enrollment)
         self.ca_pem = self.enrollment.ca_pem
         self.link = CoordinatorClient(self.mine)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from agent.home import settings
+from agent.home import enrollment_file
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import CoordinatorClient
 from protocols.enrollment import identity
@@ -63,7 +63,7 @@ def asked(site: Fleet) -> int:
 def test_stock_supernode_is_refused_cleanly(site: Fleet, tmp_path: Path, who: str) -> None:
     """Attack: connect with the stock `flower-supernode`, with and without a registered key."""
     up = json.loads((site.home / "up.json").read_bytes())
-    enrollment = settings.read_enrollment(site.folder / "ada")
+    enrollment = enrollment_file.read_enrollment(site.folder / "ada")
     ca = tmp_path / "ca.pem"
     ca.write_text(enrollment.ca_pem)
     port, _ = two_free_ports()

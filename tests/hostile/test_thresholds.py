@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from protocols.analytics.mergeable_states import CountState, HistogramState, MomentsState
 from tests.hostile.test_analyze import SECRET, Row, Victim, counts, persons, total
 

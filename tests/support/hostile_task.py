@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.home.settings import AgentSettings, data_settings
+from agent.home.settings import data_settings
+from agent.home.settings_schema import AgentSettings
 from agent.policy.file_access import Mode
 from agent.tasks.work import Describe
 from agent.trainer import sandbox_rules

@@ -25,7 +25,8 @@ from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
 from agent.clientapp.told_scores import ToldScores
 from agent.home.credentials import Credentials
-from agent.home.settings import AgentSettings, Enrollment, write_enrollment
+from agent.home.enrollment_file import Enrollment, write_enrollment
+from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
 from agent.transport import version_proofs
 from agent.transport.coordinator_client import CoordinatorClient

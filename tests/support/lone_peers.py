@@ -12,7 +12,8 @@ from pathlib import Path
 from agent.daemon.context import AgentContext
 from agent.daemon.gossip_loop import GossipLoop
 from agent.daemon.state_runner import StateRunner
-from agent.home.settings import AgentSettings, Enrollment
+from agent.home.enrollment_file import Enrollment
+from agent.home.settings_schema import AgentSettings
 from agent.transport import version_proofs
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.coordinator_client import CoordinatorClient

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from agent.home.credentials import Credentials
-from agent.home.settings import Enrollment, write_enrollment
+from agent.home.enrollment_file import Enrollment, write_enrollment
 from agent.transport.followed_log import FollowedLog, Witnesses
 from coordinator.fleet.registry import Registry
 from coordinator.storage import run_events

@@ -17,7 +17,7 @@ import msgspec
 
 from agent.home import fleet_trust
 from agent.home.credentials import Credentials
-from agent.home.settings import Enrollment
+from agent.home.enrollment_file import Enrollment
 from agent.transport.version_proofs import VersionIndex
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage

@@ -21,7 +21,8 @@ from agent.analytics.answer import answer_question
 from agent.analytics.query_log import QueryLog
 from agent.data.disclosed_sets import MAX_SETS, ToldSet
 from agent.data.table_memory import TableMemory
-from agent.home.settings import AgentSettings, change
+from agent.home.settings import change
+from agent.home.settings_schema import AgentSettings
 from coordinator.jobs.analysis import AnalysisResult, combine, validate
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.parser import parse_query

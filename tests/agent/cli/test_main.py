@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.home import logs, settings
-from agent.home.settings import AgentSettings
+from agent.home import enrollment_file, logs, settings
+from agent.home.settings_schema import AgentSettings
 from protocols.errors import UnknownName, UsageError
 from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import (
@@ -236,9 +236,9 @@ def test_one_that_still_awaits_approval_can_leave(tmp_path: Path) -> None:
 def test_leaving_a_coordinator_that_does_not_answer(site: Fleet) -> None:
     site.join("two")
     home = site.folder / "two"
-    enrollment = settings.read_enrollment(home)
+    enrollment = enrollment_file.read_enrollment(home)
     nowhere = msgspec.structs.replace(enrollment, addresses=(f"127.0.0.1:{two_free_ports()[0]}",))
-    settings.write_enrollment(home, nowhere)
+    enrollment_file.write_enrollment(home, nowhere)
     done = site.ask_agent("two", "leave", "--yes")
     assert done.returncode == 3
     assert "does not answer" in done.stderr
@@ -256,11 +256,11 @@ def test_leaving_a_coordinator_that_does_not_answer(site: Fleet) -> None:
 def test_an_agent_exits_at_once_while_a_connection_is_being_made(site: Fleet) -> None:
     """One end of the handshake waits: a coordinator that is stopping, or a network that drops."""
     site.join("five")
-    enrollment = settings.read_enrollment(site.folder / "five")
+    enrollment = enrollment_file.read_enrollment(site.folder / "five")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         changed = msgspec.structs.replace(enrollment, addresses=(address,))
-        settings.write_enrollment(site.folder / "five", changed)
+        enrollment_file.write_enrollment(site.folder / "five", changed)
         program = site._start("five", [AGENT, "run"], site._env("five"))
         accepted, _ = silent.accept()
         with accepted:

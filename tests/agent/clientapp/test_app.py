@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client
 from agent.clientapp.interfaces import Observer, PeerIdentity
 from agent.home import audit_log
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
 from protocols.enrollment import identity
 from protocols.errors import (

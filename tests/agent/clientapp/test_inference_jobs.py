@@ -14,7 +14,7 @@ import pytest
 from agent.clientapp.inference_jobs import InferenceJobs
 from agent.clientapp.told_scores import ToldScores
 from agent.data.settings import DataSettings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from coordinator.jobs.input import prepare
 from protocols.errors import BadMessage
 from protocols.messages.jobs import ModelRef, Scatter, Unit

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from agent.daemon import session_loop, work_thread
 from agent.daemon.agent import Agent
-from agent.home import settings
+from agent.home import enrollment_file
 from agent.transport.weight_transfer import SessionLost
 from coordinator.fleet.sessions import NoSession
 from coordinator.transport.flower_records import read_claim
@@ -208,7 +208,7 @@ async def test_a_heartbeat_that_opens_a_session_again_brings_the_new_login(
         await agent._sessions._send_heartbeat(agent._sessions.link())
         await until(lambda: moved)
         assert [address.password for address in moved] == ["another"]
-        assert settings.read_enrollment(agent._home).mqtt.password == "another"
+        assert enrollment_file.read_enrollment(agent._home).mqtt.password == "another"
         assert await agent._sessions._send_heartbeat(agent._sessions.link())
     finally:
         agent._work.close()

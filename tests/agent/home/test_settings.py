@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from agent.home import settings
-from agent.home.settings import AgentSettings, Enrollment
+from agent.home import enrollment_file, settings
+from agent.home.enrollment_file import Enrollment
+from agent.home.settings_schema import AgentSettings
 from protocols.enrollment import identity
 from protocols.errors import ExitCode, HomeError, NotEnrolled, UsageError
 from protocols.messages.mqtt import MqttAddress
@@ -128,24 +129,24 @@ def an_enrollment() -> Enrollment:
 
 
 def test_an_enrollment_is_read_back_and_private(tmp_path: Path) -> None:
-    settings.write_enrollment(tmp_path, an_enrollment())
-    assert settings.read_enrollment(tmp_path) == an_enrollment()
+    enrollment_file.write_enrollment(tmp_path, an_enrollment())
+    assert enrollment_file.read_enrollment(tmp_path) == an_enrollment()
     if os.name == "posix":
-        assert (tmp_path / settings.ENROLLMENT_FILE).stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / enrollment_file.ENROLLMENT_FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_without_an_enrollment_the_hint_is_join(tmp_path: Path) -> None:
     with pytest.raises(NotEnrolled) as caught:
-        settings.read_enrollment(tmp_path)
+        enrollment_file.read_enrollment(tmp_path)
     assert caught.value.exit_code is ExitCode.REFUSED
     assert "join TICKET" in caught.value.hint
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"peer":1}', b"[" * 100_000])
 def test_a_damaged_enrollment_is_an_error(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / settings.ENROLLMENT_FILE).write_bytes(content)
+    (tmp_path / enrollment_file.ENROLLMENT_FILE).write_bytes(content)
     with pytest.raises(HomeError, match="damaged"):
-        settings.read_enrollment(tmp_path)
+        enrollment_file.read_enrollment(tmp_path)
 
 
 def test_non_ascii_settings_in_any_locale(tmp_path: Path) -> None:

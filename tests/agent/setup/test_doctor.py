@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.home import settings
-from agent.home.settings import Enrollment
+from agent.home import enrollment_file
+from agent.home.enrollment_file import Enrollment
 from agent.setup.doctor import check_skew, examine_agent
 from agent.transport.mqtt_client import try_login
 from protocols.enrollment import identity
@@ -143,7 +143,7 @@ def test_another_distribution_named_agent_is_a_fault(site: Fleet, tmp_path: Path
 
 
 async def test_the_mqtt_login_is_tried(site: Fleet) -> None:
-    mqtt = settings.read_enrollment(site.folder / "box").mqtt
+    mqtt = enrollment_file.read_enrollment(site.folder / "box").mqtt
     assert await try_login(mqtt) == ""
     wrong = msgspec.structs.replace(mqtt, password="wrong")
     assert "refused the MQTT login or does not answer" in await try_login(wrong)
@@ -256,7 +256,7 @@ def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) ->
         coordinator_public=bytes(32),
         mqtt=MqttAddress(host=HOST, port=port, ca_pem=ca_pem.decode()),
     )
-    settings.write_enrollment(home, enrollment)
+    enrollment_file.write_enrollment(home, enrollment)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.home.settings import ENROLLMENT_FILE, read_enrollment
+from agent.home.enrollment_file import ENROLLMENT_FILE, read_enrollment
 from agent.setup import enrollment
 from agent.transport.p2p.gossip import FILE
 from agent.transport.p2p.sharing import CERTIFICATE

@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.setup import own_data
 from agent.tasks import data_checks
 from agent.tasks.work import Describe

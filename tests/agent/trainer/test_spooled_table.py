@@ -17,7 +17,7 @@ from agent.data.arrow_reader import ArrowReader
 from agent.data.row_registry import RowRegistry
 from agent.data.settings import DataSettings
 from agent.data.table_spool import write_table
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from agent.trainer import sandbox_rules
 from agent.trainer.spooled_table import SpooledTable
 from protocols.errors import CommonweightError, DataError

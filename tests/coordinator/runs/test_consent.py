@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agent.home.settings import AgentSettings
+from agent.home.settings_schema import AgentSettings
 from protocols.errors import AwaitingConsent, NotAllowed
 from protocols.messages.states import RunState
 from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from agent.home import fleet_trust
-from agent.home.settings import Enrollment
+from agent.home.enrollment_file import Enrollment
 from coordinator.storage.fleet_cards import CardFile
 from protocols.enrollment import fleet_card, identity
 from protocols.enrollment.fleet_card import FleetCard

@@ -1,0 +1,243 @@
+"""What an owner can set on an agent: names, types, limits, defaults and descriptions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from agent.policy import consent, task_code
+from agent.policy.consent import Consent, Standing
+from agent.policy.rules import PolicySettings
+
+_PUBLIC_KEYS = (
+    *("threads", "device", "idle_timeout_s", "log_level", "share_log", "share"),
+    *("work", "battery", "busy", "user", "schedule", "hours", "metered", "cpu_share"),
+)
+#: Changes of these take effect at the next start of the agent, all others at once.
+RESTART_KEYS = frozenset(
+    {
+        *("part", "parts", "split", "data_seed", "data", "task_files", "models"),
+        *("threads", "device", "framework", "compile", "sandbox", "sandbox_read"),
+        *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
+        *("share", "share_port", "share_mbit_s"),
+        *("min_batch", "min_examples", "min_cohort", "max_lr"),
+    }
+)
+
+
+class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an owner can set; `policy show` shows these descriptions."""
+
+    part: Annotated[int, Meta(ge=0, description="your part of a shared data set, from 0")] = 0
+    parts: Annotated[int, Meta(ge=1, description="number of parts of the shared data set")] = 1
+    split: Annotated[
+        Literal["iid", "shards"],
+        Meta(description="how to split it: iid, at random; shards, few labels in each part"),
+    ] = "iid"
+    data_seed: Annotated[int, Meta(description="seed of that split; the same on all peers")] = 0
+    data: Annotated[str, Meta(description="file or folder of your own data")] = ""
+    data_reader: Annotated[
+        str,
+        Meta(
+            pattern=r"^(arrow|dask(:.+)?|spark(:.+)?)\Z",
+            description="reader for tables: arrow, dask, spark; or your cluster: dask:ADDRESS, "
+            "spark:URL",
+        ),
+    ] = "arrow"
+    data_columns: Annotated[
+        tuple[str, ...], Meta(description="columns that runs may use; * matches any text")
+    ] = ("*",)
+    data_min_rows: Annotated[int, Meta(ge=0, description="minimum rows or pictures in a run")] = 20
+    data_min_count: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="minimum rows that share a value, or pictures of a class, before it may "
+            "leave",
+        ),
+    ] = 5
+    min_batch: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="minimum rows of a training step, whatever a run asks for; a smaller last "
+            "batch joins the one before",
+        ),
+    ] = 8
+    min_examples: Annotated[
+        int, Meta(ge=1, description="minimum rows that an update has seen before it may leave")
+    ] = 16
+    min_cohort: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="minimum peers in a round, as the coordinator says; 1: also this one alone",
+        ),
+    ] = 1
+    max_lr: Annotated[
+        float, Meta(ge=0, description="maximum learning rate of a run; 0: no limit")
+    ] = 1.0
+    witnesses: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="ids of peers you trust to say which versions they see "
+            "(commonweight-agent id, there)"
+        ),
+    ] = ()
+    min_witnesses: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="work only while so many of the witnesses show that they see the same "
+            "versions; 0: without them",
+        ),
+    ] = 0
+    data_extremes: Annotated[bool, Meta(description="column minima and maxima may leave")] = False
+    analyze: Annotated[
+        Literal["off", "ask", "on"],
+        Meta(
+            description="answer questions about your data: off; ask, after your approval "
+            "(commonweight-agent questions); on, all within the limits"
+        ),
+    ] = "off"
+    analyze_operations: Annotated[
+        tuple[str, ...], Meta(description="allowed operations: count, mean and so on; * is all")
+    ] = ("*",)
+    analyze_epsilon: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="privacy budget ε of all answers, which then all have noise; 0: no answer "
+            "has noise",
+        ),
+    ] = 0.0
+    analyze_epsilon_per_question: Annotated[
+        float, Meta(ge=0, description="maximum ε of one question, within analyze_epsilon")
+    ] = 1.0
+    tasks: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="tasks that you allow: commonweight-agent task allow; * is every task on "
+            "this machine"
+        ),
+    ] = ()
+    forbidden_tasks: Annotated[
+        tuple[str, ...],
+        Meta(description="tasks that never run, also with *: commonweight-agent task forbid"),
+    ] = ()
+    consents: Annotated[
+        dict[str, Consent],
+        Meta(description="columns, purpose and code of the tasks that you allow: task allow"),
+    ] = msgspec.field(default_factory=dict)
+    task_files: Annotated[
+        dict[str, str], Meta(description="your own tasks by name: commonweight-agent task add")
+    ] = msgspec.field(default_factory=dict)
+    threads: Annotated[int, Meta(ge=0, description="training threads; 0: half of the cores")] = 0
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"],
+        Meta(description="training device; auto: cuda, mps or cpu, the first that torch can use"),
+    ] = "auto"
+    models: Annotated[str, Meta(description="folder of base models, for tasks such as lora")] = ""
+    framework: Annotated[
+        Literal["auto", "torch", "keras"],
+        Meta(description="for tasks that exist in both; auto: torch if it is installed"),
+    ] = "auto"
+    compile: Annotated[bool, Meta(description="compile the model, if the task supports it")] = False
+    sandbox: Annotated[
+        Literal["auto", "require", "off"],
+        Meta(
+            description="limit what a task can reach: auto, as this machine can (see doctor); "
+            "require, train only if it can; off"
+        ),
+    ] = "auto"
+    sandbox_read: Annotated[
+        tuple[str, ...], Meta(description="further files and folders that tasks may read and run")
+    ] = ()
+    checkpoint_interval_s: Annotated[
+        float, Meta(ge=0, description="seconds of training that a crash may lose")
+    ] = 30.0
+    hang_timeout_s: Annotated[
+        float, Meta(gt=0, description="stop the trainer after so many seconds without a batch")
+    ] = 600.0
+    trainer_tries: Annotated[
+        int, Meta(ge=1, description="trainer failures in one work before the agent pauses")
+    ] = 4
+    idle_timeout_s: Annotated[
+        float, Meta(gt=0, description="stop the trainer after so many seconds without work")
+    ] = 60.0
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="lowest level to log")
+    ] = "info"
+    share_log: Annotated[
+        bool, Meta(description="the operator may see the last log lines, without paths or quotes")
+    ] = True
+
+    fleet: Annotated[
+        str,
+        Meta(
+            description="home of a coordinator on this machine whose fleet trains in place of "
+            "this agent (commonweight up --upstream sets it)"
+        ),
+    ] = ""
+    jobs_scatter: Annotated[
+        Literal["on", "off"],
+        Meta(description="run inference on rows that others send; rows and answers are theirs"),
+    ] = "off"
+    jobs_private_models: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="digests of models that jobs may measure exactly on your rows (infer "
+            "--private), although this machine took part in no run with them; * is all"
+        ),
+    ] = ()
+    jobs_private_per_day: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="new answers to infer --private in 24 hours; what a run's evaluation has "
+            "told is repeated without a limit",
+        ),
+    ] = 8
+    share: Annotated[
+        Literal["lan", "on", "off"],
+        Meta(
+            description="send shared versions to enrolled peers: lan, in the same private "
+            "network; on, to all; off, to none (no port is opened)"
+        ),
+    ] = "lan"
+    share_port: Annotated[int, Meta(ge=0, le=65535, description="port for that; 0 is any")] = 0
+    share_mbit_s: Annotated[
+        float, Meta(ge=0, description="maximum Mbit/s to other peers; 0: no limit")
+    ] = 200.0
+
+    def public_values(self) -> dict[str, str]:
+        """The settings that the operator may see. They do not include where the data is."""
+        values = {name: str(getattr(self, name)) for name in _PUBLIC_KEYS}
+        return {name: value[:64] for name, value in values.items() if value}
+
+    def allows(self, task: str) -> bool:
+        """True if the owner allows this task."""
+        return self.standing_of(task) == "allowed"
+
+    def standing_of(self, task: str) -> Standing:
+        """What the owner has decided about a task. Reads the task's file, if it has one."""
+        if task in self.forbidden_tasks:
+            return "forbidden"
+        if task not in self.tasks and "*" not in self.tasks:
+            return "awaiting"
+        source, code = self.task_files.get(task, ""), self.consent_to(task).code
+        if not source:
+            return "changed" if code else "allowed"
+        if not code:  # a file that was registered without `task add`
+            return "allowed" if "*" in self.tasks else "changed"
+        return "allowed" if task_code.digest(source) == code else "changed"
+
+    def consent_to(self, task: str) -> Consent:
+        """What the owner said when this task, or every task, was allowed."""
+        return self.consents.get(task) or self.consents.get("*") or Consent()
+
+    def columns_of(self, task: str) -> tuple[str, ...]:
+        """Patterns of the columns that this task may use."""
+        return consent.narrow(self.consent_to(task).columns, self.data_columns)
