@@ -42,7 +42,8 @@ def _parameter(option: Option) -> inspect.Parameter:
     """An option of the table as a parameter that Typer reads."""
     kind: Any = list[str] | None if option.repeatable else option.kind
     bounds = option.bounds if option.kind in (int, float) else None
-    minimum = bounds.minimum if bounds and not bounds.above_minimum else None
+    has_minimum = bounds and not bounds.above_minimum and not bounds.or_zero
+    minimum = bounds.minimum if bounds and has_minimum else None
     return inspect.Parameter(
         _variable(option),
         inspect.Parameter.KEYWORD_ONLY,

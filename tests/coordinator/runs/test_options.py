@@ -42,6 +42,21 @@ def test_the_command_line_takes_every_option_of_the_table() -> None:
     assert flags == ["task", *(f"--{o.name}" for o in OPTIONS), "--follow", "--json"]
 
 
+NUMBERS = [o for o in BOUNDED if o.kind in (int, float) and not o.repeatable]
+
+
+@pytest.mark.parametrize("option", NUMBERS, ids=lambda o: o.name)
+def test_the_command_line_takes_the_least_number_of_an_option(option: Option) -> None:
+    assert option.bounds is not None
+    group = typer.main.get_command(runs.runs)
+    assert isinstance(group, click.Group)
+    least = 0 if option.bounds.or_zero else option.bounds.minimum
+    least += 1 if option.bounds.above_minimum else 0
+    text = str(option.kind(least))
+    with group.commands["start"].make_context("start", ["ping", f"--{option.name}", text]) as made:
+        assert made.params[runs._variable(option)] == least
+
+
 def outside(bounds: Bounds) -> float:
     """A number that does not hold."""
     if bounds.minimum == float("-inf"):
