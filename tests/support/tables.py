@@ -12,20 +12,25 @@ import pyarrow.parquet as pq
 
 Rows = list[dict[str, Any]]
 
-#: All kinds of columns and of missing values, and text that needs quoting.
-MIXED: Rows = [
-    {
-        "age": "" if n % 7 == 0 else str(20 + n % 50),
-        "income": f"{1000.5 * n:.2f}" if n % 11 else "NA",
-        "member": "true" if n % 3 else "False",
-        "since": f"20{10 + n % 12}-0{1 + n % 9}-1{n % 10}",
-        "city": ["Bern", "Zürich", " Basel ", 'a "b", c', "n/a"][n % 5],
-        "note": f"only once {n}",
-        "empty": "",
-        "label": "yes" if n % 3 else "no",
-    }
-    for n in range(200)
-]
+
+def mixed(count: int) -> Rows:
+    """Rows with all kinds of columns and of missing values, and text that needs quoting."""
+    return [
+        {
+            "age": "" if n % 7 == 0 else str(20 + n % 50),
+            "income": f"{1000.5 * n:.2f}" if n % 11 else "NA",
+            "member": "true" if n % 3 else "False",
+            "since": f"20{10 + n % 12}-0{1 + n % 9}-1{n % 10}",
+            "city": ["Bern", "Zürich", " Basel ", 'a "b", c', "n/a"][n % 5],
+            "note": f"only once {n}",
+            "empty": "",
+            "label": "yes" if n % 3 else "no",
+        }
+        for n in range(count)
+    ]
+
+
+MIXED = mixed(200)
 
 
 def write_csv(path: Path, rows: Rows, columns: Sequence[str] = (), separator: str = ",") -> Path:

@@ -25,7 +25,7 @@ from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
 from protocols.tables.statistics import hash_category
 from tests.support.callbacks import ignore_step
-from tests.support.tables import MIXED, write_csv
+from tests.support.tables import MIXED, mixed, write_csv
 
 SHARES = (0.4, 0.25, 0.2, 0.1, 0.05)
 Weights = dict[str, Array]
@@ -93,6 +93,17 @@ def test_rows_beyond_memory_lie_in_a_file_without_a_name(
     assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
     assert sum(len(rows.y) for rows in rows_of(kept)) == len(MIXED)
     assert len(rows_of(kept)[1].y) == len(MIXED) // features.HELD_OUT_OF
+
+
+def test_a_table_with_enough_rows_of_each_value_is_used_as_it_is(tmp_path: Path) -> None:
+    """The rule for values of few rows changes nothing, neither in training nor in evaluation."""
+    path = write_csv(tmp_path / "a.csv", mixed(800))
+    ruled, settings = loaded(path, {"target": "label"}, min_count=5)
+    free, _ = loaded(path, {"target": "label"}, min_count=1)
+    for one, other in zip(rows_of((ruled, settings)), rows_of((free, settings)), strict=True):
+        assert np.array_equal(one.x, other.x)
+        assert np.array_equal(one.y, other.y)
+        assert (one.x.std(axis=0) > 0).all()
 
 
 def loaded(path: Path, settings: Settings, **data: Any) -> tuple[Tabular, Settings]:
