@@ -12,16 +12,15 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from coordinator.fleet import registry
+from coordinator.fleet import fleet_events
 from coordinator.fleet.auth import OPERATOR
-from coordinator.fleet.registry import FleetEvent
+from coordinator.fleet.fleet_events import FleetEvent
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
 from protocols.errors import NotRunning, UnknownName
 
 LEDGER_FILE = "ledger.db"
 
-_fleet_event = msgspec.json.Decoder(FleetEvent)
 #: The events of runs that the audit shows. Most others are skipped by their tag, without decoding.
 _RUN_TAGS = frozenset({"RunStarted", "RunEnded", "RunResumed", "RunDeleted", "UpdateRefused"})
 
@@ -75,8 +74,8 @@ def read_audit(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[Au
 def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[AuditEntry]:
     for entry in ledger.entries():
         try:
-            if entry.subject == registry.SUBJECT:
-                event = _fleet_event.decode(entry.body)
+            if entry.subject == fleet_events.SUBJECT:
+                event = fleet_events.decode(entry.body)
                 found = _from_fleet_event(event, entry.at, names)
             elif _tag.decode(entry.body).type in _RUN_TAGS:
                 found = _from_run_event(run_events.decode(entry.body), entry.subject, names)
@@ -92,7 +91,7 @@ def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[AuditEntry]:
 def _from_fleet_event(event: FleetEvent, at: float, names: dict[str, str]) -> dict[str, str]:
     """The fields of the audit entry for an event of the fleet."""
     match event:
-        case registry.TicketCreated(id=ticket, uses=uses):
+        case fleet_events.TicketCreated(id=ticket, uses=uses):
             machines = "one machine" if uses == 1 else f"{uses} machines"
             text = (
                 f"ticket {ticket} for {machines}, valid for {(event.expires_at - at) / 3600:.3g} h"
@@ -100,37 +99,37 @@ def _from_fleet_event(event: FleetEvent, at: float, names: dict[str, str]) -> di
             text += f", {event.label!r}" if event.label else ""
             text += f", for an {event.role}" if event.role != "agent" else ""
             return {"event": "ticket made", "text": text, "ticket": ticket}
-        case registry.TicketRevoked(id=ticket):
+        case fleet_events.TicketRevoked(id=ticket):
             text = f"ticket {ticket} was revoked by the operator"
             return {"event": "ticket revoked", "text": text, "ticket": ticket}
-        case registry.PeerJoined(peer=peer, name=name, ticket=ticket):
+        case fleet_events.PeerJoined(peer=peer, name=name, ticket=ticket):
             names[peer] = name
             what = "asked to join" if event.standing == "awaiting" else "joined"
             text = f"{name} ({peer}) {what} with ticket {ticket}"
             return {"event": what, "text": text, "peer": peer, "ticket": ticket}
-        case registry.OperatorJoined(operator=operator, name=name, role=role, ticket=ticket):
+        case fleet_events.OperatorJoined(operator=operator, name=name, role=role, ticket=ticket):
             names[operator] = name
             text = f"{name} ({operator}) may watch as {role}, ticket {ticket}"
             return {"event": f"{role} joined", "text": text, "ticket": ticket}
-        case registry.OperatorRemoved(operator=operator):
+        case fleet_events.OperatorRemoved(operator=operator):
             text = f"the access of {_label(operator, names)} was removed"
             return {"event": "access removed", "text": text}
-        case registry.KeyRotated(key=key, sha256=sha256):
+        case fleet_events.KeyRotated(key=key, sha256=sha256):
             return {"event": "key rotated", "text": f"the {key} key was replaced by {sha256}"}
-        case registry.CaFollowed(member=member):
+        case fleet_events.CaFollowed(member=member):
             text = f"{_label(member, names)} uses the new CA"
             return {"event": "new CA", "text": text, "peer": member}
-        case registry.AnswersRead(operator=operator, what=what):
+        case fleet_events.AnswersRead(operator=operator, what=what):
             who = "the operator of this home" if operator == OPERATOR else _label(operator, names)
             return {"event": "answers read", "text": f"{who}: {what}"}
-        case registry.Restored(entries=entries, made_at=made_at):
+        case fleet_events.Restored(entries=entries, made_at=made_at):
             made = time.strftime("%Y-%m-%d %H:%M", time.localtime(made_at))
             text = f"restored from a backup of {made}, which has {entries} entries"
             return {"event": "restored", "text": text}
-        case registry.PeerApproved(peer=peer):
+        case fleet_events.PeerApproved(peer=peer):
             text = f"{_label(peer, names)} was approved by the operator"
             return {"event": "approved", "text": text, "peer": peer}
-        case registry.PeerRemoved(peer=peer, because=reason):
+        case fleet_events.PeerRemoved(peer=peer, because=reason):
             text = f"{_label(peer, names)}: {reason}"
             return {"event": "removed", "text": text, "peer": peer, "reason": reason}
 

@@ -24,7 +24,8 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
-from coordinator.fleet.registry import SUBJECT, Registry
+from coordinator.fleet.fleet_events import SUBJECT
+from coordinator.fleet.registry import Registry
 from coordinator.runs import transitions
 from coordinator.storage import job_events, run_events, settings
 from coordinator.storage.ca_files import CA_FILE, CA_KEY_FILE, CHAIN_FILE, ISSUER_FILE, PENDING_FILE

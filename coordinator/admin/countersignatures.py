@@ -12,10 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
-from coordinator.fleet import registry
-from coordinator.fleet.registry import FleetEvent, PeerJoined, Restored
+from coordinator.fleet import fleet_events
+from coordinator.fleet.fleet_events import PeerJoined, Restored
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.seen_heads import FILE, SeenHeads
 from protocols.enrollment import fork_proof
@@ -24,7 +22,6 @@ from protocols.messages.version_log import SIGNED_HEAD, LogHead
 from protocols.p2p import seen_heads
 
 _MAX_FILE_BYTES = 64 << 20
-_event = msgspec.json.Decoder(FleetEvent)
 
 
 class SeenBy(NamedTuple):
@@ -50,8 +47,8 @@ def stored(home: Path, ledger: Ledger) -> Iterator[SeenBy]:
         return
     keys = {
         event.peer: event.sign_public
-        for entry in ledger.entries(registry.SUBJECT)
-        if isinstance(event := _event.decode(entry.body), PeerJoined)
+        for entry in ledger.entries(fleet_events.SUBJECT)
+        if isinstance(event := fleet_events.decode(entry.body), PeerJoined)
     }
     with contextlib.closing(SeenHeads(home, read_only=True)) as store:
         statements = store.all()
@@ -78,8 +75,8 @@ def compare(ledger: Ledger, seen: Iterable[SeenBy]) -> Comparison:
     """Compare the ledger, whose own chain is intact, with heads of it."""
     restores: list[tuple[int, Restored, float]] = []
     names: dict[str, str] = {}
-    for entry in ledger.entries(registry.SUBJECT):
-        match event := _event.decode(entry.body):
+    for entry in ledger.entries(fleet_events.SUBJECT):
+        match event := fleet_events.decode(entry.body):
             case Restored():
                 restores.append((entry.seq, event, entry.at))
             case PeerJoined():

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from coordinator.api.polls import LongPolls
 from coordinator.fleet.auth import OPERATOR
-from coordinator.fleet.registry import Operator, Peer, Registry
+from coordinator.fleet.members import Operator, Peer
+from coordinator.fleet.registry import Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager

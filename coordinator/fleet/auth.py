@@ -19,7 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from coordinator.fleet.registry import Peer, Registry
+from coordinator.fleet.members import Peer
+from coordinator.fleet.registry import Registry
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.signed_requests import EMPTY_SHA256, SENDER, NonceCache, SignedRequest
 from protocols.errors import BadMessage, Refused

@@ -1,7 +1,7 @@
 """Enrollment: tickets, peers and operators, from the ledger's "fleet" entries.
 
-Each change is an event: it is appended to the ledger, then applied. A ticket's secret is stored as
-a hash. A peer's id comes from its Ed25519 key.
+Each change is an event (`fleet_events`): it is appended to the ledger, then applied. A ticket's
+secret is stored as a hash. A peer's id comes from its Ed25519 key.
 """
 
 from __future__ import annotations
@@ -9,12 +9,26 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Callable, Set
-from typing import Literal
 
 import msgspec
-from msgspec import Struct
 from msgspec.structs import replace
 
+from coordinator.fleet import fleet_events
+from coordinator.fleet.fleet_events import (
+    AnswersRead,
+    CaFollowed,
+    FleetEvent,
+    KeyRotated,
+    OperatorJoined,
+    OperatorRemoved,
+    PeerApproved,
+    PeerJoined,
+    PeerRemoved,
+    Restored,
+    TicketCreated,
+    TicketRevoked,
+)
+from coordinator.fleet.members import Operator, Peer, TicketRole, TicketState
 from coordinator.storage.ledger import Ledger
 from protocols.enrollment import identity, names
 from protocols.enrollment.joining import (
@@ -26,137 +40,6 @@ from protocols.enrollment.joining import (
 from protocols.enrollment.tickets import Ticket, hash_secret
 from protocols.errors import BadMessage, CannotBeMet, Refused, UnknownName
 from protocols.network import version_check
-
-SUBJECT = "fleet"
-Role = Literal["observer", "operator"]
-TicketRole = Literal["agent", "observer", "operator"]
-EnrollmentStatus = Literal["awaiting", "enrolled", "removed"]
-
-
-class TicketCreated(Struct, frozen=True, tag=True, kw_only=True):
-    id: str
-    secret_hash: str
-    expires_at: float
-    uses: int
-    label: str = ""
-    role: TicketRole = "agent"
-
-
-class TicketRevoked(Struct, frozen=True, tag=True):
-    id: str
-
-
-class Peer(Struct, frozen=True, kw_only=True):
-    """A machine that joined."""
-
-    peer: str
-    name: str
-    labels: dict[str, str]
-    sign_public: bytes
-    node_public: bytes
-    standing: EnrollmentStatus
-    #: The id of the ticket that it joined with.
-    ticket: str = ""
-
-
-class PeerJoined(Peer, frozen=True, tag=True, kw_only=True):
-    """A machine has joined."""
-
-
-class PeerApproved(Struct, frozen=True, tag=True):
-    peer: str
-
-
-class PeerRemoved(Struct, frozen=True, tag=True):
-    peer: str
-    because: str
-
-
-class OperatorJoined(Struct, frozen=True, tag=True, kw_only=True):
-    operator: str
-    name: str
-    sign_public: bytes
-    role: Role
-    ticket: str
-
-
-class OperatorRemoved(Struct, frozen=True, tag=True):
-    operator: str
-
-
-class KeyRotated(Struct, frozen=True, tag=True):
-    """The coordinator's key of this name was replaced by one with this short hash."""
-
-    key: str
-    sha256: str
-
-
-class CaFollowed(Struct, frozen=True, tag=True):
-    """The peer or operator `member` trusts the CA since the last rotation."""
-
-    member: str
-
-
-class Restored(Struct, frozen=True, tag=True, kw_only=True):
-    """The home was restored from a backup with `entries` entries, made `made_at` a time (Unix s).
-
-    `epoch` grows with each restore: agents tell a restored coordinator from one that shows two
-    versions (`storage.version_log`).
-    """
-
-    epoch: int
-    entries: int
-    made_at: float
-
-
-class AnswersRead(Struct, frozen=True, tag=True, kw_only=True):
-    """An operator read what single peers answered or logged, or exported a version.
-
-    `operator`: an id, or "operator" for the key in this home. Recorded once a day for each `what`.
-    """
-
-    operator: str
-    what: str
-
-
-FleetEvent = (
-    TicketCreated
-    | TicketRevoked
-    | PeerJoined
-    | PeerApproved
-    | PeerRemoved
-    | OperatorJoined
-    | OperatorRemoved
-    | KeyRotated
-    | CaFollowed
-    | Restored
-    | AnswersRead
-)
-
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(FleetEvent).decode
-
-
-class TicketState(Struct, frozen=True, kw_only=True):
-    """A ticket without its secret."""
-
-    id: str
-    secret_hash: str
-    expires_at: float
-    uses_left: int
-    label: str
-    role: TicketRole = "agent"
-    revoked: bool = False
-
-
-class Operator(Struct, frozen=True, kw_only=True):
-    """A person with access from another machine. Only the role `operator` may change things."""
-
-    operator: str
-    name: str
-    sign_public: bytes
-    role: Role
-    removed: bool = False
 
 
 class Registry:
@@ -176,8 +59,8 @@ class Registry:
         self._read: set[tuple[int, str, str]] = set()
         self.on_change: Callable[[Peer], None] = lambda peer: None
         self.on_operator_change: Callable[[Operator], None] = lambda operator: None
-        for entry in ledger.entries(SUBJECT):
-            self._apply(_decode(entry.body))
+        for entry in ledger.entries(fleet_events.SUBJECT):
+            self._apply(fleet_events.decode(entry.body))
 
     def create_ticket(
         self,
@@ -353,7 +236,7 @@ class Registry:
         return (known.ticket if known else "") or peer_id
 
     def _record(self, event: FleetEvent) -> None:
-        self._ledger.append(SUBJECT, [_encode(event)])
+        self._ledger.append(fleet_events.SUBJECT, [fleet_events.encode(event)])
         self._apply(event)
         if isinstance(event, PeerJoined | PeerApproved | PeerRemoved):
             self.on_change(self.peers[event.peer])

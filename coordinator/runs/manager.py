@@ -12,7 +12,8 @@ from functools import partial
 from msgspec.structs import replace
 
 from coordinator import strategies
-from coordinator.fleet.registry import SUBJECT, Registry
+from coordinator.fleet.fleet_events import SUBJECT
+from coordinator.fleet.registry import Registry
 from coordinator.runs import deletion, retention, spec_rules, transitions
 from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
+from coordinator.fleet.members import Peer
 from coordinator.fleet.reducer import has_presence, reduce
-from coordinator.fleet.registry import Peer
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.state import Fleet
 from coordinator.fleet.state import Peer as ShownPeer

@@ -22,7 +22,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.fleet.auth import Auth, json_response
-from coordinator.fleet.registry import Peer, Registry
+from coordinator.fleet.members import Peer
+from coordinator.fleet.registry import Registry
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.peer_directory import MAX_LISTED, Location, PeerDirectory
 from coordinator.transport.piece_sources import PieceSources

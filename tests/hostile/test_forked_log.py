@@ -15,7 +15,7 @@ from agent.home import fork_proofs, log_store
 from agent.home.enrollment_file import write_enrollment
 from agent.transport import log_replica, peer_heads
 from agent.transport.followed_log import Witnesses
-from coordinator.fleet.registry import Restored
+from coordinator.fleet.fleet_events import Restored
 from coordinator.storage.version_log import SignedTail
 from protocols.enrollment import fork_proof, identity
 from protocols.errors import BadMessage, LogConflict, Unwitnessed

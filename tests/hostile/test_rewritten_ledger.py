@@ -13,7 +13,8 @@ import pytest
 from coordinator.admin import countersignatures
 from coordinator.admin.audit import read_audit
 from coordinator.admin.countersignatures import Comparison
-from coordinator.fleet.registry import PeerJoined, Registry
+from coordinator.fleet.fleet_events import PeerJoined
+from coordinator.fleet.registry import Registry
 from coordinator.fleet.witnesses import Witnesses
 from coordinator.storage import ledger as ledgers
 from coordinator.storage.ledger import Ledger

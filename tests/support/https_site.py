@@ -21,7 +21,8 @@ from coordinator.api.app import make_app
 from coordinator.api.fast_path import with_fast_path
 from coordinator.api.service import Identity
 from coordinator.fleet.auth import Auth
-from coordinator.fleet.registry import Peer, Registry
+from coordinator.fleet.members import Peer
+from coordinator.fleet.registry import Registry
 from coordinator.fleet.state import Fleet
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.storage.fleet_cards import CardFile

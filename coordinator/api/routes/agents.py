@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from coordinator.api.service import CoordinatorService, error_response, request_host
 from coordinator.fleet.auth import Auth, decode_body, json_response, read_body
-from coordinator.fleet.registry import Peer
+from coordinator.fleet.members import Peer
 from coordinator.fleet.sessions import NoSession
 from protocols import VERSION
 from protocols.enrollment import identity, joining

@@ -13,7 +13,7 @@ import pytest
 
 from coordinator.admin import audit
 from coordinator.cli.admin import parse_time
-from coordinator.fleet import registry
+from coordinator.fleet import fleet_events, members
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
@@ -25,9 +25,9 @@ ADA, BOB, BOB2 = "AAAA", "BBBB", "CCCC"
 
 
 def joined(
-    peer: str, name: str, standing: registry.EnrollmentStatus = "enrolled"
-) -> registry.PeerJoined:
-    return registry.PeerJoined(
+    peer: str, name: str, standing: members.EnrollmentStatus = "enrolled"
+) -> fleet_events.PeerJoined:
+    return fleet_events.PeerJoined(
         peer=peer,
         name=name,
         labels={},
@@ -42,23 +42,23 @@ def joined(
 def ledger(tmp_path: Path) -> Ledger:
     """A few days of a fleet."""
     made = Ledger(tmp_path / audit.LEDGER_FILE)
-    ticket = registry.TicketCreated(
+    ticket = fleet_events.TicketCreated(
         id="t1", secret_hash="5ec2e7", expires_at=time.time() + 7200, uses=3, label="lab"
     )
     happened: list[tuple[str, object]] = [
         ("fleet", ticket),
         ("fleet", joined(ADA, "ada", "awaiting")),
-        ("fleet", registry.PeerApproved(ADA)),
+        ("fleet", fleet_events.PeerApproved(ADA)),
         ("fleet", joined(BOB, "bob")),
         ("mnist-1", run_events.RunStarted(RunSpec(task="mnist", rounds=3))),
         ("mnist-1", run_events.WeightsInitialised("d", ADA)),
         ("mnist-1", run_events.RoundOpened(1, "d", (ADA, BOB))),
         ("mnist-1", run_events.UpdateRefused(1, BOB, "not finite", "w1 has a NaN", "train")),
-        ("fleet", registry.PeerRemoved(BOB, "removed by the operator")),
-        ("fleet", registry.TicketRevoked("t1")),
+        ("fleet", fleet_events.PeerRemoved(BOB, "removed by the operator")),
+        ("fleet", fleet_events.TicketRevoked("t1")),
         ("mnist-1", run_events.RunEnded(RunState.STOPPED, "stopped by the operator")),
         ("fleet", joined(BOB2, "bob")),
-        ("fleet", registry.PeerRemoved(BOB2, "left by itself")),
+        ("fleet", fleet_events.PeerRemoved(BOB2, "left by itself")),
     ]
     for subject, fact in happened:
         made.append(subject, [msgspec.json.encode(fact)])

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator.fleet.registry import Peer, Registry
+from coordinator.fleet.members import Peer
+from coordinator.fleet.registry import Registry
 from coordinator.storage.ledger import Ledger
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.tickets import Ticket

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.fleet.registry import Peer
+from coordinator.fleet.members import Peer
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.state import Fleet
 from coordinator.storage import settings
