@@ -24,7 +24,7 @@ from agent.home.enrollment_file import write_enrollment
 from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
 from agent.transport.followed_log import FollowedLog
 from agent.transport.weight_transfer import SessionLost
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable, VersionSkew
 from protocols.local import crash_reports, join_client
 from protocols.messages.mqtt import MqttAddress
@@ -238,7 +238,7 @@ class SessionLoop:
         known, keys = self._enrollment, self._ctx.credentials
         ca_pem, ends_at = known.ca_pem.encode(), 0.0
         with contextlib.suppress(BadMessage):  # of the CA before
-            ends_at = identity.verify_certificate(ca_pem, known.certificate).not_after
+            ends_at = certificates.verify_certificate(ca_pem, known.certificate).not_after
         if ends_at - time.time() < RENEW_BEFORE_S:
             certificate = link.renew()
             node = identity.node_public_pem(keys.node_key)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from agent.home.enrollment_file import Enrollment
-from protocols.enrollment import ca_chain, fleet_card, identity
+from protocols.enrollment import ca_chain, certificates, fleet_card, identity
 from protocols.enrollment.ca_chain import CaTrust, ChainResponse
+from protocols.enrollment.certificates import NodeCertificate
 from protocols.enrollment.fleet_card import FleetCard
-from protocols.enrollment.identity import NodeCertificate
 from protocols.enrollment.joining import JoinResponse, MqttResponse
 from protocols.errors import BadMessage
 from protocols.network import addresses
@@ -40,7 +40,7 @@ def check_certificate(
     ca_pem: bytes, fleet: str, certificate: bytes, sign: bytes, node: bytes
 ) -> NodeCertificate:
     """The certificate, if the CA made it for these two keys and this fleet. Raises BadMessage."""
-    ours = identity.verify_certificate(ca_pem, certificate)
+    ours = certificates.verify_certificate(ca_pem, certificate)
     if (ours.sign_public, ours.node_public) != (sign, node):
         raise BadMessage("the certificate is for another key")
     if ours.fleet != fleet or ours.peer != identity.peer_id(sign):

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.speed.cases import Case
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import HOST, ROOT
 
@@ -67,8 +67,8 @@ def measure(case: Case, folder: Path, rounds: int) -> Floor:
 def _wire_and_hash(
     case: Case, folder: Path, rounds: int
 ) -> tuple[list[float], list[float], list[float]]:
-    ca_key, ca_pem = identity.new_ca("floor")
-    key, pem = identity.new_server_certificate(ca_key, ca_pem, [HOST])
+    ca_key, ca_pem = certificates.new_ca("floor")
+    key, pem = certificates.new_server_certificate(ca_key, ca_pem, [HOST])
     write_private(folder / "server.key", identity.private_pem(key))
     (folder / "server.pem").write_bytes(pem)
     (folder / "ca.pem").write_bytes(ca_pem)

@@ -21,7 +21,7 @@ from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Settings
 from coordinator.transport.ports import listen_error, listenable
 from protocols import VERSION
-from protocols.enrollment import identity
+from protocols.enrollment import certificates
 from protocols.errors import CommonweightError, HomeError, Unreachable
 from protocols.local import homes
 from protocols.local.checks import Advice, Check, CheckStep, run_checks
@@ -146,8 +146,8 @@ class _Doctor:
         names = self._settings.names or settings.reachable_names(host)
         try:
             pem = (self._home / "server.pem").read_bytes()
-            missing = set(names) - identity.certificate_names(pem)
-            days = int(identity.days_left(pem))
+            missing = set(names) - certificates.certificate_names(pem)
+            days = int(certificates.days_left(pem))
         except (OSError, ValueError) as err:
             raise HomeError(f"server.pem cannot be read: {err}", _RESTART_HINT) from err
         said = f"valid for {', '.join(names)}, {days} days left"

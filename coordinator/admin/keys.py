@@ -26,7 +26,7 @@ from coordinator.storage.ca_files import ISSUER_FILE, CaFiles
 from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import Keys
-from protocols.enrollment import ca_chain, identity
+from protocols.enrollment import ca_chain, certificates, identity
 from protocols.enrollment.identity import SigningKey
 from protocols.enrollment.joining import MAX_TRANSITIONS
 from protocols.errors import UsageError
@@ -75,13 +75,13 @@ def read_status(home: Path) -> KeyStatus:
     now = datetime.datetime.now(datetime.UTC)
     tls_days = 0.0
     with contextlib.suppress(OSError, ValueError):  # `up` makes one
-        tls_days = identity.days_left((home / "server.pem").read_bytes(), now)
+        tls_days = certificates.days_left((home / "server.pem").read_bytes(), now)
     steps = ca_chain.read_chain(keys.chain)
     behind, peers_behind = _read_behind(home) if steps else ([], False)
     return KeyStatus(
         fleet=keys.fleet,
-        ca=identity.ca_fingerprint(keys.ca_pem).hex()[:16],
-        ca_days=identity.days_left(keys.ca_pem, now),
+        ca=certificates.ca_fingerprint(keys.ca_pem).hex()[:16],
+        ca_days=certificates.days_left(keys.ca_pem, now),
         ca_rotations=len(steps),
         behind=behind,
         old_ca_until=steps[-1].old_until if peers_behind else 0.0,
@@ -90,7 +90,7 @@ def read_status(home: Path) -> KeyStatus:
         operator=short_hash(identity.public_bytes(keys.operator_key)),
         card=card.counter if card else 0,
         is_announced=card is not None and card.coordinator_public == public,
-        issuer_days=identity.days_left(keys.issuer, now) if keys.issuer else None,
+        issuer_days=certificates.days_left(keys.issuer, now) if keys.issuer else None,
     )
 
 
@@ -121,7 +121,7 @@ def rotate_issuer(home: Path, ca_file: Path, passphrase: str) -> str:
     with _locked(home) as keys:
         check_issuer(keys, has_ca_key=True)
         ca_key = _open_ca_key(keys, ca_file, passphrase)
-        key, issuer = identity.new_issuer(ca_key, keys.ca_pem)
+        key, issuer = certificates.new_issuer(ca_key, keys.ca_pem)
         digest = short_hash(identity.public_bytes(key))
         _record(home, "issuer", digest)
         write_private(home / ISSUER_FILE, issuer + identity.private_pem(key))
@@ -162,7 +162,9 @@ def rotate_ca(
     with _locked(home) as keys:
         check_ca_options(keys, has_old=old is not None, is_offline=keep_offline is not None)
         old_key = _open_ca_key(keys, *old) if old else keys.ca_key
-        key, ca_pem = identity.new_ca(socket.gethostname(), with_issuers=keep_offline is not None)
+        key, ca_pem = certificates.new_ca(
+            socket.gethostname(), with_issuers=keep_offline is not None
+        )
         now = time.time()
         step = ca_chain.Transition(
             fleet=keys.fleet,
@@ -175,10 +177,10 @@ def rotate_ca(
         chain = (*keys.chain, ca_chain.sign_transition(old_key, step))
         signer = identity.private_pem(key)
         if keep_offline is not None:
-            issuer_key, issuer = identity.new_issuer(key, ca_pem)
+            issuer_key, issuer = certificates.new_issuer(key, ca_pem)
             signer = issuer + identity.private_pem(issuer_key)
             keep_offline(key)
-        digest = identity.ca_fingerprint(ca_pem).hex()[:16]
+        digest = certificates.ca_fingerprint(ca_pem).hex()[:16]
         _record(home, "ca", digest)
         new = CaFiles(
             ca_pem=ca_pem, chain=chain, signer=signer, is_offline=keep_offline is not None
@@ -223,7 +225,7 @@ def _open_ca_key(keys: Keys, file: Path, passphrase: str) -> SigningKey:
         raise UsageError(
             f"cannot open {file} with this passphrase", "each file has its own, chosen with it"
         ) from err
-    if not isinstance(key, SigningKey) or identity.public_bytes(key) != identity.ca_public(
+    if not isinstance(key, SigningKey) or identity.public_bytes(key) != certificates.ca_public(
         keys.ca_pem
     ):
         raise UsageError(f"{file} is not the key of this fleet's CA, {keys.fleet}", hint)

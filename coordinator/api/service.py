@@ -16,7 +16,7 @@ from coordinator.runs.manager import RunManager
 from coordinator.storage.version_log import VersionLog
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
-from protocols.enrollment import identity
+from protocols.enrollment import certificates
 from protocols.enrollment.joining import Chain
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Command
@@ -37,7 +37,7 @@ class Identity(NamedTuple):
 
     @property
     def ca_sha256(self) -> bytes:
-        return identity.ca_fingerprint(self.ca_pem)
+        return certificates.ca_fingerprint(self.ca_pem)
 
 
 class CoordinatorService(Protocol):

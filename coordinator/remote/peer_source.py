@@ -24,7 +24,7 @@ import msgspec
 from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.remote import access
 from coordinator.remote.source import ReadOnly
-from protocols.enrollment import identity, signed_requests
+from protocols.enrollment import certificates, signed_requests
 from protocols.errors import (
     BadMessage,
     CommonweightError,
@@ -141,7 +141,7 @@ class PeerSource(ReadOnly):
             with contextlib.closing(_connection(address)) as connection:
                 connection.connect()
                 shown = connection.sock.getpeercert(binary_form=True) or b""
-                matches = partial(identity.certificate_matches_key, shown)
+                matches = partial(certificates.certificate_matches_key, shown)
                 peer = next((one for one in candidates if matches(one.node_public)), None)
                 if peer is None:
                     raise Refused(f"another machine than {name} answers at {address}")

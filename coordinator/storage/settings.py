@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from coordinator.storage import ca_files
 from coordinator.storage.ca_files import CA_FILE, CA_KEY_FILE, ISSUER_FILE, CaFiles
-from protocols.enrollment import ca_chain, identity
+from protocols.enrollment import ca_chain, certificates, identity
 from protocols.enrollment.identity import SigningKey
 from protocols.enrollment.joining import Chain
 from protocols.errors import BadMessage, HomeError, UsageError
@@ -117,7 +117,7 @@ def init(
     if (home / CA_FILE).exists():
         return home, False
     is_offline, issuer = keep_offline is not None, b""
-    ca_key, ca_pem = identity.new_ca(socket.gethostname(), with_issuers=is_offline)
+    ca_key, ca_pem = certificates.new_ca(socket.gethostname(), with_issuers=is_offline)
     if keep_offline is not None:
         keep_offline(ca_key)
         ca_key, issuer = write_issuer(home, ca_key, ca_pem)
@@ -134,7 +134,7 @@ def init(
 
 def write_issuer(home: Path, ca_key: SigningKey, ca_pem: bytes) -> tuple[SigningKey, bytes]:
     """Store a new issuer in the home, certificate and key in one file. Returns both."""
-    key, issuer = identity.new_issuer(ca_key, ca_pem)
+    key, issuer = certificates.new_issuer(ca_key, ca_pem)
     write_private(home / ISSUER_FILE, issuer + identity.private_pem(key))
     return key, issuer
 
@@ -149,7 +149,7 @@ def _open_signer(home: Path, files: CaFiles) -> tuple[SigningKey, bytes]:
     end = b"-----END CERTIFICATE-----\n"
     issuer = files.signer[: files.signer.find(end) + len(end)]
     key = identity.parse_signing_key(files.signer, home / ISSUER_FILE)
-    if identity.signer_public(files.ca_pem, issuer) != identity.public_bytes(key):
+    if certificates.signer_public(files.ca_pem, issuer) != identity.public_bytes(key):
         raise BadMessage("the issuer's certificate is for another key")
     return key, issuer
 
@@ -196,13 +196,13 @@ def certify(
         pem = certificate.read_bytes()
         if (
             pem.endswith(issuer)
-            and identity.is_issued_by(pem, issuer or ca_pem)
-            and wanted <= identity.certificate_names(pem)
-            and identity.days_left(pem) > 30
+            and certificates.is_issued_by(pem, issuer or ca_pem)
+            and wanted <= certificates.certificate_names(pem)
+            and certificates.days_left(pem) > 30
         ):
             return False
     try:
-        key, pem = identity.new_server_certificate(ca_key, issuer or ca_pem, sorted(wanted))
+        key, pem = certificates.new_server_certificate(ca_key, issuer or ca_pem, sorted(wanted))
     except ValueError as err:
         raise UsageError(f"no certificate can be made for {', '.join(names)}: {err}") from err
     write_private(home / "server.key", identity.private_pem(key))

@@ -14,9 +14,10 @@ from typing import Annotated, NamedTuple
 
 from msgspec import Meta, Struct
 
-from protocols.enrollment import fleet_card, identity
+from protocols.enrollment import certificates, fleet_card, identity
+from protocols.enrollment.certificates import NodeCertificate
 from protocols.enrollment.fleet_card import FleetCard
-from protocols.enrollment.identity import NodeCertificate, SigningKey
+from protocols.enrollment.identity import SigningKey
 from protocols.enrollment.joining import Card, Chain
 from protocols.errors import BadMessage
 from protocols.messages.envelope import Count, Id
@@ -66,8 +67,8 @@ def read_chain(chain: Chain) -> tuple[Transition, ...]:
     found: list[Transition] = []
     for number, signed in enumerate(chain, 1):
         old = found[-1].new_ca if found else _SIGNED.decode(signed[64:]).old_ca
-        step = _SIGNED.unpack(signed, partial(identity.verify, identity.ca_public(old)))
-        fleet = found[0].fleet if found else identity.fleet_id(old)
+        step = _SIGNED.unpack(signed, partial(identity.verify, certificates.ca_public(old)))
+        fleet = found[0].fleet if found else certificates.fleet_id(old)
         if step.v != FORMAT:
             raise BadMessage(
                 f"a transition of the CA has format {step.v}; this version reads {FORMAT}",
@@ -75,8 +76,8 @@ def read_chain(chain: Chain) -> tuple[Transition, ...]:
             )
         if (step.fleet, step.counter, step.old_ca) != (fleet, number, old):
             raise BadMessage(f"transition {number} of the CA is not the next one of fleet {fleet}")
-        earlier = [identity.ca_public(one.old_ca) for one in (*found, step)]
-        if identity.ca_public(step.new_ca) in earlier:
+        earlier = [certificates.ca_public(one.old_ca) for one in (*found, step)]
+        if certificates.ca_public(step.new_ca) in earlier:
             raise BadMessage(f"transition {number} goes back to a CA that was replaced")
         found.append(step)
     return tuple(found)
@@ -85,7 +86,7 @@ def read_chain(chain: Chain) -> tuple[Transition, ...]:
 def fleet_of(ca_pem: bytes, chain: Chain) -> str:
     """The id of the fleet whose CA this is by the chain. Raises BadMessage."""
     if not chain:
-        return identity.fleet_id(ca_pem)
+        return certificates.fleet_id(ca_pem)
     steps = read_chain(chain)
     if steps[-1].new_ca != ca_pem:
         raise BadMessage("the transitions lead to another CA")
@@ -143,5 +144,5 @@ class CaTrust(NamedTuple):
         """The node certificate in `data`, if it counts at this time (Unix s). Raises BadMessage."""
         if self.old_ca and now < self.until:
             with contextlib.suppress(BadMessage):
-                return identity.verify_certificate(self.old_ca, data)
-        return identity.verify_certificate(self.ca_pem, data)
+                return certificates.verify_certificate(self.old_ca, data)
+        return certificates.verify_certificate(self.ca_pem, data)

@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import BadMessage
 from protocols.messages.envelope import Count, Id, PublicKey
@@ -83,11 +83,11 @@ def verify_card(
     issuer = b""
     with contextlib.suppress(BadMessage):  # whoever signed it; `unpack` says why it is not valid
         issuer = _SIGNED.decode(data[64:]).issuer
-    signer = identity.signer_public(ca_pem, issuer)
+    signer = certificates.signer_public(ca_pem, issuer)
     card = _SIGNED.unpack(data, partial(identity.verify, signer))
     if card.v != FORMAT:
         raise BadMessage(f"a fleet card of format {card.v}; this version reads {FORMAT}")
-    if card.fleet != (fleet or identity.fleet_id(ca_pem)):
+    if card.fleet != (fleet or certificates.fleet_id(ca_pem)):
         raise BadMessage(f"the card is for fleet {card.fleet}, not for this CA's fleet")
     if card.counter < at_least:
         raise BadMessage(
@@ -95,7 +95,7 @@ def verify_card(
         )
     if newer_than and newer_than != data:
         known = verify_card(ca_pem, newer_than, fleet=fleet)
-        if identity.issued_at(card.issuer) < identity.issued_at(known.issuer):
+        if certificates.issued_at(card.issuer) < certificates.issued_at(known.issuer):
             raise BadMessage("the fleet card is of an issuer that was replaced")
         if card.counter <= known.counter and card != known:
             raise BadMessage(

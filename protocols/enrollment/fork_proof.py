@@ -20,7 +20,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from protocols.enrollment import ca_chain, fleet_card, identity
+from protocols.enrollment import ca_chain, certificates, fleet_card, identity
 from protocols.enrollment.fleet_card import MAX_CARD_BYTES
 from protocols.enrollment.joining import Chain
 from protocols.errors import BadMessage
@@ -132,7 +132,7 @@ def _signed_heads(
 def _trusted(ca_pem: bytes, transitions: Chain) -> tuple[str, list[bytes]]:
     """The fleet of a CA, and the CAs that count for whoever trusts this one: it and later ones."""
     if not transitions:
-        return identity.fleet_id(ca_pem), [ca_pem]
+        return certificates.fleet_id(ca_pem), [ca_pem]
     steps = ca_chain.read_chain(transitions)
     cas = [steps[0].old_ca, *(step.new_ca for step in steps)]
     if ca_pem not in cas:

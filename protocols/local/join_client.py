@@ -15,7 +15,7 @@ from typing import TypeVar
 import httpx
 import msgspec
 
-from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment import certificates, signed_requests, tickets
 from protocols.enrollment.ca_chain import ChainResponse
 from protocols.enrollment.joining import (
     CA_CHAIN_PATH,
@@ -58,7 +58,7 @@ def find_coordinator(ticket: Ticket) -> tuple[str, bytes]:
                 strangers.append(address)
                 continue
             with contextlib.suppress(BadMessage):  # not a certificate
-                if tickets.matches_ca(ticket, identity.ca_fingerprint(ca_pem)):
+                if tickets.matches_ca(ticket, certificates.ca_fingerprint(ca_pem)):
                     return address, ca_pem
             strangers.append(address)  # also one that adds a certificate of its own to the right CA
     if strangers:

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct, field
 
 from protocols.enrollment import identity
 from protocols.enrollment.ca_chain import CaTrust
-from protocols.enrollment.identity import NodeCertificate
+from protocols.enrollment.certificates import NodeCertificate
 from protocols.errors import BadMessage
 from protocols.messages.envelope import (
     Count,

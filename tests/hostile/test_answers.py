@@ -22,7 +22,7 @@ from coordinator.fleet.state import Fleet
 from coordinator.remote import access
 from coordinator.remote.access import ConnectionInfo
 from coordinator.remote.api_client import Remote
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.enrollment.tickets import new_ticket
 from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable
 from protocols.local import join_client
@@ -179,7 +179,7 @@ def test_an_operator_reads_little_of_any_kind_of_body(
     fleet = (liar.ca_pem.decode(), liar.fleet)
     info = ConnectionInfo((liar.address,), *fleet, "operator", key, "operator")
     monkeypatch.setattr(access, "connection_info", lambda home: info)
-    ticket = new_ticket((liar.address,), identity.ca_fingerprint(liar.ca_pem))
+    ticket = new_ticket((liar.address,), certificates.ca_fingerprint(liar.ca_pem))
     remote = Remote(tmp_path)
     with little_memory():
         for ask in (
@@ -226,7 +226,7 @@ def test_a_request_of_an_operator_ends_in_time(
     """Attack: a dripping answer holds somebody who joins."""
     liar.answer = dripping
     monkeypatch.setattr(join_client, "_TIMEOUT_S", 0.5)
-    ticket = new_ticket((liar.address,), identity.ca_fingerprint(liar.ca_pem))
+    ticket = new_ticket((liar.address,), certificates.ca_fingerprint(liar.ca_pem))
     with pytest.raises(Unreachable, match=r"in time|takes longer"):
         find_coordinator(ticket)
     with pytest.raises(Unreachable, match=r"in time|takes longer"):

@@ -23,9 +23,10 @@ from coordinator.storage import ca_files, settings
 from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import Keys
-from protocols.enrollment import ca_chain, fleet_card, identity, tickets
+from protocols.enrollment import ca_chain, certificates, fleet_card, identity, tickets
 from protocols.enrollment.ca_chain import CaTrust, ChainResponse, Transition
-from protocols.enrollment.identity import NodeCertificate, SigningKey
+from protocols.enrollment.certificates import NodeCertificate
+from protocols.enrollment.identity import SigningKey
 from protocols.errors import BadMessage, HomeError, Refused, Unreachable, UsageError
 from protocols.messages.envelope import Presence
 from protocols.messages.mqtt import MqttAddress
@@ -111,58 +112,58 @@ def test_the_fleet_keeps_its_id_and_a_machine_follows_two_rotations(home: Path) 
 
 
 def forged_by_another_ca(old: Keys) -> ChainResponse:
-    thief, pem = identity.new_ca("commonweight")
+    thief, pem = certificates.new_ca("commonweight")
     return answer(thief, pem, old, transition(old, pem), thief)
 
 
 def forged_by_the_issuer_or_signing_key(old: Keys) -> ChainResponse:
-    thief, pem = identity.new_ca("commonweight")
+    thief, pem = certificates.new_ca("commonweight")
     return answer(thief, pem, old, transition(old, pem), old.sign_key)
 
 
 def from_another_first_ca(old: Keys) -> ChainResponse:
     """A whole chain of the thief's own, which claims the fleet's id."""
-    first, first_pem = identity.new_ca("commonweight")
-    thief, pem = identity.new_ca("commonweight")
+    first, first_pem = certificates.new_ca("commonweight")
+    thief, pem = certificates.new_ca("commonweight")
     return answer(thief, pem, old, transition(old, pem, old_ca=first_pem), first)
 
 
 def the_chain_of_another_fleet(old: Keys) -> ChainResponse:
     """A chain that is right for the thief's own fleet, and a card that names this one."""
-    first, first_pem = identity.new_ca("commonweight")
-    thief, pem = identity.new_ca("commonweight")
-    step = transition(old, pem, old_ca=first_pem, fleet=identity.fleet_id(first_pem))
+    first, first_pem = certificates.new_ca("commonweight")
+    thief, pem = certificates.new_ca("commonweight")
+    step = transition(old, pem, old_ca=first_pem, fleet=certificates.fleet_id(first_pem))
     return answer(thief, pem, old, step, first)
 
 
 def with_another_counter(old: Keys) -> ChainResponse:
-    thief, pem = identity.new_ca("commonweight")
+    thief, pem = certificates.new_ca("commonweight")
     return answer(thief, pem, old, transition(old, pem, counter=2), old.ca_key)
 
 
 def for_another_fleet(old: Keys) -> ChainResponse:
-    thief, pem = identity.new_ca("commonweight")
+    thief, pem = certificates.new_ca("commonweight")
     return answer(thief, pem, old, transition(old, pem, fleet="0" * 16), old.ca_key)
 
 
 def two_certificates(old: Keys) -> ChainResponse:
     """The CA signs its successor; the server adds a CA of its own behind it."""
-    new, pem = identity.new_ca("commonweight")
-    return answer(new, pem, old, transition(old, pem + identity.new_ca("x")[1]), old.ca_key)
+    new, pem = certificates.new_ca("commonweight")
+    return answer(new, pem, old, transition(old, pem + certificates.new_ca("x")[1]), old.ca_key)
 
 
 def of_another_format(old: Keys) -> ChainResponse:
-    new, pem = identity.new_ca("commonweight")
+    new, pem = certificates.new_ca("commonweight")
     return answer(new, pem, old, transition(old, pem, v=2), old.ca_key)
 
 
 def card_of_the_old_ca(old: Keys) -> ChainResponse:
-    _, pem = identity.new_ca("commonweight")
+    _, pem = certificates.new_ca("commonweight")
     return answer(old.ca_key, pem, old, transition(old, pem), old.ca_key)
 
 
 def card_with_a_lower_number(old: Keys) -> ChainResponse:
-    new, pem = identity.new_ca("commonweight")
+    new, pem = certificates.new_ca("commonweight")
     return answer(new, pem, old, transition(old, pem), old.ca_key, counter=1)
 
 
@@ -214,7 +215,7 @@ def test_the_key_that_was_replaced_leads_no_machine_away(home: Path) -> None:
     old = settings.open_keys(home)
     keys.rotate_ca(home)
     machine, true = enrolled(home), settings.open_keys(home)
-    thief, pem = identity.new_ca("commonweight")
+    thief, pem = certificates.new_ca("commonweight")
     instead = answer(thief, pem, old, transition(old, pem), old.ca_key)
     beyond = ca_chain.sign_transition(old.ca_key, transition(true, pem, counter=2))
     # Also not if the new CA signs it.
@@ -236,11 +237,11 @@ def test_an_enrollment_on_disk_needs_its_transitions(home: Path, tmp_path: Path)
     """Attack: a program of the owner's machine puts a CA of its own into the enrollment."""
     keys.rotate_ca(home)
     machine = enrolled(home)
-    _, pem = identity.new_ca("commonweight")
+    _, pem = certificates.new_ca("commonweight")
     for changed in (
         {"transitions": ()},
         {"ca_pem": pem.decode(), "card": b""},
-        {"ca_pem": pem.decode(), "card": b"", "fleet": identity.fleet_id(pem)},
+        {"ca_pem": pem.decode(), "card": b"", "fleet": certificates.fleet_id(pem)},
     ):
         enrollment_file.write_enrollment(tmp_path, msgspec.structs.replace(machine, **changed))
         with pytest.raises(HomeError, match="trusts more"):
@@ -262,7 +263,7 @@ def entry(found: Keys, now: float) -> bytes:
     told = gossip.GossipEntry(
         peer=certificate.peer, at=now, presence=Presence(state=PeerState.IDLE)
     )
-    signed = identity.issue_certificate(found.ca_key, certificate)
+    signed = certificates.issue_certificate(found.ca_key, certificate)
     return gossip.sign_entry(told, signed, key.sign)
 
 
@@ -295,7 +296,7 @@ def test_no_peer_speaks_for_another_with_a_certificate_of_the_ca(home: Path) -> 
         not_after=now + 60,
     )
     told = gossip.GossipEntry(peer=victim, at=now, presence=Presence(state=PeerState.IDLE))
-    signed = identity.issue_certificate(found.ca_key, certificate)
+    signed = certificates.issue_certificate(found.ca_key, certificate)
     data = gossip.sign_entry(told, signed, key.sign)
     assert len(GossipStore(CaTrust(found.ca_pem), found.fleet).add([data], now)) == 0
 
@@ -390,7 +391,7 @@ def test_a_stolen_issuer_key_names_no_new_ca(home: Path, tmp_path: Path) -> None
     """Attack: whoever reads the home of a fleet with an offline CA names a new CA."""
     keys.rotate_ca(home, keep_offline=keys.write_encrypted(tmp_path / "ca.key", PASSPHRASE))
     machine, stolen = enrolled(home), settings.open_keys(home)
-    thief, pem = identity.new_ca("commonweight")
+    thief, pem = certificates.new_ca("commonweight")
     for old_ca in (stolen.ca_pem, stolen.issuer):
         step = transition(stolen, pem, old_ca=old_ca)
         told = answer(thief, pem, stolen, step, stolen.ca_key)
@@ -413,7 +414,7 @@ def test_an_older_machine_joins_a_fleet_with_a_new_ca_only_after_an_update(
         ticket = site.ticket(uses=9)
         setup.join(tmp_path / "agent", tickets.encode(ticket), name="new", labels={})
         joined = enrollment_file.read_enrollment(tmp_path / "agent")
-        assert joined.fleet == site.fleet_id != identity.fleet_id(site.ca_pem)
+        assert joined.fleet == site.fleet_id != certificates.fleet_id(site.ca_pem)
         monkeypatch.setattr(setup, "JoinRequest", lambda **given: _without_ca(given))
         with pytest.raises(Refused, match="replaced its CA") as refused:
             setup.join(
@@ -439,7 +440,7 @@ def test_a_monitor_follows_its_ca_and_no_other(
     for name in ("site", "other", "again"):
         (tmp_path / name).mkdir()
     site, other = Site(tmp_path / "site"), Site(tmp_path / "other")
-    ticket = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
+    ticket = tickets.new_ticket(site.addresses(), certificates.ca_fingerprint(site.ca_pem))
     site.registry.create_ticket(ticket, ttl_s=60, uses=1, role="operator")
     with site.up():
         access.join(tickets.encode(ticket), "laptop")

@@ -17,7 +17,7 @@ from agent.transport import log_replica, peer_heads
 from agent.transport.followed_log import Witnesses
 from coordinator.fleet.fleet_events import Restored
 from coordinator.storage.version_log import SignedTail
-from protocols.enrollment import fork_proof, identity
+from protocols.enrollment import certificates, fork_proof, identity
 from protocols.errors import BadMessage, LogConflict, Unwitnessed
 from protocols.messages import version_log as wire
 from protocols.p2p import seen_heads
@@ -262,10 +262,10 @@ def test_witnesses_are_pinned_by_their_keys(scene: Scene) -> None:
         ada.train(3)
     ada.hear(eve)
     forged = msgspec.structs.replace(
-        identity.verify_certificate(scene.authority.ca_pem, eve.enrollment.certificate),
+        certificates.verify_certificate(scene.authority.ca_pem, eve.enrollment.certificate),
         peer=bob.machine.peer,
     )
-    certificate = identity.issue_certificate(scene.authority.ca_key, forged)
+    certificate = certificates.issue_certificate(scene.authority.ca_key, forged)
     head = scene.shown.log.head().head
     seen = SeenHead(bob.machine.peer, time.time(), head)
     ada.log.offer(seen_heads.sign(seen, certificate, eve.machine.sign_key.sign))

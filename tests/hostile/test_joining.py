@@ -17,7 +17,7 @@ from agent.home.enrollment_file import ENROLLMENT_FILE, read_enrollment
 from agent.setup import discovery, enrollment
 from agent.setup.discovery import DiscoveredCoordinator
 from coordinator.remote import access
-from protocols.enrollment import identity, tickets
+from protocols.enrollment import certificates, identity, tickets
 from protocols.enrollment.joining import CA_PATH
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import HomeError, Refused, Unreachable
@@ -121,7 +121,7 @@ def test_a_second_ca_hijacks_no_agent_with_a_code(
 def test_a_second_ca_hijacks_no_monitor(site: Site, home: Path, tmp_path: Path) -> None:
     """Attack: the same for an operator's ticket (`monitor --join`)."""
     impostor = Impostor(tmp_path / "impostor", site, SHOWN["behind"])
-    ticket = tickets.new_ticket((impostor.address,), identity.ca_fingerprint(site.ca_pem))
+    ticket = tickets.new_ticket((impostor.address,), certificates.ca_fingerprint(site.ca_pem))
     impostor.registry.create_ticket(ticket, ttl_s=60, uses=1, role="operator")
     with impostor.up(), pytest.raises(Refused, match="not the coordinator that made this ticket"):
         access.join(tickets.encode(ticket), "laptop")
@@ -252,7 +252,7 @@ def test_a_ticket_takes_no_older_card(site: Site, home: Path, tmp_path: Path) ->
 def test_a_home_that_was_hijacked_before_is_refused(site: Site, home: Path, tmp_path: Path) -> None:
     """Attack: a home that joined through an impostor, with an older version, goes on."""
     join(home, tickets.encode(site.ticket()))
-    _, own = identity.new_ca("impostor")
+    _, own = certificates.new_ca("impostor")
     file = home / ENROLLMENT_FILE
     fields = msgspec.json.decode(file.read_bytes())
     file.write_bytes(msgspec.json.encode(fields | {"ca_pem": fields["ca_pem"] + own.decode()}))
@@ -261,7 +261,7 @@ def test_a_home_that_was_hijacked_before_is_refused(site: Site, home: Path, tmp_
     file.write_bytes(msgspec.json.encode(fields | {"coordinator_public": "A" * 43 + "="}))
     with pytest.raises(HomeError, match="not on the fleet card"):
         read_enrollment(home)
-    ticket = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
+    ticket = tickets.new_ticket(site.addresses(), certificates.ca_fingerprint(site.ca_pem))
     site.registry.create_ticket(ticket, ttl_s=60, uses=1, role="operator")
     joined = access.join(tickets.encode(ticket), "laptop")
     both = msgspec.structs.replace(joined, ca_pem=joined.ca_pem + own.decode())

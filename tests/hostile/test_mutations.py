@@ -36,7 +36,7 @@ from coordinator.runs.validation import ExpectedReply
 from coordinator.storage.run_events import RunSpec
 from coordinator.transport.flower_records import CLAIM, read_claim
 from coordinator.transport.mqtt_client import FleetMqttClient
-from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment import certificates, identity, signed_requests, tickets
 from protocols.enrollment.joining import JoinRequest
 from protocols.errors import (
     BadMessage,
@@ -393,14 +393,14 @@ def test_node_keys_and_certificates(changes: list[tuple[str, int, bytes]]) -> No
     with pytest.raises(BadMessage):
         identity.check_node_public(mutated(NODE_PUBLIC, changes))
     with pytest.raises(BadMessage):
-        identity.verify_certificate(CA_PEM, mutated(CERTIFICATE, changes))
+        certificates.verify_certificate(CA_PEM, mutated(CERTIFICATE, changes))
 
 
-CA_KEY, CA_PEM = identity.new_ca("x")
+CA_KEY, CA_PEM = certificates.new_ca("x")
 NODE_PUBLIC = identity.node_public_pem(identity.new_node_key())
-CERTIFICATE = identity.issue_certificate(
+CERTIFICATE = certificates.issue_certificate(
     CA_KEY,
-    identity.NodeCertificate(
+    certificates.NodeCertificate(
         fleet=FLEET,
         peer=PEER,
         name="box",

@@ -14,9 +14,9 @@ from coordinator.admin import backup, keys
 from coordinator.storage import settings
 from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
-from protocols.enrollment import fleet_card, identity
+from protocols.enrollment import certificates, fleet_card, identity
+from protocols.enrollment.certificates import NodeCertificate
 from protocols.enrollment.fleet_card import BrokerCard, FleetCard
-from protocols.enrollment.identity import NodeCertificate
 from protocols.errors import BadMessage, UsageError
 from protocols.messages.mqtt import MqttAddress
 from tests.support.fleet_harness import fleet
@@ -37,7 +37,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def certificate(ca_pem: bytes, **changed: Any) -> NodeCertificate:
     public = identity.public_bytes(identity.new_signing_key())
     fields: dict[str, Any] = {
-        "fleet": identity.fleet_id(ca_pem),
+        "fleet": certificates.fleet_id(ca_pem),
         "peer": identity.peer_id(public),
         "name": "box",
         "sign_public": public,
@@ -49,7 +49,7 @@ def certificate(ca_pem: bytes, **changed: Any) -> NodeCertificate:
 
 def card(ca_pem: bytes, issuer: bytes) -> FleetCard:
     return FleetCard(
-        fleet=identity.fleet_id(ca_pem),
+        fleet=certificates.fleet_id(ca_pem),
         counter=2**50,
         coordinator_public=bytes(32),
         broker=BrokerCard(port=1),
@@ -60,7 +60,7 @@ def card(ca_pem: bytes, issuer: bytes) -> FleetCard:
 @pytest.mark.attack("20.keys")
 def test_the_home_has_no_ca_key(home: Path, tmp_path: Path) -> None:
     """Attack: whoever reads the coordinator's home signs as the CA for ever."""
-    ca = identity.ca_public(settings.open_keys(home).ca_pem)
+    ca = certificates.ca_public(settings.open_keys(home).ca_pem)
     for path in home.rglob("*"):
         if path.is_file() and b"PRIVATE KEY" in path.read_bytes():
             key = serialization.load_pem_private_key(path.read_bytes(), None)
@@ -81,30 +81,30 @@ def test_nobody_makes_an_issuer_of_his_own(home: Path, kind: str) -> None:
     found = settings.open_keys(home)
     ca_pem, key = found.ca_pem, identity.new_signing_key()
     if kind == "own":
-        key, issuer = identity.new_issuer(*identity.new_ca("commonweight"))
+        key, issuer = certificates.new_issuer(*certificates.new_ca("commonweight"))
     elif kind == "under":  # an issuer that our issuer made
-        key, issuer = identity.new_issuer(found.ca_key, found.issuer)
+        key, issuer = certificates.new_issuer(found.ca_key, found.issuer)
     elif kind == "leaf":
         issuer = (home / "server.pem").read_bytes().partition(found.issuer)[0]
     else:
         issuer = found.issuer
     with pytest.raises(BadMessage):
-        identity.verify_certificate(
-            ca_pem, identity.issue_certificate(key, certificate(ca_pem, issuer=issuer))
+        certificates.verify_certificate(
+            ca_pem, certificates.issue_certificate(key, certificate(ca_pem, issuer=issuer))
         )
     with pytest.raises(BadMessage):
         fleet_card.verify_card(ca_pem, fleet_card.issue_card(key, card(ca_pem, issuer)))
     for both in (found.issuer + issuer, issuer + found.issuer):
         with pytest.raises(BadMessage):
-            identity.signer_public(ca_pem, both)
+            certificates.signer_public(ca_pem, both)
 
 
 def test_the_issuer_signs_peers_cards_and_tls(home: Path) -> None:
     """Control: the issuer signs peers, fleet cards and TLS certificates."""
     found = settings.open_keys(home)
     made = certificate(found.ca_pem, issuer=found.issuer)
-    signed = identity.issue_certificate(found.ca_key, made)
-    assert identity.verify_certificate(found.ca_pem, signed) == made
+    signed = certificates.issue_certificate(found.ca_key, made)
+    assert certificates.verify_certificate(found.ca_pem, signed) == made
     public = identity.public_bytes(found.sign_key)
     stored = CardFile(home, found.ca_pem)
     told = stored.current(found.ca_key, public, BROKER, found.issuer)

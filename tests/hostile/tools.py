@@ -26,7 +26,7 @@ from flwr.supercore.primitives.asymmetric import sign_message
 from agent.home.credentials import Credentials
 from coordinator.daemon.coordinator import Coordinator
 from coordinator.storage.ledger import Ledger
-from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment import certificates, identity, signed_requests, tickets
 from tests.support.https_site import HOST, Machine
 from tests.support.in_process_fleet import Fleet
 
@@ -179,8 +179,8 @@ class LyingCoordinator:
 
     def __init__(self, folder: Path, answer: Callable[[bytes, Callable[[bytes], None]], None]):
         folder.mkdir(parents=True, exist_ok=True)
-        ca_key, self.ca_pem = identity.new_ca("test")
-        key, pem = identity.new_server_certificate(ca_key, self.ca_pem, ["localhost", HOST])
+        ca_key, self.ca_pem = certificates.new_ca("test")
+        key, pem = certificates.new_server_certificate(ca_key, self.ca_pem, ["localhost", HOST])
         (folder / "server.key").write_bytes(identity.private_pem(key))
         (folder / "server.pem").write_bytes(pem)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -190,7 +190,7 @@ class LyingCoordinator:
         self.answer, self.requests = answer, 0
         self._listener = socket.create_server((HOST, 0))
         self.address = f"{HOST}:{self._listener.getsockname()[1]}"
-        self.fleet = identity.ca_fingerprint(self.ca_pem).hex()[:16]
+        self.fleet = certificates.ca_fingerprint(self.ca_pem).hex()[:16]
 
     def credentials(self, machine: Machine) -> Credentials:
         return Credentials(

@@ -35,7 +35,7 @@ from coordinator.transport.http_server import Server, listen
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
-from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment import certificates, identity, signed_requests, tickets
 from protocols.enrollment.ca_chain import Transition, sign_transition
 from protocols.enrollment.joining import JoinRequest, join_proof
 from protocols.local.atomic_files import write_private
@@ -84,10 +84,10 @@ class Site:
 
     def __init__(self, folder: Path, *, flower: bool = False, approve: bool = False) -> None:
         self.folder = folder
-        self.ca_key, self.ca_pem = identity.new_ca("test")
+        self.ca_key, self.ca_pem = certificates.new_ca("test")
         self._certify()
         self.sign_key, self.operator_key = (identity.new_signing_key() for _ in range(2))
-        self.fleet_id = identity.fleet_id(self.ca_pem)
+        self.fleet_id = certificates.fleet_id(self.ca_pem)
         public = identity.public_bytes(self.sign_key)
         self.identity = Identity(self.fleet_id, self.ca_pem, public)
         self.cards = CardFile(folder, self.ca_pem)
@@ -113,13 +113,15 @@ class Site:
             self.registry.on_change = self._admit
 
     def _certify(self) -> None:
-        key, pem = identity.new_server_certificate(self.ca_key, self.ca_pem, ["localhost", HOST])
+        key, pem = certificates.new_server_certificate(
+            self.ca_key, self.ca_pem, ["localhost", HOST]
+        )
         write_private(self.folder / "server.key", identity.private_pem(key))
         (self.folder / "server.pem").write_bytes(pem)
 
     def replace_ca(self) -> None:
         """Replace the CA, as `keys rotate ca` does while the coordinator is stopped."""
-        key, pem = identity.new_ca("test")
+        key, pem = certificates.new_ca("test")
         step = Transition(
             fleet=self.fleet_id,
             counter=len(self.identity.chain) + 1,
@@ -132,7 +134,7 @@ class Site:
         self.ca_key, self.ca_pem = key, pem
         self.identity = self.identity._replace(ca_pem=pem, chain=chain)
         self.cards = CardFile(self.folder, pem, chain)
-        self.registry.record_key("ca", identity.ca_fingerprint(pem).hex()[:16])
+        self.registry.record_key("ca", certificates.ca_fingerprint(pem).hex()[:16])
         self._certify()
 
     @classmethod
@@ -184,7 +186,7 @@ class Site:
     # --- machines and tickets ---
 
     def ticket(self, *, ttl_s: float = 60.0, uses: int = 1) -> tickets.Ticket:
-        made = tickets.new_ticket(self.addresses(), identity.ca_fingerprint(self.ca_pem))
+        made = tickets.new_ticket(self.addresses(), certificates.ca_fingerprint(self.ca_pem))
         self.registry.create_ticket(made, ttl_s=ttl_s, uses=uses)
         return made
 

@@ -40,7 +40,7 @@ from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunEvent, RunSpec
 from coordinator.storage.settings import Settings
-from protocols.enrollment import identity, tickets
+from protocols.enrollment import certificates, identity, tickets
 from protocols.errors import CommonweightError, Unreachable
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Private, Scatter
 from protocols.messages.mqtt import MqttAddress
@@ -301,7 +301,7 @@ class Agent:
 
 
 def node_certificate(keys: settings.Keys, machine: Machine) -> bytes:
-    certificate = identity.NodeCertificate(
+    certificate = certificates.NodeCertificate(
         fleet=keys.fleet,
         peer=machine.peer,
         name=machine.name,
@@ -310,7 +310,7 @@ def node_certificate(keys: settings.Keys, machine: Machine) -> bytes:
         not_after=time.time() + 3600,
         issuer=keys.issuer,
     )
-    return identity.issue_certificate(keys.ca_key, certificate)
+    return certificates.issue_certificate(keys.ca_key, certificate)
 
 
 # --- the coordinator -------------------------------------------------------------------------

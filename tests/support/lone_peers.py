@@ -21,8 +21,8 @@ from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_proofs import VersionIndex
 from agent.transport.version_store import VersionStore
-from protocols.enrollment import identity
-from protocols.enrollment.identity import NodeCertificate
+from protocols.enrollment import certificates, identity
+from protocols.enrollment.certificates import NodeCertificate
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import Presence
 from protocols.messages.mqtt import MqttAddress
@@ -36,7 +36,7 @@ IDLE = Presence(state=PeerState.IDLE, version="1")
 
 
 def certificate(site: Site, machine: Machine) -> bytes:
-    return identity.issue_certificate(
+    return certificates.issue_certificate(
         site.ca_key,
         NodeCertificate(
             fleet=site.fleet_id,

@@ -17,7 +17,7 @@ from agent.transport.mqtt_client import MqttClient
 from coordinator.transport.mqtt_access import Passwords
 from coordinator.transport.mqtt_broker import EmbeddedBroker
 from coordinator.transport.mqtt_client import FleetMqttClient
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
 from protocols.messages import topics
@@ -103,12 +103,12 @@ class Site:
     agent_key: identity.SigningKey = field(default_factory=identity.new_signing_key)
 
     def __post_init__(self) -> None:
-        ca_key, ca_pem = identity.new_ca("test")
-        key, pem = identity.new_server_certificate(ca_key, ca_pem, ["localhost", HOST])
+        ca_key, ca_pem = certificates.new_ca("test")
+        key, pem = certificates.new_server_certificate(ca_key, ca_pem, ["localhost", HOST])
         write_private(self.folder / "tls.key", identity.private_pem(key))
         (self.folder / "tls.pem").write_bytes(pem)
         self.ca_pem = ca_pem.decode()
-        self.fleet = identity.ca_fingerprint(ca_pem).hex()[:16]
+        self.fleet = certificates.ca_fingerprint(ca_pem).hex()[:16]
         self.peer = identity.peer_id(identity.public_bytes(self.agent_key))
         self.known = {
             self.peer: identity.public_bytes(self.agent_key),

@@ -16,8 +16,9 @@ from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.version_log import VersionLog
-from protocols.enrollment import identity
-from protocols.enrollment.identity import NodeCertificate, SigningKey
+from protocols.enrollment import certificates, identity
+from protocols.enrollment.certificates import NodeCertificate
+from protocols.enrollment.identity import SigningKey
 from protocols.messages import version_log as wire
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.version_log import LogNews
@@ -36,8 +37,8 @@ class Authority:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.ca_key, self.ca_pem = identity.new_ca("test")
-        self.fleet = identity.fleet_id(self.ca_pem)
+        self.ca_key, self.ca_pem = certificates.new_ca("test")
+        self.fleet = certificates.fleet_id(self.ca_pem)
         self._cards = CardFile(folder, self.ca_pem)
         self.replace_key(identity.new_signing_key())
 
@@ -120,7 +121,7 @@ class Follower:
         self.authority, self.home, self.shown = authority, folder, shown
         folder.mkdir(parents=True, exist_ok=True)
         self.machine = machine = machine or Machine(folder.name)
-        certificate = identity.issue_certificate(
+        certificate = certificates.issue_certificate(
             authority.ca_key,
             NodeCertificate(
                 fleet=authority.fleet,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from agent.home.credentials import Credentials
 from agent.transport.http_client import Connection, map_errors
-from protocols.enrollment import identity
+from protocols.enrollment import certificates
 from protocols.network import addresses
 from protocols.p2p import peer_addresses
 from protocols.p2p.gossip import Neighbor
@@ -56,7 +56,7 @@ class PeerConnection(Connection):
             raise OSError(f"no peer is asked at {address}: {reason}")
         super().connect()
         certificate = self.sock.getpeercert(binary_form=True)
-        if certificate is None or not identity.certificate_matches_key(
+        if certificate is None or not certificates.certificate_matches_key(
             certificate, self._peer.node_public
         ):
             self.close()

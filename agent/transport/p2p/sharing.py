@@ -19,7 +19,7 @@ from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.networks import LocalNetwork, locate
 from agent.transport.p2p.piece_store import PieceStore
 from agent.transport.p2p.server import PeerServer
-from protocols.enrollment import identity
+from protocols.enrollment import certificates
 from protocols.local.atomic_files import write_private
 from protocols.network import addresses
 from protocols.p2p import peer_addresses
@@ -130,7 +130,7 @@ class Sharing:
     async def _serve(self, here: LocalNetwork) -> None:
         """Serves in this network until the machine has left it."""
         certificate, key = self._home / CERTIFICATE, self._home / "node.key"
-        pem = identity.new_node_tls(self.credentials.node_key, self.credentials.peer)
+        pem = certificates.new_node_tls(self.credentials.node_key, self.credentials.peer)
         try:
             write_private(certificate, pem)
             server = PeerServer(

@@ -30,7 +30,7 @@ from coordinator.fleet.auth import Auth, decode_body, json_response, read_body
 from coordinator.fleet.members import Peer
 from coordinator.fleet.sessions import NoSession
 from protocols import VERSION
-from protocols.enrollment import identity, joining
+from protocols.enrollment import certificates, joining
 from protocols.enrollment.ca_chain import ChainResponse
 from protocols.errors import BadMessage, CommonweightError, Refused
 from protocols.messages.envelope import LOGS_PATH, LogResponse
@@ -108,16 +108,16 @@ class AgentRoutes:
         )
 
     def _certificate(self, peer: Peer) -> bytes:
-        certificate = identity.NodeCertificate(
+        certificate = certificates.NodeCertificate(
             fleet=self._service.identity.fleet,
             peer=peer.peer,
             name=peer.name,
             sign_public=peer.sign_public,
             node_public=peer.node_public,
-            not_after=time.time() + identity.CERTIFICATE_DAYS * 86400,
+            not_after=time.time() + certificates.CERTIFICATE_DAYS * 86400,
             issuer=self._issuer,
         )
-        return identity.issue_certificate(self._ca_key, certificate)
+        return certificates.issue_certificate(self._ca_key, certificate)
 
     async def _renew(self, request: Request) -> Response:
         peer = await self._auth.peer(request)

@@ -11,7 +11,7 @@ import pytest
 from agent.home import enrollment_file, settings
 from agent.home.enrollment_file import Enrollment
 from agent.home.settings_schema import AgentSettings
-from protocols.enrollment import identity
+from protocols.enrollment import certificates
 from protocols.errors import ExitCode, HomeError, NotEnrolled, UsageError
 from protocols.messages.mqtt import MqttAddress
 from tests.support.ascii_locale import in_ascii
@@ -112,14 +112,14 @@ def test_a_wrong_change_leaves_the_file_alone(tmp_path: Path, wrong: dict[str, A
     settings.read(tmp_path)
 
 
-_, CA = identity.new_ca("test")
+_, CA = certificates.new_ca("test")
 
 
 def an_enrollment() -> Enrollment:
     return Enrollment(
         peer="P",
         name="box",
-        fleet=identity.fleet_id(CA),
+        fleet=certificates.fleet_id(CA),
         addresses=("host:1",),
         ca_pem=CA.decode(),
         certificate=b"\x00\xff",

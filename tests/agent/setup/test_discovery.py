@@ -14,7 +14,7 @@ from agent.setup import discovery, enrollment
 from agent.setup.discovery import DiscoveredCoordinator
 from coordinator.daemon import mdns as announcing
 from coordinator.daemon.mdns import announce, ip_addresses
-from protocols.enrollment import identity, tickets
+from protocols.enrollment import certificates, tickets
 from protocols.enrollment.mdns import encode_txt_record, parse_txt_record
 from protocols.errors import Refused, TicketMalformed, UnknownName, Unreachable
 from tests.support.https_site import HOST, Site
@@ -56,7 +56,7 @@ def test_a_code_joins_the_coordinator_that_made_it_and_no_forger(
     for name in ("own", "forger", "home", "other"):
         (tmp_path / name).mkdir()
     with Site(tmp_path / "own").up() as own, Site(tmp_path / "forger").up() as forger:
-        ca = identity.ca_fingerprint(own.ca_pem)
+        ca = certificates.ca_fingerprint(own.ca_pem)
         own_port, forged_port = (int(site.address.rpartition(":")[2]) for site in (own, forger))
         code = tickets.encode_code(own.ticket())
         assert len(code) < 64

@@ -22,8 +22,8 @@ from agent.home import enrollment_file
 from agent.home.enrollment_file import Enrollment
 from agent.setup.doctor import check_skew, examine_agent
 from agent.transport.mqtt_client import try_login
-from protocols.enrollment import identity
-from protocols.enrollment.identity import NodeCertificate
+from protocols.enrollment import certificates, identity
+from protocols.enrollment.certificates import NodeCertificate
 from protocols.errors import CommonweightError
 from protocols.local.atomic_files import write_private
 from protocols.local.checks import Advice
@@ -151,7 +151,7 @@ async def test_the_mqtt_login_is_tried(site: Fleet) -> None:
         held.bind((HOST, 0))  # bound, but not listening
         nobody = msgspec.structs.replace(mqtt, port=held.getsockname()[1])
         assert "no broker listens" in await try_login(nobody)
-    stranger = msgspec.structs.replace(mqtt, ca_pem=identity.new_ca("other")[1].decode())
+    stranger = msgspec.structs.replace(mqtt, ca_pem=certificates.new_ca("other")[1].decode())
     assert "certificate" in await try_login(stranger)
 
 
@@ -210,9 +210,9 @@ def impostor(
     home: Path, *, ahead_s: float = 0.0, name: str = HOST, other_ca: bool = False
 ) -> Iterator[None]:
     """A server at the address of this home's coordinator."""
-    ca_key, ca_pem = identity.new_ca("test")
-    trusted = identity.new_ca("another") if other_ca else (ca_key, ca_pem)
-    key, certificate = identity.new_server_certificate(ca_key, ca_pem, [name])
+    ca_key, ca_pem = certificates.new_ca("test")
+    trusted = certificates.new_ca("another") if other_ca else (ca_key, ca_pem)
+    key, certificate = certificates.new_server_certificate(ca_key, ca_pem, [name])
     folder = home.parent
     write_private(folder / "server.key", identity.private_pem(key))
     write_private(folder / "server.pem", certificate)
@@ -236,7 +236,7 @@ def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) ->
     sign_key, node_key = identity.new_signing_key(), identity.new_node_key()
     write_private(home / "sign.key", identity.private_pem(sign_key))
     write_private(home / "node.key", identity.private_pem(node_key))
-    fleet_id = identity.ca_fingerprint(ca_pem).hex()[:16]
+    fleet_id = certificates.ca_fingerprint(ca_pem).hex()[:16]
     public = identity.public_bytes(sign_key)
     certificate = NodeCertificate(
         fleet=fleet_id,
@@ -252,7 +252,7 @@ def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) ->
         fleet=fleet_id,
         addresses=(f"{HOST}:{port}",),
         ca_pem=ca_pem.decode(),
-        certificate=identity.issue_certificate(ca_key, certificate),
+        certificate=certificates.issue_certificate(ca_key, certificate),
         coordinator_public=bytes(32),
         mqtt=MqttAddress(host=HOST, port=port, ca_pem=ca_pem.decode()),
     )

@@ -16,7 +16,7 @@ from agent.home.enrollment_file import ENROLLMENT_FILE, read_enrollment
 from agent.setup import enrollment
 from agent.transport.p2p.gossip import FILE
 from agent.transport.p2p.sharing import CERTIFICATE
-from protocols.enrollment import identity, tickets
+from protocols.enrollment import certificates, identity, tickets
 from protocols.enrollment.joining import CA_PATH, JOIN_PATH
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import HomeError, HomeLocked, Refused, TicketMalformed, Unreachable
@@ -46,7 +46,7 @@ def test_a_machine_joins(site: Site, home: Path) -> None:
     assert joined.fleet == site.fleet_id
     assert joined.mqtt.host == HOST
     assert joined.coordinator_public == identity.public_bytes(site.sign_key)
-    certificate = identity.verify_certificate(site.ca_pem, joined.certificate)
+    certificate = certificates.verify_certificate(site.ca_pem, joined.certificate)
     key = identity.load_signing_key(home / "sign.key")
     assert certificate.sign_public == identity.public_bytes(key)
     assert joined.peer == identity.peer_id(certificate.sign_public)
@@ -237,7 +237,7 @@ def test_a_machine_that_awaits_approval(tmp_path: Path, home: Path) -> None:
 def test_an_endless_certificate_is_cut(site: Site, home: Path, tmp_path: Path) -> None:
     key = identity.new_node_key()
     write_private(tmp_path / "own.key", identity.private_pem(key))
-    write_private(tmp_path / "own.pem", identity.new_node_tls(key, "forger"))
+    write_private(tmp_path / "own.pem", certificates.new_node_tls(key, "forger"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "own.pem", tmp_path / "own.key")
     sent = 0

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.weight_transfer import IDLE_CONNECTION_S, CoordinatorDiskFull, SessionLost
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
@@ -111,7 +111,7 @@ def test_nobody_there(site: Site, machine: Machine, tmp_path: Path) -> None:
 
 
 def test_somebody_elses_certificate(site: Site, machine: Machine, tmp_path: Path) -> None:
-    _, other_ca = identity.new_ca("other")
+    _, other_ca = certificates.new_ca("other")
     link = CoordinatorClient(site.credentials(machine)._replace(ca_pem=other_ca))
     check_unreachable(link, tmp_path)
 

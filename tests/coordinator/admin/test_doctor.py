@@ -18,7 +18,7 @@ import pytest
 from coordinator.admin.doctor import check_free, engine, examine_coordinator
 from coordinator.storage import settings
 from coordinator.storage.settings import PORT
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.errors import CommonweightError, PortInUse
 from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports
@@ -128,7 +128,7 @@ def test_damage_is_found(site: Fleet) -> None:
         ledger.execute("UPDATE log SET body = 'x' WHERE seq = 1")  # TEXT where a BLOB was
     ledger.close()
     names = ["elsewhere.example"]
-    key, pem = identity.new_server_certificate(
+    key, pem = certificates.new_server_certificate(
         identity.load_signing_key(site.home / "ca.key"),
         (site.home / "ca.pem").read_bytes(),
         names,
@@ -179,7 +179,7 @@ def test_the_installed_flower_is_supported() -> None:
 def test_names_given_to_init_are_those_that_up_certifies(site: Fleet) -> None:
     assert site.ask("init", "--san", "cw.example", "--san", HOST).returncode == 0
     site.up()
-    names = identity.certificate_names((site.home / "server.pem").read_bytes())
+    names = certificates.certificate_names((site.home / "server.pem").read_bytes())
     assert "cw.example" in names
     assert doctor(site)[0] == 0
 

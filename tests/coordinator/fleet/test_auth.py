@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from coordinator.api.schema import TicketRequest
-from protocols.enrollment import identity, signed_requests, tickets
+from protocols.enrollment import certificates, identity, signed_requests, tickets
 from protocols.enrollment.joining import CA_PATH, JOIN_PATH, MQTT_PATH, JoinResponse
 from tests.support.https_site import Machine, Site
 
@@ -118,14 +118,14 @@ def test_a_waiting_peer_is_known_but_gets_no_weights(http: httpx.Client, site: S
 
 
 def test_the_ca_and_joining_are_open(http: httpx.Client, site: Site) -> None:
-    assert identity.ca_fingerprint(http.get(CA_PATH).content) == identity.ca_fingerprint(
+    assert certificates.ca_fingerprint(http.get(CA_PATH).content) == certificates.ca_fingerprint(
         site.ca_pem
     )
     machine = Machine("new")
     body = msgspec.json.encode(machine.joining(site.ticket()))
     answer = msgspec.json.decode(http.post(JOIN_PATH, content=body).content, type=JoinResponse)
     assert (answer.peer, answer.awaiting) == (machine.peer, True)
-    certificate = identity.verify_certificate(site.ca_pem, answer.certificate)
+    certificate = certificates.verify_certificate(site.ca_pem, answer.certificate)
     assert certificate.sign_public == identity.public_bytes(machine.sign_key)
 
 

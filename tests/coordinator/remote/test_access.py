@@ -24,7 +24,7 @@ from coordinator.remote.access import Access
 from coordinator.remote.api_client import Remote
 from coordinator.storage.job_events import JobSpec
 from coordinator.storage.run_events import RunSpec
-from protocols.enrollment import identity, tickets
+from protocols.enrollment import certificates, tickets
 from protocols.errors import (
     BadMessage,
     CommonweightError,
@@ -53,7 +53,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def joined(site: Site, role: str) -> tuple[Access, Remote]:
-    ticket = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
+    ticket = tickets.new_ticket(site.addresses(), certificates.ca_fingerprint(site.ca_pem))
     site.registry.create_ticket(ticket, ttl_s=60, uses=1, role=role)  # type: ignore[arg-type]
     found = access.join(tickets.encode(ticket), "laptop")
     return found, Remote(access.open_home())
@@ -133,7 +133,7 @@ def test_each_ticket_works_once_and_only_for_its_role(site: Site) -> None:
     agents = site.ticket()
     with pytest.raises(CommonweightError, match="is for an agent, not"):
         access.join(tickets.encode(agents))
-    watch = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
+    watch = tickets.new_ticket(site.addresses(), certificates.ca_fingerprint(site.ca_pem))
     site.registry.create_ticket(watch, ttl_s=60, uses=1, role="observer")
     with pytest.raises(Refused, match="for an observer"):
         site.registry.join(Machine("north").joining(watch))
@@ -146,7 +146,7 @@ def test_a_machine_with_a_reserved_name_joins_under_another(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "coordinator")
-    watch = tickets.new_ticket(site.addresses(), identity.ca_fingerprint(site.ca_pem))
+    watch = tickets.new_ticket(site.addresses(), certificates.ca_fingerprint(site.ca_pem))
     site.registry.create_ticket(watch, ttl_s=60, uses=1, role="observer")
     file = tmp_path / "ticket"
     file.write_text(tickets.encode(watch))
@@ -172,7 +172,7 @@ def test_another_coordinator_at_the_first_address_does_not_prevent_joining(
     (tmp_path / "other").mkdir()
     with Site(tmp_path / "other").up() as other:
         both = (other.address, site.address)
-        ticket = tickets.new_ticket(both, identity.ca_fingerprint(site.ca_pem))
+        ticket = tickets.new_ticket(both, certificates.ca_fingerprint(site.ca_pem))
         site.registry.create_ticket(ticket, ttl_s=60, uses=1, role="observer")
         assert access.join(tickets.encode(ticket)).addresses[0] == site.address
     assert ("POST", "/cw/v1/operators/join") not in other.requests

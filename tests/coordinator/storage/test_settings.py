@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.storage import settings
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.errors import ExitCode, HomeError, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.local.settings_file import SETTINGS_FILE
@@ -126,7 +126,7 @@ def test_a_damaged_home_is_said(home: Path, name: str, content: bytes | None) ->
 def names(home: Path) -> set[str]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(home / "server.pem", home / "server.key")  # they belong together
-    return identity.certificate_names((home / "server.pem").read_bytes())
+    return certificates.certificate_names((home / "server.pem").read_bytes())
 
 
 def test_a_certificate_is_kept_while_it_is_good(home: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_certificate_that_does_not_fit_its_key_is_made_anew(
     """A crash between the two files, or a half restored backup, must not keep it from starting."""
     settings.init([])
     keys = settings.open_keys(home)
-    key, pem = identity.new_server_certificate(keys.ca_key, keys.ca_pem, ["localhost"])
+    key, pem = certificates.new_server_certificate(keys.ca_key, keys.ca_pem, ["localhost"])
     if how == "missing":
         (home / file).unlink()
     elif how == "junk":

@@ -11,21 +11,21 @@ import pytest
 from agent.home import fleet_trust
 from agent.home.enrollment_file import Enrollment
 from coordinator.storage.fleet_cards import CardFile
-from protocols.enrollment import fleet_card, identity
+from protocols.enrollment import certificates, fleet_card
 from protocols.enrollment.fleet_card import FleetCard
 from protocols.enrollment.joining import MqttResponse
 from protocols.errors import BadMessage
 from protocols.messages.mqtt import MqttAddress
 
-CA_KEY, CA = identity.new_ca("test")
-OTHER_KEY, OTHER_CA = identity.new_ca("other")
+CA_KEY, CA = certificates.new_ca("test")
+OTHER_KEY, OTHER_CA = certificates.new_ca("other")
 BROKER = MqttAddress(host="hub", port=1883, user="fleet", password="word", ca_pem=CA.decode())
 PUBLIC = bytes(range(32))
 
 
 def card(counter: int = 5, broker: MqttAddress = BROKER, **changed: Any) -> bytes:
     own = msgspec.structs.replace(fleet_card.broker_card(broker), host="")
-    fields = {"fleet": identity.fleet_id(CA), "coordinator_public": PUBLIC, "broker": own}
+    fields = {"fleet": certificates.fleet_id(CA), "coordinator_public": PUBLIC, "broker": own}
     return fleet_card.issue_card(CA_KEY, FleetCard(counter=counter, **(fields | changed)))
 
 
@@ -33,7 +33,7 @@ def enrolled(known: bytes) -> Enrollment:
     return Enrollment(
         peer="P",
         name="box",
-        fleet=identity.fleet_id(CA),
+        fleet=certificates.fleet_id(CA),
         addresses=("hub:1",),
         ca_pem=CA.decode(),
         certificate=b"",
@@ -103,4 +103,4 @@ def test_a_card_is_signed_again_only_when_its_content_changes(tmp_path: Path) ->
     numbers = [fleet_card.verify_card(CA, data).counter for data in (first, second)]
     assert numbers[1] > numbers[0]
     other = CardFile(tmp_path, OTHER_CA).current(OTHER_KEY, PUBLIC, BROKER)
-    assert fleet_card.verify_card(OTHER_CA, other).fleet == identity.fleet_id(OTHER_CA)
+    assert fleet_card.verify_card(OTHER_CA, other).fleet == certificates.fleet_id(OTHER_CA)

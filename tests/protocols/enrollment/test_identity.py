@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.enrollment import identity
-from protocols.enrollment.identity import NodeCertificate
+from protocols.enrollment import certificates, identity
+from protocols.enrollment.certificates import NodeCertificate
 from protocols.errors import BadMessage, HomeError
 from protocols.local.atomic_files import write_private
 
@@ -62,8 +62,10 @@ def shake_hands(folder: Path, server_ca: bytes, trusted_ca: bytes, name: str) ->
 
 @pytest.fixture
 def chain(tmp_path: Path) -> tuple[Path, bytes]:
-    ca_key, ca_pem = identity.new_ca("here")
-    key, pem = identity.new_server_certificate(ca_key, ca_pem, ["localhost", "127.0.0.1", "::1"])
+    ca_key, ca_pem = certificates.new_ca("here")
+    key, pem = certificates.new_server_certificate(
+        ca_key, ca_pem, ["localhost", "127.0.0.1", "::1"]
+    )
     write_private(tmp_path / "server.key", identity.private_pem(key))
     (tmp_path / "server.pem").write_bytes(pem)
     return tmp_path, ca_pem
@@ -80,26 +82,26 @@ def test_another_name_or_another_ca_is_refused(chain: tuple[Path, bytes]) -> Non
     with pytest.raises(ssl.SSLCertVerificationError):
         shake_hands(folder, ca_pem, ca_pem, "elsewhere")
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake_hands(folder, ca_pem, identity.new_ca("here")[1], "localhost")
+        shake_hands(folder, ca_pem, certificates.new_ca("here")[1], "localhost")
 
 
 def test_what_a_server_certificate_says(chain: tuple[Path, bytes]) -> None:
     folder, _ = chain
     pem = (folder / "server.pem").read_bytes()
-    assert identity.certificate_names(pem) == {"localhost", "127.0.0.1", "::1"}
-    assert 364 < identity.days_left(pem) <= 365
+    assert certificates.certificate_names(pem) == {"localhost", "127.0.0.1", "::1"}
+    assert 364 < certificates.days_left(pem) <= 365
     later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=400)
-    assert identity.days_left(pem, later) < 0
+    assert certificates.days_left(pem, later) < 0
 
 
 def test_a_fingerprint_is_that_of_the_der_form() -> None:
-    _, ca_pem = identity.new_ca("x")
+    _, ca_pem = certificates.new_ca("x")
     der = x509.load_pem_x509_certificate(ca_pem).public_bytes(serialization.Encoding.DER)
     again = ssl.DER_cert_to_PEM_cert(der).encode()
-    assert identity.ca_fingerprint(again) == identity.ca_fingerprint(ca_pem)
+    assert certificates.ca_fingerprint(again) == certificates.ca_fingerprint(ca_pem)
     for junk in (b"", b"hello", ca_pem[:100]):
         with pytest.raises(BadMessage):
-            identity.ca_fingerprint(junk)
+            certificates.ca_fingerprint(junk)
 
 
 # --- node certificates -----------------------------------------------------------------------
@@ -117,37 +119,37 @@ def a_certificate() -> NodeCertificate:
 
 
 def test_a_node_certificate_is_read_and_a_strange_one_refused() -> None:
-    ca_key, ca_pem = identity.new_ca("x")
-    issued = identity.issue_certificate(ca_key, a_certificate())
-    assert identity.verify_certificate(ca_pem, issued) == a_certificate()
-    other_key, other_pem = identity.new_ca("x")
+    ca_key, ca_pem = certificates.new_ca("x")
+    issued = certificates.issue_certificate(ca_key, a_certificate())
+    assert certificates.verify_certificate(ca_pem, issued) == a_certificate()
+    other_key, other_pem = certificates.new_ca("x")
     for pem, data in (
         (other_pem, issued),
-        (ca_pem, identity.issue_certificate(other_key, a_certificate())),
+        (ca_pem, certificates.issue_certificate(other_key, a_certificate())),
         (ca_pem, b""),
         (ca_pem, issued[:64]),
         (ca_pem, issued + b" "),
     ):
         with pytest.raises(BadMessage, match="not signed"):
-            identity.verify_certificate(pem, data)
+            certificates.verify_certificate(pem, data)
 
 
 @given(st.data())
 def test_every_flipped_bit_of_a_certificate_is_found(data: st.DataObject) -> None:
-    ca_key, ca_pem = identity.new_ca("x")
-    issued = bytearray(identity.issue_certificate(ca_key, a_certificate()))
+    ca_key, ca_pem = certificates.new_ca("x")
+    issued = bytearray(certificates.issue_certificate(ca_key, a_certificate()))
     at = data.draw(st.integers(0, len(issued) * 8 - 1))
     issued[at // 8] ^= 1 << at % 8
     with pytest.raises(BadMessage):
-        identity.verify_certificate(ca_pem, bytes(issued))
+        certificates.verify_certificate(ca_pem, bytes(issued))
 
 
 def test_a_signature_over_something_else_is_no_certificate() -> None:
-    ca_key, ca_pem = identity.new_ca("x")
+    ca_key, ca_pem = certificates.new_ca("x")
     for body in (b"[]", b'{"v":1}', b"\xff"):
         signed = ca_key.sign(b"commonweight node certificate 1\n" + body) + body
         with pytest.raises(BadMessage, match="not a valid node certificate"):
-            identity.verify_certificate(ca_pem, signed)
+            certificates.verify_certificate(ca_pem, signed)
 
 
 def public_pem(key: object) -> bytes:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.errors import UsageError
 from protocols.messages import envelope as messages
 from protocols.messages import topics
@@ -80,7 +80,7 @@ def test_the_password_is_not_shown() -> None:
 
 def test_tls_checks_the_name_and_one_ca_only() -> None:
     assert tls_context(MqttAddress(host="x", port=1, tls=False)) is None
-    _, ca_pem = identity.new_ca("test")
+    _, ca_pem = certificates.new_ca("test")
     context = tls_context(MqttAddress(host="x", port=1, ca_pem=ca_pem.decode()))
     assert context is not None
     assert context.check_hostname

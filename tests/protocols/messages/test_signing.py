@@ -8,13 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from protocols.enrollment.identity import (
-    _SIGNED_CERTIFICATE,
-    SigningKey,
-    new_signing_key,
-    public_bytes,
-    verify,
-)
+from protocols.enrollment.certificates import _SIGNED_CERTIFICATE
+from protocols.enrollment.identity import SigningKey, new_signing_key, public_bytes, verify
 from protocols.errors import BadMessage
 from protocols.messages.jobs import SIGNED_ANSWER, SIGNED_UNIT
 from protocols.messages.signing import SignedJson

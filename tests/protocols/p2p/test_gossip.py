@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.enrollment.ca_chain import CaTrust
-from protocols.enrollment.identity import NodeCertificate
+from protocols.enrollment.certificates import NodeCertificate
 from protocols.errors import BadMessage
 from protocols.messages.envelope import Presence
 from protocols.messages.states import PeerState
@@ -26,7 +26,7 @@ from protocols.p2p.gossip import (
     Head,
 )
 
-CA_KEY, CA_PEM = identity.new_ca("test")
+CA_KEY, CA_PEM = certificates.new_ca("test")
 SIGN, NODE = identity.new_signing_key(), identity.new_node_key()
 PEER = identity.peer_id(identity.public_bytes(SIGN))
 
@@ -38,7 +38,7 @@ def certificate(
     lasts_s: float = 3600,
     sign: identity.SigningKey = SIGN,
 ) -> bytes:
-    return identity.issue_certificate(
+    return certificates.issue_certificate(
         key,
         NodeCertificate(
             fleet=fleet,

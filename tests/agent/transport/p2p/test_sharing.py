@@ -25,7 +25,7 @@ from agent.transport.p2p.piece_store import PartialVersion, PieceStore
 from agent.transport.p2p.server import MAX_CONNECTIONS_PER_ADDRESS, PeerServer
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_store import VersionStore
-from protocols.enrollment import identity
+from protocols.enrollment import certificates, identity
 from protocols.errors import Unreachable
 from protocols.local.atomic_files import write_private
 from protocols.model import weights
@@ -235,7 +235,7 @@ def hostile_holder(site: Site, folder: Path, wrong: str) -> Iterator[tuple[Machi
     """An enrolled machine whose server answers every request in a wrong way."""
     machine = site.enroll("rogue")
     write_private(folder / "rogue.key", identity.private_pem(machine.node_key))
-    write_private(folder / "rogue.pem", identity.new_node_tls(machine.node_key, machine.peer))
+    write_private(folder / "rogue.pem", certificates.new_node_tls(machine.node_key, machine.peer))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "rogue.pem", folder / "rogue.key")
     hostile_heads.clear()
