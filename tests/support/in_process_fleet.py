@@ -283,12 +283,14 @@ class Agent:
             raise
 
     def _work(self, link: CoordinatorClient) -> None:
+        # As the real agent does: a reply that asks for no more work is that of a peer that pauses.
+        message = link.pull()
         while not self._stopping.is_set():
-            message = link.pull()
             if message is None:
                 self._stopping.wait(0.01)
+                message = link.pull()
             else:
-                link.push(self.answer(message))
+                message = link.exchange(self.answer(message))
 
     def answer(self, message: Message) -> Message:
         assert self.client is not None
@@ -417,6 +419,7 @@ class Fleet:
         """Stop the agents, even if their work waits for a door."""
         for agent in self.agents:
             agent.stop()
+            self.hub._polls._long_polls.wake(agent.peer)
         for agent in self.agents:
             await asyncio.to_thread(agent.join)
 

@@ -415,15 +415,16 @@ async def test_an_answer_is_settled_once_it_is_in_the_ledger(tmp_path: Path) -> 
         (agent,) = fleet.agents
         told: list[tuple[bool, int]] = []
         assert agent.link is not None
-        push = agent.link.push
+        exchange = agent.link.exchange
 
-        def watched(reply: Message) -> None:
-            push(reply)
+        def watched(reply: Message) -> Message | None:
+            following = exchange(reply)
             assert agent.link is not None
             accepted = fleet.facts(run_id, run_events.UpdateAccepted)
             told.append((agent.link.acknowledged, len(accepted)))
+            return following
 
-        agent.link.push = watched  # type: ignore[method-assign]
+        agent.link.exchange = watched  # type: ignore[method-assign]
         run_id = fleet.start(rounds=1, quorum=1)
         await fleet.finished(run_id)
         await until(lambda: len(told) == 3)
