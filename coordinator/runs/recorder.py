@@ -103,11 +103,12 @@ class RunRecorder:
         if not self._disk_full:
             self._disk_full = True
             self.report("error", f"run {self.run.id} is interrupted: {err}")
-        # Not at once, because a little space may not be enough. And a quota shows no free space.
-        for _ in range(_MAX_SPACE_POLLS):
-            await asyncio.sleep(_SPACE_POLL_S)
-            if limits.has_space():
-                break
+        with self._timer.stopped():  # no answer can be recorded, so none is late
+            # Not at once, because a little space may not be enough. A quota shows no free space.
+            for _ in range(_MAX_SPACE_POLLS):
+                await asyncio.sleep(_SPACE_POLL_S)
+                if limits.has_space():
+                    break
 
     # --- for the monitors ---
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 from coordinator.storage.run_events import RunEvent
@@ -24,6 +26,15 @@ class PhaseTimer:
 
     def open_phase(self) -> None:
         self._phase_at = time.monotonic()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The time in the block does not count for the phase."""
+        stopped_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._phase_at += time.monotonic() - stopped_at
 
     def mark(self, event: RunEvent) -> None:
         """Note an event. The first of its kind ends a phase of the round."""

@@ -31,8 +31,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
     `deadline_s`: counts from the start of a round's training, and again from that of its
     evaluation. If it passes without the quorum, all peers that could help are asked again, and it
-    starts anew. With `deadline` "auto" it is derived from earlier rounds and `deadline_s` is its
-    maximum (`decisions.phase_deadline_s`).
+    starts anew. Time with a full disk does not count. With `deadline` "auto" it is derived from
+    earlier rounds and `deadline_s` is its maximum (`decisions.phase_deadline_s`).
     `select`: how many peers are asked, as a multiple of the quorum (1.2: a fifth more than needed);
     the round then continues as soon as it has its quorum. 0: all are asked and awaited.
     `late`: what happens to an update whose round has closed (`coordinator.runs.late_updates`).

@@ -6,8 +6,10 @@ import contextlib
 import math
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,7 +20,7 @@ from msgspec.structs import replace
 
 from agent.tasks.work import Done
 from coordinator.remote import run_options
-from coordinator.runs import state, transitions
+from coordinator.runs import state, timing, transitions
 from coordinator.storage import run_events, settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
@@ -29,6 +31,7 @@ from protocols.errors import (
     BadMessage,
     CannotBeMet,
     CommonweightError,
+    DiskFull,
     NotRunning,
     UnknownName,
     Unreachable,
@@ -446,37 +449,74 @@ async def test_work_that_fails_is_refused_and_the_others_go_on(tmp_path: Path) -
         assert "\x1b" not in refused.detail
 
 
+def limit(ledger: Ledger, more_pages: int) -> None:
+    """Let the ledger grow by so many pages, as if the disk had no more room."""
+    with ledger._lock:
+        (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
+        ledger._db.execute(f"PRAGMA max_page_count = {pages + more_pages}")
+
+
+def fill(ledger: Ledger) -> None:
+    """Leave no room for another entry of a run."""
+    limit(ledger, 0)
+    with contextlib.suppress(DiskFull):
+        while True:
+            ledger.append("filler", [b"{}"])
+
+
+def waits_for_space(fleet: Fleet) -> bool:
+    current = fleet.hub.runs.current
+    return current is not None and "space on the coordinator's disk" in current.waiting_for
+
+
 async def test_a_full_disk_under_the_ledger_holds_up_the_run_and_loses_nothing(
     tmp_path: Path,
 ) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         ledger = fleet.hub._ledger
 
-        def limit(more_pages: int) -> None:
-            with ledger._lock:
-                (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
-                ledger._db.execute(f"PRAGMA max_page_count = {pages + more_pages}")
-
-        def fill(kind: str, number: int) -> None:
+        def fill_up(kind: str, number: int) -> None:
             if (kind, number) == ("train", 2):
-                limit(0)
+                limit(ledger, 0)
 
-        def waits() -> bool:
-            current = fleet.hub.runs.current
-            return current is not None and "space on the coordinator's disk" in current.waiting_for
-
-        fleet.agents[0].trainer.before = fill
+        fleet.agents[0].trainer.before = fill_up
         run_id = fleet.start(rounds=40, quorum=2)
-        await until(waits)
+        await until(lambda: waits_for_space(fleet))
         said = [event.text for event in fleet.hub.fleet.events]
         assert any(text.startswith(f"run {run_id} is interrupted") for text in said)
-        limit(10_000)
+        limit(ledger, 10_000)
         run = await fleet.finished(run_id)
         assert contributors(run) == [named(fleet.agents)] * 40
         assert len(fleet.facts(run_id, run_events.UpdateAccepted)) == 40 * 2 * 2
         said = [event.text for event in fleet.hub.fleet.events]
         assert f"the disk has space again: run {run_id} continues" in said
         assert ledger.verify() is None
+
+
+async def test_a_deadline_does_not_pass_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is full for an hour while the first evaluation is recorded: the second one counts too."""
+    late_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late_s)
+    monkeypatch.setattr(timing, "time", clock)
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        held = Door(fleet.agents[1], 1, "evaluate")
+
+        def fill_up(kind: str, number: int) -> None:
+            if kind == "evaluate":
+                held.reached.wait()
+                fill(fleet.hub._ledger)
+
+        fleet.agents[0].trainer.before = fill_up
+        run_id = fleet.start(rounds=1, quorum=2)
+        await until(lambda: waits_for_space(fleet))
+        late_s = 3600.0
+        held.open()
+        limit(fleet.hub._ledger, 10_000)
+        await fleet.finished(run_id)
+        assert len(fleet.facts(run_id, run_events.UpdateAccepted)) == 2 * 2
+        assert fleet.refusals(run_id) == []
 
 
 async def test_a_full_disk_on_an_agent_is_a_failure_and_not_its_end(tmp_path: Path) -> None:
