@@ -3,10 +3,10 @@
 The center of a round is the geometric median of its updates (Pillutla et al. 2022, Robust
 Aggregation for Federated Learning, arXiv 1912.13445), in which each voter has one vote whatever its
 examples. An update pulls the version by its share times its distance from the center. A voter whose
-updates pull further than `limit` times the median voter counts with a part of its share, and the
-rest of it goes to the center, as in centered clipping (Karimireddy, He and Jaggi 2021, arXiv
-2012.10333). So a large share with an ordinary update costs little, and neither a false number of
-examples nor an enlarged update moves the version far.
+updates pull further than `limit` times the median share at the median distance counts with a part
+of its share, and the rest of it goes to the center, as in centered clipping (Karimireddy, He and
+Jaggi 2021, arXiv 2012.10333). So a large share with an ordinary update costs little, and neither a
+false number of examples nor an enlarged update moves the version far.
 
 A voter is a peer, or all peers of one ticket. Two voters cannot outvote each other: nothing is
 limited then. Where nothing exceeds the limit, the shares are returned as they were, to the bit.
@@ -26,6 +26,8 @@ from protocols.model.weights import FLOAT_DTYPES, Array, Part, WeightReader, bf1
 Floats = npt.NDArray[np.float64]
 
 MIN_VOTERS = 3
+#: With fewer voters, a larger pull is usual: a median of three shares and distances says little.
+_MANY_VOTERS = 6
 #: Numbers of all updates together that are multiplied at a time: 32 MB.
 _BLOCK_VALUES = 1 << 22
 #: Multiplications for one matrix of products, about 10 s. Larger fleets with larger models take
@@ -40,7 +42,7 @@ _LEAST_DISTANCE = 1 / 3
 
 
 class Limited(NamedTuple):
-    """New shares, in the order of the updates, and by voter how many times the median it pulls.
+    """New shares, in the order of the updates, and by voter how many times the usual it pulls.
 
     `pulls` has those above the limit only.
     """
@@ -142,11 +144,13 @@ def _as_float64(array: Array, dtype: str) -> Floats:
 def limit_shares(
     shares: Sequence[float], voter_of: Sequence[str], matrices: Sequence[Floats], limit: float
 ) -> Limited:
-    """The shares with which no voter pulls further than `limit` times the median voter.
+    """The shares with which no voter pulls further than `limit` times the usual: the median share
+    at the median distance. With three voters, twice as far; with four or five, a little further.
 
     `matrices`: the products of the updates over each group of tensors; the group in which a voter
     pulls furthest counts.
     """
+    most = limit * max(1.0, _MANY_VOTERS / len(set(voter_of)))
     kept = np.ones(len(shares))
     pulls: dict[str, float] = {}
     centers = [_center(matrix, voter_of) for matrix in matrices]
@@ -155,17 +159,24 @@ def limit_shares(
         norm = median_by_voter(np.sqrt(np.diag(matrix)).tolist(), voter_of)
         distance = np.maximum(distance, _LEAST_DISTANCE * norm)
         usual_distance = median_by_voter(distance.tolist(), voter_of)
-        pull: dict[str, float] = {}
+        pull, total = dict.fromkeys(voter_of, 0.0), dict.fromkeys(voter_of, 0.0)
         for voter, share, far in zip(voter_of, shares, distance.tolist(), strict=True):
-            pull[voter] = pull.get(voter, 0.0) + share * far
-        usual_pull = float(np.median(list(pull.values())))
+            pull[voter] += share * far
+            total[voter] += share
+        # Not the median of the pulls: of three peers, one is near the center or has few examples.
+        usual_pull = float(np.median(list(total.values()))) * usual_distance
         for place, voter in enumerate(voter_of):
-            times = max(1.0, _ratio(pull[voter], usual_pull) / limit)
+            times = max(1.0, _ratio(pull[voter], usual_pull) / most)
             # Twice as far away as the limit, an update counts a quarter: it is not one of these.
             beyond = max(1.0, _ratio(float(distance[place]), usual_distance) / limit)
             kept[place] = min(kept[place], 1.0 / (times * beyond**2))
             if max(times, beyond) > 1.0:
-                pulls[voter] = max(pulls.get(voter, 0.0), limit * max(times, beyond))
+                told = max(
+                    factor * bound
+                    for factor, bound in ((times, most), (beyond, limit))
+                    if factor > 1.0
+                )
+                pulls[voter] = max(pulls.get(voter, 0.0), told)
     if (kept == 1.0).all():
         return Limited(list(shares), {})
     # The first group is the model. An outlier is no part of the center either.

@@ -240,6 +240,31 @@ def test_honest_digests_stay_the_same_bits(tmp_path: Path) -> None:
         assert len(digests) == 1
 
 
+@pytest.mark.parametrize("rows", [(600, 300, 200), (600, 300, 100)])
+def test_three_honest_peers_of_different_sizes_are_not_limited(rows: tuple[int, ...]) -> None:
+    """Control: of three peers that train on rows of one kind, the largest counts as it is."""
+    chance = np.random.default_rng(0)
+    truth = chance.normal(0, 1, SIZE)
+    weights, limited = np.zeros(SIZE), 0
+    tables = [chance.normal(0, 1, (count, SIZE)) for count in rows]
+    labels = [(chance.random(len(x)) < 1 / (1 + np.exp(-x @ truth))) for x in tables]
+    for _ in range(20):
+        changes = []
+        for x, y in zip(tables, labels, strict=True):
+            own = weights.copy()
+            for start in range(0, len(x), 32):  # more rows are more steps
+                part = slice(start, start + 32)
+                error = 1 / (1 + np.exp(-x[part] @ own)) - y[part]
+                own -= 0.1 * x[part].T @ error / len(error)
+            changes.append(own - weights)
+        matrix = np.array(changes) @ np.array(changes).T
+        shares = [count / sum(rows) for count in rows]
+        found = outliers.limit_shares(shares, ["a", "b", "c"], [matrix], OUTLIER_LIMIT)
+        limited += found.shares != shares
+        weights = weights + np.array(found.shares) @ np.array(changes)
+    assert limited == 0
+
+
 def test_two_peers_do_not_outvote_each_other(tmp_path: Path) -> None:
     """Control: of two peers none is an outlier, as nobody knows which one is wrong."""
     some = Round(tmp_path / "two", honest=1)
