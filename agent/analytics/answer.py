@@ -14,9 +14,8 @@ from msgspec.structs import replace
 from agent.analytics import differential_privacy, disclosure_control
 from agent.analytics.compute import CutsOf, Group, Places, Table, find_cells, read_table
 from agent.analytics.cut_points import CutPoints
-from agent.analytics.disclosure_control import ToldSet
 from agent.analytics.figures import compute_figure, min_product_rows
-from agent.analytics.query_log import QueryLog
+from agent.analytics.query_log import QueryLog, ToldSet
 from agent.data import disclosed_sets, open_table
 from agent.data.arrow_reader import find_files, map_errors
 from agent.data.disclosed_sets import Numbers

@@ -24,6 +24,7 @@ import numpy as np
 from agent.analytics import linear_audit
 from agent.analytics.compute import Group
 from agent.analytics.figures import PRODUCTS
+from agent.analytics.query_log import ToldSet
 from agent.data.disclosed_sets import Numbers
 from agent.data.profile import may_use
 from agent.home.settings_schema import AgentSettings
@@ -32,13 +33,6 @@ from protocols.errors import Refused
 
 #: The most sets of rows that are stored; afterwards no new set is released.
 MAX_DISCLOSED_SETS = 512
-
-
-class ToldSet(NamedTuple):
-    """Rows of which something was told about `column`; empty for all columns."""
-
-    column: str
-    rows: Numbers
 
 
 class Disclosure(NamedTuple):

@@ -12,19 +12,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
-from agent.analytics.compute import Mask
 from agent.analytics.cut_points import CutPoints
-from agent.analytics.disclosure_control import ToldSet
-from agent.data.disclosed_sets import pack, unpack
+from agent.data.disclosed_sets import Numbers, pack, unpack
 from agent.home import settings
 from protocols.analytics.mergeable_states import Floats, PeerAnswer
 from protocols.analytics.query import Query
 from protocols.errors import HomeError
+
+if TYPE_CHECKING:
+    from agent.analytics.compute import Mask  # it imports pyarrow, which an idle agent spares
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -69,6 +70,13 @@ def move_log(home: Path) -> None:
             raise HomeError(
                 f"the log of answers cannot be read: {err}", f"restore {old} from a backup"
             ) from err
+
+
+class ToldSet(NamedTuple):
+    """Rows of which something was told about `column`; empty for all columns."""
+
+    column: str
+    rows: Numbers
 
 
 class Entry(NamedTuple):
