@@ -336,16 +336,20 @@ def _files(folder: Path, facts: Sequence[Fact]) -> list[str]:
         return []
     found = []
     made = [fact["digest"] for fact in facts if fact["type"] == "WeightsInitialised"][-1:]
-    made += [
-        fact["digest"] if fact["type"] == "VersionCommitted" else fact["version"]["digest"]
-        for fact in facts
-        if fact["type"] in ("VersionCommitted", "VersionRecalled")
-    ]
+    ever = set(made)
+    for fact in facts:
+        if fact["type"] == "VersionCommitted":
+            made.append(fact["digest"])
+        elif fact["type"] == "VersionRecalled":
+            made.append(fact["version"]["digest"])
+        elif fact["type"] == "VersionLost" and fact["to"] in made:
+            del made[made.index(fact["to"]) + 1 :]
+        ever.update(made)
     for digest in made[-1:] if ended(facts) else made[-2:]:
         if not (folder / f"{digest}.safetensors").exists():
             found.append(f"version {digest[:8]} is not on disk")
     for path in folder.glob("[0-9a-f]*.safetensors"):
-        if path.stem in made and hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
+        if path.stem in ever and hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
             found.append(f"version {path.stem[:8]} on disk is not what its name says")
     return found
 

@@ -212,6 +212,19 @@ def test_a_buffered_run_that_takes_one_twice_after_a_loss_is_found(tmp_path: Pat
     assert any("counts 2 times" in text for text in home.judged())
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_run_that_went_back_needs_the_version_it_went_back_to(tmp_path: Path, lost: int) -> None:
+    """The later ones are deleted when it ends."""
+    home = Home(tmp_path)
+    home.facts[-1:] = [
+        run_events.VersionLost(home.versions[2], home.versions[1]),
+        run_events.RunEnded(RunState.STOPPED, "by the operator"),
+    ]
+    (tmp_path / "versions" / f"{home.versions[lost]}.safetensors").unlink()
+    missing = [text for text in home.judged() if "is not on disk" in text]
+    assert missing == [f"r: version {home.versions[1][:8]} is not on disk"] * (lost == 1)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_run_that_is_resumed_asks_for_its_evaluation_again(tmp_path: Path, times: int) -> None:
     home = Home(tmp_path)
