@@ -15,7 +15,7 @@ from agent.analytics import differential_privacy, disclosure_control
 from agent.analytics.compute import CutsOf, Group, Places, Table, find_cells, read_table
 from agent.analytics.cut_points import CutPoints
 from agent.analytics.figures import compute_figure, min_product_rows
-from agent.analytics.query_log import QueryLog, ToldSet
+from agent.analytics.query_log import QueryLog, ToldColumn
 from agent.data import disclosed_sets, open_table
 from agent.data.arrow_reader import find_files, map_errors
 from agent.data.disclosed_sets import Numbers
@@ -80,7 +80,7 @@ def _check(question: Query, chosen: AgentSettings, log: QueryLog) -> None:
 
 def _compute_answer(
     question: Query, chosen: AgentSettings, cache: Path, log: QueryLog, memory: TableMemory
-) -> tuple[PeerAnswer, list[ToldSet]]:
+) -> tuple[PeerAnswer, list[ToldColumn]]:
     if question.epsilon:
         differential_privacy.check_budget(question, chosen, log.spent_epsilon)
     reader = open_table(data_settings(chosen, cache))
@@ -102,7 +102,7 @@ def _compute_answer(
     )
     moved = bool(disclosure.cells) and any(cuts.moved for cuts in used_cuts.values())
     sets = disclosure_control.find_new(
-        [ToldSet("", rows) for rows in disclosure.cells.values()], known
+        [ToldColumn("", rows) for rows in disclosure.cells.values()], known
     )
     order = np.argsort(numbers)
     places = {
@@ -131,9 +131,9 @@ def _compute_answer(
     return told, [one for one in sets if one.column]
 
 
-def _told_cells(memory: TableMemory) -> list[ToldSet]:
+def _told_cells(memory: TableMemory) -> list[ToldColumn]:
     """Sets of which sums of any column may have been told: by answers, and by surveys."""
-    return [ToldSet("", rows) for rows in memory.sets.rows_of("cell", "table")]
+    return [ToldColumn("", rows) for rows in memory.sets.rows_of("cell", "table")]
 
 
 def _tell(memory: TableMemory, cells: Sequence[Numbers], min_rows: int) -> None:
@@ -171,16 +171,16 @@ def _figures(
     table: Table,
     places: Mapping[Group, Places],
     numbers: Numbers,
-    known: Sequence[ToldSet],
+    known: Sequence[ToldColumn],
     cuts_of: CutsOf,
     min_rows: int,
-) -> tuple[list[tuple[State, ...]], list[ToldSet]]:
+) -> tuple[list[tuple[State, ...]], list[ToldColumn]]:
     """The states of each cell, and the sets that they tell of.
 
     An operation is withheld in all cells if its sets may not be told after those in `known`.
     """
     columns: list[list[State]] = []
-    sets: list[ToldSet] = []
+    sets: list[ToldColumn] = []
     for operation in question.operations:
         try:
             found = [
@@ -188,7 +188,7 @@ def _figures(
                 for rows in places.values()
             ]
             about = [
-                ToldSet(one.column, np.sort(numbers[one.rows]))
+                ToldColumn(one.column, np.sort(numbers[one.rows]))
                 for figure in found
                 for one in figure.told
                 if len(one.rows)

@@ -24,7 +24,7 @@ import numpy as np
 from agent.analytics import linear_audit
 from agent.analytics.compute import Group
 from agent.analytics.figures import PRODUCTS
-from agent.analytics.query_log import ToldSet
+from agent.analytics.query_log import ToldColumn
 from agent.data.disclosed_sets import Numbers
 from agent.data.profile import may_use
 from agent.home.settings_schema import AgentSettings
@@ -60,7 +60,7 @@ def choose_cells(
     cells: Mapping[Group, Numbers],
     indivisible: Collection[Group],
     present: Numbers,
-    known: Sequence[ToldSet],
+    known: Sequence[ToldColumn],
     min_rows: int,
 ) -> Disclosure:
     """The cells that may be released after the sets in `known`. `present`: the rows of the table.
@@ -89,12 +89,12 @@ def choose_cells(
                     f"ask again when at least {min_rows} rows have changed",
                 )
         chosen[group] = rows
-    check_sets([ToldSet("", rows) for rows in chosen.values()], known, min_rows, min_rows)
+    check_sets([ToldColumn("", rows) for rows in chosen.values()], known, min_rows, min_rows)
     return Disclosure(chosen, similar)
 
 
 def check_sets(
-    sets: Sequence[ToldSet], known: Sequence[ToldSet], min_rows: int, min_product_rows: int
+    sets: Sequence[ToldColumn], known: Sequence[ToldColumn], min_rows: int, min_product_rows: int
 ) -> None:
     """Raise Refused unless these sets may be told after those in `known`."""
     new = find_new(sets, known)
@@ -129,7 +129,7 @@ def few_rows(min_rows: int) -> Refused:
     )
 
 
-def find_new(sets: Sequence[ToldSet], known: Sequence[ToldSet]) -> list[ToldSet]:
+def find_new(sets: Sequence[ToldColumn], known: Sequence[ToldColumn]) -> list[ToldColumn]:
     """The sets that are not in `known`, each once."""
     seen = {(one.column, one.rows.tobytes()) for one in known}
     new = []

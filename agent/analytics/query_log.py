@@ -72,7 +72,7 @@ def move_log(home: Path) -> None:
             ) from err
 
 
-class ToldSet(NamedTuple):
+class ToldColumn(NamedTuple):
     """Rows of which something was told about `column`; empty for all columns."""
 
     column: str
@@ -125,10 +125,10 @@ class QueryLog:
         """Delete them: they have moved."""
         self._db.execute("DELETE FROM sets")
 
-    def told_figures(self) -> list[ToldSet]:
+    def told_figures(self) -> list[ToldColumn]:
         """The sets of rows that figures have told of. Those of cells are in `disclosed_sets`."""
         rows = self._db.execute("SELECT column, rows FROM told_rows ORDER BY rowid").fetchall()
-        return [ToldSet(column, unpack(packed)) for column, packed in rows]
+        return [ToldColumn(column, unpack(packed)) for column, packed in rows]
 
     def is_known_cells(self, question: Query) -> bool:
         """True if a query about the same cells was answered for exactly their rows."""
@@ -171,7 +171,7 @@ class QueryLog:
         return None if row is None else msgspec.json.decode(row[0], type=PeerAnswer)
 
     def record(
-        self, question: Query, data: str, told: PeerAnswer, sets: Sequence[ToldSet] = ()
+        self, question: Query, data: str, told: PeerAnswer, sets: Sequence[ToldColumn] = ()
     ) -> bytes:
         """Record an answer inside `writing`; returns its bytes, to release after the commit."""
         body = msgspec.json.encode(told)

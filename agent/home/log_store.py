@@ -86,7 +86,7 @@ class LogStore:
         return float(self.meta(name) or 0)
 
     def forget(self) -> None:
-        """Forget all but the audit's heads: the log starts anew."""
+        """Forget all but the heads of the audit. The log then starts again."""
         for table in ("entries", "heads", "confirmed", "epochs", "meta"):
             self._write(f"DELETE FROM {table}")
 
@@ -287,5 +287,5 @@ def _error(path: Path, err: sqlite3.DatabaseError) -> DiskFull | HomeError:
         return DiskFull("the disk is full", "free some space; the agent then continues")
     return HomeError(
         f"{path} cannot be used: {err}",
-        "move it away: the agent then begins anew to follow the coordinator's log",
+        "move it away: the agent then reads the coordinator's log from the start",
     )

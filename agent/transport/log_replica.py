@@ -23,13 +23,13 @@ from protocols.p2p import seen_heads
 
 log = logging.getLogger("commonweight.log")
 
-#: After more new entries than this, the log is followed anew.
+#: After more new entries than this, the replica starts again at the newest head.
 MAX_GAP = 131_072
 #: Of one kind at once.
 _MAX_NOTES = 8
 #: Read before the known entries for the version of work.
 _MAX_OLDER_PAGES = 8
-NEXT_STEP = "commonweight-agent audit show; commonweight-agent audit acknowledge, to go on"
+NEXT_STEP = "commonweight-agent audit show; commonweight-agent audit acknowledge, to continue"
 
 
 class LogReplica:

@@ -135,7 +135,8 @@ def restore(
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.at))
     print_line(f"restored {home} as it was on {at}, without open tickets")
     print_line(
-        "whoever was removed since then is a member again: commonweight peers list, operators list"
+        "members that were removed since then are members again: "
+        "commonweight peers list, operators list"
     )
     if not from_peers and not any(name.startswith("versions/") for name in manifest.files):
         print_line("it contains no shared weights: --from-peers gets them from the agents")
