@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import sqlite3
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from agent.data.private_database import open_database, writing
+from agent.data.private_database import open_database
 from agent.tasks import Setting
 from agent.tasks.work import Done
 from protocols.errors import Refused
@@ -26,7 +27,9 @@ from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import Score
 from protocols.model import personalization
 
+# An evaluation of a run waits for this commit. With a write-ahead log it is one write to the disk.
 _SCHEMA = """
+PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS told_scores (
   key TEXT PRIMARY KEY, at REAL, origin TEXT, num_examples INTEGER, metrics TEXT
 );
@@ -39,32 +42,33 @@ Origin = Literal["run", "job"]
 
 
 class ToldScores:
-    """The scores in the file `path`, by model, task and settings."""
+    """The scores in the file `path`, by model, task and settings. Thread-safe; it stays open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    @cached_property
+    def _db(self) -> sqlite3.Connection:
+        return open_database(self._path, _SCHEMA)
+
     def find(self, key: str) -> Score | None:
         """What was told of this model."""
-        with closing(open_database(self._path, _SCHEMA)) as db:
-            row = db.execute(
-                "SELECT num_examples, metrics FROM told_scores WHERE key = ?", (key,)
-            ).fetchone()
+        row = self._db.execute(
+            "SELECT num_examples, metrics FROM told_scores WHERE key = ?", (key,)
+        ).fetchone()
         return None if row is None else Score(row[0], msgspec.json.decode(row[1], type=Metrics))
 
     def remember(self, key: str, origin: Origin, score: Score) -> None:
         """Record a score before it leaves. What a run tells replaces what a job told."""
         values = key, time.time(), origin, score.num_examples, msgspec.json.encode(score.metrics)
-        with closing(open_database(self._path, _SCHEMA)) as db, writing(db):
-            db.execute("INSERT OR REPLACE INTO told_scores VALUES (?, ?, ?, ?, ?)", values)
+        self._db.execute("INSERT OR REPLACE INTO told_scores VALUES (?, ?, ?, ?, ?)", values)
 
     def count_of_day(self) -> int:
         """How many scores jobs have been told in the last 24 hours, without repetitions."""
-        with closing(open_database(self._path, _SCHEMA)) as db:
-            (count,) = db.execute(
-                "SELECT COUNT(*) FROM told_scores WHERE origin = 'job' AND at > ?",
-                (time.time() - _DAY_S,),
-            ).fetchone()
+        (count,) = self._db.execute(
+            "SELECT COUNT(*) FROM told_scores WHERE origin = 'job' AND at > ?",
+            (time.time() - _DAY_S,),
+        ).fetchone()
         return int(count)
 
 

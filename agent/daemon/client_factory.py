@@ -65,6 +65,7 @@ class _Events(Observer):
 
     def __init__(self, ctx: AgentContext, trainer: TrainerProcess) -> None:
         self._ctx, self._trainer = ctx, trainer
+        self._scores = ToldScores(settings.scores_file(ctx.home))
 
     def on_work(self, work: Work | None) -> None:
         self._ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
@@ -73,8 +74,7 @@ class _Events(Observer):
         version_proofs.save_proof(self._ctx.cache, work, payload, signature)
 
     def on_evaluated(self, work: Work, score: Score) -> None:
-        scores = ToldScores(settings.scores_file(self._ctx.home))
-        scores.remember(key_of(work.task, work.settings, work.base), "run", score)
+        self._scores.remember(key_of(work.task, work.settings, work.base), "run", score)
 
     def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
         audit_log.write_update(self._ctx.home, claim, task, description)

@@ -7,8 +7,10 @@ peers have seen. Used by several threads; the caller holds a lock.
 from __future__ import annotations
 
 import sqlite3
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,11 +96,7 @@ class LogStore:
 
     def newest(self) -> Known | None:
         """The last accepted head."""
-        row = self._execute(
-            "SELECT e.size, e.hash, h.head FROM entries e JOIN heads h ON h.size = e.size "
-            "ORDER BY e.size DESC, h.ledger DESC LIMIT 1"
-        ).fetchone()
-        return Known(*row) if row else None
+        return self.head_until(sys.maxsize)
 
     def first_size(self) -> int:
         """How many entries precede the first that is known here."""
@@ -107,9 +105,10 @@ class LogStore:
 
     def head_until(self, size: int) -> Known | None:
         """The last accepted head with at most `size` entries."""
+        # CROSS JOIN keeps SQLite from the other order, which reads and sorts all heads.
         row = self._execute(
-            "SELECT e.size, e.hash, h.head FROM entries e JOIN heads h ON h.size = e.size "
-            "WHERE e.size <= ? ORDER BY e.size DESC, h.ledger DESC LIMIT 1",
+            "SELECT e.size, e.hash, h.head FROM heads h CROSS JOIN entries e ON e.size = h.size "
+            "WHERE h.size <= ? ORDER BY h.size DESC, h.ledger DESC LIMIT 1",
             (size,),
         ).fetchone()
         return Known(*row) if row else None
@@ -268,17 +267,30 @@ class LogStore:
         except sqlite3.DatabaseError as err:
             raise _error(self._path, err) from err
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes within reach the file at once; those before a conflict too."""
+        self._execute("BEGIN")
+        try:
+            yield
+        finally:
+            if self._db.in_transaction:  # SQLite ends it if the disk is full
+                self._commit()
+
+    def _commit(self) -> None:
+        try:
+            self._execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+
     def _write(self, statement: str, *rows: tuple[object, ...]) -> None:
         try:
             if len(rows) > 1:
-                self._db.execute("BEGIN")
                 self._db.executemany(statement, rows)
-                self._db.execute("COMMIT")
             else:
                 self._db.execute(statement, *rows)
         except sqlite3.DatabaseError as err:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
             raise _error(self._path, err) from err
 
 

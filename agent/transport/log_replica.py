@@ -100,14 +100,19 @@ class LogReplica:
             if page.start != start or hashes[-1:] != [self.store.hash_at(first)]:
                 raise BadMessage("older entries of the log do not lead to the known ones")
             decoded = [wire.decode_entry(entry) for entry in entries]
-            self.store.start(start, page.before)
-            self.store.append(start, list(zip(entries, decoded, strict=True)), hashes)
+            with self.store.transaction():
+                self.store.start(start, page.before)
+                self.store.append(start, list(zip(entries, decoded, strict=True)), hashes)
             if found():
                 return True
         return False
 
     def follow(self, signed: bytes, page: LogPage) -> LogHead:
         """Accept a head that continues the log. Raises LogConflict, BadMessage, Unreachable."""
+        with self.store.transaction():
+            return self._follow(signed, page)
+
+    def _follow(self, signed: bytes, page: LogPage) -> LogHead:
         head = self.verified(signed)
         self.check_epoch(head, signed)
         known = self.store.newest()
