@@ -40,13 +40,14 @@ from coordinator.storage.seen_heads import SeenHeads
 from coordinator.storage.settings import UP_FILE, Keys, Settings
 from coordinator.storage.version_log import VersionLog
 from coordinator.storage.weight_store import WeightStore
+from coordinator.transport.external_broker import ExternalBroker
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
 from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from coordinator.transport.http_server import Server
 from coordinator.transport.mosquitto import MosquittoBroker, MosquittoFiles
 from coordinator.transport.mqtt_access import Passwords
-from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
+from coordinator.transport.mqtt_broker import EmbeddedBroker
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes

@@ -13,10 +13,11 @@ from coordinator.fleet.registry import Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
+from coordinator.transport.external_broker import ExternalBroker
 from coordinator.transport.flower import REPLY_ACTIONS, Superlink
 from coordinator.transport.mosquitto import MosquittoBroker
 from coordinator.transport.mqtt_access import monitor_user
-from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
+from coordinator.transport.mqtt_broker import EmbeddedBroker
 from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes
 from protocols.messages.envelope import EventLine, strip_controls

@@ -1,4 +1,4 @@
-"""The MQTT broker: our own in a child process (rumqttd behind `mqtt_gate`), or an external one.
+"""The MQTT broker in a child process: rumqttd behind `mqtt_gate`.
 
 Rule 1: the child ends with this process, even on SIGKILL: it reads our end of its stdin pipe.
 Rule 2: the child has a session of its own, so Ctrl-C reaches only us.
@@ -33,7 +33,7 @@ from coordinator.transport.ports import listen_error, listenable
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import MAX_PAYLOAD_BYTES
-from protocols.messages.mqtt import NO_TLS_HINT, MqttAddress, parse_url
+from protocols.messages.mqtt import MqttAddress
 
 OnChange = Callable[[bool, str], None]
 
@@ -333,51 +333,6 @@ class EmbeddedBroker:
         served: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
         writer.transport.abort()
         return served
-
-
-class ExternalBroker:
-    """An external broker, by its URL. It has the methods of `EmbeddedBroker`.
-
-    Raises UsageError for a wrong URL or an unreadable CA file.
-    """
-
-    running = True
-    pid = None
-    on_refused: OnRefused
-
-    def __init__(self, url: str, ca_file: Path | None = None) -> None:
-        try:
-            ca_pem = ca_file.read_text() if ca_file else ""
-        except (OSError, UnicodeDecodeError) as err:
-            raise UsageError(f"cannot read the CA file {ca_file}", "it must be PEM") from err
-        self._address = parse_url(url, ca_pem)
-        self.host, self.port = self._address.host, self._address.port
-        if self._address.is_readable_on_the_way:
-            log.warning("the MQTT broker %s has no TLS; %s", self._address, NO_TLS_HINT)
-
-    def address(self, host: str = "", ca_pem: str = "", user: str = "") -> MqttAddress:
-        """The address in the URL. The parameters are ignored."""
-        return self._address
-
-    def own_address(self) -> MqttAddress:
-        return self._address
-
-    def admit(self, user: str, role: Role) -> None:
-        """Do nothing: that broker has logins of its own."""
-
-    def drop(self, user: str) -> None:
-        """Do nothing: that broker has logins of its own."""
-
-    async def start(self) -> None:
-        """Do nothing: we do not run this broker."""
-
-    async def stop(self) -> None:
-        """Do nothing: we do not run this broker."""
-
-    async def supervise(self, on_change: OnChange) -> None:
-        """Wait until cancelled."""
-        on_change(True, "")
-        await asyncio.Event().wait()
 
 
 if sys.platform == "win32":

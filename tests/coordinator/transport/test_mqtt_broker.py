@@ -17,8 +17,9 @@ import pytest
 from coordinator.daemon import coordinator
 from coordinator.storage import settings
 from coordinator.storage.settings import PORT, Settings
+from coordinator.transport.external_broker import ExternalBroker
 from coordinator.transport.mqtt_access import Passwords
-from coordinator.transport.mqtt_broker import EmbeddedBroker, ExternalBroker
+from coordinator.transport.mqtt_broker import EmbeddedBroker
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from tests.support.mqtt_fleet import HOST, Site, rogue, running, started
 from tests.support.waiting import until
