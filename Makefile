@@ -9,6 +9,7 @@
 # make attacks  every attack that was tried, on the code as it is: the table in docs/security.md
 # make quality  how well it learns, beside the known behaviour: about a minute a row
 # make figures  writes the figures of the docs from the results files
+# make pictures  the moving picture of the monitor, docs/monitor.svg
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
-	figures quality faults faults-quick soak journeys attacks lock sbom audit-packages clean
+	figures pictures quality faults faults-quick soak journeys attacks lock sbom audit-packages clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -119,6 +120,9 @@ bench-quick: setup
 # The tables and numbers of the README and docs/, from docs/*/*.json; says what to write by hand
 figures: setup
 	$(BIN)/python -m benchmarks.figures
+
+pictures: setup
+	$(BIN)/python deploy/monitor_animation.py > docs/monitor.svg
 
 setup: $(READY)
 
