@@ -1,0 +1,1 @@
+"""Differential privacy: events that cost privacy, and what they cost together. Pure."""
