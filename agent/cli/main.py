@@ -135,6 +135,9 @@ def _format_status(home: Path, *, json: bool) -> str:
     if status.free_at > time.time():
         at = time.strftime("%a %H:%M", time.localtime(status.free_at))
         lines.append(f"expects to work again {at}")
+    for rule in status.paused_by:
+        mode = "auto" if rule == "work" else "always"
+        lines.append(f"to work all the same: commonweight-agent policy set {rule} {mode}")
     if waiting := own_data.waiting_rows(home):
         lines.append(f"data: {waiting}")
     for request in consents.requests(home, settings.read(home)):

@@ -100,6 +100,7 @@ class PolicyLoop:
             share=decision.share if isinstance(decision, Slow) else 1.0,
             free_at=minute + free_in_s if free_in_s else 0.0,
             free_until=minute + free_for_s if free_for_s else 0.0,
+            rules=tuple(sorted(decision.rules)) if isinstance(decision, Pause) else (),
         )
         if decision != self._decision:
             log.info("policy: %s", format_decision(decision))

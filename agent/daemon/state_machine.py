@@ -27,13 +27,14 @@ class PolicyDecided(NamedTuple):
     """The result of `agent.policy`: work `share` of the time, or pause for `reason`.
 
     `free_at`, `free_until`: when this pause ends, and when the next one starts; Unix s, 0 if
-    unknown.
+    unknown. `rules`: those that pause, sorted.
     """
 
     reason: str = ""
     share: float = 1.0
     free_at: float = 0.0
     free_until: float = 0.0
+    rules: tuple[str, ...] = ()
 
 
 class AgentState(Struct, frozen=True, kw_only=True):
@@ -216,7 +217,7 @@ def can_take_work(state: AgentState) -> bool:
 
 
 def _presence(state: AgentState) -> tuple[object, ...]:
-    return (*display_state(state), state.work, *availability(state))
+    return (*display_state(state), state.policy.rules, state.work, *availability(state))
 
 
 def availability(state: AgentState) -> tuple[float, float]:

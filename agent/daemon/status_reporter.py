@@ -91,6 +91,7 @@ class StatusReporter:
             tasks=self._tasks,
             askable=self._askable,
             policy=self._settings.public_values(),
+            paused_by=agent.policy.rules,
             disk_free_bytes=_disk_free_bytes(self._home),
             free_at=free_at,
             free_until=free_until,
@@ -99,6 +100,7 @@ class StatusReporter:
         status = self._status
         status.state, status.reason, status.run, status.round = state.value, reason, run, round_
         status.share, status.free_at = agent.policy.share, free_at
+        status.paused_by = agent.policy.rules
         self._is_stale = True
 
     def _note_tasks(self) -> None:

@@ -25,6 +25,7 @@ class Status(Struct, kw_only=True):
 
     `head` is the newest version here. While the coordinator is away, `heard` peers were heard from
     lately and `alike` of them hold the same version. `shares_at` is the address for other peers.
+    `paused_by`: the rules of the policy that pause it.
     """
 
     pid: int
@@ -50,6 +51,7 @@ class Status(Struct, kw_only=True):
     head: Head | None = None
     heard: int = 0
     alike: int = 0
+    paused_by: tuple[str, ...] = ()
 
 
 class RuleOverride(Struct, frozen=True, kw_only=True):

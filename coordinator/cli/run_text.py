@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from protocols.messages.states import RunState
+
 if TYPE_CHECKING:
     from coordinator.fleet.state import Fleet, Peer
     from coordinator.runs.state import Round, Run
+
+#: Peers that get no work are named up to this number.
+_MAX_ABSENT = 20
 
 
 def describe(run: Run, fleet: Fleet) -> Iterator[str]:
@@ -22,8 +27,7 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         if shown.changed.memory_bytes:
             nbytes = shown.changed.memory_bytes
             yield f"closing a round takes about {nbytes / 1e6:,.0f} MB of memory"
-        if shown.changed.waiting_for:
-            yield f"waits for {shown.changed.waiting_for}"
+        yield from waiting_lines(run, fleet)
     arguments = "".join(f" {name}={value}" for name, value in spec.strategy_args.items())
     auto = "auto, now " if spec.deadline == "auto" else ""
     select = f", select {spec.select:g}x" if spec.select else ""
@@ -32,8 +36,10 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         f"strategy {spec.strategy}{arguments}, codec {spec.codec}, quorum {spec.quorum}, "
         f"deadline {auto}{phase_deadline_s(run):g} s, weighting {spec.weighting}{select}{late}"
     )
-    if run.refusals:
-        yield refusal(run, peers)
+    for peer, text in _refusals(run).items():
+        yield f"refused {_name(peer, peers)}: {text}"
+    if run.refusals > len(run.refusal_texts):
+        yield f"{run.refusals} refusals so far"
     yield from buffer_lines(run, peers)
     for closed in run.history:
         star = " ★" if run.best and closed.round == run.best.round else ""
@@ -60,17 +66,30 @@ class Progress:
 
     def __init__(self) -> None:
         self._rounds = self._refusals = 0
+        self._refused: set[tuple[str, str]] = set()
+        self._waits: tuple[str, ...] = ()
 
     def lines(self, run: Run, peers: Callable[[], Mapping[str, Peer]]) -> Iterator[str]:
-        """The last refusal, if there were any since the last call, then each newly closed round.
+        """Each refusal that is new since the last call, then each newly closed round.
 
-        `peers` is display_name only if a name is needed.
+        `peers` is called only if a name is needed.
         """
         if run.refusals > self._refusals:
-            yield refusal(run, peers())
+            last = {run.last_refused: run.last_refusal}  # it may have answered since
+            for refused in {**_refusals(run), **last}.items():
+                if refused not in self._refused:
+                    self._refused.add(refused)
+                    peer, text = refused
+                    yield f"refused {_name(peer, peers())}: {text}"
         for closed in run.history[self._rounds :]:
             yield round_line(run, closed)
         self._rounds, self._refusals = len(run.history), run.refusals
+
+    def new_waits(self, run: Run, fleet: Fleet) -> tuple[str, ...]:
+        """What the run waits for and who gets no work, if this has changed since the last call."""
+        waits = tuple(waiting_lines(run, fleet))
+        is_new, self._waits = waits != self._waits, waits
+        return waits if is_new else ()
 
 
 def best(run: Run) -> str:
@@ -87,10 +106,33 @@ def best(run: Run) -> str:
     return f"round {run.best.round} {name} {value:.4f}{middle}"
 
 
-def refusal(run: Run, peers: Mapping[str, Peer]) -> str:
-    """The peer whose update was refused last, the reason, and the number of refusals."""
-    count = "" if run.refusals == 1 else f" ({run.refusals} refusals so far)"
-    return f"refused {_name(run.last_refused, peers)}: {run.last_refusal}{count}"
+def _refusals(run: Run) -> Mapping[str, str]:
+    """By peer, why it takes no part. If all have answered since, the last refusal."""
+    last = {run.last_refused: run.last_refusal} if run.refusals else {}
+    return run.refusal_texts or last
+
+
+def waits_for_peers(run: Run) -> bool:
+    """True if the run waits for peers that could get work, not for the work of those it asked."""
+    is_open = run.state in (RunState.WAITING, RunState.TRAINING)
+    return is_open and not run.pending and not run.assignments
+
+
+def waiting_lines(run: Run, fleet: Fleet) -> Iterator[str]:
+    """What a run waits for; and if that is more peers, why each of the others gets no work."""
+    from coordinator.fleet import remedies
+
+    shown = fleet.runs.get(run.id)
+    if run.ended or shown is None or not shown.changed.waiting_for:
+        return
+    yield f"waits for {shown.changed.waiting_for}"
+    if not waits_for_peers(run):
+        return
+    reasons = remedies.absent_peers(fleet, fleet.at)
+    for peer in list(reasons)[:_MAX_ABSENT]:
+        yield f"  {_name(peer, fleet.peers)}: {reasons[peer]}"
+    if len(reasons) > _MAX_ABSENT:
+        yield f"  and {len(reasons) - _MAX_ABSENT} more: commonweight peers list"
 
 
 def buffer_lines(run: Run, peers: Mapping[str, Peer]) -> Iterator[str]:

@@ -36,6 +36,8 @@ runs = typer.Typer(help="Training runs: start, stop, show, delete.", no_args_is_
 Follow = Annotated[bool, typer.Option("--follow", help="Stay until the run has ended.")]
 
 _POLL_S = 0.5
+#: A wait for peers is told after so many polls, as most are short.
+_WAIT_POLLS = 4
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -104,12 +106,16 @@ def start(
 
 def _follow(remote: Remote, run_id: str, *, quiet: bool) -> Run:
     """Print new refusals and closed rounds until the run has ended; return the run."""
-    progress = run_text.Progress()
+    progress, num_waits = run_text.Progress(), 0
     while True:
         run = remote.run(run_id)
         if not quiet:
             for line in progress.lines(run, lambda: remote.fleet().peers):
                 print_line(line)
+            num_waits = num_waits + 1 if run_text.waits_for_peers(run) else 0
+            if num_waits and num_waits % _WAIT_POLLS == 0:
+                for line in progress.new_waits(run, remote.fleet()):
+                    print_line(line)
         if run.ended:
             if not quiet and run.state is not RunState.FAILED:
                 print_line(f"{run.id} {run.state}: {run.ended_because}")

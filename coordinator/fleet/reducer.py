@@ -132,6 +132,7 @@ def _presence(
     peer.name = peer.name or body.name
     peer.tasks, peer.policy, peer.disk_free_bytes = body.tasks, body.policy, body.disk_free_bytes
     peer.free_at, peer.free_until = body.free_at, body.free_until
+    peer.paused_by = body.paused_by
     # A retained presence may be old, so it can only prove that a clock is ahead.
     if envelope.at > now:
         peer.skew_s = finite(envelope.at - now) or 0.0

@@ -47,9 +47,10 @@ class Peer(Struct, kw_only=True):
     """A peer as the last messages describe it.
 
     `no_presence`: its MQTT presence is missing, and the coordinator derives `state` from its
-    requests. `awaits_consent`: the task for which a run awaits its owner's consent. `seen_at` is
-    Unix s, 0 for never. `missed` counts lost messages. `said_at` is the newest date of its messages
-    by its own clock, at most our time then. `skew_s` is how far its clock was ahead of ours at its
+    requests. `awaits_consent`: the task for which a run awaits its owner's consent.
+    `paused_by`: the rules of its policy that pause it. `seen_at` is Unix s, 0 for never.
+    `missed` counts lost messages. `said_at` is the newest date of its messages by its own
+    clock, at most our time then. `skew_s` is how far its clock was ahead of ours at its
     last live message. `contributions` has one character for each of the last rounds of the run
     `contributions_run`, newest last: `1` if its update is in the round's version, `0` if not, `?`
     if unknown. `flower` says whether it has a Flower session, None for unknown.
@@ -76,6 +77,7 @@ class Peer(Struct, kw_only=True):
     contributions_run: Name = field(default="", name="given_run")
     tasks: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     policy: Annotated[dict[Name, Name], Meta(max_length=32)] = {}
+    paused_by: Annotated[tuple[Name, ...], Meta(max_length=16)] = ()
     disk_free_bytes: Count = 0
     free_at: Time = 0.0
     free_until: Time = 0.0

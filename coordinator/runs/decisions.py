@@ -175,10 +175,10 @@ def _decide_describing(run: Run, observed: Observation) -> Step:
         return steps.AgreeSchema()
     if silent := eligible.intersection(run.pending):
         return steps.AskPeers(tuple(sorted(silent)))  # the request may have been lost
-    is_hopeless = not (num_described or _worth_another_try(run) or _may_be_decided(run, observed))
-    if is_hopeless and run.last_refusal:
-        because = f"no peer can take part: {run.last_refusal}"
-        return steps.EndRun(RunState.FAILED, because)
+    may_change = bool(_worth_another_try(run)) or _may_be_decided(run, observed)
+    if run.last_refusal and not may_change and not (num_described and observed.absent):
+        who = f"only {count_peers(num_described)}" if num_described else "no peer"
+        return steps.EndRun(RunState.FAILED, f"{who} can take part: {run.last_refusal}")
     if observed.deadline_passed and (others := eligible & _worth_another_try(run)):
         return steps.AskPeers(tuple(sorted(others)), opens_phase=True)
     if _await_consent(run, observed):

@@ -39,7 +39,7 @@ _MAX_NAMED_RUNS = 3
 _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
     *("assignments", "last_assignments", "buffer", "cooling_down", "excluded", "staleness"),
-    *("refusal_kinds", "on_time", "declared", "limited", "limited_now"),
+    *("refusal_kinds", "refusal_texts", "on_time", "declared", "limited", "limited_now"),
 )
 _DETAILS_OF_ROUNDS = (
     *("contributors", "on_time", "norms", "spread", "worst", "tallies", "spent", "staleness"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from coordinator.runs import state
 from coordinator.runs.state import Run
 from protocols.messages import envelope
 from protocols.messages.envelope import RunChanged, strip_controls
 from protocols.messages.states import RunState
 
+#: Peers whose reasons a message has.
+_MAX_REFUSED = 8
 #: Fields that a closed round has in common with its message.
 _SAME_IN_BOTH = (
     *("round", "digest", "seconds", "refused", "metrics", "bytes_up", "bytes_down", "norms"),
@@ -32,9 +36,16 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
         head=run.head,
         best_round=run.best.round if run.best else 0,
         ended_because=strip_controls(run.ended_because),
+        num_refused=len(run.refusal_texts),
+        refused=_first_refusals(run),
         memory_bytes=memory_bytes,
         deleted=run.deleted,
     )
+
+
+def _first_refusals(run: Run) -> dict[str, str]:
+    first = islice(run.refusal_texts.items(), _MAX_REFUSED)
+    return {peer: strip_controls(text) for peer, text in first}
 
 
 def round_body(run_id: str, closed: state.Round) -> envelope.RoundClosed:

@@ -94,7 +94,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     card and preprocessing that followed from it.
     `training_seconds`: by peer, the durations of its last trainings.
     `refused`: refused updates of this round, `refusals` of the whole run. `last_refusal` is a text
-    for people; `refusal_kinds`: the kind of each peer's last refusal (`messages.refusals`).
+    for people; `refusal_kinds`: the kind of each peer's last refusal (`messages.refusals`);
+    `refusal_texts`: by peer, why it takes no part; without those that have answered since.
     `recalling`: the run is fetching its versions from its peers; `holdings`: what they have;
     `target_version`: the version to fetch; `head_intact`: the ledger's newest version is on disk.
     `buffer`: late updates that go into the next version; with `buffered`, all of its updates.
@@ -128,6 +129,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     last_refusal: _Line = ""
     last_refused: _Line = ""
     refusal_kinds: _ByPeer[_Line] = {}
+    refusal_texts: _ByPeer[_Line] = {}
     norms: _ByPeer[float] = {}
     history: _Rounds = ()
     best: Round | None = None

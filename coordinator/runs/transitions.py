@@ -93,6 +93,7 @@ def _claimed(run: Run, peer: str, *numbers: int) -> dict[str, tuple[int, int]]:
 
 def _update_accepted(run: Run, event: events.UpdateAccepted) -> Run:
     peer, update = event.peer, event.update
+    run = _answered(run, peer)
     if not run.evaluating or update.base:
         run = replace(run, declared=_claimed(run, peer, update.num_examples, 0))
     else:
@@ -112,6 +113,13 @@ def _update_accepted(run: Run, event: events.UpdateAccepted) -> Run:
         norms=run.norms | {peer: update.norm},
         training_seconds=_training_seconds(run, peer, update.seconds),
     )
+
+
+def _answered(run: Run, peer: str) -> Run:
+    """The run without the reason of a peer that was refused before."""
+    if peer not in run.refusal_texts:
+        return run
+    return replace(run, refusal_texts=_without(run.refusal_texts, peer))
 
 
 def _training_seconds(run: Run, peer: str, seconds: float) -> dict[str, tuple[float, ...]]:
@@ -161,6 +169,7 @@ def _update_refused(run: Run, event: events.UpdateRefused) -> Run:
         last_refusal=refusal.text,
         last_refused=peer,
         refusal_kinds=run.refusal_kinds | {peer: refusal.kind},
+        refusal_texts=run.refusal_texts | {peer: refusal.text},
     )
 
 
@@ -262,7 +271,7 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
     events.PeerDescribed: (
         _WAITING,
         lambda run, event: replace(
-            run,
+            _answered(run, event.peer),
             peers=run.peers | {event.peer: "answered"},
             described=run.described | {event.peer: event.description},
             declared=_declared(run, event.peer, event.num_examples, event.num_held_out),

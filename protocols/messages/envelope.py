@@ -61,7 +61,8 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
     """The state of a peer; retained by the broker. `tasks` are those that it can and may run,
     `askable` those for which its owner would be asked.
 
-    `policy`: the settings that its owner shows to others. `disk_free_bytes`: 0 if unknown.
+    `policy`: the settings that its owner shows to others; `paused_by`: the rules of the policy that
+    pause it. `disk_free_bytes`: 0 if unknown.
     A paused peer expects to work again at `free_at`; another one can work until `free_until` (Unix
     s, 0 if unknown). `will` marks the copy that the broker sends when the connection is lost.
     """
@@ -76,6 +77,7 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
     tasks: Annotated[tuple[TaskName, ...], Meta(max_length=64)] = ()
     askable: Annotated[tuple[TaskName, ...], Meta(max_length=64)] = ()
     policy: Annotated[dict[Name, Name], Meta(max_length=32)] = {}
+    paused_by: Annotated[tuple[Name, ...], Meta(max_length=16)] = ()
     disk_free_bytes: Count = 0
     free_at: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
     free_until: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
@@ -163,6 +165,8 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
 class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     """The whole status of a run. `waiting_for` is text for a person.
 
+    `num_refused` peers take no part in it now; `refused` has the reasons of the first ones.
+
     `memory_bytes`: memory for closing a round, for a strategy that needs all updates at once.
     `deleted`: the run is listed no longer.
     """
@@ -179,6 +183,8 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     head: MaybeDigest = ""
     best_round: Count = 0
     ended_because: Text = ""
+    num_refused: Count = 0
+    refused: Annotated[dict[Name, Text], Meta(max_length=32)] = {}
     memory_bytes: Count = 0
     deleted: bool = False
 

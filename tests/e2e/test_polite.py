@@ -31,7 +31,9 @@ def test_on_battery_it_stands_still_says_so_and_loses_nothing(tmp_path: Path) ->
         site.until_agent("ada", "trains", lambda told: told["state"] == "training")
         on_mains(sysfs, False)
         site.until_agent("ada", "is paused", lambda told: told["reason"] == "on battery")
-        assert "paused: on battery" in site.ask_agent("ada", "status").stdout
+        shown = site.ask_agent("ada", "status").stdout
+        assert "paused: on battery" in shown
+        assert "commonweight-agent policy set battery always" in shown
         assert "paused: on battery" in site.ask("status").stdout
         assert site.run(run)["history"] == []
 

@@ -189,7 +189,8 @@ def test_pauses_of_the_policy_and_the_owner_are_independent() -> None:
 
 
 def told(now: AgentState) -> object:
-    return state_machine.display_state(now), now.work, state_machine.availability(now)
+    shown = state_machine.display_state(now)
+    return shown, now.policy.rules, now.work, state_machine.availability(now)
 
 
 EVENTS: st.SearchStrategy[Event] = st.one_of(

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message
 from agent.clientapp.app import DESCRIPTION
 from coordinator.runs import decisions, state, steps, transitions
 from coordinator.runs.decisions import Observation
+from coordinator.runs.messages import run_body
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import DataError
@@ -204,10 +205,39 @@ def test_too_few_that_fit_are_waited_for_with_the_reason() -> None:
         run_events.PeerDescribed("a", CARD),
         run_events.UpdateRefused(0, "b", "data", "no such column", "describe"),
     )
-    step = decisions.decide(run, here("a"))
+    step = decisions.decide(run, Observation(frozenset("a"), absent=frozenset("z")))
     assert isinstance(step, steps.Wait)
     assert "no such column" in step.what
     assert decisions.decide(run, here("a", "new")) == steps.AskPeers(("new",))
+
+
+def test_too_few_that_fit_end_the_run_once_all_of_the_fleet_have_told() -> None:
+    run = a_run(
+        run_events.PeersAsked(("a", "b")),
+        run_events.PeerDescribed("a", CARD),
+        run_events.UpdateRefused(0, "b", "data", "no such column", "describe"),
+    )
+    because = "only 1 peer can take part: no such column"
+    ended = decisions.decide(run, Observation(frozenset("a"), unfit=frozenset("b")))
+    assert ended == steps.EndRun(RunState.FAILED, because)
+    # A trainer that was killed may work at the next try, and an owner may still allow the task.
+    for reason in ("killed", "awaiting_consent"):
+        event = run_events.UpdateRefused(0, "b", reason, "x", "describe")
+        step = decisions.decide(transitions.apply(run, event), here("a"))
+        assert isinstance(step, steps.Wait)
+
+
+def test_a_run_keeps_the_reason_of_each_refused_peer_until_it_answers() -> None:
+    run = a_run(
+        run_events.PeersAsked(("a", "b")),
+        run_events.UpdateRefused(0, "a", "data", "no such column", "describe"),
+        run_events.UpdateRefused(0, "b", "killed", "its trainer was killed", "describe"),
+    )
+    assert run.refusal_texts == {"a": "no such column", "b": "its trainer was killed"}
+    told = run_body(run, "")
+    assert (told.num_refused, dict(told.refused)) == (2, run.refusal_texts)
+    run = transitions.apply(run, run_events.PeerDescribed("b", CARD))
+    assert run.refusal_texts == {"a": "no such column"}
 
 
 def test_ledgers_of_before_the_handshake_do_without() -> None:

@@ -1,0 +1,55 @@
+"""Why a peer gets no work now, and the command that changes it. Pure."""
+
+from __future__ import annotations
+
+from coordinator.fleet import reducer
+from coordinator.fleet.state import Fleet, Peer
+from protocols.messages.states import AVAILABLE, PauseReason, PeerState
+
+_THERE = "on that machine: commonweight-agent"
+#: What ends a pause that the policy did not decide.
+_AFTER_PAUSE = {
+    PauseReason.USER: f"{_THERE} resume",
+    PauseReason.OPERATOR: "commonweight peers resume {name}",
+    PauseReason.TRAINER: f"why: {_THERE} status",
+    PauseReason.DISK: "free some space on that machine",
+    PauseReason.WITNESS: f"why: {_THERE} audit",
+}
+
+
+def why_absent(peer: Peer, now: float) -> str:
+    """Why this peer gets no work, with what to do; empty if it can get work.
+
+    `now` is Unix s. `‖ paused: …; on that machine: commonweight-agent policy set busy always`.
+    """
+    state = reducer.shown_state(peer, now)
+    if state in AVAILABLE and peer.flower is not False:
+        return ""
+    remedy = _remedy(peer, state)
+    return reducer.describe_state(peer, now) + (f"; {remedy}" if remedy else "")
+
+
+def _remedy(peer: Peer, state: PeerState) -> str:
+    match state:
+        case PeerState.AWAITING if peer.awaits_consent:
+            return f"{_THERE} task allow {peer.awaits_consent}"
+        case PeerState.AWAITING:
+            return f"commonweight peers approve {reducer.display_name(peer)}"
+        case PeerState.OFFLINE | PeerState.STALE:
+            return f"{_THERE} run"
+        case PeerState.PAUSED if peer.paused_by:
+            modes = (f"{rule} {'auto' if rule == 'work' else 'always'}" for rule in peer.paused_by)
+            return ", and ".join(f"{_THERE} policy set {mode}" for mode in modes)
+        case PeerState.PAUSED:
+            for pause, remedy in _AFTER_PAUSE.items():
+                if pause in peer.reason:
+                    return remedy.format(name=reducer.display_name(peer))
+            return f"why: {_THERE} policy now"
+    return ""
+
+
+def absent_peers(fleet: Fleet, now: float) -> dict[str, str]:
+    """`why_absent` of each peer that gets no work now, by its id, in the order of names."""
+    peers = sorted(fleet.peers.values(), key=reducer.display_name)
+    reasons = {peer.peer: why_absent(peer, now) for peer in peers}
+    return {peer: reason for peer, reason in reasons.items() if reason}
