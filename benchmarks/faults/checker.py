@@ -162,7 +162,7 @@ def standing(facts: Sequence[Fact]) -> list[Fact]:
             begun = [f["round"] for f in found if f["type"] == "RoundOpened"][-1:]
             if begun and begun[0] not in made.values():
                 _undo(found, begun[0])
-            elif found[-1]["type"] == "RunEnded" and not _evaluates(found):
+            elif found[-1]["type"] == "RunEnded":
                 _drop_unsummed(found)
         else:
             if fact["type"] == "EvaluationOpened":  # a resumed run asks all peers again
@@ -197,12 +197,6 @@ def _drop_unsummed(found: list[Fact]) -> None:
         for fact in found[closed + 1 :]
         if not (fact["type"] == "UpdateAccepted" and fact["update"].get("digest"))
     ]
-
-
-def _evaluates(facts: Sequence[Fact]) -> bool:
-    """Whether the last version is not yet evaluated."""
-    kinds = [f["type"] for f in facts if f["type"] in ("VersionCommitted", "RoundClosed")]
-    return kinds[-1:] == ["VersionCommitted"]
 
 
 def _opens(fact: Fact, number: int) -> bool:

@@ -205,6 +205,31 @@ def test_a_buffered_run_takes_updates_again_for_a_lost_version(tmp_path: Path) -
     assert home.judged() == []
 
 
+def test_a_buffered_run_that_is_stopped_while_it_evaluates_takes_updates_again(
+    tmp_path: Path,
+) -> None:
+    """A stop empties the buffer, and the resumed run gives the work again as another turn."""
+    home = Home(tmp_path)
+    home.facts, home.truth = _buffered(home), Truth([], 0, 0)
+    stopped = [run_events.RunEnded(RunState.STOPPED, "by the operator"), run_events.RunResumed()]
+    update, again = (Update(digest=f"u{turn}", num_examples=1, turn=turn) for turn in (0, 1))
+    del home.facts[of(home, run_events.RoundOpened, 1) - 2 :]  # from the end of the first round
+    opened = home.facts.pop()
+    assert isinstance(opened, run_events.EvaluationOpened)
+    home.facts += [
+        opened,
+        run_events.UpdateAccepted(2, "A", update),
+        *stopped,
+        opened,
+        run_events.UpdateAccepted(2, "A", again),
+        run_events.RoundClosed(1, {}, 1.0, 0, 0),
+        run_events.RoundOpened(2, home.versions[1], ()),
+        run_events.TrainingClosed(2, ("A",)),
+        run_events.VersionCommitted(2, home.versions[2], home.versions[1], ("A",), {}),
+    ]
+    assert home.judged() == []
+
+
 def test_a_buffered_run_that_takes_one_twice_after_a_loss_is_found(tmp_path: Path) -> None:
     home = Home(tmp_path)
     again = run_events.UpdateAccepted(2, "A", Update(digest="u2 again", num_examples=1))
