@@ -30,6 +30,7 @@ from agent.policy.sensors import Sensors
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.followed_log import FollowedLog, Witnesses
 from agent.transport.mqtt_client import MqttClient
+from agent.transport.mqtt_heads import HeadExchange
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.route_watch import RouteWatch
@@ -73,6 +74,13 @@ class Agent:
             public,
             self._on_command,
             self._on_mqtt,
+            HeadExchange(
+                enrollment.fleet,
+                enrollment.peer,
+                lambda: self._log.to_publish(),
+                lambda data: self._log.offer(data),
+                lambda: self._witnesses().peers,
+            ),
         )
         self._report = StatusReporter(home, enrollment, chosen, self._presence)
         self._sessions = SessionLoop(ctx, self._report, self._presence.move)

@@ -222,6 +222,10 @@ class FollowedLog:
                 self._seen = seen_heads.sign(seen, certificate, sign)
             return self._seen
 
+    def to_publish(self) -> bytes:
+        """What to tell peers by MQTT: a small proof, or our statement. Empty before the first."""
+        return self._replica.proof or self.seen()
+
     def last_seen(self) -> tuple[bytes, bytes]:
         """Our last statement and a small proof, if any, for gossip. Never blocks."""
         return self._seen, self._replica.proof

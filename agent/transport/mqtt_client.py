@@ -10,6 +10,7 @@ The only file of the agent that imports aiomqtt.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import ssl
 import time
@@ -21,6 +22,7 @@ from random import Random
 import aiomqtt
 from msgspec.structs import replace
 
+from agent.transport.mqtt_heads import HeadExchange
 from protocols.enrollment.identity import verify
 from protocols.errors import BadMessage
 from protocols.local.mqtt_connection import connect
@@ -64,7 +66,7 @@ class MqttClient:
     `sign` makes the node's Ed25519 signature (64 bytes); `coordinator_public` is the coordinator's
     Ed25519 key (raw, 32 bytes). `on_command` gets verified messages only, each once. `on_change`
     gets (connected, reason) whenever either changes. Both run on the event loop; an exception in
-    them ends `run`.
+    them ends `run`. `heads` exchanges what agents have seen of the log of versions.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class MqttClient:
         coordinator_public: bytes,
         on_command: Callable[[Doorbell | Command | LogRequest], None],
         on_change: Callable[[bool, str], None],
+        heads: HeadExchange | None = None,
     ) -> None:
         self.connected = False
         self.rejected = 0
@@ -83,6 +86,7 @@ class MqttClient:
         self.rejected_why = ""
         """The reason of the last rejection."""
         self._address, self._peer, self._sign = address, peer, sign
+        self._heads = heads
         self._presence_topic = topics.presence(fleet, peer)
         self._telemetry_topic = topics.telemetry(fleet, peer)
         self._notice_topic = topics.notice(fleet, peer)
@@ -163,14 +167,19 @@ class MqttClient:
             max_queued_incoming_messages=64,
         ) as client:
             try:
-                codes = await client.subscribe(self._command_topic, qos=1)
+                allowed = await _subscribe(client, [self._command_topic], qos=1)
                 self.connected = True
-                allowed = not any(not isinstance(code, int) and code.is_failure for code in codes)
                 self._report_status(True, "" if allowed else "the broker's ACL blocks commands")
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._receive(client), name="mqtt receive")
                     group.create_task(self._publish(client, signer), name="mqtt publish")
                     group.create_task(self._end_on_reconnect(), name="mqtt reconnect")
+                    if self._heads is not None:
+                        exchange = self._heads.run(
+                            functools.partial(_subscribe, client, qos=0),
+                            functools.partial(client.publish, qos=0, retain=True),
+                        )
+                        group.create_task(exchange, name="mqtt heads")
             except asyncio.CancelledError:
                 payload = signer.seal(self._presence_topic, self._offline("stopped"))
                 with suppress(aiomqtt.MqttError):
@@ -222,8 +231,12 @@ class MqttClient:
 
     async def _receive(self, client: aiomqtt.Client) -> None:
         async for message in client.messages:
+            topic = message.topic.value
             try:
-                body = self._verify_message(message.topic.value, message.payload)
+                if topic != self._command_topic and self._heads is not None:
+                    self._heads.receive(topic, message.payload)
+                    continue
+                body = self._verify_message(topic, message.payload)
             except BadMessage as err:
                 self.rejected += 1
                 self.rejected_why = err.message
@@ -253,6 +266,12 @@ class MqttClient:
 
     def _by_coordinator(self, sender: str, signature: bytes, signed: bytes) -> bool:
         return sender == topics.COORDINATOR and verify(self._coordinator_public, signature, signed)
+
+
+async def _subscribe(client: aiomqtt.Client, filters: list[str], *, qos: int) -> bool:
+    """Subscribe to these filters. False if the broker refuses one."""
+    codes = await client.subscribe([(one, qos) for one in filters])
+    return not any(not isinstance(code, int) and code.is_failure for code in codes)
 
 
 async def try_login(address: MqttAddress) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from coordinator.transport.mqtt_access import OnRefused, Passwords, Role
+from coordinator.transport.mqtt_access import WATCHED, OnRefused, Passwords, Role
 from protocols.errors import HomeError
 from protocols.local.atomic_files import write_private
 from protocols.messages import topics
@@ -110,12 +110,12 @@ class MosquittoFiles:
         for user, role in self._roles.items():
             lines.append(f"user {user}")
             if role == "agent":
-                own = topics.presence, topics.telemetry, topics.notice
+                own = topics.presence, topics.telemetry, topics.notice, topics.head
                 lines += [f"topic write {topic(fleet, user)}" for topic in own]
                 lines.append(f"topic read {topics.command(fleet, user)}")
+                lines.append(f"topic read {topics.all_heads(fleet)}")
             else:
-                kinds: tuple[topics.Kind, ...] = ("presence", "telemetry", "notice")
-                lines += [f"topic read {topics.all_peers(fleet, kind)}" for kind in kinds]
+                lines += [f"topic read {topics.all_peers(fleet, kind)}" for kind in WATCHED]
                 lines.append(f"topic read {topics.event(fleet)}")
         return "\n".join(lines) + "\n"
 

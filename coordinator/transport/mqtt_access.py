@@ -1,7 +1,7 @@
 """Who may log in to the fleet's broker, and what each login may send and read. Pure.
 
     role       may publish                                  may subscribe to
-    agent      its presence, telemetry and notices          its commands
+    agent      its presence, telemetry, notices and head    its commands, and heads of the log
     monitor    nothing                                      presence, telemetry, notices, events
 
 An agent's user is its peer id. A password is derived from a key of the coordinator, so that no
@@ -18,12 +18,20 @@ from typing import Literal, NamedTuple
 
 from protocols.messages import topics
 from protocols.messages.mqtt import MqttAddress
+from protocols.messages.version_log import MAX_SEEN_BYTES
 
 Role = Literal["agent", "monitor"]
 #: Gets the user (empty for one without a login) and why something was refused.
 OnRefused = Callable[[str, str], None]
 #: What agents may publish, by kind: whether the broker may keep the message.
-_PUBLISHED: dict[topics.Kind, bool] = {"presence": True, "telemetry": False, "notice": False}
+_PUBLISHED: dict[topics.Kind, bool] = {
+    "presence": True,
+    "telemetry": False,
+    "notice": False,
+    "head": True,
+}
+#: What monitors may read of all peers.
+WATCHED: tuple[topics.Kind, ...] = ("presence", "telemetry", "notice")
 
 
 class Login(NamedTuple):
@@ -37,16 +45,20 @@ class Login(NamedTuple):
         digest = hashlib.sha256(password).hexdigest()
         return hmac.compare_digest(digest, self.password_sha256)
 
-    def may_publish(self, fleet: str, topic: str, *, retain: bool) -> bool:
+    def may_publish(self, fleet: str, topic: str, *, retain: bool, nbytes: int = 0) -> bool:
+        """Whether it may publish `nbytes` on a topic."""
         parsed = topics.parse(topic)
         if self.role != "agent" or parsed is None or parsed[:2] != (fleet, self.user):
+            return False
+        if parsed.kind == "head" and nbytes > MAX_SEEN_BYTES:
             return False
         return parsed.kind in _PUBLISHED and (_PUBLISHED[parsed.kind] or not retain)
 
     def may_subscribe(self, fleet: str, topic_filter: str) -> bool:
         if self.role == "agent":
-            return topic_filter == topics.command(fleet, self.user)
-        state = {topics.all_peers(fleet, kind) for kind in _PUBLISHED}
+            own = topic_filter == topics.command(fleet, self.user)
+            return own or topics.is_head_filter(fleet, topic_filter)
+        state = {topics.all_peers(fleet, kind) for kind in WATCHED}
         return topic_filter in state | {topics.event(fleet)}
 
 

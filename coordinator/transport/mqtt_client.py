@@ -195,7 +195,8 @@ class FleetMqttClient:
         return await self._send(topic, wire.seal(topic, envelope, self._sign))
 
     async def clear_presence(self, peer: str) -> bool:
-        """Clear the retained presence of a removed peer."""
+        """Clear what the broker keeps of a removed peer."""
+        await self._send(topics.head(self._fleet, peer), b"", retain=True)
         return await self._send(topics.presence(self._fleet, peer), b"", retain=True)
 
     async def _send(

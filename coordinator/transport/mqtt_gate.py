@@ -293,7 +293,9 @@ class Connection(_Link):
             self._refuse_login(login, "the login is not known or its password is wrong")
             return
         fleet, will = self._gate.config.fleet, connect.will
-        if will and not login.may_publish(fleet, will.topic, retain=will.retain):
+        if will and not login.may_publish(
+            fleet, will.topic, retain=will.retain, nbytes=len(will.payload)
+        ):
             self._refuse_login(login, "the login may not leave a will on that topic")
             return
         self._login = login
@@ -345,8 +347,12 @@ class Connection(_Link):
         fleet = self._gate.config.fleet
         if packet.kind == mqtt.PUBLISH:
             publish = mqtt.parse_publish(packet)
-            if not login.may_publish(fleet, publish.topic, retain=publish.retain):
-                raise BadPacket("it may publish on its own topics only, and keep its presence only")
+            if not login.may_publish(
+                fleet, publish.topic, retain=publish.retain, nbytes=publish.nbytes
+            ):
+                raise BadPacket(
+                    "it may publish on its own topics only, and keep its presence and head only"
+                )
         elif packet.kind in (mqtt.SUBSCRIBE, mqtt.UNSUBSCRIBE):
             subscribe = mqtt.parse_subscribe(packet)
             if packet.kind == mqtt.SUBSCRIBE and not all(

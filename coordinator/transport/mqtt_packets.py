@@ -51,12 +51,13 @@ class Connect(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """A message's head; `packet_id` is 0 at QoS 0."""
+    """A message's head and the size of its payload; `packet_id` is 0 at QoS 0."""
 
     topic: str
     qos: int
     retain: bool
     packet_id: int
+    nbytes: int
 
 
 class Subscribe(NamedTuple):
@@ -164,7 +165,7 @@ def parse_publish(packet: Packet) -> Publish:
     packet_id = fields.number() if qos else 0
     if qos and not packet_id:
         raise BadPacket("a message with the number 0")
-    return Publish(topic, qos, bool(packet.flags & 1), packet_id)
+    return Publish(topic, qos, bool(packet.flags & 1), packet_id, fields.left)
 
 
 def parse_subscribe(packet: Packet) -> Subscribe:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 #: `verify(signature, signed bytes)`.
 VerifySignature = Callable[[bytes, bytes], bool]
 
-_SIGNATURE_BYTES = 64
+SIGNATURE_BYTES = 64
 _encode = msgspec.json.Encoder().encode
 
 
@@ -65,4 +65,4 @@ class SignedJson(Generic[T]):
 
     def unpack(self, data: bytes, verify: VerifySignature) -> T:
         """The struct in the result of `pack`. Raises BadMessage."""
-        return self.open(data[_SIGNATURE_BYTES:], data[:_SIGNATURE_BYTES], verify)
+        return self.open(data[SIGNATURE_BYTES:], data[:SIGNATURE_BYTES], verify)

@@ -25,6 +25,8 @@ from protocols.messages.signing import SignedJson
 
 LOG_PATH = "/cw/v1/log/{start}"
 MAX_ENTRY_BYTES, MAX_HEAD_BYTES = 512, 512
+#: Of a peer's statement about a head (`p2p.seen_heads`) with its certificate.
+MAX_SEEN_BYTES = 3072
 #: Entries of one page, and those that travel with work.
 MAX_PAGE_ENTRIES, TAIL_ENTRIES = 512, 8
 #: The hash of an empty log.

@@ -29,8 +29,9 @@ from protocols.messages.envelope import (
     Sign,
 )
 from protocols.messages.signing import SignedJson, VerifySignature
+from protocols.messages.version_log import MAX_SEEN_BYTES
 from protocols.messages.work import Work
-from protocols.p2p.seen_heads import MAX_GOSSIP_PROOF_BYTES, MAX_SEEN_BYTES
+from protocols.p2p.seen_heads import MAX_GOSSIP_PROOF_BYTES
 from protocols.p2p.swarm import PeerAddress, SignatureFormat
 
 NEIGHBORS_PATH = "/cw/v1/neighbours"

@@ -17,11 +17,11 @@ from protocols.enrollment.ca_chain import CaTrust
 from protocols.enrollment.certificates import NodeCertificate
 from protocols.errors import BadMessage
 from protocols.messages.envelope import Id, Sign
-from protocols.messages.signing import SignedJson
+from protocols.messages.signing import SIGNATURE_BYTES, SignedJson
 from protocols.messages.version_log import MAX_HEAD_BYTES, Time
 
-#: Of a statement with its certificate, and of a proof that travels by gossip.
-MAX_SEEN_BYTES, MAX_GOSSIP_PROOF_BYTES = 3072, 2560
+#: Of a proof that travels by gossip or MQTT.
+MAX_GOSSIP_PROOF_BYTES = 2560
 _MAX_CLOCK_SKEW_S = 600.0
 
 
@@ -69,6 +69,11 @@ def verify(data: bytes, cas: CaTrust, fleet: str, now: float) -> VerifiedSeen:
     if seen.at > now + _MAX_CLOCK_SKEW_S:
         raise BadMessage("the statement is of the future")
     return VerifiedSeen(seen, sender, data)
+
+
+def peek(data: bytes) -> SeenHead:
+    """The statement in `data`, without a check of its signature. Raises BadMessage."""
+    return SIGNED_SEEN.decode(_decode(data).statement[SIGNATURE_BYTES:])
 
 
 def read(data: bytes, peer: str, public: bytes) -> SeenHead:

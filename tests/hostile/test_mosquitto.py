@@ -114,20 +114,23 @@ async def test_mosquitto_keeps_each_member_to_its_own_topics(
             for client in (as_eve, as_monitor):
                 await client.subscribe([("#", 1), (f"cw/{fleet}/peer/+/command", 1)])
             await as_ada.subscribe(topics.command(fleet, ada.peer))
+            await as_eve.subscribe(topics.head(fleet, ada.peer))
             for client in (as_eve, as_monitor):
                 for topic in (
                     topics.presence(fleet, ada.peer),
                     topics.command(fleet, ada.peer),
+                    topics.head(fleet, ada.peer),
                     topics.event(fleet),
                     "spam/1",
                 ):
                     await client.publish(topic, b"forged", qos=1, retain=True)
             await as_monitor.publish(topics.presence(fleet, "monitor-operator"), b"x", retain=True)
             await as_ada.publish(topics.notice(fleet, ada.peer), b"genuine", qos=1)
+            await as_ada.publish(topics.head(fleet, ada.peer), b"seen", qos=1, retain=True)
             hub._publisher.ring_doorbells([ada.peer])
             found = await asyncio.gather(*(heard(c, 2) for c in (as_eve, as_ada, as_monitor)))
         own = topics.command(fleet, ada.peer)
-        assert found[:2] == [[], [own]]
+        assert found[:2] == [[topics.head(fleet, ada.peer)], [own]], "heads are for all agents"
         assert set(found[2]) <= {topics.notice(fleet, ada.peer), topics.event(fleet)}
         assert topics.notice(fleet, ada.peer) in found[2]
 

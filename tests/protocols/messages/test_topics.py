@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,7 @@ BUILDERS = {
     "telemetry": topics.telemetry,
     "notice": topics.notice,
     "command": topics.command,
+    "head": topics.head,
 }
 
 
@@ -51,6 +54,9 @@ def test_a_strange_topic_is_none(junk: str, fleet: str, peer: str) -> None:
         "cw/0123456789ABCDEF/peer/ABCD/presence",
         "cw/0123456789abcdef/coordinator/presence",
         "cw/0123456789abcdef/peer//presence",
+        "cw/0123456789abcdef/peer/ABCD/head",
+        "cw/0123456789abcdef/head/A/C/ABCD",
+        "cw/0123456789abcdef/head/A/B/+",
         "",
     ],
 )
@@ -60,6 +66,15 @@ def test_near_misses(topic: str) -> None:
 
 def test_one_filter_for_all_peers() -> None:
     assert topics.all_peers("f" * 16, "notice") == f"cw/{'f' * 16}/peer/+/notice"
+
+
+def test_each_step_of_filters_reads_about_twice_as_many_peers() -> None:
+    for step in range(topics.HEAD_STEPS):
+        filters = topics.head_filters("f" * 16, step, Random(step))
+        assert all(topics.is_head_filter("f" * 16, one) for one in filters)
+        parts = [one.removeprefix(f"cw/{'f' * 16}/head/").count("+") for one in filters]
+        assert len(set(filters)) == len(filters)
+        assert sum(32 ** (wildcards - 1) for wildcards in parts) == 1 << step
 
 
 def test_every_state_has_its_own_glyph_and_word() -> None:
