@@ -38,7 +38,11 @@ CommonweightError                     1  something failed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
+
+#: A refusal has 300 characters (`messages.refusals`), and a hint for the operator.
+_MAX_MISMATCHES_CHARS = 220
 
 
 class ExitCode(IntEnum):
@@ -228,6 +232,23 @@ class SchemaMismatch(DataError):
     def __init__(self, field: str, expected: str, found: str, hint: str = "") -> None:
         super().__init__(f"{field}: expected {expected}, found {found}", hint)
         self.field, self.expected, self.found = field, expected, found
+
+    @classmethod
+    def of_all(cls, mismatches: Sequence[SchemaMismatch]) -> SchemaMismatch:
+        """One error for all mismatches of a peer; the first one has the fields.
+
+        Its message names as many as fit into a refusal, and the number of the others.
+        """
+        first, *others = mismatches
+        hints = dict.fromkeys(one.hint for one in mismatches if one.hint)
+        combined = cls(first.field, first.expected, first.found, "; ".join(hints))
+        for place, one in enumerate(others):
+            if len(combined.message) + len(one.message) > _MAX_MISMATCHES_CHARS:
+                combined.message += f"; and {len(others) - place} more"
+                break
+            combined.message += f"; {one.message}"
+        combined.args = (combined.message,)
+        return combined
 
 
 class OutOfMemory(CommonweightError):

@@ -200,6 +200,7 @@ class SessionLoop:
             if self.followed is not None:
                 link.log_statement = self.followed.statement
                 link.on_log_news = self.followed.news
+            link.on_notice = self._report.coordinator_says
             self._link = link
         if self._closed:  # `close` may have run before this link existed
             raise Unreachable("the agent is stopping")

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from agent.trainer.ipc import Progress
 from agent.transport.mqtt_client import MqttClient
 from agent.transport.p2p.gossip import GossipSummary
 from protocols import VERSION
-from protocols.messages.envelope import Notice, Presence, Telemetry
+from protocols.messages.envelope import Notice, Presence, Telemetry, strip_controls
 from protocols.messages.states import PeerState
 
 log = logging.getLogger("commonweight.agent")
@@ -33,6 +34,8 @@ log = logging.getLogger("commonweight.agent")
 _MAX_AGE_S = 10.0
 #: In a presence.
 _MAX_TASKS = 64
+#: Lines of the coordinator that are logged once.
+_MAX_REMEMBERED = 64
 
 
 class StatusReporter:
@@ -52,6 +55,7 @@ class StatusReporter:
         self._note_tasks()
         self._process = psutil.Process()
         self._last_presence = Presence(state=PeerState.IDLE)
+        self._told: deque[str] = deque(maxlen=_MAX_REMEMBERED)
         self._is_stale = True
         self._written_at = -math.inf
         self._status = Status(
@@ -148,6 +152,14 @@ class StatusReporter:
         """Report to the owner alone a failure that may pass without action."""
         self._status.last_error = text
         self._is_stale = True
+
+    def coordinator_says(self, text: str) -> None:
+        """Tell the owner why the coordinator does not use this machine, once."""
+        text = f"the coordinator says: {strip_controls(text)}"
+        if text not in self._told:
+            self._told.append(text)
+            log.warning("%s", text)
+        self.set_last_error(text)
 
     def count_answer(self) -> None:
         """Count one more answer."""

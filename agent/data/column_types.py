@@ -18,6 +18,12 @@ _CONTROL_CHARACTERS = (
     r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}]"
 )
 _MAX_CHARACTERS = 400
+#: Numbers and dates that are not read as such, as RE2 writes them: 1.234,5 or 31.3.2024 14:05.
+_COMMA_NUMBER = r"^[+-]?(\d+|\d{1,3}([., ']\d{3})+)([.,]\d+)?$"
+_LOCAL_DATE = (
+    r"^(\d{1,2}[./-]\d{1,2}[./-]\d{2,4}|\d{4}[./]\d{1,2}[./]\d{1,2})"
+    r"([ T,]+\d{1,2}:\d{2}(:\d{2})?)?$"
+)
 _DAY_US = 86_400_000_000.0
 
 Floats = npt.NDArray[np.float64]
@@ -26,12 +32,17 @@ _TRUTH = pa.array(["true", "false"])
 
 
 class PossibleKinds(NamedTuple):
-    """The kinds that fit all values of a column. `some`: there is at least one value."""
+    """The kinds that fit all values of a column. `some`: there is at least one value.
+
+    `comma`, `local_date`: all values could be numbers or dates in another format.
+    """
 
     some: bool = False
     number: bool = True
     boolean: bool = True
     date: bool = True
+    comma: bool = True
+    local_date: bool = True
 
     def merge(self, other: PossibleKinds) -> PossibleKinds:
         return PossibleKinds(
@@ -39,6 +50,8 @@ class PossibleKinds(NamedTuple):
             self.number and other.number,
             self.boolean and other.boolean,
             self.date and other.date,
+            self.comma and other.comma,
+            self.local_date and other.local_date,
         )
 
     @property
@@ -48,6 +61,13 @@ class PossibleKinds(NamedTuple):
         if self.number:
             return "number"
         return "boolean" if self.boolean else "date" if self.date else "text"
+
+    @property
+    def written(self) -> str:
+        """What the values of a text look like: a key of `statistics.LOOKS_LIKE`, or empty."""
+        if self.kind != "text":
+            return ""
+        return "comma" if self.comma else "local date" if self.local_date else ""
 
 
 def possible_kinds(column: pa.Array) -> PossibleKinds:
@@ -62,13 +82,22 @@ def possible_kinds(column: pa.Array) -> PossibleKinds:
             number=fixed == "number",
             boolean=fixed == "boolean",
             date=fixed == "date",
+            comma=fixed == "number",
+            local_date=fixed == "date",
         )
+    is_number, is_date = _cast(column, pa.float64()) is not None, _dates(column) is not None
     return PossibleKinds(
         some=True,
-        number=_cast(column, pa.float64()) is not None,
+        number=is_number,
         boolean=bool(pc.all(pc.is_in(pc.utf8_lower(column), value_set=_TRUTH)).as_py()),
-        date=_dates(column) is not None,
+        date=is_date,
+        comma=is_number or _all_match(column, _COMMA_NUMBER),
+        local_date=is_date or _all_match(column, _LOCAL_DATE),
     )
+
+
+def _all_match(column: pa.Array, pattern: str) -> bool:
+    return bool(pc.all(pc.match_substring_regex(column, pattern)).as_py())
 
 
 def numbers(column: pa.Array, kind: ColumnKind) -> Floats:

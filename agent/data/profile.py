@@ -6,7 +6,6 @@ Both passes are aggregations that any reader computes (`agent.data.Aggregation`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from agent.data.column_types import PossibleKinds
 from agent.data.rare_values import most_frequent
 from agent.data.settings import DataSettings
 from protocols.errors import DataError, SchemaMismatch
-from protocols.tables import statistics
+from protocols.tables import preprocessing, statistics
 from protocols.tables.preprocessing import MAX_CLASSES, Preprocessing, TableSettings
 from protocols.tables.statistics import (
     NUMERIC,
@@ -139,11 +138,19 @@ def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableSt
             f"the owner asks for at least {data.min_rows} rows, and there are fewer",
             f"there are {table.rows}: commonweight-agent policy set data.min_rows",
         )
+    written = {name: kinds[name].written for name, kind in found.items() if kind == "text"}
     table = _without_sparse_numbers(reader, table, data.min_count)
     if not extremes:
         columns = {name: replace(column, extremes=None) for name, column in table.columns.items()}
         table = replace(table, columns=columns)
     hashed = [n for n, kind in found.items() if kind == "text" and n != wanted.target]
+    columns = {
+        name: replace(column, written=written[name])
+        if written.get(name) and name not in wanted.categorical
+        else column
+        for name, column in table.columns.items()
+    }
+    table = replace(table, columns=columns)
     return statistics.without_rare_values(
         table, data.min_count, hashed=hashed if wanted.hashed else ()
     )
@@ -187,17 +194,19 @@ def _may_be_sparse(moments: Moments, low: float, high: float, min_rows: int) -> 
 
 
 def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSettings) -> list[str]:
-    """The requested columns that may be used. Raises SchemaMismatch."""
+    """The requested columns that may be used. Raises SchemaMismatch, which names all others."""
+    allowed = [name for name in there if may_use(name, patterns)]
+    misfits = []
     for name in (wanted.target, *wanted.features):
         if name not in there:
-            usable = {column.lower(): column for column in there if may_use(column, patterns)}
-            near = [usable[low] for low in get_close_matches(name.lower(), usable, 3)]
+            near = preprocessing.near_names(name, allowed)
             found = f"no such column, but {' or '.join(near)}" if near else "no such column"
             hint = f"there are {', '.join(there[:20])}"
-            raise SchemaMismatch(f"column {name}", "a column of this name", found, hint)
-        if not may_use(name, patterns):
-            raise _column_withheld(name)
-    allowed = [name for name in there if may_use(name, patterns)]
+            misfits.append(SchemaMismatch(f"column {name}", "a column of this name", found, hint))
+        elif not may_use(name, patterns):
+            misfits.append(_column_withheld(name))
+    if misfits:
+        raise SchemaMismatch.of_all(misfits)
     asked = {wanted.target, *wanted.features} if wanted.features else set(allowed)
     return [name for name in allowed if name in asked]
 
@@ -207,13 +216,13 @@ def may_use(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def check_columns(there: Sequence[str], data: DataSettings, preprocessing: Preprocessing) -> None:
+def check_columns(there: Sequence[str], data: DataSettings, made: Preprocessing) -> None:
     """Raise SchemaMismatch if a preprocessing, which comes from the coordinator, names a column of
     the table that the owner keeps back."""
-    named = {preprocessing.target.name, *(feature.name for feature in preprocessing.features)}
-    for name in there:
-        if name in named and not may_use(name, data.columns):
-            raise _column_withheld(name)
+    named = {made.target.name, *(feature.name for feature in made.features)}
+    withheld = [name for name in there if name in named and not may_use(name, data.columns)]
+    if withheld:
+        raise SchemaMismatch.of_all([_column_withheld(name) for name in withheld])
 
 
 def _column_withheld(name: str) -> SchemaMismatch:
@@ -223,17 +232,24 @@ def _column_withheld(name: str) -> SchemaMismatch:
 
 
 def check_table(
-    reader: Reader, data: DataSettings, preprocessing: Preprocessing, wanted: TableSettings
+    reader: Reader, data: DataSettings, made: Preprocessing, wanted: TableSettings
 ) -> None:
-    """Raise SchemaMismatch, which names the column, if the table does not fit the preprocessing."""
-    features = {feature.name: feature.kind for feature in preprocessing.features}
-    expected = {**features, preprocessing.target.name: preprocessing.target.kind}
+    """Raise SchemaMismatch, which names the columns, if a table does not fit the preprocessing."""
+    features = {feature.name: feature.kind for feature in made.features}
+    expected = {**features, made.target.name: made.target.kind}
     there = reader.columns()
     _allowed(there, data.columns, wanted)
-    check_columns(there, data, preprocessing)
+    check_columns(there, data, made)
+    if features.keys().isdisjoint(there):
+        raise preprocessing.no_common_feature(features, there)
     names = [name for name in there if name in expected]
+    misfits = []
     for name, kinds in (reader.aggregate(KindAggregation(), names) or {}).items():
         kind, agreed = kinds.kind, expected[name]
         alike = kind in (agreed, "empty") or agreed == "text"
         if not alike and (kind, agreed) != ("boolean", "number"):
-            raise SchemaMismatch(f"column {name}", agreed, kind)
+            column = ColumnStatistics(kind=kind, written=kinds.written)
+            found = statistics.describe_kind(column)
+            misfits.append(SchemaMismatch(f"column {name}", agreed, found))
+    if misfits:
+        raise SchemaMismatch.of_all(misfits)

@@ -96,6 +96,8 @@ class CoordinatorClient(WeightTransfer):
         #: What to tell of the log of versions with a request, if anything; and what gets its news.
         self.log_statement: Callable[[], bytes | None] = lambda: None
         self.on_log_news: Callable[[LogNews], None] = lambda news: None
+        #: Gets each line that the coordinator has for the owner.
+        self.on_notice: Callable[[str], None] = lambda text: None
 
     def reconnect(self) -> None:
         """Closes all connections. New ones open on demand."""
@@ -283,6 +285,8 @@ class CoordinatorClient(WeightTransfer):
             response = msgspec.msgpack.decode(answer, type=PollResponse)
         if response.log is not None:
             self.on_log_news(response.log)
+        for text in response.notices:
+            self.on_notice(text)
         with map_parse_errors():
             if response.work is not None:
                 self._inline_version = response.version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -14,11 +15,13 @@ from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import Superlink
 from coordinator.transport.weights import WeightTransfer
 from protocols.failpoints import failpoint
+from protocols.messages.envelope import strip_controls
 from protocols.messages.states import RunState
-from protocols.messages.work import PollRequest, PollResponse
+from protocols.messages.work import MAX_NOTICES, PollRequest, PollResponse
 
 #: Time that a request with a reply waits for the next work. It saves a doorbell and a request.
 LONG_POLL_S = 1.0
+_MAX_NOTICE_CHARS = 400
 
 
 class PollHandler:
@@ -33,8 +36,9 @@ class PollHandler:
         jobs: JobManager,
         long_polls: LongPolls,
         witnesses: Witnesses,
+        notices: OwnerNotices,
     ) -> None:
-        self._witnesses = witnesses
+        self._witnesses, self._notices = witnesses, notices
         self._superlink, self._sessions, self._transfer = superlink, sessions, transfer
         self._runs, self._jobs, self._long_polls = runs, jobs, long_polls
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
@@ -48,6 +52,8 @@ class PollHandler:
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
         response = await self._answer(peer, node, request)
+        if notices := self._notices.take(peer):
+            response = msgspec.structs.replace(response, notices=notices)
         if request.seen is None:
             return response
         return msgspec.structs.replace(response, log=self._witnesses.exchange(peer, request.seen))
@@ -99,6 +105,22 @@ class PollHandler:
         version = self._transfer.store.inline_bytes(loop.run.head)
         self._transfer.bytes_down += len(version)
         return msgspec.structs.replace(response, version=version)
+
+
+class OwnerNotices:
+    """Lines for the owners of peers, until the peers poll. Of each peer, the newest are kept."""
+
+    def __init__(self) -> None:
+        self._by_peer: dict[str, deque[str]] = {}
+
+    def put(self, peer: str, text: str) -> None:
+        lines = self._by_peer.setdefault(peer, deque(maxlen=MAX_NOTICES))
+        lines.append(strip_controls(text)[:_MAX_NOTICE_CHARS])
+
+    def take(self, peer: str) -> tuple[str, ...]:
+        return tuple(self._by_peer.pop(peer, ()))
+
+    forget = take
 
 
 class LongPolls:

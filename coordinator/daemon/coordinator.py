@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from coordinator.api.app import make_app
 from coordinator.api.fast_path import with_fast_path
 from coordinator.api.log_requests import LogRequests
-from coordinator.api.polls import LongPolls, PollHandler
+from coordinator.api.polls import LongPolls, OwnerNotices, PollHandler
 from coordinator.api.service import Identity
 from coordinator.daemon import upstream
 from coordinator.daemon.listener import Listener
@@ -117,6 +117,7 @@ class Coordinator:
         # Runs and jobs.
         self._grid = ClaimCheckGrid(self._superlink, self.weight_store)
         self._refused: Counter[str] = Counter()
+        self._notices = OwnerNotices()
         context = self._run_context()
         self.runs = RunManager(context, self.registry, self._sessions.tasks)
         self.jobs = JobManager(context, self.job_store, self.registry)
@@ -128,6 +129,7 @@ class Coordinator:
             self.jobs,
             long_polls,
             self._witnesses,
+            self._notices,
         )
         self.addresses, self.poll = self._listener.addresses, self._polls.poll
         self._connect()
@@ -286,12 +288,18 @@ class Coordinator:
             fleet=self.identity.fleet,
             check_fleet=FleetNames(self.identity.fleet).check,
             log_head=self.version_log.head,
+            tell_owner=self._tell_owner,
         )
+
+    def _tell_owner(self, peer: str, text: str) -> None:
+        self._notices.put(peer, text)
+        self._peers.announce_work([peer])
 
     def _forget_peer(self, peer: str) -> None:
         self.transfer.forget(peer)
         self.job_transfer.forget(peer)
         self._witnesses.forget(peer)
+        self._notices.forget(peer)
 
     def _report_contradiction(self, text: str, peer: str) -> None:
         log.error("%s", text)

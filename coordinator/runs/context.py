@@ -42,6 +42,8 @@ class RunContext(NamedTuple):
     log_head: Callable[[], SignedTail] = SignedTail
     #: Check now who is online. Otherwise an expired heartbeat is noticed within seconds.
     refresh_online: Callable[[], object] = lambda: None
+    #: Tell the owner of a peer why a run does not use it, with the peer's next poll.
+    tell_owner: Callable[[str, str], None] = lambda peer, text: None
     #: The id of the fleet, which work names.
     fleet: str = ""
     #: Raises BadMessage if a claim of this peer names another fleet, or none unlike before.

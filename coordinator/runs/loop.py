@@ -18,7 +18,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.reply_events import validate_reply
 from coordinator.runs.requests import Request
 from coordinator.runs.rounds import Rounds, RunParts
-from coordinator.runs.state import Run
+from coordinator.runs.state import TOO_STALE, Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
 from protocols.errors import AwaitingConsent, CommonweightError, DiskFull, HomeError, UpdateRefused
@@ -31,6 +31,8 @@ log = logging.getLogger("commonweight.run")
 RECONNECT_GRACE_S = 20.0
 _SHORTAGE_RETRY_S = 5.0
 _ASK_AGAIN_S = 1.0
+#: Refusals of answers that came too late or twice, which is nobody's fault.
+_OWNERS_NEED_NOT_KNOW = frozenset({"late", "replay", "not asked", TOO_STALE})
 
 
 class RunLoop:
@@ -311,6 +313,8 @@ class RunLoop:
         try:
             return await validate_reply(self.run, self._ctx, self._model, request, reply)
         except UpdateRefused as err:
+            if not (reply.has_error() or err.reason in _OWNERS_NEED_NOT_KNOW):
+                self._tell_owner(request.peer, err.message)
             return run_events.UpdateRefused(
                 request.round,
                 request.peer,
@@ -323,6 +327,14 @@ class RunLoop:
     async def _agree(self) -> None:
         agreement = schema_agreement.agree(self.run, self._model.schema)
         await self._recorder.record(*agreement.events)
+        for event in agreement.events:
+            if isinstance(event, run_events.UpdateRefused):
+                self._tell_owner(event.peer, event.detail)
         for peer, text in agreement.notes:
+            if peer:
+                self._tell_owner(peer, text)
             name = f"{self._ctx.name_of(peer)}: " if peer else ""
             self._recorder.report("warning", f"{name}{text}", peer)
+
+    def _tell_owner(self, peer: str, text: str) -> None:
+        self._ctx.tell_owner(peer, f"run {self.run.id}: {text}")

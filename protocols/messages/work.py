@@ -20,6 +20,7 @@ from protocols.messages.envelope import (
     Settings,
     Tallies,
     TaskName,
+    Text,
 )
 from protocols.messages.signing import SignedJson
 from protocols.messages.version_log import LogNews, SeenBytes
@@ -104,6 +105,10 @@ class FlowerMessage(Struct, frozen=True, kw_only=True):
     objects: Annotated[dict[Digest, _Bytes], Meta(max_length=1024)]
 
 
+#: Of one answer to a poll.
+MAX_NOTICES = 8
+
+
 class PollRequest(Struct, frozen=True, kw_only=True):
     """An agent's request: the reply to its last work, if any, and whether it wants new work.
 
@@ -126,13 +131,15 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     `acknowledged`: the reply is handled and that is in the ledger, so it survives a crash of the
     coordinator. False if no run waits for the reply, or if it is not handled yet; the coordinator
     may then ask again. `version`: the bytes of a small version to work on, if it is new. `log`:
-    the news of the log of versions, for a request with `seen`.
+    the news of the log of versions, for a request with `seen`. `notices`: lines for the owner: why
+    a run does not use this machine.
     """
 
     work: FlowerMessage | None = None
     acknowledged: bool = field(default=False, name="settled")
     version: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
     log: LogNews | None = None
+    notices: Annotated[tuple[Text, ...], Meta(max_length=MAX_NOTICES)] = ()
 
 
 SIGNED_WORK = SignedJson(Work, "work", "piece of work")

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -28,7 +29,11 @@ from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, T
 MAX_CLASSES = 20
 MAX_BYTES = 128 * 1024
 
+#: Names in a message.
+_MAX_SHOWN = 6
+
 Setting = str | int | float | bool
+_Mismatches = defaultdict[str, list[SchemaMismatch]]
 _Texts = Annotated[tuple[Text, ...], Meta(max_length=65_536)]
 
 
@@ -141,22 +146,23 @@ class Derived(NamedTuple):
 def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting]) -> Derived:
     """The preprocessing for most peers' tables. Raises CommonweightError if there is none."""
     chosen = parse_settings(settings)
-    incompatible: dict[str, SchemaMismatch] = {}
+    incompatible: _Mismatches = defaultdict(list)
     notes: list[tuple[str, str]] = []
     names = _choose_features(tables, chosen, incompatible, notes)
     for name in (chosen.target, *names):
         _find_other_kinds(name, tables, incompatible)
+    if not chosen.features:
+        _find_tables_apart(names, tables, incompatible)
     compatible = {p: table for p, table in sorted(tables.items()) if p not in incompatible}
     if not compatible:
         first = next(iter(incompatible.values()))
-        raise CommonweightError(f"no peer has a compatible table: {first.message}")
+        raise CommonweightError(
+            f"no peer has a compatible table: {SchemaMismatch.of_all(first).message}"
+        )
     merged = statistics.merge(compatible.values())
     for peer, table in compatible.items():
-        notes += [
-            (peer, f"column {name} is absent and counts as missing")
-            for name in names
-            if name not in table.columns
-        ]
+        if absent := [name for name in names if name not in table.columns]:
+            notes.append((peer, _absent_text(absent, names, table)))
     for name in sorted(set(names) - merged.columns.keys()):
         names.remove(name)
         notes.append(("", f"column {name} is left out: no peer with a compatible table has it"))
@@ -170,7 +176,7 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
     target = _make_target(chosen, merged.columns[chosen.target])
     return Derived(
         Preprocessing(features=tuple(features), target=target, hashed=chosen.hashed),
-        incompatible,
+        {peer: SchemaMismatch.of_all(found) for peer, found in incompatible.items()},
         notes,
     )
 
@@ -178,7 +184,7 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
 def _choose_features(
     tables: Mapping[str, TableStatistics],
     chosen: TableSettings,
-    incompatible: dict[str, SchemaMismatch],
+    incompatible: _Mismatches,
     notes: list[tuple[str, str]],
 ) -> list[str]:
     """The sorted names of the chosen features, by default those that half of the peers have."""
@@ -188,10 +194,11 @@ def _choose_features(
         if not counts[name]:
             known = ", ".join(sorted(counts)[:20]) or "none"
             raise CommonweightError(f"no peer has a column {name!r}; columns: {known}")
-        mismatch = SchemaMismatch(f"column {name}", f"the {what}", "no such column")
         for peer, table in tables.items():
             if name not in table.columns:
-                incompatible.setdefault(peer, mismatch)
+                near = near_names(name, table.columns)
+                found = f"no such column, but {' or '.join(near)}" if near else "no such column"
+                incompatible[peer].append(SchemaMismatch(f"column {name}", f"the {what}", found))
     if chosen.features:
         return sorted(chosen.features)
     compatible = [table for peer, table in tables.items() if peer not in incompatible]
@@ -203,12 +210,67 @@ def _choose_features(
     return sorted(counts.keys() - set(rare))
 
 
-def _find_other_kinds(
-    name: str, tables: Mapping[str, TableStatistics], incompatible: dict[str, SchemaMismatch]
+def near_names(name: str, there: Iterable[str]) -> list[str]:
+    """Up to 3 columns with nearly this name, without regard to case."""
+    by_small = {column.lower(): column for column in there}
+    return [by_small[small] for small in get_close_matches(name.lower(), by_small, 3)]
+
+
+def no_common_feature(features: Iterable[str], there: Iterable[str]) -> SchemaMismatch:
+    """The error for a table that has none of the features."""
+    features, there = sorted(features), list(there)
+    near = dict.fromkeys(one for name in features for one in near_names(name, there)[:1])
+    shown = ", ".join(features[:_MAX_SHOWN]) + (", …" if len(features) > _MAX_SHOWN else "")
+    found = f"none, but {', '.join(list(near)[:_MAX_SHOWN])}" if near else "none of them"
+    return SchemaMismatch("features", f"some of {shown}", found)
+
+
+def _find_tables_apart(
+    names: list[str], tables: Mapping[str, TableStatistics], incompatible: _Mismatches
 ) -> None:
-    """Find the peers whose column has another kind than that of most peers."""
-    kinds = {p: t.columns[name].kind for p, t in tables.items() if name in t.columns}
-    counts = Counter(kind for _, kind in sorted(kinds.items()) if kind != "empty")
+    """Find the peers whose table has no feature in common with that of another peer."""
+    fitting = {p: table for p, table in tables.items() if p not in incompatible}
+    counts = Counter(name for table in fitting.values() for name in names if name in table.columns)
+    common = {name for name in names if counts[name] > 1}
+    if len(fitting) < 2:
+        return
+    apart = [p for p, table in fitting.items() if common.isdisjoint(table.columns)]
+    for peer in apart:
+        others = common or {name for name in names if name not in fitting[peer].columns}
+        incompatible[peer].append(no_common_feature(others, fitting[peer].columns))
+
+
+def _absent_text(absent: list[str], names: list[str], table: TableStatistics) -> str:
+    """A note for a peer without some of the features."""
+    many = len(absent) > 1
+    what = f"columns {', '.join(absent[:_MAX_SHOWN])}" if many else f"column {absent[0]}"
+    more = f" and {len(absent) - _MAX_SHOWN} more" if len(absent) > _MAX_SHOWN else ""
+    small = {name.lower() for name in absent}
+    others = [name for name in table.columns if name not in names or name.lower() in small]
+    near = dict.fromkeys(one for name in absent for one in near_names(name, others)[:1])
+    text = (
+        f"{what}{more} {'are' if many else 'is'} absent and count{'' if many else 's'} as missing"
+    )
+    if near:
+        text += f"; the table has {', '.join(list(near)[:_MAX_SHOWN])}"
+    if 2 * len(absent) > len(names):
+        text = f"has {len(names) - len(absent)} of {len(names)} features: {text}"
+    return text
+
+
+def _find_other_kinds(
+    name: str, tables: Mapping[str, TableStatistics], incompatible: _Mismatches
+) -> None:
+    """Find the peers whose column has another kind than that of most peers.
+
+    Text that looks like numbers or dates counts only if no peer has another kind.
+    """
+    columns = {p: t.columns[name] for p, t in sorted(tables.items()) if name in t.columns}
+    kinds = {peer: column.kind for peer, column in columns.items()}
+    counts = Counter(
+        one.kind for one in columns.values() if one.kind != "empty" and not one.written
+    )
+    counts = counts or Counter(kind for kind in kinds.values() if kind != "empty")
     if not counts:
         return
     if counts["number"]:
@@ -217,7 +279,8 @@ def _find_other_kinds(
     accepted = {common, "empty"} | ({"boolean"} if common == "number" else set())
     for peer, kind in kinds.items():
         if kind not in accepted:
-            incompatible.setdefault(peer, SchemaMismatch(f"column {name}", common, kind))
+            found = statistics.describe_kind(columns[peer])
+            incompatible[peer].append(SchemaMismatch(f"column {name}", common, found))
 
 
 def _make_feature(
@@ -231,8 +294,11 @@ def _make_feature(
         return Feature(
             name=name, kind=column.kind, mean=mean, scale=scale, missing=column.missing > 0
         )
-    if column.many:
-        notes.append(("", f"column {name} is left out: too many different texts for categories"))
+    if column.many or (column.written and not column.categories):
+        why = "too many different texts for categories"
+        if column.written:
+            why = statistics.describe_kind(column)
+        notes.append(("", f"column {name} is left out: {why}"))
         return None
     if not column.categories:
         notes.append(("", f"column {name} is left out: no text in it is common enough to share"))

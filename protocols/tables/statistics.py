@@ -25,6 +25,11 @@ from protocols.messages.envelope import Count, Text
 ColumnKind = Literal["number", "boolean", "date", "text", "empty"]
 NUMERIC: frozenset[ColumnKind] = frozenset({"number", "boolean", "date"})
 
+#: Texts that are numbers or dates in another format, with what a person should do.
+LOOKS_LIKE = {
+    "comma": "numbers with a comma or with marks for thousands (write 1234.5)",
+    "local date": "dates in a local format (write 2024-03-31)",
+}
 #: A column with more different texts has no categories, but names, notes or keys.
 MAX_CATEGORIES = 1000
 #: Of a description, which has 256 KB at most.
@@ -69,7 +74,8 @@ class ColumnStatistics(Struct, frozen=True, kw_only=True):
 
     `whole`: all numbers are integers. `extremes`: minimum and maximum, only if the run needs them.
     `categories`: the count of each value; `others`: the count of values that are not listed.
-    `many`: there are too many different values for categories.
+    `many`: there are too many different values for categories. `written`: what all values of a text
+    look like, a key of `LOOKS_LIKE`.
     """
 
     kind: ColumnKind
@@ -80,6 +86,7 @@ class ColumnStatistics(Struct, frozen=True, kw_only=True):
     categories: Annotated[dict[Text, Count], Meta(max_length=MAX_CATEGORIES)] = {}
     others: Count = 0
     many: bool = False
+    written: Annotated[str, Meta(max_length=32)] = ""
 
 
 class TableStatistics(Struct, frozen=True, kw_only=True, tag="table"):
@@ -105,6 +112,12 @@ def merge(parts: Iterable[TableStatistics]) -> TableStatistics:
     return TableStatistics(
         rows=sum(part.rows for part in parts), columns={name: merge_parts(name) for name in names}
     )
+
+
+def describe_kind(column: ColumnStatistics) -> str:
+    """The kind of a column for a person, with what its text looks like."""
+    looks = LOOKS_LIKE.get(column.written)
+    return f"{column.kind} that looks like {looks}" if looks else column.kind
 
 
 def merge_kinds(a: ColumnKind, b: ColumnKind) -> ColumnKind:
@@ -137,6 +150,7 @@ def merge_columns(a: ColumnStatistics, b: ColumnStatistics) -> ColumnStatistics:
         categories={} if many else counts,
         others=a.others + b.others + (sum(counts.values()) if many else 0),
         many=many,
+        written=a.written if a.written == b.written else "",
     )
 
 

@@ -186,6 +186,7 @@ class Agent:
         self.machine, self.peer = machine, machine.peer
         self.trainer = Trainer(data)
         self.failures: list[BaseException] = []
+        self.notices: list[str] = []
         self.owner = AgentSettings(
             jobs_scatter="on", jobs_private_models=("*",), tasks=("softmax",)
         )
@@ -273,6 +274,7 @@ class Agent:
                 self.link = CoordinatorClient(self._credentials)
                 self.link.log_statement = self.log.statement
                 self.link.on_log_news = self.log.news
+                self.link.on_notice = self.notices.append
                 with suppress(Unreachable, SessionLost):
                     self.link.open()
                     self._work(self.link)

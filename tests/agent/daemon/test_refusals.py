@@ -140,6 +140,26 @@ async def test_only_updates_of_the_current_run_are_taken(
         asked.agent._work.close()
 
 
+async def test_why_a_run_does_not_use_this_machine_reaches_its_owner_once(
+    site: Site, asked: Asked, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "run r: column x: expected number, found text"
+
+    async def refused(peer: str, request: PollRequest) -> PollResponse:
+        return PollResponse(notices=(f"{said}\x1b[2J",))
+
+    site.poll = refused  # type: ignore[method-assign]
+    try:
+        for _ in range(2):
+            assert await asyncio.to_thread(asked.agent._sessions.link().pull) is None
+        told = asked.agent._report._status.last_error
+        assert told.startswith(f"the coordinator says: {said}")
+        assert "\x1b" not in told
+        assert caplog.text.count(said) == 1
+    finally:
+        asked.agent._work.close()
+
+
 async def test_a_refusal_is_one_that_the_same_work_would_meet_again(asked: Asked) -> None:
     assert refusals.refusal_of(UploadRefused("x")).permanent
     assert not refusals.refusal_of(UploadUnneeded("x")).permanent

@@ -102,6 +102,50 @@ def test_a_type_that_only_the_last_rows_have_is_found(tmp_path: Path) -> None:
     assert surveyed(write_csv(tmp_path / "a.csv", rows), target="y").columns["x"].kind == "text"
 
 
+@pytest.mark.parametrize(
+    ("values", "written"),
+    [
+        (["147,5", "1.234,0", "12", "-3,25"], "comma"),
+        (["1 234,5", "2 000", "7"], "comma"),
+        (["31.03.2024", "1.4.24"], "local date"),
+        (["3/31/2024 14:05", "4/1/2024 09:00:01"], "local date"),
+        (["31.03.2024", "soon"], ""),
+        (["Bern, old town", "Basel"], ""),
+        (["147.5", "12"], ""),
+        (["2024-03-31", "2024-04-01"], ""),
+    ],
+)
+def test_numbers_and_dates_in_another_format_are_recognized(
+    tmp_path: Path, values: list[str], written: str
+) -> None:
+    rows = [{"x": values[n % len(values)], "y": n % 2} for n in range(40)]
+    found = surveyed(write_csv(tmp_path / "a.csv", rows, separator=";"), target="y")
+    assert found.columns["x"].written == written
+    assert schema_card.decode(schema_card.encode(found)) == found
+
+
+def test_the_owner_reads_all_columns_that_do_not_fit_at_once(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", MIXED)
+    with pytest.raises(SchemaMismatch) as caught:
+        surveyed(path, target="labl", settings={"features": "age,City,weight"})
+    assert caught.value.message == (
+        "column labl: expected a column of this name, found no such column, but label; "
+        "column City: expected a column of this name, found no such column, but city; "
+        "column weight: expected a column of this name, found no such column"
+    )
+    good = surveyed(path)
+    settings = {"target": "label"}
+    made = preprocessing.derive({"a": good}, settings).preprocessing
+    odd = [{"age": f"{n},5", "since": f"{n % 28 + 1}.3.2024", "label": "yes"} for n in range(40)]
+    data = DataSettings(path=str(write_csv(tmp_path / "b.csv", odd, separator=";")))
+    with pytest.raises(SchemaMismatch, match=r"column age: .*with a comma") as caught:
+        profile.check_table(open_table(data), data, made, parse_settings(settings))
+    assert "column since: expected date, found text that looks like dates" in caught.value.message
+    none = DataSettings(path=str(write_csv(tmp_path / "c.csv", [{"Ages": 1, "label": "no"}] * 40)))
+    with pytest.raises(SchemaMismatch, match=r"features: expected some of .*, but Ages"):
+        profile.check_table(open_table(none), none, made, parse_settings(settings))
+
+
 # --- what its owner lets out -----------------------------------------------------------------
 
 

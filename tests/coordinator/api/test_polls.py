@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from coordinator.api.polls import LongPolls, PollHandler
+from coordinator.api.polls import LongPolls, OwnerNotices, PollHandler
 from coordinator.fleet.sessions import NoSession, Sessions
 from coordinator.fleet.state import Fleet
 from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
@@ -77,6 +77,7 @@ async def test_work_of_a_new_session_is_not_given_to_the_request_of_the_last_one
         cast(Any, SimpleNamespace(ack_future=lambda q: None, is_working=True)),
         long_polls,
         cast(Any, None),
+        OwnerNotices(),
     )
     asked = asyncio.create_task(
         exchanges.poll("A", PollRequest(reply=FlowerMessage(message=b"", tree=b"", objects={})))

@@ -69,6 +69,10 @@ async def test_who_differs_is_named_with_the_field_and_the_others_go_on(tmp_path
         assert kinds(odd) == ["describe"], "it trained nothing"
         said = [event.text for event in fleet.hub.fleet.events if event.subject == odd.peer]
         assert "refused agent1: classes, number 2: expected b, found c" in said
+        # Its owner hears it with the next poll; the owners of the others hear nothing.
+        await until(lambda: bool(odd.notices))
+        assert odd.notices == [f"run {run_id}: classes, number 2: expected b, found c"]
+        assert [agent.notices for agent in others] == [[], []]
 
 
 async def test_one_that_joins_later_compares_by_itself(tmp_path: Path) -> None:

@@ -107,6 +107,60 @@ def test_the_kind_of_most_peers_holds() -> None:
     assert derived(table(x=truth)).preprocessing.features[0].kind == "boolean"
 
 
+def test_all_that_does_not_fit_is_named_at_once_with_what_to_write() -> None:
+    comma = ColumnStatistics(kind="text", many=True, written="comma")
+    local = ColumnStatistics(kind="text", others=9, written="local date")
+    date = ColumnStatistics(kind="date", moments=Moments(9, 1.0, 2.0))
+    made = derived(table(x=number(), day=date), table(x=comma, day=local))
+    assert made.incompatible["b"].message == (
+        "column day: expected date, found text that looks like dates in a local format (write "
+        "2024-03-31); column x: expected number, found text that looks like numbers with a comma "
+        "or with marks for thousands (write 1234.5)"
+    )
+    # Where no peer has numbers, the operator hears why the column is of no use.
+    made = derived(table(x=comma, z=number()), table(x=comma, z=number()))
+    assert made.notes == [
+        ("", "column x is left out: text that looks like numbers with a comma or with marks for "
+         "thousands (write 1234.5)"),
+    ]  # fmt: skip
+    wide = {f"column{n}": number() for n in range(40)}
+    texts = {name: ColumnStatistics(kind="text", others=9) for name in wide}
+    told = derived(table(**wide), table(**wide), table(**texts)).incompatible["c"].message
+    assert len(told) < 260
+    assert "; and 3" in told, "a refusal has room for some of them"
+
+
+def test_a_column_of_another_spelling_is_named() -> None:
+    made = derived(table(age=number()), table(Age=number()), features="age")
+    assert made.incompatible["b"].message == (
+        "column age: expected the feature, found no such column, but Age"
+    )
+    made = derived(table(age=number(), x=number()), table(Age=number(), x=number()))
+    assert ("b", "column age is absent and counts as missing; the table has Age") in made.notes
+
+
+def test_a_table_without_any_feature_of_the_others_is_refused() -> None:
+    made = derived(
+        table(age=number(), x=number()), table(age=number(), x=number()), table(Age=number())
+    )
+    assert {peer: err.message for peer, err in made.incompatible.items()} == {
+        "c": "features: expected some of age, x, found none, but Age"
+    }
+    assert [feature.name for feature in made.preprocessing.features] == ["age", "x"]
+    with pytest.raises(CommonweightError, match="expected some of b, found none of them"):
+        derived(table(a=number()), table(b=number()))
+    assert derived(table(a=number())).incompatible == {}, "one peer alone has its own"
+
+
+def test_a_table_with_few_of_the_features_is_warned() -> None:
+    three = {name: number() for name in "xyz"}
+    made = derived(table(**three), table(**three), table(x=number()))
+    assert made.incompatible == {}
+    assert made.notes == [
+        ("c", "has 1 of 3 features: columns y, z are absent and count as missing")
+    ]  # fmt: skip
+
+
 def test_columns_that_can_be_no_features_are_left_out() -> None:
     names = ColumnStatistics(kind="text", others=100, many=True)
     rare = ColumnStatistics(kind="text", others=100)
