@@ -227,7 +227,7 @@ def write_files(home: Path, seed: int) -> None:
         lines.append(f"{age},{sex},{random.integers(10, 200) * 1000},{city},{int(age > 50)}")
     (home / "patients.csv").write_text("\n".join(lines) + "\n")
     (home / "new.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines[:11]) + "\n")
-    (home / "points.txt").write_text("".join(f"{x / 10} {x / 5 + 1}\n" for x in range(10)))
+    (home / "points.txt").write_text("".join(f"{x / 10} {x / 5 + 1}\n" for x in range(30)))
     shutil.copy(ROOT / "docs" / "examples" / "line.py", home)
     pixels, _ = mnist_data()
     rows = [",".join(str(int(value)) for value in row) for row in pixels[:20]]
