@@ -55,6 +55,9 @@ def _told(context: click.Context) -> Iterator[Told]:
             sub = command.get_command(context, name)
             assert sub is not None
             yield from _told(click.Context(sub, info_name=name, parent=context))
+            inner = command.commands.get(getattr(command, "folded", {}).get(name, ""))
+            for below, one in inner.commands.items() if isinstance(inner, click.Group) else ():
+                yield from _told(click.Context(one, info_name=f"{name} {below}", parent=context))
 
 
 def man_page(program: str) -> str:

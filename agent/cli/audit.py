@@ -1,4 +1,4 @@
-"""`commonweight-agent audit`: what this machine knows of the coordinator's log, and proofs."""
+"""`commonweight-agent ledger audit`: the coordinator's log as this machine knows it, and proofs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,16 @@ from protocols.enrollment import fork_proof
 from protocols.errors import BadMessage, UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
+from protocols.local.command_line import App
 
-audit = typer.Typer(
-    name="audit",
-    no_args_is_help=True,
-    help="The coordinator's log of versions, and proofs that it showed two.",
-)
+audit = App(name="audit", help="Check the coordinator's log of versions, and its proofs.")
 
-_File = Annotated[Path, typer.Argument(help="A proof, or a file of `audit heads`.")]
+_File = Annotated[Path, typer.Argument(help="A proof, or a file of `ledger audit heads`.")]
 
 
 @audit.command("show")
 def show(json: Json = False) -> None:
-    """Show the newest head that this machine has seen, who agrees, and the proofs."""
+    """Show the newest head seen here, who agrees, and the proofs."""
     from agent.home.log_store import FILE, LogStore
     from protocols.messages.version_log import SIGNED_HEAD
 
@@ -54,7 +51,7 @@ def show(json: Json = False) -> None:
         mark = "proof" if path in pending else "acknowledged proof"
         lines.append(f"{mark} {path}: {text}")
     if pending:
-        lines.append("no work until you run: commonweight-agent audit acknowledge")
+        lines.append("no work until you run: commonweight-agent ledger audit acknowledge")
     data = {
         "entries": size,
         "confirmed": confirmed,
@@ -123,7 +120,7 @@ def _compare_heads(ca_pem: bytes, data: bytes) -> str:
 
 @audit.command("heads")
 def heads(file: Annotated[Path, typer.Argument(help="The file to write.")]) -> None:
-    """Write the signed heads that this machine has seen, for an audit of the coordinator."""
+    """Write the signed heads seen here, to audit the coordinator."""
     from agent.home.log_store import LogStore
 
     home = homes.open_home("agent")
@@ -141,7 +138,9 @@ def heads(file: Annotated[Path, typer.Argument(help="The file to write.")]) -> N
         write_private(file, fork_proof.encode(seen))
     except OSError as err:
         raise UsageError(f"cannot write {file}: {err.strerror}") from err
-    print_line(f"wrote {len(found)} heads; on the coordinator: commonweight audit verify {file}")
+    print_line(
+        f"wrote {len(found)} heads; on the coordinator: commonweight admin audit verify {file}"
+    )
 
 
 @audit.command("acknowledge")

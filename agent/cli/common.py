@@ -19,10 +19,12 @@ from protocols.local.cli_entry import print_text as print_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
 Part = Annotated[
-    str | None, typer.Option(help="i/n: use this part of a shared data set, from 0/n.")
+    str | None,
+    typer.Option(hidden=True, help="i/n: use this part of a shared data set, from 0/n."),
 ]
 Split = Annotated[
-    str | None, typer.Option(help="How it is split: iid, or shards: two labels a peer.")
+    str | None,
+    typer.Option(hidden=True, help="How it is split: iid, or shards: two labels a peer."),
 ]
 
 _UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}

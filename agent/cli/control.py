@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from msgspec.structs import replace
 
 from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
 from agent.home import enrollment_file, logs
-from protocols.errors import NotRunning, UsageError
+from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import cli_entry, homes
 
 _POLL_EVERY_S = 0.3
+_MAX_RESTART_S = 90.0
 
 
 # --- work ------------------------------------------------------------------------------------
@@ -35,7 +37,7 @@ def resume() -> None:
 
 
 def finish() -> None:
-    """Finish the current round, send its update, then stop the agent."""
+    """Send the update of this round, then stop the agent."""
     home = homes.open_home("agent")
     if not is_running(home):
         raise NotRunning("the agent is not running", "there is nothing to finish")
@@ -43,13 +45,35 @@ def finish() -> None:
     print_line("will stop after this round")
 
 
+def restart() -> None:
+    """Restart the agent with all settings; it continues its work."""
+    from agent.home import status_files
+
+    home = homes.open_home("agent")
+    if not is_running(home):
+        raise NotRunning("the agent is not running", "start it: commonweight-agent up")
+    asked_at = time.time()
+    request = status_files.read_request(home)
+    status_files.write_request(home, replace(request, restart_at=asked_at))
+    while time.time() < asked_at + _MAX_RESTART_S:
+        status = status_files.read_status(home)
+        if status is not None and status.since > asked_at:
+            print_line("restarted")
+            return
+        time.sleep(_POLL_EVERY_S)
+    raise CommonweightError(
+        f"the agent has not restarted within {_MAX_RESTART_S:.0f} s",
+        "see commonweight-agent logs; or stop it (Ctrl-C, commonweight-agent service stop) and "
+        "start it again",
+    )
+
+
 def _request(want: Any, until: float) -> None:
     from agent.home import status_files
 
     home = homes.open_home("agent")
-    modes = status_files.read_request(home).modes
-    request = status_files.OwnerRequest(want=want, until=until, at=time.time(), modes=modes)
-    status_files.write_request(home, request)
+    request = status_files.read_request(home)
+    status_files.write_request(home, replace(request, want=want, until=until, at=time.time()))
 
 
 # --- information -----------------------------------------------------------------------------
@@ -86,7 +110,7 @@ def show_logs(
     log = logs.LogReader(homes.open_home("agent"))
     new = log.new_lines()
     if not new and not follow:
-        print_line("the log is empty; next: commonweight-agent run")
+        print_line("the log is empty; next: commonweight-agent up")
     new = new[max(0, len(new) - lines) :]
     while True:
         for line in new:
@@ -103,7 +127,10 @@ def show_ledger(
     told: Annotated[bool, typer.Option("--told", help="Show statistics in full.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what has left this machine and what it refused by your rules."""
+    """Show what left this machine, and what your rules refused.
+
+    The coordinator's log of versions: commonweight-agent ledger audit.
+    """
     from agent.home import audit_log, refusal_log
 
     home = homes.open_home("agent")
@@ -130,7 +157,7 @@ def leave(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Do not ask the coordinator.")] = False,
 ) -> None:
-    """Leave the fleet: revoke and delete this machine's key. Data and settings stay."""
+    """Leave the fleet: revoke and delete the key. Data and settings stay."""
     from agent.setup import enrollment
 
     home = homes.open_home("agent")
@@ -147,12 +174,10 @@ def leave(
     print_line("to join again: commonweight-agent join TICKET")
 
 
+#: Those at the top level of help.
 COMMANDS: dict[str, Callable[..., None]] = {
     "pause": pause,
     "resume": resume,
-    "finish": finish,
-    "id": show_id,
-    "paths": paths,
     "logs": show_logs,
     "ledger": show_ledger,
     "doctor": doctor,

@@ -1,4 +1,4 @@
-"""`commonweight-agent export`: write a shared model in a format of other programs.
+"""`commonweight-agent models export`: write a shared model in a format of other programs.
 
 The agent does this and not the coordinator, which has neither torch nor the tasks.
 """
@@ -34,7 +34,7 @@ def export(
     ] = "",
     json: Json = False,
 ) -> None:
-    """Write a shared model for other programs: as ONNX, or with its adapters merged."""
+    """Write a model as ONNX, or with its adapters merged."""
     from agent.cli.local_trainer import LocalTrainer
     from agent.tasks.work import Export
 

@@ -67,11 +67,17 @@ def join(
         bool, typer.Option("--unattended", help="Ask nothing and use the defaults.")
     ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Join again with a new key.")] = False,
+    find: Annotated[
+        bool, typer.Option("--discover", help="Only list the coordinators in this network.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Join a fleet with a ticket from `commonweight ticket create`."""
     from agent.setup import consents, enrollment, own_data
 
+    if find:
+        discover(json=json)
+        return
     text = _read_ticket(ticket)
     policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
     if sys.stdin.isatty() and sys.stderr.isatty() and not (unattended or json):
@@ -104,7 +110,7 @@ def join(
     if awaiting:
         print_line(f"the operator must approve it: commonweight peers approve {joined.name}")
     _say_terms(home)
-    print_line("next: commonweight-agent run")
+    print_line("next: commonweight-agent up")
 
 
 def _say_terms(home: Path) -> None:

@@ -24,6 +24,7 @@ from agent.setup import sharing_text
 from protocols import VERSION
 from protocols.errors import NotRunning
 from protocols.local import cli_entry, crash_reports, exits, homes, json_output
+from protocols.local.command_line import App
 
 if TYPE_CHECKING:
     from agent.home.status_files import Status
@@ -31,16 +32,26 @@ if TYPE_CHECKING:
 #: After a command only threads are left: an aborted upload, the fsync of a file.
 EXIT_TIMEOUT_S = 10.0
 
-# Typer escapes "[default: 10]" for rich even in help that is plain text.
-typer.core.HAS_RICH = False
-
-app = typer.Typer(
+app = App(
     name="commonweight-agent",
     help="Train together, keep your data: the agent on a machine that has data.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,  # a panel of many lines fills a daemon's log
-    pretty_exceptions_show_locals=False,
-    rich_markup_mode=None,
+    sections={
+        "First steps": ("join", "up", "status", "task", "policy"),
+        "Pause": ("pause", "resume"),
+        "What it did": ("ledger", "logs"),
+        "Use the model": ("predict", "models"),
+        "This machine": ("doctor", "service", "leave"),
+    },
+    folded={"status": "about", "ledger": "proofs"},
+    moved={
+        "discover": "commonweight-agent join --discover",
+        "id": "commonweight-agent status id",
+        "paths": "commonweight-agent status paths",
+        "audit": "commonweight-agent ledger audit",
+        "questions": "commonweight-agent policy questions",
+        "serve": "commonweight-agent models serve",
+        "export": "commonweight-agent models export",
+    },
 )
 
 
@@ -79,6 +90,7 @@ def run(part: Part = None, split: Split = None) -> None:
         agent = Agent(home, joined, chosen)
         asyncio.run(agent.serve())
         while agent.must_restart:
+            chosen = settings.read(home, **parse_part(part), split=split)
             agent = Agent(home, enrollment_file.read_enrollment(home), chosen)
             asyncio.run(agent.serve())
     except Exception as err:
@@ -95,7 +107,10 @@ def status(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show what the agent on this machine is doing."""
+    """Show what the agent on this machine is doing.
+
+    More: commonweight-agent status id, status paths.
+    """
     home = homes.open_home("agent")
     if not watch:
         sys.stdout.write(_format_status(home, json=json))
@@ -124,7 +139,7 @@ def _format_status(home: Path, *, json: bool) -> str:
 
     status = status_files.read_status(home)
     if status is None or not is_running(home):
-        raise NotRunning("the agent is not running", "start it: commonweight-agent run")
+        raise NotRunning("the agent is not running", "start it: commonweight-agent up")
     if json:
         return json_output.ok(status) + "\n"
     from protocols.messages.states import PeerState, label
@@ -174,18 +189,36 @@ def _format_uptime(since: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "join": join.join,
-    "discover": join.discover,
-    "run": run,
-    "status": status,
-    **control.COMMANDS,
-    "export": export.export,
-    "predict": predict.predict,
-    "serve": serve.serve,
+about, proofs, models = App(), App(), App(help="List, serve and export the models on this machine.")
+_COMMANDS: dict[App, dict[str, Callable[..., None]]] = {
+    app: {
+        "join": join.join,
+        "up": run,
+        "status": status,
+        **control.COMMANDS,
+        "predict": predict.predict,
+        "restart": control.restart,
+        # Spellings of older versions.
+        "run": run,
+        "finish": control.finish,
+        "discover": join.discover,
+        "id": control.show_id,
+        "paths": control.paths,
+        "serve": serve.serve,
+        "export": export.export,
+    },
+    about: {"id": control.show_id, "paths": control.paths},
+    models: {"predict": predict.predict, "serve": serve.serve, "export": export.export},
+    service.service: {"restart": control.restart, "finish": control.finish},
 }
-for name, command in _COMMANDS.items():
-    app.command(name)(command)
+for place, commands in _COMMANDS.items():
+    for name, command in commands.items():
+        place.command(name)(command)
+proofs.add_typer(audit.audit)
+policy.policy.add_typer(questions.questions)
+app.add_typer(models, name="models")
+app.add_typer(about, name="about")
+app.add_typer(proofs, name="proofs")
 for group in (audit.audit, policy.policy, service.service, task.task, questions.questions):
     app.add_typer(group)
 

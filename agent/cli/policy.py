@@ -12,17 +12,16 @@ from agent.cli.common import Json, is_running, parse_duration, print_data, print
 from agent.home import settings, settings_schema
 from protocols.errors import UsageError
 from protocols.local import homes
+from protocols.local.command_line import App
 
-policy = typer.Typer(
-    name="policy", no_args_is_help=True, help="Show and change what the agent may do."
-)
+policy = App(name="policy", help="Show and change what the agent may do, and when.")
 
 _SENSOR_INTERVAL_S = 0.3
 
 
 @policy.command("show")
 def show_policy(json: Json = False) -> None:
-    """Show every setting: its value, the source of the value, and its meaning."""
+    """Show every setting: value, where it is set, and meaning."""
 
     infos = settings.describe(homes.open_home("agent"))
     lines = (
@@ -66,7 +65,7 @@ def set_policy(
     if source != settings.FILE:
         print_line(f"but {source} is set and overrides it")
     if is_running(home) and key in settings_schema.RESTART_KEYS:
-        print_line("restart the running agent to apply it")
+        print_line("restart the agent to apply it: commonweight-agent restart")
 
 
 def _override(home: Path, key: str, value: str, for_s: float) -> None:

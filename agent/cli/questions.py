@@ -1,4 +1,4 @@
-"""`commonweight-agent questions`: questions about this machine's data, and their answers."""
+"""`commonweight-agent policy questions`: questions about this machine's data, and their answers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import typer
 from agent.cli.common import Json, print_json, print_line, print_text
 from protocols.errors import UnknownName
 from protocols.local import homes
+from protocols.local.command_line import App
 
 if TYPE_CHECKING:
     from agent.analytics.query_log import QueryLog
 
-questions = typer.Typer(
-    name="questions", no_args_is_help=True, help="List and approve questions about your data."
-)
+questions = App(name="questions", help="List, allow and deny questions about your data.")
 
 
 Digest = Annotated[str, typer.Argument(help="The start of its digest, see `questions list`.")]
@@ -34,7 +33,7 @@ def _query_log() -> QueryLog:
 
 @questions.command("list")
 def list_questions(json: Json = False) -> None:
-    """List every question with its answer or refusal, and those that wait for your approval."""
+    """List every question, its answer or refusal, and what awaits you."""
     query_log = _query_log()
     entries, requests = query_log.entries(), query_log.approval_requests()
     if json:
@@ -55,7 +54,7 @@ def list_questions(json: Json = False) -> None:
     for digest, question, allowed in requests:
         if allowed is None:
             print_line(f"waits for your approval: {question}")
-            print_line(f"  commonweight-agent questions allow {digest[:12]}")
+            print_line(f"  commonweight-agent policy questions allow {digest[:12]}")
     if not entries and not requests:
         print_line("no questions yet")
 
@@ -76,6 +75,6 @@ def _decide(question: str, *, allowed: bool) -> None:
     if len(question) < 4 or not _query_log().decide(question, allowed):
         raise UnknownName(
             f"not one question whose digest starts with {question!r}",
-            "commonweight-agent questions list",
+            "commonweight-agent policy questions list",
         )
     print_line(f"{'allowed' if allowed else 'denied'}; this takes effect when it is asked again")

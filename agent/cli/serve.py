@@ -1,4 +1,4 @@
-"""`commonweight-agent serve`: an HTTP server on this machine that predicts with a shared model."""
+"""`commonweight-agent models serve`: an HTTP server that predicts with a shared model."""
 
 from __future__ import annotations
 

@@ -10,10 +10,9 @@ from agent.cli.common import Json, is_running, print_data, print_line
 from agent.home import enrollment_file
 from protocols.errors import ExitCode
 from protocols.local import homes
+from protocols.local.command_line import App
 
-service = typer.Typer(
-    name="service", no_args_is_help=True, help="Start the agent with this machine, without root."
-)
+service = App(name="service", help="Start with this machine; restart; stop after this round.")
 
 
 def _system() -> Any:
@@ -57,7 +56,7 @@ def start_service() -> None:
 
 @service.command("stop")
 def stop_service() -> None:
-    """Stop the service until the next start; the current work is aborted."""
+    """Stop the service until the next start. The current work is aborted."""
     _system().stop()
     print_line("stopped")
 

@@ -21,8 +21,9 @@ from agent.setup import consents
 from agent.tasks import registry
 from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
+from protocols.local.command_line import App
 
-task = typer.Typer(name="task", no_args_is_help=True, help="Register and try your own tasks.")
+task = App(name="task", help="Allow, forbid, register and try tasks.")
 
 
 @task.command("add")
@@ -88,7 +89,7 @@ def _say_overridden(home: Path) -> None:
 
 @task.command("list")
 def list_tasks(json: Json = False) -> None:
-    """List the tasks of this machine: allowed, forbidden, or awaiting your consent."""
+    """List the tasks: allowed, forbidden, or awaiting consent."""
     home = homes.open_home("agent")
     chosen = settings.read(home)
     asked = {request.task: request for request in consents.requests(home, chosen)}
@@ -147,7 +148,7 @@ def remove(name: Annotated[str, typer.Argument(help="Its name in `task list`.")]
 
 def _say_restart_needed(home: Path) -> None:
     if is_running(home):
-        print_line("restart the running agent to apply it")
+        print_line("restart the agent to apply it: commonweight-agent restart")
 
 
 @task.command("check")

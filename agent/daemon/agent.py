@@ -56,7 +56,7 @@ class Agent:
 
     def __init__(self, home: Path, enrollment: Enrollment, chosen: AgentSettings) -> None:
         self._home = home
-        #: True if `serve` ended because another agent must go on with a changed enrollment.
+        #: True if `serve` ended because another agent must go on, with what has changed.
         self.must_restart = False
         self._reconnecting: asyncio.Task[None] | None = None
         self._pause_end: asyncio.TimerHandle | None = None
@@ -120,7 +120,8 @@ class Agent:
         self._connect()
 
     def _connect(self) -> None:
-        self._sessions.on_key_changed = self._restart
+        self._sessions.on_key_changed = self._use_new_key
+        self._owner_commands.on_restart = self._restart
         self._sessions.followed = self._log
         self._gossip.own_seen, self._gossip.on_seen = self._log.last_seen, self._log.offer
         self._log.on_fork = lambda text: self._runner.call_threadsafe(self._on_fork, text)
@@ -177,9 +178,12 @@ class Agent:
         """End `serve`."""
         self._runner.stop()
 
-    def _restart(self) -> None:
-        """End `serve`, so that all parts start again with the coordinator's new key or CA."""
+    def _use_new_key(self) -> None:
         log.warning("the coordinator has a new key or CA, signed by this fleet's CA")
+        self._restart()
+
+    def _restart(self) -> None:
+        """End `serve`, so that all parts start again with new settings or a new key."""
         self.must_restart = True
         self.stop()
 

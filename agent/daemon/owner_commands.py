@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from agent.daemon.policy_loop import PolicyLoop
@@ -28,21 +29,27 @@ class OwnerCommands:
     def __init__(self, home: Path, runner: StateRunner, policy: PolicyLoop) -> None:
         self._home, self._runner, self._policy = home, runner, policy
         self._request = OwnerRequest()
+        self._restart_at = status_files.read_request(home).restart_at
+        #: Called when the owner asks for a restart.
+        self.on_restart: Callable[[], None] = lambda: None
 
     def drop_finish(self) -> None:
         """At the start: drop a `finish` for an earlier process, which ended before it read it."""
         request = status_files.read_request(self._home)
         if request.want == "finish":
-            self._save(OwnerRequest(modes=request.modes))
+            self._save(OwnerRequest(modes=request.modes, restart_at=request.restart_at))
 
     def poll(self) -> bool:
         """Obey a new request. True if the settings may have changed."""
         request = status_files.read_request(self._home)
         expired = request.want == "pause" and 0 < request.until <= time.time()
         if expired:
-            request = OwnerRequest(modes=request.modes)
+            request = OwnerRequest(modes=request.modes, restart_at=request.restart_at)
             self._save(request)
         changed = self._policy.reload(request)
+        if request.restart_at > self._restart_at:
+            self._restart_at = request.restart_at
+            self.on_restart()
         last = self._request
         if (request.want, request.until, request.at) == (last.want, last.until, last.at):
             return changed
@@ -53,7 +60,7 @@ class OwnerCommands:
             # A request also lifts the operator's pause; the end of the owner's own pause does not.
             self._runner.dispatch(PauseLifted(_OWN_PAUSE if expired else _LIFTED_BY_OWNER))
         if request.want == "finish":
-            done = OwnerRequest(modes=request.modes)
+            done = OwnerRequest(modes=request.modes, restart_at=request.restart_at)
             if self._save(done):
                 self._request = done  # else the next poll would take it for new, and lift pauses
             self._runner.dispatch(FinishRequested())

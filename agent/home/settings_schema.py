@@ -83,7 +83,7 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         tuple[str, ...],
         Meta(
             description="ids of peers you trust to say which versions they see "
-            "(commonweight-agent id, there)"
+            "(commonweight-agent status id, there)"
         ),
     ] = ()
     min_witnesses: Annotated[
@@ -99,7 +99,7 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         Literal["off", "ask", "on"],
         Meta(
             description="answer questions about your data: off; ask, after your approval "
-            "(commonweight-agent questions); on, all within the limits"
+            "(commonweight-agent policy questions); on, all within the limits"
         ),
     ] = "off"
     analyze_operations: Annotated[

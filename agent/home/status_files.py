@@ -65,13 +65,14 @@ class OwnerRequest(Struct, frozen=True, kw_only=True):
     """What the owner asks for. `until` (Unix s) ends a pause; 0 means until resumed.
 
     `at` (Unix s) is the time of the request: it tells a repeated request from an old one. `modes`
-    are temporary modes by rule.
+    are temporary modes by rule. `restart_at` (Unix s): when a restart was asked for last; 0: never.
     """
 
     want: Literal["run", "pause", "finish"] = "run"
     until: float = 0.0
     at: float = 0.0
     modes: dict[str, RuleOverride] = {}
+    restart_at: float = 0.0
 
 
 def write_status(home: Path, status: Status) -> None:

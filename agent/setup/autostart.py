@@ -176,7 +176,7 @@ class Systemd(_Service):
         return _run(
             ["systemctl", "--user", *words],
             "is systemd running for this user (log in on the machine itself, not with su or in a "
-            "container)? Without it: commonweight-agent run",
+            "container)? Without it: commonweight-agent up",
         )
 
 

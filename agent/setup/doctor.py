@@ -232,7 +232,7 @@ class _Doctor:
             if fleet_trust.with_new_ca(self._enrollment, told) != self._enrollment:
                 return (
                     "the fleet has a new CA, signed by the one known here: the agent takes it at "
-                    "its next session: commonweight-agent run"
+                    "its next session: commonweight-agent up"
                 )
         return "another coordinator answers there: join it with its own ticket and --replace"
 

@@ -29,7 +29,9 @@ MAX_GAP = 131_072
 _MAX_NOTES = 8
 #: Read before the known entries for the version of work.
 _MAX_OLDER_PAGES = 8
-NEXT_STEP = "commonweight-agent audit show; commonweight-agent audit acknowledge, to continue"
+NEXT_STEP = (
+    "commonweight-agent ledger audit show; commonweight-agent ledger audit acknowledge, to continue"
+)
 
 
 class LogReplica:

@@ -143,5 +143,5 @@ class PeerHeads:
                     f"the peer {peer} has seen {head.size} entries of the coordinator's log"
                     + (" after a restore" if head.epoch > self._replica.epoch else "")
                     + f", and this machine is shown {known.size if known else 0}",
-                    "ask the operator why; commonweight-agent audit show",
+                    "ask the operator why; commonweight-agent ledger audit show",
                 )

@@ -66,7 +66,7 @@ def read_audit(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[Au
     if peer:
         wanted = {one for one, name in names.items() if peer in (one, name)}
         if not wanted:
-            raise UnknownName(f"no peer {peer!r} ever joined", "commonweight audit")
+            raise UnknownName(f"no peer {peer!r} ever joined", "commonweight admin audit")
         found = [line for line in found if line.peer in wanted]
     return [line for line in found if line.at >= since]
 

@@ -60,7 +60,7 @@ def stored(home: Path, ledger: Ledger) -> Iterator[SeenBy]:
 
 
 def from_file(path: Path, ca_pem: bytes) -> list[SeenBy]:
-    """The heads in a file of `commonweight-agent audit heads`. Raises UsageError, BadMessage."""
+    """The heads in a file of `ledger audit heads` of an agent. Raises UsageError, BadMessage."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise UsageError(f"{path} is too long for a file of seen heads")

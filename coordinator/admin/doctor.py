@@ -111,7 +111,7 @@ class _Doctor:
         if changed is not None:
             raise HomeError(
                 f"entry {changed} was changed, or one before it is missing",
-                "do not trust the entries after it: commonweight audit verify",
+                "do not trust the entries after it: commonweight admin audit verify",
             )
         self._newest_at = newest.at if newest else 0.0
         return f"{newest.seq if newest else 0} entries, every hash fits"

@@ -133,7 +133,7 @@ def check_issuer(keys: Keys, *, has_ca_key: bool) -> None:
     if not keys.issuer:
         raise UsageError(
             "the CA's key of this home is not offline, so it has no issuer",
-            "take it offline: commonweight keys rotate ca --offline-ca FILE",
+            "take it offline: commonweight admin keys rotate ca --offline-ca FILE",
         )
     if not has_ca_key:
         raise UsageError(

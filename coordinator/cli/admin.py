@@ -1,4 +1,4 @@
-"""`commonweight doctor`, `audit`, `backup` and `restore`."""
+"""`commonweight doctor`, and `commonweight admin audit`, `backup` and `restore`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from typing import Annotated
 import typer
 
 from coordinator.cli.common import Json, print_json, print_line, print_result
+from coordinator.cli.names import complete_peers
 from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageError
 from protocols.local import homes
+from protocols.local.command_line import App
 
-audit = typer.Typer(help="Who joined, was removed or refused, from the ledger.")
+audit = App(help="Show who joined, was removed or refused.", no_args_is_help=False)
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("doctor")(doctor)
     app.add_typer(audit, name="audit")
     app.command("backup")(backup)
     app.command("restore")(restore)
+
+
+def add_doctor_to(app: typer.Typer) -> None:
+    app.command("doctor")(doctor)
 
 
 def doctor(json: Json = False) -> None:
@@ -81,7 +86,7 @@ def backup(
     passphrase_file: PassphraseFile = None,
     json: Json = False,
 ) -> None:
-    """Back up keys, peers, settings and the ledger to one file. The coordinator may be running.
+    """Back up keys, peers, settings and the ledger. The coordinator may be running.
 
     The file contains the coordinator's keys: without --encrypt, whoever has it has them.
     """
@@ -136,7 +141,7 @@ def restore(
     print_line(f"restored {home} as it was on {at}, without open tickets")
     print_line(
         "members that were removed since then are members again: "
-        "commonweight peers list, operators list"
+        "commonweight peers list, commonweight admin operators list"
     )
     if not from_peers and not any(name.startswith("versions/") for name in manifest.files):
         print_line("it contains no shared weights: --from-peers gets them from the agents")
@@ -146,7 +151,9 @@ def restore(
 @audit.callback(invoke_without_command=True)
 def show(
     context: typer.Context,
-    peer: Annotated[str, typer.Option(help="Only this machine (id or name).")] = "",
+    peer: Annotated[
+        str, typer.Option(help="Only this machine (id or name).", autocompletion=complete_peers)
+    ] = "",
     since: Annotated[str, typer.Option(help="2h, 7d, 2026-11-23 or 2026-11-23T18:00.")] = "",
     json: Json = False,
 ) -> None:
@@ -188,11 +195,13 @@ def parse_time(text: str, now: float) -> float:
 def verify(
     heads: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files of `commonweight-agent audit heads`, from other machines."),
+        typer.Argument(
+            help="Files of `commonweight-agent ledger audit heads`, from other machines."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Verify the ledger's hash chain, and compare it with what agents have seen of it.
+    """Verify the ledger's hash chain. Compare it with what agents have seen of it.
 
     A ledger that was rewritten or cut off contradicts their heads, and the first entry is named.
     """

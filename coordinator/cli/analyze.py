@@ -34,7 +34,10 @@ def analyze(
     ] = "10m",
     json: Json = False,
 ) -> None:
-    """Ask every peer about its own table. Rows stay there; each owner decides what leaves."""
+    """Ask every peer about its own table. Rows stay there; each owner decides what leaves.
+
+    Its jobs: commonweight analyze list, analyze show JOB, analyze stop JOB.
+    """
     from coordinator.cli import analysis_table
     from coordinator.remote import analysis
     from protocols.analytics import parser

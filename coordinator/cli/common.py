@@ -24,12 +24,12 @@ Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout."
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
-def connect() -> Remote:
+def connect(timeout_s: float = 15.0) -> Remote:
     """A client of the coordinator on this machine, or of the one that was joined."""
     from coordinator.remote import access
     from coordinator.remote.api_client import Remote
 
-    return Remote(access.open_home())
+    return Remote(access.open_home(), timeout_s)
 
 
 def peer_names(remote: Remote) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`commonweight ticket …`, `commonweight peers …` and `commonweight operators …`."""
+"""`commonweight ticket …`, `commonweight peers …` and `commonweight admin operators …`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.cli.common import Columns, Json, connect, print_json, print_line, print_list
+from coordinator.cli.names import PeerName, TicketName
 from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UnknownName, UsageError
+from protocols.local.command_line import App
 
-tickets = typer.Typer(help="Join tickets: create, list, revoke.", no_args_is_help=True)
-peers = typer.Typer(help="The machines of the fleet.", no_args_is_help=True)
-operators = typer.Typer(help="Access from other machines.", no_args_is_help=True)
+tickets = App(help="Create, list and revoke tickets, with which machines join.")
+peers = App(help="List, approve, pause, drain and remove machines.")
+operators = App(help="List and remove access from other machines.")
 
 _POLL_S = 0.5
 #: After a restart of the coordinator, agents connect again within this time.
@@ -24,6 +26,9 @@ _SETTLE_S = 45.0
 def add_to(app: typer.Typer) -> None:
     app.add_typer(tickets, name="ticket")
     app.add_typer(peers, name="peers")
+
+
+def add_operators_to(app: typer.Typer) -> None:
     app.add_typer(operators, name="operators")
 
 
@@ -77,7 +82,7 @@ def list_tickets(json: Json = False) -> None:
 
 
 @tickets.command("revoke")
-def revoke_ticket(ticket: str) -> None:
+def revoke_ticket(ticket: TicketName) -> None:
     """Revoke a ticket: nobody can join with it any more."""
     connect().revoke_ticket(ticket)
     print_line(f"ticket {ticket} is revoked")
@@ -92,8 +97,10 @@ def list_operators(json: Json = False) -> None:
 
 
 @operators.command("remove")
-def remove_operator(operator: str) -> None:
-    """Withdraw somebody's access (id or name)."""
+def remove_operator(
+    operator: Annotated[str, typer.Argument(help="An operator's name or id.")],
+) -> None:
+    """Withdraw somebody's access."""
     connect().remove_operator(operator)
     print_line(f"{operator} has no access any more")
 
@@ -121,25 +128,25 @@ def _state_text(row: dict[str, Any]) -> str:
 
 
 @peers.command("approve")
-def approve(peer: str) -> None:
-    """Approve a machine that waits for approval (id or name)."""
+def approve(peer: PeerName) -> None:
+    """Approve a machine that waits for approval."""
     connect().approve(peer)
     print_line(f"{peer} is approved")
 
 
 @peers.command("remove")
-def remove(peer: str) -> None:
-    """Remove a machine for good (id or name). It can join again only with a new key."""
+def remove(peer: PeerName) -> None:
+    """Remove a machine for good. It can join again only with a new key."""
     connect().remove(peer)
     print_line(f"{peer} is removed")
 
 
 @peers.command("drain")
 def drain(
-    peer: str,
+    peer: PeerName,
     deadline: Annotated[str, typer.Option(help="How long to wait for it.")] = "10m",
 ) -> None:
-    """Ask a machine to finish its round and stop (id or name), and wait until it has."""
+    """Ask a machine to finish its round and stop. Waits until it has."""
     from coordinator.fleet.reducer import describe_state, is_unclear, shown_state
     from protocols.messages.states import PeerState
 
@@ -169,16 +176,16 @@ def drain(
 
 @peers.command("pause")
 def pause(
-    peer: str,
+    peer: PeerName,
     duration: Annotated[str, typer.Option("--for", help="For how long; else until resume.")] = "0",
 ) -> None:
-    """Ask a machine to pause (id or name)."""
+    """Ask a machine to pause."""
     _command(peer, "pause", parse_seconds(duration))
 
 
 @peers.command("resume")
-def resume(peer: str) -> None:
-    """Ask a machine to work again (id or name)."""
+def resume(peer: PeerName) -> None:
+    """Ask a machine to work again."""
     _command(peer, "resume")
 
 

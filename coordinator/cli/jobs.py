@@ -1,4 +1,4 @@
-"""`commonweight infer …` and `commonweight job …`: inference beside training."""
+"""`commonweight infer …`: inference beside training; `infer list`, `show` and `stop`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 
 from coordinator.cli.common import (
@@ -24,9 +25,11 @@ from coordinator.cli.common import (
     print_table,
     print_text,
 )
+from coordinator.cli.names import JobName, complete_models, complete_tasks
 from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageError
 from protocols.local import homes
+from protocols.local.command_line import App
 
 if TYPE_CHECKING:
     from coordinator.jobs.model_refs import ResolvedModels
@@ -37,9 +40,11 @@ if TYPE_CHECKING:
     from coordinator.storage.job_events import JobSpec
     from protocols.messages.envelope import JobChanged
 
-jobs = typer.Typer(help="Jobs beside training: list, show, stop.", no_args_is_help=True)
+jobs = App(help="Jobs beside training: list, show, stop.")
 
 _POLL_S = 0.2
+#: By the word before `list`, the jobs that it lists; others list all.
+_KINDS = {"infer": ("private", "scatter"), "analyze": ("analyze",)}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -48,7 +53,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def infer(
-    task: Annotated[str, typer.Argument(help="The task; by default that of the model.")] = "",
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="The task; by default that of the model.", autocompletion=complete_tasks
+        ),
+    ] = "",
     private: Annotated[
         bool, typer.Option("--private", help="Each peer evaluates on its own rows.")
     ] = False,
@@ -61,7 +71,11 @@ def infer(
     ] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="best, latest, RUN, RUN:latest or a digest; may be repeated."),
+        typer.Option(
+            "--model",
+            help="best, latest, RUN, RUN:latest or a digest; may be repeated.",
+            autocompletion=complete_models,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Where the answers go: .csv, .jsonl or .parquet.")
@@ -78,14 +92,21 @@ def infer(
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Use shared models: on the peers' own rows, or on rows that you send to them."""
+    """Use models on the peers' own rows, or on rows that you send.
+
+    Its jobs: commonweight infer list, infer show JOB, infer stop JOB.
+    """
     from coordinator.jobs import model_refs
     from coordinator.storage.job_events import JobSpec
 
     if private == (scatter is not None):
         raise UsageError("either --private or --scatter INPUT", "commonweight infer --help")
     remote = connect()
-    models = model_refs.resolve(remote.runs(), model or ["best"], task)
+    given = list(dict.fromkeys(model or ["best"]))
+    models = model_refs.resolve(remote.runs(), given, task)
+    for name, found in zip(given, models.names, strict=True):
+        if name != found:
+            print_line(f"the newest run of {name.partition(':')[0]} is {found.partition(':')[0]}")
     spec = JobSpec(
         kind="scatter" if scatter else "private",
         task=models.task,
@@ -250,12 +271,15 @@ def list_jobs(json: Json = False) -> None:
         "Because": lambda job: job.ended_because,
     }
     empty = "no jobs yet; start one: commonweight infer --private TASK"
-    print_list([job_changed(job) for job in connect().jobs()], columns, empty, json=json)
+    asked = click.get_current_context().parent
+    kinds = _KINDS.get(asked.info_name or "" if asked else "", ())
+    found = [job for job in connect().jobs() if not kinds or job.spec.kind in kinds]
+    print_list([job_changed(job) for job in found], columns, empty, json=json)
 
 
 @jobs.command("show")
-def show(job: str, json: Json = False) -> None:
-    """Show one job: its units, the peers that did them, and dropped answers."""
+def show(job: JobName, json: Json = False) -> None:
+    """Show one job: its units, who did them, and dropped answers."""
     from coordinator.jobs.messages import job_changed
 
     remote = connect()
@@ -284,7 +308,7 @@ def show(job: str, json: Json = False) -> None:
 
 
 @jobs.command("stop")
-def stop(job: str, json: Json = False) -> None:
+def stop(job: JobName, json: Json = False) -> None:
     """Stop a job. Verified answers stay."""
     remote = connect()
     found = remote.job_status(job)

@@ -1,4 +1,4 @@
-"""`commonweight keys`: which keys this coordinator has, and how to replace them."""
+"""`commonweight admin keys`: which keys this coordinator has, and how to replace them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from coordinator.cli.admin import PassphraseFile, read_passphrase
 from coordinator.cli.common import Json, print_result
 from protocols.errors import UsageError
 from protocols.local import homes
+from protocols.local.command_line import App
 
-keys = typer.Typer(help="Show and replace the coordinator's keys.", no_args_is_help=True)
+keys = App(help="Show and replace the coordinator's keys.")
 
 
 class _Key(StrEnum):
@@ -29,19 +30,19 @@ _WHAT_NEXT = {
     _Key.SIGNING: "start the coordinator: commonweight up. Agents take the new key at their next "
     "session, and refuse the old one then. Make a new backup: an old one has the old key",
     _Key.OPERATOR: "start the coordinator: commonweight up. Commands on this machine use the new "
-    "key; joined operators keep theirs (remove one with commonweight operators remove)",
+    "key; joined operators keep theirs (remove one with commonweight admin operators remove)",
     _Key.ISSUER: "put the CA's key away again, and start the coordinator: commonweight up. Agents "
     "take no fleet card of the old issuer after their next session",
     _Key.CA: "start the coordinator: commonweight up. Agents, monitors and operators follow by "
-    "themselves; commonweight keys status tells who has not come yet. Tickets made before are not "
-    "valid any more. Make a new backup, and delete the old CA's key wherever it is kept. Restart "
-    "Mosquitto, if it is your broker",
+    "themselves; commonweight admin keys status tells who has not come yet. Tickets made before "
+    "are not valid any more. Make a new backup, and delete the old CA's key wherever it is kept. "
+    "Restart Mosquitto, if it is your broker",
 }
 
 
 @keys.command()
 def status(json: Json = False) -> None:
-    """Show the keys of this coordinator, as short hashes, and how long its certificates last."""
+    """Show the keys as short hashes, and how long the certificates last."""
     from coordinator.admin import keys as admin
 
     found = admin.read_status(homes.open_home("coordinator"))

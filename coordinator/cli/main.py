@@ -17,27 +17,44 @@ from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
 from protocols.errors import UsageError
 from protocols.local import cli_entry, crash_reports, homes
+from protocols.local.command_line import App
 
-# Typer escapes "[default: 10]" for rich even in help that is plain text.
-typer.core.HAS_RICH = False
+_ADMIN = ("backup", "restore", "keys", "audit", "operators", "mosquitto")
 
-app = typer.Typer(
+app = App(
     name="commonweight",
     help="Train together, keep your data: operate the coordinator and watch the fleet.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,  # a panel of many lines fills a daemon's log
-    pretty_exceptions_show_locals=False,
-    rich_markup_mode=None,
+    sections={
+        "First steps": ("demo", "init", "up", "ticket", "run", "monitor"),
+        "Fleet": ("status", "peers"),
+        "Results": ("models", "infer", "analyze"),
+        "Upkeep": ("doctor", "admin"),
+    },
+    folded={"infer": "job", "analyze": "job"},
+    moved={
+        "job": "commonweight infer list, infer show or infer stop",
+        "mqtt": "commonweight admin mosquitto",
+        **{name: f"commonweight admin {name}" for name in _ADMIN[:-1]},
+    },
 )
+upkeep = App(
+    help="Backup, restore, keys, audit, operators, Mosquitto.", sections={"Commands": _ADMIN}
+)
+
 monitor.add_to(app)
 fleet.add_to(app)
 app.add_typer(runs.runs, name="run")
 app.add_typer(models.models, name="models")
 jobs.add_to(app)
 analyze.add_to(app)
-app.add_typer(keys.keys, name="keys")
-admin.add_to(app)
-mqtt.add_to(app)
+for place in (upkeep, app):  # older versions had them at the top level
+    admin.add_to(place)
+    fleet.add_operators_to(place)
+    place.add_typer(keys.keys, name="keys")
+admin.add_doctor_to(app)
+upkeep.command("mosquitto")(mqtt.mosquitto)
+app.add_typer(upkeep, name="admin")
+app.add_typer(mqtt.mqtt, name="mqtt")
 
 
 @app.callback(invoke_without_command=True)
@@ -80,7 +97,8 @@ def init(
     elif offline_ca is not None:
         raise UsageError(
             "this coordinator has a CA already",
-            f"replace it by an offline one: commonweight keys rotate ca --offline-ca {offline_ca}",
+            "replace it by an offline one: "
+            f"commonweight admin keys rotate ca --offline-ca {offline_ca}",
         )
     home, new = settings.init(name or [], keep)
     if name:
@@ -104,7 +122,7 @@ def up(
     ] = None,
     mosquitto: Annotated[
         str | None,
-        typer.Option(help="Use the Mosquitto of this folder: commonweight mqtt mosquitto."),
+        typer.Option(help="Use the Mosquitto of this folder: commonweight admin mosquitto."),
     ] = None,
     approve: Annotated[
         bool | None, typer.Option("--approve", help="New peers wait for your approval.")
@@ -213,7 +231,7 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Train on real data with several agents on this machine, in a minute or two."""
+    """Train on real data with several agents on this machine."""
     if sample is not None:
         from coordinator.cli.demo import sample_tables
 

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from coordinator.cli.common import Json, connect, print_line, print_list
+from coordinator.cli.names import RunName, find_run
 from protocols.local import homes
+from protocols.local.command_line import App
 
-models = typer.Typer(help="The shared weights that runs have made.", no_args_is_help=True)
+models = App(help="List and export the models that runs have made.")
 
 
 @models.command("list")
@@ -29,20 +31,20 @@ def list_models(json: Json = False) -> None:
 
 @models.command("export")
 def export(
-    run: str,
+    run: RunName,
     out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     which: Annotated[str, typer.Option(help="best, latest, or a digest.")] = "best",
 ) -> None:
-    """Write a version as safetensors, and beside it a model card in JSON.
+    """Write a version as safetensors, with a model card in JSON.
 
-    Other formats, such as ONNX, need torch: use commonweight-agent export.
+    Other formats, such as ONNX, need torch: use commonweight-agent models export.
     """
     from coordinator.fleet.reducer import display_name
     from coordinator.runs import export as model_export
     from protocols.model import model_card
 
     remote = connect()
-    found = remote.run(run)
+    found = find_run(remote, run)
     names = {peer.peer: display_name(peer) for peer in remote.fleet().peers.values()}
     remote.mark_exported(found.id, model_export.resolve_version(found, which))
     version = model_export.export(homes.open_home("coordinator"), found, which, names, out)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.cli.common import Json, print_line
+from coordinator.cli.names import complete_peers
 from protocols.local import cli_entry, json_output
 
 
@@ -46,7 +47,10 @@ def monitor(
     ] = "",
     via: Annotated[
         str | None,
-        typer.Option(help="Ask this peer (name or HOST:PORT) while the coordinator is away."),
+        typer.Option(
+            help="Ask this peer (name or HOST:PORT) while the coordinator is away.",
+            autocompletion=complete_peers,
+        ),
     ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="In a browser on this machine (extra: serve).")

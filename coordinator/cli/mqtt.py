@@ -1,4 +1,4 @@
-"""`commonweight mqtt mosquitto`: Mosquitto in place of the embedded broker."""
+"""`commonweight admin mosquitto`: Mosquitto in place of the embedded broker."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import typer
 
 from coordinator.cli.common import Json, print_result
 from protocols.errors import HomeError, UsageError
+from protocols.local.command_line import App
 
-mqtt = typer.Typer(help="A broker of your own.", no_args_is_help=True)
-
-
-def add_to(app: typer.Typer) -> None:
-    app.add_typer(mqtt, name="mqtt")
+#: The old home of the command.
+mqtt = App(help="A broker of your own.")
 
 
 @mqtt.callback()
@@ -28,7 +26,7 @@ def mosquitto(
     folder: Annotated[Path, typer.Argument(help="A folder of its own, for its files.")],
     json: Json = False,
 ) -> None:
-    """Write the files of a Mosquitto with a login and rights for each member."""
+    """Write the files of a Mosquitto broker, with logins for members."""
     from coordinator.daemon.coordinator import mosquitto_port, mqtt_passwords
     from coordinator.storage import settings
     from coordinator.transport.mosquitto import MosquittoFiles

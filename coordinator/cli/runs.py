@@ -23,15 +23,17 @@ from coordinator.cli.common import (
     print_list,
     print_result,
 )
+from coordinator.cli.names import RunName, complete_tasks, find_run
 from coordinator.runs.options import OPTIONS, Option
 from protocols.errors import CommonweightError, UsageError
+from protocols.local.command_line import App
 from protocols.messages.states import RunState
 
 if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
     from coordinator.runs.state import Run
 
-runs = typer.Typer(help="Training runs: start, stop, show, delete.", no_args_is_help=True)
+runs = App(help="Start, show, stop, resume and delete training runs.")
 
 Follow = Annotated[bool, typer.Option("--follow", help="Stay until the run has ended.")]
 
@@ -75,7 +77,7 @@ def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 @runs.command("start")
 @_with_run_options
 def start(
-    task: Annotated[str, typer.Argument(help=OPTIONS[0].help)] = "",
+    task: Annotated[str, typer.Argument(help=OPTIONS[0].help, autocompletion=complete_tasks)] = "",
     *,
     follow: Follow = False,
     json: Json = False,
@@ -125,7 +127,7 @@ def _follow(remote: Remote, run_id: str, *, quiet: bool) -> Run:
 
 @runs.command("metrics")
 def metrics(
-    run: str,
+    run: RunName,
     follow: Follow = False,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Write event files to this folder instead of JSON lines.")
@@ -134,11 +136,11 @@ def metrics(
         str, typer.Option(help="Log to MLflow at this address instead of JSON lines.")
     ] = "",
 ) -> None:
-    """Give every round's metrics to other programs: a line of JSON each."""
+    """Print each round's metrics as JSON, or send them elsewhere."""
     from coordinator.cli import tracking
 
     remote = connect()
-    found = remote.run(run)
+    found = find_run(remote, run)
     with contextlib.ExitStack() as stack:
         sinks: list[tracking.Sink] = []
         if tensorboard is not None:
@@ -160,10 +162,10 @@ def metrics(
 
 
 @runs.command("stop")
-def stop(run: str) -> None:
+def stop(run: RunName) -> None:
     """Stop a run. Its versions stay."""
     remote = connect()
-    found = remote.run(run)
+    found = find_run(remote, run)
     if found.ended:
         print_line(f"{found.id} has ended already: {found.state}")
         return
@@ -172,16 +174,16 @@ def stop(run: str) -> None:
 
 
 @runs.command("resume")
-def resume(run: str) -> None:
-    """Resume a run that was stopped or has failed, from its newest version."""
+def resume(run: RunName) -> None:
+    """Resume a run that was stopped or failed, from its newest version."""
     remote = connect()
-    found = remote.run(run)
+    found = find_run(remote, run)
     remote.resume_run(found.id)
     print_line(f"{found.id} is resumed; watch it: commonweight monitor")
 
 
 @runs.command("delete")
-def delete(run: str, yes: Yes = False, json: Json = False) -> None:
+def delete(run: RunName, yes: Yes = False, json: Json = False) -> None:
     """Delete an ended run and its versions. The ledger keeps its record."""
     from coordinator.runs import deletion
 
@@ -213,10 +215,10 @@ def list_runs(json: Json = False) -> None:
 
 
 @runs.command("show")
-def show(run: str, json: Json = False) -> None:
+def show(run: RunName, json: Json = False) -> None:
     """Show one run: its settings, its state and what it waits for."""
     remote = connect()
-    found = remote.run(run)
+    found = find_run(remote, run)
     if json:
         print_json(found)
         return

@@ -155,7 +155,7 @@ class Registry:
             if not operator.removed and name_or_id in (operator.operator, operator.name):
                 self._record(OperatorRemoved(operator.operator))
                 return
-        raise UnknownName(f"no operator {name_or_id!r}", "commonweight operators list")
+        raise UnknownName(f"no operator {name_or_id!r}", "commonweight admin operators list")
 
     def _verified_ticket(
         self, request: JoinRequest | OperatorJoinRequest, proof: bytes

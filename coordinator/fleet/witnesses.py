@@ -95,5 +95,5 @@ class Witnesses:
         return (
             f"has seen entry {head.ledger} of a ledger that is not this one, signed with our key "
             f"at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(head.at))}. Was the home "
-            "copied back without commonweight restore, or does a second coordinator use it?"
+            "copied back without commonweight admin restore, or does a second coordinator use it?"
         )

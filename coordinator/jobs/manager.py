@@ -188,7 +188,7 @@ class JobManager:
         """Resume a job that was stopped or has failed. Raises CannotBeMet, UnknownName."""
         job = self.find(job_id)
         if job.state in (JobState.WORKING, JobState.FINISHED):
-            raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
+            raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight infer list")
         self._check_models(job.spec)
         self._loops.pop(job.id, None)  # its last loop may still be finishing
         self._record(job.id, job_events.JobResumed())
@@ -199,7 +199,7 @@ class JobManager:
         """Delete the files of a finished job: its requester has the answers. Raises CannotBeMet."""
         job = self.find(job_id)
         if job.state is not JobState.FINISHED:
-            raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight job list")
+            raise CannotBeMet(f"job {job.id} is {job.state}", "commonweight infer list")
         if not job.taken:
             self._record(job.id, job_events.JobTaken())
         for digest in job.on_disk - self._referenced():
@@ -214,7 +214,7 @@ class JobManager:
         """A job by its id or the start of it. Raises UnknownName."""
         found = [job for job in self.all() if job.id.startswith(job_id)]
         if len(found) != 1:
-            raise UnknownName(f"no job {job_id!r}", "commonweight job list")
+            raise UnknownName(f"no job {job_id!r}", "commonweight infer list")
         return found[0]
 
     def all(self) -> list[Job]:

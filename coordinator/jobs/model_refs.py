@@ -31,6 +31,8 @@ class ResolvedModels(NamedTuple):
 def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> ResolvedModels:
     """The versions for "best", "latest", RUN, RUN:latest, or the start of a digest.
 
+    RUN is the id of a run, or a task: then its newest run, whose id is in `names`.
+
     Raises UnknownName, and UsageError for models of several tasks or settings, and for those of a
     run whose peers keep some layers.
     """
@@ -38,8 +40,8 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
     if not candidates:
         of_task = f" of the task {task!r}" if task else ""
         raise UnknownName(f"no run{of_task} has a version", _HINT)
-    names = tuple(dict.fromkeys(names))
-    found = [_resolve(candidates, name) for name in names]
+    asked = [_full_name(candidates, name) for name in dict.fromkeys(names)]
+    found = [_resolve(candidates, name) for name in asked]
     for run, _ in found:
         _check_whole(run)
     (task, settings), *others = [(run.spec.task, _settings(run)) for run, _ in found]
@@ -50,7 +52,7 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
     digests = dict.fromkeys(digest for _, digest in found)
     if len(digests) < len(found):
         raise UsageError("two of these models are the same version", "name each version once")
-    return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), names)
+    return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), tuple(asked))
 
 
 def _check_whole(run: Run) -> None:
@@ -60,6 +62,14 @@ def _check_whole(run: Run) -> None:
             f"the layers {layers} of run {run.id} stay on each peer: no version is a whole model",
             "choose the model of a run with another --strategy",
         )
+
+
+def _full_name(runs: Sequence[Run], name: str) -> str:
+    """The name with the id of the newest run in place of its task, if it is a task."""
+    start, colon, which = name.partition(":")
+    of_task = [run.id for run in runs if run.spec.task == start]
+    known = {"best", "latest", *(run.id for run in runs)}
+    return f"{of_task[-1]}{colon}{which}" if of_task and start not in known else name
 
 
 def _resolve(runs: Sequence[Run], name: str) -> tuple[Run, str]:

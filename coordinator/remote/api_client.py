@@ -70,8 +70,8 @@ class Remote:
     constructor raises NotRunning if no coordinator runs here.
     """
 
-    def __init__(self, home: Path) -> None:
-        self._home = home
+    def __init__(self, home: Path, timeout_s: float = 15.0) -> None:
+        self._home, self._timeout_s = home, timeout_s
         self._connect()
         self.role = self._connection.role
         self.address = self._connection.addresses[0]
@@ -79,7 +79,7 @@ class Remote:
     def _connect(self) -> None:
         self._connection = access.connection_info(self._home)
         context = ssl.create_default_context(cadata=self._connection.ca_pem)
-        self._http = httpx.Client(verify=context, timeout=15)
+        self._http = httpx.Client(verify=context, timeout=self._timeout_s)
 
     def close(self) -> None:
         self._http.close()

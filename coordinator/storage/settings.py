@@ -40,13 +40,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Settings of `commonweight up`. Environment: `COMMONWEIGHT_PORT` and so on.
 
     `host` and `port`: where agents connect. `mqtt_port`: 0 means `port` + 1. `mqtt_url`: an
-    external broker instead of the embedded one. `mqtt_mosquitto`: a folder of `commonweight mqtt
-    mosquitto` instead, for a Mosquitto on this machine. `names`: host names and addresses by which
-    agents reach this machine, instead of those detected. `public_addresses`: host:port or
-    host:port/path of a proxy or router in front of this machine. `approve`: new peers wait for
-    `peers approve`.
-    `announce`: announce the coordinator in the local network. `metrics_port`: serves /metrics for
-    Prometheus on loopback; 0 is off.
+    external broker instead of the embedded one. `mqtt_mosquitto`: a folder of
+    `commonweight admin mosquitto` instead, for a Mosquitto on this machine. `names`: host names and
+    addresses by which agents reach this machine, instead of those detected. `public_addresses`:
+    host:port or host:port/path of a proxy or router in front of this machine. `approve`: new peers
+    wait for `peers approve`. `announce`: announce the coordinator in the local network.
+    `metrics_port`: serves /metrics for Prometheus on loopback; 0 is off.
     """
 
     host: str = "0.0.0.0"

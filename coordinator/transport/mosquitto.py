@@ -1,6 +1,6 @@
 """Mosquitto as the broker: its configuration, and a login and ACL for each member.
 
-`commonweight mqtt mosquitto FOLDER` writes the files once, and the coordinator keeps them up to
+`commonweight admin mosquitto FOLDER` writes the files once, and the coordinator keeps them up to
 date. Mosquitto reads them again on SIGHUP and then ends connections whose login is gone. It runs on
 the coordinator's machine, with the coordinator's TLS certificate.
 """
@@ -163,7 +163,7 @@ class MosquittoBroker:
             raise HomeError(
                 f"cannot write the logins of Mosquitto into {self._files.folder}: "
                 f"{err.strerror or err}",
-                f"commonweight mqtt mosquitto {self._files.folder}",
+                f"commonweight admin mosquitto {self._files.folder}",
             ) from err
 
     async def stop(self) -> None:

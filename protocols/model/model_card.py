@@ -1,7 +1,7 @@
 """The model card of an exported model: its run, task, contributors and metrics. Pure.
 
 A JSON file beside the safetensors file: `gait.safetensors`, `gait.json`. It is for people and for
-programs other than commonweight. `commonweight-agent export` reads it to convert the model.
+programs other than commonweight. `commonweight-agent models export` reads it to convert the model.
 """
 
 from __future__ import annotations

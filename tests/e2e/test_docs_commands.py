@@ -46,7 +46,7 @@ PRINTS = {
 }
 #: A block with one of these joins its machines or starts their agents itself, or needs no agent.
 BEFORE_AGENT = (
-    *("commonweight-agent join", "commonweight-agent run", "export"),
+    *("commonweight-agent join", "commonweight-agent up", "export"),
     *("commonweight demo", "commonweight monitor --join"),
 )
 
@@ -151,7 +151,7 @@ class Site:
         if "peers approve" in line:
             self._join("guest")
         printed = machine.follow(self._filled(line, machine.name), f"{given}\n")
-        if "restart the running agent" in printed and "agent" in machine.programs:
+        if "restart the agent" in printed and "agent" in machine.programs:
             machine.stop("agent")
             machine.run_agent()
         if line.startswith("commonweight ticket create --uses"):
@@ -200,7 +200,7 @@ class Site:
             mnist = [run["id"] for run in of_two if run["id"].startswith("mnist")]
             line = re.sub("mnist-[0-9a-f]{6}", mnist[0] if mnist else "none", line)
         if "scatter-1a2b3c" in line:
-            line = line.replace("scatter-1a2b3c", self.data("job list")[0]["job"])
+            line = line.replace("scatter-1a2b3c", self.data("infer list")[0]["job"])
         if re.search(r"\bID\b", line):
             line = re.sub(r"\bID\b", self.data("ticket list")[0]["id"], line)
         if re.search(r"\bNAME\b", line):

@@ -22,7 +22,7 @@ from tests.support.waiting import wait_for
 
 #: Commands that go on until they are ended, and what they write first.
 ENDLESS = {
-    ("commonweight-agent", "serve"): "http://",
+    ("commonweight-agent", "models", "serve"): "http://",
     ("commonweight-agent", "logs", "-f"): "",
     ("commonweight", "status", "--watch"): "",
 }
@@ -62,7 +62,7 @@ class Machine:
         match words:
             case ["commonweight", "up", *options]:
                 self._up(options)
-            case ["commonweight-agent", "run"]:
+            case ["commonweight-agent", "up" | "run"]:
                 self.run_agent()
             case ["commonweight", "monitor", *options] if "--once" not in options:
                 return self._watch(line, given)

@@ -135,3 +135,21 @@ async def test_a_request_that_ends_on_a_full_disk_does_not_end_the_agent(
         ballast.unlink()
         agent._owner_commands.poll()
         assert not agent._runner.state.pauses
+
+
+async def test_a_restart_request_ends_this_agent_once_and_keeps_the_owners_pause(
+    site: Site, tmp_path: Path
+) -> None:
+    home = tmp_path / "box"
+    status_files.write_request(home, OwnerRequest(want="pause", at=1.0, restart_at=5.0))
+    agent = an_agent(site, home)
+    agent._owner_commands.poll()
+    assert not agent.must_restart  # it was asked of an earlier agent
+    status_files.write_request(home, OwnerRequest(want="pause", at=1.0, restart_at=6.0))
+    agent._owner_commands.poll()
+    assert agent.must_restart
+    assert PauseReason.USER in agent._runner.state.pauses
+    agent = an_agent(site, home)
+    agent._owner_commands.poll()
+    assert not agent.must_restart
+    assert PauseReason.USER in agent._runner.state.pauses
