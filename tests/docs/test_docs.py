@@ -65,9 +65,10 @@ def check(words: list[str]) -> None:
     command: click.Command = typer.main.get_command(PROGRAMS[words[0]])
     context, rest = click.Context(command, info_name=words[0]), words[1:]
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
-        name, rest = rest[0], rest[1:]
-        sub = command.get_command(context, name)
-        assert sub is not None, f"there is no {name}"
+        assert rest[0] in command.commands, f"there is no {rest[0]}"
+        assert rest[0] not in getattr(command, "moved", {}), f"{rest[0]} is an old spelling"
+        name, sub, rest = command.resolve_command(context, rest)
+        assert sub is not None
         command, context = sub, click.Context(sub, info_name=name, parent=context)
     if not isinstance(command, click.Group):
         command.make_context(context.info_name, rest, parent=context.parent)
