@@ -3,7 +3,7 @@
 # make test-long  the tests marked `long`: real fleets that are killed, cut off, filled up
 # make test-extras   tests of Keras, LoRA, Dask, Spark and a browser, each in an environment of its own
 # make setup  only build .venv
-# make wheel  the wheel to install on other machines, in dist/
+# make wheel  dist/: the wheel to install on other machines, and install.sh with its locks
 # make lock   deploy/locks: every package of an installation, pinned by hash
 # make sbom   the same as a CycloneDX list in build/; make audit-packages asks for known weaknesses
 # make attacks  every attack that was tried, on the code as it is: the table in docs/security.md
@@ -95,9 +95,12 @@ audit-packages: $(TOOLS)/.ready
 	for role in coordinator agent build; do $(TOOLS)/bin/pip-audit --disable-pip --require-hashes \
 		-r deploy/locks/$$role.txt || exit 1; done
 
-# Needs no .venv: pip fetches the build backend
+# Needs no .venv: pip fetches the build backend. The folder dist/ is all that a machine needs
 wheel:
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	mkdir -p dist/locks
+	cp deploy/install.sh dist/
+	cp deploy/locks/coordinator.txt deploy/locks/agent.txt dist/locks/
 
 man: setup
 	$(BIN)/python deploy/manual.py build/man

@@ -59,11 +59,16 @@ def test_the_container_starts_from_a_digest_and_installs_by_hash() -> None:
     """Attack: put another base image or package into the container than those that were tested."""
     lines = (DEPLOY / "Containerfile").read_text().splitlines()
     images = [line.split()[1] for line in lines if line.startswith("FROM ")]
-    outside = [image for image in images if image != "base"]
+    stages = {line.split()[-1] for line in lines if line.startswith("FROM ")}
+    outside = [image for image in images if image not in stages]
     assert outside
     assert all(re.search(r"@sha256:[0-9a-f]{64}$", image) for image in outside)
     installs = [line for line in lines if "install" in line and line.startswith("RUN")]
-    assert installs == ["RUN sh deploy/install.sh coordinator /opt/commonweight"]
+    assert installs == [
+        "RUN sh deploy/install.sh coordinator /opt/commonweight --bin ''",
+        "RUN sh deploy/install.sh agent /opt/commonweight --bin '' --torch \"$TORCH\"",
+    ]
+    assert "ARG TORCH=cuda" in lines  # PyTorch by hash too, unless the one who builds says cpu
     assert "--require-hashes" in (DEPLOY / "install.sh").read_text()
 
 
@@ -93,21 +98,84 @@ def test_memory_is_estimated_where_the_service_hides_proc_meminfo(
     assert size_bytes > 1e8
 
 
-@pytest.mark.parametrize("arguments", [[], ["server"]])
-def test_the_install_script_says_how_it_is_used(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "coordinator|agent"),
+        (["server"], "coordinator|agent"),
+        (["agent", "--torch", "gpu"], "--torch is cpu or cuda, not gpu"),
+        (["agent", "--torch"], "--torch needs a value"),
+        (["agent", "--root"], "there is no option --root"),
+    ],
+)
+def test_the_install_script_says_how_it_is_used(arguments: list[str], message: str) -> None:
     done = subprocess.run(
         ["sh", str(DEPLOY / "install.sh"), *arguments], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "coordinator|agent" in done.stderr
+    assert message in done.stderr
+
+
+def _dry_run(folder: Path, *arguments: str, uv: bool) -> list[str]:
+    """The commands that the script would run, in an empty home, with or without uv on the path."""
+    programs = folder / "programs"
+    programs.mkdir()
+    needed = ("sh", "dirname", "uname", "mktemp", "sed", "awk", "rm", "cat", "readlink")
+    for name in needed:
+        (programs / name).symlink_to(shutil.which(name) or name)
+    (programs / "python3").symlink_to(sys.executable)
+    if uv:  # a dry run starts nothing
+        (programs / "uv").write_text("#!/bin/sh\nexit 1\n")
+        (programs / "uv").chmod(0o700)
+    home = folder / "home"
+    home.mkdir()
+    done = subprocess.run(
+        [programs / "sh", DEPLOY / "install.sh", *arguments, "--dry-run"],
+        env={"PATH": str(programs), "HOME": str(home), "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing was changed" in done.stdout
+    assert list(home.iterdir()) == []
+    return [line.removeprefix("+ ") for line in done.stdout.splitlines() if line[:2] == "+ "]
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_a_dry_run_of_the_install_script_says_what_it_would_do(tmp_path: Path, uv: bool) -> None:
+    steps = _dry_run(tmp_path, "coordinator", "--service", uv=uv)
+    home = tmp_path / "home"
+    assert all(line.startswith("uv ") for line in steps[:5]) is uv
+    (packages,) = [line for line in steps if "coordinator.txt" in line]
+    assert "--require-hashes --only-binary :all:" in packages
+    links = [line for line in steps if line.startswith("ln ")]
+    assert links == [
+        f"ln -sf {home}/commonweight/bin/{name} {home}/.local/bin/{name}"
+        for name in ("commonweight", "commonweight-agent")
+    ]
+    assert f"write {home}/.config/systemd/user/commonweight.service" in steps
+    assert "systemctl --user enable --now commonweight.service" in steps
+    assert not any("sudo" in line for line in steps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has CUDA on Linux only")
+def test_the_install_script_takes_pytorch_without_cuda_only_if_asked(tmp_path: Path) -> None:
+    for torch in ("cuda", "cpu"):
+        (tmp_path / torch).mkdir()
+        steps = _dry_run(tmp_path / torch, "agent", "--torch", torch, uv=False)
+        own = [line for line in steps if "torch==" in line]
+        assert [f"torch=={pins('agent')['torch']}" in line for line in own] == (
+            [True] if torch == "cpu" else []
+        )
+        assert any("locks/agent.txt" in line for line in steps) is (torch == "cuda")
 
 
 @pytest.mark.long
 def test_the_install_script_makes_a_working_coordinator(tmp_path: Path) -> None:
-    done = _install(ROOT, tmp_path / "here")
+    done = _install(ROOT, tmp_path / "here", "--bin", str(tmp_path / "bin"))
     assert done.returncode == 0, done.stderr
     told = subprocess.run(
-        [tmp_path / "here/bin/commonweight", "--version"], capture_output=True, text=True
+        [tmp_path / "bin/commonweight", "--version"], capture_output=True, text=True
     )
     assert told.stdout.strip() == PROJECT["project"]["version"]
 
@@ -126,15 +194,16 @@ def test_the_install_script_refuses_a_package_with_another_hash(tmp_path: Path) 
     # aiomqtt is the first package; its hashes are those of other files now.
     first, rest = lock.read_text().split("\nalembic==", 1)
     lock.write_text(re.sub("sha256:.{8}", "sha256:00000000", first) + "\nalembic==" + rest)
-    done = _install(copy, tmp_path / "here")
+    done = _install(copy, tmp_path / "here", "--bin", "")
     assert done.returncode != 0
-    assert "DO NOT MATCH THE HASHES" in done.stderr
+    # pip's words, or uv's
+    assert re.search("DO NOT MATCH THE HASHES|Hash mismatch", done.stderr)
     assert not (tmp_path / "here/bin/commonweight").exists()
 
 
-def _install(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def _install(source: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["sh", str(source / "deploy/install.sh"), "coordinator", str(folder)],
+        ["sh", str(source / "deploy/install.sh"), "coordinator", str(folder), *options],
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,

@@ -34,6 +34,7 @@ OTHERS = {
     ".",
     "uv",
     "pipx",
+    "podman",
     "make",
     "pre-commit",
     "sh",
