@@ -1,4 +1,4 @@
-"""An MkDocs hook: the reference page, made from the code, and CONTRIBUTING.md as a page."""
+"""An MkDocs hook: the reference, made from the code, and CONTRIBUTING.md as a page."""
 
 from __future__ import annotations
 
@@ -6,25 +6,37 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import manual  # noqa: E402
+import python_api  # noqa: E402
 
 from agent.home.settings import format_value  # noqa: E402
 from agent.home.settings_schema import AgentSettings  # noqa: E402
-from protocols import errors  # noqa: E402
+from protocols.errors import ExitCode  # noqa: E402
 
 
 def on_files(files: Files, config: object) -> Files:
     """Add the pages that docs/ does not hold."""
-    pages = {"reference.md": "\n".join(page()), "contributing.md": contributing()}
-    for name, text in pages.items():
+    from mkdocs.structure.files import File
+
+    for name, text in generated().items():
         files.append(File.generated(config, name, content=text))  # type: ignore[arg-type]
     return files
+
+
+def generated() -> dict[str, str]:
+    """The pages by name."""
+    return {
+        "reference.md": "\n".join(page()) + "\n",
+        "api.md": "\n".join(python_api.page()) + "\n",
+        "contributing.md": contributing(),
+    }
 
 
 def contributing() -> str:
@@ -34,7 +46,8 @@ def contributing() -> str:
 
 
 def page() -> Iterator[str]:
-    yield "# Reference"
+    yield "# Commands and settings"
+    yield "\nThis page is made from the code. [Python and HTTP](api.md) has the rest."
     for program in manual.PROGRAMS:
         yield f"\n## {program}\n"
         for command in manual.told(program):
@@ -52,11 +65,8 @@ def page() -> Iterator[str]:
         about = next((m.description for m in getattr(hint, "__metadata__", ())), "") or ""
         shown = format_value(getattr(defaults, name))
         yield f"| `{name}` | {f'`{shown}`' if shown else ''} | {_cell(about)} |"
-    yield (
-        "\n## Errors and exit codes\n\n```text\n"
-        + (errors.__doc__ or "").partition("\n\n")[2]
-        + "```\n"
-    )
+    yield "\n## Exit codes\n\n| code | meaning |\n|---|---|"
+    yield from (f"| {code.value} | {code.name.lower().replace('_', ' ')} |" for code in ExitCode)
 
 
 def _cell(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 import agent.cli.main
 import coordinator.cli.main
+from agent.home.settings_schema import AgentSettings
 from benchmarks import figures
 from protocols import VERSION
 from protocols.local import homes
@@ -25,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = sorted([*(ROOT / name for name in ROOT_PAGES), *(ROOT / "docs").rglob("*.md")])
 PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agent.cli.main.app}
+#: The pages that `make docs` makes from the code (deploy/reference.py).
+GENERATED = {"reference.md", "api.md", "contributing.md"}
 #: Programs that are not ours; what they are asked is theirs.
 OTHERS = {
     "curl",
@@ -95,9 +99,8 @@ def test_a_command_line_is_one_that_is_there(page: str, line: str, copied: bool)
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    made = {"reference.md", "contributing.md"}  # by make docs
     for target in _LINK.findall(page.read_text()):
-        assert target in made or (page.parent / target).exists(), target
+        assert target in GENERATED or (page.parent / target).exists(), target
 
 
 def slugs(page: Path) -> set[str]:
@@ -117,7 +120,7 @@ def test_anchors_lead_to_a_heading(page: Path) -> None:
 def test_each_page_of_the_docs_is_in_the_navigation() -> None:
     nav = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     docs = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
-    assert sorted(nav) == sorted({*docs, "reference.md", "contributing.md"})
+    assert sorted(nav) == sorted({*docs, *GENERATED})
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,32 @@ def test_messages_that_the_docs_quote_are_in_the_code() -> None:
     for quote in quotes:
         for piece in re.split(r"\d+", quote):  # a number is filled in
             assert piece in code, quote
+
+
+def test_the_reference_has_every_command_setting_task_method_and_endpoint() -> None:
+    sys.path.insert(0, str(ROOT / "deploy"))
+    try:
+        reference = importlib.import_module("reference")
+    finally:
+        sys.path.remove(str(ROOT / "deploy"))
+    made = reference.generated()
+    assert set(made) == GENERATED
+    for program in PROGRAMS:
+        commands = list(reference.manual.told(program))
+        assert len(commands) > 20
+        assert all(f"### `{command.words}`" in made["reference.md"] for command in commands)
+    assert all(f"| `{name}` |" in made["reference.md"] for name in AgentSettings.__annotations__)
+    assert "| 130 | interrupted |" in made["reference.md"]
+    for line in (
+        "def train(weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome",
+        "def start_run(order: StartRunRequest) -> str",
+        "| GET | `/cw/v1/fleet` | operators and observers |  |",
+    ):
+        assert line in made["api.md"]
+    assert not re.search("object at 0x|ForwardRef|<class", made["api.md"])
+    for text in made.values():
+        for target in _LINK.findall(text):
+            assert target in GENERATED or (ROOT / "docs" / target).exists(), target
 
 
 def test_what_is_no_command_is_found() -> None:
