@@ -162,9 +162,9 @@ EOF
 }
 
 next="commonweight init, then commonweight up"
-[ "$role" = coordinator ] || next="commonweight-agent join, then commonweight-agent run"
+[ "$role" = coordinator ] || next="commonweight-agent join, then commonweight-agent up"
 if $service && [ "$role" = agent ]; then
-    if $dry || "$folder/bin/commonweight-agent" id >/dev/null 2>&1; then
+    if $dry || "$folder/bin/commonweight-agent" status id >/dev/null 2>&1; then
         run "$folder/bin/commonweight-agent" service install
         next="commonweight-agent status"
     else
