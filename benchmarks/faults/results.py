@@ -99,5 +99,5 @@ def page(whole: dict[str, Any]) -> str:
         told = f"{row['cases']:,} | {row['violations']} | {row['figure']}{about}"
         lines.append(f"| {row['fault']} | {told} |")
     for fault, why in whole["not_covered"].items():
-        lines.append(f"| {fault} | – | – | not played: {why} |")
+        lines.append(f"| {fault} | – | – | not run: {why} |")
     return "\n".join(lines) + "\n"
