@@ -67,7 +67,7 @@ def reduce(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
         elif isinstance(body, wire.Presence):
             _presence(fleet, peer, envelope, body, now)
         elif isinstance(body, wire.Telemetry):
-            _telemetry(peer, envelope, body, now)
+            _telemetry(fleet, peer, envelope, body, now)
         elif _accept(peer, envelope, peer.notice_seq, now):
             peer.notice_seq, peer.seen_at = envelope.seq, now
             _event(fleet, now, body.level, f"{display_name(peer)}: {body.text}", peer.peer)
@@ -153,19 +153,22 @@ def _will(fleet: Fleet, peer: Peer, envelope: Envelope, now: float) -> None:
     peer.state, peer.reason, peer.no_presence = PeerState.OFFLINE, "connection lost", False
 
 
-def _telemetry(peer: Peer, envelope: Envelope, body: wire.Telemetry, now: float) -> None:
+def _telemetry(
+    fleet: Fleet, peer: Peer, envelope: Envelope, body: wire.Telemetry, now: float
+) -> None:
     if not _accept(peer, envelope, peer.telemetry_seq, now):
         return
     peer.telemetry_seq, peer.seen_at = envelope.seq, now
     peer.skew_s = finite(envelope.at - now) or 0.0
     loss = finite(body.loss)
     diverged = body.diverged or (body.loss is not None and loss is None)
-    if peer.telemetry is not None and peer.telemetry.run != body.run:
-        peer.losses = []
-    if body.phase != "evaluate" and (loss is not None or diverged):
+    is_training = body.phase != "evaluate" and body.run not in fleet.jobs
+    if is_training and peer.losses_run != body.run:
+        peer.losses, peer.losses_run = [], body.run
+    if is_training and (loss is not None or diverged):
         peer.losses.append(None if diverged else loss)
         del peer.losses[:-MAX_LOSSES]
-    peer.diverged = diverged
+    peer.diverged = diverged if is_training else peer.diverged
     peer.telemetry = _finite_fields(
         body, loss=None, samples_per_s=0.0, cpu_percent=0.0, battery_percent=None
     )

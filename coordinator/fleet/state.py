@@ -51,7 +51,8 @@ class Peer(Struct, kw_only=True):
     `paused_by`: the rules of its policy that pause it. `seen_at` is Unix s, 0 for never.
     `missed` counts lost messages. `said_at` is the newest date of its messages by its own
     clock, at most our time then. `skew_s` is how far its clock was ahead of ours at its
-    last live message. `contributions` has one character for each of the last rounds of the run
+    last live message. `losses` are those of its training in the run `losses_run`, None where
+    one is not finite. `contributions` has one character for each of the last rounds of the run
     `contributions_run`, newest last: `1` if its update is in the round's version, `0` if not, `?`
     if unknown. `flower` says whether it has a Flower session, None for unknown.
     """
@@ -72,6 +73,7 @@ class Peer(Struct, kw_only=True):
     round: Count = 0
     telemetry: Telemetry | None = None
     losses: Annotated[list[float | None], Meta(max_length=1024)] = []
+    losses_run: Name = ""
     diverged: bool = False
     contributions: Annotated[str, Meta(max_length=1024)] = field(default="", name="given")
     contributions_run: Name = field(default="", name="given_run")

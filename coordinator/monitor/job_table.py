@@ -72,15 +72,26 @@ def _plural(number: int, noun: str) -> str:
 # --- the table -------------------------------------------------------------------------------
 
 
+def is_unanswered(job: Job) -> bool:
+    """True for a job that has finished without any row or statistic from a peer."""
+    changed = job.changed
+    answered = changed.units if changed.kind == "analyze" else changed.rows
+    return changed.state == "finished" and not answered
+
+
 def state_cell(job: Job, now: float, width: int = 80) -> Cell:
     """Glyph and state."""
     state = job.changed.state
     glyph, tone = STATES.get(state, ("·", "quiet"))
+    if is_unanswered(job):
+        glyph, state, tone = "✕", "no answer", "bad"
     return Cell(fmt.truncate(f"{glyph} {state}", width), tone)
 
 
 def _done(job: Job, now: float, width: int) -> Cell:
     done, total = min(job.changed.done, job.changed.total), job.changed.total
+    if is_unanswered(job):
+        done = 0
     share = f" {100 * done // total:>3} %" if total else "   – %"
     return Cell(fmt.progress(done, total, width - len(share)) + share, "busy")
 
@@ -152,7 +163,8 @@ def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     ago = f" {fmt.age(now - job.ended_at)} ago" if job.ended_at else ""
     because = f": {changed.ended_because}" if changed.ended_because else ""
     kind = KINDS.get(changed.kind, changed.kind)
-    done = f"{changed.done:,} of {count_items(job, changed.total)}"
+    num_done = 0 if is_unanswered(job) else changed.done
+    done = f"{num_done:,} of {count_items(job, changed.total)}"
     if is_working(job):
         done += f" · {fmt.count(changed.leased)} leased to {_plural(changed.peers, 'peer')}"
         done += f" · {fmt.count(num_remaining(job))} left"

@@ -105,10 +105,15 @@ def _step(peer: Peer, now: float, width: int) -> Cell:
     return Cell(fmt.progress(telemetry.step, telemetry.steps, width), "busy")
 
 
+def training_loss(peer: Peer) -> float | None:
+    """The last loss of its training in this run; evaluation and jobs have none."""
+    return peer.losses[-1] if peer.losses else None
+
+
 def _loss(peer: Peer, now: float, width: int) -> Cell:
     if peer.diverged:
         return Cell(fmt.DIVERGED, "bad")
-    return Cell(fmt.decimal(peer.telemetry.loss) if peer.telemetry else fmt.NOTHING)
+    return Cell(fmt.decimal(training_loss(peer)))
 
 
 def _trend(peer: Peer, now: float, width: int) -> Cell:
@@ -227,7 +232,7 @@ def sort_key(peer: Peer, column: str, now: float) -> tuple[float | str, ...]:
 def _loss_rank(peer: Peer) -> float:
     if peer.diverged:
         return -1e308
-    loss = peer.telemetry.loss if peer.telemetry else None
+    loss = training_loss(peer)
     return 1e308 if loss is None else -loss
 
 

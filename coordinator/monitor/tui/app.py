@@ -15,7 +15,7 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import ContentSwitcher, Input
 
 from coordinator.api.schema import TicketRequest
-from coordinator.fleet.reducer import current_run
+from coordinator.fleet.reducer import current_run, display_name
 from coordinator.monitor.confirmations import OperatorAction
 from coordinator.monitor.job_table import is_working
 from coordinator.monitor.peer_table import peer_name
@@ -41,8 +41,22 @@ if TYPE_CHECKING:
 
 #: Actions that also work while a peer's screen is open.
 _GLOBAL_ACTIONS = frozenset(
-    {"command", "freeze", "reconnect", "help", "picture", "copy", "command_palette", "quit"}
+    {
+        "command",
+        "finish",
+        "freeze",
+        "reconnect",
+        "help",
+        "picture",
+        "copy",
+        "command_palette",
+        "quit",
+    }
     | {"plain", "play", "step", "seek", "pace"}
+)
+_FINISH = (
+    "The agent ends its round, sends the update, then stops. To start it again, its owner runs:\n"
+    "commonweight-agent run"
 )
 _KEYS_BY_ACTION = {key.action.partition("(")[0]: key for key in KEYS}
 
@@ -139,7 +153,7 @@ class MonitorApp(MonitorBase):
         screen = self.peer_screen
         if text := screen.peer if screen else self.current_page.copy_text:
             self.copy_to_clipboard(text)
-            self.notify(f"copied {text}", timeout=2, markup=False)
+            self.show_message("info", f"copied {text}", 2.0)
 
     def action_export(self) -> None:
         """Write what the page shows as CSV and JSON into the current folder."""
@@ -196,8 +210,11 @@ class MonitorApp(MonitorBase):
     def action_remove(self) -> None:
         self._confirm_and_send("remove", "Its key is refused for good; its past updates stay.")
 
+    def action_finish(self) -> None:
+        self._confirm_and_send("finish", _FINISH)
+
     def action_drain(self) -> None:
-        self._confirm_and_send("drain", "It finishes its round, sends the update, then stops.")
+        self._confirm_and_send("drain", _FINISH)
 
     @work
     async def _confirm_and_send(self, action: OperatorAction, consequence: str) -> None:
@@ -235,7 +252,7 @@ class MonitorApp(MonitorBase):
             name, stop = run.changed.run, lambda remote: remote.stop_run(name)
             later = f"Its versions stay. To continue it later:\ncommonweight run resume {name}"
         else:
-            self.notify(f"no active {'job' if on_jobs else 'run'} to stop", timeout=3)
+            self.show_message("info", f"no active {'job' if on_jobs else 'run'} to stop", 3.0)
             return
         question = f"Stop {'job' if on_jobs else 'run'} {name}?"
         if await self.push_screen_wait(ConfirmDialog(question, later)):
@@ -259,13 +276,15 @@ class MonitorApp(MonitorBase):
             action = key.action.partition("(")[0]
             if key.id in ("open", "palette") or not self._is_allowed(action, screen):
                 continue
-            shown = key.display(self.config.keys)
-            yield SystemCommand(
-                f"{shown}  {key.description}", "", partial(self.run_action, key.action)
-            )
+            title = key.description[0].upper() + key.description[1:]
+            shown = f"key {key.display(self.config.keys)}"
+            yield SystemCommand(title, shown, partial(self.run_action, key.action))
         for name in THEMES:
-            yield SystemCommand(f"theme {name}", "", partial(setattr, self, "theme", name))
-        yield SystemCommand("theme: choose among all", "", self.action_change_theme)
+            yield SystemCommand(f"Theme {name}", "", partial(setattr, self, "theme", name))
+        for peer in self.fleet.peers.values() if self.fleet else ():
+            open_peer = partial(self._show_peer, peer.peer)
+            yield SystemCommand(f"Peer {display_name(peer)}", peer.peer, open_peer, discover=False)
+        yield SystemCommand("Theme: choose among all", "", self.action_change_theme)
 
     @on(CellTable.RowSelected, "#peer-table")
     def _open_peer(self) -> None:

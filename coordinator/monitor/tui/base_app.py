@@ -33,6 +33,7 @@ from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.gc_tuning import TRIM_INTERVAL_S, trim_caches
 from coordinator.monitor.tui.header import Header
 from coordinator.monitor.tui.jobs_page import JobsPage
+from coordinator.monitor.tui.messages import SHOWN_S, RecentMessages
 from coordinator.monitor.tui.page import Frame, Page
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.rounds_page import RoundsPage
@@ -47,7 +48,6 @@ from protocols.messages.states import ENDED
 Part = TypeVar("Part", bound=Widget)
 MIN_WIDTH, MIN_HEIGHT = 40, 12
 DRAW_INTERVAL_S = 0.25
-MAX_TOASTS = 3
 MAX_OWN_EVENTS = 200
 
 
@@ -91,6 +91,7 @@ class MonitorBase(App[None]):
         self._events_seen: int | None = None
         self._alert_tracker = AlertTracker()
         self._alerts_shown = False
+        self.messages = RecentMessages()
         for theme, _ in THEMES.values():
             self.register_theme(theme)
         self.set_keymap(self.config.keys)
@@ -115,7 +116,8 @@ class MonitorBase(App[None]):
 
     def make_footer(self, page: str) -> Footer:
         """A footer for `page`, with the keys as they are mapped."""
-        return Footer(self.config.keys, read_only=self.read_only, page=page)
+        keys, read_only = self.config.keys, self.read_only
+        return Footer(keys, read_only=read_only, replay=self.replaying, page=page)
 
     def on_mount(self) -> None:
         self.theme_changed_signal.subscribe(self, self._use_theme)
@@ -185,7 +187,7 @@ class MonitorBase(App[None]):
         else:
             self.current_page.error = self.following.error
             self.current_page.draw(Frame(self.fleet, now, dirty, lambda: self.events))
-        self._toast_new_events()
+        self._show_new_events()
         self._draw_frame(now)
 
     def _draw_ages(self) -> None:
@@ -209,6 +211,7 @@ class MonitorBase(App[None]):
         tabs.run = current_run(self.fleet) if self.fleet else None
         tabs.num_jobs = num_working(self.fleet) if self.fleet else 0
         tabs.refresh()
+        self._draw_message()
         lost = not self.following.connected and self.following.error is not None
         banner = self.screen_stack[0].query_one("#connection-error", Static)
         banner.display = lost
@@ -236,10 +239,10 @@ class MonitorBase(App[None]):
         """A widget of the main screen, also while another screen covers it."""
         return self.screen_stack[0].query_one(kind)
 
-    # --- events and toasts ---
+    # --- events and messages ---
 
-    def _toast_new_events(self) -> None:
-        """Toast new warnings, errors and ends of runs; those of the first snapshot are old."""
+    def _show_new_events(self) -> None:
+        """Show new warnings, errors and ends of runs; those of the first snapshot are old."""
         fleet = self.fleet
         if fleet is None:
             return
@@ -247,34 +250,39 @@ class MonitorBase(App[None]):
         if seen is None or fleet.num_events <= seen:
             return
         received = fleet.events[seen - fleet.num_events :]
-        new = [event for event in received if event.level != "info" or _ends_a_run(event, fleet)]
-        for event in new[-MAX_TOASTS:]:
-            self._toast(event)
-        if len(new) > MAX_TOASTS:
-            self.notify(f"and {len(new) - MAX_TOASTS} more: 3 shows all", markup=False)
+        for event in received:
+            if event.level != "info" or _ends_a_run(event, fleet):
+                self.show_message(event.level, event.text)
 
     def _show_notices(self) -> None:
         for notice in self.actions.take_notices(self.fleet):
             self.announce(*notice)
 
     def _show_alerts(self, now: float) -> None:
-        """Add new alerts to the events; those of the first look get no toast."""
+        """Add new alerts to the events; those of the first look get no message."""
         if self.fleet is None or not self.following.connected:
             return  # old data cannot raise new alerts
         first, self._alerts_shown = not self._alerts_shown, True
         for alert in self._alert_tracker.new(self.fleet, now):
-            self.announce(alert.level, alert.text, alert.subject, toast=not first)
+            self.announce(alert.level, alert.text, alert.subject, message=not first)
 
-    def _toast(self, event: Event) -> None:
-        severity = "information" if event.level == "info" else event.level
-        self.notify(event.text, severity=severity, markup=False)
+    def show_message(self, level: Level, text: str, shown_s: float = SHOWN_S) -> None:
+        """Show `text` in the footer for a while."""
+        self.messages.add(level, text, time.monotonic(), shown_s)
+        self._draw_message()
 
-    def announce(self, level: Level, text: str, subject: str = "", *, toast: bool = True) -> None:
-        """Add an event of this monitor, and show it as a toast."""
+    def _draw_message(self) -> None:
+        message = self.messages.current(time.monotonic())
+        for screen in self.screen_stack:
+            for footer in screen.query(Footer):
+                footer.message = message
+
+    def announce(self, level: Level, text: str, subject: str = "", *, message: bool = True) -> None:
+        """Add an event of this monitor, and show it in the footer."""
         event = Event(at=self._clock(), level=level, text=text, subject=subject)
         self._own_events = [*self._own_events, event][-MAX_OWN_EVENTS:]
-        if toast:
-            self._toast(event)
+        if message:
+            self.show_message(level, text)
         self.following.all_changed = True
 
     @on(Page.ViewChanged)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import ClassVar, Generic, TypeVar
 
 from rich.table import Table
 from rich.text import Text
-from textual.app import ComposeResult
+from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
@@ -51,7 +52,7 @@ PAGE_HELP = {
     "MQTT, f its Flower session; ● up, ○ down.",
     "rounds": "Rounds: the current run, one row per closed round, the newest first; ★ marks the "
     "best. The plots show the mean of all peers, and shade their range.",
-    "events": "Events: all events, including toasts. enter opens the peer that a line is about.",
+    "events": "Events: all events, and this monitor's own. enter opens the peer of a line.",
     "jobs": "Jobs: inference and analytics. Left are the items that are neither answered nor "
     "leased to a peer. Below the table are the details of the job under the cursor.",
     "peer": "Peer: 1 overview, 2 metrics, 3 its log (fetched when opened; never data, paths or "
@@ -100,7 +101,10 @@ class TicketDialog(Dialog[None]):
     """Shows a ticket once; it is stored nowhere."""
 
     title_text = "A ticket, shown only once"
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("y", "copy", "Copy", show=False)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "copy", "Copy", show=False),
+        Binding("p", "print", "Print", show=False),
+    ]
 
     def __init__(self, ticket: str) -> None:
         super().__init__()
@@ -110,14 +114,27 @@ class TicketDialog(Dialog[None]):
         own = colors()
         text = Text.assemble(("On the new machine, run:\n\n", own.dim))
         text.append("commonweight-agent join -\n\n", own.blue)
-        text.append("and paste this line (", own.dim).append("y", f"bold {own.blue}")
-        text.append(" copies it):\n\n", own.dim)
-        return text.append(self._ticket, f"bold {own.text}")
+        text.append("and paste this line:\n\n", own.dim)
+        text.append(f"{self._ticket}\n\n", f"bold {own.text}")
+        text.append("y", f"bold {own.blue}").append(" copies it. ", own.dim)
+        text.append("p", f"bold {own.blue}")
+        text.append(" prints it as one line, to select it with the mouse.", own.dim)
+        return text
 
     def action_copy(self) -> None:
         """Copy to the clipboard, if the terminal allows it."""
         self.app.copy_to_clipboard(self._ticket)
-        self.notify("copied", timeout=2)
+        self.query_one("#box").border_subtitle = "copied, if the terminal allows it · esc closes"
+
+    def action_print(self) -> None:
+        """Print the ticket below the prompt, where the terminal wraps it and copies it whole."""
+        try:
+            with self.app.suspend():
+                sys.stdout.write(f"\n{self._ticket}\n\npress enter to return to the monitor\n")
+                sys.stdout.flush()
+                sys.stdin.readline()
+        except SuspendNotSupported:
+            self.query_one("#box").border_subtitle = "not possible here: use y · esc closes"
 
 
 class ConfirmDialog(Dialog[bool]):

@@ -14,6 +14,7 @@ import msgspec
 
 from coordinator.fleet.reducer import has_presence, shown_reason, shown_state
 from coordinator.fleet.state import Event, Fleet, Job, Peer, Run
+from coordinator.monitor.peer_table import training_loss
 from protocols.errors import CommonweightError
 from protocols.local.spreadsheets import escape_formula
 
@@ -33,7 +34,7 @@ def peer_rows(peers: Sequence[Peer], now: float) -> list[Row]:
             "mqtt": has_presence(peer, now),
             "flower": peer.flower,
             "seen_s_ago": round(now - peer.seen_at, 1) if peer.seen_at else None,
-            "loss": peer.telemetry.loss if peer.telemetry else None,
+            "loss": training_loss(peer),
             "diverged": peer.diverged,
             "bytes_up": peer.telemetry.bytes_up if peer.telemetry else None,
             "bytes_down": peer.telemetry.bytes_down if peer.telemetry else None,

@@ -1,7 +1,8 @@
-"""The footer: the keys of the open page, as many as fit.
+"""The footer: the keys of the open page, as many as fit, or for some seconds a message.
 
 Textual's Footer cuts off the last keys at 60 columns (help and quit) and takes 27 ms for a change
-of the page; this one takes less than 1 ms.
+of the page; this one takes less than 1 ms. Textual's toasts cover what they lie on; a message here
+covers only keys.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from coordinator.monitor.tui.keys import KEYS, MIN_WIDTH_PALETTE, PINNED, Key
-from coordinator.monitor.tui.theme import colors
+from coordinator.monitor.peer_table import LEVELS
+from coordinator.monitor.tui.keys import KEYS, MIN_WIDTH_PALETTE, PINNED, REPLAY_ONLY, Key
+from coordinator.monitor.tui.messages import Message
+from coordinator.monitor.tui.theme import colors, styles
 
 
 class Footer(Widget):
@@ -24,25 +27,61 @@ class Footer(Widget):
 
     page: reactive[str] = reactive("fleet")
     """The page whose keys are shown."""
+    message: reactive[Message | None] = reactive(None)
+    """Stands in place of the keys."""
 
     def __init__(
-        self, remapped: dict[str, str], *, read_only: bool = False, page: str = "fleet"
+        self,
+        remapped: dict[str, str],
+        *,
+        read_only: bool = False,
+        replay: bool = False,
+        page: str = "fleet",
     ) -> None:
         super().__init__()
         self._remapped = remapped
-        self._read_only = read_only
+        self._read_only, self._replay = read_only, replay
         self.set_reactive(Footer.page, page)
 
     def render(self) -> Text:
         width = self.content_size.width
-        return footer_line(self.page, width, self._remapped, read_only=self._read_only)
+        if self.message is not None:
+            return message_line(self.message, width)
+        return footer_line(
+            self.page, width, self._remapped, read_only=self._read_only, replay=self._replay
+        )
+
+
+def message_line(message: Message, width: int) -> Text:
+    """Glyph, text and the number of other messages, in `width` characters."""
+    glyph, tone = LEVELS[message.level]
+    more = f"  and {message.num_more} more: 3 shows all" if message.num_more else ""
+    style = styles()[tone] if tone != "quiet" else Style(color=colors().text)
+    line = Text(f"{glyph} {message.text}", style, no_wrap=True, end="")
+    line.truncate(max(width - len(more), 0), overflow="ellipsis")
+    return line.append(more, colors().dim)
 
 
 def footer_line(
-    page: str, width: int, remapped: dict[str, str] | None = None, *, read_only: bool = False
+    page: str,
+    width: int,
+    remapped: dict[str, str] | None = None,
+    *,
+    read_only: bool = False,
+    replay: bool = False,
 ) -> Text:
-    """The footer's text in `width` characters: the keys of the page, then help and quit."""
-    keys = [key for key in KEYS if page in key.pages.split() and not (read_only and key.changes)]
+    """The footer's text in `width` characters: the keys of the page, then help and quit.
+
+    In a recording its own keys stand first.
+    """
+    keys = [
+        key
+        for key in KEYS
+        if page in key.pages.split()
+        and not (read_only and key.changes)
+        and (replay or key.id not in REPLAY_ONLY)
+    ]
+    keys.sort(key=lambda key: key.id not in REPLAY_ONLY)
     pinned = [key for key in keys if key.id in PINNED]
     if width < MIN_WIDTH_PALETTE:
         pinned = [key for key in pinned if key.id != "palette"]

@@ -36,8 +36,8 @@ class ReplayApp(MonitorApp):
 
     def action_seek(self, by_s: float) -> None:
         self._recording.seek(by_s)
-        self._events_seen = None  # skipped events get no toast
-        self.clear_notifications()  # toasts of another time
+        self._events_seen = None  # skipped events get no message
+        self.messages.clear()  # those of another time
         self._draw_frame(self._clock())
 
     def action_pace(self, factor: float) -> None:

@@ -1,4 +1,7 @@
-"""The form that starts a run: a field for each option of `commonweight run start`."""
+"""The form that starts a run: a field for each option of `commonweight run start`.
+
+The fields that most runs need stand first; the others appear with ctrl+o.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,17 @@ from textual.widgets import Input, Label, Static
 from coordinator.api.schema import StartRunRequest
 from coordinator.monitor.tui.theme import colors
 from coordinator.remote import run_options
-from coordinator.runs.options import OPTIONS
+from coordinator.runs.options import OPTIONS, Option
 from protocols.errors import CommonweightError
+
+#: Shown first, in this order.
+_FIRST = ("task", "target", "until", "rounds", "quorum", "deadline", "strategy", "codec")
+
+
+def ordered_options() -> list[Option]:
+    """All options, those of `_FIRST` first."""
+    ranks = {name: rank for rank, name in enumerate(_FIRST)}
+    return sorted(OPTIONS, key=lambda option: ranks.get(option.name, len(_FIRST)))
 
 
 def order(texts: Mapping[str, str]) -> StartRunRequest:
@@ -32,19 +44,23 @@ class RunForm(ModalScreen[StartRunRequest | None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Close", show=False),
         Binding("ctrl+s", "send", "Start", show=False),
+        Binding("ctrl+o", "more", "More options", show=False),
         Binding("down", "app.focus_next", "Next", show=False),
         Binding("up", "app.focus_previous", "Before", show=False),
     ]
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._options = {f"field-{option.name}": option for option in ordered_options()}
+
     def compose(self) -> ComposeResult:
         with Vertical(id="form") as box:
             box.border_title = "A new run"
-            box.border_subtitle = "enter starts it · esc closes"
             with Vertical(id="fields"):  # a VerticalScroll would take the keys up and down
-                for one in OPTIONS:
-                    with Horizontal(classes="field"):
+                for field, one in self._options.items():
+                    with Horizontal(classes="field" if one.name in _FIRST else "field more"):
                         yield Label(one.name.replace("-", " "))
-                        yield Input(one.default_text, placeholder=one.help, compact=True)
+                        yield Input(one.default_text, placeholder=one.help, compact=True, id=field)
             yield Static(id="form-message")  # always visible, even when the fields are scrolled
 
     def on_mount(self) -> None:
@@ -52,23 +68,34 @@ class RunForm(ModalScreen[StartRunRequest | None]):
             one.cursor_blink = False
         self.query(Input).first().focus()
         self._explain()
+        self._show_more(False)
 
     def on_descendant_focus(self) -> None:
         self._explain()
 
     def _explain(self) -> None:
         """Show the help of the focused field."""
-        inputs = list(self.query(Input))
-        if self.focused in inputs:
-            help_text = OPTIONS[inputs.index(self.focused)].help
-            self.query_one("#form-message", Static).update(Text(help_text, colors().dim))
+        if self.focused is not None and (option := self._options.get(self.focused.id or "")):
+            self.query_one("#form-message", Static).update(Text(option.help, colors().dim))
+
+    def action_more(self) -> None:
+        """Show the other options, or hide them."""
+        self._show_more(not self.has_class("-all"))
+
+    def _show_more(self, shown: bool) -> None:
+        self.set_class(shown, "-all")
+        more = sum(option.name not in _FIRST for option in self._options.values())
+        others = "^o fewer" if shown else f"^o {more} more options"
+        self.query_one("#form").border_subtitle = f"enter starts it · {others} · esc closes"
+        if self.focused is not None and not self.focused.display:
+            self.query(Input).first().focus()
 
     @on(Input.Submitted)
     def action_send(self) -> None:
         """Check the order and close; an error is shown in the form."""
-        inputs = zip(OPTIONS, self.query(Input), strict=True)
+        texts = {self._options[field.id or ""].name: field.value for field in self.query(Input)}
         try:
-            made = order({option.name: field.value for option, field in inputs})
+            made = order(texts)
         except CommonweightError as err:
             message = f"✕ {err.message}. {err.hint}".rstrip(" .")
             self.query_one("#form-message", Static).update(Text(message, colors().vermilion))

@@ -20,6 +20,7 @@ from protocols.messages.envelope import (
     Doorbell,
     Envelope,
     EventLine,
+    JobChanged,
     Links,
     Notice,
     PeerChanged,
@@ -215,6 +216,18 @@ def test_loss_history_is_bounded_and_belongs_to_one_run() -> None:
     assert len(fleet.peers["A"].losses) == fleets.MAX_LOSSES
     reduce(fleet, said("A", 300, Telemetry(run="s", loss=7.0)), NOW)
     assert fleet.peers["A"].losses == [7.0]
+
+
+def test_a_job_and_an_evaluation_leave_the_losses_of_the_training() -> None:
+    fleet = new_fleet("A")
+    job = JobChanged(job="scatter-1", kind="scatter", state="working", done=0, total=9)
+    reduce(fleet, said(COORDINATOR, 2, job), NOW)
+    reduce(fleet, said("A", 1, Telemetry(run="r", phase="train", loss=0.5)), NOW)
+    reduce(fleet, said("A", 2, Telemetry(run="r", phase="evaluate", loss=0.0)), NOW)
+    reduce(fleet, said("A", 3, Telemetry(run="scatter-1", loss=0.0)), NOW)
+    assert fleet.peers["A"].losses == [0.5]
+    reduce(fleet, said("A", 4, Telemetry(run="r", phase="train", loss=0.4)), NOW)
+    assert fleet.peers["A"].losses == [0.5, 0.4], "the same run goes on after the job"
 
 
 def test_silence_is_seen_and_not_stored() -> None:

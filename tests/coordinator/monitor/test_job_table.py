@@ -120,3 +120,21 @@ def test_the_speed_of_an_ended_job_is_its_mean() -> None:
     assert rows_per_s(job, NOW) == 5
     working = replace(body, state="working")
     assert rows_per_s(Job(changed=working, changed_at=NOW), NOW) == 900
+
+
+def test_a_job_that_nobody_answered_is_not_complete() -> None:
+    jobs_fleet = Fleet(fleet="0" * 16)
+    told(
+        jobs_fleet,
+        changed("private-1", "finished", kind="private", done=3, total=3, units=3, rows=0),
+        changed("analyze-1", "finished", kind="analyze", done=2, total=2, units=0),
+        changed("analyze-2", "finished", kind="analyze", done=2, total=2, units=2),
+    )
+    cells = {column.key: column.cell for column in COLUMNS}
+    for name in ("private-1", "analyze-1"):
+        job = jobs_fleet.jobs[name]
+        assert cells["state"](job, NOW, 12).text == "✕ no answer"
+        assert cells["done"](job, NOW, 16).text.endswith("  0 %")
+        assert dict(describe_job(job, jobs_fleet, NOW))["done"].text.startswith("0 of ")
+    assert cells["state"](jobs_fleet.jobs["analyze-2"], NOW, 12).text == "✓ finished"
+    assert cells["done"](jobs_fleet.jobs["analyze-2"], NOW, 16).text.endswith("100 %")

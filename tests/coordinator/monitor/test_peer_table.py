@@ -30,7 +30,7 @@ from coordinator.remote.formatting import (
     stopwatch,
     trend,
 )
-from protocols.messages.envelope import RunChanged, Telemetry
+from protocols.messages.envelope import RunChanged
 from protocols.messages.states import PauseReason, PeerState, RunState
 
 NOW = 1_790_000_000.0
@@ -184,7 +184,7 @@ def test_faults_filter_and_order() -> None:
     lost = peer("lost", PeerState.OFFLINE, "connection lost")
     for one in (fine, lost, wild, failed):
         fleet.peers[one.peer] = one
-    fine.telemetry = Telemetry(loss=0.5)
+    fine.losses = [0.5]
     names = [one.name for one in select_peers(fleet, NOW)]
     assert names == ["fine", "wild", "failed", "lost"]
     assert [one.name for one in select_peers(fleet, NOW, query="site=attic train")] == ["fine"]

@@ -70,6 +70,8 @@ async def still(pilot: Pilot[None]) -> None:
     assert isinstance(app, MonitorApp)
     await pilot.pause()
     app._draw(None)
+    app.messages.clear()  # they pass with the time
+    app._draw_message()
     before = ""
     for _ in range(20):
         await pilot.pause()

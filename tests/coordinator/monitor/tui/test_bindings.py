@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ PAGES: dict[str, Case] = {
     "space": Case(lambda desk: desk.fleet.marked),
     "P": Case(lambda desk: desk.sent("pause"), ON_NORTH),
     "R": Case(lambda desk: desk.sent("resume"), ON_NORTH),
-    "F": Case(lambda desk: desk.sent("finish"), ON_NORTH),
+    "F": Case(lambda desk: desk.shows(ConfirmDialog, "Finish north?"), ON_NORTH),
     "slash": Case(lambda desk: desk.fleet.bar.display),
     "exclamation_mark": Case(lambda desk: "faults only" in desk.text),
     "a": Case(lambda desk: (IDS["garden"], "approve", 0.0) in desk.source.commands),
@@ -192,7 +193,10 @@ CELLS = rows("#peer-table") | {
 ROWS = rows("#event-table", "3")
 BOXES: dict[type[Any], dict[str, Case]] = {
     Dialog: {key: Case(alone, ("question_mark",)) for key in ("escape", "q", "enter")},
-    TicketDialog: {"y": Case(lambda desk: desk.app.clipboard.startswith("cw1-"), ("t",))},
+    TicketDialog: {
+        "y": Case(lambda desk: desk.app.clipboard.startswith("cw1-"), ("t",)),
+        "p": Case(lambda desk: "not possible here: use y" in desk.text, ("t",)),
+    },
     ConfirmDialog: {
         "y": Case(lambda desk: desk.source.stopped, ("2", "X")),
         "n": Case(alone, ("2", "X")),
@@ -200,6 +204,7 @@ BOXES: dict[type[Any], dict[str, Case]] = {
     RunForm: {
         "escape": Case(alone, ("n",)),
         "ctrl+s": Case(lambda desk: "name one task" in desk.text, ("n",)),
+        "ctrl+o": Case(lambda desk: "clip norm" in desk.text, ("n",)),
         "down": Case(lambda desk: desk.in_field() == 1, ("n",)),
         "up": Case(lambda desk: desk.in_field() == 0, ("n", "down")),
     },
@@ -325,7 +330,7 @@ async def test_keys_of_a_recording() -> None:
             before = source.position_s
             await pilot.press(key)
             await until(pilot, lambda so=so, before=before: so(before))  # type: ignore[misc]
-        assert not app._notifications, "said at another time"
+        assert app.messages.current(time.monotonic()) is None, "said at another time"
         await pilot.press("plus", "plus")
         await until(pilot, lambda: "×4" in screen_text(app))
         await pilot.press("minus")

@@ -16,7 +16,6 @@ from coordinator.monitor.tui.keys import KEYS
 from coordinator.monitor.tui.peer_screen import TABS, PeerScreen
 from coordinator.monitor.tui.run_form import RunForm, order
 from coordinator.monitor.tui.theme import colors
-from coordinator.runs.options import OPTIONS
 from protocols.errors import UnknownName, UsageError
 from protocols.messages.envelope import Envelope, PeerChanged, RunChanged
 from protocols.messages.states import PeerState, RunState
@@ -76,12 +75,12 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
         await until(pilot, lambda: isinstance(app.screen, RunForm))
         await pilot.press("enter")
         await until(pilot, lambda: "name one task" in screen_text(app))
-        app.screen.query(Input).first().value = "ping"
-        rounds = [option.name for option in OPTIONS].index("rounds")
-        app.screen.query(Input)[rounds].value = "0"
+        app.screen.query_one("#field-task", Input).value = "ping"
+        rounds = app.screen.query_one("#field-rounds", Input)
+        rounds.value = "0"
         await pilot.press("enter")
         await until(pilot, lambda: "--rounds must be 1 or more, not 0" in screen_text(app))
-        app.screen.query(Input)[rounds].value = "3"
+        rounds.value = "3"
         await pilot.press("enter")
         await until(pilot, lambda: bool(source.orders))
         assert (source.orders[0].spec.task, source.orders[0].spec.rounds) == ("ping", 3)
