@@ -26,7 +26,7 @@ from coordinator.cli.common import (
 from coordinator.cli.names import RunName, complete_tasks, find_run
 from coordinator.runs.options import OPTIONS, Option
 from protocols.errors import CommonweightError, UsageError
-from protocols.local.command_line import App
+from protocols.local.command_line import MORE, App
 from protocols.messages.states import RunState
 
 if TYPE_CHECKING:
@@ -38,21 +38,33 @@ runs = App(help="Start, show, stop, resume and delete training runs.")
 Follow = Annotated[bool, typer.Option("--follow", help="Stay until the run has ended.")]
 
 _POLL_S = 0.5
+#: In older versions a column and a value of a metric.
+_ONCE_REPEATABLE = ("target",)
 #: A wait for peers is told after so many polls, as most are short.
 _WAIT_POLLS = 4
 
 
 def _parameter(option: Option) -> inspect.Parameter:
     """An option of the table as a parameter that Typer reads."""
-    kind: Any = list[str] | None if option.repeatable else option.kind
+    is_list = option.repeatable or option.name in _ONCE_REPEATABLE
+    kind: Any = list[str] | None if is_list else option.kind
     bounds = option.bounds if option.kind in (int, float) else None
     has_minimum = bounds and not bounds.above_minimum and not bounds.or_zero
     minimum = bounds.minimum if bounds and has_minimum else None
     return inspect.Parameter(
         _variable(option),
         inspect.Parameter.KEYWORD_ONLY,
-        default=None if option.repeatable else option.default,
-        annotation=Annotated[kind, typer.Option(f"--{option.name}", help=option.help, min=minimum)],
+        default=None if is_list else option.default,
+        annotation=Annotated[
+            kind,
+            typer.Option(
+                f"--{option.name}",
+                help=option.help,
+                min=minimum,
+                hidden=option.name == "task",
+                rich_help_panel=None if option.is_common else MORE,
+            ),
+        ],
     )
 
 
@@ -83,14 +95,16 @@ def start(
     json: Json = False,
     **typed: Any,
 ) -> None:
-    """Start a run."""
-    from coordinator.remote.run_options import build_order
+    """Start a training run. Without options: ten rounds of federated averaging."""
+    from coordinator.remote.run_options import build_order, split_target
 
     given = {option.name: typed[_variable(option)] for option in OPTIONS}
     if task and given["task"]:
         raise UsageError("name one task", "commonweight run start mnist")
     given["task"] = task or given["task"]
     order = build_order({name: value for name, value in given.items() if value is not None})
+    if goal := split_target(given["target"] or "")[1]:
+        print_line(f"note: --target takes a column; the goal is now: --until {goal}")
     remote = connect()
     run_id = remote.start_run(order)
     if not follow:

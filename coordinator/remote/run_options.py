@@ -26,10 +26,13 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     values = {one.name: one.default for one in options.OPTIONS} | dict(typed)
     if not values["task"]:
         raise UsageError("name one task", "commonweight run start mnist")
-    column, goal, metric = _targets(values["target"])
+    column, goal = split_target(values["target"])
+    if goal and values["until"]:
+        raise UsageError(f"--until {values['until']} and --target {goal}: leave one out")
+    reached, metric = _parse_goal(values["until"] or goal)
     if metric and values["best-metric"] not in ("", metric):
         raise UsageError(
-            f"--target {metric} and --best-metric {values['best-metric']} are two metrics",
+            f"--until {metric} and --best-metric {values['best-metric']} are two metrics",
             "name one of them",
         )
     table = {"target": column, "kind": values["kind"], "features": values["features"]}
@@ -44,7 +47,7 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
         "strategy_args": _settings(values["strategy-arg"]),
         "settings": _settings(values["set"]) | {key: text for key, text in table.items() if text},
         "best_metric": values["best-metric"] or metric,
-        "target": goal,
+        "target": reached,
     }
     spec = RunSpec(**fields, handshake=True)
     options.check(spec)
@@ -72,23 +75,38 @@ def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
     return key, value
 
 
-def _targets(texts: Iterable[str]) -> tuple[str, float | None, str]:
-    """The column to predict, the value of the metric to reach, and its name. Raises UsageError.
+def split_target(texts: str | Iterable[str]) -> tuple[str, str]:
+    """The column to predict, and what is now `--until`, or "". Raises UsageError.
 
-    `0.9` and `macro_f1=0.9` are values of a metric; all else is a column.
+    In older versions `--target 0.9` and `--target macro_f1=0.9` were values of a metric.
     """
-    column, goal, metric = "", None, ""
-    for text in texts:
-        name, _, value = text.rpartition("=")
-        try:
-            goal, metric = float(value), name
-        except ValueError:
-            if column:
-                raise UsageError(
-                    f"one run cannot predict both {column} and {text}", "start two runs"
-                ) from None
+    column = goal = ""
+    for text in [texts] if isinstance(texts, str) else texts:
+        if _is_number(text.rpartition("=")[2]):
+            goal = text
+        elif column and text:
+            raise UsageError(f"one run cannot predict both {column} and {text}", "start two runs")
+        else:
             column = text
-    return column, goal, metric
+    return column, goal
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_goal(text: str) -> tuple[float | None, str]:
+    """The value of the metric to reach, and its name. Raises UsageError."""
+    metric, _, value = text.rpartition("=")
+    if not text:
+        return None, ""
+    if not _is_number(value):
+        raise UsageError(f"--until takes METRIC=NUMBER, not {text!r}", "--until accuracy=0.9")
+    return float(value), metric
 
 
 def _task_name(text: str) -> str:

@@ -38,7 +38,8 @@ class Option(NamedTuple):
     """One option. `kind` and `default` are those of the command line.
 
     With `is_plain`, the value is that of the `RunSpec` field with the same name, or `other_field`.
-    The field must be within `bounds`, or be one of `choices`.
+    The field must be within `bounds`, or be one of `choices`. Those with `is_common` are in
+    `run start --help`, the others in `--help-all`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     is_plain: bool = True
     other_field: str = ""
+    is_common: bool = False
 
     @property
     def repeatable(self) -> bool:
@@ -105,26 +107,32 @@ _STRATEGIES = (
 OPTIONS = (
     Option("task", str, "", "What to train: mnist, or ./my_task.py:MyTask that agents have.",
            is_plain=False),
-    Option("kind", str, "", "For a table: auto, classification or regression.", is_plain=False),
+    Option("target", str, "", "For a table: the column to predict.", is_plain=False,
+           is_common=True),
     Option("features", str, "", "For a table: columns to predict from; by default those that most "
-           "peers have.", is_plain=False),
-    Option("rounds", int, 10, "How many rounds.", _FROM_1),
-    Option("quorum", int, 1, "How many updates a round needs.", _FROM_1, "updates"),
+           "peers have.", is_plain=False, is_common=True),
+    Option("kind", str, "", "For a table: auto, classification or regression.", is_plain=False),
+    Option("rounds", int, 10, "How many rounds.", _FROM_1, is_common=True),
+    Option("until", str, "", "End when a metric has reached a value: METRIC=NUMBER, such as "
+           "accuracy=0.9.", _FINITE, is_plain=False, other_field="target", is_common=True),
+    Option("quorum", int, 1, "How many updates a round needs.", _FROM_1, "updates",
+           is_common=True),
     Option("deadline", str, "10m", "A round continues after this time if it has its quorum; auto: "
            "twice what the slowest peer needed before.", _ABOVE_0, "s, m, h or d",
-           is_plain=False, other_field="deadline_s"),
+           is_plain=False, other_field="deadline_s", is_common=True),
     Option("select", str, "", "Ask this many times the quorum of peers (1.2x), and go on once the "
            "quorum is there.", _FACTOR, "quorums", is_plain=False),
     Option("late", str, "drop", "An update whose round has closed: drop it, or fold it into the "
            "next round with less weight the later it is.", choices=("drop", "fold")),
     Option("keep-versions", int, 2, "Keep this many of the newest versions on disk, and the best "
            "one.", _FROM_1, "versions"),
-    Option("strategy", str, "fedavg", f"How updates are aggregated: {_STRATEGIES}"),
+    Option("strategy", str, "fedavg", f"How updates are aggregated: {_STRATEGIES}",
+           is_common=True),
     Option("strategy-arg", str, (), "An argument of the strategy: key=value.", is_plain=False),
-    Option("set", str, (), "A setting of the task: key=value.", is_plain=False),
+    Option("set", str, (), "A setting of the task: key=value.", is_plain=False, is_common=True),
     Option("codec", str, "fp32", "How updates are sent: fp32 (whole), or their change as bf16, "
            "int8, sign, ternary, topk (ternary:0.1 and topk:0.02 for shares other than 20 and "
-           "1 %)."),
+           "1 %).", is_common=True),
     Option("seed", int, 0, "Seed of the first weights and of sampling."),
     Option("weighting", str, "examples", "examples: a peer counts by its examples; equal: all "
            "peers count the same.", choices=("examples", "equal")),
@@ -151,9 +159,6 @@ OPTIONS = (
            choices=("", "max", "min")),
     Option("patience", int, 0, "End after this many rounds without a better version (0: off).",
            _FROM_0, "rounds"),
-    Option("target", str, (), "A number, or METRIC=NUMBER: end when the metric has reached it. "
-           "A name: for a table, the column to predict (task tabular). May be given twice.",
-           _FINITE, is_plain=False),
     Option("from", Path, None, "First weights: a safetensors file.", is_plain=False),
 )
 # fmt: on

@@ -111,7 +111,25 @@ def test_metrics_that_are_told_or_may_be_pass(asked: RunSpec) -> None:
     best_version.check(asked)
 
 
-def test_a_target_may_name_its_metric() -> None:
+def test_until_is_the_goal_and_target_the_column() -> None:
+    def typed_as(**typed: Any) -> RunSpec:
+        return run_options.build_order({"task": "tabular", **typed}).spec
+
+    found = typed_as(target="price", until="rmse=2.5")
+    assert (found.settings["target"], found.best_metric, found.target) == ("price", "rmse", 2.5)
+    found = typed_as(until="0.9", **{"best-metric": "macro_f1"})
+    assert (found.best_metric, found.target) == ("macro_f1", 0.9)
+    assert "target" not in found.settings
+    for wrong in ("accuracy", "accuracy=", "accuracy=high"):
+        with pytest.raises(UsageError, match="--until takes METRIC=NUMBER"):
+            typed_as(until=wrong)
+    with pytest.raises(UsageError, match="leave one out"):
+        typed_as(target="0.8", until="0.9")
+    with pytest.raises(UsageError, match="two metrics"):
+        typed_as(until="rmse=2.5", **{"best-metric": "mae"})
+
+
+def test_a_target_of_an_older_version_may_be_a_goal() -> None:
     def typed_as(*target: str, **more: Any) -> RunSpec:
         return run_options.build_order({"task": "tabular", "target": target, **more}).spec
 

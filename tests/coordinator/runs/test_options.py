@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import click
@@ -9,6 +11,7 @@ import msgspec
 import pytest
 import typer.main
 from msgspec.structs import replace
+from typer.testing import CliRunner
 
 from coordinator.cli import runs
 from coordinator.monitor.tui import run_form
@@ -16,7 +19,7 @@ from coordinator.remote import run_options
 from coordinator.runs import options
 from coordinator.runs.options import OPTIONS, Bounds, Option
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import UsageError
+from protocols.errors import NotRunning, UsageError
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(RunSpec)}
 BOUNDED = [option for option in OPTIONS if option.bounds is not None]
@@ -40,6 +43,40 @@ def test_the_command_line_takes_every_option_of_the_table() -> None:
     assert isinstance(group, click.Group)
     flags = [opt for one in group.commands["start"].params for opt in one.opts]
     assert flags == ["task", *(f"--{o.name}" for o in OPTIONS), "--follow", "--json"]
+
+
+def help_words(*words: str) -> list[str]:
+    """The options in the help of `run start`."""
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(runs.runs, ["start", *words])
+    assert done.exit_code == 0
+    return re.findall(r"^  --(\S+)", done.stdout, re.MULTILINE)
+
+
+def test_help_shows_the_common_options_and_help_all_the_others() -> None:
+    common = [option.name for option in OPTIONS if option.is_common]
+    assert len(common) == 9
+    short = help_words("--help")
+    assert short == [*common, "follow", "json", "help-all", "help"]
+    rest = [o.name for o in OPTIONS if not o.is_common and o.name != "task"]
+    assert help_words("--help-all") == [*short, *rest]
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (["--target", "price", "--target", "rmse=2.5"], "the goal is now: --until rmse=2.5\n"),
+        (["--target", "0.9"], "the goal is now: --until 0.9\n"),
+        (["--target", "price", "--until", "rmse=2.5"], ""),
+    ],
+)
+def test_a_goal_in_target_is_read_with_a_note(
+    words: list[str], note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "none"))
+    done = CliRunner().invoke(runs.runs, ["start", "tabular", *words])
+    assert isinstance(done.exception, NotRunning)  # no coordinator: all options were read
+    assert done.stderr.endswith(note)
+    assert bool(done.stderr) == bool(note)
 
 
 NUMBERS = [o for o in BOUNDED if o.kind in (int, float) and not o.repeatable]
