@@ -20,6 +20,7 @@ from agent.cli.common import (
     print_json,
     print_line,
 )
+from agent.cli.names import complete_tasks
 from agent.home import settings
 from agent.setup import sharing_text
 from protocols.errors import Unreachable
@@ -44,7 +45,10 @@ def join(
     data: Annotated[str | None, typer.Option(help="This machine's data.")] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="A task that may train on this data; may be repeated. * is every task."),
+        typer.Option(
+            help="A task that may train on this data; may be repeated. * is every task.",
+            autocompletion=complete_tasks,
+        ),
     ] = None,
     columns: Annotated[
         str | None, typer.Option(help="The columns that may be used, such as age,sex.")

@@ -9,16 +9,21 @@ from typing import Any, NamedTuple
 from agent.home import enrollment_file
 from protocols.errors import UnknownName, UsageError
 from protocols.local import homes
+from protocols.messages.work import Which
 
 LATEST = "latest"
 
 
 class LocalModel(NamedTuple):
-    """A version of a shared model: its file, the name of its task, and the run's settings."""
+    """A version of a shared model: its file, the name of its task, and the run's settings.
+
+    `origin` says which version it is, if that is known.
+    """
 
     path: Path
     task: str
     settings: dict[str, Any]
+    origin: str = ""
 
     def check_whole(self) -> None:
         """Raise UsageError if a part of the model stays on each peer."""
@@ -30,10 +35,23 @@ class LocalModel(NamedTuple):
             )
 
 
+def find_named_model(name: str, which: Which) -> LocalModel:
+    """The best or latest version of a run or task, from the coordinator.
+
+    Raises UnknownName, Unreachable, NotEnrolled.
+    """
+    from agent.setup import named_models
+
+    path, model = named_models.fetch(homes.open_home("agent"), name, which)
+    origin = f"the {which} version of {model.run}, after round {model.round}"
+    return LocalModel(path, model.task, model.settings, origin)
+
+
 def find_model(model: str) -> LocalModel:
     """Find `latest`, a digest or an exported file. Raises UsageError, UnknownName, NotEnrolled."""
     from agent.transport import version_proofs
     from protocols.model import model_card
+    from protocols.p2p.gossip import version_number
 
     path = Path(model).expanduser()
     is_digest = re.fullmatch(r"[0-9a-f]{6,64}", model) and not path.exists()
@@ -45,7 +63,9 @@ def find_model(model: str) -> LocalModel:
     cached = version_proofs.list_verified(home / "cache", enrollment.coordinator_public)
     for version in cached:
         if not is_digest or version.work.base.startswith(model):
-            return LocalModel(version.path, version.work.task, version.work.settings)
+            work = version.work
+            origin = f"{work.run}, after round {version_number(work)}"
+            return LocalModel(version.path, work.task, work.settings, origin)
     if cached:
         digests = ", ".join(version.work.base[:12] for version in cached)
         raise UnknownName(f"this agent has no version {model}", f"it has {digests}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
+from agent.cli.names import complete_settings, complete_values
 from agent.home import settings, settings_schema
 from protocols.errors import UsageError
 from protocols.local import homes
@@ -34,8 +35,16 @@ def show_policy(json: Json = False) -> None:
 
 @policy.command("set", context_settings={"ignore_unknown_options": True})  # -3 is a value
 def set_policy(
-    key: Annotated[str, typer.Argument(help="The setting; see policy show.")],
-    value: Annotated[str, typer.Argument(help="Its value; several are separated by commas.")],
+    key: Annotated[
+        str,
+        typer.Argument(help="The setting; see policy show.", autocompletion=complete_settings),
+    ],
+    value: Annotated[
+        str,
+        typer.Argument(
+            help="Its value; several are separated by commas.", autocompletion=complete_values
+        ),
+    ],
     duration: Annotated[
         str, typer.Option("--for", help="Set a rule's mode only for a while, such as 2h.")
     ] = "",

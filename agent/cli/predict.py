@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from agent.cli.common import print_line
-from agent.cli.models import LATEST, find_model
+from agent.cli.models import LATEST, find_model, find_named_model
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
+
+
+class _Which(StrEnum):
+    BEST = "best"
+    LATEST = "latest"
 
 
 def predict(
@@ -23,28 +29,49 @@ def predict(
     model: Annotated[
         str,
         typer.Option(
-            help="latest, the newest version of this agent; the digest of a version; or a file of "
+            help="latest (default), the newest version on this machine; a digest; or a file of "
             "`commonweight models export`."
         ),
-    ] = LATEST,
+    ] = "",
+    run: Annotated[
+        str, typer.Option(help="Use a version of this run, or of the newest run of this task.")
+    ] = "",
+    which: Annotated[
+        _Which | None, typer.Option(help="With --run: the best version, or the latest.")
+    ] = None,
+    id_column: Annotated[
+        str, typer.Option(help="Copy this column of the table to the answers.")
+    ] = "",
     out: Annotated[
         Path | None, typer.Option(help="The output file: .csv, .jsonl or .parquet; else stdout.")
     ] = None,
 ) -> None:
     """Predict with the shared model, on this machine and offline."""
     from agent.cli.local_trainer import LocalTrainer, paths_of
-    from agent.inference import writers
+    from agent.inference import id_columns, writers
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already", "choose another name")
     chosen = settings.read(homes.home_path("agent"))
-    found = find_model(model)
+    if which and not run:
+        raise UsageError(f"--which {which.value} needs a run", "--run NAME, such as --run tabular")
+    if run and model:
+        raise UsageError("--run and --model both name a model", "leave one out")
+    if run:
+        found = find_named_model(run, (which or _Which.BEST).value)
+    else:
+        found = find_model(model or LATEST)
     found.check_whole()
     read = [found.path, *paths_of(source)]
     with (
         tempfile.TemporaryDirectory(prefix="commonweight-") as folder,
         LocalTrainer(chosen, Path(folder), read) as trainer,
     ):
-        count = writers.write(trainer.predict(found, source), out)
+        answers = trainer.predict(found, source)
+        if id_column:
+            answers = id_columns.copied(answers, source, id_column)
+        count = writers.write(answers, out)
     where = f" in {out}" if out else ""
     print_line(f"{count} answers{where}, by {found.path.stem[:12]} of the task {found.task}")
+    if found.origin:
+        print_line(f"that is {found.origin}")

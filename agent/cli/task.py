@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
+from agent.cli.names import TaskName, TaskPattern, complete_tasks
 from agent.home import consent_requests, settings
 from agent.home.consent_requests import Request
 from agent.home.settings_schema import AgentSettings
@@ -50,7 +51,7 @@ def add(
 
 @task.command("allow")
 def allow(
-    name: Annotated[str, typer.Argument(help="Its name in `task list`, or * for every task.")],
+    name: TaskPattern,
     columns: Annotated[
         str | None,
         typer.Option(help="Columns that it may use, such as age,sex; default: data.columns."),
@@ -69,9 +70,7 @@ def allow(
 
 
 @task.command("forbid")
-def forbid(
-    name: Annotated[str, typer.Argument(help="Its name in `task list`, or *.")],
-) -> None:
+def forbid(name: TaskPattern) -> None:
     """Forbid a task. Runs do not wait for this machine then, and do not ask again."""
     home = homes.open_home("agent")
     consents.forbid(home, name)
@@ -128,7 +127,7 @@ def _mark(chosen: AgentSettings, name: str, asked: dict[str, Request]) -> str:
 
 
 @task.command("remove")
-def remove(name: Annotated[str, typer.Argument(help="Its name in `task list`.")]) -> None:
+def remove(name: TaskName) -> None:
     """Unregister a task; its file stays."""
 
     home = homes.open_home("agent")
@@ -153,7 +152,12 @@ def _say_restart_needed(home: Path) -> None:
 
 @task.command("check")
 def check(
-    name: Annotated[str, typer.Argument(help="A task's name, or ./my_task.py:MyTask.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A task's name, or ./my_task.py:MyTask.", autocompletion=complete_tasks
+        ),
+    ],
     data: Annotated[
         str | None, typer.Option(help="Data to try it on; by default the agent's own.")
     ] = None,

@@ -53,12 +53,19 @@ from agent.transport.weight_transfer import (
 from protocols.enrollment import joining
 from protocols.enrollment.identity import node_public_pem
 from protocols.enrollment.joining import EnrollmentStatus, MqttResponse
-from protocols.errors import Unreachable
+from protocols.errors import UnknownName, Unreachable
 from protocols.failpoints import failpoint
 from protocols.messages import work as messages
-from protocols.messages.envelope import LOGS_PATH, LogResponse
+from protocols.messages.envelope import LOGS_PATH, LogResponse, strip_controls
 from protocols.messages.version_log import LOG_PATH, LogNews
-from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
+from protocols.messages.work import (
+    MODEL_PATH,
+    FlowerMessage,
+    NamedModel,
+    PollRequest,
+    PollResponse,
+    Which,
+)
 from protocols.p2p import swarm
 from protocols.p2p.gossip import MAX_NEIGHBORS_BYTES, NEIGHBORS_PATH, NeighborsResponse
 from protocols.p2p.swarm import DownloadPlan, DownloadPlanRequest, DownloadReport
@@ -207,6 +214,18 @@ class CoordinatorClient(WeightTransfer):
         """Requests the entries of the log of versions after the first `start`."""
         return self._request("GET", LOG_PATH.format(start=start))
 
+    def named_model(self, name: str, which: Which) -> NamedModel:
+        """Requests what the best or newest version of a run or task is. Needs no session.
+
+        Raises UnknownName if there is none.
+        """
+        response = self._send("GET", MODEL_PATH.format(name=name, which=which), b"")
+        if response.status == 404:
+            raise _unknown_model(name, response.body)
+        raise_for_status(response.status, response.body)
+        with map_parse_errors():
+            return msgspec.json.decode(response.body, type=NamedModel)
+
     def _request_json(
         self,
         kind: type[T],
@@ -305,6 +324,18 @@ class CoordinatorClient(WeightTransfer):
             return
         self._attached = (digest, source)
         failpoint("agent.upload.piece")
+
+
+def _unknown_model(name: str, body: bytes) -> UnknownName:
+    """The error that the coordinator told. One of an older version has no such route."""
+    try:
+        told = msgspec.json.decode(body, type=dict[str, str])
+        return UnknownName(strip_controls(told["message"][:500]), "")
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
+        return UnknownName(
+            f"the coordinator does not say which versions {name} has: it is of an older version",
+            "leave out --run: the newest version on this machine is used",
+        )
 
 
 def _pack(reply: Message) -> FlowerMessage:

@@ -47,6 +47,11 @@ _POLL_S = 0.2
 _KINDS = {"infer": ("private", "scatter"), "analyze": ("analyze",)}
 
 
+def _complete_infer() -> list[tuple[str, str]]:
+    commands = [("list", "all jobs"), ("show", "one job"), ("stop", "stop a job")]
+    return [*commands, *complete_tasks()]
+
+
 def add_to(app: typer.Typer) -> None:
     app.command("infer")(infer)
     app.add_typer(jobs, name="job")
@@ -56,7 +61,7 @@ def infer(
     task: Annotated[
         str,
         typer.Argument(
-            help="The task; by default that of the model.", autocompletion=complete_tasks
+            help="The task; by default that of the model.", autocompletion=_complete_infer
         ),
     ] = "",
     private: Annotated[

@@ -26,6 +26,8 @@ from protocols.messages.signing import SignedJson
 from protocols.messages.version_log import LogNews, SeenBytes
 
 POLL_PATH = "/cw/v1/exchange"
+#: `name`: a run, or a task: then its newest run.
+MODEL_PATH = "/cw/v1/models/{name}/{which}"
 #: Weights up to this size are sent with the messages, which costs less than another request.
 INLINE_MAX_BYTES = 64 * 1024
 
@@ -37,6 +39,7 @@ MAX_POLL_RESPONSE_BYTES = 2 * MAX_MESSAGE_BYTES
 CodecName = Annotated[str, Meta(max_length=64, pattern=r"^[a-z0-9]{1,16}(:[0-9.e+-]{1,24})?\Z")]
 _Bytes = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
 
+Which = Literal["best", "latest"]
 WorkKind = Literal["describe", "init", "train", "evaluate", "holdings", "recall"]
 
 
@@ -69,6 +72,20 @@ class Work(Struct, frozen=True, kw_only=True):
     deadline_s: float = 0.0
     cohort: Count = 0
     fleet: MaybeId = ""
+
+
+class NamedModel(Struct, frozen=True, kw_only=True):
+    """The best or newest version of a run: the answer to MODEL_PATH.
+
+    `settings`: what the task needs to predict with it, such as the agreed preprocessing.
+    """
+
+    run: Id
+    round: Count
+    task: TaskName
+    digest: Digest
+    nbytes: Count
+    settings: Settings = {}
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):

@@ -226,7 +226,9 @@ def write_files(home: Path, seed: int) -> None:
         city = random.choice(["Oslo", "Bergen", "Tromsø"])
         lines.append(f"{age},{sex},{random.integers(10, 200) * 1000},{city},{int(age > 50)}")
     (home / "patients.csv").write_text("\n".join(lines) + "\n")
-    (home / "new.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines[:11]) + "\n")
+    new = [line.rpartition(",")[0] for line in lines[:11]]
+    named = [f"{number or 'patient'},{line}" for number, line in enumerate(new)]
+    (home / "new.csv").write_text("\n".join(named) + "\n")
     (home / "points.txt").write_text("".join(f"{x / 10} {x / 5 + 1}\n" for x in range(30)))
     shutil.copy(ROOT / "docs" / "examples" / "line.py", home)
     pixels, _ = mnist_data()

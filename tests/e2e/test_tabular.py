@@ -102,6 +102,12 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         answers = list(csv.DictReader(out.read_text().splitlines()))
         right = sum(a["label"] == row["label"] for a, row in zip(answers, MIXED[:30], strict=True))
         assert right >= 27
+        words = ("--run", "tabular", "--which", "best", "--id-column", "note")
+        done = site.ask_agent("bern", "predict", table, *words)
+        assert done.returncode == 0, done.stderr
+        assert f"that is the best version of {run['id']}, after round" in done.stderr
+        named = list(csv.DictReader(done.stdout.splitlines()))
+        assert [answer["note"] for answer in named] == [row["note"] for row in MIXED[:30]]
         done = site.ask_agent("bern", "predict", table, "--model", "0" * 12)
         assert done.returncode == 2
         assert run["head"][:12] in done.stderr

@@ -51,6 +51,7 @@ ROLES = {
     "POST /cw/v1/plans/{digest}/held": PEER,
     "POST /cw/v1/neighbours": PEER,
     "GET /cw/v1/log/{start:int}": PEER,
+    "GET /cw/v1/models/{name}/{which}": PEER,
     "POST /v1/fleet/activate-node": PEER,
     "POST /v1/fleet/deactivate-node": PEER,
     "GET /cw/v1/fleet": OBSERVER,

@@ -6,6 +6,7 @@ POST /cw/v1/join              join with a ticket
 POST /cw/v1/exchange          send a reply, get the next work     (an enrolled peer)
 GET  /cw/v1/mqtt              the address and login of the broker (an enrolled peer)
 GET  /cw/v1/log/{start}       entries of the log of versions      (an enrolled peer)
+GET  /cw/v1/models/{name}/{which}  the best or latest version of a run (an enrolled peer)
 POST /cw/v1/renew             a new node certificate              (an enrolled peer)
 POST /cw/v1/logs              log lines that were requested       (an enrolled peer)
 GET  /cw/v1/standing          enrollment status                   (also while awaiting)
@@ -25,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from coordinator.api import named_models
 from coordinator.api.service import CoordinatorService, error_response, request_host
 from coordinator.fleet.auth import Auth, decode_body, json_response, read_body
 from coordinator.fleet.members import Peer
@@ -35,7 +37,7 @@ from protocols.enrollment.ca_chain import ChainResponse
 from protocols.errors import BadMessage, CommonweightError, Refused
 from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.version_log import LOG_PATH
-from protocols.messages.work import POLL_PATH, PollRequest
+from protocols.messages.work import MODEL_PATH, POLL_PATH, PollRequest
 
 MAX_JOIN_BYTES = 16 * 1024
 #: Weights have routes of their own, so messages are small.
@@ -60,6 +62,7 @@ class AgentRoutes:
             Route(POLL_PATH, self._poll, methods=["POST"]),
             Route(joining.MQTT_PATH, self._mqtt),
             Route(LOG_PATH.replace("{start}", "{start:int}"), self._log),
+            Route(MODEL_PATH, self._model),
             Route(joining.ENROLLMENT_STATUS_PATH, self._status),
             Route(joining.RENEW_PATH, self._renew, methods=["POST"]),
             Route(joining.LEAVE_PATH, self._leave, methods=["POST"]),
@@ -148,6 +151,14 @@ class AgentRoutes:
         start = min(request.path_params["start"], 2**53)
         page = await asyncio.to_thread(self._service.version_log.page, start)
         return Response(page, media_type="application/json")
+
+    async def _model(self, request: Request) -> Response:
+        await self._auth.peer(request)
+        name, which = request.path_params["name"], request.path_params["which"]
+        try:
+            return json_response(named_models.find(self._service, name, which))
+        except CommonweightError as err:
+            return error_response(err, 404)
 
     async def _status(self, request: Request) -> Response:
         peer = await self._auth.peer(request, or_awaiting=True)

@@ -1,0 +1,55 @@
+"""Names that commands take, which the shell completes: settings and their values, and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from protocols.errors import CommonweightError
+from protocols.local import homes
+
+
+def complete_settings() -> Iterator[tuple[str, str]]:
+    """Each setting and its meaning."""
+    from agent.home.settings_schema import AgentSettings
+
+    for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
+        about = next((meta.description for meta in getattr(hint, "__metadata__", ())), None)
+        yield name, (about or "").partition(";")[0]
+
+
+def complete_values(context: typer.Context) -> Iterator[str]:
+    """The words that the setting in the command line takes, if it takes words."""
+    from agent.home.settings_schema import AgentSettings
+
+    key = str(context.params.get("key", "")).replace(".", "_")
+    hint = get_type_hints(AgentSettings).get(key)
+    if get_origin(hint) is Literal:
+        yield from map(str, get_args(hint))
+    elif hint is bool:
+        yield from ("true", "false")
+
+
+def complete_tasks() -> list[str]:
+    """The tasks of this machine."""
+    from agent.home import settings
+    from agent.setup import consents
+
+    try:
+        return sorted(consents.known_tasks(settings.read(homes.home_path("agent"))))
+    except CommonweightError:
+        return []
+
+
+TaskName = Annotated[
+    str,
+    typer.Argument(help="Its name in `task list`.", autocompletion=complete_tasks),
+]
+TaskPattern = Annotated[
+    str,
+    typer.Argument(
+        help="Its name in `task list`, or * for every task.", autocompletion=complete_tasks
+    ),
+]
