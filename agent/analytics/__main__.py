@@ -1,4 +1,5 @@
-"""Answers one query in its own process: `python -m agent.analytics HOME`, a `Query` on stdin.
+"""Answers one query in its own process: `python -m agent.analytics HOME JOB FLEET`, a `Query`
+on stdin.
 
 This keeps the agent small, because the table readers need more memory than the agent.
 """
@@ -22,10 +23,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of libraries must not mix with the answer
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Query)
-    home = Path(sys.argv[1])
+    home, asked_by = Path(sys.argv[1]), (sys.argv[2], sys.argv[3])
     chosen = settings.read(home)
     log, memory = QueryLog(log_file(home)), TableMemory(settings.memory_file(home))
-    answers.write(answer_question(question, chosen, home / "analysis", log, memory))
+    answers.write(answer_question(question, chosen, home / "analysis", log, memory, asked_by))
     memory.close()
     log.close()
     answers.close()

@@ -20,6 +20,7 @@ from agent.data import disclosed_sets, open_table
 from agent.data.arrow_reader import find_files, map_errors
 from agent.data.disclosed_sets import Numbers
 from agent.data.table_memory import TableMemory
+from agent.home.privacy_ledger import Charge, Limit
 from agent.home.settings import data_settings
 from agent.home.settings_schema import AgentSettings
 from protocols.analytics import parser
@@ -28,6 +29,7 @@ from protocols.analytics.mergeable_states import Cell, PeerAnswer, State, Withhe
 from protocols.analytics.query import Query
 from protocols.errors import CommonweightError, NotAllowed, Refused
 from protocols.messages.envelope import strip_controls
+from protocols.privacy.events import Exact
 
 _logger = logging.getLogger("commonweight.analysis")
 
@@ -36,17 +38,23 @@ _RULES = 3
 #: Settings that decide what an answer may tell.
 _LIMITS = (
     *("data_columns", "data_min_count", "data_extremes", "analyze_operations"),
-    *("analyze_epsilon", "analyze_epsilon_per_question"),
+    *("analyze_epsilon", "analyze_epsilon_per_question", "privacy_max_epsilon"),
 )
 
 
 def answer_question(
-    question: Query, chosen: AgentSettings, cache: Path, log: QueryLog, memory: TableMemory
+    question: Query,
+    chosen: AgentSettings,
+    cache: Path,
+    log: QueryLog,
+    memory: TableMemory,
+    asked_by: tuple[str, str] = ("", ""),
 ) -> bytes:
     """The encoded answer, with results or the reason for a refusal. Records it first.
 
-    `chosen` names the table and what the owner allows; `memory` has the rows that training and
-    earlier answers have told about. Raises OSError when the answer cannot be recorded.
+    `asked_by`: the job and the fleet, for the ledger of privacy. `chosen` names the table and what
+    the owner allows; `memory` has the rows that training and earlier answers have told about.
+    Raises OSError when the answer cannot be recorded.
     """
     data = ""
     # One answer at a time: no other process tells of rows between the check and the record.
@@ -57,12 +65,27 @@ def answer_question(
             if (told := log.find_answer(question, data)) is not None:
                 return log.record(replace(question, epsilon=0.0), data, told)
             told, sets = _compute_answer(question, chosen, cache, log, memory)
+            _charge(question, chosen, log, asked_by)
         except CommonweightError as err:
             # Others learn the kind of error, not the content of the table.
             words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
             _logger.info("a question was refused: %s. It was: %s", err.message, question)
             return log.record(question, data, PeerAnswer(refused=strip_controls(words)))
         return log.record(question, data, told, sets)
+
+
+def _charge(
+    question: Query, chosen: AgentSettings, log: QueryLog, asked_by: tuple[str, str]
+) -> None:
+    """Charge an answer to the owner's ledger. Raises NotAllowed if that exceeds the limit."""
+    job, fleet = asked_by
+    if question.epsilon:
+        cost = differential_privacy.cost(question)
+        charge = Charge("question", job, cost, fleet, str(question), question.epsilon)
+        log.ledger.charge(charge, Limit.of(chosen))
+    else:
+        charge = Charge("question", job or question.digest, (Exact(),), fleet, str(question))
+        log.ledger.charge_exact(charge)
 
 
 def _check(question: Query, chosen: AgentSettings, log: QueryLog) -> None:

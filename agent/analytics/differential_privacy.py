@@ -28,6 +28,7 @@ from protocols.analytics.mergeable_states import (
 from protocols.analytics.query import Operation, Query
 from protocols.errors import Refused, UsageError
 from protocols.extras import needs_extra
+from protocols.privacy.events import DiscreteLaplace, Event, Failure
 from protocols.tables.statistics import Moments
 
 Number = TypeVar("Number", int, float)
@@ -41,13 +42,13 @@ def check(question: Query, chosen: AgentSettings) -> None:
     if not question.epsilon:
         if question.bounds:
             raise Refused("bounds without noise would show single values: leave the bounds out")
-        if chosen.analyze_epsilon:
+        if chosen.analyze_epsilon or chosen.privacy_max_epsilon:
             raise Refused(
                 "the owner answers with noise only",
                 "use --epsilon, and --bounds for columns",
             )
         return
-    if not chosen.analyze_epsilon:
+    if not (chosen.analyze_epsilon or chosen.privacy_max_epsilon):
         raise Refused(
             f"the owner has set no privacy budget, and this question needs ε = "
             f"{question.epsilon:g}: commonweight-agent policy set analyze_epsilon 1.0"
@@ -62,8 +63,9 @@ def check(question: Query, chosen: AgentSettings) -> None:
 
 
 def check_budget(question: Query, chosen: AgentSettings, spent: float) -> None:
-    """Raise Refused if the owner's budget does not allow one more answer."""
-    if spent + question.epsilon > chosen.analyze_epsilon + 1e-12:
+    """Raise Refused if the owner's budget for questions does not allow one more answer. The one
+    for everything is checked when the answer is charged."""
+    if 0 < chosen.analyze_epsilon < spent + question.epsilon - 1e-12:
         raise Refused(
             f"the owner's budget is spent: {spent:g} of ε = {chosen.analyze_epsilon:g}, and this "
             f"query needs {question.epsilon:g}"
@@ -93,10 +95,20 @@ def check_form(question: Query) -> None:
             )
 
 
+def _parts(question: Query) -> int:
+    """Numbers with noise in a cell; one is the count that decides whether it is released."""
+    return 1 + sum(2 if op.kind == "mean" else 1 for op in question.operations)
+
+
 def _share(question: Query) -> float:
-    """ε of each part of a cell; one part is the count that decides whether it is released."""
-    parts = sum(2 if op.kind == "mean" else 1 for op in question.operations)
-    return question.epsilon / (1 + parts)
+    """ε of each part of a cell."""
+    return question.epsilon / _parts(question)
+
+
+def cost(question: Query) -> tuple[Event, ...]:
+    """What the answer costs: a row is in one cell, and in each of its parts."""
+    parts = DiscreteLaplace(_share(question), _parts(question))
+    return (parts, Failure(DELTA)) if question.by else (parts,)
 
 
 def _middle(operation: Operation, bounds: tuple[float, float]) -> float:

@@ -27,13 +27,13 @@ TIMEOUT_S = 1800.0
 CACHE = "analysis"
 
 
-def handler(home: Path) -> Callable[[Unit], Result]:
-    """Answers a query with the settings in this home. Raises CommonweightError."""
+def handler(home: Path, fleet: str = "") -> Callable[[Unit], Result]:
+    """Answers a query of a fleet with the settings in this home. Raises CommonweightError."""
 
     def answer_unit(unit: Unit) -> Result:
         if not isinstance(unit.question, Analyze):
             raise BadMessage("a unit that is no question")
-        body = answer(read_question(unit.question.query), home)
+        body = answer(read_question(unit.question.query), home, unit.job, fleet)
         return Result(body, msgspec.json.decode(body, type=PeerAnswer).rows)
 
     return answer_unit
@@ -47,12 +47,12 @@ def read_question(text: str) -> Query:
         raise BadMessage(f"not a question: {err}") from err
 
 
-def answer(question: Query, home: Path) -> bytes:
-    """The encoded answer, after it was recorded. Raises CommonweightError."""
+def answer(question: Query, home: Path, job: str = "", fleet: str = "") -> bytes:
+    """The encoded answer, after it was recorded for this job. Raises CommonweightError."""
     query_log.move_log(home)
     program, env = child_program(home)
     return run_program(
-        [sys.executable, "-P", "-m", *program, str(home)],
+        [sys.executable, "-P", "-m", *program, str(home), job, fleet],
         "the question could not be answered",
         within_s=TIMEOUT_S,
         stdin=msgspec.json.encode(question),

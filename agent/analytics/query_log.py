@@ -1,4 +1,6 @@
-"""The log of answers: what was asked and released, sets of rows, and the spent ε.
+"""The log of answers: what was asked and released, and sets of rows.
+
+What answers with noise cost is in the owner's ledger (`agent.home.privacy_ledger`).
 
 SQLite, fully synchronous: an answer is recorded before it is released, so no kill or restart loses
 it. The file belongs to the owner (0600) and never leaves the machine.
@@ -20,6 +22,7 @@ import numpy as np
 from agent.analytics.cut_points import CutPoints
 from agent.data.disclosed_sets import Numbers, pack, unpack
 from agent.home import settings
+from agent.home.privacy_ledger import PrivacyLedger
 from protocols.analytics.mergeable_states import Floats, PeerAnswer
 from protocols.analytics.query import Query
 from protocols.errors import HomeError
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
   id INTEGER PRIMARY KEY, at REAL, digest TEXT, data TEXT, question TEXT, told BLOB,
-  cells INTEGER, bytes INTEGER, epsilon REAL, refused TEXT
+  cells INTEGER, bytes INTEGER, epsilon REAL, refused TEXT, charged INTEGER
 );
 CREATE TABLE IF NOT EXISTS sets (bits BLOB);
 CREATE TABLE IF NOT EXISTS told_rows (column TEXT, rows BLOB);
@@ -100,8 +103,12 @@ class QueryLog:
         )
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.executescript(_SCHEMA)
+        if "charged" not in {row[1] for row in self._db.execute("PRAGMA table_info(answers)")}:
+            self._db.execute("ALTER TABLE answers ADD COLUMN charged INTEGER")
+        self.ledger = PrivacyLedger(path.with_name("privacy.db"))
 
     def close(self) -> None:
+        self.ledger.close()
         self._db.close()
 
     @contextmanager
@@ -159,8 +166,7 @@ class QueryLog:
     @property
     def spent_epsilon(self) -> float:
         """The sum of ε of all answers with noise, which bounds what they reveal together."""
-        (total,) = self._db.execute("SELECT COALESCE(SUM(epsilon), 0) FROM answers").fetchone()
-        return float(total)
+        return self.ledger.asked_epsilon()
 
     def find_answer(self, question: Query, data: str) -> PeerAnswer | None:
         """The earlier answer to the same query on the same data; to repeat it costs nothing."""
@@ -178,7 +184,7 @@ class QueryLog:
         epsilon = 0.0 if told.refused else question.epsilon
         self._db.execute(
             "INSERT INTO answers (at, digest, data, question, told, cells, bytes, epsilon,"
-            " refused) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " refused, charged) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)",
             (
                 time.time(),
                 question.digest,

@@ -17,7 +17,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli import audit, control, export, join, policy, predict, questions, serve, service, task
+from agent.cli import (
+    audit,
+    budget,
+    control,
+    export,
+    join,
+    policy,
+    predict,
+    questions,
+    serve,
+    service,
+    task,
+)
 from agent.cli.common import Json, Part, Split, is_running, parse_part, print_line
 from agent.home import enrollment_file, logs, settings
 from agent.setup import sharing_text
@@ -196,6 +208,7 @@ _COMMANDS: dict[App, dict[str, Callable[..., None]]] = {
         "up": run,
         "status": status,
         **control.COMMANDS,
+        "budget": budget.budget,
         "predict": predict.predict,
         "restart": control.restart,
         # Spellings of older versions.

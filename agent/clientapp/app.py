@@ -26,6 +26,7 @@ from agent.clientapp.interfaces import (
     signed_payload,
 )
 from agent.clientapp.outbox import Finished, Outbox
+from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.data.settings import Floors
 from agent.home.run_state import RunStatePaths
 from agent.home.settings_schema import AgentSettings
@@ -52,7 +53,8 @@ class Client:
 
     `settings()` are the owner's settings now, which say what a task may do; `floors` is what no
     run can go below; `outbox` is the folder of the outbox. `check_log` raises LogConflict
-    if the log of versions does not have the version of the work.
+    if the log of versions does not have the version of the work. `budget` is charged before
+    anything leaves.
     """
 
     def __init__(
@@ -67,11 +69,13 @@ class Client:
         observer: Observer | None = None,
         queries: Queries = Queries(),
         check_log: CheckLog = lambda work, head, page: None,
+        budget: PrivacyBudget | None = None,
     ) -> None:
         self._me, self._trainer, self._transport = me, trainer, transport
         self._outbox, self._fleet_names = Outbox(outbox, me), FleetNames(me.fleet)
         self._settings, self._floors, self._queries = settings, floors, queries
         self._observer, self._check_log = observer or Observer(), check_log
+        self._budget = budget or PrivacyBudget()
         #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
         self.app = ClientApp()
@@ -145,6 +149,7 @@ class Client:
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
         self._fleet_names.check("coordinator", work.fleet)
         self._check_consent(work)
+        self._budget.check(work)
         if work.kind in ("describe", "train"):
             owner_floors.check_cohort(work.cohort, self._floors)
         config = message.content.config_records["config"]
@@ -173,6 +178,7 @@ class Client:
         """Describes data and model."""
         told = self._run_describe(work)
         self._check_consent(work)
+        self._budget.charge(work, told)
         self._outbox.commit_last()
         description = told.description
         digest = hashlib.sha256(description).hexdigest()
@@ -218,6 +224,8 @@ class Client:
             )
         failpoint("agent.work.done")
         self._check_consent(work)  # the owner may have withdrawn it meanwhile
+        self._budget.charge(work, done)
+        failpoint("agent.privacy.charged")
         # Sync the reply at once if state that stays on this peer changes with the update.
         is_stateful = work.kind == "train" and bool(personal or registry.parse(work.codec).encoding)
         finished = self._outbox.keep(work, done, synced=is_stateful)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from agent.clientapp import consent
 from agent.clientapp.jobs import Result
-from agent.clientapp.told_scores import ToldScores, blur, key_of
+from agent.clientapp.privacy_budget import PrivacyBudget
+from agent.clientapp.told_scores import ToldScores, blur, blur_cost, key_of
 from agent.home import audit_log
 from agent.home.settings_schema import AgentSettings
 from agent.tasks import Setting
@@ -42,6 +43,7 @@ class InferenceJobs:
     downloaded if needed. `fetch(digest, nbytes, target)` downloads rows. Predictions for this
     peer's own rows are written to the folder `predictions` and never sent. `told` has the metrics
     that were told; `took_part(digest)` says whether a version is of a run that this peer worked in.
+    `budget` is charged with new answers before they leave.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class InferenceJobs:
         predictions: Path,
         told: ToldScores,
         took_part: Callable[[str], bool],
+        budget: PrivacyBudget | None = None,
     ) -> None:
+        self._budget = budget or PrivacyBudget()
         self._told, self._took_part = told, took_part
         self._trainer, self._settings = trainer, settings
         self._version, self._fetch = version, fetch
@@ -139,8 +143,13 @@ class InferenceJobs:
         min_count = self._settings().data_min_count
         if done.num_examples < min_count:
             return Score(0, {})
-        exact = Score(done.num_examples, done.metrics)
-        score = exact if self._is_allowed(model) else blur(done, min_count)
+        about = f"{unit.task}, the metrics of {model.digest[:12]}"
+        if self._is_allowed(model):
+            score = Score(done.num_examples, done.metrics)
+            self._budget.charge_exact("job", unit.job, about)
+        else:
+            score = blur(done, min_count)
+            self._budget.charge_noisy("job", unit.job, blur_cost(min_count), about)
         self._told.remember(_key(unit, model), "job", score)
         return score
 

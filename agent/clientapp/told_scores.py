@@ -26,6 +26,7 @@ from protocols.errors import Refused
 from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import Score
 from protocols.model import personalization
+from protocols.privacy.events import DiscreteLaplace, Event
 
 # An evaluation of a run waits for this commit. With a write-ahead log it is one write to the disk.
 _SCHEMA = """
@@ -96,6 +97,11 @@ def blur(done: Done, min_count: int) -> Score:
     right = math.floor(min(max(accuracy, 0.0), 1.0) * count + 1e-6)
     noisy = min(max(right + _draw(min_count) - _draw(min_count), 0), count)
     return Score(count, {"accuracy": noisy / count})
+
+
+def blur_cost(min_count: int) -> tuple[Event, ...]:
+    """What a blurred score costs."""
+    return (DiscreteLaplace(1 / min_count),)
 
 
 def _draw(scale: int) -> int:

@@ -13,11 +13,12 @@ from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
 from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
+from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.recovery import Recall
 from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
-from agent.home import audit_log, settings
+from agent.home import audit_log, privacy_ledger, settings
 from agent.home.live_settings import LiveSettings
 from agent.home.settings_schema import AgentSettings
 from agent.policy import sandbox
@@ -150,6 +151,7 @@ def make_client(
         ctx.enrollment.fleet,
     )
     events = _Events(ctx, trainer)
+    budget = PrivacyBudget(privacy_ledger.ledger_file(home), owner, ctx.enrollment.fleet)
 
     def find_model(model: ModelRef) -> Path:
         return find_version(ctx.cache, model, job_models.fetch)
@@ -166,6 +168,7 @@ def make_client(
         home / "predictions",
         ToldScores(settings.scores_file(home)),
         partial(took_part, home, ctx.cache, ctx.enrollment.coordinator_public),
+        budget,
     )
     jobs = Jobs(
         me,
@@ -174,7 +177,7 @@ def make_client(
         handlers={
             Scatter: inference.scatter,
             Private: inference.private,
-            Analyze: job_handler.handler(home),
+            Analyze: job_handler.handler(home, ctx.enrollment.fleet),
         },
         on_work=events.on_work,
         on_leaving=partial(audit_log.write_answer, home),
@@ -191,4 +194,5 @@ def make_client(
             Recall(me, ctx.cache, uploads.update, events.on_leaving).answer, jobs.answer
         ),
         check_log=check_log,
+        budget=budget,
     )

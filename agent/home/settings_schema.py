@@ -116,6 +116,18 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     analyze_epsilon_per_question: Annotated[
         float, Meta(ge=0, description="maximum ε of one question, within analyze_epsilon")
     ] = 1.0
+    privacy_max_epsilon: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="privacy budget ε of all that leaves, over all runs and questions: what "
+            "has no noise then stays here; 0: no limit (commonweight-agent budget)",
+        ),
+    ] = 0.0
+    privacy_delta: Annotated[
+        float,
+        Meta(gt=0, le=1e-2, description="δ of that budget; well below 1 / your rows"),
+    ] = 1e-5
     tasks: Annotated[
         tuple[str, ...],
         Meta(

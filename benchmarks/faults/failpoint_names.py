@@ -48,6 +48,7 @@ AGENT = (
     "agent.download.piece",
     "agent.version.fetched",
     "agent.work.done",
+    "agent.privacy.charged",
     "agent.outbox.written",
     "agent.upload.piece",
     "agent.upload.done",

@@ -28,7 +28,7 @@ from tests.support.waiting import wait_for
 #: In the order in which a reader comes to them.
 ORDER = (
     *("tutorial", "machines", "howto", "training", "jobs", "tabular", "models", "analyze"),
-    *("sharing", "monitor", "tasks", "politeness", "what-leaves", "troubleshooting"),
+    *("privacy", "sharing", "monitor", "tasks", "politeness", "what-leaves", "troubleshooting"),
     *("operations", "security", "index"),
 )
 GROUPS = {

@@ -382,3 +382,21 @@ def test_the_log_of_an_older_version_is_moved(tmp_path: Path) -> None:
         assert not (one / "analysis.db").exists()
         query_log.move_log(one)
         assert len(QueryLog(query_log.log_file(one)).entries()) == 1
+
+
+def test_the_limit_on_everything_holds_for_questions_too(tmp_path: Path) -> None:
+    peer = Peer(tmp_path, people(), AgentSettings(analyze="on", privacy_max_epsilon=1.0))
+    assert "with noise only" in peer.ask("count").refused
+    assert not peer.ask("count", epsilon=0.7).refused
+    refused = peer.ask("count", "age > 10", epsilon=0.7).refused
+    assert "privacy_max_epsilon is 1" in refused
+    assert peer.memory.spent_epsilon == pytest.approx(0.7)
+    assert not peer.ask("count", epsilon=0.7).refused  # the same again costs nothing
+
+
+def test_an_exact_answer_is_named_in_the_ledger(tmp_path: Path) -> None:
+    peer = Peer(tmp_path, people())
+    peer.ask("count")
+    peer.ask("count")
+    (charge,) = peer.memory.ledger.charges()
+    assert (charge.purpose, charge.is_exact, charge.about) == ("question", True, "count")

@@ -1,0 +1,115 @@
+"""`commonweight-agent budget`: what was told about the owner's rows, and what that costs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agent.cli.common import Json, print_data, print_line
+from protocols.errors import UsageError
+from protocols.local import homes
+
+if TYPE_CHECKING:
+    from agent.home.privacy_ledger import Charge, Limit
+
+_MAX_ADDED = 1000.0
+
+
+def budget(
+    add: Annotated[
+        float,
+        typer.Option(
+            help="Charge this ε by hand: what a home that was restored from a backup forgot, or "
+            "what you have published elsewhere."
+        ),
+    ] = 0.0,
+    note: Annotated[str, typer.Option(help="With --add: what it was for.")] = "",
+    json: Json = False,
+) -> None:
+    """Show what was told about your data, by whom it was asked, and what it costs in privacy."""
+    from agent.home import privacy_ledger, settings
+    from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
+    from protocols.privacy.events import DiscreteLaplace
+
+    home = homes.open_home("agent")
+    limit = Limit.of(settings.read(home))
+    with contextlib.closing(PrivacyLedger(privacy_ledger.ledger_file(home))) as ledger:
+        if add:
+            if not 0 < add <= _MAX_ADDED:
+                raise UsageError(f"--add must be above 0 and at most {_MAX_ADDED:g}, not {add:g}")
+            ledger.charge(
+                Charge("added", "", (DiscreteLaplace(add),), "", note or "added by hand"),
+                Limit(0.0, limit.delta),
+            )
+            print_line(f"ε {add:g} is charged")
+        charges = ledger.charges()
+    spent = privacy_ledger.spent_epsilon(charges, limit.delta)
+    left = privacy_ledger.left_epsilon(charges, limit) if limit.epsilon else None
+    entries = list(_groups(charges, limit.delta))
+    data = {
+        "epsilon": spent if math.isfinite(spent) else None,
+        "delta": limit.delta,
+        "max_epsilon": limit.epsilon or None,
+        "left": left,
+        "entries": entries,
+    }
+    print_data(data, _lines(spent, limit, left, entries), json=json)
+
+
+def _groups(charges: Sequence[Charge], delta: float) -> Iterator[dict[str, Any]]:
+    """The charges by purpose, name and fleet, oldest first, with what each group costs alone."""
+    from agent.home import privacy_ledger
+
+    groups: dict[tuple[str, str, str, bool], list[Charge]] = {}
+    for charge in charges:
+        key = charge.purpose, charge.name, charge.asked_by, charge.is_exact
+        groups.setdefault(key, []).append(charge)
+    for (purpose, name, fleet, exact), found in groups.items():
+        epsilon = None if exact else privacy_ledger.spent_epsilon(found, delta)
+        yield {
+            "purpose": purpose,
+            "name": name,
+            "fleet": fleet,
+            "about": found[-1].about,
+            "answers": len(found),
+            "first": found[0].at,
+            "last": found[-1].at,
+            "exact": exact,
+            "epsilon": epsilon if epsilon is None or math.isfinite(epsilon) else None,
+        }
+
+
+def _lines(
+    spent: float, limit: Limit, left: float | None, entries: Sequence[dict[str, Any]]
+) -> Iterator[str]:
+    if not entries:
+        yield "nothing about your rows has left this machine"
+    noisy = [entry for entry in entries if not entry["exact"]]
+    exact = [entry for entry in entries if entry["exact"]]
+    for entry in noisy:
+        cost = "no bound" if entry["epsilon"] is None else f"ε {entry['epsilon']:.3g}"
+        answers = f"{entry['answers']} answer{'s' if entry['answers'] > 1 else ''}"
+        yield f"{_heading(entry)}: {answers} with noise, {cost} alone"
+    for entry in exact:
+        yield f"{_heading(entry)}: without noise, so without a bound"
+    of = f" of {limit.epsilon:g}" if limit.epsilon else ""
+    if noisy or limit.epsilon:
+        yield f"all answers with noise together cost ε {spent:.3g}{of}, at δ = {limit.delta:g}"
+    if left is not None:
+        yield f"left for one more run: ε {left:.3g}" if left else "nothing is left"
+    else:
+        yield "there is no limit; to set one: commonweight-agent policy set privacy.max_epsilon 5"
+    if limit.epsilon and exact:
+        yield "what left without noise did so before there was a limit"
+
+
+def _heading(entry: dict[str, Any]) -> str:
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["last"]))
+    name = f" {entry['name'][:24]}" if entry["name"] else ""
+    fleet = f" for fleet {entry['fleet'][:12]}" if entry["fleet"] else ""
+    return f"{at}  {entry['purpose']}{name}{fleet} ({entry['about']})"

@@ -1,0 +1,193 @@
+"""The owner's ledger of privacy: every event in which something about the rows left this machine.
+
+SQLite in the folder `told`, mode 0600, fully synchronous: an event is charged before its answer
+leaves, so no kill or restart loses one. An answer that was charged and never left stays charged.
+The ledger stores events, not ε; `protocols.privacy.accountant` says what they cost together.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from agent.data.private_database import open_database, writing
+from agent.home import settings
+from agent.home.settings_schema import AgentSettings
+from protocols.errors import NotAllowed
+from protocols.privacy import accountant, events
+from protocols.privacy.events import DiscreteLaplace, Event, Exact
+
+#: What an event was for: a run's training, its evaluation or its survey before round 1, a question
+#: (`analyze`), an inference job, or what the owner has added by hand.
+Purpose = Literal["training", "evaluation", "survey", "question", "job", "added"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS charges (
+  id INTEGER PRIMARY KEY, at REAL, purpose TEXT, name TEXT, asked_by TEXT, about TEXT,
+  events TEXT, epsilon REAL, key TEXT UNIQUE
+);
+"""
+_COLUMNS = "at, purpose, name, asked_by, about, events, epsilon"
+#: A check needs no finer grid: it errs upwards, by less than a thousandth of ε.
+_POINTS = 1 << 15
+#: Rounding of a noise that was chosen for exactly the limit.
+_SLACK = 1e-6
+
+
+class Charge(NamedTuple):
+    """One entry. `name` is the run or job, `asked_by` the fleet, `about` a text for the owner.
+
+    `epsilon`: of a question, as it was asked. `at`: Unix s.
+    """
+
+    purpose: Purpose
+    name: str
+    events: tuple[Event, ...]
+    asked_by: str = ""
+    about: str = ""
+    epsilon: float = 0.0
+    at: float = 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """True if something left without noise, so that no ε bounds it."""
+        return any(isinstance(event, Exact) for event in self.events)
+
+
+class Limit(NamedTuple):
+    """The owner's limit: all noisy answers together cost at most `epsilon` at `delta`. 0: none."""
+
+    epsilon: float
+    delta: float
+
+    @classmethod
+    def of(cls, chosen: AgentSettings) -> Limit:
+        return cls(chosen.privacy_max_epsilon, chosen.privacy_delta)
+
+
+class PrivacyLedger:
+    """The ledger in the file `path`. Several processes may use it; each object one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = open_database(path, _SCHEMA)
+        _take_over_answers(self._db, path.with_name("analysis.db"))
+
+    def close(self) -> None:
+        self._db.close()
+
+    def charge(self, charge: Charge, limit: Limit) -> None:
+        """Record what is about to leave. Raises NotAllowed, and records nothing, if all events
+        together would cost more than the owner's limit."""
+        with writing(self._db):
+            if limit.epsilon:
+                check(_noisy(self.charges()), charge.events, limit)
+            _insert(self._db, charge)
+
+    def charge_exact(self, charge: Charge) -> None:
+        """Record that something of this purpose and name left without noise, once for both."""
+        with writing(self._db):
+            _insert(self._db, charge, f"exact {charge.purpose} {charge.name}")
+
+    def charges(self) -> list[Charge]:
+        """All entries, oldest first."""
+        rows = self._db.execute(f"SELECT {_COLUMNS} FROM charges ORDER BY id").fetchall()
+        return [
+            Charge(purpose, name, events.decode(told), asked_by, about, epsilon, at)
+            for at, purpose, name, asked_by, about, told, epsilon in rows
+        ]
+
+    def events_of(self, purpose: Purpose, name: str) -> list[Event]:
+        """The events of one purpose and run or job."""
+        rows = self._db.execute(
+            "SELECT events FROM charges WHERE purpose = ? AND name = ?", (purpose, name)
+        )
+        return [event for (told,) in rows for event in events.decode(told)]
+
+    def asked_epsilon(self) -> float:
+        """The sum of ε of all questions: what `analyze_epsilon` limits."""
+        (total,) = self._db.execute(
+            "SELECT COALESCE(SUM(epsilon), 0) FROM charges WHERE purpose = 'question'"
+        ).fetchone()
+        return float(total)
+
+
+def ledger_file(home: Path) -> Path:
+    """The ledger of a home, in the folder of what was told."""
+    return settings.memory_file(home).with_name("privacy.db")
+
+
+def check(spent: Iterable[Event], more: Sequence[Event], limit: Limit) -> None:
+    """Raise NotAllowed if `more` would exceed the owner's limit after `spent`."""
+    before = list(spent)
+    total = accountant.epsilon_of([*before, *more], limit.delta, _POINTS)
+    if total > limit.epsilon + _SLACK:
+        now = accountant.epsilon_of(before, limit.delta, _POINTS)
+        raise NotAllowed(
+            f"the owner's privacy_max_epsilon is {limit.epsilon:g} (at δ = {limit.delta:g}); "
+            f"{now:.3g} is spent, and with this it would be {total:.3g}",
+            "ask with more noise; the owner sees what was spent: commonweight-agent budget",
+        )
+
+
+def spent_epsilon(charges: Iterable[Charge], delta: float) -> float:
+    """The ε of all noisy events together; exact ones have none."""
+    return accountant.epsilon_of(_noisy(charges), delta)
+
+
+def left_epsilon(charges: Sequence[Charge], limit: Limit) -> float:
+    """The ε of one more run, with Gaussian noise and the limit's δ, that the limit still allows."""
+    spent, low, high = list(_noisy(charges)), 0.0, limit.epsilon
+    if accountant.epsilon_of(spent, limit.delta, _POINTS) >= limit.epsilon:
+        return 0.0
+    while high - low > 1e-3 * limit.epsilon:
+        middle = (low + high) / 2
+        run = events.Gaussian(accountant.noise_for(middle, limit.delta, 1.0, 1))
+        fits = accountant.epsilon_of([*spent, run], limit.delta, _POINTS) <= limit.epsilon
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def _noisy(charges: Iterable[Charge]) -> Iterable[Event]:
+    for charge in charges:
+        yield from (event for event in charge.events if not isinstance(event, Exact))
+
+
+def _insert(db: sqlite3.Connection, charge: Charge, key: str | None = None) -> None:
+    told = events.encode(charge.events).decode()
+    values = charge.at or time.time(), charge.purpose, charge.name, charge.asked_by, charge.about
+    db.execute(
+        f"INSERT OR IGNORE INTO charges ({_COLUMNS}, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (*values, told, charge.epsilon, key),
+    )
+
+
+def _take_over_answers(db: sqlite3.Connection, answers: Path) -> None:
+    """Charge the answers with noise that a version without this ledger has recorded in its log.
+
+    Its answers lack the mark `charged`. An answer counts once, also if this is interrupted.
+    """
+    if not answers.exists():
+        return
+    with closing(sqlite3.connect(answers, timeout=60.0, isolation_level=None)) as old:
+        columns = {row[1] for row in old.execute("PRAGMA table_info(answers)")}
+        if "epsilon" not in columns:
+            return
+        mark = "AND charged IS NULL" if "charged" in columns else ""
+        found = old.execute(
+            f"SELECT id, at, question, epsilon FROM answers WHERE epsilon > 0 {mark}"
+        ).fetchall()
+        if not found:
+            return
+        with writing(db):
+            for number, at, question, epsilon in found:
+                told = (DiscreteLaplace(min(epsilon, 1e6)),)
+                charge = Charge("question", "", told, "", question, epsilon, at)
+                _insert(db, charge, f"answer {number}")
+        if mark:
+            numbers = [(row[0],) for row in found]
+            old.executemany("UPDATE answers SET charged = 1 WHERE id = ?", numbers)

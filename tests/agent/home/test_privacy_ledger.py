@@ -1,0 +1,118 @@
+"""The owner's ledger of privacy: it forgets no charge, and its limit holds."""
+
+from __future__ import annotations
+
+import math
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from agent.home import privacy_ledger
+from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
+from protocols.errors import NotAllowed
+from protocols.privacy import accountant
+from protocols.privacy.events import DiscreteLaplace, Exact, Gaussian
+
+NO_LIMIT = Limit(0.0, 1e-5)
+ROUND = Gaussian(accountant.noise_for(3.0, 1e-5, 1.0, 10))
+
+
+def charge(number: int = 1) -> Charge:
+    return Charge("training", "r1", (ROUND,), "f", f"mnist, round {number}")
+
+
+def test_the_limit_is_for_all_events_together(tmp_path: Path) -> None:
+    ledger, limit = PrivacyLedger(tmp_path / "privacy.db"), Limit(3.0, 1e-5)
+    for number in range(10):
+        ledger.charge(charge(number), limit)
+    with pytest.raises(NotAllowed, match=r"privacy_max_epsilon is 3 .* 3 is spent") as caught:
+        ledger.charge(charge(11), limit)
+    assert "commonweight-agent budget" in caught.value.hint
+    with pytest.raises(NotAllowed):
+        ledger.charge(Charge("question", "j1", (DiscreteLaplace(0.1),), epsilon=0.1), limit)
+    assert len(ledger.charges()) == 10
+    assert privacy_ledger.spent_epsilon(ledger.charges(), 1e-5) == pytest.approx(3.0, abs=1e-3)
+    assert privacy_ledger.left_epsilon(ledger.charges(), limit) == 0.0
+    assert 0.9 < privacy_ledger.left_epsilon(ledger.charges()[:8], limit) < 1.5
+
+
+def test_a_killed_process_has_charged_what_it_said(tmp_path: Path) -> None:
+    """Killed at once after `charge` returns, without closing anything."""
+    code = (
+        "import os, pathlib, sys\n"
+        "from agent.home.privacy_ledger import *\n"
+        "from protocols.privacy.events import Gaussian\n"
+        "ledger = PrivacyLedger(pathlib.Path(sys.argv[1]))\n"
+        "ledger.charge(Charge('training', 'r1', (Gaussian(9.0),)), Limit(0.0, 1e-5))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    file = tmp_path / "privacy.db"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(file)], check=False)
+    assert PrivacyLedger(file).events_of("training", "r1") == [Gaussian(9.0)] * 2
+    if os.name == "posix":
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_two_at_once_do_not_both_get_the_last_of_the_budget(tmp_path: Path) -> None:
+    limit, told = Limit(1.0, 1e-5), list[str]()
+    start = threading.Barrier(4)
+
+    def ask(number: int) -> None:
+        ledger = PrivacyLedger(tmp_path / "privacy.db")
+        start.wait()
+        try:
+            ledger.charge(Charge("question", str(number), (DiscreteLaplace(0.6),)), limit)
+            told.append("answered")
+        except NotAllowed:
+            told.append("refused")
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(told) == ["answered", "refused", "refused", "refused"]
+
+
+def test_what_has_no_noise_is_named_once_and_costs_no_epsilon(tmp_path: Path) -> None:
+    ledger = PrivacyLedger(tmp_path / "privacy.db")
+    exact = Charge("evaluation", "r1", (Exact(),), "f", "mnist, its metrics")
+    for _ in range(3):
+        ledger.charge_exact(exact)
+    ledger.charge(charge(), NO_LIMIT)
+    assert [entry.is_exact for entry in ledger.charges()] == [True, False]
+    assert 0 < privacy_ledger.spent_epsilon(ledger.charges(), 1e-5) < 3
+    assert math.isinf(accountant.epsilon_of([Exact()], 1e-5))
+
+
+def test_answers_of_an_older_version_are_charged_once(tmp_path: Path) -> None:
+    """Also those that an older version gives after a downgrade."""
+    with sqlite3.connect(tmp_path / "analysis.db") as old:
+        old.execute(
+            "CREATE TABLE answers (id INTEGER PRIMARY KEY, at REAL, digest TEXT, data TEXT,"
+            " question TEXT, told BLOB, cells INTEGER, bytes INTEGER, epsilon REAL, refused TEXT)"
+        )
+        rows = [(1, 5.0, "count by sex", 0.5), (2, 6.0, "count", 0.0), (3, 7.0, "mean(age)", 0.25)]
+        old.executemany("INSERT INTO answers (id, at, question, epsilon) VALUES (?, ?, ?, ?)", rows)
+    for _ in range(2):  # the second finds nothing new
+        ledger = PrivacyLedger(tmp_path / "privacy.db")
+        assert ledger.asked_epsilon() == 0.75
+        ledger.close()
+    from agent.analytics.query_log import QueryLog
+
+    log = QueryLog(tmp_path / "analysis.db")  # adds the mark
+    assert log.spent_epsilon == 0.75
+    log.close()
+    with sqlite3.connect(tmp_path / "analysis.db") as old:
+        old.execute("INSERT INTO answers (at, question, epsilon) VALUES (8.0, 'sum(age)', 0.125)")
+    ledger = PrivacyLedger(tmp_path / "privacy.db")
+    assert ledger.asked_epsilon() == 0.875
+    first = ledger.charges()[0]
+    assert (first.purpose, first.about, first.at) == ("question", "count by sex", 5.0)
