@@ -12,6 +12,7 @@ CommonweightError                     1  something failed
 │   │   └── AwaitingConsent              the owner has not decided about the task yet
 │   ├── LogConflict                      the coordinator's log of versions contradicts itself
 │   ├── Unwitnessed                      too few pinned peers have shown what they see
+│   ├── SecureRefused                    a step of a secure sum would tell too much
 │   ├── UploadRefused                    the coordinator does not take an update
 │   ├── UploadUnneeded                   nothing waits for an update any more
 │   └── VersionSkew                      agent and coordinator versions are incompatible
@@ -33,6 +34,7 @@ CommonweightError                     1  something failed
 ├── CannotPredict                     1  the task can train but not predict
 ├── TrainerFailed                     1  the trainer process failed or was ended
 ├── StrategyFailed                    1  a strategy raised an error
+├── CohortLost                        1  too few peers are left to unmask a sum
 └── UpdateRefused                     1  an update failed validation
 """
 
@@ -145,6 +147,19 @@ class Unwitnessed(Refused):
     """Too few of the peers that the owner pinned have shown which versions they see."""
 
     code = "unwitnessed"
+
+
+class SecureRefused(Refused):
+    """This peer does not take a step of a secure sum; `reason` is a short fixed word."""
+
+    code = "secure_refused"
+
+    def __init__(self, reason: str, message: str, hint: str = "") -> None:
+        hint = (
+            hint or "the coordinator contradicts itself: ask whoever runs it, and do not trust it"
+        )
+        super().__init__(message, hint)
+        self.reason = reason
 
 
 class UploadRefused(Refused):
@@ -317,6 +332,12 @@ class StrategyFailed(CommonweightError):
     """A strategy raised an error; its run fails."""
 
     code = "strategy_failed"
+
+
+class CohortLost(CommonweightError):
+    """Too few peers of a cohort are left to unmask its sum. Nothing of any update is known."""
+
+    code = "cohort_lost"
 
 
 class UpdateRefused(CommonweightError):

@@ -1,0 +1,190 @@
+"""The coordinator's side of secure aggregation: one cohort from its cards to the recovered masks.
+
+Three decisions are events for the ledger: CohortFixed, SharersFixed, SurvivorsFixed. What peers
+answered between them is asked for again after a restart, and peers repeat their answers, except the
+sealed shares: the caller keeps those on disk before it records SharersFixed, because a peer that
+has shared may be gone when another one masks. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from msgspec import Struct
+
+from protocols.errors import BadMessage, CohortLost
+from protocols.messages.envelope import Digest
+from protocols.secagg.cohort import Cohort
+from protocols.secagg.messages import (
+    AgreeAnswer,
+    AgreeRequest,
+    MaskAnswer,
+    MaskRequest,
+    Peers,
+    ShareAnswer,
+    ShareRequest,
+    UnmaskAnswer,
+    UnmaskRequest,
+)
+
+Request: TypeAlias = ShareRequest | MaskRequest | AgreeRequest | UnmaskRequest
+Answer: TypeAlias = ShareAnswer | MaskAnswer | AgreeAnswer | UnmaskAnswer
+
+
+class CohortFixed(Struct, frozen=True, tag=True, kw_only=True):
+    """The plan and the cards of a cohort."""
+
+    request: ShareRequest
+
+
+class SharersFixed(Struct, frozen=True, tag=True, kw_only=True):
+    """The peers whose shares are on disk. Each masks for exactly these."""
+
+    sharers: Peers
+
+
+class SurvivorsFixed(Struct, frozen=True, tag=True, kw_only=True):
+    """The peers whose masked updates are on disk and count."""
+
+    survivors: Peers
+
+
+SecureEvent: TypeAlias = CohortFixed | SharersFixed | SurvivorsFixed
+
+
+class Aggregator:
+    """The state of one cohort. `apply` takes events from the ledger, `take` answers of peers."""
+
+    def __init__(self, fixed: CohortFixed) -> None:
+        self.cohort = Cohort(fixed.request)
+        self.sharers: tuple[str, ...] = ()
+        self.survivors: tuple[str, ...] = ()
+        self.shares: dict[str, ShareAnswer] = {}
+        self.uploads: dict[str, Digest] = {}
+        self.signatures: dict[str, bytes] = {}
+        self.told: dict[str, UnmaskAnswer] = {}
+
+    def apply(self, event: SharersFixed | SurvivorsFixed) -> None:
+        """Take a decision that is in the ledger."""
+        if isinstance(event, SharersFixed):
+            self.sharers = event.sharers
+        else:
+            self.survivors = event.survivors
+
+    def take(self, peer: str, answer: Answer) -> None:
+        """Take the answer of a peer. Raises BadMessage if it is not a proper one.
+
+        An answer that comes too late changes nothing, and neither does the same answer again.
+        """
+        cohort = self.cohort
+        if peer not in cohort.cards or answer.cohort != cohort.id:
+            raise BadMessage(f"an answer of {peer} for another cohort")
+        match answer:
+            case ShareAnswer():
+                if answer.shares.keys() != set(cohort.neighbors(peer)):
+                    raise BadMessage(f"{peer} has not sealed one share for each neighbor")
+                if not self.sharers or peer in self.sharers:
+                    self.shares.setdefault(peer, answer)
+            case MaskAnswer():
+                if peer in self.sharers and not self.survivors:
+                    self.uploads.setdefault(peer, answer.digest)
+            case AgreeAnswer():
+                message = cohort.agreement(self.sharers, self.survivors)
+                if not cohort.signs(peer, answer.signature, message):
+                    raise BadMessage(f"{peer} has signed another set of survivors")
+                if peer in self.survivors:
+                    self.signatures[peer] = answer.signature
+            case UnmaskAnswer():
+                self._check_told(peer, answer)
+                self.told.setdefault(peer, answer)
+
+    def _check_told(self, peer: str, answer: UnmaskAnswer) -> None:
+        survivors, group = set(self.survivors), set(self.cohort.groups[peer])
+        dropouts = set(self.sharers) - survivors
+        if (
+            peer not in survivors
+            or answer.seeds.keys() != survivors & group
+            or answer.keys.keys() != dropouts & group
+        ):
+            raise BadMessage(f"{peer} has not told one share of each neighbor")
+
+    def request_for(self, peer: str) -> Request | None:
+        """What this peer is asked next; None if nothing is missing from it now."""
+        cohort = self.cohort
+        if not self.sharers:
+            return None if peer in self.shares else cohort.request
+        if not self.survivors:
+            if peer not in self.sharers or peer in self.uploads:
+                return None
+            neighbors = set(self.sharers).intersection(cohort.neighbors(peer))
+            shares = {one: self.shares[one].shares[peer] for one in sorted(neighbors)}
+            return MaskRequest(cohort=cohort.id, sharers=self.sharers, shares=shares)
+        if peer not in self.survivors:
+            return None
+        # Also of a peer that has told its shares: after a restart, others need its signature.
+        if peer not in self.signatures:
+            return AgreeRequest(cohort=cohort.id, survivors=self.survivors)
+        if peer in self.told:
+            return None
+        group = cohort.groups[peer]
+        signatures = {one: self.signatures[one] for one in group if one in self.signatures}
+        if len(signatures) < cohort.threshold(peer):
+            return None
+        return UnmaskRequest(cohort=cohort.id, signatures=signatures)
+
+    def fix_sharers(self) -> SharersFixed:
+        """Go on with the peers that have shared. Raises CohortLost if too few have.
+
+        A peer with too few neighbors among them is left out, and so may be others then.
+        """
+        sharers = set(self.shares)
+        while alone := {peer for peer in sharers if not self._has_group(peer, sharers)}:
+            sharers -= alone
+        if not sharers:
+            raise CohortLost(
+                f"{len(self.shares)} of {len(self.cohort.peers)} peers have shared their keys, and "
+                f"a sum needs {self.needed()}",
+                "the coordinator asks all peers again; no update has left a peer",
+            )
+        return SharersFixed(sharers=tuple(sorted(sharers)))
+
+    def fix_survivors(self) -> SurvivorsFixed:
+        """Go on with the peers whose updates are there. Raises CohortLost if too few are."""
+        survivors = set(self.uploads)
+        # All secrets that the sum needs: of survivors, and of dropouts that masked with them.
+        needed = survivors | {
+            peer for peer in self.sharers if survivors.intersection(self.cohort.groups[peer])
+        }
+        if not survivors or not all(self._has_group(peer, survivors) for peer in needed):
+            raise CohortLost(
+                f"{len(survivors)} of {len(self.sharers)} masked updates have come, too few to "
+                f"unmask their sum; {self.needed()} are needed",
+                "the coordinator asks all peers to train again, with new keys; masked updates tell "
+                "nothing",
+            )
+        return SurvivorsFixed(survivors=tuple(sorted(survivors)))
+
+    def can_recover(self) -> bool:
+        """Whether enough peers have told their shares."""
+        told = set(self.told)
+        return bool(self.survivors) and all(
+            self._has_group(peer, told) for peer in self.wanted_secrets()
+        )
+
+    def wanted_secrets(self) -> list[str]:
+        """The peers of which a secret is needed: survivors, and dropouts that masked with them."""
+        survivors = set(self.survivors)
+        return [
+            peer
+            for peer in self.sharers
+            if peer in survivors or survivors.intersection(self.cohort.groups[peer])
+        ]
+
+    def needed(self) -> int:
+        """The fewest peers with which a sum can be unmasked, by the smallest threshold."""
+        return min(self.cohort.threshold(peer) for peer in self.cohort.peers)
+
+    def _has_group(self, peer: str, among: Iterable[str]) -> bool:
+        group = self.cohort.groups[peer]
+        return len(set(among).intersection(group)) >= self.cohort.threshold(peer)

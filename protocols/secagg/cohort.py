@@ -1,0 +1,193 @@
+"""A cohort: its cards, who neighbors whom, thresholds and weights. Pure.
+
+Coordinator and peers compute all of it from the same bytes, so a peer trusts nothing of it to the
+coordinator but the choice of the cards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import msgspec
+
+from protocols.enrollment import identity
+from protocols.errors import BadMessage
+from protocols.secagg.messages import (
+    MAX_COHORT,
+    SIGNED_CARD,
+    Card,
+    Plan,
+    ShareRequest,
+    SignedCard,
+    encode,
+)
+from protocols.secagg.ring import integer_weights, value_bits
+
+MIN_COHORT = 3
+#: Up to this many peers, each is a neighbor of all others.
+MAX_COMPLETE = 65
+#: Neighbors by the largest size of the cohort. With a tenth of the peers colluding at places of an
+#: unpredictable ring, the chance that somewhere 2t - n of them are together is below 2^-80.
+_NEIGHBORS = (
+    *((229, 64), (256, 76), (320, 94), (384, 112), (512, 142), (768, 178), (1024, 196)),
+    *((1536, 220), (2048, 238), (3072, 256), (MAX_COHORT, 262)),
+)
+_PLAN = msgspec.msgpack.Decoder(Plan)
+_AGREE = b"commonweight secagg agree 1\n"
+
+
+def neighbor_count(peers: int) -> int:
+    """How many neighbors each peer has in a cohort of that size: even, or all others."""
+    if peers <= MAX_COMPLETE:
+        return peers - 1
+    return _NEIGHBORS[bisect_left(_NEIGHBORS, (peers, 0))][1]
+
+
+def threshold(group: int) -> int:
+    """How many shares give a secret, of a peer and its neighbors together: two thirds.
+
+    Bonawitz et al. 2017, section 6: fewer than 2t - n colluding members learn nothing.
+    """
+    return -(-2 * group // 3)
+
+
+class Pins(NamedTuple):
+    """The owner's rule: the peers that it pinned, and how many of them (with this one) a sum has.
+
+    Others may take part, but the coordinator could have invented them, so they count for nothing.
+    """
+
+    peers: frozenset[str]
+    minimum: int = MIN_COHORT
+
+
+def open_card(signed: SignedCard) -> Card:
+    """The card, if it is signed by the key of the peer that it names. Raises BadMessage."""
+    card = SIGNED_CARD.decode(signed.card)
+    if identity.peer_id(card.public) != card.peer:
+        raise BadMessage(f"a card names {card.peer} with the key of another peer")
+    return SIGNED_CARD.open(
+        signed.card,
+        signed.signature,
+        lambda signature, message: identity.verify(card.public, signature, message),
+    )
+
+
+class Cohort:
+    """The peers of one secure sum. Raises BadMessage for cards that do not fit together.
+
+    `is_checked`: the signatures were verified when this cohort was first opened.
+    """
+
+    def __init__(self, request: ShareRequest, *, is_checked: bool = False) -> None:
+        try:
+            self.plan = _PLAN.decode(request.plan)
+        except msgspec.DecodeError as err:
+            raise BadMessage(f"not a valid plan of a cohort: {err}") from err
+        if len(self.plan.sizes) != len(self.plan.limits):
+            raise BadMessage("the plan has another number of tensors than of limits")
+        read = (lambda one: SIGNED_CARD.decode(one.card)) if is_checked else open_card
+        cards = [(read(signed), signed) for signed in request.cards]
+        cards.sort(key=lambda pair: pair[0].peer)
+        self.request = request
+        self.cards: dict[str, Card] = {card.peer: card for card, _ in cards}
+        self.signed: dict[str, SignedCard] = {card.peer: signed for card, signed in cards}
+        self.peers = tuple(self.cards)
+        self._check()
+        sha = hashlib.sha256(b"commonweight secagg cohort 1\n")
+        for part in (request.plan, *(signed.card for _, signed in cards)):
+            sha.update(hashlib.sha256(part).digest())
+        self.id = sha.digest()
+
+    def _check(self) -> None:
+        cards, plan = self.cards.values(), self.plan
+        if len(self.cards) != len(self.request.cards):
+            raise BadMessage("a peer has two cards in one cohort")
+        if len(self.cards) < MIN_COHORT:
+            raise BadMessage(
+                f"a cohort of {len(self.cards)} peers, which is fewer than {MIN_COHORT}",
+                "a sum of so few says what each of them sent; wait for more peers",
+            )
+        keys = {key for card in cards for key in (card.mask_key, card.channel_key)}
+        if len(keys) != 2 * len(self.cards):
+            raise BadMessage("two cards of a cohort have the same key")
+        for card in cards:
+            if (card.fleet, card.run, card.round, card.base) != (
+                *(plan.fleet, plan.run, plan.round, plan.base),
+            ):
+                raise BadMessage(f"the card of {card.peer} is of another run, round or version")
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """The integer weight of each peer, from the examples that its card says."""
+        examples = [card.examples for card in self.cards.values()]
+        weights = integer_weights(examples, self.plan.max_weight, self.plan.max_examples)
+        return dict(zip(self.peers, weights, strict=True))
+
+    @cached_property
+    def bits(self) -> int:
+        """Bits of a value. Raises UsageError if the ring has too few."""
+        return value_bits(self.plan.ring, sum(self.weights.values()))
+
+    @cached_property
+    def _ring(self) -> list[str]:
+        """The peers in an order that follows from all cards, so that nobody chooses a place."""
+        return sorted(
+            self.peers,
+            key=lambda peer: hashlib.sha256(self.id + self.cards[peer].public).digest(),
+        )
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """By peer: itself and its neighbors, in name order."""
+        ring, size = self._ring, len(self.peers)
+        count = neighbor_count(size)
+        if count == size - 1:
+            return dict.fromkeys(self.peers, self.peers)
+        half = count // 2
+        twice = ring + ring
+        return {
+            peer: tuple(sorted(twice[(i - half) % size : (i - half) % size + count + 1]))
+            for i, peer in enumerate(ring)
+        }
+
+    def neighbors(self, peer: str) -> tuple[str, ...]:
+        """The neighbors of a peer, without itself. Being neighbors is mutual."""
+        return tuple(one for one in self.groups[peer] if one != peer)
+
+    def threshold(self, peer: str) -> int:
+        """How many members of this peer's group give its secrets."""
+        return threshold(len(self.groups[peer]))
+
+    def place(self, owner: str, holder: str) -> int:
+        """Where the holder's share of the owner's secrets lies: 1 to the size of the group."""
+        return bisect_left(self.groups[owner], holder) + 1
+
+    def together(self, peer: str, among: Collection[str]) -> set[str]:
+        """The peers of `among` that masks bind to this one, directly or over others of them."""
+        among, found, ahead = set(among), {peer}, [peer]
+        while ahead:
+            new = among.intersection(self.groups[ahead.pop()]) - found
+            found |= new
+            ahead += new
+        return found
+
+    def agreement(self, sharers: Iterable[str], survivors: Iterable[str]) -> bytes:
+        """The bytes that a survivor signs."""
+        sets = [hashlib.sha256(encode(sorted(peers))).digest() for peers in (sharers, survivors)]
+        return _AGREE + self.id + b"".join(sets)
+
+    def signs(self, peer: str, signature: bytes, message: bytes) -> bool:
+        """Whether this peer of the cohort has signed these bytes."""
+        card = self.cards.get(peer)
+        return card is not None and identity.verify(card.public, signature, message)
+
+
+def in_order(peers: Sequence[str]) -> bool:
+    """Whether the names are sorted and each is there once, as sets are sent."""
+    return all(one < other for one, other in pairwise(peers))

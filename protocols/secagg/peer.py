@@ -1,0 +1,332 @@
+"""The agent's side of secure aggregation: pure steps over the state of one turn.
+
+A step takes the state and a request, and returns the next state and the answer. The caller writes
+the state durably before the answer leaves. A repeated request gets the same answer; a request that
+contradicts an earlier one is refused. So nobody gets both kinds of share of one peer, a second
+cohort for a card, or a second set of survivors, whatever the coordinator sends and however often
+the agent restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+from msgspec.structs import replace
+
+from protocols.errors import BadMessage, BadWeights, SecureRefused
+from protocols.messages.envelope import Count, Digest, Id, MaybeDigest
+from protocols.secagg import keys, ring, shamir
+from protocols.secagg.cohort import Cohort, Pins, in_order
+from protocols.secagg.masks import RingArray, add_masks
+from protocols.secagg.messages import (
+    SIGNED_CARD,
+    AgreeAnswer,
+    AgreeRequest,
+    Bytes32,
+    Card,
+    MaskAnswer,
+    MaskRequest,
+    ReadyRequest,
+    ShareAnswer,
+    ShareRequest,
+    SignedCard,
+    UnmaskAnswer,
+    UnmaskRequest,
+)
+
+Sign = Callable[[bytes], bytes]
+
+
+class Me(NamedTuple):
+    """This peer: its id, its public key (32 raw bytes), and what signs with the private key."""
+
+    peer: str
+    public: bytes
+    sign: Sign
+
+
+class Turn(Struct, frozen=True, kw_only=True):
+    """What a peer knows of one turn; each field is set once.
+
+    `master`: 32 secret bytes that all secrets of the card come from. `cohort`, `mask`, `agree`:
+    the requests that were answered. `upload`: digest of the masked update.
+    """
+
+    fleet: Id
+    run: Id
+    round: Count
+    turn: Count
+    base: Digest
+    peer: Id
+    master: Bytes32
+    card: SignedCard
+    cohort: ShareRequest | None = None
+    mask: MaskRequest | None = None
+    upload: MaybeDigest = ""
+    upload_bytes: Count = 0
+    agree: AgreeRequest | None = None
+
+
+class Masking(NamedTuple):
+    """How to mask this peer's update: seeds to add and to subtract, its weight, its rounding."""
+
+    cohort: Cohort
+    weight: int
+    plus: list[bytes]
+    minus: list[bytes]
+    rounding_seed: bytes
+
+    def masked(
+        self, change: npt.NDArray[np.float32], metrics: Sequence[float]
+    ) -> tuple[RingArray, npt.NDArray[np.uint64]]:
+        """The masked update uint[n] and the masked metrics uint64[m], the same bytes each time.
+
+        `metrics`: already multiplied by the examples that they are means of. Raises BadWeights.
+        """
+        plan = self.cohort.plan
+        if len(metrics) != plan.tails:
+            raise BadWeights(f"{len(metrics)} metrics; the cohort has {plan.tails}")
+        array = ring.quantize(
+            change,
+            plan.sizes,
+            plan.limits,
+            ring_bits=plan.ring,
+            bits=self.cohort.bits,
+            weight=self.weight,
+            seed=self.rounding_seed,
+        )
+        tail = ring.encode_tail(metrics, len(self.cohort.peers))
+        add_masks(array, self.plus, self.minus)
+        add_masks(tail, [*map(keys.tail_of, self.plus)], [*map(keys.tail_of, self.minus)])
+        return array, tail
+
+
+def make_card(me: Me, request: ReadyRequest, examples: int, master: bytes) -> Turn:
+    """Step ready: the state of a new turn, with its card. `master`: 32 fresh random bytes."""
+    secrets = keys.CardSecrets(master)
+    card = Card(
+        fleet=request.fleet,
+        run=request.run,
+        round=request.round,
+        turn=request.turn,
+        base=request.base,
+        peer=me.peer,
+        public=me.public,
+        examples=examples,
+        mask_key=keys.public_of(secrets.mask_key),
+        channel_key=keys.public_of(secrets.channel_key),
+        commitment=keys.commitment(secrets.self_seed),
+        nonce=secrets.nonce,
+    )
+    return Turn(
+        fleet=request.fleet,
+        run=request.run,
+        round=request.round,
+        turn=request.turn,
+        base=request.base,
+        peer=me.peer,
+        master=master,
+        card=SignedCard(*SIGNED_CARD.seal(card, me.sign)),
+    )
+
+
+def share(
+    state: Turn, request: ShareRequest, pins: Pins, layout: tuple[int, ...]
+) -> tuple[Turn, ShareAnswer]:
+    """Step share: checks the cohort and seals a share of both secrets for each neighbor.
+
+    `layout`: elements of each tensor of this peer's model. Raises SecureRefused, BadMessage,
+    UsageError.
+    """
+    if state.cohort is not None:
+        if state.cohort != request:
+            _refuse("second cohort", "this peer's card is already part of another cohort")
+        cohort = _cohort(state)
+    else:
+        cohort = Cohort(request)
+        _check_cohort(state, cohort, pins, layout)
+    me, secrets = state.peer, keys.CardSecrets(state.master)
+    group = cohort.groups[me]
+    places = range(1, len(group) + 1)
+    shares = {}
+    for peer, pair in zip(
+        group, secrets.split(cohort.id, cohort.threshold(me), places), strict=True
+    ):
+        if peer != me:
+            public = cohort.cards[peer].channel_key
+            # Fails for a key of low order before anything is told.
+            keys.exchange(secrets.mask_key, cohort.cards[peer].mask_key)
+            shares[peer] = keys.seal(
+                secrets.channel_key, public, cohort.id, (me, peer), b"".join(pair)
+            )
+    return replace(state, cohort=request), ShareAnswer(cohort=cohort.id, shares=shares)
+
+
+def mask(state: Turn, request: MaskRequest, pins: Pins) -> tuple[Turn, Masking]:
+    """Step mask: checks the shares of others and derives the masks for the update.
+
+    Raises SecureRefused, BadMessage.
+    """
+    cohort = _cohort(state, request.cohort)
+    if state.mask is None:
+        _check_sharers(state, cohort, request, pins)
+    elif state.mask != request:
+        _refuse("second sharers", "this peer has already masked for another set of peers")
+    secrets, me = keys.CardSecrets(state.master), state.peer
+    plus, minus = [keys.self_mask(secrets.self_seed, cohort.id)], list[bytes]()
+    for peer in _neighbors_in(cohort, me, request.sharers):
+        seed = keys.pair_mask(secrets.mask_key, cohort.cards[peer].mask_key, cohort.id)
+        (plus if me < peer else minus).append(seed)
+    masking = Masking(cohort, cohort.weights[me], plus, minus, secrets.rounding_seed(cohort.id))
+    return replace(state, mask=request), masking
+
+
+def uploaded(state: Turn, digest: str, nbytes: int) -> tuple[Turn, MaskAnswer]:
+    """After step mask: the digest of the masked update. Raises SecureRefused for a second one."""
+    if state.cohort is None or state.mask is None:
+        _refuse("order", "an update before its masks")
+    if state.upload not in ("", digest):
+        _refuse("second update", "this peer has already masked another update with these keys")
+    answer = MaskAnswer(cohort=state.mask.cohort, digest=digest, nbytes=nbytes)
+    return replace(state, upload=digest, upload_bytes=nbytes), answer
+
+
+def agree(state: Turn, request: AgreeRequest, pins: Pins, sign: Sign) -> tuple[Turn, AgreeAnswer]:
+    """Step agree: signs whose updates count, once. Raises SecureRefused, BadMessage."""
+    cohort = _cohort(state, request.cohort)
+    if state.mask is None or not state.upload:
+        _refuse("order", "survivors before this peer has sent its update")
+    if state.agree is None:
+        survivors, sharers = set(request.survivors), set(state.mask.sharers)
+        if not in_order(request.survivors) or not survivors <= sharers:
+            _refuse("survivors", "a survivor has not shared, or is named twice")
+        _check_set(state.peer, cohort, survivors, pins, "survivors")
+    elif state.agree != request:
+        _refuse("second survivors", "this peer has already signed another set of survivors")
+    message = cohort.agreement(state.mask.sharers, request.survivors)
+    return replace(state, agree=request), AgreeAnswer(cohort=cohort.id, signature=sign(message))
+
+
+def unmask(state: Turn, request: UnmaskRequest) -> UnmaskAnswer:
+    """Step unmask: one kind of share of each neighbor, if enough of them have signed the same.
+
+    The answer follows from what was signed. Raises SecureRefused, BadMessage.
+    """
+    cohort = _cohort(state, request.cohort)
+    if state.mask is None or state.agree is None:
+        _refuse("order", "unmasking before this peer has signed the survivors")
+    me, survivors = state.peer, set(state.agree.survivors)
+    message = cohort.agreement(state.mask.sharers, state.agree.survivors)
+    signed = sum(
+        peer == me
+        or (peer in request.signatures and cohort.signs(peer, request.signatures[peer], message))
+        for peer in survivors.intersection(cohort.groups[me])
+    )
+    if signed < cohort.threshold(me):
+        _refuse(
+            "too few signatures",
+            f"{signed} of this peer's neighbors have signed the same survivors; "
+            f"{cohort.threshold(me)} are needed",
+        )
+    secrets = keys.CardSecrets(state.master)
+    pair = _own_shares(cohort, me, secrets)
+    seeds, mask_keys = {me: pair[0]}, {}
+    for peer in _neighbors_in(cohort, me, state.mask.sharers):
+        text = _open_share(cohort, secrets, peer, me, state.mask.shares[peer])
+        if peer in survivors:
+            seeds[peer] = text[: shamir.SHARE_BYTES]
+        else:
+            mask_keys[peer] = text[shamir.SHARE_BYTES :]
+    return UnmaskAnswer(cohort=cohort.id, seeds=seeds, keys=mask_keys)
+
+
+def _own_shares(cohort: Cohort, me: str, secrets: keys.CardSecrets) -> tuple[bytes, bytes]:
+    place = cohort.place(me, me)
+    places = range(place, place + 1)
+    return secrets.split(cohort.id, cohort.threshold(me), places)[0]
+
+
+def _open_share(
+    cohort: Cohort, secrets: keys.CardSecrets, owner: str, me: str, sealed: bytes
+) -> bytes:
+    public = cohort.cards[owner].channel_key
+    return keys.unseal(secrets.channel_key, public, cohort.id, (owner, me), sealed)
+
+
+def _neighbors_in(cohort: Cohort, me: str, among: Collection[str]) -> list[str]:
+    among = set(among)
+    return [peer for peer in cohort.neighbors(me) if peer in among]
+
+
+def _cohort(state: Turn, expected: bytes | None = None) -> Cohort:
+    if state.cohort is None:
+        _refuse("order", "a step of a cohort that this peer has not seen")
+    cohort = Cohort(state.cohort, is_checked=True)
+    if expected is not None and cohort.id != expected:
+        _refuse("second cohort", "a step of another cohort than the one this peer takes part in")
+    return cohort
+
+
+def _check_cohort(state: Turn, cohort: Cohort, pins: Pins, layout: tuple[int, ...]) -> None:
+    plan, me = cohort.plan, state.peer
+    if cohort.signed.get(me) != state.card:
+        _refuse("card", "the cohort does not have the card that this peer made for this turn")
+    if (plan.fleet, plan.run, plan.round, plan.base) != (
+        *(state.fleet, state.run, state.round, state.base),
+    ):
+        _refuse("plan", "the plan of the cohort is of another run, round or version")
+    if plan.sizes != layout:
+        _refuse("plan", "the plan of the cohort is of another model")
+    _ = cohort.bits  # raises if the ring is too small for the weights
+    _check_set(me, cohort, set(cohort.peers), pins, "peers")
+
+
+def _check_sharers(state: Turn, cohort: Cohort, request: MaskRequest, pins: Pins) -> None:
+    sharers, me = set(request.sharers), state.peer
+    if not in_order(request.sharers) or not sharers <= cohort.cards.keys():
+        _refuse("sharers", "somebody who has shared is not in the cohort, or is named twice")
+    _check_set(me, cohort, sharers, pins, "sharers")
+    secrets, expected = keys.CardSecrets(state.master), _neighbors_in(cohort, me, sharers)
+    if request.shares.keys() != set(expected):
+        _refuse("sharers", "the shares are not those of all neighbors that have shared")
+    for peer in expected:
+        text = _open_share(cohort, secrets, peer, me, request.shares[peer])
+        if len(text) != 2 * shamir.SHARE_BYTES:
+            raise BadMessage(f"{peer} has sealed something else than two shares")
+
+
+def _check_set(me: str, cohort: Cohort, peers: set[str], pins: Pins, name: str) -> None:
+    """Raise SecureRefused unless a sum over these peers hides this peer's update."""
+    if me not in peers:
+        _refuse(name, f"this peer is not among the {name}, so its update does not count")
+    group = peers.intersection(cohort.groups[me])
+    needed = cohort.threshold(me)
+    if len(group) < needed:
+        _refuse(name, f"{len(group)} neighbors are among the {name}; {needed} are needed")
+    known = peers & (pins.peers | {me})
+    # Others may be the coordinator's. Fewer than 2t - n of them in a group learn nothing.
+    whole = cohort.groups[me]
+    foreign, limit = len(set(whole) - pins.peers - {me}), 2 * needed - len(whole)
+    if foreign >= limit:
+        raise SecureRefused(
+            "invented peers",
+            f"{foreign} of the {len(whole)} peers that could unmask this one are not pinned here; "
+            f"at most {max(0, limit - 1)} may be",
+            "pin the ids of the peers whose owners you know",
+        )
+    hidden = cohort.together(me, known)
+    if len(hidden) < pins.minimum:
+        raise SecureRefused(
+            "too few peers",
+            f"{len(hidden)} pinned peers are among the {name}, with this one; the owner wants "
+            f"{pins.minimum}",
+            "pin the ids of further peers, or accept a sum of fewer",
+        )
+
+
+def _refuse(reason: str, message: str) -> NoReturn:
+    raise SecureRefused(reason, message)

@@ -1,0 +1,82 @@
+"""Which masks are left in the sum of the masked updates, from the shares that peers told. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from protocols.errors import CohortLost
+from protocols.secagg import keys, shamir
+from protocols.secagg.aggregator import Aggregator
+from protocols.secagg.masks import RingArray, add_masks
+
+
+class Recovery(NamedTuple):
+    """The seeds of the masks to add to the sum and to subtract from it.
+
+    `liars`: peers that told a false share, which a further share has shown.
+    """
+
+    plus: list[bytes]
+    minus: list[bytes]
+    liars: frozenset[str]
+
+    def unmask(self, total: RingArray, start: int = 0) -> None:
+        """Unmask the sum of the survivors' arrays, or the piece from `start` on, in place."""
+        add_masks(total, self.plus, self.minus, start)
+
+    def unmask_tail(self, total: RingArray) -> None:
+        """Unmask the sum of the survivors' metrics uint64[n], in place."""
+        add_masks(total, [*map(keys.tail_of, self.plus)], [*map(keys.tail_of, self.minus)])
+
+
+def recover(state: Aggregator) -> Recovery:
+    """The masks of survivors and dropouts. Raises CohortLost if shares are missing or false."""
+    cohort, survivors = state.cohort, set(state.survivors)
+    factors: dict[tuple[int, ...], list[int]] = {}
+    plus: list[bytes] = []
+    minus: list[bytes] = []
+    liars: set[str] = set()
+
+    def secret_of(owner: str, prove: Callable[[bytes], bytes], expected: bytes) -> bytes:
+        holders = [peer for peer in cohort.groups[owner] if peer in state.told]
+        threshold = cohort.threshold(owner)
+        # Without one of the first t + 1 at a time, in case that one has told a false share.
+        tries = [holders[:threshold]]
+        tries += [[*holders[:i], *holders[i + 1 : threshold + 1]] for i in range(threshold)]
+        for some in tries:
+            if len(some) < threshold:
+                break
+            places = tuple(cohort.place(owner, holder) for holder in some)
+            if places not in factors:
+                factors[places] = shamir.lagrange(places)
+            told = [state.told[holder] for holder in some]
+            shares = [(one.seeds if owner in survivors else one.keys)[owner] for one in told]
+            secret = shamir.combine(shares, factors[places])
+            if secret is not None and prove(secret) == expected:
+                liars.update(set(holders[: threshold + 1]) - set(some) if some != tries[0] else ())
+                return secret
+        raise CohortLost(
+            f"the shares of {owner}'s secret do not fit together: one of {len(holders)} peers that "
+            "told one, or itself, has lied",
+            "the coordinator asks all peers again, with new keys",
+        )
+
+    for owner in state.wanted_secrets():
+        card = cohort.cards[owner]
+        if owner in survivors:
+            seed = secret_of(owner, keys.commitment, card.commitment)
+            minus.append(keys.self_mask(seed, cohort.id))
+            continue
+        key = X25519PrivateKey.from_private_bytes(secret_of(owner, _public, card.mask_key))
+        for peer in survivors.intersection(cohort.groups[owner]):
+            mask = keys.pair_mask(key, cohort.cards[peer].mask_key, cohort.id)
+            # The survivor added it if its name comes first, and subtracted it else.
+            (minus if peer < owner else plus).append(mask)
+    return Recovery(plus, minus, frozenset(liars))
+
+
+def _public(mask_seed: bytes) -> bytes:
+    return keys.public_of(X25519PrivateKey.from_private_bytes(mask_seed))

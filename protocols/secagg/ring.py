@@ -1,0 +1,137 @@
+"""Updates as integers modulo 2^16 or 2^32: weights, scales, stochastic rounding, the sum. Pure.
+
+A change x of a tensor with the public limit L becomes q = round(x * q_max / L), rounded up with the
+probability of the fraction, so the mean has no bias. A peer sends w * q modulo 2^bits, and
+sum(w) * q_max stays below half of the ring, so that the sum never wraps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from protocols.errors import BadWeights, UsageError
+from protocols.secagg.masks import BLOCK_BYTES, KeyStream, RingArray
+
+#: Bits of the ring by codec, and the dtype of its elements.
+RING_BITS = {"fp32": 32, "int8": 16}
+DTYPES: dict[int, np.dtype[np.generic]] = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
+_SIGNED: dict[int, np.dtype[np.generic]] = {2: np.dtype("<i2"), 4: np.dtype("<i4")}
+
+#: Bits of a value. More than 24 would exceed a float32; fewer lose too much of the update.
+MAX_VALUE_BITS, MIN_VALUE_BITS = 24, 8
+#: Metrics are fixed-point numbers with so many bits after the point, in a ring of 2^64.
+TAIL_FRACTION_BITS = 20
+_TAIL_MAX = 2.0**62
+_BLOCK_ELEMENTS = BLOCK_BYTES // 4
+
+
+def integer_weights(examples: Sequence[int], max_weight: int, max_examples: int = 0) -> list[int]:
+    """The weight of each peer: at least 1, at most `max_weight`, in proportion to its examples.
+
+    More than `max_examples` (0: no limit) count as that many. The weights have no common divisor.
+    """
+    capped = [max(1, min(n, max_examples) if max_examples else n) for n in examples]
+    largest = max(capped)
+    scaled = [max(1, (2 * n * max_weight + largest) // (2 * largest)) for n in capped]
+    divisor = math.gcd(*scaled)
+    return [weight // divisor for weight in scaled]
+
+
+def value_bits(ring_bits: int, total_weight: int) -> int:
+    """The bits of a value, so that the sum of all peers fits into the ring.
+
+    Raises UsageError if fewer than MIN_VALUE_BITS are left.
+    """
+    room = ((1 << (ring_bits - 1)) - 1) // total_weight
+    bits = min(MAX_VALUE_BITS, (room + 1).bit_length())
+    if bits < MIN_VALUE_BITS:
+        raise UsageError(
+            f"a sum of weights of {total_weight} leaves {bits} bits for a value in a ring of "
+            f"2^{ring_bits}; {MIN_VALUE_BITS} are needed",
+            "use the codec fp32" if ring_bits < 32 else "take fewer peers a round",
+        )
+    return bits
+
+
+def max_value(bits: int) -> int:
+    """The largest integer that a value of so many bits has: q_max."""
+    return int(2 ** (bits - 1)) - 1
+
+
+def quantize(
+    change: npt.NDArray[np.float32],
+    sizes: Sequence[int],
+    limits: Sequence[float],
+    *,
+    ring_bits: int,
+    bits: int,
+    weight: int,
+    seed: bytes,
+) -> RingArray:
+    """The change float32[n] as integers of the ring, times the weight: uint[n].
+
+    `sizes` and `limits`: elements of each tensor, and the largest change that is not clipped.
+    `seed`: 32 secret bytes for the rounding; the same seed gives the same integers. Raises
+    BadWeights if the change is not finite or has another size.
+    """
+    if len(change) != sum(sizes):
+        raise BadWeights(f"a change of {len(change)} elements; the cohort has {sum(sizes)}")
+    out = np.empty(len(change), DTYPES[ring_bits])
+    signed = out.view(_SIGNED[out.itemsize])
+    stream, largest, place = KeyStream(seed), max_value(bits), 0
+    for size, limit in zip(sizes, limits, strict=True):
+        scale = largest / limit
+        for start in range(place, place + size, _BLOCK_ELEMENTS):
+            stop = min(start + _BLOCK_ELEMENTS, place + size)
+            values = change[start:stop].astype(np.float64)
+            if not np.isfinite(values).all():
+                raise BadWeights("the update contains NaN or infinity")
+            values *= scale
+            values += stream.read(values.size * 4).view("<u4") * 2.0**-32
+            np.floor(values, out=values)
+            np.clip(values, -largest, largest, out=values)
+            values *= weight
+            signed[start:stop] = values
+        place += size
+    return out
+
+
+def check_sum(total: RingArray, bits: int, total_weight: int) -> npt.NDArray[np.signedinteger]:
+    """The sum int[n] as signed integers, if honest peers can have sent it. Raises BadWeights."""
+    signed = total.view(_SIGNED[total.itemsize])
+    limit = total_weight * max_value(bits)
+    if len(signed) and (int(signed.max()) > limit or int(signed.min()) < -limit):
+        raise BadWeights(
+            "the sum of the masked updates is outside of what the weights allow: a peer has sent "
+            "another vector than the protocol says, or told a false share"
+        )
+    return signed
+
+
+def dequantize(
+    total: npt.NDArray[np.signedinteger], limit: float, bits: int, total_weight: int
+) -> npt.NDArray[np.float32]:
+    """The mean change float32[n] of a tensor with this limit, from the sum of its integers."""
+    mean: npt.NDArray[np.float32] = (total * (limit / max_value(bits) / total_weight)).astype("<f4")
+    return mean
+
+
+def encode_tail(values: Sequence[float], peers: int) -> npt.NDArray[np.uint64]:
+    """Metrics, losses and tallies as fixed-point integers uint64[n]. Raises BadWeights.
+
+    A value is already multiplied by the examples that it is a mean of. The sum over so many peers
+    must fit into 63 bits.
+    """
+    scaled = np.asarray(values, np.float64) * 2.0**TAIL_FRACTION_BITS
+    if not (np.isfinite(scaled).all() and (np.abs(scaled) <= _TAIL_MAX / peers).all()):
+        raise BadWeights("a metric is not finite, or too large to be summed")
+    return np.rint(scaled).astype("<i8").view("<u8")
+
+
+def decode_tail(total: npt.NDArray[np.uint64]) -> list[float]:
+    """The summed metrics from the sum of `encode_tail`."""
+    return [float(value) for value in total.view("<i8") * 2.0**-TAIL_FRACTION_BITS]
