@@ -66,8 +66,14 @@ JOBS = (
     *(f"job.recorded.{fact}" for fact in JOB_EVENTS),
 )
 AGENT_JOBS = ("agent.unit.done", "agent.unit.kept", "agent.unit.sent")
+#: Around each record of a secure sum (`agent.home.secure_store`); no run reaches them yet.
+SECURE = tuple(
+    f"agent.secure.{when}.{step}"
+    for when in ("recording", "recorded")
+    for step in ("begin", "share", "mask", "upload", "agree")
+)
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
-NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + TRAINER)
+NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + SECURE + TRAINER)
 
 
 def check(spec: str) -> str:

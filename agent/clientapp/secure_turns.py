@@ -1,0 +1,105 @@
+"""Answers the steps of secure sums, each after its state is on disk.
+
+No run asks for them yet: requests and answers will come as work of kinds of their own.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from agent.home.secure_store import TurnKey, TurnStore
+from protocols.errors import SecureRefused
+from protocols.secagg import peer
+from protocols.secagg.cohort import Pins
+from protocols.secagg.masks import RingArray
+from protocols.secagg.messages import (
+    AgreeAnswer,
+    AgreeRequest,
+    MaskAnswer,
+    MaskRequest,
+    ReadyRequest,
+    ShareAnswer,
+    ShareRequest,
+    SignedCard,
+    UnmaskAnswer,
+    UnmaskRequest,
+)
+from protocols.secagg.peer import Me, Turn
+
+
+class Trained(NamedTuple):
+    """What training gave: the change float32[n], and metrics times the examples they are over."""
+
+    change: npt.NDArray[np.float32]
+    metrics: Sequence[float]
+
+
+#: Keeps a masked update until it is uploaded; returns its digest and its size in bytes.
+Keep = Callable[[RingArray, npt.NDArray[np.uint64]], tuple[str, int]]
+
+
+class SecureTurns:
+    """This agent in secure sums. `pins` returns the owner's rule as it is now.
+
+    Every method raises SecureRefused, BadMessage, HomeError and DiskFull. After DiskFull the same
+    request can be answered again.
+    """
+
+    def __init__(
+        self,
+        me: Me,
+        store: TurnStore,
+        pins: Callable[[], Pins],
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        self._me, self._store, self._pins, self._random_bytes = me, store, pins, random_bytes
+
+    def ready(self, request: ReadyRequest, examples: int) -> SignedCard:
+        """The card of this turn: the same one, if it was asked for before."""
+        key = TurnKey(request.run, request.round, request.turn)
+        state = self._store.get(key)
+        if state is None:
+            state = peer.make_card(self._me, request, examples, self._random_bytes(32))
+            self._store.begin(state)
+        elif (state.fleet, state.base) != (request.fleet, request.base):
+            raise SecureRefused("card", "the card of this turn is for another version")
+        return state.card
+
+    def share(self, key: TurnKey, request: ShareRequest, layout: tuple[int, ...]) -> ShareAnswer:
+        """Joins the cohort, once. `layout`: elements of each tensor of this peer's model."""
+        old = self._turn(key)
+        new, answer = peer.share(old, request, self._pins(), layout)
+        self._store.advance(old, new, "share")
+        return answer
+
+    def mask(self, key: TurnKey, request: MaskRequest, trained: Trained, keep: Keep) -> MaskAnswer:
+        """Masks the update, once; `keep` gets the masked arrays."""
+        old = self._turn(key)
+        new, masking = peer.mask(old, request, self._pins())
+        self._store.advance(old, new, "mask")
+        digest, nbytes = keep(*masking.masked(trained.change, trained.metrics))
+        with_upload, answer = peer.uploaded(new, digest, nbytes)
+        self._store.advance(new, with_upload, "upload")
+        return answer
+
+    def agree(self, key: TurnKey, request: AgreeRequest) -> AgreeAnswer:
+        """Signs whose updates count, once."""
+        old = self._turn(key)
+        new, answer = peer.agree(old, request, self._pins(), self._me.sign)
+        self._store.advance(old, new, "agree")
+        return answer
+
+    def unmask(self, key: TurnKey, request: UnmaskRequest) -> UnmaskAnswer:
+        """Tells one kind of share of each neighbor."""
+        return peer.unmask(self._turn(key), request)
+
+    def _turn(self, key: TurnKey) -> Turn:
+        state = self._store.get(key)
+        if state is None:
+            raise SecureRefused("order", "a step of a turn for which this peer has made no card")
+        return state

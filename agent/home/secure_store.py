@@ -1,0 +1,141 @@
+"""The turns of secure sums that this agent takes part in: one SQLite file in its home, mode 0600.
+
+A turn is recorded step by step, and each step is on disk before its answer leaves. What was
+recorded is never changed: another value for a step is refused here too, beside the checks of
+`protocols.secagg.peer`. Secrets of a turn are overwritten once a newer turn of its run begins; that
+the turn was there is remembered, so its keys are never made again.
+
+A copy of the home, or a snapshot of the machine, that is put back undoes this: the agent then
+answers again as it did before. See docs/security.md.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import msgspec
+
+from protocols.errors import DiskFull, HomeError, SecureRefused
+from protocols.failpoints import failpoint
+from protocols.secagg.peer import Turn
+
+FILE = "secure.db"
+_decode = msgspec.msgpack.Decoder(Turn).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class TurnKey(NamedTuple):
+    """Names a turn: how often (`turn`) this peer has trained the version of a round before."""
+
+    run: str
+    round: int
+    turn: int
+
+
+def key_of(turn: Turn) -> TurnKey:
+    return TurnKey(turn.run, turn.round, turn.turn)
+
+
+class TurnStore:
+    """The file. Used by several threads. Raises HomeError if it cannot be used, DiskFull."""
+
+    def __init__(self, home: Path) -> None:
+        self._path, self._lock = home / FILE, Lock()
+        try:
+            self._path.touch(0o600)
+            self._path.chmod(0o600)
+            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+            # Without a write-ahead log, and with zeros over what was deleted, old secrets are gone.
+            self._db.executescript(
+                """
+                PRAGMA journal_mode=DELETE; PRAGMA synchronous=EXTRA; PRAGMA secure_delete=ON;
+                CREATE TABLE IF NOT EXISTS turns (
+                    number INTEGER PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL,
+                    turn INTEGER NOT NULL, state BLOB, UNIQUE (run, round, turn));
+                """
+            )
+        except (OSError, sqlite3.DatabaseError) as err:
+            raise self._error(err) from err
+
+    def close(self) -> None:
+        self._db.close()
+
+    def get(self, key: TurnKey) -> Turn | None:
+        """The turn, or None if there was none. Raises SecureRefused if it is over."""
+        rows = self._execute(
+            "SELECT state FROM turns WHERE run = ? AND round = ? AND turn = ?", key
+        )
+        if not rows:
+            return None
+        if rows[0][0] is None:
+            raise SecureRefused(
+                "over",
+                f"turn {key.turn} of round {key.round} is over for this peer, and its keys are "
+                "deleted",
+                "ask the peer for a new turn; a coordinator that was restored does so by itself",
+            )
+        try:
+            return _decode(rows[0][0])
+        except msgspec.DecodeError as err:
+            raise self._error(err) from err
+
+    def begin(self, turn: Turn) -> None:
+        """Record a new turn, and delete the secrets of the older turns of its run."""
+        failpoint("agent.secure.recording", "begin")
+        with self._lock:
+            self._execute("BEGIN IMMEDIATE")
+            try:
+                self._execute("UPDATE turns SET state = NULL WHERE run = ?", (turn.run,))
+                self._execute(
+                    "INSERT INTO turns (run, round, turn, state) VALUES (?, ?, ?, ?)",
+                    (*key_of(turn), _encode(turn)),
+                )
+                self._execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+        failpoint("agent.secure.recorded", "begin")
+
+    def advance(self, old: Turn, new: Turn, step: str) -> None:
+        """Replace the state by that after a step. Raises SecureRefused if it has changed since."""
+        if new == old:
+            return
+        if any(
+            was and getattr(old, name) != getattr(new, name)
+            for name, was in msgspec.structs.asdict(old).items()
+        ):
+            raise SecureRefused("recorded", f"step {step} would change what this peer has recorded")
+        failpoint("agent.secure.recording", step)
+        with self._lock:
+            changed = self._execute(
+                "UPDATE turns SET state = ? WHERE run = ? AND round = ? AND turn = ? "
+                "AND state = ? RETURNING number",
+                (_encode(new), *key_of(old), _encode(old)),
+            )
+        if not changed:
+            raise SecureRefused("recorded", f"another step was taken in place of {step}")
+        failpoint("agent.secure.recorded", step)
+
+    def end_run(self, run: str) -> None:
+        """Delete the secrets of all turns of a run."""
+        with self._lock:
+            self._execute("UPDATE turns SET state = NULL WHERE run = ?", (run,))
+
+    def _execute(self, statement: str, arguments: Sequence[object] = ()) -> list[tuple[bytes]]:
+        try:
+            return self._db.execute(statement, arguments).fetchall()
+        except sqlite3.DatabaseError as err:
+            raise self._error(err) from err
+
+    def _error(self, err: Exception) -> DiskFull | HomeError:
+        if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+            return DiskFull("the disk is full", "free some space; the agent then continues")
+        return HomeError(
+            f"{self._path} cannot be used: {err}",
+            "do not delete it during a secure run: the agent could then answer twice. "
+            "Leave the run first",
+        )
