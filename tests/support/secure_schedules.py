@@ -232,6 +232,8 @@ def _play_turn(
                 except BadMessage:
                     # Only an answer from before a decision does not fit any more.
                     assert isinstance(message, AgreeAnswer | UnmaskAnswer)
+        if len(ahead) > 2 and rnd.random() > hurry:
+            continue  # the coordinator looks later whether anybody is still to answer
         waits = any(state.request_for(name) is not None for name in alive)
         if not state.survivors and (not waits or rnd.random() < hurry):
             site.decide()
