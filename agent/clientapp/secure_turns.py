@@ -6,17 +6,12 @@ No run asks for them yet: requests and answers will come as work of kinds of the
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable
 
 from agent.home.secure_store import TurnKey, TurnStore
 from protocols.errors import SecureRefused
 from protocols.secagg import peer
 from protocols.secagg.cohort import Pins
-from protocols.secagg.masks import RingArray
 from protocols.secagg.messages import (
     AgreeAnswer,
     AgreeRequest,
@@ -29,18 +24,10 @@ from protocols.secagg.messages import (
     UnmaskAnswer,
     UnmaskRequest,
 )
-from protocols.secagg.peer import Me, Turn
+from protocols.secagg.peer import Masking, Me, Turn
 
-
-class Trained(NamedTuple):
-    """What training gave: the change float32[n], and metrics times the examples they are over."""
-
-    change: npt.NDArray[np.float32]
-    metrics: Sequence[float]
-
-
-#: Keeps a masked update until it is uploaded; returns its digest and its size in bytes.
-Keep = Callable[[RingArray, npt.NDArray[np.uint64]], tuple[str, int]]
+#: Writes the masked update to a file; returns its digest and its size in bytes.
+Write = Callable[[Masking], tuple[str, int]]
 
 
 class SecureTurns:
@@ -77,13 +64,12 @@ class SecureTurns:
         self._store.advance(old, new, "share")
         return answer
 
-    def mask(self, key: TurnKey, request: MaskRequest, trained: Trained, keep: Keep) -> MaskAnswer:
-        """Masks the update, once; `keep` gets the masked arrays."""
+    def mask(self, key: TurnKey, request: MaskRequest, write: Write) -> MaskAnswer:
+        """Masks the update, once; `write` makes the file that is uploaded."""
         old = self._turn(key)
         new, masking = peer.mask(old, request, self._pins())
         self._store.advance(old, new, "mask")
-        digest, nbytes = keep(*masking.masked(trained.change, trained.metrics))
-        with_upload, answer = peer.uploaded(new, digest, nbytes)
+        with_upload, answer = peer.uploaded(new, *write(masking))
         self._store.advance(new, with_upload, "upload")
         return answer
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import NamedTuple
 
 import msgspec
@@ -44,7 +44,7 @@ class TurnStore:
     """The file. Used by several threads. Raises HomeError if it cannot be used, DiskFull."""
 
     def __init__(self, home: Path) -> None:
-        self._path, self._lock = home / FILE, Lock()
+        self._path, self._lock = home / FILE, RLock()
         try:
             self._path.touch(0o600)
             self._path.chmod(0o600)
@@ -110,24 +110,23 @@ class TurnStore:
         ):
             raise SecureRefused("recorded", f"step {step} would change what this peer has recorded")
         failpoint("agent.secure.recording", step)
-        with self._lock:
-            changed = self._execute(
-                "UPDATE turns SET state = ? WHERE run = ? AND round = ? AND turn = ? "
-                "AND state = ? RETURNING number",
-                (_encode(new), *key_of(old), _encode(old)),
-            )
+        changed = self._execute(
+            "UPDATE turns SET state = ? WHERE run = ? AND round = ? AND turn = ? AND state = ? "
+            "RETURNING number",
+            (_encode(new), *key_of(old), _encode(old)),
+        )
         if not changed:
             raise SecureRefused("recorded", f"another step was taken in place of {step}")
         failpoint("agent.secure.recorded", step)
 
     def end_run(self, run: str) -> None:
         """Delete the secrets of all turns of a run."""
-        with self._lock:
-            self._execute("UPDATE turns SET state = NULL WHERE run = ?", (run,))
+        self._execute("UPDATE turns SET state = NULL WHERE run = ?", (run,))
 
     def _execute(self, statement: str, arguments: Sequence[object] = ()) -> list[tuple[bytes]]:
         try:
-            return self._db.execute(statement, arguments).fetchall()
+            with self._lock:
+                return self._db.execute(statement, arguments).fetchall()
         except sqlite3.DatabaseError as err:
             raise self._error(err) from err
 

@@ -34,8 +34,7 @@ MAX_COMPLETE = 65
 #: Neighbors by the largest size of the cohort. With a tenth of the peers colluding at places of an
 #: unpredictable ring, the chance that somewhere 2t - n of them are together is below 2^-80.
 _NEIGHBORS = (
-    *((229, 64), (256, 76), (320, 94), (384, 112), (512, 142), (768, 178), (1024, 196)),
-    *((1536, 220), (2048, 238), (3072, 256), (MAX_COHORT, 262)),
+    *((229, 64), (256, 76), (320, 94), (384, 112), (512, 142), (768, 178), (MAX_COHORT, 196)),
 )
 _PLAN = msgspec.msgpack.Decoder(Plan)
 _AGREE = b"commonweight secagg agree 1\n"

@@ -31,18 +31,17 @@ def new_buffer() -> npt.NDArray[np.uint8]:
 class KeyStream:
     """The AES-256-CTR key stream of a seed (32 bytes), from byte `start` on.
 
-    `start` is a multiple of 16. The counter begins at 0, so a seed serves one stream only. Streams
-    that are read in turn can have one buffer `out`, from `new_buffer`.
+    The counter begins at 0, so a seed serves one stream only. Streams that are read in turn can
+    have one buffer `out`, from `new_buffer`.
     """
 
     def __init__(
         self, seed: bytes, start: int = 0, out: npt.NDArray[np.uint8] | None = None
     ) -> None:
-        if start % _AES_BLOCK_BYTES:
-            raise ValueError(f"a stream starts at a multiple of 16 bytes, not at {start}")
         counter = (start // _AES_BLOCK_BYTES).to_bytes(16, "big")
         self._cipher = Cipher(algorithms.AES256(seed), modes.CTR(counter)).encryptor()
         self._out = new_buffer() if out is None else out
+        self.read(start % _AES_BLOCK_BYTES)
 
     def read(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """The next bytes, at most BLOCK_BYTES of them, in a buffer that is reused."""
@@ -54,22 +53,33 @@ class KeyStream:
         return int.from_bytes(self.read(nbytes).tobytes(), "big")
 
 
+class Masks:
+    """Adds the streams of the seeds `plus` and subtracts those of `minus`, block after block.
+
+    `start`: the place of the first element, of `width` bytes, in the whole vector.
+    """
+
+    def __init__(
+        self, plus: Sequence[bytes], minus: Sequence[bytes], width: int, start: int = 0
+    ) -> None:
+        out = new_buffer()
+        signs = [(np.add, seed) for seed in plus] + [(np.subtract, seed) for seed in minus]
+        self._streams = [(sign, KeyStream(seed, start * width, out)) for sign, seed in signs]
+        self._dtype = np.dtype(f"<u{width}")
+
+    def add_to(self, array: RingArray) -> None:
+        """Mask the next elements in place."""
+        step = BLOCK_BYTES // array.itemsize
+        for first in range(0, len(array), step):
+            block = array[first : first + step]
+            for sign, stream in self._streams:
+                sign(block, stream.read(block.nbytes).view(self._dtype), out=block)
+
+
 def add_masks(
     array: RingArray, plus: Sequence[bytes], minus: Sequence[bytes], start: int = 0
 ) -> None:
-    """Add the streams of the seeds `plus` to the array and subtract those of `minus`, in place.
-
-    `start`: the place of the array's first element in the whole vector, a multiple of 8.
-    """
-    signs = [(np.add, seed) for seed in plus] + [(np.subtract, seed) for seed in minus]
-    dtype, width = array.dtype.newbyteorder("<"), array.itemsize
-    step, out = BLOCK_BYTES // width, new_buffer()
-    for group in range(0, len(signs), _MAX_STREAMS):
-        streams = [
-            (operation, KeyStream(seed, start * width, out))
-            for operation, seed in signs[group : group + _MAX_STREAMS]
-        ]
-        for first in range(0, len(array), step):
-            block = array[first : first + step]
-            for operation, stream in streams:
-                operation(block, stream.read(block.nbytes).view(dtype), out=block)
+    """Mask an array whose first element is at `start` of the whole vector, in place."""
+    for first in range(0, max(len(plus), len(minus)), _MAX_STREAMS):
+        some = slice(first, first + _MAX_STREAMS)
+        Masks(plus[some], minus[some], array.itemsize, start).add_to(array)

@@ -21,11 +21,11 @@ from msgspec import Meta, Struct
 from protocols.messages.envelope import Count, Digest, Id, PublicKey
 from protocols.messages.signing import SignedJson
 
-#: The most peers of a cohort, so that the cards of all fit into a message.
-MAX_COHORT = 4096
-MAX_CARD_BYTES, MAX_PLAN_BYTES = 1024, 512 * 1024
+#: The most peers of a cohort, so that the cards of all fit into a message of 1 MiB.
+MAX_COHORT = 1024
+MAX_CARD_BYTES, MAX_PLAN_BYTES = 1024, 256 * 1024
 SEALED_BYTES = 33 + 33 + 16
-MAX_WEIGHT, MAX_TENSORS, MAX_TAILS = 65_536, 16_384, 4096
+MAX_WEIGHT, MAX_TENSORS, MAX_TAILS = 65_536, 8192, 4096
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]

@@ -9,7 +9,7 @@ the agent restarts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -21,7 +21,7 @@ from protocols.errors import BadMessage, BadWeights, SecureRefused
 from protocols.messages.envelope import Count, Digest, Id, MaybeDigest
 from protocols.secagg import keys, ring, shamir
 from protocols.secagg.cohort import Cohort, Pins, in_order
-from protocols.secagg.masks import RingArray, add_masks
+from protocols.secagg.masks import Masks, RingArray, add_masks
 from protocols.secagg.messages import (
     SIGNED_CARD,
     AgreeAnswer,
@@ -80,29 +80,29 @@ class Masking(NamedTuple):
     minus: list[bytes]
     rounding_seed: bytes
 
-    def masked(
-        self, change: npt.NDArray[np.float32], metrics: Sequence[float]
-    ) -> tuple[RingArray, npt.NDArray[np.uint64]]:
-        """The masked update uint[n] and the masked metrics uint64[m], the same bytes each time.
+    def tail(self, metrics: Sequence[float]) -> npt.NDArray[np.uint64]:
+        """The masked metrics uint64[m]. Raises BadWeights.
 
-        `metrics`: already multiplied by the examples that they are means of. Raises BadWeights.
+        `metrics`: already multiplied by the examples that they are means of.
+        """
+        if len(metrics) != self.cohort.plan.tails:
+            raise BadWeights(f"{len(metrics)} metrics; the cohort has {self.cohort.plan.tails}")
+        tail = ring.encode_tail(metrics, len(self.cohort.peers))
+        add_masks(tail, [*map(keys.tail_of, self.plus)], [*map(keys.tail_of, self.minus)])
+        return tail
+
+    def blocks(self, changes: Iterable[tuple[int, npt.NDArray[np.float32]]]) -> Iterator[RingArray]:
+        """The masked update, block by block, from blocks of (tensor's number, float32[n]).
+
+        The same blocks give the same bytes each time. Raises BadWeights.
         """
         plan = self.cohort.plan
-        if len(metrics) != plan.tails:
-            raise BadWeights(f"{len(metrics)} metrics; the cohort has {plan.tails}")
-        array = ring.quantize(
-            change,
-            plan.sizes,
-            plan.limits,
-            ring_bits=plan.ring,
-            bits=self.cohort.bits,
-            weight=self.weight,
-            seed=self.rounding_seed,
-        )
-        tail = ring.encode_tail(metrics, len(self.cohort.peers))
-        add_masks(array, self.plus, self.minus)
-        add_masks(tail, [*map(keys.tail_of, self.plus)], [*map(keys.tail_of, self.minus)])
-        return array, tail
+        quantizer = ring.Quantizer(plan.ring, self.cohort.bits, self.weight, self.rounding_seed)
+        masks = Masks(self.plus, self.minus, plan.ring // 8)
+        for number, change in changes:
+            block = quantizer.quantize(change, plan.limits[number])
+            masks.add_to(block)
+            yield block
 
 
 def make_card(me: Me, request: ReadyRequest, examples: int, master: bytes) -> Turn:

@@ -62,42 +62,35 @@ def max_value(bits: int) -> int:
     return int(2 ** (bits - 1)) - 1
 
 
-def quantize(
-    change: npt.NDArray[np.float32],
-    sizes: Sequence[int],
-    limits: Sequence[float],
-    *,
-    ring_bits: int,
-    bits: int,
-    weight: int,
-    seed: bytes,
-) -> RingArray:
-    """The change float32[n] as integers of the ring, times the weight: uint[n].
+class Quantizer:
+    """Turns changes into integers of the ring, block after block, times a weight.
 
-    `sizes` and `limits`: elements of each tensor, and the largest change that is not clipped.
-    `seed`: 32 secret bytes for the rounding; the same seed gives the same integers. Raises
-    BadWeights if the change is not finite or has another size.
+    `bits`: of a value. `seed`: 32 secret bytes for the rounding; the same seed and the same blocks
+    give the same integers.
     """
-    if len(change) != sum(sizes):
-        raise BadWeights(f"a change of {len(change)} elements; the cohort has {sum(sizes)}")
-    out = np.empty(len(change), DTYPES[ring_bits])
-    signed = out.view(_SIGNED[out.itemsize])
-    stream, largest, place = KeyStream(seed), max_value(bits), 0
-    for size, limit in zip(sizes, limits, strict=True):
-        scale = largest / limit
-        for start in range(place, place + size, _BLOCK_ELEMENTS):
-            stop = min(start + _BLOCK_ELEMENTS, place + size)
-            values = change[start:stop].astype(np.float64)
+
+    def __init__(self, ring_bits: int, bits: int, weight: int, seed: bytes) -> None:
+        self._dtype, self._signed = DTYPES[ring_bits], _SIGNED[ring_bits // 8]
+        self._largest, self._weight, self._stream = max_value(bits), weight, KeyStream(seed)
+
+    def quantize(self, change: npt.NDArray[np.float32], limit: float) -> RingArray:
+        """The next elements float32[n] of a tensor with this limit, as uint[n].
+
+        Raises BadWeights if they are not finite.
+        """
+        out = np.empty(len(change), self._dtype)
+        signed = out.view(self._signed)
+        for start in range(0, len(change), _BLOCK_ELEMENTS):
+            values = change[start : start + _BLOCK_ELEMENTS].astype(np.float64)
             if not np.isfinite(values).all():
                 raise BadWeights("the update contains NaN or infinity")
-            values *= scale
-            values += stream.read(values.size * 4).view("<u4") * 2.0**-32
+            values *= self._largest / limit
+            values += self._stream.read(values.size * 4).view("<u4") * 2.0**-32
             np.floor(values, out=values)
-            np.clip(values, -largest, largest, out=values)
-            values *= weight
-            signed[start:stop] = values
-        place += size
-    return out
+            np.clip(values, -self._largest, self._largest, out=values)
+            values *= self._weight
+            signed[start : start + _BLOCK_ELEMENTS] = values
+        return out
 
 
 def check_sum(total: RingArray, bits: int, total_weight: int) -> npt.NDArray[np.signedinteger]:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from agent.clientapp.secure_turns import SecureTurns, Trained
+from agent.clientapp.secure_turns import SecureTurns
 from agent.home.secure_store import TurnKey, key_of
 from protocols.enrollment import identity
 from protocols.errors import SecureRefused
@@ -34,7 +34,7 @@ from protocols.secagg.messages import (
     SignedCard,
     encode,
 )
-from protocols.secagg.peer import Me, Turn
+from protocols.secagg.peer import Masking, Me, Turn
 from protocols.secagg.recovery import recover
 
 FLEET, RUN, BASE = "fleet", "run-1", "ab" * 32
@@ -112,21 +112,29 @@ class Machine:
             case ShareRequest():
                 return self.turns.share(key, request, self.sizes)
             case MaskRequest():
-                trained = Trained(self.change, self.metrics)
-                return self.turns.mask(key, request, trained, self._keep)
+                return self.turns.mask(key, request, self._keep)
             case AgreeRequest():
                 return self.turns.agree(key, request)
             case _:
                 return self.turns.unmask(key, request)
 
-    def _keep(self, array: RingArray, tail: npt.NDArray[np.uint64]) -> tuple[str, int]:
+    def _keep(self, masking: Masking) -> tuple[str, int]:
+        array = np.concatenate([*masking.blocks(by_tensor(self.change, self.sizes))])
+        tail = masking.tail(self.metrics)
         digest = hashlib.sha256(array.tobytes() + tail.tobytes()).hexdigest()
         self.kept[digest] = array, tail
         return digest, array.nbytes + tail.nbytes
 
 
+def by_tensor(
+    change: npt.NDArray[np.float32], sizes: tuple[int, ...]
+) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+    """The change in blocks, each of one tensor."""
+    yield from enumerate(np.split(change, np.cumsum(sizes)[:-1]))
+
+
 def plan(bits: int = 32, sizes: tuple[int, ...] = SIZES, **other: object) -> Plan:
-    limits = LIMITS if sizes == SIZES else (0.5,) * len(sizes)
+    limits = other.pop("limits", None) or (LIMITS if sizes == SIZES else (0.5,) * len(sizes))
     whole: dict[str, object] = {"max_weight": 16, "tails": 2, "base": BASE, **other}
     return Plan(
         fleet=FLEET,
@@ -134,7 +142,7 @@ def plan(bits: int = 32, sizes: tuple[int, ...] = SIZES, **other: object) -> Pla
         round=1,
         ring=bits,  # type: ignore[arg-type]
         sizes=sizes,
-        limits=limits,
+        limits=limits,  # type: ignore[arg-type]
         **whole,  # type: ignore[arg-type]
     )
 
@@ -161,15 +169,14 @@ def plain_sum(cohort: Cohort, machines: Iterable[Machine], key: TurnKey = KEY) -
     metrics = np.zeros(cohort.plan.tails)
     for machine in machines:
         seed = CardSecrets(machine.store.turns[key].master).rounding_seed(cohort.id)
-        array = ring.quantize(
-            machine.change,
-            cohort.plan.sizes,
-            cohort.plan.limits,
-            ring_bits=cohort.plan.ring,
-            bits=cohort.bits,
-            weight=cohort.weights[machine.peer],
-            seed=seed,
+        quantizer = ring.Quantizer(
+            cohort.plan.ring, cohort.bits, cohort.weights[machine.peer], seed
         )
+        blocks = [
+            quantizer.quantize(block, cohort.plan.limits[number])
+            for number, block in by_tensor(machine.change, machine.sizes)
+        ]
+        array = np.concatenate(blocks)
         total += array.view(dtype)
         metrics += machine.metrics
     assert np.abs(total).max() < 2 ** (cohort.plan.ring - 1)
@@ -186,7 +193,7 @@ def secure_sum(state: Aggregator, machines: dict[str, Machine]) -> Sum:
         array, metrics = machines[peer].kept[state.uploads[peer]]
         total += array
         tail += metrics
-    cut = len(total) // 2 // 8 * 8
+    cut = len(total) // 2
     recovery.unmask(total[:cut])
     recovery.unmask(total[cut:], cut)
     recovery.unmask_tail(tail)

@@ -24,6 +24,7 @@ import numpy as np
 from agent.home.secure_store import TurnKey
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, CohortLost, SecureRefused, UsageError
+from protocols.secagg import cohort as cohort_module
 from protocols.secagg import keys, peer
 from protocols.secagg.aggregator import (
     Aggregator,
@@ -134,10 +135,23 @@ class Site:
         self.state.apply(event)
 
 
+#: In a third of all schedules, more peers than this form a ring with so many neighbors each.
+SMALL_RING = 4
+
+
+def _is_ring(seed: int) -> bool:
+    return seed % 3 == 0
+
+
 @contextlib.contextmanager
-def remembered_keys() -> Iterator[None]:
-    """Compute each signature check and each exchange of keys once: the results are the same."""
+def simulated(seed: int) -> Iterator[None]:
+    """Small rings, and each signature check and exchange of keys is computed once."""
+
+    def neighbor_count(peers: int) -> int:
+        return min(SMALL_RING, peers - 1) if _is_ring(seed) else peers - 1
+
     with (
+        mock.patch.object(cohort_module, "neighbor_count", neighbor_count),
         mock.patch.object(identity, "verify", functools.lru_cache(4096)(identity.verify)),
         mock.patch.object(keys, "exchange", functools.lru_cache(4096)(keys.exchange)),
         mock.patch.object(keys, "CardSecrets", functools.lru_cache(256)(keys.CardSecrets)),
@@ -145,20 +159,25 @@ def remembered_keys() -> Iterator[None]:
         yield
 
 
-@remembered_keys()
 def play_honest(seed: int) -> str:
     """Returns "sum" or "lost" after up to three turns; raises AssertionError for a wrong sum.
 
     If the coordinator waits for all that are alive, and no more died than the threshold allows,
     the first turn gives the sum.
     """
+    with simulated(seed):
+        return _play_honest(seed)
+
+
+def _play_honest(seed: int) -> str:
     rnd, witness = random.Random(seed), Witness()
-    size = rnd.choice((3, 3, 4, 5, 6, 7))
+    size = rnd.choice((7, 8, 9) if _is_ring(seed) else (3, 3, 4, 5, 6, 7))
     pins = Pins(frozenset(me(number).peer for number in range(size)), 2)
     machines = {(one := Machine(number, pins, rnd)).peer: one for number in range(size)}
     alive = set(machines)
     # Half of all schedules lose as many peers for good as the threshold allows, and some more.
-    bearable = size - threshold(size)
+    group = min(SMALL_RING + 1, size) if _is_ring(seed) else size
+    bearable = group - threshold(group)
     mortal, hurry = rnd.choice((0, 0, bearable, size)), rnd.choice((0, 0.005))
     must_succeed = mortal <= bearable and not hurry
     for turn in range(3):
@@ -232,10 +251,11 @@ def _play_turn(
                 except BadMessage:
                     # Only an answer from before a decision does not fit any more.
                     assert isinstance(message, AgreeAnswer | UnmaskAnswer)
-        if len(ahead) > 2 and rnd.random() > hurry:
+        hurries = rnd.random() < hurry
+        if len(ahead) > 2 and not hurries:
             continue  # the coordinator looks later whether anybody is still to answer
         waits = any(state.request_for(name) is not None for name in alive)
-        if not state.survivors and (not waits or rnd.random() < hurry):
+        if not state.survivors and (not waits or hurries):
             site.decide()
         elif state.survivors and not waits and not ahead and not state.can_recover():
             raise CohortLost("nobody is left to ask")
@@ -261,12 +281,14 @@ class Hostile:
 
     def __init__(self, seed: int) -> None:
         self.rnd = rnd = random.Random(seed)
-        size, self.minimum = rnd.choice(((3, 2), (3, 3), (4, 2), (4, 3), (5, 3), (6, 3)))
+        complete = ((3, 2), (3, 3), (4, 2), (4, 3), (5, 3), (6, 3))
+        rings = ((6, 3), (7, 4), (8, 5), (9, 3))
+        size, self.minimum = rnd.choice(rings if _is_ring(seed) else complete)
         invented = rnd.choice((0, 1, 1, 2, 4))
         pins = Pins(frozenset(me(number).peer for number in range(size)), self.minimum)
         self.machines = {(one := Machine(number, pins, rnd)).peer: one for number in range(size)}
         self.own = [me(100 + number) for number in range(invented)]
-        self.cards: list[SignedCard] = []
+        self.cards: dict[str, list[SignedCard]] = defaultdict(list)
         self.own_turns: dict[SignedCard, peer.Turn] = {}
         self.cohorts: dict[bytes, Cohort] = {}
         self.sealed: dict[bytes, dict[str, dict[str, bytes]]] = defaultdict(dict)
@@ -311,20 +333,19 @@ class Hostile:
             self._keep(turn.card)
 
     def _keep(self, card: SignedCard) -> None:
-        if card not in self.cards:
-            self.cards.append(card)
+        known = SIGNED_CARD.decode(card.card)
+        if card not in self.cards[known.peer]:
+            self.cards[known.peer].append(card)
         if self.rnd.random() < 0.04 and self.own:  # another key under an honest name
-            known, own = SIGNED_CARD.decode(card.card), self.rnd.choice(self.own)
+            own = self.rnd.choice(self.own)
             fake = msgspec.structs.replace(known, mask_key=self.rnd.randbytes(32))
             if self.rnd.random() < 0.5:
                 fake = msgspec.structs.replace(fake, public=own.public)
-            self.cards.append(SignedCard(*SIGNED_CARD.seal(fake, own.sign)))
+            self.cards[known.peer].append(SignedCard(*SIGNED_CARD.seal(fake, own.sign)))
 
     def fix(self) -> None:
         """A cohort of one card for each of some peers, mostly the newest, and its shares."""
-        by_peer: dict[str, list[SignedCard]] = defaultdict(list)
-        for card in self.cards:
-            by_peer[SIGNED_CARD.decode(card.card).peer].append(card)
+        by_peer = self.cards
         names = self._some(tuple(sorted(by_peer)))
         if self.cohorts and self.rnd.random() < 0.5:  # the same once more
             request = self.rnd.choice(list(self.cohorts.values())).request
@@ -477,10 +498,10 @@ class Hostile:
                 yield group
 
 
-@remembered_keys()
 def play_hostile(seed: int) -> Counter[str]:
     """Play one schedule; returns what happened, for a look at how far schedules come."""
-    return Hostile(seed).play()
+    with simulated(seed):
+        return Hostile(seed).play()
 
 
 def main() -> None:

@@ -9,9 +9,14 @@ from msgspec.structs import replace
 
 from agent.home.secure_store import TurnKey
 from protocols.errors import BadMessage, SecureRefused, UsageError
+from protocols.messages.work import MAX_MESSAGE_BYTES
 from protocols.secagg.aggregator import Aggregator, CohortFixed
 from protocols.secagg.cohort import Pins
 from protocols.secagg.messages import (
+    MAX_CARD_BYTES,
+    MAX_COHORT,
+    MAX_PLAN_BYTES,
+    MAX_TENSORS,
     SIGNED_CARD,
     AgreeRequest,
     Card,
@@ -20,6 +25,7 @@ from protocols.secagg.messages import (
     ShareRequest,
     SignedCard,
     UnmaskRequest,
+    encode,
 )
 from tests.support.secure_cohort import Machine, me, plan, share_request
 
@@ -324,3 +330,28 @@ def test_steps_out_of_order_are_refused() -> None:
         refused(fleet.first, request, "order")
     machine = Machine(0, Pins(frozenset()), random.Random(1))
     refused(machine, state.cohort.request, "order")
+
+
+def test_the_largest_cohort_fits_into_a_message() -> None:
+    long = "x" * 64
+    card = Card(
+        fleet=long,
+        run=long,
+        round=2**40,
+        turn=2**20,
+        base="ab" * 32,
+        peer=me(0).peer,
+        public=me(0).public,
+        examples=2**40,
+        mask_key=bytes(range(32)),
+        channel_key=bytes(range(32)),
+        commitment=bytes(range(32)),
+        nonce=bytes(range(32)),
+    )
+    signed = SignedCard(*SIGNED_CARD.seal(card, me(0).sign))
+    sizes = (10**6,) * MAX_TENSORS
+    limits = (0.123456789,) * MAX_TENSORS
+    request = share_request([signed] * MAX_COHORT, plan(sizes=sizes, limits=limits))
+    assert len(encode(request)) < MAX_MESSAGE_BYTES
+    assert len(request.plan) < MAX_PLAN_BYTES
+    assert len(signed.card) < MAX_CARD_BYTES

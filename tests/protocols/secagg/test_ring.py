@@ -15,15 +15,8 @@ SEED = bytes(range(32))
 
 
 def quantized(change: np.ndarray, limit: float, bits: int, weight: int = 1, ring_bits: int = 32):
-    array = ring.quantize(
-        change.astype(np.float32),
-        (len(change),),
-        (limit,),
-        ring_bits=ring_bits,
-        bits=bits,
-        weight=weight,
-        seed=SEED,
-    )
+    quantizer = ring.Quantizer(ring_bits, bits, weight, SEED)
+    array = quantizer.quantize(change.astype(np.float32), limit)
     return array.view(f"<i{ring_bits // 8}")
 
 
@@ -107,7 +100,7 @@ def test_a_sum_beyond_what_weights_allow_is_noticed() -> None:
 def test_masks_of_pieces_are_those_of_the_whole(cut: int, dtype: type) -> None:
     whole = np.zeros(BLOCK_BYTES, dtype)
     add_masks(whole, [SEED], [bytes(32)])
-    place = cut * 8 * 1001
+    place = cut * 1001
     piece = np.zeros(len(whole) - place, dtype)
     add_masks(piece, [SEED], [bytes(32)], place)
     assert (piece == whole[place:]).all()

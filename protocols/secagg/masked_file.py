@@ -1,0 +1,126 @@
+"""Masked updates as files, and the mean of a cohort read from them piece by piece.
+
+A file is canonical safetensors with two tensors:
+
+    t  I64[tails]         masked metrics
+    w  I32[n] or I16[n]   masked update over the flat axis of `codecs.delta`
+
+Memory grows with neither the model nor the number of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from protocols.codecs.delta import DeltaReader, FlatLayout, add
+from protocols.errors import BadWeights
+from protocols.model.weights import (
+    Array,
+    Part,
+    Schema,
+    TensorSpec,
+    WeightReader,
+    check_schema,
+)
+from protocols.model.weights_file import WeightsWriter
+from protocols.secagg import ring
+from protocols.secagg.cohort import Cohort
+from protocols.secagg.messages import Plan
+from protocols.secagg.peer import Masking
+from protocols.secagg.recovery import Recovery
+
+_SIGNED = {16: "I16", 32: "I32"}
+
+
+def layout(model: Schema) -> tuple[int, ...]:
+    """The elements of each tensor that is averaged, in the order of a plan."""
+    return tuple(field.size for field in FlatLayout(model).fields.values())
+
+
+def file_schema(plan: Plan) -> Schema:
+    """The schema of a masked update."""
+    count = sum(plan.sizes)
+    return {
+        "t": TensorSpec("I64", (plan.tails,)),
+        "w": TensorSpec(_SIGNED[plan.ring], (count,)),
+    }
+
+
+def write(
+    masking: Masking,
+    trained: WeightReader,
+    base: WeightReader,
+    metrics: list[float],
+    path: Path,
+) -> tuple[str, int]:
+    """Write the masked change from `base` to `trained`, durably; digest and bytes of the file.
+
+    The same weights give the same bytes. Raises BadWeights, OSError.
+    """
+    plan, schema = masking.cohort.plan, file_schema(masking.cohort.plan)
+    check_schema(trained.schema, base.schema)
+    if layout(base.schema) != plan.sizes:
+        raise BadWeights("the plan of the cohort is of another model")
+    changes = DeltaReader(trained, base, None, "")
+    with WeightsWriter(path, schema) as file:
+        tail = masking.tail(metrics).view("<i8")
+        file.write({Part("t", 0, len(tail)): tail})
+        start = 0
+        for block in masking.blocks((one.field.number, one.change) for one in changes.blocks()):
+            stop = start + len(block)
+            file.write({Part("w", start, stop): block.view(f"<i{plan.ring // 8}")})
+            start = stop
+    return file.digest, file.nbytes
+
+
+def check_file(file: WeightReader, plan: Plan) -> None:
+    """Raise BadWeights unless the file has the schema of a masked update of this plan."""
+    check_schema(file.schema, file_schema(plan))
+
+
+class SecureMean:
+    """The weights after the mean of a cohort's updates, read part by part.
+
+    `files`: of each survivor. Raises BadWeights if the sum is none that honest peers can have sent.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        recovery: Recovery,
+        files: Mapping[str, WeightReader],
+        base: WeightReader,
+    ) -> None:
+        self.schema = base.schema
+        self._cohort, self._recovery, self._base = cohort, recovery, base
+        self._files = list(files.values())
+        self._total_weight = sum(cohort.weights[peer] for peer in files)
+        self._fields = FlatLayout(base.schema).fields
+
+    def metrics(self) -> list[float]:
+        """The sums of the metrics over the survivors."""
+        count = self._cohort.plan.tails
+        total = np.zeros(count, np.uint64)
+        for file in self._files:
+            total += file.read(Part("t", 0, count)).view("<u8")
+        self._recovery.unmask_tail(total)
+        return ring.decode_tail(total)
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat, in the tensor's dtype (bf16 as uint16)."""
+        old = self._base.read(part)
+        if (field := self._fields.get(part.name)) is None:
+            return old
+        plan, bits = self._cohort.plan, self._cohort.bits
+        start, stop = field.start + part.start, field.start + part.stop
+        dtype = ring.DTYPES[plan.ring]
+        total = np.zeros(stop - start, dtype)
+        for file in self._files:
+            total += file.read(Part("w", start, stop)).view(dtype)
+        self._recovery.unmask(total, start)
+        signed = ring.check_sum(total, bits, self._total_weight)
+        limit = plan.limits[field.number]
+        return add(old, ring.dequantize(signed, limit, bits, self._total_weight), field.dtype)

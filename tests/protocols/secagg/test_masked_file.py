@@ -1,0 +1,111 @@
+"""Masked updates as files, and the mean that is read from them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from protocols.errors import BadWeights
+from protocols.model.weights import Part, Weights, split_into_pieces
+from protocols.model.weights_file import WeightsFile
+from protocols.secagg import masked_file
+from protocols.secagg.aggregator import Aggregator, CohortFixed
+from protocols.secagg.cohort import Pins
+from protocols.secagg.peer import Masking
+from protocols.secagg.recovery import recover
+from tests.support.secure_cohort import KEY, Machine, me, plan, share_request
+
+
+def model(seed: int, scale: float = 1.0) -> Weights:
+    """A model with tensors of odd sizes, of two dtypes, one that is not averaged."""
+    draw = np.random.default_rng(seed)
+    return Weights(
+        {
+            "a": (scale * draw.normal(size=70_001)).astype(np.float32),
+            "b": (scale * draw.normal(size=(3, 5))).astype(np.float16),
+            "c": (scale * draw.normal(size=999)).astype(np.float32),
+            "steps": np.array([7], np.int64),
+        }
+    )
+
+
+def changed(base: Weights, seed: int) -> Weights:
+    change = model(seed, 0.01)
+    return Weights({n: base[n] + (change[n] if n != "steps" else 0) for n in base})
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_the_mean_is_that_of_the_updates_by_their_weights(tmp_path: Path, bits: int) -> None:
+    base, pins = model(0), Pins(frozenset(me(number).peer for number in range(4)), 2)
+    sizes = masked_file.layout(base.schema)
+    assert sizes == (70_001, 15, 999)
+    machines = {
+        (one := Machine(number, pins, random.Random(number), sizes)).peer: one
+        for number in range(4)
+    }
+    trained = {peer: changed(base, seed) for seed, peer in enumerate(machines, 1)}
+    of = plan(bits, sizes, limits=(0.06,) * 3)
+    state = Aggregator(
+        CohortFixed(request=share_request([m.card() for m in machines.values()], of))
+    )
+    for peer, machine in machines.items():
+        state.take(peer, machine.answer(state.cohort.request))
+    state.apply(state.fix_sharers())
+    lost, *alive = sorted(machines)
+    for peer in alive:
+        asked = state.request_for(peer)
+
+        def write(masking: Masking, peer: str = peer) -> tuple[str, int]:
+            machine = machines[peer]
+            return masked_file.write(
+                masking, trained[peer], base, machine.metrics, tmp_path / f"{peer}.safetensors"
+            )
+
+        answer = machines[peer].turns.mask(KEY, asked, write)  # type: ignore[arg-type]
+        assert answer.nbytes == (tmp_path / f"{peer}.safetensors").stat().st_size
+        again = machines[peer].turns.mask(KEY, asked, write)  # type: ignore[arg-type]
+        assert again == answer
+        state.take(peer, answer)
+    assert lost not in state.uploads
+    state.apply(state.fix_survivors())
+    for _ in range(2):
+        for peer in alive:
+            if (asked := state.request_for(peer)) is not None:
+                state.take(peer, machines[peer].answer(asked))
+
+    files = {peer: WeightsFile(tmp_path / f"{peer}.safetensors") for peer in alive}
+    for file in files.values():
+        masked_file.check_file(file, of)
+    mean = masked_file.SecureMean(state.cohort, recover(state), files, base)
+    total = sum(state.cohort.weights[peer] for peer in alive)
+    for name in base:
+        whole = mean.read(Part(name, 0, base[name].size))
+        by_parts = [
+            mean.read(part)
+            for piece in split_into_pieces(base.schema, 1000)
+            for part in piece
+            if part.name == name
+        ]
+        assert (np.concatenate(by_parts) == whole).all()
+        expected = (
+            base[name].astype(np.float64)
+            + sum(
+                state.cohort.weights[peer] * (trained[peer][name].astype(np.float64) - base[name])
+                for peer in alive
+            )
+            / total
+        )
+        step = 0.06 / (2 ** (state.cohort.bits - 1) - 1)
+        rounding = 0.002 if base[name].dtype == np.float16 else 1e-6
+        assert np.abs(whole - expected.reshape(-1)).max() <= step + rounding
+    sums = np.sum([machines[peer].metrics for peer in alive], axis=0)
+    assert np.allclose(mean.metrics(), sums, atol=1e-4)
+
+
+def test_a_file_of_another_cohort_is_refused(tmp_path: Path) -> None:
+    base = model(0)
+    with pytest.raises(BadWeights, match="'t' is missing"):
+        masked_file.check_file(base, plan(16, (70_001, 15, 999)))
