@@ -118,7 +118,7 @@ def test_a_task_that_predicts_is_in_the_sandbox(owner: Owner) -> None:
 
 
 def test_a_task_that_exports_is_in_the_sandbox(owner: Owner) -> None:
-    """Attack: a task reads keys in `commonweight-agent export`."""
+    """Attack: a task reads keys in `commonweight-agent models export`."""
     for attack, says in (("login", "the sandbox refused the task"), ("none", "")):
         out = owner.folder / f"{attack}.onnx"
         done = owner.ask("export", str(owner.model), str(out))
