@@ -70,7 +70,13 @@ def root(
 def init(
     name: Annotated[
         list[str] | None,
-        typer.Option("--san", help="A host name or address of this machine; may be repeated."),
+        typer.Option("--san", help="Add a host name or address of this machine; may be repeated."),
+    ] = None,
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--forget-san", help="Remove a name or address from the certificate; may be repeated."
+        ),
     ] = None,
     offline_ca: Annotated[
         Path | None,
@@ -85,7 +91,7 @@ def init(
     """Create a coordinator on this machine: its keys, CA and folder."""
     from coordinator.storage import settings
 
-    keep = None
+    names, keep = [settings.check_name(one) for one in name or []], None
     if passphrase_file is not None and offline_ca is None:
         raise UsageError(
             "a passphrase is for a CA's key that is kept offline", "add --offline-ca FILE"
@@ -100,11 +106,17 @@ def init(
             "replace it by an offline one: "
             f"commonweight admin keys rotate ca --offline-ca {offline_ca}",
         )
-    home, new = settings.init(name or [], keep)
-    if name:
-        settings.save_names(home, name)
+    home, new = settings.init(names, keep)
+    if names:
+        settings.add_names(home, names)
+    if forget:
+        settings.forget_names(home, forget)
     data = {"home": home, "fleet": settings.open_keys(home).fleet, "new": new}
     text = f"created a coordinator in {home}" if new else f"{home} has a coordinator already"
+    if names or forget:
+        text += f"\nnames for agents: {', '.join(settings.read().names) or 'those detected'}"
+    if names and not new:
+        text += "; the certificate keeps its old ones (remove one: --forget-san)"
     if keep:
         text += f"\nthe CA's key is in {offline_ca}: keep it and its passphrase elsewhere"
     print_result(data, f"{text}\nnext: commonweight up", json=json)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import re
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -19,7 +21,7 @@ from coordinator.storage.ca_files import CA_FILE, CA_KEY_FILE, ISSUER_FILE, CaFi
 from protocols.enrollment import ca_chain, certificates, identity
 from protocols.enrollment.identity import SigningKey
 from protocols.enrollment.joining import Chain
-from protocols.errors import BadMessage, HomeError, UsageError
+from protocols.errors import BadMessage, HomeError, UnknownName, UsageError
 from protocols.local import homes, settings_file
 from protocols.local.atomic_files import write_private
 from protocols.local.settings_file import SETTINGS_FILE
@@ -27,6 +29,10 @@ from protocols.local.settings_file import SETTINGS_FILE
 #: Has the address of the running coordinator.
 UP_FILE = "up.json"
 PORT = 9092
+#: With old names that are kept. A machine that moves gets new addresses for years.
+MAX_CERTIFIED_NAMES = 64
+_LABEL = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 #: Words for true and false in the environment, besides true, false, 1 and 0.
 _WORDS = {
     **dict.fromkeys(("yes", "y", "on", "t"), True),
@@ -153,10 +159,62 @@ def _open_signer(home: Path, files: CaFiles) -> tuple[SigningKey, bytes]:
     return key, issuer
 
 
-def save_names(home: Path, names: list[str]) -> None:
-    """Write `names` into the settings file, so that `up` puts them in the certificate."""
+def check_name(name: str) -> str:
+    """The host name or address. Raises UsageError if it is neither."""
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    if not _HOST_NAME.fullmatch(name) or re.fullmatch(r"[\d.]+", name):
+        raise UsageError(
+            f"{name!r} is no host name and no address",
+            "write it as agents reach this machine: fleet.example.org or 192.0.2.2",
+        )
+    return name
+
+
+def add_names(home: Path, names: Sequence[str]) -> list[str]:
+    """Add `names` to those in the settings file, which `up` puts in the certificate. Returns all.
+
+    Raises UsageError.
+    """
+    return _save_names(home, [*_saved_names(home), *map(check_name, names)])
+
+
+def forget_names(home: Path, names: Sequence[str]) -> list[str]:
+    """Remove `names` from the settings file and from the certificate. Returns the other names.
+
+    Raises UnknownName, HomeError.
+    """
+    saved, certificate = _saved_names(home), _certified_names(home)
+    for name in names:
+        if name not in certificate and name not in saved:
+            raise UnknownName(
+                f"the certificate does not name {name}",
+                f"it names {', '.join(sorted(certificate))}",
+            )
+    keys, left = open_keys(home), [name for name in saved if name not in names]
+    certify(home, keys.ca_key, keys.ca_pem, left, keys.issuer, forget=frozenset(names))
+    return _save_names(home, left)
+
+
+def _saved_names(home: Path) -> list[str]:
+    return list(settings_file.read_file(home).get("names", ()))
+
+
+def _save_names(home: Path, names: list[str]) -> list[str]:
+    names = list(dict.fromkeys(names))
     values = settings_file.read_file(home) | {"names": names}
     write_private(home / SETTINGS_FILE, tomli_w.dumps(values).encode())
+    return names
+
+
+def _certified_names(home: Path) -> set[str]:
+    """The names in the TLS certificate; empty if it cannot be read."""
+    try:
+        return certificates.certificate_names((home / "server.pem").read_bytes())
+    except (OSError, ValueError):
+        return set()
 
 
 def open_keys(home: Path) -> Keys:
@@ -181,14 +239,23 @@ def open_keys(home: Path) -> Keys:
 
 
 def certify(
-    home: Path, ca_key: SigningKey, ca_pem: bytes, names: list[str], issuer: bytes = b""
+    home: Path,
+    ca_key: SigningKey,
+    ca_pem: bytes,
+    names: list[str],
+    issuer: bytes = b"",
+    *,
+    forget: Set[str] = frozenset(),
 ) -> bool:
     """Create or renew the TLS certificate. False if it is valid for `names` for another month.
 
-    `issuer`: the certificate (PEM) of the issuer whose key `ca_key` is; servers send it along.
+    Names of the old certificate stay, except those to `forget`: agents may know this machine by
+    them. `issuer`: the certificate (PEM) of the issuer whose key `ca_key` is; servers send it too.
     """
     certificate = home / "server.pem"
     wanted = {"localhost", "127.0.0.1", "::1", *names}
+    kept = sorted(_certified_names(home) - wanted - forget)
+    kept = kept[: max(0, MAX_CERTIFIED_NAMES - len(wanted))]
     # A key that does not match (a crash between the two files) is replaced like an old one.
     with contextlib.suppress(OSError, ValueError):
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, home / "server.key")
@@ -197,11 +264,14 @@ def certify(
             pem.endswith(issuer)
             and certificates.is_issued_by(pem, issuer or ca_pem)
             and wanted <= certificates.certificate_names(pem)
+            and not forget
             and certificates.days_left(pem) > 30
         ):
             return False
     try:
-        key, pem = certificates.new_server_certificate(ca_key, issuer or ca_pem, sorted(wanted))
+        key, pem = certificates.new_server_certificate(
+            ca_key, issuer or ca_pem, sorted({*wanted, *kept})
+        )
     except ValueError as err:
         raise UsageError(f"no certificate can be made for {', '.join(names)}: {err}") from err
     write_private(home / "server.key", identity.private_pem(key))

@@ -26,7 +26,7 @@ def describe_error(err: BaseException) -> str:
             case ConnectionError():
                 return "the connection was closed"
             case ssl.SSLCertVerificationError():
-                return f"its certificate is not valid: {cause.verify_message}"
+                return _describe_certificate(cause)
     for cause in lowest_first:
         name = type(cause).__name__
         if name in _TEXTS:
@@ -36,6 +36,14 @@ def describe_error(err: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror[:1].lower() + cause.strerror[1:]
     return str(err) or type(err).__name__
+
+
+def _describe_certificate(err: ssl.SSLCertVerificationError) -> str:
+    """OpenSSL's codes 62 and 64: the certificate has other names than the one that we asked for."""
+    if err.verify_code in (62, 64):
+        name = err.verify_message.rpartition("not valid for ")[2].strip("'.")
+        return f"its certificate does not name {name} (there: commonweight init --san {name})"
+    return f"its certificate is not valid: {err.verify_message}"
 
 
 def causes(err: BaseException | None) -> Iterator[BaseException]:

@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.storage import settings
 from protocols.enrollment import certificates, identity
-from protocols.errors import ExitCode, HomeError, UsageError
+from protocols.errors import ExitCode, HomeError, UnknownName, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.local.settings_file import SETTINGS_FILE
 
@@ -100,9 +100,50 @@ def test_a_home_is_made_once(home: Path) -> None:
 
 def test_names_are_kept_and_the_rest_of_the_file_with_them(home: Path) -> None:
     (home / SETTINGS_FILE).write_text("port = 1111\n")
-    settings.save_names(home, ["host.lan"])
+    assert settings.add_names(home, ["host.lan"]) == ["host.lan"]
+    assert settings.add_names(home, ["10.0.0.9", "host.lan"]) == ["host.lan", "10.0.0.9"]
     chosen = settings.read()
-    assert (chosen.port, chosen.names) == (1111, ["host.lan"])
+    assert (chosen.port, chosen.names) == (1111, ["host.lan", "10.0.0.9"])
+
+
+@pytest.mark.parametrize(
+    "name", ["not a host!", "", "a b", "host.lan:9092", "https://host", "-a", "300.1.1.1", "a" * 64]
+)
+def test_what_is_no_name_is_not_saved(home: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="is no host name and no address"):
+        settings.add_names(home, ["good.lan", name])
+    assert settings.read().names == []
+
+
+@pytest.mark.parametrize("name", ["host", "fleet.example.org", "my_hub", "192.0.2.2", "fd00::1"])
+def test_host_names_and_addresses_are_names(name: str) -> None:
+    assert settings.check_name(name) == name
+
+
+def test_a_new_name_leaves_the_old_ones_in_the_certificate_until_they_are_forgotten(
+    home: Path,
+) -> None:
+    """Agents that know the coordinator by an old name must find it there."""
+    settings.init(["192.0.2.2", "old.lan"])
+    keys = settings.open_keys(home)
+    settings.add_names(home, ["new.lan"])
+    assert settings.certify(home, keys.ca_key, keys.ca_pem, ["new.lan"])
+    assert {"192.0.2.2", "old.lan", "new.lan", "localhost"} <= names(home)
+    assert not settings.certify(home, keys.ca_key, keys.ca_pem, ["new.lan"])
+    assert settings.forget_names(home, ["192.0.2.2"]) == ["new.lan"]
+    assert names(home) == {"localhost", "127.0.0.1", "::1", "old.lan", "new.lan"}
+    assert settings.forget_names(home, ["new.lan"]) == []
+    assert "new.lan" not in names(home)
+    with pytest.raises(UnknownName, match=r"does not name 192\.0\.2\.2"):
+        settings.forget_names(home, ["192.0.2.2"])
+
+
+def test_the_certificate_has_a_bounded_number_of_old_names(home: Path) -> None:
+    settings.init([f"10.0.1.{number}" for number in range(settings.MAX_CERTIFIED_NAMES)])
+    keys = settings.open_keys(home)
+    assert settings.certify(home, keys.ca_key, keys.ca_pem, ["10.0.2.1"])
+    assert len(names(home)) == settings.MAX_CERTIFIED_NAMES
+    assert "10.0.2.1" in names(home)
 
 
 def test_without_keys_the_way_is_shown(home: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 
+from protocols.enrollment import certificates, identity
 from protocols.network.error_text import describe_error
 
 
@@ -64,3 +68,24 @@ def test_no_such_machine_and_others() -> None:
     round_about.__cause__ = KeyError("b")
     round_about.__cause__.__cause__ = round_about
     assert describe_error(round_about) == "a"
+
+
+@pytest.mark.parametrize("name", ["192.0.2.2", "other.lan", "fd00::1"])
+def test_a_certificate_for_other_names_says_which_name_it_lacks(name: str, tmp_path: Path) -> None:
+    ca_key, ca_pem = certificates.new_ca("here")
+    key, pem = certificates.new_server_certificate(ca_key, ca_pem, ["localhost", "192.0.2.1"])
+    (tmp_path / "server.pem").write_bytes(pem)
+    (tmp_path / "server.key").write_bytes(identity.private_pem(key))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+    client = ssl.create_default_context(cadata=ca_pem.decode())
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    here = client.wrap_bio(down, up, server_hostname=name)
+    there = server.wrap_bio(up, down, server_side=True)
+    with pytest.raises(ssl.SSLCertVerificationError) as caught:  # noqa: PT012
+        for _ in range(4):
+            for end in (here, there):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+    text = describe_error(caught.value)
+    assert text == (f"its certificate does not name {name} (there: commonweight init --san {name})")
