@@ -46,6 +46,14 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
 
 
+def format_duration(seconds: float) -> str:
+    """`2 h`, `90 min` or `2.5 s`: the largest unit of which it is a whole number."""
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit and seconds % unit == 0:
+            return f"{seconds // unit:.0f} {name}"
+    return f"{seconds:g} s"
+
+
 def parse_pair(text: str) -> tuple[str, str]:
     """Split `key=value`. Raises UsageError."""
     key, equals, value = text.partition("=")

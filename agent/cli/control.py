@@ -10,7 +10,14 @@ from typing import Annotated, Any
 import typer
 from msgspec.structs import replace
 
-from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
+from agent.cli.common import (
+    Json,
+    format_duration,
+    is_running,
+    parse_duration,
+    print_data,
+    print_line,
+)
 from agent.home import enrollment_file, logs
 from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import cli_entry, homes
@@ -26,8 +33,10 @@ def pause(
     duration: Annotated[str, typer.Option("--for", help="For how long, such as 2h.")] = "",
 ) -> None:
     """Stop working until `resume`, or for a while. Finished work is kept."""
-    _request("pause", time.time() + parse_duration(duration) if duration else 0.0)
-    print_line("paused" + (f" for {duration}" if duration else "; next: commonweight-agent resume"))
+    for_s = parse_duration(duration) if duration else 0.0
+    _request("pause", time.time() + for_s if duration else 0.0)
+    how_long = f" for {format_duration(for_s)}" if duration else ""
+    print_line(f"paused{how_long}" + ("" if duration else "; next: commonweight-agent resume"))
 
 
 def resume() -> None:

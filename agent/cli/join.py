@@ -23,8 +23,8 @@ from agent.cli.common import (
 from agent.cli.names import complete_tasks
 from agent.home import settings
 from agent.setup import sharing_text
-from protocols.errors import Unreachable
-from protocols.local import cli_entry, homes
+from protocols.errors import Unreachable, UsageError
+from protocols.local import cli_entry, homes, json_output
 
 #: What a first join asks on a terminal, and the meaning of an empty answer.
 _PROMPTS = {
@@ -150,8 +150,28 @@ def discover(
 
 
 def _prompt(name: str) -> str:
+    """Ask until the answer is one that the setting takes."""
     question, default = _PROMPTS[name]
-    return str(typer.prompt(question, default=default, show_default=bool(default), err=True))
+    while True:
+        text = str(typer.prompt(question, default=default, show_default=bool(default), err=True))
+        try:
+            _check_answer(name, text)
+        except UsageError as err:
+            print_line(json_output.format_error(err))
+        else:
+            return text
+
+
+def _check_answer(name: str, text: str) -> None:
+    """Raise UsageError or UnknownName if it is no value of this setting."""
+    from agent.setup import consents
+
+    home = homes.home_path("agent")
+    if name == "allow":
+        known = consents.known_tasks(settings.read(home))
+        consents.allowing(settings.read_own(home), known, consents.split_list(text) or [])
+    else:
+        settings.read(home, **{name: text})
 
 
 def _read_ticket(given: str | None) -> str:

@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from agent.cli.common import Json, is_running, parse_duration, print_data, print_line
+from agent.cli.common import (
+    Json,
+    format_duration,
+    is_running,
+    parse_duration,
+    print_data,
+    print_line,
+)
 from agent.cli.names import complete_settings, complete_values
 from agent.home import settings, settings_schema
 from protocols.errors import UsageError
@@ -55,7 +62,7 @@ def set_policy(
     key = key.replace(".", "_")  # data.columns
     if duration:
         _override(home, key, value, parse_duration(duration))
-        print_line(f"{key} is {value} for {duration}")
+        print_line(f"{key} is {value} for the next {format_duration(parse_duration(duration))}")
         return
     parsed = settings.parse_value(key, value)
     if key == "data":

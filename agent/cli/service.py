@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -22,11 +23,20 @@ def _system() -> Any:
 
 
 @service.command("install")
-def install_service() -> None:
+def install_service(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the file that would be written.")
+    ] = False,
+) -> None:
     """Run the agent now, and whenever this machine starts."""
     from agent.setup import autostart
     from protocols.local.checks import Advice
 
+    if dry_run:
+        system = _system()
+        print_line(f"this would be written to {system.file}:")
+        sys.stdout.write(system.text)
+        return
     home = homes.open_home("agent")
     enrollment_file.read_enrollment(home)
     system, running = _system(), is_running(home)

@@ -35,8 +35,7 @@ def add(
     """Register a task in a file and allow it here, as the file is now. Runs send no code."""
     home = homes.open_home("agent")
     path, attribute = registry.split_source(source)
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
+    registry.check_source(source)
     known = registry.check_name(name) if name else registry.name_of_source(source)
     if known in registry.names():
         raise UsageError(f"{known} is the name of an installed task", "choose another with --name")

@@ -69,7 +69,7 @@ class SessionLoop:
         self._saving = threading.Lock()
         self._doorbell = asyncio.Event()
         self._last_work_at = 0.0
-        self._last_skew = ""
+        self._last_refusal = ""
         self._refused_broker: MqttAddress | None = None
         self._short_sessions = 0
         self._work_pool = ThreadPoolExecutor(1, "work")
@@ -167,10 +167,10 @@ class SessionLoop:
             )
 
     def _log_lost(self, err: CommonweightError) -> None:
-        if isinstance(err, VersionSkew):
-            if err.message != self._last_skew:  # each attempt fails alike: log it once
+        if isinstance(err, VersionSkew | Refused) and not isinstance(err, SessionLost):
+            if err.message != self._last_refusal:  # each attempt fails alike: log it once
                 log.error("%s; %s", err.message, err.hint)
-            self._last_skew = err.message
+            self._last_refusal = err.message
         elif self._runner.state.session:
             log.warning("lost the coordinator: %s", err.message)
         else:
@@ -211,6 +211,11 @@ class SessionLoop:
                 self._follow_ca(err)
             raise
         version_check.check_compatible(status.version, "the coordinator")
+        if status.enrollment == "awaiting":
+            raise Refused(
+                "this machine waits for the operator's approval",
+                f"on the coordinator: commonweight peers approve {status.name}",
+            )
         self._link.open()
         self._save_broker(self._link)
         self._renew_certificate(self._link)

@@ -39,7 +39,7 @@ def change(home: Path, **values: Any) -> AgentSettings:
     """Change these settings in the file and keep the others. Raises UsageError, UnknownName."""
     if unknown := values.keys() - set(AgentSettings.__struct_fields__):
         raise UnknownName(
-            f"there is no setting {sorted(unknown)[0]!r}",
+            settings_file.unknown_text(sorted(unknown)[0], AgentSettings),
             f"the settings are {', '.join(AgentSettings.__struct_fields__)}",
         )
     given = {name: value for name, value in values.items() if value is not None}

@@ -148,9 +148,14 @@ class Systemd(_Service):
         config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
         super().__init__(spec, config / "systemd" / "user" / f"{spec.name}.service")
 
+    @property
+    def text(self) -> str:
+        """What `install` writes into the file."""
+        return systemd_unit(self._spec)
+
     def install(self, start: bool) -> None:
         self._systemctl("show-environment")  # fails before a file is written
-        _write(self.file, systemd_unit(self._spec).encode())
+        _write(self.file, self.text.encode())
         self._systemctl("daemon-reload")
         self._systemctl("enable", *(["--now"] if start else []), self.file.name)
 
@@ -188,10 +193,15 @@ class Launchd(_Service):
         self._domain = f"gui/{os.getuid()}" if sys.platform != "win32" else ""
         self._target = f"{self._domain}/{_label(spec)}"
 
+    @property
+    def text(self) -> str:
+        """What `install` writes into the file."""
+        return launchd_plist(self._spec).decode()
+
     def install(self, start: bool) -> None:
         if self.file.exists():
             self._unload()
-        _write(self.file, launchd_plist(self._spec))
+        _write(self.file, self.text.encode())
         if start:
             self._launchctl("bootstrap", self._domain, str(self.file))
 

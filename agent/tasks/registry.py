@@ -11,9 +11,12 @@ the network. Importing this module imports no task; the trainer process does tha
 
 from __future__ import annotations
 
+import ast
+import difflib
 import re
 import sys
 import traceback
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -130,7 +133,48 @@ def _from_file(source: str, code: str) -> Any:
     module = module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    if not hasattr(module, attribute):
+        raise TaskUnusable(*_no_class(path, attribute, vars(module)))
     return getattr(module, attribute)
+
+
+def check_source(source: str) -> None:
+    """Raise UsageError unless the file of a source is there and defines its class.
+
+    No code is run. A name that the file may get elsewhere, by `from x import *`, passes.
+    """
+    path, attribute = split_source(source)
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as err:
+        raise UsageError(f"{path.name} is not Python: {err}", "correct the file") from err
+    except OSError as err:
+        raise UsageError(f"cannot read {path}: {err.strerror}") from err
+    names = {
+        name
+        for node in ast.walk(tree)
+        for name in (
+            [node.name]
+            if isinstance(node, ast.ClassDef | ast.FunctionDef)
+            else [node.id]
+            if isinstance(node, ast.Name)
+            else [alias.asname or alias.name for alias in node.names]
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            else []
+        )
+    }
+    if attribute not in names and "*" not in names:
+        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+        raise UsageError(*_no_class(path, attribute, classes))
+
+
+def _no_class(path: Path, attribute: str, names: Iterable[str]) -> tuple[str, str]:
+    """Message and hint for a class that a file does not have."""
+    near = difflib.get_close_matches(attribute, [name for name in names if name[0] != "_"], 1)
+    hint = f"did you mean {path.name}:{near[0]}?" if near else "write file and class"
+    return f"{path.name} has no class {attribute}", hint
 
 
 def _forget_modules(path: Path) -> None:

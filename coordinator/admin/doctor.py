@@ -24,7 +24,7 @@ from protocols import VERSION
 from protocols.enrollment import certificates
 from protocols.errors import CommonweightError, HomeError, Unreachable
 from protocols.local import homes
-from protocols.local.checks import Advice, Check, CheckStep, run_checks
+from protocols.local.checks import Advice, Check, CheckStep, Skipped, run_checks
 from protocols.local.home_checks import check_crashes, check_private, check_room
 from protocols.messages.mqtt import (
     NO_TLS_HINT,
@@ -160,9 +160,11 @@ class _Doctor:
 
     # --- at work ---
 
-    def running(self) -> str:
+    def running(self) -> str | Skipped:
         from coordinator.remote.api_client import Remote
 
+        if not any((self._home / file).exists() for file in (UP_FILE, "ledger.db")):
+            return Skipped("not started yet", "commonweight up")
         with contextlib.closing(Remote(self._home)) as remote:
             self._up = Status(remote.address, remote.fleet(), remote.watch().mqtt)
         return f"answers at {remote.address}"

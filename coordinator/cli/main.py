@@ -106,7 +106,7 @@ def init(
             "replace it by an offline one: "
             f"commonweight admin keys rotate ca --offline-ca {offline_ca}",
         )
-    home, new = settings.init(names, keep)
+    home, new = settings.init(names or settings.reachable_names(settings.read().host), keep)
     if names:
         settings.add_names(home, names)
     if forget:

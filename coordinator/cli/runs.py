@@ -112,7 +112,11 @@ def start(
             {"run": run_id}, f"started {run_id}; watch it: commonweight monitor", json=json
         )
         return
-    run = _follow(remote, run_id, quiet=json)
+    try:
+        run = _follow(remote, run_id, quiet=json)
+    except KeyboardInterrupt:
+        print_line(f"{run_id} goes on; watch it: commonweight run show {run_id}")
+        raise
     if run.state is RunState.FAILED:
         because = run.ended_because if json else run.ended_briefly  # refusals were printed
         raise CommonweightError(f"{run.id} failed: {because}", f"commonweight run show {run.id}")

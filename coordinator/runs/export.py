@@ -15,6 +15,8 @@ from protocols.model import model_card, personalization, weights
 from protocols.model.model_card import Contributor, ModelCard
 from protocols.model.weights import Schema
 
+_SUFFIX = ".safetensors"
+
 
 def resolve_version(run: Run, which: str) -> str:
     """The digest of "best", "latest", or a prefix of a digest. Raises UnknownName."""
@@ -76,6 +78,11 @@ def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path
     if card_path == out:
         raise UsageError(
             "the model and its card would be one file", "name the model MODEL.safetensors"
+        )
+    if out.suffix not in ("", _SUFFIX):
+        raise UsageError(
+            f"this command writes safetensors, not {out.suffix}",
+            f"name it {out.with_suffix(_SUFFIX).name}; for ONNX: commonweight-agent models export",
         )
     for taken in (out, card_path):
         if taken.exists():

@@ -37,9 +37,16 @@ class Advice(NamedTuple):
     fix: str
 
 
+class Skipped(NamedTuple):
+    """The result of a check that does not apply yet, with something to do."""
+
+    detail: str
+    fix: str
+
+
 #: Checks one thing and returns what it found. Raises CommonweightError for a fault; its hint is
 #: the fix.
-CheckFunction = Callable[[], str | Advice]
+CheckFunction = Callable[[], str | Advice | Skipped]
 
 
 class CheckStep(NamedTuple):
@@ -68,6 +75,8 @@ def _run(step: CheckStep) -> Check:
         return Check(step.name, False, err.message, err.hint)
     except Exception as err:  # a check with a bug must not stop the others
         return Check(step.name, False, f"could not be checked: {type(err).__name__}: {err}")
+    if isinstance(found, Skipped):
+        return Check(step.name, None, *found)
     return Check(step.name, True, *(found if isinstance(found, Advice) else (found,)))
 
 

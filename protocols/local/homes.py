@@ -2,6 +2,7 @@
 
 `COMMONWEIGHT_HOME`, `COMMONWEIGHT_AGENT_HOME` and `COMMONWEIGHT_OPERATOR_HOME` (for access to a
 coordinator on another machine) override the platform's folders, so one machine can have several.
+Without the last one, access is in a folder of `COMMONWEIGHT_HOME`, if that is set.
 """
 
 from __future__ import annotations
@@ -37,11 +38,16 @@ _STARTS: dict[Kind, str] = {
 STAMP = "home.json"
 
 
-def home_path(kind: Kind) -> Path:
-    """The path of the home, which need not exist."""
+def home_path(kind: Kind, *, create: bool = False) -> Path:
+    """The path of the home, which need not exist; the one to `create` if there is none."""
     if chosen := os.environ.get(_VARIABLES[kind]):
         return Path(chosen).expanduser().absolute()
-    return platformdirs.user_data_path("commonweight") / kind
+    usual = platformdirs.user_data_path("commonweight") / kind
+    if kind == "operator" and os.environ.get(_VARIABLES["coordinator"]):
+        own = home_path("coordinator") / kind
+        # Older versions joined into the platform's folder all the same.
+        return own if create or own.exists() or not usual.exists() else usual
+    return usual
 
 
 def open_home(kind: Kind, *, create: bool = False) -> Path:
@@ -49,7 +55,7 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
 
     `create`: make it if there is none.
     """
-    home = home_path(kind)
+    home = home_path(kind, create=create)
     start = _STARTS[kind]
     try:
         if create:
@@ -58,6 +64,10 @@ def open_home(kind: Kind, *, create: bool = False) -> Path:
                 _write_stamp(home, kind)
         found = check_stamp(home, kind)
     except FileNotFoundError as err:
+        if create:  # such as a folder below /proc
+            raise HomeError(
+                f"cannot create the folder {home}", f"set {_VARIABLES[kind]} to another folder"
+            ) from err
         raise NotRunning(f"there is no {kind} in {home}", f"create one: {start}") from err
     except OSError as err:
         raise HomeError(

@@ -5,7 +5,9 @@ msgspec validates them, because it is loaded anyway and an idle agent must stay 
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,8 +51,16 @@ def validate(values: Mapping[str, Any], kind: type[S], hint: str) -> S:
         raise UsageError(_error_text(str(err), values, kind), hint) from err
 
 
+def unknown_text(name: str, kind: type[msgspec.Struct]) -> str:
+    """That there is no such setting, and the nearest one."""
+    near = difflib.get_close_matches(name, kind.__struct_fields__, 1)
+    return f"there is no setting {name!r}" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def _error_text(error: str, values: Mapping[str, Any], kind: type[msgspec.Struct]) -> str:
     """Turn msgspec's error into a sentence about the setting."""
+    if unknown := re.search(r"unknown field `(.*?)`", error):
+        return unknown_text(unknown[1], kind)
     why, _, place = error.partition(" - at `$.")
     name = place.rstrip("`").partition("[")[0]
     if name not in values:

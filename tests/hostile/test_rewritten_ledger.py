@@ -90,7 +90,7 @@ class Scene:
             return countersignatures.compare(ledger, seen)
 
     def heads_file(self, agent: Follower) -> Path:
-        """As `commonweight-agent audit heads` writes it."""
+        """As `commonweight-agent ledger audit heads` writes it."""
         path = agent.home / "heads.json"
         seen = fork_proof.SeenLog(
             fleet=self.authority.fleet,

@@ -294,3 +294,9 @@ def test_a_paused_agent_goes_on_and_finishes(site: Fleet) -> None:
     site.until_agent("four", "goes on", lambda told: told["state"] == "idle")
     assert site.ask_agent("four", "finish").returncode == 0
     assert site.programs["four"].wait(30) == 0
+
+
+def test_a_mode_for_a_while_is_told_in_a_sentence(agent_home: Path) -> None:
+    for words, told in (("2", "2 s"), ("90m", "90 min"), ("2h", "2 h"), ("0.5m", "30 s")):
+        _, _, said = agent(agent_home, "policy", "set", "busy", "never", "--for", words)
+        assert said == f"busy is never for the next {told}\n"

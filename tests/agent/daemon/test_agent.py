@@ -156,3 +156,34 @@ async def test_a_restart_request_ends_this_agent_once_and_keeps_the_owners_pause
     later.on_restart = lambda: asked.append("again")
     later.poll()
     assert not asked
+
+
+async def test_an_agent_that_awaits_approval_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "box"
+    home.mkdir()
+    monkeypatch.setattr("agent.daemon.session_loop._MIN_RECONNECT_S", 0.01)
+    monkeypatch.setattr("agent.daemon.session_loop._MAX_RECONNECT_S", 0.02)
+    (tmp_path / "site").mkdir()
+    with Site(tmp_path / "site", approve=True).up() as careful:
+        ticket = tickets.encode(careful.ticket())
+        joined, awaiting = enrollment.join(home, ticket, name="box", labels={})
+        assert awaiting
+        agent = Agent(home, joined, settings.read(home))
+        serving = asyncio.create_task(agent.serve())
+
+        def last_error() -> str:
+            status = status_files.read_status(home)
+            return status.last_error if status else ""
+
+        await until(lambda: "waits for the operator's approval" in last_error())
+        await asyncio.sleep(0.2)  # some more attempts
+        agent.stop()
+        await serving
+    told = [record for record in caplog.records if "approval" in record.getMessage()]
+    assert [record.getMessage() for record in told] == [
+        "this machine waits for the operator's approval; "
+        "on the coordinator: commonweight peers approve box"
+    ]
+    assert not any("403" in record.getMessage() for record in caplog.records)

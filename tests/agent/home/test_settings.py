@@ -175,3 +175,18 @@ def test_the_error_for_a_wrong_value_names_the_valid_ones(
     monkeypatch.setenv(settings.ENVIRONMENT_PREFIX + name.upper(), value)
     with pytest.raises(UsageError, match=words):
         settings.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dta", "there is no setting 'dta'; did you mean data\\?"),
+        ("cpu-share", "there is no setting 'cpu-share'; did you mean cpu_share\\?"),
+        ("colour", "there is no setting 'colour'$"),
+    ],
+)
+def test_a_misspelled_setting_is_told_with_the_nearest(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        settings.change(tmp_path, **{name: "1"})

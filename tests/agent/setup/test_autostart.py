@@ -193,7 +193,7 @@ def test_without_a_systemd_nothing_is_written(
     system = Systemd(USUAL)
     with pytest.raises(CommonweightError, match="no usable systemctl on this machine") as caught:
         system.install(start=True)
-    assert "commonweight-agent run" in caught.value.hint
+    assert "commonweight-agent up" in caught.value.hint
     assert not system.file.exists()
 
 
@@ -222,3 +222,14 @@ def test_a_service_needs_an_enrolled_machine(tmp_path: Path) -> None:
     status = run_program([AGENT, "service", "status"], env)
     assert status.returncode == 5
     assert "commonweight-agent service install" in status.stderr
+
+
+def test_a_dry_run_shows_the_file_and_writes_nothing(tmp_path: Path) -> None:
+    env = environment(tmp_path, COMMONWEIGHT_AGENT_HOME=str(tmp_path / "box"))
+    done = run_program([AGENT, "service", "install", "--dry-run"], env)
+    assert done.returncode == 0, done.stderr
+    assert "this would be written to " in done.stderr
+    assert "agent.cli" in done.stdout
+    file = Path(done.stderr.strip().removeprefix("this would be written to ").rstrip(":"))
+    assert not file.exists()
+    assert not (tmp_path / "box").exists()

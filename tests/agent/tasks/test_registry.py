@@ -190,3 +190,39 @@ def test_the_former_names_of_optional_methods_still_work(tmp_path: Path) -> None
     assert isinstance(task, KeepsOptimizerState)
     task.load_optimizer_state({"step": np.ones(1)})
     assert set(task.optimizer_state()) == {"step"}
+
+
+def test_a_misspelled_class_is_told_with_the_nearest_and_without_a_trace(
+    agent_home: Path, tmp_path: Path
+) -> None:
+    code, said, told = agent(agent_home, "task", "add", LINE.replace(":Line", ":Lnie"))
+    assert (code, said) == (2, "")
+    assert told == "error: line.py has no class Lnie\n  try: did you mean line.py:Line?\n"
+    assert settings.read(agent_home).task_files == {}
+    code, _, told = agent(agent_home, "task", "check", LINE.replace(":Line", ":Lnie"))
+    assert code != 0
+    assert "line.py has no class Lnie" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("class Mine: pass\nMy = Mine\n", None),
+        ("from elsewhere import My\n", None),
+        ("from elsewhere import *\n", None),
+        ("class Mine: pass\n", "has no class My"),
+        ("class My:\n  oh no\n", "is not Python"),
+        ("\0", "is not Python"),
+    ],
+)
+def test_a_file_is_checked_without_running_it(
+    tmp_path: Path, content: str, words: str | None
+) -> None:
+    file = tmp_path / "task.py"
+    file.write_text(f"{content}raise SystemExit('this ran')\n")
+    if words is None:
+        registry.check_source(f"{file}:My")
+        return
+    with pytest.raises(UsageError, match=words):
+        registry.check_source(f"{file}:My")

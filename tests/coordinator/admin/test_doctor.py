@@ -64,6 +64,16 @@ def test_before_init(site: Fleet) -> None:
     assert not site.home.exists(), "a doctor makes nothing"
 
 
+def test_right_after_init_nothing_is_a_fault(site: Fleet) -> None:
+    assert site.ask("init").returncode == 0
+    code, made = doctor(site)
+    assert (code, faults(made)) == (0, [])
+    assert made["running"] | {"name": ""} == {
+        "name": "", "ok": None, "detail": "not started yet", "fix": "commonweight up",
+    }  # fmt: skip
+    assert made["certificate"]["detail"].startswith("valid for ")
+
+
 def test_a_broker_without_tls_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path))
     monkeypatch.setenv("COMMONWEIGHT_MQTT_URL", "mqtt://fleet:secret@broker.example")

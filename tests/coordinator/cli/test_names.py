@@ -11,6 +11,7 @@ from click.shell_completion import ShellComplete
 from typer.testing import CliRunner
 
 from agent.cli.main import app as agent_app
+from coordinator.cli import run_text
 from coordinator.cli.main import app
 from tests.support.in_process_fleet import fleet_of, some_data
 
@@ -51,6 +52,18 @@ async def test_names_of_runs_and_peers_complete_and_a_task_means_its_newest_run(
         assert note == f"the newest run of softmax is {second.id}\n"
         assert (await printed("run", "show", first.id))[1] == ""
         assert "answers read" in (await printed("admin", "audit"))[0]
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(run_text.Progress, "lines", interrupted)
+        done = await asyncio.to_thread(
+            CliRunner().invoke, app, ["run", "start", "softmax", "--rounds", "1", "--follow"]
+        )
+        assert done.exit_code == 130
+        newest = (await offered("run", "show", ""))[0]
+        assert f"{newest} goes on; watch it: commonweight run show {newest}\n" in done.stderr
+        assert (await fleet.finished(newest)).id == newest
 
 
 def test_without_a_coordinator_nothing_is_offered_and_nothing_fails(

@@ -135,6 +135,9 @@ def test_what_cannot_be_exported_is_told_and_nothing_is_written(
         export.export(home, run, run.history[0].digest, NAMES, out)
     with pytest.raises(UsageError, match="one file"):
         export.export(home, run, "best", NAMES, tmp_path / "a.json")
+    with pytest.raises(UsageError, match=r"writes safetensors, not \.pt") as caught:
+        export.export(home, run, "best", NAMES, tmp_path / "x.pt")
+    assert caught.value.hint.startswith("name it x.safetensors; for ONNX")
     (tmp_path / "a.json").touch()
     with pytest.raises(CommonweightError, match=r"a.json exists already"):
         export.export(home, run, "best", NAMES, out)

@@ -142,3 +142,32 @@ def test_one_program_works_in_a_home(home: Path) -> None:
     held.release()
     freed = subprocess.run([sys.executable, "-c", _LOCK, str(home)], check=False)
     assert freed.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder where nothing can be made")
+def test_a_folder_that_cannot_be_made_does_not_suggest_the_same_command_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_HOME", "/proc/foo")
+    with pytest.raises(HomeError, match="cannot create the folder /proc/foo") as caught:
+        homes.open_home("coordinator", create=True)
+    assert caught.value.hint == "set COMMONWEIGHT_HOME to another folder"
+
+
+def test_access_is_in_the_home_that_the_environment_names(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usual = tmp_path / "data" / "commonweight" / "operator"
+    monkeypatch.delenv("COMMONWEIGHT_OPERATOR_HOME", raising=False)
+    assert homes.home_path("operator") == home / "operator"
+    monkeypatch.delenv("COMMONWEIGHT_HOME")
+    monkeypatch.setattr(homes.platformdirs, "user_data_path", lambda _: usual.parent)
+    usual.mkdir(parents=True)
+    assert homes.home_path("operator") == usual
+    # An older version has joined into the usual folder: it is used until there is a new access.
+    monkeypatch.setenv("COMMONWEIGHT_HOME", str(home))
+    assert homes.home_path("operator") == usual
+    made = homes.open_home("operator", create=True)
+    assert made == homes.home_path("operator") == home / "operator"
+    monkeypatch.setenv("COMMONWEIGHT_OPERATOR_HOME", str(tmp_path / "own"))
+    assert homes.home_path("operator") == tmp_path / "own"
