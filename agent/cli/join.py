@@ -25,6 +25,7 @@ from agent.home import settings
 from agent.setup import sharing_text
 from protocols.errors import Unreachable, UsageError
 from protocols.local import cli_entry, homes, json_output
+from protocols.local.command_line import MORE
 
 #: What a first join asks on a terminal, and the meaning of an empty answer.
 _PROMPTS = {
@@ -41,7 +42,10 @@ def join(
         typer.Argument(help="The ticket, file:PATH, or - for standard input; else it is asked."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="This machine's name in the fleet.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="key=value; may be repeated.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value; may be repeated.", rich_help_panel=MORE),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="This machine's data.")] = None,
     allow: Annotated[
         list[str] | None,
@@ -54,18 +58,26 @@ def join(
         str | None, typer.Option(help="The columns that may be used, such as age,sex.")
     ] = None,
     purpose: Annotated[
-        str | None, typer.Option(help="What the allowed tasks are for: a note for yourself.")
+        str | None,
+        typer.Option(
+            help="What the allowed tasks are for: a note for yourself.", rich_help_panel=MORE
+        ),
     ] = None,
     part: Part = None,
     split: Split = None,
     battery: Annotated[
-        str | None, typer.Option(help="Work on battery: always, auto (do not), never.")
+        str | None,
+        typer.Option(help="Work on battery: always, auto (do not), never.", rich_help_panel=MORE),
     ] = None,
     hours: Annotated[
-        str | None, typer.Option(help="Work hours: mon-fri 18:00-08:00; empty is always.")
+        str | None,
+        typer.Option(
+            help="Work hours: mon-fri 18:00-08:00; empty is always.", rich_help_panel=MORE
+        ),
     ] = None,
     cpu_share: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="Share of the CPU time to use.")
+        float | None,
+        typer.Option(min=0.01, max=1, help="Share of the CPU time to use.", rich_help_panel=MORE),
     ] = None,
     unattended: Annotated[
         bool, typer.Option("--unattended", help="Ask nothing and use the defaults.")

@@ -17,7 +17,7 @@ from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
 from protocols.errors import UsageError
 from protocols.local import cli_entry, crash_reports, homes
-from protocols.local.command_line import App
+from protocols.local.command_line import MORE, App
 
 _ADMIN = ("backup", "restore", "keys", "audit", "operators", "mosquitto")
 
@@ -127,26 +127,33 @@ def up(
     host: Annotated[str | None, typer.Option(help="Listen on this address.")] = None,
     port: Annotated[int | None, typer.Option(help="Listen on this port (0: any).")] = None,
     mqtt_port: Annotated[
-        int | None, typer.Option(help="The broker's port; by default the next one.")
+        int | None,
+        typer.Option(help="The broker's port; by default the next one.", rich_help_panel=MORE),
     ] = None,
     mqtt_url: Annotated[
-        str | None, typer.Option(help="Use this broker instead of the embedded one.")
+        str | None,
+        typer.Option(help="Use this broker instead of the embedded one.", rich_help_panel=MORE),
     ] = None,
     mosquitto: Annotated[
         str | None,
-        typer.Option(help="Use the Mosquitto of this folder: commonweight admin mosquitto."),
+        typer.Option(
+            help="Use the Mosquitto of this folder: commonweight admin mosquitto.",
+            rich_help_panel=MORE,
+        ),
     ] = None,
     approve: Annotated[
         bool | None, typer.Option("--approve", help="New peers wait for your approval.")
     ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Prometheus metrics on this port of 127.0.0.1.")
+        int | None,
+        typer.Option(help="Prometheus metrics on this port of 127.0.0.1.", rich_help_panel=MORE),
     ] = None,
     upstream: Annotated[
         str | None,
         typer.Option(
             help="Join another fleet with this ticket (or file:PATH, or -): the mean of this fleet "
-            "is sent there as one update."
+            "is sent there as one update.",
+            rich_help_panel=MORE,
         ),
     ] = None,
     announce: Annotated[
@@ -154,7 +161,8 @@ def up(
         typer.Option("--announce", help="Let machines in this network find the coordinator."),
     ] = None,
     no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Do not continue unfinished runs.")
+        bool,
+        typer.Option("--no-resume", help="Do not continue unfinished runs.", rich_help_panel=MORE),
     ] = False,
 ) -> None:
     """Run the coordinator until Ctrl-C."""

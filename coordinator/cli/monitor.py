@@ -18,6 +18,7 @@ import typer
 from coordinator.cli.common import Json, print_line
 from coordinator.cli.names import complete_peers
 from protocols.local import cli_entry, json_output
+from protocols.local.command_line import MORE
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,17 +34,24 @@ def monitor(
     ascii_: Annotated[
         bool, typer.Option("--ascii", help="Only ASCII, for plain consoles.")
     ] = False,
-    record: Annotated[Path | None, typer.Option(help="Write all messages to this file.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Write all messages to this file.", rich_help_panel=MORE)
+    ] = None,
     replay: Annotated[
         str | None, typer.Option(help="Play this recording; `demo` is a built-in one.")
     ] = None,
-    speed: Annotated[float, typer.Option(min=0.01, help="Speed of the replay.")] = 1.0,
+    speed: Annotated[
+        float, typer.Option(min=0.01, help="Speed of the replay.", rich_help_panel=MORE)
+    ] = 1.0,
     join: Annotated[
         str | None,
         typer.Option(help="A ticket with a role (file:PATH, or - to paste): watch from here on."),
     ] = None,
     name: Annotated[
-        str, typer.Option(help="With --join: the operator's name; default: this host's.")
+        str,
+        typer.Option(
+            help="With --join: the operator's name; default: this host's.", rich_help_panel=MORE
+        ),
     ] = "",
     via: Annotated[
         str | None,
@@ -55,8 +63,10 @@ def monitor(
     serve: Annotated[
         bool, typer.Option("--serve", help="In a browser on this machine (extra: serve).")
     ] = False,
-    host: Annotated[str, typer.Option(help="For --serve; this machine only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="For --serve (0: any).")] = 0,
+    host: Annotated[
+        str, typer.Option(help="For --serve; this machine only.", rich_help_panel=MORE)
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="For --serve (0: any).", rich_help_panel=MORE)] = 0,
 ) -> None:
     """Watch the fleet in the terminal."""
     if record is not None and (serve or replay is not None or via is not None):

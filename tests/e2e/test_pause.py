@@ -53,6 +53,14 @@ def test_a_peer_paused_by_its_owner_in_its_work_ends_it_after_resume(tmp_path: P
         assert "paused: by its owner" in site.ask_agent("ada", "status").stdout
         assert site.run(run)["history"] == []
 
+        # A restart keeps the pause and the work, and reads settings that need one.
+        assert site.ask_agent("ada", "policy", "set", "nice", "7").returncode == 0
+        since = site.agent("ada")["since"]
+        restarted = site.ask_agent("ada", "restart")
+        assert (restarted.returncode, restarted.stderr) == (0, "restarted\n")
+        assert site.agent("ada")["since"] > since
+        site.until_agent("ada", "is paused again", lambda told: told["state"] == "paused")
+
         assert site.ask_agent("ada", "resume").returncode == 0
         assert site.ended_run(run)["state"] == "finished"
 
