@@ -12,11 +12,22 @@ from typing import Annotated
 
 import typer
 
-from agent.cli.common import Json, print_result
-from agent.cli.models import find_model
+from agent.cli.common import Json, print_data, print_line, print_result
+from agent.cli.models import find_model, local_models
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
+
+
+def list_models(json: Json = False) -> None:
+    """List the versions on this machine, the newest first."""
+    rows = [
+        {"digest": one.path.stem, "task": one.task, "version": one.origin} for one in local_models()
+    ]
+    lines = (f"{row['digest'][:12]}  {row['task']:12} {row['version']}" for row in rows)
+    print_data(rows, lines, json=json)
+    if not (rows or json):
+        print_line("none yet; this machine gets one with its first work")
 
 
 def export(

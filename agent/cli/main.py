@@ -201,7 +201,11 @@ def _format_uptime(since: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-about, proofs, models = App(), App(), App(help="List, serve and export the models on this machine.")
+about, proofs, models = (
+    App(),
+    App(),
+    App(help="List, serve and export the models on this machine."),
+)
 _COMMANDS: dict[App, dict[str, Callable[..., None]]] = {
     app: {
         "join": join.join,
@@ -221,7 +225,12 @@ _COMMANDS: dict[App, dict[str, Callable[..., None]]] = {
         "export": export.export,
     },
     about: {"id": control.show_id, "paths": control.paths},
-    models: {"predict": predict.predict, "serve": serve.serve, "export": export.export},
+    models: {
+        "list": export.list_models,
+        "predict": predict.predict,
+        "serve": serve.serve,
+        "export": export.export,
+    },
     service.service: {"restart": control.restart, "finish": control.finish},
 }
 for place, commands in _COMMANDS.items():

@@ -35,6 +35,24 @@ class LocalModel(NamedTuple):
             )
 
 
+def local_models() -> list[LocalModel]:
+    """The verified versions on this machine, the newest first. Raises NotEnrolled."""
+    from agent.transport import version_proofs
+    from protocols.p2p.gossip import version_number
+
+    home = homes.open_home("agent")
+    public = enrollment_file.read_enrollment(home).coordinator_public
+    return [
+        LocalModel(
+            version.path,
+            version.work.task,
+            version.work.settings,
+            f"{version.work.run}, after round {version_number(version.work)}",
+        )
+        for version in version_proofs.list_verified(home / "cache", public)
+    ]
+
+
 def find_named_model(name: str, which: Which) -> LocalModel:
     """The best or latest version of a run or task, from the coordinator.
 
@@ -49,24 +67,18 @@ def find_named_model(name: str, which: Which) -> LocalModel:
 
 def find_model(model: str) -> LocalModel:
     """Find `latest`, a digest or an exported file. Raises UsageError, UnknownName, NotEnrolled."""
-    from agent.transport import version_proofs
     from protocols.model import model_card
-    from protocols.p2p.gossip import version_number
 
     path = Path(model).expanduser()
     is_digest = re.fullmatch(r"[0-9a-f]{6,64}", model) and not path.exists()
     if model != LATEST and not is_digest:
         card = model_card.read(path)
         return LocalModel(path, card.task, card.settings)
-    home = homes.open_home("agent")
-    enrollment = enrollment_file.read_enrollment(home)
-    cached = version_proofs.list_verified(home / "cache", enrollment.coordinator_public)
+    cached = local_models()
     for version in cached:
-        if not is_digest or version.work.base.startswith(model):
-            work = version.work
-            origin = f"{work.run}, after round {version_number(work)}"
-            return LocalModel(version.path, work.task, work.settings, origin)
+        if not is_digest or version.path.stem.startswith(model):
+            return version
     if cached:
-        digests = ", ".join(version.work.base[:12] for version in cached)
+        digests = ", ".join(version.path.stem[:12] for version in cached)
         raise UnknownName(f"this agent has no version {model}", f"it has {digests}")
     raise UnknownName("this agent has no version yet", "it gets one with its first work")

@@ -82,6 +82,10 @@ RunName = Annotated[
         autocompletion=complete_runs,
     ),
 ]
+#: A name that does not mean the newest run of a task.
+OneRun = Annotated[
+    str, typer.Argument(help="A run's id, or the start of it.", autocompletion=complete_runs)
+]
 JobName = Annotated[
     str, typer.Argument(help="A job's id, or the start of it.", autocompletion=complete_jobs)
 ]

@@ -23,7 +23,7 @@ from coordinator.cli.common import (
     print_list,
     print_result,
 )
-from coordinator.cli.names import RunName, complete_tasks, find_run
+from coordinator.cli.names import OneRun, RunName, complete_tasks, find_run
 from coordinator.runs.options import OPTIONS, Option
 from protocols.errors import CommonweightError, UsageError
 from protocols.local.command_line import MORE, App
@@ -40,6 +40,16 @@ Follow = Annotated[bool, typer.Option("--follow", help="Stay until the run has e
 _POLL_S = 0.5
 #: In older versions a column and a value of a metric.
 _ONCE_REPEATABLE = ("target",)
+_METAVARS = {
+    "target": "COLUMN",
+    "features": "COLUMNS",
+    "until": "METRIC=NUMBER",
+    "deadline": "TIME",
+    "strategy": "NAME",
+    "strategy-arg": "KEY=VALUE",
+    "set": "KEY=VALUE",
+    "codec": "NAME",
+}
 #: A wait for peers is told after so many polls, as most are short.
 _WAIT_POLLS = 4
 
@@ -61,6 +71,7 @@ def _parameter(option: Option) -> inspect.Parameter:
                 f"--{option.name}",
                 help=option.help,
                 min=minimum,
+                metavar=_METAVARS.get(option.name),
                 hidden=option.name == "task",
                 rich_help_panel=None if option.is_common else MORE,
             ),
@@ -201,7 +212,7 @@ def resume(run: RunName) -> None:
 
 
 @runs.command("delete")
-def delete(run: RunName, yes: Yes = False, json: Json = False) -> None:
+def delete(run: OneRun, yes: Yes = False, json: Json = False) -> None:
     """Delete an ended run and its versions. The ledger keeps its record."""
     from coordinator.runs import deletion
 

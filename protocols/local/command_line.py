@@ -18,6 +18,9 @@ from protocols.local.cli_entry import print_line
 MORE = "More options"
 _RANGE = re.compile(r"(?:(-?[\d.]+)<=?)?x(?:([<>])=(-?[\d.]+))?(?=\])")
 
+#: Limits that say nothing beside a default, and "required", which the usage line shows.
+_OBVIOUS = re.compile(r"(?<=[^\[]); [01] or more\]|(?:; |\[)required\]")
+
 # Typer escapes "[default: 10]" for rich even in help that is plain text.
 typer.core.HAS_RICH = False
 
@@ -144,7 +147,9 @@ def _help_record(param: click.Parameter, ctx: click.Context) -> tuple[str, str] 
     if is_number and isinstance(param, click.Option) and not param.count:
         param.metavar = param.metavar or "NUMBER"
     record: tuple[str, str] | None = param.get_help_record(ctx)
-    return record and (record[0], _RANGE.sub(_limits, record[1]))
+    if record is None:
+        return None
+    return record[0], _OBVIOUS.sub("]", _RANGE.sub(_limits, record[1])).replace("  ]", "")
 
 
 def _limits(found: re.Match[str]) -> str:

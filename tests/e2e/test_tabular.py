@@ -102,6 +102,9 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         answers = list(csv.DictReader(out.read_text().splitlines()))
         right = sum(a["label"] == row["label"] for a, row in zip(answers, MIXED[:30], strict=True))
         assert right >= 27
+        listed = json.loads(site.ask_agent("bern", "models", "list", "--json").stdout)["data"]
+        assert listed[0]["digest"] == run["head"]
+        assert listed[0]["version"] == f"{run['id']}, after round 3"
         words = ("--run", "tabular", "--which", "best", "--id-column", "note")
         done = site.ask_agent("bern", "predict", table, *words)
         assert done.returncode == 0, done.stderr
