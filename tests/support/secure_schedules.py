@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import random
 import time
 from collections import Counter, defaultdict
@@ -145,13 +146,14 @@ def _is_ring(seed: int) -> bool:
 
 @contextlib.contextmanager
 def simulated(seed: int) -> Iterator[None]:
-    """Small rings, and each signature check and exchange of keys is computed once."""
+    """Small rings; checks of signatures, exchanges of keys and cohorts are computed once."""
 
     def neighbor_count(peers: int) -> int:
         return min(SMALL_RING, peers - 1) if _is_ring(seed) else peers - 1
 
     with (
         mock.patch.object(cohort_module, "neighbor_count", neighbor_count),
+        mock.patch.object(peer, "Cohort", functools.lru_cache(512)(Cohort)),
         mock.patch.object(identity, "verify", functools.lru_cache(4096)(identity.verify)),
         mock.patch.object(keys, "exchange", functools.lru_cache(4096)(keys.exchange)),
         mock.patch.object(keys, "CardSecrets", functools.lru_cache(256)(keys.CardSecrets)),
@@ -276,6 +278,14 @@ def _ask(rnd: random.Random, machine: Machine, request: Request, key: TurnKey) -
 # --- a hostile coordinator -------------------------------------------------------------------
 
 
+class Target(Machine):
+    """A machine of which only the keys matter: its masks are not added to any update."""
+
+    def _keep(self, masking: peer.Masking) -> tuple[str, int]:
+        seeds = b"".join((*masking.plus, b"-", *masking.minus))
+        return hashlib.sha256(seeds).hexdigest(), len(seeds)
+
+
 class Hostile:
     """A coordinator with `invented` peers, which knows their keys, and asks at random."""
 
@@ -286,7 +296,7 @@ class Hostile:
         size, self.minimum = rnd.choice(rings if _is_ring(seed) else complete)
         invented = rnd.choice((0, 1, 1, 2, 4))
         pins = Pins(frozenset(me(number).peer for number in range(size)), self.minimum)
-        self.machines = {(one := Machine(number, pins, rnd)).peer: one for number in range(size)}
+        self.machines = {(one := Target(number, pins, rnd)).peer: one for number in range(size)}
         self.own = [me(100 + number) for number in range(invented)]
         self.cards: dict[str, list[SignedCard]] = defaultdict(list)
         self.own_turns: dict[SignedCard, peer.Turn] = {}

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from agent.home.secure_store import TurnKey
 from protocols.errors import BadMessage, SecureRefused, UsageError
 from protocols.messages.work import MAX_MESSAGE_BYTES
+from protocols.secagg import cohort as cohort_module
 from protocols.secagg.aggregator import Aggregator, CohortFixed
 from protocols.secagg.cohort import Pins
 from protocols.secagg.messages import (
@@ -318,6 +319,25 @@ def test_a_share_is_told_after_the_signatures_and_of_one_kind() -> None:
     assert answer.seeds.keys() == set(state.survivors)  # type: ignore[union-attr]
     assert fleet.first.answer(asked) == answer
     refused(fleet.first, replace(asked, cohort=bytes(32)), "second cohort")
+
+
+@pytest.mark.attack("secure", by="coordinator")
+def test_survivors_that_masks_do_not_bind_to_this_peer_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Attack: cut a ring of neighbors into arcs by dropouts, to learn the sum of each arc."""
+    monkeypatch.setattr(cohort_module, "neighbor_count", lambda peers: 4)
+    fleet = Fleet(14, minimum=6)
+    state = fleet.masked()
+    place = {peer: i for i, peer in enumerate(state.cohort._ring)}
+    ring = state.cohort._ring[place[fleet.first.peer] :] + state.cohort._ring
+    # This peer with two on each side, then two gaps, and the others beyond them.
+    gaps = {ring[3], ring[4], ring[10], ring[11]}
+    survivors = tuple(sorted(set(state.survivors) - gaps))
+    asked = AgreeRequest(cohort=state.cohort.id, survivors=survivors)
+    assert "5 pinned peers are among the survivors" in refused(fleet.first, asked, "too few peers")
+    bridged = tuple(sorted({*survivors, ring[3]}))
+    fleet.first.answer(AgreeRequest(cohort=state.cohort.id, survivors=bridged))
 
 
 def test_steps_out_of_order_are_refused() -> None:

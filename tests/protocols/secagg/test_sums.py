@@ -6,11 +6,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from protocols.errors import BadMessage, BadWeights, CohortLost, UsageError
 from protocols.secagg import ring
-from protocols.secagg.aggregator import Aggregator, CohortFixed
-from protocols.secagg.messages import UnmaskAnswer
+from protocols.secagg.aggregator import Aggregator, CohortFixed, SharersFixed, SurvivorsFixed
+from protocols.secagg.messages import AgreeAnswer, UnmaskAnswer
 from protocols.secagg.recovery import recover
 from tests.support.secure_cohort import masked_uploads, me, run_cohort
 
@@ -147,3 +148,46 @@ def test_after_a_restart_peers_sign_again_although_they_have_told() -> None:
     restarted.take(first, state.told[first])
     asked = restarted.request_for(first)
     assert type(asked).__name__ == "AgreeRequest"
+
+
+def test_a_signature_over_other_survivors_or_another_cohort_is_refused() -> None:
+    _, _, state = run_cohort(4)
+    _, _, other = run_cohort(4, seed=1)
+    assert other.survivors == state.survivors
+    fresh = Aggregator(CohortFixed(request=state.cohort.request))
+    for event in (state.fix_sharers(), state.fix_survivors()):
+        fresh.apply(event)
+    peer, cohort = state.cohort.peers[0], state.cohort
+    own = next(me(number) for number in range(4) if me(number).peer == peer)
+    for message in (
+        cohort.agreement(state.sharers, state.survivors[:3]),
+        cohort.agreement(state.sharers[:3], state.survivors),
+        other.cohort.agreement(state.sharers, state.survivors),
+    ):
+        answer = AgreeAnswer(cohort=cohort.id, signature=own.sign(message))
+        with pytest.raises(BadMessage, match="another set of survivors"):
+            fresh.take(peer, answer)
+    right = own.sign(cohort.agreement(state.sharers, state.survivors))
+    fresh.take(peer, AgreeAnswer(cohort=cohort.id, signature=right))
+    assert fresh.signatures == {peer: right}
+
+
+def test_an_answer_without_one_share_of_each_neighbor_is_refused() -> None:
+    _, _, state = run_cohort(4, (0, 1, 0, 0))
+    fresh = Aggregator(CohortFixed(request=state.cohort.request))
+    fresh.apply(SharersFixed(sharers=state.sharers))
+    fresh.apply(SurvivorsFixed(survivors=state.survivors))
+    peer = state.survivors[0]
+    answer = state.told[peer]
+    lost = next(iter(answer.keys))
+    for wrong in (
+        replace(answer, seeds=dict(list(answer.seeds.items())[1:])),
+        replace(answer, keys={}),
+        replace(answer, keys={}, seeds={**answer.seeds, lost: answer.keys[lost]}),
+    ):
+        with pytest.raises(BadMessage, match="one share of each neighbor"):
+            fresh.take(peer, wrong)
+    with pytest.raises(BadMessage, match="one share of each neighbor"):
+        fresh.take(lost, answer)
+    fresh.take(peer, answer)
+    assert fresh.told == {peer: answer}
