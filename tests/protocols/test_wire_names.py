@@ -60,7 +60,7 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
         ),
         (
             PollResponse(work=MESSAGE, acknowledged=True, version=b"v"),
-            {"work": OBJECTS, "settled": True, "version": b"v", "log": None},
+            {"work": OBJECTS, "settled": True, "version": b"v", "log": None, "notices": []},
         ),
         (GossipBatch(entries=(b"e",)), {"words": [b"e"]}),
         (
