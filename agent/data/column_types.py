@@ -19,7 +19,7 @@ _CONTROL_CHARACTERS = (
 )
 _MAX_CHARACTERS = 400
 #: Numbers and dates that are not read as such, as RE2 writes them: 1.234,5 or 31.3.2024 14:05.
-_COMMA_NUMBER = r"^[+-]?(\d+|\d{1,3}([., ']\d{3})+)([.,]\d+)?$"
+_COMMA_NUMBER = r"^[+-]?(\d*|\d{1,3}([., ']\d{3})+)([.,]\d+)?$"
 _LOCAL_DATE = (
     r"^(\d{1,2}[./-]\d{1,2}[./-]\d{2,4}|\d{4}[./]\d{1,2}[./]\d{1,2})"
     r"([ T,]+\d{1,2}:\d{2}(:\d{2})?)?$"

@@ -241,7 +241,9 @@ def check_table(
     _allowed(there, data.columns, wanted)
     check_columns(there, data, made)
     if features.keys().isdisjoint(there):
-        raise preprocessing.no_common_feature(features, there)
+        raise preprocessing.no_common_feature(
+            features, [name for name in there if name != made.target.name]
+        )
     names = [name for name in there if name in expected]
     misfits = []
     for name, kinds in (reader.aggregate(KindAggregation(), names) or {}).items():

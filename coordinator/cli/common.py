@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
 
 T = TypeVar("T")
+_PIPE_COLUMNS = 200
 #: By a column's title: the function that gives the cell of an item, or the key of the cell.
 Columns = Mapping[str, Callable[[T], object] | str]
 
@@ -51,7 +54,9 @@ def print_table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> None
         table.add_column(cell(title))
     for row in rows:
         table.add_row(*map(cell, row))
-    Console().print(table)
+    # Without a terminal, such as in a pipe, a row stays on one line.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_COLUMNS
+    Console(width=width).print(table)
 
 
 def print_list(items: Sequence[T], columns: Columns[T], empty: str, *, json: bool = False) -> None:

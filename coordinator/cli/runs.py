@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coordinator.cli import run_text
+from coordinator.cli import check, run_text
 from coordinator.cli.common import (
     Columns,
     Json,
@@ -152,6 +152,9 @@ def _follow(remote: Remote, run_id: str, *, quiet: bool) -> Run:
                 print_line(f"{run.id} {run.state}: {run.ended_because}")
             return run
         time.sleep(_POLL_S)
+
+
+runs.command("check")(check.check)
 
 
 @runs.command("metrics")

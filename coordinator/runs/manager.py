@@ -38,8 +38,9 @@ _MAX_NAMED_RUNS = 3
 #: Fields that ended runs and their rounds do not keep in memory: details of single peers.
 _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
-    *("assignments", "last_assignments", "buffer", "cooling_down", "excluded", "staleness"),
+    *("surveyed", "assignments", "last_assignments", "buffer", "cooling_down", "excluded"),
     *("refusal_kinds", "refusal_texts", "on_time", "declared", "limited", "limited_now"),
+    "staleness",
 )
 _DETAILS_OF_ROUNDS = (
     *("contributors", "on_time", "norms", "spread", "worst", "tallies", "spent", "staleness"),

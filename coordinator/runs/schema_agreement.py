@@ -19,6 +19,7 @@ from protocols.model.schema_card import SchemaCard
 from protocols.model.weights import Schema
 from protocols.tables import class_names, preprocessing
 from protocols.tables.class_names import ClassCounts
+from protocols.tables.preprocessing import NoTableFits
 from protocols.tables.statistics import TableStatistics
 
 
@@ -44,8 +45,12 @@ def agree(run: Run, first: Schema) -> Agreement:
         fixed = events.PreprocessingFixed(agreement.text, tuple(sorted(classes)))
         return _agreed(run, misfits, fixed, agreement.notes)
     if not run.preprocessing and len(tables) > len(cards):
-        derived = preprocessing.derive(tables, run.spec.settings)
-        misfits = derived.incompatible | _of_another_kind([*cards, *classes], "a table", "no table")
+        others = _of_another_kind([*cards, *classes], "a table", "no table")
+        try:
+            derived = preprocessing.derive(tables, run.spec.settings)
+        except NoTableFits as err:
+            return Agreement(_refusals(err.incompatible | others), [])
+        misfits = derived.incompatible | others
         text = preprocessing.encode(derived.preprocessing)
         fitting = tuple(sorted(tables.keys() - misfits.keys()))
         return _agreed(run, misfits, events.PreprocessingFixed(text, fitting), derived.notes)
@@ -60,13 +65,17 @@ def agree(run: Run, first: Schema) -> Agreement:
 def _agreed(
     run: Run, misfits: dict[str, SchemaMismatch], agreed: RunEvent, notes: list[tuple[str, str]]
 ) -> Agreement:
-    refused: list[RunEvent] = [
-        events.UpdateRefused(0, peer, err.code, err.message[:400], "describe")
-        for peer, err in sorted(misfits.items())
-    ]
+    refused = _refusals(misfits)
     if len(run.described) - len(misfits) < run.spec.quorum:
         return Agreement(refused, [])  # wait for other peers, then try again
     return Agreement([*refused, agreed], notes)
+
+
+def _refusals(misfits: dict[str, SchemaMismatch]) -> list[RunEvent]:
+    return [
+        events.UpdateRefused(0, peer, err.code, err.message[:400], "describe")
+        for peer, err in sorted(misfits.items())
+    ]
 
 
 def _of_another_kind(peers: Iterable[str], expected: str, found: str) -> dict[str, SchemaMismatch]:

@@ -91,7 +91,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `since`: its start, Unix s. `first`: its first weights; `head`: its newest version; `parent`:
     the base of the open round; `best`: the best closed round.
     `described`, `card`, `preprocessing`: what each peer described before round 1, and the schema
-    card and preprocessing that followed from it.
+    card and preprocessing that followed from it; `surveyed`: with `spec.check`, the first
+    description of each peer's data.
     `training_seconds`: by peer, the durations of its last trainings.
     `refused`: refused updates of this round, `refusals` of the whole run. `last_refusal` is a text
     for people; `refusal_kinds`: the kind of each peer's last refusal (`messages.refusals`);
@@ -117,6 +118,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     head: _Line = ""
     parent: _Line = ""
     described: _ByPeer[Description] = {}
+    surveyed: _ByPeer[Description] = {}
     preprocessing: Annotated[str, Meta(max_length=256 * 1024)] = ""
     card: SchemaCard | None = None
     num_eligible: Integer = 0

@@ -28,6 +28,7 @@ from coordinator.storage import run_events as events
 from coordinator.storage.run_events import RunEvent, Update
 from protocols.messages import refusals
 from protocols.messages.states import ENDED, RunState
+from protocols.model.schema_card import SchemaCard
 
 T = TypeVar("T")
 
@@ -120,6 +121,19 @@ def _answered(run: Run, peer: str) -> Run:
     if peer not in run.refusal_texts:
         return run
     return replace(run, refusal_texts=_without(run.refusal_texts, peer))
+
+
+def _peer_described(run: Run, event: events.PeerDescribed) -> Run:
+    peer = event.peer
+    described = {peer: event.description}
+    is_survey = run.spec.check and not isinstance(event.description, SchemaCard)
+    return replace(
+        _answered(run, peer),
+        peers=run.peers | {peer: "answered"},
+        described=run.described | described,
+        surveyed=run.surveyed | described if is_survey else run.surveyed,
+        declared=_declared(run, peer, event.num_examples, event.num_held_out),
+    )
 
 
 def _training_seconds(run: Run, peer: str, seconds: float) -> dict[str, tuple[float, ...]]:
@@ -270,12 +284,7 @@ _NOT_ENDED = frozenset(RunState) - ENDED
 TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]] = {
     events.PeerDescribed: (
         _WAITING,
-        lambda run, event: replace(
-            _answered(run, event.peer),
-            peers=run.peers | {event.peer: "answered"},
-            described=run.described | {event.peer: event.description},
-            declared=_declared(run, event.peer, event.num_examples, event.num_held_out),
-        ),
+        _peer_described,
     ),
     events.PreprocessingFixed: (
         _WAITING,

@@ -52,7 +52,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     times `server_lr`.
     `min_examples`: a peer that trains on fewer examples gets no work from this run.
     `only`: the single part that a parent fleet requests from this one (empty: all parts), in the
-    parent's round `first_round`.
+    parent's round `first_round`. `check`: a run of only the part `describe` that keeps what
+    each peer described, for `commonweight run check`.
     """
 
     task: _ShortText
@@ -86,6 +87,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     max_staleness: Integer = 10
     concurrency: Integer = 0
     server_lr: float = 1.0
+    check: bool = False
 
 
 class Update(Struct, frozen=True, kw_only=True):

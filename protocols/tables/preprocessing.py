@@ -143,8 +143,17 @@ class Derived(NamedTuple):
     notes: list[tuple[str, str]]
 
 
+class NoTableFits(CommonweightError):
+    """No two tables fit together; `incompatible` says why, by peer."""
+
+    def __init__(self, incompatible: dict[str, SchemaMismatch]) -> None:
+        first = next(iter(incompatible.values()))
+        super().__init__(f"no peer has a compatible table: {first.message}")
+        self.incompatible = incompatible
+
+
 def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting]) -> Derived:
-    """The preprocessing for most peers' tables. Raises CommonweightError if there is none."""
+    """The preprocessing for most peers' tables. Raises NoTableFits, CommonweightError."""
     chosen = parse_settings(settings)
     incompatible: _Mismatches = defaultdict(list)
     notes: list[tuple[str, str]] = []
@@ -152,12 +161,11 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
     for name in (chosen.target, *names):
         _find_other_kinds(name, tables, incompatible)
     if not chosen.features:
-        _find_tables_apart(names, tables, incompatible)
+        _find_tables_apart(chosen.target, names, tables, incompatible)
     compatible = {p: table for p, table in sorted(tables.items()) if p not in incompatible}
     if not compatible:
-        first = next(iter(incompatible.values()))
-        raise CommonweightError(
-            f"no peer has a compatible table: {SchemaMismatch.of_all(first).message}"
+        raise NoTableFits(
+            {peer: SchemaMismatch.of_all(found) for peer, found in incompatible.items()}
         )
     merged = statistics.merge(compatible.values())
     for peer, table in compatible.items():
@@ -226,18 +234,21 @@ def no_common_feature(features: Iterable[str], there: Iterable[str]) -> SchemaMi
 
 
 def _find_tables_apart(
-    names: list[str], tables: Mapping[str, TableStatistics], incompatible: _Mismatches
+    target: str,
+    names: list[str],
+    tables: Mapping[str, TableStatistics],
+    incompatible: _Mismatches,
 ) -> None:
     """Find the peers whose table has no feature in common with that of another peer."""
-    fitting = {p: table for p, table in tables.items() if p not in incompatible}
-    counts = Counter(name for table in fitting.values() for name in names if name in table.columns)
-    common = {name for name in names if counts[name] > 1}
-    if len(fitting) < 2:
+    if len(tables) < 2:
         return
-    apart = [p for p, table in fitting.items() if common.isdisjoint(table.columns)]
-    for peer in apart:
-        others = common or {name for name in names if name not in fitting[peer].columns}
-        incompatible[peer].append(no_common_feature(others, fitting[peer].columns))
+    counts = Counter(name for table in tables.values() for name in names if name in table.columns)
+    common = {name for name in names if counts[name] > 1}
+    for peer, table in tables.items():
+        if common.isdisjoint(table.columns) and peer not in incompatible:
+            others = common or {name for name in names if name not in table.columns}
+            there = table.columns.keys() - {target}
+            incompatible[peer].append(no_common_feature(others, sorted(there)))
 
 
 def _absent_text(absent: list[str], names: list[str], table: TableStatistics) -> str:
@@ -261,26 +272,32 @@ def _absent_text(absent: list[str], names: list[str], table: TableStatistics) ->
 def _find_other_kinds(
     name: str, tables: Mapping[str, TableStatistics], incompatible: _Mismatches
 ) -> None:
-    """Find the peers whose column has another kind than that of most peers.
+    """Find the peers whose column has another kind than that of most peers."""
+    common = common_kind(name, tables)
+    for peer, table in tables.items():
+        column = table.columns.get(name)
+        if column is not None and not is_alike(column.kind, common):
+            found = statistics.describe_kind(column)
+            incompatible[peer].append(SchemaMismatch(f"column {name}", common, found))
+
+
+def common_kind(name: str, tables: Mapping[str, TableStatistics]) -> ColumnKind:
+    """The kind that a column has at most peers; "empty" without values.
 
     Text that looks like numbers or dates counts only if no peer has another kind.
     """
-    columns = {p: t.columns[name] for p, t in sorted(tables.items()) if name in t.columns}
-    kinds = {peer: column.kind for peer, column in columns.items()}
-    counts = Counter(
-        one.kind for one in columns.values() if one.kind != "empty" and not one.written
-    )
-    counts = counts or Counter(kind for kind in kinds.values() if kind != "empty")
-    if not counts:
-        return
+    columns = [table.columns[name] for _, table in sorted(tables.items()) if name in table.columns]
+    known = [one for one in columns if one.kind != "empty"]
+    counts = Counter(one.kind for one in known if not one.written)
+    counts = counts or Counter(one.kind for one in known)
     if counts["number"]:
         counts["number"] += counts.pop("boolean", 0)
-    common = counts.most_common(1)[0][0]
-    accepted = {common, "empty"} | ({"boolean"} if common == "number" else set())
-    for peer, kind in kinds.items():
-        if kind not in accepted:
-            found = statistics.describe_kind(columns[peer])
-            incompatible[peer].append(SchemaMismatch(f"column {name}", common, found))
+    return counts.most_common(1)[0][0] if known else "empty"
+
+
+def is_alike(kind: ColumnKind, common: ColumnKind) -> bool:
+    """True if a column of this kind can be used as one of the kind that most peers have."""
+    return kind in (common, "empty") or (kind, common) == ("boolean", "number")
 
 
 def _make_feature(

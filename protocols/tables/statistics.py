@@ -27,8 +27,8 @@ NUMERIC: frozenset[ColumnKind] = frozenset({"number", "boolean", "date"})
 
 #: Texts that are numbers or dates in another format, with what a person should do.
 LOOKS_LIKE = {
-    "comma": "numbers with a comma or with marks for thousands (write 1234.5)",
-    "local date": "dates in a local format (write 2024-03-31)",
+    "comma": "like 1.234,5 (write 1234.5)",
+    "local date": "like 31.3.2024 (write 2024-03-31)",
 }
 #: A column with more different texts has no categories, but names, notes or keys.
 MAX_CATEGORIES = 1000
@@ -117,7 +117,7 @@ def merge(parts: Iterable[TableStatistics]) -> TableStatistics:
 def describe_kind(column: ColumnStatistics) -> str:
     """The kind of a column for a person, with what its text looks like."""
     looks = LOOKS_LIKE.get(column.written)
-    return f"{column.kind} that looks like {looks}" if looks else column.kind
+    return f"{column.kind} {looks}" if looks else column.kind
 
 
 def merge_kinds(a: ColumnKind, b: ColumnKind) -> ColumnKind:

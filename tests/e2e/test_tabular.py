@@ -70,6 +70,17 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         for name, table in tables.items():
             joined(site, name, table)
         site.start(*tables)
+        checked = site.ask("run", "check", "tabular", "--target", "label")
+        assert checked.returncode == 1
+        assert [line.split()[:3] for line in checked.stdout.splitlines()[1:]] == [
+            ["basel", "✓", "fits"], ["bern", "✓", "fits"], ["odd", "✗", "60"],
+        ]  # fmt: skip
+        assert "✗ text" in checked.stdout
+        assert "odd: column age: expected number, found text" in checked.stderr
+        assert "2 of 3 peers could train now" in checked.stderr
+        assert site.data("run", "list") == [], "a check is no run"
+        told = "the coordinator says: run tabular-"
+        site.until_agent("odd", "hears why", lambda status: told in status["last_error"])
         words = ("--target", "label", "--rounds", "3", "--quorum", "2", "--set", "model=mlp")
         run = site.ended_run(site.start_run("tabular", *words, "--set", "epochs=5"))
         assert run["state"] == "finished", run["ended_because"]
@@ -91,9 +102,10 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         # Each owner can see what left, word for word, and ask the model without anybody.
         done = site.ask_agent("bern", "ledger", "--json")
         left = json.loads(done.stdout)["data"]
-        assert [one["what"] for one in left[:2]] == ["description"] * 2
+        # Twice for the check before the run, and twice for the run itself.
+        assert [one["what"] for one in left[:4]] == ["description"] * 4
         assert json.loads(left[0]["told"])["rows"] == 90
-        assert {one["what"] for one in left[2:]} <= {"first weights", "weights", "evaluation"}
+        assert {one["what"] for one in left[4:]} <= {"first weights", "weights", "evaluation"}
         assert sum(one["what"] == "weights" for one in left) == 3
         out = tmp_path / "answers.csv"
         table = str(write_csv(tmp_path / "new.csv", [row | {"label": ""} for row in MIXED[:30]]))

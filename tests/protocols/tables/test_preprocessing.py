@@ -113,15 +113,13 @@ def test_all_that_does_not_fit_is_named_at_once_with_what_to_write() -> None:
     date = ColumnStatistics(kind="date", moments=Moments(9, 1.0, 2.0))
     made = derived(table(x=number(), day=date), table(x=comma, day=local))
     assert made.incompatible["b"].message == (
-        "column day: expected date, found text that looks like dates in a local format (write "
-        "2024-03-31); column x: expected number, found text that looks like numbers with a comma "
-        "or with marks for thousands (write 1234.5)"
+        "column day: expected date, found text like 31.3.2024 (write 2024-03-31); "
+        "column x: expected number, found text like 1.234,5 (write 1234.5)"
     )
     # Where no peer has numbers, the operator hears why the column is of no use.
     made = derived(table(x=comma, z=number()), table(x=comma, z=number()))
     assert made.notes == [
-        ("", "column x is left out: text that looks like numbers with a comma or with marks for "
-         "thousands (write 1234.5)"),
+        ("", "column x is left out: text like 1.234,5 (write 1234.5)"),
     ]  # fmt: skip
     wide = {f"column{n}": number() for n in range(40)}
     texts = {name: ColumnStatistics(kind="text", others=9) for name in wide}

@@ -1,0 +1,101 @@
+"""`commonweight run check`: which peers could train, before a run."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coordinator.cli import check_table, run_text
+from coordinator.cli.common import Json, connect, print_json, print_line, print_table
+from protocols.errors import CommonweightError, ExitCode
+
+if TYPE_CHECKING:
+    from coordinator.remote.api_client import Remote
+    from coordinator.runs.state import Run
+
+_POLL_S = 0.5
+#: Without a peer that could be asked for so long, the check ends.
+_MAX_IDLE_S = 3.0
+_DEADLINE_S = 120.0
+_DELETE_TRIES = 20
+
+
+def check(
+    task: Annotated[str, typer.Argument(help="What would be trained: tabular, mnist, …")],
+    target: Annotated[str, typer.Option(help="For a table: the column to predict.")] = "",
+    kind: Annotated[
+        str, typer.Option(help="For a table: auto, classification or regression.")
+    ] = "",
+    features: Annotated[
+        str, typer.Option(help="For a table: columns to predict from, as in `run start`.")
+    ] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the task: key=value.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show which peers could train a task, and why the others could not. Nothing is trained.
+
+    Peers describe their data and model as before a run, within their owners' limits. The exit
+    status is 1 if a peer does not fit.
+    """
+    from msgspec.structs import replace
+
+    from coordinator.remote.run_options import build_order
+
+    given = {"task": task, "kind": kind, "features": features, "set": tuple(set_ or ())}
+    order = build_order({**given, "target": (target,) if target else (), "rounds": 1})
+    spec = replace(order.spec, only="describe", check=True, deadline_s=_DEADLINE_S)
+    remote = connect()
+    run_id = remote.start_run(replace(order, spec=spec))
+    try:
+        run = _wait(remote, run_id, quiet=json)
+        report = check_table.make_report(run, remote.fleet())
+    finally:
+        _delete(remote, run_id)
+    num_peers = len(report.fitting) + len(report.misfits) + len(report.absent)
+    if json:
+        print_json(report._asdict())
+    else:
+        print_table(*check_table.table(report))
+        for line in check_table.explain(report):
+            print_line(line)
+        print_line(f"{len(report.fitting)} of {num_peers} peers could train now")
+    if len(report.fitting) < num_peers or not num_peers:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _wait(remote: Remote, run_id: str, *, quiet: bool) -> Run:
+    """The run after its end. It is stopped when no peer is left that could be asked."""
+    idle_since = time.monotonic()
+    is_told = quiet
+    while True:
+        run = remote.run(run_id)
+        if run.ended:
+            return run
+        active = next((one for one in remote.runs() if not one.ended), None)
+        is_next = active is None or active.id == run_id
+        if not is_next or not run_text.waits_for_peers(run):
+            idle_since = time.monotonic()
+        if not (is_next or is_told) and active is not None:
+            is_told = True
+            print_line(f"waits for the end of run {active.id}")
+        if time.monotonic() - idle_since > _MAX_IDLE_S:
+            remote.stop_run(run_id)
+        time.sleep(_POLL_S)
+
+
+def _delete(remote: Remote, run_id: str) -> None:
+    """Remove the check from the list of runs; the ledger keeps its record."""
+    for _ in range(_DELETE_TRIES):
+        try:
+            if not remote.run(run_id).ended:
+                remote.stop_run(run_id)
+            else:
+                remote.delete_run(run_id)
+                return
+        except CommonweightError:  # the coordinator still writes its end
+            pass
+        time.sleep(_POLL_S)
