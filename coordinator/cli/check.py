@@ -9,6 +9,7 @@ import typer
 
 from coordinator.cli import check_table, run_text
 from coordinator.cli.common import Json, connect, print_json, print_line, print_table
+from coordinator.cli.names import complete_tasks
 from protocols.errors import CommonweightError, ExitCode
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ _DELETE_TRIES = 20
 
 
 def check(
-    task: Annotated[str, typer.Argument(help="What would be trained: tabular, mnist, …")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="What would be trained: tabular, mnist, …", autocompletion=complete_tasks
+        ),
+    ],
     target: Annotated[str, typer.Option(help="For a table: the column to predict.")] = "",
     kind: Annotated[
         str, typer.Option(help="For a table: auto, classification or regression.")
