@@ -42,9 +42,9 @@ def check(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show which peers could train a task, and why the others could not. Nothing is trained.
+    """Show which peers fit a task, and why others do not.
 
-    Peers describe their data and model as before a run, within their owners' limits. The exit
+    Nothing is trained. Peers describe data and model, within their owners' limits. The exit
     status is 1 if a peer does not fit.
     """
     from msgspec.structs import replace
