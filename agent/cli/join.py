@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,7 @@ _PROMPTS = {
     "hours": ("work hours, for example mon-fri 18:00-08:00; empty for all", ""),
     "cpu_share": ("share of the CPU time to use, 0.01 to 1", "1"),
     "allow": ("tasks that may train on your data, such as tabular; empty: you are asked", ""),
+    "columns": ("columns that tasks may use, such as age,sex; or all", None),
 }
 
 
@@ -55,7 +58,7 @@ def join(
         ),
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(help="The columns that may be used, such as age,sex.")
+        str | None, typer.Option(help="Columns that may be used, such as age,sex; or all.")
     ] = None,
     purpose: Annotated[
         str | None,
@@ -96,16 +99,27 @@ def join(
         return
     text = _read_ticket(ticket)
     policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
+    labels = dict(parse_pair(item) for item in label or [])
+    home = homes.open_home("agent", create=True)
+    if data:
+        print_line(own_data.check_setting(settings.read(home, data=settings.data_path(data))))
+    there = own_data.columns(settings.data_path(data) or "")
     if sys.stdin.isatty() and sys.stderr.isatty() and not (unattended or json):
         policy |= {key: _prompt(key) for key, value in policy.items() if value is None}
         allow = allow or [_prompt("allow")]
-    labels = dict(parse_pair(item) for item in label or [])
-    home = homes.open_home("agent", create=True)
+        if there and columns is None:
+            print_line(f"the columns of {data}: {', '.join(there)}")
+            columns = _prompt("columns", there)
+    elif there and columns is None:
+        print_line(
+            f"tasks that you allow may use every column of {data}: {', '.join(there)}; to limit "
+            "them: commonweight-agent policy set data.columns NAME,NAME"
+        )
     chosen: dict[str, Any] = {
         "data": settings.data_path(data),
         **parse_part(part),
         "split": split,
-        "data_columns": consents.split_list(columns),
+        "data_columns": _column_patterns(columns),
         **policy,
     }
     names = [name for text in allow or [] for name in consents.split_list(text) or []]
@@ -114,7 +128,7 @@ def join(
         chosen |= consents.allowing(own, known, names, purpose=purpose)
     wanted = settings.read(home, **chosen)  # wrong settings fail before the ticket is used
     if data:
-        print_line(own_data.check_setting(wanted))
+        own_data.check_setting(wanted)
     joined, awaiting = enrollment.join(
         home, text, name=name or socket.gethostname(), labels=labels, replace=replace
     )
@@ -161,29 +175,43 @@ def discover(
         print_line("none; a coordinator announces itself with: commonweight up --announce")
 
 
-def _prompt(name: str) -> str:
-    """Ask until the answer is one that the setting takes."""
+def _prompt(name: str, there: Sequence[str] = ()) -> str:
+    """Ask until the answer is one that the setting takes. `there`: the columns of the data."""
     question, default = _PROMPTS[name]
     while True:
         text = str(typer.prompt(question, default=default, show_default=bool(default), err=True))
         try:
-            _check_answer(name, text)
+            _check_answer(name, text, there)
         except UsageError as err:
             print_line(json_output.format_error(err))
         else:
             return text
 
 
-def _check_answer(name: str, text: str) -> None:
+def _check_answer(name: str, text: str, there: Sequence[str] = ()) -> None:
     """Raise UsageError or UnknownName if it is no value of this setting."""
+    from agent.policy import consent
     from agent.setup import consents
 
     home = homes.home_path("agent")
-    if name == "allow":
+    if name == "columns":
+        for pattern in _column_patterns(text) or []:
+            if not any(consent.matches(column, [pattern]) for column in there):
+                near = get_close_matches(pattern, there, 1)
+                hint = f"did you mean {near[0]}?" if near else ""
+                raise UsageError(f"the data have no column {pattern!r}", hint)
+    elif name == "allow":
         known = consents.known_tasks(settings.read(home))
         consents.allowing(settings.read_own(home), known, consents.split_list(text) or [])
     else:
         settings.read(home, **{name: text})
+
+
+def _column_patterns(text: str | None) -> list[str] | None:
+    """The patterns of `age,sex`, or those of `all`; None stays None."""
+    from agent.setup import consents
+
+    return ["*"] if text is not None and text.strip() == "all" else consents.split_list(text)
 
 
 def _read_ticket(given: str | None) -> str:

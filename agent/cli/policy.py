@@ -81,7 +81,7 @@ def set_policy(
     if source != settings.FILE:
         print_line(f"but {source} is set and overrides it")
     if is_running(home) and key in settings_schema.RESTART_KEYS:
-        print_line("restart the agent to apply it: commonweight-agent restart")
+        print_line("the running agent applies it after its current work")
 
 
 def _override(home: Path, key: str, value: str, for_s: float) -> None:
@@ -98,7 +98,10 @@ def _override(home: Path, key: str, value: str, for_s: float) -> None:
             {"value": value, "until": time.time() + for_s}, status_files.RuleOverride
         )
     except msgspec.ValidationError as err:
-        raise UsageError(f"{value!r} is not a mode", "write always, auto or never") from err
+        raise UsageError(
+            f"{key} must be one of always, auto, never; not {value!r}",
+            f"commonweight-agent policy set {key} always --for 2h",
+        ) from err
     request = status_files.read_request(home)
     modes = {name: old for name, old in request.modes.items() if old.until > time.time()}
     status_files.write_request(home, msgspec.structs.replace(request, modes=modes | {key: mode}))

@@ -45,7 +45,7 @@ def add(
     print_line(f"registered and allowed {known}; next: commonweight-agent task check {known}")
     print_line(f"the operator starts it with: commonweight run start {known}")
     print_line(f"after a change of the file, allow it again: commonweight-agent task allow {known}")
-    _say_restart_needed(home)
+    _say_when_applied(home)
 
 
 @task.command("allow")
@@ -101,11 +101,13 @@ def list_tasks(json: Json = False) -> None:
             "purpose": chosen.consent_to(name).purpose,
             "run": asked[name].run if name in asked else "",
             "next": asked[name].command if name in asked else "",
+            "missing": "" if source else registry.missing_package(name, chosen.framework),
         }
         for name, source in sorted(consents.known_tasks(chosen).items())
     ]
     lines = (
         f"{row['task']:24} {row['source']}  {_mark(chosen, str(row['task']), asked)}"
+        + (f"; ✗ {row['missing']}" if row["missing"] else "")
         for row in rows
     )
     print_data(rows, lines, json=json)
@@ -141,12 +143,12 @@ def remove(name: TaskName) -> None:
     )
     consent_requests.drop(home, name)
     print_line(f"unregistered {name}")
-    _say_restart_needed(home)
+    _say_when_applied(home)
 
 
-def _say_restart_needed(home: Path) -> None:
+def _say_when_applied(home: Path) -> None:
     if is_running(home):
-        print_line("restart the agent to apply it: commonweight-agent restart")
+        print_line("the running agent applies it after its current work")
 
 
 @task.command("check")

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import PolicyDecided
 from agent.home import settings
-from agent.home.settings_schema import AgentSettings
+from agent.home.settings_schema import RESTART_KEYS, AgentSettings
 from agent.home.status_files import OwnerRequest
 from agent.policy import rules
 from agent.policy.rules import Decision, Pause, Run, Slow
@@ -37,6 +37,9 @@ class PolicyLoop:
     ) -> None:
         self._ctx, self._sensors, self._make_room = ctx, sensors, make_room
         self._settings = ctx.settings
+        #: A setting in the file that all parts read at their start has changed.
+        self.must_restart = False
+        self._at_start = _start_settings(settings.read(ctx.home))
         self._overrides: dict[str, rules.Mode] = {}
         self._file_mtime_ns = self._settings_mtime_ns()
         self._reloaded = asyncio.Event()
@@ -63,7 +66,9 @@ class PolicyLoop:
             self._file_mtime_ns, changed = mtime_ns, True
             try:
                 self._settings = settings.read(self._ctx.home)
-                log.info("the settings have changed and are in force")
+                self.must_restart = _start_settings(self._settings) != self._at_start
+                when = "after the current work" if self.must_restart else "now"
+                log.info("the settings have changed and are in force %s", when)
             except CommonweightError as err:
                 log.error("the changed settings are wrong, the old ones stay: %s", err.message)
         if changed:
@@ -123,3 +128,8 @@ def format_decision(decision: Decision) -> str:
             return f"works {share:.0%} of the time"
         case Run():
             return "may work"
+
+
+def _start_settings(chosen: AgentSettings) -> list[object]:
+    """The values of the settings that all parts read at their start."""
+    return [getattr(chosen, name) for name in sorted(RESTART_KEYS)]

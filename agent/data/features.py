@@ -23,8 +23,15 @@ from agent.data.rare_values import (
     replace_rare_gaps,
     replace_rare_numbers,
 )
+from protocols.errors import SchemaMismatch
 from protocols.tables.preprocessing import Feature, Preprocessing
-from protocols.tables.statistics import NUMERIC, hash_category
+from protocols.tables.statistics import (
+    NUMERIC,
+    ColumnKind,
+    ColumnStatistics,
+    describe_kind,
+    hash_category,
+)
 
 #: More than this goes to a memory-mapped file.
 IN_MEMORY_BYTES = 512 << 20
@@ -57,7 +64,7 @@ def encode_inputs(
     columns: list[npt.NDArray[Any]] = []
     gaps: list[npt.NDArray[Any]] = []
     for feature in preprocessing.numeric:
-        found = column_types.numbers(_column(batch, feature), feature.kind)
+        found = _numbers(_column(batch, feature), feature.name, feature.kind)
         there = ~np.isnan(found)
         columns.append(np.where(there, (found - feature.mean) / feature.scale, 0.0))
         if feature.missing:
@@ -79,14 +86,24 @@ def encode_targets(batch: pa.RecordBatch, preprocessing: Preprocessing) -> npt.N
     target = preprocessing.target
     column = batch.column(target.name)
     if not target.classes:
-        found = (column_types.numbers(column, target.kind) - target.mean) / target.scale
+        found = (_numbers(column, target.name, target.kind) - target.mean) / target.scale
         return found.astype(np.float32)[:, None]
     if target.kind in NUMERIC:
-        texts = column_types.whole_texts(column_types.numbers(column, target.kind))
+        texts = column_types.whole_texts(_numbers(column, target.name, target.kind))
     else:
         texts = column_types.texts(column)
     found = pc.fill_null(pc.index_in(texts, value_set=pa.array(target.classes)), -1)
     return np.asarray(found.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _numbers(column: pa.Array, name: str, kind: ColumnKind) -> npt.NDArray[np.float64]:
+    """`column_types.numbers`. Raises SchemaMismatch, which quotes no value, for other texts."""
+    try:
+        return column_types.numbers(column, kind)
+    except pa.ArrowInvalid as err:
+        kinds = column_types.possible_kinds(column)
+        found = ColumnStatistics(kind=kinds.kind, written=kinds.written)
+        raise SchemaMismatch(f"column {name}", kind, describe_kind(found)) from err
 
 
 def _column(batch: pa.RecordBatch, feature: Feature) -> pa.Array:

@@ -15,7 +15,8 @@ _PUBLIC_KEYS = (
     *("threads", "device", "idle_timeout_s", "log_level", "share_log", "share"),
     *("work", "battery", "busy", "user", "schedule", "hours", "metered", "cpu_share"),
 )
-#: Changes of these take effect at the next start of the agent, all others at once.
+#: For changes of these, a running agent starts again by itself after its current work. All others
+#: take effect at once.
 RESTART_KEYS = frozenset(
     {
         *("part", "parts", "split", "data_seed", "data", "task_files", "models"),

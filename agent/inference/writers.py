@@ -35,11 +35,23 @@ def write(batches: Iterable[Batch], out: Path | None) -> int:
         )
     if not out.absolute().parent.is_dir():
         raise UsageError(f"there is no folder {out.absolute().parent}")
-    with replacing(out) as file:
+    with _writable(out) as file:
         if out.suffix == ".parquet":
             return _parquet(batches, file)
         with _text(file) as text:
             return _csv(batches, text) if out.suffix == ".csv" else _json_lines(batches, text)
+
+
+@contextlib.contextmanager
+def _writable(out: Path) -> Iterator[IO[bytes]]:
+    """The file to write. Raises UsageError if it cannot be."""
+    try:
+        with replacing(out) as file:
+            yield file
+    except OSError as err:
+        raise UsageError(
+            f"cannot write {out}: {err.strerror or err}", "--out NAME.csv in another folder"
+        ) from err
 
 
 @contextlib.contextmanager

@@ -6,10 +6,11 @@ from contextlib import closing
 from pathlib import Path
 
 from agent.data.admission import AdmissionStore
+from agent.data.settings import DataSettings
 from agent.home import settings
 from agent.home.settings_schema import AgentSettings
 from agent.tasks import data_checks
-from protocols.errors import DataError, UsageError
+from protocols.errors import CommonweightError, DataError, UsageError
 
 
 def check(chosen: AgentSettings) -> str:
@@ -31,6 +32,19 @@ def check(chosen: AgentSettings) -> str:
     if not chosen.tasks or "*" in chosen.tasks or set(chosen.tasks) - set(allowed):
         return f"no built-in task reads such data, only tasks of your own ({needs})"
     raise DataError(f"no task that is allowed here reads such data: {needs}", data.path)
+
+
+def columns(path: str) -> list[str]:
+    """The columns of the owner's table; none for other data, or if no reader is installed."""
+    data = DataSettings(path=path)
+    if not path or "tabular" not in data_checks.fitting_tasks(data):
+        return []
+    from agent.data import open_table
+
+    try:
+        return list(open_table(data).columns())
+    except CommonweightError:  # the trainer says what is wrong with a table
+        return []
 
 
 def waiting_rows(home: Path) -> str:

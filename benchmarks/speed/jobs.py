@@ -125,7 +125,7 @@ def _dask(model: dict[str, Any], folder: Path, cores: int) -> float | str:
 
 def _spread(fleet: Fleet, run: str, source: Path, out: Path) -> tuple[float, dict[str, Any]]:
     began = time.monotonic()
-    told = fleet.data("infer", "--scatter", str(source), "--model", run, "--out", str(out))
+    told = fleet.data("infer", "--yes", "--scatter", str(source), "--model", run, "--out", str(out))
     return time.monotonic() - began, told
 
 

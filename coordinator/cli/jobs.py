@@ -106,6 +106,12 @@ def infer(
 
     if private == (scatter is not None):
         raise UsageError("either --private or --scatter INPUT", "commonweight infer --help")
+    if scatter is not None and not yes and (json or not sys.stdin.isatty()):
+        raise UsageError(
+            "nothing was sent: rows would leave this machine, and there is no terminal to confirm "
+            "it on",
+            "add --yes",
+        )
     remote = connect()
     given = list(dict.fromkeys(model or ["best"]))
     models = model_refs.resolve(remote.runs(), given, task)
@@ -152,7 +158,7 @@ def _scatter(
     print_line(
         f"the rows of {source} leave this machine: they go to peers whose owners accept them"
     )
-    if sys.stdin.isatty() and not (yes or json):
+    if not yes:
         typer.confirm("continue?", abort=True, err=True)
     spec = replace(spec, input=rows.digest, suffix=rows.suffix, blocks=rows.blocks)
     job_id = _same_job(remote, spec, store) or remote.start_job(spec)

@@ -82,6 +82,12 @@ def _wanted(hint: Any) -> str:
         return f"one of {', '.join(words)}"
     if isinstance(found, inspect.BoolType):
         return "true or false"
+    if isinstance(found, inspect.StrType):
+        return f"text that matches {found.pattern}" if found.pattern else "text"
+    if isinstance(found, inspect.ListType | inspect.VarTupleType):
+        return "a list of texts"
+    if isinstance(found, inspect.DictType):
+        return "a table of names and values"
     if not isinstance(found, inspect.IntType | inspect.FloatType):
         return ""
     parts = ["a whole number" if isinstance(found, inspect.IntType) else "a number"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.support.fleet_harness import (
     fleet,
     run_program,
 )
+from tests.support.waiting import wait_for
 
 HEAVY = ("flwr", "torch", "textual")
 
@@ -128,6 +130,33 @@ def test_what_a_task_reads_is_told_once_to_a_peer_without_data(site: Fleet) -> N
 
 
 # --- homes and ports -------------------------------------------------------------------------
+
+
+def test_a_follower_hears_what_a_run_waits_for_and_ctrl_c_does_not_end_the_run(
+    site: Fleet,
+) -> None:
+    assert site.ask_agent("ada", "pause").returncode == 0
+    following = site.background("follow", "run", "start", "ping", "--follow")
+    try:
+        wait_for(lambda: "  ada: ‖ paused: by its owner" in following.log, "it hears why")
+        assert "waits for 1 peer more for the quorum" in following.log
+        assert "on that machine: commonweight-agent resume" in following.log
+        following.process.send_signal(signal.SIGINT)
+        assert following.wait() == 130
+        assert " goes on; watch it: commonweight run show ping-" in following.log
+        assert "Traceback" not in following.log
+        (run,) = [run for run in site.data("run", "list") if run["state"] == "waiting"]
+        assert site.ask("run", "stop", run["id"]).returncode == 0
+    finally:
+        assert site.ask_agent("ada", "resume").returncode == 0
+
+
+def test_rows_leave_only_after_a_yes(site: Fleet, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,b\n1,2\n")
+    words = ("infer", "--scatter", str(rows), "--model", "best", "--out", str(tmp_path / "o.csv"))
+    fails(site.ask(*words), 2, "nothing was sent", "no terminal", "--yes")
+    fails(site.ask(*words, "--json"), 2, "nothing was sent")
 
 
 def test_a_port_in_use_is_named_with_the_option(site: Fleet, tmp_path: Path) -> None:

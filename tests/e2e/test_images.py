@@ -67,7 +67,7 @@ def _check_predictions(site: Fleet, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     here = ("predict", str(asked), "--model")
     for asking, words in (
-        (site.ask, ("infer", "--model", run, "--scatter", str(asked))),
+        (site.ask, ("infer", "--yes", "--model", run, "--scatter", str(asked))),
         (partial(site.ask_agent, "bob"), (*here, "latest")),
         (partial(site.ask_agent, "bob"), (*here, str(model))),
     ):

@@ -44,7 +44,7 @@ def test_rows_are_spread_and_wrong_ones_harm_nobody(tmp_path: Path) -> None:
         few = tmp_path / "few.csv"
         table(few, 100, 2)
         # Of a table that the task cannot take both peers say so, and take other work at once.
-        words = ("infer", "--model", run, "--scatter")
+        words = ("infer", "--yes", "--model", run, "--scatter")
         wrong = site.ask(*words, str(few), "--out", str(tmp_path / "none.csv"))
         assert wrong.returncode == 1
         assert "no peer can do it: the task raised an error" in wrong.stderr

@@ -81,6 +81,13 @@ def test_policy_tells_a_wrong_number_and_what_a_path_opens(agent_home: Path) -> 
     assert f"{Path('none').absolute()} does not exist yet" in err
 
 
+def test_a_mode_for_a_while_that_is_none_is_told_in_a_sentence(agent_home: Path) -> None:
+    code, _, err = agent(agent_home, "policy", "set", "busy", "2", "--for", "1h")
+    assert code == 2
+    assert "busy must be one of always, auto, never; not '2'" in err
+    assert "commonweight-agent policy set busy always --for 2h" in err
+
+
 def test_policy_writes_only_what_was_set(agent_home: Path) -> None:
     agent(agent_home, "policy", "set", "threads", "2")
     assert (agent_home / "settings.toml").read_text() == "threads = 2\n"
@@ -115,6 +122,9 @@ def test_an_unknown_setting_names_the_known_ones(agent_home: Path) -> None:
     with pytest.raises(UnknownName) as caught:
         settings.change(agent_home, colour="red")
     assert "threads" in caught.value.hint
+    with pytest.raises(UnknownName) as caught:
+        settings.change(agent_home, dta="x.csv")
+    assert caught.value.message == "there is no setting 'dta'; did you mean data?"
     with pytest.raises(UsageError):
         settings.change(agent_home, threads=-1)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent.daemon import work_thread
+from agent.daemon import state_machine, work_thread
 from agent.daemon.agent import Agent
 from agent.daemon.owner_commands import OwnerCommands
 from agent.home import settings, status_files
@@ -20,10 +20,13 @@ from protocols.enrollment import tickets
 from protocols.enrollment.ca_chain import CaTrust
 from protocols.messages.envelope import Command
 from protocols.messages.states import PauseReason
+from protocols.messages.work import Work
 from protocols.p2p import gossip
 from protocols.p2p.swarm import DownloadPlanRequest
 from tests.support.https_site import Site
 from tests.support.waiting import until
+
+WORK = Work(run="r", since=1.0, round=1, kind="train", task="ping")
 
 
 def an_agent(site: Site, home: Path, **chosen: Any) -> Agent:
@@ -136,6 +139,29 @@ async def test_a_request_that_ends_on_a_full_disk_does_not_end_the_agent(
         ballast.unlink()
         agent._owner_commands.poll()
         assert not agent._runner.state.pauses
+
+
+async def test_changed_data_and_tasks_are_in_force_after_the_current_work(
+    site: Site, tmp_path: Path
+) -> None:
+    home = tmp_path / "box"
+    agent = an_agent(site, home, part=1, parts=2)
+    settings.change(home, up_mbit=3.0)
+    agent._owner_commands.poll()
+    assert not agent._policy.must_restart, "this one is in force at once; flags are no change"
+    settings.change(home, data=str(tmp_path))
+    agent._runner.dispatch(state_machine.WorkStarted(WORK))
+    agent._owner_commands.poll()
+    ticking = asyncio.create_task(agent._tick())
+    try:
+        await until(lambda: agent._policy.must_restart)
+        await asyncio.sleep(0.7)  # a tick
+        assert not agent.must_restart, "the work goes on"
+        agent._runner.dispatch(state_machine.WorkEnded())
+        await until(lambda: agent.must_restart)
+    finally:
+        ticking.cancel()
+        agent._work.close()
 
 
 async def test_a_restart_request_ends_this_agent_once_and_keeps_the_owners_pause(

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from agent.data import arrow_reader, column_types, open_table, profile
+from agent.data import arrow_reader, column_types, features, open_table, profile
 from agent.data.profile import KindAggregation
 from agent.data.settings import DataSettings
 from protocols.errors import CommonweightError, DataError, SchemaMismatch
@@ -147,6 +147,23 @@ def test_the_owner_reads_all_columns_that_do_not_fit_at_once(tmp_path: Path) -> 
     none = DataSettings(path=str(write_csv(tmp_path / "c.csv", [{"Ages": 1, "label": "no"}] * 40)))
     with pytest.raises(SchemaMismatch, match=r"features: expected some of .*, but Ages"):
         profile.check_table(open_table(none), none, made, parse_settings(settings))
+
+
+def test_a_model_that_reads_dates_names_the_column_with_other_ones(tmp_path: Path) -> None:
+    rows = [{"since": f"2024-03-{n % 28 + 1:02}", "n": n, "y": n % 2} for n in range(40)]
+    told = surveyed(write_csv(tmp_path / "a.csv", rows), target="y")
+    made = preprocessing.derive({"a": told}, {"target": "y"}).preprocessing
+    odd = [{"since": "31.03.2024", "n": "1,5"}]
+    (batch,) = open_table(
+        DataSettings(path=str(write_csv(tmp_path / "b.csv", odd, separator=";")))
+    ).batches(["since", "n"])
+    for names, found in (
+        (["since"], "column since: expected date, found text like 31.3.2024 (write 2024-03-31)"),
+        (["n"], "column n: expected number, found text like 1.234,5 (write 1234.5)"),
+    ):
+        with pytest.raises(SchemaMismatch) as caught:
+            features.encode_inputs(batch.select(names), made)
+        assert caught.value.message == found
 
 
 # --- what its owner lets out -----------------------------------------------------------------

@@ -159,6 +159,24 @@ def test_non_ascii_settings_in_any_locale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("tasks = 'x'", "tasks must be a list of texts; not 'x'"),
+        ("hours = []", "hours must be text; not"),
+        ("cpu_share = 'lots'", "cpu_share must be a number, .*; not 'lots'"),
+        ("task_files = []", "task_files must be a table of names and values"),
+    ],
+)
+def test_a_wrong_type_in_the_file_is_told_in_a_sentence(
+    tmp_path: Path, line: str, words: str
+) -> None:
+    (tmp_path / settings.FILE).write_text(line)
+    with pytest.raises(UsageError, match=words) as caught:
+        settings.read(tmp_path)
+    assert "`" not in caught.value.message
+
+
+@pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         ("battery", "maybe", "battery must be one of always, auto, never; not 'maybe'"),

