@@ -1,0 +1,42 @@
+"""`commonweight-agent monitor`: this machine in a terminal, for its owner.
+
+Textual is imported inside the command, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from agent.cli.common import print_text
+from protocols.local import homes
+
+
+def monitor(
+    once: Annotated[bool, typer.Option("--once", help="Print everything once and exit.")] = False,
+) -> None:
+    """Watch this machine: policy, next hours, CPU, budget and what left."""
+    home = homes.open_home("agent")
+    if once or not sys.stdout.isatty():
+        _print(home)
+        return
+    from agent.monitor.app import OwnerMonitor, request
+
+    OwnerMonitor(home, lambda want: request(home, want, time.time())).run()
+
+
+def _print(home: Path) -> None:
+    from agent.monitor.panels import panels
+    from agent.monitor.readings import MachineReader
+
+    reader = MachineReader(home)
+    reader.read()
+    time.sleep(1.0)  # the use of the CPU needs two readings
+    for panel in panels(reader.read()):
+        print_text(f"{panel.title}")
+        for line in panel.lines:
+            print_text(f"  {line.text}".rstrip())
