@@ -144,6 +144,8 @@ class Coordinator:
         self._publisher.on_eligibility_change = self._peers.wake_queues
         self._publisher.on_up = self.runs.resend_doorbells
         self._publisher.awaits_consent = self.runs.awaits_consent
+        self._publisher.fetched_from = self.sharing.fetched_from
+        self.sharing.on_fetched = self._peers.publish
         self.transfer.limits.on_shortage = self.runs.wake
         self.transfer.limits.is_expected = lambda: self.runs.current is not None
         self.job_transfer.limits.is_expected = lambda: self.jobs.is_working

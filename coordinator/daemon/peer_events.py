@@ -92,6 +92,10 @@ class PeerEvents:
         text = f"{peer.name} {_CHANGES[peer.standing]}"
         self._publisher.publish(EventLine(level="info", text=text, subject=peer.peer))
 
+    def publish(self, peer: str) -> None:
+        """Publish what has changed about an enrolled peer."""
+        self._publisher.publish_peer(self._registry.peers[peer])
+
     def on_operator_change(self, operator: Operator) -> None:
         """An operator or observer joined or was removed."""
         user = monitor_user(operator.operator)

@@ -214,6 +214,7 @@ def _peer_known(fleet: Fleet, body: wire.PeerChanged, now: float) -> None:
         fleet.peers[body.peer] = peer
     peer.name, peer.labels, peer.standing = body.name or peer.name, body.labels, body.enrollment
     peer.flower, peer.awaits_consent = body.has_session, body.awaits_consent
+    peer.fetched_from = {name: rate for name, rate in body.fetched_from.items() if finite(rate)}
     if body.state is not None:
         peer.state, peer.no_presence = body.state, body.state is not PeerState.OFFLINE
         peer.reason = NO_PRESENCE if peer.no_presence else SESSION_ENDED

@@ -25,8 +25,13 @@ def why_absent(peer: Peer, now: float) -> str:
     state = reducer.shown_state(peer, now)
     if state in AVAILABLE and peer.flower is not False:
         return ""
-    remedy = _remedy(peer, state)
-    return reducer.describe_state(peer, now) + (f"; {remedy}" if remedy else "")
+    advice = _remedy(peer, state)
+    return reducer.describe_state(peer, now) + (f"; {advice}" if advice else "")
+
+
+def remedy(peer: Peer, now: float) -> str:
+    """What to do so that this peer gets work; empty if it can get work, or if nothing is known."""
+    return _remedy(peer, reducer.shown_state(peer, now)) if why_absent(peer, now) else ""
 
 
 def _remedy(peer: Peer, state: PeerState) -> str:
@@ -41,9 +46,9 @@ def _remedy(peer: Peer, state: PeerState) -> str:
             modes = (f"{rule} {'auto' if rule == 'work' else 'always'}" for rule in peer.paused_by)
             return ", and ".join(f"{_THERE} policy set {mode}" for mode in modes)
         case PeerState.PAUSED:
-            for pause, remedy in _AFTER_PAUSE.items():
+            for pause, advice in _AFTER_PAUSE.items():
                 if pause in peer.reason:
-                    return remedy.format(name=reducer.display_name(peer))
+                    return advice.format(name=reducer.display_name(peer))
             return f"why: {_THERE} policy now"
     return ""
 

@@ -52,7 +52,8 @@ class Peer(Struct, kw_only=True):
     `missed` counts lost messages. `said_at` is the newest date of its messages by its own
     clock, at most our time then. `skew_s` is how far its clock was ahead of ours at its
     last live message. `losses` are those of its training in the run `losses_run`, None where
-    one is not finite. `contributions` has one character for each of the last rounds of the run
+    one is not finite. `fetched_from`: the peers from which it fetched its last version, with
+    bytes/s. `contributions` has one character for each of the last rounds of the run
     `contributions_run`, newest last: `1` if its update is in the round's version, `0` if not, `?`
     if unknown. `flower` says whether it has a Flower session, None for unknown.
     """
@@ -75,6 +76,7 @@ class Peer(Struct, kw_only=True):
     losses: Annotated[list[float | None], Meta(max_length=1024)] = []
     losses_run: Name = ""
     diverged: bool = False
+    fetched_from: Annotated[dict[Name, float], Meta(max_length=64)] = {}
     contributions: Annotated[str, Meta(max_length=1024)] = field(default="", name="given")
     contributions_run: Name = field(default="", name="given_run")
     tasks: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()

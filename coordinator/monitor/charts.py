@@ -64,20 +64,27 @@ def resample(values: Values, points: int) -> list[float | None]:
     return result
 
 
-def curve(values: Values, width: int, height: int, scale: Scale) -> list[str]:
-    """`height` lines from the top down, each `width` characters; `✕` marks a None."""
+def curve(
+    values: Values, width: int, height: int, scale: Scale, *, dotted: bool = False
+) -> list[str]:
+    """`height` lines from the top down, each `width` characters; `✕` marks a None.
+
+    `dotted` draws single dots, every second one, and marks no None.
+    """
     cells = [[0] * width for _ in range(height)]
     previous: int | None = None
     for x, value in enumerate(resample(values, 2 * width)):
         y = None if value is None else 4 * height - 1 - scale.step(value, 4 * height)
-        if y is not None:
+        if y is not None and dotted:
+            cells[y // 4][x // 2] |= _DOTS[x % 2][y % 4] if x % 2 == 0 else 0
+        elif y is not None:
             start = y if previous is None else previous + (previous < y) - (previous > y)
             # One more dot below: a single one is hard to see on some screens.
             for dot in range(min(start, y), min(max(start, y) + 2, 4 * height)):
                 cells[dot // 4][x // 2] |= _DOTS[x % 2][dot % 4]
         previous = y
     lines = ["".join(chr(0x2800 + dots) if dots else " " for dots in line) for line in cells]
-    if height > 0 and None in values:
+    if height > 0 and None in values and not dotted:
         lines[-1] = _mark_missing(lines[-1], values, width)
     return lines
 

@@ -11,6 +11,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 from coordinator.fleet.reducer import (
     CONSENT,
     SHORT_REASONS,
+    current_run,
     display_name,
     has_presence,
     shown_reason,
@@ -19,10 +20,10 @@ from coordinator.fleet.reducer import (
 from coordinator.fleet.state import Fleet, Peer
 from coordinator.remote import formatting as fmt
 from protocols.messages.envelope import Telemetry
-from protocols.messages.states import PauseReason, PeerState, label
+from protocols.messages.states import ENDED, GLYPHS, PauseReason, PeerState, label
 
 Row = TypeVar("Row")
-Tone = Literal["plain", "quiet", "good", "busy", "warn", "bad", "ask", "strong"]
+Tone = Literal["plain", "quiet", "edge", "good", "busy", "warn", "bad", "ask", "strong"]
 
 TONES: dict[PeerState, Tone] = {
     PeerState.ERROR: "bad",
@@ -82,6 +83,21 @@ def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
     return Cell(fmt.truncate(label(state, reason), width), TONES[state])
 
 
+def refusal(fleet: Fleet, peer: Peer) -> str:
+    """Why the current run gives no work to the peer; "" if it does."""
+    run = current_run(fleet)
+    if run is None or run.changed.state in ENDED:
+        return ""
+    return run.changed.refused.get(peer.peer, "")
+
+
+def fleet_state_cell(fleet: Fleet, peer: Peer, now: float, width: int = 80) -> Cell:
+    """Like `state_cell`; an idle peer that the current run has refused says so, and why."""
+    if shown_state(peer, now) is PeerState.IDLE and (reason := refusal(fleet, peer)):
+        return Cell(fmt.truncate(f"{GLYPHS[PeerState.OFFLINE]} refused: {reason}", width), "bad")
+    return state_cell(peer, now, width)
+
+
 def _name(peer: Peer, now: float, width: int) -> Cell:
     return Cell(fmt.truncate(display_name(peer), width))
 
@@ -114,6 +130,15 @@ def _loss(peer: Peer, now: float, width: int) -> Cell:
     if peer.diverged:
         return Cell(fmt.DIVERGED, "bad")
     return Cell(fmt.decimal(training_loss(peer)))
+
+
+def smoothed_loss(peer: Peer) -> float | None:
+    """The moving average of its last training losses."""
+    return fmt.smooth(peer.losses)[-1] if peer.losses else None
+
+
+def _smoothed(peer: Peer, now: float, width: int) -> Cell:
+    return Cell(fmt.decimal(smoothed_loss(peer)))
 
 
 def _trend(peer: Peer, now: float, width: int) -> Cell:
@@ -186,6 +211,7 @@ COLUMNS: tuple[Column[Peer], ...] = (
     Column("memory", "Memory", 7, 7, 120, _memory, right=True),
     Column("battery", "Battery", 7, 7, 120, _battery, right=True),
     Column("links", "Links", 5, 5, 120, _links),
+    Column("smooth", "Smoothed", 9, 9, 120, _smoothed, right=True),
     Column("version", "Version", 7, 10, 120, _version),
 )
 GAP = 2  # blanks around each column

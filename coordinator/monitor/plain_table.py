@@ -16,6 +16,7 @@ from coordinator.remote.formatting import age
 STYLES: dict[Tone, str] = {
     "plain": "",
     "quiet": "dim",
+    "edge": "dim",
     "good": "green",
     "busy": "cyan",
     "warn": "yellow",

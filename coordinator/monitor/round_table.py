@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from coordinator.fleet.reducer import current_run
 from coordinator.fleet.state import Fleet, Peer, Run
 from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell, Column, peer_name
 from coordinator.remote import formatting as fmt
@@ -97,6 +98,14 @@ def worst_peer(closed: RoundClosed, fleet: Fleet, metric: str = "") -> str:
     metrics = (metric,) if metric else ("accuracy", "loss", *closed.worst)
     peer = next((closed.worst[name] for name in metrics if name in closed.worst), "")
     return peer_name(fleet, peer)
+
+
+def other_runs(fleet: Fleet) -> list[str]:
+    """The runs with closed rounds besides the current one, the newest first."""
+    current = current_run(fleet)
+    others = [run for run in fleet.runs.values() if run is not current and run.rounds]
+    others.sort(key=lambda run: -run.changed_at)
+    return [run.changed.run for run in others]
 
 
 def loss_trend(rounds: Iterable[RoundClosed]) -> list[float | None]:

@@ -127,6 +127,24 @@ def _heights(points: Sequence[float | None], most: int) -> list[int | None]:
     ]
 
 
+def smooth(values: Sequence[float | None], weight: float = 0.8) -> list[float | None]:
+    """Exponential moving averages, as TensorBoard draws them: corrected for the missing past.
+
+    None where a value is not finite; the average begins again after it.
+    """
+    averages: list[float | None] = []
+    average = share = 0.0
+    for value in values:
+        number = finite(value)
+        if number is None:
+            average = share = 0.0
+        else:
+            average = weight * average + (1 - weight) * number
+            share = weight * share + (1 - weight)
+        averages.append(None if number is None else average / share)
+    return averages
+
+
 def trend(values: Sequence[float | None], width: int) -> str:
     """One line, `▁▂▃▄▅▆▇█`; `✕` where a value is not finite. At most `width` characters."""
     heights = _heights(downsample(values, width), 8)

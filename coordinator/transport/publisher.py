@@ -44,6 +44,8 @@ class EventPublisher:
         self.on_up: Callable[[], None] = lambda: None
         #: The task for which a run awaits the consent of this peer's owner, or "".
         self.awaits_consent: Callable[[str], str] = lambda peer: ""
+        #: The peers from which this peer fetched its last version, with bytes/s.
+        self.fetched_from: Callable[[str], dict[str, float]] = lambda peer: {}
         self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
         self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MAX_OUTGOING)
         self._sending: set[asyncio.Task[bool]] = set()
@@ -128,6 +130,7 @@ class EventPublisher:
                 has_session=self._sessions.is_open(peer.peer),
                 state=state,
                 awaits_consent=self.awaits_consent(peer.peer),
+                fetched_from=self.fetched_from(peer.peer),
             )
         )
 

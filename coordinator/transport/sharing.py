@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
@@ -28,7 +28,7 @@ from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.peer_directory import MAX_LISTED, Location, PeerDirectory
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.weights import digest_of
-from protocols.messages.envelope import Sign
+from protocols.messages.envelope import MAX_SOURCES, Sign
 from protocols.p2p import gossip, swarm
 from protocols.p2p.gossip import NEIGHBORS_PATH, Neighbor, NeighborsResponse
 from protocols.p2p.peer_addresses import plain_ip
@@ -50,13 +50,29 @@ class SharingRoutes:
         self._directory = PeerDirectory()
         #: By peer: the last reported address that was not passed on.
         self._warned: dict[str, str] = {}
+        #: By peer: the peers from which it fetched its last version, with bytes/s.
+        self._fetched_from: dict[str, dict[str, float]] = {}
+        #: Called with a peer that has fetched a version from other peers.
+        self.on_fetched: Callable[[str], None] = lambda peer: None
         #: Piece digests by version, computed at the first request.
         self._lists: dict[str, asyncio.Future[bytes]] = {}
+
+    def fetched_from(self, peer: str) -> dict[str, float]:
+        """The peers from which `peer` fetched its last version, with bytes/s."""
+        return self._fetched_from.get(peer, {})
+
+    def _note_fetched(self, peer: str, rates: Mapping[str, float]) -> None:
+        known = {name: rate for name, rate in rates.items() if name in self._registry.peers}
+        fastest = sorted(known.items(), key=lambda item: -item[1])[:MAX_SOURCES]
+        before, self._fetched_from[peer] = self.fetched_from(peer), dict(fastest)
+        if before or fastest:
+            self.on_fetched(peer)
 
     def remove_peer(self, peer: str) -> None:
         """Send no one to this peer any more."""
         self._sources.remove_peer(peer)
         self._warned.pop(peer, None)
+        self._fetched_from.pop(peer, None)
         self._directory.remove(peer)
 
     def clear_complaints(self, peer: str) -> None:
@@ -109,6 +125,7 @@ class SharingRoutes:
                 known = self._registry.peers.get(other)
                 name = known.name if known else other
                 log.warning("%s reports %s as a faulty source of a version", peer.name, name)
+            self._note_fetched(peer.peer, body.rates)
             return Response(status_code=204)
 
         async def neighbors(request: Request) -> Response:

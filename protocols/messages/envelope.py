@@ -46,6 +46,8 @@ Settings = Annotated[dict[Name, Setting], Meta(max_length=256)]
 Labels = Annotated[dict[Name, Name], Meta(max_length=16)]
 #: By peer: one entry for each peer of the largest fleet.
 MAX_PEERS = 65_536
+#: Peers from which one fetches a version.
+MAX_SOURCES = 16
 #: Counts by name that are summed over peers: see `protocols.tables.evaluation_counts`.
 Tallies = Annotated[dict[Name, Annotated[list[float], Meta(max_length=1024)]], Meta(max_length=8)]
 #: JSON has no NaN or infinity: they are sent as null and arrive as None.
@@ -148,6 +150,7 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     `public_key` is its Ed25519 key (raw, 32 bytes). `has_session`: whether it has a Flower session;
     None from older coordinators. `state`: what its requests show while its MQTT presence is
     missing, else None. `awaits_consent`: the task for which a run awaits its owner's consent.
+    `fetched_from`: the peers from which it fetched its last version, with bytes/s.
     """
 
     peer: Id
@@ -160,6 +163,7 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     has_session: bool | None = field(default=None, name="flower")
     state: PeerState | None = None
     awaits_consent: TaskName = ""
+    fetched_from: Annotated[dict[Name, float], Meta(max_length=MAX_SOURCES)] = {}
 
 
 class RunChanged(Struct, frozen=True, tag=True, kw_only=True):

@@ -13,7 +13,7 @@ from textual.pilot import Pilot
 
 from coordinator.api.schema import StartRunRequest, TicketRequest
 from coordinator.fleet.reducer import reduce
-from coordinator.fleet.state import Fleet, decode, encode
+from coordinator.fleet.state import Fleet, Run, decode, encode
 from coordinator.monitor.tui import base_app
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.config import Config
@@ -260,6 +260,20 @@ def rich_fleet() -> Fleet:
     north = fleet.peers[IDS["north"]]
     north.tasks, north.disk_free_bytes = ("mnist", "ping"), 41_000_000_000
     north.policy = {"threads": "2", "share_log": "True"}
+    return fleet
+
+
+def two_runs_fleet() -> Fleet:
+    """The rich fleet after an earlier run that took more rounds."""
+    fleet = rich_fleet()
+    run = fleet.runs["motion-7"]
+    changed = replace(run.changed, run="motion-6", state=RunState.FINISHED, ended_because="done")
+    rounds = [
+        replace(run.rounds[0], run="motion-6", round=number, loss=2.4 / number, accuracy=None)
+        for number in range(1, 20)
+    ]
+    before = Run(changed=changed, changed_at=NOW - 3_000, rounds=rounds)
+    fleet.runs = {"motion-6": before, **fleet.runs}
     return fleet
 
 

@@ -30,6 +30,7 @@ from coordinator.monitor.tui.jobs_page import JobsPage
 from coordinator.monitor.tui.keys import KEYS, REPLAY_ONLY, bindings
 from coordinator.monitor.tui.page import FilterPage
 from coordinator.monitor.tui.peer_screen import PeerScreen
+from coordinator.monitor.tui.rounds_page import RoundsPage
 from coordinator.monitor.tui.run_form import RunForm
 from coordinator.monitor.tui.tabs import Tabs
 from coordinator.monitor.tui.theme import THEMES
@@ -127,6 +128,12 @@ class MonitorApp(MonitorBase):
             screen.action_back()
         elif isinstance(page := self.current_page, FilterPage):
             page.reset_view()
+
+    def action_compare(self) -> None:
+        """Compare the run with the next earlier one; after the oldest with none."""
+        if not self._part(RoundsPage).compare_next():
+            self.show_message("info", "there is no other run to compare with")
+        self.action_page("rounds")
 
     def action_follow(self) -> None:
         self.current_page.follow = not self.current_page.follow

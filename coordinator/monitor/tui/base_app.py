@@ -24,6 +24,7 @@ from textual.widgets import ContentSwitcher, Static
 from coordinator.fleet.reducer import current_run
 from coordinator.fleet.state import Event, Fleet, Level
 from coordinator.monitor.alerts import AlertTracker
+from coordinator.monitor.fleet_layout import is_roomy
 from coordinator.monitor.job_table import num_working
 from coordinator.monitor.tui.actions import ActionTracker
 from coordinator.monitor.tui.config import Config
@@ -291,6 +292,7 @@ class MonitorBase(App[None]):
 
     def on_resize(self, event: Resize) -> None:
         width, height = event.size
+        self.screen_stack[0].set_class(is_roomy(width, height), "-roomy")
         small = width < MIN_WIDTH or height < MIN_HEIGHT
         self.screen_stack[0].set_class(small, "-small")
         self.screen_stack[0].query_one("#too-small", Static).update(

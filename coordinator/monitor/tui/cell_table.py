@@ -179,9 +179,11 @@ class CellTable(ScrollView, can_focus=True):
         self.post_message(self.RowSelected(self))
 
     def on_click(self, event: Click) -> None:
-        row = self.scroll_offset.y + event.y - self._header_lines
-        if event.y < self._header_lines:
-            self._click_title(event.x)
+        if (at := event.get_content_offset(self)) is None:  # on the border
+            return
+        row = self.scroll_offset.y + at.y - self._header_lines
+        if at.y < self._header_lines:
+            self._click_title(at.x)
         elif row >= len(self.row_ids):
             return
         elif row == self.cursor_row:

@@ -75,7 +75,7 @@ class EventsPage(FilterPage):
             for event in frame.events()
             if not (self.faults_only and event.level == "info") and matches(event.text)
         ][-MAX_EVENTS:]
-        width = max(self.size.width - _TEXT_INDENT, 10)
+        width = max(self.size.width - _TEXT_INDENT - self.border, 10)
         self._lines = [
             Line(event, text, number == 0)
             for event in self._events
@@ -89,6 +89,7 @@ class EventsPage(FilterPage):
         self.table.set_rows([str(number) for number in range(len(self._lines))], columns)
         if self.follow and self._events != old:
             self.table.move_cursor(len(self._lines) - 1)
+        self.table.border_title = f"Events {len(self._events)}"
         self.query_one("#no-events").display = not self._events
         self.table.display = bool(self._events)
 

@@ -13,7 +13,19 @@ from textual.widgets import Static
 
 from coordinator.fleet.reducer import current_run, display_name
 from coordinator.fleet.state import Event, Fleet, Peer
-from coordinator.monitor.peer_table import COLUMNS, SORTS, Cell, Column, fit_columns, select_peers
+from coordinator.monitor.fleet_layout import Lines, plots_width, share_compact, share_roomy
+from coordinator.monitor.network import TrafficMeter, network_lines
+from coordinator.monitor.peer_cards import card_grid
+from coordinator.monitor.peer_table import (
+    COLUMNS,
+    SORTS,
+    Cell,
+    Column,
+    fit_columns,
+    fleet_state_cell,
+    select_peers,
+)
+from coordinator.monitor.tui.cell_lines import CellLines
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row, peer_rows
 from coordinator.monitor.tui.filter_bar import FilterBar
@@ -23,15 +35,7 @@ from coordinator.monitor.tui.round_plots import RoundPlots
 from coordinator.monitor.tui.theme import colors
 from coordinator.remote.formatting import truncate
 
-#: Plots stand beside the table from this width on.
-MIN_WIDE_TERMINAL = 120
-MIN_PLOT_LINES, MAX_PLOT_LINES = 8, 12
-MIN_EVENT_LINES, MAX_EVENT_LINES = 3, 14
-
-
-def plots_width(terminal: int) -> int:
-    """The width of the plots beside the table; 0 for no plots."""
-    return 0 if terminal < MIN_WIDE_TERMINAL else min(36 + (terminal - MIN_WIDE_TERMINAL) // 5, 60)
+_EXTRAS = ("#bottom-plots", "#peer-cards", "#network", "#recent-events")
 
 
 class FleetPage(FilterPage):
@@ -43,6 +47,8 @@ class FleetPage(FilterPage):
         self.sort_by = "state"
         self.reverse = False
         self._read_only, self._zone = read_only, zone
+        self._meter = TrafficMeter()
+        self._lines = Lines()
 
     def compose(self) -> ComposeResult:
         yield FilterBar("name, id, state or label")
@@ -51,6 +57,8 @@ class FleetPage(FilterPage):
                 yield CellTable(self._cell, id="peer-table")
                 yield Static(id="no-peers")
                 yield RoundPlots(id="bottom-plots", only=3)
+                yield CellLines(id="peer-cards")
+                yield CellLines(id="network")
                 yield RecentEvents(self._zone, id="recent-events")
             yield RoundPlots(id="side-plots", only=4, words=True)
 
@@ -102,7 +110,8 @@ class FleetPage(FilterPage):
         beside.display = wide > 0
         beside.styles.width = wide
         # One character for the scroll bar, so that it never covers a column.
-        columns = fit_columns(COLUMNS, self.size.width - wide - 1, self.app.size.width)
+        room = self.size.width - wide - 1 - self.border
+        columns = fit_columns(COLUMNS, room, self.app.size.width)
         if not columns:  # not laid out yet
             return
         peers = select_peers(
@@ -133,27 +142,56 @@ class FleetPage(FilterPage):
         beside = self.query_one("#side-plots", RoundPlots)
         under = self.query_one("#bottom-plots", RoundPlots)
         recent = self.query_one(RecentEvents)
-        height = self.query_one("#left").size.height
-        free = 0 if self.zoomed or not num_rows else height - (num_rows + 1) - 1
-        plot_lines = min(free, MAX_PLOT_LINES) if free >= MIN_PLOT_LINES else 0
-        if beside.display or current_run(fleet) is None:
-            plot_lines = 0
-        event_lines = free - plot_lines - 1 if plot_lines else free
-        event_lines = min(event_lines, MAX_EVENT_LINES) if event_lines >= MIN_EVENT_LINES else 0
-        for part, lines in ((under, plot_lines), (recent, event_lines)):
-            part.display = lines > 0
-            part.styles.height = lines
-        self.table.styles.height = num_rows + 1 if plot_lines or event_lines else "1fr"
-        if event_lines:
-            recent.events = events()
+        left = self.query_one("#left").size
+        table_lines = num_rows + 1 + self.border
+        free = 0 if self.zoomed or not num_rows else left.height - table_lines
+        has_plots = not beside.display and current_run(fleet) is not None
+        self._lines = lines = (
+            share_roomy(free, num_rows, left.width, has_plots=has_plots)
+            if self.border
+            else share_compact(free, has_plots=has_plots)
+        )
+        for query, count in zip(_EXTRAS, lines[:4], strict=True):
+            part = self.query_one(query)
+            part.display = count > 0
+            part.styles.height = count
+        self.table.styles.height = table_lines if any(lines[:4]) else "1fr"
+        run = current_run(fleet)
+        self.table.border_title = f"Peers {num_rows}"
+        for plots in (beside, under):
+            plots.border_title = f"Run {run.changed.run}" if run else ""
+            if plots.display:
+                plots.show(fleet)
+        if lines.events:
+            recent.events, recent.has_title = events(), not self.border
             recent.refresh()
-        for plot in (beside, under):
-            if plot.display:
-                plot.show(fleet)
+        self._draw_network()
+
+    def _draw_network(self) -> None:
+        """Draw the cards and the network as they are now."""
+        fleet, lines = self._fleet, self._lines
+        if fleet is None or not (lines.cards or lines.network):
+            return
+        cards, network = (self.query_one(query, CellLines) for query in ("#peer-cards", "#network"))
+        if lines.network:
+            self._meter.update(fleet, self._now)
+            width = network.content_size.width
+            height = lines.network - self.border
+            network.border_title = "Network"
+            network.show(network_lines(fleet, self._meter, self._now, width, height))
+        if lines.grid is not None:
+            peers = [fleet.peers[peer] for peer in self.shown if peer in fleet.peers]
+            chosen = self.current_peer or ""
+            cards.show(card_grid(fleet, peers, self._now, lines.grid, chosen))
+
+    @on(CellTable.RowHighlighted)
+    def _choose_card(self) -> None:
+        self._draw_network()
 
     def refresh_ages(self, now: float) -> None:
         super().refresh_ages(now)
         self.table.refresh()
+        self._draw_network()
 
     def _cell(self, peer_id: str, column: Column[Peer], width: int) -> Cell:
         peer = self._fleet.peers.get(peer_id) if self._fleet else None
@@ -161,6 +199,8 @@ class FleetPage(FilterPage):
             return Cell("")
         if column.key == "peer" and peer_id in self.marked:
             return Cell(truncate(f"✓ {display_name(peer)}", width), "strong")
+        if column.key == "state" and self._fleet is not None:
+            return fleet_state_cell(self._fleet, peer, self._now, width)
         return column.cell(peer, self._now, width)
 
     def _no_fleet_text(self) -> Text:
@@ -185,7 +225,7 @@ class FleetPage(FilterPage):
         placeholder = self.query_one("#no-peers", Static)
         placeholder.update(text)
         placeholder.display = True
-        for part in ("#peer-table", "#bottom-plots", "#recent-events"):
+        for part in ("#peer-table", *_EXTRAS):
             self.query_one(part).display = False
 
     # --- input ---

@@ -60,10 +60,12 @@ class JobsPage(Page):
         table.display, placeholder.display = bool(row_ids), not row_ids
         if not row_ids:
             self.query_one("#no-jobs", Static).update(self._placeholder_text(fleet))
-        room = height - max(MIN_TABLE_LINES, min(len(row_ids) + 2, height // 2))
+        lines = min(len(row_ids) + 2 + self.border, height // 2)
+        room = height - max(MIN_TABLE_LINES, lines)
+        table.border_title = f"Jobs {len(row_ids)}"
         pane.display = bool(row_ids) and not self.zoomed and room >= MIN_FACT_LINES
         table.styles.height = height - room if pane.display else "1fr"
-        columns = fit_columns(COLUMNS, self.size.width - 1, self.app.size.width)
+        columns = fit_columns(COLUMNS, self.size.width - 1 - self.border, self.app.size.width)
         if not columns:  # not laid out yet
             return
         current = table.current_id
@@ -77,7 +79,9 @@ class JobsPage(Page):
         """Show the details of the job under the cursor."""
         if (job := self.current_job) is not None and self._fleet is not None:
             facts = describe_job(job, self._fleet, self._now)
-            self.query_one("#job-facts", Static).update(facts_table(facts))
+            pane = self.query_one("#job-facts", Static)
+            pane.border_title = f"Job {job.changed.job}" if self.border else ""
+            pane.update(facts_table(facts))
 
     def _cell(self, name: str, column: Column[Any], width: int) -> Cell:
         job = self._fleet.jobs.get(name) if self._fleet else None

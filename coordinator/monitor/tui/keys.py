@@ -58,6 +58,7 @@ KEYS: tuple[Key, ...] = (
     Key("reverse", "S", "reverse", "reverse", "reverse the order", "fleet"),
     Key("zoom", "z", "zoom", "zoom", "show or hide the other panes", "fleet rounds jobs"),
     Key("follow", "f", "follow", "follow", "stay with the newest line or peer", "events rounds"),
+    Key("compare", "c", "compare", "compare", "compare with an earlier run", "rounds"),
     Key("freeze", "u", "freeze", "freeze", "freeze the screen, or continue", "rounds peer jobs"),
     Key("copy", "y", "copy", "copy", "copy the id under the cursor", _ALL),
     Key("export", "x", "export", "export", "write the page as CSV and JSON", "rounds events jobs"),

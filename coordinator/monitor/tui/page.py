@@ -11,6 +11,7 @@ from textual.events import Resize
 from textual.message import Message
 
 from coordinator.fleet.state import Event, Fleet
+from coordinator.monitor.fleet_layout import BORDER, is_roomy
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row
 from coordinator.monitor.tui.filter_bar import FilterBar
@@ -46,6 +47,11 @@ class Page(Vertical):
     @property
     def table(self) -> CellTable:
         raise NotImplementedError
+
+    @property
+    def border(self) -> int:
+        """The characters that the borders of a part take; 0 on a small terminal."""
+        return BORDER if is_roomy(*self.app.size) else 0
 
     @property
     def view_text(self) -> str:

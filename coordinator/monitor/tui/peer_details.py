@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from coordinator.fleet import remedies
 from coordinator.fleet.reducer import shown_state
 from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.monitor.peer_table import (
@@ -16,32 +17,40 @@ from coordinator.monitor.peer_table import (
     Cell,
     battery,
     links,
+    refusal,
+    smoothed_loss,
     state_cell,
     status_dot,
+    training_loss,
 )
-from coordinator.monitor.tui.plots import Plot, curve_plot
+from coordinator.monitor.tui.plots import Behind, Plot, curve_plot
 from coordinator.monitor.tui.theme import Fact, colors, facts_table, styles
 from coordinator.remote import formatting as fmt
 from protocols.messages.states import PeerState
 
 MAX_EVENTS = 8
+#: For the settings below the facts.
+MIN_POLICY_LINES = 12
 #: Facts and plot stand side by side from this width on.
 MIN_TWO_COLUMNS = 100
 
 
 def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> Table:
     """The facts about `peer`, its latest events and, if there is room, its losses."""
-    facts = _facts(peer, now)
+    facts = _facts(peer, fleet, now)
     events = [event for event in fleet.events if event.subject == peer.peer][-MAX_EVENTS:]
     if width < MIN_TWO_COLUMNS:
         room = max(height - facts.row_count - 2, 3)
         return _column(facts, "", _event_table(events[-room:], now))
     half = (width - 3) // 2
-    plot = loss_plot(peer, half, min(max(height - MAX_EVENTS, 8), 14))
+    plot = loss_plot(peer, half, max(height - MAX_EVENTS - 1, 8))
     table = Table.grid(padding=(0, 3))
     table.add_column(width=half)
     table.add_column(width=half)
-    table.add_row(facts, Group(*plot, "", _event_table(events, now)))
+    left = facts
+    if height >= facts.row_count + MIN_POLICY_LINES:
+        left = _column(facts, "", Text("shared settings", f"bold {colors().text}"), policy(peer))
+    table.add_row(left, Group(*plot, "", _event_table(events, now)))
     return table
 
 
@@ -52,7 +61,7 @@ def _column(*parts: RenderableType) -> Table:
     return table
 
 
-def _facts(peer: Peer, now: float) -> Table:
+def _facts(peer: Peer, fleet: Fleet, now: float) -> Table:
     sent, state = peer.telemetry, state_cell(peer, now, 400)
     labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
     rows: list[Fact] = [
@@ -61,6 +70,10 @@ def _facts(peer: Peer, now: float) -> Table:
         ("labels", labels or fmt.NOTHING),
         ("seen", f"{fmt.age(now - peer.seen_at)} ago" if peer.seen_at else "never"),
     ]
+    if reason := refusal(fleet, peer):
+        rows.insert(1, ("refused", Cell(reason, "bad")))
+    elif remedy := remedies.remedy(peer, now):
+        rows.insert(1, ("next", remedy))
     if peer.standing == "enrolled":
         mqtt, flower = links(peer, now)
         rows.append(("links", f"mqtt {status_dot(mqtt)} · flower {status_dot(flower)}"))
@@ -110,11 +123,21 @@ def _event_table(events: Sequence[Event], now: float) -> Table:
 
 
 def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
-    """Its training losses in this run."""
-    plot = Plot("Training loss", width, height, (1, len(peer.losses)))
-    lines = curve_plot(plot, peer.losses, colors().blue)
+    """Its training losses in this run: the moving average, with the losses dotted behind it."""
+    last = smoothed_loss(peer)
+    notes = ["" if last is None else f"smoothed {fmt.decimal(last)}"]
+    plot = Plot("Training loss", width, height, (1, len(peer.losses)), notes=notes)
+    end = training_loss(peer)
+    shown = Text(fmt.DIVERGED if end is None else fmt.decimal(end), colors().text)
+    lines = curve_plot(
+        plot, fmt.smooth(peer.losses), colors().blue, behind=Behind(peer.losses, colors().dim)
+    )
     if peer.losses:
-        lines[-1] = Text("its last reports, the newest at the right", colors().dim)
+        lines[0] = plot.title_line(shown)
+    if peer.losses:
+        lines[-1] = Text(
+            "smoothed; dotted: its last reports, the newest at the right", colors().dim
+        )
     return lines
 
 
@@ -123,8 +146,10 @@ def metrics(peer: Peer, width: int, height: int) -> Table:
     sent = peer.telemetry
     rows: list[Fact] = [("", Text("No telemetry yet.", colors().dim))]
     if sent is not None:
+        loss = training_loss(peer)
         rows = [
-            ("loss", Cell(fmt.DIVERGED, "bad") if peer.diverged else fmt.decimal(sent.loss)),
+            ("loss", Cell(fmt.DIVERGED, "bad") if peer.diverged else fmt.decimal(loss)),
+            ("smoothed", fmt.decimal(smoothed_loss(peer))),
             ("speed", f"{fmt.rate(sent.samples_per_s)[:-2]} samples/s"),
             ("processor", f"{sent.cpu_percent:.0f} %"),
             ("memory", fmt.format_bytes(sent.memory_bytes)),

@@ -78,12 +78,28 @@ class Plot(NamedTuple):
         return line
 
 
+class Behind(NamedTuple):
+    """A second curve that is drawn dotted behind the first. `share` is its part of the width."""
+
+    values: Values
+    color: str
+    share: float = 1.0
+
+
 def curve_plot(
-    plot: Plot, values: Values, color: str, spread: tuple[Values, Values] | None = None
+    plot: Plot,
+    values: Values,
+    color: str,
+    spread: tuple[Values, Values] | None = None,
+    behind: Behind | None = None,
+    share: float = 1.0,
 ) -> list[Text]:
-    """A curve; the range of all peers, `spread`, is shaded."""
+    """A curve over `share` of the width; the range of all peers, `spread`, is shaded."""
     values = [finite(value) for value in values]
-    scale = charts.fit_scale([*values, *spread[0], *spread[1]] if spread else values)
+    others = [finite(value) for value in behind.values] if behind else []
+    scale = charts.fit_scale(
+        [*values, *others, *(spread[0] if spread else ()), *(spread[1] if spread else ())]
+    )
     last = values[-1] if values else None
     bad = colors().vermilion
     end = Text(DIVERGED, bad) if last is None else Text(plot.fmt(last), color)
@@ -91,15 +107,24 @@ def curve_plot(
         return plot.empty(end if values else Text())
     labels, tall = plot.axis_labels(scale), plot.inner_height
     wide = plot.width - len(labels[0])
-    inside = charts.band(*spread, wide, tall, scale) if spread else [[False] * wide] * tall
+    own_wide = max(round(wide * share), 1)
+    inside = charts.band(*spread, own_wide, tall, scale) if spread else [[False] * wide] * tall
     tint = _tint(color, 0.78)
-    drawn = (
-        [
-            (char, Style(color=bad if char == "✕" else color, bgcolor=tint if shaded else None))
-            for char, shaded in zip(line, shades, strict=True)
-        ]
-        for line, shades in zip(charts.curve(values, wide, tall, scale), inside, strict=True)
-    )
+    lines = charts.curve(values, own_wide, tall, scale)
+    under = [" " * wide] * tall
+    if behind and others:
+        dotted = charts.curve(others, max(round(wide * behind.share), 1), tall, scale, dotted=True)
+        under = [line.ljust(wide) for line in dotted]
+
+    def segment(line: int, x: int) -> Segment:
+        char = lines[line][x] if x < own_wide else " "
+        shaded = x < len(inside[line]) and inside[line][x]
+        background = tint if shaded else None
+        if char == " " and behind is not None and under[line][x] != " ":
+            return under[line][x], Style(color=behind.color, bgcolor=background)
+        return char, Style(color=bad if char == "✕" else color, bgcolor=background)
+
+    drawn = ([segment(line, x) for x in range(wide)] for line in range(tall))
     return plot.framed(end, labels, drawn, wide)
 
 

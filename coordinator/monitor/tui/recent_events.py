@@ -15,18 +15,20 @@ from coordinator.monitor.tui.theme import colors, styles
 
 
 class RecentEvents(Widget):
-    """The title `Latest`, then one line per event, the newest at the bottom."""
+    """One line per event, the newest at the bottom; above the title `Latest` without a border."""
 
     DEFAULT_CSS = "RecentEvents { padding: 0 1; }"
 
     def __init__(self, zone: tzinfo | None, *, id: str) -> None:  # noqa: A002
         super().__init__(id=id)
         self.events: Sequence[Event] = ()
+        self.has_title = True
+        self.border_title = "Latest"
         self._zone = zone
 
     def render(self) -> Text:
-        room = max(self.content_size.height - 1, 0)
-        lines = [Text("Latest", f"bold {colors().text}")]
+        lines = [Text("Latest", f"bold {colors().text}")] if self.has_title else []
+        room = max(self.content_size.height - len(lines), 0)
         for event in self.events[len(self.events) - min(room, len(self.events)) :]:
             glyph, tone = LEVELS[event.level]
             line = Text(format_time(event.at, self._zone), colors().dim, no_wrap=True)

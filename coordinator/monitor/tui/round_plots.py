@@ -20,7 +20,14 @@ from coordinator.fleet.state import Fleet, Run
 from coordinator.monitor import round_table
 from coordinator.monitor.charts import Values
 from coordinator.monitor.peer_table import peer_name
-from coordinator.monitor.tui.plots import Plot, bar_list, curve_plot, side_by_side, stack_plot
+from coordinator.monitor.tui.plots import (
+    Behind,
+    Plot,
+    bar_list,
+    curve_plot,
+    side_by_side,
+    stack_plot,
+)
 from coordinator.monitor.tui.theme import colors
 from coordinator.remote.formatting import brief, decimal, duration, format_bytes, percent, truncate
 from protocols.messages.envelope import RoundClosed
@@ -46,19 +53,26 @@ class RoundPlots(Widget):
     ) -> None:
         super().__init__(id=id)
         self.fleet: Fleet | None = None
+        self._compared = ""
         self._only, self._words = only, words
         self._shown: tuple[object, ...] = ()
         self._drawn: tuple[object, ...] = ()
         self._plots: list[Strip] = []
         self._strips: list[Strip] = []
 
-    def show(self, fleet: Fleet | None) -> None:
-        """Draw the current run of `fleet` if it has changed."""
+    def show(self, fleet: Fleet | None, compared: str = "") -> None:
+        """Draw the current run of `fleet` if it has changed, before the run `compared`."""
         run = current_run(fleet) if fleet else None
         last = run.rounds[-1] if run and run.rounds else None
         words = round_table.describe_run(run) if run and self._words else ""
-        counts = (len(run.rounds) if run else 0, len(fleet.peers) if fleet else 0)
-        shown = (run and run.changed.run, last, counts, colors(), words)
+        counts: tuple[int, ...] = (
+            len(run.rounds) if run else 0,
+            len(fleet.peers) if fleet else 0,
+        )
+        other = fleet.runs.get(compared) if fleet else None
+        counts += (len(other.rounds) if other else 0,)
+        self._compared = compared
+        shown = (run and run.changed.run, last, counts, colors(), compared, words)
         if shown != self._shown or fleet is not self.fleet:
             self.fleet, self._shown = fleet, shown
             self.refresh()
@@ -82,7 +96,7 @@ class RoundPlots(Widget):
         base, left = self.rich_style, height - len(header)
         drawn = (*self._shown[:-1], width, left, base)
         if drawn != self._drawn:  # the header changes far more often than the plots
-            lines = lay_out(panes(run, self.fleet)[: self._only], width, left)
+            lines = lay_out(panes(run, self.fleet, self._compared)[: self._only], width, left)
             self._drawn, self._plots = drawn, self._as_strips(lines, width, base)
         return [*self._as_strips(header, width, base), *self._plots]
 
@@ -116,10 +130,13 @@ def lay_out(shown: list[Pane], width: int, height: int) -> list[Text]:
     return lines
 
 
-def panes(run: Run, fleet: Fleet) -> list[Pane]:
-    """Every plot of `run`, the most important first."""
+def panes(run: Run, fleet: Fleet, compared: str = "") -> list[Pane]:
+    """Every plot of `run`, the most important first; metrics before those of the run `compared`."""
+    other = fleet.runs.get(compared)
     names = ("loss", "accuracy", *round_table.metric_names(run))
-    loss, accuracy, *others = (partial(_metric, name, run=run, fleet=fleet) for name in names)
+    loss, accuracy, *others = (
+        partial(_metric, name, run=run, fleet=fleet, other=other) for name in names
+    )
     plots = [_participation, _time, _norms, _bytes]
     if any(closed.staleness for closed in run.rounds):
         plots.insert(0, _staleness)
@@ -134,8 +151,13 @@ def _round_range(rounds: list[RoundClosed]) -> tuple[int, int]:
     return (rounds[0].round, rounds[-1].round) if rounds else (0, 0)
 
 
-def _metric(name: str, width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:
-    """The mean of all peers, weighted by examples; the range of the peers is shaded."""
+def _metric(
+    name: str, width: int, height: int, *, run: Run, fleet: Fleet, other: Run | None = None
+) -> list[Text]:
+    """The mean of all peers, weighted by examples; the range of the peers is shaded.
+
+    `other` is drawn dotted behind it, on the same axis of rounds.
+    """
     own = colors()
     fmt = percent if name == "accuracy" else brief
     rounds = [
@@ -161,9 +183,29 @@ def _metric(name: str, width: int, height: int, *, run: Run, fleet: Fleet) -> li
             worst = round_table.worst_peer(rounds[-1], fleet, name)
             notes = [f"{text}, worst {worst}"] * bool(worst) + [text, *notes]
     title = name.replace("_", " ").capitalize()
-    plot = Plot(title, width, height, _round_range(rounds), fmt, notes)
     color = {"loss": own.blue, "accuracy": own.green}.get(name, own.accent)
-    return curve_plot(plot, values, color, spread)
+    first, last_round = _round_range(rounds)
+    behind, share = None, 1.0
+    if other is not None and (known := _known_values(other, name)):
+        others = [value for _, value in known]
+        longest = max(len(values), len(others), 1)
+        behind = Behind(others, own.purple, len(others) / longest)
+        share = len(values) / longest
+        last_round = max(last_round, known[-1][0])
+        end = others[-1]
+        text = f"┄ {fmt(end)}" if end is not None else "┄"
+        notes = [f"{text} {other.changed.run} (dotted)", f"{text} {other.changed.run}", text]
+    plot = Plot(title, width, height, (first, last_round), fmt, notes)
+    return curve_plot(plot, values, color, spread, behind, share)
+
+
+def _known_values(run: Run, name: str) -> list[tuple[int, float | None]]:
+    """The evaluated rounds of a run: (round, value)."""
+    return [
+        (closed.round, value)
+        for closed in _recent(run)
+        if (value := round_table.metric_value(closed, name)) is not None or closed.diverged
+    ]
 
 
 def _staleness(width: int, height: int, *, run: Run, fleet: Fleet) -> list[Text]:

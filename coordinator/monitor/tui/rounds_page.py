@@ -31,6 +31,8 @@ class RoundsPage(Page):
         super().__init__("rounds")
         self._drawn: tuple[object, ...] = ()
         self._run = ""
+        #: The run that is drawn behind the current one, or "".
+        self.compared = ""
 
     def compose(self) -> ComposeResult:
         yield Static(id="run-summary")
@@ -49,6 +51,17 @@ class RoundsPage(Page):
     def export_rows(self) -> tuple[str, list[Row]]:
         return "rounds", round_rows(current_run(self._fleet) if self._fleet else None)
 
+    @property
+    def view_text(self) -> str:
+        return f"compared with {self.compared}: c" if self.compared else ""
+
+    def compare_next(self) -> bool:
+        """Compare with the next earlier run, at last with none. False without another run."""
+        others = round_table.other_runs(self._fleet) if self._fleet else []
+        at = others.index(self.compared) + 1 if self.compared in others else 0
+        self.compared = others[at] if at < len(others) else ""
+        return bool(others)
+
     def draw(self, frame: Frame) -> None:
         """Show the current run of `fleet`."""
         fleet = self._fleet = frame.fleet
@@ -56,8 +69,12 @@ class RoundsPage(Page):
         plots = self.query_one(RoundPlots)
         height = self.app.size.height
         plots.display = run is not None and (self.zoomed or height >= MIN_TALL_TERMINAL)
-        plots.styles.height = "1fr" if self.zoomed else max(2 * height // 5, 9)
-        plots.show(fleet)
+        plots.styles.height = "1fr" if self.zoomed else max(2 * height // 5, 9) + self.border
+        plots.border_title = f"Run {run.changed.run}" if run else ""
+        self.table.border_title = f"Rounds {len(run.rounds)}" if run else ""
+        if fleet is not None and self.compared not in round_table.other_runs(fleet):
+            self.compared = ""
+        plots.show(fleet, self.compared)
         self.table.display = run is not None and not self.zoomed
         if run is None:
             text = Text("No run yet.  commonweight run start TASK  starts one.", colors().dim)
@@ -87,7 +104,9 @@ class RoundsPage(Page):
         self._drawn, self._run = drawn, run.changed.run
         # One character for the scroll bar, so that it never covers a column.
         columns = fit_columns(
-            round_table.round_columns(run, fleet), self.size.width - 1, self.app.size.width
+            round_table.round_columns(run, fleet),
+            self.size.width - 1 - self.border,
+            self.app.size.width,
         )
         self.table.set_rows([str(closed.round) for closed in reversed(run.rounds)], columns)
         if self.follow:

@@ -22,14 +22,14 @@ from coordinator.remote import run_options
 from coordinator.runs.options import OPTIONS, Option
 from protocols.errors import CommonweightError
 
-#: Shown first, in this order.
-_FIRST = ("task", "target", "until", "rounds", "quorum", "deadline", "strategy", "codec")
+
+def _is_first(option: Option) -> bool:
+    return option.is_common or option.name == "task"
 
 
 def ordered_options() -> list[Option]:
-    """All options, those of `_FIRST` first."""
-    ranks = {name: rank for rank, name in enumerate(_FIRST)}
-    return sorted(OPTIONS, key=lambda option: ranks.get(option.name, len(_FIRST)))
+    """All options, those that most runs need first."""
+    return sorted(OPTIONS, key=lambda option: not _is_first(option))
 
 
 def order(texts: Mapping[str, str]) -> StartRunRequest:
@@ -58,7 +58,7 @@ class RunForm(ModalScreen[StartRunRequest | None]):
             box.border_title = "A new run"
             with Vertical(id="fields"):  # a VerticalScroll would take the keys up and down
                 for field, one in self._options.items():
-                    with Horizontal(classes="field" if one.name in _FIRST else "field more"):
+                    with Horizontal(classes="field" if _is_first(one) else "field more"):
                         yield Label(one.name.replace("-", " "))
                         yield Input(one.default_text, placeholder=one.help, compact=True, id=field)
             yield Static(id="form-message")  # always visible, even when the fields are scrolled
@@ -84,7 +84,7 @@ class RunForm(ModalScreen[StartRunRequest | None]):
 
     def _show_more(self, shown: bool) -> None:
         self.set_class(shown, "-all")
-        more = sum(option.name not in _FIRST for option in self._options.values())
+        more = sum(not _is_first(option) for option in self._options.values())
         others = "^o fewer" if shown else f"^o {more} more options"
         self.query_one("#form").border_subtitle = f"enter starts it · {others} · esc closes"
         if self.focused is not None and not self.focused.display:

@@ -40,6 +40,7 @@ class Palette(NamedTuple):
         return {
             "plain": Style(color=self.text),
             "quiet": Style(color=self.dim),
+            "edge": Style(color=self.faint),
             "good": Style(color=self.green),
             "busy": Style(color=self.blue),
             "warn": Style(color=self.yellow),

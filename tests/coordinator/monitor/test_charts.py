@@ -17,6 +17,11 @@ def test_a_curve_spans_the_pane() -> None:
     assert curve([1, 1], 3, 2, Scale(0, 1)) == ["⠛⠛⠛", "   "]
 
 
+def test_a_dotted_curve_has_fewer_dots_and_no_marks() -> None:
+    assert curve([0, 1], 2, 1, Scale(0, 1), dotted=True) == ["⡀⠂"]
+    assert curve([1, None], 2, 1, Scale(0, 1), dotted=True) == ["⠁ "]
+
+
 def test_a_missing_value_is_marked() -> None:
     drawn = curve([2, None, 1], 5, 2, Scale(1, 2))
     assert drawn[-1][2] == "✕"

@@ -27,6 +27,7 @@ from coordinator.remote.formatting import (
     format_bytes,
     progress,
     rate,
+    smooth,
     stopwatch,
     trend,
 )
@@ -229,3 +230,10 @@ def test_the_plain_table_needs_no_color() -> None:
     assert "‖ paused: battery" in text
     assert "[b]north" in text, "a name is never markup"
     assert "1/2 peers" in text
+
+
+def test_smoothed_losses_follow_the_mean_and_begin_anew_after_a_gap() -> None:
+    assert smooth([]) == []
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert smooth([1.0, 0.0], 0.5) == pytest.approx([1.0, 1 / 3])
+    assert smooth([1.0, None, 3.0, float("nan")]) == [1.0, None, pytest.approx(3.0), None]

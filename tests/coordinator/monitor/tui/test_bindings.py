@@ -33,6 +33,7 @@ from tests.support.scene import (
     monitor,
     screen_text,
     serving,
+    two_runs_fleet,
     until,
 )
 
@@ -112,6 +113,7 @@ PAGES: dict[str, Case] = {
     "S": Case(lambda desk: "by state ↑" in desk.text, undo=("S",)),
     "z": Case(lambda desk: "CPU" in desk.text, undo=("z",)),
     "f": Case(lambda desk: "in place" in desk.text),
+    "c": Case(lambda desk: "compared with motion-6" in desk.text, undo=("c",)),
     "u": Case(lambda desk: "frozen" in desk.text, undo=("u",)),
     "y": Case(lambda desk: desk.app.clipboard == IDS["garden"]),
     "x": Case(wrote("commonweight-peers-*.csv")),
@@ -137,6 +139,7 @@ ELSEWHERE: dict[str, Case] = {
     "2 x": Case(wrote("commonweight-rounds-*.csv"), ("2",)),
     "2 y": Case(lambda desk: desk.app.clipboard == "motion-7", ("2",)),
     "2 z": Case(lambda desk: "Val loss" not in desk.text, ("2",), ("z",)),
+    "2 c": Case(lambda desk: "compared with motion-6" in desk.text, ("2",), ("c",)),
     "2 f": Case(lambda desk: not desk.app._part(RoundsPage).follow, ("2",), ("f",)),
     "4 x": Case(wrote("commonweight-jobs-*.csv"), ("4",)),
     "4 y": Case(lambda desk: desk.app.clipboard == "scatter-c41e88", ("4",)),
@@ -283,11 +286,11 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_keys_of_the_pages() -> None:
-    await pressed(PAGES, serving(busy_fleet()))
+    await pressed(PAGES, serving(two_runs_fleet()))
 
 
 async def test_keys_with_another_action_on_another_page() -> None:
-    await pressed(ELSEWHERE, serving(busy_fleet()))
+    await pressed(ELSEWHERE, serving(two_runs_fleet()))
 
 
 async def test_keys_of_a_peer() -> None:

@@ -57,6 +57,7 @@ STATES = {
     "empty": State(
         scene.empty_fleet, {"fleet": (), "rounds": ("2",), "events": ("3",), "jobs": ("4",)}
     ),
+    "two-runs": State(scene.two_runs_fleet, {"rounds": ("2", "c")}),
     "troubled": State(scene.troubled_fleet, {"fleet": (), "rounds": ("2",)}),
     "buffered": State(scene.buffered_fleet, {"rounds": ("2",), "plots": ("2", "z", "z", "z")}),
     "ended": State(scene.ended_fleet, {"fleet": (), "rounds": ("2",)}),
