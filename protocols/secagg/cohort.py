@@ -32,7 +32,8 @@ MIN_COHORT = 3
 #: Up to this many peers, each is a neighbor of all others.
 MAX_COMPLETE = 65
 #: Neighbors by the largest size of the cohort. With a tenth of the peers colluding at places of an
-#: unpredictable ring, the chance that somewhere 2t - n of them are together is below 2^-80.
+#: unpredictable ring, the chance that somewhere 2t - n of them are together is below 2^-80. The
+#: numbers are part of the protocol: with others, `keys` needs another salt.
 _NEIGHBORS = (
     *((229, 64), (256, 76), (320, 94), (384, 112), (512, 142), (768, 178), (MAX_COHORT, 196)),
 )

@@ -16,12 +16,13 @@ from protocols.secagg.masks import RingArray, add_masks
 class Recovery(NamedTuple):
     """The seeds of the masks to add to the sum and to subtract from it.
 
-    `liars`: peers that told a false share, which a further share has shown.
+    `false_shares`: (owner, holder) of each share that does not fit the others; one of the two has
+    lied, and nobody can say which.
     """
 
     plus: list[bytes]
     minus: list[bytes]
-    liars: frozenset[str]
+    false_shares: frozenset[tuple[str, str]]
 
     def unmask(self, total: RingArray, start: int = 0) -> None:
         """Unmask the sum of the survivors' arrays, or the piece from `start` on, in place."""
@@ -38,7 +39,7 @@ def recover(state: Aggregator) -> Recovery:
     factors: dict[tuple[int, ...], list[int]] = {}
     plus: list[bytes] = []
     minus: list[bytes] = []
-    liars: set[str] = set()
+    false_shares: set[tuple[str, str]] = set()
 
     def secret_of(owner: str, prove: Callable[[bytes], bytes], expected: bytes) -> bytes:
         holders = [peer for peer in cohort.groups[owner] if peer in state.told]
@@ -56,7 +57,9 @@ def recover(state: Aggregator) -> Recovery:
             shares = [(one.seeds if owner in survivors else one.keys)[owner] for one in told]
             secret = shamir.combine(shares, factors[places])
             if secret is not None and prove(secret) == expected:
-                liars.update(set(holders[: threshold + 1]) - set(some) if some != tries[0] else ())
+                if some is not tries[0]:
+                    left_out = set(holders[: threshold + 1]) - set(some)
+                    false_shares.update((owner, holder) for holder in left_out)
                 return secret
         raise CohortLost(
             f"the shares of {owner}'s secret do not fit together: one of {len(holders)} peers that "
@@ -75,7 +78,7 @@ def recover(state: Aggregator) -> Recovery:
             mask = keys.pair_mask(key, cohort.cards[peer].mask_key, cohort.id)
             # The survivor added it if its name comes first, and subtracted it else.
             (minus if peer < owner else plus).append(mask)
-    return Recovery(plus, minus, frozenset(liars))
+    return Recovery(plus, minus, frozenset(false_shares))
 
 
 def _public(mask_seed: bytes) -> bytes:
