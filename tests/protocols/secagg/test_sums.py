@@ -39,6 +39,7 @@ def test_a_secure_sum_is_the_plain_sum(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("size", "lost", "bits"),
     [
