@@ -123,16 +123,23 @@ def join(
         **policy,
     }
     names = [name for text in allow or [] for name in consents.split_list(text) or []]
-    if names:
+
+    def allowed() -> dict[str, Any]:
+        if not names:
+            return {}
         own, known = settings.read_own(home), consents.known_tasks(settings.read(home))
-        chosen |= consents.allowing(own, known, names, purpose=purpose)
-    wanted = settings.read(home, **chosen)  # wrong settings fail before the ticket is used
+        return consents.allowing(own, known, names, purpose=purpose)
+
+    wanted = settings.read(
+        home, **chosen, **allowed()
+    )  # wrong settings fail before the ticket is used
     if data:
         own_data.check_setting(wanted)
     joined, awaiting = enrollment.join(
         home, text, name=name or socket.gethostname(), labels=labels, replace=replace
     )
-    settings.change(home, **chosen)
+    with settings.locked(home):  # other commands may have changed them meanwhile
+        settings.change(home, **chosen, **allowed())
     if json:
         print_json({"peer": joined.peer, "name": joined.name, "awaiting": awaiting})
         return

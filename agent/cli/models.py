@@ -41,7 +41,8 @@ def local_models() -> list[LocalModel]:
     from protocols.p2p.gossip import version_number
 
     home = homes.open_home("agent")
-    public = enrollment_file.read_enrollment(home).coordinator_public
+    enrollment = enrollment_file.read_enrollment(home)
+    public, fleet = enrollment.coordinator_public, enrollment.fleet
     return [
         LocalModel(
             version.path,
@@ -49,7 +50,7 @@ def local_models() -> list[LocalModel]:
             version.work.settings,
             f"{version.work.run}, after round {version_number(version.work)}",
         )
-        for version in version_proofs.list_verified(home / "cache", public)
+        for version in version_proofs.list_verified(home / "cache", public, fleet)
     ]
 
 

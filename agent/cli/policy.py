@@ -69,6 +69,8 @@ def set_policy(
         from agent.setup import own_data
 
         print_line(own_data.check_setting(settings.read(home, data=parsed)))
+    if key == "told_folder":
+        _check_memory_stays(home, parsed)
     if key == "sandbox_read":
         for path in map(Path, parsed):
             if home.resolve().is_relative_to(path.resolve()):
@@ -82,6 +84,24 @@ def set_policy(
         print_line(f"but {source} is set and overrides it")
     if is_running(home) and key in settings_schema.RESTART_KEYS:
         print_line("the running agent applies it after its current work")
+
+
+def _check_memory_stays(home: Path, folder: str) -> None:
+    """Raise UsageError if with another folder the agent would forget what it told."""
+    old = settings.told_folder(home)
+    new = Path(folder) if folder else home / settings.TOLD
+    if new == old or not (old / settings.MEMORY_FILE).exists():
+        return
+    if (new / settings.MEMORY_FILE).exists():
+        raise UsageError(
+            f"{old} has what this agent told of its rows, {new} what was told of others, and they "
+            "cannot be joined: the next answer would not be compared with one of them",
+            f"keep both agents as they are; or move {old} away, if no answer of this agent counts",
+        )
+    raise UsageError(
+        f"{old} has what this agent told of its rows, and {new} does not",
+        f"stop the agent, and: cp -a {old} {new}",
+    )
 
 
 def _override(home: Path, key: str, value: str, for_s: float) -> None:

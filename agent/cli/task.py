@@ -39,9 +39,10 @@ def add(
     known = registry.check_name(name) if name else registry.name_of_source(source)
     if known in registry.names():
         raise UsageError(f"{known} is the name of an installed task", "choose another with --name")
-    own = settings.read_own(home)
-    files = {**own.task_files, known: f"{path}:{attribute}"}
-    settings.change(home, task_files=files, **consents.allowing(own, files, [known]))
+    with settings.locked(home):
+        own = settings.read_own(home)
+        files = {**own.task_files, known: f"{path}:{attribute}"}
+        settings.change(home, task_files=files, **consents.allowing(own, files, [known]))
     print_line(f"registered and allowed {known}; next: commonweight-agent task check {known}")
     print_line(f"the operator starts it with: commonweight run start {known}")
     print_line(f"after a change of the file, allow it again: commonweight-agent task allow {known}")
@@ -132,15 +133,16 @@ def remove(name: TaskName) -> None:
     """Unregister a task; its file stays."""
 
     home = homes.open_home("agent")
-    own = settings.read_own(home)
-    if name not in own.task_files:
-        raise UnknownName(f"no registered task {name!r}", "commonweight-agent task list")
-    settings.change(
-        home,
-        task_files={known: file for known, file in own.task_files.items() if known != name},
-        tasks=[known for known in own.tasks if known != name],
-        consents={known: said for known, said in own.consents.items() if known != name},
-    )
+    with settings.locked(home):
+        own = settings.read_own(home)
+        if name not in own.task_files:
+            raise UnknownName(f"no registered task {name!r}", "commonweight-agent task list")
+        settings.change(
+            home,
+            task_files={known: file for known, file in own.task_files.items() if known != name},
+            tasks=[known for known in own.tasks if known != name],
+            consents={known: said for known, said in own.consents.items() if known != name},
+        )
     consent_requests.drop(home, name)
     print_line(f"unregistered {name}")
     _say_when_applied(home)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from agent.clientapp import consent
@@ -148,7 +149,7 @@ class InferenceJobs:
             score = Score(done.num_examples, done.metrics)
             self._budget.charge_exact("job", unit.job, about)
         else:
-            score = blur(done, min_count)
+            score = blur(done, min_count, partial(self._told.chance, unit.task, model.digest))
             self._budget.charge_noisy("job", unit.job, blur_cost(min_count), about)
         self._told.remember(_key(unit, model), "job", score)
         return score
@@ -243,11 +244,11 @@ def find_version(cache: Path, model: ModelRef, fetch: Callable[[str, int], Path]
     return fetch(model.digest, model.nbytes)
 
 
-def took_part(home: Path, cache: Path, coordinator_public: bytes, digest: str) -> bool:
+def took_part(home: Path, cache: Path, coordinator_public: bytes, fleet: str, digest: str) -> bool:
     """True for a version that the coordinator has signed in a run in which this machine worked."""
     try:
         proof = path_in(cache, digest, version_proofs.SUFFIX).read_bytes()
-        work, _, _ = version_proofs.read_proof(proof, coordinator_public)
+        work, _, _ = version_proofs.read_proof(proof, coordinator_public, fleet)
     except (OSError, BadMessage):
         return False
     return work.base == digest and any(

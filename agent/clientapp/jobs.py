@@ -22,6 +22,7 @@ from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import write_private
 from protocols.local.safe_paths import path_in
 from protocols.messages import jobs
+from protocols.messages.fleet_names import FleetNames
 from protocols.messages.jobs import INLINE_MAX_BYTES, Answer, Unit, UnitQuestion
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
@@ -70,7 +71,7 @@ class Jobs:
         on_work: Callable[[Work | None], None] = lambda work: None,
         on_leaving: Callable[[Unit, Answer, bytes], None] = lambda unit, answer, body: None,
     ) -> None:
-        self._me = me
+        self._me, self._fleet_names = me, FleetNames(me.fleet)
         self._outbox, self._send, self._handlers = outbox, send, handlers
         self._on_work, self._on_leaving = on_work, on_leaving
         outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,6 +80,7 @@ class Jobs:
         """Returns the content of the reply. Raises CommonweightError."""
         payload, signature = signed_payload(message, "unit", "unit")
         unit = jobs.read_unit(payload, signature, self._me.is_coordinators)
+        self._fleet_names.check("coordinator", unit.fleet)
         key = jobs.idempotency_key(payload)
         note("unit", job=unit.job, unit=unit.unit, key=key)
         self._on_work(Work(run=unit.job, round=unit.unit, kind="evaluate", task=unit.task))
@@ -139,6 +141,7 @@ class Jobs:
             nbytes=nbytes,
             rows=result.rows,
             nonce=secrets.token_hex(12),
+            fleet=self._me.fleet,
         )
         payload, signature = jobs.SIGNED_ANSWER.seal(answer, self._me.sign)
         stored = _StoredAnswer(answer=payload, signature=signature, body=inline)

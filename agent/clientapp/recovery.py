@@ -31,7 +31,7 @@ class Recall(NamedTuple):
 
     def answer(self, work: Work) -> RecordDict:
         """Returns the content of the reply. Raises Refused if the version is not here."""
-        verified = list_verified(self.folder, self.me.coordinator_public)
+        verified = list_verified(self.folder, self.me.coordinator_public, self.me.fleet)
         if work.kind == "holdings":
             versions = [version for version in verified if version.work.run == work.run]
             if not versions:

@@ -8,11 +8,12 @@ job (`infer --private`) repeats what the evaluations of runs have told, and tell
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
 import random
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,8 @@ PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS told_scores (
   key TEXT PRIMARY KEY, at REAL, origin TEXT, num_examples INTEGER, metrics TEXT
 );
+CREATE TABLE IF NOT EXISTS noise (id INTEGER PRIMARY KEY CHECK (id = 1), secret BLOB);
+INSERT OR IGNORE INTO noise VALUES (1, randomblob(32));
 """
 _DAY_S = 86_400.0
 #: Settings that change no evaluation.
@@ -64,6 +67,16 @@ class ToldScores:
         values = key, time.time(), origin, score.num_examples, msgspec.json.encode(score.metrics)
         self._db.execute("INSERT OR REPLACE INTO told_scores VALUES (?, ?, ?, ?, ?)", values)
 
+    def chance(self, task: str, digest: str, count: int, right: int) -> random.Random:
+        """The noise for a result of a model: equal results get equal noise.
+
+        Settings without an effect, or other jobs, would else give as many draws as days, and their
+        mean has little noise. Nobody knows the secret that it is made of.
+        """
+        (secret,) = self._db.execute("SELECT secret FROM noise").fetchone()
+        about = msgspec.json.encode([task, digest, count, right])
+        return random.Random(hmac.digest(secret, about, "sha512"))
+
     def count_of_day(self) -> int:
         """How many scores jobs have been told in the last 24 hours, without repetitions."""
         (count,) = self._db.execute(
@@ -80,12 +93,17 @@ def key_of(task: str, settings: Mapping[str, Setting], digest: str) -> str:
     return hashlib.sha256(msgspec.json.encode([task, chosen, digest])).hexdigest()
 
 
-def blur(done: Done, min_count: int) -> Score:
+def blur(
+    done: Done,
+    min_count: int,
+    chance_of: Callable[[int, int], random.Random] = lambda count, right: random.SystemRandom(),
+) -> Score:
     """The accuracy with noise, so that no model shows by it whether one row is there.
 
     A row changes the number of correct rows by 1; discrete Laplace noise of the scale `min_count`
     makes this (1 / `min_count`)-differentially private (Ghosh et al., 2009). A loss has no bound
-    for a row, and so no noise is enough. Raises Refused for a task without accuracy.
+    for a row, and so no noise is enough. `chance_of(count, right)` is where it is drawn from.
+    Raises Refused for a task without accuracy.
     """
     accuracy = done.metrics.get("accuracy")
     if accuracy is None or not math.isfinite(accuracy):
@@ -95,7 +113,9 @@ def blur(done: Done, min_count: int) -> Score:
         )
     count = done.num_examples
     right = math.floor(min(max(accuracy, 0.0), 1.0) * count + 1e-6)
-    noisy = min(max(right + _draw(min_count) - _draw(min_count), 0), count)
+    chance = chance_of(count, right)
+    noise = _draw(chance, min_count) - _draw(chance, min_count)
+    noisy = min(max(right + noise, 0), count)
     return Score(count, {"accuracy": noisy / count})
 
 
@@ -104,7 +124,7 @@ def blur_cost(min_count: int) -> tuple[Event, ...]:
     return (DiscreteLaplace(1 / min_count),)
 
 
-def _draw(scale: int) -> int:
+def _draw(chance: random.Random, scale: int) -> int:
     """A number of a geometric distribution: two of them differ by discrete Laplace noise."""
-    uniform = 1.0 - random.SystemRandom().random()  # in (0, 1]
+    uniform = 1.0 - chance.random()  # in (0, 1]
     return math.floor(-math.log(uniform) * scale)

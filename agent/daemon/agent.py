@@ -96,7 +96,7 @@ class Agent:
             home,
             enrollment,
             credentials,
-            VersionIndex(ctx.cache, public),
+            VersionIndex(ctx.cache, public, enrollment.fleet),
             self._sessions.certificate,
             self._report.presence,
         )

@@ -167,7 +167,9 @@ def make_client(
         home / "jobs",
         home / "predictions",
         ToldScores(settings.scores_file(home)),
-        partial(took_part, home, ctx.cache, ctx.enrollment.coordinator_public),
+        partial(
+            took_part, home, ctx.cache, ctx.enrollment.coordinator_public, ctx.enrollment.fleet
+        ),
         budget,
     )
     jobs = Jobs(

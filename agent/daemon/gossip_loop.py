@@ -129,7 +129,9 @@ class GossipLoop:
                 self._gossip.receive(batch)
 
     def _share_cached_versions(self) -> None:
-        for cached in list_verified(self._ctx.cache, self._ctx.coordinator_public):
+        for cached in list_verified(
+            self._ctx.cache, self._ctx.coordinator_public, self._ctx.enrollment.fleet
+        ):
             with contextlib.suppress(OSError):  # deleted meanwhile
                 self._sharing.pieces.put(cached.work.base, cached.path)
 
@@ -187,7 +189,9 @@ class GossipLoop:
         """Download a version and its proof. Raises CommonweightError, OSError."""
         client, folder = self._client(peer), self._ctx.cache
         proof = client.proof(head.digest)
-        work, payload, signature = read_proof(proof, self._ctx.coordinator_public)
+        work, payload, signature = read_proof(
+            proof, self._ctx.coordinator_public, self._ctx.enrollment.fleet
+        )
         if Head.of(work) != head:
             raise BadMessage("it proves another version")
         check_room(folder, work.nbytes)

@@ -41,6 +41,7 @@ from protocols.errors import (
     BadMessage,
     CommonweightError,
     DiskFull,
+    HomeLocked,
     NotAllowed,
     TrainerFailed,
     Unreachable,
@@ -91,7 +92,7 @@ class WorkThread:
         job_folder = ctx.home / "jobs" / "models"
         for folder in (ctx.cache, ctx.home / "outbox", ctx.home / "trainer", job_folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._heads = VersionIndex(ctx.cache, ctx.coordinator_public)
+        self._heads = VersionIndex(ctx.cache, ctx.coordinator_public, ctx.enrollment.fleet)
         self.versions = VersionStore(ctx.cache, link, sharing, ctx.bandwidth.received)
         self._job_models = VersionStore(job_folder, link)
         self._owner, self._refusals = LiveSettings(ctx.home), RefusalLog(ctx.home)
@@ -221,8 +222,9 @@ class WorkThread:
         text = f"{request.about}; to allow it: {request.command}"
         try:
             consent_requests.add(self._home, request)
-        except OSError as err:
-            log.warning("cannot write %s: %s", consent_requests.FILE, err.strerror)
+        except (OSError, HomeLocked) as err:
+            why = err.strerror if isinstance(err, OSError) else err.message
+            log.warning("cannot write %s: %s", consent_requests.FILE, why)
         if self._refusals.note(request.run, request.task, text):
             log.warning("awaiting consent: %s", text)
         self._runner.call_threadsafe(self._report.mark_stale)

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from protocols.local import settings_file
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import strip_controls
 
@@ -65,15 +66,17 @@ def read(home: Path) -> dict[str, Request]:
 
 
 def add(home: Path, request: Request) -> None:
-    """Write a request in place of an earlier one for its task. Raises OSError."""
-    _write(home, read(home) | {request.task: request})
+    """Write a request in place of an earlier one for its task. Raises OSError, HomeLocked."""
+    with settings_file.locked(home):
+        _write(home, read(home) | {request.task: request})
 
 
 def drop(home: Path, task: str) -> None:
-    """Delete the request for a task: its owner has decided. Raises OSError."""
-    found = read(home)
-    if found.pop(task, None) is not None:
-        _write(home, found)
+    """Delete the request for a task: its owner has decided. Raises OSError, HomeLocked."""
+    with settings_file.locked(home):
+        found = read(home)
+        if found.pop(task, None) is not None:
+            _write(home, found)
 
 
 def _write(home: Path, found: dict[str, Request]) -> None:

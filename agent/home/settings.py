@@ -20,6 +20,8 @@ from protocols.local import settings_file
 from protocols.local.atomic_files import write_private
 
 FILE = settings_file.SETTINGS_FILE
+locked = settings_file.locked
+TOLD, MEMORY_FILE = "told", "told.db"
 ENVIRONMENT_PREFIX = "COMMONWEIGHT_AGENT_"
 
 
@@ -36,18 +38,24 @@ def read_own(home: Path) -> AgentSettings:
 
 
 def change(home: Path, **values: Any) -> AgentSettings:
-    """Change these settings in the file and keep the others. Raises UsageError, UnknownName."""
+    """Change these settings in the file and keep the others. Raises UsageError, UnknownName,
+    HomeLocked.
+
+    Who computes values from `read_own` holds `locked` from there on.
+    """
     if unknown := values.keys() - set(AgentSettings.__struct_fields__):
         raise UnknownName(
             settings_file.unknown_text(sorted(unknown)[0], AgentSettings),
             f"the settings are {', '.join(AgentSettings.__struct_fields__)}",
         )
     given = {name: value for name, value in values.items() if value is not None}
-    merged = settings_file.read_file(home) | msgspec.to_builtins(given)
-    chosen = _validate(merged, "commonweight-agent policy show")
-    # Defaults are not written, so that this machine gets better defaults of later versions.
-    changed = {name: value for name, value in msgspec.to_builtins(chosen).items() if name in merged}
-    write_private(home / FILE, tomli_w.dumps(changed).encode())
+    with locked(home):
+        merged = settings_file.read_file(home) | msgspec.to_builtins(given)
+        chosen = _validate(merged, "commonweight-agent policy show")
+        # Defaults are not written, so that this machine gets better defaults of later versions.
+        built = msgspec.to_builtins(chosen)
+        changed = {name: value for name, value in built.items() if name in merged}
+        write_private(home / FILE, tomli_w.dumps(changed).encode())
     return chosen
 
 
@@ -56,15 +64,21 @@ def data_path(text: str | None) -> str | None:
     return text if not text or "://" in text else str(Path(text).expanduser().absolute())
 
 
+def told_folder(home: Path) -> Path:
+    """The folder with the memory of what was told, which several homes may share."""
+    chosen = read(home).told_folder
+    return Path(chosen).expanduser().absolute() if chosen else home / TOLD
+
+
 def memory_file(home: Path) -> Path:
     """What this machine remembers of its owner's rows (`agent.data.table_memory`). It is in a
     folder of its own, as SQLite writes files beside it."""
-    return home / "told" / "told.db"
+    return told_folder(home) / MEMORY_FILE
 
 
 def scores_file(home: Path) -> Path:
     """What this machine told about models on its own rows (`agent.clientapp.told_scores`)."""
-    return home / "told" / "scores.db"
+    return told_folder(home) / "scores.db"
 
 
 def data_settings(chosen: AgentSettings, cache: Path, memory: Path | None = None) -> DataSettings:
@@ -143,7 +157,7 @@ def describe(home: Path) -> list[SettingInfo]:
 
 def parse_value(name: str, text: str) -> Any:
     """Parse a value from the command line or the environment."""
-    if name in ("data", "models"):
+    if name in ("data", "models", "told_folder"):
         return data_path(text)
     if name == "consents":
         raise UsageError(

@@ -23,7 +23,7 @@ RESTART_KEYS = frozenset(
         *("threads", "device", "framework", "compile", "sandbox", "sandbox_read"),
         *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
         *("share", "share_port", "share_mbit_s"),
-        *("min_batch", "min_examples", "min_cohort", "max_lr"),
+        *("min_batch", "min_examples", "min_cohort", "max_lr", "told_folder"),
     }
 )
 
@@ -95,6 +95,13 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
             "versions; 0: without them",
         ),
     ] = 0
+    told_folder: Annotated[
+        str,
+        Meta(
+            description="folder with the memory of what was told of your rows; agents in several "
+            "fleets that use the same rows share one; empty: in this agent's home"
+        ),
+    ] = ""
     data_extremes: Annotated[bool, Meta(description="column minima and maxima may leave")] = False
     analyze: Annotated[
         Literal["off", "ask", "on"],

@@ -81,8 +81,10 @@ def allow(
     home: Path, name: str, *, columns: Sequence[str] | None = None, purpose: str | None = None
 ) -> AgentSettings:
     """Allow a task. Raises UnknownName, UsageError."""
-    own, known = settings.read_own(home), known_tasks(settings.read(home))
-    chosen = settings.change(home, **allowing(own, known, [name], columns=columns, purpose=purpose))
+    with settings.locked(home):
+        own, known = settings.read_own(home), known_tasks(settings.read(home))
+        changes = allowing(own, known, [name], columns=columns, purpose=purpose)
+        chosen = settings.change(home, **changes)
     for task in list(consent_requests.read(home)) if name == EVERY else [name]:
         consent_requests.drop(home, task)
     return chosen
@@ -90,6 +92,11 @@ def allow(
 
 def forbid(home: Path, name: str) -> AgentSettings:
     """Forbid a task: it does not run, and no run waits for it. Raises UnknownName."""
+    with settings.locked(home):
+        return _forbid(home, name)
+
+
+def _forbid(home: Path, name: str) -> AgentSettings:
     own = settings.read_own(home)
     if name not in {*known_tasks(settings.read(home)), *own.tasks, EVERY}:
         raise UnknownName(f"this machine has no task {name!r}", "commonweight-agent task list")

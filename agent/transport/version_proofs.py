@@ -57,23 +57,30 @@ def save_proof(folder: Path, work: Work, payload: bytes, signature: bytes) -> No
             other.unlink(missing_ok=True)
 
 
-def read_proof(proof: bytes, coordinator_public: bytes) -> tuple[Work, bytes, bytes]:
-    """Returns the work in a proof, its bytes and their signature. Raises BadMessage."""
+def read_proof(proof: bytes, coordinator_public: bytes, fleet: str) -> tuple[Work, bytes, bytes]:
+    """Returns the work in a proof, its bytes and their signature. Raises BadMessage.
+
+    Work of older coordinators names no fleet.
+    """
     try:
         parts = msgspec.json.decode(proof, type=_Proof)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise BadMessage(f"not a proof: {err}") from err
     verify = partial(identity.verify, coordinator_public)
-    return SIGNED_WORK.open(parts.work, parts.signature, verify), parts.work, parts.signature
+    work = SIGNED_WORK.open(parts.work, parts.signature, verify)
+    if work.fleet not in ("", fleet):
+        raise BadMessage(f"the proof is of fleet {work.fleet}, and this is fleet {fleet}")
+    return work, parts.work, parts.signature
 
 
-def list_verified(folder: Path, coordinator_public: bytes) -> list[ProvenVersion]:
+def list_verified(folder: Path, coordinator_public: bytes, fleet: str) -> list[ProvenVersion]:
     """Returns the versions whose bytes and proof are valid, newest file first."""
     verified = []
     for proof in folder.glob(f"*{SUFFIX}"):
         try:
             path = _version(proof)
-            version = ProvenVersion(path, *read_proof(proof.read_bytes(), coordinator_public))
+            parts = read_proof(proof.read_bytes(), coordinator_public, fleet)
+            version = ProvenVersion(path, *parts)
             base = version.work.base
             if proof.name == f"{base}{SUFFIX}" and file_digest(path) == base:
                 verified.append((path.stat().st_mtime, version))
@@ -88,8 +95,8 @@ class VersionIndex:
     Each proof is read once. The bytes of a version are not verified here; its receiver does that.
     """
 
-    def __init__(self, folder: Path, coordinator_public: bytes) -> None:
-        self._folder, self._coordinator_public = folder, coordinator_public
+    def __init__(self, folder: Path, coordinator_public: bytes, fleet: str) -> None:
+        self._folder, self._coordinator_public, self._fleet = folder, coordinator_public, fleet
         self._read: dict[str, Head | None] = {}
 
     def newest(self) -> Head | None:
@@ -115,7 +122,7 @@ class VersionIndex:
 
     def _head(self, proof: Path) -> Head | None:
         try:
-            work, _, _ = read_proof(proof.read_bytes(), self._coordinator_public)
+            work, _, _ = read_proof(proof.read_bytes(), self._coordinator_public, self._fleet)
             head = Head.of(work)
         except (OSError, BadMessage):
             return None

@@ -27,9 +27,10 @@ from msgspec import Struct
 from coordinator.fleet.fleet_events import SUBJECT
 from coordinator.fleet.registry import Registry
 from coordinator.runs import transitions
-from coordinator.storage import job_events, run_events, settings
+from coordinator.storage import job_events, run_events, seen_heads, settings
 from coordinator.storage.ca_files import CA_FILE, CA_KEY_FILE, CHAIN_FILE, ISSUER_FILE, PENDING_FILE
 from coordinator.storage.ledger import Ledger
+from coordinator.storage.seen_heads import SeenHeads
 from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
 from protocols.errors import CommonweightError, HomeError, HomeTooNew, UsageError
@@ -46,7 +47,7 @@ _KEYS = (CA_FILE, "coordinator.key", "operator.key")
 _SIGNERS = (CA_KEY_FILE, ISSUER_FILE)
 _REQUIRED = ("home.json", *_KEYS, LEDGER_FILE)
 #: `mqtt.json`: homes of earlier versions have it, with a login that is not used any more.
-_OPTIONAL = (SETTINGS_FILE, "mqtt.json", CHAIN_FILE, PENDING_FILE, *_SIGNERS)
+_OPTIONAL = (SETTINGS_FILE, "mqtt.json", CHAIN_FILE, PENDING_FILE, seen_heads.FILE, *_SIGNERS)
 _WEIGHTS = re.compile(r"(versions|states)/([0-9a-f]{64})\.safetensors")
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 _PIECE_BYTES = 1 << 20
@@ -81,11 +82,13 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
     keys = settings.open_keys(home)
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:
-        snapshot = Path(folder) / LEDGER_FILE
-        _snapshot(home / LEDGER_FILE, snapshot)
-        entries, head = _newest(snapshot)
         sources = {name: home / name for name in (*_REQUIRED, *_OPTIONAL) if (home / name).exists()}
-        sources[LEDGER_FILE] = snapshot
+        # What peers have signed first, so that none of it is about later entries of the ledger.
+        for name in (seen_heads.FILE, LEDGER_FILE):
+            if name in sources:
+                sources[name] = Path(folder) / name
+                _snapshot(home / name, sources[name])
+        entries, head = _newest(sources[LEDGER_FILE])
         if with_versions:
             for path in sorted([*home.glob("versions/*"), *home.glob("states/*")]):
                 name = path.relative_to(home).as_posix()
@@ -113,14 +116,14 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
     return manifest
 
 
-def _snapshot(ledger: Path, to: Path) -> None:
-    """Copy the ledger as it is at one moment, while the coordinator may write to it."""
+def _snapshot(file: Path, to: Path) -> None:
+    """Copy a database as it is at one moment, while the coordinator may write to it."""
     try:
-        source = sqlite3.connect(f"{ledger.absolute().as_uri()}?mode=ro", uri=True)
+        source = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)
         with contextlib.closing(source), contextlib.closing(sqlite3.connect(to)) as copy:
             source.backup(copy)
     except sqlite3.DatabaseError as err:
-        raise HomeError(f"cannot read the ledger {ledger}: {err}") from err
+        raise HomeError(f"cannot read {file}: {err}") from err
 
 
 def _newest(path: Path, *, verify: bool = False) -> tuple[int, str]:
@@ -257,6 +260,9 @@ def _check(folder: Path, manifest: Manifest) -> None:
     except (ValueError, TypeError, CommonweightError) as err:
         raise _damaged(f"its keys cannot be used: {err}") from err
     _, head = _newest(folder / LEDGER_FILE, verify=True)
+    if seen_heads.FILE in manifest.files:
+        with contextlib.closing(SeenHeads(folder)) as seen:
+            seen.all()
     if (fleet, head) != (manifest.fleet, manifest.head):
         raise _damaged("its keys or its ledger do not match the manifest")
 

@@ -58,6 +58,10 @@ class PollHandler:
             return response
         return msgspec.structs.replace(response, log=self._witnesses.exchange(peer, request.seen))
 
+    def _owner_has_decided(self, peer: str) -> None:
+        self._runs.owner_has_decided(peer)
+        self._jobs.owner_has_decided(peer)
+
     async def _answer(self, peer: str, node: int, request: PollRequest) -> PollResponse:
         session = self._sessions.session_number(peer)
         if request.reply is None:
@@ -65,7 +69,7 @@ class PollHandler:
             self.on_request("exchange", node)
             self._note(peer, request, response)
             if request.owner_has_decided:
-                self._runs.owner_has_decided(peer)
+                self._owner_has_decided(peer)
             return self._with_version(response)
         # Before the reply is stored, because the run may handle it at once.
         request_id = self._superlink.request_id_of(request.reply)
@@ -78,7 +82,7 @@ class PollHandler:
         self._note(peer, request, PollResponse())
         acknowledged = await self._runs.acknowledged(future)
         if request.owner_has_decided:
-            self._runs.owner_has_decided(peer)
+            self._owner_has_decided(peer)
         if not request.wants_work:
             return PollResponse(acknowledged=acknowledged)
         response = await self._superlink.poll_async(node, PollRequest())

@@ -143,7 +143,7 @@ class Coordinator:
         self._polls.on_request = self._peers.on_request
         self._publisher.on_eligibility_change = self._peers.wake_queues
         self._publisher.on_up = self.runs.resend_doorbells
-        self._publisher.awaits_consent = self.runs.awaits_consent
+        self._publisher.awaits_consent = self._awaits_consent
         self._publisher.fetched_from = self.sharing.fetched_from
         self.sharing.on_fetched = self._peers.publish
         self.transfer.limits.on_shortage = self.runs.wake
@@ -296,6 +296,9 @@ class Coordinator:
     def _tell_owner(self, peer: str, text: str) -> None:
         self._notices.put(peer, text)
         self._peers.announce_work([peer])
+
+    def _awaits_consent(self, peer: str) -> str:
+        return self.runs.awaits_consent(peer) or self.jobs.awaits_consent(peer)
 
     def _forget_peer(self, peer: str) -> None:
         self.transfer.forget(peer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from typing import Any
 
 from coordinator.jobs import scheduler, validation
@@ -23,7 +24,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
-from protocols.errors import BadMessage, DiskFull
+from protocols.errors import AwaitingConsent, BadMessage, DiskFull
 from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_disk_full
 from protocols.messages import refusals
@@ -34,6 +35,8 @@ log = logging.getLogger("commonweight.job")
 #: How long peers with a lease may take to come back after a restart or a lost connection.
 RECONNECT_TIMEOUT_S = 20.0
 _RETRY_S = 1.0
+#: After so many refusals for want of consent, a peer is excused, and the reason of such a lease.
+MAX_CONSENT_ASKS, _AWAITS = 16, "awaits consent"
 _UNKNOWN_PEER = "the fleet has no peer with this id; start the job again for the present peers"
 
 
@@ -53,6 +56,10 @@ class JobLoop:
         #: A peer that Flower could not reach gets no work until then (monotonic s), or until it has
         #: a new session.
         self._lost_until: dict[str, float] = {}
+        #: Peers whose owners have not decided about the task, with the reason; how often each was
+        #: asked.
+        self._awaiting: dict[str, str] = {}
+        self._num_asked: Counter[str] = Counter()
         self._stop_reason = ""
 
     # --- from outside ---
@@ -65,6 +72,19 @@ class JobLoop:
     def session_opened(self, peer: str) -> None:
         self.requests.cancel_from(peer)
         self._lost_until.pop(peer, None)
+        self._ask_again(peer)
+
+    def awaits_consent(self, peer: str) -> bool:
+        """True if the peer refused a unit because its owner has not allowed the task yet."""
+        return peer in self._awaiting
+
+    def owner_has_decided(self, peer: str) -> None:
+        """The peer's owner has allowed or forbidden a task: ask again soon."""
+        if peer in self._awaiting:
+            asyncio.get_running_loop().call_later(_RETRY_S, self._ask_again, peer)
+
+    def _ask_again(self, peer: str) -> None:
+        self._awaiting.pop(peer, None)
         self.changed.set()
 
     # --- the loop ---
@@ -90,7 +110,7 @@ class JobLoop:
 
     async def _dispatch(self) -> None:
         """Decide until the job must wait or has ended, then send the open requests."""
-        self._record(*self._excuse_removed())
+        self._record(*self._excuse_removed(), *self._excuse_undecided())
         while not self.job.ended:
             steps = scheduler.decide(self.job, self._availability())
             if self._stop_reason:
@@ -114,26 +134,40 @@ class JobLoop:
         gone = sorted(peer for peer in asked - self.job.excused.keys() if not self._is_known(peer))
         return [job_events.PeerExcused(peer, _UNKNOWN_PEER) for peer in gone]
 
+    def _excuse_undecided(self) -> list[job_events.PeerExcused]:
+        """Peers whose owners have not decided when the job ends, or after very many tries."""
+        is_due = time.monotonic() >= self._ends_at
+        late = [p for p in self._awaiting if is_due or self._num_asked[p] >= MAX_CONSENT_ASKS]
+        return [job_events.PeerExcused(peer, self._awaiting.pop(peer)) for peer in sorted(late)]
+
     def _is_known(self, peer: str) -> bool:
         return self._ctx.node_of(peer) is not None
 
     def _availability(self) -> Availability:
         now = time.monotonic()
         lost = {peer for peer, until in self._lost_until.items() if now < until}
-        eligible = self._ctx.eligible() - lost
+        online = self._ctx.eligible()
+        eligible = online - lost - self._awaiting.keys()
         pending = self.requests.leases
         gone = set()
         for unit, peer, lease in self.job.leases():
             wanted = lease == "open" and not unit.verified
-            away = peer not in eligible and now >= self._patient_until
+            away = peer not in online - lost and now >= self._patient_until
             if away or not (wanted or (unit.number, peer) in pending):
                 gone.add((unit.number, peer))
         deadlines = self.requests.deadlines(pending)
         overdue = frozenset(lease for lease, at in deadlines.items() if now >= at)
-        if eligible:
+        if eligible or self._awaiting:
             self._attended_at = now
         deserted = now >= self._attended_at + RECONNECT_TIMEOUT_S
-        return Availability(eligible, frozenset(gone), overdue, now >= self._ends_at, deserted)
+        return Availability(
+            eligible,
+            frozenset(gone),
+            overdue,
+            due=now >= self._ends_at,
+            deserted=deserted,
+            awaits_consent=bool(self._awaiting),
+        )
 
     async def _wait(self) -> None:
         """Wait until something has changed or the next deadline has passed."""
@@ -172,12 +206,18 @@ class JobLoop:
             if reply.error.code != AGENT_FAILED:  # Flower cannot reach the node
                 self._lost_until[peer] = time.monotonic() + _RETRY_S
                 return [job_events.LeaseEnded(unit.number, peer, "went away")]
-            reason = refusals.decode(reply.error.reason or "").text
+            refusal = refusals.decode(reply.error.reason or "")
+            if refusal.kind == AwaitingConsent.code:
+                self._awaiting[peer] = refusal.text
+                self._num_asked[peer] += 1
+                return [job_events.LeaseEnded(unit.number, peer, _AWAITS)]
             return [
                 job_events.LeaseEnded(unit.number, peer, FAILED),
-                job_events.PeerExcused(peer, reason),
+                job_events.PeerExcused(peer, refusal.text),
             ]
-        answer = validation.read_answer(request, reply, seconds, self._ctx.verify)
+        answer = validation.read_answer(
+            request, reply, seconds, self._ctx.verify, self._ctx.check_fleet
+        )
         if unit.verified:
             self._store.uploads.drop(peer, answer.digest)
             return [job_events.AnswerDropped(unit.number, peer, "late")]
@@ -233,6 +273,10 @@ class JobLoop:
 
     def _warn(self, event: JobEvent) -> None:
         match event:
+            case job_events.LeaseEnded(_, peer, reason) if reason == _AWAITS:
+                if self._num_asked[peer] > 1:
+                    return
+                text = f"{self._ctx.name_of(peer)} awaits consent: {self._awaiting.get(peer, '')}"
             case job_events.PeerExcused(peer, reason):
                 text = f"{self._ctx.name_of(peer)} is excused: {reason}"
             case job_events.AnswerDropped(unit, peer, reason, detail) if reason != "late":

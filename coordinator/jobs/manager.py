@@ -131,6 +131,16 @@ class JobManager:
         for loop in self._loops.values():
             loop.session_opened(peer)
 
+    def owner_has_decided(self, peer: str) -> None:
+        """The peer's owner has allowed or forbidden a task."""
+        for loop in self._loops.values():
+            loop.owner_has_decided(peer)
+
+    def awaits_consent(self, peer: str) -> str:
+        """The task for which a job awaits the consent of this peer's owner, or ""."""
+        loops = self._loops.values()
+        return next((one.job.spec.task for one in loops if one.awaits_consent(peer)), "")
+
     def ack_future(self, message_id: str) -> asyncio.Future[bool] | None:
         """What `RunManager.acknowledged` waits for, if the request belongs to a job."""
         found = (loop.requests.ack_future(message_id) for loop in self._loops.values())

@@ -115,6 +115,7 @@ class PendingJobRequests:
             task=spec.task,
             settings=spec.settings,
             models=spec.models,
+            fleet=self._ctx.fleet,
         )
         payload, signature = wire.SIGNED_UNIT.seal(signed, self._ctx.sign)
         content = RecordDict({"unit": ConfigRecord({"unit": payload, "signature": signature})})

@@ -35,6 +35,7 @@ class Availability(NamedTuple):
     """What the ledger does not know: who can work now, and which leases (unit, peer) are over.
 
     `due`: the job's own deadline has passed. `deserted`: for some time no peer was available.
+    `awaits_consent`: an owner has not decided about the task yet; such a peer is not eligible.
     """
 
     eligible: frozenset[str]
@@ -42,6 +43,7 @@ class Availability(NamedTuple):
     overdue: frozenset[tuple[int, str]] = frozenset()
     due: bool = False
     deserted: bool = False
+    awaits_consent: bool = False
 
 
 class Lease(NamedTuple):
@@ -114,7 +116,7 @@ def _stuck(job: Job, available: Availability) -> End | None:
     """The end of a scattered job that no available peer can advance and that has no lease."""
     able = available.eligible - job.excused.keys()
     anybody = available.eligible or (available.deserted and job.excused)
-    if not anybody or any(job.leases()):
+    if not anybody or any(job.leases()) or available.awaits_consent:
         return None
     if not able:
         reasons = sorted(set(job.excused.values()))

@@ -7,7 +7,7 @@ bytes of a recorded answer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import msgspec
@@ -28,8 +28,17 @@ _names = msgspec.json.Decoder(list[str]).decode
 _row = msgspec.json.Decoder(list[Any]).decode
 
 
-def read_answer(request: JobRequest, reply: Message, seconds: float, verify: Verify) -> AnswerInfo:
-    """The answer in a reply without an error. Raises BadMessage, KeyError, TypeError."""
+def read_answer(
+    request: JobRequest,
+    reply: Message,
+    seconds: float,
+    verify: Verify,
+    check_fleet: Callable[[str, str], None],
+) -> AnswerInfo:
+    """The answer in a reply without an error. Raises BadMessage, KeyError, TypeError.
+
+    `check_fleet(peer, named)` raises BadMessage if the answer is for another fleet.
+    """
     record = cast(ConfigRecord, reply.content[ANSWER])
     payload, signature, body = record["answer"], record["signature"], record["body"]
     if not (isinstance(payload, bytes) and isinstance(signature, bytes)):
@@ -38,6 +47,7 @@ def read_answer(request: JobRequest, reply: Message, seconds: float, verify: Ver
     signed = verify(request.peer, signature, wire.SIGNED_ANSWER.signed_bytes(payload))
     if answer.peer != request.peer or not signed:
         raise BadMessage("the answer is not signed by the peer that sent it")
+    check_fleet(request.peer, answer.fleet)
     if answer.key != request.key:
         raise BadMessage("it answers another request")
     if not isinstance(body, bytes):

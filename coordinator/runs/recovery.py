@@ -57,15 +57,20 @@ def _fetch(
 
 
 def verify_proof(
-    run: Run, proof: tuple[bytes, bytes] | None, verify: Callable[[bytes, bytes], bool]
+    run: Run, proof: tuple[bytes, bytes] | None, verify: Callable[[bytes, bytes], bool], fleet: str
 ) -> Holding | None:
-    """The version of this run that a signed work message proves. Raises UpdateRefused."""
+    """The version of this run that a signed work message proves. Raises UpdateRefused.
+
+    Work of older coordinators names no fleet.
+    """
     if proof is None:
         return None
     try:
         work = SIGNED_WORK.open(*proof, verify)
     except BadMessage as err:
         raise UpdateRefused("bad proof", err.message) from err
+    if work.fleet not in ("", fleet):
+        raise UpdateRefused("bad proof", f"it is of fleet {work.fleet}")
     if work.run != run.id or not work.base or work.kind not in ("train", "evaluate"):
         raise UpdateRefused("bad proof", "it proves no version of this run")
     return Holding(version_number(work), work.base)

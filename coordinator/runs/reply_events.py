@@ -64,7 +64,7 @@ async def validate_reply(
         )
     if expected.kind == "holdings":
         with _refused_as("bad proof"):
-            holding = recovery.verify_proof(run, read_proof(reply), ctx.is_own_signature)
+            holding = recovery.verify_proof(run, read_proof(reply), ctx.is_own_signature, ctx.fleet)
             return run_events.HoldingTold(peer, holding)
     norm = 0.0
     if expected.kind != "evaluate":

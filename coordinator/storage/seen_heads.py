@@ -16,6 +16,9 @@ from protocols.messages.version_log import LogHead
 FILE = "seen.db"
 #: Entries of the ledger for which one statement of a peer is kept.
 _STRETCH = 1000
+#: Peers of which a finished stretch keeps a statement: a few suffice to contradict a forged ledger,
+#: and those of thousands of peers over years would fill the disk.
+MAX_IN_STRETCH = 32
 
 
 class StoredStatement(NamedTuple):
@@ -44,6 +47,7 @@ class SeenHeads:
                     CREATE TABLE IF NOT EXISTS seen (
                         peer TEXT, epoch INTEGER, stretch INTEGER, ledger INTEGER, data BLOB,
                         PRIMARY KEY (peer, epoch, stretch));
+                    CREATE INDEX IF NOT EXISTS seen_stretch ON seen (epoch, stretch);
                     """
                 )
         except sqlite3.DatabaseError as err:
@@ -54,10 +58,19 @@ class SeenHeads:
 
     def add(self, peer: str, head: LogHead, data: bytes) -> None:
         """Keep a verified statement of a peer. A full disk loses it, and the peer keeps it."""
+        place = head.epoch, head.ledger // _STRETCH
         try:
             self._db.execute(
                 "INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?, ?)",
-                (peer, head.epoch, head.ledger // _STRETCH, head.ledger, data),
+                (peer, *place, head.ledger, data),
+            )
+            # The peer's last one before this is kept no longer if enough others have one there.
+            self._db.execute(
+                "DELETE FROM seen WHERE peer = ?1 AND (epoch, stretch) = (SELECT epoch, stretch "
+                "FROM seen WHERE peer = ?1 AND (epoch, stretch) < (?2, ?3) "
+                "ORDER BY epoch DESC, stretch DESC LIMIT 1) AND (SELECT COUNT(*) FROM seen AS one "
+                "WHERE one.epoch = seen.epoch AND one.stretch = seen.stretch) > ?4",
+                (peer, *place, MAX_IN_STRETCH),
             )
         except sqlite3.OperationalError:
             if self._db.in_transaction:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -23,8 +23,8 @@ from protocols.messages.envelope import MaybeId, Sign
 from protocols.messages.version_log import LogEntry, LogHead, LogPage, Restore
 
 _FLEET = "fleet"
-#: How often a place in the ledger is remembered, in entries of the log, and how many rows of the
-#: ledger are read at once.
+#: How often a hash is remembered, in entries of the log, and how many rows of the ledger are read
+#: at once.
 _MARK_EVERY, _ROWS = 256, 1024
 _MAX_RESTORES = 64
 _MADE = ("RunStarted", "WeightsInitialised", "VersionCommitted", "VersionLost", "VersionRecalled")
@@ -36,10 +36,9 @@ class _Restored(Struct, frozen=True):
 
 
 class _Mark(NamedTuple):
-    """The log has `size` entries, and its chain `hash`, after entry `seq` of the ledger."""
+    """The log has `size` entries, and its chain ends with `hash`."""
 
     size: int
-    seq: int
     hash: bytes
 
 
@@ -56,8 +55,12 @@ class VersionLog:
     def __init__(self, ledger: Ledger, fleet: str, sign: Sign) -> None:
         self._ledger, self._fleet, self._sign = ledger, fleet, sign
         self._lock = threading.Lock()
-        self._end = _Mark(0, 0, wire.START)
+        self._end = _Mark(0, wire.START)
         self._marks = [self._end]
+        #: By entry of the log: the number of the ledger's entry that it comes from. Between two of
+        #: them a large fleet has thousands of others, and any peer may ask for a page.
+        self._seqs = array("Q")
+        self._backs: dict[int, bytes] = {}
         #: The last entries, each with the hash before it.
         self._tail: deque[tuple[bytes, bytes]] = deque(maxlen=wire.TAIL_ENTRIES)
         self._restores: deque[Restore] = deque(maxlen=_MAX_RESTORES)
@@ -96,16 +99,12 @@ class VersionLog:
         with self._lock:
             self._sync()
             start = min(start, self._end.size)
-            mark = next(one for one in reversed(self._marks) if one.size <= start)
+            mark = self._marks[start // _MARK_EVERY]
+            seqs = self._seqs[mark.size : start + wire.MAX_PAGE_ENTRIES]
             restores = tuple(self._restores)
-        before, found = mark.hash, []
-        for size, (_, entry) in enumerate(self._derived(mark.seq), mark.size + 1):
-            if size <= start:
-                before = wire.chain(before, size, entry)
-            else:
-                found.append(entry)
-            if len(found) == wire.MAX_PAGE_ENTRIES:
-                break
+        read = [self._backs.get(seq) or self._read(seq) for seq in seqs]
+        skipped, found = read[: start - mark.size], read[start - mark.size :]
+        before = [mark.hash, *wire.chain_all(mark.hash, mark.size, skipped)][-1]
         page = LogPage(start=start, before=before, entries=tuple(found), restores=restores)
         return wire.encode(page)
 
@@ -124,19 +123,21 @@ class VersionLog:
     def _append(self, seq: int, entry: LogEntry) -> None:
         data, size = wire.encode(entry), self._end.size + 1
         self._tail.append((data, self._end.hash))
-        self._end = _Mark(size, seq, wire.chain(self._end.hash, size, data))
+        self._end = _Mark(size, wire.chain(self._end.hash, size, data))
+        self._seqs.append(seq)
+        if entry.kind == "back":  # which takes all earlier events of its run to derive
+            self._backs[seq] = data
         if size % _MARK_EVERY == 0:
             self._marks.append(self._end)
         if entry.kind == "restore":
             self._restores.append(Restore(size, entry.number))
 
-    def _derived(self, seq: int) -> Iterator[tuple[int, bytes]]:
-        """The log's entries that come from the ledger after its entry `seq`."""
-        while rows := self._ledger.entries_after(seq, _ROWS):
-            for row in rows:
-                if (entry := self._derive(row)) is not None:
-                    yield row.seq, wire.encode(entry)
-            seq = rows[-1].seq
+    def _read(self, seq: int) -> bytes:
+        """The log's entry that comes from the ledger's entry `seq`."""
+        row = self._ledger.entry(seq)
+        entry = self._derive(row) if row else None
+        assert entry is not None, "the ledger keeps its entries"
+        return wire.encode(entry)
 
     def _derive(self, row: Entry) -> LogEntry | None:
         """The log's entry for an entry of the ledger, if it is about versions."""

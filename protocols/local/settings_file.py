@@ -5,21 +5,45 @@ msgspec validates them, because it is loaded anyway and an idle agent must stay 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+from filelock import FileLock, Timeout
 
-from protocols.errors import UsageError
+from protocols.errors import HomeLocked, UsageError
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 SETTINGS_FILE = "settings.toml"
+_LOCK_FILE, _LOCK_TIMEOUT_S = "settings.lock", 10.0
+
+
+@contextlib.contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Lock what commands change in a home, from reading it to writing it. Raises HomeLocked.
+
+    May be nested in one thread.
+    """
+    lock = FileLock(home / _LOCK_FILE, mode=0o600, is_singleton=True)
+    try:
+        lock.acquire(timeout=_LOCK_TIMEOUT_S)
+    except Timeout as err:
+        raise HomeLocked(
+            f"another command has been changing the settings in {home} for {_LOCK_TIMEOUT_S:g} s",
+            "wait for it or end it, and try again",
+        ) from err
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_file(home: Path) -> dict[str, Any]:
@@ -46,9 +70,15 @@ def read_environment(
 def validate(values: Mapping[str, Any], kind: type[S], hint: str) -> S:
     """The settings with these values; the others have their defaults. Raises UsageError."""
     try:
-        return msgspec.convert(values, kind, strict=False)
+        chosen = msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as err:
         raise UsageError(_error_text(str(err), values, kind), hint) from err
+    for name in kind.__struct_fields__:  # no bound of a type refuses NaN, or infinity as a maximum
+        value = getattr(chosen, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            wanted = _wanted(get_type_hints(kind, include_extras=True)[name])
+            raise UsageError(f"{name} must be {wanted}; not {value}", hint)
+    return chosen
 
 
 def unknown_text(name: str, kind: type[msgspec.Struct]) -> str:

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage
-from protocols.messages.envelope import Count, Digest, Id, Metrics, Settings, TaskName
+from protocols.messages.envelope import Count, Digest, Id, MaybeId, Metrics, Settings, TaskName
 from protocols.messages.signing import SignedJson
 
 #: The action of a Flower message of type `query`; Flower allows no types of our own.
@@ -84,7 +84,9 @@ Scores = Annotated[dict[Digest, Score], Meta(max_length=_MAX_MODELS)]
 
 
 class Unit(Struct, frozen=True, kw_only=True):
-    """A unit of work, signed by the coordinator. `settings` are those of the task."""
+    """A unit of work, signed by the coordinator. `settings` are those of the task. `fleet`: the id
+    of the fleet; empty from older coordinators.
+    """
 
     job: Id
     unit: Count
@@ -92,10 +94,13 @@ class Unit(Struct, frozen=True, kw_only=True):
     task: TaskName = ""
     settings: Settings = {}
     models: Annotated[tuple[ModelRef, ...], Meta(max_length=_MAX_MODELS)] = ()
+    fleet: MaybeId = ""
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """The answer to the unit `key`, signed by the peer: digest, size and number of rows."""
+    """The answer to the unit `key`, signed by the peer: digest, size and number of rows. `fleet`:
+    the id of the fleet; empty from older agents.
+    """
 
     key: Digest
     peer: Id
@@ -103,6 +108,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     nbytes: Count
     rows: Count
     nonce: Id
+    fleet: MaybeId = ""
 
 
 _scores = msgspec.json.Decoder(Scores)

@@ -216,7 +216,7 @@ def test_no_store_makes_a_path_of_such_a_name(tmp_path: Path, name: str) -> None
     folder = tmp_path / "store"
     folder.mkdir()
     versions, spool = Versions(folder / "versions"), Spool(folder / "spool", ".bytes")
-    index = VersionIndex(folder, bytes(32))
+    index = VersionIndex(folder, bytes(32), "")
     makers: list[Callable[[], object]] = [
         lambda: path_in(folder, name),
         lambda: path_in(folder, name, ".safetensors"),

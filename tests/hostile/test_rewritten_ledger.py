@@ -197,7 +197,7 @@ def test_a_home_that_was_copied_back_by_hand_is_noticed(scene: Scene) -> None:
     for _ in range(2):
         scene.witnesses.exchange(scene.ada.machine.peer, statement)
     assert len(scene.reports) == 1
-    assert "commonweight restore" in scene.reports[0]
+    assert "commonweight admin restore" in scene.reports[0]
 
 
 @pytest.mark.attack("20.audit", by="peer")

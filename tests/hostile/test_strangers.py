@@ -82,7 +82,8 @@ def own_routes(fleet: Fleet) -> list[tuple[str, str]]:
             .replace("{job}", "x-1")
         )
         path = path.replace("{ticket}", "abcdef01").replace("{peer}", fleet.agents[0].peer)
-        path = path.replace("{operator}", "laptop").replace("{start:int}", "1")
+        path = path.replace("{operator}", "laptop").replace("{start}", "1")
+        path = path.replace("{name}", "softmax").replace("{which}", "best")
         assert "{" not in path
         for method in sorted((route.methods or set()) - {"HEAD"}):
             found.append((method, path))

@@ -72,7 +72,7 @@ class Peer:
             coordinator_public=public,
             mqtt=MqttAddress(host=HOST, port=1),
         )
-        self.heads = VersionIndex(self.cache, public)
+        self.heads = VersionIndex(self.cache, public, site.fleet_id)
         self.gossip = self.new_gossip()
         self.sharing = Sharing(policy, self.home, credentials, public, gossip_state=self.gossip)  # type: ignore[arg-type]
         self.gossip.address = self.sharing.address

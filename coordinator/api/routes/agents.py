@@ -43,6 +43,8 @@ MAX_JOIN_BYTES = 16 * 1024
 #: Weights have routes of their own, so messages are small.
 MAX_POLL_BYTES = 1024 * 1024
 MAX_LOGS_BYTES = 512 * 1024
+#: Of a place in the log.
+_MAX_DIGITS = 15
 
 
 class AgentRoutes:
@@ -61,7 +63,7 @@ class AgentRoutes:
             Route(joining.JOIN_PATH, self._join, methods=["POST"]),
             Route(POLL_PATH, self._poll, methods=["POST"]),
             Route(joining.MQTT_PATH, self._mqtt),
-            Route(LOG_PATH.replace("{start}", "{start:int}"), self._log),
+            Route(LOG_PATH, self._log),
             Route(MODEL_PATH, self._model),
             Route(joining.ENROLLMENT_STATUS_PATH, self._status),
             Route(joining.RENEW_PATH, self._renew, methods=["POST"]),
@@ -148,7 +150,11 @@ class AgentRoutes:
 
     async def _log(self, request: Request) -> Response:
         await self._auth.peer(request)
-        start = min(request.path_params["start"], 2**53)
+        # Not a converter of the route: it would fail for a long number, before the signature.
+        start = request.path_params["start"]
+        if not (start.isascii() and start.isdigit() and len(start) <= _MAX_DIGITS):
+            raise HTTPException(404)
+        start = int(start)
         page = await asyncio.to_thread(self._service.version_log.page, start)
         return Response(page, media_type="application/json")
 

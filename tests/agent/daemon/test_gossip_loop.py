@@ -47,7 +47,9 @@ async def test_all_peers_fetch_the_newest_version(site: Site, tmp_path: Path) ->
             assert weights.file_digest(peer.heads.path(newest.digest)) == newest.digest
             assert peer.gossip.summary().shares_at
         assert ann.heads.path(old.digest).exists(), "the last two are kept"
-        assert len(version_proofs.list_verified(cyd.cache, cyd.public)) == 2, "each with its proof"
+        assert len(version_proofs.list_verified(cyd.cache, cyd.public, site.fleet_id)) == 2, (
+            "each with its proof"
+        )
 
 
 async def test_a_peer_that_shares_nothing_sends_and_fetches_nothing(

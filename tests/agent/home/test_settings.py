@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from agent.home import enrollment_file, settings
 from agent.home.enrollment_file import Enrollment
 from agent.home.settings_schema import AgentSettings
+from agent.setup import consents
 from protocols.enrollment import certificates
 from protocols.errors import ExitCode, HomeError, NotEnrolled, UsageError
 from protocols.messages.mqtt import MqttAddress
@@ -47,6 +50,42 @@ def test_tasks_in_the_environment_are_a_list(
     assert not chosen.allows("gait")
     assert not AgentSettings().allows("mnist"), "a new home allows nothing"
     assert AgentSettings(tasks=("*",)).allows("gait")
+
+
+@pytest.mark.attack("20.3", by="operator")
+@pytest.mark.parametrize(
+    "name", ["max_lr", "analyze_epsilon", "analyze_epsilon_per_question", "share_mbit_s"]
+)
+@pytest.mark.parametrize("text", ["inf", "nan", "1e999"])
+def test_a_limit_is_a_finite_number(tmp_path: Path, name: str, text: str) -> None:
+    """Attack: have an owner set a limit to a number that limits nothing: inf, nan, 1e999."""
+    with pytest.raises(UsageError, match=f"{name} must be a number"):
+        settings.change(tmp_path, **{name: settings.parse_value(name, text)})
+    file(tmp_path, f"{name} = {'inf' if text == '1e999' else text}\n")
+    with pytest.raises(UsageError, match=f"{name} must be a number"):
+        settings.read(tmp_path)
+
+
+def test_two_commands_at_once_lose_no_change(tmp_path: Path) -> None:
+    names = ["mnist", "ping", "tabular", "images", "motion", "text-lm"]
+    start = threading.Barrier(len(names) + 2)
+
+    def allow(name: str) -> None:
+        start.wait()
+        consents.allow(tmp_path, name)
+
+    def change(**values: Any) -> None:
+        start.wait()
+        settings.change(tmp_path, **values)
+
+    with ThreadPoolExecutor(len(names) + 2) as pool:
+        done = [pool.submit(allow, name) for name in names]
+        done += [pool.submit(change, threads=3), pool.submit(change, min_batch=9)]
+        for one in done:
+            one.result()
+    chosen = settings.read(tmp_path)
+    assert set(chosen.tasks) == set(chosen.consents) == set(names)
+    assert (chosen.threads, chosen.min_batch) == (3, 9)
 
 
 @pytest.mark.parametrize(

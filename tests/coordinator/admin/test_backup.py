@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 import stat
@@ -17,10 +18,12 @@ from agent.clientapp.interfaces import Queries
 from coordinator.admin import backup
 from coordinator.admin.backup import Manifest
 from coordinator.runs import recovery
-from coordinator.storage import run_events
+from coordinator.storage import run_events, settings
 from coordinator.storage.ledger import Ledger
+from coordinator.storage.seen_heads import SeenHeads, StoredStatement
 from protocols.errors import HomeError, HomeTooNew, UsageError
 from protocols.messages.states import RunState
+from protocols.messages.version_log import LogHead
 from protocols.messages.work import Work
 from tests.support.in_process_fleet import Fleet, fleet_of, some_data
 from tests.support.waiting import until
@@ -77,6 +80,21 @@ async def test_the_disk_is_lost_in_the_middle_and_the_newest_version_comes_from_
             await fleet.close()
     finally:
         await fleet.close()
+
+
+def test_a_backup_has_what_peers_have_signed(tmp_path: Path) -> None:
+    home, _ = settings.init(["localhost"])
+    Ledger(home / "ledger.db").close()
+    head = LogHead("f" * 16, 0, 1, bytes(32), 7, bytes(32), 1.0)
+    with contextlib.closing(SeenHeads(home)) as seen:
+        seen.add("ada", head, b"a statement")
+        backup.write(home, tmp_path / "backup.tar", with_versions=False)  # while it is open
+    backup.restore(tmp_path / "backup.tar", tmp_path / "again")
+    with contextlib.closing(SeenHeads(tmp_path / "again")) as seen:
+        assert seen.all() == [StoredStatement("ada", 7, b"a statement")]
+    (home / "seen.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(HomeError, match=r"seen\.db"):
+        backup.write(home, tmp_path / "other.tar", with_versions=False)
 
 
 async def test_a_finished_run_gets_its_model_back(tmp_path: Path) -> None:
@@ -152,7 +170,7 @@ async def test_a_restored_home_equals_the_original(tmp_path: Path) -> None:
     made = backup.restore(file, again)
     for name in made.files:
         assert (again / name).stat().st_mode & 0o077 == 0
-        if name != backup.LEDGER_FILE:
+        if name not in (backup.LEDGER_FILE, "seen.db"):
             assert (again / name).read_bytes() == (home / name).read_bytes()
     ledgers = [Ledger(folder / backup.LEDGER_FILE, read_only=True) for folder in (home, again)]
     first, second = (list(ledger.entries())[: made.entries] for ledger in ledgers)

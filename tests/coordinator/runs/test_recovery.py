@@ -19,6 +19,7 @@ from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work, WorkKind
 
 OWN, STRANGER = identity.new_signing_key(), identity.new_signing_key()
+FLEET = "f" * 16
 IS_OWN = partial(identity.verify, identity.public_bytes(OWN))
 HERE = frozenset("ABC")
 #: The ledger of the backup: one round of three is closed.
@@ -103,15 +104,26 @@ def test_rounds_that_the_ledger_never_saw_are_one_entry() -> None:
     assert (back.round, back.head, back.history, back.best) == (0, "v0", (), None)
 
 
-def signed(kind: WorkKind, number: int = 4, run: str = "r", key: identity.SigningKey = OWN):
-    work = Work(run=run, round=number, kind=kind, task="t", base="d" * 64 if kind != "init" else "")
+def signed(
+    kind: WorkKind,
+    number: int = 4,
+    run: str = "r",
+    key: identity.SigningKey = OWN,
+    fleet: str = FLEET,
+):
+    base = "d" * 64 if kind != "init" else ""
+    work = Work(run=run, round=number, kind=kind, task="t", base=base, fleet=fleet)
     return SIGNED_WORK.seal(work, key.sign)
 
 
 def test_work_proves_the_version_that_it_is_on() -> None:
-    assert recovery.verify_proof(seeking(), signed("train"), IS_OWN) == Holding(3, "d" * 64)
-    assert recovery.verify_proof(seeking(), signed("evaluate"), IS_OWN) == Holding(4, "d" * 64)
-    assert recovery.verify_proof(seeking(), None, IS_OWN) is None
+    assert recovery.verify_proof(seeking(), signed("train"), IS_OWN, FLEET) == Holding(3, "d" * 64)
+    assert recovery.verify_proof(seeking(), signed("evaluate"), IS_OWN, FLEET) == Holding(
+        4, "d" * 64
+    )
+    assert recovery.verify_proof(seeking(), None, IS_OWN, FLEET) is None
+    older = signed("train", fleet="")
+    assert recovery.verify_proof(seeking(), older, IS_OWN, FLEET) == Holding(3, "d" * 64)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +131,7 @@ def test_work_proves_the_version_that_it_is_on() -> None:
     [
         signed("train", key=STRANGER),
         signed("train", run="another"),
+        signed("train", fleet="0" * 16),
         signed("init"),
         signed("recall"),
         (b"{}", OWN.sign(b"commonweight work 1\n{}")),
@@ -128,8 +141,8 @@ def test_work_proves_the_version_that_it_is_on() -> None:
 def test_what_the_coordinator_did_not_sign_for_this_run_proves_nothing(
     proof: tuple[bytes, bytes],
 ) -> None:
-    with pytest.raises(UpdateRefused, match=r"work|proves"):
-        recovery.verify_proof(seeking(), proof, IS_OWN)
+    with pytest.raises(UpdateRefused, match=r"work|proves|fleet"):
+        recovery.verify_proof(seeking(), proof, IS_OWN, FLEET)
 
 
 def test_files_of_a_round_that_had_not_closed_are_deleted_after_the_recall(tmp_path: Path) -> None:
