@@ -500,7 +500,8 @@ class Hostile:
                 is_open &= name in open_seeds
                 for other in masked[name]:
                     if other in self.machines and not {name, other} & open_keys:
-                        is_open &= other in masked
+                        # A mask that only one of the two has added stays in the sum.
+                        is_open &= name in masked.get(other, ())
                         if other in left:
                             left.discard(other)
                             ahead.append(other)
