@@ -218,6 +218,14 @@ def test_loss_history_is_bounded_and_belongs_to_one_run() -> None:
     assert fleet.peers["A"].losses == [7.0]
 
 
+def test_the_sources_of_a_version_are_known_by_peer() -> None:
+    fleet = new_fleet("A")
+    known = PeerChanged(peer="A", name="a", public_key=KEY, fetched_from={"B": 3e6, "C": NAN})
+    reduce(fleet, said(COORDINATOR, 2, known), NOW)
+    assert fleet.peers["A"].fetched_from == {"B": 3e6}
+    assert decode(encode(fleet, NOW)).peers["A"].fetched_from == {"B": 3e6}
+
+
 def test_a_job_and_an_evaluation_leave_the_losses_of_the_training() -> None:
     fleet = new_fleet("A")
     job = JobChanged(job="scatter-1", kind="scatter", state="working", done=0, total=9)

@@ -129,6 +129,8 @@ def peers(site: Site, folder: Path, *names: str) -> Iterator[list[Peer]]:
 def test_a_version_crosses_the_coordinators_line_once(
     site: Site, tmp_path: Path, digest: str
 ) -> None:
+    published: list[str] = []
+    site.sharing.on_fetched = published.append
     with peers(site, tmp_path, "ann", "bob", "cyd") as fleet:
         for peer in fleet:
             assert weights.file_digest(peer.fetch(digest)) == digest
@@ -137,6 +139,12 @@ def test_a_version_crosses_the_coordinators_line_once(
         assert fleet[2].link.bytes_down == 0
         # The owner's caps count what came, from wherever.
         assert [peer.bandwidth.today() for peer in fleet] == [(0, SIZE)] * 3
+        # The monitor shows who passed the version on.
+        ann, bob, cyd = (peer.machine.peer for peer in fleet)
+        assert published == [bob, cyd]
+        assert site.sharing.fetched_from(ann) == {}
+        assert site.sharing.fetched_from(bob).keys() == {ann}
+        assert site.sharing.fetched_from(cyd).keys() <= {ann, bob}
 
 
 def test_who_is_still_fetching_passes_on_what_has_come(
