@@ -45,7 +45,7 @@ def check(
     """Show which peers fit a task, and why others do not.
 
     Nothing is trained. Peers describe data and model, within their owners' limits. The exit
-    status is 1 if a peer does not fit.
+    status is 1 if a peer that could be asked does not fit, or if none fits.
     """
     from msgspec.structs import replace
 
@@ -69,7 +69,7 @@ def check(
         for line in check_table.explain(report):
             print_line(line)
         print_line(f"{len(report.fitting)} of {num_peers} peers could train now")
-    if len(report.fitting) < num_peers or not num_peers:
+    if report.misfits or not report.fitting:
         raise typer.Exit(ExitCode.FAILED)
 
 
