@@ -84,7 +84,8 @@ LATER = (
     ),
     (
         *("3", "rebuild rows from updates of crafted weights (Fowl et al. 2022)", "coordinator"),
-        "the owner's limits make it take more updates; noise in training would stop it",
+        "the owner's limits make it take more updates; a run with noise (`--dp`) stops it, and an "
+        "owner can demand it (`privacy.max_epsilon`)",
     ),
     (
         *(
@@ -92,7 +93,7 @@ LATER = (
             "tell by a run's model made for one row whether that row is held out",
             "coordinator",
         ),
-        "metrics of a run's evaluations are exact; noise on them would stop it",
+        "metrics of a run's evaluations are exact; with `privacy.max_epsilon`, none leaves",
     ),
     (
         *("2", "put very many exact answers together, knowing most of the rows", "requester"),

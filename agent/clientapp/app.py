@@ -227,7 +227,9 @@ class Client:
         self._budget.charge(work, done)
         failpoint("agent.privacy.charged")
         # Sync the reply at once if state that stays on this peer changes with the update.
-        is_stateful = work.kind == "train" and bool(personal or registry.parse(work.codec).encoding)
+        is_stateful = work.kind == "train" and bool(
+            personal or registry.parse(work.codec).encoding or done.privacy
+        )
         finished = self._outbox.keep(work, done, synced=is_stateful)
         failpoint("agent.outbox.written")
         if work.kind == "evaluate":

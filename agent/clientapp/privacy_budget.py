@@ -10,14 +10,17 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
+from agent.home import privacy_ledger
 from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger, Purpose
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.floors import WITHOUT_DATA
 from agent.tasks.work import Done
-from protocols.errors import NotAllowed
+from protocols.errors import NotAllowed, UsageError
 from protocols.messages.work import Work
 from protocols.model import schema_card
-from protocols.privacy.events import Event, Exact
+from protocols.privacy import accountant, events, gaussian, private_training
+from protocols.privacy.events import Event, Exact, Gaussian, SampledGaussian
+from protocols.privacy.private_training import PrivateTraining
 
 #: What an answer of a run is for; others tell nothing of rows.
 _PURPOSES: dict[str, Purpose] = {
@@ -31,6 +34,9 @@ _WHAT = {
     "evaluation": "its metrics",
     "job": "its metrics",
 }
+
+#: The noise is chosen to cost exactly the run's ε, up to the accountant's grid.
+_RUN_SLACK = 1.001
 
 
 class PrivacyBudget:
@@ -56,20 +62,61 @@ class PrivacyBudget:
         return self._settings().privacy_max_epsilon > 0
 
     def check(self, work: Work) -> None:
-        """Raise NotAllowed for work whose answer has no noise, if the owner has a limit."""
-        if work.kind in ("train", "evaluate") and work.task not in WITHOUT_DATA:
+        """Raise NotAllowed for work whose answer cannot leave: it has no noise and the owner has a
+        limit, or its noise would cost more than is left.
+
+        Raises UsageError for a run whose noise is not possible here.
+        """
+        private = private_training.read(work.settings)
+        if work.kind not in ("train", "evaluate") or work.task in WITHOUT_DATA:
+            return
+        if private is None:
             self._check_exact(_PURPOSES[work.kind])
+        elif work.kind == "evaluate":
+            raise NotAllowed(f"{_WHAT['evaluation']} have no noise, and this run adds noise")
+        else:
+            self._check_private(work, private)
+
+    def _check_private(self, work: Work, private: PrivateTraining) -> None:
+        chosen = self._settings()
+        if chosen.fleet:
+            raise UsageError("a fleet below this agent cannot add the noise of a run with --dp")
+        if self._file is None or not self.has_limit:
+            return
+        if not self._ledger.events_of("training", work.run):  # before an hour of training
+            mu = gaussian.mu_for(private.epsilon, private.delta)
+            spent = [event for one in self._ledger.charges() for event in one.noisy]
+            privacy_ledger.check(spent, [Gaussian(1 / mu)], Limit.of(chosen))
 
     def charge(self, work: Work, done: Done) -> None:
         """Charge the result of work. Raises NotAllowed if the owner's limit does not allow it."""
         purpose = _PURPOSES.get(work.kind)
         if purpose is None or work.task in WITHOUT_DATA:
             return
+        if purpose == "training" and (private := private_training.read(work.settings)) is not None:
+            self._charge_training(work, private, done)
+            return
         if purpose == "survey":
             told = schema_card.decode(done.description)
             if isinstance(told, schema_card.SchemaCard):
                 return  # shapes, names and numbers of rows
         self.charge_exact(purpose, work.run, f"{work.task}, {_WHAT[purpose]}")
+
+    def _charge_training(self, work: Work, private: PrivateTraining, done: Done) -> None:
+        """Charge a round of training by the noise that was added, not by what the run says."""
+        added = events.decode(done.privacy) if done.privacy else ()
+        if not added or not all(isinstance(one, SampledGaussian) for one in added):
+            raise NotAllowed("the trainer added no noise, so the update stays on its machine")
+        if self._file is not None:
+            of_run = [*self._ledger.events_of("training", work.run), *added]
+            total = accountant.epsilon_of(of_run, private.delta, privacy_ledger.POINTS)
+            if total > private.epsilon * _RUN_SLACK:
+                raise NotAllowed(
+                    f"this run may cost ε = {private.epsilon:g} for a row of this peer, and with "
+                    f"this round it would be {total:.3g}",
+                    "a round that was interrupted counts twice; start another run with --dp",
+                )
+        self.charge_noisy("training", work.run, added, f"{work.task}, {_WHAT['training']}")
 
     def charge_exact(self, purpose: Purpose, name: str, about: str) -> None:
         """Record that something leaves without noise. Raises NotAllowed if there is a limit."""
@@ -79,11 +126,11 @@ class PrivacyBudget:
             self._known.add((purpose, name))
 
     def charge_noisy(
-        self, purpose: Purpose, name: str, events: tuple[Event, ...], about: str
+        self, purpose: Purpose, name: str, cost: tuple[Event, ...], about: str
     ) -> None:
         """Record what an answer with noise costs. Raises NotAllowed if the limit is exceeded."""
         if self._file is not None:
-            charge = Charge(purpose, name, events, self._fleet, about)
+            charge = Charge(purpose, name, cost, self._fleet, about)
             self._ledger.charge(charge, Limit.of(self._settings()))
 
     def _check_exact(self, purpose: Purpose) -> None:

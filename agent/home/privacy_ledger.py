@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS charges (
 """
 _COLUMNS = "at, purpose, name, asked_by, about, events, epsilon"
 #: A check needs no finer grid: it errs upwards, by less than a thousandth of ε.
-_POINTS = 1 << 15
+POINTS = 1 << 15
 #: Rounding of a noise that was chosen for exactly the limit.
 _SLACK = 1e-6
 
@@ -57,6 +57,11 @@ class Charge(NamedTuple):
     def is_exact(self) -> bool:
         """True if something left without noise, so that no ε bounds it."""
         return any(isinstance(event, Exact) for event in self.events)
+
+    @property
+    def noisy(self) -> tuple[Event, ...]:
+        """Its events that have noise."""
+        return tuple(event for event in self.events if not isinstance(event, Exact))
 
 
 class Limit(NamedTuple):
@@ -124,9 +129,9 @@ def ledger_file(home: Path) -> Path:
 def check(spent: Iterable[Event], more: Sequence[Event], limit: Limit) -> None:
     """Raise NotAllowed if `more` would exceed the owner's limit after `spent`."""
     before = list(spent)
-    total = accountant.epsilon_of([*before, *more], limit.delta, _POINTS)
+    total = accountant.epsilon_of([*before, *more], limit.delta, POINTS)
     if total > limit.epsilon + _SLACK:
-        now = accountant.epsilon_of(before, limit.delta, _POINTS)
+        now = accountant.epsilon_of(before, limit.delta, POINTS)
         raise NotAllowed(
             f"the owner's privacy_max_epsilon is {limit.epsilon:g} (at δ = {limit.delta:g}); "
             f"{now:.3g} is spent, and with this it would be {total:.3g}",
@@ -142,19 +147,19 @@ def spent_epsilon(charges: Iterable[Charge], delta: float) -> float:
 def left_epsilon(charges: Sequence[Charge], limit: Limit) -> float:
     """The ε of one more run, with Gaussian noise and the limit's δ, that the limit still allows."""
     spent, low, high = list(_noisy(charges)), 0.0, limit.epsilon
-    if accountant.epsilon_of(spent, limit.delta, _POINTS) >= limit.epsilon:
+    if accountant.epsilon_of(spent, limit.delta, POINTS) >= limit.epsilon:
         return 0.0
     while high - low > 1e-3 * limit.epsilon:
         middle = (low + high) / 2
         run = events.Gaussian(accountant.noise_for(middle, limit.delta, 1.0, 1))
-        fits = accountant.epsilon_of([*spent, run], limit.delta, _POINTS) <= limit.epsilon
+        fits = accountant.epsilon_of([*spent, run], limit.delta, POINTS) <= limit.epsilon
         low, high = (middle, high) if fits else (low, middle)
     return low
 
 
 def _noisy(charges: Iterable[Charge]) -> Iterable[Event]:
     for charge in charges:
-        yield from (event for event in charge.events if not isinstance(event, Exact))
+        yield from charge.noisy
 
 
 def _insert(db: sqlite3.Connection, charge: Charge, key: str | None = None) -> None:

@@ -18,6 +18,8 @@ from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings as DataSettings
 from protocols.errors import UnknownName, UsageError
 from protocols.model.weights import Array, Schema, Weights
+from protocols.privacy.events import Event
+from protocols.privacy.private_training import PrivateTraining
 from protocols.tables.class_names import ClassCounts
 from protocols.tables.evaluation_counts import Tallies
 from protocols.tables.statistics import TableStatistics
@@ -201,6 +203,21 @@ class KeepsOptimizerState(Protocol):
 
     def optimizer_state(self) -> Mapping[str, Array]:
         """The state of the optimizer after the last `train`, for `load_optimizer_state`."""
+
+
+@runtime_checkable
+class TrainsPrivately(Protocol):
+    """Optional: train with noise, so that no single row shows in an update (DP-SGD).
+
+    Only built-in tasks do: the noise is as good as the code that adds it.
+    """
+
+    def protect(self, private: PrivateTraining) -> None:
+        """Make the next `train` clip the gradient of each row and add noise. It then tells no
+        metric, and raises UsageError for a model in which examples depend on each other."""
+
+    def spent(self) -> tuple[Event, ...]:
+        """What the last `train` costs."""
 
 
 @runtime_checkable

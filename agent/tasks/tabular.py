@@ -44,7 +44,7 @@ from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.hyperparameters import TaskOptions, anything
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import Examples, autograd_step
+from agent.tasks.training.torch_loop import Examples, PrivateLoss, autograd_step
 from agent.tasks.training.torch_task import TorchTask, layer_schema
 from protocols.errors import DataError, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights
@@ -240,8 +240,19 @@ class Tabular(TorchTask):
         def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
             return loss(model.forward(w, x), y)
 
+        def losses_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
+            losses = loss(model.forward(w, x), y, reduction="none")
+            return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+
         examples = self._examples(self._rows(settings).trained_on)
-        return self._local.train(weights, plan, examples, autograd_step(loss_of), on_step)
+        return self._local.train(
+            weights,
+            plan,
+            examples,
+            autograd_step(loss_of),
+            on_step,
+            private_loss=PrivateLoss(losses_of),
+        )
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """On held-out rows: "loss" and "accuracy", or "loss" (of the scaled target), "mse" and

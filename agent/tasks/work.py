@@ -92,7 +92,8 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     A metric that is NaN or infinite arrives as None. `description` is the answer to Describe, as
     `protocols.model.schema_card` encodes it; with it, `num_examples` and `num_held_out` are those
     that later work will use, 0 if the task does not count them. `resumed_at` is the step of the
-    checkpoint from which training resumed; 0 if it did not.
+    checkpoint from which training resumed; 0 if it did not. `privacy`: what training with noise
+    costs, events as JSON (`protocols.privacy.events`).
     """
 
     id: int = 0
@@ -104,6 +105,7 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     tallies: dict[str, list[float]] = {}
     description: bytes = b""
     resumed_at: int = 0
+    privacy: str = ""
 
 
 Work = Describe | Init | Train | Evaluate | Predict | Export

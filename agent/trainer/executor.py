@@ -32,6 +32,7 @@ from agent.tasks import (
     Settings,
     Snapshot,
     Task,
+    TrainsPrivately,
     data_checks,
     floors,
     registry,
@@ -46,12 +47,20 @@ from agent.trainer.personalization import Personalization
 from agent.trainer.progress import StepCallback, WorkControl
 from agent.trainer.told_rows import ToldRows
 from protocols import VERSION
-from protocols.errors import BadWeights, CannotPredict, CommonweightError, TaskUnusable, UnknownName
+from protocols.errors import (
+    BadWeights,
+    CannotPredict,
+    CommonweightError,
+    TaskUnusable,
+    UnknownName,
+    UsageError,
+)
 from protocols.failpoints import failpoint
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
 from protocols.model.personalization import SCAFFOLD
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
+from protocols.privacy import events, private_training
 from protocols.tables import evaluation_counts
 
 #: In a checkpoint: the examples of its steps so far.
@@ -222,6 +231,9 @@ class WorkExecutor:
         on_step, resumed_at = self._metered(work, task)
         if hasattr(task, "defaults"):  # it takes the reserved settings
             settings = {**settings, "min_batch": work.data.floors.min_batch}
+        private = private_training.read(work.settings)
+        if private is not None:
+            _private_task(work, task).protect(private)
         training = personal.before_train(task, settings, base)
         trained, count, metrics = task.train(training.model, settings, on_step)
         failpoint("trainer.trained")
@@ -232,7 +244,10 @@ class WorkExecutor:
         kept_out = Path(work.personal_out) if work.personal_out else None
         update = personal.after_train(training, whole, kept_out)
         done = self._save(work.id, update, work.out, count, {**metrics, **training.metrics})
-        return msgspec.structs.replace(done, resumed_at=resumed_at)
+        spent = b""
+        if private is not None:
+            spent = events.encode(_private_task(work, task).spent())
+        return msgspec.structs.replace(done, resumed_at=resumed_at, privacy=spent.decode())
 
     def _metered(self, work: Train, task: Task) -> tuple[OnStep, int]:
         """The `on_step` of training, and the step at which training resumes."""
@@ -292,6 +307,23 @@ class WorkExecutor:
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
 
 
+def _private_task(work: Train, task: Task) -> TrainsPrivately:
+    """The task, if it is ours and can train with noise. Raises UsageError."""
+    if work.source or work.task not in private_training.TASKS:
+        raise UsageError(
+            f"the task {work.task} cannot train with noise for single rows",
+            f"tasks that can: {', '.join(private_training.TASKS)}",
+        )
+    if work.settings.get(SCAFFOLD):
+        raise UsageError("control variates have no noise", "--strategy fedavg")
+    if not isinstance(task, TrainsPrivately):
+        raise UsageError(
+            f"the task {work.task} trains with noise in PyTorch only, and this machine uses Keras",
+            "on that machine: commonweight-agent policy set framework torch",
+        )
+    return task
+
+
 def _export(work: Export, task: Task, model: Weights) -> Done:
     forms = task.forms if isinstance(task, Exporting) else ()
     if not isinstance(task, Exporting) or work.form not in forms:
@@ -331,7 +363,8 @@ def _split_settings(
 ) -> tuple[dict[str, Setting], dict[str, Setting]]:
     """The settings of the trainer, and those of the task."""
     scheme = {name: settings[name] for name in personalization.SETTINGS & settings.keys()}
-    return scheme, {name: value for name, value in settings.items() if name not in scheme}
+    hidden = scheme.keys() | private_training.SETTINGS
+    return scheme, {name: value for name, value in settings.items() if name not in hidden}
 
 
 def _check_tensors(tensors: Mapping[str, Array], schema: Schema) -> Weights:

@@ -22,6 +22,7 @@ from flwr.app import Message
 
 from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.data.settings import DataSettings
 from agent.home.settings_schema import AgentSettings
 from agent.transport.coordinator_client import _pack, _unpack
@@ -66,8 +67,15 @@ class Peer:
         self.uploaded = ""
         folder.mkdir()
         me = PeerIdentity(name, self.sign_key.sign, identity.public_bytes(coordinator))
+        self.owner = AgentSettings(tasks=("*",))
+        self.ledger = folder / "privacy.db"
         self.client = Client(
-            me, trainer, self, folder, settings=lambda: AgentSettings(tasks=("*",))
+            me,
+            trainer,
+            self,
+            folder,
+            settings=lambda: self.owner,
+            budget=PrivacyBudget(self.ledger, lambda: self.owner),
         )
 
     def fetch(self, work: Work) -> Path:

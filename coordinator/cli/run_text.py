@@ -36,6 +36,11 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         f"strategy {spec.strategy}{arguments}, codec {spec.codec}, quorum {spec.quorum}, "
         f"deadline {auto}{phase_deadline_s(run):g} s, weighting {spec.weighting}{select}{late}"
     )
+    if private := spec.private:
+        yield (
+            f"each peer adds noise of its own: ε {private.epsilon:g} at δ {private.delta:g} for a "
+            f"row in all {private.rounds} rounds, gradients clipped at {private.clip:g}"
+        )
     for peer, text in _refusals(run).items():
         yield f"refused {_name(peer, peers)}: {text}"
     if run.refusals > len(run.refusal_texts):

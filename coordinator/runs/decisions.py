@@ -293,7 +293,8 @@ def _decide_buffered(run: Run, observed: Observation) -> Step:
 
 def _decide_evaluating(run: Run, observed: Observation) -> Step:
     if not run.evaluating:
-        if run.spec.only == "train" or not observed.eligible:
+        # With noise for single rows, no metric of held-out rows leaves a peer either.
+        if run.spec.only == "train" or run.spec.private or not observed.eligible:
             return steps.CloseRound()
         return steps.OpenEvaluation(tuple(sorted(observed.eligible)))
     enough = run.spec.select and len(run.updates) >= run.spec.quorum

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from protocols.errors import UsageError
+from protocols.privacy.private_training import (
+    MAX_CLIP,
+    MAX_DELTA,
+    MAX_EPSILON,
+    MIN_CLIP,
+    MIN_DELTA,
+    MIN_EPSILON,
+)
 
 if TYPE_CHECKING:
     from coordinator.storage.run_events import RunSpec
@@ -95,6 +103,9 @@ _SHARE = Bounds("above 0 and at most 1", 0, 1, above_minimum=True)
 _FACTOR = Bounds("from 1x to 10x", 1, 10, or_zero=True)
 _OUTLIERS = Bounds("0, or 1 or more", 1, or_zero=True)
 _FINITE = Bounds("a finite number")
+_EPSILON = Bounds("0, or from 0.01 to 100", MIN_EPSILON, MAX_EPSILON, or_zero=True)
+_DELTA = Bounds("from 1e-12 to 0.01", MIN_DELTA, MAX_DELTA)
+_CLIP = Bounds("from 1e-6 to 1e6", MIN_CLIP, MAX_CLIP)
 #: The default of --outlier-limit: docs/quality.md has what was measured.
 OUTLIER_LIMIT = 3.0
 _STRATEGIES = (
@@ -145,6 +156,12 @@ OPTIONS = (
            "times"),
     Option("min-examples", int, 1, "A peer that trains on fewer examples gets no work from this "
            "run.", _FROM_1, "examples"),
+    Option("dp", float, 0.0, "Each peer adds noise of its own: all rounds together cost at most "
+           "this ε for one of its rows (0: no noise).", _EPSILON, "ε", other_field="dp_epsilon"),
+    Option("delta", float, 1e-5, "With --dp: the δ of that, well below 1 / the rows of a peer.",
+           _DELTA, other_field="dp_delta"),
+    Option("dp-clip", float, 1.0, "With --dp: the gradient of one row counts at most this much.",
+           _CLIP, "Euclidean norm"),
     Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "
            "another (FedBuff).", choices=("synchronous", "buffered")),
     Option("buffer", int, 0, "Buffered: this many updates make a version.", _FROM_0, "updates"),

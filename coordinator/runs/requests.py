@@ -123,6 +123,7 @@ class PendingRequests:
         for_trainers = self._adapter.trainer_settings(spec.strategy_args)
         parent, patch_bytes = self._model.patch_to(assignment.base)
         shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
+        noise = spec.private.settings() if spec.private else {}
         work = Work(
             run=run.id,
             since=run.since,
@@ -136,7 +137,7 @@ class PendingRequests:
             codec=spec.codec,
             turn=assignment.turn,
             seed=spec.seed + assignment.turn * _SEED_STRIDE,
-            settings={**spec.settings, **extra, **for_trainers, **shared},
+            settings={**spec.settings, **extra, **for_trainers, **shared, **noise},
             card=schema_card.encode(run.card).decode() if run.card else "",
             deadline_s=spec.deadline_s,
             # A buffer may have several updates of one peer.

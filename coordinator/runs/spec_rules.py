@@ -12,6 +12,7 @@ from coordinator.strategies.adapter import StrategyAdapter
 from protocols.codecs import registry
 from protocols.errors import UsageError
 from protocols.model import personalization
+from protocols.privacy import private_training
 
 
 class Rule(NamedTuple):
@@ -26,8 +27,26 @@ _BUFFERED = "--mode buffered"
 _SERVER = "use fedavg or a server optimizer"
 
 # fmt: off
+#: Rules for runs with noise.
+_PRIVATE_RULES = (
+    Rule(lambda spec, _: spec.task not in private_training.TASKS,
+         "--dp needs a task that can train with noise for single rows, and {spec.task} cannot",
+         f"one of {', '.join(private_training.TASKS)}"),
+    Rule(lambda spec, _: spec.mode != "synchronous",
+         f"--dp cannot be used with {_BUFFERED}: nobody knows how often a peer trains, and so how "
+         "much noise it needs", "--mode synchronous"),
+    Rule(lambda spec, adapter: bool(adapter.required_metric(spec.strategy_args))
+             or personalization.SCAFFOLD in adapter.trainer_settings(spec.strategy_args),
+         "--dp cannot be used with {spec.strategy}, which needs figures of each peer without noise",
+         f"{_SERVER}"),
+    Rule(lambda spec, _: bool(spec.best_metric or spec.patience) or spec.target is not None,
+         "with --dp no metric leaves a peer, so --best-metric, --patience and --target have no "
+         "effect", "leave them out"),
+)
 #: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
+    Rule(lambda spec, _: bool(private_training.SETTINGS & spec.settings.keys()),
+         "noise is no setting of a task", "--dp, --delta and --dp-clip"),
     Rule(lambda spec, _: bool(personalization.SETTINGS & spec.settings.keys()),
          "{reserved} is no setting of a task: the strategy sets it",
          "--strategy scaffold or fedbn, with --strategy-arg"),
@@ -72,7 +91,7 @@ def check(spec: RunSpec) -> None:
     adapter = strategies.find(spec.strategy)
     reserved = min(personalization.SETTINGS & spec.settings.keys(), default="")
     of_mode = _BUFFERED_RULES if spec.mode == "buffered" else _SYNCHRONOUS_RULES
-    for rule in (*_RULES, *of_mode):
+    for rule in (*_RULES, *of_mode, *(_PRIVATE_RULES if spec.private else ())):
         if rule.is_broken(spec, adapter):
             text, hint = (t.format(spec=spec, reserved=reserved) for t in (rule.text, rule.hint))
             raise UsageError(text, hint)

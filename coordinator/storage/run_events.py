@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 from protocols.messages.envelope import Count, Integer, Metrics, Settings, Tallies
 from protocols.messages.states import RunState
 from protocols.model.schema_card import Description, SchemaCard
+from protocols.privacy.private_training import PrivateTraining
 
 Setting = str | int | float | bool
 #: Without a pattern: ledgers of older versions have any text.
@@ -51,6 +52,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     version. An update that is up to `max_staleness` versions behind counts 1/√(1 + staleness),
     times `server_lr`.
     `min_examples`: a peer that trains on fewer examples gets no work from this run.
+    `dp_epsilon`, `dp_delta`: each peer adds noise of its own, so that all rounds together cost at
+    most that for one of its rows (0: no noise). `dp_clip`: the maximum norm of a row's gradient.
     `only`: the single part that a parent fleet requests from this one (empty: all parts), in the
     parent's round `first_round`. `check`: a run of only the part `describe` that keeps what
     each peer described, for `commonweight run check`.
@@ -88,6 +91,16 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     concurrency: Integer = 0
     server_lr: float = 1.0
     check: bool = False
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-5
+    dp_clip: float = 1.0
+
+    @property
+    def private(self) -> PrivateTraining | None:
+        """What the run asks of peers that add noise; None without noise."""
+        if not self.dp_epsilon:
+            return None
+        return PrivateTraining(self.dp_epsilon, self.dp_delta, self.dp_clip, self.rounds)
 
 
 class Update(Struct, frozen=True, kw_only=True):

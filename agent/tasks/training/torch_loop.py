@@ -18,21 +18,27 @@ bytes.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from agent.tasks import OnStep, Snapshot, TrainOutcome, Watch
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
+from agent.tasks.training.clipped_gradients import ClippedGradients, LossesOf, examples_depend
 from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.loop_state import LoopState as LoopState
 from agent.tasks.training.loop_state import Tensors as Tensors
 from agent.tasks.training.loop_state import as_arrays
+from agent.tasks.training.secret_noise import SecretNoise
 from protocols.errors import UsageError
 from protocols.model.weights import Array, Weights
+from protocols.privacy.events import Event
+from protocols.privacy.private_training import PrivateTraining
 
 #: Examples that are shuffled at a time, so that an epoch needs no second copy of the data.
 _ORDERED = 4096
@@ -53,6 +59,17 @@ Step = Callable[[Tensor, Tensor], float]
 LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]
 
 
+class PrivateLoss(NamedTuple):
+    """What training with noise for single rows needs of a task.
+
+    `inputs_of` makes examples x what the model takes; `losses_of(weights, inputs, y) -> float32[n]`
+    are the losses of single examples.
+    """
+
+    losses_of: LossesOf
+    inputs_of: Callable[[Tensor], Tensor] = lambda x: x
+
+
 class TrainingLoop:
     """The loop, and methods of `Resumable`, `Steerable` and `Continuing` for the task that it
     works for."""
@@ -64,6 +81,8 @@ class TrainingLoop:
         self._recalled: Mapping[str, Array] = {}
         self._left: Mapping[str, Array] = {}
         self._watch: Watch = lambda places: None
+        self._private: PrivateTraining | None = None
+        self._spent: tuple[Event, ...] = ()
 
     def train(
         self,
@@ -74,17 +93,33 @@ class TrainingLoop:
         on_step: OnStep,
         *,
         buffers: frozenset[str] = frozenset(),
+        private_loss: PrivateLoss | None = None,
     ) -> TrainOutcome:
         """Train on these examples; the metric "loss" is the mean of the last epoch.
 
-        `buffers` are floating-point tensors without a gradient.
+        `buffers` are floating-point tensors without a gradient. `private_loss` is for training with
+        noise (`protect`), which tells no metric.
         """
         device, count = examples.x.device, len(examples.y)
+        private, self._private, self._spent = self._private, None, ()
+        if private is not None and (private_loss is None or buffers or self._correction):
+            raise examples_depend()
         at = LoopState(weights, plan, device, examples.part, buffers, self._correction)
         at.load_optimizer_state(self._recalled)
         if self._restored is not None:
             at.restore(self._restored)
         self._at, self._restored, self._correction, self._recalled = at, None, {}, {}
+        if private is not None and private_loss is not None:
+            watch, self._watch = self._watch, lambda places: None
+            try:
+                watch(np.arange(count))
+                self._spent = (
+                    _train_privately(at, plan, examples, private, private_loss, on_step),
+                )
+            finally:
+                self._at = None
+            self._left = as_arrays(at.state)
+            return TrainOutcome(_weights_of(at), count, {})
         step, steps = make_step(at, plan), plan.steps(count)
         batch, tail = plan.batch_size or count, plan.tail(count)
         watch, self._watch = self._watch, lambda places: None
@@ -108,8 +143,15 @@ class TrainingLoop:
         finally:
             self._at = None
         self._left = as_arrays(at.state)
-        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()}
-        return TrainOutcome(Weights(arrays), count, {"loss": at.total / at.passed})
+        return TrainOutcome(_weights_of(at), count, {"loss": at.total / at.passed})
+
+    def protect(self, private: PrivateTraining) -> None:
+        """Make the next `train` add noise, so that no single example shows."""
+        self._private = private
+
+    def spent(self) -> tuple[Event, ...]:
+        """What the last `train` costs in privacy; empty without noise."""
+        return self._spent
 
     def watch_epochs(self, watch: Watch) -> None:
         """Make the next `train` call this before each epoch, with the places of the examples
@@ -178,6 +220,48 @@ def mean_gradient(
         for name, tensor in trained.items()
         if tensor.grad is not None
     }
+
+
+def _weights_of(at: LoopState) -> Weights:
+    return Weights({name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()})
+
+
+def _train_privately(
+    at: LoopState,
+    plan: Hyperparameters,
+    examples: Examples,
+    private: PrivateTraining,
+    loss: PrivateLoss,
+    on_step: OnStep,
+) -> Event:
+    """DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1), in place; returns what it costs.
+
+    Each step takes a Poisson sample, whose expected size is the batch. The divisor is that size,
+    which is public, and not the number of examples in the sample. No loss is told.
+    """
+    count = len(examples.y)
+    batch = min(plan.batch_size or count, count)
+    steps = plan.epochs * -(-count // batch)
+    steps = min(steps, plan.max_steps) if plan.max_steps else steps
+    event, noise = private.event(batch / count, steps), SecretNoise()
+    gradients = ClippedGradients(loss.losses_of, at.trained, private.clip)
+    optimiser = _optimiser(at, plan)
+    while at.done < steps:
+        places = torch.from_numpy(noise.sample(count, event.rate)).to(examples.y.device)
+        sums = gradients.sum(at.weights, loss.inputs_of(examples.x[places]), examples.y[places])
+        for name in at.trained:
+            total = sums[name].double().cpu().numpy()
+            total += (event.noise * private.clip) * noise.normals(total.size).reshape(total.shape)
+            at.weights[name].grad = torch.from_numpy(total / batch).to(at.weights[name])
+        if at.origin:
+            _adjust_gradients(at, plan)
+        if plan.clip_norm:
+            torch.nn.utils.clip_grad_norm_([at.weights[n] for n in at.trained], plan.clip_norm)
+        optimiser.step()
+        at.done += 1
+        at.passed += batch
+        on_step(at.done, steps, math.nan, at.seen + at.passed)
+    return event
 
 
 def _step_of(step: Step, x: Tensor, y: Tensor, size: int) -> float:

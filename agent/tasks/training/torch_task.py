@@ -19,6 +19,7 @@ from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.torch_loop import (
     Examples,
     LossOf,
+    PrivateLoss,
     Step,
     TrainingLoop,
     autograd_step,
@@ -70,6 +71,7 @@ class TorchTask:
         self.load_optimizer_state = self._local.load_optimizer_state
         self.optimizer_state = self._local.optimizer_state
         self.watch_epochs = self._local.watch_epochs
+        self.protect, self.spent = self._local.protect, self._local.spent
 
     def load(self, data: DataSettings) -> None:
         """Store the data settings. Subclasses read the data when the run's settings are known."""
@@ -135,9 +137,13 @@ class ClassifierTask(TorchTask):
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """Train with SGD or AdamW; the metric "loss" is the mean of the last epoch."""
-        forward = self._forward(settings)
+        forward = whole = self._forward(settings)
         if self._data.compile:
             forward = torch.compile(forward)
+
+        def losses_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(whole(w, x, True), y, reduction="none")
+
         return self._local.train(
             weights,
             self._hyperparameters(settings),
@@ -145,6 +151,7 @@ class ClassifierTask(TorchTask):
             self._make_step(settings, self._loss_of(forward, settings, augment=True)),
             on_step,
             buffers=self._buffers(settings),
+            private_loss=PrivateLoss(losses_of, self._inputs_of(settings, augment=True)),
         )
 
     def lr_times_steps(self, settings: Settings) -> float:

@@ -100,7 +100,7 @@ def outside(bounds: Bounds) -> float:
         return float("inf")
     if bounds.above_minimum:
         return int(bounds.minimum)
-    return 0.5 if bounds.or_zero else int(bounds.minimum) - 1
+    return bounds.minimum / 2 if bounds.or_zero else bounds.minimum - 1
 
 
 @pytest.mark.parametrize("option", BOUNDED, ids=lambda o: o.name)

@@ -1,0 +1,86 @@
+"""Training with noise for single rows: what a run asks for, and the noise that it takes.
+
+A peer adds the noise to its own gradients (DP-SGD, Abadi et al. 2016, arXiv 1607.00133), so its
+owner trusts nobody else. The settings of a run say what the whole run may cost; each peer chooses
+the noise for its own number of rows. Pure.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from protocols.errors import UsageError
+from protocols.privacy import accountant
+from protocols.privacy.events import MAX_NOISE, SampledGaussian
+
+#: Names in the settings of work. They are those of the run, and no task sees them.
+EPSILON, DELTA, CLIP, ROUNDS = "dp_epsilon", "dp_delta", "dp_clip", "dp_rounds"
+SETTINGS = frozenset({EPSILON, DELTA, CLIP, ROUNDS})
+#: From MIN to MAX, both included. More ε than that is no protection.
+MIN_EPSILON, MAX_EPSILON = 0.01, 100.0
+MIN_DELTA, MAX_DELTA = 1e-12, 1e-2
+MIN_CLIP, MAX_CLIP = 1e-6, 1e6
+MAX_ROUNDS = 1_000_000
+#: Built-in tasks that can train with noise: each of their examples is a row or picture of the
+#: owner. In others, examples overlap (`motion`, texts).
+TASKS = ("images", "mnist", "tabular")
+
+
+class PrivateTraining(NamedTuple):
+    """All `rounds` of a run cost at most (`epsilon`, `delta`) for each row of a peer. The gradient
+    of one row has at most the norm `clip`."""
+
+    epsilon: float
+    delta: float
+    clip: float
+    rounds: int
+
+    def settings(self) -> dict[str, float | int]:
+        """The settings of work that say so."""
+        values = (self.epsilon, self.delta, self.clip, self.rounds)
+        return dict(zip((EPSILON, DELTA, CLIP, ROUNDS), values, strict=True))
+
+    def event(self, rate: float, steps: int) -> SampledGaussian:
+        """A round of `steps` steps over Poisson samples, with the noise that all rounds need.
+
+        Raises UsageError if no noise is enough.
+        """
+        noise = _noise(self.epsilon, self.delta, rate, steps * self.rounds)
+        if not noise < MAX_NOISE:
+            raise UsageError(
+                f"no noise is enough for ε = {self.epsilon:g} in {self.rounds} rounds", "--dp 3"
+            )
+        return SampledGaussian(noise, rate, steps)
+
+
+def read(settings: Mapping[str, object]) -> PrivateTraining | None:
+    """What the settings of work ask for; None for training without noise. Raises UsageError."""
+    if SETTINGS.isdisjoint(settings):
+        return None
+    epsilon, delta, clip, rounds = (
+        _number(settings, name) for name in (EPSILON, DELTA, CLIP, ROUNDS)
+    )
+    for name, value, low, high in (
+        (EPSILON, epsilon, MIN_EPSILON, MAX_EPSILON),
+        (DELTA, delta, MIN_DELTA, MAX_DELTA),
+        (CLIP, clip, MIN_CLIP, MAX_CLIP),
+        (ROUNDS, rounds, 1, MAX_ROUNDS),
+    ):
+        if not low <= value <= high:
+            raise UsageError(f"{name} must be from {low:g} to {high:g}, not {value:g}", "--dp 3")
+    return PrivateTraining(epsilon, delta, clip, int(rounds))
+
+
+def _number(settings: Mapping[str, object], name: str) -> float:
+    value = settings.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"a run with noise needs a number {name}, not {value!r}", "--dp 3")
+    return float(value)
+
+
+@functools.lru_cache(maxsize=64)
+def _noise(epsilon: float, delta: float, rate: float, count: int) -> float:
+    return accountant.noise_for(epsilon, delta, rate, count)
