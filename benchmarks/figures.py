@@ -35,6 +35,7 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
     ("docs/benchmarks.md", "the monitor"): ("bench/monitor-results.json", small_tables.monitor),
     ("docs/jobs.md", "spreading rows"): ("bench/jobs-results.json", small_tables.jobs),
     ("docs/jobs.md", "serving"): ("bench/serve-results.json", small_tables.serve),
+    ("docs/privacy.md", "noise of each peer"): ("quality/privacy-results.json", quality.privacy),
     ("docs/quality.md", "codecs"): ("quality/quality-results.json", quality.codecs),
     ("docs/quality.md", "strategies"): ("quality/quality-results.json", quality.strategies),
     ("docs/quality.md", "cameras"): ("quality/quality-results.json", quality.cameras),

@@ -80,7 +80,9 @@ class PrivacyLedger:
 
     def __init__(self, path: Path) -> None:
         self._db = open_database(path, _SCHEMA)
-        _take_over_answers(self._db, path.with_name("analysis.db"))
+        # The log of answers is beside it, or where older versions had it until the next question.
+        for folder in (path.parent, path.parent.parent):
+            _take_over_answers(self._db, folder / "analysis.db")
 
     def close(self) -> None:
         self._db.close()

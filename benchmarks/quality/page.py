@@ -218,3 +218,19 @@ def _share(results: dict[str, Any], rows: Sequence[Row], whole: str) -> str:
 
 def _losses(rows: Sequence[Row]) -> str:
     return ", ".join(f"{row['losses'][-1]:.3f}" for row in rows)
+
+
+def privacy(results: dict[str, Any]) -> str:
+    """ε against accuracy with noise of each peer's own: a line for each number of peers and ε."""
+    lines = [
+        "| peers | ε of the run | noise: deviation over clip | accuracy | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    rows = results["rows"]
+    groups = {(row["peers"], row["epsilon"]) for row in rows}
+    for peers, epsilon in sorted(groups):
+        mine = [r for r in rows if (r["peers"], r["epsilon"]) == (peers, epsilon)]
+        found = [row["accuracy"] for row in mine]
+        shown = f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+        lines.append(f"| {peers} | {epsilon:g} | {mine[0]['noise']:.1f} | {shown} | {len(found)} |")
+    return "\n".join(lines) + "\n"

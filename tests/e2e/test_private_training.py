@@ -1,0 +1,43 @@
+"""Noise for single rows on a whole fleet: sandboxed trainers, owners' budgets, a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.fleet_harness import fleet
+
+pytestmark = pytest.mark.long
+
+RUN = ("mnist", "--quorum", "2", "--rounds", "3", "--deadline", "2m")
+NOISE = ("--dp", "3", "--set", "batch_size=all", "--set", "epochs=1")
+
+
+def test_a_run_with_noise_is_charged_and_survives_a_kill_and_a_limit(tmp_path: Path) -> None:
+    with fleet(tmp_path) as site:
+        site.up()
+        site.join_parts({"north": "0/2", "south": "1/2"})
+        site.start("north", "south")
+        run = site.ended_run(site.start_run(*RUN, *NOISE))
+        assert (run["state"], len(run["history"])) == ("finished", 3)
+        assert [closed["metrics"] for closed in run["history"]] == [{}, {}, {}]
+        assert "each peer adds noise of its own: ε 3" in site.ask("run", "show", run["id"]).stdout
+
+        def spent(name: str) -> str:
+            return site.ask_agent(name, "budget").stdout
+
+        told = spent("north")
+        assert f"training {run['id'][:24]}" in told
+        assert "3 answers with noise, ε 3 alone" in told
+        # A kill forgets nothing, and the limit counts what was spent before there was one.
+        site.programs["north"].kill()
+        assert spent("north") == told
+        done = site.ask_agent("north", "policy", "set", "privacy.max_epsilon", "4")
+        assert done.returncode == 0, done.stderr
+        site.start_agent("north")
+        refused = site.start_run(*RUN, *NOISE)
+        site.until_agent("north", "is there", lambda status: status)
+        ended = site.ended_run(refused)
+        assert "privacy_max_epsilon is 4" in str(ended)
+        assert "3 answers with noise" in spent("north")
