@@ -147,7 +147,7 @@ unit() {
 Description=commonweight coordinator: aggregates what agents have learnt
 
 [Service]
-ExecStart="$folder/bin/commonweight" up
+ExecStart="$(printf %s "$folder" | sed 's/%/%%/g')/bin/commonweight" up
 Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=2 4 5
@@ -172,6 +172,9 @@ if $service && [ "$role" = agent ]; then
     fi
 elif $service && [ "$system" = Linux ]; then
     units=${XDG_CONFIG_HOME:-$HOME/.config}/systemd/user
+    $dry || systemctl --user show-environment >/dev/null 2>&1 || fail \
+        "installed, but not as a service: systemd does not run for this user" \
+        "log in on the machine itself, not with su or in a container, or run: $folder/bin/commonweight up"
     run "$folder/bin/commonweight" init
     run mkdir -p "$units"
     if $dry; then echo "+ write $units/commonweight.service"; else

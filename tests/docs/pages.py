@@ -83,12 +83,14 @@ class Block(NamedTuple):
 
     `<!-- run: PLACES -->`, `<!-- not run: REASON -->`, or
     `<!-- run: PLACES; not run: PART OF A LINE (REASON); … -->`. `left_out`: reasons by line.
+    `shown`: the output of one of the lines, as the page has it in the block after this one.
     """
 
     page: str
     places: tuple[str, ...]
     lines: tuple[str, ...]
     left_out: dict[str, str]
+    shown: str = ""
 
 
 def name_of(page: Path) -> str:
@@ -125,14 +127,17 @@ def _sentences(text: str) -> list[str]:
 
 
 _SH = re.compile(
-    r"(?:^<!-- ((?:not )?run: [^\n]*?) -->\n)?^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- ((?:not )?run: [^\n]*?) -->\n)?^```sh\n(.*?)^```(?:\n\n```text\n(.*?)^```)?",
+    re.MULTILINE | re.DOTALL,
 )
+#: In an output that a page shows: an id or digest, a number, something left out, space.
+_VARIES = re.compile(r"(?P<id>\b[0-9a-f]{6}(?:[0-9a-f]{6})?\b)|(?P<number>\d+(?:\.\d+)?)|…|\s+")
 
 
 def blocks(page: str, text: str) -> list[Block]:
     """The blocks of command lines of a page; a continued line is one line. Raises ValueError for
     a block without a comment, or with one that cannot be read."""
-    return [_block(page, marker, body) for marker, body in _SH.findall(text)]
+    return [_block(page, marker, body, shown) for marker, body, shown in _SH.findall(text)]
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -140,7 +145,29 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks(name_of(page), page.read_text())
 
 
-def _block(page: str, marker: str, body: str) -> Block:
+def as_shown(shown: str, printed: str) -> bool:
+    """True if the output has the lines that a page shows, with ids and numbers of its own."""
+    lines = [
+        r"(?:.*\n)*?" if line.strip() == "…" else _line_pattern(line) for line in shown.splitlines()
+    ]
+    return re.search("^" + "".join(lines), printed + "\n", re.MULTILINE) is not None
+
+
+def _line_pattern(line: str) -> str:
+    pieces, end = [], 0
+    for found in _VARIES.finditer(line.rstrip()):
+        pieces.append(re.escape(line[end : found.start()]))
+        if found["id"]:
+            pieces.append(rf"[0-9a-f]{{{len(found['id'])}}}")
+        elif found["number"]:
+            pieces.append(r"\d+(?:\.\d+)?")
+        else:
+            pieces.append(".*" if found[0] == "…" else r"\s+")
+        end = found.end()
+    return "".join(pieces) + re.escape(line[end:].rstrip()) + r"[^\S\n]*\n"
+
+
+def _block(page: str, marker: str, body: str, shown: str) -> Block:
     whole = re.sub(r"\\\n", " ", body)
     lines = tuple(line for line in whole.splitlines() if line.strip() and line[0] != "#")
     run, _, rest = marker.partition("not run: ")
@@ -160,4 +187,4 @@ def _block(page: str, marker: str, body: str) -> Block:
         raise ValueError(f"{page}: say where this runs, or why not: {lines}")
     if unknown := set(reasons.values()) - set(NOT_RUN):
         raise ValueError(f"{page}: {unknown} is no reason; known are {sorted(NOT_RUN)}")
-    return Block(page, places, lines, reasons)
+    return Block(page, places, lines, reasons, shown)

@@ -152,6 +152,24 @@ def test_a_block_says_where_it_runs_or_why_not() -> None:
             pages.blocks("p", marker + text)
 
 
+def test_an_output_of_a_page_is_compared_with_what_was_printed() -> None:
+    shown = "run 1/20 loss 0.5 … 3.48 s\n…\ntabular-7dc222 finished: 20 by 94d57e368ae9\n"
+    (block,) = pages.blocks("p", f"<!-- run: labs -->\n```sh\na\n```\n\n```text\n{shown}```\n")
+    assert block.shown == shown
+    printed = "\n".join(
+        (
+            "begin",
+            "run 1/20 loss 0.612  rows 3  2 s",
+            "run 2/20",
+            "tabular-000abc finished: 3 by abc",
+        )
+    ).replace("by abc", "by 000abc000abc")
+    assert pages.as_shown(shown, printed)
+    assert not pages.as_shown(shown, printed.replace("finished", "failed"))
+    assert not pages.as_shown(shown, printed.replace("loss", "gain"))
+    assert not pages.as_shown(shown, printed.replace("begin\nrun 1", "run x"))
+
+
 # --- the rules themselves ---------------------------------------------------------------------
 
 

@@ -264,12 +264,17 @@ def test_commands_work_as_written(site: Site) -> None:
         for block in found:
             if block.places == ("checkout",):
                 continue
+            outputs = []
             try:
                 for line, printed in site.follow(block):
+                    outputs.append(printed)
                     print(f"{name}: {line}\n{printed[-400:]}", flush=True)
                     for (page, start), expected in PRINTS.items():
                         if page == name and line.startswith(start):
                             assert re.search(expected, printed), f"{line}\n{printed}"
+                if block.shown:
+                    found = any(pages.as_shown(block.shown, printed) for printed in outputs)
+                    assert found, f"not as shown: {block.lines}\n{outputs}"
             except (AssertionError, subprocess.TimeoutExpired) as err:
                 print(f"FAILED {name}: {str(err)[:3000]}", flush=True)
                 failed.append(f"{name}: {str(err)[:1500]}")

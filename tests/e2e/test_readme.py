@@ -16,7 +16,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -29,45 +28,9 @@ from tests.support.wheels import SCRIPTS, python_in
 README = (ROOT / "README.md").read_text()
 CLINICS = ("north", "south", "west")
 DOWNLOADS = bool(os.environ.get("README_DOWNLOADS"))
-_BLOCK = re.compile(
-    r"^<!-- run: (\w+) -->\n```sh\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL
-)
 #: What an extra brings that nothing else does, by the name that is imported.
 _IMPORTED = {"scikit-learn": "sklearn", "pillow": "PIL", "tensorflow-cpu": "tensorflow"}
-#: In the output that the README shows: an id, a number, something left out, space.
-_VARIES = re.compile(r"(-[0-9a-f]{6}\b)|(\d+(?:\.\d+)?)|(…)|(\s+)")
-
-
-class Block(NamedTuple):
-    """Where the lines run, the lines, and the output that the README shows for them."""
-
-    place: str
-    lines: list[str]
-    shown: str
-
-
-BLOCKS = [
-    Block(place, [line for line in body.splitlines() if line.strip()], shown)
-    for place, body, shown in _BLOCK.findall(README)
-]
-
-
-def as_shown(shown: str, printed: str) -> bool:
-    """True if the output has the lines that the README shows, with ids and numbers of its own."""
-    lines = []
-    for line in shown.splitlines():
-        if line.strip() == "…":
-            lines.append(r"(?:.*\n)*")
-            continue
-        pieces, at = [], 0
-        for found in _VARIES.finditer(line):
-            pieces.append(re.escape(line[at : found.start()]))
-            id_, number, left_out, _ = found.groups()
-            ours = r"-[0-9a-f]{6}" if id_ else r"\d+(?:\.\d+)?" if number else None
-            pieces.append(ours or (".*" if left_out else r"\s+"))
-            at = found.end()
-        lines.append("".join(pieces) + re.escape(line[at:]) + r"\s*\n")
-    return re.search("^" + "".join(lines), printed + "\n", re.MULTILINE) is not None
+BLOCKS = pages.blocks("README.md", README)
 
 
 def packages(extras: set[str]) -> set[str]:
@@ -163,13 +126,12 @@ def machines(tmp_path: Path) -> Iterator[dict[str, FreshMachine]]:
 
 
 def test_each_block_names_its_machine_and_each_extra_is_one() -> None:
-    assert [block.place for block in BLOCKS] == ["checkout"] * 2 + [
-        *("coordinator", "coordinator", "clinics", "coordinator", "clinics")
+    assert [block.places for block in BLOCKS] == [
+        *(("checkout",), ("checkout",), ("coordinator",), ("coordinator",), ("clinics",)),
+        *(("coordinator",), ("clinics",)),
     ]
-    assert len(BLOCKS) == len(pages.blocks("README.md", README))
-    assert [block.shown for block in BLOCKS if block.shown] == re.findall(
-        r"^```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL
-    )
+    assert not any(block.left_out for block in BLOCKS)
+    assert sum(bool(block.shown) for block in BLOCKS) == README.count("```text\n")
     assert {"torch", "pyarrow"} <= packages({"tabular"})
     assert "torch" not in packages({"analyze"})
 
@@ -178,21 +140,14 @@ def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 800
 
 
-def test_output_is_as_shown() -> None:
-    shown = "round 1/20 loss 0.5 … 3.48 s\n…\ntabular-7dc222 finished: done\n"
-    printed = "begin\nround 1/20 loss 0.612  rows 3  2 s\nround 2/20\ntabular-000abc finished: done"
-    assert as_shown(shown, printed)
-    assert not as_shown(shown, printed.replace("finished", "failed"))
-    assert not as_shown(shown, printed.replace("loss", "gain"))
-
-
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_the_readme_works_as_written(machines: dict[str, FreshMachine], tmp_path: Path) -> None:
     checkout, ticket, printed = Checkout(tmp_path), "", ""
     for block in BLOCKS:
         where = {"clinics": [machines[name] for name in CLINICS], "checkout": [checkout]}
-        for machine in where.get(block.place) or [machines[block.place]]:
+        (place,) = block.places
+        for machine in where.get(place) or [machines[place]]:
             told = []
             for line in block.lines:
                 ours = line.replace("north", machine.name)
@@ -205,7 +160,7 @@ def test_the_readme_works_as_written(machines: dict[str, FreshMachine], tmp_path
                     for other in machines.values():
                         shutil.copy(checkout.wheel, other.home)
             if block.shown:
-                assert any(as_shown(block.shown, one) for one in told), told
+                assert any(pages.as_shown(block.shown, one) for one in told), told
             if any(" run start " in line for line in block.lines):
                 assert re.search(r"^round 20/20 accuracy 0\.8\d.* peers 3 ", told[0], re.MULTILINE)
     for name in CLINICS:
