@@ -19,7 +19,7 @@ from protocols.local import homes
 def monitor(
     once: Annotated[bool, typer.Option("--once", help="Print everything once and exit.")] = False,
 ) -> None:
-    """Watch this machine: policy, next hours, CPU, budget and what left."""
+    """Watch this machine: its policy, CPU, budget, and what left it."""
     home = homes.open_home("agent")
     if once or not sys.stdout.isatty():
         _print(home)

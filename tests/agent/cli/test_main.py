@@ -43,7 +43,7 @@ def test_every_command_has_its_help(agent_home: Path) -> None:
     code, said, _ = agent(agent_home, "--help")
     assert code == 0
     for command in (
-        "join", "up", "status", "leave", "pause", "resume", "policy", "service", "logs", "doctor",
+        "join", "up", "status", "leave", "pause", "policy", "service", "logs", "doctor",
     ):  # fmt: skip
         assert re.search(rf"^  {command}  +\w", said, re.MULTILINE), command
 
