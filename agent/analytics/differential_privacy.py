@@ -33,7 +33,8 @@ from protocols.tables.statistics import Moments
 
 Number = TypeVar("Number", int, float)
 
-DELTA = 1e-6
+#: A hundred questions with groups reach the default of the owner's `privacy.delta`.
+DELTA = 1e-7
 _MAX_NOISE_SCALE = 2**50
 
 
