@@ -39,9 +39,16 @@ def budget(
     home = homes.open_home("agent")
     limit = Limit.of(settings.read(home))
     with contextlib.closing(PrivacyLedger(privacy_ledger.ledger_file(home))) as ledger:
+        if note and not add:
+            raise UsageError(
+                "--note belongs to --add", "commonweight-agent budget --add 0.5 --note …"
+            )
         if add:
             if not 0 < add <= _MAX_ADDED:
-                raise UsageError(f"--add must be above 0 and at most {_MAX_ADDED:g}, not {add:g}")
+                raise UsageError(
+                    f"--add must be above 0 and at most {_MAX_ADDED:g}, not {add:g}",
+                    "a charge cannot be removed",
+                )
             ledger.charge(
                 Charge("added", "", (DiscreteLaplace(add),), "", note or "added by hand"),
                 Limit(0.0, limit.delta),

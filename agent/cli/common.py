@@ -58,7 +58,7 @@ def parse_pair(text: str) -> tuple[str, str]:
     """Split `key=value`. Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UsageError(f"{text!r} is not key=value")
+        raise UsageError(f"{text!r} is not key=value", "for example lr=0.1")
     return key, value
 
 

@@ -56,7 +56,7 @@ def export(
         raise UsageError(f"{out} exists already", "choose another name")
     out = out.absolute()
     if not out.parent.is_dir():
-        raise UsageError(f"there is no folder {out.parent}")
+        raise UsageError(f"there is no folder {out.parent}", "create it, or name another file")
     found.check_whole()
     with (
         tempfile.TemporaryDirectory(prefix="commonweight-") as folder,

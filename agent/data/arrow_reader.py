@@ -84,8 +84,9 @@ def find_files(path: str) -> list[Path]:
         found = [given] if given.is_file() else [Path(name) for name in glob.glob(path)]
     if not found:
         raise DataError(
-            "there are no tables at the path that is set on this machine",
-            f"{path}: commonweight-agent policy set data PATH",
+            "no CSV or Parquet file was found at the given path",
+            f"check the path {path}; to change the agent's data: "
+            "commonweight-agent policy set data PATH",
         )
     return sorted(found)
 

@@ -46,7 +46,7 @@ def change(home: Path, **values: Any) -> AgentSettings:
     if unknown := values.keys() - set(AgentSettings.__struct_fields__):
         raise UnknownName(
             settings_file.unknown_text(sorted(unknown)[0], AgentSettings),
-            f"the settings are {', '.join(AgentSettings.__struct_fields__)}",
+            "commonweight-agent policy show",
         )
     given = {name: value for name, value in values.items() if value is not None}
     with locked(home):

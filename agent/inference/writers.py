@@ -34,7 +34,10 @@ def write(batches: Iterable[Batch], out: Path | None) -> int:
             f"cannot write {out.suffix or 'a file without a suffix'}", "--out NAME.csv"
         )
     if not out.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {out.absolute().parent}")
+        raise UsageError(
+            f"there is no folder {out.absolute().parent}",
+            "create it, or name another file with --out",
+        )
     with _writable(out) as file:
         if out.suffix == ".parquet":
             return _parquet(batches, file)

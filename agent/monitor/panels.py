@@ -153,21 +153,25 @@ def _sensed(machine: Machine) -> list[Line]:
     """Each reading with its limit; unknown ones are left out."""
     seen, chosen = machine.sensed, machine.chosen
     rows: list[tuple[str, str | None, str]] = [
-        ("busy", _percent(seen.others_percent), f"limit {chosen.busy_percent:g} %"),
-        ("battery", _percent(seen.battery_percent), "on battery" if seen.on_battery else "plugged"),
-        ("user", _idle(seen.user_idle_s), f"away after {chosen.user_idle_s:g} s"),
-        ("hot", _celsius(seen.hottest_c), f"limit {chosen.hot_c:g} °C"),
+        ("busy", _percent(seen.others_percent), f", limit {chosen.busy_percent:g} %"),
+        (
+            "battery",
+            _percent(seen.battery_percent),
+            ", " + ("on battery" if seen.on_battery else "plugged in"),
+        ),
+        ("user", _idle(seen.user_idle_s), f", away after {chosen.user_idle_s:g} s"),
+        ("hot", _celsius(seen.hottest_c), f", limit {chosen.hot_c:g} °C"),
         (
             "memory",
             _percent(seen.memory_free_percent),
-            f"free, limit {chosen.memory_free_percent:g} %",
+            f" free, limit {chosen.memory_free_percent:g} %",
         ),
-        ("traffic", _traffic(machine), "today"),
+        ("traffic", _traffic(machine), " today"),
         ("disk", _disk(machine), ""),
     ]
     pausing = machine.decision.rules if isinstance(machine.decision, Pause) else frozenset()
     return [
-        _fact(name, f"{text} {about}".rstrip(), "warn" if name in pausing else "dim")
+        _fact(name, text + about, "warn" if name in pausing else "dim")
         for name, text, about in rows
         if text is not None
     ]
@@ -182,7 +186,7 @@ def _celsius(value: float | None) -> str | None:
 
 
 def _idle(value: float | None) -> str | None:
-    return None if value is None else f"no input for {_span(value)},"
+    return None if value is None else f"no input for {_span(value)}"
 
 
 def _traffic(machine: Machine) -> str | None:

@@ -330,10 +330,13 @@ def _unknown_model(name: str, body: bytes) -> UnknownName:
     """The error that the coordinator told. One of an older version has no such route."""
     try:
         told = msgspec.json.decode(body, type=dict[str, str])
-        return UnknownName(strip_controls(told["message"][:500]), "")
+        return UnknownName(
+            strip_controls(told["message"][:500]),
+            "the operator sees all versions: commonweight models list",
+        )
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError):
         return UnknownName(
-            f"the coordinator does not say which versions {name} has: it is of an older version",
+            f"the coordinator cannot look up {name}: its version of commonweight is older",
             "leave out --run: the newest version on this machine is used",
         )
 

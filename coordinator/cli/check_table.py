@@ -82,6 +82,8 @@ def explain(report: CheckReport) -> list[str]:
     """Lines below the table: why a peer does not fit or was not asked, and the notes."""
     hidden = len(report.columns) - _MAX_COLUMNS
     lines = ["columns that are alike at all peers are not shown"] if hidden > 0 else []
+    if not (report.fitting or report.misfits or report.absent):
+        lines.append("no machine has joined yet; next: commonweight ticket create")
     lines += [f"{name}: {text}" for name, text in sorted((report.misfits | report.absent).items())]
     return lines + report.notes
 

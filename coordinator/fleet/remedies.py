@@ -13,7 +13,7 @@ _AFTER_PAUSE = {
     PauseReason.OPERATOR: "commonweight peers resume {name}",
     PauseReason.TRAINER: f"why: {_THERE} status",
     PauseReason.DISK: "free some space on that machine",
-    PauseReason.WITNESS: f"why: {_THERE} audit",
+    PauseReason.WITNESS: f"why: {_THERE} ledger audit",
 }
 
 
@@ -41,7 +41,7 @@ def _remedy(peer: Peer, state: PeerState) -> str:
         case PeerState.AWAITING:
             return f"commonweight peers approve {reducer.display_name(peer)}"
         case PeerState.OFFLINE | PeerState.STALE:
-            return f"{_THERE} run"
+            return f"{_THERE} up"
         case PeerState.PAUSED if peer.paused_by:
             modes = (f"{rule} {'auto' if rule == 'work' else 'always'}" for rule in peer.paused_by)
             return ", and ".join(f"{_THERE} policy set {mode}" for mode in modes)

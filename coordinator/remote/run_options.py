@@ -64,7 +64,7 @@ def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
     """Parse `key=value`; the value may be a number, true or false. Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UsageError(f"{text!r} is not key=value")
+        raise UsageError(f"{text!r} is not key=value", "for example lr=0.1")
     if value in ("true", "false"):
         return key, value == "true"
     for kind in (int, float):

@@ -23,6 +23,7 @@ class Rule(NamedTuple):
     hint: str = ""
 
 
+_DEFAULTS = RunSpec(task="", rounds=1)
 _BUFFERED = "--mode buffered"
 _SERVER = "use fedavg or a server optimizer"
 
@@ -33,20 +34,23 @@ _PRIVATE_RULES = (
          "--dp needs a task that can train with noise for single rows, and {spec.task} cannot",
          f"one of {', '.join(private_training.TASKS)}"),
     Rule(lambda spec, _: spec.mode != "synchronous",
-         f"--dp cannot be used with {_BUFFERED}: nobody knows how often a peer trains, and so how "
-         "much noise it needs", "--mode synchronous"),
+         f"--dp cannot be used with {_BUFFERED}: the noise depends on how often a peer trains, "
+         "which is not known in this mode", "--mode synchronous"),
     Rule(lambda spec, adapter: bool(adapter.required_metric(spec.strategy_args))
              or personalization.SCAFFOLD in adapter.trainer_settings(spec.strategy_args),
          "--dp cannot be used with {spec.strategy}, which needs figures of each peer without noise",
          f"{_SERVER}"),
     Rule(lambda spec, _: bool(spec.best_metric or spec.patience) or spec.target is not None,
-         "with --dp no metric leaves a peer, so --best-metric, --patience and --target have no "
+         "with --dp no metric leaves a peer, so --best-metric, --patience and --until have no "
          "effect", "leave them out"),
 )
 #: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
     Rule(lambda spec, _: bool(private_training.SETTINGS & spec.settings.keys()),
-         "noise is no setting of a task", "--dp, --delta and --dp-clip"),
+         "noise is not a setting of a task", "use --dp, --delta and --dp-clip"),
+    Rule(lambda spec, _: not spec.dp_epsilon and (
+            (spec.dp_delta, spec.dp_clip) != (_DEFAULTS.dp_delta, _DEFAULTS.dp_clip)),
+         "--delta and --dp-clip have no effect without --dp", "add --dp, such as --dp 3"),
     Rule(lambda spec, _: bool(personalization.SETTINGS & spec.settings.keys()),
          "{reserved} is no setting of a task: the strategy sets it",
          "--strategy scaffold or fedbn, with --strategy-arg"),
@@ -66,7 +70,7 @@ _SYNCHRONOUS_RULES = (
 )
 _BUFFERED_RULES = (
     Rule(lambda spec, _: spec.buffer < 1,
-         "--buffer is the number of updates that make a version, 1 or more"),
+         f"{_BUFFERED} needs --buffer: how many updates make a version, 1 or more", "--buffer 4"),
     Rule(lambda spec, _: spec.quorum != 1,
          f"--quorum has no effect with {_BUFFERED}: --buffer says what a version needs"),
     Rule(lambda spec, _: spec.select != 0,

@@ -57,7 +57,7 @@ _GLOBAL_ACTIONS = frozenset(
 )
 _FINISH = (
     "The agent ends its round, sends the update, then stops. To start it again, its owner runs:\n"
-    "commonweight-agent run"
+    "commonweight-agent up"
 )
 _KEYS_BY_ACTION = {key.action.partition("(")[0]: key for key in KEYS}
 

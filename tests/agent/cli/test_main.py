@@ -88,6 +88,12 @@ def test_a_mode_for_a_while_that_is_none_is_told_in_a_sentence(agent_home: Path)
     assert "commonweight-agent policy set busy always --for 2h" in err
 
 
+def test_a_note_without_a_charge_is_refused(agent_home: Path) -> None:
+    code, out, err = agent(agent_home, "budget", "--note", "a poster")
+    assert (code, out) == (2, "")
+    assert "--note belongs to --add" in err
+
+
 def test_policy_writes_only_what_was_set(agent_home: Path) -> None:
     agent(agent_home, "policy", "set", "threads", "2")
     assert (agent_home / "settings.toml").read_text() == "threads = 2\n"
@@ -118,13 +124,14 @@ def test_what_policy_refuses_changes_nothing(
     assert not (agent_home / "settings.toml").exists()
 
 
-def test_an_unknown_setting_names_the_known_ones(agent_home: Path) -> None:
+def test_an_unknown_setting_is_refused_with_the_command_that_shows_all(agent_home: Path) -> None:
     with pytest.raises(UnknownName) as caught:
         settings.change(agent_home, colour="red")
-    assert "threads" in caught.value.hint
+    assert caught.value.hint == "commonweight-agent policy show"
     with pytest.raises(UnknownName) as caught:
         settings.change(agent_home, dta="x.csv")
     assert caught.value.message == "there is no setting 'dta'; did you mean data?"
+    assert caught.value.hint == "commonweight-agent policy show"
     with pytest.raises(UsageError):
         settings.change(agent_home, threads=-1)
 

@@ -74,7 +74,7 @@ def test_the_panels_of_a_machine_at_work() -> None:
     assert "tabular-7dc222 round 12" in text["machine"]
     assert "● may work" in text["policy"]
     assert "no hours are set" in text["policy"]
-    assert "busy      12 % limit 25 %" in text["policy"]
+    assert "busy      12 %, limit 25 %" in text["policy"]
     assert text["cpu"].startswith("CPU 50 %\n")
     assert "nothing has left" in text["left"]
     assert "budget" not in text

@@ -30,8 +30,9 @@ async def test_an_agent_gets_the_best_version_of_a_run_or_task_also_offline(
 
     async with fleet_of(tmp_path, some_data(60, 1), some_data(60, 2)) as fleet:
         home = home_of(fleet.agents[0])
-        with pytest.raises(UnknownName, match="no run and no task 'softmax'"):
+        with pytest.raises(UnknownName, match="no run and no task 'softmax'") as caught:
             await asyncio.to_thread(named_models.fetch, home, "softmax", "best")
+        assert caught.value.hint == "the operator sees all versions: commonweight models list"
         runs = [await fleet.finished(fleet.start(rounds=n, quorum=2)) for n in (1, 3)]
         best = runs[1].best
         assert best is not None

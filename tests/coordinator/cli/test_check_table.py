@@ -88,6 +88,13 @@ def test_every_peer_and_column_has_a_cell_and_every_misfit_its_reasons() -> None
     )
 
 
+def test_a_fleet_without_peers_is_reported_with_the_next_command() -> None:
+    lines = check_table.explain(
+        check_table.make_report(Run(id="r", spec=RunSpec(task="t", rounds=1)), a_fleet())
+    )
+    assert lines == ["no machine has joined yet; next: commonweight ticket create"]
+
+
 def test_where_no_two_tables_fit_each_peer_has_its_reason() -> None:
     run = checked({"a": a_table(x=NUMBER), "b": a_table(z=NUMBER)})
     report = check_table.make_report(run, a_fleet(*"ab"))

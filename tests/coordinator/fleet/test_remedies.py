@@ -51,7 +51,7 @@ def peer(name: str, at: PeerState, reason: str = "", **more: object) -> Peer:
         ),
         (
             peer("a", PeerState.OFFLINE, "connection lost"),
-            "✕ offline: connection lost; on that machine: commonweight-agent run",
+            "✕ offline: connection lost; on that machine: commonweight-agent up",
         ),
         (
             peer("a", PeerState.OFFLINE, standing="awaiting"),

@@ -129,13 +129,18 @@ def test_the_options_of_a_run_with_noise() -> None:
         ({"task": "text-lm"}, "text-lm cannot"),
         ({"task": "mine.py:Task"}, "cannot"),
         ({"patience": 3}, "no metric leaves a peer"),
-        ({"target": 0.9}, "no metric leaves a peer"),
+        ({"target": 0.9}, "so --best-metric, --patience and --until have no effect"),
+        (
+            {"dp_epsilon": 0.0, "dp_delta": 1e-6},
+            "--delta and --dp-clip have no effect without --dp",
+        ),
+        ({"dp_epsilon": 0.0, "dp_clip": 2.0}, "--delta and --dp-clip have no effect without --dp"),
         ({"mode": "buffered", "buffer": 2, "quorum": 1}, "--mode buffered"),
         ({"strategy": "scaffold"}, "figures of each peer without noise"),
         ({"strategy": "qfedavg"}, "figures of each peer without noise"),
         ({"dp_epsilon": 1000.0}, "--dp must be"),
         ({"dp_delta": 0.5}, "--delta must be"),
-        ({"settings": {"dp_epsilon": 9.0}}, "noise is no setting of a task"),
+        ({"settings": {"dp_epsilon": 9.0}}, "noise is not a setting of a task"),
     ],
 )
 def test_what_cannot_work_with_noise_is_refused_before_the_start(
