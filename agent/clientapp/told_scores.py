@@ -20,7 +20,7 @@ from typing import Literal
 
 import msgspec
 
-from agent.data.private_database import open_database
+from agent.data.private_database import mapped_errors, open_database
 from agent.tasks import Setting
 from agent.tasks.work import Done
 from protocols.errors import Refused
@@ -63,9 +63,13 @@ class ToldScores:
         return None if row is None else Score(row[0], msgspec.json.decode(row[1], type=Metrics))
 
     def remember(self, key: str, origin: Origin, score: Score) -> None:
-        """Record a score before it leaves. What a run tells replaces what a job told."""
+        """Record a score before it leaves. What a run tells replaces what a job told.
+
+        Raises DiskFull, HomeError.
+        """
         values = key, time.time(), origin, score.num_examples, msgspec.json.encode(score.metrics)
-        self._db.execute("INSERT OR REPLACE INTO told_scores VALUES (?, ?, ?, ?, ?)", values)
+        with mapped_errors():
+            self._db.execute("INSERT OR REPLACE INTO told_scores VALUES (?, ?, ?, ?, ?)", values)
 
     def chance(self, task: str, digest: str, count: int, right: int) -> random.Random:
         """The noise for a result of a model: equal results get equal noise.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from protocols.errors import HomeError
+from protocols.errors import DiskFull, HomeError
 
 #: The agent and its trainer write for milliseconds; a longer wait is an error.
 _WAIT_S = 60.0
@@ -33,11 +33,30 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
 
 @contextmanager
 def writing(db: sqlite3.Connection) -> Iterator[None]:
-    """One transaction, which no other process can write between; an error undoes it."""
-    db.execute("BEGIN IMMEDIATE")
+    """One transaction, which no other process can write between; an error undoes it.
+
+    Raises DiskFull, and HomeError if the file cannot be written.
+    """
+    try:
+        with mapped_errors():
+            db.execute("BEGIN IMMEDIATE")
+            yield
+            db.execute("COMMIT")
+    finally:
+        if db.in_transaction:  # SQLite itself ends it for some errors
+            with suppress(sqlite3.DatabaseError):
+                db.execute("ROLLBACK")
+
+
+@contextmanager
+def mapped_errors() -> Iterator[None]:
+    """Raises DiskFull and HomeError for errors of SQLite."""
     try:
         yield
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
+    except sqlite3.DatabaseError as err:
+        if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+            raise DiskFull("the disk is full", "free some space; the agent then continues") from err
+        raise HomeError(
+            f"the memory of what was told cannot be written: {err}",
+            "nothing leaves until it can be; see commonweight-agent doctor",
+        ) from err

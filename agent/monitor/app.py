@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from msgspec.structs import replace
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
@@ -127,6 +128,6 @@ def _text(panel: Panel) -> Text:
 
 
 def request(home: Path, want: Literal["pause", "run"], now: float) -> None:
-    """Write the owner's request; temporary modes of rules stay."""
-    modes = status_files.read_request(home).modes
-    status_files.write_request(home, status_files.OwnerRequest(want=want, at=now, modes=modes))
+    """Write the owner's request; temporary modes of rules stay, and so does a restart."""
+    earlier = status_files.read_request(home)
+    status_files.write_request(home, replace(earlier, want=want, until=0.0, at=now))

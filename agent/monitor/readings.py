@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import closing
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ class MachineReader:
     def _spent_epsilon(self) -> float | None:
         """The ε of all answers with noise; computed again once the ledger has changed."""
         file = privacy_ledger.ledger_file(self._home)
-        times = tuple(path.stat().st_mtime for path in file.parent.glob(f"{file.name}*"))
+        times = _times(file.parent.glob(f"{file.name}*"))
         if times and times != self._spent[0]:
             with closing(PrivacyLedger(file)) as ledger:
                 charges = ledger.charges()
@@ -105,12 +106,20 @@ class MachineReader:
 
     def _entries(self) -> list[AuditEntry]:
         """The ledger of answers and refusals; read again once its files have changed."""
-        files = sorted(self._home.glob("*.jsonl"))
-        times = tuple(path.stat().st_mtime for path in files)
+        times = _times(sorted(self._home.glob("*.jsonl")))
         if times != self._ledger[0]:
             both = [*audit_log.read(self._home), *refusal_log.read(self._home)]
             self._ledger = times, sorted(both, key=lambda entry: entry.at)
         return self._ledger[1]
+
+
+def _times(paths: Iterable[Path]) -> tuple[float, ...]:
+    """When these files were changed; without those that are gone, such as SQLite's journal."""
+    times = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return tuple(times)
 
 
 def _is_running(status: Status | None, now: float) -> bool:

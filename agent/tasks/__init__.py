@@ -212,9 +212,10 @@ class TrainsPrivately(Protocol):
     Only built-in tasks do: the noise is as good as the code that adds it.
     """
 
-    def protect(self, private: PrivateTraining) -> None:
+    def protect(self, private: PrivateTraining | None) -> None:
         """Make the next `train` clip the gradient of each row and add noise. It then tells no
-        metric, and raises UsageError for a model in which examples depend on each other."""
+        metric, and raises UsageError for a model in which examples depend on each other. None:
+        without noise."""
 
     def spent(self) -> tuple[Event, ...]:
         """What the last `train` costs."""

@@ -232,8 +232,9 @@ class WorkExecutor:
         if hasattr(task, "defaults"):  # it takes the reserved settings
             settings = {**settings, "min_batch": work.data.floors.min_batch}
         private = private_training.read(work.settings)
-        if private is not None:
-            _private_task(work, task).protect(private)
+        protected = None if private is None else _private_task(work, task)
+        if isinstance(task, TrainsPrivately):  # also None: an earlier work may have failed before
+            task.protect(private)
         training = personal.before_train(task, settings, base)
         trained, count, metrics = task.train(training.model, settings, on_step)
         failpoint("trainer.trained")
@@ -244,9 +245,7 @@ class WorkExecutor:
         kept_out = Path(work.personal_out) if work.personal_out else None
         update = personal.after_train(training, whole, kept_out)
         done = self._save(work.id, update, work.out, count, {**metrics, **training.metrics})
-        spent = b""
-        if private is not None:
-            spent = events.encode(_private_task(work, task).spent())
+        spent = events.encode(protected.spent()) if protected else b""
         return msgspec.structs.replace(done, resumed_at=resumed_at, privacy=spent.decode())
 
     def _metered(self, work: Train, task: Task) -> tuple[OnStep, int]:

@@ -9,14 +9,17 @@ a statement goes to a few agents, not to all. The statements are checked later (
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from protocols.errors import BadMessage
+from protocols.errors import BadMessage, CommonweightError
 from protocols.messages import topics
 from protocols.messages.version_log import MAX_SEEN_BYTES
 from protocols.p2p import seen_heads
+
+log = logging.getLogger("commonweight.log")
 
 #: An agent publishes its newest statement at most this often.
 PUBLISH_EVERY_S = 30.0
@@ -65,11 +68,14 @@ class HeadExchange:
         subscription comes first; before the log's first head, nothing is asked of the broker.
         """
         self._known, self._step, self._draw_at = set(), 0, 0.0
-        published, publish_at = b"", 0.0
+        own, published, publish_at = b"", b"", 0.0
         while True:
             now = time.monotonic()
             if now >= publish_at or not published:
-                own = await asyncio.to_thread(self._own)
+                try:
+                    own = await asyncio.to_thread(self._own)
+                except CommonweightError as err:  # the next try may succeed; the connection stays
+                    log.info("the coordinator's log of versions: %s", err.message)
             if own:
                 new = self.new_filters(now)
                 for start in range(0, len(new), _MAX_FILTERS):

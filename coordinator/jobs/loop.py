@@ -135,9 +135,14 @@ class JobLoop:
         return [job_events.PeerExcused(peer, _UNKNOWN_PEER) for peer in gone]
 
     def _excuse_undecided(self) -> list[job_events.PeerExcused]:
-        """Peers whose owners have not decided when the job ends, or after very many tries."""
+        """Peers whose owners have not decided when the job ends, or after very many tries, or who
+        were removed."""
         is_due = time.monotonic() >= self._ends_at
-        late = [p for p in self._awaiting if is_due or self._num_asked[p] >= MAX_CONSENT_ASKS]
+        late = [
+            peer
+            for peer in self._awaiting
+            if is_due or self._num_asked[peer] >= MAX_CONSENT_ASKS or not self._is_known(peer)
+        ]
         return [job_events.PeerExcused(peer, self._awaiting.pop(peer)) for peer in sorted(late)]
 
     def _is_known(self, peer: str) -> bool:

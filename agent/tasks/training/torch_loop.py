@@ -145,8 +145,8 @@ class TrainingLoop:
         self._left = as_arrays(at.state)
         return TrainOutcome(_weights_of(at), count, {"loss": at.total / at.passed})
 
-    def protect(self, private: PrivateTraining) -> None:
-        """Make the next `train` add noise, so that no single example shows."""
+    def protect(self, private: PrivateTraining | None) -> None:
+        """Make the next `train` add noise, so that no single example shows; None: no noise."""
         self._private = private
 
     def spent(self) -> tuple[Event, ...]:

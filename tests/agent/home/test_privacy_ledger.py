@@ -16,7 +16,7 @@ import pytest
 from agent.analytics import query_log
 from agent.home import privacy_ledger
 from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
-from protocols.errors import NotAllowed
+from protocols.errors import DiskFull, HomeError, NotAllowed
 from protocols.privacy import accountant
 from protocols.privacy.events import DiscreteLaplace, Exact, Gaussian
 
@@ -133,3 +133,31 @@ def test_answers_of_an_older_version_are_charged_once(tmp_path: Path) -> None:
     assert ledger.asked_epsilon() == 0.875
     first = ledger.charges()[0]
     assert (first.purpose, first.about, first.at) == ("question", "count by sex", 5.0)
+
+
+def test_a_full_disk_is_said_and_the_ledger_goes_on(tmp_path: Path) -> None:
+    ledger = PrivacyLedger(tmp_path / "privacy.db")
+    (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    large = charge()._replace(about="x" * 100_000)
+    with pytest.raises(DiskFull, match="full"):
+        ledger.charge(large, NO_LIMIT)
+    ledger._db.execute(f"PRAGMA max_page_count = {pages + 1000}")
+    ledger.charge(large, NO_LIMIT)
+    assert len(ledger.charges()) == 1
+
+
+def test_a_charge_that_could_not_be_written_does_not_block_the_next(tmp_path: Path) -> None:
+    """Another process reads for longer than the ledger waits, so that the commit fails."""
+    ledger = PrivacyLedger(tmp_path / "privacy.db")
+    ledger.charge(charge(), NO_LIMIT)
+    ledger._db.execute("PRAGMA busy_timeout = 10")
+    reader = sqlite3.connect(tmp_path / "privacy.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM charges").fetchone()
+    with pytest.raises(HomeError, match="locked"):
+        ledger.charge(charge(2), NO_LIMIT)
+    reader.execute("COMMIT")
+    reader.close()
+    ledger.charge(charge(3), NO_LIMIT)
+    assert [one.about for one in ledger.charges()] == ["mnist, round 1", "mnist, round 3"]

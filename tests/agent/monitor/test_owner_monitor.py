@@ -161,6 +161,22 @@ def test_a_machine_is_read_from_its_home(home: Path) -> None:
     assert not consent_requests.read(home)
 
 
+def test_a_file_that_is_gone_when_it_is_looked_at_is_left_out(home: Path) -> None:
+    """SQLite's journal beside the ledger is there for milliseconds."""
+    file = privacy_ledger.ledger_file(home)
+    with closing(PrivacyLedger(file)) as ledger:
+        ledger.charge(Charge("added", "", (DiscreteLaplace(1.5),)), Limit(0.0, 1e-6))
+    for name in (file.with_name(f"{file.name}-gone"), home / "gone.jsonl"):
+        name.symlink_to(home / "nothing")
+    assert MachineReader(home).read().spent_epsilon == pytest.approx(1.5, rel=1e-3)
+
+
+def test_a_key_keeps_what_was_asked_before(home: Path) -> None:
+    status_files.write_request(home, OwnerRequest(want="pause", until=NOW + 60, restart_at=NOW))
+    request(home, "run", NOW + 1)
+    assert status_files.read_request(home) == OwnerRequest(at=NOW + 1, restart_at=NOW)
+
+
 async def test_keys_pause_and_resume(home: Path) -> None:
     app = OwnerMonitor(home, lambda want: request(home, want, time.time()))
     async with app.run_test(size=(110, 40)) as pilot:

@@ -11,8 +11,11 @@ import aiomqtt
 import pytest
 from msgspec.structs import replace
 
+from agent.transport import mqtt_heads
 from agent.transport.mqtt_client import MAX_NOTICES, TELEMETRY_EVERY_S
+from agent.transport.mqtt_heads import HeadExchange
 from protocols.enrollment import identity
+from protocols.errors import HomeError
 from protocols.messages import topics
 from protocols.messages.envelope import (
     Body,
@@ -228,3 +231,29 @@ async def test_after_a_sleep_the_link_is_made_anew(stage: Stage) -> None:
     await until(lambda: [up for up, _ in agent.changes] == [True, False, True])
     await stage.send(stage.sealed(PAUSE))
     await until(lambda: agent.told == [PAUSE])
+
+
+async def test_a_log_that_cannot_be_read_does_not_end_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is published is tried again; else the agent would end with its MQTT connection."""
+    monkeypatch.setattr(mqtt_heads, "DRAW_EVERY_S", 0.01)
+    peer = "ABCD-EFGH-IJKL-MNOP"
+    tries: list[int] = []
+    published: list[bytes] = []
+
+    def own() -> bytes:
+        tries.append(1)
+        if len(tries) == 1:
+            raise HomeError("log.db cannot be used: database is locked")
+        return b"own"
+
+    async def subscribe(filters: list[str]) -> bool:
+        return True
+
+    async def publish(topic: str, data: bytes) -> None:
+        published.append(data)
+
+    heads = HeadExchange("f" * 16, peer, own, lambda data: None, tuple)
+    async with running(lambda: heads.run(subscribe, publish)):
+        await until(lambda: published == [b"own"])

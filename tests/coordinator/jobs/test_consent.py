@@ -13,7 +13,7 @@ from coordinator.jobs.scheduler import Availability, End
 from coordinator.storage import job_events
 from coordinator.storage.job_events import Block, JobSpec, JobState
 from protocols.messages.jobs import ModelRef
-from tests.coordinator.jobs.test_loop import ended, facts_of
+from tests.coordinator.jobs.test_loop import ended, facts_of, features, scattered
 from tests.coordinator.runs.test_consent import FORBIDDEN, UNDECIDED, decide
 from tests.support.in_process_fleet import first_weights, fleet_of, some_data
 from tests.support.waiting import until
@@ -58,6 +58,23 @@ async def test_a_job_goes_on_when_the_owner_decides(
         assert "forbids the task" in job.excused[first.peer]
         assert "has not allowed the task 'softmax' yet" in job.excused[second.peer]
         assert job.state is JobState.FAILED
+
+
+async def test_rows_do_not_wait_for_a_removed_peer_whose_owner_has_not_decided(
+    tmp_path: Path,
+) -> None:
+    async with fleet_of(tmp_path, some_data(20, 0), some_data(20, 1)) as site:
+        first, second = site.agents
+        first.owner = replace(FORBIDDEN, jobs_scatter="on")
+        second.owner = replace(UNDECIDED, jobs_scatter="on")
+        spec, _ = scattered(site, features())
+        job_id = site.hub.jobs.start(spec)
+        await until(lambda: site.hub.jobs.awaits_consent(second.peer))
+        await until(lambda: first.peer in site.hub.jobs.find(job_id).excused)
+        site.hub.registry.remove(second.peer, "test")
+        job = await ended(site, job_id)
+        assert job.state is JobState.FAILED
+        assert "no peer can do it" in job.ended_because
 
 
 def test_rows_wait_for_a_peer_whose_owner_has_not_decided() -> None:

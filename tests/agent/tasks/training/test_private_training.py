@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agent.data.settings import DataSettings
+from agent.tasks import Setting
 from agent.tasks.demo import mnist
 from agent.tasks.training.clipped_gradients import ClippedGradients, Tensors
 from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.secret_noise import SecretNoise
 from agent.tasks.training.torch_loop import Examples, PrivateLoss, TrainingLoop, autograd_step
+from agent.tasks.training.torch_task import Split
+from agent.tasks.work import Done, Init, Train
+from agent.trainer.executor import WorkExecutor
+from agent.trainer.ipc import Failed
+from agent.trainer.progress import WorkControl
 from protocols.errors import UsageError
 from protocols.privacy import accountant
 from protocols.privacy.events import SampledGaussian
@@ -240,3 +248,37 @@ def test_the_settings_of_work_are_checked() -> None:
             read({**private.settings(), name: value})
     with pytest.raises(UsageError, match="dp_delta"):
         read({"dp_epsilon": 3.0})
+
+
+def test_work_without_noise_after_work_with_noise_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer keeps its task; noise that one work asked for must not be in the next one."""
+    task = mnist.Mnist()
+    digits = Examples(torch.rand(8, 784), torch.arange(8) % 3)
+    monkeypatch.setattr(task, "load", lambda data: None)
+    monkeypatch.setattr(task, "_split", Split(digits, digits))
+    executor = WorkExecutor(WorkControl(), lambda answer: None, 1)
+    monkeypatch.setattr(executor, "_find_task", lambda *named: task)
+    base, out = str(tmp_path / "base"), str(tmp_path / "out")
+    executor.do(Init(task="mnist", settings={}, seed=1, out=base))
+    data = DataSettings(device="cpu", min_rows=1)
+
+    def train(**settings: Setting) -> Done | Failed:
+        return executor.do(Train(task="mnist", settings=settings, data=data, base=base, out=out))
+
+    def no_memory(*given: object) -> None:
+        raise MemoryError
+
+    private = PrivateTraining(3.0, 1e-5, 1.0, 1).settings()
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(task, "_make_step", no_memory)
+        train(**private)
+    done = train()
+    assert isinstance(done, Done)
+    assert done.privacy == ""
+    assert done.metrics.keys() == {"loss"}
+    done = train(**private)
+    assert isinstance(done, Done)
+    assert done.privacy
+    assert not done.metrics
