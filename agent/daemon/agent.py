@@ -169,6 +169,8 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
             await self._sessions.close()
+            if self.must_restart:
+                await self._sessions.wait_for_threads()
             self._sharing.pieces.close()
             self._log.close()
             self._bandwidth.save(at_once=True)

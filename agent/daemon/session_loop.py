@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from random import Random
 from typing import Any, TypeVar
 
@@ -38,6 +38,8 @@ T = TypeVar("T")
 #: Certificates are valid for a year and are renewed in its last two months.
 RENEW_BEFORE_S = 60 * 86400.0
 _HEARTBEAT_RETRY_S = 5.0
+#: Interrupted work may still encode or write an update.
+_MAX_WAIT_FOR_THREADS_S = 60.0
 _MIN_RECONNECT_S, _MAX_RECONNECT_S = 0.3, 15.0
 #: A session that ends sooner is a short one. After some in a row, the waits grow as while the
 #: coordinator is away, and the reason is reported.
@@ -74,6 +76,8 @@ class SessionLoop:
         self._short_sessions = 0
         self._work_pool = ThreadPoolExecutor(1, "work")
         self._heartbeat_pool = ThreadPoolExecutor(1, "heartbeat")
+        #: Calls in these threads that have not ended.
+        self._calls: set[Future[Any]] = set()
 
     def link(self) -> CoordinatorClient:
         """The current link. Raises Unreachable before the first attempt to open a session."""
@@ -115,6 +119,10 @@ class SessionLoop:
             await asyncio.to_thread(self._link.close)
         self._work_pool.shutdown(wait=False, cancel_futures=True)
         self._heartbeat_pool.shutdown(wait=False, cancel_futures=True)
+
+    async def wait_for_threads(self) -> None:
+        """After `close`: wait until the last work has ended, as the next agent uses its files."""
+        await asyncio.to_thread(wait, set(self._calls), _MAX_WAIT_FOR_THREADS_S)
 
     # --- session ---
 
@@ -330,5 +338,7 @@ class SessionLoop:
     async def _in_thread(
         self, work: Callable[..., T], *arguments: Any, pool: ThreadPoolExecutor | None = None
     ) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(pool or self._work_pool, work, *arguments)
+        call = (pool or self._work_pool).submit(work, *arguments)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return await asyncio.wrap_future(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,31 @@ async def test_a_restart_request_ends_this_agent_once_and_keeps_the_owners_pause
     later.on_restart = lambda: asked.append("again")
     later.poll()
     assert not asked
+
+
+async def test_an_agent_that_starts_again_waits_for_the_end_of_its_work(
+    site: Site, tmp_path: Path
+) -> None:
+    """Interrupted work may still write its update, into the files of the next agent."""
+    agent = an_agent(site, tmp_path / "box")
+    begun, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        may_end.wait()
+
+    working = asyncio.create_task(agent._sessions._in_thread(work))
+    await until(begun.is_set)
+    serving = asyncio.create_task(agent.serve())
+    try:
+        await until(lambda: status_files.read_status(tmp_path / "box") is not None)
+        agent._restart()
+        await asyncio.wait({serving}, timeout=3.0)
+        assert not serving.done()
+    finally:
+        may_end.set()
+        await serving
+        await working
 
 
 async def test_an_agent_that_awaits_approval_says_so_once(

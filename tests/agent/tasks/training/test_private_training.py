@@ -271,9 +271,10 @@ def test_work_without_noise_after_work_with_noise_that_failed(
         raise MemoryError
 
     private = PrivateTraining(3.0, 1e-5, 1.0, 1).settings()
-    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+    with monkeypatch.context() as broken:
         broken.setattr(task, "_make_step", no_memory)
-        train(**private)
+        with pytest.raises(MemoryError):
+            train(**private)
     done = train()
     assert isinstance(done, Done)
     assert done.privacy == ""
