@@ -24,14 +24,14 @@ def budget(
     add: Annotated[
         float,
         typer.Option(
-            help="Charge this ε by hand: what a home that was restored from a backup forgot, or "
-            "what you have published elsewhere."
+            help="Charge this ε by hand, for answers that a restored backup does not record, or "
+            "that you have published elsewhere."
         ),
     ] = 0.0,
     note: Annotated[str, typer.Option(help="With --add: what it was for.")] = "",
     json: Json = False,
 ) -> None:
-    """Show what was told about your data, by whom it was asked, and what it costs in privacy."""
+    """Show what was told about your data, who asked for it, and what it costs in privacy."""
     from agent.home import privacy_ledger, settings
     from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
     from protocols.privacy.events import DiscreteLaplace
@@ -103,7 +103,7 @@ def _lines(
         answers = f"{entry['answers']} answer{'s' if entry['answers'] > 1 else ''}"
         yield f"{_heading(entry)}: {answers} with noise, {cost} alone"
     for entry in exact:
-        yield f"{_heading(entry)}: without noise, so without a bound"
+        yield f"{_heading(entry)}: without noise, so there is no bound"
     of = f" of {limit.epsilon:g}" if limit.epsilon else ""
     if noisy or limit.epsilon:
         yield f"all answers with noise together cost ε {spent:.3g}{of}, at δ = {limit.delta:g}"
@@ -112,7 +112,7 @@ def _lines(
     else:
         yield "there is no limit; to set one: commonweight-agent policy set privacy.max_epsilon 5"
     if limit.epsilon and exact:
-        yield "what left without noise did so before there was a limit"
+        yield "the answers without noise left before the limit was set"
 
 
 def _heading(entry: dict[str, Any]) -> str:

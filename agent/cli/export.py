@@ -27,7 +27,7 @@ def list_models(json: Json = False) -> None:
     lines = (f"{row['digest'][:12]}  {row['task']:12} {row['version']}" for row in rows)
     print_data(rows, lines, json=json)
     if not (rows or json):
-        print_line("none yet; this machine gets one with its first work")
+        print_line("no model yet; the agent downloads one with its first work")
 
 
 def export(

@@ -165,7 +165,7 @@ def _format_status(home: Path, *, json: bool) -> str:
         lines.append(f"expects to work again {at}")
     for rule in status.paused_by:
         mode = "auto" if rule == "work" else "always"
-        lines.append(f"to work all the same: commonweight-agent policy set {rule} {mode}")
+        lines.append(f"to work anyway: commonweight-agent policy set {rule} {mode}")
     if waiting := own_data.waiting_rows(home):
         lines.append(f"data: {waiting}")
     for request in consents.requests(home, settings.read(home)):

@@ -82,4 +82,4 @@ def find_model(model: str) -> LocalModel:
     if cached:
         digests = ", ".join(version.path.stem[:12] for version in cached)
         raise UnknownName(f"this agent has no version {model}", f"it has {digests}")
-    raise UnknownName("this agent has no version yet", "it gets one with its first work")
+    raise UnknownName("this agent has no version yet", "it downloads one with its first work")

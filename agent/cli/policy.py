@@ -94,13 +94,13 @@ def _check_memory_stays(home: Path, folder: str) -> None:
         return
     if (new / settings.MEMORY_FILE).exists():
         raise UsageError(
-            f"{old} has what this agent told of its rows, {new} what was told of others, and they "
-            "cannot be joined: the next answer would not be compared with one of them",
-            f"keep both agents as they are; or move {old} away, if no answer of this agent counts",
+            f"{old} records what this agent has told, and {new} what others have told; they cannot "
+            "be merged, and the next answer could be compared with only one of them",
+            f"keep both agents as they are, or move {old} away if no earlier answer matters",
         )
     raise UsageError(
-        f"{old} has what this agent told of its rows, and {new} does not",
-        f"stop the agent, and: cp -a {old} {new}",
+        f"{old} records what this agent has told about its rows, and {new} does not",
+        f"stop the agent, then run: cp -a {old} {new}",
     )
 
 

@@ -80,7 +80,9 @@ class PrivacyBudget:
     def _check_private(self, work: Work, private: PrivateTraining) -> None:
         chosen = self._settings()
         if chosen.fleet:
-            raise UsageError("a fleet below this agent cannot add the noise of a run with --dp")
+            raise UsageError(
+                "this agent leads a fleet of its own, whose agents cannot add noise (--dp)"
+            )
         if self._file is None or not self.has_limit:
             return
         if not self._ledger.events_of("training", work.run):  # before an hour of training
@@ -137,5 +139,6 @@ class PrivacyBudget:
         if self.has_limit:
             raise NotAllowed(
                 f"the owner has a privacy budget, and {_WHAT[purpose]} would leave without noise",
-                "on that machine: commonweight-agent policy set privacy.max_epsilon 0, for none",
+                "to remove the budget, on that machine: "
+                "commonweight-agent policy set privacy.max_epsilon 0",
             )

@@ -265,7 +265,7 @@ class Agent:
                     self._sessions.tell_decision()
             trainer, has_work = self._work.trainer, self._runner.state.work is not None
             if self._policy.must_restart and not has_work:
-                log.info("starting again with the changed settings")
+                log.info("restarting with the changed settings")
                 self._restart()
             if not has_work and trainer.idle_s > self._policy.settings.idle_timeout_s:
                 await asyncio.to_thread(trainer.stop)

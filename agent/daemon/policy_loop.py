@@ -68,7 +68,7 @@ class PolicyLoop:
                 self._settings = settings.read(self._ctx.home)
                 self.must_restart = _start_settings(self._settings) != self._at_start
                 when = "after the current work" if self.must_restart else "now"
-                log.info("the settings have changed and are in force %s", when)
+                log.info("the changed settings apply %s", when)
             except CommonweightError as err:
                 log.error("the changed settings are wrong, the old ones stay: %s", err.message)
         if changed:

@@ -98,8 +98,8 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     told_folder: Annotated[
         str,
         Meta(
-            description="folder with the memory of what was told of your rows; agents in several "
-            "fleets that use the same rows share one; empty: in this agent's home"
+            description="folder with the record of what was told about your rows; agents in "
+            "several fleets that use the same rows share one; empty: in this agent's home"
         ),
     ] = ""
     data_extremes: Annotated[bool, Meta(description="column minima and maxima may leave")] = False
@@ -128,8 +128,8 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         float,
         Meta(
             ge=0,
-            description="privacy budget ε of all that leaves, over all runs and questions: what "
-            "has no noise then stays here; 0: no limit (commonweight-agent budget)",
+            description="privacy budget ε of all answers, over all runs and questions; answers "
+            "without noise then stay here; 0: no limit (commonweight-agent budget)",
         ),
     ] = 0.0
     privacy_delta: Annotated[

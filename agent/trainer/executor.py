@@ -314,7 +314,7 @@ def _private_task(work: Train, task: Task) -> TrainsPrivately:
             f"tasks that can: {', '.join(private_training.TASKS)}",
         )
     if work.settings.get(SCAFFOLD):
-        raise UsageError("control variates have no noise", "--strategy fedavg")
+        raise UsageError("--dp cannot be used with control variates", "--strategy fedavg")
     if not isinstance(task, TrainsPrivately):
         raise UsageError(
             f"the task {work.task} trains with noise in PyTorch only, and this machine uses Keras",

@@ -26,9 +26,7 @@ _DELETE_TRIES = 20
 def check(
     task: Annotated[
         str,
-        typer.Argument(
-            help="What would be trained: tabular, mnist, …", autocompletion=complete_tasks
-        ),
+        typer.Argument(help="The task to check: tabular, mnist, …", autocompletion=complete_tasks),
     ],
     target: Annotated[str, typer.Option(help="For a table: the column to predict.")] = "",
     kind: Annotated[

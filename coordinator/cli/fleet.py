@@ -14,7 +14,7 @@ from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.local.command_line import App
 
-tickets = App(help="Create, list and revoke tickets, with which machines join.")
+tickets = App(help="Create, list and revoke tickets that let machines join.")
 peers = App(help="List, approve, pause, drain and remove machines.")
 operators = App(help="List and remove access from other machines.")
 

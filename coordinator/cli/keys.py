@@ -28,14 +28,14 @@ class _Key(StrEnum):
 
 _WHAT_NEXT = {
     _Key.SIGNING: "start the coordinator: commonweight up. Agents take the new key at their next "
-    "session, and refuse the old one then. Make a new backup: an old one has the old key",
+    "session and then refuse the old one. Make a new backup: an old backup has the old key",
     _Key.OPERATOR: "start the coordinator: commonweight up. Commands on this machine use the new "
     "key; joined operators keep theirs (remove one with commonweight admin operators remove)",
-    _Key.ISSUER: "put the CA's key away again, and start the coordinator: commonweight up. Agents "
-    "take no fleet card of the old issuer after their next session",
+    _Key.ISSUER: "put the CA's key away again, and start the coordinator: commonweight up. After "
+    "their next session, agents refuse fleet cards of the old issuer",
     _Key.CA: "start the coordinator: commonweight up. Agents, monitors and operators follow by "
-    "themselves; commonweight admin keys status tells who has not come yet. Tickets made before "
-    "are not valid any more. Make a new backup, and delete the old CA's key wherever it is kept. "
+    "themselves; commonweight admin keys status shows who has not yet. Earlier tickets are no "
+    "longer valid. Make a new backup, and delete the old CA's key wherever it is kept. "
     "Restart Mosquitto, if it is your broker",
 }
 

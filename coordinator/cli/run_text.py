@@ -38,8 +38,8 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
     )
     if private := spec.private:
         yield (
-            f"each peer adds noise of its own: ε {private.epsilon:g} at δ {private.delta:g} for a "
-            f"row in all {private.rounds} rounds, gradients clipped at {private.clip:g}"
+            f"each peer adds its own noise: ε {private.epsilon:g} at δ {private.delta:g} for each "
+            f"row over all {private.rounds} rounds, gradients clipped to norm {private.clip:g}"
         )
     for peer, text in _refusals(run).items():
         yield f"refused {_name(peer, peers)}: {text}"

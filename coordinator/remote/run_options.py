@@ -32,8 +32,8 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     reached, metric = _parse_goal(values["until"] or goal)
     if metric and values["best-metric"] not in ("", metric):
         raise UsageError(
-            f"--until {metric} and --best-metric {values['best-metric']} are two metrics",
-            "name one of them",
+            f"--until {metric} and --best-metric {values['best-metric']} name two metrics",
+            "use the same metric for both, or leave out --best-metric",
         )
     table = {"target": column, "kind": values["kind"], "features": values["features"]}
     is_auto = values["deadline"] == "auto"

@@ -156,11 +156,11 @@ OPTIONS = (
            "times"),
     Option("min-examples", int, 1, "A peer that trains on fewer examples gets no work from this "
            "run.", _FROM_1, "examples"),
-    Option("dp", float, 0.0, "Each peer adds noise of its own: all rounds together cost at most "
-           "this ε for one of its rows (0: no noise).", _EPSILON, "ε", other_field="dp_epsilon"),
-    Option("delta", float, 1e-5, "With --dp: the δ of that, well below 1 / the rows of a peer.",
+    Option("dp", float, 0.0, "Each peer adds its own noise. All rounds together cost at most "
+           "this ε for each row (0: no noise).", _EPSILON, "ε", other_field="dp_epsilon"),
+    Option("delta", float, 1e-5, "With --dp: the δ, well below 1 / the rows of a peer.",
            _DELTA, other_field="dp_delta"),
-    Option("dp-clip", float, 1.0, "With --dp: the gradient of one row counts at most this much.",
+    Option("dp-clip", float, 1.0, "With --dp: clip the gradient of each row to this norm.",
            _CLIP, "Euclidean norm"),
     Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "
            "another (FedBuff).", choices=("synchronous", "buffered")),

@@ -167,7 +167,7 @@ def check_name(name: str) -> str:
         pass
     if not _HOST_NAME.fullmatch(name) or re.fullmatch(r"[\d.]+", name):
         raise UsageError(
-            f"{name!r} is no host name and no address",
+            f"{name!r} is neither a host name nor an address",
             "write it as agents reach this machine: fleet.example.org or 192.0.2.2",
         )
     return name

@@ -22,7 +22,7 @@ def test_a_run_with_noise_is_charged_and_survives_a_kill_and_a_limit(tmp_path: P
         run = site.ended_run(site.start_run(*RUN, *NOISE))
         assert (run["state"], len(run["history"])) == ("finished", 3)
         assert [closed["metrics"] for closed in run["history"]] == [{}, {}, {}]
-        assert "each peer adds noise of its own: ε 3" in site.ask("run", "show", run["id"]).stdout
+        assert "each peer adds its own noise: ε 3" in site.ask("run", "show", run["id"]).stdout
 
         def spent(name: str) -> str:
             return site.ask_agent(name, "budget").stdout

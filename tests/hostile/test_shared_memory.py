@@ -57,7 +57,7 @@ def test_an_owner_forgets_nothing_by_another_folder(agent_home: Path, tmp_path: 
         set_policy("told_folder", str(new))
     assert refused.value.hint.endswith(f"cp -a {agent_home / 'told'} {new}")
     TableMemory(new / "told.db").close()
-    with pytest.raises(UsageError, match="cannot be joined"):
+    with pytest.raises(UsageError, match="cannot be merged"):
         set_policy("told_folder", str(new))
     (agent_home / "told").rename(tmp_path / "away")
     set_policy("told_folder", str(new))

@@ -171,7 +171,7 @@ def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
 def examples_depend() -> UsageError:
     """The error for a model in which the examples of a batch depend on each other."""
     return UsageError(
-        "noise for single rows needs a model that treats each example by itself, and this one does "
-        "not, such as with batch normalization",
+        "--dp needs a model that processes each example independently, and this model does not, "
+        "for example because of batch normalization",
         "use group normalization: --set norm=group for images",
     )

@@ -110,7 +110,7 @@ def test_names_are_kept_and_the_rest_of_the_file_with_them(home: Path) -> None:
     "name", ["not a host!", "", "a b", "host.lan:9092", "https://host", "-a", "300.1.1.1", "a" * 64]
 )
 def test_what_is_no_name_is_not_saved(home: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="is no host name and no address"):
+    with pytest.raises(UsageError, match="is neither a host name nor an address"):
         settings.add_names(home, ["good.lan", name])
     assert settings.read().names == []
 

@@ -122,7 +122,7 @@ def test_a_model_that_mixes_examples_is_refused_and_group_normalization_named() 
 
     w, x, y = draw(two_layers)
     for forward in (normed, batch_norm):
-        with pytest.raises(UsageError, match="each example by itself") as caught:
+        with pytest.raises(UsageError, match="each example independently") as caught:
             ClippedGradients(losses_with(forward), list(w), 1.0).sum(w, x, y)
         assert "norm=group" in caught.value.hint
 
@@ -207,7 +207,7 @@ def test_a_model_with_running_statistics_is_refused() -> None:
     w, x, y = draw(two_layers)
     loop = TrainingLoop()
     loop.protect(PrivateTraining(3.0, 1e-5, 1.0, 1))
-    with pytest.raises(UsageError, match="each example by itself"):
+    with pytest.raises(UsageError, match="each example independently"):
         loop.train(
             {name: tensor.numpy() for name, tensor in w.items()},
             read_hyperparameters({}),
