@@ -29,6 +29,8 @@ log = logging.getLogger("commonweight.hub")
 
 #: Events that wait while the broker hangs.
 MAX_OUTGOING = 10_000
+#: How long a command waits for a peer that has to connect to the broker again.
+_POLL_S, _MAX_POLLS = 0.1, 50
 
 
 class EventPublisher:
@@ -51,6 +53,8 @@ class EventPublisher:
         self._sending: set[asyncio.Task[bool]] = set()
         self._client: FleetMqttClient | None = None
         self._up = False
+        #: The peers whose messages have arrived since the link is up.
+        self._heard: set[str] = set()
         self._rejected = 0
 
     # --- its two tasks ---
@@ -101,9 +105,17 @@ class EventPublisher:
         task.add_done_callback(self._sending.discard)
 
     async def command(self, peer: str, command: Command) -> None:
-        """Send an operator's command. Raises Unreachable if it would be lost."""
+        """Send an operator's command. Raises Unreachable if it would be lost.
+
+        A broker that was restarted has no subscriber before the peer is back.
+        """
         shown = self._fleet.peers.get(peer)
-        if self._up and shown and (shown.no_presence or shown.state is PeerState.OFFLINE):
+        is_gone = shown and (shown.no_presence or shown.state is PeerState.OFFLINE)
+        for _ in range(0 if is_gone else _MAX_POLLS):
+            if peer in self._heard or not self._up:
+                break
+            await asyncio.sleep(_POLL_S)
+        if self._up and shown and (is_gone or peer not in self._heard):
             raise Unreachable(
                 f"{shown.name} is not connected to the MQTT broker, and commands travel over it",
                 "commonweight status shows when it is back; on its machine: commonweight-agent",
@@ -178,6 +190,7 @@ class EventPublisher:
 
     def _on_message(self, _: Kind, envelope: Envelope) -> None:
         body = envelope.body
+        self._heard.add(envelope.sender)
         before = self._sessions.is_eligible(envelope.sender)
         known = self._presence_numbers(envelope.sender)
         reduce(self._fleet, envelope, time.time())
@@ -204,6 +217,8 @@ class EventPublisher:
     def _on_link(self, up: bool, why: str) -> None:
         changed = up != self._up
         self._up = up
+        if not up:
+            self._heard.clear()
         self.publish_links()
         if changed:
             text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -134,4 +135,26 @@ async def test_a_command_that_would_be_lost_is_refused(site: Site) -> None:
     assert sent == []
     site.hear(PeerState.IDLE)
     await site.publisher.command(site.peer.peer, Command(action="pause"))
+    assert sent == [Command(action="pause")]
+
+
+async def test_a_command_waits_for_a_peer_after_the_broker_was_restarted(site: Site) -> None:
+    """Before the peer subscribes again, the broker takes a command and drops it."""
+    sent: list[Command] = []
+
+    class Broker:
+        async def send_to(self, peer: str, command: Command) -> bool:
+            sent.append(command)
+            return True
+
+    site.publisher._client = Broker()  # type: ignore[assignment]
+    site.publisher._on_link(True, "")
+    site.hear(PeerState.IDLE)
+    site.publisher._on_link(False, "the broker ended")
+    site.publisher._on_link(True, "")
+    command = asyncio.create_task(site.publisher.command(site.peer.peer, Command(action="pause")))
+    await asyncio.sleep(0.3)
+    assert sent == []
+    site.hear(PeerState.IDLE)
+    await command
     assert sent == [Command(action="pause")]
