@@ -57,6 +57,6 @@ def mapped_errors() -> Iterator[None]:
         if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
             raise DiskFull("the disk is full", "free some space; the agent then continues") from err
         raise HomeError(
-            f"the memory of what was told cannot be written: {err}",
+            f"the memory of what was told cannot be used: {err}",
             "nothing leaves until it can be; see commonweight-agent doctor",
         ) from err

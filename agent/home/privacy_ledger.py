@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from agent.data.private_database import open_database, writing
+from agent.data.private_database import mapped_errors, open_database, writing
 from agent.home import settings
 from agent.home.settings_schema import AgentSettings
 from protocols.errors import NotAllowed
@@ -76,13 +76,17 @@ class Limit(NamedTuple):
 
 
 class PrivacyLedger:
-    """The ledger in the file `path`. Several processes may use it; each object one thread."""
+    """The ledger in the file `path`. Several processes may use it; each object one thread.
+
+    Raises HomeError if it cannot be read, or the log of answers beside it; DiskFull.
+    """
 
     def __init__(self, path: Path) -> None:
         self._db = open_database(path, _SCHEMA)
         # The log of answers is beside it, or where older versions had it until the next question.
-        for folder in (path.parent, path.parent.parent):
-            _take_over_answers(self._db, folder / "analysis.db")
+        with mapped_errors():
+            for folder in (path.parent, path.parent.parent):
+                _take_over_answers(self._db, folder / "analysis.db")
 
     def close(self) -> None:
         self._db.close()

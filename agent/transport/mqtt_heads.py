@@ -122,7 +122,8 @@ class HeadExchange:
             return
         self._num_in_interval += 1
         self._read_at[parsed.peer] = now
-        if not is_proof:
+        # One of the future is refused when it is looked at, so nobody was heard by it.
+        if not is_proof and seen.at <= time.time() + seen_heads.MAX_CLOCK_SKEW_S:
             self._stated_at[parsed.peer] = seen.at
         for table in (self._read_at, self._stated_at):
             while len(table) > _MAX_PEERS:

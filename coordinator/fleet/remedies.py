@@ -42,8 +42,9 @@ def _remedy(peer: Peer, state: PeerState) -> str:
             return f"commonweight peers approve {reducer.display_name(peer)}"
         case PeerState.OFFLINE | PeerState.STALE:
             return f"{_THERE} up"
-        case PeerState.PAUSED if peer.paused_by:
-            modes = (f"{rule} {'auto' if rule == 'work' else 'always'}" for rule in peer.paused_by)
+        # The peer names its rules, and a person types this command: only plain words are in it.
+        case PeerState.PAUSED if rules := [rule for rule in peer.paused_by if rule.isidentifier()]:
+            modes = (f"{rule} {'auto' if rule == 'work' else 'always'}" for rule in rules)
             return ", and ".join(f"{_THERE} policy set {mode}" for mode in modes)
         case PeerState.PAUSED:
             for pause, advice in _AFTER_PAUSE.items():

@@ -22,7 +22,7 @@ from protocols.messages.version_log import MAX_HEAD_BYTES, Time
 
 #: Of a proof that travels by gossip or MQTT.
 MAX_GOSSIP_PROOF_BYTES = 2560
-_MAX_CLOCK_SKEW_S = 600.0
+MAX_CLOCK_SKEW_S = 600.0
 
 
 class SeenHead(Struct, frozen=True, array_like=True):
@@ -66,7 +66,7 @@ def verify(data: bytes, cas: CaTrust, fleet: str, now: float) -> VerifiedSeen:
     if identity.peer_id(sender.sign_public) != sender.peer:
         raise BadMessage("the certificate of the statement names a peer of another key")
     seen = read(data, sender.peer, sender.sign_public)
-    if seen.at > now + _MAX_CLOCK_SKEW_S:
+    if seen.at > now + MAX_CLOCK_SKEW_S:
         raise BadMessage("the statement is of the future")
     return VerifiedSeen(seen, sender, data)
 

@@ -161,3 +161,9 @@ def test_a_charge_that_could_not_be_written_does_not_block_the_next(tmp_path: Pa
     reader.close()
     ledger.charge(charge(3), NO_LIMIT)
     assert [one.about for one in ledger.charges()] == ["mnist, round 1", "mnist, round 3"]
+
+
+def test_a_log_of_answers_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "analysis.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(HomeError, match="not a database"):
+        PrivacyLedger(tmp_path / "privacy.db")

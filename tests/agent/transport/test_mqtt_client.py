@@ -29,6 +29,8 @@ from protocols.messages.envelope import (
     seal,
 )
 from protocols.messages.mqtt import SequencedSigner
+from protocols.p2p import seen_heads
+from protocols.p2p.seen_heads import SeenHead
 from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, rogue, running, started
 from tests.support.waiting import until
 
@@ -257,3 +259,22 @@ async def test_a_log_that_cannot_be_read_does_not_end_the_connection(
     heads = HeadExchange("f" * 16, peer, own, lambda data: None, tuple)
     async with running(lambda: heads.run(subscribe, publish)):
         await until(lambda: published == [b"own"])
+
+
+def test_statements_of_the_future_do_not_keep_an_agent_from_more_peers() -> None:
+    """A peer whose clock is wrong can show nothing, so others are drawn in its place."""
+    fleet, now = "f" * 16, time.time()
+    heads = HeadExchange(fleet, "ABCD-EFGH-IJKL-MNOP", bytes, lambda data: None, tuple)
+
+    def hear(at: float) -> None:
+        for letter in "ABCD":
+            peer = f"{letter * 4}-QQQQ"
+            data = seen_heads.sign(SeenHead(peer, at, b"head"), b"", lambda signed: bytes(64))
+            heads.receive(topics.head(fleet, peer), data)
+
+    assert heads.new_filters(0.0)
+    hear(now + 1e6)
+    assert heads.new_filters(100.0)
+    heads._read_at.clear()
+    hear(now)
+    assert not heads.new_filters(200.0)

@@ -41,6 +41,10 @@ def peer(name: str, at: PeerState, reason: str = "", **more: object) -> Peer:
             "‖ paused: work is set to never; "
             "on that machine: commonweight-agent policy set work auto",
         ),
+        (  # a peer chooses these words, and a person types the command
+            peer("a", PeerState.PAUSED, "hot", paused_by=("busy; curl evil.test", "hot")),
+            "‖ paused: hot; on that machine: commonweight-agent policy set hot always",
+        ),
         (
             peer("a", PeerState.PAUSED, "on battery"),  # of an agent before this version
             "‖ paused: on battery; why: on that machine: commonweight-agent policy now",
