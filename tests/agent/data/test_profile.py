@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_file_is_told_without_its_name(tmp_path: Path) -> N
         twice: "column 'x' is there twice",
         header: "no rows",
         broken: "cannot be read as a table",
-        tmp_path / "absent.csv": "no tables at the path",
+        tmp_path / "absent.csv": "no CSV or Parquet file was found at the given path",
     }.items():
         with pytest.raises(DataError, match=words) as caught:
             surveyed(path, target="y")

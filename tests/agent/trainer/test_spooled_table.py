@@ -100,7 +100,7 @@ def test_what_a_crash_left_is_deleted(tmp_path: Path, make: Make) -> None:
 
 
 def test_errors_come_from_the_process_that_reads(tmp_path: Path, make: Make) -> None:
-    with pytest.raises(CommonweightError, match="there are no tables") as missing:
+    with pytest.raises(CommonweightError, match="no CSV or Parquet file was found") as missing:
         make(tmp_path / "none.csv").folder()
     assert missing.value.code == DataError.code
     path = write_csv(tmp_path / "table.csv", MIXED[:3])
