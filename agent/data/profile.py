@@ -196,10 +196,11 @@ def _may_be_sparse(moments: Moments, low: float, high: float, min_rows: int) -> 
 def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSettings) -> list[str]:
     """The requested columns that may be used. Raises SchemaMismatch, which names all others."""
     allowed = [name for name in there if may_use(name, patterns)]
-    misfits = []
+    misfits: list[SchemaMismatch] = []
     for name in (wanted.target, *wanted.features):
         if name not in there:
-            near = preprocessing.near_names(name, allowed)
+            is_shown = len(misfits) < preprocessing.MAX_SHOWN
+            near = preprocessing.near_names(name, allowed) if is_shown else []
             found = f"no such column, but {' or '.join(near)}" if near else "no such column"
             hint = f"there are {', '.join(there[:20])}"
             misfits.append(SchemaMismatch(f"column {name}", "a column of this name", found, hint))

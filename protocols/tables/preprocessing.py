@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import chain, islice
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -30,7 +31,10 @@ MAX_CLASSES = 20
 MAX_BYTES = 128 * 1024
 
 #: Names in a message.
-_MAX_SHOWN = 6
+MAX_SHOWN = 6
+#: Columns in which similar names are searched, and letters of such a name. A peer chooses both, and
+#: 400 columns compared with 400 others take 10 s.
+_MAX_COMPARED, _MAX_COMPARED_CHARS = 500, 64
 
 Setting = str | int | float | bool
 _Mismatches = defaultdict[str, list[SchemaMismatch]]
@@ -204,7 +208,8 @@ def _choose_features(
             raise CommonweightError(f"no peer has a column {name!r}; columns: {known}")
         for peer, table in tables.items():
             if name not in table.columns:
-                near = near_names(name, table.columns)
+                is_shown = len(incompatible[peer]) < MAX_SHOWN
+                near = near_names(name, table.columns) if is_shown else []
                 found = f"no such column, but {' or '.join(near)}" if near else "no such column"
                 incompatible[peer].append(SchemaMismatch(f"column {name}", f"the {what}", found))
     if chosen.features:
@@ -219,17 +224,29 @@ def _choose_features(
 
 
 def near_names(name: str, there: Iterable[str]) -> list[str]:
-    """Up to 3 columns with nearly this name, without regard to case."""
-    by_small = {column.lower(): column for column in there}
+    """Up to 3 columns with nearly this name, without regard to case.
+
+    Not all are looked at, as that is slow: long names and those after the first 500 are left out.
+    """
+    if len(name) > _MAX_COMPARED_CHARS:
+        return []
+    short = (column for column in there if len(column) <= _MAX_COMPARED_CHARS)
+    by_small = {column.lower(): column for column in islice(short, _MAX_COMPARED)}
     return [by_small[small] for small in get_close_matches(name.lower(), by_small, 3)]
+
+
+def _first_near(names: Iterable[str], there: Sequence[str]) -> list[str]:
+    """The columns nearest to the first of these names, without repetition."""
+    near = (near_names(name, there)[:1] for name in islice(names, MAX_SHOWN))
+    return list(dict.fromkeys(chain.from_iterable(near)))
 
 
 def no_common_feature(features: Iterable[str], there: Iterable[str]) -> SchemaMismatch:
     """The error for a table that has none of the features."""
     features, there = sorted(features), list(there)
-    near = dict.fromkeys(one for name in features for one in near_names(name, there)[:1])
-    shown = ", ".join(features[:_MAX_SHOWN]) + (", …" if len(features) > _MAX_SHOWN else "")
-    found = f"none, but {', '.join(list(near)[:_MAX_SHOWN])}" if near else "none of them"
+    near = _first_near(features, there)
+    shown = ", ".join(features[:MAX_SHOWN]) + (", …" if len(features) > MAX_SHOWN else "")
+    found = f"none, but {', '.join(near)}" if near else "none of them"
     return SchemaMismatch("features", f"some of {shown}", found)
 
 
@@ -254,16 +271,16 @@ def _find_tables_apart(
 def _absent_text(absent: list[str], names: list[str], table: TableStatistics) -> str:
     """A note for a peer without some of the features."""
     many = len(absent) > 1
-    what = f"columns {', '.join(absent[:_MAX_SHOWN])}" if many else f"column {absent[0]}"
-    more = f" and {len(absent) - _MAX_SHOWN} more" if len(absent) > _MAX_SHOWN else ""
-    small = {name.lower() for name in absent}
-    others = [name for name in table.columns if name not in names or name.lower() in small]
-    near = dict.fromkeys(one for name in absent for one in near_names(name, others)[:1])
+    what = f"columns {', '.join(absent[:MAX_SHOWN])}" if many else f"column {absent[0]}"
+    more = f" and {len(absent) - MAX_SHOWN} more" if len(absent) > MAX_SHOWN else ""
+    small, known = {name.lower() for name in absent}, set(names)
+    others = [name for name in table.columns if name not in known or name.lower() in small]
+    near = _first_near(absent, others)
     text = (
         f"{what}{more} {'are' if many else 'is'} absent and count{'' if many else 's'} as missing"
     )
     if near:
-        text += f"; the table has {', '.join(list(near)[:_MAX_SHOWN])}"
+        text += f"; the table has {', '.join(near)}"
     if 2 * len(absent) > len(names):
         text = f"has {len(names) - len(absent)} of {len(names)} features: {text}"
     return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from difflib import get_close_matches
 from typing import Any
 
 import pytest
@@ -227,3 +229,30 @@ def test_what_is_no_preprocessing() -> None:
     for text in ("", "{}", "[]", '{"version":2}', "\ud800"):
         with pytest.raises(BadMessage):
             preprocessing.decode(text)
+
+
+def test_similar_names_are_searched_in_a_few_columns_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer chooses the names and how many; to compare all with all would stop the coordinator."""
+    compared: list[int] = []
+
+    def count(name: str, there: Collection[str], most: int) -> list[str]:
+        compared.append(len(there))
+        return get_close_matches(name, there, most)
+
+    monkeypatch.setattr(preprocessing, "get_close_matches", count)
+    usual = table(age=number(), **{f"first_{n}": number() for n in range(40)})
+    wide = {f"fisrt_{n}": number() for n in range(700)}
+    others = table(age=number(), **wide), table(**wide), table(**{"f" * 99: number()})
+    made = derived(usual, usual, usual, usual, *others)
+    (note,) = (text for peer, text in made.notes if peer == "e")
+    assert "the table has fisrt_" in note
+    assert list(made.incompatible) == ["f", "g"]
+    assert max(compared) == 500
+    assert len(compared) <= 6 * len(others)
+    compared.clear()
+    made = derived(
+        usual, *others, features=",".join(name for name in usual.columns if name[0] == "f")
+    )
+    assert set(made.incompatible) == {"b", "c", "d"}
+    assert max(compared) == 500
+    assert len(compared) <= 6 * len(others)
