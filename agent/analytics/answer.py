@@ -98,7 +98,9 @@ def _check(question: Query, chosen: AgentSettings, log: QueryLog) -> None:
     disclosure_control.check(question, chosen)
     differential_privacy.check(question, chosen)
     if chosen.analyze == "ask" and not log.is_allowed(question):
-        raise Refused("the owner is asked first", "commonweight-agent policy questions list")
+        raise Refused(
+            "the owner must allow this question first", "commonweight-agent policy questions list"
+        )
 
 
 def _compute_answer(

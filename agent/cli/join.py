@@ -102,7 +102,8 @@ def join(
     labels = dict(parse_pair(item) for item in label or [])
     home = homes.open_home("agent", create=True)
     if data:
-        print_line(own_data.check_setting(settings.read(home, data=settings.data_path(data))))
+        wanted = settings.read(home, data=settings.data_path(data))
+        print_line(own_data.check_setting(wanted, allowing=bool(allow)))
     there = own_data.columns(settings.data_path(data) or "")
     if sys.stdin.isatty() and sys.stderr.isatty() and not (unattended or json):
         policy |= {key: _prompt(key) for key, value in policy.items() if value is None}

@@ -33,7 +33,7 @@ def _query_log() -> QueryLog:
 
 @questions.command("list")
 def list_questions(json: Json = False) -> None:
-    """List every question, its answer or refusal, and what awaits you."""
+    """List every question, and those that await your decision."""
     query_log = _query_log()
     entries, requests = query_log.entries(), query_log.approval_requests()
     if json:

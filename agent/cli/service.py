@@ -13,7 +13,7 @@ from protocols.errors import ExitCode
 from protocols.local import homes
 from protocols.local.command_line import App
 
-service = App(name="service", help="Start with this machine; restart; stop after this round.")
+service = App(name="service", help="Start with this machine, restart, or stop after a round.")
 
 
 def _system() -> Any:

@@ -201,7 +201,7 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
         if name not in there:
             is_shown = len(misfits) < preprocessing.MAX_SHOWN
             near = preprocessing.near_names(name, allowed) if is_shown else []
-            found = f"no such column, but {' or '.join(near)}" if near else "no such column"
+            found = f"a similar one: {' or '.join(near)}" if near else "no such column"
             hint = f"there are {', '.join(there[:20])}"
             misfits.append(SchemaMismatch(f"column {name}", "a column of this name", found, hint))
         elif not may_use(name, patterns):

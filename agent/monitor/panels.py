@@ -137,8 +137,8 @@ def _next_window(machine: Machine) -> str:
     if free_for_s:
         return f"may work until {_clock(machine.now + free_for_s)}"
     if isinstance(machine.decision, Pause):
-        return "works again once the reason has ended"
-    return "no hours are set: at any time"
+        return "works again when the reason ends"
+    return "at any time; no hours are set"
 
 
 def _day_bar(hours: str, minute: int) -> tuple[str, str]:

@@ -13,8 +13,8 @@ from agent.tasks import data_checks
 from protocols.errors import CommonweightError, DataError, UsageError
 
 
-def check(chosen: AgentSettings) -> str:
-    """A line about the data and the tasks that can read them.
+def check(chosen: AgentSettings, *, allowing: bool = False) -> str:
+    """A line about the data and the tasks that can read them. `allowing`: tasks follow.
 
     Raises DataError if they cannot be read, or fit none of the tasks that the owner allows.
     """
@@ -26,7 +26,8 @@ def check(chosen: AgentSettings) -> str:
     if fitting := [task for task in all_fitting if chosen.allows(task)]:
         return f"the data fit the tasks: {', '.join(fitting)}"
     if all_fitting and not chosen.tasks:
-        return f"the data fit the tasks: {', '.join(all_fitting)}; none of them is allowed yet"
+        then = "" if allowing else "; none of them is allowed yet"
+        return f"the data fit the tasks: {', '.join(all_fitting)}{then}"
     allowed = [task for task in data_checks.EXPECTED if chosen.allows(task) or not chosen.tasks]
     needs = "; ".join(f"{task} reads {data_checks.EXPECTED[task]}" for task in allowed)
     if not chosen.tasks or "*" in chosen.tasks or set(chosen.tasks) - set(allowed):
@@ -57,9 +58,9 @@ def waiting_rows(home: Path) -> str:
     return str(counts) if counts is not None and counts.waiting else ""
 
 
-def check_setting(chosen: AgentSettings) -> str:
+def check_setting(chosen: AgentSettings, *, allowing: bool = False) -> str:
     """The same for a setting that the owner is about to change. Raises UsageError."""
     try:
-        return check(chosen)
+        return check(chosen, allowing=allowing)
     except DataError as err:
         raise UsageError(err.message, err.hint) from err

@@ -136,7 +136,7 @@ def approve(peer: PeerName) -> None:
 
 @peers.command("remove")
 def remove(peer: PeerName) -> None:
-    """Remove a machine for good. It can join again only with a new key."""
+    """Remove a machine permanently. It can join again only with a new key."""
     connect().remove(peer)
     print_line(f"{peer} is removed")
 

@@ -115,7 +115,7 @@ def start(
     given["task"] = task or given["task"]
     order = build_order({name: value for name, value in given.items() if value is not None})
     if goal := split_target(given["target"] or "")[1]:
-        print_line(f"note: --target takes a column; the goal is now: --until {goal}")
+        print_line(f"note: --target takes a column; the goal is now set by: --until {goal}")
     remote = connect()
     run_id = remote.start_run(order)
     if not follow:

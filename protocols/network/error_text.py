@@ -42,7 +42,8 @@ def _describe_certificate(err: ssl.SSLCertVerificationError) -> str:
     """OpenSSL's codes 62 and 64: the certificate has other names than the one that we asked for."""
     if err.verify_code in (62, 64):
         name = err.verify_message.rpartition("not valid for ")[2].strip("'.")
-        return f"its certificate does not name {name} (there: commonweight init --san {name})"
+        fix = f"on the coordinator: commonweight init --san {name}"
+        return f"its certificate does not name {name} ({fix})"
     return f"its certificate is not valid: {err.verify_message}"
 
 

@@ -51,7 +51,8 @@ class PrivateTraining(NamedTuple):
         noise = _noise(self.epsilon, self.delta, rate, steps * self.rounds)
         if not noise < MAX_NOISE:
             raise UsageError(
-                f"no noise is enough for ε = {self.epsilon:g} in {self.rounds} rounds", "--dp 3"
+                f"no noise is enough for ε = {self.epsilon:g} in {self.rounds} rounds",
+                "use a larger --dp, such as 3, or fewer rounds",
             )
         return SampledGaussian(noise, rate, steps)
 

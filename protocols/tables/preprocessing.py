@@ -210,7 +210,7 @@ def _choose_features(
             if name not in table.columns:
                 is_shown = len(incompatible[peer]) < MAX_SHOWN
                 near = near_names(name, table.columns) if is_shown else []
-                found = f"no such column, but {' or '.join(near)}" if near else "no such column"
+                found = f"a similar one: {' or '.join(near)}" if near else "no such column"
                 incompatible[peer].append(SchemaMismatch(f"column {name}", f"the {what}", found))
     if chosen.features:
         return sorted(chosen.features)
@@ -246,7 +246,7 @@ def no_common_feature(features: Iterable[str], there: Iterable[str]) -> SchemaMi
     features, there = sorted(features), list(there)
     near = _first_near(features, there)
     shown = ", ".join(features[:MAX_SHOWN]) + (", …" if len(features) > MAX_SHOWN else "")
-    found = f"none, but {', '.join(near)}" if near else "none of them"
+    found = f"none of them (similar: {', '.join(near)})" if near else "none of them"
     return SchemaMismatch("features", f"some of {shown}", found)
 
 

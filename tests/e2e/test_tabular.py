@@ -132,5 +132,5 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         )
         assert done.returncode == 1
         assert "column Labels: expected a column of this name" in done.stderr
-        assert "found no such column, but label" in done.stderr
+        assert "found a similar one: label" in done.stderr
         assert "refused " in done.stderr

@@ -32,7 +32,7 @@ def test_join_and_doctor_name_the_port_and_the_command_that_closes_it(
     assert joined.returncode == 0, joined.stderr
     said = joined.stdout + joined.stderr
     assert "shares averaged versions with other peers in this private network at a free" in said
-    assert "to close it: commonweight-agent policy set share off" in said
+    assert "to turn sharing off: commonweight-agent policy set share off" in said
     assert "policy set share off" in run_program([AGENT, "doctor"], env).stdout
     (home / "share.port").write_text("41234")
     assert "at port 41234" in sharing_text.describe(AgentSettings(), home)

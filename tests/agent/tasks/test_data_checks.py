@@ -142,6 +142,7 @@ def test_the_owner_is_told_which_tasks_read_the_data(tmp_path: Path) -> None:
     pets = AgentSettings(data=str(tmp_path / "pets"))
     said = "the data fit the tasks: images; none of them is allowed yet"
     assert own_data.check_setting(pets) == said
+    assert own_data.check_setting(pets, allowing=True) == "the data fit the tasks: images"
     allowed = replace(pets, tasks=("images",))
     assert own_data.check_setting(allowed) == "the data fit the tasks: images"
     assert "tasks that bring their own data" in own_data.check(AgentSettings())

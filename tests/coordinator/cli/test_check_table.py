@@ -66,7 +66,7 @@ def test_every_peer_and_column_has_a_cell_and_every_misfit_its_reasons() -> None
             "b": a_table(x=NUMBER, y=NUMBER),
             "c": a_table(x=COMMA, y=LABEL),
         },
-        d="column label: expected a column of this name, found no such column, but Label",
+        d="column label: expected a column of this name, found a similar one: Label",
     )
     busy = {"state": PeerState.PAUSED, "reason": "on battery", "paused_by": ("battery",)}
     report = check_table.make_report(run, a_fleet(*"abcd", e=busy))
@@ -82,7 +82,7 @@ def test_every_peer_and_column_has_a_cell_and_every_misfit_its_reasons() -> None
     lines = check_table.explain(report)
     assert lines[0].startswith("C: column x: expected number, found text like 1.234,5")
     assert "column y: expected number, found text" in lines[0]
-    assert lines[1].endswith("found no such column, but Label")
+    assert lines[1].endswith("found a similar one: Label")
     assert lines[2] == (
         "E: ‖ paused: on battery; on that machine: commonweight-agent policy set battery always"
     )

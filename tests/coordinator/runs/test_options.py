@@ -64,8 +64,11 @@ def test_help_shows_the_common_options_and_help_all_the_others() -> None:
 @pytest.mark.parametrize(
     ("words", "note"),
     [
-        (["--target", "price", "--target", "rmse=2.5"], "the goal is now: --until rmse=2.5\n"),
-        (["--target", "0.9"], "the goal is now: --until 0.9\n"),
+        (
+            ["--target", "price", "--target", "rmse=2.5"],
+            "the goal is now set by: --until rmse=2.5\n",
+        ),
+        (["--target", "0.9"], "the goal is now set by: --until 0.9\n"),
         (["--target", "price", "--until", "rmse=2.5"], ""),
     ],
 )

@@ -88,4 +88,5 @@ def test_a_certificate_for_other_names_says_which_name_it_lacks(name: str, tmp_p
                 with contextlib.suppress(ssl.SSLWantReadError):
                     end.do_handshake()
     text = describe_error(caught.value)
-    assert text == (f"its certificate does not name {name} (there: commonweight init --san {name})")
+    fix = f"on the coordinator: commonweight init --san {name}"
+    assert text == f"its certificate does not name {name} ({fix})"

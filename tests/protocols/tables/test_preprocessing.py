@@ -133,7 +133,7 @@ def test_all_that_does_not_fit_is_named_at_once_with_what_to_write() -> None:
 def test_a_column_of_another_spelling_is_named() -> None:
     made = derived(table(age=number()), table(Age=number()), features="age")
     assert made.incompatible["b"].message == (
-        "column age: expected the feature, found no such column, but Age"
+        "column age: expected the feature, found a similar one: Age"
     )
     made = derived(table(age=number(), x=number()), table(Age=number(), x=number()))
     assert ("b", "column age is absent and counts as missing; the table has Age") in made.notes
@@ -144,7 +144,7 @@ def test_a_table_without_any_feature_of_the_others_is_refused() -> None:
         table(age=number(), x=number()), table(age=number(), x=number()), table(Age=number())
     )
     assert {peer: err.message for peer, err in made.incompatible.items()} == {
-        "c": "features: expected some of age, x, found none, but Age"
+        "c": "features: expected some of age, x, found none of them (similar: Age)"
     }
     assert [feature.name for feature in made.preprocessing.features] == ["age", "x"]
     with pytest.raises(CommonweightError, match="expected some of b, found none of them"):
