@@ -32,6 +32,8 @@ MAX_BYTES = 128 * 1024
 
 #: Names in a message.
 MAX_SHOWN = 6
+#: Notes about columns of few peers. Each note is an event, and one peer may have thousands of them.
+_MAX_RARE_NOTES = 20
 #: Columns in which similar names are searched, and letters of such a name. A peer chooses both, and
 #: 400 columns compared with 400 others take 10 s.
 _MAX_COMPARED, _MAX_COMPARED_CHARS = 500, 64
@@ -219,7 +221,14 @@ def _choose_features(
     counts = Counter(name for table in compatible for name in table.columns)
     del counts[chosen.target]
     rare = sorted(name for name, count in counts.items() if 2 * count < total)
-    notes += [("", f"column {n} is left out: {counts[n]} of {total} peers have it") for n in rare]
+    notes += [
+        ("", f"column {n} is left out: {counts[n]} of {total} peers have it")
+        for n in rare[:_MAX_RARE_NOTES]
+    ]
+    if (more := len(rare) - _MAX_RARE_NOTES) > 0:
+        notes.append(
+            ("", f"{more} more columns are left out: less than half of the peers have them")
+        )
     return sorted(counts.keys() - set(rare))
 
 

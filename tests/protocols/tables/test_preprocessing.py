@@ -256,3 +256,11 @@ def test_similar_names_are_searched_in_a_few_columns_only(monkeypatch: pytest.Mo
     assert set(made.incompatible) == {"b", "c", "d"}
     assert max(compared) == 500
     assert len(compared) <= 6 * len(others)
+
+
+def test_a_peers_many_columns_make_few_notes() -> None:
+    usual, wide = table(age=number()), {f"own_{n}": number() for n in range(100)}
+    notes = [text for _, text in derived(usual, usual, table(age=number(), **wide)).notes]
+    assert len(notes) == 21
+    assert notes[0] == "column own_0 is left out: 1 of 3 peers have it"
+    assert notes[-1] == "80 more columns are left out: less than half of the peers have them"
