@@ -21,6 +21,8 @@ FILE = "log.db"
 #: Entries and heads that are kept. Heads for the audit are kept once an hour.
 MAX_ENTRIES, MAX_AUDIT_HEADS = 4096, 10_000
 _PRUNE_EVERY, _AUDIT_EVERY_S = 64, 3600.0
+#: Another program waits this long: pages of the log may be fetched within a transaction.
+_WAIT_S = 60.0
 
 
 class Known(NamedTuple):
@@ -45,7 +47,9 @@ class LogStore:
     def __init__(self, home: Path, fleet: str) -> None:
         self._path = home / FILE
         try:
-            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                self._path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False
+            )
             self._path.chmod(0o600)
             self._db.executescript(
                 """

@@ -100,7 +100,8 @@ def test_pahos_messages_are_read_in_pieces(
     found = packets(2 * sent, sizes)
     assert b"".join(bytes(one.data) for one in found) == 2 * sent
     for packet in found:
-        assert mqtt.parse_publish(packet) == (topic, qos, retain, 7 if qos else 0)
+        expected = (topic, qos, retain, 7 if qos else 0, len(payload))
+        assert mqtt.parse_publish(packet) == expected
 
 
 @given(st.lists(st.tuples(TOPIC, st.integers(0, 2)), min_size=1, max_size=16))
