@@ -17,7 +17,7 @@ from agent.tasks.language.gpt import TextLM
 from coordinator.remote import run_options
 from coordinator.runs import best_version, decisions, steps, transitions
 from coordinator.runs.decisions import Observation
-from coordinator.runs.state import Run
+from coordinator.runs.state import Round, Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
 from protocols.errors import UnknownName, UsageError
@@ -28,6 +28,12 @@ from protocols.tables import evaluation_counts
 
 def spec(**changed: Any) -> RunSpec:
     return RunSpec(task="ping", rounds=50, **changed)
+
+
+def test_a_run_with_noise_has_no_metrics_and_its_newest_version_counts_as_the_best() -> None:
+    rounds = [Round(round=n, digest=f"d{n}") for n in (1, 2)]
+    assert best_version.best(spec(dp_epsilon=3.0), rounds) is rounds[1]
+    assert best_version.best(spec(), rounds) is rounds[0]
 
 
 def test_the_usual_metric_is_accuracy_else_loss() -> None:
