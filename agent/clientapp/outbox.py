@@ -69,6 +69,8 @@ class Outbox:
         try:
             last = msgspec.json.decode(self.answer.read_bytes(), type=Finished)
             claim = SIGNED_CLAIM.decode(last.claim)
+            if claim.fleet != self._me.fleet:
+                return None  # of an older version of this program, whose claims are refused
             if not claim.digest or last.description:
                 return last
             # If the bytes are damaged, training makes them again.

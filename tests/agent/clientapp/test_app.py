@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client
 from agent.clientapp.interfaces import Observer, PeerIdentity
+from agent.clientapp.outbox import Outbox
 from agent.home import audit_log
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
@@ -284,6 +285,15 @@ def test_a_damaged_outbox_costs_a_training_and_no_more(desk: Desk, content: byte
     (desk.folder / "finished.json").write_bytes(content)
     desk.ask()
     assert len(desk.trainer.did) == 1
+
+
+def test_an_answer_of_an_older_version_is_made_again(desk: Desk) -> None:
+    """Its claim names no fleet, so the coordinator refuses it, and asks for it again."""
+    me = PeerIdentity("P", KEY.sign, identity.public_bytes(COORDINATOR), "")
+    desk.folder.joinpath("update.safetensors").write_bytes(b"update")
+    Outbox(desk.folder, me).keep(some_work(), DONE)
+    assert desk.ask().fleet == "f"
+    assert [what for what, *_ in desk.trainer.did] == ["train"]
 
 
 def test_bytes_that_a_power_cut_has_lost_cost_a_training_and_no_more(desk: Desk) -> None:
