@@ -220,7 +220,7 @@ def test_what_is_refused_says_why(
 
 def test_an_owner_who_is_asked_first(tmp_path: Path) -> None:
     peer = Peer(tmp_path, people(), AgentSettings(analyze="ask"))
-    assert "asked first" in peer.ask("count").refused
+    assert "must allow this question first" in peer.ask("count").refused
     ((digest, words, decided),) = peer.memory.approval_requests()
     assert (words, decided) == ("count", None)
     assert peer.memory.decide(digest[:8], allowed=True)
