@@ -451,10 +451,10 @@ def test_an_approval_is_for_one_question(tmp_path: Path) -> None:
         other = starts.setdefault(query.digest[:4], query)
         if other is not query:
             break
-    assert "asked first" in victim.send(query).refused
+    assert "must allow this question first" in victim.send(query).refused
     assert victim.log.decide(query.digest[:4], allowed=True)
     assert not victim.send(query).refused
-    assert "asked first" in victim.send(other).refused
+    assert "must allow this question first" in victim.send(other).refused
     assert not victim.log.decide(query.digest[:4], allowed=True), "two questions start so"
 
 

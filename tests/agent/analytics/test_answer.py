@@ -225,7 +225,7 @@ def test_an_owner_who_is_asked_first(tmp_path: Path) -> None:
     assert (words, decided) == ("count", None)
     assert peer.memory.decide(digest[:8], allowed=True)
     assert peer.ask("count").cells[0].rows == 200
-    assert "asked first" in peer.ask("mean(age)").refused
+    assert "must allow this question first" in peer.ask("mean(age)").refused
 
 
 def test_the_sets_of_an_older_version_still_count(tmp_path: Path) -> None:
