@@ -151,9 +151,6 @@ class Site:
         if "peers approve" in line:
             self._join("guest")
         printed = machine.follow(self._filled(line, machine.name), f"{given}\n")
-        if "restart the agent" in printed and "agent" in machine.programs:
-            machine.stop("agent")
-            machine.run_agent()
         if line.startswith("commonweight ticket create --uses"):
             self._tickets += [printed.strip()] * 3
         return printed
