@@ -54,7 +54,7 @@ def test_of_the_coordinator_with_no_byte_left(site: Fleet) -> None:
     waits_for(site, run, "waits for space on the coordinator's disk")
     ballast.unlink()
     is_whole(site, run, LONG)
-    assert site.ask("audit", "verify").returncode == 0
+    assert site.ask("admin", "audit", "verify").returncode == 0
 
 
 def test_of_the_coordinator_with_room_for_the_ledger_but_no_update(site: Fleet) -> None:

@@ -142,29 +142,29 @@ def test_two_coordinators_of_one_fleet_are_found_out(tmp_path: Path) -> None:
         wait_for(lambda: proofs(tmp_path / "ada"), "ada has the proof")
         site.until_agent("ada", "is stopped", lambda told: told["reason"] == REFUSED)
         assert "two" in site.agent("ada")["last_error"]
-        text = site.ask_agent("ada", "audit", "show").stdout
+        text = site.ask_agent("ada", "ledger", "audit", "show").stdout
         assert "audit acknowledge" in text
         proof = proofs(tmp_path / "ada")[0]
         ca = tmp_path / "ca.pem"
         ca.write_text(json.loads((tmp_path / "bob" / "enrolled.json").read_text())["ca_pem"])
-        done = site.ask_agent("nobody", "audit", "verify", str(proof), "--ca", str(ca))
+        done = site.ask_agent("nobody", "ledger", "audit", "verify", str(proof), "--ca", str(ca))
         assert (done.returncode, done.stderr) == (0, "")
         assert "the coordinator of fleet" in done.stdout
         fork_proof.check(ca.read_bytes(), fork_proof.decode(proof.read_bytes()))
         broken = tmp_path / "broken.json"
         broken.write_bytes(proof.read_bytes().replace(b'"second":"', b'"second":"AAAA', 1))
-        done = site.ask_agent("nobody", "audit", "verify", str(broken), "--ca", str(ca))
+        done = site.ask_agent("nobody", "ledger", "audit", "verify", str(broken), "--ca", str(ca))
         assert done.returncode == 1
         assert "proves nothing" in done.stderr
         shown = {peer["name"]: peer for peer in site.data("peers", "list")}
         assert (shown["ada"]["state"], shown["ada"]["reason"]) == ("error", REFUSED)
         heads = tmp_path / "heads.json"
-        assert site.ask_agent("ada", "audit", "heads", str(heads)).returncode == 0
-        assert site.ask("audit", "verify").returncode == 0
-        done = site.ask("audit", "verify", str(heads))
+        assert site.ask_agent("ada", "ledger", "audit", "heads", str(heads)).returncode == 0
+        assert site.ask("admin", "audit", "verify").returncode == 0
+        done = site.ask("admin", "audit", "verify", str(heads))
         assert done.returncode == 1
         assert "rewritten, or is another one: ada saw entry" in done.stderr
-        assert site.ask_agent("bob", "audit", "verify", str(heads)).returncode == 1
+        assert site.ask_agent("bob", "ledger", "audit", "verify", str(heads)).returncode == 1
         assert any("ledger that is not this one" in event for event in site.events())
         # The peer that it meets without any coordinator stops as well.
         wait_for(lambda: proofs(tmp_path / "bob"), "bob has a proof")
@@ -174,7 +174,7 @@ def test_two_coordinators_of_one_fleet_are_found_out(tmp_path: Path) -> None:
         site.start_agent("ada")
         site.until_agent("ada", "is stopped again", lambda told: told["reason"] == REFUSED)
         for name in ("ada", "bob"):
-            assert site.ask_agent(name, "audit", "acknowledge").returncode == 0
+            assert site.ask_agent(name, "ledger", "audit", "acknowledge").returncode == 0
             site.until_agent(name, "goes on", lambda told: told["state"] == "idle")
         again = site.start_run("ping", "--rounds", "2", "--quorum", "2")
         assert site.ended_run(again)["state"] == "finished"

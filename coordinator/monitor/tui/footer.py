@@ -72,7 +72,7 @@ def footer_line(
 ) -> Text:
     """The footer's text in `width` characters: the keys of the page, then help and quit.
 
-    In a recording its own keys stand first.
+    In a recording its own keys stand first, after the one that leads back.
     """
     keys = [
         key
@@ -81,7 +81,8 @@ def footer_line(
         and not (read_only and key.changes)
         and (replay or key.id not in REPLAY_ONLY)
     ]
-    keys.sort(key=lambda key: key.id not in REPLAY_ONLY)
+    if replay:
+        keys.sort(key=lambda key: (key.id != "plain", key.id not in REPLAY_ONLY))
     pinned = [key for key in keys if key.id in PINNED]
     if width < MIN_WIDTH_PALETTE:
         pinned = [key for key in pinned if key.id != "palette"]
