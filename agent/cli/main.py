@@ -23,7 +23,6 @@ from agent.cli import (
     control,
     export,
     join,
-    monitor,
     policy,
     predict,
     questions,
@@ -32,6 +31,7 @@ from agent.cli import (
     task,
 )
 from agent.cli.common import Json, Part, Split, is_running, parse_part, print_line
+from agent.cli.monitor.command import monitor
 from agent.home import enrollment_file, logs, settings
 from agent.setup import sharing_text
 from protocols import VERSION
@@ -212,7 +212,7 @@ _COMMANDS: dict[App, dict[str, Callable[..., None]]] = {
         "join": join.join,
         "up": run,
         "status": status,
-        "monitor": monitor.monitor,
+        "monitor": monitor,
         **control.COMMANDS,
         "budget": budget.budget,
         "predict": predict.predict,

@@ -34,9 +34,9 @@ from agent.tasks import floors as owner_floors
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
 from protocols.errors import BadMessage, CommonweightError, DiskFull, SchemaMismatch, TrainerFailed
-from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
+from protocols.local.failpoints import failpoint, note
 from protocols.messages.fleet_names import FleetNames
 from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, Work

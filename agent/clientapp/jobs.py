@@ -18,8 +18,8 @@ from msgspec import Struct
 
 from agent.clientapp.interfaces import PeerIdentity, signed_payload
 from protocols.errors import BadMessage, Refused
-from protocols.failpoints import failpoint, note
 from protocols.local.atomic_files import write_private
+from protocols.local.failpoints import failpoint, note
 from protocols.local.safe_paths import path_in
 from protocols.messages import jobs
 from protocols.messages.fleet_names import FleetNames

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from agent.home.secure_store import TurnKey, TurnStore
 from protocols.errors import SecureRefused
-from protocols.secagg import peer
-from protocols.secagg.cohort import Pins
-from protocols.secagg.messages import (
+from protocols.privacy.secagg import peer
+from protocols.privacy.secagg.cohort import Pins
+from protocols.privacy.secagg.messages import (
     AgreeAnswer,
     AgreeRequest,
     MaskAnswer,
@@ -24,7 +24,7 @@ from protocols.secagg.messages import (
     UnmaskAnswer,
     UnmaskRequest,
 )
-from protocols.secagg.peer import Masking, Me, Turn
+from protocols.privacy.secagg.peer import Masking, Me, Turn
 
 #: Writes the masked update to a file; returns its digest and its size in bytes.
 Write = Callable[[Masking], tuple[str, int]]

@@ -48,8 +48,8 @@ from protocols.errors import (
     UploadRefused,
     UploadUnneeded,
 )
-from protocols.failpoints import failpoint, note
 from protocols.local.disk_space import free_bytes
+from protocols.local.failpoints import failpoint, note
 from protocols.messages import refusals
 from protocols.messages.jobs import ANSWER_PATH
 from protocols.messages.states import PauseReason

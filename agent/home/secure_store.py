@@ -2,8 +2,8 @@
 
 A turn is recorded step by step, and each step is on disk before its answer leaves. What was
 recorded is never changed: another value for a step is refused here too, beside the checks of
-`protocols.secagg.peer`. Secrets of a turn are overwritten once a newer turn of its run begins; that
-the turn was there is remembered, so its keys are never made again.
+`protocols.privacy.secagg.peer`. Secrets of a turn are overwritten once a newer turn of its run
+begins; that the turn was there is remembered, so its keys are never made again.
 
 A copy of the home, or a snapshot of the machine, that is put back undoes this: the agent then
 answers again as it did before. See docs/security.md.
@@ -20,8 +20,8 @@ from typing import NamedTuple
 import msgspec
 
 from protocols.errors import DiskFull, HomeError, SecureRefused
-from protocols.failpoints import failpoint
-from protocols.secagg.peer import Turn
+from protocols.local.failpoints import failpoint
+from protocols.privacy.secagg.peer import Turn
 
 FILE = "secure.db"
 _decode = msgspec.msgpack.Decoder(Turn).decode

@@ -19,7 +19,7 @@ import msgspec
 from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
 from agent.trainer.ipc import Answer, Request, decode_answer, encode
-from protocols import failpoints
+from protocols.local import failpoints
 from protocols.local.programs import child_environment
 
 log = logging.getLogger(__name__)

@@ -55,7 +55,7 @@ from protocols.errors import (
     UnknownName,
     UsageError,
 )
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
 from protocols.model.personalization import SCAFFOLD

@@ -36,8 +36,8 @@ from agent.trainer.ipc import (
 )
 from agent.trainer.progress import WorkControl
 from protocols.errors import CommonweightError, DiskFull, OutOfMemory
-from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_disk_full
+from protocols.local.failpoints import failpoint
 
 _PR_SET_PDEATHSIG = 1
 

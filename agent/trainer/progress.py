@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from agent.tasks import Cancelled
 from agent.trainer.ipc import Answer, Cancel, Pace, Pause, Phase, Progress, Resume
-from protocols.failpoints import failpoint, note
+from protocols.local.failpoints import failpoint, note
 
 PROGRESS_EVERY_S = 0.2
 

@@ -10,7 +10,7 @@ from agent.data.settings import uses_network
 from agent.home.settings_schema import AgentSettings
 from agent.policy.file_access import SandboxRules
 from agent.tasks import registry
-from protocols import failpoints
+from protocols.local import failpoints
 
 
 def make_rules(

@@ -54,7 +54,7 @@ from protocols.enrollment import joining
 from protocols.enrollment.identity import node_public_pem
 from protocols.enrollment.joining import EnrollmentStatus, MqttResponse
 from protocols.errors import UnknownName, Unreachable
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 from protocols.messages import work as messages
 from protocols.messages.envelope import LOGS_PATH, LogResponse, strip_controls
 from protocols.messages.version_log import LOG_PATH, LogNews

@@ -17,8 +17,8 @@ from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.http_client import HttpClient, map_errors
 from protocols.errors import BadWeights, Refused, Unreachable, UploadRefused, UploadUnneeded
-from protocols.failpoints import failpoint
 from protocols.local.atomic_files import write_all
+from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import strip_controls
 from protocols.model.weights import file_digest
 

@@ -1,7 +1,7 @@
 """Checks invariants A, B and C of FAULTS.md from files, independently of the product's code.
 
 It reads the ledger with sqlite3, recomputes its hash chain, and hashes the versions. What agents
-received is in their truth files (`protocols.failpoints.note`). A finding is one sentence.
+received is in their truth files (`protocols.local.failpoints.note`). A finding is one sentence.
 
 A  Each acknowledged update is accepted once or refused with a reason. An update accepted in a round
    is summed in that round's version exactly once, and nothing else is.

@@ -1,4 +1,4 @@
-"""The names of the failpoints in both programs (`protocols.failpoints`)."""
+"""The names of the failpoints in both programs (`protocols.local.failpoints`)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from coordinator.api.schema import StartRunRequest
 from coordinator.remote.api_client import Remote
 from coordinator.storage.run_events import RunSpec, Setting
 from protocols.errors import CommonweightError
-from protocols.failpoints import TRUTH, VARIABLE
+from protocols.local.failpoints import TRUTH, VARIABLE
 from tests.support.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports
 from tests.support.waiting import wait_for
 

@@ -19,13 +19,13 @@ import numpy as np
 
 from protocols.model.weights import Part, Weights, header_bytes, split_into_pieces
 from protocols.model.weights_file import WeightsFile
-from protocols.secagg import masked_file, ring
-from protocols.secagg.aggregator import Aggregator, CohortFixed
-from protocols.secagg.cohort import Pins, neighbor_count, threshold
-from protocols.secagg.masks import add_masks
-from protocols.secagg.messages import MaskRequest
-from protocols.secagg.peer import Masking
-from protocols.secagg.recovery import recover
+from protocols.privacy.secagg import masked_file, ring
+from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
+from protocols.privacy.secagg.cohort import Pins, neighbor_count, threshold
+from protocols.privacy.secagg.masks import add_masks
+from protocols.privacy.secagg.messages import MaskRequest
+from protocols.privacy.secagg.peer import Masking
+from protocols.privacy.secagg.recovery import recover
 from tests.support.secure_cohort import KEY, Machine, me, plan, run_cohort, share_request
 
 ELEMENTS = 10_000_000

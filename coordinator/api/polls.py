@@ -14,7 +14,7 @@ from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.transport.flower import Superlink
 from coordinator.transport.weights import WeightTransfer
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import strip_controls
 from protocols.messages.states import RunState
 from protocols.messages.work import MAX_NOTICES, PollRequest, PollResponse

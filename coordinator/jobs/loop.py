@@ -25,8 +25,8 @@ from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
 from protocols.errors import AwaitingConsent, BadMessage, DiskFull
-from protocols.failpoints import failpoint
 from protocols.local.disk_space import is_disk_full
+from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
 

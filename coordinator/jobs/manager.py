@@ -18,7 +18,7 @@ from coordinator.runs.context import RunContext
 from coordinator.storage import job_events
 from coordinator.storage.job_events import PREFIX, JobEvent, JobSpec, JobState
 from protocols.errors import CannotBeMet, UnknownName, UsageError
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 from protocols.messages.jobs import ModelRef
 
 #: How many jobs the monitor still shows after a restart.

@@ -17,7 +17,7 @@ from coordinator.jobs import scheduler
 from coordinator.jobs.state import Job, Unit
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 from protocols.messages import jobs as wire
 
 

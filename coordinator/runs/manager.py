@@ -25,8 +25,8 @@ from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
 from coordinator.strategies.state import StateStore
 from protocols.errors import CannotBeMet, CommonweightError, UnknownName
-from protocols.failpoints import failpoint
 from protocols.local import heap
+from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import EventLine
 from protocols.messages.states import RunState
 from protocols.model import personalization, weights

@@ -16,7 +16,7 @@ from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
 from protocols.errors import AwaitingConsent, DiskFull
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
 

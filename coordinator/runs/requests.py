@@ -22,7 +22,7 @@ from coordinator.runs.state import Assignment, Run
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.transport.flower_records import VersionRecord, shared_config
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import schema_card, weights

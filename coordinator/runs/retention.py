@@ -9,7 +9,7 @@ from coordinator.runs.state import Run
 from coordinator.storage.run_events import Holding
 from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies.state import StateStore
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 
 
 def versions_to_keep(run: Run) -> set[str]:

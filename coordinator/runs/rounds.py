@@ -24,7 +24,7 @@ from coordinator.strategies import memory_estimate
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.state import StateStore
 from protocols.codecs import registry
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 
 
 @dataclass(frozen=True)

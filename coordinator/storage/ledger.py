@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from protocols.errors import DiskFull, HomeError, HomeTooNew
-from protocols.failpoints import failpoint
+from protocols.local.failpoints import failpoint
 
 FORMAT = 1
 _START = bytes(32)

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 
 from protocols.errors import BadWeights
-from protocols.failpoints import failpoint
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
+from protocols.local.failpoints import failpoint
 from protocols.local.safe_paths import path_in
 from protocols.model.weights_file import WeightsFile
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from protocols.codecs import patches
-from protocols.failpoints import failpoint
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
+from protocols.local.failpoints import failpoint
 from protocols.local.safe_paths import path_in
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from coordinator.storage.spool import Spool
 from coordinator.storage.versions import Versions
-from protocols.failpoints import failpoint
 from protocols.local import atomic_files
+from protocols.local.failpoints import failpoint
 
 
 class WeightStore(Versions):

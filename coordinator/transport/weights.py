@@ -35,8 +35,8 @@ from coordinator.transport.http_connection import connection_of
 from coordinator.transport.streams import UploadWriter, WholeFileResponse
 from coordinator.transport.upload_limits import MAX_UPLOADS, UploadLimits
 from protocols.enrollment.signed_requests import RECEIVER
-from protocols.failpoints import failpoint
 from protocols.local import atomic_files, disk_space
+from protocols.local.failpoints import failpoint
 
 OFFSET, RUN = "x-cw-offset", "x-cw-run"
 VERSION_PATH = "/cw/v1/weights/{digest}"

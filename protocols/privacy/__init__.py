@@ -1,1 +1,1 @@
-"""Differential privacy: events that cost privacy, and what they cost together. Pure."""
+"""What answers with noise cost. In `secagg`: sums that show no single update. Pure."""

@@ -254,3 +254,13 @@ def test_each_table_of_figures_has_a_results_file() -> None:
 def test_each_file_that_a_page_names_exists(page: Path) -> None:
     missing = [path for path in _PATH.findall(page.read_text()) if not (ROOT / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("package", ["agent", "coordinator", "protocols"])
+def test_a_newcomer_sees_a_package_at_a_glance(package: str) -> None:
+    """At most 12 rooms, each with a sign at its door."""
+    hidden = ("__init__.py", "__pycache__", "py.typed")
+    rooms = [path for path in (ROOT / package).iterdir() if path.name not in hidden]
+    assert len(rooms) <= 12
+    for sign in (ROOT / package).glob("**/__init__.py"):
+        assert ast.get_docstring(ast.parse(sign.read_text())), sign

@@ -20,12 +20,12 @@ from agent.clientapp.secure_turns import SecureTurns
 from agent.home.secure_store import TurnKey, key_of
 from protocols.enrollment import identity
 from protocols.errors import SecureRefused
-from protocols.secagg import ring
-from protocols.secagg.aggregator import Aggregator, Answer, CohortFixed, Request
-from protocols.secagg.cohort import Cohort, Pins
-from protocols.secagg.keys import CardSecrets
-from protocols.secagg.masks import RingArray
-from protocols.secagg.messages import (
+from protocols.privacy.secagg import ring
+from protocols.privacy.secagg.aggregator import Aggregator, Answer, CohortFixed, Request
+from protocols.privacy.secagg.cohort import Cohort, Pins
+from protocols.privacy.secagg.keys import CardSecrets
+from protocols.privacy.secagg.masks import RingArray
+from protocols.privacy.secagg.messages import (
     AgreeRequest,
     MaskRequest,
     Plan,
@@ -34,8 +34,8 @@ from protocols.secagg.messages import (
     SignedCard,
     encode,
 )
-from protocols.secagg.peer import Masking, Me, Turn
-from protocols.secagg.recovery import recover
+from protocols.privacy.secagg.peer import Masking, Me, Turn
+from protocols.privacy.secagg.recovery import recover
 
 FLEET, RUN, BASE = "fleet", "run-1", "ab" * 32
 KEY = TurnKey(RUN, 1, 0)

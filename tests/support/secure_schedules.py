@@ -25,9 +25,9 @@ import numpy as np
 from agent.home.secure_store import TurnKey
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, CohortLost, SecureRefused, UsageError
-from protocols.secagg import cohort as cohort_module
-from protocols.secagg import keys, peer
-from protocols.secagg.aggregator import (
+from protocols.privacy.secagg import cohort as cohort_module
+from protocols.privacy.secagg import keys, peer
+from protocols.privacy.secagg.aggregator import (
     Aggregator,
     Answer,
     CohortFixed,
@@ -35,8 +35,8 @@ from protocols.secagg.aggregator import (
     SharersFixed,
     SurvivorsFixed,
 )
-from protocols.secagg.cohort import Cohort, Pins, threshold
-from protocols.secagg.messages import (
+from protocols.privacy.secagg.cohort import Cohort, Pins, threshold
+from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
     AgreeAnswer,
     AgreeRequest,

@@ -18,13 +18,13 @@ from agent.home import secure_store
 from agent.home.secure_store import TurnKey, TurnStore, key_of
 from benchmarks.faults import failpoint_names
 from protocols.errors import HomeError, SecureRefused
-from protocols.failpoints import VARIABLE
+from protocols.local.failpoints import VARIABLE
 from protocols.messages.envelope import Digest
-from protocols.secagg import peer
-from protocols.secagg.aggregator import Aggregator, CohortFixed
-from protocols.secagg.cohort import Pins
-from protocols.secagg.messages import ReadyRequest
-from protocols.secagg.peer import Turn
+from protocols.privacy.secagg import peer
+from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
+from protocols.privacy.secagg.cohort import Pins
+from protocols.privacy.secagg.messages import ReadyRequest
+from protocols.privacy.secagg.peer import Turn
 from tests.support.fleet_harness import ROOT
 from tests.support.secure_cohort import BASE, FLEET, RUN, Machine, me, plan, share_request
 

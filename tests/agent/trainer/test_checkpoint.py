@@ -19,7 +19,7 @@ from agent.tasks import Snapshot
 from agent.tasks.work import Done, Init, Train
 from agent.trainer import checkpoint, rng_state
 from agent.trainer.checkpoint import CheckpointFile
-from protocols import failpoints
+from protocols.local import failpoints
 from protocols.model import weights
 from protocols.model.weights import Weights
 from tests.agent.trainer.test_process import ENDLESS, PATIENCE_S, Site, failure, gone

@@ -12,8 +12,8 @@ import pytest
 
 from agent.trainer import oom_kills
 from agent.trainer.retry import RetryingTrainer
-from protocols import failpoints
 from protocols.errors import TrainerFailed
+from protocols.local import failpoints
 from tests.agent.trainer.test_checkpoint import drawing, whole
 from tests.agent.trainer.test_process import PATIENCE_S, Site, odd
 

@@ -11,15 +11,15 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from agent.cli.monitor.app import OwnerMonitor, request
+from agent.cli.monitor.panels import bars, panels
+from agent.cli.monitor.readings import Machine, MachineReader
 from agent.home import audit_log, consent_requests, privacy_ledger, settings, status_files
 from agent.home.audit_log import AuditEntry
 from agent.home.consent_requests import Request
 from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
 from agent.home.settings_schema import AgentSettings
 from agent.home.status_files import OwnerRequest, RuleOverride, Status
-from agent.monitor.app import OwnerMonitor, request
-from agent.monitor.panels import bars, panels
-from agent.monitor.readings import Machine, MachineReader
 from agent.policy.rules import Pause, Run, SensorReadings, Slow
 from protocols.privacy.events import DiscreteLaplace
 

@@ -9,10 +9,15 @@ import pytest
 from msgspec.structs import replace
 
 from protocols.errors import BadMessage, BadWeights, CohortLost, UsageError
-from protocols.secagg import ring
-from protocols.secagg.aggregator import Aggregator, CohortFixed, SharersFixed, SurvivorsFixed
-from protocols.secagg.messages import AgreeAnswer, UnmaskAnswer
-from protocols.secagg.recovery import recover
+from protocols.privacy.secagg import ring
+from protocols.privacy.secagg.aggregator import (
+    Aggregator,
+    CohortFixed,
+    SharersFixed,
+    SurvivorsFixed,
+)
+from protocols.privacy.secagg.messages import AgreeAnswer, UnmaskAnswer
+from protocols.privacy.secagg.recovery import recover
 from tests.support.secure_cohort import masked_uploads, me, run_cohort
 
 

@@ -15,8 +15,8 @@ from msgspec import Struct
 
 from protocols.errors import BadMessage, CohortLost
 from protocols.messages.envelope import Digest
-from protocols.secagg.cohort import Cohort
-from protocols.secagg.messages import (
+from protocols.privacy.secagg.cohort import Cohort
+from protocols.privacy.secagg.messages import (
     AgreeAnswer,
     AgreeRequest,
     MaskAnswer,

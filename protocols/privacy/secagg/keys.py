@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from protocols.errors import BadMessage
-from protocols.secagg import shamir
-from protocols.secagg.masks import KeyStream
+from protocols.privacy.secagg import shamir
+from protocols.privacy.secagg.masks import KeyStream
 
 SEED_BYTES = 32
 _SALT = b"commonweight secagg 1"

@@ -11,8 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from agent.home.secure_store import TurnKey
-from protocols.secagg import peer
-from protocols.secagg.peer import Turn
+from protocols.privacy.secagg import peer
+from protocols.privacy.secagg.peer import Turn
 from tests.support import secure_cohort
 from tests.support.secure_schedules import play_honest, play_hostile
 

@@ -9,8 +9,8 @@ import random
 import pytest
 
 from protocols.errors import BadMessage
-from protocols.secagg import keys, shamir
-from protocols.secagg.cohort import MAX_COHORT, neighbor_count, threshold
+from protocols.privacy.secagg import keys, shamir
+from protocols.privacy.secagg.cohort import MAX_COHORT, neighbor_count, threshold
 
 COHORT = bytes(32)
 

@@ -11,11 +11,11 @@ import pytest
 from protocols.errors import BadWeights
 from protocols.model.weights import Part, Weights, split_into_pieces
 from protocols.model.weights_file import WeightsFile
-from protocols.secagg import masked_file
-from protocols.secagg.aggregator import Aggregator, CohortFixed
-from protocols.secagg.cohort import Pins
-from protocols.secagg.peer import Masking
-from protocols.secagg.recovery import recover
+from protocols.privacy.secagg import masked_file
+from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
+from protocols.privacy.secagg.cohort import Pins
+from protocols.privacy.secagg.peer import Masking
+from protocols.privacy.secagg.recovery import recover
 from tests.support.secure_cohort import KEY, Machine, me, plan, share_request
 
 

@@ -24,14 +24,14 @@ def monitor(
     if once or not sys.stdout.isatty():
         _print(home)
         return
-    from agent.monitor.app import OwnerMonitor, request
+    from agent.cli.monitor.app import OwnerMonitor, request
 
     OwnerMonitor(home, lambda want: request(home, want, time.time())).run()
 
 
 def _print(home: Path) -> None:
-    from agent.monitor.panels import panels
-    from agent.monitor.readings import MachineReader
+    from agent.cli.monitor.panels import panels
+    from agent.cli.monitor.readings import MachineReader
 
     reader = MachineReader(home)
     reader.read()

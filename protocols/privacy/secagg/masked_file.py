@@ -26,11 +26,11 @@ from protocols.model.weights import (
     check_schema,
 )
 from protocols.model.weights_file import WeightsWriter
-from protocols.secagg import ring
-from protocols.secagg.cohort import Cohort
-from protocols.secagg.messages import Plan
-from protocols.secagg.peer import Masking
-from protocols.secagg.recovery import Recovery
+from protocols.privacy.secagg import ring
+from protocols.privacy.secagg.cohort import Cohort
+from protocols.privacy.secagg.messages import Plan
+from protocols.privacy.secagg.peer import Masking
+from protocols.privacy.secagg.recovery import Recovery
 
 _SIGNED = {16: "I16", 32: "I32"}
 

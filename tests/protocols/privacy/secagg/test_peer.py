@@ -10,10 +10,10 @@ from msgspec.structs import replace
 from agent.home.secure_store import TurnKey
 from protocols.errors import BadMessage, SecureRefused, UsageError
 from protocols.messages.work import MAX_MESSAGE_BYTES
-from protocols.secagg import cohort as cohort_module
-from protocols.secagg.aggregator import Aggregator, CohortFixed
-from protocols.secagg.cohort import Pins
-from protocols.secagg.messages import (
+from protocols.privacy.secagg import cohort as cohort_module
+from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
+from protocols.privacy.secagg.cohort import Pins
+from protocols.privacy.secagg.messages import (
     MAX_CARD_BYTES,
     MAX_COHORT,
     MAX_PLAN_BYTES,

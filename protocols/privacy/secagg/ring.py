@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocols.errors import BadWeights, UsageError
-from protocols.secagg.masks import BLOCK_BYTES, KeyStream, RingArray
+from protocols.privacy.secagg.masks import BLOCK_BYTES, KeyStream, RingArray
 
 #: Bits of the ring by codec, and the dtype of its elements.
 RING_BITS = {"fp32": 32, "int8": 16}

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from protocols.errors import CohortLost
-from protocols.secagg import keys, shamir
-from protocols.secagg.aggregator import Aggregator
-from protocols.secagg.masks import RingArray, add_masks
+from protocols.privacy.secagg import keys, shamir
+from protocols.privacy.secagg.aggregator import Aggregator
+from protocols.privacy.secagg.masks import RingArray, add_masks
 
 
 class Recovery(NamedTuple):

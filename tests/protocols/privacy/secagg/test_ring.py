@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.errors import BadWeights, UsageError
-from protocols.secagg import ring
-from protocols.secagg.masks import BLOCK_BYTES, add_masks
+from protocols.privacy.secagg import ring
+from protocols.privacy.secagg.masks import BLOCK_BYTES, add_masks
 
 SEED = bytes(range(32))
 

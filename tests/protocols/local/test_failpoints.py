@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.faults import checker, failpoint_names
 from benchmarks.faults.failpoint_names import NAMES
-from protocols import failpoints
-from protocols.failpoints import TRUTH, VARIABLE, parse_failpoints
+from protocols.local import failpoints
+from protocols.local.failpoints import TRUTH, VARIABLE, parse_failpoints
 from tests.support.fleet_harness import ROOT
 
 _CALL = re.compile(r'\bfailpoint\("([a-z.]+)"(, )?')
@@ -65,7 +65,7 @@ def test_with_a_marker_it_happens_in_one_process(tmp_path: Path) -> None:
 
 def test_a_killed_process_has_noted_what_it_saw_before(tmp_path: Path) -> None:
     program = (
-        "from protocols.failpoints import failpoint, note\n"
+        "from protocols.local.failpoints import failpoint, note\n"
         "note('work', run='r', round=1, kind='train')\n"
         "for step in (1, 2, 2):\n"
         "    note('step', phase='train', work=1, step=step)\n"

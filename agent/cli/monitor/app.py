@@ -15,9 +15,9 @@ from textual.events import Resize
 from textual.theme import Theme
 from textual.widgets import Static
 
+from agent.cli.monitor.panels import Panel, Tone, panels, state_line
+from agent.cli.monitor.readings import Machine, MachineReader
 from agent.home import status_files
-from agent.monitor.panels import Panel, Tone, panels, state_line
-from agent.monitor.readings import Machine, MachineReader
 from protocols.errors import CommonweightError
 
 #: Panels stand in two columns from this width on.

@@ -17,7 +17,7 @@ import msgspec
 
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
-from protocols.secagg.messages import (
+from protocols.privacy.secagg.messages import (
     MAX_COHORT,
     SIGNED_CARD,
     Card,
@@ -26,7 +26,7 @@ from protocols.secagg.messages import (
     SignedCard,
     encode,
 )
-from protocols.secagg.ring import integer_weights, value_bits
+from protocols.privacy.secagg.ring import integer_weights, value_bits
 
 MIN_COHORT = 3
 #: Up to this many peers, each is a neighbor of all others.

@@ -19,10 +19,10 @@ from msgspec.structs import replace
 
 from protocols.errors import BadMessage, BadWeights, SecureRefused
 from protocols.messages.envelope import Count, Digest, Id, MaybeDigest
-from protocols.secagg import keys, ring, shamir
-from protocols.secagg.cohort import Cohort, Pins, in_order
-from protocols.secagg.masks import Masks, RingArray, add_masks
-from protocols.secagg.messages import (
+from protocols.privacy.secagg import keys, ring, shamir
+from protocols.privacy.secagg.cohort import Cohort, Pins, in_order
+from protocols.privacy.secagg.masks import Masks, RingArray, add_masks
+from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
     AgreeAnswer,
     AgreeRequest,

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from agent.cli.monitor.readings import Machine
 from agent.home.audit_log import AuditEntry, format_entry
-from agent.monitor.readings import Machine
 from agent.policy import rules, schedule
 from agent.policy.rules import Pause, Slow
 from protocols.local.cli_entry import printable
