@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from coordinator.api.schema import StartRunRequest
 from coordinator.cli.demo.processes import DemoFleet, Interrupts, temporary
-from coordinator.fleet.reducer import num_available
+from coordinator.fleet.readings import num_available
 from coordinator.fleet.state import Fleet
 from coordinator.storage.run_events import RunSpec
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.speed.demo import ROUNDS, Demo, all_there, demo
-from coordinator.fleet.reducer import current_run
+from coordinator.fleet.readings import current_run
 from coordinator.fleet.state import Fleet
 from protocols.messages.states import ENDED
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from coordinator.fleet.reducer import num_available, num_enrolled
+from coordinator.fleet.readings import num_available, num_enrolled
 from coordinator.fleet.state import Fleet
 from coordinator.storage import settings
 from coordinator.storage.ledger import Ledger

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from coordinator.fleet import reducer, remedies
+from coordinator.fleet import readings, remedies
 from coordinator.fleet.state import Fleet
 from coordinator.runs.state import Run
 from protocols.errors import CommonweightError
@@ -38,7 +38,7 @@ class CheckReport(NamedTuple):
 
 def make_report(run: Run, fleet: Fleet) -> CheckReport:
     """The report about an ended check."""
-    names = {peer: reducer.display_name(one) for peer, one in fleet.peers.items()}
+    names = {peer: readings.display_name(one) for peer, one in fleet.peers.items()}
     reasons = remedies.absent_peers(fleet, fleet.at)
     misfits = {names.get(p, p): text for p, text in run.refusal_texts.items()}
     fitting = sorted(names.get(p, p) for p in run.declared if p not in run.refusal_texts)

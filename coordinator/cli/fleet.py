@@ -119,7 +119,7 @@ def list_peers(json: Json = False) -> None:
 
 
 def _state_text(row: dict[str, Any]) -> str:
-    from coordinator.fleet.reducer import SHORT_REASONS
+    from coordinator.fleet.readings import SHORT_REASONS
     from protocols.messages.states import PeerState, label
 
     if not row.get("state"):  # a removed peer, or an older coordinator
@@ -147,7 +147,7 @@ def drain(
     deadline: Annotated[str, typer.Option(help="How long to wait for it.")] = "10m",
 ) -> None:
     """Ask a machine to finish its round and stop. Waits until it has."""
-    from coordinator.fleet.reducer import describe_state, is_unclear, shown_state
+    from coordinator.fleet.readings import describe_state, is_unclear, shown_state
     from protocols.messages.states import PeerState
 
     remote, began, sent = connect(), time.monotonic(), False

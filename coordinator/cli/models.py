@@ -39,7 +39,7 @@ def export(
 
     Other formats, such as ONNX, need torch: use commonweight-agent models export.
     """
-    from coordinator.fleet.reducer import display_name
+    from coordinator.fleet.readings import display_name
     from coordinator.runs import export as model_export
     from protocols.model import model_card
 

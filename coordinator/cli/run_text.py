@@ -173,6 +173,6 @@ def fairness(closed: Round, peers: Mapping[str, Peer]) -> Iterator[str]:
 
 
 def _name(peer: str, peers: Mapping[str, Peer]) -> str:
-    from coordinator.fleet.reducer import display_name
+    from coordinator.fleet.readings import display_name
 
     return display_name(peers[peer]) if peer in peers else peer

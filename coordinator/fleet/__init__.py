@@ -1,4 +1,4 @@
-"""Who is in the fleet and who is online: registry, sessions, the fleet reducer.
+"""Who is in the fleet and who is online: registry, sessions, the fleet reducer and its readings.
 
 Imported by `transport` and the layers above it.
 """

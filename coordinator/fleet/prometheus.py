@@ -20,7 +20,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from coordinator.fleet.reducer import current_run, num_available, num_without_presence, shown_state
+from coordinator.fleet.readings import current_run, num_available, num_without_presence, shown_state
 from coordinator.fleet.state import Fleet, finite
 from protocols import VERSION
 from protocols.errors import PortInUse

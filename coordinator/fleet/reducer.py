@@ -22,30 +22,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from coordinator.fleet.state import NOT_SEEN, Event, Fleet, Job, Level, Peer, Run, finite
+from coordinator.fleet.readings import NO_PRESENCE, SESSION_ENDED, display_name
+from coordinator.fleet.state import Event, Fleet, Job, Level, Peer, Run, finite
 from protocols.messages import envelope as wire
 from protocols.messages.envelope import Envelope, EventBody
-from protocols.messages.states import AVAILABLE, ENDED, PeerState, label
+from protocols.messages.states import ENDED, PeerState
 from protocols.messages.topics import COORDINATOR
 
 S = TypeVar("S", bound=msgspec.Struct)
-
-#: A training peer sends telemetry about every second.
-STALE_WORKING_S = 30.0
-#: Any other peer repeats its presence at least every 30 s: three are missing.
-STALE_IDLE_S = 90.0
-
-#: Reasons for a state that the coordinator derives from a peer's requests.
-NO_PRESENCE, SESSION_ENDED = "MQTT presence missing", "session ended"
-#: For a peer whose presence arrives, but that cannot get work.
-NO_SESSION = "Flower session missing"
-
-#: For columns that are too narrow for the whole reason.
-SHORT_REASONS = {NO_PRESENCE: "no MQTT", NO_SESSION: "no Flower"}
-#: Before the task whose owner has to decide.
-CONSENT = "consent"
-_SILENT = frozenset({PeerState.OFFLINE, PeerState.STALE})
-_HAVE_REASONS = frozenset({PeerState.PAUSED, PeerState.OFFLINE, PeerState.ERROR})
 
 MAX_LOSSES = 120
 MAX_CONTRIBUTIONS = 40
@@ -76,11 +60,6 @@ def reduce(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
     elif isinstance(body, EventBody):
         _from_coordinator(fleet, envelope, body, now)
     return fleet
-
-
-def display_name(peer: Peer) -> str:
-    """The peer's name, or its id if it has none."""
-    return peer.name or peer.peer
 
 
 # --- messages of peers ---
@@ -334,72 +313,3 @@ def _event(fleet: Fleet, now: float, level: Level, text: str, subject: str) -> N
     # In steps of 100, so that not every event shifts a full list.
     if len(fleet.events) >= MAX_EVENTS + 100:
         del fleet.events[:-MAX_EVENTS]
-
-
-# --- views ---
-
-
-def shown_state(peer: Peer, now: float) -> PeerState:
-    """The peer's own state, unless it awaits approval or consent, or was silent for too long."""
-    if peer.standing == "awaiting":
-        return PeerState.AWAITING
-    if not peer.no_presence and peer.state not in (PeerState.OFFLINE, PeerState.ERROR):
-        working = peer.state in (PeerState.TRAINING, PeerState.SENDING)
-        if now - peer.seen_at > (STALE_WORKING_S if working else STALE_IDLE_S):
-            return PeerState.STALE
-    if peer.state is PeerState.IDLE and peer.awaits_consent:
-        return PeerState.AWAITING
-    return peer.state
-
-
-def has_presence(peer: Peer, now: float) -> bool:
-    """Whether its MQTT messages arrive."""
-    return not peer.no_presence and shown_state(peer, now) not in _SILENT
-
-
-def is_unclear(peer: Peer) -> bool:
-    """True if the peer may be at work while its presence does not arrive or says offline.
-
-    This lasts some seconds after a restart of the coordinator or of the broker.
-    """
-    is_offline = peer.state is PeerState.OFFLINE
-    return peer.no_presence or (is_offline and (bool(peer.flower) or peer.reason == NOT_SEEN))
-
-
-def shown_reason(peer: Peer, now: float) -> str:
-    """Why the peer is in its shown state, or which of its two connections is missing."""
-    state = shown_state(peer, now)
-    if state is PeerState.AWAITING:
-        return f"{CONSENT}: {peer.awaits_consent}" if peer.awaits_consent else ""
-    if peer.no_presence or state in _HAVE_REASONS:
-        return peer.reason
-    return NO_SESSION if state in AVAILABLE and peer.flower is False else ""
-
-
-def describe_state(peer: Peer, now: float) -> str:
-    """Glyph, state and reason, as every view shows these: `● training: MQTT presence missing`."""
-    return label(shown_state(peer, now), shown_reason(peer, now))
-
-
-def num_available(fleet: Fleet, now: float) -> int:
-    """The number of peers that could get work now. Presence may be missing, a session may not."""
-    return sum(
-        peer.flower is not False and shown_state(peer, now) in AVAILABLE
-        for peer in fleet.peers.values()
-    )
-
-
-def num_without_presence(fleet: Fleet) -> int:
-    """The number of peers that are connected, but not over MQTT."""
-    return sum(peer.no_presence for peer in fleet.peers.values())
-
-
-def num_enrolled(fleet: Fleet) -> int:
-    """The number of approved peers."""
-    return sum(peer.standing == "enrolled" for peer in fleet.peers.values())
-
-
-def current_run(fleet: Fleet) -> Run | None:
-    """The active run, or else the one that changed last."""
-    runs = reversed(fleet.runs.values())
-    return max(runs, key=lambda run: (run.changed.state not in ENDED, run.changed_at), default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.fleet import reducer
+from coordinator.fleet import readings
 from coordinator.fleet.state import Fleet, Peer
 from protocols.messages.states import AVAILABLE, PauseReason, PeerState
 
@@ -22,16 +22,16 @@ def why_absent(peer: Peer, now: float) -> str:
 
     `now` is Unix s. `‖ paused: …; on that machine: commonweight-agent policy set busy always`.
     """
-    state = reducer.shown_state(peer, now)
+    state = readings.shown_state(peer, now)
     if state in AVAILABLE and peer.flower is not False:
         return ""
     advice = _remedy(peer, state)
-    return reducer.describe_state(peer, now) + (f"; {advice}" if advice else "")
+    return readings.describe_state(peer, now) + (f"; {advice}" if advice else "")
 
 
 def remedy(peer: Peer, now: float) -> str:
     """What to do so that this peer gets work; empty if it can get work, or if nothing is known."""
-    return _remedy(peer, reducer.shown_state(peer, now)) if why_absent(peer, now) else ""
+    return _remedy(peer, readings.shown_state(peer, now)) if why_absent(peer, now) else ""
 
 
 def _remedy(peer: Peer, state: PeerState) -> str:
@@ -39,7 +39,7 @@ def _remedy(peer: Peer, state: PeerState) -> str:
         case PeerState.AWAITING if peer.awaits_consent:
             return f"{_THERE} task allow {peer.awaits_consent}"
         case PeerState.AWAITING:
-            return f"commonweight peers approve {reducer.display_name(peer)}"
+            return f"commonweight peers approve {readings.display_name(peer)}"
         case PeerState.OFFLINE | PeerState.STALE:
             return f"{_THERE} up"
         # The peer names its rules, and a person types this command: only plain words are in it.
@@ -49,13 +49,13 @@ def _remedy(peer: Peer, state: PeerState) -> str:
         case PeerState.PAUSED:
             for pause, advice in _AFTER_PAUSE.items():
                 if pause in peer.reason:
-                    return advice.format(name=reducer.display_name(peer))
+                    return advice.format(name=readings.display_name(peer))
             return f"why: {_THERE} policy now"
     return ""
 
 
 def absent_peers(fleet: Fleet, now: float) -> dict[str, str]:
     """`why_absent` of each peer that gets no work now, by its id, in the order of names."""
-    peers = sorted(fleet.peers.values(), key=reducer.display_name)
+    peers = sorted(fleet.peers.values(), key=readings.display_name)
     reasons = {peer.peer: why_absent(peer, now) for peer in peers}
     return {peer: reason for peer, reason in reasons.items() if reason}

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from coordinator.fleet.reducer import current_run, display_name, num_available, shown_state
+from coordinator.fleet.readings import current_run, display_name, num_available, shown_state
 from coordinator.fleet.state import Fleet, Level, Peer
 from coordinator.remote.formatting import age, format_bytes
 from protocols import VERSION

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from coordinator.fleet.reducer import display_name
+from coordinator.fleet.readings import display_name
 from coordinator.fleet.state import Fleet, Peer
 from protocols.messages.states import ENDED, PauseReason, PeerState, label
 

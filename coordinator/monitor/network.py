@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coordinator.fleet.reducer import display_name, shown_state
+from coordinator.fleet.readings import display_name, shown_state
 from coordinator.fleet.state import Fleet, Peer
 from coordinator.monitor.peer_table import TONES, Cell, Tone, links, status_dot
 from coordinator.remote import formatting as fmt

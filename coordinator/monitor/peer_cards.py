@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from coordinator.fleet.reducer import display_name, shown_state
+from coordinator.fleet.readings import display_name, shown_state
 from coordinator.fleet.state import Fleet, Peer
 from coordinator.monitor import charts
 from coordinator.monitor.peer_table import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from coordinator.fleet.reducer import (
+from coordinator.fleet.readings import (
     CONSENT,
     SHORT_REASONS,
     current_run,

@@ -7,7 +7,12 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.fleet.reducer import current_run, num_available, num_enrolled, num_without_presence
+from coordinator.fleet.readings import (
+    current_run,
+    num_available,
+    num_enrolled,
+    num_without_presence,
+)
 from coordinator.fleet.state import Fleet
 from coordinator.monitor.peer_table import COLUMNS, Tone, select_peers
 from coordinator.monitor.round_table import describe_run, seconds_left

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from coordinator.fleet.reducer import current_run
+from coordinator.fleet.readings import current_run
 from coordinator.fleet.state import Fleet, Peer, Run
 from coordinator.monitor.peer_table import PARTICIPATION_GLYPHS, Cell, Column, peer_name
 from coordinator.remote import formatting as fmt

@@ -12,7 +12,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from coordinator.fleet.members import Peer
-from coordinator.fleet.reducer import has_presence, reduce
+from coordinator.fleet.readings import has_presence
+from coordinator.fleet.reducer import reduce
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.state import Fleet
 from coordinator.fleet.state import Peer as ShownPeer

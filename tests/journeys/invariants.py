@@ -14,7 +14,7 @@ from pathlib import Path
 
 from agent.home import audit_log
 from benchmarks.faults import checker
-from coordinator.fleet.reducer import num_available, num_enrolled, shown_state
+from coordinator.fleet.readings import num_available, num_enrolled, shown_state
 from coordinator.jobs import state as jobs
 from coordinator.runs import retention, transitions
 from coordinator.runs.state import Run

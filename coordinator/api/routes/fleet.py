@@ -11,7 +11,7 @@ from coordinator.api.schema import PeerRow, WatchResponse
 from coordinator.api.service import request_host
 from coordinator.fleet import state
 from coordinator.fleet.members import Peer
-from coordinator.fleet.reducer import shown_reason, shown_state
+from coordinator.fleet.readings import shown_reason, shown_state
 from coordinator.transport.mqtt_access import monitor_user
 from protocols.enrollment.signed_requests import SENDER
 from protocols.messages.envelope import Command

@@ -25,7 +25,7 @@ from coordinator.cli.common import print_json
 from coordinator.cli.demo import datasets, processes
 from coordinator.cli.demo.processes import DemoFleet, Interrupts
 from coordinator.cli.demo.view import DemoView, rounds_table
-from coordinator.fleet.reducer import num_available
+from coordinator.fleet.readings import num_available
 from coordinator.fleet.state import Fleet
 from coordinator.fleet.state import Run as ShownRun
 from coordinator.remote.api_client import Remote

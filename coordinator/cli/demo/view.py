@@ -13,7 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.fleet.reducer import current_run
+from coordinator.fleet.readings import current_run
 from coordinator.fleet.state import Fleet, Run
 from coordinator.monitor.plain_table import STYLES, plain_table
 from coordinator.monitor.round_table import accuracy_trend, base_columns, best_round

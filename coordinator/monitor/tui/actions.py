@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from coordinator.fleet.reducer import display_name, shown_state
+from coordinator.fleet.readings import display_name, shown_state
 from coordinator.fleet.state import Fleet, Level
 from coordinator.monitor import confirmations
 from coordinator.monitor.confirmations import OperatorAction, PendingAction

@@ -15,7 +15,7 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import ContentSwitcher, Input
 
 from coordinator.api.schema import TicketRequest
-from coordinator.fleet.reducer import current_run, display_name
+from coordinator.fleet.readings import current_run, display_name
 from coordinator.monitor.confirmations import OperatorAction
 from coordinator.monitor.job_table import is_working
 from coordinator.monitor.peer_table import peer_name

@@ -21,7 +21,7 @@ from textual.theme import Theme
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher, Static
 
-from coordinator.fleet.reducer import current_run
+from coordinator.fleet.readings import current_run
 from coordinator.fleet.state import Event, Fleet, Level
 from coordinator.monitor.alerts import AlertTracker
 from coordinator.monitor.fleet_layout import is_roomy

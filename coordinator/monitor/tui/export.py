@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from coordinator.fleet.reducer import has_presence, shown_reason, shown_state
+from coordinator.fleet.readings import has_presence, shown_reason, shown_state
 from coordinator.fleet.state import Event, Fleet, Job, Peer, Run
 from coordinator.monitor.peer_table import training_loss
 from protocols.errors import CommonweightError

@@ -11,7 +11,7 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import current_run, display_name
+from coordinator.fleet.readings import current_run, display_name
 from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.monitor.fleet_layout import Lines, plots_width, share_compact, share_roomy
 from coordinator.monitor.network import TrafficMeter, network_lines

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich.text import Text
 from textual.widget import Widget
 
-from coordinator.fleet.reducer import current_run, num_available, num_enrolled
+from coordinator.fleet.readings import current_run, num_available, num_enrolled
 from coordinator.monitor.peer_table import Cell, Tone, status_dot
 from coordinator.monitor.tui.theme import colors, styles
 from coordinator.remote.follower import FleetFollower

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.fleet import remedies
-from coordinator.fleet.reducer import shown_state
+from coordinator.fleet.readings import shown_state
 from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.monitor.peer_table import (
     LEVELS,

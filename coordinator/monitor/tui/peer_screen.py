@@ -16,7 +16,7 @@ from textual.containers import VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import display_name
+from coordinator.fleet.readings import display_name
 from coordinator.fleet.state import Fleet, Peer
 from coordinator.monitor.peer_table import LEVELS
 from coordinator.monitor.tui.events_page import format_time

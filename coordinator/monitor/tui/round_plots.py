@@ -15,7 +15,7 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from coordinator.fleet.reducer import current_run, display_name
+from coordinator.fleet.readings import current_run, display_name
 from coordinator.fleet.state import Fleet, Run
 from coordinator.monitor import round_table
 from coordinator.monitor.charts import Values

@@ -8,7 +8,7 @@ from rich.text import Text
 from textual.app import ComposeResult
 from textual.widgets import Static
 
-from coordinator.fleet.reducer import current_run
+from coordinator.fleet.readings import current_run
 from coordinator.fleet.state import Fleet, Run
 from coordinator.monitor import round_table
 from coordinator.monitor.peer_table import Cell, Column, fit_columns

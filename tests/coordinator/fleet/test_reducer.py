@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.fleet import reducer as fleets
-from coordinator.fleet.reducer import current_run, describe_state, has_presence, reduce, shown_state
+from coordinator.fleet.readings import (
+    current_run,
+    describe_state,
+    has_presence,
+    num_available,
+    num_enrolled,
+    num_without_presence,
+    shown_state,
+)
+from coordinator.fleet.reducer import reduce
 from coordinator.fleet.state import Fleet, decode, encode, rebase_times
 from protocols.errors import BadMessage
 from protocols.messages.envelope import (
@@ -248,7 +257,7 @@ def test_silence_is_seen_and_not_stored() -> None:
     assert shown_state(b, NOW + 90) is PeerState.IDLE
     assert shown_state(b, NOW + 91) is PeerState.STALE
     assert a.state is PeerState.TRAINING
-    assert fleets.num_available(fleet, NOW + 31) == 1
+    assert num_available(fleet, NOW + 31) == 1
     reduce(fleet, said("A", 2, Telemetry()), NOW + 40)
     assert shown_state(a, NOW + 41) is PeerState.TRAINING
 
@@ -265,17 +274,17 @@ def test_a_state_from_requests_stands_in_for_missing_presence() -> None:
     requests_show(2, PeerState.TRAINING)
     later = NOW + 1000  # without any message over MQTT
     assert describe_state(peer, later) == "● training: MQTT presence missing"
-    assert fleets.num_available(fleet, later) == fleets.num_without_presence(fleet) == 1
+    assert num_available(fleet, later) == num_without_presence(fleet) == 1
     assert not has_presence(peer, later)
     reduce(fleet, said("A", 1, is_(PeerState.PAUSED, "battery")), later)
     assert describe_state(peer, later) == "‖ paused: battery"
-    assert fleets.num_without_presence(fleet) == 0
+    assert num_without_presence(fleet) == 0
     reduce(fleet, said("A", 2, Telemetry(run="r", step=3, steps=9)), later)
     requests_show(3, PeerState.IDLE)
     assert (peer.run, peer.telemetry) == ("", None), "it was true of another time"
     requests_show(4, PeerState.OFFLINE, session=False)
     assert describe_state(peer, later) == "✕ offline: session ended"
-    assert fleets.num_available(fleet, later) == fleets.num_without_presence(fleet) == 0
+    assert num_available(fleet, later) == num_without_presence(fleet) == 0
 
 
 def test_a_peer_without_a_session_is_not_counted_whatever_its_presence_says() -> None:
@@ -284,7 +293,7 @@ def test_a_peer_without_a_session_is_not_counted_whatever_its_presence_says() ->
     reduce(fleet, said(COORDINATOR, 2, known), NOW)
     reduce(fleet, said("A", 1, is_(PeerState.IDLE)), NOW)
     assert describe_state(fleet.peers["A"], NOW) == "○ idle: Flower session missing"
-    assert fleets.num_available(fleet, NOW) == 0
+    assert num_available(fleet, NOW) == 0
 
 
 def test_a_peer_that_awaits_approval_is_shown_so_whatever_it_says() -> None:
@@ -293,7 +302,7 @@ def test_a_peer_that_awaits_approval_is_shown_so_whatever_it_says() -> None:
     reduce(fleet, said(COORDINATOR, 1, known), NOW)
     reduce(fleet, said("A", 1, is_(PeerState.TRAINING)), NOW)
     assert shown_state(fleet.peers["A"], NOW) is PeerState.AWAITING
-    assert fleets.num_enrolled(fleet) == 0
+    assert num_enrolled(fleet) == 0
 
 
 def test_a_notice_and_a_first_error_become_events() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from coordinator.fleet.reducer import NO_PRESENCE
+from coordinator.fleet.readings import NO_PRESENCE
 from coordinator.fleet.state import Fleet, Peer, Run
 from coordinator.monitor.peer_table import (
     COLUMNS,

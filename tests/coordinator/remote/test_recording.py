@@ -9,8 +9,7 @@ import msgspec
 import pytest
 
 from coordinator.api.schema import TicketRequest
-from coordinator.fleet import reducer as fleets
-from coordinator.fleet import state
+from coordinator.fleet import readings, state
 from coordinator.monitor.terminal_text import ascii_only, strip_controls
 from coordinator.remote.recording import DEMO_FILE, Recorder, RecordingSource, read
 from coordinator.remote.replay import ReplaySource
@@ -131,7 +130,7 @@ def test_the_demo_is_here_and_has_a_story() -> None:
     source = ReplaySource(DEMO_FILE)
     source.seek(source.length_s)
     fleet = shown(source)
-    run = fleets.current_run(fleet)
+    run = readings.current_run(fleet)
     assert run is not None
     assert len(run.rounds) == run.changed.rounds == 16
     assert run.rounds[-1].spent.keys() == {"work", "wait", "aggregate", "evaluate"}
