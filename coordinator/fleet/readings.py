@@ -70,12 +70,14 @@ def describe_state(peer: Peer, now: float) -> str:
     return label(shown_state(peer, now), shown_reason(peer, now))
 
 
+def is_available(peer: Peer, now: float) -> bool:
+    """True if it could get work now. Its presence may be missing, its session may not."""
+    return peer.flower is not False and shown_state(peer, now) in AVAILABLE
+
+
 def num_available(fleet: Fleet, now: float) -> int:
-    """The number of peers that could get work now. Presence may be missing, a session may not."""
-    return sum(
-        peer.flower is not False and shown_state(peer, now) in AVAILABLE
-        for peer in fleet.peers.values()
-    )
+    """The number of peers that could get work now."""
+    return sum(is_available(peer, now) for peer in fleet.peers.values())
 
 
 def num_without_presence(fleet: Fleet) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator.fleet import readings
 from coordinator.fleet.state import Fleet, Peer
-from protocols.messages.states import AVAILABLE, PauseReason, PeerState
+from protocols.messages.states import PauseReason, PeerState
 
 _THERE = "on that machine: commonweight-agent"
 #: What ends a pause that the policy did not decide.
@@ -22,20 +22,15 @@ def why_absent(peer: Peer, now: float) -> str:
 
     `now` is Unix s. `‖ paused: …; on that machine: commonweight-agent policy set busy always`.
     """
-    state = readings.shown_state(peer, now)
-    if state in AVAILABLE and peer.flower is not False:
+    if readings.is_available(peer, now):
         return ""
-    advice = _remedy(peer, state)
+    advice = remedy(peer, now)
     return readings.describe_state(peer, now) + (f"; {advice}" if advice else "")
 
 
 def remedy(peer: Peer, now: float) -> str:
     """What to do so that this peer gets work; empty if it can get work, or if nothing is known."""
-    return _remedy(peer, readings.shown_state(peer, now)) if why_absent(peer, now) else ""
-
-
-def _remedy(peer: Peer, state: PeerState) -> str:
-    match state:
+    match readings.shown_state(peer, now):
         case PeerState.AWAITING if peer.awaits_consent:
             return f"{_THERE} task allow {peer.awaits_consent}"
         case PeerState.AWAITING:
