@@ -19,7 +19,7 @@ from agent.data.column_types import PossibleKinds
 from agent.data.rare_values import most_frequent
 from agent.data.settings import DataSettings
 from protocols.errors import DataError, SchemaMismatch
-from protocols.tables import preprocessing, statistics
+from protocols.tables import mismatches, statistics
 from protocols.tables.preprocessing import MAX_CLASSES, Preprocessing, TableSettings
 from protocols.tables.statistics import (
     NUMERIC,
@@ -199,11 +199,8 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
     misfits: list[SchemaMismatch] = []
     for name in (wanted.target, *wanted.features):
         if name not in there:
-            is_shown = len(misfits) < preprocessing.MAX_SHOWN
-            near = preprocessing.near_names(name, allowed) if is_shown else []
-            found = f"a similar one: {' or '.join(near)}" if near else "no such column"
             hint = f"there are {', '.join(there[:20])}"
-            misfits.append(SchemaMismatch(f"column {name}", "a column of this name", found, hint))
+            mismatches.add_absent(misfits, name, "a column of this name", allowed, hint)
         elif not may_use(name, patterns):
             misfits.append(_column_withheld(name))
     if misfits:
@@ -242,15 +239,14 @@ def check_table(
     _allowed(there, data.columns, wanted)
     check_columns(there, data, made)
     if features.keys().isdisjoint(there):
-        raise preprocessing.no_common_feature(
+        raise mismatches.no_common_feature(
             features, [name for name in there if name != made.target.name]
         )
     names = [name for name in there if name in expected]
     misfits = []
     for name, kinds in (reader.aggregate(KindAggregation(), names) or {}).items():
         kind, agreed = kinds.kind, expected[name]
-        alike = kind in (agreed, "empty") or agreed == "text"
-        if not alike and (kind, agreed) != ("boolean", "number"):
+        if not (mismatches.is_alike(kind, agreed) or agreed == "text"):
             column = ColumnStatistics(kind=kind, written=kinds.written)
             found = statistics.describe_kind(column)
             misfits.append(SchemaMismatch(f"column {name}", agreed, found))

@@ -10,7 +10,7 @@ from coordinator.fleet.state import Fleet
 from coordinator.runs.state import Run
 from protocols.errors import CommonweightError
 from protocols.messages.states import RunState
-from protocols.tables import preprocessing
+from protocols.tables import mismatches, preprocessing
 from protocols.tables.class_names import ClassCounts
 from protocols.tables.statistics import ColumnKind, ColumnStatistics, TableStatistics
 
@@ -101,14 +101,14 @@ def _cells(run: Run) -> dict[str, dict[str, str]]:
         if isinstance(one, ClassCounts)
     }
     names = {name for one in tables.values() for name in one.columns}
-    common = {name: preprocessing.common_kind(name, tables) for name in names}
+    common = {name: mismatches.common_kind(name, tables) for name in names}
     for peer, one in tables.items():
         cells[peer] = {name: _cell(column, common[name]) for name, column in one.columns.items()}
     return cells
 
 
 def _cell(column: ColumnStatistics, common: ColumnKind) -> str:
-    if preprocessing.is_alike(column.kind, common):
+    if mismatches.is_alike(column.kind, common):
         return column.kind
     looks = {"comma": "1,5", "local date": "31.3."}.get(column.written, "")
     return f"✗ {column.kind}" + (f" ({looks})" if looks else "")

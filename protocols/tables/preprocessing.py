@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from itertools import chain, islice
+from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -23,23 +21,18 @@ from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage, CommonweightError, SchemaMismatch, UsageError
 from protocols.messages.envelope import Text
-from protocols.tables import statistics
+from protocols.tables import mismatches, statistics
+from protocols.tables.mismatches import Mismatches
 from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, TableStatistics
 
 #: A target with at most this many different whole numbers is treated as classes.
 MAX_CLASSES = 20
 MAX_BYTES = 128 * 1024
 
-#: Names in a message.
-MAX_SHOWN = 6
 #: Notes about columns of few peers. Each note is an event, and one peer may have thousands of them.
 _MAX_RARE_NOTES = 20
-#: Columns in which similar names are searched, and letters of such a name. A peer chooses both, and
-#: 400 columns compared with 400 others take 10 s.
-_MAX_COMPARED, _MAX_COMPARED_CHARS = 500, 64
 
 Setting = str | int | float | bool
-_Mismatches = defaultdict[str, list[SchemaMismatch]]
 _Texts = Annotated[tuple[Text, ...], Meta(max_length=65_536)]
 
 
@@ -161,22 +154,21 @@ class NoTableFits(CommonweightError):
 def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting]) -> Derived:
     """The preprocessing for most peers' tables. Raises NoTableFits, CommonweightError."""
     chosen = parse_settings(settings)
-    incompatible: _Mismatches = defaultdict(list)
+    incompatible: Mismatches = defaultdict(list)
     notes: list[tuple[str, str]] = []
     names = _choose_features(tables, chosen, incompatible, notes)
     for name in (chosen.target, *names):
-        _find_other_kinds(name, tables, incompatible)
+        mismatches.find_other_kinds(name, tables, incompatible)
     if not chosen.features:
-        _find_tables_apart(chosen.target, names, tables, incompatible)
+        mismatches.find_tables_apart(chosen.target, names, tables, incompatible)
     compatible = {p: table for p, table in sorted(tables.items()) if p not in incompatible}
+    errors = {peer: SchemaMismatch.of_all(found) for peer, found in incompatible.items()}
     if not compatible:
-        raise NoTableFits(
-            {peer: SchemaMismatch.of_all(found) for peer, found in incompatible.items()}
-        )
+        raise NoTableFits(errors)
     merged = statistics.merge(compatible.values())
     for peer, table in compatible.items():
         if absent := [name for name in names if name not in table.columns]:
-            notes.append((peer, _absent_text(absent, names, table)))
+            notes.append((peer, mismatches.absent_text(absent, names, table)))
     for name in sorted(set(names) - merged.columns.keys()):
         names.remove(name)
         notes.append(("", f"column {name} is left out: no peer with a compatible table has it"))
@@ -190,7 +182,7 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
     target = _make_target(chosen, merged.columns[chosen.target])
     return Derived(
         Preprocessing(features=tuple(features), target=target, hashed=chosen.hashed),
-        {peer: SchemaMismatch.of_all(found) for peer, found in incompatible.items()},
+        errors,
         notes,
     )
 
@@ -198,7 +190,7 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
 def _choose_features(
     tables: Mapping[str, TableStatistics],
     chosen: TableSettings,
-    incompatible: _Mismatches,
+    incompatible: Mismatches,
     notes: list[tuple[str, str]],
 ) -> list[str]:
     """The sorted names of the chosen features, by default those that half of the peers have."""
@@ -210,10 +202,7 @@ def _choose_features(
             raise CommonweightError(f"no peer has a column {name!r}; columns: {known}")
         for peer, table in tables.items():
             if name not in table.columns:
-                is_shown = len(incompatible[peer]) < MAX_SHOWN
-                near = near_names(name, table.columns) if is_shown else []
-                found = f"a similar one: {' or '.join(near)}" if near else "no such column"
-                incompatible[peer].append(SchemaMismatch(f"column {name}", f"the {what}", found))
+                mismatches.add_absent(incompatible[peer], name, f"the {what}", table.columns)
     if chosen.features:
         return sorted(chosen.features)
     compatible = [table for peer, table in tables.items() if peer not in incompatible]
@@ -230,100 +219,6 @@ def _choose_features(
             ("", f"{more} more columns are left out: less than half of the peers have them")
         )
     return sorted(counts.keys() - set(rare))
-
-
-def near_names(name: str, there: Iterable[str]) -> list[str]:
-    """Up to 3 columns with nearly this name, without regard to case.
-
-    Not all are looked at, as that is slow: long names and those after the first 500 are left out.
-    """
-    if len(name) > _MAX_COMPARED_CHARS:
-        return []
-    short = (column for column in there if len(column) <= _MAX_COMPARED_CHARS)
-    by_small = {column.lower(): column for column in islice(short, _MAX_COMPARED)}
-    return [by_small[small] for small in get_close_matches(name.lower(), by_small, 3)]
-
-
-def _first_near(names: Iterable[str], there: Sequence[str]) -> list[str]:
-    """The columns nearest to the first of these names, without repetition."""
-    near = (near_names(name, there)[:1] for name in islice(names, MAX_SHOWN))
-    return list(dict.fromkeys(chain.from_iterable(near)))
-
-
-def no_common_feature(features: Iterable[str], there: Iterable[str]) -> SchemaMismatch:
-    """The error for a table that has none of the features."""
-    features, there = sorted(features), list(there)
-    near = _first_near(features, there)
-    shown = ", ".join(features[:MAX_SHOWN]) + (", …" if len(features) > MAX_SHOWN else "")
-    found = f"none of them (similar: {', '.join(near)})" if near else "none of them"
-    return SchemaMismatch("features", f"some of {shown}", found)
-
-
-def _find_tables_apart(
-    target: str,
-    names: list[str],
-    tables: Mapping[str, TableStatistics],
-    incompatible: _Mismatches,
-) -> None:
-    """Find the peers whose table has no feature in common with that of another peer."""
-    if len(tables) < 2:
-        return
-    counts = Counter(name for table in tables.values() for name in names if name in table.columns)
-    common = {name for name in names if counts[name] > 1}
-    for peer, table in tables.items():
-        if common.isdisjoint(table.columns) and peer not in incompatible:
-            others = common or {name for name in names if name not in table.columns}
-            there = table.columns.keys() - {target}
-            incompatible[peer].append(no_common_feature(others, sorted(there)))
-
-
-def _absent_text(absent: list[str], names: list[str], table: TableStatistics) -> str:
-    """A note for a peer without some of the features."""
-    many = len(absent) > 1
-    what = f"columns {', '.join(absent[:MAX_SHOWN])}" if many else f"column {absent[0]}"
-    more = f" and {len(absent) - MAX_SHOWN} more" if len(absent) > MAX_SHOWN else ""
-    small, known = {name.lower() for name in absent}, set(names)
-    others = [name for name in table.columns if name not in known or name.lower() in small]
-    near = _first_near(absent, others)
-    text = (
-        f"{what}{more} {'are' if many else 'is'} absent and count{'' if many else 's'} as missing"
-    )
-    if near:
-        text += f"; the table has {', '.join(near)}"
-    if 2 * len(absent) > len(names):
-        text = f"has {len(names) - len(absent)} of {len(names)} features: {text}"
-    return text
-
-
-def _find_other_kinds(
-    name: str, tables: Mapping[str, TableStatistics], incompatible: _Mismatches
-) -> None:
-    """Find the peers whose column has another kind than that of most peers."""
-    common = common_kind(name, tables)
-    for peer, table in tables.items():
-        column = table.columns.get(name)
-        if column is not None and not is_alike(column.kind, common):
-            found = statistics.describe_kind(column)
-            incompatible[peer].append(SchemaMismatch(f"column {name}", common, found))
-
-
-def common_kind(name: str, tables: Mapping[str, TableStatistics]) -> ColumnKind:
-    """The kind that a column has at most peers; "empty" without values.
-
-    Text that looks like numbers or dates counts only if no peer has another kind.
-    """
-    columns = [table.columns[name] for _, table in sorted(tables.items()) if name in table.columns]
-    known = [one for one in columns if one.kind != "empty"]
-    counts = Counter(one.kind for one in known if not one.written)
-    counts = counts or Counter(one.kind for one in known)
-    if counts["number"]:
-        counts["number"] += counts.pop("boolean", 0)
-    return counts.most_common(1)[0][0] if known else "empty"
-
-
-def is_alike(kind: ColumnKind, common: ColumnKind) -> bool:
-    """True if a column of this kind can be used as one of the kind that most peers have."""
-    return kind in (common, "empty") or (kind, common) == ("boolean", "number")
 
 
 def _make_feature(

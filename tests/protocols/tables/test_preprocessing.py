@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from protocols.errors import BadMessage, CommonweightError, UsageError
-from protocols.tables import preprocessing
+from protocols.tables import mismatches, preprocessing
 from protocols.tables.preprocessing import Derived, derive
 from protocols.tables.statistics import ColumnStatistics, Moments, TableStatistics
 
@@ -239,7 +239,7 @@ def test_similar_names_are_searched_in_a_few_columns_only(monkeypatch: pytest.Mo
         compared.append(len(there))
         return get_close_matches(name, there, most)
 
-    monkeypatch.setattr(preprocessing, "get_close_matches", count)
+    monkeypatch.setattr(mismatches, "get_close_matches", count)
     usual = table(age=number(), **{f"first_{n}": number() for n in range(40)})
     wide = {f"fisrt_{n}": number() for n in range(700)}
     others = table(age=number(), **wide), table(**wide), table(**{"f" * 99: number()})

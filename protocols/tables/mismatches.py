@@ -1,0 +1,129 @@
+"""In which columns the tables of peers do not fit together, and which others may be meant. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import chain, islice
+
+from protocols.errors import SchemaMismatch
+from protocols.tables import statistics
+from protocols.tables.statistics import ColumnKind, TableStatistics
+
+#: By peer: all that does not fit in its table.
+Mismatches = defaultdict[str, list[SchemaMismatch]]
+
+#: Names in a message.
+_MAX_SHOWN = 6
+#: Columns in which similar names are searched, and letters of such a name. A peer chooses both, and
+#: 400 columns compared with 400 others take 10 s.
+_MAX_COMPARED, _MAX_COMPARED_CHARS = 500, 64
+
+
+def _near_names(name: str, there: Iterable[str]) -> list[str]:
+    """Up to 3 columns with nearly this name, without regard to case.
+
+    Not all are looked at, as that is slow: long names and those after the first 500 are left out.
+    """
+    if len(name) > _MAX_COMPARED_CHARS:
+        return []
+    short = (column for column in there if len(column) <= _MAX_COMPARED_CHARS)
+    by_small = {column.lower(): column for column in islice(short, _MAX_COMPARED)}
+    return [by_small[small] for small in get_close_matches(name.lower(), by_small, 3)]
+
+
+def _first_near(names: Iterable[str], there: Sequence[str]) -> list[str]:
+    """The columns nearest to the first of these names, without repetition."""
+    near = (_near_names(name, there)[:1] for name in islice(names, _MAX_SHOWN))
+    return list(dict.fromkeys(chain.from_iterable(near)))
+
+
+def add_absent(
+    found: list[SchemaMismatch],
+    name: str,
+    expected: str,
+    there: Iterable[str],
+    hint: str = "",
+) -> None:
+    """Add the error for a column that is not `there`. The first ones of a table name similar
+    columns."""
+    near = _near_names(name, there) if len(found) < _MAX_SHOWN else []
+    text = f"a similar one: {' or '.join(near)}" if near else "no such column"
+    found.append(SchemaMismatch(f"column {name}", expected, text, hint))
+
+
+def no_common_feature(features: Iterable[str], there: Iterable[str]) -> SchemaMismatch:
+    """The error for a table that has none of the features."""
+    features, there = sorted(features), list(there)
+    near = _first_near(features, there)
+    shown = ", ".join(features[:_MAX_SHOWN]) + (", …" if len(features) > _MAX_SHOWN else "")
+    found = f"none of them (similar: {', '.join(near)})" if near else "none of them"
+    return SchemaMismatch("features", f"some of {shown}", found)
+
+
+def find_tables_apart(
+    target: str,
+    names: list[str],
+    tables: Mapping[str, TableStatistics],
+    incompatible: Mismatches,
+) -> None:
+    """Find the peers whose table has no feature in common with that of another peer."""
+    if len(tables) < 2:
+        return
+    counts = Counter(name for table in tables.values() for name in names if name in table.columns)
+    common = {name for name in names if counts[name] > 1}
+    for peer, table in tables.items():
+        if common.isdisjoint(table.columns) and peer not in incompatible:
+            others = common or {name for name in names if name not in table.columns}
+            there = table.columns.keys() - {target}
+            incompatible[peer].append(no_common_feature(others, sorted(there)))
+
+
+def absent_text(absent: list[str], names: list[str], table: TableStatistics) -> str:
+    """A note for a peer without some of the features."""
+    many = len(absent) > 1
+    what = f"columns {', '.join(absent[:_MAX_SHOWN])}" if many else f"column {absent[0]}"
+    more = f" and {len(absent) - _MAX_SHOWN} more" if len(absent) > _MAX_SHOWN else ""
+    small, known = {name.lower() for name in absent}, set(names)
+    others = [name for name in table.columns if name not in known or name.lower() in small]
+    near = _first_near(absent, others)
+    text = (
+        f"{what}{more} {'are' if many else 'is'} absent and count{'' if many else 's'} as missing"
+    )
+    if near:
+        text += f"; the table has {', '.join(near)}"
+    if 2 * len(absent) > len(names):
+        text = f"has {len(names) - len(absent)} of {len(names)} features: {text}"
+    return text
+
+
+def find_other_kinds(
+    name: str, tables: Mapping[str, TableStatistics], incompatible: Mismatches
+) -> None:
+    """Find the peers whose column has another kind than that of most peers."""
+    common = common_kind(name, tables)
+    for peer, table in tables.items():
+        column = table.columns.get(name)
+        if column is not None and not is_alike(column.kind, common):
+            found = statistics.describe_kind(column)
+            incompatible[peer].append(SchemaMismatch(f"column {name}", common, found))
+
+
+def common_kind(name: str, tables: Mapping[str, TableStatistics]) -> ColumnKind:
+    """The kind that a column has at most peers; "empty" without values.
+
+    Text that looks like numbers or dates counts only if no peer has another kind.
+    """
+    columns = [table.columns[name] for _, table in sorted(tables.items()) if name in table.columns]
+    known = [one for one in columns if one.kind != "empty"]
+    counts = Counter(one.kind for one in known if not one.written)
+    counts = counts or Counter(one.kind for one in known)
+    if counts["number"]:
+        counts["number"] += counts.pop("boolean", 0)
+    return counts.most_common(1)[0][0] if known else "empty"
+
+
+def is_alike(kind: ColumnKind, common: ColumnKind) -> bool:
+    """True if a column of this kind can be used as one of the kind that most peers have."""
+    return kind in (common, "empty") or (kind, common) == ("boolean", "number")
