@@ -182,7 +182,7 @@ elif $service && [ "$system" = Linux ]; then
     fi
     run systemctl --user daemon-reload
     run systemctl --user enable --now commonweight.service
-    echo "to run it while nobody is logged in: loginctl enable-linger"
+    echo "to keep it running after you log out: loginctl enable-linger"
     next="commonweight ticket create"
 elif $service; then
     echo "this script installs the coordinator as a service on Linux only" >&2

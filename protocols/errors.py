@@ -155,10 +155,8 @@ class SecureRefused(Refused):
     code = "secure_refused"
 
     def __init__(self, reason: str, message: str, hint: str = "") -> None:
-        hint = (
-            hint or "the coordinator contradicts itself: ask whoever runs it, and do not trust it"
-        )
-        super().__init__(message, hint)
+        default = "the coordinator contradicts itself: do not trust it, and ask its operator why"
+        super().__init__(message, hint or default)
         self.reason = reason
 
 

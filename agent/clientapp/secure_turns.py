@@ -81,11 +81,11 @@ class SecureTurns:
         return answer
 
     def unmask(self, key: TurnKey, request: UnmaskRequest) -> UnmaskAnswer:
-        """Tells one kind of share of each neighbor."""
+        """Returns one kind of share of each neighbor."""
         return peer.unmask(self._turn(key), request)
 
     def _turn(self, key: TurnKey) -> Turn:
         state = self._store.get(key)
         if state is None:
-            raise SecureRefused("order", "a step of a turn for which this peer has made no card")
+            raise SecureRefused("order", "this peer has made no card for this turn")
         return state

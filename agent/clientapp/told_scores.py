@@ -74,8 +74,8 @@ class ToldScores:
     def chance(self, task: str, digest: str, count: int, right: int) -> random.Random:
         """The noise for a result of a model: equal results get equal noise.
 
-        Settings without an effect, or other jobs, would else give as many draws as days, and their
-        mean has little noise. Nobody knows the secret that it is made of.
+        The noise is derived from a secret in this file. If a setting without an effect, or another
+        job, gave a new draw, the mean of many draws would have little noise.
         """
         (secret,) = self._db.execute("SELECT secret FROM noise").fetchone()
         about = msgspec.json.encode([task, digest, count, right])

@@ -76,7 +76,7 @@ class TurnStore:
                 "over",
                 f"turn {key.turn} of round {key.round} is over for this peer, and its keys are "
                 "deleted",
-                "ask the peer for a new turn; a coordinator that was restored does so by itself",
+                "ask the peer for a new turn; a restored coordinator does so automatically",
             )
         try:
             return _decode(rows[0][0])

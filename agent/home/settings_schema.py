@@ -15,7 +15,7 @@ _PUBLIC_KEYS = (
     *("threads", "device", "idle_timeout_s", "log_level", "share_log", "share"),
     *("work", "battery", "busy", "user", "schedule", "hours", "metered", "cpu_share"),
 )
-#: For changes of these, a running agent starts again by itself after its current work. All others
+#: After a change of one of these, a running agent restarts when its current work ends. All others
 #: take effect at once.
 RESTART_KEYS = frozenset(
     {

@@ -23,7 +23,7 @@ log = logging.getLogger("commonweight.log")
 
 #: An agent publishes its newest statement at most this often.
 PUBLISH_EVERY_S = 30.0
-#: More groups of peers are drawn this often, until so many peers have told something recently.
+#: Draws further groups of peers this often, until MIN_HEARD peers have sent a recent statement.
 DRAW_EVERY_S, MIN_HEARD, RECENT_S = 5.0, 4, 600.0
 #: What is read of one peer, and of all: a broker or peer that floods costs little.
 MIN_INTERVAL_S, MAX_IN_INTERVAL = 5.0, 32
@@ -122,7 +122,7 @@ class HeadExchange:
             return
         self._num_in_interval += 1
         self._read_at[parsed.peer] = now
-        # One of the future is refused when it is looked at, so nobody was heard by it.
+        # A statement from the future is refused later, so its peer does not count as heard.
         if not is_proof and seen.at <= time.time() + seen_heads.MAX_CLOCK_SKEW_S:
             self._stated_at[parsed.peer] = seen.at
         for table in (self._read_at, self._stated_at):

@@ -100,7 +100,7 @@ def list_operators(json: Json = False) -> None:
 def remove_operator(
     operator: Annotated[str, typer.Argument(help="An operator's name or id.")],
 ) -> None:
-    """Withdraw somebody's access."""
+    """Withdraw the access of an operator or observer."""
     connect().remove_operator(operator)
     print_line(f"{operator} has no access any more")
 

@@ -50,7 +50,7 @@ _METAVARS = {
     "set": "KEY=VALUE",
     "codec": "NAME",
 }
-#: A wait for peers is told after so many polls, as most are short.
+#: Prints why a run waits for peers after this many polls, as most waits are shorter.
 _WAIT_POLLS = 4
 
 
@@ -126,7 +126,7 @@ def start(
     try:
         run = _follow(remote, run_id, quiet=json)
     except KeyboardInterrupt:
-        print_line(f"{run_id} goes on; watch it: commonweight run show {run_id}")
+        print_line(f"{run_id} continues; watch it: commonweight run show {run_id}")
         raise
     if run.state is RunState.FAILED:
         because = run.ended_because if json else run.ended_briefly  # refusals were printed

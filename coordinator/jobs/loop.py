@@ -35,7 +35,7 @@ log = logging.getLogger("commonweight.job")
 #: How long peers with a lease may take to come back after a restart or a lost connection.
 RECONNECT_TIMEOUT_S = 20.0
 _RETRY_S = 1.0
-#: After so many refusals for want of consent, a peer is excused, and the reason of such a lease.
+#: A peer is excused after this many refusals for want of consent; the reason of such a lease.
 MAX_CONSENT_ASKS, _AWAITS = 16, "awaits consent"
 _UNKNOWN_PEER = "the fleet has no peer with this id; start the job again for the present peers"
 

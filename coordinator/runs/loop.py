@@ -31,7 +31,7 @@ log = logging.getLogger("commonweight.run")
 RECONNECT_GRACE_S = 20.0
 _SHORTAGE_RETRY_S = 5.0
 _ASK_AGAIN_S = 1.0
-#: Refusals of answers that came too late or twice, which is nobody's fault.
+#: Reasons to refuse an answer that came too late or twice. Its owner need not act on them.
 _OWNERS_NEED_NOT_KNOW = frozenset({"late", "replay", "not asked", TOO_STALE})
 
 

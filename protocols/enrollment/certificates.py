@@ -269,6 +269,6 @@ def issue_certificate(ca_key: SigningKey, certificate: NodeCertificate) -> bytes
 def verify_certificate(ca_pem: bytes, data: bytes) -> NodeCertificate:
     """The certificate in `data`, if the CA signed it. Raises BadMessage."""
     issuer = b""
-    with contextlib.suppress(BadMessage):  # whoever signed it; `unpack` says why it is not valid
+    with contextlib.suppress(BadMessage):  # `unpack` reports why it is not valid
         issuer = _SIGNED_CERTIFICATE.decode(data[64:]).issuer
     return _SIGNED_CERTIFICATE.unpack(data, partial(verify, signer_public(ca_pem, issuer)))

@@ -1,8 +1,8 @@
 """Training with noise for single rows: what a run asks for, and the noise that it takes.
 
 A peer adds the noise to its own gradients (DP-SGD, Abadi et al. 2016, arXiv 1607.00133), so its
-owner trusts nobody else. The settings of a run say what the whole run may cost; each peer chooses
-the noise for its own number of rows. Pure.
+owner need not trust any other machine. The settings of a run say what the whole run may cost; each
+peer chooses the noise for its own number of rows. Pure.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_a_follower_hears_what_a_run_waits_for_and_ctrl_c_does_not_end_the_run(
         assert "on that machine: commonweight-agent resume" in following.log
         following.process.send_signal(signal.SIGINT)
         assert following.wait() == 130
-        assert " goes on; watch it: commonweight run show ping-" in following.log
+        assert " continues; watch it: commonweight run show ping-" in following.log
         assert "Traceback" not in following.log
         (run,) = [run for run in site.data("run", "list") if run["state"] == "waiting"]
         assert site.ask("run", "stop", run["id"]).returncode == 0

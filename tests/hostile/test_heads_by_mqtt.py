@@ -33,7 +33,7 @@ OTHER = "ABCD-EFGH-IJKL-MNOP"
 
 
 def _statement(peer: str, at: float | None = None) -> bytes:
-    """One that nobody can verify: that is not this module's part."""
+    """A statement with an invalid signature, which this module does not verify."""
     seen = SeenHead(peer, time.time() if at is None else at, b"head")
     return seen_heads.sign(seen, b"certificate", lambda signed: bytes(64))
 

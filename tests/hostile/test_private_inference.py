@@ -163,7 +163,7 @@ def test_other_settings_draw_no_other_noise(tmp_path: Path) -> None:
     assert len({peer.ask(row)[0].metrics["accuracy"] for row in range(1000, 1020)}) > 1
 
 
-def test_a_day_has_so_many_answers(tmp_path: Path) -> None:
+def test_the_answers_of_a_day_are_limited(tmp_path: Path) -> None:
     """Attack: many models a day, one by one, all at once, or one with settings of no effect."""
     peer = Peer(tmp_path, lambda digest: True)
     with pytest.raises(Refused, match="jobs_private_per_day is 8"):

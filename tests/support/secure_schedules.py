@@ -136,7 +136,7 @@ class Site:
         self.state.apply(event)
 
 
-#: In a third of all schedules, more peers than this form a ring with so many neighbors each.
+#: In a third of all schedules, more peers than this form a ring with this many neighbors each.
 SMALL_RING = 4
 
 
@@ -260,7 +260,7 @@ def _play_turn(
         if not state.survivors and (not waits or hurries):
             site.decide()
         elif state.survivors and not waits and not ahead and not state.can_recover():
-            raise CohortLost("nobody is left to ask")
+            raise CohortLost("no peer is left to ask")
     raise AssertionError("the cohort comes to no end")
 
 

@@ -1,8 +1,8 @@
-"""Noise and samples that nobody can guess: from the operating system's random bytes, by AES-256.
+"""Unpredictable noise and samples: AES-256 expands random bytes of the operating system.
 
-torch's generator on the CPU folds its seed to 32 bits, so whoever knows the rest could try all of
-its noise; and a run's seed is the coordinator's. Noise is drawn and added in float64 and rounded to
-float32 afterwards, which hides the last bits of the floats (Mironov 2012).
+torch's generator on the CPU reduces its seed to 32 bits, so an attacker who knows the rest could
+try all seeds. The coordinator knows the seed of a run. Noise is drawn and added in float64, then
+rounded to float32, which hides the last bits of the floats (Mironov 2012).
 """
 
 from __future__ import annotations

@@ -73,17 +73,19 @@ class Aggregator:
             self.survivors = event.survivors
 
     def take(self, peer: str, answer: Answer) -> None:
-        """Take the answer of a peer. Raises BadMessage if it is not a proper one.
+        """Take the answer of a peer. Raises BadMessage if it is not valid.
 
-        An answer that comes too late changes nothing, and neither does the same answer again.
+        A late or repeated answer changes nothing.
         """
         cohort = self.cohort
         if peer not in cohort.cards or answer.cohort != cohort.id:
-            raise BadMessage(f"an answer of {peer} for another cohort")
+            raise BadMessage(f"the answer of {peer} is for another cohort")
         match answer:
             case ShareAnswer():
                 if answer.shares.keys() != set(cohort.neighbors(peer)):
-                    raise BadMessage(f"{peer} has not sealed one share for each neighbor")
+                    raise BadMessage(
+                        f"the answer of {peer} must contain one sealed share for each neighbor"
+                    )
                 if not self.sharers or peer in self.sharers:
                     self.shares.setdefault(peer, answer)
             case MaskAnswer():
@@ -102,12 +104,10 @@ class Aggregator:
     def _check_told(self, peer: str, answer: UnmaskAnswer) -> None:
         survivors, group = set(self.survivors), set(self.cohort.groups[peer])
         dropouts = set(self.sharers) - survivors
-        if (
-            peer not in survivors
-            or answer.seeds.keys() != survivors & group
-            or answer.keys.keys() != dropouts & group
-        ):
-            raise BadMessage(f"{peer} has not told one share of each neighbor")
+        if peer not in survivors:
+            raise BadMessage(f"{peer} is not among the survivors, so its shares do not count")
+        if answer.seeds.keys() != survivors & group or answer.keys.keys() != dropouts & group:
+            raise BadMessage(f"the answer of {peer} must contain one share of each neighbor")
 
     def request_for(self, peer: str) -> Request | None:
         """What this peer is asked next; None if nothing is missing from it now."""
@@ -122,7 +122,7 @@ class Aggregator:
             return MaskRequest(cohort=cohort.id, sharers=self.sharers, shares=shares)
         if peer not in self.survivors:
             return None
-        # Also of a peer that has told its shares: after a restart, others need its signature.
+        # Ask also a peer that has sent its shares: after a restart, others need its signature.
         if peer not in self.signatures:
             return AgreeRequest(cohort=cohort.id, survivors=self.survivors)
         if peer in self.told:
@@ -134,9 +134,9 @@ class Aggregator:
         return UnmaskRequest(cohort=cohort.id, signatures=signatures)
 
     def fix_sharers(self) -> SharersFixed:
-        """Go on with the peers that have shared. Raises CohortLost if too few have.
+        """Continue with the peers that have shared. Raises CohortLost if too few have.
 
-        A peer with too few neighbors among them is left out, and so may be others then.
+        A peer with too few neighbors among them is left out. Its neighbors may then lack one, too.
         """
         sharers = set(self.shares)
         while alone := {peer for peer in sharers if not self._has_group(peer, sharers)}:
@@ -150,7 +150,7 @@ class Aggregator:
         return SharersFixed(sharers=tuple(sorted(sharers)))
 
     def fix_survivors(self) -> SurvivorsFixed:
-        """Go on with the peers whose updates are there. Raises CohortLost if too few are."""
+        """Continue with the peers whose updates are here. Raises CohortLost if too few are."""
         survivors = set(self.uploads)
         # All secrets that the sum needs: of survivors, and of dropouts that masked with them.
         needed = survivors | {
@@ -158,15 +158,15 @@ class Aggregator:
         }
         if not survivors or not all(self._has_group(peer, survivors) for peer in needed):
             raise CohortLost(
-                f"{len(survivors)} of {len(self.sharers)} masked updates have come, too few to "
-                f"unmask their sum; {self.needed()} are needed",
-                "the coordinator asks all peers to train again, with new keys; masked updates tell "
-                "nothing",
+                f"{len(survivors)} of {len(self.sharers)} masked updates have arrived, and the sum "
+                f"needs {self.needed()}",
+                "the coordinator asks all peers to train again, with new keys; masked updates "
+                "reveal nothing",
             )
         return SurvivorsFixed(survivors=tuple(sorted(survivors)))
 
     def can_recover(self) -> bool:
-        """Whether enough peers have told their shares."""
+        """Whether enough peers have sent their shares."""
         told = set(self.told)
         return bool(self.survivors) and all(
             self._has_group(peer, told) for peer in self.wanted_secrets()

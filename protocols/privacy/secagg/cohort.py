@@ -70,7 +70,7 @@ def open_card(signed: SignedCard) -> Card:
     """The card, if it is signed by the key of the peer that it names. Raises BadMessage."""
     card = SIGNED_CARD.decode(signed.card)
     if identity.peer_id(card.public) != card.peer:
-        raise BadMessage(f"a card names {card.peer} with the key of another peer")
+        raise BadMessage(f"the card of {card.peer} contains the key of another peer")
     return SIGNED_CARD.open(
         signed.card,
         signed.signature,
@@ -90,7 +90,9 @@ class Cohort:
         except msgspec.DecodeError as err:
             raise BadMessage(f"not a valid plan of a cohort: {err}") from err
         if len(self.plan.sizes) != len(self.plan.limits):
-            raise BadMessage("the plan has another number of tensors than of limits")
+            raise BadMessage(
+                f"the plan has {len(self.plan.sizes)} tensors and {len(self.plan.limits)} limits"
+            )
         read = (lambda one: SIGNED_CARD.decode(one.card)) if is_checked else open_card
         cards = [(read(signed), signed) for signed in request.cards]
         cards.sort(key=lambda pair: pair[0].peer)
@@ -110,8 +112,8 @@ class Cohort:
             raise BadMessage("a peer has two cards in one cohort")
         if len(self.cards) < MIN_COHORT:
             raise BadMessage(
-                f"a cohort of {len(self.cards)} peers, which is fewer than {MIN_COHORT}",
-                "a sum of so few says what each of them sent; wait for more peers",
+                f"the cohort has {len(self.cards)} peers, which is fewer than {MIN_COHORT}",
+                "a sum of so few reveals the update of each; wait for more peers",
             )
         keys = {key for card in cards for key in (card.mask_key, card.channel_key)}
         if len(keys) != 2 * len(self.cards):
@@ -136,7 +138,7 @@ class Cohort:
 
     @cached_property
     def _ring(self) -> list[str]:
-        """The peers in an order that follows from all cards, so that nobody chooses a place."""
+        """The peers in an order derived from all cards, so that no peer can choose its place."""
         return sorted(
             self.peers,
             key=lambda peer: hashlib.sha256(self.id + self.cards[peer].public).digest(),

@@ -78,7 +78,7 @@ def public_of(key: X25519PrivateKey) -> bytes:
 
 
 def commitment(self_seed: bytes) -> bytes:
-    """What a card says of the self-mask seed: a false share is noticed by it."""
+    """The hash of the self-mask seed in a card. It exposes a false share."""
     return hashlib.sha256(_SALT + b" self\n" + self_seed).digest()
 
 
@@ -87,7 +87,7 @@ def exchange(own: X25519PrivateKey, public: bytes) -> bytes:
     try:
         return own.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as err:
-        raise BadMessage("a card has a key that is no proper X25519 key") from err
+        raise BadMessage("a card contains an invalid X25519 key") from err
 
 
 def self_mask(self_seed: bytes, cohort: bytes) -> bytes:

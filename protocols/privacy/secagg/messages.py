@@ -7,8 +7,8 @@
     agree    AgreeRequest                 AgreeAnswer
     unmask   UnmaskRequest                UnmaskAnswer
 
-Whoever carries them says who sent them: a request is the coordinator's, an answer that of the peer
-that signed the claim around it.
+The transport identifies the sender: a request comes from the coordinator, and an answer from the
+peer that signed the claim around it.
 """
 
 from __future__ import annotations

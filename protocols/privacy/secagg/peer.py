@@ -2,9 +2,9 @@
 
 A step takes the state and a request, and returns the next state and the answer. The caller writes
 the state durably before the answer leaves. A repeated request gets the same answer; a request that
-contradicts an earlier one is refused. So nobody gets both kinds of share of one peer, a second
-cohort for a card, or a second set of survivors, whatever the coordinator sends and however often
-the agent restarts.
+contradicts an earlier one is refused. So no coordinator gets both kinds of share of one peer, a
+second cohort for a card, or a second set of survivors. Neither its requests nor restarts of the
+agent change that.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def share(
     ):
         if peer != me:
             public = cohort.cards[peer].channel_key
-            # Fails for a key of low order before anything is told.
+            # Fails for a key of low order before any share leaves.
             keys.exchange(secrets.mask_key, cohort.cards[peer].mask_key)
             shares[peer] = keys.seal(
                 secrets.channel_key, public, cohort.id, (me, peer), b"".join(pair)
@@ -188,7 +188,7 @@ def mask(state: Turn, request: MaskRequest, pins: Pins) -> tuple[Turn, Masking]:
 def uploaded(state: Turn, digest: str, nbytes: int) -> tuple[Turn, MaskAnswer]:
     """After step mask: the digest of the masked update. Raises SecureRefused for a second one."""
     if state.cohort is None or state.mask is None:
-        _refuse("order", "an update before its masks")
+        _refuse("order", "this peer has not derived the masks of its update")
     if state.upload not in ("", digest):
         _refuse("second update", "this peer has already masked another update with these keys")
     answer = MaskAnswer(cohort=state.mask.cohort, digest=digest, nbytes=nbytes)
@@ -199,7 +199,7 @@ def agree(state: Turn, request: AgreeRequest, pins: Pins, sign: Sign) -> tuple[T
     """Step agree: signs whose updates count, once. Raises SecureRefused, BadMessage."""
     cohort = _cohort(state, request.cohort)
     if state.mask is None or not state.upload:
-        _refuse("order", "survivors before this peer has sent its update")
+        _refuse("order", "the survivors were named before this peer sent its update")
     if state.agree is None:
         survivors, sharers = set(request.survivors), set(state.mask.sharers)
         if not in_order(request.survivors) or not survivors <= sharers:
@@ -218,7 +218,7 @@ def unmask(state: Turn, request: UnmaskRequest) -> UnmaskAnswer:
     """
     cohort = _cohort(state, request.cohort)
     if state.mask is None or state.agree is None:
-        _refuse("order", "unmasking before this peer has signed the survivors")
+        _refuse("order", "shares were requested before this peer signed the survivors")
     me, survivors = state.peer, set(state.agree.survivors)
     message = cohort.agreement(state.mask.sharers, state.agree.survivors)
     signed = sum(
@@ -264,10 +264,10 @@ def _neighbors_in(cohort: Cohort, me: str, among: Collection[str]) -> list[str]:
 
 def _cohort(state: Turn, expected: bytes | None = None) -> Cohort:
     if state.cohort is None:
-        _refuse("order", "a step of a cohort that this peer has not seen")
+        _refuse("order", "the request is for a cohort that this peer has not joined")
     cohort = Cohort(state.cohort, is_checked=True)
     if expected is not None and cohort.id != expected:
-        _refuse("second cohort", "a step of another cohort than the one this peer takes part in")
+        _refuse("second cohort", "the request is for another cohort than this peer has joined")
     return cohort
 
 
@@ -288,15 +288,15 @@ def _check_cohort(state: Turn, cohort: Cohort, pins: Pins, layout: tuple[int, ..
 def _check_sharers(state: Turn, cohort: Cohort, request: MaskRequest, pins: Pins) -> None:
     sharers, me = set(request.sharers), state.peer
     if not in_order(request.sharers) or not sharers <= cohort.cards.keys():
-        _refuse("sharers", "somebody who has shared is not in the cohort, or is named twice")
+        _refuse("sharers", "a sharer is not in the cohort, or is named twice")
     _check_set(me, cohort, sharers, pins, "sharers")
     secrets, expected = keys.CardSecrets(state.master), _neighbors_in(cohort, me, sharers)
     if request.shares.keys() != set(expected):
-        _refuse("sharers", "the shares are not those of all neighbors that have shared")
+        _refuse("sharers", "the request must contain one share of each neighbor that has shared")
     for peer in expected:
         text = _open_share(cohort, secrets, peer, me, request.shares[peer])
         if len(text) != 2 * shamir.SHARE_BYTES:
-            raise BadMessage(f"{peer} has sealed something else than two shares")
+            raise BadMessage(f"the sealed message of {peer} does not contain two shares")
 
 
 def _check_set(me: str, cohort: Cohort, peers: set[str], pins: Pins, name: str) -> None:
@@ -322,9 +322,9 @@ def _check_set(me: str, cohort: Cohort, peers: set[str], pins: Pins, name: str) 
     if len(hidden) < pins.minimum:
         raise SecureRefused(
             "too few peers",
-            f"{len(hidden)} pinned peers are among the {name}, with this one; the owner wants "
+            f"{len(hidden)} pinned peers are among the {name}, with this one; the owner requires "
             f"{pins.minimum}",
-            "pin the ids of further peers, or accept a sum of fewer",
+            "pin the ids of further peers, or lower the minimum",
         )
 
 

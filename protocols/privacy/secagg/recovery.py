@@ -16,8 +16,8 @@ from protocols.privacy.secagg.masks import RingArray, add_masks
 class Recovery(NamedTuple):
     """The seeds of the masks to add to the sum and to subtract from it.
 
-    `false_shares`: (owner, holder) of each share that does not fit the others; one of the two has
-    lied, and nobody can say which.
+    `false_shares`: (owner, holder) of each share that does not fit the others. One of the two has
+    lied; the protocol cannot tell which.
     """
 
     plus: list[bytes]
@@ -44,7 +44,7 @@ def recover(state: Aggregator) -> Recovery:
     def secret_of(owner: str, prove: Callable[[bytes], bytes], expected: bytes) -> bytes:
         holders = [peer for peer in cohort.groups[owner] if peer in state.told]
         threshold = cohort.threshold(owner)
-        # Without one of the first t + 1 at a time, in case that one has told a false share.
+        # Leave out one of the first t + 1 at a time, in case it sent a false share.
         tries = [holders[:threshold]]
         tries += [[*holders[:i], *holders[i + 1 : threshold + 1]] for i in range(threshold)]
         for some in tries:
@@ -62,8 +62,8 @@ def recover(state: Aggregator) -> Recovery:
                     false_shares.update((owner, holder) for holder in left_out)
                 return secret
         raise CohortLost(
-            f"the shares of {owner}'s secret do not fit together: one of {len(holders)} peers that "
-            "told one, or itself, has lied",
+            f"the shares of {owner}'s secret are inconsistent: {owner}, or one of the "
+            f"{len(holders)} peers that sent a share, has lied",
             "the coordinator asks all peers again, with new keys",
         )
 
@@ -76,7 +76,7 @@ def recover(state: Aggregator) -> Recovery:
         key = X25519PrivateKey.from_private_bytes(secret_of(owner, _public, card.mask_key))
         for peer in survivors.intersection(cohort.groups[owner]):
             mask = keys.pair_mask(key, cohort.cards[peer].mask_key, cohort.id)
-            # The survivor added it if its name comes first, and subtracted it else.
+            # The survivor added it if its name comes first, and subtracted it otherwise.
             (minus if peer < owner else plus).append(mask)
     return Recovery(plus, minus, frozenset(false_shares))
 

@@ -23,7 +23,7 @@ _SIGNED: dict[int, np.dtype[np.generic]] = {2: np.dtype("<i2"), 4: np.dtype("<i4
 
 #: Bits of a value. More than 24 would exceed a float32; fewer lose too much of the update.
 MAX_VALUE_BITS, MIN_VALUE_BITS = 24, 8
-#: Metrics are fixed-point numbers with so many bits after the point, in a ring of 2^64.
+#: Metrics are fixed-point numbers with this many bits after the point, in a ring of 2^64.
 TAIL_FRACTION_BITS = 20
 _TAIL_MAX = 2.0**62
 _BLOCK_ELEMENTS = BLOCK_BYTES // 4
@@ -58,7 +58,7 @@ def value_bits(ring_bits: int, total_weight: int) -> int:
 
 
 def max_value(bits: int) -> int:
-    """The largest integer that a value of so many bits has: q_max."""
+    """The largest integer that fits into a value of `bits` bits: q_max."""
     return int(2 ** (bits - 1)) - 1
 
 
@@ -99,8 +99,8 @@ def check_sum(total: RingArray, bits: int, total_weight: int) -> npt.NDArray[np.
     limit = total_weight * max_value(bits)
     if len(signed) and (int(signed.max()) > limit or int(signed.min()) < -limit):
         raise BadWeights(
-            "the sum of the masked updates is outside of what the weights allow: a peer has sent "
-            "another vector than the protocol says, or told a false share"
+            "the sum of the masked updates is outside of the range that the weights allow: a peer "
+            "has sent a wrong vector or a false share"
         )
     return signed
 
@@ -116,8 +116,8 @@ def dequantize(
 def encode_tail(values: Sequence[float], peers: int) -> npt.NDArray[np.uint64]:
     """Metrics, losses and tallies as fixed-point integers uint64[n]. Raises BadWeights.
 
-    A value is already multiplied by the examples that it is a mean of. The sum over so many peers
-    must fit into 63 bits.
+    Each value is already multiplied by the number of examples that it is a mean of. The sum over
+    `peers` peers must fit into 63 bits.
     """
     scaled = np.asarray(values, np.float64) * 2.0**TAIL_FRACTION_BITS
     if not (np.isfinite(scaled).all() and (np.abs(scaled) <= _TAIL_MAX / peers).all()):

@@ -1,7 +1,7 @@
 """Secret sharing over a prime field (Shamir 1979), for secrets of 32 bytes. Pure.
 
-Python integers do the arithmetic, and they take no constant time: the timing of a machine's own
-work is no channel here, because nobody else times it.
+The arithmetic uses Python integers, so its time depends on their values. This is
+acceptable, because no other machine can measure it.
 """
 
 from __future__ import annotations

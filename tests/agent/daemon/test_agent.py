@@ -157,7 +157,7 @@ async def test_changed_data_and_tasks_are_in_force_after_the_current_work(
     try:
         await until(lambda: agent._policy.must_restart)
         await asyncio.sleep(0.7)  # a tick
-        assert not agent.must_restart, "the work goes on"
+        assert not agent.must_restart, "the current work continues"
         agent._runner.dispatch(state_machine.WorkEnded())
         await until(lambda: agent.must_restart)
     finally:

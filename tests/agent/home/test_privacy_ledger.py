@@ -135,7 +135,7 @@ def test_answers_of_an_older_version_are_charged_once(tmp_path: Path) -> None:
     assert (first.purpose, first.about, first.at) == ("question", "count by sex", 5.0)
 
 
-def test_a_full_disk_is_said_and_the_ledger_goes_on(tmp_path: Path) -> None:
+def test_the_ledger_reports_a_full_disk_and_works_again_afterwards(tmp_path: Path) -> None:
     ledger = PrivacyLedger(tmp_path / "privacy.db")
     (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
     ledger._db.execute(f"PRAGMA max_page_count = {pages}")

@@ -134,7 +134,7 @@ POINTS = [
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_an_agent_killed_at_any_record_goes_on_as_if_nothing_had_been(
+def test_an_agent_killed_at_any_record_changes_no_recorded_answer(
     point: str, tmp_path: Path
 ) -> None:
     program = (

@@ -60,7 +60,9 @@ def test_what_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="nobody can write into /proc")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux has /proc, where a file cannot be made"
+)
 def test_where_nothing_can_be_written_the_owner_reads_why() -> None:
     for place in ("/proc/a.csv", "/proc/a.parquet"):
         with pytest.raises(UsageError, match=f"cannot write {place}: "):

@@ -62,7 +62,7 @@ async def test_names_of_runs_and_peers_complete_and_a_task_means_its_newest_run(
         )
         assert done.exit_code == 130
         newest = (await offered("run", "show", ""))[0]
-        assert f"{newest} goes on; watch it: commonweight run show {newest}\n" in done.stderr
+        assert f"{newest} continues; watch it: commonweight run show {newest}\n" in done.stderr
         assert (await fleet.finished(newest)).id == newest
 
 

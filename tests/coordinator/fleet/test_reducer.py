@@ -244,7 +244,7 @@ def test_a_job_and_an_evaluation_leave_the_losses_of_the_training() -> None:
     reduce(fleet, said("A", 3, Telemetry(run="scatter-1", loss=0.0)), NOW)
     assert fleet.peers["A"].losses == [0.5]
     reduce(fleet, said("A", 4, Telemetry(run="r", phase="train", loss=0.4)), NOW)
-    assert fleet.peers["A"].losses == [0.5, 0.4], "the same run goes on after the job"
+    assert fleet.peers["A"].losses == [0.5, 0.4], "the same run continues after the job"
 
 
 def test_silence_is_seen_and_not_stored() -> None:

@@ -21,7 +21,7 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
-async def test_a_job_goes_on_when_the_owner_decides(
+async def test_a_job_continues_when_the_owner_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "_RETRY_S", 0.01)
@@ -78,7 +78,7 @@ async def test_rows_do_not_wait_for_a_removed_peer_whose_owner_has_not_decided(
 
 
 def test_rows_wait_for_a_peer_whose_owner_has_not_decided() -> None:
-    """A job over rows does not fail while somebody may still be allowed to do it."""
+    """A job over rows does not fail while an owner may still allow it."""
     job = jobs.started("job", JobSpec(kind="scatter", blocks=(Block(10, 1),)))
     job = jobs.apply(job, job_events.PeerExcused("bob", "a broken disk"))
     for deserted, eligible in ((False, ("bob",)), (True, ())):

@@ -122,7 +122,7 @@ def test_the_speed_of_an_ended_job_is_its_mean() -> None:
     assert rows_per_s(Job(changed=working, changed_at=NOW), NOW) == 900
 
 
-def test_a_job_that_nobody_answered_is_not_complete() -> None:
+def test_a_job_without_an_answer_is_not_complete() -> None:
     jobs_fleet = Fleet(fleet="0" * 16)
     told(
         jobs_fleet,

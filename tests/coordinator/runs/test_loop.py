@@ -450,7 +450,7 @@ async def test_work_that_fails_is_refused_and_the_others_go_on(tmp_path: Path) -
 
 
 def limit(ledger: Ledger, more_pages: int) -> None:
-    """Let the ledger grow by so many pages, as if the disk had no more room."""
+    """Let the ledger grow by `more_pages` pages at most, as on a full disk."""
     with ledger._lock:
         (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
         ledger._db.execute(f"PRAGMA max_page_count = {pages + more_pages}")

@@ -46,7 +46,7 @@ def scores_of(included: np.ndarray, epsilon: float, steps: int) -> np.ndarray:
 
 
 def p_value(guesses: int, right: int, epsilon: float) -> float:
-    """How likely so many right guesses are, if the claim holds (their theorem 5.2)."""
+    """The chance of `right` or more right guesses, if the claim holds (their theorem 5.2)."""
     q = 1 / (1 + math.exp(-epsilon))
 
     def chance(k: int) -> float:

@@ -220,7 +220,7 @@ def test_a_model_with_running_statistics_is_refused() -> None:
 
 
 @pytest.mark.parametrize("model", ["2nn", "cnn"])
-def test_the_models_of_mnist_treat_each_digit_by_itself(model: str) -> None:
+def test_the_models_of_mnist_process_each_digit_independently(model: str) -> None:
     task = mnist.Mnist()
     w = {n: torch.tensor(t) for n, t in task.init(1, {"model": model}).items()}
     forward = mnist._FORWARD[model]

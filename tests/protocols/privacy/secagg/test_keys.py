@@ -69,12 +69,12 @@ LOW_ORDER = (bytes(32), b"\1" + bytes(31), b"\xed" + b"\xff" * 30 + b"\x7f")
 
 @pytest.mark.parametrize("public", LOW_ORDER)
 def test_a_key_of_low_order_is_refused(public: bytes) -> None:
-    with pytest.raises(BadMessage, match="no proper X25519 key"):
+    with pytest.raises(BadMessage, match="invalid X25519 key"):
         keys.exchange(keys.CardSecrets(b"1" * 32).mask_key, public)
 
 
 def _log2_chance(peers: int, bad: int, drawn: int, at_least: int) -> float:
-    """log2 of the chance that a draw has so many of the bad ones (hypergeometric)."""
+    """log2 of the chance that a draw has `at_least` of the bad ones or more (hypergeometric)."""
 
     def choose(n: int, k: int) -> int:
         return math.comb(n, k) if 0 <= k <= n else 0

@@ -106,7 +106,7 @@ def test_a_card_with_another_key_is_refused() -> None:
     with pytest.raises(BadMessage, match="not signed by the peer that it names"):
         fleet.first.answer(share_request(replaced(fleet.cards, 1, swapped), plan()))
     own = forged(fleet.cards[1], public=me(100).public)
-    with pytest.raises(BadMessage, match="with the key of another peer"):
+    with pytest.raises(BadMessage, match="contains the key of another peer"):
         fleet.first.answer(share_request(replaced(fleet.cards, 1, own), plan()))
 
 

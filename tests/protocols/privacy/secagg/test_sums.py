@@ -112,7 +112,7 @@ def test_more_false_shares_lose_the_cohort() -> None:
     _, _, state = run_cohort(8, seed=5)
     for liar in state.cohort.peers[:3]:
         _lie(state, liar)
-    with pytest.raises(CohortLost, match="do not fit together"):
+    with pytest.raises(CohortLost, match="are inconsistent"):
         recover(state)
 
 
@@ -140,12 +140,12 @@ def test_answers_of_strangers_and_other_cohorts_are_refused() -> None:
     mine = state.shares[state.cohort.peers[0]]
     with pytest.raises(BadMessage, match="another cohort"):
         fresh.take(me(77).peer, mine)
-    with pytest.raises(BadMessage, match="one share for each neighbor"):
+    with pytest.raises(BadMessage, match="one sealed share for each neighbor"):
         fresh.take(fresh.cohort.peers[1], mine)
 
 
 def test_after_a_restart_peers_sign_again_although_they_have_told() -> None:
-    """Others need the signature of a peer that has told its shares."""
+    """Others need the signature of a peer that has sent its shares."""
     _, _, state = run_cohort(3)
     restarted = Aggregator(CohortFixed(request=state.cohort.request))
     for event in (state.fix_sharers(), state.fix_survivors()):
@@ -193,7 +193,7 @@ def test_an_answer_without_one_share_of_each_neighbor_is_refused() -> None:
     ):
         with pytest.raises(BadMessage, match="one share of each neighbor"):
             fresh.take(peer, wrong)
-    with pytest.raises(BadMessage, match="one share of each neighbor"):
+    with pytest.raises(BadMessage, match="not among the survivors"):
         fresh.take(lost, answer)
     fresh.take(peer, answer)
     assert fresh.told == {peer: answer}
