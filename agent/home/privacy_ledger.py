@@ -94,15 +94,25 @@ class PrivacyLedger:
     def charge(self, charge: Charge, limit: Limit) -> None:
         """Record what is about to leave. Raises NotAllowed, and records nothing, if all events
         together would cost more than the owner's limit."""
-        with writing(self._db):
-            if limit.epsilon:
+        is_charged = False
+        while not is_charged:
+            last = self._last_id()
+            if limit.epsilon:  # many kinds of events take seconds, so others may write meanwhile
                 check(_noisy(self.charges()), charge.events, limit)
-            _insert(self._db, charge)
+            with writing(self._db):
+                is_charged = not limit.epsilon or self._last_id() == last
+                if is_charged:
+                    _insert(self._db, charge)
 
     def charge_exact(self, charge: Charge) -> None:
         """Record that something of this purpose and name left without noise, once for both."""
         with writing(self._db):
             _insert(self._db, charge, f"exact {charge.purpose} {charge.name}")
+
+    def _last_id(self) -> int:
+        """The number of the last entry: entries are only added. 0 without any."""
+        (last,) = self._db.execute("SELECT COALESCE(MAX(id), 0) FROM charges").fetchone()
+        return int(last)
 
     def charges(self) -> list[Charge]:
         """All entries, oldest first."""

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from agent.home import privacy_ledger
 from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
 from protocols.errors import DiskFull, HomeError, NotAllowed
 from protocols.privacy import accountant
-from protocols.privacy.events import DiscreteLaplace, Exact, Gaussian
+from protocols.privacy.events import DiscreteLaplace, Event, Exact, Gaussian
 
 NO_LIMIT = Limit(0.0, 1e-5)
 ROUND = Gaussian(accountant.noise_for(3.0, 1e-5, 1.0, 10))
@@ -80,6 +81,24 @@ def test_two_at_once_do_not_both_get_the_last_of_the_budget(tmp_path: Path) -> N
     for thread in threads:
         thread.join()
     assert sorted(told) == ["answered", "refused", "refused", "refused"]
+
+
+def test_others_charge_during_a_check_and_count_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, file, checked = Limit(1.0, 1e-5), tmp_path / "privacy.db", privacy_ledger.check
+    ledger, other = PrivacyLedger(file), PrivacyLedger(file)
+
+    def interrupted(spent: Iterable[Event], more: Sequence[Event], limit: Limit) -> None:
+        checked(spent, more, limit)
+        monkeypatch.setattr(privacy_ledger, "check", checked)
+        other.charge(Charge("question", "j2", (DiscreteLaplace(0.6),)), limit)
+
+    monkeypatch.setattr(privacy_ledger, "check", interrupted)
+    with pytest.raises(NotAllowed):
+        ledger.charge(Charge("question", "j1", (DiscreteLaplace(0.6),)), limit)
+    ledger.charge(Charge("question", "j3", (DiscreteLaplace(0.3),)), limit)
+    assert [entry.name for entry in ledger.charges()] == ["j2", "j3"]
 
 
 def test_what_has_no_noise_is_named_once_and_costs_no_epsilon(tmp_path: Path) -> None:
