@@ -32,7 +32,6 @@ from agent.tasks import (
     Settings,
     Snapshot,
     Task,
-    TrainsPrivately,
     data_checks,
     floors,
     registry,
@@ -40,21 +39,14 @@ from agent.tasks import (
 from agent.tasks.floors import StepFloors
 from agent.tasks.training.batch_size import is_out_of_memory
 from agent.tasks.work import Describe, Done, Evaluate, Export, Init, Predict, Train, Work
-from agent.trainer import rng_state
+from agent.trainer import private_work, rng_state
 from agent.trainer.checkpoint import CheckpointFile
 from agent.trainer.ipc import Answer, Failed
 from agent.trainer.personalization import Personalization
 from agent.trainer.progress import StepCallback, WorkControl
 from agent.trainer.told_rows import ToldRows
 from protocols import VERSION
-from protocols.errors import (
-    BadWeights,
-    CannotPredict,
-    CommonweightError,
-    TaskUnusable,
-    UnknownName,
-    UsageError,
-)
+from protocols.errors import BadWeights, CannotPredict, CommonweightError, TaskUnusable, UnknownName
 from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
@@ -228,13 +220,10 @@ class WorkExecutor:
         self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personalization
     ) -> Done | Failed:
         self._told.tell_training(task, settings, whole=bool(work.settings.get(SCAFFOLD)))
-        on_step, resumed_at = self._metered(work, task)
         if hasattr(task, "defaults"):  # it takes the reserved settings
             settings = {**settings, "min_batch": work.data.floors.min_batch}
-        private = private_training.read(work.settings)
-        protected = None if private is None else _private_task(work, task)
-        if isinstance(task, TrainsPrivately):  # also None: an earlier work may have failed before
-            task.protect(private)
+        on_step, resumed_at = self._metered(work, task)
+        protected = private_work.protect(work, task)
         training = personal.before_train(task, settings, base)
         trained, count, metrics = task.train(training.model, settings, on_step)
         failpoint("trainer.trained")
@@ -304,23 +293,6 @@ class WorkExecutor:
         digest = weights.save(update, path, synced=False)  # the agent syncs it during the upload
         failpoint("trainer.saved")
         return _done(work, digest, path.stat().st_size, num_examples, metrics)
-
-
-def _private_task(work: Train, task: Task) -> TrainsPrivately:
-    """The task, if it is ours and can train with noise. Raises UsageError."""
-    if work.source or work.task not in private_training.TASKS:
-        raise UsageError(
-            f"the task {work.task} cannot train with noise for single rows",
-            f"tasks that can: {', '.join(private_training.TASKS)}",
-        )
-    if work.settings.get(SCAFFOLD):
-        raise UsageError("--dp cannot be used with control variates", "--strategy fedavg")
-    if not isinstance(task, TrainsPrivately):
-        raise UsageError(
-            f"the task {work.task} trains with noise in PyTorch only, and this machine uses Keras",
-            "on that machine: commonweight-agent policy set framework torch",
-        )
-    return task
 
 
 def _export(work: Export, task: Task, model: Weights) -> Done:

@@ -1,0 +1,35 @@
+"""Prepares a task for training with noise for single rows (DP-SGD), or without."""
+
+from __future__ import annotations
+
+from agent.tasks import Task, TrainsPrivately
+from agent.tasks.work import Train
+from protocols.errors import UsageError
+from protocols.model.personalization import SCAFFOLD
+from protocols.privacy import private_training
+
+
+def protect(work: Train, task: Task) -> TrainsPrivately | None:
+    """Make the next training add noise if the work asks for it; returns the task if it will.
+
+    Raises UsageError unless the task is ours and can do so.
+    """
+    private = private_training.read(work.settings)
+    if private is None:
+        if isinstance(task, TrainsPrivately):
+            task.protect(None)
+        return None
+    if work.source or work.task not in private_training.TASKS:
+        raise UsageError(
+            f"the task {work.task} cannot train with noise for single rows",
+            f"tasks that can: {', '.join(private_training.TASKS)}",
+        )
+    if work.settings.get(SCAFFOLD):
+        raise UsageError("--dp cannot be used with control variates", "--strategy fedavg")
+    if not isinstance(task, TrainsPrivately):
+        raise UsageError(
+            f"the task {work.task} trains with noise in PyTorch only, and this machine uses Keras",
+            "on that machine: commonweight-agent policy set framework torch",
+        )
+    task.protect(private)
+    return task
