@@ -222,10 +222,15 @@ class WorkExecutor:
         self._told.tell_training(task, settings, whole=bool(work.settings.get(SCAFFOLD)))
         if hasattr(task, "defaults"):  # it takes the reserved settings
             settings = {**settings, "min_batch": work.data.floors.min_batch}
-        on_step, resumed_at = self._metered(work, task)
-        protected = private_work.protect(work, task)
-        training = personal.before_train(task, settings, base)
-        trained, count, metrics = task.train(training.model, settings, on_step)
+        try:
+            on_step, resumed_at = self._metered(work, task)
+            protected = private_work.protect(work, task)
+            training = personal.before_train(task, settings, base)
+            trained, count, metrics = task.train(training.model, settings, on_step)
+        except Exception:
+            # It may still have a snapshot or a correction, which were for this training alone.
+            self._task = None
+            raise
         failpoint("trainer.trained")
         if isinstance(on_step, StepFloors):
             on_step.check_result(int(count))

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from agent.data.settings import DataSettings
-from agent.tasks.work import Describe, Evaluate, Init
+from agent.tasks.work import Describe, Evaluate, Init, Train
 from agent.trainer.personalization import Personalization
 from protocols.errors import TrainerFailed
+from protocols.model import weights
+from protocols.model.personalization import is_control
 from protocols.model.weights import Array, Weights
 from tests.support import softmax_task
 from tests.support.in_process_trainer import InProcess
@@ -63,6 +65,32 @@ def test_bfloat16_layers_and_the_optimizer_are_kept_together(tmp_path: Path) -> 
     assert training.model["head"].tolist() == [7, 7]
     assert training.model.schema == first.schema
     assert task.recalled["momentum_buffer:body"].tolist() == [1, 1]
+
+
+def test_training_that_failed_leaves_its_correction_to_no_other(tmp_path: Path) -> None:
+    file, version, out = tmp_path / "failing.py", tmp_path / "version", str(tmp_path / "out")
+    file.write_text(
+        "from tests.support.softmax_task import Softmax\n"
+        "class Failing(Softmax):\n"
+        "    def train(self, weights, settings, on_step):\n"
+        "        if not settings.get('lr', 1):\n"
+        "            raise ValueError('no learning rate')\n"
+        "        return super().train(weights, settings, on_step)\n"
+    )
+    trainer = InProcess(DataSettings(index=1, parts=3), source=f"{file}:Failing")
+    plain = str(tmp_path / "plain")
+    trainer.run(Init(task="failing", settings={}, seed=3, out=plain))
+    trainer.run(Init(task="failing", settings={"scaffold": 1}, seed=3, out=str(version)))
+    first = weights.load(version)
+    moving = {name: first[name] + np.float32(is_control(name)) for name in first}
+    weights.save(Weights(moving), version, synced=False)
+
+    ordinary = Train(task="failing", settings={}, base=plain, out=out)
+    expected = trainer.run(ordinary).digest
+    steered = Train(task="failing", settings={"scaffold": 1, "lr": 0.0}, base=str(version), out=out)
+    with pytest.raises(TrainerFailed, match="no learning rate"):
+        trainer.run(steered)
+    assert trainer.run(ordinary).digest == expected
 
 
 def test_a_model_without_tensors_is_refused_in_words(tmp_path: Path) -> None:
