@@ -119,7 +119,7 @@ async def test_a_witness_is_read_by_name(
 
 @pytest.mark.attack("20.11", by="peer")
 async def test_an_agent_publishes_its_own_small_head_only(site: Site) -> None:
-    """Attack: publish heads of others, huge ones, in other groups; read other topics as heads."""
+    """Attack: publish huge heads, those of other peers or groups; read other topics as heads."""
     fleet, own = site.fleet, site.peer
     login = Login(own, "agent", "")
     assert not login.may_publish(fleet, topics.head(fleet, own), retain=True, nbytes=4000)
@@ -157,7 +157,7 @@ async def test_an_agent_publishes_its_own_small_head_only(site: Site) -> None:
 
 @pytest.mark.attack("20.11", by="broker")
 def test_a_flood_of_heads_costs_an_agent_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attack: send an agent heads without end, huge, of others, and on topics that are none."""
+    """Attack: flood an agent with heads: huge, of other peers, and on invalid topics."""
     taken: list[bytes] = []
     heads = _exchange(taken)
     peers = [identity.peer_id(bytes([i // 256, i % 256]) * 16) for i in range(5000)]

@@ -57,8 +57,8 @@ def test_a_page_reads_no_more_of_the_ledger_than_its_entries(
 
 @pytest.mark.attack("20.strangers", by="stranger")
 def test_a_number_of_any_length_is_no_error(site: Site) -> None:
-    """Attack: ask for the log from a number of 5,000 digits, without a key: the server raised an
-    error before it asked for one, and wrote it into its log each time."""
+    """Attack: ask without a key for the log from a number of 5,000 digits, so that the server
+    raises an error before it checks the key, and logs each one."""
     context = ssl.create_default_context(cadata=site.ca_pem.decode())
     for number in ("9" * 5000, "9" * 16, "-1", "1e3", "%D9%A1", "0x1", "%31", "0", "0" * 5000):
         connection = http.client.HTTPSConnection(site.address, context=context)

@@ -81,7 +81,7 @@ def test_the_owners_limit_refuses_a_run_before_it_trains_whatever_the_run_says(c
 def test_a_coordinator_that_says_fewer_rounds_gets_no_more_than_the_runs_epsilon(
     cache: str, tmp_path: Path
 ) -> None:
-    """Attack: say 1 round at first, so that the noise is small, and then go on asking."""
+    """Attack: announce 1 round, so that the noise is small, and then ask for more rounds."""
     from agent.clientapp.privacy_budget import PrivacyBudget
     from agent.tasks.work import Done
     from protocols.errors import NotAllowed

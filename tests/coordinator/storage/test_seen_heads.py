@@ -16,7 +16,7 @@ HEAD = LogHead("f" * 16, 0, 1, bytes(32), 7, bytes(32), 1.0)
 
 @pytest.mark.attack("20.audit", by="peer")
 def test_statements_of_many_peers_do_not_fill_the_disk(tmp_path: Path) -> None:
-    """Attack: many peers sign head after head, of which the coordinator keeps each."""
+    """Attack: many peers sign each head, so that the statements fill the disk."""
     store, peers = SeenHeads(tmp_path), [f"peer{n:03}" for n in range(3 * MAX_IN_STRETCH)]
     for stretch in range(6):
         for peer in peers:

@@ -226,7 +226,7 @@ def test_a_peer_masks_once() -> None:
 
 @pytest.mark.attack("secure", by="coordinator")
 def test_shares_that_were_not_sealed_for_this_peer_are_refused() -> None:
-    """Attack: give a peer another one's sealed share, a share of another cohort, or none."""
+    """Attack: give a peer a share sealed for another peer, one of another cohort, or none."""
     fleet = Fleet()
     asked = fleet.shared().request_for(fleet.first.peer)
     assert isinstance(asked, MaskRequest)
@@ -241,7 +241,7 @@ def test_shares_that_were_not_sealed_for_this_peer_are_refused() -> None:
 
 @pytest.mark.attack("secure", by="coordinator")
 def test_sharers_that_hide_too_little_are_refused() -> None:
-    """Attack: name few sharers, none that is this peer, one twice, or a stranger."""
+    """Attack: name too few sharers, leave out this peer, repeat one, or add a stranger."""
     fleet = Fleet(5)
     asked = fleet.shared().request_for(fleet.first.peer)
     assert isinstance(asked, MaskRequest)
