@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from msgspec.structs import replace
@@ -22,6 +22,9 @@ from agent.home import enrollment_file, logs
 from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import cli_entry, homes
 
+if TYPE_CHECKING:
+    from agent.home.status_files import Want
+
 _POLL_EVERY_S = 0.3
 _MAX_RESTART_S = 90.0
 
@@ -33,15 +36,17 @@ def pause(
     duration: Annotated[str, typer.Option("--for", help="For how long, such as 2h.")] = "",
 ) -> None:
     """Stop working until `resume`, or for a while. Finished work is kept."""
-    for_s = parse_duration(duration) if duration else 0.0
-    _request("pause", time.time() + for_s if duration else 0.0)
-    how_long = f" for {format_duration(for_s)}" if duration else ""
-    print_line(f"paused{how_long}" + ("" if duration else "; next: commonweight-agent resume"))
+    until, then = 0.0, "; next: commonweight-agent resume"
+    if duration:
+        for_s = parse_duration(duration)
+        until, then = time.time() + for_s, f" for {format_duration(for_s)}"
+    _ask("pause", until)
+    print_line(f"paused{then}")
 
 
 def resume() -> None:
     """Work again, as far as the policy allows it."""
-    _request("run", 0.0)
+    _ask("run")
     print_line("resumed")
 
 
@@ -50,7 +55,7 @@ def finish() -> None:
     home = homes.open_home("agent")
     if not is_running(home):
         raise NotRunning("the agent is not running", "there is nothing to finish")
-    _request("finish", 0.0)
+    _ask("finish")
     print_line("will stop after this round")
 
 
@@ -77,12 +82,10 @@ def restart() -> None:
     )
 
 
-def _request(want: Any, until: float) -> None:
+def _ask(want: Want, until: float = 0.0) -> None:
     from agent.home import status_files
 
-    home = homes.open_home("agent")
-    request = status_files.read_request(home)
-    status_files.write_request(home, replace(request, want=want, until=until, at=time.time()))
+    status_files.ask(homes.open_home("agent"), want, time.time(), until)
 
 
 # --- information -----------------------------------------------------------------------------

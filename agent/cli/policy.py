@@ -61,8 +61,9 @@ def set_policy(
     home = homes.open_home("agent")
     key = key.replace(".", "_")  # data.columns
     if duration:
-        _override(home, key, value, parse_duration(duration))
-        print_line(f"{key} is {value} for the next {format_duration(parse_duration(duration))}")
+        for_s = parse_duration(duration)
+        _override(home, key, value, for_s)
+        print_line(f"{key} is {value} for the next {format_duration(for_s)}")
         return
     parsed = settings.parse_value(key, value)
     if key == "data":

@@ -37,14 +37,14 @@ class OwnerCommands:
         """At the start: drop a `finish` for an earlier process, which ended before it read it."""
         request = status_files.read_request(self._home)
         if request.want == "finish":
-            self._save(OwnerRequest(modes=request.modes, restart_at=request.restart_at))
+            self._save(request.asking("run"))
 
     def poll(self) -> bool:
         """Obey a new request. True if the settings may have changed."""
         request = status_files.read_request(self._home)
         expired = request.want == "pause" and 0 < request.until <= time.time()
         if expired:
-            request = OwnerRequest(modes=request.modes, restart_at=request.restart_at)
+            request = request.asking("run")
             self._save(request)
         changed = self._policy.reload(request)
         if request.restart_at > self._restart_at:
@@ -60,7 +60,7 @@ class OwnerCommands:
             # A request also lifts the operator's pause; the end of the owner's own pause does not.
             self._runner.dispatch(PauseLifted(_OWN_PAUSE if expired else _LIFTED_BY_OWNER))
         if request.want == "finish":
-            done = OwnerRequest(modes=request.modes, restart_at=request.restart_at)
+            done = request.asking("run")
             if self._save(done):
                 self._request = done  # else the next poll would take it for new, and lift pauses
             self._runner.dispatch(FinishRequested())

@@ -12,12 +12,14 @@ from typing import Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from protocols.local.atomic_files import write_private
 from protocols.local.disk_space import is_disk_full
 from protocols.p2p.gossip import Head
 
 STATUS_FILE, REQUEST_FILE = "status.json", "wish.json"
+Want = Literal["run", "pause", "finish"]
 
 
 class Status(Struct, kw_only=True):
@@ -68,11 +70,15 @@ class OwnerRequest(Struct, frozen=True, kw_only=True):
     are temporary modes by rule. `restart_at` (Unix s): when a restart was asked for last; 0: never.
     """
 
-    want: Literal["run", "pause", "finish"] = "run"
+    want: Want = "run"
     until: float = 0.0
     at: float = 0.0
     modes: dict[str, RuleOverride] = {}
     restart_at: float = 0.0
+
+    def asking(self, want: Want, at: float = 0.0, until: float = 0.0) -> OwnerRequest:
+        """The request to run, pause or finish instead; modes and a restart stay."""
+        return replace(self, want=want, at=at, until=until)
 
 
 def write_status(home: Path, status: Status) -> None:
@@ -101,6 +107,11 @@ def read_status(home: Path) -> Status | None:
 def write_request(home: Path, request: OwnerRequest) -> None:
     """Replace the owner's request. Raises OSError."""
     write_private(home / REQUEST_FILE, msgspec.json.encode(request))
+
+
+def ask(home: Path, want: Want, at: float, until: float = 0.0) -> None:
+    """Write that the owner asks for this at the time `at` (Unix s). Raises OSError."""
+    write_request(home, read_request(home).asking(want, at, until))
 
 
 def read_request(home: Path) -> OwnerRequest:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from msgspec.structs import replace
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
@@ -17,7 +16,6 @@ from textual.widgets import Static
 
 from agent.cli.monitor.panels import Panel, Tone, panels, state_line
 from agent.cli.monitor.readings import Machine, MachineReader
-from agent.home import status_files
 from protocols.errors import CommonweightError
 
 #: Panels stand in two columns from this width on.
@@ -125,9 +123,3 @@ def _text(panel: Panel) -> Text:
     text = Text("\n").join(lines)
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
-
-
-def request(home: Path, want: Literal["pause", "run"], now: float) -> None:
-    """Write the owner's request; temporary modes of rules stay, and so does a restart."""
-    earlier = status_files.read_request(home)
-    status_files.write_request(home, replace(earlier, want=want, until=0.0, at=now))

@@ -24,9 +24,10 @@ def monitor(
     if once or not sys.stdout.isatty():
         _print(home)
         return
-    from agent.cli.monitor.app import OwnerMonitor, request
+    from agent.cli.monitor.app import OwnerMonitor
+    from agent.home import status_files
 
-    OwnerMonitor(home, lambda want: request(home, want, time.time())).run()
+    OwnerMonitor(home, lambda want: status_files.ask(home, want, time.time())).run()
 
 
 def _print(home: Path) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from agent.cli.monitor.app import OwnerMonitor, request
+from agent.cli.monitor.app import OwnerMonitor
 from agent.cli.monitor.panels import bars, panels
 from agent.cli.monitor.readings import Machine, MachineReader
 from agent.home import audit_log, consent_requests, privacy_ledger, settings, status_files
@@ -173,12 +173,12 @@ def test_a_file_that_is_gone_when_it_is_looked_at_is_left_out(home: Path) -> Non
 
 def test_a_key_keeps_what_was_asked_before(home: Path) -> None:
     status_files.write_request(home, OwnerRequest(want="pause", until=NOW + 60, restart_at=NOW))
-    request(home, "run", NOW + 1)
+    status_files.ask(home, "run", NOW + 1)
     assert status_files.read_request(home) == OwnerRequest(at=NOW + 1, restart_at=NOW)
 
 
 async def test_keys_pause_and_resume(home: Path) -> None:
-    app = OwnerMonitor(home, lambda want: request(home, want, time.time()))
+    app = OwnerMonitor(home, lambda want: status_files.ask(home, want, time.time()))
     async with app.run_test(size=(110, 40)) as pilot:
         await pilot.pause()
         app.draw()
