@@ -16,7 +16,8 @@ _WAIT_S = 60.0
 def open_database(path: Path, schema: str) -> sqlite3.Connection:
     """The database with these tables. Raises OSError, HomeError."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    path.touch(mode=0o600)
+    if not path.exists():  # else it would look changed
+        path.touch(mode=0o600)
     db = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA synchronous = FULL")

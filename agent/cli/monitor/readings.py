@@ -59,7 +59,7 @@ class MachineReader:
         self._home = home
         self._sensors = sensors.Sensors(home)
         self._cpu: deque[float] = deque(maxlen=MAX_CPU_SAMPLES)
-        self._spent: tuple[tuple[float, ...], float | None] = ((), None)
+        self._spent: tuple[tuple[float, ...], float | None] = ((), None)  # by times and δ
         self._ledger: tuple[tuple[float, ...], list[AuditEntry]] = ((), [])
         psutil.cpu_percent()  # the first call has no interval to measure
 
@@ -74,6 +74,7 @@ class MachineReader:
         self._cpu.append(psutil.cpu_percent())
         entries = self._entries()
         left = [entry for entry in entries if entry.what != "refused"]
+        limit = Limit.of(chosen)
         return Machine(
             now=now,
             is_running=_is_running(status, now),
@@ -86,22 +87,22 @@ class MachineReader:
             entries=tuple(entries[-MAX_ENTRIES:]),
             num_left=len(left),
             bytes_left=sum(entry.nbytes for entry in left),
-            spent_epsilon=self._spent_epsilon(),
-            limit=Limit.of(chosen),
+            spent_epsilon=self._spent_epsilon(limit.delta),
+            limit=limit,
             consents=tuple(consents.requests(home, chosen)),
         )
 
-    def _spent_epsilon(self) -> float | None:
-        """The ε of all answers with noise; computed again once the ledger has changed."""
+    def _spent_epsilon(self, delta: float) -> float | None:
+        """The ε of all answers with noise; computed again once the ledger or δ has changed."""
         file = privacy_ledger.ledger_file(self._home)
         times = _times(file.parent.glob(f"{file.name}*"))
-        if times and times != self._spent[0]:
+        known = *times, delta
+        if times and known != self._spent[0]:
             with closing(PrivacyLedger(file)) as ledger:
                 charges = ledger.charges()
-            delta = Limit.of(settings.read(self._home)).delta
             noisy = any(not charge.is_exact for charge in charges)
             spent = privacy_ledger.spent_epsilon(charges, delta) if noisy else None
-            self._spent = times, spent
+            self._spent = known, spent
         return self._spent[1]
 
     def _entries(self) -> list[AuditEntry]:

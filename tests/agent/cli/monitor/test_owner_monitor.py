@@ -21,7 +21,7 @@ from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
 from agent.home.settings_schema import AgentSettings
 from agent.home.status_files import OwnerRequest, RuleOverride, Status
 from agent.policy.rules import Pause, Run, SensorReadings, Slow
-from protocols.privacy.events import DiscreteLaplace
+from protocols.privacy.events import DiscreteLaplace, Gaussian
 
 #: A Monday, 9:15 of local time.
 NOW = time.mktime((2026, 11, 30, 9, 15, 0, 0, 334, -1))
@@ -159,6 +159,21 @@ def test_a_machine_is_read_from_its_home(home: Path) -> None:
     assert seen.chosen.busy == "always", "a temporary mode is in force"
     assert not seen.is_running, "a running agent writes its status every 10 s"
     assert not consent_requests.read(home)
+
+
+def test_the_spent_budget_is_computed_again_only_after_a_change(home: Path) -> None:
+    file, reader = privacy_ledger.ledger_file(home), MachineReader(home)
+    with closing(PrivacyLedger(file)) as ledger:
+        ledger.charge(Charge("added", "", (Gaussian(1.0),)), Limit(0.0, 1e-6))
+    os.utime(file, (1.0, 1.0))
+    spent = reader.read().spent_epsilon
+    assert file.stat().st_mtime == 1.0, "to look at the ledger is no change of it"
+    assert reader.read().spent_epsilon == spent
+    settings.change(home, privacy_delta=1e-2)
+    of_this_delta = reader.read().spent_epsilon
+    assert spent is not None
+    assert of_this_delta is not None
+    assert of_this_delta < 0.7 * spent
 
 
 def test_a_file_that_is_gone_when_it_is_looked_at_is_left_out(home: Path) -> None:
