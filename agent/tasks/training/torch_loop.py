@@ -109,41 +109,21 @@ class TrainingLoop:
         if self._restored is not None:
             at.restore(self._restored)
         self._at, self._restored, self._correction, self._recalled = at, None, {}, {}
-        if private is not None and private_loss is not None:
-            watch, self._watch = self._watch, lambda places: None
-            try:
-                watch(np.arange(count))
-                self._spent = (
-                    _train_privately(at, plan, examples, private, private_loss, on_step),
-                )
-            finally:
-                self._at = None
-            self._left = as_arrays(at.state)
-            return TrainOutcome(_weights_of(at), count, {})
-        step, steps = make_step(at, plan), plan.steps(count)
-        batch, tail = plan.batch_size or count, plan.tail(count)
         watch, self._watch = self._watch, lambda places: None
+        metrics: dict[str, float] = {}
         try:
-            while True:
-                order = at.permutation(count)
-                ahead = at.passed + (steps - at.done) * batch
-                watch(order[: count if ahead > count - tail else ahead].numpy())
-                order = order[at.passed :].to(device)
-                for x, y in _batches(examples, order, batch, tail):
-                    if at.done == steps:
-                        break
-                    loss = run_or_suggest_batch_size(partial(_step_of, step, x, y), len(y))
-                    at.done += 1
-                    at.passed += len(y)
-                    at.total += loss * len(y)
-                    on_step(at.done, steps, loss, at.seen + at.passed)
-                if at.done == steps:
-                    break
-                at.next_epoch()
+            if private is not None and private_loss is not None:
+                watch(np.arange(count))
+                event = _train_privately(at, plan, examples, private, private_loss, on_step)
+                self._spent = (event,)
+            else:
+                loss = _train_epochs(at, plan, examples, make_step(at, plan), watch, on_step)
+                metrics = {"loss": loss}
         finally:
             self._at = None
         self._left = as_arrays(at.state)
-        return TrainOutcome(_weights_of(at), count, {"loss": at.total / at.passed})
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()}
+        return TrainOutcome(Weights(arrays), count, metrics)
 
     def protect(self, private: PrivateTraining | None) -> None:
         """Make the next `train` add noise, so that no single example shows; None: no noise."""
@@ -222,8 +202,33 @@ def mean_gradient(
     }
 
 
-def _weights_of(at: LoopState) -> Weights:
-    return Weights({name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()})
+def _train_epochs(
+    at: LoopState,
+    plan: Hyperparameters,
+    examples: Examples,
+    step: Step,
+    watch: Watch,
+    on_step: OnStep,
+) -> float:
+    """Train in place, on each example once an epoch; returns the mean loss of the last epoch."""
+    device, count = examples.x.device, len(examples.y)
+    steps, batch, tail = plan.steps(count), plan.batch_size or count, plan.tail(count)
+    while True:
+        order = at.permutation(count)
+        ahead = at.passed + (steps - at.done) * batch
+        watch(order[: count if ahead > count - tail else ahead].numpy())
+        order = order[at.passed :].to(device)
+        for x, y in _batches(examples, order, batch, tail):
+            if at.done == steps:
+                break
+            loss = run_or_suggest_batch_size(partial(_step_of, step, x, y), len(y))
+            at.done += 1
+            at.passed += len(y)
+            at.total += loss * len(y)
+            on_step(at.done, steps, loss, at.seen + at.passed)
+        if at.done == steps:
+            return at.total / at.passed
+        at.next_epoch()
 
 
 def _train_privately(
@@ -253,11 +258,7 @@ def _train_privately(
             total = sums[name].double().cpu().numpy()
             total += (event.noise * private.clip) * noise.normals(total.size).reshape(total.shape)
             at.weights[name].grad = torch.from_numpy(total / batch).to(at.weights[name])
-        if at.origin:
-            _adjust_gradients(at, plan)
-        if plan.clip_norm:
-            torch.nn.utils.clip_grad_norm_([at.weights[n] for n in at.trained], plan.clip_norm)
-        optimiser.step()
+        _move(at, plan, optimiser)
         at.done += 1
         at.passed += batch
         on_step(at.done, steps, math.nan, at.seen + at.passed)
@@ -298,11 +299,7 @@ def autograd_step(loss_of: LossOf) -> Callable[[LoopState, Hyperparameters], Ste
             with forward:
                 loss = loss_of(w, x, y)
             loss.backward()  # type: ignore[no-untyped-call]
-            if at.correction or at.origin:
-                _adjust_gradients(at, plan)
-            if plan.clip_norm:
-                torch.nn.utils.clip_grad_norm_(trained, plan.clip_norm)
-            optimiser.step()
+            _move(at, plan, optimiser)
             return loss.item()
 
         return step
@@ -324,6 +321,15 @@ def _optimiser(at: LoopState, plan: Hyperparameters) -> torch.optim.Optimizer:
         for name, tensor in tensors.items():
             made.state[at.weights[name]][slot] = tensor
     return made
+
+
+def _move(at: LoopState, plan: Hyperparameters, optimiser: torch.optim.Optimizer) -> None:
+    """Take the optimizer's step by the gradients, corrected and clipped as the plan says."""
+    if at.correction or at.origin:
+        _adjust_gradients(at, plan)
+    if plan.clip_norm:
+        torch.nn.utils.clip_grad_norm_([at.weights[name] for name in at.trained], plan.clip_norm)
+    optimiser.step()
 
 
 @torch.no_grad()
