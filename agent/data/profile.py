@@ -138,16 +138,14 @@ def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableSt
             f"the owner asks for at least {data.min_rows} rows, and there are fewer",
             f"there are {table.rows}: commonweight-agent policy set data.min_rows",
         )
-    written = {name: kinds[name].written for name, kind in found.items() if kind == "text"}
     table = _without_sparse_numbers(reader, table, data.min_count)
-    if not extremes:
-        columns = {name: replace(column, extremes=None) for name, column in table.columns.items()}
-        table = replace(table, columns=columns)
     hashed = [n for n, kind in found.items() if kind == "text" and n != wanted.target]
     columns = {
-        name: replace(column, written=written[name])
-        if written.get(name) and name not in wanted.categorical
-        else column
+        name: replace(
+            column,
+            extremes=column.extremes if extremes else None,
+            written="" if name in wanted.categorical else kinds[name].written,
+        )
         for name, column in table.columns.items()
     }
     table = replace(table, columns=columns)
