@@ -64,9 +64,8 @@ class _Weights(NamedTuple):
 class _Events(Observer):
     """Passes the client's progress to the state machine; writes proofs and the audit log."""
 
-    def __init__(self, ctx: AgentContext, trainer: TrainerProcess) -> None:
-        self._ctx, self._trainer = ctx, trainer
-        self._scores = ToldScores(settings.scores_file(ctx.home))
+    def __init__(self, ctx: AgentContext, trainer: TrainerProcess, scores: ToldScores) -> None:
+        self._ctx, self._trainer, self._scores = ctx, trainer, scores
 
     def on_work(self, work: Work | None) -> None:
         self._ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
@@ -150,7 +149,8 @@ def make_client(
         ctx.enrollment.coordinator_public,
         ctx.enrollment.fleet,
     )
-    events = _Events(ctx, trainer)
+    scores = ToldScores(settings.scores_file(home))
+    events = _Events(ctx, trainer, scores)
     budget = PrivacyBudget(privacy_ledger.ledger_file(home), owner, ctx.enrollment.fleet)
 
     def find_model(model: ModelRef) -> Path:
@@ -166,7 +166,7 @@ def make_client(
         fetch_input,
         home / "jobs",
         home / "predictions",
-        ToldScores(settings.scores_file(home)),
+        scores,
         partial(
             took_part, home, ctx.cache, ctx.enrollment.coordinator_public, ctx.enrollment.fleet
         ),
