@@ -13,11 +13,10 @@ from protocols.local import homes
 
 def complete_settings() -> Iterator[tuple[str, str]]:
     """Each setting and its meaning."""
-    from agent.home.settings_schema import AgentSettings
+    from agent.home import settings
 
-    for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
-        about = next((meta.description for meta in getattr(hint, "__metadata__", ())), None)
-        yield name, (about or "").partition(";")[0]
+    for name, about in settings.meanings().items():
+        yield name, about.partition(";")[0]
 
 
 def complete_values(context: typer.Context) -> Iterator[str]:

@@ -146,13 +146,21 @@ def describe(home: Path) -> list[SettingInfo]:
     chosen = msgspec.to_builtins(read(home))
     file, environment = settings_file.read_file(home), _read_environment()
     infos = []
-    for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
+    for name, about in meanings().items():
         source = FILE if name in file else "default"
         if name in environment:
             source = ENVIRONMENT_PREFIX + name.upper()
-        about = next((meta.description for meta in getattr(hint, "__metadata__", ())), None)
-        infos.append(SettingInfo(name, chosen[name], source, about or ""))
+        infos.append(SettingInfo(name, chosen[name], source, about))
     return infos
+
+
+def meanings() -> dict[str, str]:
+    """The meaning of every setting, by its name."""
+    hints = get_type_hints(AgentSettings, include_extras=True)
+    return {
+        name: next((meta.description for meta in getattr(hint, "__metadata__", ())), None) or ""
+        for name, hint in hints.items()
+    }
 
 
 def parse_value(name: str, text: str) -> Any:
