@@ -171,22 +171,23 @@ def check_source(source: str) -> None:
         raise UsageError(f"{path.name} is not Python: {err}", "correct the file") from err
     except OSError as err:
         raise UsageError(f"cannot read {path}: {err.strerror}") from err
-    names = {
-        name
-        for node in ast.walk(tree)
-        for name in (
-            [node.name]
-            if isinstance(node, ast.ClassDef | ast.FunctionDef)
-            else [node.id]
-            if isinstance(node, ast.Name)
-            else [alias.asname or alias.name for alias in node.names]
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            else []
-        )
-    }
+    names = {name for node in ast.walk(tree) for name in _names_in(node)}
     if attribute not in names and "*" not in names:
         classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
         raise UsageError(*_no_class(path, attribute, classes))
+
+
+def _names_in(node: ast.AST) -> list[str]:
+    """The names that a node of a file defines or uses."""
+    match node:
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
+            return [name]
+        case ast.Name(id=name):
+            return [name]
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            return [alias.asname or alias.name for alias in names]
+        case _:
+            return []
 
 
 def _no_class(path: Path, attribute: str, names: Iterable[str]) -> tuple[str, str]:
