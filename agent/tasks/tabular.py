@@ -38,6 +38,7 @@ from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.data.table_memory import TableMemory
 from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
+from agent.tasks.tabular_model import TableModel
 from agent.tasks.training import evaluation
 from agent.tasks.training.classification import evaluate_classifier, split_batches, to_tensors
 from agent.tasks.training.evaluation import BatchResult
@@ -45,9 +46,9 @@ from agent.tasks.training.hyperparameters import TaskOptions, anything
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples, PrivateLoss, autograd_step
-from agent.tasks.training.torch_task import TorchTask, layer_schema
+from agent.tasks.training.torch_task import TorchTask
 from protocols.errors import DataError, UsageError
-from protocols.model.weights import Schema, TensorSpec, Weights
+from protocols.model.weights import Schema, Weights
 from protocols.tables import evaluation_counts, preprocessing
 from protocols.tables.preprocessing import Preprocessing
 from protocols.tables.statistics import TableStatistics
@@ -71,47 +72,6 @@ _OPTIONS = TaskOptions(
 )
 #: Fewer rows cannot be split into training and held-out rows.
 _MIN_ROWS = HELD_OUT_OF
-
-
-class _Model(NamedTuple):
-    """The model's shape: inputs, a table for each category column, hidden layers, outputs."""
-
-    numbers: int
-    embeddings: tuple[tuple[int, int], ...]
-    hidden: tuple[int, ...]
-    outputs: int
-
-    @property
-    def linear(self) -> bool:
-        return not self.hidden
-
-    def schema(self) -> Schema:
-        sizes = {
-            f"embedding{place}.weight": TensorSpec("F32", shape)
-            for place, shape in enumerate(self.embeddings)
-        }
-        # In a linear model an embedding is a bias for each category, straight to the outputs.
-        before = self.numbers + (0 if self.linear else sum(dim for _, dim in self.embeddings))
-        layers = {}
-        for place, after in enumerate(self.hidden, 1):
-            layers[f"hidden{place}"] = (after, before)
-            before = after
-        return sizes | layer_schema({**layers, "output": (self.outputs, before)})
-
-    def forward(self, w: Tensors, x: Tensor) -> Tensor:
-        """float32[n, numbers + categories] -> float32[n, outputs]."""
-        numbers, indices = x[:, : self.numbers], x[:, self.numbers :].long()
-        found = [
-            F.embedding(indices[:, place], w[f"embedding{place}.weight"])
-            for place in range(len(self.embeddings))
-        ]
-        if self.linear:
-            out = F.linear(numbers, w["output.weight"], w["output.bias"])
-            return sum(found, out)
-        hidden = torch.cat([numbers, *found], 1)
-        for place in range(1, len(self.hidden) + 1):
-            hidden = F.relu(F.linear(hidden, w[f"hidden{place}.weight"], w[f"hidden{place}.bias"]))
-        return F.linear(hidden, w["output.weight"], w["output.bias"])
 
 
 class _Rows(NamedTuple):
@@ -308,28 +268,16 @@ def _preprocessing(settings: Settings) -> Preprocessing:
     return preprocessing.decode(str(text))
 
 
-def _model(settings: Settings) -> _Model:
+def _model(settings: Settings) -> TableModel:
     """Raises UnknownName, UsageError, DataError."""
-    chosen, made = _OPTIONS.read(settings), _preprocessing(settings)
-    numbers, _ = features.input_width(made)
-    outputs = len(made.target.classes) or 1
-    sizes = [len(feature.categories) + 2 for feature in made.categorical]
-    if chosen["model"] == "linear":
-        return _Model(numbers, tuple((size, outputs) for size in sizes), (), outputs)
-    try:
-        hidden = tuple(int(size) for size in str(chosen["hidden"]).split(","))
-    except ValueError:
-        hidden = ()
-    if not hidden or min(hidden) < 1:
-        raise UsageError(f"hidden cannot be {chosen['hidden']!r}", "such as hidden=64,32")
-    # Half of the categories: Guo and Berkhahn, Entity Embeddings of Categorical Variables, 2016.
-    dims = tuple((size, min(32, -(-size // 2))) for size in sizes)
-    return _Model(numbers, dims, hidden, outputs)
+    chosen = _OPTIONS.read(settings)
+    sizes = chosen["hidden"] if chosen["model"] == "mlp" else None
+    return TableModel.of(_preprocessing(settings), sizes)
 
 
 @torch.inference_mode()
 def _measured(
-    model: _Model, weights: Weights, held_out: Examples, scale: float, on_step: OnStep
+    model: TableModel, weights: Weights, held_out: Examples, scale: float, on_step: OnStep
 ) -> EvalOutcome:
     w = to_tensors(weights, held_out.x.device)
 
