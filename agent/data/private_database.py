@@ -55,9 +55,12 @@ def mapped_errors() -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as err:
-        if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-            raise DiskFull("the disk is full", "free some space; the agent then continues") from err
-        raise HomeError(
-            f"the memory of what was told cannot be used: {err}",
-            "nothing leaves until it can be; see commonweight-agent doctor",
-        ) from err
+        hint = "nothing leaves until it can be; see commonweight-agent doctor"
+        raise database_error("the memory of what was told", err, hint) from err
+
+
+def database_error(name: object, err: Exception, hint: str) -> DiskFull | HomeError:
+    """The error for one of SQLite in the database `name`; the hint is for all but a full disk."""
+    if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+        return DiskFull("the disk is full", "free some space; the agent then continues")
+    return HomeError(f"{name} cannot be used: {err}", hint)

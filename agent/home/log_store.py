@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from agent.data.private_database import database_error
 from protocols.errors import DiskFull, HomeError
 from protocols.messages.version_log import LogEntry, LogHead
 
@@ -299,9 +300,5 @@ class LogStore:
 
 
 def _error(path: Path, err: sqlite3.DatabaseError) -> DiskFull | HomeError:
-    if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-        return DiskFull("the disk is full", "free some space; the agent then continues")
-    return HomeError(
-        f"{path} cannot be used: {err}",
-        "move it away: the agent then reads the coordinator's log from the start",
-    )
+    hint = "move it away: the agent then reads the coordinator's log from the start"
+    return database_error(path, err, hint)

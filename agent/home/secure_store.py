@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from agent.data.private_database import database_error
 from protocols.errors import DiskFull, HomeError, SecureRefused
 from protocols.local.failpoints import failpoint
 from protocols.privacy.secagg.peer import Turn
@@ -131,10 +132,9 @@ class TurnStore:
             raise self._error(err) from err
 
     def _error(self, err: Exception) -> DiskFull | HomeError:
-        if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-            return DiskFull("the disk is full", "free some space; the agent then continues")
-        return HomeError(
-            f"{self._path} cannot be used: {err}",
+        return database_error(
+            self._path,
+            err,
             "do not delete it during a secure run: the agent could then answer twice. "
             "Leave the run first",
         )
