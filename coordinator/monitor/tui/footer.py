@@ -72,7 +72,8 @@ def footer_line(
 ) -> Text:
     """The footer's text in `width` characters: the keys of the page, then help and quit.
 
-    In a recording its own keys stand first, after the one that leads back.
+    In a recording its own keys stand first. There the key that leads back takes the place of the
+    palette's, so that a phone can leave a peer.
     """
     keys = [
         key
@@ -81,15 +82,15 @@ def footer_line(
         and not (read_only and key.changes)
         and (replay or key.id not in REPLAY_ONLY)
     ]
-    if replay:
-        keys.sort(key=lambda key: (key.id != "plain", key.id not in REPLAY_ONLY))
-    pinned = [key for key in keys if key.id in PINNED]
-    if width < MIN_WIDTH_PALETTE:
+    keys.sort(key=lambda key: key.id not in REPLAY_ONLY)
+    at_end = {*PINNED, "plain"} if replay else PINNED
+    pinned = [key for key in keys if key.id in at_end]
+    if width < MIN_WIDTH_PALETTE or any(key.id == "plain" for key in pinned):
         pinned = [key for key in pinned if key.id != "palette"]
     end = Text("  ").join(_entry(key, remapped or {}) for key in pinned)
     line = Text(no_wrap=True, end="")
     for key in keys:
-        if key.id in PINNED:
+        if key.id in at_end:
             continue
         entry = _entry(key, remapped or {})
         if len(line) + len(entry) + 2 + len(end) > width:
