@@ -76,7 +76,8 @@ def curve(
     for x, value in enumerate(resample(values, 2 * width)):
         y = None if value is None else 4 * height - 1 - scale.step(value, 4 * height)
         if y is not None and dotted:
-            cells[y // 4][x // 2] |= _DOTS[x % 2][y % 4] if x % 2 == 0 else 0
+            if x % 2 == 0:
+                cells[y // 4][x // 2] |= _DOTS[0][y % 4]
         elif y is not None:
             start = y if previous is None else previous + (previous < y) - (previous > y)
             # One more dot below: a single one is hard to see on some screens.

@@ -76,7 +76,7 @@ def network_lines(
         text, tone = side[at] if 0 <= at < len(side) else Cell("")
         line = [Cell(f"{fmt.truncate(text, _SIDE_WIDTH):<{_SIDE_WIDTH}} ", tone)]
         if number < len(shown):
-            line += _link(shown[number], meter, now, _branch(number, len(shown), at == 0))
+            line += _link(shown[number], meter, now, _branch(number, len(shown)))
             line += _peer(shown[number], fleet, meter, now, name_width)
         lines.append(_cut(line, width))
     if (more := len(peers) - len(shown)) > 0 and height > 0:
@@ -97,7 +97,7 @@ def _side(fleet: Fleet, meter: TrafficMeter, peers: Sequence[Peer]) -> list[Cell
     ]
 
 
-def _branch(number: int, count: int, is_first_of_side: bool) -> str:
+def _branch(number: int, count: int) -> str:
     if count == 1:
         return "─"
     return "┬" if number == 0 else "└" if number == count - 1 else "├"
@@ -113,9 +113,8 @@ def _link(peer: Peer, meter: TrafficMeter, now: float, branch: str) -> list[Cell
     if not there:
         return [Cell(branch, "quiet"), Cell(f"{'╌' * (_LINK_WIDTH - 1)} ", "quiet")]
     middle = f"{'◀' if rate.up else ''}{'▶' if rate.down else ''}"
-    stroke, tone = ("━", "busy") if middle else ("─", "quiet")
-    body = middle.center(_LINK_WIDTH - 1, stroke)
-    return [Cell(branch, "quiet"), Cell(f"{body} ", tone)]  # type: ignore[arg-type]
+    body = middle.center(_LINK_WIDTH - 1, "━" if middle else "─")
+    return [Cell(branch, "quiet"), Cell(f"{body} ", "busy" if middle else "quiet")]
 
 
 def _peer(peer: Peer, fleet: Fleet, meter: TrafficMeter, now: float, width: int) -> list[Cell]:
@@ -124,17 +123,9 @@ def _peer(peer: Peer, fleet: Fleet, meter: TrafficMeter, now: float, width: int)
     name = f"{fmt.truncate(display_name(peer), width):<{width}}"
     cells = [Cell(f"{GLYPHS[state]} ", tone), Cell(f"{name}  ")]
     sent = peer.telemetry
-    up = _speed(rate.up) if rate.up else fmt.format_bytes(sent.bytes_up) if sent else fmt.NOTHING
-    down = (
-        _speed(rate.down)
-        if rate.down
-        else fmt.format_bytes(sent.bytes_down)
-        if sent
-        else fmt.NOTHING
-    )
     cells += [
-        Cell(f"↑ {up:<9} ", "busy" if rate.up else "quiet"),
-        Cell(f"↓ {down:<9} ", "busy" if rate.down else "quiet"),
+        _traffic("↑", rate.up, sent.bytes_up if sent else None),
+        _traffic("↓", rate.down, sent.bytes_down if sent else None),
     ]
     if state in (PeerState.OFFLINE, PeerState.STALE):
         cells.append(Cell(f"{fmt.age(now - peer.seen_at)} ago" if peer.seen_at else "", "quiet"))
@@ -146,6 +137,14 @@ def _peer(peer: Peer, fleet: Fleet, meter: TrafficMeter, now: float, width: int)
         )
         cells.append(Cell(f"◀ from {', '.join(names)}", "ask"))
     return cells
+
+
+def _traffic(arrow: str, per_s: float, total_bytes: int | None) -> Cell:
+    """What moves now, or else all that has moved; None: unknown."""
+    if per_s:
+        return Cell(f"{arrow} {_speed(per_s):<9} ", "busy")
+    total = fmt.NOTHING if total_bytes is None else fmt.format_bytes(total_bytes)
+    return Cell(f"{arrow} {total:<9} ", "quiet")
 
 
 def _speed(per_s: float) -> str:

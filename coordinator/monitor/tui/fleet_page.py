@@ -145,7 +145,8 @@ class FleetPage(FilterPage):
         left = self.query_one("#left").size
         table_lines = num_rows + 1 + self.border
         free = 0 if self.zoomed or not num_rows else left.height - table_lines
-        has_plots = not beside.display and current_run(fleet) is not None
+        run = current_run(fleet)
+        has_plots = not beside.display and run is not None
         self._lines = lines = (
             share_roomy(free, num_rows, left.width, has_plots=has_plots)
             if self.border
@@ -156,7 +157,6 @@ class FleetPage(FilterPage):
             part.display = count > 0
             part.styles.height = count
         self.table.styles.height = table_lines if any(lines[:4]) else "1fr"
-        run = current_run(fleet)
         self.table.border_title = f"Peers {num_rows}"
         for plots in (beside, under):
             plots.border_title = f"Run {run.changed.run}" if run else ""

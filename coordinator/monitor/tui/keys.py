@@ -37,7 +37,6 @@ class Key(NamedTuple):
 
 _ALL = "fleet rounds events peer jobs"
 _PEERS = "fleet peer"
-_REPLAY = _ALL
 
 KEYS: tuple[Key, ...] = (
     Key("plain", "escape", "plain", "back", "go back; clear the filter and the marks", "peer"),
@@ -68,12 +67,12 @@ KEYS: tuple[Key, ...] = (
     Key("rounds", "2", "page('rounds')", "", "Rounds: loss, accuracy, participation"),
     Key("events", "3", "page('events')", "", "Events: all messages"),
     Key("jobs", "4", "page('jobs')", "", "Jobs: inference and analytics"),
-    Key("play", "p", "play", "play", "in a recording: pause or play", _REPLAY),
-    Key("step", "full_stop", "step", "step", "in a recording: one message", _REPLAY),
-    Key("back", "left_square_bracket", "seek(-10)", "-10 s", "in a recording: back", _REPLAY),
-    Key("ahead", "right_square_bracket", "seek(10)", "+10 s", "in a recording: forward", _REPLAY),
-    Key("slower", "minus", "pace(0.5)", "slower", "in a recording: half as fast", _REPLAY),
-    Key("faster", "plus", "pace(2.0)", "faster", "in a recording: twice as fast", _REPLAY),
+    Key("play", "p", "play", "play", "in a recording: pause or play", _ALL),
+    Key("step", "full_stop", "step", "step", "in a recording: one message", _ALL),
+    Key("back", "left_square_bracket", "seek(-10)", "-10 s", "in a recording: back", _ALL),
+    Key("ahead", "right_square_bracket", "seek(10)", "+10 s", "in a recording: forward", _ALL),
+    Key("slower", "minus", "pace(0.5)", "slower", "in a recording: half as fast", _ALL),
+    Key("faster", "plus", "pace(2.0)", "faster", "in a recording: twice as fast", _ALL),
     Key("palette", "ctrl+p", "command_palette", "palette", "all commands by name", _ALL),
     Key("help", "question_mark,f1", "help", "help", "show this help", _ALL),
     Key("quit", "q", "quit", "quit", "quit; the fleet keeps running", _ALL),

@@ -134,7 +134,6 @@ def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
     )
     if peer.losses:
         lines[0] = plot.title_line(shown)
-    if peer.losses:
         lines[-1] = Text(
             "smoothed; dotted: its last reports, the newest at the right", colors().dim
         )

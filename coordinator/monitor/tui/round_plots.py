@@ -160,11 +160,7 @@ def _metric(
     """
     own = colors()
     fmt = percent if name == "accuracy" else brief
-    rounds = [
-        one
-        for one in _recent(run)
-        if round_table.metric_value(one, name) is not None or one.diverged
-    ]
+    rounds = _evaluated(run, name)
     values = [round_table.metric_value(closed, name) for closed in rounds]
     spreads = [closed.spread.get(name) for closed in rounds]
     spread: tuple[Values, Values] | None = None
@@ -186,12 +182,12 @@ def _metric(
     color = {"loss": own.blue, "accuracy": own.green}.get(name, own.accent)
     first, last_round = _round_range(rounds)
     behind, share = None, 1.0
-    if other is not None and (known := _known_values(other, name)):
-        others = [value for _, value in known]
-        longest = max(len(values), len(others), 1)
+    if other is not None and (compared := _evaluated(other, name)):
+        others = [round_table.metric_value(closed, name) for closed in compared]
+        longest = max(len(values), len(others))
         behind = Behind(others, own.purple, len(others) / longest)
         share = len(values) / longest
-        last_round = max(last_round, known[-1][0])
+        last_round = max(last_round, compared[-1].round)
         end = others[-1]
         text = f"┄ {fmt(end)}" if end is not None else "┄"
         notes = [f"{text} {other.changed.run} (dotted)", f"{text} {other.changed.run}", text]
@@ -199,12 +195,12 @@ def _metric(
     return curve_plot(plot, values, color, spread, behind, share)
 
 
-def _known_values(run: Run, name: str) -> list[tuple[int, float | None]]:
-    """The evaluated rounds of a run: (round, value)."""
+def _evaluated(run: Run, name: str) -> list[RoundClosed]:
+    """The recent rounds that have this metric, or that diverged."""
     return [
-        (closed.round, value)
+        closed
         for closed in _recent(run)
-        if (value := round_table.metric_value(closed, name)) is not None or closed.diverged
+        if round_table.metric_value(closed, name) is not None or closed.diverged
     ]
 
 
