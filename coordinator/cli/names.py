@@ -24,16 +24,20 @@ _MAX_WAIT_S = 2.0
 Suggestions = Iterable[tuple[str, str]]
 
 
-def _of_fleet(read: Callable[[Fleet], Suggestions]) -> Callable[[], list[tuple[str, str]]]:
-    """Completion from the fleet's state: each name and a word about it. Empty on any error."""
+def _completion(read: Callable[[Remote], Suggestions]) -> Callable[[], list[tuple[str, str]]]:
+    """Completion from the coordinator: each name and a word about it. Empty on any error."""
 
     def complete() -> list[tuple[str, str]]:
         try:
-            return list(read(connect(_MAX_WAIT_S).fleet()))
+            return list(read(connect(_MAX_WAIT_S)))
         except CommonweightError:
             return []
 
     return complete
+
+
+def _of_fleet(read: Callable[[Fleet], Suggestions]) -> Callable[[], list[tuple[str, str]]]:
+    return _completion(lambda remote: read(remote.fleet()))
 
 
 def _runs(fleet: Fleet) -> Iterator[tuple[str, str]]:
@@ -64,16 +68,14 @@ def _models(fleet: Fleet) -> Iterator[tuple[str, str]]:
     yield from _runs(fleet)
 
 
-def _tickets() -> list[tuple[str, str]]:
-    try:
-        return [(row["id"], row["role"]) for row in connect(_MAX_WAIT_S).tickets()]
-    except CommonweightError:
-        return []
+def _tickets(remote: Remote) -> Iterator[tuple[str, str]]:
+    for row in remote.tickets():
+        yield row["id"], row["role"]
 
 
 complete_runs, complete_jobs = _of_fleet(_runs), _of_fleet(_jobs)
 complete_peers, complete_tasks = _of_fleet(_peers), _of_fleet(_tasks)
-complete_models = _of_fleet(_models)
+complete_models, complete_tickets = _of_fleet(_models), _completion(_tickets)
 
 RunName = Annotated[
     str,
@@ -92,7 +94,7 @@ JobName = Annotated[
 PeerName = Annotated[
     str, typer.Argument(help="A machine's name or id.", autocompletion=complete_peers)
 ]
-TicketName = Annotated[str, typer.Argument(help="A ticket's id.", autocompletion=_tickets)]
+TicketName = Annotated[str, typer.Argument(help="A ticket's id.", autocompletion=complete_tickets)]
 
 
 def find_run(remote: Remote, name: str) -> Run:
