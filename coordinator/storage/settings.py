@@ -254,7 +254,8 @@ def certify(
     """
     certificate = home / "server.pem"
     wanted = {"localhost", "127.0.0.1", "::1", *names}
-    kept = sorted(_certified_names(home) - wanted - forget)
+    certified = _certified_names(home)
+    kept = sorted(certified - wanted - forget)
     kept = kept[: max(0, MAX_CERTIFIED_NAMES - len(wanted))]
     # A key that does not match (a crash between the two files) is replaced like an old one.
     with contextlib.suppress(OSError, ValueError):
@@ -263,7 +264,7 @@ def certify(
         if (
             pem.endswith(issuer)
             and certificates.is_issued_by(pem, issuer or ca_pem)
-            and wanted <= certificates.certificate_names(pem)
+            and wanted <= certified
             and not forget
             and certificates.days_left(pem) > 30
         ):
