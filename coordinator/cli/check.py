@@ -79,16 +79,22 @@ def _wait(remote: Remote, run_id: str, *, quiet: bool) -> Run:
         run = remote.run(run_id)
         if run.ended:
             return run
-        active = next((one for one in remote.runs() if not one.ended), None)
-        is_next = active is None or active.id == run_id
-        if not is_next or not run_text.waits_for_peers(run):
+        waits = run_text.waits_for_peers(run)
+        before = _run_before(remote, run_id) if waits else ""
+        if before or not waits:
             idle_since = time.monotonic()
-        if not (is_next or is_told) and active is not None:
+        if before and not is_told:
             is_told = True
-            print_line(f"waits for the end of run {active.id}")
+            print_line(f"waits for the end of run {before}")
         if time.monotonic() - idle_since > _MAX_IDLE_S:
             remote.stop_run(run_id)
         time.sleep(_POLL_S)
+
+
+def _run_before(remote: Remote, run_id: str) -> str:
+    """The run that has to end first; empty if there is none."""
+    active = next((one.id for one in remote.runs() if not one.ended), run_id)
+    return "" if active == run_id else active
 
 
 def _delete(remote: Remote, run_id: str) -> None:
