@@ -78,9 +78,7 @@ def epsilon_of(events: Iterable[Event], delta: float, points: int = _POINTS) -> 
                 return math.inf
             case Failure(found):
                 failure += found
-            case Gaussian(noise, count):
-                mu_squared += count / noise**2
-            case SampledGaussian(noise, 1.0, count):
+            case Gaussian(noise, count) | SampledGaussian(noise, 1.0, count):
                 mu_squared += count / noise**2
             case SampledGaussian(noise, rate, count):
                 counts[SampledGaussian(noise, rate)] += count
@@ -101,7 +99,7 @@ def epsilon_of(events: Iterable[Event], delta: float, points: int = _POINTS) -> 
     total = max(
         _compose(counts, direction, points).epsilon(delta - failure) for direction in range(2)
     )
-    is_pure = len(counts) == sum(isinstance(e, Laplace | DiscreteLaplace) for e in counts)
+    is_pure = all(isinstance(e, Laplace | DiscreteLaplace) for e in counts)
     return min(total, pure) if is_pure else total
 
 
@@ -177,7 +175,4 @@ def noise_for(epsilon: float, delta: float, rate: float, count: int) -> float:
         return epsilon_of([SampledGaussian(noise, rate, count)], delta, _SEARCH_POINTS)
 
     low, high = min(exact, 0.3), max(exact, 0.3)  # without sampling, the cost is no less
-    while high - low > 1e-4 * high:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if cost(middle) <= epsilon else (middle, high)
-    return high
+    return gaussian.bisect(lambda noise: cost(noise) <= epsilon, low, high, tolerance=1e-4)

@@ -47,11 +47,14 @@ def mu_for(epsilon: float, delta: float) -> float:
     return bisect(lambda inverse: delta_of(1 / inverse, epsilon) <= delta, 1e-9, 1e9) ** -1
 
 
-def bisect(is_enough: Callable[[float], bool], low: float, high: float) -> float:
-    """The least number from which on `is_enough` holds, to the last bits; `high` is enough."""
+def bisect(
+    is_enough: Callable[[float], bool], low: float, high: float, tolerance: float = 0.0
+) -> float:
+    """The least number from which on `is_enough` holds, to the last bits, or up to this share of
+    it more; `high` is enough."""
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high) if low > 0 else (low + high) / 2
-        if not low < middle < high:
+        if not low < middle < high or high - low <= tolerance * high:
             break
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high

@@ -152,10 +152,7 @@ class Aggregator:
     def fix_survivors(self) -> SurvivorsFixed:
         """Continue with the peers whose updates are here. Raises CohortLost if too few are."""
         survivors = set(self.uploads)
-        # All secrets that the sum needs: of survivors, and of dropouts that masked with them.
-        needed = survivors | {
-            peer for peer in self.sharers if survivors.intersection(self.cohort.groups[peer])
-        }
+        needed = self._secrets_for(survivors)
         if not survivors or not all(self._has_group(peer, survivors) for peer in needed):
             raise CohortLost(
                 f"{len(survivors)} of {len(self.sharers)} masked updates have arrived, and the sum "
@@ -174,16 +171,15 @@ class Aggregator:
 
     def wanted_secrets(self) -> list[str]:
         """The peers of which a secret is needed: survivors, and dropouts that masked with them."""
-        survivors = set(self.survivors)
-        return [
-            peer
-            for peer in self.sharers
-            if peer in survivors or survivors.intersection(self.cohort.groups[peer])
-        ]
+        return self._secrets_for(set(self.survivors))
 
     def needed(self) -> int:
         """The fewest peers with which a sum can be unmasked, by the smallest threshold."""
         return min(self.cohort.threshold(peer) for peer in self.cohort.peers)
+
+    def _secrets_for(self, survivors: set[str]) -> list[str]:
+        """The sharers in whose group a survivor is; each peer is in its own."""
+        return [peer for peer in self.sharers if survivors.intersection(self.cohort.groups[peer])]
 
     def _has_group(self, peer: str, among: Iterable[str]) -> bool:
         group = self.cohort.groups[peer]
