@@ -53,7 +53,7 @@ class SecureTurns:
         if state is None:
             state = peer.make_card(self._me, request, examples, self._random_bytes(32))
             self._store.begin(state)
-        elif (state.fleet, state.base) != (request.fleet, request.base):
+        elif state.ready != request:
             raise SecureRefused("card", "the card of this turn is for another version")
         return state.card
 

@@ -38,7 +38,7 @@ class TurnKey(NamedTuple):
 
 
 def key_of(turn: Turn) -> TurnKey:
-    return TurnKey(turn.run, turn.round, turn.turn)
+    return TurnKey(turn.ready.run, turn.ready.round, turn.ready.turn)
 
 
 class TurnStore:
@@ -90,7 +90,7 @@ class TurnStore:
         with self._lock:
             self._execute("BEGIN IMMEDIATE")
             try:
-                self._execute("UPDATE turns SET state = NULL WHERE run = ?", (turn.run,))
+                self._execute("UPDATE turns SET state = NULL WHERE run = ?", (turn.ready.run,))
                 self._execute(
                     "INSERT INTO turns (run, round, turn, state) VALUES (?, ?, ?, ?)",
                     (*key_of(turn), _encode(turn)),

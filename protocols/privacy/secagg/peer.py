@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from protocols.errors import BadMessage, BadWeights, SecureRefused
-from protocols.messages.envelope import Count, Digest, Id, MaybeDigest
+from protocols.messages.envelope import Count, Id, MaybeDigest
 from protocols.privacy.secagg import keys, ring, shamir
 from protocols.privacy.secagg.cohort import Cohort, Pins, in_order
 from protocols.privacy.secagg.masks import Masks, RingArray, add_masks
@@ -52,15 +52,11 @@ class Me(NamedTuple):
 class Turn(Struct, frozen=True, kw_only=True):
     """What a peer knows of one turn; each field is set once.
 
-    `master`: 32 secret bytes that all secrets of the card come from. `cohort`, `mask`, `agree`:
-    the requests that were answered. `upload`: digest of the masked update.
+    `master`: 32 secret bytes that all secrets of the card come from. `ready`, `cohort`, `mask`,
+    `agree`: the requests that were answered. `upload`: digest of the masked update.
     """
 
-    fleet: Id
-    run: Id
-    round: Count
-    turn: Count
-    base: Digest
+    ready: ReadyRequest
     peer: Id
     master: Bytes32
     card: SignedCard
@@ -122,16 +118,8 @@ def make_card(me: Me, request: ReadyRequest, examples: int, master: bytes) -> Tu
         commitment=keys.commitment(secrets.self_seed),
         nonce=secrets.nonce,
     )
-    return Turn(
-        fleet=request.fleet,
-        run=request.run,
-        round=request.round,
-        turn=request.turn,
-        base=request.base,
-        peer=me.peer,
-        master=master,
-        card=SignedCard(*SIGNED_CARD.seal(card, me.sign)),
-    )
+    signed = SignedCard(*SIGNED_CARD.seal(card, me.sign))
+    return Turn(ready=request, peer=me.peer, master=master, card=signed)
 
 
 def share(
@@ -272,11 +260,11 @@ def _cohort(state: Turn, expected: bytes | None = None) -> Cohort:
 
 
 def _check_cohort(state: Turn, cohort: Cohort, pins: Pins, layout: tuple[int, ...]) -> None:
-    plan, me = cohort.plan, state.peer
+    plan, ready, me = cohort.plan, state.ready, state.peer
     if cohort.signed.get(me) != state.card:
         _refuse("card", "the cohort does not have the card that this peer made for this turn")
     if (plan.fleet, plan.run, plan.round, plan.base) != (
-        *(state.fleet, state.run, state.round, state.base),
+        *(ready.fleet, ready.run, ready.round, ready.base),
     ):
         _refuse("plan", "the plan of the cohort is of another run, round or version")
     if plan.sizes != layout:
