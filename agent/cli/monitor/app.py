@@ -29,11 +29,12 @@ _COLORS: dict[Tone, str] = {
     "bad": "#ee7b4c",
     "busy": "#6cb8ee",
 }
+_KEY = f"bold {_COLORS['busy']}"
 #: The colors of the coordinator's monitor.
 _THEME = Theme(
     name="commonweight-dark",
-    primary="#6cb8ee",
-    foreground="#d5dbe3",
+    primary=_COLORS["busy"],
+    foreground=_COLORS["plain"],
     background="#10151c",
     surface="#151b24",
     panel="#1c2430",
@@ -74,8 +75,10 @@ class OwnerMonitor(App[None]):
         with VerticalScroll(id="panels"):
             for name in _PANEL_IDS:
                 yield Static(id=name, classes="panel")
-        keys = Text.assemble(("p", "bold #6cb8ee"), " pause  ", ("r", "bold #6cb8ee"), " resume  ")
-        yield Static(keys.append("q", "bold #6cb8ee").append(" quit"), id="keys")
+        keys = Text.assemble(
+            ("p", _KEY), " pause  ", ("r", _KEY), " resume  ", ("q", _KEY), " quit"
+        )
+        yield Static(keys, id="keys")
 
     def on_mount(self) -> None:
         self.theme = _THEME.name
