@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -70,14 +71,20 @@ def budget(
 
 def _groups(charges: Sequence[Charge], delta: float) -> Iterator[dict[str, Any]]:
     """The charges by purpose, name and fleet, oldest first, with what each group costs alone."""
-    from agent.home import privacy_ledger
+    from protocols.privacy import accountant
+    from protocols.privacy.events import Event
+
+    @functools.cache  # most questions cost the same
+    def cost(spent: tuple[Event, ...]) -> float:
+        return accountant.epsilon_of(spent, delta)
 
     groups: dict[tuple[str, str, str, bool], list[Charge]] = {}
     for charge in charges:
         key = charge.purpose, charge.name, charge.asked_by, charge.is_exact
         groups.setdefault(key, []).append(charge)
     for (purpose, name, fleet, exact), found in groups.items():
-        epsilon = None if exact else privacy_ledger.spent_epsilon(found, delta)
+        spent = tuple(event for charge in found for event in charge.noisy)
+        epsilon = None if exact else cost(spent)
         yield {
             "purpose": purpose,
             "name": name,
