@@ -11,8 +11,7 @@ _HEAD = (
     "|---|---|---|---|---|---|\n"
 )
 _SHORT_HEAD = (
-    "| model × agents | a round | plain Flower | coordinator's memory | plain Flower |\n"
-    "|---|---|---|---|---|\n"
+    "| model × agents | round | Flower | coordinator memory | Flower |\n|---|---|---|---|---|\n"
 )
 #: The cases in the README's table, from those measured beside stock Flower.
 _SHORT = ("10 KB × 2", "40 MB × 4", "400 MB × 2")

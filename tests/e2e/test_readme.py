@@ -137,7 +137,7 @@ def test_each_block_names_its_machine_and_each_extra_is_one() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.split()) <= 800
+    assert len(README.split()) <= 720
 
 
 @pytest.mark.long
