@@ -17,10 +17,11 @@ from protocols.privacy.secagg.messages import (
     AgreeRequest,
     MaskAnswer,
     MaskRequest,
+    ReadyAnswer,
     ReadyRequest,
     ShareAnswer,
     ShareRequest,
-    SignedCard,
+    TailNames,
     UnmaskAnswer,
     UnmaskRequest,
 )
@@ -46,19 +47,19 @@ class SecureTurns:
     ) -> None:
         self._me, self._store, self._pins, self._random_bytes = me, store, pins, random_bytes
 
-    def ready(self, request: ReadyRequest, examples: int) -> SignedCard:
+    def ready(self, request: ReadyRequest, examples: int, names: TailNames) -> ReadyAnswer:
         """The card of this turn: the same one, if it was asked for before."""
-        key = TurnKey(request.run, request.round, request.turn)
+        key = TurnKey(request.run, request.round, request.turn, request.kind)
         state = self._store.get(key)
         if state is None:
-            state = peer.make_card(self._me, request, examples, self._random_bytes(32))
+            state = peer.make_card(self._me, request, examples, self._random_bytes(32), names)
             self._store.begin(state)
         elif state.ready != request:
             raise SecureRefused("card", "the card of this turn is for another version")
-        return state.card
+        return ReadyAnswer(card=state.card, names=state.names)
 
     def share(self, key: TurnKey, request: ShareRequest, layout: tuple[int, ...]) -> ShareAnswer:
-        """Joins the cohort, once. `layout`: elements of each tensor of this peer's model."""
+        """Joins the cohort, once. `layout`: elements of each tensor; () for an evaluation."""
         old = self._turn(key)
         new, answer = peer.share(old, request, self._pins(), layout)
         self._store.advance(old, new, "share")

@@ -30,15 +30,16 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class TurnKey(NamedTuple):
-    """Names a turn: how often (`turn`) this peer has trained the version of a round before."""
+    """Names a turn. `turn`: how often the round was begun before. `kind`: as in ReadyRequest."""
 
     run: str
     round: int
     turn: int
+    kind: str = "train"
 
 
 def key_of(turn: Turn) -> TurnKey:
-    return TurnKey(turn.ready.run, turn.ready.round, turn.ready.turn)
+    return TurnKey(turn.ready.run, turn.ready.round, turn.ready.turn, turn.ready.kind)
 
 
 class TurnStore:
@@ -56,7 +57,8 @@ class TurnStore:
                 PRAGMA journal_mode=DELETE; PRAGMA synchronous=EXTRA; PRAGMA secure_delete=ON;
                 CREATE TABLE IF NOT EXISTS turns (
                     number INTEGER PRIMARY KEY, run TEXT NOT NULL, round INTEGER NOT NULL,
-                    turn INTEGER NOT NULL, state BLOB, UNIQUE (run, round, turn));
+                    turn INTEGER NOT NULL, kind TEXT NOT NULL, state BLOB,
+                    UNIQUE (run, round, turn, kind));
                 """
             )
         except (OSError, sqlite3.DatabaseError) as err:
@@ -68,7 +70,7 @@ class TurnStore:
     def get(self, key: TurnKey) -> Turn | None:
         """The turn, or None if there was none. Raises SecureRefused if it is over."""
         rows = self._execute(
-            "SELECT state FROM turns WHERE run = ? AND round = ? AND turn = ?", key
+            "SELECT state FROM turns WHERE run = ? AND round = ? AND turn = ? AND kind = ?", key
         )
         if not rows:
             return None
@@ -92,7 +94,7 @@ class TurnStore:
             try:
                 self._execute("UPDATE turns SET state = NULL WHERE run = ?", (turn.ready.run,))
                 self._execute(
-                    "INSERT INTO turns (run, round, turn, state) VALUES (?, ?, ?, ?)",
+                    "INSERT INTO turns (run, round, turn, kind, state) VALUES (?, ?, ?, ?, ?)",
                     (*key_of(turn), _encode(turn)),
                 )
                 self._execute("COMMIT")
@@ -112,8 +114,8 @@ class TurnStore:
             raise SecureRefused("recorded", f"step {step} would change what this peer has recorded")
         failpoint("agent.secure.recording", step)
         changed = self._execute(
-            "UPDATE turns SET state = ? WHERE run = ? AND round = ? AND turn = ? AND state = ? "
-            "RETURNING number",
+            "UPDATE turns SET state = ? WHERE run = ? AND round = ? AND turn = ? AND kind = ? "
+            "AND state = ? RETURNING number",
             (_encode(new), *key_of(old), _encode(old)),
         )
         if not changed:

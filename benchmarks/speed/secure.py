@@ -62,7 +62,7 @@ def mask_a_model(peers: int, ring_bits: int) -> None:
 
             def write(masking: Masking, machine: Machine = machine) -> tuple[str, int]:
                 path = paths[machine.peer]
-                return masked_file.write(masking, trained, base, machine.metrics, path)
+                return masked_file.write(masking, (trained, base), machine.metrics, path)
 
             state.take(machine.peer, machine.turns.mask(KEY, asked, write))
         spent_s = (time.thread_time() - start) / peers

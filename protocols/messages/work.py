@@ -40,7 +40,9 @@ CodecName = Annotated[str, Meta(max_length=64, pattern=r"^[a-z0-9]{1,16}(:[0-9.e
 _Bytes = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
 
 Which = Literal["best", "latest"]
-WorkKind = Literal["describe", "init", "train", "evaluate", "holdings", "recall"]
+#: The steps of secure aggregation after "train" or "evaluate": see `privacy.secagg.messages`.
+SecureStep = Literal["share", "mask", "agree", "unmask"]
+WorkKind = Literal["describe", "init", "train", "evaluate", "holdings", "recall", SecureStep]
 
 
 class Work(Struct, frozen=True, kw_only=True):
@@ -52,7 +54,8 @@ class Work(Struct, frozen=True, kw_only=True):
     schema that all peers share, a `SchemaCard` as JSON; empty if not known yet. `turn`: how often
     this peer has trained this version before. `since`: when the run was started (Unix s). `cohort`:
     the fewest peers whose updates a version of this run has; 0 from older coordinators. `fleet`:
-    the id of the fleet; empty from older ones.
+    the id of the fleet; empty from older ones. `request`: digest of the request of a step of secure
+    aggregation, which the message contains.
     """
 
     run: Id
@@ -72,6 +75,7 @@ class Work(Struct, frozen=True, kw_only=True):
     deadline_s: float = 0.0
     cohort: Count = 0
     fleet: MaybeId = ""
+    request: MaybeDigest = ""
 
 
 class NamedModel(Struct, frozen=True, kw_only=True):

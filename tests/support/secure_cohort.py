@@ -20,18 +20,21 @@ from agent.clientapp.secure_turns import SecureTurns
 from agent.home.secure_store import TurnKey, key_of
 from protocols.enrollment import identity
 from protocols.errors import SecureRefused
-from protocols.privacy.secagg import ring
-from protocols.privacy.secagg.aggregator import Aggregator, Answer, CohortFixed, Request
+from protocols.privacy.secagg import ring, tails
+from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import Cohort, Pins
 from protocols.privacy.secagg.keys import CardSecrets
 from protocols.privacy.secagg.masks import RingArray
 from protocols.privacy.secagg.messages import (
     AgreeRequest,
+    Answer,
     MaskRequest,
     Plan,
     ReadyRequest,
+    Request,
     ShareRequest,
     SignedCard,
+    TailNames,
     encode,
 )
 from protocols.privacy.secagg.peer import Masking, Me, Turn
@@ -40,6 +43,8 @@ from protocols.privacy.secagg.recovery import recover
 FLEET, RUN, BASE = "fleet", "run-1", "ab" * 32
 KEY = TurnKey(RUN, 1, 0)
 SIZES, LIMITS = (5, 3), (0.5, 0.25)
+#: One metric, which is two integers beside the update.
+NAMES = TailNames(metrics=("loss",))
 
 
 @functools.cache
@@ -100,12 +105,20 @@ class Machine:
         draw = np.random.default_rng(rnd.getrandbits(32))
         self.change: npt.NDArray[np.float32] = draw.normal(0, 0.2, sum(sizes)).astype(np.float32)
         self.metrics = [self.examples * rnd.random(), 1.0]
+        self.names = NAMES
         self.kept: dict[str, tuple[RingArray, npt.NDArray[np.uint64]]] = {}
         self.turns = SecureTurns(self.me, self.store, lambda: pins, rnd.randbytes)  # type: ignore[arg-type]
 
     def card(self, key: TurnKey = KEY, base: str = BASE) -> SignedCard:
-        request = ReadyRequest(fleet=FLEET, run=key.run, round=key.round, turn=key.turn, base=base)
-        return self.turns.ready(request, self.examples)
+        request = ReadyRequest(
+            fleet=FLEET,
+            run=key.run,
+            round=key.round,
+            turn=key.turn,
+            kind=key.kind,  # type: ignore[arg-type]
+            base=base,
+        )
+        return self.turns.ready(request, self.examples, self.names).card
 
     def answer(self, request: Request, key: TurnKey = KEY) -> Answer:
         match request:
@@ -135,7 +148,7 @@ def by_tensor(
 
 def plan(bits: int = 32, sizes: tuple[int, ...] = SIZES, **other: object) -> Plan:
     limits = other.pop("limits", None) or (LIMITS if sizes == SIZES else (0.5,) * len(sizes))
-    whole: dict[str, object] = {"max_weight": 16, "tails": 2, "base": BASE, **other}
+    whole: dict[str, object] = {"max_weight": 16, "names": NAMES, "base": BASE, **other}
     return Plan(
         fleet=FLEET,
         run=RUN,
@@ -166,7 +179,7 @@ def plain_sum(cohort: Cohort, machines: Iterable[Machine], key: TurnKey = KEY) -
     """The sum of the same integers without masks, in 64 bits."""
     dtype = f"<i{cohort.plan.ring // 8}"
     total = np.zeros(sum(cohort.plan.sizes), np.int64)
-    metrics = np.zeros(cohort.plan.tails)
+    metrics = np.zeros(tails.count(cohort.plan.names))
     for machine in machines:
         seed = CardSecrets(machine.store.turns[key].master).rounding_seed(cohort.id)
         quantizer = ring.Quantizer(
@@ -188,7 +201,7 @@ def secure_sum(state: Aggregator, machines: dict[str, Machine]) -> Sum:
     cohort, recovery = state.cohort, recover(state)
     dtype = ring.DTYPES[cohort.plan.ring]
     total = np.zeros(sum(cohort.plan.sizes), dtype)
-    tail = np.zeros(cohort.plan.tails, np.uint64)
+    tail = np.zeros(tails.count(cohort.plan.names), np.uint64)
     for peer in state.survivors:
         array, metrics = machines[peer].kept[state.uploads[peer]]
         total += array
@@ -244,8 +257,11 @@ def masked_uploads(
     """What peers of a cohort upload for an update of zeros, with many metrics of zero."""
     rnd, pins = random.Random(0), Pins(frozenset(me(number).peer for number in range(size)))
     machines = {(one := Machine(number, pins, rnd, sizes)).peer: one for number in range(size)}
+    names = TailNames(tallies=dict.fromkeys("abcd", 1024))
+    for machine in machines.values():
+        machine.names = names
     cards = [machine.card() for machine in machines.values()]
-    state = Aggregator(CohortFixed(request=share_request(cards, plan(bits, sizes, tails=4096))))
+    state = Aggregator(CohortFixed(request=share_request(cards, plan(bits, sizes, names=names))))
     for peer, machine in machines.items():
         state.take(peer, machine.answer(state.cohort.request))
     state.apply(state.fix_sharers())

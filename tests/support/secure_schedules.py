@@ -29,9 +29,7 @@ from protocols.privacy.secagg import cohort as cohort_module
 from protocols.privacy.secagg import keys, peer
 from protocols.privacy.secagg.aggregator import (
     Aggregator,
-    Answer,
     CohortFixed,
-    Request,
     SharersFixed,
     SurvivorsFixed,
 )
@@ -40,9 +38,11 @@ from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
     AgreeAnswer,
     AgreeRequest,
+    Answer,
     MaskAnswer,
     MaskRequest,
     ReadyRequest,
+    Request,
     ShareAnswer,
     ShareRequest,
     SignedCard,
@@ -52,6 +52,7 @@ from protocols.privacy.secagg.messages import (
 from tests.support.secure_cohort import (
     BASE,
     FLEET,
+    NAMES,
     RUN,
     SIZES,
     Died,
@@ -338,7 +339,7 @@ class Hostile:
                     self.done["refused ready"] += 1
         request = ReadyRequest(fleet=FLEET, run=RUN, round=1, turn=0, base=base)
         for own in self.own:
-            turn = peer.make_card(own, request, 50, self.rnd.randbytes(32))
+            turn = peer.make_card(own, request, 50, self.rnd.randbytes(32), NAMES)
             self.own_turns[turn.card] = turn
             self._keep(turn.card)
 

@@ -19,17 +19,16 @@ from protocols.privacy.secagg.cohort import Cohort
 from protocols.privacy.secagg.messages import (
     AgreeAnswer,
     AgreeRequest,
+    Answer,
     MaskAnswer,
     MaskRequest,
     Peers,
+    Request,
     ShareAnswer,
     ShareRequest,
     UnmaskAnswer,
     UnmaskRequest,
 )
-
-Request: TypeAlias = ShareRequest | MaskRequest | AgreeRequest | UnmaskRequest
-Answer: TypeAlias = ShareAnswer | MaskAnswer | AgreeAnswer | UnmaskAnswer
 
 
 class CohortFixed(Struct, frozen=True, tag=True, kw_only=True):

@@ -115,14 +115,16 @@ class Cohort:
                 f"the cohort has {len(self.cards)} peers, which is fewer than {MIN_COHORT}",
                 "a sum of so few reveals the update of each; wait for more peers",
             )
+        for card in cards:
+            if (card.fleet, card.run, card.round, card.kind, card.base) != (
+                *(plan.fleet, plan.run, plan.round, plan.kind, plan.base),
+            ):
+                raise BadMessage(
+                    f"the card of {card.peer} is of another run, round, kind or version"
+                )
         keys = {key for card in cards for key in (card.mask_key, card.channel_key)}
         if len(keys) != 2 * len(self.cards):
             raise BadMessage("two cards of a cohort have the same key")
-        for card in cards:
-            if (card.fleet, card.run, card.round, card.base) != (
-                *(plan.fleet, plan.run, plan.round, plan.base),
-            ):
-                raise BadMessage(f"the card of {card.peer} is of another run, round or version")
 
     @cached_property
     def weights(self) -> dict[str, int]:

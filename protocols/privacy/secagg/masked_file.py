@@ -2,7 +2,7 @@
 
 A file is canonical safetensors with two tensors:
 
-    t  I64[tails]         masked metrics
+    t  I64[m]             masked metrics
     w  I32[n] or I16[n]   masked update over the flat axis of `codecs.delta`
 
 Memory grows with neither the model nor the number of files.
@@ -10,12 +10,13 @@ Memory grows with neither the model nor the number of files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from protocols.codecs.delta import DeltaReader, FlatLayout, add
+from protocols.codecs.delta import DeltaReader, FlatLayout, Floats, add
 from protocols.errors import BadWeights
 from protocols.model.weights import (
     Array,
@@ -26,7 +27,7 @@ from protocols.model.weights import (
     check_schema,
 )
 from protocols.model.weights_file import WeightsWriter
-from protocols.privacy.secagg import ring
+from protocols.privacy.secagg import ring, tails
 from protocols.privacy.secagg.cohort import Cohort
 from protocols.privacy.secagg.messages import Plan
 from protocols.privacy.secagg.peer import Masking
@@ -44,36 +45,47 @@ def file_schema(plan: Plan) -> Schema:
     """The schema of a masked update."""
     count = sum(plan.sizes)
     return {
-        "t": TensorSpec("I64", (plan.tails,)),
+        "t": TensorSpec("I64", (tails.count(plan.names),)),
         "w": TensorSpec(_SIGNED[plan.ring], (count,)),
     }
 
 
 def write(
     masking: Masking,
-    trained: WeightReader,
-    base: WeightReader,
+    weights: tuple[WeightReader, WeightReader] | None,
     metrics: list[float],
     path: Path,
 ) -> tuple[str, int]:
-    """Write the masked change from `base` to `trained`, durably; digest and bytes of the file.
+    """Write the masked change of a training, durably; returns digest and bytes of the file.
 
-    The same weights give the same bytes. Raises BadWeights, OSError.
+    `weights`: the trained ones and their base; None for an evaluation. `metrics`: from `tails`. A
+    change with a norm above `plan.clip` is scaled down to it. The same weights give the same bytes.
+    Raises BadWeights, OSError.
     """
     plan, schema = masking.cohort.plan, file_schema(masking.cohort.plan)
-    check_schema(trained.schema, base.schema)
-    if layout(base.schema) != plan.sizes:
-        raise BadWeights("the plan of the cohort is of another model")
-    changes = DeltaReader(trained, base, None, "")
+    changes = _changes(*weights, plan) if weights else iter(())
     with WeightsWriter(path, schema) as file:
         tail = masking.tail(metrics).view("<i8")
         file.write({Part("t", 0, len(tail)): tail})
         start = 0
-        for block in masking.blocks((one.field.number, one.change) for one in changes.blocks()):
+        for block in masking.blocks(changes):
             stop = start + len(block)
             file.write({Part("w", start, stop): block.view(f"<i{plan.ring // 8}")})
             start = stop
     return file.digest, file.nbytes
+
+
+def _changes(trained: WeightReader, base: WeightReader, plan: Plan) -> Iterator[tuple[int, Floats]]:
+    """The blocks of the change, scaled down to the norm `plan.clip`, by number of the tensor."""
+    check_schema(trained.schema, base.schema)
+    if layout(base.schema) != plan.sizes:
+        raise BadWeights("the plan of the cohort is of another model")
+    changes = DeltaReader(trained, base, None, "")
+    squares = (np.square(one.change, dtype=np.float64).sum() for one in changes.blocks())
+    norm = math.sqrt(sum(map(float, squares)))
+    factor = np.float32(min(1.0, plan.clip / norm)) if norm else np.float32(1)
+    for one in changes.blocks():
+        yield one.field.number, one.change if factor == 1 else one.change * factor
 
 
 def check_file(file: WeightReader, plan: Plan) -> None:
@@ -102,7 +114,7 @@ class SecureMean:
 
     def metrics(self) -> list[float]:
         """The sums of the metrics over the survivors."""
-        count = self._cohort.plan.tails
+        count = tails.count(self._cohort.plan.names)
         total = np.zeros(count, np.uint64)
         for file in self._files:
             total += file.read(Part("t", 0, count)).view("<u8")

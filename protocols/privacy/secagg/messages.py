@@ -1,7 +1,7 @@
 """The structs of secure aggregation on the wire: cards, and the steps ready to unmask. Pure.
 
     step     coordinator -> peer          peer -> coordinator
-    ready    ReadyRequest                 SignedCard
+    ready    ReadyRequest                 ReadyAnswer
     share    ShareRequest                 ShareAnswer
     mask     MaskRequest                  MaskAnswer, and the masked update as an upload
     agree    AgreeRequest                 AgreeAnswer
@@ -13,19 +13,24 @@ peer that signed the claim around it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
-from protocols.messages.envelope import Count, Digest, Id, PublicKey
+from protocols.errors import BadMessage, UsageError
+from protocols.messages.envelope import Count, Digest, Id, Name, PublicKey
 from protocols.messages.signing import SignedJson
+from protocols.messages.work import SecureStep
 
+T = TypeVar("T")
 #: The most peers of a cohort, so that the cards of all fit into a message of 1 MiB.
 MAX_COHORT = 1024
 MAX_CARD_BYTES, MAX_PLAN_BYTES = 1024, 256 * 1024
 SEALED_BYTES = 33 + 33 + 16
-MAX_WEIGHT, MAX_TENSORS, MAX_TAILS = 65_536, 8192, 4096
+MAX_WEIGHT, MAX_TENSORS = 65_536, 8192
+#: How `Work.codec` names the rings. Agents of older versions refuse these names.
+_MASKED = {"fp32": "masked:32", "int8": "masked:16"}
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
@@ -33,6 +38,18 @@ Share = Annotated[bytes, Meta(min_length=33, max_length=33)]
 Sealed = Annotated[bytes, Meta(min_length=SEALED_BYTES, max_length=SEALED_BYTES)]
 Peers = Annotated[tuple[Id, ...], Meta(max_length=MAX_COHORT)]
 Limit = Annotated[float, Meta(gt=0, le=1e30)]
+#: What a sum is of: updates with the metrics of their training, or metrics of an evaluation alone.
+SumKind = Literal["train", "evaluate"]
+
+
+class TailNames(Struct, frozen=True, kw_only=True):
+    """The metrics that are summed beside the update: see `secagg.tails`.
+
+    `metrics`: names, sorted. `tallies`: how many numbers each tally has.
+    """
+
+    metrics: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
+    tallies: Annotated[dict[Name, Annotated[int, Meta(ge=1, le=1024)]], Meta(max_length=8)] = {}
 
 
 class Card(Struct, frozen=True, kw_only=True):
@@ -46,6 +63,7 @@ class Card(Struct, frozen=True, kw_only=True):
     run: Id
     round: Count
     turn: Count
+    kind: SumKind = "train"
     base: Digest
     peer: Id
     public: PublicKey
@@ -66,30 +84,41 @@ class SignedCard(Struct, frozen=True, array_like=True):
 class Plan(Struct, frozen=True, kw_only=True):
     """What all peers of a cohort compute alike. It is part of the cohort's id.
 
-    `ring`: bits. `sizes`, `limits`: elements and clipping limit of each tensor. `tails`: integers
-    of 64 bits after the weights. `max_weight`, `max_examples`: see `ring.integer_weights`.
+    `ring`: bits. `sizes`, `limits`: elements and clipping limit of each tensor; empty for an
+    evaluation. `clip`: the maximum Euclidean norm of a peer's change. `names`: the metrics beside
+    the weights. `max_weight`, `max_examples`: see `ring.integer_weights`.
     """
 
     fleet: Id
     run: Id
     round: Count
+    kind: SumKind = "train"
     base: Digest
     ring: Literal[16, 32]
     sizes: Annotated[tuple[Count, ...], Meta(max_length=MAX_TENSORS)]
     limits: Annotated[tuple[Limit, ...], Meta(max_length=MAX_TENSORS)]
-    tails: Annotated[int, Meta(ge=0, le=MAX_TAILS)] = 0
+    clip: Limit = 1e30
+    names: TailNames = TailNames()
     max_weight: Annotated[int, Meta(ge=1, le=MAX_WEIGHT)] = 1
     max_examples: Count = 0
 
 
 class ReadyRequest(Struct, frozen=True, kw_only=True):
-    """Asks a peer for its card. `turn`: how often it has trained this version before."""
+    """Asks a peer for its card. `turn`: how often this round was begun before."""
 
     fleet: Id
     run: Id
     round: Count
     turn: Count
+    kind: SumKind = "train"
     base: Digest
+
+
+class ReadyAnswer(Struct, frozen=True, kw_only=True):
+    """The peer's card, and the metrics that it has for the sum."""
+
+    card: SignedCard
+    names: TailNames = TailNames()
 
 
 class ShareRequest(Struct, frozen=True, kw_only=True):
@@ -153,3 +182,59 @@ class UnmaskAnswer(Struct, frozen=True, kw_only=True):
 
 SIGNED_CARD = SignedJson(Card, "secagg card", "card", "the peer that it names")
 encode = msgspec.msgpack.Encoder().encode
+Request: TypeAlias = ShareRequest | MaskRequest | AgreeRequest | UnmaskRequest
+Answer: TypeAlias = ShareAnswer | MaskAnswer | AgreeAnswer | UnmaskAnswer
+_REQUESTS: dict[SecureStep, msgspec.msgpack.Decoder[Any]] = {
+    "share": msgspec.msgpack.Decoder(ShareRequest),
+    "mask": msgspec.msgpack.Decoder(MaskRequest),
+    "agree": msgspec.msgpack.Decoder(AgreeRequest),
+    "unmask": msgspec.msgpack.Decoder(UnmaskRequest),
+}
+_ANSWERS: dict[SecureStep, msgspec.msgpack.Decoder[Any]] = {
+    "share": msgspec.msgpack.Decoder(ShareAnswer),
+    "mask": msgspec.msgpack.Decoder(MaskAnswer),
+    "agree": msgspec.msgpack.Decoder(AgreeAnswer),
+    "unmask": msgspec.msgpack.Decoder(UnmaskAnswer),
+}
+#: The steps after ready, as kinds of work, in their order.
+STEPS: tuple[SecureStep, ...] = get_args(SecureStep)
+_READY = msgspec.msgpack.Decoder(ReadyAnswer)
+
+
+def masked_codec(codec: str) -> str:
+    """What `Work.codec` says in a secure run with this codec. Raises UsageError."""
+    if codec not in _MASKED:
+        raise UsageError(
+            f"secure aggregation sends integers, and cannot send the codec {codec}",
+            f"use --codec {' or --codec '.join(_MASKED)}",
+        )
+    return _MASKED[codec]
+
+
+def ring_of(codec: str) -> int:
+    """The bits of the ring of a masked `Work.codec`; 0 for the codec of a run without masks."""
+    return int(codec.partition(":")[2]) if codec in _MASKED.values() else 0
+
+
+def decode_request(step: SecureStep, data: bytes) -> Request:
+    """The request of a step, with checked types and bounds. Raises BadMessage."""
+    request: Request = _decode(_REQUESTS[step], data, f"request of the step {step}")
+    return request
+
+
+def decode_answer(step: SecureStep, data: bytes) -> Answer:
+    """The answer to a step, with checked types and bounds. Raises BadMessage."""
+    answer: Answer = _decode(_ANSWERS[step], data, f"answer to the step {step}")
+    return answer
+
+
+def decode_ready(data: bytes) -> ReadyAnswer:
+    """A card, whose signature `cohort.open_card` checks, and names. Raises BadMessage."""
+    return _decode(_READY, data, "card")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
+    try:
+        return decoder.decode(data)
+    except msgspec.DecodeError as err:
+        raise BadMessage(f"not a valid {what}: {err}") from err

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from protocols.errors import BadMessage, BadWeights, SecureRefused
 from protocols.messages.envelope import Count, Id, MaybeDigest
-from protocols.privacy.secagg import keys, ring, shamir
+from protocols.privacy.secagg import keys, ring, shamir, tails
 from protocols.privacy.secagg.cohort import Cohort, Pins, in_order
 from protocols.privacy.secagg.masks import Masks, RingArray, add_masks
 from protocols.privacy.secagg.messages import (
@@ -34,6 +34,7 @@ from protocols.privacy.secagg.messages import (
     ShareAnswer,
     ShareRequest,
     SignedCard,
+    TailNames,
     UnmaskAnswer,
     UnmaskRequest,
 )
@@ -52,14 +53,16 @@ class Me(NamedTuple):
 class Turn(Struct, frozen=True, kw_only=True):
     """What a peer knows of one turn; each field is set once.
 
-    `master`: 32 secret bytes that all secrets of the card come from. `ready`, `cohort`, `mask`,
-    `agree`: the requests that were answered. `upload`: digest of the masked update.
+    `master`: 32 secret bytes that all secrets of the card come from. `names`: the metrics. `ready`,
+    `cohort`, `mask`, `agree`: the requests that were answered. `upload`: digest of the masked
+    update.
     """
 
     ready: ReadyRequest
     peer: Id
     master: Bytes32
     card: SignedCard
+    names: TailNames = TailNames()
     cohort: ShareRequest | None = None
     mask: MaskRequest | None = None
     upload: MaybeDigest = ""
@@ -77,12 +80,9 @@ class Masking(NamedTuple):
     rounding_seed: bytes
 
     def tail(self, metrics: Sequence[float]) -> npt.NDArray[np.uint64]:
-        """The masked metrics uint64[m]. Raises BadWeights.
-
-        `metrics`: already multiplied by the examples that they are means of.
-        """
-        if len(metrics) != self.cohort.plan.tails:
-            raise BadWeights(f"{len(metrics)} metrics; the cohort has {self.cohort.plan.tails}")
+        """The masked metrics uint64[m], from those of `tails.values`. Raises BadWeights."""
+        if len(metrics) != (count := tails.count(self.cohort.plan.names)):
+            raise BadWeights(f"{len(metrics)} numbers of metrics; the cohort has {count}")
         tail = ring.encode_tail(metrics, len(self.cohort.peers))
         add_masks(tail, [*map(keys.tail_of, self.plus)], [*map(keys.tail_of, self.minus)])
         return tail
@@ -101,7 +101,13 @@ class Masking(NamedTuple):
             yield block
 
 
-def make_card(me: Me, request: ReadyRequest, examples: int, master: bytes) -> Turn:
+def make_card(
+    me: Me,
+    request: ReadyRequest,
+    examples: int,
+    master: bytes,
+    names: TailNames = TailNames(),
+) -> Turn:
     """Step ready: the state of a new turn, with its card. `master`: 32 fresh random bytes."""
     secrets = keys.CardSecrets(master)
     card = Card(
@@ -109,6 +115,7 @@ def make_card(me: Me, request: ReadyRequest, examples: int, master: bytes) -> Tu
         run=request.run,
         round=request.round,
         turn=request.turn,
+        kind=request.kind,
         base=request.base,
         peer=me.peer,
         public=me.public,
@@ -119,7 +126,7 @@ def make_card(me: Me, request: ReadyRequest, examples: int, master: bytes) -> Tu
         nonce=secrets.nonce,
     )
     signed = SignedCard(*SIGNED_CARD.seal(card, me.sign))
-    return Turn(ready=request, peer=me.peer, master=master, card=signed)
+    return Turn(ready=request, peer=me.peer, master=master, card=signed, names=names)
 
 
 def share(
@@ -127,8 +134,8 @@ def share(
 ) -> tuple[Turn, ShareAnswer]:
     """Step share: checks the cohort and seals a share of both secrets for each neighbor.
 
-    `layout`: elements of each tensor of this peer's model. Raises SecureRefused, BadMessage,
-    UsageError.
+    `layout`: elements of each tensor of this peer's model; empty for an evaluation. Raises
+    SecureRefused, BadMessage, UsageError.
     """
     if state.cohort is not None:
         if state.cohort != request:
@@ -263,12 +270,14 @@ def _check_cohort(state: Turn, cohort: Cohort, pins: Pins, layout: tuple[int, ..
     plan, ready, me = cohort.plan, state.ready, state.peer
     if cohort.signed.get(me) != state.card:
         _refuse("card", "the cohort does not have the card that this peer made for this turn")
-    if (plan.fleet, plan.run, plan.round, plan.base) != (
-        *(ready.fleet, ready.run, ready.round, ready.base),
+    if (plan.fleet, plan.run, plan.round, plan.kind, plan.base) != (
+        *(ready.fleet, ready.run, ready.round, ready.kind, ready.base),
     ):
-        _refuse("plan", "the plan of the cohort is of another run, round or version")
+        _refuse("plan", "the plan of the cohort is of another run, round, kind or version")
     if plan.sizes != layout:
         _refuse("plan", "the plan of the cohort is of another model")
+    if plan.names != state.names:
+        _refuse("plan", "the plan of the cohort has other metrics than this peer")
     _ = cohort.bits  # raises if the ring is too small for the weights
     _check_set(me, cohort, set(cohort.peers), pins, "peers")
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from protocols.errors import BadWeights
-from protocols.model.weights import Part, Weights, split_into_pieces
+from protocols.model.weights import Part, Weights, file_digest, split_into_pieces
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import masked_file
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import Pins
+from protocols.privacy.secagg.masks import add_masks
+from protocols.privacy.secagg.messages import MaskRequest, Plan
 from protocols.privacy.secagg.peer import Masking
 from protocols.privacy.secagg.recovery import recover
 from tests.support.secure_cohort import KEY, Machine, me, plan, share_request
@@ -61,7 +63,7 @@ def test_the_mean_is_that_of_the_updates_by_their_weights(tmp_path: Path, bits: 
         def write(masking: Masking, peer: str = peer) -> tuple[str, int]:
             machine = machines[peer]
             return masked_file.write(
-                masking, trained[peer], base, machine.metrics, tmp_path / f"{peer}.safetensors"
+                masking, (trained[peer], base), machine.metrics, tmp_path / f"{peer}.safetensors"
             )
 
         answer = machines[peer].turns.mask(KEY, asked, write)  # type: ignore[arg-type]
@@ -109,3 +111,53 @@ def test_a_file_of_another_cohort_is_refused(tmp_path: Path) -> None:
     base = model(0)
     with pytest.raises(BadWeights, match="'t' is missing"):
         masked_file.check_file(base, plan(16, (70_001, 15, 999)))
+
+
+def masking_of(of: Plan) -> Masking:
+    """How the first peer of a cohort of three masks under this plan."""
+    pins, key = Pins(frozenset(me(number).peer for number in range(3))), KEY._replace(kind=of.kind)
+    machines = [Machine(number, pins, random.Random(number), of.sizes) for number in range(3)]
+    cards = [machine.card(key) for machine in machines]
+    state = Aggregator(CohortFixed(request=share_request(cards, of)))
+    for machine in machines:
+        state.take(machine.peer, machine.answer(state.cohort.request, key))
+    state.apply(state.fix_sharers())
+    maskings: list[Masking] = []
+
+    def keep(masking: Masking) -> tuple[str, int]:
+        maskings.append(masking)
+        return "ab" * 32, 1
+
+    request = state.request_for(machines[0].peer)
+    assert isinstance(request, MaskRequest)
+    machines[0].turns.mask(key, request, keep)
+    return maskings[0]
+
+
+def test_a_change_above_the_limit_of_the_norm_is_scaled_down_to_it(tmp_path: Path) -> None:
+    base, sizes, clip = model(0), (70_001, 15, 999), 1.0
+    masking = masking_of(plan(32, sizes, limits=(1.0,) * 3, clip=clip))
+    step = 1.0 / (2 ** (masking.cohort.bits - 1) - 1)
+    for seed, factor in ((2, 0.01), (3, 5.0)):
+        change = model(seed, factor)
+        trained = Weights({n: base[n] + (change[n] if n != "steps" else 0) for n in base})
+        norm = sum(
+            np.square(trained[n].astype(np.float64) - base[n]).sum() for n in base if n != "steps"
+        )
+        path = tmp_path / str(seed)
+        masked_file.write(masking, (trained, base), [0.0, 1.0], path)
+        with WeightsFile(path) as file:
+            sent = file.read(Part("w", 0, sum(sizes))).view("<u4").copy()
+        add_masks(sent, masking.minus, masking.plus)
+        sent_norm = np.linalg.norm(sent.view("<i4") * step / masking.weight)
+        assert sent_norm == pytest.approx(min(np.sqrt(norm), clip), rel=1e-2)
+
+
+def test_an_evaluation_is_a_file_with_metrics_alone(tmp_path: Path) -> None:
+    masking = masking_of(plan(32, (), limits=(), kind="evaluate"))
+    digest, nbytes = masked_file.write(masking, None, [3.0, 2.0], tmp_path / "file")
+    with WeightsFile(tmp_path / "file") as file:
+        masked_file.check_file(file, masking.cohort.plan)
+        assert file.schema["w"].shape == (0,)
+    assert file_digest(tmp_path / "file") == digest
+    assert (tmp_path / "file").stat().st_size == nbytes

@@ -121,7 +121,7 @@ def test_a_card_of_another_round_or_version_is_refused() -> None:
         fleet.machines[1].card(TurnKey("run-2", 1, 0)),
         fleet.machines[2].card(TurnKey("run-1", 1, 5), "cd" * 32),
     ):
-        with pytest.raises(BadMessage, match=r"another run, round or version|two cards"):
+        with pytest.raises(BadMessage, match=r"another run, round, kind or version|two cards"):
             fleet.first.answer(share_request([*fleet.cards[:1], card, *fleet.cards[3:]], plan()))
 
 
