@@ -6,10 +6,12 @@ from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta, Struct
 
+from coordinator.runs.state import Evaluation
 from coordinator.storage.run_events import RunSpec
 from protocols.enrollment.joining import Card
 from protocols.errors import ExitCode
 from protocols.messages.envelope import (
+    MAX_PEERS,
     Count,
     Id,
     Integer,
@@ -45,6 +47,13 @@ class StartRunRequest(Struct, frozen=True, kw_only=True):
 
     spec: RunSpec
     from_digest: MaybeDigest = ""
+
+
+class EvaluationsResponse(Struct, frozen=True, kw_only=True):
+    """The last evaluation of each peer in a run. `withheld`: why there is none for single peers."""
+
+    evaluations: Annotated[dict[Name, Evaluation], Meta(max_length=MAX_PEERS)] = {}
+    withheld: Annotated[str, Meta(max_length=400)] = ""
 
 
 class WatchResponse(Struct, frozen=True, kw_only=True):

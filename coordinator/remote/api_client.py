@@ -19,6 +19,7 @@ import httpx
 import msgspec
 
 from coordinator.api.schema import (
+    EvaluationsResponse,
     Made,
     OperatorRow,
     PeerRow,
@@ -104,6 +105,10 @@ class Remote:
 
     def run(self, run_id: str) -> Run:
         return self._get(f"/cw/v1/runs/{run_id}", Run)
+
+    def evaluations(self, run_id: str) -> EvaluationsResponse:
+        """The last evaluation of each peer; the coordinator writes into its audit who read it."""
+        return self._get(f"/cw/v1/runs/{run_id}/evaluations", EvaluationsResponse)
 
     def mark_exported(self, run_id: str, digest: str) -> None:
         """Let the audit say that a version of a run is exported."""

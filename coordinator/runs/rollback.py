@@ -40,6 +40,11 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         cooling_down=frozenset(),
         staleness={},
         history=kept,
+        evaluations={
+            peer: one
+            for peer, one in run.evaluations.items()
+            if one.round <= (kept[-1].round if kept else 0)
+        },
         abandoned=(*run.abandoned, *_undone(run, kept)),
         best=best_version.best(run.spec, kept),
         strategy_state=kept[-1].strategy_state if kept else {},

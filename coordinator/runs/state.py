@@ -61,6 +61,14 @@ class Round(Struct, frozen=True, kw_only=True):
     on_time: _Peers = ()
 
 
+class Evaluation(Struct, frozen=True):
+    """How a peer last evaluated a version, on `num_examples` held-out rows of its own."""
+
+    round: Integer
+    num_examples: Integer
+    metrics: Metrics = {}
+
+
 _Rounds = Annotated[tuple[Round, ...], Meta(max_length=1 << 20)]
 
 
@@ -106,6 +114,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `declared`: by peer, the examples that it trains on and that it holds out, at most: those that
     it declared before round 1, else those of its first claims (0: not known yet).
     `limited`: peers that counted less in a version; `limited_now`: in the newest one.
+    `evaluations`: by peer, its last evaluation in a closed round.
     `deleted`: the files are deleted, and the run is not listed any more.
     """
 
@@ -153,6 +162,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     declared: _ByPeer[tuple[Integer, Integer]] = {}
     limited: Annotated[frozenset[_Line], Meta(max_length=MAX_PEERS)] = frozenset()
     limited_now: _ByPeer[float] = {}
+    evaluations: _ByPeer[Evaluation] = {}
     ended_in: RunState = RunState.WAITING
     ended_because: _Line = ""
     deleted: bool = False
@@ -201,6 +211,17 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     def pending(self) -> tuple[str, ...]:
         """Peers whose reply is awaited, in order of their ids."""
         return tuple(sorted(p for p, status in self.peers.items() if status == "asked"))
+
+
+def why_no_evaluations(run: Run) -> str:
+    """Why the evaluations of single peers are not known; empty if they are."""
+    if run.evaluations:
+        return ""
+    if run.spec.private:
+        return "each peer adds noise of its own, so this run asks no peer for an evaluation"
+    if any(closed.num_evaluated or closed.metrics for closed in run.history):
+        return "the evaluations of single peers are not known in this run"
+    return "no peer has evaluated a version of this run yet"
 
 
 def accepted_uploads(run: Run) -> set[tuple[str, str]]:

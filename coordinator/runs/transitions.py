@@ -23,7 +23,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from coordinator.runs import best_version, rollback
-from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Round, Run
+from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Evaluation, Round, Run
 from coordinator.storage import run_events as events
 from coordinator.storage.run_events import RunEvent, Update
 from protocols.messages import refusals
@@ -252,12 +252,17 @@ def _round_closed(run: Run, event: events.RoundClosed) -> Run:
         decisive=event.decisive,
         on_time=run.on_time,
     )
+    evaluations = {
+        peer: Evaluation(run.round, update.num_examples, update.metrics)
+        for peer, update in evaluated.items()
+    }
     return replace(
         run,
         state=RunState.WAITING,
         evaluating=False,
         peers={},
         updates={},
+        evaluations=run.evaluations | evaluations,
         history=(*run.history, closed),
         best=best_version.best(run.spec, (run.best, closed) if run.best else (closed,)),
     )

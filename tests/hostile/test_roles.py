@@ -5,19 +5,25 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from starlette.routing import Route
 
+from coordinator.admin import audit
 from coordinator.api.app import make_app
+from coordinator.api.schema import EvaluationsResponse
 from coordinator.daemon.coordinator import Coordinator
 from coordinator.fleet.auth import Auth
+from coordinator.storage import run_events
 from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from protocols.enrollment import identity, joining, signed_requests, tickets
 from protocols.enrollment.identity import SigningKey
+from protocols.messages.states import RunState
 from tests.support.https_site import HOST, Machine
 from tests.support.in_process_fleet import Fleet
 
@@ -72,6 +78,7 @@ ROLES = {
     "GET /cw/v1/runs": OPERATOR,
     "POST /cw/v1/runs": OPERATOR,
     "GET /cw/v1/runs/{run}": OPERATOR,
+    "GET /cw/v1/runs/{run}/evaluations": OPERATOR,
     "POST /cw/v1/runs/{run}/stop": OPERATOR,
     "POST /cw/v1/runs/{run}/resume": OPERATOR,
     "GET /cw/v1/runs/{run}/deletion": OPERATOR,
@@ -178,6 +185,72 @@ async def test_each_route_admits_its_role_and_nobody_else(fleet: Fleet) -> None:
                 if is_refused is (caller in allowed):
                     wrong.append(f"{line} by {caller}: {answer.status_code} {answer.text[:80]}")
     assert wrong == []
+
+
+@pytest.mark.attack("20.8")
+async def test_an_observer_gets_no_evaluation_of_a_single_peer(fleet: Fleet) -> None:
+    """Attack: an observer asks a real run for each peer's evaluation, in several ways.
+
+    An operator gets them, and the audit names who has read them.
+    """
+    hub = fleet.hub
+    run_id = a_run_with_an_evaluation(fleet)
+    async with httpx.AsyncClient(base_url=f"https://{HOST}:{hub.port}", verify=False) as client:
+
+        async def ask(role: str, method: str, path: str) -> httpx.Response:
+            sender, key = person(hub, role)
+            headers = signed_requests.sign_headers(sender, key.sign, method, path, EMPTY)
+            return await client.request(method, path, headers=headers)
+
+        path = f"/cw/v1/runs/{run_id}/evaluations"
+        for own in (path, f"{path}?role=operator", f"/cw/v1/runs/{run_id}", "/cw/v1/runs"):
+            refused = await ask("observer", "GET", own)
+            assert (refused.status_code, str(SECRET) in refused.text) == (403, False), own
+        assert (await ask("observer", "HEAD", path)).status_code == 403
+        assert str(SECRET) not in (await ask("observer", "GET", "/cw/v1/fleet")).text
+        assert "answers read" not in audited(fleet)
+        allowed = await ask("operator", "GET", path)
+    found = msgspec.json.decode(allowed.content, type=EvaluationsResponse)
+    assert found.evaluations["ada"].metrics == {"loss": SECRET}
+    assert found.withheld == ""
+    assert "answers read the-operator (" in audited(fleet)
+    assert f"): the peers' evaluations in run {run_id}" in audited(fleet)
+
+
+#: The loss of one peer, between those of others.
+SECRET = 0.123456789
+
+
+def a_run_with_an_evaluation(fleet: Fleet) -> str:
+    """The id of a run in which three peers have evaluated a version; `ada` has this loss."""
+    run_id, runs = "softmax-1", fleet.hub.runs
+    losses = {"ada": SECRET, "bob": 0.1, "cleo": 0.3, "dan": 0.4}
+    news: list[run_events.RunEvent] = [
+        run_events.RunStarted(run_events.RunSpec(task="softmax", rounds=1)),
+        run_events.WeightsInitialised(EMPTY, "ada"),
+        run_events.RoundOpened(1, EMPTY, ("ada",)),
+        run_events.UpdateAccepted(1, "ada", run_events.Update(digest=EMPTY, num_examples=9)),
+        run_events.TrainingClosed(1, ("ada",)),
+        run_events.VersionCommitted(1, EMPTY, EMPTY, ("ada",), {}),
+        run_events.EvaluationOpened(1, tuple(losses)),
+        *(
+            run_events.UpdateAccepted(
+                1, peer, run_events.Update(num_examples=9, metrics={"loss": loss})
+            )
+            for peer, loss in losses.items()
+        ),
+        run_events.RoundClosed(1, {"loss": 0.2}, 1.0, 0, 0),
+        run_events.RunEnded(RunState.FINISHED, "done"),
+    ]
+    runs._append(run_id, *news)
+    runs._enqueue(run_id)
+    return run_id
+
+
+def audited(fleet: Fleet) -> str:
+    """The lines of the audit."""
+    with closing(audit.open_ledger(fleet.home)) as ledger:
+        return "\n".join(f"{line.event} {line.text}" for line in audit.read_audit(ledger))
 
 
 @pytest.mark.attack("20.8")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from coordinator.api.routes.endpoint import Call, get, post
-from coordinator.api.schema import StartRunRequest
+from coordinator.api.schema import EvaluationsResponse, StartRunRequest
 from coordinator.runs.export import resolve_version
-from coordinator.runs.state import Run
+from coordinator.runs.state import Run, why_no_evaluations
 
 
 def start_run(call: Call) -> dict[str, str]:
@@ -15,6 +15,11 @@ def start_run(call: Call) -> dict[str, str]:
 
 def find_run(call: Call) -> Run:
     return call.service.runs.find(call.param("run"))
+
+
+def list_evaluations(call: Call) -> EvaluationsResponse:
+    run = find_run(call)
+    return EvaluationsResponse(evaluations=run.evaluations, withheld=why_no_evaluations(run))
 
 
 def exported(call: Call) -> None:
@@ -28,6 +33,11 @@ ROUTES = (
     ),
     post("/cw/v1/runs", start_run),
     get("/cw/v1/runs/{run}", find_run, reads="the peers' answers in run {run}"),
+    get(
+        "/cw/v1/runs/{run}/evaluations",
+        list_evaluations,
+        reads="the peers' evaluations in run {run}",
+    ),
     post("/cw/v1/runs/{run}/exported/{digest}", exported, reads="exported {digest} of run {run}"),
     post("/cw/v1/runs/{run}/stop", lambda call: call.service.runs.stop(find_run(call).id)),
     post("/cw/v1/runs/{run}/resume", lambda call: call.service.runs.resume(call.param("run"))),

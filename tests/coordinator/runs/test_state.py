@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from coordinator.cli import run_text
 from coordinator.runs import decisions, steps, transitions
 from coordinator.runs.decisions import Observation
-from coordinator.runs.state import Run
+from coordinator.runs.state import Evaluation, Round, Run, why_no_evaluations
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from protocols.messages.envelope import Metrics
@@ -219,6 +219,42 @@ class RunMachine(RuleBasedStateMachine):
 
 TestRuns = RunMachine.TestCase
 TestRuns.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+# --- what is remembered of single peers ---
+
+
+def play_round(loop: Loop, *, evaluated_by: tuple[str, ...]) -> None:
+    """A round with A and B, in which these peers evaluate the version."""
+    loop.here, number = frozenset("AB"), loop.run.round + 1
+    while len(loop.run.history) < number:
+        loop.do(loop.decide())
+        for peer in loop.run.pending:
+            if not loop.run.evaluating or peer in evaluated_by:
+                loop.answer(peer, examples=number)
+            else:
+                loop.record(run_events.PeerLost(peer, "went away"))
+
+
+def test_a_run_keeps_the_last_evaluation_of_each_peer_in_a_closed_round() -> None:
+    loop = Loop(RunSpec(task="t", rounds=3, quorum=2))
+    assert why_no_evaluations(loop.run) == "no peer has evaluated a version of this run yet"
+    play_round(loop, evaluated_by=("A", "B"))
+    first = Evaluation(1, 1, {"loss": 1.0})
+    assert loop.run.evaluations == {"A": first, "B": first}
+    play_round(loop, evaluated_by=("A",))
+    assert loop.run.evaluations == {"A": Evaluation(2, 2, {"loss": 1.0}), "B": first}
+    assert why_no_evaluations(loop.run) == ""
+    loop.record(run_events.VersionLost("v2", "v1"))
+    assert loop.run.evaluations == {"B": first}
+
+
+def test_a_run_with_noise_says_why_it_knows_no_evaluation() -> None:
+    noisy = Loop(RunSpec(task="tabular", rounds=3, dp_epsilon=1.0)).run
+    assert "adds noise of its own" in why_no_evaluations(noisy)
+    closed = Round(round=1, digest="v1", metrics={"loss": 1.0}, num_evaluated=9)
+    together = replace(Loop(RunSpec(task="t", rounds=3)).run, history=(closed,))
+    assert "are not known" in why_no_evaluations(together)
 
 
 # --- single decisions ------------------------------------------------------------------------
@@ -533,5 +569,5 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"strategy_state", "recalling", "whole", "holdings", "sought", "given", "last", "buffer"}
         | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
         | {"deleted", "refusal_kinds", "refusal_texts", "on_time", "abandoned", "declared"}
-        | {"limited", "limited_now", "surveyed"}
+        | {"limited", "limited_now", "surveyed", "evaluations"}
     )
