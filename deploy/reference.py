@@ -47,19 +47,22 @@ def contributing() -> str:
 
 def page() -> Iterator[str]:
     yield "# Commands and settings"
-    yield "\nThis page is made from the code. [Python and HTTP](api.md) has the rest."
+    yield (
+        "\nEvery command, option, setting and exit code, generated from the code."
+        " [Python and HTTP](api.md) has the classes and endpoints."
+    )
     for program in manual.PROGRAMS:
         yield f"\n## {program}\n"
         for command in manual.told(program):
             yield f"\n### `{command.words}`\n\n{command.help}\n"
             yield f"```text\n{command.words} {command.usage}\n```\n"
             if command.parameters:
-                yield "| | |\n|---|---|"
+                yield "| option | meaning |\n|---|---|"
                 yield from (
                     f"| `{_cell(typed)}` | {_cell(said)} |" for typed, said in command.parameters
                 )
     yield "\n## Settings of an agent\n\n`commonweight-agent policy set KEY VALUE`\n"
-    yield "| key | default | |\n|---|---|---|"
+    yield "| key | default | meaning |\n|---|---|---|"
     defaults = AgentSettings()
     for name, hint in get_type_hints(AgentSettings, include_extras=True).items():
         about = next((m.description for m in getattr(hint, "__metadata__", ())), "") or ""

@@ -14,11 +14,14 @@ from coordinator.runs.options import OPTIONS  # noqa: E402
 def page() -> Iterator[str]:
     """The page's lines."""
     yield "# Run options"
-    yield "\n`commonweight run start` and the form behind `n` in the monitor take these options."
-    yield "\n| option | default | allowed | unit | |\n|---|---|---|---|---|"
+    yield (
+        "\nAll options of `commonweight run start` and of the form behind `n` in the monitor."
+        " [Training runs](training.md) says which to choose."
+    )
+    yield "\n| option | meaning | default | allowed | unit |\n|---|---|---|---|---|"
     for option in OPTIONS:
         default = f"`{option.default_text}`" if option.default_text else ""
-        cells = (f"`--{option.name}`", default, option.limits, option.unit, option.help)
+        cells = (f"`--{option.name}`", option.help, default, option.limits, option.unit)
         yield f"| {' | '.join(cells)} |"
 
 

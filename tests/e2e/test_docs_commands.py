@@ -292,7 +292,7 @@ def python_in(page: str) -> list[str]:
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_the_demo_learns(site: Site) -> None:
-    """docs/index.md: each demo, and its promise of nine digits of ten."""
+    """docs/index.md: each demo, and its promise of nine of ten digits."""
     machine = site.machine("checkout")
     assert "demo: setup\n\t$(BIN)/commonweight demo\n" in (ROOT / "Makefile").read_text()
     lines = [
