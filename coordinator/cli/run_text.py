@@ -41,6 +41,12 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
             f"each peer adds its own noise: ε {private.epsilon:g} at δ {private.delta:g} for each "
             f"row over all {private.rounds} rounds, gradients clipped to norm {private.clip:g}"
         )
+    if allowed := spec.private_versions:
+        spent = f"ε {allowed.epsilon_of(run.num_spent):.3g} of {allowed.epsilon:g} spent"
+        yield (
+            f"privacy: {spent} after {run.num_spent} of {allowed.rounds} rounds, for each peer "
+            f"at δ {allowed.delta:g}; changes clipped to norm {spec.clip_norm:g}"
+        )
     for peer, text in _refusals(run).items():
         yield f"refused {_name(peer, peers)}: {text}"
     if run.refusals > len(run.refusal_texts):

@@ -17,13 +17,15 @@ from coordinator import strategies
 from coordinator.runs import buffered, outlier_limits
 from coordinator.runs.outlier_limits import OutlierLimits
 from coordinator.runs.state import Run
-from coordinator.storage.run_events import Update
+from coordinator.storage import noise_key
+from coordinator.storage.run_events import PrivacySpent, Update
 from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies import averaging, outliers
 from coordinator.strategies.failures import strategy_errors
 from coordinator.strategies.prefetch import prefetch
 from coordinator.strategies.runner import Aggregation, InputUpdate, as_reply
 from coordinator.strategies.state import StateStore
+from coordinator.strategies.version_noise import VersionNoise, norm_as_folded
 from protocols.codecs import registry
 from protocols.messages.envelope import Metrics
 from protocols.model.weights import PIECE_BYTES, WeightReader
@@ -38,13 +40,15 @@ def _own_ticket(peer: str) -> str:
 class CommittedVersion(NamedTuple):
     """A new version, the mean of its updates' metrics, and the strategy's state by slot.
 
-    `limited`: peers whose updates count less, and how many times the median they pull.
+    `limited`: peers whose updates count less, and how many times the median they pull. `spent`:
+    what its noise was, if it has any.
     """
 
     digest: str
     metrics: Metrics
     state: dict[str, str]
     limited: dict[str, float]
+    spent: tuple[PrivacySpent, ...] = ()
 
 
 def commit(
@@ -86,6 +90,16 @@ def commit(
             return adapter.transform_update(spec.strategy_args, reader, base, update.metrics)
 
         readers = [weights_of(peer, update) for peer, update in accepted]
+        noise: VersionNoise | None = None
+        spent: tuple[PrivacySpent, ...] = ()
+        if spec.private_versions is not None:
+            noise, event = _noise_of(run, store, accepted)
+            spent, metrics = (event,), {}  # the noise does not cover the metrics
+            # As shares add up to 1: the sum of the clipped changes, divided by the fixed number.
+            scale = [
+                _clip_factor(norm_as_folded(reader, base), event.clip) * len(readers) / event.peers
+                for reader in readers
+            ]
         if adapter.feed == "mean":
             shares = limits.shares(shares, readers, scale, base, updates)
         else:  # the strategy itself weighs them, by these numbers
@@ -116,12 +130,29 @@ def commit(
             },
             states,
             run.strategy_state,
+            noise.of if noise else None,
         )
         pieces = aggregation.pieces()
         if base.nbytes > PIECE_BYTES:  # for a smaller model, a thread costs more than it saves
             pieces = stack.enter_context(contextlib.closing(prefetch(pieces)))
         digest = store.write(base.schema, pieces)
-    return CommittedVersion(digest, metrics, aggregation.new_state, limits.limited)
+    return CommittedVersion(digest, metrics, aggregation.new_state, limits.limited, spent)
+
+
+def _noise_of(
+    run: Run, store: WeightStore, accepted: list[tuple[str, Update]]
+) -> tuple[VersionNoise, PrivacySpent]:
+    """The noise of the mean over the peers that were asked when the round was opened.
+
+    How many answered may depend on their data, so it decides neither the noise nor the mean.
+    """
+    assert run.spec.private_versions is not None
+    noise, clip = run.spec.private_versions.noise, run.spec.clip_norm
+    key = noise_key.of_round(
+        noise_key.fix(store.home), run.id, run.round, run.head, run.num_asked, accepted
+    )
+    spent = PrivacySpent(run.round, noise, clip, run.num_asked)
+    return VersionNoise(key, noise * clip / run.num_asked), spent
 
 
 def _shares(

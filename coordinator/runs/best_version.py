@@ -94,7 +94,7 @@ def score(spec: RunSpec, metrics: Metrics) -> float:
 def best(spec: RunSpec, rounds: Sequence[Round]) -> Round | None:
     """The round with the best version, the first among equals; without metrics, as in a run with
     noise, the last."""
-    if spec.private:
+    if not spec.measures:
         return rounds[-1] if rounds else None
     return max(rounds, key=lambda closed: score(spec, decisive(closed)), default=None)
 

@@ -91,7 +91,7 @@ def _decide_waiting(run: Run, observed: Observation) -> Step:
         return steps.EndRun(RunState.FINISHED, f"its only part is done: {spec.only}")
     if run.round >= spec.rounds and spec.only != "evaluate":
         return steps.EndRun(RunState.FINISHED, f"all {spec.rounds} rounds are done")
-    if (end := _early_stop(run)) is not None:
+    if (end := _early_stop(run) or _budget_end(run)) is not None:
         return end
     if run.describing:
         return _decide_describing(run, observed)
@@ -159,6 +159,16 @@ def _early_stop(run: Run) -> steps.EndRun | None:
         because = f"no better {name} in {spec.patience} rounds; best is round {best.round}"
         return steps.EndRun(RunState.FINISHED, because)
     return None
+
+
+def _budget_end(run: Run) -> steps.EndRun | None:
+    """The end of a run whose versions have cost their ε, as rounds were repeated."""
+    allowed = run.spec.private_versions
+    if allowed is None or run.num_spent < allowed.rounds:
+        return None
+    repeated = run.num_spent - len(run.history)
+    because = f"its ε of {allowed.epsilon:g} is spent: {repeated} of its rounds were repeated"
+    return steps.EndRun(RunState.FINISHED, because)
 
 
 def _decide_describing(run: Run, observed: Observation) -> Step:
@@ -293,8 +303,8 @@ def _decide_buffered(run: Run, observed: Observation) -> Step:
 
 def _decide_evaluating(run: Run, observed: Observation) -> Step:
     if not run.evaluating:
-        # With noise for single rows, no metric of held-out rows leaves a peer either.
-        if run.spec.only == "train" or run.spec.private or not observed.eligible:
+        # With noise, no metric of held-out rows may show what the noise hides.
+        if run.spec.only == "train" or not run.spec.measures or not observed.eligible:
             return steps.CloseRound()
         return steps.OpenEvaluation(tuple(sorted(observed.eligible)))
     enough = run.spec.select and len(run.updates) >= run.spec.quorum

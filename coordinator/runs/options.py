@@ -158,10 +158,14 @@ OPTIONS = (
            "run.", _FROM_1, "examples"),
     Option("dp", float, 0.0, "Each peer adds its own noise. All rounds together cost at most "
            "this ε for each row (0: no noise).", _EPSILON, "ε", other_field="dp_epsilon"),
-    Option("delta", float, 1e-5, "With --dp: the δ, well below 1 / the rows of a peer.",
+    Option("delta", float, 1e-5, "With --dp: the δ, well below 1 / the rows of a peer. With "
+           "--dp-user: well below 1 / the peers.",
            _DELTA, other_field="dp_delta"),
     Option("dp-clip", float, 1.0, "With --dp: clip the gradient of each row to this norm.",
            _CLIP, "Euclidean norm"),
+    Option("dp-user", float, 0.0, "The coordinator adds noise to each version. All versions "
+           "together cost at most this ε for each peer (0: no noise).", _EPSILON, "ε",
+           other_field="dp_user_epsilon"),
     Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "
            "another (FedBuff).", choices=("synchronous", "buffered")),
     Option("buffer", int, 0, "Buffered: this many updates make a version.", _FROM_0, "updates"),

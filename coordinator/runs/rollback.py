@@ -83,8 +83,11 @@ def version_recalled(run: Run, event: events.VersionRecalled) -> Run:
     kept = tuple(closed for closed in run.history if closed.round <= number)
     if number and (not kept or kept[-1].digest != digest):
         kept = (*(closed for closed in kept if closed.round < number), _unseen(event.version))
+    # Peers have the versions that the ledger lacks, so what these cost is spent.
+    unseen = max(0, number - (run.history[-1].round if run.history else run.spec.first_round - 1))
     return replace(
         _back_to(run, kept),
+        num_spent=run.num_spent + (unseen if run.spec.private_versions else 0),
         first=run.first if number else digest,
         head=digest,
         strategy_state=event.strategy_state,

@@ -19,7 +19,7 @@ from coordinator.runs.requests import PendingRequests
 from coordinator.runs.retention import Retention
 from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
-from coordinator.storage import run_events
+from coordinator.storage import noise_key, run_events
 from coordinator.strategies import memory_estimate
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.state import StateStore
@@ -103,6 +103,7 @@ class Rounds:
             self._ctx.ticket_of,
         )
         await self._recorder.record(
+            *version.spent,
             run_events.VersionCommitted(
                 run.round,
                 version.digest,
@@ -111,7 +112,7 @@ class Rounds:
                 version.metrics,
                 version.state,
                 version.limited,
-            )
+            ),
         )
         self._report_limited(run, version.limited)
         store.mark_recorded(version.digest)
@@ -173,6 +174,8 @@ class Rounds:
             evaluation.decisive,
         )
         self._requests.clear_work()
+        if run.spec.private_versions is not None:
+            noise_key.forget(self._ctx.store.home)
         if run.buffered:  # training continues, but another version is evaluated next
             self._requests.cancel(lambda r: r.kind == "evaluate")
         else:

@@ -26,6 +26,7 @@ class Rule(NamedTuple):
 _DEFAULTS = RunSpec(task="", rounds=1)
 _BUFFERED = "--mode buffered"
 _SERVER = "use fedavg or a server optimizer"
+_USER_LEVEL = "--dp-user 3 --clip-norm 1 --weighting equal --outlier-limit 0"
 
 # fmt: off
 #: Rules for runs with noise.
@@ -44,12 +45,41 @@ _PRIVATE_RULES = (
          "with --dp no metric leaves a peer, so --best-metric, --patience and --until have no "
          "effect", "leave them out"),
 )
+#: Rules for runs whose versions have noise.
+_VERSION_RULES = (
+    Rule(lambda spec, _: not spec.clip_norm,
+         "--dp-user needs --clip-norm: the noise hides at most what one peer can change",
+         _USER_LEVEL),
+    Rule(lambda spec, _: spec.weighting != "equal" or spec.max_weight_share < 1,
+         "--dp-user needs the same weight for all peers: a weight by examples shows their number, "
+         "and a cap depends on the others", f"{_USER_LEVEL}, without --max-weight-share"),
+    Rule(lambda spec, _: bool(spec.outlier_limit),
+         "--dp-user cannot be used with --outlier-limit, which compares each peer with the others: "
+         "one peer could change how much all of them count", _USER_LEVEL),
+    Rule(lambda spec, _: spec.mode != "synchronous",
+         f"--dp-user cannot be used with {_BUFFERED}: a fast peer has several updates in a "
+         "version, so the noise would not hide it", "--mode synchronous"),
+    Rule(lambda spec, _: spec.late == "fold",
+         "--dp-user cannot be used with --late fold: a peer could have two updates in a version, "
+         "so the noise would not hide it", "--late drop"),
+    Rule(lambda spec, adapter: adapter.feed != "mean",
+         "--dp-user cannot be used with {spec.strategy}: the noise is for a mean of all updates, "
+         "and this strategy chooses among them", f"{_SERVER}"),
+    Rule(lambda spec, adapter: bool(adapter.required_metric(spec.strategy_args))
+             or personalization.SCAFFOLD in adapter.trainer_settings(spec.strategy_args),
+         "--dp-user cannot be used with {spec.strategy}, which needs figures of each peer without "
+         "noise", f"{_SERVER}"),
+    Rule(lambda spec, _: bool(spec.best_metric or spec.patience) or spec.target is not None,
+         "with --dp-user no metric decides, as metrics have no noise: --best-metric, --patience "
+         "and --until have no effect, and versions are not evaluated", "leave them out"),
+)
 #: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
     Rule(lambda spec, _: bool(private_training.SETTINGS & spec.settings.keys()),
          "noise is not a setting of a task", "use --dp, --delta and --dp-clip"),
     Rule(lambda spec, _: not spec.dp_epsilon and (
-            (spec.dp_delta, spec.dp_clip) != (_DEFAULTS.dp_delta, _DEFAULTS.dp_clip)),
+            spec.dp_clip != _DEFAULTS.dp_clip
+            or (spec.dp_delta != _DEFAULTS.dp_delta and not spec.dp_user_epsilon)),
          "--delta and --dp-clip have no effect without --dp", "add --dp, such as --dp 3"),
     Rule(lambda spec, _: bool(personalization.SETTINGS & spec.settings.keys()),
          "{reserved} is no setting of a task: the strategy sets it",
@@ -95,7 +125,10 @@ def check(spec: RunSpec) -> None:
     adapter = strategies.find(spec.strategy)
     reserved = min(personalization.SETTINGS & spec.settings.keys(), default="")
     of_mode = _BUFFERED_RULES if spec.mode == "buffered" else _SYNCHRONOUS_RULES
-    for rule in (*_RULES, *of_mode, *(_PRIVATE_RULES if spec.private else ())):
+    of_noise = (_PRIVATE_RULES if spec.private else ()) + (
+        _VERSION_RULES if spec.private_versions else ()
+    )
+    for rule in (*_RULES, *of_mode, *of_noise):
         if rule.is_broken(spec, adapter):
             text, hint = (t.format(spec=spec, reserved=reserved) for t in (rule.text, rule.hint))
             raise UsageError(text, hint)

@@ -115,6 +115,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     it declared before round 1, else those of its first claims (0: not known yet).
     `limited`: peers that counted less in a version; `limited_now`: in the newest one.
     `evaluations`: by peer, its last evaluation in a closed round.
+    `num_asked`: peers that were asked when the round was opened. `num_spent`: the versions with
+    noise for whole peers that the run has made, with those of rounds that were repeated.
     `deleted`: the files are deleted, and the run is not listed any more.
     """
 
@@ -163,6 +165,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     limited: Annotated[frozenset[_Line], Meta(max_length=MAX_PEERS)] = frozenset()
     limited_now: _ByPeer[float] = {}
     evaluations: _ByPeer[Evaluation] = {}
+    num_asked: Integer = 0
+    num_spent: Integer = 0
     ended_in: RunState = RunState.WAITING
     ended_because: _Line = ""
     deleted: bool = False

@@ -43,6 +43,7 @@ def _round_opened(run: Run, event: events.RoundOpened) -> Run:
         round=event.round,
         parent=event.base,
         num_eligible=event.eligible or len(event.asked),
+        num_asked=len(event.asked),
         peers=dict.fromkeys(event.asked, "asked"),
         updates={},
         contributors=(),
@@ -313,6 +314,10 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
     events.UpdateAccepted: (_OPEN | _WAITING, _update_accepted),
     events.UpdateRefused: (_NOT_ENDED, _update_refused),
     events.TrainingClosed: (frozenset({RunState.TRAINING}), _training_closed),
+    events.PrivacySpent: (
+        frozenset({RunState.AGGREGATING}),
+        lambda run, _: replace(run, num_spent=run.num_spent + 1),
+    ),
     events.VersionCommitted: (frozenset({RunState.AGGREGATING}), _version_committed),
     events.VersionLost: (_NOT_ENDED, rollback.version_lost),
     events.RecallBegun: (frozenset(RunState), rollback.recall_begun),

@@ -17,6 +17,7 @@ from protocols.messages.envelope import Count, Integer, Metrics, Settings, Talli
 from protocols.messages.states import RunState
 from protocols.model.schema_card import Description, SchemaCard
 from protocols.privacy.private_training import PrivateTraining
+from protocols.privacy.user_level import PrivateVersions
 
 Setting = str | int | float | bool
 #: Without a pattern: ledgers of older versions have any text.
@@ -54,6 +55,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `min_examples`: a peer that trains on fewer examples gets no work from this run.
     `dp_epsilon`, `dp_delta`: each peer adds noise of its own, so that all rounds together cost at
     most that for one of its rows (0: no noise). `dp_clip`: the maximum norm of a row's gradient.
+    `dp_user_epsilon`: the coordinator adds noise to each version, so that all versions together
+    cost at most that, with `dp_delta`, for one peer (0: no noise).
     `only`: the single part that a parent fleet requests from this one (empty: all parts), in the
     parent's round `first_round`. `check`: a run of only the part `describe` that keeps what
     each peer described, for `commonweight run check`.
@@ -94,6 +97,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     dp_epsilon: float = 0.0
     dp_delta: float = 1e-5
     dp_clip: float = 1.0
+    dp_user_epsilon: float = 0.0
 
     @property
     def private(self) -> PrivateTraining | None:
@@ -101,6 +105,19 @@ class RunSpec(Struct, frozen=True, kw_only=True):
         if not self.dp_epsilon:
             return None
         return PrivateTraining(self.dp_epsilon, self.dp_delta, self.dp_clip, self.rounds)
+
+    @property
+    def private_versions(self) -> PrivateVersions | None:
+        """What the run's versions may cost for each peer; None without noise in them."""
+        if not self.dp_user_epsilon:
+            return None
+        rounds = self.rounds - self.first_round + 1
+        return PrivateVersions(self.dp_user_epsilon, self.dp_delta, rounds)
+
+    @property
+    def measures(self) -> bool:
+        """False for a run with noise, in which no metric may show what noise hides."""
+        return self.private is None and self.private_versions is None
 
 
 class Update(Struct, frozen=True, kw_only=True):
@@ -221,6 +238,19 @@ class TrainingClosed(RunEvent, frozen=True):
 
     round: int
     contributors: tuple[str, ...]
+
+
+class PrivacySpent(RunEvent, frozen=True):
+    """The next event commits a version with noise, for which no round is repeated free of charge.
+
+    `noise`: the standard deviation of the sum over `clip`, the most that one peer changes it.
+    `peers`: the number by which the sum was divided.
+    """
+
+    round: int
+    noise: float
+    clip: float
+    peers: int
 
 
 class VersionCommitted(RunEvent, frozen=True):

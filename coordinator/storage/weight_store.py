@@ -15,6 +15,7 @@ class WeightStore(Versions):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder / "versions")
+        self.home = folder
         self.uploads = Spool(folder / "spool", self.suffix)
         #: For `strategies.state.StateStore`. States never leave the coordinator.
         self.states = folder / "states"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from coordinator.strategies.prefetch import prefetch
 from protocols.model.weights import (
@@ -36,6 +37,8 @@ _BLOCK = 1 << 15
 
 #: The strategy's function of a piece of the mean: flat arrays by part, float dtypes only.
 Transform = Callable[[dict[Part, Array]], dict[Part, Array]]
+#: Noise for the mean of a part: float64[n], the same at each call.
+Noise = Callable[[Part], npt.NDArray[np.float64]]
 
 
 def shares(num_examples: Mapping[str, float], *, cap: float) -> dict[str, float]:
@@ -112,6 +115,7 @@ def average(
     scale: Sequence[float],
     base: WeightReader,
     transform: Transform,
+    noise: Noise | None = None,
 ) -> Generator[dict[Part, Array], None, None]:
     """The version that follows `base`, piece by piece in file order.
 
@@ -127,7 +131,7 @@ def average(
             unchanged: dict[Part, Array] = {}
             for part in piece:
                 if base.schema[part.name].dtype in FLOAT_DTYPES:
-                    mean[part] = _mean(part, updates, weights, base, base_weight)
+                    mean[part] = _mean(part, updates, weights, base, base_weight, noise)
                 else:
                     unchanged[part] = base.read(part)
             yield _Piece(piece, mean, unchanged)
@@ -158,6 +162,7 @@ def _mean(
     weights: Sequence[float],
     base: WeightReader,
     base_weight: float,
+    noise: Noise | None,
 ) -> Array:
     """The weighted mean of one part, as float32 for bf16, else in the tensor's dtype.
 
@@ -176,6 +181,8 @@ def _mean(
                 _widened(source.read(block), dtype), weight, out=term[:size], dtype=np.float64
             )
             total[:size] += term[:size]
+        if noise is not None:
+            total[:size] += noise(block)
         with np.errstate(over="ignore"):  # the caller rejects infinite values
             mean[start - part.start : block.stop - part.start] = total[:size]
     return mean

@@ -59,7 +59,8 @@ class Aggregation:
 
     `origin`: `base`, opened once more, because the averaging reads `base` in a thread of its own.
     `metrics`: for the one reply that holds the mean. `state` and `new_state`: digests by slot;
-    `new_state` is complete once all `pieces` were taken.
+    `new_state` is complete once all `pieces` were taken. `noise`: for the mean, before the strategy
+    gets it.
     """
 
     adapter: StrategyAdapter
@@ -72,6 +73,7 @@ class Aggregation:
     metrics: Mapping[str, float]
     states: StateStore
     state: Mapping[str, str]
+    noise: averaging.Noise | None = None
     new_state: dict[str, str] = field(default_factory=dict)
 
     def pieces(self) -> Generator[Piece, None, None]:
@@ -104,6 +106,8 @@ class Aggregation:
 
     def _is_mean_of_valid_updates(self) -> bool:
         """True for the mean of updates that validation found to be finite: so is the mean then."""
+        if self.noise is not None:
+            return False
         rebased = any(isinstance(one.weights, averaging.RebasedUpdate) for one in self.updates)
         as_sent = type(self.adapter).transform_update is StrategyAdapter.transform_update
         return as_sent and not rebased and all(one.scale <= 1 for one in self.updates)
@@ -141,6 +145,7 @@ class Aggregation:
             [one.scale for one in self.updates],
             self.base,
             (lambda mean: mean) if is_identity else through_strategy,
+            self.noise,
         )
 
     def _by_parts(self, before: StateReader, after: StateWriter) -> Iterator[Piece]:

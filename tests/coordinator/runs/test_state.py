@@ -518,6 +518,7 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     ),
     run_events.UpdateRefused: lambda d: run_events.UpdateRefused(1, d(_ONE), "x", "x"),
     run_events.TrainingClosed: lambda d: run_events.TrainingClosed(1, d(_SOME)),
+    run_events.PrivacySpent: lambda d: run_events.PrivacySpent(1, 2.0, 1.0, 3),
     run_events.VersionCommitted: lambda d: run_events.VersionCommitted(1, "x", "y", d(_SOME), {}),
     run_events.VersionLost: lambda d: run_events.VersionLost("x", d(st.sampled_from(["x", "y"]))),
     run_events.EvaluationOpened: lambda d: run_events.EvaluationOpened(1, d(_SOME)),
@@ -569,5 +570,5 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"strategy_state", "recalling", "whole", "holdings", "sought", "given", "last", "buffer"}
         | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
         | {"deleted", "refusal_kinds", "refusal_texts", "on_time", "abandoned", "declared"}
-        | {"limited", "limited_now", "surveyed", "evaluations"}
+        | {"limited", "limited_now", "surveyed", "evaluations", "num_asked", "num_spent"}
     )
