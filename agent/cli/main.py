@@ -29,6 +29,7 @@ from agent.cli import (
     serve,
     service,
     task,
+    trust,
 )
 from agent.cli.common import Json, Part, Split, is_running, parse_part, print_line
 from agent.cli.monitor.command import monitor
@@ -40,10 +41,13 @@ from protocols.local import cli_entry, crash_reports, exits, homes, json_output
 from protocols.local.command_line import App
 
 if TYPE_CHECKING:
+    from agent.home.settings_schema import AgentSettings
     from agent.home.status_files import Status
 
 #: After a command only threads are left: an aborted upload, the fsync of a file.
 EXIT_TIMEOUT_S = 10.0
+#: Named in the status.
+_MAX_TRUSTED = 8
 
 app = App(
     name="commonweight-agent",
@@ -53,7 +57,7 @@ app = App(
         "Watch and pause": ("monitor", "pause"),
         "What it did": ("ledger", "logs"),
         "Use the model": ("predict", "models"),
-        "This machine": ("doctor", "service", "leave"),
+        "This machine": ("trust", "doctor", "service", "leave"),
     },
     folded={"status": "about", "ledger": "proofs"},
     moved={
@@ -173,6 +177,7 @@ def _format_status(home: Path, *, json: bool) -> str:
     lines += _format_version(status)
     if status.shares_at:
         lines.append(f"other peers fetch shared versions at {status.shares_at}")
+    lines += _format_trust(settings.read(home))
     if status.share < 1:
         lines.append(f"works {status.share:.0%} of the time")
     uptime = _format_uptime(status.since)
@@ -195,6 +200,19 @@ def _format_version(status: Status) -> list[str]:
     if not status.session and status.heard:
         text += f"; {status.alike} of {status.heard} other peers hold the same"
     return [text]
+
+
+def _format_trust(chosen: AgentSettings) -> list[str]:
+    """Whom the owner trusts in secure sums, if the owner has chosen anybody or a minimum."""
+    if not (chosen.trust or chosen.secure_min):
+        return []
+    names = ", ".join(name or peer for peer, name in list(chosen.trust.items())[:_MAX_TRUSTED])
+    more = ", …" if len(chosen.trust) > _MAX_TRUSTED else ""
+    text = f"trusts {trust.count(len(chosen.trust))} in secure sums"
+    lines = [f"{text}: {names}{more}" if names else text]
+    if chosen.secure_min:
+        lines.append(f"works only in secure runs, with {chosen.secure_min} trusted peers or more")
+    return lines
 
 
 def _format_uptime(since: float) -> str:
@@ -243,7 +261,10 @@ policy.policy.add_typer(questions.questions)
 app.add_typer(models, name="models")
 app.add_typer(about, name="about")
 app.add_typer(proofs, name="proofs")
-for group in (audit.audit, policy.policy, service.service, task.task, questions.questions):
+for group in (
+    *(audit.audit, policy.policy, questions.questions),
+    *(service.service, task.task, trust.trust),
+):
     app.add_typer(group)
 
 

@@ -42,6 +42,16 @@ def complete_tasks() -> list[str]:
         return []
 
 
+def complete_trusted() -> Iterator[tuple[str, str]]:
+    """The peers that the owner trusts, and the owner's names for them."""
+    from agent.home import settings
+
+    try:
+        yield from settings.read(homes.home_path("agent")).trust.items()
+    except CommonweightError:
+        return
+
+
 TaskName = Annotated[
     str,
     typer.Argument(help="Its name in `task list`.", autocompletion=complete_tasks),

@@ -12,7 +12,7 @@ import msgspec
 import tomli_w
 
 from agent.data.settings import DataSettings, Floors
-from agent.home.settings_schema import AgentSettings
+from agent.home.settings_schema import MIN_SECURE_PEERS, AgentSettings
 from agent.policy import schedule
 from protocols.enrollment import identity
 from protocols.errors import UnknownName, UsageError
@@ -123,6 +123,14 @@ def _validate(values: dict[str, Any], hint: str) -> AgentSettings:
     schedule.parse(chosen.hours)
     if unknown := [one for one in chosen.witnesses if not identity.is_peer_id(one)]:
         raise UsageError(f"witnesses: {unknown[0]!r} is no id of a peer", hint)
+    if unknown := [one for one in chosen.trust if not identity.is_peer_id(one)]:
+        raise UsageError(f"trust: {unknown[0]!r} is no id of a peer", hint)
+    if 0 < chosen.secure_min < MIN_SECURE_PEERS:
+        raise UsageError(
+            f"secure_min is {chosen.secure_min}; a sum of fewer than {MIN_SECURE_PEERS} peers "
+            "would reveal the update of each",
+            f"commonweight-agent policy set secure_min {MIN_SECURE_PEERS}; 0 allows other runs",
+        )
     if chosen.min_witnesses > len(set(chosen.witnesses)):
         raise UsageError(
             f"min_witnesses is {chosen.min_witnesses}, and witnesses names "
@@ -171,6 +179,8 @@ def parse_value(name: str, text: str) -> Any:
         raise UsageError(
             "consents are given to one task at a time", "commonweight-agent task allow"
         )
+    if name == "trust":
+        raise UsageError("peers are trusted one at a time", "commonweight-agent trust add ID")
     if name == "sandbox_read":
         return [data_path(part.strip()) for part in text.split(",") if part.strip()]
     kind = type(getattr(AgentSettings(), name, text))

@@ -10,11 +10,15 @@ from msgspec import Meta
 from agent.policy import consent, task_code
 from agent.policy.consent import Consent, Standing
 from agent.policy.rules import PolicySettings
+from protocols.messages.envelope import Name
 
 _PUBLIC_KEYS = (
     *("threads", "device", "idle_timeout_s", "log_level", "share_log", "share"),
     *("work", "battery", "busy", "user", "schedule", "hours", "metered", "cpu_share"),
 )
+#: The fewest peers of a secure sum: `MIN_COHORT` of `protocols.privacy.secagg.cohort`, whose import
+#: takes longer than a command.
+MIN_SECURE_PEERS = 3
 #: After a change of one of these, a running agent restarts when its current work ends. All others
 #: take effect at once.
 RESTART_KEYS = frozenset(
@@ -93,6 +97,21 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
             ge=0,
             description="work only while so many of the witnesses show that they see the same "
             "versions; 0: without them",
+        ),
+    ] = 0
+    trust: Annotated[
+        dict[str, Name],
+        Meta(
+            description="ids of peers whose owners you know, and your names for them: "
+            "commonweight-agent trust add; only these count in a secure sum"
+        ),
+    ] = msgspec.field(default_factory=dict)
+    secure_min: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="train and evaluate only in secure runs, whose sums have so many peers "
+            "that you trust, with this one; 0: also in other runs; a secure run then needs 3",
         ),
     ] = 0
     told_folder: Annotated[
@@ -257,6 +276,11 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     def consent_to(self, task: str) -> Consent:
         """What the owner said when this task, or every task, was allowed."""
         return self.consents.get(task) or self.consents.get("*") or Consent()
+
+    @property
+    def secure_peers(self) -> int:
+        """How many trusted peers a secure sum has at least, with this one."""
+        return max(self.secure_min, MIN_SECURE_PEERS)
 
     def columns_of(self, task: str) -> tuple[str, ...]:
         """Patterns of the columns that this task may use."""

@@ -1,0 +1,53 @@
+"""Which runs this machine takes part in, by the peers that its owner trusts. Refuses at once."""
+
+from __future__ import annotations
+
+from agent.home.settings_schema import AgentSettings
+from agent.tasks.floors import WITHOUT_DATA
+from protocols.errors import AwaitingConsent, NotAllowed
+from protocols.messages.work import Work
+from protocols.privacy.secagg.cohort import Pins
+
+#: Work that tells something about the owner's rows.
+_ABOUT_ROWS = frozenset({"describe", "train", "evaluate"})
+
+
+class TrustNeeded(AwaitingConsent):
+    """A secure run, and the owner has named too few peers to trust."""
+
+
+def is_secure(work: Work) -> bool:
+    """True for work of a secure run."""
+    return work.codec.startswith("masked:")
+
+
+def pins(chosen: AgentSettings) -> Pins:
+    """The owner's rule for secure sums."""
+    return Pins(frozenset(chosen.trust), chosen.secure_peers)
+
+
+def missing(chosen: AgentSettings) -> int:
+    """How many peers the owner has still to name, so that a secure sum is possible."""
+    return max(0, chosen.secure_peers - 1 - len(chosen.trust))
+
+
+def check(work: Work, chosen: AgentSettings) -> None:
+    """Raise NotAllowed for work of a plain run if the owner wants secure runs alone, TrustNeeded
+    for that of a secure run if the owner trusts too few peers."""
+    if work.kind not in _ABOUT_ROWS or work.task in WITHOUT_DATA:
+        return
+    if not is_secure(work):
+        if chosen.secure_min:
+            raise NotAllowed(
+                "the owner takes part in secure runs alone, and in this run the coordinator would "
+                "see the update of each peer",
+                "run start --secure; or on that machine: commonweight-agent policy set secure_min "
+                "0",
+            )
+        return
+    if more := missing(chosen):
+        raise TrustNeeded(
+            f"this run is secure, and its owner trusts {len(chosen.trust)} other peers; a sum "
+            f"needs {more} more",
+            "on that machine: commonweight-agent trust add ID",
+        )
