@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
-from agent.clientapp import consent
+from agent.clientapp import consent, secure_rules
 from agent.clientapp.interfaces import (
     CheckLog,
     Observer,
@@ -149,6 +149,7 @@ class Client:
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
         self._fleet_names.check("coordinator", work.fleet)
         self._check_consent(work)
+        secure_rules.check(work, self._settings())
         self._budget.check(work)
         if work.kind in ("describe", "train"):
             owner_floors.check_cohort(work.cohort, self._floors)

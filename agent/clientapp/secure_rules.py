@@ -7,6 +7,7 @@ from agent.tasks.floors import WITHOUT_DATA
 from protocols.errors import AwaitingConsent, NotAllowed
 from protocols.messages.work import Work
 from protocols.privacy.secagg.cohort import Pins
+from protocols.privacy.secagg.messages import ring_of
 
 #: Work that tells something about the owner's rows.
 _ABOUT_ROWS = frozenset({"describe", "train", "evaluate"})
@@ -18,7 +19,7 @@ class TrustNeeded(AwaitingConsent):
 
 def is_secure(work: Work) -> bool:
     """True for work of a secure run."""
-    return work.codec.startswith("masked:")
+    return ring_of(work.codec) > 0
 
 
 def pins(chosen: AgentSettings) -> Pins:
@@ -34,20 +35,18 @@ def missing(chosen: AgentSettings) -> int:
 def check(work: Work, chosen: AgentSettings) -> None:
     """Raise NotAllowed for work of a plain run if the owner wants secure runs alone, TrustNeeded
     for that of a secure run if the owner trusts too few peers."""
-    if work.kind not in _ABOUT_ROWS or work.task in WITHOUT_DATA:
+    if work.kind not in _ABOUT_ROWS:
         return
-    if not is_secure(work):
-        if chosen.secure_min:
-            raise NotAllowed(
-                "the owner takes part in secure runs alone, and in this run the coordinator would "
-                "see the update of each peer",
-                "run start --secure; or on that machine: commonweight-agent policy set secure_min "
-                "0",
+    if is_secure(work):
+        if more := missing(chosen):
+            raise TrustNeeded(
+                f"this run is secure, and the owner trusts {len(chosen.trust)} other peers; a sum "
+                f"needs {more} more",
+                "on that machine: commonweight-agent trust add ID",
             )
-        return
-    if more := missing(chosen):
-        raise TrustNeeded(
-            f"this run is secure, and its owner trusts {len(chosen.trust)} other peers; a sum "
-            f"needs {more} more",
-            "on that machine: commonweight-agent trust add ID",
+    elif chosen.secure_min and work.task not in WITHOUT_DATA:
+        raise NotAllowed(
+            "the owner takes part in secure runs alone; in this one the coordinator would see the "
+            "update of each peer",
+            "run start --secure; or on that machine: commonweight-agent policy set secure_min 0",
         )

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from agent.clientapp.app import claim_text
 from agent.clientapp.consent import ConsentNeeded
 from agent.clientapp.interfaces import CheckLog
+from agent.clientapp.secure_rules import TrustNeeded, missing
 from agent.daemon import client_factory, state_machine
 from agent.daemon.client_factory import Uploads
 from agent.daemon.context import AgentContext
@@ -43,6 +44,7 @@ from protocols.errors import (
     DiskFull,
     HomeLocked,
     NotAllowed,
+    SecureRefused,
     TrainerFailed,
     Unreachable,
     UploadRefused,
@@ -98,6 +100,8 @@ class WorkThread:
         self._owner, self._refusals = LiveSettings(ctx.home), RefusalLog(ctx.home)
         #: Tasks that the coordinator asked for and that wait for the owner's consent.
         self._asked: set[str] = set()
+        #: The coordinator asked for work of a secure run, and the owner trusts too few peers.
+        self._needs_trust = False
         self.trainer = client_factory.make_trainer(
             ctx,
             self._owner,
@@ -194,7 +198,8 @@ class WorkThread:
             case ConsentNeeded():
                 self._ask_owner(err.request)
                 is_new = False
-            case NotAllowed() | TrainerFailed(kind=NotAllowed.code):
+            case NotAllowed() | SecureRefused() | TrainerFailed(kind=NotAllowed.code):
+                self._needs_trust |= isinstance(err, TrustNeeded)
                 is_new = self._refusals.note(message.metadata.group_id, "", text)
             case UploadUnneeded():
                 log.info("%s", text)
@@ -230,12 +235,15 @@ class WorkThread:
         self._runner.call_threadsafe(self._report.mark_stale)
 
     def owner_has_decided(self) -> bool:
-        """True if the owner has allowed or forbidden a task that the coordinator asked for."""
+        """True if the owner has allowed or forbidden a task that the coordinator asked for, or
+        trusts the peers that a secure run needs."""
         chosen = self._owner()
         asked = list(self._asked)  # the work thread may add one meanwhile
         decided = {task for task in asked if chosen.standing_of(task) not in ASKED_FIRST}
         self._asked -= decided
-        return bool(decided)
+        trusts = self._needs_trust and not missing(chosen)
+        self._needs_trust = self._needs_trust and not trusts
+        return bool(decided) or trusts
 
     def _handle_with_room(self, message: Message) -> Message:
         """The client's reply. While this machine's disk is full: pause, and try again."""

@@ -81,6 +81,7 @@ _WITH_HINT = errors.SETTINGS_CODES | {
     errors.AwaitingConsent.code,
     errors.LogConflict.code,
     errors.Unwitnessed.code,
+    errors.SecureRefused.code,
     errors.UploadRefused.code,
     errors.SubfleetFailed.code,
     errors.SubfleetStopped.code,

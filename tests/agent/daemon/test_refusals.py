@@ -11,9 +11,10 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec.structs import replace
 
+from agent.clientapp.secure_rules import TrustNeeded
 from agent.daemon import session_loop, work_thread
 from agent.daemon.agent import Agent
-from agent.home import enrollment_file
+from agent.home import enrollment_file, settings
 from agent.transport.weight_transfer import SessionLost
 from coordinator.fleet.sessions import NoSession
 from coordinator.transport.flower_records import read_claim
@@ -24,6 +25,7 @@ from protocols.messages.mqtt import MqttAddress
 from protocols.messages.work import SIGNED_WORK, PollRequest, PollResponse, Work
 from tests.agent.daemon.test_agent import an_agent
 from tests.support.https_site import HOST, Site
+from tests.support.secure_cohort import me
 from tests.support.waiting import until
 
 
@@ -231,3 +233,24 @@ async def test_a_heartbeat_that_opens_a_session_again_brings_the_new_login(
         assert await agent._sessions._send_heartbeat(agent._sessions.link())
     finally:
         agent._work.close()
+
+
+async def test_an_owner_who_trusts_the_missing_peers_has_decided(
+    asked: Asked, caplog: pytest.LogCaptureFixture
+) -> None:
+    work, home = asked.agent._work, asked.agent._home
+    try:
+        assert not work.owner_has_decided()
+        message = Message(RecordDict(), 1, "train", group_id="r")
+        for _ in range(2):
+            reply = work._failure(message, TrustNeeded("a sum needs 2 more", "trust add ID"))
+        assert (
+            reply.error.reason == "not_allowed: awaits consent: a sum needs 2 more (trust add ID)"
+        )
+        assert caplog.text.count("a sum needs 2 more") == 1
+        assert not work.owner_has_decided()
+        settings.change(home, trust={me(1).peer: "", me(2).peer: ""})
+        assert work.owner_has_decided()
+        assert not work.owner_has_decided(), "said once"
+    finally:
+        work.close()

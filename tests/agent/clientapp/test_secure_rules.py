@@ -1,0 +1,60 @@
+"""Which runs an owner's trust allows: refused before any data is read."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.clientapp import secure_rules
+from agent.clientapp.secure_rules import TrustNeeded
+from agent.home.settings_schema import AgentSettings
+from protocols.errors import AwaitingConsent, NotAllowed
+from protocols.messages import refusals
+from protocols.messages.work import Work, WorkKind
+from protocols.privacy.secagg.messages import masked_codec
+from tests.support.secure_cohort import me
+
+TRUST = {me(number).peer: "" for number in (1, 2)}
+PLAIN = Work(run="r", round=1, kind="train", task="mnist")
+SECURE = Work(run="r", round=1, kind="train", task="mnist", codec=masked_codec("fp32"))
+ASKED: tuple[WorkKind, ...] = ("describe", "train", "evaluate")
+
+
+def of(work: Work, kind: WorkKind) -> Work:
+    return Work(run=work.run, round=1, kind=kind, task=work.task, codec=work.codec)
+
+
+@pytest.mark.attack("secure", by="coordinator")
+@pytest.mark.parametrize("kind", ASKED)
+def test_an_owner_of_secure_runs_does_no_plain_work(kind: WorkKind) -> None:
+    """Attack: ask a peer, whose owner takes part in secure runs alone, for a plain update."""
+    owner = AgentSettings(trust=TRUST, secure_min=3)
+    with pytest.raises(NotAllowed, match="secure runs alone") as caught:
+        secure_rules.check(of(PLAIN, kind), owner)
+    told = refusals.refusal_of(caught.value)
+    assert "run start --secure" in told.text
+    assert told.permanent
+    secure_rules.check(of(SECURE, kind), owner)
+    secure_rules.check(of(PLAIN, kind), AgentSettings(trust=TRUST))
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_secure_run_waits_until_the_owner_trusts_enough_peers(kind: WorkKind) -> None:
+    one = dict(list(TRUST.items())[:1])
+    for owner, more in (
+        (AgentSettings(), 2), (AgentSettings(trust=one), 1),
+        (AgentSettings(trust=TRUST, secure_min=5), 2),
+    ):  # fmt: skip
+        with pytest.raises(TrustNeeded, match=f"a sum needs {more} more") as caught:
+            secure_rules.check(of(SECURE, kind), owner)
+        # The coordinator waits for this owner, as for a consent.
+        told = refusals.decode(refusals.refusal_of(caught.value).encode())
+        assert told.kind == AwaitingConsent.code
+        assert "commonweight-agent trust add ID" in told.text
+    secure_rules.check(of(SECURE, kind), AgentSettings(trust=TRUST))
+
+
+def test_first_weights_need_no_trust() -> None:
+    for work in (of(PLAIN, "init"), of(SECURE, "init"), of(SECURE, "holdings")):
+        secure_rules.check(work, AgentSettings(secure_min=3))
+    with pytest.raises(NotAllowed):
+        secure_rules.check(of(PLAIN, "train"), AgentSettings(secure_min=3))
