@@ -33,7 +33,14 @@ from agent.home.settings_schema import AgentSettings
 from agent.tasks import floors as owner_floors
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
 from protocols.codecs import registry
-from protocols.errors import BadMessage, CommonweightError, DiskFull, SchemaMismatch, TrainerFailed
+from protocols.errors import (
+    BadMessage,
+    CommonweightError,
+    DiskFull,
+    NotAllowed,
+    SchemaMismatch,
+    TrainerFailed,
+)
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
 from protocols.local.failpoints import failpoint, note
@@ -129,6 +136,7 @@ class Client:
                 finished = self._run_work(work, base)
             else:
                 finished = finished or self._describe(work)
+                self._charge_update(work, finished)
                 self._write_audit_entry(work, finished)
                 self._send_update(finished)
         finally:
@@ -225,14 +233,18 @@ class Client:
             )
         failpoint("agent.work.done")
         self._check_consent(work)  # the owner may have withdrawn it meanwhile
-        self._budget.charge(work, done)
-        failpoint("agent.privacy.charged")
+        if done.privacy:  # before the reply names it: a lost update is made and charged again
+            fsync_files(self._outbox.update)
+        else:
+            self._budget.charge(work, done)
         # Sync the reply at once if state that stays on this peer changes with the update.
         is_stateful = work.kind == "train" and bool(
             personal or registry.parse(work.codec).encoding or done.privacy
         )
         finished = self._outbox.keep(work, done, synced=is_stateful)
         failpoint("agent.outbox.written")
+        self._charge_update(work, finished)
+        failpoint("agent.privacy.charged")
         if work.kind == "evaluate":
             self._observer.on_evaluated(work, Score(done.num_examples, done.metrics))
         try:
@@ -248,6 +260,19 @@ class Client:
                 )
         self._send_update(finished)
         return finished
+
+    def _charge_update(self, work: Work, finished: Finished) -> None:
+        """Charge an update with noise, once, after the outbox has it and before it leaves.
+
+        So a kill at any point charges it exactly once. Raises NotAllowed if it must not leave.
+        """
+        if not finished.privacy:
+            return
+        try:
+            self._budget.charge(work, Done(digest=finished.digest, privacy=finished.privacy))
+        except NotAllowed:
+            self._outbox.clear()
+            raise
 
     def _train(self, work: Work, base: Path, personal: RunStatePaths | None) -> Done:
         """Trains and writes the update in the run's codec."""

@@ -26,12 +26,17 @@ from protocols.model.weights import file_digest
 
 
 class Finished(Struct, frozen=True, kw_only=True):
-    """A finished reply in the outbox: a signed claim, and perhaps a description."""
+    """A finished reply in the outbox: a signed claim, and perhaps a description.
+
+    `privacy`: what its update costs if it leaves (`Done.privacy`). Empty for replies of older
+    versions of this program, which had charged it before they wrote the reply.
+    """
 
     key: str
     claim: bytes
     signature: bytes
     description: bytes = b""
+    privacy: str = ""
 
     @property
     def digest(self) -> str:
@@ -101,7 +106,11 @@ class Outbox:
             tallies=done.tallies,
         )
         finished = Finished(
-            key=_key(work), claim=claim, signature=signature, description=description
+            key=_key(work),
+            claim=claim,
+            signature=signature,
+            description=description,
+            privacy=done.privacy,
         )
         write_private(self.answer, msgspec.json.encode(finished), synced=synced)
         self.commit(done.digest)

@@ -91,12 +91,17 @@ class PrivacyBudget:
             privacy_ledger.check(spent, [Gaussian(1 / mu)], Limit.of(chosen))
 
     def charge(self, work: Work, done: Done) -> None:
-        """Charge the result of work. Raises NotAllowed if the owner's limit does not allow it."""
+        """Charge the result of work. Raises NotAllowed if the owner's limit does not allow it.
+
+        The same update, by its digest, may leave again: it is charged once. Another training of the
+        same round has other noise, and is charged again.
+        """
         purpose = _PURPOSES.get(work.kind)
         if purpose is None or work.task in WITHOUT_DATA:
             return
         if purpose == "training" and (private := private_training.read(work.settings)) is not None:
-            self._charge_training(work, private, done)
+            update = f"update {work.run} {done.digest}" if done.digest else None
+            self._charge_training(work, private, done.privacy, update)
             return
         if purpose == "survey":
             told = schema_card.decode(done.description)
@@ -104,21 +109,24 @@ class PrivacyBudget:
                 return  # shapes, names and numbers of rows
         self.charge_exact(purpose, work.run, f"{work.task}, {_WHAT[purpose]}")
 
-    def _charge_training(self, work: Work, private: PrivateTraining, done: Done) -> None:
+    def _charge_training(
+        self, work: Work, private: PrivateTraining, told: str, update: str | None
+    ) -> None:
         """Charge a round of training by the noise that was added, not by what the run says."""
-        added = events.decode(done.privacy) if done.privacy else ()
+        added = events.decode(told) if told else ()
         if not added or not all(isinstance(one, SampledGaussian) for one in added):
             raise NotAllowed("the trainer added no noise, so the update stays on its machine")
-        if self._file is not None:
+        if self._file is not None and not self._ledger.has(update):
             of_run = [*self._ledger.events_of("training", work.run), *added]
             total = accountant.epsilon_of(of_run, private.delta, privacy_ledger.POINTS)
             if total > private.epsilon * _RUN_SLACK:
                 raise NotAllowed(
                     f"this run may cost ε = {private.epsilon:g} for a row of this peer, and with "
                     f"this round it would be {total:.3g}",
-                    "a round that was interrupted counts twice; start another run with --dp",
+                    "an update that was lost and made again counts twice; start another run with "
+                    "--dp",
                 )
-        self.charge_noisy("training", work.run, added, f"{work.task}, {_WHAT['training']}")
+        self.charge_noisy("training", work.run, added, f"{work.task}, {_WHAT['training']}", update)
 
     def charge_exact(self, purpose: Purpose, name: str, about: str) -> None:
         """Record that something leaves without noise. Raises NotAllowed if there is a limit."""
@@ -128,12 +136,20 @@ class PrivacyBudget:
             self._known.add((purpose, name))
 
     def charge_noisy(
-        self, purpose: Purpose, name: str, cost: tuple[Event, ...], about: str
+        self,
+        purpose: Purpose,
+        name: str,
+        cost: tuple[Event, ...],
+        about: str,
+        key: str | None = None,
     ) -> None:
-        """Record what an answer with noise costs. Raises NotAllowed if the limit is exceeded."""
+        """Record what an answer with noise costs. Raises NotAllowed if the limit is exceeded.
+
+        `key`: as in `PrivacyLedger.charge`.
+        """
         if self._file is not None:
             charge = Charge(purpose, name, cost, self._fleet, about)
-            self._ledger.charge(charge, Limit.of(self._settings()))
+            self._ledger.charge(charge, Limit.of(self._settings()), key)
 
     def _check_exact(self, purpose: Purpose) -> None:
         if self.has_limit:

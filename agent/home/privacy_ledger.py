@@ -91,10 +91,13 @@ class PrivacyLedger:
     def close(self) -> None:
         self._db.close()
 
-    def charge(self, charge: Charge, limit: Limit) -> None:
+    def charge(self, charge: Charge, limit: Limit, key: str | None = None) -> None:
         """Record what is about to leave. Raises NotAllowed, and records nothing, if all events
-        together would cost more than the owner's limit."""
-        is_charged = False
+        together would cost more than the owner's limit.
+
+        `key`: names the answer. One that was charged before may leave again without a charge.
+        """
+        is_charged = self.has(key)
         while not is_charged:
             last = self._last_id()
             if limit.epsilon:  # many kinds of events take seconds, so others may write meanwhile
@@ -102,7 +105,11 @@ class PrivacyLedger:
             with writing(self._db):
                 is_charged = not limit.epsilon or self._last_id() == last
                 if is_charged:
-                    _insert(self._db, charge)
+                    _insert(self._db, charge, key)
+
+    def has(self, key: str | None) -> bool:
+        """True if the answer with this key was charged; False without a key."""
+        return bool(self._db.execute("SELECT 1 FROM charges WHERE key = ?", (key,)).fetchone())
 
     def charge_exact(self, charge: Charge) -> None:
         """Record that something of this purpose and name left without noise, once for both."""

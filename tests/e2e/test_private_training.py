@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fleet_harness import fleet
+from protocols.local import failpoints
+from tests.support.fleet_harness import AGENT, fleet
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -18,8 +20,16 @@ def test_a_run_with_noise_is_charged_and_survives_a_kill_and_a_limit(tmp_path: P
     with fleet(tmp_path) as site:
         site.up()
         site.join_parts({"north": "0/2", "south": "1/2"})
-        site.start("north", "south")
-        run = site.ended_run(site.start_run(*RUN, *NOISE))
+        site.start("south")
+        # North is killed between the charge of its second update and the reply.
+        env = {**site._env("north"), failpoints.VARIABLE: "agent.privacy.charged:2=kill"}
+        site._start("north", [AGENT, "run"], env)
+        site.until_agent("north", "is there", lambda status: status)
+        run_id = site.start_run(*RUN, *NOISE)
+        killed = site.programs["north"].process
+        wait_for(lambda: killed.poll() is not None, "north is killed")
+        site.start_agent("north")
+        run = site.ended_run(run_id)
         assert (run["state"], len(run["history"])) == ("finished", 3)
         assert [closed["metrics"] for closed in run["history"]] == [{}, {}, {}]
         assert "each peer adds its own noise: ε 3" in site.ask("run", "show", run["id"]).stdout
