@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
-from agent.clientapp import consent, secure_rules
+from agent.clientapp import consent, secure_rules, trainer_work
 from agent.clientapp.interfaces import (
     CheckLog,
     Observer,
@@ -27,11 +27,13 @@ from agent.clientapp.interfaces import (
 )
 from agent.clientapp.outbox import Finished, Outbox
 from agent.clientapp.privacy_budget import PrivacyBudget
+from agent.clientapp.secure_turns import SecureTurns
+from agent.clientapp.secure_work import SecureWork
 from agent.data.settings import Floors
 from agent.home.run_state import RunStatePaths
 from agent.home.settings_schema import AgentSettings
 from agent.tasks import floors as owner_floors
-from agent.tasks.work import Describe, Done, Evaluate, Init, Train, Trainer
+from agent.tasks.work import Done, Trainer
 from protocols.codecs import registry
 from protocols.errors import (
     BadMessage,
@@ -48,6 +50,7 @@ from protocols.messages.fleet_names import FleetNames
 from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, Work
 from protocols.model import schema_card
+from protocols.privacy.secagg.messages import STEPS
 
 CLAIM, DESCRIPTION = "cw.claim", "cw.description"
 #: Disk space beside the weights: claims, logs, the trainer's files.
@@ -61,7 +64,8 @@ class Client:
     `settings()` are the owner's settings now, which say what a task may do; `floors` is what no
     run can go below; `outbox` is the folder of the outbox. `check_log` raises LogConflict
     if the log of versions does not have the version of the work. `budget` is charged before
-    anything leaves.
+    anything leaves. `secure_turns` opens what this peer has answered in secure runs; without it,
+    the peer takes part in none.
     """
 
     def __init__(
@@ -77,18 +81,20 @@ class Client:
         queries: Queries = Queries(),
         check_log: CheckLog = lambda work, head, page: None,
         budget: PrivacyBudget | None = None,
+        secure_turns: Callable[[], SecureTurns] | None = None,
     ) -> None:
         self._me, self._trainer, self._transport = me, trainer, transport
         self._outbox, self._fleet_names = Outbox(outbox, me), FleetNames(me.fleet)
         self._settings, self._floors, self._queries = settings, floors, queries
         self._observer, self._check_log = observer or Observer(), check_log
         self._budget = budget or PrivacyBudget()
+        self._secure = SecureWork(me, outbox / "secure", secure_turns, transport, self._observer)
         #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
         self.app = ClientApp()
         self.app.train()(self._answer)
         self.app.evaluate()(self._answer)
-        for action in ("describe", "init", "holdings", "recall"):
+        for action in ("describe", "init", "holdings", "recall", *STEPS):
             self.app.query(action)(self._answer)
         for action in ("infer", "analyze"):
             self.app.query(action)(
@@ -127,18 +133,7 @@ class Client:
             return Message(self._queries.recall(work), reply_to=message)
         self._observer.on_work(work)
         try:
-            finished = self._outbox.finished(work)
-            if finished is None and work.kind != "describe":
-                self._check_card(work)
-                base = self._fetch_base(work)
-                if work.base:
-                    self._observer.on_version(work, payload, signature)
-                finished = self._run_work(work, base)
-            else:
-                finished = finished or self._describe(work)
-                self._charge_update(work, finished)
-                self._write_audit_entry(work, finished)
-                self._send_update(finished)
+            finished = self._finish(work, message, payload, signature)
         finally:
             self._observer.on_work(None)
         content = RecordDict(
@@ -150,6 +145,25 @@ class Client:
         if finished.description:
             content[DESCRIPTION] = ConfigRecord({"description": finished.description})
         return Message(content, reply_to=message)
+
+    def _finish(self, work: Work, message: Message, payload: bytes, signature: bytes) -> Finished:
+        """Does the work, unless its reply is here, and sends what the reply names."""
+        self._secure.end_others(work.run)
+        if work.kind in STEPS:
+            return self._secure.step(work, work.kind, message)
+        is_secure = work.kind in ("train", "evaluate") and secure_rules.is_secure(work)
+        finished = self._secure.card(work) if is_secure else self._outbox.finished(work)
+        if finished is None and work.kind != "describe":
+            self._check_card(work)
+            base = self._fetch_base(work)
+            if work.base:
+                self._observer.on_version(work, payload, signature)
+            return self._run_secure(work, base) if is_secure else self._run_work(work, base)
+        finished = finished or self._describe(work)
+        self._charge_update(work, finished)
+        self._write_audit_entry(work, finished)
+        self._send_update(finished)
+        return finished
 
     def _read(self, message: Message) -> tuple[Work, bytes, bytes]:
         """Returns the work, its bytes and the coordinator's signature over them."""
@@ -166,7 +180,7 @@ class Client:
         if not isinstance(head, bytes) or not isinstance(page, bytes):
             raise BadMessage("a message whose log of versions is not bytes")
         self._check_log(work, head, page)
-        if work.kind == "train":
+        if work.kind == "train" and not secure_rules.is_secure(work):
             registry.parse(work.codec)  # fail before an hour of training, not after
         return work, payload, signature
 
@@ -188,14 +202,14 @@ class Client:
         told = self._run_describe(work)
         self._check_consent(work)
         self._budget.charge(work, told)
-        self._outbox.commit_last()
+        self._commit_last()
         description = told.description
         digest = hashlib.sha256(description).hexdigest()
         done = replace(told, description=b"", digest=digest, nbytes=len(description))
         return self._outbox.keep(work, done, description)
 
     def _run_describe(self, work: Work) -> Done:
-        return self._trainer.run(Describe(task=work.task, settings=_settings(work)))
+        return self._trainer.run(trainer_work.describe(work))
 
     def _check_card(self, work: Work) -> None:
         """Compares this peer's schema card with the run's, once per run, as it may load the data.
@@ -213,24 +227,15 @@ class Client:
         self._matched_card = (work.run, work.card)
 
     def _run_work(self, work: Work, base: Path) -> Finished:
-        self._outbox.wait_for_sync()
-        self._outbox.commit_last()
+        self._begin_work()
         if work.kind != "evaluate":  # the update of the last reply is overwritten next
             self._outbox.clear()
             failpoint("agent.outbox.cleared")
         personal = self._outbox.personal_paths(work)
         if work.kind == "train":
             done = self._train(work, base, personal)
-        elif work.kind == "init":
-            out, settings = str(self._outbox.update), dict(work.settings)
-            done = self._trainer.run(
-                Init(task=work.task, settings=settings, seed=work.seed, out=out)
-            )
         else:
-            state = str(personal.file) if personal else ""
-            done = self._trainer.run(
-                Evaluate(task=work.task, settings=_settings(work), base=str(base), personal=state)
-            )
+            done = self._do(work, base, self._outbox.update, personal)
         failpoint("agent.work.done")
         self._check_consent(work)  # the owner may have withdrawn it meanwhile
         if done.privacy:  # before the reply names it: a lost update is made and charged again
@@ -274,22 +279,46 @@ class Client:
             self._outbox.clear()
             raise
 
+    def _run_secure(self, work: Work, base: Path) -> Finished:
+        """Trains or evaluates for a secure sum. The result stays here; a card leaves."""
+        done = self._secure.kept(work)
+        if done is None:
+            done = self._begin_secure(work, base)
+        self._budget.charge(work, done)
+        failpoint("agent.privacy.charged")
+        finished = self._secure.ready(work, done)
+        self._outbox.commit(done.digest)
+        self._write_audit_entry(work, finished)
+        if work.kind == "train":
+            self._observer.on_trained()
+        return finished
+
+    def _begin_secure(self, work: Work, base: Path) -> Done:
+        """Does the work of a turn, and keeps what it gives on this disk."""
+        self._begin_work()
+        trained, personal = self._secure.begin(work), self._outbox.personal_paths(work)
+        done = self._do(work, base, trained, personal)
+        if personal and work.kind == "train":
+            self._stage_personal(work, trained, done)
+        failpoint("agent.work.done")
+        self._check_consent(work)  # the owner may have withdrawn it meanwhile
+        return self._secure.keep(work, done)
+
+    def _begin_work(self) -> None:
+        self._outbox.wait_for_sync()
+        self._commit_last()
+
+    def _commit_last(self) -> None:
+        """Discards state of an update that was never sent or promised."""
+        self._outbox.commit_last(self._secure.promised())
+
     def _train(self, work: Work, base: Path, personal: RunStatePaths | None) -> Done:
         """Trains and writes the update in the run's codec."""
         codec, update = registry.parse(work.codec), self._outbox.update
         is_encoded = codec.encoding is not None
         trained = self._outbox.trained if is_encoded else update
-        training = Train(
-            task=work.task,
-            settings=_settings(work),
-            base=str(base),
-            out=str(trained),
-            personal=str(personal.file) if personal else "",
-            personal_out=str(personal.next) if personal else "",
-        )
         try:
-            done = self._trainer.run(training)
-            owner_floors.check_examples(work.task, done.num_examples, self._floors)
+            done = self._do(work, base, trained, personal)
             if is_encoded:
                 encoded = self._outbox.error_feedback.encode(codec, work.run, trained, base, update)
                 done = replace(done, digest=encoded.digest, nbytes=encoded.nbytes, tallies={})
@@ -297,8 +326,17 @@ class Client:
             if is_encoded:
                 trained.unlink(missing_ok=True)
         if personal:
-            fsync_files(update)  # before the state that stays here changes
-            self._outbox.personal.stage(work.run, done.digest)
+            self._stage_personal(work, update, done)
+        return done
+
+    def _stage_personal(self, work: Work, update: Path, done: Done) -> None:
+        fsync_files(update)  # before the state that stays here changes
+        self._outbox.personal.stage(work.run, done.digest)
+
+    def _do(self, work: Work, base: Path, out: Path, personal: RunStatePaths | None) -> Done:
+        done = self._trainer.run(trainer_work.of(work, base, out, personal))
+        if work.kind == "train":
+            owner_floors.check_examples(work.task, done.num_examples, self._floors)
         return done
 
     def _write_audit_entry(self, work: Work, finished: Finished) -> None:
@@ -311,11 +349,6 @@ class Client:
             self._observer.on_sending()
             self._transport.send(finished.digest, self._outbox.update)
             failpoint("agent.upload.done")
-
-
-def _settings(work: Work) -> dict[str, str | int | float | bool]:
-    """Returns the run's settings with seed and round added."""
-    return {**work.settings, "seed": work.seed, "round": work.round}
 
 
 def claim_text(reply: Message) -> str:

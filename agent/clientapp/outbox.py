@@ -149,10 +149,11 @@ class Outbox:
         self.error_feedback.commit(digest)
         self.personal.commit(digest)
 
-    def commit_last(self) -> None:
-        """Discards state of an update that was never sent."""
-        last = self._last()
-        self.commit(SIGNED_CLAIM.decode(last.claim).digest if last else "")
+    def commit_last(self, promised: str = "") -> None:
+        """Discards state of an update that was never sent. `promised`: the digest of one that is
+        not in the outbox, and counts."""
+        last = None if promised else self._last()
+        self.commit(SIGNED_CLAIM.decode(last.claim).digest if last else promised)
 
 
 def _key(work: Work) -> str:

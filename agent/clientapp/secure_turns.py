@@ -1,7 +1,4 @@
-"""Answers the steps of secure sums, each after its state is on disk.
-
-No run asks for them yet: requests and answers will come as work of kinds of their own.
-"""
+"""Answers the steps of secure sums, each after its state is on disk."""
 
 from __future__ import annotations
 
@@ -49,14 +46,28 @@ class SecureTurns:
 
     def ready(self, request: ReadyRequest, examples: int, names: TailNames) -> ReadyAnswer:
         """The card of this turn: the same one, if it was asked for before."""
+        if (made := self.card(request)) is not None:
+            return made
+        state = peer.make_card(self._me, request, examples, self._random_bytes(32), names)
+        self._store.begin(state)
+        return ReadyAnswer(card=state.card, names=state.names)
+
+    def card(self, request: ReadyRequest) -> ReadyAnswer | None:
+        """The card of this turn, if it was made. Raises SecureRefused if the turn is over."""
         key = TurnKey(request.run, request.round, request.turn, request.kind)
-        state = self._store.get(key)
-        if state is None:
-            state = peer.make_card(self._me, request, examples, self._random_bytes(32), names)
-            self._store.begin(state)
-        elif state.ready != request:
+        if (state := self._store.get(key)) is None:
+            return None
+        if state.ready != request:
             raise SecureRefused("card", "the card of this turn is for another version")
         return ReadyAnswer(card=state.card, names=state.names)
+
+    def newest(self, run: str) -> Turn | None:
+        """The newest turn of this run, unless it is over."""
+        return self._store.newest(run)
+
+    def end_others(self, run: str) -> None:
+        """Delete the secrets of all other runs."""
+        self._store.end_others(run)
 
     def share(self, key: TurnKey, request: ShareRequest, layout: tuple[int, ...]) -> ShareAnswer:
         """Joins the cohort, once. `layout`: elements of each tensor; () for an evaluation."""

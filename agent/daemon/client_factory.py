@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent.analytics import job_handler
+from agent.clientapp import secure_rules
 from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
 from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.recovery import Recall
+from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
 from agent.home import audit_log, privacy_ledger, settings
 from agent.home.live_settings import LiveSettings
+from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
 from agent.policy import sandbox
 from agent.trainer import sandbox_rules
@@ -29,8 +32,10 @@ from agent.trainer.retry import RETRYABLE_IN_JOBS, RetryingTrainer
 from agent.transport import version_proofs
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.version_store import VersionStore
+from protocols.enrollment import identity
 from protocols.messages.jobs import INPUT_PATH, Analyze, ModelRef, Private, Scatter, Score
 from protocols.messages.work import UpdateClaim, Work
+from protocols.privacy.secagg.peer import Me
 
 log = logging.getLogger("commonweight.agent")
 
@@ -197,4 +202,9 @@ def make_client(
         ),
         check_log=check_log,
         budget=budget,
+        secure_turns=lambda: SecureTurns(
+            Me(me.peer, identity.public_bytes(ctx.credentials.sign_key), me.sign),
+            TurnStore(home),
+            lambda: secure_rules.pins(owner()),
+        ),
     )

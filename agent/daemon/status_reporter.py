@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from agent.clientapp import secure_rules
 from agent.daemon import state_machine
 from agent.daemon.state_machine import AgentState
 from agent.home import status_files
@@ -119,6 +120,7 @@ class StatusReporter:
         if agent.work is None:
             return
         up, down = self.traffic()
+        is_secure = secure_rules.is_secure(agent.work)  # then losses leave in the sum alone
         self._mqtt.telemetry(
             Telemetry(
                 run=agent.work.run,
@@ -126,9 +128,9 @@ class StatusReporter:
                 phase=progress.phase if progress.phase in ("train", "evaluate") else "",
                 step=progress.step,
                 steps=progress.steps,
-                loss=coarse_loss(progress),
+                loss=None if is_secure else coarse_loss(progress),
                 # An evaluation reports no loss on the way.
-                diverged=progress.loss is None and progress.phase == "train",
+                diverged=not is_secure and progress.loss is None and progress.phase == "train",
                 samples_per_s=progress.examples_per_s,
                 bytes_up=up,
                 bytes_down=down,

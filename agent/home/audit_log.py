@@ -14,6 +14,8 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
+from agent.home import secure_audit
+from agent.home.secure_audit import SecureKind
 from protocols.local.atomic_files import fsync_folder
 from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import Answer, Scatter, Unit
@@ -31,6 +33,7 @@ EntryKind = Literal[
     "held version",
     "version",
     "refused",
+    SecureKind,
 ]
 _KINDS: dict[str, EntryKind] = {
     "describe": "description",
@@ -68,7 +71,8 @@ def write_update(home: Path, claim: UpdateClaim, task: str, description: bytes) 
 
     Raises OSError: an answer that cannot be logged must not be sent.
     """
-    what = _KINDS.get(claim.kind)
+    secure = secure_audit.read(claim, description)
+    what: EntryKind | None = secure.what if secure else _KINDS.get(claim.kind)
     if what is None:
         return
     entry = AuditEntry(
@@ -77,14 +81,14 @@ def write_update(home: Path, claim: UpdateClaim, task: str, description: bytes) 
         task=task,
         round=claim.round,
         what=what,
-        digest=claim.digest,
-        nbytes=claim.nbytes,
-        codec=claim.codec if what == "weights" else "",
+        digest=secure.digest if secure else claim.digest,
+        nbytes=secure.nbytes if secure else claim.nbytes,
+        codec=claim.codec if what in ("weights", "masked update") else "",
         num_examples=claim.num_examples,
         num_held_out=claim.num_held_out,
         metrics=claim.metrics,
         tallies={name: list(counts) for name, counts in claim.tallies.items()},
-        told=description.decode(),
+        told=secure.told if secure else description.decode(),
     )
     _append(home, entry)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from threading import RLock
 from typing import NamedTuple
@@ -81,10 +82,20 @@ class TurnStore:
                 "deleted",
                 "ask the peer for a new turn; a restored coordinator does so automatically",
             )
+        return self._read(rows[0][0])
+
+    def _read(self, state: bytes) -> Turn:
         try:
-            return _decode(rows[0][0])
+            return _decode(state)
         except msgspec.DecodeError as err:
             raise self._error(err) from err
+
+    def newest(self, run: str) -> Turn | None:
+        """The newest turn of a run. None if there was none, or if the run is over here."""
+        rows = self._execute(
+            "SELECT state FROM turns WHERE run = ? ORDER BY number DESC LIMIT 1", (run,)
+        )
+        return self._read(rows[0][0]) if rows and rows[0][0] is not None else None
 
     def begin(self, turn: Turn) -> None:
         """Record a new turn, and delete the secrets of the older turns of its run."""
@@ -126,6 +137,10 @@ class TurnStore:
         """Delete the secrets of all turns of a run."""
         self._execute("UPDATE turns SET state = NULL WHERE run = ?", (run,))
 
+    def end_others(self, run: str = "") -> None:
+        """Delete the secrets of all turns of other runs; of all runs without a name."""
+        self._execute("UPDATE turns SET state = NULL WHERE run != ? AND state NOT NULL", (run,))
+
     def _execute(self, statement: str, arguments: Sequence[object] = ()) -> list[tuple[bytes]]:
         try:
             with self._lock:
@@ -140,3 +155,10 @@ class TurnStore:
             "do not delete it during a secure run: the agent could then answer twice. "
             "Leave the run first",
         )
+
+
+def forget_all(home: Path) -> None:
+    """Delete all secrets of secure sums in a home that leaves its fleet; what was begun is kept."""
+    if (home / FILE).exists():
+        with closing(TurnStore(home)) as store:
+            store.end_others()

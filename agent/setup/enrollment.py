@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from agent.home import fleet_trust, status_files
+from agent.home import fleet_trust, secure_store, status_files
 from agent.home.enrollment_file import ENROLLMENT_FILE, Enrollment, write_enrollment
 from agent.transport.p2p.gossip import FILE as NEIGHBOURS
 from agent.transport.p2p.sharing import CERTIFICATE
@@ -116,6 +116,7 @@ def _join(
     )
     if replace:
         _delete_identity(home)
+        secure_store.forget_all(home)
         for file in _KEY_FILES:
             (home / (file + _NEW_SUFFIX)).replace(home / file)
         shutil.rmtree(home / "outbox", ignore_errors=True)  # answers of the old identity
@@ -140,6 +141,7 @@ def leave(home: Path, enrollment: Enrollment, *, offline: bool = False) -> None:
                 hint,
             ) from err
     _delete_identity(home)
+    secure_store.forget_all(home)
     for file in _KEY_FILES:
         (home / (file + _NEW_SUFFIX)).unlink(missing_ok=True)
     for folder in ("cache", "outbox"):

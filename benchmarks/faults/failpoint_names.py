@@ -66,14 +66,18 @@ JOBS = (
     *(f"job.recorded.{fact}" for fact in JOB_EVENTS),
 )
 AGENT_JOBS = ("agent.unit.done", "agent.unit.kept", "agent.unit.sent")
-#: Around each record of a secure sum (`agent.home.secure_store`); no run reaches them yet.
+#: Around each record of a secure sum (`agent.home.secure_store`).
 SECURE = tuple(
     f"agent.secure.{when}.{step}"
     for when in ("recording", "recorded")
     for step in ("begin", "share", "mask", "upload", "agree")
 )
+#: The result of a secure turn, and its masked file, are on disk (`agent.clientapp.secure_work`).
+SECURE_FILES = ("agent.secure.kept", "agent.secure.masked")
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
-NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + SECURE + TRAINER)
+NAMES = frozenset(
+    COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + SECURE + SECURE_FILES + TRAINER
+)
 
 
 def check(spec: str) -> str:

@@ -1,0 +1,236 @@
+"""The work of secure runs: a card in place of an update, then the steps of the sum.
+
+What was trained or measured stays in `SecureFiles`. It leaves as the masked file alone, which is
+uniformly random to all who do not have the other peers' masks. Every answer follows from the turn
+on disk, so a request that is repeated gets the same bytes, also after a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message
+
+from agent.clientapp.interfaces import Observer, PeerIdentity, Transport
+from agent.clientapp.outbox import Finished
+from agent.clientapp.secure_files import SecureFiles, key_of
+from agent.clientapp.secure_turns import SecureTurns
+from agent.home import secure_store
+from agent.tasks.work import Done
+from protocols.errors import BadMessage, SecureRefused
+from protocols.local.disk_space import check_room
+from protocols.local.failpoints import failpoint
+from protocols.messages.work import MAX_MESSAGE_BYTES, SIGNED_CLAIM, SecureStep, Work
+from protocols.model.weights_file import WeightsFile
+from protocols.privacy.secagg import masked_file, messages, tails
+from protocols.privacy.secagg.messages import (
+    SIGNED_CARD,
+    AgreeRequest,
+    Answer,
+    MaskAnswer,
+    MaskRequest,
+    ReadyAnswer,
+    ReadyRequest,
+    ShareRequest,
+)
+from protocols.privacy.secagg.peer import Masking, Turn
+
+REQUEST = "cw.request"
+#: Of a masked file, beside the numbers.
+_SPARE_BYTES = 1024 * 1024
+
+
+class SecureWork:
+    """This agent in secure runs. `open_turns` opens what it has answered; files are in `folder`.
+
+    Methods raise SecureRefused, BadMessage, HomeError, DiskFull, OSError.
+    """
+
+    def __init__(
+        self,
+        me: PeerIdentity,
+        folder: Path,
+        open_turns: Callable[[], SecureTurns] | None,
+        transport: Transport,
+        observer: Observer,
+    ) -> None:
+        self._me, self._open_turns = me, open_turns
+        self._transport, self._observer = transport, observer
+        self._files = SecureFiles(folder)
+
+    @cached_property
+    def _turns(self) -> SecureTurns:
+        if self._open_turns is None:
+            raise SecureRefused("unable", "this agent takes part in no secure run", "update it")
+        return self._open_turns()
+
+    # --- step ready ---
+
+    def card(self, work: Work) -> Finished | None:
+        """The reply with this turn's card; None if the work is still to be done.
+
+        Raises SecureRefused if the turn is over, before anything is trained for it.
+        """
+        made = self._turns.card(self._ready_request(work))
+        return self._ready_reply(work, made) if made is not None else None
+
+    def end_others(self, run: str) -> None:
+        """Delete what is here of another secure run: the coordinator works on one at a time."""
+        result = self._files.result()
+        if result is not None and result.run != run:
+            self._turns.end_others(run)
+            self._files.clear()
+
+    def begin(self, work: Work) -> Path:
+        """Delete what is left of earlier turns; returns the file for the trained weights."""
+        self._turns.end_others(work.run)
+        self._files.clear()
+        return self._files.trained
+
+    def kept(self, work: Work) -> Done | None:
+        """The result of this work, if it was kept before and no card promises it yet."""
+        result = self._files.whole_result()
+        if result is None or result.key != key_of(work):
+            return None
+        return Done(
+            digest=result.digest,
+            num_examples=result.num_examples,
+            metrics=result.metrics,
+            tallies=result.tallies,
+            privacy=result.privacy,
+        )
+
+    def keep(self, work: Work, done: Done) -> Done:
+        """Keep what the work gave, durably. Returns what of it is summed."""
+        self._files.keep_result(work, done)
+        failpoint("agent.secure.kept")
+        kept = self.kept(work)
+        assert kept is not None, "it was written just now"
+        return kept
+
+    def ready(self, work: Work, done: Done) -> Finished:
+        """Promise a kept result with a card."""
+        names = tails.names(done.metrics, done.tallies)
+        made = self._turns.ready(self._ready_request(work), done.num_examples, names)
+        return self._ready_reply(work, made)
+
+    def promised(self) -> str:
+        """The digest of the newest trained weights that a card has promised; else empty."""
+        result = self._files.result()
+        if result is None or not result.digest:
+            return ""
+        return result.digest if self._turns.newest(result.run) is not None else ""
+
+    def _ready_request(self, work: Work) -> ReadyRequest:
+        if work.kind not in ("train", "evaluate"):
+            raise BadMessage(f"work of the kind {work.kind} has no card")
+        return ReadyRequest(
+            fleet=self._me.fleet,
+            run=work.run,
+            round=work.round,
+            turn=work.turn,
+            kind=work.kind,
+            base=work.base,
+        )
+
+    def _ready_reply(self, work: Work, made: ReadyAnswer) -> Finished:
+        examples = SIGNED_CARD.decode(made.card.card).examples
+        return self._reply(work, messages.encode(made), examples)
+
+    # --- the steps after it ---
+
+    def step(self, work: Work, step: SecureStep, message: Message) -> Finished:
+        """Answer a step; the masked update is uploaded before this returns."""
+        request = messages.decode_request(step, _request_bytes(work, message))
+        turn = self._turn_of(work)
+        key = secure_store.key_of(turn)
+        answer: Answer
+        match request:
+            case ShareRequest():
+                answer = self._turns.share(key, request, self._layout(turn, work))
+            case MaskRequest():
+                answer = self._turns.mask(key, request, lambda how: self._mask(turn, work, how))
+            case AgreeRequest():
+                answer = self._turns.agree(key, request)
+                self._files.trained.unlink(missing_ok=True)  # it is masked, once
+            case _:
+                answer = self._turns.unmask(key, request)
+        reply = self._reply(work, messages.encode(answer))
+        self._observer.on_leaving(SIGNED_CLAIM.decode(reply.claim), work.task, reply.description)
+        if isinstance(answer, MaskAnswer):
+            self._observer.on_sending()
+            self._transport.send(answer.digest, self._files.masked)
+            failpoint("agent.upload.done")
+        return reply
+
+    def _turn_of(self, work: Work) -> Turn:
+        turn = self._turns.newest(work.run)
+        if turn is None or (turn.ready.round, turn.ready.turn, turn.ready.base) != (
+            *(work.round, work.turn, work.base),
+        ):
+            raise SecureRefused(
+                "order",
+                "this peer has made no card for this step, or a newer one",
+                "ask the peer for a new turn; the coordinator does so automatically",
+            )
+        return turn
+
+    def _layout(self, turn: Turn, work: Work) -> tuple[int, ...]:
+        """The elements of each tensor of this peer's model; none for an evaluation."""
+        if turn.ready.kind == "evaluate":
+            return ()
+        with WeightsFile(self._transport.fetch(work)) as base:
+            return masked_file.layout(base.schema)
+
+    def _mask(self, turn: Turn, work: Work, masking: Masking) -> tuple[str, int]:
+        """Write the masked file, unless it is there. Returns its digest and its bytes."""
+        files = self._files
+        if files.is_here(files.masked, turn.upload):
+            return turn.upload, turn.upload_bytes
+        result, plan = files.whole_result(), masking.cohort.plan
+        if result is None:
+            raise SecureRefused(
+                "lost",
+                "what this peer has trained in this turn is no longer on its disk",
+                "the run goes on without it; it takes part again from the next turn on",
+            )
+        numbers = tails.values(plan.names, result.metrics, result.tallies, masking.weight)
+        if not result.digest:
+            return masked_file.write(masking, None, numbers, files.masked)
+        check_room(files.masked.parent, sum(plan.sizes) * plan.ring // 8 + _SPARE_BYTES)
+        with (
+            WeightsFile(files.trained) as trained,
+            WeightsFile(self._transport.fetch(work)) as base,
+        ):
+            written = masked_file.write(masking, (trained, base), numbers, files.masked)
+        failpoint("agent.secure.masked")
+        return written
+
+    def _reply(self, work: Work, data: bytes, examples: int = 0) -> Finished:
+        """The signed reply with these bytes; the kept one if it has the same."""
+        key = key_of(work)
+        if (kept := self._files.reply(key)) is not None and kept.description == data:
+            return kept
+        claim, signature = self._me.sign_claim(
+            work,
+            digest=hashlib.sha256(data).hexdigest(),
+            nbytes=len(data),
+            codec=work.codec,
+            num_examples=examples,
+        )
+        reply = Finished(key=key, claim=claim, signature=signature, description=data)
+        self._files.keep_reply(reply)
+        return reply
+
+
+def _request_bytes(work: Work, message: Message) -> bytes:
+    """The request of a step, which the signed work names by its digest. Raises BadMessage."""
+    data = message.content.config_records.get(REQUEST, ConfigRecord()).get("request")
+    if not isinstance(data, bytes) or len(data) > MAX_MESSAGE_BYTES:
+        raise BadMessage(f"a step {work.kind} without a request")
+    if hashlib.sha256(data).hexdigest() != work.request:
+        raise BadMessage(f"the request of the step {work.kind} is not the one that was signed")
+    return data
