@@ -10,6 +10,7 @@ CommonweightError                     1  something failed
 │   ├── NotEnrolled                      this machine has not joined a fleet
 │   ├── NotAllowed                       the owner does not allow the task or its settings
 │   │   └── AwaitingConsent              the owner has not decided about the task yet
+│   │       └── AwaitingColumns          … nor which columns of the data it may use
 │   ├── LogConflict                      the coordinator's log of versions contradicts itself
 │   ├── Unwitnessed                      too few pinned peers have shown what they see
 │   ├── SecureRefused                    a step of a secure sum would tell too much
@@ -135,6 +136,16 @@ class AwaitingConsent(NotAllowed):
     """The owner of this machine has not decided about the task yet."""
 
     code = "awaiting_consent"
+
+
+class AwaitingColumns(AwaitingConsent):
+    """The owner allows the task, but has not said which columns of the data it may use."""
+
+    code = "awaiting_columns"
+
+
+#: Codes of refusals that end when the owner decides.
+UNDECIDED_CODES = frozenset({AwaitingConsent.code, AwaitingColumns.code})
 
 
 class LogConflict(Refused):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
-from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from agent.cli import prompts
 from agent.cli.common import (
     Json,
     Part,
@@ -25,18 +24,9 @@ from agent.cli.common import (
 from agent.cli.names import complete_tasks
 from agent.home import settings
 from agent.setup import sharing_text
-from protocols.errors import Unreachable, UsageError
-from protocols.local import cli_entry, homes, json_output
+from protocols.errors import Unreachable
+from protocols.local import cli_entry, homes
 from protocols.local.command_line import MORE
-
-#: What a first join asks on a terminal, and the meaning of an empty answer.
-_PROMPTS = {
-    "battery": ("train on battery too? always, or auto for no", "auto"),
-    "hours": ("work hours, for example mon-fri 18:00-08:00; empty for all", ""),
-    "cpu_share": ("share of the CPU time to use, 0.01 to 1", "1"),
-    "allow": ("tasks that may train on your data, such as tabular; empty: you are asked", ""),
-    "columns": ("columns that tasks may use, such as age,sex; or all", None),
-}
 
 
 def join(
@@ -104,23 +94,20 @@ def join(
     if data:
         wanted = settings.read(home, data=settings.data_path(data))
         print_line(own_data.check_setting(wanted, allowing=bool(allow)))
-    there = own_data.columns(settings.data_path(data) or "")
-    if sys.stdin.isatty() and sys.stderr.isatty() and not (unattended or json):
-        policy |= {key: _prompt(key) for key, value in policy.items() if value is None}
-        allow = allow or [_prompt("allow")]
-        if there and columns is None:
-            print_line(f"the columns of {data}: {', '.join(there)}")
-            columns = _prompt("columns", there)
-    elif there and columns is None:
-        print_line(
-            f"tasks that you allow may use every column of {data}: {', '.join(there)}; to limit "
-            "them: commonweight-agent policy set data.columns NAME,NAME"
-        )
+    patterns = consents.parse_columns(columns)
+    if note := own_data.check_columns(settings.data_path(data) or "", patterns or []):
+        print_line(note)
+    if prompts.can_ask() and not (unattended or json):
+        policy |= {key: prompts.ask(key) for key, value in policy.items() if value is None}
+        allow = allow or [prompts.ask("allow")]
+        there = own_data.columns(settings.data_path(data) or "")
+        if there and patterns is None:
+            patterns = consents.parse_columns(prompts.ask_columns(data or "", there))
     chosen: dict[str, Any] = {
         "data": settings.data_path(data),
         **parse_part(part),
         "split": split,
-        "data_columns": _column_patterns(columns),
+        "data_columns": patterns,
         **policy,
     }
     names = [name for text in allow or [] for name in consents.split_list(text) or []]
@@ -153,12 +140,16 @@ def join(
 
 def _say_terms(home: Path) -> None:
     """What this machine allows now: tasks, columns, and a port for other peers."""
-    from agent.setup import consents
+    from agent.setup import consents, own_data
 
     chosen = settings.read(home)
     for task in chosen.tasks:
         name = "every task on this machine" if task == consents.EVERY else task
         print_line(f"allowed: {name}, {consents.describe(chosen, task)}")
+    if awaiting := consents.awaiting_columns(chosen):
+        there, command = own_data.columns(chosen.data), consents.columns_command(awaiting[0])
+        print_line(f"no column may be used yet, of {own_data.shorten(there)}; a run waits for you")
+        print_line(f"to name them: {command}")
     if not chosen.tasks:
         print_line(
             "no task is allowed yet: a run that needs one waits for you "
@@ -181,45 +172,6 @@ def discover(
     print_data(data, lines, json=json)
     if not (found or json):
         print_line("none; a coordinator announces itself with: commonweight up --announce")
-
-
-def _prompt(name: str, there: Sequence[str] = ()) -> str:
-    """Ask until the answer is one that the setting takes. `there`: the columns of the data."""
-    question, default = _PROMPTS[name]
-    while True:
-        text = str(typer.prompt(question, default=default, show_default=bool(default), err=True))
-        try:
-            _check_answer(name, text, there)
-        except UsageError as err:
-            print_line(json_output.format_error(err))
-        else:
-            return text
-
-
-def _check_answer(name: str, text: str, there: Sequence[str] = ()) -> None:
-    """Raise UsageError or UnknownName if it is no value of this setting."""
-    from agent.policy import consent
-    from agent.setup import consents
-
-    home = homes.home_path("agent")
-    if name == "columns":
-        for pattern in _column_patterns(text) or []:
-            if not any(consent.matches(column, [pattern]) for column in there):
-                near = get_close_matches(pattern, there, 1)
-                hint = f"did you mean {near[0]}?" if near else ""
-                raise UsageError(f"the data have no column {pattern!r}", hint)
-    elif name == "allow":
-        known = consents.known_tasks(settings.read(home))
-        consents.allowing(settings.read_own(home), known, consents.split_list(text) or [])
-    else:
-        settings.read(home, **{name: text})
-
-
-def _column_patterns(text: str | None) -> list[str] | None:
-    """The patterns of `age,sex`, or those of `all`; None stays None."""
-    from agent.setup import consents
-
-    return ["*"] if text is not None and text.strip() == "all" else consents.split_list(text)
 
 
 def _read_ticket(given: str | None) -> str:

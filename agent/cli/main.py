@@ -173,7 +173,7 @@ def _format_status(home: Path, *, json: bool) -> str:
     if waiting := own_data.waiting_rows(home):
         lines.append(f"data: {waiting}")
     for request in consents.requests(home, settings.read(home)):
-        lines.append(f"? awaiting consent: {request.about}; to allow it: {request.command}")
+        lines.append(f"? {request.line}")
     lines += _format_version(status)
     if status.shares_at:
         lines.append(f"other peers fetch shared versions at {status.shares_at}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,8 @@ from agent.cli.common import (
 )
 from agent.cli.names import complete_settings, complete_values
 from agent.home import settings, settings_schema
+from agent.policy import consent
+from agent.setup import consents
 from protocols.errors import UsageError
 from protocols.local import homes
 from protocols.local.command_line import App
@@ -70,6 +72,11 @@ def set_policy(
         from agent.setup import own_data
 
         print_line(own_data.check_setting(settings.read(home, data=parsed)))
+    if key == "data_columns":
+        from agent.setup import own_data
+
+        if note := own_data.check_columns(settings.read(home).data, parsed):
+            print_line(note)
     if key == "told_folder":
         _check_memory_stays(home, parsed)
     if key == "sandbox_read":
@@ -78,13 +85,28 @@ def set_policy(
                 print_line(f"with {path}, tasks may read the agent's keys, which are in {home}")
             elif not path.exists():
                 print_line(f"{path} does not exist yet")
-    settings.change(home, **{key: parsed})
+    with settings.locked(home):
+        settings.change(home, **{key: parsed}, **_new_consents(home, key, parsed))
     source = next(setting.source for setting in settings.describe(home) if setting.name == key)
     print_line(f"{key} is {value or 'empty'} in {home / settings.FILE}")
     if source != settings.FILE:
         print_line(f"but {source} is set and overrides it")
     if is_running(home) and key in settings_schema.RESTART_KEYS:
         print_line("the running agent applies it after its current work")
+    if key in ("data", "tasks") and (awaiting := consents.awaiting_columns(settings.read(home))):
+        print_line(
+            f"no column may be used yet; to name them: {consents.columns_command(awaiting[0])}"
+        )
+
+
+def _new_consents(home: Path, key: str, parsed: Any) -> dict[str, Any]:
+    """What changes with `tasks`: new ones await the names of columns, as with `task allow`."""
+    if key != "tasks":
+        return {}
+    own, known = settings.read_own(home), consents.known_tasks(settings.read(home))
+    asked = {consents.EVERY, *consent.USES_COLUMNS}
+    new = [name for name in parsed if name in asked and name not in own.tasks]
+    return {"consents": consents.allowing(own, known, new)["consents"]}
 
 
 def _check_memory_stays(home: Path, folder: str) -> None:

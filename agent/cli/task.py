@@ -13,12 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
+from agent.cli import prompts
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
 from agent.cli.names import TaskName, TaskPattern, complete_tasks
 from agent.home import consent_requests, settings
 from agent.home.consent_requests import Request
 from agent.home.settings_schema import AgentSettings
-from agent.setup import consents
+from agent.setup import consents, own_data
 from agent.tasks import registry
 from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
@@ -54,18 +55,29 @@ def allow(
     name: TaskPattern,
     columns: Annotated[
         str | None,
-        typer.Option(help="Columns that it may use, such as age,sex; default: data.columns."),
+        typer.Option(help="Columns that it may use, such as age,sex; or all."),
     ] = None,
     purpose: Annotated[str | None, typer.Option(help="What for: a note for yourself.")] = None,
 ) -> None:
     """Allow a task to train and evaluate on this machine's data. It holds for all later runs."""
     home = homes.open_home("agent")
     asked = consent_requests.read(home)
-    consents.allow(home, name, columns=consents.split_list(columns), purpose=purpose)
+    patterns = consents.parse_columns(columns)
+    if note := own_data.check_columns(settings.read(home).data, patterns or []):
+        print_line(note)
+    consents.allow(home, name, columns=patterns, purpose=purpose)
     chosen = settings.read(home)
+    there = own_data.columns(chosen.data)
+    if there and consents.awaiting_columns(chosen, name) and prompts.can_ask():
+        patterns = consents.parse_columns(prompts.ask_columns(chosen.data, there))
+        consents.allow(home, name, columns=patterns)
+        chosen = settings.read(home)
     print_line(f"allowed {name}, {consents.describe(chosen, name)}")
     _say_overridden(home)
-    if is_running(home) and (name == consents.EVERY or name in asked):
+    if awaiting := consents.awaiting_columns(chosen, name):
+        command = consents.columns_command(awaiting[0])
+        print_line(f"no column of {chosen.data} may be used yet; to name them: {command}")
+    elif is_running(home) and (name == consents.EVERY or name in asked):
         print_line("the running agent takes part within seconds")
 
 
@@ -124,7 +136,9 @@ def _mark(chosen: AgentSettings, name: str, asked: dict[str, Request]) -> str:
         case standing:
             word = "file has changed, " if standing == "changed" else ""
             if name in asked:
-                return f"? {word}awaiting consent: {asked[name].about}: {asked[name].command}"
+                return f"? {word}{asked[name].line}"
+            if standing == "columns":
+                return f"? allowed, awaiting columns: {consents.columns_command(name)}"
             return f"? {word}asks you first: commonweight-agent task allow {name}"
 
 

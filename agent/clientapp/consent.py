@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from agent.home.consent_requests import Request, plain_columns
 from agent.home.settings_schema import AgentSettings
 from agent.policy import consent
+from agent.policy.consent import Standing
 from agent.tasks import Setting, registry
-from protocols.errors import AwaitingConsent, NotAllowed, UnknownName
+from protocols.errors import AwaitingColumns, AwaitingConsent, NotAllowed, UnknownName
 
 _ON_THAT_MACHINE = "on that machine: commonweight-agent"
-#: Built-in tasks whose settings `target` and `features` name columns of the owner's table.
-_NAME_COLUMNS = frozenset({"tabular"})
 
 
 class ConsentNeeded(AwaitingConsent):
     """The owner has not decided. `request` is what the owner reads."""
 
-    def __init__(self, message: str, hint: str, request: Request) -> None:
+    def __init__(self, message: str, hint: str, request: Request, standing: Standing) -> None:
         super().__init__(message, hint)
-        self.request = request
+        self.request, self.standing = request, standing
+        self.code = (AwaitingColumns if request.awaits_columns else AwaitingConsent).code
 
 
 def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Setting]) -> None:
@@ -47,11 +47,16 @@ def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Set
         at=time.time(),
         target=next(iter(plain_columns(target)), ""),
         columns=plain_columns([*target, *features]) if features else (),
+        awaits_columns=standing == "columns",
     )
     message = f"its owner has not allowed the task {task!r} yet"
     if standing == "changed":
         message = f"its owner has not allowed the task {task!r} as its file is now"
-    raise ConsentNeeded(message, f"{_ON_THAT_MACHINE} task allow {task}", request)
+    command = f"{_ON_THAT_MACHINE} task allow {task}"
+    if standing == "columns":
+        message = f"its owner has not said which columns the task {task!r} may use"
+        command += " --columns NAME,NAME, or all"
+    raise ConsentNeeded(message, command, request, standing)
 
 
 def _check_columns(chosen: AgentSettings, run: str, task: str, columns: list[str]) -> None:
@@ -70,7 +75,7 @@ def _check_columns(chosen: AgentSettings, run: str, task: str, columns: list[str
 def _named_columns(task: str, settings: Mapping[str, Setting]) -> tuple[list[str], list[str]]:
     """The target and the features that a run names. Features that it does not name are known only
     when the table is read."""
-    if task not in _NAME_COLUMNS:
+    if task not in consent.USES_COLUMNS:
         return [], []
     target, features = (str(settings.get(name, "")) for name in ("target", "features"))
     named = [name for name in map(str.strip, features.split(",")) if name]

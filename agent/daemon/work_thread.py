@@ -30,7 +30,7 @@ from agent.home.consent_requests import Request
 from agent.home.live_settings import LiveSettings
 from agent.home.logs import owner_log
 from agent.home.refusal_log import RefusalLog
-from agent.policy.consent import ASKED_FIRST
+from agent.policy.consent import Standing
 from agent.trainer.ipc import Progress
 from agent.trainer.retry import RetryingTrainer
 from agent.transport.coordinator_client import CoordinatorClient
@@ -99,7 +99,7 @@ class WorkThread:
         self._job_models = VersionStore(job_folder, link)
         self._owner, self._refusals = LiveSettings(ctx.home), RefusalLog(ctx.home)
         #: Tasks that the coordinator asked for and that wait for the owner's consent.
-        self._asked: set[str] = set()
+        self._asked: dict[str, Standing] = {}
         #: The coordinator asked for work of a secure run, and the owner trusts too few peers.
         self._needs_trust = False
         self.trainer = client_factory.make_trainer(
@@ -196,6 +196,7 @@ class WorkThread:
         is_new = True
         match err:
             case ConsentNeeded():
+                self._asked[err.request.task] = err.standing
                 self._ask_owner(err.request)
                 is_new = False
             case NotAllowed() | SecureRefused() | TrainerFailed(kind=NotAllowed.code):
@@ -218,29 +219,28 @@ class WorkThread:
 
     def _ask_owner(self, request: Request) -> None:
         """Tell the owner once which run waits for their consent, and what gives it."""
-        self._asked.add(request.task)
         known = consent_requests.read(self._home).get(request.task)
         if known is not None and replace(known, run=request.run, at=request.at) == request:
             request = replace(request, at=known.at)
         if known == request:
             return
-        text = f"{request.about}; to allow it: {request.command}"
         try:
             consent_requests.add(self._home, request)
         except (OSError, HomeLocked) as err:
             why = err.strerror if isinstance(err, OSError) else err.message
             log.warning("cannot write %s: %s", consent_requests.FILE, why)
-        if self._refusals.note(request.run, request.task, text):
-            log.warning("awaiting consent: %s", text)
+        if self._refusals.note(request.run, request.task, request.line):
+            log.warning("%s", request.line)
         self._runner.call_threadsafe(self._report.mark_stale)
 
     def owner_has_decided(self) -> bool:
-        """True if the owner has allowed or forbidden a task that the coordinator asked for, or
+        """True if the owner has decided something about a task that the coordinator asked for, or
         trusts the peers that a secure run needs."""
         chosen = self._owner()
-        asked = list(self._asked)  # the work thread may add one meanwhile
-        decided = {task for task in asked if chosen.standing_of(task) not in ASKED_FIRST}
-        self._asked -= decided
+        asked = list(self._asked.items())  # the work thread may add one meanwhile
+        decided = [task for task, before in asked if chosen.standing_of(task) != before]
+        for task in decided:
+            self._asked.pop(task, None)
         trusts = self._needs_trust and not missing(chosen)
         self._needs_trust = self._needs_trust and not trusts
         return bool(decided) or trusts

@@ -25,7 +25,8 @@ _PLAIN = re.compile(r"[\w.-]+( [\w.-]+)*")
 
 class Request(Struct, frozen=True, kw_only=True):
     """A run asked for a task. `columns`: those that it names, none if it takes all that it may;
-    `target`: the one that it predicts. `at`: Unix s of the first time.
+    `target`: the one that it predicts. `awaits_columns`: the task is allowed, and only its columns
+    are not named yet. `at`: Unix s of the first time.
     """
 
     task: str
@@ -33,6 +34,7 @@ class Request(Struct, frozen=True, kw_only=True):
     at: float
     target: str = ""
     columns: tuple[str, ...] = ()
+    awaits_columns: bool = False
 
     @property
     def command(self) -> str:
@@ -40,13 +42,35 @@ class Request(Struct, frozen=True, kw_only=True):
         words = ["commonweight-agent", "task", "allow", self.task]
         if self.columns and all(_PLAIN.fullmatch(name) for name in self.columns):
             words += ["--columns", ",".join(self.columns)]
+        elif self.awaits_columns:
+            words += ["--columns", "NAME,NAME"]
         return shlex.join(words)
+
+    @property
+    def answer(self) -> str:
+        """What the owner can do, with the command."""
+        if self.awaits_columns:
+            return f"to name them: {self.command} (or all)"
+        return f"to allow it: {self.command}"
+
+    @property
+    def line(self) -> str:
+        """What is awaited, and what the owner can do."""
+        return f"awaiting {self.lacks}: {self.about}; {self.answer}"
+
+    @property
+    def lacks(self) -> str:
+        """What the owner has to give."""
+        return "columns" if self.awaits_columns else "consent"
 
     @property
     def about(self) -> str:
         """Which run asks for what."""
         columns = ", ".join(self.columns) or "all columns that you allow"
         target = f" to predict {self.target}, from {columns}" if self.target else ""
+        if self.awaits_columns and not self.columns:
+            target = f" to predict {self.target}" if self.target else ""
+            target += "; no column of your data may be used yet"
         return f"run {self.run} asks for the task {self.task!r}{target}"
 
 

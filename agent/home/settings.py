@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import msgspec
 import tomli_w
+from msgspec.structs import replace
 
 from agent.data.settings import DataSettings, Floors
 from agent.home.settings_schema import MIN_SECURE_PEERS, AgentSettings
@@ -29,7 +30,13 @@ def read(home: Path, **flags: Any) -> AgentSettings:
     """Read the settings; flags override them unless they are None. Raises UsageError."""
     values = settings_file.read_file(home) | _read_environment()
     values |= {name: value for name, value in flags.items() if value is not None}
-    return _validate(values, f"correct {home / FILE}")
+    chosen = _validate(values, f"correct {home / FILE}")
+    if "data_columns" in values:  # the owner has named columns, for all tasks
+        named = {
+            task: replace(said, awaits_columns=False) for task, said in chosen.consents.items()
+        }
+        chosen = replace(chosen, consents=named)
+    return chosen
 
 
 def read_own(home: Path) -> AgentSettings:
@@ -181,6 +188,8 @@ def parse_value(name: str, text: str) -> Any:
         )
     if name == "trust":
         raise UsageError("peers are trusted one at a time", "commonweight-agent trust add ID")
+    if name == "data_columns" and text.strip() == "all":
+        return ["*"]
     if name == "sandbox_read":
         return [data_path(part.strip()) for part in text.split(",") if part.strip()]
     kind = type(getattr(AgentSettings(), name, text))

@@ -260,6 +260,10 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         """True if the owner allows this task."""
         return self.standing_of(task) == "allowed"
 
+    def grants(self, task: str) -> bool:
+        """True if the owner allows this task, also before its columns are named."""
+        return self.standing_of(task) in ("allowed", "columns")
+
     def standing_of(self, task: str) -> Standing:
         """What the owner has decided about a task. Reads the task's file, if it has one."""
         if task in self.forbidden_tasks:
@@ -268,7 +272,9 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
             return "awaiting"
         source, code = self.task_files.get(task, ""), self.consent_to(task).code
         if not source:
-            return "changed" if code else "allowed"
+            if code:
+                return "changed"
+            return "columns" if self.awaits_columns(task) else "allowed"
         if not code:  # a file that was registered without `task add`
             return "allowed" if "*" in self.tasks else "changed"
         return "allowed" if task_code.digest(source) == code else "changed"
@@ -282,6 +288,13 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         """How many trusted peers a secure sum has at least, with this one."""
         return max(self.secure_min, MIN_SECURE_PEERS)
 
+    def awaits_columns(self, task: str) -> bool:
+        """True if the owner has data for this task, and has not said which columns it may use."""
+        is_used = task in consent.USES_COLUMNS and bool(self.data) and not self.fleet
+        return is_used and self.consent_to(task).awaits_columns
+
     def columns_of(self, task: str) -> tuple[str, ...]:
         """Patterns of the columns that this task may use."""
+        if self.awaits_columns(task):
+            return ()
         return consent.narrow(self.consent_to(task).columns, self.data_columns)

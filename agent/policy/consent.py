@@ -10,23 +10,28 @@ from msgspec import Meta, Struct
 
 MAX_PURPOSE_CHARS = 200
 
-#: `changed`: the task's file is no longer the one that the owner allowed.
-Standing = Literal["allowed", "forbidden", "awaiting", "changed"]
-
+#: `changed`: the task's file is no longer the one that the owner allowed. `columns`: the owner
+#: allows it, and has not said which columns it may use.
+Standing = Literal["allowed", "forbidden", "awaiting", "changed", "columns"]
 
 #: The owner is asked before such a task runs.
-ASKED_FIRST: frozenset[Standing] = frozenset({"awaiting", "changed"})
+ASKED_FIRST: frozenset[Standing] = frozenset({"awaiting", "changed", "columns"})
+#: Built-in tasks that read the columns of the owner's table. Their settings `target` and `features`
+#: name columns.
+USES_COLUMNS = frozenset({"tabular"})
 
 
-class Consent(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Consent(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What an owner said when a task was allowed.
 
     `columns`: patterns of columns that the task may use, among those of `data_columns`; empty: all
-    of these. `purpose`: the owner's note. `code`: SHA-256 of the task's file and of the modules
-    beside it that it imports; empty for installed tasks. `at`: Unix s.
+    of these. `awaits_columns`: none before the owner names them, here or in `data_columns`; older
+    versions allowed all. `purpose`: the owner's note. `code`: SHA-256 of the task's file and of the
+    modules beside it that it imports; empty for installed tasks. `at`: Unix s.
     """
 
     columns: tuple[str, ...] = ()
+    awaits_columns: bool = False
     purpose: Annotated[str, Meta(max_length=MAX_PURPOSE_CHARS)] = ""
     code: str = ""
     at: float = 0.0

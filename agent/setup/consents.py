@@ -13,17 +13,29 @@ from agent.home import consent_requests, settings
 from agent.home.consent_requests import Request
 from agent.home.settings_schema import AgentSettings
 from agent.policy import consent, task_code
-from agent.policy.consent import ASKED_FIRST, Consent
+from agent.policy.consent import ASKED_FIRST
 from agent.tasks import registry
 from protocols.errors import UnknownName, UsageError
 from protocols.messages.envelope import strip_controls
 
 EVERY = "*"
+#: What stands for every column of the data.
+ALL_COLUMNS = "all"
 
 
 def split_list(text: str | None) -> list[str] | None:
     """The parts of `age,sex`; None stays None."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_columns(text: str | None) -> list[str] | None:
+    """The patterns of `age,sex`, or that of `all`; None stays None. Raises UsageError."""
+    if text is not None and text.strip() == ALL_COLUMNS:
+        return ["*"]
+    found = split_list(text)
+    if found == []:
+        raise UsageError("--columns names no column", "write for example --columns age,sex, or all")
+    return found
 
 
 def known_tasks(chosen: AgentSettings) -> dict[str, str]:
@@ -41,7 +53,8 @@ def allowing(
 ) -> dict[str, Any]:
     """The settings that change when the owner allows these tasks. Raises UnknownName, UsageError.
 
-    `known` are the tasks on this machine. What is not given stays as it was.
+    `known` are the tasks on this machine. What is not given stays as it was. A task that is new
+    here and reads the owner's table awaits the names of its columns.
     """
     for name in names:
         if name != EVERY and name not in known:
@@ -51,14 +64,14 @@ def allowing(
                 "task add",
             )
     for column in columns or ():
-        if not consent.narrow([column], chosen.data_columns):
+        if column != "*" and not consent.narrow([column], chosen.data_columns):
             raise UsageError(
                 f"data.columns does not allow the column {column!r}",
                 "commonweight-agent policy set data.columns",
             )
     given: dict[str, Any] = {"at": time.time()}
-    if columns is not None:
-        given["columns"] = tuple(columns)
+    if columns is not None:  # the pattern of all has no limit beside `data_columns`
+        given["columns"] = () if list(columns) == ["*"] else tuple(columns)
     if purpose is not None:
         if len(purpose) > consent.MAX_PURPOSE_CHARS:
             raise UsageError(f"a purpose has at most {consent.MAX_PURPOSE_CHARS} characters")
@@ -69,12 +82,21 @@ def allowing(
         code = task_code.digest(source) if source else ""
         if source and not code:
             raise UsageError(f"the file of {name} cannot be read: {source.rpartition(':')[0]}")
-        consents[name] = replace(chosen.consents.get(name, Consent()), **given, code=code)
+        said = chosen.consent_to(name)
+        awaits = columns is None and _awaits_columns(chosen, name)
+        consents[name] = replace(said, **given, code=code, awaits_columns=awaits)
     return {
         "tasks": [*chosen.tasks, *(name for name in names if name not in chosen.tasks)],
         "forbidden_tasks": [name for name in chosen.forbidden_tasks if name not in names],
         "consents": consents,
     }
+
+
+def _awaits_columns(chosen: AgentSettings, name: str) -> bool:
+    """True if a task that is allowed without columns needs them. Those of older homes do not."""
+    if {name, EVERY} & {*chosen.tasks, *chosen.consents}:
+        return chosen.consent_to(name).awaits_columns
+    return name == EVERY or name in consent.USES_COLUMNS
 
 
 def allow(
@@ -114,7 +136,20 @@ def describe(chosen: AgentSettings, task: str) -> str:
     """What the owner has decided about a task, for a person."""
     said, columns = chosen.consent_to(task), chosen.columns_of(task)
     parts = ["all columns" if "*" in columns else f"columns {', '.join(columns) or 'none'}"]
+    if awaiting := awaiting_columns(chosen, task):
+        parts = [f"awaiting columns: {' and '.join(awaiting)}"]
     return ", ".join(parts + ([f"for: {said.purpose}"] if said.purpose else []))
+
+
+def awaiting_columns(chosen: AgentSettings, task: str = EVERY) -> list[str]:
+    """Tasks among this one, or all, whose columns the owner has not named yet."""
+    names = consent.USES_COLUMNS if task == EVERY else [task]
+    return sorted(name for name in names if chosen.standing_of(name) == "columns")
+
+
+def columns_command(task: str) -> str:
+    """What names the columns of a task."""
+    return f"commonweight-agent task allow {task} --columns NAME,NAME (or all)"
 
 
 def requests(home: Path, chosen: AgentSettings) -> list[Request]:

@@ -107,7 +107,7 @@ class _Doctor:
             f"{'every task' if task == consents.EVERY else task} "
             f"({consents.describe(chosen, task)})"
             for task in chosen.tasks
-            if task == consents.EVERY or chosen.allows(task)
+            if task == consents.EVERY or chosen.grants(task)
         ]
         detail = f"allowed: {'; '.join(allowed)}" if allowed else "no task is allowed yet"
         if chosen.forbidden_tasks:
@@ -118,6 +118,8 @@ class _Doctor:
             return Advice(f"{detail}; the file of {changed[0]} has changed since", advice)
         if waiting := consents.requests(self._home, chosen):
             return Advice(f"{detail}; {waiting[0].about}", waiting[0].command)
+        if awaiting := consents.awaiting_columns(chosen):
+            return Advice(detail, consents.columns_command(awaiting[0]))
         return detail
 
     def sharing(self) -> str:

@@ -144,6 +144,7 @@ class Coordinator:
         self._publisher.on_eligibility_change = self._peers.wake_queues
         self._publisher.on_up = self.runs.resend_doorbells
         self._publisher.awaits_consent = self._awaits_consent
+        self._publisher.awaits_columns = self._awaits_columns
         self._publisher.fetched_from = self.sharing.fetched_from
         self.sharing.on_fetched = self._peers.publish
         self.transfer.limits.on_shortage = self.runs.wake
@@ -299,6 +300,10 @@ class Coordinator:
 
     def _awaits_consent(self, peer: str) -> str:
         return self.runs.awaits_consent(peer) or self.jobs.awaits_consent(peer)
+
+    def _awaits_columns(self, peer: str) -> bool:
+        # The same run or job as in `_awaits_consent`.
+        return (self.runs if self.runs.awaits_consent(peer) else self.jobs).awaits_columns(peer)
 
     def _forget_peer(self, peer: str) -> None:
         self.transfer.forget(peer)

@@ -32,7 +32,8 @@ def remedy(peer: Peer, now: float) -> str:
     """What to do so that this peer gets work; empty if it can get work, or if nothing is known."""
     match readings.shown_state(peer, now):
         case PeerState.AWAITING if peer.awaits_consent:
-            return f"{_THERE} task allow {peer.awaits_consent}"
+            names = " --columns NAMES (or all)" if peer.awaits_columns else ""
+            return f"{_THERE} task allow {peer.awaits_consent}{names}"
         case PeerState.AWAITING:
             return f"commonweight peers approve {readings.display_name(peer)}"
         case PeerState.OFFLINE | PeerState.STALE:

@@ -47,7 +47,8 @@ class Peer(Struct, kw_only=True):
     """A peer as the last messages describe it.
 
     `no_presence`: its MQTT presence is missing, and the coordinator derives `state` from its
-    requests. `awaits_consent`: the task for which a run awaits its owner's consent.
+    requests. `awaits_consent`: the task for which a run awaits its owner's consent;
+    `awaits_columns`: only which columns it may use.
     `paused_by`: the rules of its policy that pause it. `seen_at` is Unix s, 0 for never.
     `missed` counts lost messages. `said_at` is the newest date of its messages by its own
     clock, at most our time then. `skew_s` is how far its clock was ahead of ours at its
@@ -68,6 +69,7 @@ class Peer(Struct, kw_only=True):
     state: PeerState = PeerState.OFFLINE
     reason: Text = NOT_SEEN
     awaits_consent: Name = ""
+    awaits_columns: bool = False
     version: Name = ""
     task: Name = ""
     run: Name = ""

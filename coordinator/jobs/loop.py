@@ -24,11 +24,12 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
-from protocols.errors import AwaitingConsent, BadMessage, DiskFull
+from protocols.errors import UNDECIDED_CODES, AwaitingColumns, BadMessage, DiskFull
 from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
+from protocols.messages.refusals import Refusal
 
 log = logging.getLogger("commonweight.job")
 
@@ -56,9 +57,9 @@ class JobLoop:
         #: A peer that Flower could not reach gets no work until then (monotonic s), or until it has
         #: a new session.
         self._lost_until: dict[str, float] = {}
-        #: Peers whose owners have not decided about the task, with the reason; how often each was
-        #: asked.
-        self._awaiting: dict[str, str] = {}
+        #: Peers whose owners have not decided about the task, with their refusals; how often each
+        #: was asked.
+        self._awaiting: dict[str, Refusal] = {}
         self._num_asked: Counter[str] = Counter()
         self._stop_reason = ""
 
@@ -77,6 +78,10 @@ class JobLoop:
     def awaits_consent(self, peer: str) -> bool:
         """True if the peer refused a unit because its owner has not allowed the task yet."""
         return peer in self._awaiting
+
+    def awaits_columns(self, peer: str) -> bool:
+        """True if that owner allows the task and has not named its columns yet."""
+        return peer in self._awaiting and self._awaiting[peer].kind == AwaitingColumns.code
 
     def owner_has_decided(self, peer: str) -> None:
         """The peer's owner has allowed or forbidden a task: ask again soon."""
@@ -143,7 +148,9 @@ class JobLoop:
             for peer in self._awaiting
             if is_due or self._num_asked[peer] >= MAX_CONSENT_ASKS or not self._is_known(peer)
         ]
-        return [job_events.PeerExcused(peer, self._awaiting.pop(peer)) for peer in sorted(late)]
+        return [
+            job_events.PeerExcused(peer, self._awaiting.pop(peer).text) for peer in sorted(late)
+        ]
 
     def _is_known(self, peer: str) -> bool:
         return self._ctx.node_of(peer) is not None
@@ -212,8 +219,8 @@ class JobLoop:
                 self._lost_until[peer] = time.monotonic() + _RETRY_S
                 return [job_events.LeaseEnded(unit.number, peer, "went away")]
             refusal = refusals.decode(reply.error.reason or "")
-            if refusal.kind == AwaitingConsent.code:
-                self._awaiting[peer] = refusal.text
+            if refusal.kind in UNDECIDED_CODES:
+                self._awaiting[peer] = refusal
                 self._num_asked[peer] += 1
                 return [job_events.LeaseEnded(unit.number, peer, _AWAITS)]
             return [
@@ -281,7 +288,9 @@ class JobLoop:
             case job_events.LeaseEnded(_, peer, reason) if reason == _AWAITS:
                 if self._num_asked[peer] > 1:
                     return
-                text = f"{self._ctx.name_of(peer)} awaits consent: {self._awaiting.get(peer, '')}"
+                awaited = "columns" if self.awaits_columns(peer) else "consent"
+                why = self._awaiting[peer].text if peer in self._awaiting else ""
+                text = f"{self._ctx.name_of(peer)} awaits {awaited}: {why}"
             case job_events.PeerExcused(peer, reason):
                 text = f"{self._ctx.name_of(peer)} is excused: {reason}"
             case job_events.AnswerDropped(unit, peer, reason, detail) if reason != "late":

@@ -141,6 +141,11 @@ class JobManager:
         loops = self._loops.values()
         return next((one.job.spec.task for one in loops if one.awaits_consent(peer)), "")
 
+    def awaits_columns(self, peer: str) -> bool:
+        """True if that owner allows the task and has not named its columns yet."""
+        waiting = (one for one in self._loops.values() if one.awaits_consent(peer))
+        return next((one.awaits_columns(peer) for one in waiting), False)
+
     def ack_future(self, message_id: str) -> asyncio.Future[bool] | None:
         """What `RunManager.acknowledged` waits for, if the request belongs to a job."""
         found = (loop.requests.ack_future(message_id) for loop in self._loops.values())

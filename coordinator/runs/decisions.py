@@ -13,7 +13,13 @@ from typing import NamedTuple
 from coordinator.runs import best_version, buffered, recovery, steps
 from coordinator.runs.state import PeerStatus, Run
 from coordinator.runs.steps import Step, count_peers
-from protocols.errors import SETTINGS_CODES, AwaitingConsent, NotAllowed, UploadRefused
+from protocols.errors import (
+    SETTINGS_CODES,
+    UNDECIDED_CODES,
+    AwaitingColumns,
+    NotAllowed,
+    UploadRefused,
+)
 from protocols.messages import refusals
 from protocols.messages.states import RunState
 
@@ -106,31 +112,36 @@ def _decide_waiting(run: Run, observed: Observation) -> Step:
 
 
 def _wait_for_quorum(run: Run, observed: Observation, missing: int) -> steps.Wait:
-    """The wait for so many more peers; for their owners' consent, if that is what they lack."""
+    """The wait for so many more peers; for their owners' decisions, if that is what they lack."""
     more = f"{count_peers(missing)} more for the quorum"
     if not (awaiting := _await_consent(run, observed)):
         return steps.Wait(more)
-    consent = f"the consent of {count_peers(len(awaiting))} to the task {run.spec.task}"
-    return steps.Wait(consent if len(awaiting) >= missing else f"{more}, and {consent}", awaiting)
+    columns = [p for p in awaiting if run.refusal_kinds[p] == AwaitingColumns.code]
+    texts = [] if len(awaiting) >= missing else [more]
+    if consents := len(awaiting) - len(columns):
+        texts.append(f"the consent of {count_peers(consents)} to the task {run.spec.task}")
+    if columns:
+        texts.append(f"the columns of {count_peers(len(columns))} for the task {run.spec.task}")
+    return steps.Wait(", and ".join(texts), awaiting)
 
 
 def _await_consent(run: Run, observed: Observation) -> tuple[str, ...]:
     """Online peers whose owners have not decided about the task yet, sorted."""
     kinds = run.refusal_kinds
-    return tuple(sorted(p for p in observed.unfit if kinds.get(p) == AwaitingConsent.code))
+    return tuple(sorted(p for p in observed.unfit if kinds.get(p) in UNDECIDED_CODES))
 
 
 def _may_be_decided(run: Run, observed: Observation) -> bool:
     """True if the owner of a peer that refused, online or not, has not decided yet."""
     refused = _with_status(run, "refused") | observed.unfit
-    return any(run.refusal_kinds.get(peer) == AwaitingConsent.code for peer in refused)
+    return any(run.refusal_kinds.get(peer) in UNDECIDED_CODES for peer in refused)
 
 
 def _decided(run: Run, eligible: Set[str]) -> set[str]:
     """Peers that lacked consent when they were asked, and whose owners have decided since."""
     kinds = run.refusal_kinds
     refused = _with_status(run, "refused") | run.cooling_down
-    return {p for p in refused & eligible if kinds.get(p) == AwaitingConsent.code}
+    return {p for p in refused & eligible if kinds.get(p) in UNDECIDED_CODES}
 
 
 def _only_part_is_done(run: Run) -> bool:

@@ -21,7 +21,7 @@ from coordinator.runs.rounds import Rounds, RunParts
 from coordinator.runs.state import TOO_STALE, Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import AwaitingConsent, CommonweightError, DiskFull, HomeError, UpdateRefused
+from protocols.errors import UNDECIDED_CODES, CommonweightError, DiskFull, HomeError, UpdateRefused
 from protocols.local.disk_space import is_disk_full
 from protocols.messages.states import RunState
 
@@ -90,7 +90,7 @@ class RunLoop:
     def awaits_consent(self, peer: str) -> bool:
         """True if the peer refused work because its owner has not allowed the task yet."""
         is_refused = peer in self._recorder.incompatible
-        return is_refused and self.run.refusal_kinds.get(peer) == AwaitingConsent.code
+        return is_refused and self.run.refusal_kinds.get(peer) in UNDECIDED_CODES
 
     @property
     def run(self) -> Run:

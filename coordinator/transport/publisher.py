@@ -47,6 +47,7 @@ class EventPublisher:
         self.on_up: Callable[[], None] = lambda: None
         #: The task for which a run awaits the consent of this peer's owner, or "".
         self.awaits_consent: Callable[[str], str] = lambda peer: ""
+        self.awaits_columns: Callable[[str], bool] = lambda peer: False
         #: The peers from which this peer fetched its last version, with bytes/s.
         self.fetched_from: Callable[[str], dict[str, float]] = lambda peer: {}
         self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
@@ -143,6 +144,7 @@ class EventPublisher:
                 has_session=self._sessions.is_open(peer.peer),
                 state=state,
                 awaits_consent=self.awaits_consent(peer.peer),
+                awaits_columns=self.awaits_columns(peer.peer),
                 fetched_from=self.fetched_from(peer.peer),
             )
         )
@@ -164,6 +166,7 @@ class EventPublisher:
             if (
                 shown.flower is not self._sessions.is_open(peer.peer)
                 or shown.awaits_consent != self.awaits_consent(peer.peer)
+                or shown.awaits_columns != self.awaits_columns(peer.peer)
                 or state is not None
             ):
                 was_eligible = self._sessions.is_eligible(peer.peer)

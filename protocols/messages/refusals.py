@@ -35,9 +35,9 @@ _SENTENCES = _TRAINER | {
     errors.Unreachable.code: "the coordinator of its fleet below does not answer",
     errors.BadWeights.code: "the task's weights do not have the shapes that it declares",
 }
-#: Older coordinators do not know the kind `AwaitingConsent`: it travels as NotAllowed, with words
-#: before its text. Older agents write the second ones.
-_AWAITS = "awaits consent: "
+#: Older coordinators do not know the kinds `AwaitingConsent` and `AwaitingColumns`: they travel as
+#: NotAllowed, with words before the text. Older agents write the last ones.
+_AWAITS, _AWAITS_COLUMNS = "awaits consent: ", "awaits consent: columns: "
 _OLD_AWAITS = "the owner of this machine does not allow the task "
 _SEE_LOG = "its owner sees why: commonweight-agent status"
 _OLD_TRAINER = "the trainer"
@@ -59,7 +59,7 @@ PERMANENT = frozenset(
         errors.TaskUnusable.code,
         errors.MissingPackage.code,
         errors.NotAllowed.code,
-        errors.AwaitingConsent.code,
+        *errors.UNDECIDED_CODES,
         errors.LogConflict.code,
         errors.UploadRefused.code,
         errors.SubfleetFailed.code,
@@ -78,7 +78,7 @@ TRANSIENT = frozenset(
 _WITH_HINT = errors.SETTINGS_CODES | {
     errors.MissingPackage.code,
     errors.NotAllowed.code,
-    errors.AwaitingConsent.code,
+    *errors.UNDECIDED_CODES,
     errors.LogConflict.code,
     errors.Unwitnessed.code,
     errors.SecureRefused.code,
@@ -104,10 +104,12 @@ class Refusal(Struct, frozen=True):
 
     def encode(self) -> str:
         """The text that travels."""
-        kind = self.kind
-        if kind == errors.AwaitingConsent.code:
-            kind = f"{errors.NotAllowed.code}: {_AWAITS.rstrip(': ')}"
-        return f"{kind}: {self.text}"[:MAX_CHARS]
+        before = f"{self.kind}: "
+        if self.kind in errors.UNDECIDED_CODES:
+            is_columns = self.kind == errors.AwaitingColumns.code
+            words = _AWAITS_COLUMNS if is_columns else _AWAITS
+            before = f"{errors.NotAllowed.code}: {words}"
+        return f"{before}{self.text}"[:MAX_CHARS]
 
 
 def refusal_of(err: CommonweightError) -> Refusal:
@@ -129,6 +131,8 @@ def decode(reason: str) -> Refusal:
     if kind == _OLD_TRAINER and text in KINDS:
         return Refusal(text, _sentence(text))
     if colon and text and kind in KINDS:
+        if kind == errors.NotAllowed.code and text.startswith(_AWAITS_COLUMNS):
+            return Refusal(errors.AwaitingColumns.code, text.removeprefix(_AWAITS_COLUMNS))
         if kind == errors.NotAllowed.code and text.startswith((_AWAITS, _OLD_AWAITS)):
             return Refusal(errors.AwaitingConsent.code, text.removeprefix(_AWAITS))
         return Refusal(kind, text)

@@ -39,7 +39,7 @@ def test_a_run_waits_for_consent_and_goes_on_when_it_is_given(tmp_path: Path) ->
     """Attack: train, describe and evaluate on a machine whose owner has allowed nothing."""
     with fleet(tmp_path) as site:
         site.up()
-        said = join(site, "north", "--allow", "tabular", "--purpose", "a study")
+        said = join(site, "north", "--allow", "tabular", "--purpose", "a study", "--columns", "all")
         assert "allowed: tabular, all columns, for: a study" in said
         assert "commonweight-agent policy set share off" in said, "how the port is closed"
         assert "no task is allowed yet" in join(site, "south")
@@ -66,12 +66,25 @@ def test_a_run_waits_for_consent_and_goes_on_when_it_is_given(tmp_path: Path) ->
         assert [entry.what for entry in refusal_log.read(tmp_path / "south")] == ["refused"] * 2
         assert audit_log.read(tmp_path / "south") == [], "nothing has left the machine"
 
-        done = site.ask_agent("south", "task", "allow", "tabular")
+        # Consent without columns is not enough: the run says what else it waits for.
+        assert site.ask_agent("south", "task", "allow", "tabular").returncode == 0
+        text = "the columns of 1 peer for the task tabular (south)"
+        wait_for(lambda: waits_for(site, run) == text, "the run says for whom it waits")
+        wait_for(lambda: peers(site)["south"] == ("awaiting", "columns: tabular"), "peers list")
+        assert "? awaiting columns" in site.ask("monitor", "--once").stdout
+        assert f"waits for {text}" in site.ask("run", "show", run).stdout
+        name_them = f"{allow} --columns NAME,NAME (or all)"
+        status = site.ask_agent("south", "status").stdout
+        assert f"? awaiting columns: run {run} asks for the task 'tabular'" in status
+        assert f"to name them: {name_them}" in status
+        assert audit_log.read(tmp_path / "south") == [], "nothing has left the machine"
+
+        done = site.ask_agent("south", "task", "allow", "tabular", "--columns", "all")
         assert "the running agent takes part within seconds" in done.stdout + done.stderr
         ended = site.ended_run(run)
         assert (ended["state"], len(ended["history"][-1]["contributors"])) == ("finished", 2)
         wait_for(lambda: peers(site)["south"][0] == "idle", "nobody awaits anything")
-        assert "awaiting consent" not in site.ask_agent("south", "status").stdout
+        assert "awaiting" not in site.ask_agent("south", "status").stdout
 
         # An owner who says no is not waited for.
         assert site.ask_agent("south", "task", "forbid", "tabular").returncode == 0

@@ -166,7 +166,7 @@ class Site:
         return str(json.loads(enrolled.read_bytes())["peer"])
 
     def _join(self, name: str) -> None:
-        words = f"commonweight-agent join --name {name} --allow '*'"
+        words = f"commonweight-agent join --name {name} --allow '*' --columns all"
         self.machine(name).ask(words, self._ticket("agent"))
 
     def _settle(self, *, stop: bool) -> None:

@@ -30,6 +30,7 @@ from agent.tasks.work import Describe, Done, Init
 from agent.trainer.process import Terms, TrainerProcess
 from protocols.enrollment import identity
 from protocols.errors import (
+    AwaitingColumns,
     AwaitingConsent,
     NotAllowed,
     SchemaMismatch,
@@ -185,6 +186,48 @@ def test_a_run_names_no_column_beyond_the_consent(machine: Machine, asked: dict[
     assert "\x1b" not in told.value.message
     with pytest.raises(AssertionError, match="the trainer was asked"):
         machine.ask("tabular", "describe", target="ill", features="age")
+
+
+@pytest.mark.parametrize("kind", ["describe", "init", "train", "evaluate"])
+@pytest.mark.parametrize("features", ["", "age"])
+def test_no_column_is_used_before_its_owner_names_it(
+    machine: Machine, kind: str, features: str
+) -> None:
+    """Attack: describe every column of an owner who allowed a task and named none."""
+    settings.change(machine.home, data="/data/patients.csv")
+    for name in ("tabular", "*"):
+        consents.allow(machine.home, name)
+        with pytest.raises(AwaitingConsent, match="has not said which columns") as asked:
+            machine.ask("tabular", kind, target="ill", features=features)
+        refusal = refusals.decode(refusals.refusal_of(asked.value).encode())
+        assert refusal.kind == AwaitingColumns.code
+        assert refusal.permanent, "the same request fails until the owner decides"
+        assert "task allow tabular --columns NAME,NAME, or all" in refusal.text
+        assert isinstance(asked.value, ConsentNeeded)
+        wanted = "ill,age" if features else "NAME,NAME"
+        assert asked.value.request.command.endswith(f"task allow tabular --columns {wanted}")
+        assert machine.owner().columns_of("tabular") == ()
+    assert machine.trainer.used == []
+    settings.change(machine.home, data_columns=["ill", "age"])
+    with pytest.raises(AssertionError, match="the trainer was asked"):
+        machine.ask("tabular", "describe", target="ill", features=features)
+    with pytest.raises(NotAllowed, match="does not let"):
+        machine.ask("tabular", "describe", target="surname", features=features)
+
+
+@pytest.mark.parametrize("said", ["", '[consents.tabular]\ncolumns = []\nat = 1.0\ncode = ""\n'])
+def test_homes_of_older_versions_keep_the_columns_that_they_had(
+    machine: Machine, said: str
+) -> None:
+    """Control: an owner who allowed all columns before they were asked for is not asked again."""
+    (machine.home / settings.FILE).write_text(f'data = "x.csv"\ntasks = ["tabular"]\n{said}')
+    for _ in range(2):
+        assert settings.read(machine.home).columns_of("tabular") == ("*",)
+        assert settings.read(machine.home).allows("tabular")
+        consents.allow(machine.home, "tabular")  # what is not given stays as it was
+    consents.forbid(machine.home, "tabular")
+    consents.allow(machine.home, "tabular")
+    assert settings.read(machine.home).standing_of("tabular") == "columns"
 
 
 def test_the_columns_of_a_task_reach_its_trainer_and_never_pass_those_of_the_machine(

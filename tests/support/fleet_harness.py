@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COORDINATOR, AGENT = "coordinator.cli", "agent.cli"
 HOST = "127.0.0.1"
 #: With these options of `join`, an agent runs every task on its machine.
-ALLOW = ("--allow", "*")
+ALLOW = ("--allow", "*", "--columns", "all")
 WITHIN_S = 120.0
 LOOK_EVERY_S = 0.05
 

@@ -54,7 +54,7 @@ def _asks(machine: Machine) -> list[Line]:
     lines = []
     for request in machine.consents:
         lines.append(Line(printable(f"? {request.about}"), "warn"))
-        lines.append(Line(f"  to allow it: {printable(request.command)}"))
+        lines.append(Line(f"  {printable(request.answer)}"))
     return lines
 
 

@@ -112,7 +112,7 @@ class DemoFleet:
         self._settings = {"THREADS": str(threads), "WORK": "always", "NICE": "0"}
         names = {f"agent{part + 1}": part for part in range(count)}
         for name, part in names.items():
-            words = ["join", "-", "--name", name, "--allow", task]
+            words = ["join", "-", "--name", name, "--allow", task, "--columns", "all"]
             words += ["--part", f"{part}/{count}", "--split", split]
             if tables:
                 words += ["--data", str(tables[part])]

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.fleet import remedies
-from coordinator.fleet.readings import shown_state
+from coordinator.fleet.readings import lacking, shown_state
 from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.monitor.peer_table import (
     LEVELS,
@@ -166,7 +166,7 @@ def policy(peer: Peer) -> Table:
     return facts_table(
         [
             ("tasks", ", ".join(peer.tasks) or "none yet: its owner allows each"),
-            *([("awaits consent", peer.awaits_consent)] if peer.awaits_consent else []),
+            *([(f"awaits {lacking(peer)}", peer.awaits_consent)] if peer.awaits_consent else []),
             *((name, value or fmt.NOTHING) for name, value in sorted(peer.policy.items())),
             ("", ""),
             ("", Text(hint, colors().dim)),

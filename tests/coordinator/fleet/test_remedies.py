@@ -65,6 +65,11 @@ def peer(name: str, at: PeerState, reason: str = "", **more: object) -> Peer:
             peer("a", PeerState.IDLE, awaits_consent="tabular"),
             "? awaiting consent: tabular; on that machine: commonweight-agent task allow tabular",
         ),
+        (
+            peer("a", PeerState.IDLE, awaits_consent="tabular", awaits_columns=True),
+            "? awaiting columns: tabular; on that machine: commonweight-agent task allow tabular "
+            "--columns NAMES (or all)",
+        ),
     ],
 )
 def test_each_state_without_work_names_what_changes_it(one: Peer, expected: str) -> None:

@@ -225,10 +225,26 @@ def test_too_few_that_fit_end_the_run_once_all_of_the_fleet_have_told() -> None:
     ended = decisions.decide(run, Observation(frozenset("a"), unfit=frozenset("b")))
     assert ended == steps.EndRun(RunState.FAILED, because)
     # A trainer that was killed may work at the next try, and an owner may still allow the task.
-    for reason in ("killed", "awaiting_consent"):
+    for reason in ("killed", "awaiting_consent", "awaiting_columns"):
         event = run_events.UpdateRefused(0, "b", reason, "x", "describe")
         step = decisions.decide(transitions.apply(run, event), here("a"))
         assert isinstance(step, steps.Wait)
+
+
+def test_a_run_says_whose_consent_and_whose_columns_it_awaits() -> None:
+    run = a_run(
+        run_events.PeersAsked(("a", "b")),
+        run_events.UpdateRefused(0, "a", "awaiting_consent", "x", "describe"),
+        run_events.UpdateRefused(0, "b", "awaiting_columns", "x", "describe"),
+    )
+    step = decisions.decide(run, Observation(frozenset(), unfit=frozenset("ab")))
+    task = run.spec.task
+    text = (
+        f"the consent of 1 peer to the task {task}, and the columns of 1 peer for the task {task}"
+    )
+    assert step == steps.Wait(text, ("a", "b"))
+    # Once its owner has named columns, the peer is asked again.
+    assert decisions.decide(run, here("b")) == steps.AskPeers(("b",))
 
 
 def test_a_run_keeps_the_reason_of_each_refused_peer_until_it_answers() -> None:
