@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +32,7 @@ from protocols.messages.states import RunState
 if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
     from coordinator.runs.state import Run
+    from coordinator.storage.run_events import RunSpec
 
 runs = App(help="Start, show, stop, resume and delete training runs.")
 
@@ -117,6 +118,8 @@ def start(
     if goal := split_target(given["target"] or "")[1]:
         print_line(f"note: --target takes a column; the goal is now set by: --until {goal}")
     remote = connect()
+    for line in _noise_lines(remote, order.spec):
+        print_line(line)
     run_id = remote.start_run(order)
     if not follow:
         print_result(
@@ -133,6 +136,19 @@ def start(
         raise CommonweightError(f"{run.id} failed: {because}", f"commonweight run show {run.id}")
     if json:
         print_json(run)
+
+
+def _noise_lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
+    """What is known of the noise of this run; nothing for a run without it."""
+    from coordinator.cli import noise_forecast
+
+    if spec.measures:
+        return
+    peers = remote.fleet().peers.values()
+    earlier = [run.id for run in remote.runs() if run.spec.task == spec.task and run.head]
+    known = noise_forecast.known_from(remote.run(earlier[-1]) if earlier else None)
+    enrolled = sum(peer.standing == "enrolled" for peer in peers)
+    yield from noise_forecast.lines(spec, enrolled, known)
 
 
 def _follow(remote: Remote, run_id: str, *, quiet: bool) -> Run:

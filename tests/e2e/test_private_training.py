@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,9 @@ def test_a_run_with_noise_is_charged_and_survives_a_kill_and_a_limit(tmp_path: P
         done = site.ask_agent("north", "policy", "set", "privacy.max_epsilon", "4")
         assert done.returncode == 0, done.stderr
         site.start_agent("north")
-        refused = site.start_run(*RUN, *NOISE)
+        done = site.ask("run", "start", *RUN, *NOISE, "--json")
+        assert f"by run {run_id}, 2 peers have 2,000 rows" in done.stderr
+        refused = json.loads(done.stdout)["data"]["run"]
         site.until_agent("north", "is there", lambda status: status)
         ended = site.ended_run(refused)
         assert "privacy_max_epsilon is 4" in str(ended)
