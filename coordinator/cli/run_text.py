@@ -47,6 +47,11 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
             f"privacy: {spent} after {run.num_spent} of {allowed.rounds} rounds, for each peer "
             f"at δ {allowed.delta:g}; changes clipped to norm {spec.clip_norm:g}"
         )
+    if spec.secure:
+        yield (
+            f"secure: the coordinator sees only sums of {spec.quorum} updates or more; each peer "
+            f"scales its change down to norm {spec.clip_norm:g}"
+        )
     for peer, text in _refusals(run).items():
         yield f"refused {_name(peer, peers)}: {text}"
     if run.refusals > len(run.refusal_texts):
@@ -125,6 +130,8 @@ def _refusals(run: Run) -> Mapping[str, str]:
 
 def waits_for_peers(run: Run) -> bool:
     """True if the run waits for peers that could get work, not for the work of those it asked."""
+    if run.cohort is not None:
+        return True  # a sum takes a moment unless a peer is missing
     is_open = run.state in (RunState.WAITING, RunState.TRAINING)
     return is_open and not run.pending and not run.assignments
 

@@ -286,6 +286,7 @@ class Coordinator:
             publish=self._publisher.publish,
             refused=self._refused,
             enrolled=lambda: frozenset(peer.peer for peer in self.registry.enrolled()),
+            online=self._sessions.online,
             refresh_online=self._peers.refresh_online,
             ticket_of=self.registry.ticket_of,
             fleet=self.identity.fleet,

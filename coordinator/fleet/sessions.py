@@ -156,21 +156,29 @@ class Sessions:
         """Online peers that can get work now."""
         return frozenset(peer for peer in self._online if self._can_work(peer))
 
+    def online(self) -> frozenset[str]:
+        """Peers with an open session that can answer messages, also paused ones."""
+        return frozenset(peer for peer in self._online if self._can_answer(peer))
+
     def is_eligible(self, peer: str) -> bool:
         """`peer in eligible()`, without a check of all other peers."""
         return peer in self._online and self._can_work(peer)
 
     def _can_work(self, peer: str) -> bool:
         shown, activity = self._fleet.peers.get(peer), self._activity[peer]
-        if shown is None or shown.standing != "enrolled":
-            return False
-        if shown.state in (PeerState.PAUSED, PeerState.ERROR):
-            return False
-        if not version_check.are_compatible(VERSION, shown.version):
+        if shown is None or shown.state in (PeerState.PAUSED, PeerState.ERROR):
             return False
         if shown.state is PeerState.IDLE and shown.free_until:
             left_s = shown.free_until - time.time() - shown.skew_s
             if left_s < activity.last_duration_s:
                 return False
+        return self._can_answer(peer)
+
+    def _can_answer(self, peer: str) -> bool:
+        shown, activity = self._fleet.peers.get(peer), self._activity[peer]
+        if shown is None or shown.standing != "enrolled":
+            return False
+        if not version_check.are_compatible(VERSION, shown.version):
+            return False
         # A request after the last will proves that the peer is online.
         return activity.offline_at <= activity.requested_at

@@ -39,6 +39,8 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     is_auto = values["deadline"] == "auto"
     registry.parse(values["codec"])
     fields = {one.field: values[one.name] for one in options.OPTIONS if one.is_plain}
+    if values["secure"]:
+        fields |= _secure_fields(fields)
     fields |= {
         "task": _task_name(values["task"]),
         "deadline_s": _MAX_AUTO_DEADLINE_S if is_auto else parse_seconds(values["deadline"]),
@@ -54,6 +56,18 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     return StartRunRequest(
         spec=spec, from_digest=_import_weights(values["from"]) if values["from"] else ""
     )
+
+
+def _secure_fields(fields: Mapping[str, Any]) -> dict[str, float]:
+    """What a secure run does unless it is told otherwise.
+
+    Its clipping norm is the range of its integers, and it cannot compare single updates.
+    """
+    is_default = fields["outlier_limit"] == options.OUTLIER_LIMIT
+    return {
+        "outlier_limit": 0.0 if is_default else fields["outlier_limit"],
+        "clip_norm": fields["clip_norm"] or options.SECURE_CLIP_NORM,
+    }
 
 
 def _settings(texts: Iterable[str]) -> dict[str, str | int | float | bool]:

@@ -93,7 +93,7 @@ def commit(
         noise: VersionNoise | None = None
         spent: tuple[PrivacySpent, ...] = ()
         if spec.private_versions is not None:
-            noise, event = _noise_of(run, store, accepted)
+            noise, event = noise_of(run, store, accepted, spec.clip_norm)
             spent, metrics = (event,), {}  # the noise does not cover the metrics
             # As shares add up to 1: the sum of the clipped changes, divided by the fixed number.
             scale = [
@@ -108,6 +108,12 @@ def commit(
         told = [update.metrics.get(required) for update in updates]
         if adapter.weighs_by_metric:
             told = list(limits.at_most([value or 0.0 for value in told]))
+        inputs = [
+            InputUpdate(reader, share, by, num_examples, {} if value is None else {required: value})
+            for reader, share, by, num_examples, value in zip(
+                readers, shares, scale, examples, told, strict=True
+            )
+        ]
         aggregation = Aggregation(
             adapter,
             strategy,
@@ -115,44 +121,55 @@ def commit(
             run.round,
             base,
             origin,
-            [
-                InputUpdate(
-                    reader, share, by, num_examples, {} if value is None else {required: value}
-                )
-                for reader, share, by, num_examples, value in zip(
-                    readers, shares, scale, examples, told, strict=True
-                )
-            ],
-            {
-                **_finite(metrics),
-                "num-examples": sum(update.num_examples for update in updates),
-                "participation": min(1.0, len(contributors) / max(run.num_eligible, 1)),
-            },
+            inputs,
+            metrics_for_all(
+                run,
+                metrics,
+                sum(update.num_examples for update in updates),
+                len(contributors),
+            ),
             states,
             run.strategy_state,
             noise.of if noise else None,
         )
-        pieces = aggregation.pieces()
-        if base.nbytes > PIECE_BYTES:  # for a smaller model, a thread costs more than it saves
-            pieces = stack.enter_context(contextlib.closing(prefetch(pieces)))
-        digest = store.write(base.schema, pieces)
+        digest = store_version(store, aggregation)
     return CommittedVersion(digest, metrics, aggregation.new_state, limits.limited, spent)
 
 
-def _noise_of(
-    run: Run, store: WeightStore, accepted: list[tuple[str, Update]]
+def noise_of(
+    run: Run, store: WeightStore, accepted: list[tuple[str, Update]], clip: float
 ) -> tuple[VersionNoise, PrivacySpent]:
     """The noise of the mean over the peers that were asked when the round was opened.
+
+    `clip`: the most by which one peer changes their sum.
 
     How many answered may depend on their data, so it decides neither the noise nor the mean.
     """
     assert run.spec.private_versions is not None
-    noise, clip = run.spec.private_versions.noise, run.spec.clip_norm
+    noise = run.spec.private_versions.noise
     key = noise_key.of_round(
         noise_key.fix(store.home), run.id, run.round, run.head, run.num_asked, accepted
     )
     spent = PrivacySpent(run.round, noise, clip, run.num_asked)
     return VersionNoise(key, noise * clip / run.num_asked), spent
+
+
+def metrics_for_all(
+    run: Run, metrics: Metrics, num_examples: int, num_contributors: int
+) -> dict[str, float]:
+    """The metrics of the one reply that holds the mean."""
+    participation = min(1.0, num_contributors / max(run.num_eligible, 1))
+    return {**_finite(metrics), "num-examples": num_examples, "participation": participation}
+
+
+def store_version(store: WeightStore, aggregation: Aggregation) -> str:
+    """Aggregate and store the version durably; its digest."""
+    pieces = aggregation.pieces()
+    model_bytes = sum(spec.nbytes for spec in aggregation.base.schema.values())
+    with contextlib.ExitStack() as stack:
+        if model_bytes > PIECE_BYTES:  # for a smaller model, a thread costs more than it saves
+            pieces = stack.enter_context(contextlib.closing(prefetch(pieces)))
+        return store.write(aggregation.base.schema, pieces)
 
 
 def _shares(
@@ -212,14 +229,7 @@ def aggregate_evaluation(
     if limit:
         answered = outlier_limits.usual_metrics(answered, ticket_of)
     mean = _mean_metrics(list(answered.values()), [share[p] for p in answers], by_peers=limit > 0)
-    reply = as_reply("evaluate", None, {**_finite(mean), "num-examples": total})
-    with strategy_errors(run.spec.strategy):
-        result = strategy.aggregate_evaluate(run.round, [reply])
-        means: Metrics = {
-            name: float(value) if math.isfinite(value) else None
-            for name, value in (result or {}).items()
-            if isinstance(value, int | float)
-        }
+    means = evaluated_by(run, strategy, mean, total)
     # The cap on a peer's share applies to its tallies as well.
     scale = [share[peer] * total / counts[peer] for peer in answers]
     tallies = evaluation_counts.merge((update.tallies for update in answers.values()), scale)
@@ -228,6 +238,18 @@ def aggregate_evaluation(
         return Evaluation(metrics, tallies, {}, frozenset())
     decisive = outlier_limits.decisive_metrics(metrics, answers, ticket_of)
     return Evaluation(metrics, tallies, *decisive)
+
+
+def evaluated_by(run: Run, strategy: Strategy, mean: Metrics, total: int) -> Metrics:
+    """The metrics that the strategy makes of the mean over `total` examples."""
+    reply = as_reply("evaluate", None, {**_finite(mean), "num-examples": total})
+    with strategy_errors(run.spec.strategy):
+        result = strategy.aggregate_evaluate(run.round, [reply])
+        return {
+            name: float(value) if math.isfinite(value) else None
+            for name, value in (result or {}).items()
+            if isinstance(value, int | float)
+        }
 
 
 def _clip_factor(norm: float, max_norm: float) -> float:

@@ -36,6 +36,8 @@ class RunContext(NamedTuple):
     refused: Counter[str]
     #: All peers of the fleet, online or not.
     enrolled: Callable[[], frozenset[str]] = frozenset
+    #: The peers with an open session, also paused ones. These answer the steps of secure sums.
+    online: Callable[[], frozenset[str]] = frozenset
     #: The ticket that a peer joined with: peers of one ticket share one cap on their weight.
     ticket_of: Callable[[str], str] = lambda peer: peer
     #: The signed head of the log of versions, with its last entries. Empty: agents do not check.

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Set
 from typing import NamedTuple
 
 from coordinator.runs import best_version, buffered, recovery, steps
+from coordinator.runs.secure import decisions as secure
+from coordinator.runs.secure.decisions import Progress
 from coordinator.runs.state import PeerStatus, Run
 from coordinator.runs.steps import Step, count_peers
 from protocols.errors import (
@@ -28,13 +30,15 @@ class Observation(NamedTuple):
     """What the run's state lacks: the peers that could work now, and whether time is up.
 
     `unfit`: peers that are online but refuse this run until somebody changes something there.
-    `absent`: peers of the fleet that are not online or cannot work now.
+    `absent`: peers of the fleet that are not online or cannot work now. `sum`: how far the open
+    cohort of a secure run is.
     """
 
     eligible: frozenset[str]
     deadline_passed: bool = False
     unfit: frozenset[str] = frozenset()
     absent: frozenset[str] = frozenset()
+    sum: Progress | None = None
 
 
 #: Kinds of refusals that no peer mends: the run's settings do not fit, or its owner does not allow
@@ -49,6 +53,8 @@ def phase_deadline_s(run: Run) -> float:
     """Seconds that a phase of this round may take before it continues with the quorum."""
     if run.recalling:
         return min(run.spec.deadline_s, recovery.LISTEN_S)
+    if run.cohort is not None:
+        return secure.step_deadline_s(run)
     longest = [max(run.training_seconds.get(peer, (math.inf,))) for peer in run.peers]
     slowest = max(longest, default=math.inf)
     if run.spec.deadline == "fixed" or math.isinf(slowest):  # the time of a new peer is unknown
@@ -82,6 +88,8 @@ def decide(run: Run, observed: Observation) -> Step:
         case RunState.TRAINING:
             return _decide_training(run, observed)
         case RunState.AGGREGATING:
+            if run.spec.secure:
+                return secure.decide(run, observed.sum)
             return steps.Aggregate(run.contributors)
         case RunState.EVALUATING:
             return _decide_evaluating(run, observed)
@@ -318,7 +326,11 @@ def _decide_evaluating(run: Run, observed: Observation) -> Step:
         if run.spec.only == "train" or not run.spec.measures or not observed.eligible:
             return steps.CloseRound()
         return steps.OpenEvaluation(tuple(sorted(observed.eligible)))
+    if run.cohort is not None:
+        return secure.decide(run, observed.sum)
     enough = run.spec.select and len(run.updates) >= run.spec.quorum
     if observed.deadline_passed or not run.pending or enough:
+        if run.spec.secure and len(run.updates) >= secure.needs(run):
+            return steps.FixCohort()
         return steps.CloseRound()
     return steps.Wait(f"the evaluation by {count_peers(len(run.pending))}", run.pending)

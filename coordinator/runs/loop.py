@@ -15,15 +15,18 @@ from flwr.app import Message
 
 from coordinator.runs import decisions, retention, schema_agreement, steps
 from coordinator.runs.context import RunContext
+from coordinator.runs.parts import RunParts
 from coordinator.runs.reply_events import validate_reply
 from coordinator.runs.requests import Request
-from coordinator.runs.rounds import Rounds, RunParts
-from coordinator.runs.state import TOO_STALE, Run
+from coordinator.runs.rounds import Rounds
+from coordinator.runs.secure.sums import SecureSums
+from coordinator.runs.state import TOO_STALE, Run, accepted_uploads
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
 from protocols.errors import UNDECIDED_CODES, CommonweightError, DiskFull, HomeError, UpdateRefused
 from protocols.local.disk_space import is_disk_full
 from protocols.messages.states import RunState
+from protocols.privacy.secagg.messages import STEPS
 
 log = logging.getLogger("commonweight.run")
 
@@ -31,6 +34,8 @@ log = logging.getLogger("commonweight.run")
 RECONNECT_GRACE_S = 20.0
 _SHORTAGE_RETRY_S = 5.0
 _ASK_AGAIN_S = 1.0
+#: How often a secure sum looks at the uploads in progress.
+_SUM_POLL_S = 2.0
 #: Reasons to refuse an answer that came too late or twice. Its owner need not act on them.
 _OWNERS_NEED_NOT_KNOW = frozenset({"late", "replay", "not asked", TOO_STALE})
 
@@ -49,10 +54,11 @@ class RunLoop:
         self._ctx = ctx
         self._recorder, self._timer = parts.recorder, parts.timer
         self.requests, self._model = parts.requests, parts.model
-        self._rounds = Rounds(parts, protected_digests)
+        self._sums = SecureSums(parts)
+        self._rounds = Rounds(parts, self._sums, protected_digests)
         self.changed = asyncio.Event()
         # After a restart no peer has reconnected yet: they are not lost for that.
-        has_work = run.pending or run.assignments
+        has_work = run.pending or run.assignments or run.cohort
         self._grace_until = time.monotonic() + RECONNECT_GRACE_S if has_work else 0.0
         self._stop_reason = ""
         self._shortage_reported = False
@@ -143,6 +149,8 @@ class RunLoop:
 
     def _counted_uploads(self, peer: str) -> set[str]:
         """Digests of this peer's accepted updates that no version contains yet."""
+        if self.run.cohort is not None:
+            return {self.run.cohort.masked.get(peer, "")} - {""}
         accepted = [one.update for one in self.run.buffer if one.peer == peer]
         accepted += [self.run.updates[peer]] if peer in self.run.updates else []
         return {update.digest for update in accepted}
@@ -175,10 +183,15 @@ class RunLoop:
     async def _repeat_round_without_updates(self) -> None:
         """Repeat the round if accepted updates are not on disk: a backup does not hold them."""
         run, path = self.run, self._ctx.store.uploads.path
-        accepted = [(one.peer, one.update.digest) for one in run.buffer]
-        if run.state is not RunState.EVALUATING:  # there, the version contains the others
-            accepted += [(peer, update.digest) for peer, update in run.updates.items()]
+        is_evaluating = run.state is RunState.EVALUATING
+        if is_evaluating and not run.spec.secure:  # the version contains the others
+            accepted = {(one.peer, one.update.digest) for one in run.buffer}
+        else:
+            accepted = accepted_uploads(run)
         if all(path(peer, digest).exists() for peer, digest in accepted):
+            return
+        if is_evaluating and run.spec.secure:
+            await self._sums.lose("files of the evaluation are not on disk")
             return
         closed = run.history[-1].digest if run.history else run.first
         await self._recorder.record(run_events.VersionLost(run.head, closed))
@@ -193,16 +206,23 @@ class RunLoop:
         fills_buffer = self.run.buffered or self.run.folds_late
         if not (fills_buffer and self.run.state is RunState.AGGREGATING):
             await self._collect()  # else the replies belong to the next buffer
+        if self.run.cohort is not None:
+            await self._sums.ask()
+        else:
+            await self._send()
+        if self._stop_reason:
+            await self._end(RunState.STOPPED, self._stop_reason)
+            return
+        await self._execute(decisions.decide(self.run, self._observe()))
+
+    async def _send(self) -> None:
+        """Send the open request to the peers that have not got it yet."""
         await self._record_losses()
         if self.run.assignments:
             deadline_s = self.run.spec.deadline_s  # later, the request or its reply may be lost
             self.requests.cancel(lambda r: r.kind == "train" and r.seconds > deadline_s)
             await self.requests.send_assignments(self.run)
         await self.requests.send_pending(self.run)
-        if self._stop_reason:
-            await self._end(RunState.STOPPED, self._stop_reason)
-            return
-        await self._execute(decisions.decide(self.run, self._observe()))
 
     def _observe(self) -> decisions.Observation:
         deadline_passed = self._timer.phase_s >= decisions.phase_deadline_s(self.run)
@@ -212,7 +232,9 @@ class RunLoop:
             free = eligible - self.requests.late_bases(self.run).keys()
             eligible = free if len(free) >= self.run.spec.quorum else eligible
         unfit, absent = online & self._recorder.incompatible, self._ctx.enrolled() - online
-        return decisions.Observation(eligible, deadline_passed, unfit, absent)
+        has_grace = time.monotonic() < self._grace_until
+        sum_ = self._sums.progress(waits_for_absent=has_grace)
+        return decisions.Observation(eligible, deadline_passed, unfit, absent, sum_)
 
     async def _execute(self, step: steps.Step) -> None:
         record = self._recorder.record
@@ -241,6 +263,14 @@ class RunLoop:
                 await self._rounds.open(step)
             case steps.CloseTraining(contributors):
                 await record(run_events.TrainingClosed(self.run.round, contributors))
+            case steps.FixCohort():
+                await self._sums.fix_cohort()
+            case steps.FixSharers():
+                await self._sums.fix_sharers()
+            case steps.FixSurvivors():
+                await self._sums.fix_survivors()
+            case steps.LoseCohort(because):
+                await self._sums.lose(because)
             case steps.Aggregate(contributors):
                 await self._rounds.aggregate(contributors)
             case steps.OpenEvaluation(eligible):
@@ -275,6 +305,8 @@ class RunLoop:
             timeouts.append(decisions.phase_deadline_s(self.run) - self._timer.phase_s)
         if self.run.assignments:
             timeouts.append(self.run.spec.deadline_s)
+        if self.run.cohort is not None:
+            timeouts.append(_SUM_POLL_S)
         if shortage:
             timeouts.append(_SHORTAGE_RETRY_S)
         timeout = min((wait_s for wait_s in timeouts if wait_s > 0), default=None)
@@ -303,14 +335,17 @@ class RunLoop:
         with self._ctx.transfer.limits.keeping({request.peer for _, request, _ in replies}):
             # Concurrently: checking a large update takes as long as receiving it.
             results = [self._validate(request, reply) for _, request, reply in replies]
-            await self._recorder.record(*await asyncio.gather(*results))
+            events = await asyncio.gather(*results)
+            await self._recorder.record(*(event for event in events if event is not None))
         self._ctx.store.mark_recorded(self.run.head)  # first weights, or a version from a peer
         if self.run.buffered:
             self._rounds.drop_unused_uploads({request.peer for _, request, _ in replies})
         self.requests.acknowledge([mid for mid, _, _ in replies], True)
 
-    async def _validate(self, request: Request, reply: Message) -> RunEvent:
+    async def _validate(self, request: Request, reply: Message) -> RunEvent | None:
         try:
+            if request.kind in STEPS:
+                return await self._sums.take(request, reply)
             return await validate_reply(self.run, self._ctx, self._model, request, reply)
         except UpdateRefused as err:
             if not (reply.has_error() or err.reason in _OWNERS_NEED_NOT_KNOW):

@@ -7,6 +7,7 @@ from protocols.codecs import registry
 from protocols.codecs.registry import Codec
 from protocols.model.weights import Schema
 from protocols.model.weights_file import WeightsFile
+from protocols.privacy.secagg import masked_file
 
 #: Space for headers and codecs, in addition to the model's size.
 _SLACK_BYTES = 1024 * 1024
@@ -15,12 +16,15 @@ _MAX_FIRST_WEIGHTS_BYTES = 8 * 1024**3
 
 
 class RunModel:
-    """Empty until the run has a first version. Sets the size limits of uploads."""
+    """Empty until the run has a first version. Sets the size limits of uploads.
 
-    def __init__(self, transfer: WeightTransfer, codec: Codec) -> None:
+    `ring_bits`: of a secure run, whose uploads are masked; else 0.
+    """
+
+    def __init__(self, transfer: WeightTransfer, codec: Codec, ring_bits: int = 0) -> None:
         self.schema: Schema = {}
         self.nbytes = 0
-        self.codec = codec
+        self.codec, self._ring_bits = codec, ring_bits
         self._transfer = transfer
         #: The version with a patch, its parent, and the patch's bytes. Empty after a restart.
         self._patch = ("", "", 0)
@@ -30,8 +34,11 @@ class RunModel:
         with WeightsFile(self._transfer.store.version_path(digest)) as model:
             self.schema, self.nbytes = model.schema, model.nbytes
         self._transfer.limits.version_bytes = self.nbytes
-        most = registry.max_bytes(self.codec, self.schema, self.nbytes)
-        self._transfer.limits.max_bytes = min(most, self.nbytes) + _SLACK_BYTES
+        if self._ring_bits:
+            most = sum(masked_file.layout(self.schema)) * self._ring_bits // 8
+        else:
+            most = min(registry.max_bytes(self.codec, self.schema, self.nbytes), self.nbytes)
+        self._transfer.limits.max_bytes = most + _SLACK_BYTES
 
     def expect_first_weights(self) -> None:
         """Allow uploads of first weights, whose size is not known."""

@@ -68,6 +68,8 @@ class Option(NamedTuple):
 
     @property
     def default_text(self) -> str:
+        if isinstance(self.default, bool):
+            return "yes" if self.default else "no"
         return "" if self.default in (None, ()) else str(self.default)
 
     @property
@@ -83,6 +85,10 @@ class Option(NamedTuple):
         """The value of a text from a form. Raises UsageError."""
         if self.repeatable:
             return text.split()
+        if self.kind is bool:
+            if text.lower() not in _YES_OR_NO:
+                raise UsageError(f"{self.name} must be yes or no, not {text!r}")
+            return _YES_OR_NO[text.lower()]
         try:
             return self.kind(text)
         except ValueError as err:
@@ -97,6 +103,7 @@ class Option(NamedTuple):
         raise UsageError(f"--{self.name} must be {self.limits}, not {value!r}")
 
 
+_YES_OR_NO = {"yes": True, "true": True, "no": False, "false": False}
 _FROM_0, _FROM_1 = Bounds("0 or more", 0), Bounds("1 or more", 1)
 _ABOVE_0 = Bounds("above 0", 0, above_minimum=True)
 _SHARE = Bounds("above 0 and at most 1", 0, 1, above_minimum=True)
@@ -108,6 +115,8 @@ _DELTA = Bounds("from 1e-12 to 0.01", MIN_DELTA, MAX_DELTA)
 _CLIP = Bounds("from 1e-6 to 1e6", MIN_CLIP, MAX_CLIP)
 #: The default of --outlier-limit: docs/quality.md has what was measured.
 OUTLIER_LIMIT = 3.0
+#: The norm to which each peer of a secure run scales its change down, unless it is set.
+SECURE_CLIP_NORM = 10.0
 _STRATEGIES = (
     "fedavg, fedprox, fedavgm, fedadam, fedyogi, fedadagrad, fedmedian, fedtrimmedavg, krum, "
     "multikrum, bulyan, qfedavg, diloco, scaffold, fedbn, or module:Class for your own."
@@ -156,6 +165,8 @@ OPTIONS = (
            "times"),
     Option("min-examples", int, 1, "A peer that trains on fewer examples gets no work from this "
            "run.", _FROM_1, "examples"),
+    Option("secure", bool, False, "The coordinator sees only the sum of all updates and no single "
+           "one. Needs three peers or more, whose owners have pinned each other.", is_common=True),
     Option("dp", float, 0.0, "Each peer adds its own noise. All rounds together cost at most "
            "this ε for each row (0: no noise).", _EPSILON, "ε", other_field="dp_epsilon"),
     Option("delta", float, 1e-5, "With --dp: the δ, well below 1 / the rows of a peer. With "

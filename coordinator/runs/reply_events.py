@@ -13,18 +13,25 @@ from coordinator.runs import buffered, late_updates, recovery, retention, valida
 from coordinator.runs.context import RunContext
 from coordinator.runs.model import RunModel
 from coordinator.runs.requests import AGENT_FAILED, Request
+from coordinator.runs.secure import answers
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, Update
-from coordinator.transport.flower_records import read_claim, read_description, read_proof
+from coordinator.transport.flower_records import (
+    read_answer,
+    read_claim,
+    read_description,
+    read_proof,
+)
 from protocols.codecs import registry
 from protocols.errors import BadMessage, BadWeights, UpdateRefused
 from protocols.messages import refusals
+from protocols.messages.work import UpdateClaim
 from protocols.model.weights_file import WeightsFile
 
 
 @contextlib.contextmanager
-def _refused_as(reason: str) -> Iterator[None]:
+def refused_as(reason: str) -> Iterator[None]:
     """Raise UpdateRefused if a reply lacks a record or has a wrong one."""
     try:
         yield
@@ -46,26 +53,29 @@ async def validate_reply(
                 return run_events.PeerLost(peer, "went away")
         refusal = refusals.decode(reply.error.reason or "")
         raise UpdateRefused(refusal.kind, refusal.text)
-    with _refused_as("bad claim"):
-        claim, payload, signature = read_claim(reply)
     if request.kind == "train" and not run.buffered and late_updates.is_late(run, request.round):
         late = late_updates.late_assignment(run, peer, request.round)
         expected = validation.ExpectedReply("train", late.base, model.schema, late)
     else:
         expected = validation.expected_reply(run, model.schema, peer, request.kind)
-    validation.check_claim(run, expected, peer, claim, payload, signature, ctx.verify)
-    with _refused_as("another fleet"):
-        ctx.check_fleet(peer, claim.fleet)
+    claim = checked_claim(run, ctx, peer, reply, expected)
     if expected.kind == "describe":
-        with _refused_as("bad description"):
+        with refused_as("bad description"):
             description = read_description(reply, claim)
         return run_events.PeerDescribed(
             peer, description, *validation.declared_examples(description, claim)
         )
     if expected.kind == "holdings":
-        with _refused_as("bad proof"):
+        with refused_as("bad proof"):
             holding = recovery.verify_proof(run, read_proof(reply), ctx.is_own_signature, ctx.fleet)
             return run_events.HoldingTold(peer, holding)
+    if run.spec.secure and expected.kind in ("train", "evaluate"):
+        with refused_as("bad card"):
+            card = read_answer(reply, claim)
+        answers.check_card(run, ctx.fleet, claim, card)
+        await asyncio.to_thread(ctx.store.uploads.write, peer, claim.digest, card)
+        update = answers.card_update(claim, request.seconds)
+        return run_events.UpdateAccepted(run.round, peer, update)
     norm = 0.0
     if expected.kind != "evaluate":
         norm = await asyncio.to_thread(_measure, ctx, model, expected, peer, claim.digest)
@@ -97,6 +107,22 @@ async def validate_reply(
     staleness = buffered.staleness(run, work)
     update = replace(update, base=work.base, turn=work.turn, staleness=staleness)
     return run_events.UpdateAccepted(work.round, peer, update)
+
+
+def checked_claim(
+    run: Run,
+    ctx: RunContext,
+    peer: str,
+    reply: Message,
+    expected: validation.ExpectedReply,
+) -> UpdateClaim:
+    """The claim in a reply, if it is what the run waits for. Raises UpdateRefused."""
+    with refused_as("bad claim"):
+        claim, payload, signature = read_claim(reply)
+    validation.check_claim(run, expected, peer, claim, payload, signature, ctx.verify)
+    with refused_as("another fleet"):
+        ctx.check_fleet(peer, claim.fleet)
+    return claim
 
 
 def _measure(

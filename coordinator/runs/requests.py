@@ -7,8 +7,9 @@ canceled.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from coordinator.runs.model import RunModel
 from coordinator.runs.state import Assignment, Run
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
-from coordinator.transport.flower_records import VersionRecord, shared_config
+from coordinator.transport.flower_records import REQUEST, VersionRecord, shared_config
 from protocols.local.failpoints import failpoint
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
@@ -77,7 +78,7 @@ class PendingRequests:
         Raises StrategyFailed, CommonweightError.
         """
         kind = "train" if opening or run.state is RunState.TRAINING else "evaluate"
-        work = Assignment(opening or run.round, run.head)
+        work = Assignment(opening or run.round, run.head, run.turn)
         nodes, extra = await self._ask_strategy(kind, work, eligible)
         self._content = self._content_of(run, kind, work, extra) if nodes else None
         return tuple(sorted(map(self._ctx.peer_of, nodes)))
@@ -114,8 +115,10 @@ class PendingRequests:
         kind: Any,
         assignment: Assignment,
         extra: Mapping[str, int | float] = MappingProxyType({}),
+        request: bytes = b"",
     ) -> ConfigRecord:
-        """The signed work. `extra`: the strategy's settings, which win over the run's.
+        """The signed work. `extra`: the strategy's settings, which win over the run's. `request`:
+        of a step of a secure sum.
 
         Each further turn on a version has another seed, so it does not repeat the same training.
         """
@@ -134,7 +137,7 @@ class PendingRequests:
             nbytes=self._model.nbytes,
             parent=parent,
             patch_bytes=patch_bytes,
-            codec=spec.codec,
+            codec=spec.work_codec,
             turn=assignment.turn,
             seed=spec.seed + assignment.turn * _SEED_STRIDE,
             settings={**spec.settings, **extra, **for_trainers, **shared, **noise},
@@ -143,6 +146,7 @@ class PendingRequests:
             # A buffer may have several updates of one peer.
             cohort=1 if run.buffered else spec.quorum,
             fleet=self._ctx.fleet,
+            request=hashlib.sha256(request).hexdigest() if request else "",
         )
         payload, signature = SIGNED_WORK.seal(work, self._ctx.sign)
         log = self._ctx.log_head()
@@ -168,7 +172,7 @@ class PendingRequests:
         if run.kind not in ("train", "evaluate"):
             if run.kind in ("init", "recall"):
                 self._model.expect_first_weights()
-            query = Assignment(run.round, _base_of_query(run))
+            query = Assignment(run.round, _base_of_query(run), run.turn)
             content = RecordDict({"config": self._work_record(run, run.kind, query)})
             await self._send(run, content, f"query.{run.kind}", peers, run.round)
             return
@@ -176,6 +180,17 @@ class PendingRequests:
             await self.configure(run, sorted(eligible))
         if self._content is not None:
             await self._send(run, self._content, run.kind, peers, run.round)
+
+    def asked(self, kinds: Collection[str]) -> set[str]:
+        """Peers with a request of one of these kinds in flight."""
+        return {request.peer for request in self._in_flight.values() if request.kind in kinds}
+
+    async def send_step(self, run: Run, kind: str, request: bytes, peers: Sequence[str]) -> None:
+        """Ask these peers for one step of a secure sum."""
+        work = Assignment(run.round, run.head, run.turn)
+        config = self._work_record(run, kind, work, request=request)
+        content = RecordDict({"config": config, REQUEST: ConfigRecord({"request": request})})
+        await self._send(run, content, f"query.{kind}", peers, run.round)
 
     def _in_training(self) -> set[tuple[str, int]]:
         """The training in flight: peer and round."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from coordinator.runs import best_version
+from coordinator.runs.secure import transitions as secure
 from coordinator.runs.state import Round, Run
 from coordinator.storage import run_events as events
 from protocols.messages.states import RunState
@@ -48,6 +49,8 @@ def _back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         abandoned=(*run.abandoned, *_undone(run, kept)),
         best=best_version.best(run.spec, kept),
         strategy_state=kept[-1].strategy_state if kept else {},
+        cohort=None,
+        turn=secure.next_turn(run),
     )
 
 
@@ -62,6 +65,7 @@ def _undone(run: Run, kept: tuple[Round, ...]) -> list[Round]:
 def recall_begun(run: Run, event: events.RecallBegun) -> Run:
     return replace(
         _back_to(run, run.history),
+        turn=secure.turn_after_restore(run),
         recalling=True,
         head_intact=event.whole,
         holdings={},
@@ -106,5 +110,6 @@ def _unseen(version: events.Holding) -> Round:
 def run_resumed(run: Run, event: events.RunResumed) -> Run:
     run = replace(run, ended_because="")
     if run.ended_in is RunState.EVALUATING:  # the version exists, only its evaluation is missing
-        return replace(run, state=RunState.EVALUATING, evaluating=False)
+        turn = secure.next_turn(run)
+        return replace(run, state=RunState.EVALUATING, evaluating=False, turn=turn)
     return _back_to(run, run.history)

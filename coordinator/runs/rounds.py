@@ -5,57 +5,27 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
 
-from flwr.serverapp.strategy import Strategy
-
-from coordinator import strategies
 from coordinator.runs import aggregation, best_version, decisions, late_updates, steps
-from coordinator.runs.context import RunContext
 from coordinator.runs.messages import round_body
-from coordinator.runs.model import RunModel
-from coordinator.runs.recorder import RunRecorder
-from coordinator.runs.requests import PendingRequests
+from coordinator.runs.parts import RunParts
 from coordinator.runs.retention import Retention
+from coordinator.runs.secure.sums import SecureSums
 from coordinator.runs.state import Run
-from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import noise_key, run_events
 from coordinator.strategies import memory_estimate
-from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.state import StateStore
-from protocols.codecs import registry
 from protocols.local.failpoints import failpoint
 
 
-@dataclass(frozen=True)
-class RunParts:
-    """The objects that the loop and the rounds of one run share."""
-
-    ctx: RunContext
-    adapter: StrategyAdapter
-    strategy: Strategy
-    model: RunModel
-    timer: PhaseTimer
-    recorder: RunRecorder
-    requests: PendingRequests
-
-    @classmethod
-    def create(cls, run: Run, ctx: RunContext) -> RunParts:
-        """Raises CommonweightError if the run's strategy cannot be made."""
-        adapter = strategies.find(run.spec.strategy)
-        strategy = adapter.make(run.spec.strategy_args)
-        model = RunModel(ctx.transfer, registry.parse(run.spec.codec))
-        timer = PhaseTimer()
-        requests = PendingRequests(ctx, adapter, strategy, model)
-        recorder = RunRecorder(run, ctx, timer)
-        return cls(ctx, adapter, strategy, model, timer, recorder, requests)
-
-
 class Rounds:
-    """The rounds of one run. `protected_digests()`: versions and states that other runs keep."""
+    """The rounds of one run. `sums`: of a secure run. `protected_digests()`: versions and states
+    that other runs keep."""
 
-    def __init__(self, parts: RunParts, protected_digests: Callable[[], Set[str]]) -> None:
-        self._parts, self._ctx = parts, parts.ctx
+    def __init__(
+        self, parts: RunParts, sums: SecureSums, protected_digests: Callable[[], Set[str]]
+    ) -> None:
+        self._parts, self._ctx, self._sums = parts, parts.ctx, sums
         self._recorder, self._requests, self._timer = parts.recorder, parts.requests, parts.timer
         self._states = StateStore(parts.ctx.store.states)
         self._retention = Retention(
@@ -93,15 +63,20 @@ class Rounds:
 
     async def aggregate(self, contributors: tuple[str, ...]) -> None:
         run, store, model = self._recorder.run, self._ctx.store, self._parts.model
-        version = await asyncio.to_thread(
-            aggregation.commit,
-            run,
-            store,
-            self._states,
-            self._parts.strategy,
-            contributors,
-            self._ctx.ticket_of,
-        )
+        version: aggregation.CommittedVersion | None
+        if run.spec.secure:
+            if (version := await self._sums.commit(self._states)) is None:
+                return
+        else:
+            version = await asyncio.to_thread(
+                aggregation.commit,
+                run,
+                store,
+                self._states,
+                self._parts.strategy,
+                contributors,
+                self._ctx.ticket_of,
+            )
         await self._recorder.record(
             *version.spent,
             run_events.VersionCommitted(
@@ -160,9 +135,13 @@ class Rounds:
 
     async def close(self) -> None:
         run, transfer = self._recorder.run, self._ctx.transfer
-        evaluation = aggregation.aggregate_evaluation(
-            run, self._parts.strategy, self._ctx.ticket_of
-        )
+        if run.cohort is not None:
+            if (evaluation := await self._sums.evaluate()) is None:
+                return
+        else:
+            evaluation = aggregation.aggregate_evaluation(
+                run, self._parts.strategy, self._ctx.ticket_of
+            )
         event = run_events.RoundClosed(
             run.round,
             evaluation.metrics,
@@ -181,6 +160,8 @@ class Rounds:
         else:
             self._requests.cancel(lambda r: late_updates.is_expired(run, r.kind, r.round))
         await self._recorder.record(event)
+        if run.spec.secure:
+            self._ctx.store.uploads.clear()
         run = self._recorder.run
         self._report_doubtful(run, evaluation.doubtful)
         self._ctx.publish(round_body(run.id, run.history[-1]))

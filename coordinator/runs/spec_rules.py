@@ -7,12 +7,16 @@ from typing import NamedTuple
 
 from coordinator import strategies
 from coordinator.runs import best_version, options
+from coordinator.runs.secure import plans
 from coordinator.storage.run_events import RunSpec
 from coordinator.strategies.adapter import StrategyAdapter
+from coordinator.strategies.custom import CustomStrategy
 from protocols.codecs import registry
 from protocols.errors import UsageError
 from protocols.model import personalization
 from protocols.privacy import private_training
+from protocols.privacy.secagg.cohort import MIN_COHORT
+from protocols.privacy.secagg.ring import RING_BITS
 
 
 class Rule(NamedTuple):
@@ -73,6 +77,40 @@ _VERSION_RULES = (
          "with --dp-user no metric decides, as metrics have no noise: --best-metric, --patience "
          "and --until have no effect, and versions are not evaluated", "leave them out"),
 )
+#: Rules for secure runs: the coordinator has no figure of a single peer.
+_SECURE_RULES = (
+    Rule(lambda spec, _: spec.quorum < MIN_COHORT,
+         "--secure needs a quorum of at least 3: a sum of fewer updates reveals them",
+         "--quorum 3"),
+    Rule(lambda spec, _: spec.mode != "synchronous",
+         f"--secure cannot be used with {_BUFFERED}: the peers of a sum train on one version",
+         "--mode synchronous"),
+    Rule(lambda spec, _: spec.late == "fold",
+         "--secure cannot be used with --late fold: a masked update belongs to one sum",
+         "--late drop"),
+    Rule(lambda spec, _: spec.codec not in RING_BITS,
+         "--secure sends integers, and cannot send the codec {spec.codec}",
+         "--codec fp32, or --codec int8 for half of the bytes"),
+    Rule(lambda spec, _: spec.codec in RING_BITS
+             and spec.quorum > plans.max_cohort(RING_BITS[spec.codec]),
+         "--secure with --codec {spec.codec} cannot sum a quorum of {spec.quorum} updates: too few "
+         "bits are left for each value", "--codec fp32, or a smaller quorum"),
+    Rule(lambda _, adapter: isinstance(adapter, CustomStrategy),
+         "--secure cannot be used with {spec.strategy}: a custom strategy may need single updates",
+         _SERVER),
+    Rule(lambda spec, adapter: bool(adapter.required_metric(spec.strategy_args)),
+         "--secure cannot be used with {spec.strategy}, which needs a metric of each peer: "
+         "a secure run knows only the mean of all", _SERVER),
+    Rule(lambda _, adapter: adapter.feed != "mean",
+         "--secure cannot be used with {spec.strategy}, which compares single updates: "
+         "a secure run knows only their mean", _SERVER),
+    Rule(lambda spec, adapter: adapter.needs_base or bool(
+             adapter.trainer_settings(spec.strategy_args).keys() & personalization.SETTINGS),
+         "--secure cannot be used with {spec.strategy}, which keeps state for each peer", _SERVER),
+    Rule(lambda spec, _: spec.outlier_limit > 0,
+         "--secure cannot be used with --outlier-limit, which compares single updates",
+         "leave it out, or --outlier-limit 0; --clip-norm bounds each honest peer"),
+)
 #: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
     Rule(lambda spec, _: bool(private_training.SETTINGS & spec.settings.keys()),
@@ -125,10 +163,12 @@ def check(spec: RunSpec) -> None:
     adapter = strategies.find(spec.strategy)
     reserved = min(personalization.SETTINGS & spec.settings.keys(), default="")
     of_mode = _BUFFERED_RULES if spec.mode == "buffered" else _SYNCHRONOUS_RULES
-    of_noise = (_PRIVATE_RULES if spec.private else ()) + (
-        _VERSION_RULES if spec.private_versions else ()
+    of_sums = _SECURE_RULES if spec.secure else ()
+    of_noise = (
+        *(_PRIVATE_RULES if spec.private else ()),
+        *(_VERSION_RULES if spec.private_versions else ()),
     )
-    for rule in (*_RULES, *of_mode, *of_noise):
+    for rule in (*_RULES, *of_sums, *of_mode, *of_noise):
         if rule.is_broken(spec, adapter):
             text, hint = (t.format(spec=spec, reserved=reserved) for t in (rule.text, rule.hint))
             raise UsageError(text, hint)

@@ -72,6 +72,30 @@ class Evaluation(Struct, frozen=True):
 _Rounds = Annotated[tuple[Round, ...], Meta(max_length=1 << 20)]
 
 
+class CohortState(Struct, frozen=True, kw_only=True):
+    """The peers of one secure sum, and how far it is.
+
+    `request` and `shares`: digests of files in the spool, with the cards and the sealed shares.
+    `sharers`, `survivors`: empty before they are fixed. `masked`: the masked updates in the spool.
+    """
+
+    kind: _Line
+    turn: Integer
+    peers: _Peers
+    request: _Line
+    sharers: _Peers = ()
+    shares: _Line = ""
+    masked: _ByPeer[_Line] = {}
+    survivors: _Peers = ()
+
+    @property
+    def step(self) -> WorkKind:
+        """What its peers are asked next."""
+        if not self.sharers:
+            return "share"
+        return "agree" if self.survivors else "mask"
+
+
 class Assignment(Struct, frozen=True):
     """Training of one peer on `base`, the version before `round`. `lost` while it is offline."""
 
@@ -118,6 +142,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `num_asked`: peers that were asked when the round was opened. `num_spent`: the versions with
     noise for whole peers that the run has made, with those of rounds that were repeated.
     `deleted`: the files are deleted, and the run is not listed any more.
+    Secure: `cohort`: the sum in progress. `turn`: how often the work of peers was begun again, over
+    all rounds; `lost_cohorts`: how often in this round.
     """
 
     id: _Line
@@ -170,6 +196,9 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     ended_in: RunState = RunState.WAITING
     ended_because: _Line = ""
     deleted: bool = False
+    cohort: CohortState | None = None
+    turn: Integer = 0
+    lost_cohorts: Integer = 0
 
     @property
     def ended(self) -> bool:
@@ -205,11 +234,18 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     @property
     def kind(self) -> WorkKind:
         """The kind of request that peers get in this state."""
+        if self.cohort is not None:
+            return self.cohort.step
         if self.recalling:
             return "recall" if self.target_version else "holdings"
         if self.state is RunState.WAITING:
             return "describe" if self.describing else "init"
         return "train" if self.state is RunState.TRAINING else "evaluate"
+
+    @property
+    def open_kinds(self) -> tuple[str, ...]:
+        """The kinds of request that peers may have in this state."""
+        return (self.kind, "unmask") if self.cohort and self.cohort.survivors else (self.kind,)
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -223,12 +259,25 @@ def why_no_evaluations(run: Run) -> str:
         return ""
     if run.spec.private:
         return "each peer adds noise of its own, so this run asks no peer for an evaluation"
+    if run.spec.secure:
+        return "this run is secure: the coordinator sees only the evaluation of all peers together"
     if any(closed.num_evaluated or closed.metrics for closed in run.history):
         return "the evaluations of single peers are not known in this run"
     return "no peer has evaluated a version of this run yet"
 
 
+#: The owner of the files of a cohort in the spool. It is no peer's id.
+COHORT = "cohort"
+
+
 def accepted_uploads(run: Run) -> set[tuple[str, str]]:
-    """Peers and digests of the accepted updates that no version contains yet."""
+    """Peers and digests of the accepted updates that no version contains yet.
+
+    Secure: first the cards of the peers, then the files of the cohort.
+    """
+    if (cohort := run.cohort) is not None:
+        files = {(COHORT, digest) for digest in (cohort.request, cohort.shares) if digest}
+        kept = cohort.survivors or cohort.masked
+        return files | {(peer, cohort.masked[peer]) for peer in kept}
     accepted = [*run.updates.items(), *((one.peer, one.update) for one in run.buffer)]
     return {(peer, update.digest) for peer, update in accepted if update.digest}

@@ -49,6 +49,24 @@ class CloseTraining(NamedTuple):
     contributors: tuple[str, ...]
 
 
+class FixCohort(NamedTuple):
+    """Secure: begin the sum over the peers that have answered."""
+
+
+class FixSharers(NamedTuple):
+    """Secure: continue with the peers that have shared their secrets."""
+
+
+class FixSurvivors(NamedTuple):
+    """Secure: continue with the peers whose masked updates are here."""
+
+
+class LoseCohort(NamedTuple):
+    """Secure: give the sum up."""
+
+    because: str
+
+
 class Aggregate(NamedTuple):
     contributors: tuple[str, ...]
 
@@ -87,6 +105,10 @@ Step = (
     | OpenRound
     | AssignWork
     | CloseTraining
+    | FixCohort
+    | FixSharers
+    | FixSurvivors
+    | LoseCohort
     | Aggregate
     | OpenEvaluation
     | CloseRound

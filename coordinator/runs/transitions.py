@@ -9,6 +9,7 @@ Rule 3. What is observed (who is online, has the deadline passed) may change a d
     waiting ──RoundOpened──> training ──TrainingClosed──> aggregating
        ^                                                       │ VersionCommitted
        └───────────RoundClosed─────────── evaluating <─────────┘
+    secure runs have more events while they aggregate and evaluate: `secure.transitions`
     any ──RecallBegun──> waiting, until VersionRecalled
     any ──RunEnded──> finished | stopped | failed        stopped, failed ──RunResumed──> waiting
 """
@@ -23,6 +24,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from coordinator.runs import best_version, rollback
+from coordinator.runs.secure import transitions as secure
 from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Evaluation, Round, Run
 from coordinator.storage import run_events as events
 from coordinator.storage.run_events import RunEvent, Update
@@ -50,6 +52,8 @@ def _round_opened(run: Run, event: events.RoundOpened) -> Run:
         on_time=(),
         norms={},
         refused=0,
+        cohort=None,
+        lost_cohorts=0,
     )
 
 
@@ -164,7 +168,7 @@ def _update_refused(run: Run, event: events.UpdateRefused) -> Run:
                 assignments=_without(run.assignments, peer),
                 cooling_down=run.cooling_down | cooling_down,
             )
-    is_current = event.round == run.round and event.kind in ("", run.kind)
+    is_current = event.round == run.round and event.kind in ("", *run.open_kinds)
     if is_current and peers.get(peer) == "asked":
         peers = peers | {peer: "refused"}
     described = run.described
@@ -217,6 +221,7 @@ def _version_committed(run: Run, event: events.VersionCommitted) -> Run:
         updates={},
         buffer=(),
         cooling_down=frozenset(),
+        cohort=None,
     )
 
 
@@ -256,6 +261,7 @@ def _round_closed(run: Run, event: events.RoundClosed) -> Run:
     evaluations = {
         peer: Evaluation(run.round, update.num_examples, update.metrics)
         for peer, update in evaluated.items()
+        if not run.spec.secure  # the metrics of single peers are not known
     }
     return replace(
         run,
@@ -263,6 +269,7 @@ def _round_closed(run: Run, event: events.RoundClosed) -> Run:
         evaluating=False,
         peers={},
         updates={},
+        cohort=None,
         evaluations=run.evaluations | evaluations,
         history=(*run.history, closed),
         best=best_version.best(run.spec, (run.best, closed) if run.best else (closed,)),
@@ -279,12 +286,14 @@ def _run_ended(run: Run, event: events.RunEnded) -> Run:
         updates={},
         assignments={},
         buffer=(),
+        cohort=None,
     )
 
 
 _WAITING = frozenset({RunState.WAITING})
 _OPEN = frozenset({RunState.TRAINING, RunState.EVALUATING})
 _NOT_ENDED = frozenset(RunState) - ENDED
+_SUMMING = frozenset({RunState.AGGREGATING, RunState.EVALUATING})
 
 #: By event: the states in which it has an effect, and that effect.
 TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]] = {
@@ -318,6 +327,11 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
         frozenset({RunState.AGGREGATING}),
         lambda run, _: replace(run, num_spent=run.num_spent + 1),
     ),
+    events.CohortFixed: (_SUMMING, secure.cohort_fixed),
+    events.SharersFixed: (_SUMMING, secure.sharers_fixed),
+    events.MaskedUpdateAccepted: (_SUMMING, secure.masked_update_accepted),
+    events.SurvivorsFixed: (_SUMMING, secure.survivors_fixed),
+    events.CohortLost: (_SUMMING, secure.cohort_lost),
     events.VersionCommitted: (frozenset({RunState.AGGREGATING}), _version_committed),
     events.VersionLost: (_NOT_ENDED, rollback.version_lost),
     events.RecallBegun: (frozenset(RunState), rollback.recall_begun),

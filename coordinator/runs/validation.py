@@ -23,6 +23,7 @@ from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
 from protocols.model.schema_card import Description
 from protocols.model.weights import Array, Schema, WeightReader
+from protocols.privacy.secagg.messages import STEPS
 from protocols.tables import evaluation_counts, preprocessing
 from protocols.tables.class_names import ClassCounts
 from protocols.tables.statistics import TableStatistics
@@ -40,6 +41,10 @@ _MIN_FLOAT32_SQUARES = 1e-25
 _MAX_DECLARED = 10**12
 #: Each metric of an update is in the ledger and on every monitor.
 MAX_METRICS = 32
+
+
+#: In a secure run, the answers to all of its steps name the codec.
+_WITH_CODEC = frozenset({"train", *STEPS})
 
 
 class ExpectedReply(NamedTuple):
@@ -69,7 +74,7 @@ def check_claim(
     if claim.run != run.id:
         raise UpdateRefused("another run", f"it belongs to run {claim.run}")
     work = expected.assignment
-    number, turn = (work.round, work.turn) if work else (run.round, 0)
+    number, turn = (work.round, work.turn) if work else (run.round, run.turn)
     if (claim.kind, claim.round, claim.turn) != (expected.kind, number, turn):
         raise UpdateRefused("late", f"it is for round {claim.round} ({claim.kind})")
     if work is None and run.peers.get(sender) == "answered":
@@ -78,8 +83,9 @@ def check_claim(
         raise UpdateRefused("not asked", "this peer was not asked in this round")
     if claim.base != expected.base:
         raise UpdateRefused("wrong base", f"it was trained on {claim.base[:12] or 'nothing'}")
-    if claim.kind == "train" and claim.codec != run.spec.codec:
-        raise UpdateRefused("wrong codec", f"it is sent as {claim.codec}, not {run.spec.codec}")
+    codec = run.spec.work_codec
+    if claim.kind in _WITH_CODEC and claim.codec != codec:
+        raise UpdateRefused("wrong codec", f"it is sent as {claim.codec}, not {codec}")
     if len(claim.metrics) > MAX_METRICS:
         raise UpdateRefused(
             "bad metrics", f"{len(claim.metrics)} metrics, the maximum is {MAX_METRICS}"

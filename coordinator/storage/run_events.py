@@ -17,6 +17,7 @@ from protocols.messages.envelope import Count, Integer, Metrics, Settings, Talli
 from protocols.messages.states import RunState
 from protocols.model.schema_card import Description, SchemaCard
 from protocols.privacy.private_training import PrivateTraining
+from protocols.privacy.secagg.messages import masked_codec
 from protocols.privacy.user_level import PrivateVersions
 
 Setting = str | int | float | bool
@@ -57,6 +58,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     most that for one of its rows (0: no noise). `dp_clip`: the maximum norm of a row's gradient.
     `dp_user_epsilon`: the coordinator adds noise to each version, so that all versions together
     cost at most that, with `dp_delta`, for one peer (0: no noise).
+    `secure`: the coordinator sees no single update, only their sum (`coordinator.runs.secure`).
     `only`: the single part that a parent fleet requests from this one (empty: all parts), in the
     parent's round `first_round`. `check`: a run of only the part `describe` that keeps what
     each peer described, for `commonweight run check`.
@@ -98,6 +100,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     dp_delta: float = 1e-5
     dp_clip: float = 1.0
     dp_user_epsilon: float = 0.0
+    secure: bool = False
 
     @property
     def private(self) -> PrivateTraining | None:
@@ -118,6 +121,11 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     def measures(self) -> bool:
         """False for a run with noise, in which no metric may show what noise hides."""
         return self.private is None and self.private_versions is None
+
+    @property
+    def work_codec(self) -> str:
+        """The codec that peers are told. Raises UsageError if a secure run cannot use it."""
+        return masked_codec(self.codec) if self.secure else self.codec
 
 
 class Update(Struct, frozen=True, kw_only=True):
@@ -251,6 +259,50 @@ class PrivacySpent(RunEvent, frozen=True):
     noise: float
     clip: float
     peers: int
+
+
+class CohortFixed(RunEvent, frozen=True):
+    """Secure: these peers take part in a sum; `kind`: "train" or "evaluate".
+
+    `request`: the digest of the file with the plan and the cards of all (`ShareRequest`).
+    """
+
+    round: int
+    turn: int
+    kind: str
+    peers: tuple[str, ...]
+    request: str
+
+
+class SharersFixed(RunEvent, frozen=True):
+    """Secure: these peers have shared their secrets; `shares`: the digest of the file of them."""
+
+    round: int
+    sharers: tuple[str, ...]
+    shares: str
+
+
+class MaskedUpdateAccepted(RunEvent, frozen=True):
+    """Secure: the masked update of a peer is in the spool."""
+
+    round: int
+    peer: str
+    digest: str
+    nbytes: int
+
+
+class SurvivorsFixed(RunEvent, frozen=True):
+    """Secure: the sum contains the masked updates of these peers and of no others."""
+
+    round: int
+    survivors: tuple[str, ...]
+
+
+class CohortLost(RunEvent, frozen=True):
+    """Secure: no sum can be known. Training is repeated; an evaluation ends without metrics."""
+
+    round: int
+    because: str
 
 
 class VersionCommitted(RunEvent, frozen=True):

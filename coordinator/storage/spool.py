@@ -101,6 +101,10 @@ class Spool:
         except FileNotFoundError as err:
             raise BadWeights("the update's bytes were never uploaded") from err
 
+    def is_receiving(self, node: str) -> bool:
+        """True while a request uploads a file of this peer."""
+        return any(path in self.writers for path in self._files[node])
+
     def peers(self) -> list[str]:
         """The peers with an upload, whole or not."""
         return [node for node, files in self._files.items() if files]
@@ -137,6 +141,20 @@ class Spool:
         os.replace(part, done)
         self._files[node].pop(part, None)
         self._files[node][done] = None
+
+    def write(self, node: str, digest: str, data: bytes) -> None:
+        """Store a small file durably, as if this peer had uploaded it. Raises OSError."""
+        if not self.folder.exists():
+            self._make_folder(self.run)
+        path = self.path(node, digest)
+        failpoint("spool.writing")
+        atomic_files.write_private(path, data)
+        self._files[node][path] = None
+        failpoint("spool.written")
+
+    def read(self, node: str, digest: str) -> bytes:
+        """The bytes of a small file. Raises OSError."""
+        return self.path(node, digest).read_bytes()
 
     def move(self, node: str, digest: str, target: Path) -> None:
         """Move a whole upload out of the spool."""

@@ -22,6 +22,8 @@ from protocols.model.weights import Part, Weights
 
 WEIGHTS = "cw.weights"
 CLAIM, DESCRIPTION, PROOF = "cw.claim", "cw.description", "cw.proof"
+#: The request of a step of secure aggregation.
+REQUEST = "cw.request"
 
 
 class InMemoryArray(Array):
@@ -124,10 +126,15 @@ def read_claim(reply: Message) -> tuple[UpdateClaim, bytes, bytes]:
 
 def read_description(reply: Message, claim: UpdateClaim) -> Description:
     """The description that a claim is for. Raises BadMessage, KeyError, TypeError."""
+    return schema_card.decode(read_answer(reply, claim))
+
+
+def read_answer(reply: Message, claim: UpdateClaim) -> bytes:
+    """The bytes that a claim is for. Raises BadMessage, KeyError, TypeError."""
     description = _bytes(reply, DESCRIPTION, "description")
     if (len(description), hashlib.sha256(description).hexdigest()) != (claim.nbytes, claim.digest):
         raise BadMessage("the description is not the one that was signed")
-    return schema_card.decode(description)
+    return description
 
 
 def read_proof(reply: Message) -> tuple[bytes, bytes] | None:

@@ -519,6 +519,13 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     run_events.UpdateRefused: lambda d: run_events.UpdateRefused(1, d(_ONE), "x", "x"),
     run_events.TrainingClosed: lambda d: run_events.TrainingClosed(1, d(_SOME)),
     run_events.PrivacySpent: lambda d: run_events.PrivacySpent(1, 2.0, 1.0, 3),
+    run_events.CohortFixed: lambda d: run_events.CohortFixed(
+        1, d(st.integers(0, 1)), d(st.sampled_from(["train", "evaluate"])), d(_SOME), "c"
+    ),
+    run_events.SharersFixed: lambda d: run_events.SharersFixed(1, d(_SOME), "s"),
+    run_events.MaskedUpdateAccepted: lambda d: run_events.MaskedUpdateAccepted(1, d(_ONE), "m", 4),
+    run_events.SurvivorsFixed: lambda d: run_events.SurvivorsFixed(1, d(_SOME)),
+    run_events.CohortLost: lambda d: run_events.CohortLost(1, "x"),
     run_events.VersionCommitted: lambda d: run_events.VersionCommitted(1, "x", "y", d(_SOME), {}),
     run_events.VersionLost: lambda d: run_events.VersionLost("x", d(st.sampled_from(["x", "y"]))),
     run_events.EvaluationOpened: lambda d: run_events.EvaluationOpened(1, d(_SOME)),
@@ -571,4 +578,5 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
         | {"deleted", "refusal_kinds", "refusal_texts", "on_time", "abandoned", "declared"}
         | {"limited", "limited_now", "surveyed", "evaluations", "num_asked", "num_spent"}
+        | {"cohort", "turn", "lost_cohorts"}
     )

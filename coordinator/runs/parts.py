@@ -1,0 +1,43 @@
+"""The objects that the loop of a run, its rounds and its secure sums share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.serverapp.strategy import Strategy
+
+from coordinator import strategies
+from coordinator.runs.context import RunContext
+from coordinator.runs.model import RunModel
+from coordinator.runs.recorder import RunRecorder
+from coordinator.runs.requests import PendingRequests
+from coordinator.runs.state import Run
+from coordinator.runs.timing import PhaseTimer
+from coordinator.strategies.adapter import StrategyAdapter
+from protocols.codecs import registry
+from protocols.privacy.secagg.messages import ring_of
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of one run."""
+
+    ctx: RunContext
+    adapter: StrategyAdapter
+    strategy: Strategy
+    model: RunModel
+    timer: PhaseTimer
+    recorder: RunRecorder
+    requests: PendingRequests
+
+    @classmethod
+    def create(cls, run: Run, ctx: RunContext) -> RunParts:
+        """Raises CommonweightError if the run's strategy cannot be made."""
+        adapter = strategies.find(run.spec.strategy)
+        strategy = adapter.make(run.spec.strategy_args)
+        ring_bits = ring_of(run.spec.work_codec) if run.spec.secure else 0
+        model = RunModel(ctx.transfer, registry.parse(run.spec.codec), ring_bits)
+        timer = PhaseTimer()
+        requests = PendingRequests(ctx, adapter, strategy, model)
+        recorder = RunRecorder(run, ctx, timer)
+        return cls(ctx, adapter, strategy, model, timer, recorder, requests)
