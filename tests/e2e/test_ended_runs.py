@@ -59,6 +59,7 @@ def test_a_stopped_run_does_not_block_the_next_one(tmp_path: Path) -> None:
         assert site.ask("run", "stop", stopped).returncode == 0
         wait_for(lambda: not leftovers(site), "the uploads of ended runs are deleted")
         for name in ("ada", "bob"):
-            assert "413" not in site.programs[name].log
+            # Not "413" alone: a line of the log may have been written at such a millisecond.
+            assert "(413)" not in site.programs[name].log
             assert "refuse" not in site.programs[name].log
             assert "Traceback" not in site.programs[name].log
