@@ -101,6 +101,10 @@ class Client:
                 lambda message, _: Message(self._queries.job(message), reply_to=message)
             )
 
+    def resume_sum(self) -> None:
+        """Tells the observer if a secure sum still waits for this peer's steps, after a restart."""
+        self._secure.resume()
+
     def handle(self, message: Message) -> Message:
         """Returns the reply to a message. Raises CommonweightError if the work fails.
 

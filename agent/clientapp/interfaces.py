@@ -85,6 +85,9 @@ class Observer:
     def on_sending(self) -> None:
         """The upload of an update begins."""
 
+    def on_sum(self, is_open: bool) -> None:
+        """A secure sum waits for this peer's steps, or (False) for none any more."""
+
     def on_trained(self) -> None:
         """A trained update is on disk: the trainer's journal is no longer needed."""
 

@@ -18,6 +18,7 @@ from protocols.local.background_unlink import unlink
 from protocols.messages.envelope import Metrics, Tallies
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
+from protocols.privacy.secagg.messages import STEPS
 
 #: Of a training's metrics and tallies, so many are summed: see `TailNames`.
 _MAX_METRICS, _MAX_TALLIES = 32, 8
@@ -105,13 +106,21 @@ class SecureFiles:
         self._verified.add(digest)
         return True
 
+    def awaits_step(self) -> bool:
+        """True if the last reply is not that to the last step of its sum."""
+        last = self._last()
+        return last is not None and f" {STEPS[-1]} " not in last.key
+
     def reply(self, key: str) -> Finished | None:
         """The last reply, if it has this key."""
+        last = self._last()
+        return last if last is not None and last.key == key else None
+
+    def _last(self) -> Finished | None:
         try:
-            last = msgspec.json.decode(self._reply.read_bytes(), type=Finished)
+            return msgspec.json.decode(self._reply.read_bytes(), type=Finished)
         except (OSError, msgspec.DecodeError):
             return None
-        return last if last.key == key else None
 
     def keep_reply(self, reply: Finished) -> None:
         """Keep a reply. It needs no fsync: the turn on disk gives the same answer again."""

@@ -28,6 +28,7 @@ from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import masked_file, messages, tails
 from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
+    STEPS,
     AgreeRequest,
     Answer,
     MaskAnswer,
@@ -66,6 +67,11 @@ class SecureWork:
         if self._open_turns is None:
             raise SecureRefused("unable", "this agent takes part in no secure run", "update it")
         return self._open_turns()
+
+    def resume(self) -> None:
+        """After a restart: tell the observer if a sum waits for this peer's steps."""
+        if self._files.awaits_step():
+            self._observer.on_sum(True)
 
     # --- step ready ---
 
@@ -213,6 +219,7 @@ class SecureWork:
         """The signed reply with these bytes; the kept one if it has the same."""
         key = key_of(work)
         if (kept := self._files.reply(key)) is not None and kept.description == data:
+            self._observer.on_sum(work.kind != STEPS[-1])
             return kept
         claim, signature = self._me.sign_claim(
             work,
@@ -223,6 +230,7 @@ class SecureWork:
         )
         reply = Finished(key=key, claim=claim, signature=signature, description=data)
         self._files.keep_reply(reply)
+        self._observer.on_sum(work.kind != STEPS[-1])
         return reply
 
 

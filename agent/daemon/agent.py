@@ -137,6 +137,7 @@ class Agent:
     async def serve(self) -> None:
         """Work until `stop`, SIGINT or SIGTERM. Leaves no process behind."""
         self._runner.start()
+        self._work.resume_sum()
         await self._check_log()
         for name in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt instead

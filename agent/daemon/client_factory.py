@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from agent.clientapp.recovery import Recall
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
-from agent.daemon.state_machine import SendingStarted, WorkEnded, WorkStarted
+from agent.daemon.state_machine import SendingStarted, SumChanged, WorkEnded, WorkStarted
 from agent.home import audit_log, privacy_ledger, settings
 from agent.home.live_settings import LiveSettings
 from agent.home.secure_store import TurnStore
@@ -41,6 +42,8 @@ log = logging.getLogger("commonweight.agent")
 
 #: A job may fail for reasons of the requester. Its failures do not pause the agent.
 _JOB_TRIES = 2
+#: A paused agent polls for the steps of a secure sum for so long after its last answer.
+MAX_STEP_WAIT_S = 600.0
 #: The folders of the home that a trainer writes to, beside its own.
 _WRITTEN = ("outbox", "jobs", "predictions")
 
@@ -71,6 +74,7 @@ class _Events(Observer):
 
     def __init__(self, ctx: AgentContext, trainer: TrainerProcess, scores: ToldScores) -> None:
         self._ctx, self._trainer, self._scores = ctx, trainer, scores
+        self._sum_end: asyncio.TimerHandle | None = None
 
     def on_work(self, work: Work | None) -> None:
         self._ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
@@ -83,6 +87,18 @@ class _Events(Observer):
 
     def on_leaving(self, claim: UpdateClaim, task: str, description: bytes) -> None:
         audit_log.write_update(self._ctx.home, claim, task, description)
+
+    def on_sum(self, is_open: bool) -> None:
+        self._ctx.runner.call_threadsafe(self._await_steps, is_open)
+
+    def _await_steps(self, is_open: bool) -> None:
+        """On the event loop: await further steps of a secure sum, for a while."""
+        if self._sum_end is not None:
+            self._sum_end.cancel()
+            self._sum_end = None
+        self._ctx.runner.dispatch(SumChanged(is_open))
+        if is_open:
+            self._sum_end = self._ctx.runner.dispatch_later(MAX_STEP_WAIT_S, SumChanged(False))
 
     def on_sending(self) -> None:
         self._ctx.runner.dispatch_threadsafe(SendingStarted())

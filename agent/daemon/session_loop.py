@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from random import Random
 from typing import Any, TypeVar
 
@@ -188,8 +189,11 @@ class SessionLoop:
         """Pull and answer messages while the session lasts. Raises Unreachable, SessionLost."""
         while True:
             self._doorbell.clear()
-            if state_machine.can_take_work(self._runner.state):
-                message = await self._in_thread(self.link().pull)
+            state = self._runner.state
+            takes_work = state_machine.can_take_work(state)
+            if takes_work or (state.work is None and state_machine.can_answer_steps(state)):
+                pull = partial(self.link().pull, steps_only=not takes_work)
+                message = await self._in_thread(pull)
                 while message is not None:
                     message = await self._in_thread(answer, message)
                     self._last_work_at = time.monotonic()

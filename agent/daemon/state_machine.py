@@ -4,8 +4,11 @@ Rule 1. Presence is a function of the state alone.
 Rule 2. A pause stops the trainer between two batches and prevents new work. No work is lost.
 Rule 3. When the trainer has failed repeatedly, that is a pause too.
 Rule 4. The policy's decision is one more pause and a pace. It does not change other pauses.
-Rule 5. `finish` completes and sends the current work, then ends the agent. It lifts the operator's
-        pause. While another pause forbids the work, the agent ends at once.
+Rule 5. While a secure sum has this peer's card, its steps are answered, also in a pause: others
+        wait for them, and they take milliseconds. Not if the coordinator is not to be trusted.
+Rule 6. `finish` completes and sends the current work, then ends the agent. It lifts the operator's
+        pause. While another pause forbids the work, the agent ends at once. It takes the steps of
+        a secure sum to their end before.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from protocols.messages.work import Work
 
 #: The pauses that the operator's `resume` and `finish` lift.
 LIFTED_BY_OPERATOR = frozenset({PauseReason.OPERATOR, PauseReason.TRAINER})
+#: In these, not even the steps of a secure sum are answered.
+_WITHOUT_STEPS = frozenset({PauseReason.FORK, PauseReason.WITNESS})
 
 
 class PolicyDecided(NamedTuple):
@@ -41,13 +46,15 @@ class AgentState(Struct, frozen=True, kw_only=True):
     """What the agent is doing.
 
     `pauses` maps each active reason to its end (Unix s, 0 if unknown). `trainer_failure` is why
-    the trainer is paused. `policy` is the policy's last decision.
+    the trainer is paused. `policy` is the policy's last decision. `in_sum`: a secure sum has this
+    peer's card, and its steps are to come.
     """
 
     session: bool = False
     mqtt: bool = False
     work: Work | None = None
     sending: bool = False
+    in_sum: bool = False
     pauses: Mapping[PauseReason, float] = {}
     trainer_failure: str = ""
     policy: PolicyDecided = PolicyDecided()
@@ -78,6 +85,12 @@ class WorkEnded(NamedTuple):
     pass
 
 
+class SumChanged(NamedTuple):
+    """A card was given to a secure sum, or its last step was answered."""
+
+    is_open: bool
+
+
 class PauseRequested(NamedTuple):
     """`until` (Unix s) is the end of the pause, 0 if unknown."""
 
@@ -106,6 +119,7 @@ Event = (
     | WorkStarted
     | SendingStarted
     | WorkEnded
+    | SumChanged
     | PauseRequested
     | PauseLifted
     | TrainerGaveUp
@@ -158,6 +172,8 @@ def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instructio
             after = replace(state, sending=state.work is not None)
         case WorkEnded():
             after = replace(state, work=None, sending=False)
+        case SumChanged(is_open):
+            after = replace(state, in_sum=is_open)
         case PauseRequested(reason, until):
             after = replace(state, pauses={**state.pauses, reason: until})
         case PauseLifted(reasons):
@@ -171,7 +187,7 @@ def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instructio
             pauses = _without(state.pauses, LIFTED_BY_OPERATOR)
             after = replace(state, pauses=pauses, finishing=True)
     is_held = is_paused(after) and not after.sending
-    if after.finishing and (after.work is None or is_held):
+    if after.finishing and (after.work is None or is_held) and not can_answer_steps(after):
         after = replace(after, finished=True)
     return after, _instructions(state, after)
 
@@ -214,6 +230,11 @@ def is_willing(state: AgentState) -> bool:
 def can_take_work(state: AgentState) -> bool:
     """True if the agent may pull a message now."""
     return state.work is None and is_willing(state)
+
+
+def can_answer_steps(state: AgentState) -> bool:
+    """True if the agent may answer a step of a secure sum, also while it is paused."""
+    return state.in_sum and not state.pauses.keys() & _WITHOUT_STEPS
 
 
 def _presence(state: AgentState) -> tuple[object, ...]:

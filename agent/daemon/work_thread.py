@@ -138,6 +138,10 @@ class WorkThread:
         freed = self._job_models.shrink(nbytes, ())
         return freed + self.versions.shrink(nbytes - freed, {newest.digest} if newest else ())
 
+    def resume_sum(self) -> None:
+        """After a start: answer the steps of a secure sum that has this peer's card."""
+        self._client.resume_sum()
+
     def close(self) -> None:
         """Stop the trainer for good. This also ends a wait for it or for its next try."""
         self._retrying_trainer.close()
@@ -160,6 +164,8 @@ class WorkThread:
         try:
             if self._takes_more_work():
                 following = link.exchange(reply)
+            elif state_machine.can_answer_steps(self._runner.state):
+                following = link.exchange(reply, steps_only=True)
             else:
                 link.push(reply)
         except (UploadRefused, UploadUnneeded) as err:  # a small update travels with its reply

@@ -258,19 +258,24 @@ class CoordinatorClient(WeightTransfer):
         sent = signed | (headers or {})
         return self._http_client.request(method, path, sent, body, max_bytes=max_bytes)
 
-    def pull(self) -> Message | None:
-        """Returns the next message for this agent, or None."""
-        return self._exchange(None, want=True)
+    def pull(self, *, steps_only: bool = False) -> Message | None:
+        """Returns the next message for this agent, or None.
+
+        `steps_only`: only one with a step of a secure sum, as this agent is paused.
+        """
+        return self._exchange(None, want=True, steps_only=steps_only)
 
     def push(self, reply: Message) -> None:
         """Sends a reply. The coordinator drops a reply that it no longer waits for."""
         self._exchange(reply, want=False)
 
-    def exchange(self, reply: Message) -> Message | None:
-        """Sends a reply and receives the next message in one request."""
-        return self._exchange(reply, want=True)
+    def exchange(self, reply: Message, *, steps_only: bool = False) -> Message | None:
+        """Sends a reply and receives the next message in one request; see `pull`."""
+        return self._exchange(reply, want=True, steps_only=steps_only)
 
-    def _exchange(self, reply: Message | None, *, want: bool) -> Message | None:
+    def _exchange(
+        self, reply: Message | None, *, want: bool, steps_only: bool = False
+    ) -> Message | None:
         attached, update, packed = None, b"", None
         if reply is not None:  # a heartbeat may run in between
             attached, self._attached = self._attached, None
@@ -283,6 +288,7 @@ class CoordinatorClient(WeightTransfer):
             wants_work=want,
             update=update,
             owner_has_decided=decided,
+            steps_only=steps_only,
             seen=seen,
         )
         body = msgspec.msgpack.encode(request)
@@ -292,7 +298,7 @@ class CoordinatorClient(WeightTransfer):
         )
         if attached is not None and status in (410, 413, 507):
             self.upload(*attached)  # raises the reason, or succeeds now
-            return self._exchange(reply, want=want)
+            return self._exchange(reply, want=want, steps_only=steps_only)
         if reply is not None:
             raise_for_upload(status, answer)
         raise_for_status(status, answer)

@@ -85,21 +85,21 @@ class PollHandler:
             self._owner_has_decided(peer)
         if not request.wants_work:
             return PollResponse(acknowledged=acknowledged)
-        response = await self._superlink.poll_async(node, PollRequest())
+        following = PollRequest(steps_only=request.steps_only)
+        response = await self._superlink.poll_async(node, following)
         if response.work is None and (self._runs.current is not None or self._jobs.is_working):
             await self._long_polls.wait(peer, LONG_POLL_S)
             if self._sessions.session_number(peer) != session:
                 # The agent restarted meanwhile: the work belongs to its new session.
                 raise NoSession(f"{peer} has another session")
-            response = await self._superlink.poll_async(node, PollRequest())
+            response = await self._superlink.poll_async(node, following)
         self._note(peer, request, response)
         return self._with_version(msgspec.structs.replace(response, acknowledged=acknowledged))
 
     def _note(self, peer: str, request: PollRequest, response: PollResponse) -> None:
         answered, got_work = request.reply is not None, response.work is not None
-        self._sessions.on_poll(
-            peer, answered=answered, wants_work=request.wants_work, got_work=got_work
-        )
+        wants_work = request.wants_work and not request.steps_only
+        self._sessions.on_poll(peer, answered=answered, wants_work=wants_work, got_work=got_work)
 
     def _with_version(self, response: PollResponse) -> PollResponse:
         """Add the version to evaluate, if it is new to all peers and small."""

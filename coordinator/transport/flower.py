@@ -43,7 +43,7 @@ from starlette.concurrency import run_in_threadpool
 
 from coordinator.fleet.sessions import NoSession
 from protocols.errors import BadMessage
-from protocols.messages.work import FlowerMessage, PollRequest, PollResponse
+from protocols.messages.work import STEP_MESSAGES, FlowerMessage, PollRequest, PollResponse
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("commonweight.superlink")
@@ -144,7 +144,9 @@ class Superlink:
         self.state.acknowledge_node_heartbeat(node_id, node.heartbeat_interval)
         if request.reply is not None:
             self._store_reply(node_id, request.reply)
-        return PollResponse(work=self._next_message(node_id) if request.wants_work else None)
+        if not request.wants_work:
+            return PollResponse()
+        return PollResponse(work=self._next_message(node_id, steps_only=request.steps_only))
 
     @staticmethod
     def request_id_of(reply: FlowerMessage) -> str:
@@ -184,11 +186,24 @@ class Superlink:
             # Flower itself would keep this session forever for a partial or unexpected reply.
             self.state._cleanup_push_session(session, cleanup_messages=not stored)
 
-    def _next_message(self, node_id: int) -> FlowerMessage | None:
-        message, undelivered = None, self._undelivered[node_id]
-        while message is None and undelivered:
+    def _take_undelivered(self, node_id: int, *, steps_only: bool) -> Message | None:
+        """The oldest message for a node; with `steps_only`, the oldest one with a step."""
+        undelivered = self._undelivered[node_id]
+        later: list[str] = []
+        found = None
+        while found is None and undelivered:
+            message_id = undelivered.popleft()
             # None for a message that was deleted.
-            message = self.state.message_ins_store.get(undelivered.popleft())
+            message: Message | None = self.state.message_ins_store.get(message_id)
+            if message is not None and steps_only and not _is_step(message):
+                later.append(message_id)
+            else:
+                found = message
+        undelivered.extendleft(reversed(later))
+        return found
+
+    def _next_message(self, node_id: int, *, steps_only: bool) -> FlowerMessage | None:
+        message = self._take_undelivered(node_id, steps_only=steps_only)
         if message is None:
             return None
         message.metadata.delivered_at = now().isoformat()
@@ -291,6 +306,10 @@ class Superlink:
         for reply_id, reply in list(self._incomplete.items()):
             if reply.metadata.reply_to_message_id in message_ids:
                 del self._incomplete[reply_id]
+
+
+def _is_step(message: Message) -> bool:
+    return message.metadata.message_type in STEP_MESSAGES
 
 
 def _check_objects(tree: ObjectTree, objects: Mapping[str, bytes]) -> None:

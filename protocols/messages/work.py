@@ -5,7 +5,7 @@ Work and claims are records in Flower messages; a poll request or response carri
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct, field
 
@@ -42,6 +42,8 @@ _Bytes = Annotated[bytes, Meta(max_length=MAX_MESSAGE_BYTES)]
 Which = Literal["best", "latest"]
 #: The steps of secure aggregation after "train" or "evaluate": see `privacy.secagg.messages`.
 SecureStep = Literal["share", "mask", "agree", "unmask"]
+#: Types of Flower messages with a step.
+STEP_MESSAGES = frozenset(f"query.{step}" for step in get_args(SecureStep))
 WorkKind = Literal["describe", "init", "train", "evaluate", "holdings", "recall", SecureStep]
 
 
@@ -135,6 +137,7 @@ class PollRequest(Struct, frozen=True, kw_only=True):
 
     `update`: the bytes of a small update; a large one is uploaded before. `owner_has_decided`: the
     owner has allowed or forbidden a task since the agent refused work for want of consent.
+    `steps_only`: it is paused, and wants only the steps of a secure sum that it takes part in.
     `seen`: what it has seen of the log of versions (`p2p.seen_heads`), to get the news of it; None
     if not now.
     """
@@ -143,6 +146,7 @@ class PollRequest(Struct, frozen=True, kw_only=True):
     wants_work: bool = field(default=True, name="want")
     update: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
     owner_has_decided: bool = field(default=False, name="decided")
+    steps_only: bool = field(default=False, name="steps")
     seen: SeenBytes | None = None
 
 

@@ -24,6 +24,7 @@ from agent.daemon.state_machine import (
     SessionChanged,
     SetPace,
     Shutdown,
+    SumChanged,
     TrainerGaveUp,
     WorkEnded,
     WorkStarted,
@@ -102,6 +103,21 @@ TABLE: list[tuple[str, AgentState, Event, list[Instruction]]] = [
         AgentState(work=WORK, sending=True, finishing=True),
         PauseRequested(USER),
         [PauseTrainer(), Announce()],
+    ),
+    ("a card is given", BUSY_NOW, SumChanged(True), []),
+    ("finish in a sum", AgentState(in_sum=True), FinishRequested(), []),
+    (
+        "a pause of the last work, with a sum to end",
+        AgentState(work=WORK, finishing=True, in_sum=True),
+        PauseRequested(USER),
+        [PauseTrainer(), Announce()],
+    ),
+    ("the sum ends", AgentState(in_sum=True, finishing=True), SumChanged(False), [Shutdown()]),
+    (
+        "a sum of a coordinator that is not to be trusted",
+        AgentState(in_sum=True, finishing=True, pauses=on(PauseReason.FORK)),
+        WorkEnded(),
+        [Shutdown()],
     ),
     ("finish again", AgentState(finishing=True, finished=True), FinishRequested(), []),
     ("a broker after leaving", AgentState(finishing=True, finished=True), BrokerChanged(True), []),
@@ -199,6 +215,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.just(WorkStarted(WORK)),
     st.just(SendingStarted()),
     st.just(WorkEnded()),
+    st.builds(SumChanged, st.booleans()),
     st.builds(PolicyDecided, st.sampled_from(["", "on battery"]), st.sampled_from([0.5, 1.0])),
     st.builds(PauseRequested, st.sampled_from(PauseReason)),
     st.builds(TrainerGaveUp, st.text()),
@@ -244,5 +261,8 @@ def test_invariants_hold_for_any_events(events: list[Event]) -> None:
         # It shuts down once, and without work that it may do.
         assert times_left == now.finished
         assert now.finishing or not now.finished
+        # Steps of a sum are answered in every pause but those that doubt the coordinator.
+        doubts = {PauseReason.FORK, PauseReason.WITNESS} & now.pauses.keys()
+        assert state_machine.can_answer_steps(now) == (now.in_sum and not doubts)
         if now.finished and not before.finished:
             assert now.work is None or (state_machine.is_paused(now) and not now.sending)

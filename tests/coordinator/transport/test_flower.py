@@ -384,6 +384,21 @@ def test_a_reply_that_nobody_waits_for_is_taken_and_dropped(
     site.grid.delete_messages({message_id})
 
 
+def test_a_paused_agent_gets_the_steps_of_a_secure_sum_alone(
+    site: Site, machine: Machine, link: CoordinatorClient
+) -> None:
+    plain = [question(site, machine, text) for text in ("one", "two")]
+    step = question(site, machine, "step")
+    step.metadata.message_type = "query.mask"
+    site.grid.push_messages([plain[0], step, plain[1]])
+    taken = link.pull(steps_only=True)
+    assert taken is not None
+    assert text_of(taken) == "step"
+    assert link.exchange(answer_to(taken, "done"), steps_only=True) is None
+    later = [link.pull(), link.pull(), link.pull()]
+    assert [text_of(one) for one in later if one is not None] == ["one", "two"]
+
+
 def test_a_message_that_was_taken_back_is_not_given(
     site: Site, machine: Machine, link: CoordinatorClient
 ) -> None:
