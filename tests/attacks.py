@@ -249,7 +249,7 @@ def tables(tests: list[Test], results: dict[str, str]) -> str:
     """The numbered attacks, what a later feature has to close, and every test."""
     lines = ["| no. | attack | by | result | tests |", "|---|---|---|---|---|"]
     lines += [_numbered_row(number, tests, results) for number in NUMBERED]
-    lines += ["", "Open, until there is what would close them:", ""]
+    lines += ["", "Open today:", ""]
     lines += ["| no. | attack | by | result | why |", "|---|---|---|---|---|"]
     lines += [
         f"| {number} | {attack} | {by} | {OPEN} | {why} |" for number, attack, by, why in LATER
