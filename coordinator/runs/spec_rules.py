@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from coordinator import strategies
-from coordinator.runs import best_version, options
+from coordinator.runs import best_version, options, task_settings
 from coordinator.runs.secure import plans
 from coordinator.storage.run_events import RunSpec
 from coordinator.strategies.adapter import StrategyAdapter
@@ -175,3 +175,4 @@ def check(spec: RunSpec) -> None:
     adapter.check(spec)
     registry.parse(spec.codec)
     best_version.check(spec)
+    task_settings.check(spec)

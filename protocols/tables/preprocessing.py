@@ -113,7 +113,7 @@ def parse_settings(settings: Mapping[str, Setting]) -> TableSettings:
     """The table settings of a run. Raises UsageError."""
     target = str(settings.get("target", ""))
     if not target:
-        raise UsageError("the column to predict is missing", "add --target COLUMN")
+        raise UsageError("the task tabular needs the column to predict", "add --target COLUMN")
     kind, scaling = str(settings.get("kind", "auto")), str(settings.get("scaling", "standard"))
     if kind not in ("auto", "classification", "regression"):
         raise UsageError(f"--kind must be auto, classification or regression, not {kind!r}")

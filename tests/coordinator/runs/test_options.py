@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from coordinator.cli import runs
 from coordinator.monitor.tui import run_form
 from coordinator.remote import run_options
-from coordinator.runs import options
+from coordinator.runs import options, spec_rules
 from coordinator.runs.options import OPTIONS, Bounds, Option
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import NotRunning, UsageError
@@ -148,3 +148,23 @@ def test_what_is_left_out_is_as_the_table_says() -> None:
 def test_bounds_hold_for_numbers_without_limit() -> None:
     assert Bounds("1 or more", 1).contains(10**400)
     assert not Bounds("1 or more", 1).contains(-(10**400))
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "told", "hint"),
+    [
+        ("tabular", {}, "needs the column to predict", "--target COLUMN"),
+        ("tabular", {"target": "x", "kind": "ranking"}, "--kind must be auto, class", ""),
+        ("tabular", {"target": "x", "features": "a,x"}, "x is the target", ""),
+        ("tabular", {"target": "x", "scaling": "log"}, "scaling must be standard or", ""),
+        ("lora", {"rank": 4}, "lora needs the name of its base model", "--set model=NAME"),
+    ],
+)
+def test_a_run_without_what_its_task_needs_is_refused_at_once(
+    task: str, settings: dict[str, str], told: str, hint: str
+) -> None:
+    with pytest.raises(UsageError, match=told) as refused:
+        spec_rules.check(RunSpec(task=task, rounds=1, settings=settings))
+    assert hint in refused.value.hint
+    spec_rules.check(RunSpec(task="tabular", rounds=1, settings={"target": "x", "features": "a"}))
+    spec_rules.check(RunSpec(task="mine.py:Mine", rounds=1))

@@ -1,0 +1,22 @@
+"""Settings that a built-in task needs, so that a run without them is refused at once. Pure.
+
+The coordinator runs no task: other settings are checked by the peers in the handshake.
+"""
+
+from __future__ import annotations
+
+from coordinator.storage.run_events import RunSpec
+from protocols.errors import UsageError
+from protocols.tables import preprocessing
+
+
+def check(spec: RunSpec) -> None:
+    """Raise UsageError if the task cannot work with the settings of this run."""
+    match spec.task:
+        case "tabular":
+            preprocessing.parse_settings(spec.settings)
+        case "lora" if not spec.settings.get("model"):
+            raise UsageError(
+                "the task lora needs the name of its base model, a folder on each machine",
+                "--set model=NAME, such as --set model=gpt2-small",
+            )
