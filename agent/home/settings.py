@@ -13,6 +13,7 @@ import tomli_w
 from msgspec.structs import replace
 
 from agent.data.settings import DataSettings, Floors
+from agent.home import sensible_values
 from agent.home.settings_schema import MIN_SECURE_PEERS, AgentSettings
 from agent.policy import schedule
 from protocols.enrollment import identity
@@ -59,6 +60,8 @@ def change(home: Path, **values: Any) -> AgentSettings:
     with locked(home):
         merged = settings_file.read_file(home) | msgspec.to_builtins(given)
         chosen = _validate(merged, "commonweight-agent policy show")
+        if objections := sensible_values.objections(chosen, given):
+            raise UsageError(objections[0], "commonweight-agent policy show")
         # Defaults are not written, so that this machine gets better defaults of later versions.
         built = msgspec.to_builtins(chosen)
         changed = {name: value for name, value in built.items() if name in merged}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.data.settings import uses_network
-from agent.home import enrollment_file, fleet_trust, settings
+from agent.home import enrollment_file, fleet_trust, sensible_values, settings
 from agent.home.enrollment_file import Enrollment
 from agent.policy import sandbox, sensors
 from agent.policy.sensors import Sensors
@@ -92,8 +92,10 @@ class _Doctor:
 
     # --- this machine ---
 
-    def settings(self) -> str:
+    def settings(self) -> str | Advice:
         chosen = settings.read(self._home)
+        if objections := sensible_values.objections(chosen, chosen.__struct_fields__):
+            return Advice("; ".join(objections), "commonweight-agent policy set")
         lr = f"at most {chosen.max_lr:g}" if chosen.max_lr else "without limit"
         return (
             f"runs have {chosen.min_batch} rows a step (min_batch), {chosen.min_examples} rows an "

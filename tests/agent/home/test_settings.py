@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent.home import enrollment_file, settings
+from agent.home import enrollment_file, sensible_values, settings
 from agent.home.enrollment_file import Enrollment
 from agent.home.settings_schema import AgentSettings
 from agent.setup import consents
@@ -64,6 +64,41 @@ def test_a_limit_is_a_finite_number(tmp_path: Path, name: str, text: str) -> Non
     file(tmp_path, f"{name} = {'inf' if text == '1e999' else text}\n")
     with pytest.raises(UsageError, match=f"{name} must be a number"):
         settings.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("privacy_max_epsilon", "1e9", "must be at most 100, not 1e\\+09: with such an ε one row"),
+        ("analyze_epsilon", "101", "which hides nothing"),
+        ("max_lr", "1e30", "limits nothing; 0 is no limit"),
+        ("up_mbit", "1e15", "limits nothing; 0 is no limit"),
+        ("hang_timeout_s", "1e12", "longer than 31 days"),
+        ("hang_timeout_s", "1e-9", "must be at least 1, not 1e-09: the trainer would be stopped"),
+        ("data_min_rows", "99999999999999999999", "could take part in no run"),
+        ("data_seed", "-1", "must be at least 0"),
+        ("data_seed", "99999999999999999999", "a seed is a number of 63 bits"),
+        ("threads", "100000", "no machine has so many cores"),
+        ("privacy_delta", "1e-300", "hides all of the answer"),
+        ("min_batch", "-3", "must be a whole number, at least 1"),
+        ("busy_percent", "-1", "must be a number, at least 0, at most 100"),
+    ],
+)
+def test_a_value_without_sense_is_refused_with_what_it_means(
+    tmp_path: Path, name: str, text: str, told: str
+) -> None:
+    with pytest.raises(UsageError, match=f"{name} .*{told}"):
+        settings.change(tmp_path, **{name: settings.parse_value(name, text)})
+    assert settings.read(tmp_path) == AgentSettings()
+
+
+def test_a_home_with_such_a_value_still_works_and_others_can_be_changed(tmp_path: Path) -> None:
+    file(tmp_path, "privacy_max_epsilon = 1e9\nidle_timeout_s = 1e9\n")
+    assert settings.change(tmp_path, threads=2).idle_timeout_s == 1e9
+    told = sensible_values.objections(settings.read(tmp_path), AgentSettings.__struct_fields__)
+    assert [text.partition(" ")[0] for text in told] == ["privacy_max_epsilon", "idle_timeout_s"]
+    for value in (AgentSettings(), AgentSettings(privacy_max_epsilon=100.0)):
+        assert not sensible_values.objections(value, AgentSettings.__struct_fields__)
 
 
 def test_two_commands_at_once_lose_no_change(tmp_path: Path) -> None:
@@ -192,7 +227,7 @@ def test_non_ascii_settings_in_any_locale(tmp_path: Path) -> None:
     settings.change(tmp_path, data="/home/jürgen/data.csv")
     in_ascii(f"""
         from pathlib import Path
-        from agent.home import settings
+        from agent.home import sensible_values, settings
         assert settings.read(Path({str(tmp_path)!r})).data == "/home/j\\u00fcrgen/data.csv"
     """)
 
