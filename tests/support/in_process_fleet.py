@@ -18,14 +18,17 @@ import numpy.typing as npt
 from flwr.app import Error, Message
 from msgspec.structs import replace
 
+from agent.clientapp import secure_rules
 from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs
 from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.recovery import Recall
+from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.told_scores import ToldScores
 from agent.home.credentials import Credentials
 from agent.home.enrollment_file import Enrollment, write_enrollment
+from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
 from agent.transport import version_proofs
@@ -48,6 +51,7 @@ from protocols.messages.refusals import refusal_of
 from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
+from protocols.privacy.secagg.peer import Me
 from tests.support.https_site import HOST, Machine
 from tests.support.in_process_trainer import ByKind
 from tests.support.waiting import until
@@ -186,6 +190,8 @@ class Agent:
         self.machine, self.peer = machine, machine.peer
         self.trainer = Trainer(data)
         self.failures: list[BaseException] = []
+        #: Called before each answer; a CommonweightError in it is the answer.
+        self.before_answer: Callable[[Message], None] = lambda message: None
         self.notices: list[str] = []
         self.owner = AgentSettings(
             jobs_scatter="on", jobs_private_models=("*",), tasks=("softmax",)
@@ -221,8 +227,14 @@ class Agent:
                 self.jobs(me).answer,
             ),
             check_log=self.log.check_work,
+            secure_turns=self._secure_turns,
         )
         self._thread.start()
+
+    def _secure_turns(self) -> SecureTurns:
+        key = self.machine.sign_key
+        me = Me(self.peer, identity.public_bytes(key), key.sign)
+        return SecureTurns(me, TurnStore(self._folder), lambda: secure_rules.pins(self.owner))
 
     def fetch(self, work: Work) -> Path:
         if work.patch_bytes:
@@ -297,6 +309,7 @@ class Agent:
     def answer(self, message: Message) -> Message:
         assert self.client is not None
         try:
+            self.before_answer(message)
             return self.client.handle(message)
         except (Unreachable, SessionLost):
             raise
