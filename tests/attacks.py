@@ -1,7 +1,7 @@
 """The tables of attacks in docs/security.md, from the tests that try them: `make attacks`.
 
 An attack is a test with the mark `attack(NUMBER, by=ATTACKER)`. Its docstring begins with
-"Attack: …." or, if it shows that honest work goes on beside the defence, with "Control: ….".
+"Attack: …." or, if it shows that honest work continues beside the defence, with "Control: ….".
 Every test in tests/hostile has the mark, by itself or by its file's `pytestmark`; a test elsewhere
 may have it.
 
@@ -256,7 +256,7 @@ def tables(tests: list[Test], results: dict[str, str]) -> str:
     ]
     lines += ["", "### Every test", ""]
     lines += [
-        f"{STOPPED.capitalize()}: the attack fails. {WORKS.capitalize()}: honest work goes on "
+        f"{STOPPED.capitalize()}: the attack fails. {WORKS.capitalize()}: honest work continues "
         "beside the defence. Files without a folder are in `tests/hostile`.",
         "",
     ]
