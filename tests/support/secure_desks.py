@@ -47,9 +47,9 @@ from protocols.privacy.secagg.messages import (
 )
 from protocols.privacy.secagg.recovery import recover
 from tests.support.in_process_trainer import ByKind
-from tests.support.secure_cohort import FLEET, me
+from tests.support.secure_cohort import FLEET, me, signing_key
 
-COORDINATOR = identity.new_signing_key()
+COORDINATOR = signing_key(999)
 STEP_OF: dict[type[Request], SecureStep] = {
     ShareRequest: "share",
     MaskRequest: "mask",
@@ -114,6 +114,8 @@ class Desk(Observer):
         self.owner = AgentSettings(tasks=(TASK,))
         #: Everything that has left this agent, as bytes.
         self.left: list[bytes] = []
+        #: Called with each answer before it is sent.
+        self.on_answer: Callable[[Work, bytes], None] = lambda work, answer: None
         self.uploads: dict[str, bytes] = {}
         self.scores: list[Score] = []
         self.client = self.made_again()
@@ -169,6 +171,7 @@ class Desk(Observer):
         assert identity.verify(me(self.number).public, signature, signed)
         description = reply.content.config_records.get(DESCRIPTION, {}).get("description", b"")
         assert isinstance(description, bytes)
+        self.on_answer(work, description)
         self.left += [payload, signature, description]
         told = SIGNED_CLAIM.decode(payload)
         if work.kind not in ("init", "describe"):
@@ -193,7 +196,7 @@ class Room:
 
     def __init__(self, folder: Path, peers: int = 3, codec: str = "fp32") -> None:
         versions = folder / "versions"
-        versions.mkdir()
+        versions.mkdir(exist_ok=True)
         self.start = model(0)
         unnamed = versions / "unnamed"
         self.base = weights.save(self.start, unnamed)
