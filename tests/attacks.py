@@ -70,9 +70,7 @@ NUMBERED = {
     "provenance": Numbered("install another package than the one that was tested", "dependency"),
     "strangers": Numbered("get in without belonging to the fleet", "stranger"),
     "wire": Numbered("send malformed, oversized, slow or repeated messages", "stranger"),
-    "secure": Numbered(
-        "learn one peer's update from a secure sum; no run makes one yet", "coordinator"
-    ),
+    "secure": Numbered("learn one peer's update from a secure run", "coordinator"),
     "secrets": Numbered("find secrets that lie about, or have data run as code", "thief"),
 }
 

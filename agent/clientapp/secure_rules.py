@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.floors import WITHOUT_DATA
-from protocols.errors import AwaitingConsent, NotAllowed
+from protocols.errors import AwaitingConsent, BadMessage, NotAllowed
 from protocols.messages.work import Work
 from protocols.privacy.secagg.cohort import Pins
-from protocols.privacy.secagg.messages import ring_of
+from protocols.privacy.secagg.messages import STEPS, ring_of
 
 #: Work that tells something about the owner's rows.
 _ABOUT_ROWS = frozenset({"describe", "train", "evaluate"})
@@ -34,7 +34,10 @@ def missing(chosen: AgentSettings) -> int:
 
 def check(work: Work, chosen: AgentSettings) -> None:
     """Raise NotAllowed for work of a plain run if the owner wants secure runs alone, TrustNeeded
-    for that of a secure run if the owner trusts too few peers."""
+    for that of a secure run if the owner trusts too few peers, BadMessage for a step of a plain
+    run."""
+    if work.kind in STEPS and not is_secure(work):
+        raise BadMessage(f"a step {work.kind} of a run that is not secure")
     if work.kind not in _ABOUT_ROWS:
         return
     if is_secure(work):

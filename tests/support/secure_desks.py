@@ -56,7 +56,7 @@ STEP_OF: dict[type[Request], SecureStep] = {
     AgreeRequest: "agree",
     UnmaskRequest: "unmask",
 }
-RUN, TASK = "ping-1", "ping"
+RUN, TASK = "mnist-1", "mnist"
 SHAPES = {"w": (40, 3), "b": (7,)}
 
 
@@ -201,15 +201,28 @@ class Room:
         unnamed = versions / "unnamed"
         self.base = weights.save(self.start, unnamed)
         unnamed.rename(versions / self.base)
-        self.codec = masked_codec(codec)
-        self.desks = {(d := Desk(folder, number, versions)).peer: d for number in range(peers)}
+        self.codec, self._folder, self._versions = masked_codec(codec), folder, versions
+        self.desks: dict[str, Desk] = {}
+        for _ in range(peers):
+            self.add()
         self.first = next(iter(self.desks.values()))
+
+    def add(self) -> Desk:
+        """One more agent; all trust each other."""
+        desk = Desk(self._folder, len(self.desks), self._versions)
+        self.desks[desk.peer] = desk
+        self.trust_all()
+        return desk
+
+    def trust_all(self, *, secure_min: int = 0, only: Iterable[str] | None = None) -> None:
+        """The owners trust these agents, or all."""
+        trusted = set(self.desks if only is None else only)
         for desk in self.desks.values():
-            others = dict.fromkeys((peer for peer in self.desks if peer != desk.peer), "")
-            desk.owner = replace(desk.owner, trust=others)
+            others = dict.fromkeys(sorted(trusted - {desk.peer}), "")
+            desk.owner = replace(desk.owner, trust=others, secure_min=secure_min)
 
     def work(self, kind: Any, **changed: Any) -> Work:
-        nbytes = (self.first._versions / self.base).stat().st_size
+        nbytes = (self._versions / self.base).stat().st_size
         work = Work(
             run=RUN,
             round=1,
@@ -224,7 +237,7 @@ class Room:
 
     def plan(self, kind: SumKind = "train", **changed: Any) -> Plan:
         train = kind == "train"
-        with WeightsFile(self.first._versions / self.base) as base:
+        with WeightsFile(self._versions / self.base) as base:
             sizes = masked_file.layout(base.schema) if train else ()
         names = tails.names({"train_loss": 0.0} if train else {"loss": 0.0}, {})
         if not train:
@@ -288,7 +301,7 @@ class Room:
             path = folder / f"{peer}.masked"
             path.write_bytes(self.desks[peer].uploads[state.uploads[peer]])
             files[peer] = WeightsFile(path)
-        with WeightsFile(self.first._versions / self.base) as base:
+        with WeightsFile(self._versions / self.base) as base:
             total = masked_file.SecureMean(state.cohort, recover(state), files, base)
             metrics = tails.means(state.cohort.plan.names, total.metrics())
             found = Weights(
