@@ -61,6 +61,8 @@ class JobLoop:
         #: was asked.
         self._awaiting: dict[str, Refusal] = {}
         self._num_asked: Counter[str] = Counter()
+        #: When each of these peers was online the last time (monotonic s).
+        self._awaiting_at: dict[str, float] = {}
         self._stop_reason = ""
 
     # --- from outside ---
@@ -169,7 +171,9 @@ class JobLoop:
                 gone.add((unit.number, peer))
         deadlines = self.requests.deadlines(pending)
         overdue = frozenset(lease for lease, at in deadlines.items() if now >= at)
-        if eligible or self._awaiting:
+        self._awaiting_at |= dict.fromkeys(self._awaiting.keys() & online, now)
+        awaits_consent = any(now < at for at in self._awaiting_until())
+        if eligible or awaits_consent:
             self._attended_at = now
         deserted = now >= self._attended_at + RECONNECT_TIMEOUT_S
         return Availability(
@@ -178,8 +182,13 @@ class JobLoop:
             overdue,
             due=now >= self._ends_at,
             deserted=deserted,
-            awaits_consent=bool(self._awaiting),
+            awaits_consent=awaits_consent,
         )
+
+    def _awaiting_until(self) -> list[float]:
+        """How long the job waits for each peer whose owner has not decided (monotonic s): as long
+        as it is online, and for a while afterwards."""
+        return [self._awaiting_at[peer] + RECONNECT_TIMEOUT_S for peer in self._awaiting]
 
     async def _wait(self) -> None:
         """Wait until something has changed or the next deadline has passed."""
@@ -189,6 +198,7 @@ class JobLoop:
         leases = ((u.number, p) for u, p, lease in self.job.leases() if lease == "open")
         times = [*self.requests.deadlines(leases).values(), *self._lost_until.values()]
         times += [self._patient_until, self._ends_at, self._attended_at + RECONNECT_TIMEOUT_S]
+        times += self._awaiting_until()
         delay_s = min((at - now for at in times if at > now), default=float("inf"))
         try:
             async with asyncio.timeout(None if delay_s == float("inf") else delay_s):
@@ -221,6 +231,7 @@ class JobLoop:
             refusal = refusals.decode(reply.error.reason or "")
             if refusal.kind in UNDECIDED_CODES:
                 self._awaiting[peer] = refusal
+                self._awaiting_at[peer] = time.monotonic()
                 self._num_asked[peer] += 1
                 return [job_events.LeaseEnded(unit.number, peer, _AWAITS)]
             return [

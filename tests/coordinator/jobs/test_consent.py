@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,27 @@ async def test_rows_do_not_wait_for_a_removed_peer_whose_owner_has_not_decided(
         await until(lambda: site.hub.jobs.awaits_consent(second.peer))
         await until(lambda: first.peer in site.hub.jobs.find(job_id).excused)
         site.hub.registry.remove(second.peer, "test")
+        job = await ended(site, job_id)
+        assert job.state is JobState.FAILED
+        assert "no peer can do it" in job.ended_because
+
+
+async def test_rows_do_not_wait_for_a_peer_that_went_away_without_a_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "RECONNECT_TIMEOUT_S", 0.2)
+    async with fleet_of(tmp_path, some_data(20, 0), some_data(20, 1)) as site:
+        first, second = site.agents
+        first.owner = replace(FORBIDDEN, jobs_scatter="on")
+        second.owner = replace(UNDECIDED, jobs_scatter="on")
+        spec, _ = scattered(site, features())
+        job_id = site.hub.jobs.start(spec)
+        await until(lambda: site.hub.jobs.awaits_consent(second.peer))
+        await until(lambda: first.peer in site.hub.jobs.find(job_id).excused)
+        await asyncio.sleep(0.4)
+        assert not site.hub.jobs.find(job_id).ended, "a peer that is online is waited for"
+        second.stop()
+        site.hub._polls._long_polls.wake(second.peer)
         job = await ended(site, job_id)
         assert job.state is JobState.FAILED
         assert "no peer can do it" in job.ended_because
