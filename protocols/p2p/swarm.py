@@ -45,6 +45,9 @@ PeerAddress = Annotated[
 #: The newest format of request signatures that a peer uses and reads (`signed_requests.FORMAT`).
 SignatureFormat = Annotated[int, Meta(ge=1, le=1000)]
 
+#: A speed that a peer reports of another: at most 1 TB/s.
+BytesPerSecond = Annotated[float, Meta(ge=0, le=1e12)]
+
 _Hosts = Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=16)]
 
 
@@ -93,7 +96,7 @@ class DownloadReport(Struct, frozen=True, kw_only=True):
     `faulty` sources sent wrong bytes, or none in time.
     """
 
-    rates: Annotated[dict[Id, float], Meta(max_length=64)] = {}
+    rates: Annotated[dict[Id, BytesPerSecond], Meta(max_length=64)] = {}
     faulty: Annotated[tuple[Id, ...], Meta(max_length=256)] = ()
 
 

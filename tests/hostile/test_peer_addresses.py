@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent.transport.p2p.peer_client import PeerClient
@@ -14,7 +15,7 @@ from protocols.enrollment import identity
 from protocols.errors import Unreachable
 from protocols.p2p import peer_addresses
 from protocols.p2p.gossip import GossipBatch, Neighbor
-from protocols.p2p.swarm import DownloadPlanRequest
+from protocols.p2p.swarm import DownloadPlanRequest, DownloadReport
 from tests.support.https_site import HOST, Site
 from tests.support.lone_peers import Peer
 
@@ -151,3 +152,13 @@ def test_ordinary_addresses_are_fine() -> None:
     ):
         assert peer_addresses.refusal(address, allow_loopback=False) == ""
     assert peer_addresses.refusal("127.0.0.1:4000", allow_loopback=True) == ""
+
+
+@pytest.mark.parametrize("rate", ["-1", "-1e300", "1e13", "1e300", "1e999", "NaN"])
+def test_a_peer_reports_no_impossible_speed_of_another(rate: str) -> None:
+    """Attack: report a negative or endless speed of another peer, to draw downloads to it or away
+    from it."""
+    with pytest.raises(msgspec.DecodeError):
+        msgspec.json.decode(f'{{"rates": {{"peer": {rate}}}}}', type=DownloadReport)
+    honest = msgspec.json.decode(b'{"rates": {"peer": 1.25e9}}', type=DownloadReport)
+    assert honest.rates == {"peer": 1.25e9}
