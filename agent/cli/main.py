@@ -183,7 +183,8 @@ def _format_status(home: Path, *, json: bool) -> str:
     uptime = _format_uptime(status.since)
     lines.append(f"{status.name} {status.peer}, up {uptime}, pid {status.pid}")
     if status.last_error:
-        lines.append(f"last error: {status.last_error}")
+        word = "before" if status.error_until else "last error"
+        lines.append(f"{word}: {status.error_text}")
     return "".join(f"{line}\n" for line in lines)
 
 

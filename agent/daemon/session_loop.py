@@ -139,6 +139,7 @@ class SessionLoop:
                 await self._in_thread(self._open)
                 opened_at = time.monotonic()
                 self._runner.dispatch(SessionChanged(True))
+                self._report.session_opened()
                 self._report.write(self._runner.state)
                 log.info("connected to %s", self._ctx.credentials.address)
                 if self._short_sessions <= _MAX_SHORT_SESSIONS:
@@ -146,7 +147,7 @@ class SessionLoop:
                 await self._pull_and_answer(answer)
             except CommonweightError as err:
                 self._log_lost(err)
-                self._report.set_last_error(err.message)
+                self._report.set_session_error(err.message)
                 self._count_short(opened_at, err.message)
             except Exception as err:  # no bug in a session may end an agent that runs for months
                 log.exception("unexpected error in the session")

@@ -57,7 +57,7 @@ class StatusReporter:
         self._process = psutil.Process()
         self._last_presence = Presence(state=PeerState.IDLE)
         self._told: deque[str] = deque(maxlen=_MAX_REMEMBERED)
-        self._is_stale = True
+        self._is_stale, self._is_session_error = True, False
         self._written_at = -math.inf
         self._status = Status(
             pid=os.getpid(),
@@ -143,7 +143,7 @@ class StatusReporter:
     def report_error(self, text: str) -> None:
         """Report a failure to the owner, the log and the monitor."""
         log.error("%s", text)
-        self._status.last_error = text
+        self._note_error(text)
         self._mqtt.notice(Notice(level="error", text=text[:400]))
 
     def notice(self, text: str) -> None:
@@ -152,8 +152,23 @@ class StatusReporter:
 
     def set_last_error(self, text: str) -> None:
         """Report to the owner alone a failure that may pass without action."""
-        self._status.last_error = text
+        self._note_error(text)
         self._is_stale = True
+
+    def set_session_error(self, text: str) -> None:
+        """The same for a failure that ends when the agent is connected again."""
+        self.set_last_error(text)
+        self._is_session_error = True
+
+    def session_opened(self) -> None:
+        """The agent is connected again: what prevented it is over."""
+        if self._is_session_error and not self._status.error_until:
+            self._status.error_until = time.time()
+            self._is_stale = True
+
+    def _note_error(self, text: str) -> None:
+        self._status.last_error, self._status.error_until = text, 0.0
+        self._is_session_error = False
 
     def coordinator_says(self, text: str) -> None:
         """Tell the owner why the coordinator does not use this machine, once."""

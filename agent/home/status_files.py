@@ -7,6 +7,7 @@ so that a paused agent stays paused.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,8 @@ class Status(Struct, kw_only=True):
 
     `head` is the newest version here. While the coordinator is away, `heard` peers were heard from
     lately and `alike` of them hold the same version. `shares_at` is the address for other peers.
-    `paused_by`: the rules of the policy that pause it.
+    `paused_by`: the rules of the policy that pause it. `error_until`: when the last error ended, as
+    the agent was connected again (Unix s); 0 if it may last.
     """
 
     pid: int
@@ -47,6 +49,7 @@ class Status(Struct, kw_only=True):
     bytes_down: int = 0
     rounds_done: int = 0
     last_error: str = ""
+    error_until: float = 0.0
     share: float = 1.0
     free_at: float = 0.0
     shares_at: str = ""
@@ -54,6 +57,14 @@ class Status(Struct, kw_only=True):
     heard: int = 0
     alike: int = 0
     paused_by: tuple[str, ...] = ()
+
+    @property
+    def error_text(self) -> str:
+        """The last error, as its owner reads it: an earlier one with the time of its end."""
+        if not self.last_error or not self.error_until:
+            return self.last_error
+        until = time.strftime("%a %H:%M", time.localtime(self.error_until))
+        return f"{self.last_error} (until {until}; connected since)"
 
 
 class RuleOverride(Struct, frozen=True, kw_only=True):

@@ -99,7 +99,9 @@ def _machine(machine: Machine) -> list[Line]:
     if status.head is not None:
         lines.append(_fact("version", f"{status.head.version} of {status.head.run}"))
     if status.last_error:
-        lines.append(_fact("error", status.last_error, "bad"))
+        is_over = status.error_until > 0
+        word = "before" if is_over else "error"
+        lines.append(_fact(word, status.error_text, "dim" if is_over else "bad"))
     return lines
 
 

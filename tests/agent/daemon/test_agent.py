@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from agent.cli import main
 from agent.daemon import state_machine, work_thread
 from agent.daemon.agent import Agent
 from agent.daemon.owner_commands import OwnerCommands
@@ -19,6 +21,7 @@ from agent.setup import enrollment
 from benchmarks.faults.disk import can_mount, fill, small_disk
 from protocols.enrollment import tickets
 from protocols.enrollment.ca_chain import CaTrust
+from protocols.local import homes
 from protocols.messages.envelope import Command
 from protocols.messages.states import PauseReason
 from protocols.messages.work import Work
@@ -218,12 +221,13 @@ async def test_an_agent_that_awaits_approval_says_so_once(
     monkeypatch.setattr("agent.daemon.session_loop._MIN_RECONNECT_S", 0.01)
     monkeypatch.setattr("agent.daemon.session_loop._MAX_RECONNECT_S", 0.02)
     (tmp_path / "site").mkdir()
-    with Site(tmp_path / "site", approve=True).up() as careful:
+    with Site(tmp_path / "site", approve=True, flower=True).up() as careful:
         ticket = tickets.encode(careful.ticket())
         joined, awaiting = enrollment.join(home, ticket, name="box", labels={})
         assert awaiting
         agent = Agent(home, joined, settings.read(home))
         serving = asyncio.create_task(agent.serve())
+        lock = homes.lock_home(home, "agent")  # as `up` does
 
         def last_error() -> str:
             status = status_files.read_status(home)
@@ -231,6 +235,18 @@ async def test_an_agent_that_awaits_approval_says_so_once(
 
         await until(lambda: "waits for the operator's approval" in last_error())
         await asyncio.sleep(0.2)  # some more attempts
+        assert "before:" not in main._format_status(home, json=False)
+        careful.registry.approve(joined.peer)
+        await until(lambda: (status := status_files.read_status(home)) and status.session)
+        lines = main._format_status(home, json=False).splitlines()
+        assert re.fullmatch(
+            r"before: this machine waits .* \(until \w+ \d\d:\d\d; connected since\)", lines[-1]
+        )
+        agent._report.set_last_error("the work failed")
+        agent._report.session_opened()
+        agent._report.write(agent._runner.state)
+        assert main._format_status(home, json=False).endswith("last error: the work failed\n")
+        lock.release()
         agent.stop()
         await serving
     told = [record for record in caplog.records if "approval" in record.getMessage()]
