@@ -29,6 +29,13 @@ def budget(
             "that you have published elsewhere."
         ),
     ] = 0.0,
+    restored: Annotated[
+        bool,
+        typer.Option(
+            "--restored",
+            help="Confirm that this home was restored and lacks entries of the ledger, and go on.",
+        ),
+    ] = False,
     note: Annotated[str, typer.Option(help="With --add: what it was for.")] = "",
     json: Json = False,
 ) -> None:
@@ -55,7 +62,9 @@ def budget(
                 Limit(0.0, limit.delta),
             )
             print_line(f"ε {add:g} is charged")
-        charges = ledger.charges()
+        if restored:
+            print_line(_confirmed(ledger.confirm_loss()))
+        charges, missing = ledger.charges(), ledger.num_missing()
     spent = privacy_ledger.spent_epsilon(charges, limit.delta)
     left = privacy_ledger.left_epsilon(charges, limit) if limit.epsilon else None
     entries = list(_groups(charges, limit.delta))
@@ -65,8 +74,18 @@ def budget(
         "max_epsilon": limit.epsilon or None,
         "left": left,
         "entries": entries,
+        "missing": missing,
     }
-    print_data(data, _lines(spent, limit, left, entries), json=json)
+    print_data(data, _lines(spent, limit, left, entries, missing), json=json)
+
+
+def _confirmed(missing: int) -> str:
+    if not missing:
+        return "no entry of the ledger is missing"
+    return (
+        f"{missing} entries are confirmed as lost. Charge what they have cost, as far as you know: "
+        "commonweight-agent budget --add E --note …"
+    )
 
 
 def _groups(charges: Sequence[Charge], delta: float) -> Iterator[dict[str, Any]]:
@@ -99,7 +118,11 @@ def _groups(charges: Sequence[Charge], delta: float) -> Iterator[dict[str, Any]]
 
 
 def _lines(
-    spent: float, limit: Limit, left: float | None, entries: Sequence[dict[str, Any]]
+    spent: float,
+    limit: Limit,
+    left: float | None,
+    entries: Sequence[dict[str, Any]],
+    missing: int,
 ) -> Iterator[str]:
     if not entries:
         yield "nothing about your rows has left this machine"
@@ -120,6 +143,12 @@ def _lines(
         yield "there is no limit; to set one: commonweight-agent policy set privacy.max_epsilon 5"
     if limit.epsilon and exact:
         yield "the answers without noise left before the limit was set"
+    if missing:
+        yield (
+            f"this machine has stated {missing} more entries than the ledger has, as after a "
+            "restore from a backup. Answers with noise stay here. Charge what is missing (--add), "
+            "then confirm: commonweight-agent budget --restored"
+        )
 
 
 def _heading(entry: dict[str, Any]) -> str:

@@ -83,7 +83,10 @@ class PrivacyBudget:
             raise UsageError(
                 "this agent leads a fleet of its own, whose agents cannot add noise (--dp)"
             )
-        if self._file is None or not self.has_limit:
+        if self._file is None:
+            return
+        self._ledger.check_complete()
+        if not self.has_limit:
             return
         if not self._ledger.events_of("training", work.run):  # before an hour of training
             mu = gaussian.mu_for(private.epsilon, private.delta)

@@ -21,13 +21,14 @@ from agent.daemon.session_loop import SessionLoop
 from agent.daemon.state_runner import StateRunner
 from agent.daemon.status_reporter import StatusReporter
 from agent.daemon.work_thread import WorkThread
-from agent.home import log_redaction, logs
+from agent.home import log_redaction, logs, privacy_ledger
 from agent.home.credentials import Credentials
 from agent.home.enrollment_file import Enrollment
 from agent.home.settings_schema import AgentSettings
 from agent.policy import sensors
 from agent.policy.sensors import Sensors
 from agent.transport.bandwidth import Bandwidth
+from agent.transport.charged_heads import ChargedHeads
 from agent.transport.followed_log import FollowedLog, Witnesses
 from agent.transport.mqtt_client import MqttClient
 from agent.transport.mqtt_heads import HeadExchange
@@ -117,6 +118,12 @@ class Agent:
         machine = Sensors(home, self._work.pids, gpu=sensors.has_gpu(chosen.device))
         self._policy = PolicyLoop(ctx, machine, self._work.make_room)
         self._owner_commands = OwnerCommands(home, self._runner, self._policy)
+        self._sessions.charged = ChargedHeads(
+            privacy_ledger.ledger_file(home),
+            enrollment.peer,
+            credentials.sign_key,
+            lambda text: self._runner.call_threadsafe(self._on_log_note, text),
+        )
         self._connect()
 
     def _connect(self) -> None:

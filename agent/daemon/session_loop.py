@@ -22,6 +22,7 @@ from agent.daemon.state_machine import SessionChanged
 from agent.daemon.status_reporter import StatusReporter
 from agent.home import fleet_trust
 from agent.home.enrollment_file import write_enrollment
+from agent.transport.charged_heads import ChargedHeads
 from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
 from agent.transport.followed_log import FollowedLog
 from agent.transport.weight_transfer import SessionLost
@@ -68,6 +69,7 @@ class SessionLoop:
         self.on_key_changed: Callable[[], None] = lambda: None
         #: Follows the coordinator's log of versions.
         self.followed: FollowedLog | None = None
+        self.charged: ChargedHeads | None = None
         self._closed = False
         self._saving = threading.Lock()
         self._doorbell = asyncio.Event()
@@ -213,6 +215,9 @@ class SessionLoop:
             if self.followed is not None:
                 link.log_statement = self.followed.statement
                 link.on_log_news = self.followed.news
+            if self.charged is not None:
+                self.charged.reset()
+                link.charged_statement, link.on_charged = self.charged.statement, self.charged.take
             link.on_notice = self._report.coordinator_says
             self._link = link
         if self._closed:  # `close` may have run before this link existed

@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS charges (
   id INTEGER PRIMARY KEY, at REAL, purpose TEXT, name TEXT, asked_by TEXT, about TEXT,
   events TEXT, epsilon REAL, key TEXT UNIQUE
 );
+CREATE TABLE IF NOT EXISTS heads (id INTEGER PRIMARY KEY, told INTEGER, lost INTEGER);
 """
 _COLUMNS = "at, purpose, name, asked_by, about, events, epsilon"
 #: A check needs no finer grid: it errs upwards, by less than a thousandth of ε.
@@ -98,6 +99,8 @@ class PrivacyLedger:
         `key`: names the answer. One that was charged before may leave again without a charge.
         """
         is_charged = self.has(key)
+        if not is_charged:
+            self.check_complete()
         while not is_charged:
             last = self._last_id()
             if limit.epsilon:  # many kinds of events take seconds, so others may write meanwhile
@@ -106,6 +109,56 @@ class PrivacyLedger:
                 is_charged = not limit.epsilon or self._last_id() == last
                 if is_charged:
                     _insert(self._db, charge, key)
+
+    # --- a home that was restored from a backup ---
+
+    def head(self) -> int:
+        """How many entries the ledger has had, with those whose loss the owner has confirmed."""
+        return self._last_id() + self._heads()[1]
+
+    def learn(self, told: int) -> str:
+        """Learn that this machine has stated so many entries; returns what the owner should know
+        if some are missing, else an empty text."""
+        with writing(self._db):
+            self._db.execute(
+                "INSERT INTO heads VALUES (1, ?, 0) "
+                "ON CONFLICT (id) DO UPDATE SET told = MAX(told, excluded.told)",
+                (told,),
+            )
+        return self._loss()
+
+    def check_complete(self) -> None:
+        """Raise NotAllowed if entries are missing and the owner has not confirmed that."""
+        if loss := self._loss():
+            raise NotAllowed(
+                loss,
+                "on that machine, charge what is missing (commonweight-agent budget --add), then "
+                "confirm: commonweight-agent budget --restored",
+            )
+
+    def num_missing(self) -> int:
+        """How many entries this machine has stated that the ledger lacks."""
+        return max(0, self._heads()[0] - self.head())
+
+    def confirm_loss(self) -> int:
+        """The owner knows that entries are missing: continue. Returns how many."""
+        with writing(self._db):
+            missing = self.num_missing()
+            self._db.execute("UPDATE heads SET lost = lost + ?", (missing,))
+        return missing
+
+    def _loss(self) -> str:
+        if not (missing := self.num_missing()):
+            return ""
+        return (
+            f"the owner's ledger of privacy lacks {missing} of its {self._heads()[0]} entries, as "
+            "after a restore from a backup, so answers with noise stay on this machine"
+        )
+
+    def _heads(self) -> tuple[int, int]:
+        """The entries that this machine has stated, and those whose loss is confirmed."""
+        told, lost = self._db.execute("SELECT told, lost FROM heads").fetchone() or (0, 0)
+        return int(told), int(lost)
 
     def has(self, key: str | None) -> bool:
         """True if the answer with this key was charged; False without a key."""

@@ -103,6 +103,9 @@ class CoordinatorClient(WeightTransfer):
         #: What to tell of the log of versions with a request, if anything; and what gets its news.
         self.log_statement: Callable[[], bytes | None] = lambda: None
         self.on_log_news: Callable[[LogNews], None] = lambda news: None
+        #: What to tell of the owner's charges with a request; and what gets an earlier statement.
+        self.charged_statement: Callable[[], bytes] = bytes
+        self.on_charged: Callable[[bytes], None] = lambda data: None
         #: Gets each line that the coordinator has for the owner.
         self.on_notice: Callable[[str], None] = lambda text: None
 
@@ -290,6 +293,7 @@ class CoordinatorClient(WeightTransfer):
             owner_has_decided=decided,
             steps_only=steps_only,
             seen=seen,
+            charged=self.charged_statement(),
         )
         body = msgspec.msgpack.encode(request)
         sent_at = time.monotonic()
@@ -310,6 +314,8 @@ class CoordinatorClient(WeightTransfer):
             response = msgspec.msgpack.decode(answer, type=PollResponse)
         if response.log is not None:
             self.on_log_news(response.log)
+        if response.charged:
+            self.on_charged(response.charged)
         for text in response.notices:
             self.on_notice(text)
         with map_parse_errors():

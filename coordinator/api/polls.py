@@ -51,7 +51,13 @@ class PollHandler:
         node = self._sessions.node_of(peer)
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
+        # First, so that the charge of an answer is known before the answer counts.
+        charged = (
+            self._witnesses.exchange_charged(peer, request.charged) if request.charged else b""
+        )
         response = await self._answer(peer, node, request)
+        if charged:
+            response = msgspec.structs.replace(response, charged=charged)
         if notices := self._notices.take(peer):
             response = msgspec.structs.replace(response, notices=notices)
         if request.seen is None:

@@ -19,6 +19,7 @@ from coordinator.storage.version_log import VersionLog
 from protocols.enrollment import identity
 from protocols.errors import BadMessage
 from protocols.messages.version_log import SIGNED_HEAD, LogHead, LogNews
+from protocols.messages.work import SIGNED_CHARGED
 from protocols.p2p import seen_heads
 
 log = logging.getLogger("commonweight.hub")
@@ -63,6 +64,22 @@ class Witnesses:
             page=tail.page,
             seen=tuple(random.sample(others, min(MAX_PASSED_ON, len(others)))),
         )
+
+    def exchange_charged(self, peer: str, data: bytes) -> bytes:
+        """Take a peer's statement about its owner's charges. Returns its own earlier statement with
+        more of them, else nothing: its home was restored then."""
+        known = self._registry.peers.get(peer)
+        if known is None:
+            return b""
+        try:
+            head = SIGNED_CHARGED.unpack(data, partial(identity.verify, known.sign_public))
+        except BadMessage as err:
+            log.warning("what %s says of its charges cannot be used: %s", peer, err.message)
+            return b""
+        if head.peer != peer:
+            return b""
+        most = self._store.add_charged(peer, head.count, data)
+        return most.data if most.ledger > head.count else b""
 
     def forget(self, peer: str) -> None:
         """Pass on nothing more of a removed peer."""

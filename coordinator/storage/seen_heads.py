@@ -6,6 +6,7 @@ the ledger, so that a ledger that was rewritten contradicts them (`admin.audit`)
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,8 @@ MAX_IN_STRETCH = 32
 
 
 class StoredStatement(NamedTuple):
-    """A peer's statement (`p2p.seen_heads`) about a head over `ledger` entries of the ledger."""
+    """A peer's statement (`p2p.seen_heads`) about a head over `ledger` entries of the ledger; or
+    about so many charges of its owner."""
 
     peer: str
     ledger: int
@@ -48,6 +50,8 @@ class SeenHeads:
                         peer TEXT, epoch INTEGER, stretch INTEGER, ledger INTEGER, data BLOB,
                         PRIMARY KEY (peer, epoch, stretch));
                     CREATE INDEX IF NOT EXISTS seen_stretch ON seen (epoch, stretch);
+                    CREATE TABLE IF NOT EXISTS charged (
+                        peer TEXT PRIMARY KEY, count INTEGER, data BLOB);
                     """
                 )
         except sqlite3.DatabaseError as err:
@@ -75,6 +79,18 @@ class SeenHeads:
         except sqlite3.OperationalError:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+
+    def add_charged(self, peer: str, count: int, data: bytes) -> StoredStatement:
+        """Keep a verified statement about a peer's charges (`messages.work.ChargedHead`) if it has
+        more than its last one; returns the one with the most. A full disk loses it."""
+        row = self._db.execute(
+            "SELECT peer, count, data FROM charged WHERE peer = ?", (peer,)
+        ).fetchone()
+        if row is not None and row[1] >= count:
+            return StoredStatement(*row)
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._db.execute("INSERT OR REPLACE INTO charged VALUES (?, ?, ?)", (peer, count, data))
+        return StoredStatement(peer, count, data)
 
     def all(self) -> list[StoredStatement]:
         """All statements, oldest first."""

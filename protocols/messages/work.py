@@ -132,6 +132,18 @@ class FlowerMessage(Struct, frozen=True, kw_only=True):
 MAX_NOTICES = 8
 
 
+class ChargedHead(Struct, frozen=True):
+    """`peer` has `count` entries in its owner's ledger of privacy."""
+
+    peer: Id
+    count: Count
+
+
+#: Of a signed `ChargedHead`.
+MAX_CHARGED_BYTES = 512
+_ChargedBytes = Annotated[bytes, Meta(max_length=MAX_CHARGED_BYTES)]
+
+
 class PollRequest(Struct, frozen=True, kw_only=True):
     """An agent's request: the reply to its last work, if any, and whether it wants new work.
 
@@ -139,7 +151,7 @@ class PollRequest(Struct, frozen=True, kw_only=True):
     owner has allowed or forbidden a task since the agent refused work for want of consent.
     `steps_only`: it is paused, and wants only the steps of a secure sum that it takes part in.
     `seen`: what it has seen of the log of versions (`p2p.seen_heads`), to get the news of it; None
-    if not now.
+    if not now. `charged`: a signed `ChargedHead`, if it has changed.
     """
 
     reply: FlowerMessage | None = None
@@ -148,6 +160,7 @@ class PollRequest(Struct, frozen=True, kw_only=True):
     owner_has_decided: bool = field(default=False, name="decided")
     steps_only: bool = field(default=False, name="steps")
     seen: SeenBytes | None = None
+    charged: _ChargedBytes = b""
 
 
 class PollResponse(Struct, frozen=True, kw_only=True):
@@ -157,7 +170,8 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     coordinator. False if no run waits for the reply, or if it is not handled yet; the coordinator
     may then ask again. `version`: the bytes of a small version to work on, if it is new. `log`:
     the news of the log of versions, for a request with `seen`. `notices`: lines for the owner: why
-    a run does not use this machine.
+    a run does not use this machine. `charged`: the agent's own statement with more charges than it
+    states now.
     """
 
     work: FlowerMessage | None = None
@@ -165,7 +179,11 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     version: Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)] = b""
     log: LogNews | None = None
     notices: Annotated[tuple[Text, ...], Meta(max_length=MAX_NOTICES)] = ()
+    charged: _ChargedBytes = b""
 
 
 SIGNED_WORK = SignedJson(Work, "work", "piece of work")
+SIGNED_CHARGED = SignedJson(
+    ChargedHead, "charged head", "statement about charges", "the peer that it names"
+)
 SIGNED_CLAIM = SignedJson(UpdateClaim, "claim", "claim", "the peer that sent it")

@@ -44,11 +44,23 @@ def test_a_run_with_noise_is_charged_and_survives_a_kill_and_a_limit(tmp_path: P
         # A kill forgets nothing, and the limit counts what was spent before there was one.
         site.programs["north"].kill()
         assert spent("north") == told
+        # A home that is copied back lacks the charges, and the coordinator returns their number.
+        ledger = site.folder / "north" / "told" / "privacy.db"
+        kept = ledger.read_bytes()
+        ledger.unlink()
+        site.start_agent("north")
+        last = site.start_run(*RUN, *NOISE)
+        ended = site.ended_run(last)
+        assert "lacks 3 of its 3 entries" in str(ended)
+        site.programs["north"].kill()
+        assert "has stated 3 more entries" in spent("north")
+        ledger.write_bytes(kept)
+        assert "3 answers with noise" in spent("north")
         done = site.ask_agent("north", "policy", "set", "privacy.max_epsilon", "4")
         assert done.returncode == 0, done.stderr
         site.start_agent("north")
         done = site.ask("run", "start", *RUN, *NOISE, "--json")
-        assert f"by run {run_id}, 2 peers have 2,000 rows" in done.stderr
+        assert f"by run {last}, 2 peers have 2,000 rows" in done.stderr
         refused = json.loads(done.stdout)["data"]["run"]
         site.until_agent("north", "is there", lambda status: status)
         ended = site.ended_run(refused)

@@ -88,3 +88,10 @@ def test_the_command_shows_what_was_spent_and_what_is_left(
     budget(json=True)
     found = json.loads(capsys.readouterr().out)["data"]
     assert (round(found["epsilon"], 3), found["max_epsilon"], len(found["entries"])) == (1.5, 5, 3)
+    PrivacyLedger(privacy_ledger.ledger_file(agent_home)).learn(7)
+    budget(json=False)
+    assert "has stated 4 more entries than the ledger has" in capsys.readouterr().out
+    budget(restored=True, json=False)
+    told = capsys.readouterr()
+    assert "4 entries are confirmed as lost" in told.err
+    assert "more entries" not in told.out
