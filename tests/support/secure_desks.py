@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -73,7 +73,7 @@ class Trainer(ByKind):
     def __init__(self, number: int) -> None:
         self.number, self.did = number, list[str]()
         self.change = model(1000 + number, 0.05)
-        self.loss = 0.1234567 + number
+        self.loss, self.tallies = 0.1234567 + number, {"hits": [3.0, float(number)]}
         self.before: Callable[[str], None] = lambda kind: None
 
     def _begin(self, kind: str) -> None:
@@ -100,14 +100,22 @@ class Trainer(ByKind):
         return Done(
             num_examples=10 * (self.number + 1),
             metrics={"loss": self.loss},
-            tallies={"hits": [3.0, float(self.number)]},
+            tallies=self.tallies,
         )
+
+
+class Where(NamedTuple):
+    """A coordinator: the id of its fleet, and its signing key."""
+
+    fleet: str = FLEET
+    key: identity.SigningKey = COORDINATOR
 
 
 class Desk(Observer):
     """One agent: its home, its ClientApp, and what it has sent."""
 
-    def __init__(self, folder: Path, number: int, versions: Path) -> None:
+    def __init__(self, folder: Path, number: int, versions: Path, site: Where) -> None:
+        self.site = site
         self.home, self.number, self._versions = folder / f"peer{number}", number, versions
         self.home.mkdir(exist_ok=True)
         self.peer, self.trainer = me(number).peer, Trainer(number)
@@ -124,7 +132,10 @@ class Desk(Observer):
         """A ClientApp over the same home, as after a restart."""
         self.client = Client(
             PeerIdentity(
-                self.peer, me(self.number).sign, identity.public_bytes(COORDINATOR), FLEET
+                self.peer,
+                me(self.number).sign,
+                identity.public_bytes(self.site.key),
+                self.site.fleet,
             ),
             self.trainer,
             self,
@@ -162,7 +173,7 @@ class Desk(Observer):
         """The claim and the answer's bytes. Raises what the ClientApp raises."""
         if request and not work.request:
             work = replace(work, request=hashlib.sha256(request).hexdigest())
-        reply = self.client.handle(message(work, request))
+        reply = self.client.handle(message(work, request, self.site.key))
         claim = reply.content.config_records[CLAIM]
         payload, signature = claim["claim"], claim["signature"]
         assert isinstance(payload, bytes)
@@ -181,20 +192,27 @@ class Desk(Observer):
         return told, description
 
 
-def message(work: Work, request: bytes = b"", key: identity.SigningKey = COORDINATOR) -> Message:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
+def message(
+    work: Work, request: bytes = b"", key: identity.SigningKey = COORDINATOR, node: int = 9
+) -> Message:
+    """A signed message to a node, in the Flower run of this process."""
+    if TaskIdentity._task_id is None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
     payload, signature = SIGNED_WORK.seal(work, key.sign)
     content = RecordDict({"config": ConfigRecord({"work": payload, "signature": signature})})
     if request:
         content[REQUEST] = ConfigRecord({"request": request})
     kind = work.kind if work.kind in ("train", "evaluate") else f"query.{work.kind}"
-    return Message(content, 9, kind)
+    return Message(content, node, kind, group_id=work.run)
 
 
 class Room:
     """Some agents, whose owners trust each other, and one version of a run."""
 
-    def __init__(self, folder: Path, peers: int = 3, codec: str = "fp32") -> None:
+    def __init__(
+        self, folder: Path, peers: int = 3, codec: str = "fp32", site: Where = Where()
+    ) -> None:
+        self.site = site
         versions = folder / "versions"
         versions.mkdir(exist_ok=True)
         self.start = model(0)
@@ -209,7 +227,7 @@ class Room:
 
     def add(self) -> Desk:
         """One more agent; all trust each other."""
-        desk = Desk(self._folder, len(self.desks), self._versions)
+        desk = Desk(self._folder, len(self.desks), self._versions, self.site)
         self.desks[desk.peer] = desk
         self.trust_all()
         return desk
@@ -231,7 +249,7 @@ class Room:
             base=self.base,
             nbytes=nbytes,
             codec=self.codec,
-            fleet=FLEET,
+            fleet=self.site.fleet,
         )
         return replace(work, **changed)
 
@@ -243,7 +261,7 @@ class Room:
         if not train:
             names = tails.names({"loss": 0.0}, {"hits": [0.0, 0.0]})
         whole = Plan(
-            fleet=FLEET,
+            fleet=self.site.fleet,
             run=RUN,
             round=1,
             kind=kind,
