@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from agent.analytics import differential_privacy, disclosure_control
 from agent.analytics.compute import CutsOf, Group, Places, Table, find_cells, read_table
@@ -63,7 +62,8 @@ def answer_question(
             _check(question, chosen, log)
             data = _state_of(chosen)
             if (told := log.find_answer(question, data)) is not None:
-                return log.record(replace(question, epsilon=0.0), data, told)
+                return log.repeat(question, data, told)
+            log.check_room()
             told, sets = _compute_answer(question, chosen, cache, log, memory)
             _charge(question, chosen, log, asked_by)
         except CommonweightError as err:
@@ -110,7 +110,7 @@ def _compute_answer(
         differential_privacy.check_budget(question, chosen, log.spent_epsilon)
     reader = open_table(data_settings(chosen, cache))
     reader, numbers = memory.admit(reader, chosen.data_min_count)
-    table = read_table(question, reader, chosen.data_columns)
+    table = read_table(question, reader, chosen.data_columns, chosen.data_min_count)
     _move_old_sets(log, memory, numbers)
     min_rows, used_cuts = chosen.data_min_count, dict[str, CutPoints]()
 

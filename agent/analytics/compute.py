@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from agent.analytics.cut_points import CutPoints
 from agent.data import Reader
-from agent.data.column_types import PossibleKinds, numbers, possible_kinds, texts
+from agent.data.column_types import PossibleKinds, num_values, numbers, possible_kinds, texts
 from agent.data.profile import may_use
 from protocols.analytics.mergeable_states import Floats
 from protocols.analytics.query import Condition, Query
@@ -51,9 +52,7 @@ class Column(NamedTuple):
 
     @property
     def missing(self) -> Mask:
-        if self.kind in ("text", "empty") or self.values is None:
-            return self.codes < 0
-        return np.isnan(self.values)
+        return self.codes < 0 if self.values is None else np.isnan(self.values)
 
 
 class Table(NamedTuple):
@@ -74,8 +73,11 @@ class Table(NamedTuple):
         return len(np.unique(values[~np.isnan(values)]))
 
 
-def read_table(question: Query, reader: Reader, allowed: Sequence[str]) -> Table:
-    """The columns of the query. Raises UnknownName, UsageError, DataError."""
+def read_table(question: Query, reader: Reader, allowed: Sequence[str], min_rows: int = 1) -> Table:
+    """The columns of the query. Raises UnknownName, UsageError, DataError.
+
+    A column in which fewer than `min_rows` rows have a value counts as empty.
+    """
     names, known = question.columns, reader.columns()
     for name in names:
         if name not in known:
@@ -83,7 +85,7 @@ def read_table(question: Query, reader: Reader, allowed: Sequence[str]) -> Table
             near = difflib.get_close_matches(name, usable, 3)
             hint = f"near: {', '.join(near)}" if near else ""
             raise UnknownName(f"this peer's table has no column {name!r}", hint)
-    kinds = _kinds(reader, names)
+    kinds = _kinds(reader, names, min_rows)
     for operation in question.operations:
         for name in operation.columns:
             if operation.kind in _OF_NUMBERS and kinds[name] == "text":
@@ -101,6 +103,8 @@ def read_table(question: Query, reader: Reader, allowed: Sequence[str]) -> Table
         rows += batch.num_rows
         for name, (values, codes, words) in found.items():
             column = batch.column(name)
+            if kinds[name] == "empty":  # a few rows may have a value
+                column = pa.nulls(len(column), pa.string())
             if kinds[name] != "text":
                 values.append(numbers(column, kinds[name]))
             if name in as_texts:
@@ -120,13 +124,19 @@ def read_table(question: Query, reader: Reader, allowed: Sequence[str]) -> Table
     return Table(rows, len(known), columns)
 
 
-def _kinds(reader: Reader, columns: Sequence[str]) -> dict[str, ColumnKind]:
+def _kinds(reader: Reader, columns: Sequence[str], min_rows: int) -> dict[str, ColumnKind]:
     found = {name: PossibleKinds() for name in columns}
+    counts = dict.fromkeys(columns, 0)
     if columns:
         for batch in reader.batches(columns):
             for name in columns:
-                found[name] = found[name].merge(possible_kinds(batch.column(name)))
-    return {name: kind.kind for name, kind in found.items()}
+                column = batch.column(name)
+                found[name] = found[name].merge(possible_kinds(column))
+                if counts[name] < min_rows:
+                    counts[name] += num_values(column)
+    return {
+        name: kind.kind if counts[name] >= min_rows else "empty" for name, kind in found.items()
+    }
 
 
 class Cells(NamedTuple):

@@ -18,13 +18,14 @@ from agent.policy import sandbox
 from agent.trainer import sandbox_rules
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
-from protocols.errors import BadMessage
+from protocols.errors import BadMessage, CommonweightError, HomeError, TrainerFailed
 from protocols.local.programs import run_program
 from protocols.messages.jobs import Analyze, Unit
 
 TIMEOUT_S = 1800.0
 #: The folder in the home for files that it makes from the data.
 CACHE = "analysis"
+_FAILED = "the question could not be answered; its owner sees why: commonweight-agent status"
 
 
 def handler(home: Path, fleet: str = "") -> Callable[[Unit], Result]:
@@ -48,16 +49,26 @@ def read_question(text: str) -> Query:
 
 
 def answer(question: Query, home: Path, job: str = "", fleet: str = "") -> bytes:
-    """The encoded answer, after it was recorded for this job. Raises CommonweightError."""
-    query_log.move_log(home)
-    program, env = child_program(home)
-    return run_program(
-        [sys.executable, "-P", "-m", *program, str(home), job, fleet],
-        "the question could not be answered",
-        within_s=TIMEOUT_S,
-        stdin=msgspec.json.encode(question),
-        env=env,
-    )
+    """The encoded answer, after it was recorded for this job.
+
+    Raises CommonweightError. The message of one leaves the machine; why a process failed may quote
+    a path, a setting or a value, so it is in the hint, which stays.
+    """
+    try:
+        query_log.move_log(home)
+        program, env = child_program(home)
+        return run_program(
+            [sys.executable, "-P", "-m", *program, str(home), job, fleet],
+            "its process failed",
+            within_s=TIMEOUT_S,
+            stdin=msgspec.json.encode(question),
+            env=env,
+        )
+    except (TrainerFailed, HomeError):
+        raise
+    except CommonweightError as err:
+        why = f"{err.message} ({err.hint})" if err.hint else err.message
+        raise CommonweightError(_FAILED, why) from err
 
 
 def child_program(home: Path) -> tuple[list[str], dict[str, str]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.analytics.cut_points import CutPoints
 from agent.data.disclosed_sets import Numbers, pack, unpack
@@ -25,7 +26,7 @@ from agent.home import settings
 from agent.home.privacy_ledger import PrivacyLedger
 from protocols.analytics.mergeable_states import Floats, PeerAnswer
 from protocols.analytics.query import Query
-from protocols.errors import HomeError
+from protocols.errors import HomeError, Refused
 
 if TYPE_CHECKING:
     from agent.analytics.compute import Mask  # it imports pyarrow, which an idle agent spares
@@ -49,6 +50,15 @@ CREATE TABLE IF NOT EXISTS wishes (
 
 #: Another question may be computed meanwhile.
 _WAIT_S = 1800.0
+#: Beyond this size no new answer is given. An answer has at most 2 MiB.
+MAX_LOG_BYTES = 1 << 28
+#: Refusals and repeated answers that are kept, and the characters of their questions: whoever asks
+#: can repeat them without end.
+MAX_KEPT_REPEATS, _MAX_REPEAT_CHARS = 1000, 2000
+#: Questions that wait for the owner's decision; a new one takes the place of the oldest.
+MAX_WISHES = 100
+#: Entries without an answer of their own.
+_REPEATS = "(refused != '' OR LENGTH(told) = 0)"
 
 
 def log_file(home: Path) -> Path:
@@ -59,9 +69,9 @@ def log_file(home: Path) -> Path:
 def move_log(home: Path) -> None:
     """Move the file from where older versions had it. Raises OSError, HomeError."""
     old, new = home / "analysis.db", log_file(home)
+    new.parent.mkdir(mode=0o700, exist_ok=True)
     if not old.exists() or new.exists():
         return
-    new.parent.mkdir(mode=0o700, exist_ok=True)
     address = f"{old.absolute().as_uri()}?mode=rw"  # never a new file
     try:
         with closing(sqlite3.connect(address, uri=True, timeout=_WAIT_S)) as db:
@@ -171,17 +181,46 @@ class QueryLog:
     def find_answer(self, question: Query, data: str) -> PeerAnswer | None:
         """The earlier answer to the same query on the same data; to repeat it costs nothing."""
         row = self._db.execute(
-            "SELECT told FROM answers WHERE digest = ? AND data = ? AND refused = '' LIMIT 1",
+            f"SELECT told FROM answers WHERE digest = ? AND data = ? AND NOT {_REPEATS} LIMIT 1",
             (question.digest, data),
         ).fetchone()
         return None if row is None else msgspec.json.decode(row[0], type=PeerAnswer)
+
+    def check_room(self) -> None:
+        """Raise Refused if the log is too large for new answers."""
+        (pages,), (free,), (size,) = (
+            self._db.execute(f"PRAGMA {name}").fetchone()
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        if (pages - free) * size > MAX_LOG_BYTES:
+            raise Refused(
+                "this peer has answered so many questions that its log is full",
+                "ask questions again that were answered before",
+            )
 
     def record(
         self, question: Query, data: str, told: PeerAnswer, sets: Sequence[ToldColumn] = ()
     ) -> bytes:
         """Record an answer inside `writing`; returns its bytes, to release after the commit."""
         body = msgspec.json.encode(told)
-        epsilon = 0.0 if told.refused else question.epsilon
+        self._insert(question, data, told, body, b"" if told.refused else body)
+        self._db.executemany(
+            "INSERT INTO told_rows VALUES (?, ?)", [(one.column, pack(one.rows)) for one in sets]
+        )
+        return body
+
+    def repeat(self, question: Query, data: str, told: PeerAnswer) -> bytes:
+        """As `record`, for an answer that `find_answer` has found; it costs no noise again."""
+        body = msgspec.json.encode(told)
+        self._insert(replace(question, epsilon=0.0), data, told, body, b"")
+        return body
+
+    def _insert(
+        self, question: Query, data: str, told: PeerAnswer, body: bytes, stored: bytes
+    ) -> None:
+        text = str(question)
+        if not stored and len(text) > _MAX_REPEAT_CHARS:
+            text = f"{text[:_MAX_REPEAT_CHARS]}…"
         self._db.execute(
             "INSERT INTO answers (at, digest, data, question, told, cells, bytes, epsilon,"
             " refused, charged) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)",
@@ -189,18 +228,19 @@ class QueryLog:
                 time.time(),
                 question.digest,
                 data,
-                str(question),
-                body,
+                text,
+                stored,
                 len(told.cells),
                 len(body),
-                epsilon,
+                0.0 if told.refused else question.epsilon,
                 told.refused,
             ),
         )
-        self._db.executemany(
-            "INSERT INTO told_rows VALUES (?, ?)", [(one.column, pack(one.rows)) for one in sets]
-        )
-        return body
+        if not stored:
+            self._db.execute(
+                f"DELETE FROM answers WHERE {_REPEATS} AND id <= (SELECT id FROM answers WHERE"
+                f" {_REPEATS} ORDER BY id DESC LIMIT 1 OFFSET {MAX_KEPT_REPEATS})"
+            )
 
     def entries(self) -> list[Entry]:
         """The log, oldest first."""
@@ -222,6 +262,10 @@ class QueryLog:
             "INSERT INTO wishes VALUES (?, ?, ?, NULL) ON CONFLICT (digest) DO UPDATE SET"
             " question = excluded.question, allowed = NULL WHERE question != excluded.question",
             (question.digest, time.time(), text),
+        )
+        self._db.execute(
+            "DELETE FROM wishes WHERE digest IN (SELECT digest FROM wishes WHERE allowed IS NULL"
+            f" ORDER BY at DESC LIMIT -1 OFFSET {MAX_WISHES})"
         )
         (allowed,) = self._db.execute(
             "SELECT allowed FROM wishes WHERE digest = ?", (question.digest,)

@@ -10,7 +10,8 @@ from agent.home.settings_schema import AgentSettings
 from agent.policy import consent
 from agent.policy.consent import Standing
 from agent.tasks import Setting, registry
-from protocols.errors import AwaitingColumns, AwaitingConsent, NotAllowed, UnknownName
+from protocols.errors import AwaitingColumns, AwaitingConsent, NotAllowed, Refused, UnknownName
+from protocols.messages.jobs import Analyze, Scatter, Unit
 
 _ON_THAT_MACHINE = "on that machine: commonweight-agent"
 
@@ -57,6 +58,24 @@ def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Set
         message = f"its owner has not said which columns the task {task!r} may use"
         command += " --columns NAME,NAME, or all"
     raise ConsentNeeded(message, command, request, standing)
+
+
+def check_unit(chosen: AgentSettings, unit: Unit) -> None:
+    """Raise an error as `check` does, or Refused, if the owner does not allow this unit now."""
+    match unit.question:
+        case Analyze():
+            if chosen.analyze == "off":
+                raise Refused(
+                    "the owner of this machine lets nobody ask",
+                    "commonweight-agent policy set analyze on",
+                )
+            return
+        case Scatter() if chosen.jobs_scatter != "on":
+            raise Refused(
+                "the owner of this machine does not allow predictions for rows of others",
+                "commonweight-agent policy set jobs.scatter on",
+            )
+    check(chosen, unit.job, unit.task, unit.settings)
 
 
 def _check_columns(chosen: AgentSettings, run: str, task: str, columns: list[str]) -> None:

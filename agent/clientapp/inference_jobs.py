@@ -33,6 +33,9 @@ log = logging.getLogger("commonweight.agent")
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 #: The maximum expansion of a block of pictures, which are compressed already.
 _MAX_EXPANSION = 4
+#: Files of predictions for this peer's own rows; the oldest are deleted. Whoever asks can repeat a
+#: question without end.
+MAX_PREDICTIONS = 32
 #: Folders in a block, in addition to its files.
 _SPARE_MEMBERS = 256
 
@@ -71,12 +74,7 @@ class InferenceJobs:
         """Predicts for the requester's rows. Raises Refused, TrainerFailed, BadMessage."""
         question = unit.question
         assert isinstance(question, Scatter)
-        if self._settings().jobs_scatter != "on":
-            raise Refused(
-                "the owner of this machine does not allow predictions for rows of others",
-                "commonweight-agent policy set jobs.scatter on",
-            )
-        consent.check(self._settings(), unit.job, unit.task, unit.settings)
+        consent.check_unit(self._settings(), unit)
         (model,) = unit.models
         base = self._version(model)
         with self._workplace() as folder:
@@ -99,7 +97,7 @@ class InferenceJobs:
         """
         question = unit.question
         assert isinstance(question, Private)
-        consent.check(self._settings(), unit.job, unit.task, unit.settings)
+        consent.check_unit(self._settings(), unit)
         scores: Scores = {}
         min_count = max(question.min_group, self._settings().data_min_count)
         try:
@@ -112,7 +110,7 @@ class InferenceJobs:
         except Refused as err:
             log.warning("the job %s was refused: %s (%s)", unit.job, err.message, err.hint)
             raise
-        consent.check(self._settings(), unit.job, unit.task, unit.settings)
+        consent.check_unit(self._settings(), unit)
         return Result(jobs.encode(scores), max(score.num_examples for score in scores.values()))
 
     def _check_models(self, unit: Unit) -> None:
@@ -166,6 +164,11 @@ class InferenceJobs:
         try:
             self._predict(unit, self._version(model), [data], unfinished)
             unfinished.replace(out)
+            by_age = sorted(
+                self._predictions.glob(f"*{suffix}"), key=lambda path: path.stat().st_mtime_ns
+            )
+            for old in by_age[:-MAX_PREDICTIONS]:
+                old.unlink()
         except TrainerFailed as err:
             unfinished.unlink(missing_ok=True)
             if err.kind != "no predict":

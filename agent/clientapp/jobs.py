@@ -57,7 +57,8 @@ class _StoredAnswer(Struct, frozen=True, kw_only=True):
 class Jobs:
     """Answers messages of type `query.infer` and `query.analyze`.
 
-    `send(digest, path)` uploads. `on_work(work | None)` is called when work begins and ends,
+    `send(digest, path)` uploads. `check(unit)` raises an error if the owner does not allow now what
+    an earlier request was answered. `on_work(work | None)` is called when work begins and ends,
     `on_leaving(unit, answer, body)` before an answer is sent; the body of a long one is empty.
     """
 
@@ -68,12 +69,13 @@ class Jobs:
         *,
         send: Callable[[str, Path], None],
         handlers: Mapping[type[UnitQuestion], Handler],
+        check: Callable[[Unit], None] = lambda unit: None,
         on_work: Callable[[Work | None], None] = lambda work: None,
         on_leaving: Callable[[Unit, Answer, bytes], None] = lambda unit, answer, body: None,
     ) -> None:
         self._me, self._fleet_names = me, FleetNames(me.fleet)
         self._outbox, self._send, self._handlers = outbox, send, handlers
-        self._on_work, self._on_leaving = on_work, on_leaving
+        self._check, self._on_work, self._on_leaving = check, on_work, on_leaving
         outbox.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def answer(self, message: Message) -> RecordDict:
@@ -86,7 +88,9 @@ class Jobs:
         self._on_work(Work(run=unit.job, round=unit.unit, kind="evaluate", task=unit.task))
         try:
             stored = self._load(key)
-            if stored is None:
+            if stored is not None:
+                self._check(unit)
+            else:
                 handler = self._handlers.get(type(unit.question))
                 if handler is None:
                     raise Refused(

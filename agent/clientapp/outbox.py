@@ -5,6 +5,7 @@ A repeated request after a lost connection costs nothing: the reply is sent agai
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -157,5 +158,9 @@ class Outbox:
 
 
 def _key(work: Work) -> str:
+    """Equal for work whose reply is the same. The owner's consent is to a task and its settings, so
+    they are part of it: a reply of a task that was forbidden since answers no work of another."""
     turn = f" {work.turn}" if work.turn else ""
-    return f"{work.run} {work.round} {work.kind} {work.base}{turn}"
+    asked = msgspec.json.encode((work.task, work.codec, work.seed, sorted(work.settings.items())))
+    how = hashlib.sha256(asked).hexdigest()[:32]
+    return f"{work.run} {work.round} {work.kind} {work.base}{turn} {how}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent.analytics import job_handler
-from agent.clientapp import secure_rules
+from agent.clientapp import consent, secure_rules
 from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
 from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries
@@ -202,6 +202,7 @@ def make_client(
             Private: inference.private,
             Analyze: job_handler.handler(home, ctx.enrollment.fleet),
         },
+        check=lambda unit: consent.check_unit(owner(), unit),
         on_work=events.on_work,
         on_leaving=partial(audit_log.write_answer, home),
     )

@@ -107,7 +107,8 @@ def read_header(file: Path) -> list[str]:
         raise DataError("a table has no header", f"{file} is empty")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"column {twice!r} is there twice", f"in {file}")
+        # In a file without a header, these names are values of its first row.
+        raise DataError("two columns of a table have the same name", f"{twice!r} in {file}")
     return names
 
 

@@ -96,6 +96,12 @@ def possible_kinds(column: pa.Array) -> PossibleKinds:
     )
 
 
+def num_values(column: pa.Array) -> int:
+    """How many rows of a batch have a value."""
+    column, _ = _plain(column)
+    return len(column) - int(column.null_count)
+
+
 def _all_match(column: pa.Array, pattern: str) -> bool:
     return bool(pc.all(pc.match_substring_regex(column, pattern)).as_py())
 

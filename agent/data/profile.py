@@ -238,7 +238,8 @@ def check_table(
     check_columns(there, data, made)
     if features.keys().isdisjoint(there):
         raise mismatches.no_common_feature(
-            features, [name for name in there if name != made.target.name]
+            features,
+            [n for n in there if n != made.target.name and may_use(n, data.columns)],
         )
     names = [name for name in there if name in expected]
     misfits = []

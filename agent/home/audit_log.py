@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from agent.home import secure_audit
 from agent.home.secure_audit import SecureKind
@@ -113,8 +115,38 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
     _append(home, entry)
 
 
+class _LastTold:
+    """Which statistics are in the files in full. A coordinator can have the same ones sent again
+    and again; in full each time, they would push out the entries of all other answers."""
+
+    def __init__(self) -> None:
+        self._written_bytes = 0
+        #: By home and digest, in the order of writing: the bytes written before.
+        self._told: OrderedDict[tuple[Path, str], int] = OrderedDict()
+
+    def shortened(self, home: Path, entry: AuditEntry) -> AuditEntry:
+        """The entry, without what the files tell already."""
+        if not entry.told or not entry.digest:
+            return entry
+        while self._told and self._written_bytes - next(iter(self._told.values())) > MAX_BYTES // 2:
+            self._told.popitem(last=False)
+        if (home, entry.digest) in self._told:
+            return replace(entry, told=_AS_BEFORE)
+        return entry
+
+    def wrote(self, home: Path, entry: AuditEntry, nbytes: int) -> None:
+        if entry.told and entry.told != _AS_BEFORE:
+            self._told[home, entry.digest] = self._written_bytes
+        self._written_bytes += nbytes
+
+
+_AS_BEFORE = "as in an earlier entry with this digest"
+_last_told = _LastTold()
+
+
 def _append(home: Path, entry: AuditEntry) -> None:
     """Append one entry and fsync it, so that a power cut after the sending cannot lose it."""
+    entry = _last_told.shortened(home, entry)
     path = home / FILE
     if path.exists() and path.stat().st_size > MAX_BYTES:
         path.replace(_rotated_file(home))
@@ -122,9 +154,11 @@ def _append(home: Path, entry: AuditEntry) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as file:
         # The first newline ends a line that a power cut may have left incomplete.
-        file.write(b"\n" + msgspec.json.encode(entry) + b"\n")
+        line = b"\n" + msgspec.json.encode(entry) + b"\n"
+        file.write(line)
         file.flush()
         os.fsync(descriptor)
+    _last_told.wrote(home, entry, len(line))
     if is_new:
         fsync_folder(home)
 

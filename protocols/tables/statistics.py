@@ -170,7 +170,11 @@ def without_rare_values(
         if name in hashed:
             common = {hash_category(name, value): n for value, n in common.items()}
         column = replace(column, categories=common, others=column.others + rare)
-        return _without_few(column, min_count)
+        found = _without_few(column, min_count)
+        if found.missing and not (found.moments.count or found.categories or found.others):
+            # Its kind would tell that somebody has a value.
+            return ColumnStatistics(kind="empty", missing=found.missing)
+        return found
 
     columns = {name: without_rare(name, column) for name, column in table.columns.items()}
     return replace(table, columns=columns)

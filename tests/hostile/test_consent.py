@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -14,9 +15,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from agent.clientapp.app import Client
-from agent.clientapp.consent import ConsentNeeded
+from agent.clientapp.consent import ConsentNeeded, check_unit
 from agent.clientapp.inference_jobs import InferenceJobs
 from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.jobs import Jobs, Result
 from agent.clientapp.told_scores import ToldScores
 from agent.data.settings import DataSettings
 from agent.home import consent_requests, refusal_log, settings
@@ -33,14 +35,16 @@ from protocols.errors import (
     AwaitingColumns,
     AwaitingConsent,
     NotAllowed,
+    Refused,
     SchemaMismatch,
     TrainerFailed,
     UnknownName,
 )
 from protocols.local import homes
 from protocols.messages import refusals
-from protocols.messages.jobs import Private, Scatter, Unit
+from protocols.messages.jobs import SIGNED_UNIT, Analyze, Private, Scatter, Unit
 from protocols.messages.work import SIGNED_WORK, Work
+from protocols.model import schema_card
 from protocols.tables import preprocessing
 from tests.hostile.test_floors import Victim
 from tests.support.fleet_harness import AGENT, ROOT, environment, run_program
@@ -165,6 +169,78 @@ def test_nothing_leaves_once_consent_is_withdrawn_during_the_work(
     monkeypatch.setattr(machine.trainer, "fetch", lambda work: machine.home / "base")
     with pytest.raises(NotAllowed, match="forbids the task 'ping'"):
         machine.ask("ping", kind)
+
+
+@pytest.mark.parametrize("kind", ["describe", "init", "train", "evaluate"])
+def test_a_reply_of_a_forbidden_task_answers_no_work_of_another(
+    machine: Machine, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: have a reply finished but not sent, wait until the owner forbids its task, and take
+    it as the answer to the same work of an allowed task, or with other settings."""
+    consents.allow(machine.home, "ping")
+    consents.allow(machine.home, "mnist")
+    (machine.home / "base").write_bytes(b"a version")
+    used = []
+
+    def run(work: Any) -> Done:
+        used.append((work.task, dict(work.settings).get("lr")))
+        if out := getattr(work, "out", ""):
+            Path(out).write_bytes(b"an update")
+        digest = hashlib.sha256(b"an update").hexdigest() if out else ""
+        card = schema_card.encode(schema_card.make_card(work.task, "1", {}, {}))
+        return Done(digest=digest, nbytes=9, num_examples=99, description=card)
+
+    monkeypatch.setattr(machine.trainer, "run", run)
+    monkeypatch.setattr(machine.trainer, "fetch", lambda work: machine.home / "base")
+    sent: list[Any] = []
+    monkeypatch.setattr(machine.trainer, "send", lambda *what: sent.append(what))
+    machine.ask("mnist", kind)
+    machine.ask("mnist", kind)
+    assert len(used) == 1, "the same work is done once"
+    consents.forbid(machine.home, "mnist")
+    machine.ask("ping", kind)
+    machine.ask("ping", kind, lr=0.5)
+    assert used[1:] == [("ping", None), ("ping", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("question", "forbid"),
+    [
+        (Private(min_group=1), {"tasks": []}),
+        (Scatter(input="0" * 64, sizes=(1,), rows=(1,), suffix=".csv"), {"tasks": []}),
+        (
+            Scatter(input="0" * 64, sizes=(1,), rows=(1,), suffix=".csv"),
+            {"jobs_scatter": "off"},
+        ),
+        (Analyze(query="{}"), {"analyze": "off"}),
+    ],
+)
+def test_an_answer_of_a_job_is_not_sent_again_after_consent_ended(
+    machine: Machine, question: Any, forbid: Any
+) -> None:
+    """Attack: ask again for an answer that was made while the owner allowed it, and never sent."""
+    settings.change(machine.home, jobs_scatter="on", tasks=["ping"], analyze="on")
+    sign = identity.new_signing_key().sign
+    left = []
+    jobs = Jobs(
+        PeerIdentity("P", sign, identity.public_bytes(COORDINATOR)),
+        machine.home / "answers",
+        send=lambda *_: None,
+        handlers={type(question): lambda unit: Result(b"{}", 0)},
+        check=lambda unit: check_unit(machine.owner(), unit),
+        on_leaving=lambda *what: left.append(what),
+    )
+    unit = Unit(job="j", unit=1, question=question, task="ping")
+    payload, signature = SIGNED_UNIT.seal(unit, COORDINATOR.sign)
+    content = RecordDict({"unit": ConfigRecord({"unit": payload, "signature": signature})})
+    message = Message(content, 9, "query.infer")
+    jobs.answer(message)
+    jobs.answer(message)
+    assert len(left) == 2
+    settings.change(machine.home, **forbid)
+    with pytest.raises(Refused):
+        jobs.answer(message)
+    assert len(left) == 2
 
 
 @pytest.mark.parametrize(

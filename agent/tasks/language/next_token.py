@@ -46,11 +46,11 @@ class Windows(NamedTuple):
 
 def split_windows(tokens: Tokens, context: int) -> Windows:
     """Split tokens into examples. Raises DataError for fewer than two."""
-    starts = torch.arange(0, len(tokens) - context, context)
+    starts = torch.arange(0, max(len(tokens) - context, 0), context)
     if len(starts) < 2:
         raise DataError(
-            f"{len(tokens)} tokens of text, where {2 * context + 1} are needed",
-            "more text, or a smaller --set context",
+            f"the text is too short: the run's context needs {2 * context + 1} tokens",
+            f"there are {len(tokens)}: more text, or a smaller --set context",
         )
     out = torch.arange(len(starts)) % HELD_OUT == min(HELD_OUT, len(starts)) - 1
     return Windows(tokens, context, starts[~out], starts[out])

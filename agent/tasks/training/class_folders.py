@@ -186,6 +186,6 @@ def split_held_out(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple
     order = order[usable[order]]
     if len(order) < 2:
         # Without a hint, the agent names the trainer's log, which lists the files.
-        raise DataError(f"{len(order)} of {len(names)} examples can be read; two are needed")
+        raise DataError("fewer than two examples can be read")
     held_out = max(1, len(order) // _HELD_OUT)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

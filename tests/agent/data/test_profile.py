@@ -218,7 +218,7 @@ def test_what_is_wrong_with_a_file_is_told_without_its_name(tmp_path: Path) -> N
         latin: "no UTF-8 text",
         ragged: "cannot be read as a table",
         empty: "no header",
-        twice: "column 'x' is there twice",
+        twice: "two columns of a table have the same name",
         header: "no rows",
         broken: "cannot be read as a table",
         tmp_path / "absent.csv": "no CSV or Parquet file was found at the given path",
