@@ -56,7 +56,7 @@ NUMBERED = {
     "7": Numbered("listen, speak for others and flood on MQTT", "peer"),
     "8": Numbered("read agents' logs and answers beyond one's role", "observer"),
     "9": Numbered("fill the coordinator's disk with answers of jobs", "peer"),
-    "10": Numbered("fill a machine's memory with an answer", "coordinator"),
+    "10": Numbered("fill a machine's memory or disk", "coordinator"),
     "11": Numbered("show peers different versions", "coordinator"),
     "12": Numbered("send machines to an address of the attacker's choice", "peer"),
     "13": Numbered("pass a signed request on to another receiver", "peer"),

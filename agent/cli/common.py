@@ -16,6 +16,7 @@ from protocols.local.cli_entry import print_json as print_json
 from protocols.local.cli_entry import print_line as print_line
 from protocols.local.cli_entry import print_result as print_result
 from protocols.local.cli_entry import print_text as print_text
+from protocols.local.cli_entry import printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON to stdout.")]
 Part = Annotated[
@@ -35,7 +36,7 @@ def print_data(data: Any, lines: Iterable[str], *, json: bool) -> None:
     if json:
         print_json(data)
     else:
-        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
 
 
 def parse_duration(text: str) -> float:

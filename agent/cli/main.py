@@ -185,7 +185,7 @@ def _format_status(home: Path, *, json: bool) -> str:
     if status.last_error:
         word = "before" if status.error_until else "last error"
         lines.append(f"{word}: {status.error_text}")
-    return "".join(f"{line}\n" for line in lines)
+    return cli_entry.printable("".join(f"{line}\n" for line in lines))
 
 
 def _links(status: Status) -> dict[str, bool]:

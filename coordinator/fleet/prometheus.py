@@ -28,6 +28,7 @@ from protocols.messages.states import PeerState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HOST = "127.0.0.1"
+_HOSTS = frozenset({b"", b"localhost", b"127.0.0.1", b"[::1]"})
 _MAX_HEAD_BYTES = 8192
 _REQUEST_TIMEOUT_S = 5.0
 _PREFIX = "commonweight_"
@@ -152,9 +153,22 @@ async def serve(port: int, text: Callable[[], bytes]) -> None:
         await server.serve_forever()
 
 
+def _names_this_machine(head: bytes) -> bool:
+    """False for the name of a web page that resolves to this machine, whose script would read the
+    answer (DNS rebinding)."""
+    lines = (line.partition(b":") for line in head.split(b"\r\n")[1:])
+    hosts = [value.strip().lower() for name, _, value in lines if name.strip().lower() == b"host"]
+    return all(
+        (host if host.endswith(b"]") else host.rpartition(b":")[0] or host) in _HOSTS
+        for host in hosts
+    )
+
+
 def _response(head: bytes, text: Callable[[], bytes]) -> bytes:
     method, path, *_ = [*head.split(b" "), b"", b""]
-    if method == b"GET" and path.split(b"?")[0] == b"/metrics":
+    if not _names_this_machine(head):
+        status, kind, body = "403 Forbidden", "text/plain", b"use 127.0.0.1 as the host\n"
+    elif method == b"GET" and path.split(b"?")[0] == b"/metrics":
         status, kind, body = "200 OK", CONTENT_TYPE, text()
     else:
         status, kind, body = "404 Not Found", "text/plain", b"GET /metrics\n"

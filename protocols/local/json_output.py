@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -23,7 +24,13 @@ def error(err: CommonweightError) -> str:
 
 
 def _line(value: Any) -> str:
-    return msgspec.json.encode(value, enc_hook=str).decode()
+    text = msgspec.json.encode(value, enc_hook=str).decode()
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(letter: str) -> str:
+    """A letter as JSON spells it: a terminal would obey some that JSON need not escape."""
+    return letter if letter.isprintable() else json.dumps(letter)[1:-1]
 
 
 def format_error(err: CommonweightError) -> str:

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from agent.cli.common import print_data
 from agent.inference import writers
 from coordinator.cli import common
 from coordinator.jobs import state, validation
@@ -137,3 +138,17 @@ def test_a_huge_answer_is_dropped_before_it_is_read(
     store.version_path(answer.digest).unlink()  # so it is not read
     with pytest.raises(BadMessage, match="too long"):
         validation.check(job, unit, answer, store)
+
+
+@pytest.mark.attack("20.14", by="coordinator")
+def test_no_line_of_an_agents_command_is_obeyed_by_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Attack: have escape codes, or letters that turn a line around, in what a command prints."""
+    codes = "\x1b[2J\x9b31m\u202e\u2066\x07"
+    print_data({"text": codes}, [f"a{codes}b"], json=False)
+    print_data({"text": codes}, [], json=True)
+    plain, line = capsys.readouterr().out.splitlines()
+    assert plain == f"a{''.join('·' if not c.isprintable() else c for c in codes)}b"
+    assert line.isprintable()
+    assert json.loads(line)["data"]["text"] == codes

@@ -89,7 +89,9 @@ async def test_the_bytes_are_those_of_all_rounds_however_few_are_kept(
         assert found["commonweight_run_bytes_total", direction] >= sum(sent)
 
 
-async def scraped(port: int, path: str = "/metrics") -> tuple[bytes, bytes]:
+async def scraped(
+    port: int, path: str = "/metrics", host: str = "127.0.0.1:9095"
+) -> tuple[bytes, bytes]:
     """Head and body of the answer, as soon as something listens there."""
     async with asyncio.timeout(10):
         while True:
@@ -97,7 +99,7 @@ async def scraped(port: int, path: str = "/metrics") -> tuple[bytes, bytes]:
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 break
             await asyncio.sleep(0.01)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     return head, body
@@ -112,6 +114,22 @@ async def test_it_answers_on_loopback_alone() -> None:
         assert told == body
     with pytest.raises(PortInUse):
         await prometheus.serve(port, bytes)
+    serving.cancel()
+    with suppress(asyncio.CancelledError):
+        await serving
+
+
+@pytest.mark.attack("20.strangers")
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:9095", "127.0.0.1.evil.example"])
+async def test_a_page_by_another_name_reads_no_metrics(host: str) -> None:
+    """Attack: a web page whose name resolves to the coordinator reads its metrics."""
+    port = free_port()
+    serving = asyncio.create_task(prometheus.serve(port, lambda: b"x 1\n"))
+    head, told = await scraped(port, host=host)
+    assert b"403" in head.split(b"\r\n")[0]
+    assert b"x 1" not in told
+    for name in ("localhost", "[::1]:9095", "LOCALHOST:9095"):
+        assert (await scraped(port, host=name))[1] == b"x 1\n"
     serving.cancel()
     with suppress(asyncio.CancelledError):
         await serving
