@@ -66,6 +66,16 @@ JOBS = (
     *(f"job.recorded.{fact}" for fact in JOB_EVENTS),
 )
 AGENT_JOBS = ("agent.unit.done", "agent.unit.kept", "agent.unit.sent")
+#: The decisions of a secure sum, and its files in the spool.
+SECURE_SUMS = (
+    *(
+        f"run.{when}.{fact}"
+        for fact in ("CohortFixed", "SharersFixed", "MaskedUpdateAccepted", "SurvivorsFixed")
+        for when in ("recording", "recorded")
+    ),
+    *(f"secure.{when}.{file}" for file in ("request", "shares") for when in ("writing", "written")),
+    *("spool.writing", "spool.written"),
+)
 #: Around each record of a secure sum (`agent.home.secure_store`).
 SECURE = tuple(
     f"agent.secure.{when}.{step}"
@@ -74,9 +84,11 @@ SECURE = tuple(
 )
 #: The result of a secure turn, and its masked file, are on disk (`agent.clientapp.secure_work`).
 SECURE_FILES = ("agent.secure.kept", "agent.secure.masked")
+#: Those that tests/e2e/test_secure.py reaches, and the end of a lost cohort.
+OF_SECURE_RUNS = frozenset({*SECURE_SUMS, *SECURE, *SECURE_FILES, "secure.cleared"})
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
-NAMES = frozenset(
-    COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + SECURE + SECURE_FILES + TRAINER
+NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + TRAINER).union(
+    OF_SECURE_RUNS
 )
 
 

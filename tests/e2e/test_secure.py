@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fleet_harness import Fleet, fleet
+from benchmarks.faults import failpoint_names
+from coordinator.storage import run_events
+from coordinator.storage.ledger import Ledger
+from protocols.local import failpoints
+from tests.support.fleet_harness import AGENT, COORDINATOR, HOST, Fleet, fleet, two_free_ports
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -38,9 +43,75 @@ def test_a_secure_run_learns_and_no_update_or_metric_of_a_peer_is_seen(tmp_path:
         run_id = site.start_run(*RUN)
         run = site.ended_run(run_id)
         assert run["state"] == "finished", run["ended_because"]
-        print(json.dumps(run["history"], indent=1)[:3000])
         accuracies = [closed["metrics"]["accuracy"] for closed in run["history"]]
         assert accuracies[1] > accuracies[0] > 0.2
         assert [closed["contributors"] for closed in run["history"]] == [sorted(ids.values())] * 2
         shown = site.ask("run", "show", run_id).stdout
         assert "secure: the coordinator sees only sums of 3 updates or more" in shown
+        for fact in facts(site, run_id):
+            if isinstance(fact, run_events.UpdateAccepted):
+                assert (fact.update.metrics, fact.update.norm) == ({}, 0.0)
+
+
+def facts(site: Fleet, run_id: str) -> list[run_events.RunEvent]:
+    ledger = Ledger(site.home / "ledger.db")
+    found = [run_events.decode(entry.body) for entry in ledger.entries(run_id)]
+    ledger.close()
+    return found
+
+
+def check_whole(site: Fleet, run_id: str, ids: dict[str, str], rounds: int) -> None:
+    """The run has all its rounds, each with all peers, and repeated none."""
+    run = site.ended_run(run_id)
+    assert run["state"] == "finished", run["ended_because"]
+    contributors = [closed["contributors"] for closed in run["history"]]
+    assert contributors == [sorted(ids.values())] * rounds
+    told = facts(site, run_id)
+    bad = (run_events.CohortLost, run_events.UpdateRefused)
+    assert [fact for fact in told if isinstance(fact, bad)] == []
+    sums = [fact.kind for fact in told if isinstance(fact, run_events.CohortFixed)]
+    assert sums.count("train") == rounds
+    assert sums.count("evaluate") > 0
+
+
+def test_the_coordinator_is_killed_at_every_step_of_a_sum(tmp_path: Path) -> None:
+    """Each start dies at the next step; no update is trained again, lost or counted twice."""
+    port, rounds = two_free_ports()[0], 10
+    with fleet(tmp_path) as site:
+        site.up(port=port)
+        ids = trusting(site, *NAMES)
+        points = failpoint_names.SECURE_SUMS
+        run_id = ""
+        for point in points:
+            site.programs["up"].kill()
+            (site.home / "up.json").unlink(missing_ok=True)
+            env = {**site._env(), failpoints.VARIABLE: failpoint_names.check(point)}
+            words = [COORDINATOR, "up", "--host", HOST, "--port", str(port)]
+            armed = site._start("up", words, env)
+            if not run_id:
+                wait_for((site.home / "up.json").exists, "the coordinator is up")
+                words = ["ping", "--secure", "--quorum", "3", "--rounds", str(rounds)]
+                run_id = site.start_run(*words)
+            wait_for(lambda armed=armed: armed.process.poll() is not None, f"it dies at {point}")
+        (site.home / "up.json").unlink(missing_ok=True)
+        site.up(port=port)
+        check_whole(site, run_id, ids, rounds)
+
+
+def test_an_agent_is_killed_at_every_step_of_a_sum(tmp_path: Path) -> None:
+    rounds = 10
+    with fleet(tmp_path) as site:
+        site.up()
+        ids = trusting(site, *NAMES)
+        run_id = ""
+        for point in (*failpoint_names.SECURE, *failpoint_names.SECURE_FILES):
+            site.programs["north"].kill()
+            env = {**site._env("north"), failpoints.VARIABLE: failpoint_names.check(point)}
+            armed = site._start("north", [AGENT, "run"], env)
+            if not run_id:
+                site.until_agent("north", "is there", lambda told: told["session"])
+                words = ["ping", "--secure", "--quorum", "3", "--rounds", str(rounds)]
+                run_id = site.start_run(*words)
+            wait_for(lambda armed=armed: armed.process.poll() is not None, f"it dies at {point}")
+        site.start_agent("north")
+        check_whole(site, run_id, ids, rounds)
