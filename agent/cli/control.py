@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 from msgspec.structs import replace
@@ -21,11 +22,11 @@ from agent.cli.common import (
 from agent.home import enrollment_file, logs
 from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import cli_entry, homes
+from protocols.messages.states import PauseReason
 
-if TYPE_CHECKING:
-    from agent.home.status_files import Want
-
-_POLL_EVERY_S = 0.3
+_POLL_EVERY_S, _POLL_OBEYED_S = 0.3, 0.1
+#: An agent polls what its owner asks about once a second.
+_MAX_OBEY_S = 10.0
 _MAX_RESTART_S = 90.0
 
 
@@ -40,22 +41,30 @@ def pause(
     if duration:
         for_s = parse_duration(duration)
         until, then = time.time() + for_s, f" for {format_duration(for_s)}"
-    _ask("pause", until)
-    print_line(f"paused{then}")
+    home = homes.open_home("agent")
+    if _is_obeyed(home, "pause", until):
+        print_line(f"paused{then}")
+    else:
+        print_line("the agent was asked to pause; when it has: commonweight-agent status")
 
 
 def resume() -> None:
     """Work again, as far as the policy allows it."""
-    _ask("run")
-    print_line("resumed")
+    home = homes.open_home("agent")
+    if _is_obeyed(home, "run"):
+        print_line("resumed")
+    else:
+        print_line("the agent was asked to work again; when it does: commonweight-agent status")
 
 
 def finish() -> None:
     """Send the update of this round, then stop the agent."""
+    from agent.home import status_files
+
     home = homes.open_home("agent")
     if not is_running(home):
         raise NotRunning("the agent is not running", "there is nothing to finish")
-    _ask("finish")
+    status_files.ask(home, "finish", time.time())
     print_line("will stop after this round")
 
 
@@ -82,10 +91,22 @@ def restart() -> None:
     )
 
 
-def _ask(want: Want, until: float = 0.0) -> None:
+def _is_obeyed(home: Path, want: Literal["pause", "run"], until: float = 0.0) -> bool:
+    """Ask the agent to pause or to work again. True once it has done so, or if it does not run."""
     from agent.home import status_files
 
-    status_files.ask(homes.open_home("agent"), want, time.time(), until)
+    asked_at = time.time()
+    status_files.ask(home, want, asked_at, until)
+    while time.time() < asked_at + _MAX_OBEY_S:
+        status = status_files.read_status(home)
+        if not is_running(home) or 0 < until <= time.time():
+            return True
+        if status is not None and status.at > asked_at:
+            is_paused = PauseReason.USER in status.reason
+            if is_paused == (want == "pause"):
+                return True
+        time.sleep(_POLL_OBEYED_S)
+    return False
 
 
 # --- information -----------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def test_a_follower_hears_what_a_run_waits_for_and_ctrl_c_does_not_end_the_run(
     site: Fleet,
 ) -> None:
     assert site.ask_agent("ada", "pause").returncode == 0
+    assert site.agent("ada")["state"] == "paused", "it says so when it is so"
     following = site.background("follow", "run", "start", "ping", "--follow")
     try:
         wait_for(lambda: "  ada: ‖ paused: by its owner" in following.log, "it hears why")
@@ -149,6 +150,7 @@ def test_a_follower_hears_what_a_run_waits_for_and_ctrl_c_does_not_end_the_run(
         assert site.ask("run", "stop", run["id"]).returncode == 0
     finally:
         assert site.ask_agent("ada", "resume").returncode == 0
+        assert site.agent("ada")["state"] != "paused"
 
 
 def test_rows_leave_only_after_a_yes(site: Fleet, tmp_path: Path) -> None:
