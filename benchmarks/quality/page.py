@@ -221,16 +221,17 @@ def _losses(rows: Sequence[Row]) -> str:
 
 
 def privacy(results: dict[str, Any]) -> str:
-    """ε against accuracy with noise of each peer's own: a line for each number of peers and ε."""
+    """ε against accuracy with noise of each peer's own: a line for each model, fleet and ε."""
     lines = [
-        "| peers | ε of the run | noise: deviation over clip | accuracy | seeds |",
-        "|---|---|---|---|---|",
+        "| model | peers | ε of the run | rounds | noise: deviation over clip | accuracy | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    rows = results["rows"]
-    groups = {(row["peers"], row["epsilon"]) for row in rows}
-    for peers, epsilon in sorted(groups):
-        mine = [r for r in rows if (r["peers"], r["epsilon"]) == (peers, epsilon)]
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault((row["model"], row["peers"], row["epsilon"]), []).append(row)
+    for (model, peers, epsilon), mine in sorted(groups.items()):
         found = [row["accuracy"] for row in mine]
         shown = f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
-        lines.append(f"| {peers} | {epsilon:g} | {mine[0]['noise']:.1f} | {shown} | {len(found)} |")
+        cells = (f"`{model}`", peers, f"{epsilon:g}", mine[0]["rounds"], f"{mine[0]['noise']:.1f}")
+        lines.append(f"| {' | '.join(map(str, (*cells, shown, len(found))))} |")
     return "\n".join(lines) + "\n"

@@ -45,7 +45,8 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         spent = f"ε {allowed.epsilon_of(run.num_spent):.3g} of {allowed.epsilon:g} spent"
         yield (
             f"privacy: {spent} after {run.num_spent} of {allowed.rounds} rounds, for each peer "
-            f"at δ {allowed.delta:g}; changes clipped to norm {spec.clip_norm:g}"
+            f"at δ {allowed.delta:g}; changes clipped to norm {spec.clip_norm:g}, "
+            "versions not evaluated"
         )
     if spec.secure:
         yield (

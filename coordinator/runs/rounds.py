@@ -16,6 +16,7 @@ from coordinator.storage import noise_key, run_events
 from coordinator.strategies import memory_estimate
 from coordinator.strategies.state import StateStore
 from protocols.local.failpoints import failpoint
+from protocols.privacy.user_level import FEW_PEERS
 
 
 class Rounds:
@@ -49,6 +50,9 @@ class Rounds:
             )
             if warning:
                 self._recorder.report("warning", warning)
+            if run.spec.private_versions and len(step.eligible) < FEW_PEERS:
+                text = f"noise for whole peers usually hides the model below {FEW_PEERS} peers"
+                self._recorder.report("warning", f"run {run.id}: {text}")
         self._timer.open_round()
         transfer = self._ctx.transfer
         self._bytes_at_open = (transfer.bytes_up, transfer.bytes_down)

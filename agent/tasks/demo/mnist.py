@@ -1,10 +1,11 @@
-"""The task "mnist": 5,000 real handwritten digits, and the two models of the FedAvg paper.
+"""The task "mnist": 5,000 real handwritten digits, the two models of the FedAvg paper, and one for
+training with noise.
 
 McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017
 (arXiv 1602.05629), section 3: a 2NN of 199,210 parameters and a CNN of 1,663,370.
 
 Setting  Default  Meaning
-model    2nn      "2nn" or "cnn"
+model    2nn      "2nn", "cnn", or "edges": a linear layer over the directions of edges
 pixels   unit     from 0 to 1 ("unit"), or with the mean 0 and the deviation 1 of MNIST ("standard")
 and those of `hyperparameters`.
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
+from agent.tasks.demo.digit_edges import FEATURES, edges_of
 from agent.tasks.training import csv_rows
 from agent.tasks.training.hyperparameters import Hyperparameters, TaskOptions
 from agent.tasks.training.loop_state import LoopState, Tensors
@@ -48,6 +50,7 @@ _LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
         "hidden": (512, 7 * 7 * 64),
         "output": (10, 512),
     },
+    "edges": {"output": (10, FEATURES)},
 }
 _OPTIONS = TaskOptions({"model": ("2nn", tuple(_LAYERS)), "pixels": ("unit", ("unit", "standard"))})
 _CACHED: Schema = {
@@ -120,7 +123,9 @@ def _unit(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def _scaled(x: Tensor, settings: Settings) -> Tensor:
-    """Pixels as the setting "pixels" wants them."""
+    """Pixels as the setting "pixels" wants them, or the features of the model "edges"."""
+    if _model(settings) == "edges":
+        return edges_of(x)
     unit = settings.get("pixels", _OPTIONS.defaults["pixels"]) == "unit"
     return x if unit else (x - _MEAN) / _DEVIATION
 
@@ -148,7 +153,15 @@ def _forward_cnn(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
     return F.linear(x, w["output.weight"], w["output.bias"])
 
 
-_FORWARD: dict[str, Forward] = {"2nn": _forward_2nn, "cnn": _forward_cnn}
+def _forward_edges(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
+    return F.linear(x, w["output.weight"], w["output.bias"])
+
+
+_FORWARD: dict[str, Forward] = {
+    "2nn": _forward_2nn,
+    "cnn": _forward_cnn,
+    "edges": _forward_edges,
+}
 
 
 def _is_plain(plan: Hyperparameters) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator import strategies
+from coordinator.admin import backup
 from coordinator.cli import run_text
 from coordinator.runs import aggregation, decisions, recorder, spec_rules, steps, transitions
 from coordinator.runs.decisions import Observation
@@ -256,6 +257,7 @@ async def test_a_killed_run_commits_the_same_version_and_its_key_leaves_no_trace
     def kill(name: str, detail: str = "") -> None:
         if (name, detail) == ("run.recording", "PrivacySpent") and not keys:
             keys.append((coordinator_home / "noise.key").read_bytes())
+            backup.write(coordinator_home, tmp_path / "backup.tar", with_versions=True)
             made.extend(path.stem for path in (coordinator_home / "versions").iterdir())
             raise Killed
 
@@ -272,17 +274,20 @@ async def test_a_killed_run_commits_the_same_version_and_its_key_leaves_no_trace
         async with fleet.up() as hub:
             run = await fleet.finished(run_id)
             shown = "\n".join(run_text.describe(run, hub.fleet))
+            events = [event.text for event in hub.fleet.events]
     finally:
         await fleet.close()
     assert run.state is RunState.FINISHED
     assert run.history[0].digest in made
     assert [closed.metrics for closed in run.history] == [{}, {}]
+    assert any("usually hides the model below 100 peers" in text for text in events)
     assert "privacy: ε 3 of 3 spent after 2 of 2 rounds, for each peer at δ 1e-05" in shown
     kinds = [type(event).__name__ for event in fleet.facts(run_id)]
     assert kinds.count("PrivacySpent") == 2
     assert kinds[kinds.index("VersionCommitted") - 1] == "PrivacySpent"
-    # No file has the key, nor does what the API sends.
+    # No file has the key, nor has a backup or what the API sends.
     needles = (keys[0], keys[0].hex().encode(), base64.b64encode(keys[0])[:-1])
-    for content in (*contents_of(coordinator_home), msgspec.json.encode(run)):
+    copied = (tmp_path / "backup.tar").read_bytes()
+    for content in (*contents_of(coordinator_home), copied, msgspec.json.encode(run)):
         assert not any(needle in content for needle in needles)
     assert not (coordinator_home / "noise.key").exists()

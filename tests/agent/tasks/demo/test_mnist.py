@@ -16,7 +16,9 @@ from agent import tasks
 from agent.data.settings import DataSettings
 from agent.tasks import Setting, registry
 from agent.tasks.demo import mnist
+from agent.tasks.demo.digit_edges import edges_of
 from agent.tasks.demo.mnist import DIGITS, TRAINED_ON, Mnist, split_digits
+from agent.tasks.training.clipped_gradients import ClippedGradients
 from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights, digest
@@ -225,6 +227,50 @@ def test_registry_names_tasks_without_importing_them() -> None:
     with pytest.raises(UnknownName) as caught:
         registry.create("mnits")
     assert "mnist" in caught.value.hint
+
+
+def test_edges_have_directions_and_no_sense_or_brightness() -> None:
+    picture = torch.zeros(28, 28)
+    picture[:, 14:] = 0.5  # one upright edge
+    upright = edges_of(picture.reshape(1, -1)).reshape(4, 8, 6, 6)
+    lying = edges_of(picture.T.reshape(1, -1)).reshape(4, 8, 6, 6)
+    assert upright.sum((0, 2, 3)).argmax() == 0
+    assert lying.sum((0, 2, 3)).argmax() == 4
+    turned = edges_of(picture.flip(1).reshape(1, -1)).reshape(4, 8, 6, 6)
+    assert turned.sum((0, 2, 3)).argmax() == 0
+    bright = edges_of(2 * picture.reshape(1, -1))
+    torch.testing.assert_close(bright.reshape(4, 8, 6, 6), upright, atol=0.02, rtol=0.0)
+    both = edges_of(torch.stack([picture.reshape(-1), torch.zeros(784)]))
+    torch.testing.assert_close(both.norm(dim=1), torch.tensor([1.0, 0.0]), atol=1e-4, rtol=0.0)
+
+
+def test_the_model_of_edges_learns_predicts_and_clips_in_closed_form(
+    task: Mnist, tmp_path: Path
+) -> None:
+    settings: dict[str, Setting] = {"model": "edges", "lr": 8.0, "batch_size": "all", "epochs": 60}
+    first = task.init(1, settings)
+    assert {name: spec.shape for name, spec in first.schema.items()} == {
+        "output.weight": (10, 1152),
+        "output.bias": (10,),
+    }
+    trained = Weights(dict(task.train(first, settings, ignore_step).weights))
+    assert task.evaluate(trained, settings, ignore_step).metrics["accuracy"] >= 0.8
+    digits = tmp_path / "digits.csv"
+    rows = (task._loaded().held_out.x * 255).round().int()
+    header = ",".join(f"p{i}" for i in range(784))
+    digits.write_text("\n".join([header, *(",".join(map(str, row.tolist())) for row in rows)]))
+    told = [row for batch in task.predict(trained, settings, str(digits)) for row in batch["row"]]
+    assert told == list(range(50))
+    examples = task._examples(settings).trained_on
+
+    def losses_of(w: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(mnist._forward_edges(w, x), y, reduction="none")
+
+    gradients = ClippedGradients(losses_of, list(first), 0.25)
+    w = {name: torch.tensor(array) for name, array in first.items()}
+    total = gradients.sum(w, examples.x[:20], examples.y[:20])
+    assert gradients._is_linear
+    assert 0 < math.sqrt(sum(float(t.square().sum()) for t in total.values())) <= 20 * 0.25
 
 
 # --- FedProx ---------------------------------------------------------------------------------
