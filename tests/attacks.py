@@ -77,8 +77,8 @@ NUMBERED = {
 #: What only a later feature can close: number, attack, attacker, why it is open.
 LATER = (
     (
-        *("3", "look at the update of one peer by itself", "coordinator"),
-        "the coordinator adds the updates up; secure aggregation would hide each of them",
+        *("3", "look at the update of one peer in a run without `--secure`", "coordinator"),
+        "the coordinator adds the updates up; `run start --secure` hides each of them",
     ),
     (
         *("3", "rebuild rows from updates of crafted weights (Fowl et al. 2022)", "coordinator"),
