@@ -18,11 +18,15 @@ from coordinator.fleet.fleet_events import FleetEvent
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
 from protocols.errors import NotRunning, UnknownName
+from protocols.privacy import accountant
+from protocols.privacy.events import Gaussian
 
 LEDGER_FILE = "ledger.db"
 
 #: The events of runs that the audit shows. Most others are skipped by their tag, without decoding.
-_RUN_TAGS = frozenset({"RunStarted", "RunEnded", "RunResumed", "RunDeleted", "UpdateRefused"})
+_RUN_TAGS = frozenset(
+    {"RunStarted", "RunEnded", "RunResumed", "RunDeleted", "UpdateRefused", "PrivacySpent"}
+)
 
 
 class _Tag(Struct):
@@ -71,14 +75,47 @@ def read_audit(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[Au
     return [line for line in found if line.at >= since]
 
 
+class _Spending:
+    """What the versions with noise for whole peers have cost so far, in each run and in all."""
+
+    def __init__(self) -> None:
+        self._deltas: dict[str, float] = {}
+        self._events: dict[str, list[Gaussian]] = {}
+
+    def add(self, run: str, event: run_events.RunEvent) -> None:
+        if isinstance(event, run_events.RunStarted):
+            self._deltas[run] = event.spec.dp_delta
+        elif isinstance(event, run_events.PrivacySpent):
+            self._events.setdefault(run, []).append(Gaussian(event.noise))
+
+    def text(self, run: str) -> str:
+        """The cost of a run and of all until now; empty for a run without such noise."""
+        if run not in self._events:
+            return ""
+        delta, own = self._deltas[run], self._events[run]
+        together = [event for events in self._events.values() for event in events]
+        cost, of_all = (accountant.epsilon_of(events, delta) for events in (own, together))
+        return (
+            f"; {len(own)} versions with noise for whole peers cost ε {cost:.3g}, and those of all "
+            f"runs until then ε {of_all:.3g}, at δ {delta:g}"
+        )
+
+
 def _read(ledger: Ledger, names: dict[str, str]) -> Iterator[AuditEntry]:
+    spending = _Spending()
     for entry in ledger.entries():
         try:
             if entry.subject == fleet_events.SUBJECT:
                 event = fleet_events.decode(entry.body)
                 found = _from_fleet_event(event, entry.at, names)
             elif _tag.decode(entry.body).type in _RUN_TAGS:
-                found = _from_run_event(run_events.decode(entry.body), entry.subject, names)
+                decoded = run_events.decode(entry.body)
+                spending.add(entry.subject, decoded)
+                if isinstance(decoded, run_events.PrivacySpent):
+                    continue
+                found = _from_run_event(decoded, entry.subject, names)
+                if isinstance(decoded, run_events.RunEnded):
+                    found["text"] += spending.text(entry.subject)
             else:
                 continue
         except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as err:

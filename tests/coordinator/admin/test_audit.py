@@ -65,6 +65,25 @@ def ledger(tmp_path: Path) -> Ledger:
     return made
 
 
+def test_the_end_of_a_run_says_what_its_versions_and_all_before_cost_a_peer(
+    ledger: Ledger,
+) -> None:
+    """Also those of a deleted run: what peers have seen stays seen."""
+    spec = RunSpec(task="mnist", rounds=4, dp_user_epsilon=3.0, clip_norm=1.0)
+    allowed = spec.private_versions
+    assert allowed is not None
+    spent = run_events.PrivacySpent(1, allowed.noise, 1.0, 100)
+    ended = run_events.RunEnded(RunState.FINISHED, "all 4 rounds are done")
+    for run in ("first", "second"):
+        happened = [run_events.RunStarted(spec), *[spent] * 4, ended, run_events.RunDeleted()]
+        ledger.append(run, [msgspec.json.encode(fact) for fact in happened])
+    ends = [line.text for line in audit.read_audit(ledger) if line.event == "run finished"]
+    told = "4 versions with noise for whole peers cost ε 3, and those of all runs until then ε"
+    assert f"{told} 3, at δ 1e-05" in ends[0]
+    assert f"{told} {allowed.epsilon_of(8):.3g}, at δ 1e-05" in ends[1]
+    assert 4.3 < allowed.epsilon_of(8) < 6.0
+
+
 def test_every_kind_of_event_has_an_entry(ledger: Ledger) -> None:
     assert [(line.seq, line.event, line.text) for line in audit.read_audit(ledger)] == [
         (1, "ticket made", "ticket t1 for 3 machines, valid for 2 h, 'lab'"),
