@@ -118,7 +118,7 @@ def start(
     if goal := split_target(given["target"] or "")[1]:
         print_line(f"note: --target takes a column; the goal is now set by: --until {goal}")
     remote = connect()
-    for line in _noise_lines(remote, order.spec):
+    for line in (*_secure_lines(remote, order.spec), *_noise_lines(remote, order.spec)):
         print_line(line)
     run_id = remote.start_run(order)
     if not follow:
@@ -136,6 +136,16 @@ def start(
         raise CommonweightError(f"{run.id} failed: {because}", f"commonweight run show {run.id}")
     if json:
         print_json(run)
+
+
+def _secure_lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
+    """What a secure run does and costs; nothing for another run."""
+    if not spec.secure:
+        return
+    from coordinator.cli import secure_forecast
+
+    peers = remote.fleet().peers.values()
+    yield from secure_forecast.lines(spec, sum(p.standing == "enrolled" for p in peers))
 
 
 def _noise_lines(remote: Remote, spec: RunSpec) -> Iterator[str]:

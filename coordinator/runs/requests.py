@@ -141,7 +141,7 @@ class PendingRequests:
             turn=assignment.turn,
             seed=spec.seed + assignment.turn * _SEED_STRIDE,
             settings={**spec.settings, **extra, **for_trainers, **shared, **noise},
-            card=schema_card.encode(run.card).decode() if run.card else "",
+            card=schema_card.encode(run.card).decode() if run.card and not request else "",
             deadline_s=spec.deadline_s,
             # A buffer may have several updates of one peer.
             cohort=1 if run.buffered else spec.quorum,

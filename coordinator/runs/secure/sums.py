@@ -28,7 +28,7 @@ from coordinator.transport.flower_records import read_answer
 from protocols.errors import BadMessage, BadWeights, CohortLost, CommonweightError, UpdateRefused
 from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
-from protocols.messages.work import SecureStep
+from protocols.messages.work import MAX_MESSAGE_BYTES, SecureStep
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import aggregator as secagg
 from protocols.privacy.secagg.aggregator import Aggregator
@@ -49,6 +49,8 @@ from protocols.privacy.secagg.messages import (
 
 #: A request without an answer is sent again after this time, as it may be lost.
 _ASK_AGAIN_S = 30.0
+#: Leaves room for the signed work beside the request.
+_MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - 128 * 1024
 _SHARES = msgspec.msgpack.Decoder(dict[str, ShareAnswer])
 _STEP_OF: dict[type, SecureStep] = {
     ShareRequest: "share",
@@ -208,6 +210,12 @@ class SecureSums:
             await self._give_up(f"only {len(chosen.peers)} of {len(cards)} peers fit together")
             return
         data = await asyncio.to_thread(self._request_data, run, kind, cards, chosen)
+        if len(data) > _MAX_REQUEST_BYTES:
+            raise CommonweightError(
+                f"the cards of {len(chosen.peers)} peers and the plan for the model have "
+                f"{len(data):,} bytes, and a message has at most {_MAX_REQUEST_BYTES:,}",
+                "ask fewer peers: --select 1x with a smaller quorum",
+            )
         event = run_events.CohortFixed(
             run.round, run.turn, kind, chosen.peers, await self._write("request", data)
         )

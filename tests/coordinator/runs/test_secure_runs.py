@@ -59,8 +59,9 @@ async def test_a_secure_run_learns_and_its_ledger_names_each_decision(tmp_path: 
             assert (fact.update.metrics, fact.update.tallies, fact.update.norm) == ({}, {}, 0.0)
 
 
+@pytest.mark.attack("secure")
 async def test_nothing_of_one_peer_is_on_the_coordinators_disk(tmp_path: Path) -> None:
-    """Attack: the coordinator looks for the update of a peer in its spool, ledger and logs."""
+    """Attack: search the spool, the ledger and all other files for the update of a peer."""
     async with secure_fleet(tmp_path) as fleet:
         found: dict[str, int] = {}
 

@@ -1,0 +1,42 @@
+"""What `run start` says before a secure run: the sum, the peers it needs, its cost. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from protocols.privacy.secagg import cohort
+
+if TYPE_CHECKING:
+    from coordinator.storage.run_events import RunSpec
+
+#: Up to this many peers the coordinator's part takes seconds.
+_MAX_CHEAP_PEERS = 256
+#: CPU time for one mask over 40 MB of weights (`python -m benchmarks.speed.secure --large`).
+_MASK_S = 89 / 13_664
+
+
+def lines(spec: RunSpec, peers: int) -> Iterator[str]:
+    """Lines about a secure run in a fleet of `peers` peers; nothing for another run."""
+    if not spec.secure:
+        return
+    yield (
+        f"secure: the coordinator sees only sums of {spec.quorum} updates or more; each peer "
+        f"scales its change down to norm {spec.clip_norm:g} (--clip-norm)"
+    )
+    peers = max(peers, spec.quorum)
+    group = cohort.neighbor_count(peers) + 1
+    needed = max(cohort.threshold(group), spec.quorum if group == peers else 0)
+    of = f"{group} neighbors" if group < peers else f"{peers} peers"
+    yield (
+        f"a round with {peers} peers is trained again if more than {group - needed} of {of} are "
+        "lost in it"
+    )
+    if peers > _MAX_CHEAP_PEERS:
+        lost = peers // 10
+        masks = lost * (group - 1) + peers - lost
+        yield (
+            f"if a tenth of {peers} peers is lost in a round, its sum takes up to "
+            f"{masks * _MASK_S:,.0f} s of the coordinator's CPU for each 40 MB of weights; "
+            "--select asks fewer peers"
+        )
