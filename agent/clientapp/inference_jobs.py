@@ -23,6 +23,7 @@ from agent.tasks import Setting
 from agent.tasks.work import Done, Evaluate, Predict, Trainer
 from agent.transport import version_proofs
 from protocols.errors import BadMessage, Refused, TrainerFailed
+from protocols.local.disk_space import check_room
 from protocols.local.safe_paths import path_in
 from protocols.messages import jobs
 from protocols.messages.jobs import ModelRef, Private, Scatter, Score, Scores, Unit
@@ -79,6 +80,8 @@ class InferenceJobs:
         base = self._version(model)
         with self._workplace() as folder:
             nbytes = sum(question.sizes)
+            copies = 2 + _MAX_EXPANSION if question.suffix == ".zip" else 2
+            check_room(folder, copies * nbytes)
             self._fetch(question.input, nbytes, folder / "input")
             sources = [str(source) for source in _unpack_input(folder, question)]
             out, answers = folder / "answers", self._folder / "answers"

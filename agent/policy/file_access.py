@@ -6,6 +6,7 @@ import glob
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
@@ -51,6 +52,10 @@ def all_rules(rules: SandboxRules) -> Iterator[tuple[str, Access]]:
     """Each path and what may be done there. A path that does not exist needs no rule."""
     for path in _system_paths():
         yield path, "run" if rules.compile or rules.network else "read"
+    for folder in filter(_has_home, sys.path):  # such as by PYTHONPATH: only what can be imported
+        yield folder, "list"
+        for path in modules(Path(folder)):
+            yield path, "read"
     for pattern in ("/lib*/ld-*", "/lib*/*/ld-*", "/usr/lib*/ld-*"):  # what starts programs
         for path in glob.glob(pattern):
             yield path, "run"
@@ -83,7 +88,7 @@ _DEVICES = (
 
 def _system_paths() -> Iterator[str]:
     """The interpreter, its packages, and what system libraries read. No accounts, no keys."""
-    yield from (path for path in sys.path if os.path.isabs(path))
+    yield from (path for path in sys.path if os.path.isabs(path) and not _has_home(path))
     yield from {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     yield from ("/usr", "/bin", "/sbin", "/nix/store", "/gnu/store", *glob.glob("/lib*"))
     yield from (p for pattern in ("/opt/rocm*", "/opt/cuda*") for p in glob.glob(pattern))
@@ -103,6 +108,23 @@ def _system_paths() -> Iterator[str]:
     for name in ("devices", "bus/pci", "class/drm", "class/kfd", "fs/cgroup", "module"):
         yield f"/sys/{name}"
     yield os.path.expanduser("~/.keras/keras.json")
+
+
+def _has_home(folder: str) -> bool:
+    """True if the account's home is this folder or in it."""
+    return os.path.isabs(folder) and Path.home().resolve().is_relative_to(Path(folder).resolve())
+
+
+def modules(folder: Path) -> Iterator[str]:
+    """The modules and packages in a folder that may have much else in it."""
+    try:
+        found = sorted(folder.iterdir())
+    except OSError:
+        return
+    for path in found:
+        is_package = path.is_dir() and not path.is_symlink() and (path / "__init__.py").is_file()
+        if is_package or (path.suffix in (".py", ".so") and path.is_file()):
+            yield str(path)
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -127,16 +127,26 @@ def take_rules() -> SandboxRules:
     return msgspec.json.decode(os.environ.pop(VARIABLE), type=SandboxRules)
 
 
+def restart(rules: SandboxRules, module: str) -> NoReturn:
+    """Run this module again, with the environment as it is now."""
+    program = _again(rules, module)
+    os.execv(program[0], program)
+
+
 def restart_in_bubblewrap(rules: SandboxRules, module: str) -> NoReturn:
     """Run this module again where only the files of the rules exist."""
-    os.environ |= {VARIABLE: _encode(rules), _INSIDE: "1"}
-    program = [sys.executable, "-P", "-m", module, *sys.argv[1:]]
+    program = _again(rules, module)
     words = bubblewrap.command(all_rules(rules), network=rules.network, program=program)
     os.execv(words[0], words)
 
 
-def is_inside_bubblewrap() -> bool:
-    """True after `restart_in_bubblewrap`."""
+def _again(rules: SandboxRules, module: str) -> list[str]:
+    os.environ |= {VARIABLE: _encode(rules), _INSIDE: "1"}
+    return [sys.executable, "-P", "-m", module, *sys.argv[1:]]
+
+
+def has_restarted() -> bool:
+    """True after `restart` or `restart_in_bubblewrap`."""
     return os.environ.pop(_INSIDE, "") != ""
 
 

@@ -20,7 +20,7 @@ from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
 from agent.trainer.ipc import Answer, Request, decode_answer, encode
 from protocols.local import failpoints
-from protocols.local.programs import child_environment
+from protocols.local.programs import child_environment, forget_secrets
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class TrainerChild:
         environment = _environment(threads)
         if rules is not None and rules.mode != "off":
             program = ["agent.trainer.sandboxed", *program]
+            if not rules.spool:  # the helper may need them to read the table
+                forget_secrets(environment)
             environment |= sandbox.environment(rules, work_dir)
             _make_folders(rules, work_dir)
         log_file = work_dir / "trainer.log"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from agent.data.settings import uses_network
 from agent.home.settings_schema import AgentSettings
-from agent.policy.file_access import SandboxRules
+from agent.policy.file_access import SandboxRules, modules
 from agent.tasks import registry
 from protocols.local import failpoints
 
@@ -27,7 +27,8 @@ def make_rules(
     `spool` is the folder for a table that the trainer has no connection to."""
     files = [*chosen.task_files.values(), *filter(None, sources)]
     folders = {registry.split_source(source)[0].resolve().parent for source in files}
-    modules = [module for folder in sorted(folders) for module in _modules(folder)]
+    # Task files and what they can import beside them. Not the folder: it may be the owner's home.
+    beside = [module for folder in sorted(folders) for module in modules(folder)]
     data: list[str | Path] = [path for path in (chosen.data, chosen.models) if path]
     if glob.has_magic(chosen.data) and not Path(chosen.data).exists():
         data += glob.glob(chosen.data)
@@ -36,7 +37,7 @@ def make_rules(
     data += [spooled] if spooled else []
     return SandboxRules(
         mode=chosen.sandbox,
-        read=(*map(_absolute, (*data, *read)), *modules),
+        read=(*map(_absolute, (*data, *read)), *beside),
         allowed=tuple(map(_absolute, chosen.sandbox_read)),
         listed=tuple(map(str, sorted(folders))),
         write=tuple(map(_absolute, (*write, *failpoints.folders()))),
@@ -47,19 +48,6 @@ def make_rules(
         reader=chosen.data_reader if spooled else "",
         spool=_absolute(spooled) if spooled else "",
     )
-
-
-def _modules(folder: Path) -> Iterator[str]:
-    """Task files and what they can import beside them. Not the folder: it may be the owner's home
-    with much else in it."""
-    try:
-        found = sorted(folder.iterdir())
-    except OSError:
-        return
-    for path in found:
-        is_package = path.is_dir() and not path.is_symlink() and (path / "__init__.py").is_file()
-        if is_package or (path.suffix in (".py", ".so") and path.is_file()):
-            yield str(path)
 
 
 def _absolute(path: str | Path) -> str:

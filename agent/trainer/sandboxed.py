@@ -17,6 +17,7 @@ from agent.policy import sandbox
 from agent.trainer import helper
 from agent.trainer.oom_kills import prefer_for_oom_kill
 from agent.trainer.worker_tensors import copy_tensors
+from protocols.local.programs import forget_secrets
 
 #: The file descriptor of the pipe to the helper.
 _PIPE = "COMMONWEIGHT_AGENT_TRAINER_HELPER"
@@ -26,9 +27,12 @@ def main() -> None:
     prefer_for_oom_kill()  # the sandbox does not let it write there
     try:
         rules = sandbox.take_rules()
-        is_inside = sandbox.is_inside_bubblewrap()
+        is_inside = sandbox.has_restarted()
         if sys.platform == "linux" and rules.tasks and not is_inside:
             os.environ[_PIPE] = str(helper.start(rules))
+            # A process keeps the variables with which it has started, and a task reads them.
+            if forget_secrets(os.environ) and not rules.bwrap:
+                sandbox.restart(rules, "agent.trainer.sandboxed")
         if rules.bwrap and not is_inside:
             sandbox.restart_in_bubblewrap(rules, "agent.trainer.sandboxed")
         sandbox.enforce(rules)

@@ -15,7 +15,7 @@ from protocols.codecs import patches
 from protocols.errors import BadMessage, BadWeights, CommonweightError, Unreachable
 from protocols.local.atomic_files import fsync_folder
 from protocols.local.background_unlink import freeing_in_thread
-from protocols.local.disk_space import is_disk_full
+from protocols.local.disk_space import check_room, is_disk_full
 from protocols.local.safe_paths import path_in
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
@@ -53,6 +53,7 @@ class VersionStore:
             log.warning("version %s is damaged on this disk: downloading it again", digest[:12])
             path.unlink()
         if not path.exists():
+            check_room(self._folder, nbytes)
             if self._sharing is not None and self._sharing.is_large_enough(nbytes):
                 self._fetch_shared(self._sharing, digest, nbytes, path)
             else:

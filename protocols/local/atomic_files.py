@@ -18,7 +18,9 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
     `synced`: fsync it before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    # A new file: others may write to the folder, and put a link or a file of theirs there.
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file

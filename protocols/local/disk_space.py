@@ -6,7 +6,7 @@ import errno
 import shutil
 from pathlib import Path
 
-from protocols.errors import DiskFull
+from protocols.errors import DiskFull, Refused
 
 _FULL = frozenset(
     code for name in ("ENOSPC", "EDQUOT") if (code := getattr(errno, name, None)) is not None
@@ -24,8 +24,15 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_room(folder: Path, wanted_bytes: int) -> None:
-    """Raise DiskFull unless the disk of `folder` has `wanted_bytes` free."""
-    free = free_bytes(folder)
+    """Raise DiskFull unless the disk of `folder` has `wanted_bytes` free.
+
+    Raises Refused for more than the whole disk, for which it is no use to wait.
+    """
+    total, _, free = shutil.disk_usage(folder)
+    if wanted_bytes > total:
+        raise Refused(
+            f"{wanted_bytes / 1e6:,.0f} MB are needed, which is more than the whole disk has"
+        )
     if free < wanted_bytes:
         raise DiskFull(
             f"the disk has {free / 1e6:,.0f} MB free, but {wanted_bytes / 1e6:,.0f} MB are needed",

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from protocols.errors import CommonweightError
+
+#: Names of variables with a password, token or key, or an address that may contain one.
+_SECRETS = re.compile(
+    r"SECRET|PASSW|CREDENTIAL|(^|_)TOKENS?(_|$)|(^|_)(API|ACCESS|AUTH|PRIVATE)_?KEY|_PROXY$|_DSN$"
+    r"|DATABASE_URL$|^SSH_",
+    re.IGNORECASE,
+)
 
 
 def child_environment(keep: Collection[str] = ()) -> dict[str, str]:
@@ -25,6 +33,14 @@ def child_environment(keep: Collection[str] = ()) -> dict[str, str]:
         paths = filter(None, [str(root), environment.get("PYTHONPATH")])
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     return environment
+
+
+def forget_secrets(environment: MutableMapping[str, str]) -> bool:
+    """Delete the variables that look like logins of other programs. True if there were any."""
+    found = [name for name in environment if _SECRETS.search(name)]
+    for name in found:
+        del environment[name]
+    return bool(found)
 
 
 def run_program(

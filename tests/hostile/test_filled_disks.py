@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from agent.clientapp.told_scores import ToldScores
 from agent.home import audit_log
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
+from agent.transport.version_store import VersionStore
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.parser import parse_query
+from protocols.errors import DiskFull, Refused
+from protocols.local.disk_space import check_room
 from protocols.messages.jobs import ModelRef, Private, Unit
 from protocols.messages.work import UpdateClaim
 from protocols.model import weights
@@ -78,6 +82,24 @@ def test_a_log_of_answers_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(query_log, "MAX_LOG_BYTES", 1)
     assert "its log is full" in _asked(victim, "count, mean(age)").refused
     assert _asked(victim, "count") == first
+
+
+def test_a_version_larger_than_the_disk_is_not_begun(tmp_path: Path) -> None:
+    """Attack: name a version of so many bytes that the disk is full before they have come, or that
+    an agent waits for room for ever."""
+
+    def link() -> Any:
+        raise AssertionError("the download begins")
+
+    free = shutil.disk_usage(tmp_path).free
+    model = ModelRef("0" * 64, 2**62)
+    store = VersionStore(tmp_path, link)
+    with pytest.raises(Refused, match="more than the whole disk has"):
+        inference_jobs.find_version(tmp_path, model, store.fetch)
+    with pytest.raises(Refused, match="more than the whole disk has"):
+        check_room(tmp_path, 2 * model.nbytes)
+    with pytest.raises(DiskFull):
+        store.fetch("0" * 64, free + 2**20)
 
 
 class _Predicts:

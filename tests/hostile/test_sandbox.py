@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.policy import sandbox
+from agent.policy.file_access import SandboxRules, all_rules
 from agent.setup.doctor import examine_agent
 from protocols.errors import TrainerFailed
 from protocols.local import homes
@@ -66,6 +67,8 @@ ATTACKS = {
     "by descriptor": "open(f'/proc/self/cwd/../agent/sign.key').read()",
     "root of another": "open(f'/proc/{os.getppid()}/root/etc/hostname').read()",
     "environment of the agent": "open(f'/proc/{os.getppid()}/environ').read()",
+    "password of another program": "OUGHT('hunter2' not in repr(os.environ))",
+    "the same, by the kernel": "OUGHT('hunter2' not in open('/proc/self/environ').read())",
     "command of the agent": "open(f'/proc/{os.getppid()}/cmdline').read()",
     "shared memory names": "os.listdir('/dev/shm')",
     "terminal": "os.open('/dev/tty', os.O_RDONLY)",
@@ -86,6 +89,8 @@ ATTACKS = {
     "open(HOME / 'agent' / 'sign.key')",
     **(CALLS if os.uname().machine == "x86_64" else {}),
 }
+#: Variables that an owner's account may have.
+LOGINS = ("PATIENTS_PASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "https_proxy", "DATABASE_URL")
 #: Another error tells of these: EXDEV, or that of a child process.
 QUIET = {"python", "hard link to a key", "rename", "move out"}
 
@@ -96,7 +101,13 @@ def owner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
     unix = socket.socket(socket.AF_UNIX)
     unix.bind(str(folder / "s"))
     unix.listen()
-    with socket.create_server(("127.0.0.1", 0)) as tcp, unix:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        unix,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name in LOGINS:
+            patch.setenv(name, "hunter2")
         prelude = f"PORT, UNIX = {tcp.getsockname()[1]}, {str(folder / 's')!r}"
         made = own(folder, "require", prelude)
         yield made
@@ -116,6 +127,45 @@ def test_attacks_from_a_task_fail(owner: Owner, name: str) -> None:
     assert "sandbox refused" in refused.value.message
     assert "policy set sandbox_read PATH" in refused.value.hint
     assert (owner.folder / "agent" / "sign.key").read_text() == "secret"
+
+
+@enforced
+@pytest.mark.attack("20.sandbox")
+def test_a_task_reads_no_login_beside_a_reader_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: a task reads the password with which its helper reads the owner's table."""
+    monkeypatch.setenv("PATIENTS_PASSWORD", "hunter2")
+    made = own(tmp_path, "require", data_reader="dask:tcp://127.0.0.1:1")
+    try:
+        for where in ("repr(os.environ)", "open('/proc/self/environ').read()"):
+            with pytest.raises(TrainerFailed, match="sandbox refused"):
+                made.run(f"OUGHT('hunter2' not in {where})")
+    finally:
+        made.trainer.stop()
+
+
+def test_a_home_on_the_path_of_modules_stays_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: a task reads keys in the owner's home, as the home is in PYTHONPATH."""
+    home = tmp_path / "anna"
+    for folder in (".ssh", "papers", "tools"):
+        (home / folder).mkdir(parents=True)
+    (home / "tools" / "__init__.py").touch()
+    (home / "mine.py").touch()
+    monkeypatch.setenv("HOME", str(home))
+    for path in (home, tmp_path):
+        monkeypatch.syspath_prepend(path)
+    allowed = dict(all_rules(SandboxRules()))
+    ours = {path: access for path, access in allowed.items() if path.startswith(str(tmp_path))}
+    assert ours.pop(str(home / ".keras" / "keras.json")) == "read"
+    assert ours == {
+        str(tmp_path): "list",
+        str(home): "list",
+        str(home / "mine.py"): "read",
+        str(home / "tools"): "read",
+    }
 
 
 @enforced
