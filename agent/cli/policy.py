@@ -93,6 +93,8 @@ def set_policy(
         print_line(f"but {source} is set and overrides it")
     if is_running(home) and key in settings_schema.RESTART_KEYS:
         print_line("the running agent applies it after its current work")
+    if key == "secure_min" and (why := settings.read(home).no_runs_because()):
+        print_line(f"{why}: commonweight-agent trust add ID")
     if key in ("data", "tasks") and (awaiting := consents.awaiting_columns(settings.read(home))):
         print_line(
             f"no column may be used yet; to name them: {consents.columns_command(awaiting[0])}"

@@ -103,9 +103,8 @@ def count(peers: int) -> str:
 
 def _summary(chosen: AgentSettings) -> str:
     """How many peers are trusted, and whether a secure sum needs more."""
-    have, needed = len(chosen.trust), chosen.secure_peers - 1
-    missing = f"; a secure sum needs {needed - have} more" if have < needed else ""
-    return f"{count(have)} trusted{missing}"
+    more = f"; a secure sum needs {chosen.missing_trust} more" if chosen.missing_trust else ""
+    return f"{count(len(chosen.trust))} trusted{more}"
 
 
 def _own_id(home: Path) -> str:

@@ -27,11 +27,6 @@ def pins(chosen: AgentSettings) -> Pins:
     return Pins(frozenset(chosen.trust), chosen.secure_peers)
 
 
-def missing(chosen: AgentSettings) -> int:
-    """How many peers the owner has still to name, so that a secure sum is possible."""
-    return max(0, chosen.secure_peers - 1 - len(chosen.trust))
-
-
 def check(work: Work, chosen: AgentSettings) -> None:
     """Raise NotAllowed for work of a plain run if the owner wants secure runs alone, TrustNeeded
     for that of a secure run if the owner trusts too few peers, BadMessage for a step of a plain
@@ -41,7 +36,7 @@ def check(work: Work, chosen: AgentSettings) -> None:
     if work.kind not in _ABOUT_ROWS:
         return
     if is_secure(work):
-        if more := missing(chosen):
+        if more := chosen.missing_trust:
             raise TrustNeeded(
                 f"this run is secure, and the owner trusts {len(chosen.trust)} other peers; a sum "
                 f"needs {more} more",

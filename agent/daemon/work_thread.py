@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from agent.clientapp.app import claim_text
 from agent.clientapp.consent import ConsentNeeded
 from agent.clientapp.interfaces import CheckLog
-from agent.clientapp.secure_rules import TrustNeeded, missing
+from agent.clientapp.secure_rules import TrustNeeded
 from agent.daemon import client_factory, state_machine
 from agent.daemon.client_factory import Uploads
 from agent.daemon.context import AgentContext
@@ -247,7 +247,7 @@ class WorkThread:
         decided = [task for task, before in asked if chosen.standing_of(task) != before]
         for task in decided:
             self._asked.pop(task, None)
-        trusts = self._needs_trust and not missing(chosen)
+        trusts = self._needs_trust and not chosen.missing_trust
         self._needs_trust = self._needs_trust and not trusts
         return bool(decided) or trusts
 

@@ -288,6 +288,20 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         """How many trusted peers a secure sum has at least, with this one."""
         return max(self.secure_min, MIN_SECURE_PEERS)
 
+    @property
+    def missing_trust(self) -> int:
+        """How many peers the owner has still to name, so that a secure sum is possible."""
+        return max(0, self.secure_peers - 1 - len(self.trust))
+
+    def no_runs_because(self) -> str:
+        """Why this machine can take part in no run; empty if it can."""
+        if not (self.secure_min and self.missing_trust):
+            return ""
+        return (
+            f"no run has this machine yet: secure_min is {self.secure_min}, and {len(self.trust)} "
+            "other peers are trusted"
+        )
+
     def awaits_columns(self, task: str) -> bool:
         """True if the owner has data for this task, and has not said which columns it may use."""
         is_used = task in consent.USES_COLUMNS and bool(self.data) and not self.fleet

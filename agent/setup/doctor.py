@@ -96,6 +96,8 @@ class _Doctor:
         chosen = settings.read(self._home)
         if objections := sensible_values.objections(chosen, chosen.__struct_fields__):
             return Advice("; ".join(objections), "commonweight-agent policy set")
+        if why := chosen.no_runs_because():
+            return Advice(why, "commonweight-agent trust add ID")
         lr = f"at most {chosen.max_lr:g}" if chosen.max_lr else "without limit"
         return (
             f"runs have {chosen.min_batch} rows a step (min_batch), {chosen.min_examples} rows an "

@@ -10,7 +10,9 @@ import pytest
 from agent.cli.main import _format_trust
 from agent.home import settings
 from agent.home.settings_schema import MIN_SECURE_PEERS, AgentSettings
+from agent.setup.doctor import _Doctor
 from protocols.errors import UsageError
+from protocols.local.checks import Advice
 from protocols.privacy.secagg.cohort import MIN_COHORT
 from tests.agent.cli.test_main import agent
 from tests.support.secure_cohort import me
@@ -58,6 +60,17 @@ def test_secure_min_is_none_or_a_number_that_hides_an_update(tmp_path: Path) -> 
         settings.change(tmp_path, trust={"MALLORY": ""})
     with pytest.raises(UsageError, match="one at a time"):
         settings.parse_value("trust", FIRST)
+
+
+def test_an_owner_reads_that_more_peers_must_be_trusted(agent_home: Path) -> None:
+    code, _, said = agent(agent_home, "policy", "set", "secure.min", "4")
+    assert code == 0
+    assert "secure_min is 4, and 0 other peers are trusted: commonweight-agent trust add ID" in said
+    told = _Doctor(agent_home).settings()
+    assert isinstance(told, Advice)
+    assert told.fix == "commonweight-agent trust add ID"
+    settings.change(agent_home, trust={me(number).peer: "" for number in (1, 2, 3)})
+    assert isinstance(_Doctor(agent_home).settings(), str)
 
 
 def test_the_status_says_whom_the_owner_trusts() -> None:

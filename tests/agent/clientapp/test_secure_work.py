@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent.clientapp.inference_jobs import took_part
 from agent.home import audit_log
+from agent.transport import version_proofs
+from protocols.enrollment import identity
 from protocols.errors import BadMessage, SecureRefused
+from protocols.messages.work import SIGNED_WORK
 from protocols.model import weights
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.messages import encode
-from tests.support.secure_desks import Room
+from tests.support.secure_desks import Room, message
 
 
 @pytest.fixture
@@ -160,6 +164,26 @@ def test_the_audit_log_has_an_entry_for_each_step(room: Room) -> None:
     assert f'"sealed_for":["{others[0]}","{others[1]}"]' in sealed.told
     assert '"lost":[]' in shares.told
     assert all((entry.metrics, entry.tallies) == ({}, {}) for entry in entries)
+
+
+def test_a_job_does_not_take_a_secure_run_for_one_whose_metrics_were_told(
+    room: Room, tmp_path: Path
+) -> None:
+    """Else `infer --private` would tell what the evaluation has hidden."""
+    desk = room.first
+    work = room.work("evaluate")
+    (tmp_path / f"{room.base}.safetensors").write_bytes(desk.fetch(work).read_bytes())
+    version_proofs.save_proof(tmp_path, work, *SIGNED_WORK.seal(work, room.site.key.sign))
+    public = identity.public_bytes(room.site.key)
+
+    def took_part_in() -> bool:
+        return took_part(desk.home, tmp_path, public, room.site.fleet, room.base)
+
+    room.sum("evaluate")
+    assert not took_part_in()
+    desk.client.handle(message(room.work("evaluate", codec="fp32"), key=room.site.key))
+    assert took_part_in(), "as in a plain run"
+    assert len(desk.scores) == 1
 
 
 def test_a_request_that_was_not_signed_is_refused(room: Room) -> None:

@@ -62,6 +62,24 @@ def test_a_newer_turn_deletes_the_secrets_of_older_ones(tmp_path: Path) -> None:
     assert store.get(TurnKey(RUN, 1, 1)) == turn(turn=1)
 
 
+def test_a_home_that_leaves_its_fleet_has_no_secrets_and_makes_no_card_again(
+    tmp_path: Path,
+) -> None:
+    secure_store.forget_all(tmp_path)
+    assert list(tmp_path.iterdir()) == [], "a home without secure runs gets no file"
+    store = TurnStore(tmp_path)
+    store.begin(turn())
+    store.begin(turn("run-2"))
+    assert store.newest(RUN) == turn()
+    store.close()
+    secure_store.forget_all(tmp_path)
+    assert turn().master not in (tmp_path / secure_store.FILE).read_bytes()
+    again = TurnStore(tmp_path)
+    assert again.newest(RUN) is None
+    with pytest.raises(HomeError, match="UNIQUE"):
+        again.begin(turn())
+
+
 def test_a_card_is_made_once(tmp_path: Path) -> None:
     store = TurnStore(tmp_path)
     store.begin(turn())
