@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta, Struct
 
+from coordinator.jobs.messages import JobShare
 from coordinator.runs.state import Evaluation
 from coordinator.storage.run_events import RunSpec
 from protocols.enrollment.joining import Card
@@ -32,6 +33,10 @@ T = TypeVar("T")
 Rows = Annotated[list[T], Meta(max_length=1 << 20)]
 #: What a request has made, by name: its id, or a ticket.
 Made = Annotated[dict[Name, Annotated[str, Meta(max_length=16 * 1024)]], Meta(max_length=16)]
+
+
+#: What each peer does in a job.
+JobShares = Annotated[dict[Name, JobShare], Meta(max_length=MAX_PEERS)]
 
 
 class ErrorResponse(Struct, frozen=True, kw_only=True):

@@ -1,14 +1,54 @@
-"""The status of a job, as it is published to the monitors. Pure."""
+"""The status of a job: as it is published to monitors, and by peer for operators. Pure."""
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 
+from msgspec import Struct
+
 from coordinator.jobs.state import Job
-from protocols.messages.envelope import JobChanged, strip_controls
+from protocols.messages.envelope import Integer, JobChanged, Text, strip_controls
 
 #: How many reasons one message holds.
 _MAX_EXCUSED = 8
+
+
+class JobShare(Struct, frozen=True, kw_only=True):
+    """What one peer does in a job: its verified units and their rows, the units that it works on,
+    the bytes of its answers, its speed, and why it takes no part (empty if it does)."""
+
+    units: Integer = 0
+    leased: Integer = 0
+    rows: Integer = 0
+    nbytes: Integer = 0
+    rows_per_s: float = 0.0
+    excused: Text = ""
+
+
+def job_shares(job: Job) -> dict[str, JobShare]:
+    """The share of each peer that has a part in the job."""
+    units, leased, rows, nbytes = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    asked = set(job.excused)
+    for unit in job.units.values():
+        asked |= {*unit.leases, *unit.answers} | ({unit.only} - {""})
+        leased.update([] if unit.verified else list(unit.leases))
+        for peer, answer in unit.answers.items():
+            nbytes[peer] += answer.nbytes
+            if answer.digest == unit.verified:
+                units[peer] += 1
+                rows[peer] += job.rows(unit) if job.is_scattered else answer.rows
+    return {
+        peer: JobShare(
+            units=units[peer],
+            leased=leased[peer],
+            rows=rows[peer],
+            nbytes=nbytes[peer],
+            rows_per_s=job.rates.get(peer, 0.0),
+            excused=strip_controls(job.excused.get(peer, "")),
+        )
+        for peer in sorted(asked)
+    }
 
 
 def job_changed(job: Job) -> JobChanged:

@@ -20,6 +20,7 @@ import msgspec
 
 from coordinator.api.schema import (
     EvaluationsResponse,
+    JobShares,
     Made,
     OperatorRow,
     PeerRow,
@@ -31,6 +32,7 @@ from coordinator.api.schema import (
 )
 from coordinator.fleet import state
 from coordinator.fleet.state import Fleet
+from coordinator.jobs.messages import JobShare
 from coordinator.jobs.state import Job
 from coordinator.remote import access, peer_source
 from coordinator.runs.deletion import Deletion
@@ -142,6 +144,10 @@ class Remote:
 
     def job_status(self, job_id: str) -> JobChanged:
         return self._get(f"/cw/v1/jobs/{job_id}/stands", JobChanged)
+
+    def job_shares(self, job_id: str) -> dict[str, JobShare]:
+        """What each peer does in a job; the coordinator writes into its audit who read it."""
+        return self._get(f"/cw/v1/jobs/{job_id}/shares", JobShares)
 
     def stop_job(self, job_id: str) -> None:
         self._request("POST", f"/cw/v1/jobs/{job_id}/stop")

@@ -168,5 +168,6 @@ class ReplaySource(ReadOnly):
 
     def refusal(self) -> CommonweightError:
         return CommonweightError(
-            "this is a recording: it takes no commands", "commonweight monitor"
+            "a recording has only what every monitor receives",
+            "for logs and metrics of single peers: commonweight monitor",
         )

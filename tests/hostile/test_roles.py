@@ -72,6 +72,7 @@ ROLES = {
     "GET /cw/v1/jobs": OPERATOR,
     "POST /cw/v1/jobs": OPERATOR,
     "GET /cw/v1/jobs/{job}": OPERATOR,
+    "GET /cw/v1/jobs/{job}/shares": OPERATOR,
     "POST /cw/v1/jobs/{job}/stop": OPERATOR,
     "POST /cw/v1/jobs/{job}/taken": OPERATOR,
     "POST /cw/v1/jobs/{job}/resume": OPERATOR,

@@ -11,12 +11,14 @@ from msgspec.structs import replace
 from textual.app import App
 from textual.pilot import Pilot
 
-from coordinator.api.schema import StartRunRequest, TicketRequest
+from coordinator.api.schema import EvaluationsResponse, StartRunRequest, TicketRequest
 from coordinator.fleet.reducer import reduce
 from coordinator.fleet.state import Fleet, Run, decode, encode
+from coordinator.jobs.messages import JobShare
 from coordinator.monitor.tui import base_app
 from coordinator.monitor.tui.app import MonitorApp
 from coordinator.monitor.tui.config import Config
+from coordinator.runs.state import Evaluation
 from protocols.errors import Refused, Unreachable
 from protocols.messages.envelope import (
     Body,
@@ -47,6 +49,26 @@ KEYS = {name: bytes([index]) * 32 for index, name in enumerate(NAMES, 1)}
 IDS = {
     name: f"{name[:4].upper():A<4}-Q2WW-UHQW-W6B{letter}"
     for name, letter in zip(NAMES, "ABCDEF", strict=True)
+}
+
+
+#: How the peers evaluated the model.
+EVALUATIONS = {
+    IDS[name]: Evaluation(
+        11 - number // 3,
+        400 + 10 * number,
+        {"loss": 0.47 + 0.1 * number, "accuracy": 0.91 - 0.1 * number, "ece": 0.02 * number},
+    )
+    for number, name in enumerate(NAMES[:4])
+}
+
+
+#: What the peers do in every job.
+SHARES = {
+    IDS["north"]: JobShare(units=9, leased=1, rows=20_480, nbytes=230_000, rows_per_s=512.0),
+    IDS["east"]: JobShare(units=5, leased=2, rows=11_264, nbytes=122_000, rows_per_s=300.0),
+    IDS["south-attic"]: JobShare(leased=1),
+    IDS["west"]: JobShare(excused="its owner lets nobody ask: jobs.scatter is off"),
 }
 
 
@@ -304,6 +326,31 @@ def troubled_fleet() -> Fleet:
     return fleet
 
 
+def held_up_fleet() -> Fleet:
+    """The run refuses two peers, one is paused, and one awaits its owner's consent."""
+    fleet = busy_fleet()
+    refused = {
+        IDS["east"]: "it has no column 'age'; the nearest is 'ages': rename it, or set --target",
+        IDS["west"]: "3 examples, at least 10 are required",
+    }
+    paused = fleet.peers[IDS["lab-workstation-7"]]
+    paused.state, paused.reason, paused.paused_by = PeerState.PAUSED, "busy 64 %", ("busy",)
+    consent = fleet.peers[IDS["south-attic"]]
+    consent.state, consent.awaits_consent, consent.seen_at = PeerState.IDLE, "watch-motion", NOW
+    for name in ("east", "west"):
+        fleet.peers[IDS[name]].state, fleet.peers[IDS[name]].seen_at = PeerState.IDLE, NOW
+    run = fleet.runs["motion-7"]
+    run.changed = replace(
+        run.changed,
+        state=RunState.WAITING,
+        waiting_for="the quorum: 1 of 3",
+        asked=0,
+        num_refused=2,
+        refused=refused,
+    )
+    return fleet
+
+
 def ended_fleet() -> Fleet:
     """A fleet whose run has ended."""
     fleet = rich_fleet()
@@ -355,6 +402,7 @@ class Replay:
         self.commands: list[tuple[str, str, float]] = []
         self.orders: list[StartRunRequest] = []
         self.stopped: list[str] = []
+        self.withheld = ""
         self.log_lines = [
             LogLine(at=NOW - 60, level="info", text="connected to 192.0.2.7:9092"),
             LogLine(at=NOW - 30, level="warning", text="lost the coordinator: no answer"),
@@ -409,6 +457,14 @@ class Replay:
         if peer == IDS["west"]:
             raise Unreachable("west does not answer", "It may be offline.")
         return self.log_lines
+
+    def evaluations(self, run: str) -> EvaluationsResponse:
+        if self.withheld:
+            return EvaluationsResponse(withheld=self.withheld)
+        return EvaluationsResponse(evaluations=EVALUATIONS)
+
+    def job_shares(self, job: str) -> dict[str, JobShare]:
+        return SHARES
 
     def make_ticket(self, order: TicketRequest) -> dict[str, str]:
         return {"ticket": "cw1-" + "k7Qp2m" * 16}

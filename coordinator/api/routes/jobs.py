@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coordinator.api.routes.endpoint import Call, get, post, watch
-from coordinator.jobs.messages import job_changed
+from coordinator.jobs.messages import job_changed, job_shares
 from coordinator.jobs.state import Job
 from coordinator.storage.job_events import JobSpec
 
@@ -16,6 +16,11 @@ ROUTES = (
     get("/cw/v1/jobs", lambda call: call.service.jobs.all(), reads="the answers of all jobs"),
     post("/cw/v1/jobs", lambda call: {"job": call.service.jobs.start(call.read(JobSpec))}),
     get("/cw/v1/jobs/{job}", find_job, reads="the answers of job {job}"),
+    get(
+        "/cw/v1/jobs/{job}/shares",
+        lambda call: job_shares(find_job(call)),
+        reads="each peer's part in job {job}",
+    ),
     watch("/cw/v1/jobs/{job}/stands", lambda call: job_changed(find_job(call))),
     post("/cw/v1/jobs/{job}/stop", lambda call: call.service.jobs.stop(find_job(call).id)),
     post("/cw/v1/jobs/{job}/taken", lambda call: call.service.jobs.mark_taken(call.param("job"))),

@@ -309,5 +309,6 @@ class MonitorApp(MonitorBase):
         if self.peer_screen is not None:  # the second half of a double click
             return
         footer = self.make_footer("peer")
-        screen = PeerScreen(peer, self.following, self._source, footer, self._clock, self._zone)
+        details, source = self.details, self._source
+        screen = PeerScreen(peer, self.following, source, details, footer, self._clock, self._zone)
         self.push_screen(screen, lambda _: self._draw(None))

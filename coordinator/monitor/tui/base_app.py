@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from rich.text import Text
-from textual import on
+from textual import on, work
 from textual.app import App, ComposeResult
 from textual.events import Resize
 from textual.filter import LineFilter
@@ -35,6 +35,7 @@ from coordinator.monitor.tui.gc_tuning import TRIM_INTERVAL_S, trim_caches
 from coordinator.monitor.tui.header import Header
 from coordinator.monitor.tui.jobs_page import JobsPage
 from coordinator.monitor.tui.messages import SHOWN_S, RecentMessages
+from coordinator.monitor.tui.operator_details import OperatorDetails, Request
 from coordinator.monitor.tui.page import Frame, Page
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.rounds_page import RoundsPage
@@ -83,6 +84,7 @@ class MonitorBase(App[None]):
         super().__init__()
         self.following = FleetFollower(source, clock, back_off)
         self.actions = ActionTracker(source, clock)
+        self.details = OperatorDetails(source)
         self.read_only = read_only
         self.frozen = False
         self._source = source
@@ -187,8 +189,9 @@ class MonitorBase(App[None]):
                 screen.draw()
         else:
             self.current_page.error = self.following.error
-            self.current_page.draw(Frame(self.fleet, now, dirty, lambda: self.events))
+            self.current_page.draw(Frame(self.fleet, now, dirty, lambda: self.events, self.details))
         self._show_new_events()
+        self._read_details(now)
         self._draw_frame(now)
 
     def _draw_ages(self) -> None:
@@ -199,7 +202,23 @@ class MonitorBase(App[None]):
         self._show_alerts(now)
         if not self.frozen and self.peer_screen is None:
             self.current_page.refresh_ages(now)
+        self._read_details(now)
         self._draw_frame(now)
+
+    def _read_details(self, now: float) -> None:
+        """Ask for what only operators get, if a page shows it."""
+        requests, page = [], self.page if is_roomy(*self.size) else ""
+        if self.fleet is not None and (self.peer_screen is not None or page == "rounds"):
+            requests = self.details.of_run(self.fleet, now)
+        elif page == "jobs" and (job := self._part(JobsPage).current_job) is not None:
+            requests = self.details.of_job(job, now)
+        for request in requests:
+            self._await_details(request)
+
+    @work
+    async def _await_details(self, request: Request) -> None:
+        await request
+        self._draw(None)
 
     def _draw_frame(self, now: float) -> None:
         """Draw the header, the tabs and the connection error."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import textwrap
-from datetime import datetime, tzinfo
+from datetime import tzinfo
 from functools import lru_cache
 from typing import NamedTuple
 
+from textual import on
 from textual.app import ComposeResult
+from textual.containers import Horizontal
 from textual.widgets import Static
 
 from coordinator.fleet.state import Event
+from coordinator.monitor.fleet_layout import MIN_WIDE_TERMINAL
 from coordinator.monitor.peer_table import LEVELS, Cell, Column
 from coordinator.monitor.tui.cell_table import CellTable
+from coordinator.monitor.tui.event_details import MAX_WIDTH, MIN_WIDTH, EventDetails
 from coordinator.monitor.tui.export import Row, event_rows
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.page import FilterPage, Frame
+from coordinator.monitor.tui.times import format_time
 
 MAX_EVENTS = 500
 _TEXT_INDENT = 17  # time, glyph and the blanks around them
@@ -41,7 +46,9 @@ class EventsPage(FilterPage):
     def compose(self) -> ComposeResult:
         yield FilterBar("words in the text")
         yield Static("Nothing has happened yet.", id="no-events")
-        yield CellTable(self._cell, id="event-table", show_header=False)
+        with Horizontal(id="event-sides"):
+            yield CellTable(self._cell, id="event-table", show_header=False)
+            yield EventDetails(self._zone)
 
     @property
     def table(self) -> CellTable:
@@ -51,7 +58,7 @@ class EventsPage(FilterPage):
     def current_event(self) -> Event | None:
         """The event under the cursor."""
         row = self.table.current_id
-        return None if row is None else self._lines[int(row)].event
+        return None if row is None or int(row) >= len(self._lines) else self._lines[int(row)].event
 
     @property
     def copy_text(self) -> str:
@@ -75,7 +82,13 @@ class EventsPage(FilterPage):
             for event in frame.events()
             if not (self.faults_only and event.level == "info") and matches(event.text)
         ][-MAX_EVENTS:]
-        width = max(self.size.width - _TEXT_INDENT - self.border, 10)
+        self._fleet, self._now = frame.fleet, frame.now
+        details = self.query_one(EventDetails)
+        has_room = bool(self.border) and self.app.size.width >= MIN_WIDE_TERMINAL
+        details.display = has_room and not self.zoomed and bool(self._events)
+        beside = min(max(self.size.width // 3, MIN_WIDTH), MAX_WIDTH) if details.display else 0
+        details.styles.width = beside
+        width = max(self.size.width - beside - _TEXT_INDENT - self.border, 10)
         self._lines = [
             Line(event, text, number == 0)
             for event in self._events
@@ -91,7 +104,20 @@ class EventsPage(FilterPage):
             self.table.move_cursor(len(self._lines) - 1)
         self.table.border_title = f"Events {len(self._events)}"
         self.query_one("#no-events").display = not self._events
-        self.table.display = bool(self._events)
+        self.query_one("#event-sides").display = bool(self._events)
+        self._show_details()
+
+    @on(CellTable.RowHighlighted)
+    def _show_details(self) -> None:
+        """Show the event under the cursor in full."""
+        details = self.query_one(EventDetails)
+        if details.display:
+            details.show_event(self.current_event, self._fleet, self._now)
+            details.show_counts(self._events, self._fleet)
+
+    def refresh_ages(self, now: float) -> None:
+        super().refresh_ages(now)
+        self._show_details()
 
     def _cell(self, row: str, column: Column[Line], width: int) -> Cell:
         return column.cell(self._lines[int(row)], 0.0, width)
@@ -111,11 +137,3 @@ def _text(line: Line, now: float, width: int) -> Cell:
 @lru_cache(2 * MAX_EVENTS)
 def _wrap(text: str, width: int) -> tuple[str, ...]:
     return tuple(textwrap.wrap(text, width)) or ("",)
-
-
-def format_time(at: float, zone: tzinfo | None) -> str:
-    """`14:03:22`, in the local time zone or in `zone`."""
-    try:
-        return datetime.fromtimestamp(at, zone).strftime("%H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return "--:--:--"

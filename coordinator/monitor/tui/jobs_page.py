@@ -10,8 +10,10 @@ from textual.app import ComposeResult
 from textual.widgets import Static
 
 from coordinator.fleet.state import Fleet, Job
+from coordinator.monitor.job_shares import Shares, share_lines
 from coordinator.monitor.job_table import COLUMNS, describe_job, sort_jobs
 from coordinator.monitor.peer_table import Cell, Column, fit_columns
+from coordinator.monitor.tui.cell_lines import CellLines
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row, job_rows
 from coordinator.monitor.tui.page import Frame, Page
@@ -26,10 +28,12 @@ class JobsPage(Page):
 
     def __init__(self) -> None:
         super().__init__("jobs")
+        self._shares = Shares()
 
     def compose(self) -> ComposeResult:
         yield CellTable(self._cell, id="job-table")
         yield Static(id="job-facts")
+        yield CellLines(id="job-shares")
         yield Static(id="no-jobs")
 
     @property
@@ -58,13 +62,15 @@ class JobsPage(Page):
         placeholder, pane = self.query_one("#no-jobs", Static), self.query_one("#job-facts", Static)
         table, height = self.table, self.size.height
         table.display, placeholder.display = bool(row_ids), not row_ids
+        self.query_one(CellLines).display = bool(row_ids)
         if not row_ids:
             self.query_one("#no-jobs", Static).update(self._placeholder_text(fleet))
-        lines = min(len(row_ids) + 2 + self.border, height // 2)
+        lines = min(len(row_ids) + 1 + (self.border or 1), height // 2)
         room = height - max(MIN_TABLE_LINES, lines)
         table.border_title = f"Jobs {len(row_ids)}"
         pane.display = bool(row_ids) and not self.zoomed and room >= MIN_FACT_LINES
         table.styles.height = height - room if pane.display else "1fr"
+        self._shares = frame.details.shares if frame.details else Shares()
         columns = fit_columns(COLUMNS, self.size.width - 1 - self.border, self.app.size.width)
         if not columns:  # not laid out yet
             return
@@ -82,6 +88,16 @@ class JobsPage(Page):
             pane = self.query_one("#job-facts", Static)
             pane.border_title = f"Job {job.changed.job}" if self.border else ""
             pane.update(facts_table(facts))
+            self._show_shares(job, self._fleet)
+
+    def _show_shares(self, job: Job, fleet: Fleet) -> None:
+        """Show what each peer does in the job, if there is room."""
+        pane, lines = self.query_one("#job-facts", Static), self.query_one(CellLines)
+        lines.display = pane.display and bool(self.border)
+        pane.styles.height = "auto" if lines.display else "1fr"
+        if lines.display:
+            lines.border_title = f"Peers of job {job.changed.job}"
+            lines.show(share_lines(self._shares, job, fleet, *lines.content_size))
 
     def _cell(self, name: str, column: Column[Any], width: int) -> Cell:
         job = self._fleet.jobs.get(name) if self._fleet else None

@@ -55,7 +55,7 @@ KEYS: tuple[Key, ...] = (
     Key("ticket", "t", "ticket", "ticket", "make a ticket for a machine", "rounds fleet", True),
     Key("sort", "s", "sort(1)", "sort", "sort by the next column", "fleet"),
     Key("reverse", "S", "reverse", "reverse", "reverse the order", "fleet"),
-    Key("zoom", "z", "zoom", "zoom", "show or hide the other panes", "fleet rounds jobs"),
+    Key("zoom", "z", "zoom", "zoom", "show or hide the other panes", "fleet rounds events jobs"),
     Key("follow", "f", "follow", "follow", "stay with the newest line or peer", "events rounds"),
     Key("compare", "c", "compare", "compare", "compare with an earlier run", "rounds"),
     Key("freeze", "u", "freeze", "freeze", "freeze the screen, or continue", "rounds peer jobs"),

@@ -15,16 +15,21 @@ from coordinator.monitor.fleet_layout import BORDER, is_roomy
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row
 from coordinator.monitor.tui.filter_bar import FilterBar
+from coordinator.monitor.tui.operator_details import OperatorDetails
 from protocols.errors import CommonweightError
 
 
 class Frame(NamedTuple):
-    """What a page draws, at `now` (Unix s). Only `dirty` peers have changed; anything if None."""
+    """What a page draws, at `now` (Unix s). Only `dirty` peers have changed; anything if None.
+
+    `details`: what only operators get.
+    """
 
     fleet: Fleet | None
     now: float
     dirty: Iterable[str] | None = None
     events: Callable[[], Sequence[Event]] = list
+    details: OperatorDetails | None = None
 
 
 class Page(Vertical):

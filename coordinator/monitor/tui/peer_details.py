@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.fleet import remedies
-from coordinator.fleet.readings import lacking, shown_state
+from coordinator.fleet.readings import current_run, lacking, shown_state
 from coordinator.fleet.state import Event, Fleet, Peer
+from coordinator.monitor.evaluations import Evaluations, describe, metric_rows
 from coordinator.monitor.peer_table import (
     LEVELS,
     PARTICIPATION_GLYPHS,
@@ -33,11 +34,15 @@ MAX_EVENTS = 8
 MIN_POLICY_LINES = 12
 #: Facts and plot stand side by side from this width on.
 MIN_TWO_COLUMNS = 100
+MIN_ROOMY_WIDTH = 70
+MIN_FACTS_WIDTH, MIN_PLOT_LINES = 32, 8
 
 
-def overview(peer: Peer, fleet: Fleet, now: float, width: int, height: int) -> Table:
+def overview(
+    peer: Peer, fleet: Fleet, found: Evaluations, now: float, width: int, height: int
+) -> Table:
     """The facts about `peer`, its latest events and, if there is room, its losses."""
-    facts = _facts(peer, fleet, now)
+    facts = _facts(peer, fleet, found, now)
     events = [event for event in fleet.events if event.subject == peer.peer][-MAX_EVENTS:]
     if width < MIN_TWO_COLUMNS:
         room = max(height - facts.row_count - 2, 3)
@@ -61,7 +66,7 @@ def _column(*parts: RenderableType) -> Table:
     return table
 
 
-def _facts(peer: Peer, fleet: Fleet, now: float) -> Table:
+def _facts(peer: Peer, fleet: Fleet, found: Evaluations, now: float) -> Table:
     sent, state = peer.telemetry, state_cell(peer, now, 400)
     labels = "  ".join(f"{key}={value}" for key, value in sorted(peer.labels.items()))
     rows: list[Fact] = [
@@ -91,6 +96,8 @@ def _facts(peer: Peer, fleet: Fleet, now: float) -> Table:
         glyphs = Text(peer.contributions.translate(PARTICIPATION_GLYPHS).strip(), colors().green)
         count = f"  {peer.contributions.count('1')} of the last {len(peer.contributions)} rounds"
         rows.append(("took part", glyphs.append(count, colors().dim)))
+    if (run := current_run(fleet)) and run.changed.run == found.run and peer.peer in found.by_peer:
+        rows.append(("held out", describe(found.by_peer[peer.peer])))
     rows += [
         (
             "disk left",
@@ -126,7 +133,11 @@ def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
     """Its training losses in this run: the moving average, with the losses dotted behind it."""
     last = smoothed_loss(peer)
     notes = ["" if last is None else f"smoothed {fmt.decimal(last)}"]
-    plot = Plot("Training loss", width, height, (1, len(peer.losses)), notes=notes)
+    plot = Plot(
+        *("Training loss", width, height, (1, len(peer.losses))),
+        notes=notes,
+        nothing="no training in this run",
+    )
     end = training_loss(peer)
     shown = Text(fmt.DIVERGED if end is None else fmt.decimal(end), colors().text)
     lines = curve_plot(
@@ -140,8 +151,8 @@ def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
     return lines
 
 
-def metrics(peer: Peer, width: int, height: int) -> Table:
-    """Its telemetry, and a plot of its losses in this run."""
+def metrics(peer: Peer, fleet: Fleet, found: Evaluations, width: int, height: int) -> Table:
+    """Its telemetry, its last evaluation of the model, and a plot of its losses in this run."""
     sent = peer.telemetry
     rows: list[Fact] = [("", Text("No telemetry yet.", colors().dim))]
     if sent is not None:
@@ -154,10 +165,41 @@ def metrics(peer: Peer, width: int, height: int) -> Table:
             ("memory", fmt.format_bytes(sent.memory_bytes)),
             ("battery", battery(sent.battery_percent)),
         ]
-    table = facts_table(rows)
+    facts, held_out = facts_table(rows), _held_out(peer, fleet, found, width)
+    lines = facts.row_count
+    if width >= MIN_TWO_COLUMNS:
+        top = Table.grid(padding=(0, 3))
+        top.add_column(width=MIN_FACTS_WIDTH)
+        top.add_column()
+        top.add_row(facts, held_out)
+        lines = max(lines, held_out.row_count)
+    else:
+        top = _column(facts, "", held_out)
+        lines += 1 + held_out.row_count
     if not peer.losses:
+        return top
+    return _column(top, "", Group(*loss_plot(peer, width, max(height - lines - 1, MIN_PLOT_LINES))))
+
+
+def _held_out(peer: Peer, fleet: Fleet, found: Evaluations, width: int) -> Table:
+    """How it last evaluated the model of the run on its held-out rows, or why this is not known."""
+    own, run = colors(), current_run(fleet)
+    if run is None or found.run != run.changed.run:
+        found = Evaluations()
+    known, table = found.by_peer.get(peer.peer), Table.grid(padding=(0, 2))
+    if run is None or known is None:
+        text = "this peer has not evaluated a version of the current run yet"
+        table.add_row(Text("held out: ", own.dim).append(found.withheld or found.error or text))
         return table
-    return _column(table, "", Group(*loss_plot(peer, width, min(height, 16))))
+    table.add_column(style=own.dim, no_wrap=True)
+    for _ in range(3):
+        table.add_column(justify="right", style=own.text, no_wrap=True)
+    rows = f", {fmt.count(known.num_examples)} rows" if width >= MIN_ROOMY_WIDTH else ""
+    heads = (f"held out{rows}", f"round {known.round}", "all peers", "from … to")
+    table.add_row(*(Text(head, f"bold {own.text}") for head in heads))
+    for row in metric_rows(known, run):
+        table.add_row(row.name, row.own, row.mean, row.spread)
+    return table
 
 
 def policy(peer: Peer) -> Table:

@@ -19,13 +19,14 @@ from textual.widgets import Static
 from coordinator.fleet.readings import display_name
 from coordinator.fleet.state import Fleet, Peer
 from coordinator.monitor.peer_table import LEVELS
-from coordinator.monitor.tui.events_page import format_time
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.header import Header
+from coordinator.monitor.tui.operator_details import OperatorDetails
 from coordinator.monitor.tui.peer_details import metrics, overview, policy
 from coordinator.monitor.tui.tabs import tab_labels
 from coordinator.monitor.tui.theme import colors, styles
+from coordinator.monitor.tui.times import format_time
 from coordinator.remote.follower import FleetFollower
 from coordinator.remote.source import Source
 from protocols.errors import CommonweightError, Refused
@@ -54,6 +55,7 @@ class PeerScreen(Screen[None]):
         peer: str,
         following: FleetFollower,
         source: Source,
+        details: OperatorDetails,
         footer: Footer,
         clock: Callable[[], float],
         zone: tzinfo | None = None,
@@ -64,6 +66,7 @@ class PeerScreen(Screen[None]):
         self.faults_only = False
         self.follow = True
         self._following, self._source = following, source
+        self._details = details
         self._footer, self._clock, self._zone = footer, clock, zone
         self._log_lines: Sequence[LogLine] | None = None
         self._log_error = ""
@@ -117,11 +120,12 @@ class PeerScreen(Screen[None]):
     def _content(self, peer: Peer, fleet: Fleet) -> Table | Text:
         width = max(self.query_one("#peer-content").size.width, 30)
         height = self.query_one("#peer-body").size.height
+        found = self._details.evaluations
         match self.open_tab:
             case "overview":
-                return overview(peer, fleet, self._clock(), width, height - 2)
+                return overview(peer, fleet, found, self._clock(), width, height - 2)
             case "metrics":
-                return metrics(peer, width, max(height - 8, 3))
+                return metrics(peer, fleet, found, width, height - 2)
             case "policy":
                 return policy(peer)
             case _:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from textwrap import wrap
 from typing import NamedTuple
 
 from rich.style import Style
@@ -23,7 +24,8 @@ Segment = tuple[str, Style | str]
 class Plot(NamedTuple):
     """The frame of a plot: its size in characters, the first and the last round.
 
-    The first of `notes` that fits stands at the right of the title.
+    The first of `notes` that fits stands at the right of the title. `nothing`: the text without
+    data.
     """
 
     title: str
@@ -32,6 +34,7 @@ class Plot(NamedTuple):
     rounds: tuple[int, int] = (0, 0)
     fmt: Callable[[float], str] = brief
     notes: Sequence[str] = ()
+    nothing: str = "no round closed yet"
 
     def title_line(self, last: Text | None = None) -> Text:
         line = Text.assemble((self.title, f"bold {colors().text}"), " ", no_wrap=True)
@@ -42,8 +45,9 @@ class Plot(NamedTuple):
 
     def empty(self, last: Text) -> list[Text]:
         """The plot without data."""
-        lines = [self.title_line(last), Text("no round closed yet", colors().dim)]
-        return [*lines, *[Text()] * (self.height - 2)][: self.height]
+        words = (Text(line, colors().dim) for line in wrap(self.nothing, self.width))
+        lines = [self.title_line(last), *words]
+        return [*lines, *[Text()] * (self.height - len(lines))][: self.height]
 
     @property
     def inner_height(self) -> int:
@@ -182,6 +186,15 @@ def bar_list(plot: Plot, rows: Sequence[tuple[str, str, float]], color: str) -> 
         line.append(f"{value:>7} ", colors().text)
         lines.append(line.append("━" * max(round(fraction * room), 1), color))
     return lines
+
+
+def ranked_list(plot: Plot, rows: Sequence[tuple[str, str, float]], color: str) -> list[Text]:
+    """`bar_list` of the first rows that fit; the last line counts the others."""
+    room = max(plot.height - 1, 1)
+    if len(rows) <= room:
+        return bar_list(plot, rows, color)
+    lines = bar_list(plot, rows[: room - 1], color)
+    return [*lines, Text(f"and {len(rows) - room + 1} better ones", colors().dim)]
 
 
 def side_by_side(panes: Sequence[Sequence[Text]], width: int, height: int, gap: int) -> list[Text]:

@@ -10,8 +10,8 @@ from textual.widget import Widget
 
 from coordinator.fleet.state import Event
 from coordinator.monitor.peer_table import LEVELS
-from coordinator.monitor.tui.events_page import format_time
 from coordinator.monitor.tui.theme import colors, styles
+from coordinator.monitor.tui.times import format_time
 
 
 class RecentEvents(Widget):

@@ -12,11 +12,12 @@ from coordinator.fleet.readings import current_run
 from coordinator.fleet.state import Fleet, Run
 from coordinator.monitor import round_table
 from coordinator.monitor.peer_table import Cell, Column, fit_columns
+from coordinator.monitor.run_troubles import fit, troubles
 from coordinator.monitor.tui.cell_table import CellTable
 from coordinator.monitor.tui.export import Row, round_rows
 from coordinator.monitor.tui.page import Frame, Page
 from coordinator.monitor.tui.round_plots import RoundPlots
-from coordinator.monitor.tui.theme import colors
+from coordinator.monitor.tui.theme import colors, styles
 from coordinator.remote.formatting import trend
 from protocols.messages.envelope import RoundClosed
 
@@ -74,15 +75,24 @@ class RoundsPage(Page):
         self.table.border_title = f"Rounds {len(run.rounds)}" if run else ""
         if fleet is not None and self.compared not in round_table.other_runs(fleet):
             self.compared = ""
-        plots.show(fleet, self.compared)
+        plots.show(fleet, self.compared, frame.details.evaluations if frame.details else None)
         self.table.display = run is not None and not self.zoomed
-        if run is None:
+        if run is None or fleet is None:
             text = Text("No run yet.  commonweight run start TASK  starts one.", colors().dim)
         else:
             text = self._run_text(run, trends=not plots.display)
+            for line in fit(
+                troubles(run, fleet, frame.now), self.size.width - 2, self._trouble_lines
+            ):
+                text.append(f"\n{line.text}", styles()[line.tone])
         self.query_one("#run-summary", Static).update(text)
         if run is not None and fleet is not None:
             self._fill_table(run, fleet)
+
+    @property
+    def _trouble_lines(self) -> int:
+        """How many lines the peers may take that the run refuses or that are paused."""
+        return 3 if self.app.size.height < MIN_TALL_TERMINAL else 4 if not self.border else 8
 
     def _run_text(self, run: Run, *, trends: bool) -> Text:
         text = Text(round_table.describe_run(run), no_wrap=True, overflow="ellipsis")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from textual.widgets import Input
 
-from coordinator.monitor.tui import config, export
+from coordinator.api.schema import EvaluationsResponse
+from coordinator.monitor.tui import config, export, operator_details
 from coordinator.monitor.tui.config import Config
 from coordinator.monitor.tui.dialogs import ConfirmDialog, HelpDialog, TicketDialog
 from coordinator.monitor.tui.events_page import EventsPage
@@ -16,12 +18,22 @@ from coordinator.monitor.tui.keys import KEYS
 from coordinator.monitor.tui.peer_screen import TABS, PeerScreen
 from coordinator.monitor.tui.run_form import RunForm, order
 from coordinator.monitor.tui.theme import colors
-from protocols.errors import UnknownName, UsageError
+from protocols.errors import Refused, UnknownName, UsageError
 from protocols.messages.envelope import Envelope, PeerChanged, RunChanged
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.topics import COORDINATOR
 from tests.coordinator.monitor.tui.test_monitor import busy, running, says
-from tests.support.scene import IDS, NOW, Replay, busy_fleet, monitor, screen_text, until
+from tests.support.scene import (
+    IDS,
+    NOW,
+    Replay,
+    busy_fleet,
+    monitor,
+    rich_fleet,
+    screen_text,
+    serving,
+    until,
+)
 from tests.support.scene import KEYS as PEER_KEYS
 
 
@@ -150,6 +162,67 @@ async def test_the_peer_screen_and_its_tabs() -> None:
         await pilot.press("escape", "escape")
         await until(pilot, lambda: len(app.screen_stack) == 1)
         assert len(TABS) == 4
+
+
+async def test_an_operator_sees_how_each_peer_evaluated_the_model() -> None:
+    async with running(serving(rich_fleet()), size=(140, 40)) as (app, pilot):
+        await pilot.press("2")
+        await until(pilot, lambda: "Held-out accuracy by peer" in screen_text(app))
+        assert "lab-workstati…  61.0 % ━" in screen_text(app)
+        await pilot.press("1", "down", "down", "enter")
+        await until(pilot, lambda: "accuracy 91.0 %  loss 0.4700 · 400 rows" in screen_text(app))
+        await pilot.press("2")
+        await until(pilot, lambda: "91.0 %     87.3 %  78.6 % to 91.7 %" in screen_text(app))
+
+
+async def test_a_run_that_withholds_evaluations_says_why() -> None:
+    source = serving(rich_fleet())
+    source.withheld = "each peer adds noise of its own"
+    async with running(source) as (app, pilot):
+        await pilot.press("enter", "2")
+        await until(pilot, lambda: f"held out: {source.withheld}" in screen_text(app))
+
+
+async def test_an_observer_reads_why_and_is_not_refused_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(operator_details, "MIN_INTERVAL_S", 0.0)
+    asked: list[str] = []
+
+    def refuse(run: str) -> EvaluationsResponse:
+        asked.append(run)
+        raise Refused("this access may only watch", "ask the operator")
+
+    source = serving(rich_fleet())
+    source.evaluations = refuse  # type: ignore[method-assign]
+    async with running(source, size=(140, 40)) as (app, pilot):
+        await pilot.press("enter", "2")
+        words = "held out: this access may only watch. ask the operator"
+        await until(pilot, lambda: words in screen_text(app))
+        assert app.fleet is not None
+        last = app.fleet.runs["motion-7"].rounds[-1]
+        app.fleet.runs["motion-7"].rounds.append(replace(last, round=last.round + 1))
+        await pilot.press("escape", "2")
+        await until(pilot, lambda: "Update norm by peer" in screen_text(app))
+        app._draw_ages()
+        assert asked == ["motion-7"]
+
+
+async def test_the_jobs_page_shows_what_each_peer_does() -> None:
+    async with running(busy(), size=(140, 40)) as (app, pilot):
+        await pilot.press("4")
+        await until(pilot, lambda: "✕ takes no part: its owner lets" in screen_text(app))
+        assert "north                 ● working          9       1    20,480" in screen_text(app)
+
+
+async def test_the_events_page_shows_the_selected_event_in_full() -> None:
+    async with running(busy(), size=(140, 40)) as (app, pilot):
+        await pilot.press("3")
+        await until(pilot, lambda: "2 errors" in screen_text(app))
+        await pilot.press("f", "home")
+        await until(pilot, lambda: "2026-09-21 14:00:01" in screen_text(app))
+        await pilot.press("z")
+        await until(pilot, lambda: "2026-09-21" not in screen_text(app))
 
 
 async def test_an_unavailable_log_shows_the_reason() -> None:

@@ -59,6 +59,7 @@ STATES = {
     ),
     "two-runs": State(scene.two_runs_fleet, {"rounds": ("2", "c")}),
     "troubled": State(scene.troubled_fleet, {"fleet": (), "rounds": ("2",)}),
+    "held-up": State(scene.held_up_fleet, {"fleet": (), "rounds": ("2",), "peer": ("enter",)}),
     "buffered": State(scene.buffered_fleet, {"rounds": ("2",), "plots": ("2", "z", "z", "z")}),
     "ended": State(scene.ended_fleet, {"fleet": (), "rounds": ("2",)}),
     "many": State(scene.crowd_fleet, {"fleet": (), "end": ("end",), "rounds": ("2",)}),
