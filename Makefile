@@ -7,6 +7,7 @@
 # make lock   deploy/locks: every package of an installation, pinned by hash
 # make sbom   the same as a CycloneDX list in build/; make audit-packages asks for known weaknesses
 # make attacks  every attack that was tried, on the code as it is: the table in docs/security.md
+# make attacks-others  attacks on the secure aggregation of Flower and OpenFL, and the same on ours
 # make quality  how well it learns, beside the known behaviour: about a minute a row
 # make figures  writes the figures of the docs from the results files
 # make pictures  the moving picture of the monitor, docs/monitor.svg
@@ -17,7 +18,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
-	figures pictures quality faults faults-quick soak journeys attacks lock sbom audit-packages clean
+	figures pictures quality faults faults-quick soak journeys attacks attacks-others \
+	lock sbom audit-packages clean
 
 demo: setup
 	$(BIN)/commonweight demo
@@ -61,6 +63,11 @@ journeys: setup
 # Runs each attack, quick and long, about ten minutes. After a new test: python -m tests.attacks --new
 attacks: setup
 	$(BIN)/python -m tests.attacks
+
+# Installs them in environments of their own. ALL=1 tries every seed of Flower, minutes of one core
+ALL ?=
+attacks-others: setup
+	$(BIN)/python -m tests.attacks_others $(if $(ALL),--full)
 
 quality: setup
 	$(BIN)/python -m benchmarks.quality

@@ -22,7 +22,15 @@ PAGES = (
 )
 #: Names and fixed phrases that hold a number and state none.
 NAMES = (
-    *(r"Python 3\.\d+", r"Flower 1\.41", r"TLS 1\.3", r"MQTT 3\.1\.1", r"SHA-256", r"WSL 2"),
+    *(
+        r"Python 3\.\d+",
+        r"Flower 1\.41",
+        r"OpenFL 1\.9",
+        r"TLS 1\.3",
+        r"MQTT 3\.1\.1",
+        r"SHA-256",
+        r"WSL 2",
+    ),
     *(r"Apache-2\.0", r"AES-256-GCM", r"ISO 8601", r"Java 17", r"ResNet-18", r"x86_64"),
     *(r"127\.0\.0\.1", r"\b2NN", r"int8", r"bf16", r"fp32", r"UTF-8", r"[Rr]ound [01]\b"),
     *(r"\[n, \d+(, \d+)?\]", r"float32", r"uint8", r"int64", r"et al\. \d{4}"),

@@ -13,21 +13,17 @@ import sys
 import sysconfig
 import time
 import tomllib
-import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support.environments import ROOT, NotRun, environment
+
 HERE = Path(__file__).parent
-INSTALL_WITHIN_S, TESTED_WITHIN_S = 300, 600
+TESTED_WITHIN_S = 600
 #: What an extra needs beside packages: a command that fails with the reason in its last line.
 CHECKS = {
     "spark": ("-c", "from agent.data.spark_reader import check_java; check_java()"),
     "browser": ("-m", "tests.extras.browser.chromium"),
 }
-
-
-class NotRun(Exception):
-    """Something from outside is missing."""
 
 
 def main(names: list[str]) -> int:
@@ -47,7 +43,7 @@ def outcome(name: str) -> str:
     """Install and test one extra; what came of it."""
     began = time.monotonic()
     try:
-        python = environment(name)
+        python = python_with(name)
     except NotRun as why:
         return f"not run: {why}"
     words = [str(python), "-m", "pytest", "-n", "1", str(HERE / name)]
@@ -59,27 +55,13 @@ def outcome(name: str) -> str:
     return f"passed {took}" if done.returncode == 0 else f"FAILED {took}"
 
 
-def environment(name: str) -> Path:
+def python_with(name: str) -> Path:
     """The interpreter of an environment with this extra. Raises NotRun."""
-    folder = ROOT / ".venv-extras" / name
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-    site = next(folder.glob("**/site-packages"))
-    # What is installed in .venv is there too, after the extra's own.
     standard = sysconfig.get_path("stdlib")
+    # What is installed in .venv is there too, after the extra's own.
     shared = [path for path in sys.path if Path(path).is_dir() and not path.startswith(standard)]
     shared += [path for path in sys.path if path.startswith(f"{standard}/site-packages")]
-    (site / "shared.pth").write_text("\n".join(dict.fromkeys([*shared, str(ROOT)])) + "\n")
-    words = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    try:
-        done = subprocess.run(
-            [*words, *requirements(name)], timeout=INSTALL_WITHIN_S, capture_output=True, text=True
-        )
-    except subprocess.TimeoutExpired:
-        raise NotRun(f"not installed within {INSTALL_WITHIN_S} s") from None
-    if done.returncode:
-        raise NotRun(f"cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+    python = environment(name, requirements(name), dict.fromkeys([*shared, str(ROOT)]))
     for part, check in CHECKS.items():
         if part in name:
             said = subprocess.run([str(python), *check], capture_output=True, text=True, cwd=ROOT)
