@@ -18,7 +18,6 @@ import python_api  # noqa: E402
 
 from agent.home.settings import format_value  # noqa: E402
 from agent.home.settings_schema import AgentSettings  # noqa: E402
-from protocols.errors import ExitCode  # noqa: E402
 
 
 def on_files(files: Files, config: object) -> Files:
@@ -48,8 +47,8 @@ def contributing() -> str:
 def page() -> Iterator[str]:
     yield "# Commands and settings"
     yield (
-        "\nEvery command, option, setting and exit code, generated from the code."
-        " [Python and HTTP](api.md) has the classes and endpoints."
+        "\nEvery command, option and setting, generated from the code. See also"
+        " [exit codes](troubleshooting.md#exit-codes) and [Python and HTTP](api.md)."
     )
     for program in manual.PROGRAMS:
         yield f"\n## {program}\n"
@@ -68,8 +67,6 @@ def page() -> Iterator[str]:
         about = next((m.description for m in getattr(hint, "__metadata__", ())), "") or ""
         shown = format_value(getattr(defaults, name))
         yield f"| `{name}` | {f'`{shown}`' if shown else ''} | {_cell(about)} |"
-    yield "\n## Exit codes\n\n| code | meaning |\n|---|---|"
-    yield from (f"| {code.value} | {code.name.lower().replace('_', ' ')} |" for code in ExitCode)
 
 
 def _cell(text: str) -> str:
