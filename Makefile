@@ -10,7 +10,7 @@
 # make attacks-others  attacks on the secure aggregation of Flower and OpenFL, and the same on ours
 # make quality  how well it learns, beside the known behaviour: about a minute a row
 # make figures  writes the figures of the docs from the results files
-# make pictures  the moving picture of the monitor, docs/monitor.svg
+# make pictures  the pictures of both monitors, docs/monitor.svg and docs/owner-monitor.svg
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
 PYTHON ?= python3
 VENV := .venv
@@ -133,6 +133,7 @@ figures: setup
 
 pictures: setup
 	$(BIN)/python deploy/monitor_animation.py > docs/monitor.svg
+	$(BIN)/python deploy/owner_picture.py > docs/owner-monitor.svg
 
 setup: $(READY)
 

@@ -24,7 +24,7 @@ from coordinator.remote.recording import DEMO_FILE  # noqa: E402
 from coordinator.remote.replay import ReplaySource  # noqa: E402
 
 SIZE = (100, 30)
-TITLE = "commonweight monitor"
+TITLE, COMMAND = "commonweight monitor", "python deploy/monitor_animation.py > docs/monitor.svg"
 #: Second of the recording, page, and for how many seconds the picture shows it.
 STORY = (
     *((at / 4, "fleet", 0.6) for at in range(10, 22, 3)),
@@ -89,8 +89,20 @@ def _number(text: str | None) -> str:
     return f"{float(text or 0):g}"
 
 
-def animation(pictures: Iterable[Iterable[Element]], seconds: list[float]) -> str:
+class Film(NamedTuple):
+    """How long each picture is shown, and what stands around them. `still`: the number of the
+    picture for viewers who do not want moving ones; `command` writes the file."""
+
+    seconds: list[float]
+    size: tuple[int, int]
+    title: str
+    command: str
+    still: int = 0
+
+
+def animation(pictures: Iterable[Iterable[Element]], film: Film) -> str:
     """One SVG that shows each picture for its seconds, again and again."""
+    seconds, title = film.seconds, film.title
     shown: dict[Element, list[int]] = {}
     for number, picture in enumerate(pictures):
         for element in picture:
@@ -105,7 +117,7 @@ def animation(pictures: Iterable[Iterable[Element]], seconds: list[float]) -> st
         parts.setdefault((element.kind, tuple(dict.fromkeys(numbers))), []).append(element)
     names: dict[tuple[int, ...], str] = {}
     styles = {style: f"s{i}" for i, style in enumerate(dict.fromkeys(e.style for e in shown))}
-    width, height = SIZE[0] * 12.2 + 20, SIZE[1] * 24.4 + 50
+    width, height = film.size[0] * 12.2 + 20, film.size[1] * 24.4 + 50
     css = [f".{name}{{{style.replace(': ', ':')}}}" for style, name in styles.items()]
     body = []
     for (_, numbers), inside in sorted(parts.items()):
@@ -113,15 +125,15 @@ def animation(pictures: Iterable[Iterable[Element]], seconds: list[float]) -> st
         if len(numbers) < len(seconds):
             if numbers not in names:
                 names[numbers] = f"v{len(names)}"
-                css.append(_visibility(names[numbers], numbers, seconds))
+                css.append(_visibility(names[numbers], numbers, film))
             name = f' class="{names[numbers]}"'
         body.append(f"<g{name}>{''.join(_drawn(e, styles[e.style]) for e in inside)}</g>")
     return "\n".join(
         (
             '<svg xmlns="http://www.w3.org/2000/svg" role="img" '
             f'viewBox="0 0 {width:g} {height:g}">',
-            f"<title>{TITLE}</title>",
-            "<!-- python deploy/monitor_animation.py > docs/monitor.svg -->",
+            f"<title>{title}</title>",
+            f"<!-- {film.command} -->",
             "<style>",
             'text{font:20px "Fira Code",ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;'
             "white-space:pre}",
@@ -132,7 +144,7 @@ def animation(pictures: Iterable[Iterable[Element]], seconds: list[float]) -> st
             '<circle cx="22" cy="20" r="6" fill="#ff5f57"/>',
             '<circle cx="42" cy="20" r="6" fill="#febc2e"/>',
             '<circle cx="62" cy="20" r="6" fill="#28c840"/>',
-            f'<text x="{width / 2:g}" y="26" text-anchor="middle" fill="#c5c8c6">{TITLE}</text>',
+            f'<text x="{width / 2:g}" y="26" text-anchor="middle" fill="#c5c8c6">{title}</text>',
             '<g transform="translate(10,40)">',
             *body,
             "</g>",
@@ -141,15 +153,15 @@ def animation(pictures: Iterable[Iterable[Element]], seconds: list[float]) -> st
     )
 
 
-def _visibility(name: str, numbers: tuple[int, ...], seconds: list[float]) -> str:
+def _visibility(name: str, numbers: tuple[int, ...], film: Film) -> str:
     """The CSS that shows the class `name` in these pictures and hides it in the others."""
-    whole_s, at_s, steps, before = sum(seconds), 0.0, [], None
-    for number, length_s in enumerate(seconds):
+    whole_s, at_s, steps, before = sum(film.seconds), 0.0, [], None
+    for number, length_s in enumerate(film.seconds):
         now = "visible" if number in numbers else "hidden"
         if now != before:
             steps.append(f"{100 * at_s / whole_s:.4g}%{{visibility:{now}}}")
         before, at_s = now, at_s + length_s
-    still = "visible" if STILL in numbers else "hidden"
+    still = "visible" if film.still in numbers else "hidden"
     return (
         f"@keyframes {name}{{{''.join(steps)}}}"
         f".{name}{{visibility:{still};animation:{name} {whole_s:g}s step-end infinite}}"
@@ -165,7 +177,8 @@ def _drawn(element: Element, style: str) -> str:
 
 def main() -> None:
     taken = asyncio.run(screenshots())
-    sys.stdout.write(animation(map(elements, taken), [length_s for _, _, length_s in STORY]))
+    film = Film([length_s for _, _, length_s in STORY], SIZE, TITLE, COMMAND, STILL)
+    sys.stdout.write(animation(map(elements, taken), film))
 
 
 if __name__ == "__main__":

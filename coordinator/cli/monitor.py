@@ -138,8 +138,8 @@ def _join(ticket: str, name: str) -> None:
 def _print(fleet: Any, now: float, *, ascii_only: bool = False, heading: str = "") -> None:
     from rich.console import Console
 
-    from coordinator.monitor import terminal_text
     from coordinator.monitor.plain_table import plain_table
+    from protocols.local import terminal_text
 
     console = Console()
     table = plain_table(fleet, now, heading, width=console.width)

@@ -18,6 +18,8 @@ from protocols.messages.states import PeerState, label
 
 Tone = Literal["plain", "dim", "good", "warn", "bad", "busy"]
 _LABEL_WIDTH = 10
+#: The bar of the day shows half hours from this width on, else hours.
+MIN_WIDTH_HALF_HOURS = 64
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
@@ -37,11 +39,12 @@ class Panel(NamedTuple):
 def panels(machine: Machine, width: int = 76, plot_height: int = 4) -> list[Panel]:
     """Every panel; the plot of the CPU takes `width` by `plot_height` characters."""
     cpu = f"CPU {machine.cpu[-1]:.0f} %" if machine.cpu else "CPU"
+    answers = "1 answer" if machine.num_left == 1 else f"{machine.num_left:,} answers"
     found = [
         Panel("machine", "This machine", _machine(machine)),
-        Panel("policy", "Policy now", _policy(machine)),
+        Panel("policy", "Policy now", _policy(machine, width)),
         Panel("cpu", cpu, [Line(line, "busy") for line in bars(machine.cpu, width, plot_height)]),
-        Panel("left", f"What left: {machine.num_left} answers", _left(machine)),
+        Panel("left", f"What left: {answers}", _left(machine)),
     ]
     if budget := _budget(machine):
         found.insert(3, Panel("budget", "Privacy budget", budget))
@@ -108,7 +111,7 @@ def _machine(machine: Machine) -> list[Line]:
 # --- the policy ------------------------------------------------------------------------------
 
 
-def _policy(machine: Machine) -> list[Line]:
+def _policy(machine: Machine, width: int) -> list[Line]:
     match machine.decision:
         case Pause(reason=reason):
             lines = [_fact("now", f"‖ pauses: {reason}", "warn")]
@@ -126,7 +129,8 @@ def _policy(machine: Machine) -> list[Line]:
             lines.append(_fact("you", f"{rule} is {mode.value} until {_clock(mode.until)}", "warn"))
     lines.append(_fact("next", _next_window(machine)))
     if machine.chosen.hours and machine.sensed.minute is not None:
-        today, cursor = _day_bar(machine.chosen.hours, machine.sensed.minute)
+        step = 30 if width >= MIN_WIDTH_HALF_HOURS else 60
+        today, cursor = _day_bar(machine.chosen.hours, machine.sensed.minute, step)
         lines += [_fact("today", today), _fact("", cursor, "dim")]
     return lines + _sensed(machine)
 
@@ -143,12 +147,13 @@ def _next_window(machine: Machine) -> str:
     return "at any time; no hours are set"
 
 
-def _day_bar(hours: str, minute: int) -> tuple[str, str]:
-    """The half hours of this day, `█` where it may work; below a mark at the present time."""
+def _day_bar(hours: str, minute: int, step: int) -> tuple[str, str]:
+    """Each `step` minutes of this day, `█` where it may work; below a mark at the present time."""
     open_hours = schedule.parse(hours)
     start = minute - minute % schedule.DAY_MINUTES
-    bar = "".join("█" if open_hours.is_open(start + half) else "─" for half in range(0, 1440, 30))
-    return f"{bar} 24 h", " " * ((minute - start) // 30) + "▲ now"
+    spans = range(0, schedule.DAY_MINUTES, step)
+    bar = "".join("█" if open_hours.is_open(start + span) else "─" for span in spans)
+    return f"{bar} 24 h", " " * ((minute - start) // step) + "▲ now"
 
 
 def _sensed(machine: Machine) -> list[Line]:
@@ -161,7 +166,7 @@ def _sensed(machine: Machine) -> list[Line]:
             _percent(seen.battery_percent),
             ", " + ("on battery" if seen.on_battery else "plugged in"),
         ),
-        ("user", _idle(seen.user_idle_s), f", away after {chosen.user_idle_s:g} s"),
+        ("user", _idle(seen.user_idle_s), f", away after {_span(chosen.user_idle_s)}"),
         ("hot", _celsius(seen.hottest_c), f", limit {chosen.hot_c:g} °C"),
         (
             "memory",

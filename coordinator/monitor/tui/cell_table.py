@@ -20,8 +20,8 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from coordinator.monitor.peer_table import GAP, Cell, Column
-from coordinator.monitor.terminal_text import fit_width
 from coordinator.monitor.tui.theme import colors, styles
+from protocols.local.terminal_text import fit_width
 
 
 class CellTable(ScrollView, can_focus=True):

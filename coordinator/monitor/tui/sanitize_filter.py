@@ -6,7 +6,7 @@ from rich.segment import Segment
 from textual.color import Color
 from textual.filter import LineFilter
 
-from coordinator.monitor.terminal_text import ascii_only, strip_controls
+from protocols.local.terminal_text import ascii_only, strip_controls
 
 
 class SanitizeFilter(LineFilter):

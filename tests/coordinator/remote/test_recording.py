@@ -10,10 +10,10 @@ import pytest
 
 from coordinator.api.schema import TicketRequest
 from coordinator.fleet import readings, state
-from coordinator.monitor.terminal_text import ascii_only, strip_controls
 from coordinator.remote.recording import DEMO_FILE, Recorder, RecordingSource, read
 from coordinator.remote.replay import ReplaySource
 from protocols.errors import CommonweightError, UsageError
+from protocols.local.terminal_text import ascii_only, strip_controls
 from tests.support.scene import NOW, Replay, busy_fleet, empty_fleet, story
 
 

@@ -100,6 +100,13 @@ def test_a_pause_has_its_reason_and_its_end() -> None:
     assert "may work until" in shown(night)["policy"]
 
 
+def test_the_bar_of_the_day_fits_a_narrow_terminal() -> None:
+    hours = AgentSettings(hours="mon-fri 18:00-08:00")
+    (policy,) = (p for p in panels(machine(chosen=hours), 55) if p.id == "policy")
+    bar = next(line.text for line in policy.lines if line.text.startswith("today"))
+    assert bar == "today     " + "─" * 18 + "█" * 6 + " 24 h"
+
+
 def test_what_the_owner_has_asked_for_is_shown() -> None:
     wish = OwnerRequest(want="pause", modes={"busy": RuleOverride(value="always", until=NOW + 60)})
     text = shown(machine(request=wish))["policy"]
@@ -120,7 +127,7 @@ def test_what_left_the_budget_and_open_questions() -> None:
             consents=(asked,),
         )
     )
-    assert text["left"].startswith("What left: 1 answers\n3.2 MB in total")
+    assert text["left"].startswith("What left: 1 answer\n3.2 MB in total")
     assert text["left"].index("✕ ") < text["left"].index("↑ "), "the newest first"
     assert "ε 1.5 of 2 spent" in text["budget"]
     assert "to allow it: commonweight-agent task allow tabular" in text["asks"]
@@ -193,7 +200,8 @@ def test_a_key_keeps_what_was_asked_before(home: Path) -> None:
 
 
 async def test_keys_pause_and_resume(home: Path) -> None:
-    app = OwnerMonitor(home, lambda want: status_files.ask(home, want, time.time()))
+    read = MachineReader(home).read
+    app = OwnerMonitor(read, lambda want: status_files.ask(home, want, time.time()))
     async with app.run_test(size=(110, 40)) as pilot:
         await pilot.pause()
         app.draw()
@@ -202,17 +210,52 @@ async def test_keys_pause_and_resume(home: Path) -> None:
         await pilot.pause()
         lines = [strip.text for strip in app.screen._compositor.render_strips()]
         text = "\n".join(lines)
-        for words in ("north · ● training", "What left: 1 answers", "you have paused it"):
+        for words in ("north · ● training", "What left: 1 answer", "you have paused it"):
             assert words in text
-        assert "Policy now" in lines[1], "beside the first panel"
+        assert "Policy now" in lines[1]
+        assert "This machine" in lines[1], "beside the first panel"
         await pilot.press("r")
         assert status_files.read_request(home).want == "run"
         await pilot.resize_terminal(60, 20)
         await pilot.pause()
         await pilot.pause()
-        assert "Policy now" not in app.screen._compositor.render_strips()[1].text
+        assert "This machine" not in app.screen._compositor.render_strips()[1].text
         (home / settings.FILE).write_text("hours = 7")
         await pilot.press("p")
         await pilot.pause()
         assert app.screen._compositor.render_strips()[0].text.strip().startswith("✕")
         await pilot.press("q")
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (140, 40), (200, 60)])
+async def test_every_line_fits_and_ascii_is_ascii(size: tuple[int, int]) -> None:
+    asked = Request(task="tabular", run="tabular-1", at=NOW, target="readmitted")
+    hours = AgentSettings(hours="mon-fri 18:00-08:00")
+    hot = SENSED._replace(hottest_c=61.0, battery_percent=80.0)
+    seen = machine(
+        chosen=hours, consents=(asked,), sensed=hot, limit=Limit(2.0, 1e-6), spent_epsilon=1.0
+    )
+    app = OwnerMonitor(lambda: seen, lambda want: None, in_ascii=True)
+    async with app.run_test(size=size) as pilot:
+        await pilot.pause()
+        app.draw()
+        await pilot.pause()
+        await pilot.pause()
+        screen = [strip.text for strip in app.screen._compositor.render_strips()]
+        text = "\n".join(screen)
+        assert text.isascii()
+        assert "?" not in text.replace("? run tabular-1", ""), "every glyph has a plain form"
+        for panel in app.query(".panel"):
+            assert panel.region.right <= size[0], panel.id
+        assert "Waits for your decision" in text
+        assert text.rstrip().endswith("q quit")
+
+
+async def test_the_light_theme_and_the_key_between_them() -> None:
+    app = OwnerMonitor(machine, lambda want: None, look="light")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+        assert app.theme == "commonweight-light"
+        await pilot.press("t")
+        await pilot.pause()
+        assert app.theme == "commonweight-dark"
