@@ -16,19 +16,19 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
-from agent.clientapp import consent, secure_rules, trainer_work
+from agent.clientapp import secure_rules, trainer_work
 from agent.clientapp.interfaces import (
     CheckLog,
     Observer,
     PeerIdentity,
     Queries,
     Transport,
-    signed_payload,
 )
 from agent.clientapp.outbox import Finished, Outbox
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.secure_work import SecureWork
+from agent.clientapp.work_reader import SignedRequest, WorkReader
 from agent.data.settings import Floors
 from agent.home.run_state import RunStatePaths
 from agent.home.settings_schema import AgentSettings
@@ -36,7 +36,6 @@ from agent.tasks import floors as owner_floors
 from agent.tasks.work import Done, Trainer
 from protocols.codecs import registry
 from protocols.errors import (
-    BadMessage,
     CommonweightError,
     DiskFull,
     NotAllowed,
@@ -46,9 +45,8 @@ from protocols.errors import (
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
 from protocols.local.failpoints import failpoint, note
-from protocols.messages.fleet_names import FleetNames
 from protocols.messages.jobs import Score
-from protocols.messages.work import SIGNED_CLAIM, SIGNED_WORK, Work
+from protocols.messages.work import SIGNED_CLAIM, Work
 from protocols.model import schema_card
 from protocols.privacy.secagg.messages import STEPS
 
@@ -83,11 +81,10 @@ class Client:
         budget: PrivacyBudget | None = None,
         secure_turns: Callable[[], SecureTurns] | None = None,
     ) -> None:
-        self._me, self._trainer, self._transport = me, trainer, transport
-        self._outbox, self._fleet_names = Outbox(outbox, me), FleetNames(me.fleet)
-        self._settings, self._floors, self._queries = settings, floors, queries
-        self._observer, self._check_log = observer or Observer(), check_log
-        self._budget = budget or PrivacyBudget()
+        self._trainer, self._transport = trainer, transport
+        self._outbox, self._floors, self._queries = Outbox(outbox, me), floors, queries
+        self._observer, self._budget = observer or Observer(), budget or PrivacyBudget()
+        self._reader = WorkReader(me, settings, floors, self._budget, check_log)
         self._secure = SecureWork(me, outbox / "secure", secure_turns, transport, self._observer)
         #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
@@ -131,13 +128,14 @@ class Client:
             raise CommonweightError(f"cannot use the disk: {why}") from err
 
     def _answer(self, message: Message, _: Context) -> Message:
-        work, payload, signature = self._read(message)
+        request = self._reader.read(message)
+        work = request.work
         note("work", run=work.run, round=work.round, kind=work.kind)
         if work.kind in ("holdings", "recall"):
             return Message(self._queries.recall(work), reply_to=message)
         self._observer.on_work(work)
         try:
-            finished = self._finish(work, message, payload, signature)
+            finished = self._finish(request, message)
         finally:
             self._observer.on_work(None)
         content = RecordDict(
@@ -150,8 +148,9 @@ class Client:
             content[DESCRIPTION] = ConfigRecord({"description": finished.description})
         return Message(content, reply_to=message)
 
-    def _finish(self, work: Work, message: Message, payload: bytes, signature: bytes) -> Finished:
+    def _finish(self, request: SignedRequest, message: Message) -> Finished:
         """Does the work, unless its reply is here, and sends what the reply names."""
+        work = request.work
         self._secure.end_others(work.run)
         if work.kind in STEPS:
             return self._secure.step(work, work.kind, message)
@@ -161,35 +160,13 @@ class Client:
             self._check_card(work)
             base = self._fetch_base(work)
             if work.base:
-                self._observer.on_version(work, payload, signature)
+                self._observer.on_version(*request)
             return self._run_secure(work, base) if is_secure else self._run_work(work, base)
         finished = finished or self._describe(work)
         self._charge_update(work, finished)
         self._write_audit_entry(work, finished)
         self._send_update(finished)
         return finished
-
-    def _read(self, message: Message) -> tuple[Work, bytes, bytes]:
-        """Returns the work, its bytes and the coordinator's signature over them."""
-        payload, signature = signed_payload(message, "config", "work")
-        work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
-        self._fleet_names.check("coordinator", work.fleet)
-        self._check_consent(work)
-        secure_rules.check(work, self._settings())
-        self._budget.check(work)
-        if work.kind in ("describe", "train"):
-            owner_floors.check_cohort(work.cohort, self._floors)
-        config = message.content.config_records["config"]
-        head, page = config.get("head", b""), config.get("log", b"")
-        if not isinstance(head, bytes) or not isinstance(page, bytes):
-            raise BadMessage("a message whose log of versions is not bytes")
-        self._check_log(work, head, page)
-        if work.kind == "train" and not secure_rules.is_secure(work):
-            registry.parse(work.codec)  # fail before an hour of training, not after
-        return work, payload, signature
-
-    def _check_consent(self, work: Work) -> None:
-        consent.check(self._settings(), work.run, work.task, work.settings)
 
     def _fetch_base(self, work: Work) -> Path:
         """Returns the file of the work's base version; an empty path for the first weights."""
@@ -204,7 +181,7 @@ class Client:
     def _describe(self, work: Work) -> Finished:
         """Describes data and model."""
         told = self._run_describe(work)
-        self._check_consent(work)
+        self._reader.check_consent(work)
         self._budget.charge(work, told)
         self._commit_last()
         description = told.description
@@ -241,7 +218,7 @@ class Client:
         else:
             done = self._do(work, base, self._outbox.update, personal)
         failpoint("agent.work.done")
-        self._check_consent(work)  # the owner may have withdrawn it meanwhile
+        self._reader.check_consent(work)  # the owner may have withdrawn it meanwhile
         if done.privacy:  # before the reply names it: a lost update is made and charged again
             fsync_files(self._outbox.update)
         else:
@@ -305,7 +282,7 @@ class Client:
         if personal and work.kind == "train":
             self._stage_personal(work, trained, done)
         failpoint("agent.work.done")
-        self._check_consent(work)  # the owner may have withdrawn it meanwhile
+        self._reader.check_consent(work)  # the owner may have withdrawn it meanwhile
         return self._secure.keep(work, done)
 
     def _begin_work(self) -> None:

@@ -1,0 +1,67 @@
+"""Reads the work in a message, and refuses what the coordinator has not signed or the owner has not
+allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flwr.app import Message
+
+from agent.clientapp import consent, secure_rules
+from agent.clientapp.interfaces import CheckLog, PeerIdentity, signed_payload
+from agent.clientapp.privacy_budget import PrivacyBudget
+from agent.data.settings import Floors
+from agent.home.settings_schema import AgentSettings
+from agent.tasks import floors as owner_floors
+from protocols.codecs import registry
+from protocols.errors import BadMessage
+from protocols.messages.fleet_names import FleetNames
+from protocols.messages.work import SIGNED_WORK, Work
+
+
+class SignedRequest(NamedTuple):
+    """The work, its bytes, and the coordinator's signature over them."""
+
+    work: Work
+    payload: bytes
+    signature: bytes
+
+
+class WorkReader:
+    """`settings()` are the owner's settings now; `floors` is what no run can go below."""
+
+    def __init__(
+        self,
+        me: PeerIdentity,
+        settings: Callable[[], AgentSettings],
+        floors: Floors,
+        budget: PrivacyBudget,
+        check_log: CheckLog,
+    ) -> None:
+        self._me, self._settings, self._floors = me, settings, floors
+        self._budget, self._check_log = budget, check_log
+        self._fleet_names = FleetNames(me.fleet)
+
+    def read(self, message: Message) -> SignedRequest:
+        """The work, if it may be done. Raises CommonweightError."""
+        payload, signature = signed_payload(message, "config", "work")
+        work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
+        self._fleet_names.check("coordinator", work.fleet)
+        self.check_consent(work)
+        secure_rules.check(work, self._settings())
+        self._budget.check(work)
+        if work.kind in ("describe", "train"):
+            owner_floors.check_cohort(work.cohort, self._floors)
+        config = message.content.config_records["config"]
+        head, page = config.get("head", b""), config.get("log", b"")
+        if not isinstance(head, bytes) or not isinstance(page, bytes):
+            raise BadMessage("a message whose log of versions is not bytes")
+        self._check_log(work, head, page)
+        if work.kind == "train" and not secure_rules.is_secure(work):
+            registry.parse(work.codec)  # fail before an hour of training, not after
+        return SignedRequest(work, payload, signature)
+
+    def check_consent(self, work: Work) -> None:
+        """Raise what `consent.check` does. The owner may withdraw a consent at any time."""
+        consent.check(self._settings(), work.run, work.task, work.settings)
