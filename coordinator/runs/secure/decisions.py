@@ -70,10 +70,12 @@ def decide(run: Run, progress: Progress | None) -> Step:
             return steps.CloseRound()
         return steps.Aggregate(run.contributors)
     if progress.is_over or not (progress.awaited or progress.absent):
+        refused = sorted(peer for peer, status in run.peers.items() if status == "refused")
+        why = f"; {count_peers(len(refused))} refused: {run.last_refusal}" if refused else ""
         return lose(
             run,
             f"{progress.answered} of {progress.total} {_what(run)}, and a sum needs "
-            f"{progress.needed}",
+            f"{progress.needed}{why}",
         )
     return steps.Wait(describe(run, progress), progress.awaited)
 

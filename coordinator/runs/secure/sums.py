@@ -113,7 +113,7 @@ class SecureSums:
         return Progress(
             answered=len(answered),
             total=len(asked),
-            needed=max(state.needed(), decisions.needs(run)),
+            needed=max(state.needed(), 0 if state.survivors else decisions.needs(run)),
             awaited=awaited,
             absent=frozenset(missing) - set(awaited),
             is_due=is_due,
