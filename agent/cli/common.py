@@ -55,11 +55,11 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:g} s"
 
 
-def parse_pair(text: str) -> tuple[str, str]:
+def parse_pair(text: str, example: str = "lr=0.1") -> tuple[str, str]:
     """Split `key=value`. Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UsageError(f"{text!r} is not key=value", "for example lr=0.1")
+        raise UsageError(f"{text!r} is not key=value", f"for example {example}")
     return key, value
 
 

@@ -89,7 +89,7 @@ def join(
         return
     text = _read_ticket(ticket)
     policy = {"battery": battery, "hours": hours, "cpu_share": cpu_share}
-    labels = dict(parse_pair(item) for item in label or [])
+    labels = dict(parse_pair(item, "site=north") for item in label or [])
     home = homes.open_home("agent", create=True)
     if data:
         wanted = settings.read(home, data=settings.data_path(data))
@@ -177,10 +177,11 @@ def discover(
 def _read_ticket(given: str | None) -> str:
     if given is not None:
         return cli_entry.read_ticket(given)
-    if sys.stdin.isatty():
-        from agent.setup import discovery
+    if not sys.stdin.isatty():
+        return cli_entry.read_ticket("-")
+    from agent.setup import discovery
 
-        with contextlib.suppress(Unreachable):  # the list is only a help for the prompt
-            for one in discovery.discover(1.5):
-                print_line(f"in this network: {one.name} at {one.addresses[0]}")
+    with contextlib.suppress(Unreachable):  # the list is only a help for the prompt
+        for one in discovery.discover(1.5):
+            print_line(f"in this network: {one.name} at {one.addresses[0]}")
     return str(typer.prompt("ticket, or its short code", hide_input=True, err=True))

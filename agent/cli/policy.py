@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,8 +78,16 @@ def set_policy(
 
         if note := own_data.check_columns(settings.read(home).data, parsed):
             print_line(note)
+    if key in ("tasks", "forbidden_tasks"):
+        known = {consents.EVERY, *consents.known_tasks(settings.read(home))}
+        for name in parsed:
+            if name not in known:
+                print_line(f"this machine has no task {name!r}; commonweight-agent task list")
+    _check_names(key, parsed)
     if key == "told_folder":
         _check_memory_stays(home, parsed)
+    if key == "models" and parsed and not Path(parsed).is_dir():
+        print_line(f"there is no folder {parsed} yet")
     if key == "sandbox_read":
         for path in map(Path, parsed):
             if home.resolve().is_relative_to(path.resolve()):
@@ -109,6 +118,24 @@ def _new_consents(home: Path, key: str, parsed: Any) -> dict[str, Any]:
     asked = {consents.EVERY, *consent.USES_COLUMNS}
     new = [name for name in parsed if name in asked and name not in own.tasks]
     return {"consents": consents.allowing(own, known, new)["consents"]}
+
+
+def _check_names(key: str, parsed: Any) -> None:
+    """Raise UsageError for a name that can mean nothing here, so that the rule would never hold."""
+    if key == "analyze_operations":
+        from protocols.analytics.parser import SIGNATURES
+
+        known = ", ".join(SIGNATURES)
+        for name in parsed:
+            if name not in {"*", *SIGNATURES}:
+                raise UsageError(f"there is no operation {name!r}", f"known: {known}; * is all")
+    if key == "jobs_private_models":
+        for name in parsed:
+            if not re.fullmatch(r"\*|[0-9a-f]{64}", name):
+                raise UsageError(
+                    f"{name!r} is no digest of a model, which has 64 characters, 0-9 and a-f",
+                    "the operator sees them: commonweight models list; * is all",
+                )
 
 
 def _check_memory_stays(home: Path, folder: str) -> None:

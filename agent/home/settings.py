@@ -30,7 +30,9 @@ ENVIRONMENT_PREFIX = "COMMONWEIGHT_AGENT_"
 def read(home: Path, **flags: Any) -> AgentSettings:
     """Read the settings; flags override them unless they are None. Raises UsageError."""
     values = settings_file.read_file(home) | _read_environment()
-    values |= {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings_file.validate(given, AgentSettings, "commonweight-agent policy show")
+    values |= given
     chosen = _validate(values, f"correct {home / FILE}")
     if "data_columns" in values:  # the owner has named columns, for all tasks
         named = {

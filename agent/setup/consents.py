@@ -137,7 +137,7 @@ def describe(chosen: AgentSettings, task: str) -> str:
     said, columns = chosen.consent_to(task), chosen.columns_of(task)
     parts = ["all columns" if "*" in columns else f"columns {', '.join(columns) or 'none'}"]
     if awaiting := awaiting_columns(chosen, task):
-        parts = [f"awaiting columns: {' and '.join(awaiting)}"]
+        parts = ["awaiting columns" + (f" for {', '.join(awaiting)}" if task == EVERY else "")]
     return ", ".join(parts + ([f"for: {said.purpose}"] if said.purpose else []))
 
 

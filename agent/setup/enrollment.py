@@ -60,7 +60,7 @@ def lock_home(home: Path) -> contextlib.AbstractContextManager[None]:
     return homes.hold(
         home,
         f"the agent of {home} is running",
-        "stop it first: commonweight-agent finish, or commonweight-agent service stop",
+        "stop it first: Ctrl-C where it runs, or commonweight-agent service stop",
     )
 
 

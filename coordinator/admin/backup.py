@@ -110,7 +110,9 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
             os.link(part, out)  # unlike a rename, this never replaces a file
             fsync_folder(out.parent)
         except OSError as err:
-            raise HomeError(f"cannot write the backup {out}: {err.strerror}") from err
+            raise HomeError(
+                f"cannot write the backup {out}: {err.strerror}", "name a file in a folder of yours"
+            ) from err
         finally:
             part.unlink(missing_ok=True)
     return manifest

@@ -106,6 +106,8 @@ def infer(
 
     if private == (scatter is not None):
         raise UsageError("either --private or --scatter INPUT", "commonweight infer --help")
+    if scatter is not None and not scatter.exists():
+        raise UsageError(f"there is no file {scatter}", "name a CSV, Parquet or text file of rows")
     if scatter is not None and not yes and (json or not sys.stdin.isatty()):
         raise UsageError(
             "nothing was sent: rows would leave this machine, and there is no terminal to confirm "

@@ -141,6 +141,8 @@ def _print(fleet: Any, now: float, *, ascii_only: bool = False, heading: str = "
     from coordinator.monitor.plain_table import plain_table
     from protocols.local import terminal_text
 
+    if not fleet.peers:
+        print_line("no peers yet. Create a ticket: commonweight ticket create")
     console = Console()
     table = plain_table(fleet, now, heading, width=console.width)
     if not ascii_only:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from protocols.messages.states import RunState
+from protocols.messages.states import ENDED, RunState
 
 if TYPE_CHECKING:
     from coordinator.fleet.state import Fleet, Peer
@@ -144,6 +144,9 @@ def waiting_lines(run: Run, fleet: Fleet) -> Iterator[str]:
     shown = fleet.runs.get(run.id)
     if run.ended or shown is None or not shown.changed.waiting_for:
         return
+    if before := run_before(run.id, fleet):
+        yield f"waits for the end of run {before}; to end it: commonweight run stop {before}"
+        return
     yield f"waits for {shown.changed.waiting_for}"
     if not waits_for_peers(run):
         return
@@ -152,6 +155,20 @@ def waiting_lines(run: Run, fleet: Fleet) -> Iterator[str]:
         yield f"  {_name(peer, fleet.peers)}: {reasons[peer]}"
     if len(reasons) > _MAX_ABSENT:
         yield f"  and {len(reasons) - _MAX_ABSENT} more: commonweight peers list"
+
+
+def run_before(run_id: str, fleet: Fleet) -> str:
+    """The run that goes on while this one waits for its turn; empty if there is none."""
+    from coordinator.runs.messages import ITS_TURN
+
+    active = [
+        name
+        for name, run in fleet.runs.items()
+        if run.changed.state not in ENDED and run.changed.waiting_for != ITS_TURN
+    ]
+    shown = fleet.runs.get(run_id)
+    is_queued = shown is not None and shown.changed.waiting_for == ITS_TURN
+    return active[0] if active and is_queued else ""
 
 
 def buffer_lines(run: Run, peers: Mapping[str, Peer]) -> Iterator[str]:

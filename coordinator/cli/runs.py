@@ -122,9 +122,13 @@ def start(
         print_line(line)
     run_id = remote.start_run(order)
     if not follow:
-        print_result(
-            {"run": run_id}, f"started {run_id}; watch it: commonweight monitor", json=json
-        )
+        text = f"started {run_id}; watch it: commonweight monitor"
+        if not json and (before := run_text.run_before(run_id, remote.fleet())):
+            text = (
+                f"{run_id} starts when run {before} has ended; to end that: commonweight run stop "
+                f"{before}"
+            )
+        print_result({"run": run_id}, text, json=json)
         return
     try:
         run = _follow(remote, run_id, quiet=json)

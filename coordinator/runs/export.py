@@ -93,5 +93,7 @@ def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path
         with replacing(card_path) as file:
             file.write(model_card.encode(build_card(run, version, sha256, model.schema, names)))
     except OSError as err:
-        raise CommonweightError(f"cannot write {out}: {err.strerror or err}") from err
+        raise CommonweightError(
+            f"cannot write {out}: {err.strerror or err}", "name a file in a folder of yours"
+        ) from err
     return version

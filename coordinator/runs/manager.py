@@ -18,7 +18,7 @@ from coordinator.runs import deletion, retention, spec_rules, transitions
 from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop
-from coordinator.runs.messages import round_body, run_body
+from coordinator.runs.messages import ITS_TURN, round_body, run_body
 from coordinator.runs.state import Round, Run, accepted_uploads
 from coordinator.storage import job_events, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
@@ -205,7 +205,7 @@ class RunManager:
 
     def _enqueue(self, run_id: str) -> None:
         self._runs[run_id] = self._replay(run_id)
-        self._ctx.publish(run_body(self._runs[run_id], "its turn"))
+        self._ctx.publish(run_body(self._runs[run_id], ITS_TURN))
         self._queue.put_nowait(run_id)
 
     def _first_version(self, spec: RunSpec, digest: str) -> str:

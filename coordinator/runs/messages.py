@@ -10,6 +10,8 @@ from protocols.messages import envelope
 from protocols.messages.envelope import RunChanged, strip_controls
 from protocols.messages.states import RunState
 
+#: What a run waits for while another one goes on.
+ITS_TURN = "its turn"
 #: Peers whose reasons a message has.
 _MAX_REFUSED = 8
 #: Fields that a closed round has in common with its message.

@@ -15,6 +15,13 @@ def check(spec: RunSpec) -> None:
     match spec.task:
         case "tabular":
             preprocessing.parse_settings(spec.settings)
+        case "mnist" | "images" | "motion" | "ping" | "text-lm" | "lora" if spec.settings.get(
+            "target"
+        ):
+            raise UsageError(
+                f"the task {spec.task} predicts no column of a table",
+                "leave --target out; for a goal: --until accuracy=0.9",
+            )
         case "lora" if not spec.settings.get("model"):
             raise UsageError(
                 "the task lora needs the name of its base model, a folder on each machine",

@@ -120,7 +120,7 @@ class EventPublisher:
         if self._up and shown and (is_gone or peer not in self._heard):
             raise Unreachable(
                 f"{shown.name} is not connected to the MQTT broker, and commands travel over it",
-                "commonweight status shows when it is back; on its machine: commonweight-agent",
+                "commonweight status shows when it is back; on its machine: commonweight-agent up",
             )
         if self._client is None or not await self._client.send_to(peer, command):
             raise Unreachable(

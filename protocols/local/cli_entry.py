@@ -13,6 +13,14 @@ from typing import Any
 from protocols.errors import CommonweightError, ExitCode, UsageError
 from protocols.local import checks, json_output
 
+#: What click calls a type, and what a person does.
+_PLAIN_WORDS = {
+    "a valid integer range": "a whole number",
+    "a valid integer": "a whole number",
+    "a valid float range": "a number",
+    "a valid float": "a number",
+}
+
 
 def run(command: Callable[..., Any]) -> int:
     """Run a command with `sys.argv`; return its exit status.
@@ -35,6 +43,8 @@ def run(command: Callable[..., Any]) -> int:
         sys.stderr.write("interrupted\n")
         return int(ExitCode.INTERRUPTED)
     except click.ClickException as err:
+        for words, plain in _PLAIN_WORDS.items():
+            err.message = err.message.replace(words, plain)  # type: ignore[misc]
         err.show()
         return int(ExitCode.USAGE)
     except BrokenPipeError:
@@ -50,7 +60,11 @@ def read_ticket(given: str) -> str:
             import click
 
             return str(click.prompt("ticket", hide_input=True, err=True))
-        return sys.stdin.read()
+        if text := sys.stdin.read().strip():
+            return text
+        raise UsageError(
+            "there is no ticket on standard input", "give it there, or name it: file:PATH"
+        )
     if given.startswith("file:"):
         path = Path(given.removeprefix("file:")).expanduser()
         try:

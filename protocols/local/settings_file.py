@@ -95,9 +95,18 @@ def _error_text(error: str, values: Mapping[str, Any], kind: type[msgspec.Struct
     name = place.rstrip("`").partition("[")[0]
     if name not in values:
         return f"a setting is wrong: {error}"
-    if wanted := _wanted(get_type_hints(kind, include_extras=True)[name]):
+    hint = get_type_hints(kind, include_extras=True)[name]
+    if "matching" in why and (about := _description(hint)):
+        return f"{name} cannot be {values[name]!r}; it takes a {about}"
+    if wanted := _wanted(hint):
         return f"{name} must be {wanted}; not {values[name]!r}"
     return f"{name} is wrong: {why}, not {values[name]!r}"
+
+
+def _description(hint: Any) -> str:
+    """What a setting is for; empty if nothing is said."""
+    metas = getattr(hint, "__metadata__", ())
+    return next((meta.description for meta in metas if meta.description), None) or ""
 
 
 def _wanted(hint: Any) -> str:

@@ -156,6 +156,7 @@ def test_a_follower_hears_what_a_run_waits_for_and_ctrl_c_does_not_end_the_run(
 def test_rows_leave_only_after_a_yes(site: Fleet, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("a,b\n1,2\n")
+    fails(site.ask("infer", "--scatter", "none.csv", "--yes"), 2, "there is no file none.csv")
     words = ("infer", "--scatter", str(rows), "--model", "best", "--out", str(tmp_path / "o.csv"))
     fails(site.ask(*words), 2, "nothing was sent", "no terminal", "--yes")
     fails(site.ask(*words, "--json"), 2, "nothing was sent")

@@ -98,7 +98,7 @@ def test_without_a_terminal_no_column_may_be_used_before_the_owner_names_it(
     name_them = "commonweight-agent task allow tabular --columns NAME,NAME (or all)"
     settings.change(agent_home, data=table)
     _, said, err = agent(agent_home, "task", "allow", "tabular")
-    assert "allowed tabular, awaiting columns: tabular" in said + err
+    assert "allowed tabular, awaiting columns\n" in said + err
     assert f"no column of {table} may be used yet; to name them: {name_them}" in said + err
     assert settings.read(agent_home).columns_of("tabular") == ()
     assert f"awaiting columns: {name_them}" in agent(agent_home, "task", "list")[1]

@@ -88,6 +88,54 @@ def test_a_mode_for_a_while_that_is_none_is_told_in_a_sentence(agent_home: Path)
     assert "commonweight-agent policy set busy always --for 2h" in err
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "code", "told"),
+    [
+        (
+            "analyze.operations",
+            "count,meen",
+            2,
+            "there is no operation 'meen'\n  try: known: count",
+        ),
+        ("jobs_private_models", "foo", 2, "'foo' is no digest of a model"),
+        ("data_reader", "duckdb", 2, "cannot be 'duckdb'; it takes a reader for tables: arrow"),
+        ("tasks", "mnsit", 0, "this machine has no task 'mnsit'; commonweight-agent task list"),
+        ("models", "nowhere", 0, "nowhere yet"),
+    ],
+)
+def test_a_name_that_means_nothing_here_is_no_silent_success(
+    agent_home: Path, key: str, value: str, code: int, told: str
+) -> None:
+    done, _, err = agent(agent_home, "policy", "set", key, value)
+    assert (done, told in err) == (code, True), err
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "not_told"),
+    [
+        (("-", "--battery", "sometimes"), "battery must be one of always, auto", "settings.toml"),
+        (("-", "--label", "foo"), "for example site=north", "lr=0.1"),
+        (("-",), "there is no ticket on standard input", "cw1."),
+        ((), "there is no ticket on standard input", "GetPassWarning"),
+    ],
+)
+def test_a_join_without_a_terminal_says_what_it_lacks(
+    agent_home: Path, words: tuple[str, ...], told: str, not_told: str
+) -> None:
+    given = "cw1.x" if "--battery" in words or "--label" in words else ""
+    env = environment(agent_home.parent, COMMONWEIGHT_AGENT_HOME=str(agent_home))
+    done = run_program([AGENT, "join", *words], env, given=given)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert not_told not in done.stderr
+
+
+def test_a_wrong_number_is_told_in_words_that_a_person_uses(agent_home: Path) -> None:
+    code, _, err = agent(agent_home, "logs", "-n", "many")
+    assert code == 2
+    assert "'many' is not a whole number" in err
+
+
 def test_a_note_without_a_charge_is_refused(agent_home: Path) -> None:
     code, out, err = agent(agent_home, "budget", "--note", "a poster")
     assert (code, out) == (2, "")

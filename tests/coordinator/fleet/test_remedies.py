@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from coordinator.cli import run_text
 from coordinator.fleet import remedies, state
 from coordinator.fleet.state import Fleet, Peer
+from coordinator.runs.messages import ITS_TURN
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import RunSpec
 from protocols.messages.envelope import RunChanged
@@ -106,3 +108,13 @@ def test_a_run_without_its_quorum_says_of_each_peer_why_and_the_command() -> Non
     assert list(progress.new_waits(run, fleet)) == [], "nothing is told twice"
     fleet.peers["BUSY"].state = PeerState.IDLE
     assert list(progress.new_waits(run, fleet)) == lines[:1]
+
+
+def test_a_run_in_the_queue_names_the_run_before_it_and_no_peer() -> None:
+    run, fleet = waiting(ITS_TURN)
+    assert run_text.run_before("r", fleet) == "", "it is the next one"
+    changed = msgspec.structs.replace(fleet.runs["r"].changed, run="active", waiting_for="updates")
+    fleet.runs["active"] = state.Run(changed=changed, changed_at=100.0)
+    text = "waits for the end of run active; to end it: commonweight run stop active"
+    assert list(run_text.waiting_lines(run, fleet)) == [text]
+    assert run_text.run_before("active", fleet) == "", "it does not wait for the one behind it"

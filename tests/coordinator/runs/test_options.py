@@ -157,6 +157,7 @@ def test_bounds_hold_for_numbers_without_limit() -> None:
         ("tabular", {"target": "x", "kind": "ranking"}, "--kind must be auto, class", ""),
         ("tabular", {"target": "x", "features": "a,x"}, "x is the target", ""),
         ("tabular", {"target": "x", "scaling": "log"}, "scaling must be standard or", ""),
+        ("mnist", {"target": "x"}, "mnist predicts no column of a table", "--until accuracy=0.9"),
         ("lora", {"rank": 4}, "lora needs the name of its base model", "--set model=NAME"),
     ],
 )
