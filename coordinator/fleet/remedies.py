@@ -41,13 +41,19 @@ def remedy(peer: Peer, now: float) -> str:
         # The peer names its rules, and a person types this command: only plain words are in it.
         case PeerState.PAUSED if rules := [rule for rule in peer.paused_by if rule.isidentifier()]:
             modes = (f"{rule} {'auto' if rule == 'work' else 'always'}" for rule in rules)
-            return ", and ".join(f"{_THERE} policy set {mode}" for mode in modes)
+            changes = (f"{_THERE} policy set {mode}" for mode in modes)
+            return ", and ".join([*_after_pauses(peer), *changes])
         case PeerState.PAUSED:
-            for pause, advice in _AFTER_PAUSE.items():
-                if pause in peer.reason:
-                    return advice.format(name=readings.display_name(peer))
-            return f"why: {_THERE} policy now"
+            return ", and ".join(_after_pauses(peer)) or f"why: {_THERE} policy now"
     return ""
+
+
+def _after_pauses(peer: Peer) -> list[str]:
+    """What ends each pause that the policy did not decide."""
+    name = readings.display_name(peer)
+    return [
+        advice.format(name=name) for pause, advice in _AFTER_PAUSE.items() if pause in peer.reason
+    ]
 
 
 def absent_peers(fleet: Fleet, now: float) -> dict[str, str]:

@@ -37,7 +37,8 @@ _SHOWN = ("state", "peer", "round", "seen", "loss", "trend", "sent", "version")
 def plain_table(fleet: Fleet, now: float, heading: str = "", *, width: int | None = None) -> Table:
     """Every peer in one table, those that need attention first, below `heading` and the run.
 
-    Columns that do not fit `width` characters are left out, the last ones first.
+    Columns that do not fit `width` characters are left out, the last ones first; state and peer
+    stay.
     """
     run = current_run(fleet)
     summary = f"{num_available(fleet, now)}/{num_enrolled(fleet)} peers"
@@ -56,7 +57,7 @@ def plain_table(fleet: Fleet, now: float, heading: str = "", *, width: int | Non
         for n, column in enumerate(columns)
     ]
     while (
-        width is not None and len(widths) > 1 and sum(widths) + COLUMN_GAP * len(widths) > width + 1
+        width is not None and len(widths) > 2 and sum(widths) + COLUMN_GAP * len(widths) > width + 1
     ):
         widths.pop()
     for column in columns[: len(widths)]:

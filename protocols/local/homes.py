@@ -105,14 +105,18 @@ def check_stamp(home: Path, kind: Kind) -> int:
         found, found_kind = int(stamp["format"]), str(stamp["kind"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as err:
         raise HomeError(f"{home / STAMP} is damaged", "restore it from a backup") from err
+    if found_kind != kind:
+        article = "an" if found_kind[:1] in "aeiou" else "a"
+        raise HomeError(
+            f"{home} is the home of {article} {found_kind}",
+            f"set {_VARIABLES[kind]} to the home of the {kind}",
+        )
     if found > FORMATS[kind]:
         raise HomeTooNew(
             f"{home} was written by commonweight {stamp.get('written_by', '?')} (format {found}); "
             f"this is {VERSION} (format {FORMATS[kind]})",
             "update commonweight on this machine: pip install --upgrade commonweight",
         )
-    if found_kind != kind:
-        raise HomeError(f"{home} is the home of a {found_kind}", f"set {_VARIABLES[kind]}")
     return found
 
 

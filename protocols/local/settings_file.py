@@ -61,10 +61,13 @@ def read_environment(
 ) -> dict[str, Any]:
     """The settings of `kind` in the environment: `prefix` and the name in capitals.
 
-    `parse(name, text)` gives the value.
+    `parse(name, text)` gives the value. Raises UsageError.
     """
     texts = {name: os.environ.get(prefix + name.upper()) for name in kind.__struct_fields__}
-    return {name: parse(name, text) for name, text in texts.items() if text is not None}
+    found = {name: parse(name, text) for name, text in texts.items() if text is not None}
+    for name, value in found.items():  # a wrong one is named, not the file
+        validate({name: value}, kind, f"correct the environment variable {prefix}{name.upper()}")
+    return found
 
 
 def validate(values: Mapping[str, Any], kind: type[S], hint: str) -> S:

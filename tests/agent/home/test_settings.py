@@ -40,6 +40,15 @@ def test_the_order_is_flag_environment_file_default(
     assert (chosen.threads, chosen.parts, chosen.split, chosen.data_seed) == (4, 4, "shards", 0)
 
 
+def test_a_wrong_variable_is_named_and_not_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_THREADS", "abc")
+    with pytest.raises(UsageError, match="threads must be a whole number") as caught:
+        settings.read(tmp_path)
+    assert caught.value.hint == "correct the environment variable COMMONWEIGHT_AGENT_THREADS"
+
+
 def test_tasks_in_the_environment_are_a_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

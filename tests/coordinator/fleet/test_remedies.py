@@ -56,6 +56,11 @@ def peer(name: str, at: PeerState, reason: str = "", **more: object) -> Peer:
             "‖ paused: by the operator; commonweight peers resume a",
         ),
         (
+            peer("a", PeerState.PAUSED, "by its owner, on battery", paused_by=("battery",)),
+            "‖ paused: by its owner, on battery; on that machine: commonweight-agent resume, and "
+            "on that machine: commonweight-agent policy set battery always",
+        ),
+        (
             peer("a", PeerState.OFFLINE, "connection lost"),
             "✕ offline: connection lost; on that machine: commonweight-agent up",
         ),

@@ -59,6 +59,13 @@ def test_an_older_format_opens(home: Path) -> None:
     assert homes.open_home("coordinator") == home
 
 
+def test_the_home_of_another_program_is_named_as_such_also_with_a_newer_format(home: Path) -> None:
+    stamp(home, {"format": homes.FORMATS["coordinator"] + 1, "kind": "agent"})
+    with pytest.raises(HomeError, match="is the home of an agent") as caught:
+        homes.open_home("coordinator")
+    assert caught.value.hint == "set COMMONWEIGHT_HOME to the home of the coordinator"
+
+
 def test_a_newer_format_is_refused_and_kept(home: Path) -> None:
     stamp(
         home,
