@@ -77,9 +77,10 @@ class EventsPage(FilterPage):
     def draw(self, frame: Frame) -> None:
         """Show the events, in order of time."""
         matches, old = self.bar.matcher(), self._events
+        known = frame.events()
         self._events = [
             event
-            for event in frame.events()
+            for event in known
             if not (self.faults_only and event.level == "info") and matches(event.text)
         ][-MAX_EVENTS:]
         self._fleet, self._now = frame.fleet, frame.now
@@ -102,7 +103,8 @@ class EventsPage(FilterPage):
         self.table.set_rows([str(number) for number in range(len(self._lines))], columns)
         if self.follow and self._events != old:
             self.table.move_cursor(len(self._lines) - 1)
-        self.table.border_title = f"Events {len(self._events)}"
+        of_all = f" of {len(known)}" if len(self._events) < len(known) else ""
+        self.table.border_title = f"Events {len(self._events)}{of_all}"
         self.query_one("#no-events").display = not self._events
         self.query_one("#event-sides").display = bool(self._events)
         self._show_details()

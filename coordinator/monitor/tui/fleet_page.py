@@ -157,7 +157,8 @@ class FleetPage(FilterPage):
             part.display = count > 0
             part.styles.height = count
         self.table.styles.height = table_lines if any(lines[:4]) else "1fr"
-        self.table.border_title = f"Peers {num_rows}"
+        of_all = f" of {len(fleet.peers)}" if num_rows < len(fleet.peers) else ""
+        self.table.border_title = f"Peers {num_rows}{of_all}"
         for plots in (beside, under):
             plots.border_title = f"Run {run.changed.run}" if run else ""
             if plots.display:

@@ -81,9 +81,9 @@ class RoundsPage(Page):
             text = Text("No run yet.  commonweight run start TASK  starts one.", colors().dim)
         else:
             text = self._run_text(run, trends=not plots.display)
-            for line in fit(
-                troubles(run, fleet, frame.now), self.size.width - 2, self._trouble_lines
-            ):
+            room = self._trouble_lines
+            found = troubles(run, fleet, frame.now, room + 1)
+            for line in fit(found, self.size.width - 2, room):
                 text.append(f"\n{line.text}", styles()[line.tone])
         self.query_one("#run-summary", Static).update(text)
         if run is not None and fleet is not None:

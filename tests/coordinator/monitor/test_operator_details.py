@@ -50,7 +50,7 @@ def test_peers_are_ranked_with_the_worst_first() -> None:
 def test_a_run_names_the_peers_that_it_refuses_and_those_that_are_paused() -> None:
     fleet = held_up_fleet()
     run = fleet.runs["motion-7"]
-    lines = run_troubles.troubles(run, fleet, NOW)
+    lines = run_troubles.troubles(run, fleet, NOW).lines
     assert [(cell.text.split(":")[0], cell.tone) for cell in lines] == [
         ("✕ east refused", "bad"),
         ("✕ west refused", "bad"),
@@ -59,23 +59,28 @@ def test_a_run_names_the_peers_that_it_refuses_and_those_that_are_paused() -> No
     ]
     assert lines[2].text.endswith("commonweight-agent policy set busy always")
     assert lines[3].text.endswith("commonweight-agent task allow watch-motion")
+    assert len(run_troubles.troubles(run, fleet, NOW, most=3).lines) == 3
+    assert run_troubles.troubles(run, fleet, NOW, most=3).total == 4
     run.changed = replace(run.changed, num_refused=9)
     more = "✕ 7 more refused: commonweight run show motion-7"
-    assert run_troubles.troubles(run, fleet, NOW)[2].text == more
+    assert run_troubles.troubles(run, fleet, NOW).lines[4].text == more
     run.changed = replace(run.changed, state=RunState.FAILED, num_refused=2)
-    assert len(run_troubles.troubles(run, fleet, NOW)) == 2, "pauses do not matter any more"
+    assert run_troubles.troubles(run, fleet, NOW).total == 2, "pauses do not matter any more"
 
 
 def test_troubles_take_the_lines_that_there_are() -> None:
     lines = [Cell(f"peer-{number} refused: {'why ' * 30}", "bad") for number in range(4)]
+    known = run_troubles.Troubles(lines, 4)
     for height in range(1, 10):
-        shown = run_troubles.fit(lines, 58, height)
+        shown = run_troubles.fit(known, 58, height)
         assert len(shown) <= height
         assert max(len(cell.text) for cell in shown) <= 58
-    assert run_troubles.fit(lines, 58, 3)[-1].text == "3 more peers get no work: 1 shows all"
-    assert run_troubles.fit(lines, 58, 1)[-1].text == "4 more peers get no work: 1 shows all"
-    assert len(run_troubles.fit(lines, 58, 8)) == 8
-    assert run_troubles.fit([], 58, 3) == []
+    assert run_troubles.fit(known, 58, 3)[-1].text == "3 more peers get no work: 1 shows all"
+    assert run_troubles.fit(known, 58, 1)[-1].text == "4 more peers get no work: 1 shows all"
+    assert len(run_troubles.fit(known, 58, 8)) == 8
+    first = run_troubles.Troubles(lines[:3], 2_000)
+    assert run_troubles.fit(first, 58, 3)[-1].text == "1999 more peers get no work: 1 shows all"
+    assert run_troubles.fit(run_troubles.Troubles([], 0), 58, 3) == []
 
 
 def test_each_peer_has_its_share_of_a_job() -> None:

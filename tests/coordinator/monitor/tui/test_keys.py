@@ -130,6 +130,7 @@ async def test_events_are_filtered_and_open_their_peer() -> None:
         await pilot.press("3", "slash", *"norm", "enter")
         page = app.query_one(EventsPage)
         await until(pilot, lambda: page.table.row_count == 1)
+        assert "─ Events 1 of " in screen_text(app)
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.screen, PeerScreen))
         assert app.peer_screen is not None
