@@ -155,7 +155,7 @@ class Client:
         if work.kind in STEPS:
             return self._secure.step(work, work.kind, message)
         is_secure = work.kind in ("train", "evaluate") and secure_rules.is_secure(work)
-        finished = self._secure.card(work) if is_secure else self._outbox.finished(work)
+        finished = self._secure.card(work) if is_secure else self._stored(work)
         if finished is None and work.kind != "describe":
             self._check_card(work)
             base = self._fetch_base(work)
@@ -167,6 +167,9 @@ class Client:
         self._write_audit_entry(work, finished)
         self._send_update(finished)
         return finished
+
+    def _stored(self, work: Work) -> Finished | None:
+        return self._outbox.finished(work, self._reader.columns(work))
 
     def _fetch_base(self, work: Work) -> Path:
         """Returns the file of the work's base version; an empty path for the first weights."""
@@ -180,14 +183,15 @@ class Client:
 
     def _describe(self, work: Work) -> Finished:
         """Describes data and model."""
+        columns = self._reader.columns(work)
         told = self._run_describe(work)
-        self._reader.check_consent(work)
+        self._reader.check_consent(work, columns)
         self._budget.charge(work, told)
         self._commit_last()
         description = told.description
         digest = hashlib.sha256(description).hexdigest()
         done = replace(told, description=b"", digest=digest, nbytes=len(description))
-        return self._outbox.keep(work, done, description)
+        return self._outbox.keep(work, done, description, columns=columns)
 
     def _run_describe(self, work: Work) -> Done:
         return self._trainer.run(trainer_work.describe(work))
@@ -212,13 +216,13 @@ class Client:
         if work.kind != "evaluate":  # the update of the last reply is overwritten next
             self._outbox.clear()
             failpoint("agent.outbox.cleared")
-        personal = self._outbox.personal_paths(work)
+        personal, columns = self._outbox.personal_paths(work), self._reader.columns(work)
         if work.kind == "train":
             done = self._train(work, base, personal)
         else:
             done = self._do(work, base, self._outbox.update, personal)
         failpoint("agent.work.done")
-        self._reader.check_consent(work)  # the owner may have withdrawn it meanwhile
+        self._reader.check_consent(work, columns)  # the owner may have withdrawn it meanwhile
         if done.privacy:  # before the reply names it: a lost update is made and charged again
             fsync_files(self._outbox.update)
         else:
@@ -227,7 +231,7 @@ class Client:
         is_stateful = work.kind == "train" and bool(
             personal or registry.parse(work.codec).encoding or done.privacy
         )
-        finished = self._outbox.keep(work, done, synced=is_stateful)
+        finished = self._outbox.keep(work, done, synced=is_stateful, columns=columns)
         failpoint("agent.outbox.written")
         self._charge_update(work, finished)
         failpoint("agent.privacy.charged")
@@ -277,12 +281,13 @@ class Client:
     def _begin_secure(self, work: Work, base: Path) -> Done:
         """Does the work of a turn, and keeps what it gives on this disk."""
         self._begin_work()
+        columns = self._reader.columns(work)
         trained, personal = self._secure.begin(work), self._outbox.personal_paths(work)
         done = self._do(work, base, trained, personal)
         if personal and work.kind == "train":
             self._stage_personal(work, trained, done)
         failpoint("agent.work.done")
-        self._reader.check_consent(work)  # the owner may have withdrawn it meanwhile
+        self._reader.check_consent(work, columns)  # the owner may have withdrawn it meanwhile
         return self._secure.keep(work, done)
 
     def _begin_work(self) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from agent.home.consent_requests import Request, plain_columns
 from agent.home.settings_schema import AgentSettings
 from agent.policy import consent
 from agent.policy.consent import Standing
 from agent.tasks import Setting, registry
-from protocols.errors import AwaitingColumns, AwaitingConsent, NotAllowed, Refused, UnknownName
+from protocols.errors import (
+    AwaitingColumns,
+    AwaitingConsent,
+    CommonweightError,
+    NotAllowed,
+    Refused,
+    UnknownName,
+)
 from protocols.messages.jobs import Analyze, Scatter, Unit
 
 _ON_THAT_MACHINE = "on that machine: commonweight-agent"
@@ -58,6 +65,17 @@ def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Set
         message = f"its owner has not said which columns the task {task!r} may use"
         command += " --columns NAME,NAME, or all"
     raise ConsentNeeded(message, command, request, standing)
+
+
+def check_used(chosen: AgentSettings, task: str, used: Sequence[str]) -> None:
+    """Raise CommonweightError if the owner has taken columns from a task since it used those that
+    the patterns `used` allow."""
+    now = chosen.columns_of(task)
+    if "*" not in now and not set(used) <= set(now):
+        raise CommonweightError(
+            f"the owner has changed the columns of the task {task!r} meanwhile, so what it made "
+            "with the others stays here; the next try uses the new ones"
+        )
 
 
 def check_unit(chosen: AgentSettings, unit: Unit) -> None:

@@ -6,7 +6,7 @@ A repeated request after a lost connection costs nothing: the reply is sent agai
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,10 +65,10 @@ class Outbox:
         # Some file systems write a file at once when it replaces another.
         unlink(self.update)
 
-    def finished(self, work: Work) -> Finished | None:
-        """Returns the reply to this work if it is in the outbox."""
+    def finished(self, work: Work, columns: Sequence[str] = ()) -> Finished | None:
+        """Returns the reply to this work, done with these columns, if it is in the outbox."""
         last = self._last()
-        return last if last is not None and last.key == _key(work) else None
+        return last if last is not None and last.key == _key(work, columns) else None
 
     def _last(self) -> Finished | None:
         """Returns the reply in the outbox, or None."""
@@ -90,7 +90,13 @@ class Outbox:
             return None
 
     def keep(
-        self, work: Work, done: Done, description: bytes = b"", *, synced: bool = True
+        self,
+        work: Work,
+        done: Done,
+        description: bytes = b"",
+        *,
+        synced: bool = True,
+        columns: Sequence[str] = (),
     ) -> Finished:
         """Signs the result and stores it in the outbox. The update still needs an fsync.
 
@@ -107,7 +113,7 @@ class Outbox:
             tallies=done.tallies,
         )
         finished = Finished(
-            key=_key(work),
+            key=_key(work, columns),
             claim=claim,
             signature=signature,
             description=description,
@@ -157,10 +163,10 @@ class Outbox:
         self.commit(SIGNED_CLAIM.decode(last.claim).digest if last else promised)
 
 
-def _key(work: Work) -> str:
-    """Equal for work whose reply is the same. The owner's consent is to a task and its settings, so
-    they are part of it: a reply of a task that was forbidden since answers no work of another."""
+def _key(work: Work, columns: Sequence[str]) -> str:
+    """Equal for work whose reply is the same. The owner's consent is to a task, its settings and
+    columns, so they are part of it: what is forbidden since answers no other work."""
     turn = f" {work.turn}" if work.turn else ""
-    asked = msgspec.json.encode((work.task, work.codec, work.seed, sorted(work.settings.items())))
-    how = hashlib.sha256(asked).hexdigest()[:32]
+    asked = work.task, work.codec, work.seed, sorted(work.settings.items()), sorted(columns)
+    how = hashlib.sha256(msgspec.json.encode(asked)).hexdigest()[:32]
     return f"{work.run} {work.round} {work.kind} {work.base}{turn} {how}"

@@ -62,6 +62,12 @@ class WorkReader:
             registry.parse(work.codec)  # fail before an hour of training, not after
         return SignedRequest(work, payload, signature)
 
-    def check_consent(self, work: Work) -> None:
-        """Raise what `consent.check` does. The owner may withdraw a consent at any time."""
+    def columns(self, work: Work) -> tuple[str, ...]:
+        """Patterns of the columns that its owner lets the task use now."""
+        return self._settings().columns_of(work.task)
+
+    def check_consent(self, work: Work, used: tuple[str, ...] = ()) -> None:
+        """Raise what `consent.check` does, and `check_used` for work that was done with the columns
+        `used`. The owner may withdraw a consent at any time."""
         consent.check(self._settings(), work.run, work.task, work.settings)
+        consent.check_used(self._settings(), work.task, used)

@@ -34,6 +34,7 @@ from protocols.enrollment import identity
 from protocols.errors import (
     AwaitingColumns,
     AwaitingConsent,
+    CommonweightError,
     NotAllowed,
     Refused,
     SchemaMismatch,
@@ -201,6 +202,41 @@ def test_a_reply_of_a_forbidden_task_answers_no_work_of_another(
     machine.ask("ping", kind)
     machine.ask("ping", kind, lr=0.5)
     assert used[1:] == [("ping", None), ("ping", 0.5)]
+
+
+@pytest.mark.parametrize("kind", ["describe", "train", "evaluate"])
+def test_nothing_leaves_of_columns_that_were_taken_back(
+    machine: Machine, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: train on all columns that an owner allows, and take the result when the owner has
+    left some out, during the work or before the result was sent."""
+    consents.allow(machine.home, "tabular", columns=["age", "ill", "income"])
+    (machine.home / "base").write_bytes(b"a version")
+    used, narrows = [], True
+
+    def run(work: Any) -> Done:
+        used.append(machine.owner().columns_of("tabular"))
+        if narrows:
+            consents.allow(machine.home, "tabular", columns=["age", "ill"])
+        if out := getattr(work, "out", ""):
+            Path(out).write_bytes(b"an update")
+        digest = hashlib.sha256(b"an update").hexdigest() if out else ""
+        card = schema_card.encode(schema_card.make_card(work.task, "1", {}, {}))
+        return Done(digest=digest, nbytes=9, num_examples=99, description=card)
+
+    monkeypatch.setattr(machine.trainer, "run", run)
+    monkeypatch.setattr(machine.trainer, "fetch", lambda work: machine.home / "base")
+    monkeypatch.setattr(machine.trainer, "send", lambda *what: None)
+    with pytest.raises(CommonweightError, match="changed the columns") as failed:
+        machine.ask("tabular", kind, target="ill")
+    assert not refusals.refusal_of(failed.value).permanent, "the next try uses the new columns"
+    narrows = False
+    machine.ask("tabular", kind, target="ill")
+    machine.ask("tabular", kind, target="ill")
+    assert used == [("age", "ill", "income"), ("age", "ill")]
+    consents.allow(machine.home, "tabular", columns=["ill"])
+    machine.ask("tabular", kind, target="ill")
+    assert used[2:] == [("ill",)]
 
 
 @pytest.mark.parametrize(
