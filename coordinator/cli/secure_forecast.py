@@ -28,10 +28,8 @@ def lines(spec: RunSpec, peers: int) -> Iterator[str]:
     group = cohort.neighbor_count(peers) + 1
     needed = max(cohort.threshold(group), spec.quorum if group == peers else 0)
     of = f"{group} neighbors" if group < peers else f"{peers} peers"
-    yield (
-        f"a round with {peers} peers is trained again if more than {group - needed} of {of} are "
-        "lost in it"
-    )
+    who = f"more than {group - needed} of {of} are" if group > needed else f"any of {of} is"
+    yield f"a round with {peers} peers is trained again if {who} lost in it"
     if peers > _MAX_CHEAP_PEERS:
         lost = peers // 10
         masks = lost * (group - 1) + peers - lost

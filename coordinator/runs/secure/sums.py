@@ -8,19 +8,18 @@ its event: the cards, the sealed shares of all, the masked updates.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Mapping
 
-import msgspec
 from flwr.app import Message
 
 from coordinator.runs import reply_events, steps, validation
 from coordinator.runs.aggregation import CommittedVersion, Evaluation
 from coordinator.runs.parts import RunParts
 from coordinator.runs.requests import AGENT_FAILED, Request
-from coordinator.runs.secure import answers, decisions, fold, plans
+from coordinator.runs.secure import answers, decisions, fold, plans, progress
 from coordinator.runs.secure.decisions import Progress
-from coordinator.runs.state import COHORT, CohortState, Run
+from coordinator.runs.secure.sum_files import SumFiles, step_of
+from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
 from coordinator.strategies.state import StateStore
@@ -30,20 +29,16 @@ from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.work import MAX_MESSAGE_BYTES, SecureStep
 from protocols.model.weights_file import WeightsFile
-from protocols.privacy.secagg import aggregator as secagg
-from protocols.privacy.secagg.aggregator import Aggregator
 from protocols.privacy.secagg.messages import (
     STEPS,
     AgreeRequest,
     MaskAnswer,
     MaskRequest,
     ReadyAnswer,
-    ShareAnswer,
     ShareRequest,
     SumKind,
     decode_answer,
     decode_ready,
-    decode_request,
     encode,
 )
 
@@ -51,7 +46,6 @@ from protocols.privacy.secagg.messages import (
 _ASK_AGAIN_S = 30.0
 #: Leaves room for the signed work beside the request.
 _MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - 128 * 1024
-_SHARES = msgspec.msgpack.Decoder(dict[str, ShareAnswer])
 _STEP_OF: dict[type, SecureStep] = {
     ShareRequest: "share",
     MaskRequest: "mask",
@@ -65,9 +59,7 @@ class SecureSums:
     def __init__(self, parts: RunParts) -> None:
         self._parts, self._ctx, self._store = parts, parts.ctx, parts.ctx.store
         self._recorder, self._requests, self._timer = parts.recorder, parts.requests, parts.timer
-        self._aggregator: Aggregator | None = None
-        #: The digest of the request that the aggregator was made from.
-        self._request = ""
+        self._files = SumFiles(self._store.uploads)
         #: A version, and the largest change of each tensor on the way to it.
         self._largest: tuple[str, list[float]] = ("", [])
 
@@ -75,62 +67,19 @@ class SecureSums:
     def _run(self) -> Run:
         return self._recorder.run
 
-    def _open(self, cohort: CohortState) -> Aggregator:
-        """The state of the open cohort: from memory, or from the files. Raises OSError."""
-        if self._aggregator is None or self._request != cohort.request:
-            request = decode_request("share", self._store.uploads.read(COHORT, cohort.request))
-            assert isinstance(request, ShareRequest)
-            self._aggregator = Aggregator(secagg.CohortFixed(request=request))
-            self._request = cohort.request
-        state = self._aggregator
-        if cohort.sharers and not state.sharers:
-            if not state.shares:
-                shares = _SHARES.decode(self._store.uploads.read(COHORT, cohort.shares))
-                for peer, answer in shares.items():
-                    state.take(peer, answer)
-            state.apply(secagg.SharersFixed(sharers=cohort.sharers))
-        state.uploads |= cohort.masked
-        if cohort.survivors and not state.survivors:
-            state.apply(secagg.SurvivorsFixed(survivors=cohort.survivors))
-        return state
-
     # --- what is missing ---
 
     def progress(self, *, waits_for_absent: bool) -> Progress | None:
         """How far the open cohort is. `waits_for_absent`: as after a restart."""
-        run = self._run
-        if (cohort := run.cohort) is None:
+        if (cohort := self._run.cohort) is None:
             return None
-        state, step_s = self._open(cohort), self._timer.phase_s
-        asked, answered = _step_of(cohort, state)
-        missing = [p for p in asked if p not in answered and run.peers.get(p) != "refused"]
-        online = frozenset(missing) if waits_for_absent else self._ctx.online()
-        awaited = tuple(peer for peer in missing if peer in online)
-        is_due = step_s >= decisions.step_deadline_s(run)
-        if is_due and cohort.step == "mask" and step_s < run.spec.deadline_s:
-            is_due = not any(map(self._store.uploads.is_receiving, awaited))
-        may_lose = cohort.step == "share" or cohort.kind == "evaluate"
-        return Progress(
-            answered=len(answered),
-            total=len(asked),
-            needed=max(state.needed(), 0 if state.survivors else decisions.needs(run)),
-            awaited=awaited,
-            absent=frozenset(missing) - set(awaited),
-            is_due=is_due,
-            enough=(is_due or not awaited) and self._is_enough(run, state),
-            is_over=(is_due and may_lose) or step_s >= run.spec.deadline_s,
+        return progress.measure(
+            self._run,
+            self._files.open(cohort),
+            None if waits_for_absent else self._ctx.online(),
+            self._timer.phase_s,
+            self._store.uploads.is_receiving,
         )
-
-    def _is_enough(self, run: Run, state: Aggregator) -> bool:
-        if state.survivors:
-            return state.can_recover()
-        try:
-            peers = (
-                state.fix_survivors().survivors if state.sharers else state.fix_sharers().sharers
-            )
-        except CohortLost:
-            return False
-        return len(peers) >= decisions.needs(run)
 
     # --- asking ---
 
@@ -139,13 +88,13 @@ class SecureSums:
         run = self._run
         if (cohort := run.cohort) is None:
             return
-        state, uploads = self._open(cohort), self._store.uploads
+        state, uploads = self._files.open(cohort), self._store.uploads
         self._requests.cancel(
             lambda r: (
                 r.kind in STEPS and r.seconds > _ASK_AGAIN_S and not uploads.is_receiving(r.peer)
             )
         )
-        asked, answered = _step_of(cohort, state)
+        asked, answered = step_of(cohort, state)
         skipped = self._requests.asked(STEPS) | answered.keys()
         online = self._ctx.online()
         groups: dict[tuple[SecureStep, bytes], list[str]] = {}
@@ -175,7 +124,7 @@ class SecureSums:
             return None
         expected = validation.ExpectedReply(request.kind, run.head, {})
         claim = reply_events.checked_claim(run, self._ctx, request.peer, reply, expected)
-        state = self._open(cohort)
+        state = self._files.open(cohort)
         with reply_events.refused_as("bad answer"):
             answer = decode_answer(request.kind, read_answer(reply, claim))  # type: ignore[arg-type]
             if not isinstance(answer, MaskAnswer):
@@ -217,7 +166,7 @@ class SecureSums:
                 "ask fewer peers: --select 1x with a smaller quorum",
             )
         event = run_events.CohortFixed(
-            run.round, run.turn, kind, chosen.peers, await self._write("request", data)
+            run.round, run.turn, kind, chosen.peers, await self._files.write("request", data)
         )
         await self._recorder.record(*left_out, event)
         self._timer.open_phase()
@@ -259,30 +208,23 @@ class SecureSums:
         run = self._run
         if run.cohort is None:
             return
-        state = self._open(run.cohort)
+        state = self._files.open(run.cohort)
         sharers = state.fix_sharers().sharers
         data = encode({peer: state.shares[peer] for peer in sharers})
-        event = run_events.SharersFixed(run.round, sharers, await self._write("shares", data))
+        event = run_events.SharersFixed(run.round, sharers, await self._files.write("shares", data))
         await self._next_step(event)
 
     async def fix_survivors(self) -> None:
         """Continue with the peers whose masked updates are here."""
         run = self._run
         if run.cohort is not None:
-            survivors = self._open(run.cohort).fix_survivors().survivors
+            survivors = self._files.open(run.cohort).fix_survivors().survivors
             await self._next_step(run_events.SurvivorsFixed(run.round, survivors))
 
     async def _next_step(self, event: RunEvent) -> None:
         await self._recorder.record(event)
         self._requests.cancel(lambda request: request.kind in STEPS)
         self._timer.open_phase()
-
-    async def _write(self, name: str, data: bytes) -> str:
-        digest = hashlib.sha256(data).hexdigest()
-        failpoint("secure.writing", name)
-        await asyncio.to_thread(self._store.uploads.write, COHORT, digest, data)
-        failpoint("secure.written", name)
-        return digest
 
     async def lose(self, because: str) -> None:
         """Give the open cohort up."""
@@ -307,7 +249,7 @@ class SecureSums:
         run = self._run
         if run.cohort is None:
             return None
-        state = self._open(run.cohort)
+        state = self._files.open(run.cohort)
         try:
             version = await asyncio.to_thread(
                 fold.commit, run, self._store, states, self._parts.strategy, state
@@ -324,7 +266,7 @@ class SecureSums:
         run = self._run
         if run.cohort is None:
             return None
-        state = self._open(run.cohort)
+        state = self._files.open(run.cohort)
         try:
             return await asyncio.to_thread(
                 fold.evaluate, run, self._store, self._parts.strategy, state
@@ -348,14 +290,3 @@ class SecureSums:
                 f"secure: a share of {name(owner)}'s secret from {name(holder)} is false: one of "
                 "the two has lied; further shares made up for it",
             )
-
-
-def _step_of(
-    cohort: CohortState, state: Aggregator
-) -> tuple[tuple[str, ...], Mapping[str, object]]:
-    """The peers that are asked in this step, and the answers of those that have answered."""
-    if not cohort.sharers:
-        return cohort.peers, state.shares
-    if not cohort.survivors:
-        return cohort.sharers, state.uploads
-    return cohort.survivors, state.told

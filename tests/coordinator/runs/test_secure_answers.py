@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from coordinator.runs.secure import answers, plans
+from coordinator.runs.secure import answers, plans, progress
+from coordinator.runs.secure.decisions import Progress
 from coordinator.runs.secure.fold import CheckedMean
-from coordinator.runs.state import Run
+from coordinator.runs.state import CohortState, Run
 from coordinator.storage.run_events import RunSpec, Update
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import CohortLost, UpdateRefused
@@ -20,6 +21,8 @@ from protocols.messages.states import RunState
 from protocols.messages.work import UpdateClaim
 from protocols.model import weights
 from protocols.model.weights import Weights
+from protocols.privacy.secagg import aggregator as secagg
+from protocols.privacy.secagg.aggregator import Aggregator
 from protocols.privacy.secagg.cohort import Cohort, Pins
 from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
@@ -199,3 +202,37 @@ def test_a_card_names_its_turn() -> None:
     one = machines_of(1)[0]
     card = encode(ReadyAnswer(card=one.card(KEY._replace(turn=2)), names=NAMES))
     answers.check_card(run_of([one], turn=2), FLEET, claim_of(one, turn=2), card)
+
+
+def test_a_masked_upload_in_progress_is_awaited_until_the_deadline() -> None:
+    machines = machines_of(4)
+    pins = Pins(frozenset(m.peer for m in machines))
+    for machine in machines:
+        machine.turns._pins = lambda: pins
+    request = share_request([m.card() for m in machines], plan())
+    state = Aggregator(secagg.CohortFixed(request=request))
+    for machine in machines:
+        state.take(machine.peer, machine.answer(request))
+    peers = state.fix_sharers().sharers
+    state.apply(secagg.SharersFixed(sharers=peers))
+    masked = dict.fromkeys(peers[:3], "m")
+    state.uploads |= masked
+    cohort = CohortState(
+        kind="train", turn=0, peers=peers, request="r", sharers=peers, masked=masked
+    )
+    run = run_of(machines, state=RunState.AGGREGATING, cohort=cohort)
+
+    def measured(step_s: float, online: frozenset[str] | None, receiving: bool) -> Progress:
+        found = progress.measure(run, state, online, step_s, lambda peer: receiving)
+        assert found is not None
+        return found
+
+    everyone, last = frozenset(peers), peers[3]
+    assert measured(1, everyone, False) == Progress(3, 4, 3, (last,))
+    assert measured(31, everyone, False) == Progress(3, 4, 3, (last,), enough=True, is_due=True)
+    assert measured(31, everyone, True) == Progress(3, 4, 3, (last,))
+    late = measured(run.spec.deadline_s, everyone, True)
+    assert (late.is_due, late.enough, late.is_over) == (True, True, True)
+    gone = measured(1, everyone - {last}, False)
+    assert (gone.awaited, gone.absent, gone.enough) == ((), {last}, True)
+    assert measured(1, None, False).awaited == (last,), "after a restart it may come back"
