@@ -119,8 +119,14 @@ class InferenceJobs:
     def _check_models(self, unit: Unit) -> None:
         """Raise Refused if the owner lets this machine not measure one of the models."""
         new = [model for model in unit.models if self._told.find(_key(unit, model)) is None]
-        for model in new:
-            if not self._is_allowed(model) and not self._took_part(model.digest):
+        for model in (one for one in new if not self._is_allowed(one)):
+            if self._settings().secure_min:
+                raise Refused(
+                    "the owner takes part in secure runs alone, and a job would tell how a model "
+                    "does on this machine's rows",
+                    f"commonweight-agent policy set jobs.private_models {model.digest}",
+                )
+            if not self._took_part(model.digest):
                 raise Refused(
                     f"this machine took part in no run with the model {model.digest[:12]}",
                     f"commonweight-agent policy set jobs.private_models {model.digest}",

@@ -121,6 +121,19 @@ def test_a_model_that_was_in_a_run_tells_an_accuracy_with_noise(
     assert 0.35 < sum(right) / len(right) < 0.75, "exact answers are right each time"
 
 
+def test_an_owner_of_secure_runs_measures_no_model_for_a_job(tmp_path: Path) -> None:
+    """Attack: measure a model by a job at an owner whose evaluations leave in secure sums alone."""
+    peer = Peer(tmp_path, lambda digest: True)
+    row = CANDIDATES[0]
+    peer.owner = replace(peer.owner, secure_min=3)
+    with pytest.raises(Refused, match="secure runs alone"):
+        peer.ask(row)
+    assert peer.trainer.evaluated == 0
+    named = (peer.models[row].digest,)
+    peer.owner = replace(peer.owner, jobs_private_models=named)
+    assert peer.ask(row)[0].metrics, "the owner names the model"
+
+
 def test_the_noise_hides_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attack: the best guess from an answer whether one row more was right."""
     monkeypatch.setattr(told_scores.random, "SystemRandom", lambda rng=random.Random(7): rng)
