@@ -62,11 +62,7 @@ def num_remaining(job: Job) -> int:
 
 def count_items(job: Job, number: int) -> str:
     """`3 rows`, `1 peer`: a number in the unit of the job."""
-    return _plural(number, "row" if job.changed.kind == "scatter" else "peer")
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{fmt.count(number)} {noun}{'' if number == 1 else 's'}"
+    return fmt.plural(number, "row" if job.changed.kind == "scatter" else "peer")
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -166,9 +162,9 @@ def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
     num_done = 0 if is_unanswered(job) else changed.done
     done = f"{num_done:,} of {count_items(job, changed.total)}"
     if is_working(job):
-        done += f" · {fmt.count(changed.leased)} leased to {_plural(changed.peers, 'peer')}"
+        done += f" · {fmt.count(changed.leased)} leased to {fmt.plural(changed.peers, 'peer')}"
         done += f" · {fmt.count(num_remaining(job))} left"
-    rows = f"{changed.rows:,} rows in {_plural(changed.units, 'unit')}"
+    rows = f"{changed.rows:,} rows in {fmt.plural(changed.units, 'unit')}"
     speed, took = rows_per_s(job, now), duration_s(job, now)
     rows += f" · {fmt.rate(speed)}" if speed else ""
     rows += f" · {fmt.duration(took)}" if took is not None else ""
@@ -184,7 +180,7 @@ def describe_job(job: Job, fleet: Fleet, now: float) -> list[tuple[str, Cell]]:
         ("bytes", Cell(traffic)),
     ]
     if changed.dropped:
-        lines.append(("dropped", Cell(f"{_plural(changed.dropped, 'answer')} rejected", "warn")))
+        lines.append(("dropped", Cell(f"{fmt.plural(changed.dropped, 'answer')} rejected", "warn")))
     for peer, reason in changed.excused.items():
         lines.append(("excused", Cell(f"{peer_name(fleet, peer)}: {reason}", "warn")))
     if (more := changed.num_excused - len(changed.excused)) > 0:

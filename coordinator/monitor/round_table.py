@@ -137,6 +137,8 @@ def describe_run(run: Run) -> str:
         text = f"{text} · waits for {changed.waiting_for}"
     elif changed.asked:
         text = f"{text} · {changed.answered} of {changed.asked} answered"
+    if changed.num_refused:
+        text = f"{text} · {fmt.plural(changed.num_refused, 'peer')} refused"
     return text
 
 

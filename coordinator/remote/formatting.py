@@ -82,6 +82,11 @@ def count(number: float) -> str:
     return f"{value:.3g} {unit}" if value < 999.5 else f"{min(value, 9999):.0f} {unit}"
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 peer`, `12,345 peers`."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
 def percent(value: float) -> str:
     """`95.2 %` for 0.952."""
     number = finite(value)

@@ -12,6 +12,7 @@ from coordinator.monitor import evaluations, run_troubles
 from coordinator.monitor.evaluations import Evaluations, MetricRow
 from coordinator.monitor.job_shares import Shares, share_lines
 from coordinator.monitor.peer_table import Cell
+from coordinator.monitor.round_table import describe_run
 from coordinator.runs.state import Evaluation
 from coordinator.storage import job_events
 from coordinator.storage.job_events import AnswerInfo, Block, JobSpec
@@ -50,6 +51,7 @@ def test_peers_are_ranked_with_the_worst_first() -> None:
 def test_a_run_names_the_peers_that_it_refuses_and_those_that_are_paused() -> None:
     fleet = held_up_fleet()
     run = fleet.runs["motion-7"]
+    assert describe_run(run).endswith("waits for the quorum: 1 of 3 · 2 peers refused")
     lines = run_troubles.troubles(run, fleet, NOW).lines
     assert [(cell.text.split(":")[0], cell.tone) for cell in lines] == [
         ("✕ east refused", "bad"),
