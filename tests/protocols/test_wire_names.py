@@ -58,11 +58,26 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
         ),
         (
             PollRequest(reply=MESSAGE, wants_work=False, update=b"u"),
-            {"reply": OBJECTS, "want": False, "update": b"u", "decided": False, "seen": None},
+            {
+                "reply": OBJECTS,
+                "want": False,
+                "update": b"u",
+                "decided": False,
+                "steps": False,
+                "seen": None,
+                "charged": b"",
+            },
         ),
         (
             PollResponse(work=MESSAGE, acknowledged=True, version=b"v"),
-            {"work": OBJECTS, "settled": True, "version": b"v", "log": None, "notices": []},
+            {
+                "work": OBJECTS,
+                "settled": True,
+                "version": b"v",
+                "log": None,
+                "notices": [],
+                "charged": b"",
+            },
         ),
         (GossipBatch(entries=(b"e",)), {"words": [b"e"]}),
         (
