@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from agent.cli import prompts
+from agent.cli import prompts, task
 from agent.home import settings
 from agent.setup import consents, own_data
 from tests.agent.cli.test_main import agent
@@ -108,6 +108,27 @@ def test_without_a_terminal_no_column_may_be_used_before_the_owner_names_it(
     _, said, err = agent(agent_home, "task", "allow", "tabular", "--columns", "all")
     assert "allowed tabular, all columns" in said + err
     assert settings.read(agent_home).columns_of("tabular") == ("*",)
+
+
+def test_on_a_terminal_the_owner_is_asked_which_columns_a_task_may_use(
+    agent_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = str(write_csv(tmp_path / "a.csv", [{"age": 1, "sex": "f", "surname": "x"}]))
+    settings.change(agent_home, data=table)
+    answers = iter(["agee", "age,sex"])
+    monkeypatch.setattr(prompts, "can_ask", lambda: True)
+    monkeypatch.setattr(typer, "prompt", lambda *_, **__: next(answers))
+    task.allow("tabular")
+    told = capsys.readouterr().err
+    assert f"the columns of {table}: age, sex, surname" in told
+    assert "did you mean age?" in told
+    assert "allowed tabular, columns age, sex" in told
+    assert settings.read(agent_home).columns_of("tabular") == ("age", "sex")
+    task.allow("tabular", purpose="a study")  # what is decided is not asked again
+    assert settings.read(agent_home).columns_of("tabular") == ("age", "sex")
 
 
 def test_policy_set_is_no_way_around_the_names_of_columns(agent_home: Path, tmp_path: Path) -> None:
