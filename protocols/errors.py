@@ -10,7 +10,8 @@ CommonweightError                     1  something failed
 │   ├── NotEnrolled                      this machine has not joined a fleet
 │   ├── NotAllowed                       the owner does not allow the task or its settings
 │   │   └── AwaitingConsent              the owner has not decided about the task yet
-│   │       └── AwaitingColumns          … nor which columns of the data it may use
+│   │       ├── AwaitingColumns          … nor which columns of the data it may use
+│   │       └── AwaitingTrust            … nor which other peers it trusts
 │   ├── LogConflict                      the coordinator's log of versions contradicts itself
 │   ├── Unwitnessed                      too few pinned peers have shown what they see
 │   ├── SecureRefused                    a step of a secure sum would tell too much
@@ -43,6 +44,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Literal
 
 #: A refusal has 300 characters (`messages.refusals`), and a hint for the operator.
 _MAX_MISMATCHES_CHARS = 220
@@ -144,8 +146,21 @@ class AwaitingColumns(AwaitingConsent):
     code = "awaiting_columns"
 
 
+class AwaitingTrust(AwaitingConsent):
+    """The run is secure, and the owner has named too few peers to trust."""
+
+    code = "awaiting_trust"
+
+
+#: What the owner has still to give, by the code of the refusal.
+Awaited = Literal["consent", "columns", "trust"]
+AWAITED: dict[str, Awaited] = {
+    AwaitingConsent.code: "consent",
+    AwaitingColumns.code: "columns",
+    AwaitingTrust.code: "trust",
+}
 #: Codes of refusals that end when the owner decides.
-UNDECIDED_CODES = frozenset({AwaitingConsent.code, AwaitingColumns.code})
+UNDECIDED_CODES = frozenset(AWAITED)
 
 
 class LogConflict(Refused):

@@ -57,7 +57,7 @@ app = App(
         "Watch and pause": ("monitor", "pause"),
         "What it did": ("ledger", "logs"),
         "Use the model": ("predict", "models"),
-        "This machine": ("trust", "doctor", "service", "leave"),
+        "This machine": ("doctor", "service", "leave"),
     },
     folded={"status": "about", "ledger": "proofs"},
     moved={
@@ -259,6 +259,7 @@ for place, commands in _COMMANDS.items():
         place.command(name)(command)
 proofs.add_typer(audit.audit)
 policy.policy.add_typer(questions.questions)
+policy.policy.add_typer(trust.trust)
 app.add_typer(models, name="models")
 app.add_typer(about, name="about")
 app.add_typer(proofs, name="proofs")

@@ -25,7 +25,7 @@ from protocols.errors import UsageError
 from protocols.local import homes
 from protocols.local.command_line import App
 
-policy = App(name="policy", help="Show and change what the agent may do, and when.")
+policy = App(name="policy", help="Show and change what the agent may do, when, and whom it trusts.")
 
 _SENSOR_INTERVAL_S = 0.3
 

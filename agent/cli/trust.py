@@ -24,21 +24,38 @@ _MAX_NAME_CHARS = 64
 
 @trust.command("add")
 def add(
-    peer: Annotated[
-        str,
+    peers: Annotated[
+        list[str],
         typer.Argument(
-            metavar="ID", help="Its id: `commonweight-agent status id`, there. Ask its owner."
+            metavar="ID...",
+            help="Their ids: `commonweight-agent status id`, there. Ask the owners.",
         ),
     ],
-    name: Annotated[str, typer.Option(help="Your name for it, such as the organization.")] = "",
+    name: Annotated[
+        str, typer.Option(help="Your name for one peer, such as the organization.")
+    ] = "",
 ) -> None:
-    """Trust a peer: its owner has told you its id.
+    """Trust peers: their owners have told you the ids.
 
     A secure sum hides your update among the peers that you trust. Others may take part, but the
     coordinator could have invented them.
     """
-    home = homes.open_home("agent")
-    peer, name = peer.strip().upper(), strip_controls(name.strip()[:_MAX_NAME_CHARS])
+    home, name = homes.open_home("agent"), strip_controls(name.strip()[:_MAX_NAME_CHARS])
+    if name and len(peers) > 1:
+        raise UsageError("--name is for one peer", "add each peer with its own name")
+    added = {_checked(peer, home): name for peer in peers}
+    with settings.locked(home):
+        known = settings.read_own(home).trust
+        added = {peer: name or known.get(peer, "") for peer in added}
+        chosen = settings.change(home, trust={**known, **added})
+    for peer, label in added.items():
+        print_line(f"trusts {peer}{f' ({label})' if label else ''}")
+    print_line(_summary(chosen))
+
+
+def _checked(peer: str, home: Path) -> str:
+    """The id as it is written, if it can be trusted. Raises UsageError."""
+    peer = peer.strip().upper()
     if not identity.is_peer_id(peer):
         raise UsageError(
             f"{peer!r} is no id of a peer: a letter is wrong or missing",
@@ -46,11 +63,7 @@ def add(
         )
     if peer == _own_id(home):
         raise UsageError("this is the id of this machine, which counts anyway")
-    with settings.locked(home):
-        known = settings.read_own(home).trust
-        name = name or known.get(peer, "")
-        chosen = settings.change(home, trust={**known, peer: name})
-    print_line(f"trusts {peer}{f' ({name})' if name else ''}; {_summary(chosen)}")
+    return peer
 
 
 @trust.command("list")

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.floors import WITHOUT_DATA
-from protocols.errors import AwaitingConsent, BadMessage, NotAllowed
+from protocols.errors import AwaitingTrust, BadMessage, NotAllowed
 from protocols.messages.work import Work
 from protocols.privacy.secagg.cohort import Pins
 from protocols.privacy.secagg.messages import STEPS, ring_of
 
 #: Work that tells something about the owner's rows.
 _ABOUT_ROWS = frozenset({"describe", "train", "evaluate"})
-
-
-class TrustNeeded(AwaitingConsent):
-    """A secure run, and the owner has named too few peers to trust."""
 
 
 def is_secure(work: Work) -> bool:
@@ -28,7 +24,7 @@ def pins(chosen: AgentSettings) -> Pins:
 
 
 def check(work: Work, chosen: AgentSettings) -> None:
-    """Raise NotAllowed for work of a plain run if the owner wants secure runs alone, TrustNeeded
+    """Raise NotAllowed for work of a plain run if the owner wants secure runs alone, AwaitingTrust
     for that of a secure run if the owner trusts too few peers, BadMessage for a step of a plain
     run."""
     if work.kind in STEPS and not is_secure(work):
@@ -37,7 +33,7 @@ def check(work: Work, chosen: AgentSettings) -> None:
         return
     if is_secure(work):
         if more := chosen.missing_trust:
-            raise TrustNeeded(
+            raise AwaitingTrust(
                 f"this run is secure, and the owner trusts {len(chosen.trust)} other peers; a sum "
                 f"needs {more} more",
                 "on that machine: commonweight-agent trust add ID",

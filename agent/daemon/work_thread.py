@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from agent.clientapp.app import claim_text
 from agent.clientapp.consent import ConsentNeeded
 from agent.clientapp.interfaces import CheckLog
-from agent.clientapp.secure_rules import TrustNeeded
 from agent.daemon import client_factory, state_machine
 from agent.daemon.client_factory import Uploads
 from agent.daemon.context import AgentContext
@@ -39,6 +38,7 @@ from agent.transport.version_proofs import VersionIndex
 from agent.transport.version_store import VersionStore
 from agent.transport.weight_transfer import CoordinatorDiskFull, SessionLost
 from protocols.errors import (
+    AwaitingTrust,
     BadMessage,
     CommonweightError,
     DiskFull,
@@ -206,7 +206,7 @@ class WorkThread:
                 self._ask_owner(err.request)
                 is_new = False
             case NotAllowed() | SecureRefused() | TrainerFailed(kind=NotAllowed.code):
-                self._needs_trust |= isinstance(err, TrustNeeded)
+                self._needs_trust |= isinstance(err, AwaitingTrust)
                 is_new = self._refusals.note(message.metadata.group_id, "", text)
             case UploadUnneeded():
                 log.info("%s", text)

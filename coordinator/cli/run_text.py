@@ -53,10 +53,12 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
             f"secure: the coordinator sees only sums of {spec.quorum} updates or more; each peer "
             f"scales its change down to norm {spec.clip_norm:g}"
         )
-    for peer, text in _refusals(run).items():
+    for peer, text in run.refusal_texts.items():
         yield f"refused {_name(peer, peers)}: {text}"
     if run.refusals > len(run.refusal_texts):
-        yield f"{run.refusals} refusals so far"
+        last = f"{_name(run.last_refused, peers)}: {run.last_refusal}"
+        since = f", the last one of {last}; it has answered since" if not run.refusal_texts else ""
+        yield f"{run.refusals} refusals so far{since}"
     yield from buffer_lines(run, peers)
     for closed in run.history:
         star = " ★" if run.best and closed.round == run.best.round else ""

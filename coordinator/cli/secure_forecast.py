@@ -18,7 +18,7 @@ _MASK_S = 89 / 13_664
 
 def lines(spec: RunSpec, peers: int) -> Iterator[str]:
     """Lines about a secure run in a fleet of `peers` peers; nothing for another run."""
-    if not spec.secure:
+    if not spec.secure or spec.quorum < cohort.MIN_COHORT:  # such a quorum is refused
         return
     yield (
         f"secure: the coordinator sees only sums of {spec.quorum} updates or more; each peer "

@@ -53,6 +53,7 @@ from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import ca_chain, identity
+from protocols.errors import Awaited
 from protocols.local import heap
 from protocols.messages.envelope import Command, EventLine, strip_controls
 from protocols.messages.fleet_names import FleetNames
@@ -144,7 +145,7 @@ class Coordinator:
         self._publisher.on_eligibility_change = self._peers.wake_queues
         self._publisher.on_up = self.runs.resend_doorbells
         self._publisher.awaits_consent = self._awaits_consent
-        self._publisher.awaits_columns = self._awaits_columns
+        self._publisher.awaited = self._awaited
         self._publisher.fetched_from = self.sharing.fetched_from
         self.sharing.on_fetched = self._peers.publish
         self.transfer.limits.on_shortage = self.runs.wake
@@ -302,9 +303,9 @@ class Coordinator:
     def _awaits_consent(self, peer: str) -> str:
         return self.runs.awaits_consent(peer) or self.jobs.awaits_consent(peer)
 
-    def _awaits_columns(self, peer: str) -> bool:
+    def _awaited(self, peer: str) -> Awaited:
         # The same run or job as in `_awaits_consent`.
-        return (self.runs if self.runs.awaits_consent(peer) else self.jobs).awaits_columns(peer)
+        return (self.runs if self.runs.awaits_consent(peer) else self.jobs).awaited(peer)
 
     def _forget_peer(self, peer: str) -> None:
         self.transfer.forget(peer)

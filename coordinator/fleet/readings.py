@@ -17,8 +17,6 @@ NO_SESSION = "Flower session missing"
 
 #: For columns that are too narrow for the whole reason.
 SHORT_REASONS = {NO_PRESENCE: "no MQTT", NO_SESSION: "no Flower"}
-#: Before the task whose owner has to decide.
-CONSENT, COLUMNS = "consent", "columns"
 _SILENT = frozenset({PeerState.OFFLINE, PeerState.STALE})
 _HAVE_REASONS = frozenset({PeerState.PAUSED, PeerState.OFFLINE, PeerState.ERROR})
 
@@ -59,15 +57,10 @@ def shown_reason(peer: Peer, now: float) -> str:
     """Why the peer is in its shown state, or which of its two connections is missing."""
     state = shown_state(peer, now)
     if state is PeerState.AWAITING:
-        return f"{lacking(peer)}: {peer.awaits_consent}" if peer.awaits_consent else ""
+        return f"{peer.awaits}: {peer.awaits_consent}" if peer.awaits_consent else ""
     if peer.no_presence or state in _HAVE_REASONS:
         return peer.reason
     return NO_SESSION if state in AVAILABLE and peer.flower is False else ""
-
-
-def lacking(peer: Peer) -> str:
-    """What its owner has to decide: consent to a task, or the columns that it may use."""
-    return COLUMNS if peer.awaits_columns else CONSENT
 
 
 def describe_state(peer: Peer, now: float) -> str:

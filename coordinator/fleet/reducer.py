@@ -193,7 +193,7 @@ def _peer_known(fleet: Fleet, body: wire.PeerChanged, now: float) -> None:
         fleet.peers[body.peer] = peer
     peer.name, peer.labels, peer.standing = body.name or peer.name, body.labels, body.enrollment
     peer.flower = body.has_session
-    peer.awaits_consent, peer.awaits_columns = body.awaits_consent, body.awaits_columns
+    peer.awaits_consent, peer.awaits = body.awaits_consent, body.awaits
     peer.fetched_from = {name: rate for name, rate in body.fetched_from.items() if finite(rate)}
     if body.state is not None:
         peer.state, peer.no_presence = body.state, body.state is not PeerState.OFFLINE

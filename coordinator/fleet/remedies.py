@@ -32,7 +32,9 @@ def remedy(peer: Peer, now: float) -> str:
     """What to do so that this peer gets work; empty if it can get work, or if nothing is known."""
     match readings.shown_state(peer, now):
         case PeerState.AWAITING if peer.awaits_consent:
-            names = " --columns NAMES (or all)" if peer.awaits_columns else ""
+            if peer.awaits == "trust":
+                return f"{_THERE} trust add ID..."
+            names = " --columns NAMES (or all)" if peer.awaits == "columns" else ""
             return f"{_THERE} task allow {peer.awaits_consent}{names}"
         case PeerState.AWAITING:
             return f"commonweight peers approve {readings.display_name(peer)}"

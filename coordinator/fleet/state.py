@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from protocols.errors import BadMessage
+from protocols.errors import Awaited, BadMessage
 from protocols.messages.envelope import (
     MAX_PEERS,
     Count,
@@ -48,7 +48,7 @@ class Peer(Struct, kw_only=True):
 
     `no_presence`: its MQTT presence is missing, and the coordinator derives `state` from its
     requests. `awaits_consent`: the task for which a run awaits its owner's consent;
-    `awaits_columns`: only which columns it may use.
+    `awaits`: what of it.
     `paused_by`: the rules of its policy that pause it. `seen_at` is Unix s, 0 for never.
     `missed` counts lost messages. `said_at` is the newest date of its messages by its own
     clock, at most our time then. `skew_s` is how far its clock was ahead of ours at its
@@ -69,7 +69,7 @@ class Peer(Struct, kw_only=True):
     state: PeerState = PeerState.OFFLINE
     reason: Text = NOT_SEEN
     awaits_consent: Name = ""
-    awaits_columns: bool = False
+    awaits: Awaited = "consent"
     version: Name = ""
     task: Name = ""
     run: Name = ""

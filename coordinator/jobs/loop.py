@@ -24,7 +24,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
-from protocols.errors import UNDECIDED_CODES, AwaitingColumns, BadMessage, DiskFull
+from protocols.errors import AWAITED, UNDECIDED_CODES, Awaited, BadMessage, DiskFull
 from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
@@ -81,9 +81,9 @@ class JobLoop:
         """True if the peer refused a unit because its owner has not allowed the task yet."""
         return peer in self._awaiting
 
-    def awaits_columns(self, peer: str) -> bool:
-        """True if that owner allows the task and has not named its columns yet."""
-        return peer in self._awaiting and self._awaiting[peer].kind == AwaitingColumns.code
+    def awaited(self, peer: str) -> Awaited:
+        """What that owner has to give."""
+        return AWAITED[self._awaiting[peer].kind] if peer in self._awaiting else "consent"
 
     def owner_has_decided(self, peer: str) -> None:
         """The peer's owner has allowed or forbidden a task: ask again soon."""
@@ -299,7 +299,7 @@ class JobLoop:
             case job_events.LeaseEnded(_, peer, reason) if reason == _AWAITS:
                 if self._num_asked[peer] > 1:
                     return
-                awaited = "columns" if self.awaits_columns(peer) else "consent"
+                awaited = self.awaited(peer)
                 why = self._awaiting[peer].text if peer in self._awaiting else ""
                 text = f"{self._ctx.name_of(peer)} awaits {awaited}: {why}"
             case job_events.PeerExcused(peer, reason):

@@ -17,7 +17,7 @@ from coordinator.jobs.store import JobStore, max_upload_bytes
 from coordinator.runs.context import RunContext
 from coordinator.storage import job_events
 from coordinator.storage.job_events import PREFIX, JobEvent, JobSpec, JobState
-from protocols.errors import CannotBeMet, UnknownName, UsageError
+from protocols.errors import Awaited, CannotBeMet, UnknownName, UsageError
 from protocols.local.failpoints import failpoint
 from protocols.messages.jobs import ModelRef
 
@@ -141,10 +141,10 @@ class JobManager:
         loops = self._loops.values()
         return next((one.job.spec.task for one in loops if one.awaits_consent(peer)), "")
 
-    def awaits_columns(self, peer: str) -> bool:
-        """True if that owner allows the task and has not named its columns yet."""
+    def awaited(self, peer: str) -> Awaited:
+        """What that owner has to give."""
         waiting = (one for one in self._loops.values() if one.awaits_consent(peer))
-        return next((one.awaits_columns(peer) for one in waiting), False)
+        return next((one.awaited(peer) for one in waiting), "consent")
 
     def ack_future(self, message_id: str) -> asyncio.Future[bool] | None:
         """What `RunManager.acknowledged` waits for, if the request belongs to a job."""

@@ -13,7 +13,6 @@ from coordinator.fleet.readings import (
     current_run,
     display_name,
     has_presence,
-    lacking,
     shown_reason,
     shown_state,
 )
@@ -75,7 +74,7 @@ def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
     state, reason = shown_state(peer, now), shown_reason(peer, now)
     room = width - len(label(state)) - len(": ")
     if state is PeerState.AWAITING and reason and len(label(state, reason)) > width:
-        return Cell(fmt.truncate(label(state, lacking(peer)), width), TONES[state])
+        return Cell(fmt.truncate(label(state, peer.awaits), width), TONES[state])
     if len(reason) > room and state is not PeerState.AWAITING:
         reason = SHORT_REASONS.get(reason, reason)
     if len(reason) > room and room < 9 and state is not PeerState.AWAITING:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Set
 from typing import NamedTuple
 
@@ -16,9 +17,9 @@ from coordinator.runs.secure.decisions import Progress
 from coordinator.runs.state import PeerStatus, Run
 from coordinator.runs.steps import Step, count_peers
 from protocols.errors import (
+    AWAITED,
     SETTINGS_CODES,
     UNDECIDED_CODES,
-    AwaitingColumns,
     NotAllowed,
     UploadRefused,
 )
@@ -121,15 +122,17 @@ def _decide_waiting(run: Run, observed: Observation) -> Step:
 
 def _wait_for_quorum(run: Run, observed: Observation, missing: int) -> steps.Wait:
     """The wait for so many more peers; for their owners' decisions, if that is what they lack."""
-    more = f"{count_peers(missing)} more for the quorum"
+    more = f"{missing} more peer{'s' if missing != 1 else ''} for the quorum"
     if not (awaiting := _await_consent(run, observed)):
         return steps.Wait(more)
-    columns = [p for p in awaiting if run.refusal_kinds[p] == AwaitingColumns.code]
+    lacks = Counter(AWAITED[run.refusal_kinds[peer]] for peer in awaiting)
     texts = [] if len(awaiting) >= missing else [more]
-    if consents := len(awaiting) - len(columns):
+    if consents := lacks["consent"]:
         texts.append(f"the consent of {count_peers(consents)} to the task {run.spec.task}")
-    if columns:
-        texts.append(f"the columns of {count_peers(len(columns))} for the task {run.spec.task}")
+    if columns := lacks["columns"]:
+        texts.append(f"the columns of {count_peers(columns)} for the task {run.spec.task}")
+    if trusts := lacks["trust"]:
+        texts.append(f"{count_peers(trusts)} whose owners trust enough others")
     return steps.Wait(", and ".join(texts), awaiting)
 
 

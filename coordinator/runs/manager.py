@@ -24,7 +24,7 @@ from coordinator.storage import job_events, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
 from coordinator.strategies.state import StateStore
-from protocols.errors import AwaitingColumns, CannotBeMet, CommonweightError, UnknownName
+from protocols.errors import AWAITED, Awaited, CannotBeMet, CommonweightError, UnknownName
 from protocols.local import heap
 from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import EventLine
@@ -155,10 +155,10 @@ class RunManager:
         loop = self.current
         return loop.run.spec.task if loop is not None and loop.awaits_consent(peer) else ""
 
-    def awaits_columns(self, peer: str) -> bool:
-        """True if that owner allows the task and has not named its columns yet."""
+    def awaited(self, peer: str) -> Awaited:
+        """What that owner has to give."""
         kinds = self.current.run.refusal_kinds if self.current is not None else {}
-        return bool(self.awaits_consent(peer)) and kinds.get(peer) == AwaitingColumns.code
+        return AWAITED.get(kinds.get(peer, ""), "consent")
 
     def resend_doorbells(self) -> None:
         """The broker is back, and earlier doorbells may be lost: ring again."""

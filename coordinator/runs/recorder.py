@@ -15,7 +15,7 @@ from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import UNDECIDED_CODES, AwaitingColumns, DiskFull
+from protocols.errors import AWAITED, UNDECIDED_CODES, DiskFull
 from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
@@ -79,7 +79,7 @@ class RunRecorder:
         self._ctx.refused[event.reason] += 1
         name = self._ctx.name_of(event.peer)
         if refusal.kind in UNDECIDED_CODES:
-            awaited = "columns" if refusal.kind == AwaitingColumns.code else "consent"
+            awaited = AWAITED[refusal.kind]
             self.report("warning", f"{name} awaits {awaited}: {refusal.text}", event.peer)
         else:
             self.report("warning", f"refused {name}: {refusal.text}", event.peer)

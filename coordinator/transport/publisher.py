@@ -19,7 +19,7 @@ from coordinator.fleet.state import Fleet
 from coordinator.fleet.state import Peer as ShownPeer
 from coordinator.storage.settings import Keys
 from coordinator.transport.mqtt_client import FleetMqttClient
-from protocols.errors import BadMessage, Unreachable
+from protocols.errors import Awaited, BadMessage, Unreachable
 from protocols.messages import envelope as wire
 from protocols.messages.envelope import Command, Envelope, Verify, strip_controls
 from protocols.messages.mqtt import MqttAddress, SequencedSigner
@@ -47,7 +47,7 @@ class EventPublisher:
         self.on_up: Callable[[], None] = lambda: None
         #: The task for which a run awaits the consent of this peer's owner, or "".
         self.awaits_consent: Callable[[str], str] = lambda peer: ""
-        self.awaits_columns: Callable[[str], bool] = lambda peer: False
+        self.awaited: Callable[[str], Awaited] = lambda peer: "consent"
         #: The peers from which this peer fetched its last version, with bytes/s.
         self.fetched_from: Callable[[str], dict[str, float]] = lambda peer: {}
         self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
@@ -144,7 +144,7 @@ class EventPublisher:
                 has_session=self._sessions.is_open(peer.peer),
                 state=state,
                 awaits_consent=self.awaits_consent(peer.peer),
-                awaits_columns=self.awaits_columns(peer.peer),
+                awaits=self.awaited(peer.peer),
                 fetched_from=self.fetched_from(peer.peer),
             )
         )
@@ -166,7 +166,7 @@ class EventPublisher:
             if (
                 shown.flower is not self._sessions.is_open(peer.peer)
                 or shown.awaits_consent != self.awaits_consent(peer.peer)
-                or shown.awaits_columns != self.awaits_columns(peer.peer)
+                or shown.awaits != self.awaited(peer.peer)
                 or state is not None
             ):
                 was_eligible = self._sessions.is_eligible(peer.peer)

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from protocols.errors import BadMessage
+from protocols.errors import Awaited, BadMessage
 from protocols.messages.states import PeerState, RunState
 
 FORMAT = 1
@@ -150,7 +150,7 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     `public_key` is its Ed25519 key (raw, 32 bytes). `has_session`: whether it has a Flower session;
     None from older coordinators. `state`: what its requests show while its MQTT presence is
     missing, else None. `awaits_consent`: the task for which a run awaits its owner's consent;
-    `awaits_columns`: that task is allowed, and its columns are not named yet.
+    `awaits`: what of it; older coordinators await consent.
     `fetched_from`: the peers from which it fetched its last version, with bytes/s.
     """
 
@@ -164,7 +164,7 @@ class PeerChanged(Struct, frozen=True, tag="PeerKnown", kw_only=True):
     has_session: bool | None = field(default=None, name="flower")
     state: PeerState | None = None
     awaits_consent: TaskName = ""
-    awaits_columns: bool = False
+    awaits: Awaited = "consent"
     fetched_from: Annotated[dict[Name, float], Meta(max_length=MAX_SOURCES)] = {}
 
 

@@ -35,9 +35,13 @@ _SENTENCES = _TRAINER | {
     errors.Unreachable.code: "the coordinator of its fleet below does not answer",
     errors.BadWeights.code: "the task's weights do not have the shapes that it declares",
 }
-#: Older coordinators do not know the kinds `AwaitingConsent` and `AwaitingColumns`: they travel as
-#: NotAllowed, with words before the text. Older agents write the last ones.
-_AWAITS, _AWAITS_COLUMNS = "awaits consent: ", "awaits consent: columns: "
+#: Older coordinators do not know the kinds of `errors.AWAITED`: they travel as NotAllowed, with
+#: words before the text. Older agents write the last ones.
+_AWAITS = "awaits consent: "
+_AWAITS_MORE = {
+    errors.AwaitingColumns.code: f"{_AWAITS}columns: ",
+    errors.AwaitingTrust.code: f"{_AWAITS}trust: ",
+}
 _OLD_AWAITS = "the owner of this machine does not allow the task "
 _SEE_LOG = "its owner sees why: commonweight-agent status"
 _OLD_TRAINER = "the trainer"
@@ -106,9 +110,7 @@ class Refusal(Struct, frozen=True):
         """The text that travels."""
         before = f"{self.kind}: "
         if self.kind in errors.UNDECIDED_CODES:
-            is_columns = self.kind == errors.AwaitingColumns.code
-            words = _AWAITS_COLUMNS if is_columns else _AWAITS
-            before = f"{errors.NotAllowed.code}: {words}"
+            before = f"{errors.NotAllowed.code}: {_AWAITS_MORE.get(self.kind, _AWAITS)}"
         return f"{before}{self.text}"[:MAX_CHARS]
 
 
@@ -131,8 +133,9 @@ def decode(reason: str) -> Refusal:
     if kind == _OLD_TRAINER and text in KINDS:
         return Refusal(text, _sentence(text))
     if colon and text and kind in KINDS:
-        if kind == errors.NotAllowed.code and text.startswith(_AWAITS_COLUMNS):
-            return Refusal(errors.AwaitingColumns.code, text.removeprefix(_AWAITS_COLUMNS))
+        for code, words in _AWAITS_MORE.items():
+            if kind == errors.NotAllowed.code and text.startswith(words):
+                return Refusal(code, text.removeprefix(words))
         if kind == errors.NotAllowed.code and text.startswith((_AWAITS, _OLD_AWAITS)):
             return Refusal(errors.AwaitingConsent.code, text.removeprefix(_AWAITS))
         return Refusal(kind, text)

@@ -140,7 +140,7 @@ def test_a_follower_hears_what_a_run_waits_for_and_ctrl_c_does_not_end_the_run(
     following = site.background("follow", "run", "start", "ping", "--follow")
     try:
         wait_for(lambda: "  ada: ‖ paused: by its owner" in following.log, "it hears why")
-        assert "waits for 1 peer more for the quorum" in following.log
+        assert "waits for 1 more peer for the quorum" in following.log
         assert "on that machine: commonweight-agent resume" in following.log
         following.process.send_signal(signal.SIGINT)
         assert following.wait() == 130

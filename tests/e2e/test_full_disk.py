@@ -79,6 +79,6 @@ def test_of_an_agent(site: Fleet) -> None:
     site.until_agent(
         "ada", "is paused", lambda told: (told["state"], told["reason"]) == ("paused", "disk full")
     )
-    waits_for(site, run, "more for the quorum")
+    waits_for(site, run, "for the quorum")
     ballast.unlink()
     is_whole(site, run, LONG)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.fleet import remedies
-from coordinator.fleet.readings import current_run, lacking, shown_state
+from coordinator.fleet.readings import current_run, shown_state
 from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.monitor.evaluations import Evaluations, describe, metric_rows
 from coordinator.monitor.peer_table import (
@@ -208,7 +208,7 @@ def policy(peer: Peer) -> Table:
     return facts_table(
         [
             ("tasks", ", ".join(peer.tasks) or "none yet: its owner allows each"),
-            *([(f"awaits {lacking(peer)}", peer.awaits_consent)] if peer.awaits_consent else []),
+            *([(f"awaits {peer.awaits}", peer.awaits_consent)] if peer.awaits_consent else []),
             *((name, value or fmt.NOTHING) for name, value in sorted(peer.policy.items())),
             ("", ""),
             ("", Text(hint, colors().dim)),

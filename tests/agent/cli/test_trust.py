@@ -23,9 +23,9 @@ FIRST, SECOND = me(1).peer, me(2).peer
 def test_trusted_peers_are_added_listed_and_removed(agent_home: Path) -> None:
     code, _, said = agent(agent_home, "trust", "add", FIRST.lower(), "--name", "clinic north")
     assert code == 0
-    assert f"trusts {FIRST} (clinic north); 1 peer trusted; a secure sum needs 1 more" in said
+    assert f"trusts {FIRST} (clinic north)\n1 peer trusted; a secure sum needs 1 more" in said
     _, _, said = agent(agent_home, "trust", "add", SECOND)
-    assert f"trusts {SECOND}; 2 peers trusted\n" in said
+    assert f"trusts {SECOND}\n2 peers trusted\n" in said
     code, told, _ = agent(agent_home, "trust", "list", "--json")
     assert json.loads(told)["data"] == {
         "own": "",
@@ -36,6 +36,17 @@ def test_trusted_peers_are_added_listed_and_removed(agent_home: Path) -> None:
     assert code == 0
     assert f"no longer trusts {FIRST}" in said
     assert settings.read(agent_home).trust == {SECOND: ""}
+
+
+def test_several_peers_are_added_at_once_or_none(agent_home: Path) -> None:
+    code, _, said = agent(agent_home, "trust", "add", FIRST, SECOND)
+    assert (code, said) == (0, f"trusts {FIRST}\ntrusts {SECOND}\n2 peers trusted\n")
+    code, _, said = agent(agent_home, "trust", "add", FIRST, SECOND, "--name", "north")
+    assert code == 2
+    assert "--name is for one peer" in said
+    code, _, _ = agent(agent_home, "trust", "add", me(3).peer, "nonsense")
+    assert code == 2
+    assert settings.read(agent_home).trust == {FIRST: "", SECOND: ""}
 
 
 def test_a_mistyped_id_and_an_unknown_peer_change_nothing(agent_home: Path) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from agent.clientapp import secure_rules
-from agent.clientapp.secure_rules import TrustNeeded
 from agent.home.settings_schema import AgentSettings
-from protocols.errors import AwaitingConsent, NotAllowed
+from protocols.errors import AwaitingTrust, NotAllowed
 from protocols.messages import refusals
 from protocols.messages.work import Work, WorkKind
 from protocols.privacy.secagg.messages import masked_codec
@@ -44,11 +43,11 @@ def test_a_secure_run_waits_until_the_owner_trusts_enough_peers(kind: WorkKind) 
         (AgentSettings(), 2), (AgentSettings(trust=one), 1),
         (AgentSettings(trust=TRUST, secure_min=5), 2),
     ):  # fmt: skip
-        with pytest.raises(TrustNeeded, match=f"a sum needs {more} more") as caught:
+        with pytest.raises(AwaitingTrust, match=f"a sum needs {more} more") as caught:
             secure_rules.check(of(SECURE, kind), owner)
         # The coordinator waits for this owner, as for a consent.
         told = refusals.decode(refusals.refusal_of(caught.value).encode())
-        assert told.kind == AwaitingConsent.code
+        assert told.kind == AwaitingTrust.code
         assert "commonweight-agent trust add ID" in told.text
     secure_rules.check(of(SECURE, kind), AgentSettings(trust=TRUST))
 

@@ -11,14 +11,13 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec.structs import replace
 
-from agent.clientapp.secure_rules import TrustNeeded
 from agent.daemon import session_loop, work_thread
 from agent.daemon.agent import Agent
 from agent.home import enrollment_file, settings
 from agent.transport.weight_transfer import SessionLost
 from coordinator.fleet.sessions import NoSession
 from coordinator.transport.flower_records import read_claim
-from protocols.errors import Refused, Unreachable, UploadRefused, UploadUnneeded
+from protocols.errors import AwaitingTrust, Refused, Unreachable, UploadRefused, UploadUnneeded
 from protocols.messages import refusals
 from protocols.messages.envelope import Notice
 from protocols.messages.mqtt import MqttAddress
@@ -243,9 +242,10 @@ async def test_an_owner_who_trusts_the_missing_peers_has_decided(
         assert not work.owner_has_decided()
         message = Message(RecordDict(), 1, "train", group_id="r")
         for _ in range(2):
-            reply = work._failure(message, TrustNeeded("a sum needs 2 more", "trust add ID"))
+            reply = work._failure(message, AwaitingTrust("a sum needs 2 more", "trust add ID"))
         assert (
-            reply.error.reason == "not_allowed: awaits consent: a sum needs 2 more (trust add ID)"
+            reply.error.reason
+            == "not_allowed: awaits consent: trust: a sum needs 2 more (trust add ID)"
         )
         assert caplog.text.count("a sum needs 2 more") == 1
         assert not work.owner_has_decided()

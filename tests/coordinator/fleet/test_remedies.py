@@ -73,9 +73,13 @@ def peer(name: str, at: PeerState, reason: str = "", **more: object) -> Peer:
             "? awaiting consent: tabular; on that machine: commonweight-agent task allow tabular",
         ),
         (
-            peer("a", PeerState.IDLE, awaits_consent="tabular", awaits_columns=True),
+            peer("a", PeerState.IDLE, awaits_consent="tabular", awaits="columns"),
             "? awaiting columns: tabular; on that machine: commonweight-agent task allow tabular "
             "--columns NAMES (or all)",
+        ),
+        (
+            peer("a", PeerState.IDLE, awaits_consent="mnist", awaits="trust"),
+            "? awaiting trust: mnist; on that machine: commonweight-agent trust add ID...",
         ),
     ],
 )
@@ -101,9 +105,9 @@ def waiting(waits: str) -> tuple[Run, Fleet]:
 
 
 def test_a_run_without_its_quorum_says_of_each_peer_why_and_the_command() -> None:
-    run, fleet = waiting("1 peer more for the quorum")
+    run, fleet = waiting("1 more peer for the quorum")
     lines = [
-        "waits for 1 peer more for the quorum",
+        "waits for 1 more peer for the quorum",
         "  busy: ‖ paused: on battery; "
         "on that machine: commonweight-agent policy set battery always",
     ]

@@ -186,7 +186,7 @@ def here(*peers: str, due: bool = False) -> Observation:
 
 def test_everybody_is_asked_once_the_quorum_is_here() -> None:
     run = a_run()
-    assert decisions.decide(run, here("a")) == steps.Wait("1 peer more for the quorum")
+    assert decisions.decide(run, here("a")) == steps.Wait("1 more peer for the quorum")
     assert decisions.decide(run, here("a", "b", "c")) == steps.AskPeers(("a", "b", "c"))
 
 

@@ -305,7 +305,7 @@ def test_who_failed_may_try_again_after_a_deadline() -> None:
     loop = training()
     loop.answer("A")
     loop.refuse("B")
-    assert loop.decide() == steps.Wait("1 peer more for the quorum")
+    assert loop.decide() == steps.Wait("1 more peer for the quorum")
     loop.due = True
     assert loop.decide() == steps.AskPeers(("B",))
 
@@ -343,7 +343,7 @@ def test_a_lost_peer_is_asked_again_when_it_is_back() -> None:
     loop = training()
     loop.answer("A")
     loop.lose("B")
-    assert loop.decide() == steps.Wait("1 peer more for the quorum")
+    assert loop.decide() == steps.Wait("1 more peer for the quorum")
     loop.here |= {"B"}
     assert loop.decide() == steps.AskPeers(("B",))
 
