@@ -51,7 +51,7 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
                 "public_key": KEY,
                 "flower": True,
                 "awaits_consent": "",
-                "awaits_columns": False,
+                "awaits": "consent",
                 "fetched_from": {},
                 "state": None,
             },
