@@ -33,6 +33,9 @@ from protocols.privacy.secagg.messages import Plan
 from protocols.privacy.secagg.peer import Masking
 from protocols.privacy.secagg.recovery import Recovery
 
+#: The largest root mean square of a tensor's change, as a part of its limit. If most elements were
+#: clipped, a sum would tell the signs of each peer's, by their weights.
+_MAX_TYPICAL = 0.5
 _SIGNED = {16: "I16", 32: "I32"}
 
 
@@ -59,7 +62,8 @@ def write(
     """Write the masked change of a training, durably; returns digest and bytes of the file.
 
     `weights`: the trained ones and their base; None for an evaluation. `metrics`: from `tails`. A
-    change with a norm above `plan.clip` is scaled down to it. The same weights give the same bytes.
+    change with a norm above `plan.clip` is scaled down to it, and a tensor's to half of its limit
+    by root mean square. The same weights give the same bytes.
     Raises BadWeights, OSError.
     """
     plan, schema = masking.cohort.plan, file_schema(masking.cohort.plan)
@@ -76,15 +80,23 @@ def write(
 
 
 def _changes(trained: WeightReader, base: WeightReader, plan: Plan) -> Iterator[tuple[int, Floats]]:
-    """The blocks of the change, scaled down to the norm `plan.clip`, by number of the tensor."""
+    """The blocks of the change by number of the tensor, scaled down to the norm `plan.clip`, and so
+    that few elements of a tensor exceed its limit."""
     check_schema(trained.schema, base.schema)
     if layout(base.schema) != plan.sizes:
         raise BadWeights("the plan of the cohort is of another model")
     changes = DeltaReader(trained, base, None, "")
-    squares = (np.square(one.change, dtype=np.float64).sum() for one in changes.blocks())
-    norm = math.sqrt(sum(map(float, squares)))
-    factor = np.float32(min(1.0, plan.clip / norm)) if norm else np.float32(1)
+    squares = [0.0] * len(plan.sizes)
     for one in changes.blocks():
+        squares[one.field.number] += float(np.square(one.change, dtype=np.float64).sum())
+    norm = math.sqrt(sum(squares))
+    whole = min(1.0, plan.clip / norm) if norm else 1.0
+    factors = []
+    for square, size, limit in zip(squares, plan.sizes, plan.limits, strict=True):
+        typical = math.sqrt(square / size)
+        factors.append(np.float32(min(whole, _MAX_TYPICAL * limit / typical) if typical else whole))
+    for one in changes.blocks():
+        factor = factors[one.field.number]
         yield one.field.number, one.change if factor == 1 else one.change * factor
 
 

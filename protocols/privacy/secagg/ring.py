@@ -1,8 +1,9 @@
 """Updates as integers modulo 2^16 or 2^32: weights, scales, stochastic rounding, the sum. Pure.
 
-A change x of a tensor with the public limit L becomes q = round(x * q_max / L), rounded up with the
-probability of the fraction, so the mean has no bias. A peer sends w * q modulo 2^bits, and
-sum(w) * q_max stays below half of the ring, so that the sum never wraps.
+A change x of a tensor with the public limit L becomes round(w * x * q_max / L), rounded up with the
+probability of the fraction, so the mean has no bias. A peer sends it modulo 2^bits, and
+sum(w) * q_max stays below half of the ring, so that the sum never wraps. The weight w comes before
+the rounding: from sums of multiples of different weights, the parts could be computed.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def max_value(bits: int) -> int:
 
 
 class Quantizer:
-    """Turns changes into integers of the ring, block after block, times a weight.
+    """Turns changes times a weight into integers of the ring, block after block.
 
     `bits`: of a value. `seed`: 32 secret bytes for the rounding; the same seed and the same blocks
     give the same integers.
@@ -71,7 +72,7 @@ class Quantizer:
 
     def __init__(self, ring_bits: int, bits: int, weight: int, seed: bytes) -> None:
         self._dtype, self._signed = DTYPES[ring_bits], _SIGNED[ring_bits // 8]
-        self._largest, self._weight, self._stream = max_value(bits), weight, KeyStream(seed)
+        self._most, self._stream = max_value(bits) * weight, KeyStream(seed)
 
     def quantize(self, change: npt.NDArray[np.float32], limit: float) -> RingArray:
         """The next elements float32[n] of a tensor with this limit, as uint[n].
@@ -79,16 +80,15 @@ class Quantizer:
         Raises BadWeights if they are not finite.
         """
         out = np.empty(len(change), self._dtype)
-        signed = out.view(self._signed)
+        signed, most = out.view(self._signed), self._most
         for start in range(0, len(change), _BLOCK_ELEMENTS):
             values = change[start : start + _BLOCK_ELEMENTS].astype(np.float64)
             if not np.isfinite(values).all():
                 raise BadWeights("the update contains NaN or infinity")
-            values *= self._largest / limit
+            values *= most / limit
             values += self._stream.read(values.size * 4).view("<u4") * 2.0**-32
             np.floor(values, out=values)
-            np.clip(values, -self._largest, self._largest, out=values)
-            values *= self._weight
+            np.clip(values, -most, most, out=values)
             signed[start : start + _BLOCK_ELEMENTS] = values
         return out
 
