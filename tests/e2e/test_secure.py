@@ -74,9 +74,10 @@ def check_whole(site: Fleet, run_id: str, ids: dict[str, str], rounds: int) -> N
     assert sums.count("evaluate") > 0
 
 
+@pytest.mark.timeout(540)  # more than a dozen kills and restarts
 def test_the_coordinator_is_killed_at_every_step_of_a_sum(tmp_path: Path) -> None:
     """Each start dies at the next step; no update is trained again, lost or counted twice."""
-    port, rounds = two_free_ports()[0], 10
+    port, rounds = two_free_ports()[0], 6
     with fleet(tmp_path) as site:
         site.up(port=port)
         ids = trusting(site, *NAMES)
@@ -98,6 +99,7 @@ def test_the_coordinator_is_killed_at_every_step_of_a_sum(tmp_path: Path) -> Non
         check_whole(site, run_id, ids, rounds)
 
 
+@pytest.mark.timeout(540)  # more than a dozen kills and restarts
 def test_an_agent_is_killed_at_every_step_of_a_sum(tmp_path: Path) -> None:
     rounds = 10
     with fleet(tmp_path) as site:
