@@ -273,7 +273,8 @@ def _size(nbytes: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    """`42 s`, `5 min`, `3 h 20 min`, `12 d`."""
+    """`42 s`, `5 min`, `3 h 20 min`, `12 d`; 0 s where a clock was set back."""
+    seconds = max(seconds, 0.0)
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     if minutes < 1:
         return f"{int(seconds)} s"

@@ -87,6 +87,11 @@ def test_a_stopped_agent_says_how_to_start_it() -> None:
     assert "links" not in text["machine"]
 
 
+def test_no_time_is_negative_after_a_clock_was_set_back() -> None:
+    later = replace(STATUS, since=NOW + 60_000)
+    assert "up        0 s" in shown(machine(status=later))["machine"]
+
+
 def test_a_pause_has_its_reason_and_its_end() -> None:
     hours = AgentSettings(hours="mon-fri 18:00-08:00")
     paused = Pause(frozenset({"schedule"}), "outside of its hours")
