@@ -85,7 +85,14 @@ class Client:
         self._outbox, self._floors, self._queries = Outbox(outbox, me), floors, queries
         self._observer, self._budget = observer or Observer(), budget or PrivacyBudget()
         self._reader = WorkReader(me, settings, floors, self._budget, check_log)
-        self._secure = SecureWork(me, outbox / "secure", secure_turns, transport, self._observer)
+        self._secure = SecureWork(
+            me,
+            outbox / "secure",
+            secure_turns,
+            transport,
+            self._observer,
+            self._reader.check_consent,
+        )
         #: The run and schema card that matched this peer's task and data.
         self._matched_card = ("", "")
         self.app = ClientApp()
@@ -266,7 +273,7 @@ class Client:
 
     def _run_secure(self, work: Work, base: Path) -> Finished:
         """Trains or evaluates for a secure sum. The result stays here; a card leaves."""
-        done = self._secure.kept(work)
+        done = self._secure.kept(work, self._reader.columns(work))
         if done is None:
             done = self._begin_secure(work, base)
         self._budget.charge(work, done)
@@ -288,7 +295,7 @@ class Client:
             self._stage_personal(work, trained, done)
         failpoint("agent.work.done")
         self._reader.check_consent(work, columns)  # the owner may have withdrawn it meanwhile
-        return self._secure.keep(work, done)
+        return self._secure.keep(work, done, columns)
 
     def _begin_work(self) -> None:
         self._outbox.wait_for_sync()

@@ -32,7 +32,8 @@ def key_of(work: Work) -> str:
 class Result(Struct, frozen=True, kw_only=True):
     """What a turn sums: the metrics, and the digest of the trained weights ("" for none).
 
-    `key` names the turn. `privacy`: what it costs (`Done.privacy`).
+    `key` names the turn. `columns`: patterns of those that the task could use. `privacy`: what it
+    costs (`Done.privacy`).
     """
 
     run: str
@@ -42,6 +43,7 @@ class Result(Struct, frozen=True, kw_only=True):
     metrics: Metrics
     tallies: Tallies
     privacy: str = ""
+    columns: tuple[str, ...] = ()
 
 
 class SecureFiles:
@@ -64,7 +66,7 @@ class SecureFiles:
             unlink(path)
         self._verified.clear()
 
-    def keep_result(self, work: Work, done: Done) -> Result:
+    def keep_result(self, work: Work, done: Done, columns: tuple[str, ...]) -> Result:
         """Make the trained weights and the metrics durable, before a card promises them."""
         result = Result(
             run=work.run,
@@ -74,6 +76,7 @@ class SecureFiles:
             metrics=dict(sorted(done.metrics.items())[:_MAX_METRICS]),
             tallies=dict(sorted(done.tallies.items())[:_MAX_TALLIES]),
             privacy=done.privacy,
+            columns=columns,
         )
         fsync_files(self.trained)
         write_private(self._result, msgspec.msgpack.encode(result))

@@ -46,6 +46,7 @@ _SPARE_BYTES = 1024 * 1024
 
 class SecureWork:
     """This agent in secure runs. `open_turns` opens what it has answered; files are in `folder`.
+    `check_consent` raises an error if the owner has taken back columns that were used.
 
     Methods raise SecureRefused, BadMessage, HomeError, DiskFull, OSError.
     """
@@ -57,7 +58,9 @@ class SecureWork:
         open_turns: Callable[[], SecureTurns] | None,
         transport: Transport,
         observer: Observer,
+        check_consent: Callable[[Work, tuple[str, ...]], None],
     ) -> None:
+        self._check_consent = check_consent
         self._me, self._open_turns = me, open_turns
         self._transport, self._observer = transport, observer
         self._files = SecureFiles(folder)
@@ -96,10 +99,10 @@ class SecureWork:
         self._files.clear()
         return self._files.trained
 
-    def kept(self, work: Work) -> Done | None:
-        """The result of this work, if it was kept before and no card promises it yet."""
+    def kept(self, work: Work, columns: tuple[str, ...]) -> Done | None:
+        """The result of this work with these columns, if it was kept and no card promises it."""
         result = self._files.whole_result()
-        if result is None or result.key != key_of(work):
+        if result is None or (result.key, result.columns) != (key_of(work), columns):
             return None
         return Done(
             digest=result.digest,
@@ -109,11 +112,11 @@ class SecureWork:
             privacy=result.privacy,
         )
 
-    def keep(self, work: Work, done: Done) -> Done:
+    def keep(self, work: Work, done: Done, columns: tuple[str, ...]) -> Done:
         """Keep what the work gave, durably. Returns what of it is summed."""
-        self._files.keep_result(work, done)
+        self._files.keep_result(work, done, columns)
         failpoint("agent.secure.kept")
-        kept = self.kept(work)
+        kept = self.kept(work, columns)
         assert kept is not None, "it was written just now"
         return kept
 
@@ -158,6 +161,8 @@ class SecureWork:
             case ShareRequest():
                 answer = self._turns.share(key, request, self._layout(turn, work))
             case MaskRequest():
+                if (result := self._files.result()) is not None:
+                    self._check_consent(work, result.columns)
                 answer = self._turns.mask(key, request, lambda how: self._mask(turn, work, how))
             case AgreeRequest():
                 answer = self._turns.agree(key, request)
