@@ -117,7 +117,7 @@ def test_examples_are_apart_and_cover_the_text() -> None:
     assert starts == list(range(0, 991, 10))
     assert len(found.held_out) == 10
     assert found.batch(torch.tensor([20])).tolist() == [list(range(20, 31))]
-    with pytest.raises(DataError, match="21 are needed"):
+    with pytest.raises(DataError, match="needs 21 tokens"):
         next_token.split_windows(np.arange(20, dtype=np.int32), 10)
 
 
