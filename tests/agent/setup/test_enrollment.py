@@ -158,7 +158,7 @@ def test_a_machine_is_not_replaced_while_its_agent_runs(site: Site, home: Path) 
     running = homes.lock_home(home, "agent")
     with pytest.raises(HomeLocked, match="is running") as caught:
         join(home, site.ticket(), replace=True)
-    assert "commonweight-agent finish" in caught.value.hint
+    assert "commonweight-agent service stop" in caught.value.hint
     assert {path.name: path.read_bytes() for path in home.iterdir()} == before
     assert list(site.registry.peers) == [first], "no request was sent"
     running.release()
