@@ -6,6 +6,7 @@ stays here until it is masked, and no claim names it.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from protocols.local.background_unlink import unlink
 from protocols.messages.envelope import Metrics, Tallies
 from protocols.messages.work import Work
 from protocols.model.weights import file_digest
-from protocols.privacy.secagg.messages import STEPS
+from protocols.privacy.secagg.messages import STEPS, ReadyRequest
 
 #: Of a training's metrics and tallies, so many are summed: see `TailNames`.
 _MAX_METRICS, _MAX_TALLIES = 32, 8
@@ -26,7 +27,19 @@ _MAX_METRICS, _MAX_TALLIES = 32, 8
 
 def key_of(work: Work) -> str:
     """Names the request that a reply or a result is for."""
-    return f"{work.run} {work.round} {work.kind} {work.base} {work.turn} {work.request}"
+    what = work.request or terms_of(work)
+    return f"{work.run} {work.round} {work.kind} {work.base} {work.turn} {what}"
+
+
+def key_of_turn(made: ReadyRequest) -> str:
+    """The key of the work that this turn's card promises."""
+    return f"{made.run} {made.round} {made.kind} {made.base} {made.turn} {made.terms}"
+
+
+def terms_of(work: Work) -> str:
+    """The digest of what all peers of a sum are asked for alike, as in `ReadyRequest`."""
+    asked = (work.task, work.seed, sorted(work.settings.items()))
+    return hashlib.sha256(msgspec.json.encode(asked)).hexdigest()
 
 
 class Result(Struct, frozen=True, kw_only=True):

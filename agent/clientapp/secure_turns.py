@@ -58,7 +58,7 @@ class SecureTurns:
         if (state := self._store.get(key)) is None:
             return None
         if state.ready != request:
-            raise SecureRefused("card", "the card of this turn is for another version")
+            raise SecureRefused("card", "the card of this turn is for other work")
         return ReadyAnswer(card=state.card, names=state.names)
 
     def newest(self, run: str) -> Turn | None:

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Message
 
 from agent.clientapp.interfaces import Observer, PeerIdentity, Transport
 from agent.clientapp.outbox import Finished
-from agent.clientapp.secure_files import SecureFiles, key_of
+from agent.clientapp.secure_files import SecureFiles, key_of, key_of_turn, terms_of
 from agent.clientapp.secure_turns import SecureTurns
 from agent.home import secure_store
 from agent.tasks.work import Done
@@ -143,6 +143,8 @@ class SecureWork:
             turn=work.turn,
             kind=work.kind,
             base=work.base,
+            task=work.task,
+            terms=terms_of(work),
         )
 
     def _ready_reply(self, work: Work, made: ReadyAnswer) -> Finished:
@@ -179,8 +181,9 @@ class SecureWork:
 
     def _turn_of(self, work: Work) -> Turn:
         turn = self._turns.newest(work.run)
-        if turn is None or (turn.ready.round, turn.ready.turn, turn.ready.base) != (
-            *(work.round, work.turn, work.base),
+        asked = (work.round, work.turn, work.base, work.task)
+        if turn is None or asked != (
+            *(turn.ready.round, turn.ready.turn, turn.ready.base, turn.ready.task),
         ):
             raise SecureRefused(
                 "order",
@@ -202,7 +205,7 @@ class SecureWork:
         if files.is_here(files.masked, turn.upload):
             return turn.upload, turn.upload_bytes
         result, plan = files.whole_result(), masking.cohort.plan
-        if result is None:
+        if result is None or result.key != key_of_turn(turn.ready):
             raise SecureRefused(
                 "lost",
                 "what this peer has trained in this turn is no longer on its disk",

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from msgspec.structs import replace
 
-from protocols.privacy.secagg import ring
+from agent.home.secure_store import TurnStore
+from protocols.errors import BadMessage, DiskFull, NotAllowed, SecureRefused
+from protocols.privacy.secagg import messages, ring
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.messages import ShareRequest, encode
-from tests.support.secure_desks import Room
+from tests.support.secure_desks import TASK, Room
 
 pytestmark = pytest.mark.attack("secure", by="coordinator")
 
@@ -76,3 +79,64 @@ def test_limits_that_clip_all_elements_do_not_tell_signs(tmp_path: Path) -> None
     for number, change in enumerate(changes):
         guessed = np.array([one[number] for one in signs])[nearest]
         assert np.mean(guessed == (change > 0)) < 0.9
+
+
+def test_peers_that_train_with_different_settings_are_in_no_sum(tmp_path: Path) -> None:
+    """Attack: have all but one peer train with a tiny learning rate; the sum is then its update.
+
+    Other settings, seeds and tasks are refused alike; so is a second training of the same turn.
+    """
+    room = Room(tmp_path)
+    asked: list[dict[str, Any]] = [{"settings": {"lr": 0.1}}, {"settings": {"lr": 1e-12}}]
+    asked += [{"settings": {"lr": 0.1}, "seed": 1}]
+    works = [room.work("train", **one) for one in asked]
+    for turn, other in enumerate(works[1:], 1):
+        cards = []
+        for desk, work in zip(room.desks.values(), (works[0], other, other), strict=True):
+            answer = desk.ask(replace(work, turn=turn))[1]
+            cards.append(messages.decode_ready(answer).card)
+        request = ShareRequest(plan=encode(room.plan()), cards=tuple(cards))
+        for desk in room.desks.values():
+            with pytest.raises(BadMessage, match="for work with different settings"):
+                room.step(desk, request, turn)
+    with pytest.raises(SecureRefused, match="the card of this turn is for other work"):
+        room.first.ask(replace(other, turn=turn))
+
+
+def test_a_step_under_the_name_of_another_task_is_refused(tmp_path: Path) -> None:
+    """Attack: the owner forbids the task after the card; ask under a task that is allowed."""
+    room = Room(tmp_path)
+    request = room.cards()
+    desk = room.first
+    desk.owner = replace(desk.owner, tasks=(TASK, "ping"), forbidden_tasks=(TASK,))
+    with pytest.raises(NotAllowed, match="forbids"):
+        room.step(desk, request)
+    with pytest.raises(SecureRefused, match="has made no card for this step"):
+        room.step(desk, request, task="ping")
+
+
+def test_a_result_is_not_masked_in_an_older_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: ask a peer, which had no disk space for its newer card, for the sum of its older one.
+
+    Its newer update would be in two sums, whose difference is the update of another peer.
+    """
+    room = Room(tmp_path)
+    state = Aggregator(CohortFixed(request=room.cards()))
+    room.play(state)
+    state.apply(state.fix_sharers())
+
+    def fail(store: TurnStore, turn: Any) -> None:
+        raise DiskFull("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TurnStore, "begin", fail)
+        with pytest.raises(DiskFull):
+            room.first.ask(room.work("train", turn=1))
+    request = state.request_for(room.first.peer)
+    assert request is not None
+    with pytest.raises(SecureRefused, match="no longer on its disk"):
+        room.step(room.first, request)
+    assert not room.first.uploads
+    room.sum(turn=1)

@@ -50,8 +50,9 @@ class Watched:
         self.agent = Agent(home, joined, settings.read(home))
         self.agent._runner.start()
         self.peer, self.home = joined.peer, home
+        self.room.task = TASK
         for desk in self.room.desks.values():
-            desk.trainer.tallies = {}
+            desk.trainer.tallies, desk.owner = {}, replace(desk.owner, tasks=(TASK,))
         self.room.trust_all(only=[*self.room.desks, self.peer])
         assert site.lane.save(self.room.start) == self.room.base
         self._watch(monkeypatch)
@@ -72,7 +73,6 @@ class Watched:
 
     async def ask(self, work: Work, request: bytes = b"") -> bytes:
         """The description in the agent's reply; empty if it has none."""
-        work = replace(work, task=TASK)
         if request:
             work = replace(work, request=hashlib.sha256(request).hexdigest())
         asked = message(work, request, self.site.sign_key, self.site.nodes[self.peer])

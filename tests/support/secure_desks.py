@@ -221,6 +221,7 @@ class Room:
         unnamed.rename(versions / self.base)
         self.codec, self._folder, self._versions = masked_codec(codec), folder, versions
         self.desks: dict[str, Desk] = {}
+        self.task = TASK
         for _ in range(peers):
             self.add()
         self.first = next(iter(self.desks.values()))
@@ -245,7 +246,7 @@ class Room:
             run=RUN,
             round=1,
             kind=kind,
-            task=TASK,
+            task=self.task,
             base=self.base,
             nbytes=nbytes,
             codec=self.codec,

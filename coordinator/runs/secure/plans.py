@@ -56,17 +56,21 @@ def clip_of(run: Run) -> float:
 
 
 def choose(run: Run, answers: Mapping[str, ReadyAnswer]) -> Choice:
-    """The peers with the metrics that most peers have, and with keys of their own."""
+    """The peers with the metrics and the terms that most peers have, and with keys of their own."""
     left_out: dict[str, tuple[str, str]] = {}
     counts = Counter(encode(answer.names) for answer in answers.values())
     most = max(counts, key=lambda names: (counts[names], names))
     cards = {peer: open_card(answer.card) for peer, answer in answers.items()}
+    terms = Counter(card.terms for card in cards.values())
+    most_terms = max(terms, key=lambda one: (terms[one], one))
     owners = Counter(key for card in cards.values() for key in {card.mask_key, card.channel_key})
     names = TailNames()
     for peer, answer in answers.items():
         card = cards[peer]
         if encode(answer.names) != most:
             left_out[peer] = ("other metrics", "it reports other metrics than most peers")
+        elif card.terms != most_terms:
+            left_out[peer] = ("other settings", "its card is for other settings than most cards")
         elif card.mask_key == card.channel_key or any(
             owners[key] > 1 for key in (card.mask_key, card.channel_key)
         ):

@@ -122,6 +122,11 @@ class Cohort:
                 raise BadMessage(
                     f"the card of {card.peer} is of another run, round, kind or version"
                 )
+        if len({card.terms for card in cards}) > 1:
+            raise BadMessage(
+                "two cards of a cohort are for work with different settings",
+                "a sum of such work can reveal the update of one peer; check the coordinator",
+            )
         keys = {key for card in cards for key in (card.mask_key, card.channel_key)}
         if len(keys) != 2 * len(self.cards):
             raise BadMessage("two cards of a cohort have the same key")

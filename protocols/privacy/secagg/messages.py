@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage, UsageError
-from protocols.messages.envelope import Count, Digest, Id, Name, PublicKey
+from protocols.messages.envelope import Count, Digest, Id, MaybeDigest, Name, PublicKey
 from protocols.messages.signing import SignedJson
 from protocols.messages.work import SecureStep
 
@@ -56,7 +56,8 @@ class Card(Struct, frozen=True, kw_only=True):
     """What a peer promises for one turn, signed by its node key. It serves one cohort.
 
     `public`: the key of the peer's id. `mask_key`, `channel_key`: X25519. `examples`: those that
-    its update is a mean over. `commitment`: the hash of its self-mask seed.
+    its update is a mean over. `commitment`: the hash of its self-mask seed. `terms`: as in
+    `ReadyRequest`.
     """
 
     fleet: Id
@@ -72,6 +73,7 @@ class Card(Struct, frozen=True, kw_only=True):
     channel_key: Bytes32
     commitment: Bytes32
     nonce: Bytes32
+    terms: MaybeDigest = ""
 
 
 class SignedCard(Struct, frozen=True, array_like=True):
@@ -104,7 +106,11 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class ReadyRequest(Struct, frozen=True, kw_only=True):
-    """Asks a peer for its card. `turn`: how often this round was begun before."""
+    """What a peer makes a card for. `turn`: how often this round was begun before.
+
+    `task`, and `terms`: the digest of task, settings and seed. All cards of a cohort have the same
+    terms; else a coordinator could have all peers but one train with a tiny learning rate.
+    """
 
     fleet: Id
     run: Id
@@ -112,6 +118,8 @@ class ReadyRequest(Struct, frozen=True, kw_only=True):
     turn: Count
     kind: SumKind = "train"
     base: Digest
+    task: str = ""
+    terms: MaybeDigest = ""
 
 
 class ReadyAnswer(Struct, frozen=True, kw_only=True):

@@ -124,6 +124,7 @@ def make_card(
         channel_key=keys.public_of(secrets.channel_key),
         commitment=keys.commitment(secrets.self_seed),
         nonce=secrets.nonce,
+        terms=request.terms,
     )
     signed = SignedCard(*SIGNED_CARD.seal(card, me.sign))
     return Turn(ready=request, peer=me.peer, master=master, card=signed, names=names)

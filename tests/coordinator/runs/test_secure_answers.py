@@ -138,6 +138,11 @@ def test_peers_with_other_metrics_or_a_copied_key_are_left_out() -> None:
     ready[thief.peer] = ReadyAnswer(card=signed, names=NAMES)
     chosen = plans.choose(run, ready)
     assert chosen.peers == tuple(sorted(m.peer for m in machines[2:4]))
+    other = replace(SIGNED_CARD.decode(thief.card().card), terms="ab" * 32)
+    signed = SignedCard(*SIGNED_CARD.seal(other, thief.me.sign))
+    chosen = plans.choose(run, ready | {thief.peer: ReadyAnswer(card=signed, names=NAMES)})
+    assert chosen.peers == tuple(sorted(m.peer for m in machines[1:4]))
+    assert chosen.left_out[thief.peer][0] == "other settings"
 
 
 def test_the_plan_of_a_cohort_follows_from_the_run() -> None:
