@@ -100,4 +100,5 @@ class SecureTurns:
         state = self._store.get(key)
         if state is None:
             raise SecureRefused("order", "this peer has made no card for this turn")
+        peer.check_rule(state, self._pins())  # which may have changed since an earlier step
         return state

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from agent.home.secure_store import TurnStore
 from protocols.errors import BadMessage, DiskFull, NotAllowed, SecureRefused
-from protocols.privacy.secagg import messages, ring
+from protocols.privacy.secagg import messages, ring, tails
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.messages import ShareRequest, encode
 from tests.support.secure_desks import TASK, Room
@@ -140,3 +140,52 @@ def test_a_result_is_not_masked_in_an_older_turn(
         room.step(room.first, request)
     assert not room.first.uploads
     room.sum(turn=1)
+
+
+@pytest.mark.parametrize("changed", [{"trust": {}}, {"secure_min": 4}])
+def test_a_stricter_owner_tells_no_share_and_repeats_no_step(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    """Attack: ask for a step again, and for the shares of masks, after the owner raised secure_min
+    or trusts a peer no longer."""
+    room = Room(tmp_path)
+    desk = room.first
+    state = Aggregator(CohortFixed(request=room.cards()))
+    for decide in (state.fix_sharers, state.fix_survivors, None):
+        request, owner = state.request_for(desk.peer), desk.owner
+        assert request is not None
+        room.play(state)
+        desk.owner = replace(owner, **changed)
+        with pytest.raises(SecureRefused, match="pinned"):
+            room.step(desk, request)
+        desk.owner = owner
+        if decide:
+            state.apply(decide())
+    unmask = state.request_for(desk.peer)
+    assert unmask is not None
+    desk.owner = replace(owner, **changed)
+    with pytest.raises(SecureRefused, match="pinned"):
+        room.step(desk, unmask)
+    desk.owner = owner
+    room.step(desk, unmask)
+
+
+def test_the_mean_of_accuracies_does_not_tell_each_of_them() -> None:
+    """Attack: find the only hits of three peers whose accuracies have the mean that was told.
+
+    Each accuracy is a fraction of few examples.
+    """
+    examples, hits, weights = (59, 61, 67), (31, 44, 29), (228, 235, 256)
+    names = tails.names({"accuracy": 0.0}, {})
+    total = sum(
+        ring.encode_tail(tails.values(names, {"accuracy": h / n}, {}, w, max(weights)), 3).view(
+            "i8"
+        )
+        for h, n, w in zip(hits, examples, weights, strict=True)
+    )
+    told = ring.decode_tail(np.asarray(total).view("u8"))[0]
+    some = [w * np.arange(n + 1) / n for w, n in zip(weights, examples, strict=True)]
+    guesses = some[0][:, None, None] + some[1][:, None] + some[2]
+    likely = np.abs(guesses - told) <= np.abs(guesses[hits] - told) + 1e-9
+    assert likely.sum() > 20
+    assert told / sum(weights) == pytest.approx(guesses[hits] / sum(weights), abs=2e-4)

@@ -240,6 +240,18 @@ def unmask(state: Turn, request: UnmaskRequest) -> UnmaskAnswer:
     return UnmaskAnswer(cohort=cohort.id, seeds=seeds, keys=mask_keys)
 
 
+def check_rule(state: Turn, pins: Pins) -> None:
+    """Raise SecureRefused if the owner's rule, as it is now, no longer allows this turn's sum."""
+    if state.cohort is None:
+        return
+    cohort, name, peers = _cohort(state), "peers", tuple[str, ...]()
+    if state.agree is not None:
+        name, peers = "survivors", state.agree.survivors
+    elif state.mask is not None:
+        name, peers = "sharers", state.mask.sharers
+    _check_set(state.peer, cohort, set(peers or cohort.peers), pins, name)
+
+
 def _own_shares(cohort: Cohort, me: str, secrets: keys.CardSecrets) -> tuple[bytes, bytes]:
     place = cohort.place(me, me)
     places = range(place, place + 1)

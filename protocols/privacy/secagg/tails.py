@@ -14,6 +14,9 @@ from protocols.privacy.secagg.messages import TailNames
 
 #: The sum of 1,024 peers with the largest weight then fits into 63 bits: see `ring.encode_tail`.
 _MAX_VALUE = 2.0**15
+#: How finely a metric is summed, as a part of the largest weight. An accuracy is a fraction of few
+#: examples: from a finer sum of three peers, the accuracy of each could be computed.
+_STEP = 2.0**-12
 
 
 def names(metrics: Metrics, tallies: Tallies) -> TailNames:
@@ -29,13 +32,22 @@ def count(of: TailNames) -> int:
     return 2 * len(of.metrics) + sum(of.tallies.values())
 
 
-def values(of: TailNames, metrics: Metrics, tallies: Tallies, weight: int) -> list[float]:
-    """The numbers float[count] of one peer. A metric that is too large counts as not finite."""
+def values(
+    of: TailNames, metrics: Metrics, tallies: Tallies, weight: int, largest: int
+) -> list[float]:
+    """The numbers float[count] of one peer, of which the one with the most weight has `largest`.
+
+    A metric that is too large counts as not finite.
+    """
     numbers: list[float] = []
+    step = _STEP * largest
     for name in of.metrics:
         value = metrics[name]
         is_usable = value is not None and abs(value) <= _MAX_VALUE
-        numbers += [value * weight, weight] if is_usable and value is not None else [0.0, 0.0]
+        usable = value if is_usable and value is not None else None
+        numbers += (
+            [round(usable * weight / step) * step, weight] if usable is not None else [0.0, 0.0]
+        )
     for name in of.tallies:
         numbers += tallies[name]
     return numbers

@@ -13,7 +13,7 @@ from protocols.privacy.secagg.messages import STEPS, TailNames, encode
 def sums(*peers: tuple[Metrics, Tallies, int]) -> tuple[TailNames, list[float]]:
     names = tails.names(*peers[0][:2])
     total = sum(
-        ring.encode_tail(tails.values(names, *peer), len(peers)).astype(object) for peer in peers
+        ring.encode_tail(tails.values(names, *peer, 5), len(peers)).astype(object) for peer in peers
     )
     return names, ring.decode_tail((total % 2**64).astype("uint64"))
 
@@ -26,8 +26,8 @@ def test_the_mean_is_over_the_peers_whose_metric_is_finite() -> None:
     )
     assert len(total) == tails.count(names) == 6
     metrics, tallies = tails.means(names, total)
-    assert metrics["loss"] == pytest.approx((0.5 + 3 * 0.2) / 4, abs=1e-5)
-    assert metrics["auc"] == pytest.approx(0.75, abs=1e-5)
+    assert metrics["loss"] == pytest.approx((0.5 + 3 * 0.2) / 4, abs=1e-3)
+    assert metrics["auc"] == pytest.approx(0.75, abs=1e-3)
     assert tallies == {"hits": [5.0, 6.0]}
 
 
@@ -38,7 +38,7 @@ def test_a_metric_that_no_peer_has_is_none() -> None:
 
 def test_the_largest_metrics_of_the_largest_cohort_fit() -> None:
     names = TailNames(metrics=("loss",))
-    one = tails.values(names, {"loss": tails._MAX_VALUE}, {}, messages.MAX_WEIGHT)
+    one = tails.values(names, {"loss": tails._MAX_VALUE}, {}, *(2 * [messages.MAX_WEIGHT]))
     assert ring.encode_tail(one, messages.MAX_COHORT).astype("int64")[0] > 0
 
 
