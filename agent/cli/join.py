@@ -145,7 +145,7 @@ def _say_terms(home: Path) -> None:
     chosen = settings.read(home)
     for task in chosen.tasks:
         name = "every task on this machine" if task == consents.EVERY else task
-        print_line(f"allowed: {name}, {consents.describe(chosen, task)}")
+        print_line(f"allowed: {consents.describe(chosen, task, name)}")
     if awaiting := consents.awaiting_columns(chosen):
         there, command = own_data.columns(chosen.data), consents.columns_command(awaiting[0])
         print_line(f"no column may be used yet, of {own_data.shorten(there)}; a run waits for you")

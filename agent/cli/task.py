@@ -72,7 +72,7 @@ def allow(
         patterns = consents.parse_columns(prompts.ask_columns(chosen.data, there))
         consents.allow(home, name, columns=patterns)
         chosen = settings.read(home)
-    print_line(f"allowed {name}, {consents.describe(chosen, name)}")
+    print_line(f"allowed {consents.describe(chosen, name, name)}")
     _say_overridden(home)
     if awaiting := consents.awaiting_columns(chosen, name):
         command = consents.columns_command(awaiting[0])
@@ -130,7 +130,7 @@ def _mark(chosen: AgentSettings, name: str, asked: dict[str, Request]) -> str:
     """Glyph and word of what the owner has decided about a task."""
     match chosen.standing_of(name):
         case "allowed":
-            return f"✓ allowed, {consents.describe(chosen, name)}"
+            return consents.describe(chosen, name, "✓ allowed")
         case "forbidden":
             return "✗ forbidden"
         case standing:

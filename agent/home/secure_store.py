@@ -52,7 +52,8 @@ class TurnStore:
             self._path.touch(0o600)
             self._path.chmod(0o600)
             self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-            # Without a write-ahead log, and with zeros over what was deleted, old secrets are gone.
+            # Without a write-ahead log, and with zeros over what was deleted, the file has no old
+            # secrets. Free blocks of an unencrypted disk may have some, from deleted journals.
             self._db.executescript(
                 """
                 PRAGMA journal_mode=DELETE; PRAGMA synchronous=EXTRA; PRAGMA secure_delete=ON;

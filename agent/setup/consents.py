@@ -132,13 +132,15 @@ def _forbid(home: Path, name: str) -> AgentSettings:
     return settings.change(home, **changes)
 
 
-def describe(chosen: AgentSettings, task: str) -> str:
-    """What the owner has decided about a task, for a person."""
+def describe(chosen: AgentSettings, task: str, name: str) -> str:
+    """`name`, and what the owner has decided about this task, for a person."""
     said, columns = chosen.consent_to(task), chosen.columns_of(task)
-    parts = ["all columns" if "*" in columns else f"columns {', '.join(columns) or 'none'}"]
+    parts: list[str] = []
+    if task in (EVERY, *consent.USES_COLUMNS) or "*" not in columns:
+        parts = ["all columns" if "*" in columns else f"columns {', '.join(columns) or 'none'}"]
     if awaiting := awaiting_columns(chosen, task):
         parts = ["awaiting columns" + (f" for {', '.join(awaiting)}" if task == EVERY else "")]
-    return ", ".join(parts + ([f"for: {said.purpose}"] if said.purpose else []))
+    return ", ".join([name, *parts, *([f"for: {said.purpose}"] if said.purpose else [])])
 
 
 def awaiting_columns(chosen: AgentSettings, task: str = EVERY) -> list[str]:

@@ -108,8 +108,7 @@ class _Doctor:
     def tasks(self) -> str | Advice:
         chosen = settings.read(self._home)
         allowed = [
-            f"{'every task' if task == consents.EVERY else task} "
-            f"({consents.describe(chosen, task)})"
+            consents.describe(chosen, task, "every task" if task == consents.EVERY else task)
             for task in chosen.tasks
             if task == consents.EVERY or chosen.grants(task)
         ]
