@@ -166,7 +166,7 @@ OPTIONS = (
     Option("min-examples", int, 1, "A peer that trains on fewer examples gets no work from this "
            "run.", _FROM_1, "examples"),
     Option("secure", bool, False, "The coordinator sees only the sum of all updates and no single "
-           "one. Needs three peers or more, whose owners have pinned each other.", is_common=True),
+           "one. Needs three peers or more, whose owners trust each other.", is_common=True),
     Option("dp", float, 0.0, "Each peer adds its own noise. All rounds together cost at most "
            "this ε for each row (0: no noise).", _EPSILON, "ε", other_field="dp_epsilon"),
     Option("delta", float, 1e-5, "With --dp: the δ, well below 1 / the rows of a peer. With "
