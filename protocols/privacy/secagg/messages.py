@@ -19,7 +19,15 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage, UsageError
-from protocols.messages.envelope import Count, Digest, Id, MaybeDigest, Name, PublicKey
+from protocols.messages.envelope import (
+    Count,
+    Digest,
+    Id,
+    MaybeDigest,
+    Name,
+    PublicKey,
+    TaskName,
+)
 from protocols.messages.signing import SignedJson
 from protocols.messages.work import SecureStep
 
@@ -118,7 +126,7 @@ class ReadyRequest(Struct, frozen=True, kw_only=True):
     turn: Count
     kind: SumKind = "train"
     base: Digest
-    task: str = ""
+    task: TaskName = ""
     terms: MaybeDigest = ""
 
 
