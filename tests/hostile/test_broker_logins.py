@@ -469,6 +469,10 @@ async def test_a_removed_member_is_cut_off_and_does_not_come_back(
             )
             for login in logins
         ]
+        for login in logins:  # the broker hears of new members a moment later
+            async with asyncio.timeout(20):
+                while await refused_login(login):
+                    await asyncio.sleep(0.05)
         for client in clients:
             await client.__aenter__()
         registry.remove(bad.peer, "a test")
