@@ -47,10 +47,12 @@ def at_work_in(folder: Path) -> list[psutil.Process]:
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Program]:
     """A demo that is in its first round."""
-    words = [COORDINATOR, "demo", "--agents", "2", "--rounds", "50"]
+    # Fifty rounds took less time than a test that waits for a core.
+    words = [COORDINATOR, "demo", "--agents", "2", "--rounds", "2000"]
     program = Program(words, environment(tmp_path), tmp_path / "demo.log")
     try:
         wait_for(lambda: program.process.poll() is not None or "round 1/" in program.log, "a round")
+        assert program.process.poll() is None, program.log
         yield program
     finally:
         for process in descendants(program.process.pid):
@@ -187,7 +189,7 @@ def on_a_terminal(words: list[str], env: dict[str, str], answers: dict[str, byte
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("monitor", [False, True])
+@pytest.mark.parametrize("monitor", [pytest.param(False, marks=pytest.mark.long), True])
 def test_on_a_terminal_the_fleet_is_drawn_while_it_works(tmp_path: Path, monitor: bool) -> None:
     out = str(tmp_path / "model.safetensors")
     words = [COORDINATOR, "demo", "--agents", "1", "--rounds", "1", "--out", out]

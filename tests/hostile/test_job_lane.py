@@ -122,6 +122,7 @@ async def test_the_answers_of_a_removed_peer_go_at_once(tmp_path: Path) -> None:
         door.open()
 
 
+@pytest.mark.long
 async def test_the_answers_of_an_ended_job_go_while_others_work(tmp_path: Path) -> None:
     """Attack: a peer's uploads for a job that has ended stay as long as any other job works."""
     async with fleet_of(tmp_path, *TWO) as fleet:

@@ -142,6 +142,7 @@ def test_no_missing_value_is_told_like_a_few(tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.long
 def test_thresholds_come_to_an_end(tmp_path: Path) -> None:
     """Attack: move a threshold by one again and again, over all values of a column."""
     victim = Victim(tmp_path, persons())

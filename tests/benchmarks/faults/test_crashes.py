@@ -18,6 +18,7 @@ def test_every_step_of_a_round_is_a_case() -> None:
         assert played == {name for name in of_rounds if not name.startswith("trainer.")}
 
 
+@pytest.mark.long
 def test_a_coordinator_killed_in_a_round_loses_nothing(tmp_path: Path) -> None:
     points = ("reply.taken:2", "version.renamed")
     assert crashes.coordinator(tmp_path, [1], points).violations == []

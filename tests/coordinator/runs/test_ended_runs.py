@@ -48,7 +48,7 @@ def uploads_of(fleet: Fleet, agent: Agent) -> list[str]:
     "spec",
     [
         {"rounds": 5, "quorum": 2},
-        {"rounds": 5, "quorum": 2, "codec": "int8"},
+        pytest.param({"rounds": 5, "quorum": 2, "codec": "int8"}, marks=pytest.mark.long),
         {"rounds": 5, "mode": "buffered", "buffer": 3},
         {"rounds": 5, "quorum": 2, "late": "fold"},
     ],

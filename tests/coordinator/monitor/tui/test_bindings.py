@@ -289,10 +289,12 @@ async def test_keys_of_the_pages() -> None:
     await pressed(PAGES, serving(two_runs_fleet()))
 
 
+@pytest.mark.long
 async def test_keys_with_another_action_on_another_page() -> None:
     await pressed(ELSEWHERE, serving(two_runs_fleet()))
 
 
+@pytest.mark.long
 async def test_keys_of_a_peer() -> None:
     await pressed(PEER, serving(busy_fleet()), (60, 14))
 
@@ -313,6 +315,7 @@ async def test_enter_opens_only_a_peer_under_the_cursor() -> None:
             assert alone(Desk(app, source)), page
 
 
+@pytest.mark.long
 async def test_keys_of_the_dialogs() -> None:
     for cases in BOXES.values():
         await pressed(cases, serving(busy_fleet()))
