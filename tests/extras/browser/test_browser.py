@@ -21,7 +21,7 @@ from tests.support.waiting import wait_for
 
 PHONE = {"viewport": {"width": 390, "height": 760}, "has_touch": True, "is_mobile": True}
 DEMO = ("--replay", "demo")
-FLEET_PAGE, EVENTS_PAGE, PEER_SCREEN = "State ↓", "reconnect", "1 Overview"
+FLEET_PAGE, EVENTS_PAGE, PEER_SCREEN = "State ↓", "╭─ Events", "1 Overview"
 Serve = Callable[..., Served]
 
 
