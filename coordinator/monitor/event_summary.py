@@ -14,6 +14,8 @@ from protocols.messages.states import label
 LEVEL_NAMES: tuple[Level, ...] = get_args(Level)
 #: Steps of the time axis, in seconds.
 _STEPS_S = (1, 5, 15, 60, 300, 900, 3600, 6 * 3600, 86400)
+#: Unix s, as in `envelope.Time`.
+_MAX_TIME = 2.0**40
 
 
 class Timeline(NamedTuple):
@@ -55,7 +57,8 @@ def count_subjects(events: Sequence[Event], fleet: Fleet | None) -> list[tuple[s
 
 def timeline(events: Sequence[Event], width: int) -> Timeline:
     """The events over time, in at most `width` spans of the finest step that fits."""
-    times = [finite(event.at) or 0.0 for event in events]
+    # Dates of others may be absurd: their differences must stay finite.
+    times = [min(max(finite(event.at) or 0.0, -_MAX_TIME), _MAX_TIME) for event in events]
     first, last = min(times, default=0.0), max(times, default=0.0)
     fits = (step for step in _STEPS_S if (last - first) // step + 1 <= max(width, 1))
     step = next(fits, 0) or int((last - first) // max(width, 1)) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coordinator.fleet.state import Event
@@ -48,6 +48,7 @@ def test_a_bar_of_the_timeline_has_a_round_span() -> None:
     assert timeline([event()], 12).counts["info"] == [1.0]
 
 
+@example(times=[1.7976931348623157e308, -9.9792015476736e291], width=0)
 @given(times=TIMES, width=st.integers(0, 50))
 def test_the_timeline_has_every_event_once(times: list[float], width: int) -> None:
     found = timeline([event(at) for at in times], width)
