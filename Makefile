@@ -6,7 +6,7 @@
 # make wheel  dist/: the wheel to install on other machines, and install.sh with its locks
 # make lock   deploy/locks: every package of an installation, pinned by hash
 # make sbom   the same as a CycloneDX list in build/; make audit-packages asks for known weaknesses
-# make attacks  every attack that was tried, on the code as it is: the table in docs/security.md
+# make attacks  every attack that was tried, on the code as it is: the tables in docs/attacks.md
 # make attacks-others  attacks on the secure aggregation of Flower and OpenFL, and the same on ours
 # make quality  how well it learns, beside the known behaviour: about a minute a row
 # make figures  writes the figures of the docs from the results files

@@ -1,4 +1,4 @@
-"""The tables of attacks in docs/security.md, from the tests that try them: `make attacks`.
+"""The tables of attacks in docs/attacks.md, from the tests that try them: `make attacks`.
 
 An attack is a test with the mark `attack(NUMBER, by=ATTACKER)`. Its docstring begins with
 "Attack: …." or, if it shows that honest work continues beside the defence, with "Control: ….".
@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests"
-PAGE = ROOT / "docs" / "security.md"
+PAGE = ROOT / "docs" / "attacks.md"
+THREATS = ROOT / "docs" / "security.md"
 BEGIN, END = "<!-- attacks -->\n", "<!-- end of attacks -->"
 ATTACKERS = (
     *("stranger", "network", "broker", "peer", "coordinator", "observer", "operator"),
@@ -252,7 +253,7 @@ def tables(tests: list[Test], results: dict[str, str]) -> str:
     lines += [
         f"| {number} | {attack} | {by} | {OPEN} | {why} |" for number, attack, by, why in LATER
     ]
-    lines += ["", "### Every test", ""]
+    lines += ["", "## Every test", ""]
     lines += [
         f"{STOPPED.capitalize()}: the attack fails. {WORKS.capitalize()}: honest work continues "
         "beside the defence. Files without a folder are in `tests/hostile`.",

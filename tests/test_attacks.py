@@ -1,4 +1,4 @@
-"""The tables of attacks in docs/security.md are those of the tests as they are."""
+"""The tables of attacks in docs/attacks.md are those of the tests as they are."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ NOTHING = "nothing"
 
 
 def test_each_row_of_the_threat_model_names_tests_that_exist() -> None:
-    text = attacks.PAGE.read_text().partition("## Who attacks")[2].partition("\n## ")[0]
+    text = attacks.THREATS.read_text().partition("## Who attacks")[2].partition("\n## ")[0]
     rows = re.findall(
         r"^\| (?!tries to|has \||---)(.+?) \| [^|]+ \| ([^|]+) \|$", text, re.MULTILINE
     )
