@@ -72,10 +72,18 @@ class ExitCode(IntEnum):
 
 
 class CommonweightError(Exception):
-    """Base of all our errors. `message`: what happened and why; `hint`: what to do next."""
+    """Base of all our errors. `message`: what happened and why; `hint`: what to do next.
+
+    A class names its `code`, the word of the wire, and the `exit_code` of a command that fails by
+    it; without one it has that of its base.
+    """
 
     exit_code: ExitCode = ExitCode.FAILED
     code: str = "failed"
+
+    def __init_subclass__(cls, code: str = "", exit_code: ExitCode | None = None) -> None:
+        cls.code = code or cls.code
+        cls.exit_code = cls.exit_code if exit_code is None else exit_code
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -83,73 +91,48 @@ class CommonweightError(Exception):
         self.hint = hint
 
 
-class UsageError(CommonweightError):
+class UsageError(CommonweightError, code="usage", exit_code=ExitCode.USAGE):
     """The command line or a setting is wrong."""
 
-    exit_code = ExitCode.USAGE
-    code = "usage"
 
-
-class TicketMalformed(UsageError):
+class TicketMalformed(UsageError, code="ticket_malformed"):
     """The ticket is truncated or mistyped."""
 
-    code = "ticket_malformed"
 
-
-class UnknownName(UsageError):
+class UnknownName(UsageError, code="unknown_name"):
     """There is no task, run, peer or setting of this name."""
 
-    code = "unknown_name"
 
-
-class CannotBeMet(UsageError):
+class CannotBeMet(UsageError, code="cannot_be_met"):
     """The fleet cannot meet the quorum or the deadline."""
 
-    code = "cannot_be_met"
 
-
-class Unreachable(CommonweightError):
+class Unreachable(CommonweightError, code="unreachable", exit_code=ExitCode.UNREACHABLE):
     """The address does not answer."""
 
-    exit_code = ExitCode.UNREACHABLE
-    code = "unreachable"
 
-
-class Refused(CommonweightError):
+class Refused(CommonweightError, code="refused", exit_code=ExitCode.REFUSED):
     """The other side refused the request."""
 
-    exit_code = ExitCode.REFUSED
-    code = "refused"
 
-
-class NotEnrolled(Refused):
+class NotEnrolled(Refused, code="not_enrolled"):
     """This machine has no certificate of a coordinator."""
 
-    code = "not_enrolled"
 
-
-class NotAllowed(Refused):
+class NotAllowed(Refused, code="not_allowed"):
     """The owner of this machine does not allow the task, or the settings of a run."""
 
-    code = "not_allowed"
 
-
-class AwaitingConsent(NotAllowed):
+class AwaitingConsent(NotAllowed, code="awaiting_consent"):
     """The owner of this machine has not decided about the task yet."""
 
-    code = "awaiting_consent"
 
-
-class AwaitingColumns(AwaitingConsent):
+class AwaitingColumns(AwaitingConsent, code="awaiting_columns"):
     """The owner allows the task, but has not said which columns of the data it may use."""
 
-    code = "awaiting_columns"
 
-
-class AwaitingTrust(AwaitingConsent):
+class AwaitingTrust(AwaitingConsent, code="awaiting_trust"):
     """The run is secure, and the owner has named too few peers to trust."""
-
-    code = "awaiting_trust"
 
 
 #: What the owner has still to give, by the code of the refusal.
@@ -163,22 +146,16 @@ AWAITED: dict[str, Awaited] = {
 UNDECIDED_CODES = frozenset(AWAITED)
 
 
-class LogConflict(Refused):
+class LogConflict(Refused, code="log_conflict"):
     """Work contradicts the log of versions that the coordinator has shown."""
 
-    code = "log_conflict"
 
-
-class Unwitnessed(Refused):
+class Unwitnessed(Refused, code="unwitnessed"):
     """Too few of the peers that the owner pinned have shown which versions they see."""
 
-    code = "unwitnessed"
 
-
-class SecureRefused(Refused):
+class SecureRefused(Refused, code="secure_refused"):
     """This peer does not take a step of a secure sum; `reason` is a short fixed word."""
-
-    code = "secure_refused"
 
     def __init__(self, reason: str, message: str, hint: str = "") -> None:
         default = "the coordinator contradicts itself: do not trust it, and ask its operator why"
@@ -186,87 +163,60 @@ class SecureRefused(Refused):
         self.reason = reason
 
 
-class UploadRefused(Refused):
+class UploadRefused(Refused, code="upload_refused"):
     """The coordinator does not take an update. A retry would get the same answer."""
 
-    code = "upload_refused"
 
-
-class UploadUnneeded(Refused):
+class UploadUnneeded(Refused, code="unneeded"):
     """The run or job of an upload has ended in the meantime."""
 
-    code = "unneeded"
 
-
-class VersionSkew(Refused):
+class VersionSkew(Refused, code="version_skew"):
     """Agent and coordinator are more than one minor version apart."""
 
-    code = "version_skew"
 
-
-class NotRunning(CommonweightError):
+class NotRunning(CommonweightError, code="not_running", exit_code=ExitCode.NOT_RUNNING):
     """The agent or coordinator is not running."""
 
-    exit_code = ExitCode.NOT_RUNNING
-    code = "not_running"
 
-
-class HomeError(CommonweightError):
+class HomeError(CommonweightError, code="home"):
     """The home folder cannot be used."""
 
-    code = "home"
 
-
-class HomeLocked(HomeError):
+class HomeLocked(HomeError, code="home_locked"):
     """Another process uses this home."""
 
-    code = "home_locked"
 
-
-class HomeTooNew(HomeError):
+class HomeTooNew(HomeError, code="home_too_new"):
     """A newer version wrote the home."""
 
-    code = "home_too_new"
 
-
-class DiskFull(CommonweightError):
+class DiskFull(CommonweightError, code="disk_full"):
     """The disk is full. Work continues as soon as there is room."""
 
-    code = "disk_full"
 
-
-class PortInUse(CommonweightError):
+class PortInUse(CommonweightError, code="port_in_use"):
     """Another process listens on the address."""
 
-    code = "port_in_use"
 
-
-class BadMessage(CommonweightError):
+class BadMessage(CommonweightError, code="bad_message"):
     """The bytes are malformed or their signature is wrong."""
 
-    code = "bad_message"
 
-
-class BadWeights(CommonweightError):
+class BadWeights(CommonweightError, code="bad_weights"):
     """The bytes are not canonical weights, or do not match the schema."""
 
-    code = "bad_weights"
 
-
-class DataError(CommonweightError):
+class DataError(CommonweightError, code="data"):
     """A peer's data do not fit the run.
 
     The `message` leaves the machine, so it must not quote rows, file names or paths. The `hint`
     stays on the machine and may quote them.
     """
 
-    code = "data"
 
-
-class SchemaMismatch(DataError):
+class SchemaMismatch(DataError, code="schema"):
     """A field of this peer's schema differs from that of the other peers."""
-
-    code = "schema"
 
     def __init__(self, field: str, expected: str, found: str, hint: str = "") -> None:
         super().__init__(f"{field}: expected {expected}, found {found}", hint)
@@ -290,10 +240,8 @@ class SchemaMismatch(DataError):
         return combined
 
 
-class OutOfMemory(CommonweightError):
+class OutOfMemory(CommonweightError, code="out of memory"):
     """A training step does not fit into memory; `max_batch_size` examples would (0: none)."""
-
-    code = "out of memory"
 
     def __init__(self, batch_size: int, fits: int) -> None:
         would = f"{fits} would fit" if fits else "not even one would fit"
@@ -302,38 +250,28 @@ class OutOfMemory(CommonweightError):
         self.max_batch_size = fits
 
 
-class TaskUnusable(CommonweightError):
+class TaskUnusable(CommonweightError, code="task_unusable"):
     """A task's file or package cannot be loaded; only the type of the error leaves the machine."""
 
-    code = "task_unusable"
 
-
-class MissingPackage(TaskUnusable):
+class MissingPackage(TaskUnusable, code="missing_package"):
     """A package is not installed. Message and hint name packages only: the operator sees them."""
-
-    code = "missing_package"
 
     def __init__(self, what: str, package: str, install: str) -> None:
         message = f"{what} needs {package}, which is not installed on this machine"
         super().__init__(message, install)
 
 
-class SubfleetFailed(CommonweightError):
+class SubfleetFailed(CommonweightError, code="fleet_below"):
     """The fleet below this peer cannot do the work. The operator above sees the message."""
 
-    code = "fleet_below"
 
-
-class SubfleetStopped(CommonweightError):
+class SubfleetStopped(CommonweightError, code="fleet_below_stopped"):
     """The operator of the fleet below has stopped the work."""
 
-    code = "fleet_below_stopped"
 
-
-class CannotPredict(CommonweightError):
+class CannotPredict(CommonweightError, code="no predict"):
     """The task can train but not predict."""
-
-    code = "no predict"
 
 
 #: Codes of errors whose messages may be sent to the other side.
@@ -342,32 +280,24 @@ SHAREABLE_CODES = frozenset({DataError.code, SchemaMismatch.code, CannotPredict.
 SETTINGS_CODES = frozenset({UsageError.code, UnknownName.code})
 
 
-class TrainerFailed(CommonweightError):
+class TrainerFailed(CommonweightError, code="trainer_failed"):
     """The trainer process failed or was ended; `kind` is a short fixed word for the reason."""
-
-    code = "trainer_failed"
 
     def __init__(self, kind: str, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
         self.kind = kind
 
 
-class StrategyFailed(CommonweightError):
+class StrategyFailed(CommonweightError, code="strategy_failed"):
     """A strategy raised an error; its run fails."""
 
-    code = "strategy_failed"
 
-
-class CohortLost(CommonweightError):
+class CohortLost(CommonweightError, code="cohort_lost"):
     """Too few peers of a cohort are left to unmask its sum. Nothing of any update is known."""
 
-    code = "cohort_lost"
 
-
-class UpdateRefused(CommonweightError):
+class UpdateRefused(CommonweightError, code="update_refused"):
     """An update failed validation; `reason` is a short fixed word for the ledger."""
-
-    code = "update_refused"
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

@@ -55,10 +55,8 @@ class _PendingRequest(NamedTuple):
     answer: asyncio.Future[dict[str, Any]]
 
 
-class Busy(CommonweightError):
+class Busy(CommonweightError, code="busy"):
     """Too many requests are waiting."""
-
-    code = "busy"
 
 
 class InferenceServer:

@@ -33,16 +33,12 @@ VERSION_PATH = "/cw/v1/weights/{digest}"
 UPDATE_PATH = "/cw/v1/updates/{digest}"
 
 
-class SessionLost(Refused):
+class SessionLost(Refused, code="session_lost"):
     """The coordinator does not know this session. Open a new one."""
 
-    code = "session_lost"
 
-
-class CoordinatorDiskFull(Unreachable):
+class CoordinatorDiskFull(Unreachable, code="no_room"):
     """The coordinator's disk is full. It accepts the bytes once there is space."""
-
-    code = "no_room"
 
 
 class WeightTransfer:
