@@ -91,7 +91,7 @@ def _confirmed(missing: int) -> str:
 def _groups(charges: Sequence[Charge], delta: float) -> Iterator[dict[str, Any]]:
     """The charges by purpose, name and fleet, oldest first, with what each group costs alone."""
     from protocols.privacy import accountant
-    from protocols.privacy.events import Event
+    from protocols.privacy.events import Event, SharedGaussian
 
     @functools.cache  # most questions cost the same
     def cost(spent: tuple[Event, ...]) -> float:
@@ -114,6 +114,9 @@ def _groups(charges: Sequence[Charge], delta: float) -> Iterator[dict[str, Any]]
             "last": found[-1].at,
             "exact": exact,
             "epsilon": epsilon if epsilon is None or math.isfinite(epsilon) else None,
+            "shared": max(
+                (event.peers for event in spent if isinstance(event, SharedGaussian)), default=0
+            ),
         }
 
 
@@ -131,7 +134,11 @@ def _lines(
     for entry in noisy:
         cost = "no bound" if entry["epsilon"] is None else f"ε {entry['epsilon']:.3g}"
         answers = f"{entry['answers']} answer{'s' if entry['answers'] > 1 else ''}"
-        yield f"{_heading(entry)}: {answers} with noise, {cost} alone"
+        relies = f", if {entry['shared'] - 1} trusted peers added their part of it"
+        yield (
+            f"{_heading(entry)}: {answers} with noise, {cost} alone"
+            f"{relies if entry['shared'] else ''}"
+        )
     for entry in exact:
         yield f"{_heading(entry)}: without noise, so there is no bound"
     of = f" of {limit.epsilon:g}" if limit.epsilon else ""

@@ -23,6 +23,7 @@ from protocols.privacy.secagg.messages import (
     UnmaskRequest,
 )
 from protocols.privacy.secagg.peer import Masking, Me, Turn
+from protocols.privacy.shared_noise import SharedNoise
 
 #: Writes the masked update to a file; returns its digest and its size in bytes.
 Write = Callable[[Masking], tuple[str, int]]
@@ -44,11 +45,20 @@ class SecureTurns:
     ) -> None:
         self._me, self._store, self._pins, self._random_bytes = me, store, pins, random_bytes
 
-    def ready(self, request: ReadyRequest, examples: int, names: TailNames) -> ReadyAnswer:
-        """The card of this turn: the same one, if it was asked for before."""
+    def ready(
+        self,
+        request: ReadyRequest,
+        examples: int,
+        names: TailNames,
+        noise: SharedNoise | None = None,
+    ) -> ReadyAnswer:
+        """The card of this turn: the same one, if it was asked for before.
+
+        `noise`: what the update has of the noise that peers share.
+        """
         if (made := self.card(request)) is not None:
             return made
-        state = peer.make_card(self._me, request, examples, self._random_bytes(32), names)
+        state = peer.make_card(self._me, request, examples, self._random_bytes(32), names, noise)
         self._store.begin(state)
         return ReadyAnswer(card=state.card, names=state.names)
 

@@ -25,6 +25,8 @@ from protocols.local.disk_space import check_room
 from protocols.local.failpoints import failpoint
 from protocols.messages.work import MAX_MESSAGE_BYTES, SIGNED_CLAIM, SecureStep, Work
 from protocols.model.weights_file import WeightsFile
+from protocols.privacy import events
+from protocols.privacy.events import SharedGaussian
 from protocols.privacy.secagg import masked_file, messages, tails
 from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
@@ -38,6 +40,7 @@ from protocols.privacy.secagg.messages import (
     ShareRequest,
 )
 from protocols.privacy.secagg.peer import Masking, Turn
+from protocols.privacy.shared_noise import SharedNoise
 
 REQUEST = "cw.request"
 #: Of a masked file, beside the numbers.
@@ -123,7 +126,8 @@ class SecureWork:
     def ready(self, work: Work, done: Done) -> Finished:
         """Promise a kept result with a card."""
         names = tails.names(done.metrics, done.tallies)
-        made = self._turns.ready(self._ready_request(work), done.num_examples, names)
+        noise = _shared_noise(done)
+        made = self._turns.ready(self._ready_request(work), done.num_examples, names, noise)
         return self._ready_reply(work, made)
 
     def promised(self) -> str:
@@ -251,3 +255,12 @@ def _request_bytes(work: Work, message: Message) -> bytes:
     if hashlib.sha256(data).hexdigest() != work.request:
         raise BadMessage(f"the request of the step {work.kind} is not the one that was signed")
     return data
+
+
+def _shared_noise(done: Done) -> SharedNoise | None:
+    """What an update has of the noise that peers share; None if it has none, or its own."""
+    added = events.decode(done.privacy) if done.privacy else ()
+    shared = [one for one in added if isinstance(one, SharedGaussian)]
+    if len(shared) > 1:
+        raise SecureRefused("noise", "an update with shared noise of several steps is in no sum")
+    return SharedNoise.of(shared[0]) if shared else None

@@ -155,6 +155,14 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         float,
         Meta(gt=0, le=1e-2, description="δ of that budget; well below 1 / your rows"),
     ] = 1e-5
+    privacy_shared: Annotated[
+        Literal["off", "on"],
+        Meta(
+            description="with that budget, take part in runs in which peers that you trust share "
+            "the noise: on, the budget then relies on their noise; off, only on that of this "
+            "machine"
+        ),
+    ] = "off"
     tasks: Annotated[
         tuple[str, ...],
         Meta(

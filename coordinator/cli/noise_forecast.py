@@ -17,6 +17,7 @@ from protocols.privacy.user_level import FEW_PEERS
 if TYPE_CHECKING:
     from coordinator.runs.state import Run
     from coordinator.storage.run_events import RunSpec
+    from protocols.privacy.private_training import PrivateTraining
 
 #: Noise longer than this many clip norms costs much accuracy (docs/privacy.md has measurements).
 MAX_LENGTH = 3.0
@@ -55,6 +56,9 @@ def _of_rows(spec: RunSpec, known: Known) -> Iterator[str]:
     private = spec.private
     if private is None:
         return
+    if private.is_shared:
+        yield from _of_sums(spec, private, known)
+        return
     is_full = spec.settings.get("batch_size") in ("all", 0)
     batch = 0 if is_full else _whole(spec, "batch_size", _BATCH_SIZE)
     epochs = _whole(spec, "epochs", _EPOCHS)
@@ -90,6 +94,31 @@ def _of_rows(spec: RunSpec, known: Known) -> Iterator[str]:
         yield f"the model will learn little; larger batches need less noise: {_FULL_BATCHES}"
         return
     yield _needs(spec, length, max(sigmas), "--dp", f"{_times(length)} as many rows")
+
+
+def _of_sums(spec: RunSpec, private: PrivateTraining, known: Known) -> Iterator[str]:
+    """About noise that the peers of a sum share."""
+    sigma, m = private.event(1.0, 1).noise, private.shared
+    yield (
+        f"noise: σ = {sigma:.3g} times the clip norm {private.clip:g} on the sum of all peers' "
+        f"gradients, for ε {private.epsilon:g} in {private.rounds} rounds; {m} honest peers share "
+        "it, and a sum of fewer trusted peers is not unmasked"
+    )
+    yield (
+        f"ε holds if {m} of the trusted peers in a sum add their noise and keep it secret; "
+        "--dp-shared 1 relies on no other peer"
+    )
+    if not known.rows:
+        return
+    peers, total = len(known.rows), sum(known.rows)
+    of_all = sigma * math.sqrt(max(1.0, peers / m))
+    length = of_all / total * math.sqrt(known.num_weights)
+    yield (
+        f"by run {known.run}, {peers} peers have {_range(known.rows)} rows: the noise of their "
+        f"mean gradient is {length:.3g} clip norms long"
+    )
+    if length > MAX_LENGTH:
+        yield _needs(spec, length, sigma, "--dp", f"{_times(length)} as many rows")
 
 
 def _of_peers(spec: RunSpec, peers: int, known: Known) -> Iterator[str]:

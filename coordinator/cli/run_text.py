@@ -37,8 +37,10 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         f"deadline {auto}{phase_deadline_s(run):g} s, weighting {spec.weighting}{select}{late}"
     )
     if private := spec.private:
+        shared = f"{private.shared} honest peers of a sum share the noise, fewer are not unmasked"
         yield (
-            f"each peer adds its own noise: ε {private.epsilon:g} at δ {private.delta:g} for each "
+            f"{shared if private.is_shared else 'each peer adds its own noise'}: "
+            f"ε {private.epsilon:g} at δ {private.delta:g} for each "
             f"row over all {private.rounds} rounds, gradients clipped to norm {private.clip:g}"
         )
     if allowed := spec.private_versions:
@@ -49,9 +51,10 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
             "versions not evaluated"
         )
     if spec.secure:
+        clips = f"; each peer scales its change down to norm {spec.clip_norm:g}"
         yield (
-            f"secure: the coordinator sees only sums of {spec.quorum} updates or more; each peer "
-            f"scales its change down to norm {spec.clip_norm:g}"
+            f"secure: the coordinator sees only sums of {spec.quorum} updates or more"
+            f"{clips if spec.clip_norm else ''}"
         )
     for peer, text in run.refusal_texts.items():
         yield f"refused {_name(peer, peers)}: {text}"

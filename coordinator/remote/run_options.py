@@ -13,6 +13,7 @@ from coordinator.storage.run_events import RunSpec
 from protocols.codecs import registry
 from protocols.errors import UsageError
 from protocols.local import homes
+from protocols.privacy.secagg.cohort import MIN_COHORT, threshold
 
 #: The upper bound of automatic deadlines.
 _MAX_AUTO_DEADLINE_S = 600.0
@@ -61,12 +62,19 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
 def _secure_fields(fields: Mapping[str, Any]) -> dict[str, float]:
     """What a secure run does unless it is told otherwise.
 
-    Its clipping norm is the range of its integers, and it cannot compare single updates.
+    Its clipping norm is the range of its integers, and it cannot compare single updates. With
+    noise, its peers share it, and clip nothing afterwards.
     """
     is_default = fields["outlier_limit"] == options.OUTLIER_LIMIT
+    shared = fields["dp_shared"]
+    if not shared and fields["dp_epsilon"]:
+        can_share = not fields["dp_user_epsilon"] and fields["quorum"] >= MIN_COHORT
+        shared = threshold(fields["quorum"]) if can_share else 1
+    clips = 0.0 if shared > 1 else options.SECURE_CLIP_NORM
     return {
         "outlier_limit": 0.0 if is_default else fields["outlier_limit"],
-        "clip_norm": fields["clip_norm"] or options.SECURE_CLIP_NORM,
+        "clip_norm": fields["clip_norm"] or clips,
+        "dp_shared": shared,
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from protocols.errors import UsageError
+from protocols.privacy.events import MAX_SHARERS
 from protocols.privacy.private_training import (
     MAX_CLIP,
     MAX_DELTA,
@@ -112,6 +113,7 @@ _OUTLIERS = Bounds("0, or 1 or more", 1, or_zero=True)
 _FINITE = Bounds("a finite number")
 _EPSILON = Bounds("0, or from 0.01 to 100", MIN_EPSILON, MAX_EPSILON, or_zero=True)
 _DELTA = Bounds("from 1e-12 to 0.01", MIN_DELTA, MAX_DELTA)
+_SHARERS = Bounds(f"from 0 to {MAX_SHARERS}", 0, MAX_SHARERS)
 _CLIP = Bounds("from 1e-6 to 1e6", MIN_CLIP, MAX_CLIP)
 #: The default of --outlier-limit: docs/quality.md has what was measured.
 OUTLIER_LIMIT = 3.0
@@ -167,13 +169,17 @@ OPTIONS = (
            "run.", _FROM_1, "examples"),
     Option("secure", bool, False, "The coordinator sees only the sum of all updates and no single "
            "one. Needs three peers or more, whose owners trust each other.", is_common=True),
-    Option("dp", float, 0.0, "Each peer adds its own noise. All rounds together cost at most "
-           "this ε for each row (0: no noise).", _EPSILON, "ε", other_field="dp_epsilon"),
+    Option("dp", float, 0.0, "Peers add noise: each its own, or with --secure all together. All "
+           "rounds together cost at most this ε for each row (0: no noise).", _EPSILON, "ε",
+           other_field="dp_epsilon"),
     Option("delta", float, 1e-5, "With --dp: the δ, well below 1 / the rows of a peer. With "
            "--dp-user: well below 1 / the peers.",
            _DELTA, other_field="dp_delta"),
     Option("dp-clip", float, 1.0, "With --dp: clip the gradient of each row to this norm.",
            _CLIP, "Euclidean norm"),
+    Option("dp-shared", int, 0, "With --secure --dp: so many honest peers add enough noise "
+           "together. 0: two thirds of the quorum; 1: each peer adds all of it.", _SHARERS,
+           "peers", other_field="dp_shared"),
     Option("dp-user", float, 0.0, "The coordinator adds noise to each version. All versions "
            "together cost at most this ε for each peer (0: no noise).", _EPSILON, "ε",
            other_field="dp_user_epsilon"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,12 @@ class Rule(NamedTuple):
 _DEFAULTS = RunSpec(task="", rounds=1)
 _BUFFERED = "--mode buffered"
 _SERVER = "use fedavg or a server optimizer"
+_ALONE = "or --dp-shared 1: each peer adds all of the noise alone"
+#: Defaults of tasks that are not those of plain SGD (`agent.tasks`). Agents check all of them.
+_STEP_DEFAULTS: dict[str, dict[str, object]] = {
+    "images": {"momentum": 0.9},
+    "tabular": {"optimiser": "adamw"},
+}
 _USER_LEVEL = "--dp-user 3 --clip-norm 1 --weighting equal --outlier-limit 0"
 
 # fmt: off
@@ -48,6 +55,41 @@ _PRIVATE_RULES = (
     Rule(lambda spec, _: bool(spec.best_metric or spec.patience) or spec.target is not None,
          "with --dp no metric leaves a peer, so --best-metric, --patience and --until have no "
          "effect", "leave them out"),
+)
+#: Rules for runs in which peers share the noise: see docs/notes/shared-noise.md.
+_SHARED_RULES = (
+    Rule(lambda spec, _: not (spec.secure and spec.dp_epsilon),
+         "--dp-shared is for the noise of a secure sum, which no single peer's noise could hide",
+         "--secure --dp 3 --dp-shared {spec.dp_shared}"),
+    Rule(lambda spec, _: spec.dp_shared > spec.quorum,
+         "--dp-shared {spec.dp_shared} needs noise of more peers than a sum may have: the quorum "
+         "is {spec.quorum}", "--quorum {spec.dp_shared}, or a smaller --dp-shared"),
+    Rule(lambda spec, _: spec.settings.get("batch_size") not in ("all", 0)
+             or spec.settings.get("epochs") != 1,
+         "with --secure --dp, peers share the noise of one step over all rows in a round; each "
+         "further step would need noise of its own",
+         f"--set batch_size=all --set epochs=1; {_ALONE}"),
+    Rule(lambda spec, _: not _is_number(spec.settings.get("lr")),
+         "with --secure --dp, the range of the integers follows from the learning rate, so the run "
+         "must say it", f"--set lr=0.5; {_ALONE}"),
+    Rule(lambda spec, adapter: not _is_plain_step(spec, adapter),
+         "with --secure --dp, peers share the noise of a step of plain SGD, and by its settings or "
+         "defaults {spec.task} takes another step",
+         "--set optimiser=sgd --set momentum=0, without weight_decay, clip_norm and proximal_mu; "
+         f"--strategy fedavgm has momentum; {_ALONE}"),
+    Rule(lambda spec, _: spec.weighting != "examples" or spec.max_weight_share < 1,
+         "with --secure --dp, each row counts the same, so that the noise hides a row of each "
+         "peer alike: --weighting equal and --max-weight-share would change that",
+         f"leave them out; {_ALONE}"),
+    Rule(lambda spec, _: bool(spec.clip_norm),
+         "with --secure --dp, --clip-norm would clip the noise, too; --dp-clip bounds each row",
+         f"leave it out; {_ALONE}"),
+    Rule(lambda spec, _: spec.codec != "fp32",
+         "with --secure --dp, --codec {spec.codec} is too coarse for the noise of one peer",
+         f"--codec fp32; {_ALONE}"),
+    Rule(lambda spec, _: bool(spec.dp_user_epsilon),
+         "noise that peers share cannot be combined with --dp-user, which divides by a fixed "
+         "number of peers", _ALONE),
 )
 #: Rules for runs whose versions have noise.
 _VERSION_RULES = (
@@ -166,6 +208,7 @@ def check(spec: RunSpec) -> None:
     of_sums = _SECURE_RULES if spec.secure else ()
     of_noise = (
         *(_PRIVATE_RULES if spec.private else ()),
+        *(_SHARED_RULES if spec.dp_shared > 1 else ()),
         *(_VERSION_RULES if spec.private_versions else ()),
     )
     for rule in (*_RULES, *of_sums, *of_mode, *of_noise):
@@ -176,3 +219,14 @@ def check(spec: RunSpec) -> None:
     registry.parse(spec.codec)
     best_version.check(spec)
     task_settings.check(spec)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_plain_step(spec: RunSpec, adapter: StrategyAdapter) -> bool:
+    given = spec.settings | adapter.trainer_settings(spec.strategy_args)
+    step = {**_STEP_DEFAULTS.get(spec.task, {}), **given}
+    bent = ("momentum", "weight_decay", "clip_norm", "proximal_mu")
+    return step.get("optimiser", "sgd") == "sgd" and not any(step.get(name) for name in bent)

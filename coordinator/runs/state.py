@@ -258,7 +258,9 @@ def why_no_evaluations(run: Run) -> str:
     if run.evaluations:
         return ""
     if run.spec.private:
-        return "each peer adds noise of its own, so this run asks no peer for an evaluation"
+        return (
+            "this run adds noise to updates, so it asks no peer for an evaluation, which has none"
+        )
     if run.spec.secure:
         return "this run is secure: the coordinator sees only the evaluation of all peers together"
     if any(closed.num_evaluated or closed.metrics for closed in run.history):

@@ -56,6 +56,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `min_examples`: a peer that trains on fewer examples gets no work from this run.
     `dp_epsilon`, `dp_delta`: each peer adds noise of its own, so that all rounds together cost at
     most that for one of its rows (0: no noise). `dp_clip`: the maximum norm of a row's gradient.
+    `dp_shared`: so many honest peers of a secure sum add the noise together (0 or 1: each peer adds
+    all of it).
     `dp_user_epsilon`: the coordinator adds noise to each version, so that all versions together
     cost at most that, with `dp_delta`, for one peer (0: no noise).
     `secure`: the coordinator sees no single update, only their sum (`coordinator.runs.secure`).
@@ -99,6 +101,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     dp_epsilon: float = 0.0
     dp_delta: float = 1e-5
     dp_clip: float = 1.0
+    dp_shared: Integer = 0
     dp_user_epsilon: float = 0.0
     secure: bool = False
 
@@ -107,7 +110,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
         """What the run asks of peers that add noise; None without noise."""
         if not self.dp_epsilon:
             return None
-        return PrivateTraining(self.dp_epsilon, self.dp_delta, self.dp_clip, self.rounds)
+        shared = max(1, self.dp_shared)
+        return PrivateTraining(self.dp_epsilon, self.dp_delta, self.dp_clip, self.rounds, shared)
 
     @property
     def private_versions(self) -> PrivateVersions | None:

@@ -24,6 +24,7 @@ from protocols.privacy.events import (
     Gaussian,
     Laplace,
     SampledGaussian,
+    SharedGaussian,
 )
 from protocols.privacy.loss_grids import Floats, LossGrid
 
@@ -80,6 +81,8 @@ def epsilon_of(events: Iterable[Event], delta: float, points: int = _POINTS) -> 
                 failure += found
             case Gaussian(noise, count) | SampledGaussian(noise, 1.0, count):
                 mu_squared += count / noise**2
+            case SharedGaussian():
+                mu_squared += event.count / event.noise**2
             case SampledGaussian(noise, rate, count):
                 counts[SampledGaussian(noise, rate)] += count
             case Laplace(epsilon, count) if epsilon:

@@ -18,6 +18,8 @@ from msgspec import Meta, Struct
 MAX_COUNT = 10**9
 #: Less noise costs more than 10⁶ in ε, which is no protection; more is a mistake.
 MIN_NOISE, MAX_NOISE = 1e-3, 1e9
+#: The most peers that a noise can be shared by: those of the largest secure sum.
+MAX_SHARERS = 1024
 _Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 _Noise = Annotated[float, Meta(ge=MIN_NOISE, le=MAX_NOISE)]
 _Epsilon = Annotated[float, Meta(ge=0, le=1e6)]
@@ -39,6 +41,18 @@ class SampledGaussian(Event, frozen=True):
 
     noise: _Noise
     rate: Annotated[float, Meta(gt=0, le=1)]
+    count: _Count = 1
+
+
+class SharedGaussian(Event, frozen=True):
+    """Sums with Gaussian noise that `peers` honest peers have added together, each an equal part.
+
+    `row`: what one row changes, in the unit of the sum.
+    """
+
+    noise: _Noise
+    peers: Annotated[int, Meta(ge=2, le=MAX_SHARERS)]
+    row: Annotated[float, Meta(gt=0, le=1e12)] = 1.0
     count: _Count = 1
 
 

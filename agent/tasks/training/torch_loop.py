@@ -34,6 +34,7 @@ from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.loop_state import LoopState as LoopState
 from agent.tasks.training.loop_state import Tensors as Tensors
 from agent.tasks.training.loop_state import as_arrays
+from agent.tasks.training.noise_sizes import noise_of
 from agent.tasks.training.secret_noise import SecretNoise
 from protocols.errors import UsageError
 from protocols.model.weights import Array, Weights
@@ -246,17 +247,16 @@ def _train_privately(
     """
     count = len(examples.y)
     batch = min(plan.batch_size or count, count)
-    steps = plan.epochs * -(-count // batch)
-    steps = min(steps, plan.max_steps) if plan.max_steps else steps
-    event, noise = private.event(batch / count, steps), SecretNoise()
+    event, steps, std = noise_of(at, plan, private, count, batch)
+    noise = SecretNoise()
     gradients = ClippedGradients(loss.losses_of, at.trained, private.clip)
     optimiser = _optimiser(at, plan)
     while at.done < steps:
-        places = torch.from_numpy(noise.sample(count, event.rate)).to(examples.y.device)
+        places = torch.from_numpy(noise.sample(count, batch / count)).to(examples.y.device)
         sums = gradients.sum(at.weights, loss.inputs_of(examples.x[places]), examples.y[places])
         for name in at.trained:
             total = sums[name].double().cpu().numpy()
-            total += (event.noise * private.clip) * noise.normals(total.size).reshape(total.shape)
+            total += std * noise.normals(total.size).reshape(total.shape)
             at.weights[name].grad = torch.from_numpy(total / batch).to(at.weights[name])
         _move(at, plan, optimiser)
         at.done += 1

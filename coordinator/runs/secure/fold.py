@@ -148,6 +148,10 @@ def commit(
             spent, metrics = (event,), {}  # the noise does not cover the metrics
             # The sum of the changes, which peers have clipped, divided by the fixed number.
             scale = len(of.survivors) / event.peers
+        if divisor := of.cohort.plan.divisor:
+            # The mean over all rows of the survivors.
+            rows = sum(of.cohort.cards[peer].examples for peer in of.survivors)
+            scale = len(of.survivors) * divisor / max(rows, 1)
         aggregation_ = Aggregation(
             strategies.find(spec.strategy),
             strategy,

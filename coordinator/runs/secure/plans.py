@@ -26,11 +26,14 @@ from protocols.privacy.secagg.messages import (
     encode,
     ring_of,
 )
+from protocols.privacy.shared_noise import SharedNoise
 
 #: How much larger than the mean's largest element one of a peer may be.
 _HEADROOM = 8.0
 #: The smallest limit of a tensor, as a part of the clipping norm.
 _MIN_LIMIT = 2.0**-20
+#: How much wider the limits of a plan with shared noise are than they must be.
+_ROOM = 1.01
 #: By ring: the most that all weights together should be, so that a value keeps 18 bits or 10; and
 #: the smallest and largest weight of the peer with the most examples.
 _WEIGHTS = {32: (4096, 16, 256), 16: (64, 1, 4)}
@@ -101,6 +104,12 @@ def make_request(
     ring_bits = ring_of(run.spec.work_codec)
     examples = [run.updates[peer].num_examples for peer in chosen.peers]
     is_training = kind == "train"
+    sizes = masked_file.layout(schema) if is_training else ()
+    noise, divisor, clip = _shared_noise(run) if is_training else None, 0.0, clip_of(run)
+    if noise is not None:
+        divisor, most = sum(examples) / len(examples), max(examples)
+        limits = [_ROOM * noise.largest(most) / divisor] * len(sizes)
+        clip = _ROOM * noise.longest(most, sum(sizes)) / divisor
     plan = Plan(
         fleet=fleet,
         run=run.id,
@@ -108,14 +117,23 @@ def make_request(
         kind=kind,
         base=run.head,
         ring=ring_bits,  # type: ignore[arg-type]
-        sizes=masked_file.layout(schema) if is_training else (),
+        sizes=sizes,
         limits=tuple(limits) if is_training else (),
-        clip=clip_of(run),
+        clip=clip,
         names=chosen.names,
-        max_weight=_max_weight(run, ring_bits, len(examples)),
+        max_weight=1 if divisor else _max_weight(run, ring_bits, len(examples)),
         max_examples=_max_examples(examples, run.spec.max_weight_share),
+        divisor=divisor,
     )
     return ShareRequest(plan=encode(plan), cards=tuple(answers[peer].card for peer in chosen.peers))
+
+
+def _shared_noise(run: Run) -> SharedNoise | None:
+    """What each peer adds if peers share the noise, with the largest learning rate of the run."""
+    private = run.spec.private
+    if private is None or not private.is_shared:
+        return None
+    return SharedNoise.of(private.shared_event(float(run.spec.settings["lr"])))
 
 
 def _max_weight(run: Run, ring_bits: int, peers: int) -> int:

@@ -63,11 +63,11 @@ def write(
 
     `weights`: the trained ones and their base; None for an evaluation. `metrics`: from `tails`. A
     change with a norm above `plan.clip` is scaled down to it, and a tensor's to half of its limit
-    by root mean square. The same weights give the same bytes.
+    by root mean square; with shared noise it is refused. The same weights give the same bytes.
     Raises BadWeights, OSError.
     """
     plan, schema = masking.cohort.plan, file_schema(masking.cohort.plan)
-    changes = _changes(*weights, plan) if weights else iter(())
+    changes = _changes(*weights, plan, masking.factor) if weights else iter(())
     with WeightsWriter(path, schema) as file:
         tail = masking.tail(metrics).view("<i8")
         file.write({Part("t", 0, len(tail)): tail})
@@ -79,13 +79,23 @@ def write(
     return file.digest, file.nbytes
 
 
-def _changes(trained: WeightReader, base: WeightReader, plan: Plan) -> Iterator[tuple[int, Floats]]:
+def _changes(
+    trained: WeightReader, base: WeightReader, plan: Plan, multiplier: float
+) -> Iterator[tuple[int, Floats]]:
     """The blocks of the change by number of the tensor, scaled down to the norm `plan.clip`, and so
-    that few elements of a tensor exceed its limit."""
+    that few elements of a tensor exceed its limit.
+
+    With shared noise (a `multiplier`) nothing is scaled down: see docs/notes/shared-noise.md.
+    """
     check_schema(trained.schema, base.schema)
     if layout(base.schema) != plan.sizes:
         raise BadWeights("the plan of the cohort is of another model")
     changes = DeltaReader(trained, base, None, "")
+    if multiplier:
+        _check_unclipped(changes, plan, multiplier)
+        for one in changes.blocks():
+            yield one.field.number, one.change
+        return
     squares = [0.0] * len(plan.sizes)
     for one in changes.blocks():
         squares[one.field.number] += float(np.square(one.change, dtype=np.float64).sum())
@@ -98,6 +108,17 @@ def _changes(trained: WeightReader, base: WeightReader, plan: Plan) -> Iterator[
     for one in changes.blocks():
         factor = factors[one.field.number]
         yield one.field.number, one.change if factor == 1 else one.change * factor
+
+
+def _check_unclipped(changes: DeltaReader, plan: Plan, factor: float) -> None:
+    """Raise BadWeights if a change times `factor` exceeds what honest training can give."""
+    squares = 0.0
+    for one in changes.blocks():
+        if factor * float(np.abs(one.change).max(initial=0.0)) > plan.limits[one.field.number]:
+            raise BadWeights("an element of the update is larger than its rows and noise can be")
+        squares += float(np.square(one.change, dtype=np.float64).sum())
+    if factor * math.sqrt(squares) > plan.clip:
+        raise BadWeights("the norm of the update is larger than that of its rows and noise can be")
 
 
 def check_file(file: WeightReader, plan: Plan) -> None:

@@ -96,7 +96,9 @@ class Plan(Struct, frozen=True, kw_only=True):
 
     `ring`: bits. `sizes`, `limits`: elements and clipping limit of each tensor; empty for an
     evaluation. `clip`: the maximum Euclidean norm of a peer's change. `names`: the metrics beside
-    the weights. `max_weight`, `max_examples`: see `ring.integer_weights`.
+    the weights. `max_weight`, `max_examples`: see `ring.integer_weights`. `divisor`: in a run with
+    shared noise, a peer multiplies its change by its examples over this, and has the weight 1; 0 in
+    other runs. Agents of older versions refuse such a run before: see `private_training.SHARED`.
     """
 
     fleet: Id
@@ -111,6 +113,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     names: TailNames = TailNames()
     max_weight: Annotated[int, Meta(ge=1, le=MAX_WEIGHT)] = 1
     max_examples: Count = 0
+    divisor: Annotated[float, Meta(ge=0, le=1e18)] = 0.0
 
 
 class ReadyRequest(Struct, frozen=True, kw_only=True):

@@ -38,6 +38,7 @@ from protocols.privacy.secagg.messages import (
     UnmaskAnswer,
     UnmaskRequest,
 )
+from protocols.privacy.shared_noise import SharedNoise
 
 Sign = Callable[[bytes], bytes]
 
@@ -55,7 +56,7 @@ class Turn(Struct, frozen=True, kw_only=True):
 
     `master`: 32 secret bytes that all secrets of the card come from. `names`: the metrics. `ready`,
     `cohort`, `mask`, `agree`: the requests that were answered. `upload`: digest of the masked
-    update.
+    update. `noise`: in a run with shared noise, what the update has of it.
     """
 
     ready: ReadyRequest
@@ -63,6 +64,7 @@ class Turn(Struct, frozen=True, kw_only=True):
     master: Bytes32
     card: SignedCard
     names: TailNames = TailNames()
+    noise: SharedNoise | None = None
     cohort: ShareRequest | None = None
     mask: MaskRequest | None = None
     upload: MaybeDigest = ""
@@ -71,13 +73,17 @@ class Turn(Struct, frozen=True, kw_only=True):
 
 
 class Masking(NamedTuple):
-    """How to mask this peer's update: seeds to add and to subtract, its weight, its rounding."""
+    """How to mask this peer's update: seeds to add and to subtract, its weight, its rounding.
+
+    `factor`: what the change is multiplied by in a run with shared noise; 0 in other runs.
+    """
 
     cohort: Cohort
     weight: int
     plus: list[bytes]
     minus: list[bytes]
     rounding_seed: bytes
+    factor: float = 0.0
 
     def tail(self, metrics: Sequence[float]) -> npt.NDArray[np.uint64]:
         """The masked metrics uint64[m], from those of `tails.values`. Raises BadWeights."""
@@ -96,7 +102,7 @@ class Masking(NamedTuple):
         quantizer = ring.Quantizer(plan.ring, self.cohort.bits, self.weight, self.rounding_seed)
         masks = Masks(self.plus, self.minus, plan.ring // 8)
         for number, change in changes:
-            block = quantizer.quantize(change, plan.limits[number])
+            block = quantizer.quantize(change, plan.limits[number] / (self.factor or 1.0))
             masks.add_to(block)
             yield block
 
@@ -107,8 +113,12 @@ def make_card(
     examples: int,
     master: bytes,
     names: TailNames = TailNames(),
+    noise: SharedNoise | None = None,
 ) -> Turn:
-    """Step ready: the state of a new turn, with its card. `master`: 32 fresh random bytes."""
+    """Step ready: the state of a new turn, with its card. `master`: 32 fresh random bytes.
+
+    `noise`: what the update has of the noise that the peers share, if they do.
+    """
     secrets = keys.CardSecrets(master)
     card = Card(
         fleet=request.fleet,
@@ -127,7 +137,7 @@ def make_card(
         terms=request.terms,
     )
     signed = SignedCard(*SIGNED_CARD.seal(card, me.sign))
-    return Turn(ready=request, peer=me.peer, master=master, card=signed, names=names)
+    return Turn(ready=request, peer=me.peer, master=master, card=signed, names=names, noise=noise)
 
 
 def share(
@@ -177,7 +187,9 @@ def mask(state: Turn, request: MaskRequest, pins: Pins) -> tuple[Turn, Masking]:
     for peer in _neighbors_in(cohort, me, request.sharers):
         seed = keys.pair_mask(secrets.mask_key, cohort.cards[peer].mask_key, cohort.id)
         (plus if me < peer else minus).append(seed)
-    masking = Masking(cohort, cohort.weights[me], plus, minus, secrets.rounding_seed(cohort.id))
+    factor = cohort.cards[me].examples / cohort.plan.divisor if cohort.plan.divisor else 0.0
+    seed = secrets.rounding_seed(cohort.id)
+    masking = Masking(cohort, cohort.weights[me], plus, minus, seed, factor)
     return replace(state, mask=request), masking
 
 
@@ -200,7 +212,7 @@ def agree(state: Turn, request: AgreeRequest, pins: Pins, sign: Sign) -> tuple[T
         survivors, sharers = set(request.survivors), set(state.mask.sharers)
         if not in_order(request.survivors) or not survivors <= sharers:
             _refuse("survivors", "a survivor has not shared, or is named twice")
-        _check_set(state.peer, cohort, survivors, pins, "survivors")
+        _check_set(state, cohort, survivors, pins, "survivors")
     elif state.agree != request:
         _refuse("second survivors", "this peer has already signed another set of survivors")
     message = cohort.agreement(state.mask.sharers, request.survivors)
@@ -249,7 +261,7 @@ def check_rule(state: Turn, pins: Pins) -> None:
         name, peers = "survivors", state.agree.survivors
     elif state.mask is not None:
         name, peers = "sharers", state.mask.sharers
-    _check_set(state.peer, cohort, set(peers or cohort.peers), pins, name)
+    _check_set(state, cohort, set(peers or cohort.peers), pins, name)
 
 
 def _own_shares(cohort: Cohort, me: str, secrets: keys.CardSecrets) -> tuple[bytes, bytes]:
@@ -292,14 +304,29 @@ def _check_cohort(state: Turn, cohort: Cohort, pins: Pins, layout: tuple[int, ..
     if plan.names != state.names:
         _refuse("plan", "the plan of the cohort has other metrics than this peer")
     _ = cohort.bits  # raises if the ring is too small for the weights
-    _check_set(me, cohort, set(cohort.peers), pins, "peers")
+    _check_noise(state, cohort)
+    _check_set(state, cohort, set(cohort.peers), pins, "peers")
+
+
+def _check_noise(state: Turn, cohort: Cohort) -> None:
+    """Raise SecureRefused if the noise of this peer's update would not be whole in the sum."""
+    plan, noise = cohort.plan, state.noise
+    if noise is None:
+        if plan.divisor:
+            _refuse("plan", "the plan is for shared noise, and this peer's update has none")
+        return
+    if plan.max_weight != 1:
+        _refuse("plan", "with shared noise all peers have the same weight, and in the plan not")
+    examples, most = cohort.cards[state.peer].examples, ring.max_value(cohort.bits)
+    if why := noise.objection(examples, plan.divisor, plan.sizes, plan.limits, plan.clip, most):
+        _refuse("plan", f"the plan of the cohort would spoil the noise: {why}")
 
 
 def _check_sharers(state: Turn, cohort: Cohort, request: MaskRequest, pins: Pins) -> None:
     sharers, me = set(request.sharers), state.peer
     if not in_order(request.sharers) or not sharers <= cohort.cards.keys():
         _refuse("sharers", "a sharer is not in the cohort, or is named twice")
-    _check_set(me, cohort, sharers, pins, "sharers")
+    _check_set(state, cohort, sharers, pins, "sharers")
     secrets, expected = keys.CardSecrets(state.master), _neighbors_in(cohort, me, sharers)
     if request.shares.keys() != set(expected):
         _refuse("sharers", "the request must contain one share of each neighbor that has shared")
@@ -309,8 +336,9 @@ def _check_sharers(state: Turn, cohort: Cohort, request: MaskRequest, pins: Pins
             raise BadMessage(f"the sealed message of {peer} does not contain two shares")
 
 
-def _check_set(me: str, cohort: Cohort, peers: set[str], pins: Pins, name: str) -> None:
+def _check_set(state: Turn, cohort: Cohort, peers: set[str], pins: Pins, name: str) -> None:
     """Raise SecureRefused unless a sum over these peers hides this peer's update."""
+    me = state.peer
     if me not in peers:
         _refuse(name, f"this peer is not among the {name}, so its update does not count")
     group = peers.intersection(cohort.groups[me])
@@ -335,6 +363,13 @@ def _check_set(me: str, cohort: Cohort, peers: set[str], pins: Pins, name: str) 
             f"{len(hidden)} pinned peers are among the {name}, with this one; the owner requires "
             f"{pins.minimum}",
             "pin the ids of further peers, or lower the minimum",
+        )
+    if state.noise is not None and len(hidden) < state.noise.peers:
+        raise SecureRefused(
+            "too little noise",
+            f"{len(hidden)} pinned peers are among the {name}, with this one, and the noise of "
+            f"this run is enough with {state.noise.peers}",
+            "pin the ids of further peers; or run start --dp-shared with fewer",
         )
 
 

@@ -48,6 +48,19 @@ def test_the_noise_of_each_peer_is_said_with_the_rows_of_an_earlier_run() -> Non
     assert f"σ = {noise:.3g} " in told(sampled, TWENTY)
 
 
+def test_shared_noise_is_that_of_the_sum_and_says_whom_it_trusts() -> None:
+    shared = replace(OWN, secure=True, quorum=20, dp_shared=14)
+    text = told(shared, TWENTY)
+    assert "σ = 10.8 times the clip norm 0.5 on the sum of all peers' gradients" in text
+    assert "14 honest peers share it, and a sum of fewer trusted peers is not unmasked" in text
+    length = 10.77 * math.sqrt(20 / 14) / 4000 * math.sqrt(11_530)
+    assert f"mean gradient is {length:.3g} clip norms long" in text
+    assert "learn little" not in text
+    assert "--dp-shared 1 relies on no other peer" in told(shared)
+    costly = told(replace(shared, dp_epsilon=0.05), TWENTY)
+    assert "times as many rows" in costly
+
+
 def test_too_much_noise_is_said_with_what_less_would_take() -> None:
     """Each of the ways brings the noise to the length that is called enough."""
     costly = replace(OWN, dp_epsilon=0.5)
