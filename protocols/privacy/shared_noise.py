@@ -70,10 +70,10 @@ class SharedNoise(Struct, frozen=True, kw_only=True):
         if not 0 < divisor < math.inf:
             return "it has no divisor"
         largest = self.largest(examples) / divisor
-        if any(limit < largest for limit in limits):
+        if not all(limit >= largest for limit in limits):
             return f"a limit is below {largest:.4g}, so elements with noise would be clipped"
-        if clip < (longest := self.longest(examples, sum(sizes)) / divisor):
+        if not clip >= (longest := self.longest(examples, sum(sizes)) / divisor):
             return f"its norm is below {longest:.4g}, so an update with noise would be scaled down"
-        if any(MIN_STEPS * limit / most > self.std / divisor for limit in limits):
+        if not all(MIN_STEPS * limit / most <= self.std / divisor for limit in limits):
             return "its integers are too coarse for the noise of one peer"
         return ""

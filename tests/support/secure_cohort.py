@@ -39,6 +39,7 @@ from protocols.privacy.secagg.messages import (
 )
 from protocols.privacy.secagg.peer import Masking, Me, Turn
 from protocols.privacy.secagg.recovery import recover
+from protocols.privacy.shared_noise import SharedNoise
 
 FLEET, RUN, BASE = "fleet", "run-1", "ab" * 32
 KEY = TurnKey(RUN, 1, 0)
@@ -98,14 +99,19 @@ class Machine:
     """An agent, its disk, and its update."""
 
     def __init__(
-        self, number: int, pins: Pins, rnd: random.Random, sizes: tuple[int, ...] = SIZES
+        self,
+        number: int,
+        pins: Pins,
+        rnd: random.Random,
+        sizes: tuple[int, ...] = SIZES,
+        noise: SharedNoise | None = None,
     ) -> None:
         self.me, self.store, self.sizes = me(number), MemoryStore(), sizes
         self.peer, self.examples = self.me.peer, rnd.randrange(1, 200)
         draw = np.random.default_rng(rnd.getrandbits(32))
         self.change: npt.NDArray[np.float32] = draw.normal(0, 0.2, sum(sizes)).astype(np.float32)
         self.metrics = [self.examples * rnd.random(), 1.0]
-        self.names = NAMES
+        self.names, self.noise = NAMES, noise
         self.kept: dict[str, tuple[RingArray, npt.NDArray[np.uint64]]] = {}
         self.turns = SecureTurns(self.me, self.store, lambda: pins, rnd.randbytes)  # type: ignore[arg-type]
 
@@ -118,7 +124,7 @@ class Machine:
             kind=key.kind,  # type: ignore[arg-type]
             base=base,
         )
-        return self.turns.ready(request, self.examples, self.names).card
+        return self.turns.ready(request, self.examples, self.names, self.noise).card
 
     def answer(self, request: Request, key: TurnKey = KEY) -> Answer:
         match request:
