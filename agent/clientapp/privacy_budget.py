@@ -15,13 +15,12 @@ from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger, Purpose
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.floors import WITHOUT_DATA
 from agent.tasks.work import Done
-from protocols.errors import AwaitingTrust, NotAllowed, UsageError
+from protocols.errors import NotAllowed, UsageError
 from protocols.messages.work import Work
 from protocols.model import schema_card
 from protocols.privacy import accountant, events, gaussian, private_training
 from protocols.privacy.events import Event, Exact, Gaussian, SampledGaussian, SharedGaussian
 from protocols.privacy.private_training import PrivateTraining
-from protocols.privacy.secagg.messages import ring_of
 
 #: What an answer of a run is for; others tell nothing of rows.
 _PURPOSES: dict[str, Purpose] = {
@@ -84,8 +83,13 @@ class PrivacyBudget:
             raise UsageError(
                 "this agent leads a fleet of its own, whose agents cannot add noise (--dp)"
             )
-        if private.is_shared:
-            self._check_shared(work, private, chosen)
+        if private.is_shared and self.has_limit and chosen.privacy_shared == "off":
+            raise NotAllowed(
+                "the owner has a privacy budget, which relies on no other machine, and the noise "
+                f"of this run relies on {private.shared - 1} others",
+                "run start --dp-shared 1; or on that machine: commonweight-agent policy set "
+                "privacy.shared on",
+            )
         if self._file is None:
             return
         self._ledger.check_complete()
@@ -95,32 +99,6 @@ class PrivacyBudget:
             mu = gaussian.mu_for(private.epsilon, private.delta)
             spent = [event for one in self._ledger.charges() for event in one.noisy]
             privacy_ledger.check(spent, [Gaussian(1 / mu)], Limit.of(chosen))
-
-    def _check_shared(self, work: Work, private: PrivateTraining, chosen: AgentSettings) -> None:
-        """Raise unless the noise of this peer leaves in a sum alone, and the owner accepts that.
-
-        A limit says what may leave whatever other machines do. Shared noise depends on them.
-        """
-        if not ring_of(work.codec):
-            raise NotAllowed(
-                "the noise is for a sum with other peers, and this run is not secure: the update "
-                "would leave with too little",
-                "run start --secure --dp",
-            )
-        if (missing := private.shared - 1 - len(chosen.trust)) > 0:
-            raise AwaitingTrust(
-                f"the noise of this run is enough with {private.shared} trusted peers, and the "
-                f"owner trusts {len(chosen.trust)} others; {missing} more are needed",
-                "on that machine: commonweight-agent trust add ID; or run start --dp-shared with "
-                "fewer peers",
-            )
-        if self.has_limit and chosen.privacy_shared == "off":
-            raise NotAllowed(
-                "the owner has a privacy budget, which relies on no other machine, and the noise "
-                f"of this run relies on {private.shared - 1} others",
-                "run start --dp-shared 1; or on that machine: commonweight-agent policy set "
-                "privacy.shared on",
-            )
 
     def charge(self, work: Work, done: Done) -> None:
         """Charge the result of work. Raises NotAllowed if the owner's limit does not allow it.

@@ -6,6 +6,7 @@ from agent.home.settings_schema import AgentSettings
 from agent.tasks.floors import WITHOUT_DATA
 from protocols.errors import AwaitingTrust, BadMessage, NotAllowed
 from protocols.messages.work import Work
+from protocols.privacy import private_training
 from protocols.privacy.secagg.cohort import Pins
 from protocols.privacy.secagg.messages import STEPS, ring_of
 
@@ -24,13 +25,14 @@ def pins(chosen: AgentSettings) -> Pins:
 
 
 def check(work: Work, chosen: AgentSettings) -> None:
-    """Raise NotAllowed for work of a plain run if the owner wants secure runs alone, AwaitingTrust
-    for that of a secure run if the owner trusts too few peers, BadMessage for a step of a plain
-    run."""
+    """Raise NotAllowed for work of a plain run if the owner wants secure runs alone or the peers
+    share noise, AwaitingTrust for that of a secure run if the owner trusts too few peers,
+    BadMessage for a step of a plain run."""
     if work.kind in STEPS and not is_secure(work):
         raise BadMessage(f"a step {work.kind} of a run that is not secure")
     if work.kind not in _ABOUT_ROWS:
         return
+    _check_shared_noise(work, chosen)
     if is_secure(work):
         if more := chosen.missing_trust:
             raise AwaitingTrust(
@@ -43,4 +45,23 @@ def check(work: Work, chosen: AgentSettings) -> None:
             "the owner takes part in secure runs alone; in this one the coordinator would see the "
             "update of each peer",
             "run start --secure; or on that machine: commonweight-agent policy set secure_min 0",
+        )
+
+
+def _check_shared_noise(work: Work, chosen: AgentSettings) -> None:
+    """Raise if peers share the noise of a run in which it would not be enough."""
+    private = private_training.read(work.settings)
+    if private is None or not private.is_shared:
+        return
+    if not is_secure(work):
+        raise NotAllowed(
+            "the noise is for a sum with other peers, and this run is not secure: the update would "
+            "leave with too little",
+            "run start --secure --dp",
+        )
+    if (missing := private.shared - 1 - len(chosen.trust)) > 0:
+        raise AwaitingTrust(
+            f"the noise of this run is enough with {private.shared} peers, and the owner trusts "
+            f"{len(chosen.trust)} others; a sum needs {missing} more",
+            "on that machine: commonweight-agent trust add ID; or run start --dp-shared with fewer",
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +28,9 @@ from agent.trainer.ipc import Failed
 from agent.trainer.progress import WorkControl
 from protocols.errors import UsageError
 from protocols.privacy import accountant
-from protocols.privacy.events import SampledGaussian
+from protocols.privacy.events import SampledGaussian, SharedGaussian
 from protocols.privacy.private_training import PrivateTraining, read
+from protocols.privacy.shared_noise import SharedNoise
 
 Forward = Callable[[Tensors, Tensor], Tensor]
 
@@ -243,6 +246,9 @@ def test_the_settings_of_work_are_checked() -> None:
         ("dp_rounds", 0),
         ("dp_rounds", "many"),
         ("dp_clip", True),
+        ("dp_shared", 0),
+        ("dp_shared", 1.5),
+        ("dp_shared", 1025),
     ):
         with pytest.raises(UsageError):
             read({**private.settings(), name: value})
@@ -283,3 +289,57 @@ def test_work_without_noise_after_work_with_noise_that_failed(
     assert isinstance(done, Done)
     assert done.privacy
     assert not done.metrics
+
+
+# --- noise that peers share --------------------------------------------------------------------
+
+
+def test_shared_noise_has_the_claimed_part_of_the_variance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 20,000 draws, within 4 standard deviations of the estimate. The gradient is 0."""
+    monkeypatch.setattr(secrets, "token_bytes", random.Random(3).randbytes)
+    w = {"a": torch.zeros(4, 5000)}
+    x, y = torch.zeros(100, 5000), torch.zeros(100, dtype=torch.int64)
+    private = PrivateTraining(epsilon=2.0, delta=1e-5, clip=0.7, rounds=5, shared=14)
+    made, loop, steps = train(
+        lambda w, x: F.linear(x, w["a"]), w, x, y, private, batch_size=0, lr=0.5
+    )
+    (event,) = loop.spent()
+    assert isinstance(event, SharedGaussian)
+    assert (event.peers, event.row, len(steps)) == (14, 0.5 * 0.7, 1)
+    assert accountant.epsilon_of([event] * 5, 1e-5) == pytest.approx(2.0, abs=1e-3)
+    claimed = SharedNoise.of(event).std / 100
+    assert claimed == pytest.approx(event.noise * 0.7 * 0.5 / math.sqrt(14) / 100)
+    squares = np.asarray(made["a"], np.float64) ** 2
+    assert abs(squares.mean() / claimed**2 - 1) < 4 * math.sqrt(2 / squares.size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"epochs": 2}, "one step over all rows"),
+        ({"batch_size": 4}, "one step over all rows"),
+        ({"momentum": 0.9}, "plain SGD"),
+        ({"weight_decay": 0.1}, "plain SGD"),
+        ({"clip_norm": 1.0}, "plain SGD"),
+        ({"proximal_mu": 0.1}, "plain SGD"),
+        ({"optimiser": "adamw"}, "plain SGD"),
+        ({"lr": 0.0}, "learning rate above 0"),
+    ],
+)
+def test_a_step_that_is_not_linear_in_the_noise_is_refused(
+    settings: dict[str, float], words: str
+) -> None:
+    w, x, y = draw(two_layers)
+    private = PrivateTraining(3.0, 1e-5, 1.0, 1, shared=3)
+    with pytest.raises(UsageError, match=words):
+        train(two_layers, w, x, y, private, **settings)
+
+
+def test_noise_below_the_spacing_of_floats_is_refused() -> None:
+    w, x, y = draw(two_layers)
+    private = PrivateTraining(3.0, 1e-5, 1.0, 1, shared=3)
+    large = {name: tensor + 1e7 for name, tensor in w.items()}
+    with pytest.raises(UsageError, match="too small for float32"):
+        train(two_layers, large, x, y, private)
