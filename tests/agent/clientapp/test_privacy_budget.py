@@ -15,7 +15,9 @@ from agent.tasks.work import Done
 from protocols.errors import NotAllowed
 from protocols.messages.work import Work
 from protocols.model import schema_card
+from protocols.privacy import events
 from protocols.privacy.events import DiscreteLaplace, Exact
+from protocols.privacy.private_training import PrivateTraining
 from protocols.tables.class_names import ClassCounts
 
 TRAIN = Work(run="r1", round=1, kind="train", task="mnist")
@@ -95,3 +97,24 @@ def test_the_command_shows_what_was_spent_and_what_is_left(
     told = capsys.readouterr()
     assert "4 entries are confirmed as lost" in told.err
     assert "more entries" not in told.out
+
+
+def test_the_command_says_when_noise_relies_on_other_peers(
+    agent_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from agent.cli.budget import budget
+    from agent.home import privacy_ledger
+
+    ours = PrivacyBudget(privacy_ledger.ledger_file(agent_home), fleet="f1")
+    asked = PrivateTraining(3.0, 1e-5, 1.0, rounds=1, shared=14)
+    work = replace(TRAIN, settings=asked.settings())
+    told = events.encode((asked.shared_event(0.5),)).decode()
+    ours.charge(work, Done(digest="ab", privacy=told))
+    ours.charge_noisy("job", "j1", (DiscreteLaplace(0.5),), "mnist")
+    budget(json=False)
+    training, job, *_ = capsys.readouterr().out.splitlines()
+    assert "with noise, ε 3 alone, if 13 trusted peers added their part of it" in training
+    assert "trusted" not in job
+    budget(json=True)
+    found = json.loads(capsys.readouterr().out)["data"]["entries"]
+    assert [entry["shared"] for entry in found] == [14, 0]
