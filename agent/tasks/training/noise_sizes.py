@@ -56,7 +56,9 @@ def _check_floats(at: LoopState, std: float, row: float) -> None:
     trained = [at.weights[name] for name in at.trained]
     if any(tensor.dtype != torch.float32 for tensor in trained):
         raise UsageError("shared noise needs weights in float32", _ALONE)
-    largest = max([row, *(float(tensor.detach().abs().max()) for tensor in trained if len(tensor))])
+    largest = max(
+        [row, *(float(tensor.detach().abs().max()) for tensor in trained if tensor.numel())]
+    )
     if not MIN_STEPS * float(np.spacing(np.float32(largest))) <= std:
         raise UsageError(
             f"the noise of one peer, {std:.2g} on each weight, is too small for float32 with "

@@ -14,18 +14,19 @@ from agent.data.settings import DataSettings
 from agent.tasks.demo.mnist import Mnist
 from agent.tasks.images import settings as images
 from agent.tasks.tabular import _OPTIONS as TABULAR
-from agent.tasks.training.hyperparameters import LOOP_DEFAULTS
+from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, read_hyperparameters
 from agent.tasks.training.secret_noise import SecretNoise
 from agent.tasks.work import Done
 from coordinator.cli import run_text
 from coordinator.remote.run_options import build_order
 from coordinator.runs import spec_rules
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import UsageError
+from protocols.errors import UnknownName, UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.privacy import events, private_training
+from protocols.privacy.private_training import PrivateTraining
 from tests.support.in_process_fleet import Trainer, gradient_step
 from tests.support.in_process_trainer import InProcess
 from tests.support.secure_fleet import (
@@ -189,3 +190,13 @@ def test_the_defaults_of_tasks_are_known_to_the_rules() -> None:
     settings = {"target": "y", "optimiser": "sgd"}
     spec_rules.check(spec_of(task="tabular", settings=settings))
     spec_rules.check(spec_of(task="images", settings={"momentum": 0}))
+
+
+def test_an_agent_of_an_older_version_refuses_the_work() -> None:
+    """It hides the other settings of noise from its tasks, and these do not know this one."""
+    settings = PrivateTraining(3.0, 1e-5, 1.0, 3, shared=14).settings()
+    new = {name: value for name, value in settings.items() if name == private_training.SHARED}
+    assert len(new) == 1
+    for defaults in (Mnist.defaults, images.DEFAULTS, TABULAR.defaults):
+        with pytest.raises(UnknownName, match="the task has no setting 'dp_shared'"):
+            read_hyperparameters(new, defaults)
