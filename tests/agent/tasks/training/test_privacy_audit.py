@@ -24,11 +24,11 @@ ROWS, RUNS, DELTA = 1000, 20, 1e-5
 SHARE = 0.1
 
 
-def scores_of(included: np.ndarray, epsilon: float, steps: int) -> np.ndarray:
+def scores_of(included: np.ndarray, epsilon: float, steps: int, shared: int = 1) -> np.ndarray:
     """The weights after training on the included rows, one weight for each row."""
     rows = torch.eye(ROWS)[torch.from_numpy(np.flatnonzero(included))]
     loop = TrainingLoop()
-    loop.protect(PrivateTraining(epsilon, DELTA, clip=1.0, rounds=1))
+    loop.protect(PrivateTraining(epsilon, DELTA, clip=1.0, rounds=1, shared=shared))
     plan = read_hyperparameters({"batch_size": 0, "epochs": steps, "lr": 1.0})
 
     def losses(w: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -43,6 +43,15 @@ def scores_of(included: np.ndarray, epsilon: float, steps: int) -> np.ndarray:
         private_loss=PrivateLoss(losses),
     )
     return np.asarray(outcome.weights["w"], np.float64)
+
+
+def scores_of_sum(included: np.ndarray, epsilon: float, shared: int, peers: int) -> np.ndarray:
+    """What the sum of `peers` peers says of their rows, if `shared` of them have enough noise."""
+    total = np.zeros(ROWS)
+    for part in range(peers):
+        mine = included & (np.arange(ROWS) % peers == part)
+        total += mine.sum() * scores_of(mine, epsilon, 1, shared)
+    return total
 
 
 def p_value(guesses: int, right: int, epsilon: float) -> float:
@@ -104,4 +113,25 @@ def test_the_audit_finds_noise_that_is_missing(
     for seed in range(RUNS):
         included = np.random.default_rng(seed).random(ROWS) < 0.5
         refuted += lower_bound(included, scores_of(included, 1.0, 1)) > 1.0
+    assert refuted >= 18
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("epsilon", [1.0, 3.0])
+def test_the_audit_does_not_refute_noise_that_peers_share(epsilon: float) -> None:
+    """As many peers as the noise is for; the attacker sees their sum."""
+    refuted = 0
+    for seed in range(RUNS):
+        included = np.random.default_rng(seed).random(ROWS) < 0.5
+        refuted += lower_bound(included, scores_of_sum(included, epsilon, 5, 5)) > epsilon
+    assert refuted <= 4
+
+
+@pytest.mark.long
+def test_the_audit_finds_that_a_part_of_the_noise_is_too_little() -> None:
+    """Control: the update of one of 16 peers alone, as no secure sum shows it."""
+    refuted = 0
+    for seed in range(RUNS):
+        included = np.random.default_rng(seed).random(ROWS) < 0.5
+        refuted += lower_bound(included, scores_of_sum(included, 1.0, 16, 1)) > 1.0
     assert refuted >= 18

@@ -23,7 +23,7 @@ from protocols.privacy.private_training import PrivateTraining, read
 from protocols.privacy.secagg import ring
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import Pins
-from protocols.privacy.secagg.messages import AgreeRequest, MaskRequest, Plan
+from protocols.privacy.secagg.messages import AgreeRequest, MaskRequest, Plan, UnmaskRequest
 from protocols.privacy.shared_noise import SharedNoise
 from tests.support.secure_cohort import (
     Machine,
@@ -194,6 +194,8 @@ def test_fewer_peers_than_share_the_noise_are_not_unmasked() -> None:
         assert "among the survivors" in text
     six = AgreeRequest(cohort=state.cohort.id, survivors=tuple(sorted([first, *others[:5]])))
     assert machine.answer(six)
+    machine.turns._pins = lambda: self_chosen  # the owner has taken trust back since
+    refused(machine, UnmaskRequest(cohort=state.cohort.id, signatures={}), "too little noise")
 
 
 @pytest.mark.attack("secure", by="coordinator")
