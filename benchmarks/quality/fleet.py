@@ -19,11 +19,15 @@ from types import MappingProxyType
 from typing import Any
 
 from flwr.app import Message
+from msgspec.structs import replace
 
+from agent.clientapp import secure_rules
 from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.clientapp.privacy_budget import PrivacyBudget
+from agent.clientapp.secure_turns import SecureTurns
 from agent.data.settings import DataSettings
+from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
 from agent.transport.coordinator_client import _pack, _unpack
 from benchmarks.quality.liars import Liar, Lie
@@ -44,10 +48,12 @@ from protocols.errors import CommonweightError
 from protocols.messages.work import PollRequest, Work
 from protocols.model import weights
 from protocols.model.weights import Weights
+from protocols.privacy.secagg.peer import Me
 from tests.support.in_process_trainer import InProcess
 
 #: A folder in memory, if there is one, because this data need not survive a power cut.
 MEMORY = Path("/dev/shm")
+FLEET = "quality"
 
 
 class Peer:
@@ -60,13 +66,14 @@ class Peer:
         transfer: WeightTransfer,
         coordinator: SigningKey,
         trainer: InProcess,
+        sign_key: SigningKey | None = None,
     ) -> None:
-        self.sign_key, self.name = identity.new_signing_key(), name
+        self.sign_key, self.name = sign_key or identity.new_signing_key(), name
         self._transfer = transfer
         #: The digest of the last upload.
         self.uploaded = ""
         folder.mkdir()
-        me = PeerIdentity(name, self.sign_key.sign, identity.public_bytes(coordinator))
+        me = PeerIdentity(name, self.sign_key.sign, identity.public_bytes(coordinator), FLEET)
         self.owner = AgentSettings(tasks=("*",))
         self.ledger = folder / "privacy.db"
         self.client = Client(
@@ -76,7 +83,12 @@ class Peer:
             folder,
             settings=lambda: self.owner,
             budget=PrivacyBudget(self.ledger, lambda: self.owner),
+            secure_turns=lambda: self._secure_turns(folder),
         )
+
+    def _secure_turns(self, folder: Path) -> SecureTurns:
+        me = Me(self.name, identity.public_bytes(self.sign_key), self.sign_key.sign)
+        return SecureTurns(me, TurnStore(folder), lambda: secure_rules.pins(self.owner))
 
     def fetch(self, work: Work) -> Path:
         return self._transfer.store.version_path(work.base)
@@ -95,7 +107,8 @@ class Peer:
 
 class InProcessFleet:
     """A coordinator's parts and its peers, over one folder. `parts[i]` are peer i's data, and
-    `attack[i]` is how it lies."""
+    `attack[i]` is how it lies. `secure`: the peers have the ids of their keys, and their owners
+    trust each other, as secure runs need."""
 
     def __init__(
         self,
@@ -103,6 +116,8 @@ class InProcessFleet:
         parts: Sequence[DataSettings],
         threads: int = 1,
         attack: Mapping[int, Lie] = MappingProxyType({}),
+        *,
+        secure: bool = False,
     ) -> None:
         self.lane = WeightStore(folder)
         self.transfer = WeightTransfer(self.lane)
@@ -118,13 +133,20 @@ class InProcessFleet:
         self.peers: dict[str, Peer] = {}
         self._node_of: dict[str, int] = {}
         for number, (data, node) in enumerate(zip(parts, nodes, strict=True)):
-            name = f"peer{number:02}"
+            key = identity.new_signing_key()
+            name = identity.peer_id(identity.public_bytes(key)) if secure else f"peer{number:02}"
             self.superlink.state.activate_node(node, 1e6)
             self._node_of[name] = node
             others = partial(self._uploads_of_others, name)
             lie = attack.get(number)
             trainer = InProcess(data, threads) if lie is None else Liar(data, threads, lie, others)
-            self.peers[name] = Peer(name, folder / name, self.transfer, self._sign_key, trainer)
+            self.peers[name] = Peer(
+                name, folder / name, self.transfer, self._sign_key, trainer, key
+            )
+        if secure:
+            for peer in self.peers.values():
+                others = dict.fromkeys(self.peers.keys() - {peer.name}, "")
+                peer.owner = replace(peer.owner, trust=others)
         self._peer_of = {node: name for name, node in self._node_of.items()}
         self._rung: asyncio.Queue[str] = asyncio.Queue()
 
@@ -181,6 +203,7 @@ class InProcessFleet:
                 self._rung.put_nowait(peer)
 
         return RunContext(
+            fleet=FLEET,
             ledger=self.ledger,
             store=self.lane,
             transfer=self.transfer,
@@ -191,6 +214,7 @@ class InProcessFleet:
             ),
             is_own_signature=partial(identity.verify, identity.public_bytes(self._sign_key)),
             eligible=lambda: frozenset(self.peers),
+            online=lambda: frozenset(self.peers),
             node_of=self._node_of.get,
             peer_of=lambda node: self._peer_of[node],
             name_of=lambda peer: peer,
@@ -219,11 +243,13 @@ def fleet_of(
     parts: Sequence[DataSettings],
     threads: int = 1,
     attack: Mapping[int, Lie] = MappingProxyType({}),
+    *,
+    secure: bool = False,
 ) -> Iterator[InProcessFleet]:
     """A fleet in a temporary folder."""
     memory = str(MEMORY) if MEMORY.is_dir() else None
     with TemporaryDirectory(prefix="commonweight-quality-", dir=memory) as folder:
-        fleet = InProcessFleet(Path(folder), parts, threads, attack)
+        fleet = InProcessFleet(Path(folder), parts, threads, attack, secure=secure)
         try:
             yield fleet
         finally:

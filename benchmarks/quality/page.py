@@ -228,7 +228,8 @@ def privacy(results: dict[str, Any]) -> str:
     ]
     groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for row in results["rows"]:
-        groups.setdefault((row["model"], row["peers"], row["epsilon"]), []).append(row)
+        if not row.get("shared"):
+            groups.setdefault((row["model"], row["peers"], row["epsilon"]), []).append(row)
     for (model, peers, epsilon), mine in sorted(groups.items()):
         found = [row["accuracy"] for row in mine]
         shown = f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
