@@ -59,7 +59,7 @@ _PRIVATE_RULES = (
 #: Rules for runs in which peers share the noise: see docs/notes/shared-noise.md.
 _SHARED_RULES = (
     Rule(lambda spec, _: not (spec.secure and spec.dp_epsilon),
-         "--dp-shared is for the noise of a secure sum, which no single peer's noise could hide",
+         "--dp-shared needs --secure and --dp: the peers share the noise of a secure sum",
          "--secure --dp 3 --dp-shared {spec.dp_shared}"),
     Rule(lambda spec, _: spec.dp_shared > spec.quorum,
          "--dp-shared {spec.dp_shared} needs noise of more peers than a sum may have: the quorum "

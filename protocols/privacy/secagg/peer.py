@@ -316,7 +316,9 @@ def _check_noise(state: Turn, cohort: Cohort) -> None:
             _refuse("plan", "the plan is for shared noise, and this peer's update has none")
         return
     if plan.max_weight != 1:
-        _refuse("plan", "with shared noise all peers have the same weight, and in the plan not")
+        _refuse(
+            "plan", "with shared noise all peers must have the same weight; the plan allows others"
+        )
     examples, most = cohort.cards[state.peer].examples, ring.max_value(cohort.bits)
     if why := noise.objection(examples, plan.divisor, plan.sizes, plan.limits, plan.clip, most):
         _refuse("plan", f"the plan of the cohort would spoil the noise: {why}")
