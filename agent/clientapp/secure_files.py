@@ -91,8 +91,8 @@ class SecureFiles:
             privacy=done.privacy,
             columns=columns,
         )
-        fsync_files(self.trained)
-        write_private(self._result, msgspec.msgpack.encode(result))
+        write_private(self._result, msgspec.msgpack.encode(result), synced=False)
+        fsync_files(self.trained, self._result)
         self._verified.add(done.digest)
         return result
 

@@ -73,10 +73,14 @@ class WeightsFile:
 
 
 class WeightsWriter:
-    """Writes a canonical file piece by piece, in file order; `digest` is set after the block."""
+    """Writes a canonical file piece by piece, in file order; `digest` is set after the block.
 
-    def __init__(self, path: Path, schema: Schema) -> None:
-        self._replacing = replacing(path)
+    Without `synced` a power cut may lose or damage it.
+    """
+
+    def __init__(self, path: Path, schema: Schema, *, synced: bool = True) -> None:
+        self._replacing = replacing(path, synced=synced)
+        self._synced = synced
         self._schema = schema
         self._sha = hashlib.sha256()
         self.digest = ""
@@ -84,7 +88,7 @@ class WeightsWriter:
 
     def __enter__(self) -> WeightsWriter:
         self._file: IO[bytes] = self._replacing.__enter__()
-        self._writeback = EarlyWriteback(self._file.fileno())
+        self._writeback = EarlyWriteback(self._file.fileno()) if self._synced else None
         self._put(header_bytes(self._schema))
         return self
 
@@ -100,7 +104,8 @@ class WeightsWriter:
     def _put(self, data: bytes | memoryview) -> None:
         self._sha.update(data)
         self._file.write(data)
-        self._writeback.wrote(len(data))
+        if self._writeback is not None:
+            self._writeback.wrote(len(data))
         self.nbytes += len(data)
 
     def __exit__(self, *error: Any) -> None:

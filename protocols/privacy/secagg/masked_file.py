@@ -59,16 +59,17 @@ def write(
     metrics: list[float],
     path: Path,
 ) -> tuple[str, int]:
-    """Write the masked change of a training, durably; returns digest and bytes of the file.
+    """Write the masked change of a training; returns digest and bytes of the file.
 
     `weights`: the trained ones and their base; None for an evaluation. `metrics`: from `tails`. A
     change with a norm above `plan.clip` is scaled down to it, and a tensor's to half of its limit
-    by root mean square; with shared noise it is refused. The same weights give the same bytes.
+    by root mean square; with shared noise it is refused. The same weights give the same bytes, so
+    the file needs no fsync.
     Raises BadWeights, OSError.
     """
     plan, schema = masking.cohort.plan, file_schema(masking.cohort.plan)
     changes = _changes(*weights, plan, masking.factor) if weights else iter(())
-    with WeightsWriter(path, schema) as file:
+    with WeightsWriter(path, schema, synced=False) as file:
         tail = masking.tail(metrics).view("<i8")
         file.write({Part("t", 0, len(tail)): tail})
         start = 0

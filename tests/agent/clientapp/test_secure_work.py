@@ -147,6 +147,26 @@ def test_a_damaged_training_is_not_masked(room: Room) -> None:
     assert room.first.uploads == {}
 
 
+@pytest.mark.parametrize("lost", ["file", "end of it", "a bit"])
+def test_a_masked_update_that_a_power_cut_has_lost_is_made_again(room: Room, lost: str) -> None:
+    """It has no fsync, because what it is made of has."""
+    state = Aggregator(CohortFixed(request=room.cards()))
+    room.play(state)
+    state.apply(state.fix_sharers())
+    desk, request = room.first, state.request_for(room.first.peer)
+    assert request is not None
+    answer, sent = room.step(desk, request), dict(desk.uploads)
+    masked = desk.home / "outbox" / "secure" / "masked.safetensors"
+    data = bytearray(masked.read_bytes())
+    data[-1] ^= 1
+    masked.write_bytes(data[: 0 if lost == "file" else 100 if lost == "end of it" else None])
+    desk.uploads.clear()
+    desk.made_again()
+    assert room.step(desk, request) == answer
+    assert desk.uploads == sent
+    assert desk.trainer.did == ["train"]
+
+
 def test_the_audit_log_has_an_entry_for_each_step(room: Room) -> None:
     state = room.sum()
     entries = audit_log.read(room.first.home)

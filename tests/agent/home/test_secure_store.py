@@ -62,6 +62,31 @@ def test_a_newer_turn_deletes_the_secrets_of_older_ones(tmp_path: Path) -> None:
     assert store.get(TurnKey(RUN, 1, 1)) == turn(turn=1)
 
 
+def test_secrets_that_a_killed_agent_has_just_deleted_are_gone_after_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, secret = TurnStore(tmp_path), turn().master
+    store.begin(turn())
+    with monkeypatch.context() as patch:
+        patch.setattr(TurnStore, "_purge", lambda _: None)
+        store.begin(turn(turn=1))
+    assert any(secret in file.read_bytes() for file in tmp_path.iterdir())
+    again = TurnStore(tmp_path)
+    assert not any(secret in file.read_bytes() for file in tmp_path.iterdir())
+    assert again.get(TurnKey(RUN, 1, 1)) == turn(turn=1)
+
+
+def test_a_home_of_an_older_version_keeps_its_turns(tmp_path: Path) -> None:
+    """Its file has a rollback journal in place of a write-ahead log."""
+    store = TurnStore(tmp_path)
+    store.begin(turn())
+    assert store._db.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
+    store.close()
+    again = TurnStore(tmp_path)
+    assert again.get(TurnKey(RUN, 1, 0)) == turn()
+    assert again._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_a_home_that_leaves_its_fleet_has_no_secrets_and_makes_no_card_again(
     tmp_path: Path,
 ) -> None:
