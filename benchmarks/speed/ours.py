@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,9 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
     with _site(case.agents, folder, relayed=counted) as (site, relay):
         start = relay.counted() if relay else (0, 0)
         ping(site, case, 1, seed=1)  # starts the trainers, with other versions
-        spent, first = _cpu(site), relay.counted() if relay else (0, 0)
+        spent, first = cpu(site), relay.counted() if relay else (0, 0)
         history = ping(site, case, case.rounds + 1)["history"]
-        cpu = {kind: seconds - spent.get(kind, 0.0) for kind, seconds in _cpu(site).items()}
+        used = {kind: seconds - spent.get(kind, 0.0) for kind, seconds in cpu(site).items()}
         measured = history[1:]
         up = sum(closed["bytes_up"] for closed in measured) // case.rounds
         down = sum(closed["bytes_down"] for closed in measured) // case.rounds
@@ -40,8 +40,8 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
             up, down = ((now[i] - 2 * first[i] + start[i]) // case.rounds for i in (0, 1))
         return Figures(
             seconds=[closed["seconds"] for closed in measured],
-            cpu_s_per_round={kind: seconds / len(history) for kind, seconds in cpu.items()},
-            peak_rss_bytes=_peaks(site),
+            cpu_s_per_round={kind: seconds / len(history) for kind, seconds in used.items()},
+            peak_rss_bytes=peaks(site),
             resting_rss_bytes={},
             bytes_up=up,
             bytes_down=down,
@@ -54,10 +54,10 @@ def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
     with _site(agents, folder, False, **settings) as (site, _):
         ping(site, Case("idle", agents, 10_240, 2, 0), 3)
         wait_for(lambda: not _members(site)["trainer"], "the trainers have ended")
-        before, began = _cpu(site), time.monotonic()
+        before, began = cpu(site), time.monotonic()
         time.sleep(seconds)  # this measures the idle time
         lasted = time.monotonic() - began
-        spent = {kind: used - before[kind] for kind, used in _cpu(site).items()}
+        spent = {kind: used - before[kind] for kind, used in cpu(site).items()}
         found: dict[str, float] = {}
         for kind, members in _members(site).items():
             if members:
@@ -66,13 +66,15 @@ def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
         return found
 
 
-def ping(site: Fleet, case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
+def ping(
+    site: Fleet, case: Case, rounds: int, seed: int = 0, options: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run the task `ping` to its end with all agents; return the JSON output of the run."""
     program = site.background(
         f"run-{time.monotonic_ns()}",
         *("run", "start", "ping", "--set", f"kilobytes={case.kilobytes}"),
         *("--rounds", str(rounds), "--quorum", str(case.agents), "--seed", str(seed)),
-        *("--follow", "--json"),
+        *(*options, "--follow", "--json"),
     )
     code = program.wait(_RUN_WITHIN_S)
     assert code == 0, program.log
@@ -126,7 +128,7 @@ def _members(site: Fleet) -> dict[str, list[psutil.Process]]:
     return found
 
 
-def _cpu(site: Fleet) -> dict[str, float]:
+def cpu(site: Fleet) -> dict[str, float]:
     """CPU seconds so far by kind. An ended trainer counts for its agent."""
     found = dict.fromkeys(("coordinator", "broker", "agent", "trainer"), 0.0)
     for kind, members in _members(site).items():
@@ -136,7 +138,7 @@ def _cpu(site: Fleet) -> dict[str, float]:
     return found
 
 
-def _peaks(site: Fleet) -> dict[str, int]:
+def peaks(site: Fleet) -> dict[str, int]:
     return {
         kind: max(map(peak_rss, members)) for kind, members in _members(site).items() if members
     }
