@@ -119,11 +119,11 @@ class JobLoop:
         """Decide until the job must wait or has ended, then send the open requests."""
         self._record(*self._excuse_removed(), *self._excuse_undecided())
         while not self.job.ended:
-            steps = scheduler.decide(self.job, self._availability())
+            events = scheduler.decide(self.job, self._availability())
             if self._stop_reason:
-                steps = [scheduler.End(JobState.STOPPED, self._stop_reason)]
-            self._record(*map(_event, steps))
-            if not steps or any(isinstance(step, scheduler.Lease) for step in steps):
+                events = [job_events.JobEnded(JobState.STOPPED, self._stop_reason, time.time())]
+            self._record(*events)
+            if not events or any(isinstance(one, job_events.UnitLeased) for one in events):
                 break  # each idle peer has its unit now
         if self.job.ended:
             return
@@ -183,6 +183,7 @@ class JobLoop:
             due=now >= self._ends_at,
             deserted=deserted,
             awaits_consent=awaits_consent,
+            at=time.time(),
         )
 
     def _awaiting_until(self) -> list[float]:
@@ -319,13 +320,3 @@ class JobLoop:
 
 def _bad_answer(unit: int, peer: str, err: Exception) -> job_events.AnswerDropped:
     return job_events.AnswerDropped(unit, peer, "bad answer", strip_controls(str(err)))
-
-
-def _event(step: scheduler.Step) -> JobEvent:
-    match step:
-        case scheduler.Lease(unit, peer, first, stop):
-            return job_events.UnitLeased(unit, peer, first, stop)
-        case scheduler.EndLease(unit, peer, reason):
-            return job_events.LeaseEnded(unit, peer, reason)
-        case scheduler.End(state, because):
-            return job_events.JobEnded(state, because, time.time())

@@ -1,4 +1,4 @@
-"""What to do next in a job: `decide(job, available)` gives steps, none if it must wait. Pure.
+"""What happens next in a job: `decide(job, available)` gives events, none if it must wait. Pure.
 
 Rule 1. A peer has one unit of a job, and a second one queued behind it while many rows are left, so
         that it never waits for the coordinator. A peer with an overdue unit gets no other unit.
@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from coordinator.jobs.state import OVERDUE, Job, Unit
-from coordinator.storage.job_events import JobState
+from coordinator.storage.job_events import JobEnded, JobEvent, JobState, LeaseEnded, UnitLeased
 
 UNIT_S, MIN_UNIT_S = 2.0, 0.25
 #: A lease lasts `LEASE_FACTOR` times the expected time, and `MIN_LEASE_S` at least. At unknown
@@ -36,6 +36,7 @@ class Availability(NamedTuple):
 
     `due`: the job's own deadline has passed. `deserted`: for some time no peer was available.
     `awaits_consent`: an owner has not decided about the task yet; such a peer is not eligible.
+    `at`: the time, Unix s, which an end records.
     """
 
     eligible: frozenset[str]
@@ -44,39 +45,19 @@ class Availability(NamedTuple):
     due: bool = False
     deserted: bool = False
     awaits_consent: bool = False
+    at: float = 0.0
 
 
-class Lease(NamedTuple):
-    unit: int
-    peer: str
-    first: int = 0
-    stop: int = 0
-
-
-class EndLease(NamedTuple):
-    unit: int
-    peer: str
-    reason: str
-
-
-class End(NamedTuple):
-    state: JobState
-    because: str
-
-
-Step = Lease | EndLease | End
-
-
-def decide(job: Job, available: Availability) -> list[Step]:
-    """The next steps. After leases for the idle peers, it is of no use before something changes."""
+def decide(job: Job, available: Availability) -> list[JobEvent]:
+    """The next events. After leases for idle peers, it is of no use before something changes."""
     if (end := _end(job, available)) is not None:
-        return [end]
+        return [JobEnded(*end, available.at)]
     gone = available.gone
-    ended: list[Step] = [EndLease(unit, peer, "went away") for unit, peer in sorted(gone)]
+    ended: list[JobEvent] = [LeaseEnded(unit, peer, "went away") for unit, peer in sorted(gone)]
     # The unit that a peer has queued behind an overdue one is overdue as well.
     late = {peer for _, peer in available.overdue - gone}
     ended += [
-        EndLease(unit.number, peer, OVERDUE)
+        LeaseEnded(unit.number, peer, OVERDUE)
         for unit, peer, lease in job.leases()
         if lease == "open" and peer in late and (unit.number, peer) not in gone
     ]
@@ -94,25 +75,25 @@ def lease_duration_s(job: Job, unit: Unit, peer: str) -> float:
 # --- when a job ends -------------------------------------------------------------------------
 
 
-def _end(job: Job, available: Availability) -> End | None:
+def _end(job: Job, available: Availability) -> tuple[JobState, str] | None:
     open_units = [unit for unit in job.units.values() if not unit.verified]
     for unit in open_units:
         if len(unit.failed) >= MAX_FAILURES:
             reasons = sorted({job.excused.get(peer, "bad answers") for peer in unit.failed})
             failed = f"unit {unit.number} failed on {len(unit.failed)} peers"
-            return End(JobState.FAILED, f"{failed}: {'; '.join(reasons)}")
+            return JobState.FAILED, f"{failed}: {'; '.join(reasons)}"
     if job.is_scattered:
         if job.num_cut_blocks == len(job.spec.blocks) and not open_units:
-            return End(JobState.FINISHED, f"all {job.total_rows:,} rows are answered")
+            return JobState.FINISHED, f"all {job.total_rows:,} rows are answered"
         return _stuck(job, available)
     if not available.due and any(unit.only not in job.excused for unit in open_units):
         return None
     answered = len(job.units) - len(open_units)
     state = JobState.FINISHED if answered else JobState.FAILED
-    return End(state, f"{answered} of {len(job.units)} peers answered")
+    return state, f"{answered} of {len(job.units)} peers answered"
 
 
-def _stuck(job: Job, available: Availability) -> End | None:
+def _stuck(job: Job, available: Availability) -> tuple[JobState, str] | None:
     """The end of a scattered job that no available peer can advance and that has no lease."""
     able = available.eligible - job.excused.keys()
     anybody = available.eligible or (available.deserted and job.excused)
@@ -120,20 +101,20 @@ def _stuck(job: Job, available: Availability) -> End | None:
         return None
     if not able:
         reasons = sorted(set(job.excused.values()))
-        return End(JobState.FAILED, f"no peer can do it: {'; '.join(reasons)}"[:400])
+        return JobState.FAILED, f"no peer can do it: {'; '.join(reasons)}"[:400]
     for unit in job.units.values():
         tried = unit.failed | unit.answers.keys()
         enough = len(tried) >= job.spec.quorum
         if not unit.verified and tried and enough and able <= tried:
             reason = f"no {job.spec.quorum} peers agree on unit {unit.number}"
-            return End(JobState.FAILED, reason + ("" if unit.answers else ": bad answers only"))
+            return JobState.FAILED, reason + ("" if unit.answers else ": bad answers only")
     return None
 
 
 # --- who does what ---------------------------------------------------------------------------
 
 
-def _leases(job: Job, available: Availability) -> Iterator[Lease]:
+def _leases(job: Job, available: Availability) -> Iterator[UnitLeased]:
     num_leases = Counter(peer for _, peer, _ in job.leases())
     able = available.eligible - job.excused.keys()
     # The fastest first, because others may already wait for a unit that was given back.
@@ -141,7 +122,7 @@ def _leases(job: Job, available: Availability) -> Iterator[Lease]:
     idle = [peer for peer in order if not num_leases[peer]]
     if not job.is_scattered:
         waiting = {unit.only: unit for unit in job.units.values() if not unit.verified}
-        yield from (Lease(waiting[peer].number, peer) for peer in idle if peer in waiting)
+        yield from (UnitLeased(waiting[peer].number, peer) for peer in idle if peer in waiting)
         return
     #: The peers that get each existing unit in this call.
     added: dict[int, set[str]] = defaultdict(set)
@@ -154,7 +135,7 @@ def _leases(job: Job, available: Availability) -> Iterator[Lease]:
             if busy and left <= LAST_PART * job.total_rows:
                 continue
             stop = _unit_stop(job, peer, cut, left, able)
-            yield Lease(number, peer, cut, stop)
+            yield UnitLeased(number, peer, cut, stop)
             left -= sum(block.rows for block in job.spec.blocks[cut:stop])
             cut, number = stop, number + 1
             continue
@@ -162,7 +143,7 @@ def _leases(job: Job, available: Availability) -> Iterator[Lease]:
             unit = _backup_unit(job, peer, added)
         if unit is not None:
             added[unit.number].add(peer)
-            yield Lease(unit.number, peer, unit.first, unit.stop)
+            yield UnitLeased(unit.number, peer, unit.first, unit.stop)
 
 
 def _may_queue(job: Job, peer: str, num_leases: Counter[str]) -> bool:

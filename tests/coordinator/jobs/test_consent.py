@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from coordinator.jobs import loop, scheduler
 from coordinator.jobs import state as jobs
-from coordinator.jobs.scheduler import Availability, End
+from coordinator.jobs.scheduler import Availability
 from coordinator.storage import job_events
 from coordinator.storage.job_events import Block, JobSpec, JobState
 from protocols.messages.jobs import ModelRef
@@ -105,5 +105,5 @@ def test_rows_wait_for_a_peer_whose_owner_has_not_decided() -> None:
     job = jobs.apply(job, job_events.PeerExcused("bob", "a broken disk"))
     for deserted, eligible in ((False, ("bob",)), (True, ())):
         view = Availability(frozenset(eligible), deserted=deserted)
-        assert isinstance(scheduler.decide(job, view)[0], End)
+        assert isinstance(scheduler.decide(job, view)[0], job_events.JobEnded)
         assert scheduler.decide(job, view._replace(awaits_consent=True)) == []

@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 
 from coordinator.jobs import scheduler
 from coordinator.jobs import state as jobs
-from coordinator.jobs.scheduler import Availability, EndLease, Lease
+from coordinator.jobs.scheduler import Availability
 from coordinator.jobs.state import Job, UnitState
 from coordinator.storage import job_events
 from coordinator.storage.job_events import (
     AnswerInfo,
     Block,
+    JobEnded,
     JobEvent,
     JobSpec,
     JobStarted,
     JobState,
+    LeaseEnded,
+    UnitLeased,
 )
 
 T = TypeVar("T")
@@ -34,10 +37,6 @@ def scattered(blocks: int = 100, rows: int = 10, **changed: Any) -> Job:
     return jobs.started("job", spec)
 
 
-def lease(step: Lease) -> JobEvent:
-    return job_events.UnitLeased(step.unit, step.peer, step.first, step.stop)
-
-
 def returned(job: Job, unit: int, peer: str, seconds: float = 1.0, digest: str = "") -> JobEvent:
     rows = job.rows(job.units[unit])
     return job_events.UnitReturned(
@@ -45,13 +44,13 @@ def returned(job: Job, unit: int, peer: str, seconds: float = 1.0, digest: str =
     )
 
 
-def leases(job: Job, *peers: str, **view: Any) -> list[Lease]:
+def leases(job: Job, *peers: str, **view: Any) -> list[UnitLeased]:
     steps = scheduler.decide(job, Availability(frozenset(peers), **view))
-    return [step for step in steps if isinstance(step, Lease)]
+    return [step for step in steps if isinstance(step, UnitLeased)]
 
 
-def done(job: Job, step: Lease, seconds: float = 1.0) -> Job:
-    for fact in (lease(step), None):
+def done(job: Job, step: UnitLeased, seconds: float = 1.0) -> Job:
+    for fact in (step, None):
         job = jobs.apply(job, fact or returned(job, step.unit, step.peer, seconds))
     return jobs.apply(job, job_events.UnitVerified(step.unit, f"d{step.unit}"))
 
@@ -59,16 +58,16 @@ def done(job: Job, step: Lease, seconds: float = 1.0) -> Job:
 def test_a_unit_goes_through_its_states() -> None:
     job = scattered()
     (step,) = leases(job, "ada")
-    job = jobs.apply(job, lease(step))
+    job = jobs.apply(job, step)
     assert job.units[0].state is UnitState.LEASED
-    ended = jobs.apply(job, job_events.LeaseEnded(0, "ada", "went away"))
+    ended = jobs.apply(job, LeaseEnded(0, "ada", "went away"))
     assert ended.units[0].state is UnitState.QUEUED
     job = jobs.apply(job, returned(job, 0, "ada"))
     assert job.units[0].state is UnitState.RETURNED
     job = jobs.apply(job, job_events.UnitVerified(0, "d0"))
     assert job.units[0].state is UnitState.VERIFIED
     # What a verified unit does not admit changes nothing.
-    for fact in (lease(step), returned(job, 0, "bob", digest="other")):
+    for fact in (step, returned(job, 0, "bob", digest="other")):
         assert jobs.apply(job, fact) == job
 
 
@@ -86,14 +85,14 @@ def test_the_size_of_a_unit_follows_the_peers_speed() -> None:
 def test_a_peer_has_a_second_unit_queued_while_many_rows_are_left() -> None:
     job = scattered(blocks=1000)
     (step,) = leases(job, "ada")
-    job = jobs.apply(job, lease(step))
+    job = jobs.apply(job, step)
     assert leases(job, "ada") == []  # its speed is not known
-    job = jobs.apply(job, job_events.LeaseEnded(0, "ada", "went away"))
+    job = jobs.apply(job, LeaseEnded(0, "ada", "went away"))
     job = done(job, step)
     ahead = []
     while steps := leases(job, "ada"):
         (step,) = steps
-        job = jobs.apply(job, lease(step))
+        job = jobs.apply(job, step)
         ahead.append(sum(peer == "ada" for _, peer, _ in job.leases()))
         if ahead[-1] == 2:
             first = next(unit for unit, _, _ in job.leases())
@@ -110,11 +109,11 @@ def test_all_units_of_an_overdue_peer_are_overdue() -> None:
     job = done(job, step)
     for _ in range(2):
         (step,) = leases(job, "ada")
-        job = jobs.apply(job, lease(step))
+        job = jobs.apply(job, step)
     steps = scheduler.decide(job, Availability(frozenset({"ada"}), overdue=frozenset({(1, "ada")})))
-    assert steps == [EndLease(1, "ada", jobs.OVERDUE), EndLease(2, "ada", jobs.OVERDUE)]
+    assert steps == [LeaseEnded(1, "ada", jobs.OVERDUE), LeaseEnded(2, "ada", jobs.OVERDUE)]
     for unit in (1, 2):
-        job = jobs.apply(job, job_events.LeaseEnded(unit, "ada", jobs.OVERDUE))
+        job = jobs.apply(job, LeaseEnded(unit, "ada", jobs.OVERDUE))
     assert {step.unit for step in leases(job, "ada", "bob")} == {1}
     assert leases(job, "ada") == []
 
@@ -122,23 +121,23 @@ def test_all_units_of_an_overdue_peer_are_overdue() -> None:
 def test_returned_units_are_leased_before_new_rows() -> None:
     job = scattered()
     (step,) = leases(job, "ada")
-    job = jobs.apply(job, lease(step))
+    job = jobs.apply(job, step)
     assert scheduler.decide(
         job, Availability(frozenset({"bob"}), gone=frozenset({(0, "ada")}))
-    ) == [EndLease(0, "ada", "went away")]
-    job = jobs.apply(job, job_events.LeaseEnded(0, "ada", "went away"))
-    assert leases(job, "bob") == [Lease(0, "bob", step.first, step.stop)]
+    ) == [LeaseEnded(0, "ada", "went away")]
+    job = jobs.apply(job, LeaseEnded(0, "ada", "went away"))
+    assert leases(job, "bob") == [UnitLeased(0, "bob", step.first, step.stop)]
 
 
 def test_an_overdue_unit_goes_to_another_peer_and_the_first_answer_counts() -> None:
     job = scattered(blocks=1)
     (step,) = leases(job, "ada")
-    job = jobs.apply(job, lease(step))
+    job = jobs.apply(job, step)
     assert leases(job, "ada") == []
-    job = jobs.apply(job, job_events.LeaseEnded(0, "ada", jobs.OVERDUE))
+    job = jobs.apply(job, LeaseEnded(0, "ada", jobs.OVERDUE))
     (again,) = leases(job, "ada", "bob")  # ada is still at it
     assert again.peer == "bob"
-    job = jobs.apply(job, lease(again))
+    job = jobs.apply(job, again)
     job = jobs.apply(job, returned(job, 0, "ada"))  # late, and still the first
     job = jobs.apply(job, job_events.UnitVerified(0, "d0"))
     job = jobs.apply(job, job_events.AnswerDropped(0, "bob", "late"))
@@ -150,7 +149,7 @@ def test_an_overdue_unit_goes_to_another_peer_and_the_first_answer_counts() -> N
 def test_only_the_last_rows_are_leased_twice() -> None:
     job = scattered(blocks=100)
     (slow,) = leases(job, "ada")
-    job = jobs.apply(job, lease(slow))
+    job = jobs.apply(job, slow)
     twice = []
     while not job.ended and (steps := leases(job, "bob")):
         (step,) = steps
@@ -165,7 +164,7 @@ def test_only_the_last_rows_are_leased_twice() -> None:
 def test_a_quorum_needs_equal_answers_of_different_peers() -> None:
     job = scattered(blocks=1, quorum=2)
     for step in leases(job, "ada", "bob"):
-        job = jobs.apply(job, lease(step))
+        job = jobs.apply(job, step)
     job = jobs.apply(job, returned(job, 0, "ada", digest="right"))
     assert job.units[0].agreed == 1
     job = jobs.apply(job, returned(job, 0, "bob", digest="wrong"))
@@ -174,7 +173,7 @@ def test_a_quorum_needs_equal_answers_of_different_peers() -> None:
     # With nobody else there it is told, and not waited for.
     (end,) = scheduler.decide(job, Availability(frozenset({"ada", "bob"})))
     assert "no 2 peers agree" in end.because  # type: ignore[union-attr]
-    job = jobs.apply(jobs.apply(job, lease(third)), returned(job, 0, "cyd", digest="right"))
+    job = jobs.apply(jobs.apply(job, third), returned(job, 0, "cyd", digest="right"))
     assert job.units[0].agreed == 2
 
 
@@ -182,19 +181,18 @@ def test_a_unit_that_fails_everywhere_fails_the_job() -> None:
     job = scattered(blocks=1)
     for peer in PEERS[:3]:
         (step,) = leases(job, peer)
-        job = jobs.apply(job, lease(step))
-        job = jobs.apply(job, job_events.LeaseEnded(0, peer, jobs.FAILED))
+        job = jobs.apply(job, step)
+        job = jobs.apply(job, LeaseEnded(0, peer, jobs.FAILED))
         job = jobs.apply(job, job_events.PeerExcused(peer, "the trainer: task"))
     (end,) = scheduler.decide(job, Availability(frozenset(PEERS)))
-    assert isinstance(end, scheduler.End)
-    assert end == (JobState.FAILED, "unit 0 failed on 3 peers: the trainer: task")
+    assert end == JobEnded(JobState.FAILED, "unit 0 failed on 3 peers: the trainer: task")
 
 
 def test_a_job_that_no_peer_can_do_ends_also_when_all_are_offline() -> None:
     job = jobs.apply(scattered(), job_events.PeerExcused("ada", "refused"))
     assert scheduler.decide(job, Availability(frozenset())) == []  # others may come yet
     (end,) = scheduler.decide(job, Availability(frozenset(), deserted=True))
-    assert end == scheduler.End(JobState.FAILED, "no peer can do it: refused")
+    assert end == JobEnded(JobState.FAILED, "no peer can do it: refused")
     assert scheduler.decide(scattered(), Availability(frozenset(), deserted=True)) == []
 
 
@@ -202,7 +200,7 @@ def test_a_job_over_own_rows_says_how_many_peers_answered() -> None:
     job = jobs.started("job", JobSpec(kind="private", peers=("ada", "bob", "cyd")))
     steps = leases(job, "ada", "bob")
     assert {(step.unit, step.peer) for step in steps} == {(0, "ada"), (1, "bob")}
-    job = jobs.apply(job, lease(steps[0]))
+    job = jobs.apply(job, steps[0])
     job = jobs.apply(
         job, job_events.UnitReturned(0, "ada", AnswerInfo(digest="d", nbytes=1, rows=7))
     )
@@ -210,7 +208,7 @@ def test_a_job_over_own_rows_says_how_many_peers_answered() -> None:
     job = jobs.apply(job, job_events.PeerExcused("bob", "refused"))
     assert scheduler.decide(job, Availability(frozenset({"ada"}))) == []  # cyd may come yet
     assert scheduler.decide(job, Availability(frozenset({"ada"}), due=True)) == [
-        scheduler.End(JobState.FINISHED, "1 of 3 peers answered")
+        JobEnded(JobState.FINISHED, "1 of 3 peers answered")
     ]
 
 
@@ -237,16 +235,13 @@ def test_any_schedule_verifies_each_row_once(seed: int, blocks: int, quorum: int
         steps = scheduler.decide(job, Availability(there, gone, late))
         for step in steps:
             match step:
-                case Lease():
+                case UnitLeased():
                     assert step.peer in there
                     held_by = [lease for _, peer, lease in job.leases() if peer == step.peer]
                     assert held_by in ([], ["open"])
-                    record(lease(step))
-                case EndLease(unit, peer, reason):
-                    record(job_events.LeaseEnded(unit, peer, reason))
-                case scheduler.End(state, because):
+                case JobEnded(state, because):
                     assert state is JobState.FINISHED, because
-                    record(job_events.JobEnded(state, because))
+            record(step)
         if job.ended:
             break
         held = [(unit.number, peer) for unit, peer, _ in job.leases()]
