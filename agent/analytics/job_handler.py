@@ -20,11 +20,13 @@ from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
 from protocols.errors import BadMessage, CommonweightError, HomeError, TrainerFailed
 from protocols.local.programs import run_program
+from protocols.messages.decoding import decode
 from protocols.messages.jobs import Analyze, Unit
 
 TIMEOUT_S = 1800.0
 #: The folder in the home for files that it makes from the data.
 CACHE = "analysis"
+_query = msgspec.json.Decoder(Query)
 _FAILED = "the question could not be answered; its owner sees why: commonweight-agent status"
 
 
@@ -34,7 +36,9 @@ def handler(home: Path, fleet: str = "") -> Callable[[Unit], Result]:
     def answer_unit(unit: Unit) -> Result:
         if not isinstance(unit.question, Analyze):
             raise BadMessage("a unit that is no question")
-        body = answer(read_question(unit.question.query), home, unit.job, fleet)
+        body = answer(
+            decode(_query, unit.question.query.encode(), "question"), home, unit.job, fleet
+        )
         return Result(body, msgspec.json.decode(body, type=PeerAnswer).rows)
 
     return answer_unit
@@ -42,10 +46,7 @@ def handler(home: Path, fleet: str = "") -> Callable[[Unit], Result]:
 
 def read_question(text: str) -> Query:
     """The question in a unit of work. Raises BadMessage."""
-    try:
-        return msgspec.json.decode(text, type=Query)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a question: {err}") from err
+    return decode(_query, text.encode(), "question")
 
 
 def answer(question: Query, home: Path, job: str = "", fleet: str = "") -> bytes:

@@ -18,6 +18,7 @@ from protocols.enrollment import identity
 from protocols.errors import BadMessage
 from protocols.local.atomic_files import write_private
 from protocols.local.safe_paths import path_in
+from protocols.messages.decoding import decode
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model.weights import file_digest
 from protocols.p2p.gossip import Head
@@ -30,6 +31,9 @@ MAX_PROOF_BYTES = 1024 * 1024
 class _Proof(Struct, frozen=True, kw_only=True):
     work: Annotated[bytes, Meta(max_length=MAX_PROOF_BYTES)]
     signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+_decoder = msgspec.json.Decoder(_Proof)
 
 
 class ProvenVersion(NamedTuple):
@@ -62,10 +66,7 @@ def read_proof(proof: bytes, coordinator_public: bytes, fleet: str) -> tuple[Wor
 
     Work of older coordinators names no fleet.
     """
-    try:
-        parts = msgspec.json.decode(proof, type=_Proof)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a proof: {err}") from err
+    parts = decode(_decoder, proof, "proof")
     verify = partial(identity.verify, coordinator_public)
     work = SIGNED_WORK.open(parts.work, parts.signature, verify)
     if work.fleet not in ("", fleet):

@@ -37,6 +37,7 @@ from protocols.errors import CommonweightError, HomeError, HomeTooNew, UsageErro
 from protocols.local import homes
 from protocols.local.atomic_files import fsync_folder
 from protocols.local.settings_file import SETTINGS_FILE
+from protocols.messages.decoding import MALFORMED
 from protocols.messages.states import RunState
 
 FORMAT = 1
@@ -229,7 +230,7 @@ def _manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> Manifest:
                 "update commonweight on this machine",
             )
         manifest = msgspec.json.decode(text, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+    except MALFORMED as err:
         raise _damaged(f"its manifest cannot be read: {err}") from err
     for name, file in manifest.files.items():
         weights = _WEIGHTS.fullmatch(name)

@@ -24,6 +24,7 @@ from coordinator.fleet.registry import Registry
 from protocols.enrollment import identity, signed_requests
 from protocols.enrollment.signed_requests import EMPTY_SHA256, SENDER, NonceCache, SignedRequest
 from protocols.errors import BadMessage, Refused
+from protocols.messages.decoding import MALFORMED
 from protocols.messages.envelope import strip_controls
 
 log = logging.getLogger("commonweight.auth")
@@ -188,7 +189,7 @@ def decode_body(body: bytes, kind: type[T], codec: Any = msgspec.json) -> T:
     """`body` as a `kind`. Raises HTTPException 400."""
     try:
         decoded: T = codec.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+    except MALFORMED as err:
         raise HTTPException(400) from err
     return decoded
 

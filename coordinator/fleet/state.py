@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from protocols.errors import Awaited, BadMessage
+from protocols.errors import Awaited
+from protocols.messages import decoding
 from protocols.messages.envelope import (
     MAX_PEERS,
     Count,
@@ -157,11 +158,8 @@ def encode(fleet: Fleet, now: float) -> bytes:
 
 def decode(data: bytes) -> Fleet:
     """The fleet in `data`. Raises BadMessage."""
-    try:
-        return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        hint = "The coordinator and this program may be of different versions."
-        raise BadMessage(f"not a snapshot of a fleet: {err}", hint) from err
+    hint = "The coordinator and this program may be of different versions."
+    return decoding.decode(_decoder, data, "snapshot of a fleet", hint)
 
 
 def rebase_times(fleet: Fleet, now: float) -> Fleet:

@@ -19,6 +19,7 @@ from protocols.analytics import sketches
 from protocols.analytics.answer_size import max_answer_bytes
 from protocols.analytics.mergeable_states import PeerAnswer, State
 from protocols.analytics.query import Operation, Query
+from protocols.messages.decoding import MALFORMED
 from protocols.tables.statistics import Moments
 
 Figure = float | int | None | dict[str, Any]
@@ -149,7 +150,7 @@ def validate_bytes(query: str, body: bytes) -> str:
         if len(body) > (most := max_answer_bytes(asked)):
             return f"it has {len(body):,} bytes, and this question needs at most {most:,}"
         return validate(asked, msgspec.json.decode(body, type=PeerAnswer))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+    except MALFORMED as err:
         return f"not an answer ({err}); is the agent of another version?"
 
 

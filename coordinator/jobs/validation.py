@@ -20,6 +20,7 @@ from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.storage.job_events import AnswerInfo
 from protocols.errors import BadMessage
 from protocols.messages import jobs as wire
+from protocols.messages.decoding import MALFORMED
 from protocols.messages.envelope import Verify
 
 ANSWER = "cw.answer"
@@ -99,7 +100,7 @@ def _count_rows(lines: Iterator[bytes]) -> int:
         for rows, line in enumerate(lines, 1):
             if not line.endswith(b"\n") or len(_row(line)) != len(names):
                 raise BadMessage(f"row {rows} does not have {len(names)} values")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+    except MALFORMED as err:
         raise BadMessage(f"it is not a table: {err}") from err
     if not names or len(set(names)) < len(names):
         raise BadMessage("its column names are missing or not unique")

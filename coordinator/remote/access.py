@@ -29,6 +29,7 @@ from protocols.errors import BadMessage, CommonweightError, ExitCode, HomeError,
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.join_client import ask_version, fetch_chain, find_coordinator, post_join
+from protocols.messages.decoding import MALFORMED
 from protocols.network import addresses
 
 ACCESS_FILE = "access.json"
@@ -260,7 +261,7 @@ def error_from(response: httpx.Response) -> CommonweightError:
         body = msgspec.json.decode(response.content, type=ErrorResponse)
         error = CommonweightError(body.message, body.hint)
         error.code = body.code
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except MALFORMED:
         return Refused(f"the coordinator refused ({status})", "commonweight doctor")
     codes = (exit_code for exit_code, known in STATUS.items() if known == status)
     error.exit_code = next(codes, ExitCode.FAILED)

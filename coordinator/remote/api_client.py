@@ -43,6 +43,7 @@ from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage, CommonweightError, NotRunning, Unreachable
 from protocols.local import bounded_http
 from protocols.local.join_client import is_other_ca
+from protocols.messages.decoding import MALFORMED
 from protocols.messages.envelope import Command, Envelope, JobChanged, LogLine, PeerChanged
 from protocols.messages.topics import COORDINATOR, Kind
 from protocols.network.error_text import describe_error
@@ -260,7 +261,7 @@ def _as_dicts(rows: Iterable[msgspec.Struct]) -> list[dict[str, Any]]:
 def _decoded(answer: bytes, kind: Any) -> Any:
     try:
         return msgspec.json.decode(answer, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+    except MALFORMED as err:
         raise BadMessage(
             f"the coordinator's response cannot be decoded: {err}",
             "it may have another version: commonweight doctor",

@@ -34,6 +34,7 @@ from protocols.errors import (
     Unreachable,
 )
 from protocols.local.atomic_files import write_private
+from protocols.messages.decoding import MALFORMED
 from protocols.messages.envelope import Envelope
 from protocols.network.addresses import parse
 from protocols.network.error_text import describe_error
@@ -120,7 +121,7 @@ class PeerSource(ReadOnly):
         body = msgspec.msgpack.encode(gossip.GossipBatch())
         try:
             return msgspec.msgpack.decode(self._post(body), type=gossip.GossipBatch)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        except MALFORMED as err:
             raise BadMessage(f"{self._partner.name} sent a bad answer: {err}") from err
 
     def _headers(self, peer: Neighbor, body: bytes) -> dict[str, str]:

@@ -20,6 +20,7 @@ from coordinator.fleet.state import Fleet
 from coordinator.remote.source import Source
 from protocols import VERSION
 from protocols.errors import UsageError
+from protocols.messages.decoding import MALFORMED
 from protocols.messages.envelope import Envelope
 
 # The same module: part of the standard library since Python 3.14.
@@ -123,7 +124,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[Line]:
                 return
             try:
                 line = _line.decode(text)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+            except MALFORMED as err:
                 raise UsageError(f"{path} is damaged after {last:.0f} s: {err}") from err
             if line.t < last:  # a clock was set back
                 line = msgspec.structs.replace(line, t=last)

@@ -24,6 +24,7 @@ from protocols.enrollment import ca_chain, certificates, fleet_card, identity
 from protocols.enrollment.fleet_card import MAX_CARD_BYTES
 from protocols.enrollment.joining import Chain
 from protocols.errors import BadMessage
+from protocols.messages import decoding
 from protocols.messages.envelope import Id
 from protocols.messages.version_log import (
     MAX_ENTRY_BYTES,
@@ -89,10 +90,7 @@ _decoder = msgspec.json.Decoder(ForkProof)
 def open_seen(ca_pem: bytes, data: bytes) -> tuple[str, list[tuple[bytes, LogHead]]]:
     """The peer of a file of seen heads, and the heads with their signed bytes. Raises BadMessage
     unless the coordinator of this CA's fleet signed all of them."""
-    try:
-        seen = _seen.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a file of seen heads: {err}") from err
+    seen = decoding.decode(_seen, data, "file of seen heads")
     return seen.peer, _signed_heads(ca_pem, seen, seen.heads)
 
 
@@ -100,10 +98,7 @@ def decode(data: bytes) -> ForkProof:
     """The proof, not verified. Raises BadMessage."""
     if len(data) > MAX_PROOF_BYTES:
         raise BadMessage(f"a proof of {len(data)} bytes; the limit is {MAX_PROOF_BYTES}")
-    try:
-        return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a proof: {err}") from err
+    return decoding.decode(_decoder, data, "proof")
 
 
 def heads(ca_pem: bytes, proof: ForkProof) -> list[LogHead]:

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.errors import TicketMalformed
+from protocols.messages.decoding import MALFORMED
 
 PREFIX = "cw1."
 CODE_PREFIX = "cw1s."
@@ -95,7 +96,7 @@ def decode(text: str) -> Ticket:
         )
     try:
         ticket = msgspec.msgpack.decode(_check_body(text[len(PREFIX) :]), type=Ticket)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+    except MALFORMED as err:
         raise TicketMalformed(f"the ticket's fields are wrong: {err}", _COPY_AGAIN) from err
     if not ticket.addresses or len(ticket.ca_sha256) != 32:
         raise TicketMalformed("the ticket's fields are wrong: no address, or no hash", _COPY_AGAIN)

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage
+from protocols.messages.decoding import decode
 from protocols.messages.envelope import Count, Digest, Id, MaybeId, Metrics, Settings, TaskName
 from protocols.messages.signing import SignedJson
 
@@ -133,7 +134,4 @@ def read_unit(payload: bytes, signature: bytes, verify: Callable[[bytes, bytes],
 
 def decode_scores(payload: bytes) -> Scores:
     """The scores in `payload`. Raises BadMessage."""
-    try:
-        return _scores.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not valid scores: {err}") from err
+    return decode(_scores, payload, "list of scores")

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from protocols.errors import BadMessage
+from protocols.messages.decoding import decode
 from protocols.messages.envelope import Sign
 
 T = TypeVar("T")
@@ -15,6 +16,10 @@ T = TypeVar("T")
 VerifySignature = Callable[[bytes, bytes], bool]
 
 SIGNATURE_BYTES = 64
+_OTHER_VERSION = (
+    "install the same version of commonweight on both sides; if they have it, do not trust the "
+    "sender"
+)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -45,14 +50,7 @@ class SignedJson(Generic[T]):
 
     def decode(self, payload: bytes) -> T:
         """The struct in `payload`, without a check of its signature. Raises BadMessage."""
-        try:
-            return self._decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-            raise BadMessage(
-                f"not a valid {self._name}: {err}",
-                "install the same version of commonweight on both sides; if they have it, "
-                "do not trust the sender",
-            ) from err
+        return decode(self._decoder, payload, self._name, _OTHER_VERSION)
 
     def signed_bytes(self, payload: bytes) -> bytes:
         """The bytes that the signature covers."""

@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from protocols.errors import BadMessage
+from protocols.messages.decoding import decode
 from protocols.messages.envelope import Count, Id, MaybeDigest, MaybeId
 from protocols.messages.signing import SignedJson
 
@@ -104,19 +104,12 @@ _page = msgspec.json.Decoder(LogPage)
 
 def decode_entry(data: bytes) -> LogEntry:
     """Raises BadMessage."""
-    return _decode(_entry, data, "entry of a log")
+    return decode(_entry, data, "entry of a log")
 
 
 def decode_page(data: bytes) -> LogPage:
     """Raises BadMessage."""
-    return _decode(_page, data, "page of a log")
-
-
-def _decode(decoder: msgspec.json.Decoder[T], data: bytes, name: str) -> T:
-    try:
-        return decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a valid {name}: {err}") from err
+    return decode(_page, data, "page of a log")
 
 
 def chain(before: bytes, size: int, entry: bytes) -> bytes:

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage, DataError, SchemaMismatch
+from protocols.messages import decoding
 from protocols.messages.envelope import Digest, Name, Text
 from protocols.model.weights import Schema, TensorSpec
 from protocols.tables.class_names import ClassCounts
@@ -102,10 +103,7 @@ def decode_card(data: str) -> SchemaCard:
 def _decoded(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     if len(data) > MAX_BYTES:
         raise BadMessage(f"a description of {len(data)} bytes; the limit is {MAX_BYTES}")
-    try:
-        return decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a valid description: {err}") from err
+    return decoding.decode(decoder, data, "description")
 
 
 def digest(card: SchemaCard) -> Digest:

@@ -19,6 +19,7 @@ from protocols.enrollment import identity
 from protocols.enrollment.ca_chain import CaTrust
 from protocols.enrollment.certificates import NodeCertificate
 from protocols.errors import BadMessage
+from protocols.messages.decoding import decode
 from protocols.messages.envelope import (
     Count,
     Digest,
@@ -98,6 +99,9 @@ class _SignedEntry(Struct, frozen=True, kw_only=True):
     signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
 
 
+_signed_entry = msgspec.msgpack.Decoder(_SignedEntry)
+
+
 class VerifiedEntry(NamedTuple):
     """An entry, the certificate of the peer that signed it, and its signed bytes to forward."""
 
@@ -173,10 +177,7 @@ def sign_entry(entry: GossipEntry, certificate: bytes, sign: Sign) -> bytes:
 
 def verify_entry(signed: bytes, cas: CaTrust, fleet: str, now: float) -> VerifiedEntry:
     """The entry in `signed`, if an enrolled peer of this fleet signed it. Raises BadMessage."""
-    try:
-        parts = msgspec.msgpack.decode(signed, type=_SignedEntry)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a valid gossip entry: {err}") from err
+    parts = decode(_signed_entry, signed, "gossip entry")
     entry = _SIGNED_JSON_ENTRY.decode(parts.entry)
     sender = cas.verify_certificate(parts.certificate, now)
     own_id = identity.peer_id(sender.sign_public)

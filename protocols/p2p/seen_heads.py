@@ -16,6 +16,7 @@ from protocols.enrollment import identity
 from protocols.enrollment.ca_chain import CaTrust
 from protocols.enrollment.certificates import NodeCertificate
 from protocols.errors import BadMessage
+from protocols.messages import decoding
 from protocols.messages.envelope import Id, Sign
 from protocols.messages.signing import SIGNATURE_BYTES, SignedJson
 from protocols.messages.version_log import MAX_HEAD_BYTES, Time
@@ -85,7 +86,4 @@ def read(data: bytes, peer: str, public: bytes) -> SeenHead:
 
 
 def _decode(data: bytes) -> _Certified:
-    try:
-        return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
-        raise BadMessage(f"not a valid statement: {err}") from err
+    return decoding.decode(_decoder, data, "statement")

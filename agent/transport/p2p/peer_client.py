@@ -19,6 +19,7 @@ from agent.transport.p2p.peer_connection import PeerConnection
 from agent.transport.version_proofs import MAX_PROOF_BYTES
 from protocols.errors import BadWeights, Unreachable
 from protocols.local.atomic_files import write_all
+from protocols.messages.decoding import MALFORMED
 from protocols.p2p import gossip
 from protocols.p2p.gossip import GossipBatch, Neighbor
 
@@ -51,7 +52,7 @@ class PeerClient:
         )
         try:
             return msgspec.msgpack.decode(body, type=GossipBatch)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        except MALFORMED as err:
             raise Unreachable(f"{self._name} sent an invalid response: {err}") from err
 
     def proof(self, digest: str) -> bytes:

@@ -29,6 +29,7 @@ from agent.transport.p2p.authorization import RequestAuthorizer
 from agent.transport.p2p.gossip import GossipState
 from agent.transport.p2p.piece_store import PieceStore, pieces_of
 from protocols.enrollment.signed_requests import SENDER
+from protocols.messages.decoding import MALFORMED
 from protocols.p2p.gossip import GOSSIP_PATH, MAX_BATCH_BYTES, GossipBatch
 from protocols.p2p.peer_addresses import plain_ip
 from protocols.p2p.swarm import PIECE_BYTES
@@ -241,7 +242,7 @@ class PeerServer:
             return None
         try:
             self._gossip.receive(msgspec.msgpack.decode(body, type=GossipBatch), sender, host)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except MALFORMED:
             return None
         return msgspec.msgpack.encode(self._gossip.outgoing())
 

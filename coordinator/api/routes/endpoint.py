@@ -21,6 +21,7 @@ from coordinator.api.service import CoordinatorService, error_response
 from coordinator.fleet.auth import Auth, json_response
 from protocols.enrollment.signed_requests import SENDER
 from protocols.errors import CommonweightError, UsageError
+from protocols.messages.decoding import MALFORMED
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class Call(NamedTuple):
         """The body. Raises UsageError."""
         try:
             return msgspec.json.decode(self.body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        except MALFORMED as err:
             raise UsageError(f"the request is malformed: {err}") from err
 
 

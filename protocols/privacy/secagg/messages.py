@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from protocols.errors import BadMessage, UsageError
+from protocols.errors import UsageError
+from protocols.messages.decoding import decode
 from protocols.messages.envelope import (
     Count,
     Digest,
@@ -237,23 +238,16 @@ def ring_of(codec: str) -> int:
 
 def decode_request(step: SecureStep, data: bytes) -> Request:
     """The request of a step, with checked types and bounds. Raises BadMessage."""
-    request: Request = _decode(_REQUESTS[step], data, f"request of the step {step}")
+    request: Request = decode(_REQUESTS[step], data, f"request of the step {step}")
     return request
 
 
 def decode_answer(step: SecureStep, data: bytes) -> Answer:
     """The answer to a step, with checked types and bounds. Raises BadMessage."""
-    answer: Answer = _decode(_ANSWERS[step], data, f"answer to the step {step}")
+    answer: Answer = decode(_ANSWERS[step], data, f"answer to the step {step}")
     return answer
 
 
 def decode_ready(data: bytes) -> ReadyAnswer:
     """A card, whose signature `cohort.open_card` checks, and names. Raises BadMessage."""
-    return _decode(_READY, data, "card")
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes, what: str) -> T:
-    try:
-        return decoder.decode(data)
-    except msgspec.DecodeError as err:
-        raise BadMessage(f"not a valid {what}: {err}") from err
+    return decode(_READY, data, "card")
