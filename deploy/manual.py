@@ -11,10 +11,10 @@ import click
 import typer.main
 
 import agent.cli.main
-import coordinator.cli.main
+import commonweight.cli
 from protocols import VERSION
 
-PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agent.cli.main.app}
+PROGRAMS = {"commonweight": commonweight.cli.app, "commonweight-agent": agent.cli.main.app}
 
 
 class Told(NamedTuple):

@@ -186,7 +186,7 @@ def test_the_install_script_refuses_a_package_with_another_hash(tmp_path: Path) 
     """Attack: the package index hands out another file under the same name and version."""
     copy = tmp_path / "source"
     copy.mkdir()
-    for name in ("deploy", "agent", "coordinator", "protocols"):
+    for name in ("deploy", "agent", "commonweight", "coordinator", "protocols"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)

@@ -273,5 +273,5 @@ def demo(
 
 
 def main() -> None:
-    """The entry point. Prints errors with a hint, and exits with their status."""
+    """Run the command, as `python -m coordinator.cli` and older installations do."""
     raise SystemExit(cli_entry.run(app))

@@ -17,7 +17,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import agent.cli.main
-import coordinator.cli.main
+import commonweight.cli
 from agent.home.settings_schema import AgentSettings
 from benchmarks import figures
 from protocols import VERSION
@@ -26,7 +26,7 @@ from protocols.local import homes
 ROOT = Path(__file__).parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = sorted([*(ROOT / name for name in ROOT_PAGES), *(ROOT / "docs").rglob("*.md")])
-PROGRAMS = {"commonweight": coordinator.cli.main.app, "commonweight-agent": agent.cli.main.app}
+PROGRAMS = {"commonweight": commonweight.cli.app, "commonweight-agent": agent.cli.main.app}
 #: The pages that `make docs` makes from the code (deploy/reference.py).
 GENERATED = {"reference.md", "api.md", "contributing.md"}
 #: Programs that are not ours; what they are asked is theirs.
@@ -49,7 +49,9 @@ OTHERS = {
 }
 _BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`((?:commonweight|commonweight-agent) [^`…]+)`")
-_PATH = re.compile(r"`((?:agent|coordinator|protocols|tests|benchmarks|docs|deploy)/[\w/.-]*)`")
+_PATH = re.compile(
+    r"`((?:agent|commonweight|coordinator|protocols|tests|benchmarks|docs|deploy)/[\w/.-]*)`"
+)
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -256,7 +258,7 @@ def test_each_file_that_a_page_names_exists(page: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("package", ["agent", "coordinator", "protocols"])
+@pytest.mark.parametrize("package", ["agent", "commonweight", "coordinator", "protocols"])
 def test_a_newcomer_sees_a_package_at_a_glance(package: str) -> None:
     """At most 12 rooms, each with a sign at its door."""
     hidden = ("__init__.py", "__pycache__", "py.typed")

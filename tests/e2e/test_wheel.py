@@ -34,7 +34,7 @@ def test_init_up_join_run_and_two_rounds(installed: Path, tmp_path: Path) -> Non
         assert model.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("package", ["agent", "coordinator", "protocols"])
+@pytest.mark.parametrize("package", ["agent", "commonweight", "coordinator", "protocols"])
 def test_what_runs_is_the_wheel_and_it_is_whole(
     installed: Path, tmp_path: Path, package: str
 ) -> None:

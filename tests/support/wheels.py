@@ -23,7 +23,7 @@ def source_as(version: str, folder: Path) -> Path:
     """Copy the source tree and set its version."""
     tree = folder / f"source-{version}"
     tree.mkdir()
-    for name in ("agent", "coordinator", "protocols"):
+    for name in ("agent", "commonweight", "coordinator", "protocols"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)

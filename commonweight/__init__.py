@@ -1,0 +1,42 @@
+"""The Python API of commonweight: `import commonweight as cw`.
+
+    fleet = cw.connect()
+    run = fleet.train("tabular", target="outcome", rounds=20)
+    for r in run.rounds():
+        print(r.number, r.metrics)
+
+The names in `__all__` are public and follow semantic versioning. They are imported when they are
+used, so that `import commonweight` alone takes little. It may import `agent`, `coordinator` and
+`protocols`; none of them imports it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from protocols import VERSION as __version__
+    from protocols import errors
+
+__all__ = ["__version__", "errors"]
+
+#: Where each public name is, as "module" or "module:name".
+_PLACES = {
+    "__version__": "protocols:VERSION",
+    "errors": "protocols.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _PLACES[name].partition(":")
+    found = import_module(module)
+    value = globals()[name] = getattr(found, attribute) if attribute else found
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
