@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from protocols.errors import UsageError
 
@@ -40,23 +41,22 @@ class _Call(NamedTuple):
 
 
 class _LinearCalls(TorchFunctionMode):
-    """Records each `F.linear` with a trained weight, and whether other uses were seen."""
+    """Records each `F.linear` with a trained weight, and if trained tensors have other uses."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
-        self._names, self.calls = names, list[_Call]()
+        self._names, self.calls, self.has_others = names, list[_Call](), False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is F.linear and not kwargs:
-            x, weight, *rest = args
-            bias = rest[0] if rest else None
-            if x.dim() == 2 and id(weight) in self._names:
-                self.calls.append(
-                    _Call(self._names[id(weight)], self._names.get(id(bias), ""), x, out)
-                )
+        used = {id(leaf) for leaf in tree_leaves((args, kwargs))} & self._names.keys()
+        if func is F.linear and not kwargs and args[0].dim() == 2 and id(args[1]) in used:
+            x, weight, bias = (*args, None)[:3]
+            self.calls.append(_Call(self._names[id(weight)], self._names.get(id(bias), ""), x, out))
+            used -= {id(weight), id(bias)}
+        self.has_others |= bool(used)
         return out
 
 
@@ -103,26 +103,29 @@ class ClippedGradients:
         ):
             raise examples_depend()
 
-    def _record(self, w: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor, list[_Call]]:
+    def _record(self, w: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor, _LinearCalls]:
         watched = {**w, **{name: w[name].detach().requires_grad_() for name in self._trained}}
         names = {id(watched[name]): name for name in self._trained}
         with torch.enable_grad(), _LinearCalls(names) as mode:
             losses = self._losses_of(watched, x, y)
-        return losses, mode.calls
+        return losses, mode
 
     def _find_linear(self, w: Tensors, x: Tensor, y: Tensor) -> bool:
         """True if each trained tensor is used by exactly one `F.linear`, and by nothing else."""
-        _, calls = self._record(w, x, y)
+        _, seen = self._record(w, x, y)
+        calls = seen.calls
         used = sorted(name for call in calls for name in (call.weight, call.bias) if name)
-        if used != sorted(self._trained) or any(len(call.x) != len(y) for call in calls):
+        if seen.has_others or used != sorted(self._trained):
             return False
-        # A tensor that is used elsewhere too has another gradient than its call says.
+        if any(len(call.x) != len(y) for call in calls):
+            return False
         ghost = self._ghost(w, x, y)
         exact = self._by_vmap(w, x, y)
         return all(torch.allclose(ghost[name], exact[name], rtol=1e-3, atol=1e-5) for name in exact)
 
     def _ghost(self, w: Tensors, x: Tensor, y: Tensor) -> Tensors:
-        losses, calls = self._record(w, x, y)
+        losses, seen = self._record(w, x, y)
+        calls = seen.calls
         deltas = torch.autograd.grad(losses.sum(), [call.out for call in calls])
         inputs = [call.x.detach() for call in calls]
         squares = torch.zeros_like(losses)

@@ -101,6 +101,23 @@ def test_the_sum_is_that_of_each_examples_clipped_gradient(forward: Forward, cli
 
 
 @pytest.mark.attack("3", by="coordinator")
+@pytest.mark.parametrize("forward", [tied, tied_beside], ids=["tied", "tied_beside"])
+def test_tied_weights_have_no_ghost_norms_whatever_the_first_rows_are(forward: Forward) -> None:
+    """Attack: weights and first rows for which the other use of a tied tensor has no gradient.
+
+    The closed form is right for these rows and wrong for the others.
+    """
+    w, x, y = draw(forward)
+    w["b"] = torch.zeros_like(w["b"])
+    x[:2] = 0
+    clipped = ClippedGradients(losses_with(forward), list(w), 0.3)
+    found = clipped.sum(w, x, y)
+    for name, expected in one_by_one(forward, w, x, y, 0.3).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4)
+    assert clipped._is_linear is False
+
+
+@pytest.mark.attack("3", by="coordinator")
 def test_one_example_counts_at_most_the_clip_whatever_it_is() -> None:
     """Attack: a crafted model in which one row has a huge, infinite or undefined gradient."""
     w, x, y = draw(two_layers)
