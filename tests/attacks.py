@@ -1,7 +1,8 @@
 """The tables of attacks in docs/attacks.md, from the tests that try them: `make attacks`.
 
 An attack is a test with the mark `attack(NUMBER, by=ATTACKER)`. Its docstring begins with
-"Attack: …." or, if it shows that honest work continues beside the defence, with "Control: ….".
+"Attack: …." or, if it shows that honest work continues beside the defence, or that the attack works
+without it, with "Control: ….".
 Every test in tests/hostile has the mark, by itself or by its file's `pytestmark`; a test elsewhere
 may have it.
 
@@ -256,7 +257,8 @@ def tables(tests: list[Test], results: dict[str, str]) -> str:
     lines += ["", "## Every test", ""]
     lines += [
         f"{STOPPED.capitalize()}: the attack fails. {WORKS.capitalize()}: honest work continues "
-        "beside the defence. Files without a folder are in `tests/hostile`.",
+        "beside the defence, or the attack works where there is no such defence. Files without a "
+        "folder are in `tests/hostile`.",
         "",
     ]
     lines += ["| no. | attack | by | result | test |", "|---|---|---|---|---|"]

@@ -26,6 +26,13 @@ def test_each_row_of_the_threat_model_names_tests_that_exist() -> None:
         assert set(named) <= tests, (tries, set(named) - tests)
 
 
+def test_each_test_that_a_page_names_exists() -> None:
+    tests = attacks.names_of_tests()
+    for page in attacks.THREATS.parent.glob("**/*.md"):
+        named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert named <= tests, (page.name, named - tests)
+
+
 def test_each_attack_has_a_number_an_attacker_and_a_sentence() -> None:
     wrong = attacks.faults()
     assert not wrong, "\n".join(wrong)

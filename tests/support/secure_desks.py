@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from agent.clientapp import secure_rules
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client
 from agent.clientapp.interfaces import Observer, PeerIdentity
+from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.secure_work import REQUEST
 from agent.home import audit_log
@@ -120,6 +121,8 @@ class Desk(Observer):
         self.home.mkdir(exist_ok=True)
         self.peer, self.trainer = me(number).peer, Trainer(number)
         self.owner = AgentSettings(tasks=(TASK,))
+        #: The owner's privacy ledger; None: nothing is charged.
+        self.budget: PrivacyBudget | None = None
         #: Everything that has left this agent, as bytes.
         self.left: list[bytes] = []
         #: Called with each answer before it is sent.
@@ -142,6 +145,7 @@ class Desk(Observer):
             self.home / "outbox",
             settings=lambda: self.owner,
             observer=self,
+            budget=self.budget,
             secure_turns=self.turns,
         )
         return self.client
