@@ -16,6 +16,7 @@ from agent.data.settings import DataSettings, Floors
 from agent.home import sensible_values
 from agent.home.settings_schema import MIN_SECURE_PEERS, AgentSettings
 from agent.policy import schedule
+from agent.policy.consent import USES_COLUMNS, Consent
 from protocols.enrollment import identity
 from protocols.errors import UnknownName, UsageError
 from protocols.local import settings_file
@@ -28,8 +29,12 @@ ENVIRONMENT_PREFIX = "COMMONWEIGHT_AGENT_"
 
 
 def read(home: Path, **flags: Any) -> AgentSettings:
-    """Read the settings; flags override them unless they are None. Raises UsageError."""
-    values = settings_file.read_file(home) | _read_environment()
+    """Read the settings; flags override them unless they are None. Raises UsageError.
+
+    A task that only the environment allows awaits the names of its columns.
+    """
+    file, environment = settings_file.read_file(home), _read_environment()
+    values = file | environment
     given = {name: value for name, value in flags.items() if value is not None}
     settings_file.validate(given, AgentSettings, "commonweight-agent policy show")
     values |= given
@@ -38,8 +43,14 @@ def read(home: Path, **flags: Any) -> AgentSettings:
         named = {
             task: replace(said, awaits_columns=False) for task, said in chosen.consents.items()
         }
-        chosen = replace(chosen, consents=named)
-    return chosen
+        return replace(chosen, consents=named)
+    said = {*file.get("tasks", ()), *chosen.consents}
+    awaiting = {
+        task: Consent(awaits_columns=True)
+        for task in environment.get("tasks", ())
+        if task in {"*", *USES_COLUMNS} and not {task, "*"} & said
+    }
+    return replace(chosen, consents=chosen.consents | awaiting)
 
 
 def read_own(home: Path) -> AgentSettings:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from protocols.errors import UsageError
 from protocols.local.cli_entry import print_json as print_json
 from protocols.local.cli_entry import print_line as print_line
 from protocols.local.cli_entry import print_result as print_result
@@ -33,6 +34,14 @@ def connect(timeout_s: float = 15.0) -> Remote:
     from coordinator.remote.api_client import Remote
 
     return Remote(access.open_home(), timeout_s)
+
+
+def confirm(question: str, undone: str, command: str) -> None:
+    """Ask before something that cannot be undone. Raises UsageError without a terminal: `undone`,
+    such as "nothing was deleted", and the command that does not ask."""
+    if not sys.stdin.isatty():
+        raise UsageError(f"{undone}: there is no terminal to confirm it on", f"{command} --yes")
+    typer.confirm(question, abort=True, err=True)
 
 
 def peer_names(remote: Remote) -> dict[str, str]:

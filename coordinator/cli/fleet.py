@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator.cli.common import Columns, Json, connect, print_json, print_line, print_list
+from coordinator.cli.common import (
+    Columns,
+    Json,
+    Yes,
+    confirm,
+    connect,
+    print_json,
+    print_line,
+    print_list,
+)
 from coordinator.cli.names import PeerName, TicketName
 from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UnknownName, UsageError
@@ -135,8 +144,11 @@ def approve(peer: PeerName) -> None:
 
 
 @peers.command("remove")
-def remove(peer: PeerName) -> None:
+def remove(peer: PeerName, yes: Yes = False) -> None:
     """Remove a machine permanently. It can join again only with a new key."""
+    if not yes:
+        command = f"commonweight peers remove {peer}"
+        confirm(f"remove {peer} permanently?", "nothing was removed", command)
     connect().remove(peer)
     print_line(f"{peer} is removed")
 

@@ -17,6 +17,7 @@ from coordinator.cli.common import (
     Columns,
     Json,
     Yes,
+    confirm,
     connect,
     print_json,
     print_line,
@@ -253,12 +254,8 @@ def delete(run: OneRun, yes: Yes = False, json: Json = False) -> None:
     found = remote.deletion(run)
     print_line(deletion.format_deletion(found))
     if not yes:
-        if not sys.stdin.isatty():
-            raise UsageError(
-                "nothing was deleted: there is no terminal to confirm it on",
-                f"commonweight run delete {found.run} --yes",
-            )
-        typer.confirm(f"delete {found.run}?", abort=True, err=True)
+        command = f"commonweight run delete {found.run}"
+        confirm(f"delete {found.run}?", "nothing was deleted", command)
     deleted = remote.delete_run(found.run)
     print_result(deleted, f"deleted {deleted.run}", json=json)
 

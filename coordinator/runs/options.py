@@ -132,7 +132,7 @@ OPTIONS = (
     Option("target", str, "", "For a table: the column to predict.", is_plain=False,
            is_common=True),
     Option("features", str, "", "For a table: columns to predict from; by default those that most "
-           "peers have.", is_plain=False, is_common=True),
+           "peers have.", is_plain=False),
     Option("kind", str, "", "For a table: auto, classification or regression.", is_plain=False),
     Option("rounds", int, 10, "How many rounds.", _FROM_1, is_common=True),
     Option("until", str, "", "End when a metric has reached a value: METRIC=NUMBER, such as "
@@ -154,7 +154,7 @@ OPTIONS = (
     Option("set", str, (), "A setting of the task: key=value.", is_plain=False, is_common=True),
     Option("codec", str, "fp32", "How updates are sent: fp32 (whole), or their change as bf16, "
            "int8, sign, ternary, topk (ternary:0.1 and topk:0.02 for shares other than 20 and "
-           "1 %).", is_common=True),
+           "1 %)."),
     Option("seed", int, 0, "Seed of the first weights and of sampling."),
     Option("weighting", str, "examples", "examples: a peer counts by its examples; equal: all "
            "peers count the same.", choices=("examples", "equal")),

@@ -16,7 +16,7 @@ from protocols.local.cli_entry import print_line
 
 #: The panel of options that only `--help-all` shows.
 MORE = "More options"
-_RANGE = re.compile(r"(?:(-?[\d.]+)<=?)?x(?:([<>])=(-?[\d.]+))?(?=\])")
+_RANGE = re.compile(r"(?:(-?[\d.e-]+)<=?)?x(?:([<>])=(-?[\d.e-]+))?(?=\])")
 
 #: Limits that say nothing beside a default, and "required", which the usage line shows.
 _OBVIOUS = re.compile(r"(?<=[^\[]); [01] or more\]|(?:; |\[)required\]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,37 @@ def test_a_run_waits_for_consent_and_goes_on_when_it_is_given(tmp_path: Path) ->
         site.ask("run", "stop", run)
         refused = site.ask("run", "start", *TRAINING, "--quorum", "1")
         assert "no peer can run the task 'tabular'" in refused.stderr
+
+
+def test_a_running_agent_takes_other_data_and_tasks_without_a_restart(tmp_path: Path) -> None:
+    with fleet(tmp_path) as site:
+        site.up()
+        join(site, "north", "--allow", "tabular", "--columns", "all")
+        site.start("north")
+        process = site.programs["north"].process.pid
+
+        def change(key: str, value: str) -> None:
+            done = site.ask_agent("north", "policy", "set", key, value)
+            assert done.returncode == 0, done.stderr
+
+        def rows() -> int:
+            """The rows of the table that the newest run was told about."""
+            left = json.loads(site.ask_agent("north", "ledger", "--json").stdout)["data"]
+            told = [json.loads(one["told"]) for one in left if one["what"] == "description"]
+            return int([one["rows"] for one in told if "rows" in one][-1])
+
+        assert site.ended_run(site.start_run(*TRAINING))["state"] == "finished"
+        assert rows() == 90
+        change("data", str(write_csv(tmp_path / "south.csv", MIXED[90:])))
+        again = "restarting with the changed settings"
+        wait_for(lambda: again in site.programs["north"].log, "it takes the new data")
+        assert site.ended_run(site.start_run(*TRAINING))["state"] == "finished"
+        assert rows() == len(MIXED) - 90
+
+        change("tasks", "ping")
+        run = site.start_run(*TRAINING)
+        text = "the consent of 1 peer to the task tabular (north)"
+        wait_for(lambda: waits_for(site, run) == text, "the run says for whom it waits")
+        change("tasks", "ping,tabular")
+        assert site.ended_run(run)["state"] == "finished"
+        site.until_agent("north", "is the same process", lambda told: told["pid"] == process)

@@ -133,7 +133,7 @@ class Worked:
             ("audit",),
             ("doctor",),
             ("status", "--json"),
-            ("peers", "remove", "bob"),
+            ("peers", "remove", "bob", "--yes"),
         ):
             done = site.ask(*words)
             self.lines.add(done.stdout + done.stderr)

@@ -251,7 +251,7 @@ def remove(model: Model, choose: Choose) -> Deed:
     _set_gone(peer)
 
     def deed(fleet: JourneyFleet) -> None:
-        fleet.do("peers", "remove", name)
+        fleet.do("peers", "remove", name, "--yes")
         fleet.stop_agent(name)
         fleet.old.discard(name)
 

@@ -61,6 +61,25 @@ def test_tasks_in_the_environment_are_a_list(
     assert AgentSettings(tasks=("*",)).allows("gait")
 
 
+@pytest.mark.parametrize("tasks", ["tabular", "*"])
+def test_tasks_in_the_environment_await_the_names_of_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: str
+) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_TASKS", tasks)
+    file(tmp_path, "data = 'a.csv'\n")
+    assert settings.read(tmp_path).standing_of("tabular") == "columns"
+    assert settings.read(tmp_path).columns_of("tabular") == ()
+    allowed = consents.allow(tmp_path, "tabular", columns=["age"])
+    assert allowed.columns_of("tabular") == ("age",)
+    assert settings.read(tmp_path).columns_of("tabular") == ("age",)
+    # A home of an older version allows the columns that it always did.
+    file(tmp_path, f"data = 'a.csv'\ntasks = ['{tasks}']\n")
+    assert settings.read(tmp_path).columns_of("tabular") == ("*",)
+    file(tmp_path, "data = 'a.csv'\n")
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_DATA_COLUMNS", "age,sex")
+    assert settings.read(tmp_path).columns_of("tabular") == ("age", "sex")
+
+
 @pytest.mark.attack("20.3", by="operator")
 @pytest.mark.parametrize(
     "name", ["max_lr", "analyze_epsilon", "analyze_epsilon_per_question", "share_mbit_s"]

@@ -120,7 +120,7 @@ def test_public_files_and_unreadable_settings_are_faults(site: Fleet) -> None:
 
 def test_a_removed_machine(site: Fleet) -> None:
     site.join("gone")
-    assert site.ask("peers", "remove", "gone").returncode == 0
+    assert site.ask("peers", "remove", "gone", "--yes").returncode == 0
     code, made = doctor(site, "gone")
     assert code == 6
     assert made["tls"]["ok"]

@@ -169,7 +169,7 @@ def test_the_audit_of_a_real_fleet(site: Fleet) -> None:
     site.start("box")
     run = site.start_run("ping", "--rounds", "2", "--set", "kilobytes=1")
     site.ended_run(run)
-    assert site.ask("peers", "remove", "box").returncode == 0
+    assert site.ask("peers", "remove", "box", "--yes").returncode == 0
     events = [line["event"] for line in site.data("audit", "--since", "1h")]
     assert sorted(set(events[3:])) == ["answers read", "removed", "run finished", "run started"]
     assert events[-1] == "removed"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from agent.cli.main import app as agent_app
 from coordinator.cli.main import app as coordinator_app
+from protocols.local.command_line import MORE
 
 PROGRAMS = {"commonweight": coordinator_app, "commonweight-agent": agent_app}
 MAX_ENTRIES = 14
@@ -39,8 +40,12 @@ def help_of(app: typer.Typer, *path: str) -> str:
 
 @pytest.fixture(scope="module", params=PROGRAMS.values(), ids=PROGRAMS)
 def pages(request: pytest.FixtureRequest) -> dict[tuple[str, ...], str]:
-    """Each help page of a program, by the words of its command."""
-    return {path: context.get_help() for path, context in contexts(root(request.param))}
+    """Each help page of a program, with all options, by the words of its command."""
+    found = {}
+    for path, context in contexts(root(request.param)):
+        context.meta[MORE] = True
+        found[path] = context.get_help()
+    return found
 
 
 def test_help_shows_defaults_without_backslashes(pages: dict[tuple[str, ...], str]) -> None:

@@ -54,9 +54,9 @@ def help_words(*words: str) -> list[str]:
 
 def test_help_shows_the_common_options_and_help_all_the_others() -> None:
     common = [option.name for option in OPTIONS if option.is_common]
-    assert len(common) == 10
     short = help_words("--help")
     assert short == [*common, "follow", "json", "help-all", "help"]
+    assert len(short) - len(["help-all", "help"]) == 10
     rest = [o.name for o in OPTIONS if not o.is_common and o.name != "task"]
     assert help_words("--help-all") == [*short, *rest]
 
