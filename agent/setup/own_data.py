@@ -95,4 +95,7 @@ def check_setting(chosen: AgentSettings, *, allowing: bool = False) -> str:
     try:
         return check(chosen, allowing=allowing)
     except DataError as err:
+        if isinstance(err.__cause__, FileNotFoundError):
+            text = f"there are no data at {chosen.data}"
+            raise UsageError(text, "name a file or a folder on this machine") from err
         raise UsageError(err.message, err.hint) from err

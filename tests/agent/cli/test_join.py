@@ -91,6 +91,19 @@ def test_columns_are_those_of_the_data_without_a_terminal_too(
     assert code == (0 if command == "task" and columns == "age,sx" else 2)
 
 
+@pytest.mark.parametrize(
+    "words", [("join", "cw1.x", "--data"), ("policy", "set", "data")], ids=["join", "policy"]
+)
+def test_data_that_are_not_there_are_refused_at_once(
+    agent_home: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    nope = str(tmp_path / "nope.csv")
+    code, _, err = agent(agent_home, *words, nope)
+    assert code == 2
+    assert f"there are no data at {nope}\n  try: name a file or a folder" in err
+    assert settings.read(agent_home).data == ""
+
+
 def test_without_a_terminal_no_column_may_be_used_before_the_owner_names_it(
     agent_home: Path, tmp_path: Path
 ) -> None:

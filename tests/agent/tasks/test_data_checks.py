@@ -158,6 +158,5 @@ def test_data_that_fit_no_allowed_task_are_refused_at_once(tmp_path: Path) -> No
 
 
 def test_a_wrong_path_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there are no data") as caught:
+    with pytest.raises(UsageError, match=r"there are no data at .*typo\.csv"):
         own_data.check_setting(AgentSettings(data=str(tmp_path / "typo.csv")))
-    assert "typo.csv" in caught.value.hint

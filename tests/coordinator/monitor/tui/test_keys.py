@@ -16,7 +16,7 @@ from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.keys import KEYS
 from coordinator.monitor.tui.peer_screen import TABS, PeerScreen
-from coordinator.monitor.tui.run_form import RunForm, order
+from coordinator.monitor.tui.run_form import RunForm, _is_first, order, ordered_options
 from coordinator.monitor.tui.theme import colors
 from protocols.errors import Refused, UnknownName, UsageError
 from protocols.messages.envelope import Envelope, PeerChanged, RunChanged
@@ -106,6 +106,12 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
         await until(pilot, lambda: "commonweight run resume ping-1" in screen_text(app))
         await pilot.press("y")
         await until(pilot, lambda: len(source.stopped) == 1)
+
+
+def test_the_form_begins_with_what_most_runs_need() -> None:
+    names = [option.name for option in ordered_options()]
+    assert names[:3] == ["task", "target", "rounds"]
+    assert sum(map(_is_first, ordered_options())) < 10
 
 
 def test_the_form_refuses_what_the_command_line_refuses() -> None:

@@ -211,6 +211,9 @@ async def test_the_palette_runs_commands_by_name() -> None:
     async with running(busy()) as (app, pilot):
         await pilot.press("ctrl+p")
         await until(pilot, lambda: len(app.screen_stack) == 2)
+        commands = [command.title for command in app.get_system_commands(app.screen)]
+        assert len(commands) > 10
+        assert [name for name in commands if len(name) < 4] == [], "words, not letters"
         await pilot.press(*"rounds")
         await settled(pilot)
         await pilot.press("enter")
