@@ -18,6 +18,7 @@ from agent.home.status_files import OwnerRequest
 from agent.policy import rules
 from agent.policy.rules import Decision, Pause, Run, Slow
 from agent.policy.sensors import Sensors
+from protocols.local.timed_wait import wait_at_most
 from protocols.errors import CommonweightError
 
 log = logging.getLogger("commonweight.agent")
@@ -81,9 +82,8 @@ class PolicyLoop:
             self._reloaded.clear()
             await self.decide()
             working = self._ctx.runner.state.work is not None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_WORKING_INTERVAL_S if working else _IDLE_INTERVAL_S):
-                    await self._reloaded.wait()
+            within_s = _WORKING_INTERVAL_S if working else _IDLE_INTERVAL_S
+            await wait_at_most(self._reloaded, within_s)
 
     async def decide(self) -> None:
         """Read the sensors, decide, and dispatch the decision."""

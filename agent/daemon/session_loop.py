@@ -27,6 +27,7 @@ from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorCli
 from agent.transport.followed_log import FollowedLog
 from agent.transport.weight_transfer import SessionLost
 from protocols.enrollment import certificates, identity
+from protocols.local.timed_wait import wait_at_most
 from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable, VersionSkew
 from protocols.local import crash_reports, join_client
 from protocols.messages.mqtt import MqttAddress
@@ -160,7 +161,7 @@ class SessionLoop:
             self._report.mark_stale()
             # A doorbell shows that the coordinator is back, and ends the wait.
             self._doorbell.clear()
-            await self._wait_for_doorbell(next(waits))
+            await wait_at_most(self._doorbell, next(waits))
 
     def _count_short(self, opened_at: float, because: str) -> None:
         """Count sessions in a row that end soon, and report the reason once.
@@ -201,13 +202,8 @@ class SessionLoop:
                     message = await self._in_thread(answer, message)
                     self._last_work_at = time.monotonic()
             idle_s = time.monotonic() - self._last_work_at
-            await self._wait_for_doorbell(state_machine.poll_interval_s(self._runner.state, idle_s))
-
-    async def _wait_for_doorbell(self, max_s: float) -> None:
-        # Not wait_for: before Python 3.12 it loses a cancel that comes together with the doorbell.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max_s):
-                await self._doorbell.wait()
+            interval_s = state_machine.poll_interval_s(self._runner.state, idle_s)
+            await wait_at_most(self._doorbell, interval_s)
 
     def _open(self) -> None:
         if self._link is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from typing import Any
@@ -24,6 +25,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
+from protocols.local.timed_wait import wait_at_most
 from protocols.errors import AWAITED, UNDECIDED_CODES, Awaited, BadMessage, DiskFull
 from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint
@@ -200,12 +202,8 @@ class JobLoop:
         times = [*self.requests.deadlines(leases).values(), *self._lost_until.values()]
         times += [self._patient_until, self._ends_at, self._attended_at + RECONNECT_TIMEOUT_S]
         times += self._awaiting_until()
-        delay_s = min((at - now for at in times if at > now), default=float("inf"))
-        try:
-            async with asyncio.timeout(None if delay_s == float("inf") else delay_s):
-                await self.changed.wait()
-        except TimeoutError:
-            pass
+        delay_s = min((at - now for at in times if now < at < math.inf), default=None)
+        await wait_at_most(self.changed, delay_s)
 
     # --- answers ---
 

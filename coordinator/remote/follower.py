@@ -13,6 +13,7 @@ from collections.abc import Callable
 from coordinator.fleet.reducer import reduce
 from coordinator.fleet.state import Fleet, rebase_times
 from coordinator.remote.source import Source
+from protocols.local.timed_wait import wait_at_most
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Envelope
 from protocols.messages.topics import COORDINATOR
@@ -182,9 +183,6 @@ class FleetFollower:
         if retrying:
             self._next_try[link] = self._clock() + seconds
         try:
-            async with asyncio.timeout(seconds):
-                await event.wait()
-        except TimeoutError:
-            pass
+            await wait_at_most(event, seconds)
         finally:
             self._next_try.pop(link, None)

@@ -18,6 +18,7 @@ from coordinator.remote import recording
 from coordinator.remote.formatting import stopwatch
 from coordinator.remote.recording import Line
 from coordinator.remote.source import ReadOnly
+from protocols.local.timed_wait import wait_at_most
 from protocols.errors import CommonweightError
 from protocols.messages.envelope import Envelope
 
@@ -160,11 +161,7 @@ class ReplaySource(ReadOnly):
                         await asyncio.sleep(0)  # let the screen draw
                 continue
             wait_s = (line.t - self.position_s) / self.speed if self.playing else None
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                pass
+            await wait_at_most(self._changed, wait_s)
 
     def refusal(self) -> CommonweightError:
         return CommonweightError(

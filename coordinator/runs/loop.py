@@ -25,6 +25,7 @@ from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
 from protocols.errors import UNDECIDED_CODES, CommonweightError, DiskFull, HomeError, UpdateRefused
 from protocols.local.disk_space import is_disk_full
+from protocols.local.timed_wait import wait_at_most
 from protocols.messages.states import RunState
 from protocols.privacy.secagg.messages import STEPS
 
@@ -310,12 +311,7 @@ class RunLoop:
         if shortage:
             timeouts.append(_SHORTAGE_RETRY_S)
         timeout = min((wait_s for wait_s in timeouts if wait_s > 0), default=None)
-        try:
-            # Not wait_for: before Python 3.12 it can lose a cancellation that comes with the event.
-            async with asyncio.timeout(timeout):
-                await self.changed.wait()
-        except TimeoutError:
-            pass  # a deadline has passed: decide again
+        await wait_at_most(self.changed, timeout)  # then decide again
 
     async def _record_losses(self) -> None:
         if time.monotonic() < self._grace_until:
