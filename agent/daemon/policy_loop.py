@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from agent.home.status_files import OwnerRequest
 from agent.policy import rules
 from agent.policy.rules import Decision, Pause, Run, Slow
 from agent.policy.sensors import Sensors
-from protocols.local.timed_wait import wait_at_most
 from protocols.errors import CommonweightError
+from protocols.local.timed_wait import wait_at_most
 
 log = logging.getLogger("commonweight.agent")
 

@@ -27,9 +27,9 @@ from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorCli
 from agent.transport.followed_log import FollowedLog
 from agent.transport.weight_transfer import SessionLost
 from protocols.enrollment import certificates, identity
-from protocols.local.timed_wait import wait_at_most
 from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable, VersionSkew
 from protocols.local import crash_reports, join_client
+from protocols.local.timed_wait import wait_at_most
 from protocols.messages.mqtt import MqttAddress
 from protocols.network import version_check
 from protocols.network.backoff import delays

@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from random import Random
 
 import aiomqtt
 from msgspec.structs import replace
@@ -25,7 +24,8 @@ from msgspec.structs import replace
 from agent.transport.mqtt_heads import HeadExchange
 from protocols.enrollment.identity import verify
 from protocols.errors import BadMessage
-from protocols.local.mqtt_connection import connect
+from protocols.local.mqtt_connection import MqttLink, connect
+from protocols.local.timed_wait import wait_at_most
 from protocols.messages import topics
 from protocols.messages.envelope import (
     Body,
@@ -48,7 +48,6 @@ from protocols.messages.mqtt import (
     tls_context,
 )
 from protocols.messages.states import PeerState
-from protocols.network.backoff import delays
 
 TELEMETRY_EVERY_S = 0.25
 #: Rate limit for state changes during work. A pause or a fault is published at once.
@@ -57,16 +56,16 @@ _AT_WORK = frozenset({PeerState.IDLE, PeerState.TRAINING, PeerState.SENDING})
 #: Presence is published at least this often. A peer counts as stale after three times this.
 PRESENCE_REFRESH_S = 30.0
 MAX_NOTICES = 32
-_STABLE_S = 10.0  # a connection that lasted this long resets the backoff
 
 
-class MqttClient:
+class MqttClient(MqttLink):
     """One agent's connection to the broker. Its methods are cheap; call them on the event loop.
 
     `sign` makes the node's Ed25519 signature (64 bytes); `coordinator_public` is the coordinator's
     Ed25519 key (raw, 32 bytes). `on_command` gets verified messages only, each once. `on_change`
     gets (connected, reason) whenever either changes. Both run on the event loop; an exception in
-    them ends `run`. `heads` exchanges what agents have seen of the log of versions.
+    them ends `run`. A cancelled `run` publishes "stopped". `heads` exchanges what agents have seen
+    of the log of versions.
     """
 
     def __init__(
@@ -80,24 +79,22 @@ class MqttClient:
         on_change: Callable[[bool, str], None],
         heads: HeadExchange | None = None,
     ) -> None:
-        self.connected = False
+        super().__init__(address, on_change)
         self.rejected = 0
         """Number of rejected messages: malformed, forged, replayed or expired."""
         self.rejected_why = ""
         """The reason of the last rejection."""
-        self._address, self._peer, self._sign = address, peer, sign
+        self._peer, self._sign = peer, sign
         self._heads = heads
         self._presence_topic = topics.presence(fleet, peer)
         self._telemetry_topic = topics.telemetry(fleet, peer)
         self._notice_topic = topics.notice(fleet, peer)
         self._command_topic = topics.command(fleet, peer)
         self._coordinator_public = coordinator_public
-        self._on_command, self._on_change = on_command, on_change
-        self._reported: tuple[bool, str] | None = None
+        self._on_command = on_command
         self._replay_filter = ReplayFilter()
         self._began_at = time.time()
-        self._rng = Random()
-        self._wake, self._reconnect = asyncio.Event(), asyncio.Event()
+        self._wake = asyncio.Event()
         self._presence: Presence | None = None
         self._telemetry: Telemetry | None = None
         self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
@@ -126,37 +123,8 @@ class MqttClient:
         """Reconnects at once, for example after the machine was suspended."""
         self._reconnect.set()
 
-    async def run(self) -> None:
-        """Stays connected until cancelled, then publishes "stopped". Raises UsageError."""
-        address: MqttAddress | None = None
-        waits = delays(self._rng)
-        while True:
-            if address is not self._address:
-                address = self._address
-                tls = await asyncio.to_thread(tls_context, address)
-            began = time.monotonic()
-            self._reconnect.clear()
-            why = f"the link to {address.netloc} was lost"
-            try:
-                await self._session(tls)
-            except* aiomqtt.MqttError as group:
-                if not self.connected:
-                    cause = group.exceptions[0]
-                    why = describe_failure(cause.__cause__ or cause.__context__, self._address)
-            self.connected, self._telemetry = False, None
-            self._report_status(False, why)
-            if time.monotonic() - began > _STABLE_S:
-                waits = delays(self._rng)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(next(waits)):
-                    await self._reconnect.wait()
-
-    def _report_status(self, up: bool, why: str) -> None:
-        if self._reported != (up, why):
-            self._reported = (up, why)
-            self._on_change(up, why)
-
     async def _session(self, tls: ssl.SSLContext | None) -> None:
+        self._telemetry = None
         signer = SequencedSigner(self._peer, self._sign)
         will = signer.seal(self._presence_topic, self._offline("connection lost", will=True))
         async with connect(
@@ -169,7 +137,7 @@ class MqttClient:
             try:
                 allowed = await _subscribe(client, [self._command_topic], qos=1)
                 self.connected = True
-                self._report_status(True, "" if allowed else "the broker's ACL blocks commands")
+                self._report_link(True, "" if allowed else "the broker's ACL blocks commands")
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._receive(client), name="mqtt receive")
                     group.create_task(self._publish(client, signer), name="mqtt publish")
@@ -219,9 +187,7 @@ class MqttClient:
                 telemetry_from = time.monotonic() + TELEMETRY_EVERY_S
             due = presence_due if self._telemetry is None else min(presence_due, telemetry_from)
             wait_s = None if due == math.inf else max(0, due - time.monotonic())
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._wake.wait()
+            await wait_at_most(self._wake, wait_s)
 
     def _offline(self, reason: str, will: bool = False) -> Presence:
         last = self._presence or Presence(state=PeerState.OFFLINE)

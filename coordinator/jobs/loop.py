@@ -25,10 +25,10 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.requests import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
-from protocols.local.timed_wait import wait_at_most
 from protocols.errors import AWAITED, UNDECIDED_CODES, Awaited, BadMessage, DiskFull
 from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint
+from protocols.local.timed_wait import wait_at_most
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
 from protocols.messages.refusals import Refusal

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from coordinator.fleet.reducer import reduce
 from coordinator.fleet.state import Fleet, rebase_times
 from coordinator.remote.source import Source
-from protocols.local.timed_wait import wait_at_most
 from protocols.errors import CommonweightError
+from protocols.local.timed_wait import wait_at_most
 from protocols.messages.envelope import Envelope
 from protocols.messages.topics import COORDINATOR
 

@@ -18,8 +18,8 @@ from coordinator.remote import recording
 from coordinator.remote.formatting import stopwatch
 from coordinator.remote.recording import Line
 from coordinator.remote.source import ReadOnly
-from protocols.local.timed_wait import wait_at_most
 from protocols.errors import CommonweightError
+from protocols.local.timed_wait import wait_at_most
 from protocols.messages.envelope import Envelope
 
 MAX_BATCH = 64

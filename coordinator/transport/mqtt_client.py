@@ -16,7 +16,6 @@ import logging
 import ssl
 import time
 from collections.abc import Callable
-from random import Random
 from typing import Any, cast
 
 import aiomqtt
@@ -24,13 +23,12 @@ from msgspec.structs import replace
 from paho.mqtt.enums import MQTTErrorCode
 
 from protocols.errors import BadMessage
-from protocols.local.mqtt_connection import connect
+from protocols.local.mqtt_connection import MqttLink, connect
 from protocols.messages import envelope as wire
 from protocols.messages import topics
 from protocols.messages.envelope import Envelope, Sign, Verify
-from protocols.messages.mqtt import MqttAddress, SequencedSigner, describe_failure, tls_context
+from protocols.messages.mqtt import MqttAddress, SequencedSigner
 from protocols.messages.topics import COORDINATOR, Kind
-from protocols.network.backoff import delays
 
 _ALLOWED: dict[Kind, Any] = {
     "presence": wire.Presence,
@@ -41,17 +39,16 @@ _ALLOWED: dict[Kind, Any] = {
 _MAX_PENDING = 4096  # unfinished publishes; at more, the broker is stuck
 _MAX_PER_WAKE = 256  # messages read from the socket before other tasks run
 _MAX_TURN_S = 0.05  # for waiting messages, before other tasks run
-_STABLE_S = 10.0  # a link that lasted this long resets the retry delay
 
 _log = logging.getLogger("commonweight.mqtt")
 
 
-class FleetMqttClient:
+class FleetMqttClient(MqttLink):
     """One link to the broker, for the coordinator (with `sign`) or for a monitor (without).
 
     `verify(sender, signature, signed bytes)` has the keys of the peers, and the coordinator's for
     `listen_to_coordinator`. `on_envelope(kind, envelope)` gets the messages that count,
-    `on_rejected(topic, error)` the others. `on_change(up, reason)` is called when either changes.
+    `on_rejected(topic, error)` the others. `on_change` is that of `MqttLink`.
     All three run on the event loop. An exception in them ends `run`.
     """
 
@@ -67,14 +64,14 @@ class FleetMqttClient:
         sign: Sign | None = None,
         listen_to_coordinator: bool = False,
     ) -> None:
-        self.connected = False
+        super().__init__(address, on_change)
         #: Messages that were malformed, forged or on the wrong topic.
         self.rejected = 0
         #: Messages that arrived faster than they could be read.
         self.dropped = 0
-        self._address, self._fleet = address, fleet
+        self._fleet = fleet
         self._verify, self._on_envelope = verify, on_envelope
-        self._on_change, self._on_rejected = on_change, on_rejected
+        self._on_rejected = on_rejected
         self._sign = sign
         # Not the numbers of events: a monitor takes a missing one for a lost event.
         self._command_sequencer = SequencedSigner(COORDINATOR, sign) if sign else None
@@ -83,34 +80,8 @@ class FleetMqttClient:
         self._filters = [(every("presence"), 0), (every("telemetry"), 0), (every("notice"), 1)]
         if listen_to_coordinator:
             self._filters.append((topics.event(fleet), 1))
-        self._reported: tuple[bool, str] | None = None
         self._client: aiomqtt.Client | None = None
         self._pending = 0
-
-    async def run(self) -> None:
-        """Keep the link up until cancelled. Raises UsageError for an invalid CA."""
-        tls = await asyncio.to_thread(tls_context, self._address)
-        rng = Random()
-        waits = delays(rng)
-        while True:
-            began = time.monotonic()
-            reason = f"the link to {self._address.netloc} was lost"
-            try:
-                await self._session(tls)
-            except* aiomqtt.MqttError as group:
-                if not self.connected:
-                    cause = group.exceptions[0]
-                    reason = describe_failure(cause.__cause__ or cause.__context__, self._address)
-            self.connected = False
-            self._report_link(False, reason)
-            if time.monotonic() - began > _STABLE_S:
-                waits = delays(rng)
-            await asyncio.sleep(next(waits))
-
-    def _report_link(self, up: bool, reason: str) -> None:
-        if self._reported != (up, reason):
-            self._reported = (up, reason)
-            self._on_change(up, reason)
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
         queue = _IncomingQueue(self._drop)

@@ -7,21 +7,79 @@ import logging
 import secrets
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from random import Random
 from typing import Any, TypeVar
 
 import aiomqtt
 
-from protocols.messages.mqtt import KEEPALIVE_S, TIMEOUT_S, MqttAddress
+from protocols.local.timed_wait import wait_at_most
+from protocols.messages.mqtt import (
+    KEEPALIVE_S,
+    TIMEOUT_S,
+    MqttAddress,
+    describe_failure,
+    tls_context,
+)
+from protocols.network.backoff import delays
 
 #: How long a cancelled attempt may take to end by itself.
 CANCEL_TIMEOUT_S = 2.0
+_STABLE_S = 10.0  # a connection that lasted this long resets the backoff
 
 T = TypeVar("T")
 
 _log = logging.getLogger("commonweight.mqtt")
 _log.addHandler(logging.NullHandler())
+
+
+class MqttLink:
+    """A link to the broker that reconnects forever; a subclass has the session.
+
+    `on_change` gets (connected, reason) whenever either changes, on the event loop.
+    """
+
+    def __init__(self, address: MqttAddress, on_change: Callable[[bool, str], None]) -> None:
+        self.connected = False
+        self._address, self._on_change = address, on_change
+        self._reported: tuple[bool, str] | None = None
+        self._rng = Random()
+        #: Ends the wait before the next attempt.
+        self._reconnect = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keep the link up until cancelled. Raises UsageError for an invalid CA."""
+        address: MqttAddress | None = None
+        waits = delays(self._rng)
+        while True:
+            if address is not self._address:
+                address = self._address
+                tls = await asyncio.to_thread(tls_context, address)
+            began = time.monotonic()
+            self._reconnect.clear()
+            reason = f"the link to {address.netloc} was lost"
+            try:
+                await self._session(tls)
+            except* aiomqtt.MqttError as group:
+                if not self.connected:
+                    cause = group.exceptions[0]
+                    reason = describe_failure(cause.__cause__ or cause.__context__, address)
+            self.connected = False
+            self._report_link(False, reason)
+            if time.monotonic() - began > _STABLE_S:
+                waits = delays(self._rng)
+            await wait_at_most(self._reconnect, next(waits))
+
+    async def _session(self, tls: ssl.SSLContext | None) -> None:
+        """One connection, until it is lost; sets `connected`. Raises MqttError."""
+        raise NotImplementedError
+
+    def _report_link(self, up: bool, reason: str) -> None:
+        if self._reported != (up, reason):
+            self._reported = (up, reason)
+            self._on_change(up, reason)
 
 
 @asynccontextmanager
