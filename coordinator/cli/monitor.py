@@ -160,7 +160,8 @@ def _is_observer() -> bool:
     from coordinator.remote import access
 
     home = access.open_home()
-    return (home / access.ACCESS_FILE).exists() and access.connection_info(home).role == "observer"
+    is_joined = (home / access.ACCESS_FILE).exists()
+    return is_joined and access.connection_info(home).access.role == "observer"
 
 
 def _record(source: Any) -> None:

@@ -37,7 +37,11 @@ _KEY = "access.key"
 
 
 class Access(Struct, frozen=True, kw_only=True):
-    """The result of joining: our id and role in the fleet, its coordinator and its CA."""
+    """Our id and role in a fleet, its coordinator and its CA: the result of joining.
+
+    `card`: of the fleet, as we know it. `transitions`: from the CA that gave the fleet its id to
+    `ca_pem`.
+    """
 
     operator: str
     role: str
@@ -49,21 +53,12 @@ class Access(Struct, frozen=True, kw_only=True):
 
 
 class ConnectionInfo(NamedTuple):
-    """The addresses and CA of a coordinator, our id, key and role there, and the card we know.
+    """An access and its key. `receiver`: the fleet, as requests name it; empty for an older
+    coordinator."""
 
-    `receiver`: the fleet, as requests name it; empty for an older coordinator. `transitions`: from
-    the CA that gave the fleet its id to `ca_pem`.
-    """
-
-    addresses: tuple[str, ...]
-    ca_pem: str
-    fleet: str
-    sender: str
+    access: Access
     key: SigningKey
-    role: str
-    card: bytes = b""
     receiver: str = ""
-    transitions: tuple[bytes, ...] = ()
 
 
 def open_home() -> Path:
@@ -89,17 +84,7 @@ def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
     if (home / ACCESS_FILE).exists():
         access = _read_access(home)
         key = identity.load_signing_key(home / _KEY)
-        return ConnectionInfo(
-            access.addresses,
-            access.ca_pem,
-            access.fleet,
-            access.operator,
-            key,
-            access.role,
-            access.card,
-            access.fleet if access.card else "",
-            access.transitions,
-        )
+        return ConnectionInfo(access, key, access.fleet if access.card else "")
     try:
         up = json.loads((home / UP_FILE).read_bytes()) if is_up else {}
         addresses = (str(up["address"]),) if is_up else ()
@@ -109,16 +94,15 @@ def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
         ) from err
     key = identity.load_signing_key(home / "operator.key")
     ca_pem, chain = ca_files.read_public(home)
-    return ConnectionInfo(
-        addresses,
-        ca_pem.decode(),
-        ca_chain.fleet_of(ca_pem, chain),
-        OPERATOR,
-        key,
-        "operator",
-        receiver=str(up.get("fleet", "")),
+    access = Access(
+        operator=OPERATOR,
+        role="operator",
+        fleet=ca_chain.fleet_of(ca_pem, chain),
+        addresses=addresses,
+        ca_pem=ca_pem.decode(),
         transitions=chain,
     )
+    return ConnectionInfo(access, key, str(up.get("fleet", "")))
 
 
 def join(text: str, name: str = "") -> Access:
@@ -224,23 +208,23 @@ def _read_access(home: Path) -> Access:
     return access
 
 
-def trusted_cas(connection: ConnectionInfo) -> CaTrust:
+def trusted_cas(access: Access) -> CaTrust:
     """The CAs whose node certificates count. Raises BadMessage."""
     # Without the present card, the period of the transition counts in full.
-    return CaTrust.of(connection.ca_pem.encode(), connection.transitions, math.inf)
+    return CaTrust.of(access.ca_pem.encode(), access.transitions, math.inf)
 
 
-def check_watch(connection: ConnectionInfo, address: str, watch: WatchResponse) -> WatchResponse:
+def check_watch(access: Access, address: str, watch: WatchResponse) -> WatchResponse:
     """The response with the broker to use, if the CA signed its key and broker. Raises Refused.
 
     Older coordinators send no card. A monitor that joined one goes on without.
     """
-    if not watch.card and not connection.card:
+    if not watch.card and not access.card:
         return watch
     try:
-        ca_pem = connection.ca_pem.encode()
+        ca_pem = access.ca_pem.encode()
         card = fleet_card.verify_card(
-            ca_pem, watch.card, fleet=connection.fleet, newer_than=connection.card
+            ca_pem, watch.card, fleet=access.fleet, newer_than=access.card
         )
         if (watch.fleet, watch.coordinator_public) != (card.fleet, card.coordinator_public):
             raise BadMessage("its signing key is not the one on the card")

@@ -77,12 +77,12 @@ class Remote:
     def __init__(self, home: Path, timeout_s: float = 15.0) -> None:
         self._home, self._timeout_s = home, timeout_s
         self._connect()
-        self.role = self._connection.role
-        self.address = self._connection.addresses[0]
+        self.role = self._connection.access.role
+        self.address = self._connection.access.addresses[0]
 
     def _connect(self) -> None:
         self._connection = access.connection_info(self._home)
-        context = ssl.create_default_context(cadata=self._connection.ca_pem)
+        context = ssl.create_default_context(cadata=self._connection.access.ca_pem)
         self._http = httpx.Client(verify=context, timeout=self._timeout_s)
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class Remote:
     def watch(self) -> WatchResponse:
         """How to follow the fleet over MQTT, as the fleet's CA signed it."""
         watch = self._get("/cw/v1/watch", WatchResponse)
-        return access.check_watch(self._connection, self.address, watch)
+        return access.check_watch(self._connection.access, self.address, watch)
 
     def start_run(self, order: StartRunRequest) -> str:
         return self._post("/cw/v1/runs", order)["run"]
@@ -222,8 +222,8 @@ class Remote:
         tried: list[str] = []
         other = ""
         digest = hashlib.sha256(body).hexdigest()
-        for address in dict.fromkeys((self.address, *self._connection.addresses)):
-            sender, sign = self._connection.sender, self._connection.key.sign
+        for address in dict.fromkeys((self.address, *self._connection.access.addresses)):
+            sender, sign = self._connection.access.operator, self._connection.key.sign
             headers = signed_requests.sign_headers(
                 sender, sign, method, path, digest, self._connection.receiver
             )

@@ -97,16 +97,16 @@ class PeerSource(ReadOnly):
         neighbors = _load_neighbors(home)
         self._own = access.connection_info(home, is_up=False)
         # Without addresses, the coordinator is on this machine.
-        is_local = all(is_loopback(parse(one).host) for one in self._own.addresses)
+        is_local = all(is_loopback(parse(one).host) for one in self._own.access.addresses)
         self._partner = _find_partner(neighbors, peer, allow_loopback=is_local)
         self._token = neighbors.access_token
-        self._fleet = self._own.fleet
+        self._fleet = self._own.access.fleet
         self.heading = f"as {self._partner.name} knows it"
 
     async def snapshot(self) -> Fleet:
         """Raises Unreachable, Refused."""
         batch = await asyncio.to_thread(self._request)
-        store, now = GossipStore(access.trusted_cas(self._own), self._fleet), time.time()
+        store, now = GossipStore(access.trusted_cas(self._own.access), self._fleet), time.time()
         store.add(batch.entries, now)
         return fleet_from_gossip(self._fleet, self.heading, store.newest_first(), now)
 
@@ -127,7 +127,7 @@ class PeerSource(ReadOnly):
     def _headers(self, peer: Neighbor, body: bytes) -> dict[str, str]:
         """The headers of a request to this peer."""
         signed = signed_requests.sign_headers(
-            self._own.sender,
+            self._own.access.operator,
             self._own.key.sign,
             "POST",
             gossip.GOSSIP_PATH,

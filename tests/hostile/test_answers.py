@@ -20,7 +20,7 @@ from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.fleet import state
 from coordinator.fleet.state import Fleet
 from coordinator.remote import access
-from coordinator.remote.access import ConnectionInfo
+from coordinator.remote.access import Access, ConnectionInfo
 from coordinator.remote.api_client import Remote
 from protocols.enrollment import certificates, identity
 from protocols.enrollment.tickets import new_ticket
@@ -176,8 +176,14 @@ def test_an_operator_reads_little_of_any_kind_of_body(
     liar.answer = answer
     monkeypatch.setattr("coordinator.remote.api_client.MAX_RESPONSE_BYTES", 1 * MB)
     key = identity.new_signing_key()
-    fleet = (liar.ca_pem.decode(), liar.fleet)
-    info = ConnectionInfo((liar.address,), *fleet, "operator", key, "operator")
+    joined = Access(
+        operator="operator",
+        role="operator",
+        fleet=liar.fleet,
+        addresses=(liar.address,),
+        ca_pem=liar.ca_pem.decode(),
+    )
+    info = ConnectionInfo(joined, key)
     monkeypatch.setattr(access, "connection_info", lambda home: info)
     ticket = new_ticket((liar.address,), certificates.ca_fingerprint(liar.ca_pem))
     remote = Remote(tmp_path)
