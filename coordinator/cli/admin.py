@@ -15,10 +15,10 @@ import typer
 
 from coordinator.cli.common import Json, print_json, print_line, print_result
 from coordinator.cli.names import complete_peers
-from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageError
 from protocols.local import homes
 from protocols.local.command_line import App
+from protocols.local.durations import parse_seconds
 
 audit = App(help="Show who joined, was removed or refused.", no_args_is_help=False)
 

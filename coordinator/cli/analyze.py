@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from coordinator.cli.common import Json, connect, peer_names, print_json, print_line, print_table
-from coordinator.remote.durations import parse_seconds
 from protocols.errors import UsageError
+from protocols.local.durations import parse_seconds
 
 
 def add_to(app: typer.Typer) -> None:

@@ -19,9 +19,9 @@ from coordinator.cli.common import (
     print_list,
 )
 from coordinator.cli.names import PeerName, TicketName
-from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.local.command_line import App
+from protocols.local.durations import parse_seconds
 
 tickets = App(help="Create, list and revoke tickets that let machines join.")
 peers = App(help="List, approve, pause, drain and remove machines.")

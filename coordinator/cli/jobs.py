@@ -26,10 +26,10 @@ from coordinator.cli.common import (
     print_text,
 )
 from coordinator.cli.names import JobName, complete_models, complete_tasks
-from coordinator.remote.durations import parse_seconds
 from protocols.errors import CommonweightError, UsageError
 from protocols.local import homes
 from protocols.local.command_line import App
+from protocols.local.durations import parse_seconds
 
 if TYPE_CHECKING:
     from coordinator.jobs.model_refs import ResolvedModels

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.api.schema import StartRunRequest
-from coordinator.remote.durations import parse_seconds
 from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
 from protocols.codecs import registry
 from protocols.errors import UsageError
 from protocols.local import homes
+from protocols.local.durations import parse_seconds
 from protocols.privacy.secagg.cohort import MIN_COHORT, threshold
 
 #: The upper bound of automatic deadlines.
