@@ -28,8 +28,6 @@ Split = Annotated[
     typer.Option(hidden=True, help="How it is split: iid, or shards: two labels a peer."),
 ]
 
-_UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
 
 def print_data(data: Any, lines: Iterable[str], *, json: bool) -> None:
     """Print `data` as JSON, or `lines` for a person, to stdout."""
@@ -37,14 +35,6 @@ def print_data(data: Any, lines: Iterable[str], *, json: bool) -> None:
         print_json(data)
     else:
         sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
-
-
-def parse_duration(text: str) -> float:
-    """Seconds in `90s`, `30m`, `2h`, `7d` or a plain number. Raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
-    if not match:
-        raise UsageError(f"{text!r} is not a duration", "write for example 90s, 30m, 2h or 7d")
-    return float(match[1]) * _UNIT_SECONDS[match[2] or "s"]
 
 
 def format_duration(seconds: float) -> str:

@@ -15,13 +15,13 @@ from agent.cli.common import (
     Json,
     format_duration,
     is_running,
-    parse_duration,
     print_data,
     print_line,
 )
 from agent.home import enrollment_file, logs
 from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import cli_entry, homes
+from protocols.local.durations import parse_seconds
 from protocols.messages.states import PauseReason
 
 _POLL_EVERY_S, _POLL_OBEYED_S = 0.3, 0.1
@@ -39,7 +39,7 @@ def pause(
     """Stop working until `resume`, or for a while. Finished work is kept."""
     until, then = 0.0, "; next: commonweight-agent resume"
     if duration:
-        for_s = parse_duration(duration)
+        for_s = parse_seconds(duration)
         until, then = time.time() + for_s, f" for {format_duration(for_s)}"
     home = homes.open_home("agent")
     if _is_obeyed(home, "pause", until):

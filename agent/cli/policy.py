@@ -13,7 +13,6 @@ from agent.cli.common import (
     Json,
     format_duration,
     is_running,
-    parse_duration,
     print_data,
     print_line,
 )
@@ -24,6 +23,7 @@ from agent.setup import consents
 from protocols.errors import UsageError
 from protocols.local import homes
 from protocols.local.command_line import App
+from protocols.local.durations import parse_seconds
 
 policy = App(name="policy", help="Show and change what the agent may do, when, and whom it trusts.")
 
@@ -64,7 +64,7 @@ def set_policy(
     home = homes.open_home("agent")
     key = key.replace(".", "_")  # data.columns
     if duration:
-        for_s = parse_duration(duration)
+        for_s = parse_seconds(duration)
         _override(home, key, value, for_s)
         print_line(f"{key} is {value} for the next {format_duration(for_s)}")
         return

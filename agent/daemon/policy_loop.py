@@ -11,13 +11,12 @@ from msgspec.structs import replace
 
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import PolicyDecided
-from agent.home import settings
+from agent.home.live_settings import LiveSettings
 from agent.home.settings_schema import RESTART_KEYS, AgentSettings
 from agent.home.status_files import OwnerRequest
 from agent.policy import rules
 from agent.policy.rules import Decision, Pause, Run, Slow
 from agent.policy.sensors import Sensors
-from protocols.errors import CommonweightError
 from protocols.local.timed_wait import wait_at_most
 
 log = logging.getLogger("commonweight.agent")
@@ -36,12 +35,12 @@ class PolicyLoop:
         self, ctx: AgentContext, sensors: Sensors, make_room: Callable[[int], int]
     ) -> None:
         self._ctx, self._sensors, self._make_room = ctx, sensors, make_room
-        self._settings = ctx.settings
+        self._owner = LiveSettings(ctx.home)
+        self._settings = self._owner()
         #: A setting in the file that all parts read at their start has changed.
         self.must_restart = False
-        self._at_start = _start_settings(settings.read(ctx.home))
+        self._at_start = _start_settings(self._settings)
         self._overrides: dict[str, rules.Mode] = {}
-        self._file_mtime_ns = self._settings_mtime_ns()
         self._reloaded = asyncio.Event()
         self._decision: Decision = Run()
 
@@ -62,15 +61,11 @@ class PolicyLoop:
         }
         changed = overrides != self._overrides
         self._overrides = overrides
-        if self._file_mtime_ns != (mtime_ns := self._settings_mtime_ns()):
-            self._file_mtime_ns, changed = mtime_ns, True
-            try:
-                self._settings = settings.read(self._ctx.home)
-                self.must_restart = _start_settings(self._settings) != self._at_start
-                when = "after the current work" if self.must_restart else "now"
-                log.info("the changed settings apply %s", when)
-            except CommonweightError as err:
-                log.error("the changed settings are wrong, the old ones stay: %s", err.message)
+        if (chosen := self._owner()) is not self._settings:
+            self._settings, changed = chosen, True
+            self.must_restart = _start_settings(chosen) != self._at_start
+            when = "after the current work" if self.must_restart else "now"
+            log.info("the changed settings apply %s", when)
         if changed:
             self._reloaded.set()
         return changed
@@ -110,12 +105,6 @@ class PolicyLoop:
             log.info("policy: %s", format_decision(decision))
         self._decision = decision
         self._ctx.runner.dispatch(event)
-
-    def _settings_mtime_ns(self) -> int:
-        try:
-            return (self._ctx.home / settings.FILE).stat().st_mtime_ns
-        except OSError:
-            return 0
 
 
 def format_decision(decision: Decision) -> str:
