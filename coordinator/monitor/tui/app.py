@@ -27,7 +27,7 @@ from coordinator.monitor.tui.events_page import EventsPage
 from coordinator.monitor.tui.fleet_page import FleetPage
 from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.jobs_page import JobsPage
-from coordinator.monitor.tui.keys import KEYS, REPLAY_ONLY, bindings
+from coordinator.monitor.tui.keys import KEYS, bindings
 from coordinator.monitor.tui.page import FilterPage
 from coordinator.monitor.tui.peer_screen import PeerScreen
 from coordinator.monitor.tui.rounds_page import RoundsPage
@@ -77,9 +77,8 @@ class MonitorApp(MonitorBase):
         key = _KEYS_BY_ACTION.get(action)
         if key is None:
             return True
-        if (key.id in REPLAY_ONLY and not self.replaying) or (self.read_only and key.changes):
-            return False
-        return not isinstance(screen, PeerScreen) or action in _GLOBAL_ACTIONS
+        fits = not isinstance(screen, PeerScreen) or action in _GLOBAL_ACTIONS
+        return fits and self.key_map.has(key)
 
     # --- views ---
 
@@ -150,8 +149,7 @@ class MonitorApp(MonitorBase):
     def action_help(self) -> None:
         page = "peer" if isinstance(self.screen, PeerScreen) else self.page
         about = "filter" if isinstance(self.focused, Input) else page
-        keys, read_only, replay = self.config.keys, self.read_only, self.replaying
-        self.push_screen(HelpDialog(page, keys, read_only=read_only, replay=replay, about=about))
+        self.push_screen(HelpDialog(page, self.key_map, about))
 
     # --- copies ---
 
@@ -308,7 +306,6 @@ class MonitorApp(MonitorBase):
     def _show_peer(self, peer: str) -> None:
         if self.peer_screen is not None:  # the second half of a double click
             return
-        footer = self.make_footer("peer")
-        details, source = self.details, self._source
+        footer, details, source = Footer(self.key_map, "peer"), self.details, self._source
         screen = PeerScreen(peer, self.following, source, details, footer, self._clock, self._zone)
         self.push_screen(screen, lambda _: self._draw(None))

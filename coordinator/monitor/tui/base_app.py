@@ -34,6 +34,7 @@ from coordinator.monitor.tui.footer import Footer
 from coordinator.monitor.tui.gc_tuning import TRIM_INTERVAL_S, trim_caches
 from coordinator.monitor.tui.header import Header
 from coordinator.monitor.tui.jobs_page import JobsPage
+from coordinator.monitor.tui.keys import KeyMap
 from coordinator.monitor.tui.messages import SHOWN_S, RecentMessages
 from coordinator.monitor.tui.operator_details import OperatorDetails, Request
 from coordinator.monitor.tui.page import Frame, Page
@@ -85,7 +86,7 @@ class MonitorBase(App[None]):
         self.following = FleetFollower(source, clock, back_off)
         self.actions = ActionTracker(source, clock)
         self.details = OperatorDetails(source)
-        self.read_only = read_only
+        self.key_map = KeyMap(self.config.keys, read_only, self.replaying)
         self.frozen = False
         self._source = source
         self._clock = clock
@@ -110,17 +111,12 @@ class MonitorBase(App[None]):
         yield Tabs()
         yield Static(id="connection-error")
         with ContentSwitcher(initial="fleet", id="pages"):
-            yield FleetPage(self._zone, read_only=self.read_only)
+            yield FleetPage(self._zone, read_only=self.key_map.read_only)
             yield RoundsPage()
             yield EventsPage(self._zone)
             yield JobsPage()
-        yield self.make_footer("fleet")
+        yield Footer(self.key_map, "fleet")
         yield Static(id="too-small")
-
-    def make_footer(self, page: str) -> Footer:
-        """A footer for `page`, with the keys as they are mapped."""
-        keys, read_only = self.config.keys, self.read_only
-        return Footer(keys, read_only=read_only, replay=self.replaying, page=page)
 
     def on_mount(self) -> None:
         self.theme_changed_signal.subscribe(self, self._use_theme)

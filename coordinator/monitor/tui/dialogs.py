@@ -13,7 +13,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from coordinator.monitor.tui.keys import KEYS, REPLAY_ONLY
+from coordinator.monitor.tui.keys import KEYS, KeyMap
 from coordinator.monitor.tui.theme import colors
 
 Answer = TypeVar("Answer")
@@ -67,18 +67,9 @@ class HelpDialog(Dialog[None]):
 
     title_text = "Keys"
 
-    def __init__(
-        self,
-        page: str,
-        remapped: dict[str, str],
-        *,
-        read_only: bool = False,
-        replay: bool = False,
-        about: str = "",
-    ) -> None:
+    def __init__(self, page: str, key_map: KeyMap, about: str) -> None:
         super().__init__()
-        self._page, self._about = page, about or page
-        self._remapped, self._read_only, self._replay = remapped, read_only, replay
+        self._page, self._key_map, self._about = page, key_map, about
 
     def content(self) -> Table:
         own = colors()
@@ -91,9 +82,8 @@ class HelpDialog(Dialog[None]):
         table.add_row("↑ ↓ j k", "move; g and G: first and last row")
         here = [key for key in KEYS if self._page in key.pages.split()]
         for key in (*here, *(key for key in KEYS if key not in here)):
-            if (key.changes and self._read_only) or (key.id in REPLAY_ONLY and not self._replay):
-                continue
-            table.add_row(key.display(self._remapped), key.description, key.id)
+            if self._key_map.has(key):
+                table.add_row(key.display(self._key_map.remapped), key.description, key.id)
         return table
 
 

@@ -13,13 +13,13 @@ from textual.reactive import reactive
 from textual.widget import Widget
 
 from coordinator.monitor.peer_table import LEVELS
-from coordinator.monitor.tui.keys import KEYS, MIN_WIDTH_PALETTE, PINNED, REPLAY_ONLY, Key
+from coordinator.monitor.tui.keys import KEYS, MIN_WIDTH_PALETTE, PINNED, REPLAY_ONLY, Key, KeyMap
 from coordinator.monitor.tui.messages import Message
 from coordinator.monitor.tui.theme import colors, styles
 
 
 class Footer(Widget):
-    """Each key can be clicked. `remapped` has the keys that the user has changed, by id."""
+    """Each key can be clicked."""
 
     DEFAULT_CSS = "Footer { height: 1; padding: 0 1; background: $panel; dock: bottom; }"
 
@@ -30,26 +30,16 @@ class Footer(Widget):
     message: reactive[Message | None] = reactive(None)
     """Stands in place of the keys."""
 
-    def __init__(
-        self,
-        remapped: dict[str, str],
-        *,
-        read_only: bool = False,
-        replay: bool = False,
-        page: str = "fleet",
-    ) -> None:
+    def __init__(self, key_map: KeyMap, page: str) -> None:
         super().__init__()
-        self._remapped = remapped
-        self._read_only, self._replay = read_only, replay
+        self._key_map = key_map
         self.set_reactive(Footer.page, page)
 
     def render(self) -> Text:
         width = self.content_size.width
         if self.message is not None:
             return message_line(self.message, width)
-        return footer_line(
-            self.page, width, self._remapped, read_only=self._read_only, replay=self._replay
-        )
+        return footer_line(self.page, width, self._key_map)
 
 
 def message_line(message: Message, width: int) -> Text:
@@ -62,37 +52,24 @@ def message_line(message: Message, width: int) -> Text:
     return line.append(more, colors().dim)
 
 
-def footer_line(
-    page: str,
-    width: int,
-    remapped: dict[str, str] | None = None,
-    *,
-    read_only: bool = False,
-    replay: bool = False,
-) -> Text:
+def footer_line(page: str, width: int, key_map: KeyMap = KeyMap()) -> Text:
     """The footer's text in `width` characters: the keys of the page, then help and quit.
 
     In a recording its own keys stand first. There the key that leads back takes the place of the
     palette's, so that a phone can leave a peer.
     """
-    keys = [
-        key
-        for key in KEYS
-        if page in key.pages.split()
-        and not (read_only and key.changes)
-        and (replay or key.id not in REPLAY_ONLY)
-    ]
+    keys = [key for key in KEYS if page in key.pages.split() and key_map.has(key)]
     keys.sort(key=lambda key: key.id not in REPLAY_ONLY)
-    at_end = {*PINNED, "plain"} if replay else PINNED
+    at_end = {*PINNED, "plain"} if key_map.replay else PINNED
     pinned = [key for key in keys if key.id in at_end]
     if width < MIN_WIDTH_PALETTE or any(key.id == "plain" for key in pinned):
         pinned = [key for key in pinned if key.id != "palette"]
-    end = Text("  ").join(_entry(key, remapped or {}) for key in pinned)
+    end = Text("  ").join(_entry(key, key_map) for key in pinned)
     line = Text(no_wrap=True, end="")
     for key in keys:
         if key.id in at_end:
             continue
-        entry = _entry(key, remapped or {})
+        entry = _entry(key, key_map)
         if len(line) + len(entry) + 2 + len(end) > width:
             break
         line.append_text(entry).append("  ")
@@ -100,8 +77,8 @@ def footer_line(
     return line.append_text(end)
 
 
-def _entry(key: Key, remapped: dict[str, str]) -> Text:
+def _entry(key: Key, key_map: KeyMap) -> Text:
     click = Style(meta={"@click": f"app.{key.action}"})
-    name = key.short_display(remapped)
+    name = key.short_display(key_map.remapped)
     text = Text.assemble((name, Style(color=colors().blue, bold=True) + click))
     return text.append(f" {key.label}", Style(color=colors().dim) + click)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from textual.binding import Binding, BindingType
@@ -23,14 +25,14 @@ class Key(NamedTuple):
     pages: str = ""
     changes: bool = False
 
-    def display(self, remapped: dict[str, str]) -> str:
+    def display(self, remapped: Mapping[str, str]) -> str:
         """The name on the keyboard: the first key if there are several."""
         first = remapped.get(self.id, self.key).split(",")[0].strip()
         if first in ("escape", "enter", "space"):
             return {"escape": "esc"}.get(first, first)
         return format_key(first) if len(first) > 1 else first
 
-    def short_display(self, remapped: dict[str, str]) -> str:
+    def short_display(self, remapped: Mapping[str, str]) -> str:
         """Like `display`, with `^d` for ctrl+d."""
         return self.display(remapped).replace("ctrl+", "^")
 
@@ -85,6 +87,20 @@ MIN_WIDTH_PALETTE = 80
 _WIDGET_KEYS = ("open",)
 #: Keys that exist only in a recording.
 REPLAY_ONLY = ("play", "step", "back", "ahead", "slower", "faster")
+
+
+class KeyMap(NamedTuple):
+    """The keys of one monitor: `remapped` by the user, by id; without those that change something
+    if it is `read_only`; with those of a recording for `replay`."""
+
+    remapped: Mapping[str, str] = MappingProxyType({})
+    read_only: bool = False
+    replay: bool = False
+
+    def has(self, key: Key) -> bool:
+        if key.id in REPLAY_ONLY and not self.replay:
+            return False
+        return not (key.changes and self.read_only)
 
 
 def bindings() -> list[BindingType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coordinator.monitor.tui.footer import footer_line, message_line
+from coordinator.monitor.tui.keys import KeyMap
 from coordinator.monitor.tui.messages import SHOWN_S, Message, RecentMessages
 
 
@@ -34,7 +35,7 @@ def test_a_message_has_a_glyph_and_fits() -> None:
 
 def test_the_keys_of_a_recording_stand_first_in_its_footer() -> None:
     for page in ("fleet", "rounds", "events", "jobs", "peer"):
-        text = footer_line(page, 80, read_only=True, replay=True).plain
+        text = footer_line(page, 80, KeyMap(read_only=True, replay=True)).plain
         assert text.startswith("p play  . step  [ -10 s  ] +10 s  - slower  + faster"), page
         assert text.endswith("q quit")
         assert "play" not in footer_line(page, 200).plain
