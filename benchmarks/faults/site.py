@@ -15,7 +15,7 @@ from benchmarks.faults import checker, failpoint_names
 from benchmarks.faults.checker import Fact, Line
 from coordinator.api.schema import StartRunRequest
 from coordinator.remote.api_client import Remote
-from coordinator.storage.run_events import RunSpec, Setting
+from coordinator.storage.run_spec import RunSpec, Setting
 from protocols.errors import CommonweightError
 from protocols.local.failpoints import TRUTH, VARIABLE
 from tests.support.fleet_harness import AGENT, COORDINATOR, Fleet, closing, two_free_ports

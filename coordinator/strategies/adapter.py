@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy.typing as npt
 
-from coordinator.storage.run_events import RunSpec, Setting
+from coordinator.storage.run_spec import RunSpec, Setting
 from coordinator.strategies.failures import strategy_errors
 from protocols.codecs import registry
 from protocols.errors import CannotBeMet, UnknownName, UsageError

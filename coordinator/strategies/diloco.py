@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from coordinator.storage.run_events import Setting
+from coordinator.storage.run_spec import Setting
 from coordinator.strategies.adapter import Arrays, StrategyAdapter
 from protocols.model import personalization
 

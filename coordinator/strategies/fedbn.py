@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from coordinator.storage.run_events import Setting
+from coordinator.storage.run_spec import Setting
 from coordinator.strategies.adapter import StrategyAdapter
 from protocols.model import personalization
 

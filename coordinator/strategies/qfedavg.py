@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from coordinator.storage.run_events import Setting
+from coordinator.storage.run_spec import Setting
 from coordinator.strategies.adapter import Arrays, StrategyAdapter
 
 

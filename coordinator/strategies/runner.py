@@ -18,7 +18,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from coordinator.storage.run_events import Setting
+from coordinator.storage.run_spec import Setting
 from coordinator.strategies import averaging
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from coordinator.storage.run_events import Setting
+from coordinator.storage.run_spec import Setting
 from coordinator.strategies.adapter import LIMITS, Arrays, StrategyAdapter
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization

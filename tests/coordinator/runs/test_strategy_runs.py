@@ -13,6 +13,7 @@ from agent.tasks.work import Done
 from coordinator.runs import recorder, requests, retention, rounds
 from coordinator.storage import run_events, versions
 from coordinator.storage.run_events import RunSpec
+from coordinator.storage.run_spec import Setting
 from coordinator.strategies import memory_estimate, state
 from protocols.errors import CannotBeMet, UsageError
 from protocols.messages.states import RunState
@@ -146,7 +147,7 @@ async def test_an_update_without_the_loss_that_the_strategy_needs_is_refused(
     tmp_path: Path,
 ) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
-        args: dict[str, run_events.Setting] = {"client_learning_rate": 0.1}
+        args: dict[str, Setting] = {"client_learning_rate": 0.1}
         run_id = fleet.start(
             rounds=1, quorum=2, strategy="qfedavg", strategy_args=args, deadline_s=30.0
         )

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from coordinator import strategies
 from coordinator.runs import aggregation, transitions, validation
 from coordinator.storage import run_events
-from coordinator.storage.run_events import RunSpec, Setting, Update
+from coordinator.storage.run_events import Update
+from coordinator.storage.run_spec import RunSpec, Setting
 from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies import averaging
 from coordinator.strategies.state import StateStore
