@@ -13,14 +13,14 @@ from collections.abc import Callable, Set
 
 from flwr.app import Message
 
-from coordinator.runs import decisions, retention, schema_agreement, steps
+from coordinator.runs import decisions, repairs, retention, schema_agreement, steps
 from coordinator.runs.context import RunContext
 from coordinator.runs.parts import RunParts
 from coordinator.runs.reply_events import validate_reply
 from coordinator.runs.requests import Request
 from coordinator.runs.rounds import Rounds
 from coordinator.runs.secure.sums import SecureSums
-from coordinator.runs.state import TOO_STALE, Run, accepted_uploads
+from coordinator.runs.state import TOO_STALE, Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
 from protocols.errors import UNDECIDED_CODES, CommonweightError, DiskFull, HomeError, UpdateRefused
@@ -157,47 +157,12 @@ class RunLoop:
         return {update.digest for update in accepted}
 
     async def _prepare(self) -> None:
-        if self.run.head and not self.run.recalling:
-            await self._find_intact_version()
-        if self.run.state in (RunState.TRAINING, RunState.AGGREGATING, RunState.EVALUATING):
-            await self._repeat_round_without_updates()
+        await repairs.repair(self._recorder, self._ctx.store, self._sums)
         if self.run.head and not (self.run.ended or self.run.recalling):
             self._model.set_version(self.run.head)
         self._recorder.announce()
         begins = f"continues in round {self.run.round}" if self.run.round else "started"
         self._recorder.report("info", f"run {self.run.id} {begins}")
-
-    async def _find_intact_version(self) -> None:
-        """Return to the newest version that is not damaged on disk; end if there is none."""
-        head, verify_digest = self.run.head, self._ctx.store.verify_digest
-        intact = await asyncio.to_thread(retention.newest_intact, self.run, verify_digest)
-        if intact == head:
-            return
-        damage = f"version {head[:12]} is damaged on disk"
-        if not intact:
-            await self._end(RunState.FAILED, f"{damage}, and so are all earlier ones")
-            return
-        await self._recorder.record(run_events.VersionLost(head, intact))
-        text = f"{damage}: run {self.run.id} continues from {intact[:12]}"
-        self._recorder.report("warning", text)
-
-    async def _repeat_round_without_updates(self) -> None:
-        """Repeat the round if accepted updates are not on disk: a backup does not hold them."""
-        run, path = self.run, self._ctx.store.uploads.path
-        is_evaluating = run.state is RunState.EVALUATING
-        if is_evaluating and not run.spec.secure:  # the version contains the others
-            accepted = {(one.peer, one.update.digest) for one in run.buffer}
-        else:
-            accepted = accepted_uploads(run)
-        if all(path(peer, digest).exists() for peer, digest in accepted):
-            return
-        if is_evaluating and run.spec.secure:
-            await self._sums.lose("files of the evaluation are not on disk")
-            return
-        closed = run.history[-1].digest if run.history else run.first
-        await self._recorder.record(run_events.VersionLost(run.head, closed))
-        text = f"updates of run {run.id} are not on disk: round {run.round} is repeated"
-        self._recorder.report("warning", text)
 
     async def _end(self, state: RunState, because: str) -> None:
         await self._recorder.record(run_events.RunEnded(state, because))
