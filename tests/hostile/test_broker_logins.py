@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from coordinator.daemon.coordinator import Coordinator
 from coordinator.storage import settings
 from coordinator.storage.settings import Settings
-from coordinator.transport import mqtt_gate, mqtt_packets
+from coordinator.transport import gate_connection, mqtt_gate, mqtt_packets
 from coordinator.transport.mqtt_packets import Connect, Will
 from protocols.enrollment import identity, joining, signed_requests, tickets
 from protocols.messages import topics
@@ -251,7 +251,7 @@ async def test_idle_connections_are_ended(site: Site) -> None:
     """Attack: connections that stall forever, to use up the broker's files and memory."""
     async with started(site) as broker, idle_clients(site, broker.port) as idle:
         for sock in idle:
-            sock.settimeout(mqtt_gate.HANDSHAKE_TIMEOUT_S + mqtt_gate.CONNECT_TIMEOUT_S + 20)
+            sock.settimeout(mqtt_gate.HANDSHAKE_TIMEOUT_S + gate_connection.CONNECT_TIMEOUT_S + 20)
         ended = await asyncio.gather(*(asyncio.to_thread(_ended, sock) for sock in idle))
         assert all(ended)
 
