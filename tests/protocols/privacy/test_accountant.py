@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from msgspec import ValidationError
 
+from agent.home import privacy_ledger
 from protocols.privacy import accountant, events, gaussian
 from protocols.privacy.events import (
     DiscreteLaplace,
@@ -20,6 +21,7 @@ from protocols.privacy.events import (
     Gaussian,
     Laplace,
     SampledGaussian,
+    SharedGaussian,
 )
 
 #: Made by tests/tools/privacy_reference.py.
@@ -28,8 +30,12 @@ _REFERENCE = json.loads((Path(__file__).parent / "reference.json").read_text())
 
 @pytest.mark.parametrize("case", _REFERENCE, ids=lambda case: case["events"][-1]["type"])
 def test_epsilon_is_that_of_dp_accounting(case: dict[str, Any]) -> None:
-    found = accountant.epsilon_of(events.decode(json.dumps(case["events"])), case["delta"])
+    together = events.decode(json.dumps(case["events"]))
+    found = accountant.epsilon_of(together, case["delta"])
     assert found == pytest.approx(case["epsilon"], abs=1e-3)
+    # The coarser grid of owners' ledgers errs upwards.
+    ledger = accountant.epsilon_of(together, case["delta"], privacy_ledger.POINTS)
+    assert -1e-4 < ledger - case["epsilon"] < 3e-3
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,7 @@ def test_many_pure_answers_cost_what_the_binomial_says() -> None:
 _SOME: list[Event] = [
     Gaussian(8.0, 5),
     SampledGaussian(1.5, 0.05, 40),
+    SharedGaussian(9.0, 14, count=30),
     Laplace(0.2, 3),
     DiscreteLaplace(0.1, 2),
     Failure(1e-7),
@@ -85,7 +92,7 @@ _SOME: list[Event] = [
 
 
 def test_every_event_costs_something_and_the_order_does_not_matter() -> None:
-    costs = [accountant.epsilon_of(_SOME[:count], 1e-5, 1 << 14) for count in range(6)]
+    costs = [accountant.epsilon_of(_SOME[:count], 1e-5, 1 << 14) for count in range(7)]
     assert costs[0] == 0.0
     assert all(less < more for less, more in itertools.pairwise(costs))
     assert accountant.epsilon_of(_SOME[::-1], 1e-5, 1 << 14) == pytest.approx(costs[-1], abs=1e-6)
@@ -117,6 +124,7 @@ def test_ledger_entries_are_read_strictly() -> None:
         '[{"type":"Gaussian","noise":0}]',
         '[{"type":"SampledGaussian","noise":1,"rate":2}]',
         '[{"type":"Gaussian","noise":1,"count":0}]',
+        '[{"type":"SharedGaussian","noise":1,"peers":1}]',
         '[{"type":"Nothing"}]',
     ):
         with pytest.raises(ValidationError):

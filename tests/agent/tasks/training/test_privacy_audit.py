@@ -9,6 +9,9 @@ its own by the whole clip.
 from __future__ import annotations
 
 import math
+import random
+import secrets
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +20,19 @@ import torch
 from agent.tasks.training import secret_noise
 from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.torch_loop import Examples, PrivateLoss, TrainingLoop, autograd_step
+from protocols.model.weights import Weights
 from protocols.privacy.private_training import PrivateTraining
+from tests.support.extraction import Canaries, Wards
 
 ROWS, RUNS, DELTA = 1000, 20, 1e-5
 #: Of guesses for the rows that are most surely in or out.
 SHARE = 0.1
+
+
+@pytest.fixture(autouse=True)
+def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of the noise are the same each time, so that an audit has one result."""
+    monkeypatch.setattr(secrets, "token_bytes", random.Random(3).randbytes)
 
 
 def scores_of(included: np.ndarray, epsilon: float, steps: int, shared: int = 1) -> np.ndarray:
@@ -100,11 +111,14 @@ def test_the_audit_refutes_the_claim_in_no_more_runs_than_by_chance(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("factor", [0.0, 0.25])
+@pytest.mark.parametrize("shared", [1, 5])
+@pytest.mark.parametrize(
+    ("epsilon", "factor"), [(0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (3.0, 0.0), (1.0, 0.25)]
+)
 def test_the_audit_finds_noise_that_is_missing(
-    factor: float, monkeypatch: pytest.MonkeyPatch
+    epsilon: float, factor: float, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Control of the audit itself: with a quarter of the noise, or none, it refutes the claim."""
+    """Control of the audit itself: without noise, or with a quarter of it, it refutes the claim."""
     drawn = secret_noise.SecretNoise.normals
     monkeypatch.setattr(
         secret_noise.SecretNoise, "normals", lambda self, count: factor * drawn(self, count)
@@ -112,18 +126,24 @@ def test_the_audit_finds_noise_that_is_missing(
     refuted = 0
     for seed in range(RUNS):
         included = np.random.default_rng(seed).random(ROWS) < 0.5
-        refuted += lower_bound(included, scores_of(included, 1.0, 1)) > 1.0
+        refuted += lower_bound(included, scores_of_sum(included, epsilon, shared, shared)) > epsilon
     assert refuted >= 18
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("epsilon", [1.0, 3.0])
-def test_the_audit_does_not_refute_noise_that_peers_share(epsilon: float) -> None:
-    """As many peers as the noise is for; the attacker sees their sum."""
-    refuted = 0
+def test_the_audit_does_not_refute_noise_that_peers_share(epsilon: float, tmp_path: Path) -> None:
+    """As many peers as the noise is for; the attacker gets their secure sum."""
+    refuted, peers = 0, 3
+    private = PrivateTraining(epsilon, DELTA, clip=1.0, rounds=1, shared=peers)
+    rows, of_peer = np.eye(ROWS, dtype=np.float32), np.arange(ROWS) % peers
     for seed in range(RUNS):
         included = np.random.default_rng(seed).random(ROWS) < 0.5
-        refuted += lower_bound(included, scores_of_sum(included, epsilon, 5, 5)) > epsilon
+        tasks = [Canaries(rows[included & (of_peer == peer)]) for peer in range(peers)]
+        start = Weights({"w": np.zeros((1, ROWS), np.float32)})
+        (folder := tmp_path / str(seed)).mkdir()
+        found = Wards(folder, start, tasks, private).secure()["w"][0]
+        refuted += lower_bound(included, found) > epsilon
     assert refuted <= 4
 
 
