@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -28,8 +29,8 @@ from protocols.privacy.secagg.messages import (
 )
 from protocols.privacy.shared_noise import SharedNoise
 
-#: How much larger than the mean's largest element one of a peer may be.
-_HEADROOM = 8.0
+#: How much larger than the mean's largest element one of a peer may be, at least.
+_MIN_HEADROOM = 8.0
 #: The smallest limit of a tensor, as a part of the clipping norm.
 _MIN_LIMIT = 2.0**-20
 #: How much wider the limits of a plan with shared noise are than they must be.
@@ -164,7 +165,17 @@ def tensor_limits(run: Run, schema: Schema, largest: Sequence[float]) -> list[fl
     sizes = masked_file.layout(schema)
     if len(largest) != len(sizes):
         return [clip] * len(sizes)
-    return [min(clip, max(_HEADROOM * value, _MIN_LIMIT * clip)) for value in largest]
+    room = headroom(len(run.history[-1].contributors) if run.history else 0)
+    return [min(clip, max(room * value, _MIN_LIMIT * clip)) for value in largest]
+
+
+def headroom(peers: int) -> float:
+    """How much larger than the largest element of a mean of `peers` one of a peer may be.
+
+    Where peers' changes differ at random, the mean is smaller by the square root of their number,
+    and so is its rounding error: this costs no accuracy.
+    """
+    return max(_MIN_HEADROOM, 2.0 * math.sqrt(peers))
 
 
 def largest_changes(new: WeightReader, old: WeightReader) -> list[float]:

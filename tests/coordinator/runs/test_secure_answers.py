@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from coordinator.runs.secure import answers, plans, progress
 from coordinator.runs.secure.decisions import Progress
 from coordinator.runs.secure.fold import CheckedMean
-from coordinator.runs.state import CohortState, Run
+from coordinator.runs.state import CohortState, Round, Run
 from coordinator.storage.run_events import RunSpec, Update
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import CohortLost, UpdateRefused
@@ -156,6 +156,8 @@ def test_the_plan_of_a_cohort_follows_from_the_run() -> None:
     assert plans.tensor_limits(run, schema, [0.25]) == [2.0]
     assert plans.tensor_limits(run, schema, [9.0]) == [4.0]
     assert plans.tensor_limits(run, schema, [0.0]) == [4.0 * 2.0**-20]
+    closed = Round(round=1, digest="ab" * 32, contributors=("p",) * 100)
+    assert plans.tensor_limits(replace(run, history=(closed,)), schema, [0.1]) == [2.0]
     request = plans.make_request(run, "train", FLEET, ready, chosen, schema, limits)
     assert isinstance(request, ShareRequest)
     cohort = Cohort(request)
@@ -164,6 +166,19 @@ def test_the_plan_of_a_cohort_follows_from_the_run() -> None:
     request = plans.make_request(run, "evaluate", FLEET, ready, chosen, schema, limits)
     with pytest.raises(Exception, match="kind"):
         Cohort(request)  # the cards are for a training
+
+
+@pytest.mark.parametrize("peers", [3, 16, 64, 256, 1000])
+def test_changes_that_differ_at_random_are_not_clipped(peers: int) -> None:
+    """Nor does the wider limit make the mean less accurate: its rounding errors average out."""
+    draw = np.random.default_rng(peers)
+    change = draw.normal(0, 1.0, 20_000)
+    mean = draw.normal(0, peers**-0.5, 20_000)  # of as many changes
+    limit = plans.headroom(peers) * np.abs(mean).max()
+    assert limit > np.abs(change).max()
+    for bits in (16, 32) if peers <= plans.max_cohort(16) else (32,):
+        step = limit / plans.ring.max_value(plans.ring.value_bits(bits, peers))
+        assert step * (12 * peers) ** -0.5 < 0.005 * np.abs(mean).max()
 
 
 def test_the_share_of_one_peer_is_capped() -> None:
