@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,6 +36,9 @@ def check(
     features: Annotated[
         str, typer.Option(help="For a table: columns to predict from, as in `run start`.")
     ] = "",
+    preprocessing: Annotated[
+        Path | None, typer.Option(help="For a table: a file, as in `run start`.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the task: key=value.")
     ] = None,
@@ -49,8 +53,9 @@ def check(
 
     from coordinator.remote.run_options import build_order
 
-    given = {"task": task, "kind": kind, "features": features, "set": tuple(set_ or ())}
-    order = build_order({**given, "target": (target,) if target else (), "rounds": 1})
+    given = {"task": task, "kind": kind, "features": features, "preprocessing": preprocessing}
+    more = {"set": tuple(set_ or ()), "target": (target,) if target else (), "rounds": 1}
+    order = build_order({**given, **more})
     spec = replace(order.spec, only="describe", check=True, deadline_s=_DEADLINE_S)
     remote = connect()
     run_id = remote.start_run(replace(order, spec=spec))

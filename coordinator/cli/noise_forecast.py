@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 MAX_LENGTH = 3.0
 #: A task's defaults (`agent.tasks.training.hyperparameters`).
 _BATCH_SIZE, _EPOCHS = 10, 5
+#: By task: what peers send before round 1, the setting with which they do not, and its option.
+_STATISTICS = {
+    "tabular": ("statistics of their columns", "preprocessing", "--preprocessing FILE"),
+    "images": ("the size of each class", "classes", "--set classes=cat,dog"),
+}
 _FULL_BATCHES = "--set batch_size=all --set epochs=1"
 
 
@@ -48,6 +53,7 @@ def lines(spec: RunSpec, peers: int, known: Known) -> Iterator[str]:
     """Lines about the noise of a run; `peers`: those of the fleet. Raises UsageError if no noise
     is enough."""
     yield from _of_rows(spec, known)
+    yield from _of_statistics(spec)
     yield from _of_peers(spec, peers, known)
 
 
@@ -119,6 +125,16 @@ def _of_sums(spec: RunSpec, private: PrivateTraining, known: Known) -> Iterator[
     )
     if length > MAX_LENGTH:
         yield _needs(spec, length, sigma, "--dp", f"{_times(length)} as many rows")
+
+
+def _of_statistics(spec: RunSpec) -> Iterator[str]:
+    """About what peers send without noise before round 1, which ε does not cover."""
+    what, setting, instead = _STATISTICS.get(spec.task, ("", "", ""))
+    if spec.private is not None and what and not spec.settings.get(setting):
+        yield (
+            f"before round 1, peers send {what} without noise, which ε does not cover; peers with "
+            f"privacy.max_epsilon take no part. With {instead}, nobody sends them"
+        )
 
 
 def _of_peers(spec: RunSpec, peers: int, known: Known) -> Iterator[str]:

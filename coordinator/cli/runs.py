@@ -45,6 +45,7 @@ _ONCE_REPEATABLE = ("target",)
 _METAVARS = {
     "target": "COLUMN",
     "features": "COLUMNS",
+    "preprocessing": "FILE",
     "until": "METRIC=NUMBER",
     "deadline": "TIME",
     "strategy": "NAME",

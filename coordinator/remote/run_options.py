@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from coordinator.api.schema import StartRunRequest
 from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
 from protocols.codecs import registry
-from protocols.errors import UsageError
+from protocols.errors import BadMessage, UsageError
 from protocols.local import homes
 from protocols.local.durations import parse_seconds
 from protocols.privacy.secagg.cohort import MIN_COHORT, threshold
+from protocols.tables import preprocessing
+from protocols.tables.preprocessing import Feature, Preprocessing, Target
 
 #: The upper bound of automatic deadlines.
 _MAX_AUTO_DEADLINE_S = 600.0
+_EXAMPLE = "docs/privacy.md has an example"
 
 
 def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
@@ -36,6 +40,11 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
             f"--until {metric} and --best-metric {values['best-metric']} name two metrics",
             "use the same metric for both, or leave out --best-metric",
         )
+    if values["preprocessing"]:
+        column, values["features"], text = _read_preprocessing(
+            values["preprocessing"], values["task"], column, values["features"]
+        )
+        values["set"] = (*values["set"], f"preprocessing={text}")
     table = {"target": column, "kind": values["kind"], "features": values["features"]}
     is_auto = values["deadline"] == "auto"
     registry.parse(values["codec"])
@@ -145,6 +154,40 @@ def _times(text: str) -> float:
         return float(text.removesuffix("x"))
     except ValueError as err:
         raise UsageError(f"{text!r} is not a factor", "write 1.2x") from err
+
+
+def _read_preprocessing(path: Path, task: str, column: str, features: str) -> tuple[str, str, str]:
+    """The target, the features and the encoded text of a preprocessing in a file (JSON).
+
+    Raises UsageError.
+    """
+    if task != "tabular" or features:
+        raise UsageError(
+            "--preprocessing is for the task tabular, and names the features",
+            "leave out --features" if features else "leave it out",
+        )
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        made, unknown = preprocessing.decode(text), _unknown_keys(json.loads(text))
+    except (OSError, ValueError, BadMessage) as err:
+        raise UsageError(f"cannot use {path} as preprocessing: {err}", _EXAMPLE) from err
+    if unknown:
+        raise UsageError(f"{path} has unknown names: {', '.join(unknown)}", _EXAMPLE)
+    preprocessing.check(made)
+    names = ",".join(feature.name for feature in made.features)
+    return column or made.target.name, names, preprocessing.encode(made)
+
+
+def _unknown_keys(raw: Any) -> list[str]:
+    """The keys of a preprocessing's JSON that mean nothing."""
+    parts = [
+        (raw, Preprocessing),
+        (raw["target"], Target),
+        *((f, Feature) for f in raw["features"]),
+    ]
+    return sorted(
+        {key for part, kind in parts for key in part.keys() - set(kind.__struct_fields__)}
+    )
 
 
 def _import_weights(path: Path) -> str:

@@ -134,6 +134,8 @@ OPTIONS = (
     Option("features", str, "", "For a table: columns to predict from; by default those that most "
            "peers have.", is_plain=False),
     Option("kind", str, "", "For a table: auto, classification or regression.", is_plain=False),
+    Option("preprocessing", Path, None, "For a table: a file with the columns, their scales and "
+           "categories. Peers then send no statistics of their tables.", is_plain=False),
     Option("rounds", int, 10, "How many rounds.", _FROM_1, is_common=True),
     Option("until", str, "", "End when a metric has reached a value: METRIC=NUMBER, such as "
            "accuracy=0.9.", _FINITE, is_plain=False, other_field="target", is_common=True),

@@ -14,7 +14,16 @@ def check(spec: RunSpec) -> None:
     """Raise UsageError if the task cannot work with the settings of this run."""
     match spec.task:
         case "tabular":
-            preprocessing.parse_settings(spec.settings)
+            chosen = preprocessing.parse_settings(spec.settings)
+            if text := spec.settings.get("preprocessing"):
+                made = preprocessing.decode(str(text))
+                preprocessing.check(made)
+                if made.target.name != chosen.target:
+                    raise UsageError(
+                        f"the preprocessing is for the target {made.target.name}, and the run for "
+                        f"{chosen.target}",
+                        "leave --target out",
+                    )
         case "mnist" | "images" | "motion" | "ping" | "text-lm" | "lora" if spec.settings.get(
             "target"
         ):

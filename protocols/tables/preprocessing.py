@@ -93,6 +93,26 @@ def decode(text: str) -> Preprocessing:
         raise BadMessage(f"not a valid preprocessing: {err}") from err
 
 
+def check(made: Preprocessing) -> None:
+    """Raise UsageError for a preprocessing that a person wrote and that cannot work."""
+    names = [made.target.name, *(feature.name for feature in made.features)]
+    if not made.features:
+        raise UsageError("the preprocessing has no features")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"the preprocessing names the column {twice[0]} twice")
+    if commas := [name for name in names if "," in name]:
+        raise UsageError(f"the column {commas[0]!r} has a comma in its name")
+    if len(made.target.classes) == 1:
+        raise UsageError("the target of the preprocessing has one class: two are the fewest")
+    columns: tuple[Feature | Target, ...] = (made.target, *made.features)
+    for one in columns:
+        kinds = one.classes if isinstance(one, Target) else one.categories
+        if not (math.isfinite(one.mean) and 0 < one.scale < math.inf):
+            raise UsageError(f"column {one.name}: mean must be finite, and scale above 0")
+        if one.kind not in NUMERIC and not kinds:
+            raise UsageError(f"column {one.name}: a text needs its categories, or its classes")
+
+
 def digest(text: str) -> str:
     """SHA-256 (hex) of an encoded preprocessing; empty for none."""
     return hashlib.sha256(text.encode()).hexdigest() if text else ""

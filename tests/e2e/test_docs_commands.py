@@ -89,7 +89,7 @@ class Site:
         if not folder.exists():
             folder.mkdir(parents=True)
             for file in folder.parents[1].iterdir():
-                if file.suffix in (".csv", ".txt", ".py"):
+                if file.suffix in (".csv", ".txt", ".py", ".json"):
                     shutil.copy(file, folder)
         return folder
 
@@ -227,7 +227,8 @@ def write_files(home: Path, seed: int) -> None:
     named = [f"{number or 'patient'},{line}" for number, line in enumerate(new)]
     (home / "new.csv").write_text("\n".join(named) + "\n")
     (home / "points.txt").write_text("".join(f"{x / 10} {x / 5 + 1}\n" for x in range(30)))
-    shutil.copy(ROOT / "docs" / "examples" / "line.py", home)
+    for example in ("line.py", "columns.json"):
+        shutil.copy(ROOT / "docs" / "examples" / example, home)
     pixels, _ = mnist_data()
     rows = [",".join(str(int(value)) for value in row) for row in pixels[:20]]
     head = ",".join(f"x{number}" for number in range(784))
