@@ -96,6 +96,24 @@ class SecureFiles:
         self._verified.add(done.digest)
         return result
 
+    def forget_result(self) -> None:
+        """Delete the trained weights and the metrics once they are masked and count.
+
+        Which weights a card has promised is still known, as `SecureWork.promised` needs it.
+        """
+        unlink(self.trained)
+        if (result := self.result()) is not None and result.key:
+            kept = Result(
+                run=result.run,
+                key="",
+                digest=result.digest,
+                num_examples=0,
+                metrics={},
+                tallies={},
+                columns=result.columns,
+            )
+            write_private(self._result, msgspec.msgpack.encode(kept), synced=False)
+
     def result(self) -> Result | None:
         """The result that is here, or None."""
         try:

@@ -103,8 +103,11 @@ class SecureTurns:
         return answer
 
     def unmask(self, key: TurnKey, request: UnmaskRequest) -> UnmaskAnswer:
-        """Returns one kind of share of each neighbor."""
-        return peer.unmask(self._turn(key), request)
+        """Returns one kind of share of each neighbor, and deletes the secrets of the turn."""
+        old = self._turn(key)
+        new, answer = peer.unmask(old, request)
+        self._store.advance(old, new, "unmask")
+        return answer
 
     def _turn(self, key: TurnKey) -> Turn:
         state = self._store.get(key)

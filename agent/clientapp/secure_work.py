@@ -21,6 +21,7 @@ from agent.clientapp.secure_turns import SecureTurns
 from agent.home import secure_store
 from agent.tasks.work import Done
 from protocols.errors import BadMessage, SecureRefused
+from protocols.local.background_unlink import unlink
 from protocols.local.disk_space import check_room
 from protocols.local.failpoints import failpoint
 from protocols.messages.work import MAX_MESSAGE_BYTES, SIGNED_CLAIM, SecureStep, Work
@@ -172,9 +173,10 @@ class SecureWork:
                 answer = self._turns.mask(key, request, lambda how: self._mask(turn, work, how))
             case AgreeRequest():
                 answer = self._turns.agree(key, request)
-                self._files.trained.unlink(missing_ok=True)  # it is masked, once
+                self._files.forget_result()
             case _:
                 answer = self._turns.unmask(key, request)
+                unlink(self._files.masked)  # the coordinator has it, as this peer has signed
         reply = self._reply(work, messages.encode(answer))
         self._observer.on_leaving(SIGNED_CLAIM.decode(reply.claim), work.task, reply.description)
         if isinstance(answer, MaskAnswer):

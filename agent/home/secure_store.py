@@ -2,8 +2,9 @@
 
 A turn is recorded step by step, and each step is on disk before its answer leaves. What was
 recorded is never changed: another value for a step is refused here too, beside the checks of
-`protocols.privacy.secagg.peer`. Secrets of a turn are overwritten once a newer turn of its run
-begins; that the turn was there is remembered, so its keys are never made again.
+`protocols.privacy.secagg.peer`. Secrets of a turn are overwritten with its last answer, or else
+once a newer turn of its run begins; that the turn was there is remembered, so its keys are never
+made again.
 
 A copy of the home, or a snapshot of the machine, that is put back undoes this: the agent then
 answers again as it did before. See docs/security.md.
@@ -122,11 +123,15 @@ class TurnStore:
         self._purge()
 
     def advance(self, old: Turn, new: Turn, step: str) -> None:
-        """Replace the state by that after a step. Raises SecureRefused if it has changed since."""
+        """Replace the state by that after a step. Raises SecureRefused if it has changed since.
+
+        With the last answer, `told`, the state no longer has its secrets.
+        """
         if new == old:
             return
+        erased = {"master"} if new.told is not None else set[str]()
         if any(
-            was and getattr(old, name) != getattr(new, name)
+            was and name not in erased and getattr(old, name) != getattr(new, name)
             for name, was in msgspec.structs.asdict(old).items()
         ):
             raise SecureRefused("recorded", f"step {step} would change what this peer has recorded")

@@ -80,7 +80,7 @@ SECURE_SUMS = (
 SECURE = tuple(
     f"agent.secure.{when}.{step}"
     for when in ("recording", "recorded")
-    for step in ("begin", "share", "mask", "upload", "agree")
+    for step in ("begin", "share", "mask", "upload", "agree", "unmask")
 )
 #: The result of a secure turn, and its masked file, are on disk (`agent.clientapp.secure_work`).
 SECURE_FILES = ("agent.secure.kept", "agent.secure.masked")

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from protocols.errors import SecureRefused
 from protocols.privacy.secagg import keys, ring
@@ -103,7 +104,9 @@ class Upload:
     """
 
     def __init__(self, fleet: Fleet, state: Aggregator) -> None:
-        cohort, turn = state.cohort, fleet.victim.store.turns[KEY]
+        cohort, store = state.cohort, fleet.victim.store
+        # As it was before the last step, which erases the secrets.
+        turn = replace(store.turns[KEY], told=None, master=store.masters[KEY])
         assert turn.mask is not None
         _, masking = mask(turn, turn.mask, fleet.pins)
         recovery = recover(state)

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from protocols.privacy.secagg import keys, peer
-from protocols.privacy.secagg.messages import AgreeAnswer, AgreeRequest
+from protocols.privacy.secagg.messages import AgreeAnswer, AgreeRequest, UnmaskAnswer, UnmaskRequest
 from protocols.privacy.secagg.recovery import Recovery
 from tests.attacks_others import measures, on_ours
 from tests.attacks_others.__main__ import Row, report
@@ -55,6 +55,14 @@ def test_a_peer_that_signs_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         return replace(state, agree=request), answer
 
     monkeypatch.setattr(peer, "agree", agree)
+    finding = on_ours.ask_for_both_shares()
+    assert not finding.works, "a peer repeats its last answer, and has deleted its keys"
+    unmask = peer.unmask
+
+    def keep_all(state: peer.Turn, request: UnmaskRequest) -> tuple[peer.Turn, UnmaskAnswer]:
+        return state, unmask(state, request)[1]
+
+    monkeypatch.setattr(peer, "unmask", keep_all)
     assert on_ours.ask_for_both_shares().works
 
 

@@ -70,6 +70,8 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.turns: dict[TurnKey, Turn] = {}
+        #: Also of turns that are over, whose secrets are erased.
+        self.masters: dict[TurnKey, bytes] = {}
         self.dies: str = ""  # "before" or "after" the next record
 
     def get(self, key: TurnKey) -> Turn | None:
@@ -79,6 +81,7 @@ class MemoryStore:
 
     def begin(self, turn: Turn) -> None:
         assert key_of(turn) not in self.turns
+        self.masters[key_of(turn)] = turn.master
         self._record(turn)
 
     def advance(self, old: Turn, new: Turn, step: str) -> None:
@@ -187,7 +190,7 @@ def plain_sum(cohort: Cohort, machines: Iterable[Machine], key: TurnKey = KEY) -
     total = np.zeros(sum(cohort.plan.sizes), np.int64)
     metrics = np.zeros(tails.count(cohort.plan.names))
     for machine in machines:
-        seed = CardSecrets(machine.store.turns[key].master).rounding_seed(cohort.id)
+        seed = CardSecrets(machine.store.masters[key]).rounding_seed(cohort.id)
         quantizer = ring.Quantizer(
             cohort.plan.ring, cohort.bits, cohort.weights[machine.peer], seed
         )

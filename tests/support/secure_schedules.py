@@ -21,6 +21,7 @@ from unittest import mock
 
 import msgspec
 import numpy as np
+import pytest
 
 from agent.home.secure_store import TurnKey
 from protocols.enrollment import identity
@@ -245,7 +246,7 @@ def _play_turn(
             if rnd.random() < 0.1:
                 continue  # lost on its way
             if isinstance(message, ShareRequest | MaskRequest | AgreeRequest | UnmaskRequest):
-                if name in alive and (answer := _ask(rnd, machines[name], message, key)):
+                if name in alive and (answer := _ask_again(rnd, machines[name], message, key)):
                     witness.see(name, key, answer)
                     ahead.append((name, answer))
             else:
@@ -263,6 +264,18 @@ def _play_turn(
         elif state.survivors and not waits and not ahead and not state.can_recover():
             raise CohortLost("no peer is left to ask")
     raise AssertionError("the cohort comes to no end")
+
+
+def _ask_again(
+    rnd: random.Random, machine: Machine, request: Request, key: TurnKey
+) -> Answer | None:
+    """The answer; None also for one of the first steps that comes after the last one."""
+    is_over = machine.store.turns[key].told is not None
+    if is_over and isinstance(request, ShareRequest | MaskRequest):
+        with pytest.raises(SecureRefused, match="has taken its last step"):
+            _ask(rnd, machine, request, key)
+        return None
+    return _ask(rnd, machine, request, key)
 
 
 def _ask(rnd: random.Random, machine: Machine, request: Request, key: TurnKey) -> Answer | None:

@@ -41,6 +41,8 @@ from protocols.privacy.secagg.messages import (
 from protocols.privacy.shared_noise import SharedNoise
 
 Sign = Callable[[bytes], bytes]
+#: In place of the secrets of a turn that is over.
+_ERASED = bytes(32)
 
 
 class Me(NamedTuple):
@@ -56,7 +58,8 @@ class Turn(Struct, frozen=True, kw_only=True):
 
     `master`: 32 secret bytes that all secrets of the card come from. `names`: the metrics. `ready`,
     `cohort`, `mask`, `agree`: the requests that were answered. `upload`: digest of the masked
-    update. `noise`: in a run with shared noise, what the update has of it.
+    update. `noise`: in a run with shared noise, what the update has of it. `told`: the answer to
+    the last step, with which the master is erased.
     """
 
     ready: ReadyRequest
@@ -70,6 +73,7 @@ class Turn(Struct, frozen=True, kw_only=True):
     upload: MaybeDigest = ""
     upload_bytes: Count = 0
     agree: AgreeRequest | None = None
+    told: UnmaskAnswer | None = None
 
 
 class Masking(NamedTuple):
@@ -155,7 +159,7 @@ def share(
     else:
         cohort = Cohort(request)
         _check_cohort(state, cohort, pins, layout)
-    me, secrets = state.peer, keys.CardSecrets(state.master)
+    me, secrets = state.peer, _secrets(state)
     group = cohort.groups[me]
     places = range(1, len(group) + 1)
     shares = {}
@@ -182,7 +186,7 @@ def mask(state: Turn, request: MaskRequest, pins: Pins) -> tuple[Turn, Masking]:
         _check_sharers(state, cohort, request, pins)
     elif state.mask != request:
         _refuse("second sharers", "this peer has already masked for another set of peers")
-    secrets, me = keys.CardSecrets(state.master), state.peer
+    secrets, me = _secrets(state), state.peer
     plus, minus = [keys.self_mask(secrets.self_seed, cohort.id)], list[bytes]()
     for peer in _neighbors_in(cohort, me, request.sharers):
         seed = keys.pair_mask(secrets.mask_key, cohort.cards[peer].mask_key, cohort.id)
@@ -219,12 +223,16 @@ def agree(state: Turn, request: AgreeRequest, pins: Pins, sign: Sign) -> tuple[T
     return replace(state, agree=request), AgreeAnswer(cohort=cohort.id, signature=sign(message))
 
 
-def unmask(state: Turn, request: UnmaskRequest) -> UnmaskAnswer:
+def unmask(state: Turn, request: UnmaskRequest) -> tuple[Turn, UnmaskAnswer]:
     """Step unmask: one kind of share of each neighbor, if enough of them have signed the same.
 
-    The answer follows from what was signed. Raises SecureRefused, BadMessage.
+    The answer follows from what was signed. With it, the secrets of the turn are erased: nothing
+    needs them any more, as only this step and the one before can be repeated.
+    Raises SecureRefused, BadMessage.
     """
     cohort = _cohort(state, request.cohort)
+    if state.told is not None:
+        return state, state.told
     if state.mask is None or state.agree is None:
         _refuse("order", "shares were requested before this peer signed the survivors")
     me, survivors = state.peer, set(state.agree.survivors)
@@ -240,7 +248,7 @@ def unmask(state: Turn, request: UnmaskRequest) -> UnmaskAnswer:
             f"{signed} of this peer's neighbors have signed the same survivors; "
             f"{cohort.threshold(me)} are needed",
         )
-    secrets = keys.CardSecrets(state.master)
+    secrets = _secrets(state)
     pair = _own_shares(cohort, me, secrets)
     seeds, mask_keys = {me: pair[0]}, {}
     for peer in _neighbors_in(cohort, me, state.mask.sharers):
@@ -249,7 +257,8 @@ def unmask(state: Turn, request: UnmaskRequest) -> UnmaskAnswer:
             seeds[peer] = text[: shamir.SHARE_BYTES]
         else:
             mask_keys[peer] = text[shamir.SHARE_BYTES :]
-    return UnmaskAnswer(cohort=cohort.id, seeds=seeds, keys=mask_keys)
+    answer = UnmaskAnswer(cohort=cohort.id, seeds=seeds, keys=mask_keys)
+    return replace(state, told=answer, master=_ERASED), answer
 
 
 def check_rule(state: Turn, pins: Pins) -> None:
@@ -262,6 +271,12 @@ def check_rule(state: Turn, pins: Pins) -> None:
     elif state.mask is not None:
         name, peers = "sharers", state.mask.sharers
     _check_set(state, cohort, set(peers or cohort.peers), pins, name)
+
+
+def _secrets(state: Turn) -> keys.CardSecrets:
+    if state.told is not None:
+        _refuse("over", "this peer has taken its last step in this sum, and has deleted its keys")
+    return keys.CardSecrets(state.master)
 
 
 def _own_shares(cohort: Cohort, me: str, secrets: keys.CardSecrets) -> tuple[bytes, bytes]:
@@ -329,7 +344,7 @@ def _check_sharers(state: Turn, cohort: Cohort, request: MaskRequest, pins: Pins
     if not in_order(request.sharers) or not sharers <= cohort.cards.keys():
         _refuse("sharers", "a sharer is not in the cohort, or is named twice")
     _check_set(state, cohort, sharers, pins, "sharers")
-    secrets, expected = keys.CardSecrets(state.master), _neighbors_in(cohort, me, sharers)
+    secrets, expected = _secrets(state), _neighbors_in(cohort, me, sharers)
     if request.shares.keys() != set(expected):
         _refuse("sharers", "the request must contain one share of each neighbor that has shared")
     for peer in expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from agent.clientapp.inference_jobs import took_part
 from agent.home import audit_log
+from agent.home.secure_store import TurnStore
 from agent.transport import version_proofs
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, SecureRefused
@@ -16,7 +18,7 @@ from protocols.messages.work import SIGNED_WORK
 from protocols.model import weights
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.messages import encode
-from tests.support.secure_desks import Room, message
+from tests.support.secure_desks import RUN, Room, message
 
 
 @pytest.fixture
@@ -114,21 +116,33 @@ def test_a_repeated_request_gets_the_same_bytes_also_after_a_restart(room: Room)
 
 
 def test_what_was_trained_is_deleted_once_the_survivors_are_signed(room: Room) -> None:
-    state = Aggregator(CohortFixed(request=room.cards()))
-    folder = room.first.home / "outbox" / "secure"
+    state, desk = Aggregator(CohortFixed(request=room.cards())), room.first
+    folder = desk.home / "outbox" / "secure"
+    turn = TurnStore(desk.home).newest(RUN)
+    assert turn is not None
+    loss = struct.pack(">d", desk.trainer.loss)
+
+    def has(secret: bytes) -> bool:
+        files = [path for path in desk.home.rglob("*") if path.is_file()]
+        return any(secret in file.read_bytes() for file in files)
+
     room.play(state)
     state.apply(state.fix_sharers())
     room.play(state)
     assert {"trained.safetensors", "masked.safetensors"} <= {one.name for one in folder.iterdir()}
+    assert has(turn.master)
+    assert has(loss)
     state.apply(state.fix_survivors())
     room.play(state)
     assert not (folder / "trained.safetensors").exists()
-    room.cards(turn=1)
+    assert not has(loss)
+    room.play(state)
     assert not (folder / "masked.safetensors").exists()
+    assert not has(turn.master)
     room.first.ask(room.work("describe", run="other", round=0, base=""))
     assert list(folder.iterdir()) == [], "the run is over, as another one asks"
     with pytest.raises(SecureRefused, match="has made no card"):
-        room.first.ask(room.work("agree", turn=1), encode({"cohort": b"c" * 32, "survivors": []}))
+        room.first.ask(room.work("agree"), encode({"cohort": b"c" * 32, "survivors": []}))
 
 
 def test_a_damaged_training_is_not_masked(room: Room) -> None:

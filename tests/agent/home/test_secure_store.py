@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,10 @@ from benchmarks.faults import failpoint_names
 from protocols.errors import HomeError, SecureRefused
 from protocols.local.failpoints import VARIABLE
 from protocols.messages.envelope import Digest
-from protocols.privacy.secagg import peer
+from protocols.privacy.secagg import keys, peer
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import Pins
-from protocols.privacy.secagg.messages import ReadyRequest
+from protocols.privacy.secagg.messages import SIGNED_CARD, ReadyRequest, UnmaskRequest
 from protocols.privacy.secagg.peer import Turn
 from tests.support.fleet_harness import ROOT
 from tests.support.secure_cohort import BASE, FLEET, RUN, Machine, me, plan, share_request
@@ -137,36 +138,31 @@ def test_a_file_that_is_no_database_is_an_error_with_a_hint(tmp_path: Path) -> N
 # --- an agent that is killed at each step ----------------------------------------------------
 
 
-def secure_turns(home: Path) -> SecureTurns:
-    store = TurnStore(home)
-    return SecureTurns(me(0), store, lambda: PINS, random.SystemRandom().randbytes)  # type: ignore[arg-type]
-
-
-def take_part(home: Path) -> bytes:
+def take_part(
+    home: Path, draw: Callable[[int], bytes] = random.SystemRandom().randbytes
+) -> SecureTurns:
     """A whole secure sum of three peers, of which this one has its turns on disk.
 
-    Returns what this peer said, to compare.
+    It draws its secrets with `draw`.
     """
-    turns, rnd = secure_turns(home), random.Random(1)
+    turns = SecureTurns(me(0), TurnStore(home), lambda: PINS, draw)
+    rnd = random.Random(1)
     machines = {(one := Machine(number, PINS, rnd)).peer: one for number in range(3)}
     mine = machines[me(0).peer]
     mine.turns, mine.store = turns, None  # type: ignore[assignment]
     state = Aggregator(
         CohortFixed(request=share_request([m.card() for m in machines.values()], plan()))
     )
-    said = [mine.card().card]
     while not state.can_recover():
         for name, machine in machines.items():
             if (asked := state.request_for(name)) is not None:
                 answer = machine.answer(asked)
                 state.take(name, answer)
-                if machine is mine:
-                    said.append(repr(answer).encode())
         if not state.sharers:
             state.apply(state.fix_sharers())
         elif not state.survivors:
             state.apply(state.fix_survivors())
-    return b"\n".join(said)
+    return turns
 
 
 QUICK = ("agent.secure.recording.mask", "agent.secure.recorded.agree")
@@ -183,7 +179,7 @@ def test_an_agent_killed_at_any_record_changes_no_recorded_answer(
     program = (
         "from pathlib import Path; import sys\n"
         "from tests.agent.home import test_secure_store as test\n"
-        "print(test.take_part(Path(sys.argv[1])).hex())\n"
+        "test.take_part(Path(sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     env = os.environ | {VARIABLE: point, "PYTHONPATH": str(ROOT)}
@@ -191,14 +187,33 @@ def test_an_agent_killed_at_any_record_changes_no_recorded_answer(
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     recorded = _turn_on_disk(tmp_path)
     assert (recorded is None) == (point == "agent.secure.recording.begin")
-    after = take_part(tmp_path)
-    assert take_part(tmp_path) == after
+    if recorded is None or recorded.told is None:
+        take_part(tmp_path)
+    with pytest.raises(SecureRefused, match="has taken its last step"):
+        take_part(tmp_path)
     now = _turn_on_disk(tmp_path)
     assert now is not None
+    assert now.told is not None
     if recorded is not None:  # what was on disk has not changed
         assert now.card == recorded.card
-        for name in ("cohort", "mask", "upload", "agree"):
+        for name in ("cohort", "mask", "upload", "agree", "told"):
             assert getattr(recorded, name) in (None, "", getattr(now, name))
+
+
+def test_with_the_last_answer_the_secrets_are_deleted(tmp_path: Path) -> None:
+    secret = bytes(range(32))
+    turns = take_part(tmp_path, lambda nbytes: secret[:nbytes])
+    now, own = _turn_on_disk(tmp_path), keys.CardSecrets(secret)
+    assert now is not None
+    assert now.agree is not None
+    assert now.told is not None
+    assert keys.public_of(own.mask_key) == SIGNED_CARD.decode(now.card.card).mask_key
+    for data in (secret, own.self_seed, own.mask_seed):
+        assert all(data not in file.read_bytes() for file in tmp_path.iterdir())
+    # A coordinator that restarts asks for the last two steps again.
+    key, request = key_of(now), UnmaskRequest(cohort=now.agree.cohort, signatures={})
+    assert turns.agree(key, now.agree).cohort == request.cohort
+    assert turns.unmask(key, request) == now.told
 
 
 def _turn_on_disk(home: Path) -> Turn | None:
