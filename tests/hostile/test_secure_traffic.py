@@ -7,15 +7,17 @@ ClientApps in this process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import ssl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from flwr.app import Message
 from msgspec.structs import replace
 
 from agent.clientapp.app import DESCRIPTION
@@ -38,12 +40,14 @@ TASK = "secret"
 class Watched:
     """A running agent, and everything that has left it."""
 
-    def __init__(self, site: Site, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, site: Site, folder: Path, monkeypatch: pytest.MonkeyPatch, others: int = 2
+    ) -> None:
         self.site, self.sent = site, list[bytes]()
         self.agent: Agent = an_agent(site, folder / "box")
         home = folder / "box"
         settings.change(home, task_files={TASK: f"{secret_task.__file__}:Secret"})
-        self.room = Room(folder, 2, site=Where(site.fleet_id, site.sign_key))
+        self.room = Room(folder, others, site=Where(site.fleet_id, site.sign_key))
         settings.change(home, trust=dict.fromkeys(self.room.desks, ""), log_level="debug")
         self.agent._work.close()
         joined = self.agent._sessions._enrollment
@@ -73,6 +77,14 @@ class Watched:
 
     async def ask(self, work: Work, request: bytes = b"") -> bytes:
         """The description in the agent's reply; empty if it has none."""
+        reply = await self.reply(work, request)
+        assert not reply.has_error(), reply.error.reason
+        found = reply.content.config_records.get(DESCRIPTION, {}).get("description", b"")
+        assert isinstance(found, bytes)
+        return found
+
+    async def reply(self, work: Work, request: bytes = b"") -> Message:
+        """The agent's reply."""
         if request:
             work = replace(work, request=hashlib.sha256(request).hexdigest())
         asked = message(work, request, self.site.sign_key, self.site.nodes[self.peer])
@@ -81,10 +93,7 @@ class Watched:
         assert taken is not None
         await asyncio.to_thread(self.agent._work.answer, taken)
         (reply,) = self.site.grid.pull_messages({message_id})
-        assert not reply.has_error(), reply.error.reason
-        found = reply.content.config_records.get(DESCRIPTION, {}).get("description", b"")
-        assert isinstance(found, bytes)
-        return found
+        return reply
 
     async def round(self, kind: SumKind, turn: int) -> Aggregator:
         """A secure sum of this agent and the two others."""
@@ -115,18 +124,27 @@ class Watched:
         await asyncio.to_thread(self.agent._send_logs, asked)
 
 
-@pytest.fixture
-async def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:  # type: ignore[misc]
-    folder = tmp_path / "coordinator"
-    folder.mkdir()
-    with Site(folder, flower=True).up() as site:
-        running = Watched(site, tmp_path, monkeypatch)
+@contextlib.asynccontextmanager
+async def running(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, others: int = 2
+) -> AsyncIterator[Watched]:
+    """An agent with a session, and so many other peers."""
+    home = folder / "coordinator"
+    home.mkdir()
+    with Site(home, flower=True).up() as site:
+        watched = Watched(site, folder, monkeypatch, others)
         try:
-            await asyncio.to_thread(running.agent._sessions._open)
-            yield running
+            await asyncio.to_thread(watched.agent._sessions._open)
+            yield watched
         finally:
-            await asyncio.to_thread(running.agent._work.close)
-            await running.agent._sessions.close()
+            await asyncio.to_thread(watched.agent._work.close)
+            await watched.agent._sessions.close()
+
+
+@pytest.fixture
+async def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
+    async with running(tmp_path, monkeypatch) as found:
+        yield found
 
 
 def secrets_in(sent: bytes, start: Any) -> set[str]:
