@@ -100,6 +100,14 @@ LATER = (
         "the sets of rows are limited in number; only noise (`analyze_epsilon`) has a bound",
     ),
     (
+        *(
+            "secure",
+            "compute single updates from sums with other peers, weights or settings",
+            "coordinator",
+        ),
+        "nearly the same updates can be asked for in many ways; only noise (`--dp`) has a bound",
+    ),
+    (
         *("5", "spoil the model by updates within all bounds", "peer"),
         "an update is not compared with the data behind it, which stays where it is",
     ),

@@ -298,7 +298,7 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
                 site.programs["up"].kill()
 
 
-@pytest.mark.timeout(540)  # a dozen searches through the memory of the coordinator
+@pytest.mark.timeout(900)  # ten searches through the memory of the coordinator
 def test_nothing_of_one_peer_is_anywhere_at_the_coordinator(watched: Watched) -> None:
     """Attack: search the coordinator's files, its memory in each step, a backup and all bytes on
     the wire for the update, the metrics and the secrets of one peer.
@@ -320,13 +320,12 @@ def test_nothing_of_one_peer_is_anywhere_at_the_coordinator(watched: Watched) ->
         assert watched.backup() == set()
 
     run = watched.start()
-    told = {"weights", "loss"}
-    found = watched.at(PLAIN_STEPS[0], watched.found)
-    for where in ("files", "memory", "sent"):
-        assert told <= found[where]
-    assert "change" in found["memory"]
-    found = watched.at(PLAIN_STEPS[1], watched.found)
-    for where in ("files", "memory", "sent"):
-        assert {"loss", "tally"} <= found[where]
+    first, last = (watched.at(step, watched.found) for step in PLAIN_STEPS)
+    for where in ("files", "sent"):
+        assert first[where] >= {"weights", "loss"}
+        assert last[where] >= {"loss", "tally"}
+    memory = first["memory"] | last["memory"]
+    assert memory >= {"loss", "tally"}
+    assert memory & {"weights", "change"}, "what was read is overwritten later"
     assert watched.site.ended_run(run)["state"] == "finished"
     assert "loss" in watched.backup()
