@@ -144,6 +144,8 @@ class TurnStore:
         if not changed:
             raise SecureRefused("recorded", f"another step was taken in place of {step}")
         failpoint("agent.secure.recorded", step)
+        if new.told is not None:
+            self._purge()
 
     def end_run(self, run: str) -> None:
         """Delete the secrets of all turns of a run."""

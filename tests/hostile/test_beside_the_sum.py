@@ -21,7 +21,9 @@ from protocols.model import schema_card
 from protocols.model.weights import Weights
 from protocols.privacy.private_training import PrivateTraining
 from protocols.privacy.secagg import messages
+from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import open_card
+from protocols.privacy.secagg.messages import ShareRequest, encode
 from protocols.tables.statistics import TableStatistics
 from tests.hostile.test_differences_in_training import VICTIM, Row, people
 from tests.support.extraction import Canaries, Wards
@@ -97,6 +99,27 @@ def test_the_sum_is_nearly_the_update_of_a_peer_with_most_rows(tmp_path: Path) -
     total = fleet.secure()["w"][0]
     assert np.corrcoef(total, rows[0].sum(0))[0, 1] > 0.99
     assert abs(np.corrcoef(total, rows[1].sum(0))[0, 1]) < 0.5
+
+
+def test_sums_with_other_weights_tell_each_update(tmp_path: Path) -> None:
+    """Control: what `--secure` does not hide: single updates, if all peers train the same version
+    again and again, and count otherwise each time. Each owner wants all peers in each sum."""
+    room = Room(tmp_path)
+    room.trust_all(secure_min=3)
+    weights, sums = [], []
+    for turn, (most, cap) in enumerate([(1, 0), (256, 0), (256, 40)]):
+        cards = room.cards(turn=turn).cards
+        plan = room.plan(max_weight=most, max_examples=cap)
+        state = Aggregator(CohortFixed(request=ShareRequest(plan=encode(plan), cards=cards)))
+        for decide in (state.fix_sharers, state.fix_survivors, None, None):
+            room.play(state, turn=turn)
+            if decide:
+                state.apply(decide())
+        weights.append([state.cohort.weights[peer] for peer in room.desks])
+        mean, _ = room.mean(state, tmp_path)
+        sums.append((np.float64(mean["w"]) - room.start["w"]).ravel() * sum(weights[-1]))
+    for found, desk in zip(np.linalg.solve(weights, sums), room.desks.values(), strict=True):
+        assert np.allclose(found, desk.trainer.change["w"].ravel(), atol=1e-5)
 
 
 def test_cards_tell_examples_and_the_names_of_metrics(tmp_path: Path) -> None:
