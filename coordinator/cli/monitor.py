@@ -123,7 +123,7 @@ def _source(replay: str | None, speed: float, via: str | None) -> Any:
         from coordinator.remote.peer_source import PeerSource
 
         return PeerSource(access.open_home(), via)
-    from coordinator.remote.api_client import LiveSource
+    from coordinator.remote.live_source import LiveSource
 
     return LiveSource(access.open_home())
 

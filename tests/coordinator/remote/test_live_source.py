@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from coordinator.api.schema import WatchResponse
-from coordinator.remote import api_client
-from coordinator.remote.api_client import LiveSource
+from coordinator.remote import live_source
+from coordinator.remote.live_source import LiveSource
 from protocols.errors import Unreachable
 from protocols.messages.envelope import Envelope, Notice
 from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, running, started
@@ -21,7 +21,7 @@ from tests.support.waiting import until
 async def test_a_lost_link_is_told_to_a_reader_that_is_far_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api_client, "MAX_WAITING", 2)
+    monkeypatch.setattr(live_source, "MAX_WAITING", 2)
     site = Site(tmp_path)
     async with started(site) as broker:
         source, address = LiveSource(tmp_path), site.address(broker)
