@@ -274,6 +274,15 @@ class CannotPredict(CommonweightError, code="no predict"):
     """The task can train but not predict."""
 
 
+def class_of(code: str) -> type[CommonweightError]:
+    """The class with this code; the base if there is none, or its errors take other arguments."""
+    kinds = [CommonweightError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    found = (k for k in kinds if k.code == code and k.__init__ is CommonweightError.__init__)
+    return next(found, CommonweightError)
+
+
 #: Codes of errors whose messages may be sent to the other side.
 SHAREABLE_CODES = frozenset({DataError.code, SchemaMismatch.code, CannotPredict.code})
 #: Codes of errors about a run's settings, which the coordinator sent.

@@ -9,7 +9,6 @@ import typer
 
 from coordinator.cli.common import Json, connect, print_line, print_list
 from coordinator.cli.names import RunName, find_run
-from protocols.local import homes
 from protocols.local.command_line import App
 
 models = App(help="List and export the models that runs have made.")
@@ -39,13 +38,9 @@ def export(
 
     Other formats, such as ONNX, need torch: use commonweight-agent models export.
     """
-    from coordinator.fleet.readings import display_name
-    from coordinator.runs import export as model_export
+    from coordinator.remote import version_files
     from protocols.model import model_card
 
     remote = connect()
-    found = find_run(remote, run)
-    names = {peer.peer: display_name(peer) for peer in remote.fleet().peers.values()}
-    remote.mark_exported(found.id, model_export.resolve_version(found, which))
-    version = model_export.export(homes.open_home("coordinator"), found, which, names, out)
+    version = version_files.export_version(remote, find_run(remote, run), which, out)
     print_line(f"wrote {out} ({version[:12]}) and {model_card.card_path(out)}")

@@ -25,7 +25,16 @@ from protocols import VERSION
 from protocols.enrollment import ca_chain, fleet_card, identity, joining, tickets
 from protocols.enrollment.ca_chain import CaTrust
 from protocols.enrollment.identity import SigningKey
-from protocols.errors import BadMessage, CommonweightError, ExitCode, HomeError, NotRunning, Refused
+from protocols.errors import (
+    BadMessage,
+    CommonweightError,
+    ExitCode,
+    HomeError,
+    NotRunning,
+    Refused,
+    Unreachable,
+    class_of,
+)
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.join_client import ask_version, fetch_chain, find_coordinator, post_join
@@ -239,13 +248,23 @@ def check_watch(access: Access, address: str, watch: WatchResponse) -> WatchResp
 
 
 def error_from(response: httpx.Response) -> CommonweightError:
-    """The error in a coordinator's response, with its message, code and exit status."""
+    """The error in a coordinator's response, with its class, message, code and exit status.
+
+    It is never Unreachable, as the coordinator has answered.
+    """
     status = response.status_code
     try:
         body = msgspec.json.decode(response.content, type=ErrorResponse)
-        error = CommonweightError(body.message, body.hint)
+        kind = class_of(body.code)
+        error = (CommonweightError if issubclass(kind, Unreachable) else kind)(
+            body.message, body.hint
+        )
         error.code = body.code
     except MALFORMED:
+        if status == 404:
+            return Refused(
+                "the coordinator does not know this request", "it may be older: update it"
+            )
         return Refused(f"the coordinator refused ({status})", "commonweight doctor")
     codes = (exit_code for exit_code, known in STATUS.items() if known == status)
     error.exit_code = next(codes, ExitCode.FAILED)

@@ -66,13 +66,13 @@ class Remote:
     """
 
     def __init__(self, home: Path, timeout_s: float = 15.0) -> None:
-        self._home, self._timeout_s = home, timeout_s
+        self.home, self._timeout_s = home, timeout_s
         self._connect()
         self.role = self._connection.access.role
         self.address = self._connection.access.addresses[0]
 
     def _connect(self) -> None:
-        self._connection = access.connection_info(self._home)
+        self._connection = access.connection_info(self.home)
         context = ssl.create_default_context(cadata=self._connection.access.ca_pem)
         self._http = httpx.Client(verify=context, timeout=self._timeout_s)
 
@@ -103,6 +103,13 @@ class Remote:
     def evaluations(self, run_id: str) -> EvaluationsResponse:
         """The last evaluation of each peer; the coordinator writes into its audit who read it."""
         return self._get(f"/cw/v1/runs/{run_id}/evaluations", EvaluationsResponse)
+
+    def download_version(self, run_id: str, digest: str, target: Path) -> None:
+        """Write a version of a run to this file. The caller verifies its digest.
+
+        Raises DiskFull too, and OSError.
+        """
+        self._request("GET", f"/cw/v1/runs/{run_id}/versions/{digest}", into=target)
 
     def mark_exported(self, run_id: str, digest: str) -> None:
         """Let the audit say that a version of a run is exported."""
@@ -195,21 +202,23 @@ class Remote:
         )
         return made
 
-    def _request(self, method: str, path: str, body: bytes = b"") -> bytes:
+    def _request(
+        self, method: str, path: str, body: bytes = b"", *, into: Path | None = None
+    ) -> bytes:
         """The response of the first address that gives one. Later requests start with it.
 
         If the fleet has a new CA, the request is sent again with it.
         """
         try:
-            return self._send(method, path, body)
+            return self._send(method, path, body, into)
         except _OtherCa as err:
-            if not access.follow_ca(self._home, err.address):
+            if not access.follow_ca(self.home, err.address):
                 raise
         self.close()
         self._connect()
-        return self._send(method, path, body)
+        return self._send(method, path, body, into)
 
-    def _send(self, method: str, path: str, body: bytes) -> bytes:
+    def _send(self, method: str, path: str, body: bytes, into: Path | None) -> bytes:
         tried: list[str] = []
         other = ""
         digest = hashlib.sha256(body).hexdigest()
@@ -227,6 +236,7 @@ class Remote:
                     max_bytes=MAX_RESPONSE_BYTES,
                     content=body,
                     headers=headers,
+                    into=into,
                 )
             except httpx.ConnectError as err:
                 other = other or (address if is_other_ca(err) else "")

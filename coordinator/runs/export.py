@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coordinator.runs.state import Run
-from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
 from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.local.atomic_files import replacing
@@ -65,15 +64,8 @@ def build_card(
     )
 
 
-def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path) -> str:
-    """Write both files. Returns the version's digest. Raises CommonweightError."""
-    version = resolve_version(run, which)
-    path = WeightStore(home).version_path(version)
-    if not path.exists():
-        raise UnknownName(
-            f"version {version[:12]} of run {run.id} is no longer on disk",
-            "commonweight models list",
-        )
+def check_target(out: Path) -> None:
+    """Raise CommonweightError unless a model and its card can be written here."""
     card_path = model_card.card_path(out)
     if card_path == out:
         raise UsageError(
@@ -87,13 +79,31 @@ def export(home: Path, run: Run, which: str, names: Mapping[str, str], out: Path
     for taken in (out, card_path):
         if taken.exists():
             raise CommonweightError(f"{taken} exists already", "choose another name")
-    model = personalization.without_controls(weights.load(path))
+
+
+def export(file: Path, run: Run, version: str, names: Mapping[str, str], out: Path) -> str:
+    """Write the model in a version's file, and its card. Returns the version's digest.
+
+    Raises CommonweightError.
+    """
+    check_on_disk(file, run, version)
+    check_target(out)
+    model = personalization.without_controls(weights.load(file))
     try:
         sha256 = weights.save(model, out)
-        with replacing(card_path) as file:
-            file.write(model_card.encode(build_card(run, version, sha256, model.schema, names)))
+        with replacing(model_card.card_path(out)) as card:
+            card.write(model_card.encode(build_card(run, version, sha256, model.schema, names)))
     except OSError as err:
         raise CommonweightError(
             f"cannot write {out}: {err.strerror or err}", "name a file in a folder of yours"
         ) from err
     return version
+
+
+def check_on_disk(file: Path, run: Run, version: str) -> None:
+    """Raise UnknownName unless the version is on the coordinator's disk."""
+    if not file.exists():
+        raise UnknownName(
+            f"version {version[:12]} of run {run.id} is no longer on disk",
+            "commonweight models list",
+        )

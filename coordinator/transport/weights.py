@@ -60,7 +60,7 @@ class WeightTransfer:
 
         async def download(request: Request) -> Response:
             await auth.peer(request)
-            return self._send(request, self.store.version_path(digest_of(request)))
+            return self.send_version(request, digest_of(request))
 
         async def upload(request: Request) -> Response:
             digest = digest_of(request)
@@ -75,6 +75,10 @@ class WeightTransfer:
             return self._send(request, self.store.patch_path(digest_of(request)), ranges=False)
 
         return Route(PATCH_PATH, download_patch)
+
+    def send_version(self, request: Request, digest: str) -> Response:
+        """A version, or the range of it that is asked for. Raises HTTPException 404."""
+        return self._send(request, self.store.version_path(digest))
 
     def _send(self, request: Request, path: Path, *, ranges: bool = True) -> Response:
         if not path.exists():

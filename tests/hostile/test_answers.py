@@ -19,7 +19,7 @@ from agent.transport import http_client
 from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.fleet import state
 from coordinator.fleet.state import Fleet
-from coordinator.remote import access
+from coordinator.remote import access, version_files
 from coordinator.remote.access import Access, ConnectionInfo
 from coordinator.remote.api_client import Remote
 from protocols.enrollment import certificates, identity
@@ -56,6 +56,11 @@ def endless_body(head: bytes, send: Send) -> None:
     send(OK + b"connection: close\r\n\r\n")
     for _ in range(ENDLESS_MB):
         send(b"x" * MB)
+
+
+def huge_file(head: bytes, send: Send) -> None:
+    """More than any disk has, so that none of it is to be written."""
+    send(OK + b"content-length: 900000000000000\r\n\r\n" + b"x" * MB)
 
 
 def endless_chunks(head: bytes, send: Send) -> None:
@@ -165,17 +170,12 @@ def test_an_agent_reads_little_of_any_kind_of_body(
     link.close()
 
 
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_an_operator_reads_little_of_any_kind_of_body(
-    liar: LyingCoordinator,
-    answer: Callable[[bytes, Send], None],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    """Attack: the same against a monitor, and against somebody who joins."""
-    liar.answer = answer
+@pytest.fixture
+def operator(
+    liar: LyingCoordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Remote]:
+    """A client of the liar, with an access in `tmp_path`."""
     monkeypatch.setattr("coordinator.remote.api_client.MAX_RESPONSE_BYTES", 1 * MB)
-    key = identity.new_signing_key()
     joined = Access(
         operator="operator",
         role="operator",
@@ -183,19 +183,43 @@ def test_an_operator_reads_little_of_any_kind_of_body(
         addresses=(liar.address,),
         ca_pem=liar.ca_pem.decode(),
     )
-    info = ConnectionInfo(joined, key)
+    info = ConnectionInfo(joined, identity.new_signing_key())
     monkeypatch.setattr(access, "connection_info", lambda home: info)
-    ticket = new_ticket((liar.address,), certificates.ca_fingerprint(liar.ca_pem))
+    (tmp_path / access.ACCESS_FILE).touch()
     remote = Remote(tmp_path)
+    yield remote
+    remote.close()
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_operator_reads_little_of_any_kind_of_body(
+    liar: LyingCoordinator, operator: Remote, answer: Callable[[bytes, Send], None]
+) -> None:
+    """Attack: the same against a monitor, and against somebody who joins."""
+    liar.answer = answer
+    ticket = new_ticket((liar.address,), certificates.ca_fingerprint(liar.ca_pem))
     with little_memory():
         for ask in (
-            remote.fleet,
+            operator.fleet,
             lambda: find_coordinator(ticket),
             lambda: post_join(liar.address, liar.ca_pem, "/x", MqttAddress(host="h", port=1), dict),
         ):
             with pytest.raises((Unreachable, Refused)):
                 ask()
-    remote.close()
+
+
+@pytest.mark.parametrize("answer", [*ANSWERS, huge_file])
+def test_an_operator_stores_no_file_of_any_kind_of_body(
+    liar: LyingCoordinator,
+    operator: Remote,
+    answer: Callable[[bytes, Send], None],
+    tmp_path: Path,
+) -> None:
+    """Attack: the same where a version was asked for, or more bytes than the disk has."""
+    liar.answer = answer
+    with little_memory(), pytest.raises(CommonweightError):
+        version_files.find(operator, "r", "0" * 64)
+    assert not list((tmp_path / version_files.FOLDER).iterdir())
 
 
 def dripping(head: bytes, send: Send) -> None:

@@ -84,6 +84,7 @@ ROLES = {
     "POST /cw/v1/runs/{run}/resume": OPERATOR,
     "GET /cw/v1/runs/{run}/deletion": OPERATOR,
     "POST /cw/v1/runs/{run}/delete": OPERATOR,
+    "GET /cw/v1/runs/{run}/versions/{digest}": OPERATOR,
     "POST /cw/v1/runs/{run}/exported/{digest}": OPERATOR,
     "GET /cw/v1/tickets": OPERATOR,
     "POST /cw/v1/tickets": OPERATOR,

@@ -1,7 +1,7 @@
 """An endpoint for operators: who may call it, and what its handler gets and returns.
 
-An operator has the key in this home, or joined with a ticket for that role. Responses are JSON. An
-error is `{"code", "message", "hint"}`.
+An operator has the key in this home, or joined with a ticket for that role. Responses are JSON,
+except files. An error is `{"code", "message", "hint"}`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
 
 class Endpoint(NamedTuple):
-    """`handler` returns a value for JSON (None: an empty object), or an awaitable for one.
+    """`handler` returns a value for JSON (None: an empty object), a response, or an awaitable.
 
     It may raise CommonweightError. Observers are refused unless `or_observer`. `reads`: what the
     audit says that its caller has read, with the parts of the path in braces.
@@ -70,6 +70,8 @@ class Endpoint(NamedTuple):
                     service.registry.record_read(request.headers[SENDER], what)
             except CommonweightError as err:
                 return error_response(err, STATUS.get(err.exit_code, 400))
+            if isinstance(value, Response):
+                return value
             return json_response({} if value is None else value)
 
         return Route(self.path, answer, methods=[self.method])

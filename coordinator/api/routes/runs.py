@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from starlette.responses import Response
+
 from coordinator.api.routes.endpoint import Call, get, post
 from coordinator.api.schema import EvaluationsResponse, StartRunRequest
-from coordinator.runs.export import resolve_version
+from coordinator.runs.export import check_on_disk, resolve_version
 from coordinator.runs.state import Run, why_no_evaluations
 
 
@@ -20,6 +22,14 @@ def find_run(call: Call) -> Run:
 def list_evaluations(call: Call) -> EvaluationsResponse:
     run = find_run(call)
     return EvaluationsResponse(evaluations=run.evaluations, withheld=why_no_evaluations(run))
+
+
+def version(call: Call) -> Response:
+    """The file of a version of a run. Raises UnknownName."""
+    run, transfer = find_run(call), call.service.transfer
+    digest = resolve_version(run, call.param("digest"))
+    check_on_disk(transfer.store.version_path(digest), run, digest)
+    return transfer.send_version(call.request, digest)
 
 
 def exported(call: Call) -> None:
@@ -38,6 +48,7 @@ ROUTES = (
         list_evaluations,
         reads="the peers' evaluations in run {run}",
     ),
+    get("/cw/v1/runs/{run}/versions/{digest}", version, reads="version {digest} of run {run}"),
     post("/cw/v1/runs/{run}/exported/{digest}", exported, reads="exported {digest} of run {run}"),
     post("/cw/v1/runs/{run}/stop", lambda call: call.service.runs.stop(find_run(call).id)),
     post("/cw/v1/runs/{run}/resume", lambda call: call.service.runs.resume(call.param("run"))),

@@ -59,10 +59,15 @@ def trained(lane: WeightStore, rounds: int, *, close: bool = True, **more: float
     return transitions.replay("r1", told)
 
 
+def export_to(lane: WeightStore, run: Run, which: str, out: Path) -> str:
+    version = export.resolve_version(run, which)
+    return export.export(lane.version_path(version), run, version, NAMES, out)
+
+
 def test_both_files_say_all_there_is_to_say(lane: WeightStore, tmp_path: Path) -> None:
     run = trained(lane, 3)
     out = tmp_path / "gait.safetensors"
-    version = export.export(tmp_path / "home", run, "best", NAMES, out)
+    version = export_to(lane, run, "best", out)
     assert version == run.history[2].digest == file_digest(out)
     assert (load_file(out)["w"] == 3).all()
     card = json.loads((tmp_path / "gait.json").read_text())
@@ -90,11 +95,10 @@ def test_any_version_that_is_kept_by_the_beginning_of_its_digest(
     lane: WeightStore, tmp_path: Path
 ) -> None:
     run = trained(lane, 3)
-    home = tmp_path / "home"
-    export.export(home, run, run.history[0].digest[:10], NAMES, tmp_path / "a.safetensors")
+    export_to(lane, run, run.history[0].digest[:10], tmp_path / "a.safetensors")
     first = model_card.read(tmp_path / "a.safetensors")
     assert (first.round, first.parents, first.metrics) == (1, (run.first,), {"accuracy": 0.1})
-    export.export(home, run, run.first, NAMES, tmp_path / "b.safetensors")
+    export_to(lane, run, run.first, tmp_path / "b.safetensors")
     none = model_card.read(tmp_path / "b.safetensors")
     assert (none.round, none.parents, none.contributors, none.metrics) == (0, (), (), {})
 
@@ -103,7 +107,7 @@ def test_a_version_whose_round_is_not_closed_has_no_metrics_yet(
     lane: WeightStore, tmp_path: Path
 ) -> None:
     run = trained(lane, 2, close=False)
-    export.export(tmp_path / "home", run, "latest", NAMES, tmp_path / "a.safetensors")
+    export_to(lane, run, "latest", tmp_path / "a.safetensors")
     card = model_card.read(tmp_path / "a.safetensors")
     assert (card.round, card.metrics) == (2, {})
     assert card.parents == (run.history[0].digest, run.first)
@@ -113,7 +117,7 @@ def test_a_version_whose_round_is_not_closed_has_no_metrics_yet(
 def test_control_variates_are_no_part_of_the_model(lane: WeightStore, tmp_path: Path) -> None:
     run = trained(lane, 1, **{personalization.control_name("w", {}): 1.0})
     out = tmp_path / "a.safetensors"
-    version = export.export(tmp_path / "home", run, "latest", NAMES, out)
+    version = export_to(lane, run, "latest", out)
     assert set(load_file(out)) == {"w"}
     card = model_card.read(out)
     assert card.version == version == run.head
@@ -123,26 +127,26 @@ def test_control_variates_are_no_part_of_the_model(lane: WeightStore, tmp_path: 
 def test_what_cannot_be_exported_is_told_and_nothing_is_written(
     lane: WeightStore, tmp_path: Path
 ) -> None:
-    run, home = trained(lane, 2), tmp_path / "home"
+    run = trained(lane, 2)
     out = tmp_path / "a.safetensors"
     for which in ("", "zz", "ABC"):
         with pytest.raises(UnknownName):
-            export.export(home, run, which, NAMES, out)
+            export_to(lane, run, which, out)
     with pytest.raises(UnknownName):
-        export.export(home, trained(lane, 0), "best", NAMES, out)
+        export_to(lane, trained(lane, 0), "best", out)
     lane.drop(run.history[0].digest)
     with pytest.raises(UnknownName, match="no longer on disk"):
-        export.export(home, run, run.history[0].digest, NAMES, out)
+        export_to(lane, run, run.history[0].digest, out)
     with pytest.raises(UsageError, match="one file"):
-        export.export(home, run, "best", NAMES, tmp_path / "a.json")
+        export_to(lane, run, "best", tmp_path / "a.json")
     with pytest.raises(UsageError, match=r"writes safetensors, not \.pt") as caught:
-        export.export(home, run, "best", NAMES, tmp_path / "x.pt")
+        export_to(lane, run, "best", tmp_path / "x.pt")
     assert caught.value.hint.startswith("name it x.safetensors; for ONNX")
     (tmp_path / "a.json").touch()
     with pytest.raises(CommonweightError, match=r"a.json exists already"):
-        export.export(home, run, "best", NAMES, out)
+        export_to(lane, run, "best", out)
     with pytest.raises(CommonweightError, match="cannot write"):
-        export.export(home, run, "best", NAMES, tmp_path / "no" / "b.safetensors")
+        export_to(lane, run, "best", tmp_path / "no" / "b.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "home"]
 
 
@@ -150,7 +154,7 @@ def test_a_file_that_is_not_its_cards_is_refused(lane: WeightStore, tmp_path: Pa
     out = tmp_path / "a.safetensors"
     with pytest.raises(UsageError, match="cannot read"):
         model_card.read(out)
-    export.export(tmp_path / "home", trained(lane, 1), "best", NAMES, out)
+    export_to(lane, trained(lane, 1), "best", out)
     whole = out.read_bytes()
     out.write_bytes(whole[:-1] + b"\1")
     with pytest.raises(UsageError, match="does not match its card"):
