@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from coordinator.storage import run_events
+from tests.e2e.test_secure import facts
 from tests.e2e.test_tabular import joined
 from tests.support.fleet_harness import ALLOW, ROOT, Fleet, fleet
 from tests.support.tables import MIXED, write_csv
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.long
 #: The task of the docs: without torch, and each peer's data count by their number.
 TASK = {"COMMONWEIGHT_AGENT_TASK_FILES": f"line.py:Line={ROOT}/docs/examples/line.py:Line"}
 TRAINING = ("line.py:Line", "--rounds", "2", "--set", "steps=8")
-POINTS = {"ann": 30, "bob": 70, "cyd": 200}
+POINTS = {"ann": 30, "bob": 70, "cyd": 200, "dan": 120}
 
 
 def join(site: Fleet, *names: str) -> None:
@@ -35,9 +37,11 @@ def join(site: Fleet, *names: str) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def trained(site: Fleet, quorum: int, out: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def trained(
+    site: Fleet, quorum: int, out: Path, *options: str
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """The latest weights of a run, and what its last evaluation told."""
-    run = site.start_run(*TRAINING, "--quorum", str(quorum))
+    run = site.start_run(*TRAINING, "--quorum", str(quorum), *options)
     ended = site.ended_run(run)
     assert ended["state"] == "finished", ended
     assert site.ask("models", "export", run, str(out), "--which", "latest").returncode == 0
@@ -50,8 +54,8 @@ def test_two_levels_are_one(tmp_path: Path) -> None:
         folder.mkdir()
     with fleet(flat_folder, **TASK) as flat:
         flat.up()
-        join(flat, *POINTS)
-        flat.start(*POINTS)
+        join(flat, "ann", "bob", "cyd")
+        flat.start("ann", "bob", "cyd")
         expected, told = trained(flat, 3, tmp_path / "flat.safetensors")
     with fleet(top_folder, **TASK) as top, fleet(low_folder, **TASK) as low:
         top.up()
@@ -70,6 +74,45 @@ def test_two_levels_are_one(tmp_path: Path) -> None:
         assert np.any(array)
         np.testing.assert_allclose(found[name], array, atol=1e-6, rtol=0)
     assert abs(told["loss"] - told_above["loss"]) < 1e-6
+
+
+def test_a_fleet_masks_the_sum_of_its_own_peers(tmp_path: Path) -> None:
+    """In a secure run of the upper fleet, nobody sees what the fleet below has sent."""
+    top_folder, low_folder = tmp_path / "top", tmp_path / "low"
+    for folder in (top_folder, low_folder):
+        folder.mkdir()
+    with fleet(top_folder, **TASK) as top, fleet(low_folder, **TASK) as low:
+        top.up()
+        ticket = low_folder / "ticket"
+        ticket.write_text(top.ticket())
+        low.up("--upstream", f"file:{ticket}")
+        join(low, "ann", "bob")
+        join(top, "cyd", "dan")
+        link = low_folder / "coordinator" / "upstream" / "enrolled.json"
+        wait_for(link.exists, "the fleet below has joined")
+        machines = ((low, "coordinator/upstream"), (top, "cyd"), (top, "dan"))
+        ids = [
+            json.loads((site.folder / name / "enrolled.json").read_bytes())["peer"]
+            for site, name in machines
+        ]
+        for (site, name), own in zip(machines, ids, strict=True):
+            for peer in ids:
+                if peer != own:
+                    done = site.ask_agent(name, "trust", "add", peer)
+                    assert done.returncode == 0, done.stderr
+        low.start("ann", "bob")
+        top.start("cyd", "dan")
+        wait_for(lambda: linked(low_folder), "its link is up")
+        plain, _ = trained(top, 3, tmp_path / "plain.safetensors")
+        secure, _ = trained(top, 3, tmp_path / "secure.safetensors", "--secure")
+        newest = top.data("run", "list")[-1]["id"]
+        updates = [one for one in facts(top, newest) if isinstance(one, run_events.UpdateAccepted)]
+    assert len(updates) >= 6
+    for told in (accepted.update for accepted in updates):
+        assert (told.metrics, told.norm) == ({}, 0.0)
+    for name, array in plain.items():
+        # The integers of the sum have steps of about 2e-5 for the clip norm 10.
+        np.testing.assert_allclose(secure[name], array, atol=1e-3, rtol=0)
 
 
 def linked(low: Path) -> bool:
