@@ -346,8 +346,7 @@ def _split_settings(
 def _check_tensors(tensors: Mapping[str, Array], schema: Schema) -> Weights:
     """The tensors of a task as weights. Raises BadWeights."""
     if not isinstance(tensors, Weights):
-        bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
-        tensors = Weights(tensors, bf16)
+        tensors = Weights(tensors, weights.bf16_names(schema))
     weights.check_schema(tensors.schema, schema)
     return tensors
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from agent.tasks import KeepsOptimizerState, Settings, SupportsScaffold, Task
 from protocols.errors import BadWeights, UsageError
 from protocols.model import personalization, weights
+from protocols.model.bfloat16 import difference
 from protocols.model.personalization import build_weights, control_name
 from protocols.model.weights import Array, Schema, Weights
 
@@ -212,18 +213,15 @@ class Personalization:
             state = {
                 _OPTIMIZER_PREFIX + name: array for name, array in training.optimizer_state.items()
             }
-            bf16 = [name for name, spec in kept.schema.items() if spec.dtype == "BF16"]
-            weights.save(Weights({**kept, **state}, bf16), out)
+            weights.save(Weights({**kept, **state}, weights.bf16_names(kept.schema)), out)
         whole = {**training.version, **trained, **training.sent}
         return build_weights(self.shared, whole.__getitem__)
 
 
 def _movement(training: Training, name: str) -> Floats:
     """x - y as float64, the movement of a tensor in training."""
-    x, y = training.version[name], training.trained[name]
-    if training.model.schema[name].dtype == "BF16":
-        x, y = weights.bf16_to_float32(x), weights.bf16_to_float32(y)
-    return np.subtract(x, y, dtype=np.float64)
+    dtype = training.model.schema[name].dtype
+    return difference(training.version[name], training.trained[name], dtype)
 
 
 def _floats(array: Array) -> Floats:

@@ -50,8 +50,8 @@ class _Memory:
             self.left.append(residual.copy())
 
     def file(self) -> Weights:
-        bf16 = [name for name, spec in self._schema.items() if spec.dtype == "BF16"]
-        return Weights({name: np.concatenate(p) for name, p in self._parts.items()}, bf16)
+        whole = {name: np.concatenate(p) for name, p in self._parts.items()}
+        return Weights(whole, weights.bf16_names(self._schema))
 
 
 def run(megabytes: int = 64) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from protocols.messages.envelope import Verify
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
+from protocols.model.bfloat16 import difference
 from protocols.model.schema_card import Description
 from protocols.model.weights import Array, Schema, WeightReader
 from protocols.privacy.secagg.messages import STEPS
@@ -240,11 +241,9 @@ def update_norm(update: WeightReader, base: WeightReader) -> float:
             if not weights.is_finite(new, dtype):
                 reason = f"tensor {part.name!r} holds NaN or infinity"
                 raise UpdateRefused("not finite", reason)
-            if dtype == "BF16":
-                new, old = weights.bf16_to_float32(new), weights.bf16_to_float32(np.asarray(old))
             with np.errstate(over="ignore"):
-                difference = np.subtract(new, old, dtype=np.float64)
-                total += float(np.einsum("i,i->", difference, difference))
+                change = difference(new, np.asarray(old), dtype)
+                total += float(np.einsum("i,i->", change, change))
     return math.sqrt(min(total, sys.float_info.max))
 
 

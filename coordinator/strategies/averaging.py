@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.strategies.prefetch import prefetch
+from protocols.model.bfloat16 import as_float64, float32_to_bf16, widened
 from protocols.model.weights import (
     DTYPES,
     FLOAT_DTYPES,
@@ -27,8 +28,6 @@ from protocols.model.weights import (
     Array,
     Part,
     WeightReader,
-    bf16_to_float32,
-    float32_to_bf16,
     split_into_pieces,
 )
 
@@ -100,7 +99,7 @@ class RebasedUpdate:
         if dtype not in FLOAT_DTYPES:
             return to
         new, old, to = (
-            _widened(array, dtype).astype(np.float64)
+            as_float64(array, dtype)
             for array in (self._weights.read(part), self._base.read(part), to)
         )
         moved = to + (new - old)
@@ -178,7 +177,7 @@ def _mean(
         total[:size] = 0.0
         for source, weight in terms:
             np.multiply(
-                _widened(source.read(block), dtype), weight, out=term[:size], dtype=np.float64
+                widened(source.read(block), dtype), weight, out=term[:size], dtype=np.float64
             )
             total[:size] += term[:size]
         if noise is not None:
@@ -186,10 +185,6 @@ def _mean(
         with np.errstate(over="ignore"):  # the caller rejects infinite values
             mean[start - part.start : block.stop - part.start] = total[:size]
     return mean
-
-
-def _widened(array: Array, dtype: str) -> Array:
-    return bf16_to_float32(array) if dtype == "BF16" else array
 
 
 def _as_stored(array: Array, dtype: str) -> Array:

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from protocols.model.weights import FLOAT_DTYPES, Array, Part, WeightReader, bf16_to_float32
+from protocols.model.bfloat16 import as_float64
+from protocols.model.weights import FLOAT_DTYPES, Part, WeightReader
 
 Floats = npt.NDArray[np.float64]
 
@@ -127,18 +128,14 @@ def products(
     total = np.zeros((count, count))
     for block in blocks:
         dtype = base.schema[block.name].dtype
-        old = _as_float64(base.read(block), dtype)
+        old = as_float64(base.read(block), dtype)
         changes = np.empty((count, block.stop - block.start))
         for row, update, factor in zip(changes, updates, scale, strict=True):
             # The factor first: a difference of the largest numbers has no float64.
-            np.multiply(_as_float64(update.read(block), dtype), factor, out=row)
+            np.multiply(as_float64(update.read(block), dtype), factor, out=row)
             row -= old * factor
         total += changes @ changes.T
     return total
-
-
-def _as_float64(array: Array, dtype: str) -> Floats:
-    return (bf16_to_float32(array) if dtype == "BF16" else array).astype(np.float64)
 
 
 def limit_shares(

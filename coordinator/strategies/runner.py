@@ -26,6 +26,7 @@ from coordinator.strategies.state import StateReader, StateStore, StateWriter
 from coordinator.transport.flower_records import InMemoryRecord, part_key
 from protocols.errors import CommonweightError
 from protocols.model import weights
+from protocols.model.bfloat16 import float32_to_bf16, widened
 from protocols.model.weights import Part, WeightReader
 
 Floats = npt.NDArray[Any]
@@ -245,9 +246,7 @@ class Aggregation:
         """Parts as float32 or float64, moved towards the base if the update is scaled."""
 
         def read(reader: WeightReader, part: Part) -> Floats:
-            array = reader.read(part)
-            is_bf16 = self.base.schema[part.name].dtype == "BF16"
-            return weights.bf16_to_float32(array) if is_bf16 else _to_float32(array)
+            return _to_float32(widened(reader.read(part), self.base.schema[part.name].dtype))
 
         values = {part: read(source, part) for part in parts}
         if scale == 1.0:
@@ -282,7 +281,7 @@ def _to_float32(array: npt.NDArray[Any]) -> Floats:
 
 def _stored(array: Floats, dtype: str) -> npt.NDArray[np.generic]:
     if dtype == "BF16":
-        return weights.float32_to_bf16(array.astype(np.float32))
+        return float32_to_bf16(array.astype(np.float32))
     with np.errstate(over="ignore"):
         return array.astype(weights.DTYPES[dtype])
 

@@ -22,7 +22,8 @@ from coordinator.storage.run_spec import Setting
 from coordinator.strategies.adapter import LIMITS, Arrays, StrategyAdapter
 from protocols.messages.envelope import Metrics
 from protocols.model import personalization
-from protocols.model.weights import DTYPES, Array, Part, WeightReader, bf16_to_float32
+from protocols.model.bfloat16 import difference
+from protocols.model.weights import DTYPES, Array, Part, WeightReader
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
@@ -90,7 +91,5 @@ class UpdateWithControls:
             return self._base.read(part)
         of = part._replace(name=part.name.removeprefix(personalization.DERIVED_PREFIX))
         x, y = self._base.read(of), self._update.read(of)
-        if self.schema[of.name].dtype == "BF16":
-            x, y = bf16_to_float32(x), bf16_to_float32(y)
-        moved = np.subtract(x, y, dtype=np.float64) / self._path
+        moved = difference(x, y, self.schema[of.name].dtype) / self._path
         return moved.astype(DTYPES[self.schema[part.name].dtype])

@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from protocols.model.bfloat16 import difference
 from protocols.model.weights import (
     FLOAT_DTYPES,
-    Array,
     Part,
     WeightReader,
-    bf16_to_float32,
     split_into_pieces,
 )
 
@@ -61,11 +60,6 @@ def norm_as_folded(update: WeightReader, base: WeightReader) -> float:
         for part in piece:
             dtype = base.schema[part.name].dtype
             if dtype in FLOAT_DTYPES:
-                new, old = (_as_float64(source.read(part), dtype) for source in (update, base))
-                change = new - old
+                change = difference(update.read(part), base.read(part), dtype)
                 total += float(np.einsum("i,i->", change, change))
     return math.sqrt(total)
-
-
-def _as_float64(array: Array, dtype: str) -> npt.NDArray[np.float64]:
-    return (bf16_to_float32(array) if dtype == "BF16" else array).astype(np.float64)

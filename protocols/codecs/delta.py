@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from protocols.errors import BadWeights
 from protocols.model import personalization
+from protocols.model.bfloat16 import bf16_to_float32, float32_to_bf16, widened
 from protocols.model.weights import (
     DTYPES,
     FLOAT_DTYPES,
@@ -23,8 +24,6 @@ from protocols.model.weights import (
     Part,
     Schema,
     WeightReader,
-    bf16_to_float32,
-    float32_to_bf16,
 )
 
 Floats = npt.NDArray[np.float32]
@@ -121,10 +120,9 @@ class DeltaReader:
 
 def subtract(new: Array, old: Array, dtype: str, out: Floats) -> None:
     """`new - old` in float32 for elements of a floating-point dtype."""
-    if dtype == "BF16":
-        new, old = bf16_to_float32(new), bf16_to_float32(old)
-    elif dtype == "F16":
+    if dtype == "F16":
         new, old = new.astype(np.float32), old.astype(np.float32)
+    new, old = widened(new, dtype), widened(old, dtype)
     np.subtract(new, old, out=out, casting="same_kind")
 
 

@@ -28,15 +28,14 @@ from protocols.codecs.delta import (
     Floats,
 )
 from protocols.errors import BadWeights
+from protocols.model.bfloat16 import bf16_to_float32, float32_to_bf16
 from protocols.model.weights import (
     Array,
     Part,
     Schema,
     TensorSpec,
     WeightReader,
-    bf16_to_float32,
     check_schema,
-    float32_to_bf16,
 )
 
 #: `decode(field, start, stop, out)` writes these elements of a tensor's change to `out`.

@@ -15,7 +15,15 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from protocols.errors import UsageError
-from protocols.model.weights import DTYPES, FLOAT_DTYPES, Array, Schema, TensorSpec, Weights
+from protocols.model.weights import (
+    DTYPES,
+    FLOAT_DTYPES,
+    Array,
+    Schema,
+    TensorSpec,
+    Weights,
+    bf16_names,
+)
 
 #: The setting for control variates: SCAFFOLD's option 1 or 2; with 3 updates do not contain them.
 SCAFFOLD = "scaffold"
@@ -100,5 +108,4 @@ def without_controls(version: Weights) -> Weights:
 
 def build_weights(schema: Schema, array_of: Callable[[str], Array]) -> Weights:
     """Weights of this schema from a function that returns the array of each tensor."""
-    bf16 = [name for name, spec in schema.items() if spec.dtype == "BF16"]
-    return Weights({name: array_of(name) for name in schema}, bf16)
+    return Weights({name: array_of(name) for name in schema}, bf16_names(schema))

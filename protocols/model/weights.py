@@ -5,7 +5,8 @@ name order without gaps, and the header is compact JSON without metadata, padded
 bytes. So equal weights are equal bytes, and the SHA-256 of the file, computed while it streams, is
 the digest that names the version.
 
-numpy has no bf16 type: such tensors are `uint16` arrays here, and the schema has their dtype.
+numpy has no bf16 type: such tensors are `uint16` arrays here, and the schema has their dtype; see
+`bfloat16.py` for their values.
 """
 
 from __future__ import annotations
@@ -118,6 +119,11 @@ class Weights(Mapping[str, Array]):
     def nbytes(self) -> int:
         """Bytes of the tensors, without the header."""
         return sum(spec.nbytes for spec in self.schema.values())
+
+
+def bf16_names(schema: Schema) -> list[str]:
+    """The tensors of a schema whose `uint16` data are bfloat16 bits."""
+    return [name for name, spec in schema.items() if spec.dtype == "BF16"]
 
 
 def header_bytes(schema: Schema) -> bytes:
@@ -253,7 +259,7 @@ def _view(data: Buffer, schema: Schema, offsets: Mapping[str, int]) -> Weights:
     for name, (dtype, shape) in schema.items():
         array = np.frombuffer(data, DTYPES[dtype], math.prod(shape), offsets[name])
         tensors[name] = array.reshape(shape)
-    return Weights(tensors, (name for name, spec in schema.items() if spec.dtype == "BF16"))
+    return Weights(tensors, bf16_names(schema))
 
 
 def load_any(path: Path) -> Weights:
@@ -343,20 +349,3 @@ def split_into_pieces(schema: Schema, limit_bytes: int = PIECE_BYTES) -> Iterato
                 group, room = [], limit_bytes
     if group:
         yield group
-
-
-def bf16_to_float32(bits: Array) -> npt.NDArray[np.float32]:
-    """bf16 bits (uint16) as float32."""
-    wide = bits.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
-
-
-def float32_to_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """float32 as bf16 bits (uint16), rounded to nearest even."""
-    bits = values.view(np.uint32)
-    rounded = (bits >> 16) & 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    return rounded.astype(np.uint16)

@@ -22,6 +22,7 @@ from protocols.codecs.delta import FlatLayout
 from protocols.errors import BadWeights, CohortLost
 from protocols.messages.envelope import Metrics
 from protocols.model import weights
+from protocols.model.bfloat16 import difference
 from protocols.model.weights import Array, Part, WeightReader
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import ring, tails
@@ -94,9 +95,7 @@ class CheckedMean:
         dtype, new, old = self.schema[name].dtype, self._array, self._base.read(self._part)
         if not weights.is_finite(new, dtype):
             raise CohortLost(f"the sum of the updates is too large for tensor {name!r}", _AGAIN)
-        if dtype == "BF16":
-            new, old = weights.bf16_to_float32(new), weights.bf16_to_float32(old)
-        change = np.subtract(new, old, dtype=np.float64)
+        change = difference(new, old, dtype)
         self._squares += float(np.einsum("i,i->", change, change))
         self._largest[name] = max(self._largest[name], float(np.abs(change, out=change).max()))
 

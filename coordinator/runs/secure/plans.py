@@ -14,6 +14,7 @@ from coordinator.runs.options import SECURE_CLIP_NORM
 from coordinator.runs.state import Run
 from protocols.codecs.delta import FlatLayout
 from protocols.model import weights
+from protocols.model.bfloat16 import difference
 from protocols.model.weights import Schema, WeightReader
 from protocols.privacy.secagg import masked_file, ring
 from protocols.privacy.secagg.cohort import open_card
@@ -186,9 +187,6 @@ def largest_changes(new: WeightReader, old: WeightReader) -> list[float]:
             if part.name not in found:
                 continue
             dtype = new.schema[part.name].dtype
-            one, other = new.read(part), old.read(part)
-            if dtype == "BF16":
-                one, other = weights.bf16_to_float32(one), weights.bf16_to_float32(other)
-            change = np.abs(np.subtract(one, other, dtype=np.float64))
+            change = np.abs(difference(new.read(part), old.read(part), dtype))
             found[part.name] = max(found[part.name], float(change.max()))
     return list(found.values())

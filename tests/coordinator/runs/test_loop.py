@@ -41,6 +41,7 @@ from protocols.messages import envelope
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
+from protocols.model.bfloat16 import bf16_to_float32, float32_to_bf16
 from protocols.model.weights import Weights
 from tests.support.in_process_fleet import (
     Agent,
@@ -196,7 +197,7 @@ async def test_a_run_starts_from_a_bf16_file(tmp_path: Path) -> None:
     weights.save(model, file)
 
     def step(base: Weights, data: Data) -> Weights:
-        wide = Weights({name: weights.bf16_to_float32(base[name]) for name in base})
+        wide = Weights({name: bf16_to_float32(base[name]) for name in base})
         return narrowed(gradient_step(wide, data))
 
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
@@ -248,9 +249,7 @@ async def test_weights_are_not_imported_without_a_coordinator(
 
 def narrowed(model: Weights) -> Weights:
     """The same weights as bf16."""
-    return Weights(
-        {name: weights.float32_to_bf16(np.asarray(model[name])) for name in model}, model
-    )
+    return Weights({name: float32_to_bf16(np.asarray(model[name])) for name in model}, model)
 
 
 async def test_a_queued_run_keeps_its_first_weights_when_another_run_drops_that_version(

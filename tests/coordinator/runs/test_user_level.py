@@ -28,7 +28,8 @@ from coordinator.strategies.version_noise import VersionNoise, norm_as_folded
 from protocols.errors import UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
-from protocols.model.weights import Part, Weights, float32_to_bf16
+from protocols.model.bfloat16 import float32_to_bf16
+from protocols.model.weights import Part, Weights
 from protocols.privacy import accountant
 from protocols.privacy.events import Gaussian
 from protocols.privacy.user_level import PrivateVersions

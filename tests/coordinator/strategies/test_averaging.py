@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 
 from coordinator.strategies import averaging
 from protocols.model import weights
-from protocols.model.weights import Weights, float32_to_bf16
+from protocols.model.bfloat16 import float32_to_bf16
+from protocols.model.weights import Weights
 
 COUNTS = st.dictionaries(
     st.sampled_from("ABCDEFGH"), st.integers(1, 10_000_000), min_size=1, max_size=8

@@ -36,7 +36,8 @@ from protocols.errors import (
     UsageError,
 )
 from protocols.model import weights
-from protocols.model.weights import Weights, bf16_to_float32, float32_to_bf16
+from protocols.model.bfloat16 import bf16_to_float32, float32_to_bf16
+from protocols.model.weights import Weights
 from tests.support.fleet_harness import ROOT
 from tests.support.in_process_fleet import Data, first_weights, gradient_step
 

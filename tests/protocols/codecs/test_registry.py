@@ -19,14 +19,13 @@ from protocols.codecs.index_coding import deflate_chunks
 from protocols.codecs.registry import NAMES, DecodedUpdate, Encoded
 from protocols.errors import BadWeights, UnknownName, UsageError
 from protocols.model import weights
+from protocols.model.bfloat16 import bf16_to_float32, float32_to_bf16
 from protocols.model.weights import (
     FLOAT_DTYPES,
     Array,
     Part,
     Schema,
     Weights,
-    bf16_to_float32,
-    float32_to_bf16,
     split_into_pieces,
 )
 from protocols.model.weights_file import WeightsFile
