@@ -13,10 +13,18 @@ from collections.abc import Mapping
 
 from agent.data.settings import Floors
 from agent.tasks import OnStep, Setting, Settings
+from agent.tasks.work import Work
 from protocols.errors import NotAllowed
 
 #: Built-in tasks that read no data of the owner.
 WITHOUT_DATA = frozenset({"ping"})
+
+
+def reads_data(work: Work) -> bool:
+    """False for a built-in task that reads no data of the owner."""
+    return bool(work.source) or work.task not in WITHOUT_DATA
+
+
 _LEARNING_RATES = ("lr", "learning_rate")
 #: Settings that pull the weights back in each step, times the learning rate.
 _PULLS = ("weight_decay", "proximal_mu")

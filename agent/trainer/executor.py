@@ -6,11 +6,11 @@ progress goes to `send`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -24,13 +24,10 @@ from agent.tasks import (
     Exporting,
     HasMetadata,
     KnowsRows,
-    OnStep,
     Predicting,
     ProvidesStatistics,
-    Resumable,
     Setting,
     Settings,
-    Snapshot,
     Task,
     data_checks,
     floors,
@@ -45,7 +42,7 @@ from agent.trainer.ipc import Answer, Failed
 from agent.trainer.personalization import Personalization
 from agent.trainer.progress import StepCallback, WorkControl
 from agent.trainer.told_rows import ToldRows
-from protocols import VERSION
+from agent.trainer.training_steps import metered
 from protocols.errors import BadWeights, CannotPredict, CommonweightError, TaskUnusable, UnknownName
 from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import Metrics
@@ -54,9 +51,6 @@ from protocols.model.personalization import SCAFFOLD
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 from protocols.privacy import events, private_training
 from protocols.tables import evaluation_counts
-
-#: In a checkpoint: the examples of its steps so far.
-_EXAMPLES_DONE = "examples done"
 
 
 class WorkExecutor:
@@ -111,7 +105,7 @@ class WorkExecutor:
                 return self._predict(work, task, loaded)
             return _export(work, task, loaded)
         self._model = None
-        if isinstance(work, Describe | Train) and _reads_data(work):
+        if isinstance(work, Describe | Train) and floors.reads_data(work):
             floors.check_settings(work.settings, getattr(task, "defaults", None), work.data.floors)
         if not (work.source or isinstance(work, Init)) and self._data != work.data:
             data_checks.check(work.task, work.data)
@@ -194,7 +188,7 @@ class WorkExecutor:
             _, own, *_ = task.evaluate(personal.model(base), settings, on_step)
             metrics = {**metrics, **{f"personal_{name}": value for name, value in own.items()}}
         min_count = work.data.floors.min_count
-        if int(count) < min_count and _reads_data(work):
+        if int(count) < min_count and floors.reads_data(work):
             metrics, told = {}, {}
         told = evaluation_counts.suppress_small(told, min_count)
         tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
@@ -223,7 +217,8 @@ class WorkExecutor:
         if hasattr(task, "defaults"):  # it takes the reserved settings
             settings = {**settings, "min_batch": work.data.floors.min_batch}
         try:
-            on_step, resumed_at = self._metered(work, task)
+            report = partial(StepCallback, work.id, "train", self._control, self._send)
+            on_step, resumed_at = metered(work, task, report, self._note_resumed)
             protected = private_work.protect(work, task)
             training = personal.before_train(task, settings, base)
             trained, count, metrics = task.train(training.model, settings, on_step)
@@ -242,38 +237,8 @@ class WorkExecutor:
         spent = events.encode(protected.spent()) if protected else b""
         return msgspec.structs.replace(done, resumed_at=resumed_at, privacy=spent.decode())
 
-    def _metered(self, work: Train, task: Task) -> tuple[OnStep, int]:
-        """The `on_step` of training, and the step at which training resumes."""
-        if not (work.checkpoint and isinstance(task, Resumable)):
-            return _with_floors(work, StepCallback(work.id, "train", self._control, self._send)), 0
-        checkpoint = CheckpointFile(
-            Path(work.checkpoint), _checkpoint_key(work), work.checkpoint_every_s
-        )
-        resumed_at = seen = 0
-        kept = checkpoint.load()
-        if kept is not None:
-            self._resumed = checkpoint
-            resumed_at, snapshot, rng_arrays = kept
-            seen = int(snapshot.values.get(_EXAMPLES_DONE, 0))
-            task.restore(snapshot)
-            rng_state.restore(rng_arrays)
-
-        def keep(step: int) -> None:
-            arrays, values = task.snapshot()
-            done = on_step.seen if isinstance(on_step, StepFloors) else 0
-            checkpoint.save(step, Snapshot(arrays, {**values, _EXAMPLES_DONE: done}))
-
-        report = StepCallback(
-            work.id,
-            "train",
-            self._control,
-            self._send,
-            is_due=lambda: checkpoint.is_due,
-            keep=keep,
-            resumed=kept is not None,
-        )
-        on_step = _with_floors(work, report, seen)
-        return on_step, resumed_at
+    def _note_resumed(self, checkpoint: CheckpointFile) -> None:
+        self._resumed = checkpoint
 
     def _find_task(self, *named: str) -> Task:
         """The task with this name, source, framework and code."""
@@ -324,16 +289,6 @@ def _count_examples(task: Task, settings: Settings, data: DataSettings) -> tuple
     return train if train >= least else 0, held_out if held_out >= least else 0
 
 
-def _reads_data(work: Work) -> bool:
-    """False for a built-in task that reads no data of the owner."""
-    return bool(work.source) or work.task not in floors.WITHOUT_DATA
-
-
-def _with_floors(work: Train, report: OnStep, seen: int = 0) -> OnStep:
-    """The `on_step` with the owner's floors; `seen` examples were done before it is called."""
-    return StepFloors(report, work.data.floors, seen) if _reads_data(work) else report
-
-
 def _split_settings(
     settings: Mapping[str, Setting],
 ) -> tuple[dict[str, Setting], dict[str, Setting]]:
@@ -349,13 +304,6 @@ def _check_tensors(tensors: Mapping[str, Array], schema: Schema) -> Weights:
         tensors = Weights(tensors, weights.bf16_names(schema))
     weights.check_schema(tensors.schema, schema)
     return tensors
-
-
-def _checkpoint_key(work: Train) -> str:
-    """A hash of all that must be equal for training to resume from a checkpoint."""
-    settings = sorted(work.settings.items())
-    same = [VERSION, work.key, work.task, settings, msgspec.to_builtins(work.data)]
-    return hashlib.sha256(msgspec.json.encode(same)).hexdigest()
 
 
 def _done(
