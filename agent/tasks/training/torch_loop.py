@@ -162,47 +162,6 @@ class TrainingLoop:
         return self._left
 
 
-def lr_times_steps(plan: Hyperparameters, examples: int) -> float:
-    """Learning rate times steps of training on so many examples.
-
-    Raises UsageError unless the weights move by exactly that times the gradients.
-    """
-    bent = ("momentum", "weight_decay", "clip_norm", "proximal_mu")
-    if plan.optimiser != "sgd" or any(getattr(plan, name) for name in bent):
-        raise UsageError(
-            "SCAFFOLD steers plain SGD only", f"optimiser=sgd, and {', '.join(bent)} at 0"
-        )
-    if not plan.lr:
-        raise UsageError("SCAFFOLD needs a learning rate above 0", "lr=0.1")
-    return plan.lr * plan.steps(examples)
-
-
-def mean_gradient(
-    weights: Mapping[str, Array],
-    examples: Examples,
-    loss_of: LossOf,
-    buffers: frozenset[str] = frozenset(),
-    batch: int = _ORDERED,
-) -> dict[str, Array]:
-    """The gradient of the mean loss over all examples by weight, in batches of `batch`;
-    `buffers` have none."""
-    device, count = examples.x.device, len(examples.y)
-    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
-    trained = {
-        name: tensor.requires_grad_()
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and name not in buffers
-    }
-    for rows in torch.arange(count, device=device).split(batch):  # type: ignore[no-untyped-call]
-        x, y = examples.x[rows], examples.y[rows]
-        (loss_of(tensors, x, y) * (len(y) / count)).backward()  # type: ignore[no-untyped-call]
-    return {
-        name: tensor.grad.cpu().numpy()
-        for name, tensor in trained.items()
-        if tensor.grad is not None
-    }
-
-
 def _train_epochs(
     at: LoopState,
     plan: Hyperparameters,

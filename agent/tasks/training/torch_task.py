@@ -16,6 +16,7 @@ from agent.tasks.training import devices, onnx_export
 from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
 from agent.tasks.training.hyperparameters import Hyperparameters, read_hyperparameters
 from agent.tasks.training.loop_state import LoopState, Tensors
+from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
 from agent.tasks.training.torch_loop import (
     Examples,
     LossOf,
@@ -23,8 +24,6 @@ from agent.tasks.training.torch_loop import (
     Step,
     TrainingLoop,
     autograd_step,
-    lr_times_steps,
-    mean_gradient,
 )
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
