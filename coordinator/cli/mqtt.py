@@ -27,7 +27,7 @@ def mosquitto(
     json: Json = False,
 ) -> None:
     """Write the files of a Mosquitto broker, with logins for members."""
-    from coordinator.daemon.coordinator import mosquitto_port, mqtt_passwords
+    from coordinator.daemon.brokers import mosquitto_port, mqtt_passwords
     from coordinator.storage import settings
     from coordinator.transport.mosquitto import MosquittoFiles
     from protocols.local import homes

@@ -22,6 +22,7 @@ from coordinator.api.log_requests import LogRequests
 from coordinator.api.polls import LongPolls, OwnerNotices, PollHandler
 from coordinator.api.service import Identity
 from coordinator.daemon import upstream
+from coordinator.daemon.brokers import make_broker
 from coordinator.daemon.listener import Listener
 from coordinator.daemon.peer_events import PeerEvents
 from coordinator.daemon.tasks import supervised
@@ -40,14 +41,10 @@ from coordinator.storage.seen_heads import SeenHeads
 from coordinator.storage.settings import UP_FILE, Keys, Settings
 from coordinator.storage.version_log import VersionLog
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.external_broker import ExternalBroker
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
 from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from coordinator.transport.http_server import Server
-from coordinator.transport.mosquitto import MosquittoBroker, MosquittoFiles
-from coordinator.transport.mqtt_access import Passwords
-from coordinator.transport.mqtt_broker import EmbeddedBroker
 from coordinator.transport.piece_sources import PieceSources
 from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes
@@ -97,7 +94,7 @@ class Coordinator:
         self._superlink = Superlink()
         self.fleet = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._sessions = Sessions(self.fleet)
-        self._broker = _broker(home, chosen, self.port, keys)
+        self._broker = make_broker(home, chosen, self.port, keys)
         self._steps = ca_chain.read_chain(keys.chain)
         self._card = CardFile(home, keys.ca_pem, keys.chain)
         self._publisher = EventPublisher(self.fleet, self._sessions, keys)
@@ -320,35 +317,3 @@ class Coordinator:
     def _on_broker(self, up: bool, reason: str) -> None:
         if not up:
             log.warning("the MQTT broker is down: %s", reason)
-
-
-def _broker(
-    home: Path, chosen: Settings, port: int, keys: Keys
-) -> EmbeddedBroker | ExternalBroker | MosquittoBroker:
-    """The external broker of the settings, or an embedded one on the port after `port`."""
-    if chosen.mqtt_mosquitto:
-        passwords = mqtt_passwords(keys)
-        files = MosquittoFiles(Path(chosen.mqtt_mosquitto), keys.fleet, passwords)
-        ca_pem, mqtt_port = keys.ca_pem.decode(), mosquitto_port(chosen)
-        return MosquittoBroker(files, passwords, chosen.host, mqtt_port, ca_pem)
-    if chosen.mqtt_url:
-        return ExternalBroker(chosen.mqtt_url, Path(chosen.mqtt_ca) if chosen.mqtt_ca else None)
-    return EmbeddedBroker(
-        home / "broker",
-        chosen.host,
-        chosen.mqtt_port or (port + 1 if chosen.port else 0),
-        home / "server.pem",
-        home / "server.key",
-        keys.fleet,
-        mqtt_passwords(keys),
-    )
-
-
-def mqtt_passwords(keys: Keys) -> Passwords:
-    """The passwords of all members for the broker."""
-    return Passwords(keys.sign_key.private_bytes_raw())
-
-
-def mosquitto_port(chosen: Settings) -> int:
-    """Where Mosquitto listens."""
-    return chosen.mqtt_port or chosen.port + 1

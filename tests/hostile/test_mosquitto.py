@@ -15,7 +15,7 @@ import aiomqtt
 import pytest
 from msgspec.structs import replace
 
-from coordinator.daemon import coordinator as daemon
+from coordinator.daemon.brokers import mqtt_passwords
 from coordinator.daemon.coordinator import Coordinator
 from coordinator.storage import settings
 from coordinator.storage.settings import Settings
@@ -54,7 +54,7 @@ async def served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     keys = settings.open_keys(home)
     port = two_free_ports()[0]
     chosen = Settings(host=HOST, port=0, mqtt_port=port, mqtt_mosquitto=str(folder / "mosquitto"))
-    files = MosquittoFiles(folder / "mosquitto", keys.fleet, daemon.mqtt_passwords(keys))
+    files = MosquittoFiles(folder / "mosquitto", keys.fleet, mqtt_passwords(keys))
     config = files.write_config(HOST, port, home / "server.pem", home / "server.key")
     files.write_empty()
     assert MOSQUITTO is not None
@@ -202,7 +202,7 @@ def test_the_command_writes_private_files_and_names_the_next_step(
     assert [path.name for path in files] == ["acl", "mosquitto.conf", "passwords"]
     if sys.platform != "win32":
         assert {path.stat().st_mode & 0o077 for path in [folder, *files]} == {0}
-    password = daemon.mqtt_passwords(settings.open_keys(tmp_path / "home")).of("coordinator")
+    password = mqtt_passwords(settings.open_keys(tmp_path / "home")).of("coordinator")
     assert not any(password in path.read_text() for path in files)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coordinator.daemon import coordinator
+from coordinator.daemon.brokers import make_broker
 from coordinator.storage import settings
 from coordinator.storage.settings import PORT, Settings
 from coordinator.transport.external_broker import ExternalBroker
@@ -59,7 +59,7 @@ def test_by_default_it_has_the_port_after_the_coordinators(
 ) -> None:
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path))
     settings.init([HOST])
-    made = coordinator._broker(tmp_path, Settings(), PORT, settings.open_keys(tmp_path))
+    made = make_broker(tmp_path, Settings(), PORT, settings.open_keys(tmp_path))
     assert isinstance(made, EmbeddedBroker)
     assert made.port == PORT + 1
 
