@@ -17,7 +17,6 @@ import logging
 import queue
 import secrets
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from typing import IO
 
 import tomli_w
 
+from coordinator.transport.certificate_probe import first_certificate, served_certificate
 from coordinator.transport.mqtt_access import Login, OnRefused, Passwords, Role
 from coordinator.transport.ports import listen_error, listenable
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
@@ -125,7 +125,7 @@ class EmbeddedBroker:
             return
         await self.stop()  # releases what is left of a child that has ended
         try:
-            _first_certificate(self._certificate)
+            first_certificate(self._certificate)
             self._key.read_bytes()
         except (OSError, ValueError) as err:
             raise HomeError(f"cannot read {self._certificate} and its key: {err}") from err
@@ -277,9 +277,9 @@ class EmbeddedBroker:
     async def _wait_until_ready(self) -> None:
         until = time.monotonic() + START_TIMEOUT_S
         while self.running:
-            certificate = await self._served_certificate(timeout_s=2.0)
+            certificate = await served_certificate(self._ip, self.port, 2.0)
             if certificate is not None:
-                if certificate == _first_certificate(self._certificate):
+                if certificate == first_certificate(self._certificate):
                     return
                 raise PortInUse(
                     f"another program listens on port {self.port}",
@@ -307,7 +307,9 @@ class EmbeddedBroker:
                 if (status := self._process.poll()) is not None:
                     return f"the MQTT broker ended (status {status})"
                 if probe is None and time.monotonic() >= next_probe:
-                    probe = asyncio.create_task(self._served_certificate(self._stuck_after_s))
+                    probe = asyncio.create_task(
+                        served_certificate(self._ip, self.port, self._stuck_after_s)
+                    )
                 elif probe is not None and probe.done():
                     if probe.result() is None and self.running:
                         await self.stop()
@@ -318,21 +320,6 @@ class EmbeddedBroker:
         finally:
             if probe is not None:
                 probe.cancel()
-
-    async def _served_certificate(self, timeout_s: float) -> bytes | None:
-        """The certificate (DER) that our port serves, or None without a handshake in time."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE  # the caller compares the certificate with ours
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._ip, self._ip)
-        try:
-            async with asyncio.timeout(timeout_s):
-                _, writer = await asyncio.open_connection(host, self.port, ssl=context)
-        except OSError:  # TimeoutError is one
-            return None
-        served: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        writer.transport.abort()
-        return served
 
 
 if sys.platform == "win32":
@@ -347,10 +334,3 @@ def _write_lines(lines: queue.SimpleQueue[list[str] | None], pipe: IO[bytes]) ->
         while (line := lines.get()) is not None:
             pipe.write(json.dumps(line).encode() + b"\n")
             pipe.flush()
-
-
-def _first_certificate(path: Path) -> bytes:
-    """The DER form of the first certificate in a PEM file."""
-    text = path.read_text()
-    end = "-----END CERTIFICATE-----"
-    return ssl.PEM_cert_to_DER_cert(text[text.index("-----BEGIN") : text.index(end) + len(end)])
