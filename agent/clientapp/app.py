@@ -17,13 +17,7 @@ from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
 from agent.clientapp import secure_rules, trainer_work
-from agent.clientapp.interfaces import (
-    CheckLog,
-    Observer,
-    PeerIdentity,
-    Queries,
-    Transport,
-)
+from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries, Transport
 from agent.clientapp.outbox import Finished, Outbox
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
@@ -35,13 +29,7 @@ from agent.home.settings_schema import AgentSettings
 from agent.tasks import floors as owner_floors
 from agent.tasks.work import Done, Trainer
 from protocols.codecs import registry
-from protocols.errors import (
-    CommonweightError,
-    DiskFull,
-    NotAllowed,
-    SchemaMismatch,
-    TrainerFailed,
-)
+from protocols.errors import CommonweightError, DiskFull, NotAllowed, SchemaMismatch, TrainerFailed
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
 from protocols.local.failpoints import failpoint, note

@@ -5,8 +5,7 @@ name order without gaps, and the header is compact JSON without metadata, padded
 bytes. So equal weights are equal bytes, and the SHA-256 of the file, computed while it streams, is
 the digest that names the version.
 
-numpy has no bf16 type: such tensors are `uint16` arrays here, and the schema has their dtype; see
-`bfloat16.py` for their values.
+numpy has no bf16 type: such tensors are `uint16` arrays here, and the schema has their dtype.
 """
 
 from __future__ import annotations
