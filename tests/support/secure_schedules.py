@@ -24,16 +24,17 @@ import numpy as np
 import pytest
 
 from agent.home.secure_store import TurnKey
+from coordinator.runs import transitions
+from coordinator.runs.secure.sum_files import SumFiles
+from coordinator.runs.state import CohortState, Run
+from coordinator.storage import run_events
+from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, CohortLost, SecureRefused, UsageError
+from protocols.messages.states import RunState
 from protocols.privacy.secagg import cohort as cohort_module
 from protocols.privacy.secagg import keys, peer
-from protocols.privacy.secagg.aggregator import (
-    Aggregator,
-    CohortFixed,
-    SharersFixed,
-    SurvivorsFixed,
-)
+from protocols.privacy.secagg.aggregator import Aggregator
 from protocols.privacy.secagg.cohort import Cohort, Pins, threshold
 from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
@@ -49,6 +50,7 @@ from protocols.privacy.secagg.messages import (
     SignedCard,
     UnmaskAnswer,
     UnmaskRequest,
+    encode,
 )
 from tests.support.secure_cohort import (
     BASE,
@@ -102,40 +104,77 @@ class Witness:
 
 
 class Site:
-    """The coordinator of one cohort and what is on its disk."""
+    """The coordinator of one cohort: its ledger, its spool, and what it has in memory."""
 
-    def __init__(self, request: ShareRequest) -> None:
-        self.fixed = CohortFixed(request=request)
-        self.events: list[SharersFixed | SurvivorsFixed] = []
-        self.shares: dict[str, ShareAnswer] = {}
-        self.uploads: dict[str, MaskAnswer] = {}
-        self.state = Aggregator(self.fixed)
+    def __init__(self, request: ShareRequest, turn: int) -> None:
+        self._spool = {"request": encode(request)}
+        #: Masked updates whose answers have arrived, and why some of them do not count.
+        self.acknowledged: set[tuple[str, str]] = set()
+        self.refused: dict[tuple[str, str], str] = {}
+        peers = tuple(sorted(Cohort(request, is_checked=True).cards))
+        spec = RunSpec(task="t", rounds=1, quorum=2, secure=True)
+        cards = {name: Update(num_examples=1) for name in peers}
+        self.run = Run(
+            id=RUN, spec=spec, state=RunState.AGGREGATING, round=1, turn=turn, updates=cards
+        )
+        self._record(run_events.CohortFixed(1, turn, "train", peers, "request"))
+        self.restart()
+
+    def read(self, owner: str, digest: str) -> bytes:
+        """A file of the spool."""
+        return self._spool[digest]
 
     def restart(self) -> None:
-        self.state = Aggregator(self.fixed)
-        for name, share in self.shares.items():
-            self.state.take(name, share)
-        for event in self.events:
-            if isinstance(event, SurvivorsFixed):
-                self._take_uploads()
-            self.state.apply(event)
-        self._take_uploads()
+        self._files = SumFiles(self)  # type: ignore[arg-type]
 
-    def _take_uploads(self) -> None:
-        for name, answer in self.uploads.items():
-            self.state.take(name, answer)
+    @property
+    def cohort(self) -> CohortState:
+        assert self.run.cohort is not None
+        return self.run.cohort
+
+    @property
+    def state(self) -> Aggregator:
+        return self._files.open(self.cohort)
+
+    def _record(self, event: RunEvent) -> None:
+        self.run = transitions.apply(self.run, event)
 
     def take(self, name: str, answer: Answer) -> None:
-        if isinstance(answer, ShareAnswer) and not self.events:
-            self.shares.setdefault(name, answer)
-        if isinstance(answer, MaskAnswer) and len(self.events) == 1:
-            self.uploads.setdefault(name, answer)
-        self.state.take(name, answer)
+        if not isinstance(answer, MaskAnswer):
+            self.state.take(name, answer)
+            return
+        update = name, answer.digest
+        self.acknowledged.add(update)
+        if "mask" in self.run.open_kinds:
+            self._record(run_events.MaskedUpdateAccepted(1, *update, answer.nbytes))
+        elif update not in self.cohort.masked.items():
+            self.refuse(update)
+
+    def refuse(self, update: tuple[str, str]) -> None:
+        self.refused[update] = "late"
 
     def decide(self) -> None:
-        event = self.state.fix_survivors() if self.events else self.state.fix_sharers()
-        self.events.append(event)
-        self.state.apply(event)
+        state = self.state
+        if not state.sharers:
+            sharers = state.fix_sharers().sharers
+            self._spool["shares"] = encode({name: state.shares[name] for name in sharers})
+            self._record(run_events.SharersFixed(1, sharers, "shares"))
+        else:
+            self._record(run_events.SurvivorsFixed(1, state.fix_survivors().survivors))
+
+    def lose(self, because: str) -> None:
+        for update in self.acknowledged:
+            self.refused.setdefault(update, because)
+        self._record(run_events.CohortLost(1, because))
+
+    def check_accounts(self) -> None:
+        """Each acknowledged update counts once, or is refused with its reason."""
+        run = self.run
+        counted = Counter((name, self.cohort.masked[name]) for name in run.contributors)
+        assert counted.keys() <= self.acknowledged, "the sum has an update that nobody sent"
+        for update in self.acknowledged:
+            told = counted[update] + bool(self.refused.get(update))
+            assert told == 1, f"an acknowledged update counts {counted[update]} times"
 
 
 #: In a third of all schedules, more peers than this form a ring with this many neighbors each.
@@ -189,13 +228,16 @@ def _play_honest(seed: int) -> str:
         cards = [_insist(rnd, machines[name], key) for name in sorted(alive)]
         if len(cards) < 3:
             return "lost"
-        site = Site(share_request(cards, plan(rnd.choice((16, 32)), max_weight=4)))
+        site = Site(share_request(cards, plan(rnd.choice((16, 32)), max_weight=4)), turn)
         try:
             mortal = _play_turn(rnd, site, machines, alive, key, witness, mortal, hurry)
-        except CohortLost:
+        except CohortLost as err:
             assert not must_succeed, "the cohort was lost without need"
+            site.lose(err.message)
+            site.check_accounts()
             continue
-        survivors = [machines[name] for name in site.state.survivors]
+        site.check_accounts()
+        survivors = [machines[name] for name in site.run.contributors]
         secure, plain = (
             secure_sum(site.state, machines),
             plain_sum(site.state.cohort, survivors, key),
@@ -258,6 +300,7 @@ def _play_turn(
         hurries = rnd.random() < hurry
         if len(ahead) > 2 and not hurries:
             continue  # the coordinator looks later whether anybody is still to answer
+        state = site.state  # a restart loses the shares that were not yet fixed
         waits = any(state.request_for(name) is not None for name in alive)
         if not state.survivors and (not waits or hurries):
             site.decide()

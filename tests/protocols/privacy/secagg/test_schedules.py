@@ -1,20 +1,25 @@
 """Random schedules of secure sums: an honest coordinator on a bad network, and a hostile one.
 
 A long test plays 100,000 of them. `python -m tests.support.secure_schedules` plays any range.
+In each, no agent tells both kinds of share, masks two cohorts with one card or signs two sets of
+survivors, and each acknowledged update counts once or is refused with its reason. The last tests
+break each of these rules, and the schedules notice it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from agent.home.secure_store import TurnKey
 from protocols.privacy.secagg import peer
+from protocols.privacy.secagg.aggregator import Aggregator, SurvivorsFixed
 from protocols.privacy.secagg.peer import Turn
 from tests.support import secure_cohort
-from tests.support.secure_schedules import play_honest, play_hostile
+from tests.support.secure_schedules import Site, play_honest, play_hostile
 
 NAMES = ("ShareRequest", "MaskRequest", "AgreeRequest", "UnmaskRequest", "sum known")
 
@@ -67,3 +72,50 @@ def test_the_schedules_notice_a_peer_that_accepts_any_set(monkeypatch: pytest.Mo
     monkeypatch.setattr(peer, "_check_set", lambda *_: None)
     with pytest.raises(AssertionError, match=r"the sum of \d peers is known|both secrets"):
         play_many(300)
+
+
+FORGOTTEN: list[tuple[str, dict[str, Any], str]] = [
+    ("share", {"cohort": None}, "one card in two cohorts"),
+    ("mask", {"mask": None, "upload": ""}, "two masked updates with one card"),
+    ("agree", {"agree": None}, "two sets of survivors signed"),
+]
+
+
+@pytest.mark.parametrize(("step", "forgotten", "found"), FORGOTTEN, ids=lambda part: str(part)[:8])
+def test_the_schedules_notice_an_agent_that_answers_a_step_twice(
+    step: str, forgotten: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = getattr(peer, step)
+    monkeypatch.setattr(
+        peer, step, lambda state, *others: answer(replace(state, **forgotten), *others)
+    )
+    with pytest.raises(AssertionError, match=found):
+        play_many(100)
+
+
+def play_honest_ones(count: int) -> None:
+    for seed in range(count):
+        play_honest(seed)
+
+
+def test_the_schedules_notice_an_update_that_the_sum_leaves_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sum of the others is right, and no refusal tells why the last one does not count."""
+    all_survivors = Aggregator.fix_survivors
+
+    def fewer(self: Aggregator) -> SurvivorsFixed:
+        survivors = all_survivors(self).survivors
+        return SurvivorsFixed(survivors=survivors[: max(self.needed(), len(survivors) - 1)])
+
+    monkeypatch.setattr(Aggregator, "fix_survivors", fewer)
+    with pytest.raises(AssertionError, match="an acknowledged update counts 0 times"):
+        play_honest_ones(20)
+
+
+def test_the_schedules_notice_a_late_update_that_nobody_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Site, "refuse", lambda self, update: None)
+    with pytest.raises(AssertionError, match="an acknowledged update counts 0 times"):
+        play_honest_ones(2000)
