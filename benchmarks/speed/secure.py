@@ -7,7 +7,6 @@ clock. Files lie in a temporary folder. `--large` adds a cohort of 1,000 peers, 
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import tempfile
 import time
@@ -21,7 +20,7 @@ from protocols.model.weights import Part, Weights, header_bytes, split_into_piec
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import masked_file, ring
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
-from protocols.privacy.secagg.cohort import Pins, neighbor_count, threshold
+from protocols.privacy.secagg.cohort import Pins
 from protocols.privacy.secagg.masks import add_masks
 from protocols.privacy.secagg.messages import MaskRequest
 from protocols.privacy.secagg.peer import Masking
@@ -110,29 +109,11 @@ def recover_sum(peers: int, before: int, after: int) -> None:
     print(f"{name}: {masks} masks; 40 MB take {masks * per_mask_s:.1f} s")
 
 
-def failure_table() -> None:
-    """The chance that a cohort is lost, by its size and the chance that a peer drops out."""
-    print("cohort lost: peers, neighbors, threshold, log2 of the chance at 5, 10, 20, 25 %")
-    for peers in (3, 4, 8, 16, 32, 64, 256, 1000):
-        count = neighbor_count(peers)
-        group, needed = count + 1, threshold(count + 1)
-        groups = 1 if count == peers - 1 else peers
-        told = []
-        for rate in (0.05, 0.1, 0.2, 0.25):
-            chance = sum(
-                math.comb(group, lost) * rate**lost * (1 - rate) ** (group - lost)
-                for lost in range(group - needed + 1, group + 1)
-            )
-            told.append(f"{min(0.0, math.log2(groups * chance)):.1f}")
-        print(f"  {peers:5} {count:4} {needed:4}  {'  '.join(told)}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--large", action="store_true", help="1,000 peers too")
     large = parser.parse_args().large
     random.seed(0)
-    failure_table()
     for ring_bits in (32, 16):
         mask_a_model(8, ring_bits)
     recover_sum(64, 4, 2)
