@@ -401,9 +401,9 @@ class Fleet:
     def start(self, **spec: Any) -> str:
         return self.hub.runs.start(RunSpec(task="softmax", **spec), "")
 
-    async def finished(self, run_id: str) -> Run:
+    async def finished(self, run_id: str, *, within_s: float = 60) -> Run:
         """Wait until the run has ended, and return it."""
-        await until(lambda: self._is_ended(run_id))
+        await until(lambda: self._is_ended(run_id), within_s)
         return self.hub.runs.find(run_id)
 
     def _is_ended(self, run_id: str) -> bool:

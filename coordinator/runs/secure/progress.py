@@ -27,7 +27,8 @@ def measure(
     if (cohort := run.cohort) is None:
         return None
     asked, answered = step_of(cohort, state)
-    missing = [p for p in asked if p not in answered and run.peers.get(p) != "refused"]
+    refused = {peer for peer, status in run.peers.items() if status == "refused"}
+    missing = [p for p in asked if p not in answered and _can_answer(state, p, refused)]
     awaited = tuple(peer for peer in missing if online is None or peer in online)
     is_due = step_s >= decisions.step_deadline_s(run)
     if is_due and cohort.step == "mask" and step_s < run.spec.deadline_s:
@@ -43,6 +44,14 @@ def measure(
         enough=(is_due or not awaited) and _is_enough(run, state),
         is_over=(is_due and may_lose) or step_s >= run.spec.deadline_s,
     )
+
+
+def _can_answer(state: Aggregator, peer: str, refused: Set[str]) -> bool:
+    """False if the peer has refused, or can get too few signatures to tell its shares."""
+    if peer in refused or not state.survivors:
+        return peer not in refused
+    signers = state.signatures.keys() | (set(state.survivors) - refused)
+    return len(signers.intersection(state.cohort.groups[peer])) >= state.cohort.threshold(peer)
 
 
 def _is_enough(run: Run, state: Aggregator) -> bool:
