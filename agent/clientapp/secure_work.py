@@ -217,8 +217,10 @@ class SecureWork:
                 "what this peer has trained in this turn is no longer on its disk",
                 "the run goes on without it; it takes part again from the next turn on",
             )
-        largest = max(masking.cohort.weights.values())
-        numbers = tails.values(plan.names, result.metrics, result.tallies, masking.weight, largest)
+        most = max(card.examples for card in masking.cohort.cards.values())
+        numbers = tails.values(
+            plan.names, result.metrics, result.tallies, result.num_examples, most
+        )
         if not result.digest:
             return masked_file.write(masking, None, numbers, files.masked)
         check_room(files.masked.parent, sum(plan.sizes) * plan.ring // 8 + _SPARE_BYTES)

@@ -166,11 +166,12 @@ def integers(of: Taken, number: int, folder: Path) -> Integers:
     assert of.turn.mask is not None
     pins = Pins(frozenset(of.cohort.peers), 2)
     masking = peer.mask(of.turn, of.turn.mask, pins)[1]._replace(plus=[], minus=[])
-    plan, largest = of.cohort.plan, max(of.cohort.weights.values())
+    plan, cards = of.cohort.plan, of.cohort.cards
     is_training = plan.kind == "train"
     loss = {"train_loss" if is_training else "loss": planted.LOSSES[number]}
     sums = {} if is_training else {"regression": planted.tally(number)}
-    told = tails.values(plan.names, loss, sums, masking.weight, largest)
+    most = max(card.examples for card in cards.values())
+    told = tails.values(plan.names, loss, sums, cards[of.turn.peer].examples, most)
     files = [folder / name for name in ("base", "trained", "unmasked")]
     weights.save(planted.first(), files[0])
     weights.save(trained(number), files[1])

@@ -171,21 +171,40 @@ def test_a_stricter_owner_tells_no_share_and_repeats_no_step(
 
 
 def test_the_mean_of_accuracies_does_not_tell_each_of_them() -> None:
-    """Attack: find the only hits of three peers whose accuracies have the mean that was told.
-
-    Each accuracy is a fraction of few examples.
-    """
-    examples, hits, weights = (59, 61, 67), (31, 44, 29), (228, 235, 256)
+    """Attack: find the hits of each of three peers by the sum of all hits, which a tally tells, and
+    the mean accuracy. Each accuracy is a fraction of few examples."""
+    examples, hits = (59, 61, 67), (31, 44, 29)
     names = tails.names({"accuracy": 0.0}, {})
-    total = sum(
-        ring.encode_tail(tails.values(names, {"accuracy": h / n}, {}, w, max(weights)), 3).view(
-            "i8"
-        )
-        for h, n, w in zip(hits, examples, weights, strict=True)
-    )
-    told = ring.decode_tail(np.asarray(total).view("u8"))[0]
-    some = [w * np.arange(n + 1) / n for w, n in zip(weights, examples, strict=True)]
-    guesses = some[0][:, None, None] + some[1][:, None] + some[2]
-    likely = np.abs(guesses - told) <= np.abs(guesses[hits] - told) + 1e-9
-    assert likely.sum() > 20
-    assert told / sum(weights) == pytest.approx(guesses[hits] / sum(weights), abs=2e-4)
+
+    def told(*right: int) -> list[float]:
+        numbers = [
+            tails.values(names, {"accuracy": h / n}, {}, n, max(examples))
+            for h, n in zip(right, examples, strict=True)
+        ]
+        total = sum(ring.encode_tail(one, 3).view("i8") for one in numbers)
+        return ring.decode_tail(np.asarray(total).view("u8"))
+
+    def likely(first: int, second: int) -> bool:
+        third = sum(hits) - first - second
+        return 0 <= third <= examples[2] and told(first, second, third) == told(*hits)
+
+    found = [(a, b) for a in range(20, 45) for b in range(30, 60) if likely(a, b)]
+    assert len(found) > 25 * 30 * 0.9, "the mean tells no more than the sum of all hits"
+    accuracy, weight = told(*hits)
+    assert accuracy / weight == pytest.approx(sum(hits) / sum(examples))
+
+
+def test_the_weights_of_a_plan_do_not_change_how_metrics_count(tmp_path: Path) -> None:
+    """Attack: sum metrics of the same peers with several weights, to solve for those of each."""
+    room = Room(tmp_path)
+    told = set()
+    for turn, (most, cap) in enumerate([(1, 0), (256, 0), (256, 20)]):
+        cards = room.cards("evaluate", turn).cards
+        plan = room.plan("evaluate", max_weight=most, max_examples=cap)
+        state = Aggregator(CohortFixed(request=ShareRequest(plan=encode(plan), cards=cards)))
+        for decide in (state.fix_sharers, state.fix_survivors, None, None):
+            room.play(state, turn=turn)
+            if decide:
+                state.apply(decide())
+        told.add(str(room.mean(state, tmp_path)[1]))
+    assert len(told) == 1

@@ -1,7 +1,10 @@
 """Metrics and tallies as numbers that are summed beside the update. Pure.
 
-A metric is two numbers, its value times the peer's weight and the weight, so that the mean is over
-the peers whose value is finite. A tally is summed as it is.
+A metric is two numbers, its value times the peer's examples and the examples, so that the mean is
+over the peers whose value is finite. A tally is summed as it is.
+
+The plan's weights are not used. An accuracy is a fraction of few examples: from a mean with other
+weights and the sum of all hits, the accuracy of each of three peers could be computed.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from protocols.privacy.secagg.messages import TailNames
 
 #: The sum of 1,024 peers with the largest weight then fits into 63 bits: see `ring.encode_tail`.
 _MAX_VALUE = 2.0**15
-#: How finely a metric is summed, as a part of the largest weight. An accuracy is a fraction of few
-#: examples: from a finer sum of three peers, the accuracy of each could be computed.
+#: How finely a metric is summed, as a part of the most examples. With fewer than 1 / _STEP of
+#: these, hits are whole numbers, so that the sum tells no more of them than a tally.
 _STEP = 2.0**-12
+#: More examples are counted in units of 2, 4, 8, …
+_MAX_COUNT_BITS = 16
 
 
 def names(metrics: Metrics, tallies: Tallies) -> TailNames:
@@ -33,21 +38,22 @@ def count(of: TailNames) -> int:
 
 
 def values(
-    of: TailNames, metrics: Metrics, tallies: Tallies, weight: int, largest: int
+    of: TailNames, metrics: Metrics, tallies: Tallies, examples: int, most: int
 ) -> list[float]:
-    """The numbers float[count] of one peer, of which the one with the most weight has `largest`.
+    """The numbers float[count] of a peer with so many examples, in a cohort where one has `most`.
 
     A metric that is too large counts as not finite.
     """
     numbers: list[float] = []
-    step = _STEP * largest
+    bits = most.bit_length()
+    count = examples * 2.0 ** min(0, _MAX_COUNT_BITS - bits)
+    step = _STEP * 2.0 ** min(_MAX_COUNT_BITS, bits - 1)
     for name in of.metrics:
         value = metrics[name]
-        is_usable = value is not None and abs(value) <= _MAX_VALUE
-        usable = value if is_usable and value is not None else None
-        numbers += (
-            [round(usable * weight / step) * step, weight] if usable is not None else [0.0, 0.0]
-        )
+        if value is not None and abs(value) <= _MAX_VALUE:
+            numbers += [round(value * count / step) * step, count]
+        else:
+            numbers += [0.0, 0.0]
     for name in of.tallies:
         numbers += tallies[name]
     return numbers

@@ -38,8 +38,9 @@ def test_a_metric_that_no_peer_has_is_none() -> None:
 
 def test_the_largest_metrics_of_the_largest_cohort_fit() -> None:
     names = TailNames(metrics=("loss",))
-    one = tails.values(names, {"loss": tails._MAX_VALUE}, {}, *(2 * [messages.MAX_WEIGHT]))
-    assert ring.encode_tail(one, messages.MAX_COHORT).astype("int64")[0] > 0
+    for examples in (1, 2**16, 2**53):
+        one = tails.values(names, {"loss": tails._MAX_VALUE}, {}, examples, examples)
+        assert ring.encode_tail(one, messages.MAX_COHORT).astype("int64")[0] > 0
 
 
 def test_agents_of_older_versions_do_not_know_a_masked_codec() -> None:
