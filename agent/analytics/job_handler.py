@@ -36,9 +36,7 @@ def handler(home: Path, fleet: str = "") -> Callable[[Unit], Result]:
     def answer_unit(unit: Unit) -> Result:
         if not isinstance(unit.question, Analyze):
             raise BadMessage("a unit that is no question")
-        body = answer(
-            decode(_query, unit.question.query.encode(), "question"), home, unit.job, fleet
-        )
+        body = answer(read_question(unit.question.query), home, unit.job, fleet)
         return Result(body, msgspec.json.decode(body, type=PeerAnswer).rows)
 
     return answer_unit

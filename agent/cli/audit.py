@@ -16,6 +16,7 @@ from protocols.errors import BadMessage, UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.command_line import App
+from protocols.local.os_errors import os_errors_as
 
 audit = App(name="audit", help="Check the coordinator's log of versions, and its proofs.")
 
@@ -134,10 +135,8 @@ def heads(file: Annotated[Path, typer.Argument(help="The file to write.")]) -> N
         cards=tuple(dict.fromkeys(filter(None, (joined.card, old_card)))),
         heads=tuple(found),
     )
-    try:
+    with os_errors_as(UsageError, f"cannot write {file}"):
         write_private(file, fork_proof.encode(seen))
-    except OSError as err:
-        raise UsageError(f"cannot write {file}: {err.strerror}") from err
     print_line(
         f"wrote {len(found)} heads; on the coordinator: commonweight admin audit verify {file}"
     )

@@ -14,6 +14,7 @@ from typing import IO, Any
 from protocols.errors import UsageError
 from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
+from protocols.local.os_errors import os_errors_as
 from protocols.local.spreadsheets import escape_formula
 
 Batch = Mapping[str, Any]
@@ -48,13 +49,9 @@ def write(batches: Iterable[Batch], out: Path | None) -> int:
 @contextlib.contextmanager
 def _writable(out: Path) -> Iterator[IO[bytes]]:
     """The file to write. Raises UsageError if it cannot be."""
-    try:
-        with replacing(out) as file:
-            yield file
-    except OSError as err:
-        raise UsageError(
-            f"cannot write {out}: {err.strerror or err}", "--out NAME.csv in another folder"
-        ) from err
+    failed = os_errors_as(UsageError, f"cannot write {out}", "--out NAME.csv in another folder")
+    with failed, replacing(out) as file:
+        yield file
 
 
 @contextlib.contextmanager

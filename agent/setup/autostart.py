@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from protocols.errors import CommonweightError, NotRunning, UsageError
 from protocols.local import homes
 from protocols.local.checks import Advice
+from protocols.local.os_errors import os_errors_as
 from protocols.local.programs import run_program
 
 _HOME_VARIABLE = "COMMONWEIGHT_AGENT_HOME"
@@ -259,13 +260,11 @@ def find_manager(spec: ServiceSpec, platform: str = sys.platform) -> ServiceMana
 
 
 def _write(file: Path, text: bytes) -> None:
-    try:
+    with os_errors_as(
+        CommonweightError, f"cannot write {file}", "check the permissions of its folder"
+    ):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(text)
-    except OSError as err:
-        raise CommonweightError(
-            f"cannot write {file}: {err.strerror}", "check the permissions of its folder"
-        ) from err
 
 
 def _run(command: list[str], hint: str) -> str:

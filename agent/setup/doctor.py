@@ -28,6 +28,7 @@ from protocols.errors import BadMessage, CommonweightError, NotEnrolled, Refused
 from protocols.local import homes, join_client
 from protocols.local.checks import Advice, Check, CheckStep, run_checks
 from protocols.local.home_checks import check_crashes, check_private, check_room
+from protocols.local.os_errors import os_errors_as
 from protocols.network import addresses, version_check
 from protocols.network.error_text import describe_error
 
@@ -186,25 +187,23 @@ class _Doctor:
 
     def dns(self) -> str:
         host, port = self._address
-        try:
+        with os_errors_as(
+            Unreachable,
+            f"no address for {host}",
+            "is this machine online? Else join again with a ticket that names an address",
+        ):
             infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as err:
-            raise Unreachable(
-                f"no address for {host}: {err.strerror or err}",
-                "is this machine online? Else join again with a ticket that names an address",
-            ) from err
         return f"{host} is {', '.join(sorted({str(info[4][0]) for info in infos}))}"
 
     def tcp(self) -> str:
         where = self._enrollment.addresses[0]
-        try:
-            with socket.create_connection(self._address, _TIMEOUT_S):
-                return f"{where} takes connections"
-        except OSError as err:
-            raise Unreachable(
-                f"{where} takes no connection: {err.strerror or err}",
-                "is the coordinator up (commonweight up), and does no firewall block it?",
-            ) from err
+        failed = os_errors_as(
+            Unreachable,
+            f"{where} takes no connection",
+            "is the coordinator up (commonweight up), and does no firewall block it?",
+        )
+        with failed, socket.create_connection(self._address, _TIMEOUT_S):
+            return f"{where} takes connections"
 
     def tls(self) -> str | Advice:
         ca_pem = self._enrollment.ca_pem

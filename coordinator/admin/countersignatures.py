@@ -18,6 +18,7 @@ from coordinator.storage.ledger import Ledger
 from coordinator.storage.seen_heads import FILE, SeenHeads
 from protocols.enrollment import fork_proof
 from protocols.errors import BadMessage, UsageError
+from protocols.local.os_errors import os_errors_as
 from protocols.messages.version_log import SIGNED_HEAD, LogHead
 from protocols.p2p import seen_heads
 
@@ -61,12 +62,10 @@ def stored(home: Path, ledger: Ledger) -> Iterator[SeenBy]:
 
 def from_file(path: Path, ca_pem: bytes) -> list[SeenBy]:
     """The heads in a file of `ledger audit heads` of an agent. Raises UsageError, BadMessage."""
-    try:
+    with os_errors_as(UsageError, f"cannot read {path}"):
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise UsageError(f"{path} is too long for a file of seen heads")
         data = path.read_bytes()
-    except OSError as err:
-        raise UsageError(f"cannot read {path}: {err.strerror}") from err
     peer, heads = fork_proof.open_seen(ca_pem, data)
     return [SeenBy(peer, head) for _, head in heads]
 

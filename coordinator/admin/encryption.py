@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from protocols.errors import HomeError, Refused, UsageError
+from protocols.local.os_errors import os_errors_as
 
 MAGIC = b"cwsealed1\n"
 #: Each guess at a passphrase takes 128 MB of memory and some tenths of a second.
@@ -31,11 +32,8 @@ _HEAD_BYTES = len(MAGIC) + 1 + _SALT_BYTES + _NONCE_BYTES
 
 def is_sealed(file: Path) -> bool:
     """True if the file is encrypted. Raises UsageError if it cannot be read."""
-    try:
-        with file.open("rb") as source:
-            return source.read(len(MAGIC)) == MAGIC
-    except OSError as err:
-        raise UsageError(f"cannot read {file}: {err.strerror}") from err
+    with os_errors_as(UsageError, f"cannot read {file}"), file.open("rb") as source:
+        return source.read(len(MAGIC)) == MAGIC
 
 
 def seal(source: Path, out: Path, passphrase: str, *, log_n: int = LOG_N) -> None:

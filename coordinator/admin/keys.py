@@ -32,6 +32,7 @@ from protocols.enrollment.joining import MAX_TRANSITIONS
 from protocols.errors import UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
+from protocols.local.os_errors import os_errors_as
 
 KeyName = Literal["signing", "operator"]
 FILES: dict[KeyName, str] = {"signing": "coordinator.key", "operator": "operator.key"}
@@ -213,10 +214,8 @@ def check_ca_options(keys: Keys, *, has_old: bool, is_offline: bool) -> None:
 def _open_ca_key(keys: Keys, file: Path, passphrase: str) -> SigningKey:
     """The key of this home's CA from an encrypted file. Raises UsageError."""
     hint = "--ca-key names the file that init or keys rotate wrote by --offline-ca"
-    try:
+    with os_errors_as(UsageError, f"cannot open {file}", hint):
         data = file.read_bytes()
-    except OSError as err:
-        raise UsageError(f"cannot open {file}: {err.strerror}", hint) from err
     if b"ENCRYPTED PRIVATE KEY" not in data:
         raise UsageError(f"cannot open {file}: it has no encrypted key", hint)
     try:
@@ -252,13 +251,12 @@ def write_encrypted(file: Path, passphrase: str) -> Callable[[SigningKey], None]
             serialization.PrivateFormat.PKCS8,
             serialization.BestAvailableEncryption(passphrase.encode()),
         )
-        try:
+        with os_errors_as(
+            UsageError,
+            f"cannot write {file}",
+            "choose a file in a folder that exists and that you can write to",
+        ):
             write_private(file, pem)
-        except OSError as err:
-            raise UsageError(
-                f"cannot write {file}: {err.strerror or err}",
-                "choose a file in a folder that exists and that you can write to",
-            ) from err
 
     return write
 

@@ -11,6 +11,7 @@ import typer
 from coordinator.cli.common import Json, print_result
 from protocols.errors import HomeError, UsageError
 from protocols.local.command_line import App
+from protocols.local.os_errors import os_errors_as
 
 #: The old home of the command.
 mqtt = App(help="A broker of your own.")
@@ -41,13 +42,9 @@ def mosquitto(
     files = MosquittoFiles(folder, keys.fleet, mqtt_passwords(keys))
     port = mosquitto_port(chosen)
     certificate, key = home / "server.pem", home / "server.key"
-    try:
+    with os_errors_as(HomeError, f"cannot write into {folder}", "choose another folder"):
         config = files.write_config(chosen.host, port, certificate, key)
         files.write_empty()
-    except OSError as err:
-        raise HomeError(
-            f"cannot write into {folder}: {err.strerror or err}", "choose another folder"
-        ) from err
     start, up = (
         f"mosquitto -c {shlex.quote(str(config))}",
         f"--mosquitto {shlex.quote(str(folder))}",

@@ -20,6 +20,7 @@ from coordinator.jobs.state import Job, Unit
 from coordinator.storage.job_events import AnswerInfo, JobSpec
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage
+from protocols.local.os_errors import os_errors_as
 from protocols.messages.jobs import INLINE_MAX_BYTES, Scatter
 
 #: One answer is the result of a few seconds of work.
@@ -62,12 +63,10 @@ class JobStore(WeightStore):
         blocks = spec.blocks[unit.first : unit.stop]
         start = sum(block.nbytes for block in spec.blocks[: unit.first])
         nbytes = sum(block.nbytes for block in blocks)
-        try:
-            with self.version_path(spec.input).open("rb") as file:
-                file.seek(start)
-                data = file.read(nbytes)
-        except OSError as err:
-            raise BadMessage(f"the job's input cannot be read: {err.strerror}") from err
+        failed = os_errors_as(BadMessage, "the job's input cannot be read")
+        with failed, self.version_path(spec.input).open("rb") as file:
+            file.seek(start)
+            data = file.read(nbytes)
         if len(data) != nbytes:
             raise BadMessage("the job's input was cut short on disk")
         digest = hashlib.sha256(data).hexdigest()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from coordinator.transport.ports import listenable
 from protocols.errors import UsageError
+from protocols.local.os_errors import os_errors_as
 
 #: Set by the server in TEXTUAL_DRIVER, which Textual reads.
 DRIVER = "coordinator.monitor.tui.pipe_driver:PipeDriver"
@@ -58,9 +59,5 @@ def serve_monitor(host: str, port: int, options: Sequence[str]) -> None:
         ) from err
     port = port or listenable(host)
     words = [sys.executable, "-m", "coordinator.cli", "monitor", *options]
-    try:
+    with os_errors_as(UsageError, f"cannot listen on {host}:{port}", "leave --port out"):
         MonitorServer(words, host, port).serve()
-    except OSError as err:
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {err.strerror}", "leave --port out"
-        ) from err

@@ -10,6 +10,7 @@ from coordinator.runs.state import Run
 from protocols import VERSION
 from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.local.atomic_files import replacing
+from protocols.local.os_errors import os_errors_as
 from protocols.model import model_card, personalization, weights
 from protocols.model.model_card import Contributor, ModelCard
 from protocols.model.weights import Schema
@@ -89,14 +90,10 @@ def export(file: Path, run: Run, version: str, names: Mapping[str, str], out: Pa
     check_on_disk(file, run, version)
     check_target(out)
     model = personalization.without_controls(weights.load(file))
-    try:
+    with os_errors_as(CommonweightError, f"cannot write {out}", "name a file in a folder of yours"):
         sha256 = weights.save(model, out)
         with replacing(model_card.card_path(out)) as card:
             card.write(model_card.encode(build_card(run, version, sha256, model.schema, names)))
-    except OSError as err:
-        raise CommonweightError(
-            f"cannot write {out}: {err.strerror or err}", "name a file in a folder of yours"
-        ) from err
     return version
 
 

@@ -21,6 +21,7 @@ import psutil
 from coordinator.transport.mqtt_access import WATCHED, OnRefused, Passwords, Role
 from protocols.errors import HomeError
 from protocols.local.atomic_files import write_private
+from protocols.local.os_errors import os_errors_as
 from protocols.messages import topics
 from protocols.messages.envelope import MAX_PAYLOAD_BYTES
 from protocols.messages.mqtt import MqttAddress
@@ -156,15 +157,13 @@ class MosquittoBroker:
     async def start(self) -> None:
         """Write the files and let a running Mosquitto read them. Raises HomeError."""
         self._changed.clear()
-        try:
+        with os_errors_as(
+            HomeError,
+            f"cannot write the logins of Mosquitto into {self._files.folder}",
+            f"commonweight admin mosquitto {self._files.folder}",
+        ):
             if self._files.write():
                 self._reload()
-        except OSError as err:
-            raise HomeError(
-                f"cannot write the logins of Mosquitto into {self._files.folder}: "
-                f"{err.strerror or err}",
-                f"commonweight admin mosquitto {self._files.folder}",
-            ) from err
 
     async def stop(self) -> None:
         """Do nothing: we do not run this broker."""

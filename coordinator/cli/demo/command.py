@@ -33,6 +33,7 @@ from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import CommonweightError, UnknownName, UsageError
+from protocols.local.os_errors import os_errors_as
 from protocols.messages.states import ENDED, RunState
 
 POLL_S = 0.25
@@ -227,15 +228,13 @@ def _save_model(home: Path, digest: str, out: Path | None, run: str) -> Path:
     """Copy a version out of the demo's home; return its path. Raises CommonweightError."""
     folder = platformdirs.user_data_path("commonweight") / "demo"
     target = (out or folder / f"{run}.safetensors").absolute()
-    try:
+    with os_errors_as(
+        CommonweightError, f"the model could not be written to {target}", "choose another: --out"
+    ):
         target.parent.mkdir(parents=True, exist_ok=True)
         source = WeightStore(home).version_path(digest)
         with source.open("rb") as model, target.open("xb") as copy:
             shutil.copyfileobj(model, copy)
-    except OSError as err:
-        raise CommonweightError(
-            f"the model could not be written to {target}: {err.strerror}", "choose another: --out"
-        ) from err
     return target
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 from protocols.errors import UsageError
+from protocols.local.os_errors import os_errors_as
 
 TARGET = "readmitted"
 #: Rows, mean age and separator of each clinic.
@@ -30,11 +31,9 @@ def write(folder: Path) -> list[Path]:
     for name in tables:
         if (folder / name).exists():
             raise UsageError(f"{folder / name} exists already", "name another folder")
-    try:
+    with os_errors_as(UsageError, f"cannot write into {folder}", "name another"):
         folder.mkdir(parents=True, exist_ok=True)
         _write_all(folder, tables)
-    except OSError as err:
-        raise UsageError(f"cannot write into {folder}: {err.strerror}", "name another") from None
     return [folder / name for name in tables]
 
 

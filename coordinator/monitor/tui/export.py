@@ -16,6 +16,7 @@ from coordinator.fleet.readings import has_presence, shown_reason, shown_state
 from coordinator.fleet.state import Event, Fleet, Job, Peer, Run
 from coordinator.monitor.peer_table import training_loss
 from protocols.errors import CommonweightError
+from protocols.local.os_errors import os_errors_as
 from protocols.local.spreadsheets import escape_formula
 
 Row = dict[str, Any]
@@ -88,11 +89,9 @@ def write(folder: Path, what: str, rows: Sequence[Row], fleet: Fleet | None) -> 
     paths = []
     for suffix, text in texts.items():
         path = folder / (name + suffix)
-        try:
+        with os_errors_as(
+            CommonweightError, f"cannot write {path}", "start the monitor in another folder"
+        ):
             path.write_text(text, encoding="utf-8")
-        except OSError as err:
-            raise CommonweightError(
-                f"cannot write {path}: {err.strerror}", "start the monitor in another folder"
-            ) from err
         paths.append(path)
     return paths
