@@ -21,7 +21,7 @@ from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, HomeError, Refused, Unreachable
 from protocols.local import homes, join_client
 from protocols.local.atomic_files import write_private
-from protocols.local.join_client import ask_version, find_coordinator, post_join
+from protocols.local.join_client import find_coordinator, old_coordinator, post_join
 from protocols.network import addresses
 
 _KEY_FILES = ("sign.key", "node.key")
@@ -89,7 +89,8 @@ def _join(
     )
     answer = post_join(address, ca_pem, JOIN_PATH, joining, JoinResponse)
     if not answer.card:
-        raise _old_coordinator_error(address, ca_pem, answer.peer, sign_key)
+        again = "update the coordinator, then join with the same ticket"
+        raise old_coordinator(address, ca_pem, answer.peer, sign_key.sign, again)
     host = addresses.parse(address).host
     try:
         keys = (joining.sign_public, joining.node_public)
@@ -183,15 +184,3 @@ def _load_or_create_keys(home: Path, suffix: str) -> tuple[identity.SigningKey, 
     if not node.exists():
         write_private(node, identity.private_pem(identity.new_node_key()))
     return identity.load_signing_key(sign), identity.load_node_key(node)
-
-
-def _old_coordinator_error(
-    address: str, ca_pem: bytes, peer: str, key: identity.SigningKey
-) -> Refused:
-    """The error for a coordinator that sends no fleet card. It names the coordinator's version."""
-    version = ask_version(address, ca_pem, peer, key.sign) or "an older version"
-    return Refused(
-        f"the coordinator runs commonweight {version}, which does not sign its key and broker with "
-        f"the fleet's CA; commonweight {VERSION} joins only with this signature",
-        "update the coordinator, then join with the same ticket",
-    )

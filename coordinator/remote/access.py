@@ -37,7 +37,12 @@ from protocols.errors import (
 )
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
-from protocols.local.join_client import ask_version, fetch_chain, find_coordinator, post_join
+from protocols.local.join_client import (
+    fetch_chain,
+    find_coordinator,
+    old_coordinator,
+    post_join,
+)
 from protocols.messages.decoding import MALFORMED
 from protocols.network import addresses
 
@@ -137,12 +142,8 @@ def join(text: str, name: str = "") -> Access:
         address, ca_pem, joining.OPERATOR_JOIN_PATH, request, joining.OperatorJoinResponse
     )
     if not joined.card:
-        version = ask_version(address, ca_pem, joined.operator, key.sign) or "an older version"
-        raise Refused(
-            f"the coordinator runs commonweight {version}, which does not sign its key and broker "
-            f"with the fleet's CA; commonweight {VERSION} joins only with this signature",
-            "update the coordinator, then create a new ticket",
-        )
+        again = "update the coordinator, then create a new ticket"
+        raise old_coordinator(address, ca_pem, joined.operator, key.sign, again)
     try:
         fleet = ca_chain.fleet_of(ca_pem, joined.transitions)
         fleet_card.verify_card(ca_pem, joined.card, fleet=fleet, at_least=ticket.card)

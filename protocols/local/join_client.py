@@ -15,6 +15,7 @@ from typing import TypeVar
 import httpx
 import msgspec
 
+from protocols import VERSION
 from protocols.enrollment import certificates, signed_requests, tickets
 from protocols.enrollment.ca_chain import ChainResponse
 from protocols.enrollment.joining import (
@@ -143,7 +144,20 @@ def _send(
         )
 
 
-def ask_version(address: str, ca_pem: bytes, peer: str, sign: Sign) -> str:
+def old_coordinator(address: str, ca_pem: bytes, sender: str, sign: Sign, hint: str) -> Refused:
+    """The error for a coordinator that sent no fleet card. It names the coordinator's version.
+
+    `sender` has just joined.
+    """
+    version = _ask_version(address, ca_pem, sender, sign) or "an older version"
+    return Refused(
+        f"the coordinator runs commonweight {version}, which does not sign its key and broker with "
+        f"the fleet's CA; commonweight {VERSION} joins only with this signature",
+        hint,
+    )
+
+
+def _ask_version(address: str, ca_pem: bytes, peer: str, sign: Sign) -> str:
     """The coordinator's version, asked as an enrolled peer; empty if it does not say."""
     headers = signed_requests.sign_headers(peer, sign, "GET", ENROLLMENT_STATUS_PATH)
     try:
