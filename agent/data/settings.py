@@ -43,6 +43,8 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     `device`: where training runs (see `devices`). With `compile`, torch may compile the model.
     `framework`: which one to use if a task supports more than one.
     `floors`: what no setting of a run can go below.
+    `has_budget`: the owner limits what all answers cost in privacy, so all have noise.
+    `adds_noise`: the work adds noise for single rows.
     """
 
     index: int = 0
@@ -62,8 +64,19 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     compile: bool = False
     framework: Framework = "auto"
     floors: Floors = Floors()
+    has_budget: bool = False
+    adds_noise: bool = False
 
     @property
     def is_set(self) -> bool:
         """True if the owner has set data or a folder of base models, which `Task.load` reads."""
         return bool(self.path or self.models)
+
+    @property
+    def min_alike(self) -> int:
+        """Training replaces values that fewer rows have, and leaves out classes of fewer.
+
+        Which these are depends on all rows, so one row changes how others count, which no noise for
+        single rows covers. Noise within the owner's budget makes it superfluous.
+        """
+        return 1 if self.has_budget and self.adds_noise else self.min_count

@@ -158,7 +158,7 @@ class Tabular(TorchTask):
 
     def _read_rows(self, made: Preprocessing) -> _Rows:
         words = "held out", self._data.seed, self._data.index
-        folder, least_count = Path(self._data.cache or "."), self._data.min_count
+        folder, least_count = Path(self._data.cache or "."), self._data.min_alike
 
         def draw(count: int, group: int) -> Mask:
             chance = random_state(*words, *([group] if group else []))
@@ -172,7 +172,8 @@ class Tabular(TorchTask):
                 name, known = " ".join(map(str, words)), numbers
 
                 def divide(usable: Mask) -> Split:
-                    return memory.admission.split(name, known, usable, least_count, draw)
+                    least = self._data.min_count
+                    return memory.admission.split(name, known, usable, least, draw)
 
                 classes = features.read_classes(reader, made)
                 split = split_classes(classes, least_count, divide)

@@ -107,9 +107,10 @@ class WorkExecutor:
         self._model = None
         if isinstance(work, Describe | Train) and floors.reads_data(work):
             floors.check_settings(work.settings, getattr(task, "defaults", None), work.data.floors)
-        if not (work.source or isinstance(work, Init)) and self._data != work.data:
-            data_checks.check(work.task, work.data)
-        self._load(task, work.data)
+        data = private_work.data_of(work)
+        if not (work.source or isinstance(work, Init)) and self._data != data:
+            data_checks.check(work.task, data)
+        self._load(task, data)
         if isinstance(work, Describe):
             return self._describe(work, task)
         scheme, settings = _split_settings(work.settings)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
+from agent.data.settings import DataSettings
 from agent.tasks import Task, TrainsPrivately
-from agent.tasks.work import Train
+from agent.tasks.work import Train, Work
 from protocols.errors import UsageError
 from protocols.model.personalization import SCAFFOLD
 from protocols.privacy import private_training
+
+
+def data_of(work: Work) -> DataSettings:
+    """The data settings for this work, which say whether it adds noise within a budget."""
+    is_private = isinstance(work, Train) and private_training.read(work.settings) is not None
+    return replace(work.data, adds_noise=True) if is_private and work.data.has_budget else work.data
 
 
 def protect(work: Train, task: Task) -> TrainsPrivately | None:

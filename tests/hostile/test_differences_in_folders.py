@@ -18,6 +18,7 @@ from agent.trainer.ipc import Failed
 from agent.trainer.progress import WorkControl
 from protocols.errors import NotAllowed
 from protocols.model import weights
+from protocols.privacy.private_training import PrivateTraining
 
 pytestmark = pytest.mark.attack("20.3")
 
@@ -36,6 +37,8 @@ def picture(path: Path, level: int) -> None:
 class Trainer:
     """The trainer of one agent with sixty pictures."""
 
+    has_budget = False
+
     def __init__(self, home: Path) -> None:
         self.home, self.data = home, home / "pictures"
         for number in range(30):
@@ -47,7 +50,13 @@ class Trainer:
     def do(self, kind: Any, settings: dict[str, Any] = SETTINGS, **more: Any) -> Done:
         """As a new process each time."""
         memory = str(self.home / "told" / "told.db")
-        data = DataSettings(path=str(self.data), memory=memory, cache=str(self.home), device="cpu")
+        data = DataSettings(
+            path=str(self.data),
+            memory=memory,
+            cache=str(self.home),
+            device="cpu",
+            has_budget=self.has_budget,
+        )
         executor = WorkExecutor(WorkControl(), lambda answer: None, 1)
         done = executor.do(kind(task="images", settings=settings, data=data, **more))
         assert not isinstance(done, Failed), done
@@ -146,3 +155,25 @@ def test_a_class_of_one_picture_is_not_trained_on(tmp_path: Path) -> None:
         changes.append([new[name] - old[name] for name in sorted(new)])
     for one, two in zip(*changes, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("has_budget", [False, True])
+def test_a_class_of_few_pictures_within_a_budget(tmp_path: Path, has_budget: bool) -> None:
+    """Attack: tell one picture, in a run with noise, by the few others of its class: without it,
+    all of them would be left out.
+
+    With a budget, the noise hides them, so the class counts. Without one, it is left out.
+    """
+    trainer = Trainer(tmp_path)
+    for number in range(4):
+        picture(trainer.data / "emu" / f"{number}.png", 200 + number)
+    settings = {**SETTINGS, "classes": "cat,dog,emu"}
+    trainer.base = str(tmp_path / "three.safetensors")
+    trainer.do(Init, settings, seed=0, out=trainer.base)
+    chosen = {"seed": 1, "round": 1, **settings, **PrivateTraining(3.0, 1e-5, 1.0, 1).settings()}
+    counts = []
+    for budget in (False, has_budget):
+        trainer.has_budget = budget
+        out = str(tmp_path / "out.safetensors")
+        counts.append(trainer.do(Train, chosen, base=trainer.base, out=out).num_examples)
+    assert (counts[1] > counts[0]) is has_budget

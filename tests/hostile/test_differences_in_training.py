@@ -71,6 +71,8 @@ CHANGES: tuple[Change, ...] = (
 class Trainer:
     """The trainer of one agent, whose table the test changes."""
 
+    has_budget = False
+
     def __init__(
         self, folder: Path, rows: Sequence[Row], settings: dict[str, Any] = SETTINGS
     ) -> None:
@@ -103,6 +105,7 @@ class Trainer:
             cache=str(self.folder),
             memory=str(self.folder / "told" / "told.db"),
             device="cpu",
+            has_budget=self.has_budget,
         )
         executor = executor or WorkExecutor(WorkControl(), lambda answer: None, 1)
         done = executor.do(kind(task="tabular", settings=settings, data=data, **more))

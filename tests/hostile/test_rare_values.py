@@ -6,6 +6,7 @@ flag of one row would tell that row's target, or the whole row.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 
 from agent.data.settings import DataSettings
 from agent.tasks.tabular import Tabular
+from agent.tasks.training.secret_noise import SecretNoise
 from agent.tasks.work import Describe, Init
 from protocols.errors import NotAllowed
 from protocols.model import schema_card, weights
+from protocols.privacy.private_training import PrivateTraining
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
 from protocols.tables.statistics import Moments, TableStatistics, hash_category
@@ -183,3 +186,74 @@ def test_the_sum_of_a_sparse_target(tmp_path: Path) -> None:
     )
     change = trained(tmp_path, made, kind="regression")
     assert not any(values.any() for values in change.values())
+
+
+# --- with noise --------------------------------------------------------------------------------
+
+PRIVATE = PrivateTraining(3.0, 1e-5, clip=1.0, rounds=1)
+#: What more and more rows have, and the preprocessing of a coordinator that knows it.
+SHARED: dict[str, tuple[Row, Preprocessing]] = {
+    "a category": (
+        {"ward": "d", "ill": "yes"},
+        Preprocessing(
+            features=(Feature(name="ward", kind=TEXT, categories=("a", "b", "c", "d")),), target=ILL
+        ),
+    ),
+    "a class": (
+        {"ward": "d"},
+        Preprocessing(
+            features=(Feature(name="age", kind="number", mean=40.0, scale=10.0),),
+            target=Target(name="ward", kind="text", classes=("a", "b", "c", "d")),
+        ),
+    ),
+    "a number": (
+        {"debt": 900},
+        Preprocessing(features=(Feature(name="debt", kind="number", scale=100.0),), target=ILL),
+    ),
+    "a missing number": (
+        {"age": ""},
+        Preprocessing(features=(Feature(name="age", kind="number", missing=True),), target=ILL),
+    ),
+}
+
+
+def reach_of_a_row(folder: Path, kind: str) -> float:
+    """The most that one row changes the sum of gradients, in clips, as more rows become alike.
+
+    Without the noise, so that it is seen.
+    """
+    alike, made = SHARED[kind]
+    plain = [{**row, "debt": 0, "ward": "abc"[n % 3]} for n, row in enumerate(patients())]
+    sums = []
+    for count in range(MIN_COUNT - 2, MIN_COUNT + 4):  # some of them are held out
+        rows = [{**row, **alike} if n < count else row for n, row in enumerate(plain)]
+        (part := folder / str(count)).mkdir(parents=True)
+        trainer = Trainer(part, rows, WANTED)
+        chosen = {**WANTED, "target": made.target.name, "features": "", "lr": 1.0}
+        trainer.settings = {**chosen, "preprocessing": preprocessing.encode(made)}
+        trainer.do(Init, trainer.settings, seed=0, out=trainer.base)
+        examples, change = trainer.train(**PRIVATE.settings())
+        sums.append(examples * change)
+    return max(float(np.linalg.norm(b - a)) for a, b in itertools.pairwise(sums))
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_with_a_budget_a_row_changes_its_own_gradient_alone(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: find a row in a run with noise by the rows that have a rare value with it: without
+    it, they would count as others.
+
+    Its own gradient has at most the norm of the clip, before and after its value was changed.
+    """
+    monkeypatch.setattr(SecretNoise, "normals", lambda self, count: np.zeros(count))
+    monkeypatch.setattr(Trainer, "has_budget", True)
+    assert 0.5 < reach_of_a_row(tmp_path, kind) < 2.001
+
+
+def test_without_a_budget_a_row_changes_how_others_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: without a budget, rare values are replaced, and the noise does not cover that."""
+    monkeypatch.setattr(SecretNoise, "normals", lambda self, count: np.zeros(count))
+    assert reach_of_a_row(tmp_path, "a category") > 3

@@ -170,7 +170,7 @@ def split(
     with closing(Admission(Path(data.memory))) as admission:
         parts = split_classes(
             np.where(usable, found.labels, -1),
-            data.min_count,
+            data.min_alike,
             lambda chosen: admission.split("files", numbers, chosen, data.min_count, draw),
         )
     return np.flatnonzero(parts.train), np.flatnonzero(parts.held_out)
