@@ -16,15 +16,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from commonweight.fleet import Fleet, Peer, connect, join
+    from commonweight.run import Round, Run
     from protocols import VERSION as __version__
     from protocols import errors
 
-__all__ = ["__version__", "errors"]
+__all__ = ["Fleet", "Peer", "Round", "Run", "__version__", "connect", "errors", "join"]
 
 #: Where each public name is, as "module" or "module:name".
 _PLACES = {
+    "Fleet": "commonweight.fleet:Fleet",
+    "Peer": "commonweight.fleet:Peer",
+    "Round": "commonweight.run:Round",
+    "Run": "commonweight.run:Run",
     "__version__": "protocols:VERSION",
+    "connect": "commonweight.fleet:connect",
     "errors": "protocols.errors",
+    "join": "commonweight.fleet:join",
 }
 
 

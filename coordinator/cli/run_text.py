@@ -1,16 +1,22 @@
-"""Runs and rounds as text for `commonweight run`. Pure."""
+"""Runs and rounds as text for `commonweight run` and the Python API. Pure, except `follow`."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from protocols.messages.states import ENDED, RunState
 
 if TYPE_CHECKING:
     from coordinator.fleet.state import Fleet, Peer
+    from coordinator.remote.api_client import Remote
     from coordinator.runs.state import Round, Run
 
+#: Between two looks at a run.
+POLL_S = 0.5
+#: Says why a run waits for peers after this many looks, as most waits are shorter.
+WAIT_POLLS = 4
 #: Peers that get no work are named up to this number.
 _MAX_ABSENT = 20
 
@@ -83,35 +89,58 @@ def round_line(run: Run, closed: Round) -> str:
     )
 
 
+class Step(NamedTuple):
+    """What is new about a run: refusals as text, closed rounds, and what it waits for as text."""
+
+    run: Run
+    refusals: tuple[str, ...]
+    closed: tuple[Round, ...]
+    waits: tuple[str, ...]
+
+
 class Progress:
-    """Finds what is new about a run at each call."""
+    """Finds what is new about a run at each call of `step`."""
 
     def __init__(self) -> None:
-        self._rounds = self._refusals = 0
+        self._rounds = self._refusals = self._num_waits = 0
         self._refused: set[tuple[str, str]] = set()
         self._waits: tuple[str, ...] = ()
 
-    def lines(self, run: Run, peers: Callable[[], Mapping[str, Peer]]) -> Iterator[str]:
-        """Each refusal that is new since the last call, then each newly closed round.
+    def step(self, run: Run, fleet: Callable[[], Fleet]) -> Step:
+        """What is new since the last call. `fleet` is called only if it is needed."""
+        refusals = tuple(self._new_refusals(run, fleet))
+        closed = run.history[self._rounds :]
+        self._rounds = len(run.history)
+        self._num_waits = self._num_waits + 1 if waits_for_peers(run) else 0
+        is_long = self._num_waits and self._num_waits % WAIT_POLLS == 0
+        return Step(run, refusals, closed, self._new_waits(run, fleet()) if is_long else ())
 
-        `peers` is called only if a name is needed.
-        """
+    def _new_refusals(self, run: Run, fleet: Callable[[], Fleet]) -> Iterator[str]:
         if run.refusals > self._refusals:
             last = {run.last_refused: run.last_refusal}  # it may have answered since
             for refused in {**_refusals(run), **last}.items():
                 if refused not in self._refused:
                     self._refused.add(refused)
                     peer, text = refused
-                    yield f"refused {_name(peer, peers())}: {text}"
-        for closed in run.history[self._rounds :]:
-            yield round_line(run, closed)
-        self._rounds, self._refusals = len(run.history), run.refusals
+                    yield f"refused {_name(peer, fleet().peers)}: {text}"
+        self._refusals = run.refusals
 
-    def new_waits(self, run: Run, fleet: Fleet) -> tuple[str, ...]:
+    def _new_waits(self, run: Run, fleet: Fleet) -> tuple[str, ...]:
         """What the run waits for and who gets no work, if this has changed since the last call."""
         waits = tuple(waiting_lines(run, fleet))
         is_new, self._waits = waits != self._waits, waits
         return waits if is_new else ()
+
+
+def follow(remote: Remote, run_id: str, every_s: float = POLL_S) -> Iterator[Step]:
+    """Ask for a run until it has ended; the last step has the ended run."""
+    progress = Progress()
+    while True:
+        step = progress.step(remote.run(run_id), remote.fleet)
+        yield step
+        if step.run.ended:
+            return
+        time.sleep(every_s)
 
 
 def best(run: Run) -> str:

@@ -6,13 +6,13 @@ import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coordinator.cli import check, run_text
+from coordinator.cli import check, run_forecast, run_text
 from coordinator.cli.common import (
     Columns,
     Json,
@@ -33,13 +33,11 @@ from protocols.messages.states import RunState
 if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
     from coordinator.runs.state import Run
-    from coordinator.storage.run_events import RunSpec
 
 runs = App(help="Start, show, stop, resume and delete training runs.")
 
 Follow = Annotated[bool, typer.Option("--follow", help="Stay until the run has ended.")]
 
-_POLL_S = 0.5
 #: In older versions a column and a value of a metric.
 _ONCE_REPEATABLE = ("target",)
 _METAVARS = {
@@ -53,8 +51,6 @@ _METAVARS = {
     "set": "KEY=VALUE",
     "codec": "NAME",
 }
-#: Prints why a run waits for peers after this many polls, as most waits are shorter.
-_WAIT_POLLS = 4
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -120,7 +116,7 @@ def start(
     if goal := split_target(given["target"] or "")[1]:
         print_line(f"note: --target takes a column; the goal is now set by: --until {goal}")
     remote = connect()
-    for line in (*_secure_lines(remote, order.spec), *_noise_lines(remote, order.spec)):
+    for line in run_forecast.lines(remote, order.spec):
         print_line(line)
     run_id = remote.start_run(order)
     if not follow:
@@ -144,46 +140,17 @@ def start(
         print_json(run)
 
 
-def _secure_lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
-    """What a secure run does and costs; nothing for another run."""
-    if not spec.secure:
-        return
-    from coordinator.cli import secure_forecast
-
-    peers = remote.fleet().peers.values()
-    yield from secure_forecast.lines(spec, sum(p.standing == "enrolled" for p in peers))
-
-
-def _noise_lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
-    """What is known of the noise of this run; nothing for a run without it."""
-    from coordinator.cli import noise_forecast
-
-    if spec.measures:
-        return
-    peers = remote.fleet().peers.values()
-    earlier = [run.id for run in remote.runs() if run.spec.task == spec.task and run.head]
-    known = noise_forecast.known_from(remote.run(earlier[-1]) if earlier else None)
-    enrolled = sum(peer.standing == "enrolled" for peer in peers)
-    yield from noise_forecast.lines(spec, enrolled, known)
-
-
 def _follow(remote: Remote, run_id: str, *, quiet: bool) -> Run:
     """Print new refusals and closed rounds until the run has ended; return the run."""
-    progress, num_waits = run_text.Progress(), 0
-    while True:
-        run = remote.run(run_id)
+    for step in run_text.follow(remote, run_id):
+        run = step.run
+        rounds = (run_text.round_line(run, closed) for closed in step.closed)
         if not quiet:
-            for line in progress.lines(run, lambda: remote.fleet().peers):
+            for line in (*step.refusals, *rounds, *step.waits):
                 print_line(line)
-            num_waits = num_waits + 1 if run_text.waits_for_peers(run) else 0
-            if num_waits and num_waits % _WAIT_POLLS == 0:
-                for line in progress.new_waits(run, remote.fleet()):
-                    print_line(line)
-        if run.ended:
-            if not quiet and run.state is not RunState.FAILED:
-                print_line(f"{run.id} {run.state}: {run.ended_because}")
-            return run
-        time.sleep(_POLL_S)
+    if not quiet and run.state is not RunState.FAILED:
+        print_line(f"{run.id} {run.state}: {run.ended_because}")
+    return run
 
 
 runs.command("check")(check.check)
@@ -221,7 +188,7 @@ def metrics(
             num_written = len(found.history)
             if found.ended or not follow:
                 break
-            time.sleep(_POLL_S)
+            time.sleep(run_text.POLL_S)
             found = remote.run(found.id)
 
 

@@ -43,8 +43,8 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
     asked = [_full_name(candidates, name) for name in dict.fromkeys(names)]
     found = [_resolve(candidates, name) for name in asked]
     for run, _ in found:
-        _check_whole(run)
-    (task, settings), *others = [(run.spec.task, _settings(run)) for run, _ in found]
+        check_whole(run)
+    (task, settings), *others = [(run.spec.task, settings_of(run)) for run, _ in found]
     if any(other != (task, settings) for other in others):
         raise UsageError(
             "these models have different tasks or settings", "start one job for each of them"
@@ -55,7 +55,8 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
     return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), tuple(asked))
 
 
-def _check_whole(run: Run) -> None:
+def check_whole(run: Run) -> None:
+    """Raise UsageError if a part of the run's model stays on each peer."""
     own = strategies.find(run.spec.strategy).trainer_settings(run.spec.strategy_args)
     if layers := own.get(personalization.PERSONAL_LAYERS):
         raise UsageError(
@@ -87,7 +88,7 @@ def _resolve(runs: Sequence[Run], name: str) -> tuple[Run, str]:
     raise UnknownName(f"no run has a version {name!r}", _HINT)
 
 
-def _settings(run: Run) -> dict[str, Setting]:
+def settings_of(run: Run) -> dict[str, Setting]:
     """What the task needs to know in order to use a model of this run."""
     shared: dict[str, Setting] = {"preprocessing": run.preprocessing} if run.preprocessing else {}
     return {**run.spec.settings, "seed": run.spec.seed, **shared}

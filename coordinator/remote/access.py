@@ -75,11 +75,14 @@ class ConnectionInfo(NamedTuple):
     receiver: str = ""
 
 
-def open_home() -> Path:
-    """The coordinator's home on this machine, or else the home of a joined access.
+def open_home(home: Path | None = None) -> Path:
+    """The coordinator's home on this machine, or else the home of a joined access; or this one.
 
     Raises NotRunning if there is neither, HomeError.
     """
+    if home is not None:
+        is_joined = (home / ACCESS_FILE).exists()
+        return homes.open_home("operator" if is_joined else "coordinator", at=home)
     if (homes.home_path("coordinator") / homes.STAMP).exists():
         return homes.open_home("coordinator")
     if (homes.home_path("operator") / ACCESS_FILE).exists():

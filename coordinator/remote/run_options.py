@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from coordinator.api.schema import StartRunRequest
 from coordinator.runs import options
+from coordinator.runs.options import Option
 from coordinator.storage.run_events import RunSpec
 from protocols.codecs import registry
-from protocols.errors import BadMessage, UsageError
+from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.durations import parse_seconds
 from protocols.privacy.secagg.cohort import MIN_COHORT, threshold
@@ -66,6 +69,50 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     return StartRunRequest(
         spec=spec, from_digest=_import_weights(values["from"]) if values["from"] else ""
     )
+
+
+def from_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names in the table, from keywords of Python such as `clip_norm=1.0`.
+
+    `from_` is `--from`. Options that may be repeated take a mapping or a list. Raises UnknownName,
+    UsageError.
+    """
+    by_keyword = {option.keyword: option for option in options.OPTIONS}
+    typed = {}
+    for name, value in keywords.items():
+        if name not in by_keyword:
+            near = difflib.get_close_matches(name, by_keyword, 1)
+            raise UnknownName(
+                f"there is no option {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                "commonweight run start --help-all lists them, with - in place of _",
+            )
+        typed[by_keyword[name].name] = _value_of(by_keyword[name], value)
+    return typed
+
+
+def _value_of(option: Option, value: Any) -> Any:
+    """The value as the command line would give it. Raises UsageError."""
+    if option.repeatable:
+        if isinstance(value, Mapping):
+            return [f"{key}={_as_text(one)}" for key, one in value.items()]
+        return [value] if isinstance(value, str) else list(value)
+    if option.kind in (str, Path):
+        if isinstance(value, list | tuple):  # names of columns
+            value = ",".join(map(str, value))
+        if isinstance(value, bool) or not isinstance(value, str | Path | Real):
+            raise UsageError(f"--{option.name} must be text, not {value!r}")
+        return option.kind(str(value))
+    if isinstance(value, str):
+        return option.parse(value)
+    is_bool = isinstance(value, bool)
+    wanted = {bool: is_bool, int: isinstance(value, Integral), float: isinstance(value, Real)}
+    if not wanted[option.kind] or is_bool is not (option.kind is bool):
+        raise option.wrong_kind(value)
+    return option.kind(value)
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _secure_fields(fields: Mapping[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ The defaults apply to new runs; those of `RunSpec` apply to old ledgers. Pure.
 
 from __future__ import annotations
 
+import keyword
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,6 +75,12 @@ class Option(NamedTuple):
         return "" if self.default in (None, ()) else str(self.default)
 
     @property
+    def keyword(self) -> str:
+        """The name in Python: `from_` for `from`, which is a word of the language."""
+        name = self.name.replace("-", "_")
+        return f"{name}_" if keyword.iskeyword(name) else name
+
+    @property
     def limits(self) -> str:
         """The valid values as text; empty if all are valid."""
         return self.bounds.text if self.bounds else " or ".join(filter(None, self.choices))
@@ -88,13 +95,17 @@ class Option(NamedTuple):
             return text.split()
         if self.kind is bool:
             if text.lower() not in _YES_OR_NO:
-                raise UsageError(f"{self.name} must be yes or no, not {text!r}")
+                raise self.wrong_kind(text)
             return _YES_OR_NO[text.lower()]
         try:
             return self.kind(text)
         except ValueError as err:
-            number = "a whole number" if self.kind is int else "a number"
-            raise UsageError(f"--{self.name} must be {number}, not {text!r}") from err
+            raise self.wrong_kind(text) from err
+
+    def wrong_kind(self, value: object) -> UsageError:
+        """The error for a value that is not of this kind."""
+        wanted = {bool: "yes or no", int: "a whole number"}.get(self.kind, "a number")
+        return UsageError(f"--{self.name} must be {wanted}, not {value!r}")
 
     def check(self, spec: RunSpec) -> None:
         """Raise UsageError unless the field's value is valid."""

@@ -50,12 +50,12 @@ def home_path(kind: Kind, *, create: bool = False) -> Path:
     return usual
 
 
-def open_home(kind: Kind, *, create: bool = False) -> Path:
+def open_home(kind: Kind, *, create: bool = False, at: Path | None = None) -> Path:
     """The path of the home, checked and migrated. Raises NotRunning (none), HomeTooNew, HomeError.
 
-    `create`: make it if there is none.
+    `create`: make it if there is none. `at`: another home than the usual one.
     """
-    home = home_path(kind, create=create)
+    home = home_path(kind, create=create) if at is None else at.expanduser().absolute()
     start = _STARTS[kind]
     try:
         if create:

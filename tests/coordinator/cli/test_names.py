@@ -56,7 +56,7 @@ async def test_names_of_runs_and_peers_complete_and_a_task_means_its_newest_run(
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(run_text.Progress, "lines", interrupted)
+        monkeypatch.setattr(run_text.Progress, "step", interrupted)
         done = await asyncio.to_thread(
             CliRunner().invoke, app, ["run", "start", "softmax", "--rounds", "1", "--follow"]
         )

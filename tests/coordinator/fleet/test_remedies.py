@@ -113,10 +113,14 @@ def test_a_run_without_its_quorum_says_of_each_peer_why_and_the_command() -> Non
     ]
     assert [line for line in run_text.describe(run, fleet) if line in lines] == lines
     progress = run_text.Progress()
-    assert list(progress.new_waits(run, fleet)) == lines
-    assert list(progress.new_waits(run, fleet)) == [], "nothing is told twice"
+
+    def told() -> list[list[str]]:
+        steps = [progress.step(run, lambda: fleet) for _ in range(2 * run_text.WAIT_POLLS)]
+        return [list(step.waits) for step in steps if step.waits]
+
+    assert told() == [lines], "nothing is told twice, nor at once"
     fleet.peers["BUSY"].state = PeerState.IDLE
-    assert list(progress.new_waits(run, fleet)) == lines[:1]
+    assert told() == [lines[:1]]
 
 
 def test_a_run_in_the_queue_names_the_run_before_it_and_no_peer() -> None:

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from msgspec.structs import replace
 
 from coordinator.cli import run_text
+from coordinator.fleet.state import Fleet
 from coordinator.runs import decisions, steps, transitions
 from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Evaluation, Round, Run, why_no_evaluations
@@ -390,21 +391,23 @@ def test_a_late_answer_does_not_settle_the_present_question() -> None:
 def test_who_follows_a_run_hears_of_the_refusals_of_every_round() -> None:
     loop = training(quorum=1)
     progress = run_text.Progress()
+
+    def step() -> run_text.Step:
+        return progress.step(loop.run, lambda: Fleet(fleet="f"))
+
     loop.refuse("A", "not finite")
-    assert list(progress.lines(loop.run, dict)) == ["refused A: not finite: x"]
-    assert list(progress.lines(loop.run, dict)) == [], "nothing is told twice"
+    assert step().refusals == ("refused A: not finite: x",)
+    assert step()[1:] == ((), (), ()), "nothing is told twice"
     loop.answer("B")
     loop.due = True
     while loop.run.round < 2:
-        step = loop.decide()
-        loop.do(step)
-        if isinstance(step, steps.Wait):
+        decided = loop.decide()
+        loop.do(decided)
+        if isinstance(decided, steps.Wait):
             loop.answer(loop.run.pending[0])
-    assert [line.split()[:2] for line in progress.lines(loop.run, dict)] == [["round", "1/3"]]
+    assert [closed.round for closed in step().closed] == [1]
     loop.refuse("B", "too large")
-    assert list(progress.lines(loop.run, dict)) == [
-        "refused B: too large: x",
-    ]
+    assert step().refusals == ("refused B: too large: x",)
 
 
 def test_nobody_there_to_evaluate_closes_the_round() -> None:
