@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from agent.data.private_database import mapped_errors, open_database, writing
 from agent.home import settings
@@ -24,7 +24,6 @@ from protocols.privacy.events import DiscreteLaplace, Event, Exact
 #: What an event was for: a run's training, its evaluation or its survey before round 1, a question
 #: (`analyze`), an inference job, or what the owner has added by hand.
 Purpose = Literal["training", "evaluation", "survey", "question", "job", "added"]
-PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS charges (

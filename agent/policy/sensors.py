@@ -58,14 +58,9 @@ class Sensors:
     """
 
     def __init__(
-        self,
-        home: Path,
-        own_pids: Callable[[], Iterable[int]] = tuple,
-        *,
-        gpu: bool = False,
-        root: Path | None = None,
+        self, home: Path, own_pids: Callable[[], Iterable[int]] = tuple, *, gpu: bool = False
     ) -> None:
-        root = root or sysfs()
+        root = sysfs()
         self._gpu = gpu
         self._others = OtherProcesses(own_pids)
         self._battery = _CachedReading(0.2, lambda: battery(root))

@@ -37,12 +37,10 @@ class Scale(NamedTuple):
         return self.low / 2 + self.high / 2
 
 
-def fit_scale(values: Values, *, zero: bool = False) -> Scale | None:
-    """The range of the known values, including 0 if `zero`; None if no value is known."""
+def fit_scale(values: Values) -> Scale | None:
+    """The range of the known values; None if no value is known."""
     known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return Scale(min(0.0, *known) if zero else min(known), max(known))
+    return Scale(min(known), max(known)) if known else None
 
 
 def resample(values: Values, points: int) -> list[float | None]:

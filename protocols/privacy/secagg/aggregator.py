@@ -9,7 +9,6 @@ has shared may be gone when another one masks. Pure.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeAlias
 
 from msgspec import Struct
 
@@ -47,9 +46,6 @@ class SurvivorsFixed(Struct, frozen=True, tag=True, kw_only=True):
     """The peers whose masked updates are on disk and count."""
 
     survivors: Peers
-
-
-SecureEvent: TypeAlias = CohortFixed | SharersFixed | SurvivorsFixed
 
 
 class Aggregator:
