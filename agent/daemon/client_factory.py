@@ -124,7 +124,7 @@ def make_trainer(
         hang_s=chosen.hang_timeout_s,
         checkpoint_every_s=chosen.checkpoint_interval_s,
         sources=chosen.task_files,
-        terms=lambda task: Terms(owner().columns_of(task), _code_of(owner(), task)),
+        terms=lambda task: terms_of(owner(), task),
         rules=sandbox_rules.make_rules(
             chosen,
             read=(ctx.cache,),
@@ -133,6 +133,12 @@ def make_trainer(
             spool=ctx.home / "spool",
         ),
     )
+
+
+def terms_of(chosen: AgentSettings, task: str) -> Terms:
+    """What the owner allows a task now."""
+    has_budget = chosen.privacy_max_epsilon > 0
+    return Terms(chosen.columns_of(task), _code_of(chosen, task), has_budget)
 
 
 def _code_of(chosen: AgentSettings, task: str) -> str:

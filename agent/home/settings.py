@@ -125,7 +125,6 @@ def data_settings(chosen: AgentSettings, cache: Path, memory: Path | None = None
         models=chosen.models,
         framework=chosen.framework,
         floors=floors(chosen),
-        has_budget=chosen.privacy_max_epsilon > 0,
     )
 
 

@@ -23,10 +23,14 @@ from protocols.errors import TrainerFailed
 
 
 class Terms(NamedTuple):
-    """What an owner allows a task: patterns of columns, and its code (see `task_code.digest`)."""
+    """What an owner allows a task: patterns of columns, and its code (see `task_code.digest`).
+
+    `has_budget`: as in `DataSettings`.
+    """
 
     columns: tuple[str, ...]
     code: str = ""
+    has_budget: bool = False
 
 
 def ignore(_: Progress) -> None:
@@ -89,7 +93,9 @@ class TrainerProcess(TrainerSupervisor):
         added: dict[str, Any] = {"data": self._data()}
         if self._terms is not None:
             terms = self._terms(work.task)
-            added["data"] = msgspec.structs.replace(added["data"], columns=terms.columns)
+            added["data"] = msgspec.structs.replace(
+                added["data"], columns=terms.columns, has_budget=terms.has_budget
+            )
             added["code"] = terms.code
         for name in ("base", "out", "personal", "personal_out"):
             if path := getattr(work, name, ""):

@@ -17,9 +17,11 @@ import psutil
 import pytest
 
 import agent
+from agent.daemon import client_factory
 from agent.data.settings import DataSettings
+from agent.home.settings_schema import AgentSettings
 from agent.tasks import Cancelled, Settings
-from agent.tasks.work import Done, Evaluate, Init, Train
+from agent.tasks.work import Describe, Done, Evaluate, Init, Train
 from agent.trainer.ipc import (
     Answer,
     Cancel,
@@ -571,3 +573,14 @@ def test_frames_are_one_line_each(answer: Answer) -> None:
 def test_frame_that_is_no_answer_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError):
         decode_answer(encode(Init(id=1, task="mnist", settings={}, seed=1, out="x")))
+
+
+def test_the_owners_budget_counts_as_it_is_now(tmp_path: Path) -> None:
+    owner = AgentSettings(privacy_max_epsilon=5.0)
+    trainer = TrainerProcess(
+        tmp_path, DataSettings(), terms=lambda task: client_factory.terms_of(owner, task)
+    )
+    work = Describe(task="mnist", settings={})
+    assert trainer._with_local_data(work).data.has_budget
+    owner = AgentSettings()
+    assert not trainer._with_local_data(work).data.has_budget
