@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.box import ROUNDED
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -12,12 +14,14 @@ from coordinator.fleet import remedies
 from coordinator.fleet.readings import current_run, shown_state
 from coordinator.fleet.state import Event, Fleet, Peer
 from coordinator.monitor.evaluations import Evaluations, describe, metric_rows
+from coordinator.monitor.fleet_layout import BORDER
 from coordinator.monitor.peer_table import (
     LEVELS,
     PARTICIPATION_GLYPHS,
     Cell,
     battery,
     links,
+    peer_name,
     refusal,
     smoothed_loss,
     state_cell,
@@ -30,33 +34,74 @@ from coordinator.remote import formatting as fmt
 from protocols.messages.states import PeerState
 
 MAX_EVENTS = 8
+#: Width and height in characters.
+Size = tuple[int, int]
+#: The border of a panel, and a blank at each side of its text.
+_EDGES = BORDER + 2
 #: For the settings below the facts.
 MIN_POLICY_LINES = 12
-#: Facts and plot stand side by side from this width on.
-MIN_TWO_COLUMNS = 100
 MIN_ROOMY_WIDTH = 70
-MIN_FACTS_WIDTH, MIN_PLOT_LINES = 32, 8
+MIN_FACTS_WIDTH, MIN_PLOT_LINES = 36, 8
 
 
 def overview(
-    peer: Peer, fleet: Fleet, found: Evaluations, now: float, width: int, height: int
+    peer: Peer, fleet: Fleet, found: Evaluations, now: float, size: Size, *, roomy: bool
 ) -> Table:
     """The facts about `peer`, its latest events and, if there is room, its losses."""
+    width, height = size
     facts = _facts(peer, fleet, found, now)
     events = [event for event in fleet.events if event.subject == peer.peer][-MAX_EVENTS:]
-    if width < MIN_TWO_COLUMNS:
+    if not roomy:
         room = max(height - facts.row_count - 2, 3)
         return _column(facts, "", _event_table(events[-room:], now))
-    half = (width - 3) // 2
-    plot = loss_plot(peer, half, max(height - MAX_EVENTS - 1, 8))
-    table = Table.grid(padding=(0, 3))
-    table.add_column(width=half)
-    table.add_column(width=half)
-    left = facts
-    if height >= facts.row_count + MIN_POLICY_LINES:
-        left = _column(facts, "", Text("shared settings", f"bold {colors().text}"), policy(peer))
-    table.add_row(left, Group(*plot, "", _event_table(events, now)))
+    right = width // 2
+    left = width - right
+    below = max(len(events), 1) + BORDER
+    plot = loss_plot(peer, right - _EDGES, max(height - below - BORDER, MIN_PLOT_LINES))
+    latest = _event_table(events, now) if events else Text("nothing yet", colors().dim)
+    shared = policy(peer)
+    lines = _count_lines(facts, left - _EDGES)
+    if height - lines - BORDER >= MIN_POLICY_LINES:
+        rest = height - lines - BORDER
+        own = [_panel(peer_name(fleet, peer.peer), facts, left, lines + BORDER)]
+        own.append(_panel("Shared settings", shared, left, rest))
+    else:
+        own = [_panel(peer_name(fleet, peer.peer), facts, left, height)]
+    others = [
+        _panel("Training", Group(*plot), right, height - below),
+        _panel("Latest", latest, right, below),
+    ]
+    return _beside((left, _column(*own)), (right, _column(*others)))
+
+
+def _beside(*parts: tuple[int, RenderableType]) -> Table:
+    """Parts of these widths side by side."""
+    table = Table.grid()
+    for width, _ in parts:
+        table.add_column(width=width)
+    table.add_row(*(part for _, part in parts))
     return table
+
+
+def _panel(title: str, content: RenderableType, width: int, height: int) -> Panel:
+    """A part with a border, as on the pages of the fleet."""
+    own = colors()
+    return Panel(
+        content,
+        ROUNDED,
+        title=Text(title, f"bold {own.text}") if title else None,
+        title_align="left",
+        border_style=own.faint,
+        padding=(0, 1),
+        width=width,
+        height=height,
+    )
+
+
+def _count_lines(table: Table, width: int) -> int:
+    """The lines that a table takes in this width."""
+    console = Console(width=width)
+    return len(console.render_lines(table, console.options, pad=False))
 
 
 def _column(*parts: RenderableType) -> Table:
@@ -151,8 +196,9 @@ def loss_plot(peer: Peer, width: int, height: int) -> list[Text]:
     return lines
 
 
-def metrics(peer: Peer, fleet: Fleet, found: Evaluations, width: int, height: int) -> Table:
+def metrics(peer: Peer, fleet: Fleet, found: Evaluations, size: Size, *, roomy: bool) -> Table:
     """Its telemetry, its last evaluation of the model, and a plot of its losses in this run."""
+    width, height = size
     sent = peer.telemetry
     rows: list[Fact] = [("", Text("No telemetry yet.", colors().dim))]
     if sent is not None:
@@ -166,16 +212,17 @@ def metrics(peer: Peer, fleet: Fleet, found: Evaluations, width: int, height: in
             ("battery", battery(sent.battery_percent)),
         ]
     facts, held_out = facts_table(rows), _held_out(peer, fleet, found, width)
-    lines = facts.row_count
-    if width >= MIN_TWO_COLUMNS:
-        top = Table.grid(padding=(0, 3))
-        top.add_column(width=MIN_FACTS_WIDTH)
-        top.add_column()
-        top.add_row(facts, held_out)
-        lines = max(lines, held_out.row_count)
-    else:
-        top = _column(facts, "", held_out)
-        lines += 1 + held_out.row_count
+    if roomy:
+        lines = max(facts.row_count, held_out.row_count) + BORDER
+        rest, right = max(height - lines, MIN_PLOT_LINES + BORDER), width - MIN_FACTS_WIDTH
+        plot = Group(*loss_plot(peer, width - _EDGES, rest - BORDER))
+        top = _beside(
+            (MIN_FACTS_WIDTH, _panel(peer_name(fleet, peer.peer), facts, MIN_FACTS_WIDTH, lines)),
+            (right, _panel("Evaluation", held_out, right, lines)),
+        )
+        return _column(top, _panel("Training", plot, width, rest))
+    top = _column(facts, "", held_out)
+    lines = facts.row_count + 1 + held_out.row_count
     if not peer.losses:
         return top
     return _column(top, "", Group(*loss_plot(peer, width, max(height - lines - 1, MIN_PLOT_LINES))))

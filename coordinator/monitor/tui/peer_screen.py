@@ -18,6 +18,7 @@ from textual.widgets import Static
 
 from coordinator.fleet.readings import display_name
 from coordinator.fleet.state import Fleet, Peer
+from coordinator.monitor.fleet_layout import is_roomy
 from coordinator.monitor.peer_table import LEVELS
 from coordinator.monitor.tui.filter_bar import FilterBar
 from coordinator.monitor.tui.footer import Footer
@@ -85,11 +86,10 @@ class PeerScreen(Screen[None]):
         self.query_one("#peer-body").focus()
         self.set_interval(1.0, self.draw)
         self.set_interval(LOG_REFRESH_S, self._refresh_log)
-        self.call_after_refresh(self.draw)
+        self._lay_out()
 
     def on_resize(self) -> None:
-        """Draw again once the new layout is known."""
-        self.call_after_refresh(self.draw)
+        self._lay_out()
 
     # --- drawing ---
 
@@ -109,6 +109,18 @@ class PeerScreen(Screen[None]):
         else:
             content.update(self._content(peer, fleet))
 
+    def _lay_out(self) -> None:
+        """Give the tab its border, and draw it once the new layout is known.
+
+        On a large terminal, two of the tabs have panels with borders of their own.
+        """
+        body, is_list = self.query_one("#peer-body"), self.open_tab in ("log", "policy")
+        roomy = is_roomy(*self.app.size)
+        body.set_class(roomy and is_list, "-framed")
+        body.set_class(roomy and not is_list, "-filled")
+        body.border_title = "Log" if self.open_tab == "log" else "Shared settings"
+        self.call_after_refresh(self.draw)
+
     def _tab_line(self, peer: Peer | None) -> Text:
         line = Text(no_wrap=True, overflow="ellipsis", end="")
         name = display_name(peer) if peer else self.peer
@@ -119,13 +131,14 @@ class PeerScreen(Screen[None]):
 
     def _content(self, peer: Peer, fleet: Fleet) -> Table | Text:
         width = max(self.query_one("#peer-content").size.width, 30)
-        height = self.query_one("#peer-body").size.height
+        body, roomy = self.query_one("#peer-body"), is_roomy(*self.app.size)
+        size = (width, body.size.height - (0 if roomy else body.styles.padding.height))
         found = self._details.evaluations
         match self.open_tab:
             case "overview":
-                return overview(peer, fleet, found, self._clock(), width, height - 2)
+                return overview(peer, fleet, found, self._clock(), size, roomy=roomy)
             case "metrics":
-                return metrics(peer, fleet, found, width, height - 2)
+                return metrics(peer, fleet, found, size, roomy=roomy)
             case "policy":
                 return policy(peer)
             case _:
@@ -172,7 +185,7 @@ class PeerScreen(Screen[None]):
         self.query_one("#peer-body", VerticalScroll).scroll_home(animate=False)
         if tab == "log":
             self.fetch_log()
-        self.draw()
+        self._lay_out()
 
     def action_turn(self, step: int) -> None:
         self.action_tab(TABS[(TABS.index(self.open_tab) + step) % len(TABS)])

@@ -23,6 +23,7 @@ from protocols.messages.envelope import RoundClosed
 
 #: Plots stand above the table from this height on.
 MIN_TALL_TERMINAL = 22
+_MIN_TABLE_LINES = 8
 
 
 class RoundsPage(Page):
@@ -70,7 +71,7 @@ class RoundsPage(Page):
         plots = self.query_one(RoundPlots)
         height = self.app.size.height
         plots.display = run is not None and (self.zoomed or height >= MIN_TALL_TERMINAL)
-        plots.styles.height = "1fr" if self.zoomed else max(2 * height // 5, 9) + self.border
+        plots.styles.height = "1fr" if self.zoomed else self._plot_lines(run)
         plots.border_title = f"Run {run.changed.run}" if run else ""
         self.table.border_title = f"Rounds {len(run.rounds)}" if run else ""
         if fleet is not None and self.compared not in round_table.other_runs(fleet):
@@ -88,6 +89,15 @@ class RoundsPage(Page):
         self.query_one("#run-summary", Static).update(text)
         if run is not None and fleet is not None:
             self._fill_table(run, fleet)
+
+    def _plot_lines(self, run: Run | None) -> int:
+        """The lines of the plots: two fifths, and what a table of all rounds of the run leaves."""
+        least = max(2 * self.app.size.height // 5, 9) + self.border
+        if run is None or not self.border:
+            return least
+        table = max(run.changed.rounds, len(run.rounds)) + 1 + self.border
+        summary = self.query_one("#run-summary").outer_size.height + 1
+        return max(least, self.size.height - summary - max(table, _MIN_TABLE_LINES))
 
     @property
     def _trouble_lines(self) -> int:
