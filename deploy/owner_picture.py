@@ -67,6 +67,8 @@ def machine() -> Machine:
         hottest_c=58.0,
         memory_free_percent=61.0,
         home_bytes=1_200_000_000,
+        up_today_bytes=8_800_000,
+        down_today_bytes=9_600_000,
     )
     return Machine(
         now=NOW,

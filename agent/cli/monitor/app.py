@@ -16,15 +16,14 @@ from textual.filter import LineFilter
 from textual.theme import Theme
 from textual.widgets import Static
 
-from agent.cli.monitor.panels import Panel, Tone, panels, state_line
+from agent.cli.monitor.panels import BORDER, COLUMNS, Panel, Tone, panels, state_line
 from agent.cli.monitor.readings import Machine
 from protocols.errors import CommonweightError
 from protocols.local.terminal_text import ascii_only
 
 #: Panels stand in two columns from this width on.
 MIN_TWO_COLUMNS = 100
-_COLUMNS = (("policy", "budget"), ("machine", "cpu"))
-_PANEL_IDS = ("asks", *_COLUMNS[0], *_COLUMNS[1], "left")
+_PANEL_IDS = ("asks", *COLUMNS[0], *COLUMNS[1], "left")
 Look = Literal["dark", "light"]
 #: The colors of the coordinator's monitor.
 _COLORS: dict[Look, dict[Tone, str]] = {
@@ -126,7 +125,7 @@ class OwnerMonitor(App[None]):
         with VerticalScroll(id="panels"):
             yield _panel("asks")
             with Container(id="columns"):
-                for names in _COLUMNS:
+                for names in COLUMNS:
                     with Vertical():
                         yield from map(_panel, names)
             yield _panel("left")
@@ -158,14 +157,21 @@ class OwnerMonitor(App[None]):
             return
         header.update(_header(machine, colors))
         # Without the border and, where they scroll, the scroll bar.
-        width = self.size.width // (2 if self.screen.has_class("-wide") else 1) - 5
-        shown = {panel.id: panel for panel in panels(machine, width)}
+        wide = self.screen.has_class("-wide")
+        width = self.size.width // (2 if wide else 1) - 5
+        shown = {panel.id: panel for panel in panels(machine, width, wide=wide)}
         for name in _PANEL_IDS:
             widget = self.query_one(f"#{name}", Static)
             widget.display = name in shown
             if name in shown:
                 widget.border_title = shown[name].title
                 widget.update(_text(shown[name], colors))
+        # The last panel reaches the bottom of a large terminal.
+        heights = {name: len(panel.lines) + BORDER for name, panel in shown.items()}
+        columns = [sum(heights.get(name, 0) for name in column) for column in COLUMNS]
+        above = heights.get("asks", 0) + (max(columns) if wide else sum(columns))
+        left = self.query_one("#left", Static)
+        left.styles.min_height = max(self.query_one("#panels").size.height - above, BORDER)
 
     def action_request(self, want: Literal["pause", "run"]) -> None:
         """Ask the agent to pause, or to work again."""

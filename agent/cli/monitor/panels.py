@@ -18,8 +18,13 @@ from protocols.messages.states import PeerState, label
 
 Tone = Literal["plain", "dim", "good", "warn", "bad", "busy"]
 _LABEL_WIDTH = 10
+#: The panels of the two columns of a wide terminal.
+COLUMNS = (("policy", "budget"), ("machine", "cpu"))
+#: The lines that a border takes.
+BORDER = 2
 #: The bar of the day shows half hours from this width on, else hours.
 MIN_WIDTH_HALF_HOURS = 64
+MIN_PLOT_LINES = 4
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
@@ -36,18 +41,23 @@ class Panel(NamedTuple):
     lines: list[Line]
 
 
-def panels(machine: Machine, width: int = 76, plot_height: int = 4) -> list[Panel]:
-    """Every panel; the plot of the CPU takes `width` by `plot_height` characters."""
-    cpu = f"CPU {machine.cpu[-1]:.0f} %" if machine.cpu else "CPU"
+def panels(machine: Machine, width: int = 76, *, wide: bool = False) -> list[Panel]:
+    """Every panel in `width` characters. `wide`: the plot of the CPU makes both columns equal."""
     answers = "1 answer" if machine.num_left == 1 else f"{machine.num_left:,} answers"
     found = [
         Panel("machine", "This machine", _machine(machine)),
         Panel("policy", "Policy now", _policy(machine, width)),
-        Panel("cpu", cpu, [Line(line, "busy") for line in bars(machine.cpu, width, plot_height)]),
         Panel("left", f"What left: {answers}", _left(machine)),
     ]
     if budget := _budget(machine):
-        found.insert(3, Panel("budget", "Privacy budget", budget))
+        found.insert(2, Panel("budget", "Privacy budget", budget))
+    other, own = (
+        sum(len(one.lines) + BORDER for one in found if one.id in column) for column in COLUMNS
+    )
+    height = max(MIN_PLOT_LINES, other - own - BORDER if wide else 0)
+    cpu = f"CPU {machine.cpu[-1]:.0f} %" if machine.cpu else "CPU"
+    plot = [Line(line, "busy") for line in bars(machine.cpu, width, height)]
+    found.insert(2, Panel("cpu", cpu, plot))
     if machine.consents:
         found.insert(0, Panel("asks", "Waits for your decision", _asks(machine)))
     return found

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent.cli.monitor.app import OwnerMonitor
-from agent.cli.monitor.panels import bars, panels
+from agent.cli.monitor.panels import BORDER, COLUMNS, MIN_PLOT_LINES, bars, panels
 from agent.cli.monitor.readings import Machine, MachineReader
 from agent.home import audit_log, consent_requests, privacy_ledger, settings, status_files
 from agent.home.audit_log import AuditEntry
@@ -136,6 +136,18 @@ def test_what_left_the_budget_and_open_questions() -> None:
     assert text["left"].index("✕ ") < text["left"].index("↑ "), "the newest first"
     assert "ε 1.5 of 2 spent" in text["budget"]
     assert "to allow it: commonweight-agent task allow tabular" in text["asks"]
+
+
+def test_on_a_wide_terminal_both_columns_have_the_same_height() -> None:
+    seen = machine(
+        limit=Limit(2.0, 1e-6),
+        chosen=AgentSettings(hours="mon-fri 18:00-08:00"),
+        sensed=SENSED._replace(hottest_c=58.0, user_idle_s=9.0, home_bytes=10, battery_percent=80),
+    )
+    found = {p.id: p for p in panels(seen, 60, wide=True)}
+    lines = [sum(len(found[name].lines) + BORDER for name in column) for column in COLUMNS]
+    assert lines[0] == lines[1]
+    assert len(found["cpu"].lines) > MIN_PLOT_LINES
 
 
 def test_bars_keep_the_newest_values_at_the_right() -> None:
