@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from protocols.errors import DataError
 from protocols.messages.states import RunState
 from protocols.model import schema_card
 from protocols.model.weights import TensorSpec, Weights
+from protocols.tables.class_names import ClassCounts
 from tests.coordinator.runs.test_loop import THREE, Door, contributors, named
 from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data
 from tests.support.waiting import until
@@ -72,6 +74,25 @@ async def test_who_differs_is_named_with_the_field_and_the_others_go_on(tmp_path
         # Its owner hears it with the next poll; the owners of the others hear nothing.
         await until(lambda: bool(odd.notices))
         assert odd.notices == [f"run {run_id}: classes, number 2: expected b, found c"]
+        assert [agent.notices for agent in others] == [[], []]
+
+
+async def test_an_owner_is_warned_of_what_the_data_lack(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        for agent, names in zip(fleet.agents, ("ab", "abc", "abc"), strict=True):
+            told = [schema_card.encode(ClassCounts(counts=dict.fromkeys(names, 9)))]
+            card = agent.trainer.describe
+
+            def describe(task: str, settings: Any, told: Any = told, card: Any = card) -> bytes:
+                """At first its classes, then the model that follows from those of all."""
+                return told.pop() if told else card(task, settings)
+
+            agent.trainer.describe = describe  # type: ignore[method-assign]
+        run_id = fleet.start(rounds=1, quorum=3, handshake=True)
+        assert (await fleet.finished(run_id)).state is RunState.FINISHED
+        few, *others = fleet.agents
+        await until(lambda: bool(few.notices))
+        assert few.notices == [f"run {run_id}: tells 2 of 3 classes: none of c"]
         assert [agent.notices for agent in others] == [[], []]
 
 
