@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -30,18 +31,25 @@ MAX_LOG_BYTES = 1 << 20
 FREEZABLE = sys.platform == "linux"
 
 
+class Program(NamedTuple):
+    """What a trainer's process runs: a module followed by its options, in a folder of its own.
+
+    `rules` are those of the sandbox.
+    """
+
+    work_dir: Path
+    arguments: Sequence[str]
+    threads: int
+    rules: SandboxRules | None = None
+
+
 class TrainerChild:
     """One child process, and two threads: one reads its answers, one waits for its end."""
 
     def __init__(
-        self,
-        work_dir: Path,
-        program: Sequence[str],
-        threads: int,
-        changed: threading.Condition,
-        on_answer: Callable[[Answer], None],
-        rules: SandboxRules | None = None,
+        self, program: Program, changed: threading.Condition, on_answer: Callable[[Answer], None]
     ) -> None:
+        work_dir, arguments, threads, rules = program
         self._changed = changed
         self._on_answer = on_answer
         #: The exit code of Popen. Set when all answers are read; then `changed` is notified.
@@ -49,7 +57,7 @@ class TrainerChild:
         work_dir.mkdir(parents=True, exist_ok=True)
         environment = _environment(threads)
         if rules is not None and rules.mode != "off":
-            program = ["agent.trainer.sandboxed", *program]
+            arguments = ["agent.trainer.sandboxed", *arguments]
             if not rules.spool:  # the helper may need them to read the table
                 forget_secrets(environment)
             environment |= sandbox.environment(rules, work_dir)
@@ -61,7 +69,7 @@ class TrainerChild:
             start = partial(
                 subprocess.Popen,
                 # -P: files in the current folder must not shadow modules.
-                [sys.executable, "-P", "-m", *program],
+                [sys.executable, "-P", "-m", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -17,6 +17,7 @@ import msgspec
 from agent.data.settings import DataSettings
 from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, Predict, Train, Work
+from agent.trainer.child_process import Program
 from agent.trainer.ipc import Progress
 from agent.trainer.supervisor import TrainerSupervisor
 from protocols.errors import TrainerFailed
@@ -70,15 +71,13 @@ class TrainerProcess(TrainerSupervisor):
     ) -> None:
         threads = threads or max(1, (os.cpu_count() or 2) // 2)
         options = ["--threads", str(threads), "--nice", str(nice)]
+        arguments = ["agent.trainer.subfleet", fleet] if fleet else ["agent.trainer", *options]
         super().__init__(
-            work_dir,
-            program=["agent.trainer.subfleet", fleet] if fleet else ["agent.trainer", *options],
-            threads=threads,
+            Program(work_dir, arguments, threads, None if fleet else rules),
             on_progress=on_progress,
             hang_s=hang_s,
             grace_s=grace_s,
             sources=sources,
-            rules=None if fleet else rules,
         )
         self.data, self._terms = data, terms
         self._checkpoint, self._checkpoint_every_s = work_dir / "journal", checkpoint_every_s
@@ -120,7 +119,7 @@ class TrainerProcess(TrainerSupervisor):
     def _data(self) -> DataSettings:
         if self.data.cache:
             return self.data
-        return msgspec.structs.replace(self.data, cache=_absolute(self._work_dir))
+        return msgspec.structs.replace(self.data, cache=_absolute(self._program.work_dir))
 
 
 def _file_stamp(file: Path) -> str:

@@ -18,10 +18,9 @@ import msgspec
 import psutil
 
 from agent.policy import sandbox
-from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, Init, Predict, Train, Work
 from agent.trainer import oom_kills
-from agent.trainer.child_process import TrainerChild
+from agent.trainer.child_process import Program, TrainerChild
 from agent.trainer.ipc import Answer, Cancel, Failed, Pace, Pause, Progress, Ready, Resume
 from protocols.errors import OutOfMemory, TrainerFailed
 
@@ -32,28 +31,20 @@ FREEZE_AFTER_S = 0.25
 
 
 class TrainerSupervisor:
-    """A child process that is started when needed, also after it died or was stopped.
-
-    `program` is its module, followed by its options.
-    """
+    """A child process that is started when needed, also after it died or was stopped."""
 
     def __init__(
         self,
-        work_dir: Path,
+        program: Program,
         *,
-        program: list[str],
-        threads: int,
         on_progress: Callable[[Progress], None],
         hang_s: float,
         grace_s: float,
         sources: Mapping[str, str],
-        rules: SandboxRules | None = None,
     ) -> None:
-        self._rules = rules
+        self._program, self._rules = program, program.rules
         self._stamp: object = None  # of the files that the child's rules are about
         self._sources = sources
-        self._work_dir = work_dir
-        self._program, self._threads = program, threads
         self._on_progress = on_progress
         self._hang_s, self._grace_s = hang_s, grace_s
         self._work_lock = threading.Lock()
@@ -207,7 +198,7 @@ class TrainerSupervisor:
                 out = Path(work.out)
                 for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
                     leftover.unlink(missing_ok=True)
-            hint = answer.hint or f"the trainer's log: {self._work_dir / 'trainer.log'}"
+            hint = answer.hint or f"the trainer's log: {self._program.work_dir / 'trainer.log'}"
             raise TrainerFailed(answer.kind, answer.message, hint)
 
     def _ensure_child(self) -> TrainerChild:
@@ -218,14 +209,7 @@ class TrainerSupervisor:
             if self._rules is not None:
                 sandbox.check(self._rules)
             try:
-                self._child = TrainerChild(
-                    self._work_dir,
-                    self._program,
-                    self._threads,
-                    self._changed,
-                    self._on_answer,
-                    self._rules,
-                )
+                self._child = TrainerChild(self._program, self._changed, self._on_answer)
                 self._stamp = self._rules.stamp() if self._rules is not None else None
             except OSError as err:
                 raise TrainerFailed("start", f"the trainer cannot be started: {err}") from err
