@@ -176,5 +176,5 @@ def examples_depend() -> UsageError:
     return UsageError(
         "--dp needs a model that processes each example independently, and this model does not, "
         "for example because of batch normalization",
-        "use group normalization: --set norm=group for images",
+        "use group normalization: for images --set norm=group (resnet18), or layers without norm",
     )

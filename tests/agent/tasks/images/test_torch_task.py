@@ -20,6 +20,7 @@ from agent.tasks.images.torch_task import Images
 from protocols.errors import CommonweightError, DataError, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
+from protocols.privacy.private_training import PrivateTraining
 from protocols.tables import class_names
 from protocols.tables.class_names import ClassCounts
 from tests.support.callbacks import ignore_step
@@ -129,6 +130,34 @@ def test_a_normalised_network_learns_and_moves_its_statistics(folder: Path) -> N
     }
     bent = {**made.weights, "conv1.norm.running_var": np.full(4, -1, np.float32)}
     assert np.isfinite(task.evaluate(Weights(bent), settings, ignore_step).metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    ("model", "is_possible"),
+    [
+        ({"model": "resnet18", "norm": "batch"}, False),
+        ({"model": "conv 4 3 norm, pool, dense 8"}, False),
+        pytest.param({"model": "resnet18", "norm": "group"}, True, marks=pytest.mark.long),
+        ({"model": "conv 4 3, pool, dense 8"}, True),
+    ],
+)
+def test_batch_normalization_is_refused_with_noise_and_group_normalization_named(
+    folder: Path, model: dict[str, str], is_possible: bool
+) -> None:
+    settings = SMALL | model | {"size": 16, "batch_size": 3, "max_steps": 1, "lr": 0.1}
+    task = loaded(folder)
+    task.protect(PrivateTraining(3.0, 1e-5, clip=1.0, rounds=1))
+    base = task.init(1, settings)
+    if not is_possible:
+        with pytest.raises(UsageError, match="because of batch normalization") as caught:
+            task.train(base, settings, ignore_step)
+        assert "--set norm=group" in caught.value.hint
+        assert "without norm" in caught.value.hint
+        return
+    made = task.train(base, settings, ignore_step)
+    assert made.metrics == {}
+    assert all(np.isfinite(made.weights[name]).all() for name in base)
+    assert task.spent()
 
 
 def test_a_full_batch_is_a_step_along_the_gradient(folder: Path) -> None:
