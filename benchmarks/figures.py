@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,18 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
     ("docs/benchmarks.md", "the monitor"): ("bench/monitor-results.json", small_tables.monitor),
     ("docs/jobs.md", "spreading rows"): ("bench/jobs-results.json", small_tables.jobs),
     ("docs/jobs.md", "serving"): ("bench/serve-results.json", small_tables.serve),
-    ("docs/privacy.md", "noise of each peer"): ("quality/privacy-results.json", quality.privacy),
+    **{
+        ("docs/privacy.md", name): (
+            "quality/privacy-results.json",
+            partial(quality.privacy, data=data),
+        )
+        for name, data in (
+            ("digits, a linear model", "edges"),
+            ("digits, a network", "2nn"),
+            ("breast cancer", "breast cancer"),
+            ("blood tests", "flchain"),
+        )
+    },
     ("docs/quality.md", "codecs"): ("quality/quality-results.json", quality.codecs),
     ("docs/quality.md", "strategies"): ("quality/quality-results.json", quality.strategies),
     ("docs/quality.md", "cameras"): ("quality/quality-results.json", quality.cameras),

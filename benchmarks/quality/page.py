@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -220,19 +221,26 @@ def _losses(rows: Sequence[Row]) -> str:
     return ", ".join(f"{row['losses'][-1]:.3f}" for row in rows)
 
 
-def privacy(results: dict[str, Any]) -> str:
-    """ε against accuracy with noise of each peer's own: a line for each model, fleet and ε."""
-    lines = [
-        "| model | peers | ε of the run | rounds | noise: deviation over clip | accuracy | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
-    for row in results["rows"]:
-        if not row.get("shared"):
-            groups.setdefault((row["model"], row["peers"], row["epsilon"]), []).append(row)
-    for (model, peers, epsilon), mine in sorted(groups.items()):
-        found = [row["accuracy"] for row in mine]
-        shown = f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
-        cells = (f"`{model}`", peers, f"{epsilon:g}", mine[0]["rounds"], f"{mine[0]['noise']:.1f}")
-        lines.append(f"| {' | '.join(map(str, (*cells, shown, len(found))))} |")
+def privacy(results: dict[str, Any], data: str = "edges") -> str:
+    """ε against accuracy on `data`, which is a model of digits or a table: a line for each ε."""
+    mine = [row for row in results["rows"] if data in (row.get("model"), row.get("table"))]
+    ways = sorted({row.get("shared", 1) for row in mine})
+    peers = mine[0]["peers"] if mine else 0
+    heads = [f"noise that {way} of {peers} share" if way > 1 else "own noise" for way in ways]
+    lines = [f"| ε of the run | {' | '.join(heads)} | seeds |", "|---" * (len(ways) + 2) + "|"]
+    for epsilon in sorted({row["epsilon"] for row in mine}, key=lambda one: one or math.inf):
+        found = [
+            [row["accuracy"] for row in mine
+             if (row["epsilon"], row.get("shared", 1)) == (epsilon, way)]
+            for way in ways
+        ]  # fmt: skip
+        cells = [f"{epsilon:g}" if epsilon else "no noise", *map(_range, found)]
+        lines.append(f"| {' | '.join(cells)} | {max(map(len, found))} |")
     return "\n".join(lines) + "\n"
+
+
+def _range(values: Sequence[float]) -> str:
+    """The mean, the least and the most; a dash for none."""
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"

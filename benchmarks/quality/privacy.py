@@ -26,7 +26,8 @@ from protocols.errors import CommonweightError
 from protocols.model import weights
 from protocols.privacy.private_training import PrivateTraining
 
-_OUT = Path(__file__).resolve().parents[2] / "docs" / "quality" / "privacy-results.json"
+#: The rows of this benchmark and of `privacy_tables`.
+OUT = Path(__file__).resolve().parents[2] / "docs" / "quality" / "privacy-results.json"
 DELTA = 1e-5
 SEEDS = (1, 2, 3, 4, 5)
 
@@ -118,6 +119,18 @@ def measure(
     }
 
 
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else []
+    return rows
+
+
+def keep_row(out: Path, row: dict[str, Any]) -> None:
+    """Write the row to the file, in place of an older one of the same run."""
+    same = ("model", "table", "peers", "epsilon", "shared", "seed")
+    others = [one for one in read_rows(out) if any(one.get(k) != row.get(k) for k in same)]
+    out.write_text(json.dumps({"rows": [*others, row]}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.privacy", description=__doc__
@@ -127,22 +140,16 @@ def main() -> None:
     parser.add_argument("--shared", type=int, default=1, help="1: each peer adds its own noise")
     parser.add_argument("--epsilon", type=float, nargs="+", default=(1.0, 3.0, 8.0, 100.0))
     parser.add_argument("--seed", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--out", type=Path, default=_OUT)
+    parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
-    rows = json.loads(asked.out.read_text())["rows"] if asked.out.exists() else []
     with tempfile.TemporaryDirectory(prefix="commonweight-privacy-") as cache:
         for peers in asked.peers:
             for epsilon in asked.epsilon:
                 for seed in asked.seed:
                     row = measure(asked.model, peers, epsilon, seed, cache, asked.shared)
                     print(row, file=sys.stderr, flush=True)
-                    same = ("model", "peers", "epsilon", "shared", "seed")
-                    rows = [one for one in rows if any(one.get(k) != row.get(k) for k in same)] + [
-                        row
-                    ]
-                    asked.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    for line in page.privacy({"rows": rows}).splitlines():
-        print(line)
+                    keep_row(asked.out, row)
+    print(page.privacy({"rows": read_rows(asked.out)}, asked.model), end="")
 
 
 if __name__ == "__main__":

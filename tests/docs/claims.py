@@ -152,7 +152,7 @@ def one(rows: list[dict[str, Any]], key: str, **fields: Any) -> Any:
 
 def every(rows: list[dict[str, Any]], key: str, **fields: Any) -> list[Any]:
     """The key of every row with these fields."""
-    return [row[key] for row in rows if all(row[name] == is_ for name, is_ in fields.items())]
+    return [row[key] for row in rows if all(row.get(name) == is_ for name, is_ in fields.items())]
 
 
 def mean_of(rows: list[dict[str, Any]], key: str, **fields: Any) -> float:

@@ -6,6 +6,8 @@ import json
 import statistics
 from typing import Any
 
+import pytest
+
 from benchmarks.quality import page
 from benchmarks.quality.liars import LIES
 from benchmarks.quality.measured import RESULTS
@@ -67,3 +69,27 @@ def test_what_is_slower_or_faster_than_known() -> None:
 
 def test_ternary_with_scaffold_needs_less_than_half_of_the_rounds() -> None:
     assert mean("scaffold + ternary, shards", "to_90") < 0.5 * mean("fp32, shards", "to_90")
+
+
+def noisy(data: str, epsilon: float, *, shared: bool) -> float:
+    """The mean accuracy on these data at ε."""
+    found = [
+        row["accuracy"]
+        for row in json.loads((ROOT / "docs/quality/privacy-results.json").read_bytes())["rows"]
+        if data in (row.get("model"), row.get("table"))
+        and row["epsilon"] == epsilon
+        and ("shared" in row) == shared
+    ]
+    assert len(found) == 5, (data, epsilon, shared)
+    return statistics.mean(found)
+
+
+def test_shared_noise_costs_little_of_the_accuracy_of_digits() -> None:
+    assert noisy("edges", 3.0, shared=True) >= 0.94
+    assert noisy("edges", 1.0, shared=True) >= 0.91
+
+
+@pytest.mark.parametrize("data", ["edges", "breast cancer", "flchain"])
+def test_shared_noise_costs_no_more_than_own_noise(data: str) -> None:
+    for epsilon in (1.0, 3.0, 8.0):
+        assert noisy(data, epsilon, shared=True) >= noisy(data, epsilon, shared=False) - 0.005
