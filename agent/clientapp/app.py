@@ -73,7 +73,7 @@ class Client:
         self._outbox, self._floors, self._queries = Outbox(outbox, me), floors, queries
         self._observer, self._budget = observer or Observer(), budget or PrivacyBudget()
         self._reader = WorkReader(me, settings, floors, self._budget, check_log)
-        self._secure = SecureWork(
+        self.secure = SecureWork(
             me,
             outbox / "secure",
             secure_turns,
@@ -93,9 +93,10 @@ class Client:
                 lambda message, _: Message(self._queries.job(message), reply_to=message)
             )
 
-    def resume_sum(self) -> None:
-        """Tells the observer if a secure sum still waits for this peer's steps, after a restart."""
-        self._secure.resume()
+    def end_sum(self) -> None:
+        """Deletes what is left of a secure sum whose steps nobody asks for any more."""
+        self._commit_last()
+        self.secure.end()
 
     def handle(self, message: Message) -> Message:
         """Returns the reply to a message. Raises CommonweightError if the work fails.
@@ -146,11 +147,11 @@ class Client:
     def _finish(self, request: SignedRequest, message: Message) -> Finished:
         """Does the work, unless its reply is here, and sends what the reply names."""
         work = request.work
-        self._secure.end_others(work.run)
+        self.secure.end_others(work.run)
         if work.kind in STEPS:
-            return self._secure.step(work, work.kind, message)
+            return self.secure.step(work, work.kind, message)
         is_secure = work.kind in ("train", "evaluate") and secure_rules.is_secure(work)
-        finished = self._secure.card(work) if is_secure else self._stored(work)
+        finished = self.secure.card(work) if is_secure else self._stored(work)
         if finished is None and work.kind != "describe":
             self._check_card(work)
             base = self._fetch_base(work)
@@ -261,12 +262,12 @@ class Client:
 
     def _run_secure(self, work: Work, base: Path) -> Finished:
         """Trains or evaluates for a secure sum. The result stays here; a card leaves."""
-        done = self._secure.kept(work, self._reader.columns(work))
+        done = self.secure.kept(work, self._reader.columns(work))
         if done is None:
             done = self._begin_secure(work, base)
         self._budget.charge(work, done)
         failpoint("agent.privacy.charged")
-        finished = self._secure.ready(work, done)
+        finished = self.secure.ready(work, done)
         self._outbox.commit(done.digest)
         self._write_audit_entry(work, finished)
         if work.kind == "train":
@@ -277,13 +278,13 @@ class Client:
         """Does the work of a turn, and keeps what it gives on this disk."""
         self._begin_work()
         columns = self._reader.columns(work)
-        trained, personal = self._secure.begin(work), self._outbox.personal_paths(work)
+        trained, personal = self.secure.begin(work), self._outbox.personal_paths(work)
         done = self._do(work, base, trained, personal)
         if personal and work.kind == "train":
             self._stage_personal(work, trained, done)
         failpoint("agent.work.done")
         self._reader.check_consent(work, columns)  # the owner may have withdrawn it meanwhile
-        return self._secure.keep(work, done, columns)
+        return self.secure.keep(work, done, columns)
 
     def _begin_work(self) -> None:
         self._outbox.wait_for_sync()
@@ -291,7 +292,7 @@ class Client:
 
     def _commit_last(self) -> None:
         """Discards state of an update that was never sent or promised."""
-        self._outbox.commit_last(self._secure.promised())
+        self._outbox.commit_last(self.secure.promised())
 
     def _train(self, work: Work, base: Path, personal: RunStatePaths | None) -> Done:
         """Trains and writes the update in the run's codec."""

@@ -75,8 +75,8 @@ class SecureTurns:
         """The newest turn of this run, unless it is over."""
         return self._store.newest(run)
 
-    def end_others(self, run: str) -> None:
-        """Delete the secrets of all other runs."""
+    def end_others(self, run: str = "") -> None:
+        """Delete the secrets of all other runs; of all runs without a name."""
         self._store.end_others(run)
 
     def share(self, key: TurnKey, request: ShareRequest, layout: tuple[int, ...]) -> ShareAnswer:

@@ -24,7 +24,7 @@ from protocols.errors import BadMessage, SecureRefused
 from protocols.local.background_unlink import unlink
 from protocols.local.disk_space import check_room
 from protocols.local.failpoints import failpoint
-from protocols.messages.work import MAX_MESSAGE_BYTES, SIGNED_CLAIM, SecureStep, Work
+from protocols.messages.work import MAX_MESSAGE_BYTES, SIGNED_CLAIM, OpenSum, SecureStep, Work
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy import events
 from protocols.privacy.events import SharedGaussian
@@ -80,6 +80,21 @@ class SecureWork:
         if self._files.awaits_step():
             self._observer.on_sum(True)
 
+    def open_sum(self) -> OpenSum | None:
+        """The sum that this peer has given a card to, and has not taken the last step of."""
+        result = self._files.result()
+        turn = self._turns.newest(result.run) if result is not None else None
+        if turn is None or turn.told is not None:
+            return None
+        made = turn.ready
+        return OpenSum(run=made.run, round=made.round, turn=made.turn, kind=made.kind)
+
+    def end(self) -> None:
+        """Delete the files and secrets of all sums."""
+        self._turns.end_others()
+        self._files.clear()
+        self._observer.on_sum(False)
+
     # --- step ready ---
 
     def card(self, work: Work) -> Finished | None:
@@ -99,7 +114,7 @@ class SecureWork:
 
     def begin(self, work: Work) -> Path:
         """Delete what is left of earlier turns; returns the file for the trained weights."""
-        self._turns.end_others(work.run)
+        self._turns.end_others()
         self._files.clear()
         return self._files.trained
 

@@ -154,7 +154,7 @@ class Agent:
         await self._policy.decide()
         self._report.announce(self._runner.state)
         loops = {
-            "session": self._sessions.run(self._work.answer),
+            "session": self._sessions.run(self._work),
             "heartbeat": self._sessions.run_heartbeat(),
             "presence": self._presence.run(),
             "sharing": self._sharing.run(),

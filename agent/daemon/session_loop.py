@@ -13,13 +13,13 @@ from functools import partial
 from random import Random
 from typing import Any, TypeVar
 
-from flwr.app import Message
 from msgspec import structs
 
 from agent.daemon import state_machine
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SessionChanged
 from agent.daemon.status_reporter import StatusReporter
+from agent.daemon.work_thread import WorkThread
 from agent.home import fleet_trust
 from agent.home.enrollment_file import write_enrollment
 from agent.transport.charged_heads import ChargedHeads
@@ -130,11 +130,8 @@ class SessionLoop:
 
     # --- session ---
 
-    async def run(self, answer: Callable[[Message], Message | None]) -> None:
-        """Open a session and work; open it again whenever it is lost. Runs until cancelled.
-
-        `answer(message)` is called in the work thread and returns the next message.
-        """
+    async def run(self, work: WorkThread) -> None:
+        """Open a session and work; open it again whenever it is lost. Runs until cancelled."""
         waits = delays(Random(), _MIN_RECONNECT_S, _MAX_RECONNECT_S)
         while True:
             opened_at = 0.0
@@ -147,7 +144,7 @@ class SessionLoop:
                 log.info("connected to %s", self._ctx.credentials.address)
                 if self._short_sessions <= _MAX_SHORT_SESSIONS:
                     waits = delays(Random(), _MIN_RECONNECT_S, _MAX_RECONNECT_S)
-                await self._pull_and_answer(answer)
+                await self._pull_and_answer(work)
             except CommonweightError as err:
                 self._log_lost(err)
                 self._report.set_session_error(err.message)
@@ -189,17 +186,17 @@ class SessionLoop:
         else:
             log.debug("no session: %s", err.message)
 
-    async def _pull_and_answer(self, answer: Callable[[Message], Message | None]) -> None:
+    async def _pull_and_answer(self, work: WorkThread) -> None:
         """Pull and answer messages while the session lasts. Raises Unreachable, SessionLost."""
         while True:
             self._doorbell.clear()
             state = self._runner.state
             takes_work = state_machine.can_take_work(state)
             if takes_work or (state.work is None and state_machine.can_answer_steps(state)):
-                pull = partial(self.link().pull, steps_only=not takes_work)
+                pull = partial(work.pull, steps_only=not takes_work)
                 message = await self._in_thread(pull)
                 while message is not None:
-                    message = await self._in_thread(answer, message)
+                    message = await self._in_thread(work.answer, message)
                     self._last_work_at = time.monotonic()
             idle_s = time.monotonic() - self._last_work_at
             interval_s = state_machine.poll_interval_s(self._runner.state, idle_s)

@@ -140,11 +140,22 @@ class WorkThread:
 
     def resume_sum(self) -> None:
         """After a start: answer the steps of a secure sum that has this peer's card."""
-        self._client.resume_sum()
+        self._client.secure.resume()
 
     def close(self) -> None:
         """Stop the trainer for good. This also ends a wait for it or for its next try."""
         self._retrying_trainer.close()
+
+    def pull(self, *, steps_only: bool) -> Message | None:
+        """The next message, or None. Deletes what is left of a secure sum that is over.
+
+        Raises Unreachable, SessionLost.
+        """
+        link, open_sum = self._link(), self._client.secure.open_sum()
+        message = link.pull(steps_only=steps_only, open_sum=open_sum)
+        if open_sum is not None and link.sum_is_over:
+            self._client.end_sum()
+        return message
 
     def answer(self, message: Message) -> Message | None:
         """Handle a message, send the reply, and return the next message, if there is one.

@@ -56,6 +56,7 @@ from protocols.messages import work as messages
 from protocols.messages.version_log import LogNews
 from protocols.messages.work import (
     FlowerMessage,
+    OpenSum,
     PollRequest,
     PollResponse,
 )
@@ -86,6 +87,8 @@ class CoordinatorClient(CoordinatorRequests):
         self._attached: tuple[str, Path] | None = None
         #: True once the coordinator has written the result of the last reply to its ledger.
         self.acknowledged = False
+        #: True if the last `pull` was told that its open sum is over.
+        self.sum_is_over = False
         #: The next poll tells the coordinator that its refused work may be asked for again.
         self.owner_has_decided = False
         #: What to tell of the log of versions with a request, if anything; and what gets its news.
@@ -165,12 +168,13 @@ class CoordinatorClient(CoordinatorRequests):
         """Seconds until the next heartbeat is due. Every exchange counts as one."""
         return self._heard_at + HEARTBEAT_EVERY_S - time.monotonic()
 
-    def pull(self, *, steps_only: bool = False) -> Message | None:
+    def pull(self, *, steps_only: bool = False, open_sum: OpenSum | None = None) -> Message | None:
         """Returns the next message for this agent, or None.
 
-        `steps_only`: only one with a step of a secure sum, as this agent is paused.
+        `steps_only`: only one with a step of a secure sum, as this agent is paused. `open_sum`: one
+        that this agent still has secrets of.
         """
-        return self._exchange(None, want=True, steps_only=steps_only)
+        return self._exchange(None, want=True, steps_only=steps_only, open_sum=open_sum)
 
     def push(self, reply: Message) -> None:
         """Sends a reply. The coordinator drops a reply that it no longer waits for."""
@@ -181,7 +185,12 @@ class CoordinatorClient(CoordinatorRequests):
         return self._exchange(reply, want=True, steps_only=steps_only)
 
     def _exchange(
-        self, reply: Message | None, *, want: bool, steps_only: bool = False
+        self,
+        reply: Message | None,
+        *,
+        want: bool,
+        steps_only: bool = False,
+        open_sum: OpenSum | None = None,
     ) -> Message | None:
         attached, update, packed = None, b"", None
         if reply is not None:  # a heartbeat may run in between
@@ -198,6 +207,7 @@ class CoordinatorClient(CoordinatorRequests):
             steps_only=steps_only,
             seen=seen,
             charged=self.charged_statement(),
+            open_sum=open_sum,
         )
         body = msgspec.msgpack.encode(request)
         sent_at = time.monotonic()
@@ -216,6 +226,8 @@ class CoordinatorClient(CoordinatorRequests):
         self._heard_at = sent_at
         with map_parse_errors():
             response = msgspec.msgpack.decode(answer, type=PollResponse)
+        if open_sum is not None:
+            self.sum_is_over = response.sum_is_over
         if response.log is not None:
             self.on_log_news(response.log)
         if response.charged:

@@ -76,6 +76,9 @@ class PollHandler:
             self._note(peer, request, response)
             if request.owner_has_decided:
                 self._owner_has_decided(peer)
+            if response.work is None and request.open_sum is not None:
+                is_over = self._runs.is_sum_over(peer, request.open_sum)
+                response = msgspec.structs.replace(response, sum_is_over=is_over)
             return self._with_version(response)
         # Before the reply is stored, because the run may handle it at once.
         request_id = self._superlink.request_id_of(request.reply)

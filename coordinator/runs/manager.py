@@ -19,6 +19,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import ITS_TURN, round_body, run_body
+from coordinator.runs.secure.decisions import is_over_for
 from coordinator.runs.state import Round, Run, accepted_uploads
 from coordinator.storage import job_events, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
@@ -29,6 +30,7 @@ from protocols.local import heap
 from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import EventLine
 from protocols.messages.states import RunState
+from protocols.messages.work import OpenSum
 from protocols.model import personalization, weights
 
 #: Runs whose rounds the monitor still shows after a restart.
@@ -149,6 +151,13 @@ class RunManager:
         """The peer's owner has allowed or forbidden a task."""
         if self.current is not None:
             self.current.owner_has_decided(peer)
+
+    def is_sum_over(self, peer: str, told: OpenSum) -> bool:
+        """True if nobody asks this peer for a step of this secure sum any more."""
+        loop, run = self.current, self._runs.get(told.run)
+        if loop is not None and loop.run.id == told.run:
+            run = loop.run
+        return run is None or is_over_for(run, peer, told)
 
     def awaits_consent(self, peer: str) -> str:
         """The task for which the active run awaits the consent of this peer's owner, or ""."""

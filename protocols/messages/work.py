@@ -144,6 +144,15 @@ MAX_CHARGED_BYTES = 512
 _ChargedBytes = Annotated[bytes, Meta(max_length=MAX_CHARGED_BYTES)]
 
 
+class OpenSum(Struct, frozen=True, kw_only=True):
+    """A secure sum that a peer still has secrets of: a turn of a run's round."""
+
+    run: Id
+    round: Count
+    turn: Count
+    kind: Literal["train", "evaluate"]
+
+
 class PollRequest(Struct, frozen=True, kw_only=True):
     """An agent's request: the reply to its last work, if any, and whether it wants new work.
 
@@ -151,7 +160,8 @@ class PollRequest(Struct, frozen=True, kw_only=True):
     owner has allowed or forbidden a task since the agent refused work for want of consent.
     `steps_only`: it is paused, and wants only the steps of a secure sum that it takes part in.
     `seen`: what it has seen of the log of versions (`p2p.seen_heads`), to get the news of it; None
-    if not now. `charged`: a signed `ChargedHead`, if it has changed.
+    if not now. `charged`: a signed `ChargedHead`, if it has changed. `open_sum`: a sum that it has
+    not taken the last step of.
     """
 
     reply: FlowerMessage | None = None
@@ -161,6 +171,7 @@ class PollRequest(Struct, frozen=True, kw_only=True):
     steps_only: bool = field(default=False, name="steps")
     seen: SeenBytes | None = None
     charged: _ChargedBytes = b""
+    open_sum: OpenSum | None = field(default=None, name="sum")
 
 
 class PollResponse(Struct, frozen=True, kw_only=True):
@@ -171,7 +182,7 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     may then ask again. `version`: the bytes of a small version to work on, if it is new. `log`:
     the news of the log of versions, for a request with `seen`. `notices`: lines for the owner: why
     a run does not use this machine. `charged`: the agent's own statement with more charges than it
-    states now.
+    states now. `sum_is_over`: no step of the `open_sum` will be asked for.
     """
 
     work: FlowerMessage | None = None
@@ -180,6 +191,7 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     log: LogNews | None = None
     notices: Annotated[tuple[Text, ...], Meta(max_length=MAX_NOTICES)] = ()
     charged: _ChargedBytes = b""
+    sum_is_over: bool = field(default=False, name="over")
 
 
 SIGNED_WORK = SignedJson(Work, "work", "piece of work")

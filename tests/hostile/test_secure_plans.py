@@ -136,7 +136,7 @@ def test_a_result_is_not_masked_in_an_older_turn(
             room.first.ask(room.work("train", turn=1))
     request = state.request_for(room.first.peer)
     assert request is not None
-    with pytest.raises(SecureRefused, match="no longer on its disk"):
+    with pytest.raises(SecureRefused, match="has made no card for this step"):
         room.step(room.first, request)
     assert not room.first.uploads
     room.sum(turn=1)

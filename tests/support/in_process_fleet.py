@@ -298,13 +298,21 @@ class Agent:
 
     def _work(self, link: CoordinatorClient) -> None:
         # As the real agent does: a reply that asks for no more work is that of a peer that pauses.
-        message = link.pull()
+        message = self._pull(link)
         while not self._stopping.is_set():
             if message is None:
                 self._stopping.wait(0.01)
-                message = link.pull()
+                message = self._pull(link)
             else:
                 message = link.exchange(self.answer(message))
+
+    def _pull(self, link: CoordinatorClient) -> Message | None:
+        assert self.client is not None
+        open_sum = self.client.secure.open_sum()
+        message = link.pull(open_sum=open_sum)
+        if open_sum is not None and link.sum_is_over:
+            self.client.end_sum()
+        return message
 
     def answer(self, message: Message) -> Message:
         assert self.client is not None

@@ -12,6 +12,7 @@ from coordinator.runs import steps
 from coordinator.runs.state import Run
 from coordinator.runs.steps import Step, count_peers
 from protocols.messages.states import RunState
+from protocols.messages.work import OpenSum
 from protocols.privacy.secagg.cohort import MIN_COHORT
 
 #: A step with small messages needs less. Masked updates may take as long as the run's deadline.
@@ -78,6 +79,17 @@ def decide(run: Run, progress: Progress | None) -> Step:
             f"{progress.needed}{why}",
         )
     return steps.Wait(describe(run, progress), progress.awaited)
+
+
+def is_over_for(run: Run, peer: str, told: OpenSum) -> bool:
+    """True if this peer is not asked for a step of this sum any more, also after a restart."""
+    evaluates = run.state is RunState.EVALUATING
+    is_open = evaluates or run.state in (RunState.TRAINING, RunState.AGGREGATING)
+    now = (run.round, run.turn, "evaluate" if evaluates else "train")
+    if not is_open or (told.round, told.turn, told.kind) != now:
+        return True
+    cohort = run.cohort
+    return cohort is not None and peer not in (cohort.survivors or cohort.sharers or cohort.peers)
 
 
 def lose(run: Run, because: str) -> Step:

@@ -172,7 +172,7 @@ async def test_sessions_that_end_at_once_are_opened_less_and_less_often_and_repo
     sessions, waits = asked.agent._sessions, list[float]()
     opened = 0
 
-    async def wait(max_s: float) -> None:
+    async def wait(_: asyncio.Event, max_s: float) -> None:
         waits.append(max_s)
         await asyncio.sleep(0)
 
@@ -181,9 +181,9 @@ async def test_sessions_that_end_at_once_are_opened_less_and_less_often_and_repo
         opened += 1
         raise SessionLost("the coordinator answered 412")
 
-    monkeypatch.setattr(sessions, "_wait_for_doorbell", wait)
+    monkeypatch.setattr(session_loop, "wait_at_most", wait)
     monkeypatch.setattr(sessions, "_pull_and_answer", closed_by_the_coordinator)
-    running = asyncio.create_task(sessions.run(lambda _: None))
+    running = asyncio.create_task(sessions.run(asked.agent._work))
     try:
         await until(lambda: len(waits) >= 40)
     finally:

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from msgspec.structs import replace
 
 from agent.clientapp.secure_work import REQUEST
 from agent.daemon import client_factory
 from agent.daemon.agent import Agent
 from agent.daemon.state_machine import AgentState, PauseRequested, SumChanged
+from agent.home.secure_store import TurnStore
 from agent.trainer.ipc import Progress
 from protocols.messages.envelope import Telemetry
 from protocols.messages.states import PauseReason
-from protocols.messages.work import SIGNED_WORK, Work
+from protocols.messages.work import SIGNED_WORK, OpenSum, PollRequest, PollResponse, Work
 from protocols.privacy.secagg.messages import AgreeRequest, encode, masked_codec
 from tests.agent.daemon.test_agent import an_agent
+from tests.hostile.test_secure_traffic import running
 from tests.support.https_site import Site
+from tests.support.secure_desks import RUN
 from tests.support.waiting import until
 
 BASE = "ab" * 32
@@ -59,7 +63,7 @@ async def answers_while_paused(site: Site, agent: Agent, reason: PauseReason) ->
         [some_work(site, "train"), some_work(site, "agree", step)]
     )
     agent._runner.dispatch(PauseRequested(reason))
-    pulling = asyncio.create_task(agent._sessions._pull_and_answer(agent._work.answer))
+    pulling = asyncio.create_task(agent._sessions._pull_and_answer(agent._work))
     try:
         found = list[Message]()
         for _ in range(20):
@@ -112,6 +116,35 @@ async def test_a_sum_that_goes_on_no_more_is_not_awaited_for_ever(
         await until(lambda: not agent._runner.state.in_sum)
     finally:
         agent._work.close()
+
+
+async def test_what_is_left_of_a_sum_that_is_over_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, monkeypatch) as watched:
+        await watched.ask(watched.room.work("train"))
+        folder, poll = watched.home / "outbox" / "secure", watched.site.poll
+        turn = TurnStore(watched.home).newest(RUN)
+        assert turn is not None
+        told = list[OpenSum | None]()
+
+        async def pull(is_over: bool) -> bool:
+            async def answer(peer: str, asked: PollRequest) -> PollResponse:
+                told.append(asked.open_sum)
+                return replace(await poll(peer, asked), sum_is_over=is_over)
+
+            monkeypatch.setattr(watched.site, "poll", answer)
+            await asyncio.to_thread(watched.agent._work.pull, steps_only=False)
+            files = [path for path in watched.home.glob("secure.db*") if path.is_file()]
+            return any(turn.master in file.read_bytes() for file in files)
+
+        assert await pull(is_over=False)
+        assert (folder / "trained.safetensors").exists()
+        assert not await pull(is_over=True)
+        assert list(folder.iterdir()) == []
+        assert not await pull(is_over=True)
+        open_sum = OpenSum(run=RUN, round=1, turn=0, kind="train")
+        assert told == [open_sum, open_sum, None]
 
 
 async def test_no_loss_leaves_by_telemetry_in_a_secure_run(site: Site, tmp_path: Path) -> None:

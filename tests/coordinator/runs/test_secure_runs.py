@@ -19,7 +19,7 @@ from coordinator.storage.run_events import RunSpec
 from protocols.errors import Unreachable, UsageError
 from protocols.messages.states import RunState
 from protocols.messages.work import Work
-from tests.support.in_process_fleet import Fleet, first_weights, loss_of
+from tests.support.in_process_fleet import Agent, Fleet, first_weights, loss_of
 from tests.support.secure_fleet import (
     DATA,
     before,
@@ -92,6 +92,23 @@ async def test_a_peer_that_refuses_a_step_is_left_out_of_the_sum(tmp_path: Path)
         assert fleet.refusals(run_id) == [(1, fleet.agents[0].peer, "failed")]
         version = fleet.version(run.head)
         assert largest_difference(version, plain_mean(fleet, run, 1)) < 1e-4
+
+
+async def test_after_a_run_no_peer_has_secrets_of_its_sums(tmp_path: Path) -> None:
+    """Also those that took no last step, as they refused one before."""
+    async with secure_fleet(tmp_path, 4) as fleet:
+        before(fleet.agents[0], "mask", refuse, times=2)
+        run = await fleet.finished(start(fleet, rounds=1))
+        assert run.state is RunState.FINISHED
+        for agent in fleet.agents:
+            folder = agent._folder / "secure"
+
+            def is_clean(agent: Agent = agent, folder: Path = folder) -> bool:
+                turn = agent._secure_turns().newest(run.id)
+                weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+                return (turn is None or turn.told is not None) and not weights
+
+            await until(is_clean)
 
 
 async def test_a_lost_cohort_is_trained_again_with_new_keys(tmp_path: Path) -> None:

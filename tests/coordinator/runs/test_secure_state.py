@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from coordinator.runs import decisions, steps, transitions
 from coordinator.runs.decisions import Observation
-from coordinator.runs.secure.decisions import MAX_LOST_COHORTS, Progress, needs
+from coordinator.runs.secure.decisions import MAX_LOST_COHORTS, Progress, is_over_for, needs
 from coordinator.runs.state import COHORT, Run, accepted_uploads
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from protocols.messages.states import RunState
+from protocols.messages.work import OpenSum
 
 PEERS = ("A", "B", "C", "D")
 ALL = frozenset(PEERS)
@@ -171,6 +172,37 @@ def test_a_peer_that_refuses_a_step_is_left_out() -> None:
     assert loop.run.contributors == ("A", "B", "C")
     loop.record(run_events.UpdateRefused(1, "A", "secure_refused", "no", "unmask"))
     assert loop.run.peers["A"] == "refused"
+
+
+def test_a_sum_is_over_for_a_peer_that_is_not_asked_again() -> None:
+    loop = Loop()
+
+    def over(kind: Any = "train", **named: Any) -> str:
+        told = {"run": "r", "round": 1, "turn": 0, "kind": kind, **named}
+        return "".join(p for p in PEERS if is_over_for(loop.run, p, OpenSum(**told)))
+
+    everyone = "".join(PEERS)
+    assert over() == everyone, "the round has not begun"
+    loop.play(steps.FixCohort)
+    assert (over(), over("evaluate"), over(turn=1), over(round=2)) == ("", *[everyone] * 3)
+    loop.do(loop.decide())
+    for peer in "ABC":
+        loop.answer(peer)
+    assert over() == ""
+    loop.due = True
+    loop.do(loop.decide())
+    assert over() == "D", "it has not shared"
+    loop.due = False
+    loop.play(steps.Aggregate)
+    assert over() == "D"
+    loop.do(loop.decide())
+    assert over() == everyone
+    loop.play(steps.CloseRound)
+    assert (over(), over("evaluate")) == (everyone, "")
+    loop.do(loop.decide())
+    assert over("evaluate") == everyone
+    loop.play(steps.EndRun)
+    assert over(round=2) == over("evaluate", round=2) == everyone
 
 
 def test_a_lost_cohort_is_trained_again_with_the_next_turn() -> None:
