@@ -236,7 +236,7 @@ def _split(gone: int) -> tuple[bool, int]:
                 if isinstance(told := ask(machine, request), UnmaskAnswer):
                     seeds |= {peer} if victim in told.seeds else set()
                     mask_keys |= {peer} if victim in told.keys else set()
-    needed = state.cohort.threshold(victim)
+    needed = state.cohort.threshold
     both = len(seeds) >= needed and len(mask_keys) >= needed
     return both or bool(seeds & mask_keys), refused
 

@@ -527,7 +527,7 @@ class Hostile:
                 {
                     owner
                     for owner in cohort.peers
-                    if len(self.known[cohort.id, owner, kind]) >= cohort.threshold(owner)
+                    if len(self.known[cohort.id, owner, kind]) >= cohort.threshold
                 }
                 for kind in ("seed", "key")
             )

@@ -8,8 +8,6 @@ has shared may be gone when another one masks. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from msgspec import Struct
 
 from protocols.errors import BadMessage, CohortLost
@@ -97,7 +95,7 @@ class Aggregator:
                 self.told.setdefault(peer, answer)
 
     def _check_told(self, peer: str, answer: UnmaskAnswer) -> None:
-        survivors, group = set(self.survivors), set(self.cohort.groups[peer])
+        survivors, group = set(self.survivors), set(self.cohort.group(peer))
         dropouts = set(self.sharers) - survivors
         if peer not in survivors:
             raise BadMessage(f"{peer} is not among the survivors, so its shares do not count")
@@ -122,9 +120,9 @@ class Aggregator:
             return AgreeRequest(cohort=cohort.id, survivors=self.survivors)
         if peer in self.told:
             return None
-        group = cohort.groups[peer]
+        group = cohort.group(peer)
         signatures = {one: self.signatures[one] for one in group if one in self.signatures}
-        if len(signatures) < cohort.threshold(peer):
+        if len(signatures) < cohort.threshold:
             return None
         return UnmaskRequest(cohort=cohort.id, signatures=signatures)
 
@@ -169,13 +167,12 @@ class Aggregator:
         return self._secrets_for(set(self.survivors))
 
     def needed(self) -> int:
-        """The fewest peers with which a sum can be unmasked, by the smallest threshold."""
-        return min(self.cohort.threshold(peer) for peer in self.cohort.peers)
+        """The fewest peers with which a sum can be unmasked, of one group."""
+        return self.cohort.threshold
 
     def _secrets_for(self, survivors: set[str]) -> list[str]:
         """The sharers in whose group a survivor is; each peer is in its own."""
-        return [peer for peer in self.sharers if survivors.intersection(self.cohort.groups[peer])]
+        return [peer for peer in self.sharers if survivors.intersection(self.cohort.group(peer))]
 
-    def _has_group(self, peer: str, among: Iterable[str]) -> bool:
-        group = self.cohort.groups[peer]
-        return len(set(among).intersection(group)) >= self.cohort.threshold(peer)
+    def _has_group(self, peer: str, among: set[str]) -> bool:
+        return len(among.intersection(self.cohort.group(peer))) >= self.cohort.threshold

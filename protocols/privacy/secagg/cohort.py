@@ -101,6 +101,10 @@ class Cohort:
         self.signed: dict[str, SignedCard] = {card.peer: signed for card, signed in cards}
         self.peers = tuple(self.cards)
         self._check()
+        #: The neighbors of a peer are so far ahead or behind on the ring.
+        self._reach = neighbor_count(len(self.peers)) // 2
+        self._is_complete = neighbor_count(len(self.peers)) == len(self.peers) - 1
+        self._groups: dict[str, tuple[str, ...]] = {}
         sha = hashlib.sha256(b"commonweight secagg cohort 1\n")
         for part in (request.plan, *(signed.card for _, signed in cards)):
             sha.update(hashlib.sha256(part).digest())
@@ -152,38 +156,49 @@ class Cohort:
         )
 
     @cached_property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """By peer: itself and its neighbors, in name order."""
-        ring, size = self._ring, len(self.peers)
-        count = neighbor_count(size)
-        if count == size - 1:
-            return dict.fromkeys(self.peers, self.peers)
-        half = count // 2
-        twice = ring + ring
-        return {
-            peer: tuple(sorted(twice[(i - half) % size : (i - half) % size + count + 1]))
-            for i, peer in enumerate(ring)
-        }
+    def _places(self) -> dict[str, int]:
+        return {peer: place for place, peer in enumerate(self._ring)}
+
+    def group(self, peer: str) -> tuple[str, ...]:
+        """A peer and its neighbors, in name order."""
+        if self._is_complete:
+            return self.peers
+        if peer not in self._groups:
+            first = self._places[peer] - self._reach
+            ring = self._ring
+            whole = range(first, first + 2 * self._reach + 1)
+            self._groups[peer] = tuple(sorted(ring[place % len(ring)] for place in whole))
+        return self._groups[peer]
 
     def neighbors(self, peer: str) -> tuple[str, ...]:
         """The neighbors of a peer, without itself. Being neighbors is mutual."""
-        return tuple(one for one in self.groups[peer] if one != peer)
+        return tuple(one for one in self.group(peer) if one != peer)
 
-    def threshold(self, peer: str) -> int:
-        """How many members of this peer's group give its secrets."""
-        return threshold(len(self.groups[peer]))
+    @property
+    def threshold(self) -> int:
+        """How many members of a group give its secrets."""
+        return threshold(neighbor_count(len(self.peers)) + 1)
 
     def place(self, owner: str, holder: str) -> int:
         """Where the holder's share of the owner's secrets lies: 1 to the size of the group."""
-        return bisect_left(self.groups[owner], holder) + 1
+        return bisect_left(self.group(owner), holder) + 1
 
     def together(self, peer: str, among: Collection[str]) -> set[str]:
         """The peers of `among` that masks bind to this one, directly or over others of them."""
-        among, found, ahead = set(among), {peer}, [peer]
-        while ahead:
-            new = among.intersection(self.groups[ahead.pop()]) - found
-            found |= new
-            ahead += new
+        among = {*among, peer}
+        if self._is_complete:
+            return among
+        size, start = len(self._ring), self._places[peer]
+        # By how far they are ahead on the ring: a gap that is wider than the reach parts them.
+        ahead = sorted(((self._places[one] - start) % size, one) for one in among)
+        found = {peer}
+        for way in (ahead, [(size - far, one) for far, one in reversed(ahead[1:])]):
+            last = 0
+            for far, one in way:
+                if far - last > self._reach:
+                    break
+                found.add(one)
+                last = far
         return found
 
     def agreement(self, sharers: Iterable[str], survivors: Iterable[str]) -> bytes:

@@ -9,6 +9,7 @@ agent change that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -160,12 +161,10 @@ def share(
         cohort = Cohort(request)
         _check_cohort(state, cohort, pins, layout)
     me, secrets = state.peer, _secrets(state)
-    group = cohort.groups[me]
+    group = cohort.group(me)
     places = range(1, len(group) + 1)
     shares = {}
-    for peer, pair in zip(
-        group, secrets.split(cohort.id, cohort.threshold(me), places), strict=True
-    ):
+    for peer, pair in zip(group, secrets.split(cohort.id, cohort.threshold, places), strict=True):
         if peer != me:
             public = cohort.cards[peer].channel_key
             # Fails for a key of low order before any share leaves.
@@ -240,13 +239,13 @@ def unmask(state: Turn, request: UnmaskRequest) -> tuple[Turn, UnmaskAnswer]:
     signed = sum(
         peer == me
         or (peer in request.signatures and cohort.signs(peer, request.signatures[peer], message))
-        for peer in survivors.intersection(cohort.groups[me])
+        for peer in survivors.intersection(cohort.group(me))
     )
-    if signed < cohort.threshold(me):
+    if signed < cohort.threshold:
         _refuse(
             "too few signatures",
             f"{signed} of this peer's neighbors have signed the same survivors; "
-            f"{cohort.threshold(me)} are needed",
+            f"{cohort.threshold} are needed",
         )
     secrets = _secrets(state)
     pair = _own_shares(cohort, me, secrets)
@@ -282,7 +281,7 @@ def _secrets(state: Turn) -> keys.CardSecrets:
 def _own_shares(cohort: Cohort, me: str, secrets: keys.CardSecrets) -> tuple[bytes, bytes]:
     place = cohort.place(me, me)
     places = range(place, place + 1)
-    return secrets.split(cohort.id, cohort.threshold(me), places)[0]
+    return secrets.split(cohort.id, cohort.threshold, places)[0]
 
 
 def _open_share(
@@ -300,10 +299,16 @@ def _neighbors_in(cohort: Cohort, me: str, among: Collection[str]) -> list[str]:
 def _cohort(state: Turn, expected: bytes | None = None) -> Cohort:
     if state.cohort is None:
         _refuse("order", "the request is for a cohort that this peer has not joined")
-    cohort = Cohort(state.cohort, is_checked=True)
+    cohort = _open_checked(state.cohort)
     if expected is not None and cohort.id != expected:
         _refuse("second cohort", "the request is for another cohort than this peer has joined")
     return cohort
+
+
+@functools.lru_cache(maxsize=1)
+def _open_checked(request: ShareRequest) -> Cohort:
+    """A cohort whose signatures this peer has verified; the next steps open it again."""
+    return Cohort(request, is_checked=True)
 
 
 def _check_cohort(state: Turn, cohort: Cohort, pins: Pins, layout: tuple[int, ...]) -> None:
@@ -358,13 +363,13 @@ def _check_set(state: Turn, cohort: Cohort, peers: set[str], pins: Pins, name: s
     me = state.peer
     if me not in peers:
         _refuse(name, f"this peer is not among the {name}, so its update does not count")
-    group = peers.intersection(cohort.groups[me])
-    needed = cohort.threshold(me)
+    group = peers.intersection(cohort.group(me))
+    needed = cohort.threshold
     if len(group) < needed:
         _refuse(name, f"{len(group)} neighbors are among the {name}; {needed} are needed")
     known = peers & (pins.peers | {me})
     # Others may be the coordinator's. Fewer than 2t - n of them in a group learn nothing.
-    whole = cohort.groups[me]
+    whole = cohort.group(me)
     foreign, limit = len(set(whole) - pins.peers - {me}), 2 * needed - len(whole)
     if foreign >= limit:
         raise SecureRefused(

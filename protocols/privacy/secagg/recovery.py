@@ -42,8 +42,8 @@ def recover(state: Aggregator) -> Recovery:
     false_shares: set[tuple[str, str]] = set()
 
     def secret_of(owner: str, prove: Callable[[bytes], bytes], expected: bytes) -> bytes:
-        holders = [peer for peer in cohort.groups[owner] if peer in state.told]
-        threshold = cohort.threshold(owner)
+        holders = [peer for peer in cohort.group(owner) if peer in state.told]
+        threshold = cohort.threshold
         # Leave out one of the first t + 1 at a time, in case it sent a false share.
         tries = [holders[:threshold]]
         tries += [[*holders[:i], *holders[i + 1 : threshold + 1]] for i in range(threshold)]
@@ -74,7 +74,7 @@ def recover(state: Aggregator) -> Recovery:
             minus.append(keys.self_mask(seed, cohort.id))
             continue
         key = X25519PrivateKey.from_private_bytes(secret_of(owner, _public, card.mask_key))
-        for peer in survivors.intersection(cohort.groups[owner]):
+        for peer in survivors.intersection(cohort.group(owner)):
             mask = keys.pair_mask(key, cohort.cards[peer].mask_key, cohort.id)
             # The survivor added it if its name comes first, and subtracted it otherwise.
             (minus if peer < owner else plus).append(mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from protocols.errors import BadMessage, BadWeights, CohortLost, UsageError
+from protocols.privacy.secagg import cohort as cohort_module
 from protocols.privacy.secagg import ring
 from protocols.privacy.secagg.aggregator import (
     Aggregator,
@@ -16,10 +18,38 @@ from protocols.privacy.secagg.aggregator import (
     SharersFixed,
     SurvivorsFixed,
 )
+from protocols.privacy.secagg.cohort import Cohort, Pins
 from protocols.privacy.secagg.messages import AgreeAnswer, UnmaskAnswer
 from protocols.privacy.secagg.recovery import recover
 from tests.support.randomness import chi_squared_p
-from tests.support.secure_cohort import masked_uploads, me, run_cohort
+from tests.support.secure_cohort import (
+    Machine,
+    masked_uploads,
+    me,
+    plan,
+    run_cohort,
+    share_request,
+)
+
+
+@pytest.mark.parametrize("neighbors", [2, 4, 11])
+def test_peers_are_together_if_a_chain_of_neighbors_connects_them(
+    monkeypatch: pytest.MonkeyPatch, neighbors: int
+) -> None:
+    monkeypatch.setattr(cohort_module, "neighbor_count", lambda peers: neighbors)
+    rnd = random.Random(neighbors)
+    machines = [Machine(number, Pins(frozenset()), rnd) for number in range(12)]
+    cohort = Cohort(share_request([machine.card() for machine in machines], plan()))
+    for peer in cohort.peers:
+        assert len(cohort.group(peer)) == neighbors + 1
+        assert all(peer in cohort.group(other) for other in cohort.group(peer))
+    for _ in range(300):
+        among = rnd.sample(cohort.peers, rnd.randrange(13))
+        peer = rnd.choice(cohort.peers)
+        found = {peer}
+        while more := {b for a in found for b in cohort.group(a) if b in among} - found:
+            found |= more
+        assert cohort.together(peer, among) == found
 
 
 @pytest.mark.parametrize("bits", [16, 32])
