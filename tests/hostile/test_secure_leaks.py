@@ -131,8 +131,8 @@ class Taken(NamedTuple):
     def _shares(self, kind: int) -> list[bytes]:
         """What others have of this peer's own mask (0), or of the key for masks of pairs (1)."""
         cohort, me = self.cohort, self.turn.peer
-        places = range(1, len(cohort.groups[me]) + 1)
-        split = keys.CardSecrets(self.turn.master).split(cohort.id, cohort.threshold(me), places)
+        places = range(1, len(cohort.group(me)) + 1)
+        split = keys.CardSecrets(self.turn.master).split(cohort.id, cohort.threshold, places)
         return [pair[kind] for pair in split]
 
 

@@ -19,7 +19,8 @@ def measure(
     step_s: float,
     is_receiving: Callable[[str], bool],
 ) -> Progress | None:
-    """How far the open cohort is. `state`: what is known of it.
+    """How far the open cohort is. `state`: what is known of it. Peers that can get too few
+    signatures to tell their shares are not awaited.
 
     `online`: peers with a session (None: all, as after a restart). `step_s`: seconds since the step
     began. `is_receiving(peer)`: an upload of that peer is in progress.
@@ -28,7 +29,10 @@ def measure(
         return None
     asked, answered = step_of(cohort, state)
     refused = {peer for peer, status in run.peers.items() if status == "refused"}
-    missing = [p for p in asked if p not in answered and _can_answer(state, p, refused)]
+    missing = [p for p in asked if p not in answered and p not in refused]
+    if state.survivors and refused:
+        signers = state.signatures.keys() | (set(state.survivors) - refused)
+        missing = [peer for peer in missing if state.has_group(peer, signers)]
     awaited = tuple(peer for peer in missing if online is None or peer in online)
     is_due = step_s >= decisions.step_deadline_s(run)
     if is_due and cohort.step == "mask" and step_s < run.spec.deadline_s:
@@ -44,14 +48,6 @@ def measure(
         enough=(is_due or not awaited) and _is_enough(run, state),
         is_over=(is_due and may_lose) or step_s >= run.spec.deadline_s,
     )
-
-
-def _can_answer(state: Aggregator, peer: str, refused: Set[str]) -> bool:
-    """False if the peer has refused, or can get too few signatures to tell its shares."""
-    if peer in refused or not state.survivors:
-        return peer not in refused
-    signers = state.signatures.keys() | (set(state.survivors) - refused)
-    return len(signers.intersection(state.cohort.groups[peer])) >= state.cohort.threshold(peer)
 
 
 def _is_enough(run: Run, state: Aggregator) -> bool:

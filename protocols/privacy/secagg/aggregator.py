@@ -8,6 +8,8 @@ has shared may be gone when another one masks. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from msgspec import Struct
 
 from protocols.errors import BadMessage, CohortLost
@@ -132,7 +134,7 @@ class Aggregator:
         A peer with too few neighbors among them is left out. Its neighbors may then lack one, too.
         """
         sharers = set(self.shares)
-        while alone := {peer for peer in sharers if not self._has_group(peer, sharers)}:
+        while alone := {peer for peer in sharers if not self.has_group(peer, sharers)}:
             sharers -= alone
         if not sharers:
             raise CohortLost(
@@ -146,7 +148,7 @@ class Aggregator:
         """Continue with the peers whose updates are here. Raises CohortLost if too few are."""
         survivors = set(self.uploads)
         needed = self._secrets_for(survivors)
-        if not survivors or not all(self._has_group(peer, survivors) for peer in needed):
+        if not survivors or not all(self.has_group(peer, survivors) for peer in needed):
             raise CohortLost(
                 f"{len(survivors)} of {len(self.sharers)} masked updates have arrived, and the sum "
                 f"needs {self.needed()}",
@@ -159,7 +161,7 @@ class Aggregator:
         """Whether enough peers have sent their shares."""
         told = set(self.told)
         return bool(self.survivors) and all(
-            self._has_group(peer, told) for peer in self.wanted_secrets()
+            self.has_group(peer, told) for peer in self.wanted_secrets()
         )
 
     def wanted_secrets(self) -> list[str]:
@@ -174,5 +176,6 @@ class Aggregator:
         """The sharers in whose group a survivor is; each peer is in its own."""
         return [peer for peer in self.sharers if survivors.intersection(self.cohort.group(peer))]
 
-    def _has_group(self, peer: str, among: set[str]) -> bool:
-        return len(among.intersection(self.cohort.group(peer))) >= self.cohort.threshold
+    def has_group(self, peer: str, among: Set[str]) -> bool:
+        """Whether enough of this peer's group, with itself, are among these."""
+        return len(among & set(self.cohort.group(peer))) >= self.cohort.threshold
