@@ -22,6 +22,7 @@ import pytest
 from benchmarks.faults import failpoint_names
 from protocols.local.failpoints import VARIABLE
 from protocols.model import weights
+from protocols.model.bfloat16 import float32_to_bf16
 from protocols.model.weights import Part, Weights, file_digest
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import keys, masked_file, peer, ring, tails
@@ -77,7 +78,7 @@ def numbers(values: Iterable[float]) -> list[bytes]:
 def floats(array: Any) -> list[bytes]:
     """An array as floats of 64, 32 and 16 bits, of both kinds."""
     single = np.asarray(array, "<f4")
-    forms = (array.astype("<f8"), single, single.astype("<f2"), weights.float32_to_bf16(single))
+    forms = (array.astype("<f8"), single, single.astype("<f2"), float32_to_bf16(single))
     return [one for form in forms for one in windows(np.asarray(form).ravel())]
 
 
