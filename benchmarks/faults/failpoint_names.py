@@ -84,8 +84,10 @@ SECURE = tuple(
 )
 #: The result of a secure turn, and its masked file, are on disk (`agent.clientapp.secure_work`).
 SECURE_FILES = ("agent.secure.kept", "agent.secure.masked")
-#: Those that tests/e2e/test_secure.py reaches, and the end of a lost cohort.
-OF_SECURE_RUNS = frozenset({*SECURE_SUMS, *SECURE, *SECURE_FILES, "secure.cleared"})
+#: A cohort is given up.
+LOST_COHORTS = ("run.recording.CohortLost", "run.recorded.CohortLost", "secure.cleared")
+#: All of secure runs. tests/e2e/test_secure.py kills at each of them.
+OF_SECURE_RUNS = frozenset({*SECURE_SUMS, *LOST_COHORTS, *SECURE, *SECURE_FILES})
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
 NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + TRAINER).union(
     OF_SECURE_RUNS

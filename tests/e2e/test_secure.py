@@ -11,12 +11,24 @@ from benchmarks.faults import failpoint_names
 from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
 from protocols.local import failpoints
-from tests.support.fleet_harness import AGENT, COORDINATOR, HOST, Fleet, fleet, two_free_ports
+from tests.support.fleet_harness import (
+    AGENT,
+    COORDINATOR,
+    HOST,
+    Fleet,
+    Program,
+    fleet,
+    two_free_ports,
+)
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
 NAMES = ("north", "south", "west")
+#: Where the tests kill the coordinator and an agent.
+COORDINATOR_POINTS = failpoint_names.SECURE_SUMS
+LOST_POINTS = failpoint_names.LOST_COHORTS
+AGENT_POINTS = (*failpoint_names.SECURE, *failpoint_names.SECURE_FILES)
 RUN = ("mnist", "--secure", "--quorum", "3", "--rounds", "2", "--deadline", "2m")
 
 
@@ -74,6 +86,23 @@ def check_whole(site: Fleet, run_id: str, ids: dict[str, str], rounds: int) -> N
     assert sums.count("evaluate") > 0
 
 
+def coordinator_killed_at(site: Fleet, point: str, port: int) -> Program:
+    """Kill the coordinator, and start one that dies at this point."""
+    site.programs["up"].kill()
+    (site.home / "up.json").unlink(missing_ok=True)
+    env = {**site._env(), failpoints.VARIABLE: failpoint_names.check(point)}
+    return site._start("up", [COORDINATOR, "up", "--host", HOST, "--port", str(port)], env)
+
+
+def agent_killed_at(site: Fleet, name: str, point: str) -> Program:
+    env = {**site._env(name), failpoints.VARIABLE: failpoint_names.check(point)}
+    return site._start(name, [AGENT, "run"], env)
+
+
+def until_dead(program: Program, point: str) -> None:
+    wait_for(lambda: program.process.poll() is not None, f"it dies at {point}")
+
+
 @pytest.mark.timeout(540)  # more than a dozen kills and restarts
 def test_the_coordinator_is_killed_at_every_step_of_a_sum(tmp_path: Path) -> None:
     """Each start dies at the next step; no update is trained again, lost or counted twice."""
@@ -81,22 +110,51 @@ def test_the_coordinator_is_killed_at_every_step_of_a_sum(tmp_path: Path) -> Non
     with fleet(tmp_path) as site:
         site.up(port=port)
         ids = trusting(site, *NAMES)
-        points = failpoint_names.SECURE_SUMS
         run_id = ""
-        for point in points:
-            site.programs["up"].kill()
-            (site.home / "up.json").unlink(missing_ok=True)
-            env = {**site._env(), failpoints.VARIABLE: failpoint_names.check(point)}
-            words = [COORDINATOR, "up", "--host", HOST, "--port", str(port)]
-            armed = site._start("up", words, env)
+        for point in COORDINATOR_POINTS:
+            armed = coordinator_killed_at(site, point, port)
             if not run_id:
                 wait_for((site.home / "up.json").exists, "the coordinator is up")
                 words = ["ping", "--secure", "--quorum", "3", "--rounds", str(rounds)]
                 run_id = site.start_run(*words)
-            wait_for(lambda armed=armed: armed.process.poll() is not None, f"it dies at {point}")
+            until_dead(armed, point)
         (site.home / "up.json").unlink(missing_ok=True)
         site.up(port=port)
         check_whole(site, run_id, ids, rounds)
+
+
+@pytest.mark.timeout(540)  # each cohort is lost at a deadline
+def test_the_coordinator_is_killed_when_it_gives_a_cohort_up(tmp_path: Path) -> None:
+    """A peer dies before it masks. The round is trained again, with new keys, and counts once."""
+    port = two_free_ports()[0]
+    with fleet(tmp_path) as site:
+        site.up(port=port)
+        ids = trusting(site, *NAMES)
+        run_id = ""
+        for point in LOST_POINTS:
+            armed = coordinator_killed_at(site, point, port)
+            site.programs["north"].kill()
+            gone = agent_killed_at(site, "north", "agent.secure.recording.mask")
+            if not run_id:
+                site.until_agent("north", "is there", lambda told: told["session"])
+                words = ["ping", "--secure", "--quorum", "3", "--rounds", "2", "--deadline", "10s"]
+                run_id = site.start_run(*words)
+            until_dead(gone, "its masks")
+            until_dead(armed, point)
+        (site.home / "up.json").unlink(missing_ok=True)
+        site.up(port=port)
+        site.start_agent("north")
+        run = site.ended_run(run_id)
+        assert run["state"] == "finished", run["ended_because"]
+        contributors = [closed["contributors"] for closed in run["history"]]
+        assert contributors == [sorted(ids.values())] * 2
+        told = facts(site, run_id)
+        # The first kill is before the ledger has the loss.
+        lost = [fact.because for fact in told if isinstance(fact, run_events.CohortLost)]
+        assert len(lost) >= len(LOST_POINTS) - 1
+        assert all("2 of 3 masked updates, and a sum needs 3" in because for because in lost)
+        turns = [fact.turn for fact in told if isinstance(fact, run_events.CohortFixed)]
+        assert turns == sorted(turns)
 
 
 @pytest.mark.timeout(540)  # more than a dozen kills and restarts
@@ -106,14 +164,13 @@ def test_an_agent_is_killed_at_every_step_of_a_sum(tmp_path: Path) -> None:
         site.up()
         ids = trusting(site, *NAMES)
         run_id = ""
-        for point in (*failpoint_names.SECURE, *failpoint_names.SECURE_FILES):
+        for point in AGENT_POINTS:
             site.programs["north"].kill()
-            env = {**site._env("north"), failpoints.VARIABLE: failpoint_names.check(point)}
-            armed = site._start("north", [AGENT, "run"], env)
+            armed = agent_killed_at(site, "north", point)
             if not run_id:
                 site.until_agent("north", "is there", lambda told: told["session"])
                 words = ["ping", "--secure", "--quorum", "3", "--rounds", str(rounds)]
                 run_id = site.start_run(*words)
-            wait_for(lambda armed=armed: armed.process.poll() is not None, f"it dies at {point}")
+            until_dead(armed, point)
         site.start_agent("north")
         check_whole(site, run_id, ids, rounds)

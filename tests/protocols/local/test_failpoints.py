@@ -13,8 +13,11 @@ import pytest
 
 from benchmarks.faults import checker, failpoint_names
 from benchmarks.faults.failpoint_names import NAMES
+from coordinator.runs.secure import transitions as secure_transitions
+from coordinator.runs.transitions import TRANSITIONS
 from protocols.local import failpoints
 from protocols.local.failpoints import TRUTH, VARIABLE, parse_failpoints
+from tests.e2e import test_secure
 from tests.support.fleet_harness import ROOT
 
 _CALL = re.compile(r'\bfailpoint\("([a-z.]+)"(, )?')
@@ -32,6 +35,36 @@ def called() -> set[str]:
 
 def test_every_name_is_a_place_and_every_place_has_a_name() -> None:
     assert called() == NAMES
+
+
+def in_secure_runs() -> set[str]:
+    """The names in the code of secure runs, with each step, file and event that they are about."""
+    sums = ROOT / "coordinator/runs/secure"
+    steps = re.findall(
+        r'\.advance\(.*"(\w+)"\)', (ROOT / "agent/clientapp/secure_turns.py").read_text()
+    )
+    files = re.findall(r'_files\.write\("(\w+)"', (sums / "sums.py").read_text())
+    details = {"agent.secure": ["begin", *steps], "secure": files}
+    found = {
+        f"run.{when}.{event.__name__}"
+        for event, (_, transition) in TRANSITIONS.items()
+        if transition.__module__ == secure_transitions.__name__
+        for when in ("recording", "recorded")
+    }
+    paths = [*sums.glob("*.py"), *(ROOT / "agent").rglob("secure_*.py")]
+    for path in (*paths, ROOT / "coordinator/storage/spool.py"):
+        for name, detail in _CALL.findall(path.read_text()):
+            kinds = details[name.rpartition(".")[0]] if detail else [""]
+            found |= {f"{name}.{kind}".rstrip(".") for kind in kinds}
+    return found - set(failpoint_names.COORDINATOR + failpoint_names.AGENT)
+
+
+def test_a_test_kills_at_every_step_of_a_secure_run() -> None:
+    """A new step, file or event of secure runs must be in the list, and so be killed at."""
+    assert in_secure_runs() == failpoint_names.OF_SECURE_RUNS
+    killed = test_secure.COORDINATOR_POINTS + test_secure.LOST_POINTS + test_secure.AGENT_POINTS
+    assert set(killed) == failpoint_names.OF_SECURE_RUNS
+    assert len(set(killed)) == len(killed)
 
 
 def test_without_the_variable_they_are_nothing() -> None:
