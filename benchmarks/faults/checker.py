@@ -224,10 +224,23 @@ def _counted(facts: Sequence[Fact]) -> list[str]:
     accepted: Counter[str] = Counter()
     number, training, closed = 0, False, list[str]()
     late: Counter[tuple[str, int, int]] = Counter()
+    kind, masked = "", set[str]()
     for fact in facts:
         match fact["type"]:
             case "RoundOpened":
                 number, training, accepted = fact["round"], True, Counter()
+            case "EvaluationOpened":
+                accepted = Counter()
+            case "CohortFixed":
+                kind, masked = fact["kind"], set()
+            case "MaskedUpdateAccepted":
+                masked.add(fact["peer"])
+            case "SurvivorsFixed":
+                if sorted(masked) != sorted(fact["survivors"]):
+                    found.append(f"round {number} sums other masked updates than it accepted")
+                closed = fact["survivors"] if kind == "train" else closed
+            case "CohortLost":  # all peers train again
+                training, accepted = True, Counter()
             case "UpdateAccepted" if fact["update"].get("base"):
                 late[fact["peer"], fact["round"], fact["update"].get("turn", 0)] += 1
             case "UpdateAccepted":
@@ -351,7 +364,11 @@ def _files(folder: Path, facts: Sequence[Fact]) -> list[str]:
 def _acknowledged(claim: Fact, facts: Sequence[Fact]) -> list[str]:
     """A: the ledger has exactly one result for each acknowledged answer."""
     who = f"{claim['peer'][:8]}'s {claim['kind']} of round {claim['round']}"
-    if claim["kind"] in ("holdings", "recall"):
+    if claim["kind"] in ("share", "agree", "unmask"):
+        return []  # the ledger has only the decisions that follow from all of them
+    if claim["kind"] == "mask":  # two sums of a round may have one
+        fates = int(any(_is_fate_of_masked(fact, claim) for fact in facts))
+    elif claim["kind"] in ("holdings", "recall"):
         told = {(f["type"], f.get("peer", f.get("by"))) for f in facts}
         wanted = "HoldingTold" if claim["kind"] == "holdings" else "VersionRecalled"
         fates = int((wanted, claim["peer"]) in told)
@@ -373,11 +390,21 @@ def _acknowledged(claim: Fact, facts: Sequence[Fact]) -> list[str]:
     return [] if fates or refused else [f"{who} was acknowledged and is in no entry of the ledger"]
 
 
+def _is_fate_of_masked(fact: Fact, claim: Fact) -> bool:
+    if fact["type"] not in ("MaskedUpdateAccepted", "CohortLost"):
+        return False
+    is_its_peer = fact.get("peer", claim["peer"]) == claim["peer"]
+    return is_its_peer and bool(fact["round"] == claim["round"])
+
+
 def _is_fate(fact: Fact, claim: Fact) -> bool:
-    return (
-        fact["type"] == "UpdateAccepted"
-        and (fact["peer"], fact["round"]) == (claim["peer"], claim["round"])
-        and fact["update"].get("turn", 0) == claim.get("turn", 0)
-        and fact["update"].get("digest", "") == claim["digest"]
-        and bool(claim["digest"]) == (claim["kind"] == "train")
-    )
+    if (
+        fact["type"] != "UpdateAccepted"
+        or (fact["peer"], fact["round"]) != (claim["peer"], claim["round"])
+        or fact["update"].get("digest", "") != claim["digest"]
+    ):
+        return False
+    if claim.get("codec", "").startswith("masked:"):
+        return True  # the digest of a card is that of one turn
+    is_its_turn = fact["update"].get("turn", 0) == claim.get("turn", 0)
+    return is_its_turn and bool(claim["digest"]) == (claim["kind"] == "train")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socketserver
 import subprocess
 import sys
 import tarfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -194,6 +196,17 @@ class JourneyFleet(Site):
         words = ["join", "-", "--name", name, "--data", str(self.folder / f"{name}.csv")]
         words += ["--replace"] if (self.folder / name / "enrolled.json").exists() else []
         self.do_agent(name, *words, given=self.ticket())
+
+    def trust_each_other(self, names: Sequence[str]) -> None:
+        """Each owner enters the present ids of the others."""
+        ids = {
+            name: json.loads((self.folder / name / "enrolled.json").read_bytes())["peer"]
+            for name in names
+        }
+        for name in names:
+            for other in names:
+                if other != name:
+                    self.do_agent(name, "trust", "add", ids[other], "--name", other)
 
     def start_one(self, name: str, *, mqtt: bool) -> None:
         """Start an agent; wait for its session, and for its MQTT link if there is a broker."""

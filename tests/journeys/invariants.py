@@ -19,6 +19,7 @@ from coordinator.jobs import state as jobs
 from coordinator.runs import retention, transitions
 from coordinator.runs.state import Run
 from coordinator.storage import job_events, run_events
+from protocols.errors import AwaitingTrust
 from protocols.messages.states import AVAILABLE
 from tests.journeys.fleet import JourneyFleet
 from tests.journeys.model import NAMES, Model
@@ -31,8 +32,9 @@ BAD_LOG = re.compile(
     r"Traceback \(most recent|Exception in callback|Task was destroyed|ResourceWarning"
     r"|never retrieved|unexpected error|never awaited|Fatal error|HTTP 413|\(413\)"
 )
-#: Reasons for which a run may leave out an update: it came too late.
-HARMLESS = {"late", "too stale", "replay"}
+#: Reasons for which a run may leave out an update: it came too late. And an agent may be asked
+#: before it has read whom its owner trusts.
+HARMLESS = {"late", "too stale", "replay", AwaitingTrust.code}
 #: A ternary update of an early build is refused by design.
 EARLY_BUILD = "does the sender run another version"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 
+from benchmarks.faults import checker
 from coordinator import strategies
 from coordinator.remote.run_options import build_order
 from coordinator.runs import spec_rules
 from protocols.errors import CommonweightError
 from tests.journeys.fleet import JourneyFleet
-from tests.journeys.model import Model, Run
+from tests.journeys.model import NAMES, Model, Run
 from tests.journeys.operations import Choose, Deed, ignore, operation
 from tests.support.waiting import wait_for
 
@@ -115,6 +116,31 @@ def finish_run(model: Model, choose: Choose) -> Deed:
     def deed(fleet: JourneyFleet) -> None:
         run.id = fleet.start_run(*words)
         until_finished(fleet, run.id)
+
+    return deed
+
+
+def _all_can_sum(model: Model) -> bool:
+    """A secure sum needs three peers; older agents know none."""
+    is_whole = len(model.available) == len(NAMES)
+    return is_whole and not model.active and not model.peers_where(is_old=True)
+
+
+@operation(_all_can_sum)
+def finish_secure_run(model: Model, choose: Choose) -> Deed:
+    """A secure run of two rounds, after all owners have entered the ids that peers have now."""
+    codec, strategy = choose(("fp32", "int8")), choose(("fedavg", "fedadam"))
+    run = Run(mode="secure", strategy=strategy, codec=codec, quorum=3, state="finished")
+    model.runs.append(run)
+    chosen = options("synchronous", strategy, codec, 3, 2, choose((0, 200)))
+    words = [*words_of(chosen | {"deadline": "30s"}), "--secure"]
+
+    def deed(fleet: JourneyFleet) -> None:
+        fleet.trust_each_other(NAMES)
+        run.id = fleet.start_run(*words)
+        until_finished(fleet, run.id)
+        facts = checker.read_facts(fleet.home, run.id, "VersionCommitted")
+        assert [len(fact["contributors"]) for fact in facts] == [3, 3]
 
     return deed
 

@@ -276,3 +276,105 @@ def test_a_changed_or_missing_entry_is_found(tmp_path: Path) -> None:
         db.execute("UPDATE log SET body = ? WHERE seq = 5", (json.dumps({"type": "x"}).encode(),))
     db.close()
     assert "the ledger's chain is broken at entry 5" in checker.violations(tmp_path)
+
+
+# --- secure runs ---
+
+
+class SecureHome(Home):
+    """The same run with sums of masked updates. In its first round, a cohort was lost."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        lost = [*self._cards(1, 0), run_events.TrainingClosed(1, PEERS)]
+        lost += [*self._sum(1, 0)[:-1], run_events.CohortLost(1, "gone")]
+        first = of(self, run_events.RoundOpened) + 1
+        self.facts[first:first] = lost
+        self.truth = Truth(
+            [
+                self.claim(peer, number, turn, kind)
+                for peer in PEERS
+                for number, turn in ((1, 0), (1, 1), (2, 1))
+                for kind in ("train", "share", "mask", "agree", "unmask")
+            ],
+            repeated=0,
+            steps=0,
+        )
+
+    def claim(self, peer: str, number: int, turn: int, kind: str) -> dict[str, Any]:
+        digest = f"c{peer}{number}{turn}" if kind == "train" else "answer"
+        return claim(peer, number, digest, kind) | {"turn": turn, "codec": "masked:32"}
+
+    def _round(self, number: int) -> Facts:
+        base, made = self.versions[number - 1 : number + 1]
+        return [
+            run_events.RoundOpened(number, base, PEERS),
+            *self._cards(number, 1),
+            run_events.TrainingClosed(number, PEERS),
+            *self._sum(number, 1),
+            run_events.VersionCommitted(number, made, base, PEERS, {}),
+            run_events.EvaluationOpened(number, PEERS),
+            *self._cards(number, 1, "e"),
+            *self._sum(number, 1, "evaluate"),
+            run_events.RoundClosed(number, {}, 1.0, 0, 0),
+        ]
+
+    def _cards(self, number: int, turn: int, what: str = "c") -> Facts:
+        updates = [Update(digest=f"{what}{p}{number}{turn}", num_examples=1) for p in PEERS]
+        return [
+            run_events.UpdateAccepted(number, peer, update)
+            for peer, update in zip(PEERS, updates, strict=True)
+        ]
+
+    def _sum(self, number: int, turn: int, kind: str = "train") -> Facts:
+        return [
+            run_events.CohortFixed(number, turn, kind, PEERS, "request"),
+            run_events.SharersFixed(number, PEERS, "shares"),
+            *(run_events.MaskedUpdateAccepted(number, p, f"m{p}", 4) for p in PEERS),
+            run_events.SurvivorsFixed(number, PEERS),
+        ]
+
+
+def leave_out_a_masked_update(home: Home) -> None:
+    home.facts[of(home, run_events.SurvivorsFixed)] = run_events.SurvivorsFixed(1, ("A",))
+
+
+def sum_a_masked_update_twice(home: Home) -> None:
+    home.facts[of(home, run_events.SurvivorsFixed)] = run_events.SurvivorsFixed(1, ("A", "B", "B"))
+
+
+def commit_other_survivors(home: Home) -> None:
+    index = of(home, run_events.VersionCommitted)
+    base, made = home.versions[:2]
+    home.facts[index] = run_events.VersionCommitted(1, made, base, ("A",), {})
+
+
+def acknowledge_an_unknown_masked_update(home: Home) -> None:
+    home.truth.acknowledged.append(claim("C", 2, "answer", "mask") | {"codec": "masked:32"})
+
+
+def acknowledge_an_unknown_card(home: Home) -> None:
+    home.truth.acknowledged.append(claim("B", 2, "cB29") | {"codec": "masked:32"})
+
+
+SECURE_FAULTS: list[tuple[Callable[[Home], None], str]] = [
+    (leave_out_a_masked_update, "sums other masked updates than it accepted"),
+    (sum_a_masked_update_twice, "sums other masked updates than it accepted"),
+    (commit_other_survivors, "has other contributors than its round"),
+    (acknowledge_an_unknown_masked_update, "is in no entry of the ledger"),
+    (acknowledge_an_unknown_card, "is in no entry of the ledger"),
+    (count_an_update_twice, "more than once"),
+]
+
+
+def test_a_secure_run_with_a_lost_cohort_is_in_order(tmp_path: Path) -> None:
+    assert SecureHome(tmp_path).judged() == []
+
+
+@pytest.mark.parametrize(("fault", "said"), SECURE_FAULTS)
+def test_a_fault_of_a_secure_run_is_found(
+    tmp_path: Path, fault: Callable[[Home], None], said: str
+) -> None:
+    home = SecureHome(tmp_path)
+    fault(home)
+    assert any(said in text for text in home.judged())
