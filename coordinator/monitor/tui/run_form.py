@@ -84,8 +84,7 @@ class RunForm(ModalScreen[StartRunRequest | None]):
 
     def _show_more(self, shown: bool) -> None:
         self.set_class(shown, "-all")
-        more = sum(not _is_first(option) for option in self._options.values())
-        others = "^o fewer" if shown else f"^o {more} more options"
+        others = "^o fewer options" if shown else "^o all options"
         self.query_one("#form").border_subtitle = f"enter starts it · {others} · esc closes"
         if self.focused is not None and not self.focused.display:
             self.query(Input).first().focus()
