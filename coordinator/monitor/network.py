@@ -17,8 +17,9 @@ from protocols.messages.states import GLYPHS, PeerState
 
 #: A rate is the mean over at most this time.
 WINDOW_S = 10.0
-_LINK_WIDTH = 8
-_SIDE_WIDTH = 15
+#: A link is longer in a wide pane. What follows it: state, traffic, and a note.
+_MIN_LINK_WIDTH, _MAX_LINK_WIDTH = 8, 40
+_SIDE_WIDTH, _TRAFFIC_WIDTH, _NOTE_WIDTH = 15, 28, 26
 
 
 class Rate(NamedTuple):
@@ -71,12 +72,14 @@ def network_lines(
     lines: list[list[Cell]] = []
     middle = max((len(shown) - len(side)) // 2, 0)
     name_width = min(max((len(display_name(peer)) for peer in shown), default=0), 20)
+    room = width - _SIDE_WIDTH - 2 - name_width - _TRAFFIC_WIDTH - _NOTE_WIDTH
+    link = min(max(room, _MIN_LINK_WIDTH), _MAX_LINK_WIDTH)
     for number in range(max(len(shown), min(len(side), height))):
         at = number - middle
         text, tone = side[at] if 0 <= at < len(side) else Cell("")
         line = [Cell(f"{fmt.truncate(text, _SIDE_WIDTH):<{_SIDE_WIDTH}} ", tone)]
         if number < len(shown):
-            line += _link(shown[number], meter, now, _branch(number, len(shown)))
+            line += _link(shown[number], meter, now, _branch(number, len(shown)), link)
             line += _peer(shown[number], fleet, meter, now, name_width)
         lines.append(_cut(line, width))
     if (more := len(peers) - len(shown)) > 0 and height > 0:
@@ -107,13 +110,13 @@ def _is_moving(meter: TrafficMeter, peer: Peer) -> bool:
     return any(meter.rate(peer.peer))
 
 
-def _link(peer: Peer, meter: TrafficMeter, now: float, branch: str) -> list[Cell]:
+def _link(peer: Peer, meter: TrafficMeter, now: float, branch: str, width: int) -> list[Cell]:
     """`├━━━◀━━ `: the way to a peer, thick and with arrows where bytes move."""
     rate, there = meter.rate(peer.peer), any(links(peer, now))
     if not there:
-        return [Cell(branch, "quiet"), Cell(f"{'╌' * (_LINK_WIDTH - 1)} ", "quiet")]
+        return [Cell(branch, "quiet"), Cell(f"{'╌' * (width - 1)} ", "quiet")]
     middle = f"{'◀' if rate.up else ''}{'▶' if rate.down else ''}"
-    body = middle.center(_LINK_WIDTH - 1, "━" if middle else "─")
+    body = middle.center(width - 1, "━" if middle else "─")
     return [Cell(branch, "quiet"), Cell(f"{body} ", "busy" if middle else "quiet")]
 
 

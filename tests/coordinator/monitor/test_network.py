@@ -51,6 +51,18 @@ def test_moving_bytes_have_arrows_and_stand_first() -> None:
     assert "garden" not in "".join(lines), "a peer that awaits approval has no connection yet"
 
 
+def test_links_are_longer_in_a_wide_pane() -> None:
+    fleet, meter = busy_fleet(), TrafficMeter()
+    lengths = []
+    for width in (90, 110, 130, 190):
+        (line, *_) = texts(network_lines(fleet, meter, NOW, width, 8))
+        lengths.append(line.count("─"))
+        assert len(line) <= width
+    assert lengths[0] == 7
+    assert lengths[0] < lengths[1] < lengths[2]
+    assert lengths[3] < 50
+
+
 def test_it_fits_its_pane() -> None:
     fleet, meter = crowd_fleet(40), TrafficMeter()
     meter.update(fleet, NOW)
