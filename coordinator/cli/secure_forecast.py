@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 _MAX_CHEAP_PEERS = 256
 #: CPU time for one mask over 40 MB of weights (`python -m benchmarks.speed.secure --large`).
 _MASK_S = 89 / 13_664
+#: What a peer exchanges in a round, which has two sums: bytes for each peer of the cohort and for
+#: each neighbor (`python -m benchmarks.speed.secure_many --peer`).
+_PEER_BYTES, _NEIGHBOR_BYTES = 2 * 594, 2 * 330
+#: CPU seconds of one peer, and of the coordinator, for each peer in a round of 1,000.
+_PEER_S, _COORDINATOR_S = 2 * 0.17 / 1000, 0.1
 
 
 def lines(spec: RunSpec, peers: int) -> Iterator[str]:
@@ -31,10 +36,24 @@ def lines(spec: RunSpec, peers: int) -> Iterator[str]:
     who = f"more than {group - needed} of {of} are" if group > needed else f"any of {of} is"
     yield f"a round with {peers} peers is trained again if {who} lost in it"
     if peers > _MAX_CHEAP_PEERS:
-        lost = peers // 10
-        masks = lost * (group - 1) + peers - lost
+        nbytes = message_bytes(peers)
+        yield (
+            f"keys and shares: in a round each peer exchanges {nbytes / 1e6:.1f} MB with the "
+            f"coordinator ({peers * nbytes / 1e9:.1f} GB in all) and spends "
+            f"{peers * _PEER_S:.1f} s of CPU, the coordinator {peers * _COORDINATOR_S:,.0f} s"
+        )
         yield (
             f"if a tenth of {peers} peers is lost in a round, its sum takes up to "
-            f"{masks * _MASK_S:,.0f} s of the coordinator's CPU for each 40 MB of weights; "
-            "--select asks fewer peers"
+            f"{count_masks(peers, peers // 10) * _MASK_S:,.0f} s of the coordinator's CPU for each "
+            "40 MB of weights; --select asks fewer peers"
         )
+
+
+def count_masks(peers: int, lost: int) -> int:
+    """The masks to remove from a sum, if `lost` of its peers go before their masked update."""
+    return lost * cohort.neighbor_count(peers) + peers - lost
+
+
+def message_bytes(peers: int) -> int:
+    """What one peer exchanges with the coordinator in a round, besides weights."""
+    return _PEER_BYTES * peers + _NEIGHBOR_BYTES * cohort.neighbor_count(peers)

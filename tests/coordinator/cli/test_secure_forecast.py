@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from benchmarks.speed import secure_many
 from coordinator.cli import secure_forecast
 from coordinator.storage.run_events import RunSpec
+from protocols.privacy.secagg.recovery import recover
+from tests.support.secure_cohort import run_cohort
 
 
 def lines(peers: int, quorum: int = 3) -> list[str]:
@@ -24,7 +29,23 @@ def test_it_says_what_is_summed_and_how_many_peers_may_be_lost() -> None:
 def test_it_says_the_cost_above_256_peers() -> None:
     assert len(lines(256)) == 2
     assert "more than 65 of 197 neighbors" in lines(1000)[1]
-    assert "up to 134 s of the coordinator's CPU for each 40 MB" in lines(1000)[2]
+    assert "each peer exchanges 1.3 MB with the coordinator (1.3 GB in all)" in lines(1000)[2]
+    assert "up to 134 s of the coordinator's CPU for each 40 MB" in lines(1000)[3]
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_it_counts_the_masks_of_a_sum(lost: int) -> None:
+    _, _, state = run_cohort(8, (0, lost, 0, 0))
+    recovery = recover(state)
+    counted = len(recovery.plus) + len(recovery.minus)
+    assert secure_forecast.count_masks(8, lost) >= counted > 0
+    if lost < 2:  # two lost peers also have a mask in common, which is in no update
+        assert secure_forecast.count_masks(8, lost) == counted
+
+
+def test_it_knows_how_large_the_messages_are() -> None:
+    measured = 2 * secure_many.one_peer(80)["bytes"]
+    assert secure_forecast.message_bytes(80) == pytest.approx(measured, rel=0.1)
 
 
 def test_it_says_nothing_of_a_plain_run() -> None:

@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 
 from protocols.errors import BadWeights
-from protocols.model.weights import Part, Weights, file_digest, split_into_pieces
+from protocols.model.weights import (
+    Part,
+    Schema,
+    Weights,
+    file_digest,
+    header_bytes,
+    split_into_pieces,
+)
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import masked_file
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import Pins
 from protocols.privacy.secagg.masks import add_masks
-from protocols.privacy.secagg.messages import MaskRequest, Plan
+from protocols.privacy.secagg.messages import MaskRequest, Plan, TailNames
 from protocols.privacy.secagg.peer import Masking
 from protocols.privacy.secagg.recovery import recover
 from tests.support.secure_cohort import KEY, Machine, me, plan, share_request
@@ -37,6 +44,18 @@ def model(seed: int, scale: float = 1.0) -> Weights:
 def changed(base: Weights, seed: int) -> Weights:
     change = model(seed, 0.01)
     return Weights({n: base[n] + (change[n] if n != "steps" else 0) for n in base})
+
+
+@pytest.mark.parametrize(("bits", "most"), [(32, 1.02), (16, 0.51)])
+def test_a_masked_update_is_as_large_as_its_integers(bits: int, most: float) -> None:
+    plain = Weights({"a": np.zeros(200_000, np.float32)})
+    whole = TailNames(metrics=("accuracy", "loss"), tallies={"hits": 100})
+    masked = masked_file.file_schema(plan(bits, (200_000,), names=whole))
+    assert file_bytes(masked) <= most * file_bytes(plain.schema)
+
+
+def file_bytes(schema: Schema) -> int:
+    return len(header_bytes(schema)) + sum(spec.nbytes for spec in schema.values())
 
 
 @pytest.mark.parametrize("bits", [16, 32])
