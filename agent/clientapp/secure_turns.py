@@ -22,7 +22,7 @@ from protocols.privacy.secagg.messages import (
     UnmaskAnswer,
     UnmaskRequest,
 )
-from protocols.privacy.secagg.peer import Masking, Me, Turn
+from protocols.privacy.secagg.turn import Masking, Me, Turn
 from protocols.privacy.shared_noise import SharedNoise
 
 #: Writes the masked update to a file; returns its digest and its size in bytes.

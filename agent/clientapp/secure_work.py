@@ -40,7 +40,7 @@ from protocols.privacy.secagg.messages import (
     ReadyRequest,
     ShareRequest,
 )
-from protocols.privacy.secagg.peer import Masking, Turn
+from protocols.privacy.secagg.turn import Masking, Turn
 from protocols.privacy.shared_noise import SharedNoise
 
 REQUEST = "cw.request"

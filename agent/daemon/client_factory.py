@@ -36,7 +36,7 @@ from agent.transport.version_store import VersionStore
 from protocols.enrollment import identity
 from protocols.messages.jobs import INPUT_PATH, Analyze, ModelRef, Private, Scatter, Score
 from protocols.messages.work import UpdateClaim, Work
-from protocols.privacy.secagg.peer import Me
+from protocols.privacy.secagg.turn import Me
 
 log = logging.getLogger("commonweight.agent")
 

@@ -24,7 +24,7 @@ import msgspec
 from agent.data.private_database import database_error
 from protocols.errors import DiskFull, HomeError, SecureRefused
 from protocols.local.failpoints import failpoint
-from protocols.privacy.secagg.peer import Turn
+from protocols.privacy.secagg.turn import Turn
 
 FILE = "secure.db"
 _decode = msgspec.msgpack.Decoder(Turn).decode

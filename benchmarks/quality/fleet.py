@@ -48,7 +48,7 @@ from protocols.errors import CommonweightError
 from protocols.messages.work import PollRequest, Work
 from protocols.model import weights
 from protocols.model.weights import Weights
-from protocols.privacy.secagg.peer import Me
+from protocols.privacy.secagg.turn import Me
 from tests.support.in_process_trainer import InProcess
 
 #: A folder in memory, if there is one, because this data need not survive a power cut.

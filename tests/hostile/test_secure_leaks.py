@@ -28,7 +28,7 @@ from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import keys, masked_file, peer, ring, tails
 from protocols.privacy.secagg.cohort import Cohort, Pins
 from protocols.privacy.secagg.messages import SIGNED_CARD
-from protocols.privacy.secagg.peer import Turn
+from protocols.privacy.secagg.turn import Turn
 from tests.e2e.test_secure import NAMES, trusting
 from tests.support import planted_task as planted
 from tests.support.fleet_harness import COORDINATOR, HOST, ROOT, Fleet, fleet, two_free_ports

@@ -31,7 +31,7 @@ from protocols.model.weights import Weights
 from protocols.privacy.secagg import masked_file, ring, tails
 from protocols.privacy.secagg.cohort import Cohort
 from protocols.privacy.secagg.keys import CardSecrets
-from protocols.privacy.secagg.peer import Masking
+from protocols.privacy.secagg.turn import Masking
 from tests.support.in_process_fleet import Agent, Fleet
 
 

@@ -51,7 +51,7 @@ from protocols.messages.refusals import refusal_of
 from protocols.messages.work import Work
 from protocols.model import schema_card, weights
 from protocols.model.weights import Weights
-from protocols.privacy.secagg.peer import Me
+from protocols.privacy.secagg.turn import Me
 from tests.support.https_site import HOST, Machine
 from tests.support.in_process_trainer import ByKind
 from tests.support.waiting import until

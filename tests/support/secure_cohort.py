@@ -37,8 +37,8 @@ from protocols.privacy.secagg.messages import (
     TailNames,
     encode,
 )
-from protocols.privacy.secagg.peer import Masking, Me, Turn
 from protocols.privacy.secagg.recovery import recover
+from protocols.privacy.secagg.turn import Masking, Me, Turn
 from protocols.privacy.shared_noise import SharedNoise
 
 FLEET, RUN, BASE = "fleet", "run-1", "ab" * 32

@@ -30,8 +30,8 @@ from protocols.model.weights_file import WeightsWriter
 from protocols.privacy.secagg import ring, tails
 from protocols.privacy.secagg.cohort import Cohort
 from protocols.privacy.secagg.messages import Plan
-from protocols.privacy.secagg.peer import Masking
 from protocols.privacy.secagg.recovery import Recovery
+from protocols.privacy.secagg.turn import Masking
 
 #: The largest root mean square of a tensor's change, as a part of its limit. If most elements were
 #: clipped, a sum would tell the signs of each peer's, by their weights.

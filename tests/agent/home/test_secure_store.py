@@ -25,7 +25,7 @@ from protocols.privacy.secagg import keys, peer
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import Pins
 from protocols.privacy.secagg.messages import SIGNED_CARD, ReadyRequest, UnmaskRequest
-from protocols.privacy.secagg.peer import Turn
+from protocols.privacy.secagg.turn import Turn
 from tests.support.fleet_harness import ROOT
 from tests.support.secure_cohort import BASE, FLEET, RUN, Machine, me, plan, share_request
 

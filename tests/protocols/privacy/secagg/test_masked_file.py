@@ -23,8 +23,8 @@ from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import Pins
 from protocols.privacy.secagg.masks import add_masks
 from protocols.privacy.secagg.messages import MaskRequest, Plan, TailNames
-from protocols.privacy.secagg.peer import Masking
 from protocols.privacy.secagg.recovery import recover
+from protocols.privacy.secagg.turn import Masking
 from tests.support.secure_cohort import KEY, Machine, me, plan, share_request
 
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from agent.home.secure_store import TurnKey
 from protocols.privacy.secagg import peer
 from protocols.privacy.secagg.aggregator import Aggregator, SurvivorsFixed
-from protocols.privacy.secagg.peer import Turn
+from protocols.privacy.secagg.turn import Turn
 from tests.support import secure_cohort
 from tests.support.secure_schedules import Site, play_honest, play_hostile
 
