@@ -101,22 +101,24 @@ class ClearSums:
         """The version of each round, and the mean metrics of its training."""
         store, made = WeightStore(self._folder), list[tuple[str, Metrics]]()
         states, state = StateStore(store.states), dict[str, str]()
-        spec = self._fleet.hub.runs.find(self.run).spec
-        adapter, args = strategies.find(spec.strategy), spec.strategy_args
+        run = self._fleet.hub.runs.find(self.run)
+        adapter, args = strategies.find(run.spec.strategy), run.spec.strategy_args
         base = self._bases[committed[0].parent]
         for one in committed:
             key = max(key for key in self.sent if (key.round, key.kind) == (one.round, "train"))
             sums, cohort = [self.sent[key][peer] for peer in one.contributors], self.cohorts[key]
             mean = self._mean(cohort, one.contributors, [each.update for each in sums], base)
             examples = sum(cohort.cards[peer].examples for peer in one.contributors)
+            numbers = ring.decode_tail(np.sum([each.metrics for each in sums], axis=0))
+            metrics = tails.means(cohort.plan.names, numbers)[0]
+            for_all = aggregation.metrics_for_all(run, metrics, examples, len(sums))
             updates = [InputUpdate(mean, 1.0, 1.0, examples, {})]
             aggregated = Aggregation(
-                *(adapter, adapter.make(args), args, one.round, base, base, updates, {}),
+                *(adapter, adapter.make(args), args, one.round, base, base, updates, for_all),
                 *(states, state),
             )
             digest = aggregation.store_version(store, aggregated)
-            metrics = ring.decode_tail(np.sum([each.metrics for each in sums], axis=0))
-            made.append((digest, tails.means(cohort.plan.names, metrics)[0]))
+            made.append((digest, metrics))
             base, state = weights.load(store.version_path(digest)), aggregated.new_state
         return made
 

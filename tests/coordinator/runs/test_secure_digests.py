@@ -226,8 +226,8 @@ class Heard:
         found = {}
         for peer, master in self.masters[number].items():
             own = CardSecrets(master)
-            places = range(1, len(cohort.groups[peer]) + 1)
-            pairs = own.split(cohort.id, cohort.threshold(peer), places)
+            places = range(1, len(cohort.group(peer)) + 1)
+            pairs = own.split(cohort.id, cohort.threshold, places)
             both = own.self_seed, own.mask_key.private_bytes_raw()
             found[peer] = {master, *both, *itertools.chain(*pairs)}
         return found
