@@ -17,18 +17,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from commonweight.fleet import Fleet, Peer, connect, join
+    from commonweight.jobs import Analysis, Measurement, Score
     from commonweight.run import Round, Run
     from protocols import VERSION as __version__
     from protocols import errors
 
-__all__ = ["Fleet", "Peer", "Round", "Run", "__version__", "connect", "errors", "join"]
+__all__ = [
+    "Analysis",
+    "Fleet",
+    "Measurement",
+    "Peer",
+    "Round",
+    "Run",
+    "Score",
+    "__version__",
+    "connect",
+    "errors",
+    "join",
+]
 
 #: Where each public name is, as "module" or "module:name".
 _PLACES = {
+    "Analysis": "commonweight.jobs:Analysis",
     "Fleet": "commonweight.fleet:Fleet",
+    "Measurement": "commonweight.jobs:Measurement",
     "Peer": "commonweight.fleet:Peer",
     "Round": "commonweight.run:Round",
     "Run": "commonweight.run:Run",
+    "Score": "commonweight.jobs:Score",
     "__version__": "protocols:VERSION",
     "connect": "commonweight.fleet:connect",
     "errors": "protocols.errors",

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commonweight import jobs
 from commonweight.html import table
+from commonweight.jobs import Analysis, Measurement
+from commonweight.prediction import Rows
 from commonweight.run import Run
 from coordinator.cli import run_forecast
 from coordinator.remote import access, run_options
@@ -82,6 +85,47 @@ class Fleet:
         for line in run_forecast.lines(self._remote, order.spec):
             log.warning("%s", cli_entry.printable(line))
         return Run(self._remote, self._remote.start_run(order))
+
+    def measure(
+        self, *models: str, task: str = "", min_group: int = 10, deadline: str = "10m"
+    ) -> Measurement:
+        """Measure models on each peer's own rows, as `commonweight infer --private`; wait for it.
+
+        `models`: such as "best", "latest", a run, RUN:latest or a digest; by default "best".
+        `min_group`: no metric over fewer rows leaves a peer. `deadline`: when to go on without the
+        missing peers.
+        """
+        return jobs.measure(self._remote, models or ("best",), task, min_group, deadline)
+
+    def scatter(
+        self, rows: Rows, out: str | Path, *, model: str = "best", task: str = "", quorum: int = 1
+    ) -> int:
+        """Let peers predict rows of yours, as `commonweight infer --scatter`; wait for it.
+
+        **These rows leave your machine: the peers that answer see them.** The answers are written
+        to `out`, a new file (.csv, .jsonl or .parquet), in the order of the rows. Returns their
+        number. It works on the coordinator's machine. Called again with the same rows after an
+        interruption, it continues. `rows`: as for `Run.predict`. `quorum`: how many peers must give
+        the same answer.
+        """
+        return jobs.scatter(self._remote, rows, Path(out), model, task, quorum)
+
+    def analyze(
+        self,
+        question: str,
+        where: str = "",
+        *,
+        epsilon: float = 0.0,
+        bounds: Mapping[str, tuple[float, float]] = {},
+        deadline: str = "10m",
+    ) -> Analysis:
+        """Ask all peers about their tables, as `commonweight analyze`; wait for it.
+
+        `question`: such as "count, mean(age) by sex". `where`: which rows count. `epsilon`: add
+        noise with this privacy cost, for which `bounds` gives the least and greatest value by
+        column.
+        """
+        return jobs.analyze(self._remote, question, where, epsilon, bounds, deadline)
 
     def close(self) -> None:
         """Close the connections."""

@@ -16,6 +16,9 @@ from coordinator.runs.state import Run
 from protocols.errors import UsageError
 from protocols.local import homes
 
+#: A list of dicts, a pandas DataFrame, an array [n, …], or a path or text.
+Rows = Any
+
 
 def predict(run: Run, file: Path, rows: Any) -> list[dict[str, Any]]:
     """One dict for each row. `file`: the version. Raises CommonweightError."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from commonweight import prediction
 from commonweight.html import table
+from commonweight.prediction import Rows
 from coordinator.cli import run_text
 from coordinator.remote import version_files
 from coordinator.remote.api_client import Remote
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 log = logging.getLogger("commonweight")
-
-Rows = Any  # list[dict] | pandas.DataFrame | numpy.ndarray | str | Path
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,6 @@ class Run:
         the path of what the task reads (a table, a folder of pictures, a text). The task runs in
         the sandbox of `commonweight-agent predict`. Raises CommonweightError.
         """
-        from commonweight import prediction
-
         run, file = self._version(which)
         return prediction.predict(run, file, rows)
 

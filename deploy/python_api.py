@@ -13,13 +13,8 @@ from typing import Any, ForwardRef, NamedTuple
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import agent.tasks  # noqa: E402
+import commonweight as cw  # noqa: E402
 from coordinator.api.routes import fleet, jobs, runs, tickets  # noqa: E402
-from coordinator.jobs import model_refs, output  # noqa: E402
-from coordinator.jobs.input import prepare  # noqa: E402
-from coordinator.remote import analysis  # noqa: E402
-from coordinator.remote.api_client import Remote  # noqa: E402
-from coordinator.storage.job_events import JobSpec  # noqa: E402
-from coordinator.storage.run_events import RunSpec  # noqa: E402
 from coordinator.strategies import custom  # noqa: E402
 from protocols import errors  # noqa: E402
 
@@ -34,6 +29,14 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section(
+        "The package commonweight",
+        "[Python API](api.md) is a tour. These names follow semantic versioning.",
+        (
+            *(cw.connect, cw.join, cw.Fleet, cw.Run, cw.Round, cw.Peer),
+            *(cw.Measurement, cw.Score, cw.Analysis),
+        ),
+    ),
+    Section(
         "Tasks of your own",
         "[Tasks of your own](tasks.md) explains how a task is written. It imports none of these "
         "classes: they say which methods it may have.",
@@ -46,15 +49,6 @@ SECTIONS = (
         ),
     ),
     Section("Strategies of your own", (custom.__doc__ or "").partition("\n\n")[2], ()),
-    Section(
-        "The coordinator from Python",
-        "[Jobs](jobs.md#from-python) has a complete program. Open the home first: "
-        '`Remote(homes.open_home("coordinator"))`, with `homes` of `protocols.local`.',
-        (
-            *(Remote, RunSpec, JobSpec, prepare, model_refs.resolve),
-            *(output.merge, output.scores_of, output.matrices, analysis.ask),
-        ),
-    ),
 )
 
 
@@ -69,8 +63,8 @@ def page() -> Iterator[str]:
     yield "\n## Errors\n\n```text\n" + (errors.__doc__ or "").partition("\n\n")[2] + "```"
     yield (
         "\n## HTTP endpoints for operators\n\nRequests are signed with the operator's key, as "
-        "`Remote` does; bodies are JSON. An error is `{code, message, hint}`. "
-        "`commonweight audit` shows who has read what.\n"
+        "`coordinator/remote/api_client.py` does; bodies are JSON. An error is "
+        "`{code, message, hint}`. `commonweight admin audit` shows who has read what.\n"
     )
     yield "| method | path | who may call it | read, as the audit has it |\n|---|---|---|---|"
     for route in (*fleet.ROUTES, *runs.ROUTES, *jobs.ROUTES, *tickets.ROUTES):
@@ -79,12 +73,16 @@ def page() -> Iterator[str]:
 
 
 def _class(shown: type) -> Iterator[str]:
-    yield f"\n### `{shown.__module__}.{shown.__name__}`\n\n{_doc(shown)}"
-    fields = {} if shown is Remote else getattr(shown, "__annotations__", {})
+    yield f"\n### `{_place(shown)}`\n\n{_doc(shown)}"
+    fields = getattr(shown, "__annotations__", {})
     if fields:
         yield "\n```python"
         yield from (f"{name}: {_type(hint)}" for name, hint in fields.items())
         yield "```"
+    for name, found in vars(shown).items():
+        if isinstance(found, property) and found.fget and not name.startswith("_"):
+            hint = found.fget.__annotations__["return"]
+            yield f"\n```python\n{name}: {_type(hint)}\n```\n\n{_doc(found.fget)}"
     methods = {
         name: method
         for name, method in vars(shown).items()
@@ -99,15 +97,21 @@ def _class(shown: type) -> Iterator[str]:
 
 
 def _function(shown: Any) -> Iterator[str]:
-    yield f"\n### `{shown.__module__}.{shown.__name__}`\n"
+    yield f"\n### `{_place(shown)}`\n"
     yield f"```python\n{_signature(shown.__name__, shown)}\n```\n\n{_doc(shown)}"
+
+
+def _place(shown: Any) -> str:
+    """Where a program finds it."""
+    module = "commonweight" if shown.__name__ in cw.__all__ else shown.__module__
+    return f"{module}.{shown.__name__}"
 
 
 def _signature(name: str, function: Any) -> str:
     """`def name(argument: type) -> type`, without `self`; types as the source has them."""
     signature = inspect.signature(function)
     kept = [value for key, value in signature.parameters.items() if key != "self"]
-    text = str(signature.replace(parameters=kept)).replace("'", "")
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(signature.replace(parameters=kept)))
     return f"def {name}{text}"
 
 

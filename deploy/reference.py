@@ -33,7 +33,7 @@ def generated() -> dict[str, str]:
     """The pages by name."""
     return {
         "reference.md": "\n".join(page()) + "\n",
-        "api.md": "\n".join(python_api.page()) + "\n",
+        "reference-api.md": "\n".join(python_api.page()) + "\n",
         "contributing.md": contributing(),
     }
 
@@ -48,7 +48,7 @@ def page() -> Iterator[str]:
     yield "# Commands and settings"
     yield (
         "\nEvery command, option and setting, generated from the code. See also"
-        " [exit codes](troubleshooting.md#exit-codes) and [Python and HTTP](api.md)."
+        " [exit codes](troubleshooting.md#exit-codes) and [Python and HTTP](reference-api.md)."
     )
     for program in manual.PROGRAMS:
         yield f"\n## {program}\n"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,22 +25,17 @@ from coordinator.cli.common import (
 )
 from coordinator.cli.names import JobName, complete_models, complete_tasks
 from protocols.errors import CommonweightError, UsageError
-from protocols.local import homes
 from protocols.local.command_line import App
-from protocols.local.durations import parse_seconds
 
 if TYPE_CHECKING:
-    from coordinator.jobs.model_refs import ResolvedModels
     from coordinator.jobs.output import Matrix
     from coordinator.jobs.state import Job
-    from coordinator.jobs.store import JobStore
     from coordinator.remote.api_client import Remote
     from coordinator.storage.job_events import JobSpec
     from protocols.messages.envelope import JobChanged
 
 jobs = App(help="Jobs beside training: list, show, stop.")
 
-_POLL_S = 0.2
 #: By the word before `list`, the jobs that it lists; others list all.
 _KINDS = {"infer": ("private", "scatter"), "analyze": ("analyze",)}
 
@@ -101,8 +94,7 @@ def infer(
 
     Its jobs: commonweight infer list, infer show JOB, infer stop JOB.
     """
-    from coordinator.jobs import model_refs
-    from coordinator.storage.job_events import JobSpec
+    from coordinator.remote import inference
 
     if private == (scatter is not None):
         raise UsageError("either --private or --scatter INPUT", "commonweight infer --help")
@@ -116,24 +108,22 @@ def infer(
         )
     remote = connect()
     given = list(dict.fromkeys(model or ["best"]))
-    models = model_refs.resolve(remote.runs(), given, task)
-    for name, found in zip(given, models.names, strict=True):
+    spec = inference.make_spec(
+        remote,
+        "scatter" if scatter else "private",
+        given,
+        task,
+        quorum=quorum,
+        min_group=min_group,
+        deadline=deadline,
+    )
+    for name, found in zip(given, spec.names, strict=True):
         if name != found:
             print_line(f"the newest run of {name.partition(':')[0]} is {found.partition(':')[0]}")
-    spec = JobSpec(
-        kind="scatter" if scatter else "private",
-        task=models.task,
-        settings=models.settings,
-        models=models.models,
-        names=models.names,
-        quorum=quorum if scatter else 1,
-        min_group=min_group if private else 10,
-        deadline_s=parse_seconds(deadline) if private else 0.0,
-    )
     if scatter is not None:
         _scatter(remote, spec, scatter, out, yes=yes, json=json)
     else:
-        _evaluate(remote, spec, models, json=json)
+        _evaluate(remote, spec, json=json)
 
 
 # --- rows that you send ----------------------------------------------------------------------
@@ -142,56 +132,23 @@ def infer(
 def _scatter(
     remote: Remote, spec: JobSpec, source: Path, out: Path | None, *, yes: bool, json: bool
 ) -> None:
-    from msgspec.structs import replace
-
     from coordinator.jobs import output
-    from coordinator.jobs.input import prepare
-    from coordinator.jobs.store import JobStore
+    from coordinator.remote import inference
 
     if out is None:
         raise UsageError("--scatter needs a file for the answers", "--out answers.csv")
-    if len(spec.models) != 1:
-        raise UsageError("--scatter takes one model", "name one --model")
     output.check_target(out)
-    if remote.role != "operator" or not (homes.home_path("coordinator") / homes.STAMP).exists():
-        raise UsageError("--scatter works only on the coordinator's own machine")
-    store = JobStore(homes.open_home("coordinator") / "jobs")
-    rows = prepare(source, store.folder, store.suffix)
+    store = inference.open_store(remote)
+    spec = inference.with_rows(spec, source, store)
     print_line(
         f"the rows of {source} leave this machine: they go to peers whose owners accept them"
     )
     if not yes:
         typer.confirm("continue?", abort=True, err=True)
-    spec = replace(spec, input=rows.digest, suffix=rows.suffix, blocks=rows.blocks)
-    job_id = _same_job(remote, spec, store) or remote.start_job(spec)
-    job = _wait_until_ended(remote, job_id, quiet=json)
-    if job.state != "finished":
-        raise CommonweightError(
-            f"job {job.id} {job.state}: {job.ended_because}",
-            "repeat the command to continue where the job stopped",
-        )
-    count = output.merge(job, store, out)
-    with contextlib.suppress(CommonweightError):  # the coordinator deletes the files later
-        remote.mark_job_taken(job.id)
+    job = _wait_until_ended(remote, inference.start_or_continue(remote, spec, store), quiet=json)
+    count = inference.collect(remote, job, store, out)
     data = {"job": job.id, "out": out, "rows": count, "dropped": job.dropped}
     print_result(data, f"wrote {count:,} answers to {out}", json=json)
-
-
-def _same_job(remote: Remote, spec: JobSpec, store: JobStore) -> str:
-    """The id of an earlier job with the same request, whose answers are still on disk; or "".
-
-    A job that was stopped or has failed is resumed.
-    """
-    from msgspec.structs import replace
-
-    for job in reversed(remote.jobs()):
-        models = tuple(replace(model, nbytes=0) for model in job.spec.models)
-        same = replace(job.spec, models=models, names=spec.names) == spec
-        if same and not job.taken and all(map(store.has, job.on_disk)):
-            if job.state in ("stopped", "failed"):
-                remote.resume_job(job.id)
-            return job.id
-    return ""
 
 
 def _wait_until_ended(remote: Remote, job_id: str, *, quiet: bool) -> Job:
@@ -200,28 +157,27 @@ def _wait_until_ended(remote: Remote, job_id: str, *, quiet: bool) -> Job:
     from rich.markup import escape
     from rich.progress import Progress
 
+    from coordinator.remote import inference
+
     console = Console(stderr=True, quiet=quiet)
     with Progress(console=console, disable=quiet or not console.is_terminal) as bar:
         shown = bar.add_task(escape(job_id), total=None)
-        while True:
-            status = remote.job_status(job_id)
+        for status in inference.statuses(remote, job_id):
             bar.update(shown, total=status.total, completed=status.done)
-            if status.state != "working":
-                return remote.job(job_id)
-            time.sleep(_POLL_S)
+    return remote.job(job_id)
 
 
 # --- the peers' own rows ---------------------------------------------------------------------
 
 
-def _evaluate(remote: Remote, spec: JobSpec, models: ResolvedModels, *, json: bool) -> None:
+def _evaluate(remote: Remote, spec: JobSpec, *, json: bool) -> None:
     from coordinator.jobs import output
 
     job = _wait_until_ended(remote, remote.start_job(spec), quiet=json)
     scores = output.scores_of(job)
     matrices = output.matrices(scores)
     names = peer_names(remote)
-    titles = dict(zip((m.digest for m in models.models), models.names, strict=True))
+    titles = dict(zip((m.digest for m in spec.models), spec.names, strict=True))
     missing = {names.get(peer, peer): reason for peer, reason in job.excused.items()}
     if json:
         data = {

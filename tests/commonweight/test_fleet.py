@@ -178,6 +178,39 @@ async def test_errors_have_their_class_and_hint(site: Fleet) -> None:
     await in_thread(program)
 
 
+async def test_models_are_measured_where_the_data_are(site: Fleet) -> None:
+    def program() -> tuple[cw.Run, cw.Measurement]:
+        run = finished_run()
+        return run, cw.connect().measure(f"{run.id}:latest", min_group=1)
+
+    run, found = await in_thread(program)
+    assert {(s.peer, s.model, s.metric) for s in found.scores} == {
+        (peer, f"{run.id}:latest", "loss") for peer in ("agent0", "agent1")
+    }
+    values = [s.value for s in found.scores]
+    assert found.weighted["loss"][f"{run.id}:latest"] == pytest.approx(sum(values) / 2)
+    assert [s.num_examples for s in found.scores] == [20, 20]
+    assert list(found.frame().columns) == ["peer", "model", "metric", "value", "num_examples"]
+
+
+async def test_rows_are_spread_and_answered_in_order(site: Fleet, tmp_path: Path) -> None:
+    out = tmp_path / "answers.csv"
+
+    def program() -> int:
+        finished_run()
+        rows = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
+        fleet = cw.connect()
+        count = fleet.scatter(rows, out)
+        with pytest.raises(cw.errors.UsageError, match="exists already"):
+            fleet.scatter(rows, out)
+        return count
+
+    assert await in_thread(program) == 50
+    lines = out.read_text().splitlines()
+    assert lines[0] == "row,score"
+    assert [int(line.partition(",")[0]) for line in lines[1:]] == list(range(50))
+
+
 async def test_a_plot_has_a_line_for_each_metric(site: Fleet) -> None:
     import matplotlib
 

@@ -102,6 +102,11 @@ class Block(NamedTuple):
     shown: str = ""
 
 
+def python_in(text: str) -> str:
+    """The Python of a page as one program: its blocks continue one another."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 

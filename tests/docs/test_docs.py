@@ -22,13 +22,14 @@ from agent.home.settings_schema import AgentSettings
 from benchmarks import figures
 from protocols import VERSION
 from protocols.local import homes
+from tests.docs import pages
 
 ROOT = Path(__file__).parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = sorted([*(ROOT / name for name in ROOT_PAGES), *(ROOT / "docs").rglob("*.md")])
 PROGRAMS = {"commonweight": commonweight.cli.app, "commonweight-agent": agent.cli.main.app}
 #: The pages that `make docs` makes from the code (deploy/reference.py).
-GENERATED = {"reference.md", "api.md", "contributing.md"}
+GENERATED = {"reference.md", "reference-api.md", "contributing.md"}
 #: Programs that are not ours; what they are asked is theirs.
 OTHERS = {
     "curl",
@@ -144,6 +145,7 @@ def test_a_policy_that_the_docs_set_can_be_set(
         (tmp_path / data).mkdir(parents=True)
         (tmp_path / data / "1.txt").write_text("hello")
     (tmp_path / "points.txt").write_text("1 2\n")
+    (tmp_path / "patients.csv").write_text("age\n41\n")
     monkeypatch.chdir(tmp_path)
     homes.open_home("agent", create=True)
     line = line.replace("DIGEST", "d" * 64)
@@ -153,11 +155,7 @@ def test_a_policy_that_the_docs_set_can_be_set(
     assert f"{key.replace('.', '_')} is {value}" in done.output
 
 
-_PYTHON = [
-    (page, code)
-    for page in PAGES
-    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-]
+_PYTHON = [(page, code) for page in PAGES if (code := pages.python_in(page.read_text()))]
 
 
 @pytest.mark.parametrize(("page", "code"), _PYTHON, ids=[page.name for page, _ in _PYTHON])
@@ -210,11 +208,11 @@ def test_the_reference_has_every_command_setting_task_method_and_endpoint() -> N
     assert all(f"| `{name}` |" in made["reference.md"] for name in AgentSettings.__annotations__)
     for line in (
         "def train(weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome",
-        "def start_run(order: StartRunRequest) -> str",
+        "def train(task: str, **options: Any) -> Run",
         "| GET | `/cw/v1/fleet` | operators and observers |  |",
     ):
-        assert line in made["api.md"]
-    assert not re.search("object at 0x|ForwardRef|<class", made["api.md"])
+        assert line in made["reference-api.md"]
+    assert not re.search("object at 0x|ForwardRef|<class", made["reference-api.md"])
     for text in made.values():
         for target in _LINK.findall(text):
             assert target in GENERATED or (ROOT / "docs" / target).exists(), target

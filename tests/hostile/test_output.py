@@ -15,6 +15,7 @@ import pytest
 
 from agent.cli.common import print_data
 from agent.inference import writers
+from commonweight import html
 from coordinator.cli import common
 from coordinator.jobs import state, validation
 from coordinator.jobs.output import merge
@@ -152,3 +153,13 @@ def test_no_line_of_an_agents_command_is_obeyed_by_a_terminal(
     assert plain == f"a{''.join('·' if not c.isprintable() else c for c in codes)}b"
     assert line.isprintable()
     assert json.loads(line)["data"]["text"] == codes
+
+
+@pytest.mark.attack("20.14")
+def test_a_name_is_no_markup_in_a_notebook() -> None:
+    """Attack: a peer's name or the reason of its state holds a script, for a notebook to run."""
+    script = "<script>alert(1)</script>"
+    shown = html.table((script, "peer"), [(script, '<img src="x" onerror="alert(1)">')])
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert shown.count("&lt;") == 5

@@ -13,11 +13,11 @@ import pytest
 from msgspec.structs import replace
 
 from agent.transport.coordinator_client import CoordinatorClient
-from coordinator.cli.jobs import _same_job
 from coordinator.jobs import output
 from coordinator.jobs.input import prepare
 from coordinator.jobs.manager import JobManager
 from coordinator.jobs.state import Job
+from coordinator.remote import inference
 from coordinator.remote.api_client import Remote
 from coordinator.storage import job_events
 from coordinator.storage.job_events import PREFIX, Block, JobSpec, JobState
@@ -159,7 +159,7 @@ async def test_only_the_newest_untaken_jobs_keep_their_files(
             remote, model = Remote(fleet.home), job.spec.models[0]
             spec = replace(job.spec, models=(ModelRef(model.digest, 0),))
             try:
-                return _same_job(remote, spec, fleet.hub.job_store)
+                return inference.find_earlier(remote, spec, fleet.hub.job_store)
             finally:
                 remote.close()
 

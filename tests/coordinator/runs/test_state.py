@@ -252,7 +252,7 @@ def test_a_run_keeps_the_last_evaluation_of_each_peer_in_a_closed_round() -> Non
 
 def test_a_run_with_noise_says_why_it_knows_no_evaluation() -> None:
     noisy = Loop(RunSpec(task="tabular", rounds=3, dp_epsilon=1.0)).run
-    assert "adds noise of its own" in why_no_evaluations(noisy)
+    assert "adds noise to updates" in why_no_evaluations(noisy)
     closed = Round(round=1, digest="v1", metrics={"loss": 1.0}, num_evaluated=9)
     together = replace(Loop(RunSpec(task="t", rounds=3)).run, history=(closed,))
     assert "are not known" in why_no_evaluations(together)
