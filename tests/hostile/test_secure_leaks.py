@@ -212,10 +212,17 @@ class Watched:
     def __init__(self, site: Fleet) -> None:
         self.site, self.sent = site, site.folder / "sent"
         self.sent.mkdir()
-        plan = [step for steps in RUNS.values() for step in steps]
-        plain = [f"{step}:{len(RUNS) + 1}=stop" for step in PLAIN_STEPS]
-        steps = [f"{step}:{plan[:n].count(step) + 1}=stop" for n, step in enumerate(plan)]
-        env = site._env() | {VARIABLE: failpoint_names.check(",".join([*steps, *plain]))}
+        #: By step, in order: files that the coordinator makes before it stops.
+        self._reached: dict[str, list[Path]] = {}
+        points = list[str]()
+        for number, steps in enumerate((*RUNS.values(), PLAIN_STEPS)):
+            for place, step in enumerate(steps):
+                nth = number * SECURE_STEPS.count(step) if step in SECURE_STEPS else number
+                nth += steps[:place].count(step) + 1
+                file = site.folder / f"reached{len(points)}"
+                points.append(f"{step}:{nth}=stop@{file}")
+                self._reached.setdefault(step, []).append(file)
+        env = site._env() | {VARIABLE: failpoint_names.check(",".join(points))}
         words = [COORDINATOR, "up", "--host", HOST, "--port", str(two_free_ports()[0])]
         self._process = site._start("up", words, env).process
         wait_for((site.home / "up.json").exists, "the coordinator is up")
@@ -228,10 +235,10 @@ class Watched:
         return self.site.start_run(TASK, "--quorum", "3", "--rounds", "1", *words)
 
     def at(self, step: str, look: Callable[[], T]) -> T:
-        """Wait until the coordinator stops at its next step, look, and let it go on."""
-        process = psutil.Process(self._process.pid)
-        stopped = psutil.STATUS_STOPPED
-        wait_for(lambda: process.status() == stopped, f"the coordinator stops at {step}")
+        """Wait until the coordinator stops at this step, look, and let it go on."""
+        process, file = psutil.Process(self._process.pid), self._reached[step].pop(0)
+        wait_for(file.exists, f"the coordinator reaches {step}")
+        wait_for(lambda: process.status() == psutil.STATUS_STOPPED, "it stops")
         try:
             return look()
         finally:
