@@ -18,7 +18,7 @@ _MASK_S = 89 / 13_664
 #: each neighbor (`python -m benchmarks.speed.secure_many --peer`).
 _PEER_BYTES, _NEIGHBOR_BYTES = 2 * 594, 2 * 330
 #: CPU seconds of one peer, and of the coordinator, for each peer in a round of 1,000.
-_PEER_S, _COORDINATOR_S = 2 * 0.17 / 1000, 0.1
+_PEER_S, _COORDINATOR_S = 2 * 0.17 / 1000, 0.05
 
 
 def lines(spec: RunSpec, peers: int) -> Iterator[str]:
