@@ -37,8 +37,8 @@ def an_agent(site: Site, home: Path, **chosen: Any) -> Agent:
     home.mkdir(exist_ok=True)
     ticket = tickets.encode(site.ticket())
     joined, _ = enrollment.join(home, ticket, name="box", labels={})
-    settings.change(home, tasks=["*"])
-    agent = Agent(home, joined, settings.read(home, **chosen))
+    settings.change(home, tasks=["*"], **chosen)
+    agent = Agent(home, joined, settings.read(home))
     agent._runner.start()
     return agent
 
