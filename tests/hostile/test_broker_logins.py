@@ -96,7 +96,8 @@ async def kept_topics(client: aiomqtt.Client) -> list[str]:
     with suppress(TimeoutError):
         async with asyncio.timeout(1):
             async for message in client.messages:
-                found.append(message.topic.value)
+                if message.retain:  # the coordinator may tell of an event just now
+                    found.append(message.topic.value)
     return found
 
 

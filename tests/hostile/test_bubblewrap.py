@@ -84,11 +84,17 @@ def test_what_was_told_is_remembered_from_bubblewrap(tmp_path: Path) -> None:
 def test_no_process_of_a_task_outlives_bubblewrap(tmp_path: Path) -> None:
     """Attack: a task forks twice under bubblewrap, to go on after its trainer."""
     made = in_bwrap(tmp_path)
+    family: list[psutil.Process] = []
+
+    def is_whole() -> bool:
+        # A snapshot of all processes can miss one that gets another parent meanwhile.
+        family[:] = psutil.Process(made.trainer.pid).children(recursive=True)
+        return len(family) >= 3
+
     try:
         made.run(FORKS.replace("str(os.getpid())", "'ready'"))
         wait_for((tmp_path / "work" / "pid").exists, "the task's process")
-        family = psutil.Process(made.trainer.pid).children(recursive=True)
-        assert len(family) >= 3, "the helper, the trainer, and what it has started"
+        wait_for(is_whole, "the helper, the trainer, and what it has started")
     finally:
         made.trainer.stop()
     wait_for(lambda: not alive(family), "the end of all")

@@ -66,6 +66,7 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
                 "steps": False,
                 "seen": None,
                 "charged": b"",
+                "sum": None,
             },
         ),
         (
@@ -77,6 +78,7 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
                 "log": None,
                 "notices": [],
                 "charged": b"",
+                "over": False,
             },
         ),
         (GossipBatch(entries=(b"e",)), {"words": [b"e"]}),
