@@ -18,6 +18,7 @@ import msgspec
 import psutil
 
 from agent.policy import sandbox
+from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, Init, Predict, Train, Work
 from agent.trainer import oom_kills
 from agent.trainer.child_process import Program, TrainerChild
@@ -42,7 +43,7 @@ class TrainerSupervisor:
         grace_s: float,
         sources: Mapping[str, str],
     ) -> None:
-        self._program, self._rules = program, program.rules
+        self._program = program
         self._stamp: object = None  # of the files that the child's rules are about
         self._sources = sources
         self._on_progress = on_progress
@@ -167,6 +168,10 @@ class TrainerSupervisor:
                 self._freeze_soon()
             elif self._cancel_by is None and not self._stopping:
                 child.freeze()
+
+    @property
+    def _rules(self) -> SandboxRules | None:
+        return self._program.rules
 
     def do(self, work: Work) -> Done:
         """Let the child do the work. Raises TrainerFailed."""

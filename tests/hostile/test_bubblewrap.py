@@ -44,8 +44,9 @@ ATTACKS = {
 def in_bwrap(folder: Path, **more: object) -> Owner:
     """An owner's trainer under bubblewrap, although there may be Landlock too."""
     made = own(folder, "auto", f"AGENT = {os.getpid()}", **more)  # type: ignore[arg-type]
-    assert made.trainer._rules is not None
-    made.trainer._rules = replace(made.trainer._rules, bwrap=True)
+    program = made.trainer._program
+    assert program.rules is not None
+    made.trainer._program = program._replace(rules=replace(program.rules, bwrap=True))
     return made
 
 
@@ -95,6 +96,7 @@ def test_no_process_of_a_task_outlives_bubblewrap(tmp_path: Path) -> None:
         made.run(FORKS.replace("str(os.getpid())", "'ready'"))
         wait_for((tmp_path / "work" / "pid").exists, "the task's process")
         wait_for(is_whole, "the helper, the trainer, and what it has started")
+        assert "bwrap" in {process.name() for process in family}
     finally:
         made.trainer.stop()
     wait_for(lambda: not alive(family), "the end of all")

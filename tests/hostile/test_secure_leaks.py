@@ -333,8 +333,7 @@ def test_nothing_of_one_peer_is_anywhere_at_the_coordinator(watched: Watched) ->
     for where in ("files", "sent"):
         assert first[where] >= {"weights", "loss"}
         assert last[where] >= {"loss", "tally"}
-    memory = first["memory"] | last["memory"]
-    assert memory >= {"loss", "tally"}
-    assert memory & {"weights", "change"}, "what was read is overwritten later"
+    # What was read of the weights can be overwritten by now, but not what the coordinator knows.
+    assert first["memory"] | last["memory"] >= {"loss", "tally"}
     assert watched.site.ended_run(run)["state"] == "finished"
     assert "loss" in watched.backup()
