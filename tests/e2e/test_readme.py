@@ -28,6 +28,20 @@ from tests.support.wheels import SCRIPTS, python_in
 README = (ROOT / "README.md").read_text()
 CLINICS = ("north", "south", "west")
 DOWNLOADS = bool(os.environ.get("README_DOWNLOADS"))
+#: Imports of these names fail as those of packages that are not there.
+HIDING = """\
+import sys
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Finder)
+"""
 #: What an extra brings that nothing else does, by the name that is imported.
 _IMPORTED = {"scikit-learn": "sklearn", "pillow": "PIL", "tensorflow-cpu": "tensorflow"}
 BLOCKS = pages.blocks("README.md", README)
@@ -85,8 +99,8 @@ class FreshMachine(Machine):
         hidden = packages(set(table["optional-dependencies"])) - packages(extras)
         inside = "import sysconfig; print(sysconfig.get_path('purelib'))"
         site = subprocess.check_output([python_in(self._bin.parent), "-c", inside], text=True)
-        line = f"import sys; sys.modules.update(dict.fromkeys({sorted(hidden)}))\n"
-        Path(site.strip(), "hidden.pth").write_text(line)
+        Path(site.strip(), "hidden.py").write_text(HIDING.format(names=sorted(hidden)))
+        Path(site.strip(), "hidden.pth").write_text("import hidden\n")
 
 
 class Checkout(Machine):
