@@ -17,7 +17,7 @@ from coordinator.storage import run_events
 from protocols.enrollment import certificates, tickets
 from protocols.messages.states import RunState
 from protocols.model import personalization, weights
-from tests.support.in_process_fleet import Fleet, fleet_of, some_data
+from tests.support.in_process_fleet import Fleet, fleet_and_laptop
 from tests.support.waiting import until
 
 T = TypeVar("T")
@@ -25,9 +25,7 @@ T = TypeVar("T")
 
 @pytest.fixture
 async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("COMMONWEIGHT_OPERATOR_HOME", str(tmp_path / "laptop"))
-    async with fleet_of(tmp_path, some_data(20, 1), some_data(20, 2)) as made:
+    async with fleet_and_laptop(tmp_path, monkeypatch) as made:
         yield made
 
 

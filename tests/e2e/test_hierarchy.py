@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,20 @@ pytestmark = pytest.mark.long
 TASK = {"COMMONWEIGHT_AGENT_TASK_FILES": f"line.py:Line={ROOT}/docs/examples/line.py:Line"}
 TRAINING = ("line.py:Line", "--rounds", "2", "--set", "steps=8")
 POINTS = {"ann": 30, "bob": 70, "cyd": 200, "dan": 120}
+
+
+@contextmanager
+def two_levels(folder: Path, **settings: str) -> Iterator[tuple[Fleet, Fleet]]:
+    """A fleet, and one below whose coordinator joins it."""
+    above, below = folder / "top", folder / "low"
+    above.mkdir()
+    below.mkdir()
+    with fleet(above, **settings) as top, fleet(below, **settings) as low:
+        top.up()
+        ticket = below / "ticket"
+        ticket.write_text(top.ticket())
+        low.up("--upstream", f"file:{ticket}")
+        yield top, low
 
 
 def join(site: Fleet, *names: str) -> None:
@@ -49,25 +65,20 @@ def trained(
 
 
 def test_two_levels_are_one(tmp_path: Path) -> None:
-    flat_folder, top_folder, low_folder = (tmp_path / name for name in ("flat", "top", "low"))
-    for folder in (flat_folder, top_folder, low_folder):
-        folder.mkdir()
+    flat_folder = tmp_path / "flat"
+    flat_folder.mkdir()
     with fleet(flat_folder, **TASK) as flat:
         flat.up()
         join(flat, "ann", "bob", "cyd")
         flat.start("ann", "bob", "cyd")
         expected, told = trained(flat, 3, tmp_path / "flat.safetensors")
-    with fleet(top_folder, **TASK) as top, fleet(low_folder, **TASK) as low:
-        top.up()
-        ticket = low_folder / "ticket"
-        ticket.write_text(top.ticket())
-        low.up("--upstream", f"file:{ticket}")
+    with two_levels(tmp_path, **TASK) as (top, low):
         join(low, "ann", "bob")
         join(top, "cyd")
         low.start("ann", "bob")
         top.start("cyd")
         wait_for(lambda: len(top.data("peers", "list")) == 2, "the fleet below has joined")
-        wait_for(lambda: linked(low_folder), "its link is up")
+        wait_for(lambda: linked(low.folder), "its link is up")
         found, told_above = trained(top, 2, tmp_path / "top.safetensors")
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -78,17 +89,10 @@ def test_two_levels_are_one(tmp_path: Path) -> None:
 
 def test_a_fleet_masks_the_sum_of_its_own_peers(tmp_path: Path) -> None:
     """In a secure run of the upper fleet, nobody sees what the fleet below has sent."""
-    top_folder, low_folder = tmp_path / "top", tmp_path / "low"
-    for folder in (top_folder, low_folder):
-        folder.mkdir()
-    with fleet(top_folder, **TASK) as top, fleet(low_folder, **TASK) as low:
-        top.up()
-        ticket = low_folder / "ticket"
-        ticket.write_text(top.ticket())
-        low.up("--upstream", f"file:{ticket}")
+    with two_levels(tmp_path, **TASK) as (top, low):
         join(low, "ann", "bob")
         join(top, "cyd", "dan")
-        link = low_folder / "coordinator" / "upstream" / "enrolled.json"
+        link = low.folder / "coordinator" / "upstream" / "enrolled.json"
         wait_for(link.exists, "the fleet below has joined")
         machines = ((low, "coordinator/upstream"), (top, "cyd"), (top, "dan"))
         ids = [
@@ -102,7 +106,7 @@ def test_a_fleet_masks_the_sum_of_its_own_peers(tmp_path: Path) -> None:
                     assert done.returncode == 0, done.stderr
         low.start("ann", "bob")
         top.start("cyd", "dan")
-        wait_for(lambda: linked(low_folder), "its link is up")
+        wait_for(lambda: linked(low.folder), "its link is up")
         plain, _ = trained(top, 3, tmp_path / "plain.safetensors")
         secure, _ = trained(top, 3, tmp_path / "secure.safetensors", "--secure")
         newest = top.data("run", "list")[-1]["id"]
@@ -125,15 +129,8 @@ def linked(low: Path) -> bool:
 
 def test_why_a_fleet_inside_a_fleet_refuses_is_told_in_words(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
-    top_folder, low_folder = tmp_path / "top", tmp_path / "low"
-    for folder in (top_folder, low_folder):
-        folder.mkdir()
-    with fleet(top_folder) as top, fleet(low_folder) as low:
-        top.up()
-        ticket = low_folder / "ticket"
-        ticket.write_text(top.ticket())
-        low.up("--upstream", f"file:{ticket}")
-        joined(low, "ann", write_csv(low_folder / "ann.csv", MIXED))
+    with two_levels(tmp_path) as (top, low):
+        joined(low, "ann", write_csv(low.folder / "ann.csv", MIXED))
         low.start("ann")
         wait_for(lambda: top.data("peers", "list"), "the fleet has joined the upper one")
         top.start_run("tabular", "--target", "label", "--rounds", "1", "--quorum", "1")

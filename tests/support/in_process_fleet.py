@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from flwr.app import Error, Message
 from msgspec.structs import replace
 
@@ -460,3 +461,12 @@ async def fleet_of(folder: Path, *data: Data) -> AsyncIterator[Fleet]:
             await fleet.close()
     finally:
         await fleet.close()
+
+
+@asynccontextmanager
+async def fleet_and_laptop(folder: Path, patch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
+    """A fleet of two agents, whose home commands find, and a home for an operator's machine."""
+    patch.setenv("COMMONWEIGHT_HOME", str(folder / "home"))
+    patch.setenv("COMMONWEIGHT_OPERATOR_HOME", str(folder / "laptop"))
+    async with fleet_of(folder, some_data(20, 1), some_data(20, 2)) as fleet:
+        yield fleet

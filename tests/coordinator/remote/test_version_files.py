@@ -19,14 +19,12 @@ from protocols.enrollment import certificates, tickets
 from protocols.errors import BadWeights, Refused, UnknownName
 from protocols.local import homes
 from protocols.model.weights import file_digest
-from tests.support.in_process_fleet import Fleet, fleet_of, some_data
+from tests.support.in_process_fleet import Fleet, fleet_and_laptop
 
 
 @pytest.fixture
 async def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
-    monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("COMMONWEIGHT_OPERATOR_HOME", str(tmp_path / "laptop"))
-    async with fleet_of(tmp_path, some_data(20, 1), some_data(20, 2)) as made:
+    async with fleet_and_laptop(tmp_path, monkeypatch) as made:
         yield made
 
 
