@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from agent.clientapp.outbox import Finished
 from agent.tasks.work import Done
@@ -103,15 +104,7 @@ class SecureFiles:
         """
         unlink(self.trained)
         if (result := self.result()) is not None and result.key:
-            kept = Result(
-                run=result.run,
-                key="",
-                digest=result.digest,
-                num_examples=0,
-                metrics={},
-                tallies={},
-                columns=result.columns,
-            )
+            kept = replace(result, key="", num_examples=0, metrics={}, tallies={}, privacy="")
             write_private(self._result, msgspec.msgpack.encode(kept), synced=False)
 
     def result(self) -> Result | None:
