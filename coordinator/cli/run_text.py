@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from coordinator.fleet.state import Fleet, Peer
     from coordinator.remote.api_client import Remote
     from coordinator.runs.state import Round, Run
+    from coordinator.storage.run_events import RunSpec
 
 #: Between two looks at a run.
 POLL_S = 0.5
@@ -57,11 +58,7 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
             "versions not evaluated"
         )
     if spec.secure:
-        clips = f"; each peer scales its change down to norm {spec.clip_norm:g}"
-        yield (
-            f"secure: the coordinator sees only sums of {spec.quorum} updates or more"
-            f"{clips if spec.clip_norm else ''}"
-        )
+        yield secure_line(spec)
     for peer, text in run.refusal_texts.items():
         yield f"refused {_name(peer, peers)}: {text}"
     if run.refusals > len(run.refusal_texts):
@@ -74,6 +71,14 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         yield f"{round_line(run, closed)} {closed.digest[:12]}{star}"
     if run.best is not None:
         yield from fairness(run.best, peers)
+
+
+def secure_line(spec: RunSpec) -> str:
+    """What the coordinator sees of a secure run, and what each peer does to its change."""
+    seen = f"secure: the coordinator sees only sums of {spec.quorum} updates or more"
+    if not spec.clip_norm:  # peers that share noise clip each row instead
+        return seen
+    return f"{seen}; each peer scales its change down to norm {spec.clip_norm:g}"
 
 
 def round_line(run: Run, closed: Round) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from coordinator.cli import run_text
 from protocols.privacy.secagg import cohort
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ def lines(spec: RunSpec, peers: int) -> Iterator[str]:
     """Lines about a secure run in a fleet of `peers` peers; nothing for another run."""
     if not spec.secure or spec.quorum < cohort.MIN_COHORT:  # such a quorum is refused
         return
-    yield (
-        f"secure: the coordinator sees only sums of {spec.quorum} updates or more; each peer "
-        f"scales its change down to norm {spec.clip_norm:g} (--clip-norm)"
-    )
+    yield f"{run_text.secure_line(spec)}{' (--clip-norm)' if spec.clip_norm else ''}"
     peers = max(peers, spec.quorum)
     group = cohort.neighbor_count(peers) + 1
     needed = max(cohort.threshold(group), spec.quorum if group == peers else 0)

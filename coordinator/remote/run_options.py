@@ -17,6 +17,7 @@ from protocols.codecs import registry
 from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.durations import parse_seconds
+from protocols.local.os_errors import os_errors_as
 from protocols.privacy.secagg.cohort import MIN_COHORT, threshold
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
@@ -213,11 +214,13 @@ def _read_preprocessing(path: Path, task: str, column: str, features: str) -> tu
             "--preprocessing is for the task tabular, and names the features",
             "leave out --features" if features else "leave it out",
         )
+    problem = f"cannot use {path} as preprocessing"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with os_errors_as(UsageError, problem, _EXAMPLE):
+            text = Path(path).read_text(encoding="utf-8")
         made, unknown = preprocessing.decode(text), _unknown_keys(json.loads(text))
-    except (OSError, ValueError, BadMessage) as err:
-        raise UsageError(f"cannot use {path} as preprocessing: {err}", _EXAMPLE) from err
+    except (ValueError, BadMessage) as err:
+        raise UsageError(f"{problem}: {err}", _EXAMPLE) from err
     if unknown:
         raise UsageError(f"{path} has unknown names: {', '.join(unknown)}", _EXAMPLE)
     preprocessing.check(made)

@@ -26,6 +26,12 @@ def test_it_says_what_is_summed_and_how_many_peers_may_be_lost() -> None:
     assert "if any of 5 peers is lost" in lines(5, quorum=5)[1]
 
 
+def test_with_shared_noise_no_change_is_scaled_down() -> None:
+    spec = RunSpec(task="t", rounds=1, secure=True, quorum=3, dp_epsilon=3.0, dp_shared=2)
+    said = next(secure_forecast.lines(spec, 3))
+    assert said == "secure: the coordinator sees only sums of 3 updates or more"
+
+
 def test_it_says_the_cost_above_256_peers() -> None:
     assert len(lines(256)) == 2
     assert "more than 65 of 197 neighbors" in lines(1000)[1]
