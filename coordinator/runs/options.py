@@ -190,9 +190,9 @@ OPTIONS = (
            _DELTA, other_field="dp_delta"),
     Option("dp-clip", float, 1.0, "With --dp: clip the gradient of each row to this norm.",
            _CLIP, "Euclidean norm"),
-    Option("dp-shared", int, 0, "With --secure --dp: so many honest peers add enough noise "
-           "together. 0: two thirds of the quorum; 1: each peer adds all of it.", _SHARERS,
-           "peers", other_field="dp_shared"),
+    Option("dp-shared", int, 0, "With --secure --dp: the number of honest peers whose noise "
+           "together is enough. 0: two thirds of the quorum; 1: each peer adds all of it.",
+           _SHARERS, "peers", other_field="dp_shared"),
     Option("dp-user", float, 0.0, "The coordinator adds noise to each version. All versions "
            "together cost at most this ε for each peer (0: no noise).", _EPSILON, "ε",
            other_field="dp_user_epsilon"),

@@ -43,8 +43,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `min_examples`: a peer that trains on fewer examples gets no work from this run.
     `dp_epsilon`, `dp_delta`: each peer adds noise of its own, so that all rounds together cost at
     most that for one of its rows (0: no noise). `dp_clip`: the maximum norm of a row's gradient.
-    `dp_shared`: so many honest peers of a secure sum add the noise together (0 or 1: each peer adds
-    all of it).
+    `dp_shared`: the number of honest peers of a secure sum that add the noise together (0 or 1:
+    each peer adds all of it).
     `dp_user_epsilon`: the coordinator adds noise to each version, so that all versions together
     cost at most that, with `dp_delta`, for one peer (0: no noise).
     `secure`: the coordinator sees no single update, only their sum (`coordinator.runs.secure`).

@@ -35,8 +35,8 @@ TASKS = ("images", "mnist", "tabular")
 
 class PrivateTraining(NamedTuple):
     """All `rounds` of a run cost at most (`epsilon`, `delta`) for each row of a peer. The gradient
-    of one row has at most the norm `clip`. `shared`: so many honest peers of a secure sum add the
-    noise together; 1: each peer adds all of it.
+    of one row has at most the norm `clip`. `shared`: the number of honest peers of a secure sum
+    that add the noise together; 1: each peer adds all of it.
     """
 
     epsilon: float

@@ -29,9 +29,9 @@ SLACK = 1.001
 class SharedNoise(Struct, frozen=True, kw_only=True):
     """What a peer has added to its update times its examples.
 
-    `peers`: so many honest ones add enough together. `row`: the most that one row changes (the
-    learning rate times the clip). `std`: the standard deviation of this peer's noise in each
-    element.
+    `peers`: the number of honest ones whose noise is enough together. `row`: the most that one row
+    changes (the learning rate times the clip). `std`: the standard deviation of this peer's noise
+    in each element.
     """
 
     peers: Annotated[int, Meta(ge=2, le=MAX_SHARERS)]
@@ -62,7 +62,7 @@ class SharedNoise(Struct, frozen=True, kw_only=True):
         clip: float,
         most: int,
     ) -> str:
-        """Why a plan would spoil the noise of a peer with so many examples; empty if it would not.
+        """Why a plan would spoil the noise of a peer with `examples`; empty if it would not.
 
         The sum is over updates times examples / `divisor`. `limits`: the largest element of each
         tensor, as the integer `most`. `clip`: the largest norm.

@@ -13,7 +13,7 @@ from protocols.model.weights import Array
 
 
 def lr_times_steps(plan: Hyperparameters, examples: int) -> float:
-    """Learning rate times steps of training on so many examples.
+    """Learning rate times steps of training on `examples` examples.
 
     Raises UsageError unless the weights move by exactly that times the gradients.
     """

@@ -40,7 +40,7 @@ def count(of: TailNames) -> int:
 def values(
     of: TailNames, metrics: Metrics, tallies: Tallies, examples: int, most: int
 ) -> list[float]:
-    """The numbers float[count] of a peer with so many examples, in a cohort where one has `most`.
+    """The numbers float[count] of a peer with `examples`, in a cohort where one has `most`.
 
     A metric that is too large counts as not finite.
     """
