@@ -28,19 +28,21 @@ from tests.support.wheels import SCRIPTS, python_in
 README = (ROOT / "README.md").read_text()
 CLINICS = ("north", "south", "west")
 DOWNLOADS = bool(os.environ.get("README_DOWNLOADS"))
-#: Imports of these names fail as those of packages that are not there.
+#: Packages of these names are not found, as if they were not installed.
 HIDING = """\
 import sys
+from importlib.machinery import PathFinder
 
 
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         if name.partition(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+            return None
+        return super().find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Finder)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 #: What an extra brings that nothing else does, by the name that is imported.
 _IMPORTED = {"scikit-learn": "sklearn", "pillow": "PIL", "tensorflow-cpu": "tensorflow"}
