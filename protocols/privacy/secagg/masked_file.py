@@ -11,7 +11,7 @@ Memory grows with neither the model nor the number of files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,8 @@ from protocols.privacy.secagg.turn import Masking
 #: The largest root mean square of a tensor's change, as a part of its limit. If most elements were
 #: clipped, a sum would tell the signs of each peer's, by their weights.
 _MAX_TYPICAL = 0.5
+#: Sums of squares below this part of their maximum need no scaling, in spite of rounding errors.
+_NEAR = 0.999
 _SIGNED = {16: "I16", 32: "I32"}
 
 
@@ -67,12 +69,30 @@ def write(
     the file needs no fsync.
     Raises BadWeights, OSError.
     """
-    plan, schema = masking.cohort.plan, file_schema(masking.cohort.plan)
-    changes = _changes(*weights, plan, masking.factor) if weights else iter(())
-    with WeightsWriter(path, schema, synced=False) as file:
+    plan = masking.cohort.plan
+    if weights is None:
+        return _write(masking, (), metrics, path)
+    trained, base = weights
+    check_schema(trained.schema, base.schema)
+    if layout(base.schema) != plan.sizes:
+        raise BadWeights("the plan of the cohort is of another model")
+    changes = DeltaReader(trained, base, None, "")
+    if masking.factor:
+        return _write(masking, _unclipped(changes, plan, masking.factor), metrics, path)
+    try:  # in one pass, as a change is rarely too large
+        return _write(masking, _unscaled(changes, plan), metrics, path)
+    except _TooLarge:
+        return _write(masking, _scaled(changes, plan), metrics, path)
+
+
+def _write(
+    masking: Masking, changes: Iterable[tuple[int, Floats]], metrics: list[float], path: Path
+) -> tuple[str, int]:
+    """Write the masked change from its blocks, by number of the tensor. Nothing without all."""
+    plan, start = masking.cohort.plan, 0
+    with WeightsWriter(path, file_schema(plan), synced=False) as file:
         tail = masking.tail(metrics).view("<i8")
         file.write({Part("t", 0, len(tail)): tail})
-        start = 0
         for block in masking.blocks(changes):
             stop = start + len(block)
             file.write({Part("w", start, stop): block.view(f"<i{plan.ring // 8}")})
@@ -80,26 +100,30 @@ def write(
     return file.digest, file.nbytes
 
 
-def _changes(
-    trained: WeightReader, base: WeightReader, plan: Plan, multiplier: float
-) -> Iterator[tuple[int, Floats]]:
-    """The blocks of the change by number of the tensor, scaled down to the norm `plan.clip`, and so
-    that few elements of a tensor exceed its limit.
+class _TooLarge(Exception):
+    """The change may have to be scaled down."""
 
-    With shared noise (a `multiplier`) nothing is scaled down: see docs/notes/shared-noise.md.
-    """
-    check_schema(trained.schema, base.schema)
-    if layout(base.schema) != plan.sizes:
-        raise BadWeights("the plan of the cohort is of another model")
-    changes = DeltaReader(trained, base, None, "")
-    if multiplier:
-        _check_unclipped(changes, plan, multiplier)
-        for one in changes.blocks():
-            yield one.field.number, one.change
-        return
+
+def _unscaled(changes: DeltaReader, plan: Plan) -> Iterator[tuple[int, Floats]]:
+    """The blocks of the change as they are. Raises _TooLarge unless `_scaled` gives the same."""
+    sizes_limits = zip(plan.sizes, plan.limits, strict=True)
+    most = [_NEAR * size * (_MAX_TYPICAL * limit) ** 2 for size, limit in sizes_limits]
+    sums, total = [0.0] * len(most), 0.0
+    for one in changes.blocks():
+        number, square = one.field.number, _square(one.change)
+        sums[number] += square
+        total += square
+        if sums[number] > most[number] or total > _NEAR * plan.clip**2:
+            raise _TooLarge
+        yield number, one.change
+
+
+def _scaled(changes: DeltaReader, plan: Plan) -> Iterator[tuple[int, Floats]]:
+    """The blocks of the change, scaled down to the norm `plan.clip`, and so that few elements of a
+    tensor exceed its limit."""
     squares = [0.0] * len(plan.sizes)
     for one in changes.blocks():
-        squares[one.field.number] += float(np.square(one.change, dtype=np.float64).sum())
+        squares[one.field.number] += _square(one.change)
     norm = math.sqrt(sum(squares))
     whole = min(1.0, plan.clip / norm) if norm else 1.0
     factors = []
@@ -111,15 +135,24 @@ def _changes(
         yield one.field.number, one.change if factor == 1 else one.change * factor
 
 
-def _check_unclipped(changes: DeltaReader, plan: Plan, factor: float) -> None:
-    """Raise BadWeights if a change times `factor` exceeds what honest training can give."""
+def _unclipped(changes: DeltaReader, plan: Plan, factor: float) -> Iterator[tuple[int, Floats]]:
+    """The blocks of a change with shared noise, which is never scaled down: see
+    docs/notes/shared-noise.md.
+
+    Raises BadWeights if the change times `factor` exceeds what honest training can give.
+    """
     squares = 0.0
     for one in changes.blocks():
         if factor * float(np.abs(one.change).max(initial=0.0)) > plan.limits[one.field.number]:
             raise BadWeights("an element of the update is larger than its rows and noise can be")
-        squares += float(np.square(one.change, dtype=np.float64).sum())
+        squares += _square(one.change)
+        yield one.field.number, one.change
     if factor * math.sqrt(squares) > plan.clip:
         raise BadWeights("the norm of the update is larger than that of its rows and noise can be")
+
+
+def _square(change: Floats) -> float:
+    return float(np.square(change, dtype=np.float64).sum())
 
 
 def check_file(file: WeightReader, plan: Plan) -> None:

@@ -73,23 +73,28 @@ class Quantizer:
     def __init__(self, ring_bits: int, bits: int, weight: int, seed: bytes) -> None:
         self._dtype, self._signed = DTYPES[ring_bits], _SIGNED[ring_bits // 8]
         self._most, self._stream = max_value(bits) * weight, KeyStream(seed)
+        # Memory that is allocated for each block costs more time than the rounding itself.
+        self._values, self._draws = np.empty((2, _BLOCK_ELEMENTS))
 
     def quantize(self, change: npt.NDArray[np.float32], limit: float) -> RingArray:
         """The next elements float32[n] of a tensor with this limit, as uint[n].
 
         Raises BadWeights if they are not finite.
         """
-        out = np.empty(len(change), self._dtype)
-        signed, most = out.view(self._signed), self._most
+        out, most = np.empty(len(change), self._dtype), self._most
+        signed, scale = out.view(self._signed), most / limit
         for start in range(0, len(change), _BLOCK_ELEMENTS):
-            values = change[start : start + _BLOCK_ELEMENTS].astype(np.float64)
-            if not np.isfinite(values).all():
+            block = change[start : start + _BLOCK_ELEMENTS]
+            largest = max(float(block.max()), -float(block.min()))
+            if not math.isfinite(largest):
                 raise BadWeights("the update contains NaN or infinity")
-            values *= most / limit
-            values += self._stream.read(values.size * 4).view("<u4") * 2.0**-32
-            np.floor(values, out=values)
-            np.clip(values, -most, most, out=values)
-            signed[start : start + _BLOCK_ELEMENTS] = values
+            values, draws = self._values[: block.size], self._draws[: block.size]
+            np.multiply(block, scale, out=values, dtype=np.float64)
+            stream = self._stream.read(block.size * 4).view("<u4")
+            values += np.multiply(stream, 2.0**-32, out=draws)
+            if largest * scale + 1 > most:
+                np.clip(values, -most, most, out=values)
+            np.floor(values, out=signed[start : start + block.size], casting="unsafe")
         return out
 
 

@@ -172,6 +172,41 @@ def test_a_change_above_the_limit_of_the_norm_is_scaled_down_to_it(tmp_path: Pat
         assert sent_norm == pytest.approx(min(np.sqrt(norm), clip), rel=1e-2)
 
 
+#: By ring, and by what is scaled down: the digests of files that version 0.1 wrote.
+SAME_BYTES = {
+    (32, "nothing"): "3111f360544d7cfa973be6680fd5fbb557c85a26bf5d1da92441da3af6f03bc4",
+    (32, "elements"): "3fe68017fa55c5b51ab5e385f404f72c6ab559862c543ca94170eb3cb3f3ef37",
+    (32, "all"): "03cd46d825f1a005e01561adeba6e5e2089646bd921d12c1d0e398281f677c5b",
+    (32, "the last tensor"): "4c2a604e022c574ed6432044fa421ec3a632a1ddc29ed3114635343b06d4e394",
+    (16, "nothing"): "5ccc370e37b9c46a1c7b2b628e0dfbf312100c784953898ee9872caeec0bca24",
+    (16, "elements"): "e38d55561443e90633999a872742b3a8f35ca4294c9be21a636b28d7c4e4affd",
+    (16, "all"): "0e19e8215553980adaa5eb35649c2f600f78c9af6f639ed5c3acb637a0e95677",
+    (16, "the last tensor"): "53c99489c1957bd0ff931761f5c5745f09b7aab1722724e2356a69cba1cd9b76",
+}
+
+
+@pytest.mark.parametrize(("bits", "scaled"), SAME_BYTES)
+def test_the_same_weights_give_the_same_bytes_in_every_version(
+    tmp_path: Path, bits: int, scaled: str
+) -> None:
+    base, sizes = model(0), (70_001, 15, 999)
+    limits = {"elements": (0.03,) * 3, "the last tensor": (1.0, 1.0, 0.001)}
+    masking = masking_of(
+        plan(
+            bits,
+            sizes,
+            limits=limits.get(scaled, (1.0,) * 3),
+            clip=1.0 if scaled == "all" else 1e30,
+        )
+    )
+    change = model(2, 5.0 if scaled == "all" else 0.01)
+    trained = Weights({n: base[n] + (change[n] if n != "steps" else 0) for n in base})
+    path = tmp_path / "file"
+    digest, _ = masked_file.write(masking, (trained, base), [0.0, 1.0], path)
+    assert digest == SAME_BYTES[bits, scaled] == file_digest(path)
+    assert list(tmp_path.iterdir()) == [path], "nothing is left of a first attempt"
+
+
 def test_an_evaluation_is_a_file_with_metrics_alone(tmp_path: Path) -> None:
     masking = masking_of(plan(32, (), limits=(), kind="evaluate"))
     digest, nbytes = masked_file.write(masking, None, [3.0, 2.0], tmp_path / "file")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols.errors import BadWeights, UsageError
-from protocols.privacy.secagg import ring
-from protocols.privacy.secagg.masks import BLOCK_BYTES, add_masks
+from protocols.privacy.secagg import masks, ring
+from protocols.privacy.secagg.masks import BLOCK_BYTES, KeyStream, add_masks
 
 SEED = bytes(range(32))
 
@@ -106,3 +107,38 @@ def test_masks_of_pieces_are_those_of_the_whole(cut: int, dtype: type) -> None:
     assert (piece == whole[place:]).all()
     add_masks(whole, [bytes(32)], [SEED])
     assert not whole.any()
+
+
+@pytest.mark.parametrize("is_gcm_faster", [True, False])
+@pytest.mark.parametrize("start", [0, 16, 33, 2**32 * 16 - 40])
+@pytest.mark.parametrize(
+    "lengths",
+    [(BLOCK_BYTES, BLOCK_BYTES, 5), (1, 30, 1, 0, 7, 100), (31, 3000), (32, 16), (48, 48)],
+)
+def test_a_stream_is_that_of_aes_256_ctr_also_where_gcm_is_faster(
+    monkeypatch: pytest.MonkeyPatch, is_gcm_faster: bool, start: int, lengths: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(masks, "_is_gcm_faster", lambda: is_gcm_faster)
+    assert stream(start, lengths) == aes_256_ctr(start, sum(lengths))
+
+
+def test_a_stream_goes_on_with_ctr_where_the_counter_of_gcm_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(masks, "_is_gcm_faster", lambda: True)
+    assert masks._GCM_STOP == 2**32 * 16, "GCM counts in 32 bits"
+    monkeypatch.setattr(masks, "_GCM_STOP", 4096)
+    for lengths in ((3000, 3000, 3000), (4096, 16), (4000, 96, 1)):
+        assert stream(0, lengths) == aes_256_ctr(0, sum(lengths))
+
+
+def stream(start: int, lengths: tuple[int, ...]) -> bytes:
+    opened = KeyStream(SEED, start)
+    return b"".join(opened.read(nbytes).tobytes() for nbytes in lengths)
+
+
+def aes_256_ctr(start: int, nbytes: int) -> bytes:
+    """The stream with counters from 0 on in 128 bits."""
+    counter = (start // 16).to_bytes(16, "big")
+    cipher = Cipher(algorithms.AES256(SEED), modes.CTR(counter)).encryptor()
+    return cipher.update(bytes(start % 16 + nbytes))[start % 16 :]
