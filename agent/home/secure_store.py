@@ -49,6 +49,8 @@ class TurnStore:
 
     def __init__(self, home: Path) -> None:
         self._path, self._lock = home / FILE, RLock()
+        #: Whether the log may have deleted secrets, also of a process that was killed.
+        self._has_deleted = True
         try:
             self._path.touch(0o600)
             self._path.chmod(0o600)
@@ -67,7 +69,7 @@ class TurnStore:
             )
         except (OSError, sqlite3.DatabaseError) as err:
             raise self._error(err) from err
-        self._purge()  # the agent may have been killed after it deleted secrets
+        self._purge()
 
     def close(self) -> None:
         self._db.close()
@@ -107,10 +109,7 @@ class TurnStore:
         with self._lock:
             self._execute("BEGIN IMMEDIATE")
             try:
-                self._execute(
-                    "UPDATE turns SET state = NULL WHERE run = ? AND state NOT NULL",
-                    (turn.ready.run,),
-                )
+                self._delete("run = ?", turn.ready.run)
                 self._execute(
                     "INSERT INTO turns (run, round, turn, kind, state) VALUES (?, ?, ?, ?, ?)",
                     (*key_of(turn), _encode(turn)),
@@ -144,25 +143,33 @@ class TurnStore:
         if not changed:
             raise SecureRefused("recorded", f"another step was taken in place of {step}")
         failpoint("agent.secure.recorded", step)
-        if new.told is not None:
-            self._purge()
+        self._has_deleted |= new.told is not None
+        self._purge()
 
     def end_run(self, run: str) -> None:
         """Delete the secrets of all turns of a run."""
-        self._execute("UPDATE turns SET state = NULL WHERE run = ?", (run,))
+        self._delete("run = ?", run)
         self._purge()
 
     def end_others(self, run: str = "") -> None:
         """Delete the secrets of all turns of other runs; of all runs without a name."""
-        if self._execute(
-            "UPDATE turns SET state = NULL WHERE run != ? AND state NOT NULL RETURNING number",
+        self._delete("run != ?", run)
+        self._purge()
+
+    def _delete(self, which: str, run: str) -> None:
+        """Delete the states of turns; call `_purge` once this is committed."""
+        deleted = self._execute(
+            f"UPDATE turns SET state = NULL WHERE {which} AND state NOT NULL RETURNING number",
             (run,),
-        ):
-            self._purge()
+        )
+        self._has_deleted |= bool(deleted)
 
     def _purge(self) -> None:
-        """Move the write-ahead log into the file and empty it, because it has older states."""
-        self._execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Move the write-ahead log into the file and empty it, if it has deleted secrets."""
+        with self._lock:
+            if self._has_deleted:
+                self._execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._has_deleted = False
 
     def _execute(self, statement: str, arguments: Sequence[object] = ()) -> list[tuple[bytes]]:
         try:
