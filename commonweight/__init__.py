@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from commonweight.fleet import Fleet, Peer, connect, join
     from commonweight.jobs import Analysis, Measurement, Score
     from commonweight.run import Round, Run
+    from commonweight.simulation.simulate import simulate
     from protocols import VERSION as __version__
     from protocols import errors
 
@@ -34,6 +35,7 @@ __all__ = [
     "connect",
     "errors",
     "join",
+    "simulate",
 ]
 
 #: Where each public name is, as "module" or "module:name".
@@ -49,6 +51,7 @@ _PLACES = {
     "connect": "commonweight.fleet:connect",
     "errors": "protocols.errors",
     "join": "commonweight.fleet:join",
+    "simulate": "commonweight.simulation.simulate:simulate",
 }
 
 

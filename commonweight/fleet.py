@@ -15,7 +15,7 @@ from commonweight.prediction import Rows
 from commonweight.run import Run
 from coordinator.cli import run_forecast
 from coordinator.remote import access, run_options
-from coordinator.remote.api_client import Remote
+from coordinator.remote.stopped_home import open_remote
 from protocols.local import cli_entry, homes
 
 log = logging.getLogger("commonweight")
@@ -45,7 +45,7 @@ class Fleet:
     """
 
     def __init__(self, home: Path, timeout_s: float = 15.0) -> None:
-        self._remote = Remote(home, timeout_s)
+        self._remote = open_remote(home, timeout_s)
 
     @property
     def role(self) -> str:
@@ -142,8 +142,9 @@ class Fleet:
 def connect(home: str | Path | None = None, *, timeout_s: float = 15.0) -> Fleet:
     """The fleet of the coordinator on this machine, or else the one that was joined.
 
-    `home`: another home than `COMMONWEIGHT_HOME` says. `timeout_s`: of each step of a request.
-    Raises NotRunning, HomeError.
+    If the coordinator is not running, its runs and peers can be read, such as those of a
+    simulation. `home`: another home than `COMMONWEIGHT_HOME` says. `timeout_s`: of each step of a
+    request. Raises NotRunning, HomeError.
     """
     return Fleet(access.open_home(Path(home) if home is not None else None), timeout_s)
 

@@ -98,6 +98,10 @@ class Client:
         self._commit_last()
         self.secure.end()
 
+    def wait_for_sync(self) -> None:
+        """Waits until the last update is on disk. Raises OSError."""
+        self._outbox.wait_for_sync()
+
     def handle(self, message: Message) -> Message:
         """Returns the reply to a message. Raises CommonweightError if the work fails.
 

@@ -195,7 +195,7 @@ class CoordinatorClient(CoordinatorRequests):
         attached, update, packed = None, b"", None
         if reply is not None:  # a heartbeat may run in between
             attached, self._attached = self._attached, None
-            packed = _pack(reply)
+            packed = pack_message(reply)
             if attached is not None and not reply.has_error():
                 update = attached[1].read_bytes()
         decided, seen = self.owner_has_decided, self.log_statement()
@@ -241,7 +241,7 @@ class CoordinatorClient(CoordinatorRequests):
                 self.acknowledged = response.acknowledged
             if response.work is None:
                 return None
-            message = _unpack(response.work)
+            message = unpack_message(response.work)
             self._run = message.metadata.group_id
             return message
 
@@ -254,7 +254,7 @@ class CoordinatorClient(CoordinatorRequests):
         failpoint("agent.upload.piece")
 
 
-def _pack(reply: Message) -> FlowerMessage:
+def pack_message(reply: Message) -> FlowerMessage:
     """Serializes a reply with all its objects."""
     with inflatable_object.no_object_id_recompute():
         reply.metadata.__dict__["_message_id"] = reply.object_id
@@ -266,7 +266,7 @@ def _pack(reply: Message) -> FlowerMessage:
         )
 
 
-def _unpack(work: FlowerMessage) -> Message:
+def unpack_message(work: FlowerMessage) -> Message:
     head = ProtoMessage()
     head.ParseFromString(work.message)
     message_id = head.metadata.message_id

@@ -29,7 +29,8 @@ from agent.clientapp.secure_turns import SecureTurns
 from agent.data.settings import DataSettings
 from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
-from agent.transport.coordinator_client import _pack, _unpack
+from agent.trainer.in_process import InProcessTrainer
+from agent.transport.coordinator_client import pack_message, unpack_message
 from benchmarks.quality.liars import Liar, Lie
 from coordinator.runs import state, transitions
 from coordinator.runs.context import RunContext
@@ -49,7 +50,6 @@ from protocols.messages.work import PollRequest, Work
 from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.privacy.secagg.turn import Me
-from tests.support.in_process_trainer import InProcess
 
 #: A folder in memory, if there is one, because this data need not survive a power cut.
 MEMORY = Path("/dev/shm")
@@ -65,7 +65,7 @@ class Peer:
         folder: Path,
         transfer: WeightTransfer,
         coordinator: SigningKey,
-        trainer: InProcess,
+        trainer: InProcessTrainer,
         sign_key: SigningKey | None = None,
     ) -> None:
         self.sign_key, self.name = sign_key or identity.new_signing_key(), name
@@ -139,7 +139,9 @@ class InProcessFleet:
             self._node_of[name] = node
             others = partial(self._uploads_of_others, name)
             lie = attack.get(number)
-            trainer = InProcess(data, threads) if lie is None else Liar(data, threads, lie, others)
+            trainer = (
+                InProcessTrainer(data, threads) if lie is None else Liar(data, threads, lie, others)
+            )
             self.peers[name] = Peer(
                 name, folder / name, self.transfer, self._sign_key, trainer, key
             )
@@ -234,8 +236,8 @@ class InProcessFleet:
     def _answer(self, peer: Peer, node: int) -> None:
         given = self.superlink.poll(node, PollRequest(wants_work=True)).work
         if given is not None:
-            reply: Message = peer.client.handle(_unpack(given))
-            self.superlink.poll(node, PollRequest(reply=_pack(reply), wants_work=False))
+            reply: Message = peer.client.handle(unpack_message(given))
+            self.superlink.poll(node, PollRequest(reply=pack_message(reply), wants_work=False))
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from msgspec.structs import replace
 from agent.data.settings import DataSettings
 from agent.tasks import work as trainer_work
 from agent.tasks.work import Done, Evaluate, Train
+from agent.trainer.in_process import InProcessTrainer
 from coordinator.runs.options import OUTLIER_LIMIT
 from protocols.model import weights
 from protocols.model.weights import Weights
-from tests.support.in_process_trainer import InProcess
 
 Floats = npt.NDArray[np.float32]
 Others = Callable[[], Sequence[Weights]]
@@ -90,7 +90,7 @@ def scaled(factor: float) -> Lie:
     return Lie(lambda known: np.float32(factor) * known.own)
 
 
-class Liar(InProcess):
+class Liar(InProcessTrainer):
     """A trainer that lies. `others()`: the updates of the other peers in this round."""
 
     def __init__(self, data: DataSettings, threads: int, lie: Lie, others: Others) -> None:

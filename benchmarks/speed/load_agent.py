@@ -29,7 +29,12 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from agent.clientapp.app import CLAIM, DESCRIPTION
 from agent.tasks.demo.ping import Ping
-from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, HEARTBEAT_S, _pack, _unpack
+from agent.transport.coordinator_client import (
+    HEARTBEAT_EVERY_S,
+    HEARTBEAT_S,
+    pack_message,
+    unpack_message,
+)
 from agent.transport.mqtt_client import PRESENCE_REFRESH_S
 from agent.transport.weight_transfer import IDLE_CONNECTION_S
 from benchmarks.speed.load_wire import Http, Mqtt
@@ -201,7 +206,7 @@ class StandIn:
     async def _exchange(self, reply: Message | None, *, want: bool = True) -> Message | None:
         packed, update = None, b""
         if reply is not None:
-            packed, update, self._attached = _pack(reply), self._attached, b""
+            packed, update, self._attached = pack_message(reply), self._attached, b""
         asked = PollRequest(reply=packed, wants_work=want, update=update)
         asked_at = time.monotonic()
         answer = await self._ask("POST", POLL_PATH, msgspec.msgpack.encode(asked))
@@ -209,7 +214,7 @@ class StandIn:
         told = msgspec.msgpack.decode(answer, type=PollResponse)
         if told.version:
             self._hold(hashlib.sha256(told.version).hexdigest(), told.version)
-        return _unpack(told.work) if told.work is not None else None
+        return unpack_message(told.work) if told.work is not None else None
 
     def _hold(self, digest: str, data: bytes) -> None:
         self._tally.versions[digest] = data

@@ -24,7 +24,7 @@ from flwr.app import Message
 
 from agent.data.settings import DataSettings
 from agent.tasks.demo.ping import Ping
-from agent.transport.coordinator_client import _pack, _unpack
+from agent.transport.coordinator_client import pack_message, unpack_message
 from benchmarks.quality import fleet as in_process
 from benchmarks.speed import report
 from benchmarks.speed.processes import peak_rss
@@ -70,7 +70,7 @@ class ManyPeers(in_process.InProcessFleet):
         given = self.superlink.poll(node, PollRequest(wants_work=True)).work
         if given is None or peer.name in self.gone:
             return
-        message: Message = _unpack(given)
+        message: Message = unpack_message(given)
         kind = message.metadata.message_type.removeprefix("query.")
         if self.leaving.get(peer.name) == kind:
             self.gone.add(peer.name)
@@ -79,7 +79,7 @@ class ManyPeers(in_process.InProcessFleet):
         reply: Message = peer.client.handle(message)
         self.spent_s[kind] += time.thread_time() - start
         self.answers[kind] += 1
-        self.superlink.poll(node, PollRequest(reply=_pack(reply), wants_work=False))
+        self.superlink.poll(node, PollRequest(reply=pack_message(reply), wants_work=False))
 
 
 def run(peers: int, lost: int) -> dict[str, Any]:

@@ -28,12 +28,16 @@ Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout."
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
-def connect(timeout_s: float = 15.0) -> Remote:
-    """A client of the coordinator on this machine, or of the one that was joined."""
+def connect(timeout_s: float = 15.0, *, may_be_stopped: bool = False) -> Remote:
+    """A client of the coordinator on this machine, or of the one that was joined.
+
+    `may_be_stopped`: read the ledger of the home if its coordinator is not running.
+    """
     from coordinator.remote import access
     from coordinator.remote.api_client import Remote
+    from coordinator.remote.stopped_home import open_remote
 
-    return Remote(access.open_home(), timeout_s)
+    return (open_remote if may_be_stopped else Remote)(access.open_home(), timeout_s)
 
 
 def confirm(question: str, undone: str, command: str) -> None:

@@ -25,7 +25,7 @@ app = App(
     name="commonweight",
     help="Train together, keep your data: operate the coordinator and watch the fleet.",
     sections={
-        "First steps": ("demo", "init", "up", "ticket", "run", "monitor"),
+        "First steps": ("demo", "simulate", "init", "up", "ticket", "run", "monitor"),
         "Fleet": ("status", "peers"),
         "Results": ("models", "infer", "analyze"),
         "Upkeep": ("doctor", "admin"),

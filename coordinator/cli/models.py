@@ -19,7 +19,7 @@ def list_models(json: Json = False) -> None:
     """List the best and the newest version of every run."""
     rows = [
         {"run": run.id, "which": which, "digest": digest}
-        for run in connect().runs()
+        for run in connect(may_be_stopped=True).runs()
         for which, digest in (("best", run.best.digest if run.best else ""), ("latest", run.head))
         if digest
     ]
@@ -41,6 +41,6 @@ def export(
     from coordinator.remote import version_files
     from protocols.model import model_card
 
-    remote = connect()
+    remote = connect(may_be_stopped=True)
     version = version_files.export_version(remote, find_run(remote, run), which, out)
     print_line(f"wrote {out} ({version[:12]}) and {model_card.card_path(out)}")

@@ -138,12 +138,15 @@ class Progress:
 
 
 def follow(remote: Remote, run_id: str, every_s: float = POLL_S) -> Iterator[Step]:
-    """Ask for a run until it has ended; the last step has the ended run."""
+    """Ask for a run until it has ended; the last step has the ended run.
+
+    Only once if its coordinator is not running.
+    """
     progress = Progress()
     while True:
         step = progress.step(remote.run(run_id), remote.fleet)
         yield step
-        if step.run.ended:
+        if step.run.ended or remote.is_stopped:
             return
         time.sleep(every_s)
 

@@ -86,8 +86,8 @@ def _variable(option: Option) -> str:
     return option.name.replace("-", "_") + "_"
 
 
-def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a run in place of its `**typed`."""
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a run in place of its `**typed`: see `typed_options`."""
     own = inspect.signature(command, eval_str=True).parameters.values()
     argument, *flags = (one for one in own if one.kind is not one.VAR_KEYWORD)
     signature = inspect.Signature([argument, *map(_parameter, OPTIONS), *flags])
@@ -96,8 +96,17 @@ def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def typed_options(task: str, typed: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, by their names in the table. Raises UsageError."""
+    given = {option.name: typed[_variable(option)] for option in OPTIONS}
+    if task and given["task"]:
+        raise UsageError("name one task", "commonweight run start mnist")
+    given["task"] = task or given["task"]
+    return {name: value for name, value in given.items() if value is not None}
+
+
 @runs.command("start")
-@_with_run_options
+@with_run_options
 def start(
     task: Annotated[str, typer.Argument(help=OPTIONS[0].help, autocompletion=complete_tasks)] = "",
     *,
@@ -108,12 +117,9 @@ def start(
     """Start a training run. Without options: ten rounds of federated averaging."""
     from coordinator.remote.run_options import build_order, split_target
 
-    given = {option.name: typed[_variable(option)] for option in OPTIONS}
-    if task and given["task"]:
-        raise UsageError("name one task", "commonweight run start mnist")
-    given["task"] = task or given["task"]
-    order = build_order({name: value for name, value in given.items() if value is not None})
-    if goal := split_target(given["target"] or "")[1]:
+    given = typed_options(task, typed)
+    order = build_order(given)
+    if goal := split_target(given.get("target", ""))[1]:
         print_line(f"note: --target takes a column; the goal is now set by: --until {goal}")
     remote = connect()
     for line in run_forecast.lines(remote, order.spec):
@@ -170,7 +176,7 @@ def metrics(
     """Print each round's metrics as JSON, or send them elsewhere."""
     from coordinator.cli import tracking
 
-    remote = connect()
+    remote = connect(may_be_stopped=True)
     found = find_run(remote, run)
     with contextlib.ExitStack() as stack:
         sinks: list[tracking.Sink] = []
@@ -186,7 +192,7 @@ def metrics(
                 for sink in sinks or [tracking.JsonLines()]:
                     sink.put(found, closed)
             num_written = len(found.history)
-            if found.ended or not follow:
+            if found.ended or remote.is_stopped or not follow:
                 break
             time.sleep(run_text.POLL_S)
             found = remote.run(found.id)
@@ -238,13 +244,13 @@ def list_runs(json: Json = False) -> None:
         "Best": run_text.best,
     }
     empty = "no runs yet; start one: commonweight run start mnist"
-    print_list(connect().runs(), columns, empty, json=json)
+    print_list(connect(may_be_stopped=True).runs(), columns, empty, json=json)
 
 
 @runs.command("show")
 def show(run: RunName, json: Json = False) -> None:
     """Show one run: its settings, its state and what it waits for."""
-    remote = connect()
+    remote = connect(may_be_stopped=True)
     found = find_run(remote, run)
     if json:
         print_json(found)

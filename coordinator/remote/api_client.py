@@ -65,6 +65,9 @@ class Remote:
     constructor raises NotRunning if no coordinator runs here.
     """
 
+    #: True if nothing changes until a coordinator is started.
+    is_stopped = False
+
     def __init__(self, home: Path, timeout_s: float = 15.0) -> None:
         self.home, self._timeout_s = home, timeout_s
         self._connect()

@@ -12,16 +12,16 @@ from functools import partial
 from msgspec.structs import replace
 
 from coordinator import strategies
-from coordinator.fleet.fleet_events import SUBJECT
 from coordinator.fleet.registry import Registry
 from coordinator.runs import deletion, retention, spec_rules, transitions
 from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import ITS_TURN, round_body, run_body
+from coordinator.runs.recorded import named_run, recorded_ids, recorded_run
 from coordinator.runs.secure.decisions import is_over_for
 from coordinator.runs.state import Round, Run, accepted_uploads
-from coordinator.storage import job_events, run_events
+from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
 from coordinator.strategies.state import StateStore
@@ -35,8 +35,6 @@ from protocols.model import personalization, weights
 
 #: Runs whose rounds the monitor still shows after a restart.
 _SHOWN_RUNS = 5
-#: In an error.
-_MAX_NAMED_RUNS = 3
 #: Fields that ended runs and their rounds do not keep in memory: details of single peers.
 _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
@@ -71,11 +69,7 @@ class RunManager:
         self._load()
 
     def _load(self) -> None:
-        run_ids = [
-            subject
-            for subject in self._ctx.ledger.subjects()
-            if subject != SUBJECT and not subject.startswith(job_events.PREFIX)
-        ]
+        run_ids = recorded_ids(self._ctx.ledger)
         shown = frozenset(run_ids[-_SHOWN_RUNS:])
         for run_id in run_ids:
             run = self._replay(run_id)
@@ -90,15 +84,16 @@ class RunManager:
         failpoint("runs.recalled")
 
     def _replay(self, run_id: str) -> Run:
-        """A run from the ledger, with all its rounds."""
-        entries = self._ctx.ledger.entries(run_id)
-        return transitions.replay(run_id, [run_events.decode(entry.body) for entry in entries])
+        return recorded_run(self._ctx.ledger, run_id)
 
     def _append(self, run_id: str, *events: RunEvent) -> None:
         self._ctx.ledger.append(run_id, [run_events.encode(event) for event in events])
 
-    async def work(self, resume: bool) -> None:
-        """Do one run after the other, first those that were unfinished at the last exit."""
+    async def work(self, resume: bool, until: str = "") -> None:
+        """Do one run after the other, first those that were unfinished at the last exit.
+
+        `until`: return when this run has ended.
+        """
         for deleted in self._deleted:
             deletion.execute(self._plan(deleted), self._ctx.store)
         self._deleted = []
@@ -110,7 +105,7 @@ class RunManager:
                     self._queue.put_nowait(run.id)
                 else:
                     self._end(run.id, "not resumed")
-        while True:
+        while not (until and self._runs[until].ended):
             run_id = await self._queue.get()
             if run_id not in self._runs or self._runs[run_id].ended:
                 continue  # it was stopped or deleted while it was queued
@@ -303,20 +298,9 @@ class RunManager:
         self._ctx.publish(run_body(run, ""))
 
     def find(self, name: str, *, newest: bool = True) -> Run:
-        """A run by its id, a unique prefix of it, or its task: then the task's newest run, unless
-        not `newest`. Raises UnknownName."""
-        matches = [run for run in self.all() if run.id.startswith(name)]
-        of_task = [run for run in matches if newest and run.spec.task == name]
-        matches = [run for run in matches if run.id == name] or of_task[-1:] or matches
-        if not matches:
-            raise UnknownName(f"no run {name!r}", "commonweight run list")
-        if len(matches) > 1:
-            shown = ", ".join(run.id for run in matches[: -_MAX_NAMED_RUNS - 1 : -1])
-            raise UnknownName(
-                f"{len(matches)} runs start with {name!r}, the newest are {shown}",
-                "name one of them; commonweight run list shows all",
-            )
-        return self._replay(matches[0].id) if matches[0].ended else matches[0]
+        """A run by its name, as `named_run` finds it. Raises UnknownName."""
+        run = named_run(self.all(), name, newest=newest)
+        return self._replay(run.id) if run.ended else run
 
     def all(self) -> list[Run]:
         """All runs, oldest first. Ended runs have only their last rounds."""

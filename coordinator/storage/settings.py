@@ -112,13 +112,16 @@ class Keys(NamedTuple):
 
 
 def init(
-    names: list[str], keep_offline: Callable[[SigningKey], None] | None = None
+    names: list[str],
+    keep_offline: Callable[[SigningKey], None] | None = None,
+    at: Path | None = None,
 ) -> tuple[Path, bool]:
     """Create a coordinator's home: CA, keys, TLS certificate. Returns (home, True if new).
 
     `keep_offline` stores the CA's key elsewhere; an issuer in the home then signs in its place.
+    `at`: another home than the usual one.
     """
-    home = homes.open_home("coordinator", create=True)
+    home = homes.open_home("coordinator", create=True, at=at)
     if (home / CA_FILE).exists():
         return home, False
     is_offline, issuer = keep_offline is not None, b""

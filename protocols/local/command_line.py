@@ -104,7 +104,12 @@ class Group(TyperGroup):
         for title, names in (self.sections or {"Commands": list(visible)}).items():
             with formatter.section(title):
                 formatter.write_dl(
-                    [(name, visible[name].get_short_help_str(limit)) for name in names]
+                    # `simulate` is there only in the program of all packages.
+                    [
+                        (name, visible[name].get_short_help_str(limit))
+                        for name in names
+                        if name in visible
+                    ]
                 )
 
 

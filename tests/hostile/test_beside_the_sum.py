@@ -16,6 +16,7 @@ pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.data.settings import DataSettings
 from agent.home.privacy_ledger import PrivacyLedger
+from agent.trainer.in_process import InProcessTrainer
 from protocols.errors import NotAllowed
 from protocols.model import schema_card
 from protocols.model.weights import Weights
@@ -27,7 +28,6 @@ from protocols.privacy.secagg.messages import ShareRequest, encode
 from protocols.tables.statistics import TableStatistics
 from tests.hostile.test_differences_in_training import VICTIM, Row, people
 from tests.support.extraction import Canaries, Wards
-from tests.support.in_process_trainer import InProcess
 from tests.support.secure_desks import Desk, Room
 from tests.support.tables import write_csv
 
@@ -52,7 +52,7 @@ class Clinic:
             memory=str(folder / "told" / "told.db"),
             device="cpu",
         )
-        self.desk.trainer = InProcess(data)  # type: ignore[assignment]
+        self.desk.trainer = InProcessTrainer(data)  # type: ignore[assignment]
         self.desk.budget = PrivacyBudget(folder / "privacy.db", lambda: self.desk.owner)
         self.desk.made_again()
         self.asked = 0

@@ -17,6 +17,7 @@ from agent.tasks import floors
 from agent.tasks.tabular import Tabular
 from agent.tasks.work import Describe, Done, Evaluate, Init, Train
 from agent.trainer.executor import WorkExecutor
+from agent.trainer.in_process import InProcessTrainer
 from agent.trainer.ipc import Progress
 from agent.trainer.main_loop import execute
 from agent.trainer.progress import WorkControl
@@ -29,7 +30,6 @@ from protocols.model.weights import Weights
 from protocols.tables import preprocessing
 from tests.support.fleet_harness import fleet
 from tests.support.in_process_fleet import fleet_of, some_data
-from tests.support.in_process_trainer import InProcess
 from tests.support.tables import write_csv
 
 pytestmark = pytest.mark.attack("20.3")
@@ -62,7 +62,7 @@ class Victim:
         )
         #: All rows, as the model takes them.
         self.rows = np.concatenate([encoded.trained_on.x, encoded.held_out.x])
-        self.trainer = InProcess(self.data)
+        self.trainer = InProcessTrainer(self.data)
         self.base = folder / "base.safetensors"
         self.trainer.run(Init(task="tabular", settings=self.settings, seed=0, out=str(self.base)))
 
@@ -217,7 +217,7 @@ def test_the_floors_hold_for_a_task_of_the_owners(
     """Attack: settings of a task that is not built in, which says only how far it is."""
     (tmp_path / "own.py").write_text(TASK)
     data = home_settings.data_settings(AgentSettings(), tmp_path)
-    trainer = InProcess(data, source=f"{tmp_path}/own.py:Own")
+    trainer = InProcessTrainer(data, source=f"{tmp_path}/own.py:Own")
     base = tmp_path / "base.safetensors"
     weights.save(Weights({"w": np.zeros(1)}), base)
     work = Train(task="own", settings=settings, base=str(base), out=str(tmp_path / "out"))
@@ -270,7 +270,7 @@ def test_a_step_after_a_restart_has_the_floors_too(tmp_path: Path) -> None:
     data = home_settings.data_settings(AgentSettings(), tmp_path)
     for ending in ("out of memory", NotAllowed.code):
         with pytest.raises(TrainerFailed) as found:
-            InProcess(data, source=f"{tmp_path}/own.py:Own").run(work)
+            InProcessTrainer(data, source=f"{tmp_path}/own.py:Own").run(work)
         assert found.value.kind == ending
     assert "asks for a step of 1" in found.value.message
     assert not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.transport.coordinator_client import _pack, _unpack
+from agent.transport.coordinator_client import pack_message, unpack_message
 from coordinator.fleet import reducer as fleets
 from coordinator.fleet import state
 from coordinator.fleet.state import Fleet
@@ -429,7 +429,7 @@ class Asked:
         given_out = self.site.superlink.poll(self.node, PollRequest()).work
         assert given_out is not None
         answer = RecordDict({CLAIM: ConfigRecord({"claim": b"x"}), "metrics": MetricRecord()})
-        return _pack(Message(answer, reply_to=_unpack(given_out)))
+        return pack_message(Message(answer, reply_to=unpack_message(given_out)))
 
     def settle(self) -> None:
         """What the run does then; nothing may be left of the question."""

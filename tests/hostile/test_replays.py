@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from agent.transport.coordinator_client import CoordinatorClient, _pack
+from agent.transport.coordinator_client import CoordinatorClient, pack_message
 from agent.transport.http_client import MAX_RESPONSE_BYTES, Body, Response
 from coordinator.storage import run_events
 from coordinator.transport.flower_records import CLAIM
@@ -221,7 +221,7 @@ async def test_an_update_sent_again_counts_no_second_time(tmp_path: Path) -> Non
                 return Message(RecordDict({CLAIM: old}), reply_to=message)
             if claim.round == 1:
                 first.append((record["claim"], record["signature"]))  # type: ignore[arg-type]
-            body = msgspec.msgpack.encode(PollRequest(reply=_pack(reply), wants_work=False))
+            body = msgspec.msgpack.encode(PollRequest(reply=pack_message(reply), wants_work=False))
             with client(fleet) as http:
                 for _ in range(5):
                     sent = http.post(
@@ -314,7 +314,9 @@ async def test_nobody_claims_anothers_update_or_answers_in_its_name(tmp_path: Pa
                 )
             elif mine.round == 4:  # the reply itself in its node's name
                 reply.metadata.__dict__["_src_node_id"] = fleet.hub._sessions.node_of(victim.peer)
-                body = msgspec.msgpack.encode(PollRequest(reply=_pack(reply), wants_work=False))
+                body = msgspec.msgpack.encode(
+                    PollRequest(reply=pack_message(reply), wants_work=False)
+                )
                 with client(fleet) as http:
                     sent = http.post(
                         POLL_PATH,

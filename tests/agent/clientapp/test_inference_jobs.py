@@ -15,12 +15,12 @@ from agent.clientapp.inference_jobs import InferenceJobs
 from agent.clientapp.told_scores import ToldScores
 from agent.data.settings import DataSettings
 from agent.home.settings_schema import AgentSettings
+from agent.trainer.in_process import InProcessTrainer
 from coordinator.jobs.input import prepare
 from protocols.errors import BadMessage
 from protocols.messages.jobs import ModelRef, Scatter, Unit
 from protocols.model import weights
 from protocols.model.weights import Weights
-from tests.support.in_process_trainer import InProcess
 
 #: Answers with the name of each file in the source, and with a word from its owner's data.
 TASK = """
@@ -58,7 +58,7 @@ def answers(home: Path, blocks: Path, data: DataSettings = DataSettings()) -> li
         shutil.copy(spool / f"{digest}.bytes", target)
 
     inferring = InferenceJobs(
-        InProcess(data, source=f"{home}/task.py:Names"),
+        InProcessTrainer(data, source=f"{home}/task.py:Names"),
         lambda: AgentSettings(jobs_scatter="on", tasks=("names",)),
         lambda model: base,
         fetch,

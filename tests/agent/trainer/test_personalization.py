@@ -11,13 +11,13 @@ import pytest
 
 from agent.data.settings import DataSettings
 from agent.tasks.work import Describe, Evaluate, Init, Train
+from agent.trainer.in_process import InProcessTrainer
 from agent.trainer.personalization import Personalization
 from protocols.errors import TrainerFailed
 from protocols.model import weights
 from protocols.model.personalization import is_control
 from protocols.model.weights import Array, Weights
 from tests.support import softmax_task
-from tests.support.in_process_trainer import InProcess
 
 
 class Remembering:
@@ -36,7 +36,7 @@ class Remembering:
 @pytest.mark.parametrize("option", [1, 2, 3])
 def test_a_job_evaluates_a_version_with_control_variates(tmp_path: Path, option: int) -> None:
     task = f"{softmax_task.__file__}:Softmax"
-    trainer = InProcess(DataSettings(index=1, parts=3), source=task)
+    trainer = InProcessTrainer(DataSettings(index=1, parts=3), source=task)
     plain, version = str(tmp_path / "plain"), str(tmp_path / "version")
     trainer.run(Init(task="softmax", settings={}, seed=3, out=plain))
     trainer.run(Init(task="softmax", settings={"scaffold": option}, seed=3, out=version))
@@ -77,7 +77,7 @@ def test_training_that_failed_leaves_its_correction_to_no_other(tmp_path: Path) 
         "            raise ValueError('no learning rate')\n"
         "        return super().train(weights, settings, on_step)\n"
     )
-    trainer = InProcess(DataSettings(index=1, parts=3), source=f"{file}:Failing")
+    trainer = InProcessTrainer(DataSettings(index=1, parts=3), source=f"{file}:Failing")
     plain = str(tmp_path / "plain")
     trainer.run(Init(task="failing", settings={}, seed=3, out=plain))
     trainer.run(Init(task="failing", settings={"scaffold": 1}, seed=3, out=str(version)))
@@ -99,7 +99,7 @@ def test_a_model_without_tensors_is_refused_in_words(tmp_path: Path) -> None:
     methods = ("schema", "init", "load", "train", "evaluate")
     lines = [f"    def {name}(self, *given): return {{}}" for name in methods]
     empty.write_text("class Empty:\n" + "\n".join(lines))
-    trainer = InProcess(DataSettings(), source=f"{empty}:Empty")
+    trainer = InProcessTrainer(DataSettings(), source=f"{empty}:Empty")
     with pytest.raises(TrainerFailed, match="the model of this task has no tensors") as caught:
         trainer.run(Describe(task="empty", settings={}))
     assert caught.value.kind == "usage"

@@ -14,13 +14,13 @@ from msgspec.structs import replace
 from agent.data.settings import DataSettings
 from agent.tasks import registry
 from agent.tasks.work import Done, Init, Train, Work
+from agent.trainer.in_process import InProcessTrainer
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import CommonweightError, UsageError
 from protocols.messages.states import RunState
 from protocols.model import personalization, weights
 from protocols.model.weights import Weights
 from tests.support.in_process_fleet import Data, Fleet, first_weights, fleet_of, gradient_step
-from tests.support.in_process_trainer import InProcess
 from tests.support.softmax_task import FEATURES, NAME, SIZES, part
 
 OPTIONS = pytest.mark.parametrize("option", [1, 2, 3])
@@ -37,7 +37,7 @@ def _task(coordinator_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 async def trainers(folder: Path) -> AsyncIterator[Fleet]:
     async with fleet_of(folder, *PARTS) as fleet:
         for index, agent in enumerate(fleet.agents):
-            agent.client._trainer = InProcess(DataSettings(index=index))  # type: ignore[union-attr]
+            agent.client._trainer = InProcessTrainer(DataSettings(index=index))  # type: ignore[union-attr]
         yield fleet
 
 
@@ -133,7 +133,7 @@ async def test_controls_that_the_coordinator_makes_cost_no_bytes(tmp_path: Path)
         assert np.asarray(fleet.version(steered.head)["control:=w"]).any()
 
 
-class Liar(InProcess):
+class Liar(InProcessTrainer):
     """Tells that it has gone next to nowhere, so that what follows from that is infinite."""
 
     def run(self, work: Work) -> Done:
@@ -190,7 +190,7 @@ async def test_a_task_that_cannot_be_steered_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(registry.BUILT_IN, "softmax", NAME.replace("Softmax", "Unsteerable"))
-    trainer = InProcess(DataSettings(index=0))
+    trainer = InProcessTrainer(DataSettings(index=0))
     first, out = tmp_path / "first", tmp_path / "out"
     settings = {"scaffold": 2, "round": 1}
     trainer.run(Init(task="softmax", settings=settings, seed=0, out=str(first)))

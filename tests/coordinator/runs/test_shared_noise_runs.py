@@ -17,6 +17,7 @@ from agent.tasks.tabular import _OPTIONS as TABULAR
 from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, read_hyperparameters
 from agent.tasks.training.secret_noise import SecretNoise
 from agent.tasks.work import Done
+from agent.trainer.in_process import InProcessTrainer
 from coordinator.cli import run_text
 from coordinator.remote.run_options import build_order
 from coordinator.runs import spec_rules
@@ -28,7 +29,6 @@ from protocols.model.weights import Weights
 from protocols.privacy import events, private_training
 from protocols.privacy.private_training import PrivateTraining
 from tests.support.in_process_fleet import Trainer, gradient_step
-from tests.support.in_process_trainer import InProcess
 from tests.support.secure_fleet import (
     before,
     largest_difference,
@@ -92,7 +92,7 @@ async def test_digits_are_learned_with_the_real_trainer(tmp_path: Path) -> None:
         for index, agent in enumerate(fleet.agents):
             data = DataSettings(index=index, parts=3, cache=cache, device="cpu")
             assert agent.client is not None
-            agent.client._trainer = InProcess(data)
+            agent.client._trainer = InProcessTrainer(data)
             agent.owner = replace(agent.owner, tasks=("mnist",))
         spec = RunSpec(
             task="mnist",

@@ -27,7 +27,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.transport.coordinator_client import CoordinatorClient, _pack, _unpack
+from agent.transport.coordinator_client import CoordinatorClient, pack_message, unpack_message
 from agent.transport.weight_transfer import SessionLost
 from coordinator.transport.flower_records import read_claim
 from coordinator.transport.flower_sessions import MAX_BODY_BYTES
@@ -424,7 +424,7 @@ def test_nothing_is_left_behind(site: Site, machine: Machine, link: CoordinatorC
 
 
 def packed(message: Message, text: str) -> FlowerMessage:
-    return _pack(answer_to(message, text))
+    return pack_message(answer_to(message, text))
 
 
 def test_a_reply_that_is_not_whole_does_not_block_the_others(
@@ -526,9 +526,9 @@ def test_no_reply_can_harm_the_grid(site: Site, data: st.DataObject) -> None:
     given_out = site.superlink.poll(node, PollRequest()).work
     assert given_out is not None
     message = Message(
-        RecordDict(), reply_to=_unpack(given_out)
+        RecordDict(), reply_to=unpack_message(given_out)
     )  # an empty one, to be filled by hand
-    parcel = packed(_unpack(given_out), "hostile")
+    parcel = packed(unpack_message(given_out), "hostile")
     tree = ObjectTree.FromString(parcel.tree)
     objects = dict(parcel.objects)
     what = data.draw(st.sampled_from(HOSTILE))
@@ -549,7 +549,7 @@ def test_no_reply_can_harm_the_grid(site: Site, data: st.DataObject) -> None:
     elif what == "missing":
         del objects[some]
     else:
-        parcel = _pack(message)
+        parcel = pack_message(message)
         objects, tree = dict(parcel.objects), ObjectTree.FromString(parcel.tree)
     head = ProtoMessage.FromString(parcel.message)
     head.metadata.message_id = tree.object_id

@@ -1,0 +1,101 @@
+"""`commonweight simulate`: many peers on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coordinator.cli.common import Json, print_json, print_line
+from coordinator.cli.runs import typed_options, with_run_options
+from protocols.errors import CommonweightError, UsageError
+from protocols.messages.states import RunState
+
+if TYPE_CHECKING:
+    from coordinator.runs.state import Run
+
+
+@with_run_options
+def simulate(
+    task: Annotated[str, typer.Argument(help="What to train: mnist, or ./my_task.py:MyTask.")] = "",
+    *,
+    peers: Annotated[int, typer.Option(min=1, help="How many peers.")] = 10,
+    per_round: Annotated[
+        int, typer.Option(min=0, help="Ask so many peers in each round (0: all).")
+    ] = 0,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="How a shared data set is divided: iid, shards (few labels a peer), or "
+            "dirichlet:0.3 (the less, the fewer labels a peer)."
+        ),
+    ] = "iid",
+    dropout: Annotated[
+        float, typer.Option(min=0, help="The share of the asked peers that leaves in the work.")
+    ] = 0.0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes; by default one for each core.")
+    ] = 0,
+    owner: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="A setting of every owner, such as data=clinics/{part}.csv; may be repeated.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The home of the result, a new folder.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the simulation in --out.")
+    ] = False,
+    json: Json = False,
+    **typed: Any,
+) -> None:
+    """Train with many simulated peers on this machine.
+
+    It has the digests of a run of a real fleet. Ctrl-C stops it; --resume continues it.
+    """
+    from commonweight.simulation.simulate import Simulation, create, place_task
+    from coordinator.remote.run_options import parse_setting
+
+    if resume:
+        if out is None or task:
+            raise UsageError(
+                "--resume takes the task and the options from the folder of --out",
+                "commonweight simulate --resume --out FOLDER",
+            )
+        made = Simulation.open(out.expanduser().absolute())
+    else:
+        given = typed_options(task, typed)
+        made = create(
+            given,
+            peers,
+            source=place_task(given["task"])[1],
+            per_round=per_round,
+            split=split,
+            dropout=dropout,
+            owner=dict(map(parse_setting, owner or ())),
+            out=out,
+        )
+    where = f"COMMONWEIGHT_HOME={made.home}"
+    print_line(f"{made.run_id} in {made.home}")
+    try:
+        run = made.run(workers, (lambda run: None) if json else _print_round)
+    except KeyboardInterrupt:
+        print_line(f"stopped; continue: commonweight simulate --resume --out {made.home}")
+        raise
+    if run.state is RunState.FAILED:
+        raise CommonweightError(
+            f"{run.id} failed: {run.ended_because}", f"{where} commonweight run show {run.id}"
+        )
+    if json:
+        print_json(run)
+        return
+    print_line(f"{run.id} {run.state}: {run.ended_because}")
+    print_line(f"show it: {where} commonweight run show {run.id}")
+
+
+def _print_round(run: Run) -> None:
+    from coordinator.cli import run_text
+
+    print_line(run_text.round_line(run, run.history[-1]))

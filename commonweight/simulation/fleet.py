@@ -1,0 +1,288 @@
+"""The coordinator's side of a simulation: its real runs over peers that a pool of workers plays."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Error, Message
+
+from agent.transport.coordinator_client import pack_message, unpack_message
+from commonweight.simulation.peer import Answer, Job, upload_path
+from commonweight.simulation.plan import Plan
+from commonweight.simulation.pool import Worker
+from coordinator.fleet import fleet_events
+from coordinator.fleet.fleet_events import PeerJoined
+from coordinator.fleet.reducer import reduce
+from coordinator.fleet.registry import Registry
+from coordinator.fleet.state import Fleet
+from coordinator.remote.recording import Recorder
+from coordinator.runs.context import RunContext
+from coordinator.runs.manager import RunManager
+from coordinator.runs.requests import AGENT_FAILED
+from coordinator.runs.state import Run
+from coordinator.storage.ledger import Ledger
+from coordinator.storage.settings import Keys
+from coordinator.storage.weight_store import WeightStore
+from coordinator.transport.flower import Superlink
+from coordinator.transport.flower_grid import ClaimCheckGrid
+from coordinator.transport.weights import WeightTransfer
+from protocols.enrollment import identity
+from protocols.errors import CommonweightError
+from protocols.local.background_unlink import unlink
+from protocols.messages.envelope import CoordinatorBody, PeerChanged, RoundClosed
+from protocols.messages.fleet_names import FleetNames
+from protocols.messages.mqtt import SequencedSigner
+from protocols.messages.refusals import refusal_of
+from protocols.messages.states import PeerState
+from protocols.messages.topics import COORDINATOR
+from protocols.messages.work import FlowerMessage, PollRequest
+
+HEARTBEAT_S = 5.0
+#: Peers that dropped out come back after so long, if nobody works meanwhile.
+_AWAY_S = 0.2
+#: Flower's nodes stay online for so long (s).
+_FOREVER_S = 1e9
+
+
+class SimulatedFleet:
+    """A coordinator over `home` with the peers of `plan`, all online. It has no network.
+
+    `dropout`: the share of the peers that a round asks to train and that leave before they answer,
+    until the round is closed. `on_round` is called after a round was closed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        keys: Keys,
+        *,
+        dropout: float = 0.0,
+        on_round: Callable[[Run], None] = lambda run: None,
+    ) -> None:
+        home = Path(plan.home)
+        self._plan, self._dropout, self._on_round = plan, dropout, on_round
+        self._ledger = Ledger(home / "ledger.db")
+        self.store = WeightStore(home)
+        self._transfer = WeightTransfer(self.store)
+        self._superlink = Superlink()
+        # Flower draws random node ids; they are sorted, so that a seed selects the same peers.
+        nodes = sorted(self._superlink.register_node(key) for key in plan.keys)
+        for node in nodes:
+            self._superlink.state.activate_node(node, _FOREVER_S)
+        public = [plan.public(index) for index in range(len(plan.keys))]
+        names = list(map(identity.peer_id, public))
+        self._index_of = {name: index for index, name in enumerate(names)}
+        self._node_of = dict(zip(names, nodes, strict=True))
+        self._peer_of = dict(zip(nodes, names, strict=True))
+        self._enroll(public)
+        self._registry = Registry(self._ledger)
+        self._away: set[str] = set()
+        self._all = self._online = frozenset(names)
+        #: Peers with a message, and how many messages each one got.
+        self._rung: asyncio.Queue[str] = asyncio.Queue()
+        self._numbers: Counter[str] = Counter()
+        self._working = 0
+        self._has_begun = False
+        self._shown = Fleet(fleet=keys.fleet, name=socket.gethostname())
+        self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
+        self._recorder = Recorder(_free_name(plan.folder / "recording.cwrec"))
+        shutil.rmtree(plan.uploads, ignore_errors=True)  # of a simulation that was killed
+        plan.uploads.mkdir()
+        self._publish_peers()
+        self.runs = RunManager(self._context(keys), self._registry, lambda: {plan.task})
+
+    def _enroll(self, public: Sequence[bytes]) -> None:
+        """Record the peers as members, unless an earlier simulation in this home did."""
+        if next(self._ledger.entries(fleet_events.SUBJECT), None) is not None:
+            return
+        joined = [
+            PeerJoined(
+                peer=identity.peer_id(key),
+                name=f"peer{index:05}",
+                labels={},
+                sign_public=key,
+                node_public=self._plan.keys[index],
+                standing="enrolled",
+            )
+            for index, key in enumerate(public)
+        ]
+        self._ledger.append(fleet_events.SUBJECT, list(map(fleet_events.encode, joined)))
+
+    def _publish_peers(self) -> None:
+        for peer in self._registry.enrolled():
+            self._publish(
+                PeerChanged(
+                    peer=peer.peer,
+                    name=peer.name,
+                    labels=peer.labels,
+                    enrollment=peer.standing,
+                    public_key=peer.sign_public,
+                    has_session=True,
+                    state=PeerState.IDLE,
+                )
+            )
+        self._recorder.snapshot(self._shown)
+
+    def _context(self, keys: Keys) -> RunContext:
+        public = identity.public_bytes(keys.sign_key)
+        return RunContext(
+            ledger=self._ledger,
+            store=self.store,
+            transfer=self._transfer,
+            grid=ClaimCheckGrid(self._superlink, self.store),
+            sign=keys.sign_key.sign,
+            verify=self._registry.verify,
+            is_own_signature=partial(identity.verify, public),
+            eligible=lambda: self._online,
+            node_of=self._node_of.get,
+            peer_of=self._peer_of.__getitem__,
+            name_of=lambda peer: self._registry.peers[peer].name,
+            ring=self._ring,
+            publish=self._publish,
+            refused=Counter(),
+            enrolled=lambda: self._all,
+            online=lambda: self._online,
+            fleet=keys.fleet,
+            check_fleet=FleetNames(keys.fleet).check,
+        )
+
+    def close(self) -> None:
+        self._recorder.close()
+        self._ledger.close()
+
+    # --- the run ---
+
+    async def finish(self, run_id: str, workers: Sequence[Worker]) -> Run:
+        """Work until the run has ended; return it."""
+        self._has_begun = True
+        driving = asyncio.create_task(self.runs.work(resume=True, until=run_id))
+        helping = [asyncio.create_task(self._work(worker)) for worker in workers]
+        helping.append(asyncio.create_task(self._send_heartbeats()))
+        try:
+            # An error of a helper ends the simulation; the run continues with the next one.
+            await asyncio.wait([driving, *helping], return_when=asyncio.FIRST_COMPLETED)
+            for task in helping:
+                if task.done():
+                    task.result()
+            await driving
+        finally:
+            for task in (driving, *helping):
+                task.cancel()
+            await asyncio.gather(driving, *helping, return_exceptions=True)
+            for worker in workers:
+                await worker.close()
+        return self.runs.find(run_id)
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            self._superlink.heartbeat()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    def _ring(self, peers: Sequence[str]) -> None:
+        for peer in peers:
+            self._rung.put_nowait(peer)
+
+    def _publish(self, body: CoordinatorBody) -> None:
+        envelope = self._sequencer.next_envelope(body)
+        reduce(self._shown, envelope, time.time())
+        self._recorder.message(envelope)
+        if isinstance(body, RoundClosed) and self._has_begun and self.runs.current is not None:
+            self._return_all()
+            run = self.runs.current.run
+            for peer in run.history[-1].contributors:
+                self._delete_update(peer)
+            self._on_round(run)
+
+    def _delete_update(self, peer: str) -> None:
+        """Its version is on disk, so nobody asks the peer for its update again."""
+        unlink(self._plan.peer_folder(self._index_of[peer]) / "outbox" / "update.safetensors")
+
+    # --- the peers ---
+
+    async def _work(self, worker: Worker) -> None:
+        """Give this worker one message after the other, of any peer."""
+        while True:
+            peer = await self._rung.get()
+            node = self._node_of[peer]
+            given = self._superlink.poll(node, PollRequest(wants_work=True)).work
+            if given is None:  # the message was canceled
+                continue
+            if self._drops_out(peer):
+                self._leave(peer)
+                continue
+            self._working += 1
+            try:
+                job = Job(index=self._index_of[peer], number=self._numbers[peer], message=given)
+                self._numbers[peer] += 1
+                self._take(peer, await self._answer(worker, job))
+            finally:
+                self._working -= 1
+            self.runs.wake()
+
+    async def _answer(self, worker: Worker, job: Job) -> Answer:
+        try:
+            return await worker.answer(job)
+        except CommonweightError as err:
+            return Answer(reply=_failure(job.message, err))
+
+    def _take(self, peer: str, answer: Answer) -> None:
+        """Store an update as the coordinator does, then the reply that names it."""
+        if answer.upload:
+            source = upload_path(self._plan.uploads, peer, answer.upload)
+            self._transfer.bytes_up += source.stat().st_size
+            uploads = self.store.uploads
+            if not uploads.path(peer, answer.upload).exists():
+                with uploads.begin(peer, answer.upload) as part:
+                    os.replace(source, part.path)
+                    part.finish()
+        self._superlink.poll(self._node_of[peer], PollRequest(reply=answer.reply, wants_work=False))
+
+    def _drops_out(self, peer: str) -> bool:
+        """Draw whether a peer leaves instead of training; the same for the same seed."""
+        loop = self.runs.current
+        if not self._dropout or loop is None or loop.run.kind != "train":
+            return False
+        run = loop.run
+        drawn = hashlib.sha256(f"dropout {run.spec.seed} {run.round} {run.turn} {peer}".encode())
+        return int.from_bytes(drawn.digest()[:8]) < self._dropout * 2**64
+
+    def _leave(self, peer: str) -> None:
+        """The peer is gone: the run asks another one in its place, if there is one."""
+        self._away.add(peer)
+        self._online = self._all - self._away
+        self.runs.wake()
+        asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_idle)
+
+    def _return_if_idle(self) -> None:
+        if self._working or not self._rung.empty():
+            asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_idle)
+        else:
+            self._return_all()
+
+    def _return_all(self) -> None:
+        if self._away:
+            self._away.clear()
+            self._online = self._all
+            self.runs.wake()
+
+
+def _failure(given: FlowerMessage, err: CommonweightError) -> FlowerMessage:
+    error = Error(AGENT_FAILED, refusal_of(err).encode())
+    return pack_message(Message(error, reply_to=unpack_message(given)))
+
+
+def _free_name(path: Path) -> Path:
+    """The path with a number, if there is such a file already."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return free

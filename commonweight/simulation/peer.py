@@ -1,0 +1,138 @@
+"""A simulated peer: the agent's own ClientApp over a folder, in the process of a worker."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+from flwr.app import Error, Message
+from msgspec import Struct
+from msgspec.structs import replace
+
+from agent.clientapp import secure_rules
+from agent.clientapp.app import Client
+from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.privacy_budget import PrivacyBudget
+from agent.clientapp.secure_turns import SecureTurns
+from agent.home import privacy_ledger, settings
+from agent.home.secure_store import TurnStore
+from agent.trainer.in_process import InProcessTrainer
+from agent.transport.coordinator_client import pack_message, unpack_message
+from commonweight.simulation.plan import Plan
+from coordinator.storage.versions import Versions
+from protocols.enrollment import identity
+from protocols.errors import CommonweightError
+from protocols.local.safe_paths import path_in
+from protocols.messages.refusals import refusal_of
+from protocols.messages.work import FlowerMessage, Work
+from protocols.privacy.secagg.turn import Me
+
+#: Flower's code for an exception in a ClientApp.
+_CLIENT_APP_ERROR = 2
+#: Peers whose data a worker keeps in memory for their next message.
+MAX_KEPT_PEERS = 8
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """A message to a peer. `number`: how many it got before."""
+
+    index: int
+    number: int
+    message: FlowerMessage
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """A peer's reply. `upload`: the digest of the update that it sent before; or empty."""
+
+    reply: FlowerMessage
+    upload: str = ""
+
+
+def upload_path(folder: Path, peer: str, digest: str) -> Path:
+    return path_in(folder, f"{peer}-{digest}", Versions.suffix)
+
+
+class SimulatedPeer:
+    """A peer as after a restart of its agent: what it knows of earlier rounds is in its folder."""
+
+    def __init__(self, plan: Plan, index: int, peers: Mapping[str, str]) -> None:
+        key = plan.key(index)
+        public = identity.public_bytes(key)
+        self.peer, self._plan, self.uploaded = identity.peer_id(public), plan, ""
+        home = plan.peer_folder(index)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        owner = plan.owner_of(index)
+        if plan.trusts:
+            owner = replace(owner, trust={**peers, **owner.trust})
+            owner.trust.pop(self.peer, None)
+        cache = plan.folder / "cache"
+        cache.mkdir(exist_ok=True)
+        self.client = Client(
+            PeerIdentity(self.peer, key.sign, plan.coordinator_public, plan.fleet),
+            InProcessTrainer(settings.data_settings(owner, cache), source=plan.source),
+            self,
+            home / "outbox",
+            settings=lambda: owner,
+            floors=settings.floors(owner),
+            budget=PrivacyBudget(privacy_ledger.ledger_file(home), lambda: owner, plan.fleet),
+            secure_turns=lambda: SecureTurns(
+                Me(self.peer, public, key.sign), TurnStore(home), lambda: secure_rules.pins(owner)
+            ),
+        )
+
+    def answer(self, given: FlowerMessage) -> Answer:
+        """The reply to a message. Everything that the peer keeps is in its folder afterwards."""
+        message, self.uploaded = unpack_message(given), ""
+        try:
+            reply = self.client.handle(message)
+        except CommonweightError as err:
+            refusal = refusal_of(err).encode()
+            reply, self.uploaded = Message(Error(_CLIENT_APP_ERROR, refusal), reply_to=message), ""
+        self.client.wait_for_sync()
+        return Answer(reply=pack_message(reply), upload=self.uploaded)
+
+    # --- the client's transport ---
+
+    def fetch(self, work: Work) -> Path:
+        return path_in(Path(self._plan.home) / "versions", work.base, Versions.suffix)
+
+    def send(self, digest: str, path: Path) -> None:
+        """Hand an update over without a copy: its peer deletes it before it writes the next."""
+        target = upload_path(self._plan.uploads, self.peer, digest)
+        target.unlink(missing_ok=True)
+        os.link(path, target)
+        self.uploaded = digest
+
+
+class Worker:
+    """Answers for any peer of the plan. Keeps some peers, if no other worker answers meanwhile."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._kept: OrderedDict[int, tuple[int, SimulatedPeer]] = OrderedDict()
+
+    @cached_property
+    def _peers(self) -> dict[str, str]:
+        """The ids of all peers, with the names that their owners have for them."""
+        count = len(self._plan.keys) if self._plan.trusts else 0
+        return {identity.peer_id(self._plan.public(index)): "" for index in range(count)}
+
+    def work(self, job: Job) -> Answer:
+        number, peer = self._kept.pop(job.index, (0, None))
+        if peer is None or number != job.number:
+            peer = SimulatedPeer(self._plan, job.index, self._peers)
+        answer = peer.answer(job.message)
+        self._kept[job.index] = job.number + 1, peer
+        if len(self._kept) > MAX_KEPT_PEERS:
+            self._kept.popitem(last=False)
+        return answer
+
+
+encode = msgspec.msgpack.encode
+decode_job = msgspec.msgpack.Decoder(Job).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
+decode_plan = msgspec.msgpack.Decoder(Plan).decode

@@ -1,0 +1,90 @@
+"""What the workers know of a simulation: its peers and their owners' settings. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import Struct
+
+from agent.home.settings_schema import AgentSettings
+from protocols.enrollment import identity
+from protocols.enrollment.identity import SigningKey
+from protocols.errors import UsageError
+
+#: The folder of a simulation in its home. A coordinator does not serve a home with this folder.
+FOLDER = "simulation"
+#: Simulated owners allow what a run asks for: they have no data of others to protect.
+OPEN_OWNER: dict[str, Any] = {
+    "tasks": ["*"],
+    "consents": {"*": {"columns": ["*"]}},
+    "data_min_rows": 0,
+    "data_min_count": 1,
+    "min_batch": 1,
+    "min_examples": 1,
+    "max_lr": 0.0,
+    "threads": 1,
+}
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """`home`: an absolute path. `keys`: the Ed25519 key of each peer (32 bytes), which the ids and
+    so the samples of rounds follow from. `owner`: settings of every owner; `{part}` in a text
+    stands for the number of the peer. `source`: the file and class of the task; empty: an
+    installed one. `trusts`: owners trust each other, as secure runs need.
+    """
+
+    home: str
+    fleet: str
+    coordinator_public: bytes
+    keys: tuple[bytes, ...]
+    owner: dict[str, Any] = {}
+    source: str = ""
+    task: str = ""
+    trusts: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.home) / FOLDER
+
+    @property
+    def uploads(self) -> Path:
+        """Updates on their way from the workers to the spool."""
+        return self.folder / "uploads"
+
+    def peer_folder(self, index: int) -> Path:
+        """The files of a peer: its outbox, and what it keeps between rounds."""
+        return self.folder / "peers" / f"{index:05}"
+
+    def key(self, index: int) -> SigningKey:
+        return Ed25519PrivateKey.from_private_bytes(self.keys[index])
+
+    def public(self, index: int) -> bytes:
+        return identity.public_bytes(self.key(index))
+
+    def owner_of(self, index: int) -> AgentSettings:
+        """The settings of the owner of this peer. Raises UsageError."""
+        values = {**OPEN_OWNER, "parts": len(self.keys), "part": index, **self.owner}
+        for name, value in values.items():
+            if isinstance(value, str):
+                values[name] = value.replace("{part}", str(index))
+        if self.source:
+            values["task_files"] = {self.task: self.source}
+        try:
+            return msgspec.convert(values, AgentSettings, strict=False)
+        except msgspec.ValidationError as err:
+            raise UsageError(
+                f"the settings of the simulated owners are wrong: {err}",
+                "their names and values are those of commonweight-agent policy show",
+            ) from err
+
+
+def make_keys(peers: int, seed: int) -> tuple[bytes, ...]:
+    """Keys that follow from the seed, so that a simulation can be repeated. They are no secrets."""
+    return tuple(
+        hashlib.sha256(f"commonweight simulation {seed} {index}".encode()).digest()
+        for index in range(peers)
+    )

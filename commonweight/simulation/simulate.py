@@ -1,0 +1,263 @@
+"""`cw.simulate`: a run over many simulated peers, with a home of its own as its result."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import platformdirs
+from msgspec import Struct
+from msgspec.structs import replace
+
+from commonweight.run import Run
+from commonweight.simulation.fleet import SimulatedFleet
+from commonweight.simulation.plan import FOLDER, Plan, make_keys
+from commonweight.simulation.pool import ProcessWorker
+from commonweight.simulation.worker import VARIABLE
+from coordinator.remote import run_options
+from coordinator.remote.stopped_home import StoppedHome
+from coordinator.runs.state import Run as RunRecord
+from coordinator.storage import settings
+from coordinator.storage.run_events import RunSpec
+from coordinator.storage.settings import Keys
+from coordinator.storage.weight_store import WeightStore
+from protocols.enrollment import identity
+from protocols.errors import BadWeights, CommonweightError, HomeError, UsageError
+from protocols.local import homes
+from protocols.local.atomic_files import write_private
+from protocols.messages.states import RunState
+from protocols.model import weights
+
+T = TypeVar("T")
+OnRound = Callable[[RunRecord], None]
+
+MAX_PEERS = 65_536
+FILE = "simulation.json"
+
+
+class Saved(Struct, frozen=True, kw_only=True):
+    """What a simulation needs to continue, in its home."""
+
+    run: str
+    plan: Plan
+    dropout: float = 0.0
+
+
+class Simulation:
+    """A run in a home of its own. `run` works until the run has ended, also after a stop."""
+
+    def __init__(self, home: Path, saved: Saved) -> None:
+        self.home, self.run_id = home, saved.run
+        self._saved = replace(saved, plan=replace(saved.plan, home=str(home)))
+
+    @classmethod
+    def create(
+        cls,
+        home: Path,
+        spec: RunSpec,
+        plan: Callable[[Keys], Plan],
+        *,
+        dropout: float = 0.0,
+        first: Path | None = None,
+    ) -> Simulation:
+        """Make the home and record the run in it. Raises HomeError, UsageError."""
+        if (home / homes.STAMP).exists() or (home / FOLDER).exists():
+            raise HomeError(
+                f"{home} is in use already",
+                f"continue its simulation: commonweight simulate --resume --out {home}; or name "
+                "another folder",
+            )
+        settings.init([], at=home)
+        keys = settings.open_keys(home)
+        (home / FOLDER).mkdir(mode=0o700)
+        held = homes.lock_home(home, "simulation")
+        try:
+            digest = _save_first(home, first) if first is not None else ""
+            fleet = SimulatedFleet(plan(keys), keys)
+            try:
+                run_id = fleet.runs.start(spec, digest)
+            finally:
+                fleet.close()
+            saved = Saved(run=run_id, plan=plan(keys), dropout=dropout)
+            write_private(home / FOLDER / FILE, msgspec.json.encode(saved))
+        finally:
+            held.release()
+        return cls(home, saved)
+
+    @classmethod
+    def open(cls, home: Path) -> Simulation:
+        """A simulation that was stopped. Raises HomeError."""
+        try:
+            return cls(home, msgspec.json.decode((home / FOLDER / FILE).read_bytes(), type=Saved))
+        except (OSError, msgspec.DecodeError) as err:
+            raise HomeError(
+                f"there is no simulation in {home}", "begin one: commonweight simulate mnist"
+            ) from err
+
+    def run(self, workers: int = 0, on_round: OnRound = lambda run: None) -> RunRecord:
+        """Work until the run has ended; return it. `workers`: processes; 0: one for each core.
+
+        Ctrl-C stops the work, and `run` continues it. Raises HomeLocked, CommonweightError.
+        """
+        held = homes.lock_home(self.home, "simulation")
+        try:
+            return _run_apart(lambda: self._run(workers or os.cpu_count() or 1, on_round))
+        finally:
+            held.release()
+
+    async def _run(self, workers: int, on_round: OnRound) -> RunRecord:
+        saved = self._saved
+        fleet = SimulatedFleet(
+            saved.plan, settings.open_keys(self.home), dropout=saved.dropout, on_round=on_round
+        )
+        try:
+            run = fleet.runs.find(self.run_id)
+            if run.state in (RunState.STOPPED, RunState.FAILED):
+                fleet.runs.resume(run.id)
+            elif run.ended:
+                return run
+            return await fleet.finish(run.id, [ProcessWorker(saved.plan) for _ in range(workers)])
+        finally:
+            fleet.close()
+
+
+def simulate(
+    task: str | type,
+    peers: int = 10,
+    *,
+    per_round: int = 0,
+    split: str = "iid",
+    dropout: float = 0.0,
+    workers: int = 0,
+    owner: Mapping[str, Any] = {},
+    out: str | Path | None = None,
+    **options: Any,
+) -> Run:
+    """Train with many simulated peers on this machine; return the run when it has ended.
+
+    `task`: a name, "./my_task.py:MyTask", or a class in a file. Peer i of `peers` gets part i of
+    the data: see `split` ("iid", "shards" or "dirichlet:0.3") and `owner`, the settings of every
+    owner, in which `{part}` is the peer's number. `per_round`: ask so many peers in each round; 0:
+    all. `dropout`: the share of them that leaves in the work. `workers`: processes, by default one
+    for each core. `out`: the home of the result, a new folder. The options are those of
+    `commonweight run start`, as keywords of `Fleet.train`.
+
+    In a script, call it below `if __name__ == "__main__":`. Raises UsageError and others of
+    `cw.errors`.
+    """
+    name, source = place_task(task)
+    typed = run_options.from_keywords({"task": name, **options})
+    made = create(
+        typed,
+        peers,
+        source=source,
+        per_round=per_round,
+        split=split,
+        dropout=dropout,
+        owner=owner,
+        out=Path(out) if out is not None else None,
+    )
+    run = made.run(workers)
+    if run.state is RunState.FAILED:
+        raise CommonweightError(f"{run.id} failed: {run.ended_because}", f"its home: {made.home}")
+    return Run(StoppedHome(made.home), run.id)
+
+
+def create(
+    typed: Mapping[str, Any],
+    peers: int,
+    *,
+    source: str = "",
+    per_round: int = 0,
+    split: str = "iid",
+    dropout: float = 0.0,
+    owner: Mapping[str, Any] = {},
+    out: Path | None = None,
+) -> Simulation:
+    """A new simulation of a run with these options, by their names in the table. Raises UsageError.
+
+    The others are as for `simulate`.
+    """
+    if os.environ.get(VARIABLE):
+        raise UsageError(
+            "a task's file simulates while a worker imports it",
+            'put the call below: if __name__ == "__main__":',
+        )
+    if not 1 <= peers <= MAX_PEERS:
+        raise UsageError(f"--peers must be from 1 to {MAX_PEERS}, not {peers}")
+    if not 0 <= dropout < 1:
+        raise UsageError(f"--dropout must be 0 or more and below 1, not {dropout:g}")
+    if not 0 <= per_round <= peers:
+        raise UsageError(f"--per-round must be from 1 to the {peers} peers, not {per_round}")
+    chosen = dict(typed)
+    first = chosen.pop("from", None)
+    if per_round:
+        chosen["quorum"] = per_round
+        chosen["select"] = chosen.get("select") or "1x"
+    spec = run_options.build_order(chosen).spec
+    home = (out or _new_home(spec.task)).expanduser().absolute()
+
+    def plan(keys: Keys) -> Plan:
+        return Plan(
+            home=str(home),
+            fleet=keys.fleet,
+            coordinator_public=identity.public_bytes(keys.sign_key),
+            keys=make_keys(peers, spec.seed),
+            owner={"split": split, **owner},
+            source=source,
+            task=spec.task,
+            trusts=spec.secure,
+        )
+
+    return Simulation.create(home, spec, plan, dropout=dropout, first=first)
+
+
+def place_task(task: str | type) -> tuple[str, str]:
+    """The name of a task, and its file and class; empty for an installed one. Raises UsageError."""
+    if isinstance(task, str):
+        path, _, attribute = task.rpartition(":")
+        is_file = path.endswith(".py")
+        return task, f"{Path(path).expanduser().absolute()}:{attribute}" if is_file else ""
+    try:
+        file = inspect.getsourcefile(task)
+    except (OSError, TypeError):  # it was typed in, as in a notebook
+        file = None
+    if file is None or not Path(file).is_file() or "." in task.__qualname__:
+        raise UsageError(
+            f"the class {task.__qualname__} is not at the top of a file, and workers import it",
+            "write it to a file, in a notebook with %%writefile my_task.py, and name that: "
+            f'cw.simulate("my_task.py:{task.__name__}")',
+        )
+    return f"{Path(file).name}:{task.__name__}", f"{Path(file).absolute()}:{task.__name__}"
+
+
+def _new_home(task: str) -> Path:
+    """A folder for a simulation whose place nobody has chosen."""
+    name = "".join(c if c.isalnum() else "-" for c in task)
+    folder = platformdirs.user_data_path("commonweight") / "simulations"
+    return folder / f"{name}-{secrets.token_hex(3)}"
+
+
+def _save_first(home: Path, path: Path) -> str:
+    """Save a safetensors file as a version of the home; its digest. Raises UsageError."""
+    try:
+        return WeightStore(home).save(weights.load_any(path))
+    except (OSError, BadWeights) as err:
+        raise UsageError(f"cannot use {path} as first weights: {err}") from err
+
+
+def _run_apart(make: Callable[[], Any]) -> Any:
+    """The result of a coroutine, in a thread of its own if this one has an event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(make())
+    with ThreadPoolExecutor(1, "simulation") as thread:
+        return thread.submit(lambda: asyncio.run(make())).result()

@@ -1,0 +1,45 @@
+"""A worker's process, `python -m commonweight.simulation.worker`: a plan, then jobs, over stdin.
+
+Each frame is its length in 4 bytes, most significant first, and msgpack.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import sys
+from typing import IO
+
+HEADER = struct.Struct(">I")
+#: Set in workers, so that a task's file that simulates when it is imported does not begin again.
+VARIABLE = "COMMONWEIGHT_SIMULATION_WORKER"
+
+
+def main() -> None:
+    """Answer jobs until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent closes stdin
+    jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a task prints
+    # The files of a simulated peer need not survive a power cut.
+    os.fsync = os.fdatasync = lambda fd: None
+
+    from commonweight.simulation.peer import Worker, decode_job, decode_plan, encode
+
+    worker = Worker(decode_plan(_read(jobs)))
+    while frame := _read(jobs):
+        answer = encode(worker.work(decode_job(frame)))
+        answers.write(HEADER.pack(len(answer)) + answer)
+        answers.flush()
+
+
+def _read(source: IO[bytes]) -> bytes:
+    """The next frame; empty at the end."""
+    head = source.read(HEADER.size)
+    return source.read(*HEADER.unpack(head)) if len(head) == HEADER.size else b""
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # threads of torch and gRPC may hang a normal exit
