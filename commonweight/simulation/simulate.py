@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from commonweight.run import Run
 from commonweight.simulation.fleet import SimulatedFleet
 from commonweight.simulation.plan import FOLDER, Plan, make_keys
-from commonweight.simulation.pool import ProcessWorker
+from commonweight.simulation.pool import ProcessWorker, Worker
 from commonweight.simulation.worker import VARIABLE
 from coordinator.remote import run_options
 from coordinator.remote.stopped_home import StoppedHome
@@ -101,18 +101,25 @@ class Simulation:
                 f"there is no simulation in {home}", "begin one: commonweight simulate mnist"
             ) from err
 
-    def run(self, workers: int = 0, on_round: OnRound = lambda run: None) -> RunRecord:
-        """Work until the run has ended; return it. `workers`: processes; 0: one for each core.
+    def run(
+        self,
+        workers: int = 0,
+        on_round: OnRound = lambda run: None,
+        make_worker: Callable[[Plan], Worker] = ProcessWorker,
+    ) -> RunRecord:
+        """Work until the run has ended; return it. `workers`: how many; 0: one for each core.
 
         Ctrl-C stops the work, and `run` continues it. Raises HomeLocked, CommonweightError.
         """
         held = homes.lock_home(self.home, "simulation")
         try:
-            return _run_apart(lambda: self._run(workers or os.cpu_count() or 1, on_round))
+            count = workers or os.cpu_count() or 1
+            made = [make_worker(self._saved.plan) for _ in range(count)]
+            return _run_apart(lambda: self._run(made, on_round))
         finally:
             held.release()
 
-    async def _run(self, workers: int, on_round: OnRound) -> RunRecord:
+    async def _run(self, workers: Sequence[Worker], on_round: OnRound) -> RunRecord:
         saved = self._saved
         fleet = SimulatedFleet(
             saved.plan, settings.open_keys(self.home), dropout=saved.dropout, on_round=on_round
@@ -123,7 +130,7 @@ class Simulation:
                 fleet.runs.resume(run.id)
             elif run.ended:
                 return run
-            return await fleet.finish(run.id, [ProcessWorker(saved.plan) for _ in range(workers)])
+            return await fleet.finish(run.id, workers)
         finally:
             fleet.close()
 
