@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 Framework = Literal["auto", "torch", "keras"]
+#: How a shared data set is divided.
+SPLIT = r"^(iid|shards|dirichlet:[0-9]{1,4}([.][0-9]{1,4})?)\Z"
 
 
 def uses_network(reader: str) -> bool:
@@ -32,7 +34,8 @@ class Floors(Struct, frozen=True, kw_only=True):
 class DataSettings(Struct, frozen=True, kw_only=True):
     """Which data a peer has: its own (`path`), or part `index` of `parts` of a shared data set.
 
-    `split`: how a shared data set is divided: "iid" at random, "shards" with few labels per part.
+    `split`: how a shared data set is divided: "iid" at random, "shards" with few labels per part,
+    "dirichlet:0.3" with shares of the labels that differ, the more the smaller the number is.
     `models`: the owner's folder of base models, each in its own folder.
     `reader`: what reads tables (see `agent.data`). Only `columns` (patterns) are used, and no table
     with fewer than `min_rows` rows. Values of fewer than `min_count` rows never leave the machine,
@@ -49,7 +52,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
 
     index: int = 0
     parts: int = 1
-    split: Literal["iid", "shards"] = "iid"
+    split: Annotated[str, Meta(pattern=SPLIT)] = "iid"
     seed: int = 0
     path: str = ""
     reader: str = "arrow"

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from agent.data.settings import SPLIT
 from agent.policy import consent, task_code
 from agent.policy.consent import Consent, Standing
 from agent.policy.rules import PolicySettings
@@ -38,8 +39,12 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     part: Annotated[int, Meta(ge=0, description="your part of a shared data set, from 0")] = 0
     parts: Annotated[int, Meta(ge=1, description="number of parts of the shared data set")] = 1
     split: Annotated[
-        Literal["iid", "shards"],
-        Meta(description="how to split it: iid, at random; shards, few labels in each part"),
+        str,
+        Meta(
+            pattern=SPLIT,
+            description="how to split it: iid, at random; shards, few labels in each part; "
+            "dirichlet:0.3, the fewer the smaller the number is",
+        ),
     ] = "iid"
     data_seed: Annotated[int, Meta(description="seed of that split; the same on all peers")] = 0
     data: Annotated[str, Meta(description="file or folder of your own data")] = ""

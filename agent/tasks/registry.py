@@ -202,7 +202,7 @@ def _forget_modules(path: Path) -> None:
     own = {str(file) for file in task_code.files(path)}
     for name, module in list(sys.modules.items()):
         if name != "__main__" and getattr(module, "__file__", None) in own:
-            del sys.modules[name]
+            sys.modules.pop(name, None)  # peers in threads share them
 
 
 def split_source(source: str) -> tuple[Path, str]:

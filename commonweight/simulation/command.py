@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +13,7 @@ import typer
 
 from coordinator.cli.common import Json, print_json, print_line
 from coordinator.cli.runs import typed_options, with_run_options
+from coordinator.runs.steps import LEFT
 from protocols.errors import CommonweightError, UsageError
 from protocols.messages.states import RunState
 
@@ -80,7 +85,8 @@ def simulate(
     where = f"COMMONWEIGHT_HOME={made.home}"
     print_line(f"{made.run_id} in {made.home}")
     try:
-        run = made.run(workers, (lambda run: None) if json else _print_round)
+        with _progress(quiet=json) as on_round:
+            run = made.run(workers, on_round)
     except KeyboardInterrupt:
         print_line(f"stopped; continue: commonweight simulate --resume --out {made.home}")
         raise
@@ -95,7 +101,34 @@ def simulate(
     print_line(f"show it: {where} commonweight run show {run.id}")
 
 
-def _print_round(run: Run) -> None:
+@contextlib.contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[Run], None]]:
+    """What to call after each round: it draws a bar, or prints a line without a terminal."""
     from coordinator.cli import run_text
 
-    print_line(run_text.round_line(run, run.history[-1]))
+    def print_round(run: Run) -> None:
+        print_line(run_text.round_line(run, run.history[-1]))
+
+    # Peers that drop out are part of the simulation.
+    logging.getLogger("commonweight.run").addFilter(_is_unexpected)
+    if quiet or not sys.stderr.isatty():
+        yield (lambda run: None) if quiet else print_round
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("peers describe their data", total=None)
+
+        def draw(run: Run) -> None:
+            closed = run.history[-1]
+            metrics = " ".join(f"{k} {v:.4f}" for k, v in closed.metrics.items() if v is not None)
+            text = f"round {closed.round}/{run.spec.rounds} {metrics}"
+            progress.update(bar, description=text, completed=closed.round, total=run.spec.rounds)
+
+        yield draw
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return not record.getMessage().endswith(LEFT)

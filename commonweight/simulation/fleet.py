@@ -75,10 +75,10 @@ class SimulatedFleet:
         self._transfer = WeightTransfer(self.store)
         self._superlink = Superlink()
         # Flower draws random node ids; they are sorted, so that a seed selects the same peers.
-        nodes = sorted(self._superlink.register_node(key) for key in plan.keys)
+        public = [plan.public(index) for index in range(len(plan.keys))]
+        nodes = sorted(map(self._superlink.register_node, public))
         for node in nodes:
             self._superlink.state.activate_node(node, _FOREVER_S)
-        public = [plan.public(index) for index in range(len(plan.keys))]
         names = list(map(identity.peer_id, public))
         self._index_of = {name: index for index, name in enumerate(names)}
         self._node_of = dict(zip(names, nodes, strict=True))
@@ -90,11 +90,12 @@ class SimulatedFleet:
         #: Peers with a message, and how many messages each one got.
         self._rung: asyncio.Queue[str] = asyncio.Queue()
         self._numbers: Counter[str] = Counter()
+        #: The version that each peer has.
+        self._bases: dict[str, str] = {}
         self._working = 0
-        self._has_begun = False
         self._shown = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
-        self._recorder = Recorder(_free_name(plan.folder / "recording.cwrec"))
+        self._recorder: Recorder | None = None
         shutil.rmtree(plan.uploads, ignore_errors=True)  # of a simulation that was killed
         plan.uploads.mkdir()
         self._publish_peers()
@@ -110,7 +111,7 @@ class SimulatedFleet:
                 name=f"peer{index:05}",
                 labels={},
                 sign_public=key,
-                node_public=self._plan.keys[index],
+                node_public=key,
                 standing="enrolled",
             )
             for index, key in enumerate(public)
@@ -130,7 +131,6 @@ class SimulatedFleet:
                     state=PeerState.IDLE,
                 )
             )
-        self._recorder.snapshot(self._shown)
 
     def _context(self, keys: Keys) -> RunContext:
         public = identity.public_bytes(keys.sign_key)
@@ -156,14 +156,16 @@ class SimulatedFleet:
         )
 
     def close(self) -> None:
-        self._recorder.close()
+        if self._recorder is not None:
+            self._recorder.close()
         self._ledger.close()
 
     # --- the run ---
 
     async def finish(self, run_id: str, workers: Sequence[Worker]) -> Run:
         """Work until the run has ended; return it."""
-        self._has_begun = True
+        self._recorder = Recorder(_free_name(self._plan.folder / "recording.cwrec"))
+        self._recorder.snapshot(self._shown)
         driving = asyncio.create_task(self.runs.work(resume=True, until=run_id))
         helping = [asyncio.create_task(self._work(worker)) for worker in workers]
         helping.append(asyncio.create_task(self._send_heartbeats()))
@@ -194,8 +196,10 @@ class SimulatedFleet:
     def _publish(self, body: CoordinatorBody) -> None:
         envelope = self._sequencer.next_envelope(body)
         reduce(self._shown, envelope, time.time())
+        if self._recorder is None:
+            return
         self._recorder.message(envelope)
-        if isinstance(body, RoundClosed) and self._has_begun and self.runs.current is not None:
+        if isinstance(body, RoundClosed) and self.runs.current is not None:
             self._return_all()
             run = self.runs.current.run
             for peer in run.history[-1].contributors:
@@ -236,6 +240,9 @@ class SimulatedFleet:
 
     def _take(self, peer: str, answer: Answer) -> None:
         """Store an update as the coordinator does, then the reply that names it."""
+        if answer.base and self._bases.get(peer) != answer.base:
+            self._bases[peer] = answer.base
+            self._transfer.bytes_down += self.store.nbytes(answer.base)
         if answer.upload:
             source = upload_path(self._plan.uploads, peer, answer.upload)
             self._transfer.bytes_up += source.stat().st_size

@@ -23,7 +23,6 @@ from agent.home.secure_store import TurnStore
 from agent.trainer.in_process import InProcessTrainer
 from agent.transport.coordinator_client import pack_message, unpack_message
 from commonweight.simulation.plan import Plan
-from coordinator.storage.versions import Versions
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError
 from protocols.local.safe_paths import path_in
@@ -31,6 +30,8 @@ from protocols.messages.refusals import refusal_of
 from protocols.messages.work import FlowerMessage, Work
 from protocols.privacy.secagg.turn import Me
 
+#: Of the coordinator's versions and uploads.
+_SUFFIX = ".safetensors"
 #: Flower's code for an exception in a ClientApp.
 _CLIENT_APP_ERROR = 2
 #: Peers whose data a worker keeps in memory for their next message.
@@ -46,14 +47,16 @@ class Job(Struct, frozen=True, kw_only=True):
 
 
 class Answer(Struct, frozen=True, kw_only=True):
-    """A peer's reply. `upload`: the digest of the update that it sent before; or empty."""
+    """A peer's reply. `base`: the version that it read; `upload`: the digest of the update that it
+    sent before; both may be empty."""
 
     reply: FlowerMessage
+    base: str = ""
     upload: str = ""
 
 
 def upload_path(folder: Path, peer: str, digest: str) -> Path:
-    return path_in(folder, f"{peer}-{digest}", Versions.suffix)
+    return path_in(folder, f"{peer}-{digest}", _SUFFIX)
 
 
 class SimulatedPeer:
@@ -62,7 +65,8 @@ class SimulatedPeer:
     def __init__(self, plan: Plan, index: int, peers: Mapping[str, str]) -> None:
         key = plan.key(index)
         public = identity.public_bytes(key)
-        self.peer, self._plan, self.uploaded = identity.peer_id(public), plan, ""
+        self.peer, self._plan = identity.peer_id(public), plan
+        self._base = self._upload = ""
         home = plan.peer_folder(index)
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         owner = plan.owner_of(index)
@@ -86,26 +90,28 @@ class SimulatedPeer:
 
     def answer(self, given: FlowerMessage) -> Answer:
         """The reply to a message. Everything that the peer keeps is in its folder afterwards."""
-        message, self.uploaded = unpack_message(given), ""
+        message, self._base, self._upload = unpack_message(given), "", ""
         try:
             reply = self.client.handle(message)
         except CommonweightError as err:
             refusal = refusal_of(err).encode()
-            reply, self.uploaded = Message(Error(_CLIENT_APP_ERROR, refusal), reply_to=message), ""
+            reply, self._upload = Message(Error(_CLIENT_APP_ERROR, refusal), reply_to=message), ""
         self.client.wait_for_sync()
-        return Answer(reply=pack_message(reply), upload=self.uploaded)
+        return Answer(reply=pack_message(reply), base=self._base, upload=self._upload)
 
     # --- the client's transport ---
 
     def fetch(self, work: Work) -> Path:
-        return path_in(Path(self._plan.home) / "versions", work.base, Versions.suffix)
+        """The file of the version in the coordinator's home."""
+        self._base = work.base
+        return path_in(Path(self._plan.home) / "versions", work.base, _SUFFIX)
 
     def send(self, digest: str, path: Path) -> None:
         """Hand an update over without a copy: its peer deletes it before it writes the next."""
         target = upload_path(self._plan.uploads, self.peer, digest)
         target.unlink(missing_ok=True)
         os.link(path, target)
-        self.uploaded = digest
+        self._upload = digest
 
 
 class Worker:

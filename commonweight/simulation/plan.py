@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from agent.home.settings_schema import AgentSettings
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import UsageError
+from protocols.local.homes import SIMULATION
 
-#: The folder of a simulation in its home. A coordinator does not serve a home with this folder.
-FOLDER = "simulation"
 #: Simulated owners allow what a run asks for: they have no data of others to protect.
 OPEN_OWNER: dict[str, Any] = {
     "tasks": ["*"],
@@ -48,7 +48,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
     @property
     def folder(self) -> Path:
-        return Path(self.home) / FOLDER
+        return Path(self.home) / SIMULATION
 
     @property
     def uploads(self) -> Path:
@@ -67,19 +67,27 @@ class Plan(Struct, frozen=True, kw_only=True):
 
     def owner_of(self, index: int) -> AgentSettings:
         """The settings of the owner of this peer. Raises UsageError."""
-        values = {**OPEN_OWNER, "parts": len(self.keys), "part": index, **self.owner}
-        for name, value in values.items():
-            if isinstance(value, str):
-                values[name] = value.replace("{part}", str(index))
-        if self.source:
-            values["task_files"] = {self.task: self.source}
-        try:
-            return msgspec.convert(values, AgentSettings, strict=False)
-        except msgspec.ValidationError as err:
-            raise UsageError(
-                f"the settings of the simulated owners are wrong: {err}",
-                "their names and values are those of commonweight-agent policy show",
-            ) from err
+        files = {"task_files": {self.task: self.source}} if self.source else {}
+        return _read_owner({**files, **self.owner}, index, len(self.keys))
+
+
+def check_owner(owner: Mapping[str, Any], peers: int) -> None:
+    """Raise UsageError unless these are settings of an owner."""
+    _read_owner(owner, 0, peers)
+
+
+def _read_owner(owner: Mapping[str, Any], index: int, peers: int) -> AgentSettings:
+    values = {**OPEN_OWNER, **owner, "parts": peers, "part": index}
+    for name, value in values.items():
+        if isinstance(value, str):
+            values[name] = value.replace("{part}", str(index))
+    try:
+        return msgspec.convert(values, AgentSettings, strict=False)
+    except msgspec.ValidationError as err:
+        raise UsageError(
+            f"the settings of the simulated owners are wrong: {err}",
+            "their names and values are those of commonweight-agent policy show",
+        ) from err
 
 
 def make_keys(peers: int, seed: int) -> tuple[bytes, ...]:

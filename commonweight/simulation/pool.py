@@ -1,4 +1,4 @@
-"""Workers, for the event loop of the coordinator's side: processes, or threads of this one."""
+"""Worker processes, for the event loop of the coordinator's side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from typing import Protocol
 
-from commonweight.simulation import peer
 from commonweight.simulation.peer import Answer, Job, decode_answer, encode
 from commonweight.simulation.plan import Plan
 from commonweight.simulation.worker import HEADER, VARIABLE
@@ -89,16 +88,3 @@ class ProcessWorker:
             if process.returncode is None:
                 process.kill()
             await process.wait()
-
-
-class ThreadWorker:
-    """A thread of this process, for tasks that no other process can import."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._worker = peer.Worker(plan)
-
-    async def answer(self, job: Job) -> Answer:
-        return await asyncio.to_thread(self._worker.work, job)
-
-    async def close(self) -> None:
-        """The thread ends with its work."""

@@ -7,9 +7,9 @@ import inspect
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import platformdirs
@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from commonweight.run import Run
 from commonweight.simulation.fleet import SimulatedFleet
-from commonweight.simulation.plan import FOLDER, Plan, make_keys
+from commonweight.simulation.plan import Plan, check_owner, make_keys
 from commonweight.simulation.pool import ProcessWorker, Worker
 from commonweight.simulation.worker import VARIABLE
 from coordinator.remote import run_options
@@ -35,7 +35,6 @@ from protocols.local.atomic_files import write_private
 from protocols.messages.states import RunState
 from protocols.model import weights
 
-T = TypeVar("T")
 OnRound = Callable[[RunRecord], None]
 
 MAX_PEERS = 65_536
@@ -68,7 +67,7 @@ class Simulation:
         first: Path | None = None,
     ) -> Simulation:
         """Make the home and record the run in it. Raises HomeError, UsageError."""
-        if (home / homes.STAMP).exists() or (home / FOLDER).exists():
+        if (home / homes.STAMP).exists() or (home / homes.SIMULATION).exists():
             raise HomeError(
                 f"{home} is in use already",
                 f"continue its simulation: commonweight simulate --resume --out {home}; or name "
@@ -76,7 +75,7 @@ class Simulation:
             )
         settings.init([], at=home)
         keys = settings.open_keys(home)
-        (home / FOLDER).mkdir(mode=0o700)
+        (home / homes.SIMULATION).mkdir(mode=0o700)
         held = homes.lock_home(home, "simulation")
         try:
             digest = _save_first(home, first) if first is not None else ""
@@ -86,7 +85,7 @@ class Simulation:
             finally:
                 fleet.close()
             saved = Saved(run=run_id, plan=plan(keys), dropout=dropout)
-            write_private(home / FOLDER / FILE, msgspec.json.encode(saved))
+            write_private(home / homes.SIMULATION / FILE, msgspec.json.encode(saved))
         finally:
             held.release()
         return cls(home, saved)
@@ -95,7 +94,9 @@ class Simulation:
     def open(cls, home: Path) -> Simulation:
         """A simulation that was stopped. Raises HomeError."""
         try:
-            return cls(home, msgspec.json.decode((home / FOLDER / FILE).read_bytes(), type=Saved))
+            return cls(
+                home, msgspec.json.decode((home / homes.SIMULATION / FILE).read_bytes(), type=Saved)
+            )
         except (OSError, msgspec.DecodeError) as err:
             raise HomeError(
                 f"there is no simulation in {home}", "begin one: commonweight simulate mnist"
@@ -209,6 +210,8 @@ def create(
         chosen["quorum"] = per_round
         chosen["select"] = chosen.get("select") or "1x"
     spec = run_options.build_order(chosen).spec
+    chosen_owner = {"split": split, **owner}
+    check_owner(chosen_owner, peers)
     home = (out or _new_home(spec.task)).expanduser().absolute()
 
     def plan(keys: Keys) -> Plan:
@@ -217,7 +220,7 @@ def create(
             fleet=keys.fleet,
             coordinator_public=identity.public_bytes(keys.sign_key),
             keys=make_keys(peers, spec.seed),
-            owner={"split": split, **owner},
+            owner=chosen_owner,
             source=source,
             task=spec.task,
             trusts=spec.secure,
@@ -266,5 +269,18 @@ def _run_apart(make: Callable[[], Any]) -> Any:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(make())
+    begun: Future[Callable[[], object]] = Future()
+
+    async def work() -> Any:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        begun.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await make()
+
     with ThreadPoolExecutor(1, "simulation") as thread:
-        return thread.submit(lambda: asyncio.run(make())).result()
+        working = thread.submit(lambda: asyncio.run(work()))
+        try:
+            return working.result()
+        except KeyboardInterrupt:
+            begun.result()()
+            raise

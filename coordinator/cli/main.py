@@ -184,6 +184,11 @@ def up(
     )
     home, _ = settings.init(chosen.names)
     homes.open_home("coordinator")
+    if (home / homes.SIMULATION).exists():
+        raise UsageError(
+            f"{home} has a simulation, whose peers have no secret keys",
+            "read its results without a coordinator: commonweight run list; or name another home",
+        )
     held = homes.lock_home(home, "coordinator")
     ca_files.finish_rotation(home)
     logging.basicConfig(

@@ -286,7 +286,7 @@ class RunLoop:
         for peer in lost:
             self.session_opened(peer)  # cancel its requests
             name = self._ctx.name_of(peer)
-            self._recorder.report("warning", f"{name} disconnected during its work", peer)
+            self._recorder.report("warning", f"{name} {steps.LEFT}", peer)
         losses = [run_events.PeerLost(peer, "went away") for peer in lost]
         await self._recorder.record(*losses)
 

