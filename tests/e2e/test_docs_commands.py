@@ -21,14 +21,33 @@ import pytest
 
 from tests.docs import pages
 from tests.docs.pages import Block
-from tests.support.fleet_harness import AGENT, COORDINATOR, ROOT, free_port
+from tests.support.fleet_harness import AGENT, ROOT, free_port
 from tests.support.machines import Machine
 from tests.support.waiting import wait_for
 
 #: In the order in which a reader comes to them.
 ORDER = (
-    *("tutorial", "machines", "howto", "training", "jobs", "tabular", "api", "models", "analyze"),
-    *("privacy", "sharing", "monitor", "tasks", "politeness", "what-leaves", "troubleshooting"),
+    *(
+        "tutorial",
+        "machines",
+        "howto",
+        "training",
+        "jobs",
+        "tabular",
+        "api",
+        "simulation",
+        "models",
+    ),
+    *(
+        "analyze",
+        "privacy",
+        "sharing",
+        "monitor",
+        "tasks",
+        "politeness",
+        "what-leaves",
+        "troubleshooting",
+    ),
     *("operations", "security", "index"),
 )
 GROUPS = {
@@ -78,7 +97,7 @@ class Site:
         self._folder = folder
         self._programs = folder / "programs"
         self._programs.mkdir()
-        for name, module in (("commonweight", COORDINATOR), ("commonweight-agent", AGENT)):
+        for name, module in (("commonweight", "commonweight"), ("commonweight-agent", AGENT)):
             script = self._programs / name
             script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m {module} "$@"\n')
             script.chmod(0o700)
