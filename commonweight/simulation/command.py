@@ -13,7 +13,6 @@ import typer
 
 from coordinator.cli.common import Json, print_json, print_line
 from coordinator.cli.runs import typed_options, with_run_options
-from coordinator.runs.steps import LEFT
 from protocols.errors import CommonweightError, UsageError
 from protocols.messages.states import RunState
 
@@ -131,4 +130,6 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[Run], None]]:
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
+    from coordinator.runs.steps import LEFT
+
     return not record.getMessage().endswith(LEFT)

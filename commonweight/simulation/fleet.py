@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -87,8 +87,9 @@ class SimulatedFleet:
         self._registry = Registry(self._ledger)
         self._away: set[str] = set()
         self._all = self._online = frozenset(names)
-        #: Peers with a message, and how many messages each one got.
-        self._rung: asyncio.Queue[str] = asyncio.Queue()
+        #: Peers with a message, by worker; and how many messages each peer got.
+        self._rung: list[deque[str]] = []
+        self._has_rung = asyncio.Event()
         self._numbers: Counter[str] = Counter()
         #: The version that each peer has.
         self._bases: dict[str, str] = {}
@@ -167,7 +168,8 @@ class SimulatedFleet:
         self._recorder = Recorder(_free_name(self._plan.folder / "recording.cwrec"))
         self._recorder.snapshot(self._shown)
         driving = asyncio.create_task(self.runs.work(resume=True, until=run_id))
-        helping = [asyncio.create_task(self._work(worker)) for worker in workers]
+        self._rung = [deque() for _ in workers]
+        helping = [asyncio.create_task(self._work(*one)) for one in enumerate(workers)]
         helping.append(asyncio.create_task(self._send_heartbeats()))
         try:
             # An error of a helper ends the simulation; the run continues with the next one.
@@ -191,7 +193,17 @@ class SimulatedFleet:
 
     def _ring(self, peers: Sequence[str]) -> None:
         for peer in peers:
-            self._rung.put_nowait(peer)
+            self._rung[self._index_of[peer] % len(self._rung)].append(peer)
+        self._has_rung.set()
+
+    async def _next(self, place: int) -> str:
+        """The next peer of the worker at this place: one whose data it may have, if there is one.
+        Else the last one of the longest queue."""
+        while not any(self._rung):
+            self._has_rung.clear()
+            await self._has_rung.wait()
+        own = self._rung[place]
+        return own.popleft() if own else max(self._rung, key=len).pop()
 
     def _publish(self, body: CoordinatorBody) -> None:
         envelope = self._sequencer.next_envelope(body)
@@ -212,10 +224,10 @@ class SimulatedFleet:
 
     # --- the peers ---
 
-    async def _work(self, worker: Worker) -> None:
+    async def _work(self, place: int, worker: Worker) -> None:
         """Give this worker one message after the other, of any peer."""
         while True:
-            peer = await self._rung.get()
+            peer = await self._next(place)
             node = self._node_of[peer]
             given = self._superlink.poll(node, PollRequest(wants_work=True)).work
             if given is None:  # the message was canceled
@@ -270,7 +282,7 @@ class SimulatedFleet:
         asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_idle)
 
     def _return_if_idle(self) -> None:
-        if self._working or not self._rung.empty():
+        if self._working or any(self._rung):
             asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_idle)
         else:
             self._return_all()

@@ -35,7 +35,7 @@ _SUFFIX = ".safetensors"
 #: Flower's code for an exception in a ClientApp.
 _CLIENT_APP_ERROR = 2
 #: Peers whose data a worker keeps in memory for their next message.
-MAX_KEPT_PEERS = 8
+MAX_KEPT_PEERS = 32
 
 
 class Job(Struct, frozen=True, kw_only=True):

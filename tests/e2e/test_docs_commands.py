@@ -27,28 +27,9 @@ from tests.support.waiting import wait_for
 
 #: In the order in which a reader comes to them.
 ORDER = (
-    *(
-        "tutorial",
-        "machines",
-        "howto",
-        "training",
-        "jobs",
-        "tabular",
-        "api",
-        "simulation",
-        "models",
-    ),
-    *(
-        "analyze",
-        "privacy",
-        "sharing",
-        "monitor",
-        "tasks",
-        "politeness",
-        "what-leaves",
-        "troubleshooting",
-    ),
-    *("operations", "security", "index"),
+    *("tutorial", "machines", "howto", "training", "jobs", "tabular", "api", "simulation"),
+    *("models", "analyze", "privacy", "sharing", "monitor", "tasks", "politeness"),
+    *("what-leaves", "troubleshooting", "operations", "security", "index"),
 )
 GROUPS = {
     "clinics": ("north", "south", "west"),

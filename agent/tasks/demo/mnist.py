@@ -88,10 +88,13 @@ class Mnist(ClassifierTask):
         """Take part `data.index` of the digits. Raises UsageError, MissingPackage."""
         super().load(data)
         pixels, labels = _digits(data.cache)
-        x, y = _unit(pixels), torch.from_numpy(labels.astype(np.int64))
         self._split = Split(
             *(
-                Examples(x[rows].to(self._device), y[rows].to(self._device), data.index)
+                Examples(
+                    _unit(pixels[rows]).to(self._device),
+                    torch.from_numpy(labels[rows].astype(np.int64)).to(self._device),
+                    data.index,
+                )
                 for rows in split_digits(labels, data)
             )
         )
@@ -282,6 +285,7 @@ def split_by_dirichlet(labels: bytes, parts: int, alpha: float, seed: int) -> tu
     return tuple(made)
 
 
+@functools.lru_cache(1)
 def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:
     """Pixels uint8[5000, 784] and labels uint8[5000]; kept in `cache` once parsed."""
     kept = Path(cache) / "mnist-5k.safetensors" if cache else None
