@@ -285,7 +285,6 @@ def split_by_dirichlet(labels: bytes, parts: int, alpha: float, seed: int) -> tu
     return tuple(made)
 
 
-@functools.lru_cache(1)
 def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:
     """Pixels uint8[5000, 784] and labels uint8[5000]; kept in `cache` once parsed."""
     kept = Path(cache) / "mnist-5k.safetensors" if cache else None

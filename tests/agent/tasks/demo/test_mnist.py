@@ -51,11 +51,11 @@ def test_models_have_the_papers_number_of_parameters(model: str, count: int) -> 
     assert weights.digest(first) != weights.digest(Mnist().init(8, settings))
 
 
-@pytest.mark.parametrize("split", ["iid", "shards"])
+@pytest.mark.parametrize("split", ["iid", "shards", "dirichlet:0.3"])
 @pytest.mark.parametrize("parts", [1, 7, 100])
 def test_parts_are_disjoint_and_cover(split: str, parts: int) -> None:
     pieces = [
-        split_digits(LABELS, DataSettings(index=i, parts=parts, split=split, seed=5))  # type: ignore[arg-type]
+        split_digits(LABELS, DataSettings(index=i, parts=parts, split=split, seed=5))
         for i in range(parts)
     ]
     train = np.concatenate([mine for mine, _ in pieces])
@@ -68,11 +68,30 @@ def test_parts_are_disjoint_and_cover(split: str, parts: int) -> None:
 
 def test_shards_hold_few_labels_and_iid_parts_hold_all() -> None:
     def labels_seen(split: str) -> list[int]:
-        data = [DataSettings(index=i, parts=20, split=split) for i in range(20)]  # type: ignore[arg-type]
+        data = [DataSettings(index=i, parts=20, split=split) for i in range(20)]
         return [len(set(LABELS[split_digits(LABELS, each)[0]])) for each in data]
 
     assert max(labels_seen("shards")) <= 4
     assert min(labels_seen("iid")) == 10
+
+
+def test_the_smaller_the_number_the_more_the_labels_of_dirichlet_parts_differ() -> None:
+    def largest_share(alpha: str) -> float:
+        """Of one label in a part, on average."""
+        data = [DataSettings(index=i, parts=20, split=f"dirichlet:{alpha}") for i in range(20)]
+        parts = [LABELS[split_digits(LABELS, each)[0]] for each in data]
+        assert {len(part) for part in parts} == {TRAINED_ON // 20}
+        return float(np.mean([np.bincount(part).max() / len(part) for part in parts]))
+
+    shares = [largest_share(alpha) for alpha in ("0.05", "0.3", "1", "100")]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.6
+    assert shares[-1] < 0.2
+
+
+def test_a_dirichlet_split_with_too_small_a_number_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"dirichlet:0\.001 is too small"):
+        split_digits(LABELS, DataSettings(split="dirichlet:0.001"))
 
 
 def test_seed_decides_the_split() -> None:
