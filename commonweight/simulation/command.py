@@ -41,6 +41,13 @@ def simulate(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes; by default one for each core.")
     ] = 0,
+    ray: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Work on this Ray cluster; auto: that of this machine, or a new one.",
+        ),
+    ] = "",
     owner: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,7 +92,7 @@ def simulate(
     print_line(f"{made.run_id} in {made.home}")
     try:
         with _progress(quiet=json) as on_round:
-            run = made.run(workers, on_round)
+            run = made.run(workers, on_round, ray=ray)
     except KeyboardInterrupt:
         print_line(f"stopped; continue: commonweight simulate --resume --out {made.home}")
         raise

@@ -16,7 +16,7 @@ from pathlib import Path
 from flwr.app import Error, Message
 
 from agent.transport.coordinator_client import pack_message, unpack_message
-from commonweight.simulation.peer import Answer, Job, upload_path
+from commonweight.simulation.peer import Answer, Job
 from commonweight.simulation.plan import Plan
 from commonweight.simulation.pool import Worker
 from coordinator.fleet import fleet_events
@@ -256,7 +256,7 @@ class SimulatedFleet:
             self._bases[peer] = answer.base
             self._transfer.bytes_down += self.store.nbytes(answer.base)
         if answer.upload:
-            source = upload_path(self._plan.uploads, peer, answer.upload)
+            source = self._plan.upload_path(peer, answer.upload)
             self._transfer.bytes_up += source.stat().st_size
             uploads = self.store.uploads
             if not uploads.path(peer, answer.upload).exists():

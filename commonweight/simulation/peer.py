@@ -20,18 +20,16 @@ from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
 from agent.home import privacy_ledger, settings
 from agent.home.secure_store import TurnStore
+from agent.home.settings_schema import AgentSettings
 from agent.trainer.in_process import InProcessTrainer
 from agent.transport.coordinator_client import pack_message, unpack_message
 from commonweight.simulation.plan import Plan
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError
-from protocols.local.safe_paths import path_in
 from protocols.messages.refusals import refusal_of
 from protocols.messages.work import FlowerMessage, Work
 from protocols.privacy.secagg.turn import Me
 
-#: Of the coordinator's versions and uploads.
-_SUFFIX = ".safetensors"
 #: Flower's code for an exception in a ClientApp.
 _CLIENT_APP_ERROR = 2
 #: Peers whose data a worker keeps in memory for their next message.
@@ -53,10 +51,6 @@ class Answer(Struct, frozen=True, kw_only=True):
     reply: FlowerMessage
     base: str = ""
     upload: str = ""
-
-
-def upload_path(folder: Path, peer: str, digest: str) -> Path:
-    return path_in(folder, f"{peer}-{digest}", _SUFFIX)
 
 
 class SimulatedPeer:
@@ -82,7 +76,7 @@ class SimulatedPeer:
             home / "outbox",
             settings=lambda: owner,
             floors=settings.floors(owner),
-            budget=PrivacyBudget(privacy_ledger.ledger_file(home), lambda: owner, plan.fleet),
+            budget=_budget(owner, home, plan.fleet),
             secure_turns=lambda: SecureTurns(
                 Me(self.peer, public, key.sign), TurnStore(home), lambda: secure_rules.pins(owner)
             ),
@@ -104,14 +98,21 @@ class SimulatedPeer:
     def fetch(self, work: Work) -> Path:
         """The file of the version in the coordinator's home."""
         self._base = work.base
-        return path_in(Path(self._plan.home) / "versions", work.base, _SUFFIX)
+        return self._plan.version_path(work.base)
 
     def send(self, digest: str, path: Path) -> None:
         """Hand an update over without a copy: its peer deletes it before it writes the next."""
-        target = upload_path(self._plan.uploads, self.peer, digest)
+        target = self._plan.upload_path(self.peer, digest)
         target.unlink(missing_ok=True)
         os.link(path, target)
         self._upload = digest
+
+
+def _budget(owner: AgentSettings, home: Path, fleet: str) -> PrivacyBudget | None:
+    """The owner's privacy ledger; None without a limit, as nobody reads it then."""
+    if not owner.privacy_max_epsilon:
+        return None
+    return PrivacyBudget(privacy_ledger.ledger_file(home), lambda: owner, fleet)
 
 
 class Worker:
@@ -127,9 +128,13 @@ class Worker:
         count = len(self._plan.keys) if self._plan.trusts else 0
         return {identity.peer_id(self._plan.public(index)): "" for index in range(count)}
 
+    def keeps(self, job: Job) -> bool:
+        """True if no other worker has answered for this peer since it did here."""
+        return job.index in self._kept and self._kept[job.index][0] == job.number
+
     def work(self, job: Job) -> Answer:
-        number, peer = self._kept.pop(job.index, (0, None))
-        if peer is None or number != job.number:
+        is_kept, (_, peer) = self.keeps(job), self._kept.pop(job.index, (0, None))
+        if peer is None or not is_kept:
             peer = SimulatedPeer(self._plan, job.index, self._peers)
         answer = peer.answer(job.message)
         self._kept[job.index] = job.number + 1, peer

@@ -16,7 +16,10 @@ from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import UsageError
 from protocols.local.homes import SIMULATION
+from protocols.local.safe_paths import path_in
 
+#: Of the coordinator's versions and uploads.
+_SUFFIX = ".safetensors"
 #: Simulated owners allow what a run asks for: they have no data of others to protect.
 OPEN_OWNER: dict[str, Any] = {
     "tasks": ["*"],
@@ -58,6 +61,12 @@ class Plan(Struct, frozen=True, kw_only=True):
     def peer_folder(self, index: int) -> Path:
         """The files of a peer: its outbox, and what it keeps between rounds."""
         return self.folder / "peers" / f"{index:05}"
+
+    def upload_path(self, peer: str, digest: str) -> Path:
+        return path_in(self.uploads, f"{peer}-{digest}", _SUFFIX)
+
+    def version_path(self, digest: str) -> Path:
+        return path_in(Path(self.home) / "versions", digest, _SUFFIX)
 
     def key(self, index: int) -> SigningKey:
         return Ed25519PrivateKey.from_private_bytes(self.keys[index])

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from commonweight.simulation.peer import Answer, Job, decode_answer, encode
 from commonweight.simulation.plan import Plan
-from commonweight.simulation.worker import HEADER, VARIABLE
+from commonweight.simulation.worker import HEADER
 from protocols.errors import CommonweightError
 
 log = logging.getLogger("commonweight")
@@ -71,7 +71,7 @@ class ProcessWorker:
             *(sys.executable, "-P", "-m", "commonweight.simulation.worker"),
             stdin=PIPE,
             stdout=PIPE,
-            env={**os.environ, **threads, VARIABLE: "1"},
+            env={**os.environ, **threads},
         )
         self._write(self._process, self._plan)
         return self._process

@@ -107,16 +107,26 @@ class Simulation:
         workers: int = 0,
         on_round: OnRound = lambda run: None,
         make_worker: Callable[[Plan], Worker] = ProcessWorker,
+        ray: str = "",
     ) -> RunRecord:
         """Work until the run has ended; return it. `workers`: how many; 0: one for each core.
+        `ray`: the address of a Ray cluster, whose nodes then work; "auto" finds or starts one.
 
         Ctrl-C stops the work, and `run` continues it. Raises HomeLocked, CommonweightError.
         """
         held = homes.lock_home(self.home, "simulation")
         try:
-            count = workers or os.cpu_count() or 1
-            made = [make_worker(self._saved.plan) for _ in range(count)]
-            return _run_apart(lambda: self._run(made, on_round))
+            if not ray:
+                made = [make_worker(self._saved.plan) for _ in range(workers or _cores())]
+                return _run_apart(lambda: self._run(made, on_round))
+            from commonweight.simulation.ray_workers import Cluster
+
+            cluster = Cluster(self._saved.plan, ray)
+            try:
+                actors = [cluster.worker() for _ in range(workers or cluster.cores)]
+                return _run_apart(lambda: self._run(actors, on_round))
+            finally:
+                cluster.close()
         finally:
             held.release()
 
@@ -144,6 +154,7 @@ def simulate(
     split: str = "iid",
     dropout: float = 0.0,
     workers: int = 0,
+    ray: str = "",
     owner: Mapping[str, Any] = {},
     out: str | Path | None = None,
     **options: Any,
@@ -154,8 +165,9 @@ def simulate(
     the data: see `split` ("iid", "shards" or "dirichlet:0.3") and `owner`, the settings of every
     owner, in which `{part}` is the peer's number. `per_round`: ask so many peers in each round; 0:
     all. `dropout`: the share of them that leaves in the work. `workers`: processes, by default one
-    for each core. `out`: the home of the result, a new folder. The options are those of
-    `commonweight run start`, as keywords of `Fleet.train`.
+    for each core. `ray`: the address of a Ray cluster that works in their place, or "auto". `out`:
+    the home of the result, a new folder. The options are those of `commonweight run start`, as
+    keywords of `Fleet.train`.
 
     In a script, call it below `if __name__ == "__main__":`. Raises UsageError and others of
     `cw.errors`.
@@ -172,7 +184,7 @@ def simulate(
         owner=owner,
         out=Path(out) if out is not None else None,
     )
-    run = made.run(workers)
+    run = made.run(workers, ray=ray)
     if run.state is RunState.FAILED:
         raise CommonweightError(f"{run.id} failed: {run.ended_because}", f"its home: {made.home}")
     return Run(StoppedHome(made.home), run.id)
@@ -246,6 +258,11 @@ def place_task(task: str | type) -> tuple[str, str]:
             f'cw.simulate("my_task.py:{task.__name__}")',
         )
     return f"{Path(file).name}:{task.__name__}", f"{Path(file).absolute()}:{task.__name__}"
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _new_home(task: str) -> Path:

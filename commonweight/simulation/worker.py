@@ -16,13 +16,19 @@ HEADER = struct.Struct(">I")
 VARIABLE = "COMMONWEIGHT_SIMULATION_WORKER"
 
 
+def prepare() -> None:
+    """Make this process a worker."""
+    os.environ[VARIABLE] = "1"
+    # The files of a simulated peer need not survive a power cut.
+    os.fsync = os.fdatasync = lambda fd: None
+
+
 def main() -> None:
     """Answer jobs until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent closes stdin
     jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task prints
-    # The files of a simulated peer need not survive a power cut.
-    os.fsync = os.fdatasync = lambda fd: None
+    prepare()
 
     from commonweight.simulation.peer import Worker, decode_job, decode_plan, encode
 

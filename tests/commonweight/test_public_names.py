@@ -62,7 +62,7 @@ NAMES = {
     "errors": None,
     "join": "(ticket: str, *, name: str = '') -> Fleet",
     "simulate": "(task: str | type, peers: int = 10, *, per_round: int = 0, split: str = 'iid', "
-    "dropout: float = 0.0, workers: int = 0, owner: Mapping[str, Any] = {}, "
+    "dropout: float = 0.0, workers: int = 0, ray: str = '', owner: Mapping[str, Any] = {}, "
     "out: str | Path | None = None, **options: Any) -> Run",
 }
 
