@@ -49,6 +49,8 @@ from protocols.messages.work import FlowerMessage, PollRequest
 HEARTBEAT_S = 5.0
 #: Peers that dropped out come back after so long, if nobody works meanwhile.
 _AWAY_S = 0.2
+#: A run looks at replies so often while others are on their way.
+_WAKE_S = 0.05
 #: Flower's nodes stay online for so long (s).
 _FOREVER_S = 1e9
 
@@ -94,6 +96,7 @@ class SimulatedFleet:
         #: The version that each peer has.
         self._bases: dict[str, str] = {}
         self._working = 0
+        self._wakes = False
         self._shown = Fleet(fleet=keys.fleet, name=socket.gethostname())
         self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
         self._recorder: Recorder | None = None
@@ -242,7 +245,20 @@ class SimulatedFleet:
                 self._take(peer, await self._answer(worker, job))
             finally:
                 self._working -= 1
+            self._wake_soon()
+
+    def _wake_soon(self) -> None:
+        """Let the run look at replies: now if no other will come, else at some of them together.
+        A look takes longer with more peers."""
+        if not self._working and not any(self._rung):
             self.runs.wake()
+        elif not self._wakes:
+            self._wakes = True
+            asyncio.get_running_loop().call_later(_WAKE_S, self._wake)
+
+    def _wake(self) -> None:
+        self._wakes = False
+        self.runs.wake()
 
     async def _answer(self, worker: Worker, job: Job) -> Answer:
         try:
@@ -278,7 +294,7 @@ class SimulatedFleet:
         """The peer is gone: the run asks another one in its place, if there is one."""
         self._away.add(peer)
         self._online = self._all - self._away
-        self.runs.wake()
+        self._wake_soon()
         asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_idle)
 
     def _return_if_idle(self) -> None:
