@@ -44,13 +44,13 @@ def ours(peers: int, per_round: int, rounds: int, ray: str) -> dict[str, Any]:
             out=Path(folder) / "home",
             set=SETTINGS if peers <= 1000 else {},
         )
-        whole_s = time.monotonic() - began
-    seconds = [one.seconds for one in run.history]
+        whole_s, history = time.monotonic() - began, run.history
+    seconds = [one.seconds for one in history]
     return {
         "round_s": statistics.median(seconds[1:] or seconds),
         "whole_s": whole_s,
         "start_s": whole_s - sum(seconds),
-        "accuracy": run.history[-1].metrics.get("accuracy"),
+        "accuracy": history[-1].metrics.get("accuracy"),
     }
 
 

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -280,7 +280,7 @@ def _save_first(home: Path, path: Path) -> str:
         raise UsageError(f"cannot use {path} as first weights: {err}") from err
 
 
-def _run_apart(make: Callable[[], Any]) -> Any:
+def _run_apart(make: Callable[[], Coroutine[Any, Any, RunRecord]]) -> RunRecord:
     """The result of a coroutine, in a thread of its own if this one has an event loop."""
     try:
         asyncio.get_running_loop()
@@ -288,7 +288,7 @@ def _run_apart(make: Callable[[], Any]) -> Any:
         return asyncio.run(make())
     begun: Future[Callable[[], object]] = Future()
 
-    async def work() -> Any:
+    async def work() -> RunRecord:
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
         begun.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
