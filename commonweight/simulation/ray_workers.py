@@ -1,13 +1,14 @@
 """Workers on a Ray cluster: actors, each with one core of any node.
 
 No folder is shared. A version goes to the nodes as one Ray object. What a peer keeps between rounds
-stays with this process, and travels with each message; so the loss of a node loses no peer: Ray
-starts the actor on another node and repeats its call.
+stays with this process, and travels with each message; so the loss of a node loses no peer: an
+actor on another node does the work again.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 import tarfile
@@ -36,6 +37,8 @@ from protocols.enrollment import identity
 from protocols.errors import Unreachable
 from protocols.extras import needs_extra
 from protocols.messages.work import SIGNED_WORK
+
+log = logging.getLogger("commonweight")
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 #: Versions that stay in Ray's object store, and in the folder of an actor.
@@ -86,7 +89,7 @@ class Cluster:
     def __init__(self, plan: Plan, address: str) -> None:
         with needs_extra("simulate", "a simulation on Ray"):
             import ray
-        self._ray, self.plan = ray, plan
+        self.ray, self.plan = ray, plan
         try:
             ray.init(
                 address=None if address == "auto" else address,
@@ -96,46 +99,45 @@ class Cluster:
             )
         except (ConnectionError, ValueError) as err:
             raise Unreachable(f"no Ray cluster answers at {address}: {err}", "ray status") from err
-        self._make = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=MAX_TRIES)(Actor)
+        self._make = ray.remote(num_cpus=1)(Actor)
         self._versions: OrderedDict[str, Any] = OrderedDict()
 
     @property
     def cores(self) -> int:
         """How many actors work at a time."""
-        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        return max(1, int(self.ray.cluster_resources().get("CPU", 1)))
 
-    def worker(self) -> RayWorker:
-        return RayWorker(self, self._make.remote(encode(self.plan)))
+    def new_actor(self) -> Any:
+        return self._make.remote(encode(self.plan))
 
     def version(self, digest: str) -> Any:
         """The reference of a version's bytes; None if it is not here."""
+        if not digest:
+            return None
         if digest not in self._versions:
             path = self.plan.version_path(digest)
-            if not digest or not path.exists():
+            if not path.exists():
                 return None
-            self._versions[digest] = self._ray.put(path.read_bytes())
+            self._versions[digest] = self.ray.put(path.read_bytes())
             if len(self._versions) > MAX_VERSIONS:
                 self._versions.popitem(last=False)
         return self._versions[digest]
 
     def close(self) -> None:
-        self._ray.shutdown()
+        self.ray.shutdown()
 
 
 class RayWorker:
-    """One actor of the cluster."""
+    """One actor of the cluster; another one, on any node, after it or its node was lost."""
 
-    def __init__(self, cluster: Cluster, actor: Any) -> None:
-        self._cluster, self._actor = cluster, actor
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster, self._actor = cluster, cluster.new_actor()
 
     async def answer(self, job: Job) -> Answer:
         plan, base = self._cluster.plan, _base_of(job)
         folder, version = plan.peer_folder(job.index), self._cluster.version(base)
-        given = base if version is not None else "", version if version is not None else b""
-        try:
-            told, update, state = await self._actor.work.remote(encode(job), *given, _pack(folder))
-        except self._cluster._ray.exceptions.RayError as err:
-            raise WorkerKilled(f"its worker on Ray has failed: {err}", "ray status") from err
+        given = (base, version) if version is not None else ("", b"")
+        told, update, state = await self._exchange(encode(job), *given, _pack(folder))
         answer = decode_answer(told)
         if answer.upload:
             peer = identity.peer_id(plan.public(job.index))
@@ -143,8 +145,19 @@ class RayWorker:
         _unpack(state, folder)
         return answer
 
+    async def _exchange(self, *given: Any) -> tuple[bytes, bytes, bytes]:
+        for _ in range(MAX_TRIES):
+            try:
+                done: tuple[bytes, bytes, bytes] = await self._actor.work.remote(*given)
+                return done
+            except self._cluster.ray.exceptions.RayError as err:
+                log.warning("a worker on Ray was lost: %s", err)
+                await self.close()
+                self._actor = self._cluster.new_actor()
+        raise WorkerKilled(f"its worker on Ray was lost {MAX_TRIES} times", "ray status")
+
     async def close(self) -> None:
-        self._cluster._ray.kill(self._actor)
+        self._cluster.ray.kill(self._actor)
 
 
 def _base_of(job: Job) -> str:

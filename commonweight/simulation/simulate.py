@@ -119,11 +119,11 @@ class Simulation:
             if not ray:
                 made = [make_worker(self._saved.plan) for _ in range(workers or _cores())]
                 return _run_apart(lambda: self._run(made, on_round))
-            from commonweight.simulation.ray_workers import Cluster
+            from commonweight.simulation.ray_workers import Cluster, RayWorker
 
             cluster = Cluster(self._saved.plan, ray)
             try:
-                actors = [cluster.worker() for _ in range(workers or cluster.cores)]
+                actors = [RayWorker(cluster) for _ in range(workers or cluster.cores)]
                 return _run_apart(lambda: self._run(actors, on_round))
             finally:
                 cluster.close()

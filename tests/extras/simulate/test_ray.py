@@ -38,7 +38,10 @@ def digests(run: cw.Run) -> list[str]:
 
 
 def test_on_two_nodes_a_run_has_the_digests_of_one_machine_also_if_a_node_is_lost(
-    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     here = cw.simulate(TASK, 8, workers=2, out=tmp_path / "here", **OPTIONS)
@@ -56,5 +59,5 @@ def test_on_two_nodes_a_run_has_the_digests_of_one_machine_also_if_a_node_is_los
 
     monkeypatch.setattr(ray_workers.RayWorker, "answer", lose_a_node)
     lost = cw.simulate(TASK, 8, ray=cluster.address, out=tmp_path / "lost", **OPTIONS)
-    assert len(answered) > 30
+    assert "a worker on Ray was lost" in caplog.text
     assert digests(lost) == digests(here)
