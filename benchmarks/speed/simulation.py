@@ -57,7 +57,7 @@ def ours(peers: int, per_round: int, rounds: int, ray: str) -> dict[str, Any]:
 def stock(peers: int, per_round: int, rounds: int) -> dict[str, Any]:
     """The same in Flower's engine on Ray."""
     import numpy as np
-    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
     from flwr.serverapp.strategy import FedAvg
@@ -84,6 +84,9 @@ def stock(peers: int, per_round: int, rounds: int) -> dict[str, Any]:
         arrays = message.content["arrays"]
         return Weights({name: arrays[name].numpy() for name in arrays})  # type: ignore[index,union-attr]
 
+    def record_of(model: Any) -> ArrayRecord:
+        return ArrayRecord({name: Array(np.asarray(value)) for name, value in model.items()})
+
     def nothing(*_: Any) -> None:
         return None
 
@@ -91,7 +94,7 @@ def stock(peers: int, per_round: int, rounds: int) -> dict[str, Any]:
     def train(message: Message, context: Context) -> Message:
         task = task_of(int(context.node_config["partition-id"]))
         model, count, _ = task.train(weights_of(message), {**SETTINGS, "seed": 1}, nothing)
-        arrays = ArrayRecord({name: np.asarray(value) for name, value in model.items()})
+        arrays = record_of(model)
         content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": count})}
         return Message(RecordDict(content), reply_to=message)
 
@@ -108,7 +111,7 @@ def stock(peers: int, per_round: int, rounds: int) -> dict[str, Any]:
     def main(grid: Grid, context: Context) -> None:
         from agent.tasks.demo.mnist import Mnist
 
-        first = ArrayRecord({k: np.asarray(v) for k, v in Mnist().init(0, SETTINGS).items()})
+        first = record_of(Mnist().init(0, SETTINGS))
         share = per_round / peers
         FedAvg(share, share, per_round, per_round, peers).start(
             grid, first, rounds, evaluate_fn=lambda number, arrays: at.append(time.monotonic())
