@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import statistics
 import subprocess
@@ -16,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import psutil
 from benchmarks.speed import report
 from benchmarks.speed.processes import family
 
+#: Of both.
 SETTINGS = {"lr": 0.05, "epochs": 1, "batch_size": 10}
 _LOOK_S = 0.5
 
@@ -51,80 +50,6 @@ def ours(peers: int, per_round: int, rounds: int, ray: str) -> dict[str, Any]:
         "whole_s": whole_s,
         "start_s": whole_s - sum(seconds),
         "accuracy": history[-1].metrics.get("accuracy"),
-    }
-
-
-def stock(peers: int, per_round: int, rounds: int) -> dict[str, Any]:
-    """The same in Flower's engine on Ray."""
-    import numpy as np
-    from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import Grid, ServerApp
-    from flwr.serverapp.strategy import FedAvg
-    from flwr.simulation import run_simulation
-
-    cache = tempfile.mkdtemp(prefix="commonweight-stock-")
-    client, server = ClientApp(), ServerApp()
-
-    @functools.lru_cache(32)
-    def task_of(index: int) -> Any:
-        import torch
-
-        from agent.data.settings import DataSettings
-        from agent.tasks.demo.mnist import Mnist
-
-        torch.set_num_threads(1)
-        made = Mnist()
-        made.load(DataSettings(index=index, parts=peers, cache=cache))
-        return made
-
-    def weights_of(message: Message) -> Any:
-        from protocols.model.weights import Weights
-
-        arrays = message.content["arrays"]
-        return Weights({name: arrays[name].numpy() for name in arrays})  # type: ignore[index,union-attr]
-
-    def record_of(model: Any) -> ArrayRecord:
-        return ArrayRecord({name: Array(np.asarray(value)) for name, value in model.items()})
-
-    def nothing(*_: Any) -> None:
-        return None
-
-    @client.train()
-    def train(message: Message, context: Context) -> Message:
-        task = task_of(int(context.node_config["partition-id"]))
-        model, count, _ = task.train(weights_of(message), {**SETTINGS, "seed": 1}, nothing)
-        arrays = record_of(model)
-        content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": count})}
-        return Message(RecordDict(content), reply_to=message)
-
-    @client.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        task = task_of(int(context.node_config["partition-id"]))
-        count, metrics, *_ = task.evaluate(weights_of(message), SETTINGS, nothing)
-        content = {"metrics": MetricRecord({**metrics, "num-examples": count})}
-        return Message(RecordDict(content), reply_to=message)
-
-    at: list[float] = []
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        from agent.tasks.demo.mnist import Mnist
-
-        first = record_of(Mnist().init(0, SETTINGS))
-        share = per_round / peers
-        FedAvg(share, share, per_round, per_round, peers).start(
-            grid, first, rounds, evaluate_fn=lambda number, arrays: at.append(time.monotonic())
-        )
-
-    began = time.monotonic()
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    run_simulation(server, client, peers, backend_config=resources)
-    seconds = [after - before for before, after in pairwise(at)]
-    return {
-        "round_s": statistics.median(seconds[1:] or seconds),
-        "whole_s": time.monotonic() - began,
-        "start_s": at[0] - began,
     }
 
 
@@ -171,19 +96,22 @@ def main() -> None:
     asked = parser.parse_args()
     sizes = asked.peers, asked.per_round, asked.rounds
     if asked.alone:
+        from benchmarks.speed import stock_simulation
+
         run = {
             "ours": lambda: ours(*sizes, ""),
             "ours on Ray": lambda: ours(*sizes, "auto"),
-            "stock": lambda: stock(*sizes),
+            "stock": lambda: stock_simulation.stock(*sizes),
         }
         print(json.dumps(run[asked.alone]()))
         return
     names = ["ours", *["ours on Ray"] * asked.ray, *["stock"] * asked.stock]
     words = ["--peers", "--per-round", "--rounds"]
     pairs = [word for pair in zip(words, map(str, sizes), strict=True) for word in pair]
-    found = {name: measured(name, pairs) for name in names}
-    for name, row in found.items():
-        print(name, json.dumps(row))
+    found = {}
+    for name in names:
+        found[name] = measured(name, pairs)
+        print(name, json.dumps(found[name]), flush=True)
     if asked.keep:
         report.keep("simulation", {f"{asked.peers} peers": {"per_round": asked.per_round, **found}})
 
