@@ -49,8 +49,8 @@ from protocols.messages.work import FlowerMessage, PollRequest
 HEARTBEAT_S = 5.0
 #: Peers that dropped out come back after so long, if nobody works meanwhile.
 _AWAY_S = 0.2
-#: A run looks at replies so often while others are on their way.
-_WAKE_S = 0.05
+#: A run looks at replies so often while others are on their way; and more for each peer.
+_WAKE_S, _WAKE_S_PER_PEER = 0.05, 2e-5
 #: Flower's nodes stay online for so long (s).
 _FOREVER_S = 1e9
 
@@ -254,7 +254,8 @@ class SimulatedFleet:
             self.runs.wake()
         elif not self._wakes:
             self._wakes = True
-            asyncio.get_running_loop().call_later(_WAKE_S, self._wake)
+            delay_s = _WAKE_S + _WAKE_S_PER_PEER * len(self._all)
+            asyncio.get_running_loop().call_later(delay_s, self._wake)
 
     def _wake(self) -> None:
         self._wakes = False
