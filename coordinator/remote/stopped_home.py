@@ -103,9 +103,11 @@ class StoppedHome(Remote):
             held = homes.lock_home(self.home, "program")
         except HomeLocked as err:
             raise HomeLocked(err.message, "export when it has ended") from err
-        with contextlib.closing(Ledger(self.home / LEDGER)) as ledger:
-            Registry(ledger).record_read(OPERATOR, f"exported {digest} of run {run_id}")
-        held.release()
+        try:
+            with contextlib.closing(Ledger(self.home / LEDGER)) as ledger:
+                Registry(ledger).record_read(OPERATOR, f"exported {digest} of run {run_id}")
+        finally:
+            held.release()
 
     @contextlib.contextmanager
     def _ledger(self) -> Iterator[Ledger]:
