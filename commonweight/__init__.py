@@ -5,6 +5,8 @@
     for r in run.rounds():
         print(r.number, r.metrics)
 
+    class Gait(cw.TorchTask): ...  # a task of your own: docs/tasks.md
+
 The names in `__all__` are public and follow semantic versioning. They are imported when they are
 used, so that `import commonweight` alone takes little. It may import `agent`, `coordinator` and
 `protocols`; none of them imports it.
@@ -16,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agent.tasks.training.module_task import TorchTask
     from commonweight.fleet import Fleet, Peer, connect, join
     from commonweight.jobs import Analysis, Measurement, Score
     from commonweight.run import Round, Run
@@ -31,6 +34,7 @@ __all__ = [
     "Round",
     "Run",
     "Score",
+    "TorchTask",
     "__version__",
     "connect",
     "errors",
@@ -47,6 +51,7 @@ _PLACES = {
     "Round": "commonweight.run:Round",
     "Run": "commonweight.run:Run",
     "Score": "commonweight.jobs:Score",
+    "TorchTask": "agent.tasks.training.module_task:TorchTask",
     "__version__": "protocols:VERSION",
     "connect": "commonweight.fleet:connect",
     "errors": "protocols.errors",

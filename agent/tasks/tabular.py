@@ -46,7 +46,7 @@ from agent.tasks.training.hyperparameters import TaskOptions, anything
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples, PrivateLoss, autograd_step
-from agent.tasks.training.torch_task import TorchTask
+from agent.tasks.training.torch_task import LoopTask
 from protocols.errors import DataError, UsageError
 from protocols.model.weights import Schema, Weights
 from protocols.tables import evaluation_counts, preprocessing
@@ -84,7 +84,7 @@ class _Rows(NamedTuple):
     held_numbers: Numbers | None
 
 
-class Tabular(TorchTask):
+class Tabular(LoopTask):
     """The task."""
 
     defaults = _OPTIONS.defaults

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from agent.tasks import Snapshot
-from agent.trainer import rng_state
+from agent.tasks.training import rng_state
 from protocols.local.atomic_files import replacing
 
 _MAGIC = b"cwwork1\n"

@@ -34,9 +34,10 @@ from agent.tasks import (
     registry,
 )
 from agent.tasks.floors import StepFloors
+from agent.tasks.training import rng_state
 from agent.tasks.training.batch_size import is_out_of_memory
 from agent.tasks.work import Describe, Done, Evaluate, Export, Init, Predict, Train, Work
-from agent.trainer import private_work, rng_state
+from agent.trainer import private_work
 from agent.trainer.checkpoint import CheckpointFile
 from agent.trainer.ipc import Answer, Failed
 from agent.trainer.personalization import Personalization

@@ -10,8 +10,8 @@ import msgspec
 
 from agent.tasks import OnStep, Resumable, Snapshot, Task, floors
 from agent.tasks.floors import StepFloors
+from agent.tasks.training import rng_state
 from agent.tasks.work import Train
-from agent.trainer import rng_state
 from agent.trainer.checkpoint import CheckpointFile
 from agent.trainer.progress import StepCallback
 from protocols import VERSION

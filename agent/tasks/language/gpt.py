@@ -41,7 +41,7 @@ from agent.tasks.training.hyperparameters import TaskOptions, anything, at_least
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import Examples, autograd_step
-from agent.tasks.training.torch_task import TorchTask
+from agent.tasks.training.torch_task import LoopTask
 from protocols.errors import SchemaMismatch, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
@@ -143,7 +143,7 @@ def forward(shape: GPTConfig, w: Tensors, x: Tensor, training: bool) -> Tensor:
 # --- task ------------------------------------------------------------------------------------
 
 
-class TextLM(TorchTask):
+class TextLM(LoopTask):
     """The task."""
 
     forms = (onnx_export.ONNX,)

@@ -32,7 +32,7 @@ from agent.tasks.training.classification import evaluate_classifier, predict_cla
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import derive_seed
 from agent.tasks.training.torch_loop import Examples, autograd_step
-from agent.tasks.training.torch_task import LastValue, TorchTask
+from agent.tasks.training.torch_task import LastValue, LoopTask
 from protocols.model.weights import Schema, Weights
 
 
@@ -50,7 +50,7 @@ class _Texts(NamedTuple):
     held_numbers: Numbers | None
 
 
-class Lora(TorchTask):
+class Lora(LoopTask):
     """The task."""
 
     forms = ("merged",)

@@ -36,10 +36,7 @@ def evaluate_classifier(
         x, y = rows
         logits = logits_of(tensors, x)
         loss = float(F.cross_entropy(logits, y, reduction="sum"))
-        sure, guess = logits.float().softmax(1).max(1)
-        right = int((guess == y).sum())
-        # Empty after diverged training, which gives no probabilities.
-        told = _tallied(sure.cpu(), guess.cpu(), y.cpu(), logits.shape[1])
+        right, told = count_answers(logits, y)
         return BatchResult(len(y), {"loss": loss, "accuracy": right}, told)
 
     return evaluation.evaluate(split_batches(held_out, batch), measure, on_step)
@@ -61,12 +58,17 @@ def to_tensors(weights: Mapping[str, Array], device: torch.device | None = None)
     return {name: torch.tensor(array, device=device) for name, array in weights.items()}
 
 
-def _tallied(sure: Tensor, guess: Tensor, y: Tensor, classes: int) -> evaluation_counts.Tallies:
+def count_answers(logits: Tensor, y: Tensor) -> tuple[int, evaluation_counts.Tallies]:
+    """How many of the classes y int64[n] are right by logits float32[n, classes]; confusion and
+    calibration, empty after diverged training, which gives no probabilities."""
+    sure, guess = logits.float().softmax(1).max(1)
+    right = int((guess == y).sum())
     if not bool(sure.isfinite().all()):
-        return {}
-    found = {
+        return right, {}
+    told = {
         "calibration": evaluation_counts.count_calibration(sure.tolist(), (guess == y).tolist())
     }
+    classes = logits.shape[1]
     if classes <= evaluation_counts.MAX_CLASSES:
-        found["confusion"] = evaluation_counts.count_confusion(y.tolist(), guess.tolist(), classes)
-    return found
+        told["confusion"] = evaluation_counts.count_confusion(y.tolist(), guess.tolist(), classes)
+    return right, told

@@ -26,18 +26,19 @@ def read_batches(
 ) -> Iterator[npt.NDArray[Any]]:
     """The rows of a CSV file, `dtype[n, columns]` for n up to 1024; `what` describes a valid value.
 
-    Raises DataError.
+    With 0 `columns` the file may have any number of them. Raises DataError.
     """
-    path = Path(source)
+    path, wanted = Path(source), f"{columns} columns" if columns else "columns of numbers"
     if path.suffix.lower() != ".csv" or not path.is_file():
         raise DataError(
-            f"the rows are in no CSV file: {columns} columns, each {what}", f"found: {path}"
+            f"the rows are in no CSV file: {columns or 'its'} columns, each {what}",
+            f"found: {path}",
         )
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             names = next(csv.reader(file), [])
             chosen = [place for place, name in enumerate(names) if name.strip() != LABEL]
-            if len(chosen) != columns:
+            if len(chosen) != columns and columns:
                 raise DataError(
                     f"the table has {len(chosen)} columns, and {columns} are needed, each {what}",
                     "a line of names, then an example a line",

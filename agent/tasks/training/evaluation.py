@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from agent.tasks import EvalOutcome, OnStep
 from protocols.tables import evaluation_counts
 from protocols.tables.evaluation_counts import Tallies
 
 Batch = TypeVar("Batch")
+Item = TypeVar("Item", covariant=True)
+
+
+class Batches(Protocol[Item]):
+    """Batches with a known number of them."""
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+    def __len__(self) -> int: ...
 
 
 class BatchResult(NamedTuple):
@@ -25,7 +34,7 @@ class BatchResult(NamedTuple):
 
 
 def evaluate(
-    batches: Collection[Batch],
+    batches: Batches[Batch],
     measure: Callable[[Batch], BatchResult],
     on_step: OnStep,
     *,

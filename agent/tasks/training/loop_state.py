@@ -1,8 +1,9 @@
-"""The state of local training between two batches, which snapshots save."""
+"""The state of training between two batches, which snapshots save."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,13 @@ from torch import Tensor
 from agent.tasks import Snapshot
 from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.seeds import derive_seed
-from protocols.model.weights import Array
+from protocols.errors import UsageError
+from protocols.model.weights import Array, Weights
 
 Tensors = dict[str, Tensor]
+
+#: Before the slot of an optimizer's number that is no tensor, in snapshots.
+_NUMBER = "="
 
 
 class LoopState:
@@ -20,31 +25,35 @@ class LoopState:
 
     `weights` and the optimizer's `state` (tensors by slot and weight, with torch's names) change in
     place. `trained` are the names of weights with gradients; the model itself updates the others
-    (integers, running statistics). `done` counts steps, `passed` the examples of this epoch, `seen`
-    those of earlier epochs; `total` is the sum of this epoch's losses. `origin` holds the first
-    weights for the proximal term, `correction` what is added to each gradient. A snapshot omits
-    both, because the inputs of the training have them.
+    (integers, running statistics), or nothing does. `done` counts steps, `passed` the examples of
+    this epoch, `seen` those of earlier epochs; `total` is the sum of this epoch's losses. `origin`
+    holds the first weights for the proximal term, `correction` what is added to each gradient. A
+    snapshot omits both, because the inputs of the training have them. `optimizer`: the task's own,
+    which then holds its state.
     """
 
     def __init__(
         self,
-        weights: Mapping[str, Array],
+        weights: Mapping[str, Array] | Tensors,
         plan: Hyperparameters,
         device: torch.device,
         part: int,
-        buffers: frozenset[str],
+        fixed: frozenset[str],
         correction: Mapping[str, Array],
     ) -> None:
-        self.weights = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+        self.weights = {
+            name: value if isinstance(value, Tensor) else torch.tensor(value, device=device)
+            for name, value in weights.items()
+        }
         self.trained = [
-            name
-            for name, t in self.weights.items()
-            if t.is_floating_point() and name not in buffers
+            name for name, t in self.weights.items() if t.is_floating_point() and name not in fixed
         ]
         self.state = {slot: self._zeros(slot) for slot in _slots(plan)}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._kept: Mapping[str, Array] = {}  # the state for an optimizer of the task's own
         self.origin: Tensors = {}
         if plan.proximal_mu:
-            self.origin = {name: self.weights[name].clone() for name in self.trained}
+            self.origin = {name: self.weights[name].detach().clone() for name in self.trained}
         self.correction = {
             name: torch.tensor(array, device=device) for name, array in correction.items()
         }
@@ -69,8 +78,53 @@ class LoopState:
         self.seen += self.passed
         self.passed, self.total = 0, 0.0
 
+    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Train with an optimizer of the task's own, in the state that was kept."""
+        self.optimizer, self.state = optimizer, {}
+        names = self._names(optimizer)
+        entries: dict[str, dict[str, Any]] = {}
+        for key, array in self._kept.items():
+            slot, _, name = key.partition(" ")
+            number = slot.startswith(_NUMBER)
+            value = array.item() if number else torch.tensor(array)
+            entries.setdefault(name, {})[slot.removeprefix(_NUMBER)] = value
+        known = {name: place for place, name in enumerate(names)}
+        state = {known[name]: slots for name, slots in entries.items() if name in known}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+    def _names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """The names of an optimizer's parameters in its order. Raises UsageError."""
+        by_id = {id(tensor): name for name, tensor in self.weights.items()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(id(parameter) not in by_id for parameter in parameters):
+            raise UsageError(
+                "the optimizer has a parameter that is not one of the model",
+                "make it from model.parameters(), of the model that `optimizer` gets",
+            )
+        return [by_id[id(parameter)] for parameter in parameters]
+
+    def optimizer_state(self) -> dict[str, Array]:
+        """The optimizer's state as arrays by "slot weight". Raises UsageError."""
+        if self.optimizer is None:
+            return _as_arrays(self.state)
+        names, arrays = self._names(self.optimizer), dict[str, Array]()
+        for place, slots in self.optimizer.state_dict()["state"].items():
+            for slot, value in slots.items():
+                if isinstance(value, bool | int | float):
+                    arrays[f"{_NUMBER}{slot} {names[place]}"] = torch.tensor(value).numpy()
+                elif isinstance(value, Tensor):
+                    arrays |= _as_arrays({slot: {names[place]: value}})
+                elif value is not None:
+                    raise UsageError(
+                        f"{type(self.optimizer).__name__} keeps a {type(value).__name__} as "
+                        f"{slot!r}, which cannot be saved",
+                        "an optimizer that keeps tensors and numbers",
+                    )
+        return arrays
+
     def load_optimizer_state(self, optimiser: Mapping[str, Array]) -> None:
         """Use this optimizer state, if it has the slots and shapes of this optimizer."""
+        self._kept = optimiser
         mine = {
             f"{s} {name}": t for s, tensors in self.state.items() for name, t in tensors.items()
         }
@@ -81,31 +135,50 @@ class LoopState:
                 tensor.copy_(torch.tensor(optimiser[key]))
 
     def snapshot(self) -> Snapshot:
-        arrays = as_arrays(self._slots())
+        arrays = {**_as_arrays({"weight": self.weights}), **self.optimizer_state()}
         arrays["order"] = self._epoch_began.numpy()
         counts = {"done": self.done, "passed": self.passed, "seen": self.seen}
         return Snapshot(arrays, {**counts, "total": self.total})
 
+    @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
+        """Continue from there. Comes before `use_optimizer`."""
         arrays, values = snapshot
-        for slot, tensors in self._slots().items():
-            for name, tensor in tensors.items():
-                tensor.copy_(torch.tensor(arrays[f"{slot} {name}"]))
+        for name, tensor in self.weights.items():
+            tensor.copy_(torch.tensor(arrays[f"weight {name}"]))
+        self.load_optimizer_state(
+            {
+                key: array
+                for key, array in arrays.items()
+                if key != "order" and not key.startswith("weight ")
+            }
+        )
         self._epoch_began = torch.tensor(arrays["order"])
         self.done, self.passed, self.seen = (int(values[n]) for n in ("done", "passed", "seen"))
         self.total = float(values["total"])
 
-    def _slots(self) -> dict[str, Tensors]:
-        return {"weight": self.weights, **self.state}
 
+def _as_arrays(slots: Mapping[str, Tensors]) -> dict[str, Array]:
+    """Tensors by slot and weight as arrays by "slot weight"; bfloat16 as float32, which is exact.
 
-def as_arrays(slots: Mapping[str, Tensors]) -> dict[str, Array]:
-    """Tensors by slot and weight as arrays by "slot weight"."""
+    An optimizer's slot is not called "weight"."""
     return {
-        f"{slot} {name}": tensor.detach().cpu().numpy()
+        f"{slot} {name}": (t.float() if t.dtype == torch.bfloat16 else t).detach().cpu().numpy()
         for slot, tensors in slots.items()
-        for name, tensor in tensors.items()
+        for name, t in tensors.items()
     }
+
+
+def as_weights(tensors: Mapping[str, Tensor]) -> Weights:
+    """Tensors as weights, without a copy if they are on the CPU."""
+    arrays, bf16 = {}, []
+    for name, tensor in tensors.items():
+        bits = tensor.detach().cpu()
+        if bits.dtype == torch.bfloat16:
+            bits = bits.view(torch.uint16)
+            bf16.append(name)
+        arrays[name] = bits.numpy()
+    return Weights(arrays, bf16)
 
 
 def _slots(plan: Hyperparameters) -> tuple[str, ...]:

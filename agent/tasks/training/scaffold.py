@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from agent.tasks.training.examples import Source, count_examples
 from agent.tasks.training.hyperparameters import Hyperparameters
-from agent.tasks.training.torch_loop import Examples, LossOf
+from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.torch_loop import LossOf
 from protocols.errors import UsageError
 from protocols.model.weights import Array
 
@@ -28,26 +31,29 @@ def lr_times_steps(plan: Hyperparameters, examples: int) -> float:
 
 
 def mean_gradient(
-    weights: Mapping[str, Array],
-    examples: Examples,
+    weights: Mapping[str, Array] | Tensors,
+    examples: Source,
     loss_of: LossOf,
-    buffers: frozenset[str],
+    fixed: frozenset[str],
     batch: int,
 ) -> dict[str, Array]:
     """The gradient of the mean loss over all examples by weight, in batches of `batch`;
-    `buffers` have none."""
-    device, count = examples.x.device, len(examples.y)
-    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
+    those that are `fixed` have none. Of tensors it is also their `grad`."""
+    count = examples.size
+    tensors = {
+        name: value if isinstance(value, Tensor) else torch.tensor(value, device=examples.device)
+        for name, value in weights.items()
+    }
     trained = {
         name: tensor.requires_grad_()
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and name not in buffers
+        if tensor.is_floating_point() and name not in fixed
     }
-    for rows in torch.arange(count, device=device).split(batch):  # type: ignore[no-untyped-call]
-        x, y = examples.x[rows], examples.y[rows]
-        (loss_of(tensors, x, y) * (len(y) / count)).backward()  # type: ignore[no-untyped-call]
+    for x, y in examples.batches(torch.arange(count), batch):
+        part = count_examples((x, y)) / count
+        (loss_of(tensors, x, y) * part).backward()  # type: ignore[no-untyped-call]
     return {
-        name: tensor.grad.cpu().numpy()
+        name: (tensor.grad.float() if tensor.dtype == torch.bfloat16 else tensor.grad).cpu().numpy()
         for name, tensor in trained.items()
         if tensor.grad is not None
     }

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,34 +31,28 @@ from torch import Tensor
 from agent.tasks import OnStep, Snapshot, TrainOutcome, Watch
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.clipped_gradients import ClippedGradients, LossesOf, examples_depend
+from agent.tasks.training.examples import Batch, Source, count_examples, first_examples
+from agent.tasks.training.examples import Examples as Examples
 from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.loop_state import LoopState as LoopState
 from agent.tasks.training.loop_state import Tensors as Tensors
-from agent.tasks.training.loop_state import as_arrays
+from agent.tasks.training.loop_state import as_weights
 from agent.tasks.training.noise_sizes import noise_of
 from agent.tasks.training.secret_noise import SecretNoise
-from protocols.errors import UsageError
-from protocols.model.weights import Array, Weights
+from agent.tasks.training.seeds import derive_seed
+from protocols.errors import DataError, UsageError
+from protocols.model.weights import Array
 from protocols.privacy.events import Event
 from protocols.privacy.private_training import PrivateTraining
 
-#: Examples that are shuffled at a time, so that an epoch needs no second copy of the data.
-_ORDERED = 4096
-
-
-class Examples(NamedTuple):
-    """A peer's examples: [n, …] and [n], both on the training device. `part` makes their order
-    differ from that of other peers."""
-
-    x: Tensor
-    y: Tensor
-    part: int = 0
-
+_RESTARTS = "training goes on; its data have an order of their own, so they begin again\n"
 
 #: One step, in place; returns the batch's mean loss before it.
-Step = Callable[[Tensor, Tensor], float]
+Step = Callable[[Any, Any], float]
 #: The mean loss of a batch: `loss_of(weights, x, y) -> float32[]`.
-LossOf = Callable[[Tensors, Tensor, Tensor], Tensor]
+LossOf = Callable[[Tensors, Any, Any], Tensor]
+#: Makes the optimizer of a task's own.
+MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
 
 class PrivateLoss(NamedTuple):
@@ -87,25 +82,28 @@ class TrainingLoop:
 
     def train(
         self,
-        weights: Mapping[str, Array],
+        weights: Mapping[str, Array] | Tensors,
         plan: Hyperparameters,
-        examples: Examples,
+        examples: Source,
         make_step: Callable[[LoopState, Hyperparameters], Step],
         on_step: OnStep,
         *,
         buffers: frozenset[str] = frozenset(),
+        frozen: frozenset[str] = frozenset(),
         private_loss: PrivateLoss | None = None,
     ) -> TrainOutcome:
         """Train on these examples; the metric "loss" is the mean of the last epoch.
 
-        `buffers` are floating-point tensors without a gradient. `private_loss` is for training with
-        noise (`protect`), which tells no metric.
+        Tensors are trained in place, and arrays in a copy. `buffers` are floating-point tensors
+        that the model itself changes, `frozen` those that keep their value. `private_loss` is for
+        training with noise (`protect`), which tells no metric.
         """
-        device, count = examples.x.device, len(examples.y)
+        device, count = examples.device, examples.size
         private, self._private, self._spent = self._private, None, ()
         if private is not None and (private_loss is None or buffers or self._correction):
             raise examples_depend()
-        at = LoopState(weights, plan, device, examples.part, buffers, self._correction)
+        fixed = buffers | frozen
+        at = LoopState(weights, plan, device, examples.part, fixed, self._correction)
         at.load_optimizer_state(self._recalled)
         if self._restored is not None:
             at.restore(self._restored)
@@ -122,9 +120,8 @@ class TrainingLoop:
                 metrics = {"loss": loss}
         finally:
             self._at = None
-        self._left = as_arrays(at.state)
-        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in at.weights.items()}
-        return TrainOutcome(Weights(arrays), count, metrics)
+        self._left = at.optimizer_state()
+        return TrainOutcome(as_weights(at.weights), count, metrics)
 
     def protect(self, private: PrivateTraining | None) -> None:
         """Make the next `train` add noise, so that no single example shows; None: no noise."""
@@ -165,36 +162,42 @@ class TrainingLoop:
 def _train_epochs(
     at: LoopState,
     plan: Hyperparameters,
-    examples: Examples,
+    examples: Source,
     step: Step,
     watch: Watch,
     on_step: OnStep,
 ) -> float:
     """Train in place, on each example once an epoch; returns the mean loss of the last epoch."""
-    device, count = examples.x.device, len(examples.y)
+    count = examples.size
     steps, batch, tail = plan.steps(count), plan.batch_size or count, plan.tail(count)
+    if examples.has_own_order and at.passed:
+        sys.stderr.write(_RESTARTS)
+        at.next_epoch()
     while True:
         order = at.permutation(count)
         ahead = at.passed + (steps - at.done) * batch
         watch(order[: count if ahead > count - tail else ahead].numpy())
-        order = order[at.passed :].to(device)
-        for x, y in _batches(examples, order, batch, tail):
+        draw = derive_seed("draw", plan.seed, plan.round, examples.part, at.seen)
+        for read in examples.batches(order[at.passed :], batch, tail, draw):
             if at.done == steps:
                 break
-            loss = run_or_suggest_batch_size(partial(_step_of, step, x, y), len(y))
+            size = count_examples(read)
+            loss = run_or_suggest_batch_size(partial(_step_of, step, read, size), size)
             at.done += 1
-            at.passed += len(y)
-            at.total += loss * len(y)
+            at.passed += size
+            at.total += loss * size
             on_step(at.done, steps, loss, at.seen + at.passed)
         if at.done == steps:
             return at.total / at.passed
+        if not at.passed:
+            raise DataError("the data set gives no example to train on")
         at.next_epoch()
 
 
 def _train_privately(
     at: LoopState,
     plan: Hyperparameters,
-    examples: Examples,
+    examples: Source,
     private: PrivateTraining,
     loss: PrivateLoss,
     on_step: OnStep,
@@ -204,15 +207,17 @@ def _train_privately(
     Each step takes a Poisson sample, whose expected size is the batch. The divisor is that size,
     which is public, and not the number of examples in the sample. No loss is told.
     """
-    count = len(examples.y)
+    count = examples.size
     batch = min(plan.batch_size or count, count)
     event, steps, std = noise_of(at, plan, private, count, batch)
     noise = SecretNoise()
     gradients = ClippedGradients(loss.losses_of, at.trained, private.clip)
     optimiser = _optimiser(at, plan)
     while at.done < steps:
-        places = torch.from_numpy(noise.sample(count, batch / count)).to(examples.y.device)
-        sums = gradients.sum(at.weights, loss.inputs_of(examples.x[places]), examples.y[places])
+        places = torch.from_numpy(noise.sample(count, batch / count))
+        sums = {name: torch.zeros_like(at.weights[name]) for name in at.trained}
+        for x, y in examples.batches(places, max(1, len(places))):
+            sums = gradients.sum(at.weights, loss.inputs_of(x), y)
         for name in at.trained:
             total = sums[name].double().cpu().numpy()
             total += std * noise.normals(total.size).reshape(total.shape)
@@ -224,33 +229,22 @@ def _train_privately(
     return event
 
 
-def _step_of(step: Step, x: Tensor, y: Tensor, size: int) -> float:
-    """A step of the first `size` examples of a batch."""
-    return step(x, y) if size == len(y) else step(x[:size], y[:size])
+def _step_of(step: Step, batch: Batch, count: int, size: int) -> float:
+    """A step of the first `size` of the `count` examples of a batch."""
+    return step(*(batch if size == count else (first_examples(part, size) for part in batch)))
 
 
-def _batches(
-    examples: Examples, order: Tensor, size: int, tail: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of `size` rows; the last has `tail` rows, if that is not 0."""
-    body = order[: max(0, len(order) - tail)]
-    # torch.split would give one empty batch of none: training resumed at the end of an epoch.
-    blocks = torch.split(body, size * max(1, _ORDERED // size)) if len(body) else ()
-    for rows in blocks:
-        x, y = examples.x[rows], examples.y[rows]
-        yield from zip(torch.split(x, size), torch.split(y, size), strict=True)
-    if tail and len(order):
-        rows = order[len(body) :]
-        yield examples.x[rows], examples.y[rows]
-
-
-def autograd_step(loss_of: LossOf) -> Callable[[LoopState, Hyperparameters], Step]:
-    """Steps of torch's optimizers on the loss of a task."""
+def autograd_step(
+    loss_of: LossOf, make_optimizer: MakeOptimizer | None = None
+) -> Callable[[LoopState, Hyperparameters], Step]:
+    """Steps on the loss of a task, of the optimizer of the plan or of the task's own."""
 
     def make(at: LoopState, plan: Hyperparameters) -> Step:
         w = at.weights
         trained = [w[name].requires_grad_() for name in at.trained]
-        optimiser = _optimiser(at, plan)
+        if make_optimizer is not None:
+            at.use_optimizer(make_optimizer())
+        optimiser = at.optimizer or _optimiser(at, plan)
         forward = _autocast(plan.precision, trained[0].device)
 
         def step(x: Tensor, y: Tensor) -> float:

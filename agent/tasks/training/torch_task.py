@@ -52,7 +52,7 @@ class LastValue(Generic[T]):
         return self._entry[1]
 
 
-class TorchTask:
+class LoopTask:
     """A task that trains in a `TrainingLoop`: it can resume and keep its optimizer state.
 
     On a CPU the same inputs and number of threads give the same bytes.
@@ -84,7 +84,7 @@ class TorchTask:
         return read_hyperparameters(settings, self.defaults)
 
 
-class ClassifierTask(TorchTask):
+class ClassifierTask(LoopTask):
     """A task whose examples have labels. It supports SCAFFOLD."""
 
     forms = (onnx_export.ONNX,)

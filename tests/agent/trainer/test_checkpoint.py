@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from agent.tasks import Snapshot
 from agent.tasks.work import Done, Init, Train
-from agent.trainer import checkpoint, rng_state
+from agent.tasks.training import rng_state
+from agent.trainer import checkpoint
 from agent.trainer.checkpoint import CheckpointFile
 from protocols.local import failpoints
 from protocols.model import weights

@@ -153,7 +153,7 @@ def test_an_epoch_is_ordered_in_pieces_without_losing_any(
     monkeypatch: pytest.MonkeyPatch, examples: Examples
 ) -> None:
     whole = weights.digest(train(examples, batch_size=4))
-    monkeypatch.setattr("agent.tasks.training.torch_loop._ORDERED", 9)
+    monkeypatch.setattr("agent.tasks.training.examples._ORDERED", 9)
     assert weights.digest(train(examples, batch_size=4)) == whole
 
 

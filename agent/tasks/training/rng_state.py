@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,14 @@ def restore(kept: Mapping[str, npt.NDArray[Any]]) -> None:
             torch.cuda.set_rng_state_all(cuda)
         if "mps" in kept and torch.backends.mps.is_available():
             torch.mps.set_rng_state(torch.tensor(kept["mps"]))
+
+
+@contextmanager
+def seeded(*words: object) -> Iterator[None]:
+    """Seed all generators as `seed` does, and restore them afterwards."""
+    kept = state()
+    seed(*words)
+    try:
+        yield
+    finally:
+        restore(kept)

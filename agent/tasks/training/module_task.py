@@ -1,0 +1,331 @@
+"""A task made of an `nn.Module` and a data set.
+
+    import commonweight as cw
+
+    class Gait(cw.TorchTask):
+        def model(self, settings):
+            return nn.Sequential(nn.Flatten(), nn.Linear(600, 7))
+
+        def data(self, source, settings):
+            return read_train(source.path), read_test(source.path)
+
+All else of the Task API follows from these two methods. On a CPU the same inputs give the same
+bytes: the generators of Python, numpy and torch are seeded before each call of a user's method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from agent.data.settings import DataSettings
+from agent.tasks import EvalOutcome, OnStep, Setting, TrainOutcome
+from agent.tasks import Settings as RunSettings
+from agent.tasks.training import csv_rows, evaluation, module_state, rng_state, task_settings
+from agent.tasks.training.classification import count_answers, predict_classes
+from agent.tasks.training.evaluation import BatchResult
+from agent.tasks.training.examples import (
+    Batch,
+    DatasetExamples,
+    Source,
+    StreamExamples,
+    count_examples,
+)
+from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, Hyperparameters, resolve_settings
+from agent.tasks.training.loop_state import Tensors, as_weights
+from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
+from agent.tasks.training.task_settings import TaskSettings
+from agent.tasks.training.torch_loop import LossOf, PrivateLoss, autograd_step
+from agent.tasks.training.torch_task import LastValue, LoopTask
+from agent.tasks.training.user_data import as_source
+from protocols.errors import DataError, UsageError
+from protocols.model.weights import Array, Schema, Weights
+
+#: Examples at a time where none are trained on.
+EVALUATION_BATCH = 256
+
+
+class TorchTask(LoopTask):
+    """A task of a user's own, of `model` and `data`. The other methods may be overridden.
+
+    `Settings` may be a dataclass with the task's own settings, and other defaults for those of the
+    training loop (`agent.tasks.training.hyperparameters`). Each has a type, and bounds by
+    `Annotated[int, msgspec.Meta(ge=1, le=512)]`. Methods get all settings as attributes.
+    """
+
+    version = ""
+    Settings: ClassVar[type | None] = None
+    defaults: Mapping[str, Setting] = LOOP_DEFAULTS
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls).get("defaults", {})
+        cls.defaults = {
+            **super(cls, cls).defaults,
+            **own,
+            **task_settings.defaults_of(vars(cls).get("Settings")),
+        }
+
+    # --- for users ---
+
+    def model(self, settings: Any) -> nn.Module:
+        """The model, with first weights by torch's global generator, which is seeded."""
+        raise NotImplementedError
+
+    def data(self, source: DataSettings, settings: Any) -> tuple[Any, Any]:
+        """What is trained on, and what is held out. `source.path`: the path that the owner gave.
+
+        Each is a Dataset of (input, target), a tuple (x, y) of tensors or arrays, or a DataLoader,
+        of which workers, collation and batch size are used. Examples are shuffled for training.
+        """
+        raise NotImplementedError
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        """The mean loss of a batch: of classes the cross-entropy, of numbers the squared error."""
+        if not target.is_floating_point():
+            return F.cross_entropy(output, target)
+        same = output.numel() == target.numel()
+        return F.mse_loss(output.reshape(target.shape) if same else output, target)
+
+    def metrics(self, output: Any, target: Any) -> Mapping[str, Any]:
+        """Means over a batch, beside the loss: of classes the "accuracy"."""
+        if not isinstance(target, Tensor) or target.is_floating_point():
+            return {}
+        return {"accuracy": (output.argmax(1) == target).float().mean()}
+
+    def optimizer(self, model: nn.Module, settings: Any) -> torch.optim.Optimizer | None:
+        """An optimizer for `model.parameters()`; None: the one that the settings name."""
+        return None
+
+    def inputs(self, path: str, settings: Any) -> Any:
+        """Inputs to predict for: a tensor or an array [n, …], or batches of inputs.
+
+        By default of a file .npy, or of numbers in a CSV file, float32[n, columns].
+        """
+        if path.endswith(".npy"):
+            return np.load(path, allow_pickle=False)
+        return csv_rows.read_batches(path, 0, np.float32, "a number")
+
+    def answers(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]:
+        """Columns of predictions: of several numbers an example, the class with the largest and its
+        probability; of one, the value."""
+        if output.dim() == 2 and output.shape[1] > 1:
+            return predict_classes(output.float())
+        return {"value": output.flatten().tolist()}
+
+    # --- Task ---
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steer = self._local.steer
+        self._schemas = LastValue[Schema]()
+        self._models = LastValue[nn.Module]()
+
+    def schema(self, settings: RunSettings) -> Schema:
+        """Of the model's parameters and persistent buffers."""
+        key = self._key(settings)
+        return self._schemas.get(key, lambda: module_state.schema_of(self._build(settings)))
+
+    def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
+        """A digest of the names of the classes, if the data set has them (`classes`): peers with
+        other classes are told so, and no name leaves the machine. Reads the data."""
+        found = self._sets(settings)[0]
+        while found is not None and not hasattr(found, "classes"):
+            found = getattr(found, "dataset", None)
+        if found is None:
+            return {}
+        names = "\0".join(map(str, found.classes))
+        return {"classes": (hashlib.sha256(names.encode()).hexdigest()[:16],)}
+
+    def init(self, seed: int, settings: RunSettings) -> Weights:
+        """The first weights of the model."""
+        return as_weights(module_state.tensors_of(self._build(settings, "init", seed)))
+
+    def count_examples(self, settings: RunSettings) -> tuple[int, int]:
+        """How many examples `train` and `evaluate` use."""
+        return self._source(settings, 0).size, self._source(settings, 1).size
+
+    def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
+        """Train; the metric "loss" is the mean of the last epoch."""
+        self._models = LastValue()  # two models may not fit in memory
+        examples, model = self._source(settings, 0), self._build(settings)
+        module_state.load_weights(model, weights)
+        own = self.optimizer(model, self._read(settings))
+        buffers = module_state.buffers_of(model)
+        is_private = not (examples.has_own_order or own)
+        return self._local.train(
+            self._trainable(model),
+            self._plan(settings, examples),
+            examples,
+            autograd_step(self._loss_of(model), None if own is None else lambda: own),
+            on_step,
+            buffers=buffers,
+            frozen=module_state.frozen_of(model),
+            private_loss=PrivateLoss(self._losses_of(model)) if is_private else None,
+        )
+
+    def lr_times_steps(self, settings: RunSettings) -> float:
+        """Learning rate times steps. Raises UsageError unless training is plain SGD."""
+        if type(self).optimizer is not TorchTask.optimizer:
+            raise UsageError("SCAFFOLD steers plain SGD only", "a task without an optimizer method")
+        examples = self._source(settings, 0)
+        return lr_times_steps(self._plan(settings, examples), examples.size)
+
+    def gradient(self, weights: Weights, settings: RunSettings) -> Mapping[str, Array]:
+        """The gradient of the mean loss over this peer's training examples."""
+        model = self._build(settings)
+        module_state.load_weights(model, weights)
+        return mean_gradient(
+            self._trainable(model),
+            self._source(settings, 0),
+            self._loss_of(model),
+            module_state.buffers_of(model) | module_state.frozen_of(model),
+            EVALUATION_BATCH,
+        )
+
+    @torch.inference_mode()
+    def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
+        """The means of "loss" and `metrics` over this peer's held-out examples."""
+        examples = self._source(settings, 1)
+        if not examples.size:
+            return EvalOutcome(0, {})
+        model = self._ready(weights, settings)
+
+        def measure(batch: Batch) -> BatchResult:
+            x, y = batch
+            output, count = module_state.call(model, x), count_examples(batch)
+            found = {"loss": self.loss(output, y), **self.metrics(output, y)}
+            sums = {name: float(value) * count for name, value in found.items()}
+            told = count_answers(output, y)[1] if self._has_logits(output, y) else {}
+            return BatchResult(count, sums, told)
+
+        return evaluation.evaluate(_Evaluated(examples), measure, on_step)
+
+    @torch.inference_mode()
+    def predict(
+        self, weights: Weights, settings: RunSettings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each example at `source`: its number, and the columns of `answers`."""
+        model, read, first = self._ready(weights, settings), self._read(settings), 0
+        for x in _split_inputs(self.inputs(source, read)):
+            columns = self.answers(module_state.call(model, x.to(self._device)), read)
+            count = len(next(iter(columns.values())))
+            yield {"row": range(first, first + count), **columns}
+            first += count
+
+    # --- helpers ---
+
+    def _read(self, settings: RunSettings) -> TaskSettings:
+        return task_settings.read(settings, self.defaults, self.Settings)
+
+    def _key(self, settings: RunSettings) -> object:
+        return tuple(sorted(resolve_settings(settings, self.defaults).items()))
+
+    def _build(self, settings: RunSettings, *words: object) -> nn.Module:
+        read = self._read(settings)
+        with rng_state.seeded(*(words or ("model",))):
+            return self.model(read).to(self._device).train()
+
+    def _ready(self, weights: Weights, settings: RunSettings) -> nn.Module:
+        """The model with these weights, for evaluations and predictions."""
+        model = self._models.get(self._key(settings), lambda: self._build(settings))
+        module_state.load_weights(model, weights)
+        return model.eval()
+
+    def _trainable(self, model: nn.Module) -> Tensors:
+        found = module_state.tensors_of(model)
+        if not any(tensor.requires_grad for tensor in found.values()):
+            raise UsageError("the model has no parameter to train", "parameters with requires_grad")
+        return found
+
+    def _sets(self, settings: RunSettings) -> tuple[Any, Any]:
+        def read() -> tuple[Any, Any]:
+            with rng_state.seeded("data", self._data.seed, self._data.index):
+                found = self.data(self._data, self._read(settings))
+            if not isinstance(found, tuple) or len(found) != 2:
+                raise UsageError(
+                    f"data() of {type(self).__name__} returns no pair of data sets",
+                    "return train_set, test_set; each a Dataset, or a tuple (x, y)",
+                )
+            return found
+
+        sets: tuple[Any, Any] = self._read_data.get(self._key(settings), read)
+        return sets
+
+    def _source(self, settings: RunSettings, part: int) -> Source:
+        batch = self._hyperparameters(settings).batch_size or EVALUATION_BATCH
+        return as_source(self._sets(settings)[part], self._device, self._data.index, batch)
+
+    def _plan(self, settings: RunSettings, examples: Source) -> Hyperparameters:
+        """The settings of the loop. The batch size of a loader holds unless the run sets one."""
+        plan = self._hyperparameters(settings)
+        loader = examples.loader if isinstance(examples, DatasetExamples | StreamExamples) else None
+        size = loader.batch_size if loader is not None else None
+        if isinstance(examples, StreamExamples):  # its batches are what they are
+            return plan._replace(batch_size=size or plan.batch_size, min_batch=1)
+        return plan if "batch_size" in settings or not size else plan._replace(batch_size=size)
+
+    def _loss_of(self, model: nn.Module) -> LossOf:
+        buffers = [name for name, t in model.named_buffers() if t is not None]
+
+        def loss_of(w: Tensors, x: Any, y: Any) -> Tensor:
+            loss = self.loss(module_state.call(model, x), y)
+            for name in buffers:  # a model may replace a buffer instead of changing it
+                if name in w and (now := model.get_buffer(name)) is not w[name]:
+                    w[name] = now.detach()
+            return loss
+
+        return loss_of
+
+    def _losses_of(self, model: nn.Module) -> Any:
+        """The losses of single examples, each as a batch of its own."""
+
+        def losses_of(w: Tensors, x: Any, y: Any) -> Tensor:
+            def loss_of_one(x_one: Any, y_one: Any) -> Tensor:
+                output = functional_call(model, w, (x_one[None],))
+                return self.loss(output, y_one[None])
+
+            return vmap(loss_of_one, randomness="different")(x, y)
+
+        return losses_of
+
+    def _has_logits(self, output: Any, target: Any) -> bool:
+        return (
+            type(self).loss is TorchTask.loss
+            and not target.is_floating_point()
+            and (output.dim(), target.dim()) == (2, 1)
+        )
+
+
+class _Evaluated:
+    """The batches of an evaluation."""
+
+    def __init__(self, examples: Source) -> None:
+        self._examples = examples
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.arange(self._examples.size)
+        return self._examples.batches(order, EVALUATION_BATCH)
+
+    def __len__(self) -> int:
+        return -(-self._examples.size // EVALUATION_BATCH)
+
+
+def _split_inputs(found: Any) -> Iterator[Any]:
+    """Batches of the inputs of a prediction. Raises DataError."""
+    if isinstance(found, np.ndarray):
+        found = torch.from_numpy(found.astype(np.float32) if found.dtype == np.float64 else found)
+    if isinstance(found, Tensor):
+        yield from torch.split(found, EVALUATION_BATCH)
+        return
+    for batch in found:
+        if not isinstance(batch, Tensor | np.ndarray):
+            raise DataError(f"inputs() gives a {type(batch).__name__}, and no batch of inputs")
+        yield torch.as_tensor(batch)

@@ -1,0 +1,81 @@
+"""The settings of a user's task: those of the training loop, and its own from a dataclass.
+
+@dataclass
+class Settings:
+    width: Annotated[int, Meta(ge=1, le=512, description="units of the hidden layer")] = 32
+    activation: Literal["relu", "gelu"] = "relu"
+    lr: float = 0.01        # another default for a setting of the loop
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from agent.tasks import Setting, Settings
+from agent.tasks.training.hyperparameters import read_hyperparameters, resolve_settings
+from protocols.errors import TaskUnusable, UsageError
+
+
+class TaskSettings(Mapping[str, Any]):
+    """All settings of a task: `settings["lr"]` or `settings.lr`, which is that of this round."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("_values", {})
+        if name not in values:
+            raise AttributeError(f"the task has no setting {name!r}: {', '.join(sorted(values))}")
+        return values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def defaults_of(kind: type | None) -> dict[str, Setting]:
+    """The defaults of a dataclass of settings. Raises TaskUnusable."""
+    if kind is None:
+        return {}
+    if not dataclasses.is_dataclass(kind):
+        raise TaskUnusable("Settings is no dataclass", "@dataclass before class Settings")
+    found: dict[str, Setting] = {}
+    for field in dataclasses.fields(kind):
+        if not isinstance(field.default, str | int | float | bool):
+            raise TaskUnusable(
+                f"the setting {field.name} has no default that is a text, a number, true or false",
+                f"such as {field.name}: int = 1",
+            )
+        found[field.name] = field.default
+    return found
+
+
+def read(settings: Settings, defaults: Settings, kind: type | None) -> TaskSettings:
+    """All settings, checked by the loop's rules and by `kind`. Raises UnknownName, UsageError."""
+    merged: dict[str, Any] = resolve_settings(settings, defaults)
+    own = [field.name for field in dataclasses.fields(kind)] if kind else []
+    for name in own:
+        merged[name] = _checked(name, merged[name], defaults[name], kind)
+    plan = read_hyperparameters(settings, defaults)
+    return TaskSettings({**merged, "lr": plan.lr, "seed": plan.seed, "round": plan.round})
+
+
+def _checked(name: str, value: Setting, default: Setting, kind: type | None) -> Any:
+    hint = typing.get_type_hints(kind, include_extras=True)[name]
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError as err:
+        raise UsageError(
+            f"the setting {name} cannot be {value!r}: {str(err)[:1].lower()}{str(err)[1:]}",
+            f"such as {name}={default}",
+        ) from err
