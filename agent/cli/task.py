@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agent.cli import prompts
+from agent.cli import prompts, task_template
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
 from agent.cli.names import TaskName, TaskPattern, complete_tasks
 from agent.home import consent_requests, settings
@@ -25,7 +25,8 @@ from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.command_line import App
 
-task = App(name="task", help="Allow, forbid, register and try tasks.")
+task = App(name="task", help="Allow, forbid, write, register and try tasks.")
+task.command("new")(task_template.new)
 
 
 @task.command("add")

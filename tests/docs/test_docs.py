@@ -145,7 +145,8 @@ def test_a_policy_that_the_docs_set_can_be_set(
         (tmp_path / data).mkdir(parents=True)
         (tmp_path / data / "1.txt").write_text("hello")
     (tmp_path / "points.txt").write_text("1 2\n")
-    (tmp_path / "patients.csv").write_text("age\n41\n")
+    for table in ("patients.csv", "my_task.csv"):
+        (tmp_path / table).write_text("age\n41\n")
     monkeypatch.chdir(tmp_path)
     homes.open_home("agent", create=True)
     line = line.replace("DIGEST", "d" * 64)
@@ -216,6 +217,11 @@ def test_the_reference_has_every_command_setting_task_method_and_endpoint() -> N
     for text in made.values():
         for target in _LINK.findall(text):
             assert target in GENERATED or (ROOT / "docs" / target).exists(), target
+
+
+def test_the_task_of_the_docs_is_the_example() -> None:
+    example = (ROOT / "docs/examples/digits.py").read_text()
+    assert f"```python\n{example}```" in (ROOT / "docs/tasks.md").read_text()
 
 
 def test_what_is_no_command_is_found() -> None:

@@ -30,10 +30,7 @@ def read_batches(
     """
     path, wanted = Path(source), f"{columns} columns" if columns else "columns of numbers"
     if path.suffix.lower() != ".csv" or not path.is_file():
-        raise DataError(
-            f"the rows are in no CSV file: {columns or 'its'} columns, each {what}",
-            f"found: {path}",
-        )
+        raise DataError(f"the rows are in no CSV file: {wanted}, each {what}", f"found: {path}")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             names = next(csv.reader(file), [])

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.tasks import Snapshot
-from agent.tasks.work import Done, Init, Train
 from agent.tasks.training import rng_state
+from agent.tasks.work import Done, Init, Train
 from agent.trainer import checkpoint
 from agent.trainer.checkpoint import CheckpointFile
 from protocols.local import failpoints
