@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
@@ -21,17 +23,18 @@ def data_of(work: Work) -> DataSettings:
 def protect(work: Train, task: Task) -> TrainsPrivately | None:
     """Make the next training add noise if the work asks for it; returns the task if it will.
 
-    Raises UsageError unless the task is ours and can do so.
+    Raises UsageError unless our code trains the task and can do so.
     """
     private = private_training.read(work.settings)
     if private is None:
         if isinstance(task, TrainsPrivately):
             task.protect(None)
         return None
-    if work.source or work.task not in private_training.TASKS:
+    ours = not work.source and work.task in private_training.TASKS
+    if not (ours or _is_trained_by_us(task)):
         raise UsageError(
             f"the task {work.task} cannot train with noise for single rows",
-            f"tasks that can: {', '.join(private_training.TASKS)}",
+            f"tasks that can: {', '.join(private_training.TASKS)}, and a cw.TorchTask",
         )
     if work.settings.get(SCAFFOLD):
         raise UsageError("--dp cannot be used with control variates", "--strategy fedavg")
@@ -42,3 +45,14 @@ def protect(work: Train, task: Task) -> TrainsPrivately | None:
         )
     task.protect(private)
     return task
+
+
+def _is_trained_by_us(task: Task) -> bool:
+    """True for a module and a data set of a user's own that `TorchTask` trains.
+
+    The owner has allowed its code. That code decides what an example is, and must not let one
+    example change others.
+    """
+    module = sys.modules.get("agent.tasks.training.module_task")  # torch may not be installed
+    ours = getattr(module, "TorchTask", None)
+    return ours is not None and isinstance(task, ours) and type(task).train is ours.train

@@ -42,9 +42,9 @@ _USER_LEVEL = "--dp-user 3 --clip-norm 1 --weighting equal --outlier-limit 0"
 # fmt: off
 #: Rules for runs with noise.
 _PRIVATE_RULES = (
-    Rule(lambda spec, _: spec.task not in private_training.TASKS,
+    Rule(lambda spec, _: spec.task in private_training.OTHER_TASKS,
          "--dp needs a task that can train with noise for single rows, and {spec.task} cannot",
-         f"one of {', '.join(private_training.TASKS)}"),
+         f"one of {', '.join(private_training.TASKS)}, or a cw.TorchTask of your own"),
     Rule(lambda spec, _: spec.mode != "synchronous",
          f"--dp cannot be used with {_BUFFERED}: the noise depends on how often a peer trains, "
          "which is not known in this mode", "--mode synchronous"),

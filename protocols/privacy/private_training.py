@@ -31,6 +31,8 @@ MAX_ROUNDS = 1_000_000
 #: Built-in tasks that can train with noise: each of their examples is a row or picture of the
 #: owner. In others, examples overlap (`motion`, texts).
 TASKS = ("images", "mnist", "tabular")
+#: Built-in tasks that cannot. Whether another one can, its agents say.
+OTHER_TASKS = ("lora", "motion", "ping", "text-lm")
 
 
 class PrivateTraining(NamedTuple):

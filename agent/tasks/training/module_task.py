@@ -47,6 +47,7 @@ from agent.tasks.training.torch_task import LastValue, LoopTask
 from agent.tasks.training.user_data import as_source
 from protocols.errors import DataError, UsageError
 from protocols.model.weights import Array, Schema, Weights
+from protocols.privacy.private_training import PrivateTraining
 
 #: Examples at a time where none are trained on.
 EVALUATION_BATCH = 256
@@ -124,7 +125,8 @@ class TorchTask(LoopTask):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steer = self._local.steer
+        self.steer, self.protect = self._local.steer, self._protect
+        self._private: PrivateTraining | None = None
         self._schemas = LastValue[Schema]()
         self._models = LastValue[nn.Module]()
 
@@ -139,7 +141,7 @@ class TorchTask(LoopTask):
         found = self._sets(settings)[0]
         while found is not None and not hasattr(found, "classes"):
             found = getattr(found, "dataset", None)
-        if found is None:
+        if found is None or self._data.has_budget:  # a digest has no noise
             return {}
         names = "\0".join(map(str, found.classes))
         return {"classes": (hashlib.sha256(names.encode()).hexdigest()[:16],)}
@@ -159,7 +161,12 @@ class TorchTask(LoopTask):
         module_state.load_weights(model, weights)
         own = self.optimizer(model, self._read(settings))
         buffers = module_state.buffers_of(model)
-        is_private = not (examples.has_own_order or own)
+        if self._private is not None and (own is not None or examples.has_own_order):
+            raise UsageError(
+                "--dp needs the optimizer of the settings and batches of the loop's own, and this "
+                "task has another",
+                "no optimizer method, and a data set with a length instead of a sampler",
+            )
         return self._local.train(
             self._trainable(model),
             self._plan(settings, examples),
@@ -168,7 +175,7 @@ class TorchTask(LoopTask):
             on_step,
             buffers=buffers,
             frozen=module_state.frozen_of(model),
-            private_loss=PrivateLoss(self._losses_of(model)) if is_private else None,
+            private_loss=PrivateLoss(self._losses_of(model)),
         )
 
     def lr_times_steps(self, settings: RunSettings) -> float:
@@ -221,6 +228,10 @@ class TorchTask(LoopTask):
             first += count
 
     # --- helpers ---
+
+    def _protect(self, private: PrivateTraining | None) -> None:
+        self._private = private
+        self._local.protect(private)
 
     def _read(self, settings: RunSettings) -> TaskSettings:
         return task_settings.read(settings, self.defaults, self.Settings)

