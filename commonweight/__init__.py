@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agent.tasks.training.module_task import TorchTask
+    from agent.tasks.training.sklearn_task import SklearnTask
     from commonweight.fleet import Fleet, Peer, connect, join
     from commonweight.jobs import Analysis, Measurement, Score
     from commonweight.run import Round, Run
@@ -34,6 +35,7 @@ __all__ = [
     "Round",
     "Run",
     "Score",
+    "SklearnTask",
     "TorchTask",
     "__version__",
     "connect",
@@ -51,6 +53,7 @@ _PLACES = {
     "Round": "commonweight.run:Round",
     "Run": "commonweight.run:Run",
     "Score": "commonweight.jobs:Score",
+    "SklearnTask": "agent.tasks.training.sklearn_task:SklearnTask",
     "TorchTask": "agent.tasks.training.module_task:TorchTask",
     "__version__": "protocols:VERSION",
     "connect": "commonweight.fleet:connect",

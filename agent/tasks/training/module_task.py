@@ -67,12 +67,7 @@ class TorchTask(LoopTask):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = vars(cls).get("defaults", {})
-        cls.defaults = {
-            **super(cls, cls).defaults,
-            **own,
-            **task_settings.defaults_of(vars(cls).get("Settings")),
-        }
+        cls.defaults = task_settings.merged_defaults(cls)
 
     # --- for users ---
 

@@ -60,13 +60,28 @@ def defaults_of(kind: type | None) -> dict[str, Setting]:
     return found
 
 
+def merged_defaults(task: type) -> dict[str, Setting]:
+    """The defaults of a task: those of its base class, its `defaults`, and of its `Settings`."""
+    own, base = vars(task), task.__mro__[1]
+    return {
+        **getattr(base, "defaults", {}),
+        **own.get("defaults", {}),
+        **defaults_of(own.get("Settings")),
+    }
+
+
+def read_own(settings: Settings, defaults: Settings, kind: type | None) -> dict[str, Any]:
+    """All settings, checked by `kind`. Raises UnknownName, UsageError."""
+    merged: dict[str, Any] = resolve_settings(settings, defaults)
+    for field in dataclasses.fields(kind) if kind else ():
+        name = field.name
+        merged[name] = _checked(name, merged[name], defaults[name], kind)
+    return merged
+
+
 def read(settings: Settings, defaults: Settings, kind: type | None) -> TaskSettings:
     """All settings, checked by the loop's rules and by `kind`. Raises UnknownName, UsageError."""
-    merged: dict[str, Any] = resolve_settings(settings, defaults)
-    own = [field.name for field in dataclasses.fields(kind)] if kind else []
-    for name in own:
-        merged[name] = _checked(name, merged[name], defaults[name], kind)
-    plan = read_hyperparameters(settings, defaults)
+    merged, plan = read_own(settings, defaults, kind), read_hyperparameters(settings, defaults)
     return TaskSettings({**merged, "lr": plan.lr, "seed": plan.seed, "round": plan.round})
 
 
