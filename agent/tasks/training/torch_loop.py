@@ -172,7 +172,6 @@ def _train_epochs(
     steps, batch, tail = plan.steps(count), plan.batch_size or count, plan.tail(count)
     if examples.has_own_order and at.passed:
         sys.stderr.write(_RESTARTS)
-        at.next_epoch()
     while True:
         order = at.permutation(count)
         ahead = at.passed + (steps - at.done) * batch
