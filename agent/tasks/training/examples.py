@@ -8,6 +8,7 @@ of its own.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,9 @@ from protocols.errors import DataError, UsageError
 
 #: Examples that are shuffled at a time, so that an epoch needs no second copy of the data.
 _ORDERED = 4096
+
+#: How workers start: where they are copies of this process, they need not import the task's file.
+_CONTEXT = "fork" if sys.platform == "linux" else None
 
 #: A batch: inputs and targets, tensors or containers of tensors with the same first dimension.
 Batch = tuple[Any, Any]
@@ -117,7 +121,7 @@ class DatasetExamples:
                 "num_workers": used.num_workers,
                 "prefetch_factor": used.prefetch_factor,
                 "worker_init_fn": used.worker_init_fn,
-                "multiprocessing_context": used.multiprocessing_context,
+                "multiprocessing_context": used.multiprocessing_context or _CONTEXT,
                 "timeout": used.timeout,
             }
         # Its own generator: a loader draws a seed from the global one otherwise.
@@ -149,6 +153,20 @@ class StreamExamples:
     def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Iterator[Batch]:
         for batch in self.loader:
             yield _placed(batch, self.device)
+
+
+class BatchesOf:
+    """The batches of examples in their order, of which the number is known."""
+
+    def __init__(self, examples: Source, size: int) -> None:
+        self._examples, self._size = examples, size
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.arange(self._examples.size)
+        return self._examples.batches(order, self._size)
+
+    def __len__(self) -> int:
+        return -(-self._examples.size // self._size)
 
 
 class _SeededDataset(Dataset[Any]):

@@ -33,6 +33,7 @@ from agent.tasks.training.classification import count_answers, predict_classes
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.examples import (
     Batch,
+    BatchesOf,
     DatasetExamples,
     Source,
     StreamExamples,
@@ -44,8 +45,8 @@ from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
 from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import LossOf, PrivateLoss, autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
-from agent.tasks.training.user_data import as_source
-from protocols.errors import DataError, UsageError
+from agent.tasks.training.user_data import as_source, split_inputs
+from protocols.errors import UsageError
 from protocols.model.weights import Array, Schema, Weights
 from protocols.privacy.private_training import PrivateTraining
 
@@ -182,14 +183,16 @@ class TorchTask(LoopTask):
 
     def gradient(self, weights: Weights, settings: RunSettings) -> Mapping[str, Array]:
         """The gradient of the mean loss over this peer's training examples."""
-        model = self._build(settings)
+        model, examples = self._build(settings), self._source(settings, 0)
         module_state.load_weights(model, weights)
+        # Without a last batch of one example, which has no variance.
+        batch = next(n for n in range(EVALUATION_BATCH, 0, -1) if examples.size % n != 1 or n == 1)
         return mean_gradient(
             self._trainable(model),
-            self._source(settings, 0),
+            examples,
             self._loss_of(model),
             module_state.buffers_of(model) | module_state.frozen_of(model),
-            EVALUATION_BATCH,
+            batch,
         )
 
     @torch.inference_mode()
@@ -208,7 +211,7 @@ class TorchTask(LoopTask):
             told = count_answers(output, y)[1] if self._has_logits(output, y) else {}
             return BatchResult(count, sums, told)
 
-        return evaluation.evaluate(_Evaluated(examples), measure, on_step)
+        return evaluation.evaluate(BatchesOf(examples, EVALUATION_BATCH), measure, on_step)
 
     @torch.inference_mode()
     def predict(
@@ -216,7 +219,7 @@ class TorchTask(LoopTask):
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each example at `source`: its number, and the columns of `answers`."""
         model, read, first = self._ready(weights, settings), self._read(settings), 0
-        for x in _split_inputs(self.inputs(source, read)):
+        for x in split_inputs(self.inputs(source, read), EVALUATION_BATCH):
             columns = self.answers(module_state.call(model, x.to(self._device)), read)
             count = len(next(iter(columns.values())))
             yield {"row": range(first, first + count), **columns}
@@ -270,8 +273,10 @@ class TorchTask(LoopTask):
         return as_source(self._sets(settings)[part], self._device, self._data.index, batch)
 
     def _plan(self, settings: RunSettings, examples: Source) -> Hyperparameters:
-        """The settings of the loop. The batch size of a loader holds unless the run sets one."""
+        """The settings of the loop. The batch size of a loader holds unless the run sets one. A
+        last batch of one example, which has no variance, joins the one before."""
         plan = self._hyperparameters(settings)
+        plan = plan._replace(min_batch=max(plan.min_batch, 2))
         loader = examples.loader if isinstance(examples, DatasetExamples | StreamExamples) else None
         size = loader.batch_size if loader is not None else None
         if isinstance(examples, StreamExamples):  # its batches are what they are
@@ -308,30 +313,3 @@ class TorchTask(LoopTask):
             and not target.is_floating_point()
             and (output.dim(), target.dim()) == (2, 1)
         )
-
-
-class _Evaluated:
-    """The batches of an evaluation."""
-
-    def __init__(self, examples: Source) -> None:
-        self._examples = examples
-
-    def __iter__(self) -> Iterator[Batch]:
-        order = torch.arange(self._examples.size)
-        return self._examples.batches(order, EVALUATION_BATCH)
-
-    def __len__(self) -> int:
-        return -(-self._examples.size // EVALUATION_BATCH)
-
-
-def _split_inputs(found: Any) -> Iterator[Any]:
-    """Batches of the inputs of a prediction. Raises DataError."""
-    if isinstance(found, np.ndarray):
-        found = torch.from_numpy(found.astype(np.float32) if found.dtype == np.float64 else found)
-    if isinstance(found, Tensor):
-        yield from torch.split(found, EVALUATION_BATCH)
-        return
-    for batch in found:
-        if not isinstance(batch, Tensor | np.ndarray):
-            raise DataError(f"inputs() gives a {type(batch).__name__}, and no batch of inputs")
-        yield torch.as_tensor(batch)

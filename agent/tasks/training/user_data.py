@@ -1,7 +1,8 @@
-"""What a user's task may give as data: a Dataset, a DataLoader, or tensors."""
+"""What a user's task may give as data: a Dataset, a DataLoader, or tensors; and as inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.data import (
 )
 
 from agent.tasks.training.examples import DatasetExamples, Examples, Source, StreamExamples
-from protocols.errors import UsageError
+from protocols.errors import DataError, UsageError
 
 
 def as_source(found: Any, device: torch.device, part: int, batch_size: int) -> Source:
@@ -78,3 +79,16 @@ def _has_own_order(loader: DataLoader[Any]) -> bool:
         or type(loader.batch_sampler) is not BatchSampler
         or not once
     )
+
+
+def split_inputs(found: Any, size: int) -> Iterator[Any]:
+    """Batches of the inputs of a prediction. Raises DataError."""
+    if isinstance(found, np.ndarray):
+        found = torch.from_numpy(found.astype(np.float32) if found.dtype == np.float64 else found)
+    if isinstance(found, Tensor):
+        yield from torch.split(found, size)
+        return
+    for batch in found:
+        if not isinstance(batch, Tensor | np.ndarray):
+            raise DataError(f"inputs() gives a {type(batch).__name__}, and no batch of inputs")
+        yield torch.as_tensor(batch)

@@ -334,6 +334,18 @@ def test_every_form_of_the_same_data_gives_the_same_weights(data: Any) -> None:
     assert Made(data=data).count_examples({}) == (COUNT, 9)
 
 
+def test_a_last_batch_of_one_example_joins_the_one_before() -> None:
+    class Normed(Made):
+        def model(self, settings: Any) -> nn.Module:
+            return nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.BatchNorm1d(CLASSES))
+
+    done: list[int] = []
+    task = Normed(data=rows(257))
+    task.train(first(task), {"epochs": 1, "batch_size": 64}, lambda *words: done.append(words[3]))
+    assert done == [64, 128, 192, 257]
+    assert set(task.gradient(first(task), {})) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
 def streams() -> list[DataLoader[Any]]:
     sampler = WeightedRandomSampler([1.0] * COUNT, COUNT)
     return [
