@@ -30,7 +30,25 @@ class Loaded(Digits):
     def model(self, settings):
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 """
-TASKS = {"digits.py": "Digits", "loaded.py": "Loaded"}
+#: The same digits for an estimator of scikit-learn.
+LINEAR = """
+import numpy as np
+from sklearn.linear_model import SGDClassifier
+
+import commonweight as cw
+
+class Linear(cw.SklearnTask):
+    classes = tuple(range(10))
+
+    def model(self, settings):
+        return SGDClassifier(loss="log_loss", random_state=0)
+
+    def data(self, source, settings):
+        found = np.load(source.path)
+        x, y = found["x"].reshape(-1, 64), found["y"]
+        return (x[100:], y[100:]), (x[:100], y[:100])
+"""
+TASKS = {"digits.py": "Digits", "loaded.py": "Loaded", "linear.py": "Linear"}
 
 
 def digits(folder: Path, names: list[str]) -> dict[str, Path]:
@@ -55,6 +73,7 @@ def test_ten_lines_are_a_task(tmp_path: Path) -> None:
     assert len([line for line in DIGITS.read_text().splitlines() if line]) == 10
     (tmp_path / "digits.py").write_bytes(DIGITS.read_bytes())
     (tmp_path / "loaded.py").write_text(LOADED)
+    (tmp_path / "linear.py").write_text(LINEAR)
     files = ",".join(f"{file}:{name}={tmp_path}/{file}:{name}" for file, name in TASKS.items())
     with fleet(tmp_path, COMMONWEIGHT_AGENT_TASK_FILES=files) as site:
         site.up()
@@ -73,6 +92,7 @@ def test_ten_lines_are_a_task(tmp_path: Path) -> None:
         found = trained(site, *slow, "--rounds", "6", "--set", "epochs=2")
         assert found["accuracy"] > 0.85
         _check_predictions(site, tmp_path, parts["ann"])
+        assert trained(site, "linear.py:Linear", "--rounds", "3")["accuracy"] > 0.85
         noisy = ("--dp", "8", "--delta", "1e-5", "--set", "batch_size=100", "--set", "epochs=2")
         assert "accuracy" not in trained(site, "loaded.py:Loaded", "--rounds", "2", *noisy)
         ledger = site.ask_agent("ann", "budget", "--json")

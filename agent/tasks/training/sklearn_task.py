@@ -144,7 +144,8 @@ class SklearnTask:
         """For each example at `source`: its number, and its class and probability or its value."""
         first, width = 0, weights["coef" if "coef" in weights else "coefs.0"].shape
         model = self._loaded(weights, settings, width[-1 if "coef" in weights else 0])
-        for x in self.inputs(source, self._read(settings)):
+        for batch in self.inputs(source, self._read(settings)):
+            x = np.asarray(batch, np.float64)
             found: dict[str, Sequence[Any]] = {"row": range(first, first + len(x))}
             first += len(x)
             if not len(self.classes):
@@ -175,7 +176,7 @@ class SklearnTask:
         return self._sets[1]
 
     def _checked(self, part: Any) -> Part:
-        x, y = (np.asarray(array) for array in part)
+        x, y = np.asarray(part[0], np.float64), np.asarray(part[1])
         if x.ndim != 2 or len(x) != len(y):
             raise UsageError(
                 f"x {x.shape} and y {y.shape} are no examples", "x [n, features], y [n]"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +17,7 @@ from agent.tasks.training.seeds import random_state
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
+from tests.support.fleet_harness import ROOT
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 neural_network = pytest.importorskip("sklearn.neural_network")
@@ -24,7 +27,7 @@ FEATURES = 5
 
 def rows(count: int = 300) -> tuple[np.ndarray, np.ndarray]:
     chance = np.random.default_rng(1)
-    x = chance.normal(size=(count, FEATURES))
+    x = chance.normal(size=(count, FEATURES)).astype(np.float32)
     return x, x @ chance.normal(size=(FEATURES, 3))
 
 
@@ -117,8 +120,8 @@ def test_a_round_is_partial_fit_over_batches() -> None:
     (x, y), _ = task.data(DataSettings(), {})
     for epoch in range(2):
         order = random_state("order", 1, 1, 0, epoch).permutation(120)
-        plain.partial_fit(x[order[:50]], y[order[:50]])
-        plain.partial_fit(x[order[50:]], y[order[50:]])
+        for batch in (order[:50], order[50:]):
+            plain.partial_fit(x[batch].astype(np.float64), y[batch])
     np.testing.assert_allclose(made.weights["coef"], plain.coef_, rtol=1e-5)
 
 
@@ -165,3 +168,9 @@ def test_what_cannot_be_trained_is_said(
 ) -> None:
     with pytest.raises(error, match=words):
         task.init(0, settings)
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, commonweight as cw; cw.SklearnTask; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
