@@ -209,7 +209,7 @@ class KeepsOptimizerState(Protocol):
 class TrainsPrivately(Protocol):
     """Optional: train with noise, so that no single row shows in an update (DP-SGD).
 
-    Only built-in tasks do: the noise is as good as the code that adds it.
+    Only built-in tasks and a `cw.TorchTask` do: the noise is as good as the code that adds it.
     """
 
     def protect(self, private: PrivateTraining | None) -> None:

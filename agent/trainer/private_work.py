@@ -34,7 +34,8 @@ def protect(work: Train, task: Task) -> TrainsPrivately | None:
     if not (ours or _is_trained_by_us(task)):
         raise UsageError(
             f"the task {work.task} cannot train with noise for single rows",
-            f"tasks that can: {', '.join(private_training.TASKS)}, and a cw.TorchTask",
+            f"tasks that can: {', '.join(private_training.TASKS)}, and a cw.TorchTask that "
+            "replaces no method but those of docs/tasks.md",
         )
     if work.settings.get(SCAFFOLD):
         raise UsageError("--dp cannot be used with control variates", "--strategy fedavg")
@@ -48,11 +49,6 @@ def protect(work: Train, task: Task) -> TrainsPrivately | None:
 
 
 def _is_trained_by_us(task: Task) -> bool:
-    """True for a module and a data set of a user's own that `TorchTask` trains.
-
-    The owner has allowed its code. That code decides what an example is, and must not let one
-    example change others.
-    """
+    """True for a module and a data set of a user's own that `TorchTask` trains."""
     module = sys.modules.get("agent.tasks.training.module_task")  # torch may not be installed
-    ours = getattr(module, "TorchTask", None)
-    return ours is not None and isinstance(task, ours) and type(task).train is ours.train
+    return module is not None and module.is_trained_by_us(task)

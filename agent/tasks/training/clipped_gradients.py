@@ -29,6 +29,8 @@ _CHUNK_BYTES = 64 * 1024 * 1024
 _MAX_ROWS = 4096
 #: Float32 must not make a clipped gradient longer than the clip.
 _ROUNDING, _TINY = 1 + 1e-5, 1e-12
+#: Words of torch's errors for a model that needs several examples, or cannot be mapped over them.
+_OF_BATCHES = ("vmap", "batch", "per channel when training")
 
 
 class _Call(NamedTuple):
@@ -61,11 +63,17 @@ class _LinearCalls(TorchFunctionMode):
 
 
 class ClippedGradients:
-    """Sums of clipped gradients of `losses_of` by the tensors `trained`."""
+    """Sums of clipped gradients of `losses_of` by the tensors `trained`.
 
-    def __init__(self, losses_of: LossesOf, trained: Sequence[str], clip: float) -> None:
+    `is_separate`: `losses_of` computes each loss from one example alone, so this is not checked,
+    and the model may be random (dropout).
+    """
+
+    def __init__(
+        self, losses_of: LossesOf, trained: Sequence[str], clip: float, is_separate: bool = False
+    ) -> None:
         self._losses_of, self._trained, self._clip = losses_of, list(trained), clip
-        self._is_linear: bool | None = None
+        self._is_linear: bool | None = False if is_separate else None
 
     def sum(self, w: Tensors, x: Tensor, y: Tensor) -> Tensors:
         """The sum over the examples x [n, …], y [n], float32 by tensor; zeros for no example.
@@ -151,8 +159,8 @@ class ClippedGradients:
         )
         try:
             found: Tensors = gradient_of({name: fixed[name] for name in self._trained}, x, y)
-        except RuntimeError as err:
-            if "vmap" in str(err) or "batch" in str(err).lower():
+        except (RuntimeError, ValueError) as err:
+            if any(word in str(err).lower() for word in _OF_BATCHES):
                 raise examples_depend() from err
             raise
         squares = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0)

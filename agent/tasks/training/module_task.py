@@ -43,15 +43,18 @@ from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, Hyperparameters,
 from agent.tasks.training.loop_state import Tensors, as_weights
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
 from agent.tasks.training.task_settings import TaskSettings
-from agent.tasks.training.torch_loop import LossOf, PrivateLoss, autograd_step
+from agent.tasks.training.torch_loop import LossOf, PrivateLoss, TrainingLoop, autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
-from agent.tasks.training.user_data import as_source, split_inputs
+from agent.tasks.training.user_data import as_source, is_separate, split_inputs
 from protocols.errors import UsageError
 from protocols.model.weights import Array, Schema, Weights
 from protocols.privacy.private_training import PrivateTraining
 
 #: Examples at a time where none are trained on.
 EVALUATION_BATCH = 256
+#: What a task may replace and still train with noise for single examples.
+_OF_USERS = {"version", "Settings", "defaults", "model", "data", "loss", "metrics", "optimizer"}
+_OF_USERS |= {"inputs", "answers"}
 
 
 class TorchTask(LoopTask):
@@ -157,11 +160,11 @@ class TorchTask(LoopTask):
         module_state.load_weights(model, weights)
         own = self.optimizer(model, self._read(settings))
         buffers = module_state.buffers_of(model)
-        if self._private is not None and (own is not None or examples.has_own_order):
+        if self._private is not None and not (own is None and is_separate(examples)):
             raise UsageError(
                 "--dp needs the optimizer of the settings and batches of the loop's own, and this "
                 "task has another",
-                "no optimizer method, and a data set with a length instead of a sampler",
+                "no optimizer method, and a data set with a length, without sampler and collate_fn",
             )
         return self._local.train(
             self._trainable(model),
@@ -171,7 +174,7 @@ class TorchTask(LoopTask):
             on_step,
             buffers=buffers,
             frozen=module_state.frozen_of(model),
-            private_loss=PrivateLoss(self._losses_of(model)),
+            private_loss=PrivateLoss(self._losses_of(model), is_separate=True),
         )
 
     def lr_times_steps(self, settings: RunSettings) -> float:
@@ -296,9 +299,11 @@ class TorchTask(LoopTask):
         return loss_of
 
     def _losses_of(self, model: nn.Module) -> Any:
-        """The losses of single examples, each as a batch of its own."""
+        """The losses of single examples, each as a batch of its own. Counters stay as they are."""
 
         def losses_of(w: Tensors, x: Any, y: Any) -> Tensor:
+            w = {name: t if t.is_floating_point() else t.clone() for name, t in w.items()}
+
             def loss_of_one(x_one: Any, y_one: Any) -> Tensor:
                 output = functional_call(model, w, (x_one[None],))
                 return self.loss(output, y_one[None])
@@ -313,3 +318,22 @@ class TorchTask(LoopTask):
             and not target.is_floating_point()
             and (output.dim(), target.dim()) == (2, 1)
         )
+
+
+def is_trained_by_us(task: object) -> bool:
+    """True for a `TorchTask` that replaces nothing but the methods for users, so that our code
+    clips gradients, adds noise and says what that costs.
+
+    It is no wall: a task is code in the process that adds the noise. Its owner has allowed it.
+    """
+    if not isinstance(task, TorchTask):
+        return False
+    kinds = type(task).__mro__
+    theirs = {name for kind in kinds[: kinds.index(TorchTask)] for name in vars(kind)}
+    ours = {name for kind in (TorchTask, LoopTask) for name in vars(kind)} - _OF_USERS
+    shadowed = ours & (theirs | vars(task).keys())
+    return (
+        all(name.startswith("__") for name in shadowed)
+        and type(task._local) is TrainingLoop
+        and (task.protect, task.spent) == (task._protect, task._local.spent)
+    )

@@ -47,6 +47,9 @@ from protocols.privacy.private_training import PrivateTraining
 
 _RESTARTS = "training goes on; its data have an order of their own, so they begin again\n"
 
+#: What weights may be, so that no rounding makes a clipped gradient longer than the clip.
+_FINE = (torch.float32, torch.float64)
+
 #: One step, in place; returns the batch's mean loss before it.
 Step = Callable[[Any, Any], float]
 #: The mean loss of a batch: `loss_of(weights, x, y) -> float32[]`.
@@ -59,11 +62,12 @@ class PrivateLoss(NamedTuple):
     """What training with noise for single rows needs of a task.
 
     `inputs_of` makes examples x what the model takes; `losses_of(weights, inputs, y) -> float32[n]`
-    are the losses of single examples.
+    are the losses of single examples; `is_separate`: as in `ClippedGradients`.
     """
 
     losses_of: LossesOf
     inputs_of: Callable[[Tensor], Tensor] = lambda x: x
+    is_separate: bool = False
 
 
 class TrainingLoop:
@@ -210,12 +214,17 @@ def _train_privately(
     batch = min(plan.batch_size or count, count)
     event, steps, std = noise_of(at, plan, private, count, batch)
     noise = SecretNoise()
-    gradients = ClippedGradients(loss.losses_of, at.trained, private.clip)
+    gradients = ClippedGradients(loss.losses_of, at.trained, private.clip, loss.is_separate)
     optimiser = _optimiser(at, plan)
+    if any(at.weights[name].dtype not in _FINE for name in at.trained):
+        raise UsageError("--dp needs weights in float32: others round beyond --dp-clip")
     while at.done < steps:
         places = torch.from_numpy(noise.sample(count, batch / count))
         sums = {name: torch.zeros_like(at.weights[name]) for name in at.trained}
-        for x, y in examples.batches(places, max(1, len(places))):
+        draw = derive_seed("draw", plan.seed, plan.round, examples.part, at.done)
+        for x, y in examples.batches(places, max(1, len(places)), draw=draw):
+            if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+                raise UsageError("--dp needs one tensor as input and one as target of an example")
             sums = gradients.sum(at.weights, loss.inputs_of(x), y)
         for name in at.trained:
             total = sums[name].double().cpu().numpy()

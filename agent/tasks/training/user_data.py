@@ -15,6 +15,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     TensorDataset,
+    default_collate,
 )
 
 from agent.tasks.training.examples import DatasetExamples, Examples, Source, StreamExamples
@@ -79,6 +80,13 @@ def _has_own_order(loader: DataLoader[Any]) -> bool:
         or type(loader.batch_sampler) is not BatchSampler
         or not once
     )
+
+
+def is_separate(examples: Source) -> bool:
+    """True if each example is read by itself: no sampler and no collation of the user's own."""
+    loader = examples.loader if isinstance(examples, DatasetExamples) else None
+    has_own_batches = loader is not None and loader.collate_fn is not default_collate
+    return not (examples.has_own_order or has_own_batches)
 
 
 def split_inputs(found: Any, size: int) -> Iterator[Any]:

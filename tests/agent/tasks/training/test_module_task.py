@@ -19,6 +19,7 @@ from torch.utils.data import (
     IterableDataset,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
     random_split,
 )
 
@@ -33,6 +34,7 @@ from agent.trainer import private_work
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
+from protocols.privacy.events import SampledGaussian
 from protocols.privacy.private_training import PrivateTraining
 
 COUNT, FEATURES, CLASSES = 30, 8, 3
@@ -540,18 +542,62 @@ class OwnOptimizer(Made):
         return own_optimizer(model, settings)
 
 
+def plain_batch_norm() -> nn.Module:
+    """Batch normalization that keeps no statistics, so no buffer gives it away."""
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    return nn.Sequential(nn.Linear(FEATURES, 6), norm, nn.Linear(6, CLASSES))
+
+
+class Tallied(nn.Linear):
+    """It counts its calls in a buffer of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(FEATURES, CLASSES)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def mixed_up(examples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Each input is mixed with that of another example of the batch."""
+    x, y = default_collate(examples)
+    return [(x + x.flip(0)) / 2, y]
+
+
+def mixing() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*rows()), batch_size=10, collate_fn=mixed_up)
+
+
 @pytest.mark.parametrize(
     ("task", "words"),
     [
         (Made(convolution), "each example independently"),
         (Made(Counting), "each example independently"),
+        (Made(plain_batch_norm), "each example independently"),
+        (Made(Recurrent), "each example independently"),
         (OwnOptimizer(), "the optimizer of the settings"),
         (Made(data=DataLoader(Stream())), "batches of the loop's own"),
+        (Made(data=mixing()), "without sampler and collate_fn"),
+        (Made(half), "weights in float32"),
+        (Made(data=(rows()[0], rows()[0], rows()[1])), "one tensor as input"),
     ],
 )
 def test_noise_is_refused_where_it_would_not_cover_an_example(task: Made, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError) as raised:
         privately(task)
+    assert words in f"{raised.value.message} {raised.value.hint}"
+
+
+def test_dropout_trains_with_noise() -> None:
+    made = privately(Made(dropout), batch_size="all", epochs=1)
+    assert not np.array_equal(made["0.weight"], first(Made(dropout))["0.weight"])
+
+
+def test_what_a_model_counts_stays_as_it_is_with_noise() -> None:
+    assert privately(Made(Tallied), epochs=2)["calls"] == 0
+    assert train(Made(Tallied), epochs=2)["calls"] > 0
 
 
 class OwnLoop(Made):
@@ -559,12 +605,41 @@ class OwnLoop(Made):
         return super().train(*given)
 
 
-def test_only_our_loop_is_trusted_to_add_noise() -> None:
+class OwnLosses(Made):
+    def _losses_of(self, model: nn.Module) -> Any:
+        return lambda w, x, y: F.cross_entropy(model(x), y)
+
+
+class OwnCharge(Made):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spent = lambda: (SampledGaussian(100.0, 0.1, 1),)
+
+
+class NoNoise(Made):
+    def __init__(self) -> None:
+        super().__init__()
+        self.protect = lambda private: None
+
+
+class OwnTrainer(Made):
+    def __init__(self) -> None:
+        super().__init__()
+        self.train = super().train  # type: ignore[method-assign]
+
+
+@pytest.mark.attack("3", by="task")
+@pytest.mark.parametrize("task", [OwnLoop, OwnLosses, OwnCharge, NoNoise, OwnTrainer])
+def test_only_our_loop_is_trusted_to_add_noise(task: type[Made]) -> None:
+    """Attack: a task that replaces the training, the noise, or what it says that they cost.
+
+    Then a run with noise gets nothing from it. A task with the methods for users alone takes part.
+    """
     asked = PrivateTraining(epsilon=3.0, delta=1e-5, clip=1.0, rounds=1).settings()
     work = Train(task="x.py:X", source="/x.py:X", base="", out="", settings={**asked})
-    assert private_work.protect(work, Made()) is not None
+    assert private_work.protect(work, Chosen()) is not None
     with pytest.raises(UsageError, match="cannot train with noise"):
-        private_work.protect(work, OwnLoop())
+        private_work.protect(work, task())
 
 
 # --- settings --------------------------------------------------------------------------------
