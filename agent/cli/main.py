@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.cli import (
+    apps,
     audit,
     budget,
     control,
@@ -53,7 +54,7 @@ app = App(
     name="commonweight-agent",
     help="Train together, keep your data: the agent on a machine that has data.",
     sections={
-        "First steps": ("join", "up", "status", "task", "policy"),
+        "First steps": ("join", "up", "status", "task", "app", "policy"),
         "Watch and pause": ("monitor", "pause"),
         "What it did": ("ledger", "logs"),
         "Use the model": ("predict", "models"),
@@ -264,7 +265,7 @@ app.add_typer(models, name="models")
 app.add_typer(about, name="about")
 app.add_typer(proofs, name="proofs")
 for group in (
-    *(audit.audit, policy.policy, questions.questions),
+    *(apps.apps, audit.audit, policy.policy, questions.questions),
     *(service.service, task.task, trust.trust),
 ):
     app.add_typer(group)

@@ -33,6 +33,7 @@ from protocols.errors import CommonweightError, DiskFull, NotAllowed, SchemaMism
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
 from protocols.local.failpoints import failpoint, note
+from protocols.messages import app_work
 from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, Work
 from protocols.model import schema_card
@@ -92,6 +93,9 @@ class Client:
             self.app.query(action)(
                 lambda message, _: Message(self._queries.job(message), reply_to=message)
             )
+        self.app.query(app_work.ACTION)(
+            lambda message, _: Message(self._queries.app(message), reply_to=message)
+        )
 
     def end_sum(self) -> None:
         """Deletes what is left of a secure sum whose steps nobody asks for any more."""

@@ -109,8 +109,10 @@ def refuse(_: object) -> RecordDict:
 class Queries(NamedTuple):
     """Handlers for requests other than training; each returns the content of the reply.
 
-    `recall` answers a coordinator that has lost its disk, `job` one unit of a job.
+    `recall` answers a coordinator that has lost its disk, `job` one unit of a job, `app` a message
+    for a Flower app.
     """
 
     recall: Callable[[Work], RecordDict] = refuse
     job: Callable[[Message], RecordDict] = refuse
+    app: Callable[[Message], RecordDict] = refuse

@@ -202,11 +202,14 @@ class Agent:
             case state_machine.Announce():
                 self._report.announce(self._runner.state)
             case state_machine.PauseTrainer():
-                self._work.trainer.pause()
+                for trainer in self._work.trainers:
+                    trainer.pause()
             case state_machine.ResumeTrainer():
-                self._work.trainer.resume()
+                for trainer in self._work.trainers:
+                    trainer.resume()
             case state_machine.SetPace(share):
-                self._work.trainer.pace(share)
+                for trainer in self._work.trainers:
+                    trainer.pace(share)
             case state_machine.PollForWork():
                 self._sessions.wake()
             case state_machine.Shutdown():
@@ -271,16 +274,18 @@ class Agent:
                 self._apply_settings(self._policy.settings)
                 if self._work.owner_has_decided():
                     self._sessions.tell_decision()
-            trainer, has_work = self._work.trainer, self._runner.state.work is not None
+            trainers, has_work = self._work.trainers, self._runner.state.work is not None
             if self._policy.must_restart and not has_work:
                 log.info("restarting with the changed settings")
                 self._restart()
-            if not has_work and trainer.idle_s > self._policy.settings.idle_timeout_s:
-                await asyncio.to_thread(trainer.stop)
+            for trainer in trainers:
+                if not has_work and trainer.idle_s > self._policy.settings.idle_timeout_s:
+                    await asyncio.to_thread(trainer.stop)
             await self._check_log()
             self._report.write_if_stale(self._runner.state)
             self._bandwidth.save()
-            tick_s = _TICK_S if has_work or trainer.running else _IDLE_TICK_S
+            is_busy = has_work or any(trainer.running for trainer in trainers)
+            tick_s = _TICK_S if is_busy else _IDLE_TICK_S
             await asyncio.sleep(tick_s)
 
     # --- the log of versions ---

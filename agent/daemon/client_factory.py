@@ -12,6 +12,7 @@ from typing import NamedTuple
 from agent.analytics import job_handler
 from agent.clientapp import consent, secure_rules
 from agent.clientapp.app import Client
+from agent.clientapp.flower_apps import FlowerApps
 from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
 from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
@@ -27,6 +28,7 @@ from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
 from agent.policy import sandbox
 from agent.trainer import sandbox_rules
+from agent.trainer.app_trainer import AppTrainer
 from agent.trainer.ipc import Progress
 from agent.trainer.process import Terms, TrainerProcess
 from agent.trainer.retry import RETRYABLE_IN_JOBS, RetryingTrainer
@@ -135,6 +137,13 @@ def make_trainer(
     )
 
 
+def make_app_trainer(
+    ctx: AgentContext, owner: LiveSettings, on_progress: Callable[[Progress], None]
+) -> AppTrainer:
+    """What runs the Flower apps of this machine, each in a folder of its own."""
+    return AppTrainer(ctx.home / "apps", owner, read=(ctx.cache,), on_progress=on_progress)
+
+
 def terms_of(chosen: AgentSettings, task: str) -> Terms:
     """What the owner allows a task now."""
     has_budget = chosen.privacy_max_epsilon > 0
@@ -156,6 +165,7 @@ def make_client(
     ctx: AgentContext,
     trainer: TrainerProcess,
     retrying_trainer: RetryingTrainer,
+    app_trainer: AppTrainer,
     owner: LiveSettings,
     versions: VersionStore,
     job_models: VersionStore,
@@ -163,7 +173,7 @@ def make_client(
     uploads: Uploads,
     check_log: CheckLog,
 ) -> Client:
-    """The ClientApp: training for runs through `retrying_trainer`, and units of jobs.
+    """The ClientApp: training for runs through `retrying_trainer`, units of jobs, and Flower apps.
 
     `owner` says what a task may do now.
 
@@ -212,6 +222,17 @@ def make_client(
         on_work=events.on_work,
         on_leaving=partial(audit_log.write_answer, home),
     )
+    apps = FlowerApps(
+        me,
+        home / "app-answers",
+        app_trainer,
+        settings=owner,
+        fetch=versions.fetch,
+        send=uploads.update,
+        budget=budget,
+        on_work=events.on_work,
+        on_leaving=partial(audit_log.write_app_answer, home),
+    )
     return Client(
         me,
         retrying_trainer,
@@ -221,7 +242,9 @@ def make_client(
         floors=settings.floors(ctx.settings),
         observer=events,
         queries=Queries(
-            Recall(me, ctx.cache, uploads.update, events.on_leaving).answer, jobs.answer
+            Recall(me, ctx.cache, uploads.update, events.on_leaving).answer,
+            jobs.answer,
+            apps.answer,
         ),
         check_log=check_log,
         budget=budget,

@@ -27,6 +27,7 @@ from agent.trainer.ipc import Progress
 from agent.transport.mqtt_client import MqttClient
 from agent.transport.p2p.gossip import GossipSummary
 from protocols import VERSION
+from protocols.local import flower_apps
 from protocols.messages.envelope import Notice, Presence, Telemetry, strip_controls
 from protocols.messages.states import PeerState
 
@@ -112,6 +113,7 @@ class StatusReporter:
         """Note which tasks may run, and for which the owner would be asked."""
         standings = {task: self._settings.standing_of(task) for task in self._known_tasks}
         allowed = [task for task, standing in standings.items() if standing == "allowed"]
+        allowed += [flower_apps.PREFIX + name for name in self._settings.apps]
         asked = [task for task, standing in standings.items() if standing in ASKED_FIRST]
         self._tasks, self._askable = tuple(allowed[:_MAX_TASKS]), tuple(asked[:_MAX_TASKS])
 

@@ -32,6 +32,7 @@ from agent.home.refusal_log import RefusalLog
 from agent.policy.consent import Standing
 from agent.trainer.ipc import Progress
 from agent.trainer.retry import RetryingTrainer
+from agent.trainer.supervisor import TrainerSupervisor
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_proofs import VersionIndex
@@ -73,7 +74,7 @@ _CLIENT_APP_ERROR = 2  # Flower's code for an exception in a ClientApp; the text
 
 
 class WorkThread:
-    """Owns the trainer, the versions and the ClientApp. `link()` returns the current session."""
+    """Owns the trainers, the versions and the ClientApp. `link()` returns the current session."""
 
     def __init__(
         self,
@@ -102,11 +103,14 @@ class WorkThread:
         self._asked: dict[str, Standing] = {}
         #: The coordinator asked for work of a secure run, and the owner trusts too few peers.
         self._needs_trust = False
-        self.trainer = client_factory.make_trainer(
-            ctx,
-            self._owner,
-            lambda progress: ctx.runner.call_threadsafe(self._on_progress, progress),
-        )
+
+        def on_progress(progress: Progress) -> None:
+            ctx.runner.call_threadsafe(self._on_progress, progress)
+
+        self.trainer = client_factory.make_trainer(ctx, self._owner, on_progress)
+        self._app_trainer = client_factory.make_app_trainer(ctx, self._owner, on_progress)
+        #: One of them works at a time.
+        self.trainers: tuple[TrainerSupervisor, ...] = (self.trainer, self._app_trainer)
         self._retrying_trainer = RetryingTrainer(
             self.trainer, tries=ctx.settings.trainer_tries, on_given_up=self._on_given_up
         )
@@ -114,6 +118,7 @@ class WorkThread:
             ctx,
             self.trainer,
             self._retrying_trainer,
+            self._app_trainer,
             self._owner,
             self.versions,
             self._job_models,
@@ -124,8 +129,8 @@ class WorkThread:
 
     def pids(self) -> list[int]:
         """The processes of this agent."""
-        trainer = self.trainer.pid
-        return [os.getpid()] if trainer is None else [os.getpid(), trainer]
+        trainers = (trainer.pid for trainer in self.trainers)
+        return [os.getpid(), *(pid for pid in trainers if pid is not None)]
 
     def make_room(self, nbytes: int) -> int:
         """Delete up to `nbytes` of versions that nothing needs; return how many bytes that freed.
@@ -143,8 +148,9 @@ class WorkThread:
         self._client.secure.resume()
 
     def close(self) -> None:
-        """Stop the trainer for good. This also ends a wait for it or for its next try."""
+        """Stop the trainers for good. This also ends a wait for them or for the next try."""
         self._retrying_trainer.close()
+        self._app_trainer.close()
 
     def pull(self, *, steps_only: bool) -> Message | None:
         """The next message, or None. Deletes what is left of a secure sum that is over.

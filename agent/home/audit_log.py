@@ -19,6 +19,8 @@ from msgspec.structs import replace
 from agent.home import secure_audit
 from agent.home.secure_audit import SecureKind
 from protocols.local.atomic_files import fsync_folder
+from protocols.messages import app_work
+from protocols.messages.app_work import AppAnswer, AppWork
 from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import Answer, Scatter, Unit
 from protocols.messages.work import UpdateClaim
@@ -111,6 +113,26 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
         nbytes=answer.nbytes,
         num_examples=answer.rows,
         told=body.decode(errors="replace") if about_own_rows else "",
+    )
+    _append(home, entry)
+
+
+def write_app_answer(home: Path, work: AppWork, answer: AppAnswer) -> None:
+    """Log the answer of a Flower app: its configs and metrics in full, its arrays by digest.
+
+    Raises OSError, as `write_update` does, and BadMessage.
+    """
+    told = app_work.decode_told(answer.told)
+    entry = AuditEntry(
+        at=time.time(),
+        run=work.run,
+        task=f"flower:{work.app}",
+        round=work.round,
+        what="answer",
+        digest=answer.digest,
+        nbytes=answer.nbytes,
+        metrics=app_work.metrics_of(told)[1],
+        told=msgspec.json.encode(told).decode(),
     )
     _append(home, entry)
 

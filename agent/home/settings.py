@@ -202,6 +202,8 @@ def parse_value(name: str, text: str) -> Any:
         raise UsageError(
             "consents are given to one task at a time", "commonweight-agent task allow"
         )
+    if name == "apps":
+        raise UsageError("apps are added one at a time", "commonweight-agent app add FOLDER")
     if name == "trust":
         raise UsageError("peers are trusted one at a time", "commonweight-agent trust add ID")
     if name == "data_columns" and text.strip() == "all":

@@ -11,6 +11,7 @@ from agent.data.settings import SPLIT
 from agent.policy import consent, task_code
 from agent.policy.consent import Consent, Standing
 from agent.policy.rules import PolicySettings
+from protocols.local.flower_apps import InstalledApp
 from protocols.messages.envelope import Name
 
 _PUBLIC_KEYS = (
@@ -27,7 +28,7 @@ RESTART_KEYS = frozenset(
         *("part", "parts", "split", "data_seed", "data", "task_files", "models"),
         *("threads", "device", "framework", "compile", "sandbox", "sandbox_read"),
         *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
-        *("share", "share_port", "share_mbit_s"),
+        *("share", "share_port", "share_mbit_s", "apps"),
         *("min_batch", "min_examples", "min_cohort", "max_lr", "told_folder"),
     }
 )
@@ -185,6 +186,10 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     ] = msgspec.field(default_factory=dict)
     task_files: Annotated[
         dict[str, str], Meta(description="your own tasks by name: commonweight-agent task add")
+    ] = msgspec.field(default_factory=dict)
+    apps: Annotated[
+        dict[str, InstalledApp],
+        Meta(description="Flower apps that may run here: commonweight-agent app add"),
     ] = msgspec.field(default_factory=dict)
     threads: Annotated[int, Meta(ge=0, description="training threads; 0: half of the cores")] = 0
     device: Annotated[

@@ -86,6 +86,27 @@ class Export(_TaskWork, frozen=True, tag=True, kw_only=True):
     out: str
 
 
+class RunApp(_TaskWork, frozen=True, tag=True, kw_only=True):
+    """Pass a message to the ClientApp of a Flower app, whose name is `task`.
+
+    `settings`: changes of its run config. `told` has the message's records, and the file `base` its
+    arrays (empty without any); those of the reply go to `out`, and its records are the description
+    in `Done`. `state`: the file with what the app kept in its context (empty at first); what it
+    keeps now goes to `state_out`.
+    """
+
+    message_type: str
+    group: str = ""
+    told: bytes = b""
+    base: str = ""
+    out: str
+    state: str = ""
+    state_out: str
+    flower_run: int
+    node: int
+    node_config: dict[str, Setting] = {}
+
+
 class Done(Struct, frozen=True, tag=True, kw_only=True):
     """The work `id` is done. `digest` and `nbytes` describe the written file; empty without one.
 

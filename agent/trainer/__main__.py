@@ -18,7 +18,7 @@ from agent.trainer.executor import WorkExecutor
 from agent.trainer.oom_kills import prefer_for_oom_kill
 
 
-def _lower_priority(nice: int) -> None:
+def lower_priority(nice: int) -> None:
     """Lower the CPU and disk priority of this process as far as the system can."""
     if nice == 0:
         return
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
-    _lower_priority(options.nice)
+    lower_priority(options.nice)
     prefer_for_oom_kill()
     main_loop.run(lambda control, send: WorkExecutor(control, send, options.threads))
 

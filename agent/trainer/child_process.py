@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import msgspec
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 1 << 20
 MAX_LOG_BYTES = 1 << 20
+_READ_BYTES = 64 * 1024
 #: Only Linux wakes a stopped trainer when its parent dies (`main_loop`).
 FREEZABLE = sys.platform == "linux"
 
@@ -34,13 +35,14 @@ FREEZABLE = sys.platform == "linux"
 class Program(NamedTuple):
     """What a trainer's process runs: a module followed by its options, in a folder of its own.
 
-    `rules` are those of the sandbox.
+    `rules` are those of the sandbox. `python`: the interpreter; empty for our own.
     """
 
     work_dir: Path
     arguments: Sequence[str]
     threads: int
     rules: SandboxRules | None = None
+    python: str = ""
 
 
 class TrainerChild:
@@ -49,7 +51,7 @@ class TrainerChild:
     def __init__(
         self, program: Program, changed: threading.Condition, on_answer: Callable[[Answer], None]
     ) -> None:
-        work_dir, arguments, threads, rules = program
+        work_dir, arguments, threads, rules, python = program
         self._changed = changed
         self._on_answer = on_answer
         #: The exit code of Popen. Set when all answers are read; then `changed` is notified.
@@ -62,30 +64,27 @@ class TrainerChild:
                 forget_secrets(environment)
             environment |= sandbox.environment(rules, work_dir)
             _make_folders(rules, work_dir)
-        log_file = work_dir / "trainer.log"
-        too_long = log_file.exists() and log_file.stat().st_size > MAX_LOG_BYTES
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if too_long else 0)
-        with os.fdopen(os.open(log_file, flags, 0o600), "ab") as stderr:
-            start = partial(
-                subprocess.Popen,
-                # -P: files in the current folder must not shadow modules.
-                [sys.executable, "-P", "-m", *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                cwd=work_dir,
-                env=environment,
-                # Ctrl-C in the terminal reaches the parent only, which then stops the child.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
-            started: Future[None] = Future()
-            # Linux wakes a stopped child when the thread that started it ends. So the thread that
-            # waits for the child's end also starts it.
-            threading.Thread(
-                target=self._run, args=(start, started), name="trainer end", daemon=True
-            ).start()
-            started.result()
+        self._log = BoundedLog(work_dir / "trainer.log")
+        start = partial(
+            subprocess.Popen,
+            # -P: files in the current folder must not shadow modules.
+            [python or sys.executable, "-P", "-m", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=work_dir,
+            env=environment,
+            # Ctrl-C in the terminal reaches the parent only, which then stops the child.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+        started: Future[None] = Future()
+        # Linux wakes a stopped child when the thread that started it ends. So the thread that
+        # waits for the child's end also starts it.
+        threading.Thread(
+            target=self._run, args=(start, started), name="trainer end", daemon=True
+        ).start()
+        started.result()
 
     def send(self, request: Request) -> None:
         """Write one frame. If the child has ended, this does nothing; see `exit_code`."""
@@ -151,6 +150,10 @@ class TrainerChild:
         self.pid = self._process.pid
         reader = threading.Thread(target=self._read, name="trainer answers", daemon=True)
         reader.start()
+        copier = threading.Thread(
+            target=self._log.copy, args=(self._process.stderr,), name="trainer log", daemon=True
+        )
+        copier.start()
         started.set_result(None)
         code = self._process.wait()
         # Its own children, such as data loaders, would outlive it. The group id is still ours while
@@ -158,10 +161,34 @@ class TrainerChild:
         if os.name == "posix":
             self.kill()
         reader.join(timeout=5)
+        copier.join(timeout=5)
         self.close()
         with self._changed:
             self.exit_code = code
             self._changed.notify_all()
+
+
+class BoundedLog:
+    """The log file of a child. What a child prints without end is read and dropped."""
+
+    def __init__(self, path: Path) -> None:
+        too_long = path.exists() and path.stat().st_size > MAX_LOG_BYTES
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if too_long else 0)
+        self._file = os.fdopen(os.open(path, flags, 0o600), "ab", buffering=0)
+
+    def copy(self, output: IO[bytes]) -> None:
+        """Copy the output until its end, at most twice MAX_LOG_BYTES."""
+        left = 2 * MAX_LOG_BYTES
+        with self._file as file, output:
+            while data := os.read(output.fileno(), _READ_BYTES):
+                try:
+                    if left > 0:
+                        file.write(data[:left])
+                        left -= len(data)
+                        if left <= 0:
+                            file.write(b"\n... further output is dropped\n")
+                except OSError:  # a full disk: the child must not wait for its log
+                    left = 0
 
 
 def _make_folders(rules: SandboxRules, work_dir: Path) -> None:

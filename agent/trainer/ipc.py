@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from agent.tasks.work import Done, Work
+from agent.tasks.work import Done, RunApp, Work
 
 Phase = Literal["describe", "train", "evaluate", "predict"]
 
@@ -69,7 +69,7 @@ class Failed(Struct, frozen=True, tag=True, kw_only=True):
     hint: str = ""
 
 
-Request = Work | Pause | Resume | Pace | Cancel
+Request = Work | RunApp | Pause | Resume | Pace | Cancel
 Answer = Ready | Progress | Done | Failed
 
 

@@ -15,14 +15,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import IO, NoReturn, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
 import msgspec
 
 from agent.policy import sandbox
 from agent.tasks import Cancelled
 from agent.tasks.training.batch_size import is_out_of_memory
-from agent.tasks.work import Done, Work
+from agent.tasks.work import Done, RunApp, Work
 from agent.trainer.ipc import (
     Answer,
     Cancel,
@@ -45,9 +45,9 @@ Send = Callable[[Answer], None]
 
 
 class Executor(Protocol):
-    """Does one piece of work after another, in the main thread."""
+    """Does one piece of work after another, in the main thread: a Work, or a RunApp."""
 
-    def do(self, work: Work) -> Done | Failed: ...
+    def do(self, work: Any) -> Done | Failed: ...
 
 
 def run(make_executor: Callable[[WorkControl, Send], Executor]) -> NoReturn:
@@ -60,7 +60,7 @@ def run(make_executor: Callable[[WorkControl, Send], Executor]) -> NoReturn:
         answers.flush()
 
     control = WorkControl()
-    works: queue.SimpleQueue[Work] = queue.SimpleQueue()
+    works: queue.SimpleQueue[Work | RunApp] = queue.SimpleQueue()
     threading.Thread(
         target=_read, args=(requests, control, works), name="requests", daemon=True
     ).start()
@@ -73,7 +73,7 @@ def run(make_executor: Callable[[WorkControl, Send], Executor]) -> NoReturn:
         os._exit(end.code if isinstance(end.code, int) else 1)
 
 
-def execute(work: Work, executor: Executor, control: WorkControl) -> Done | Failed:
+def execute(work: Work | RunApp, executor: Executor, control: WorkControl) -> Done | Failed:
     """Do the work. An error becomes a Failed."""
     try:
         control.raise_if_cancelled(work.id)
@@ -88,7 +88,7 @@ def execute(work: Work, executor: Executor, control: WorkControl) -> Done | Fail
         return _failed(work, err)
 
 
-def _failed(work: Work, err: Exception) -> Failed:
+def _failed(work: Work | RunApp, err: Exception) -> Failed:
     if isinstance(err, CommonweightError):
         return Failed(id=work.id, kind=err.code, message=err.message, hint=err.hint)
     traceback.print_exception(err)
@@ -113,7 +113,9 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
 
 
-def _read(requests: IO[bytes], control: WorkControl, works: queue.SimpleQueue[Work]) -> None:
+def _read(
+    requests: IO[bytes], control: WorkControl, works: queue.SimpleQueue[Work | RunApp]
+) -> None:
     """The reader thread: applies commands at once and queues work."""
     try:
         for line in requests:

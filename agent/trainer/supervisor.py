@@ -19,7 +19,7 @@ import psutil
 
 from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
-from agent.tasks.work import Done, Init, Predict, Train, Work
+from agent.tasks.work import Done, Init, Predict, RunApp, Train, Work
 from agent.trainer import oom_kills
 from agent.trainer.child_process import Program, TrainerChild
 from agent.trainer.ipc import Answer, Cancel, Failed, Pace, Pause, Progress, Ready, Resume
@@ -173,7 +173,7 @@ class TrainerSupervisor:
     def _rules(self) -> SandboxRules | None:
         return self._program.rules
 
-    def do(self, work: Work) -> Done:
+    def do(self, work: Work | RunApp) -> Done:
         """Let the child do the work. Raises TrainerFailed."""
         with self._work_lock:
             if self._rules is not None and self._stamp != self._rules.stamp():
@@ -199,7 +199,7 @@ class TrainerSupervisor:
             if answer.kind == OutOfMemory.code:
                 # Only the end of the process frees the memory of the failed work.
                 self.stop()
-            if isinstance(work, Init | Train | Predict):
+            if isinstance(work, Init | Train | Predict | RunApp):
                 out = Path(work.out)
                 for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
                     leftover.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""A ClientApp in a trainer's process: `python -m commonweight.flower_apps.client FOLDER APP`.
+
+It uses the main loop of `agent.trainer`. The app is loaded with its first message and stays, so a
+round takes no import. Its context is read from a file before each message and written to another
+after it: the agent decides which of them counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from commonweight.flower_apps import flower_names, records
+
+# After the names above, which switch telemetry off.
+from flwr.app import Context, Message, RecordDict  # isort: skip
+
+from agent.tasks.work import Done, RunApp
+from agent.trainer import main_loop
+from agent.trainer.__main__ import lower_priority
+from agent.trainer.ipc import Failed
+from agent.trainer.oom_kills import prefer_for_oom_kill
+from protocols.errors import CommonweightError
+from protocols.local import flower_apps
+
+#: The suffix of the file beside a state that has its arrays.
+ARRAYS = ".safetensors"
+
+
+class AppExecutor:
+    """Passes messages to the ClientApp in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._app: Any = None
+        self._config: dict[str, Any] = {}
+
+    def do(self, work: RunApp) -> Done | Failed:
+        """Do the work. Raises CommonweightError, OSError, and what the app raises."""
+        flower_names.become(work.flower_run)
+        if self._app is None:
+            card = flower_apps.read_card(self._folder)
+            self._config = card.config
+            self._app = flower_names.load(self._folder, card.client)
+        context = Context(
+            work.flower_run,
+            work.node,
+            dict(work.node_config),
+            _read_state(work.state),
+            flower_apps.fuse(self._config, work.settings),
+        )
+        base = Path(work.base) if work.base else None
+        content = records.unpack(work.told, base)
+        asked = Message(content, work.node, work.message_type, group_id=work.group)
+        answer = self._app(asked, context)
+        if not isinstance(answer, Message):
+            raise TypeError(f"the ClientApp returned {type(answer).__name__}, not a Message")
+        if answer.has_error():
+            raise CommonweightError(answer.error.reason or "the app replied with an error")
+        packed = records.pack(answer.content, Path(work.out))
+        _write_state(work.state_out, context.state)
+        return Done(id=work.id, digest=packed.digest, nbytes=packed.nbytes, description=packed.told)
+
+
+def _read_state(file: str) -> RecordDict:
+    """What the app kept in its context; empty at first."""
+    if not file:
+        return RecordDict()
+    arrays = Path(file + ARRAYS)
+    return records.unpack(Path(file).read_bytes(), arrays if arrays.exists() else None)
+
+
+def _write_state(file: str, state: RecordDict) -> None:
+    """Write what the app keeps; no file if that is nothing."""
+    if not len(state):
+        return
+    packed = records.pack(state, Path(file + ARRAYS))
+    Path(file).write_bytes(packed.told)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m commonweight.flower_apps.client")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nice", type=int, default=0)
+    options = parser.parse_args()
+    # Data sets come from a cache of this machine, or not at all: the sandbox has no network.
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    lower_priority(options.nice)
+    prefer_for_oom_kill()
+    main_loop.run(lambda control, send: AppExecutor(options.folder.absolute()))
+
+
+if __name__ == "__main__":
+    main()

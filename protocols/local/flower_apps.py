@@ -1,0 +1,220 @@
+"""Flower apps in folders of this machine: their cards, and which of them are installed.
+
+A card has the app's name and the digest of its code files. Coordinator and agents each have a copy
+of the folder and compare the digests: no code travels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from msgspec import Meta, Struct
+
+from protocols.errors import UsageError
+from protocols.local.os_errors import os_errors_as
+from protocols.messages.envelope import Digest, Name, Setting
+
+#: Before the name of an app where the name of a task stands.
+PREFIX = "flower:"
+MAX_FILES, MAX_FILE_BYTES, MAX_CODE_BYTES = 2000, 16 * 1024 * 1024, 64 * 1024 * 1024
+MAX_CONFIG = 256
+_CODE = frozenset({".py", ".so", ".pyd", ".toml"})
+_SKIPPED = frozenset({"__pycache__", "venv", "node_modules"})
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,55}[A-Za-z0-9])?")
+_COMPONENT = re.compile(r"[A-Za-z_][\w.]{0,199}:[A-Za-z_][\w.]{0,199}")
+_EXAMPLE = "a folder of `flwr new`, whose pyproject.toml has [tool.flwr.app]"
+
+_Path = Annotated[str, Meta(max_length=4096)]
+
+
+class InstalledApp(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """An app that somebody has installed: its folder, and the digest of its code at that time.
+
+    `python`: the interpreter that runs it (empty: our own). `read`: further files and folders that
+    it may read. `config`: what it finds in `context.node_config`. `sandbox`: whether it is limited
+    as tasks are.
+    """
+
+    folder: _Path
+    code: Digest
+    python: _Path = ""
+    read: Annotated[tuple[_Path, ...], Meta(max_length=64)] = ()
+    config: Annotated[dict[Name, Setting], Meta(max_length=MAX_CONFIG)] = {}
+    sandbox: bool = True
+
+
+class AppCard(NamedTuple):
+    """What is known of an app without running it.
+
+    `server` and `client`: "module:attribute" of its ServerApp and ClientApp. `config`: its run
+    config, nested keys joined by dots.
+    """
+
+    name: str
+    code: str
+    server: str
+    client: str
+    config: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        """The app's name as that of a task."""
+        return PREFIX + self.name
+
+
+def read_card(folder: Path) -> AppCard:
+    """The card of the app in `folder`. Raises UsageError."""
+    with os_errors_as(UsageError, f"{folder} is no Flower app", _EXAMPLE):
+        text = (folder / "pyproject.toml").read_bytes()
+    try:
+        project = tomllib.loads(text.decode())
+        name, app = project["project"]["name"], project["tool"]["flwr"]["app"]
+        server, client = (app["components"][kind] for kind in ("serverapp", "clientapp"))
+        config = _flatten(app.get("config", {}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise UsageError(
+            f"{folder}/pyproject.toml is not that of a Flower app: {type(err).__name__} {err}",
+            _EXAMPLE,
+        ) from err
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name of an app", "letters, digits and ._-, at most 57")
+    for component in (server, client):
+        if not isinstance(component, str) or not _COMPONENT.fullmatch(component):
+            raise UsageError(f"{component!r} is no component of an app", "write module:attribute")
+    return AppCard(name, digest(folder), server, client, config)
+
+
+def _flatten(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys joined by dots. Raises TypeError for other values."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{before}{key}.")
+        elif isinstance(value, str | int | float | bool):
+            flat[f"{before}{key}"] = value
+        else:
+            raise TypeError(f"{before}{key} is neither text nor a number, true or false")
+    if len(flat) > MAX_CONFIG:
+        raise TypeError(f"more than {MAX_CONFIG} values in its config")
+    return flat
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the code files in `folder` and below, as hex. Raises UsageError.
+
+    Hidden folders, caches and folders named venv do not count, nor do data files.
+    """
+    found = hashlib.sha256()
+    total = 0
+    with os_errors_as(UsageError, f"cannot read the code in {folder}", "make it readable"):
+        files = sorted(_code_files(folder))
+        for number, name in enumerate(files):
+            size = (folder / name).stat().st_size
+            total += size
+            if number >= MAX_FILES or size > MAX_FILE_BYTES or total > MAX_CODE_BYTES:
+                raise UsageError(
+                    f"{folder} has more code than an app may have: {MAX_FILES} files, "
+                    f"{MAX_CODE_BYTES >> 20} MB",
+                    "move virtual environments and outputs out of it",
+                )
+            data = (folder / name).read_bytes()
+            found.update(f"{name}\0{len(data)}\0".encode() + data)
+    return found.hexdigest()
+
+
+def _code_files(folder: Path) -> Iterator[str]:
+    """The code files below `folder`, with `/` between the parts of their names."""
+    count = 0
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in _SKIPPED and not f.startswith("."))
+        for file in files:
+            path = Path(place, file)
+            if path.suffix in _CODE and path.is_file():
+                count += 1
+                yield path.relative_to(folder).as_posix()
+                if count > MAX_FILES:
+                    return
+
+
+def install(
+    folder: Path,
+    *,
+    python: str = "",
+    read: Iterable[str] = (),
+    config: Mapping[str, Any] | None = None,
+    sandbox: bool = True,
+) -> tuple[AppCard, InstalledApp]:
+    """The card of an app, and what is remembered of it as it is now. Raises UsageError."""
+    folder = folder.expanduser().resolve()
+    card = read_card(folder)
+    if python:
+        python = str(Path(python).expanduser().absolute())
+        if not os.access(python, os.X_OK):
+            raise UsageError(f"{python} is no program", "--python .venv/bin/python")
+    paths = tuple(str(Path(path).expanduser().absolute()) for path in read)
+    if missing := [path for path in paths if not Path(path).exists()]:
+        raise UsageError(f"{missing[0]} does not exist", "--read takes a file or folder")
+    found = InstalledApp(
+        folder=str(folder),
+        code=card.code,
+        python=python,
+        read=paths,
+        config=dict(config or {}),
+        sandbox=sandbox,
+    )
+    return card, found
+
+
+def parse_value(text: str) -> str | int | float | bool:
+    """A value as TOML has it: true, false, a number; any other text as it is."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_changes(config: Mapping[str, Any], texts: Iterable[str]) -> dict[str, Any]:
+    """The changes `key=value` of a run config, each of the type that the app's own value has.
+
+    Raises UsageError.
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text!r} is not key=value", "for example num-server-rounds=3")
+        changes[key] = value if isinstance(config.get(key), str) else parse_value(value)
+    fuse(config, changes)
+    return changes
+
+
+def fuse(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The run config of an app with these changes. Raises UsageError for a key that it lacks, or a
+    value of another type."""
+    for key, value in changes.items():
+        if key not in config:
+            near = difflib.get_close_matches(key, config, 1)
+            raise UsageError(
+                f"the app has no setting {key!r}" + (f"; did you mean {near[0]}?" if near else ""),
+                f"its settings: {', '.join(sorted(config)) or 'none'}",
+            )
+        kind = type(config[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UsageError(f"{key} must be of type {kind.__name__}, not {value!r}")
+    return {
+        key: float(changes.get(key, value)) if type(value) is float else changes.get(key, value)
+        for key, value in config.items()
+    }

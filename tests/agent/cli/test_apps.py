@@ -1,0 +1,117 @@
+"""Flower apps that an owner installs on a machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agent.home import settings
+from protocols.errors import UsageError
+from protocols.local import flower_apps
+from tests.agent.cli.test_main import agent
+from tests.support import flower_apps as apps
+
+
+def test_an_app_is_installed_listed_and_removed(agent_home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mean"
+    shutil.copytree(apps.FOLDER / "mean", folder)
+    (tmp_path / "rows.csv").write_text("a\n1\n")
+    words = ["--part", "1/3", "--set", "db-url=sqlite:///x", "--set", "size=4"]
+    code, _, said = agent(
+        agent_home, "app", "add", str(folder), *words, "--read", str(tmp_path / "rows.csv")
+    )
+    card = flower_apps.read_card(folder)
+    assert code == 0, said
+    assert f"installed mean, code {card.code[:12]}" in said
+    app = settings.read(agent_home).apps["mean"]
+    assert app.config == {
+        "partition-id": 1,
+        "num-partitions": 3,
+        "db-url": "sqlite:///x",
+        "size": 4,
+    }
+    assert app.read == (str(tmp_path / "rows.csv"),)
+    _, told, _ = agent(agent_home, "app", "list", "--json")
+    (row,) = json.loads(told)["data"]
+    assert (row["app"], row["code"], row["state"]) == ("mean", card.code, "✓ installed")
+    # Data and outputs are no code; a changed code file is noticed.
+    (folder / "final_model.pt").write_bytes(b"weights")
+    (folder / "mean_app" / "__pycache__").mkdir()
+    (folder / "mean_app" / "__pycache__" / "x.py").write_text("")
+    assert flower_apps.read_card(folder) == card
+    (folder / "mean_app" / "new.py").write_text("")
+    _, told, _ = agent(agent_home, "app", "list")
+    assert "files have changed: commonweight-agent app add" in told
+    code, _, said = agent(agent_home, "app", "remove", "mean")
+    assert (code, said) == (0, "removed mean\n")
+    assert settings.read(agent_home).apps == {}
+    assert agent(agent_home, "app", "remove", "mean")[0] == 2
+
+
+def test_a_folder_that_is_no_app_is_refused(agent_home: Path, tmp_path: Path) -> None:
+    code, _, said = agent(agent_home, "app", "add", str(tmp_path))
+    assert code == 2
+    assert "is no Flower app" in said
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\n')
+    code, _, said = agent(agent_home, "app", "add", str(tmp_path))
+    assert code == 2
+    assert "is not that of a Flower app: KeyError 'tool'" in said
+    mean = str(apps.FOLDER / "mean")
+    for words, why in (
+        (["--python", "/none/python"], "is no program"),
+        (["--read", "/none"], "does not exist"),
+        (["--part", "3/3"], "is not a part"),
+        (["--set", "x"], "is not key=value"),
+    ):
+        code, _, said = agent(agent_home, "app", "add", mean, *words)
+        assert code == 2
+        assert why in said
+    # An interpreter that cannot import what runs an app.
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho 'ModuleNotFoundError: no flwr' >&2\nexit 1\n")
+    other.chmod(0o755)
+    code, _, said = agent(agent_home, "app", "add", mean, "--python", str(other))
+    assert code == 1
+    assert "cannot run Flower apps: ModuleNotFoundError" in said
+    assert "-m pip install commonweight" in said
+
+
+@pytest.mark.attack("20.4", by="task")
+@pytest.mark.parametrize("name", ["../evil", "a/b", "", "x" * 58, "a\\nb"])
+def test_an_app_with_the_name_of_a_path_is_refused(name: str, tmp_path: Path) -> None:
+    """Attack: an app has a name that is a path, or that no file can have."""
+    text = (apps.FOLDER / "mean" / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(text.replace('name = "mean"', f'name = "{name}"'))
+    with pytest.raises(UsageError, match="is no name of an app"):
+        flower_apps.read_card(tmp_path)
+
+
+def test_a_folder_with_too_much_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_apps, "MAX_FILES", 3)
+    for number in range(5):
+        (tmp_path / f"{number}.py").write_text("")
+    with pytest.raises(UsageError, match="more code than an app may have"):
+        flower_apps.digest(tmp_path)
+
+
+def test_changes_of_a_run_config_have_the_types_of_the_app() -> None:
+    config = {"rounds": 3, "lr": 0.1, "names": "a,b", "fit": True, "model.size": 4}
+    texts = ["rounds=5", "lr=1", "names=7", "fit=false", "model.size=2"]
+    changes = flower_apps.parse_changes(config, texts)
+    assert flower_apps.fuse(config, changes) == {
+        "rounds": 5,
+        "lr": 1.0,
+        "names": "7",
+        "fit": False,
+        "model.size": 2,
+    }
+    with pytest.raises(UsageError, match="no setting 'round'; did you mean rounds"):
+        flower_apps.parse_changes(config, ["round=5"])
+    for text in ("rounds=2.5", "rounds=true", "fit=1", "lr=much"):
+        with pytest.raises(UsageError, match="must be of type"):
+            flower_apps.parse_changes(config, [text])
