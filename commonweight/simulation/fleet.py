@@ -26,8 +26,8 @@ from coordinator.fleet.registry import Registry
 from coordinator.fleet.state import Fleet
 from coordinator.remote.recording import Recorder
 from coordinator.runs.context import RunContext
+from coordinator.runs.in_flight import AGENT_FAILED
 from coordinator.runs.manager import RunManager
-from coordinator.runs.requests import AGENT_FAILED
 from coordinator.runs.state import Run
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import Keys

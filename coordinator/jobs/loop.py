@@ -22,7 +22,7 @@ from coordinator.jobs.scheduler import Availability
 from coordinator.jobs.state import FAILED, Job, Unit
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
-from coordinator.runs.requests import AGENT_FAILED
+from coordinator.runs.in_flight import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
 from protocols.errors import AWAITED, UNDECIDED_CODES, Awaited, BadMessage, DiskFull

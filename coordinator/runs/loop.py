@@ -15,9 +15,9 @@ from flwr.app import Message
 
 from coordinator.runs import decisions, repairs, retention, schema_agreement, steps
 from coordinator.runs.context import RunContext
+from coordinator.runs.in_flight import Request
 from coordinator.runs.parts import RunParts
 from coordinator.runs.reply_events import validate_reply
-from coordinator.runs.requests import Request
 from coordinator.runs.rounds import Rounds
 from coordinator.runs.secure.sums import SecureSums
 from coordinator.runs.state import TOO_STALE, Run

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from coordinator.runs import buffered, late_updates, recovery, retention, validation
 from coordinator.runs.context import RunContext
+from coordinator.runs.in_flight import AGENT_FAILED, Request
 from coordinator.runs.model import RunModel
-from coordinator.runs.requests import AGENT_FAILED, Request
 from coordinator.runs.secure import answers
 from coordinator.runs.state import Run
 from coordinator.storage import run_events

@@ -1,70 +1,44 @@
 """Requests to peers: the strategy chooses the peers, the work is signed, messages are sent.
 
-A request is one message to one peer. It is in flight until its reply is validated or it is
-canceled.
+Replies and cancellation: `in_flight`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from coordinator.runs import late_updates
 from coordinator.runs.context import RunContext
+from coordinator.runs.in_flight import Request, RequestsInFlight
 from coordinator.runs.model import RunModel
 from coordinator.runs.state import Assignment, Run
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.transport.flower_records import REQUEST, VersionRecord, shared_config
-from protocols.local.failpoints import failpoint
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import schema_card, weights
 from protocols.tables import preprocessing
 
-#: Flower's code for an exception in a ClientApp. Agents use it for all of their failures.
-AGENT_FAILED = 2
 #: Added to the seed for each further turn on a version. A prime, so that seeds of runs rarely meet.
 _SEED_STRIDE = 7919
 
 
-class Request(NamedTuple):
-    """A request in flight; `at`: when it was sent, monotonic s."""
-
-    peer: str
-    round: int
-    kind: str
-    at: float
-
-    def is_of(self, run: Run) -> bool:
-        """True if it is the request that the run has open now."""
-        return (self.round, self.kind) == (run.round, run.kind)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.at
-
-
-class PendingRequests:
+class PendingRequests(RequestsInFlight):
     """The requests in flight of one run, by message id."""
 
     def __init__(
         self, ctx: RunContext, adapter: StrategyAdapter, strategy: Strategy, model: RunModel
     ) -> None:
-        self._ctx, self._adapter, self._strategy = ctx, adapter, strategy
-        self._model = model
-        self._in_flight: dict[str, Request] = {}
-        self._is_sending = False
-        #: Replies that were found when their requests were to be canceled.
-        self._arrived: list[Message] = []
-        self._ack_futures: dict[str, asyncio.Future[bool]] = {}
+        super().__init__(ctx)
+        self._adapter, self._strategy, self._model = adapter, strategy, model
         #: The open request of the round.
         self._content: RecordDict | None = None
 
@@ -214,60 +188,12 @@ class PendingRequests:
         self, run: Run, content: RecordDict, message_type: str, peers: Sequence[str], number: int
     ) -> None:
         """Send one request to these peers."""
-        outgoing: list[Message] = []
+        outgoing: list[tuple[Request, Message]] = []
         for peer in peers:
             if (node := self._ctx.node_of(peer)) is not None:
-                outgoing.append(Message(content, node, message_type, group_id=run.id))
-        failpoint("work.pushing")
-        self._is_sending = True
-        try:
-            sent = await asyncio.to_thread(self._ctx.grid.push_messages, outgoing)
-            failpoint("work.pushed")
-            nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in outgoing}
-            reached = {mid: self._ctx.peer_of(nodes[mid]) for mid in sent}
-            details = (number, message_type.removeprefix("query."), time.monotonic())
-            self._in_flight |= {mid: Request(peer, *details) for mid, peer in reached.items()}
-        finally:
-            self._is_sending = False
-        self._ctx.ring(list(reached.values()))
-
-    def ring_again(self) -> None:
-        """Ring at every peer whose reply is awaited: the broker lost its doorbells."""
-        self._ctx.ring(sorted({request.peer for request in self._in_flight.values()}))
-
-    # --- replies ---
-
-    async def take_replies(self) -> list[tuple[str, Request, Message]]:
-        """Remove the answered requests: message id, request and reply of each."""
-        if not self._in_flight:
-            return []
-        pulled = await asyncio.to_thread(self._ctx.grid.pull_messages, set(self._in_flight))
-        # `_arrived` wins: for a request that was canceled meanwhile, Flower replies with an error.
-        replies = {m.metadata.reply_to_message_id: m for m in (*pulled, *self._arrived)}
-        self._arrived = []
-        if replies:
-            failpoint("reply.pulled")
-        # Without an await: a session that opens meanwhile must not cancel an answered request.
-        answered = {mid: request for mid in replies if (request := self._in_flight.pop(mid, None))}
-        return [(mid, request, replies[mid]) for mid, request in answered.items()]
-
-    def is_awaited(self, mid: str) -> bool:
-        """True if the reply to this message may count. A peer can reply while messages are sent."""
-        return mid in self._in_flight or self._is_sending
-
-    def ack_future(self, mid: str) -> asyncio.Future[bool]:
-        """Done when the reply to a request is in the ledger (True) or never will be (False)."""
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if mid in self._in_flight:
-            return self._ack_futures.setdefault(mid, future)
-        future.set_result(False)
-        return future
-
-    def acknowledge(self, mids: Iterable[str], recorded: bool) -> None:
-        for mid in mids:
-            future = self._ack_futures.pop(mid, None)
-            if future is not None and not future.done():
-                future.set_result(recorded)
+                request = Request(peer, number, message_type.removeprefix("query."))
+                outgoing.append((request, Message(content, node, message_type, group_id=run.id)))
+        await self.push(outgoing)
 
     def late_bases(self, run: Run) -> dict[str, str]:
         """The base of each peer that still trains for a closed round."""
@@ -276,28 +202,6 @@ class PendingRequests:
             for request in self._in_flight.values()
             if request.kind == "train" and late_updates.is_late(run, request.round)
         }
-
-    # --- canceling ---
-
-    def cancel_from(self, peer: str) -> None:
-        self.cancel(lambda request: request.peer == peer)
-
-    def cancel_all(self) -> None:
-        self.cancel(lambda _: True)
-
-    def cancel(self, is_obsolete: Callable[[Request], bool]) -> None:
-        """Forget these requests, except answered ones: the ledger must record every reply."""
-        mids = {mid for mid, request in self._in_flight.items() if is_obsolete(request)}
-        if not mids:
-            return
-        pulled = self._ctx.grid.pull_messages(mids)
-        # Flower's own errors, about nodes that are gone, are no replies of peers.
-        self._arrived += [m for m in pulled if not m.has_error() or m.error.code == AGENT_FAILED]
-        mids -= {reply.metadata.reply_to_message_id for reply in self._arrived}
-        self._ctx.grid.delete_messages(mids)
-        for mid in mids:
-            del self._in_flight[mid]
-        self.acknowledge(mids, False)
 
 
 def _base_of_query(run: Run) -> str:

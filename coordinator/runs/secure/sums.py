@@ -14,8 +14,8 @@ from flwr.app import Message
 
 from coordinator.runs import reply_events, steps, validation
 from coordinator.runs.aggregation import CommittedVersion, Evaluation
+from coordinator.runs.in_flight import AGENT_FAILED, Request
 from coordinator.runs.parts import RunParts
-from coordinator.runs.requests import AGENT_FAILED, Request
 from coordinator.runs.secure import answers, decisions, fold, plans, progress
 from coordinator.runs.secure.decisions import Progress
 from coordinator.runs.secure.sum_files import SumFiles, step_of
