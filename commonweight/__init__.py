@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agent.tasks.training.keras_task import KerasTask
     from agent.tasks.training.module_task import TorchTask
     from agent.tasks.training.sklearn_task import SklearnTask
     from commonweight.fleet import Fleet, Peer, connect, join
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Analysis",
     "Fleet",
+    "KerasTask",
     "Measurement",
     "Peer",
     "Round",
@@ -48,6 +50,7 @@ __all__ = [
 _PLACES = {
     "Analysis": "commonweight.jobs:Analysis",
     "Fleet": "commonweight.fleet:Fleet",
+    "KerasTask": "agent.tasks.training.keras_task:KerasTask",
     "Measurement": "commonweight.jobs:Measurement",
     "Peer": "commonweight.fleet:Peer",
     "Round": "commonweight.run:Round",

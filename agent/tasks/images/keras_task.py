@@ -20,14 +20,14 @@ from agent.tasks.images import dataset, layer_spec
 from agent.tasks.images import settings as image_settings
 from agent.tasks.images.layer_spec import Layer
 from agent.tasks.images.settings import RESNET
-from agent.tasks.training.keras_task import Examples, KerasTask
+from agent.tasks.training.keras_loop import Examples, KerasLoop, Part
 from agent.tasks.training.seeds import random_state
 from protocols.errors import UsageError
 from protocols.model.weights import Array, Schema, Weights
 from protocols.tables.class_names import ClassCounts
 
 
-class Images(KerasTask):
+class Images(KerasLoop):
     """The task. On a CPU the same inputs give the same bytes."""
 
     version = "1"
@@ -55,7 +55,7 @@ class Images(KerasTask):
         """The same bytes as with torch."""
         return layer_spec.init(_layers(settings), random_state("init", seed))
 
-    def model(self, settings: Settings) -> Any:
+    def build(self, settings: Settings) -> Any:
         plan = image_settings.read_settings(settings)
         made = [keras.Input((plan.size, plan.size, plan.channels))]
         flat = False
@@ -90,7 +90,8 @@ class Images(KerasTask):
     def read(self, data: DataSettings, settings: Settings) -> Examples:
         found = dataset.load_pictures(data, image_settings.read_settings(settings))
         self._pictures = found
-        return Examples(found.pixels, found.labels, found.train, found.held_out)
+        x, y = found.pixels, found.labels
+        return Examples(Part(x, y, found.train), Part(x, y, found.held_out))
 
     def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
         """The numbers of the pictures behind an answer."""

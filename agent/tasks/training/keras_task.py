@@ -1,310 +1,109 @@
-"""Local training of a Keras 3 model on TensorFlow; `torch_loop` does the same for torch.
+"""A task made of a Keras 3 model and a data set, on TensorFlow.
 
-    class Gait(KerasTask):                    # commonweight-agent task add ./gait.py:Gait
-        defaults = KerasTask.defaults | {"units": 32}
-
+    class Gait(cw.KerasTask):
         def model(self, settings):
-            units = self.merged(settings)["units"]
-            layers = keras.layers
-            return keras.Sequential([layers.Dense(units, "relu"), layers.Dense(3)])
+            return keras.Sequential([keras.Input((600,)), keras.layers.Dense(7)])
 
-        def read(self, data, settings):
-            x, y = ...
-            return Examples(x, y, train=rows, held_out=other_rows)
+        def data(self, source, settings):
+            return (x_train, y_train), (x_test, y_test)
 
-Tensors travel with the paths and the layout of Keras, unless the task converts them, as
-`agent.tasks.images.keras_task` does. `hyperparameters` has the settings. On a CPU the same inputs
-give the same bytes.
+On a CPU the same inputs give the same bytes. Training goes on after a kill with the same result.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
-
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
-import numpy.typing as npt
-import tensorflow as tf
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome, Watch
-from agent.tasks.training import evaluation
-from agent.tasks.training.batch_size import run_or_suggest_batch_size
-from agent.tasks.training.evaluation import BatchResult
-from agent.tasks.training.hyperparameters import (
-    LOOP_DEFAULTS,
-    Hyperparameters,
-    read_hyperparameters,
-    resolve_settings,
-)
-from agent.tasks.training.seeds import derive_seed
-from protocols.errors import TaskUnusable, UsageError
-from protocols.model.weights import Array, Schema, Weights
-
-EVALUATION_BATCH = 256
-
-if keras.backend.backend() != "tensorflow":
-    raise TaskUnusable(f"Keras runs on {keras.backend.backend()} here", "KERAS_BACKEND=tensorflow")
-tf.config.experimental.enable_op_determinism()
-if threads := int(os.environ.get("OMP_NUM_THREADS", "0")):
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+from agent.tasks import Settings as RunSettings
+from agent.tasks.training import csv_rows, rng_state, task_settings
+from agent.tasks.training.keras_loop import EVALUATION_BATCH, Examples, KerasLoop, Part
+from agent.tasks.training.task_settings import TaskSettings
+from protocols.errors import UsageError
+from protocols.model.weights import Weights
 
 
-class Examples(NamedTuple):
-    """A peer's examples [n, …] and [n], indexable by numpy rows, and the rows to train on and to
-    hold out."""
+class KerasTask(KerasLoop):
+    """A task of a user's own, of `model` and `data`. `loss`, `metrics` and the other methods may be
+    overridden; `Settings` is as in `TorchTask`."""
 
-    x: Any
-    y: Any
-    train: npt.NDArray[np.int64]
-    held_out: npt.NDArray[np.int64]
+    version = ""
+    Settings: ClassVar[type | None] = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.defaults = task_settings.merged_defaults(cls)
 
-class _Position:
-    """The state of training between two batches, which a snapshot saves."""
+    # --- for users ---
 
-    def __init__(self, variables: Sequence[Any]) -> None:
-        self.variables = variables
-        self.epoch = self.done = self.passed = self.seen = 0
-        self.total = 0.0
-
-    def snapshot(self) -> Snapshot:
-        arrays = {f"{n}": np.asarray(variable) for n, variable in enumerate(self.variables)}
-        counts = {name: getattr(self, name) for name in ("epoch", "done", "passed", "seen")}
-        return Snapshot(arrays, {**counts, "total": self.total})
-
-    def restore(self, snapshot: Snapshot) -> None:
-        for n, variable in enumerate(self.variables):
-            variable.assign(snapshot.arrays[f"{n}"])
-        for name in ("epoch", "done", "passed", "seen"):
-            setattr(self, name, int(snapshot.values[name]))
-        self.total = float(snapshot.values["total"])
-
-
-class KerasTask:
-    """A task whose subclass gives the model and the examples.
-
-    `kind` "classification": `y` are numbers of classes and the model gives logits; "regression":
-    `y` are numbers and so is what it gives, [n, 1].
-    """
-
-    defaults: Mapping[str, Setting] = LOOP_DEFAULTS
-    kind: Literal["classification", "regression"] = "classification"
-
-    def __init__(self) -> None:
-        self._data = DataSettings()
-        self._model: tuple[dict[str, Setting], Any] | None = None
-        self._examples: tuple[dict[str, Setting], Examples] | None = None
-        self._at: _Position | None = None
-        self._restored: Snapshot | None = None
-        self._watch: Watch = lambda places: None
-
-    # --- for subclasses to define ---
-
-    def model(self, settings: Settings) -> Any:
-        """A new `keras.Model`."""
+    def model(self, settings: Any) -> Any:
+        """The `keras.Model`, which begins with `keras.Input`. A classifier gives logits."""
         raise NotImplementedError
 
-    def read(self, data: DataSettings, settings: Settings) -> Examples:
-        """This peer's examples. Raises DataError."""
+    def data(self, source: DataSettings, settings: Any) -> tuple[Any, Any]:
+        """What is trained on, and what is held out: each (x [n, …], y [n]), arrays, or what arrays
+        of row numbers index. `source.path`: the path that the owner gave."""
         raise NotImplementedError
 
-    def prepared(self, x: Any, settings: Settings, training: bool) -> Any:
-        """A batch as the model takes it, of rows of `Examples.x`."""
-        return x
+    def optimizer(self, model: Any, settings: Any) -> Any:
+        """An optimizer of Keras; None: the one that the settings name."""
+        return None
 
-    def to_keras(self, weights: Mapping[str, Array], settings: Settings) -> list[Array]:
-        """Travelling tensors in the order and layout of `model.weights`."""
-        return [weights[name] for name in _paths(self._built(settings))]
+    def inputs(self, path: str, settings: Any) -> Any:
+        """Inputs to predict for: an array [n, …], or batches; by default of a file .npy, or of
+        numbers in a CSV file."""
+        if path.endswith(".npy"):
+            return np.load(path, allow_pickle=False)
+        return csv_rows.read_batches(path, 0, np.float32, "a number")
 
-    def from_keras(self, arrays: Sequence[Array], settings: Settings) -> Weights:
-        """The inverse of `to_keras`."""
-        return Weights(dict(zip(_paths(self._built(settings)), arrays, strict=True)))
+    def answers(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]:
+        """Columns of predictions: of several numbers an example, the class with the largest and its
+        probability; of one, the value."""
+        found = np.asarray(output)
+        if found.ndim != 2 or found.shape[1] == 1:
+            return {"value": found.ravel().tolist()}
+        chances = np.asarray(keras.ops.softmax(found))
+        return {"class": chances.argmax(1).tolist(), "probability": chances.max(1).tolist()}
 
     # --- Task ---
 
-    def schema(self, settings: Settings) -> Schema:
-        return self._now(settings).schema
+    def build(self, settings: RunSettings) -> Any:
+        return self.model(self._read(settings))
 
-    def init(self, seed: int, settings: Settings) -> Weights:
-        """Weights from the initializers of the model."""
-        keras.utils.set_random_seed(derive_seed("init", seed))
-        self._model = None
-        return self._now(settings)
+    def read(self, data: DataSettings, settings: RunSettings) -> Examples:
+        with rng_state.seeded("data", data.seed, data.index):
+            trained_on, held_out = self.data(data, self._read(settings))
+        return Examples(_part(trained_on), _part(held_out))
 
-    def load(self, data: DataSettings) -> None:
-        """Store the data settings; examples are read when needed. Raises UsageError."""
-        cards = tf.config.list_physical_devices("GPU")
-        if data.device == "cpu" and cards:
-            tf.config.set_visible_devices([], "GPU")
-        elif data.device not in ("auto", "cpu") and not cards:
-            raise UsageError(
-                f"TensorFlow cannot use {data.device} on this machine",
-                "commonweight-agent policy set device auto",
-            )
-        self._data, self._examples = data, None
+    def make_optimizer(self, model: Any, settings: RunSettings) -> Any:
+        own = self.optimizer(model, self._read(settings))
+        return super().make_optimizer(model, settings) if own is None else own
 
-    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
-        """SGD or AdamW on this peer's examples; the metric "loss" is the mean of the last epoch."""
-        plan, model, examples = self._plan(settings), self._built(settings), self._found(settings)
-        _put(model, self.to_keras(weights, settings))
-        optimiser = _optimiser(plan)
-        optimiser.build(model.trainable_variables)
-        at = _Position([*model.variables, *optimiser.variables])
-        keras.utils.set_random_seed(derive_seed("train", plan.seed, plan.round, self._data.index))
-        if self._restored is not None:
-            at.restore(self._restored)
-        self._at, self._restored = at, None
-        step, count = self._step(model, optimiser, plan), len(examples.train)
-        batch, steps = plan.batch_size or count, plan.steps(count)
-        seed = derive_seed("order", plan.seed, plan.round, self._data.index)
-        watch, self._watch = self._watch, lambda places: None
-        try:
-            while at.done < steps:
-                places = np.random.RandomState(seed + at.epoch).permutation(count)
-                body = count - plan.tail(count)
-                ahead = at.passed + (steps - at.done) * batch
-                watch(places[: count if ahead > body else ahead])
-                order = examples.train[places]
-                starts = [
-                    *range(at.passed, body, batch),
-                    *([body] if at.passed <= body < count else []),
-                ]
-                for start in starts:
-                    if at.done == steps:
-                        break
-                    rows = order[start : start + batch] if start < body else order[start:]
-                    x = self.prepared(examples.x[rows], settings, True)
-                    loss = run_or_suggest_batch_size(
-                        partial(_step_of, step, x, examples.y[rows]), len(rows)
-                    )
-                    at.done += 1
-                    at.passed += len(rows)
-                    at.total += loss * len(rows)
-                    on_step(at.done, steps, loss, at.seen + at.passed)
-                if at.done < steps:
-                    at.epoch, at.seen = at.epoch + 1, at.seen + at.passed
-                    at.passed, at.total = 0, 0.0
-        finally:
-            self._at = None
-        trained = self.from_keras([np.asarray(v) for v in model.weights], settings)
-        return TrainOutcome(trained, count, {"loss": at.total / at.passed})
-
-    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
-        """Mean "loss", and "accuracy" of a classification, on this peer's held-out examples."""
-        model, examples = self._built(settings), self._found(settings)
-        _put(model, self.to_keras(weights, settings))
-
-        def measure(first: int) -> BatchResult:
-            rows = examples.held_out[first : first + EVALUATION_BATCH]
-            x, y = self.prepared(examples.x[rows], settings, False), examples.y[rows]
-            made = model(tf.constant(x), training=False)
-            sums = {"loss": float(self._loss(made, tf.constant(y))) * len(rows)}
-            if self.kind == "classification":
-                sums["accuracy"] = int((np.asarray(made).argmax(1) == y).sum())
-            return BatchResult(len(rows), sums)
-
-        batches = range(0, len(examples.held_out), EVALUATION_BATCH)
-        return evaluation.evaluate(batches, measure, on_step)
-
-    def watch_epochs(self, watch: Watch) -> None:
-        """Make the next `train` call this before each epoch, with the places of its examples."""
-        self._watch = watch
-
-    # --- Resumable ---
-
-    def snapshot(self) -> Snapshot:
-        """The state of `train`."""
-        assert self._at is not None
-        return self._at.snapshot()
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Make the next `train` resume from there."""
-        self._restored = snapshot
+    def predict(
+        self, weights: Weights, settings: RunSettings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For each example at `source`: its number, and the columns of `answers`."""
+        model, read, first = self._loaded(weights, settings), self._read(settings), 0
+        found = self.inputs(source, read)
+        if isinstance(found, np.ndarray):
+            found = np.split(found, range(EVALUATION_BATCH, len(found), EVALUATION_BATCH))
+        for x in found:
+            columns = self.answers(model(x, training=False), read)
+            yield {"row": range(first, first + len(x)), **columns}
+            first += len(x)
 
     # --- helpers ---
 
-    def merged(self, settings: Settings) -> dict[str, Setting]:
-        """The settings over the defaults. Raises UnknownName, UsageError."""
-        return resolve_settings(settings, self.defaults)
-
-    def _plan(self, settings: Settings) -> Hyperparameters:
-        plan = read_hyperparameters(settings, self.defaults)
-        if plan.precision == "bf16":
-            raise UsageError("Keras tasks train in fp32", "precision=auto or precision=fp32")
-        return plan
-
-    def _built(self, settings: Settings) -> Any:
-        merged = self.merged(settings)
-        if self._model is None or self._model[0] != merged:
-            keras.backend.clear_session()  # restarts the numbering of unnamed layers
-            self._model = merged, self.model(settings)
-        return self._model[1]
-
-    def _now(self, settings: Settings) -> Weights:
-        return self.from_keras([np.asarray(v) for v in self._built(settings).weights], settings)
-
-    def _found(self, settings: Settings) -> Examples:
-        merged = self.merged(settings)
-        if self._examples is None or self._examples[0] != merged:
-            self._examples = None
-            self._examples = merged, self.read(self._data, settings)
-        return self._examples[1]
-
-    def _loss(self, made: Any, y: Any) -> Any:
-        if self.kind == "regression":
-            return tf.reduce_mean((tf.reshape(made, [-1]) - tf.cast(y, made.dtype)) ** 2)
-        return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, made))
-
-    def _step(self, model: Any, optimiser: Any, plan: Hyperparameters) -> Any:
-        """One step, in place; returns the batch's mean loss before it."""
-        variables = model.trainable_variables
-        origin = [tf.constant(v.value) for v in variables] if plan.proximal_mu else []
-
-        @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
-        def step(x: Any, y: Any) -> Any:
-            with tf.GradientTape() as tape:
-                loss = self._loss(model(x, training=True), y)
-            gradients = tape.gradient(loss, [v.value for v in variables])
-            if plan.proximal_mu:
-                far = [v.value - first for v, first in zip(variables, origin, strict=True)]
-                gradients = [g + plan.proximal_mu * d for g, d in zip(gradients, far, strict=True)]
-            if plan.clip_norm:
-                gradients, _ = tf.clip_by_global_norm(gradients, plan.clip_norm)
-            if plan.weight_decay and plan.optimiser == "sgd":  # added to the gradient, as in torch
-                gradients = [
-                    g + plan.weight_decay * v.value
-                    for g, v in zip(gradients, variables, strict=True)
-                ]
-            optimiser.apply(gradients, variables)
-            return loss
-
-        return step
+    def _read(self, settings: RunSettings) -> TaskSettings:
+        return task_settings.read(settings, self.defaults, self.Settings)
 
 
-def _step_of(step: Any, x: Any, y: Any, size: int) -> float:
-    """A step of the first `size` examples of a batch."""
-    return float(step(tf.constant(x[:size]), tf.constant(y[:size])))
-
-
-def _optimiser(plan: Hyperparameters) -> Any:
-    if plan.optimiser == "adamw":
-        return keras.optimizers.AdamW(plan.lr, weight_decay=plan.weight_decay, epsilon=1e-8)
-    return keras.optimizers.SGD(plan.lr, momentum=plan.momentum)
-
-
-def _put(model: Any, arrays: Sequence[Array]) -> None:
-    for variable, array in zip(model.weights, arrays, strict=True):
-        variable.assign(array)
-
-
-def _paths(model: Any) -> list[str]:
-    """Names of the model's tensors, without the numbered name of the model itself."""
-    return [variable.path.removeprefix(f"{model.name}/") for variable in model.weights]
+def _part(found: Any) -> Part:
+    x, y = (np.asarray(each) if isinstance(each, list) else each for each in found)
+    if len(x) != len(y):
+        raise UsageError(f"{len(x)} inputs and {len(y)} targets are no examples", "x [n, …], y [n]")
+    return Part(x, y, np.arange(len(y)))

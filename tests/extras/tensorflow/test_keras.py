@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import keras
 import numpy as np
 import pytest
 import torch
+from msgspec import Meta
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import commonweight as cw
 from agent.data.settings import DataSettings
-from agent.tasks import registry
+from agent.tasks import EvalOutcome, Task, registry
 from agent.tasks.images import keras_task, torch_task
-from agent.tasks.training.keras_task import Examples, KerasTask
 from benchmarks.quality.fleet import fleet_of
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import UsageError
+from protocols.errors import TaskUnusable, UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
 from protocols.model.weights import Weights
+from tests.commonweight import test_public_names
 from tests.support.callbacks import ignore_step
+from tests.support.environments import ROOT
 
 torch.set_num_threads(1)
 DIGITS = {
@@ -104,7 +108,7 @@ def test_both_make_the_same_steps_of_the_same_weights(
     measured = [task.evaluate(one.weights, asked, ignore_step) for task in both]
     assert measured[0].num_examples == measured[1].num_examples
     assert measured[0].metrics["loss"] == pytest.approx(measured[1].metrics["loss"], rel=1e-4)
-    assert measured[0].metrics["accuracy"] == measured[1].metrics["accuracy"]
+    assert measured[0].metrics["accuracy"] == pytest.approx(measured[1].metrics["accuracy"])
 
 
 def test_the_same_bytes_again_and_after_a_cut(
@@ -162,23 +166,23 @@ def test_what_only_torch_can_do_is_told() -> None:
         task.schema(DIGITS | {"model": "resnet18"})
 
 
-class Line(KerasTask):
+class Line(cw.KerasTask):
     """A Keras model of one's own: y = 2 x + 1."""
-
-    kind = "regression"
 
     def model(self, settings: Any) -> Any:
         return keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
 
-    def read(self, data: DataSettings, settings: Any) -> Examples:
-        x = np.linspace(-1, 1, 50, dtype=np.float32)
-        rows = np.arange(50)
-        return Examples(x[:, None], 2 * x + 1, rows[rows % 5 > 0], rows[rows % 5 == 0])
+    def data(self, source: DataSettings, settings: Any) -> Any:
+        x = np.linspace(-1, 1, 50)
+        held_out = np.arange(50) % 5 == 0
+        return tuple((x[part][:, None], 2 * x[part] + 1) for part in (~held_out, held_out))
 
 
-def test_a_keras_model_of_ones_own_travels_under_its_own_names() -> None:
+def test_a_keras_model_of_ones_own_travels_under_its_own_names(tmp_path: Path) -> None:
     task = Line()
+    assert isinstance(task, Task)
     task.load(DataSettings(device="cpu"))
+    assert task.count_examples({}) == (40, 10)
     base = task.init(1, {})
     assert list(base) == ["dense/bias", "dense/kernel"]
     assert weights.digest(base) == weights.digest(Line().init(1, {}))
@@ -186,3 +190,85 @@ def test_a_keras_model_of_ones_own_travels_under_its_own_names() -> None:
     assert made.weights["dense/kernel"].item() == pytest.approx(2, abs=0.05)
     assert made.weights["dense/bias"].item() == pytest.approx(1, abs=0.05)
     assert task.evaluate(made.weights, {}, ignore_step).metrics["loss"] < 0.01
+    np.save(tmp_path / "x.npy", np.linspace(-1, 1, 300)[:, None])
+    first, second = task.predict(made.weights, {}, str(tmp_path / "x.npy"))
+    assert [*first["row"], *second["row"]] == list(range(300))
+    assert [first["value"][0], second["value"][-1]] == pytest.approx([-1, 3], abs=0.1)
+
+
+class Digits(cw.KerasTask):
+    """Classes, dropout, running statistics, and an optimizer and settings of one's own."""
+
+    @dataclass
+    class Settings:
+        width: Annotated[int, Meta(ge=1, le=64)] = 24
+        batch_size: int = 32
+
+    def model(self, settings: Any) -> Any:
+        layers = keras.layers
+        hidden = layers.Dense(settings.width), layers.BatchNormalization(), layers.Dropout(0.2)
+        return keras.Sequential([keras.Input((64,)), *hidden, layers.ReLU(), layers.Dense(10)])
+
+    def data(self, source: DataSettings, settings: Any) -> Any:
+        x, y = load_digits(return_X_y=True)
+        x, y = (x / 16).astype(np.float32), y.astype(np.uint8)
+        return (x[400:], y[400:]), (x[:400], y[:400])
+
+    def optimizer(self, model: Any, settings: Any) -> Any:
+        return keras.optimizers.RMSprop(settings.lr)
+
+
+def test_a_classifier_in_three_methods_learns_and_continues_after_a_cut(tmp_path: Path) -> None:
+    task, asked = Digits(), {"epochs": 2, "lr": 0.01}
+    task.load(DataSettings(device="cpu"))
+    base, kept = task.init(1, asked), []
+
+    def keep(step: int, *_: float) -> None:
+        if step == 50:
+            found = task.snapshot()
+            arrays = {name: np.array(array) for name, array in found.arrays.items()}
+            kept.append(found._replace(arrays=arrays))
+
+    whole = task.train(base, asked, keep)
+    task = Digits()
+    task.load(DataSettings(device="cpu"))
+    task.restore(kept[0])
+    rest = task.train(base, asked, ignore_step)
+    assert weights.digest(Weights(whole.weights)) == weights.digest(Weights(rest.weights))
+    found = task.evaluate(rest.weights, asked, ignore_step)
+    assert found.metrics["accuracy"] > 0.85
+    np.save(tmp_path / "x.npy", task.data(DataSettings(), None)[1][0])
+    answers = [
+        one
+        for batch in task.predict(rest.weights, asked, str(tmp_path / "x.npy"))
+        for one in batch["class"]
+    ]
+    right = np.mean(np.array(answers) == load_digits(return_X_y=True)[1][:400])
+    assert right == pytest.approx(found.metrics["accuracy"])
+
+
+def test_the_example_of_the_docs_learns(tmp_path: Path) -> None:
+    x, y = load_digits(return_X_y=True)
+    np.savez(tmp_path / "digits.npz", x=x.reshape(-1, 8, 8, 1) / 16, y=y)
+    source = f"{ROOT}/docs/examples/keras_digits.py:Digits"
+    task = registry.create("keras_digits.py:Digits", source)
+    task.load(DataSettings(path=str(tmp_path / "digits.npz"), device="cpu"))
+    made = task.train(task.init(1, {}), {}, ignore_step)
+    count, metrics, _ = EvalOutcome(*task.evaluate(Weights(made.weights), {}, ignore_step))
+    assert count == 100
+    assert metrics["accuracy"] > 0.85
+
+
+def test_the_public_names_of_a_keras_task_stay() -> None:
+    test_public_names.test_the_public_names_and_signatures_stay()
+
+
+def test_what_a_keras_task_cannot_do_is_told() -> None:
+    class Unbuilt(Line):
+        def model(self, settings: Any) -> Any:
+            return keras.Sequential([keras.layers.Dense(1)])
+
+    with pytest.raises(TaskUnusable, match="has no tensors yet"):
+        Unbuilt().init(1, {})
+    with pytest.raises(UsageError, match="width cannot be 0"):
+        Digits().schema({"width": 0})

@@ -77,7 +77,7 @@ def test_a_missing_package_says_what_to_install(
 
 def test_keras_where_it_is_not_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "keras", None)
-    monkeypatch.delitem(sys.modules, "agent.tasks.training.keras_task", raising=False)
+    monkeypatch.delitem(sys.modules, "agent.tasks.training.keras_loop", raising=False)
     monkeypatch.delitem(sys.modules, "agent.tasks.images.keras_task", raising=False)
     with pytest.raises(TaskUnusable) as caught:
         registry.create("images", framework="keras")
