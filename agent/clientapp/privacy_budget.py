@@ -128,8 +128,8 @@ class PrivacyBudget:
             raise NotAllowed("the trainer added no noise, so the update stays on its machine")
         if self._file is not None and not self._ledger.has(update):
             of_run = [*self._ledger.events_of("training", work.run), *added]
-            total = accountant.epsilon_of(of_run, private.delta, privacy_ledger.POINTS)
-            if total > private.epsilon * _RUN_SLACK:
+            most = private.epsilon * _RUN_SLACK
+            if total := accountant.epsilon_above(most, of_run, private.delta):
                 raise NotAllowed(
                     f"this run may cost ε = {private.epsilon:g} for a row of this peer, and with "
                     f"this round it would be {total:.3g}",

@@ -33,8 +33,6 @@ CREATE TABLE IF NOT EXISTS charges (
 CREATE TABLE IF NOT EXISTS heads (id INTEGER PRIMARY KEY, told INTEGER, lost INTEGER);
 """
 _COLUMNS = "at, purpose, name, asked_by, about, events, epsilon"
-#: A check needs no finer grid: it errs upwards, by less than a thousandth of ε.
-POINTS = 1 << 15
 #: Rounding of a noise that was chosen for exactly the limit.
 _SLACK = 1e-6
 
@@ -204,9 +202,8 @@ def ledger_file(home: Path) -> Path:
 def check(spent: Iterable[Event], more: Sequence[Event], limit: Limit) -> None:
     """Raise NotAllowed if `more` would exceed the owner's limit after `spent`."""
     before = list(spent)
-    total = accountant.epsilon_of([*before, *more], limit.delta, POINTS)
-    if total > limit.epsilon + _SLACK:
-        now = accountant.epsilon_of(before, limit.delta, POINTS)
+    if total := accountant.epsilon_above(limit.epsilon + _SLACK, [*before, *more], limit.delta):
+        now = accountant.epsilon_of(before, limit.delta)
         raise NotAllowed(
             f"the owner's privacy_max_epsilon is {limit.epsilon:g} (at δ = {limit.delta:g}); "
             f"{now:.3g} is spent, and with this it would be {total:.3g}",
@@ -222,13 +219,13 @@ def spent_epsilon(charges: Iterable[Charge], delta: float) -> float:
 def left_epsilon(charges: Sequence[Charge], limit: Limit) -> float:
     """The ε of one more run, with Gaussian noise and the limit's δ, that the limit still allows."""
     spent, low, high = list(_noisy(charges)), 0.0, limit.epsilon
-    if accountant.epsilon_of(spent, limit.delta, POINTS) >= limit.epsilon:
-        return 0.0
     while high - low > 1e-3 * limit.epsilon:
         middle = (low + high) / 2
         run = events.Gaussian(accountant.noise_for(middle, limit.delta, 1.0, 1))
-        fits = accountant.epsilon_of([*spent, run], limit.delta, POINTS) <= limit.epsilon
-        low, high = (middle, high) if fits else (low, middle)
+        if accountant.epsilon_above(limit.epsilon, [*spent, run], limit.delta):
+            high = middle
+        else:
+            low = middle
     return low
 
 

@@ -30,8 +30,8 @@ from protocols.privacy.loss_grids import Floats, LossGrid
 
 #: Losses beyond the grid of the sum have at most this probability, which counts as δ.
 _TAIL = 1e-15
-#: Points of the grid of the sum; fewer when noise is searched for, which errs upwards.
-_POINTS, _SEARCH_POINTS = 1 << 17, 1 << 14
+#: Points of the grid of the sum; fewer for a first check and a search, which errs upwards.
+_POINTS, CHECK_POINTS, _SEARCH_POINTS = 1 << 17, 1 << 15, 1 << 14
 _MIN_STEP, _FIRST_STEP = 1e-5, 1e-2
 #: Events beyond these are no protection, alone or together: an infinite ε, without a grid.
 _MIN_NOISE, _MAX_EPSILON, _MAX_RANGE = 0.05, 500.0, 5_000.0
@@ -104,6 +104,15 @@ def epsilon_of(events: Iterable[Event], delta: float, points: int = _POINTS) -> 
     )
     is_pure = all(isinstance(e, Laplace | DiscreteLaplace) for e in counts)
     return min(total, pure) if is_pure else total
+
+
+def epsilon_above(limit: float, events: Iterable[Event], delta: float) -> float:
+    """The ε of all events together if it exceeds `limit`, else 0."""
+    together = list(events)
+    if epsilon_of(together, delta, CHECK_POINTS) <= limit:
+        return 0.0
+    total = epsilon_of(together, delta)
+    return total if total > limit else 0.0
 
 
 def _is_hopeless(event: Event) -> bool:

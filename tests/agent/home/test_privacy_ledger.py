@@ -19,7 +19,7 @@ from agent.home import privacy_ledger
 from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
 from protocols.errors import DiskFull, HomeError, NotAllowed
 from protocols.privacy import accountant
-from protocols.privacy.events import DiscreteLaplace, Event, Exact, Gaussian
+from protocols.privacy.events import DiscreteLaplace, Event, Exact, Gaussian, SampledGaussian
 
 NO_LIMIT = Limit(0.0, 1e-5)
 ROUND = Gaussian(accountant.noise_for(3.0, 1e-5, 1.0, 10))
@@ -42,6 +42,15 @@ def test_the_limit_is_for_all_events_together(tmp_path: Path) -> None:
     assert privacy_ledger.spent_epsilon(ledger.charges(), 1e-5) == pytest.approx(3.0, abs=1e-3)
     assert privacy_ledger.left_epsilon(ledger.charges(), limit) == 0.0
     assert 0.9 < privacy_ledger.left_epsilon(ledger.charges()[:8], limit) < 1.5
+
+
+def test_the_limit_is_exact_though_a_first_check_is_coarse() -> None:
+    spent = [DiscreteLaplace(0.1), Gaussian(3.0), SampledGaussian(1.1, 0.01, 1000)]
+    exact = accountant.epsilon_of(spent, 1e-5)
+    assert accountant.epsilon_of(spent, 1e-5, accountant.CHECK_POINTS) > exact + 2e-5
+    privacy_ledger.check(spent[1:], spent[:1], Limit(exact + 1e-5, 1e-5))
+    with pytest.raises(NotAllowed):
+        privacy_ledger.check(spent[1:], spent[:1], Limit(exact - 1e-5, 1e-5))
 
 
 def test_a_killed_process_has_charged_what_it_said(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from msgspec import ValidationError
 
-from agent.home import privacy_ledger
 from protocols.privacy import accountant, events, gaussian
 from protocols.privacy.events import (
     DiscreteLaplace,
@@ -33,8 +32,8 @@ def test_epsilon_is_that_of_dp_accounting(case: dict[str, Any]) -> None:
     together = events.decode(json.dumps(case["events"]))
     found = accountant.epsilon_of(together, case["delta"])
     assert found == pytest.approx(case["epsilon"], abs=1e-3)
-    # The coarser grid of owners' ledgers errs upwards.
-    ledger = accountant.epsilon_of(together, case["delta"], privacy_ledger.POINTS)
+    # The coarser grid of a first check errs upwards.
+    ledger = accountant.epsilon_of(together, case["delta"], accountant.CHECK_POINTS)
     assert -1e-4 < ledger - case["epsilon"] < 3e-3
 
 
