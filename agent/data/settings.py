@@ -63,7 +63,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     cache: str = ""
     memory: str = ""
     models: str = ""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: str = "auto"
     compile: bool = False
     framework: Framework = "auto"
     floors: Floors = Floors()

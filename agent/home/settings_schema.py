@@ -193,8 +193,12 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     ] = msgspec.field(default_factory=dict)
     threads: Annotated[int, Meta(ge=0, description="training threads; 0: half of the cores")] = 0
     device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"],
-        Meta(description="training device; auto: cuda, mps or cpu, the first that torch can use"),
+        str,
+        Meta(
+            pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)\Z",
+            description="device for training: auto, cpu, mps, cuda, or one of several cards, such "
+            "as cuda:1; auto: cuda, mps or cpu, the first that torch can use",
+        ),
     ] = "auto"
     models: Annotated[str, Meta(description="folder of base models, for tasks such as lora")] = ""
     framework: Annotated[

@@ -60,7 +60,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 CheckStep("disk", partial(check_room, home, *_ROOM_BYTES), ("home",)),
                 CheckStep("crashes", partial(check_crashes, home), ("home",)),
                 CheckStep("packages", environment.check_packages),
-                CheckStep("device", environment.check_device),
+                CheckStep("device", doctor.device, ("settings",)),
                 CheckStep("sandbox", doctor.sandbox, ("settings",)),
                 CheckStep("sensors", doctor.sensors, ("settings",)),
                 CheckStep("service", autostart.check),
@@ -105,6 +105,9 @@ class _Doctor:
             f"update (min_examples), {chosen.min_cohort} peers a round (min_cohort) or more, and a "
             f"learning rate {lr} (max_lr)"
         )
+
+    def device(self) -> str:
+        return environment.check_device(settings.read(self._home).device)
 
     def tasks(self) -> str | Advice:
         chosen = settings.read(self._home)

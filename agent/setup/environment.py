@@ -14,13 +14,18 @@ from protocols.local.programs import run_program
 _TORCH_LOAD_S = 120.0
 
 _DEVICE_SCRIPT = """
+import sys
 import torch
-if torch.cuda.is_available():
-    print("cuda:", torch.cuda.get_device_name(0), end="")
-elif torch.backends.mps.is_available():
+chosen, cards = sys.argv[1], torch.cuda.device_count()
+kind, _, number = chosen.partition(":")
+if kind in ("auto", "cuda") and int(number or 0) < cards:
+    print(f"{number and chosen or kind}:", torch.cuda.get_device_name(int(number or 0)), end="")
+elif kind in ("auto", "mps") and torch.backends.mps.is_available():
     print("mps", end="")
+elif kind in ("auto", "cpu"):
+    print("cpu" if kind == "cpu" else "cpu, no GPU that torch can use", end="")
 else:
-    print("cpu, no GPU that torch can use", end="")
+    sys.exit(f"torch cannot use {chosen}: it finds {cards} cards")
 print(f", torch {torch.__version__}")
 """
 
@@ -47,8 +52,9 @@ def check_packages() -> str:
     return f"commonweight {VERSION} in {ours[0]}, Python {sys.version.split()[0]}"
 
 
-def check_device() -> str:
-    """The device that torch trains on, found by a child process: this one never imports torch."""
+def check_device(chosen: str) -> str:
+    """The device that torch trains on for the owner's setting `chosen`, found by a child process:
+    this one never imports torch. Raises CommonweightError."""
     if find_spec("torch") is None:
         raise CommonweightError(
             "torch is not installed, so that only tasks without it can run",
@@ -56,10 +62,11 @@ def check_device() -> str:
         )
     return (
         run_program(
-            [sys.executable, "-P", "-c", _DEVICE_SCRIPT],
-            "torch does not load",
+            [sys.executable, "-P", "-c", _DEVICE_SCRIPT, chosen],
+            "no device to train on",
             within_s=_TORCH_LOAD_S,
-            hint="check the GPU and its driver, or install torch again",
+            hint="check the GPU and its driver, install torch again, or: "
+            "commonweight-agent policy set device auto",
         )
         .decode()
         .strip()

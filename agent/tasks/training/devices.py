@@ -6,9 +6,14 @@ import torch
 
 from protocols.errors import UsageError
 
+_AUTO = "commonweight-agent policy set device auto"
+
 
 def select_device(name: str) -> torch.device:
-    """The device of this name; "auto" is cuda, else mps, else cpu. Raises UsageError."""
+    """The device of this name; "auto" is cuda, else mps, else cpu. Raises UsageError.
+
+    A card such as "cuda:1" becomes torch's current one.
+    """
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -16,8 +21,13 @@ def select_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind, usable in there.items() if usable)
-    if not there.get(name, False):
-        raise UsageError(
-            f"torch cannot use {name} on this machine", "commonweight-agent policy set device auto"
-        )
+    kind, _, number = name.partition(":")
+    if not there.get(kind, False):
+        raise UsageError(f"torch cannot use {kind} on this machine", _AUTO)
+    if number:
+        if int(number) >= (count := torch.cuda.device_count()):
+            raise UsageError(
+                f"this machine has no {name}", f"from cuda:0 to cuda:{count - 1}, or: {_AUTO}"
+            )
+        torch.cuda.set_device(int(number))
     return torch.device(name)

@@ -152,13 +152,17 @@ class KerasLoop:
     def load(self, data: DataSettings) -> None:
         """Store the data settings; examples are read when needed. Raises UsageError."""
         cards = tf.config.list_physical_devices("GPU")
-        if data.device == "cpu" and cards:
+        kind, _, number = data.device.partition(":")
+        found = cards[int(number) :][:1] if number else cards
+        if kind == "cpu" and cards:
             tf.config.set_visible_devices([], "GPU")
-        elif data.device not in ("auto", "cpu") and not cards:
+        elif kind not in ("auto", "cpu") and not found:
             raise UsageError(
                 f"TensorFlow cannot use {data.device} on this machine",
                 "commonweight-agent policy set device auto",
             )
+        elif number:
+            tf.config.set_visible_devices(found, "GPU")
         self._data, self._examples = data, None
 
     def count_examples(self, settings: Settings) -> tuple[int, int]:
@@ -249,7 +253,7 @@ class KerasLoop:
 
     def _plan(self, settings: Settings) -> Hyperparameters:
         plan = read_hyperparameters(settings, self.defaults)
-        if plan.precision == "bf16":
+        if plan.precision not in ("auto", "fp32"):
             raise UsageError("Keras tasks train in fp32", "precision=auto or precision=fp32")
         return plan
 

@@ -99,6 +99,8 @@ def test_a_mode_for_a_while_that_is_none_is_told_in_a_sentence(agent_home: Path)
         ),
         ("jobs_private_models", "foo", 2, "'foo' is no digest of a model"),
         ("data_reader", "duckdb", 2, "cannot be 'duckdb'; it takes a reader for tables: arrow"),
+        ("device", "gpu", 2, "cannot be 'gpu'; it takes a device for training: auto, cpu, mps"),
+        ("device", "cuda:", 2, "cannot be 'cuda:'; it takes a device for training"),
         ("tasks", "mnsit", 0, "this machine has no task 'mnsit'; commonweight-agent task list"),
         ("models", "nowhere", 0, "nowhere yet"),
     ],

@@ -31,6 +31,15 @@ def test_a_device_is_used_or_refused_by_name(name: str) -> None:
         assert "device auto" in caught.value.hint
 
 
+def test_one_of_several_cards_is_used_or_refused_by_number() -> None:
+    count = torch.cuda.device_count()
+    for number in range(count):
+        assert devices.select_device(f"cuda:{number}") == torch.device("cuda", number)
+    with pytest.raises(UsageError, match=f"cuda:{count}" if count else "cannot use cuda") as caught:
+        devices.select_device(f"cuda:{count}")
+    assert "device auto" in caught.value.hint
+
+
 def test_auto_takes_the_first_that_torch_can_use() -> None:
     assert devices.select_device("auto").type == next(
         name for name, there in THERE.items() if there
