@@ -28,7 +28,7 @@ from torch import Tensor
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.demo.digit_edges import FEATURES, edges_of
-from agent.tasks.training import csv_rows
+from agent.tasks.training import csv_rows, precision
 from agent.tasks.training.hyperparameters import Hyperparameters, TaskOptions
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
@@ -109,7 +109,9 @@ class Mnist(ClassifierTask):
     def _make_step(
         self, settings: Settings, loss_of: LossOf
     ) -> Callable[[LoopState, Hyperparameters], Step]:
-        if _model(settings) == "2nn" and _is_plain(self._hyperparameters(settings)):
+        plan = self._hyperparameters(settings)
+        is_fp32 = precision.resolve(plan.precision, self._device) == "fp32"
+        if _model(settings) == "2nn" and is_fp32 and _is_plain(plan):
             return _step_2nn
         return autograd_step(loss_of)
 
@@ -172,9 +174,7 @@ _FORWARD: dict[str, Forward] = {
 
 def _is_plain(plan: Hyperparameters) -> bool:
     """True if `_step_2nn` supports the settings: SGD, momentum, the proximal term."""
-    return (plan.optimiser, plan.weight_decay, plan.clip_norm) == ("sgd", 0, 0) and (
-        plan.precision == "fp32"
-    )
+    return (plan.optimiser, plan.weight_decay, plan.clip_norm) == ("sgd", 0, 0)
 
 
 def _step_2nn(at: LoopState, plan: Hyperparameters) -> Step:

@@ -14,7 +14,8 @@ momentum      0.0       of sgd
 weight_decay  0.0       sgd: added to the gradient, times the weights; adamw: decoupled
 clip_norm     0.0       the largest norm of a step's gradient; 0 is no limit
 proximal_mu   0.0       strength of the pull towards the first weights (FedProx)
-precision     fp32      "bf16" where the device has it, "auto": wherever that is faster
+precision     auto      "fp32", "tf32", "bf16" or "fp16"; "auto" is bf16 on a graphics card, or fp16
+                        if it has no bf16, and fp32 elsewhere (see `precision`)
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ _OPTIONS: dict[str, Option] = {
     "weight_decay": (0.0, _finite),
     "clip_norm": (0.0, _finite),
     "proximal_mu": (0.0, _finite),
-    "precision": ("fp32", ("fp32", "bf16", "auto")),
+    "precision": ("auto", ("auto", "fp32", "tf32", "bf16", "fp16")),
 }
 LOOP_DEFAULTS: Mapping[str, Setting] = {name: default for name, (default, _) in _OPTIONS.items()}
 _VALID: Mapping[str, Valid] = {name: valid for name, (_, valid) in _OPTIONS.items()}

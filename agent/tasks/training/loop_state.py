@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agent.tasks import Snapshot
+from agent.tasks.training import precision
 from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.seeds import derive_seed
 from protocols.errors import UsageError
@@ -18,6 +19,8 @@ Tensors = dict[str, Tensor]
 
 #: Before the slot of an optimizer's number that is no tensor, in snapshots.
 _NUMBER = "="
+#: Before the names of the values of a scaler, in snapshots.
+_SCALER = "scaler "
 
 
 class LoopState:
@@ -29,7 +32,7 @@ class LoopState:
     this epoch, `seen` those of earlier epochs; `total` is the sum of this epoch's losses. `origin`
     holds the first weights for the proximal term, `correction` what is added to each gradient. A
     snapshot omits both, because the inputs of the training have them. `optimizer`: the task's own,
-    which then holds its state.
+    which then holds its state. `scaler` scales the loss if the precision is fp16.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class LoopState:
             name for name, t in self.weights.items() if t.is_floating_point() and name not in fixed
         ]
         self.state = {slot: self._zeros(slot) for slot in _slots(plan)}
+        dtypes = {self.weights[name].dtype for name in self.trained}
+        self.scaler = precision.make_scaler(plan.precision, device, dtypes)
         self.optimizer: torch.optim.Optimizer | None = None
         self._kept: Mapping[str, Array] = {}  # the state for an optimizer of the task's own
         self.origin: Tensors = {}
@@ -138,7 +143,8 @@ class LoopState:
         arrays = {**_as_arrays({"weight": self.weights}), **self.optimizer_state()}
         arrays["order"] = self._epoch_began.numpy()
         counts = {"done": self.done, "passed": self.passed, "seen": self.seen}
-        return Snapshot(arrays, {**counts, "total": self.total})
+        scaling = {f"{_SCALER}{name}": v for name, v in self.scaler.state_dict().items()}
+        return Snapshot(arrays, {**counts, "total": self.total, **scaling})
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
@@ -156,6 +162,9 @@ class LoopState:
         self._epoch_began = torch.tensor(arrays["order"])
         self.done, self.passed, self.seen = (int(values[n]) for n in ("done", "passed", "seen"))
         self.total = float(values["total"])
+        scaling = {n.removeprefix(_SCALER): v for n, v in values.items() if n.startswith(_SCALER)}
+        if scaling:
+            self.scaler.load_state_dict(scaling)
 
 
 def _as_arrays(slots: Mapping[str, Tensors]) -> dict[str, Array]:

@@ -17,7 +17,6 @@ bytes.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from agent.tasks import OnStep, Snapshot, TrainOutcome, Watch
+from agent.tasks.training import precision
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.clipped_gradients import ClippedGradients, LossesOf, examples_depend
 from agent.tasks.training.examples import Batch, Source, count_examples, first_examples
@@ -104,6 +104,8 @@ class TrainingLoop:
         """
         device, count = examples.device, examples.size
         private, self._private, self._spent = self._private, None, ()
+        if private is not None:  # rounded products would exceed the bound on a clipped gradient
+            plan = plan._replace(precision="fp32")
         if private is not None and (private_loss is None or buffers or self._correction):
             raise examples_depend()
         fixed = buffers | frozen
@@ -218,6 +220,7 @@ def _train_privately(
     optimiser = _optimiser(at, plan)
     if any(at.weights[name].dtype not in _FINE for name in at.trained):
         raise UsageError("--dp needs weights in float32: others round beyond --dp-clip")
+    precision.use(plan.precision, examples.device)
     while at.done < steps:
         places = torch.from_numpy(noise.sample(count, batch / count))
         sums = {name: torch.zeros_like(at.weights[name]) for name in at.trained}
@@ -253,13 +256,13 @@ def autograd_step(
         if make_optimizer is not None:
             at.use_optimizer(make_optimizer())
         optimiser = at.optimizer or _optimiser(at, plan)
-        forward = _autocast(plan.precision, trained[0].device)
+        forward = precision.use(plan.precision, trained[0].device)
 
         def step(x: Tensor, y: Tensor) -> float:
             optimiser.zero_grad()
             with forward:
                 loss = loss_of(w, x, y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            at.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             _move(at, plan, optimiser)
             return loss.item()
 
@@ -286,11 +289,13 @@ def _optimiser(at: LoopState, plan: Hyperparameters) -> torch.optim.Optimizer:
 
 def _move(at: LoopState, plan: Hyperparameters, optimiser: torch.optim.Optimizer) -> None:
     """Take the optimizer's step by the gradients, corrected and clipped as the plan says."""
+    at.scaler.unscale_(optimiser)
     if at.correction or at.origin:
         _adjust_gradients(at, plan)
     if plan.clip_norm:
         torch.nn.utils.clip_grad_norm_([at.weights[name] for name in at.trained], plan.clip_norm)
-    optimiser.step()
+    at.scaler.step(optimiser)
+    at.scaler.update()
 
 
 @torch.no_grad()
@@ -305,13 +310,3 @@ def _adjust_gradients(at: LoopState, plan: Hyperparameters) -> None:
             gradient.add_(at.correction[name])
         if name in at.origin:
             gradient.add_(at.weights[name] - at.origin[name], alpha=plan.proximal_mu)
-
-
-def _autocast(name: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The context for the precision of the forward pass. Raises UsageError if unsupported."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if name == "fp32" or (name == "auto" and not fast):
-        return contextlib.nullcontext()
-    if device.type == "cuda" and not fast:
-        raise UsageError("this graphics card has no bf16", "precision=auto or precision=fp32")
-    return torch.autocast(device.type, torch.bfloat16)

@@ -124,7 +124,10 @@ def test_the_correction_is_added_to_each_gradient(examples: Examples) -> None:
     np.testing.assert_allclose(made["weight"], first()["weight"] - lr * steps * 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [ADAMW, MOMENTUM, {"proximal_mu": 0.3, "clip_norm": 1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [ADAMW, MOMENTUM, {"proximal_mu": 0.3, "clip_norm": 1.0}, {"precision": "fp16"}],
+)
 @pytest.mark.parametrize("cut", [1, 5, 9])
 def test_training_goes_on_bit_for_bit(
     examples: Examples, settings: dict[str, Setting], cut: int
@@ -186,11 +189,17 @@ def test_training_goes_on_before_and_after_a_joined_batch(examples: Examples, cu
     assert weights.digest(train(examples, local, **settings)) == weights.digest(whole)
 
 
-def test_bf16_is_computed_where_it_is_asked_for(examples: Examples) -> None:
-    full, half, auto = (train(examples, precision=p) for p in ("fp32", "bf16", "auto"))
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_is_computed_where_it_is_asked_for(examples: Examples, name: str) -> None:
+    full, half = train(examples, precision="fp32"), train(examples, precision=name)
     assert half["weight"].dtype == np.float32
-    assert weights.digest(half) != weights.digest(full) == weights.digest(auto)
+    assert weights.digest(half) != weights.digest(full)
     np.testing.assert_allclose(half["weight"], full["weight"], atol=0.05)
+
+
+def test_the_cpu_computes_in_fp32_unless_told_otherwise(examples: Examples) -> None:
+    digests = {weights.digest(train(examples, precision=p)) for p in ("fp32", "tf32", "auto")}
+    assert digests == {weights.digest(train(examples))}
 
 
 def lr(number: int, **settings: Setting) -> float:
