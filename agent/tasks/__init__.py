@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,9 @@ Setting = str | int | float | bool
 Settings = Mapping[str, Setting]
 
 #: `on_step(step, steps, loss, examples_done)`: a task calls it after every batch. It may block (a
-#: pause) or raise `Cancelled`, which a task must not catch.
-OnStep = Callable[[int, int, float, int], None]
+#: pause) or raise `Cancelled`, which a task must not catch. The loss may be a tensor on a graphics
+#: card: `float(loss)` waits for the step.
+OnStep = Callable[[int, int, SupportsFloat, int], None]
 
 #: Gets the places of the examples of an epoch, int64[n].
 Watch = Callable[[npt.NDArray[np.int64]], None]

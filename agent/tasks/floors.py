@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import SupportsFloat
 
 from agent.data.settings import Floors
 from agent.tasks import OnStep, Setting, Settings
@@ -101,7 +102,7 @@ class StepFloors:
         self._on_step, self._floors, self.seen = on_step, floors, seen
         self._fault: NotAllowed | None = None
 
-    def __call__(self, step: int, steps: int, loss: float, examples_done: int) -> None:
+    def __call__(self, step: int, steps: int, loss: SupportsFloat, examples_done: int) -> None:
         rows = int(examples_done) - self.seen
         if rows < self._floors.min_batch > 1:
             self._fault = _no_examples(self._floors)

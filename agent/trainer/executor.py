@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import SupportsFloat
 
 import msgspec
 
@@ -181,7 +182,7 @@ class WorkExecutor:
         self._told.tell(task, "held", settings)
         report = StepCallback(work.id, "evaluate", self._control, self._send)
 
-        def on_step(step: int, steps: int, loss: float, examples_done: int) -> None:
+        def on_step(step: int, steps: int, loss: SupportsFloat, examples_done: int) -> None:
             report(step, steps, math.nan, examples_done)  # the loss of a few rows stays here
 
         found = task.evaluate(personal.model(base, newcomer=True), settings, on_step)

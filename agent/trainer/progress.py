@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from typing import SupportsFloat
 
 from agent.tasks import Cancelled
 from agent.trainer.ipc import Answer, Cancel, Pace, Pause, Phase, Progress, Resume
@@ -104,12 +105,13 @@ class StepCallback:
         #: Start time and examples of the current rate; None until the first step of resumed work.
         self._window = None if resumed else (time.monotonic(), 0)
 
-    def __call__(self, step: int, steps: int, loss: float, examples_done: int) -> None:
+    def __call__(self, step: int, steps: int, loss: SupportsFloat, examples_done: int) -> None:
         note("step", phase=self._phase, work=self._work, step=int(step))
         failpoint("trainer.step")
         window = self._window = self._window or (time.monotonic(), examples_done)
 
         def report(*, paused: bool = False, number: int = 0) -> None:
+            told = float(loss)  # on a graphics card this waits for the step
             self._sent_at = at = time.monotonic()
             since, examples = window
             elapsed = max(at - since, 1e-6)  # clocks may be coarse
@@ -121,7 +123,7 @@ class StepCallback:
                     phase=self._phase,
                     step=int(step),
                     steps=int(steps),
-                    loss=float(loss),
+                    loss=told,
                     examples_per_s=(examples_done - examples) / elapsed,
                     paused=paused,
                     pause=number,
@@ -137,6 +139,7 @@ class StepCallback:
         if self._is_due():
             self._keep(int(step))
         if self._control.work_fraction < 1.0:
+            float(loss)  # so that the time of the step counts
             self._control.throttle(time.monotonic() - self._rested_at)
         if self._control.needs_attention and self._control.wait_while_paused(self._work, pause):
             self._window = time.monotonic(), examples_done  # a pause does not count as working time

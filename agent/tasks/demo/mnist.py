@@ -32,7 +32,7 @@ from agent.tasks.training import csv_rows, precision
 from agent.tasks.training.hyperparameters import Hyperparameters, TaskOptions
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step
+from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step, loss_value
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
 from protocols.errors import BadWeights, UsageError
 from protocols.extras import needs_extra
@@ -214,7 +214,7 @@ def _step_2nn(at: LoopState, plan: Hyperparameters) -> Step:
         bias.add_(v, alpha=-plan.lr)
 
     @torch.no_grad()
-    def step(x: Tensor, y: Tensor) -> float:
+    def step(x: Tensor, y: Tensor) -> float | Tensor:
         a1 = F.linear(x, w1, b1).relu_()
         a2 = F.linear(a1, w2, b2).relu_()
         log_p = F.linear(a2, w3, b3).log_softmax(1)
@@ -226,7 +226,7 @@ def _step_2nn(at: LoopState, plan: Hyperparameters) -> Step:
         descend(w3, b3, d3, a2)
         descend(w2, b2, d2, a1)
         descend(w1, b1, d1, x)
-        return loss.item()
+        return loss_value(loss)
 
     return step
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from protocols.errors import OutOfMemory
+
+Loss = TypeVar("Loss")
 
 
 def is_out_of_memory(err: BaseException) -> bool:
@@ -17,7 +20,7 @@ def is_out_of_memory(err: BaseException) -> bool:
     )
 
 
-def run_or_suggest_batch_size(step: Callable[[int], float], batch_size: int) -> float:
+def run_or_suggest_batch_size(step: Callable[[int], Loss], batch_size: int) -> Loss:
     """Run `step(batch_size)`, a step of the first n examples of a batch.
 
     If that runs out of memory, halves the size until a step fits, and raises OutOfMemory with that

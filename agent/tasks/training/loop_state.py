@@ -66,7 +66,7 @@ class LoopState:
         self._order = torch.Generator().manual_seed(order)
         self._epoch_began = self._order.get_state()
         self.done = self.passed = self.seen = 0
-        self.total = 0.0
+        self.total: float | Tensor = 0.0  # float64[] on a graphics card
 
     def _zeros(self, slot: str) -> Tensors:
         if slot == "step":  # torch counts on the CPU, for each weight
@@ -144,7 +144,7 @@ class LoopState:
         arrays["order"] = self._epoch_began.numpy()
         counts = {"done": self.done, "passed": self.passed, "seen": self.seen}
         scaling = {f"{_SCALER}{name}": v for name, v in self.scaler.state_dict().items()}
-        return Snapshot(arrays, {**counts, "total": self.total, **scaling})
+        return Snapshot(arrays, {**counts, "total": float(self.total), **scaling})
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:

@@ -50,8 +50,8 @@ _RESTARTS = "training goes on; its data have an order of their own, so they begi
 #: What weights may be, so that no rounding makes a clipped gradient longer than the clip.
 _FINE = (torch.float32, torch.float64)
 
-#: One step, in place; returns the batch's mean loss before it.
-Step = Callable[[Any, Any], float]
+#: One step, in place; returns the batch's mean loss before it, as `loss_value` does.
+Step = Callable[[Any, Any], float | Tensor]
 #: The mean loss of a batch: `loss_of(weights, x, y) -> float32[]`.
 LossOf = Callable[[Tensors, Any, Any], Tensor]
 #: Makes the optimizer of a task's own.
@@ -193,7 +193,7 @@ def _train_epochs(
             at.total += loss * size
             on_step(at.done, steps, loss, at.seen + at.passed)
         if at.done == steps:
-            return at.total / at.passed
+            return float(at.total) / at.passed
         if not at.passed:
             raise DataError("the data set gives no example to train on")
         at.next_epoch()
@@ -240,7 +240,7 @@ def _train_privately(
     return event
 
 
-def _step_of(step: Step, batch: Batch, count: int, size: int) -> float:
+def _step_of(step: Step, batch: Batch, count: int, size: int) -> float | Tensor:
     """A step of the first `size` of the `count` examples of a batch."""
     return step(*(batch if size == count else (first_examples(part, size) for part in batch)))
 
@@ -258,17 +258,22 @@ def autograd_step(
         optimiser = at.optimizer or _optimiser(at, plan)
         forward = precision.use(plan.precision, trained[0].device)
 
-        def step(x: Tensor, y: Tensor) -> float:
+        def step(x: Tensor, y: Tensor) -> float | Tensor:
             optimiser.zero_grad()
             with forward:
                 loss = loss_of(w, x, y)
             at.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             _move(at, plan, optimiser)
-            return loss.item()
+            return loss_value(loss)
 
         return step
 
     return make
+
+
+def loss_value(loss: Tensor) -> float | Tensor:
+    """The number; on a graphics card float64[] there, so that the next step need not wait."""
+    return loss.detach().double() if loss.is_cuda else loss.item()
 
 
 def _optimiser(at: LoopState, plan: Hyperparameters) -> torch.optim.Optimizer:

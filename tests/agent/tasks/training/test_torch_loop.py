@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agent.tasks import Cancelled, Setting, Snapshot
-from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, read_hyperparameters
-from agent.tasks.training.torch_loop import Examples, Tensors, TrainingLoop, autograd_step
+from agent.tasks import Cancelled, Setting, Snapshot, TrainOutcome
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    Hyperparameters,
+    read_hyperparameters,
+)
+from agent.tasks.training.loop_state import LoopState
+from agent.tasks.training.torch_loop import Examples, Step, Tensors, TrainingLoop, autograd_step
 from protocols.errors import UnknownName, UsageError
 from protocols.model import weights
 from protocols.model.weights import Array, Weights
@@ -200,6 +205,24 @@ def test_half_precision_is_computed_where_it_is_asked_for(examples: Examples, na
 def test_the_cpu_computes_in_fp32_unless_told_otherwise(examples: Examples) -> None:
     digests = {weights.digest(train(examples, precision=p)) for p in ("fp32", "tf32", "auto")}
     assert digests == {weights.digest(train(examples))}
+
+
+def test_losses_that_stay_on_a_card_add_up_to_the_same(examples: Examples) -> None:
+    """There a step gives float64[] instead of a number."""
+
+    def outcome(loss: Callable[[float], float | Tensor]) -> TrainOutcome:
+        def make(at: LoopState, plan: Hyperparameters) -> Step:
+            step = autograd_step(loss_of)(at, plan)
+            return lambda x, y: loss(float(step(x, y)))
+
+        plan = read_hyperparameters({"epochs": 3})
+        return TrainingLoop().train(
+            first(), plan, examples, make, lambda *_: None, buffers=frozenset({"mean"})
+        )
+
+    by_number, on_card = outcome(float), outcome(lambda v: torch.tensor(v, dtype=torch.float64))
+    assert on_card.metrics == by_number.metrics
+    assert isinstance(on_card.metrics["loss"], float)
 
 
 def lr(number: int, **settings: Setting) -> float:
