@@ -20,7 +20,7 @@ hidden       64,32     sizes of the mlp's layers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +40,9 @@ from agent.data.table_memory import TableMemory
 from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
 from agent.tasks.tabular_model import TableModel
 from agent.tasks.training import evaluation
-from agent.tasks.training.classification import evaluate_classifier, split_batches, to_tensors
+from agent.tasks.training.classification import evaluate_classifier, to_tensors
 from agent.tasks.training.evaluation import BatchResult
+from agent.tasks.training.examples import Batch, BatchesOf
 from agent.tasks.training.hyperparameters import TaskOptions, anything
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
@@ -69,6 +70,7 @@ _OPTIONS = TaskOptions(
     batch_size=32,
     optimiser="adamw",
     lr=0.01,
+    precision="fp32",  # tables have numbers with more digits than bf16
 )
 #: Fewer rows cannot be split into training and held-out rows.
 _MIN_ROWS = HELD_OUT_OF
@@ -218,11 +220,12 @@ class Tabular(LoopTask):
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """On held-out rows: "loss" and "accuracy", or "loss" (of the scaled target), "mse" and
         "mae" (in the target's own units)."""
-        model, target = _model(settings), _preprocessing(settings).target
+        target = _preprocessing(settings).target
+        forward = self._inference(settings, _model(settings).forward)
         examples = self._examples(self._rows(settings).held_out)
         if target.classes:
-            return evaluate_classifier(model.forward, weights, examples, EVALUATION_BATCH, on_step)
-        return _measured(model, weights, examples, target.scale, on_step)
+            return evaluate_classifier(forward, weights, examples, EVALUATION_BATCH, on_step)
+        return _measured(forward, weights, examples, target.scale, on_step)
 
     def _examples(self, rows: EncodedRows) -> Examples:
         x, y = (torch.from_numpy(array).to(self._device) for array in rows)
@@ -235,9 +238,12 @@ class Tabular(LoopTask):
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each row of a table: its number, the target, and the probability of a class."""
-        model, made = _model(settings), _preprocessing(settings)
-        target = made.target
-        w = to_tensors(weights)
+        forward, made = (
+            self._inference(settings, _model(settings).forward),
+            _preprocessing(settings),
+        )
+        target, device = made.target, self._device
+        w = to_tensors(weights, device)
         reader = open_table(DataSettings(path=source))
         there = set(reader.columns())
         names = [feature.name for feature in made.features if feature.name in there]
@@ -248,7 +254,8 @@ class Tabular(LoopTask):
             )
         first = 0
         for batch in reader.batches(names):
-            out = model.forward(w, torch.from_numpy(features.encode_inputs(batch, made)))
+            x = torch.from_numpy(features.encode_inputs(batch, made)).to(device)
+            out = forward(w, x)
             rows = {"row": range(first, first + len(batch))}
             first += len(batch)
             if target.classes:
@@ -278,13 +285,17 @@ def _model(settings: Settings) -> TableModel:
 
 @torch.inference_mode()
 def _measured(
-    model: TableModel, weights: Weights, held_out: Examples, scale: float, on_step: OnStep
+    forward: Callable[..., Tensor],
+    weights: Weights,
+    held_out: Examples,
+    scale: float,
+    on_step: OnStep,
 ) -> EvalOutcome:
     w = to_tensors(weights, held_out.x.device)
 
-    def measure(rows: tuple[Tensor, Tensor]) -> BatchResult:
+    def measure(rows: Batch) -> BatchResult:
         x, y = rows
-        guess = model.forward(w, x)
+        guess = forward(w, x)
         error = (guess - y).double()
         # Without the mean, so that no sum reveals the location of the target.
         in_units = ((t.double().flatten() * scale).tolist() for t in (y, guess))
@@ -292,9 +303,7 @@ def _measured(
         sums = {"loss": float(error.square().sum()), "mae": float(error.abs().sum())}
         return BatchResult(len(y), sums, told)
 
-    seen, means, told = evaluation.evaluate(
-        split_batches(held_out, EVALUATION_BATCH), measure, on_step
-    )
+    seen, means, told = evaluation.evaluate(BatchesOf(held_out, EVALUATION_BATCH), measure, on_step)
     loss = means["loss"]
     metrics = {"loss": loss, "mse": loss * scale**2, "mae": means["mae"] * scale}
     return EvalOutcome(seen, metrics, told if math.isfinite(loss) else {})

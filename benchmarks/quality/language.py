@@ -136,10 +136,7 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
     windows = [task._read(MODEL) for task in tasks]
     shape = read_config(MODEL)
     w = {name: torch.tensor(array) for name, array in first.items()}
-    losses_of = [
-        next_token.loss_of(lambda t, x, training: forward(shape, t, x, training), found)
-        for found in windows
-    ]
+    loss_of = next_token.loss_of(lambda t, x, training: forward(shape, t, x, training))
     optimizer = torch.optim.AdamW(
         [t.requires_grad_() for t in w.values()], lr=way.lr, weight_decay=0.0
     )
@@ -157,7 +154,7 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
                     orders[peer] = torch.cat([orders[peer], fresh])
                 rows, orders[peer] = orders[peer][:BATCH], orders[peer][BATCH:]
                 starts = found.train[rows]
-                (losses_of[peer](w, starts, starts) / len(data)).backward()
+                (loss_of(w, found.batch(starts), starts) / len(data)).backward()
             optimizer.step()
         arrays = {name: t.detach().numpy() for name, t in w.items()}
         losses.append(_told(number, loss_on_held_out(tasks, Weights(arrays))))

@@ -102,7 +102,7 @@ class Mnist(ClassifierTask):
     def _forward(self, settings: Settings) -> Forward:
         return _FORWARD[_model(settings)]
 
-    def _examples(self, settings: Settings) -> Split:
+    def _examples(self, settings: Settings) -> Split[Examples]:
         scaled = (e._replace(x=_scaled(e.x, settings)) for e in self._loaded())
         return Split(*scaled)
 

@@ -25,10 +25,11 @@ from agent.tasks.images import settings as image_settings
 from agent.tasks.images.dataset import Pictures
 from agent.tasks.images.layer_spec import Layer
 from agent.tasks.images.settings import RESNET, ImageSettings
+from agent.tasks.training.class_folders import Rows
 from agent.tasks.training.classification import predict_classes, to_tensors
+from agent.tasks.training.examples import FetchedExamples
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import Examples
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split
 from protocols.model.weights import Schema, Weights
 from protocols.tables.class_names import ClassCounts
@@ -79,28 +80,26 @@ class Images(ClassifierTask):
     def _forward(self, settings: Settings) -> Forward:
         return _forward(image_settings.read_settings(settings))
 
-    def _examples(self, settings: Settings) -> Split:
-        """Row numbers instead of pixels, which stay in their file until a batch needs them."""
+    def _examples(self, settings: Settings) -> Split[FetchedExamples]:
+        """Pixels uint8[n, channels, size, size] stay in their file until a batch needs them."""
         pictures, device = self._read(settings), self._device
-        return Split(
-            *(
-                Examples(
-                    torch.from_numpy(rows).to(device),
-                    torch.from_numpy(pictures.labels[rows]).to(device),
-                )
-                for rows in (pictures.train, pictures.held_out)
+
+        def examples(rows: Rows) -> FetchedExamples:
+            return FetchedExamples(
+                lambda numbers: torch.from_numpy(pictures.pixels[rows[numbers.numpy()]]),
+                torch.from_numpy(pictures.labels[rows]),
+                device,
             )
-        )
+
+        return Split(examples(pictures.train), examples(pictures.held_out))
 
     def _inputs_of(self, settings: Settings, *, augment: bool) -> Callable[[Tensor], Tensor]:
-        """Rows int64[n] -> pictures float32[n, channels, size, size]; half of them mirrored if
-        `augment` and the setting "flip"."""
-        pictures = self._read(settings)
+        """Pixels -> pictures float32[n, channels, size, size]; half of them mirrored if `augment`
+        and the setting "flip"."""
         flip = augment and image_settings.read_settings(settings).flip
 
-        def inputs(rows: Tensor) -> Tensor:
-            x = torch.from_numpy(pictures.pixels[rows.cpu().numpy()]).to(rows.device)
-            x = _normalize(x)
+        def inputs(pixels: Tensor) -> Tensor:
+            x = _normalize(pixels)
             if flip:
                 mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
                 x = torch.where(mirrored, x.flip(3), x)
@@ -120,11 +119,12 @@ class Images(ClassifierTask):
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each picture at `source`: its name, its class and the probability of that class."""
         plan = image_settings.read_settings(settings)
-        forward, w = _forward(plan), to_tensors(weights)
+        logits, device = self._inference(settings, _forward(plan)), self._device
+        w = to_tensors(weights, device)
         pictures = dataset.read_pictures(source, plan)
         while batch := list(islice(pictures, self.evaluation_batch)):
-            pixels = torch.from_numpy(np.stack([row for _, row in batch]))
-            answer = predict_classes(forward(w, _normalize(pixels), False))
+            pixels = torch.from_numpy(np.stack([row for _, row in batch])).to(device)
+            answer = predict_classes(logits(w, _normalize(pixels), False))
             answer["class"] = [plan.classes[label] for label in answer["class"]]
             yield {"file": [name for name, _ in batch], **answer}
 

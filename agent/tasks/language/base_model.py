@@ -19,6 +19,7 @@ import torch
 from agent.data.settings import DataSettings
 from agent.tasks.language.lora_settings import LoraSettings
 from agent.tasks.language.tokens import Tokenizer
+from agent.tasks.training.loop_state import Tensors
 from protocols.errors import DataError
 from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
@@ -45,6 +46,11 @@ class AdaptedModel(NamedTuple):
     pad: int
     parameters: dict[str, str]
     schema: Schema
+
+    def tensors(self) -> Tensors:
+        """The parameters themselves, by the names with which they travel."""
+        named = dict(self.model.named_parameters())
+        return {name: named[inner] for name, inner in self.parameters.items()}
 
 
 def find_folder(data: DataSettings, name: str) -> Path:

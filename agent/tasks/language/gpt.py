@@ -40,7 +40,7 @@ from agent.tasks.training.classification import to_tensors
 from agent.tasks.training.hyperparameters import TaskOptions, anything, at_least, fraction
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import Examples, autograd_step
+from agent.tasks.training.torch_loop import autograd_step
 from agent.tasks.training.torch_task import LoopTask
 from protocols.errors import SchemaMismatch, UsageError
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
@@ -190,15 +190,15 @@ class TextLM(LoopTask):
         """Train with AdamW; "loss" is the mean of the last epoch in nats per token."""
         windows = self._read(settings)
         logits = torch.compile(forward) if self._data.compile else forward
-        loss_of = next_token.loss_of(partial(logits, read_config(settings)), windows)
-        starts = windows.train.to(self._device)
-        examples = Examples(starts, starts, self._data.index)
+        loss_of = next_token.loss_of(partial(logits, read_config(settings)))
+        examples = windows.examples(windows.train, self._device, self._data.index)
         step = autograd_step(loss_of)
         return self._local.train(weights, self._hyperparameters(settings), examples, step, on_step)
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean "loss" (nats per token) and "accuracy" of the next token on held-out examples."""
-        logits, batch = partial(forward, read_config(settings)), self._hyperparameters(settings)
+        logits = self._inference(settings, partial(forward, read_config(settings)))
+        batch = self._hyperparameters(settings)
         return next_token.evaluate_next_token(
             logits, weights, self._read(settings), self._device, batch.batch_size, on_step
         )
@@ -209,7 +209,8 @@ class TextLM(LoopTask):
         """Continuations of texts: of `source` itself, or of the files that it names."""
         shape = read_config(settings)
         tokenizer = text.load_tokenizer(_tokens(settings), Path(self._data.path))
-        logits, w = partial(forward, shape), to_tensors(weights)
+        logits = self._inference(settings, partial(forward, shape))
+        w = to_tensors(weights, self._device)
         for name, words in text.read_texts(source):
             continuation = next_token.continue_text(logits, w, tokenizer, words, shape.context)
             yield {"file": [name], "text": [words], "continuation": [continuation]}

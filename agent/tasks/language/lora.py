@@ -10,6 +10,7 @@ the peers compare the digests of their base models. `lora_settings` lists the se
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
@@ -26,14 +26,18 @@ from agent.tasks.language import base_model, lora_settings, next_token
 from agent.tasks.language import tokens as text
 from agent.tasks.language.base_model import AdaptedModel
 from agent.tasks.language.lora_settings import LoraSettings
-from agent.tasks.language.next_token import LogitsOf, Windows, split_windows
-from agent.tasks.training import class_folders
-from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
-from agent.tasks.training.loop_state import Tensors
+from agent.tasks.language.next_token import Windows, split_windows
+from agent.tasks.training import class_folders, module_state
+from agent.tasks.training.classification import evaluate_classifier, predict_classes
+from agent.tasks.training.examples import FetchedExamples
+from agent.tasks.training.loop_state import Tensors, as_weights
 from agent.tasks.training.seeds import derive_seed
-from agent.tasks.training.torch_loop import Examples, autograd_step
+from agent.tasks.training.torch_loop import autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
 from protocols.model.weights import Schema, Weights
+
+#: Tokens int64[n, t], and a mask int64[n, t] that is 1 where they are text.
+_Padded = tuple[Tensor, Tensor]
 
 
 class _Texts(NamedTuple):
@@ -48,6 +52,18 @@ class _Texts(NamedTuple):
     held_out: Tensor
     train_numbers: Numbers | None
     held_numbers: Numbers | None
+
+    def examples(self, rows: Tensor, device: torch.device) -> FetchedExamples:
+        """These rows: tokens up to the longest text of a batch, with the mask; and labels."""
+
+        def fetch(numbers: Tensor) -> _Padded:
+            chosen = rows[numbers]
+            lengths = self.lengths[chosen]
+            longest = int(lengths.max())
+            mask = torch.arange(longest) < lengths[:, None]
+            return self.tokens[chosen, :longest], mask.long()
+
+        return FetchedExamples(fetch, self.labels[rows], device)
 
 
 class Lora(LoopTask):
@@ -75,8 +91,7 @@ class Lora(LoopTask):
         """New adapters, which change nothing yet."""
         plan = lora_settings.read_settings(settings)
         made = base_model.load_adapted(self._folder(plan), plan, derive_seed("init", seed))
-        named = dict(made.model.named_parameters())
-        return Weights({n: named[p].detach().numpy() for n, p in made.parameters.items()})
+        return as_weights(made.tensors())
 
     def _folder(self, plan: LoraSettings) -> Path:
         return base_model.find_folder(self._data, plan.model)
@@ -92,12 +107,13 @@ class Lora(LoopTask):
 
         return self._model.get(plan, load)
 
-    def _output(self, of: AdaptedModel, w: Tensors, training: bool, **words: Any) -> Tensor:
-        """The model's logits with the adapters `w`."""
-        of.model.train(training)
-        inner = {of.parameters[name]: tensor for name, tensor in w.items()}
-        logits: Tensor = functional_call(of.model, inner, kwargs=words).logits
-        return logits
+    def _ready(self, plan: LoraSettings, weights: Weights) -> tuple[AdaptedModel, Tensors]:
+        """The model with these adapters in it, and they. Checkpointing computes a part of the model
+        again when all else has ended, so they cannot be there for one call alone."""
+        adapted = self._adapted(plan)
+        tensors = adapted.tensors()
+        module_state.load_tensors(tensors, weights)
+        return adapted, tensors
 
     # --- data ---
 
@@ -124,57 +140,40 @@ class Lora(LoopTask):
             return None
         return found.train_numbers if use == "train" else found.held_numbers
 
-    def _rows(self, texts: _Texts, rows: Tensor) -> Examples:
-        return Examples(rows.to(self._device), texts.labels[rows].to(self._device))
-
     # --- loop ---
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """Train with AdamW; the metric "loss" is the mean of the last epoch."""
         plan = lora_settings.read_settings(settings)
-        adapted, found = self._adapted(plan), self._read(plan)
+        (adapted, tensors), found = self._ready(plan, weights), self._read(plan)
         if isinstance(found, Windows):
-            loss_of = next_token.loss_of(self._next_token(adapted), found)
-            starts = found.train.to(self._device)
-            examples = Examples(starts, starts)
+            loss_of = next_token.loss_of(partial(_next_token, adapted))
+            examples = found.examples(found.train, self._device)
         else:
-            logits_of = self._labels(adapted, found)
 
-            def loss_of(w: Tensors, rows: Tensor, labels: Tensor) -> Tensor:
-                return F.cross_entropy(logits_of(w, rows, True), labels)
+            def loss_of(w: Tensors, x: _Padded, labels: Tensor) -> Tensor:
+                return F.cross_entropy(_labels(adapted, w, x, True), labels)
 
-            examples = self._rows(found, found.train)
+            examples = found.examples(found.train, self._device)
         step = autograd_step(loss_of)
-        return self._local.train(weights, self._hyperparameters(settings), examples, step, on_step)
+        hyper = self._hyperparameters(settings)
+        trained = self._local.train(tensors, hyper, examples, step, on_step)
+        # The model goes on to change its own tensors.
+        return trained._replace(weights=as_weights({n: t.clone() for n, t in tensors.items()}))
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         """Mean "loss" and "accuracy", of the next token or of the class, on held-out examples."""
         plan, batch = lora_settings.read_settings(settings), self._hyperparameters(settings)
-        adapted, found, size = self._adapted(plan), self._read(plan), batch.batch_size or 32
+        (adapted, _), found = self._ready(plan, weights), self._read(plan)
+        size = batch.batch_size or 32
         if isinstance(found, Windows):
+            logits_of = self._inference(settings, partial(_next_token, adapted))
             return next_token.evaluate_next_token(
-                self._next_token(adapted), weights, found, self._device, size, on_step
+                logits_of, weights, found, self._device, size, on_step
             )
-        logits_of, rows = self._labels(adapted, found), self._rows(found, found.held_out)
-        return evaluate_classifier(
-            lambda w, x: logits_of(w, x, False), weights, rows, size, on_step
-        )
-
-    def _next_token(self, of: AdaptedModel) -> LogitsOf:
-        return lambda w, x, training: self._output(of, w, training, input_ids=x, use_cache=False)
-
-    def _labels(self, of: AdaptedModel, texts: _Texts) -> LogitsOf:
-        """Rows of `texts` -> logits float32[n, classes]."""
-
-        def logits(w: Tensors, rows: Tensor, training: bool) -> Tensor:
-            lengths = texts.lengths[rows.cpu()]
-            longest = int(lengths.max())
-            tokens = texts.tokens[rows.cpu(), :longest].to(rows.device)
-            mask = (torch.arange(longest) < lengths[:, None]).to(rows.device)
-            made = self._output(of, w, training, input_ids=tokens, attention_mask=mask.long())
-            return made.float()
-
-        return logits
+        labels_of = self._inference(settings, lambda w, x: _labels(adapted, w, x, False))
+        examples = found.examples(found.held_out, self._device)
+        return evaluate_classifier(labels_of, weights, examples, size, on_step)
 
     @torch.inference_mode()
     def predict(
@@ -182,19 +181,19 @@ class Lora(LoopTask):
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """Continuations or classes of texts: of `source` itself, or of the files that it names."""
         plan = lora_settings.read_settings(settings)
-        adapted, device = self._adapted(plan), self._device
-        w = to_tensors(weights, device)
+        adapted, w = self._ready(plan, weights)
+        next_of = self._inference(settings, partial(_next_token, adapted))
+        labels_of = self._inference(settings, partial(_labels, adapted))
         for name, words in text.read_texts(source):
             answer: dict[str, Sequence[Any]] = {"file": [name], "text": [words]}
             if plan.kind == "causal":
-                logits_of = self._next_token(adapted)
                 answer["continuation"] = [
-                    next_token.continue_text(logits_of, w, adapted.tokens, words, plan.context)
+                    next_token.continue_text(next_of, w, adapted.tokens, words, plan.context)
                 ]
             else:
                 tokens = list(adapted.tokens.encode(words)) or [adapted.tokens.end]
-                x = torch.tensor(tokens[: plan.context], device=device)[None]
-                answer |= predict_classes(self._output(adapted, w, False, input_ids=x).float())
+                x = torch.tensor(tokens[: plan.context], device=self._device)[None]
+                answer |= predict_classes(labels_of(w, (x, torch.ones_like(x)), False))
                 answer["class"] = [plan.classes[label] for label in answer["class"]]
             yield answer
 
@@ -205,11 +204,21 @@ class Lora(LoopTask):
         plan = lora_settings.read_settings(settings)
         found = base_model.find_folder(data, plan.model)
         made = base_model.load_adapted(found, plan)
-        named = dict(made.model.named_parameters())
-        with torch.no_grad():
-            for name, array in weights.items():
-                named[made.parameters[name]].copy_(torch.tensor(array))
+        module_state.load_tensors(made.tensors(), weights)
         base_model.save_merged(made, out, found)
+
+
+def _next_token(of: AdaptedModel, w: Tensors, x: Tensor, training: bool) -> Tensor:
+    """Tokens int64[n, t] -> logits [n, t, vocabulary], by the adapters in the model."""
+    logits: Tensor = of.model.train(training)(input_ids=x, use_cache=False).logits
+    return logits
+
+
+def _labels(of: AdaptedModel, w: Tensors, x: _Padded, training: bool) -> Tensor:
+    """Texts -> logits float32[n, classes], by the adapters in the model."""
+    tokens, mask = x
+    logits: Tensor = of.model.train(training)(input_ids=tokens, attention_mask=mask).logits
+    return logits.float()
 
 
 def _texts(data: DataSettings, plan: LoraSettings, made: AdaptedModel) -> _Texts:

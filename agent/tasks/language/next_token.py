@@ -17,6 +17,7 @@ from agent.tasks import EvalOutcome, OnStep
 from agent.tasks.language.tokens import Tokenizer, Tokens
 from agent.tasks.training import evaluation
 from agent.tasks.training.evaluation import BatchResult
+from agent.tasks.training.examples import Batch, BatchesOf, FetchedExamples
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.torch_loop import LossOf
 from protocols.errors import DataError
@@ -39,9 +40,13 @@ class Windows(NamedTuple):
     held_out: Tensor
 
     def batch(self, starts: Tensor) -> Tensor:
-        """int64[n, context + 1], on the device of `starts`."""
-        places = starts.cpu().numpy()[:, None] + np.arange(self.context + 1)
-        return torch.from_numpy(self.tokens[places].astype(np.int64)).to(starts.device)
+        """int64[n, context + 1]"""
+        places = starts.numpy()[:, None] + np.arange(self.context + 1)
+        return torch.from_numpy(self.tokens[places].astype(np.int64))
+
+    def examples(self, starts: Tensor, device: torch.device, part: int = 0) -> FetchedExamples:
+        """Those at `starts`: tokens int64[n, context + 1]."""
+        return FetchedExamples(lambda numbers: self.batch(starts[numbers]), starts, device, part)
 
 
 def split_windows(tokens: Tokens, context: int) -> Windows:
@@ -74,11 +79,10 @@ def continue_text(
     return tokenizer.decode(tokens[given:])
 
 
-def loss_of(logits_of: LogitsOf, found: Windows) -> LossOf:
-    """The mean loss, in nats per token, of the examples at `starts`."""
+def loss_of(logits_of: LogitsOf) -> LossOf:
+    """The mean loss, in nats per token, of examples int64[n, context + 1]."""
 
-    def loss(w: Tensors, starts: Tensor, _: Tensor) -> Tensor:
-        batch = found.batch(starts)
+    def loss(w: Tensors, batch: Tensor, _: Tensor) -> Tensor:
         logits = logits_of(w, batch[:, :-1], True)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
@@ -96,13 +100,14 @@ def evaluate_next_token(
 ) -> EvalOutcome:
     """Mean "loss" (nats per token) and "accuracy" of the next token on held-out examples."""
     tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
-    batches = torch.split(found.held_out.to(device), batch_size or len(found.held_out))
+    examples = found.examples(found.held_out, device)
 
-    def measure(starts: Tensor) -> BatchResult:
-        batch = found.batch(starts)
+    def measure(rows: Batch) -> BatchResult:
+        batch, _ = rows
         logits, after = logits_of(tensors, batch[:, :-1], False).float(), batch[:, 1:]
         loss = float(F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="sum"))
         right = int((logits.argmax(2) == after).sum())
-        return BatchResult(len(starts), {"loss": loss, "accuracy": right})
+        return BatchResult(len(batch), {"loss": loss, "accuracy": right})
 
+    batches = BatchesOf(examples, batch_size or examples.size)
     return evaluation.evaluate(batches, measure, on_step, values=found.context)

@@ -12,17 +12,17 @@ from torch import Tensor
 from agent.tasks import EvalOutcome, OnStep
 from agent.tasks.training import evaluation
 from agent.tasks.training.evaluation import BatchResult
+from agent.tasks.training.examples import Batch, BatchesOf, Source
 from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.torch_loop import Examples
 from protocols.model.weights import Array
 from protocols.tables import evaluation_counts
 
 
 @torch.inference_mode()
 def evaluate_classifier(
-    logits_of: Callable[[Tensors, Tensor], Tensor],
+    logits_of: Callable[[Tensors, Any], Tensor],
     weights: Mapping[str, Array],
-    held_out: Examples,
+    held_out: Source,
     batch: int,
     on_step: OnStep,
 ) -> EvalOutcome:
@@ -30,21 +30,16 @@ def evaluate_classifier(
 
     `logits_of(weights, x)` gives float32[n, classes].
     """
-    tensors = to_tensors(weights, held_out.x.device)
+    tensors = to_tensors(weights, held_out.device)
 
-    def measure(rows: tuple[Tensor, Tensor]) -> BatchResult:
+    def measure(rows: Batch) -> BatchResult:
         x, y = rows
         logits = logits_of(tensors, x)
         loss = float(F.cross_entropy(logits, y, reduction="sum"))
         right, told = count_answers(logits, y)
         return BatchResult(len(y), {"loss": loss, "accuracy": right}, told)
 
-    return evaluation.evaluate(split_batches(held_out, batch), measure, on_step)
-
-
-def split_batches(examples: Examples, size: int) -> list[tuple[Tensor, Tensor]]:
-    """The examples as (x, y) of `size` rows each; the last may have fewer."""
-    return list(zip(torch.split(examples.x, size), torch.split(examples.y, size), strict=True))
+    return evaluation.evaluate(BatchesOf(held_out, batch), measure, on_step)
 
 
 def predict_classes(logits: Tensor) -> dict[str, list[Any]]:

@@ -1,6 +1,7 @@
 """The examples that a training loop or an evaluation goes through, in batches.
 
-`Examples` are tensors in memory. `DatasetExamples` are a map-style `Dataset`, in an order that the
+`Examples` are tensors in memory. `FetchedExamples` are read when a batch needs them.
+`DatasetExamples` are a map-style `Dataset`, in an order that the
 loop gives, read by the workers of a `DataLoader`. `StreamExamples` are a loader that has an order
 of its own.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
+from agent.tasks.training import prefetch
 from agent.tasks.training.seeds import derive_seed
 from protocols.errors import DataError, UsageError
 
@@ -49,7 +51,7 @@ class Source(Protocol):
     def has_own_order(self) -> bool:
         """True if `batches` ignores its arguments, so that it can only begin at the beginning."""
 
-    def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Iterator[Batch]:
+    def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Generator[Batch]:
         """Batches of `size` examples in the order int64[n] of their numbers; the last has `tail`
         examples, if that is not 0. `draw`: the seed of random changes to examples in workers."""
 
@@ -75,7 +77,7 @@ class Examples(NamedTuple):
 
     def batches(
         self, order: Tensor, size: int, tail: int = 0, draw: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor]]:
         order = order.to(self.device)
         body = order[: max(0, len(order) - tail)]
         # torch.split would give one empty batch of none: training resumed at the end of an epoch.
@@ -86,6 +88,28 @@ class Examples(NamedTuple):
         if tail and len(order):
             rows = order[len(body) :]
             yield self.x[rows], self.y[rows]
+
+
+class FetchedExamples:
+    """Examples that `fetch` reads from memory or from a file, while training runs on a card.
+
+    `fetch(numbers int64[n])` gives their inputs on the CPU, without random numbers. The targets y
+    are [n, …] on the CPU.
+    """
+
+    has_own_order = False
+
+    def __init__(
+        self, fetch: Callable[[Tensor], Any], y: Tensor, device: torch.device, part: int = 0
+    ) -> None:
+        self._fetch, self._y, self.size = fetch, y, len(y)
+        self.device, self.part = device, part
+
+    def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Generator[Batch]:
+        def read(numbers: Tensor) -> Batch:
+            return self._fetch(numbers), self._y[numbers]
+
+        return prefetch.read_to(read, _cut(order, size, tail), self.device)
 
 
 class DatasetExamples:
@@ -107,11 +131,8 @@ class DatasetExamples:
         self.device, self.part, self.size = device, part, len(dataset)
         self._dataset, self.loader = dataset, loader
 
-    def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Iterator[Batch]:
-        places = order.tolist()
-        body = max(0, len(places) - tail)
-        cuts = [places[first : min(first + size, body)] for first in range(0, body, size)]
-        cuts += [places[body:]] if tail and places else []
+    def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Generator[Batch]:
+        cuts = [numbers.tolist() for numbers in _cut(order, size, tail)]
         used, dataset, options = self.loader, self._dataset, dict[str, Any]()
         if used is not None:
             options["collate_fn"] = used.collate_fn
@@ -123,6 +144,7 @@ class DatasetExamples:
                 "worker_init_fn": used.worker_init_fn,
                 "multiprocessing_context": used.multiprocessing_context or _CONTEXT,
                 "timeout": used.timeout,
+                "pin_memory": self.device.type == "cuda",
             }
         # Its own generator: a loader draws a seed from the global one otherwise.
         own = torch.Generator().manual_seed(draw)
@@ -150,7 +172,7 @@ class StreamExamples:
                 continue
         return sum(count_examples(_placed(batch, torch.device("cpu"))) for batch in self.loader)
 
-    def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Iterator[Batch]:
+    def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Generator[Batch]:
         for batch in self.loader:
             yield _placed(batch, self.device)
 
@@ -183,17 +205,29 @@ class _SeededDataset(Dataset[Any]):
         return self._dataset[place]
 
 
+def _cut(order: Tensor, size: int, tail: int) -> Iterator[Tensor]:
+    """The order in pieces of `size`, the last of `tail` if that is not 0."""
+    body = max(0, len(order) - tail)
+    for first in range(0, body, size):
+        yield order[first : min(first + size, body)]
+    if tail and len(order):
+        yield order[body:]
+
+
 def count_examples(batch: Batch) -> int:
     """The number of examples of a batch."""
     _, y = batch
     return len(y) if isinstance(y, Tensor) else len(tree_leaves(y)[0])
 
 
-def first_examples(part: Any, size: int) -> Any:
-    """The first `size` examples of the inputs or targets of a batch."""
-    if isinstance(part, Tensor):
-        return part[:size]
-    return tree_map(lambda leaf: leaf[:size] if isinstance(leaf, Tensor) else leaf, part)
+def slice_examples(batch: Batch, first: int, last: int) -> Batch:
+    """The examples of a batch from `first` to before `last`."""
+
+    def cut(leaf: Any) -> Any:
+        return leaf[first:last] if isinstance(leaf, Tensor) else leaf
+
+    sliced: Batch = tree_map(cut, batch)
+    return sliced
 
 
 def _placed(batch: Any, device: torch.device) -> Batch:
@@ -207,8 +241,5 @@ def _placed(batch: Any, device: torch.device) -> Batch:
     if not tree_leaves(y) or not isinstance(tree_leaves(y)[0], Tensor):
         raise DataError("the targets of a batch are no tensor", f"found: {type(y).__name__}")
     x = inputs[0] if len(inputs) == 1 else tuple(inputs)
-
-    def move(leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-    return tree_map(move, x), tree_map(move, y)
+    moved: Batch = prefetch.to_device((x, y), device)
+    return moved

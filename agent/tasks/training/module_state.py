@@ -75,10 +75,15 @@ def schema_of(model: nn.Module) -> Schema:
     }
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, weights: Mapping[str, Array]) -> None:
-    """Copy a version into the model, in place; bfloat16 as the uint16 of `Weights`."""
-    for name, tensor in tensors_of(model).items():
+    """Copy a version into the model, in place."""
+    load_tensors(tensors_of(model), weights)
+
+
+@torch.no_grad()
+def load_tensors(tensors: Mapping[str, Tensor], weights: Mapping[str, Array]) -> None:
+    """Copy a version into these tensors; bfloat16 as the uint16 of `Weights`."""
+    for name, tensor in tensors.items():
         value = torch.tensor(weights[name])
         tensor.copy_(value.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 else value)
 

@@ -16,7 +16,8 @@ bytes: the generators of Python, numpy and torch are seeded before each call of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -204,11 +205,11 @@ class TorchTask(LoopTask):
         examples = self._source(settings, 1)
         if not examples.size:
             return EvalOutcome(0, {})
-        model = self._ready(weights, settings)
+        call = self._ready(weights, settings)
 
         def measure(batch: Batch) -> BatchResult:
             x, y = batch
-            output, count = module_state.call(model, x), count_examples(batch)
+            output, count = call(x), count_examples(batch)
             found = {"loss": self.loss(output, y), **self.metrics(output, y)}
             sums = {name: float(value) * count for name, value in found.items()}
             told = count_answers(output, y)[1] if self._has_logits(output, y) else {}
@@ -221,9 +222,9 @@ class TorchTask(LoopTask):
         self, weights: Weights, settings: RunSettings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each example at `source`: its number, and the columns of `answers`."""
-        model, read, first = self._ready(weights, settings), self._read(settings), 0
+        call, read, first = self._ready(weights, settings), self._read(settings), 0
         for x in split_inputs(self.inputs(source, read), EVALUATION_BATCH):
-            columns = self.answers(module_state.call(model, x.to(self._device)), read)
+            columns = self.answers(call(x.to(self._device)), read)
             count = len(next(iter(columns.values())))
             yield {"row": range(first, first + count), **columns}
             first += count
@@ -245,11 +246,12 @@ class TorchTask(LoopTask):
         with rng_state.seeded(*(words or ("model",))):
             return self.model(read).to(self._device).train()
 
-    def _ready(self, weights: Weights, settings: RunSettings) -> nn.Module:
-        """The model with these weights, for evaluations and predictions."""
-        model = self._models.get(self._key(settings), lambda: self._build(settings))
+    def _ready(self, weights: Weights, settings: RunSettings) -> Callable[[Any], Any]:
+        """The output of the model with these weights, for evaluations and predictions."""
+        key = self._key(settings), self._device
+        model = self._models.get(key, lambda: self._build(settings)).eval()
         module_state.load_weights(model, weights)
-        return model.eval()
+        return self._inference(settings, partial(module_state.call, model))
 
     def _trainable(self, model: nn.Module) -> Tensors:
         found = module_state.tensors_of(model)

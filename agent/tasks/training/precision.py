@@ -6,10 +6,12 @@ fp32 let the card round the inputs of matrix products and convolutions in fp32 t
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from protocols.errors import UsageError
 
@@ -37,6 +39,26 @@ def use(name: str, device: torch.device) -> Autocast:
     if kind not in _DTYPES:
         return nullcontext()
     return torch.autocast(device.type, _DTYPES[kind])
+
+
+def inference(name: str, device: torch.device, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` for evaluations and predictions: on a graphics card in that precision, with an
+    output in fp32; elsewhere `forward` itself."""
+    if device.type != "cuda":
+        return forward
+    context = use(name, device)
+
+    def call(*args: Any) -> Any:
+        with context:
+            output = forward(*args)
+        return tree_map(_widened, output)
+
+    return call
+
+
+def _widened(leaf: Any) -> Any:
+    is_half = isinstance(leaf, torch.Tensor) and leaf.dtype in _DTYPES.values()
+    return leaf.float() if is_half else leaf
 
 
 def make_scaler(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from agent.tasks import OnStep, Snapshot, TrainOutcome, Watch
 from agent.tasks.training import precision
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.clipped_gradients import ClippedGradients, LossesOf, examples_depend
-from agent.tasks.training.examples import Batch, Source, count_examples, first_examples
+from agent.tasks.training.examples import Batch, Source, count_examples, slice_examples
 from agent.tasks.training.examples import Examples as Examples
 from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.loop_state import LoopState as LoopState
@@ -183,15 +184,16 @@ def _train_epochs(
         ahead = at.passed + (steps - at.done) * batch
         watch(order[: count if ahead > count - tail else ahead].numpy())
         draw = derive_seed("draw", plan.seed, plan.round, examples.part, at.seen)
-        for read in examples.batches(order[at.passed :], batch, tail, draw):
-            if at.done == steps:
-                break
-            size = count_examples(read)
-            loss = run_or_suggest_batch_size(partial(_step_of, step, read, size), size)
-            at.done += 1
-            at.passed += size
-            at.total += loss * size
-            on_step(at.done, steps, loss, at.seen + at.passed)
+        with closing(examples.batches(order[at.passed :], batch, tail, draw)) as batches:
+            for read in batches:
+                if at.done == steps:
+                    break
+                size = count_examples(read)
+                loss = run_or_suggest_batch_size(partial(_step_of, step, read, size), size)
+                at.done += 1
+                at.passed += size
+                at.total += loss * size
+                on_step(at.done, steps, loss, at.seen + at.passed)
         if at.done == steps:
             return float(at.total) / at.passed
         if not at.passed:
@@ -242,7 +244,7 @@ def _train_privately(
 
 def _step_of(step: Step, batch: Batch, count: int, size: int) -> float | Tensor:
     """A step of the first `size` of the `count` examples of a batch."""
-    return step(*(batch if size == count else (first_examples(part, size) for part in batch)))
+    return step(*(batch if size == count else slice_examples(batch, 0, size)))
 
 
 def autograd_step(

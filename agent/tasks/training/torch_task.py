@@ -12,13 +12,13 @@ from torch import Tensor
 
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
-from agent.tasks.training import devices, onnx_export
+from agent.tasks.training import devices, onnx_export, precision
 from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
+from agent.tasks.training.examples import Examples, Source
 from agent.tasks.training.hyperparameters import Hyperparameters, read_hyperparameters
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
 from agent.tasks.training.torch_loop import (
-    Examples,
     LossOf,
     PrivateLoss,
     Step,
@@ -28,15 +28,16 @@ from agent.tasks.training.torch_loop import (
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Source, covariant=True)
 #: `forward(weights, x, training) -> float32[n, classes]`
 Forward = Callable[[Tensors, Tensor, bool], Tensor]
 
 
-class Split(NamedTuple):
+class Split(NamedTuple, Generic[S]):
     """A peer's examples."""
 
-    trained_on: Examples
-    held_out: Examples
+    trained_on: S
+    held_out: S
 
 
 class LastValue(Generic[T]):
@@ -62,7 +63,8 @@ class LoopTask:
     defaults: Mapping[str, Setting]
 
     def __init__(self) -> None:
-        self._data = DataSettings()
+        #: Until `load`, a prediction without data of the owner stays on the CPU.
+        self._data = DataSettings(device="cpu")
         #: What was read from the data for the last settings.
         self._read_data = LastValue[Any]()
         self._local = TrainingLoop()
@@ -80,6 +82,11 @@ class LoopTask:
     def _device(self) -> torch.device:
         return devices.select_device(self._data.device)
 
+    def _inference(self, settings: Settings, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` as evaluations and predictions call it, on this device."""
+        asked = self._hyperparameters(settings).precision
+        return precision.inference(asked, self._device, forward)
+
     def _hyperparameters(self, settings: Settings) -> Hyperparameters:
         return read_hyperparameters(settings, self.defaults)
 
@@ -94,7 +101,7 @@ class ClassifierTask(LoopTask):
     def __init__(self) -> None:
         super().__init__()
         self.steer = self._local.steer
-        self._split: Split | None = None
+        self._split: Split[Examples] | None = None
 
     # --- for subclasses ---
 
@@ -102,7 +109,7 @@ class ClassifierTask(LoopTask):
         """The model. Raises UnknownName, UsageError for any invalid setting."""
         raise NotImplementedError
 
-    def _examples(self, settings: Settings) -> Split:
+    def _examples(self, settings: Settings) -> Split[Source]:
         """This peer's examples on the device that trains."""
         return self._loaded()
 
@@ -132,7 +139,7 @@ class ClassifierTask(LoopTask):
     def count_examples(self, settings: Settings) -> tuple[int, int]:
         """How many examples `train` and `evaluate` use."""
         split = self._examples(settings)
-        return len(split.trained_on.y), len(split.held_out.y)
+        return split.trained_on.size, split.held_out.size
 
     def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
         """Train with SGD or AdamW; the metric "loss" is the mean of the last epoch."""
@@ -155,7 +162,7 @@ class ClassifierTask(LoopTask):
 
     def lr_times_steps(self, settings: Settings) -> float:
         """Learning rate times steps. Raises UsageError unless training is plain SGD."""
-        count = len(self._examples(settings).trained_on.y)
+        count = self._examples(settings).trained_on.size
         return lr_times_steps(self._hyperparameters(settings), count)
 
     def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
@@ -169,16 +176,14 @@ class ClassifierTask(LoopTask):
         forward, held_out = self._forward(settings), self._examples(settings).held_out
         inputs_of = self._inputs_of(settings, augment=False)
 
-        def logits(w: Tensors, x: Tensor) -> Tensor:
-            return forward(w, inputs_of(x), False)
-
+        logits = self._inference(settings, lambda w, x: forward(w, inputs_of(x), False))
         return evaluate_classifier(logits, weights, held_out, self.evaluation_batch, on_step)
 
     def _loss_of(self, forward: Forward, settings: Settings, *, augment: bool) -> LossOf:
         inputs_of = self._inputs_of(settings, augment=augment)
         return lambda w, x, y: F.cross_entropy(forward(w, inputs_of(x), True), y)
 
-    def _loaded(self) -> Split:
+    def _loaded(self) -> Split[Examples]:
         if self._split is None:
             raise RuntimeError("load() comes before train() and evaluate()")
         return self._split
@@ -188,9 +193,11 @@ class ClassifierTask(LoopTask):
         self, weights: Weights, settings: Settings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each example at `source`: its number, its class, the probability of that class."""
-        forward, w, first = self._forward(settings), to_tensors(weights), 0
+        logits, device = self._inference(settings, self._forward(settings)), self._device
+        w, first = to_tensors(weights, device), 0
         for x in self._read_inputs(source, settings):
-            yield {"row": range(first, first + len(x)), **predict_classes(forward(w, x, False))}
+            answer = predict_classes(logits(w, x.to(device), False))
+            yield {"row": range(first, first + len(x)), **answer}
             first += len(x)
 
     def export(

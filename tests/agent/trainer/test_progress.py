@@ -27,5 +27,6 @@ def test_the_loss_is_read_only_for_reports_unless_the_owner_limits_the_time(shar
     for step in range(1, 51):
         on_step(step, 50, OnCard(), step)
     told = [each.loss for each in sent if isinstance(each, Progress)]
-    assert told == [0.5] * len(sent) and len(sent) >= 2
+    assert told == [0.5] * len(sent)
+    assert len(sent) >= 2
     assert OnCard.reads == len(sent) + (50 if share < 1 else 0)

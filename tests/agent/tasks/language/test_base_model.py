@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from agent.data.settings import DataSettings
 from agent.tasks import registry
 from agent.tasks.language import base_model, lora_settings, next_token, tokens
 from agent.tasks.language.base_model import AdaptedModel
 from agent.tasks.language.lora import Lora, _Texts
-from agent.tasks.training.torch_loop import Examples
+from agent.tasks.training.examples import FetchedExamples
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
 from protocols.model.weights import Weights, save
 
@@ -106,11 +107,11 @@ class Seen(Exception):
     """The examples have reached the loop."""
 
 
-def test_examples_lie_whole_on_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_lie_whole_on_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is torch's "meta", so that no graphics card is needed; the loop ends there."""
     task, plan, given = Lora(), lora_settings.read_settings({**ASKED, "context": 4}), []
 
-    def loop(weights: object, plan: object, examples: Examples, *_: object) -> None:
+    def loop(weights: object, plan: object, examples: FetchedExamples, *_: object) -> None:
         given.append(examples)
         raise Seen
 
@@ -120,12 +121,16 @@ def test_examples_lie_whole_on_the_device_that_trains(monkeypatch: pytest.Monkey
     monkeypatch.setattr(task._local, "train", loop)
     for read in (
         next_token.split_windows(np.arange(40, dtype=np.int32), 4),
-        _Texts(*(torch.arange(4) for _ in _Texts._fields)),
+        _Texts(torch.zeros(4, 3).long(), *(torch.arange(4) for _ in _Texts._fields[1:])),
     ):
-        adapted = AdaptedModel(None, tokens.load_tokenizer(tokens.BYTES, Path()), 0, {}, {})
+        adapted = AdaptedModel(
+            torch.nn.Module(), tokens.load_tokenizer(tokens.BYTES, Path()), 0, {}, {}
+        )
         task.load(DataSettings())
         task._model.get(plan, lambda adapted=adapted: adapted)  # type: ignore[misc]
         task._read_data.get(plan, lambda read=read: read)
         with pytest.raises(Seen):
             task.train(Weights({}), {**ASKED, "context": 4}, lambda *_: None)
-    assert [(found.x.device.type, found.y.device.type) for found in given] == [("meta", "meta")] * 2
+    for found in given:
+        ((x, y),) = found.batches(torch.arange(2), 2)
+        assert {leaf.device.type for leaf in tree_leaves((x, y))} == {"meta"}

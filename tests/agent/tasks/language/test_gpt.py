@@ -90,7 +90,7 @@ def test_the_loss_is_that_of_each_next_token_worked_out_one_by_one(folder: Path)
     )
     w = {name: torch.tensor(array) for name, array in base.items()}
     starts = found.train[:3]
-    mean = next_token.loss_of(partial(forward, shape), found)(w, starts, starts)
+    mean = next_token.loss_of(partial(forward, shape))(w, found.batch(starts), starts)
     sum_of = 0.0
     for start in starts.tolist():
         for place in range(16):
