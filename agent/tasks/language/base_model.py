@@ -122,6 +122,10 @@ def load_adapted(found: Path, plan: LoraSettings, seed: int = 0) -> AdaptedModel
             found, local_files_only=True, trust_remote_code=False
         )
         model = peft.get_peft_model(base, _adapters(peft, plan))
+        if plan.checkpointing and hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable()
+        elif plan.checkpointing:  # its name in older transformers
+            base.gradient_checkpointing_enable({"use_reentrant": False})
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as err:  # a damaged folder raises nearly anything

@@ -155,7 +155,7 @@ class Lora(LoopTask):
                 return F.cross_entropy(_labels(adapted, w, x, True), labels)
 
             examples = found.examples(found.train, self._device)
-        step = autograd_step(loss_of)
+        step = autograd_step(loss_of, micro_batch=plan.micro_batch)
         hyper = self._hyperparameters(settings)
         trained = self._local.train(tensors, hyper, examples, step, on_step)
         # The model goes on to change its own tensors.

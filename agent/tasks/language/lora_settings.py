@@ -1,16 +1,18 @@
 """The settings of the task "lora". Pure.
 
-Setting     Default  Meaning
-model                name of the base model's folder, in the folder `models` of every peer
-kind        causal   "causal": the next token of text files; "classification": of texts in a folder
-                     for each class
-classes              of a classification: the folders' names, in the order of the labels
-rank        8        r of LoRA (Hu et al. 2021, arXiv 2106.09685)
-alpha       16       the adapters are scaled by alpha / rank
-dropout     0.0      before the adapters
-targets              layers that get adapters, "q_proj,v_proj" or "all-linear"; empty: those that
-                     PEFT takes for models of this kind
-context     128      tokens of an example
+Setting       Default  Meaning
+model                  name of the base model's folder, in the folder `models` of every peer
+kind          causal   "causal": the next token of text files; "classification": of texts in a
+                       folder for each class
+classes                of a classification: the folders' names, in the order of the labels
+rank          8        r of LoRA (Hu et al. 2021, arXiv 2106.09685)
+alpha         16       the adapters are scaled by alpha / rank
+dropout       0.0      before the adapters
+targets                layers that get adapters, "q_proj,v_proj" or "all-linear"; empty: those that
+                       PEFT takes for models of this kind
+context       128      tokens of an example
+micro_batch   0        texts of a step that are computed at a time, to need less memory; 0 is all
+checkpointing false    compute activations again for the gradients, to need less memory
 and those of `hyperparameters`; the optimizer is adamw.
 """
 
@@ -33,6 +35,8 @@ _OPTIONS = TaskOptions(
         "dropout": (0.0, fraction),
         "targets": ("", anything),
         "context": (128, at_least(2)),
+        "micro_batch": (0, at_least(0)),
+        "checkpointing": (False, anything),
     },
     epochs=1,
     batch_size=8,
@@ -53,6 +57,8 @@ class LoraSettings(NamedTuple):
     dropout: float
     targets: str
     context: int
+    micro_batch: int
+    checkpointing: bool
 
 
 def read_settings(settings: Settings) -> LoraSettings:

@@ -220,6 +220,17 @@ def count_examples(batch: Batch) -> int:
     return len(y) if isinstance(y, Tensor) else len(tree_leaves(y)[0])
 
 
+def split_batch(batch: Batch, size: int) -> Iterator[tuple[Batch, float]]:
+    """Pieces of at most `size` examples, each with its share of all; 0: the batch itself."""
+    if not size:
+        yield batch, 1.0
+        return
+    count = count_examples(batch)
+    for first in range(0, count, size):
+        piece = slice_examples(batch, first, first + size)
+        yield piece, count_examples(piece) / count
+
+
 def slice_examples(batch: Batch, first: int, last: int) -> Batch:
     """The examples of a batch from `first` to before `last`."""
 

@@ -32,7 +32,7 @@ from agent.tasks import OnStep, Snapshot, TrainOutcome, Watch
 from agent.tasks.training import precision
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.clipped_gradients import ClippedGradients, LossesOf, examples_depend
-from agent.tasks.training.examples import Batch, Source, count_examples, slice_examples
+from agent.tasks.training.examples import Batch, Source, count_examples, slice_examples, split_batch
 from agent.tasks.training.examples import Examples as Examples
 from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.loop_state import LoopState as LoopState
@@ -248,9 +248,12 @@ def _step_of(step: Step, batch: Batch, count: int, size: int) -> float | Tensor:
 
 
 def autograd_step(
-    loss_of: LossOf, make_optimizer: MakeOptimizer | None = None
+    loss_of: LossOf, make_optimizer: MakeOptimizer | None = None, micro_batch: int = 0
 ) -> Callable[[LoopState, Hyperparameters], Step]:
-    """Steps on the loss of a task, of the optimizer of the plan or of the task's own."""
+    """Steps on the loss of a task, of the optimizer of the plan or of the task's own.
+
+    With a `micro_batch`, a step has the activations of so many examples in memory at a time.
+    """
 
     def make(at: LoopState, plan: Hyperparameters) -> Step:
         w = at.weights
@@ -260,13 +263,19 @@ def autograd_step(
         optimiser = at.optimizer or _optimiser(at, plan)
         forward = precision.use(plan.precision, trained[0].device)
 
-        def step(x: Tensor, y: Tensor) -> float | Tensor:
-            optimiser.zero_grad()
+        def add_gradient(batch: Batch, share: float) -> Tensor:
             with forward:
-                loss = loss_of(w, x, y)
+                loss = loss_of(w, *batch)
+            if share != 1:
+                loss = loss * share
             at.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        def step(x: Any, y: Any) -> float | Tensor:
+            optimiser.zero_grad()
+            first, *others = (add_gradient(*part) for part in split_batch((x, y), micro_batch))
             _move(at, plan, optimiser)
-            return loss_value(loss)
+            return loss_value(sum(others, first))
 
         return step
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.data.settings import DataSettings
-from agent.tasks import registry
+from agent.tasks import Setting, registry
 from agent.tasks.language import base_model, lora, lora_settings
 from agent.tasks.language import tokens as text
 from agent.tasks.language.gpt import TextLM
@@ -132,6 +132,24 @@ def test_goes_on_where_it_was_cut_off(hub: Path, texts: Path) -> None:
     other.restore(kept[0])
     rest = other.train(base, settings, ignore_step)
     assert weights.digest(rest.weights) == weights.digest(whole.weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("saving", [{"micro_batch": 3}, {"checkpointing": True}])
+def test_training_that_saves_memory_learns_the_same(
+    hub: Path, texts: Path, saving: dict[str, Setting]
+) -> None:
+    settings = CAUSAL | {"max_steps": 4, "batch_size": 7, "optimiser": "sgd", "lr": 1.0}
+    task = loaded(hub, texts)
+    base = task.init(1, settings)
+    whole = task.train(base, settings, ignore_step)
+    plan = lora_settings.read_settings(settings | saving)
+    modules = task._adapted(plan).model.modules()
+    assert any(getattr(m, "gradient_checkpointing", False) for m in modules) == plan.checkpointing
+    saved = task.train(base, settings | saving, ignore_step)
+    for name, array in whole.weights.items():
+        np.testing.assert_allclose(saved.weights[name], array, atol=1e-6)
+    assert max(np.abs(array - base[name]).max() for name, array in whole.weights.items()) > 1e-3
+    assert saved.metrics["loss"] == pytest.approx(whole.metrics["loss"], abs=1e-6)
 
 
 def test_a_classification_learns_with_its_head(hub: Path, tmp_path: Path) -> None:

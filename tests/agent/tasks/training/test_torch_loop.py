@@ -207,6 +207,34 @@ def test_the_cpu_computes_in_fp32_unless_told_otherwise(examples: Examples) -> N
     assert digests == {weights.digest(train(examples))}
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 20, 100])
+@pytest.mark.parametrize("settings", [{"clip_norm": 0.5}, ADAMW])
+def test_a_step_in_pieces_is_a_step(
+    examples: Examples, settings: dict[str, Setting], size: int
+) -> None:
+    computed: list[int] = []
+
+    def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        computed.append(len(y))
+        return F.cross_entropy(F.linear(x, w["weight"], w["bias"]), y)
+
+    def outcome(micro_batch: int) -> TrainOutcome:
+        plan = read_hyperparameters({"epochs": 2, "batch_size": 20, **settings})
+        whole = {name: first()[name] for name in ("weight", "bias")}
+        step = autograd_step(loss_of, micro_batch=micro_batch)
+        return TrainingLoop().train(whole, plan, examples, step, lambda *_: None)
+
+    whole = outcome(0)
+    assert computed == 2 * [20, 20, 10]
+    computed.clear()
+    pieces = outcome(size)
+    assert max(computed) == min(size, 20)
+    assert sum(computed) == 2 * COUNT
+    for name, array in whole.weights.items():
+        np.testing.assert_allclose(pieces.weights[name], array, atol=1e-6)
+    assert pieces.metrics["loss"] == pytest.approx(whole.metrics["loss"], abs=1e-6)
+
+
 def test_losses_that_stay_on_a_card_add_up_to_the_same(examples: Examples) -> None:
     """There a step gives float64[] instead of a number."""
 
