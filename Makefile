@@ -12,13 +12,14 @@
 # make figures  writes the figures of the docs from the results files
 # make pictures  the pictures of both monitors, docs/monitor.svg and docs/owner-monitor.svg
 # make bench  speed beside stock Flower and the limits of wire and memory; make bench-quick: 3 minutes
+# make bench-gpu  local training beside a plain PyTorch loop, on this machine's graphics card
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
-	figures pictures quality faults faults-quick soak journeys attacks attacks-others \
+	bench-gpu figures pictures quality faults faults-quick soak journeys attacks attacks-others \
 	lock sbom audit-packages clean
 
 demo: setup
@@ -126,6 +127,11 @@ bench: setup
 
 bench-quick: setup
 	$(BIN)/python -m benchmarks.speed
+
+# On a machine with a graphics card; DEVICE=cuda:1 for another one. Writes nothing
+DEVICE ?= auto
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.speed.gpu --device $(DEVICE)
 
 # The tables and numbers of the README and docs/, from docs/*/*.json; says what to write by hand
 figures: setup
