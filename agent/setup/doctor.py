@@ -60,7 +60,7 @@ def examine_agent(home: Path) -> Iterator[Check]:
                 CheckStep("disk", partial(check_room, home, *_ROOM_BYTES), ("home",)),
                 CheckStep("crashes", partial(check_crashes, home), ("home",)),
                 CheckStep("packages", environment.check_packages),
-                CheckStep("device", doctor.device, ("settings",)),
+                CheckStep("device", doctor.device),
                 CheckStep("sandbox", doctor.sandbox, ("settings",)),
                 CheckStep("sensors", doctor.sensors, ("settings",)),
                 CheckStep("service", autostart.check),
