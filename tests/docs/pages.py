@@ -32,7 +32,7 @@ NAMES = (
         r"WSL 2",
     ),
     *(r"Apache-2\.0", r"AES-256-GCM", r"ISO 8601", r"Java 17", r"ResNet-18", r"x86_64"),
-    *(r"127\.0\.0\.1", r"\b2NN", r"int8", r"bf16", r"fp32", r"UTF-8", r"[Rr]ound [01]\b"),
+    *(r"127\.0\.0\.1", r"\b2NN", r"int8", r"bf16", r"fp16", r"fp32", r"UTF-8", r"[Rr]ound [01]\b"),
     *(r"\[n, \d+(, \d+)?\]", r"float32", r"uint8", r"int64", r"et al\. \d{4}"),
 )
 #: Number words and what they are; "one", "once", "first" and "second" mostly count nothing.
