@@ -66,6 +66,9 @@ NUMBERED = {
     "15": Numbered("imitate a name, or join several times with one ticket", "peer"),
     "16": Numbered("use a port that the owner does not know of", "stranger"),
     "consent": Numbered("run a task that the owner did not allow", "coordinator"),
+    "offers": Numbered(
+        "have an offered task file run that its owner did not approve", "coordinator"
+    ),
     "sandbox": Numbered("attack the owner's machine from inside a task", "task"),
     "keys": Numbered("use stolen keys", "thief"),
     "audit": Numbered("rewrite the history of the fleet", "coordinator"),

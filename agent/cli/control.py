@@ -160,19 +160,20 @@ def show_ledger(
     told: Annotated[bool, typer.Option("--told", help="Show statistics in full.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what left this machine, and what your rules refused.
+    """Show what left this machine, what your rules refused, and what happened to offered tasks.
 
     The coordinator's log of versions: commonweight-agent ledger audit.
     """
-    from agent.home import audit_log, refusal_log
+    from agent.home import audit_log, offer_log, refusal_log
 
     home = homes.open_home("agent")
-    entries = sorted([*audit_log.read(home), *refusal_log.read(home)], key=lambda entry: entry.at)
+    found = [*audit_log.read(home), *refusal_log.read(home), *offer_log.read(home)]
+    entries = sorted(found, key=lambda entry: entry.at)
     entries = entries[max(0, len(entries) - lines) :]
     rows: list[str] = []
     for entry in entries:
         rows.append(audit_log.format_entry(entry))
-        if told and entry.told and entry.what != "refused":
+        if told and entry.told and entry.what not in audit_log.NOTHING_LEFT:
             rows.append(f"    {entry.told}")
     print_data(entries, rows, json=json)
     if not (entries or json):

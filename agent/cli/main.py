@@ -24,6 +24,7 @@ from agent.cli import (
     control,
     export,
     join,
+    offers,
     policy,
     predict,
     questions,
@@ -254,6 +255,7 @@ _COMMANDS: dict[App, dict[str, Callable[..., None]]] = {
         "export": export.export,
     },
     service.service: {"restart": control.restart, "finish": control.finish},
+    task.task: offers.COMMANDS,
 }
 for place, commands in _COMMANDS.items():
     for name, command in commands.items():

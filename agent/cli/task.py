@@ -16,10 +16,10 @@ import typer
 from agent.cli import prompts, task_template
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
 from agent.cli.names import TaskName, TaskPattern, complete_tasks
-from agent.home import consent_requests, settings
+from agent.home import consent_requests, offer_log, settings
 from agent.home.consent_requests import Request
 from agent.home.settings_schema import AgentSettings
-from agent.setup import consents, own_data
+from agent.setup import consents, offers, own_data
 from agent.tasks import registry
 from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
@@ -59,6 +59,12 @@ def allow(
         typer.Option(help="Columns that it may use, such as age,sex; or all."),
     ] = None,
     purpose: Annotated[str | None, typer.Option(help="What for: a note for yourself.")] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="Go on with an approved file that the operator withdrew or replaced."
+        ),
+    ] = False,
 ) -> None:
     """Allow a task to train and evaluate on this machine's data. It holds for all later runs."""
     home = homes.open_home("agent")
@@ -66,7 +72,7 @@ def allow(
     patterns = consents.parse_columns(columns)
     if note := own_data.check_columns(settings.read(home).data, patterns or []):
         print_line(note)
-    consents.allow(home, name, columns=patterns, purpose=purpose)
+    consents.allow(home, name, columns=patterns, purpose=purpose, keep=keep)
     chosen = settings.read(home)
     there = own_data.columns(chosen.data)
     if there and consents.awaiting_columns(chosen, name) and prompts.can_ask():
@@ -105,6 +111,8 @@ def list_tasks(json: Json = False) -> None:
     home = homes.open_home("agent")
     chosen = settings.read(home)
     asked = {request.task: request for request in consents.requests(home, chosen)}
+    known = consents.known_tasks(chosen)
+    known |= {name: "offered" for name in chosen.consents.keys() - known.keys() if name in asked}
     rows = [
         {
             "task": name,
@@ -117,7 +125,7 @@ def list_tasks(json: Json = False) -> None:
             "next": asked[name].command if name in asked else "",
             "missing": "" if source else registry.missing_package(name, chosen.framework),
         }
-        for name, source in sorted(consents.known_tasks(chosen).items())
+        for name, source in sorted(known.items())
     ]
     lines = (
         f"{row['task']:24} {row['source']}  {_mark(chosen, str(row['task']), asked)}"
@@ -145,7 +153,7 @@ def _mark(chosen: AgentSettings, name: str, asked: dict[str, Request]) -> str:
 
 @task.command("remove")
 def remove(name: TaskName) -> None:
-    """Unregister a task; its file stays."""
+    """Unregister a task; its file stays. Of an offered one, the approval ends."""
 
     home = homes.open_home("agent")
     with settings.locked(home):
@@ -159,6 +167,9 @@ def remove(name: TaskName) -> None:
             consents={known: said for known, said in own.consents.items() if known != name},
         )
     consent_requests.drop(home, name)
+    if digest := own.consent_to(name).offer:
+        offer_log.write(home, "task removed", name, digest)
+    offers.delete_copy(home, own.task_files[name])
     print_line(f"unregistered {name}")
     _say_when_applied(home)
 

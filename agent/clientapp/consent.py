@@ -45,7 +45,8 @@ def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Set
             f"the owner of this machine forbids the task {task!r}",
             f"{_ON_THAT_MACHINE} task allow {task}",
         )
-    if task not in chosen.task_files and task not in registry.names():
+    review = chosen.consent_to(task).review
+    if not review and task not in chosen.task_files and task not in registry.names():
         raise UnknownName(
             f"this machine has no task {task!r}", f"{_ON_THAT_MACHINE} task add, or pip install"
         )
@@ -56,6 +57,7 @@ def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Set
         target=next(iter(plain_columns(target)), ""),
         columns=plain_columns([*target, *features]) if features else (),
         awaits_columns=standing == "columns",
+        review=review,
     )
     message = f"its owner has not allowed the task {task!r} yet"
     if standing == "changed":
@@ -64,6 +66,12 @@ def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Set
     if standing == "columns":
         message = f"its owner has not said which columns the task {task!r} may use"
         command += " --columns NAME,NAME, or all"
+    elif standing == "offered":
+        message = f"its owner has not approved the offered file of the task {task!r}"
+        command = f"{_ON_THAT_MACHINE} task review {task}"
+    elif standing == "withdrawn":
+        message = f"the offered task {task!r} was withdrawn, and its owner has not kept it"
+        command += " --keep"
     raise ConsentNeeded(message, command, request, standing)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from agent.daemon import state_machine
 from agent.daemon.context import AgentContext
 from agent.daemon.gossip_loop import GossipLoop
+from agent.daemon.offer_inbox import OfferInbox
 from agent.daemon.owner_commands import OwnerCommands
 from agent.daemon.policy_loop import PolicyLoop
 from agent.daemon.session_loop import SessionLoop
@@ -124,6 +125,7 @@ class Agent:
             credentials.sign_key,
             lambda text: self._runner.call_threadsafe(self._on_log_note, text),
         )
+        self._sessions.on_offers = OfferInbox(home, enrollment, link).news
         self._connect()
 
     def _connect(self) -> None:
@@ -272,8 +274,8 @@ class Agent:
                 self._reconnecting = asyncio.create_task(self._reconnect(why), name="reconnect")
             if self._owner_commands.poll():
                 self._apply_settings(self._policy.settings)
-                if self._work.owner_has_decided():
-                    self._sessions.tell_decision()
+                if self._work.owner_has_decided() and not self._policy.must_restart:
+                    self._sessions.tell_decision()  # a new session says so too
             trainers, has_work = self._work.trainers, self._runner.state.work is not None
             if self._policy.must_restart and not has_work:
                 log.info("restarting with the changed settings")

@@ -71,6 +71,7 @@ class SessionLoop:
         #: Follows the coordinator's log of versions.
         self.followed: FollowedLog | None = None
         self.charged: ChargedHeads | None = None
+        self.on_offers: Callable[[int], None] = lambda number: None
         self._closed = False
         self._saving = threading.Lock()
         self._doorbell = asyncio.Event()
@@ -211,7 +212,7 @@ class SessionLoop:
             if self.charged is not None:
                 self.charged.reset()
                 link.charged_statement, link.on_charged = self.charged.statement, self.charged.take
-            link.on_notice = self._report.coordinator_says
+            link.on_notice, link.on_offers = self._report.coordinator_says, self.on_offers
             self._link = link
         if self._closed:  # `close` may have run before this link existed
             raise Unreachable("the agent is stopping")

@@ -53,7 +53,7 @@ class StatusReporter:
         self._home, self._settings, self._mqtt = home, chosen, mqtt
         self.traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.gossip_status: Callable[[], GossipSummary] = lambda: GossipSummary(None, 0, 0, "")
-        self._known_tasks = sorted({*registry.names(), *chosen.task_files})
+        self._installed = registry.names()
         self._note_tasks()
         self._process = psutil.Process()
         self._last_presence = Presence(state=PeerState.IDLE)
@@ -111,7 +111,10 @@ class StatusReporter:
 
     def _note_tasks(self) -> None:
         """Note which tasks may run, and for which the owner would be asked."""
-        standings = {task: self._settings.standing_of(task) for task in self._known_tasks}
+        chosen = self._settings
+        offered = (task for task, said in chosen.consents.items() if said.review)
+        known = sorted({*self._installed, *chosen.task_files, *offered})
+        standings = {task: chosen.standing_of(task) for task in known}
         allowed = [task for task, standing in standings.items() if standing == "allowed"]
         allowed += [flower_apps.PREFIX + name for name in self._settings.apps]
         asked = [task for task, standing in standings.items() if standing in ASKED_FIRST]

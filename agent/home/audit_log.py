@@ -10,7 +10,7 @@ import os
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -28,6 +28,15 @@ from protocols.messages.work import UpdateClaim
 FILE = "left.jsonl"
 MAX_BYTES = 4 << 20
 
+#: What happened to an offered task: entries of `offer_log`.
+OfferKind = Literal[
+    "task offered",
+    "task withdrawn",
+    "task approved",
+    "task kept",
+    "task refused",
+    "task removed",
+]
 EntryKind = Literal[
     "description",
     "first weights",
@@ -38,6 +47,7 @@ EntryKind = Literal[
     "version",
     "refused",
     SecureKind,
+    OfferKind,
 ]
 _KINDS: dict[str, EntryKind] = {
     "describe": "description",
@@ -47,6 +57,10 @@ _KINDS: dict[str, EntryKind] = {
     "holdings": "held version",
     "recall": "version",
 }
+
+
+#: Kinds of entries with which nothing left.
+NOTHING_LEFT = frozenset(("refused", *get_args(OfferKind)))
 
 
 class AuditEntry(Struct, frozen=True, kw_only=True):
@@ -169,9 +183,17 @@ _last_told = _LastTold()
 def _append(home: Path, entry: AuditEntry) -> None:
     """Append one entry and fsync it, so that a power cut after the sending cannot lose it."""
     entry = _last_told.shortened(home, entry)
-    path = home / FILE
-    if path.exists() and path.stat().st_size > MAX_BYTES:
-        path.replace(_rotated_file(home))
+    nbytes = append_entry(home / FILE, entry, MAX_BYTES)
+    _last_told.wrote(home, entry, nbytes)
+
+
+def append_entry(path: Path, entry: AuditEntry, max_bytes: int) -> int:
+    """Append an entry to a file of the ledger, and fsync; its bytes. Raises OSError.
+
+    A file of more than `max_bytes` is kept beside the new one, in place of an earlier one.
+    """
+    if path.exists() and path.stat().st_size > max_bytes:
+        path.replace(_rotated_file(path))
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as file:
@@ -180,17 +202,21 @@ def _append(home: Path, entry: AuditEntry) -> None:
         file.write(line)
         file.flush()
         os.fsync(descriptor)
-    _last_told.wrote(home, entry, len(line))
     if is_new:
-        fsync_folder(home)
+        fsync_folder(path.parent)
+    return len(line)
 
 
 def read(home: Path) -> list[AuditEntry]:
-    """All entries, oldest first. Incomplete lines are skipped."""
+    """All entries of answers that left, oldest first."""
+    return read_entries(home / FILE)
+
+
+def read_entries(path: Path) -> list[AuditEntry]:
+    """All entries of a file of the ledger, oldest first. Incomplete lines are skipped."""
     entries = []
-    for path in (_rotated_file(home), home / FILE):
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        for line in lines:
+    for file in (_rotated_file(path), path):
+        for line in file.read_bytes().splitlines() if file.exists() else []:
             try:
                 entries.append(msgspec.json.decode(line, type=AuditEntry))
             except msgspec.DecodeError:
@@ -203,6 +229,9 @@ def format_entry(entry: AuditEntry) -> str:
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.at))
     if entry.what == "refused":
         return f"{at}  {entry.run}  refused: {entry.told}"
+    if entry.what in NOTHING_LEFT:
+        about = f": {entry.told}" if entry.told else ""
+        return f"{at}  {entry.what}  {entry.task} sha256 {entry.digest[:12]}{about}"
     parts = [f"{at}  {entry.run}  round {entry.round}  {entry.what}"]
     if entry.nbytes:
         codec = f" as {entry.codec}" if entry.codec else ""
@@ -216,5 +245,5 @@ def format_entry(entry: AuditEntry) -> str:
     return ", ".join(parts)
 
 
-def _rotated_file(home: Path) -> Path:
-    return home / f"1.{FILE}"
+def _rotated_file(path: Path) -> Path:
+    return path.with_name(f"1.{path.name}")

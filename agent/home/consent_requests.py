@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from agent.policy.consent import Review
 from protocols.local import settings_file
 from protocols.local.atomic_files import write_private
 from protocols.messages.envelope import strip_controls
@@ -26,7 +27,8 @@ _PLAIN = re.compile(r"[\w.-]+( [\w.-]+)*")
 class Request(Struct, frozen=True, kw_only=True):
     """A run asked for a task. `columns`: those that it names, none if it takes all that it may;
     `target`: the one that it predicts. `awaits_columns`: the task is allowed, and only its columns
-    are not named yet. `at`: Unix s of the first time.
+    are not named yet. `at`: Unix s of the first time. Without a `run`, the operator offers the task
+    or withdrew it. `review`: what the owner has to decide about the offer.
     """
 
     task: str
@@ -35,11 +37,16 @@ class Request(Struct, frozen=True, kw_only=True):
     target: str = ""
     columns: tuple[str, ...] = ()
     awaits_columns: bool = False
+    review: Review = ""
 
     @property
     def command(self) -> str:
-        """The command that allows it. It is safe to paste into a shell."""
+        """The command that allows it, or shows the offer. It is safe to paste into a shell."""
+        if self.review == "offered":
+            return shlex.join(["commonweight-agent", "task", "review", self.task])
         words = ["commonweight-agent", "task", "allow", self.task]
+        if self.review == "withdrawn":
+            words += ["--keep"]
         if self.columns and all(_PLAIN.fullmatch(name) for name in self.columns):
             words += ["--columns", ",".join(self.columns)]
         elif self.awaits_columns:
@@ -51,7 +58,10 @@ class Request(Struct, frozen=True, kw_only=True):
         """What the owner can do, with the command."""
         if self.awaits_columns:
             return f"to name them: {self.command} (or all)"
-        return f"to allow it: {self.command}"
+        verb = {"offered": "see the file", "withdrawn": "go on with it"}.get(
+            self.review, "allow it"
+        )
+        return f"to {verb}: {self.command}"
 
     @property
     def line(self) -> str:
@@ -61,11 +71,16 @@ class Request(Struct, frozen=True, kw_only=True):
     @property
     def lacks(self) -> str:
         """What the owner has to give."""
+        if self.review:
+            return "approval" if self.review == "offered" else "decision"
         return "columns" if self.awaits_columns else "consent"
 
     @property
     def about(self) -> str:
         """Which run asks for what."""
+        if not self.run:
+            verb = "offers" if self.review == "offered" else "withdrew"
+            return f"the operator {verb} the task {self.task!r}"
         columns = ", ".join(self.columns) or "all columns that you allow"
         target = f" to predict {self.target}, from {columns}" if self.target else ""
         if self.awaits_columns and not self.columns:

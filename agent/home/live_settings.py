@@ -1,4 +1,4 @@
-"""The owner's settings as they are now: read again when their file has changed."""
+"""The owner's settings as they are now: read again when they or the offered tasks have changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from agent.home import settings
+from agent.home import settings, task_offers
 from agent.home.settings_schema import AgentSettings
 from protocols.errors import CommonweightError
 
@@ -30,10 +30,14 @@ class LiveSettings:
                 log.error("the changed settings are wrong, the old ones stay: %s", err.message)
         return self._settings
 
-    def _file_stamp(self) -> tuple[int, int, int]:
-        """Changes with the file, which is replaced as a whole."""
-        try:
-            found = os.stat(self._home / settings.FILE)
-        except OSError:
-            return (0, 0, 0)
-        return found.st_mtime_ns, found.st_ino, found.st_size
+    def _file_stamp(self) -> tuple[int, ...]:
+        """Changes with the two files, which are replaced as a whole."""
+        return (*_stamp(self._home / settings.FILE), *_stamp(self._home / task_offers.FILE))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (0, 0, 0)
+    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -11,8 +11,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-import msgspec
-
+from agent.home import audit_log
 from agent.home.audit_log import AuditEntry
 from protocols.messages.envelope import strip_controls
 
@@ -41,11 +40,7 @@ class RefusalLog:
             self._written.popitem(last=False)
         entry = AuditEntry(at=time.time(), run=run, task=task, round=0, what="refused", told=text)
         try:
-            if self._path.exists() and self._path.stat().st_size > MAX_BYTES:
-                self._path.replace(self._path.with_name(f"1.{FILE}"))
-            with self._path.open("ab") as file:
-                self._path.chmod(0o600)
-                file.write(b"\n" + msgspec.json.encode(entry) + b"\n")
+            audit_log.append_entry(self._path, entry, MAX_BYTES)
         except OSError as err:  # nothing of the owner's leaves with a refusal
             log.warning("cannot write the refusal to %s: %s", FILE, err.strerror)
         return True
@@ -53,11 +48,4 @@ class RefusalLog:
 
 def read(home: Path) -> list[AuditEntry]:
     """All refusals, oldest first. Incomplete lines are skipped."""
-    entries = []
-    for path in (home / f"1.{FILE}", home / FILE):
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            try:
-                entries.append(msgspec.json.decode(line, type=AuditEntry))
-            except msgspec.DecodeError:
-                continue
-    return entries
+    return audit_log.read_entries(home / FILE)

@@ -13,7 +13,7 @@ import tomli_w
 from msgspec.structs import replace
 
 from agent.data.settings import DataSettings, Floors
-from agent.home import sensible_values
+from agent.home import sensible_values, task_offers
 from agent.home.settings_schema import MIN_SECURE_PEERS, AgentSettings
 from agent.policy import schedule
 from agent.policy.consent import USES_COLUMNS, Consent
@@ -31,7 +31,8 @@ ENVIRONMENT_PREFIX = "COMMONWEIGHT_AGENT_"
 def read(home: Path, **flags: Any) -> AgentSettings:
     """Read the settings; flags override them unless they are None. Raises UsageError.
 
-    A task that only the environment allows awaits the names of its columns.
+    A task that only the environment allows awaits the names of its columns. One that the operator
+    offers is marked until its owner has reviewed it.
     """
     file, environment = settings_file.read_file(home), _read_environment()
     values = file | environment
@@ -43,14 +44,14 @@ def read(home: Path, **flags: Any) -> AgentSettings:
         named = {
             task: replace(said, awaits_columns=False) for task, said in chosen.consents.items()
         }
-        return replace(chosen, consents=named)
+        return task_offers.marked(home, replace(chosen, consents=named))
     said = {*file.get("tasks", ()), *chosen.consents}
     awaiting = {
         task: Consent(awaits_columns=True)
         for task in environment.get("tasks", ())
         if task in {"*", *USES_COLUMNS} and not {task, "*"} & said
     }
-    return replace(chosen, consents=chosen.consents | awaiting)
+    return task_offers.marked(home, replace(chosen, consents=chosen.consents | awaiting))
 
 
 def read_own(home: Path) -> AgentSettings:

@@ -191,6 +191,13 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         dict[str, InstalledApp],
         Meta(description="Flower apps that may run here: commonweight-agent app add"),
     ] = msgspec.field(default_factory=dict)
+    offers: Annotated[
+        Literal["show", "off"],
+        Meta(
+            description="task files that the operator offers: show, for your review (task offers); "
+            "off, none are kept. None ever runs before task approve"
+        ),
+    ] = "show"
     threads: Annotated[int, Meta(ge=0, description="training threads; 0: half of the cores")] = 0
     device: Annotated[
         str,
@@ -290,6 +297,8 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         """What the owner has decided about a task. Reads the task's file, if it has one."""
         if task in self.forbidden_tasks:
             return "forbidden"
+        if review := self.consent_to(task).review:
+            return review
         if task not in self.tasks and "*" not in self.tasks:
             return "awaiting"
         source, code = self.task_files.get(task, ""), self.consent_to(task).code

@@ -10,12 +10,18 @@ from msgspec import Meta, Struct
 
 MAX_PURPOSE_CHARS = 200
 
+#: What an owner has still to decide about a task that the operator offers. `offered`: the offered
+#: file, which is new or replaces an approved one. `withdrawn`: whether the file that the owner
+#: approved goes on without the offer.
+Review = Literal["", "offered", "withdrawn"]
 #: `changed`: the task's file is no longer the one that the owner allowed. `columns`: the owner
 #: allows it, and has not said which columns it may use.
-Standing = Literal["allowed", "forbidden", "awaiting", "changed", "columns"]
+Standing = Literal["allowed", "forbidden", "awaiting", "changed", "columns", "offered", "withdrawn"]
 
 #: The owner is asked before such a task runs.
-ASKED_FIRST: frozenset[Standing] = frozenset({"awaiting", "changed", "columns"})
+ASKED_FIRST: frozenset[Standing] = frozenset(
+    {"awaiting", "changed", "columns", "offered", "withdrawn"}
+)
 #: Built-in tasks that read the columns of the owner's table. Their settings `target` and `features`
 #: name columns.
 USES_COLUMNS = frozenset({"tabular"})
@@ -27,7 +33,9 @@ class Consent(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     `columns`: patterns of columns that the task may use, among those of `data_columns`; empty: all
     of these. `awaits_columns`: none before the owner names them, here or in `data_columns`; older
     versions allowed all. `purpose`: the owner's note. `code`: SHA-256 of the task's file and of the
-    modules beside it that it imports; empty for installed tasks. `at`: Unix s.
+    modules beside it that it imports; empty for installed tasks. `at`: Unix s. `offer`: SHA-256 of
+    the offered file that the owner approved; empty for the owner's own. `review`: not in the file;
+    `agent.home.task_offers` sets it by the operator's present offers.
     """
 
     columns: tuple[str, ...] = ()
@@ -35,6 +43,8 @@ class Consent(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
     purpose: Annotated[str, Meta(max_length=MAX_PURPOSE_CHARS)] = ""
     code: str = ""
     at: float = 0.0
+    offer: str = ""
+    review: Review = ""
 
 
 def narrow(columns: Sequence[str], within: Sequence[str]) -> tuple[str, ...]:

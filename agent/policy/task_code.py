@@ -26,6 +26,14 @@ def digest(source: str) -> str:
     return found.hexdigest()
 
 
+def sha256(source: str) -> str:
+    """SHA-256 of the one file of "/path/file.py:Class", as hex; empty if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(source.rpartition(":")[0]).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
 def files(path: Path) -> list[Path]:
     """The task file first, then the Python files beside it that it imports, directly or not.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from agent.home import consent_requests, settings
+from agent.home import consent_requests, offer_log, settings, task_offers
 from agent.home.consent_requests import Request
 from agent.home.settings_schema import AgentSettings
 from agent.policy import consent, task_code
@@ -50,11 +50,13 @@ def allowing(
     *,
     columns: Sequence[str] | None = None,
     purpose: str | None = None,
+    offer: str | None = None,
 ) -> dict[str, Any]:
     """The settings that change when the owner allows these tasks. Raises UnknownName, UsageError.
 
     `known` are the tasks on this machine. What is not given stays as it was. A task that is new
-    here and reads the owner's table awaits the names of its columns.
+    here and reads the owner's table awaits the names of its columns. `offer`: the digest of the
+    offered file that is allowed; empty if it is the owner's own from now on.
     """
     for name in names:
         if name != EVERY and name not in known:
@@ -76,6 +78,8 @@ def allowing(
         if len(purpose) > consent.MAX_PURPOSE_CHARS:
             raise UsageError(f"a purpose has at most {consent.MAX_PURPOSE_CHARS} characters")
         given["purpose"] = strip_controls(purpose)
+    if offer is not None:
+        given["offer"] = offer
     consents = dict(chosen.consents)
     for name in names:
         source = known.get(name, "")
@@ -100,16 +104,55 @@ def _awaits_columns(chosen: AgentSettings, name: str) -> bool:
 
 
 def allow(
-    home: Path, name: str, *, columns: Sequence[str] | None = None, purpose: str | None = None
+    home: Path,
+    name: str,
+    *,
+    columns: Sequence[str] | None = None,
+    purpose: str | None = None,
+    keep: bool = False,
 ) -> AgentSettings:
-    """Allow a task. Raises UnknownName, UsageError."""
+    """Allow a task. Raises UnknownName, UsageError.
+
+    `keep`: go on with an approved file that the operator has withdrawn or replaced.
+    """
     with settings.locked(home):
-        own, known = settings.read_own(home), known_tasks(settings.read(home))
-        changes = allowing(own, known, [name], columns=columns, purpose=purpose)
-        chosen = settings.change(home, **changes)
+        own, live = settings.read_own(home), settings.read(home)
+        offer = _offer_after(live, name, keep)
+        if keep:
+            digest = own.consent_to(name).offer
+            offer_log.write(home, "task kept", name, digest)
+        changes = allowing(
+            own, known_tasks(live), [name], columns=columns, purpose=purpose, offer=offer
+        )
+        settings.change(home, **changes)
+        chosen = settings.read(home)
     for task in list(consent_requests.read(home)) if name == EVERY else [name]:
         consent_requests.drop(home, task)
     return chosen
+
+
+def _offer_after(chosen: AgentSettings, name: str, keep: bool) -> str | None:
+    """The digest of the offer that a consent to `name` is about; None: as before.
+
+    Raises UsageError if the operator's offer has to be decided about first.
+    """
+    said, source = chosen.consent_to(name), chosen.task_files.get(name, "")
+    is_as_approved = bool(source) and said.offer == task_code.sha256(source)
+    review = f"commonweight-agent task review {name}"
+    if said.review == "offered" and not (keep and said.offer):
+        raise UsageError(f"the operator offers {name}, and you have not approved the file", review)
+    if said.review and not keep:
+        raise UsageError(
+            f"the operator has withdrawn or replaced {name}",
+            f"to go on with the file that you approved: commonweight-agent task allow {name} "
+            "--keep",
+        )
+    if keep and not (said.review and is_as_approved):
+        raise UsageError(
+            f"{name} is no approved file that was withdrawn or replaced",
+            "commonweight-agent task list",
+        )
+    return None if is_as_approved and not keep else ""
 
 
 def forbid(home: Path, name: str) -> AgentSettings:
@@ -120,7 +163,10 @@ def forbid(home: Path, name: str) -> AgentSettings:
 
 def _forbid(home: Path, name: str) -> AgentSettings:
     own = settings.read_own(home)
-    if name not in {*known_tasks(settings.read(home)), *own.tasks, EVERY}:
+    offered = task_offers.read(home).by_name()
+    if name in offered:
+        offer_log.write(home, "task refused", name, offered[name].digest)
+    elif name not in {*known_tasks(settings.read(home)), *own.tasks, EVERY}:
         raise UnknownName(f"this machine has no task {name!r}", "commonweight-agent task list")
     changes: dict[str, Any] = {
         "tasks": [task for task in own.tasks if task != name],
@@ -155,10 +201,16 @@ def columns_command(task: str) -> str:
 
 
 def requests(home: Path, chosen: AgentSettings) -> list[Request]:
-    """The requests that still wait for the owner, oldest first."""
+    """The requests that still wait for the owner, oldest first: by runs, then by offers."""
+    asked = consent_requests.read(home)
+    offered = (
+        Request(task=name, run="", at=time.time())
+        for name, said in chosen.consents.items()
+        if said.review and name not in asked
+    )
     waiting = (
-        request
-        for request in consent_requests.read(home).values()
+        replace(request, review=chosen.consent_to(request.task).review)
+        for request in (*asked.values(), *offered)
         if chosen.standing_of(request.task) in ASKED_FIRST
     )
     return sorted(waiting, key=lambda request: request.at)

@@ -99,6 +99,8 @@ class CoordinatorClient(CoordinatorRequests):
         self.on_charged: Callable[[bytes], None] = lambda data: None
         #: Gets each line that the coordinator has for the owner.
         self.on_notice: Callable[[str], None] = lambda text: None
+        #: Gets the number of the newest list of offered tasks, with each answer.
+        self.on_offers: Callable[[int], None] = lambda number: None
 
     def reconnect(self) -> None:
         """Closes all connections. New ones open on demand."""
@@ -234,6 +236,8 @@ class CoordinatorClient(CoordinatorRequests):
             self.on_charged(response.charged)
         for text in response.notices:
             self.on_notice(text)
+        if response.offers:
+            self.on_offers(response.offers)
         with map_parse_errors():
             if response.work is not None:
                 self._inline_version = response.version

@@ -12,6 +12,7 @@ from agent.transport.weight_transfer import WeightTransfer, map_parse_errors, ra
 from protocols.enrollment import joining
 from protocols.enrollment.joining import EnrollmentStatus, MqttResponse
 from protocols.errors import UnknownName
+from protocols.messages import offers
 from protocols.messages.envelope import LOGS_PATH, LogResponse, strip_controls
 from protocols.messages.version_log import LOG_PATH
 from protocols.messages.work import MODEL_PATH, NamedModel, Which
@@ -64,6 +65,15 @@ class CoordinatorRequests(WeightTransfer):
     def log_page(self, start: int) -> bytes:
         """Requests the entries of the log of versions after the first `start`."""
         return self._request("GET", LOG_PATH.format(start=start))
+
+    def task_offers(self) -> bytes:
+        """Requests the signed list of the tasks that the operator offers."""
+        return self._request("GET", offers.LIST_PATH, max_bytes=offers.MAX_LIST_BYTES)
+
+    def offered_file(self, digest: str) -> bytes:
+        """Requests an offered file. Its digest is not verified."""
+        path = offers.FILE_PATH.format(digest=digest)
+        return self._request("GET", path, max_bytes=offers.MAX_FILE_BYTES)
 
     def named_model(self, name: str, which: Which) -> NamedModel:
         """Requests what the best or newest version of a run or task is. Needs no session.

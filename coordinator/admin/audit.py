@@ -157,12 +157,18 @@ def _from_fleet_event(event: FleetEvent, at: float, names: dict[str, str]) -> di
             text = f"{_label(member, names)} uses the new CA"
             return {"event": "new CA", "text": text, "peer": member}
         case fleet_events.AnswersRead(operator=operator, what=what):
-            who = "the operator of this home" if operator == OPERATOR else _label(operator, names)
-            return {"event": "answers read", "text": f"{who}: {what}"}
+            text = f"{_operator(operator, names)}: {what}"
+            return {"event": "answers read", "text": text}
         case fleet_events.Restored(entries=entries, made_at=made_at):
             made = time.strftime("%Y-%m-%d %H:%M", time.localtime(made_at))
             text = f"restored from a backup of {made}, which has {entries} entries"
             return {"event": "restored", "text": text}
+        case fleet_events.TaskOffered(offer=offer, operator=operator):
+            text = f"{_operator(operator, names)} offered {offer.name}, sha256 {offer.digest}"
+            return {"event": "task offered", "text": text}
+        case fleet_events.TaskWithdrawn(name=name, digest=digest, operator=operator):
+            text = f"{_operator(operator, names)} withdrew {name}, sha256 {digest}"
+            return {"event": "task withdrawn", "text": text}
         case fleet_events.PeerApproved(peer=peer):
             text = f"{_label(peer, names)} was approved by the operator"
             return {"event": "approved", "text": text, "peer": peer}
@@ -190,6 +196,10 @@ def _from_run_event(event: run_events.RunEvent, run: str, names: dict[str, str])
             text = f"{_label(peer, names)}, {run} round {event.round}: {reason}{detail}"
             found |= {"event": "update refused", "text": text, "peer": peer, "reason": reason}
     return found
+
+
+def _operator(operator: str, names: dict[str, str]) -> str:
+    return "the operator of this home" if operator == OPERATOR else _label(operator, names)
 
 
 def _label(peer: str, names: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from coordinator.api.routes import fleet, jobs, runs, tickets
+from coordinator.api.routes import fleet, jobs, offers, runs, tickets
 from coordinator.api.routes.agents import AgentRoutes
 from coordinator.api.service import CoordinatorService
 from coordinator.fleet.auth import Auth
@@ -19,7 +19,10 @@ from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH
 def make_app(
     service: CoordinatorService, auth: Auth, ca_key: Any, issuer: bytes = b""
 ) -> Starlette:
-    endpoints = (*fleet.ROUTES, *runs.ROUTES, *jobs.ROUTES, *tickets.ROUTES)
+    endpoints = (
+        *(*fleet.ROUTES, *runs.ROUTES, *jobs.ROUTES),
+        *(*tickets.ROUTES, *offers.ROUTES),
+    )
     return Starlette(
         routes=[
             *AgentRoutes(service, auth, ca_key, issuer).routes(),

@@ -42,6 +42,8 @@ class PollHandler:
         self._superlink, self._sessions, self._transfer = superlink, sessions, transfer
         self._runs, self._jobs, self._long_polls = runs, jobs, long_polls
         self.on_request: Callable[[str, int], None] = lambda action, node_id: None
+        #: The number of the list of offered tasks.
+        self.offers_number: Callable[[], int] = lambda: 0
 
     async def poll(self, peer: str, request: PollRequest) -> PollResponse:
         """Store the peer's reply and return its next work.
@@ -60,6 +62,8 @@ class PollHandler:
             response = msgspec.structs.replace(response, charged=charged)
         if notices := self._notices.take(peer):
             response = msgspec.structs.replace(response, notices=notices)
+        if number := self.offers_number():
+            response = msgspec.structs.replace(response, offers=number)
         if request.seen is None:
             return response
         return msgspec.structs.replace(response, log=self._witnesses.exchange(peer, request.seen))

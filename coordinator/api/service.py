@@ -11,6 +11,7 @@ from coordinator.api.log_requests import LogRequests
 from coordinator.fleet.auth import json_response
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.state import Fleet
+from coordinator.fleet.task_offers import TaskOffers
 from coordinator.jobs.manager import JobManager
 from coordinator.runs.manager import RunManager
 from coordinator.storage.version_log import VersionLog
@@ -45,6 +46,7 @@ class CoordinatorService(Protocol):
 
     identity: Identity
     registry: Registry
+    offers: TaskOffers
     fleet: Fleet
     transfer: WeightTransfer
     job_transfer: WeightTransfer

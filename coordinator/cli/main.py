@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import admin, analyze, fleet, jobs, keys, models, monitor, mqtt, runs
+from coordinator.cli import admin, analyze, fleet, jobs, keys, models, monitor, mqtt, runs, tasks
 from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
 from protocols.errors import UsageError
@@ -26,7 +26,7 @@ app = App(
     help="Train together, keep your data: operate the coordinator and watch the fleet.",
     sections={
         "First steps": ("demo", "simulate", "init", "up", "ticket", "run", "monitor"),
-        "Fleet": ("status", "peers"),
+        "Fleet": ("status", "peers", "task"),
         "Results": ("models", "infer", "analyze"),
         "Upkeep": ("doctor", "admin"),
     },
@@ -43,6 +43,7 @@ upkeep = App(
 
 monitor.add_to(app)
 fleet.add_to(app)
+app.add_typer(tasks.tasks, name="task")
 app.add_typer(runs.runs, name="run")
 app.add_typer(models.models, name="models")
 jobs.add_to(app)

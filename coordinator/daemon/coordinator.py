@@ -30,6 +30,7 @@ from coordinator.fleet.auth import Auth
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.sessions import Sessions
 from coordinator.fleet.state import Fleet
+from coordinator.fleet.task_offers import TaskOffers
 from coordinator.fleet.witnesses import Witnesses
 from coordinator.jobs.manager import JobManager
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
@@ -78,6 +79,7 @@ class Coordinator:
         # On disk.
         self._ledger = Ledger(home / "ledger.db")
         self.registry = Registry(self._ledger, approve=chosen.approve)
+        self.offers = TaskOffers(self._ledger, keys.fleet, keys.sign_key.sign)
         self.version_log = VersionLog(self._ledger, keys.fleet, keys.sign_key.sign)
         self.weight_store, self.job_store = WeightStore(home), JobStore(home / "jobs")
         self.transfer = WeightTransfer(self.weight_store)
@@ -151,6 +153,8 @@ class Coordinator:
         self.job_transfer.limits.max_bytes_of = self.jobs.max_answer_bytes
         self._peers.on_removed = self._forget_peer
         self._witnesses.report = self._report_contradiction
+        self.offers.on_change = self._announce_offers
+        self._polls.offers_number = lambda: self.offers.number
 
     @property
     def port(self) -> int:
@@ -309,6 +313,10 @@ class Coordinator:
         self.job_transfer.forget(peer)
         self._witnesses.forget(peer)
         self._notices.forget(peer)
+
+    def _announce_offers(self, text: str) -> None:
+        self._publisher.publish(EventLine(level="info", text=strip_controls(text)))
+        self._peers.announce_work([peer.peer for peer in self.registry.enrolled()])
 
     def _report_contradiction(self, text: str, peer: str) -> None:
         log.error("%s", text)

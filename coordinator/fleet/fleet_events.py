@@ -1,4 +1,4 @@
-"""The events of the fleet in the ledger: tickets, members, keys and restores."""
+"""The events of the fleet in the ledger: tickets, members, keys, restores and offered tasks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Struct
 
 from coordinator.fleet.members import Peer, Role, TicketRole
+from protocols.messages.offers import Offer
 
 SUBJECT = "fleet"
 
@@ -83,6 +84,24 @@ class AnswersRead(Struct, frozen=True, tag=True, kw_only=True):
     what: str
 
 
+class TaskOffered(Struct, frozen=True, tag=True, kw_only=True):
+    """An operator offered a task file, with its bytes. `number`: that of the list since then."""
+
+    number: int
+    offer: Offer
+    operator: str
+    data: bytes
+
+
+class TaskWithdrawn(Struct, frozen=True, tag=True, kw_only=True):
+    """An operator withdrew the offer of this name."""
+
+    number: int
+    name: str
+    digest: str
+    operator: str
+
+
 FleetEvent = (
     TicketCreated
     | TicketRevoked
@@ -95,6 +114,8 @@ FleetEvent = (
     | CaFollowed
     | Restored
     | AnswersRead
+    | TaskOffered
+    | TaskWithdrawn
 )
 
 encode = msgspec.json.Encoder().encode

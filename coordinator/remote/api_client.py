@@ -39,8 +39,10 @@ from protocols.enrollment import signed_requests
 from protocols.errors import BadMessage, Unreachable
 from protocols.local import bounded_http
 from protocols.local.join_client import is_other_ca
+from protocols.messages import offers
 from protocols.messages.decoding import MALFORMED
 from protocols.messages.envelope import Command, JobChanged, LogLine
+from protocols.messages.offers import Offer, OfferRequest, WithdrawRequest
 from protocols.network.error_text import describe_error
 from protocols.p2p.gossip import NEIGHBORS_PATH, NeighborsResponse
 
@@ -184,6 +186,20 @@ class Remote:
 
     def logs(self, peer: str) -> list[LogLine]:
         return self._rows(f"/cw/v1/peers/{peer}/logs", LogLine)
+
+    def offers(self) -> list[Offer]:
+        """The tasks that are offered to the owners."""
+        return self._rows(offers.TASKS_PATH, Offer)
+
+    def offer_task(self, request: OfferRequest) -> Offer:
+        """Offer a task file to the owners."""
+        body = msgspec.json.encode(request)
+        made: Offer = _decoded(self._request("POST", offers.TASKS_PATH, body), Offer)
+        return made
+
+    def withdraw_task(self, name: str) -> None:
+        body = msgspec.json.encode(WithdrawRequest(name=name))
+        self._request("POST", offers.WITHDRAW_PATH, body)
 
     def operators(self) -> list[dict[str, Any]]:
         return _as_dicts(self._rows("/cw/v1/operators", OperatorRow))

@@ -1,8 +1,12 @@
-"""Text that is safe for a terminal: no control characters; for plain consoles only ASCII. Pure."""
+"""Text that is safe for a terminal: no control characters; for plain consoles only ASCII. Pure.
+
+"Trojan Source" (Boucher, Anderson, 2021) shows what hidden characters do to a reviewer of code.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import lru_cache
 
 from rich.cells import cell_len, set_cell_size
@@ -39,6 +43,26 @@ _ASCII |= {
 _CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
 )
+
+
+#: Characters that `str.isprintable` passes and that a terminal shows as nothing, or as a space.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+
+
+def show_hidden(text: str) -> str:
+    """`text` with `<U+202E>` for each character that a terminal obeys, hides, or shows as a space
+    or in another order: controls but tabs, format characters, and letters from right to left."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c == "\t" or _is_visible(c) else f"<U+{ord(c):04X}>" for c in text)
+
+
+def _is_visible(char: str) -> bool:
+    is_ordered = unicodedata.bidirectional(char) not in ("R", "AL", "AN")
+    return char.isprintable() and is_ordered and not _BLANK.match(char)
 
 
 def strip_controls(text: str) -> str:

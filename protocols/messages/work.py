@@ -182,7 +182,8 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     may then ask again. `version`: the bytes of a small version to work on, if it is new. `log`:
     the news of the log of versions, for a request with `seen`. `notices`: lines for the owner: why
     a run does not use this machine. `charged`: the agent's own statement with more charges than it
-    states now. `sum_is_over`: no step of the `open_sum` will be asked for.
+    states now. `sum_is_over`: no step of the `open_sum` will be asked for. `offers`: the number of
+    the newest list of offered tasks (`messages.offers`); 0 without any.
     """
 
     work: FlowerMessage | None = None
@@ -192,6 +193,7 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     notices: Annotated[tuple[Text, ...], Meta(max_length=MAX_NOTICES)] = ()
     charged: _ChargedBytes = b""
     sum_is_over: bool = field(default=False, name="over")
+    offers: Count = 0
 
 
 SIGNED_WORK = SignedJson(Work, "work", "piece of work")

@@ -82,6 +82,7 @@ NOT_RUN = {
     "passphrase": "asks for a passphrase in a terminal: tests/coordinator/admin",
     "ids": "needs the ids of other owners' machines: tests/e2e/test_secure_agents.py",
     "stopped": "needs a stopped coordinator: tests/hostile/test_ca_rotation.py",
+    "offers": "needs an owner who approves: tests/e2e/test_offers.py",
     "asked": "answers a question that waits: tests/e2e/test_analyze.py",
     "disk lost": "replaces a coordinator whose disk is lost: tests/coordinator/admin",
 }

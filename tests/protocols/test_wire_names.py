@@ -79,6 +79,7 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
                 "notices": [],
                 "charged": b"",
                 "over": False,
+                "offers": 0,
             },
         ),
         (GossipBatch(entries=(b"e",)), {"words": [b"e"]}),

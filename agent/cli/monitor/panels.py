@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from agent.cli.monitor.readings import Machine
-from agent.home.audit_log import AuditEntry, format_entry
+from agent.home.audit_log import NOTHING_LEFT, AuditEntry, format_entry
 from agent.policy import rules, schedule
 from agent.policy.rules import Pause, Slow
 from protocols.local.cli_entry import printable
@@ -236,10 +236,8 @@ def _left(machine: Machine) -> list[Line]:
 
 def _entry_line(entry: AuditEntry) -> Line:
     is_refused = entry.what == "refused"
-    return Line(
-        printable(("✕ " if is_refused else "↑ ") + format_entry(entry)),
-        "warn" if is_refused else "plain",
-    )
+    mark = "✕" if is_refused else "·" if entry.what in NOTHING_LEFT else "↑"
+    return Line(printable(f"{mark} {format_entry(entry)}"), "warn" if is_refused else "plain")
 
 
 def _budget(machine: Machine) -> list[Line]:

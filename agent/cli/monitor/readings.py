@@ -12,7 +12,14 @@ from typing import NamedTuple
 import psutil
 from msgspec.structs import replace
 
-from agent.home import audit_log, privacy_ledger, refusal_log, settings, status_files
+from agent.home import (
+    audit_log,
+    offer_log,
+    privacy_ledger,
+    refusal_log,
+    settings,
+    status_files,
+)
 from agent.home.audit_log import AuditEntry
 from agent.home.consent_requests import Request
 from agent.home.privacy_ledger import Limit, PrivacyLedger
@@ -73,7 +80,7 @@ class MachineReader:
         sensed = self._sensors.read(*Bandwidth(home).today())
         self._cpu.append(psutil.cpu_percent())
         entries = self._entries()
-        left = [entry for entry in entries if entry.what != "refused"]
+        left = [entry for entry in entries if entry.what not in audit_log.NOTHING_LEFT]
         limit = Limit.of(chosen)
         return Machine(
             now=now,
@@ -109,8 +116,12 @@ class MachineReader:
         """The ledger of answers and refusals; read again once its files have changed."""
         times = _times(sorted(self._home.glob("*.jsonl")))
         if times != self._ledger[0]:
-            both = [*audit_log.read(self._home), *refusal_log.read(self._home)]
-            self._ledger = times, sorted(both, key=lambda entry: entry.at)
+            found = [
+                *audit_log.read(self._home),
+                *refusal_log.read(self._home),
+                *offer_log.read(self._home),
+            ]
+            self._ledger = times, sorted(found, key=lambda entry: entry.at)
         return self._ledger[1]
 
 

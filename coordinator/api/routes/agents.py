@@ -7,6 +7,8 @@ POST /cw/v1/exchange          send a reply, get the next work     (an enrolled p
 GET  /cw/v1/mqtt              the address and login of the broker (an enrolled peer)
 GET  /cw/v1/log/{start}       entries of the log of versions      (an enrolled peer)
 GET  /cw/v1/models/{name}/{which}  the best or latest version of a run (an enrolled peer)
+GET  /cw/v1/offers            the signed list of offered tasks    (an enrolled peer)
+GET  /cw/v1/offers/{digest}   an offered file                     (an enrolled peer)
 POST /cw/v1/renew             a new node certificate              (an enrolled peer)
 POST /cw/v1/logs              log lines that were requested       (an enrolled peer)
 GET  /cw/v1/standing          enrollment status                   (also while awaiting)
@@ -35,6 +37,7 @@ from protocols import VERSION
 from protocols.enrollment import certificates, joining
 from protocols.enrollment.ca_chain import ChainResponse
 from protocols.errors import BadMessage, CommonweightError, Refused
+from protocols.messages import offers
 from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.version_log import LOG_PATH
 from protocols.messages.work import MODEL_PATH, POLL_PATH, PollRequest
@@ -65,6 +68,8 @@ class AgentRoutes:
             Route(joining.MQTT_PATH, self._mqtt),
             Route(LOG_PATH, self._log),
             Route(MODEL_PATH, self._model),
+            Route(offers.LIST_PATH, self._offers),
+            Route(offers.FILE_PATH, self._offered_file),
             Route(joining.ENROLLMENT_STATUS_PATH, self._status),
             Route(joining.RENEW_PATH, self._renew, methods=["POST"]),
             Route(joining.LEAVE_PATH, self._leave, methods=["POST"]),
@@ -165,6 +170,18 @@ class AgentRoutes:
             return json_response(named_models.find(self._service, name, which))
         except CommonweightError as err:
             return error_response(err, 404)
+
+    async def _offers(self, request: Request) -> Response:
+        await self._auth.peer(request)
+        signed = self._service.offers.signed_list()
+        return Response(signed, media_type="application/octet-stream")
+
+    async def _offered_file(self, request: Request) -> Response:
+        await self._auth.peer(request)
+        data = self._service.offers.file(request.path_params["digest"])
+        if data is None:
+            raise HTTPException(404)
+        return Response(data, media_type="application/octet-stream")
 
     async def _status(self, request: Request) -> Response:
         peer = await self._auth.peer(request, or_awaiting=True)

@@ -1,0 +1,107 @@
+"""`commonweight task …`: offer a task file to the owners of the machines."""
+
+from __future__ import annotations
+
+import ast
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coordinator.cli.common import Columns, Json, connect, print_line, print_list, print_result
+from protocols.errors import BadMessage, UsageError
+from protocols.local.command_line import App
+
+if TYPE_CHECKING:
+    from protocols.messages.offers import Offer
+
+tasks = App(help="Offer a task file to the owners, who review and approve it.")
+#: A task has one of these methods; other classes of the file are models and helpers.
+_DATA_METHODS = {"load", "data"}
+
+
+@tasks.command("offer")
+def offer(
+    source: Annotated[
+        str, typer.Argument(help="The file: ./my_task.py, or ./my_task.py:MyTask for its class.")
+    ],
+    note: Annotated[str, typer.Option(help="What the owners should know about it.")] = "",
+    json: Json = False,
+) -> None:
+    """Offer a task file to all owners. No machine runs it before its owner has approved it."""
+    from protocols.messages import offers
+    from protocols.messages.offers import OfferRequest
+
+    path_text, _, wanted = source.rpartition(":")
+    if not (path_text and wanted.isidentifier()):
+        path_text, wanted = source, ""
+    path = Path(path_text).expanduser()
+    if len(note) > 400 or not note.isprintable():
+        raise UsageError("a note is one line of at most 400 characters", "shorten --note")
+    try:
+        with path.open("rb") as file:
+            data = file.read(offers.MAX_FILE_BYTES + 1)
+        text = offers.check_text(data)
+        name = f"{path.name}:{_task_class(path, text, wanted)}"
+        request = OfferRequest(name=offers.check_name(name), data=data, note=note)
+    except OSError as err:
+        raise UsageError(f"cannot read {path}: {err.strerror}") from err
+    except BadMessage as err:
+        raise UsageError(f"{path.name} cannot be offered: {err.message}", err.hint) from err
+    made = connect().offer_task(request)
+    lines = (
+        f"offered {made.name}, sha256 {made.digest}",
+        f"each owner decides: commonweight-agent task review {made.name}",
+        f"then: commonweight run start {made.name}",
+    )
+    print_result(made, "\n".join(lines), json=json)
+
+
+def _task_class(path: Path, text: str, wanted: str) -> str:
+    """`wanted`, or the only class of the file that can be a task. Raises UsageError."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError) as err:
+        raise UsageError(f"{path.name} is not Python: {err}", "correct the file") from err
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found = [one.name for one in classes if _DATA_METHODS & {_name(node) for node in one.body}]
+    if wanted in text if wanted else len(found) == 1:
+        return wanted or found[0]
+    names = ", ".join(found or [one.name for one in classes]) or "none"
+    problem = f"has no class {wanted}" if wanted else "does not say which class is the task"
+    raise UsageError(
+        f"{path.name} {problem}; its classes: {names}", f"commonweight task offer {path}:MyTask"
+    )
+
+
+def _name(node: ast.AST) -> str:
+    return node.name if isinstance(node, ast.FunctionDef) else ""
+
+
+@tasks.command("list")
+def list_offers(json: Json = False) -> None:
+    """List the tasks that are offered now."""
+    columns: Columns[Offer] = {
+        "Task": lambda one: one.name,
+        "SHA-256": lambda one: one.digest,
+        "Offered": lambda one: time.strftime("%Y-%m-%d %H:%M", time.localtime(one.at)),
+        "By": lambda one: one.by,
+        "Note": lambda one: one.note,
+    }
+    empty = "no task is offered; to offer one: commonweight task offer ./my_task.py"
+    print_list(connect().offers(), columns, empty, json=json)
+
+
+@tasks.command("withdraw")
+def withdraw(
+    name: Annotated[str, typer.Argument(help="The task, as `task list` names it.")],
+) -> None:
+    """Withdraw an offer. Machines that approved it stop, unless their owners keep it."""
+    from protocols.messages import offers
+
+    try:
+        connect().withdraw_task(offers.check_name(name))
+    except BadMessage as err:
+        raise UsageError(err.message, "commonweight task list") from err
+    print_line(f"withdrew {name}; agents that approved it ask their owners before further work")
