@@ -143,8 +143,9 @@ def _await_consent(run: Run, observed: Observation) -> tuple[str, ...]:
 
 
 def _may_be_decided(run: Run, observed: Observation) -> bool:
-    """True if the owner of a peer that refused, online or not, has not decided yet."""
-    refused = _with_status(run, "refused") | observed.unfit
+    """True if the owner of a peer that refused, online or not, has not decided yet, or has decided
+    and the peer is away, such as to restart."""
+    refused = _with_status(run, "refused") | _with_status(run, "lost") | observed.unfit
     return any(run.refusal_kinds.get(peer) in UNDECIDED_CODES for peer in refused)
 
 

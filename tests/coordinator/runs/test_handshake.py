@@ -268,6 +268,17 @@ def test_a_run_says_whose_consent_and_whose_columns_it_awaits() -> None:
     assert decisions.decide(run, here("b")) == steps.AskPeers(("b",))
 
 
+def test_a_peer_that_restarts_with_its_owners_decision_is_waited_for() -> None:
+    run = a_run(
+        run_events.PeersAsked(("a",)),
+        run_events.UpdateRefused(0, "a", "awaiting_consent", "x", "describe"),
+        run_events.PeersAsked(("a",)),
+        run_events.PeerLost("a", "it restarts"),
+    )
+    assert isinstance(decisions.decide(run, Observation(frozenset())), steps.Wait)
+    assert decisions.decide(run, here("a")) == steps.AskPeers(("a",))
+
+
 def test_a_run_keeps_the_reason_of_each_refused_peer_until_it_answers() -> None:
     run = a_run(
         run_events.PeersAsked(("a", "b")),
