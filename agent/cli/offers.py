@@ -86,12 +86,17 @@ def review(offer: OfferName, json: Json = False) -> None:
     if json:
         print_json({"offer": made, "compared": found.compared, "diff": found.diff})
         return
-    head = (offers.describe(made), f"sha256 {made.digest}", f"compared with {found.compared}")
-    # Only the lines of the file have a mark or a space before them.
-    sys.stdout.writelines(f"{line}\n" for line in (*head, *found.diff))
-    sys.stdout.flush()
+    _show(found)
     print_line(f"to approve it: commonweight-agent task approve {made.id}")
     print_line(f"to refuse it: commonweight-agent task forbid {made.name}")
+
+
+def _show(found: offers.Review) -> None:
+    made = found.offer
+    head = (offers.describe(made), f"sha256 {made.digest}", f"compared with {found.compared}")
+    # Each line of the file has a mark or a space before it, so none looks like one of ours.
+    sys.stdout.writelines(f"{line}\n" for line in (*head, *found.diff))
+    sys.stdout.flush()
 
 
 def approve(
@@ -100,7 +105,7 @@ def approve(
         str, typer.Option(help="The whole hash that you approve; then nothing is asked.")
     ] = "",
 ) -> None:
-    """Allow an offered file to run here, as the file with this hash, for all later runs."""
+    """Show an offered file, ask, and allow it to run here, as the file with this hash."""
     home = homes.open_home("agent")
     found = offers.find(home, offer)
     if sha256 and sha256.lower() != found.digest:
@@ -109,14 +114,14 @@ def approve(
             f"commonweight-agent task review {found.name}",
         )
     if not sha256:
-        print_line(offers.describe(found))
-        print_line(f"sha256 {found.digest}")
         if not prompts.can_ask():
             raise UsageError(
                 "nothing was approved: there is no terminal to confirm it on",
                 f"commonweight-agent task approve {found.id} --sha256 HASH, as `task review` "
                 "shows it",
             )
+        # Shown again: since the review, another file may have the same name, or start of a digest.
+        _show(offers.review(home, found))
         question = "may this file run on your data, in the sandbox, when a run asks for it?"
         typer.confirm(question, abort=True, err=True)
     offers.approve(home, found)

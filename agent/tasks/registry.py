@@ -167,7 +167,7 @@ def check_source(source: str) -> None:
         raise UsageError(f"there is no file {path}")
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError) as err:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
         raise UsageError(f"{path.name} is not Python: {err}", "correct the file") from err
     except OSError as err:
         raise UsageError(f"cannot read {path}: {err.strerror}") from err

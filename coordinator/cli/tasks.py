@@ -62,7 +62,7 @@ def _task_class(path: Path, text: str, wanted: str) -> str:
     """`wanted`, or the only class of the file that can be a task. Raises UsageError."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as err:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
         raise UsageError(f"{path.name} is not Python: {err}", "correct the file") from err
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     found = [one.name for one in classes if _DATA_METHODS & {_name(node) for node in one.body}]

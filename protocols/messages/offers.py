@@ -99,7 +99,7 @@ def check_text(data: bytes) -> str:
     A file that declares another encoding would run as other text than an owner reads.
     """
     if not 0 < len(data) <= MAX_FILE_BYTES:
-        raise BadMessage(f"an offered file has 1 to {MAX_FILE_BYTES // 1024} KiB")
+        raise BadMessage(f"an offered file has 1 byte to {MAX_FILE_BYTES // 1024} KiB")
     # As Python reads it, a lone carriage return ends a line, also before the declaration.
     lines = io.BytesIO(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n"))
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.cli import offers as cli
 from agent.daemon import offer_inbox
 from agent.daemon.offer_inbox import OfferInbox
 from agent.home import consent_requests, offer_log, settings, task_offers
@@ -394,6 +395,39 @@ def test_the_start_of_a_digest_that_fits_two_offers_names_none(
             offers.find(machine.home, text)
 
 
+def test_what_is_approved_is_what_is_shown(
+    machine: Machine,
+    desk: Desk,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Attack: make two files whose digests start alike, have the owner review the harmless one, and
+    offer the other one before the approval."""
+    starts: dict[str, bytes] = {}
+    for number in range(10_000_000):
+        harmless, hostile = LINE + b"# %d\n" % number, LINE + b"import socket  # %d\n" % number
+        starts[hashlib.sha256(harmless).hexdigest()[:8]] = harmless
+        start = hashlib.sha256(hostile).hexdigest()[:8]
+        if start in starts:
+            break
+    desk.offer(desk.made(starts[start]))
+    cli.review(start)
+    assert "import socket" not in capsys.readouterr().out
+    (kept,) = desk.offer(desk.made(hostile))
+    monkeypatch.setattr("agent.cli.prompts.can_ask", lambda: True)
+
+    def asks(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.confirm", asks)
+    with pytest.raises(KeyboardInterrupt):
+        cli.approve(start)
+    shown = capsys.readouterr().out
+    assert "+import socket" in shown
+    assert kept.digest in shown
+    assert not runs(machine)
+
+
 def test_an_offer_takes_the_place_of_no_task_of_the_owner(
     machine: Machine, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -485,8 +519,8 @@ def test_a_flood_of_offers_costs_little(
     machine.home.joinpath("left.jsonl").write_bytes(b"what left\n")
     RefusalLog(machine.home).note("run", "mnist", "what was refused")
     refused = machine.home.joinpath("refused.jsonl").read_bytes()
-    monkeypatch.setattr(offer_log, "MAX_BYTES", 20_000)
-    for turn in range(20):
+    monkeypatch.setattr(offer_log, "MAX_BYTES", 4_000)
+    for turn in range(4):
         many = [
             desk.made(b"# %d %d\n" % (turn, number) + b"x" * 1000, f"t{number}.py:T")
             for number in range(MAX_OFFERS)
@@ -495,7 +529,8 @@ def test_a_flood_of_offers_costs_little(
     folder = machine.home / task_offers.FOLDER
     assert len(list(folder.iterdir())) == MAX_OFFERS, "replaced files are deleted"
     written = [path.stat().st_size for path in machine.home.glob("*offered.jsonl")]
-    assert sum(written) < 2 * 30_000
+    assert len(written) == 2
+    assert sum(written) < 2 * 5_000
     assert machine.home.joinpath("left.jsonl").read_bytes() == b"what left\n"
     assert machine.home.joinpath("refused.jsonl").read_bytes() == refused
     before = len(desk.fetched)
