@@ -98,7 +98,7 @@ def check_python(python: str) -> None:
 
 @apps.command("list")
 def list_apps(json: Json = False) -> None:
-    """List the installed apps, and whether their files are as they were allowed."""
+    """List the installed apps."""
     own = settings.read(homes.open_home("agent")).apps
     rows = [_row(name, installed) for name, installed in sorted(own.items())]
     lines = [f"{row['app']:24} {row['code'][:12]}  {row['state']}  {row['folder']}" for row in rows]

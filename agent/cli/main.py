@@ -55,7 +55,7 @@ app = App(
     name="commonweight-agent",
     help="Train together, keep your data: the agent on a machine that has data.",
     sections={
-        "First steps": ("join", "up", "status", "task", "app", "policy"),
+        "First steps": ("join", "up", "status", "task", "policy"),
         "Watch and pause": ("monitor", "pause"),
         "What it did": ("ledger", "logs"),
         "Use the model": ("predict", "models"),

@@ -33,7 +33,6 @@ from protocols.errors import CommonweightError, DiskFull, NotAllowed, SchemaMism
 from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import check_room, is_disk_full
 from protocols.local.failpoints import failpoint, note
-from protocols.messages import app_work
 from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, Work
 from protocols.model import schema_card
@@ -91,11 +90,8 @@ class Client:
             self.app.query(action)(self._answer)
         for action in ("infer", "analyze"):
             self.app.query(action)(
-                lambda message, _: Message(self._queries.job(message), reply_to=message)
+                lambda message, _: Message(self._queries.answer(message), reply_to=message)
             )
-        self.app.query(app_work.ACTION)(
-            lambda message, _: Message(self._queries.app(message), reply_to=message)
-        )
 
     def end_sum(self) -> None:
         """Deletes what is left of a secure sum whose steps nobody asks for any more."""

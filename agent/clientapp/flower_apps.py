@@ -75,7 +75,7 @@ class _Stored(Struct, frozen=True, kw_only=True):
 
 
 class FlowerApps:
-    """Answers messages of type `query.app`.
+    """Answers messages for apps.
 
     `settings()` are the owner's now. `fetch(digest, nbytes)` gives the file of a version,
     `send(digest, path)` uploads one. `on_work(work | None)` is called when work begins and ends,

@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, Refused
 from protocols.messages import envelope
+from protocols.messages.app_work import RECORD
 from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim, Work
 
@@ -116,3 +117,7 @@ class Queries(NamedTuple):
     recall: Callable[[Work], RecordDict] = refuse
     job: Callable[[Message], RecordDict] = refuse
     app: Callable[[Message], RecordDict] = refuse
+
+    def answer(self, message: Message) -> RecordDict:
+        """The answer to a unit of a job, or to a message for an app."""
+        return self.app(message) if RECORD in message.content else self.job(message)

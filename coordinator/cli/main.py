@@ -12,7 +12,19 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli import admin, analyze, fleet, jobs, keys, models, monitor, mqtt, runs, tasks
+from coordinator.cli import (
+    admin,
+    analyze,
+    apps,
+    fleet,
+    jobs,
+    keys,
+    models,
+    monitor,
+    mqtt,
+    runs,
+    tasks,
+)
 from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
 from protocols.errors import UsageError
@@ -45,6 +57,7 @@ monitor.add_to(app)
 fleet.add_to(app)
 app.add_typer(tasks.tasks, name="task")
 app.add_typer(runs.runs, name="run")
+app.add_typer(apps.apps, name="app")
 app.add_typer(models.models, name="models")
 jobs.add_to(app)
 analyze.add_to(app)

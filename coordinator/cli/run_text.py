@@ -39,8 +39,11 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
     auto = "auto, now " if spec.deadline == "auto" else ""
     select = f", select {spec.select:g}x" if spec.select else ""
     late = ", late updates folded" if spec.late == "fold" else ""
+    how = f"strategy {spec.strategy}{arguments}, codec {spec.codec}"
+    if spec.app:
+        how = f"{spec.task}, code {spec.app[:12]}: its ServerApp decides"
     yield (
-        f"strategy {spec.strategy}{arguments}, codec {spec.codec}, quorum {spec.quorum}, "
+        f"{how}, quorum {spec.quorum}, "
         f"deadline {auto}{phase_deadline_s(run):g} s, weighting {spec.weighting}{select}{late}"
     )
     if private := spec.private:

@@ -50,6 +50,7 @@ _METAVARS = {
     "strategy-arg": "KEY=VALUE",
     "set": "KEY=VALUE",
     "codec": "NAME",
+    "flower": "FOLDER",
 }
 
 

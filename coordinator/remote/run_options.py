@@ -33,6 +33,10 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     Raises UsageError and its kin.
     """
     values = {one.name: one.default for one in options.OPTIONS} | dict(typed)
+    if values["flower"]:
+        from coordinator.remote import app_order
+
+        return app_order.build(typed)
     if not values["task"]:
         raise UsageError("name one task", "commonweight run start mnist")
     column, goal = split_target(values["target"])

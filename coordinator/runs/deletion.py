@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Set
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from coordinator.runs import retention
+from coordinator.runs.apps import rules
 from coordinator.runs.state import Run
 from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies.state import StateStore
@@ -56,6 +58,7 @@ def execute(deletion: Deletion, store: WeightStore) -> None:
     for digest in (*deletion.versions, *deletion.in_use):
         store.drop(digest)
     StateStore(store.states).drop(deletion.states)
+    shutil.rmtree(rules.folder_of(store.home, deletion.run), ignore_errors=True)
 
 
 def format_deletion(deletion: Deletion) -> str:

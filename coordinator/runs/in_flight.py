@@ -69,6 +69,10 @@ class RequestsInFlight:
         self._ctx.ring([request.peer for request in reached.values()])
         return list(reached.values())
 
+    def rounds(self) -> set[int]:
+        """The rounds of the requests in flight."""
+        return {request.round for request in self._in_flight.values()}
+
     def ring_again(self) -> None:
         """Ring at every peer whose reply is awaited: the broker lost its doorbells."""
         self._ctx.ring(sorted({request.peer for request in self._in_flight.values()}))

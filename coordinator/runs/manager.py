@@ -14,6 +14,8 @@ from msgspec.structs import replace
 from coordinator import strategies
 from coordinator.fleet.registry import Registry
 from coordinator.runs import deletion, retention, spec_rules, transitions
+from coordinator.runs.apps import rules as app_rules
+from coordinator.runs.apps.loop import AppLoop
 from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop
@@ -21,12 +23,12 @@ from coordinator.runs.messages import ITS_TURN, round_body, run_body
 from coordinator.runs.recorded import named_run, recorded_ids, recorded_run
 from coordinator.runs.secure.decisions import is_over_for
 from coordinator.runs.state import Round, Run, accepted_uploads
-from coordinator.storage import run_events
+from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
 from coordinator.strategies.state import StateStore
 from protocols.errors import AWAITED, Awaited, CannotBeMet, CommonweightError, UnknownName
-from protocols.local import heap
+from protocols.local import flower_apps, heap
 from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import EventLine
 from protocols.messages.states import RunState
@@ -63,7 +65,7 @@ class RunManager:
         self._ctx, self._registry, self._known_tasks = ctx, registry, known_tasks
         self._runs: dict[str, Run] = {}
         self._queue: asyncio.Queue[str] = asyncio.Queue()
-        self.current: RunLoop | None = None
+        self.current: RunLoop | AppLoop | None = None
         #: Deleted runs. After a crash, some of their files may still exist.
         self._deleted: list[Run] = []
         self._load()
@@ -111,7 +113,8 @@ class RunManager:
                 continue  # it was stopped or deleted while it was queued
             run = self._runs[run_id]
             try:
-                self.current = RunLoop(run, self._ctx, partial(self._protected_by_others, run.id))
+                loop = AppLoop if app_rules.is_app(run.spec) else RunLoop
+                self.current = loop(run, self._ctx, partial(self._protected_by_others, run.id))
             except CommonweightError as err:  # for example, its strategy is not installed any more
                 self._end(run.id, err.message, RunState.FAILED)
                 continue
@@ -226,14 +229,20 @@ class RunManager:
         return digest if first.schema == model.schema else store.save(first)
 
     def _check(self, spec: RunSpec) -> None:
-        spec_rules.check(spec)
+        if app_rules.is_app(spec):
+            app_rules.check(spec)
+            name = app_rules.name_of(spec)
+            card, _ = installed_apps.find(self._ctx.store.home, name, spec.app)
+            flower_apps.fuse(card.config, spec.settings)
+        else:
+            spec_rules.check(spec)
         self._registry.check_quorum(spec.quorum)
         known = self._known_tasks()
         if known and spec.task not in known:
             raise UnknownName(
                 f"no peer can run the task {spec.task!r}",
                 f"tasks of the online peers: {', '.join(sorted(known))}; to add your own: "
-                "commonweight-agent task add, on each machine",
+                f"commonweight-agent {'app' if spec.app else 'task'} add, on each machine",
             )
 
     def stop(self, run_id: str) -> None:
@@ -253,6 +262,8 @@ class RunManager:
                 f"run {run.id} has finished: {run.ended_because}",
                 "commonweight models export, and run start --from that file, for more rounds",
             )
+        if app_rules.is_app(run.spec):
+            raise CannotBeMet("a ServerApp cannot be resumed", "start it again")
         self._check(run.spec)
         self._append(run.id, run_events.RunResumed())
         self._enqueue(run.id)

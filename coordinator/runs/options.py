@@ -211,6 +211,8 @@ OPTIONS = (
     Option("patience", int, 0, "End after this many rounds without a better version (0: off).",
            _FROM_0, "rounds"),
     Option("from", Path, None, "First weights: a safetensors file.", is_plain=False),
+    Option("flower", Path, None, "Run the Flower app in this folder instead of a task; --set then "
+           "changes its run config.", is_plain=False),
 )
 # fmt: on
 

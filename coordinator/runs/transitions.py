@@ -10,6 +10,7 @@ Rule 3. What is observed (who is online, has the deadline passed) may change a d
        ^                                                       │ VersionCommitted
        └───────────RoundClosed─────────── evaluating <─────────┘
     secure runs have more events while they aggregate and evaluate: `secure.transitions`
+    rounds of Flower apps may close without a version: `apps.round_events`
     any ──RecallBegun──> waiting, until VersionRecalled
     any ──RunEnded──> finished | stopped | failed        stopped, failed ──RunResumed──> waiting
 """
@@ -230,7 +231,8 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
             peers=dict.fromkeys(event.asked, "asked"),
         ),
     ),
-    events.RoundClosed: (frozenset({RunState.EVALUATING}), _round_closed),
+    # A round of a Flower app may have no version, and no evaluation.
+    events.RoundClosed: (_SUMMING, _round_closed),
     events.RunEnded: (_NOT_ENDED, _run_ended),
     events.RunResumed: (frozenset({RunState.STOPPED, RunState.FAILED}), rollback.run_resumed),
     events.RunDeleted: (ENDED, lambda run, _: replace(run, deleted=True)),

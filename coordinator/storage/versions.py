@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from protocols.codecs import patches
+from protocols.errors import BadWeights
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
 from protocols.local.failpoints import failpoint
@@ -112,6 +114,21 @@ class Versions:
         digest = self.write(model.schema, ({p: model.read(p) for p in piece} for piece in parts))
         self.mark_recorded(digest)
         return digest
+
+    def adopt(self, source: Path, digest: str) -> None:
+        """Make a file of another program a version, if its bytes are canonical and have this
+        digest. `drop` has no effect on it until `mark_recorded`. Raises BadWeights, OSError.
+        """
+        with WeightsFile(source):
+            pass
+        if weights.file_digest(source) != digest:
+            raise BadWeights("its bytes are not those of the digest")
+        with source.open("r+b") as file:
+            os.fsync(file.fileno())
+        with self._naming:
+            self.unrecorded.add(digest)
+            source.replace(self.version_path(digest))
+        atomic_files.fsync_folder(self.folder)
 
     def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
         """Store a version durably; its digest. `pieces` come in file order.

@@ -28,8 +28,9 @@ from protocols.messages.envelope import (
 )
 from protocols.messages.signing import SignedJson
 
-#: The action of the Flower message that carries the work, and the record in it.
-ACTION, RECORD = "app", "cw.app"
+#: The action of the Flower message that carries the work, and the record in it. The action is that
+#: of jobs: older agents refuse the work as no job. An action that they do not know would end them.
+ACTION, RECORD = "infer", "cw.app"
 #: Of the records of one message, without arrays. As base64 it fits into a Flower message.
 MAX_TOLD_BYTES = 512 * 1024
 MAX_RECORDS, MAX_KEYS, MAX_VALUES = 64, 65_536, 16_384
@@ -38,6 +39,8 @@ MAX_METRICS = 32
 _MAX_EXAMPLES = 10**12
 #: By Flower's own names, which write it either way.
 _EXAMPLES = ("num-examples", "num_examples")
+#: Where the clients of legacy apps have their own metrics: in configs.
+_LEGACY_METRICS = ("fitres.metrics", "evaluateres.metrics")
 MessageType = Annotated[
     str,
     Meta(
@@ -161,7 +164,9 @@ def metrics_of(told: tuple[Arrays | Values, ...]) -> tuple[int, Metrics]:
     numbers: Metrics = {}
     examples = 1
     for record in told:
-        if not isinstance(record, Values) or not record.is_metrics:
+        if not isinstance(record, Values) or not (
+            record.is_metrics or record.name in _LEGACY_METRICS
+        ):
             continue
         for key, value in record.values.items():
             if isinstance(value, bool) or not isinstance(value, int | float):

@@ -200,12 +200,13 @@ class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):
 
     `norms`: of the updates, by peer. `spread`: by metric, the minimum, median and maximum over the
     peers; `worst`: by metric, the peer with the worst value. `spent`: seconds by phase of the round
-    (`work`, `wait`, `transfer`, `aggregate`, `evaluate`).
+    (`work`, `wait`, `transfer`, `aggregate`, `evaluate`). `digest`: empty for a round of a Flower
+    app that has sent no arrays.
     """
 
     run: Id
     round: Count
-    digest: Digest
+    digest: MaybeDigest
     seconds: float
     peers: Count
     refused: Count = 0

@@ -137,6 +137,7 @@ def test_a_check_runs_nothing(machine: Machine) -> None:
     assert machine.left == []
 
 
+@pytest.mark.long
 def test_a_killed_process_starts_again(machine: Machine) -> None:
     machine.ask(machine.work(message_type="train", told=TOLD, **machine.version(MODEL)))
     assert machine.process.pid is not None
@@ -190,6 +191,7 @@ def test_an_app_whose_files_changed_is_refused(tmp_path: Path) -> None:
         machine.ask(machine.work(kind="check"))
 
 
+@pytest.mark.long
 @pytest.mark.attack("20.sandbox")
 @pytest.mark.parametrize("machine", ["hostile"], indirect=True)
 def test_an_app_that_prints_without_end_fills_no_log(machine: Machine) -> None:
@@ -202,6 +204,7 @@ def test_an_app_that_prints_without_end_fills_no_log(machine: Machine) -> None:
     assert "further output is dropped" in log.read_text(errors="replace")
 
 
+@pytest.mark.long
 @pytest.mark.attack("20.sandbox")
 @pytest.mark.parametrize("machine", ["hostile"], indirect=True)
 def test_an_app_that_never_answers_ends_with_its_processes(machine: Machine) -> None:
@@ -234,6 +237,7 @@ def test_an_app_reads_no_file_that_its_owner_has_not_named(machine: Machine) -> 
     assert app_work.metrics_of(app_work.decode_told(answer.told))[1] == {"found": 6.0}
 
 
+@pytest.mark.long
 @pytest.mark.attack("20.sandbox")
 @pytest.mark.parametrize("machine", ["hostile"], indirect=True)
 def test_an_answer_that_is_too_large_is_refused_here(machine: Machine) -> None:

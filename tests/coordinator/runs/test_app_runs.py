@@ -1,0 +1,216 @@
+"""Runs of Flower apps: real ServerApps and ClientApps in processes, over a real coordinator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from coordinator.runs.apps import frames, rules
+from coordinator.storage import run_events as facts
+from protocols.errors import BadMessage, CannotBeMet, UnknownName, UsageError
+from protocols.messages.states import RunState
+from tests.support.app_fleet import app_fleet
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.usefixtures("coordinator_home")
+
+
+@pytest.mark.long
+async def test_an_app_of_the_message_api_trains(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "mean") as fleet:
+        run = await fleet.finished(fleet.start())
+        assert run.ended_because == "its ServerApp has ended"
+        assert run.state is RunState.FINISHED
+        assert [(r.round, len(r.contributors), r.num_examples) for r in run.history] == [
+            (1, 2, 20),
+            (2, 2, 20),
+        ]
+        # Partitions 0 and 1 add 1 and 2: the mean grows by 1.5 in each round.
+        assert [r.metrics["loss"] for r in run.history] == [8.5, 7.0]
+        assert np.array_equal(fleet.fleet.version(run.head)["w"], np.full((4, 2), 3, np.float32))
+        assert run.best is not None
+        assert run.best.round == 2
+        final = np.load(fleet.files(run.id) / "final.npz")
+        assert float(final["arr_0"][0, 0]) == 3.0
+        assert "the end of mean" in fleet.log(run.id)
+        # Contexts lasted from round to round, the second sum has 2 rounds of both peers.
+        accepted = fleet.fleet.facts(run.id, facts.UpdateAccepted)
+        assert [f.update.metrics.get("rounds") for f in accepted] == [
+            1,
+            1,
+            None,
+            None,
+            2,
+            2,
+            None,
+            None,
+        ]
+        # Only what is needed stays: the newest versions, and nothing of the pipes.
+        kept = sorted(p.stem for p in (fleet.fleet.home / "versions").glob("*.safetensors"))
+        assert kept == sorted({r.digest for r in run.history} | {run.parent})
+        assert not (fleet.files(run.id) / "in").exists()
+        fleet.fleet.hub.runs.delete(run.id)
+        assert not fleet.files(run.id).exists()
+
+
+@pytest.mark.long
+async def test_a_legacy_app_trains(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "legacy") as fleet:
+        run = await fleet.finished(fleet.start())
+        assert run.state is RunState.FINISHED, run.ended_because
+        assert [(r.round, r.metrics) for r in run.history] == [
+            (1, {"accuracy": 0.5, "loss": 1.0}),
+            (2, {"accuracy": 0.5, "loss": 2.0}),
+        ]
+
+
+async def test_an_app_without_arrays_asks_once(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "figures") as fleet:
+        run = await fleet.finished(fleet.start({"values": "age,height"}))
+        assert run.state is RunState.FINISHED, run.ended_because
+        sums = json.loads((fleet.files(run.id) / "sums.json").read_text())
+        assert sums == {"age": 206.0, "height": 212.0}
+        (closed,) = run.history
+        assert (closed.digest, closed.metrics["age_sum"], len(closed.contributors)) == (
+            "",
+            103.0,
+            2,
+        )
+
+
+@pytest.mark.long
+async def test_a_peer_with_other_files_is_refused_by_name(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "mean", agents=3) as fleet:
+        other = fleet.agents[0]
+        app = replace(other.owner.apps["mean"], code="0" * 64)
+        other.owner = replace(other.owner, apps={"mean": app})
+        run = await fleet.finished(fleet.start(quorum=2))
+        assert run.state is RunState.FINISHED, run.ended_because
+        assert [len(r.contributors) for r in run.history] == [2, 2]
+        text = run.refusal_texts[other.agent.peer]
+        assert "its Flower app 'mean' has other files: code 000000000000" in text
+        assert "copy the same folder there" in text
+        await until(lambda: bool(other.agent.notices))
+        assert "has other files" in other.agent.notices[0]
+
+
+@pytest.mark.long
+async def test_a_lost_connection_costs_one_retry(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "mean") as fleet:
+        run_id = fleet.start({"seconds": 1.5})
+        victim = fleet.agents[0]
+        await until(lambda: victim.process.running and victim.process.idle_s == 0)
+        await until(lambda: fleet.fleet.hub.runs.find(run_id).state is RunState.TRAINING)
+        # As after kill -9: the process of the app is gone, and the agent opens a new session.
+        victim.process.stop()
+        fleet.fleet.hub.runs.session_opened(victim.agent.peer)
+        run = await fleet.finished(run_id)
+        assert run.state is RunState.FINISHED, run.ended_because
+        assert [r.metrics["loss"] for r in run.history] == [8.5, 7.0]
+
+
+@pytest.mark.long
+async def test_a_restart_ends_the_run_and_says_so(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "mean") as fleet:
+        run_id = fleet.start({"seconds": 3.0})
+        await until(lambda: fleet.fleet.hub.runs.find(run_id).state is RunState.TRAINING)
+        fleet.fleet.hub.stop()
+        await until(lambda: fleet.fleet.hub.runs.current is None)
+    ledger_run = fleet.fleet.facts(run_id, facts.RunEnded)
+    assert ledger_run == []
+    async with fleet.fleet.up() as hub:
+        await until(lambda: hub.runs.find(run_id).ended)
+        run = hub.runs.find(run_id)
+        assert (run.state, run.ended_because) == (RunState.FAILED, rules.RESTARTED)
+        with pytest.raises(CannotBeMet, match="a ServerApp cannot be resumed"):
+            hub.runs.resume(run_id)
+
+
+async def test_what_cannot_work_is_refused_before_the_start(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "mean", agents=1) as fleet:
+        for spec, why in (
+            ({"secure": True}, "so --secure cannot hide them"),
+            ({"codec": "int8"}, "no --codec compresses them"),
+            ({"strategy": "krum"}, "has its own strategy"),
+            ({"dp_epsilon": 3.0}, "the noise of --dp"),
+            ({"patience": 3}, "--patience does not reach it"),
+            ({"settings": {"rounds": 3}}, "the app has no setting 'rounds'"),
+        ):
+            with pytest.raises(UsageError, match=why):
+                fleet.start(**spec)  # type: ignore[arg-type]
+        with pytest.raises(CannotBeMet, match="has other files here"):
+            fleet.start(app="1" * 64)
+        with pytest.raises(UnknownName, match="'other' is not installed"):
+            fleet.start(task="flower:other")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("act", "why"),
+    [
+        ("raise", "RuntimeError: error 2"),
+        ("exit", "its process ended with status 7"),
+        ("many", "RuntimeError: error 2"),
+    ],
+)
+async def test_a_failure_of_an_app_ends_its_run(act: str, why: str, tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        run = await fleet.finished(fleet.start({"act": act}))
+        assert run.state is RunState.FAILED
+        assert why in run.ended_because
+        assert "row 17" not in run.ended_because  # of the owner's data
+
+
+@pytest.mark.long
+@pytest.mark.attack("20.wire", by="task")
+@pytest.mark.parametrize(
+    ("act", "why"),
+    [("frame", "a frame of 4,294,967,295 bytes"), ("garbage", "not a valid frame")],
+)
+async def test_frames_of_a_server_app_are_bounded(act: str, why: str, tmp_path: Path) -> None:
+    """Attack: a ServerApp writes frames of a wrong shape or size to the coordinator's pipe."""
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        run = await fleet.finished(fleet.start({"act": act}))
+        assert run.state is RunState.FAILED
+        assert why in run.ended_because
+        again = await fleet.finished(fleet.start({"act": "none"}))
+        assert again.state is RunState.FINISHED, again.ended_because
+
+
+@pytest.mark.long
+@pytest.mark.attack("20.keys", by="task")
+async def test_a_server_app_reads_no_key_of_the_coordinator(tmp_path: Path) -> None:
+    """Attack: a ServerApp reads the coordinator's keys."""
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        key = fleet.fleet.home / "operator.key"
+        assert key.exists()
+        run = await fleet.finished(fleet.start({"act": "keys", "path": str(key)}))
+        assert run.state is RunState.FAILED
+        assert "the sandbox refused the task the file" in run.ended_because
+
+
+def test_frames_have_types_and_bounds() -> None:
+    push: dict[str, Any] = {"type": "Push", "contents": [], "messages": []}
+    import msgspec
+
+    def asked(**fields: Any) -> Any:
+        return frames.decode_asked(msgspec.msgpack.encode(push | fields))
+
+    assert asked() == frames.Push(contents=(), messages=())
+    out = {"content": 0, "node": 1, "message_type": "train"}
+    for fields in (
+        {"messages": [out]},  # has no content
+        {"contents": [{"told": b"", "digest": "../x"}]},
+        {"contents": [{"told": b"\x90" * 600_000}]},
+        {"contents": [{"told": b""}], "messages": [out | {"message_type": "system"}]},
+        {"contents": [{"told": b""}], "messages": [out | {"node": -1}]},
+    ):
+        with pytest.raises(BadMessage):
+            asked(**fields)
+    with pytest.raises(BadMessage):
+        frames.length_of(b"\xff\xff\xff\xff")
