@@ -20,6 +20,7 @@ import pytest
 
 from agent.home import enrollment_file
 from agent.home.enrollment_file import Enrollment
+from agent.setup import environment as environment_checks
 from agent.setup.doctor import check_skew, examine_agent
 from agent.transport.mqtt_client import try_login
 from protocols.enrollment import certificates, identity
@@ -102,6 +103,13 @@ def test_a_machine_that_never_joined(site: Fleet) -> None:
         *("sensors", *THERE),
     }  # fmt: skip
     assert not (site.folder / "nobody").exists()
+
+
+def test_the_device_is_the_one_that_the_owner_has_set() -> None:
+    assert environment_checks.check_device("cpu").startswith("cpu, torch")
+    with pytest.raises(CommonweightError, match="torch cannot use cuda:99") as caught:
+        environment_checks.check_device("cuda:99")
+    assert "policy set device auto" in caught.value.hint
 
 
 def test_public_files_and_unreadable_settings_are_faults(site: Fleet) -> None:

@@ -75,6 +75,20 @@ def test_a_reader_that_is_closed_reads_no_more() -> None:
     assert len(reader.read) <= 3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card with CUDA")
+def test_batches_come_to_a_card_in_their_order() -> None:
+    x, y, order = torch.randn(COUNT, 4), torch.arange(COUNT), torch.randperm(COUNT)
+    fetched = FetchedExamples(lambda numbers: (x[numbers], -x[numbers]), y, torch.device("cuda"))
+    batches = list(fetched.batches(order, 8, 10))
+    assert [len(numbers) for _, numbers in batches] == [8] * 5 + [10]
+    for (plus, minus), numbers in batches:
+        assert {t.device.type for t in (plus, minus, numbers)} == {"cuda"}
+        assert torch.equal(plus.cpu(), x[numbers.cpu()])
+        assert torch.equal(minus, -plus)
+    assert torch.cat([numbers for _, numbers in batches]).tolist() == order.tolist()
+    assert not threads()
+
+
 def train(
     examples: FetchedExamples | Examples, cut: int = 0, local: TrainingLoop | None = None
 ) -> tuple[str, list[tuple[Snapshot, Tensor]]]:
