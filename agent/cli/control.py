@@ -160,7 +160,7 @@ def show_ledger(
     told: Annotated[bool, typer.Option("--told", help="Show statistics in full.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what left this machine, what your rules refused, and what happened to offered tasks.
+    """Show what left this machine, was refused, or offered to you.
 
     The coordinator's log of versions: commonweight-agent ledger audit.
     """

@@ -79,7 +79,7 @@ def _standing(chosen: AgentSettings, name: str, digest: str) -> Standing:
 
 
 def review(offer: OfferName, json: Json = False) -> None:
-    """Show an offered file, as a diff against the version that you approved before."""
+    """Show an offered file, compared with the one you approved."""
     home = homes.open_home("agent")
     found = offers.review(home, offers.find(home, offer))
     made = found.offer
@@ -105,7 +105,7 @@ def approve(
         str, typer.Option(help="The whole hash that you approve; then nothing is asked.")
     ] = "",
 ) -> None:
-    """Show an offered file, ask, and allow it to run here, as the file with this hash."""
+    """Show an offered file, and allow it to run here if you agree."""
     home = homes.open_home("agent")
     found = offers.find(home, offer)
     if sha256 and sha256.lower() != found.digest:

@@ -80,7 +80,7 @@ _ROWS = 60
 def new(
     path: Annotated[Path, typer.Argument(help="The file to write: my_task.py.")],
 ) -> None:
-    """Write a task of your own to start from, and a few made-up rows to try it on."""
+    """Write a task to start from, and made-up rows to try it on."""
     data = path.with_suffix(".csv")
     attribute = "".join(word.capitalize() for word in re.split(r"[\W_]+", path.stem))
     registry.split_source(f"{path}:{attribute}")  # raises UsageError

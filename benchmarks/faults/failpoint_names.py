@@ -66,6 +66,8 @@ JOBS = (
     *(f"job.recorded.{fact}" for fact in JOB_EVENTS),
 )
 AGENT_JOBS = ("agent.unit.done", "agent.unit.kept", "agent.unit.sent")
+#: In the work for a Flower app.
+AGENT_APPS = ("agent.app.done", "agent.app.kept")
 #: The decisions of a secure sum, and its files in the spool.
 SECURE_SUMS = (
     *(
@@ -89,7 +91,7 @@ LOST_COHORTS = ("run.recording.CohortLost", "run.recorded.CohortLost", "secure.c
 #: All of secure runs. tests/e2e/test_secure.py kills at each of them.
 OF_SECURE_RUNS = frozenset({*SECURE_SUMS, *LOST_COHORTS, *SECURE, *SECURE_FILES})
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
-NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + TRAINER).union(
+NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + AGENT_APPS + TRAINER).union(
     OF_SECURE_RUNS
 )
 

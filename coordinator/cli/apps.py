@@ -34,7 +34,7 @@ def add(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Install a Flower app, whose ServerApp then runs here, as its files are now."""
+    """Install a Flower app: its ServerApp then runs here."""
     from coordinator.storage import installed_apps
 
     home = homes.open_home("coordinator")
