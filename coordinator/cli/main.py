@@ -38,7 +38,7 @@ app = App(
     help="Train together, keep your data: operate the coordinator and watch the fleet.",
     sections={
         "First steps": ("demo", "simulate", "init", "up", "ticket", "run", "monitor"),
-        "Fleet": ("status", "peers", "task"),
+        "Fleet": ("status", "peers"),
         "Results": ("models", "infer", "analyze"),
         "Upkeep": ("doctor", "admin"),
     },

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from agent.cli.main import app as agent_app
-from coordinator.cli.main import app as coordinator_app
+from commonweight.cli import app as coordinator_app
 from protocols.local.command_line import MORE
 
 PROGRAMS = {"commonweight": coordinator_app, "commonweight-agent": agent_app}
