@@ -23,6 +23,7 @@ def journal(site: Fleet, name: str) -> Path:
     return site.folder / name / "trainer" / "journal"
 
 
+@pytest.mark.long
 def test_an_agent_that_was_ended_or_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     with fleet(tmp_path, COMMONWEIGHT_AGENT_CHECKPOINT_INTERVAL_S="0.1") as site:
         site.up()

@@ -219,6 +219,7 @@ def test_each_bad_update_is_refused_and_the_model_is_that_of_the_honest(tmp_path
         assert found == expected
 
 
+@pytest.mark.long
 @pytest.mark.attack("20.7")
 async def test_a_malformed_mqtt_payload_is_ignored_counted_and_shown(tmp_path: Path) -> None:
     """Attack: a member publishes malformed messages in a real fleet."""

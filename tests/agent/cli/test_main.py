@@ -299,6 +299,7 @@ def test_one_that_still_awaits_approval_can_leave(tmp_path: Path) -> None:
         assert standing(made, "shy") == ["removed"]
 
 
+@pytest.mark.long
 def test_leaving_a_coordinator_that_does_not_answer(site: Fleet) -> None:
     site.join("two")
     home = site.folder / "two"

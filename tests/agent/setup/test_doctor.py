@@ -126,6 +126,7 @@ def test_public_files_and_unreadable_settings_are_faults(site: Fleet) -> None:
     assert made["coordinator"]["ok"], "the other checks still run"
 
 
+@pytest.mark.long
 def test_a_removed_machine(site: Fleet) -> None:
     site.join("gone")
     assert site.ask("peers", "remove", "gone", "--yes").returncode == 0
@@ -314,6 +315,7 @@ def test_limits_of_the_clock_skew() -> None:
             check_skew(wrong)
 
 
+@pytest.mark.long
 def test_the_doctor_can_run_repeatedly(site: Fleet) -> None:
     """No request is refused as a replay, and no session stays open."""
     for _ in range(2):

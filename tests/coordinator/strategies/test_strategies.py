@@ -521,6 +521,7 @@ AGAINST_LIARS: dict[str, tuple[str, dict[str, Setting]]] = {
 }
 
 
+@pytest.mark.long
 def test_robust_strategies_hold_where_the_mean_does_not(tmp_path: Path) -> None:
     """Two of ten peers send what they learned with its sign turned; the table in the docs."""
     peers = [f"P{number}" for number in range(10)]

@@ -49,6 +49,7 @@ except OutOfMemory as err:
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds a process's memory so")
 def test_the_batch_size_that_is_told_does_fit() -> None:
     done = subprocess.run(

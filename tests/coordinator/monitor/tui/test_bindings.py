@@ -285,6 +285,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.long
 async def test_keys_of_the_pages() -> None:
     await pressed(PAGES, serving(two_runs_fleet()))
 

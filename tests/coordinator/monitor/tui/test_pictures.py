@@ -96,7 +96,10 @@ def label_of(state: str, look: str) -> str:
     return state if look == "dark" else f"{state}-{look}"
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    "state",
+    [pytest.param(s, marks=pytest.mark.long) if s == "boxes" else s for s in STATES],
+)
 async def test_every_state(state: str, album: Album, monkeypatch: pytest.MonkeyPatch) -> None:
     await _pictures(state, "dark", album, monkeypatch)
 
