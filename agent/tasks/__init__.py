@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings as DataSettings
-from protocols.errors import UnknownName, UsageError
+from protocols.errors import UnknownName
+from protocols.model import setting_specs
+from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import Array, Schema, Weights
 from protocols.privacy.events import Event
 from protocols.privacy.private_training import PrivateTraining
@@ -37,7 +39,7 @@ Watch = Callable[[npt.NDArray[np.int64]], None]
 
 #: Settings that the caller adds to those of a task. "preprocessing" is the preprocessing of all
 #: peers, as text; "min_batch" the owner's minimum rows of a step.
-RESERVED = frozenset({"seed", "round", "preprocessing", "min_batch"})
+RESERVED = setting_specs.RESERVED
 
 
 class Cancelled(BaseException):
@@ -196,6 +198,14 @@ class SupportsScaffold(Protocol):
 
 
 @runtime_checkable
+class TellsSettings(Protocol):
+    """Optional: say which settings there are, so that `run start` can check them."""
+
+    def setting_specs(self) -> Mapping[str, SettingSpec]:
+        """All settings of the task by name."""
+
+
+@runtime_checkable
 class KeepsOptimizerState(Protocol):
     """Optional: keep the optimizer state from round to round."""
 
@@ -261,24 +271,9 @@ def merge_settings(settings: Settings, defaults: Settings) -> dict[str, Setting]
     merged = dict(defaults)
     for name, value in settings.items():
         if name in defaults:
-            merged[name] = _of_type(name, value, defaults[name])
+            merged[name] = setting_specs.of_type(name, value, defaults[name])
         elif name not in RESERVED:
             raise UnknownName(
                 f"the task has no setting {name!r}", f"its settings: {', '.join(sorted(defaults))}"
             )
     return merged
-
-
-def _of_type(name: str, value: Setting, default: Setting) -> Setting:
-    kind = type(default)
-    try:
-        if isinstance(value, str) and kind is bool:
-            return {"true": True, "false": False}[value.lower()]
-        if isinstance(value, str) or (kind is float and type(value) is int):
-            return kind(value)
-    except (ValueError, KeyError, OverflowError):
-        pass  # raised below, as for every other invalid value
-    else:
-        if type(value) is kind:
-            return value
-    raise UsageError(f"the setting {name} cannot be {value!r}", f"such as {name}={default}")

@@ -30,6 +30,7 @@ from agent.tasks import (
     Setting,
     Settings,
     Task,
+    TellsSettings,
     data_checks,
     floors,
     registry,
@@ -162,7 +163,8 @@ class WorkExecutor:
         schema = personalization.shared_schema(_normalize_schema(task.schema(settings)), scheme)
         traits = task.traits(settings) if isinstance(task, HasMetadata) else {}
         version = str(getattr(task, "version", ""))
-        card = schema_card.make_card(work.task, version, schema, traits)
+        specs = task.setting_specs() if isinstance(task, TellsSettings) else {}
+        card = schema_card.make_card(work.task, version, schema, traits, specs)
         train, held_out = _count_examples(task, settings, work.data)
         return Done(
             id=work.id,

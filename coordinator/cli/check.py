@@ -12,6 +12,7 @@ from coordinator.cli import check_table, run_text
 from coordinator.cli.common import Json, connect, print_json, print_line, print_table
 from coordinator.cli.names import complete_tasks
 from protocols.errors import CommonweightError, ExitCode
+from protocols.model import setting_specs
 
 if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
@@ -42,6 +43,9 @@ def check(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the task: key=value.")
     ] = None,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="List the settings that the task has.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show which peers fit a task, and why others do not.
@@ -71,6 +75,9 @@ def check(
         print_table(*check_table.table(report))
         for line in check_table.explain(report):
             print_line(line)
+        if settings:
+            rows = [list(row) for row in setting_specs.explain(report.settings)]
+            print_table(["Setting", "Values", "Help"], rows)
         print_line(f"{len(report.fitting)} of {num_peers} peers could train now")
     if report.misfits or not report.fitting:
         raise typer.Exit(ExitCode.FAILED)

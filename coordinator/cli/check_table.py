@@ -10,6 +10,7 @@ from coordinator.fleet.state import Fleet
 from coordinator.runs.state import Run
 from protocols.errors import CommonweightError
 from protocols.messages.states import RunState
+from protocols.model.setting_specs import SettingSpec
 from protocols.tables import mismatches, preprocessing
 from protocols.tables.class_names import ClassCounts
 from protocols.tables.statistics import ColumnKind, ColumnStatistics, TableStatistics
@@ -25,6 +26,7 @@ class CheckReport(NamedTuple):
     `fitting`: peers that could train. `misfits`: why the others could not; `absent`: why a peer was
     not asked, and what changes it. `cells`: the kind of each column, or the examples of each class;
     `✗` marks a column that does not fit. `notes`: what the operator should know all the same.
+    `settings`: of the task, as peers tell them.
     """
 
     fitting: list[str]
@@ -34,6 +36,7 @@ class CheckReport(NamedTuple):
     cells: dict[str, dict[str, str]]
     rows: dict[str, int]
     notes: list[str]
+    settings: dict[str, SettingSpec]
 
 
 def make_report(run: Run, fleet: Fleet) -> CheckReport:
@@ -60,6 +63,7 @@ def make_report(run: Run, fleet: Fleet) -> CheckReport:
         {names.get(peer, peer): row for peer, row in cells.items()},
         {names.get(p, p): t.rows for p, t in _tables(run).items()},
         notes,
+        run.card.settings if run.card else {},
     )
 
 

@@ -23,6 +23,7 @@ from coordinator.runs.messages import ITS_TURN, round_body, run_body
 from coordinator.runs.recorded import named_run, recorded_ids, recorded_run
 from coordinator.runs.secure.decisions import is_over_for
 from coordinator.runs.state import Round, Run, accepted_uploads
+from coordinator.runs.task_settings import ToldSettings
 from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
@@ -66,6 +67,7 @@ class RunManager:
         self._runs: dict[str, Run] = {}
         self._queue: asyncio.Queue[str] = asyncio.Queue()
         self.current: RunLoop | AppLoop | None = None
+        self._settings = ToldSettings()
         #: Deleted runs. After a crash, some of their files may still exist.
         self._deleted: list[Run] = []
         self._load()
@@ -75,6 +77,7 @@ class RunManager:
         shown = frozenset(run_ids[-_SHOWN_RUNS:])
         for run_id in run_ids:
             run = self._replay(run_id)
+            self._settings.note(run)
             if run.deleted:
                 self._deleted.append(run)
                 continue
@@ -122,6 +125,7 @@ class RunManager:
                 await self.current.drive()
             finally:
                 self._runs[run.id] = _compact(self.current.run)
+                self._settings.note(self.current.run)
                 self.current = None
             heap.trim()
 
@@ -200,6 +204,9 @@ class RunManager:
 
     def _queue_run(self, spec: RunSpec, from_digest: str) -> str:
         self._check(spec)
+        if self.current is not None:
+            self._settings.note(self.current.run)
+        self._settings.check(spec)
         if from_digest:
             from_digest = self._first_version(spec, from_digest)
         task = re.sub(r"[^A-Za-z0-9_]+", "-", spec.task).strip("-_")[:48] or "run"

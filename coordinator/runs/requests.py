@@ -13,6 +13,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
+from msgspec.structs import replace
 
 from coordinator.runs import late_updates
 from coordinator.runs.context import RunContext
@@ -25,6 +26,7 @@ from coordinator.transport.flower_records import REQUEST, VersionRecord, shared_
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import schema_card, weights
+from protocols.model.schema_card import SchemaCard
 from protocols.tables import preprocessing
 
 #: Added to the seed for each further turn on a version. A prime, so that seeds of runs rarely meet.
@@ -115,7 +117,9 @@ class PendingRequests(RequestsInFlight):
             turn=assignment.turn,
             seed=spec.seed + assignment.turn * _SEED_STRIDE,
             settings={**spec.settings, **extra, **for_trainers, **shared, **noise},
-            card=schema_card.encode(run.card).decode() if run.card and not request else "",
+            card=schema_card.encode(_for_peers(run.card)).decode()
+            if run.card and not request
+            else "",
             deadline_s=spec.deadline_s,
             # A buffer may have several updates of one peer.
             cohort=1 if run.buffered else spec.quorum,
@@ -202,6 +206,11 @@ class PendingRequests(RequestsInFlight):
             for request in self._in_flight.values()
             if request.kind == "train" and late_updates.is_late(run, request.round)
         }
+
+
+def _for_peers(card: SchemaCard) -> SchemaCard:
+    """The card as peers compare it: each knows the settings of its own task."""
+    return replace(card, settings={})
 
 
 def _base_of_query(run: Run) -> str:

@@ -1,13 +1,41 @@
-"""Settings that a built-in task needs, so that a run without them is refused at once. Pure.
+"""Settings of tasks, so that a run with wrong ones is refused at once. Pure.
 
-The coordinator runs no task: other settings are checked by the peers in the handshake.
+The coordinator runs no task. It knows what a built-in task needs, and the types and bounds that
+peers tell in the handshake of a run or of a check. Peers check all settings again.
 """
 
 from __future__ import annotations
 
+from coordinator.runs.state import Run
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import UsageError
+from protocols.model import setting_specs
+from protocols.model.setting_specs import SettingSpecs
 from protocols.tables import preprocessing
+
+
+class ToldSettings:
+    """The settings of tasks by name, as most peers told them in the newest run or check of each."""
+
+    def __init__(self) -> None:
+        self._by_task: dict[str, SettingSpecs] = {}
+
+    def note(self, run: Run) -> None:
+        """Keep what the peers of this run have told."""
+        if run.card is not None:
+            self._by_task[run.spec.task] = run.card.settings
+
+    def check(self, spec: RunSpec) -> None:
+        """Raise UnknownName or UsageError for a setting that the task does not take. A check of the
+        peers passes, as it asks them again."""
+        known = self._by_task.get(spec.task)
+        if not known or spec.check:
+            return
+        try:
+            setting_specs.check(spec.settings, known)
+        except UsageError as err:
+            again = f"if the task has changed: commonweight run check {spec.task} --settings"
+            raise type(err)(err.message, f"{err.hint}; {again}") from err
 
 
 def check(spec: RunSpec) -> None:

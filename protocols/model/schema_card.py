@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 from protocols.errors import BadMessage, DataError, SchemaMismatch
 from protocols.messages import decoding
 from protocols.messages.envelope import Digest, Name, Text
+from protocols.model.setting_specs import SettingSpec, SettingSpecs
 from protocols.model.weights import Schema, TensorSpec
 from protocols.tables.class_names import ClassCounts
 from protocols.tables.statistics import TableStatistics
@@ -37,7 +38,7 @@ class SchemaCard(Struct, frozen=True, kw_only=True, tag="schema"):
     """The task and its version, the model's tensors (dtype, shape) by name, and traits.
 
     Traits are all else that must be equal, as lists of words: "features", "classes",
-    "preprocessing", "base model" and so on.
+    "preprocessing", "base model" and so on. `settings` need not be equal.
     """
 
     task: Name
@@ -46,6 +47,7 @@ class SchemaCard(Struct, frozen=True, kw_only=True, tag="schema"):
     traits: Annotated[
         dict[Name, Annotated[tuple[Text, ...], Meta(max_length=65_536)]], Meta(max_length=256)
     ] = {}
+    settings: SettingSpecs = {}
 
     @property
     def schema(self) -> Schema:
@@ -54,7 +56,11 @@ class SchemaCard(Struct, frozen=True, kw_only=True, tag="schema"):
 
 
 def make_card(
-    task: str, version: str, schema: Schema, traits: Mapping[str, Sequence[str] | str] = {}
+    task: str,
+    version: str,
+    schema: Schema,
+    traits: Mapping[str, Sequence[str] | str] = {},
+    settings: Mapping[str, SettingSpec] = {},
 ) -> SchemaCard:
     """The card of a task. Raises DataError for a name that is too long or not printable."""
     plain = {
@@ -65,6 +71,7 @@ def make_card(
             name: (words,) if isinstance(words, str) else tuple(words)
             for name, words in sorted(traits.items())
         },
+        "settings": msgspec.to_builtins(settings),
     }
     try:
         return msgspec.convert({"type": "schema", **plain}, SchemaCard)
@@ -112,7 +119,7 @@ def digest(card: SchemaCard) -> Digest:
     A trait without words counts as absent.
     """
     traits = {name: words for name, words in card.traits.items() if words}
-    card = msgspec.structs.replace(card, traits=traits)
+    card = msgspec.structs.replace(card, traits=traits, settings={})
     return hashlib.sha256(msgspec.json.encode(card, order="sorted")).hexdigest()
 
 
@@ -137,10 +144,13 @@ def first_difference(expected: SchemaCard, found: SchemaCard) -> SchemaMismatch 
 
 
 def most_common(cards: Mapping[str, SchemaCard]) -> SchemaCard:
-    """The card that most peers have; if several are as common, that of the first peer by id."""
+    """The card that most peers have, with the settings that most of these tell; if several are as
+    common, that of the first peer by id."""
     counts = Counter(digest(cards[peer]) for peer in sorted(cards))
     chosen = counts.most_common(1)[0][0]
-    return next(card for _, card in sorted(cards.items()) if digest(card) == chosen)
+    alike = [card for _, card in sorted(cards.items()) if digest(card) == chosen]
+    told = [msgspec.json.encode(card.settings, order="sorted") for card in alike]
+    return alike[told.index(Counter(told).most_common(1)[0][0])]
 
 
 def _shorten(word: str | None) -> str:

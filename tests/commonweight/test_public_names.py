@@ -87,6 +87,7 @@ NAMES = {
     "SklearnTask.predict": "(self, weights: Weights, settings: RunSettings, source: str) -> "
     "Iterator[Mapping[str, Sequence[Any]]]",
     "SklearnTask.schema": "(self, settings: RunSettings) -> Schema",
+    "SklearnTask.setting_specs": "(self) -> Mapping[str, SettingSpec]",
     "SklearnTask.train": "(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> "
     "TrainOutcome",
     "SklearnTask.version": None,

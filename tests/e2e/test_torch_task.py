@@ -85,6 +85,7 @@ def test_ten_lines_are_a_task(tmp_path: Path) -> None:
         _check_task(site, "digits.py:Digits", steps=5 * 50)
         _check_task(site, "loaded.py:Loaded", steps=5 * 25)
         site.start(*parts)
+        _check_settings(site)
         slow = ("digits.py:Digits", "--set", "lr=0.05")
         assert trained(site, *slow, "--rounds", "3", "--strategy", "scaffold")["accuracy"] > 0.5
         keeping = ("--strategy", "diloco", "--set", "optimiser=adamw")
@@ -106,6 +107,18 @@ def _check_task(site: Fleet, name: str, steps: int) -> None:
     report = json.loads(done.stdout)["data"]
     assert ("1.num_batches_tracked" in report["schema"]["tensors"]) == (name == "digits.py:Digits")
     assert report["train"]["steps"] == steps
+
+
+def _check_settings(site: Fleet) -> None:
+    """Agents tell the settings of a task, and the next run with a wrong one is refused."""
+    listed = site.ask("run", "check", "linear.py:Linear", "--settings")
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    assert "epochs=5" in listed.stdout
+    assert "passes over this peer's examples" in listed.stdout
+    refused = site.ask("run", "start", "linear.py:Linear", "--set", "epochs=0")
+    assert refused.returncode != 0
+    assert "the setting epochs cannot be 0" in refused.stderr
+    assert "at least 1, such as epochs=5" in refused.stderr
 
 
 def _check_predictions(site: Fleet, folder: Path, part: Path) -> None:

@@ -51,6 +51,7 @@ from protocols.messages.mqtt import MqttAddress
 from protocols.messages.refusals import refusal_of
 from protocols.messages.work import Work
 from protocols.model import schema_card, weights
+from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import Weights
 from protocols.privacy.secagg.turn import Me
 from tests.support.https_site import HOST, Machine
@@ -126,6 +127,7 @@ class Trainer(ByKind):
         self.made: dict[int, Weights] = {}
         self.version = "1"
         self.traits: dict[str, tuple[str, ...]] = {"classes": ("a", "b", "c")}
+        self.settings: dict[str, SettingSpec] = {}
         self.worked: list[tuple[str, int]] = []
 
     def _begin(self, kind: str, number: int) -> None:
@@ -139,7 +141,9 @@ class Trainer(ByKind):
     def describe(self, task: str, settings: Any) -> bytes:
         self._begin("describe", 0)
         return schema_card.encode(
-            schema_card.make_card(task, self.version, self.first(0).schema, self.traits)
+            schema_card.make_card(
+                task, self.version, self.first(0).schema, self.traits, self.settings
+            )
         )
 
     def init(self, task: str, settings: Any, seed: int, out: Path) -> Done:

@@ -1,30 +1,16 @@
-"""The settings of local training. Pure.
-
-Setting       Default   Meaning
-epochs        5         passes over this peer's examples
-batch_size    10        examples per step; 0 or "all" is all of them
-max_steps     0         stop after this many steps; 0 is no limit
-optimiser     sgd       "sgd" or "adamw"
-lr            0.1       learning rate
-lr_schedule   constant  over rounds: "constant", or "linear" or "cosine" to 0 over `lr_rounds`
-lr_rounds     0
-lr_decay      1.0       factor of the learning rate from round to round
-warmup_rounds 0         rounds until the full learning rate is reached
-momentum      0.0       of sgd
-weight_decay  0.0       sgd: added to the gradient, times the weights; adamw: decoupled
-clip_norm     0.0       the largest norm of a step's gradient; 0 is no limit
-proximal_mu   0.0       strength of the pull towards the first weights (FedProx)
-precision     auto      "fp32", "tf32", "bf16" or "fp16"; "auto" is bf16 on a graphics card, or fp16
-                        if it has no bf16, and fp32 elsewhere (see `precision`)
-"""
+"""The settings of local training, with their bounds. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+from msgspec import Meta
 
 from agent.tasks import Setting, Settings, merge_settings
+from agent.tasks.training.setting_hints import specs_of
 from protocols.errors import UnknownName, UsageError
 
 #: The valid values of a setting: a test, or the choices.
@@ -39,10 +25,6 @@ def fraction(value: float) -> bool:
     return 0 <= value < 1
 
 
-def _finite(value: float) -> bool:
-    return 0 <= value < math.inf
-
-
 def anything(value: object) -> bool:
     return True
 
@@ -50,25 +32,49 @@ def anything(value: object) -> bool:
 #: The default of a setting and its valid values.
 Option = tuple[Setting, Valid]
 
-#: The settings of the training loop. Tasks override defaults.
-_OPTIONS: dict[str, Option] = {
-    "epochs": (5, at_least(1)),
-    "batch_size": (10, at_least(0)),
-    "max_steps": (0, at_least(0)),
-    "optimiser": ("sgd", ("sgd", "adamw")),
-    "lr": (0.1, _finite),
-    "lr_schedule": ("constant", ("constant", "linear", "cosine")),
-    "lr_rounds": (0, at_least(0)),
-    "lr_decay": (1.0, lambda factor: 0 < factor <= 1),
-    "warmup_rounds": (0, at_least(0)),
-    "momentum": (0.0, fraction),
-    "weight_decay": (0.0, _finite),
-    "clip_norm": (0.0, _finite),
-    "proximal_mu": (0.0, _finite),
-    "precision": ("auto", ("auto", "fp32", "tf32", "bf16", "fp16")),
-}
-LOOP_DEFAULTS: Mapping[str, Setting] = {name: default for name, (default, _) in _OPTIONS.items()}
-_VALID: Mapping[str, Valid] = {name: valid for name, (_, valid) in _OPTIONS.items()}
+
+@dataclass
+class LoopSettings:
+    """The settings of the training loop. Tasks override defaults."""
+
+    epochs: Annotated[int, Meta(ge=1, description="passes over this peer's examples")] = 5
+    batch_size: Annotated[
+        int, Meta(ge=0, description="examples in a step; 0 or all: all of them")
+    ] = 10
+    max_steps: Annotated[int, Meta(ge=0, description="stop after these steps; 0: no limit")] = 0
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Meta(ge=0, description="learning rate")] = 0.1
+    lr_schedule: Annotated[
+        Literal["constant", "linear", "cosine"],
+        Meta(description="the learning rate over rounds; not constant: to 0 over lr_rounds"),
+    ] = "constant"
+    lr_rounds: Annotated[int, Meta(ge=0, description="the rounds of lr_schedule")] = 0
+    lr_decay: Annotated[
+        float, Meta(gt=0, le=1, description="factor of the learning rate from round to round")
+    ] = 1.0
+    warmup_rounds: Annotated[
+        int, Meta(ge=0, description="rounds until the full learning rate is reached")
+    ] = 0
+    momentum: Annotated[float, Meta(ge=0, lt=1, description="of sgd")] = 0.0
+    weight_decay: Annotated[
+        float,
+        Meta(ge=0, description="sgd: added to the gradient, times the weights; adamw: decoupled"),
+    ] = 0.0
+    clip_norm: Annotated[
+        float, Meta(ge=0, description="the largest norm of a step's gradient; 0: no limit")
+    ] = 0.0
+    proximal_mu: Annotated[
+        float, Meta(ge=0, description="strength of the pull to the first weights (FedProx)")
+    ] = 0.0
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
+        Meta(description="auto: bf16 on a graphics card, or fp16 without bf16; else fp32"),
+    ] = "auto"
+
+
+LOOP = specs_of(LoopSettings)
+LOOP_DEFAULTS: Mapping[str, Setting] = {name: spec.default for name, spec in LOOP.items()}
+_VALID: Mapping[str, Valid] = {name: spec.choices or spec.allows for name, spec in LOOP.items()}
 
 
 class TaskOptions:

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome, Watch
-from agent.tasks.training import evaluation
+from agent.tasks.training import evaluation, task_settings
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.hyperparameters import (
@@ -33,6 +33,7 @@ from agent.tasks.training.hyperparameters import (
 )
 from agent.tasks.training.seeds import derive_seed
 from protocols.errors import TaskUnusable, UsageError
+from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import Array, Schema, Weights
 
 EVALUATION_BATCH = 256
@@ -139,6 +140,10 @@ class KerasLoop:
         return Weights(dict(zip(_paths(self._built(settings)), arrays, strict=True)))
 
     # --- Task ---
+
+    def setting_specs(self) -> Mapping[str, SettingSpec]:
+        """All settings by name, with their types, bounds and help."""
+        return task_settings.specs(self.defaults, getattr(self, "Settings", None))
 
     def schema(self, settings: Settings) -> Schema:
         return self._now(settings).schema

@@ -32,6 +32,7 @@ from agent.tasks.training.hyperparameters import Option, at_least, check_values
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.task_settings import TaskSettings
 from protocols.errors import DataError, TaskUnusable, UsageError
+from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import Array, Schema, Weights
 
 EVALUATION_BATCH = 1024
@@ -87,6 +88,10 @@ class SklearnTask:
     def load(self, data: DataSettings) -> None:
         """Store the data settings; the data are read when the settings of the run are known."""
         self._data, self._sets = data, None
+
+    def setting_specs(self) -> Mapping[str, SettingSpec]:
+        """All settings by name, with their types, bounds and help."""
+        return task_settings.specs(self.defaults, self.Settings)
 
     def schema(self, settings: RunSettings) -> Schema:
         return self.init(0, settings).schema

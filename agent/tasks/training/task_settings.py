@@ -15,10 +15,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.tasks import Setting, Settings
-from agent.tasks.training.hyperparameters import read_hyperparameters, resolve_settings
-from protocols.errors import TaskUnusable, UsageError
+from agent.tasks.training.hyperparameters import LOOP, read_hyperparameters, resolve_settings
+from agent.tasks.training.setting_hints import can_travel, specs_of
+from protocols.errors import UsageError
+from protocols.model.setting_specs import SettingSpec
 
 
 class TaskSettings(Mapping[str, Any]):
@@ -43,30 +46,24 @@ class TaskSettings(Mapping[str, Any]):
         return len(self._values)
 
 
-def defaults_of(kind: type | None) -> dict[str, Setting]:
-    """The defaults of a dataclass of settings. Raises TaskUnusable."""
-    if kind is None:
-        return {}
-    if not dataclasses.is_dataclass(kind):
-        raise TaskUnusable("Settings is no dataclass", "@dataclass before class Settings")
-    found: dict[str, Setting] = {}
-    for field in dataclasses.fields(kind):
-        if not isinstance(field.default, str | int | float | bool):
-            raise TaskUnusable(
-                f"the setting {field.name} has no default that is a text, a number, true or false",
-                f"such as {field.name}: int = 1",
-            )
-        found[field.name] = field.default
-    return found
-
-
 def merged_defaults(task: type) -> dict[str, Setting]:
     """The defaults of a task: those of its base class, its `defaults`, and of its `Settings`."""
     own, base = vars(task), task.__mro__[1]
     return {
         **getattr(base, "defaults", {}),
         **own.get("defaults", {}),
-        **defaults_of(own.get("Settings")),
+        **{name: spec.default for name, spec in specs_of(own.get("Settings")).items()},
+    }
+
+
+def specs(defaults: Settings, kind: type | None = None) -> dict[str, SettingSpec]:
+    """All settings of a task: those of its dataclass, of the training loop, and any others."""
+    own = {name: one for name, one in specs_of(kind).items() if one.limits or one.help}
+    known = {**LOOP, **own}
+    return {
+        name: replace(known.get(name) or SettingSpec(default=default), default=default)
+        for name, default in defaults.items()
+        if can_travel(default)
     }
 
 

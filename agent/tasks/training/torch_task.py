@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
-from agent.tasks.training import devices, onnx_export, precision
+from agent.tasks.training import devices, onnx_export, precision, task_settings
 from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
 from agent.tasks.training.examples import Examples, Source
 from agent.tasks.training.hyperparameters import Hyperparameters, read_hyperparameters
@@ -25,6 +25,7 @@ from agent.tasks.training.torch_loop import (
     TrainingLoop,
     autograd_step,
 )
+from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 T = TypeVar("T")
@@ -73,6 +74,10 @@ class LoopTask:
         self.optimizer_state = self._local.optimizer_state
         self.watch_epochs = self._local.watch_epochs
         self.protect, self.spent = self._local.protect, self._local.spent
+
+    def setting_specs(self) -> Mapping[str, SettingSpec]:
+        """All settings by name, with their types, bounds and help."""
+        return task_settings.specs(self.defaults, getattr(self, "Settings", None))
 
     def load(self, data: DataSettings) -> None:
         """Store the data settings. Subclasses read the data when the run's settings are known."""

@@ -13,11 +13,13 @@ from agent.clientapp.app import DESCRIPTION
 from coordinator.runs import decisions, state, steps, transitions
 from coordinator.runs.decisions import Observation
 from coordinator.runs.messages import run_body
+from coordinator.runs.task_settings import ToldSettings
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import DataError
+from protocols.errors import DataError, UsageError
 from protocols.messages.states import RunState
 from protocols.model import schema_card
+from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import TensorSpec, Weights
 from protocols.tables.class_names import ClassCounts
 from tests.coordinator.runs.test_loop import THREE, Door, contributors, named
@@ -94,6 +96,29 @@ async def test_an_owner_is_warned_of_what_the_data_lack(tmp_path: Path) -> None:
         await until(lambda: bool(few.notices))
         assert few.notices == [f"run {run_id}: tells 2 of 3 classes: none of c"]
         assert [agent.notices for agent in others] == [[], []]
+
+
+async def test_the_next_run_is_checked_by_the_settings_that_peers_told(tmp_path: Path) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        for agent in fleet.agents:
+            agent.trainer.settings = {"width": SettingSpec(default=8, le=64)}
+        fleet.start(rounds=1, settings={"deep": 1})  # no peer has told anything yet
+        run_id = fleet.start(rounds=1, quorum=3, handshake=True)
+        assert (await fleet.finished(run_id)).state is RunState.FINISHED
+        for given, words in [({"width": 65}, "width cannot be 65"), ({"deep": 1}, "no setting")]:
+            with pytest.raises(UsageError, match=words) as raised:
+                fleet.start(rounds=1, settings=given)
+            assert "run check softmax --settings" in str(raised.value.hint)
+        # A check asks the peers again, and a restart of the coordinator forgets nothing.
+        checked = fleet.start(
+            rounds=1, only="describe", check=True, handshake=True, settings={"width": 65}
+        )
+        assert (await fleet.finished(checked)).card is not None
+        again = ToldSettings()
+        again.note(fleet.hub.runs.find(run_id))
+        with pytest.raises(UsageError):
+            again.check(RunSpec(task="softmax", rounds=1, settings={"width": 65}))
+        again.check(RunSpec(task="softmax", rounds=1, settings={"width": 64}))
 
 
 async def test_one_that_joins_later_compares_by_itself(tmp_path: Path) -> None:
