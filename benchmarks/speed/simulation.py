@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.speed import report
-from benchmarks.speed.processes import family
+from benchmarks.speed.processes import cpu_s, family
 
 #: Of both.
 SETTINGS = {"lr": 0.05, "epochs": 1, "batch_size": 10}
@@ -29,28 +29,21 @@ _LOOK_S = 0.5
 
 
 def ours(peers: int, per_round: int, rounds: int, ray: str) -> dict[str, Any]:
-    """Median seconds of a round and of its training alone, and the start until the first round."""
-    import commonweight as cw
+    """When each round ended, and the start."""
+    from commonweight.simulation import simulate
+    from coordinator.remote import run_options
 
+    began, at = time.time(), list[float]()
+    # The digits have a thousand parts at most.
+    task = {"task": "mnist", "set": SETTINGS} if peers <= 1000 else {"task": "ping"}
+    chosen = run_options.from_keywords({**task, "rounds": rounds})
     with tempfile.TemporaryDirectory(prefix="commonweight-simulation-") as folder:
-        began = time.monotonic()
-        run = cw.simulate(
-            "mnist" if peers <= 1000 else "ping",
-            peers,
-            per_round=per_round,
-            rounds=rounds,
-            ray=ray,
-            out=Path(folder) / "home",
-            set=SETTINGS if peers <= 1000 else {},
-        )
-        whole_s, history = time.monotonic() - began, run.history
-    seconds = [one.seconds for one in history]
-    return {
-        "round_s": statistics.median(seconds[1:] or seconds),
-        "whole_s": whole_s,
-        "start_s": whole_s - sum(seconds),
-        "accuracy": history[-1].metrics.get("accuracy"),
-    }
+        home = Path(folder) / "home"
+        made = simulate.create(chosen, peers, per_round=per_round, out=home)
+        run = made.run(on_round=lambda run: at.append(time.time()), ray=ray)
+    first = at[0] - run.history[0].seconds
+    accuracy = run.history[-1].metrics.get("accuracy")
+    return {"began": began, "at": [first, *at], "accuracy": accuracy}
 
 
 def memory(root: int) -> int:
@@ -64,15 +57,20 @@ def memory(root: int) -> int:
 
 
 def measured(kind: str, words: list[str]) -> dict[str, Any]:
-    """One measurement in a process of its own, with the peak memory of all its processes."""
+    """One measurement in a process of its own.
+
+    `round_s`: the median, without the first round, and `round_cpu_s` the CPU seconds of all
+    processes in one of these rounds. `start_s`: until the first round. `peak_bytes`: memory of all
+    processes.
+    """
     command = [sys.executable, "-m", "benchmarks.speed.simulation", "--alone", kind, *words]
-    peak = [0]
+    looks: list[tuple[float, float, int]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         ended = threading.Event()
 
         def look() -> None:
             while not ended.wait(_LOOK_S):
-                peak[0] = max(peak[0], memory(process.pid))
+                looks.append((time.time(), cpu_s([process.pid]), memory(process.pid)))
 
         looking = threading.Thread(target=look)
         looking.start()
@@ -81,7 +79,18 @@ def measured(kind: str, words: list[str]) -> dict[str, Any]:
         ended.set()
         looking.join()
     found: dict[str, Any] = json.loads(told.splitlines()[-1])
-    return {**found, "peak_bytes": peak[0]}
+    at = found["at"]
+    times, cpu, nbytes = zip(*looks, strict=True)
+    used = np.interp(at, times, cpu)
+    seconds = np.diff(at)[1:]
+    return {
+        "round_s": float(np.median(seconds)),
+        "round_cpu_s": float(used[-1] - used[1]) / len(seconds),
+        "start_s": at[0] - found["began"],
+        "start_cpu_s": float(used[0]),
+        "peak_bytes": max(nbytes),
+        "accuracy": found.get("accuracy"),
+    }
 
 
 def main() -> None:

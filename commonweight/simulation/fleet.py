@@ -72,7 +72,7 @@ class SimulatedFleet:
     ) -> None:
         home = Path(plan.home)
         self._plan, self._dropout, self._on_round = plan, dropout, on_round
-        self._ledger = Ledger(home / "ledger.db")
+        self._ledger = Ledger(home / "ledger.db", synced=False)
         self.store = WeightStore(home)
         self._transfer = WeightTransfer(self.store)
         self._superlink = Superlink()

@@ -1,7 +1,8 @@
 """The ledger: an append-only, hash-chained SQLite log, and the authority on what happened.
 
 Each entry's hash covers the one before, so a changed or missing entry is detected. `synchronous`
-is FULL: when `append` returns, the entries survive a power cut. There is one writer.
+is FULL, but for simulations: when `append` returns, the entries survive a power cut. There is one
+writer.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class Ledger:
     """Append and read entries. Thread-safe. Raises HomeError when the file cannot be used.
 
     The writer verifies every entry before it changes anything. `read_only`: for readers beside the
-    one writer.
+    one writer. Not `synced`: a power cut may take the newest entries.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, synced: bool = True) -> None:
         self._path = path
         self._lock = threading.Lock()
         try:
@@ -56,7 +57,7 @@ class Ledger:
             if not read_only:
                 path.chmod(0o600)
                 self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=FULL")
+                self._db.execute(f"PRAGMA synchronous={'FULL' if synced else 'NORMAL'}")
             self._check_format()
             if not read_only:
                 self._prepare()

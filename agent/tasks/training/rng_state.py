@@ -26,7 +26,11 @@ def seed(*words: object) -> None:
     random.seed(number)
     np.random.seed(number)
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(number)  # also those of the GPUs
+        accelerator = getattr(torch, "accelerator", None)  # since torch 2.6
+        if accelerator is None or accelerator.is_available():
+            torch.manual_seed(number)  # also those of the GPUs
+        else:  # it would remember the call, with its stack, for GPUs that are never used
+            torch.default_generator.manual_seed(number)
 
 
 def state() -> Arrays:

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.tasks import Snapshot
 from agent.tasks.training import rng_state
+from agent.tasks.training.seeds import derive_seed
 from agent.tasks.work import Done, Init, Train
 from agent.trainer import checkpoint
 from agent.trainer.checkpoint import CheckpointFile
@@ -357,6 +359,13 @@ def test_chance_of_python_and_numpy_is_restored() -> None:
     assert random.random() != drawn[1]
     rng_state.restore(kept)
     assert [random.gauss(0, 1), random.random(), *np.random.standard_normal(3)] == drawn
+
+
+def test_torch_draws_as_after_its_own_manual_seed() -> None:
+    rng_state.seed("a", 1)
+    drawn = torch.rand(3)
+    torch.manual_seed(derive_seed("a", 1))
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_weights_of_the_drawing_task_are_what_they_seem(drawing: Site) -> None:

@@ -30,6 +30,14 @@ def test_products_are_those_of_the_scaled_changes(
     assert error < 1e-6
 
 
+@pytest.mark.parametrize("count", [2, 5, 64, 65])
+def test_products_in_pieces_are_those_of_the_whole_matrix(count: int) -> None:
+    rows = np.random.default_rng(1).standard_normal((count, 7001))
+    updates = [Weights({"w": row}) for row in rows]
+    found = outliers.products(updates, [1.0] * count, Weights({"w": np.zeros(7001)}), ["w"])
+    np.testing.assert_allclose(found, rows @ rows.T, rtol=1e-9, atol=1e-9)
+
+
 def test_a_difference_of_the_largest_numbers_has_products() -> None:
     most = np.finfo(np.float64).max
     one, other = Weights({"w": np.array([most])}), Weights({"w": np.array([-most])})

@@ -66,6 +66,15 @@ def test_parts_are_disjoint_and_cover(split: str, parts: int) -> None:
     assert min(len(theirs) for _, theirs in pieces) > 0
 
 
+def test_iid_parts_are_those_of_array_split() -> None:
+    """Digests of earlier versions depend on them."""
+    whole, _ = split_digits(LABELS, DataSettings(seed=5))
+    for parts in (1, 7, 1000):
+        for index in (0, parts // 2, parts - 1):
+            mine, _ = split_digits(LABELS, DataSettings(index=index, parts=parts, seed=5))
+            assert list(mine) == list(np.array_split(whole, parts)[index])
+
+
 def test_shards_hold_few_labels_and_iid_parts_hold_all() -> None:
     def labels_seen(split: str) -> list[int]:
         data = [DataSettings(index=i, parts=20, split=split) for i in range(20)]
