@@ -42,12 +42,12 @@ from protocols.messages.envelope import CoordinatorBody, PeerChanged, RoundClose
 from protocols.messages.fleet_names import FleetNames
 from protocols.messages.mqtt import SequencedSigner
 from protocols.messages.refusals import refusal_of
-from protocols.messages.states import PeerState
+from protocols.messages.states import PeerState, RunState
 from protocols.messages.topics import COORDINATOR
 from protocols.messages.work import FlowerMessage, PollRequest
 
 HEARTBEAT_S = 5.0
-#: Peers that dropped out come back after so long, if nobody works meanwhile.
+#: So often it is asked whether a round needs the peers that dropped out.
 _AWAY_S = 0.2
 #: A run looks at replies so often while others are on their way; and more for each peer.
 _WAKE_S, _WAKE_S_PER_PEER = 0.05, 2e-5
@@ -296,13 +296,16 @@ class SimulatedFleet:
         self._away.add(peer)
         self._online = self._all - self._away
         self._wake_soon()
-        asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_idle)
+        asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_stuck)
 
-    def _return_if_idle(self) -> None:
-        if self._working or any(self._rung):
-            asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_idle)
-        else:
+    def _return_if_stuck(self) -> None:
+        """Let the peers return if a round needs them: nobody works, and nobody else can."""
+        loop = self.runs.current
+        waits = loop is not None and loop.run.state is RunState.TRAINING and not loop.run.pending
+        if waits and not self._working and not any(self._rung):
             self._return_all()
+        elif self._away:
+            asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_stuck)
 
     def _return_all(self) -> None:
         if self._away:

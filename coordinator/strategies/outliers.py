@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -155,7 +155,7 @@ def _products_of_block(new: Sequence[Array], old: Array, scale: Sequence[float])
     return _inner_products(wide)
 
 
-def _inner_products(rows: Array) -> Array:
+def _inner_products(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """`rows @ rows.T`; of few rows in pieces that OpenBLAS computes in the caller's thread.
 
     Its other threads would wait for more work in a loop: 80 ms of CPU time for 2 ms of work, where
