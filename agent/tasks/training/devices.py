@@ -6,6 +6,8 @@ import torch
 
 from protocols.errors import UsageError
 
+#: Of the free memory of a card, what examples may take.
+_MAX_SHARE = 0.25
 _AUTO = "commonweight-agent policy set device auto"
 
 
@@ -31,3 +33,8 @@ def select_device(name: str) -> torch.device:
             )
         torch.cuda.set_device(int(number))
     return torch.device(name)
+
+
+def has_room(device: torch.device, nbytes: int) -> bool:
+    """True if examples of that size may lie on the device; else batches are brought there."""
+    return device.type != "cuda" or nbytes <= _MAX_SHARE * torch.cuda.mem_get_info(device)[0]

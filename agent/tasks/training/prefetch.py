@@ -44,7 +44,7 @@ def read_to(read: Callable[[K], Any], keys: Iterable[K], device: torch.device) -
 
     def read_pinned(key: K) -> Any:
         with torch.cuda.device(device):
-            return _map(Tensor.pin_memory, read(key))
+            return _map(lambda leaf: leaf.pin_memory() if leaf.is_cpu else leaf, read(key))
 
     with closing(read_ahead(read_pinned, keys, AHEAD)) as batches:
         for batch in batches:

@@ -18,7 +18,14 @@ from torch.utils.data import (
     default_collate,
 )
 
-from agent.tasks.training.examples import DatasetExamples, Examples, Source, StreamExamples
+from agent.tasks.training import devices
+from agent.tasks.training.examples import (
+    DatasetExamples,
+    Examples,
+    FetchedExamples,
+    Source,
+    StreamExamples,
+)
 from protocols.errors import DataError, UsageError
 
 
@@ -49,8 +56,11 @@ def _of_tensors(found: tuple[Any, ...], device: torch.device, part: int) -> Sour
         shapes = ", ".join(str(tuple(each.shape)) for each in (*inputs, y))
         raise UsageError(f"tensors of these shapes are no examples: {shapes}", "x [n, …] and y [n]")
     if len(inputs) > 1:
-        return DatasetExamples(TensorDataset(*inputs, y), device, part)
-    return Examples(inputs[0].to(device), y.to(device), part)
+        return FetchedExamples(lambda n: tuple(x[n] for x in inputs), y, device, part)
+    (x,) = inputs
+    if not devices.has_room(device, x.nbytes + y.nbytes):
+        return FetchedExamples(lambda n: x[n], y, device, part)
+    return Examples(x.to(device), y.to(device), part)
 
 
 def _marked(found: tuple[Any, ...]) -> list[tuple[bool, Any]]:

@@ -26,9 +26,11 @@ from torch.utils.data import (
 import commonweight as cw
 from agent.data.settings import DataSettings
 from agent.tasks import Cancelled, Setting, Snapshot, Task, registry
-from agent.tasks.training import module_state
+from agent.tasks.training import devices, module_state
 from agent.tasks.training.clipped_gradients import ClippedGradients
+from agent.tasks.training.examples import Examples, FetchedExamples
 from agent.tasks.training.loop_state import as_weights
+from agent.tasks.training.user_data import as_source
 from agent.tasks.work import Train
 from agent.trainer import private_work
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
@@ -334,6 +336,34 @@ def test_every_form_of_the_same_data_gives_the_same_weights(data: Any) -> None:
     whole, made = train(Made(), batch_size=10), train(Made(data=data), batch_size=10)
     assert weights.digest(made) == weights.digest(whole)
     assert Made(data=data).count_examples({}) == (COUNT, 9)
+
+
+def test_several_inputs_of_tensors_are_those_of_examples_one_by_one() -> None:
+    class Both(Made):
+        def model(self, settings: Any) -> nn.Module:
+            return nn.Bilinear(FEATURES, FEATURES, CLASSES)
+
+        def data(self, source: DataSettings, settings: Any) -> tuple[Any, Any]:
+            x, y = rows()
+            parts = (x, -x, y)
+            return parts if self._given is None else self._given(*parts), parts
+
+    def each(*parts: Tensor) -> list[tuple[Tensor, ...]]:
+        return list(zip(*parts, strict=True))
+
+    made = [train(Both(data=data), batch_size=7) for data in (None, each)]
+    assert weights.digest(made[0]) == weights.digest(made[1])
+    assert Both().evaluate(made[0], {}, lambda *_: None).num_examples == COUNT
+
+
+def test_tensors_that_a_card_has_no_room_for_are_brought_there_in_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert isinstance(as_source(rows(), torch.device("cpu"), 0, 1), Examples)
+    whole = weights.digest(train(Made(), batch_size=10))
+    monkeypatch.setattr(devices, "has_room", lambda device, nbytes: False)
+    assert isinstance(as_source(rows(), torch.device("cpu"), 0, 1), FetchedExamples)
+    assert weights.digest(train(Made(), batch_size=10)) == whole
 
 
 def test_a_last_batch_of_one_example_joins_the_one_before() -> None:
