@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agent.tasks.images.pictures import pictures
     from agent.tasks.training.keras_task import KerasTask
     from agent.tasks.training.module_task import TorchTask
     from agent.tasks.training.sklearn_task import SklearnTask
@@ -43,6 +44,7 @@ __all__ = [
     "connect",
     "errors",
     "join",
+    "pictures",
     "simulate",
 ]
 
@@ -62,6 +64,7 @@ _PLACES = {
     "connect": "commonweight.fleet:connect",
     "errors": "protocols.errors",
     "join": "commonweight.fleet:join",
+    "pictures": "agent.tasks.images.pictures:pictures",
     "simulate": "commonweight.simulation.simulate:simulate",
 }
 

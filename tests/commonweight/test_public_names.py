@@ -119,6 +119,8 @@ NAMES = {
     "connect": "(home: str | Path | None = None, *, timeout_s: float = 15.0) -> Fleet",
     "errors": None,
     "join": "(ticket: str, *, name: str = '') -> Fleet",
+    "pictures": "(source: DataSettings, classes: Sequence[str], *, size: int = 64, "
+    "channels: int = 3) -> tuple[PictureSet, PictureSet]",
     "simulate": "(task: str | type, peers: int = 10, *, per_round: int = 0, split: str = 'iid', "
     "dropout: float = 0.0, workers: int = 0, ray: str = '', owner: Mapping[str, Any] = {}, "
     "out: str | Path | None = None, **options: Any) -> Run",

@@ -263,12 +263,12 @@ class TorchTask(LoopTask):
         def read() -> tuple[Any, Any]:
             with rng_state.seeded("data", self._data.seed, self._data.index):
                 found = self.data(self._data, self._read(settings))
-            if not isinstance(found, tuple) or len(found) != 2:
+            if not isinstance(found, tuple | list) or len(found) != 2:
                 raise UsageError(
                     f"data() of {type(self).__name__} returns no pair of data sets",
                     "return train_set, test_set; each a Dataset, or a tuple (x, y)",
                 )
-            return found
+            return found[0], found[1]
 
         sets: tuple[Any, Any] = self._read_data.get(self._key(settings), read)
         return sets
