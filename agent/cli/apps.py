@@ -50,12 +50,18 @@ def add(
         list[str] | None,
         typer.Option(help="A file or folder, such as its data, that it may read."),
     ] = None,
+    write: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder, such as a cache of data sets, that it may change."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Allow a Flower app to run here, as its files are now. Runs send no code."""
     home = homes.open_home("agent")
     config = _node_config(part, set_ or [])
-    card, installed = flower_apps.install(folder, python=python, read=read or [], config=config)
+    card, installed = flower_apps.install(
+        folder, python=python, read=read or [], write=write or [], config=config
+    )
     if installed.python:
         check_python(installed.python)
     with settings.locked(home):

@@ -74,11 +74,19 @@ class AppTrainer(TrainerSupervisor):
         threads = chosen.threads or max(1, (os.cpu_count() or 2) // 2)
         rules = SandboxRules(
             mode=chosen.sandbox,
-            read=(app.folder, *app.read, *(str(path.absolute()) for path in self._read)),
-            allowed=tuple(str(Path(path).expanduser().absolute()) for path in chosen.sandbox_read),
-            write=tuple(str(Path(path).absolute()) for path in (work_dir, *failpoints.folders())),
+            read=(app.folder, *app.read, *(_absolute(path) for path in self._read)),
+            allowed=tuple(map(_absolute, chosen.sandbox_read)),
+            write=(
+                _absolute(work_dir),
+                *app.write,
+                *(_absolute(path) for path in failpoints.folders()),
+            ),
             compile=chosen.compile,
             tasks=False,  # no helper: apps know no table of the owner
         )
         arguments = (MODULE, app.folder, "--nice", str(chosen.nice))
         return Program(work_dir, arguments, threads, rules, app.python)
+
+
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).expanduser().absolute())

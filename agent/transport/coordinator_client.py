@@ -4,10 +4,10 @@ The client opens and closes a session over Flower's Fleet routes. A message with
 about 14 requests there. Our exchange route needs one: it calls Flower's own handlers and counts as
 a heartbeat, so a polling agent sends no other heartbeat.
 
-This file, `coordinator/transport/flower.py` and `flower_sessions.py` there are the only ones that
-use Flower's private names (1.41). Blocking, for use from worker threads. Stock
-`http_request_response` is not used: it ends the process on a failed start, sends SIGINT on HTTP 401
-and makes a new identity each time.
+This file, `coordinator/transport/flower.py`, `flower_sessions.py` there and
+`commonweight/flower_apps/flower_names.py` are the only ones that use Flower's private names (1.41,
+1.42). Blocking, for use from worker threads. Stock `http_request_response` is not used: it ends the
+process on a failed start, sends SIGINT on HTTP 401 and makes a new identity each time.
 """
 
 from __future__ import annotations

@@ -8,11 +8,10 @@ after it: the agent decides which of them counts.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from commonweight.flower_apps import flower_names, records
+from commonweight.flower_apps import flower_names, offline, records
 
 # After the names above, which switch telemetry off.
 from flwr.app import Context, Message, RecordDict  # isort: skip
@@ -85,9 +84,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
-    # Data sets come from a cache of this machine, or not at all: the sandbox has no network.
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ.setdefault(name, "1")
+    offline.prepare()
     lower_priority(options.nice)
     prefer_for_oom_kill()
     main_loop.run(lambda control, send: AppExecutor(options.folder.absolute()))

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
+from commonweight.flower_apps import offline
 
 #: Set in the process that is in the sandbox already.
 _LIMITED = "COMMONWEIGHT_SERVER_APP_LIMITED"
@@ -29,12 +30,12 @@ _POLL_S = 1.0
 _FAILED = 2
 
 
-def _enter_sandbox(folder: Path, read: list[str]) -> None:
+def _enter_sandbox(folder: Path, read: list[str], write: list[str]) -> None:
     """Begin again in the sandbox: with the same pipes, as `agent.trainer.sandboxed` does it."""
     here = Path.cwd()
     for name in (sandbox.TEMPORARY, "caches"):
         (here / name).mkdir(mode=0o700, exist_ok=True)
-    rules = SandboxRules(read=(str(folder), *read), write=(str(here),), tasks=False)
+    rules = SandboxRules(read=(str(folder), *read), write=(str(here), *write), tasks=False)
     os.environ |= {**sandbox.environment(rules, here), _LIMITED: "1"}
     module = "commonweight.flower_apps.server"
     words = ["-P", "-m", "agent.trainer.sandboxed", module, str(folder)]
@@ -198,14 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m commonweight.flower_apps.server")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--read", action="append", default=[])
+    parser.add_argument("--write", action="append", default=[])
     parser.add_argument("--no-sandbox", action="store_true")
     options = parser.parse_args()
     is_limited = os.environ.pop(_LIMITED, "") or options.no_sandbox
     if not is_limited and sys.platform == "linux":
-        _enter_sandbox(options.folder, options.read)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if not options.no_sandbox:
-            os.environ.setdefault(name, "1")
+        _enter_sandbox(options.folder, options.read, options.write)
+    if not options.no_sandbox:
+        offline.prepare()
     status = run(options.folder)
     sys.stdout.flush()
     os._exit(status)  # threads of the app must not keep the process

@@ -34,7 +34,7 @@ from protocols.messages.mqtt import (
     tls_context,
 )
 
-ENGINE = "1.41"
+ENGINES = ("1.41", "1.42")
 _TIMEOUT_S = 5.0
 #: Free disk space for the versions of a large model: a warning, and a fault.
 _LOW_DISK_BYTES, _MIN_DISK_BYTES = 10_000_000_000, 1_000_000_000
@@ -211,12 +211,12 @@ class _Doctor:
 
 
 def engine() -> str:
-    """Flower's minor version is fixed, because private names of it are used."""
+    """Flower's minor versions are fixed, because private names of it are used."""
     found = version("flwr")
-    if found.split(".")[:2] != ENGINE.split("."):
+    if ".".join(found.split(".")[:2]) not in ENGINES:
         raise CommonweightError(
-            f"flwr {found}; this version of commonweight needs {ENGINE}",
-            f"pip install 'flwr=={ENGINE}.*'",
+            f"flwr {found}; this version of commonweight needs {' or '.join(ENGINES)}",
+            f"pip install 'flwr=={ENGINES[-1]}.*'",
         )
     return f"commonweight {VERSION}, flwr {found}, SQLite {sqlite3.sqlite_version}"
 

@@ -29,6 +29,10 @@ def add(
         list[str] | None,
         typer.Option(help="A file or folder, such as a test set, that its ServerApp may read."),
     ] = None,
+    write: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder, such as a cache of data sets, that it may change."),
+    ] = None,
     no_sandbox: Annotated[
         bool, typer.Option("--no-sandbox", help="Let its ServerApp use your files and the network.")
     ] = False,
@@ -38,7 +42,9 @@ def add(
     from coordinator.storage import installed_apps
 
     home = homes.open_home("coordinator")
-    card, app = flower_apps.install(folder, python=python, read=read or [], sandbox=not no_sandbox)
+    card, app = flower_apps.install(
+        folder, python=python, read=read or [], write=write or [], sandbox=not no_sandbox
+    )
     if app.python:
         run_program(
             [app.python, "-P", "-c", f"import {_MODULE}"],

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from coordinator.api.schema import StartRunRequest
 from coordinator.runs import options
 from coordinator.runs.apps import rules
@@ -60,13 +62,7 @@ def _installed(folder: Path) -> flower_apps.AppCard:
     card, app = flower_apps.install(folder)
     before = installed_apps.read(home).get(card.name)
     if before is not None:
-        app = flower_apps.InstalledApp(
-            folder=app.folder,
-            code=app.code,
-            python=before.python,
-            read=before.read,
-            sandbox=before.sandbox,
-        )
+        app = replace(before, folder=app.folder, code=app.code)
     if app != before:
         installed_apps.put(home, card.name, app)
     return card

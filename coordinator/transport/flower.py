@@ -1,6 +1,6 @@
 """Flower's server parts in this process: LinkState and ObjectStore.
 
-In the coordinator, only this module and `flower_sessions` use Flower's private names (version 1.41;
+In the coordinator, only this module and `flower_sessions` use Flower's private names (1.41, 1.42:
 see the contract tests). Neither the Control API nor the Runtime API is mounted, so nobody can
 submit a run or take a ServerApp's token.
 

@@ -40,14 +40,15 @@ class InstalledApp(
     """An app that somebody has installed: its folder, and the digest of its code at that time.
 
     `python`: the interpreter that runs it (empty: our own). `read`: further files and folders that
-    it may read. `config`: what it finds in `context.node_config`. `sandbox`: whether it is limited
-    as tasks are.
+    it may read, and `write` also write, such as a cache of data sets with its locks. `config`: what
+    it finds in `context.node_config`. `sandbox`: whether it is limited as tasks are.
     """
 
     folder: _Path
     code: Digest
     python: _Path = ""
     read: Annotated[tuple[_Path, ...], Meta(max_length=64)] = ()
+    write: Annotated[tuple[_Path, ...], Meta(max_length=64)] = ()
     config: Annotated[dict[Name, Setting], Meta(max_length=MAX_CONFIG)] = {}
     sandbox: bool = True
 
@@ -150,6 +151,7 @@ def install(
     *,
     python: str = "",
     read: Iterable[str] = (),
+    write: Iterable[str] = (),
     config: Mapping[str, Any] | None = None,
     sandbox: bool = True,
 ) -> tuple[AppCard, InstalledApp]:
@@ -160,14 +162,19 @@ def install(
         python = str(Path(python).expanduser().absolute())
         if not os.access(python, os.X_OK):
             raise UsageError(f"{python} is no program", "--python .venv/bin/python")
-    paths = tuple(str(Path(path).expanduser().absolute()) for path in read)
-    if missing := [path for path in paths if not Path(path).exists()]:
+    readable, writable = (
+        tuple(str(Path(path).expanduser().absolute()) for path in paths) for paths in (read, write)
+    )
+    if missing := [path for path in (*readable, *writable) if not Path(path).exists()]:
         raise UsageError(f"{missing[0]} does not exist", "--read takes a file or folder")
+    if files := [path for path in writable if not Path(path).is_dir()]:
+        raise UsageError(f"{files[0]} is no folder", "--write takes a folder")
     found = InstalledApp(
         folder=str(folder),
         code=card.code,
         python=python,
-        read=paths,
+        read=readable,
+        write=writable,
         config=dict(config or {}),
         sandbox=sandbox,
     )

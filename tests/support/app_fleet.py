@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,30 @@ class AppAgent:
 
 
 class AppFleet:
-    """A fleet with an app, installed at the coordinator and at each agent."""
+    """A fleet with the app in `source`, installed at the coordinator and at each agent.
 
-    def __init__(self, fleet: Fleet, folder: Path, name: str) -> None:
+    `given`: what it is installed with; `config(part)`: what it finds as its node's config.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        folder: Path,
+        source: Path,
+        config: Callable[[int], dict[str, Any]] = lambda part: {},
+        **given: Any,
+    ) -> None:
         self.fleet, self._folder = fleet, folder
+        self._source, self._config, self._given = source, config, given
         self.card: AppCard
-        self.card, installed = flower_apps.install(apps.FOLDER / name)
-        installed_apps.put(fleet.home, name, installed)
+        self.card, installed = flower_apps.install(source, **given)
+        installed_apps.put(fleet.home, self.card.name, installed)
         self.agents = [self._give(agent, part) for part, agent in enumerate(fleet.agents)]
 
     def _give(self, agent: Agent, part: int) -> AppAgent:
-        config = {"partition-id": part, "num-partitions": len(self.fleet.agents)}
-        _, installed = flower_apps.install(apps.FOLDER / self.card.name, config=config)
+        config: dict[str, Any] = {"partition-id": part, "num-partitions": len(self.fleet.agents)}
+        config |= self._config(part)
+        _, installed = flower_apps.install(self._source, config=config, **self._given)
         home = self._folder / agent.machine.name
         owner = AgentSettings(apps={self.card.name: installed}, threads=1)
         made = AppAgent(agent, owner, None)  # type: ignore[arg-type]
@@ -83,11 +95,14 @@ class AppFleet:
 
 
 @asynccontextmanager
-async def app_fleet(folder: Path, name: str, agents: int = 2) -> AsyncIterator[AppFleet]:
-    """A fleet of agents that have the test's app of this name."""
+async def app_fleet(
+    folder: Path, app: str | Path, agents: int = 2, **given: Any
+) -> AsyncIterator[AppFleet]:
+    """A fleet of agents that have an app: that of the tests with this name, or in this folder."""
     data = [some_data(4, number) for number in range(agents)]
+    source = app if isinstance(app, Path) else apps.FOLDER / app
     async with fleet_of(folder, *data) as fleet:
-        made = AppFleet(fleet, folder, name)
+        made = AppFleet(fleet, folder, source, **given)
         try:
             yield made
         finally:

@@ -183,7 +183,7 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_the_installed_flower_is_supported() -> None:
-    assert "flwr 1.41" in engine()
+    assert "flwr 1.4" in engine()
 
 
 def test_names_given_to_init_are_those_that_up_certifies(site: Fleet) -> None:

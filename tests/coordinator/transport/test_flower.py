@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -9,6 +10,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import flwr
@@ -36,7 +38,7 @@ from protocols.messages.work import POLL_PATH, FlowerMessage, PollRequest
 from tests.support.https_site import Machine, Site
 from tests.support.waiting import wait_for
 
-# --- the contract with flwr 1.41 -------------------------------------------------------------
+# --- the contract with flwr 1.41, 1.42 -------------------------------------------------------
 
 #: Name -> the parameters that we give it, in its order ("*": a keyword).
 CALLED = {
@@ -129,7 +131,29 @@ def check_parameters(called: Any, given: list[str]) -> None:
 
 
 def test_the_version_is_the_one_that_was_read() -> None:
-    assert flwr.__version__.startswith("1.41.")
+    assert flwr.__version__.startswith(("1.41.", "1.42."))
+
+
+def test_four_files_use_private_names() -> None:
+    """What Flower documents is in flwr.app, flwr.clientapp, flwr.serverapp and flwr.common."""
+    root, public = Path(__file__).parents[3], ("app", "clientapp", "serverapp")
+    found = set[str]()
+    for package in ("agent", "commonweight", "coordinator", "protocols"):
+        for path in (root / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+                modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                for module in filter(None, modules):
+                    top, _, rest = module.partition(".")
+                    is_private = rest.partition(".")[0] not in public or rest == "app.message"
+                    if top == "flwr" and is_private:
+                        found.add(path.relative_to(root).as_posix())
+    assert found == {
+        "agent/transport/coordinator_client.py",
+        "commonweight/flower_apps/flower_names.py",
+        "coordinator/transport/flower.py",
+        "coordinator/transport/flower_sessions.py",
+    }
 
 
 @pytest.mark.parametrize("name", CALLED)
