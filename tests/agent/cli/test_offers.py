@@ -10,6 +10,8 @@ import pytest
 
 from agent.cli import offers as cli
 from agent.cli import task
+from agent.cli.monitor.panels import panels
+from agent.cli.monitor.readings import MachineReader
 from agent.home import offer_log, settings, task_offers
 from agent.setup import consents
 from protocols.errors import UnknownName, UsageError
@@ -95,6 +97,22 @@ def test_an_owner_reviews_approves_keeps_and_revokes(
     ]
     with pytest.raises(UnknownName):
         cli.review(TASK)
+
+
+def test_the_owners_monitor_shows_what_waits_and_what_happened(agent_home: Path) -> None:
+    (offer,) = keep(agent_home, 1, LINE)
+    found = {one.id: one.lines for one in panels(MachineReader(agent_home).read())}
+    assert [line.text for line in found["asks"]] == [
+        f"? the operator offers the task {TASK!r}",
+        f"  to see the file: commonweight-agent task review {TASK}",
+    ]
+    cli.approve(TASK, sha256=offer.digest)
+    machine = MachineReader(agent_home).read()
+    found = {one.id: one.lines for one in panels(machine)}
+    assert "asks" not in found
+    assert found["left"][1].text.endswith(f"task approved  {TASK} sha256 {offer.id}")
+    assert found["left"][1].text.startswith("· ")
+    assert machine.num_left == 0, "nothing has left with an approval"
 
 
 def test_a_change_of_columns_keeps_what_the_consent_follows(agent_home: Path) -> None:
