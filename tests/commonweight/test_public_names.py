@@ -99,6 +99,10 @@ NAMES = {
     "TorchTask.defaults": None,
     "TorchTask.evaluate": "(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> "
     "EvalOutcome",
+    "TorchTask.example": "(self, settings: Any) -> Tensor",
+    "TorchTask.export": "(self, weights: Weights, settings: RunSettings, form: str, "
+    "data: DataSettings, out: Path) -> None",
+    "TorchTask.forms": None,
     "TorchTask.gradient": "(self, weights: Weights, settings: RunSettings) -> Mapping[str, Array]",
     "TorchTask.init": "(self, seed: int, settings: RunSettings) -> Weights",
     "TorchTask.inputs": "(self, path: str, settings: Any) -> Any",

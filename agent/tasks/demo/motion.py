@@ -6,66 +6,37 @@ A watch's acceleration and rotation in six numbers, 50 times a second, while ten
 exercises of the shoulder with each arm (Burns et al. 2018, arXiv 1802.01489). An example is two
 seconds. People move differently, so the data of the peers differ naturally.
 
-Setting  Default  Meaning
-filters  32       of the first of two convolutions over time; the second has twice as many
-and those of `hyperparameters`.
+The second of two convolutions over time has twice as many filters as the first.
 
 Part i of n holds every n-th person from the i-th; the last fifth of each recording is held out.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from msgspec import Meta
+from torch import Tensor, nn
 
 from agent.data.settings import DataSettings
-from agent.tasks import Settings
 from agent.tasks.demo import motion_download
 from agent.tasks.training import csv_rows
-from agent.tasks.training.hyperparameters import TaskOptions
-from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import Examples
-from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
+from agent.tasks.training.module_task import TorchTask
 from protocols.errors import BadWeights, UsageError
-from protocols.model.weights import Array, Schema, Weights, load
+from protocols.model.weights import Array, load
 
 # --- config ----------------------------------------------------------------------------------
 
-_OPTIONS = TaskOptions(
-    {"filters": (32, lambda filters: 1 <= filters <= 1024)},
-    epochs=3,
-    batch_size=16,
-    lr=0.02,
-    momentum=0.9,
-)
 PEOPLE, EXERCISES = 10, 7
 WINDOW, STRIDE = 100, 50
-
-
-def _filters(settings: Settings) -> int:
-    return int(_OPTIONS.read(settings)["filters"])
-
-
-# --- model -----------------------------------------------------------------------------------
-
-
-def forward(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
-    """Windows float32[n, 6, 100] -> logits float32[n, 7]."""
-    for layer in ("conv1", "conv2"):
-        x = F.relu(F.conv1d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=2))
-        x = F.max_pool1d(x, 4)
-    x = F.relu(F.linear(x.mean(2), w["hidden.weight"], w["hidden.bias"]))
-    return F.linear(x, w["output.weight"], w["output.bias"])
 
 
 # --- data ------------------------------------------------------------------------------------
@@ -126,45 +97,49 @@ def _recordings(cache: str) -> Recordings:
 # --- task ------------------------------------------------------------------------------------
 
 
-class Motion(ClassifierTask):
+class Motion(TorchTask):
     """The task."""
 
-    defaults = _OPTIONS.defaults
+    version = "1"
 
-    def schema(self, settings: Settings) -> Schema:
-        n = _filters(settings)
-        sides = {"conv1": (n, 6, 5), "conv2": (2 * n, n, 5), "hidden": (64, 2 * n)}
-        return layer_schema({**sides, "output": (EXERCISES, 64)})
-
-    def init(self, seed: int, settings: Settings) -> Weights:
-        """Uniform with variance 2 / fan-in (He et al. 2015), biases 0."""
-        draw, tensors = random_state("init", seed), {}
-        for name, (_, side) in self.schema(settings).items():
-            bound = math.sqrt(6 / math.prod(side[1:])) if len(side) > 1 else 0.0
-            tensors[name] = draw.uniform(-bound, bound, side).astype(np.float32)
-        return Weights(tensors)
+    @dataclass
+    class Settings:
+        filters: Annotated[
+            int, Meta(ge=1, le=1024, description="of the first of two convolutions over time")
+        ] = 32
+        epochs: int = 3
+        batch_size: int = 16
+        lr: float = 0.02
+        momentum: float = 0.9
 
     def load(self, data: DataSettings) -> None:
         """Take the people of part `data.index`. Raises UsageError, TaskUnusable."""
         super().load(data)
-        device = self._device
-        self._split = Split(
-            *(
-                Examples(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), data.index)
-                for x, y in split_windows(_recordings(data.cache), people_of(data))
-            )
-        )
+        self._windows = split_windows(_recordings(data.cache), people_of(data))
 
-    def _forward(self, settings: Settings) -> Forward:
-        _filters(settings)
-        return forward
+    def data(self, source: DataSettings, settings: Any) -> tuple[Windows, Windows]:
+        return self._windows
 
-    def _read_inputs(self, source: str, settings: Settings) -> Iterator[Tensor]:
+    def model(self, settings: Any) -> nn.Module:
+        """Windows float32[n, 6, 100] -> logits float32[n, 7]. Weights have the variance
+        2 / fan-in (He et al. 2015), biases are 0."""
+        n, layers = settings.filters, OrderedDict[str, nn.Module]()
+        for name, given, made in (("conv1", 6, n), ("conv2", n, 2 * n)):
+            layers[name] = nn.Conv1d(given, made, 5, padding=2)
+            layers |= {f"{name}_relu": nn.ReLU(), f"{name}_pool": nn.MaxPool1d(4)}
+        layers |= {"mean": nn.AdaptiveAvgPool1d(1), "flat": nn.Flatten()}
+        layers |= {"hidden": nn.Linear(2 * n, 64), "relu": nn.ReLU()}
+        network = nn.Sequential(layers | {"output": nn.Linear(64, EXERCISES)})
+        for tensor in network.parameters():
+            _ = nn.init.kaiming_uniform_(tensor) if tensor.dim() > 1 else nn.init.zeros_(tensor)
+        return network
+
+    def inputs(self, path: str, settings: Any) -> Iterator[npt.NDArray[np.float32]]:
         """Of a CSV file with two seconds a line: 600 columns, the 100 values of each of the six
         sensors one after the other. Raises DataError."""
-        rows = csv_rows.read_batches(source, 6 * WINDOW, np.float32, "a number")
-        return (torch.from_numpy(values.reshape(-1, 6, WINDOW)) for values in rows)
+        rows = csv_rows.read_batches(path, 6 * WINDOW, np.float32, "a number")
+        return (values.reshape(-1, 6, WINDOW) for values in rows)
 
-    def _exported_inputs(self, settings: Settings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def example(self, settings: Any) -> Tensor:
         """Two seconds, float32[n, 6, 100]."""
-        return lambda x: x, torch.zeros(2, 6, WINDOW)
+        return torch.zeros(2, 6, WINDOW)

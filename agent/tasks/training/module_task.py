@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,14 @@ from torch.func import functional_call, vmap
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, TrainOutcome
 from agent.tasks import Settings as RunSettings
-from agent.tasks.training import csv_rows, evaluation, module_state, rng_state, task_settings
+from agent.tasks.training import (
+    csv_rows,
+    evaluation,
+    module_state,
+    onnx_export,
+    rng_state,
+    task_settings,
+)
 from agent.tasks.training.classification import count_answers, predict_classes
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.examples import (
@@ -44,7 +52,7 @@ from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, Hyperparameters,
 from agent.tasks.training.loop_state import Tensors, as_weights
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
 from agent.tasks.training.task_settings import TaskSettings
-from agent.tasks.training.torch_loop import LossOf, PrivateLoss, TrainingLoop, autograd_step
+from agent.tasks.training.torch_loop import LossOf, PrivateLoss, autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
 from agent.tasks.training.user_data import as_source, is_separate, split_inputs
 from protocols.errors import UsageError
@@ -53,9 +61,6 @@ from protocols.privacy.private_training import PrivateTraining
 
 #: Examples at a time where none are trained on.
 EVALUATION_BATCH = 256
-#: What a task may replace and still train with noise for single examples.
-_OF_USERS = {"version", "Settings", "defaults", "model", "data", "loss", "metrics", "optimizer"}
-_OF_USERS |= {"inputs", "answers"}
 
 
 class TorchTask(LoopTask):
@@ -67,6 +72,7 @@ class TorchTask(LoopTask):
     """
 
     version = ""
+    forms = (onnx_export.ONNX,)
     Settings: ClassVar[type | None] = None
     defaults: Mapping[str, Setting] = LOOP_DEFAULTS
 
@@ -120,6 +126,11 @@ class TorchTask(LoopTask):
         if output.dim() == 2 and output.shape[1] > 1:
             return predict_classes(output.float())
         return {"value": output.flatten().tolist()}
+
+    def example(self, settings: Any) -> Tensor:
+        """Two inputs of the model, for an export; by default the first ones of the data."""
+        x: Tensor = next(iter(self._source(settings, 0).batches(torch.arange(2), 2)))[0]
+        return x
 
     # --- Task ---
 
@@ -229,6 +240,13 @@ class TorchTask(LoopTask):
             yield {"row": range(first, first + count), **columns}
             first += count
 
+    def export(
+        self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: a batch of inputs like `example` -> the output."""
+        model, x = self._build(settings).cpu().eval(), self.example(settings).cpu()
+        onnx_export.export(lambda w, x: functional_call(model, w, (x,)), weights, x, out)
+
     # --- helpers ---
 
     def _protect(self, private: PrivateTraining | None) -> None:
@@ -320,22 +338,3 @@ class TorchTask(LoopTask):
             and not target.is_floating_point()
             and (output.dim(), target.dim()) == (2, 1)
         )
-
-
-def is_trained_by_us(task: object) -> bool:
-    """True for a `TorchTask` that replaces nothing but the methods for users, so that our code
-    clips gradients, adds noise and says what that costs.
-
-    It is no wall: a task is code in the process that adds the noise. Its owner has allowed it.
-    """
-    if not isinstance(task, TorchTask):
-        return False
-    kinds = type(task).__mro__
-    theirs = {name for kind in kinds[: kinds.index(TorchTask)] for name in vars(kind)}
-    ours = {name for kind in (TorchTask, LoopTask) for name in vars(kind)} - _OF_USERS
-    shadowed = ours & (theirs | vars(task).keys())
-    return (
-        all(name.startswith("__") for name in shadowed)
-        and type(task._local) is TrainingLoop
-        and (task.protect, task.spent) == (task._protect, task._local.spent)
-    )

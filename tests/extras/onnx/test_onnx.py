@@ -15,7 +15,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
+import commonweight as cw
 from agent.data.settings import DataSettings
 from agent.tasks import Exporting, registry
 from agent.tasks.demo import mnist, motion
@@ -45,11 +47,15 @@ def pictures_by(settings: dict[str, Any]) -> Callable[[Any, Any], Any]:
     return lambda w, x: forward(w, torch_task._normalize(x), False)
 
 
+def movements(w: Any, x: torch.Tensor) -> Any:
+    return torch.func.functional_call(motion.Motion()._build({}).cpu(), w, (x,))
+
+
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any, Any], Any]]] = {
     "cnn": ("mnist", {"model": "cnn"}, lambda n: torch.rand(n, 784), mnist._forward_cnn),
     "images": ("images", COLOURS, lambda n: pixels(n, 16), pictures_by(COLOURS)),
     "resnet18": ("images", RESNET, lambda n: pixels(n, 32), pictures_by(RESNET)),
-    "motion": ("motion", {}, lambda n: torch.randn(n, 6, 100), motion.forward),
+    "motion": ("motion", {}, lambda n: torch.randn(n, 6, 100), movements),
     "text-lm": (
         "text-lm",
         TINY,
@@ -77,6 +83,29 @@ def test_onnxruntime_gives_what_torch_gives(case: str, tmp_path: Path) -> None:
         (found,) = session.run(None, {"x": x.numpy()})
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+class Own(cw.TorchTask):
+    """A module of one's own, with running statistics and a count of its batches."""
+
+    def model(self, settings: Any) -> nn.Module:
+        return nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(18, 4))
+
+    def data(self, source: DataSettings, settings: Any) -> Any:
+        x, y = torch.randn(20, 2, 8), torch.randint(0, 4, (20,))
+        return (x, y), (x, y)
+
+
+def test_a_module_of_ones_own_becomes_onnx(tmp_path: Path) -> None:
+    task, out = Own(), tmp_path / "model.onnx"
+    task.load(DataSettings(device="cpu"))
+    made = task.train(task.init(1, {}), {"epochs": 2}, lambda *_: None).weights
+    task.export(Weights(made, []), {}, "onnx", DataSettings(), out)
+    x = np.random.RandomState(0).randn(7, 2, 8).astype(np.float32)
+    (found,) = onnxruntime.InferenceSession(out).run(None, {"x": x})
+    np.save(tmp_path / "x.npy", x)
+    (answer,) = task.predict(Weights(made, []), {}, str(tmp_path / "x.npy"))
+    assert found.argmax(1).tolist() == answer["class"]
 
 
 def agent(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
