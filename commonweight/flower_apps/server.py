@@ -52,9 +52,17 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     return os.fdopen(answers, "rb"), os.fdopen(questions, "wb")
 
 
+def _end_with(parent: int) -> None:
+    """End this process once the coordinator has ended, also while the app works."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os._exit(1)
+
+
 def run(folder: Path) -> int:
     """Run the ServerApp until it ends; the exit status."""
     answers, questions = _take_pipes()
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
     from commonweight.flower_apps import flower_names, records
 
     # After the names above, which switch telemetry off.

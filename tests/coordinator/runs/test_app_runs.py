@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec.structs import replace
 
-from coordinator.runs.apps import frames, rules
+from coordinator.runs import transitions
+from coordinator.runs.apps import frames, round_events, rules
+from coordinator.runs.state import Run
 from coordinator.storage import run_events as facts
+from protocols.enrollment import identity
 from protocols.errors import BadMessage, CannotBeMet, UnknownName, UsageError
+from protocols.messages import app_work
+from protocols.messages.app_work import RECORD, SIGNED_APP_ANSWER, AppAnswer, Arrays
 from protocols.messages.states import RunState
-from tests.support.app_fleet import app_fleet
+from tests.support.app_fleet import AppFleet, app_fleet
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("coordinator_home")
@@ -214,3 +221,103 @@ def test_frames_have_types_and_bounds() -> None:
             asked(**fields)
     with pytest.raises(BadMessage):
         frames.length_of(b"\xff\xff\xff\xff")
+
+
+async def _tampered(fleet: AppFleet, change: Callable[[AppAnswer], AppAnswer], key: Any) -> Run:
+    """A run whose only peer answers with a changed answer, signed with this key."""
+    agent = fleet.agents[0].agent
+    assert agent.client is not None
+    honest = agent.client._queries.app
+
+    def answer(message: Message) -> RecordDict:
+        made = SIGNED_APP_ANSWER.decode(honest(message)[RECORD]["answer"])
+        changed = change(made) if made.told else made  # not that it has the app
+        signer = key if made.told else agent.machine.sign_key
+        payload, signature = SIGNED_APP_ANSWER.seal(changed, signer.sign)
+        record = ConfigRecord({"answer": payload, "signature": signature})
+        return RecordDict({RECORD: record})
+
+    agent.client._queries = agent.client._queries._replace(app=answer)
+    return await fleet.finished(fleet.start({"act": "none"}))
+
+
+#: What a peer changes in its answer, and why it is refused.
+TAMPERED: dict[str, tuple[Callable[[AppAnswer], AppAnswer], str]] = {
+    "another message": (lambda a: replace(a, key="0" * 64), "answer to another message"),
+    "another peer": (lambda a: replace(a, peer="AAAA-AAAA-AAAA-AAAA"), "answer to another message"),
+    "records": (lambda a: replace(a, told=b"\xc1"), "not a valid list of records"),
+    "arrays without records": (
+        lambda a: replace(a, digest="0" * 64, nbytes=5),
+        "do not belong together",
+    ),
+    "arrays that never came": (
+        lambda a: replace(
+            a, digest="0" * 64, nbytes=5, told=app_work.encode_told((Arrays("a", ("w",)),))
+        ),
+        "were never uploaded",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.attack("20.wire", by="peer")
+@pytest.mark.parametrize("how", TAMPERED)
+async def test_a_wrong_answer_is_an_error_for_the_server_app(how: str, tmp_path: Path) -> None:
+    """Attack: a peer answers an app with a wrong key, name, form, size or file."""
+    change, why = TAMPERED[how]
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        run = await _tampered(fleet, change, fleet.agents[0].agent.machine.sign_key)
+        assert run.state is RunState.FAILED
+        assert why in run.ended_because
+        assert run.refusals == 1
+
+
+@pytest.mark.long
+@pytest.mark.attack("20.wire", by="peer")
+async def test_an_answer_with_another_signature_is_refused(tmp_path: Path) -> None:
+    """Attack: the answer of a peer to an app is signed by somebody else."""
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        run = await _tampered(fleet, lambda a: a, identity.new_signing_key())
+        assert "not signed by the peer that sent it" in run.ended_because
+
+
+def test_rounds_follow_from_messages() -> None:
+    spec = facts.RunSpec(task="flower:x", rounds=2, app="0" * 64)
+    run = transitions.replay("r", [facts.RunStarted(spec)])
+    first, second, costs = "1" * 64, "2" * 64, round_events.Costs()
+    last: round_events.Phase | None = None
+
+    def send(message_type: str, mark: str, base: str, *peers: str) -> list[str]:
+        nonlocal run, last
+        phase = round_events.Phase.of(message_type, mark)
+        events = round_events.opened(run, last, phase, base, peers, costs)
+        last = phase
+        for event in events:
+            run = transitions.apply(run, event)
+        return [type(event).__name__ for event in events]
+
+    def answer(peer: str, examples: int, **metrics: float) -> None:
+        nonlocal run
+        update = facts.Update(num_examples=examples, metrics=dict(metrics))
+        run = transitions.apply(run, facts.UpdateAccepted(run.round, peer, update))
+
+    assert send("train", "1", first, "a") == ["WeightsInitialised", "RoundOpened"]
+    assert send("train", "1", first, "b") == ["PeersAsked"]  # of a legacy app, one by one
+    answer("a", 1, loss=1.0)
+    answer("b", 3, loss=3.0)
+    opened = ["TrainingClosed", "VersionCommitted", "EvaluationOpened"]
+    assert send("evaluate.fast", "1", second, "a", "b") == opened
+    answer("a", 1, loss=0.5)
+    assert send("train", "2", second, "a", "b") == ["RoundClosed", "RoundOpened"]
+    (closed,) = run.history
+    assert (closed.digest, closed.contributors, closed.metrics) == (
+        second,
+        ("a", "b"),
+        {"loss": 0.5},
+    )
+    answer("a", 1, loss=1.0)
+    answer("b", 3, loss=3.0)
+    for event in round_events.closed(run, "", costs):  # the ServerApp ends, and sends no version
+        run = transitions.apply(run, event)
+    assert [(c.digest, c.metrics) for c in run.history[1:]] == [(second, {"loss": 2.5})]
+    assert round_events.closed(run, "", costs) == []
