@@ -31,6 +31,8 @@ TEMPLATES = (
     "quickstart-sklearn",
     "quickstart-pytorch",
     "quickstart-xgboost",
+    # Legacy: client_fn, NumPyClient and server_fn.
+    "flower-simulation-step-by-step-pytorch/my-awesome-app",
 )
 
 
@@ -46,6 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     return cache
 
 
