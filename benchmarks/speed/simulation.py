@@ -122,7 +122,9 @@ def main() -> None:
         found[name] = measured(name, pairs)
         print(name, json.dumps(found[name]), flush=True)
     if asked.keep:
-        report.keep("simulation", {f"{asked.peers} peers": {"per_round": asked.per_round, **found}})
+        asked_for = {"peers": asked.peers, "per_round": asked.per_round}
+        rows = [{"engine": name} | asked_for | row for name, row in found.items()]
+        report.keep("simulation", {f"peers_{asked.peers}": rows})
 
 
 if __name__ == "__main__":
