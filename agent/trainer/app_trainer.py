@@ -84,7 +84,7 @@ class AppTrainer(TrainerSupervisor):
             compile=chosen.compile,
             tasks=False,  # no helper: apps know no table of the owner
         )
-        arguments = (MODULE, app.folder, "--nice", str(chosen.nice))
+        arguments = (MODULE, app.folder, "--code", app.code, "--nice", str(chosen.nice))
         return Program(work_dir, arguments, threads, rules, app.python)
 
 

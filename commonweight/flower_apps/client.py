@@ -1,4 +1,4 @@
-"""A ClientApp in a trainer's process: `python -m commonweight.flower_apps.client FOLDER APP`.
+"""A ClientApp in a trainer's process: `python -m commonweight.flower_apps.client FOLDER`.
 
 It uses the main loop of `agent.trainer`. The app is loaded with its first message and stays, so a
 round takes no import. Its context is read from a file before each message and written to another
@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from commonweight.flower_apps import flower_names, offline, records
+from commonweight.flower_apps import app_code, flower_names, offline, records
 
 # After the names above, which switch telemetry off.
 from flwr.app import Context, Message, RecordDict  # isort: skip
@@ -29,10 +29,10 @@ ARRAYS = ".safetensors"
 
 
 class AppExecutor:
-    """Passes messages to the ClientApp in `folder`."""
+    """Passes messages to the ClientApp in `folder`, if `code` is the digest of its code."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, code: str) -> None:
+        self._folder, self._code = folder, code
         self._app: Any = None
         self._config: dict[str, Any] = {}
 
@@ -40,9 +40,9 @@ class AppExecutor:
         """Do the work. Raises CommonweightError, OSError, and what the app raises."""
         flower_names.become(work.flower_run)
         if self._app is None:
-            card = flower_apps.read_card(self._folder)
+            card = app_code.read_approved(self._folder, self._code)
             self._config = card.config
-            self._app = flower_names.load(self._folder, card.client)
+            self._app = app_code.load(self._folder, card.client)
         context = Context(
             work.flower_run,
             work.node,
@@ -82,12 +82,13 @@ def _write_state(file: str, state: RecordDict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m commonweight.flower_apps.client")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--code", required=True)
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
     offline.prepare()
     lower_priority(options.nice)
     prefer_for_oom_kill()
-    main_loop.run(lambda control, send: AppExecutor(options.folder.absolute()))
+    main_loop.run(lambda control, send: AppExecutor(options.folder.absolute(), options.code))
 
 
 if __name__ == "__main__":

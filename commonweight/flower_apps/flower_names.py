@@ -5,11 +5,7 @@ Importing it switches Flower's telemetry and its search for updates off.
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-from pathlib import Path
-from typing import Any
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
@@ -24,16 +20,6 @@ SERVER_NODE = 1
 def become(run: int) -> None:
     """Let this process make messages of this run."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, SERVER_NODE, run
-
-
-def load(folder: Path, component: str) -> Any:
-    """The object "module:attribute" of the app in `folder`. Runs the app's code."""
-    sys.path.insert(0, str(folder))
-    module, _, attributes = component.partition(":")
-    found = importlib.import_module(module)
-    for attribute in attributes.split("."):
-        found = getattr(found, attribute)
-    return found
 
 
 def name_message(message: Message, message_id: str) -> None:

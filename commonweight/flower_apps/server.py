@@ -30,7 +30,7 @@ _POLL_S = 1.0
 _FAILED = 2
 
 
-def _enter_sandbox(folder: Path, read: list[str], write: list[str]) -> None:
+def _enter_sandbox(folder: Path, code: str, read: list[str], write: list[str]) -> None:
     """Begin again in the sandbox: with the same pipes, as `agent.trainer.sandboxed` does it."""
     here = Path.cwd()
     for name in (sandbox.TEMPORARY, "caches"):
@@ -38,7 +38,7 @@ def _enter_sandbox(folder: Path, read: list[str], write: list[str]) -> None:
     rules = SandboxRules(read=(str(folder), *read), write=(str(here), *write), tasks=False)
     os.environ |= {**sandbox.environment(rules, here), _LIMITED: "1"}
     module = "commonweight.flower_apps.server"
-    words = ["-P", "-m", "agent.trainer.sandboxed", module, str(folder)]
+    words = ["-P", "-m", "agent.trainer.sandboxed", module, str(folder), f"--code={code}"]
     os.execv(sys.executable, [sys.executable, *words])
 
 
@@ -59,11 +59,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def run(folder: Path) -> int:
-    """Run the ServerApp until it ends; the exit status."""
+def run(folder: Path, code: str) -> int:
+    """Run the ServerApp until it ends, if its code has this digest; the exit status."""
     answers, questions = _take_pipes()
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
-    from commonweight.flower_apps import flower_names, records
+    from commonweight.flower_apps import app_code, flower_names, records
 
     # After the names above, which switch telemetry off.
     from flwr.app import Context, Error, Message, RecordDict  # isort: skip
@@ -189,10 +189,10 @@ def run(folder: Path) -> int:
 
     error = ""
     try:
-        card = flower_apps.read_card(folder)
+        card = app_code.read_approved(folder, code)
         config = flower_apps.fuse(card.config, hello.config)
         context = Context(hello.flower_run, flower_names.SERVER_NODE, {}, RecordDict(), config)
-        flower_names.load(folder, card.server)(PipeGrid(), context)
+        app_code.load(folder, card.server)(PipeGrid(), context)
     except SystemExit as err:
         error = "" if err.code in (None, 0) else f"the ServerApp exited with {err.code}"
     except BaseException as err:
@@ -206,16 +206,17 @@ def run(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m commonweight.flower_apps.server")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--code", required=True)
     parser.add_argument("--read", action="append", default=[])
     parser.add_argument("--write", action="append", default=[])
     parser.add_argument("--no-sandbox", action="store_true")
     options = parser.parse_args()
     is_limited = os.environ.pop(_LIMITED, "") or options.no_sandbox
     if not is_limited and sys.platform == "linux":
-        _enter_sandbox(options.folder, options.read, options.write)
+        _enter_sandbox(options.folder, options.code, options.read, options.write)
     if not options.no_sandbox:
         offline.prepare()
-    status = run(options.folder)
+    status = run(options.folder, options.code)
     sys.stdout.flush()
     os._exit(status)  # threads of the app must not keep the process
 

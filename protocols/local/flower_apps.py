@@ -25,8 +25,7 @@ from protocols.messages.envelope import Digest, Name, Setting
 PREFIX = "flower:"
 MAX_FILES, MAX_FILE_BYTES, MAX_CODE_BYTES = 2000, 16 * 1024 * 1024, 64 * 1024 * 1024
 MAX_CONFIG = 256
-_CODE = frozenset({".py", ".so", ".pyd", ".toml"})
-_SKIPPED = frozenset({"__pycache__", "venv", "node_modules"})
+_CODE = frozenset({".py", ".pyc", ".pyw", ".so", ".pyd", ".toml"})
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,55}[A-Za-z0-9])?")
 _COMPONENT = re.compile(r"[A-Za-z_][\w.]{0,199}:[A-Za-z_][\w.]{0,199}")
 _EXAMPLE = "a folder of `flwr new`, whose pyproject.toml has [tool.flwr.app]"
@@ -112,7 +111,8 @@ def _flatten(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 def digest(folder: Path) -> str:
     """SHA-256 of the code files in `folder` and below, as hex. Raises UsageError.
 
-    Hidden folders, caches and folders named venv do not count, nor do data files.
+    Hidden folders do not count, as nothing is imported from them, nor do data files and the
+    bytecode that Python keeps in `__pycache__`, which is never loaded there.
     """
     found = hashlib.sha256()
     total = 0
@@ -136,10 +136,17 @@ def _code_files(folder: Path) -> Iterator[str]:
     """The code files below `folder`, with `/` between the parts of their names."""
     count = 0
     for place, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in _SKIPPED and not f.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if Path(place, name).is_symlink():
+                raise UsageError(
+                    f"{Path(place, name)} is a link to a folder",
+                    "copy the folder there if it has code; name data with --read",
+                )
         for file in files:
             path = Path(place, file)
-            if path.suffix in _CODE and path.is_file():
+            is_cached = Path(place).name == "__pycache__" and len(path.suffixes) > 1
+            if path.suffix in _CODE and not is_cached and path.is_file():
                 count += 1
                 yield path.relative_to(folder).as_posix()
                 if count > MAX_FILES:

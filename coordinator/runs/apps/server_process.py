@@ -115,7 +115,8 @@ async def started(folder: Path, app: InstalledApp) -> AsyncIterator[ServerProces
         (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     environment = child_environment() | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     forget_secrets(environment)
-    words = [f"--read={path}" for path in app.read] + [f"--write={path}" for path in app.write]
+    words = [f"--code={app.code}", *(f"--read={path}" for path in app.read)]
+    words += [f"--write={path}" for path in app.write]
     words += [] if app.sandbox else ["--no-sandbox"]
     try:
         process = await asyncio.create_subprocess_exec(

@@ -40,7 +40,7 @@ def test_an_app_is_installed_listed_and_removed(agent_home: Path, tmp_path: Path
     # Data and outputs are no code; a changed code file is noticed.
     (folder / "final_model.pt").write_bytes(b"weights")
     (folder / "mean_app" / "__pycache__").mkdir()
-    (folder / "mean_app" / "__pycache__" / "x.py").write_text("")
+    (folder / "mean_app" / "__pycache__" / "x.cpython-311.pyc").write_bytes(b"")
     assert flower_apps.read_card(folder) == card
     (folder / "mean_app" / "new.py").write_text("")
     _, told, _ = agent(agent_home, "app", "list")

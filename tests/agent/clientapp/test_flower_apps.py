@@ -47,9 +47,9 @@ COORDINATOR, PEER = identity.new_signing_key(), identity.new_signing_key()
 class Machine:
     """An agent's part for apps, with its process; `sent` has the uploads."""
 
-    def __init__(self, folder: Path, name: str, **config: Any) -> None:
-        self.card, installed = flower_apps.install(APPS / name, config={"partition-id": 1} | config)
-        self.owner = AgentSettings(apps={name: installed}, hang_timeout_s=60.0, threads=1)
+    def __init__(self, folder: Path, name: str, source: Path | None = None) -> None:
+        self.owner = AgentSettings(hang_timeout_s=60.0, threads=1)
+        self.install(source or APPS / name)
         self.folder, self.sent = folder, list[str]()
         self.left: list[AppAnswer] = []
         self.versions: dict[str, Path] = {}
@@ -57,6 +57,10 @@ class Machine:
             folder / "apps", lambda: self.owner, read=(folder,), on_progress=lambda _: None
         )
         self.restart()
+
+    def install(self, source: Path) -> None:
+        self.card, installed = flower_apps.install(source, config={"partition-id": 1})
+        self.owner = replace(self.owner, apps={self.card.name: installed})
 
     def restart(self) -> None:
         me = PeerIdentity("peer-1", PEER.sign, identity.public_bytes(COORDINATOR))
