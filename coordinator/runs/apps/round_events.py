@@ -7,12 +7,14 @@ of a round is what the app sends next; what it never sends, the coordinator does
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, Update
+from protocols.messages import app_work
 from protocols.messages.envelope import Metrics
 from protocols.messages.states import RunState
 
@@ -91,12 +93,20 @@ def _training_closed(run: Run, version: str) -> list[RunEvent]:
 
 
 def mean(updates: Mapping[str, Update]) -> Metrics:
-    """The metrics of all peers, weighted by their examples."""
-    sums: dict[str, tuple[float, int]] = {}
+    """The means, by examples, of the metrics that half of the peers or more have told.
+
+    So the ledger takes twice the metrics of one answer at most, whatever names peers invent.
+    """
+    sums: dict[str, tuple[int, float, int]] = {}
     for update in updates.values():
         for name, value in update.metrics.items():
             if value is not None:
-                total, count = sums.get(name, (0.0, 0))
+                peers, total, count = sums.get(name, (0, 0.0, 0))
                 weight = update.num_examples
-                sums[name] = total + weight * value, count + weight
-    return {name: total / count for name, (total, count) in sorted(sums.items())}
+                sums[name] = peers + 1, total + weight * value, count + weight
+    means = {
+        name: total / count
+        for name, (peers, total, count) in sorted(sums.items())
+        if 2 * peers >= len(updates) and math.isfinite(total)
+    }
+    return dict(list(means.items())[: 2 * app_work.MAX_METRICS])
