@@ -49,6 +49,8 @@ log = logging.getLogger("commonweight.agent")
 
 #: Runs whose last answers, and contexts, are kept.
 MAX_RUNS = 8
+#: Limits of the owner that have no effect in an app. One that is stricter than its default refuses.
+_NOT_KEPT = ("min_cohort", "min_witnesses", "data_min_rows")
 _ARRAYS = ".safetensors"
 _SPARE_BYTES = 4 * 1024 * 1024
 #: Failures of an app's process that another process may not repeat.
@@ -160,6 +162,12 @@ class FlowerApps:
                 "its owner has a privacy budget, and what a Flower app sends has no known noise",
                 f"{there} policy set privacy.max_epsilon 0",
             )
+        for key in _NOT_KEPT:
+            if getattr(chosen, key) > (default := getattr(AgentSettings(), key)):
+                raise NotAllowed(
+                    f"its owner has set {key}, and a Flower app does not keep to it",
+                    f"{there} policy set {key} {default}",
+                )
         return app
 
     # --- work ---

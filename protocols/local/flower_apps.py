@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -176,6 +177,7 @@ def install(
         raise UsageError(f"{missing[0]} does not exist", "--read takes a file or folder")
     if files := [path for path in writable if not Path(path).is_dir()]:
         raise UsageError(f"{files[0]} is no folder", "--write takes a folder")
+    _check_writable(writable, (str(folder), *readable, *_program_folders(python)))
     found = InstalledApp(
         folder=str(folder),
         code=card.code,
@@ -186,6 +188,34 @@ def install(
         sandbox=sandbox,
     )
     return card, found
+
+
+def _check_writable(writable: Iterable[str], kept: Iterable[str]) -> None:
+    """Raise UsageError if an app could change what its digest or its owner relies on."""
+    protected = [Path(path).resolve() for path in kept]
+    for path in writable:
+        place = Path(path).resolve()
+        for other in protected:
+            if place.is_relative_to(other) or other.is_relative_to(place):
+                raise UsageError(
+                    f"--write {path} would let the app change {other}",
+                    "--write takes a folder apart from the app, its --read and its Python",
+                )
+
+
+def _program_folders(python: str) -> set[str]:
+    """The folders with the interpreter, its packages and ours."""
+    ours = {sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])}
+    if not python:
+        return ours
+    found = set(ours)
+    # In a virtual environment, `bin/python` is a link to the program of another folder.
+    for program in (Path(python), Path(python).resolve()):
+        found.add(str(program.parent))
+        prefix = program.parent.parent
+        if (prefix / "pyvenv.cfg").exists() or any(prefix.glob("lib/python3*")):
+            found.add(str(prefix))
+    return found
 
 
 def parse_value(text: str) -> str | int | float | bool:

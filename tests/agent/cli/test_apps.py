@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,24 @@ def test_changes_of_a_run_config_have_the_types_of_the_app() -> None:
     for text in ("rounds=2.5", "rounds=true", "fit=1", "lr=much"):
         with pytest.raises(UsageError, match="must be of type"):
             flower_apps.parse_changes(config, [text])
+
+
+@pytest.mark.attack("20.consent", by="task")
+def test_an_app_may_not_write_where_its_code_is(tmp_path: Path) -> None:
+    """Attack: an app may write a folder with code, so that its next message runs other code."""
+    folder, data, cache = (tmp_path / name for name in ("mean", "data", "cache"))
+    shutil.copytree(apps.FOLDER / "mean", folder)
+    for made in (data, cache, data / "rows", tmp_path / "env/bin", tmp_path / "env/lib"):
+        made.mkdir(parents=True)
+    (tmp_path / "env/pyvenv.cfg").touch()
+    (tmp_path / "env/bin/python").symlink_to(sys.executable)
+    (tmp_path / "link").symlink_to(folder)
+    python = str(tmp_path / "env/bin/python")
+    given = {"python": python, "read": [str(data / "rows")]}
+    refused = (folder, folder / "mean_app", tmp_path, tmp_path / "link", data, data / "rows")
+    refused += (tmp_path / "env/bin", tmp_path / "env/lib", Path(sys.prefix))
+    for write in refused:
+        with pytest.raises(UsageError, match="would let the app change"):
+            flower_apps.install(folder, write=[str(write)], **given)
+    _, app = flower_apps.install(folder, write=[str(cache)], **given)
+    assert app.write == (str(cache),)

@@ -161,9 +161,13 @@ def test_work_of_another_app_or_owner_is_refused(machine: Machine) -> None:
     machine.owner = replace(machine.owner, secure_min=0, privacy_max_epsilon=1.0)
     with pytest.raises(NotAllowed, match="privacy budget"):
         machine.ask(machine.work())
-    machine.owner = replace(
-        machine.owner, privacy_max_epsilon=0.0, forbidden_tasks=("flower:mean",)
-    )
+    machine.owner = replace(machine.owner, privacy_max_epsilon=0.0)
+    for key, value in (("min_cohort", 2), ("min_witnesses", 1), ("data_min_rows", 21)):
+        own, machine.owner = machine.owner, replace(machine.owner, **{key: value})
+        with pytest.raises(NotAllowed, match=f"its owner has set {key}, and a Flower app does"):
+            machine.ask(machine.work())
+        machine.owner = own
+    machine.owner = replace(machine.owner, forbidden_tasks=("flower:mean",))
     with pytest.raises(NotAllowed, match="not installed"):
         machine.ask(machine.work())
     assert not machine.process.running
