@@ -6,9 +6,11 @@ digest. docs/what-leaves.md lists what else leaves (state, telemetry, log lines 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,13 +22,15 @@ from agent.home import secure_audit
 from agent.home.secure_audit import SecureKind
 from protocols.local.atomic_files import fsync_folder
 from protocols.messages import app_work
-from protocols.messages.app_work import AppAnswer, AppWork
+from protocols.messages.app_work import AppAnswer, AppWork, Arrays, Values
 from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import Answer, Scatter, Unit
 from protocols.messages.work import UpdateClaim
 
 FILE = "left.jsonl"
 MAX_BYTES = 4 << 20
+#: Of what an app says; the rest is in the log by its digest.
+MAX_APP_TOLD_CHARS = 4096
 
 #: What happened to an offered task: entries of `offer_log`.
 OfferKind = Literal[
@@ -132,10 +136,12 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
 
 
 def write_app_answer(home: Path, work: AppWork, answer: AppAnswer) -> None:
-    """Log the answer of a Flower app: its configs and metrics in full, its arrays by digest.
+    """Log the answer of a Flower app, once: its configs and metrics, and its arrays by digest.
 
     Raises OSError, as `write_update` does, and BadMessage.
     """
+    if _last_told.has(home, answer.nonce):  # a coordinator can have it sent again and again
+        return
     told = app_work.decode_told(answer.told)
     entry = AuditEntry(
         at=time.time(),
@@ -146,9 +152,20 @@ def write_app_answer(home: Path, work: AppWork, answer: AppAnswer) -> None:
         digest=answer.digest,
         nbytes=answer.nbytes,
         metrics=app_work.metrics_of(told)[1],
-        told=msgspec.json.encode(told).decode(),
+        told=_app_told(told, answer.told),
     )
-    _append(home, entry)
+    _append(home, entry, answer.nonce)
+
+
+def _app_told(told: Sequence[Arrays | Values], sent: bytes) -> str:
+    """What an app says, as JSON; if that is long, its digest and beginning."""
+    text = msgspec.json.encode(told).decode()
+    if len(text) <= MAX_APP_TOLD_CHARS:
+        return text
+    # The file of the arrays has their names as well.
+    text = msgspec.json.encode(sorted(told, key=lambda record: isinstance(record, Arrays))).decode()
+    short = {"sha256": hashlib.sha256(sent).hexdigest(), "bytes": len(sent)}
+    return msgspec.json.encode(short | {"begins": text[:MAX_APP_TOLD_CHARS]}).decode()
 
 
 class _LastTold:
@@ -157,22 +174,19 @@ class _LastTold:
 
     def __init__(self) -> None:
         self._written_bytes = 0
-        #: By home and digest, in the order of writing: the bytes written before.
+        #: By home and digest, or another key, in the order of writing: the bytes written before.
         self._told: OrderedDict[tuple[Path, str], int] = OrderedDict()
 
-    def shortened(self, home: Path, entry: AuditEntry) -> AuditEntry:
-        """The entry, without what the files tell already."""
-        if not entry.told or not entry.digest:
-            return entry
+    def has(self, home: Path, key: str) -> bool:
+        """True if an entry with this key was written lately."""
         while self._told and self._written_bytes - next(iter(self._told.values())) > MAX_BYTES // 2:
             self._told.popitem(last=False)
-        if (home, entry.digest) in self._told:
-            return replace(entry, told=_AS_BEFORE)
-        return entry
+        return (home, key) in self._told
 
-    def wrote(self, home: Path, entry: AuditEntry, nbytes: int) -> None:
-        if entry.told and entry.told != _AS_BEFORE:
-            self._told[home, entry.digest] = self._written_bytes
+    def wrote(self, home: Path, key: str, nbytes: int) -> None:
+        """An entry was written; with a key, it is remembered."""
+        if key:
+            self._told[home, key] = self._written_bytes
         self._written_bytes += nbytes
 
 
@@ -180,11 +194,16 @@ _AS_BEFORE = "as in an earlier entry with this digest"
 _last_told = _LastTold()
 
 
-def _append(home: Path, entry: AuditEntry) -> None:
-    """Append one entry and fsync it, so that a power cut after the sending cannot lose it."""
-    entry = _last_told.shortened(home, entry)
+def _append(home: Path, entry: AuditEntry, key: str = "") -> None:
+    """Append one entry and fsync it, so that a power cut after the sending cannot lose it.
+
+    What it tells is not written again soon. `key`: if its digest is not that of all it tells.
+    """
+    key = key or (entry.digest if entry.told else "")
+    if key and _last_told.has(home, key):
+        entry, key = replace(entry, told=_AS_BEFORE), ""
     nbytes = append_entry(home / FILE, entry, MAX_BYTES)
-    _last_told.wrote(home, entry, nbytes)
+    _last_told.wrote(home, key, nbytes)
 
 
 def append_entry(path: Path, entry: AuditEntry, max_bytes: int) -> int:

@@ -268,6 +268,39 @@ def test_the_audit_log_has_what_an_app_says(machine: Machine, tmp_path: Path) ->
     assert entry.digest == machine.sent[0]
 
 
+@pytest.mark.attack("20.audit")
+def test_answers_of_apps_push_nothing_out_of_the_audit_log(tmp_path: Path) -> None:
+    """Attack: a coordinator fills the owner's audit log: it has large answers of an app sent, also
+    the same one again."""
+    from agent.home import audit_log
+
+    work = AppWork(run="r1", number=1, kind="message", app="mean", code="0" * 64)
+
+    def send(nonce: str, told: bytes, **fields: Any) -> None:
+        answer = AppAnswer(
+            run="r1", number=1, key="a" * 64, peer="p", told=told, nonce=nonce, **fields
+        )
+        audit_log.write_app_answer(tmp_path, work, answer)
+
+    send("first", app_work.encode_told((Values("m", True, {"loss": 1.0}),)))
+    names = tuple(f"layer{number}.weight" for number in range(20_000))
+    large = (Arrays("a", names), Values("c", False, {"kept": 1, "x": "\x01" * 100_000}))
+    for number in range(60):
+        send(str(number), app_work.encode_told(large))
+        send("first", app_work.encode_told((Values("m", True, {"loss": 1.0}),)))
+    first, *others = audit_log.read(tmp_path)
+    assert (first.metrics, len(others)) == ({"loss": 1.0}, 60)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1 << 20
+    told = json.loads(others[0].told)
+    assert told["sha256"] == hashlib.sha256(app_work.encode_told(large)).hexdigest()
+    assert told["begins"].startswith('[["v","c",false,{"kept":1,"x":"')
+    # Other words with the same arrays are told.
+    for loss in (2.0, 3.0):
+        told = app_work.encode_told((Values("m", True, {"loss": loss}),))
+        send(f"loss {loss}", told, digest="d" * 64)
+    assert [json.loads(e.told)[0][3]["loss"] for e in audit_log.read(tmp_path)[-2:]] == [2.0, 3.0]
+
+
 def test_told_records_are_bounded() -> None:
     twice = app_work.encode_told((Values("a", True, {}), Values("a", True, {})))
     with pytest.raises(BadMessage, match="one name"):
