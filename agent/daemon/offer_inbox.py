@@ -82,6 +82,8 @@ class OfferInbox:
         known = task_offers.read(self._home)
         if known.fleet == found.fleet and found.number <= known.number:
             raise BadMessage("the list of offered tasks is older than the one that is kept here")
+        # Files of earlier lists, whose fetch broke off, do not add up.
+        task_offers.prune(self._home, known, found)
         is_shown = self._owner().offers == "show"
         kept = tuple(one for one in found.offers if not is_shown or self._keep(one))
         before, after = known.by_name(), {one.name: one for one in kept}

@@ -1,19 +1,22 @@
-"""What happened to offered tasks: entries of the ledger, in a file of their own.
+"""What happened to offered tasks: entries of the ledger, in two files of their own.
 
-A coordinator can offer as often as it likes. In this file its offers push out no entry of an answer
-that has left, and no refusal.
+A coordinator can offer as often as it likes. In a file of their own its offers push out no entry of
+an answer that has left, no refusal, and nothing that the owner decided about an offer.
 """
 
 from __future__ import annotations
 
 import time
+from itertools import chain
 from pathlib import Path
 
 from agent.home import audit_log
 from agent.home.audit_log import AuditEntry, OfferKind
 
-FILE = "offered.jsonl"
+FILE, DECIDED_FILE = "offered.jsonl", "decided.jsonl"
+#: Of each file.
 MAX_BYTES = 1 << 20
+_BY_OPERATOR: frozenset[OfferKind] = frozenset(("task offered", "task withdrawn"))
 
 
 def write(home: Path, what: OfferKind, task: str, digest: str, told: str = "") -> None:
@@ -21,9 +24,11 @@ def write(home: Path, what: OfferKind, task: str, digest: str, told: str = "") -
     entry = AuditEntry(
         at=time.time(), run="", task=task, round=0, what=what, digest=digest, told=told
     )
-    audit_log.append_entry(home / FILE, entry, MAX_BYTES)
+    file = FILE if what in _BY_OPERATOR else DECIDED_FILE
+    audit_log.append_entry(home / file, entry, MAX_BYTES)
 
 
 def read(home: Path) -> list[AuditEntry]:
     """All entries, oldest first."""
-    return audit_log.read_entries(home / FILE)
+    found = (audit_log.read_entries(home / file) for file in (FILE, DECIDED_FILE))
+    return sorted(chain.from_iterable(found), key=lambda entry: entry.at)

@@ -33,7 +33,12 @@ def read(home: Path) -> OfferList:
 def write(home: Path, offers: OfferList) -> None:
     """Replace the list, and delete files that it does not name. Raises OSError."""
     write_private(home / FILE, msgspec.json.encode(offers))
-    named = {offer.digest for offer in offers.offers}
+    prune(home, offers)
+
+
+def prune(home: Path, *lists: OfferList) -> None:
+    """Delete files that none of these lists names. Raises OSError."""
+    named = {offer.digest for offers in lists for offer in offers.offers}
     for path in (home / FOLDER).glob("*"):
         if path.name not in named:
             path.unlink(missing_ok=True)

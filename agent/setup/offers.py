@@ -27,6 +27,8 @@ from protocols.messages.offers import Offer, check_text
 
 #: The folder of the approved files.
 FOLDER = "approved"
+#: Of a comparison. Files of the largest size, as people write them, take about 50,000.
+MAX_DIFF_STEPS = 2_000_000
 _MIN_ID_CHARS = 8
 _ID = re.compile(f"[0-9a-f]{{{_MIN_ID_CHARS},64}}")
 _LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
@@ -73,8 +75,36 @@ def review(home: Path, offer: Offer) -> Review:
     elif path.is_file():
         compared = f"the version approved before, sha256 {approved}" if approved else f"your {path}"
         old = path.read_bytes().decode(errors="replace")
-    diff = difflib.unified_diff(_lines(old), _lines(new), "before", "offered", n=5)
+    before, offered = _lines(old), _lines(new)
+    if not _is_quick(before, offered):
+        before, compared = [], f"nothing: the comparison with {compared} takes too long"
+    diff = difflib.unified_diff(before, offered, "before", "offered", n=5)
     return Review(offer, compared, [line.rstrip("\n") for line in diff])
+
+
+class _Counted(difflib.SequenceMatcher[str]):
+    """Raises TimeoutError after MAX_DIFF_STEPS steps."""
+
+    a: list[str]
+    b2j: dict[str, list[int]]
+    steps = 0
+
+    def find_longest_match(
+        self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
+    ) -> difflib.Match:
+        self.steps += sum(1 + len(self.b2j.get(line, ())) for line in self.a[alo:ahi])
+        if self.steps > MAX_DIFF_STEPS:
+            raise TimeoutError
+        return super().find_longest_match(alo, ahi, blo, bhi)
+
+
+def _is_quick(before: list[str], offered: list[str]) -> bool:
+    """False for files made to be compared slowly: many lines that are equal, but not too many."""
+    try:
+        _Counted(None, before, offered).get_matching_blocks()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _lines(text: str) -> list[str]:

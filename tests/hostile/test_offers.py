@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import shutil
@@ -26,6 +27,7 @@ from protocols.errors import (
     CommonweightError,
     NotAllowed,
     UnknownName,
+    Unreachable,
     UsageError,
 )
 from protocols.messages.mqtt import MqttAddress
@@ -78,6 +80,8 @@ class Desk:
 
     def offered_file(self, digest: str) -> bytes:
         self.fetched.append(digest)
+        if digest not in self.files:
+            raise Unreachable("the answer breaks off")
         return self.files[digest]
 
     def made(self, data: bytes, name: str = TASK) -> Offer:
@@ -495,6 +499,34 @@ def test_words_of_other_scripts_stay_readable(desk: Desk) -> None:
     assert offers.review(desk.home, kept).diff[-2:] == [f"+{line}" for line in text.splitlines()]
 
 
+def test_crafted_files_are_compared_in_a_bounded_number_of_steps(
+    machine: Machine, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: have the review of a new version take minutes, by two files with many equal lines, so
+    that the owner approves without it."""
+    one = [f"# {i % 150}\n" for i in range(8_000)]
+    two = [f"# {(i * 7 + i // 150) % 150}\n" for i in range(8_000)]
+    old = desk.approved(b"class Line: pass\n" + "".join(one).encode())
+    (kept,) = desk.offer(desk.made(b"import socket\n" + "".join(two).encode()))
+    steps = 0
+    search = difflib.SequenceMatcher.find_longest_match
+
+    def counted(matcher: difflib.SequenceMatcher[str], *within: int) -> difflib.Match:
+        nonlocal steps
+        lines = matcher.a[within[0] : within[1]] if within else matcher.a
+        steps += sum(len(matcher.b2j.get(line, ())) for line in lines)
+        assert steps <= 2 * offers.MAX_DIFF_STEPS
+        return search(matcher, *within)
+
+    monkeypatch.setattr(difflib.SequenceMatcher, "find_longest_match", counted)
+    found = offers.review(machine.home, kept)
+    assert found.compared.startswith("nothing: the comparison with the version approved before")
+    assert old.digest in found.compared
+    assert found.diff[-8_001:] == ["+import socket", *(f"+{line.strip()}" for line in two)]
+    (kept,) = desk.offer(desk.made("".join(["class Line: pass\n", *one, "# more\n"]).encode()))
+    assert offers.review(machine.home, kept).diff[-1] == "+# more", "others are compared"
+
+
 def test_the_diff_is_against_what_was_approved(machine: Machine, desk: Desk) -> None:
     """Attack: have the owner compare a new version with another file than the approved one."""
     old = desk.approved(b"class Line:\n    def load(self): pass\n")
@@ -541,7 +573,49 @@ def test_a_flood_of_offers_costs_little(
     more = OfferList(fleet="fleet", number=1, offers=(desk.made(LINE),) * (MAX_OFFERS + 1))
     with pytest.raises(BadMessage):
         SIGNED_OFFERS.unpack(SIGNED_OFFERS.pack(more, COORDINATOR.sign), lambda *_: True)
-    assert MAX_OFFERS * MAX_FILE_BYTES + MAX_LIST_BYTES < 2 << 20
+    # Those of the kept list, and those of the list that is being fetched.
+    assert 2 * MAX_OFFERS * MAX_FILE_BYTES + MAX_LIST_BYTES < 3 << 20
+
+
+def test_lists_that_break_off_leave_few_files(desk: Desk) -> None:
+    """Attack: offer new files with each poll, and break off before the last one, until the owner's
+    disk is full."""
+    (kept,) = desk.offer(desk.made(LINE))
+    for turn in range(4):
+        many = [
+            desk.made(b"# %d %d\n" % (turn, number), f"t{number}.py:T")
+            for number in range(MAX_OFFERS)
+        ]
+        last = desk.files.pop(many[-1].digest)
+        assert desk.offer(*many) == [kept]
+    stored = {path.name for path in (desk.home / task_offers.FOLDER).iterdir()}
+    assert stored == {one.digest for one in (kept, *many[:-1])}, "and no replaced ones"
+    desk.files[many[-1].digest] = last
+    desk.fetched.clear()
+    assert desk.poll() == many
+    assert desk.fetched == ["list", many[-1].digest], "the others are fetched once"
+
+
+def test_no_number_of_offers_pushes_out_what_the_owner_decided(
+    machine: Machine, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: offer and withdraw until the owner's ledger no longer has the approval."""
+    monkeypatch.setattr(offer_log, "MAX_BYTES", 2_000)
+    approved = desk.approved(LINE)
+    desk.offer()
+    consents.allow(machine.home, TASK, keep=True)
+    for number in range(20):
+        desk.offer(desk.made(LINE + b"# %d\n" % number))
+        desk.offer()
+    consents.forbid(machine.home, TASK)
+    entries = offer_log.read(machine.home)
+    assert len(entries) < 40, "offers are pushed out"
+    decided = [entry for entry in entries if entry.what not in ("task offered", "task withdrawn")]
+    assert [(entry.what, entry.digest) for entry in decided] == [
+        ("task approved", approved.digest),
+        ("task kept", approved.digest),
+    ]
+    assert [entry.at for entry in entries] == sorted(entry.at for entry in entries)
 
 
 def test_a_removed_approval_is_gone(machine: Machine, desk: Desk) -> None:
