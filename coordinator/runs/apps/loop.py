@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Set
 
-from coordinator.runs.apps import frames, round_events, rules, server_process
+from coordinator.runs.apps import frames, pushes, round_events, rules, server_process
 from coordinator.runs.apps.conversation import CHECK, LATE, Answered, Conversation
 from coordinator.runs.apps.frames import End, Nodes, NodesAsked, Pull, Push, Pushed, Replies, Reply
 from coordinator.runs.apps.round_events import Phase
@@ -31,11 +31,10 @@ from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent
 from coordinator.strategies.state import StateStore
-from protocols.errors import BadMessage, BadWeights, CommonweightError, HomeError
-from protocols.local.safe_paths import path_in
+from protocols.errors import CommonweightError, HomeError
 from protocols.local.timed_wait import wait_at_most
-from protocols.messages import app_work
 from protocols.messages.app_work import AppWork
+from protocols.messages.envelope import strip_controls
 from protocols.messages.states import RunState
 
 log = logging.getLogger("commonweight.run")
@@ -160,6 +159,10 @@ class AppLoop:
             raise
         except CommonweightError as err:
             return RunState.FAILED, f"{err.message} ({err.hint})" if err.hint else err.message
+        except Exception as err:  # a fault of ours: the coordinator and its other runs continue
+            log.exception("run %s fails", self.run.id)
+            text = f"the coordinator could not serve the app: {type(err).__name__}: {err}"
+            return RunState.FAILED, strip_controls(text)
 
     def _counted_uploads(self, peer: str) -> set[str]:
         return set()  # an accepted upload is moved away at once
@@ -278,22 +281,20 @@ class AppLoop:
         return {_number_of(peer): peer for peer in self._fit & self._ctx.eligible()}
 
     async def _push(self, push: Push) -> Pushed:
-        """Record the round, and send the messages to the nodes that can work."""
-        for content in push.contents:
-            if app_work.has_arrays(app_work.decode_told(content.told)) != bool(content.digest):
-                raise BadMessage("the records of a message and its arrays do not belong together")
-            if content.digest:
-                await asyncio.to_thread(self._adopt, content.digest)
+        """Record the round, and send the messages to the nodes that can work. Raises BadMessage."""
         nodes, limits = self._peers(), self._ctx.transfer.limits
         going = [message for message in push.messages if message.node in nodes]
+        sizes = await asyncio.to_thread(
+            pushes.adopt, self._ctx.store, self._folder, push.contents, self._retention.on_disk
+        )
         peers = tuple(sorted({nodes[message.node] for message in going}))
         if going:
             first = push.contents[going[0].content]
-            await self._rounds.open(going[0], first, peers)
-            sizes = [self._nbytes(push.contents[m.content].digest) for m in going]
-            grown = _MAX_GROWTH * max(sizes) + _SPARE_BYTES
-            limits.max_bytes = grown if min(sizes) else _MAX_FIRST_BYTES
-            limits.version_bytes = max(sizes)
+            await self._rounds.open(going[0], first, peers, sizes.keys())
+            sent = [sizes[push.contents[message.content].digest] for message in going]
+            grown = _MAX_GROWTH * max(sent) + _SPARE_BYTES
+            limits.max_bytes = grown if min(sent) else _MAX_FIRST_BYTES
+            limits.version_bytes = max(sent)
         ids: list[int] = []
         for message in push.messages:
             if message.node not in nodes:
@@ -307,7 +308,7 @@ class AppLoop:
                 group=message.group,
                 told=content.told,
                 base=content.digest,
-                nbytes=self._nbytes(content.digest),
+                nbytes=sizes[content.digest],
                 node=message.node,
                 round=self.run.round,
             )
@@ -317,21 +318,6 @@ class AppLoop:
         await self._talk.send()
         self.changed.set()  # a new deadline
         return Pushed(tuple(ids))
-
-    def _nbytes(self, digest: str) -> int:
-        return self._ctx.store.version_path(digest).stat().st_size if digest else 0
-
-    def _adopt(self, digest: str) -> None:
-        """Make a file of the ServerApp a version. Raises BadMessage if it is not what it says."""
-        source = path_in(self._folder / frames.OUT, digest, frames.SUFFIX)
-        try:
-            self._ctx.store.adopt(source, digest)
-        except FileNotFoundError as err:
-            if not self._ctx.store.has(digest):
-                raise BadMessage("the ServerApp names arrays that it has not written") from err
-        except (OSError, BadWeights) as err:
-            raise BadMessage(f"the ServerApp's arrays cannot be sent: {err}") from err
-        self._retention.on_disk.add(digest)
 
     async def _pull(self, pull: Pull) -> Replies:
         """The replies that have come, or come within the time that the ServerApp waits."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from coordinator.runs.apps import round_events
 from coordinator.runs.apps.conversation import Conversation
 from coordinator.runs.apps.frames import Content, Outgoing
@@ -32,8 +34,11 @@ class AppRounds:
         self._phase: Phase | None = None
         self._bytes = (0, 0)
 
-    async def open(self, message: Outgoing, content: Content, peers: tuple[str, ...]) -> None:
-        """Record the phase of this message, the first of those that go to `peers`."""
+    async def open(
+        self, message: Outgoing, content: Content, peers: tuple[str, ...], in_use: Set[str]
+    ) -> None:
+        """Record the phase of this message, the first of those that go to `peers`. `in_use`: the
+        versions that they need."""
         if message.message_type in round_events.PREPARING:
             return
         mark = app_work.round_mark(app_work.decode_told(content.told), message.group)
@@ -47,21 +52,20 @@ class AppRounds:
         if any(isinstance(event, run_events.RoundOpened) for event in events):
             self._bytes = self._ctx.transfer.bytes_up, self._ctx.transfer.bytes_down
             self._timer.open_round()
-        await self._record(events)
+        await self._record(events, in_use)
 
     async def close(self) -> None:
         """Close the open round: the ServerApp has ended."""
         await self._record(round_events.closed(self._recorder.run, "", self._costs()))
 
-    async def _record(self, events: list[RunEvent]) -> None:
+    async def _record(self, events: list[RunEvent], in_use: Set[str] = frozenset()) -> None:
         """Record, publish the rounds that were closed, and delete versions that nobody needs."""
         before = len(self._recorder.run.history)
         await self._recorder.record(*events)
         run = self._recorder.run
         for closed in run.history[before:]:
             self._ctx.publish(round_body(run.id, closed))
-        self._ctx.store.mark_recorded(run.head)
-        self._retention.prune(run, {sent.work.base for sent in self._talk.open.values()})
+        self._retention.prune(run, in_use | {sent.work.base for sent in self._talk.open.values()})
 
     def _costs(self) -> Costs:
         transfer = self._ctx.transfer

@@ -12,7 +12,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec.structs import replace
 
-from coordinator.runs import transitions
+from coordinator.runs import retention, transitions
 from coordinator.runs.apps import frames, round_events, rules
 from coordinator.runs.state import Run
 from coordinator.storage import run_events as facts
@@ -187,6 +187,27 @@ async def test_frames_of_a_server_app_are_bounded(act: str, why: str, tmp_path: 
         assert why in run.ended_because
         again = await fleet.finished(fleet.start({"act": "none"}))
         assert again.state is RunState.FINISHED, again.ended_because
+
+
+@pytest.mark.long
+@pytest.mark.attack("20.wire", by="task")
+async def test_a_server_app_that_sends_old_arrays_ends_no_coordinator(tmp_path: Path) -> None:
+    """Attack: a ServerApp sends arrays of an earlier round again while they are being deleted, and
+    more versions than the ledger names."""
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        run = await fleet.finished(fleet.start({"act": "old"}))
+        assert run.state is RunState.FINISHED, run.ended_because
+        kept = {path.stem for path in (fleet.fleet.home / "versions").glob("*.safetensors")}
+        assert kept == retention.versions_to_keep(run)
+
+
+async def test_a_fault_of_the_coordinator_in_an_app_ends_its_run_alone(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        (fleet.fleet.home / "apps").write_text("no folder")
+        for _ in range(2):  # the coordinator continues after the first
+            run = await fleet.finished(fleet.start({"act": "none"}))
+            assert run.state is RunState.FAILED
+            assert "the coordinator could not serve the app: NotADirectory" in run.ended_because
 
 
 @pytest.mark.long

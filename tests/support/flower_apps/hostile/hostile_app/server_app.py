@@ -5,9 +5,13 @@ import os
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
+
+from coordinator.runs.apps import frames
 
 app = ServerApp()
 
@@ -26,6 +30,30 @@ def main(grid: Grid, context: Context) -> None:
     if act == "keys":
         print(Path(str(context.run_config["path"])).read_text())
     nodes = list(grid.get_node_ids())
+    if act == "old":
+        send_old_arrays(grid, nodes[0])
     replies = list(grid.send_and_receive([Message(RecordDict(), nodes[0], "query")]))
     if replies[0].has_error():
         raise RuntimeError(f"error {replies[0].error.code}: {replies[0].error.reason}")
+
+
+def send_old_arrays(grid: Any, node: int) -> None:
+    """Send two contents in each round; from the fourth on, also one of two rounds before."""
+    packed: list[frames.Content] = []
+    for number in range(1, 6):
+        packed.append(grid._pack(arrays(number)))
+        contents = [packed[-1], grid._pack(arrays(100 + number)), *packed[-3:-2][: number > 3]]
+        messages = tuple(
+            frames.Outgoing(content=index, node=node, message_type="query")
+            for index in range(len(contents))
+        )
+        ids = grid._ask(frames.Push(contents=tuple(contents), messages=messages)).ids
+        came = 0
+        while came < len(ids):
+            came += len(grid._ask(frames.Pull(ids=ids, wait_s=1.0)).replies)
+
+
+def arrays(number: int) -> RecordDict:
+    """A message of a round."""
+    values = ArrayRecord({"w": Array(np.full(3, float(number)))})
+    return RecordDict({"arrays": values, "config": ConfigRecord({"server-round": number})})
