@@ -55,14 +55,21 @@ def build(typed: Mapping[str, Any]) -> StartRunRequest:
 
 def _installed(folder: Path) -> flower_apps.AppCard:
     """The app's card. If this is the coordinator's machine, it is installed as it is now, with the
-    choices of before."""
+    choices that were made for this folder. Raises UsageError if they were made for another one."""
     home = homes.home_path("coordinator")
     if not (home / homes.STAMP).exists():
         return flower_apps.read_card(folder)
     card, app = flower_apps.install(folder)
     before = installed_apps.read(home).get(card.name)
     if before is not None:
-        app = replace(before, folder=app.folder, code=app.code)
+        kept = replace(before, folder=app.folder, code=app.code)
+        if kept != app and before.folder != app.folder:
+            raise UsageError(
+                f"the Flower app {card.name!r} is installed from {before.folder}, with options "
+                "that hold for that folder alone",
+                f"commonweight app add {folder}, with the options that it needs",
+            )
+        app = kept
     if app != before:
         installed_apps.put(home, card.name, app)
     return card
