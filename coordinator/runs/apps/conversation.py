@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,11 +73,16 @@ class Conversation:
         self._number += 1
         return self._number
 
-    def add(self, peer: str, work: AppWork, within_s: float) -> None:
-        """Add a message; `send` sends it."""
-        payload, signature = SIGNED_APP_WORK.seal(work, self._ctx.sign)
+    async def add(self, messages: Sequence[tuple[str, AppWork]], within_s: float) -> None:
+        """Add messages to peers; `send` sends them. They are signed in a thread."""
+
+        def seal() -> list[tuple[bytes, bytes]]:
+            return [SIGNED_APP_WORK.seal(work, self._ctx.sign) for _, work in messages]
+
+        sealed = await asyncio.to_thread(seal)
         until = time.monotonic() + within_s
-        self.open[work.number] = Sent(peer, work, payload, signature, until)
+        for (peer, work), (payload, signature) in zip(messages, sealed, strict=True):
+            self.open[work.number] = Sent(peer, work, payload, signature, until)
 
     async def send(self) -> None:
         """Send the messages that are not in flight, to peers that can work now."""

@@ -176,17 +176,18 @@ class AppLoop:
             answered = await self._talk.take()
             await self._record([*answered, *self._talk.give_up()])
             self._talk.acknowledge()
-            self._check_peers()
+            await self._check_peers()
             await self._talk.send()
             await wait_at_most(self.changed, self._talk.next_deadline_s())
         return RunState.STOPPED, self._stop_reason
 
-    def _check_peers(self) -> None:
+    async def _check_peers(self) -> None:
         """Ask peers that are new whether they have the app."""
         self._ctx.transfer.limits.max_bytes = max(self._ctx.transfer.limits.max_bytes, 1)
-        for peer in sorted(self._ctx.eligible() - self._checked - self._recorder.incompatible):
-            self._checked.add(peer)
-            self._talk.add(peer, self._work(CHECK), _CHECK_WITHIN_S)
+        new = sorted(self._ctx.eligible() - self._checked - self._recorder.incompatible)
+        if new:
+            self._checked.update(new)
+            await self._talk.add([(peer, self._work(CHECK)) for peer in new], _CHECK_WITHIN_S)
 
     def _work(self, kind: str, **fields: object) -> AppWork:
         spec = self.run.spec
@@ -284,6 +285,7 @@ class AppLoop:
         """Record the round, and send the messages to the nodes that can work. Raises BadMessage."""
         nodes, limits = self._peers(), self._ctx.transfer.limits
         going = [message for message in push.messages if message.node in nodes]
+        pushes.check_bounds(push, going, self._talk.open.values(), self._answers.values())
         sizes = await asyncio.to_thread(
             pushes.adopt, self._ctx.store, self._folder, push.contents, self._retention.on_disk
         )
@@ -295,6 +297,7 @@ class AppLoop:
             grown = _MAX_GROWTH * max(sent) + _SPARE_BYTES
             limits.max_bytes = grown if min(sent) else _MAX_FIRST_BYTES
             limits.version_bytes = max(sent)
+        works: list[tuple[str, AppWork]] = []
         ids: list[int] = []
         for message in push.messages:
             if message.node not in nodes:
@@ -312,8 +315,9 @@ class AppLoop:
                 node=message.node,
                 round=self.run.round,
             )
-            self._talk.add(nodes[message.node], work, self.run.spec.deadline_s)
+            works.append((nodes[message.node], work))
             ids.append(work.number)
+        await self._talk.add(works, self.run.spec.deadline_s)
         self._recorder.set_waiting_for("replies" if going else "its ServerApp")
         await self._talk.send()
         self.changed.set()  # a new deadline

@@ -1,16 +1,50 @@
-"""What a ServerApp sends: its arrays become versions of the run."""
+"""What a ServerApp sends: it has bounds, and its arrays become versions of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from coordinator.runs.apps import frames
-from coordinator.runs.apps.frames import Content
+from coordinator.runs.apps.conversation import Sent
+from coordinator.runs.apps.frames import Content, Outgoing, Push, Reply
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage, BadWeights
 from protocols.local.safe_paths import path_in
 from protocols.messages import app_work
+from protocols.messages.envelope import MAX_PEERS
+
+#: Messages without a reply: to one node, and in all.
+MAX_OPEN_OF_NODE, MAX_OPEN = 64, MAX_PEERS
+#: Records of the messages without a reply and of the replies that the ServerApp has not taken. Each
+#: message is in memory by itself, also where many have the same content.
+MAX_HELD_BYTES = 256 * 1024 * 1024
+
+
+def check_bounds(
+    push: Push, going: Collection[Outgoing], sent: Collection[Sent], replies: Iterable[Reply]
+) -> None:
+    """Raise BadMessage if `going`, of this push, is too much beside what was `sent` before and the
+    `replies` that wait."""
+    told = [push.contents[message.content].told for message in going]
+    held = [*told, *(one.work.told for one in sent), *(reply.told for reply in replies)]
+    if (nbytes := sum(map(len, held))) > MAX_HELD_BYTES:
+        raise BadMessage(
+            f"the ServerApp has {nbytes:,} bytes of configs and metrics in messages and replies at "
+            f"one time, at most {MAX_HELD_BYTES:,} are taken",
+            "put large values into an ArrayRecord",
+        )
+    nodes = Counter(message.node for message in going)
+    if going:
+        nodes.update(one.work.node for one in sent if one.work.node in nodes)
+    most, number = max(nodes.values(), default=0), len(going) + len(sent)
+    if most > MAX_OPEN_OF_NODE or number > MAX_OPEN:
+        raise BadMessage(
+            f"the ServerApp has {number:,} messages without a reply, {most:,} of them to one node; "
+            f"at most {MAX_OPEN:,} are taken, and {MAX_OPEN_OF_NODE} to one node",
+            "await replies before you send more",
+        )
 
 
 def adopt(

@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 
 from coordinator.runs import transitions
-from coordinator.runs.apps import round_events
+from coordinator.runs.apps import frames, pushes, round_events
+from coordinator.runs.apps.conversation import Sent
+from coordinator.runs.apps.frames import Content, Outgoing, Push, Reply
 from coordinator.runs.apps.round_events import Costs, Phase
 from coordinator.storage import run_events as facts
+from protocols.errors import BadMessage
+from protocols.messages import app_work
+from protocols.messages.app_work import AppWork
+from protocols.messages.envelope import MAX_PEERS
 
 SPEC = facts.RunSpec(task="flower:x", rounds=1, app="a" * 64)
 
@@ -48,3 +54,41 @@ def test_a_metric_of_half_of_the_peers_counts() -> None:
     assert round_events.mean(told) == {"x": 4.0}
     large = {peer: update(10**12, x=1.7e308, y=1.0) for peer in "ab"}
     assert round_events.mean(large) == {"y": 1.0}
+
+
+def _push(told: bytes, nodes: list[int]) -> Push:
+    """As the coordinator takes it from the pipe: one content for all messages."""
+    messages = tuple(Outgoing(content=0, node=node, message_type="query") for node in nodes)
+    push = Push(contents=(Content(told=told),), messages=messages)
+    made = frames.decode_asked(frames.encode(push)[frames.LENGTH_BYTES :])
+    assert isinstance(made, Push)
+    return made
+
+
+def _sent(node: int, told: bytes = b"") -> Sent:
+    work = AppWork(run="r", number=1, kind="message", app="x", code="a" * 64, node=node, told=told)
+    return Sent("peer", work, b"", b"", 0.0)
+
+
+@pytest.mark.attack("20.wire", by="task")
+def test_one_frame_of_a_server_app_is_not_many_messages_in_memory() -> None:
+    """Attack: a ServerApp sends one large content to the same node tens of thousands of times in
+    one small frame, or messages without an end."""
+    check, large = pushes.check_bounds, b"x" * app_work.MAX_TOLD_BYTES
+    push = _push(large, [5] * MAX_PEERS)
+    with pytest.raises(BadMessage, match="bytes of configs and metrics"):
+        check(push, push.messages, [], [])
+    push = _push(b"", [5] * pushes.MAX_OPEN_OF_NODE)
+    check(push, push.messages, [_sent(6)], [])
+    with pytest.raises(BadMessage, match="65 of them to one node"):
+        check(push, push.messages, [_sent(5)], [])
+    push = _push(b"", list(range(MAX_PEERS)))
+    check(push, push.messages, [], [])
+    with pytest.raises(BadMessage, match="65,537 messages without a reply"):
+        check(push, push.messages, [_sent(1)], [])
+    push = _push(large, [1])
+    fits = pushes.MAX_HELD_BYTES // len(large) - 1
+    check(push, push.messages, [_sent(2, large)] * fits, [])
+    for sent, replies in ((fits + 1, []), (fits, [Reply(id=1, told=b"x")])):
+        with pytest.raises(BadMessage, match="bytes of"):
+            check(push, push.messages, [_sent(2, large)] * sent, replies)

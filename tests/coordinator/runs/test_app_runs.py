@@ -177,7 +177,11 @@ async def test_a_failure_of_an_app_ends_its_run(act: str, why: str, tmp_path: Pa
 @pytest.mark.attack("20.wire", by="task")
 @pytest.mark.parametrize(
     ("act", "why"),
-    [("frame", "a frame of 4,294,967,295 bytes"), ("garbage", "not a valid frame")],
+    [
+        ("frame", "a frame of 4,294,967,295 bytes"),
+        ("garbage", "not a valid frame"),
+        ("flood", "bytes of configs and metrics in messages"),
+    ],
 )
 async def test_frames_of_a_server_app_are_bounded(act: str, why: str, tmp_path: Path) -> None:
     """Attack: a ServerApp writes frames of a wrong shape or size to the coordinator's pipe."""

@@ -30,6 +30,10 @@ def main(grid: Grid, context: Context) -> None:
     if act == "keys":
         print(Path(str(context.run_config["path"])).read_text())
     nodes = list(grid.get_node_ids())
+    if act == "flood":
+        large = grid._pack(RecordDict({"c": ConfigRecord({"x": "y" * 500_000})}))
+        message = frames.Outgoing(content=0, node=nodes[0], message_type="query")
+        grid._ask(frames.Push(contents=(large,), messages=(message,) * 600))
     if act == "old":
         send_old_arrays(grid, nodes[0])
     replies = list(grid.send_and_receive([Message(RecordDict(), nodes[0], "query")]))
