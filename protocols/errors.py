@@ -10,6 +10,8 @@ CommonweightError                     1  something failed
 │   ├── NotEnrolled                      this machine has not joined a fleet
 │   ├── NotAllowed                       the owner does not allow the task or its settings
 │   │   └── AwaitingConsent              the owner has not decided about the task yet
+│   │       ├── AwaitingReview           … nor approved the file that the operator offers
+│   │       ├── AwaitingDecision         … whether it goes on after it was withdrawn
 │   │       ├── AwaitingColumns          … nor which columns of the data it may use
 │   │       └── AwaitingTrust            … nor which other peers it trusts
 │   ├── LogConflict                      the coordinator's log of versions contradicts itself
@@ -127,6 +129,14 @@ class AwaitingConsent(NotAllowed, code="awaiting_consent"):
     """The owner of this machine has not decided about the task yet."""
 
 
+class AwaitingReview(AwaitingConsent, code="awaiting_review"):
+    """The operator offers the task, and the owner has not approved the file."""
+
+
+class AwaitingDecision(AwaitingConsent, code="awaiting_decision"):
+    """The operator withdrew the task, and the owner has not said whether it goes on."""
+
+
 class AwaitingColumns(AwaitingConsent, code="awaiting_columns"):
     """The owner allows the task, but has not said which columns of the data it may use."""
 
@@ -136,9 +146,11 @@ class AwaitingTrust(AwaitingConsent, code="awaiting_trust"):
 
 
 #: What the owner has still to give, by the code of the refusal.
-Awaited = Literal["consent", "columns", "trust"]
+Awaited = Literal["consent", "review", "decision", "columns", "trust"]
 AWAITED: dict[str, Awaited] = {
     AwaitingConsent.code: "consent",
+    AwaitingReview.code: "review",
+    AwaitingDecision.code: "decision",
     AwaitingColumns.code: "columns",
     AwaitingTrust.code: "trust",
 }

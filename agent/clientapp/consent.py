@@ -13,6 +13,8 @@ from agent.tasks import Setting, registry
 from protocols.errors import (
     AwaitingColumns,
     AwaitingConsent,
+    AwaitingDecision,
+    AwaitingReview,
     CommonweightError,
     NotAllowed,
     Refused,
@@ -21,6 +23,11 @@ from protocols.errors import (
 from protocols.messages.jobs import Analyze, Scatter, Unit
 
 _ON_THAT_MACHINE = "on that machine: commonweight-agent"
+_KINDS: dict[Standing, type[AwaitingConsent]] = {
+    "columns": AwaitingColumns,
+    "offered": AwaitingReview,
+    "withdrawn": AwaitingDecision,
+}
 
 
 class ConsentNeeded(AwaitingConsent):
@@ -29,7 +36,7 @@ class ConsentNeeded(AwaitingConsent):
     def __init__(self, message: str, hint: str, request: Request, standing: Standing) -> None:
         super().__init__(message, hint)
         self.request, self.standing = request, standing
-        self.code = (AwaitingColumns if request.awaits_columns else AwaitingConsent).code
+        self.code = _KINDS.get(standing, AwaitingConsent).code
 
 
 def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Setting]) -> None:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from coordinator.fleet import readings
 from coordinator.fleet.state import Fleet, Peer
+from protocols.errors import Awaited
 from protocols.messages.states import PauseReason, PeerState
 
 _THERE = "on that machine: commonweight-agent"
+#: How an owner gives what is awaited.
+_ANSWERS: dict[Awaited, str] = {
+    "consent": "task allow {task}",
+    "review": "task review {task}",
+    "decision": "task allow {task} --keep",
+    "columns": "task allow {task} --columns NAMES (or all)",
+    "trust": "trust add ID...",
+}
 #: What ends a pause that the policy did not decide.
 _AFTER_PAUSE = {
     PauseReason.USER: f"{_THERE} resume",
@@ -32,10 +41,7 @@ def remedy(peer: Peer, now: float) -> str:
     """What to do so that this peer gets work; empty if it can get work, or if nothing is known."""
     match readings.shown_state(peer, now):
         case PeerState.AWAITING if peer.awaits_consent:
-            if peer.awaits == "trust":
-                return f"{_THERE} trust add ID..."
-            names = " --columns NAMES (or all)" if peer.awaits == "columns" else ""
-            return f"{_THERE} task allow {peer.awaits_consent}{names}"
+            return f"{_THERE} {_ANSWERS[peer.awaits].format(task=peer.awaits_consent)}"
         case PeerState.AWAITING:
             return f"commonweight peers approve {readings.display_name(peer)}"
         case PeerState.OFFLINE | PeerState.STALE:

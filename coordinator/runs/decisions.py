@@ -127,7 +127,7 @@ def _wait_for_quorum(run: Run, observed: Observation, missing: int) -> steps.Wai
         return steps.Wait(more)
     lacks = Counter(AWAITED[run.refusal_kinds[peer]] for peer in awaiting)
     texts = [] if len(awaiting) >= missing else [more]
-    if consents := lacks["consent"]:
+    if consents := lacks["consent"] + lacks["review"] + lacks["decision"]:
         texts.append(f"the consent of {count_peers(consents)} to the task {run.spec.task}")
     if columns := lacks["columns"]:
         texts.append(f"the columns of {count_peers(columns)} for the task {run.spec.task}")

@@ -39,8 +39,7 @@ _SENTENCES = _TRAINER | {
 #: words before the text. Older agents write the last ones.
 _AWAITS = "awaits consent: "
 _AWAITS_MORE = {
-    errors.AwaitingColumns.code: f"{_AWAITS}columns: ",
-    errors.AwaitingTrust.code: f"{_AWAITS}trust: ",
+    code: f"{_AWAITS}{what}: " for code, what in errors.AWAITED.items() if what != "consent"
 }
 _OLD_AWAITS = "the owner of this machine does not allow the task "
 _SEE_LOG = "its owner sees why: commonweight-agent status"

@@ -57,6 +57,9 @@ def test_a_file_is_delivered_and_runs_once_its_owners_approve_it(tmp_path: Path)
         text = f"the consent of 2 peers to the task {TASK}"
         wait_for(lambda: text in waits_for(site, run), "the run says for whom it waits")
         assert f"task review {TASK}" in site.ask("run", "show", run).stdout
+        wait_for(
+            lambda: f"? awaiting review: {TASK}" in site.ask("peers", "list").stdout, "peers list"
+        )
 
         without = site.ask_agent("north", "task", "approve", TASK)
         assert without.returncode == 2

@@ -23,6 +23,8 @@ from agent.tasks import registry
 from protocols.enrollment import identity
 from protocols.errors import (
     AwaitingConsent,
+    AwaitingDecision,
+    AwaitingReview,
     BadMessage,
     CommonweightError,
     NotAllowed,
@@ -30,6 +32,7 @@ from protocols.errors import (
     Unreachable,
     UsageError,
 )
+from protocols.messages import refusals
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.offers import (
     MAX_FILE_BYTES,
@@ -148,6 +151,8 @@ def test_no_offered_file_runs_before_its_owner_approves_it(
     with pytest.raises(AwaitingConsent, match="not approved the offered file") as asked:
         machine.ask(TASK, "init")
     assert f"task review {TASK}" in asked.value.hint
+    told = refusals.decode(refusals.refusal_of(asked.value).encode())
+    assert (told.kind, told.permanent) == (AwaitingReview.code, True)
     assert machine.trainer.used == []
     with pytest.raises(UsageError, match="have not approved the file"):
         consents.allow(machine.home, TASK)
@@ -214,7 +219,11 @@ def test_an_approved_file_stops_until_its_owner_says_so(
     assert runs(machine)
     second = desk.made(LINE + b"# better\n")
     desk.offer(*([second] if change == "supersede" else []))
-    assert not runs(machine)
+    with pytest.raises(AwaitingConsent) as asked:
+        machine.ask(TASK, "init")
+    told = refusals.decode(refusals.refusal_of(asked.value).encode())
+    lacks = AwaitingReview if change == "supersede" else AwaitingDecision
+    assert told.kind == lacks.code
     desk.restart()
     (machine.home / "left-alone").touch()
     assert not runs(machine), "a restart decides nothing"

@@ -78,6 +78,16 @@ def peer(name: str, at: PeerState, reason: str = "", **more: object) -> Peer:
             "--columns NAMES (or all)",
         ),
         (
+            peer("a", PeerState.IDLE, awaits_consent="line.py:Line", awaits="review"),
+            "? awaiting review: line.py:Line; "
+            "on that machine: commonweight-agent task review line.py:Line",
+        ),
+        (
+            peer("a", PeerState.IDLE, awaits_consent="line.py:Line", awaits="decision"),
+            "? awaiting decision: line.py:Line; "
+            "on that machine: commonweight-agent task allow line.py:Line --keep",
+        ),
+        (
             peer("a", PeerState.IDLE, awaits_consent="mnist", awaits="trust"),
             "? awaiting trust: mnist; on that machine: commonweight-agent trust add ID...",
         ),

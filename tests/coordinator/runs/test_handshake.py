@@ -279,16 +279,18 @@ def test_too_few_that_fit_end_the_run_once_all_of_the_fleet_have_told() -> None:
 
 def test_a_run_says_whose_consent_and_whose_columns_it_awaits() -> None:
     run = a_run(
-        run_events.PeersAsked(("a", "b")),
+        run_events.PeersAsked(tuple("abcd")),
         run_events.UpdateRefused(0, "a", "awaiting_consent", "x", "describe"),
         run_events.UpdateRefused(0, "b", "awaiting_columns", "x", "describe"),
+        run_events.UpdateRefused(0, "c", "awaiting_review", "x", "describe"),
+        run_events.UpdateRefused(0, "d", "awaiting_decision", "x", "describe"),
     )
-    step = decisions.decide(run, Observation(frozenset(), unfit=frozenset("ab")))
+    step = decisions.decide(run, Observation(frozenset(), unfit=frozenset("abcd")))
     task = run.spec.task
     text = (
-        f"the consent of 1 peer to the task {task}, and the columns of 1 peer for the task {task}"
+        f"the consent of 3 peers to the task {task}, and the columns of 1 peer for the task {task}"
     )
-    assert step == steps.Wait(text, ("a", "b"))
+    assert step == steps.Wait(text, tuple("abcd"))
     # Once its owner has named columns, the peer is asked again.
     assert decisions.decide(run, here("b")) == steps.AskPeers(("b",))
 
