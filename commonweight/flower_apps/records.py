@@ -88,6 +88,14 @@ def unpack(told: bytes, file: Path | None) -> RecordDict:
     values that a record cannot have."""
     records = app_work.decode_told(told)
     model = weights.load(file) if file is not None else Weights({})
+    names = {
+        app_work.tensor_name(records, record, key)
+        for record in records
+        if isinstance(record, Arrays)
+        for key in record.keys
+    }
+    if names != set(model):
+        raise BadMessage("the records of a message and its file have other arrays")
     content = RecordDict()
     for record in records:
         if isinstance(record, Values):
@@ -98,10 +106,7 @@ def unpack(told: bytes, file: Path | None) -> RecordDict:
             continue
         arrays = ArrayRecord()
         for key in record.keys:
-            name = app_work.tensor_name(records, record, key)
-            if name not in model:
-                raise BadMessage(f"the array {key[:80]!r} is missing")
-            found = np.array(model[name])
+            found = np.array(model[app_work.tensor_name(records, record, key)])
             if (form := record.opaque.get(key)) is None:
                 arrays[key] = Array(found)
             else:

@@ -145,6 +145,9 @@ def decode_told(data: bytes) -> tuple[Arrays | Values, ...]:
     told: tuple[Arrays | Values, ...] = decode(_told, data, "list of records") if data else ()
     if len({record.name for record in told}) != len(told):
         raise BadMessage("two records of a message have one name")
+    for record in told:
+        if isinstance(record, Arrays) and len(set(record.keys)) != len(record.keys):
+            raise BadMessage("a record of arrays has a key twice")
     return told
 
 
