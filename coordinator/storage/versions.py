@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
+import stat
 import threading
 import time
 from collections import Counter
@@ -117,17 +119,28 @@ class Versions:
 
     def adopt(self, source: Path, digest: str) -> None:
         """Make a file of another program a version, if its bytes are canonical and have this
-        digest. `drop` has no effect on it until `mark_recorded`. Raises BadWeights, OSError.
+        digest, and delete it. `drop` has no effect on the version until `mark_recorded`.
+
+        It is copied, as the program may have it open. Raises BadWeights, OSError.
         """
-        with WeightsFile(source):
-            pass
-        if weights.file_digest(source) != digest:
-            raise BadWeights("its bytes are not those of the digest")
-        with source.open("r+b") as file:
-            os.fsync(file.fileno())
-        with self._naming:
-            self.unrecorded.add(digest)
-            source.replace(self.version_path(digest))
+        if not stat.S_ISREG(source.lstat().st_mode):
+            raise BadWeights("it is not a plain file")
+        temporary, is_there = self.folder / f".new-{secrets.token_hex(8)}", self.has(digest)
+        try:
+            checked = source if is_there else shutil.copyfile(source, temporary)
+            with WeightsFile(checked):
+                pass
+            if weights.file_digest(checked) != digest:
+                raise BadWeights("its bytes are not those of the digest")
+            with checked.open("r+b") as file:
+                os.fsync(file.fileno())
+            with self._naming:
+                self.unrecorded.add(digest)
+                if not is_there:
+                    temporary.replace(self.version_path(digest))
+        finally:
+            temporary.unlink(missing_ok=True)
+        source.unlink(missing_ok=True)
         atomic_files.fsync_folder(self.folder)
 
     def write(self, schema: Schema, pieces: Iterable[dict[Part, Array]]) -> str:
