@@ -18,7 +18,7 @@ from agent.cli.common import (
     print_line,
     print_result,
 )
-from agent.home import settings
+from agent.home import app_files, settings
 from protocols.errors import UnknownName, UsageError
 from protocols.local import flower_apps, homes
 from protocols.local.command_line import App
@@ -65,8 +65,9 @@ def add(
     if installed.python:
         check_python(installed.python)
     with settings.locked(home):
-        own = settings.read_own(home).apps
-        settings.change(home, apps={**own, card.name: installed})
+        own = settings.read_own(home)
+        forbidden = [name for name in own.forbidden_tasks if name != card.task]
+        settings.change(home, apps={**own.apps, card.name: installed}, forbidden_tasks=forbidden)
     print_result(
         {"app": card.name, "code": card.code},
         f"installed {card.name}, code {card.code[:12]}; the operator starts it with: "
@@ -130,11 +131,12 @@ def _row(name: str, installed: InstalledApp) -> dict[str, Any]:
 
 @apps.command("remove")
 def remove(name: Annotated[str, typer.Argument(help="The app's name.")]) -> None:
-    """Forget an app; its folder stays."""
+    """Forget an app and what it kept here; its folder stays."""
     home = homes.open_home("agent")
     with settings.locked(home):
         own = settings.read_own(home).apps
         if name not in own:
             raise UnknownName(f"no installed app {name!r}", "commonweight-agent app list")
         settings.change(home, apps={known: one for known, one in own.items() if known != name})
+        app_files.delete(home, name)
     print_line(f"removed {name}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -194,11 +195,16 @@ class FlowerApps:
             node=work.node,
             node_config=app.config,
         )
-        done = self._pass_on(work, app, request)
-        failpoint("agent.app.done")
-        self._allowed(work)  # the owner may have removed it meanwhile
-        app_work.decode_told(done.description)
-        self._budget.charge_exact("training", work.run, f"{PREFIX}{work.app}, what it sends")
+        try:
+            done = self._pass_on(work, app, request)
+            failpoint("agent.app.done")
+            self._allowed(work)  # the owner may have removed it meanwhile
+            app_work.decode_told(done.description)
+            self._budget.charge_exact("training", work.run, f"{PREFIX}{work.app}, what it sends")
+        except Exception:
+            kept = state.name if state else "."
+            _delete(out, lambda name: key in name and not name.startswith(kept))
+            raise
         has_state = state_out.is_file()
         answer, signature = self._seal(work, key, done)
         stored = _Stored(
@@ -290,16 +296,21 @@ class FlowerApps:
 
     def _drop_old(self, work: AppWork, key: str) -> None:
         """Delete the files of earlier messages of the run, and of the oldest runs."""
-        for path in self._out(work).iterdir():
-            if not path.name.startswith(key):
-                with contextlib.suppress(OSError):  # the app may have made a folder there
-                    unlink(path)
+        _delete(self._out(work), lambda name: not name.startswith(key))
         files = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         for old in files[:-MAX_RUNS]:
             if (stored := self._last(old.stem)) is not None:
                 folder = self._process.folder_of(stored.app) / "runs" / old.stem
                 shutil.rmtree(folder, ignore_errors=True)
             old.unlink(missing_ok=True)
+
+
+def _delete(folder: Path, is_old: Callable[[str], bool]) -> None:
+    """Delete the files with these names; the app may have made, or deleted, folders there."""
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        if is_old(name):
+            with contextlib.suppress(OSError):
+                unlink(folder / name)
 
 
 def _shown(work: AppWork) -> Work:

@@ -22,7 +22,7 @@ from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SendingStarted, SumChanged, WorkEnded, WorkStarted
-from agent.home import audit_log, privacy_ledger, settings
+from agent.home import app_files, audit_log, privacy_ledger, settings
 from agent.home.live_settings import LiveSettings
 from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
@@ -141,7 +141,9 @@ def make_app_trainer(
     ctx: AgentContext, owner: LiveSettings, on_progress: Callable[[Progress], None]
 ) -> AppTrainer:
     """What runs the Flower apps of this machine, each in a folder of its own."""
-    return AppTrainer(ctx.home / "apps", owner, read=(ctx.cache,), on_progress=on_progress)
+    return AppTrainer(
+        ctx.home / app_files.FOLDERS, owner, read=(ctx.cache,), on_progress=on_progress
+    )
 
 
 def terms_of(chosen: AgentSettings, task: str) -> Terms:
@@ -224,7 +226,7 @@ def make_client(
     )
     apps = FlowerApps(
         me,
-        home / "app-answers",
+        home / app_files.ANSWERS,
         app_trainer,
         settings=owner,
         fetch=versions.fetch,

@@ -116,7 +116,8 @@ class StatusReporter:
         known = sorted({*self._installed, *chosen.task_files, *offered})
         standings = {task: chosen.standing_of(task) for task in known}
         allowed = [task for task, standing in standings.items() if standing == "allowed"]
-        allowed += [flower_apps.PREFIX + name for name in self._settings.apps]
+        apps = {flower_apps.PREFIX + name for name in chosen.apps}
+        allowed += sorted(apps - {*chosen.forbidden_tasks})
         asked = [task for task, standing in standings.items() if standing in ASKED_FIRST]
         self._tasks, self._askable = tuple(allowed[:_MAX_TASKS]), tuple(asked[:_MAX_TASKS])
 

@@ -16,6 +16,7 @@ from agent.policy import consent, task_code
 from agent.policy.consent import ASKED_FIRST
 from agent.tasks import registry
 from protocols.errors import UnknownName, UsageError
+from protocols.local.flower_apps import PREFIX
 from protocols.messages.envelope import strip_controls
 
 EVERY = "*"
@@ -162,11 +163,11 @@ def forbid(home: Path, name: str) -> AgentSettings:
 
 
 def _forbid(home: Path, name: str) -> AgentSettings:
-    own = settings.read_own(home)
+    own, live = settings.read_own(home), settings.read(home)
     offered = task_offers.read(home).by_name()
     if name in offered:
         offer_log.write(home, "task refused", name, offered[name].digest)
-    elif name not in {*known_tasks(settings.read(home)), *own.tasks, EVERY}:
+    elif name not in {*known_tasks(live), *own.tasks, *(PREFIX + app for app in live.apps), EVERY}:
         raise UnknownName(f"this machine has no task {name!r}", "commonweight-agent task list")
     changes: dict[str, Any] = {
         "tasks": [task for task in own.tasks if task != name],

@@ -75,7 +75,10 @@ class AppCard(NamedTuple):
 def read_card(folder: Path) -> AppCard:
     """The card of the app in `folder`. Raises UsageError."""
     with os_errors_as(UsageError, f"{folder} is no Flower app", _EXAMPLE):
-        text = (folder / "pyproject.toml").read_bytes()
+        file = folder / "pyproject.toml"
+        if file.exists() and (not file.is_file() or file.stat().st_size > MAX_FILE_BYTES):
+            raise UsageError(f"{file} is no file, or a large one", _EXAMPLE)
+        text = file.read_bytes()
     try:
         project = tomllib.loads(text.decode())
         name, app = project["project"]["name"], project["tool"]["flwr"]["app"]
@@ -98,6 +101,8 @@ def _flatten(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Nested tables as one, keys joined by dots. Raises TypeError for other values."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
+        if not key.isprintable():
+            raise TypeError(f"{key!r} in its config has characters that do not print")
         if isinstance(value, dict):
             flat |= _flatten(value, f"{before}{key}.")
         elif isinstance(value, str | int | float | bool):

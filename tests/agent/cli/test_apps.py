@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -116,6 +117,41 @@ def test_changes_of_a_run_config_have_the_types_of_the_app() -> None:
     for text in ("rounds=2.5", "rounds=true", "fit=1", "lr=much"):
         with pytest.raises(UsageError, match="must be of type"):
             flower_apps.parse_changes(config, [text])
+
+
+def test_an_app_is_forbidden_and_what_it_keeps_is_deleted(agent_home: Path) -> None:
+    folder = str(apps.FOLDER / "mean")
+    assert agent(agent_home, "app", "add", folder)[0] == 0
+    code, _, said = agent(agent_home, "task", "forbid", "flower:mean")
+    assert (code, said) == (0, "forbidden: flower:mean\n")
+    assert settings.read(agent_home).forbidden_tasks == ("flower:mean",)
+    assert agent(agent_home, "task", "forbid", "flower:other")[0] == 2
+    assert agent(agent_home, "app", "add", folder)[0] == 0
+    assert settings.read(agent_home).forbidden_tasks == ()
+    for name in ("mean", "other"):
+        (agent_home / f"apps/{name}/runs").mkdir(parents=True)
+        (agent_home / "app-answers").mkdir(exist_ok=True)
+        (agent_home / f"app-answers/{name}-1.json").write_text(json.dumps({"app": name}))
+    assert agent(agent_home, "app", "remove", "mean")[0] == 0
+    assert [path.name for path in (agent_home / "apps").iterdir()] == ["other"]
+    assert [path.name for path in (agent_home / "app-answers").iterdir()] == ["other-1.json"]
+
+
+@pytest.mark.attack("20.wire", by="dependency")
+def test_a_card_of_an_app_has_bounds(tmp_path: Path) -> None:
+    """Attack: an app's pyproject.toml is a pipe, or has a key that moves the cursor."""
+    folder = tmp_path / "mean"
+    shutil.copytree(apps.FOLDER / "mean", folder)
+    file = folder / "pyproject.toml"
+    text = file.read_text()
+    file.write_text(text + '\n"\\u001b[2Jx" = 1\n')
+    with pytest.raises(UsageError, match="do not print") as caught:
+        flower_apps.read_card(folder)
+    assert caught.value.message.isprintable()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match="is no file"):
+        flower_apps.read_card(folder)
 
 
 @pytest.mark.attack("20.consent", by="task")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,21 @@ def test_an_app_trains_and_keeps_its_context_with_its_answer(machine: Machine) -
     assert app_work.metrics_of(app_work.decode_told(machine.ask(asked).told))[1]["rounds"] == 1
 
 
+def test_a_failed_message_leaves_no_arrays(tmp_path: Path) -> None:
+    copy = tmp_path / "mean"
+    shutil.copytree(APPS / "mean", copy)
+    file = copy / "mean_app/client_app.py"
+    kept = 'context.state["kept"] = '  # larger than a context may be: the answer is written before
+    many = "MetricRecord({str(i): [1.0] * 16000 for i in range(5)})"
+    file.write_text(file.read_text().replace(kept, f'context.state["many"] = {many}\n    {kept}'))
+    machine = Machine(tmp_path, "mean", source=copy)
+    first = machine.version(Weights({**MODEL, "w": np.ones((500, 500), np.float32)}))
+    with pytest.raises(TrainerFailed, match="at most 524,288 are sent"):
+        machine.ask(machine.work(message_type="train", told=TOLD, **first))
+    machine.process.close()
+    assert list((machine.process.folder_of("mean") / "runs/r1").iterdir()) == []
+
+
 def test_a_check_runs_nothing(machine: Machine) -> None:
     assert machine.ask(machine.work(kind="check")).told == b""
     assert not machine.process.running
@@ -186,8 +202,6 @@ def test_a_coordinator_that_names_other_code_runs_nothing(machine: Machine) -> N
 @pytest.mark.attack("20.consent", by="thief")
 def test_an_app_whose_files_changed_is_refused(tmp_path: Path) -> None:
     """Attack: the files of an installed app are changed after its owner allowed it."""
-    import shutil
-
     shutil.copytree(APPS / "mean", tmp_path / "copy")
     machine = Machine(tmp_path, "mean")
     installed = replace(machine.owner.apps["mean"], folder=str(tmp_path / "copy"))
