@@ -217,7 +217,7 @@ def test_a_body_with_wrong_values_is_refused(body: object) -> None:
         messages.unseal(TOPIC, sealed(body), accept)
 
 
-@pytest.mark.parametrize("digest", ["0" * 63, "0" * 65, "0" * 64 + "\n", "A" * 64, ""])
+@pytest.mark.parametrize("digest", ["0" * 63, "0" * 65, "0" * 64 + "\n", "A" * 64])
 def test_a_digest_is_64_small_hex_digits(digest: str) -> None:
     body = {
         "type": "RoundClosed",
