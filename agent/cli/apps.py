@@ -60,7 +60,7 @@ def add(
     home = homes.open_home("agent")
     config = _node_config(part, set_ or [])
     card, installed = flower_apps.install(
-        folder, python=python, read=read or [], write=write or [], config=config
+        folder, python=python, read=read or [], write=write or [], config=config, home=home
     )
     if installed.python:
         check_python(installed.python)

@@ -43,7 +43,12 @@ def add(
 
     home = homes.open_home("coordinator")
     card, app = flower_apps.install(
-        folder, python=python, read=read or [], write=write or [], sandbox=not no_sandbox
+        folder,
+        python=python,
+        read=read or [],
+        write=write or [],
+        sandbox=not no_sandbox,
+        home=home,
     )
     if app.python:
         run_program(

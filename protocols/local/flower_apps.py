@@ -167,8 +167,12 @@ def install(
     write: Iterable[str] = (),
     config: Mapping[str, Any] | None = None,
     sandbox: bool = True,
+    home: Path | None = None,
 ) -> tuple[AppCard, InstalledApp]:
-    """The card of an app, and what is remembered of it as it is now. Raises UsageError."""
+    """The card of an app, and what is remembered of it as it is now. Raises UsageError.
+
+    `home`: that of the agent or coordinator, which no app may change.
+    """
     folder = folder.expanduser().resolve()
     card = read_card(folder)
     if python:
@@ -182,7 +186,8 @@ def install(
         raise UsageError(f"{missing[0]} does not exist", "--read takes a file or folder")
     if files := [path for path in writable if not Path(path).is_dir()]:
         raise UsageError(f"{files[0]} is no folder", "--write takes a folder")
-    _check_writable(writable, (str(folder), *readable, *_program_folders(python)))
+    kept = (str(folder), *readable, *_program_folders(python), *([str(home)] if home else []))
+    _check_writable(writable, kept)
     found = InstalledApp(
         folder=str(folder),
         code=card.code,
@@ -204,7 +209,7 @@ def _check_writable(writable: Iterable[str], kept: Iterable[str]) -> None:
             if place.is_relative_to(other) or other.is_relative_to(place):
                 raise UsageError(
                     f"--write {path} would let the app change {other}",
-                    "--write takes a folder apart from the app, its --read and its Python",
+                    "--write takes a folder apart from the app, its Python and data, and the home",
                 )
 
 

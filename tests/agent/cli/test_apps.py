@@ -67,6 +67,8 @@ def test_a_folder_that_is_no_app_is_refused(agent_home: Path, tmp_path: Path) ->
         (["--read", "/none"], "does not exist"),
         (["--part", "3/3"], "is not a part"),
         (["--set", "x"], "is not key=value"),
+        (["--write", str(agent_home)], "would let the app change"),
+        (["--write", str(agent_home.parent)], "would let the app change"),
     ):
         code, _, said = agent(agent_home, "app", "add", mean, *words)
         assert code == 2
