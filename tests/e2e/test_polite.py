@@ -17,7 +17,7 @@ from tests.support.laptop import heeding, on_mains
 
 pytestmark = pytest.mark.long
 
-LONG = ("mnist", "--rounds", "2", "--quorum", "1", "--set", "epochs=40")
+LONG = ("mnist", "--rounds", "2", "--quorum", "1", "--set", "epochs=400")
 
 
 def test_on_battery_it_stands_still_says_so_and_loses_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.support.waiting import wait_for
 pytestmark = pytest.mark.long
 
 #: So that peers are seen in training by commands that take seconds on a busy machine.
-SLOW = ["--rounds", "1", "--set", "epochs=100", "--seed", "7"]
+SLOW = ["--rounds", "1", "--set", "epochs=400", "--seed", "7"]
 MISSING = "MQTT presence missing"
 
 
