@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import ssl
@@ -158,6 +159,7 @@ async def test_a_failed_attempt_leaves_nothing(
 
 async def test_a_failed_tls_handshake_closes_its_socket() -> None:
     with _Server(lambda connection: connection.close()) as server:
+        gc.collect()  # what other tests have left must not be closed meanwhile
         before = psutil.Process().num_fds()
         # The exception keeps its frames, and they keep what they did not close.
         with pytest.raises(aiomqtt.MqttError) as failed:
