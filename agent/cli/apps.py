@@ -23,13 +23,8 @@ from protocols.errors import UnknownName, UsageError
 from protocols.local import flower_apps, homes
 from protocols.local.command_line import App
 from protocols.local.flower_apps import InstalledApp
-from protocols.local.programs import child_environment, run_program
 
 apps = App(name="app", help="Install, list and remove Flower apps.")
-
-#: The program of an app's process; an interpreter must be able to import it.
-MODULE = "commonweight.flower_apps.client"
-_IMPORT_WITHIN_S = 120.0
 
 
 @apps.command("add")
@@ -57,13 +52,15 @@ def add(
     json: Json = False,
 ) -> None:
     """Allow a Flower app to run here, as its files are now. Runs send no code."""
+    from agent.trainer.app_trainer import MODULE
+
     home = homes.open_home("agent")
     config = _node_config(part, set_ or [])
     card, installed = flower_apps.install(
         folder, python=python, read=read or [], write=write or [], config=config, home=home
     )
     if installed.python:
-        check_python(installed.python)
+        flower_apps.check_python(installed.python, MODULE)
     with settings.locked(home):
         own = settings.read_own(home)
         forbidden = [name for name in own.forbidden_tasks if name != card.task]
@@ -90,17 +87,6 @@ def _node_config(part: str | None, texts: Iterable[str]) -> dict[str, Any]:
         key, value = parse_pair(text, "data-path=/data/rows.csv")
         config[key] = flower_apps.parse_value(value)
     return config
-
-
-def check_python(python: str) -> None:
-    """Raise CommonweightError unless this interpreter can run apps."""
-    run_program(
-        [python, "-P", "-c", f"import {MODULE}"],
-        f"{python} cannot run Flower apps",
-        within_s=_IMPORT_WITHIN_S,
-        hint=f"{python} -m pip install commonweight",
-        env=child_environment(),
-    )
 
 
 @apps.command("list")

@@ -26,7 +26,7 @@ def simulate(
     *,
     peers: Annotated[int, typer.Option(min=1, help="How many peers.")] = 10,
     per_round: Annotated[
-        int, typer.Option(min=0, help="Ask so many peers in each round (0: all).")
+        int, typer.Option(min=0, help="How many peers are asked in each round (0: all).")
     ] = 0,
     split: Annotated[
         str,

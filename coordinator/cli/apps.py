@@ -12,11 +12,8 @@ from coordinator.cli.common import Columns, Json, print_line, print_list, print_
 from protocols.errors import UsageError
 from protocols.local import flower_apps, homes
 from protocols.local.command_line import App
-from protocols.local.programs import child_environment, run_program
 
 apps = App(help="Install, list and remove Flower apps.")
-
-_MODULE, _IMPORT_WITHIN_S = "commonweight.flower_apps.server", 120.0
 
 
 @apps.command("add")
@@ -39,6 +36,7 @@ def add(
     json: Json = False,
 ) -> None:
     """Install a Flower app: its ServerApp then runs here."""
+    from coordinator.runs.apps.server_process import MODULE
     from coordinator.storage import installed_apps
 
     home = homes.open_home("coordinator")
@@ -51,13 +49,7 @@ def add(
         home=home,
     )
     if app.python:
-        run_program(
-            [app.python, "-P", "-c", f"import {_MODULE}"],
-            f"{app.python} cannot run Flower apps",
-            within_s=_IMPORT_WITHIN_S,
-            hint=f"{app.python} -m pip install commonweight",
-            env=child_environment(),
-        )
+        flower_apps.check_python(app.python, MODULE)
     installed_apps.put(home, card.name, app)
     text = (
         f"installed {card.name}, code {card.code[:12]}; on each machine: commonweight-agent app "

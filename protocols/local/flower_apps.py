@@ -20,10 +20,12 @@ from msgspec import Meta, Struct
 
 from protocols.errors import UsageError
 from protocols.local.os_errors import os_errors_as
+from protocols.local.programs import child_environment, run_program
 from protocols.messages.envelope import Digest, Name, Setting
 
 #: Before the name of an app where the name of a task stands.
 PREFIX = "flower:"
+_IMPORT_WITHIN_S = 120.0
 MAX_FILES, MAX_FILE_BYTES, MAX_CODE_BYTES = 2000, 16 * 1024 * 1024, 64 * 1024 * 1024
 MAX_CONFIG = 256
 _CODE = frozenset({".py", ".pyc", ".pyw", ".so", ".pyd", ".toml"})
@@ -198,6 +200,17 @@ def install(
         sandbox=sandbox,
     )
     return card, found
+
+
+def check_python(python: str, module: str) -> None:
+    """Raise CommonweightError unless this interpreter can import the program of apps' processes."""
+    run_program(
+        [python, "-P", "-c", f"import {module}"],
+        f"{python} cannot run Flower apps",
+        within_s=_IMPORT_WITHIN_S,
+        hint=f"{python} -m pip install commonweight",
+        env=child_environment(),
+    )
 
 
 def _check_writable(writable: Iterable[str], kept: Iterable[str]) -> None:

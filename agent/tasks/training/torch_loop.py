@@ -252,7 +252,7 @@ def autograd_step(
 ) -> Callable[[LoopState, Hyperparameters], Step]:
     """Steps on the loss of a task, of the optimizer of the plan or of the task's own.
 
-    With a `micro_batch`, a step has the activations of so many examples in memory at a time.
+    With a `micro_batch`, a step has the activations of at most that many examples in memory.
     """
 
     def make(at: LoopState, plan: Hyperparameters) -> Step:
