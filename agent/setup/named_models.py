@@ -29,6 +29,8 @@ def fetch(home: Path, name: str, which: Which) -> tuple[Path, NamedModel]:
     """
     from agent.transport.coordinator_client import CoordinatorClient
 
+    if ".py:" in name:
+        name = Path(name).name  # "./pets.py:Pets" is the task pets.py:Pets
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}", name):
         raise UnknownName(f"no run and no task has the name {name!r}", "commonweight run list")
     folder = home / FOLDER

@@ -172,14 +172,17 @@ class Personalization:
             return None, {}
         try:
             whole = weights.load(kept)
-            names = [name for name in whole if not name.startswith(_OPTIMIZER_PREFIX)]
+            # An evaluation has no use for control variates, which are in the file too.
+            names = [name for name in self._schema if name in whole]
             found = build_weights({name: whole.schema[name] for name in names}, whole.__getitem__)
             weights.check_schema(found.schema, self._schema)
         except BadWeights as err:
             sys.stderr.write(f"the personal state of this peer is ignored: {err.message}\n")
             return None, {}
         return found, {
-            name.removeprefix(_OPTIMIZER_PREFIX): whole[name] for name in whole if name not in names
+            name.removeprefix(_OPTIMIZER_PREFIX): whole[name]
+            for name in whole
+            if name.startswith(_OPTIMIZER_PREFIX)
         }
 
     @property

@@ -119,7 +119,8 @@ def infer(
     )
     for name, found in zip(given, spec.names, strict=True):
         if name != found:
-            print_line(f"the newest run of {name.partition(':')[0]} is {found.partition(':')[0]}")
+            run, colon, which = found.partition(":")
+            print_line(f"the newest run of {name.removesuffix(colon + which)} is {run}")
     if scatter is not None:
         _scatter(remote, spec, scatter, out, yes=yes, json=json)
     else:

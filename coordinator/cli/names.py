@@ -102,7 +102,9 @@ def find_run(remote: Remote, name: str) -> Run:
 
     Raises UnknownName.
     """
+    from coordinator.runs.recorded import is_name_of
+
     found = remote.run(name)
-    if found.id != name and found.spec.task == name:
+    if found.id != name and is_name_of(found.spec.task, name):
         print_line(f"the newest run of {name} is {found.id}")
     return found

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from coordinator import strategies
 from coordinator.runs.export import resolve_version
+from coordinator.runs.recorded import named_run
 from coordinator.runs.state import Run
 from protocols.errors import UnknownName, UsageError
 from protocols.messages.envelope import Setting
@@ -31,7 +32,7 @@ class ResolvedModels(NamedTuple):
 def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> ResolvedModels:
     """The versions for "best", "latest", RUN, RUN:latest, or the start of a digest.
 
-    RUN is the id of a run, or a task: then its newest run, whose id is in `names`.
+    RUN is the id of a run, or a task: then its newest run with a version, whose id is in `names`.
 
     Raises UnknownName, and UsageError for models of several tasks or settings, and for those of a
     run whose peers keep some layers.
@@ -40,23 +41,28 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
     if not candidates:
         of_task = f" of the task {task!r}" if task else ""
         raise UnknownName(f"no run{of_task} has a version", _HINT)
-    asked = [_full_name(candidates, name) for name in dict.fromkeys(names)]
-    found = [_resolve(candidates, name) for name in asked]
-    for run, _ in found:
+    found = [_resolve(candidates, name) for name in dict.fromkeys(names)]
+    for run, _, _ in found:
         check_whole(run)
-    (task, settings), *others = [(run.spec.task, settings_of(run)) for run, _ in found]
+    (task, settings), *others = [(run.spec.task, settings_of(run)) for run, _, _ in found]
     if any(other != (task, settings) for other in others):
         raise UsageError(
             "these models have different tasks or settings", "start one job for each of them"
         )
-    digests = dict.fromkeys(digest for _, digest in found)
+    digests = dict.fromkeys(digest for _, digest, _ in found)
     if len(digests) < len(found):
         raise UsageError("two of these models are the same version", "name each version once")
-    return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), tuple(asked))
+    names = tuple(name for _, _, name in found)
+    return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), names)
 
 
 def check_whole(run: Run) -> None:
-    """Raise UsageError if a part of the run's model stays on each peer."""
+    """Raise UsageError if the run's versions are not whole models of a task."""
+    if run.spec.app:
+        raise UsageError(
+            f"run {run.id} is of a Flower app, and only the app can use its model",
+            f"commonweight models export {run.id} model.safetensors",
+        )
     own = strategies.find(run.spec.strategy).trainer_settings(run.spec.strategy_args)
     if layers := own.get(personalization.PERSONAL_LAYERS):
         raise UsageError(
@@ -65,24 +71,22 @@ def check_whole(run: Run) -> None:
         )
 
 
-def _full_name(runs: Sequence[Run], name: str) -> str:
-    """The name with the id of the newest run in place of its task, if it is a task."""
-    start, colon, which = name.partition(":")
-    of_task = [run.id for run in runs if run.spec.task == start]
-    known = {"best", "latest", *(run.id for run in runs)}
-    return f"{of_task[-1]}{colon}{which}" if of_task and start not in known else name
-
-
-def _resolve(runs: Sequence[Run], name: str) -> tuple[Run, str]:
+def _resolve(runs: Sequence[Run], name: str) -> tuple[Run, str, str]:
+    """A run, the digest of its version, and the name with the id of the run in it."""
     if name in ("best", "latest"):
-        return runs[-1], resolve_version(runs[-1], name)
-    run_id, colon, which = name.partition(":")
-    for run in runs:
-        if run.id == run_id:
-            return run, resolve_version(run, which if colon else "best")
+        return runs[-1], resolve_version(runs[-1], name), name
+    start, _, which = name.rpartition(":")  # the name of a task may have a colon
+    for run_name, asked in ((name, ""), (start, which)):
+        try:
+            run = named_run(runs, run_name) if run_name else None
+        except UnknownName:
+            continue
+        if run is not None:
+            full = f"{run.id}:{asked}" if asked else run.id
+            return run, resolve_version(run, asked or "best"), full
     for run in reversed(runs):
         try:
-            return run, resolve_version(run, name)
+            return run, resolve_version(run, name), name
         except UnknownName:
             continue
     raise UnknownName(f"no run has a version {name!r}", _HINT)

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -102,8 +103,9 @@ class Remote:
     def runs(self) -> list[Run]:
         return self._rows("/cw/v1/runs", Run)
 
-    def run(self, run_id: str) -> Run:
-        return self._get(f"/cw/v1/runs/{run_id}", Run)
+    def run(self, name: str) -> Run:
+        """A run by its id, the beginning of it, or its task ("./pets.py:Pets", or "Pets")."""
+        return self._get(f"/cw/v1/runs/{Path(name).name or '-'}", Run)
 
     def evaluations(self, run_id: str) -> EvaluationsResponse:
         """The last evaluation of each peer; the coordinator writes into its audit who read it."""
@@ -246,7 +248,7 @@ class Remote:
             headers = signed_requests.sign_headers(
                 sender, sign, method, path, digest, self._connection.receiver
             )
-            url = f"https://{address}{path}"
+            url = f"https://{address}{quote(path, safe='/:')}"
             try:
                 answer = bounded_http.request(
                     self._http,

@@ -58,8 +58,8 @@ class StoppedHome(Remote):
             found = [recorded_run(ledger, run_id) for run_id in recorded_ids(ledger)]
         return [run for run in found if not run.deleted]
 
-    def run(self, run_id: str) -> Run:
-        return named_run(self.runs(), run_id)
+    def run(self, name: str) -> Run:
+        return named_run(self.runs(), name)
 
     def evaluations(self, run_id: str) -> EvaluationsResponse:
         run = self.run(run_id)

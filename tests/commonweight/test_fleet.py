@@ -168,6 +168,9 @@ async def test_errors_have_their_class_and_hint(site: Fleet) -> None:
         with pytest.raises(cw.errors.UnknownName, match="no run 'none'") as caught:
             fleet.run("none")
         assert caught.value.hint == "commonweight run list"
+        for odd in ("a b", "50%2F?", "#1", "", "a/b"):
+            with pytest.raises(cw.errors.UnknownName, match="no run"):
+                fleet.run(odd)
         with pytest.raises(cw.errors.UsageError, match="name one task"):
             fleet.train("")
         with pytest.raises(cw.errors.CannotBeMet, match="a quorum of 3 cannot be met"):

@@ -157,6 +157,8 @@ def test_the_result_is_a_home_that_is_read_without_a_coordinator(tmp_path: Path)
     assert [one.digest for one in fleet.run("softmax").rounds()] == [
         one.digest for one in run.history
     ]
+    for name in (TASK, "softmax_task.py:Softmax", "Softmax"):
+        assert fleet.run(name).id == run.id
     with pytest.raises(NotRunning, match="no coordinator is running over"):
         fleet.train("softmax")
     shown = replayed(tmp_path / "home" / SIMULATION / "recording.cwrec")

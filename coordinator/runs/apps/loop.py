@@ -117,7 +117,7 @@ class AppLoop:
                 state, because = await self._outcome()
                 self._talk.close()
                 await self._rounds.close()
-                await self._recorder.record(run_events.RunEnded(state, because))
+                await self._recorder.record(round_events.ended(self.run, state, because))
         finally:
             for name in (frames.OUT, frames.IN):
                 shutil.rmtree(self._folder / name, ignore_errors=True)
@@ -126,7 +126,9 @@ class AppLoop:
             self._recorder.announce_now()
         self._retention.prune(self.run)
         level = "error" if self.run.state is RunState.FAILED else "info"
-        self._recorder.report(level, f"run {self.run.id} {self.run.state}: {because}")
+        self._recorder.report(
+            level, f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
+        )
         return self.run
 
     async def _outcome(self) -> tuple[RunState, str]:

@@ -80,6 +80,16 @@ def closed(run: Run, base: str, costs: Costs) -> list[RunEvent]:
     return [*(_training_closed(run, base) if run.state is RunState.TRAINING else []), end]
 
 
+def ended(run: Run, state: RunState, because: str) -> run_events.RunEnded:
+    """The end of the run, all of whose rounds are closed. It has failed if no machine took part in
+    any of them: most ServerApps go on without answers."""
+    worked = any(one.contributors for one in run.history)
+    if state is not RunState.FINISHED or not run.history or worked:
+        return run_events.RunEnded(state, because)
+    last = f": {run.last_refusal}" if run.last_refusal else ""
+    return run_events.RunEnded(RunState.FAILED, f"no machine trained{last}")
+
+
 def _training_closed(run: Run, version: str) -> list[RunEvent]:
     contributors = tuple(sorted(run.updates))
     events: list[RunEvent] = [run_events.TrainingClosed(run.round, contributors)]

@@ -46,6 +46,44 @@ def test_a_job_evaluates_a_version_with_control_variates(tmp_path: Path, option:
     assert found.metrics == expected.metrics
 
 
+NET = """
+import torch
+from torch import nn
+import commonweight as cw
+
+
+class Net(cw.TorchTask):
+    def model(self, settings):
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def data(self, source, settings):
+        x = torch.randn(40, 3) + source.index
+        return (x[8:], x[8:].argmax(1) % 2), (x[:8], x[:8].argmax(1) % 2)
+"""
+
+
+def test_control_variates_of_a_torch_task_are_kept_and_an_evaluation_says_nothing_of_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It said that the personal state of this peer is ignored."""
+    file, version, kept = tmp_path / "net.py", str(tmp_path / "version"), str(tmp_path / "kept")
+    file.write_text(NET)
+    trainer = InProcessTrainer(DataSettings(index=1, parts=3), source=f"{file}:Net")
+    common: dict[str, Any] = {"task": "net", "settings": {"scaffold": 2, "epochs": 1}}
+    trainer.run(Init(**common, seed=3, out=version))
+    update, out = str(tmp_path / "update"), str(tmp_path / "out")
+    trainer.run(Train(**common, base=version, out=update, personal=kept, personal_out=kept))
+    controls = weights.load(Path(kept))
+    assert all(np.any(controls[f"control:{name}.weight"]) for name in ("0", "1", "2"))
+    first, later = (
+        trainer.run(Train(**common, base=version, out=out, personal=state)).digest
+        for state in ("", kept)
+    )
+    assert first != later
+    trainer.run(Evaluate(**common, base=update, personal=kept))
+    assert "ignored" not in capfd.readouterr().err
+
+
 def test_bfloat16_layers_and_the_optimizer_are_kept_together(tmp_path: Path) -> None:
     first = Weights(
         {"body": np.zeros(2, np.uint16), "head": np.zeros(2, np.uint16)}, ["body", "head"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +346,39 @@ def test_rounds_follow_from_messages() -> None:
         run = transitions.apply(run, event)
     assert [(c.digest, c.metrics) for c in run.history[1:]] == [(second, {"loss": 2.5})]
     assert round_events.closed(run, "", costs) == []
+    assert round_events.ended(run, RunState.FINISHED, "").state is RunState.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("answers", "end"),
+    [
+        (("train", "evaluate"), (RunState.FINISHED, "its ServerApp has ended")),
+        (("train",), (RunState.FINISHED, "its ServerApp has ended")),
+        (("evaluate",), (RunState.FAILED, "no machine trained: no memory")),
+        ((), (RunState.FAILED, "no machine trained: no memory")),
+    ],
+)
+def test_a_run_in_which_no_machine_trained_has_failed(
+    answers: Sequence[str], end: tuple[RunState, str]
+) -> None:
+    spec = facts.RunSpec(task="flower:x", rounds=1, app="0" * 64)
+    run, costs = transitions.replay("r", [facts.RunStarted(spec)]), round_events.Costs()
+    finished = (RunState.FINISHED, "its ServerApp has ended")
+    none = round_events.ended(run, *finished)
+    assert (none.state, none.because) == finished  # an app need not send anything
+    last: round_events.Phase | None = None
+    for kind in ("train", "evaluate"):
+        phase = round_events.Phase(kind, "1")
+        events: list[Any] = [*round_events.opened(run, last, phase, "1" * 64, ("a",), costs)]
+        events.append(
+            facts.UpdateAccepted(1, "a", facts.Update(num_examples=1))
+            if kind in answers
+            else facts.UpdateRefused(1, "a", "failed", "no memory", kind)
+        )
+        for event in events:
+            run = transitions.apply(run, event)
+        last = phase
+    for event in round_events.closed(run, "", costs):
+        run = transitions.apply(run, event)
+    ended = round_events.ended(run, *finished)
+    assert (ended.state, ended.because) == end
