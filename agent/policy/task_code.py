@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+#: CPython 3.11 counts the depth of a syntax tree for all threads together: if two parse at the same
+#: time, `ast.parse` may raise SystemError for correct text.
+_parsing = threading.Lock()
 
 
 def digest(source: str) -> str:
@@ -51,6 +56,14 @@ def files(path: Path) -> list[Path]:
     return [first, *sorted(others)]
 
 
+def parse(file: Path) -> ast.Module:
+    """The syntax tree of a Python file, also if other threads parse. Raises OSError, and what
+    `ast.parse` does."""
+    text = file.read_bytes()
+    with _parsing:
+        return ast.parse(text)
+
+
 def _beside(folder: Path, name: str) -> Iterator[Path]:
     """The files of the module `name` in this folder."""
     yield from filter(Path.is_file, (folder / f"{name}.py", *folder.glob(f"{name}.*.so")))
@@ -63,7 +76,7 @@ def _imported(file: Path) -> set[str]:
     if file.suffix != ".py":
         return set()
     try:
-        tree = ast.parse(file.read_bytes())
+        tree = parse(file)
     except (OSError, SyntaxError, ValueError, RecursionError):
         return set()  # it cannot be run either
     names: set[str] = set()

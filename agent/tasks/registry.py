@@ -166,7 +166,7 @@ def check_source(source: str) -> None:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = task_code.parse(path)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
         raise UsageError(f"{path.name} is not Python: {err}", "correct the file") from err
     except OSError as err:
