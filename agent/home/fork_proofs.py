@@ -5,6 +5,7 @@ While one is not acknowledged by the owner, the agent takes no work.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -37,7 +38,11 @@ def path_of(home: Path, proof: ForkProof) -> Path:
 
 def not_acknowledged(home: Path) -> list[Path]:
     """The files of proofs that the owner has not acknowledged."""
-    return sorted((home / FOLDER).glob(f"*{_OPEN}"))
+    try:
+        names = os.listdir(home / FOLDER)  # a third of the time of a glob: each work asks
+    except FileNotFoundError:
+        return []
+    return sorted(home / FOLDER / name for name in names if name.endswith(_OPEN))
 
 
 def all_files(home: Path) -> list[Path]:

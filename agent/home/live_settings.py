@@ -18,6 +18,7 @@ class LiveSettings:
 
     def __init__(self, home: Path) -> None:
         self._home = home
+        self._files = [os.fspath(home / name) for name in (settings.FILE, task_offers.FILE)]
         self._stamp = self._file_stamp()
         self._settings = settings.read(home)
 
@@ -32,10 +33,10 @@ class LiveSettings:
 
     def _file_stamp(self) -> tuple[int, ...]:
         """Changes with the two files, which are replaced as a whole."""
-        return (*_stamp(self._home / settings.FILE), *_stamp(self._home / task_offers.FILE))
+        return tuple(number for path in self._files for number in _stamp(path))
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
+def _stamp(path: str) -> tuple[int, int, int]:
     try:
         found = os.stat(path)
     except OSError:

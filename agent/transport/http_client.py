@@ -24,6 +24,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from agent.transport.deadlines import Deadlines
 from protocols.errors import Unreachable
 from protocols.network import addresses
 from protocols.network.error_text import describe_error
@@ -35,6 +36,7 @@ Body = bytes | Iterable[bytes]
 MAX_RESPONSE_BYTES = 256 * 1024
 #: A whole request ends within this time, and weights come at this rate at least.
 REQUEST_WITHIN_S, MIN_BYTES_PER_S = 90.0, 1024.0
+_deadlines = Deadlines()
 
 
 class Response(NamedTuple):
@@ -106,16 +108,7 @@ class HttpClient:
         reusable, connection = False, self._acquire()
         within_s = REQUEST_WITHIN_S + nbytes / MIN_BYTES_PER_S
         # A socket's timeout alone never ends a server that sends a byte now and then.
-        is_late = False
-
-        def expire() -> None:
-            nonlocal is_late
-            is_late = True
-            connection.end()
-
-        overdue = threading.Timer(min(within_s, threading.TIMEOUT_MAX), expire)
-        overdue.daemon = True
-        overdue.start()
+        deadline = _deadlines.add(within_s, connection.end)
         try:
             with map_errors():
                 if connection.sock is None:
@@ -134,13 +127,13 @@ class HttpClient:
             yield response
             reusable = response.isclosed() and not response.will_close
         except Unreachable as err:
-            if is_late:
+            if deadline.is_over:
                 raise Unreachable(
                     f"the coordinator's response did not end within {within_s:,.0f} s"
                 ) from err
             raise
         finally:
-            overdue.cancel()
+            _deadlines.remove(deadline)
             with self._lock:
                 self._busy.discard(connection)
                 reusable = reusable and not connection.ended
