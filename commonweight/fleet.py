@@ -11,6 +11,7 @@ from typing import Any
 from commonweight import jobs
 from commonweight.html import table
 from commonweight.jobs import Analysis, Measurement
+from commonweight.own_tasks import place_task
 from commonweight.prediction import Rows
 from commonweight.run import Run
 from coordinator.cli import run_forecast
@@ -74,14 +75,17 @@ class Fleet:
         """A run by its id, the beginning of it, or its task: then its newest run."""
         return Run(self._remote, self._remote.run(name).id)
 
-    def train(self, task: str, **options: Any) -> Run:
+    def train(self, task: str | type, **options: Any) -> Run:
         """Start a run and return at once.
 
-        The options are those of `commonweight run start`, with the same checks: `clip_norm=1.0` is
-        `--clip-norm 1.0`. `set` and `strategy_arg` take a mapping, `features` a list; `from_` is
-        `--from`. What the command prints before a run with noise or a secure run is logged.
+        `task`: a name, "my_task.py:MyTask", or a class in a file, which the owners of the machines
+        have registered under that name. The options are those of `commonweight run start`, with the
+        same checks: `clip_norm=1.0` is `--clip-norm 1.0`. `set` and `strategy_arg` take a mapping,
+        `features` a list; `from_` is `--from`. What the command prints before a run with noise or a
+        secure run is logged.
         """
-        order = run_options.build_order(run_options.from_keywords({"task": task, **options}))
+        name, _ = place_task(task)
+        order = run_options.build_order(run_options.from_keywords({"task": name, **options}))
         for line in run_forecast.lines(self._remote, order.spec):
             log.warning("%s", cli_entry.printable(line))
         return Run(self._remote, self._remote.start_run(order))

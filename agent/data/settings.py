@@ -36,6 +36,8 @@ class DataSettings(Struct, frozen=True, kw_only=True):
 
     `split`: how a shared data set is divided: "iid" at random, "shards" with few labels per part,
     "dirichlet:0.3" with shares of the labels that differ, the more the smaller the number is.
+    `is_shared`: what a task of a user's own reads is the data set of all peers, so it takes its
+    part.
     `models`: the owner's folder of base models, each in its own folder.
     `reader`: what reads tables (see `agent.data`). Only `columns` (patterns) are used, and no table
     with fewer than `min_rows` rows. Values of fewer than `min_count` rows never leave the machine,
@@ -53,6 +55,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     index: int = 0
     parts: int = 1
     split: Annotated[str, Meta(pattern=SPLIT)] = "iid"
+    is_shared: bool = False
     seed: int = 0
     path: str = ""
     reader: str = "arrow"

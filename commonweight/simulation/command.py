@@ -13,8 +13,7 @@ import typer
 
 from coordinator.cli.common import Json, print_json, print_line
 from coordinator.cli.runs import typed_options, with_run_options
-from protocols.errors import CommonweightError, UsageError
-from protocols.messages.states import RunState
+from protocols.errors import UsageError
 
 if TYPE_CHECKING:
     from coordinator.runs.state import Run
@@ -31,10 +30,10 @@ def simulate(
     split: Annotated[
         str,
         typer.Option(
-            help="How a shared data set is divided: iid, shards (few labels a peer), or "
+            help="How a shared data set is divided: iid (default), shards (few labels a peer), or "
             "dirichlet:0.3 (the less, the fewer labels a peer)."
         ),
-    ] = "iid",
+    ] = "",
     dropout: Annotated[
         float, typer.Option(min=0, help="The share of the asked peers that leaves in the work.")
     ] = 0.0,
@@ -66,7 +65,8 @@ def simulate(
 
     It has the digests of a run of a real fleet. Ctrl-C stops it; --resume continues it.
     """
-    from commonweight.simulation.simulate import Simulation, create, place_task
+    from commonweight.own_tasks import place_task
+    from commonweight.simulation.simulate import Simulation, create
     from coordinator.remote.run_options import parse_setting
 
     if resume:
@@ -88,7 +88,6 @@ def simulate(
             owner=dict(map(parse_setting, owner or ())),
             out=out,
         )
-    where = f"COMMONWEIGHT_HOME={made.home}"
     print_line(f"{made.run_id} in {made.home}")
     try:
         with _progress(quiet=json) as on_round:
@@ -96,15 +95,12 @@ def simulate(
     except KeyboardInterrupt:
         print_line(f"stopped; continue: commonweight simulate --resume --out {made.home}")
         raise
-    if run.state is RunState.FAILED:
-        raise CommonweightError(
-            f"{run.id} failed: {run.ended_because}", f"{where} commonweight run show {run.id}"
-        )
+    made.check(run)
     if json:
         print_json(run)
         return
     print_line(f"{run.id} {run.state}: {run.ended_because}")
-    print_line(f"show it: {where} commonweight run show {run.id}")
+    print_line(f"show it: COMMONWEIGHT_HOME={made.home} commonweight run show {run.id}")
 
 
 @contextlib.contextmanager

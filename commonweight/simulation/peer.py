@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cached_property
@@ -25,11 +26,14 @@ from agent.trainer.in_process import InProcessTrainer
 from agent.transport.coordinator_client import pack_message, unpack_message
 from commonweight.simulation.plan import Plan
 from protocols.enrollment import identity
-from protocols.errors import CommonweightError
-from protocols.messages.refusals import refusal_of
+from protocols.errors import CommonweightError, TrainerFailed
+from protocols.messages.envelope import strip_controls
+from protocols.messages.refusals import Refusal
 from protocols.messages.work import FlowerMessage, Work
 from protocols.privacy.secagg.turn import Me
 
+#: A hint for owners; in a simulation it is an option.
+_POLICY = re.compile(r"commonweight-agent policy set (\S+) (\S+)")
 #: Flower's code for an exception in a ClientApp.
 _CLIENT_APP_ERROR = 2
 #: Peers whose data a worker keeps in memory for their next message.
@@ -71,7 +75,10 @@ class SimulatedPeer:
         cache.mkdir(exist_ok=True)
         self.client = Client(
             PeerIdentity(self.peer, key.sign, plan.coordinator_public, plan.fleet),
-            InProcessTrainer(settings.data_settings(owner, cache), source=plan.source),
+            InProcessTrainer(
+                replace(settings.data_settings(owner, cache), is_shared=plan.is_shared),
+                source=plan.source,
+            ),
             self,
             home / "outbox",
             settings=lambda: owner,
@@ -88,7 +95,7 @@ class SimulatedPeer:
         try:
             reply = self.client.handle(message)
         except CommonweightError as err:
-            refusal = refusal_of(err).encode()
+            refusal = _refusal_of(err).encode()
             reply, self._upload = Message(Error(_CLIENT_APP_ERROR, refusal), reply_to=message), ""
         self.client.wait_for_sync()
         return Answer(reply=pack_message(reply), base=self._base, upload=self._upload)
@@ -106,6 +113,13 @@ class SimulatedPeer:
         target.unlink(missing_ok=True)
         os.link(path, target)
         self._upload = digest
+
+
+def _refusal_of(err: CommonweightError) -> Refusal:
+    """The whole error: who simulates is the owner too, and has no agent to ask."""
+    kind = err.kind if isinstance(err, TrainerFailed) else err.code
+    text = f"{err.message} ({err.hint})" if err.hint else err.message
+    return Refusal(kind, strip_controls(_POLICY.sub(r"--owner \1=\2", text)))
 
 
 def _budget(owner: AgentSettings, home: Path, fleet: str) -> PrivacyBudget | None:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Struct
 
+from agent.home import settings
 from agent.home.settings_schema import AgentSettings
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
-from protocols.errors import UsageError
+from protocols.local import settings_file
 from protocols.local.homes import SIMULATION
 from protocols.local.safe_paths import path_in
 
@@ -37,7 +37,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     """`home`: an absolute path. `keys`: the Ed25519 key of each peer (32 bytes), which the ids and
     so the samples of rounds follow from. `owner`: settings of every owner; `{part}` in a text
     stands for the number of the peer. `source`: the file and class of the task; empty: an
-    installed one. `trusts`: owners trust each other, as secure runs need.
+    installed one. `is_shared`: its data are those of all peers, and each takes its part. `trusts`:
+    owners trust each other, as secure runs need.
     """
 
     home: str
@@ -47,6 +48,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     owner: dict[str, Any] = {}
     source: str = ""
     task: str = ""
+    is_shared: bool = False
     trusts: bool = False
 
     @property
@@ -80,6 +82,16 @@ class Plan(Struct, frozen=True, kw_only=True):
         return _read_owner({**files, **self.owner}, index, len(self.keys))
 
 
+def read_owner(owner: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of every owner, with texts as `policy set` reads them. Raises UsageError."""
+    found = {}
+    for given, value in owner.items():
+        name = given.replace(".", "_")
+        is_text = isinstance(value, str | Path)
+        found[name] = settings.parse_value(name, str(value)) if is_text else value
+    return found
+
+
 def check_owner(owner: Mapping[str, Any], peers: int) -> None:
     """Raise UsageError unless these are settings of an owner."""
     _read_owner(owner, 0, peers)
@@ -90,13 +102,9 @@ def _read_owner(owner: Mapping[str, Any], index: int, peers: int) -> AgentSettin
     for name, value in values.items():
         if isinstance(value, str):
             values[name] = value.replace("{part}", str(index))
-    try:
-        return msgspec.convert(values, AgentSettings, strict=False)
-    except msgspec.ValidationError as err:
-        raise UsageError(
-            f"the settings of the simulated owners are wrong: {err}",
-            "their names and values are those of commonweight-agent policy show",
-        ) from err
+    return settings_file.validate(
+        values, AgentSettings, "names and values for --owner: commonweight-agent policy show"
+    )
 
 
 def make_keys(peers: int, seed: int) -> tuple[bytes, ...]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +16,11 @@ import platformdirs
 from msgspec import Struct
 from msgspec.structs import replace
 
+from commonweight.own_tasks import place_task
 from commonweight.run import Run
+from commonweight.simulation import shared_data
 from commonweight.simulation.fleet import SimulatedFleet
-from commonweight.simulation.plan import Plan, check_owner, make_keys
+from commonweight.simulation.plan import Plan, check_owner, make_keys, read_owner
 from commonweight.simulation.pool import ProcessWorker, Worker
 from commonweight.simulation.worker import VARIABLE
 from coordinator.remote import run_options
@@ -52,9 +54,10 @@ class Saved(Struct, frozen=True, kw_only=True):
 class Simulation:
     """A run in a home of its own. `run` works until the run has ended, also after a stop."""
 
-    def __init__(self, home: Path, saved: Saved) -> None:
+    def __init__(self, home: Path, saved: Saved, *, is_new: bool = False) -> None:
         self.home, self.run_id = home, saved.run
         self._saved = replace(saved, plan=replace(saved.plan, home=str(home)))
+        self._is_new = is_new
 
     @classmethod
     def create(
@@ -73,6 +76,19 @@ class Simulation:
                 f"continue its simulation: commonweight simulate --resume --out {home}; or name "
                 "another folder",
             )
+        is_new = not home.exists() or (home.is_dir() and not any(home.iterdir()))
+        try:
+            saved = cls._make(home, spec, plan, dropout, first)
+        except BaseException:
+            if is_new:
+                shutil.rmtree(home, ignore_errors=True)
+            raise
+        return cls(home, saved, is_new=is_new)
+
+    @staticmethod
+    def _make(
+        home: Path, spec: RunSpec, plan: Callable[[Keys], Plan], dropout: float, first: Path | None
+    ) -> Saved:
         settings.init([], at=home)
         keys = settings.open_keys(home)
         (home / homes.SIMULATION).mkdir(mode=0o700)
@@ -88,7 +104,23 @@ class Simulation:
             write_private(home / homes.SIMULATION / FILE, msgspec.json.encode(saved))
         finally:
             held.release()
-        return cls(home, saved)
+        return saved
+
+    def moved(self, home: Path) -> Simulation:
+        """The same simulation in another folder, before its work begins."""
+        self.home.rename(home)
+        return Simulation(home, self._saved, is_new=self._is_new)
+
+    def check(self, run: RunRecord) -> None:
+        """Raise CommonweightError if the run has failed. The home of a new simulation in which no
+        round was closed is deleted: there is nothing to read or to continue."""
+        if run.state is not RunState.FAILED:
+            return
+        hint = f"COMMONWEIGHT_HOME={self.home} commonweight run show {run.id}"
+        if self._is_new and not run.history:
+            shutil.rmtree(self.home, ignore_errors=True)
+            hint = ""
+        raise CommonweightError(f"{run.id} failed: {run.ended_because}", hint)
 
     @classmethod
     def open(cls, home: Path) -> Simulation:
@@ -151,7 +183,7 @@ def simulate(
     peers: int = 10,
     *,
     per_round: int = 0,
-    split: str = "iid",
+    split: str = "",
     dropout: float = 0.0,
     workers: int = 0,
     ray: str = "",
@@ -162,12 +194,12 @@ def simulate(
     """Train with many simulated peers on this machine; return the run when it has ended.
 
     `task`: a name, "./my_task.py:MyTask", or a class in a file. Peer i of `peers` gets part i of
-    the data: see `split` ("iid", "shards" or "dirichlet:0.3") and `owner`, the settings of every
-    owner, in which `{part}` is the peer's number. `per_round`: ask so many peers in each round; 0:
-    all. `dropout`: the share of them that leaves in the work. `workers`: processes, by default one
-    for each core. `ray`: the address of a Ray cluster that works in their place, or "auto". `out`:
-    the home of the result, a new folder. The options are those of `commonweight run start`, as
-    keywords of `Fleet.train`.
+    the data: see `split` ("iid", which is the default, "shards" or "dirichlet:0.3") and `owner`,
+    the settings of every owner, in which `{part}` is the peer's number. `per_round`: ask so many
+    peers in each round; 0: all. `dropout`: the share of them that leaves in the work. `workers`:
+    processes, by default one for each core. `ray`: the address of a Ray cluster that works in their
+    place, or "auto". `out`: the home of the result, a new folder; by default one with the name of
+    the run. The options are those of `commonweight run start`, as keywords of `Fleet.train`.
 
     In a script, call it below `if __name__ == "__main__":`. Raises UsageError and others of
     `cw.errors`.
@@ -185,8 +217,7 @@ def simulate(
         out=Path(out) if out is not None else None,
     )
     run = made.run(workers, ray=ray)
-    if run.state is RunState.FAILED:
-        raise CommonweightError(f"{run.id} failed: {run.ended_because}", f"its home: {made.home}")
+    made.check(run)
     return Run(StoppedHome(made.home), run.id)
 
 
@@ -196,7 +227,7 @@ def create(
     *,
     source: str = "",
     per_round: int = 0,
-    split: str = "iid",
+    split: str = "",
     dropout: float = 0.0,
     owner: Mapping[str, Any] = {},
     out: Path | None = None,
@@ -222,9 +253,11 @@ def create(
         chosen["quorum"] = per_round
         chosen["select"] = chosen.get("select") or "1x"
     spec = run_options.build_order(chosen).spec
-    chosen_owner = {"split": split, **owner}
+    shared_data.check_split(split or "iid")
+    chosen_owner = {"split": split or "iid", **read_owner(owner)}
     check_owner(chosen_owner, peers)
-    home = (out or _new_home(spec.task)).expanduser().absolute()
+    is_shared = shared_data.is_shared(spec.task, source, split, chosen_owner, peers)
+    home = (out or _new_home()).expanduser().absolute()
 
     def plan(keys: Keys) -> Plan:
         return Plan(
@@ -235,29 +268,12 @@ def create(
             owner=chosen_owner,
             source=source,
             task=spec.task,
+            is_shared=is_shared,
             trusts=spec.secure,
         )
 
-    return Simulation.create(home, spec, plan, dropout=dropout, first=first)
-
-
-def place_task(task: str | type) -> tuple[str, str]:
-    """The name of a task, and its file and class; empty for an installed one. Raises UsageError."""
-    if isinstance(task, str):
-        path, _, attribute = task.rpartition(":")
-        is_file = path.endswith(".py")
-        return task, f"{Path(path).expanduser().absolute()}:{attribute}" if is_file else ""
-    try:
-        file = inspect.getsourcefile(task)
-    except (OSError, TypeError):  # it was typed in, as in a notebook
-        file = None
-    if file is None or not Path(file).is_file() or "." in task.__qualname__:
-        raise UsageError(
-            f"the class {task.__qualname__} is not at the top of a file, and workers import it",
-            "write it to a file, in a notebook with %%writefile my_task.py, and name that: "
-            f'cw.simulate("my_task.py:{task.__name__}")',
-        )
-    return f"{Path(file).name}:{task.__name__}", f"{Path(file).absolute()}:{task.__name__}"
+    made = Simulation.create(home, spec, plan, dropout=dropout, first=first)
+    return made if out is not None else made.moved(home.with_name(made.run_id))
 
 
 def _cores() -> int:
@@ -265,11 +281,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _new_home(task: str) -> Path:
-    """A folder for a simulation whose place nobody has chosen."""
-    name = "".join(c if c.isalnum() else "-" for c in task)
-    folder = platformdirs.user_data_path("commonweight") / "simulations"
-    return folder / f"{name}-{secrets.token_hex(3)}"
+def _new_home() -> Path:
+    """A folder for a simulation whose place nobody has chosen; later it has the name of its run."""
+    usual = platformdirs.user_data_path("commonweight")
+    chosen = os.environ.get("COMMONWEIGHT_HOME")
+    folder = (homes.home_path("coordinator") if chosen else usual) / "simulations"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder / f"new-{secrets.token_hex(3)}"
 
 
 def _save_first(home: Path, path: Path) -> str:

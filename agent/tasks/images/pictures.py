@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from itertools import islice
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from msgspec.structs import replace
 from torch import Tensor
@@ -15,9 +19,14 @@ from agent.tasks.images import dataset
 from agent.tasks.images.dataset import MEAN, SPREAD, Pictures
 from agent.tasks.images.settings import ImageSettings
 from agent.tasks.training.class_folders import Rows
+from agent.tasks.training.shared_data import HasData
 from protocols.errors import UsageError
 
 MIN_SIZE, MAX_SIZE = 8, 1024
+#: Pictures of a prediction at a time.
+_BATCH = 256
+#: True while `pictures` is asked how it is called.
+_is_asked: ContextVar[bool] = ContextVar("is_asked", default=False)
 
 
 class PictureSet(Dataset[tuple[Tensor, int]]):
@@ -31,8 +40,12 @@ class PictureSet(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
         row = self._rows[place]
-        scaled = self._found.pixels[row].astype(np.float32) / 255
-        return torch.from_numpy((scaled - MEAN) / SPREAD), int(self._found.labels[row])
+        return _scaled(self._found.pixels[row]), int(self._found.labels[row])
+
+    @property
+    def targets(self) -> npt.NDArray[np.int64]:
+        """The classes of all pictures."""
+        return self._found.labels[self._rows]
 
 
 def pictures(
@@ -50,7 +63,54 @@ def pictures(
             f"a size from {MIN_SIZE} to {MAX_SIZE}, and 1 or 3 channels",
         )
     plan = ImageSettings(tuple(classes), False, "", size, channels, False, "group")
+    if _is_asked.get():
+        raise _Plan(plan)
     found = dataset.load_pictures(replace(source, memory=""), plan)
     parts = (found.train, found.held_out)
     trained_on, held_out = (PictureSet(found, rows, plan.classes) for rows in parts)
     return trained_on, held_out
+
+
+class PictureInputs:
+    """Pictures to predict for, a folder or one: batches float32[n, channels, size, size].
+
+    `names` are those of the pictures so far; what cannot be read is left out.
+    """
+
+    def __init__(self, source: str, plan: ImageSettings) -> None:
+        self._source, self._plan = source, plan
+        self.names: list[str] = []
+        self.classes = plan.classes
+
+    def __iter__(self) -> Iterator[Tensor]:
+        found = dataset.read_pictures(self._source, self._plan)
+        while batch := list(islice(found, _BATCH)):
+            self.names += [name for name, _ in batch]
+            yield _scaled(np.stack([row for _, row in batch]))
+
+
+def inputs_of(task: HasData, path: str, settings: Any) -> PictureInputs | None:
+    """The pictures at a path, as those that the task trains on; None if its `data` calls no
+    `pictures`. That is found without data: `data` runs until its call."""
+    token = _is_asked.set(True)
+    try:
+        task.data(DataSettings(), settings)
+    except _Plan as found:
+        return PictureInputs(path, found.plan)
+    except Exception:  # a user's code, without the data that it reads
+        return None
+    finally:
+        _is_asked.reset(token)
+    return None
+
+
+class _Plan(Exception):
+    """What `pictures` was called with."""
+
+    def __init__(self, plan: ImageSettings) -> None:
+        super().__init__("pictures() is asked how it is called")
+        self.plan = plan
+
+
+def _scaled(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy((pixels.astype(np.float32) / 255 - MEAN) / SPREAD)

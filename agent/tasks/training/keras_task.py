@@ -13,6 +13,7 @@ On a CPU the same inputs give the same bytes. Training goes on after a kill with
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import keras
@@ -20,7 +21,7 @@ import numpy as np
 
 from agent.data.settings import DataSettings
 from agent.tasks import Settings as RunSettings
-from agent.tasks.training import csv_rows, rng_state, task_settings
+from agent.tasks.training import csv_rows, shared_data, task_settings
 from agent.tasks.training.keras_loop import EVALUATION_BATCH, Examples, KerasLoop, Part
 from agent.tasks.training.task_settings import TaskSettings
 from protocols.errors import UsageError
@@ -42,12 +43,12 @@ class KerasTask(KerasLoop):
 
     def model(self, settings: Any) -> Any:
         """The `keras.Model`, which begins with `keras.Input`. A classifier gives logits."""
-        raise NotImplementedError
+        raise task_settings.lacks(self, "model(self, settings)")
 
     def data(self, source: DataSettings, settings: Any) -> tuple[Any, Any]:
         """What is trained on, and what is held out: each (x [n, …], y [n]), arrays, or what arrays
         of row numbers index. `source.path`: the path that the owner gave."""
-        raise NotImplementedError
+        raise task_settings.lacks(self, "data(self, source, settings)")
 
     def optimizer(self, model: Any, settings: Any) -> Any:
         """An optimizer of Keras; None: the one that the settings name."""
@@ -58,7 +59,7 @@ class KerasTask(KerasLoop):
         numbers in a CSV file."""
         if path.endswith(".npy"):
             return np.load(path, allow_pickle=False)
-        return csv_rows.read_batches(path, 0, np.float32, "a number")
+        return csv_rows.Table(path)
 
     def answers(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]:
         """Columns of predictions: of several numbers an example, the class with the largest and its
@@ -75,9 +76,9 @@ class KerasTask(KerasLoop):
         return self.model(self._read(settings))
 
     def read(self, data: DataSettings, settings: RunSettings) -> Examples:
-        with rng_state.seeded("data", data.seed, data.index):
-            trained_on, held_out = self.data(data, self._read(settings))
-        return Examples(_part(trained_on), _part(held_out))
+        read = self._read(settings)
+        sets = shared_data.read(self, data, read, {**read, "seed": 0, "round": 0}, _take)
+        return Examples(*map(_part, sets))
 
     def make_optimizer(self, model: Any, settings: RunSettings) -> Any:
         own = self.optimizer(model, self._read(settings))
@@ -88,11 +89,12 @@ class KerasTask(KerasLoop):
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each example at `source`: its number, and the columns of `answers`."""
         model, read, first = self._loaded(weights, settings), self._read(settings), 0
-        found = self.inputs(source, read)
+        found = inputs = self.inputs(source, read)
         if isinstance(found, np.ndarray):
             found = np.split(found, range(EVALUATION_BATCH, len(found), EVALUATION_BATCH))
         for x in found:
-            columns = self.answers(model(x, training=False), read)
+            output = csv_rows.fitted(partial(model, training=False), x, inputs)
+            columns = self.answers(output, read)
             yield {"row": range(first, first + len(x)), **columns}
             first += len(x)
 
@@ -102,7 +104,16 @@ class KerasTask(KerasLoop):
         return task_settings.read(settings, self.defaults, self.Settings)
 
 
+def _take(found: Any, data: DataSettings, *, held_out: bool = False) -> Part:
+    """This peer's rows of a data set that all peers share."""
+    whole = _part(found)
+    rows = shared_data.rows_of(len(whole.y), lambda: whole.y, data, held_out=held_out)
+    return whole._replace(rows=rows)
+
+
 def _part(found: Any) -> Part:
+    if isinstance(found, Part):
+        return found
     x, y = (np.asarray(each) if isinstance(each, list) else each for each in found)
     if len(x) != len(y):
         raise UsageError(f"{len(x)} inputs and {len(y)} targets are no examples", "x [n, …], y [n]")

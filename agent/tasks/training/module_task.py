@@ -36,6 +36,7 @@ from agent.tasks.training import (
     module_state,
     onnx_export,
     rng_state,
+    shared_data,
     task_settings,
 )
 from agent.tasks.training.classification import count_answers, predict_classes
@@ -54,7 +55,7 @@ from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
 from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import LossOf, PrivateLoss, autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
-from agent.tasks.training.user_data import as_source, is_separate, split_inputs
+from agent.tasks.training.user_data import as_source, is_separate, named, split_inputs, take_part
 from protocols.errors import UsageError
 from protocols.model.weights import Array, Schema, Weights
 from protocols.privacy.private_training import PrivateTraining
@@ -84,7 +85,7 @@ class TorchTask(LoopTask):
 
     def model(self, settings: Any) -> nn.Module:
         """The model, with first weights by torch's global generator, which is seeded."""
-        raise NotImplementedError
+        raise task_settings.lacks(self, "model(self, settings)")
 
     def data(self, source: DataSettings, settings: Any) -> tuple[Any, Any]:
         """What is trained on, and what is held out. `source.path`: the path that the owner gave.
@@ -92,7 +93,7 @@ class TorchTask(LoopTask):
         Each is a Dataset of (input, target), a tuple (x, y) of tensors or arrays, or a DataLoader,
         of which workers, collation and batch size are used. Examples are shuffled for training.
         """
-        raise NotImplementedError
+        raise task_settings.lacks(self, "data(self, source, settings)")
 
     def loss(self, output: Any, target: Any) -> Tensor:
         """The mean loss of a batch: of classes the cross-entropy, of numbers the squared error."""
@@ -114,11 +115,17 @@ class TorchTask(LoopTask):
     def inputs(self, path: str, settings: Any) -> Any:
         """Inputs to predict for: a tensor or an array [n, …], or batches of inputs.
 
-        By default of a file .npy, or of numbers in a CSV file, float32[n, columns].
+        By default of a file .npy, or of numbers in a CSV file, float32[n, columns]; with
+        `cw.pictures` in `data`, of one picture or a folder.
         """
         if path.endswith(".npy"):
             return np.load(path, allow_pickle=False)
-        return csv_rows.read_batches(path, 0, np.float32, "a number")
+        if not path.lower().endswith(".csv"):
+            from agent.tasks.images import pictures
+
+            if (found := pictures.inputs_of(self, path, settings)) is not None:
+                return found
+        return csv_rows.Table(path)
 
     def answers(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]:
         """Columns of predictions: of several numbers an example, the class with the largest and its
@@ -232,12 +239,15 @@ class TorchTask(LoopTask):
     def predict(
         self, weights: Weights, settings: RunSettings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """For each example at `source`: its number, and the columns of `answers`."""
+        """For each example at `source`: its number, and the columns of `answers`; for each picture
+        its file, and the name of its class."""
         call, read, first = self._ready(weights, settings), self._read(settings), 0
-        for x in split_inputs(self.inputs(source, read), EVALUATION_BATCH):
-            columns = self.answers(call(x.to(self._device)), read)
+        inputs = self.inputs(source, read)
+        for x in split_inputs(inputs, EVALUATION_BATCH):
+            output = csv_rows.fitted(call, x.to(self._device), inputs)
+            columns = self.answers(output, read)
             count = len(next(iter(columns.values())))
-            yield {"row": range(first, first + count), **columns}
+            yield named(inputs, columns, range(first, first + count))
             first += count
 
     def export(
@@ -278,17 +288,11 @@ class TorchTask(LoopTask):
         return found
 
     def _sets(self, settings: RunSettings) -> tuple[Any, Any]:
-        def read() -> tuple[Any, Any]:
-            with rng_state.seeded("data", self._data.seed, self._data.index):
-                found = self.data(self._data, self._read(settings))
-            if not isinstance(found, tuple | list) or len(found) != 2:
-                raise UsageError(
-                    f"data() of {type(self).__name__} returns no pair of data sets",
-                    "return train_set, test_set; each a Dataset, or a tuple (x, y)",
-                )
-            return found[0], found[1]
-
-        sets: tuple[Any, Any] = self._read_data.get(self._key(settings), read)
+        key = self._key(settings)
+        sets: tuple[Any, Any] = self._read_data.get(
+            key,
+            lambda: shared_data.read(self, self._data, self._read(settings), key, take_part),
+        )
         return sets
 
     def _source(self, settings: RunSettings, part: int) -> Source:

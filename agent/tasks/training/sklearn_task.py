@@ -26,7 +26,7 @@ import numpy.typing as npt
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, Setting, TrainOutcome
 from agent.tasks import Settings as RunSettings
-from agent.tasks.training import csv_rows, evaluation, rng_state, task_settings
+from agent.tasks.training import csv_rows, evaluation, rng_state, shared_data, task_settings
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.hyperparameters import Option, at_least, check_values
 from agent.tasks.training.seeds import random_state
@@ -62,11 +62,11 @@ class SklearnTask:
 
     def model(self, settings: Any) -> Any:
         """The estimator."""
-        raise NotImplementedError
+        raise task_settings.lacks(self, "model(self, settings)")
 
     def data(self, source: DataSettings, settings: Any) -> tuple[Any, Any]:
         """What is trained on, and what is held out: each (x [n, features], y [n])."""
-        raise NotImplementedError
+        raise task_settings.lacks(self, "data(self, source, settings)")
 
     def metrics(self, model: Any, x: Numbers, y: Numbers) -> Mapping[str, float]:
         """Means over a batch, beside the loss: of classes the "accuracy"."""
@@ -77,7 +77,7 @@ class SklearnTask:
         or of numbers in a CSV file."""
         if path.endswith(".npy"):
             return [np.load(path, allow_pickle=False)]
-        return csv_rows.read_batches(path, 0, np.float32, "a number")
+        return csv_rows.Table(path)
 
     # --- Task ---
 
@@ -149,17 +149,20 @@ class SklearnTask:
         """For each example at `source`: its number, and its class and probability or its value."""
         first, width = 0, weights["coef" if "coef" in weights else "coefs.0"].shape
         model = self._loaded(weights, settings, width[-1 if "coef" in weights else 0])
-        for batch in self.inputs(source, self._read(settings)):
-            x = np.asarray(batch, np.float64)
-            found: dict[str, Sequence[Any]] = {"row": range(first, first + len(x))}
-            first += len(x)
+
+        def answer(x: Numbers) -> dict[str, Sequence[Any]]:
+            made = model.predict(x).tolist()
             if not len(self.classes):
-                yield {**found, "value": model.predict(x).tolist()}
-                continue
-            found["class"] = model.predict(x).tolist()
-            if hasattr(model, "predict_proba"):
-                found["probability"] = model.predict_proba(x).max(1).tolist()
-            yield found
+                return {"value": made}
+            if not hasattr(model, "predict_proba"):
+                return {"class": made}
+            return {"class": made, "probability": model.predict_proba(x).max(1).tolist()}
+
+        inputs = self.inputs(source, self._read(settings))
+        for batch in inputs:
+            columns = csv_rows.fitted(answer, np.asarray(batch, np.float64), inputs)
+            yield {"row": range(first, first + len(batch)), **columns}
+            first += len(batch)
 
     # --- helpers ---
 
@@ -175,8 +178,7 @@ class SklearnTask:
         key = {**read, "seed": 0, "round": 0}
         if self._sets is None or self._sets[0] != key:
             self._sets = None
-            with rng_state.seeded("data", self._data.seed, self._data.index):
-                train, held_out = self.data(self._data, read)
+            train, held_out = shared_data.read(self, self._data, read, key, _take)
             self._sets = key, (self._checked(train), self._checked(held_out))
         return self._sets[1]
 
@@ -220,6 +222,11 @@ class SklearnTask:
             return float((model.predict(x) != y).mean())
         chances = model.predict_proba(x)[np.arange(len(y)), np.searchsorted(model.classes_, y)]
         return float(-np.log(np.maximum(chances, _LEAST)).mean())
+
+
+def _take(found: Any, data: DataSettings, *, held_out: bool = False) -> Any:
+    """This peer's examples of a data set that all peers share."""
+    return shared_data.take_arrays(tuple(map(np.asarray, found)), data, held_out=held_out)
 
 
 def _tensors_of(model: Any) -> dict[str, Array]:

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from agent.tasks import Setting, Settings
 from agent.tasks.training.hyperparameters import LOOP, read_hyperparameters, resolve_settings
 from agent.tasks.training.setting_hints import can_travel, specs_of
-from protocols.errors import UsageError
+from protocols.errors import TaskUnusable, UsageError
 from protocols.model.setting_specs import SettingSpec
 
 
@@ -91,3 +91,8 @@ def _checked(name: str, value: Setting, default: Setting, kind: type | None) -> 
             f"the setting {name} cannot be {value!r}: {str(err)[:1].lower()}{str(err)[1:]}",
             f"such as {name}={default}",
         ) from err
+
+
+def lacks(task: object, method: str) -> TaskUnusable:
+    """The error of a task without a method that it needs."""
+    return TaskUnusable(f"{type(task).__name__} has no method {method}", "docs/tasks.md has a task")

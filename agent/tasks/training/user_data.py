@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,11 +16,13 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     TensorDataset,
     default_collate,
 )
 
-from agent.tasks.training import devices
+from agent.data.settings import DataSettings
+from agent.tasks.training import devices, shared_data
 from agent.tasks.training.examples import (
     DatasetExamples,
     Examples,
@@ -37,7 +41,7 @@ def as_source(found: Any, device: torch.device, part: int, batch_size: int) -> S
         return DatasetExamples(found.dataset, device, part, found)
     if isinstance(found, TensorDataset):
         found = found.tensors
-    if isinstance(found, tuple) and all(isinstance(each, Tensor | np.ndarray) for each in found):
+    if _is_tensors(found):
         return _of_tensors(found, device, part)
     if isinstance(found, IterableDataset):
         return StreamExamples(DataLoader(found, batch_size=batch_size), device, part)
@@ -47,6 +51,44 @@ def as_source(found: Any, device: torch.device, part: int, batch_size: int) -> S
         f"data() gives a {type(found).__name__}, and no data set",
         "a Dataset, a DataLoader, or a tuple (x, y) of tensors",
     )
+
+
+def take_part(found: Any, data: DataSettings, *, held_out: bool = False) -> Any:
+    """This peer's examples of a data set that all peers share. Raises UsageError."""
+    if isinstance(found, DataLoader) and not _has_own_order(found):
+        part = copy.copy(found)  # with its workers, collation and batch size
+        vars(part)["dataset"] = _subset(found.dataset, data, held_out)
+        return part
+    is_sized = hasattr(found, "__getitem__") and hasattr(found, "__len__")
+    if isinstance(found, DataLoader | IterableDataset) or not is_sized:
+        raise UsageError(
+            f"data() gives a {type(found).__name__}, whose examples have no numbers to divide them "
+            "among the peers by",
+            "--owner data=clinics/{part}.csv gives each peer data of its own",
+        )
+    if isinstance(found, TensorDataset):
+        found = found.tensors
+    if _is_tensors(found):
+        return shared_data.take_arrays(found, data, held_out=held_out)
+    return _subset(found, data, held_out)
+
+
+def _subset(dataset: Any, data: DataSettings, held_out: bool) -> Subset[Any]:
+    labels = partial(_labels_of, dataset)
+    rows = shared_data.rows_of(len(dataset), labels, data, held_out=held_out)
+    return Subset(dataset, rows.tolist())
+
+
+def _is_tensors(found: Any) -> bool:
+    return isinstance(found, tuple) and all(isinstance(one, Tensor | np.ndarray) for one in found)
+
+
+def _labels_of(dataset: Any) -> Any:
+    """The targets of all examples: those that the data set lists, as torchvision's do, or each."""
+    targets = getattr(dataset, "targets", None)
+    if targets is not None and len(targets) == len(dataset):
+        return targets
+    return [dataset[place][-1] for place in range(len(dataset))]
 
 
 def _of_tensors(found: tuple[Any, ...], device: torch.device, part: int) -> Source:
@@ -97,6 +139,30 @@ def is_separate(examples: Source) -> bool:
     loader = examples.loader if isinstance(examples, DatasetExamples) else None
     has_own_batches = loader is not None and loader.collate_fn is not default_collate
     return not (examples.has_own_order or has_own_batches)
+
+
+@runtime_checkable
+class NamedInputs(Protocol):
+    """Inputs of a prediction whose examples have names: batches of inputs, the names of the
+    examples so far, and the names of the classes."""
+
+    names: list[str]
+    classes: Sequence[str]
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+def named(
+    inputs: Any, columns: Mapping[str, Sequence[Any]], rows: range
+) -> Mapping[str, Sequence[Any]]:
+    """The columns of answers with the numbers of the examples; with their names, and those of their
+    classes, for `NamedInputs`."""
+    if not isinstance(inputs, NamedInputs):
+        return {"row": rows, **columns}
+    found = {"file": inputs.names[rows.start : rows.stop], **columns}
+    if all(isinstance(one, int) for one in found.get("class", "-")):
+        found["class"] = [inputs.classes[number] for number in found["class"]]
+    return found
 
 
 def split_inputs(found: Any, size: int) -> Iterator[Any]:

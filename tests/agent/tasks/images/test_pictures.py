@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,28 @@ def test_pictures_are_squares_with_their_classes(folder: Path) -> None:
     assert (x.shape, x.dtype, y in (0, 1)) == ((1, 16, 16), torch.float32, True)
     left, right = float(x[..., :8].mean()), float(x[..., 8:].mean())
     assert (left > right) == (y == 1)
+
+
+def test_a_task_of_pictures_predicts_for_a_folder_or_one_without_data(
+    folder: Path, tmp_path: Path
+) -> None:
+    task = registry.create("pets.py:Pets", f"{PETS}:Pets")
+    task.load(DataSettings(path=str(folder), cache=str(tmp_path), device="cpu"))
+    asked = {"epochs": 3, "lr": 0.02}
+    made = Weights(task.train(task.init(1, asked), asked, ignore_step).weights)
+    blind: Any = registry.create("pets.py:Pets", f"{PETS}:Pets")
+    (answer,) = blind.predict(made, asked, str(folder))
+    assert answer.keys() == {"file", "class", "probability"}
+    assert len(answer["file"]) == 2 * COUNT
+    right = [
+        name.startswith(word) for name, word in zip(answer["file"], answer["class"], strict=True)
+    ]
+    assert sum(right) > 0.9 * len(right)
+    (one,) = blind.predict(made, asked, str(folder / "cat" / "3.png"))
+    place = answer["file"].index("cat/3.png")
+    assert (one["file"], one["class"]) == (["3.png"], [answer["class"][place]])
+    with pytest.raises(DataError, match="there are no pictures to predict for"):
+        list(blind.predict(made, asked, str(tmp_path)))
 
 
 def test_what_cannot_be_read_as_pictures_is_told(folder: Path) -> None:

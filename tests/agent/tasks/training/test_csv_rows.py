@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_told_and_quotes_no_value(
 
 def test_other_files(tmp_path: Path) -> None:
     for name in ("rows.parquet", "missing.csv"):
-        with pytest.raises(DataError, match="in no CSV file"):
+        with pytest.raises(DataError, match="predicts for a CSV file: 2 columns"):
             read(tmp_path / name)
     path = tmp_path / "rows.csv"
     path.write_bytes("a,b\n1,ä\n".encode("latin-1"))

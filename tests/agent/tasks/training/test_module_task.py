@@ -467,6 +467,32 @@ def test_evaluations_and_predictions_are_those_of_the_module(tmp_path: Path) -> 
         assert list(answer["row"]) == list(range(9))
 
 
+def test_predictions_leave_out_a_column_with_the_classes(tmp_path: Path) -> None:
+    task = Made(lambda: nn.Linear(FEATURES, 3))
+    made, (x, y) = task.init(0, {}), rows()
+    names = [f"c{place}" for place in range(FEATURES)]
+    plain, labelled, odd = (tmp_path / name for name in ("x.csv", "labelled.csv", "odd.csv"))
+    many = np.tile(x.numpy(), (200, 1))  # several batches
+    table = np.insert(many, 1, np.tile(y.numpy(), 200), 1)
+    for file, values, head in (
+        (plain, many, names),
+        (labelled, table, [names[0], "Class", *names[1:]]),
+        (odd, table, [names[0], "extra", *names[1:]]),
+    ):
+        np.savetxt(file, values, delimiter=",", header=",".join(head), comments="")
+
+    def answers(file: Path) -> list[int]:
+        return [one for batch in task.predict(made, {}, str(file)) for one in batch["class"]]
+
+    assert answers(labelled) == answers(plain)
+    assert len(answers(plain)) == len(many)
+    with pytest.raises(DataError, match=f"cannot take the {FEATURES + 1} columns") as caught:
+        answers(odd)
+    assert "it has c0, extra, c1" in caught.value.hint
+    with pytest.raises(DataError, match="predicts for a CSV file: columns of numbers or"):
+        answers(tmp_path)
+
+
 def test_numbers_are_predicted_and_measured_by_squared_error(tmp_path: Path) -> None:
     class Numbers(Made):
         def model(self, settings: Any) -> nn.Module:

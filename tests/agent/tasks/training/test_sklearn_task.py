@@ -138,6 +138,13 @@ def test_predictions_need_no_data(kind: type[Made], tmp_path: Path) -> None:
     assert list(answer["row"]) == list(range(7))
     expected = {Made: {"row", "value"}, Margin: {"row", "class"}}
     assert answer.keys() == expected.get(kind, {"row", "class", "probability"})
+    table = np.column_stack([rows()[0][:7], np.zeros(7)])
+    for name, head in (("x.csv", "a,b,c,d,e,class"), ("odd.csv", "a,b,c,d,e,f")):
+        np.savetxt(tmp_path / name, table, delimiter=",", header=head, comments="", fmt="%.9g")
+    (same,) = Blind().predict(version, {}, str(tmp_path / "x.csv"))
+    assert same == answer
+    with pytest.raises(DataError, match="cannot take the 6 columns of the table"):
+        list(Blind().predict(version, {}, str(tmp_path / "odd.csv")))
 
 
 class Forest(Made):
