@@ -12,13 +12,20 @@ from msgspec.structs import replace
 
 from agent.analytics import query_log
 from agent.clientapp.jobs import Result
+from agent.data import check_installed
 from agent.data.settings import uses_network
 from agent.home import settings
 from agent.policy import sandbox
 from agent.trainer import sandbox_rules
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
-from protocols.errors import BadMessage, CommonweightError, HomeError, TrainerFailed
+from protocols.errors import (
+    BadMessage,
+    CommonweightError,
+    HomeError,
+    MissingPackage,
+    TrainerFailed,
+)
 from protocols.local.programs import run_program
 from protocols.messages.decoding import decode
 from protocols.messages.jobs import Analyze, Unit
@@ -54,6 +61,7 @@ def answer(question: Query, home: Path, job: str = "", fleet: str = "") -> bytes
     a path, a setting or a value, so it is in the hint, which stays.
     """
     try:
+        check_installed(settings.read(home).data_reader)
         query_log.move_log(home)
         program, env = child_program(home)
         return run_program(
@@ -63,7 +71,7 @@ def answer(question: Query, home: Path, job: str = "", fleet: str = "") -> bytes
             stdin=msgspec.json.encode(question),
             env=env,
         )
-    except (TrainerFailed, HomeError):
+    except (TrainerFailed, HomeError, MissingPackage):
         raise
     except CommonweightError as err:
         why = f"{err.message} ({err.hint})" if err.hint else err.message

@@ -257,6 +257,7 @@ _COMMANDS: dict[App, dict[str, Callable[..., None]]] = {
     service.service: {"restart": control.restart, "finish": control.finish},
     task.task: offers.COMMANDS,
 }
+task.task.add_typer(apps.apps)
 for place, commands in _COMMANDS.items():
     for name, command in commands.items():
         place.command(name)(command)

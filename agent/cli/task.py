@@ -25,7 +25,7 @@ from protocols.errors import TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.command_line import App
 
-task = App(name="task", help="Allow, forbid, write, register and try tasks.")
+task = App(name="task", help="Allow, write and try tasks; install Flower apps: task app.")
 task.command("new")(task_template.new)
 
 
@@ -45,7 +45,9 @@ def add(
         own = settings.read_own(home)
         files = {**own.task_files, known: f"{path}:{attribute}"}
         settings.change(home, task_files=files, **consents.allowing(own, files, [known]))
-    print_line(f"registered and allowed {known}; next: commonweight-agent task check {known}")
+    print_line(f"registered and allowed {known}")
+    if not settings.read(home).data:
+        print_line("if it reads data, name them: commonweight-agent policy set data PATH")
     print_line(f"the operator starts it with: commonweight run start {known}")
     print_line(f"after a change of the file, allow it again: commonweight-agent task allow {known}")
     _say_when_applied(home)
@@ -201,6 +203,8 @@ def check(
 
     with contextlib.ExitStack() as stack:
         chosen = settings.read(homes.home_path("agent"), data=settings.data_path(data))
+        if data:
+            own_data.check_path(chosen)
         source = chosen.task_files.get(name, "")
         if not source and name.partition(":")[0].endswith(".py"):
             path, attribute = registry.split_source(name)

@@ -12,10 +12,12 @@ import typer
 from agent.cli.common import print_line
 from agent.tasks import registry
 from protocols.errors import UsageError
+from protocols.local.os_errors import os_errors_as
 
 _TEMPLATE = '''"""A task of your own: a model, and how this machine's data are read.
 
 Try it here:                 commonweight-agent task check ./FILE:CLASS --data DATA
+With simulated peers:        commonweight simulate ./FILE:CLASS --owner data=DATA
 Each owner registers it:     commonweight-agent task add ./FILE:CLASS
 The operator starts a run:   commonweight run start FILE:CLASS --set width=64
 """
@@ -72,7 +74,7 @@ class CLASS(cw.TorchTask):
     #     return torch.optim.SGD(model.parameters(), lr=settings.lr)
     #
     # def inputs(self, path, settings):          # what predict reads: a tensor, or batches
-    #     return torch.tensor(np.load(path))
+    #     return torch.tensor(np.load(path))     # without it: .npy, or a CSV file like the data
 '''
 _ROWS = 60
 
@@ -83,7 +85,12 @@ def new(
     """Write a task to start from, and made-up rows to try it on."""
     data = path.with_suffix(".csv")
     attribute = "".join(word.capitalize() for word in re.split(r"[\W_]+", path.stem))
-    registry.split_source(f"{path}:{attribute}")  # raises UsageError
+    if path.suffix != ".py" or not attribute.isidentifier():
+        raise UsageError(
+            f"a task is written to a Python file, and {path.name} is no name of one",
+            "commonweight-agent task new my_task.py",
+        )
+    registry.name_of_source(f"{path}:{attribute}")  # raises UsageError
     for file in (path, data):
         if file.exists():
             raise UsageError(f"{file} is there already", "choose another name")
@@ -91,10 +98,16 @@ def new(
     text = _TEMPLATE
     for placeholder, word in words.items():
         text = re.sub(rf"\b{placeholder}\b", word, text)
-    path.write_text(text, encoding="utf-8")
-    data.write_text(_made_up_rows(), encoding="utf-8")
+    with os_errors_as(UsageError, f"cannot write {path}", "name a file in a folder of yours"):
+        path.write_text(text, encoding="utf-8")
+        data.write_text(_made_up_rows(), encoding="utf-8")
     print_line(f"wrote {path} and {data}, which has made-up rows")
     print_line(f"try it: commonweight-agent task check {path}:{attribute} --data {data}")
+    print_line(f"or with many peers: {_simulate(path, attribute, data)}")
+
+
+def _simulate(path: Path, attribute: str, data: Path) -> str:
+    return f"commonweight simulate {path}:{attribute} --peers 5 --rounds 3 --owner data={data}"
 
 
 def _made_up_rows() -> str:

@@ -7,12 +7,27 @@ memory. It also computes aggregations where the rows are. Values of CSV files ar
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from agent.data.reader import Aggregation, Reader, merge_states
 from agent.data.settings import DataSettings, uses_network
 from protocols.errors import DataError
 from protocols.extras import needs_extra
 
 __all__ = ["Aggregation", "Reader", "merge_states", "open_table"]
+
+
+#: The module and the extra of each reader.
+_NEEDS = {"arrow": ("pyarrow", "tabular"), "dask": ("dask", "dask"), "spark": ("pyspark", "spark")}
+
+
+def check_installed(reader: str) -> None:
+    """Raise MissingPackage unless the packages of this reader are installed. Imports none."""
+    engine = reader.partition(":")[0]
+    module, extra = _NEEDS.get(engine, ("", engine))
+    if module and find_spec(module) is None:
+        with needs_extra(extra, f"the table reader {engine}"):
+            raise ModuleNotFoundError(name=module)
 
 
 def open_table(data: DataSettings) -> Reader:
@@ -25,7 +40,7 @@ def open_table(data: DataSettings) -> Reader:
 
         if (folder := spooled_table()) is not None:
             return open_table(DataSettings(path=folder))
-    with needs_extra({"arrow": "tabular"}.get(engine, engine), f"the table reader {engine}"):
+    with needs_extra(_NEEDS.get(engine, ("", engine))[1], f"the table reader {engine}"):
         if engine == "arrow":
             from agent.data.arrow_reader import ArrowReader
 

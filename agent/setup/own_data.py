@@ -38,7 +38,8 @@ def check(chosen: AgentSettings, *, allowing: bool = False) -> str:
     allowed = [task for task in data_checks.EXPECTED if chosen.grants(task) or not chosen.tasks]
     needs = "; ".join(f"{task} reads {data_checks.EXPECTED[task]}" for task in allowed)
     if not chosen.tasks or "*" in chosen.tasks or set(chosen.tasks) - set(allowed):
-        return f"no built-in task reads such data, only tasks of your own ({needs})"
+        text = "no built-in task reads such data, only tasks of your own"
+        return f"{text} ({needs})" if needs else text
     raise DataError(f"no task that is allowed here reads such data: {needs}", data.path)
 
 
@@ -90,12 +91,25 @@ def waiting_rows(home: Path) -> str:
     return str(counts) if counts is not None and counts.waiting else ""
 
 
+def check_path(chosen: AgentSettings) -> None:
+    """Raise UsageError if there is nothing to read at the path of the data."""
+    try:
+        data_checks.check_path(settings.data_settings(chosen, Path()))
+    except DataError as err:
+        raise _as_usage(err, chosen) from err
+
+
+def _as_usage(err: DataError, chosen: AgentSettings) -> UsageError:
+    """The error, of data that the owner has just named."""
+    if isinstance(err.__cause__, FileNotFoundError):
+        text = f"there are no data at {chosen.data}"
+        return UsageError(text, "name a file or a folder on this machine")
+    return UsageError(err.message, err.hint)
+
+
 def check_setting(chosen: AgentSettings, *, allowing: bool = False) -> str:
     """The same for a setting that the owner is about to change. Raises UsageError."""
     try:
         return check(chosen, allowing=allowing)
     except DataError as err:
-        if isinstance(err.__cause__, FileNotFoundError):
-            text = f"there are no data at {chosen.data}"
-            raise UsageError(text, "name a file or a folder on this machine") from err
-        raise UsageError(err.message, err.hint) from err
+        raise _as_usage(err, chosen) from err

@@ -52,8 +52,9 @@ def add(
         flower_apps.check_python(app.python, MODULE)
     installed_apps.put(home, card.name, app)
     text = (
-        f"installed {card.name}, code {card.code[:12]}; on each machine: commonweight-agent app "
-        f"add FOLDER, with the same files\nthen: commonweight run start --flower {folder}"
+        f"installed {card.name}, code {card.code[:12]}; on machine i of n, from 0, with the same "
+        "files: commonweight-agent app add FOLDER --part i/n\n"
+        f"then: commonweight run start --flower {folder}"
     )
     print_result({"app": card.name, "code": card.code}, text, json=json)
 

@@ -38,7 +38,7 @@ app = App(
     help="Train together, keep your data: operate the coordinator and watch the fleet.",
     sections={
         "First steps": ("demo", "simulate", "init", "up", "ticket", "run", "monitor"),
-        "Fleet": ("status", "peers"),
+        "Fleet": ("peers", "task"),
         "Results": ("models", "infer", "analyze"),
         "Upkeep": ("doctor", "admin"),
     },
@@ -55,6 +55,7 @@ upkeep = App(
 
 monitor.add_to(app)
 fleet.add_to(app)
+tasks.tasks.add_typer(apps.apps, name="app")
 app.add_typer(tasks.tasks, name="task")
 app.add_typer(runs.runs, name="run")
 app.add_typer(apps.apps, name="app")

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coordinator.cli.common import Columns, Json, connect, print_line, print_list, print_result
-from protocols.errors import BadMessage, UsageError
+from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.local.command_line import App
 
 if TYPE_CHECKING:
     from protocols.messages.offers import Offer
 
-tasks = App(help="Offer a task file to the owners, who review and approve it.")
+tasks = App(help="Offer task files to the owners; install Flower apps: task app.")
 #: A task has one of these methods; other classes of the file are models and helpers.
 _DATA_METHODS = {"load", "data"}
 
@@ -98,10 +98,15 @@ def withdraw(
     name: Annotated[str, typer.Argument(help="The task, as `task list` names it.")],
 ) -> None:
     """Withdraw an offer. Machines that approved it stop, unless their owners keep it."""
-    from protocols.messages import offers
+    from coordinator.runs.recorded import is_name_of
 
-    try:
-        connect().withdraw_task(offers.check_name(name))
-    except BadMessage as err:
-        raise UsageError(err.message, "commonweight task list") from err
+    remote = connect()
+    offered = [one.name for one in remote.offers()]
+    found = [one for one in offered if is_name_of(one, name)]
+    if len(found) != 1:
+        what = f"several tasks are called {name!r}" if found else f"no task {name!r} is offered"
+        known = f"offered: {', '.join(found or offered)}"
+        raise UnknownName(what, known if offered else "commonweight task list")
+    (name,) = found
+    remote.withdraw_task(name)
     print_line(f"withdrew {name}; agents that approved it ask their owners before further work")

@@ -76,9 +76,13 @@ class AppCard(NamedTuple):
 
 def read_card(folder: Path) -> AppCard:
     """The card of the app in `folder`. Raises UsageError."""
+    file = folder / "pyproject.toml"
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}", _EXAMPLE)
     with os_errors_as(UsageError, f"{folder} is no Flower app", _EXAMPLE):
-        file = folder / "pyproject.toml"
-        if file.exists() and (not file.is_file() or file.stat().st_size > MAX_FILE_BYTES):
+        if not file.exists():
+            raise UsageError(f"{folder} is no Flower app: it has no pyproject.toml", _EXAMPLE)
+        if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
             raise UsageError(f"{file} is no file, or a large one", _EXAMPLE)
         text = file.read_bytes()
     try:

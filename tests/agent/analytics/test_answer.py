@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import agent.data
 from agent.analytics import job_handler, query_log
 from agent.analytics.answer import answer_question
 from agent.analytics.query_log import QueryLog
@@ -27,7 +28,8 @@ from coordinator.jobs.analysis import AnalysisResult, combine, validate
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.parser import parse_query
 from protocols.analytics.query import Query
-from protocols.errors import BadMessage
+from protocols.errors import BadMessage, MissingPackage
+from protocols.messages.refusals import refusal_of
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
 
@@ -400,3 +402,13 @@ def test_an_exact_answer_is_named_in_the_ledger(tmp_path: Path) -> None:
     peer.ask("count")
     (charge,) = peer.memory.ledger.charges()
     assert (charge.purpose, charge.is_exact, charge.about) == ("question", True, "count")
+
+
+def test_a_missing_reader_is_named_with_what_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent.data, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="needs pyarrow") as caught:
+        job_handler.answer(parse_query("count"), tmp_path)
+    assert caught.value.hint == "pip install 'commonweight[tabular]'"
+    assert "commonweight[tabular]" in refusal_of(caught.value).text

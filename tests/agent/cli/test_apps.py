@@ -56,7 +56,8 @@ def test_an_app_is_installed_listed_and_removed(agent_home: Path, tmp_path: Path
 def test_a_folder_that_is_no_app_is_refused(agent_home: Path, tmp_path: Path) -> None:
     code, _, said = agent(agent_home, "app", "add", str(tmp_path))
     assert code == 2
-    assert "is no Flower app" in said
+    assert "is no Flower app: it has no pyproject.toml" in said
+    assert "there is no folder /" in agent(agent_home, "app", "add", "./none")[2]
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\n')
     code, _, said = agent(agent_home, "app", "add", str(tmp_path))
     assert code == 2

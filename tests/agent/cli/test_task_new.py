@@ -39,7 +39,9 @@ def test_the_written_task_learns_from_the_written_rows(
     [
         ("my_task.py", "my_task.py", "my_task.py is there already"),
         ("my_task.py", "my_task.csv", "my_task.csv is there already"),
-        ("my_task.txt", "", "names no task"),
+        ("my_task.txt", "", "a task is written to a Python file"),
+        ("7.py", "", "7.py is no name of one"),
+        ("none/my_task.py", "", "cannot write none/my_task.py: No such file or directory"),
     ],
 )
 def test_no_file_is_written_over(

@@ -154,9 +154,14 @@ def test_data_that_fit_no_allowed_task_are_refused_at_once(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="tabular reads a CSV or Parquet file, or a folder of"):
         own_data.check_setting(only_tables)
     with_own_task = AgentSettings(data=str(tmp_path / "pets"), tasks=("tabular", "mine.py:Mine"))
-    assert "only tasks of your own" in own_data.check_setting(with_own_task)
+    assert "only tasks of your own (tabular reads" in own_data.check_setting(with_own_task)
+    only_own = replace(with_own_task, tasks=("mine.py:Mine",))
+    said = "no built-in task reads such data, only tasks of your own"
+    assert own_data.check_setting(only_own) == said
 
 
 def test_a_wrong_path_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there are no data at .*typo\.csv"):
         own_data.check_setting(AgentSettings(data=str(tmp_path / "typo.csv")))
+    with pytest.raises(UsageError, match=r"there are no data at .*typo\.csv"):
+        own_data.check_path(AgentSettings(data=str(tmp_path / "typo.csv")))

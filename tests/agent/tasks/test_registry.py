@@ -57,7 +57,10 @@ def test_the_documented_example_is_forty_lines_and_finds_its_line(
 
 def test_a_registered_task_is_known_allowed_and_forgotten(agent_home: Path) -> None:
     settings.change(agent_home, tasks=("mnist",))
-    assert agent(agent_home, "task", "add", LINE)[0] == 0
+    code, _, said = agent(agent_home, "task", "add", LINE)
+    assert code == 0
+    assert "name them: commonweight-agent policy set data PATH" in said
+    assert "task check" not in said
     chosen = settings.read(agent_home)
     assert chosen.task_files == {"line.py:Line": LINE}
     assert chosen.allows("line.py:Line")

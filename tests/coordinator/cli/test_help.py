@@ -88,9 +88,17 @@ def test_the_first_page_is_short_and_starts_with_the_first_steps(app: typer.Type
     assert sorted(listed) == sorted(entries)
 
 
+@each_program
+def test_tasks_and_flower_apps_are_found_from_the_first_page(app: typer.Typer) -> None:
+    assert re.search(r"^  task .*Flower apps: task app\.$", help_of(app), re.MULTILINE)
+    assert re.search(r"^  app  +\w", help_of(app, "task"), re.MULTILINE)
+    for words in (["app", "add"], ["task", "app", "add"]):
+        assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
+
+
 def test_first_steps_come_in_the_order_in_which_they_are_taken() -> None:
     text = help_of(coordinator_app)
-    steps = ("demo", "init", "up", "ticket", "run", "monitor", "status")
+    steps = ("demo", "init", "up", "ticket", "run", "monitor", "peers")
     places = [text.index(f"\n  {name} ") for name in steps]
     assert places == sorted(places)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from coordinator.cli import tasks
-from protocols.errors import UsageError
+from protocols.errors import UnknownName, UsageError
 from protocols.messages.offers import MAX_FILE_BYTES, Offer, OfferRequest
 
 TEXT = "class Net: pass\n\n\nclass Gait:\n    def data(self, source, settings): ...\n"
@@ -25,6 +25,29 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[OfferRequest]:
 
     monkeypatch.setattr(tasks, "connect", lambda: SimpleNamespace(offer_task=offer_task))
     return found
+
+
+@pytest.mark.parametrize(
+    ("offered", "name", "words", "hint"),
+    [
+        (["gait.py:Gait"], "nosuch", "no task 'nosuch' is offered", "offered: gait.py:Gait"),
+        ([], "gait.py:Gait", "no task 'gait.py:Gait' is offered", "commonweight task list"),
+        (["a.py:T", "b.py:T"], "T", "several tasks are called 'T'", "offered: a.py:T, b.py:T"),
+    ],
+)
+def test_a_withdrawal_names_what_is_offered(
+    monkeypatch: pytest.MonkeyPatch, offered: list[str], name: str, words: str, hint: str
+) -> None:
+    there = [Offer(name=one, digest="ab" * 32, nbytes=1, at=1.0) for one in offered]
+    withdrawn: list[str] = []
+    remote = SimpleNamespace(offers=lambda: there, withdraw_task=withdrawn.append)
+    monkeypatch.setattr(tasks, "connect", lambda: remote)
+    with pytest.raises(UnknownName, match=words) as caught:
+        tasks.withdraw(name)
+    assert (caught.value.hint, withdrawn) == (hint, [])
+    if offered:
+        tasks.withdraw(f"./{offered[0]}")
+        assert withdrawn == offered[:1]
 
 
 def test_the_class_with_data_is_the_task(
