@@ -69,6 +69,7 @@ NUMBERED = {
     "offers": Numbered(
         "have an offered task file run that its owner did not approve", "coordinator"
     ),
+    "apps": Numbered("do more with a Flower app than its owner and operator allowed", "task"),
     "sandbox": Numbered("attack the owner's machine from inside a task", "task"),
     "keys": Numbered("use stolen keys", "thief"),
     "audit": Numbered("rewrite the history of the fleet", "coordinator"),
@@ -78,6 +79,9 @@ NUMBERED = {
     "secure": Numbered("learn one peer's update from a secure run", "coordinator"),
     "secrets": Numbered("find secrets that lie about, or have data run as code", "thief"),
 }
+
+#: Further names that a mark may have.
+ALSO = {"23.4": "apps", "23.5": "offers"}
 
 #: What only a later feature can close: number, attack, attacker, why it is open.
 LATER = (
@@ -197,7 +201,8 @@ def _marks(node: ast.expr) -> Iterator[tuple[str, str]]:
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.mark.attack":
             by = {word.arg: ast.literal_eval(word.value) for word in call.keywords}.get("by", "")
             for argument in call.args:
-                yield str(ast.literal_eval(argument)).removeprefix("20."), by
+                number = str(ast.literal_eval(argument))
+                yield ALSO.get(number, number.removeprefix("20.")), by
 
 
 def _read(

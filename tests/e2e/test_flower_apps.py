@@ -46,6 +46,8 @@ def test_an_app_survives_an_agent_that_is_killed_in_training(tmp_path: Path) -> 
         assert [len(closed["contributors"]) for closed in ended["history"]] == [2, 2]
         assert [closed["metrics"]["loss"] for closed in ended["history"]] == [8.5, 7.0]
         assert ended["refusals"] == 0
+        again = [text for text in site.events() if "which it gets again" in text]
+        assert again == ["south disconnected during its work, which it gets again (1)"]
         (row,) = site.data("app", "list")
         assert (row["app"], row["state"]) == ("mean", "✓ installed")
         entries = audit_log.read(tmp_path / "south")

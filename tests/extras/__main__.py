@@ -19,6 +19,8 @@ from tests.support.environments import ROOT, NotRun, environment
 
 HERE = Path(__file__).parent
 TESTED_WITHIN_S = 600
+#: Environments with the tests of another one.
+SAME_TESTS = {"flower_1_41": "flower"}
 #: What an extra needs beside packages: a command that fails with the reason in its last line.
 CHECKS = {
     "spark": ("-c", "from agent.data.spark_reader import check_java; check_java()"),
@@ -36,7 +38,7 @@ def main(names: list[str]) -> int:
 
 def tested() -> list[str]:
     """Every extra that has tests."""
-    return sorted({path.parent.name for path in HERE.glob("*/test_*.py")})
+    return sorted({path.parent.name for path in HERE.glob("*/test_*.py")} | set(SAME_TESTS))
 
 
 def outcome(name: str) -> str:
@@ -46,7 +48,7 @@ def outcome(name: str) -> str:
         python = python_with(name)
     except NotRun as why:
         return f"not run: {why}"
-    words = [str(python), "-m", "pytest", "-n", "1", str(HERE / name)]
+    words = [str(python), "-m", "pytest", "-n", "1", str(HERE / SAME_TESTS.get(name, name))]
     try:
         done = subprocess.run(words, cwd=ROOT, timeout=TESTED_WITHIN_S, check=False)
     except subprocess.TimeoutExpired:
@@ -78,7 +80,9 @@ def requirements(name: str) -> list[str]:
     extras = settings["project"]["optional-dependencies"] | settings["dependency-groups"]
     found: list[str] = []
     for requirement in extras[name]:
-        if ours := re.fullmatch(r"commonweight\[(\w+)\]", requirement):
+        if isinstance(requirement, dict):  # as PEP 735 has it
+            found += requirements(requirement["include-group"])
+        elif ours := re.fullmatch(r"commonweight\[(\w+)\]", requirement):
             found += requirements(ours[1])
         else:
             found.append(requirement)

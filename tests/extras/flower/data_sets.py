@@ -1,7 +1,7 @@
 """Small data sets in a cache as Hugging Face's `datasets` keeps it, under the names of real ones.
 
-The images are digits of MNIST and the tables those of scikit-learn: what counts is that apps find
-them without a network.
+The images are the handwritten digits of scikit-learn, and the tables its iris and breast cancer:
+what counts is that apps find real rows without a network.
 """
 
 from __future__ import annotations
