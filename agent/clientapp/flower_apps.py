@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
-import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -26,12 +25,12 @@ from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done, RunApp
 from protocols.errors import BadMessage, NotAllowed, TrainerFailed, UsageError
-from protocols.local import flower_apps
+from protocols.local import flower_apps, own_folders
 from protocols.local.atomic_files import fsync_files, write_private
-from protocols.local.background_unlink import unlink
 from protocols.local.disk_space import check_room
 from protocols.local.failpoints import failpoint, note
 from protocols.local.flower_apps import PREFIX, InstalledApp
+from protocols.local.own_folders import OwnFolder
 from protocols.local.safe_paths import path_in
 from protocols.messages import app_work
 from protocols.messages.app_work import (
@@ -52,7 +51,8 @@ log = logging.getLogger("commonweight.agent")
 MAX_RUNS = 8
 #: Limits of the owner that have no effect in an app. One that is stricter than its default refuses.
 _NOT_KEPT = ("min_cohort", "min_witnesses", "data_min_rows")
-_ARRAYS = ".safetensors"
+#: In an app's folder: what belongs to its runs.
+_RUNS, _ARRAYS = "runs", ".safetensors"
 _SPARE_BYTES = 4 * 1024 * 1024
 #: Failures of an app's process that another process may not repeat.
 _RETRYABLE = frozenset({"killed", "died", "start"})
@@ -122,6 +122,7 @@ class FlowerApps:
             answer = SIGNED_APP_ANSWER.decode(stored.answer)
             self._on_leaving(work, answer)
             if answer.digest:
+                self._check_plain(work, key)
                 self._send(answer.digest, self._arrays(work, key))
         finally:
             self._on_work(None)
@@ -203,7 +204,7 @@ class FlowerApps:
             self._budget.charge_exact("training", work.run, f"{PREFIX}{work.app}, what it sends")
         except Exception:
             kept = state.name if state else "."
-            _delete(out, lambda name: key in name and not name.startswith(kept))
+            self._delete(work, lambda name: key in name and not name.startswith(kept))
             raise
         has_state = state_out.is_file()
         answer, signature = self._seal(work, key, done)
@@ -260,7 +261,10 @@ class FlowerApps:
         return path_in(self._folder, run, ".json")
 
     def _out(self, work: AppWork) -> Path:
-        return path_in(self._process.folder_of(work.app) / "runs", work.run)
+        return path_in(self._process.folder_of(work.app) / _RUNS, work.run)
+
+    def _opened_out(self, work: AppWork) -> AbstractContextManager[OwnFolder]:
+        return own_folders.opened(self._process.folder_of(work.app), _RUNS, work.run)
 
     def _arrays(self, work: AppWork, key: str) -> Path:
         return path_in(self._out(work), key, _ARRAYS)
@@ -296,21 +300,32 @@ class FlowerApps:
 
     def _drop_old(self, work: AppWork, key: str) -> None:
         """Delete the files of earlier messages of the run, and of the oldest runs."""
-        _delete(self._out(work), lambda name: not name.startswith(key))
+        self._delete(work, lambda name: not name.startswith(key))
         files = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         for old in files[:-MAX_RUNS]:
             if (stored := self._last(old.stem)) is not None:
-                folder = self._process.folder_of(stored.app) / "runs" / old.stem
-                shutil.rmtree(folder, ignore_errors=True)
+                app = self._process.folder_of(stored.app)
+                with contextlib.suppress(OSError), own_folders.opened(app, _RUNS) as runs:
+                    runs.remove_folder(old.stem)
             old.unlink(missing_ok=True)
 
+    def _delete(self, work: AppWork, is_old: Callable[[str], bool]) -> None:
+        """Delete the files with these names; the app may have made, or deleted, folders there."""
+        with contextlib.suppress(OSError), self._opened_out(work) as out:
+            for name in filter(is_old, out.names()):
+                with contextlib.suppress(OSError):
+                    out.unlink(name)
 
-def _delete(folder: Path, is_old: Callable[[str], bool]) -> None:
-    """Delete the files with these names; the app may have made, or deleted, folders there."""
-    for name in os.listdir(folder) if folder.is_dir() else ():
-        if is_old(name):
-            with contextlib.suppress(OSError):
-                unlink(folder / name)
+    def _check_plain(self, work: AppWork, key: str) -> None:
+        """Raise TrainerFailed if the arrays of an answer are another file, by a link of the app."""
+        try:
+            with self._opened_out(work) as out:
+                if out.is_file(key + _ARRAYS):
+                    return
+            text = "it is no plain file"
+        except OSError as err:
+            text = err.strerror or str(err)
+        raise TrainerFailed("task", f"the answer of the app {work.app} is not sent: {text}")
 
 
 def _shown(work: AppWork) -> Work:

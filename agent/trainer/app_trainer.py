@@ -19,6 +19,7 @@ from agent.trainer.supervisor import TrainerSupervisor
 from protocols.errors import TrainerFailed
 from protocols.local import failpoints
 from protocols.local.flower_apps import InstalledApp
+from protocols.local.safe_paths import path_in
 
 MODULE = "commonweight.flower_apps.client"
 
@@ -49,7 +50,7 @@ class AppTrainer(TrainerSupervisor):
 
     def folder_of(self, name: str) -> Path:
         """The folder in which an app works. It can write nowhere else."""
-        return self._folder / name
+        return path_in(self._folder, name)
 
     def pass_on(self, name: str, app: InstalledApp, work: RunApp, within_s: float) -> Done:
         """Let the app `name` answer a message. Raises TrainerFailed, after `within_s` or the

@@ -174,6 +174,7 @@ class BoundedLog:
     def __init__(self, path: Path) -> None:
         too_long = path.exists() and path.stat().st_size > MAX_LOG_BYTES
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if too_long else 0)
+        flags |= getattr(os, "O_NOFOLLOW", 0)  # the child can change its folder
         self._file = os.fdopen(os.open(path, flags, 0o600), "ab", buffering=0)
 
     def copy(self, output: IO[bytes]) -> None:

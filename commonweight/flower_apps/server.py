@@ -155,9 +155,12 @@ def run(folder: Path, code: str) -> int:
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
             return self._pull(message_ids, 0.0)
 
-        def _pull(self, message_ids: Iterable[str], wait_s: float) -> list[Message]:
+        def _pull(
+            self, message_ids: Iterable[str], wait_s: float, forgotten: Iterable[str] = ()
+        ) -> list[Message]:
             numbers = tuple(int(one) for one in message_ids if int(one) in self._asked)
-            found = self._ask(frames.Pull(ids=numbers, wait_s=wait_s))
+            gone = tuple(map(int, forgotten))
+            found = self._ask(frames.Pull(ids=numbers, wait_s=wait_s, forgotten=gone))
             return [self._reply(one) for one in found.replies]
 
         def _reply(self, found: Any) -> Message:
@@ -185,6 +188,10 @@ def run(folder: Path, code: str) -> int:
                 found = self._pull(pending, left)
                 replies += found
                 pending -= {reply.metadata.reply_to_message_id for reply in found}
+            if pending:  # their replies would stay on the disk
+                self._pull((), 0.0, forgotten=pending)
+                for one in pending:
+                    self._asked.pop(int(one), None)
             return replies
 
     error = ""

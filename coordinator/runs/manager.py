@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from coordinator import strategies
 from coordinator.fleet.registry import Registry
 from coordinator.runs import deletion, retention, spec_rules, transitions
+from coordinator.runs.apps import leftovers
 from coordinator.runs.apps import rules as app_rules
 from coordinator.runs.apps.loop import AppLoop
 from coordinator.runs.context import RunContext
@@ -27,7 +28,6 @@ from coordinator.runs.task_settings import ToldSettings
 from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate
-from coordinator.strategies.state import StateStore
 from protocols.errors import AWAITED, Awaited, CannotBeMet, CommonweightError, UnknownName
 from protocols.local import flower_apps, heap
 from protocols.local.failpoints import failpoint
@@ -99,17 +99,18 @@ class RunManager:
 
         `until`: return when this run has ended.
         """
-        for deleted in self._deleted:
-            deletion.execute(self._plan(deleted), self._ctx.store)
-        self._deleted = []
+        while self._deleted:
+            deletion.execute(self._plan(self._deleted.pop()), self._ctx.store)
         unfinished = [run for run in self._runs.values() if resume and not run.ended]
         self._ctx.store.uploads.keep_runs({run.id: accepted_uploads(run) for run in unfinished})
         for run in list(self._runs.values()):
-            if not run.ended:
-                if resume:
-                    self._queue.put_nowait(run.id)
-                else:
-                    self._end(run.id, "not resumed")
+            if run.ended:
+                if leftovers.exist(app_rules.folder_of(self._ctx.store.home, run.id)):
+                    self._tidy(run)
+            elif resume:
+                self._queue.put_nowait(run.id)
+            else:
+                self._end(run.id, "not resumed")
         while not (until and self._runs[until].ended):
             run_id = await self._queue.get()
             if run_id not in self._runs or self._runs[run_id].ended:
@@ -306,14 +307,18 @@ class RunManager:
         return plan
 
     def _end(self, run_id: str, because: str, state: RunState = RunState.STOPPED) -> None:
-        event = run_events.RunEnded(state, because)
-        self._append(run_id, event)
-        run = transitions.apply(self._runs[run_id], event)
-        store, protected = self._ctx.store, partial(self._protected_by_others, run_id)
-        retention.Retention(run, store, StateStore(store.states), protected).prune(run)
+        self._append(run_id, run_events.RunEnded(state, because))
+        run = self._replay(run_id)
+        self._tidy(run)
         self._runs[run_id] = _compact(run)
-        store.uploads.delete_run(run_id)
         self._ctx.publish(run_body(run, ""))
+
+    def _tidy(self, run: Run) -> None:
+        """Delete what an ended run does not keep."""
+        store, protected = self._ctx.store, partial(self._protected_by_others, run.id)
+        retention.Retention(run, store, protected).prune(run)
+        store.uploads.delete_run(run.id)
+        leftovers.delete(app_rules.folder_of(store.home, run.id))
 
     def find(self, name: str, *, newest: bool = True) -> Run:
         """A run by its name, as `named_run` finds it. Raises UnknownName."""

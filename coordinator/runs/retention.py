@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Set
 
 from coordinator.runs import buffered
+from coordinator.runs.apps import leftovers, rules
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import Holding
 from coordinator.storage.weight_store import WeightStore
@@ -49,12 +50,11 @@ class Retention:
         self,
         run: Run,
         store: WeightStore,
-        states: StateStore,
         protected_digests: Callable[[], Set[str]],
     ) -> None:
-        self._store, self._states = store, states
+        self._store, self._states = store, StateStore(store.states)
         self._protected_digests = protected_digests
-        self.on_disk = all_versions(run)
+        self.on_disk = all_versions(run) | leftovers.versions(rules.folder_of(store.home, run.id))
 
     def prune(self, run: Run, in_use: Iterable[str] = ()) -> None:
         """Delete what no run needs any more. `in_use`: bases of peers that still train."""

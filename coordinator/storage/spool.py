@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from pathlib import Path
 from types import TracebackType
 
@@ -156,10 +156,10 @@ class Spool:
         """The bytes of a small file. Raises OSError."""
         return self.path(node, digest).read_bytes()
 
-    def move(self, node: str, digest: str, target: Path) -> None:
-        """Move a whole upload out of the spool."""
+    def move(self, node: str, digest: str, move: Callable[[Path], object]) -> None:
+        """Move a whole upload out of the spool: `move(path)` does it."""
         path = self.path(node, digest)
-        path.replace(target)
+        move(path)
         self._files[node].pop(path, None)
 
     def drop(self, node: str, digest: str) -> None:

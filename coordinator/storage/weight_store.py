@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from coordinator.storage.spool import Spool
@@ -29,7 +30,9 @@ class WeightStore(Versions):
         with self._naming:
             self.unrecorded.add(digest)
             try:
-                self.uploads.move(node, digest, self.version_path(digest))
+                self.uploads.move(
+                    node, digest, partial(Path.replace, target=self.version_path(digest))
+                )
             except FileNotFoundError:
                 self.unrecorded.discard(digest)
                 raise

@@ -95,8 +95,10 @@ def read_card(folder: Path) -> AppCard:
             f"{folder}/pyproject.toml is not that of a Flower app: {type(err).__name__} {err}",
             _EXAMPLE,
         ) from err
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is no name of an app", "letters, digits and ._-, at most 57")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise UsageError(
+            f"{name!r} is no name of an app", "letters, digits and ._-, without .., at most 57"
+        )
     for component in (server, client):
         if not isinstance(component, str) or not _COMPONENT.fullmatch(component):
             raise UsageError(f"{component!r} is no component of an app", "write module:attribute")
@@ -140,7 +142,7 @@ def digest(folder: Path) -> str:
                     "move virtual environments and outputs out of it",
                 )
             data = (folder / name).read_bytes()
-            found.update(f"{name}\0{len(data)}\0".encode() + data)
+            found.update(os.fsencode(f"{name}\0{len(data)}\0") + data)
     return found.hexdigest()
 
 
@@ -157,7 +159,8 @@ def _code_files(folder: Path) -> Iterator[str]:
                 )
         for file in files:
             path = Path(place, file)
-            is_cached = Path(place).name == "__pycache__" and len(path.suffixes) > 1
+            is_cached = path.parent.name == "__pycache__" and path.suffix == ".pyc"
+            is_cached = is_cached and "." in path.stem  # x.cpython-311.pyc, which no import loads
             if path.suffix in _CODE and not is_cached and path.is_file():
                 count += 1
                 yield path.relative_to(folder).as_posix()

@@ -9,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from coordinator.runs.apps import frames
+from coordinator.runs.apps.lane import Lane
 from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import AGENT_FAILED, Request, RequestsInFlight
 from coordinator.storage.run_events import Update
 from protocols.errors import BadMessage, BadWeights
-from protocols.local.safe_paths import path_in
 from protocols.messages import app_work, refusals
 from protocols.messages.app_work import RECORD, SIGNED_APP_ANSWER, SIGNED_APP_WORK, AppWork
 from protocols.messages.jobs import idempotency_key
@@ -58,13 +57,13 @@ class Answered(NamedTuple):
 class Conversation:
     """The open messages of one run, by their numbers. Runs in the event loop's thread.
 
-    `folder`: of the run, where the ServerApp finds the arrays of replies.
+    The arrays of replies go to `lane`.
     """
 
-    def __init__(self, ctx: RunContext, run_id: str, folder: Path) -> None:
+    def __init__(self, ctx: RunContext, run_id: str, lane: Lane) -> None:
         self.requests = RequestsInFlight(ctx)
         self.open: dict[int, Sent] = {}
-        self._ctx, self._run_id, self._folder = ctx, run_id, folder
+        self._ctx, self._run_id, self._lane = ctx, run_id, lane
         self._number = 0
         self._sending = asyncio.Lock()
         self._taken: list[str] = []
@@ -207,8 +206,8 @@ class Conversation:
         with uploads.open(sent.peer, digest) as file:
             if file.nbytes != nbytes:
                 raise BadMessage(f"its arrays have {file.nbytes} bytes, and it says {nbytes}")
-        target = path_in(self._folder / frames.IN, str(sent.work.number), frames.SUFFIX)
-        uploads.move(sent.peer, digest, target)
+        put = partial(self._lane.put_file, number=sent.work.number)
+        uploads.move(sent.peer, digest, put)
 
     def close(self) -> None:
         """The run has ended."""

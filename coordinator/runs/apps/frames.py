@@ -60,10 +60,14 @@ class Push(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Pull(Struct, frozen=True, tag=True, kw_only=True):
-    """Which of these messages have replies? Wait for the first one for at most `wait_s`."""
+    """Which of these messages have replies? Wait for the first one for at most `wait_s`.
+
+    `forgotten`: messages whose replies are never asked for again.
+    """
 
     ids: Annotated[tuple[Count, ...], Meta(max_length=MAX_PEERS)]
     wait_s: Annotated[float, Meta(ge=0, le=60)] = 0.0
+    forgotten: Annotated[tuple[Count, ...], Meta(max_length=MAX_PEERS)] = ()
 
 
 class End(Struct, frozen=True, tag=True, kw_only=True):

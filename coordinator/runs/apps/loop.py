@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Set
 
-from coordinator.runs.apps import frames, pushes, round_events, rules, server_process
+from coordinator.runs.apps import frames, leftovers, pushes, round_events, rules, server_process
 from coordinator.runs.apps.conversation import CHECK, LATE, Answered, Conversation
 from coordinator.runs.apps.frames import End, Nodes, NodesAsked, Pull, Push, Pushed, Replies, Reply
+from coordinator.runs.apps.lane import Lane
 from coordinator.runs.apps.round_events import Phase
 from coordinator.runs.apps.rounds import AppRounds
 from coordinator.runs.apps.server_process import ServerProcess
@@ -30,7 +29,6 @@ from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent
-from coordinator.strategies.state import StateStore
 from protocols.errors import CommonweightError, HomeError
 from protocols.local.timed_wait import wait_at_most
 from protocols.messages.app_work import AppWork
@@ -56,17 +54,16 @@ class AppLoop:
     ) -> None:
         timer = PhaseTimer()
         self._ctx, self._recorder = ctx, RunRecorder(run, ctx, timer)
-        self._retention = Retention(run, ctx.store, StateStore(ctx.store.states), protected_digests)
+        self._retention = Retention(run, ctx.store, protected_digests)
         self._folder = rules.folder_of(ctx.store.home, run.id)
-        self._talk = Conversation(ctx, run.id, self._folder)
+        self._lane = Lane(self._folder)
+        self._talk = Conversation(ctx, run.id, self._lane)
         self.changed, self._arrived = asyncio.Event(), asyncio.Event()
         #: Peers that have the app, and those that were asked.
         self._fit, self._checked = set[str](), set[str]()
-        #: Replies that the ServerApp has not taken yet.
-        self._answers: dict[int, Reply] = {}
         self._rounds = AppRounds(ctx, self._recorder, timer, self._retention, self._talk)
         self._stop_reason = ""
-        self._flower_run = _number_of(run.id)
+        self._flower_run = rules.number_of(run.id)
 
     # --- called from outside, as `RunLoop` ---
 
@@ -119,12 +116,11 @@ class AppLoop:
                 await self._rounds.close()
                 await self._recorder.record(round_events.ended(self.run, state, because))
         finally:
-            for name in (frames.OUT, frames.IN):
-                shutil.rmtree(self._folder / name, ignore_errors=True)
             if self.run.ended:
                 self._ctx.store.uploads.end_run()
             self._recorder.announce_now()
         self._retention.prune(self.run)
+        leftovers.delete(self._folder)
         level = "error" if self.run.state is RunState.FAILED else "info"
         self._recorder.report(
             level, f"run {self.run.id} {self.run.state}: {self.run.ended_because}"
@@ -250,9 +246,9 @@ class AppLoop:
                 elif sent.kind not in round_events.PREPARING:
                     events.append(run_events.UpdateAccepted(sent.work.round, sent.peer, update))
         await self._recorder.record(*events)
-        for reply, (sent, *_) in zip(replies, answered, strict=True):
+        for reply, (sent, _, update, _) in zip(replies, answered, strict=True):
             if sent.kind != CHECK:
-                self._answers[reply.id] = reply
+                self._lane.put(reply, update.nbytes if update else 0)
         if answered:
             self._arrived.set()
 
@@ -263,6 +259,7 @@ class AppLoop:
         self._recorder.set_waiting_for("its ServerApp")
         await server.write(frames.Hello(flower_run=self._flower_run, config=self.run.spec.settings))
         while True:
+            await asyncio.sleep(0)  # frames that have come must not keep other tasks waiting
             match await server.read():
                 case NodesAsked():
                     await server.write(Nodes(self._nodes()))
@@ -281,13 +278,13 @@ class AppLoop:
 
     def _peers(self) -> dict[int, str]:
         """The peers that can work now, by the ids that the ServerApp knows."""
-        return {_number_of(peer): peer for peer in self._fit & self._ctx.eligible()}
+        return {rules.number_of(peer): peer for peer in self._fit & self._ctx.eligible()}
 
     async def _push(self, push: Push) -> Pushed:
         """Record the round, and send the messages to the nodes that can work. Raises BadMessage."""
         nodes, limits = self._peers(), self._ctx.transfer.limits
         going = [message for message in push.messages if message.node in nodes]
-        pushes.check_bounds(push, going, self._talk.open.values(), self._answers.values())
+        pushes.check_bounds(push, going, self._talk.open.values(), self._lane.told_bytes)
         sizes = await asyncio.to_thread(
             pushes.adopt, self._ctx.store, self._folder, push.contents, self._retention.on_disk
         )
@@ -327,8 +324,9 @@ class AppLoop:
 
     async def _pull(self, pull: Pull) -> Replies:
         """The replies that have come, or come within the time that the ServerApp waits."""
-        wanted, until = set(pull.ids), time.monotonic() + pull.wait_s
-        while not (found := sorted(wanted & self._answers.keys())[: frames.MAX_REPLIES]):
+        until = time.monotonic() + pull.wait_s
+        self._lane.forget(pull.forgotten, self._talk.open.keys())
+        while not (found := self._lane.take(pull.ids)):
             self._arrived.clear()
             if (left := until - time.monotonic()) <= 0:
                 break
@@ -336,12 +334,7 @@ class AppLoop:
                 await asyncio.wait_for(self._arrived.wait(), left)
         if not self._talk.open:
             self._recorder.set_waiting_for("its ServerApp")
-        return Replies(tuple(self._answers.pop(number) for number in found))
-
-
-def _number_of(name: str) -> int:
-    """An id for Flower, of a run or a peer: the same in each run, and on each coordinator."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+        return Replies(tuple(found))
 
 
 class _Ended(Exception):

@@ -6,33 +6,35 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from coordinator.runs.apps import frames
+from coordinator.runs.apps import frames, leftovers
 from coordinator.runs.apps.conversation import Sent
-from coordinator.runs.apps.frames import Content, Outgoing, Push, Reply
+from coordinator.runs.apps.frames import Content, Outgoing, Push
+from coordinator.runs.apps.lane import MAX_TOLD_BYTES
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage, BadWeights
+from protocols.local import own_folders
 from protocols.local.safe_paths import path_in
 from protocols.messages import app_work
 from protocols.messages.envelope import MAX_PEERS
 
 #: Messages without a reply: to one node, and in all.
 MAX_OPEN_OF_NODE, MAX_OPEN = 64, MAX_PEERS
-#: Records of the messages without a reply and of the replies that the ServerApp has not taken. Each
-#: message is in memory by itself, also where many have the same content.
-MAX_HELD_BYTES = 256 * 1024 * 1024
 
 
 def check_bounds(
-    push: Push, going: Collection[Outgoing], sent: Collection[Sent], replies: Iterable[Reply]
+    push: Push, going: Collection[Outgoing], sent: Collection[Sent], waiting_bytes: int
 ) -> None:
     """Raise BadMessage if `going`, of this push, is too much beside what was `sent` before and the
-    `replies` that wait."""
+    records of the replies that wait.
+
+    Each message is in memory by itself, also where many have the same content.
+    """
     told = [push.contents[message.content].told for message in going]
-    held = [*told, *(one.work.told for one in sent), *(reply.told for reply in replies)]
-    if (nbytes := sum(map(len, held))) > MAX_HELD_BYTES:
+    held = [*told, *(one.work.told for one in sent)]
+    if (nbytes := sum(map(len, held)) + waiting_bytes) > MAX_TOLD_BYTES:
         raise BadMessage(
             f"the ServerApp has {nbytes:,} bytes of configs and metrics in messages and replies at "
-            f"one time, at most {MAX_HELD_BYTES:,} are taken",
+            f"one time, at most {MAX_TOLD_BYTES:,} are taken",
             "put large values into an ArrayRecord",
         )
     nodes = Counter(message.node for message in going)
@@ -53,8 +55,8 @@ def adopt(
     """Make the arrays of these contents versions; their bytes by digest, 0 for no arrays.
 
     `folder`: of the run. `on_disk`: its versions, which other runs leave alone; new ones are added.
-    So they are not `unrecorded`: the run deletes those that the ledger never names as well. Raises
-    BadMessage for arrays that are not what the ServerApp says.
+    So they are not `unrecorded`: the run deletes those that the ledger never names as well, also
+    after a crash. Raises BadMessage for arrays that are not what the ServerApp says.
     """
     sizes = {"": 0}
     for content in contents:
@@ -64,8 +66,11 @@ def adopt(
         if digest in sizes:
             continue
         try:
+            if digest not in on_disk:
+                leftovers.note_version(folder, digest)
             try:
-                store.adopt(path_in(folder / frames.OUT, digest, frames.SUFFIX), digest)
+                with own_folders.opened(folder, frames.OUT) as out:
+                    store.adopt(path_in(out.path, digest, frames.SUFFIX), digest)
             except FileNotFoundError as err:  # a thread of the app has sent the same arrays
                 if digest not in on_disk:
                     raise BadMessage("the ServerApp names arrays that it has not written") from err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from coordinator.storage.run_events import RunSpec
@@ -42,6 +44,12 @@ def is_app(spec: RunSpec) -> bool:
 def name_of(spec: RunSpec) -> str:
     """The app's name."""
     return spec.task.removeprefix(PREFIX)
+
+
+@cache
+def number_of(name: str) -> int:
+    """An id for Flower, of a run or a peer: the same in each run, and on each coordinator."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
 
 
 def folder_of(home: Path, run_id: str) -> Path:

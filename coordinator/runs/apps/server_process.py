@@ -68,7 +68,8 @@ class ServerProcess:
         """Copy what it prints to the log; what it prints without end is dropped."""
         assert self._process.stderr is not None
         left = MAX_LOG_BYTES
-        descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(self._log, flags, 0o600)
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             while data := await self._process.stderr.read(_READ_BYTES):
                 lines = data[-2000:].decode(errors="replace").splitlines()

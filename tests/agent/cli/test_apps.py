@@ -85,7 +85,7 @@ def test_a_folder_that_is_no_app_is_refused(agent_home: Path, tmp_path: Path) ->
 
 
 @pytest.mark.attack("20.4", by="task")
-@pytest.mark.parametrize("name", ["../evil", "a/b", "", "x" * 58, "a\\nb"])
+@pytest.mark.parametrize("name", ["../evil", "a/b", "", "x" * 58, "a\\nb", "a..b"])
 def test_an_app_with_the_name_of_a_path_is_refused(name: str, tmp_path: Path) -> None:
     """Attack: an app has a name that is a path, or that no file can have."""
     text = (apps.FOLDER / "mean" / "pyproject.toml").read_text()

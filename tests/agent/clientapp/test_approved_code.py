@@ -84,7 +84,8 @@ def test_all_that_can_be_imported_is_in_the_digest(app: Path) -> None:
     (app / ".venv").mkdir()
     (app / ".venv" / "x.py").write_text("")  # no name of a module
     assert flower_apps.digest(app) == before
-    for name in ("evil.pyc", "node_modules/evil.py", "venv/evil.py", "__pycache__/evil.pyc"):
+    cached = ("__pycache__/evil.pyc", "__pycache__/evil.abi3.so", "__pycache__/evil.x.py")
+    for name in ("evil.pyc", "node_modules/evil.py", "venv/evil.py", *cached):
         (app / name).parent.mkdir(exist_ok=True)
         (app / name).write_bytes(b"")
         assert flower_apps.digest(app) != before, name

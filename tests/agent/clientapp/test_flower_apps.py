@@ -241,22 +241,67 @@ def test_an_app_that_never_answers_ends_with_its_processes(machine: Machine) -> 
     assert [p for p in ours if p.ppid() in (1, os.getpid())] == []
 
 
+def _given(machine: Machine, path: Path, **owner: Any) -> None:
+    """Name a path to the app, and change its owner's settings."""
+    app = machine.owner.apps["hostile"]
+    app = replace(app, config={**app.config, "secret": str(path)})
+    machine.owner = replace(machine.owner, apps={"hostile": app}, **owner)
+
+
 @pytest.mark.attack("20.sandbox")
 @pytest.mark.parametrize("machine", ["hostile"], indirect=True)
 def test_an_app_reads_no_file_that_its_owner_has_not_named(machine: Machine) -> None:
     """Attack: a ClientApp reads a file of its owner that is not among those it may read."""
     secret = machine.folder.parent / f"{machine.folder.name}-secret"
     secret.write_text("secret")
-    app = machine.owner.apps["hostile"]
-    app = replace(app, config={**app.config, "secret": str(secret)})
-    machine.owner = replace(machine.owner, apps={"hostile": app})
+    _given(machine, secret)
     with pytest.raises(TrainerFailed) as caught:
         machine.ask(machine.work(config={"act": "read"}))
     assert caught.value.kind == "sandbox"
-    app = replace(app, read=(str(secret),))
+    app = replace(machine.owner.apps["hostile"], read=(str(secret),))
     machine.owner = replace(machine.owner, apps={"hostile": app})
     answer = machine.ask(machine.work(config={"act": "read"}))
     assert app_work.metrics_of(app_work.decode_told(answer.told))[1] == {"found": 6.0}
+
+
+@pytest.mark.long
+@pytest.mark.attack("23.4")
+@pytest.mark.parametrize("machine", ["hostile"], indirect=True)
+def test_code_that_an_app_writes_has_no_other_rights(machine: Machine) -> None:
+    """Attack: a ClientApp writes code and a program into its work folder, and runs them."""
+    secret = machine.folder.parent / f"{machine.folder.name}-secret"
+    secret.touch()
+    _given(machine, secret)
+    answer = machine.ask(machine.work(config={"act": "own"}))
+    found = app_work.metrics_of(app_work.decode_told(answer.told))[1]
+    assert found == {"ran": 1.0, "read": 1.0, "program": -1.0}
+
+
+@pytest.mark.attack("23.4")
+@pytest.mark.parametrize("machine", ["hostile"], indirect=True)
+def test_a_link_of_an_app_deletes_no_file_elsewhere(machine: Machine, tmp_path: Path) -> None:
+    """Attack: without a sandbox, a ClientApp puts a link in place of the folder of its runs, so
+    that the agent deletes what lies in another folder with the name of the run."""
+    precious = tmp_path / "home" / "r1" / "precious"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    _given(machine, tmp_path / "home", sandbox="off")
+    machine.ask(machine.work(config={"act": "link"}))
+    assert precious.exists()
+
+
+@pytest.mark.attack("23.4")
+def test_a_link_in_place_of_an_answer_is_not_sent(machine: Machine, tmp_path: Path) -> None:
+    """Attack: a ClientApp puts a link to a file of its owner in place of its answer."""
+    asked = machine.work(message_type="train", told=TOLD, **machine.version(MODEL))
+    answer = machine.ask(asked)
+    file = machine.process.folder_of("mean") / "runs/r1" / f"{answer.key}.safetensors"
+    file.rename(tmp_path / "private")
+    file.symlink_to(tmp_path / "private")
+    machine.sent.clear()
+    with pytest.raises(TrainerFailed, match="not sent: it is no plain file"):
+        machine.ask(asked)
+    assert machine.sent == []
 
 
 @pytest.mark.long

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from coordinator.runs import transitions
-from coordinator.runs.apps import frames, pushes, round_events
+from coordinator.runs.apps import frames, lane, pushes, round_events
 from coordinator.runs.apps.conversation import Sent
-from coordinator.runs.apps.frames import Content, Outgoing, Push, Reply
+from coordinator.runs.apps.frames import Content, Outgoing, Push
 from coordinator.runs.apps.round_events import Costs, Phase
 from coordinator.storage import run_events as facts
 from protocols.errors import BadMessage
@@ -77,18 +77,18 @@ def test_one_frame_of_a_server_app_is_not_many_messages_in_memory() -> None:
     check, large = pushes.check_bounds, b"x" * app_work.MAX_TOLD_BYTES
     push = _push(large, [5] * MAX_PEERS)
     with pytest.raises(BadMessage, match="bytes of configs and metrics"):
-        check(push, push.messages, [], [])
+        check(push, push.messages, [], 0)
     push = _push(b"", [5] * pushes.MAX_OPEN_OF_NODE)
-    check(push, push.messages, [_sent(6)], [])
+    check(push, push.messages, [_sent(6)], 0)
     with pytest.raises(BadMessage, match="65 of them to one node"):
-        check(push, push.messages, [_sent(5)], [])
+        check(push, push.messages, [_sent(5)], 0)
     push = _push(b"", list(range(MAX_PEERS)))
-    check(push, push.messages, [], [])
+    check(push, push.messages, [], 0)
     with pytest.raises(BadMessage, match="65,537 messages without a reply"):
-        check(push, push.messages, [_sent(1)], [])
+        check(push, push.messages, [_sent(1)], 0)
     push = _push(large, [1])
-    fits = pushes.MAX_HELD_BYTES // len(large) - 1
-    check(push, push.messages, [_sent(2, large)] * fits, [])
-    for sent, replies in ((fits + 1, []), (fits, [Reply(id=1, told=b"x")])):
+    fits = lane.MAX_TOLD_BYTES // len(large) - 1
+    check(push, push.messages, [_sent(2, large)] * fits, 0)
+    for sent, waiting_bytes in ((fits + 1, 0), (fits, 1)):
         with pytest.raises(BadMessage, match="bytes of"):
-            check(push, push.messages, [_sent(2, large)] * sent, replies)
+            check(push, push.messages, [_sent(2, large)] * sent, waiting_bytes)

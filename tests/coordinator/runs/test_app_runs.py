@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +14,18 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec.structs import replace
 
 from coordinator.runs import retention, transitions
-from coordinator.runs.apps import frames, round_events, rules
+from coordinator.runs.apps import frames, pushes, round_events, rules
+from coordinator.runs.apps.loop import AppLoop
 from coordinator.runs.state import Run
 from coordinator.storage import run_events as facts
+from coordinator.storage.weight_store import WeightStore
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, CannotBeMet, UnknownName, UsageError
 from protocols.messages import app_work
 from protocols.messages.app_work import RECORD, SIGNED_APP_ANSWER, AppAnswer, Arrays
 from protocols.messages.states import RunState
+from protocols.model import weights
+from protocols.model.weights import Weights
 from tests.support.app_fleet import AppFleet, app_fleet
 from tests.support.waiting import until
 
@@ -130,9 +135,20 @@ async def test_a_restart_ends_the_run_and_says_so(tmp_path: Path) -> None:
         await until(lambda: fleet.fleet.hub.runs.current is None)
     ledger_run = fleet.fleet.facts(run_id, facts.RunEnded)
     assert ledger_run == []
+    # As if it had been killed before the ledger named this version.
+    out = fleet.files(run_id) / frames.OUT
+    out.mkdir(exist_ok=True)
+    digest = weights.save(Weights({"w": np.ones(3)}), out / "made")
+    (out / "made").rename(out / f"{digest}{frames.SUFFIX}")
+    content = frames.Content(told=app_work.encode_told((Arrays("a", ("w",)),)), digest=digest)
+    pushes.adopt(WeightStore(fleet.fleet.home), fleet.files(run_id), [content], set())
     async with fleet.fleet.up() as hub:
         await until(lambda: hub.runs.find(run_id).ended)
+        await until(lambda: hub.runs.current is None)
         run = hub.runs.find(run_id)
+        kept = {path.stem for path in (fleet.fleet.home / "versions").glob("*.safetensors")}
+        assert kept == retention.versions_to_keep(run)
+        assert not out.exists()
         assert (run.state, run.ended_because) == (RunState.FAILED, rules.RESTARTED)
         with pytest.raises(CannotBeMet, match="a ServerApp cannot be resumed"):
             hub.runs.resume(run_id)
@@ -191,6 +207,39 @@ async def test_frames_of_a_server_app_are_bounded(act: str, why: str, tmp_path: 
         assert why in run.ended_because
         again = await fleet.finished(fleet.start({"act": "none"}))
         assert again.state is RunState.FINISHED, again.ended_because
+
+
+@pytest.mark.long
+@pytest.mark.attack("23.4")
+async def test_many_frames_of_a_server_app_stop_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: a ServerApp writes thousands of frames at once, so that the coordinator answers it
+    alone."""
+    burst = longest = 0
+    nodes = AppLoop._nodes
+
+    def counted(loop: AppLoop) -> tuple[int, ...]:
+        nonlocal burst, longest
+        burst += 1
+        longest = max(longest, burst)
+        return nodes(loop)
+
+    monkeypatch.setattr(AppLoop, "_nodes", counted)
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        run_id = fleet.start({"act": "many frames"})
+        while not fleet.fleet.hub.runs.find(run_id).ended:
+            await asyncio.sleep(0)
+            burst = 0
+        assert 0 < longest < 10
+
+
+@pytest.mark.long
+async def test_a_late_reply_leaves_no_file(tmp_path: Path) -> None:
+    async with app_fleet(tmp_path, "hostile", agents=1) as fleet:
+        run = await fleet.finished(fleet.start({"act": "late"}))
+        assert run.state is RunState.FINISHED, run.ended_because
+        assert fleet.log(run.id) == "[]\nfiles: []\n"
 
 
 @pytest.mark.long

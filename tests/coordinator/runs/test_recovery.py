@@ -163,5 +163,5 @@ def test_files_of_a_round_that_had_not_closed_are_deleted_after_the_recall(tmp_p
     paths = [*versions, states.path("m2"), states.path("m1")]
     for path in paths:
         path.touch()
-    retention.Retention(run, store, states, set).prune(run)
+    retention.Retention(run, store, set).prune(run)
     assert [path.stem for path in paths if path.exists()] == ["v1", "v5", "m1"]

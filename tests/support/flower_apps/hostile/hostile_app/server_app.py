@@ -14,16 +14,22 @@ from flwr.serverapp import Grid, ServerApp
 from coordinator.runs.apps import frames
 
 app = ServerApp()
+#: To the pipe itself: a frame that is too long, one that is none, and many at once.
+RAW = {
+    "frame": b"\xff" * 4,
+    "garbage": b"\4\0\0\0abcd",
+    "many frames": frames.encode(frames.NodesAsked()) * 2000 + frames.encode(frames.End()),
+}
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     act = context.run_config["act"]
-    if act in ("frame", "garbage"):  # to the pipe itself: a frame that is too long, or none
+    if act in RAW:
         for descriptor in range(3, 64):
             with contextlib.suppress(OSError):
                 if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-                    os.write(descriptor, b"\xff" * 4 if act == "frame" else b"\4\0\0\0abcd")
+                    os.write(descriptor, RAW[act])
         time.sleep(600)
     if act == "exit":
         os._exit(7)
@@ -36,7 +42,12 @@ def main(grid: Grid, context: Context) -> None:
         grid._ask(frames.Push(contents=(large,), messages=(message,) * 600))
     if act == "old":
         send_old_arrays(grid, nodes[0])
+    if act == "late":  # this reply is taken by nobody
+        message = Message(RecordDict(), nodes[0], "query")
+        print(list(grid.send_and_receive([message], timeout=0.1)))
     replies = list(grid.send_and_receive([Message(RecordDict(), nodes[0], "query")]))
+    if act == "late":
+        print("files:", os.listdir("in"))
     if replies[0].has_error():
         raise RuntimeError(f"error {replies[0].error.code}: {replies[0].error.reason}")
 
