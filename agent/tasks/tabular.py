@@ -3,18 +3,7 @@
     commonweight run start tabular --target price [--kind regression] [--features rooms,area]
 
 Before round 1 the peers send statistics of their tables. The coordinator derives one preprocessing
-for all (`protocols.tables.preprocessing` has the rules), which comes with the settings. The
-settings are those of `hyperparameters`, and:
-
-Setting      Default   Meaning
-target                 the column to be predicted
-kind         auto      "classification", "regression", or by the values of the target
-features               columns to predict from; default: those of at least half of the peers
-categorical            columns of numbers to treat as categories: years, codes, keys
-scaling      standard  "standard": mean 0 and variance 1; "minmax": 0 to 1, where owners allow it
-hashed       false     peers send hashes of categories
-model        linear    "linear" (logistic for classes) or "mlp"
-hidden       64,32     sizes of the mlp's layers
+for all (`protocols.tables.preprocessing` has the rules), which comes with the settings.
 """
 
 from __future__ import annotations
@@ -37,41 +26,26 @@ from agent.data.disclosed_sets import Numbers, Use
 from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.data.table_memory import TableMemory
-from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, TrainOutcome
+from agent.tasks import Settings as RunSettings
 from agent.tasks.tabular_model import TableModel
-from agent.tasks.training import evaluation
+from agent.tasks.training import evaluation, task_settings
 from agent.tasks.training.classification import evaluate_classifier, to_tensors
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.examples import Batch, BatchesOf
-from agent.tasks.training.hyperparameters import TaskOptions, anything
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
+from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import Examples, PrivateLoss, autograd_step
 from agent.tasks.training.torch_task import LoopTask
 from protocols.errors import DataError, UsageError
+from protocols.model.built_in_settings import BY_TASK, TabularSettings
 from protocols.model.weights import Schema, Weights
 from protocols.tables import evaluation_counts, preprocessing
 from protocols.tables.preprocessing import Preprocessing
 from protocols.tables.statistics import TableStatistics
 
 EVALUATION_BATCH = 8192
-_OPTIONS = TaskOptions(
-    {
-        "target": ("", anything),
-        "kind": ("auto", anything),
-        "features": ("", anything),
-        "categorical": ("", anything),
-        "scaling": ("standard", anything),
-        "hashed": (False, anything),
-        "model": ("linear", ("linear", "mlp")),
-        "hidden": ("64,32", anything),
-    },
-    epochs=1,
-    batch_size=32,
-    optimiser="adamw",
-    lr=0.01,
-    precision="fp32",  # tables have numbers with more digits than bf16
-)
 #: Fewer rows cannot be split into training and held-out rows.
 _MIN_ROWS = HELD_OUT_OF
 
@@ -89,7 +63,7 @@ class _Rows(NamedTuple):
 class Tabular(LoopTask):
     """The task."""
 
-    defaults = _OPTIONS.defaults
+    Settings = TabularSettings
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,18 +71,18 @@ class Tabular(LoopTask):
 
     # --- what all peers share ---
 
-    def survey(self, settings: Settings) -> TableStatistics:
+    def survey(self, settings: RunSettings) -> TableStatistics:
         """Statistics of this peer's table that may leave the machine. Raises DataError."""
-        _OPTIONS.read(settings)
+        _read(settings)
         wanted = preprocessing.parse_settings(settings)
         with self._admitted() as (reader, numbers, _):
             self._surveyed = numbers
             return survey.survey(reader, self._data, wanted)
 
-    def schema(self, settings: Settings) -> Schema:
+    def schema(self, settings: RunSettings) -> Schema:
         return _model(settings).schema()
 
-    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+    def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """Reads the table, so that errors in it show early. Raises DataError."""
         made = _preprocessing(settings)
         wanted = preprocessing.parse_settings(settings)
@@ -122,7 +96,7 @@ class Tabular(LoopTask):
             "preprocessing": (preprocessing.digest(str(settings["preprocessing"])),),
         }
 
-    def init(self, seed: int, settings: Settings) -> Weights:
+    def init(self, seed: int, settings: RunSettings) -> Weights:
         """Layers uniform in ±1/√fan-in; embeddings and linear models begin at 0."""
         model, draw = _model(settings), random_state("init", seed)
         made = {}
@@ -145,13 +119,13 @@ class Tabular(LoopTask):
         with closing(TableMemory(Path(self._data.memory))) as memory:
             yield *memory.admit(reader, self._data.min_count), memory
 
-    def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
+    def rows_of(self, use: Use, settings: RunSettings) -> Numbers | None:
         if use == "table":
             return self._surveyed
         rows = self._rows(settings)
         return rows.train_numbers if use == "train" else rows.held_numbers
 
-    def _rows(self, settings: Settings) -> _Rows:
+    def _rows(self, settings: RunSettings) -> _Rows:
         """This peer's rows; read when the preprocessing is known."""
         rows: _Rows = self._read_data.get(
             str(settings["preprocessing"]), lambda: self._read_rows(_preprocessing(settings))
@@ -195,7 +169,7 @@ class Tabular(LoopTask):
 
     # --- loop ---
 
-    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+    def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """On cross-entropy, or on squared error of the scaled target."""
         plan, model = self._hyperparameters(settings), _model(settings)
         loss = F.cross_entropy if _preprocessing(settings).target.classes else F.mse_loss
@@ -217,7 +191,7 @@ class Tabular(LoopTask):
             private_loss=PrivateLoss(losses_of),
         )
 
-    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+    def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
         """On held-out rows: "loss" and "accuracy", or "loss" (of the scaled target), "mse" and
         "mae" (in the target's own units)."""
         target = _preprocessing(settings).target
@@ -235,7 +209,7 @@ class Tabular(LoopTask):
 
     @torch.inference_mode()
     def predict(
-        self, weights: Weights, settings: Settings, source: str
+        self, weights: Weights, settings: RunSettings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each row of a table: its number, the target, and the probability of a class."""
         forward, made = (
@@ -269,17 +243,21 @@ class Tabular(LoopTask):
                 }
 
 
-def _preprocessing(settings: Settings) -> Preprocessing:
+def _preprocessing(settings: RunSettings) -> Preprocessing:
     text = settings.get("preprocessing")
     if not text:
         raise DataError("the peers' tables were not surveyed before the run")
     return preprocessing.decode(str(text))
 
 
-def _model(settings: Settings) -> TableModel:
+def _read(settings: RunSettings) -> TaskSettings:
+    return task_settings.read(settings, BY_TASK["tabular"], TabularSettings)
+
+
+def _model(settings: RunSettings) -> TableModel:
     """Raises UnknownName, UsageError, DataError."""
-    chosen = _OPTIONS.read(settings)
-    sizes = chosen["hidden"] if chosen["model"] == "mlp" else None
+    chosen = _read(settings)
+    sizes = chosen.hidden if chosen.model == "mlp" else None
     return TableModel.of(_preprocessing(settings), sizes)
 
 

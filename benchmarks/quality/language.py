@@ -32,7 +32,7 @@ from torch import Tensor
 from agent.data.settings import DataSettings
 from agent.tasks import Setting
 from agent.tasks.language import next_token
-from agent.tasks.language.gpt import DEFAULTS, TextLM, forward, read_config
+from agent.tasks.language.gpt import TextLM, forward, read_config
 from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.seeds import derive_seed
 from benchmarks.quality.fleet import fleet_of
@@ -144,7 +144,7 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
     chance = torch.Generator().manual_seed(derive_seed("every step", way.seed))
     losses: list[float] = []
     for number in range(1, way.rounds + 1):
-        plan = read_hyperparameters({**way.settings(), "round": number}, DEFAULTS)
+        plan = read_hyperparameters({**way.settings(), "round": number}, TextLM.defaults)
         optimizer.param_groups[0]["lr"] = plan.lr
         for _ in range(way.inner):
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""`commonweight task …`: offer a task file to the owners of the machines."""
+"""`commonweight task …`: settings of a task, and offers of task files to the owners."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coordinator.cli.common import Columns, Json, connect, print_line, print_list, print_result
+from coordinator.cli.common import (
+    Columns,
+    Json,
+    connect,
+    print_json,
+    print_line,
+    print_list,
+    print_result,
+    print_table,
+)
+from coordinator.cli.names import complete_tasks
 from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.local.command_line import App
 
 if TYPE_CHECKING:
     from protocols.messages.offers import Offer
 
-tasks = App(help="Offer task files to the owners; install Flower apps: task app.")
+tasks = App(help="Settings of tasks; offer task files; Flower apps: task app.")
 #: A task has one of these methods; other classes of the file are models and helpers.
 _DATA_METHODS = {"load", "data"}
 
@@ -91,6 +101,32 @@ def list_offers(json: Json = False) -> None:
     }
     empty = "no task is offered; to offer one: commonweight task offer ./my_task.py"
     print_list(connect().offers(), columns, empty, json=json)
+
+
+@tasks.command("show")
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(help="The task: mnist, my_task.py:MyTask, …", autocompletion=complete_tasks),
+    ],
+    json: Json = False,
+) -> None:
+    """List the settings that a task takes: types, bounds, help."""
+    from protocols.model import built_in_settings, setting_specs
+
+    if not (known := built_in_settings.BY_TASK.get(name)):
+        card = connect().run(name).card
+        if card is None or not card.settings:
+            raise UnknownName(
+                f"no peer has told the settings of {name} in its newest run",
+                f"commonweight run check {name} --settings",
+            )
+        known = card.settings
+    if json:
+        print_json(known)
+    else:
+        rows = [list(row) for row in setting_specs.explain(known)]
+        print_table(["Setting", "Values", "Help"], rows)
 
 
 @tasks.command("withdraw")

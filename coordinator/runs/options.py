@@ -164,7 +164,8 @@ OPTIONS = (
     Option("strategy", str, "fedavg", f"How updates are aggregated: {_STRATEGIES}",
            is_common=True),
     Option("strategy-arg", str, (), "An argument of the strategy: key=value.", is_plain=False),
-    Option("set", str, (), "A setting of the task: key=value.", is_plain=False, is_common=True),
+    Option("set", str, (), "A setting of the task: key=value; `task show` lists them.",
+           is_plain=False, is_common=True),
     Option("codec", str, "fp32", "How updates are sent: fp32 (whole), or their change as bf16, "
            "int8, sign, ternary, topk (ternary:0.1 and topk:0.02 for shares other than 20 and "
            "1 %)."),

@@ -1,7 +1,7 @@
 """Settings of tasks, so that a run with wrong ones is refused at once. Pure.
 
-The coordinator runs no task. It knows what a built-in task needs, and the types and bounds that
-peers tell in the handshake of a run or of a check. Peers check all settings again.
+The coordinator runs no task. It knows the settings of the built-in tasks, and the types and bounds
+that peers tell in the handshake of a run or of a check. Peers check all settings again.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import UsageError
-from protocols.model import setting_specs
+from protocols.model import built_in_settings, setting_specs
 from protocols.model.setting_specs import SettingSpecs
 from protocols.tables import preprocessing
 
 
 class ToldSettings:
-    """The settings of tasks by name, as most peers told them in the newest run or check of each."""
+    """The settings of tasks by name, as most peers told them in the newest run or check of each;
+    those of a built-in task until then."""
 
     def __init__(self) -> None:
         self._by_task: dict[str, SettingSpecs] = {}
@@ -27,9 +28,9 @@ class ToldSettings:
 
     def check(self, spec: RunSpec) -> None:
         """Raise UnknownName or UsageError for a setting that the task does not take. A check of the
-        peers passes, as it asks them again."""
-        known = self._by_task.get(spec.task)
-        if not known or spec.check:
+        peers passes, as it asks them again; so does a run for the fleet above."""
+        known = self._by_task.get(spec.task) or built_in_settings.BY_TASK.get(spec.task)
+        if not known or spec.only:
             return
         try:
             setting_specs.check(spec.settings, known)

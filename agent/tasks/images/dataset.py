@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
-from agent.tasks.images.settings import ImageSettings
+from agent.tasks.images.settings import ImagePlan
 from agent.tasks.training import class_folders
 from agent.tasks.training.class_folders import ClassFiles, Rows
 from protocols.errors import BadWeights, DataError
@@ -60,7 +60,7 @@ class Pictures(NamedTuple):
         return self.train_numbers if use == "train" else self.held_numbers
 
 
-def traits(plan: ImageSettings) -> dict[str, tuple[str, ...]]:
+def traits(plan: ImagePlan) -> dict[str, tuple[str, ...]]:
     """What must be the same on all peers beside the tensors."""
     return {
         "classes": plan.classes,
@@ -84,7 +84,7 @@ def _check_enough(count: int, data: DataSettings) -> None:
         )
 
 
-def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
+def load_pictures(data: DataSettings, plan: ImagePlan) -> Pictures:
     """The pictures of this peer. Raises DataError without any to train on."""
     channels, size = plan.channels, plan.size
     found, numbers = class_folders.admit(
@@ -111,7 +111,7 @@ def load_pictures(data: DataSettings, plan: ImageSettings) -> Pictures:
     return Pictures(pixels, found.labels, *parts, *told)
 
 
-def read_pictures(source: str, plan: ImageSettings) -> Iterator[tuple[str, Row]]:
+def read_pictures(source: str, plan: ImagePlan) -> Iterator[tuple[str, Row]]:
     """The pictures in a folder, or one, with their names; uint8[channels, size, size] each.
 
     Unreadable ones are skipped. Raises DataError if there are none.

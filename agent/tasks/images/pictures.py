@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from agent.data.settings import DataSettings
 from agent.tasks.images import dataset
 from agent.tasks.images.dataset import MEAN, SPREAD, Pictures
-from agent.tasks.images.settings import ImageSettings
+from agent.tasks.images.settings import ImagePlan
 from agent.tasks.training.class_folders import Rows
 from agent.tasks.training.shared_data import HasData
 from protocols.errors import UsageError
@@ -62,7 +62,7 @@ def pictures(
             f"pictures cannot have the size {size} and {channels} channels",
             f"a size from {MIN_SIZE} to {MAX_SIZE}, and 1 or 3 channels",
         )
-    plan = ImageSettings(tuple(classes), False, "", size, channels, False, "group")
+    plan = ImagePlan(tuple(classes), False, "", size, channels, False, "group")
     if _is_asked.get():
         raise _Plan(plan)
     found = dataset.load_pictures(replace(source, memory=""), plan)
@@ -77,7 +77,7 @@ class PictureInputs:
     `names` are those of the pictures so far; what cannot be read is left out.
     """
 
-    def __init__(self, source: str, plan: ImageSettings) -> None:
+    def __init__(self, source: str, plan: ImagePlan) -> None:
         self._source, self._plan = source, plan
         self.names: list[str] = []
         self.classes = plan.classes
@@ -107,7 +107,7 @@ def inputs_of(task: HasData, path: str, settings: Any) -> PictureInputs | None:
 class _Plan(Exception):
     """What `pictures` was called with."""
 
-    def __init__(self, plan: ImageSettings) -> None:
+    def __init__(self, plan: ImagePlan) -> None:
         super().__init__("pictures() is asked how it is called")
         self.plan = plan
 

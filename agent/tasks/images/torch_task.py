@@ -19,18 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.disclosed_sets import Numbers, Use
-from agent.tasks import Settings
+from agent.tasks import Settings as RunSettings
 from agent.tasks.images import dataset, layer_spec, resnet
 from agent.tasks.images import settings as image_settings
 from agent.tasks.images.dataset import Pictures
 from agent.tasks.images.layer_spec import Layer
-from agent.tasks.images.settings import RESNET, ImageSettings
+from agent.tasks.images.settings import RESNET, ImagePlan
 from agent.tasks.training.class_folders import Rows
 from agent.tasks.training.classification import predict_classes, to_tensors
 from agent.tasks.training.examples import FetchedExamples
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_task import ClassifierTask, Forward, Split
+from protocols.model.built_in_settings import ImageSettings
 from protocols.model.weights import Schema, Weights
 from protocols.tables.class_names import ClassCounts
 
@@ -38,14 +39,14 @@ from protocols.tables.class_names import ClassCounts
 class Images(ClassifierTask):
     """The task."""
 
-    defaults = image_settings.DEFAULTS
+    Settings = ImageSettings
     evaluation_batch = gradient_batch = 256
     _surveyed: Numbers | None = None
 
-    def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
-        return self._surveyed if use == "table" else self._read(settings).numbers_of(use)
+    def rows_of(self, use: Use, settings: RunSettings) -> Numbers | None:
+        return self._surveyed if use == "table" else self._found(settings).numbers_of(use)
 
-    def survey(self, settings: Settings) -> ClassCounts | None:
+    def survey(self, settings: RunSettings) -> ClassCounts | None:
         """This peer's classes, if the run does not name its own. Raises DataError, UsageError."""
         if not image_settings.needs_classes(settings):
             return None
@@ -53,36 +54,36 @@ class Images(ClassifierTask):
         found, self._surveyed = dataset.survey(self._data)
         return found
 
-    def schema(self, settings: Settings) -> Schema:
+    def schema(self, settings: RunSettings) -> Schema:
         plan = image_settings.read_settings(settings)
         if plan.network == RESNET:
             return resnet.schema(plan.channels, len(plan.classes), plan.norm)
         return layer_spec.schema(_layers(plan))
 
-    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+    def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """Classes and preprocessing. Reads the pictures, so that errors in them show early."""
-        self._read(settings)
+        self._found(settings)
         return dataset.traits(image_settings.read_settings(settings))
 
-    def init(self, seed: int, settings: Settings) -> Weights:
+    def init(self, seed: int, settings: RunSettings) -> Weights:
         plan, draw = image_settings.read_settings(settings), random_state("init", seed)
         if plan.network == RESNET:
             return resnet.init(plan.channels, len(plan.classes), plan.norm, draw)
         return layer_spec.init(_layers(plan), draw)
 
-    def _read(self, settings: Settings) -> Pictures:
+    def _found(self, settings: RunSettings) -> Pictures:
         plan = image_settings.read_settings(settings)
         pictures: Pictures = self._read_data.get(
             plan, lambda: dataset.load_pictures(self._data, plan)
         )
         return pictures
 
-    def _forward(self, settings: Settings) -> Forward:
+    def _forward(self, settings: RunSettings) -> Forward:
         return _forward(image_settings.read_settings(settings))
 
-    def _examples(self, settings: Settings) -> Split[FetchedExamples]:
+    def _examples(self, settings: RunSettings) -> Split[FetchedExamples]:
         """Pixels uint8[n, channels, size, size] stay in their file until a batch needs them."""
-        pictures, device = self._read(settings), self._device
+        pictures, device = self._found(settings), self._device
 
         def examples(rows: Rows) -> FetchedExamples:
             return FetchedExamples(
@@ -93,7 +94,7 @@ class Images(ClassifierTask):
 
         return Split(examples(pictures.train), examples(pictures.held_out))
 
-    def _inputs_of(self, settings: Settings, *, augment: bool) -> Callable[[Tensor], Tensor]:
+    def _inputs_of(self, settings: RunSettings, *, augment: bool) -> Callable[[Tensor], Tensor]:
         """Pixels -> pictures float32[n, channels, size, size]; half of them mirrored if `augment`
         and the setting "flip"."""
         flip = augment and image_settings.read_settings(settings).flip
@@ -107,7 +108,7 @@ class Images(ClassifierTask):
 
         return inputs
 
-    def _buffers(self, settings: Settings) -> frozenset[str]:
+    def _buffers(self, settings: RunSettings) -> frozenset[str]:
         plan = image_settings.read_settings(settings)
         if plan.network == RESNET:
             return resnet.buffers(plan.channels, plan.norm)
@@ -115,7 +116,7 @@ class Images(ClassifierTask):
 
     @torch.inference_mode()
     def predict(
-        self, weights: Weights, settings: Settings, source: str
+        self, weights: Weights, settings: RunSettings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each picture at `source`: its name, its class and the probability of that class."""
         plan = image_settings.read_settings(settings)
@@ -128,7 +129,7 @@ class Images(ClassifierTask):
             answer["class"] = [plan.classes[label] for label in answer["class"]]
             yield {"file": [name for name, _ in batch], **answer}
 
-    def _exported_inputs(self, settings: Settings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _exported_inputs(self, settings: RunSettings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """Pictures uint8[n, channels, size, size]."""
         plan = image_settings.read_settings(settings)
         side = plan.size
@@ -139,11 +140,11 @@ def _normalize(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - dataset.MEAN) / dataset.SPREAD
 
 
-def _layers(plan: ImageSettings) -> tuple[Layer, ...]:
+def _layers(plan: ImagePlan) -> tuple[Layer, ...]:
     return layer_spec.parse_layers(plan.network, plan.channels, plan.size, len(plan.classes))
 
 
-def _forward(plan: ImageSettings) -> Forward:
+def _forward(plan: ImagePlan) -> Forward:
     """The model: (weights, pictures, training) -> logits float32[n, classes]."""
     if plan.network == RESNET:
         return resnet.forward

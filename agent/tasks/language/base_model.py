@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from agent.data.settings import DataSettings
-from agent.tasks.language.lora_settings import LoraSettings
+from agent.tasks.language.lora_settings import LoraPlan
 from agent.tasks.language.tokens import Tokenizer
 from agent.tasks.training.loop_state import Tensors
 from protocols.errors import DataError
@@ -96,7 +96,7 @@ def digest(found: Path, cache: str) -> str:
     return sha.hexdigest()
 
 
-def load_adapted(found: Path, plan: LoraSettings, seed: int = 0) -> AdaptedModel:
+def load_adapted(found: Path, plan: LoraPlan, seed: int = 0) -> AdaptedModel:
     """Load the model and add new adapters, initialized from `seed`.
 
     Raises MissingPackage, DataError.
@@ -159,7 +159,7 @@ def save_merged(of: AdaptedModel, out: Path, found: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(found, local_files_only=True).save_pretrained(out)
 
 
-def _adapters(peft: Any, plan: LoraSettings) -> Any:
+def _adapters(peft: Any, plan: LoraPlan) -> Any:
     targets = {"": None, "all-linear": "all-linear"}.get(plan.targets, plan.targets.split(","))
     return peft.LoraConfig(
         task_type={"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}[plan.kind],

@@ -2,16 +2,6 @@
 
     commonweight run start text-lm --set layers=6 --set width=192 --set context=256
 
-Setting     Default  Meaning
-tokens      bytes    "bytes", or the SHA-256 of the `tokenizer.json` in every peer's folder
-vocabulary  257      the number of tokens; with a tokenizer, its entries plus one
-layers      4        blocks of attention and MLP
-heads       4        of attention
-width       128      dimensions of a token's embedding
-context     128      the number of tokens that a prediction depends on
-dropout     0.0
-and those of `hyperparameters`; the optimizer is adamw.
-
 The model is that of GPT-2 (Radford et al. 2019): norms before attention and MLP, and one matrix for
 both the embedding and the output.
 """
@@ -31,38 +21,22 @@ from torch import Tensor
 from torch.export import Dim
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, TrainOutcome
+from agent.tasks import Settings as RunSettings
 from agent.tasks.language import next_token
 from agent.tasks.language import tokens as text
 from agent.tasks.language.next_token import Windows, split_windows
-from agent.tasks.training import onnx_export
+from agent.tasks.training import onnx_export, task_settings
 from agent.tasks.training.classification import to_tensors
-from agent.tasks.training.hyperparameters import TaskOptions, anything, at_least, fraction
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import autograd_step
 from agent.tasks.training.torch_task import LoopTask
 from protocols.errors import SchemaMismatch, UsageError
+from protocols.model.built_in_settings import BY_TASK, TextSettings
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
 # --- config ----------------------------------------------------------------------------------
-
-_OPTIONS = TaskOptions(
-    {
-        "tokens": (text.BYTES, anything),
-        "vocabulary": (text.BYTE_VOCABULARY, at_least(2)),
-        "layers": (4, at_least(1)),
-        "heads": (4, at_least(1)),
-        "width": (128, at_least(1)),
-        "context": (128, at_least(2)),
-        "dropout": (0.0, fraction),
-    },
-    epochs=1,
-    batch_size=16,
-    optimiser="adamw",
-    lr=1e-3,
-)
-DEFAULTS = _OPTIONS.defaults
 
 
 class GPTConfig(NamedTuple):
@@ -76,10 +50,10 @@ class GPTConfig(NamedTuple):
     dropout: float
 
 
-def read_config(settings: Settings) -> GPTConfig:
+def read_config(settings: RunSettings) -> GPTConfig:
     """The model that the settings ask for. Raises UnknownName, UsageError."""
-    merged = _OPTIONS.read(settings)
-    shape = GPTConfig(*(merged[name] for name in GPTConfig._fields))  # type: ignore[arg-type]
+    merged = task_settings.read(settings, BY_TASK["text-lm"], TextSettings)
+    shape = GPTConfig(*(merged[name] for name in GPTConfig._fields))
     if shape.width % shape.heads:
         raise UsageError(
             f"a width of {shape.width} cannot be shared by {shape.heads} heads",
@@ -147,9 +121,9 @@ class TextLM(LoopTask):
     """The task."""
 
     forms = (onnx_export.ONNX,)
-    defaults = DEFAULTS
+    Settings = TextSettings
 
-    def _read(self, settings: Settings) -> Windows:
+    def _found(self, settings: RunSettings) -> Windows:
         shape, kind = read_config(settings), _tokens(settings)
         key = (kind, shape.vocabulary, shape.context)
         windows: Windows = self._read_data.get(key, lambda: self._read_windows(shape, kind))
@@ -163,15 +137,15 @@ class TextLM(LoopTask):
             raise SchemaMismatch("vocabulary", wanted, found, hint)
         return split_windows(text.tokenize(self._data, tokenizer), shape.context)
 
-    def schema(self, settings: Settings) -> Schema:
+    def schema(self, settings: RunSettings) -> Schema:
         return schema_of(read_config(settings))
 
-    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+    def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """Tokens and heads. Reads the text, so that errors in it show early."""
-        self._read(settings)
+        self._found(settings)
         return {"tokens": (_tokens(settings),), "heads": (str(read_config(settings).heads),)}
 
-    def init(self, seed: int, settings: Settings) -> Weights:
+    def init(self, seed: int, settings: RunSettings) -> Weights:
         """Normal with spread 0.02, less towards the residual stream in deep models; biases 0."""
         shape, draw = read_config(settings), random_state("init", seed)
         tensors: dict[str, Array] = {}
@@ -186,25 +160,25 @@ class TextLM(LoopTask):
             tensors[name] = array.astype(np.float32)
         return Weights(tensors)
 
-    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+    def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """Train with AdamW; "loss" is the mean of the last epoch in nats per token."""
-        windows = self._read(settings)
+        windows = self._found(settings)
         logits = torch.compile(forward) if self._data.compile else forward
         loss_of = next_token.loss_of(partial(logits, read_config(settings)))
         examples = windows.examples(windows.train, self._device, self._data.index)
         step = autograd_step(loss_of)
         return self._local.train(weights, self._hyperparameters(settings), examples, step, on_step)
 
-    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+    def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
         """Mean "loss" (nats per token) and "accuracy" of the next token on held-out examples."""
         logits = self._inference(settings, partial(forward, read_config(settings)))
         batch = self._hyperparameters(settings)
         return next_token.evaluate_next_token(
-            logits, weights, self._read(settings), self._device, batch.batch_size, on_step
+            logits, weights, self._found(settings), self._device, batch.batch_size, on_step
         )
 
     def predict(
-        self, weights: Weights, settings: Settings, source: str
+        self, weights: Weights, settings: RunSettings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """Continuations of texts: of `source` itself, or of the files that it names."""
         shape = read_config(settings)
@@ -216,7 +190,7 @@ class TextLM(LoopTask):
             yield {"file": [name], "text": [words], "continuation": [continuation]}
 
     def export(
-        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+        self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: tokens int64[n, t] -> logits float32[n, t, vocabulary], t up to the context."""
         shape = read_config(settings)
@@ -226,5 +200,5 @@ class TextLM(LoopTask):
         onnx_export.export(logits, weights, example, out, sides=sides)
 
 
-def _tokens(settings: Settings) -> str:
-    return str(settings.get("tokens", DEFAULTS["tokens"]))
+def _tokens(settings: RunSettings) -> str:
+    return str(settings.get("tokens", text.BYTES))

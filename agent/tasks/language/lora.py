@@ -21,11 +21,12 @@ from torch import Tensor
 
 from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Settings, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, TrainOutcome
+from agent.tasks import Settings as RunSettings
 from agent.tasks.language import base_model, lora_settings, next_token
 from agent.tasks.language import tokens as text
 from agent.tasks.language.base_model import AdaptedModel
-from agent.tasks.language.lora_settings import LoraSettings
+from agent.tasks.language.lora_settings import LoraPlan
 from agent.tasks.language.next_token import Windows, split_windows
 from agent.tasks.training import class_folders, module_state
 from agent.tasks.training.classification import evaluate_classifier, predict_classes
@@ -34,6 +35,7 @@ from agent.tasks.training.loop_state import Tensors, as_weights
 from agent.tasks.training.seeds import derive_seed
 from agent.tasks.training.torch_loop import autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
+from protocols.model.built_in_settings import LoraSettings
 from protocols.model.weights import Schema, Weights
 
 #: Tokens int64[n, t], and a mask int64[n, t] that is 1 where they are text.
@@ -70,7 +72,7 @@ class Lora(LoopTask):
     """The task."""
 
     forms = ("merged",)
-    defaults = lora_settings.DEFAULTS
+    Settings = LoraSettings
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,28 +80,28 @@ class Lora(LoopTask):
 
     # --- model ---
 
-    def schema(self, settings: Settings) -> Schema:
+    def schema(self, settings: RunSettings) -> Schema:
         return self._adapted(lora_settings.read_settings(settings)).schema
 
-    def traits(self, settings: Settings) -> Mapping[str, Sequence[str]]:
+    def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """The base model's digest and the classes. Reads the text, so that errors show early."""
         plan = lora_settings.read_settings(settings)
-        self._read(plan)
+        self._found(plan)
         return {"base model": (self._digest(plan),), "classes": plan.classes}
 
-    def init(self, seed: int, settings: Settings) -> Weights:
+    def init(self, seed: int, settings: RunSettings) -> Weights:
         """New adapters, which change nothing yet."""
         plan = lora_settings.read_settings(settings)
         made = base_model.load_adapted(self._folder(plan), plan, derive_seed("init", seed))
         return as_weights(made.tensors())
 
-    def _folder(self, plan: LoraSettings) -> Path:
+    def _folder(self, plan: LoraPlan) -> Path:
         return base_model.find_folder(self._data, plan.model)
 
-    def _digest(self, plan: LoraSettings) -> str:
+    def _digest(self, plan: LoraPlan) -> str:
         return base_model.digest(self._folder(plan), self._data.cache)
 
-    def _adapted(self, plan: LoraSettings) -> AdaptedModel:
+    def _adapted(self, plan: LoraPlan) -> AdaptedModel:
         def load() -> AdaptedModel:
             made = base_model.load_adapted(self._folder(plan), plan)
             made.model.to(self._device)
@@ -107,7 +109,7 @@ class Lora(LoopTask):
 
         return self._model.get(plan, load)
 
-    def _ready(self, plan: LoraSettings, weights: Weights) -> tuple[AdaptedModel, Tensors]:
+    def _ready(self, plan: LoraPlan, weights: Weights) -> tuple[AdaptedModel, Tensors]:
         """The model with these adapters in it, and they. Checkpointing computes a part of the model
         again when all else has ended, so they cannot be there for one call alone."""
         adapted = self._adapted(plan)
@@ -122,7 +124,7 @@ class Lora(LoopTask):
         super().load(data)
         self._model = LastValue()
 
-    def _read(self, plan: LoraSettings) -> Windows | _Texts:
+    def _found(self, plan: LoraPlan) -> Windows | _Texts:
         def read() -> Windows | _Texts:
             made = self._adapted(plan)
             if plan.kind == "classification":
@@ -133,19 +135,19 @@ class Lora(LoopTask):
         examples: Windows | _Texts = self._read_data.get(plan, read)
         return examples
 
-    def rows_of(self, use: Use, settings: Settings) -> Numbers | None:
+    def rows_of(self, use: Use, settings: RunSettings) -> Numbers | None:
         """The numbers of the texts of a classification; other text has no rows."""
-        found = self._read(lora_settings.read_settings(settings))
+        found = self._found(lora_settings.read_settings(settings))
         if isinstance(found, Windows):
             return None
         return found.train_numbers if use == "train" else found.held_numbers
 
     # --- loop ---
 
-    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+    def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """Train with AdamW; the metric "loss" is the mean of the last epoch."""
         plan = lora_settings.read_settings(settings)
-        (adapted, tensors), found = self._ready(plan, weights), self._read(plan)
+        (adapted, tensors), found = self._ready(plan, weights), self._found(plan)
         if isinstance(found, Windows):
             loss_of = next_token.loss_of(partial(_next_token, adapted))
             examples = found.examples(found.train, self._device)
@@ -161,10 +163,10 @@ class Lora(LoopTask):
         # The model goes on to change its own tensors.
         return trained._replace(weights=as_weights({n: t.clone() for n, t in tensors.items()}))
 
-    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+    def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
         """Mean "loss" and "accuracy", of the next token or of the class, on held-out examples."""
         plan, batch = lora_settings.read_settings(settings), self._hyperparameters(settings)
-        (adapted, _), found = self._ready(plan, weights), self._read(plan)
+        (adapted, _), found = self._ready(plan, weights), self._found(plan)
         size = batch.batch_size or 32
         if isinstance(found, Windows):
             logits_of = self._inference(settings, partial(_next_token, adapted))
@@ -177,7 +179,7 @@ class Lora(LoopTask):
 
     @torch.inference_mode()
     def predict(
-        self, weights: Weights, settings: Settings, source: str
+        self, weights: Weights, settings: RunSettings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """Continuations or classes of texts: of `source` itself, or of the files that it names."""
         plan = lora_settings.read_settings(settings)
@@ -198,7 +200,7 @@ class Lora(LoopTask):
             yield answer
 
     def export(
-        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+        self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
     ) -> None:
         """The base model with the adapters merged in: a folder for plain transformers."""
         plan = lora_settings.read_settings(settings)
@@ -221,7 +223,7 @@ def _labels(of: AdaptedModel, w: Tensors, x: _Padded, training: bool) -> Tensor:
     return logits.float()
 
 
-def _texts(data: DataSettings, plan: LoraSettings, made: AdaptedModel) -> _Texts:
+def _texts(data: DataSettings, plan: LoraPlan, made: AdaptedModel) -> _Texts:
     """The texts in a folder for each class. Raises DataError."""
     found, numbers = class_folders.admit(
         class_folders.find_files(data.path, plan.classes, text.SUFFIXES), data

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -21,7 +21,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, Snapshot, TrainOutcome, Watch
+from agent.tasks import EvalOutcome, OnStep, Setting, Snapshot, TrainOutcome, Watch
+from agent.tasks import Settings as RunSettings
 from agent.tasks.training import evaluation, task_settings
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.evaluation import BatchResult
@@ -33,6 +34,7 @@ from agent.tasks.training.hyperparameters import (
 )
 from agent.tasks.training.seeds import derive_seed
 from protocols.errors import TaskUnusable, UsageError
+from protocols.model.built_in_settings import LOOP
 from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import Array, Schema, Weights
 
@@ -85,7 +87,14 @@ class _Position:
 class KerasLoop:
     """A task whose subclass gives the model and the examples."""
 
+    Settings: ClassVar[type | None] = None
     defaults: Mapping[str, Setting] = LOOP_DEFAULTS
+    _known: Mapping[str, SettingSpec] = LOOP
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._known = task_settings.merged_specs(cls)
+        cls.defaults = task_settings.defaults_of(cls._known)
 
     def __init__(self) -> None:
         self._data = DataSettings()
@@ -97,11 +106,11 @@ class KerasLoop:
 
     # --- for subclasses to define ---
 
-    def build(self, settings: Settings) -> Any:
+    def build(self, settings: RunSettings) -> Any:
         """A new `keras.Model`."""
         raise NotImplementedError
 
-    def read(self, data: DataSettings, settings: Settings) -> Examples:
+    def read(self, data: DataSettings, settings: RunSettings) -> Examples:
         """This peer's examples. Raises DataError."""
         raise NotImplementedError
 
@@ -120,22 +129,22 @@ class KerasLoop:
             return {}
         return {"accuracy": (np.asarray(output).argmax(1) == np.asarray(target)).mean()}
 
-    def make_optimizer(self, model: Any, settings: Settings) -> Any:
+    def make_optimizer(self, model: Any, settings: RunSettings) -> Any:
         """An optimizer as the settings say."""
         plan = self._plan(settings)
         if plan.optimiser == "adamw":
             return keras.optimizers.AdamW(plan.lr, weight_decay=plan.weight_decay, epsilon=1e-8)
         return keras.optimizers.SGD(plan.lr, momentum=plan.momentum)
 
-    def prepared(self, x: Any, settings: Settings, training: bool) -> Any:
+    def prepared(self, x: Any, settings: RunSettings, training: bool) -> Any:
         """A batch as the model takes it, of rows of `Examples.x`."""
         return x
 
-    def to_keras(self, weights: Mapping[str, Array], settings: Settings) -> list[Array]:
+    def to_keras(self, weights: Mapping[str, Array], settings: RunSettings) -> list[Array]:
         """Travelling tensors in the order and layout of `model.weights`."""
         return [weights[name] for name in _paths(self._built(settings))]
 
-    def from_keras(self, arrays: Sequence[Array], settings: Settings) -> Weights:
+    def from_keras(self, arrays: Sequence[Array], settings: RunSettings) -> Weights:
         """The inverse of `to_keras`."""
         return Weights(dict(zip(_paths(self._built(settings)), arrays, strict=True)))
 
@@ -143,12 +152,12 @@ class KerasLoop:
 
     def setting_specs(self) -> Mapping[str, SettingSpec]:
         """All settings by name, with their types, bounds and help."""
-        return task_settings.specs(self.defaults, getattr(self, "Settings", None))
+        return task_settings.told(self._known)
 
-    def schema(self, settings: Settings) -> Schema:
+    def schema(self, settings: RunSettings) -> Schema:
         return self._now(settings).schema
 
-    def init(self, seed: int, settings: Settings) -> Weights:
+    def init(self, seed: int, settings: RunSettings) -> Weights:
         """Weights from the initializers of the model."""
         keras.utils.set_random_seed(derive_seed("init", seed))
         self._model = None
@@ -170,12 +179,12 @@ class KerasLoop:
             tf.config.set_visible_devices(found, "GPU")
         self._data, self._examples = data, None
 
-    def count_examples(self, settings: Settings) -> tuple[int, int]:
+    def count_examples(self, settings: RunSettings) -> tuple[int, int]:
         """How many examples `train` and `evaluate` use."""
         trained_on, held_out = self._found(settings)
         return len(trained_on.rows), len(held_out.rows)
 
-    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+    def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """SGD or AdamW on this peer's examples; the metric "loss" is the mean of the last epoch."""
         plan, model = self._plan(settings), self._loaded(weights, settings)
         examples = self._found(settings).trained_on
@@ -221,7 +230,7 @@ class KerasLoop:
         trained = self.from_keras([np.asarray(v) for v in model.weights], settings)
         return TrainOutcome(trained, count, {"loss": at.total / at.passed})
 
-    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+    def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
         """The means of "loss" and `metrics` over this peer's held-out examples."""
         model, examples = self._loaded(weights, settings), self._found(settings).held_out
 
@@ -252,34 +261,34 @@ class KerasLoop:
 
     # --- helpers ---
 
-    def merged(self, settings: Settings) -> dict[str, Setting]:
+    def merged(self, settings: RunSettings) -> dict[str, Setting]:
         """The settings over the defaults. Raises UnknownName, UsageError."""
         return resolve_settings(settings, self.defaults)
 
-    def _plan(self, settings: Settings) -> Hyperparameters:
+    def _plan(self, settings: RunSettings) -> Hyperparameters:
         plan = read_hyperparameters(settings, self.defaults)
         if plan.precision not in ("auto", "fp32"):
             raise UsageError("Keras tasks train in fp32", "precision=auto or precision=fp32")
         return plan
 
-    def _built(self, settings: Settings) -> Any:
+    def _built(self, settings: RunSettings) -> Any:
         merged = self.merged(settings)
         if self._model is None or self._model[0] != merged:
             keras.backend.clear_session()  # restarts the numbering of unnamed layers
             self._model = merged, self.build(settings)
         return self._model[1]
 
-    def _loaded(self, weights: Mapping[str, Array], settings: Settings) -> Any:
+    def _loaded(self, weights: Mapping[str, Array], settings: RunSettings) -> Any:
         model = self._built(settings)
         arrays = self.to_keras(weights, settings)
         for variable, array in zip(model.weights, arrays, strict=True):
             variable.assign(array)
         return model
 
-    def _now(self, settings: Settings) -> Weights:
+    def _now(self, settings: RunSettings) -> Weights:
         return self.from_keras([np.asarray(v) for v in self._built(settings).weights], settings)
 
-    def _found(self, settings: Settings) -> Examples:
+    def _found(self, settings: RunSettings) -> Examples:
         merged = self.merged(settings)
         if self._examples is None or self._examples[0] != merged:
             self._examples = None

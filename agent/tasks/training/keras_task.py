@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
 import numpy as np
@@ -33,11 +33,6 @@ class KerasTask(KerasLoop):
     overridden; `Settings` is as in `TorchTask`."""
 
     version = ""
-    Settings: ClassVar[type | None] = None
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.defaults = task_settings.merged_defaults(cls)
 
     # --- for users ---
 
@@ -101,7 +96,7 @@ class KerasTask(KerasLoop):
     # --- helpers ---
 
     def _read(self, settings: RunSettings) -> TaskSettings:
-        return task_settings.read(settings, self.defaults, self.Settings)
+        return task_settings.read(settings, self._known, self.Settings)
 
 
 def _take(found: Any, data: DataSettings, *, held_out: bool = False) -> Part:

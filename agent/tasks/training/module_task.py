@@ -19,7 +19,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
 from agent.tasks.training import (
     csv_rows,
@@ -49,10 +49,9 @@ from agent.tasks.training.examples import (
     StreamExamples,
     count_examples,
 )
-from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, Hyperparameters, resolve_settings
+from agent.tasks.training.hyperparameters import Hyperparameters, resolve_settings
 from agent.tasks.training.loop_state import Tensors, as_weights
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
-from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import LossOf, PrivateLoss, autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
 from agent.tasks.training.user_data import as_source, is_separate, named, split_inputs, take_part
@@ -74,12 +73,6 @@ class TorchTask(LoopTask):
 
     version = ""
     forms = (onnx_export.ONNX,)
-    Settings: ClassVar[type | None] = None
-    defaults: Mapping[str, Setting] = LOOP_DEFAULTS
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.defaults = task_settings.merged_defaults(cls)
 
     # --- for users ---
 
@@ -262,9 +255,6 @@ class TorchTask(LoopTask):
     def _protect(self, private: PrivateTraining | None) -> None:
         self._private = private
         self._local.protect(private)
-
-    def _read(self, settings: RunSettings) -> TaskSettings:
-        return task_settings.read(settings, self.defaults, self.Settings)
 
     def _key(self, settings: RunSettings) -> object:
         return tuple(sorted(resolve_settings(settings, self.defaults).items()))

@@ -28,7 +28,6 @@ from agent.tasks import EvalOutcome, OnStep, Setting, TrainOutcome
 from agent.tasks import Settings as RunSettings
 from agent.tasks.training import csv_rows, evaluation, rng_state, shared_data, task_settings
 from agent.tasks.training.evaluation import BatchResult
-from agent.tasks.training.hyperparameters import Option, at_least, check_values
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.task_settings import TaskSettings
 from protocols.errors import DataError, TaskUnusable, UsageError
@@ -37,7 +36,10 @@ from protocols.model.weights import Array, Schema, Weights
 
 EVALUATION_BATCH = 1024
 #: Settings of the training; those of the optimizer are the estimator's own.
-_OPTIONS: dict[str, Option] = {"epochs": (5, at_least(1)), "batch_size": (32, at_least(1))}
+_LOOP = {
+    name: SettingSpec(default=default, ge=1)
+    for name, default in (("epochs", 5), ("batch_size", 32))
+}
 #: A probability in the cross-entropy is at least this.
 _LEAST = 1e-15
 
@@ -52,11 +54,13 @@ class SklearnTask:
     #: The classes of a classifier, the same on all peers; empty for a regression.
     classes: ClassVar[Sequence[Any]] = ()
     Settings: ClassVar[type | None] = None
-    defaults: Mapping[str, Setting] = {name: default for name, (default, _) in _OPTIONS.items()}
+    defaults: Mapping[str, Setting] = task_settings.defaults_of(_LOOP)
+    _known: Mapping[str, SettingSpec] = _LOOP
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.defaults = task_settings.merged_defaults(cls)
+        cls._known = task_settings.merged_specs(cls)
+        cls.defaults = task_settings.defaults_of(cls._known)
 
     # --- for users ---
 
@@ -91,7 +95,7 @@ class SklearnTask:
 
     def setting_specs(self) -> Mapping[str, SettingSpec]:
         """All settings by name, with their types, bounds and help."""
-        return task_settings.specs(self.defaults, self.Settings)
+        return task_settings.told(self._known)
 
     def schema(self, settings: RunSettings) -> Schema:
         return self.init(0, settings).schema
@@ -167,9 +171,7 @@ class SklearnTask:
     # --- helpers ---
 
     def _read(self, settings: RunSettings) -> TaskSettings:
-        valid = {name: test for name, (_, test) in _OPTIONS.items()}
-        merged = task_settings.read_own(settings, self.defaults, self.Settings)
-        check_values(merged, valid, self.defaults)
+        merged = task_settings.read_own(settings, self._known, self.Settings)
         given = {"seed": settings.get("seed", 0), "round": int(settings.get("round", 0))}
         return TaskSettings({**merged, **given})
 

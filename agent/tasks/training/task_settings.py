@@ -10,17 +10,19 @@ class Settings:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from agent.tasks import Setting, Settings
-from agent.tasks.training.hyperparameters import LOOP, read_hyperparameters, resolve_settings
-from agent.tasks.training.setting_hints import can_travel, specs_of
+from agent.tasks.training.hyperparameters import read_hyperparameters, resolve_settings
 from protocols.errors import TaskUnusable, UsageError
+from protocols.model import setting_specs
+from protocols.model.setting_hints import can_travel, specs_of, with_defaults
 from protocols.model.setting_specs import SettingSpec
 
 
@@ -46,50 +48,54 @@ class TaskSettings(Mapping[str, Any]):
         return len(self._values)
 
 
-def merged_defaults(task: type) -> dict[str, Setting]:
-    """The defaults of a task: those of its base class, its `defaults`, and of its `Settings`."""
-    own, base = vars(task), task.__mro__[1]
-    return {
-        **getattr(base, "defaults", {}),
-        **own.get("defaults", {}),
-        **{name: spec.default for name, spec in specs_of(own.get("Settings")).items()},
-    }
+def merged_specs(task: type) -> dict[str, SettingSpec]:
+    """The settings of a task's class: those of its base class, of its `defaults`, and of its
+    dataclass `Settings`."""
+    own = vars(task)
+    plain = {name: SettingSpec(default=value) for name, value in own.get("defaults", {}).items()}
+    inherited = (vars(base)["_known"] for base in task.__mro__[1:] if "_known" in vars(base))
+    known: Mapping[str, SettingSpec] = next(inherited, {})
+    return with_defaults(with_defaults(known, plain), specs_of(own.get("Settings")))
 
 
-def specs(defaults: Settings, kind: type | None = None) -> dict[str, SettingSpec]:
-    """All settings of a task: those of its dataclass, of the training loop, and any others."""
-    own = {name: one for name, one in specs_of(kind).items() if one.limits or one.help}
-    known = {**LOOP, **own}
-    return {
-        name: replace(known.get(name) or SettingSpec(default=default), default=default)
-        for name, default in defaults.items()
-        if can_travel(default)
-    }
+def defaults_of(known: Mapping[str, SettingSpec]) -> dict[str, Setting]:
+    """The defaults by name."""
+    return {name: spec.default for name, spec in known.items()}
 
 
-def read_own(settings: Settings, defaults: Settings, kind: type | None) -> dict[str, Any]:
-    """All settings, checked by `kind`. Raises UnknownName, UsageError."""
-    merged: dict[str, Any] = resolve_settings(settings, defaults)
+def told(known: Mapping[str, SettingSpec]) -> dict[str, SettingSpec]:
+    """Those that a handshake can have."""
+    return {name: spec for name, spec in known.items() if can_travel(spec.default)}
+
+
+def read_own(
+    settings: Settings, known: Mapping[str, SettingSpec], kind: type | None
+) -> dict[str, Any]:
+    """All settings, checked by their bounds and by `kind`. Raises UnknownName, UsageError."""
+    merged: dict[str, Any] = resolve_settings(settings, defaults_of(known))
+    setting_specs.check(settings, known)
     for field in dataclasses.fields(kind) if kind else ():
-        name = field.name
-        merged[name] = _checked(name, merged[name], defaults[name], kind)
+        merged[field.name] = _checked(field.name, merged[field.name], known[field.name], kind)
     return merged
 
 
-def read(settings: Settings, defaults: Settings, kind: type | None) -> TaskSettings:
-    """All settings, checked by the loop's rules and by `kind`. Raises UnknownName, UsageError."""
-    merged, plan = read_own(settings, defaults, kind), read_hyperparameters(settings, defaults)
+def read(settings: Settings, known: Mapping[str, SettingSpec], kind: type | None) -> TaskSettings:
+    """All settings, checked by the loop's rules too. Raises UnknownName, UsageError."""
+    merged = read_own(settings, known, kind)
+    plan = read_hyperparameters(settings, defaults_of(known))
     return TaskSettings({**merged, "lr": plan.lr, "seed": plan.seed, "round": plan.round})
 
 
-def _checked(name: str, value: Setting, default: Setting, kind: type | None) -> Any:
-    hint = typing.get_type_hints(kind, include_extras=True)[name]
+_hints = functools.cache(partial(typing.get_type_hints, include_extras=True))
+
+
+def _checked(name: str, value: Setting, known: SettingSpec, kind: type | None) -> Any:
     try:
-        return msgspec.convert(value, hint)
+        return msgspec.convert(value, _hints(kind)[name])
     except msgspec.ValidationError as err:
         raise UsageError(
             f"the setting {name} cannot be {value!r}: {str(err)[:1].lower()}{str(err)[1:]}",
-            f"such as {name}={default}",
+            f"such as {name}={known.default}",
         ) from err
 
 

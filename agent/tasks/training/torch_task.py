@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, Settings, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, Setting, TrainOutcome
+from agent.tasks import Settings as RunSettings
 from agent.tasks.training import devices, onnx_export, precision, task_settings
 from agent.tasks.training.classification import evaluate_classifier, predict_classes, to_tensors
 from agent.tasks.training.examples import Examples, Source
-from agent.tasks.training.hyperparameters import Hyperparameters, read_hyperparameters
+from agent.tasks.training.hyperparameters import (
+    LOOP_DEFAULTS,
+    Hyperparameters,
+    read_hyperparameters,
+)
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
+from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import (
     LossOf,
     PrivateLoss,
@@ -25,6 +31,7 @@ from agent.tasks.training.torch_loop import (
     TrainingLoop,
     autograd_step,
 )
+from protocols.model.built_in_settings import LOOP
 from protocols.model.setting_specs import SettingSpec
 from protocols.model.weights import Array, Schema, TensorSpec, Weights
 
@@ -61,7 +68,15 @@ class LoopTask:
     """
 
     version = "1"
-    defaults: Mapping[str, Setting]
+    #: A dataclass with the task's own settings, and other defaults for those of the loop.
+    Settings: ClassVar[type | None] = None
+    defaults: Mapping[str, Setting] = LOOP_DEFAULTS
+    _known: Mapping[str, SettingSpec] = LOOP
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._known = task_settings.merged_specs(cls)
+        cls.defaults = task_settings.defaults_of(cls._known)
 
     def __init__(self) -> None:
         #: Until `load`, a prediction without data of the owner stays on the CPU.
@@ -77,7 +92,7 @@ class LoopTask:
 
     def setting_specs(self) -> Mapping[str, SettingSpec]:
         """All settings by name, with their types, bounds and help."""
-        return task_settings.specs(self.defaults, getattr(self, "Settings", None))
+        return task_settings.told(self._known)
 
     def load(self, data: DataSettings) -> None:
         """Store the data settings. Subclasses read the data when the run's settings are known."""
@@ -87,12 +102,16 @@ class LoopTask:
     def _device(self) -> torch.device:
         return devices.select_device(self._data.device)
 
-    def _inference(self, settings: Settings, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _inference(self, settings: RunSettings, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward` as evaluations and predictions call it, on this device."""
         asked = self._hyperparameters(settings).precision
         return precision.inference(asked, self._device, forward)
 
-    def _hyperparameters(self, settings: Settings) -> Hyperparameters:
+    def _read(self, settings: RunSettings) -> TaskSettings:
+        """All settings, checked. Raises UnknownName, UsageError."""
+        return task_settings.read(settings, self._known, self.Settings)
+
+    def _hyperparameters(self, settings: RunSettings) -> Hyperparameters:
         return read_hyperparameters(settings, self.defaults)
 
 
@@ -110,43 +129,43 @@ class ClassifierTask(LoopTask):
 
     # --- for subclasses ---
 
-    def _forward(self, settings: Settings) -> Forward:
+    def _forward(self, settings: RunSettings) -> Forward:
         """The model. Raises UnknownName, UsageError for any invalid setting."""
         raise NotImplementedError
 
-    def _examples(self, settings: Settings) -> Split[Source]:
+    def _examples(self, settings: RunSettings) -> Split[Source]:
         """This peer's examples on the device that trains."""
         return self._loaded()
 
-    def _inputs_of(self, settings: Settings, *, augment: bool) -> Callable[[Tensor], Tensor]:
+    def _inputs_of(self, settings: RunSettings, *, augment: bool) -> Callable[[Tensor], Tensor]:
         """Makes a batch of examples what the model takes."""
         return lambda x: x
 
-    def _buffers(self, settings: Settings) -> frozenset[str]:
+    def _buffers(self, settings: RunSettings) -> frozenset[str]:
         """Names of floating-point tensors that have no gradient."""
         return frozenset()
 
-    def _read_inputs(self, source: str, settings: Settings) -> Iterator[Tensor]:
+    def _read_inputs(self, source: str, settings: RunSettings) -> Iterator[Tensor]:
         """Batches of inputs of the model, for predictions. Raises DataError."""
         raise NotImplementedError
 
-    def _exported_inputs(self, settings: Settings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _exported_inputs(self, settings: RunSettings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """What makes inputs of an exported model those of this one, and two such inputs."""
         raise NotImplementedError
 
     def _make_step(
-        self, settings: Settings, loss_of: LossOf
+        self, settings: RunSettings, loss_of: LossOf
     ) -> Callable[[LoopState, Hyperparameters], Step]:
         return autograd_step(loss_of)
 
     # --- Task ---
 
-    def count_examples(self, settings: Settings) -> tuple[int, int]:
+    def count_examples(self, settings: RunSettings) -> tuple[int, int]:
         """How many examples `train` and `evaluate` use."""
         split = self._examples(settings)
         return split.trained_on.size, split.held_out.size
 
-    def train(self, weights: Weights, settings: Settings, on_step: OnStep) -> TrainOutcome:
+    def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """Train with SGD or AdamW; the metric "loss" is the mean of the last epoch."""
         forward = whole = self._forward(settings)
         if self._data.compile:
@@ -165,18 +184,18 @@ class ClassifierTask(LoopTask):
             private_loss=PrivateLoss(losses_of, self._inputs_of(settings, augment=True)),
         )
 
-    def lr_times_steps(self, settings: Settings) -> float:
+    def lr_times_steps(self, settings: RunSettings) -> float:
         """Learning rate times steps. Raises UsageError unless training is plain SGD."""
         count = self._examples(settings).trained_on.size
         return lr_times_steps(self._hyperparameters(settings), count)
 
-    def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
+    def gradient(self, weights: Weights, settings: RunSettings) -> Mapping[str, Array]:
         """The gradient of the mean loss over this peer's training examples, not augmented."""
         loss_of = self._loss_of(self._forward(settings), settings, augment=False)
         examples, buffers = self._examples(settings).trained_on, self._buffers(settings)
         return mean_gradient(weights, examples, loss_of, buffers, self.gradient_batch)
 
-    def evaluate(self, weights: Weights, settings: Settings, on_step: OnStep) -> EvalOutcome:
+    def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
         """Mean cross-entropy ("loss") and "accuracy" on this peer's held-out examples."""
         forward, held_out = self._forward(settings), self._examples(settings).held_out
         inputs_of = self._inputs_of(settings, augment=False)
@@ -184,7 +203,7 @@ class ClassifierTask(LoopTask):
         logits = self._inference(settings, lambda w, x: forward(w, inputs_of(x), False))
         return evaluate_classifier(logits, weights, held_out, self.evaluation_batch, on_step)
 
-    def _loss_of(self, forward: Forward, settings: Settings, *, augment: bool) -> LossOf:
+    def _loss_of(self, forward: Forward, settings: RunSettings, *, augment: bool) -> LossOf:
         inputs_of = self._inputs_of(settings, augment=augment)
         return lambda w, x, y: F.cross_entropy(forward(w, inputs_of(x), True), y)
 
@@ -195,7 +214,7 @@ class ClassifierTask(LoopTask):
 
     @torch.inference_mode()
     def predict(
-        self, weights: Weights, settings: Settings, source: str
+        self, weights: Weights, settings: RunSettings, source: str
     ) -> Iterator[Mapping[str, Sequence[Any]]]:
         """For each example at `source`: its number, its class, the probability of that class."""
         logits, device = self._inference(settings, self._forward(settings)), self._device
@@ -206,7 +225,7 @@ class ClassifierTask(LoopTask):
             first += len(x)
 
     def export(
-        self, weights: Weights, settings: Settings, form: str, data: DataSettings, out: Path
+        self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: inputs [n, …] as `_exported_inputs` says -> logits float32[n, classes]."""
         forward, (inputs_of, example) = self._forward(settings), self._exported_inputs(settings)

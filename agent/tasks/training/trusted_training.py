@@ -8,7 +8,7 @@ from agent.tasks.training.torch_task import LoopTask
 
 #: What a task may replace.
 _OF_USERS = {"version", "Settings", "defaults", "model", "data", "loss", "metrics", "optimizer"}
-_OF_USERS |= {"inputs", "answers", "example"}
+_OF_USERS |= {"inputs", "answers", "example", "_known"}
 
 
 def is_trained_by_us(task: object) -> bool:

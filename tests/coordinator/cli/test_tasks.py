@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import pytest
 from coordinator.cli import tasks
 from protocols.errors import UnknownName, UsageError
 from protocols.messages.offers import MAX_FILE_BYTES, Offer, OfferRequest
+from protocols.model.schema_card import make_card
+from protocols.model.setting_specs import SettingSpec
 
 TEXT = "class Net: pass\n\n\nclass Gait:\n    def data(self, source, settings): ...\n"
 
@@ -83,3 +86,27 @@ def test_what_cannot_be_offered_is_said_at_once(
     with pytest.raises(UsageError, match=why):
         tasks.offer(str(tmp_path / name))
     assert sent == []
+
+
+def test_settings_are_listed_with_bounds_and_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a built-in task without a coordinator, others as peers told them in a run."""
+    tasks.show("mnist")
+    listed = capsys.readouterr().out
+    assert "one of 2nn, cnn, edges" in listed
+    assert "passes over this peer's examples" in listed
+    cards = [
+        make_card("gait.py:Gait", "1", {}, settings={"width": SettingSpec(default=8, le=64)}),
+        None,
+    ]
+    monkeypatch.setattr(
+        tasks,
+        "connect",
+        lambda: SimpleNamespace(run=lambda name: SimpleNamespace(card=cards.pop(0))),
+    )
+    tasks.show("gait.py:Gait", json=True)
+    assert json.loads(capsys.readouterr().out)["data"]["width"] == {"default": 8, "le": 64}
+    with pytest.raises(UnknownName) as raised:
+        tasks.show("gait.py:Gait")
+    assert raised.value.hint == "commonweight run check gait.py:Gait --settings"

@@ -19,7 +19,7 @@ from coordinator.storage.run_events import RunSpec
 from protocols.errors import DataError, UsageError
 from protocols.messages.states import RunState
 from protocols.model import schema_card
-from protocols.model.setting_specs import SettingSpec
+from protocols.model.setting_specs import SettingSpec, Value
 from protocols.model.weights import TensorSpec, Weights
 from protocols.tables.class_names import ClassCounts
 from tests.coordinator.runs.test_loop import THREE, Door, contributors, named
@@ -119,6 +119,26 @@ async def test_the_next_run_is_checked_by_the_settings_that_peers_told(tmp_path:
         with pytest.raises(UsageError):
             again.check(RunSpec(task="softmax", rounds=1, settings={"width": 65}))
         again.check(RunSpec(task="softmax", rounds=1, settings={"width": 64}))
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "words"),
+    [
+        ("mnist", {"typo": 1}, "no setting 'typo'"),
+        ("mnist", {"model": "3nn"}, "model cannot be '3nn'"),
+        ("images", {"size": "4"}, "size cannot be '4'"),
+        ("lora", {"model": "tiny", "dropout": 1.0}, "dropout cannot be 1.0"),
+        ("ping", {"kilobytes": 0}, "kilobytes cannot be 0"),
+    ],
+)
+def test_settings_of_built_in_tasks_are_known_before_any_handshake(
+    task: str, given: dict[str, Value], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        ToldSettings().check(RunSpec(task=task, rounds=1, settings=given))
+    ToldSettings().check(RunSpec(task=task, rounds=1, settings={"seed": 1}))
+    # The peers of a fleet below another check for themselves.
+    ToldSettings().check(RunSpec(task=task, rounds=1, settings=given, only="train"))
 
 
 async def test_one_that_joins_later_compares_by_itself(tmp_path: Path) -> None:

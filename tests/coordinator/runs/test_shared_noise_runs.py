@@ -12,8 +12,8 @@ from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
 from agent.tasks.demo.mnist import Mnist
-from agent.tasks.images import settings as images
-from agent.tasks.tabular import _OPTIONS as TABULAR
+from agent.tasks.images.torch_task import Images
+from agent.tasks.tabular import Tabular
 from agent.tasks.training.hyperparameters import LOOP_DEFAULTS, read_hyperparameters
 from agent.tasks.training.secret_noise import SecretNoise
 from agent.tasks.work import Done
@@ -184,7 +184,7 @@ def test_what_shared_noise_does_not_allow_is_refused_before_the_start(
 
 def test_the_defaults_of_tasks_are_known_to_the_rules() -> None:
     bent = ("optimiser", "momentum", "weight_decay", "clip_norm", "proximal_mu")
-    for task, defaults in (("images", images.DEFAULTS), ("tabular", TABULAR.defaults)):
+    for task, defaults in (("images", Images.defaults), ("tabular", Tabular.defaults)):
         other = {name: defaults[name] for name in bent if defaults[name] != LOOP_DEFAULTS[name]}
         assert spec_rules._STEP_DEFAULTS[task] == other
     settings = {"target": "y", "optimiser": "sgd"}
@@ -197,6 +197,6 @@ def test_an_agent_of_an_older_version_refuses_the_work() -> None:
     settings = PrivateTraining(3.0, 1e-5, 1.0, 3, shared=14).settings()
     new = {name: value for name, value in settings.items() if name == private_training.SHARED}
     assert len(new) == 1
-    for defaults in (Mnist.defaults, images.DEFAULTS, TABULAR.defaults):
+    for defaults in (Mnist.defaults, Images.defaults, Tabular.defaults):
         with pytest.raises(UnknownName, match="the task has no setting 'dp_shared'"):
             read_hyperparameters(new, defaults)

@@ -353,7 +353,7 @@ def test_too_few_classes_are_told_with_the_next_step(counts: dict[str, int], sai
         ({"classes": ""}, "the run does not say which classes there are"),
         ({"classes": "cat"}, "only the class 'cat', and two are needed"),
         ({"classes": "cat,cat"}, "names the class 'cat' twice"),
-        ({"size": 4}, "size 4"),
+        ({"size": 4}, "size cannot be 4"),
         ({"channels": 2}, "channels"),
         ({"norm": "layer"}, "norm"),
         ({"model": "vgg"}, "'vgg' is no layer"),

@@ -720,7 +720,7 @@ def test_settings_are_a_dataclass_with_types_and_bounds() -> None:
     assert cw.TorchTask.defaults["lr"] == 0.1
     assert task.schema({"width": "7"})["0.weight"].shape == (7, FEATURES)
     for given, words in [
-        ({"width": 0}, "width cannot be 0: expected `int` >= 1"),
+        ({"width": 0}, "width cannot be 0"),
         ({"width": "many"}, "width cannot be 'many'"),
         ({"kind": "gelu"}, "kind cannot be 'gelu'"),
         ({"lr": -1.0}, "lr cannot be -1"),

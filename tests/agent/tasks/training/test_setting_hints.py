@@ -9,10 +9,9 @@ import pytest
 from msgspec import Meta
 
 from agent.tasks import TellsSettings, registry
-from agent.tasks.training import setting_hints, task_settings
-from agent.tasks.training.hyperparameters import LOOP
 from protocols.errors import TaskUnusable
-from protocols.model import schema_card
+from protocols.model import built_in_settings, schema_card, setting_hints, setting_specs
+from protocols.model.built_in_settings import LOOP
 from protocols.model.setting_specs import SettingSpec
 
 
@@ -36,9 +35,9 @@ def test_types_bounds_and_help_are_those_of_the_annotations() -> None:
 
 
 def test_a_setting_of_the_loop_keeps_its_bounds_with_another_default() -> None:
-    found = task_settings.specs({"lr": 0.02, "width": 4, "extra": "a"}, Chosen)
+    found = setting_hints.with_defaults(LOOP, setting_hints.specs_of(Chosen))
     assert found["lr"] == SettingSpec(default=0.02, ge=0, help=LOOP["lr"].help)
-    assert (found["width"].le, found["extra"]) == (64, SettingSpec(default="a"))
+    assert (found["width"].le, found["epochs"]) == (64, LOOP["epochs"])
 
 
 @pytest.mark.parametrize("default", [None, float("inf"), "x" * 401, "\x1b", field(default=None)])
@@ -48,7 +47,14 @@ def test_what_is_no_default_is_told(default: Any) -> None:
         setting_hints.specs_of(dataclass(kind))
 
 
-@pytest.mark.parametrize("name", ["images", "lora", "mnist", "motion", "tabular", "text-lm"])
+def test_the_coordinator_knows_every_built_in_task() -> None:
+    assert built_in_settings.BY_TASK.keys() == registry.BUILT_IN.keys()
+    for name, known in built_in_settings.BY_TASK.items():
+        setting_specs.check({setting: spec.default for setting, spec in known.items()}, known)
+        assert all(spec.help for spec in known.values()), name
+
+
+@pytest.mark.parametrize("name", registry.BUILT_IN)
 def test_every_built_in_task_tells_its_settings(name: str) -> None:
     try:
         task = registry.create(name)
@@ -56,6 +62,7 @@ def test_every_built_in_task_tells_its_settings(name: str) -> None:
         pytest.skip(f"{err.message}: {err.hint}")
     assert isinstance(task, TellsSettings)
     told = task.setting_specs()
-    assert told.keys() == task.defaults.keys()  # type: ignore[attr-defined]
+    assert told == built_in_settings.BY_TASK[name]
+    assert {setting: spec.default for setting, spec in told.items()} == task.defaults  # type: ignore[attr-defined]
     card = schema_card.make_card(name, "1", {}, settings=told)
     assert schema_card.decode(schema_card.encode(card)) == card

@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import inspect
+from msgspec.structs import replace
 
 from protocols.errors import TaskUnusable
 from protocols.messages.envelope import strip_controls
@@ -33,6 +35,19 @@ def specs_of(kind: type | None) -> dict[str, SettingSpec]:
     except NameError as err:
         raise TaskUnusable(f"a type in Settings is not known: {err}", "import it above") from err
     return {field.name: _spec(field, hints[field.name]) for field in dataclasses.fields(kind)}
+
+
+def with_defaults(
+    known: Mapping[str, SettingSpec], own: Mapping[str, SettingSpec]
+) -> dict[str, SettingSpec]:
+    """Settings that are known, and a task's own. One with nothing but another default keeps the
+    bounds and the help of the known one."""
+    return {**known} | {
+        name: replace(known[name], default=spec.default)
+        if name in known and not (spec.limits or spec.help)
+        else spec
+        for name, spec in own.items()
+    }
 
 
 def _spec(field: dataclasses.Field[Any], hint: Any) -> SettingSpec:

@@ -1,0 +1,215 @@
+"""The settings of the built-in tasks, with their types, bounds and help. Pure.
+
+Agents read a run's settings by them. The coordinator, which runs no task, checks `--set` by them
+before a run. A task has the settings of the loop, with other defaults where its class has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from protocols.model.setting_hints import specs_of, with_defaults
+from protocols.model.setting_specs import SettingSpec
+
+
+@dataclass
+class LoopSettings:
+    """The settings of the training loop."""
+
+    epochs: Annotated[int, Meta(ge=1, description="passes over this peer's examples")] = 5
+    batch_size: Annotated[
+        int, Meta(ge=0, description="examples in a step; 0 or all: all of them")
+    ] = 10
+    max_steps: Annotated[int, Meta(ge=0, description="stop after these steps; 0: no limit")] = 0
+    optimiser: Annotated[
+        Literal["sgd", "adamw"], Meta(description="plain SGD, or AdamW with its usual betas")
+    ] = "sgd"
+    lr: Annotated[float, Meta(ge=0, description="learning rate")] = 0.1
+    lr_schedule: Annotated[
+        Literal["constant", "linear", "cosine"],
+        Meta(description="the learning rate over rounds; not constant: to 0 over lr_rounds"),
+    ] = "constant"
+    lr_rounds: Annotated[int, Meta(ge=0, description="the rounds of lr_schedule")] = 0
+    lr_decay: Annotated[
+        float, Meta(gt=0, le=1, description="factor of the learning rate from round to round")
+    ] = 1.0
+    warmup_rounds: Annotated[
+        int, Meta(ge=0, description="rounds until the full learning rate is reached")
+    ] = 0
+    momentum: Annotated[float, Meta(ge=0, lt=1, description="of sgd")] = 0.0
+    weight_decay: Annotated[
+        float,
+        Meta(ge=0, description="sgd: added to the gradient, times the weights; adamw: decoupled"),
+    ] = 0.0
+    clip_norm: Annotated[
+        float, Meta(ge=0, description="the largest norm of a step's gradient; 0: no limit")
+    ] = 0.0
+    proximal_mu: Annotated[
+        float, Meta(ge=0, description="strength of the pull to the first weights (FedProx)")
+    ] = 0.0
+    precision: Annotated[
+        Literal["auto", "fp32", "tf32", "bf16", "fp16"],
+        Meta(description="auto: bf16 on a graphics card, or fp16 without bf16; else fp32"),
+    ] = "auto"
+
+
+@dataclass
+class ImageSettings:
+    """Of images. By default norm does not mix the statistics of peers whose pictures differ (Hsieh
+    et al. 2020, arXiv 1910.00189)."""
+
+    classes: Annotated[
+        str, Meta(description="names of the folders, by label; empty: those of all peers")
+    ] = ""
+    model: Annotated[
+        str, Meta(description="cnn, resnet18, or layers such as 'conv 16 3, pool, dense 64'")
+    ] = "cnn"
+    size: Annotated[int, Meta(ge=8, le=1024, description="pixels a side of scaled pictures")] = 64
+    channels: Annotated[int, Meta(ge=1, le=3, description="3 for color, 1 for gray")] = 3
+    flip: Annotated[bool, Meta(description="mirror a random half of the pictures")] = True
+    norm: Annotated[
+        Literal["group", "batch"], Meta(description="of resnet18; batch as published")
+    ] = "group"
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 0.01
+    momentum: float = 0.9
+
+
+@dataclass
+class LoraSettings:
+    """Of lora (Hu et al. 2021, arXiv 2106.09685)."""
+
+    model: Annotated[
+        str, Meta(description="the folder of the base model, in every peer's folder of models")
+    ] = ""
+    kind: Annotated[
+        Literal["causal", "classification"],
+        Meta(description="the next token of text files, or texts in a folder for each class"),
+    ] = "causal"
+    classes: Annotated[
+        str, Meta(description="of a classification: names of the folders, by label")
+    ] = ""
+    rank: Annotated[int, Meta(ge=1, description="of the adapters")] = 8
+    alpha: Annotated[float, Meta(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="before the adapters")] = 0.0
+    targets: Annotated[
+        str, Meta(description="layers with adapters: q_proj,v_proj or all-linear; empty: by PEFT")
+    ] = ""
+    context: Annotated[int, Meta(ge=2, description="tokens of an example")] = 128
+    micro_batch: Annotated[
+        int, Meta(ge=0, description="examples at a time in a step, for less memory; 0: all")
+    ] = 0
+    checkpointing: Annotated[
+        bool, Meta(description="compute activations again for the gradients, for less memory")
+    ] = False
+    epochs: int = 1
+    batch_size: int = 8
+    optimiser: str = "adamw"
+    lr: float = 1e-3
+
+
+@dataclass
+class MnistSettings:
+    """Of mnist."""
+
+    model: Annotated[
+        Literal["2nn", "cnn", "edges"],
+        Meta(description="edges: a linear layer over the directions of edges"),
+    ] = "2nn"
+    pixels: Annotated[
+        Literal["unit", "standard"],
+        Meta(description="from 0 to 1, or with the mean 0 and the deviation 1 of MNIST"),
+    ] = "unit"
+
+
+@dataclass
+class MotionSettings:
+    """Of motion."""
+
+    filters: Annotated[
+        int, Meta(ge=1, le=1024, description="of the first of two convolutions over time")
+    ] = 32
+    epochs: int = 3
+    batch_size: int = 16
+    lr: float = 0.02
+    momentum: float = 0.9
+
+
+@dataclass
+class PingSettings:
+    """Of ping, which has no training loop."""
+
+    kilobytes: Annotated[int, Meta(ge=1, description="the size of the weights")] = 10
+
+
+@dataclass
+class TabularSettings:
+    """Of tabular. Tables have numbers with more digits than bf16."""
+
+    target: Annotated[str, Meta(description="the column to predict")] = ""
+    kind: Annotated[
+        Literal["auto", "classification", "regression"],
+        Meta(description="auto: by the values of the target"),
+    ] = "auto"
+    features: Annotated[
+        str, Meta(description="columns to predict from; empty: those of half of the peers or more")
+    ] = ""
+    categorical: Annotated[
+        str, Meta(description="columns of numbers that are categories: years, codes, keys")
+    ] = ""
+    scaling: Annotated[
+        Literal["standard", "minmax"],
+        Meta(description="mean 0 and variance 1; or 0 to 1, where owners allow it"),
+    ] = "standard"
+    hashed: Annotated[bool, Meta(description="peers send hashes of categories")] = False
+    model: Annotated[Literal["linear", "mlp"], Meta(description="linear: logistic for classes")] = (
+        "linear"
+    )
+    hidden: Annotated[str, Meta(description="sizes of the layers of mlp")] = "64,32"
+    epochs: int = 1
+    batch_size: int = 32
+    optimiser: str = "adamw"
+    lr: float = 0.01
+    precision: str = "fp32"
+
+
+@dataclass
+class TextSettings:
+    """Of text-lm."""
+
+    tokens: Annotated[
+        str, Meta(description="bytes, or the SHA-256 of the tokenizer.json of every peer")
+    ] = "bytes"
+    vocabulary: Annotated[
+        int, Meta(ge=2, description="the number of tokens; with a tokenizer, its entries plus one")
+    ] = 257
+    layers: Annotated[int, Meta(ge=1, description="blocks of attention and MLP")] = 4
+    heads: Annotated[int, Meta(ge=1, description="of attention")] = 4
+    width: Annotated[int, Meta(ge=1, description="numbers of a token's embedding")] = 128
+    context: Annotated[int, Meta(ge=2, description="the tokens that a prediction depends on")] = 128
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="in each block")] = 0.0
+    epochs: int = 1
+    batch_size: int = 16
+    optimiser: str = "adamw"
+    lr: float = 1e-3
+
+
+LOOP: Mapping[str, SettingSpec] = specs_of(LoopSettings)
+_OWN = {
+    "images": ImageSettings,
+    "lora": LoraSettings,
+    "mnist": MnistSettings,
+    "motion": MotionSettings,
+    "tabular": TabularSettings,
+    "text-lm": TextSettings,
+}
+#: The settings of each built-in task.
+BY_TASK: Mapping[str, Mapping[str, SettingSpec]] = {
+    "ping": specs_of(PingSettings),
+    **{name: with_defaults(LOOP, specs_of(kind)) for name, kind in _OWN.items()},
+}
