@@ -80,10 +80,8 @@ NOT_RUN = {
     "fleets": "needs a second fleet: tests/e2e/test_hierarchy.py",
     "benchmark": "takes minutes to hours",
     "passphrase": "asks for a passphrase in a terminal: tests/coordinator/admin",
-    "app": "needs the folder of a Flower app: tests/e2e/test_flower_apps.py",
     "ids": "needs the ids of other owners' machines: tests/e2e/test_secure_agents.py",
     "stopped": "needs a stopped coordinator: tests/hostile/test_ca_rotation.py",
-    "offers": "needs an owner who approves: tests/e2e/test_offers.py",
     "asked": "answers a question that waits: tests/e2e/test_analyze.py",
     "disk lost": "replaces a coordinator whose disk is lost: tests/coordinator/admin",
 }

@@ -21,6 +21,7 @@ import pytest
 
 from tests.docs import pages
 from tests.docs.pages import Block
+from tests.support import flower_apps as apps
 from tests.support.fleet_harness import AGENT, ROOT, free_port
 from tests.support.machines import Machine
 from tests.support.waiting import wait_for
@@ -28,7 +29,7 @@ from tests.support.waiting import wait_for
 #: In the order in which a reader comes to them.
 ORDER = (
     *("tutorial", "machines", "howto", "training", "jobs", "tabular", "api", "simulation"),
-    *("models", "analyze", "privacy", "sharing", "monitor", "tasks", "politeness"),
+    *("flower-apps", "models", "analyze", "privacy", "sharing", "monitor", "tasks", "politeness"),
     *("what-leaves", "troubleshooting", "operations", "security", "index"),
 )
 GROUPS = {
@@ -42,6 +43,8 @@ PEOPLE = 240
 PRINTS = {
     ("tutorial", "commonweight run start"): r"round 20/20 accuracy 0\.8[3-7]",
     ("tutorial", "commonweight-agent ledger "): r"weights, 400 bytes",
+    ("flower-apps", "commonweight run start"): r"round 5/5 loss",
+    ("tasks", "commonweight-agent task approve"): r"\+class Digits[^$]*approved digits\.py:Digits",
     ("tutorial", "commonweight analyze"): r"female\s+549\s+54\.224\s+male\s+551\s+54\.0327",
 }
 #: What the Python of a page prints.
@@ -96,9 +99,11 @@ class Site:
         return self._machines[name]
 
     def _fresh(self, folder: Path) -> Path:
-        """The folder of a page, with the files of the machine."""
+        """The folder of a page, with the files of the machine and a Flower app."""
         if not folder.exists():
-            folder.mkdir(parents=True)
+            shutil.copytree(apps.FOLDER / "mean", folder / "quickstart-pytorch")
+            (folder / "test-set").mkdir()
+            (folder / ".venv").symlink_to(sys.prefix)
             for file in folder.parents[1].iterdir():
                 if file.suffix in (".csv", ".txt", ".py", ".json"):
                     shutil.copy(file, folder)
@@ -161,6 +166,9 @@ class Site:
             self._settle(stop="run start" in line)
         if "peers approve" in line:
             self._join("guest")
+        if "task offers" in line:
+            there = "commonweight-agent task offers --json"
+            wait_for(lambda: '"sha256"' in machine.ask(there), "the agent has the offer")
         printed = machine.follow(self._filled(line, machine.name), f"{given}\n")
         if line.startswith("commonweight ticket create --uses"):
             self._tickets += [printed.strip()] * 3
@@ -238,7 +246,7 @@ def write_files(home: Path, seed: int) -> None:
     named = [f"{number or 'patient'},{line}" for number, line in enumerate(new)]
     (home / "new.csv").write_text("\n".join(named) + "\n")
     (home / "points.txt").write_text("".join(f"{x / 10} {x / 5 + 1}\n" for x in range(30)))
-    for example in ("line.py", "columns.json"):
+    for example in ("line.py", "digits.py", "columns.json"):
         shutil.copy(ROOT / "docs" / "examples" / example, home)
     pixels, _ = mnist_data()
     rows = [",".join(str(int(value)) for value in row) for row in pixels[:20]]

@@ -27,7 +27,11 @@ ENDLESS = {
     ("commonweight", "status", "--watch"): "",
 }
 #: What a command asks in the terminal, by a word in its line, and the answers.
-ANSWERS = {" run delete ": "y\n", " --encrypt": "a long passphrase\na long passphrase\n"}
+ANSWERS = {
+    " run delete ": "y\n",
+    " task approve ": "y\n",
+    " --encrypt": "a long passphrase\na long passphrase\n",
+}
 WITHIN_S = 300.0
 
 
