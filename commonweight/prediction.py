@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.cli.local_trainer import LocalTrainer, paths_of
-from agent.cli.models import LocalModel
+from agent.cli.models import LocalModel, with_task
 from agent.home import settings
 from coordinator.jobs import model_refs
 from coordinator.runs.state import Run
@@ -20,20 +20,30 @@ from protocols.local import homes
 Rows = Any
 
 
-def predict(run: Run, file: Path, rows: Any) -> list[dict[str, Any]]:
-    """One dict for each row. `file`: the version. Raises CommonweightError."""
+def predict(run: Run, file: Path, rows: Any, source: str = "") -> list[dict[str, Any]]:
+    """One dict for each row. `file`: the version; `source`: the file and class of its task, if it
+    is not registered here. Raises CommonweightError."""
     model_refs.check_whole(run)
     model = LocalModel(file, run.spec.task, model_refs.settings_of(run))
-    chosen = settings.read(homes.home_path("agent"))
+    chosen = with_task(settings.read(homes.home_path("agent")), model, source)
     with tempfile.TemporaryDirectory(prefix="commonweight-") as folder:
-        source = source_of(rows, Path(folder))
-        with LocalTrainer(chosen, Path(folder), [file, *paths_of(source)]) as trainer:
-            batches = trainer.predict(model, source)
+        table = source_of(rows, Path(folder))
+        with LocalTrainer(chosen, Path(folder), [file, *paths_of(table)]) as trainer:
+            batches = trainer.predict(model, table)
             return [
                 dict(zip(batch, row, strict=True))
                 for batch in batches
                 for row in zip(*batch.values(), strict=True)
             ]
+
+
+def simulated_source(home: Path) -> str:
+    """The file and class of the task of a simulation in this home; empty for any other home."""
+    if not (home / homes.SIMULATION).exists():
+        return ""
+    from commonweight.simulation.simulate import Simulation
+
+    return Simulation.open(home).source
 
 
 def source_of(rows: Any, folder: Path) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from commonweight import prediction
 from commonweight.html import table
+from commonweight.own_tasks import place_task
 from commonweight.prediction import Rows
 from coordinator.cli import run_text
 from coordinator.remote import version_files
@@ -171,15 +172,20 @@ class Run:
         """
         return version_files.export_version(self._remote, self._now(), which, Path(path))
 
-    def predict(self, rows: Rows, which: str = "best") -> list[dict[str, Any]]:
+    def predict(
+        self, rows: Rows, which: str = "best", *, task: str | type = ""
+    ) -> list[dict[str, Any]]:
         """Predict with a version, on this machine: one dict for each row.
 
         `rows`: a list of dicts, a pandas DataFrame, an array [n, …] of numbers without names, or
-        the path of what the task reads (a table, a folder of pictures, a text). The task runs in
-        the sandbox of `commonweight-agent predict`. Raises CommonweightError.
+        the path of what the task reads (a table, a folder of pictures, a text). `task`: a class in
+        a file, or "./my_task.py:MyTask", for a task of your own that is not registered on this
+        machine; a simulation knows its file. The task runs in the sandbox of `commonweight-agent
+        predict`. Raises CommonweightError.
         """
         run, file = self._version(which)
-        return prediction.predict(run, file, rows)
+        source = place_task(task)[1] or prediction.simulated_source(self._remote.home)
+        return prediction.predict(run, file, rows, source)
 
     # --- in a terminal and a notebook ---
 

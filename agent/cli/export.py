@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import Json, print_data, print_line, print_result
-from agent.cli.models import find_model, local_models
+from agent.cli.models import TaskFile, find_model, local_models, with_task
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
@@ -43,6 +43,7 @@ def export(
         str,
         typer.Option("--form", help="onnx, or merged (for lora); default: as OUT ends."),
     ] = "",
+    task: TaskFile = "",
     json: Json = False,
 ) -> None:
     """Write a model as ONNX, or with its adapters merged."""
@@ -58,6 +59,7 @@ def export(
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent}", "create it, or name another file")
     found.check_whole()
+    chosen = with_task(chosen, found, task)
     with (
         tempfile.TemporaryDirectory(prefix="commonweight-") as folder,
         LocalTrainer(chosen, Path(folder), [found.path]) as trainer,

@@ -15,9 +15,9 @@ from agent.inference import predictions
 from agent.tasks.work import Done, Predict, Work
 from agent.trainer import sandbox_rules
 from agent.trainer.process import TrainerProcess
-from protocols.errors import TrainerFailed, UnknownName, UsageError
+from protocols.errors import DataError, TrainerFailed, UnknownName, UsageError
 
-_ERRORS = {kind.code: kind for kind in (UsageError, UnknownName)}
+_ERRORS = {kind.code: kind for kind in (UsageError, UnknownName, DataError)}
 
 
 class LocalTrainer:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from msgspec.structs import replace
 
 from agent.home import enrollment_file
+from agent.home.settings_schema import AgentSettings
+from agent.tasks import registry
 from protocols.errors import UnknownName, UsageError
 from protocols.local import homes
+from protocols.local.flower_apps import PREFIX
 from protocols.messages.work import Which
 
 LATEST = "latest"
@@ -33,6 +39,40 @@ class LocalModel(NamedTuple):
             raise UsageError(
                 f"the layers {layers} of this run stay on each peer: no model is complete"
             )
+
+
+#: An option of commands that run a model's task.
+TaskFile = Annotated[
+    str,
+    typer.Option(
+        "--task", help="File and class of its task, ./my_task.py:MyTask, if not registered here."
+    ),
+]
+
+
+def with_task(chosen: AgentSettings, model: LocalModel, source: str) -> AgentSettings:
+    """The settings with the file of the model's task: `source`, or the registered one if empty.
+
+    Raises UsageError, and UnknownName if this machine does not have the task.
+    """
+    if source:
+        registry.check_source(source)
+        path, attribute = registry.split_source(source)
+        files = {**chosen.task_files, model.task: f"{path}:{attribute}"}
+        return replace(chosen, task_files=files)
+    if model.task.startswith(PREFIX):
+        raise UsageError(
+            "the model is that of a Flower app, and only the app can use it",
+            "load the safetensors file in a program of your own",
+        )
+    if model.task not in {*chosen.task_files, *registry.names()}:
+        example = f"./{model.task}" if ".py:" in model.task else "./my_task.py:MyTask"
+        raise UnknownName(
+            f"this machine has no task {model.task!r}",
+            f"name its file: --task {example}; tasks here: "
+            f"{', '.join(sorted({*chosen.task_files, *registry.names()}))}",
+        )
+    return chosen
 
 
 def local_models() -> list[LocalModel]:

@@ -9,6 +9,7 @@ import typer
 
 from protocols.errors import CommonweightError
 from protocols.local import homes
+from protocols.messages import task_names
 
 
 def complete_settings() -> Iterator[tuple[str, str]]:
@@ -42,6 +43,20 @@ def complete_tasks() -> list[str]:
         return []
 
 
+def whole_task_name(name: str) -> str:
+    """The task or offer of this machine that is called so, "gait.py:Gait" for "Gait" or
+    "./gait.py:Gait"; else the name as it is."""
+    from agent.home import settings, task_offers
+    from agent.setup import consents
+
+    try:
+        home = homes.home_path("agent")
+        known = {*consents.known_tasks(settings.read(home)), *task_offers.read(home).by_name()}
+    except CommonweightError:  # the command says what is wrong
+        return name
+    return task_names.whole_name(name, known)
+
+
 def complete_trusted() -> Iterator[tuple[str, str]]:
     """The peers that the owner trusts, and the owner's names for them."""
     from agent.home import settings
@@ -54,11 +69,15 @@ def complete_trusted() -> Iterator[tuple[str, str]]:
 
 TaskName = Annotated[
     str,
-    typer.Argument(help="Its name in `task list`.", autocompletion=complete_tasks),
+    typer.Argument(
+        help="Its name in `task list`.", autocompletion=complete_tasks, callback=whole_task_name
+    ),
 ]
 TaskPattern = Annotated[
     str,
     typer.Argument(
-        help="Its name in `task list`, or * for every task.", autocompletion=complete_tasks
+        help="Its name in `task list`, or * for every task.",
+        autocompletion=complete_tasks,
+        callback=whole_task_name,
     ),
 ]

@@ -10,6 +10,7 @@ import typer
 
 from agent.cli import prompts
 from agent.cli.common import Json, is_running, print_data, print_json, print_line
+from agent.cli.names import whole_task_name
 from agent.home import settings, task_offers
 from agent.home.settings_schema import AgentSettings
 from agent.policy.consent import Standing
@@ -30,7 +31,10 @@ def complete_offers() -> list[tuple[str, str]]:
 OfferName = Annotated[
     str,
     typer.Argument(
-        help="Its name or id in `task offers`.", autocompletion=complete_offers, metavar="ID"
+        help="Its name or id in `task offers`.",
+        autocompletion=complete_offers,
+        callback=whole_task_name,
+        metavar="ID",
     ),
 ]
 _WORDS: dict[Standing, str] = {

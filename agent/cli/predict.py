@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import print_line
-from agent.cli.models import LATEST, find_model, find_named_model
+from agent.cli.models import LATEST, TaskFile, find_model, find_named_model, with_task
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
@@ -39,6 +39,7 @@ def predict(
     which: Annotated[
         _Which | None, typer.Option(help="With --run: the best version, or the latest.")
     ] = None,
+    task: TaskFile = "",
     id_column: Annotated[
         str, typer.Option(help="Copy this column of the table to the answers.")
     ] = "",
@@ -62,6 +63,7 @@ def predict(
     else:
         found = find_model(model or LATEST)
     found.check_whole()
+    chosen = with_task(chosen, found, task)
     read = [found.path, *paths_of(source)]
     with (
         tempfile.TemporaryDirectory(prefix="commonweight-") as folder,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.cli.common import print_line
-from agent.cli.models import LATEST, find_model
+from agent.cli.models import LATEST, TaskFile, find_model, with_task
 from agent.home import settings
 from protocols.errors import PortInUse, UsageError
 from protocols.local import homes
@@ -35,6 +35,7 @@ def serve(
     model: Annotated[
         str, typer.Option(help="latest, which follows the runs; a digest; or an exported file.")
     ] = LATEST,
+    task: TaskFile = "",
 ) -> None:
     """Serve predictions of the shared model over HTTP, until Ctrl-C."""
     if socket is not None and socket.exists():
@@ -45,7 +46,7 @@ def serve(
             tempfile.TemporaryDirectory(prefix="commonweight-") as cache,
             contextlib.ExitStack() as stack,
         ):
-            loader = _Loader(model, Path(cache), stack)
+            loader = _Loader(model, task, Path(cache), stack)
             asyncio.run(_serve(loader, port, socket))
     finally:
         if socket is not None:
@@ -55,8 +56,8 @@ def serve(
 class _Loader:
     """Loads the model, and newer ones. Its task runs in the sandbox, where no socket is."""
 
-    def __init__(self, model: str, folder: Path, stack: contextlib.ExitStack) -> None:
-        self._model, self._folder, self._stack = model, folder, stack
+    def __init__(self, model: str, task: str, folder: Path, stack: contextlib.ExitStack) -> None:
+        self._model, self._task, self._folder, self._stack = model, task, folder, stack
         self.rows = folder / "rows"
         self.rows.mkdir()
 
@@ -76,7 +77,8 @@ class _Loader:
             home = homes.home_path("agent")
             folder = Path(tempfile.mkdtemp(dir=self._folder))
             read = [found.path, home / "cache", self.rows]
-            trainer = LocalTrainer(settings.read(home), folder, read)
+            chosen = with_task(settings.read(home), found, self._task)
+            trainer = LocalTrainer(chosen, folder, read)
             self._stack.enter_context(trainer)
         trainer.load(found)
         task = SandboxedTask(trainer, found)

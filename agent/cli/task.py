@@ -15,13 +15,13 @@ import typer
 
 from agent.cli import prompts, task_template
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
-from agent.cli.names import TaskName, TaskPattern, complete_tasks
+from agent.cli.names import TaskName, TaskPattern, complete_tasks, whole_task_name
 from agent.home import consent_requests, offer_log, settings
 from agent.home.consent_requests import Request
 from agent.home.settings_schema import AgentSettings
 from agent.setup import consents, offers, own_data
 from agent.tasks import registry
-from protocols.errors import TrainerFailed, UnknownName, UsageError
+from protocols.errors import DataError, TrainerFailed, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.command_line import App
 
@@ -203,6 +203,8 @@ def check(
 
     with contextlib.ExitStack() as stack:
         chosen = settings.read(homes.home_path("agent"), data=settings.data_path(data))
+        if "/" not in name:  # else it is that file
+            name = whole_task_name(name)
         if data:
             own_data.check_path(chosen)
         source = chosen.task_files.get(name, "")
@@ -229,6 +231,8 @@ def check(
         try:
             report = trial.run(trainer, name, task_settings, folder)
         except TrainerFailed as err:
+            if err.kind == DataError.code and not chosen.data:
+                raise UsageError(err.message, f"--data PATH, or once: {err.hint}") from err
             log = folder / "trainer.log"
             if log.exists() and (trace := log.read_text(errors="replace").strip()):
                 print_line(trace)

@@ -69,6 +69,8 @@ def fitting_tasks(data: DataSettings) -> list[str]:
 
 def as_data_error(err: OSError, data: DataSettings) -> DataError | None:
     """What an error of the system says about the owner's data; None if it is about another file."""
+    if not data.path and isinstance(err, FileNotFoundError) and not err.filename:
+        return DataError("the task reads data, and none are set on this machine", _SET)
     if not data.path or not _is_about(err, data.path):
         return None
     match err:

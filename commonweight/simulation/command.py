@@ -106,13 +106,14 @@ def simulate(
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[Run], None]]:
     """What to call after each round: it draws a bar, or prints a line without a terminal."""
+    from commonweight.simulation.log_filters import is_unexpected
     from coordinator.cli import run_text
 
     def print_round(run: Run) -> None:
         print_line(run_text.round_line(run, run.history[-1]))
 
     # Peers that drop out are part of the simulation.
-    logging.getLogger("commonweight.run").addFilter(_is_unexpected)
+    logging.getLogger("commonweight.run").addFilter(is_unexpected)
     if quiet or not sys.stderr.isatty():
         yield (lambda run: None) if quiet else print_round
         return
@@ -130,9 +131,3 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[Run], None]]:
             progress.update(bar, description=text, completed=closed.round, total=run.spec.rounds)
 
         yield draw
-
-
-def _is_unexpected(record: logging.LogRecord) -> bool:
-    from coordinator.runs.steps import LEFT
-
-    return not record.getMessage().endswith(LEFT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shutil
@@ -16,22 +17,25 @@ import platformdirs
 from msgspec import Struct
 from msgspec.structs import replace
 
+from agent.home.settings_schema import AgentSettings
 from commonweight.own_tasks import place_task
 from commonweight.run import Run
 from commonweight.simulation import shared_data
 from commonweight.simulation.fleet import SimulatedFleet
+from commonweight.simulation.log_filters import NewRefusals
 from commonweight.simulation.plan import Plan, check_owner, make_keys, read_owner
 from commonweight.simulation.pool import ProcessWorker, Worker
 from commonweight.simulation.worker import VARIABLE
 from coordinator.remote import run_options
 from coordinator.remote.stopped_home import StoppedHome
+from coordinator.runs.options import OPTIONS
 from coordinator.runs.state import Run as RunRecord
 from coordinator.storage import settings
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.settings import Keys
 from coordinator.storage.weight_store import WeightStore
 from protocols.enrollment import identity
-from protocols.errors import BadWeights, CommonweightError, HomeError, UsageError
+from protocols.errors import BadWeights, CommonweightError, HomeError, TaskUnusable, UsageError
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.messages.states import RunState
@@ -106,6 +110,11 @@ class Simulation:
             held.release()
         return saved
 
+    @property
+    def source(self) -> str:
+        """The file and class of the task; empty for an installed one."""
+        return self._saved.plan.source
+
     def moved(self, home: Path) -> Simulation:
         """The same simulation in another folder, before its work begins."""
         self.home.rename(home)
@@ -147,6 +156,8 @@ class Simulation:
         Ctrl-C stops the work, and `run` continues it. Raises HomeLocked, CommonweightError.
         """
         held = homes.lock_home(self.home, "simulation")
+        log, is_new = logging.getLogger("commonweight.run"), NewRefusals()
+        log.addFilter(is_new)
         try:
             if not ray:
                 made = [make_worker(self._saved.plan) for _ in range(workers or _cores())]
@@ -160,6 +171,7 @@ class Simulation:
             finally:
                 cluster.close()
         finally:
+            log.removeFilter(is_new)
             held.release()
 
     async def _run(self, workers: Sequence[Worker], on_round: OnRound) -> RunRecord:
@@ -204,6 +216,12 @@ def simulate(
     In a script, call it below `if __name__ == "__main__":`. Raises UsageError and others of
     `cw.errors`.
     """
+    known = {option.keyword for option in OPTIONS}
+    if mine := (options.keys() - known) & set(AgentSettings.__struct_fields__):
+        one = min(mine)
+        raise UsageError(
+            f"{one} is a setting of the owners", f"owner={{'{one}': {options[one]!r}}}"
+        )
     name, source = place_task(task)
     typed = run_options.from_keywords({"task": name, **options})
     made = create(
@@ -237,7 +255,7 @@ def create(
     The others are as for `simulate`.
     """
     if os.environ.get(VARIABLE):
-        raise UsageError(
+        raise TaskUnusable(
             "a task's file simulates while a worker imports it",
             'put the call below: if __name__ == "__main__":',
         )

@@ -102,7 +102,7 @@ def find_run(remote: Remote, name: str) -> Run:
 
     Raises UnknownName.
     """
-    from coordinator.runs.recorded import is_name_of
+    from protocols.messages.task_names import is_name_of
 
     found = remote.run(name)
     if found.id != name and is_name_of(found.spec.task, name):

@@ -134,7 +134,7 @@ def withdraw(
     name: Annotated[str, typer.Argument(help="The task, as `task list` names it.")],
 ) -> None:
     """Withdraw an offer. Machines that approved it stop, unless their owners keep it."""
-    from coordinator.runs.recorded import is_name_of
+    from protocols.messages.task_names import is_name_of
 
     remote = connect()
     offered = [one.name for one in remote.offers()]

@@ -119,6 +119,17 @@ def test_peers_that_share_data_take_parts_of_them(
     assert sum(one.num_examples for one in run.evaluations.values()) == counts[1]
 
 
+def test_a_simulated_run_predicts_with_its_own_file(file: Path) -> None:
+    table = file.parent / "rows.csv"
+    simulation = made(file, "Shared", owner={"data": table})
+    worked(simulation)
+    head = "a,b,class\n"
+    table.write_text(head + table.read_text())
+    answers = cw.connect(simulation.home).run("Shared").predict(table)
+    assert [row["row"] for row in answers] == list(range(90))
+    assert answers[0].keys() == {"row", "class", "probability"}
+
+
 def test_the_same_options_give_the_same_parts_and_another_split_others(file: Path) -> None:
     digests = []
     for split in ("shards", "shards", "dirichlet:0.5", "iid", ""):
@@ -151,10 +162,11 @@ def test_the_same_options_give_the_same_parts_and_another_split_others(file: Pat
     ],
 )
 def test_what_cannot_work_is_said_once_and_leaves_no_home(
-    file: Path, name: str, given: dict[str, Any], words: str
+    file: Path, name: str, given: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(CommonweightError, match=words) as caught:
         worked(made(file, name, **given))
+    assert caplog.text.count("refused peer") <= 1
     assert not (file.parent / "home").exists()
     assert "commonweight-agent status" not in str(caught.value)
 
@@ -167,6 +179,7 @@ def test_what_cannot_work_is_said_once_and_leaves_no_home(
         ("tabular", {}, "no data are set for the owners, and the task tabular reads"),
         ("ping", {"split": "shards"}, "--split has no effect on the task ping"),
         (TASK, {"quorum": 99, "secure": True}, "quorum"),
+        (TASK, {"data": "rows.csv"}, "data is a setting of the owners"),
     ],
 )
 def test_a_refused_start_leaves_no_home(

@@ -65,10 +65,13 @@ class Table:
     def __iter__(self) -> Iterator[npt.NDArray[Any]]:
         count, what = self._columns, self._what
         wanted = f"{count} columns" if count else "columns of numbers"
+        if not self._path.exists():
+            raise DataError("there is no such file to predict for", str(self._path))
         if self._path.suffix.lower() != ".csv" or not self._path.is_file():
             more = " or a .npy file; others need a method inputs(path, settings)"
             each = f", each {what}" if count else more
-            raise DataError(f"this task predicts for a CSV file: {wanted}{each}", self._found())
+            found = f"{self._path} is a folder" if self._path.is_dir() else f"found: {self._path}"
+            raise DataError(f"this task predicts for a CSV file: {wanted}{each}", found)
         try:
             with self._path.open(newline="", encoding="utf-8-sig") as file:
                 self._names = [name.strip() for name in next(csv.reader(file), [])]
@@ -85,11 +88,6 @@ class Table:
                     first += len(lines)
         except UnicodeDecodeError as err:
             raise DataError("a file is no UTF-8 text", str(self._path)) from err
-
-    def _found(self) -> str:
-        if not self._path.exists():
-            return f"there is no {self._path}"
-        return f"{self._path} is a folder" if self._path.is_dir() else f"found: {self._path}"
 
     def drop_target(self) -> list[int]:
         """Read no column that has the classes from here on: one that is called so. The places of

@@ -247,7 +247,13 @@ class TorchTask(LoopTask):
         self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: a batch of inputs like `example` -> the output."""
-        model, x = self._build(settings).cpu().eval(), self.example(settings).cpu()
+        try:
+            x = self.example(settings).cpu()
+        except FileNotFoundError as err:
+            why = "an export needs two inputs of the model, and there are no data to take them from"
+            hint = "commonweight-agent policy set data PATH, or a method example(settings)"
+            raise UsageError(why, hint) from err
+        model = self._build(settings).cpu().eval()
         onnx_export.export(lambda w, x: functional_call(model, w, (x,)), weights, x, out)
 
     # --- helpers ---

@@ -125,6 +125,9 @@ def test_a_task_of_ones_own_is_not_tried_again_over_a_folder(tmp_path: Path) -> 
             assert str(path) in caught.value.hint, "the owner sees the path"
             told = refusal_of(caught.value)
             assert told.text == f"{why} (its owner sees why: commonweight-agent status)"
+        trainer.data = DataSettings()
+        with pytest.raises(TrainerFailed, match="reads data, and none are set on this machine"):
+            retrying.run(Describe(task="line", settings={}))
         table(tmp_path / "words.csv")
         trainer.data = DataSettings(path=str(tmp_path / "words.csv"))
         with pytest.raises(TrainerFailed, match="the task line fails on these data: ValueError"):

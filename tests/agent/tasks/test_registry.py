@@ -70,7 +70,11 @@ def test_a_registered_task_is_known_allowed_and_forgotten(agent_home: Path) -> N
     line = found["line.py:Line"]
     assert (line["source"], line["allowed"], line["standing"]) == (LINE, True, "allowed")
     assert found["ping"]["allowed"] is False
-    assert agent(agent_home, "task", "remove", "line.py:Line")[0] == 0
+    for name in ("Line", "./line.py:Line", "line.py:Line"):
+        assert agent(agent_home, "task", "forbid", name)[2] == "forbidden: line.py:Line\n"
+        assert "allowed line.py:Line" in agent(agent_home, "task", "allow", name)[2]
+    assert agent(agent_home, "task", "allow", "Lines")[0] == 2
+    assert agent(agent_home, "task", "remove", "Line")[0] == 0
     assert settings.read(agent_home).task_files == {}
     assert agent(agent_home, "task", "remove", "line.py:Line")[0] == 2
 

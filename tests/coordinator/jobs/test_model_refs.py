@@ -63,6 +63,14 @@ def test_a_run_is_found_by_each_name_of_its_task(name: str, run_id: str) -> None
             assert (found.names, found.models[0].digest) == ((full,), digest)
 
 
+def test_a_command_that_takes_an_id_says_so() -> None:
+    for name in ("pets.py:Pets", "Pets"):
+        with pytest.raises(UnknownName, match="is a task, and this command takes the id") as caught:
+            named_run(RUNS, name, newest=False)
+        assert caught.value.hint == "its newest run is pets-py-Pets-bb"
+    assert named_run(RUNS, "ping", newest=False).id == "ping-cc"  # the only one that begins so
+
+
 def test_a_name_of_several_tasks_is_refused_with_their_names() -> None:
     runs = [*RUNS, run_named("cats-py-Pets-ee", "cats.py:Pets", "ee" * 32)]
     with pytest.raises(UnknownName, match=r"several tasks .*: pets\.py:Pets, cats\.py:Pets"):

@@ -62,8 +62,13 @@ def test_what_does_not_fit_is_told_and_quotes_no_value(
 
 
 def test_other_files(tmp_path: Path) -> None:
-    for name in ("rows.parquet", "missing.csv"):
-        with pytest.raises(DataError, match="predicts for a CSV file: 2 columns"):
+    (tmp_path / "rows.parquet").touch()
+    for name, words in (
+        ("rows.parquet", "predicts for a CSV file: 2 columns"),
+        ("", "predicts for a CSV file"),
+        ("missing.csv", "there is no such file"),
+    ):
+        with pytest.raises(DataError, match=words):
             read(tmp_path / name)
     path = tmp_path / "rows.csv"
     path.write_bytes("a,b\n1,ä\n".encode("latin-1"))
