@@ -15,9 +15,10 @@ from agent.analytics.compute import CutsOf, Group, Places, Table, find_cells, re
 from agent.analytics.cut_points import CutPoints
 from agent.analytics.figures import compute_figure, min_product_rows
 from agent.analytics.query_log import QueryLog, ToldColumn
-from agent.data import disclosed_sets, open_table
+from agent.data import disclosed_sets, open_table, sources
 from agent.data.arrow_reader import find_files, map_errors
 from agent.data.disclosed_sets import Numbers
+from agent.data.settings import DataSettings
 from agent.data.table_memory import TableMemory
 from agent.home.privacy_ledger import Charge, Limit
 from agent.home.settings import data_settings
@@ -234,6 +235,9 @@ def _state_of(chosen: AgentSettings) -> str:
     """A hash of the table's content and of the owner's limits, on which an answer depends."""
     sha = hashlib.sha256(f"{_RULES}".encode())
     sha.update(msgspec.json.encode([getattr(chosen, name) for name in _LIMITS]))
+    if sources.parse(chosen.data).kind != "files":
+        sha.update(open_table(DataSettings(path=chosen.data)).fingerprint().encode())
+        return sha.hexdigest()[:32]
     for path in find_files(chosen.data) if chosen.data else ():
         with map_errors(path), path.open("rb") as file:
             sha.update(f"{path.name} {path.stat().st_size}\n".encode())

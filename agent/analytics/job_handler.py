@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from agent.analytics import query_log
 from agent.clientapp.jobs import Result
-from agent.data import check_installed
+from agent.data import check_installed, passwords
 from agent.data.settings import uses_network
 from agent.home import settings
 from agent.policy import sandbox
@@ -91,12 +91,12 @@ def child_program(home: Path) -> tuple[list[str], dict[str, str]]:
             chosen, read=(home / settings.FILE,), write=(folder, settings.memory_file(home).parent)
         ),
         tasks=False,
-        network=uses_network(chosen.data_reader),
+        network=uses_network(chosen.data, chosen.data_reader),
     )
     if rules.mode == "off":
         return ["agent.analytics"], dict(os.environ)
     sandbox.check(rules)
     for path in (*map(Path, rules.write), folder / sandbox.TEMPORARY):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    env = {**os.environ, **sandbox.environment(rules, folder)}
+    env = {**os.environ, **sandbox.environment(rules, folder), **passwords.environment(chosen.data)}
     return ["agent.trainer.sandboxed", "agent.analytics"], env

@@ -1,4 +1,4 @@
-"""A peer's own tables, read by pyarrow, Dask or Spark through one interface.
+"""A peer's own tables, in files or in a database, read through one interface.
 
 A reader gives columns as Arrow record batches of bounded size, so that tables may be larger than
 memory. It also computes aggregations where the rows are. Values of CSV files are given as text;
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from agent.data import sources
 from agent.data.reader import Aggregation, Reader, merge_states
-from agent.data.settings import DataSettings, uses_network
+from agent.data.settings import DataSettings, is_spooled
 from protocols.errors import DataError
 from protocols.extras import needs_extra
 
@@ -35,11 +36,18 @@ def open_table(data: DataSettings) -> Reader:
     if not data.path:
         raise DataError("this peer has no data", "commonweight-agent policy set data FILE")
     engine, _, address = data.reader.partition(":")
-    if uses_network(data.reader):
+    if is_spooled(data.path, data.reader):
         from agent.data.helper_requests import spooled_table
 
         if (folder := spooled_table()) is not None:
             return open_table(DataSettings(path=folder))
+    source = sources.parse(data.path)
+    if source.kind != "files":
+        if engine != "arrow":
+            raise DataError(f"{engine} reads files only", "set data.reader to arrow")
+        from agent.data.row_reader import RowReader
+
+        return RowReader(source)
     with needs_extra(_NEEDS.get(engine, ("", engine))[1], f"the table reader {engine}"):
         if engine == "arrow":
             from agent.data.arrow_reader import ArrowReader

@@ -103,6 +103,11 @@ def read_header(file: Path) -> list[str]:
         else:
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 names = next(csv.reader(lines, delimiter=separator(file)), [])
+    return check_names(names, file)
+
+
+def check_names(names: list[str], file: object) -> list[str]:
+    """The names of a table's columns. Raises DataError."""
     if not names:
         raise DataError("a table has no header", f"{file} is empty")
     if len(set(names)) < len(names):

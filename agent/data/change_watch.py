@@ -8,8 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from agent.data import sources
+
 #: A look at the files takes at most this share of the time, and comes at most so often.
 LOOK_EVERY_S = 30.0
+#: A database does not tell whether it has changed: its table is read again after this time.
+READ_AGAIN_AFTER_S = 3600.0
 _COST_FACTOR = 20
 
 
@@ -42,12 +46,18 @@ class ChangeWatch:
 
 def file_stamps(path: str) -> Iterator[tuple[object, ...]]:
     """One for each file at a path, which changes with the file."""
-    given = Path(path)
+    source = sources.parse(path)
+    if source.is_remote:
+        yield path, int(time.time() / READ_AGAIN_AFTER_S)
+        return
+    given = Path(path if source.kind == "files" else source.file)
     files: Iterator[Path]
     if given.is_dir():
         files = (Path(folder, name) for folder, _, names in os.walk(given) for name in names)
     else:
         files = iter([given] if given.exists() else [Path(name) for name in glob.glob(path)])
+    if source.kind == "sql":  # SQLite writes to a second file first
+        files = iter([given, given.with_name(f"{given.name}-wal")])
     for file in files:
         try:
             of = file.stat()

@@ -6,14 +6,22 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from agent.data import sources
+
 Framework = Literal["auto", "torch", "keras"]
 #: How a shared data set is divided.
 SPLIT = r"^(iid|shards|dirichlet:[0-9]{1,4}([.][0-9]{1,4})?)\Z"
 
 
-def uses_network(reader: str) -> bool:
-    """True if this reader of tables needs connections: to a cluster, or to Spark's own Java."""
-    return reader.startswith(("dask:", "spark"))
+def uses_network(path: str, reader: str) -> bool:
+    """True if reading the table needs connections: to a cluster, to Spark's own Java, or to a
+    database."""
+    return reader.startswith(("dask:", "spark")) or sources.parse(path).is_remote
+
+
+def is_spooled(path: str, reader: str) -> bool:
+    """True if another process reads the table for a trainer in the sandbox (`table_spool`)."""
+    return uses_network(path, reader) or sources.parse(path).kind != "files"
 
 
 class Floors(Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ import msgspec
 import tomli_w
 from msgspec.structs import replace
 
+from agent.data import sources
 from agent.data.settings import DataSettings, Floors
 from agent.home import sensible_values, task_offers
 from agent.home.settings_schema import MIN_SECURE_PEERS, AgentSettings
@@ -84,8 +85,11 @@ def change(home: Path, **values: Any) -> AgentSettings:
 
 
 def data_path(text: str | None) -> str | None:
-    """A typed path as an absolute one, as trainers run in another folder. URLs stay as they are."""
-    return text if not text or "://" in text else str(Path(text).expanduser().absolute())
+    """A typed path as an absolute one, as trainers run in another folder. URLs stay as they are.
+
+    Raises UsageError for a URL with a password.
+    """
+    return sources.with_full_path(text) if text else text
 
 
 def told_folder(home: Path) -> Path:

@@ -48,7 +48,9 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         ),
     ] = "iid"
     data_seed: Annotated[int, Meta(description="seed of that split; the same on all peers")] = 0
-    data: Annotated[str, Meta(description="file or folder of your own data")] = ""
+    data: Annotated[
+        str, Meta(description="your own data: a file, a folder, or a table of a database")
+    ] = ""
     data_reader: Annotated[
         str,
         Meta(

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.data.settings import uses_network
+from agent.data.settings import is_spooled
 from agent.home import enrollment_file, fleet_trust, sensible_values, settings
 from agent.home.enrollment_file import Enrollment
 from agent.policy import sandbox, sensors
@@ -160,8 +160,8 @@ class _Doctor:
         detail, fix = sandbox.describe(chosen.sandbox, sandbox.support())
         if fix and chosen.sandbox == "require":
             raise CommonweightError(detail, fix)
-        if not fix and uses_network(chosen.data_reader):
-            detail += f"; another process reads the table by {chosen.data_reader}"
+        if not fix and is_spooled(chosen.data, chosen.data_reader):
+            detail += "; another process reads the table"
         own = self._home.resolve()
         for path in filter(None, (chosen.data, chosen.models, *chosen.sandbox_read)):
             if own.is_relative_to(Path(path).resolve()) and chosen.sandbox != "off":

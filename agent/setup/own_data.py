@@ -7,6 +7,7 @@ from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
 
+from agent.data import open_table, sources
 from agent.data.admission import AdmissionStore
 from agent.data.settings import DataSettings
 from agent.home import settings
@@ -29,6 +30,8 @@ def check(chosen: AgentSettings, *, allowing: bool = False) -> str:
     if not data.path:
         return "no data are set; tasks that bring their own data can run"
     data_checks.check_path(data)
+    if sources.parse(data.path).kind != "files":
+        open_table(data).columns()  # a database says here that its address or login is wrong
     all_fitting = data_checks.fitting_tasks(data)
     if fitting := [task for task in all_fitting if chosen.grants(task)]:
         return f"the data fit the tasks: {', '.join(fitting)}"
@@ -48,8 +51,6 @@ def columns(path: str) -> list[str]:
     data = DataSettings(path=path)
     if not path or "tabular" not in data_checks.fitting_tasks(data):
         return []
-    from agent.data import open_table
-
     try:
         return list(open_table(data).columns())
     except CommonweightError:  # the trainer says what is wrong with a table

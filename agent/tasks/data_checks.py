@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from agent.data import sources
 from agent.data.settings import DataSettings
 from protocols.errors import DataError
 
@@ -21,7 +22,7 @@ _TEXTS = frozenset({".md", ".text", ".txt"})
 EXPECTED = {
     "images": "a folder with a folder of pictures for each class",
     "lora": "a folder of text files, or a folder with one of them for each class",
-    "tabular": "a CSV or Parquet file, or a folder of such files",
+    "tabular": "a CSV or Parquet file, or a folder of such files, or a table of a database",
     "text-lm": "a text file, or a folder of text files",
 }
 _SET = "commonweight-agent policy set data PATH"
@@ -32,19 +33,19 @@ _MAX_FILES = 10_000
 def check(task: str, data: DataSettings) -> None:
     """Raise DataError if the owner's data cannot be those of a built-in task."""
     expected = EXPECTED.get(task)
-    if expected is None or _is_remote(data):
+    if expected is None:
         return
     needed = f"the task {task} reads {expected}"
     if not data.path:
         raise DataError(f"no data are set on this machine, and {needed}", _SET)
     check_path(data)
-    if why := _misfit(task, Path(data.path)):
+    if why := _misfit(task, data):
         raise DataError(f"{why}, and {needed}", f"{data.path}: {_SET}")
 
 
 def check_path(data: DataSettings) -> None:
     """Raise DataError if there is nothing to read at the owner's path."""
-    path = Path(data.path)
+    path = _file(data)
     if _is_remote(data) or (not path.exists() and glob.glob(data.path)):
         return
     try:
@@ -63,15 +64,15 @@ def check_path(data: DataSettings) -> None:
 
 def fitting_tasks(data: DataSettings) -> list[str]:
     """The built-in tasks that could read the owner's data, sorted."""
-    path = Path(data.path)
-    return [task for task in EXPECTED if _is_remote(data) or not _misfit(task, path)]
+    return [task for task in EXPECTED if not _misfit(task, data)]
 
 
 def as_data_error(err: OSError, data: DataSettings) -> DataError | None:
     """What an error of the system says about the owner's data; None if it is about another file."""
     if not data.path and isinstance(err, FileNotFoundError) and not err.filename:
         return DataError("the task reads data, and none are set on this machine", _SET)
-    if not data.path or not _is_about(err, data.path):
+    file = sources.parse(data.path).file
+    if not file or not _is_about(err, file):
         return None
     match err:
         case FileNotFoundError():
@@ -96,11 +97,21 @@ def _is_about(err: OSError, path: str) -> bool:
 
 def _is_remote(data: DataSettings) -> bool:
     """True for a path that another machine reads."""
-    return "://" in data.path or ":" in data.reader
+    source = sources.parse(data.path)
+    return source.is_remote or "://" in source.file or ":" in data.reader
 
 
-def _misfit(task: str, path: Path) -> str:
+def _file(data: DataSettings) -> Path:
+    return Path(sources.parse(data.path).file)
+
+
+def _misfit(task: str, data: DataSettings) -> str:
     """Why a task cannot read what is at the path; empty if it may."""
+    if sources.parse(data.path).kind != "files":
+        return "" if task == "tabular" else "the data are a table"
+    if _is_remote(data):
+        return ""
+    path = Path(data.path)
     is_folder = path.is_dir()
     match task:
         case "tabular":

@@ -6,7 +6,8 @@ import glob
 from collections.abc import Collection
 from pathlib import Path
 
-from agent.data.settings import uses_network
+from agent.data import sources as data_sources
+from agent.data.settings import is_spooled
 from agent.home.settings_schema import AgentSettings
 from agent.policy.file_access import SandboxRules, modules
 from agent.tasks import registry
@@ -29,11 +30,13 @@ def make_rules(
     folders = {registry.split_source(source)[0].resolve().parent for source in files}
     # Task files and what they can import beside them. Not the folder: it may be the owner's home.
     beside = [module for folder in sorted(folders) for module in modules(folder)]
-    data: list[str | Path] = [path for path in (chosen.data, chosen.models) if path]
+    # A sheet or a table is in a file, which the process that reads it opens.
+    file = data_sources.parse(chosen.data).file
+    data: list[str | Path] = [path for path in (file, chosen.models) if path]
     if glob.has_magic(chosen.data) and not Path(chosen.data).exists():
         data += glob.glob(chosen.data)
         folders.add(Path(chosen.data).parent)
-    spooled = spool if spool and uses_network(chosen.data_reader) else None
+    spooled = spool if spool and is_spooled(chosen.data, chosen.data_reader) else None
     data += [spooled] if spooled else []
     return SandboxRules(
         mode=chosen.sandbox,

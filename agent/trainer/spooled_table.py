@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
+from agent.data import passwords
 from agent.data.change_watch import file_stamps
 from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
@@ -70,12 +71,17 @@ class SpooledTable:
     def _read(self, folder: Path) -> None:
         assert self._spool is not None
         words = ["agent.trainer.sandboxed", "agent.data.table_spool"]
+        environment = {
+            **os.environ,
+            **sandbox.environment(self._rules, self._spool),
+            **passwords.environment(self._table),
+        }
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", *words, self._table, self._reader, str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             cwd=self._spool,
-            env={**os.environ, **sandbox.environment(self._rules, self._spool)},
+            env=environment,
             start_new_session=True,
         )
         try:

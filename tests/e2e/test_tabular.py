@@ -1,4 +1,5 @@
-"""Tables of three owners train together without code; one that does not fit is named, and waits."""
+"""Tables of three owners, one in a database, train together without code; one that does not fit is
+named, and waits."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.fleet_harness import ALLOW, Fleet, fleet
-from tests.support.tables import MIXED, write_csv
+from tests.support.tables import MIXED, write_csv, write_sqlite
 from tests.support.waiting import wait_for
 
 
-def joined(site: Fleet, name: str, table: Path) -> None:
+def joined(site: Fleet, name: str, table: Path | str) -> None:
     words = ("join", "-", "--name", name, "--data", str(table), *ALLOW)
     done = site.ask_agent(name, *words, given=site.ticket())
     assert done.returncode == 0, done.stderr
@@ -60,7 +61,7 @@ def test_a_row_that_its_owner_deletes_stops_answers_until_more_have_gone(tmp_pat
 @pytest.mark.long
 def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> None:
     tables = {
-        "bern": write_csv(tmp_path / "bern.csv", MIXED[:90]),
+        "bern": write_sqlite(tmp_path / "bern.db", MIXED[:90]),
         "basel": write_csv(tmp_path / "basel.csv", MIXED[90:], sorted(MIXED[0]), ";"),
         "odd": write_csv(tmp_path / "odd.csv", [row | {"age": "old"} for row in MIXED[:60]]),
     }
