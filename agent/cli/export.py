@@ -38,21 +38,25 @@ def export(
             "`commonweight models export` with its card beside it."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The output: MODEL.onnx, or a folder for merged.")],
+    out: Annotated[
+        Path, typer.Argument(help="The output: MODEL.onnx, TREES.json, or a folder for merged.")
+    ],
     form: Annotated[
         str,
-        typer.Option("--form", help="onnx, or merged (for lora); default: as OUT ends."),
+        typer.Option(
+            "--form", help="onnx, xgboost (for trees) or merged (for lora); default: as OUT ends."
+        ),
     ] = "",
     task: TaskFile = "",
     json: Json = False,
 ) -> None:
-    """Write a model as ONNX, or with its adapters merged."""
+    """Write a model as ONNX, for XGBoost, or with its adapters merged."""
     from agent.cli.local_trainer import LocalTrainer
     from agent.tasks.work import Export
 
     chosen = settings.read(homes.home_path("agent"))
     found = find_model(model)
-    form = form or ("onnx" if out.suffix == ".onnx" else "merged")
+    form = form or {".onnx": "onnx", ".json": "xgboost"}.get(out.suffix, "merged")
     if out.exists():
         raise UsageError(f"{out} exists already", "choose another name")
     out = out.absolute()

@@ -20,6 +20,7 @@ from agent.clientapp.secure_files import SecureFiles, key_of, key_of_turn, terms
 from agent.clientapp.secure_turns import SecureTurns
 from agent.home import secure_store
 from agent.tasks.work import Done
+from protocols.codecs import registry, sums
 from protocols.errors import BadMessage, SecureRefused
 from protocols.local.background_unlink import unlink
 from protocols.local.disk_space import check_room
@@ -214,11 +215,12 @@ class SecureWork:
         return turn
 
     def _layout(self, turn: Turn, work: Work) -> tuple[int, ...]:
-        """The elements of each tensor of this peer's model; none for an evaluation."""
+        """The elements of each tensor of this peer's update; none for an evaluation."""
         if turn.ready.kind == "evaluate":
             return ()
         with WeightsFile(self._transport.fetch(work)) as base:
-            return masked_file.layout(base.schema)
+            is_sums = work.codec == messages.masked_codec(registry.SUMS)
+            return masked_file.layout(sums.schema_of(base) if is_sums else base.schema)
 
     def _mask(self, turn: Turn, work: Work, masking: Masking) -> tuple[str, int]:
         """Write the masked file, unless it is there. Returns its digest and its bytes."""

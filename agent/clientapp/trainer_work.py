@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.clientapp import secure_rules
 from agent.home.run_state import RunStatePaths
 from agent.tasks import Setting
 from agent.tasks.work import Describe, Evaluate, Init, Train
@@ -34,6 +35,7 @@ def of(
         out=str(out),
         personal=state,
         personal_out=str(personal.next) if personal else "",
+        masked=secure_rules.is_secure(work),
     )
 
 

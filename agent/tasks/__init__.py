@@ -38,7 +38,8 @@ OnStep = Callable[[int, int, SupportsFloat, int], None]
 Watch = Callable[[npt.NDArray[np.int64]], None]
 
 #: Settings that the caller adds to those of a task. "preprocessing" is the preprocessing of all
-#: peers, as text; "min_batch" the owner's minimum rows of a step.
+#: peers, as text; "min_batch" the owner's minimum rows of a step; "masked" says that the update
+#: leaves in a secure sum alone.
 RESERVED = setting_specs.RESERVED
 
 
@@ -195,6 +196,14 @@ class SupportsScaffold(Protocol):
 
     def gradient(self, weights: Weights, settings: Settings) -> Mapping[str, Array]:
         """The gradient of the mean loss over all of this peer's examples."""
+
+
+@runtime_checkable
+class SendsSums(Protocol):
+    """Optional: send integers that the coordinator adds up, in place of weights."""
+
+    def sums_schema(self, weights: Weights, settings: Settings) -> Schema | None:
+        """The tensors that `train` returns for this version; None if it returns weights."""
 
 
 @runtime_checkable

@@ -3,13 +3,14 @@
     commonweight run start tabular --target price [--kind regression] [--features rooms,area]
 
 Before round 1 the peers send statistics of their tables. The coordinator derives one preprocessing
-for all (`protocols.tables.preprocessing` has the rules), which comes with the settings.
+for all (`protocols.tables.preprocessing` has the rules), which comes with the settings. With the
+model "trees", an update is the sums of one level (`protocols.tables.trees`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,23 +30,27 @@ from agent.data.table_memory import TableMemory
 from agent.tasks import EvalOutcome, OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
 from agent.tasks.tabular_model import TableModel
-from agent.tasks.training import evaluation, task_settings
+from agent.tasks.tabular_trees import TreeModel
+from agent.tasks.training import task_settings
 from agent.tasks.training.classification import evaluate_classifier, to_tensors
-from agent.tasks.training.evaluation import BatchResult
-from agent.tasks.training.examples import Batch, BatchesOf
 from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.regression import evaluate_regression
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import Examples, PrivateLoss, autograd_step
-from agent.tasks.training.torch_task import LoopTask
+from agent.tasks.training.torch_task import LastValue, LoopTask
 from protocols.errors import DataError, UsageError
 from protocols.model.built_in_settings import BY_TASK, TabularSettings
 from protocols.model.weights import Schema, Weights
-from protocols.tables import evaluation_counts, preprocessing
+from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Preprocessing
 from protocols.tables.statistics import TableStatistics
+from protocols.tables.trees import layout
+from protocols.tables.trees.histograms import GrowingRows
 
 EVALUATION_BATCH = 8192
+#: The format of exported trees.
+XGBOOST = "xgboost"
 #: Fewer rows cannot be split into training and held-out rows.
 _MIN_ROWS = HELD_OUT_OF
 
@@ -64,10 +69,16 @@ class Tabular(LoopTask):
     """The task."""
 
     Settings = TabularSettings
+    forms = (XGBOOST,)
 
     def __init__(self) -> None:
         super().__init__()
         self._surveyed: Numbers | None = None
+        self._growing = LastValue[GrowingRows]()
+
+    def load(self, data: DataSettings) -> None:
+        super().load(data)
+        self._growing = LastValue()
 
     # --- what all peers share ---
 
@@ -99,6 +110,8 @@ class Tabular(LoopTask):
     def init(self, seed: int, settings: RunSettings) -> Weights:
         """Layers uniform in ±1/√fan-in; embeddings and linear models begin at 0."""
         model, draw = _model(settings), random_state("init", seed)
+        if isinstance(model, TreeModel):
+            return model.first()
         made = {}
         for name, spec in model.schema().items():
             fan_in = spec.shape[-1] if name.endswith("weight") else 0
@@ -170,8 +183,10 @@ class Tabular(LoopTask):
     # --- loop ---
 
     def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
-        """On cross-entropy, or on squared error of the scaled target."""
+        """On cross-entropy, or on squared error of the scaled target; trees on their objective."""
         plan, model = self._hyperparameters(settings), _model(settings)
+        if isinstance(model, TreeModel):
+            return self._grow(model, weights, settings, on_step)
         loss = F.cross_entropy if _preprocessing(settings).target.classes else F.mse_loss
 
         def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -191,6 +206,26 @@ class Tabular(LoopTask):
             private_loss=PrivateLoss(losses_of),
         )
 
+    def sums_schema(self, weights: Weights, settings: RunSettings) -> Schema | None:
+        """The schema of the sums that an update of trees has; None for other models."""
+        model = _model(settings)
+        return model.sums_schema(weights) if isinstance(model, TreeModel) else None
+
+    def _grow(
+        self, model: TreeModel, weights: Weights, settings: RunSettings, on_step: OnStep
+    ) -> TrainOutcome:
+        """The sums that the version asks for. Hessians leave only in a secure sum (`masked`)."""
+        rows = self._rows(settings).trained_on
+        self._local.start_single_step(len(rows.y))
+        growing = self._growing.get(
+            (settings["preprocessing"], model.objective),
+            lambda: model.rows(rows, self._data.min_count),
+        )
+        at, numbers = layout.read(weights, model.shape)
+        sums = growing.sums(weights, at, numbers, masked=bool(settings.get("masked")))
+        on_step(1, 1, 0.0, len(rows.y))
+        return TrainOutcome({layout.SUMS: sums}, len(rows.y), {})
+
     def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
         """On held-out rows: "loss" and "accuracy", or "loss" (of the scaled target), "mse" and
         "mae" (in the target's own units)."""
@@ -199,7 +234,9 @@ class Tabular(LoopTask):
         examples = self._examples(self._rows(settings).held_out)
         if target.classes:
             return evaluate_classifier(forward, weights, examples, EVALUATION_BATCH, on_step)
-        return _measured(forward, weights, examples, target.scale, on_step)
+        return evaluate_regression(
+            forward, weights, examples, EVALUATION_BATCH, target.scale, on_step
+        )
 
     def _examples(self, rows: EncodedRows) -> Examples:
         x, y = (torch.from_numpy(array).to(self._device) for array in rows)
@@ -242,6 +279,15 @@ class Tabular(LoopTask):
                     target.name: (out[:, 0].double() * target.scale + target.mean).tolist(),
                 }
 
+    def export(
+        self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """Trees as a model of XGBoost (JSON)."""
+        model = _model(settings)
+        if not isinstance(model, TreeModel):
+            raise UsageError("only trees can be written for XGBoost", "--set model=trees")
+        out.write_bytes(model.to_json(weights))
+
 
 def _preprocessing(settings: RunSettings) -> Preprocessing:
     text = settings.get("preprocessing")
@@ -254,34 +300,10 @@ def _read(settings: RunSettings) -> TaskSettings:
     return task_settings.read(settings, BY_TASK["tabular"], TabularSettings)
 
 
-def _model(settings: RunSettings) -> TableModel:
+def _model(settings: RunSettings) -> TableModel | TreeModel:
     """Raises UnknownName, UsageError, DataError."""
     chosen = _read(settings)
+    if chosen.model == "trees":
+        return TreeModel.of(_preprocessing(settings), chosen)
     sizes = chosen.hidden if chosen.model == "mlp" else None
     return TableModel.of(_preprocessing(settings), sizes)
-
-
-@torch.inference_mode()
-def _measured(
-    forward: Callable[..., Tensor],
-    weights: Weights,
-    held_out: Examples,
-    scale: float,
-    on_step: OnStep,
-) -> EvalOutcome:
-    w = to_tensors(weights, held_out.x.device)
-
-    def measure(rows: Batch) -> BatchResult:
-        x, y = rows
-        guess = forward(w, x)
-        error = (guess - y).double()
-        # Without the mean, so that no sum reveals the location of the target.
-        in_units = ((t.double().flatten() * scale).tolist() for t in (y, guess))
-        told = {"regression": evaluation_counts.sum_regression(*in_units)}
-        sums = {"loss": float(error.square().sum()), "mae": float(error.abs().sum())}
-        return BatchResult(len(y), sums, told)
-
-    seen, means, told = evaluation.evaluate(BatchesOf(held_out, EVALUATION_BATCH), measure, on_step)
-    loss = means["loss"]
-    metrics = {"loss": loss, "mse": loss * scale**2, "mae": means["mae"] * scale}
-    return EvalOutcome(seen, metrics, told if math.isfinite(loss) else {})

@@ -53,6 +53,7 @@ class Train(_TaskWork, frozen=True, tag=True, kw_only=True):
     out: str
     personal: str = ""
     personal_out: str = ""
+    masked: bool = False
     key: str = ""
     checkpoint: str = ""
     checkpoint_every_s: float = 30.0

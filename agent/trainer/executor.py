@@ -27,6 +27,7 @@ from agent.tasks import (
     KnowsRows,
     Predicting,
     ProvidesStatistics,
+    SendsSums,
     Setting,
     Settings,
     Task,
@@ -220,7 +221,8 @@ class WorkExecutor:
     ) -> Done | Failed:
         self._told.tell_training(task, settings, whole=bool(work.settings.get(SCAFFOLD)))
         if hasattr(task, "defaults"):  # it takes the reserved settings
-            settings = {**settings, "min_batch": work.data.floors.min_batch}
+            own = {"min_batch": work.data.floors.min_batch, "masked": work.masked}
+            settings = {**settings, **own}
         try:
             report = partial(StepCallback, work.id, "train", self._control, self._send)
             on_step, resumed_at = metered(work, task, report, self._note_resumed)
@@ -235,9 +237,15 @@ class WorkExecutor:
         if isinstance(on_step, StepFloors):
             on_step.check_result(int(count))
         self._control.raise_if_cancelled(work.id)
-        whole = _check_tensors(trained, training.model.schema)
-        kept_out = Path(work.personal_out) if work.personal_out else None
-        update = personal.after_train(training, whole, kept_out)
+        sums = None
+        if isinstance(task, SendsSums):
+            sums = task.sums_schema(training.model, settings)
+        if sums is not None:
+            update = _check_tensors(trained, sums)
+        else:
+            whole = _check_tensors(trained, training.model.schema)
+            kept_out = Path(work.personal_out) if work.personal_out else None
+            update = personal.after_train(training, whole, kept_out)
         done = self._save(work.id, update, work.out, count, {**metrics, **training.metrics})
         spent = events.encode(protected.spent()) if protected else b""
         return msgspec.structs.replace(done, resumed_at=resumed_at, privacy=spent.decode())

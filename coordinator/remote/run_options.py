@@ -13,17 +13,22 @@ from coordinator.api.schema import StartRunRequest
 from coordinator.runs import options
 from coordinator.runs.options import Option
 from coordinator.storage.run_events import RunSpec
+from coordinator.strategies import trees
 from protocols.codecs import registry
 from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.durations import parse_seconds
 from protocols.local.os_errors import os_errors_as
+from protocols.model import built_in_settings
 from protocols.privacy.secagg.cohort import MIN_COHORT, threshold
 from protocols.tables import preprocessing
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
 
 #: The upper bound of automatic deadlines.
 _MAX_AUTO_DEADLINE_S = 600.0
+_TABULAR = built_in_settings.BY_TASK["tabular"]
+#: How often a run of trees is evaluated, about.
+_EVALUATIONS = 20
 _EXAMPLE = "docs/privacy.md has an example"
 
 
@@ -59,13 +64,16 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     fields = {one.field: values[one.name] for one in options.OPTIONS if one.is_plain}
     if values["secure"]:
         fields |= _secure_fields(fields)
+    settings = _settings(values["set"]) | {key: text for key, text in table.items() if text}
+    if (values["task"], settings.get("model")) == ("tabular", trees.NAME):
+        fields |= _tree_fields(fields, settings)
     fields |= {
         "task": _task_name(values["task"]),
         "deadline_s": _MAX_AUTO_DEADLINE_S if is_auto else parse_seconds(values["deadline"]),
         "deadline": "auto" if is_auto else "fixed",
         "select": _times(values["select"]) if values["select"] else 0.0,
         "strategy_args": _settings(values["strategy-arg"]),
-        "settings": _settings(values["set"]) | {key: text for key, text in table.items() if text},
+        "settings": settings,
         "best_metric": values["best-metric"] or metric,
         "target": reached,
     }
@@ -136,6 +144,37 @@ def _secure_fields(fields: Mapping[str, Any]) -> dict[str, float]:
         "outlier_limit": 0.0 if is_default else fields["outlier_limit"],
         "clip_norm": fields["clip_norm"] or clips,
         "dp_shared": shared,
+    }
+
+
+def _tree_fields(
+    fields: Mapping[str, Any], settings: Mapping[str, str | int | float | bool]
+) -> dict[str, Any]:
+    """What a run of trees does unless it is told otherwise. A round is a level of a tree.
+
+    Raises UsageError.
+    """
+    given = {name: settings.get(name, _TABULAR[name].default) for name in ("trees", "depth")}
+    if not all(isinstance(number, int) and 0 < number < 10**6 for number in given.values()):
+        raise UsageError("trees and depth must be whole numbers above 0", "--set trees=100")
+    count, depth = (int(number) for number in given.values())
+    defaults = {one.field: one.default for one in options.OPTIONS}
+    chosen: dict[str, Any] = {
+        "strategy": trees.NAME,
+        "codec": registry.SUMS,
+        "outlier_limit": 0.0,
+        "rounds": 1 + count * depth,
+    }
+    kept = {name for name in chosen if fields[name] not in (defaults[name], chosen[name])}
+    if kept - {"rounds"}:
+        name = min(kept - {"rounds"})
+        raise UsageError(
+            f"--{name.replace('_', '-')} cannot be used with trees, whose updates are sums",
+            "leave it out",
+        )
+    every = depth * max(1, count // _EVALUATIONS)
+    return {name: value for name, value in chosen.items() if name not in kept} | {
+        "evaluate_every": every
     }
 
 

@@ -131,6 +131,7 @@ def commit(
             states,
             run.strategy_state,
             noise.of if noise else None,
+            contributors,
         )
         digest = store_version(store, aggregation)
     return CommittedVersion(digest, metrics, aggregation.new_state, limits.limited, spent)

@@ -329,6 +329,8 @@ def _decide_evaluating(run: Run, observed: Observation) -> Step:
         # With noise, no metric of held-out rows may show what the noise hides.
         if run.spec.only == "train" or not run.spec.measures or not observed.eligible:
             return steps.CloseRound()
+        if (run.round - 1) % max(1, run.spec.evaluate_every) and run.round < run.spec.rounds:
+            return steps.CloseRound()
         return steps.OpenEvaluation(tuple(sorted(observed.eligible)))
     if run.cohort is not None:
         return secure.decide(run, observed.sum)

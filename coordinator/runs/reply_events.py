@@ -78,7 +78,8 @@ async def validate_reply(
         return run_events.UpdateAccepted(run.round, peer, update)
     norm = 0.0
     if expected.kind != "evaluate":
-        norm = await asyncio.to_thread(_measure, ctx, model, expected, peer, claim.digest)
+        rows = validation.bounded_examples(run, claim)
+        norm = await asyncio.to_thread(_measure, ctx, model, expected, peer, claim.digest, rows)
         validation.check_norm(run, claim, norm)
         if expected.kind in ("init", "recall"):
             ctx.store.promote_upload(peer, claim.digest)
@@ -126,9 +127,15 @@ def checked_claim(
 
 
 def _measure(
-    ctx: RunContext, model: RunModel, expected: validation.ExpectedReply, peer: str, digest: str
+    ctx: RunContext,
+    model: RunModel,
+    expected: validation.ExpectedReply,
+    peer: str,
+    digest: str,
+    rows: int,
 ) -> float:
-    """The norm of an upload's change, if the upload is valid. Raises UpdateRefused."""
+    """The norm of an upload's change, if the upload of `rows` rows is valid; 0 for one of sums.
+    Raises UpdateRefused."""
     with contextlib.ExitStack() as stack:
 
         def uploaded() -> WeightsFile:
@@ -140,6 +147,9 @@ def _measure(
             validation.check_weights(expected, uploaded)
             return 0.0
         base = stack.enter_context(_open_base(ctx, expected))
+        if model.codec.name == registry.SUMS:
+            validation.check_sums(uploaded, base, rows)
+            return 0.0
         return validation.check_update(
             expected, lambda: registry.open_update(model.codec, uploaded(), base), base
         )

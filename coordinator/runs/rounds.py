@@ -51,6 +51,9 @@ class Rounds:
             if run.spec.private_versions and len(step.eligible) < FEW_PEERS:
                 text = f"noise for whole peers usually hides the model below {FEW_PEERS} peers"
                 self._recorder.report("warning", f"run {run.id}: {text}")
+            if self._parts.adapter.feed == "sums" and not run.spec.secure:
+                text = "without --secure, peers send counts of rows in place of hessians"
+                self._recorder.report("info", f"run {run.id}: {text} (docs/tabular.md says why)")
         self._timer.open_round()
         transfer = self._ctx.transfer
         self._bytes_at_open = (transfer.bytes_up, transfer.bytes_down)

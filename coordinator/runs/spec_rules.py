@@ -10,6 +10,7 @@ from coordinator import strategies
 from coordinator.runs import best_version, options, task_settings
 from coordinator.runs.secure import plans
 from coordinator.storage.run_events import RunSpec
+from coordinator.strategies import trees
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.custom import CustomStrategy
 from protocols.codecs import registry
@@ -143,7 +144,7 @@ _SECURE_RULES = (
     Rule(lambda spec, adapter: bool(adapter.required_metric(spec.strategy_args)),
          "--secure cannot be used with {spec.strategy}, which needs a metric of each peer: "
          "a secure run knows only the mean of all", _SERVER),
-    Rule(lambda _, adapter: adapter.feed != "mean",
+    Rule(lambda _, adapter: adapter.feed not in ("mean", "sums"),
          "--secure cannot be used with {spec.strategy}, which compares single updates: "
          "a secure run knows only their mean", _SERVER),
     Rule(lambda spec, adapter: adapter.needs_base or bool(
@@ -152,6 +153,21 @@ _SECURE_RULES = (
     Rule(lambda spec, _: spec.outlier_limit > 0,
          "--secure cannot be used with --outlier-limit, which compares single updates",
          "leave it out, or --outlier-limit 0; --clip-norm bounds each honest peer"),
+)
+#: Rules for runs of trees: each round has the sums of the same peers.
+_TREE_RULES = (
+    Rule(lambda spec, _: spec.mode != "synchronous" or spec.late == "fold",
+         f"trees cannot be used with {_BUFFERED} or --late fold: an update is for one level",
+         "--mode synchronous, --late drop"),
+    Rule(lambda spec, _: bool(spec.dp_epsilon or spec.dp_user_epsilon),
+         "--dp and --dp-user cannot be used with trees, whose sums have no noise",
+         "--secure, or --set model=linear"),
+    Rule(lambda spec, _: bool(spec.outlier_limit or (spec.clip_norm and not spec.secure)),
+         "--outlier-limit and --clip-norm cannot be used with trees, whose updates are sums",
+         "leave them out"),
+    Rule(lambda spec, _: bool(spec.select or "fraction_train" in spec.strategy_args),
+         "--select and fraction_train cannot be used with trees: the levels of a tree come from "
+         "the same peers", "leave them out"),
 )
 #: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
@@ -164,6 +180,11 @@ _RULES = (
     Rule(lambda spec, _: bool(personalization.SETTINGS & spec.settings.keys()),
          "{reserved} is no setting of a task: the strategy sets it",
          "--strategy scaffold or fedbn, with --strategy-arg"),
+    Rule(lambda spec, adapter: adapter.feed != "sums" and (
+            spec.codec == registry.SUMS or (spec.task == "tabular" and
+                                            spec.settings.get("model") == trees.NAME)),
+         "a run of trees has the strategy trees and the codec sums",
+         "commonweight run start tabular --set model=trees sets both"),
     Rule(lambda spec, _: spec.min_examples > spec.max_examples,
          "--min-examples must be at most {spec.max_examples}"),
     Rule(lambda spec, _: bool(spec.best_direction) and not spec.best_metric,
@@ -206,12 +227,13 @@ def check(spec: RunSpec) -> None:
     reserved = min(personalization.SETTINGS & spec.settings.keys(), default="")
     of_mode = _BUFFERED_RULES if spec.mode == "buffered" else _SYNCHRONOUS_RULES
     of_sums = _SECURE_RULES if spec.secure else ()
+    of_model = _TREE_RULES if adapter.feed == "sums" else ()
     of_noise = (
         *(_PRIVATE_RULES if spec.private else ()),
         *(_SHARED_RULES if spec.dp_shared > 1 else ()),
         *(_VERSION_RULES if spec.private_versions else ()),
     )
-    for rule in (*_RULES, *of_sums, *of_mode, *of_noise):
+    for rule in (*_RULES, *of_model, *of_sums, *of_mode, *of_noise):
         if rule.is_broken(spec, adapter):
             text, hint = (t.format(spec=spec, reserved=reserved) for t in (rule.text, rule.hint))
             raise UsageError(text, hint)

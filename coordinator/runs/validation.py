@@ -15,6 +15,7 @@ import numpy as np
 from coordinator import strategies
 from coordinator.runs import best_version, buffered
 from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Run
+from protocols.codecs import sums
 from protocols.codecs.registry import DecodedUpdate
 from protocols.errors import BadWeights, UpdateRefused
 from protocols.messages.envelope import Verify
@@ -162,6 +163,14 @@ def check_update(
     if isinstance(update, DecodedUpdate):  # it must also be finite in the base's dtype
         check_weights(expected, lambda: update)
     return update_norm(update, base)
+
+
+def check_sums(open_update: Callable[[], WeightReader], base: WeightReader, rows: int) -> None:
+    """Raise UpdateRefused unless the update has the sums that `base` asks for, as honest peers can
+    have them from `rows` rows."""
+    update = _of_schema(ExpectedReply("train", "", sums.schema_of(base)), open_update)
+    if why := sums.objection(update, base, rows, masked=False):
+        raise UpdateRefused("bad sums", why)
 
 
 def check_norm(run: Run, claim: UpdateClaim, norm: float) -> None:

@@ -28,6 +28,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `late`: what happens to an update whose round has closed (`coordinator.runs.late_updates`).
     `keep_versions`: how many of the newest versions stay on disk, in addition to the best one.
     `codec`: how updates are compressed, one of `protocols.codecs.registry`.
+    `evaluate_every`: the first version, each so many rounds later, and the last are evaluated.
     `weighting`: updates count by their examples, or all the same.
     `clip_norm`: the maximum Euclidean norm of an update's change (0: none).
     `outlier_limit`: how many times as far as the median peer one may pull a version
@@ -63,6 +64,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     strategy_args: Settings = {}
     settings: Settings = {}
     codec: _ShortText = "fp32"
+    evaluate_every: Count = 1
     seed: Integer = 0
     quorum: Integer = 1
     deadline_s: float = 600.0

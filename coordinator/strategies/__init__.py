@@ -19,6 +19,8 @@ from coordinator.strategies.krum import Krum, MultiKrum
 from coordinator.strategies.median import FedMedian, FedTrimmedAvg
 from coordinator.strategies.qfedavg import QFedAvg
 from coordinator.strategies.scaffold import Scaffold
+from coordinator.strategies.trees import NAME as TREES
+from coordinator.strategies.trees import Trees
 from protocols.errors import UnknownName
 
 _ADAPTERS: dict[str, StrategyAdapter] = {
@@ -38,6 +40,8 @@ _ADAPTERS: dict[str, StrategyAdapter] = {
     "fedbn": FedBN("FedAvg"),
     "scaffold": Scaffold("Scaffold"),
 }
+#: Of a model and not for `--strategy`.
+_OF_MODELS: dict[str, StrategyAdapter] = {TREES: Trees("FedAvg")}
 
 
 def names() -> list[str]:
@@ -48,6 +52,8 @@ def find(name: str) -> StrategyAdapter:
     """The adapter of a strategy by name or `module:Class`. Raises UnknownName, UsageError."""
     if ":" in name:
         return CustomStrategy(name, _ADAPTERS)
+    if name in _OF_MODELS:
+        return _OF_MODELS[name]
     if name not in _ADAPTERS:
         known = f"known: {', '.join(names())}; or module:Class"
         if name.startswith("fedxgb"):

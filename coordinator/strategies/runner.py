@@ -9,6 +9,7 @@ updates and the state only, no matter how often the coordinator was restarted.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from coordinator.storage.run_spec import Setting
-from coordinator.strategies import averaging
+from coordinator.strategies import averaging, trees
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.strategies.state import StateReader, StateStore, StateWriter
@@ -61,7 +62,7 @@ class Aggregation:
     `origin`: `base`, opened once more, because the averaging reads `base` in a thread of its own.
     `metrics`: for the one reply that holds the mean. `state` and `new_state`: digests by slot;
     `new_state` is complete once all `pieces` were taken. `noise`: for the mean, before the strategy
-    gets it.
+    gets it. `contributors`: whose updates these are.
     """
 
     adapter: StrategyAdapter
@@ -75,6 +76,7 @@ class Aggregation:
     states: StateStore
     state: Mapping[str, str]
     noise: averaging.Noise | None = None
+    contributors: tuple[str, ...] = ()
     new_state: dict[str, str] = field(default_factory=dict)
 
     def pieces(self) -> Generator[Piece, None, None]:
@@ -92,7 +94,12 @@ class Aggregation:
                 else:
                     extra = adapter.dump_extra(adapter.make(self.strategy_args))
                 adapter.load_extra(strategy, extra or {})
-        ways = {"mean": self._by_mean, "parts": self._by_parts, "models": self._by_models}
+        ways = {
+            "mean": self._by_mean,
+            "parts": self._by_parts,
+            "models": self._by_models,
+            "sums": self._by_sums,
+        }
         with self.states.open(known, schema) as before, self.states.write(slots, schema) as after:
             for piece in ways[adapter.feed](before, after):
                 if not surely_finite:
@@ -203,6 +210,25 @@ class Aggregation:
                 if part.name in whole
                 else self.base.read(part)
                 for part in piece
+            }
+
+    def _by_sums(self, before: StateReader, after: StateWriter) -> Iterator[Piece]:
+        """The sums of all updates become the next level of the trees."""
+        state: Mapping[str, Any] = {}
+        if digest := self.state.get(CUSTOM_SLOT):
+            state = self.states.load(CUSTOM_SLOT, digest)
+        grown = trees.grow(
+            self.base,
+            state,
+            [one.weights for one in self.updates],
+            int(self.metrics["num-examples"]),
+            hashlib.sha256("\n".join(sorted(self.contributors)).encode()).digest(),
+        )
+        if grown.state:
+            self.new_state[CUSTOM_SLOT] = self.states.save(weights.Weights(grown.state))
+        for piece in weights.split_into_pieces(self.base.schema):
+            yield {
+                part: grown.version[part.name].reshape(-1)[part.start : part.stop] for part in piece
             }
 
     # --- to and from Flower ------------------------------------------------------------------

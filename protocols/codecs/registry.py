@@ -2,7 +2,8 @@
 
 `fp32` sends the weights as they are. The others send the change of the floating-point tensors in
 an encoding of `dense` or `sparse`. Integer and boolean tensors keep the value of the base, as in
-averaging. The agent stores what an encoding left out (the residual) and adds it to its next change
+averaging. With `sums` an update is integers that are added up (`tables.trees`), and not weights.
+The agent stores what an encoding left out (the residual) and adds it to its next change
 (error feedback: Seide et al. 2014; Karimireddy et al., arXiv 1901.09847).
 """
 
@@ -31,8 +32,11 @@ from protocols.model.weights import (
     header_bytes,
 )
 from protocols.model.weights_file import WeightsWriter
+from protocols.tables.trees import layout
 
 UNCODED = "fp32"
+#: Not for `--codec`: a run of trees has it.
+SUMS = "sums"
 NAMES = ("fp32", "bf16", "int8", "sign", "ternary", "topk")
 #: Codecs that send few elements: the default share of elements, and the encoding.
 SPARSE: dict[str, tuple[float, Callable[[float], Encoding]]] = {
@@ -55,6 +59,8 @@ def parse(name: str) -> Codec:
 
     Raises UnknownName, UsageError.
     """
+    if name == SUMS:
+        return Codec(SUMS, None)
     kind, colon, argument = name.partition(":")
     if kind not in NAMES or (colon and kind not in SPARSE):
         shares = ", ".join(f"{sparse}:SHARE" for sparse in SPARSE)
@@ -89,6 +95,8 @@ def _parse_share(kind: str, text: str) -> float:
 
 def max_bytes(codec: Codec, schema: Schema, model_bytes: int) -> int:
     """The largest size of an update of such a model."""
+    if codec.name == SUMS:
+        return 4 * layout.Shape.of(schema).max_sums()
     if codec.encoding is None:
         return model_bytes
     largest = codec.encoding.schema(FlatLayout(schema))

@@ -167,10 +167,28 @@ class TabularSettings:
         Meta(description="mean 0 and variance 1; or 0 to 1, where owners allow it"),
     ] = "standard"
     hashed: Annotated[bool, Meta(description="peers send hashes of categories")] = False
-    model: Annotated[Literal["linear", "mlp"], Meta(description="linear: logistic for classes")] = (
-        "linear"
-    )
+    model: Annotated[
+        Literal["linear", "mlp", "trees"],
+        Meta(description="linear: logistic for classes; trees: gradient boosting"),
+    ] = "linear"
     hidden: Annotated[str, Meta(description="sizes of the layers of mlp")] = "64,32"
+    trees: Annotated[int, Meta(ge=1, le=5000, description="how many trees")] = 100
+    depth: Annotated[int, Meta(ge=1, le=10, description="levels of a tree: a round each")] = 6
+    bins: Annotated[
+        int, Meta(ge=4, le=63, description="of trees: cells of a column, one for missing values")
+    ] = 32
+    eta: Annotated[float, Meta(gt=0, le=1, description="of trees: shrinks each tree")] = 0.1
+    l2: Annotated[float, Meta(ge=0, le=1e6, description="of trees: lambda of XGBoost")] = 1.0
+    min_weight: Annotated[
+        float, Meta(ge=0, le=1e9, description="of trees: least sum of hessians of a node")
+    ] = 1.0
+    min_gain: Annotated[
+        float, Meta(ge=0, le=1e9, description="of trees: least gain of a split")
+    ] = 0.0
+    objective: Annotated[
+        Literal["auto", "logistic", "multiclass", "squared", "poisson"],
+        Meta(description="of trees; auto: by the target"),
+    ] = "auto"
     epochs: int = 1
     batch_size: int = 32
     optimiser: str = "adamw"

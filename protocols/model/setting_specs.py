@@ -17,7 +17,7 @@ from protocols.messages.envelope import Integer, Name, Text
 
 Value = Text | Integer | float | bool
 #: Settings that every task takes; they are not its own.
-RESERVED = frozenset({"seed", "round", "preprocessing", "min_batch"})
+RESERVED = frozenset({"seed", "round", "preprocessing", "min_batch", "masked"})
 MAX_CHOICES = 64
 
 

@@ -143,9 +143,20 @@ class TrainingLoop:
         that it uses."""
         self._watch = watch
 
+    def start_single_step(self, count: int) -> None:
+        """Begin a training that is one step over all of `count` examples, without this loop. Raises
+        UsageError if it should add noise."""
+        private, self._private, self._spent = self._private, None, ()
+        if private is not None:
+            raise UsageError("trees cannot be trained with noise for single rows", "leave --dp out")
+        watch, self._watch = self._watch, lambda places: None
+        self._restored = None
+        watch(np.arange(count))
+
     def snapshot(self) -> Snapshot:
         """The state of `train`: weights, optimizer, order of the data and position in it."""
-        assert self._at is not None
+        if self._at is None:  # a single step has no position
+            return Snapshot({}, {})
         return self._at.snapshot()
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -18,18 +18,20 @@ from coordinator.storage.weight_store import WeightStore
 from coordinator.strategies.runner import Aggregation, InputUpdate
 from coordinator.strategies.state import StateStore
 from coordinator.strategies.version_noise import VersionNoise
+from protocols.codecs import sums
 from protocols.codecs.delta import FlatLayout
 from protocols.errors import BadWeights, CohortLost
 from protocols.messages.envelope import Metrics
 from protocols.model import weights
 from protocols.model.bfloat16 import difference
-from protocols.model.weights import Array, Part, WeightReader
+from protocols.model.weights import Array, Part, WeightReader, Weights
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg import ring, tails
 from protocols.privacy.secagg.aggregator import Aggregator
 from protocols.privacy.secagg.masked_file import SecureMean
 from protocols.privacy.secagg.recovery import recover
 from protocols.tables import evaluation_counts
+from protocols.tables.trees.layout import SUMS
 
 #: Elements of the mean that are unmasked at once: opening the key streams costs little then.
 _AHEAD_ELEMENTS = 1 << 20
@@ -114,6 +116,23 @@ class CheckedMean:
         return list(self._largest.values())
 
 
+class ExactSums:
+    """The sums of all survivors, as an update. Raises CohortLost if the sums of `rows` rows cannot
+    be those of honest peers."""
+
+    largest: tuple[float, ...] = ()
+
+    def __init__(self, mean: SecureMean, base: WeightReader, rows: int) -> None:
+        self._sums = Weights({SUMS: mean.sums()})
+        self.schema = self._sums.schema
+        if why := sums.objection(self, base, rows, masked=True):
+            raise CohortLost(f"the sum of the masked updates has {why}", _AGAIN)
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat."""
+        return self._sums.read(part)
+
+
 def _largest_norm(of: Aggregator) -> float:
     """The largest norm of an honest change: that of the plan, and what rounding can add."""
     plan, step = of.cohort.plan, 1.0 / ring.max_value(of.cohort.bits)
@@ -137,7 +156,11 @@ def commit(
         base, origin, *others = (stack.enter_context(WeightsFile(path)) for _ in range(4))
         mean = SecureMean(of.cohort, recovery, _open_masked(of, store, stack), others[0])
         metrics, _ = _metrics(run, of, mean)
-        checked = CheckedMean(mean, others[1], _largest_norm(of))
+        checked = (
+            ExactSums(mean, base, num_examples)
+            if of.cohort.plan.exact
+            else CheckedMean(mean, others[1], _largest_norm(of))
+        )
         noise: VersionNoise | None = None
         spent: tuple[PrivacySpent, ...] = ()
         scale = 1.0
@@ -163,9 +186,10 @@ def commit(
             states,
             run.strategy_state,
             noise.of if noise else None,
+            tuple(of.survivors),
         )
         digest = aggregation.store_version(store, aggregation_)
-    state, largest = aggregation_.new_state, checked.largest
+    state, largest = aggregation_.new_state, list(checked.largest)
     return SecureVersion(digest, metrics, state, largest, recovery.false_shares, spent)
 
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import UNSET
 
 from coordinator.runs.options import SECURE_CLIP_NORM
 from coordinator.runs.state import Run
+from protocols.codecs import registry
 from protocols.codecs.delta import FlatLayout
 from protocols.model import weights
 from protocols.model.bfloat16 import difference
@@ -106,6 +108,7 @@ def make_request(
     ring_bits = ring_of(run.spec.work_codec)
     examples = [run.updates[peer].num_examples for peer in chosen.peers]
     is_training = kind == "train"
+    exact = is_training and run.spec.codec == registry.SUMS
     sizes = masked_file.layout(schema) if is_training else ()
     noise, divisor, clip = _shared_noise(run) if is_training else None, 0.0, clip_of(run)
     if noise is not None:
@@ -123,9 +126,10 @@ def make_request(
         limits=tuple(limits) if is_training else (),
         clip=clip,
         names=chosen.names,
-        max_weight=1 if divisor else _max_weight(run, ring_bits, len(examples)),
+        max_weight=1 if divisor or exact else _max_weight(run, ring_bits, len(examples)),
         max_examples=_max_examples(examples, run.spec.max_weight_share),
         divisor=divisor,
+        exact=exact or UNSET,
     )
     return ShareRequest(plan=encode(plan), cards=tuple(answers[peer].card for peer in chosen.peers))
 

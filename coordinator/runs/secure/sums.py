@@ -24,6 +24,7 @@ from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
 from coordinator.strategies.state import StateStore
 from coordinator.transport.flower_records import read_answer
+from protocols.codecs import registry, sums
 from protocols.errors import BadMessage, BadWeights, CohortLost, CommonweightError, UpdateRefused
 from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
@@ -175,6 +176,9 @@ class SecureSums:
         self, run: Run, kind: SumKind, cards: Mapping[str, ReadyAnswer], chosen: plans.Choice
     ) -> bytes:
         schema = self._parts.model.schema
+        if run.spec.codec == registry.SUMS:
+            with WeightsFile(self._store.version_path(run.head)) as head:
+                schema = sums.schema_of(head)
         limits = plans.tensor_limits(run, schema, self._largest_changes(run))
         request = plans.make_request(
             run,

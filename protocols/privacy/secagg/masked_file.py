@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from protocols.codecs.delta import DeltaReader, FlatLayout, Floats, add
+from protocols.codecs.delta import BLOCK_ELEMENTS, DeltaReader, FlatLayout, Floats, add
 from protocols.errors import BadWeights
 from protocols.model.weights import (
     Array,
@@ -32,6 +32,7 @@ from protocols.privacy.secagg.cohort import Cohort
 from protocols.privacy.secagg.messages import Plan
 from protocols.privacy.secagg.recovery import Recovery
 from protocols.privacy.secagg.turn import Masking
+from protocols.tables.trees.layout import SUMS
 
 #: The largest root mean square of a tensor's change, as a part of its limit. If most elements were
 #: clipped, a sum would tell the signs of each peer's, by their weights.
@@ -42,7 +43,9 @@ _SIGNED = {16: "I16", 32: "I32"}
 
 
 def layout(model: Schema) -> tuple[int, ...]:
-    """The elements of each tensor that is averaged, in the order of a plan."""
+    """The elements of each tensor that is averaged, or of the sums, in the order of a plan."""
+    if model.keys() == {SUMS}:
+        return (math.prod(model[SUMS].shape),)
     return tuple(field.size for field in FlatLayout(model).fields.values())
 
 
@@ -65,14 +68,16 @@ def write(
 
     `weights`: the trained ones and their base; None for an evaluation. `metrics`: from `tails`. A
     change with a norm above `plan.clip` is scaled down to it, and a tensor's to half of its limit
-    by root mean square; with shared noise it is refused. The same weights give the same bytes, so
-    the file needs no fsync.
+    by root mean square; with shared noise it is refused. Of an exact plan, the sums are written
+    instead. The same weights give the same bytes, so the file needs no fsync.
     Raises BadWeights, OSError.
     """
     plan = masking.cohort.plan
     if weights is None:
         return _write(masking, (), metrics, path)
     trained, base = weights
+    if plan.exact:
+        return _write(masking, _sums(trained, plan), metrics, path)
     check_schema(trained.schema, base.schema)
     if layout(base.schema) != plan.sizes:
         raise BadWeights("the plan of the cohort is of another model")
@@ -86,7 +91,7 @@ def write(
 
 
 def _write(
-    masking: Masking, changes: Iterable[tuple[int, Floats]], metrics: list[float], path: Path
+    masking: Masking, changes: Iterable[tuple[int, Array]], metrics: list[float], path: Path
 ) -> tuple[str, int]:
     """Write the masked change from its blocks, by number of the tensor. Nothing without all."""
     plan, start = masking.cohort.plan, 0
@@ -98,6 +103,14 @@ def _write(
             file.write({Part("w", start, stop): block.view(f"<i{plan.ring // 8}")})
             start = stop
     return file.digest, file.nbytes
+
+
+def _sums(update: WeightReader, plan: Plan) -> Iterator[tuple[int, Array]]:
+    """The sums in blocks. Raises BadWeights for an update without sums of the plan's size."""
+    check_schema(update.schema, {SUMS: TensorSpec("I32", plan.sizes)})
+    count = plan.sizes[0]
+    for start in range(0, count, BLOCK_ELEMENTS):
+        yield 0, update.read(Part(SUMS, start, min(count, start + BLOCK_ELEMENTS)))
 
 
 class _TooLarge(Exception):
@@ -187,6 +200,14 @@ class SecureMean:
             total += file.read(Part("t", 0, count)).view("<u8")
         self._recovery.unmask_tail(total)
         return ring.decode_tail(total)
+
+    def sums(self) -> Array:
+        """The sums of an exact plan: int32[n]."""
+        total = np.zeros(sum(self._cohort.plan.sizes), ring.DTYPES[32])
+        for file in self._files:
+            total += file.read(Part("w", 0, len(total))).view(total.dtype)
+        self._recovery.unmask(total)
+        return total.view("<i4")
 
     def read(self, part: Part) -> Array:
         """The elements of a part, flat, in the tensor's dtype (bf16 as uint16)."""

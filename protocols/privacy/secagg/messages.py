@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from protocols.errors import UsageError
 from protocols.messages.decoding import decode
@@ -39,7 +39,8 @@ MAX_CARD_BYTES, MAX_PLAN_BYTES = 1024, 256 * 1024
 SEALED_BYTES = 33 + 33 + 16
 MAX_WEIGHT, MAX_TENSORS = 65_536, 8192
 #: How `Work.codec` names the rings. Agents of older versions refuse these names.
-_MASKED = {"fp32": "masked:32", "int8": "masked:16"}
+_MASKED = {"fp32": "masked:32", "int8": "masked:16", "sums": "exact:32"}
+_RINGS = {"masked:32": 32, "masked:16": 16, "exact:32": 32}
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
@@ -100,6 +101,9 @@ class Plan(Struct, frozen=True, kw_only=True):
     the weights. `max_weight`, `max_examples`: see `ring.integer_weights`. `divisor`: in a run with
     shared noise, a peer multiplies its change by its examples over this, and has the weight 1; 0 in
     other runs. Agents of older versions refuse such a run before: see `private_training.SHARED`.
+    `exact`: updates are integers of one tensor, which are summed as they are, each with the weight
+    1. Unset in other plans, whose bytes are those of older versions. Agents of these do not know
+    the codec of such a run.
     """
 
     fleet: Id
@@ -115,6 +119,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     max_weight: Annotated[int, Meta(ge=1, le=MAX_WEIGHT)] = 1
     max_examples: Count = 0
     divisor: Annotated[float, Meta(ge=0, le=1e18)] = 0.0
+    exact: bool | UnsetType = UNSET
 
 
 class ReadyRequest(Struct, frozen=True, kw_only=True):
@@ -226,14 +231,14 @@ def masked_codec(codec: str) -> str:
     if codec not in _MASKED:
         raise UsageError(
             f"secure aggregation sends integers, and cannot send the codec {codec}",
-            f"use --codec {' or --codec '.join(_MASKED)}",
+            "use --codec fp32 or --codec int8",
         )
     return _MASKED[codec]
 
 
 def ring_of(codec: str) -> int:
     """The bits of the ring of a masked `Work.codec`; 0 for the codec of a run without masks."""
-    return int(codec.partition(":")[2]) if codec in _MASKED.values() else 0
+    return _RINGS.get(codec, 0)
 
 
 def decode_request(step: SecureStep, data: bytes) -> Request:

@@ -18,7 +18,7 @@ from protocols.errors import BadWeights, UsageError
 from protocols.privacy.secagg.masks import BLOCK_BYTES, KeyStream, RingArray
 
 #: Bits of the ring by codec, and the dtype of its elements.
-RING_BITS = {"fp32": 32, "int8": 16}
+RING_BITS = {"fp32": 32, "int8": 16, "sums": 32}
 DTYPES: dict[int, np.dtype[np.generic]] = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
 _SIGNED: dict[int, np.dtype[np.generic]] = {2: np.dtype("<i2"), 4: np.dtype("<i4")}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -81,8 +81,9 @@ class Masking(NamedTuple):
         add_masks(tail, [*map(keys.tail_of, self.plus)], [*map(keys.tail_of, self.minus)])
         return tail
 
-    def blocks(self, changes: Iterable[tuple[int, npt.NDArray[np.float32]]]) -> Iterator[RingArray]:
-        """The masked update, block by block, from blocks of (tensor's number, float32[n]).
+    def blocks(self, changes: Iterable[tuple[int, npt.NDArray[Any]]]) -> Iterator[RingArray]:
+        """The masked update, block by block, from blocks of (tensor's number, float32[n]), or
+        int32[n] of an exact plan.
 
         The same blocks give the same bytes each time. Raises BadWeights.
         """
@@ -90,6 +91,9 @@ class Masking(NamedTuple):
         quantizer = ring.Quantizer(plan.ring, self.cohort.bits, self.weight, self.rounding_seed)
         masks = Masks(self.plus, self.minus, plan.ring // 8)
         for number, change in changes:
-            block = quantizer.quantize(change, plan.limits[number] / (self.factor or 1.0))
+            if plan.exact:
+                block = change.astype("<i4").view(ring.DTYPES[32])
+            else:
+                block = quantizer.quantize(change, plan.limits[number] / (self.factor or 1.0))
             masks.add_to(block)
             yield block

@@ -316,7 +316,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         task.schema({**settings, "model": "forest"})
     with pytest.raises(UsageError, match="hidden"):
         task.schema({**settings, "model": "mlp", "hidden": "64,x"})
-    with pytest.raises(UnknownName, match="no setting 'depth'"):
-        task.survey({"target": "label", "depth": 3})
+    with pytest.raises(UnknownName, match="no setting 'width'"):
+        task.survey({"target": "label", "width": 3})
+    with pytest.raises(UsageError, match="depth cannot be 11"):
+        task.schema({**settings, "model": "trees", "depth": 11})
     with pytest.raises(DataError, match="not surveyed"):
         task.schema({"target": "label"})

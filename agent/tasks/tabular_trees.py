@@ -1,0 +1,116 @@
+"""The model "trees" of the task "tabular": what a peer computes for `protocols.tables.trees`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from agent.data import rare_values
+from agent.data.features import EncodedRows
+from agent.tasks import Setting
+from agent.tasks.training.loop_state import Tensors
+from protocols.errors import UsageError
+from protocols.model.weights import Schema, TensorSpec, Weights
+from protocols.tables.preprocessing import Feature, Preprocessing
+from protocols.tables.trees import layout, objectives, xgboost_json
+from protocols.tables.trees.histograms import (
+    MISSING,
+    GrowingRows,
+    Slots,
+    add_trees,
+    bins_of,
+    slots_of,
+)
+from protocols.tables.trees.layout import Numbers, Shape
+from protocols.tables.trees.objectives import Floats, Objective
+
+
+class TreeModel(NamedTuple):
+    """The sizes and numbers of a run's trees, its objective, and its features: numbers first."""
+
+    shape: Shape
+    numbers: Numbers
+    objective: Objective
+    features: tuple[Feature, ...]
+    gaps: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, made: Preprocessing, chosen: Mapping[str, Setting]) -> Self:
+        """Raises UsageError."""
+        target = made.target
+        classes = len(target.classes)
+        if classes > layout.MAX_OUTPUTS:
+            raise UsageError(
+                f"the target {target.name} has {classes} classes, and trees have at most "
+                f"{layout.MAX_OUTPUTS}",
+                "--set model=linear",
+            )
+        name = str(chosen["objective"])
+        objective = objectives.choose(name, classes, target.mean, target.scale)
+        columns = (*made.numeric, *made.categorical)
+        trees, depth, bins = (int(chosen[name]) for name in ("trees", "depth", "bins"))
+        shape = Shape(trees, objective.outputs, depth, len(columns), bins)
+        eta, l2, weight, gain = (
+            float(chosen[name]) for name in ("eta", "l2", "min_weight", "min_gain")
+        )
+        numbers = Numbers(
+            eta, l2, weight, gain, objective.constant, objective.bound, objective.max_step
+        )
+        return cls(shape, numbers, objective, columns, tuple(f.missing for f in made.numeric))
+
+    def schema(self) -> Schema:
+        """Raises BadWeights for sizes beyond the limits."""
+        return {name: TensorSpec(*spec) for name, spec in self.shape.tensors().items()}
+
+    def first(self) -> Weights:
+        """The version before the cuts."""
+        kinds = np.array([bool(feature.categories) for feature in self.features])
+        return Weights(layout.first(self.shape, self.numbers, kinds))
+
+    def sums_schema(self, version: Weights) -> Schema:
+        """The schema of the update that this version asks for. Raises BadWeights."""
+        at, _ = layout.read(version, self.shape)
+        return {layout.SUMS: TensorSpec("I32", (int(np.prod(at.sums)),))}
+
+    def slots(self, x: npt.NDArray[np.float32]) -> Slots:
+        """The slots int16[n, F] of inputs float32[n, d] of `agent.data.features`."""
+        count = len(self.gaps)
+        numbers = np.array(x[:, :count])
+        gap = count
+        for place, has_gaps in enumerate(self.gaps):
+            if has_gaps:
+                numbers[x[:, gap] == 1, place] = np.nan
+                gap += 1
+        categories = x[:, gap:].astype(np.int16)
+        categories = np.where(categories == rare_values.MISSING, MISSING, categories)
+        return np.concatenate([slots_of(numbers), categories.astype(np.int16)], 1)
+
+    def rows(self, rows: EncodedRows, min_count: int) -> GrowingRows:
+        """A peer's rows for training."""
+        return GrowingRows(self.slots(rows.x), rows.y, self.objective, min_count)
+
+    def forward(self, w: Tensors, x: Tensor) -> Tensor:
+        """float32[n, d] -> float32[n, classes] logits, or [n, 1] scaled numbers."""
+        version = {name: tensor.cpu().numpy() for name, tensor in w.items()}
+        margins = self.margins(version, self.slots(x.cpu().numpy()))
+        found: npt.NDArray[Any] = self.objective.outputs_of(margins).astype(np.float32)
+        return torch.from_numpy(found).to(x.device)
+
+    def margins(self, version: Mapping[str, npt.NDArray[Any]], slots: Slots) -> Floats:
+        """The margins float64[n, outputs], also of a tree that grows. Raises BadWeights."""
+        at, _ = layout.read(version, self.shape)
+        grown = range(min(at.tree + (at.level > 0), self.shape.trees))
+        bins = bins_of(slots, version["cuts"], version["kinds"])
+        margins = np.full((len(bins), self.objective.outputs), self.objective.start)
+        add_trees(margins, version, grown, self.shape.depth, bins)
+        return margins
+
+    def to_json(self, version: Weights) -> bytes:
+        """The trees as a model of XGBoost. Raises BadWeights."""
+        layout.read(version, self.shape)
+        return xgboost_json.to_json(version, self.shape, self.features, self.objective)
