@@ -125,9 +125,9 @@ class Fleet:
     ) -> Analysis:
         """Ask all peers about their tables, as `commonweight analyze`; wait for it.
 
-        `question`: such as "count, mean(age) by sex". `where`: which rows count. `epsilon`: add
-        noise with this privacy cost, for which `bounds` gives the least and greatest value by
-        column.
+        `question`: such as "count, mean(age) by sex", or a method such as "ttest(age by sex)"; the
+        answer's `frame()` is a DataFrame. `where`: which rows count. `epsilon`: add noise with this
+        privacy cost, for which `bounds` gives the least and greatest value by column.
         """
         return jobs.analyze(self._remote, question, where, epsilon, bounds, deadline)
 

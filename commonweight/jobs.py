@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ import msgspec
 
 from commonweight import prediction
 from coordinator.jobs import output
+from coordinator.jobs.methods.requests import parse_method
+from coordinator.jobs.methods.results import Statistics
 from coordinator.remote import analysis, inference
 from coordinator.remote.api_client import Remote
 from protocols.analytics import parser
-from protocols.errors import CommonweightError
+from protocols.errors import CommonweightError, UnknownName, UsageError
 from protocols.extras import needs_extra
 from protocols.local.durations import parse_seconds
 
@@ -55,17 +57,23 @@ class Measurement:
 class Analysis:
     """The answer to a question to the peers' tables.
 
-    `rows`: a dict for each group, with its values, its number of rows and each figure. `label`: how
-    many peers and rows it covers. `left_out`: why a peer is not in it.
+    `rows`: a dict for each group, with its values, its number of rows and each figure; or for each
+    row of a method's first table. `label`: how many peers and rows it covers. `left_out`: why a
+    peer is not in it. `tables`: the further tables of a method by title. `notes`: what it says of
+    them.
     """
 
     rows: tuple[Mapping[str, Any], ...]
     label: str
     left_out: Mapping[str, str]
+    tables: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
-    def frame(self) -> pd.DataFrame:
-        """The rows as a pandas DataFrame."""
-        return _frame(list(self.rows))
+    def frame(self, table: str = "") -> pd.DataFrame:
+        """The rows as a pandas DataFrame, or those of another table of a method."""
+        if table and table not in self.tables:
+            raise UnknownName(f"there is no table {table!r}", f"known: {', '.join(self.tables)}")
+        return _frame(list(self.tables[table] if table else self.rows))
 
 
 def scatter(remote: Remote, rows: Any, out: Path, model: str, task: str, quorum: int) -> int:
@@ -121,6 +129,10 @@ def analyze(
     deadline: str,
 ) -> Analysis:
     """See `Fleet.analyze`."""
+    if method := parse_method(question, where):
+        if epsilon or bounds:
+            raise UsageError(f"{method.name} has no answer with noise", "leave epsilon out")
+        return _analysis_of(remote, analysis.ask_method(remote, method, parse_seconds(deadline)))
     query = parser.parse_query(question, where, epsilon=epsilon, bounds=dict(bounds))
     result = analysis.ask(remote, query, parse_seconds(deadline))
     peers = {peer["peer"]: peer["name"] for peer in remote.peers()}
@@ -134,6 +146,22 @@ def analyze(
     )
     left_out = {peers.get(peer, peer): why for peer, why in result.left_out.items()}
     return Analysis(tuple(rows), result.label, left_out)
+
+
+def _analysis_of(remote: Remote, found: Statistics) -> Analysis:
+    peers = {peer["peer"]: peer["name"] for peer in remote.peers()}
+    first, *others = (
+        tuple(dict(zip(table.columns, row, strict=True)) for row in table.rows)
+        for table in found.tables
+    )
+    titles = [table.title for table in found.tables[1:]]
+    return Analysis(
+        first,
+        found.label,
+        {peers.get(peer, peer): why for peer, why in found.left_out.items()},
+        dict(zip(titles, others, strict=True)),
+        found.notes,
+    )
 
 
 def _frame(rows: list[Any]) -> pd.DataFrame:

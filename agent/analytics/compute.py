@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from msgspec import UNSET
 
 from agent.analytics.cut_points import CutPoints
 from agent.data import Reader
 from agent.data.column_types import PossibleKinds, num_values, numbers, possible_kinds, texts
 from agent.data.profile import may_use
 from protocols.analytics.mergeable_states import Floats
-from protocols.analytics.query import Condition, Query
+from protocols.analytics.query import Condition, Operation, Query
 from protocols.errors import UnknownName, UsageError
 from protocols.tables.statistics import ColumnKind
 
@@ -34,6 +35,7 @@ CutsOf = Callable[[str], CutPoints]
 #: Operations that need numbers, or dates as days.
 _OF_NUMBERS = frozenset(
     {"sum", "mean", "var", "std", "min", "max", "cov", "corr", "quantile", "histogram"}
+    | {"survival", "glm", "cox"}
 )
 #: The most groups in one answer: a column of names or keys cannot be grouped by.
 MAX_GROUPS = 2000
@@ -56,11 +58,15 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The columns of a query. `width`: the number of all columns of the table."""
+    """The columns of a query. `width`: the number of all columns of the table.
+
+    `askable`: the names of those that the owner lets be asked for.
+    """
 
     rows: int
     width: int
     columns: dict[str, Column]
+    askable: tuple[str, ...] = ()
 
     def numbers(self, name: str) -> Floats:
         values = self.columns[name].values
@@ -88,11 +94,15 @@ def read_table(question: Query, reader: Reader, allowed: Sequence[str], min_rows
     kinds = _kinds(reader, names, min_rows)
     for operation in question.operations:
         for name in operation.columns:
-            if operation.kind in _OF_NUMBERS and kinds[name] == "text":
+            needs_numbers = operation.kind in _OF_NUMBERS and name not in _categories(operation)
+            if needs_numbers and kinds[name] == "text":
                 raise UsageError(f"{operation} needs numbers, and {name!r} holds text")
     as_texts = set(question.by)
     as_texts |= {c.column for c in question.where}
-    as_texts |= {op.columns[0] for op in question.operations if op.kind in ("missing", "distinct")}
+    for operation in question.operations:
+        as_texts |= _categories(operation)
+        if operation.kind in ("missing", "distinct", "levels"):
+            as_texts.add(operation.columns[0])
     as_texts |= {name for name, kind in kinds.items() if kind == "text"}
     rows = 0
     found: dict[str, tuple[list[Floats], list[Places], dict[str, int]]] = {
@@ -121,7 +131,13 @@ def read_table(question: Query, reader: Reader, allowed: Sequence[str], min_rows
         )
         for name, (values, codes, words) in found.items()
     }
-    return Table(rows, len(known), columns)
+    return Table(rows, len(known), columns, tuple(n for n in known if may_use(n, allowed)))
+
+
+def _categories(operation: Operation) -> set[str]:
+    """The columns of a model that have categories."""
+    terms = operation.model.terms if operation.model is not UNSET else ()
+    return {term.column for term in terms if term.categories}
 
 
 def _kinds(reader: Reader, columns: Sequence[str], min_rows: int) -> dict[str, ColumnKind]:

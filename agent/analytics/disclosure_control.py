@@ -48,7 +48,13 @@ def check(question: Query, chosen: AgentSettings) -> None:
         if not may_use(name, chosen.data_columns):
             raise Refused(f"the owner lets nobody ask for column {name!r}")
     for operation in question.operations:
-        if "*" not in chosen.analyze_operations and operation.kind not in chosen.analyze_operations:
+        allowed = {*chosen.analyze_operations}
+        if operation.kind == "estimates" and "estimates" not in allowed:
+            raise Refused(
+                "the owner does not let estimates of this machine alone be shown",
+                "commonweight-agent policy set analyze_operations '*,estimates'",
+            )
+        if not {"*", operation.kind} & allowed:
             raise Refused(f"the owner does not let {operation.kind} be asked")
         if operation.kind in ("min", "max") and not chosen.data_extremes:
             raise Refused(

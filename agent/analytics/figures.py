@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agent.analytics.compute import CutsOf, Places, Table
+from agent.analytics.compute import Column, CutsOf, Mask, Places, Table
 from agent.analytics.cut_points import CutPoints
 from protocols.analytics import mergeable_states as stats
 from protocols.analytics.mergeable_states import Floats, State, WithheldState
+from protocols.analytics.model_states import MAX_TOLD_LEVELS, ColumnsState, LevelsState
 from protocols.analytics.query import Operation
+from protocols.errors import Refused
 from protocols.tables.statistics import compute_moments
 
 #: The count, the sum and the sum of squares tell how many rows have each of so many values.
@@ -26,6 +28,8 @@ _MAX_SOLVABLE_VALUES = 3
 #: A sum is withheld if all rows but the two largest are less than this part of the largest (the
 #: p % rule of statistical offices, with p = 10).
 _DOMINANCE = 0.1
+#: A column of numbers with more values has no categories.
+_MAX_NUMBER_LEVELS = 10
 #: Quantiles come from at most this many buckets of a cell.
 _MAX_BUCKETS = 32
 #: Buckets are at most this wide, in keys of 1 % each: a factor of 1.9.
@@ -49,11 +53,14 @@ class ToldRows(NamedTuple):
 
 
 class Figure(NamedTuple):
+    """`equations`: how many sums about each of its columns a model tells."""
+
     state: State
     told: tuple[ToldRows, ...] = ()
+    equations: int = 0
 
 
-_WITHHELD = Figure(WithheldState())
+WITHHELD = Figure(WithheldState())
 
 
 def compute_figure(
@@ -63,8 +70,12 @@ def compute_figure(
 
     Raises Refused.
     """
-    if operation.kind == "count":
+    if operation.kind in ("count", "estimates"):
         return Figure(stats.CountState(len(rows)))
+    if operation.kind == "columns":
+        return Figure(ColumnsState(table.askable))
+    if operation.kind in ("survival", "glm", "cox"):
+        raise Refused(f"this agent does not answer {operation.kind}")
     missing = [table.columns[name].missing[rows] for name in operation.columns]
     gone = np.logical_or.reduce(missing)
     if operation.kind == "missing":
@@ -75,11 +86,10 @@ def compute_figure(
             return Figure(stats.CountState(len(rows)))
         state = stats.CountState(int(gone.sum()))
         return Figure(state, (ToldRows(operation.columns[0], rows[gone]),))
-    used = rows[~gone]
-    if gone.sum() < min_rows and any(table.columns[n].missing.any() for n in operation.columns):
-        used = used[min_rows - int(gone.sum()) :]
+    some_gone = any(table.columns[name].missing.any() for name in operation.columns)
+    used = leave_out(rows, gone, some_gone, min_rows)
     if len(used) < min_rows:
-        return _WITHHELD
+        return WITHHELD
     found = _over_values(operation, table, used, cuts_of, min_rows)
     if isinstance(found.state, WithheldState):
         return found
@@ -87,18 +97,29 @@ def compute_figure(
     return Figure(found.state, (*over, *found.told))
 
 
+def leave_out(rows: Places, gone: Mask, some_gone: bool, min_rows: int) -> Places:
+    """The rows that are not `gone`. At least `min_rows` are left out if some of the table are."""
+    used, count = rows[~gone], int(gone.sum())
+    return used[min_rows - count :] if some_gone and count < min_rows else used
+
+
 def _over_values(
     operation: Operation, table: Table, used: Places, cuts_of: CutsOf, min_rows: int
 ) -> Figure:
     """The figure over rows that have a value."""
     name = operation.columns[0]
-    if operation.kind in ("distinct", "histogram", "quantile") and len(used) < 2 * min_rows:
-        return _WITHHELD  # it would say whether all of a few rows are alike
+    if (
+        operation.kind in ("distinct", "levels", "histogram", "quantile")
+        and len(used) < 2 * min_rows
+    ):
+        return WITHHELD  # it would say whether all of a few rows are alike
     if operation.kind == "distinct":
         counts = np.unique(table.columns[name].codes[used], return_counts=True)[1]
         common = int((counts >= min_rows).sum())
         rare = (len(counts) - common) // min_rows * min_rows
         return Figure(stats.DistinctState(common + rare, common + rare))
+    if operation.kind == "levels":
+        return _levels(table.columns[name], name, used, min_rows)
     values = table.numbers(name)[used]
     match operation.kind:
         case "min" | "max":
@@ -110,24 +131,24 @@ def _over_values(
     told: list[ToldRows] = []
     for column in operation.columns:
         part = table.numbers(column)[used]
-        if _is_dominated(part):
-            return _WITHHELD
+        if is_dominated(part):
+            return WITHHELD
         different, counts = np.unique(part, return_counts=True)
         if counts.max() >= min_rows > len(part) - counts.max() and table.num_values(column) > 1:
-            return _WITHHELD
+            return WITHHELD
         if len(different) <= _MAX_SOLVABLE_VALUES and (everywhere := table.num_values(column)) > 1:
             # Where the whole table has few values, a cell without one of them is told no more than
             # a cell where it is rare.
             lacks_one = len(different) < everywhere <= _MAX_SOLVABLE_VALUES
             if counts.min() < min_rows or lacks_one:
-                return _WITHHELD
+                return WITHHELD
             # A covariance with yes and no tells the sum of the other column over those of yes.
             about = "" if len(operation.columns) > 1 else column
             told += [ToldRows(about, used[part == value]) for value in different]
     if operation.kind not in ("cov", "corr"):
         return Figure(stats.MomentsState(compute_moments(values)), tuple(told))
     if len(used) < min_product_rows(table, min_rows):
-        return _WITHHELD
+        return WITHHELD
     told.append(ToldRows(PRODUCTS, used))
     other = table.numbers(operation.columns[1])[used]
     return Figure(stats.compute_comoments(values, other), tuple(told))
@@ -143,7 +164,7 @@ def _is_few(count: int, min_rows: int) -> bool:
     return 0 < count < min_rows
 
 
-def _is_dominated(values: Floats) -> bool:
+def is_dominated(values: Floats) -> bool:
     """True if the largest of float64[n] follows from the sum to within the p % rule."""
     size = np.abs(values)
     if len(size) < 3:
@@ -163,14 +184,31 @@ def _histogram(
     bins, low, high = int(operation.args[0]), operation.args[1], operation.args[2]
     bin_of = np.searchsorted(cuts.edges(low, high, bins), values, side="right")
     counts = np.bincount(bin_of, minlength=bins + 2)
+    told = _large_enough(counts, min_rows)
+    counts[np.setdiff1d(np.arange(len(counts)), told)] = 0
+    sets = tuple(ToldRows(operation.columns[0], used[bin_of == i]) for i in told)
+    state = stats.HistogramState(tuple(counts[1:-1].tolist()), int(counts[0]), int(counts[-1]))
+    return Figure(state, sets)
+
+
+def _large_enough(counts: Places, min_rows: int) -> list[int]:
+    """The places of counts that may be told: not few, and not all but few of the others."""
     hidden = set(np.flatnonzero((counts > 0) & (counts < min_rows)).tolist())
     told = sorted(set(np.flatnonzero(counts).tolist()) - hidden, key=lambda i: (counts[i], i))
     while told and hidden and sum(counts[i] for i in hidden) < min_rows:
         hidden.add(told.pop(0))
-    counts[list(hidden)] = 0
-    sets = tuple(ToldRows(operation.columns[0], used[bin_of == i]) for i in told)
-    state = stats.HistogramState(tuple(counts[1:-1].tolist()), int(counts[0]), int(counts[-1]))
-    return Figure(state, sets)
+    return told
+
+
+def _levels(column: Column, name: str, used: Places, min_rows: int) -> Figure:
+    """The categories that enough rows have. A column of many numbers has none."""
+    codes = column.codes[used]
+    counts = np.bincount(codes, minlength=len(column.words))
+    told = _large_enough(counts, min_rows)
+    if len(told) > (_MAX_NUMBER_LEVELS if column.values is not None else MAX_TOLD_LEVELS):
+        return Figure(LevelsState())
+    sets = tuple(ToldRows(name, used[codes == code]) for code in told)
+    return Figure(LevelsState({column.words[i]: int(counts[i]) for i in told}), sets)
 
 
 def _quantiles(operation: Operation, values: Floats, used: Places, min_rows: int) -> Figure:

@@ -1,4 +1,4 @@
-"""The result of an analysis as a table for people. Pure."""
+"""Results of analyses as tables for people. Pure."""
 
 from __future__ import annotations
 
@@ -6,20 +6,31 @@ import math
 from typing import Any
 
 from coordinator.jobs.analysis import AnalysisResult, Figure
+from coordinator.jobs.methods.results import ResultTable, Value, make_table
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def rows(answer: AnalysisResult) -> tuple[list[str], list[list[str]]]:
-    """Titles, and a row of cells for each group."""
+def table_of(answer: AnalysisResult) -> ResultTable:
+    """A row for each group: its values, its number of rows and its figures."""
     has_count = "count" in answer.figures
     titles = [*answer.by, *([] if has_count else ["rows"]), *answer.figures]
-    rows = []
-    for group in answer.groups:
-        values = ["–" if value is None else value for value in group.group]
-        count = [] if has_count else [f"{group.rows:,}"]
-        rows.append([*values, *count, *map(format_figure, group.figures)])
-    return titles, rows
+    return make_table(
+        titles,
+        (
+            [*group.group, *([] if has_count else [group.rows]), *map(_to_value, group.figures)]
+            for group in answer.groups
+        ),
+    )
+
+
+def _to_value(figure: Figure) -> Value:
+    return format_figure(figure) if isinstance(figure, dict) else figure
+
+
+def format_value(value: Value) -> str:
+    """A value of a table with six significant digits; a text as it is."""
+    return value if isinstance(value, str) else format_figure(value)
 
 
 def format_figure(figure: Figure) -> str:
@@ -31,8 +42,14 @@ def format_figure(figure: Figure) -> str:
             return f"{figure:,}"
         case float():
             return f"{figure:,.6g}" if math.isfinite(figure) else "–"
+        case {"counts": dict(levels)}:
+            return ", ".join(f"{level} {rows:,}" for level, rows in levels.items()) or "–"
         case {"counts": _}:
             return _bars(figure)
+        case {"names": names}:
+            return ", ".join(names)
+        case {"score": _} | {"sums": _} | {"edges": _}:
+            return "sums: see --json"
         case dict():
             return f"{figure['least']:,} to {figure['most']:,}"
 

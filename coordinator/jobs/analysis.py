@@ -9,15 +9,23 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from protocols.analytics import mergeable_states as stats
 from protocols.analytics import sketches
 from protocols.analytics.answer_size import max_answer_bytes
 from protocols.analytics.mergeable_states import PeerAnswer, State
+from protocols.analytics.model_states import (
+    ColumnsState,
+    FitState,
+    LevelsState,
+    RiskState,
+    SurvivalState,
+    upper_size,
+)
 from protocols.analytics.query import Operation, Query
 from protocols.messages.decoding import MALFORMED
 from protocols.tables.statistics import Moments
@@ -25,20 +33,28 @@ from protocols.tables.statistics import Moments
 Figure = float | int | None | dict[str, Any]
 
 #: The statistics that an operation needs; a histogram with given ends needs a HistogramState.
-_STATES: Mapping[str, type[State]] = (
-    dict.fromkeys(("count", "missing"), stats.CountState)
-    | dict.fromkeys(("sum", "mean", "var", "std"), stats.MomentsState)
-    | dict.fromkeys(("min", "max"), stats.RangeState)
-    | dict.fromkeys(("cov", "corr"), stats.ComomentsState)
-    | dict.fromkeys(("quantile", "histogram"), stats.QuantileState)
-    | {"distinct": stats.DistinctState}
-)
+_STATES: dict[str, type[State]] = {
+    **dict.fromkeys(("count", "missing", "estimates"), stats.CountState),
+    **dict.fromkeys(("sum", "mean", "var", "std"), stats.MomentsState),
+    **dict.fromkeys(("min", "max"), stats.RangeState),
+    **dict.fromkeys(("cov", "corr"), stats.ComomentsState),
+    **dict.fromkeys(("quantile", "histogram"), stats.QuantileState),
+    "distinct": stats.DistinctState,
+    "columns": ColumnsState,
+    "levels": LevelsState,
+    "survival": SurvivalState,
+    "glm": FitState,
+    "cox": RiskState,
+}
+
+
+GroupValues = tuple[str | None, ...]
 
 
 class Group(Struct, frozen=True):
     """One group: its values, its number of rows, and a figure for each operation."""
 
-    group: tuple[str | None, ...]
+    group: GroupValues
     rows: int
     figures: tuple[Figure, ...]
 
@@ -76,39 +92,69 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
         return "; ".join(parts)
 
 
-def combine(
-    query: Query, answers: Mapping[str, PeerAnswer], asked: Sequence[str]
-) -> AnalysisResult:
-    """The result of a query from the answers by peer. `asked` includes the silent peers."""
+class Merged(NamedTuple):
+    """The answers of all peers together: by group, its rows and a state for each operation.
+
+    `used`: the answers by peer. `left_out` gives the reason by peer.
+    """
+
+    cells: dict[GroupValues, tuple[int, tuple[State, ...]]]
+    used: dict[str, PeerAnswer]
+    left_out: dict[str, str]
+
+    @property
+    def withheld(self) -> int:
+        """The number of figures that peers have withheld."""
+        told = (cell.states for answer in self.used.values() for cell in answer.cells)
+        return sum(isinstance(state, stats.WithheldState) for states in told for state in states)
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for rows, _ in self.cells.values())
+
+    @property
+    def similar(self) -> int:
+        """The number of peers that answered for the rows of a similar question."""
+        return sum(answer.similar for answer in self.used.values())
+
+
+def merge_answers(answers: Mapping[str, PeerAnswer], asked: Sequence[str]) -> Merged:
+    """The answers by peer, merged. `asked` includes the silent peers."""
     left_out = {peer: "no answer in time" for peer in asked if peer not in answers}
     left_out |= {peer: answer.refused for peer, answer in answers.items() if answer.refused}
     accepted = {peer: answer for peer, answer in answers.items() if not answer.refused}
     left_out |= _kind_conflicts(accepted)
-    used = [answer for peer, answer in accepted.items() if peer not in left_out]
-    rows: Counter[tuple[str | None, ...]] = Counter()
-    states: dict[tuple[str | None, ...], list[tuple[State, ...]]] = defaultdict(list)
-    for cell in (cell for answer in used for cell in answer.cells):
+    used = {peer: answer for peer, answer in accepted.items() if peer not in left_out}
+    rows: Counter[GroupValues] = Counter()
+    states: dict[GroupValues, list[tuple[State, ...]]] = defaultdict(list)
+    for cell in (cell for answer in used.values() for cell in answer.cells):
         rows[cell.group] += cell.rows
         states[cell.group].append(cell.states)
-    groups = []
-    for group in sorted(states, key=lambda values: [(v is None, v or "") for v in values]):
-        merged = map(stats.merge, zip(*states[group], strict=True))
-        groups.append(Group(group, rows[group], tuple(map(figure, query.operations, merged))))
+    cells = {
+        group: (rows[group], tuple(map(stats.merge, zip(*states[group], strict=True))))
+        for group in sorted(states, key=lambda values: [(v is None, v or "") for v in values])
+    }
+    return Merged(cells, used, left_out)
+
+
+def combine(
+    query: Query, answers: Mapping[str, PeerAnswer], asked: Sequence[str]
+) -> AnalysisResult:
+    """The result of a query from the answers by peer. `asked` includes the silent peers."""
+    merged = merge_answers(answers, asked)
     return AnalysisResult(
         figures=tuple(map(str, query.operations)),
         by=query.by,
-        groups=tuple(groups),
-        peers=len(used),
-        asked=len(asked),
-        rows=rows.total(),
-        left_out=left_out,
-        withheld=sum(
-            isinstance(state, stats.WithheldState)
-            for answer in used
-            for cell in answer.cells
-            for state in cell.states
+        groups=tuple(
+            Group(group, rows, tuple(map(figure, query.operations, states)))
+            for group, (rows, states) in merged.cells.items()
         ),
-        similar=sum(answer.similar for answer in used),
+        peers=len(merged.used),
+        asked=len(asked),
+        rows=merged.rows,
+        left_out=merged.left_out,
+        withheld=merged.withheld,
+        similar=merged.similar,
         epsilon=query.epsilon,
     )
 
@@ -133,9 +179,26 @@ def validate(query: Query, answer: PeerAnswer) -> str:
                     return f"{operation} answered in other bins"
                 case stats.DistinctState(least, most) if least > most:
                     return f"{operation} answered with no range"
+                case SurvivalState(edges, events, censored) if len(
+                    {*map(len, (events, censored)), len(edges) + 1}
+                ) > 1 or list(edges) != sorted({*edges}):
+                    return f"{operation} answered in other bins"
+                case FitState() | RiskState() if not _fits(operation, state):
+                    return f"{operation} answered with other numbers of sums"
     if len({cell.group for cell in answer.cells}) != len(answer.cells):
         return "a group occurs twice"
     return ""
+
+
+def _fits(operation: Operation, state: FitState | RiskState) -> bool:
+    """True if the state has a sum for each coefficient and bin of the model."""
+    if operation.model is UNSET:
+        return False
+    width, bins = len(operation.model.at), len(operation.model.edges) + 1
+    if isinstance(state, FitState):
+        return (len(state.score), len(state.information)) == (width, upper_size(width))
+    counts = len(state.events), len(state.censored), len(state.covariates), len(state.sums)
+    return counts == (bins, bins, width, 2 * bins * (1 + width + upper_size(width)))
 
 
 def max_bytes(query: str) -> int:
@@ -188,6 +251,9 @@ def figure(operation: Operation, state: State) -> Figure:
             return fewest if fewest == most else {"least": fewest, "most": most}
         case stats.WithheldState():
             return None
+        case _:
+            sums: dict[str, Any] = msgspec.to_builtins(state)
+            return {name: value for name, value in sums.items() if name != "type"}
 
 
 def _moment(kind: str, moments: Moments) -> Figure:

@@ -1,4 +1,4 @@
-"""Queries to all peers: `ask(remote, query)`, for Python and the command line.
+"""Queries and methods: `ask(remote, query)`, `ask_method(…)`, for Python and the command line.
 
 A query is a job with a unit for each peer. It continues after a restart of the coordinator, and
 peers that have answered are not asked again.
@@ -7,11 +7,15 @@ peers that have answered are not asked again.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from coordinator.jobs.analysis import AnalysisResult, combine
+from coordinator.jobs.analysis import AnalysisResult, Merged, combine, merge_answers
+from coordinator.jobs.methods.plans import explain_refusal, follow
+from coordinator.jobs.methods.requests import Method
+from coordinator.jobs.methods.results import Statistics
 from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import JobSpec, JobState
 from protocols.analytics.mergeable_states import PeerAnswer
@@ -28,33 +32,64 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 
 
-def start(remote: Remote, query: Query, deadline_s: float) -> str:
-    """Start the query for all online peers; return the job's id. Raises CommonweightError."""
+def start(remote: Remote, query: Query, deadline_s: float, peers: Sequence[str] = ()) -> str:
+    """Start the query for these peers, or all that are online; return the job's id.
+
+    Raises CommonweightError.
+    """
     encoded = msgspec.json.encode(query).decode()
-    return remote.start_job(JobSpec(kind="analyze", query=encoded, deadline_s=deadline_s))
+    return remote.start_job(
+        JobSpec(kind="analyze", query=encoded, deadline_s=deadline_s, peers=tuple(peers))
+    )
 
 
 def ask(remote: Remote, query: Query, deadline_s: float = 600.0) -> AnalysisResult:
     """The result, once all peers have answered or the deadline has passed."""
-    job_id = start(remote, query, deadline_s)
+    answers, asked = _wait(remote, start(remote, query, deadline_s))
+    return combine(query, answers, asked)
+
+
+def ask_method(remote: Remote, method: Method, deadline_s: float = 600.0) -> Statistics:
+    """The result of a method, which asks several questions, each within `deadline_s`.
+
+    All are answered by the same peers: without one that does not answer a later question, the
+    method starts again. What peers have answered before costs nothing then.
+    """
+
+    def put(query: Query, peers: Sequence[str]) -> Merged:
+        return merge_answers(*_wait(remote, start(remote, query, deadline_s, peers)))
+
+    return follow(method, put)
+
+
+def _wait(remote: Remote, job_id: str) -> tuple[dict[str, PeerAnswer], list[str]]:
+    """The answers of a job by peer, once it has ended, and the peers that were asked.
+
+    Raises CommonweightError if no peer has answered.
+    """
     while (job := remote.job(job_id)).state is JobState.WORKING:
         time.sleep(_POLL_S)
-    return result_of(job, query)
+    return answers_of(job)
 
 
-def result_of(job: Job, query: Query) -> AnalysisResult:
-    """The result of a job. Raises CommonweightError if no peer has answered."""
-    refused = {peer: PeerAnswer(refused=strip_controls(why)) for peer, why in job.excused.items()}
+def answers_of(job: Job) -> tuple[dict[str, PeerAnswer], list[str]]:
+    """The answers of a job by peer, and the peers that were asked.
+
+    Raises CommonweightError if no peer has answered.
+    """
+    refused = {
+        peer: PeerAnswer(refused=strip_controls(explain_refusal(why)))
+        for peer, why in job.excused.items()
+    }
     units = job.units.values()
     answers = refused | {unit.only: _read(unit.answer) for unit in units if unit.verified}
-    result = combine(query, answers, [unit.only for unit in units])
-    if not result.peers:
-        reasons = "; ".join(dict.fromkeys(result.left_out.values())) or job.ended_because
+    if all(answer.refused for answer in answers.values()):
+        reasons = "; ".join({one.refused: None for one in answers.values()}) or job.ended_because
         raise CommonweightError(
-            f"no peer has answered: {reasons}",
+            f"no peer has answered: {reasons or 'no answer in time'}",
             "each owner decides: commonweight-agent policy set analyze on",
         )
-    return result
+    return answers, [unit.only for unit in units]
 
 
 def _read(answer: AnswerInfo) -> PeerAnswer:

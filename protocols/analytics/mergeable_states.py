@@ -11,12 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
 
+from protocols.analytics.model_states import (
+    ColumnsState,
+    FitState,
+    LevelsState,
+    RiskState,
+    SurvivalState,
+    add_fits,
+    add_risks,
+    merge_survival,
+)
 from protocols.messages.envelope import Count, Text
 from protocols.tables.statistics import Finite, Moments, merge_moments
 
@@ -32,6 +42,7 @@ _Bin = Annotated[int, Meta(ge=-MAX_BIN, le=MAX_BIN)]
 #: The key of bin 0 of the positive values. All keys are below MAX_KEY.
 _FIRST_KEY, MAX_KEY = 1 << 17, 1 << 18
 
+_Key = TypeVar("_Key", int, str)
 Floats = npt.NDArray[np.float64]
 Keys = npt.NDArray[np.int64]
 
@@ -105,6 +116,11 @@ State = (
     | HistogramState
     | QuantileState
     | DistinctState
+    | ColumnsState
+    | LevelsState
+    | SurvivalState
+    | FitState
+    | RiskState
     | WithheldState
 )
 
@@ -220,6 +236,16 @@ def _merge_pair(a: State, b: State) -> State:
             )
         case DistinctState(), DistinctState():
             return DistinctState(max(a.least, b.least), a.most + b.most)
+        case ColumnsState(), ColumnsState():
+            return ColumnsState(tuple(name for name in a.names if name in b.names))
+        case LevelsState(), LevelsState():
+            return LevelsState(_add_counts(a.counts, b.counts))
+        case SurvivalState(), SurvivalState():
+            return merge_survival(a, b)
+        case FitState(), FitState():
+            return add_fits(a, b)
+        case RiskState(), RiskState():
+            return add_risks(a, b)
         case (WithheldState(), other) | (other, WithheldState()):
             return other
         case _:
@@ -234,5 +260,5 @@ def _merge_comoments(a: ComomentsState, b: ComomentsState) -> ComomentsState:
     return ComomentsState(merge_moments(a.x, b.x), merge_moments(a.y, b.y), a.c + b.c + cross)
 
 
-def _add_counts(a: dict[int, int], b: dict[int, int]) -> dict[int, int]:
+def _add_counts(a: dict[_Key, int], b: dict[_Key, int]) -> dict[_Key, int]:
     return {key: a.get(key, 0) + b.get(key, 0) for key in sorted(a.keys() | b.keys())}

@@ -15,17 +15,24 @@ from typing import NamedTuple
 
 import msgspec
 
+from protocols.analytics.models import read_model
 from protocols.analytics.query import (
-    CLAUSES,
     MAX_CONDITIONS,
     MAX_GROUPING,
     MAX_OPERATIONS,
     Comparison,
     Condition,
-    Number,
     Operation,
     OperationKind,
     Query,
+)
+from protocols.analytics.syntax import (
+    CLAUSES,
+    parse_expression,
+    parse_items,
+    read_column,
+    read_number,
+    read_value,
 )
 from protocols.errors import UnknownName, UsageError
 
@@ -58,6 +65,12 @@ SIGNATURES: dict[OperationKind, _Signature] = {
     "quantile": _Signature(1, 1, 1, "quantile(age, 0.5)"),
     "histogram": _Signature(1, 1, 3, "histogram(income, 20) or histogram(income, 20, 0, 100000)"),
     "distinct": _Signature(1, 0, 0, "distinct(city)"),
+    "columns": _Signature(0, 0, 0, "columns"),
+    "levels": _Signature(1, 0, 0, "levels(city)"),
+    "estimates": _Signature(0, 0, 0, "estimates"),
+    "survival": _Signature(2, 1, 1, "survival(time, event, 128)"),
+    "glm": _Signature(2, 0, 0, "glm(outcome ~ age + C(sex), family=binomial)"),
+    "cox": _Signature(3, 0, 0, "cox(time, event ~ age + C(sex))"),
 }
 _IMPOSSIBLE = {
     "join": "rows of different peers are never combined",
@@ -89,8 +102,8 @@ def parse_query(
     what, clauses = _split_clauses(text)
     if where and "where" in clauses:
         raise UsageError("there are conditions in the query and in --where", "give one of them")
-    operations = tuple(_operation(node) for node in _items(what, "count, mean(age) by sex"))
-    by = tuple(_column(node) for node in _items(clauses.get("by", ""), "by sex, city"))
+    operations = tuple(_operation(node) for node in parse_items(what, "count, mean(age) by sex"))
+    by = tuple(read_column(node) for node in parse_items(clauses.get("by", ""), "by sex, city"))
     if not operations:
         raise UsageError("the query is empty", "such as: count, mean(age) by sex")
     conditions = parse_conditions(where or clauses.get("where", ""))
@@ -152,7 +165,7 @@ def _split_clauses(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _epsilon(text: str) -> float:
-    return _number(_parsed(text, "epsilon 0.1"))
+    return read_number(parse_expression(text, "epsilon 0.1"))
 
 
 def _bounds(text: str) -> dict[str, tuple[float, float]]:
@@ -173,7 +186,7 @@ def parse_conditions(text: str) -> tuple[Condition, ...]:
     """Comparisons joined by `and`. Raises UsageError."""
     if not text.strip():
         return ()
-    tree = _parsed(text, "age >= 18 and city == 'Oslo'")
+    tree = parse_expression(text, "age >= 18 and city == 'Oslo'")
     nodes = tree.values if isinstance(tree, ast.BoolOp) else [tree]
     if isinstance(tree, ast.BoolOp) and not isinstance(tree.op, ast.And):
         raise UsageError(
@@ -192,7 +205,9 @@ def _condition(node: ast.expr) -> Condition:
     nodes = right.elts if isinstance(right, ast.Tuple | ast.List) else [right]
     if (comparison == "in") != isinstance(right, ast.Tuple | ast.List) or not nodes:
         raise UsageError("'in' needs values in parentheses", "city in ('Oslo', 'Bergen')")
-    return Condition(_column(node.left), comparison, tuple(_value(value) for value in nodes))
+    return Condition(
+        read_column(node.left), comparison, tuple(read_value(value) for value in nodes)
+    )
 
 
 def _operation(node: ast.expr) -> Operation:
@@ -202,6 +217,9 @@ def _operation(node: ast.expr) -> Operation:
     if kind is None:
         raise _unknown(name)
     form = SIGNATURES[kind]
+    if isinstance(node, ast.Call) and (kind == "glm" or kind == "cox"):
+        columns, model = read_model(kind, node, form.example)
+        return Operation(kind, columns, model=model)
     arguments = node.args if isinstance(node, ast.Call) else []
     if isinstance(node, ast.Call) and node.keywords:
         raise UsageError(f"{kind} takes no named arguments", f"write {form.example}")
@@ -209,8 +227,8 @@ def _operation(node: ast.expr) -> Operation:
     valid = form.min_numbers <= numbers <= form.max_numbers
     if not valid or (kind == "histogram" and numbers == 2):
         raise UsageError(f"{kind} has a wrong number of arguments", f"write {form.example}")
-    columns = tuple(_column(argument) for argument in arguments[: form.columns])
-    operation = Operation(kind, columns, tuple(map(_number, arguments[form.columns :])))
+    columns = tuple(read_column(argument) for argument in arguments[: form.columns])
+    operation = Operation(kind, columns, tuple(map(read_number, arguments[form.columns :])))
     _check(operation)
     return operation
 
@@ -236,47 +254,3 @@ def _unknown(name: str) -> UnknownName:
     return UnknownName(
         f"there is no operation {name!r}" if name else "an operation is missing", known
     )
-
-
-def _items(text: str, example: str) -> list[ast.expr]:
-    if not text.strip():
-        return []
-    tree = _parsed(f"({text},)", example)
-    return list(tree.elts) if isinstance(tree, ast.Tuple) else [tree]
-
-
-def _parsed(text: str, example: str) -> ast.expr:
-    try:
-        return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
-        raise UsageError(f"not a valid query: {text.strip()[:200]}", f"such as: {example}") from err
-
-
-def _column(node: ast.expr) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Constant) and isinstance(node.value, str) and 0 < len(node.value) <= 64:
-        return node.value
-    raise UsageError("expected the name of a column", """a word, or quoted: mean("home town")""")
-
-
-def _number(node: ast.expr) -> float:
-    value = _value(node)
-    if isinstance(value, str):
-        raise UsageError(f"expected a number, not {value!r}")
-    return value
-
-
-def _value(node: ast.expr) -> Number | str:
-    sign = 1.0
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        sign, node = -1.0, node.operand
-    if isinstance(node, ast.Constant):
-        value = node.value
-        if isinstance(value, bool):
-            return sign * float(value)
-        if isinstance(value, int | float) and abs(value) <= 1e300:
-            return sign * float(value)
-        if isinstance(value, str) and sign > 0 and len(value) <= 400:
-            return value
-    raise UsageError("expected a number or a quoted text", "age >= 18 and city == 'Oslo'")

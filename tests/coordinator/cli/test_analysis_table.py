@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.cli.analysis_table import format_figure, rows
+from coordinator.cli.analysis_table import format_figure, format_value, table_of
 from coordinator.jobs.analysis import AnalysisResult, Group
 
 
@@ -35,8 +35,8 @@ def test_a_table_names_groups_rows_and_figures() -> None:
         rows=17,
         left_out={"c": "no answer in time"},
     )
-    assert rows(answer) == (
-        ["city", "rows", "mean(age)"],
-        [["Oslo", "12", "30.5"], ["–", "5", "–"]],
-    )
+    table = table_of(answer)
+    assert table.columns == ("city", "rows", "mean(age)")
+    shown = [[format_value(value) for value in row] for row in table.rows]
+    assert shown == [["Oslo", "12", "30.5"], ["–", "5", "–"]]
     assert answer.label == "2 of 3 peers, 17 rows"

@@ -1,0 +1,84 @@
+"""The plan of each method, and how its questions are put to peers. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from msgspec.structs import replace
+
+from coordinator.jobs.analysis import Merged
+from coordinator.jobs.methods import counts, moments
+from coordinator.jobs.methods.requests import Method
+from coordinator.jobs.methods.results import PeersLost, Plan, Statistics
+from protocols.analytics.query import Query
+
+#: What an agent says of an operation that its version does not know.
+_UNKNOWN_OPERATION = re.compile(r"Invalid enum value '(\w{1,32})' - at `?\$\.operations")
+
+_PLANS: dict[str, Callable[[Method], Plan]] = {
+    "ttest": moments.ttest,
+    "anova": moments.anova,
+    "corr": moments.corr,
+    "pca": moments.pca,
+    "chi2": counts.chi2,
+    "hist": counts.hist,
+    "table1": counts.table1,
+}
+
+
+def follow(method: Method, put: Callable[[Query, Sequence[str]], Merged]) -> Statistics:
+    """The result of a method. `put(query, peers)` asks these peers, or all; raises what it raises.
+
+    The peers that answer the first question have to answer all.
+    """
+    peers: list[str] = []
+    left_out: dict[str, str] = {}
+    while True:
+        try:
+            return _follow(method, put, peers, left_out)
+        except PeersLost as lost:
+            left_out |= lost.reasons
+            peers = [peer for peer in peers if peer not in lost.reasons]
+            if not peers:
+                raise
+
+
+def _follow(
+    method: Method,
+    put: Callable[[Query, Sequence[str]], Merged],
+    peers: list[str],
+    left_out: dict[str, str],
+) -> Statistics:
+    plan = _PLANS[method.name](method)
+    query = next(plan)
+    while True:
+        merged = put(query, peers)
+        if not peers:
+            peers += merged.used
+            left_out |= merged.left_out
+        lost = {peer: merged.left_out.get(peer, "no answer") for peer in peers}
+        lost = {peer: why for peer, why in lost.items() if peer not in merged.used}
+        try:
+            query = plan.throw(PeersLost(lost)) if lost else plan.send(merged)
+        except StopIteration as done:
+            found: Statistics = done.value
+            label = _label(merged, len(peers), len({*peers, *left_out}))
+            return replace(found, label=label, left_out=dict(left_out))
+
+
+def _label(merged: Merged, peers: int, asked: int) -> str:
+    """A line that says what the result covers."""
+    parts = [f"{peers} of {asked} peers, {merged.rows:,} rows"]
+    if merged.withheld:
+        parts.append(f"{merged.withheld} figures of too few rows left out")
+    if merged.similar:
+        parts.append(f"{merged.similar} peers answered for the rows of a similar question")
+    return "; ".join(parts)
+
+
+def explain_refusal(why: str) -> str:
+    """Why a peer gave no answer, also if its agent is older than the question."""
+    if found := _UNKNOWN_OPERATION.search(why):
+        return f"this agent is too old for {found[1]}: its owner can update it"
+    return why

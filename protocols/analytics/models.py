@@ -1,0 +1,191 @@
+"""Regression models in a query, and their text. Pure.
+
+    glm(died ~ scaled(age, 60, 12) + C(sex, "f", "m"), family=binomial, at=(0, 0.1, -0.2))
+    cox(months, died ~ age, bins=(6, 12), at=(0.1,))
+
+A model without `at` is what a person writes. One with all levels, and with the coefficients `at`
+which peers compute the sums of one iteration, is what peers are asked.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+from typing import Annotated, Literal, get_args
+
+from msgspec import Meta, Struct
+
+from protocols.analytics.syntax import (
+    Number,
+    format_number,
+    quote,
+    quote_name,
+    read_column,
+    read_number,
+    read_value,
+)
+from protocols.errors import UsageError
+from protocols.messages.envelope import Name, Text
+
+Family = Literal["gaussian", "binomial", "poisson", "gamma"]
+Link = Literal["identity", "logit", "log", "inverse"]
+
+#: The links of each family; the first is the default.
+LINKS: dict[Family, tuple[Link, ...]] = {
+    "gaussian": ("identity", "log"),
+    "binomial": ("logit",),
+    "poisson": ("log",),
+    "gamma": ("inverse", "log"),
+}
+MAX_TERMS, MAX_PARAMETERS, MAX_EDGES, MAX_LEVELS = 32, 64, 64, 64
+
+
+class Term(Struct, frozen=True, omit_defaults=True):
+    """A column of numbers, less `center` and divided by `scale`; or one of categories.
+
+    `levels`: the categories; the first has no coefficient. Rows with others do not count.
+    """
+
+    column: Name
+    categories: bool = False
+    levels: Annotated[tuple[Text, ...], Meta(max_length=MAX_LEVELS)] = ()
+    center: Number = 0.0
+    scale: Number = 1.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its coefficients."""
+        if self.categories:
+            return tuple(f"{self.column}[{level}]" for level in self.levels[1:])
+        return (self.column,)
+
+    def __str__(self) -> str:
+        name = quote_name(self.column)
+        if self.categories:
+            return f"C({', '.join([name, *map(quote, self.levels)])})"
+        if (self.center, self.scale) != (0.0, 1.0):
+            return f"scaled({name}, {format_number(self.center)}, {format_number(self.scale)})"
+        return name
+
+
+class Model(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """The terms of a model, and the coefficients `at` which its sums are computed.
+
+    A generalized linear model has a family and a link, and an intercept as the first coefficient.
+    A Cox model has the `edges` of time bins: bin i begins at edge i - 1; the first has no begin.
+    """
+
+    terms: Annotated[tuple[Term, ...], Meta(min_length=1, max_length=MAX_TERMS)]
+    family: Family | None = None
+    link: Link | None = None
+    at: Annotated[tuple[Number, ...], Meta(max_length=MAX_PARAMETERS)] = ()
+    edges: Annotated[tuple[Number, ...], Meta(max_length=MAX_EDGES)] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the coefficients, in the order of `at`."""
+        names = tuple(name for term in self.terms for name in term.names)
+        return ("intercept", *names) if self.family else names
+
+    def text(self, kind: str, columns: tuple[str, ...]) -> str:
+        """The model as `read_model` reads it. `columns`: those of the operation."""
+        outcome = ", ".join(map(quote_name, columns[: len(columns) - len(self.terms)]))
+        text = f"{outcome} ~ {' + '.join(map(str, self.terms))}"
+        text += f", family={self.family}" if self.family else ""
+        text += f", link={self.link}" if self.link else ""
+        for name, numbers in (("bins", self.edges), ("at", self.at)):
+            listed = ", ".join(map(format_number, numbers))
+            text += f", {name}=({listed}{',' if len(numbers) == 1 else ''})" if numbers else ""
+        return f"{kind}({text})"
+
+
+def check_complete(model: Model) -> None:
+    """Raise UsageError unless peers can be asked for the sums of an iteration of this model."""
+    edges = [*model.edges, math.inf]
+    if (
+        len(model.at) != len(model.names)
+        or any(term.categories and len(set(term.levels)) < 2 for term in model.terms)
+        or any(len(set(term.levels)) < len(term.levels) for term in model.terms)
+        or any(not 1e-100 <= term.scale <= 1e100 for term in model.terms)
+        or (model.family is not None and model.link not in LINKS[model.family])
+        or any(low >= high for low, high in itertools.pairwise(edges))
+    ):
+        raise UsageError(
+            "the question names no levels, coefficients, link or bins that fit the model",
+            'ask by commonweight analyze "glm(…)"',
+        )
+
+
+def read_model(kind: str, call: ast.Call, example: str) -> tuple[tuple[str, ...], Model]:
+    """The columns and the model in `glm(…)` or `cox(…)`. Raises UsageError."""
+    wrong = UsageError(f"{kind} is written another way", f"write {example}")
+    *before, last = call.args or [call.func]
+    options = {option.arg: option.value for option in call.keywords}
+    known = {"at", "family", "link"} if kind == "glm" else {"at", "bins"}
+    if (
+        not isinstance(last, ast.BinOp)
+        or not isinstance(last.op, ast.LShift)
+        or len(before) != (kind == "cox")
+        or not options.keys() <= known
+    ):
+        raise wrong
+    terms = tuple(map(_read_term, _summands(last.right)))
+    outcome = (*map(read_column, before), read_column(last.left))
+    columns = (*outcome, *(term.column for term in terms))
+    if len(terms) > MAX_TERMS or len(set(columns)) < len(columns):
+        raise UsageError(f"a model has at most {MAX_TERMS} terms, each column once", example)
+    family = _word(options.get("family"), get_args(Family), "gaussian") if kind == "glm" else None
+    link = _word(options.get("link"), get_args(Link), "") if kind == "glm" else ""
+    model = Model(
+        terms=terms,
+        family=family,  # type: ignore[arg-type]
+        link=link or None,  # type: ignore[arg-type]
+        at=_numbers(options.get("at")),
+        edges=_numbers(options.get("bins")),
+    )
+    if model.family and model.link and model.link not in LINKS[model.family]:
+        raise UsageError(
+            f"{family} has no link {link}", f"possible: {', '.join(LINKS[model.family])}"
+        )
+    return columns, model
+
+
+def _summands(node: ast.expr) -> list[ast.expr]:
+    found = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        found.append(node.right)
+        node = node.left
+    return [node, *reversed(found)]
+
+
+def _read_term(node: ast.expr) -> Term:
+    if not isinstance(node, ast.Call):
+        return Term(read_column(node))
+    name = node.func.id if isinstance(node.func, ast.Name) else ""
+    if name == "C" and node.args and not node.keywords:
+        column, *levels = node.args
+        words = [value for value in map(read_value, levels) if isinstance(value, str)]
+        if len(words) == len(levels):
+            return Term(read_column(column), True, tuple(words))
+    if name == "scaled" and len(node.args) == 3 and not node.keywords:
+        column, center, scale = node.args
+        return Term(read_column(column), center=read_number(center), scale=read_number(scale))
+    raise UsageError("a term is a column, or the categories of a column", "age + C(sex)")
+
+
+def _word(node: ast.expr | None, known: tuple[str, ...], default: str) -> str:
+    if node is None:
+        return default
+    word = read_column(node)
+    if word not in known:
+        raise UsageError(f"{word!r} is unknown", f"known: {', '.join(known)}")
+    return word
+
+
+def _numbers(node: ast.expr | None) -> tuple[float, ...]:
+    if node is None:
+        return ()
+    if not isinstance(node, ast.Tuple):
+        raise UsageError("expected numbers in parentheses", "at=(0, 0.5)")
+    return tuple(map(read_number, node.elts))
