@@ -17,6 +17,8 @@ from agent.trainer import sandbox_rules
 from agent.trainer.process import TrainerProcess
 from protocols.errors import DataError, TrainerFailed, UnknownName, UsageError
 
+#: Of a task's own words that a command prints.
+_MAX_LINES = 20
 _ERRORS = {kind.code: kind for kind in (UsageError, UnknownName, DataError)}
 
 
@@ -55,6 +57,15 @@ class LocalTrainer:
             if kind is not None:
                 raise kind(err.message, hint) from err
             raise TrainerFailed(err.kind, err.message, hint) from err
+
+    def said(self) -> list[str]:
+        """The first lines that the task wrote to stderr, such as files that cannot be read;
+        without warnings of Python."""
+        log = self.work / "trainer.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        return [line for line in lines if "Warning: " not in line and not line.startswith("  ")][
+            :_MAX_LINES
+        ]
 
     def load(self, model: LocalModel) -> None:
         """Load the task with its data, and the model. Raises CommonweightError."""

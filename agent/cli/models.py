@@ -69,7 +69,7 @@ def with_task(chosen: AgentSettings, model: LocalModel, source: str) -> AgentSet
         example = f"./{model.task}" if ".py:" in model.task else "./my_task.py:MyTask"
         raise UnknownName(
             f"this machine has no task {model.task!r}",
-            f"name its file: --task {example}; tasks here: "
+            f"name its file: --task {example}, in Python task={example!r}; tasks here: "
             f"{', '.join(sorted({*chosen.task_files, *registry.names()}))}",
         )
     return chosen

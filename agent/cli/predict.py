@@ -73,7 +73,10 @@ def predict(
         if id_column:
             answers = id_columns.copied(answers, source, id_column)
         count = writers.write(answers, out)
+        for line in trainer.said():
+            print_line(line)
     where = f" in {out}" if out else ""
-    print_line(f"{count} answers{where}, by {found.path.stem[:12]} of the task {found.task}")
+    answers_word = "answer" if count == 1 else "answers"
+    print_line(f"{count} {answers_word}{where}, by {found.path.stem[:12]} of the task {found.task}")
     if found.origin:
         print_line(f"that is {found.origin}")

@@ -245,13 +245,7 @@ class RunManager:
         else:
             spec_rules.check(spec)
         self._registry.check_quorum(spec.quorum)
-        known = self._known_tasks()
-        if known and spec.task not in known:
-            raise UnknownName(
-                f"no peer can run the task {spec.task!r}",
-                f"tasks of the online peers: {', '.join(sorted(known))}; to add your own: "
-                f"commonweight-agent {'app' if spec.app else 'task'} add, on each machine",
-            )
+        spec_rules.check_known(spec, self._known_tasks())
 
     def stop(self, run_id: str) -> None:
         """End a run at its next step, or at once if it is not active."""

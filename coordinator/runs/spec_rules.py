@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from coordinator import strategies
@@ -14,7 +15,8 @@ from coordinator.strategies import trees
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.custom import CustomStrategy
 from protocols.codecs import registry
-from protocols.errors import UsageError
+from protocols.errors import UnknownName, UsageError
+from protocols.messages.task_names import is_name_of
 from protocols.model import personalization
 from protocols.privacy import private_training
 from protocols.privacy.secagg.cohort import MIN_COHORT
@@ -252,3 +254,17 @@ def _is_plain_step(spec: RunSpec, adapter: StrategyAdapter) -> bool:
     step = {**_STEP_DEFAULTS.get(spec.task, {}), **given}
     bent = ("momentum", "weight_decay", "clip_norm", "proximal_mu")
     return step.get("optimiser", "sgd") == "sgd" and not any(step.get(name) for name in bent)
+
+
+def check_known(spec: RunSpec, known: Collection[str]) -> None:
+    """Raise UnknownName unless a peer can run the task. `known`: the tasks of all online peers;
+    empty if that is not known."""
+    if not known or spec.task in known:
+        return
+    near = [task for task in known if is_name_of(task, spec.task)]
+    near = near or difflib.get_close_matches(spec.task, known, 1)
+    raise UnknownName(
+        f"no peer can run the task {spec.task!r}" + (f"; did you mean {near[0]}?" if near else ""),
+        f"tasks of the online peers: {', '.join(sorted(known))}; to add your own: "
+        f"commonweight-agent {'app' if spec.app else 'task'} add, on each machine",
+    )

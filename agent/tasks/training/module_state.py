@@ -26,6 +26,15 @@ _CODES = {
 }
 
 
+def checked(model: Any) -> nn.Module:
+    """What a user's `model` gives. Raises TaskUnusable if that is no module."""
+    if isinstance(model, nn.Module):
+        return model
+    raise TaskUnusable(
+        f"model() gives a {type(model).__name__}, and no nn.Module", "return the model"
+    )
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers themselves; a tied one once, by its first name.
 

@@ -54,7 +54,14 @@ from agent.tasks.training.loop_state import Tensors, as_weights
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
 from agent.tasks.training.torch_loop import LossOf, PrivateLoss, autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
-from agent.tasks.training.user_data import as_source, is_separate, named, split_inputs, take_part
+from agent.tasks.training.user_data import (
+    as_source,
+    as_targets,
+    is_separate,
+    named,
+    split_inputs,
+    take_part,
+)
 from protocols.errors import UsageError
 from protocols.model.weights import Array, Schema, Weights
 from protocols.privacy.private_training import PrivateTraining
@@ -92,8 +99,7 @@ class TorchTask(LoopTask):
         """The mean loss of a batch: of classes the cross-entropy, of numbers the squared error."""
         if not target.is_floating_point():
             return F.cross_entropy(output, target)
-        same = output.numel() == target.numel()
-        return F.mse_loss(output.reshape(target.shape) if same else output, target)
+        return F.mse_loss(as_targets(output, target), target)
 
     def metrics(self, output: Any, target: Any) -> Mapping[str, Any]:
         """Means over a batch, beside the loss: of classes the "accuracy"."""
@@ -247,12 +253,7 @@ class TorchTask(LoopTask):
         self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: a batch of inputs like `example` -> the output."""
-        try:
-            x = self.example(settings).cpu()
-        except FileNotFoundError as err:
-            why = "an export needs two inputs of the model, and there are no data to take them from"
-            hint = "commonweight-agent policy set data PATH, or a method example(settings)"
-            raise UsageError(why, hint) from err
+        x = onnx_export.read_example(self.example, settings)
         model = self._build(settings).cpu().eval()
         onnx_export.export(lambda w, x: functional_call(model, w, (x,)), weights, x, out)
 
@@ -268,7 +269,7 @@ class TorchTask(LoopTask):
     def _build(self, settings: RunSettings, *words: object) -> nn.Module:
         read = self._read(settings)
         with rng_state.seeded(*(words or ("model",))):
-            return self.model(read).to(self._device).train()
+            return module_state.checked(self.model(read)).to(self._device).train()
 
     def _ready(self, weights: Weights, settings: RunSettings) -> Callable[[Any], Any]:
         """The output of the model with these weights, for evaluations and predictions."""

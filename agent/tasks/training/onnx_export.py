@@ -6,13 +6,14 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agent.tasks.training.loop_state import Tensors
-from protocols.errors import CommonweightError
+from protocols.errors import CommonweightError, UsageError
 from protocols.extras import needs_extra
 from protocols.model.weights import Array
 
@@ -38,6 +39,17 @@ class _Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._logits_of(dict(self.named_parameters()), x)
+
+
+def read_example(example: Callable[[Any], Tensor], settings: Any) -> Tensor:
+    """The inputs that a user's task gives for an export. Raises UsageError without data."""
+    try:
+        return example(settings).cpu()
+    except FileNotFoundError as err:
+        raise UsageError(
+            "an export needs two inputs of the model, and there are no data to take them from",
+            "commonweight-agent policy set data PATH, or a method example(settings) in the task",
+        ) from err
 
 
 def export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -131,6 +132,17 @@ def _has_own_order(loader: DataLoader[Any]) -> bool:
         isinstance(loader.dataset, IterableDataset)
         or type(loader.batch_sampler) is not BatchSampler
         or not once
+    )
+
+
+def as_targets(output: Tensor, target: Tensor) -> Tensor:
+    """The output in the shape of targets that are numbers. Raises UsageError if it has others."""
+    if output.numel() == target.numel():
+        return output.reshape(target.shape)
+    raise UsageError(
+        f"the model gives {math.prod(output.shape[1:])} numbers for an example, and its target has "
+        f"{math.prod(target.shape[1:])}",
+        "classes must be whole numbers: y.long(); for anything else write a method loss",
     )
 
 

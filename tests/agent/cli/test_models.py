@@ -24,7 +24,7 @@ def test_the_file_of_a_models_task_may_be_named(tmp_path: Path) -> None:
     chosen = AgentSettings()
     with pytest.raises(UnknownName, match="has no task 'gait") as caught:
         with_task(chosen, own, "")
-    assert caught.value.hint.startswith("name its file: --task ./gait.py:Gait; tasks here: images")
+    assert caught.value.hint.startswith("name its file: --task ./gait.py:Gait, in Python task='./g")
     found = with_task(chosen, own, f"{file}:Gait")
     assert found.task_files == {"gait.py:Gait": f"{file}:Gait"}
     assert with_task(found, own, "") is found

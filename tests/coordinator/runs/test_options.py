@@ -19,7 +19,7 @@ from coordinator.remote import run_options
 from coordinator.runs import options, spec_rules
 from coordinator.runs.options import OPTIONS, Bounds, Option
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import NotRunning, UsageError
+from protocols.errors import NotRunning, UnknownName, UsageError
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(RunSpec)}
 BOUNDED = [option for option in OPTIONS if option.bounds is not None]
@@ -169,3 +169,20 @@ def test_a_run_without_what_its_task_needs_is_refused_at_once(
     assert hint in refused.value.hint
     spec_rules.check(RunSpec(task="tabular", rounds=1, settings={"target": "x", "features": "a"}))
     spec_rules.check(RunSpec(task="mine.py:Mine", rounds=1))
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("Pets", "'Pets'; did you mean pets.py:Pets"),
+        ("pest.py:Pets", "did you mean pets.py:Pets"),
+        ("other", "can run the task 'other'$"),
+    ],
+)
+def test_a_task_that_no_peer_has_is_refused_with_the_nearest(task: str, words: str) -> None:
+    known = {"pets.py:Pets", "mnist"}
+    spec_rules.check_known(RunSpec(task="mnist", rounds=1), known)
+    spec_rules.check_known(RunSpec(task=task, rounds=1), ())
+    with pytest.raises(UnknownName, match=words) as caught:
+        spec_rules.check_known(RunSpec(task=task, rounds=1), known)
+    assert "tasks of the online peers: mnist, pets.py:Pets;" in caught.value.hint

@@ -467,6 +467,29 @@ def test_evaluations_and_predictions_are_those_of_the_module(tmp_path: Path) -> 
         assert list(answer["row"]) == list(range(9))
 
 
+def test_mistakes_of_a_new_user_are_said(tmp_path: Path) -> None:
+    class NoModule(Made):
+        def model(self, settings: Any) -> Any:
+            return None
+
+    class Floats(Made):
+        def data(self, source: DataSettings, settings: Any) -> Any:
+            x, y = rows()
+            return (x, y.float()), (x, y.float())
+
+    class NoData(Made):
+        def data(self, source: DataSettings, settings: Any) -> Any:
+            return np.loadtxt(source.path)
+
+    with pytest.raises(TaskUnusable, match=r"model\(\) gives a NoneType, and no nn.Module"):
+        NoModule().schema({})
+    with pytest.raises(UsageError, match="gives 3 numbers for an example, and its target has 1"):
+        train(Floats(lambda: nn.Linear(FEATURES, 3)))
+    task = NoData(lambda: nn.Linear(FEATURES, 3))
+    with pytest.raises(UsageError, match="an export needs two inputs of the model"):
+        task.export(task.init(0, {}), {}, "onnx", DataSettings(), tmp_path / "x.onnx")
+
+
 def test_predictions_leave_out_a_column_with_the_classes(tmp_path: Path) -> None:
     task = Made(lambda: nn.Linear(FEATURES, 3))
     made, (x, y) = task.init(0, {}), rows()
