@@ -77,7 +77,7 @@ def _imported(file: Path) -> set[str]:
         return set()
     try:
         tree = parse(file)
-    except (OSError, SyntaxError, ValueError, RecursionError):
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return set()  # it cannot be run either
     names: set[str] = set()
     for node in ast.walk(tree):

@@ -29,6 +29,8 @@ from protocols.messages.offers import Offer, check_text
 FOLDER = "approved"
 #: Of a comparison. Files of the largest size, as people write them, take about 50,000.
 MAX_DIFF_STEPS = 2_000_000
+#: `tokenize` needs the square of this time for a line of quotes.
+_MAX_READ_CHARS = 2000
 _MIN_ID_CHARS = 8
 _ID = re.compile(f"[0-9a-f]{{{_MIN_ID_CHARS},64}}")
 _LINE_END = re.compile(r"(?<=\n)|(?<=\r)(?!\n)")
@@ -124,13 +126,15 @@ def _lines(text: str) -> list[str]:
 def _foreign_names(text: str) -> dict[int, list[tuple[int, int]]]:
     """By line: the columns of names with other characters than ASCII, which can look like others.
 
-    All of the text that cannot be read as Python.
+    All of the text that cannot be read as Python, or has a very long line.
     """
     if text.isascii():
         return {}
     lines = [re.sub(r"\r\n?", "\n", line) for line in _LINE_END.split(text)]
     found: dict[int, list[tuple[int, int]]] = {}
     try:
+        if max(map(len, lines)) > _MAX_READ_CHARS:
+            raise SyntaxError
         for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline):
             if token.type in (tokenize.NAME, tokenize.ERRORTOKEN) and not token.string.isascii():
                 found.setdefault(token.start[0], []).append((token.start[1], token.end[1]))

@@ -59,7 +59,7 @@ def _installed(folder: Path) -> flower_apps.AppCard:
     home = homes.home_path("coordinator")
     if not (home / homes.STAMP).exists():
         return flower_apps.read_card(folder)
-    card, app = flower_apps.install(folder)
+    card, app = flower_apps.install(folder, home=home)
     before = installed_apps.read(home).get(card.name)
     if before is not None:
         kept = replace(before, folder=app.folder, code=app.code)

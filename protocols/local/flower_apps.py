@@ -6,8 +6,10 @@ of the folder and compare the digests: no code travels.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
+import math
 import os
 import re
 import sys
@@ -27,7 +29,7 @@ from protocols.messages.envelope import Digest, Name, Setting
 PREFIX = "flower:"
 _IMPORT_WITHIN_S = 120.0
 MAX_FILES, MAX_FILE_BYTES, MAX_CODE_BYTES = 2000, 16 * 1024 * 1024, 64 * 1024 * 1024
-MAX_CONFIG = 256
+MAX_DEPTH, MAX_CONFIG = 64, 256
 _CODE = frozenset({".py", ".pyc", ".pyw", ".so", ".pyd", ".toml"})
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,55}[A-Za-z0-9])?")
 _COMPONENT = re.compile(r"[A-Za-z_][\w.]{0,199}:[A-Za-z_][\w.]{0,199}")
@@ -151,6 +153,8 @@ def _code_files(folder: Path) -> Iterator[str]:
     count = 0
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if len(Path(place).parts) - len(folder.parts) > MAX_DEPTH:
+            raise UsageError(f"{folder} has folders in folders, more than {MAX_DEPTH} deep")
         for name in folders:
             if Path(place, name).is_symlink():
                 raise UsageError(
@@ -180,7 +184,7 @@ def install(
 ) -> tuple[AppCard, InstalledApp]:
     """The card of an app, and what is remembered of it as it is now. Raises UsageError.
 
-    `home`: that of the agent or coordinator, which no app may change.
+    `home`: that of the agent or coordinator, which no app may read or change.
     """
     folder = folder.expanduser().resolve()
     card = read_card(folder)
@@ -195,6 +199,8 @@ def install(
         raise UsageError(f"{missing[0]} does not exist", "--read takes a file or folder")
     if files := [path for path in writable if not Path(path).is_dir()]:
         raise UsageError(f"{files[0]} is no folder", "--write takes a folder")
+    if home is not None:
+        _check_readable((str(folder), *readable), home)
     kept = (str(folder), *readable, *_program_folders(python), *([str(home)] if home else []))
     _check_writable(writable, kept)
     found = InstalledApp(
@@ -218,6 +224,16 @@ def check_python(python: str, module: str) -> None:
         hint=f"{python} -m pip install commonweight",
         env=child_environment(),
     )
+
+
+def _check_readable(readable: Iterable[str], home: Path) -> None:
+    """Raise UsageError if an app could read the keys in this home."""
+    for path in readable:
+        if home.resolve().is_relative_to(Path(path).resolve()):
+            raise UsageError(
+                f"{path} would let the app read {home}, which has keys",
+                "name a folder without it, for the app and for --read",
+            )
 
 
 def _check_writable(writable: Iterable[str], kept: Iterable[str]) -> None:
@@ -252,11 +268,10 @@ def parse_value(text: str) -> str | int | float | bool:
     """A value as TOML has it: true, false, a number; any other text as it is."""
     if text in ("true", "false"):
         return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    for kind, limit in ((int, 2**63), (float, math.inf)):
+        with contextlib.suppress(ValueError):
+            if abs(value := kind(text)) < limit:
+                return value
     return text
 
 

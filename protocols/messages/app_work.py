@@ -111,7 +111,7 @@ class AppWork(Struct, frozen=True, kw_only=True):
     flower_run: Count = 0
     node: Count = 0
     round: Count = 0
-    deadline_s: float = 600.0
+    deadline_s: Annotated[float, Meta(gt=0, le=2**40)] = 600.0
     fleet: MaybeId = ""
 
 

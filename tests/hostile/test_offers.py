@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import time
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 
@@ -534,6 +535,17 @@ def test_crafted_files_are_compared_in_a_bounded_number_of_steps(
     assert found.diff[-8_001:] == ["+import socket", *(f"+{line.strip()}" for line in two)]
     (kept,) = desk.offer(desk.made("".join(["class Line: pass\n", *one, "# more\n"]).encode()))
     assert offers.review(machine.home, kept).diff[-1] == "+# more", "others are compared"
+
+
+def test_a_long_line_of_quotes_is_not_read_as_python(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: have a review take a minute, by a line of quotes that takes `tokenize` the square of
+    its length."""
+    line = "'\\" * 30_000
+    (kept,) = desk.offer(desk.made(f"\u0430 = 1\n{line}\n".encode()))
+    monkeypatch.setattr(tokenize, "generate_tokens", None)
+    assert offers.review(desk.home, kept).diff[-2:] == ["+<U+0430> = 1", f"+{line}"]
 
 
 def test_the_diff_is_against_what_was_approved(machine: Machine, desk: Desk) -> None:

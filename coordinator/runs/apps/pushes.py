@@ -13,6 +13,7 @@ from coordinator.runs.apps.lane import MAX_TOLD_BYTES
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage, BadWeights
 from protocols.local import own_folders
+from protocols.local.disk_space import check_room
 from protocols.local.safe_paths import path_in
 from protocols.messages import app_work
 from protocols.messages.envelope import MAX_PEERS
@@ -70,7 +71,9 @@ def adopt(
                 leftovers.note_version(folder, digest)
             try:
                 with own_folders.opened(folder, frames.OUT) as out:
-                    store.adopt(path_in(out.path, digest, frames.SUFFIX), digest)
+                    file = path_in(out.path, digest, frames.SUFFIX)
+                    check_room(store.folder, file.lstat().st_size)
+                    store.adopt(file, digest)
             except FileNotFoundError as err:  # a thread of the app has sent the same arrays
                 if digest not in on_disk:
                     raise BadMessage("the ServerApp names arrays that it has not written") from err

@@ -117,7 +117,8 @@ def test_changes_of_a_run_config_have_the_types_of_the_app() -> None:
     }
     with pytest.raises(UsageError, match="no setting 'round'; did you mean rounds"):
         flower_apps.parse_changes(config, ["round=5"])
-    for text in ("rounds=2.5", "rounds=true", "fit=1", "lr=much"):
+    huge = f"rounds={2**63}"  # which no message takes
+    for text in ("rounds=2.5", "rounds=true", "fit=1", "lr=much", "lr=nan", "lr=1e999", huge):
         with pytest.raises(UsageError, match="must be of type"):
             flower_apps.parse_changes(config, [text])
 
@@ -142,7 +143,8 @@ def test_an_app_is_forbidden_and_what_it_keeps_is_deleted(agent_home: Path) -> N
 
 @pytest.mark.attack("20.wire", by="dependency")
 def test_a_card_of_an_app_has_bounds(tmp_path: Path) -> None:
-    """Attack: an app's pyproject.toml is a pipe, or has a key that moves the cursor."""
+    """Attack: an app's pyproject.toml is a pipe, or has a key that moves the cursor; its folders
+    are deeper than Python can go, or have a name that is no text."""
     folder = tmp_path / "mean"
     shutil.copytree(apps.FOLDER / "mean", folder)
     file = folder / "pyproject.toml"
@@ -151,6 +153,14 @@ def test_a_card_of_an_app_has_bounds(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="do not print") as caught:
         flower_apps.read_card(folder)
     assert caught.value.message.isprintable()
+    file.write_text(text)
+    before = flower_apps.digest(folder)
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.py")).touch()  # no text
+    assert flower_apps.digest(folder) != before
+    deep = folder / "/".join("d" * 70)
+    deep.mkdir(parents=True)
+    with pytest.raises(UsageError, match="more than 64 deep"):
+        flower_apps.read_card(folder)
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(UsageError, match="is no file"):
@@ -176,3 +186,17 @@ def test_an_app_may_not_write_where_its_code_is(tmp_path: Path) -> None:
             flower_apps.install(folder, write=[str(write)], **given)
     _, app = flower_apps.install(folder, write=[str(cache)], **given)
     assert app.write == (str(cache),)
+
+
+@pytest.mark.attack("23.4")
+def test_an_app_may_not_read_the_home(tmp_path: Path) -> None:
+    """Attack: the folder of an app, or what it may read, has the home with the keys in it."""
+    folder, home = tmp_path / "mean", tmp_path / "data" / "agent"
+    shutil.copytree(apps.FOLDER / "mean", folder)
+    (folder / ".local" / "agent").mkdir(parents=True)
+    (home / "cache").mkdir(parents=True)
+    for read, inside in ((str(home.parent), home), ("", folder / ".local" / "agent")):
+        with pytest.raises(UsageError, match="which has keys"):
+            flower_apps.install(folder, read=[read] if read else [], home=inside)
+    _, app = flower_apps.install(folder, read=[str(home / "cache")], home=home)
+    assert app.read == (str(home / "cache"),)

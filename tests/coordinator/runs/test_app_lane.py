@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from coordinator.runs.apps.lane import DROPPED, Lane
 from coordinator.runs.retention import Retention
 from coordinator.storage import run_events as facts
 from coordinator.storage.weight_store import WeightStore
+from protocols.errors import Refused
 from protocols.messages import app_work
 from protocols.messages.app_work import Arrays
 from protocols.model import weights
@@ -104,6 +106,20 @@ def test_a_link_in_place_of_the_inbox_is_not_followed(inbox: Path, tmp_path: Pat
     with pytest.raises(Exception, match="arrays cannot be sent"):
         pushes.adopt(store, inbox.parent, [content], set())
     assert {path.stem for path in store.folder.iterdir()} == {digest, "1"}
+
+
+@pytest.mark.attack("23.4")
+def test_a_file_larger_than_the_disk_is_not_copied(tmp_path: Path) -> None:
+    """Attack: a ServerApp names a file that is larger than the disk, and takes no place on it, as
+    its arrays: the copy would fill the disk."""
+    store = WeightStore(tmp_path)
+    out = tmp_path / "run" / frames.OUT
+    out.mkdir(parents=True)
+    with (out / f"{'a' * 64}{frames.SUFFIX}").open("wb") as file:
+        file.truncate(shutil.disk_usage(tmp_path).total + 1)
+    content = Content(told=app_work.encode_told((Arrays("a", ("w",)),)), digest="a" * 64)
+    with pytest.raises(Refused, match="more than the whole disk"):
+        pushes.adopt(store, out.parent, [content], set())
 
 
 def test_versions_of_a_run_that_broke_off_are_deleted(tmp_path: Path) -> None:
