@@ -39,7 +39,10 @@ def join(
         list[str] | None,
         typer.Option(help="key=value; may be repeated.", rich_help_panel=MORE),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="This machine's data.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="This machine's data; `data check FILE` shows first what is told."),
+    ] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(

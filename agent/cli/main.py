@@ -22,6 +22,7 @@ from agent.cli import (
     audit,
     budget,
     control,
+    data,
     export,
     join,
     offers,
@@ -268,7 +269,7 @@ app.add_typer(models, name="models")
 app.add_typer(about, name="about")
 app.add_typer(proofs, name="proofs")
 for group in (
-    *(apps.apps, audit.audit, policy.policy, questions.questions),
+    *(apps.apps, audit.audit, data.data, policy.policy, questions.questions),
     *(service.service, task.task, trust.trust),
 ):
     app.add_typer(group)

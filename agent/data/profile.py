@@ -195,7 +195,7 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
     """The requested columns that may be used. Raises SchemaMismatch, which names all others."""
     allowed = [name for name in there if may_use(name, patterns)]
     misfits: list[SchemaMismatch] = []
-    for name in (wanted.target, *wanted.features):
+    for name in filter(None, (wanted.target, *wanted.features)):
         if name not in there:
             hint = f"there are {', '.join(there[:20])}"
             mismatches.add_absent(misfits, name, "a column of this name", allowed, hint)

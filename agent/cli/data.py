@@ -1,0 +1,69 @@
+"""`commonweight-agent data`: look at your data before anybody else does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agent.cli.common import Json, print_data
+from agent.home import settings
+from protocols.errors import UsageError
+from protocols.local import homes
+from protocols.local.command_line import App
+
+if TYPE_CHECKING:
+    from agent.data.table_report import TableReport
+
+data = App(name="data", help="Look at your data: what a fleet would see, and what would stay.")
+
+
+@data.callback()
+def group() -> None:
+    """Look at your data: what a fleet would see, and what would stay."""
+
+
+@data.command("check")
+def check(
+    path: Annotated[
+        str | None, typer.Argument(help="A table; by default the agent's data.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="The column that a model is to predict.")] = "",
+    json: Json = False,
+) -> None:
+    """Show what a run on a table would be told, and what is odd about it. Nothing is sent."""
+    from pathlib import Path
+
+    from agent.data import open_table
+    from agent.setup import own_data
+    from agent.tasks import data_checks
+
+    chosen = settings.read(homes.home_path("agent"), data=settings.data_path(path))
+    if not chosen.data:
+        raise UsageError("no data are set on this machine", "commonweight-agent data check FILE")
+    known = settings.data_settings(chosen, Path())
+    own_data.check_path(chosen)
+    data_checks.check("tabular", known)
+    from agent.data import table_report
+
+    found = table_report.report(open_table(known), known, target)
+    print_data(found, _lines(chosen.data, found), json=json)
+
+
+def _lines(path: str, found: TableReport) -> list[str]:
+    """The report for a person."""
+    rows = [
+        (one.name, one.kind, f"{one.missing:,}", one.told, f"{one.stays:,}" if one.stays else "")
+        for one in found.columns
+    ]
+    head = ("column", "kind", "missing", "a run would be told", "rare values that stay")
+    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(4)]
+    lines = [
+        f"{path}: {found.rows:,} rows, {len(rows)} columns. Nothing has left this machine.",
+        "",
+    ]
+    for row in (head, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        lines.append("  ".join([*cells, row[4]]).rstrip())
+    notes = [f"{one.name}: {note}" for one in found.columns for note in one.notes]
+    return [*lines, "", *found.notes, *notes] if found.notes or notes else lines

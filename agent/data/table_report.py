@@ -1,0 +1,167 @@
+"""What a fleet would be told about a table, and what its owner should know, for the owner alone.
+
+It runs `profile.survey` as a run of the task `tabular` does, so the told part is what leaves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from msgspec import Struct
+
+from agent.data import Reader, column_types, profile
+from agent.data.profile import KindAggregation, StatisticsAggregation
+from agent.data.settings import DataSettings
+from protocols.errors import DataError
+from protocols.tables import statistics
+from protocols.tables.preprocessing import TableSettings
+from protocols.tables.statistics import ColumnStatistics, TableStatistics
+
+#: Rows in which different values are counted.
+SAMPLE_ROWS = 100_000
+_SHOWN = 3
+#: Below this share of the rows, a class is rare; above, missing values are many.
+_RARE_CLASS, _MANY_MISSING = 0.05, 0.5
+_NAME_OF_ID = re.compile(
+    r"(?i)(^|[_ .-])(id|ids|nr|no|num|number|key|uuid|guid|mrn|ssn)$|^\w*[a-z]Id$"
+)
+
+
+class ColumnReport(Struct, frozen=True):
+    """`told`: what a run would get of it. `stays`: how many rare values it would not get."""
+
+    name: str
+    kind: str
+    missing: int
+    told: str
+    stays: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class TableReport(Struct, frozen=True):
+    """A table, as its owner sees it. `notes` are about the whole table."""
+
+    rows: int
+    columns: tuple[ColumnReport, ...]
+    notes: tuple[str, ...] = ()
+
+
+def report(reader: Reader, data: DataSettings, target: str = "") -> TableReport:
+    """The report of a table, two passes and a sample. Raises DataError, and what `survey` does."""
+    names = reader.columns()
+    kinds = reader.aggregate(KindAggregation(), names)
+    if kinds is None:
+        raise DataError("this peer's table has no rows")
+    if target and target not in names:
+        raise DataError(f"the table has no column {target!r}", f"there are {', '.join(names[:20])}")
+    measure = StatisticsAggregation({name: kinds[name].kind for name in names}, frozenset({target}))
+    own = reader.aggregate(measure, names)
+    assert own is not None
+    told = _told(reader, data, target)
+    different = _different_values(reader, names)
+    columns = []
+    for name, column in own.columns.items():
+        written = statistics.LOOKS_LIKE.get(kinds[name].written, "")
+        notes = [f"looks {written}"] if written else []
+        notes += _notes(name, column, own.rows, different[name])
+        notes += _target_notes(column, data.min_count) if name == target else []
+        rare = sum(count < data.min_count for count in column.categories.values())
+        kind, text = column.kind, _describe_told(told.columns.get(name))
+        columns.append(ColumnReport(name, kind, column.missing, text, rare, tuple(notes)))
+    return TableReport(own.rows, tuple(columns), tuple(_table_notes(own, told, data)))
+
+
+def _told(reader: Reader, data: DataSettings, target: str) -> TableStatistics:
+    settings = TableSettings(target, "auto", (), frozenset(), "standard", False)
+    try:
+        return profile.survey(reader, data, settings)
+    except DataError:  # too few rows for the owner's limits: nothing is told
+        return TableStatistics(rows=0, columns={})
+
+
+def _describe_told(column: ColumnStatistics | None) -> str:
+    if column is None:
+        return "nothing"
+    match column:
+        case ColumnStatistics(kind="empty"):
+            return "that it is empty"
+        case ColumnStatistics(kind="text", many=True):
+            return "that it has many values"
+        case ColumnStatistics(kind="text", categories=counts, others=others):
+            shown = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+            parts = [f"{value} {count:,}" for value, count in shown[:_SHOWN]]
+            parts += [f"… {len(shown)} values"] if len(shown) > _SHOWN else []
+            return ", ".join([*parts, *([f"other {others:,}"] if others else [])])
+    moments = column.moments
+    if not moments.count:
+        return "that all values are missing"
+    return f"mean {moments.mean:.4g}, sd {moments.variance**0.5:.4g} of {moments.count:,}"
+
+
+def _notes(name: str, column: ColumnStatistics, rows: int, different: tuple[int, int]) -> list[str]:
+    """`different`: the values of the sample, and how many of them are different."""
+    notes = []
+    values, distinct = different
+    is_text = column.kind == "text"
+    if values > 1 and distinct == values and (is_text or (column.whole and _is_named_id(name))):
+        notes.append("each row has another value, as in an identifier: keep it back")
+    elif is_text and column.many:
+        notes.append("too many values for categories: a run leaves it out")
+    elif distinct == 1 and not column.missing:
+        notes.append("one value only, which tells a model nothing")
+    if column.kind != "empty" and column.missing > _MANY_MISSING * rows:
+        notes.append(f"{column.missing / rows:.0%} are missing")
+    for spellings in _spellings(column.categories):
+        notes.append(f"spelled in several ways: {', '.join(spellings)}")
+    return notes
+
+
+def _is_named_id(name: str) -> bool:
+    return bool(_NAME_OF_ID.search(name))
+
+
+def _spellings(values: Iterable[str]) -> list[list[str]]:
+    """Values that differ in case and spaces alone."""
+    alike: dict[str, list[str]] = {}
+    for value in sorted(values):
+        alike.setdefault(re.sub(r"[\s_-]+", "", value).casefold(), []).append(value)
+    return [found for found in alike.values() if len(found) > 1]
+
+
+def _target_notes(column: ColumnStatistics, min_count: int) -> list[str]:
+    total = sum(column.categories.values())
+    notes = [f"{column.missing:,} rows have no target and are not used"] if column.missing else []
+    rare = [value for value, count in column.categories.items() if count < min_count]
+    if rare:
+        notes.append(f"classes of fewer than {min_count} rows are left out: {', '.join(rare[:8])}")
+    elif column.categories and (least := min(column.categories.values())) < _RARE_CLASS * total:
+        notes.append(f"the rarest class has {least / total:.1%} of the rows")
+    return notes
+
+
+def _table_notes(own: TableStatistics, told: TableStatistics, data: DataSettings) -> list[str]:
+    if own.rows < data.min_rows:
+        return [f"fewer rows than data.min_rows ({data.min_rows}): no run gets anything"]
+    withheld = [name for name in own.columns if name not in told.columns]
+    notes = [f"not among data.columns: {', '.join(withheld)}"] if withheld else []
+    if own.rows < 2 * data.min_count:
+        notes.append(f"very few rows; nothing of fewer than {data.min_count} rows is told")
+    return notes
+
+
+def _different_values(reader: Reader, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """For each column: values in the first rows, and how many different ones."""
+    batches: list[pa.RecordBatch] = []
+    for batch in reader.batches(names):
+        batches.append(batch)
+        if sum(map(len, batches)) >= SAMPLE_ROWS:
+            break
+    found = {}
+    for name in names:
+        columns = [column_types.texts(batch.column(name)) for batch in batches]
+        whole = pa.chunked_array(columns, pa.string())
+        found[name] = len(whole) - whole.null_count, pc.count_distinct(whole).as_py()
+    return found
