@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from coordinator.jobs import model_refs
 from coordinator.runs.state import Run
 from protocols.errors import UsageError
 from protocols.local import homes
+from protocols.local.cli_entry import printable
+
+log = logging.getLogger("commonweight")
 
 #: A list of dicts, a pandas DataFrame, an array [n, …], or a path or text.
 Rows = Any
@@ -30,6 +34,8 @@ def predict(run: Run, file: Path, rows: Any, source: str = "") -> list[dict[str,
         table = source_of(rows, Path(folder))
         with LocalTrainer(chosen, Path(folder), [file, *paths_of(table)]) as trainer:
             batches = trainer.predict(model, table)
+            for line in trainer.said():
+                log.warning("%s", printable(line))
             return [
                 dict(zip(batch, row, strict=True))
                 for batch in batches

@@ -18,6 +18,8 @@ from tests.support.fleet_harness import ROOT
 from tests.support.thread_worker import ThreadWorker
 
 TASKS = """
+import sys
+
 import numpy as np
 import torch
 from torch import nn
@@ -37,6 +39,12 @@ class Shared(cw.TorchTask):
 
 class Child(Shared):
     pass
+
+
+class Loud(Shared):
+    def inputs(self, path, settings):
+        sys.stderr.write("one row is odd\\n")
+        return super().inputs(path, settings)
 
 
 class Made(Shared):
@@ -119,13 +127,16 @@ def test_peers_that_share_data_take_parts_of_them(
     assert sum(one.num_examples for one in run.evaluations.values()) == counts[1]
 
 
-def test_a_simulated_run_predicts_with_its_own_file(file: Path) -> None:
+def test_a_simulated_run_predicts_with_its_own_file_and_what_it_says_is_logged(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     table = file.parent / "rows.csv"
-    simulation = made(file, "Shared", owner={"data": table})
+    simulation = made(file, "Loud", owner={"data": table})
     worked(simulation)
     head = "a,b,class\n"
     table.write_text(head + table.read_text())
-    answers = cw.connect(simulation.home).run("Shared").predict(table)
+    answers = cw.connect(simulation.home).run("Loud").predict(table)
+    assert "one row is odd" in caplog.messages
     assert [row["row"] for row in answers] == list(range(90))
     assert answers[0].keys() == {"row", "class", "probability"}
 
