@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from agent.cli import task_template
 from tests.docs import pages
 from tests.docs.pages import Block
 from tests.support import flower_apps as apps
@@ -248,6 +249,7 @@ def write_files(home: Path, seed: int) -> None:
     (home / "points.txt").write_text("".join(f"{x / 10} {x / 5 + 1}\n" for x in range(30)))
     for example in ("line.py", "digits.py", "columns.json"):
         shutil.copy(ROOT / "docs" / "examples" / example, home)
+    task_template.new(home / "gait.py")  # and gait.csv
     pixels, _ = mnist_data()
     rows = [",".join(str(int(value)) for value in row) for row in pixels[:20]]
     head = ",".join(f"x{number}" for number in range(784))
