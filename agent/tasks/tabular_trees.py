@@ -29,6 +29,9 @@ from protocols.tables.trees.histograms import (
 from protocols.tables.trees.layout import Numbers, Shape
 from protocols.tables.trees.objectives import Floats, Objective
 
+#: Rows whose slots are computed at once.
+_BLOCK = 1 << 16
+
 
 class TreeModel(NamedTuple):
     """The sizes and numbers of a run's trees, its objective, and its features: numbers first."""
@@ -78,7 +81,12 @@ class TreeModel(NamedTuple):
         return {layout.SUMS: TensorSpec("I32", (int(np.prod(at.sums)),))}
 
     def slots(self, x: npt.NDArray[np.float32]) -> Slots:
-        """The slots int16[n, F] of inputs float32[n, d] of `agent.data.features`."""
+        """The slots int16[n, F] of inputs float32[n, d] of `agent.data.features`, which may lie on
+        disk."""
+        blocks = [self._slots(x[at : at + _BLOCK]) for at in range(0, len(x), _BLOCK)]
+        return np.concatenate(blocks) if blocks else np.zeros((0, len(self.features)), np.int16)
+
+    def _slots(self, x: npt.NDArray[np.float32]) -> Slots:
         count = len(self.gaps)
         numbers = np.array(x[:, :count])
         gap = count

@@ -135,6 +135,29 @@ def test_slots_and_bins_of_few_rows_count_with_their_neighbors() -> None:
 
 
 @pytest.mark.attack("20.3")
+@pytest.mark.parametrize("objective", ["squared", "poisson"])
+def test_predictions_far_away_do_not_leave_one_target(objective: str) -> None:
+    """Attack: predict so much for all rows but one that their gradients are cut off; what is left
+    of the sum is the target of that row."""
+    z, _ = patients()
+    forest = Forest.of(3, depth=2, bins=8, classes=0, objective=objective, mean=5.0, scale=2.0)
+    found = []
+    for target in (-2.0, 2.0):
+        y = np.zeros((ROWS, 1), np.float32)
+        y[0] = target
+        for for_him in (0.0, 1e6):
+            version = crafted(forest, z)
+            version["at"][:] = 1, 0, 10
+            version["leaf"][0, 0, 1:3] = for_him, 1e6
+            version["asked"][0, 0] = 0
+            at, numbers = layout.read(version, forest.shape)
+            sums = forest.rows(z, y, MIN_COUNT).sums(version, at, numbers, masked=False)
+            found.append(int(sums.reshape(at.sums)[0, 0, :, 0].sum()))
+    with_him, without = found[0] - found[2], found[1] - found[3]
+    assert with_him == without != 0  # his target counts once, whatever is predicted for him
+
+
+@pytest.mark.attack("20.3")
 def test_a_grid_beyond_the_integers_is_refused() -> None:
     """Attack: name a grid so fine that sums wrap around, and read rows from what is left."""
     z, y = patients()

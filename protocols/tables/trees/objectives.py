@@ -17,8 +17,10 @@ from protocols.errors import UsageError
 Floats = npt.NDArray[np.float64]
 
 NAMES = ("auto", "logistic", "multiclass", "squared", "poisson")
-#: A gradient of a number counts as at most so many standard deviations of the target.
-MAX_DEVIATIONS = 32.0
+#: A target that is a number, and a prediction of it, counts as at most so many standard deviations
+#: from the mean. Gradients themselves are not cut off: each is linear in the target of its row, so
+#: that no prediction makes a sum of gradients that of a few rows.
+MAX_DEVIATIONS = 16.0
 #: XGBoost's max_delta_step of count:poisson, and what its hessians are multiplied by.
 POISSON_STEP = 0.7
 
@@ -54,15 +56,14 @@ class Objective(NamedTuple):
                 truth = np.arange(self.outputs) == y.reshape(-1, 1)
                 return Gradients(p - truth, np.maximum(2 * p * (1 - p), 1e-16))
             case "poisson":
-                rate = np.exp(np.minimum(margins, 50.0))
-                truth = np.maximum(y.astype(np.float64) * self.scale + self.mean, 0.0)
-                slope, bend = rate - truth, rate * math.exp(POISSON_STEP)
-                return Gradients(self._bounded(slope), np.minimum(bend, self.bound))
+                rate = np.minimum(np.exp(np.minimum(margins, 50.0)), self.bound / 2)
+                truth = y.astype(np.float64) * self.scale + self.mean
+                slope = rate - np.clip(truth, 0.0, self.bound / 2)
+                return Gradients(slope, rate * math.exp(POISSON_STEP))
             case _:
-                return Gradients(self._bounded(margins - y), np.ones_like(margins))
-
-    def _bounded(self, gradient: Floats) -> Floats:
-        return np.clip(gradient, -self.bound, self.bound)
+                most = self.bound / 2
+                slope = np.clip(margins, -most, most) - np.clip(y, -most, most)
+                return Gradients(slope, np.ones_like(margins))
 
     def outputs_of(self, margins: Floats) -> Floats:
         """What a model of the task tabular says: logits float64[n, classes], or scaled numbers."""
@@ -91,12 +92,12 @@ def choose(name: str, classes: int, mean: float, scale: float) -> Objective:
         case "poisson":
             if not mean > 0:
                 raise UsageError("objective=poisson needs a target of counts, 0 or more")
-            bound = MAX_DEVIATIONS * max(scale, mean)
+            bound = 2 * MAX_DEVIATIONS * max(scale, mean)
             bend = mean * math.exp(POISSON_STEP)
             start = math.log(mean)
             return Objective("poisson", 1, start, bend, bound, POISSON_STEP, mean, scale)
         case _:
-            return Objective("squared", 1, 0.0, 1.0, MAX_DEVIATIONS, 0.0, mean, scale)
+            return Objective("squared", 1, 0.0, 1.0, 2 * MAX_DEVIATIONS, 0.0, mean, scale)
 
 
 def expit(margins: Floats) -> Floats:
