@@ -10,14 +10,14 @@ model "trees", an update is the sums of one level (`protocols.tables.trees`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data import Reader, features, open_table
@@ -27,22 +27,19 @@ from agent.data.disclosed_sets import Numbers, Use
 from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.data.table_memory import TableMemory
-from agent.tasks import EvalOutcome, OnStep, TrainOutcome
+from agent.tasks import OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
 from agent.tasks.tabular_model import TableModel
 from agent.tasks.tabular_trees import TreeModel
-from agent.tasks.training import task_settings
-from agent.tasks.training.classification import evaluate_classifier, to_tensors
-from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.regression import evaluate_regression
+from agent.tasks.training.built_in import BuiltInTask
+from agent.tasks.training.classification import predict_classes
+from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.task_settings import TaskSettings
-from agent.tasks.training.torch_loop import Examples, PrivateLoss, autograd_step
-from agent.tasks.training.torch_task import LastValue, LoopTask
+from agent.tasks.training.torch_task import LastValue
 from protocols.errors import DataError, UsageError
-from protocols.model.built_in_settings import BY_TASK, TabularSettings
+from protocols.model.built_in_settings import TabularSettings
 from protocols.model.weights import Schema, Weights
-from protocols.tables import preprocessing
+from protocols.tables import evaluation_counts, preprocessing
 from protocols.tables.preprocessing import Preprocessing
 from protocols.tables.statistics import TableStatistics
 from protocols.tables.trees import layout
@@ -55,43 +52,34 @@ XGBOOST = "xgboost"
 _MIN_ROWS = HELD_OUT_OF
 
 
-class _Rows(NamedTuple):
-    """As `EncodedTable`, with the numbers of the rows if this machine remembers them."""
-
-    trained_on: EncodedRows
-    held_out: EncodedRows
-    dropped: int
-    train_numbers: Numbers | None
-    held_numbers: Numbers | None
-
-
-class Tabular(LoopTask):
+class Tabular(BuiltInTask):
     """The task."""
 
-    Settings = TabularSettings
     forms = (XGBOOST,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._surveyed: Numbers | None = None
-        self._growing = LastValue[GrowingRows]()
+    Settings = TabularSettings
+    #: Round 1 is the first to tell how many rows there are.
+    count_examples = None  # type: ignore[assignment]
+    #: The numbers of the rows behind each use, if this machine remembers them.
+    _numbers: Mapping[Use, Numbers | None] = MappingProxyType({})
+    _surveyed: Numbers | None = None
 
     def load(self, data: DataSettings) -> None:
         super().load(data)
-        self._growing = LastValue()
+        self._growing = LastValue[GrowingRows]()
 
     # --- what all peers share ---
 
     def survey(self, settings: RunSettings) -> TableStatistics:
         """Statistics of this peer's table that may leave the machine. Raises DataError."""
-        _read(settings)
+        self._read(settings)
         wanted = preprocessing.parse_settings(settings)
         with self._admitted() as (reader, numbers, _):
             self._surveyed = numbers
             return survey.survey(reader, self._data, wanted)
 
     def schema(self, settings: RunSettings) -> Schema:
-        return _model(settings).schema()
+        trees = self._trees(settings)
+        return super().schema(settings) if trees is None else trees.schema()
 
     def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """Reads the table, so that errors in it show early. Raises DataError."""
@@ -99,7 +87,7 @@ class Tabular(LoopTask):
         wanted = preprocessing.parse_settings(settings)
         with self._admitted() as (reader, _, _):
             survey.check_table(reader, self._data, made, wanted)
-        self._rows(settings)
+        self._sets(settings)
         return {
             "features": [feature.name for feature in made.features],
             "classes": made.target.classes,
@@ -109,16 +97,60 @@ class Tabular(LoopTask):
 
     def init(self, seed: int, settings: RunSettings) -> Weights:
         """Layers uniform in ±1/√fan-in; embeddings and linear models begin at 0."""
-        model, draw = _model(settings), random_state("init", seed)
-        if isinstance(model, TreeModel):
-            return model.first()
+        if (trees := self._trees(settings)) is not None:
+            return trees.first()
+        is_linear, draw = self._read(settings).model == "linear", random_state("init", seed)
         made = {}
-        for name, spec in model.schema().items():
+        for name, spec in self.schema(settings).items():
             fan_in = spec.shape[-1] if name.endswith("weight") else 0
-            zero = model.linear or name.startswith("embedding") or not fan_in
+            zero = is_linear or name.startswith("embedding") or not fan_in
             bound = 0.0 if zero else 1 / math.sqrt(fan_in)
             made[name] = draw.uniform(-bound, bound, spec.shape).astype(np.float32)
         return Weights(made)
+
+    def model(self, settings: Any) -> TableModel:
+        sizes = settings.hidden if settings.model == "mlp" else None
+        return TableModel(_preprocessing(settings), sizes)
+
+    # --- trees ---
+
+    def _trees(self, settings: RunSettings) -> TreeModel | None:
+        """The trees of a run; None for another model. Raises UsageError."""
+        read = self._read(settings)
+        return TreeModel.of(_preprocessing(settings), read) if read.model == "trees" else None
+
+    def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
+        """On cross-entropy, or on squared error of the scaled target; trees on their objective."""
+        if (trees := self._trees(settings)) is None:
+            return super().train(weights, settings, on_step)
+        rows = self._sets(settings)[0]
+        self._local.start_single_step(len(rows.y))
+        growing = self._growing.get(
+            (settings["preprocessing"], trees.objective),
+            lambda: trees.rows(rows, self._data.min_count),
+        )
+        at, numbers = layout.read(weights, trees.shape)
+        # Hessians leave only in a secure sum.
+        sums = growing.sums(weights, at, numbers, masked=bool(settings.get("masked")))
+        on_step(1, 1, 0.0, len(rows.y))
+        return TrainOutcome({layout.SUMS: sums}, len(rows.y), {})
+
+    def sums_schema(self, weights: Weights, settings: RunSettings) -> Schema | None:
+        """The schema of the sums that an update of trees has; None for other models."""
+        trees = self._trees(settings)
+        return None if trees is None else trees.sums_schema(weights)
+
+    def _ready(self, weights: Weights, settings: RunSettings) -> Callable[[Any], Any]:
+        trees = self._trees(settings)
+        return super()._ready(weights, settings) if trees is None else trees.forward(weights)
+
+    def export(
+        self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """Trees as a model of XGBoost (JSON)."""
+        if (trees := self._trees(settings)) is None:
+            raise UsageError("only trees can be written for XGBoost", "--set model=trees")
+        out.write_bytes(trees.to_json(weights))
 
     # --- data ---
 
@@ -135,17 +167,12 @@ class Tabular(LoopTask):
     def rows_of(self, use: Use, settings: RunSettings) -> Numbers | None:
         if use == "table":
             return self._surveyed
-        rows = self._rows(settings)
-        return rows.train_numbers if use == "train" else rows.held_numbers
+        self._sets(settings)
+        return self._numbers[use]
 
-    def _rows(self, settings: RunSettings) -> _Rows:
+    def data(self, source: DataSettings, settings: Any) -> tuple[EncodedRows, EncodedRows]:
         """This peer's rows; read when the preprocessing is known."""
-        rows: _Rows = self._read_data.get(
-            str(settings["preprocessing"]), lambda: self._read_rows(_preprocessing(settings))
-        )
-        return rows
-
-    def _read_rows(self, made: Preprocessing) -> _Rows:
+        made = _preprocessing(settings)
         words = "held out", self._data.seed, self._data.index
         folder, least_count = Path(self._data.cache or "."), self._data.min_alike
 
@@ -170,92 +197,37 @@ class Tabular(LoopTask):
             table = features.encode_table(
                 reader, made, random_state(*words), folder, split, least_count
             )
-        rows = _Rows(*table, *parts)
-        count = len(rows.trained_on.y) + len(rows.held_out.y)
+        count = len(table.trained_on.y) + len(table.held_out.y)
         least = max(_MIN_ROWS, self._data.min_rows)
         if count < least:
             raise DataError(
                 f"fewer than {least} rows have a target that all peers know",
-                f"{count} rows have one, {rows.dropped} do not",
+                f"{count} rows have one, {table.dropped} do not",
             )
-        return rows
+        self._numbers = {"train": parts[0], "held": parts[1]}
+        return table.trained_on, table.held_out
 
-    # --- loop ---
+    # --- evaluations and predictions ---
 
-    def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
-        """On cross-entropy, or on squared error of the scaled target; trees on their objective."""
-        plan, model = self._hyperparameters(settings), _model(settings)
-        if isinstance(model, TreeModel):
-            return self._grow(model, weights, settings, on_step)
-        loss = F.cross_entropy if _preprocessing(settings).target.classes else F.mse_loss
+    def _evaluation_batch(self, settings: RunSettings) -> int:
+        return EVALUATION_BATCH
 
-        def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
-            return loss(model.forward(w, x), y)
+    def _measure(self, output: Any, target: Any, count: int, settings: Any) -> BatchResult:
+        """Of numbers: "loss" (of the scaled target), "mse" and "mae" (in the target's units)."""
+        of = _preprocessing(settings).target
+        if of.classes:
+            return super()._measure(output, target, count, settings)
+        error = (output - target).double()
+        # Without the mean, so that no sum reveals the location of the target.
+        in_units = ((t.double().flatten() * of.scale).tolist() for t in (target, output))
+        told = {"regression": evaluation_counts.sum_regression(*in_units)}
+        squares, sizes = float(error.square().sum()), float(error.abs().sum())
+        sums = {"loss": squares, "mse": squares * of.scale**2, "mae": sizes * of.scale}
+        return BatchResult(count, sums, told if math.isfinite(squares) else {})
 
-        def losses_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
-            losses = loss(model.forward(w, x), y, reduction="none")
-            return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-
-        examples = self._examples(self._rows(settings).trained_on)
-        return self._local.train(
-            weights,
-            plan,
-            examples,
-            autograd_step(loss_of),
-            on_step,
-            private_loss=PrivateLoss(losses_of),
-        )
-
-    def sums_schema(self, weights: Weights, settings: RunSettings) -> Schema | None:
-        """The schema of the sums that an update of trees has; None for other models."""
-        model = _model(settings)
-        return model.sums_schema(weights) if isinstance(model, TreeModel) else None
-
-    def _grow(
-        self, model: TreeModel, weights: Weights, settings: RunSettings, on_step: OnStep
-    ) -> TrainOutcome:
-        """The sums that the version asks for. Hessians leave only in a secure sum (`masked`)."""
-        rows = self._rows(settings).trained_on
-        self._local.start_single_step(len(rows.y))
-        growing = self._growing.get(
-            (settings["preprocessing"], model.objective),
-            lambda: model.rows(rows, self._data.min_count),
-        )
-        at, numbers = layout.read(weights, model.shape)
-        sums = growing.sums(weights, at, numbers, masked=bool(settings.get("masked")))
-        on_step(1, 1, 0.0, len(rows.y))
-        return TrainOutcome({layout.SUMS: sums}, len(rows.y), {})
-
-    def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
-        """On held-out rows: "loss" and "accuracy", or "loss" (of the scaled target), "mse" and
-        "mae" (in the target's own units)."""
-        target = _preprocessing(settings).target
-        forward = self._inference(settings, _model(settings).forward)
-        examples = self._examples(self._rows(settings).held_out)
-        if target.classes:
-            return evaluate_classifier(forward, weights, examples, EVALUATION_BATCH, on_step)
-        return evaluate_regression(
-            forward, weights, examples, EVALUATION_BATCH, target.scale, on_step
-        )
-
-    def _examples(self, rows: EncodedRows) -> Examples:
-        x, y = (torch.from_numpy(array).to(self._device) for array in rows)
-        return Examples(x, y, self._data.index)
-
-    # --- predictions ---
-
-    @torch.inference_mode()
-    def predict(
-        self, weights: Weights, settings: RunSettings, source: str
-    ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """For each row of a table: its number, the target, and the probability of a class."""
-        forward, made = (
-            self._inference(settings, _model(settings).forward),
-            _preprocessing(settings),
-        )
-        target, device = made.target, self._device
-        w = to_tensors(weights, device)
-        reader = open_table(DataSettings(path=source))
+    def inputs(self, path: str, settings: Any) -> Iterator[Tensor]:
+        """The encoded rows of a table. Raises UsageError, DataError."""
+        made, reader = _preprocessing(settings), open_table(DataSettings(path=path))
         there = set(reader.columns())
         names = [feature.name for feature in made.features if feature.name in there]
         if not names:
@@ -263,30 +235,17 @@ class Tabular(LoopTask):
                 "the table has none of the model's features",
                 f"they are {', '.join(feature.name for feature in made.features)}",
             )
-        first = 0
-        for batch in reader.batches(names):
-            x = torch.from_numpy(features.encode_inputs(batch, made)).to(device)
-            out = forward(w, x)
-            rows = {"row": range(first, first + len(batch))}
-            first += len(batch)
-            if target.classes:
-                chances, chosen = out.softmax(1).max(1)
-                classes = [target.classes[place] for place in chosen.tolist()]
-                yield {**rows, target.name: classes, "probability": chances.tolist()}
-            else:
-                yield {
-                    **rows,
-                    target.name: (out[:, 0].double() * target.scale + target.mean).tolist(),
-                }
+        batches = reader.batches(names)
+        return (torch.from_numpy(features.encode_inputs(batch, made)) for batch in batches)
 
-    def export(
-        self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
-    ) -> None:
-        """Trees as a model of XGBoost (JSON)."""
-        model = _model(settings)
-        if not isinstance(model, TreeModel):
-            raise UsageError("only trees can be written for XGBoost", "--set model=trees")
-        out.write_bytes(model.to_json(weights))
+    def answers(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]:
+        """The target, and the probability of a class."""
+        target = _preprocessing(settings).target
+        if not target.classes:
+            return {target.name: (output[:, 0].double() * target.scale + target.mean).tolist()}
+        found = predict_classes(output)
+        classes = [target.classes[place] for place in found["class"]]
+        return {target.name: classes, "probability": found["probability"]}
 
 
 def _preprocessing(settings: RunSettings) -> Preprocessing:
@@ -294,16 +253,3 @@ def _preprocessing(settings: RunSettings) -> Preprocessing:
     if not text:
         raise DataError("the peers' tables were not surveyed before the run")
     return preprocessing.decode(str(text))
-
-
-def _read(settings: RunSettings) -> TaskSettings:
-    return task_settings.read(settings, BY_TASK["tabular"], TabularSettings)
-
-
-def _model(settings: RunSettings) -> TableModel | TreeModel:
-    """Raises UnknownName, UsageError, DataError."""
-    chosen = _read(settings)
-    if chosen.model == "trees":
-        return TreeModel.of(_preprocessing(settings), chosen)
-    sizes = chosen.hidden if chosen.model == "mlp" else None
-    return TableModel.of(_preprocessing(settings), sizes)

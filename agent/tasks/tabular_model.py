@@ -2,77 +2,60 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from agent.data import features
-from agent.tasks import Setting
-from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.torch_task import layer_schema
+from agent.tasks.training.built_in import Embedding, Linear
 from protocols.errors import UsageError
-from protocols.model.weights import Schema, TensorSpec
 from protocols.tables.preprocessing import Preprocessing
 
 
-class TableModel(NamedTuple):
-    """The model's shape: inputs, a table for each category column, hidden layers, outputs."""
+class TableModel(nn.Module):
+    """A model for tables of a preprocessing: float32[n, numbers + categories] -> [n, outputs].
 
-    numbers: int
-    embeddings: tuple[tuple[int, int], ...]
-    hidden: tuple[int, ...]
-    outputs: int
+    `hidden`: sizes of the layers, such as "64,32"; None for a linear model, in which an embedding
+    is a bias for each category, straight to the outputs. Raises UsageError for other sizes.
+    """
 
-    @classmethod
-    def of(cls, made: Preprocessing, hidden: Setting | None) -> Self:
-        """The model for tables of this preprocessing. `hidden`: sizes of the layers, such as
-        "64,32"; None for a linear model. Raises UsageError for other sizes.
-        """
-        numbers, _ = features.input_width(made)
-        outputs = len(made.target.classes) or 1
-        sizes = [len(feature.categories) + 2 for feature in made.categorical]
-        if hidden is None:
-            return cls(numbers, tuple((size, outputs) for size in sizes), (), outputs)
-        try:
-            layers = tuple(int(size) for size in str(hidden).split(","))
-        except ValueError:
-            layers = ()
-        if not layers or min(layers) < 1:
-            raise UsageError(f"hidden cannot be {hidden!r}", "such as hidden=64,32")
-        # Half of the categories: Guo and Berkhahn, Entity Embeddings of Categorical Variables, 2016
-        dims = tuple((size, min(32, -(-size // 2))) for size in sizes)
-        return cls(numbers, dims, layers, outputs)
-
-    @property
-    def linear(self) -> bool:
-        return not self.hidden
-
-    def schema(self) -> Schema:
-        sizes = {
-            f"embedding{place}.weight": TensorSpec("F32", shape)
-            for place, shape in enumerate(self.embeddings)
-        }
-        # In a linear model an embedding is a bias for each category, straight to the outputs.
-        before = self.numbers + (0 if self.linear else sum(dim for _, dim in self.embeddings))
-        layers = {}
-        for place, after in enumerate(self.hidden, 1):
-            layers[f"hidden{place}"] = (after, before)
+    def __init__(self, made: Preprocessing, hidden: str | None) -> None:
+        super().__init__()
+        self._numbers, _ = features.input_width(made)
+        outputs, sizes = len(made.target.classes) or 1, [] if hidden is None else _sizes(hidden)
+        before = self._numbers
+        self._embeddings, self._hidden = list[Embedding](), list[Linear]()
+        for place, feature in enumerate(made.categorical):
+            count = len(feature.categories) + 2
+            # Half of the categories: Guo and Berkhahn, Entity Embeddings of Categorical Variables,
+            # 2016
+            embedding = Embedding(count, min(32, -(-count // 2)) if sizes else outputs)
+            self.add_module(f"embedding{place}", embedding)
+            self._embeddings.append(embedding)
+            before += embedding.embedding_dim if sizes else 0
+        for place, after in enumerate(sizes, 1):
+            self._hidden.append(Linear(before, after))
+            self.add_module(f"hidden{place}", self._hidden[-1])
             before = after
-        return sizes | layer_schema({**layers, "output": (self.outputs, before)})
+        self.output = Linear(before, outputs)
 
-    def forward(self, w: Tensors, x: Tensor) -> Tensor:
-        """float32[n, numbers + categories] -> float32[n, outputs]."""
-        numbers, indices = x[:, : self.numbers], x[:, self.numbers :].long()
-        found = [
-            F.embedding(indices[:, place], w[f"embedding{place}.weight"])
-            for place in range(len(self.embeddings))
-        ]
-        if self.linear:
-            out = F.linear(numbers, w["output.weight"], w["output.bias"])
-            return sum(found, out)
-        hidden = torch.cat([numbers, *found], 1)
-        for place in range(1, len(self.hidden) + 1):
-            hidden = F.relu(F.linear(hidden, w[f"hidden{place}.weight"], w[f"hidden{place}.bias"]))
-        return F.linear(hidden, w["output.weight"], w["output.bias"])
+    def forward(self, x: Tensor) -> Tensor:
+        numbers, indices = x[:, : self._numbers], x[:, self._numbers :].long()
+        found = [embed(indices[:, place]) for place, embed in enumerate(self._embeddings)]
+        if not self._hidden:
+            return sum(found, start=self.output(numbers))  # type: ignore[no-any-return]
+        x = torch.cat([numbers, *found], 1)
+        for layer in self._hidden:
+            x = F.relu(layer(x))
+        output: Tensor = self.output(x)
+        return output
+
+
+def _sizes(hidden: str) -> list[int]:
+    try:
+        sizes = [int(size) for size in hidden.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"hidden cannot be {hidden!r}", "such as hidden=64,32")
+    return sizes

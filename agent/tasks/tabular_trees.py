@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import Tensor
 from agent.data import rare_values
 from agent.data.features import EncodedRows
 from agent.tasks import Setting
-from agent.tasks.training.loop_state import Tensors
 from protocols.errors import UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights
 from protocols.tables.preprocessing import Feature, Preprocessing
@@ -102,12 +101,15 @@ class TreeModel(NamedTuple):
         """A peer's rows for training."""
         return GrowingRows(self.slots(rows.x), rows.y, self.objective, min_count)
 
-    def forward(self, w: Tensors, x: Tensor) -> Tensor:
-        """float32[n, d] -> float32[n, classes] logits, or [n, 1] scaled numbers."""
-        version = {name: tensor.cpu().numpy() for name, tensor in w.items()}
-        margins = self.margins(version, self.slots(x.cpu().numpy()))
-        found: npt.NDArray[Any] = self.objective.outputs_of(margins).astype(np.float32)
-        return torch.from_numpy(found).to(x.device)
+    def forward(self, version: Weights) -> Callable[[Tensor], Tensor]:
+        """Inputs float32[n, d] -> float32[n, classes] logits, or [n, 1] scaled numbers."""
+
+        def outputs_of(x: Tensor) -> Tensor:
+            margins = self.margins(version, self.slots(x.cpu().numpy()))
+            found: npt.NDArray[Any] = self.objective.outputs_of(margins).astype(np.float32)
+            return torch.from_numpy(found).to(x.device)
+
+        return outputs_of
 
     def margins(self, version: Mapping[str, npt.NDArray[Any]], slots: Slots) -> Floats:
         """The margins float64[n, outputs], also of a tree that grows. Raises BadWeights."""

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from agent.data.settings import DataSettings
 from agent.tasks import Setting
-from agent.tasks.language import next_token
-from agent.tasks.language.gpt import TextLM, forward, read_config
+from agent.tasks.language.gpt import TextLM
+from agent.tasks.training import module_state
 from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.seeds import derive_seed
 from benchmarks.quality.fleet import fleet_of
@@ -133,13 +133,10 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
     tasks = [TextLM() for _ in data]
     for task, mine in zip(tasks, data, strict=True):
         task.load(mine)
-    windows = [task._read(MODEL) for task in tasks]
-    shape = read_config(MODEL)
-    w = {name: torch.tensor(array) for name, array in first.items()}
-    loss_of = next_token.loss_of(lambda t, x, training: forward(shape, t, x, training))
-    optimizer = torch.optim.AdamW(
-        [t.requires_grad_() for t in w.values()], lr=way.lr, weight_decay=0.0
-    )
+    found = [task._source(MODEL, 0) for task in tasks]
+    model = tasks[0]._build(MODEL)
+    module_state.load_tensors(module_state.tensors_of(model), first)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=way.lr, weight_decay=0.0)
     orders: list[Tensor] = [torch.empty(0, dtype=torch.int64) for _ in data]
     chance = torch.Generator().manual_seed(derive_seed("every step", way.seed))
     losses: list[float] = []
@@ -148,15 +145,15 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
         optimizer.param_groups[0]["lr"] = plan.lr
         for _ in range(way.inner):
             optimizer.zero_grad()
-            for peer, found in enumerate(windows):
+            for peer, examples in enumerate(found):
                 if len(orders[peer]) < BATCH:
-                    fresh = torch.randperm(len(found.train), generator=chance)
+                    fresh = torch.randperm(examples.size, generator=chance)
                     orders[peer] = torch.cat([orders[peer], fresh])
                 rows, orders[peer] = orders[peer][:BATCH], orders[peer][BATCH:]
-                starts = found.train[rows]
-                (loss_of(w, found.batch(starts), starts) / len(data)).backward()
+                ((x, y),) = examples.batches(rows, BATCH)
+                (tasks[0].loss(model(x), y) / len(data)).backward()
             optimizer.step()
-        arrays = {name: t.detach().numpy() for name, t in w.items()}
+        arrays = {name: t.detach().numpy() for name, t in module_state.tensors_of(model).items()}
         losses.append(_told(number, loss_on_held_out(tasks, Weights(arrays))))
     return {"losses": losses}
 

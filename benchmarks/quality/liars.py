@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
 from agent.tasks import work as trainer_work
+from agent.tasks.demo.mnist import Mnist
+from agent.tasks.training.torch_task import LastValue
 from agent.tasks.work import Done, Evaluate, Train
 from agent.trainer.in_process import InProcessTrainer
 from coordinator.runs.options import OUTLIER_LIMIT
@@ -133,11 +134,10 @@ class Liar(InProcessTrainer):
 
     def _flip_labels(self) -> None:
         task = self._trainer._task
-        split = getattr(task, "_split", None)
-        if split is not None:
-            y = CLASSES - 1 - split.trained_on.y
-            assert torch.is_tensor(y)
-            task._split = split._replace(trained_on=split.trained_on._replace(y=y))  # type: ignore[union-attr]
+        if isinstance(task, Mnist):
+            pixels, y = task._parts[0]
+            task._parts[0] = pixels, CLASSES - 1 - y
+            task._read_data = LastValue()
             self._has_flipped = True
 
 

@@ -14,23 +14,23 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from agent.tasks.images import resnet
-from agent.tasks.language import gpt, next_token
+from agent.tasks.images import networks
+from agent.tasks.language.gpt import TextLM
 from agent.tasks.training import precision
 from agent.tasks.training.devices import select_device
-from agent.tasks.training.examples import FetchedExamples
+from agent.tasks.training.examples import Batch, FetchedExamples
 from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.module_state import load_tensors, schema_of, tensors_of
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_loop import LossOf, TrainingLoop, autograd_step
+from agent.tasks.training.torch_loop import TrainingLoop, autograd_step
 from agent.trainer.progress import StepCallback, WorkControl
 from protocols.model.weights import Weights
 
@@ -39,11 +39,12 @@ CLASSES = 10
 
 
 class Course(NamedTuple):
-    """A model, its loss, and examples on the CPU."""
+    """A model, its first weights, its loss, and examples on the CPU."""
 
     name: str
+    model: nn.Module
     weights: Weights
-    loss_of: LossOf
+    loss: Callable[[Tensor, Tensor], Tensor]
     x: Tensor
     y: Tensor
     batch: int
@@ -51,33 +52,38 @@ class Course(NamedTuple):
 
 def pictures(side: int, batch: int) -> Course:
     """ResNet-18 on random pictures."""
-
-    def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(resnet.forward(w, x.float() / 255, True), y)
-
-    first = resnet.init(3, CLASSES, "group", random_state("bench"))
+    model = networks.ResNet(3, CLASSES, "group")
+    first = networks.first_resnet(schema_of(tensors_of(model)), random_state("bench"))
     x = torch.randint(256, (8 * batch, 3, side, side), dtype=torch.uint8)
     y = torch.randint(CLASSES, (8 * batch,))
-    return Course(f"ResNet-18, {batch} × {side}²", first, loss_of, x, y, batch)
+    return Course(f"ResNet-18, {batch} × {side}²", model, first, F.cross_entropy, x, y, batch)
 
 
 def texts(layers: int, width: int, context: int, batch: int) -> Course:
     """A GPT on random bytes."""
     settings = {"layers": layers, "width": width, "context": context}
-    loss_of = next_token.loss_of(partial(gpt.forward, gpt.read_config(settings)))
-    x = torch.randint(256, (8 * batch, context + 1))
+    task, tokens = TextLM(), torch.randint(256, (8 * batch, context + 1))
+    model, first = task._build(settings), task.init(0, settings)
     name = f"GPT {layers} × {width}, {batch} × {context}"
-    return Course(name, gpt.TextLM().init(0, settings), loss_of, x, x[:, 0], batch)
+    return Course(name, model, first, task.loss, tokens[:, :-1], tokens[:, 1:], batch)
 
 
 def ours(course: Course, kind: str, device: torch.device, steps: int) -> float:
     """Seconds of `steps` steps."""
-    examples = FetchedExamples(lambda numbers: course.x[numbers], course.y, device)
+    model = _on(device, course)
+
+    def read(numbers: Tensor) -> Batch:
+        return course.x[numbers], course.y[numbers]
+
+    def loss_of(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        return course.loss(model(x), y)
+
+    examples = FetchedExamples(read, len(course.y), device)
     settings = {"batch_size": course.batch, "max_steps": steps, "epochs": steps, "precision": kind}
-    plan, step = read_hyperparameters(settings), autograd_step(course.loss_of)
+    plan, step = read_hyperparameters(settings), autograd_step(loss_of)
     on_step = StepCallback(0, "train", WorkControl(), lambda answer: None)
     began = time.perf_counter()
-    TrainingLoop().train(course.weights, plan, examples, step, on_step)
+    TrainingLoop().train(tensors_of(model), plan, examples, step, on_step)
     return time.perf_counter() - began
 
 
@@ -85,22 +91,26 @@ def plain(course: Course, kind: str, device: torch.device, steps: int) -> float:
     """Seconds of `steps` steps."""
     x, y = course.x.to(device), course.y.to(device)
     began = time.perf_counter()
-    w = {
-        name: torch.tensor(a, device=device).requires_grad_() for name, a in course.weights.items()
-    }
-    optimizer, autocast = torch.optim.SGD(w.values(), lr=0.1), precision.use(kind, device)
+    model = _on(device, course)
+    optimizer, autocast = torch.optim.SGD(model.parameters(), lr=0.1), precision.use(kind, device)
     scaler = precision.make_scaler(kind, device, {torch.float32})
     for rows in _orders(len(y), course.batch, steps):
         optimizer.zero_grad()
         chosen = rows.to(device)
         with autocast:
-            loss = course.loss_of(w, x[chosen], y[chosen])
+            loss = course.loss(model(x[chosen]), y[chosen])
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    for tensor in w.values():
+    for tensor in model.parameters():
         tensor.detach().cpu()
     return time.perf_counter() - began
+
+
+def _on(device: torch.device, course: Course) -> nn.Module:
+    """The model on the device, with its first weights."""
+    load_tensors(tensors_of(course.model.to(device).train()), course.weights)
+    return course.model
 
 
 def _orders(count: int, batch: int, steps: int) -> Iterator[Tensor]:

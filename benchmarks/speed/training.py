@@ -123,12 +123,12 @@ def bare(course: Course) -> Spent:
     import torch
     from torch import nn
 
-    from agent.tasks.demo.mnist import Mnist
+    from agent.tasks.demo.mnist import TRAINED_ON, Mnist
 
     torch.set_num_threads(THREADS)
     task = Mnist()
     task.load(DataSettings(device="cpu"))
-    x, y, _ = task._loaded().trained_on
+    x, y = next(task._source({}, 0).batches(torch.arange(TRAINED_ON), TRAINED_ON))
     model = nn.Sequential(
         *(
             [

@@ -144,8 +144,8 @@ def parts_of(folder: Path, made: Preprocessing) -> list[Any]:
             device="cpu",
         )
     )
-    rows = task._rows({**WANTED, "preprocessing": preprocessing.encode(made)})
-    return [rows.trained_on.x, rows.held_out.x]
+    rows = task._sets({**WANTED, "preprocessing": preprocessing.encode(made)})
+    return [part.x for part in rows]
 
 
 def test_two_lists_of_categories_do_not_differ_in_a_few_rows(tmp_path: Path) -> None:

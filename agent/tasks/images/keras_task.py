@@ -121,4 +121,4 @@ def _layers(settings: RunSettings) -> tuple[Layer, ...]:
         raise UsageError(
             "resnet18 is there in torch only", "on such peers: pip install 'commonweight[agent]'"
         )
-    return layer_spec.parse_layers(plan.network, plan.channels, plan.size, len(plan.classes))
+    return plan.layers

@@ -103,13 +103,6 @@ def schema(layers: Sequence[Layer]) -> Schema:
     }
 
 
-def buffers(layers: Sequence[Layer]) -> frozenset[str]:
-    """Names of the running statistics: averaged over peers like weights, moved by no gradient."""
-    return frozenset(
-        f"{layer.name}.{part}" for layer in layers for part in layer.parts if part in _STATISTICS
-    )
-
-
 def init(layers: Sequence[Layer], draw: np.random.RandomState) -> Weights:
     """First weights: uniform with variance 2 / fan-in (He et al. 2015, arXiv 1502.01852), biases 0;
     norms that change nothing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ from agent.tasks.training.shared_data import HasData
 from protocols.errors import UsageError
 
 MIN_SIZE, MAX_SIZE = 8, 1024
+Pixels = npt.NDArray[np.uint8]
 #: Pictures of a prediction at a time.
 _BATCH = 256
 #: True while `pictures` is asked how it is called.
@@ -74,11 +75,14 @@ def pictures(
 class PictureInputs:
     """Pictures to predict for, a folder or one: batches float32[n, channels, size, size].
 
-    `names` are those of the pictures so far; what cannot be read is left out.
+    `names` are those of the pictures so far; what cannot be read is left out. `prepare` makes of
+    pixels uint8 what the model takes.
     """
 
-    def __init__(self, source: str, plan: ImagePlan) -> None:
-        self._source, self._plan = source, plan
+    def __init__(
+        self, source: str, plan: ImagePlan, prepare: Callable[[Pixels], Tensor] | None = None
+    ) -> None:
+        self._source, self._plan, self._prepare = source, plan, prepare or _scaled
         self.names: list[str] = []
         self.classes = plan.classes
 
@@ -86,7 +90,7 @@ class PictureInputs:
         found = dataset.read_pictures(self._source, self._plan)
         while batch := list(islice(found, _BATCH)):
             self.names += [name for name, _ in batch]
-            yield _scaled(np.stack([row for _, row in batch]))
+            yield self._prepare(np.stack([row for _, row in batch]))
 
 
 def inputs_of(task: HasData, path: str, settings: Any) -> PictureInputs | None:
@@ -112,5 +116,5 @@ class _Plan(Exception):
         self.plan = plan
 
 
-def _scaled(pixels: npt.NDArray[np.uint8]) -> Tensor:
+def _scaled(pixels: Pixels) -> Tensor:
     return torch.from_numpy((pixels.astype(np.float32) / 255 - MEAN) / SPREAD)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from agent.tasks import Settings
+from agent.tasks.images import layer_spec
+from agent.tasks.images.layer_spec import Layer
 from agent.tasks.training import class_folders, task_settings
 from protocols.errors import UsageError
 from protocols.model.built_in_settings import BY_TASK, ImageSettings
@@ -27,6 +29,11 @@ class ImagePlan(NamedTuple):
     channels: int
     flip: bool
     norm: str
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of a network that is not RESNET. Raises UsageError."""
+        return layer_spec.parse_layers(self.network, self.channels, self.size, len(self.classes))
 
 
 def needs_classes(settings: Settings) -> bool:

@@ -9,42 +9,50 @@ round 1 the peers agree on the classes: all of theirs together (`protocols.table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from agent.data.disclosed_sets import Numbers, Use
+from agent.data.settings import DataSettings
 from agent.tasks import Settings as RunSettings
-from agent.tasks.images import dataset, layer_spec, resnet
+from agent.tasks.images import dataset, layer_spec, networks
 from agent.tasks.images import settings as image_settings
-from agent.tasks.images.dataset import Pictures
-from agent.tasks.images.layer_spec import Layer
-from agent.tasks.images.settings import RESNET, ImagePlan
+from agent.tasks.images.networks import LayerNetwork, PictureNetwork, ResNet
+from agent.tasks.images.pictures import PictureInputs
+from agent.tasks.images.settings import RESNET
+from agent.tasks.training.built_in import BuiltInTask
 from agent.tasks.training.class_folders import Rows
-from agent.tasks.training.classification import predict_classes, to_tensors
-from agent.tasks.training.examples import FetchedExamples
-from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.examples import Batch, FetchedExamples
 from agent.tasks.training.seeds import random_state
-from agent.tasks.training.torch_task import ClassifierTask, Forward, Split
+from agent.tasks.training.task_settings import TaskSettings
 from protocols.model.built_in_settings import ImageSettings
-from protocols.model.weights import Schema, Weights
+from protocols.model.weights import Array, Weights
 from protocols.tables.class_names import ClassCounts
 
 
-class Images(ClassifierTask):
+class Images(BuiltInTask):
     """The task."""
 
     Settings = ImageSettings
-    evaluation_batch = gradient_batch = 256
+    _reads = ("classes", "size", "channels")
+    _is_random = True  # flips
+    _pictures: dataset.Pictures | None = None
     _surveyed: Numbers | None = None
 
+    def _read(self, settings: RunSettings) -> TaskSettings:
+        """All settings, with those of `ImagePlan` instead of their texts."""
+        plan = image_settings.read_settings(settings)
+        return TaskSettings({**super()._read(settings), **plan._asdict(), "plan": plan})
+
     def rows_of(self, use: Use, settings: RunSettings) -> Numbers | None:
-        return self._surveyed if use == "table" else self._found(settings).numbers_of(use)
+        """The numbers of the pictures behind an answer."""
+        if use == "table":
+            return self._surveyed
+        self._sets(settings)
+        return self._pictures.numbers_of(use) if self._pictures else None
 
     def survey(self, settings: RunSettings) -> ClassCounts | None:
         """This peer's classes, if the run does not name its own. Raises DataError, UsageError."""
@@ -54,116 +62,47 @@ class Images(ClassifierTask):
         found, self._surveyed = dataset.survey(self._data)
         return found
 
-    def schema(self, settings: RunSettings) -> Schema:
-        plan = image_settings.read_settings(settings)
-        if plan.network == RESNET:
-            return resnet.schema(plan.channels, len(plan.classes), plan.norm)
-        return layer_spec.schema(_layers(plan))
-
     def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """Classes and preprocessing. Reads the pictures, so that errors in them show early."""
-        self._found(settings)
+        self._sets(settings)
         return dataset.traits(image_settings.read_settings(settings))
+
+    def model(self, settings: Any) -> PictureNetwork:
+        if settings.network == RESNET:
+            classes = len(settings.classes)
+            return ResNet(settings.channels, classes, settings.norm, settings.flip)
+        return LayerNetwork(settings.plan.layers, settings.flip)
 
     def init(self, seed: int, settings: RunSettings) -> Weights:
         plan, draw = image_settings.read_settings(settings), random_state("init", seed)
         if plan.network == RESNET:
-            return resnet.init(plan.channels, len(plan.classes), plan.norm, draw)
-        return layer_spec.init(_layers(plan), draw)
+            return networks.first_resnet(self.schema(settings), draw)
+        return layer_spec.init(plan.layers, draw)
 
-    def _found(self, settings: RunSettings) -> Pictures:
-        plan = image_settings.read_settings(settings)
-        pictures: Pictures = self._read_data.get(
-            plan, lambda: dataset.load_pictures(self._data, plan)
-        )
-        return pictures
-
-    def _forward(self, settings: RunSettings) -> Forward:
-        return _forward(image_settings.read_settings(settings))
-
-    def _examples(self, settings: RunSettings) -> Split[FetchedExamples]:
+    def data(self, source: DataSettings, settings: Any) -> tuple[FetchedExamples, FetchedExamples]:
         """Pixels uint8[n, channels, size, size] stay in their file until a batch needs them."""
-        pictures, device = self._found(settings), self._device
+        self._pictures = None  # two data sets may not fit in memory
+        self._pictures = found = dataset.load_pictures(source, settings.plan)
 
         def examples(rows: Rows) -> FetchedExamples:
-            return FetchedExamples(
-                lambda numbers: torch.from_numpy(pictures.pixels[rows[numbers.numpy()]]),
-                torch.from_numpy(pictures.labels[rows]),
-                device,
-            )
+            def read(numbers: Tensor) -> Batch:
+                chosen = rows[numbers.numpy()]
+                return torch.from_numpy(found.pixels[chosen]), torch.from_numpy(
+                    found.labels[chosen]
+                )
 
-        return Split(examples(pictures.train), examples(pictures.held_out))
+            return FetchedExamples(read, len(rows), self._device)
 
-    def _inputs_of(self, settings: RunSettings, *, augment: bool) -> Callable[[Tensor], Tensor]:
-        """Pixels -> pictures float32[n, channels, size, size]; half of them mirrored if `augment`
-        and the setting "flip"."""
-        flip = augment and image_settings.read_settings(settings).flip
+        return examples(found.train), examples(found.held_out)
 
-        def inputs(pixels: Tensor) -> Tensor:
-            x = _normalize(pixels)
-            if flip:
-                mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-                x = torch.where(mirrored, x.flip(3), x)
-            return x
+    def gradient(self, weights: Weights, settings: RunSettings) -> Mapping[str, Array]:
+        """The gradient of the mean loss over this peer's training examples, not mirrored."""
+        return super().gradient(weights, {**settings, "flip": False})
 
-        return inputs
+    def inputs(self, path: str, settings: Any) -> PictureInputs:
+        """The pictures at a path, with their names and those of the classes."""
+        return PictureInputs(path, settings.plan, torch.from_numpy)
 
-    def _buffers(self, settings: RunSettings) -> frozenset[str]:
-        plan = image_settings.read_settings(settings)
-        if plan.network == RESNET:
-            return resnet.buffers(plan.channels, plan.norm)
-        return layer_spec.buffers(_layers(plan))
-
-    @torch.inference_mode()
-    def predict(
-        self, weights: Weights, settings: RunSettings, source: str
-    ) -> Iterator[Mapping[str, Sequence[Any]]]:
-        """For each picture at `source`: its name, its class and the probability of that class."""
-        plan = image_settings.read_settings(settings)
-        logits, device = self._inference(settings, _forward(plan)), self._device
-        w = to_tensors(weights, device)
-        pictures = dataset.read_pictures(source, plan)
-        while batch := list(islice(pictures, self.evaluation_batch)):
-            pixels = torch.from_numpy(np.stack([row for _, row in batch])).to(device)
-            answer = predict_classes(logits(w, _normalize(pixels), False))
-            answer["class"] = [plan.classes[label] for label in answer["class"]]
-            yield {"file": [name for name, _ in batch], **answer}
-
-    def _exported_inputs(self, settings: RunSettings) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-        """Pictures uint8[n, channels, size, size]."""
-        plan = image_settings.read_settings(settings)
-        side = plan.size
-        return _normalize, torch.zeros(2, plan.channels, side, side, dtype=torch.uint8)
-
-
-def _normalize(pixels: Tensor) -> Tensor:
-    return (pixels.float() / 255 - dataset.MEAN) / dataset.SPREAD
-
-
-def _layers(plan: ImagePlan) -> tuple[Layer, ...]:
-    return layer_spec.parse_layers(plan.network, plan.channels, plan.size, len(plan.classes))
-
-
-def _forward(plan: ImagePlan) -> Forward:
-    """The model: (weights, pictures, training) -> logits float32[n, classes]."""
-    if plan.network == RESNET:
-        return resnet.forward
-    layers = _layers(plan)
-
-    def forward(w: Tensors, x: Tensor, training: bool) -> Tensor:
-        for layer in layers:
-            if layer.kind == "pool":
-                x = F.max_pool2d(x, 2)
-                continue
-            weight, *rest = (w[f"{layer.name}.{part}"] for part in layer.parts)
-            bias = None if layer.norm else rest[0]
-            if layer.kind == "conv":
-                x = F.conv2d(x, weight, bias, padding=layer.kernel // 2)
-            else:
-                x = F.linear(x.flatten(1), weight, bias)
-            if layer.norm:
-                x = resnet.batch_norm(x, rest, training)
-            x = x if layer.kind == "output" else F.relu(x)
-        return x
-
-    return forward
+    def example(self, settings: Any) -> Tensor:
+        """Two pictures, uint8[2, channels, size, size]."""
+        return torch.zeros(2, settings.channels, settings.size, settings.size, dtype=torch.uint8)

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from agent.data.settings import DataSettings
 from agent.tasks.language.lora_settings import LoraPlan
@@ -23,34 +24,35 @@ from agent.tasks.training.loop_state import Tensors
 from protocols.errors import DataError
 from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
-from protocols.model.weights import Schema, TensorSpec
 
 #: The files that define a model: weights, configuration and tokenizer.
 _COUNTED = re.compile(
     r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json|.*\.model"
     r"|tokenizer\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json"
 )
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _MODELS = "commonweight-agent policy set models FOLDER"
 
 
-class AdaptedModel(NamedTuple):
-    """The base model with adapters.
+class AdaptedModel(nn.Module):
+    """The base model with adapters: tokens int64[n, t] -> logits [n, t, vocabulary]; with a mask
+    int64[n, t], as of a classification, logits float32[n, classes].
 
-    `parameters` maps the names with which adapters travel (those of PEFT) to parameter names of
-    `model`.
+    `names` maps the names with which adapters travel (those of PEFT) to those in `model`.
     """
 
-    model: Any
-    tokens: Tokenizer
-    pad: int
-    parameters: dict[str, str]
-    schema: Schema
+    def __init__(self, model: Any, tokens: Tokenizer, pad: int, names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model, self.tokens, self.pad, self._names = model, tokens, pad, names
 
     def tensors(self) -> Tensors:
         """The parameters themselves, by the names with which they travel."""
         named = dict(self.model.named_parameters())
-        return {name: named[inner] for name, inner in self.parameters.items()}
+        return {name: named[inner] for name, inner in self._names.items()}
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
+        if mask is None:
+            return self.model(input_ids=tokens, use_cache=False).logits
+        return self.model(input_ids=tokens, attention_mask=mask).logits.float()
 
 
 def find_folder(data: DataSettings, name: str) -> Path:
@@ -142,14 +144,8 @@ def load_adapted(found: Path, plan: LoraPlan, seed: int = 0) -> AdaptedModel:
     def encode(text: str) -> Any:
         return tokens(text, add_special_tokens=plan.kind == "classification").input_ids
 
-    parameters = dict(_travelling(peft, model))
-    named = dict(model.named_parameters())
-    schema = {
-        name: TensorSpec(_DTYPES[named[inner].dtype], tuple(named[inner].shape))
-        for name, inner in parameters.items()
-    }
     made = Tokenizer(encode, tokens.decode, len(tokens), end, "")
-    return AdaptedModel(model, made, pad, parameters, schema)
+    return AdaptedModel(model, made, pad, dict(_travelling(peft, model)))
 
 
 def save_merged(of: AdaptedModel, out: Path, found: Path) -> None:

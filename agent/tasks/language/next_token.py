@@ -1,34 +1,32 @@
-"""Next-token prediction: the examples, the loss and the evaluation of the language tasks.
+"""Next-token prediction: examples, loss, metrics and continuations of the language tasks.
 
 An example is `context` tokens, with a prediction after each. Every tenth example is held out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agent.tasks import EvalOutcome, OnStep
+from agent.tasks import Settings as RunSettings
+from agent.tasks.language import tokens as text
 from agent.tasks.language.tokens import Tokenizer, Tokens
-from agent.tasks.training import evaluation
-from agent.tasks.training.evaluation import BatchResult
-from agent.tasks.training.examples import Batch, BatchesOf, FetchedExamples
-from agent.tasks.training.loop_state import Tensors
-from agent.tasks.training.torch_loop import LossOf
+from agent.tasks.training.built_in import BuiltInTask
+from agent.tasks.training.examples import Batch, FetchedExamples
 from protocols.errors import DataError
-from protocols.model.weights import Array
+from protocols.model.weights import Weights
 
 HELD_OUT = 10
 #: The most tokens of a continuation.
 MAX_NEW_TOKENS = 200
 
-#: `logits_of(weights, int64[n, t], training) -> float32[n, t, vocabulary]`
-LogitsOf = Callable[[Tensors, Tensor, bool], Tensor]
+#: Texts at a time in an evaluation, if a batch has all of them.
+MAX_TEXTS = 32
 
 
 class Windows(NamedTuple):
@@ -44,9 +42,19 @@ class Windows(NamedTuple):
         places = starts.numpy()[:, None] + np.arange(self.context + 1)
         return torch.from_numpy(self.tokens[places].astype(np.int64))
 
-    def examples(self, starts: Tensor, device: torch.device, part: int = 0) -> FetchedExamples:
-        """Those at `starts`: tokens int64[n, context + 1]."""
-        return FetchedExamples(lambda numbers: self.batch(starts[numbers]), starts, device, part)
+    def sources(
+        self, device: torch.device, part: int = 0
+    ) -> tuple[FetchedExamples, FetchedExamples]:
+        """Those to train on, and those held out: int64[n, context], and the token after each."""
+
+        def examples(starts: Tensor) -> FetchedExamples:
+            def read(numbers: Tensor) -> Batch:
+                tokens = self.batch(starts[numbers])
+                return tokens[:, :-1], tokens[:, 1:]
+
+            return FetchedExamples(read, len(starts), device, part)
+
+        return examples(self.train), examples(self.held_out)
 
 
 def split_windows(tokens: Tokens, context: int) -> Windows:
@@ -61,53 +69,56 @@ def split_windows(tokens: Tokens, context: int) -> Windows:
     return Windows(tokens, context, starts[~out], starts[out])
 
 
-@torch.inference_mode()
-def continue_text(
-    logits_of: LogitsOf, w: Tensors, tokenizer: Tokenizer, text: str, context: int
-) -> str:
-    """The most probable tokens after `text`, one by one, to the end of a text or
-    `MAX_NEW_TOKENS`."""
-    device = next(iter(w.values())).device
-    tokens = list(tokenizer.encode(text)) or [tokenizer.end]
-    given = len(tokens)
-    while len(tokens) < given + MAX_NEW_TOKENS:
-        seen = torch.tensor(tokens[-context:], device=device)[None]
-        following = int(logits_of(w, seen, False)[0, -1].argmax())
-        if following == tokenizer.end:
-            break
-        tokens.append(following)
-    return tokenizer.decode(tokens[given:])
+class NextTokenTask(BuiltInTask):
+    """A task of texts, whose model gives logits float32[n, t, vocabulary] of the token after each.
 
+    One with logits float32[n, classes] is a classifier.
+    """
 
-def loss_of(logits_of: LogitsOf) -> LossOf:
-    """The mean loss, in nats per token, of examples int64[n, context + 1]."""
+    #: Round 1 is the first to tell how many there are.
+    count_examples = None  # type: ignore[assignment]
 
-    def loss(w: Tensors, batch: Tensor, _: Tensor) -> Tensor:
-        logits = logits_of(w, batch[:, :-1], True)
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    def loss(self, output: Any, target: Any) -> Tensor:
+        """The mean cross-entropy, in nats per token or text."""
+        if output.dim() == 2:
+            return F.cross_entropy(output, target)
+        return F.cross_entropy(output.flatten(0, 1).float(), target.flatten())
 
-    return loss
+    def metrics(self, output: Any, target: Any) -> Mapping[str, Any]:
+        """The "accuracy" of tokens or texts."""
+        return {"accuracy": (output.argmax(-1) == target).cpu().double().mean()}
 
+    def _has_logits(self, output: Any, target: Any) -> bool:
+        return bool(output.dim() == 2)
 
-@torch.inference_mode()
-def evaluate_next_token(
-    logits_of: LogitsOf,
-    weights: Mapping[str, Array],
-    found: Windows,
-    device: torch.device,
-    batch_size: int,
-    on_step: OnStep,
-) -> EvalOutcome:
-    """Mean "loss" (nats per token) and "accuracy" of the next token on held-out examples."""
-    tensors = {name: torch.tensor(array, device=device) for name, array in weights.items()}
-    examples = found.examples(found.held_out, device)
+    def _evaluation_batch(self, settings: RunSettings) -> int:
+        return self._hyperparameters(settings).batch_size or MAX_TEXTS
 
-    def measure(rows: Batch) -> BatchResult:
-        batch, _ = rows
-        logits, after = logits_of(tensors, batch[:, :-1], False).float(), batch[:, 1:]
-        loss = float(F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="sum"))
-        right = int((logits.argmax(2) == after).sum())
-        return BatchResult(len(batch), {"loss": loss, "accuracy": right})
+    def _tokenizer(self, settings: Any) -> Tokenizer:
+        raise NotImplementedError
 
-    batches = BatchesOf(examples, batch_size or examples.size)
-    return evaluation.evaluate(batches, measure, on_step, values=found.context)
+    @torch.inference_mode()
+    def predict(
+        self, weights: Weights, settings: RunSettings, source: str
+    ) -> Iterator[Mapping[str, Sequence[Any]]]:
+        """For `source` itself, or for the texts of the files that it names: a continuation, or the
+        class."""
+        call, read = self._ready(weights, settings), self._read(settings)
+        for name, words in text.read_texts(source):
+            yield {"file": [name], "text": [words], **self._answer(call, words, read)}
+
+    def _answer(
+        self, call: Callable[[Any], Any], x: Any, settings: Any
+    ) -> Mapping[str, Sequence[Any]]:
+        """The most probable tokens after the text x, one by one, to the end of a text or
+        `MAX_NEW_TOKENS`."""
+        tokenizer = self._tokenizer(settings)
+        tokens = list(tokenizer.encode(x)) or [tokenizer.end]
+        given = len(tokens)
+        while len(tokens) < given + MAX_NEW_TOKENS:
+            seen = torch.tensor(tokens[-settings.context :], device=self._device)[None]
+            following = int(call(seen)[0, -1].argmax())
+            if following == tokenizer.end:
+                break
+            tokens.append(following)
+        return {"continuation": [tokenizer.decode(tokens[given:])]}

@@ -37,13 +37,8 @@ def evaluate(
     batches: Batches[Batch],
     measure: Callable[[Batch], BatchResult],
     on_step: OnStep,
-    *,
-    values: int = 1,
 ) -> EvalOutcome:
-    """The means of the sums, and the counts of all batches.
-
-    An example has `values` values, and means are over values.
-    """
+    """The means of the sums, and the counts of all batches."""
     seen = 0
     sums: dict[str, float] = {}
     tallies: list[Tallies] = []
@@ -53,8 +48,8 @@ def evaluate(
         for name, value in found.sums.items():
             sums[name] = sums.get(name, 0.0) + value
         tallies.append(found.tallies)
-        on_step(number, len(batches), sums["loss"] / (seen * values), seen)
-    means = {name: value / (seen * values) for name, value in sums.items()}
+        on_step(number, len(batches), sums["loss"] / seen, seen)
+    means = {name: value / seen for name, value in sums.items()}
     if not all(tallies):
         return EvalOutcome(seen, means)
     return EvalOutcome(seen, means, evaluation_counts.merge(tallies, [1.0] * len(tallies)))

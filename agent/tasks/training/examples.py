@@ -91,25 +91,20 @@ class Examples(NamedTuple):
 
 
 class FetchedExamples:
-    """Examples that `fetch` reads from memory or from a file, while training runs on a card.
+    """Examples that `read` takes from memory or from a file, while training runs on a card.
 
-    `fetch(numbers int64[n])` gives their inputs on the CPU, without random numbers. The targets y
-    are [n, …] on the CPU.
+    `read(numbers int64[n])` gives their inputs and targets on the CPU, without random numbers.
     """
 
     has_own_order = False
 
     def __init__(
-        self, fetch: Callable[[Tensor], Any], y: Tensor, device: torch.device, part: int = 0
+        self, read: Callable[[Tensor], Batch], size: int, device: torch.device, part: int = 0
     ) -> None:
-        self._fetch, self._y, self.size = fetch, y, len(y)
-        self.device, self.part = device, part
+        self._read, self.size, self.device, self.part = read, size, device, part
 
     def batches(self, order: Tensor, size: int, tail: int = 0, draw: int = 0) -> Generator[Batch]:
-        def read(numbers: Tensor) -> Batch:
-            return self._fetch(numbers), self._y[numbers]
-
-        return prefetch.read_to(read, _cut(order, size, tail), self.device)
+        return prefetch.read_to(self._read, _cut(order, size, tail), self.device)
 
 
 class DatasetExamples:

@@ -58,43 +58,41 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def buffers_of(model: nn.Module) -> frozenset[str]:
+def buffers_of(tensors: Mapping[str, Tensor]) -> frozenset[str]:
     """The floating-point tensors that are no parameters, such as running statistics."""
     return frozenset(
         name
-        for name, tensor in tensors_of(model).items()
+        for name, tensor in tensors.items()
         if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
     )
 
 
-def frozen_of(model: nn.Module) -> frozenset[str]:
+def frozen_of(tensors: Mapping[str, Tensor]) -> frozenset[str]:
     """The parameters that are not trained."""
     return frozenset(
         name
-        for name, tensor in tensors_of(model).items()
+        for name, tensor in tensors.items()
         if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
     )
 
 
-def schema_of(model: nn.Module) -> Schema:
-    """Names, dtypes and shapes of `tensors_of`."""
+def schema_of(tensors: Mapping[str, Tensor]) -> Schema:
+    """Their names, dtypes and shapes."""
     return {
         name: TensorSpec(_CODES[tensor.dtype], tuple(tensor.shape))
-        for name, tensor in tensors_of(model).items()
+        for name, tensor in tensors.items()
     }
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Array]) -> None:
-    """Copy a version into the model, in place."""
-    load_tensors(tensors_of(model), weights)
 
 
 @torch.no_grad()
 def load_tensors(tensors: Mapping[str, Tensor], weights: Mapping[str, Array]) -> None:
     """Copy a version into these tensors; bfloat16 as the uint16 of `Weights`."""
     for name, tensor in tensors.items():
-        value = torch.tensor(weights[name])
-        tensor.copy_(value.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 else value)
+        bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+        if bits.is_cpu:  # without a second copy
+            bits.detach().numpy()[...] = weights[name]
+        else:
+            bits.copy_(torch.tensor(weights[name]))
 
 
 def call(model: Any, x: Any) -> Any:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, TrainOutcome
@@ -33,11 +33,13 @@ from agent.tasks import Settings as RunSettings
 from agent.tasks.training import (
     csv_rows,
     evaluation,
+    module_losses,
     module_state,
     onnx_export,
     rng_state,
     shared_data,
     task_settings,
+    user_data,
 )
 from agent.tasks.training.classification import count_answers, predict_classes
 from agent.tasks.training.evaluation import BatchResult
@@ -51,8 +53,9 @@ from agent.tasks.training.examples import (
 )
 from agent.tasks.training.hyperparameters import Hyperparameters, resolve_settings
 from agent.tasks.training.loop_state import Tensors, as_weights
+from agent.tasks.training.prefetch import to_device
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
-from agent.tasks.training.torch_loop import LossOf, PrivateLoss, autograd_step
+from agent.tasks.training.torch_loop import LossOf, MakeStep, PrivateLoss, autograd_step
 from agent.tasks.training.torch_task import LastValue, LoopTask
 from agent.tasks.training.user_data import (
     as_source,
@@ -79,7 +82,8 @@ class TorchTask(LoopTask):
     """
 
     version = ""
-    forms = (onnx_export.ONNX,)
+    forms: tuple[str, ...] = (onnx_export.ONNX,)
+    _least_batch = 2
 
     # --- for users ---
 
@@ -105,7 +109,7 @@ class TorchTask(LoopTask):
         """Means over a batch, beside the loss: of classes the "accuracy"."""
         if not isinstance(target, Tensor) or target.is_floating_point():
             return {}
-        return {"accuracy": (output.argmax(1) == target).float().mean()}
+        return {"accuracy": (output.argmax(1) == target).cpu().double().mean()}
 
     def optimizer(self, model: nn.Module, settings: Any) -> torch.optim.Optimizer | None:
         """An optimizer for `model.parameters()`; None: the one that the settings name."""
@@ -150,22 +154,21 @@ class TorchTask(LoopTask):
     def schema(self, settings: RunSettings) -> Schema:
         """Of the model's parameters and persistent buffers."""
         key = self._key(settings)
-        return self._schemas.get(key, lambda: module_state.schema_of(self._build(settings)))
+        return self._schemas.get(
+            key, lambda: module_state.schema_of(self._tensors(self._build(settings)))
+        )
 
     def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """A digest of the names of the classes, if the data set has them (`classes`): peers with
         other classes are told so, and no name leaves the machine. Reads the data."""
-        found = self._sets(settings)[0]
-        while found is not None and not hasattr(found, "classes"):
-            found = getattr(found, "dataset", None)
-        if found is None or self._data.has_budget:  # a digest has no noise
+        names = user_data.class_names(self._sets(settings)[0])
+        if not names or self._data.has_budget:  # a digest has no noise
             return {}
-        names = "\0".join(map(str, found.classes))
         return {"classes": (hashlib.sha256(names.encode()).hexdigest()[:16],)}
 
     def init(self, seed: int, settings: RunSettings) -> Weights:
         """The first weights of the model."""
-        return as_weights(module_state.tensors_of(self._build(settings, "init", seed)))
+        return as_weights(self._tensors(self._build(settings, "init", seed)))
 
     def count_examples(self, settings: RunSettings) -> tuple[int, int]:
         """How many examples `train` and `evaluate` use."""
@@ -175,9 +178,8 @@ class TorchTask(LoopTask):
         """Train; the metric "loss" is the mean of the last epoch."""
         self._models = LastValue()  # two models may not fit in memory
         examples, model = self._source(settings, 0), self._build(settings)
-        module_state.load_weights(model, weights)
+        tensors = self._filled(model, weights)
         own = self.optimizer(model, self._read(settings))
-        buffers = module_state.buffers_of(model)
         if self._private is not None and not (own is None and is_separate(examples)):
             raise UsageError(
                 "--dp needs the optimizer of the settings and batches of the loop's own, and this "
@@ -185,14 +187,14 @@ class TorchTask(LoopTask):
                 "no optimizer method, and a data set with a length, without sampler and collate_fn",
             )
         return self._local.train(
-            self._trainable(model),
+            tensors,
             self._plan(settings, examples),
             examples,
-            autograd_step(self._loss_of(model), None if own is None else lambda: own),
+            self._make_step(model, settings, own),
             on_step,
-            buffers=buffers,
-            frozen=module_state.frozen_of(model),
-            private_loss=PrivateLoss(self._losses_of(model), is_separate=True),
+            buffers=module_state.buffers_of(tensors),
+            frozen=module_state.frozen_of(tensors),
+            private_loss=self._private_loss(model),
         )
 
     def lr_times_steps(self, settings: RunSettings) -> float:
@@ -205,16 +207,11 @@ class TorchTask(LoopTask):
     def gradient(self, weights: Weights, settings: RunSettings) -> Mapping[str, Array]:
         """The gradient of the mean loss over this peer's training examples."""
         model, examples = self._build(settings), self._source(settings, 0)
-        module_state.load_weights(model, weights)
+        tensors = self._filled(model, weights)
         # Without a last batch of one example, which has no variance.
         batch = next(n for n in range(EVALUATION_BATCH, 0, -1) if examples.size % n != 1 or n == 1)
-        return mean_gradient(
-            self._trainable(model),
-            examples,
-            self._loss_of(model),
-            module_state.buffers_of(model) | module_state.frozen_of(model),
-            batch,
-        )
+        fixed = module_state.buffers_of(tensors) | module_state.frozen_of(tensors)
+        return mean_gradient(tensors, examples, self._loss_of(model), fixed, batch)
 
     @torch.inference_mode()
     def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
@@ -222,17 +219,14 @@ class TorchTask(LoopTask):
         examples = self._source(settings, 1)
         if not examples.size:
             return EvalOutcome(0, {})
-        call = self._ready(weights, settings)
+        call, read = self._ready(weights, settings), self._read(settings)
 
         def measure(batch: Batch) -> BatchResult:
             x, y = batch
-            output, count = call(x), count_examples(batch)
-            found = {"loss": self.loss(output, y), **self.metrics(output, y)}
-            sums = {name: float(value) * count for name, value in found.items()}
-            told = count_answers(output, y)[1] if self._has_logits(output, y) else {}
-            return BatchResult(count, sums, told)
+            return self._measure(call(x), y, count_examples(batch), read)
 
-        return evaluation.evaluate(BatchesOf(examples, EVALUATION_BATCH), measure, on_step)
+        batches = BatchesOf(examples, self._evaluation_batch(settings))
+        return evaluation.evaluate(batches, measure, on_step)
 
     @torch.inference_mode()
     def predict(
@@ -243,7 +237,7 @@ class TorchTask(LoopTask):
         call, read, first = self._ready(weights, settings), self._read(settings), 0
         inputs = self.inputs(source, read)
         for x in split_inputs(inputs, EVALUATION_BATCH):
-            output = csv_rows.fitted(call, x.to(self._device), inputs)
+            output = csv_rows.fitted(call, to_device(x, self._device), inputs)
             columns = self.answers(output, read)
             count = len(next(iter(columns.values())))
             yield named(inputs, columns, range(first, first + count))
@@ -253,9 +247,33 @@ class TorchTask(LoopTask):
         self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
     ) -> None:
         """ONNX: a batch of inputs like `example` -> the output."""
-        x = onnx_export.read_example(self.example, settings)
+        x = onnx_export.read_example(self.example, self._read(settings))
         model = self._build(settings).cpu().eval()
         onnx_export.export(lambda w, x: functional_call(model, w, (x,)), weights, x, out)
+
+    # --- for built-in tasks ---
+
+    def _tensors(self, model: nn.Module) -> Tensors:
+        """What travels of the model."""
+        return module_state.tensors_of(model)
+
+    def _make_step(
+        self, model: nn.Module, settings: RunSettings, own: torch.optim.Optimizer | None
+    ) -> MakeStep:
+        return autograd_step(self._loss_of(model), None if own is None else lambda: own)
+
+    def _private_loss(self, model: nn.Module) -> PrivateLoss:
+        return PrivateLoss(module_losses.single_losses(self.loss, model), is_separate=True)
+
+    def _measure(self, output: Any, target: Any, count: int, settings: Any) -> BatchResult:
+        """The result of a batch of an evaluation."""
+        found = {"loss": self.loss(output, target), **self.metrics(output, target)}
+        sums = {name: float(value) * count for name, value in found.items()}
+        told = count_answers(output, target) if self._has_logits(output, target) else {}
+        return BatchResult(count, sums, told)
+
+    def _evaluation_batch(self, settings: RunSettings) -> int:
+        return EVALUATION_BATCH
 
     # --- helpers ---
 
@@ -264,7 +282,12 @@ class TorchTask(LoopTask):
         self._local.protect(private)
 
     def _key(self, settings: RunSettings) -> object:
-        return tuple(sorted(resolve_settings(settings, self.defaults).items()))
+        merged = resolve_settings(settings, self.defaults)
+        return *sorted(merged.items()), settings.get("preprocessing")
+
+    def _data_key(self, settings: RunSettings) -> object:
+        """Equal for settings with which `data` gives the same."""
+        return self._key(settings)
 
     def _build(self, settings: RunSettings, *words: object) -> nn.Module:
         read = self._read(settings)
@@ -273,19 +296,24 @@ class TorchTask(LoopTask):
 
     def _ready(self, weights: Weights, settings: RunSettings) -> Callable[[Any], Any]:
         """The output of the model with these weights, for evaluations and predictions."""
-        key = self._key(settings), self._device
-        model = self._models.get(key, lambda: self._build(settings)).eval()
-        module_state.load_weights(model, weights)
+        model = self._idle_model(settings).eval()
+        module_state.load_tensors(self._tensors(model), weights)
         return self._inference(settings, partial(module_state.call, model))
 
-    def _trainable(self, model: nn.Module) -> Tensors:
-        found = module_state.tensors_of(model)
+    def _idle_model(self, settings: RunSettings) -> nn.Module:
+        key = self._key(settings), self._device
+        return self._models.get(key, lambda: self._build(settings))
+
+    def _filled(self, model: nn.Module, weights: Weights) -> Tensors:
+        """What travels of the model, with these weights in it."""
+        found = self._tensors(model)
+        module_state.load_tensors(found, weights)
         if not any(tensor.requires_grad for tensor in found.values()):
             raise UsageError("the model has no parameter to train", "parameters with requires_grad")
         return found
 
     def _sets(self, settings: RunSettings) -> tuple[Any, Any]:
-        key = self._key(settings)
+        key = self._data_key(settings)
         sets: tuple[Any, Any] = self._read_data.get(
             key,
             lambda: shared_data.read(self, self._data, self._read(settings), key, take_part),
@@ -300,7 +328,7 @@ class TorchTask(LoopTask):
         """The settings of the loop. The batch size of a loader holds unless the run sets one. A
         last batch of one example, which has no variance, joins the one before."""
         plan = self._hyperparameters(settings)
-        plan = plan._replace(min_batch=max(plan.min_batch, 2))
+        plan = plan._replace(min_batch=max(plan.min_batch, self._least_batch))
         loader = examples.loader if isinstance(examples, DatasetExamples | StreamExamples) else None
         size = loader.batch_size if loader is not None else None
         if isinstance(examples, StreamExamples):  # its batches are what they are
@@ -308,30 +336,7 @@ class TorchTask(LoopTask):
         return plan if "batch_size" in settings or not size else plan._replace(batch_size=size)
 
     def _loss_of(self, model: nn.Module) -> LossOf:
-        buffers = [name for name, t in model.named_buffers() if t is not None]
-
-        def loss_of(w: Tensors, x: Any, y: Any) -> Tensor:
-            loss = self.loss(module_state.call(model, x), y)
-            for name in buffers:  # a model may replace a buffer instead of changing it
-                if name in w and (now := model.get_buffer(name)) is not w[name]:
-                    w[name] = now.detach()
-            return loss
-
-        return loss_of
-
-    def _losses_of(self, model: nn.Module) -> Any:
-        """The losses of single examples, each as a batch of its own. Counters stay as they are."""
-
-        def losses_of(w: Tensors, x: Any, y: Any) -> Tensor:
-            w = {name: t if t.is_floating_point() else t.clone() for name, t in w.items()}
-
-            def loss_of_one(x_one: Any, y_one: Any) -> Tensor:
-                output = functional_call(model, w, (x_one[None],))
-                return self.loss(output, y_one[None])
-
-            return vmap(loss_of_one, randomness="different")(x, y)
-
-        return losses_of
+        return module_losses.mean_loss(self.loss, model, compiled=self._data.compile)
 
     def _has_logits(self, output: Any, target: Any) -> bool:
         return (

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from agent.tasks.training.examples import Source, count_examples
 from agent.tasks.training.hyperparameters import Hyperparameters
@@ -31,24 +28,22 @@ def lr_times_steps(plan: Hyperparameters, examples: int) -> float:
 
 
 def mean_gradient(
-    weights: Mapping[str, Array] | Tensors,
+    tensors: Tensors,
     examples: Source,
     loss_of: LossOf,
     fixed: frozenset[str],
     batch: int,
 ) -> dict[str, Array]:
     """The gradient of the mean loss over all examples by weight, in batches of `batch`;
-    those that are `fixed` have none. Of tensors it is also their `grad`."""
+    those that are `fixed` have none. It is also the `grad` of the tensors."""
     count = examples.size
-    tensors = {
-        name: value if isinstance(value, Tensor) else torch.tensor(value, device=examples.device)
-        for name, value in weights.items()
-    }
     trained = {
         name: tensor.requires_grad_()
         for name, tensor in tensors.items()
         if tensor.is_floating_point() and name not in fixed
     }
+    for tensor in trained.values():
+        tensor.grad = None  # of an earlier training
     for x, y in examples.batches(torch.arange(count), batch):
         part = count_examples((x, y)) / count
         (loss_of(tensors, x, y) * part).backward()  # type: ignore[no-untyped-call]

@@ -83,7 +83,8 @@ def read(settings: Settings, known: Mapping[str, SettingSpec], kind: type | None
     """All settings, checked by the loop's rules too. Raises UnknownName, UsageError."""
     merged = read_own(settings, known, kind)
     plan = read_hyperparameters(settings, defaults_of(known))
-    return TaskSettings({**merged, "lr": plan.lr, "seed": plan.seed, "round": plan.round})
+    agreed = {"preprocessing": settings.get("preprocessing", "")}
+    return TaskSettings({**merged, **agreed, "lr": plan.lr, "seed": plan.seed, "round": plan.round})
 
 
 _hints = functools.cache(partial(typing.get_type_hints, include_extras=True))

@@ -3,16 +3,10 @@
 `hyperparameters` has its settings. On a CPU the same inputs and number of threads give the same
 bytes.
 
-    DEFAULTS = {**LOOP_DEFAULTS, "model": "mlp", "lr": 0.01}
+    local = TrainingLoop()
+    local.train(weights, read_hyperparameters(settings), examples, autograd_step(loss_of), on_step)
 
-    class Tabular:
-        def __init__(self) -> None:
-            self._local = TrainingLoop()
-            self.snapshot, self.restore = self._local.snapshot, self._local.restore
-
-        def train(self, weights, settings, on_step):
-            plan = read_hyperparameters(settings, DEFAULTS)
-            return self._local.train(weights, plan, self._examples, autograd_step(loss_of), on_step)
+`TorchTask` is a task around it.
 """
 
 from __future__ import annotations
@@ -53,6 +47,7 @@ _FINE = (torch.float32, torch.float64)
 
 #: One step, in place; returns the batch's mean loss before it, as `loss_value` does.
 Step = Callable[[Any, Any], float | Tensor]
+MakeStep = Callable[[LoopState, Hyperparameters], Step]
 #: The mean loss of a batch: `loss_of(weights, x, y) -> float32[]`.
 LossOf = Callable[[Tensors, Any, Any], Tensor]
 #: Makes the optimizer of a task's own.
@@ -62,12 +57,11 @@ MakeOptimizer = Callable[[], torch.optim.Optimizer]
 class PrivateLoss(NamedTuple):
     """What training with noise for single rows needs of a task.
 
-    `inputs_of` makes examples x what the model takes; `losses_of(weights, inputs, y) -> float32[n]`
-    are the losses of single examples; `is_separate`: as in `ClippedGradients`.
+    `losses_of(weights, x, y) -> float32[n]` are the losses of single examples; `is_separate`: as in
+    `ClippedGradients`.
     """
 
     losses_of: LossesOf
-    inputs_of: Callable[[Tensor], Tensor] = lambda x: x
     is_separate: bool = False
 
 
@@ -90,7 +84,7 @@ class TrainingLoop:
         weights: Mapping[str, Array] | Tensors,
         plan: Hyperparameters,
         examples: Source,
-        make_step: Callable[[LoopState, Hyperparameters], Step],
+        make_step: MakeStep,
         on_step: OnStep,
         *,
         buffers: frozenset[str] = frozenset(),
@@ -241,7 +235,7 @@ def _train_privately(
         for x, y in examples.batches(places, max(1, len(places)), draw=draw):
             if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
                 raise UsageError("--dp needs one tensor as input and one as target of an example")
-            sums = gradients.sum(at.weights, loss.inputs_of(x), y)
+            sums = gradients.sum(at.weights, x, y)
         for name in at.trained:
             total = sums[name].double().cpu().numpy()
             total += std * noise.normals(total.size).reshape(total.shape)
@@ -260,7 +254,7 @@ def _step_of(step: Step, batch: Batch, count: int, size: int) -> float | Tensor:
 
 def autograd_step(
     loss_of: LossOf, make_optimizer: MakeOptimizer | None = None, micro_batch: int = 0
-) -> Callable[[LoopState, Hyperparameters], Step]:
+) -> MakeStep:
     """Steps on the loss of a task, of the optimizer of the plan or of the task's own.
 
     With a `micro_batch`, a step has the activations of at most that many examples in memory.

@@ -36,6 +36,8 @@ from protocols.errors import DataError, UsageError
 
 def as_source(found: Any, device: torch.device, part: int, batch_size: int) -> Source:
     """The examples of a data set. `batch_size`: of an iterable data set. Raises UsageError."""
+    if isinstance(found, FetchedExamples):
+        return found
     if isinstance(found, DataLoader):
         if _has_own_order(found):
             return StreamExamples(found, device, part)
@@ -99,10 +101,10 @@ def _of_tensors(found: tuple[Any, ...], device: torch.device, part: int) -> Sour
         shapes = ", ".join(str(tuple(each.shape)) for each in (*inputs, y))
         raise UsageError(f"tensors of these shapes are no examples: {shapes}", "x [n, …] and y [n]")
     if len(inputs) > 1:
-        return FetchedExamples(lambda n: tuple(x[n] for x in inputs), y, device, part)
+        return FetchedExamples(lambda n: (tuple(x[n] for x in inputs), y[n]), len(y), device, part)
     (x,) = inputs
     if not devices.has_room(device, x.nbytes + y.nbytes):
-        return FetchedExamples(lambda n: x[n], y, device, part)
+        return FetchedExamples(lambda n: (x[n], y[n]), len(y), device, part)
     return Examples(x.to(device), y.to(device), part)
 
 
@@ -144,6 +146,13 @@ def as_targets(output: Tensor, target: Tensor) -> Tensor:
         f"{math.prod(target.shape[1:])}",
         "classes must be whole numbers: y.long(); for anything else write a method loss",
     )
+
+
+def class_names(found: Any) -> str:
+    """The names of a data set's classes, one after another; empty without `classes`."""
+    while found is not None and not hasattr(found, "classes"):
+        found = getattr(found, "dataset", None)
+    return "" if found is None else "\0".join(map(str, found.classes))
 
 
 def is_separate(examples: Source) -> bool:

@@ -14,7 +14,7 @@ import torch
 from sklearn import datasets
 
 from agent.data import features
-from agent.data.features import EncodedRows, EncodedTable
+from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.tasks import Settings
 from agent.tasks.tabular import Tabular
@@ -116,8 +116,8 @@ def loaded(path: Path, settings: Settings, **data: Any) -> tuple[Tabular, Settin
 
 def rows_of(loaded: tuple[Tabular, Settings]) -> tuple[EncodedRows, EncodedRows]:
     task, settings = loaded
-    found = task._rows(settings)
-    return found.trained_on, found.held_out
+    trained_on, held_out = task._sets(settings)
+    return trained_on, held_out
 
 
 # --- a federation and the union --------------------------------------------------------------
@@ -161,7 +161,7 @@ class Federation:
         }
 
     def union(self) -> Federation:
-        parts = [task._rows(self.settings) for task in self.tasks]
+        parts = [task._sets(self.settings) for task in self.tasks]
         whole = Tabular()
         whole.load(DataSettings(path="x", device="cpu"))
         rows = [
@@ -171,8 +171,7 @@ class Federation:
             )
             for kind in (0, 1)
         ]
-        key = str(self.settings["preprocessing"])
-        whole._read_data.get(key, lambda: EncodedTable(rows[0], rows[1], 0))
+        whole.data = lambda source, settings: rows  # type: ignore[assignment]
         return Federation([whole], self.preprocessing, self.settings)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from agent.data.settings import DataSettings
-from agent.tasks.demo.mnist import Mnist
+from agent.tasks.demo.mnist import TRAINED_ON, Mnist
 from benchmarks.quality import cameras, courses, measured, shown
 from benchmarks.quality.fleet import fleet_of
 from benchmarks.quality.liars import Lie, scaled
@@ -78,7 +78,7 @@ def test_one_full_batch_a_round_is_gradient_descent_on_all_data(cache: str) -> N
     _, found = trained(parts(cache), rounds=4, settings=settings)
     task = Mnist()
     task.load(DataSettings(cache=cache, device="cpu"))
-    x, y, _ = task._loaded().trained_on
+    x, y = next(task._source({}, 0).batches(torch.arange(TRAINED_ON), TRAINED_ON))
     w = {
         name: torch.tensor(array, dtype=torch.float64, requires_grad=True)
         for name, array in task.init(4, {}).items()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.data.settings import DataSettings
 from agent.tasks import Setting, registry
-from agent.tasks.language import base_model, lora, lora_settings
+from agent.tasks.language import base_model, lora_settings
 from agent.tasks.language import tokens as text
 from agent.tasks.language.gpt import TextLM
 from agent.tasks.language.lora import Lora
@@ -67,11 +67,9 @@ def test_first_weights_follow_from_the_seed_and_change_nothing_yet(hub: Path, te
     assert weights.digest(one) == weights.digest(again) != weights.digest(other)
     assert one.schema == task.schema(CAUSAL)
     plain = AutoModelForCausalLM.from_pretrained(hub / "tiny").eval()
-    found, w = task._ready(lora_settings.read_settings(CAUSAL), one)
     tokens = torch.arange(10)[None]
     with torch.no_grad():
-        adapted = lora._next_token(found, w, tokens, False)
-        assert torch.equal(adapted, plain(tokens).logits)
+        assert torch.equal(task._ready(one, CAUSAL)(tokens), plain(tokens).logits)
 
 
 def test_a_merged_export_is_a_model_for_plain_transformers(
@@ -88,8 +86,7 @@ def test_a_merged_export_is_a_model_for_plain_transformers(
     plain = AutoModelForCausalLM.from_pretrained(hub / "tiny").eval()
     tokens = torch.tensor(AutoTokenizer.from_pretrained(out)("a stitch in time").input_ids)[None]
     with torch.no_grad():
-        found, w = task._ready(lora_settings.read_settings(settings), Weights(trained))
-        adapted = lora._next_token(found, w, tokens, False)
+        adapted = task._ready(Weights(trained), settings)(tokens)
         torch.testing.assert_close(merged(tokens).logits, adapted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(merged(tokens).logits, plain(tokens).logits, atol=1e-3)
     assert load_file(out / "model.safetensors").keys() == dict(merged.named_parameters()).keys()

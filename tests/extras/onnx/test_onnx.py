@@ -20,9 +20,6 @@ from torch import nn
 import commonweight as cw
 from agent.data.settings import DataSettings
 from agent.tasks import Exporting, registry
-from agent.tasks.demo import mnist, motion
-from agent.tasks.images import torch_task
-from agent.tasks.language import gpt
 from protocols.model import model_card
 from protocols.model.model_card import ModelCard
 from protocols.model.weights import Weights, save
@@ -42,32 +39,18 @@ def pixels(n: int, size: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
 
 
-def pictures_by(settings: dict[str, Any]) -> Callable[[Any, Any], Any]:
-    forward = torch_task._forward(torch_task.image_settings.read_settings(settings))
-    return lambda w, x: forward(w, torch_task._normalize(x), False)
-
-
-def movements(w: Any, x: torch.Tensor) -> Any:
-    return torch.func.functional_call(motion.Motion()._build({}).cpu(), w, (x,))
-
-
-CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any], Callable[[Any, Any], Any]]] = {
-    "cnn": ("mnist", {"model": "cnn"}, lambda n: torch.rand(n, 784), mnist._forward_cnn),
-    "images": ("images", COLOURS, lambda n: pixels(n, 16), pictures_by(COLOURS)),
-    "resnet18": ("images", RESNET, lambda n: pixels(n, 32), pictures_by(RESNET)),
-    "motion": ("motion", {}, lambda n: torch.randn(n, 6, 100), movements),
-    "text-lm": (
-        "text-lm",
-        TINY,
-        tokens,
-        lambda w, x: gpt.forward(gpt.read_config(TINY), w, x, False),
-    ),
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[int], Any]]] = {
+    "cnn": ("mnist", {"model": "cnn"}, lambda n: torch.rand(n, 784)),
+    "images": ("images", COLOURS, lambda n: pixels(n, 16)),
+    "resnet18": ("images", RESNET, lambda n: pixels(n, 32)),
+    "motion": ("motion", {}, lambda n: torch.randn(n, 6, 100)),
+    "text-lm": ("text-lm", TINY, tokens),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_onnxruntime_gives_what_torch_gives(case: str, tmp_path: Path) -> None:
-    name, settings, example, logits_of = CASES[case]
+    name, settings, example = CASES[case]
     task, out = registry.create(name), tmp_path / "model.onnx"
     assert isinstance(task, Exporting)
     weights = task.init(3, settings)
@@ -75,11 +58,11 @@ def test_onnxruntime_gives_what_torch_gives(case: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     assert set(weights) & {tensor.name for tensor in onnx.load(out).graph.initializer}
     session = onnxruntime.InferenceSession(out)
-    w = {name: torch.tensor(array) for name, array in weights.items()}
+    logits_of = task._ready(weights, settings)  # type: ignore[attr-defined]
     for n in (1, 5):
         x = example(n)
         with torch.no_grad():
-            expected = logits_of(w, x).numpy()
+            expected = logits_of(x).numpy()
         (found,) = session.run(None, {"x": x.numpy()})
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from agent import tasks
 from agent.data.settings import DataSettings
 from agent.tasks import Setting, registry
-from agent.tasks.demo import mnist
 from agent.tasks.demo.digit_edges import edges_of
 from agent.tasks.demo.mnist import DIGITS, TRAINED_ON, Mnist, split_digits
 from agent.tasks.training.clipped_gradients import ClippedGradients
@@ -39,6 +39,13 @@ def task(cache: str) -> Mnist:
     task = Mnist()
     task.load(DataSettings(index=3, parts=20, cache=cache))
     return task
+
+
+def trained_on(task: Mnist) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and classes of all digits to train on."""
+    count, _ = task.count_examples({})
+    x, y = next(task._source({}, 0).batches(torch.arange(count), count))
+    return x, y
 
 
 @pytest.mark.parametrize(("model", "count"), [("2nn", 199_210), ("cnn", 1_663_370)])
@@ -139,13 +146,13 @@ def reference_steps(
     task: Mnist, base: Weights, batches: int, lr: float, momentum: float
 ) -> dict[str, np.ndarray]:
     """Full-batch SGD on the 2NN in float64 by autograd: another road to the same numbers."""
-    part = task._loaded().trained_on
+    pixels, y = trained_on(task)
     w = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in base.items()}
     optimiser = torch.optim.SGD(w.values(), lr=lr, momentum=momentum)
     for _ in range(batches):
-        x = F.relu(F.linear(part.x.double(), w["hidden1.weight"], w["hidden1.bias"]))
+        x = F.relu(F.linear(pixels.double(), w["hidden1.weight"], w["hidden1.bias"]))
         x = F.relu(F.linear(x, w["hidden2.weight"], w["hidden2.bias"]))
-        loss = F.cross_entropy(F.linear(x, w["output.weight"], w["output.bias"]), part.y)
+        loss = F.cross_entropy(F.linear(x, w["output.weight"], w["output.bias"]), y)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -166,8 +173,8 @@ def test_full_batch_steps_are_plain_sgd(task: Mnist, steps: int, momentum: float
 def test_step_by_hand_in_numpy(task: Mnist) -> None:
     """The output layer's gradient, (softmax − one-hot)ᵀ a₂ / n, worked out without torch."""
     base = task.init(2, {})
-    part = task._loaded().trained_on
-    x, y = part.x.double().numpy(), part.y.numpy()
+    pixels, classes = trained_on(task)
+    x, y = pixels.double().numpy(), classes.numpy()
     w = {name: array.astype(np.float64) for name, array in base.items()}
     a1 = np.maximum(x @ w["hidden1.weight"].T + w["hidden1.bias"], 0)
     a2 = np.maximum(a1 @ w["hidden2.weight"].T + w["hidden2.bias"], 0)
@@ -284,19 +291,16 @@ def test_the_model_of_edges_learns_predicts_and_clips_in_closed_form(
     trained = Weights(dict(task.train(first, settings, ignore_step).weights))
     assert task.evaluate(trained, settings, ignore_step).metrics["accuracy"] >= 0.8
     digits = tmp_path / "digits.csv"
-    rows = (task._loaded().held_out.x * 255).round().int()
+    rows = task._parts[1][0]
     header = ",".join(f"p{i}" for i in range(784))
     digits.write_text("\n".join([header, *(",".join(map(str, row.tolist())) for row in rows)]))
     told = [row for batch in task.predict(trained, settings, str(digits)) for row in batch["row"]]
     assert told == list(range(50))
-    examples = task._examples(settings).trained_on
-
-    def losses_of(w: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(mnist._forward_edges(w, x), y, reduction="none")
-
+    ((x, y),) = task._source(settings, 0).batches(torch.arange(20), 20)
+    losses_of = task._private_loss(task._build(settings)).losses_of
     gradients = ClippedGradients(losses_of, list(first), 0.25)
     w = {name: torch.tensor(array) for name, array in first.items()}
-    total = gradients.sum(w, examples.x[:20], examples.y[:20])
+    total = gradients.sum(w, x, y)
     assert gradients._is_linear
     assert 0 < math.sqrt(sum(float(t.square().sum()) for t in total.values())) <= 20 * 0.25
 
@@ -317,14 +321,14 @@ def test_the_proximal_term_is_that_of_autograd(task: Mnist, model: str, momentum
         "momentum": momentum,
     }
     base = task.init(1, settings)
-    part = task._loaded().trained_on
+    x, y = trained_on(task)
     w = {name: torch.tensor(array).requires_grad_() for name, array in base.items()}
     origin = {name: t.detach().clone() for name, t in w.items()}
     optimiser = torch.optim.SGD(list(w.values()), lr=lr, momentum=momentum)
-    forward = mnist._forward_2nn if model == "2nn" else mnist._forward_cnn
+    network = task._build(settings)
     for _ in range(steps):
         optimiser.zero_grad()
-        loss = F.cross_entropy(forward(w, part.x), part.y)
+        loss = F.cross_entropy(functional_call(network, w, (x,)), y)
         far = sum(((w[name] - origin[name]) ** 2).sum() for name in w)
         (loss + mu / 2 * far).backward()
         optimiser.step()
@@ -410,7 +414,7 @@ def test_only_plain_sgd_is_steered(bent: dict[str, Setting]) -> None:
 
 
 def test_standard_pixels_have_mean_0_and_deviation_1(task: Mnist) -> None:
-    x = mnist._scaled(task._loaded().trained_on.x, {"pixels": "standard"})
+    x = task._sets({"pixels": "standard"})[0][0]
     assert abs(float(x.mean())) < 0.05
     assert abs(float(x.std()) - 1) < 0.05
     base = task.init(1, {})

@@ -12,10 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from agent.data.settings import DataSettings
 from agent.tasks import registry
-from agent.tasks.language import base_model, lora_settings, next_token, tokens
+from agent.tasks.language import base_model, lora_settings, tokens
 from agent.tasks.language.base_model import AdaptedModel
-from agent.tasks.language.lora import Lora, _Texts
-from agent.tasks.training.examples import FetchedExamples
+from agent.tasks.language.lora import Lora
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
 from protocols.model.weights import Weights, save
 
@@ -107,30 +106,33 @@ class Seen(Exception):
     """The examples have reached the loop."""
 
 
-def test_batches_lie_whole_on_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_lie_whole_on_the_device_that_trains(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The device is torch's "meta", so that no graphics card is needed; the loop ends there."""
-    task, plan, given = Lora(), lora_settings.read_settings({**ASKED, "context": 4}), []
+    task, given = Lora(), []
+    for name in ("good", "bad"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        for number in range(5):
+            text = tmp_path / "texts" / name / f"{number}.txt"
+            text.write_text(f"a text of the kind {name}")
 
-    def loop(weights: object, plan: object, examples: FetchedExamples, *_: object) -> None:
-        given.append(examples)
+    def loop(*given_to_it: object, **more: object) -> None:
+        given.append(given_to_it[2])
         raise Seen
 
     monkeypatch.setattr(
         "agent.tasks.training.devices.select_device", lambda name: torch.device("meta")
     )
     monkeypatch.setattr(task._local, "train", loop)
-    for read in (
-        next_token.split_windows(np.arange(40, dtype=np.int32), 4),
-        _Texts(torch.zeros(4, 3).long(), *(torch.arange(4) for _ in _Texts._fields[1:])),
-    ):
-        adapted = AdaptedModel(
-            torch.nn.Module(), tokens.load_tokenizer(tokens.BYTES, Path()), 0, {}, {}
-        )
-        task.load(DataSettings())
-        task._model.get(plan, lambda adapted=adapted: adapted)  # type: ignore[misc]
-        task._read_data.get(plan, lambda read=read: read)
+    bytes_of = tokens.load_tokenizer(tokens.BYTES, Path())
+    adapted = AdaptedModel(torch.nn.Linear(1, 1), bytes_of, 0, {"adapter": "weight"})
+    monkeypatch.setattr(base_model, "load_adapted", lambda *_: adapted)
+    first = Weights({"adapter": np.zeros((1, 1), np.float32)})
+    task.load(DataSettings(path=str(tmp_path / "texts"), models=str(models)))
+    for settings in ({}, {"kind": "classification", "classes": "bad,good"}):
         with pytest.raises(Seen):
-            task.train(Weights({}), {**ASKED, "context": 4}, lambda *_: None)
+            task.train(first, {**ASKED, "context": 4, **settings}, lambda *_: None)
     for found in given:
         ((x, y),) = found.batches(torch.arange(2), 2)
         assert {leaf.device.type for leaf in tree_leaves((x, y))} == {"meta"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from agent.data.settings import DataSettings
 from agent.tasks.language import next_token
 from agent.tasks.language import tokens as text
-from agent.tasks.language.gpt import TextLM, forward, read_config
+from agent.tasks.language.gpt import TextLM
 from protocols.errors import DataError, SchemaMismatch, UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -72,30 +71,31 @@ def test_continues_what_it_has_learnt_by_heart(folder: Path, tmp_path: Path) -> 
 
 def test_a_token_is_guessed_from_those_before_it_alone() -> None:
     """Changing a token changes no guess before its place, and some after."""
-    shape = read_config(TINY)
-    base = TextLM().init(5, TINY)
-    w = {name: torch.tensor(array) for name, array in base.items()}
+    task = TextLM()
+    call = task._ready(task.init(5, TINY), TINY)
     tokens = torch.arange(16)[None]
     changed = tokens.clone()
     changed[0, 9] = 77
-    one, other = (forward(shape, w, t, False) for t in (tokens, changed))
+    one, other = (call(t) for t in (tokens, changed))
     assert torch.equal(one[:, :9], other[:, :9])
     assert not torch.equal(one[:, 9:], other[:, 9:])
 
 
+@torch.no_grad()
 def test_the_loss_is_that_of_each_next_token_worked_out_one_by_one(folder: Path) -> None:
-    shape, base = read_config(TINY), TextLM().init(5, TINY)
+    task = TextLM()
+    call = task._ready(task.init(5, TINY), TINY)
     found = next_token.split_windows(
         text.tokenize(data_of(folder), text.load_tokenizer("bytes", folder)), 16
     )
-    w = {name: torch.tensor(array) for name, array in base.items()}
     starts = found.train[:3]
-    mean = next_token.loss_of(partial(forward, shape))(w, found.batch(starts), starts)
+    ((x, y),) = found.sources(torch.device("cpu"))[0].batches(torch.arange(3), 3)
+    mean = task.loss(call(x), y)
     sum_of = 0.0
     for start in starts.tolist():
         for place in range(16):
             sofar = torch.from_numpy(np.array(found.tokens[start : start + place + 1]))[None].long()
-            guess = forward(shape, w, sofar, False)[0, -1].log_softmax(0)
+            guess = call(sofar)[0, -1].log_softmax(0)
             sum_of -= float(guess[int(found.tokens[start + place + 1])])
     assert float(mean) == pytest.approx(sum_of / 48, rel=1e-5)
 
@@ -165,3 +165,13 @@ def test_folders_and_tokenizers_that_cannot_serve(folder: Path, tmp_path: Path) 
 def test_settings_that_cannot_be(settings: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         TextLM().schema(TINY | settings)
+
+
+def test_the_gradient_for_scaffold_is_the_way_of_a_step_over_all_examples(folder: Path) -> None:
+    settings = TINY | {"optimiser": "sgd", "batch_size": "all", "epochs": 1, "lr": 0.5}
+    task = loaded(folder)
+    base = task.init(2, settings)
+    assert task.lr_times_steps(settings) == 0.5
+    made = task.train(base, settings, ignore_step).weights
+    for name, gradient in task.gradient(base, settings).items():
+        np.testing.assert_allclose((base[name] - made[name]) / 0.5, gradient, atol=1e-5)

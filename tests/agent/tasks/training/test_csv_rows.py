@@ -85,7 +85,7 @@ def test_digits_are_told(tmp_path: Path, tmp_path_factory: pytest.TempPathFactor
     task.load(DataSettings(index=0, parts=20, cache=str(tmp_path)))
     settings = {"epochs": 3, "batch_size": 10, "lr": 0.1, "seed": 1, "round": 1}
     trained, _, _ = task.train(task.init(1, {}), settings, lambda *told: None)
-    held_out = task._loaded().held_out
+    held_out = task._source({}, 1)
     pixels = (held_out.x.numpy() * 255).round()
     source = table(tmp_path / "digits.csv", pixels, held_out.y.numpy())
     for chosen in (settings, {**settings, "pixels": "standard"}):

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agent.data.settings import DataSettings
 from agent.tasks import Setting
 from agent.tasks.demo.mnist import Mnist
 from agent.tasks.training import devices
 from protocols.errors import UsageError
+from protocols.model.weights import Weights
 from tests.agent.tasks.training.test_csv_rows import table
 
 THERE = {
@@ -79,15 +80,17 @@ def test_predictions_run_on_the_device_of_the_owner(
         devices, "select_device", lambda name: torch.device("cpu" if name == "cpu" else "meta")
     )
 
-    def forward(w: dict[str, Tensor], x: Tensor, training: bool) -> Tensor:
-        used.update(tensor.device.type for tensor in (x, *w.values()))
-        raise Seen
+    class Network(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            used.update(tensor.device.type for tensor in (x, *self.parameters()))
+            raise Seen
 
     task = Mnist()
     base = task.init(1, {})
     if loaded:
         task.load(DataSettings(device="cuda"))
-    monkeypatch.setattr(task, "_forward", lambda settings: forward)
+    base = Weights({n: base[f"output.{n}"] for n in ("weight", "bias")})
+    monkeypatch.setattr(task, "model", lambda settings: Network(200, 10))
     with pytest.raises(Seen):
         list(task.predict(base, {}, str(source)))
     assert used == {"meta" if loaded else "cpu"}
@@ -105,7 +108,7 @@ def test_a_card_trains_and_predicts_like_the_cpu_in_its_own_precision(tmp_path: 
     assert made.metrics["loss"] == pytest.approx(near.metrics["loss"], rel=0.1)
     told = [t.evaluate(made.weights, settings, lambda *step: None) for t in (on_card, on_cpu)]  # type: ignore[arg-type]
     assert told[0].metrics["loss"] == pytest.approx(told[1].metrics["loss"], rel=0.05)
-    source = table(tmp_path / "digits.csv", (on_cpu._loaded().held_out.x.numpy() * 255).round())
+    source = table(tmp_path / "digits.csv", on_cpu._parts[1][0])
     guesses = [
         [c for batch in t.predict(made.weights, settings, str(source)) for c in batch["class"]]  # type: ignore[arg-type]
         for t in (on_card, on_cpu)

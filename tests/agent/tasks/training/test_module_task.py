@@ -30,6 +30,7 @@ from agent.tasks.training import devices, module_state
 from agent.tasks.training.clipped_gradients import ClippedGradients
 from agent.tasks.training.examples import Examples, FetchedExamples
 from agent.tasks.training.loop_state import as_weights
+from agent.tasks.training.torch_loop import PrivateLoss
 from agent.tasks.training.user_data import as_source
 from agent.tasks.work import Train
 from agent.trainer import private_work
@@ -192,7 +193,7 @@ def train(
 def plainly(module: Callable[[], nn.Module], start: Weights) -> dict[str, Tensor]:
     """Three steps over all examples, as anyone writes them."""
     model = module()
-    module_state.load_weights(model, start)
+    module_state.load_tensors(module_state.tensors_of(model), start)
     x, y = rows()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -229,7 +230,9 @@ def test_first_weights_are_the_same_bytes_and_disturb_no_generator(
 @pytest.mark.parametrize("module", MODULES)
 def test_a_version_has_all_that_the_module_has(module: Callable[[], nn.Module]) -> None:
     one, other = module(), module()
-    module_state.load_weights(other, as_weights(module_state.tensors_of(one)))
+    module_state.load_tensors(
+        module_state.tensors_of(other), as_weights(module_state.tensors_of(one))
+    )
     for name, tensor in one.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
 
@@ -451,7 +454,7 @@ def test_evaluations_and_predictions_are_those_of_the_module(tmp_path: Path) -> 
     made = train(task)
     count, metrics, tallies = task.evaluate(made, {}, lambda *_: None)
     model = convolution().eval()
-    module_state.load_weights(model, made)
+    module_state.load_tensors(module_state.tensors_of(model), made)
     x, y = (tensor[:9] for tensor in rows())
     output = model(x).detach()
     assert count == 9
@@ -546,7 +549,7 @@ def test_the_gradient_for_scaffold_is_that_of_the_mean_loss(
     task = Made(module)
     found = task.gradient(first(task), {})
     model = module()
-    module_state.load_weights(model, first(task))
+    module_state.load_tensors(module_state.tensors_of(model), first(task))
     x, y = rows()
     F.cross_entropy(model(x.bfloat16() if module is half else x), y).backward()
     expected = {n: p.grad for n, p in module_state.tensors_of(model).items() if p.grad is not None}
@@ -584,7 +587,8 @@ def test_clipped_gradients_are_those_of_single_examples(module: Callable[[], nn.
     w = module_state.tensors_of(model)
     trained = [name for name, tensor in w.items() if tensor.requires_grad]
     x, y = (tensor[:6] for tensor in rows())
-    found = ClippedGradients(task._losses_of(model), trained, clip).sum(w, x, y)
+    losses_of = task._private_loss(model).losses_of
+    found = ClippedGradients(losses_of, trained, clip).sum(w, x, y)
     expected = {name: torch.zeros_like(w[name]) for name in trained}
     for place in range(len(y)):
         model.zero_grad()
@@ -684,8 +688,8 @@ class OwnLoop(Made):
 
 
 class OwnLosses(Made):
-    def _losses_of(self, model: nn.Module) -> Any:
-        return lambda w, x, y: F.cross_entropy(model(x), y)
+    def _private_loss(self, model: nn.Module) -> PrivateLoss:
+        return PrivateLoss(lambda w, x, y: F.cross_entropy(model(x), y))
 
 
 class OwnCharge(Made):

@@ -78,7 +78,7 @@ def test_a_reader_that_is_closed_reads_no_more() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card with CUDA")
 def test_batches_come_to_a_card_in_their_order() -> None:
     x, y, order = torch.randn(COUNT, 4), torch.arange(COUNT), torch.randperm(COUNT)
-    fetched = FetchedExamples(lambda numbers: (x[numbers], -x[numbers]), y, torch.device("cuda"))
+    fetched = FetchedExamples(lambda n: ((x[n], -x[n]), y[n]), COUNT, torch.device("cuda"))
     batches = list(fetched.batches(order, 8, 10))
     assert [len(numbers) for _, numbers in batches] == [8] * 5 + [10]
     for (plus, minus), numbers in batches:
@@ -122,7 +122,7 @@ def test_training_resumes_after_what_was_trained_on_and_not_after_what_was_read(
     chance = torch.Generator().manual_seed(3)
     x = torch.randn(COUNT, 4, generator=chance)
     y = torch.randint(3, (COUNT,), generator=chance)
-    fetched = FetchedExamples(lambda numbers: x[numbers], y, x.device)
+    fetched = FetchedExamples(lambda n: (x[n], y[n]), COUNT, x.device)
     start = torch.get_rng_state()
     whole, _ = train(Examples(x, y))
     torch.set_rng_state(start)

@@ -21,7 +21,6 @@ from agent.tasks.training.clipped_gradients import ClippedGradients, Tensors
 from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.secret_noise import SecretNoise
 from agent.tasks.training.torch_loop import Examples, PrivateLoss, TrainingLoop, autograd_step
-from agent.tasks.training.torch_task import Split
 from agent.tasks.work import Done, Init, Train
 from agent.trainer.executor import WorkExecutor
 from agent.trainer.ipc import Failed
@@ -243,8 +242,8 @@ def test_a_model_with_running_statistics_is_refused() -> None:
 def test_the_models_of_mnist_process_each_digit_independently(model: str) -> None:
     task = mnist.Mnist()
     w = {n: torch.tensor(t) for n, t in task.init(1, {"model": model}).items()}
-    forward = mnist._FORWARD[model]
-    clipped = ClippedGradients(losses_with(lambda w, x: forward(w, x, True)), list(w), 1.0)
+    loss = task._private_loss(task._build({"model": model}))
+    clipped = ClippedGradients(loss.losses_of, list(w), 1.0, loss.is_separate)
     found = clipped.sum(w, torch.rand(3, 784), torch.tensor([1, 2, 3]))
     norm = math.sqrt(sum(float(g.square().sum()) for g in found.values()))
     assert 0 < norm <= 3
@@ -278,9 +277,9 @@ def test_work_without_noise_after_work_with_noise_that_failed(
 ) -> None:
     """The trainer keeps its task; noise that one work asked for must not be in the next one."""
     task = mnist.Mnist()
-    digits = Examples(torch.rand(8, 784), torch.arange(8) % 3)
+    digits = torch.rand(8, 784), torch.arange(8) % 3
     monkeypatch.setattr(task, "load", lambda data: None)
-    monkeypatch.setattr(task, "_split", Split(digits, digits))
+    monkeypatch.setattr(task, "data", lambda source, settings: (digits, digits))
     executor = WorkExecutor(WorkControl(), lambda answer: None, 1)
     monkeypatch.setattr(executor, "_find_task", lambda *named: task)
     base, out = str(tmp_path / "base"), str(tmp_path / "out")
