@@ -31,7 +31,7 @@ from agent.tasks.work import Done, Trainer
 from protocols.codecs import registry
 from protocols.errors import CommonweightError, DiskFull, NotAllowed, SchemaMismatch, TrainerFailed
 from protocols.local.atomic_files import fsync_files
-from protocols.local.disk_space import check_room, is_disk_full
+from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint, note
 from protocols.messages.jobs import Score
 from protocols.messages.work import SIGNED_CLAIM, Work
@@ -51,7 +51,7 @@ class Client:
     run can go below; `outbox` is the folder of the outbox. `check_log` raises LogConflict
     if the log of versions does not have the version of the work. `budget` is charged before
     anything leaves. `secure_turns` opens what this peer has answered in secure runs; without it,
-    the peer takes part in none.
+    the peer takes part in none. `is_durable`: see `Outbox`.
     """
 
     def __init__(
@@ -68,9 +68,11 @@ class Client:
         check_log: CheckLog = lambda work, head, page: None,
         budget: PrivacyBudget | None = None,
         secure_turns: Callable[[], SecureTurns] | None = None,
+        is_durable: bool = True,
     ) -> None:
         self._trainer, self._transport = trainer, transport
-        self._outbox, self._floors, self._queries = Outbox(outbox, me), floors, queries
+        self._outbox = Outbox(outbox, me, is_durable=is_durable)
+        self._floors, self._queries = floors, queries
         self._observer, self._budget = observer or Observer(), budget or PrivacyBudget()
         self._reader = WorkReader(me, settings, floors, self._budget, check_log)
         self.secure = SecureWork(
@@ -176,7 +178,7 @@ class Client:
         if work.kind == "init":
             return Path()
         # Space for the version and the update. Check it before an hour of training, not after.
-        check_room(self._outbox.folder, 2 * work.nbytes + _SPARE_BYTES)
+        self._outbox.check_room(2 * work.nbytes + _SPARE_BYTES)
         base = self._transport.fetch(work)
         failpoint("agent.version.fetched")
         return base

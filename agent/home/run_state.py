@@ -8,6 +8,7 @@ nothing is counted twice or lost.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +31,19 @@ class RunStateFolder:
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self._folder, self._suffix = folder, suffix
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in folder.iterdir():
+        for path in self._files():
             if time.time() - path.stat().st_mtime > MAX_AGE_S:
                 path.unlink()
 
+    def _files(self) -> list[Path]:
+        try:
+            return [self._folder / name for name in os.listdir(self._folder)]
+        except FileNotFoundError:
+            return []
+
     def paths(self, run: str) -> RunStatePaths:
         """The files of a run. Its id came from the network, so no part of it enters a path."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         stem = hashlib.sha256(run.encode()).hexdigest()[:32]
         return RunStatePaths(self._folder / f"{stem}{self._suffix}", self._folder / f"{stem}.new")
 
@@ -48,7 +55,7 @@ class RunStateFolder:
 
     def commit(self, digest: str) -> None:
         """Commit the state staged with this update, and drop all others. Empty: drop all."""
-        staged = [path for path in self._folder.iterdir() if path.suffix != self._suffix]
+        staged = [path for path in self._files() if path.suffix != self._suffix]
         for path in staged:
             if path.suffix == f".{digest}":
                 path.replace(path.with_suffix(self._suffix))
@@ -60,6 +67,6 @@ class RunStateFolder:
     def keep_only(self, run: str) -> None:
         """Delete the files of all other runs."""
         own = self.paths(run).file
-        for path in self._folder.iterdir():
+        for path in self._files():
             if path != own:
                 path.unlink()

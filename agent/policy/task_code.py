@@ -7,11 +7,14 @@ packages, or modules that are found only while the code runs.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+#: Files whose imports are remembered by their text.
+MAX_KEPT_FILES = 64
 #: CPython 3.11 counts the depth of a syntax tree for all threads together: if two parse at the same
 #: time, `ast.parse` may raise SystemError for correct text.
 _parsing = threading.Lock()
@@ -59,7 +62,10 @@ def files(path: Path) -> list[Path]:
 def parse(file: Path) -> ast.Module:
     """The syntax tree of a Python file, also if other threads parse. Raises OSError, and what
     `ast.parse` does."""
-    text = file.read_bytes()
+    return _parse(file.read_bytes())
+
+
+def _parse(text: bytes) -> ast.Module:
     with _parsing:
         return ast.parse(text)
 
@@ -71,18 +77,20 @@ def _beside(folder: Path, name: str) -> Iterator[Path]:
         yield from (file for file in (folder / name).rglob("*") if file.suffix in (".py", ".so"))
 
 
-def _imported(file: Path) -> set[str]:
+def _imported(file: Path) -> frozenset[str]:
     """The first parts of the names of all modules that a Python file imports."""
-    if file.suffix != ".py":
-        return set()
     try:
-        tree = parse(file)
+        return _imports(file.read_bytes()) if file.suffix == ".py" else frozenset()
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return set()  # it cannot be run either
+        return frozenset()  # it cannot be run either
+
+
+@functools.lru_cache(MAX_KEPT_FILES)
+def _imports(text: bytes) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(_parse(text)):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.partition(".")[0])
-    return names
+    return frozenset(names)

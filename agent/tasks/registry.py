@@ -199,9 +199,11 @@ def _no_class(path: Path, attribute: str, names: Iterable[str]) -> tuple[str, st
 
 def _forget_modules(path: Path) -> None:
     """Drop the modules beside a task file, so that changed ones are read again."""
-    own = {str(file) for file in task_code.files(path)}
-    for name, module in list(sys.modules.items()):
-        if name != "__main__" and getattr(module, "__file__", None) in own:
+    for file in task_code.files(path):
+        *packages, last = file.relative_to(path.parent).parts
+        stem = last.partition(".")[0]
+        name = ".".join(packages if stem == "__init__" else [*packages, stem])
+        if getattr(sys.modules.get(name), "__file__", None) == str(file):
             sys.modules.pop(name, None)  # peers in threads share them
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flwr.app import Error, Message
 
+from agent.clientapp.outbox import UPDATE
 from agent.transport.coordinator_client import pack_message, unpack_message
 from commonweight.simulation.peer import Answer, Job
 from commonweight.simulation.plan import Plan
@@ -51,6 +52,8 @@ HEARTBEAT_S = 5.0
 _AWAY_S = 0.2
 #: A run looks at replies so often while others are on their way; and more for each peer.
 _WAKE_S, _WAKE_S_PER_PEER = 0.05, 2e-5
+#: A worker gets as many messages at a time as take about so long.
+_BATCH_S = 0.1
 #: Flower's nodes stay online for so long (s).
 _FOREVER_S = 1e9
 
@@ -199,14 +202,17 @@ class SimulatedFleet:
             self._rung[self._index_of[peer] % len(self._rung)].append(peer)
         self._has_rung.set()
 
-    async def _next(self, place: int) -> str:
-        """The next peer of the worker at this place: one whose data it may have, if there is one.
-        Else the last one of the longest queue."""
+    async def _next(self, place: int, count: int) -> list[str]:
+        """The next peers of the worker at this place, `count` or fewer: those whose data it may
+        have, if there are any. Else the last one of the longest queue."""
         while not any(self._rung):
             self._has_rung.clear()
             await self._has_rung.wait()
-        own = self._rung[place]
-        return own.popleft() if own else max(self._rung, key=len).pop()
+        if not (own := self._rung[place]):
+            return [max(self._rung, key=len).pop()]
+        # Not too many, so that all workers end at about the same time.
+        count = max(1, min(count, len(own) // 2))
+        return [own.popleft() for _ in range(count)]
 
     def _publish(self, body: CoordinatorBody) -> None:
         envelope = self._sequencer.next_envelope(body)
@@ -223,29 +229,39 @@ class SimulatedFleet:
 
     def _delete_update(self, peer: str) -> None:
         """Its version is on disk, so nobody asks the peer for its update again."""
-        unlink(self._plan.peer_folder(self._index_of[peer]) / "outbox" / "update.safetensors")
+        unlink(self._plan.peer_folder(self._index_of[peer]) / UPDATE)
 
     # --- the peers ---
 
     async def _work(self, place: int, worker: Worker) -> None:
-        """Give this worker one message after the other, of any peer."""
+        """Give this worker messages of any peers, as many at a time as take about `_BATCH_S`."""
+        job_s = _BATCH_S
         while True:
-            peer = await self._next(place)
-            node = self._node_of[peer]
-            given = self._superlink.poll(node, PollRequest(wants_work=True)).work
-            if given is None:  # the message was canceled
+            rung = await self._next(place, int(_BATCH_S / job_s))
+            given = [(peer, job) for peer in rung if (job := self._job_of(peer)) is not None]
+            if not given:
                 continue
-            if self._drops_out(peer):
-                self._leave(peer)
-                continue
-            self._working += 1
+            peers, jobs = zip(*given, strict=True)
+            begun = time.monotonic()
+            self._working += len(jobs)
             try:
-                job = Job(index=self._index_of[peer], number=self._numbers[peer], message=given)
-                self._numbers[peer] += 1
-                self._take(peer, await self._answer(worker, job))
+                for peer, answer in zip(peers, await self._answer(worker, jobs), strict=True):
+                    self._take(peer, answer)
             finally:
-                self._working -= 1
+                self._working -= len(jobs)
+            job_s = (time.monotonic() - begun) / len(jobs)
             self._wake_soon()
+
+    def _job_of(self, peer: str) -> Job | None:
+        """The message of a peer; None if it was canceled, or if the peer drops out."""
+        given = self._superlink.poll(self._node_of[peer], PollRequest(wants_work=True)).work
+        if given is None:
+            return None
+        if self._drops_out(peer):
+            self._leave(peer)
+            return None
+        self._numbers[peer] += 1
+        return Job(index=self._index_of[peer], number=self._numbers[peer], message=given)
 
     def _wake_soon(self) -> None:
         """Let the run look at replies: now if no other will come, else at some of them together.
@@ -261,11 +277,13 @@ class SimulatedFleet:
         self._wakes = False
         self.runs.wake()
 
-    async def _answer(self, worker: Worker, job: Job) -> Answer:
+    async def _answer(self, worker: Worker, jobs: Sequence[Job]) -> list[Answer]:
         try:
-            return await worker.answer(job)
+            return await worker.answer(jobs)
         except CommonweightError as err:
-            return Answer(reply=_failure(job.message, err))
+            if len(jobs) > 1:  # one of them may be the cause
+                return [one for job in jobs for one in await self._answer(worker, [job])]
+            return [Answer(reply=_failure(jobs[0].message, err))]
 
     def _take(self, peer: str, answer: Answer) -> None:
         """Store an update as the coordinator does, then the reply that names it."""

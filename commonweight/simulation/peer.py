@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import msgspec
@@ -19,9 +20,12 @@ from agent.clientapp.app import Client
 from agent.clientapp.interfaces import PeerIdentity
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
+from agent.data.settings import DataSettings
 from agent.home import privacy_ledger, settings
 from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
+from agent.tasks.work import Describe, Done
+from agent.tasks.work import Work as TrainerWork
 from agent.trainer.in_process import InProcessTrainer
 from agent.transport.coordinator_client import pack_message, unpack_message
 from commonweight.simulation.plan import Plan
@@ -41,7 +45,7 @@ MAX_KEPT_PEERS = 32
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """A message to a peer. `number`: how many it got before."""
+    """A message to a peer. `number`: how many it has got, this one included."""
 
     index: int
     number: int
@@ -57,36 +61,96 @@ class Answer(Struct, frozen=True, kw_only=True):
     upload: str = ""
 
 
+class Descriptions:
+    """What peers told of their data and model; a peer tells the same whenever it is asked again.
+
+    Their data do not change during a simulation, so a peer need not load them to compare its
+    schema card with that of a run.
+    """
+
+    def __init__(self) -> None:
+        self._by_peer: dict[int, tuple[bytes, Done]] = {}
+        #: Most peers tell the same, which is kept once.
+        self._alike: dict[bytes, Done] = {}
+
+    def find(self, index: int, work: Describe) -> Done | None:
+        asked, told = self._by_peer.get(index, (b"", None))
+        return told if asked == _asked(work) else None
+
+    def keep(self, index: int, work: Describe, told: Done) -> None:
+        self._by_peer[index] = _asked(work), self._alike.setdefault(encode(told), told)
+
+
+def _asked(work: Describe) -> bytes:
+    """The digest of what a description depends on."""
+    settings = {name: one for name, one in work.settings.items() if name not in ("round", "seed")}
+    return hashlib.sha256(msgspec.json.encode([work.task, settings], order="sorted")).digest()
+
+
+class PeerTrainer(InProcessTrainer):
+    """The trainer of one peer."""
+
+    def __init__(
+        self, data: DataSettings, source: str, index: int, descriptions: Descriptions
+    ) -> None:
+        super().__init__(data, source=source)
+        self._index, self._descriptions = index, descriptions
+
+    def run(self, work: TrainerWork) -> Done:
+        if not isinstance(work, Describe):
+            return super().run(work)
+        told = self._descriptions.find(self._index, work)
+        if told is None:
+            told = super().run(work)
+            self._descriptions.keep(self._index, work, told)
+        return told
+
+
+#: The same message goes to many peers.
+_verify = lru_cache(4)(identity.verify)
+
+
+class Identity(PeerIdentity):
+    """The identity of one peer."""
+
+    def is_coordinators(self, signature: bytes, signed: bytes) -> bool:
+        return _verify(self.coordinator_public, signature, signed)
+
+
 class SimulatedPeer:
     """A peer as after a restart of its agent: what it knows of earlier rounds is in its folder."""
 
-    def __init__(self, plan: Plan, index: int, peers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        owner: AgentSettings,
+        peers: Mapping[str, str],
+        descriptions: Descriptions,
+    ) -> None:
         key = plan.key(index)
         public = identity.public_bytes(key)
         self.peer, self._plan = identity.peer_id(public), plan
         self._base = self._upload = ""
         home = plan.peer_folder(index)
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        owner = plan.owner_of(index)
+        if plan.trusts or owner.privacy_max_epsilon:  # for their databases
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if plan.trusts:
             owner = replace(owner, trust={**peers, **owner.trust})
             owner.trust.pop(self.peer, None)
-        cache = plan.folder / "cache"
-        cache.mkdir(exist_ok=True)
+        data = replace(settings.data_settings(owner, plan.cache), is_shared=plan.is_shared)
         self.client = Client(
-            PeerIdentity(self.peer, key.sign, plan.coordinator_public, plan.fleet),
-            InProcessTrainer(
-                replace(settings.data_settings(owner, cache), is_shared=plan.is_shared),
-                source=plan.source,
-            ),
+            Identity(self.peer, key.sign, plan.coordinator_public, plan.fleet),
+            PeerTrainer(data, plan.source, index, descriptions),
             self,
-            home / "outbox",
+            home,
             settings=lambda: owner,
             floors=settings.floors(owner),
             budget=_budget(owner, home, plan.fleet),
             secure_turns=lambda: SecureTurns(
                 Me(self.peer, public, key.sign), TurnStore(home), lambda: secure_rules.pins(owner)
             ),
+            is_durable=False,
         )
 
     def answer(self, given: FlowerMessage) -> Answer:
@@ -97,7 +161,6 @@ class SimulatedPeer:
         except CommonweightError as err:
             refusal = _refusal_of(err).encode()
             reply, self._upload = Message(Error(_CLIENT_APP_ERROR, refusal), reply_to=message), ""
-        self.client.wait_for_sync()
         return Answer(reply=pack_message(reply), base=self._base, upload=self._upload)
 
     # --- the client's transport ---
@@ -134,6 +197,8 @@ class Worker:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        plan.cache.mkdir(parents=True, exist_ok=True)
+        self._descriptions = Descriptions()
         self._kept: OrderedDict[int, tuple[int, SimulatedPeer]] = OrderedDict()
 
     @cached_property
@@ -142,6 +207,14 @@ class Worker:
         count = len(self._plan.keys) if self._plan.trusts else 0
         return {identity.peer_id(self._plan.public(index)): "" for index in range(count)}
 
+    @cached_property
+    def _owner_of(self) -> Callable[[int], AgentSettings]:
+        return self._plan.owners()
+
+    def _make(self, index: int) -> SimulatedPeer:
+        owner = self._owner_of(index)
+        return SimulatedPeer(self._plan, index, owner, self._peers, self._descriptions)
+
     def keeps(self, job: Job) -> bool:
         """True if no other worker has answered for this peer since it did here."""
         return job.index in self._kept and self._kept[job.index][0] == job.number
@@ -149,7 +222,7 @@ class Worker:
     def work(self, job: Job) -> Answer:
         is_kept, (_, peer) = self.keeps(job), self._kept.pop(job.index, (0, None))
         if peer is None or not is_kept:
-            peer = SimulatedPeer(self._plan, job.index, self._peers)
+            peer = self._make(job.index)
         answer = peer.answer(job.message)
         self._kept[job.index] = job.number + 1, peer
         if len(self._kept) > MAX_KEPT_PEERS:
@@ -158,6 +231,6 @@ class Worker:
 
 
 encode = msgspec.msgpack.encode
-decode_job = msgspec.msgpack.Decoder(Job).decode
-decode_answer = msgspec.msgpack.Decoder(Answer).decode
+decode_jobs = msgspec.msgpack.Decoder(list[Job]).decode
+decode_answers = msgspec.msgpack.Decoder(list[Answer]).decode
 decode_plan = msgspec.msgpack.Decoder(Plan).decode

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Struct
+from msgspec.structs import replace
 
 from agent.home import settings
 from agent.home.settings_schema import AgentSettings
@@ -60,8 +62,13 @@ class Plan(Struct, frozen=True, kw_only=True):
         """Updates on their way from the workers to the spool."""
         return self.folder / "uploads"
 
+    @property
+    def cache(self) -> Path:
+        """What tasks make from shared data."""
+        return self.folder / "cache"
+
     def peer_folder(self, index: int) -> Path:
-        """The files of a peer: its outbox, and what it keeps between rounds."""
+        """The outbox of a peer, with what it keeps between rounds. Made with its first update."""
         return self.folder / "peers" / f"{index:05}"
 
     def upload_path(self, peer: str, digest: str) -> Path:
@@ -76,10 +83,14 @@ class Plan(Struct, frozen=True, kw_only=True):
     def public(self, index: int) -> bytes:
         return identity.public_bytes(self.key(index))
 
-    def owner_of(self, index: int) -> AgentSettings:
-        """The settings of the owner of this peer. Raises UsageError."""
+    def owners(self) -> Callable[[int], AgentSettings]:
+        """The settings of the owner of each peer, by index. Both raise UsageError."""
         files = {"task_files": {self.task: self.source}} if self.source else {}
-        return _read_owner({**files, **self.owner}, index, len(self.keys))
+        read = partial(_read_owner, {**files, **self.owner}, peers=len(self.keys))
+        if any("{part}" in str(value) for value in self.owner.values()):
+            return read
+        first = read(0)
+        return lambda index: replace(first, part=index)
 
 
 def read_owner(owner: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,10 +105,10 @@ def read_owner(owner: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_owner(owner: Mapping[str, Any], peers: int) -> None:
     """Raise UsageError unless these are settings of an owner."""
-    _read_owner(owner, 0, peers)
+    _read_owner(owner, 0, peers=peers)
 
 
-def _read_owner(owner: Mapping[str, Any], index: int, peers: int) -> AgentSettings:
+def _read_owner(owner: Mapping[str, Any], index: int, *, peers: int) -> AgentSettings:
     values = {**OPEN_OWNER, **owner, "parts": peers, "part": index}
     for name, value in values.items():
         if isinstance(value, str):

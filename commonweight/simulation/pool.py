@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
 from typing import Protocol
 
-from commonweight.simulation.peer import Answer, Job, decode_answer, encode
+from commonweight.simulation.peer import Answer, Job, decode_answers, encode
 from commonweight.simulation.plan import Plan
 from commonweight.simulation.worker import HEADER
 from protocols.errors import CommonweightError
@@ -25,10 +26,10 @@ class WorkerKilled(CommonweightError, code="killed"):
 
 
 class Worker(Protocol):
-    """Answers one job at a time."""
+    """Answers some jobs at a time."""
 
-    async def answer(self, job: Job) -> Answer:
-        """The peer's reply. Raises WorkerKilled."""
+    async def answer(self, jobs: Sequence[Job]) -> list[Answer]:
+        """The peers' replies, in the same order. Raises WorkerKilled."""
         ...
 
     async def close(self) -> None: ...
@@ -46,12 +47,13 @@ class ProcessWorker:
         """The process id; 0 if none runs."""
         return self._process.pid if self._process else 0
 
-    async def answer(self, job: Job) -> Answer:
+    async def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         for _ in range(MAX_TRIES):
             try:
-                return decode_answer(await self._exchange(encode(job)))
+                return decode_answers(await self._exchange(encode(jobs)))
             except (OSError, asyncio.IncompleteReadError):
-                log.warning("a worker was killed in the work of peer %d", job.index)
+                indices = ", ".join(str(job.index) for job in jobs)
+                log.warning("a worker was killed in the work of peer %s", indices)
                 await self.close()
         raise WorkerKilled(
             f"its worker was killed {MAX_TRIES} times", "fewer --workers need less memory"

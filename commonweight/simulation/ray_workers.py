@@ -7,26 +7,25 @@ actor on another node does the work again.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import shutil
-import tarfile
 import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from agent.clientapp.interfaces import signed_payload
+from agent.clientapp.outbox import UPDATE
 from agent.transport.coordinator_client import unpack_message
 from commonweight.simulation.peer import (
     Answer,
     Job,
     Worker,
-    decode_answer,
-    decode_job,
+    decode_answers,
+    decode_jobs,
     decode_plan,
     encode,
 )
@@ -43,8 +42,7 @@ log = logging.getLogger("commonweight")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 #: Versions that stay in Ray's object store, and in the folder of an actor.
 MAX_VERSIONS = 2
-#: A peer's update is no state: its upload has it.
-_LEFT_OUT = "outbox/update.safetensors"
+Files = dict[str, bytes]
 
 
 class Actor:
@@ -58,26 +56,37 @@ class Actor:
             folder.mkdir(parents=True)
         self._worker = Worker(self._plan)
 
-    def work(self, job: bytes, base: str, version: bytes, state: bytes) -> tuple[bytes, ...]:
-        """The encoded answer, the update, and what the peer keeps.
+    def work(
+        self, jobs: bytes, bases: list[str], versions: dict[str, Any], states: list[Files]
+    ) -> tuple[bytes, list[bytes], list[Files]]:
+        """The encoded answers, the updates, and what the peers keep; each in the order of the jobs.
 
-        `version`: the bytes of `base`.
+        `bases`: the version that each job is about. `versions`: references of their bytes.
+        `states`: what the peers kept before.
         """
-        given = decode_job(job)
-        if base and not self._plan.version_path(base).exists():
-            kept = sorted(self._versions.iterdir(), key=lambda file: file.stat().st_mtime)
-            for old in kept[: 1 - MAX_VERSIONS]:
-                old.unlink()
-            self._plan.version_path(base).write_bytes(version)
-        folder = self._plan.peer_folder(given.index)
-        if not self._worker.keeps(given):
-            _unpack(state, folder)
-        answer = self._worker.work(given)
-        uploads = list(self._plan.uploads.iterdir())
-        update = uploads[0].read_bytes() if uploads else b""
-        for path in uploads:
-            path.unlink()
-        return encode(answer), update, _pack(folder)
+        answers, updates, kept_files = list[Answer](), list[bytes](), list[Files]()
+        for job, base, state in zip(decode_jobs(jobs), bases, states, strict=True):
+            if base in versions:
+                self._fetch(base, versions[base])
+            folder = self._plan.peer_folder(job.index)
+            if not self._worker.keeps(job):
+                write_files(state, folder)
+            answers.append(self._worker.work(job))
+            updates.append(b"".join(map(_take_file, self._plan.uploads.iterdir())))
+            kept_files.append(read_files(folder))
+        return encode(answers), updates, kept_files
+
+    def _fetch(self, base: str, version: Any) -> None:
+        """Write the version to the folder, unless it is there."""
+        import ray
+
+        path = self._plan.version_path(base)
+        if path.exists():
+            return
+        kept = sorted(self._versions.iterdir(), key=lambda file: file.stat().st_mtime)
+        for old in kept[: 1 - MAX_VERSIONS]:
+            old.unlink()
+        path.write_bytes(ray.get(version))
 
 
 class Cluster:
@@ -133,22 +142,27 @@ class RayWorker:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster, self._actor = cluster, cluster.new_actor()
 
-    async def answer(self, job: Job) -> Answer:
-        plan, base = self._cluster.plan, _base_of(job)
-        folder, version = plan.peer_folder(job.index), self._cluster.version(base)
-        given = (base, version) if version is not None else ("", b"")
-        told, update, state = await self._exchange(encode(job), *given, _pack(folder))
-        answer = decode_answer(told)
-        if answer.upload:
-            peer = identity.peer_id(plan.public(job.index))
-            plan.upload_path(peer, answer.upload).write_bytes(update)
-        _unpack(state, folder)
-        return answer
+    async def answer(self, jobs: Sequence[Job]) -> list[Answer]:
+        plan, bases = self._cluster.plan, list(map(_base_of, jobs))
+        folders = [plan.peer_folder(job.index) for job in jobs]
+        versions = {base: self._cluster.version(base) for base in set(bases)}
+        here = {base: version for base, version in versions.items() if version is not None}
+        told, updates, states = await self._exchange(
+            encode(jobs), bases, here, list(map(read_files, folders))
+        )
+        answers = decode_answers(told)
+        for job, answer, update in zip(jobs, answers, updates, strict=True):
+            if answer.upload:
+                peer = identity.peer_id(plan.public(job.index))
+                plan.upload_path(peer, answer.upload).write_bytes(update)
+        for state, folder in zip(states, folders, strict=True):
+            write_files(state, folder)
+        return answers
 
-    async def _exchange(self, *given: Any) -> tuple[bytes, bytes, bytes]:
+    async def _exchange(self, *given: Any) -> tuple[bytes, list[bytes], list[Files]]:
         for _ in range(MAX_TRIES):
             try:
-                done: tuple[bytes, bytes, bytes] = await self._actor.work.remote(*given)
+                done: tuple[bytes, list[bytes], list[Files]] = await self._actor.work.remote(*given)
                 return done
             except self._cluster.ray.exceptions.RayError as err:
                 log.warning("a worker on Ray was lost: %s", err)
@@ -166,22 +180,30 @@ def _base_of(job: Job) -> str:
     return SIGNED_WORK.decode(payload).base
 
 
-def _pack(folder: Path) -> bytes:
-    """The files of a peer as a tar archive."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.relative_to(folder).as_posix() != _LEFT_OUT:
-                archive.add(path, path.relative_to(folder).as_posix())
-    return packed.getvalue()
+def read_files(folder: Path) -> Files:
+    """The files of a peer, by their paths in its folder."""
+    found, prefix = Files(), len(str(folder)) + 1
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = f"{parent}/{name}"
+            if path[prefix:] != UPDATE:  # no state: its upload has it
+                found[path[prefix:]] = Path(path).read_bytes()
+    return found
 
 
-def _unpack(packed: bytes, folder: Path) -> None:
-    """Replace the files of a peer by those of an archive that this program has made."""
-    fresh = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True, mode=0o700)
-    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        archive.extractall(fresh, filter="data")
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+def write_files(files: Files, folder: Path) -> None:
+    """Make these the files of a peer."""
+    old = read_files(folder)
+    for name in old.keys() - files.keys():
+        (folder / name).unlink()
+    for name, data in files.items():
+        if old.get(name) != data:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.write_bytes(data)
+
+
+def _take_file(path: Path) -> bytes:
+    data = path.read_bytes()
+    path.unlink()
+    return data

@@ -39,7 +39,7 @@ from protocols.errors import BadWeights, CommonweightError, HomeError, TaskUnusa
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.messages.states import RunState
-from protocols.model import weights
+from protocols.model import foreign_weights
 
 OnRound = Callable[[RunRecord], None]
 
@@ -311,7 +311,7 @@ def _new_home() -> Path:
 def _save_first(home: Path, path: Path) -> str:
     """Save a safetensors file as a version of the home; its digest. Raises UsageError."""
     try:
-        return WeightStore(home).save(weights.load_any(path))
+        return WeightStore(home).save(foreign_weights.load(path))
     except (OSError, BadWeights) as err:
         raise UsageError(f"cannot use {path} as first weights: {err}") from err
 

@@ -6,6 +6,7 @@ Each frame is its length in 4 bytes, most significant first, and msgpack.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -31,18 +32,23 @@ def prepare() -> None:
 def main() -> None:
     """Answer jobs until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent closes stdin
-    jobs, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    jobs, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task prints
     prepare()
 
-    from commonweight.simulation.peer import Worker, decode_job, decode_plan, encode
+    from commonweight.simulation.peer import Answer, Worker, decode_jobs, decode_plan, encode
 
     worker, said = Worker(decode_plan(_read(jobs))), set[str]()
     while frame := _read(jobs):
-        with _saying_once(said):
-            answer = encode(worker.work(decode_job(frame)))
-        answers.write(HEADER.pack(len(answer)) + answer)
-        answers.flush()
+        answers = list[Answer]()
+        for job in decode_jobs(frame):
+            with _saying_once(said):
+                answers.append(worker.work(job))
+        told = encode(answers)
+        if not gc.get_freeze_count():  # modules stay, so that no collection looks at them again
+            gc.freeze()
+        out.write(HEADER.pack(len(told)) + told)
+        out.flush()
 
 
 @contextlib.contextmanager

@@ -291,10 +291,10 @@ def _import_weights(path: Path) -> str:
     from coordinator.remote import access
     from coordinator.storage.weight_store import WeightStore
     from protocols.errors import BadWeights
-    from protocols.model import weights
+    from protocols.model import foreign_weights
 
     try:
-        model = weights.load_any(path)
+        model = foreign_weights.load(path)
     except (OSError, BadWeights) as err:
         raise UsageError(f"cannot use {path} as first weights: {err}") from err
     home = homes.open_home("coordinator")

@@ -7,6 +7,7 @@ compares it with its own, so both sides check, also when a peer joins later.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -97,11 +98,13 @@ _decoder: msgspec.json.Decoder[Description] = msgspec.json.Decoder(
 _card_decoder = msgspec.json.Decoder(SchemaCard)
 
 
+@functools.lru_cache(4)  # most peers tell the same
 def decode(data: bytes) -> Description:
     """The description in `data`. Raises BadMessage."""
     return _decoded(data, _decoder)
 
 
+@functools.lru_cache(4)
 def decode_card(data: str) -> SchemaCard:
     """The card in `data`. Raises BadMessage."""
     return _decoded(data.encode(), _card_decoder)

@@ -10,6 +10,7 @@ numpy has no bf16 type: such tensors are `uint16` arrays here, and the schema ha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -30,6 +31,8 @@ Array = npt.NDArray[np.generic]
 Buffer = bytes | memoryview | mmap.mmap
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
+#: Headers that are not read again for the next file of the same model.
+MAX_KEPT_HEADER_BYTES = 64 * 1024
 PIECE_BYTES = 4 * 1024 * 1024
 #: Limits of numpy in every version that we support.
 MAX_DIMENSIONS = 32
@@ -199,24 +202,32 @@ def check_header(head: bytes, size: int) -> tuple[Schema, int]:
     length = int.from_bytes(head[:8], "little")
     if len(head) != 8 + length:
         raise BadWeights(f"a header of {length} bytes in a file of {size} bytes")
+    read = _read_header if len(head) <= MAX_KEPT_HEADER_BYTES else _read_header.__wrapped__
+    schema, expected = read(head)
+    if size != expected:
+        raise BadWeights(f"the file has {size} bytes, but its header says {expected}")
+    return dict(schema), len(head)
+
+
+@functools.lru_cache(4)
+def _read_header(head: bytes) -> tuple[Schema, int]:
+    """The schema and the size of the file. Raises BadWeights."""
     try:
         table = json.loads(head[8:])
     except (ValueError, RecursionError) as err:
         raise BadWeights(f"the header is not JSON: {err}") from err
-    schema = _parse_header(table)
+    schema = parse_header(table)
     try:
         canonical = header_bytes(schema)
     except UnicodeEncodeError as err:  # a lone surrogate, which JSON can spell
         raise BadWeights("a tensor's name is not valid text") from err
     if canonical != head:
         raise BadWeights("the header is not in canonical form")
-    expected = len(head) + sum(spec.nbytes for spec in schema.values())
-    if size != expected:
-        raise BadWeights(f"the file has {size} bytes, but its header says {expected}")
-    return schema, len(head)
+    return schema, len(head) + sum(spec.nbytes for spec in schema.values())
 
 
-def _parse_header(table: object) -> Schema:
+def parse_header(table: object) -> Schema:
+    """The schema in the JSON of a header. Raises BadWeights."""
     if not isinstance(table, dict):
         raise BadWeights("the header is not a table of tensors")
     schema: Schema = {}
@@ -250,37 +261,16 @@ def from_bytes(data: Buffer) -> Weights:
     for name, spec in schema.items():
         offsets[name] = offset
         offset += spec.nbytes
-    return _view(data, schema, offsets)
+    return view(data, schema, offsets)
 
 
-def _view(data: Buffer, schema: Schema, offsets: Mapping[str, int]) -> Weights:
+def view(data: Buffer, schema: Schema, offsets: Mapping[str, int]) -> Weights:
+    """Weights that are views of `data`, each at its offset."""
     tensors: dict[str, Array] = {}
     for name, (dtype, shape) in schema.items():
         array = np.frombuffer(data, DTYPES[dtype], math.prod(shape), offsets[name])
         tensors[name] = array.reshape(shape)
     return Weights(tensors, bf16_names(schema))
-
-
-def load_any(path: Path) -> Weights:
-    """Weights in any safetensors file, canonical or not, through a read-only memory map.
-
-    Raises BadWeights, also for an unsupported dtype, and OSError.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):  # checks header, offsets and size
-            pass
-    except SafetensorError as err:
-        raise BadWeights(f"not a safetensors file: {err}") from err
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    offset = 8 + int.from_bytes(data[:8], "little")
-    table = json.loads(data[8:offset])
-    table.pop("__metadata__", None)
-    schema = _parse_header(table)
-    offsets = {name: offset + table[name]["data_offsets"][0] for name in schema}
-    return _view(data, schema, offsets)
 
 
 def load(path: Path) -> Weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from commonweight.simulation import peer
 from commonweight.simulation.peer import Answer, Job
@@ -15,8 +16,8 @@ class ThreadWorker:
     def __init__(self, plan: Plan) -> None:
         self._worker = peer.Worker(plan)
 
-    async def answer(self, job: Job) -> Answer:
-        return await asyncio.to_thread(self._worker.work, job)
+    async def answer(self, jobs: Sequence[Job]) -> list[Answer]:
+        return await asyncio.to_thread(lambda: list(map(self._worker.work, jobs)))
 
     async def close(self) -> None:
         """The thread ends with its work."""

@@ -216,7 +216,7 @@ def _digits(cache: str) -> tuple[npt.NDArray[np.uint8], Labels]:
         try:
             stored = load(kept)
             check_schema(stored.schema, _CACHED)
-            return stored["pixels"].astype(np.uint8), stored["labels"].astype(np.uint8)
+            return np.asarray(stored["pixels"], np.uint8), np.asarray(stored["labels"], np.uint8)
         except (OSError, BadWeights):
             pass  # missing or damaged: the package has the original
     with needs_extra("demo", "the task mnist"):

@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_dropped_with_a_word(
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-3])
     else:
-        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "leftovers").mkdir(parents=True)
         bench = Bench(tmp_path / "other", 401)
         path.rename(bench.folder / "leftovers" / path.name)
     with caplog.at_level(logging.WARNING):

@@ -21,7 +21,7 @@ from safetensors.numpy import save as library_save
 
 from protocols.errors import BadWeights
 from protocols.local import atomic_files
-from protocols.model import weights
+from protocols.model import foreign_weights, weights
 from protocols.model.weights import DTYPES, TensorSpec, Weights
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
@@ -330,7 +330,7 @@ def test_any_safetensors_file_can_be_read(tmp_path_factory: Any, model: Weights)
         for name, spec in reversed(model.schema.items())
     }
     path.write_bytes(any_file(tensors))
-    assert weights.digest(weights.load_any(path)) == weights.digest(model)
+    assert weights.digest(foreign_weights.load(path)) == weights.digest(model)
 
 
 @pytest.mark.parametrize(
@@ -347,4 +347,4 @@ def test_a_file_that_holds_no_weights_is_refused_with_the_reason(
     path = tmp_path / "any.safetensors"
     path.write_bytes(content)
     with pytest.raises(BadWeights, match=words):
-        weights.load_any(path)
+        foreign_weights.load(path)
