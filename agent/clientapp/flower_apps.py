@@ -122,7 +122,9 @@ class FlowerApps:
             answer = SIGNED_APP_ANSWER.decode(stored.answer)
             self._on_leaving(work, answer)
             if answer.digest:
-                self._check_plain(work, key)
+                if not self._is_plain(work, key):
+                    text = f"the answer of the app {work.app} is no plain file: it is not sent"
+                    raise TrainerFailed("task", text)
                 self._send(answer.digest, self._arrays(work, key))
         finally:
             self._on_work(None)
@@ -291,7 +293,7 @@ class FlowerApps:
         """False if the file of an answer is missing, or was damaged by a power cut."""
         if digest and key != self._verified:
             try:
-                if file_digest(self._arrays(work, key)) != digest:
+                if not self._is_plain(work, key) or file_digest(self._arrays(work, key)) != digest:
                     return False
             except OSError:
                 return False
@@ -316,16 +318,11 @@ class FlowerApps:
                 with contextlib.suppress(OSError):
                     out.unlink(name)
 
-    def _check_plain(self, work: AppWork, key: str) -> None:
-        """Raise TrainerFailed if the arrays of an answer are another file, by a link of the app."""
-        try:
-            with self._opened_out(work) as out:
-                if out.is_file(key + _ARRAYS):
-                    return
-            text = "it is no plain file"
-        except OSError as err:
-            text = err.strerror or str(err)
-        raise TrainerFailed("task", f"the answer of the app {work.app} is not sent: {text}")
+    def _is_plain(self, work: AppWork, key: str) -> bool:
+        """False if the app has put a link or a pipe in place of the arrays of an answer."""
+        with contextlib.suppress(OSError), self._opened_out(work) as out:
+            return out.is_file(key + _ARRAYS)
+        return False
 
 
 def _shown(work: AppWork) -> Work:

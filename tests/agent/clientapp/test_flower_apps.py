@@ -299,9 +299,13 @@ def test_a_link_in_place_of_an_answer_is_not_sent(machine: Machine, tmp_path: Pa
     file.rename(tmp_path / "private")
     file.symlink_to(tmp_path / "private")
     machine.sent.clear()
-    with pytest.raises(TrainerFailed, match="not sent: it is no plain file"):
+    with pytest.raises(TrainerFailed, match="no plain file: it is not sent"):
         machine.ask(asked)
     assert machine.sent == []
+    file.unlink()
+    os.mkfifo(file)  # which would be read for ever
+    machine.restart()
+    assert machine.ask(asked).digest == answer.digest, "the message is done again"
 
 
 @pytest.mark.long
