@@ -247,7 +247,7 @@ def demo(
         str,
         typer.Option(
             help="mnist: digits; motion: movements of ten people, one a peer; tabular: tables of "
-            "five clinics."
+            "five clinics; text: a small GPT on four owners' text."
         ),
     ] = "mnist",
     agents: Annotated[

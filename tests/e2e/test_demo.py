@@ -85,6 +85,18 @@ def test_two_agents_learn_together(tmp_path: Path) -> None:
     assert at_work_in(tmp_path) == []
 
 
+@pytest.mark.long
+def test_a_model_of_text_writes_after_its_rounds(tmp_path: Path) -> None:
+    words = ["demo", "--task", "text", "--agents", "2", "--rounds", "2", "--json"]
+    done = run_program([COORDINATOR, *words, "--out", str(tmp_path / "m")], environment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    first, second = (closed["loss"] for closed in json.loads(done.stdout)["data"]["rounds"])
+    assert second < first < 3.5, "below the loss of letters that are drawn by their frequency"
+    assert re.search(r"^round 2 writes: The \w", done.stderr, re.MULTILINE), done.stderr
+    assert left_in(tmp_path) == []
+    assert at_work_in(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, name: str, started: Program) -> None:
     family = descendants(started.process.pid)

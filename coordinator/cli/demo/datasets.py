@@ -1,7 +1,12 @@
-"""Tables for `commonweight demo --task tabular`: one real table, split over several clinics.
+"""Data that packages ship, split over the owners of a demo.
+
+Tabular: one real table over several clinics.
 
 569 breast tumors, 30 measures of each (Street, Wolberg and Mangasarian 1993), from scikit-learn.
 The clinics have very different sizes, and each has its own order of columns.
+
+Text: the reference of the Python language, which Python's own `help()` shows, in one line for each
+paragraph. Each owner has some of its chapters.
 """
 
 from __future__ import annotations
@@ -11,6 +16,21 @@ from pathlib import Path
 from random import Random
 
 TARGET = "diagnosis"
+
+
+def write_texts(folder: Path, peers: int) -> list[Path]:
+    """Write `folder`/owner1.txt and so on, one for each peer. Each chapter is in one of them."""
+    from pydoc_data.topics import topics
+
+    chapters = [topics[name] for name in sorted(topics, key=lambda name: len(topics[name]))]
+    paths = []
+    for number in range(peers):
+        path = folder / f"owner{number + 1}.txt"
+        mine = "\n\n".join(chapters[number::peers]).split("\n\n")
+        lines = [" ".join(paragraph.split()) for paragraph in mine]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        paths.append(path)
+    return paths
 
 
 def write(folder: Path, peers: int, seed: int) -> list[Path]:

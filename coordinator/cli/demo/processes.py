@@ -80,6 +80,7 @@ class DemoFleet:
         self._coordinator: subprocess.Popen[bytes] | None = None
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self._joining: dict[str, subprocess.Popen[bytes]] = {}
+        self._others: list[subprocess.Popen[bytes]] = []
         self._settings: dict[str, str] = {}
 
     def start_coordinator(self) -> Remote:
@@ -141,6 +142,17 @@ class DemoFleet:
         words = [sys.executable, "-P", "-m", "coordinator.cli", "monitor"]
         return subprocess.Popen(words, env=environment)
 
+    def predict(self, name: str, words: str, task: str) -> subprocess.Popen[bytes]:
+        """Start a prediction of an agent with its newest version; the answers are its stdout."""
+        process = self._spawn(
+            f"{name}.predict",
+            ["agent.cli", "predict", words, "--run", task, "--which", "latest"],
+            home=name,
+            stdout=subprocess.PIPE,
+        )
+        self._others.append(process)
+        return process
+
     def _await(
         self, condition: Callable[[], bool], otherwise: str, within_s: float = START_TIMEOUT_S
     ) -> None:
@@ -184,7 +196,7 @@ class DemoFleet:
 
     def stop(self) -> None:
         """End every process with its children: first terminate, then kill."""
-        agents = [*self._joining.values(), *self.agents.values()]
+        agents = [*self._others, *self._joining.values(), *self.agents.values()]
         coordinator = [self._coordinator] if self._coordinator else []
         family = [one for process in (*agents, *coordinator) for one in _descendants(process)]
         for group in (agents, coordinator):
@@ -206,16 +218,24 @@ class DemoFleet:
                 process.kill()
                 process.wait()
 
-    def _spawn(self, name: str, words: list[str], said: bytes = b"") -> subprocess.Popen[bytes]:
+    def _spawn(
+        self,
+        name: str,
+        words: list[str],
+        said: bytes = b"",
+        *,
+        home: str = "",
+        stdout: int | None = None,
+    ) -> subprocess.Popen[bytes]:
         environment = child_environment()
         variable = "COMMONWEIGHT_HOME" if name == "coordinator" else "COMMONWEIGHT_AGENT_HOME"
-        environment[variable] = str(self.folder / name)
+        environment[variable] = str(self.folder / (home or name))
         environment |= {f"COMMONWEIGHT_AGENT_{k}": v for k, v in self._settings.items()}
         with self._log(name).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", *words],
                 stdin=subprocess.PIPE if said else subprocess.DEVNULL,
-                stdout=log,
+                stdout=log if stdout is None else stdout,
                 stderr=log,
                 env=environment,
                 start_new_session=True,

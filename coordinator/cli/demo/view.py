@@ -60,6 +60,10 @@ class DemoView:
         else:
             self._live.update(Spinner("dots", words))
 
+    def sample(self, round_: int, text: str) -> None:
+        """Show what the model wrote after a round."""
+        self._console.print(Text(f"round {round_} writes: {text}"), highlight=False)
+
     def fleet(self, fleet: Fleet) -> None:
         """Show the fleet; called a few times a second."""
         run = current_run(fleet)
