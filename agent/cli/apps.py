@@ -71,7 +71,8 @@ def add(
         f"commonweight run start --flower FOLDER\n"
         "runs of it decide what they send: its code reads the data that you give it, within the "
         "sandbox, and the limits of tasks (min_batch, max_lr, data.columns) do not hold in it\n"
-        f"after a change of its files, install it again: commonweight-agent app add {folder}",
+        "after a change of its files, install it again, with the same options: commonweight-agent "
+        f"app add {folder}",
         json=json,
     )
     if is_running(home):

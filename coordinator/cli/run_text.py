@@ -29,7 +29,8 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
     spec, peers = run.spec, fleet.peers
     yield f"{run.id}: {run.state}, round {run.round}/{spec.rounds}"
     if run.ended:
-        yield f"because {run.ended_briefly}"
+        is_told = run.last_refusal in run.refusal_texts.values()  # below
+        yield f"because {run.ended_briefly if is_told else run.ended_because}"
     elif shown := fleet.runs.get(run.id):
         if shown.changed.memory_bytes:
             nbytes = shown.changed.memory_bytes

@@ -410,6 +410,17 @@ def test_who_follows_a_run_hears_of_the_refusals_of_every_round() -> None:
     assert step().refusals == ("refused B: too large: x",)
 
 
+def test_a_run_that_failed_shows_the_last_refusal_once() -> None:
+    loop = training(quorum=1)
+    loop.refuse("A", "not finite")
+    loop.record(run_events.RunEnded(RunState.FAILED, f"no peer: {loop.run.last_refusal}"))
+    for texts in ({"A": loop.run.last_refusal}, {"C": "another reason"}):
+        run = replace(loop.run, refusal_texts=texts)
+        shown = "\n".join(run_text.describe(run, Fleet(fleet="f")))
+        assert "because no peer" in shown
+        assert shown.count(run.last_refusal) == 1
+
+
 def test_nobody_there_to_evaluate_closes_the_round() -> None:
     loop = training(quorum=1, asked=("A",))
     loop.answer("A")
