@@ -60,7 +60,8 @@ class LocalTrainer:
 
     def said(self) -> list[str]:
         """The first lines that the task wrote to stderr, such as files that cannot be read;
-        without warnings of Python."""
+        without warnings of Python. Ends the trainer, so that its log is complete."""
+        self._trainer.stop()
         log = self.work / "trainer.log"
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         return [line for line in lines if "Warning: " not in line and not line.startswith("  ")][
