@@ -6,6 +6,8 @@ wider away from it: slot = h + h·asinh(a·z) / asinh(a·32), a = 256. A categor
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +21,8 @@ Bins = npt.NDArray[np.uint8]
 _HALF = SLOTS / 2 - 1
 _STEEPNESS, _FARTHEST = 256.0, 32.0
 _SPAN = np.arcsinh(_STEEPNESS * _FARTHEST)
+#: Rows that are counted at once.
+_BLOCK = 1 << 14
 #: The slot of a missing value.
 MISSING = -1
 
@@ -126,10 +130,13 @@ class GrowingRows:
         bins = self._bins if masked else self._joined_bins
         nodes = self._nodes(version, at, bins)
         made = np.zeros(at.sums, np.int64)
-        for place, (output, node) in enumerate(at.asked.tolist()):
-            rows = np.flatnonzero(nodes[output] == 2**at.level - 1 + node)
-            one = Gradients(found.gradient[rows, output], found.hessian[rows, output])
-            made[place] = self._histogram(bins[rows], one, at, numbers, masked)
+        for output in range(at.shape.outputs):
+            own = np.flatnonzero(at.asked[:, 0] == output)
+            one = Gradients(found.gradient[:, output], found.hessian[:, output])
+            made[own] = self._histograms(bins, nodes[output], one, at, own, masked)
+        if not masked:
+            constant = numbers._replace(constant=self._objective.constant)
+            made[..., 1] *= hessian_unit(at, constant)
         return made.reshape(-1).astype(np.int32)
 
     def _slot_counts(self, at: Position, least: int) -> Array:
@@ -139,20 +146,26 @@ class GrowingRows:
             counts[feature] = np.bincount(join_small(found, least), found, SLOTS)
         return counts.reshape(-1)
 
-    def _histogram(
-        self, bins: Bins, of: Gradients, at: Position, numbers: Numbers, masked: bool
+    def _histograms(
+        self, bins: Bins, nodes: Array, of: Gradients, at: Position, asked: Array, masked: bool
     ) -> Array:
-        """int64[F, B, 2] of rows with these bins."""
-        unit = float(1 << at.bits)
-        gradients = np.rint(of.gradient * unit)
-        hessians = np.rint(of.hessian * unit) if masked else None
-        made = np.zeros(at.sums[1:], np.int64)
-        for feature in range(at.shape.features):
-            own = bins[:, feature]
-            made[feature, :, 0] = np.bincount(own, gradients, at.shape.bins)
-            made[feature, :, 1] = np.bincount(own, hessians, at.shape.bins)
-        if hessians is None:
-            made[:, :, 1] *= hessian_unit(at, numbers._replace(constant=self._objective.constant))
+        """int64[m, F, B, 2]: the sums of the `asked` nodes of one output; counts in place of
+        hessians if not masked."""
+        shape, unit = (len(asked), *at.sums[1:3]), float(1 << at.bits)
+        places = np.full(2 ** (at.level + 1), -1)
+        places[2**at.level - 1 + at.asked[asked, 1]] = np.arange(len(asked))
+        made = np.zeros((*shape, 2), np.int64)
+        within = np.arange(shape[1]) * shape[2]
+        rows = np.flatnonzero(places[nodes] >= 0)
+        for start in range(0, len(rows), _BLOCK):
+            some = rows[start : start + _BLOCK]
+            keys = places[nodes[some], None] * (shape[1] * shape[2]) + within + bins[some]
+            for place, values in enumerate((of.gradient, of.hessian if masked else None)):
+                told = None
+                if values is not None:  # sums of whole numbers are exact as float64
+                    told = np.repeat(np.rint(values[some] * unit), shape[1])
+                counts = np.bincount(keys.reshape(-1), told, math.prod(shape))
+                made[..., place] += counts.astype(np.int64).reshape(shape)
         return made
 
     def _follow(self, version: Arrays, at: Position) -> None:
