@@ -20,6 +20,7 @@ from agent.data.arrow_reader import find_files, map_errors
 from agent.data.disclosed_sets import Numbers
 from agent.data.settings import DataSettings
 from agent.data.table_memory import TableMemory
+from agent.data.value_map import with_values
 from agent.home.privacy_ledger import Charge, Limit
 from agent.home.settings import data_settings
 from agent.home.settings_schema import AgentSettings
@@ -37,7 +38,7 @@ _logger = logging.getLogger("commonweight.analysis")
 _RULES = 3
 #: Settings that decide what an answer may tell.
 _LIMITS = (
-    *("data_columns", "data_min_count", "data_extremes", "analyze_operations"),
+    *("data_columns", "data_values", "data_min_count", "data_extremes", "analyze_operations"),
     *("analyze_epsilon", "analyze_epsilon_per_question", "privacy_max_epsilon"),
 )
 
@@ -111,6 +112,7 @@ def _compute_answer(
         differential_privacy.check_budget(question, chosen, log.spent_epsilon)
     reader = open_table(data_settings(chosen, cache))
     reader, numbers = memory.admit(reader, chosen.data_min_count)
+    reader = with_values(reader, chosen.data_values)
     table = read_table(question, reader, chosen.data_columns, chosen.data_min_count)
     _move_old_sets(log, memory, numbers)
     min_rows, used_cuts = chosen.data_min_count, dict[str, CutPoints]()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli.common import Json, print_data
+from agent.cli.common import Json, parse_pair, print_data, print_line
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
@@ -45,9 +45,35 @@ def check(
     own_data.check_path(chosen)
     data_checks.check("tabular", known)
     from agent.data import table_report
+    from agent.data.value_map import with_values
 
-    found = table_report.report(open_table(known), known, target)
+    found = table_report.report(with_values(open_table(known), known.values), known, target)
     print_data(found, _lines(chosen.data, found), json=json)
+
+
+@data.command("map")
+def map_values(
+    column: Annotated[str, typer.Argument(help="A column of the agent's data.")],
+    pairs: Annotated[
+        list[str] | None, typer.Argument(help="OLD=NEW: read OLD as NEW; may be repeated.")
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Read all its values as they are.")
+    ] = False,
+) -> None:
+    """Read values of a column as other peers write them. The table itself is not changed."""
+    home = homes.open_home("agent")
+    new = dict(parse_pair(pair, "YES=yes") for pair in pairs or [])
+    with settings.locked(home):
+        own = settings.read_own(home).data_values
+        before = {} if clear else own.get(column, {})
+        values = own | {column: {**before, **new}}
+        if clear or new:
+            settings.change(home, data_values={name: v for name, v in values.items() if v})
+    for old, used in values[column].items():
+        print_line(f"{column}: {old!r} is read as {used!r}")
+    if not values[column]:
+        print_line(f"{column}: all values are read as they are")
 
 
 def _lines(path: str, found: TableReport) -> list[str]:

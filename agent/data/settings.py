@@ -11,6 +11,10 @@ from agent.data import sources
 Framework = Literal["auto", "torch", "keras"]
 #: How a shared data set is divided.
 SPLIT = r"^(iid|shards|dirichlet:[0-9]{1,4}([.][0-9]{1,4})?)\Z"
+#: By column, then by the value as it is in the table: the value that is used.
+MappedValues = Annotated[
+    dict[str, Annotated[dict[str, str], Meta(max_length=1000)]], Meta(max_length=1000)
+]
 
 
 def uses_network(path: str, reader: str) -> bool:
@@ -50,6 +54,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     `reader`: what reads tables (see `agent.data`). Only `columns` (patterns) are used, and no table
     with fewer than `min_rows` rows. Values of fewer than `min_count` rows never leave the machine,
     and minimum and maximum of a column only with `extremes`.
+    `values`: by column, the values that are read as others (`value_map`).
     `memory`: the owner's file that remembers which rows answers told about (`table_memory`); empty:
     none is kept. Rows come and go in groups of at least `min_count`.
     `cache`: a folder for files that a task makes from the data; empty: none.
@@ -68,6 +73,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     path: str = ""
     reader: str = "arrow"
     columns: tuple[str, ...] = ("*",)
+    values: MappedValues = {}
     min_rows: int = 0
     min_count: int = 5
     extremes: bool = False

@@ -127,7 +127,7 @@ def _spellings(values: Iterable[str]) -> list[list[str]]:
     """Values that differ in case and spaces alone."""
     alike: dict[str, list[str]] = {}
     for value in sorted(values):
-        alike.setdefault(re.sub(r"[\s_-]+", "", value).casefold(), []).append(value)
+        alike.setdefault(statistics.spelling_key(value), []).append(value)
     return [found for found in alike.values() if len(found) > 1]
 
 

@@ -120,6 +120,7 @@ def data_settings(chosen: AgentSettings, cache: Path, memory: Path | None = None
         path=chosen.data,
         reader=chosen.data_reader,
         columns=chosen.data_columns,
+        values=chosen.data_values,
         min_rows=chosen.data_min_rows,
         min_count=chosen.data_min_count,
         extremes=chosen.data_extremes,
@@ -203,6 +204,10 @@ def parse_value(name: str, text: str) -> Any:
     """Parse a value from the command line or the environment."""
     if name in ("data", "models", "told_folder"):
         return data_path(text)
+    if name == "data_values":
+        raise UsageError(
+            "values are mapped one column at a time", "commonweight-agent data map COLUMN OLD=NEW"
+        )
     if name == "consents":
         raise UsageError(
             "consents are given to one task at a time", "commonweight-agent task allow"

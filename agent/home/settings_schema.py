@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from agent.data.settings import SPLIT
+from agent.data.settings import SPLIT, MappedValues
 from agent.policy import consent, task_code
 from agent.policy.consent import Consent, Standing
 from agent.policy.rules import PolicySettings
@@ -25,10 +25,10 @@ MIN_SECURE_PEERS = 3
 #: take effect at once.
 RESTART_KEYS = frozenset(
     {
-        *("part", "parts", "split", "data_seed", "data", "task_files", "models"),
+        *("part", "parts", "split", "data_seed", "data", "data_values", "models"),
         *("threads", "device", "framework", "compile", "sandbox", "sandbox_read"),
         *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
-        *("share", "share_port", "share_mbit_s", "apps"),
+        *("share", "share_port", "share_mbit_s", "apps", "task_files"),
         *("min_batch", "min_examples", "min_cohort", "max_lr", "told_folder"),
     }
 )
@@ -62,6 +62,9 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     data_columns: Annotated[
         tuple[str, ...], Meta(description="columns that runs may use; * matches any text")
     ] = ("*",)
+    data_values: Annotated[
+        MappedValues, Meta(description="values read as others, by column; see: data map")
+    ] = msgspec.field(default_factory=dict)
     data_min_rows: Annotated[int, Meta(ge=0, description="minimum rows or pictures in a run")] = 20
     data_min_count: Annotated[
         int,

@@ -27,6 +27,7 @@ from agent.data.disclosed_sets import Numbers, Use
 from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.data.table_memory import TableMemory
+from agent.data.value_map import with_values
 from agent.tasks import OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
 from agent.tasks.tabular_model import TableModel
@@ -159,10 +160,11 @@ class Tabular(BuiltInTask):
         """The rows that may be used, and their numbers if this machine remembers them."""
         reader = open_table(self._data)
         if not self._data.memory:
-            yield reader, None, None
+            yield with_values(reader, self._data.values), None, None
             return
         with closing(TableMemory(Path(self._data.memory))) as memory:
-            yield *memory.admit(reader, self._data.min_count), memory
+            admitted, numbers = memory.admit(reader, self._data.min_count)
+            yield with_values(admitted, self._data.values), numbers, memory
 
     def rows_of(self, use: Use, settings: RunSettings) -> Numbers | None:
         if use == "table":
@@ -227,7 +229,8 @@ class Tabular(BuiltInTask):
 
     def inputs(self, path: str, settings: Any) -> Iterator[Tensor]:
         """The encoded rows of a table. Raises UsageError, DataError."""
-        made, reader = _preprocessing(settings), open_table(DataSettings(path=path))
+        made = _preprocessing(settings)
+        reader = with_values(open_table(DataSettings(path=path)), self._data.values)
         there = set(reader.columns())
         names = [feature.name for feature in made.features if feature.name in there]
         if not names:

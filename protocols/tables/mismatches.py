@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain, islice
 
@@ -127,3 +128,33 @@ def common_kind(name: str, tables: Mapping[str, TableStatistics]) -> ColumnKind:
 def is_alike(kind: ColumnKind, common: ColumnKind) -> bool:
     """True if a column of this kind can be used as one of the kind that most peers have."""
     return kind in (common, "empty") or (kind, common) == ("boolean", "number")
+
+
+def other_spellings(name: str, tables: Mapping[str, TableStatistics]) -> Iterator[tuple[str, str]]:
+    """A note for each peer that spells values otherwise than most rows, with the command that reads
+    them alike. Only values that peers have shared are compared."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for table in tables.values():
+        for value, count in _categories(table, name).items():
+            counts[statistics.spelling_key(value)][value] += count
+    usual = {
+        value: max(found, key=lambda value: (found[value], value))
+        for found in counts.values()
+        if len(found) > 1
+        for value in found
+    }
+    for peer, table in tables.items():
+        other = {v: usual[v] for v in _categories(table, name) if usual.get(v, v) != v}
+        if other:
+            shown = dict(islice(sorted(other.items()), _MAX_SHOWN))
+            said = ", ".join(
+                f"{ours!r} where others have {theirs!r}" for ours, theirs in shown.items()
+            )
+            pairs = [shlex.quote(f"{ours}={theirs}") for ours, theirs in shown.items()]
+            command = " ".join(["commonweight-agent data map", shlex.quote(name), *pairs])
+            yield peer, f"column {name} has {said}; to read them alike: {command}"
+
+
+def _categories(table: TableStatistics, name: str) -> Mapping[str, int]:
+    column = table.columns.get(name)
+    return column.categories if column is not None and column.kind == "text" else {}

@@ -185,6 +185,8 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
     errors = {peer: SchemaMismatch.of_all(found) for peer, found in incompatible.items()}
     if not compatible:
         raise NoTableFits(errors)
+    for name in (chosen.target, *names):
+        notes += mismatches.other_spellings(name, compatible)
     merged = statistics.merge(compatible.values())
     for peer, table in compatible.items():
         if absent := [name for name in names if name not in table.columns]:

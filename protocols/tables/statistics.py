@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from typing import Annotated, Literal
@@ -203,6 +204,11 @@ def _without_few(column: ColumnStatistics, min_count: int) -> ColumnStatistics:
 def hash_category(column: str, value: str) -> str:
     """64 bits of SHA-256 in place of a value. This does not protect values that can be guessed."""
     return "#" + hashlib.sha256(f"{column}\0{value}".encode()).hexdigest()[:16]
+
+
+def spelling_key(value: str) -> str:
+    """The same for values that differ in case, spaces, hyphens and underscores alone."""
+    return re.sub(r"[\s_-]+", "", value).casefold()
 
 
 def sort_categories(counts: Mapping[str, int]) -> tuple[str, ...]:
