@@ -65,6 +65,7 @@ NUMBERED = {
     "14": Numbered("run a formula in a spreadsheet, or forge rows in a terminal", "peer"),
     "15": Numbered("imitate a name, or join several times with one ticket", "peer"),
     "16": Numbered("use a port that the owner does not know of", "stranger"),
+    "models": Numbered("learn single rows by statistical models", "requester"),
     "consent": Numbered("run a task that the owner did not allow", "coordinator"),
     "offers": Numbered(
         "have an offered task file run that its owner did not approve", "coordinator"
@@ -81,7 +82,7 @@ NUMBERED = {
 }
 
 #: Further names that a mark may have.
-ALSO = {"23.4": "apps", "23.5": "offers"}
+ALSO = {"23.4": "apps", "23.5": "offers", "24.3": "models"}
 
 #: What only a later feature can close: number, attack, attacker, why it is open.
 LATER = (

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 
 from agent.analytics import differential_privacy, disclosure_control
 from agent.analytics.compute import CutsOf, Group, Places, Table, find_cells, read_table
 from agent.analytics.cut_points import CutPoints
-from agent.analytics.figures import compute_figure, min_product_rows
+from agent.analytics.figures import Figure, compute_figure, min_product_rows
+from agent.analytics.model_sums import compute_model
 from agent.analytics.query_log import QueryLog, ToldColumn
+from agent.analytics.survival_counts import count_survival
 from agent.data import disclosed_sets, open_table, sources
 from agent.data.arrow_reader import find_files, map_errors
 from agent.data.disclosed_sets import Numbers
@@ -27,7 +30,7 @@ from agent.home.settings_schema import AgentSettings
 from protocols.analytics import parser
 from protocols.analytics.answer_size import max_answer_bytes
 from protocols.analytics.mergeable_states import Cell, PeerAnswer, State, WithheldState
-from protocols.analytics.query import Query
+from protocols.analytics.query import Operation, Query
 from protocols.errors import CommonweightError, NotAllowed, Refused
 from protocols.messages.envelope import strip_controls
 from protocols.privacy.events import Exact
@@ -99,7 +102,7 @@ def _check(question: Query, chosen: AgentSettings, log: QueryLog) -> None:
     parser.check_text(question)
     disclosure_control.check(question, chosen)
     differential_privacy.check(question, chosen)
-    if chosen.analyze == "ask" and not log.is_allowed(question):
+    if chosen.analyze == "ask" and not log.is_allowed(question.for_any_coefficients):
         raise Refused(
             "the owner must allow this question first", "commonweight-agent policy questions list"
         )
@@ -142,7 +145,7 @@ def _compute_answer(
         told = _answer(table, cells_with_noise, similar=moved)
     else:
         figures, more = _figures(
-            question, table, places, numbers, [*known, *sets], cuts_of, min_rows
+            question, table, places, numbers, [*known, *sets], cuts_of, min_rows, log
         )
         sets += more
         found = (
@@ -202,19 +205,24 @@ def _figures(
     known: Sequence[ToldColumn],
     cuts_of: CutsOf,
     min_rows: int,
+    log: QueryLog,
 ) -> tuple[list[tuple[State, ...]], list[ToldColumn]]:
     """The states of each cell, and the sets that they tell of.
 
-    An operation is withheld in all cells if its sets may not be told after those in `known`.
+    An operation is withheld in all cells if its sets may not be told after those in `known`; a
+    model is refused, with the reason. Raises Refused.
     """
     columns: list[list[State]] = []
     sets: list[ToldColumn] = []
     for operation in question.operations:
         try:
-            found = [
-                compute_figure(operation, table, rows, cuts_of, min_rows)
-                for rows in places.values()
-            ]
+            if operation.kind == "survival":
+                found = count_survival(operation, table, [*places.values()], min_rows)
+            else:
+                found = [
+                    _figure(operation, table, rows, cuts_of, min_rows, log)
+                    for rows in places.values()
+                ]
             about = [
                 ToldColumn(one.column, np.sort(numbers[one.rows]))
                 for figure in found
@@ -226,11 +234,26 @@ def _figures(
             )
         except Refused as err:
             _logger.info("%s is withheld: %s", operation, err.message)
+            if operation.model is not UNSET:
+                raise
             columns.append([WithheldState()] * len(places))
             continue
         sets += disclosure_control.find_new(about, [*known, *sets])
         columns.append([figure.state for figure in found])
     return list(zip(*columns, strict=True)), sets
+
+
+def _figure(
+    operation: Operation,
+    table: Table,
+    rows: Places,
+    cuts_of: CutsOf,
+    min_rows: int,
+    log: QueryLog,
+) -> Figure:
+    if operation.model is not UNSET:
+        return compute_model(operation, table, rows, min_rows, log.spend_equations)
+    return compute_figure(operation, table, rows, cuts_of, min_rows)
 
 
 def _state_of(chosen: AgentSettings) -> str:

@@ -20,11 +20,10 @@ from protocols.analytics import mergeable_states as stats
 from protocols.analytics.mergeable_states import Floats, State, WithheldState
 from protocols.analytics.model_states import MAX_TOLD_LEVELS, ColumnsState, LevelsState
 from protocols.analytics.query import Operation
-from protocols.errors import Refused
 from protocols.tables.statistics import compute_moments
 
 #: The count, the sum and the sum of squares tell how many rows have each of so many values.
-_MAX_SOLVABLE_VALUES = 3
+MAX_SOLVABLE_VALUES = 3
 #: A sum is withheld if all rows but the two largest are less than this part of the largest (the
 #: p % rule of statistical offices, with p = 10).
 _DOMINANCE = 0.1
@@ -53,11 +52,8 @@ class ToldRows(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """`equations`: how many sums about each of its columns a model tells."""
-
     state: State
     told: tuple[ToldRows, ...] = ()
-    equations: int = 0
 
 
 WITHHELD = Figure(WithheldState())
@@ -74,8 +70,6 @@ def compute_figure(
         return Figure(stats.CountState(len(rows)))
     if operation.kind == "columns":
         return Figure(ColumnsState(table.askable))
-    if operation.kind in ("survival", "glm", "cox"):
-        raise Refused(f"this agent does not answer {operation.kind}")
     missing = [table.columns[name].missing[rows] for name in operation.columns]
     gone = np.logical_or.reduce(missing)
     if operation.kind == "missing":
@@ -136,10 +130,10 @@ def _over_values(
         different, counts = np.unique(part, return_counts=True)
         if counts.max() >= min_rows > len(part) - counts.max() and table.num_values(column) > 1:
             return WITHHELD
-        if len(different) <= _MAX_SOLVABLE_VALUES and (everywhere := table.num_values(column)) > 1:
+        if len(different) <= MAX_SOLVABLE_VALUES and (everywhere := table.num_values(column)) > 1:
             # Where the whole table has few values, a cell without one of them is told no more than
             # a cell where it is rare.
-            lacks_one = len(different) < everywhere <= _MAX_SOLVABLE_VALUES
+            lacks_one = len(different) < everywhere <= MAX_SOLVABLE_VALUES
             if counts.min() < min_rows or lacks_one:
                 return WITHHELD
             # A covariance with yes and no tells the sum of the other column over those of yes.

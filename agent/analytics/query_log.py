@@ -42,6 +42,7 @@ CREATE TABLE IF NOT EXISTS known_cells (digest TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS thresholds (
   column TEXT, threshold REAL, is_cut INTEGER, PRIMARY KEY (column, threshold)
 );
+CREATE TABLE IF NOT EXISTS equations (column TEXT PRIMARY KEY, count INTEGER);
 CREATE TABLE IF NOT EXISTS wishes (
   digest TEXT PRIMARY KEY, at REAL, question TEXT, allowed INTEGER
 );
@@ -156,6 +157,19 @@ class QueryLog:
 
     def remember_cells(self, question: Query) -> None:
         self._db.execute("INSERT OR IGNORE INTO known_cells VALUES (?)", (_cells_of(question),))
+
+    def spend_equations(self, columns: Sequence[str], count: int) -> int:
+        """Count so many equations about each of the columns, which a model tells or is refused.
+
+        Returns the number of those before, the most about any of the columns.
+        """
+        rows = self._db.execute("SELECT column, count FROM equations").fetchall()
+        told: dict[str, int] = dict(rows)
+        self._db.executemany(
+            "INSERT OR REPLACE INTO equations VALUES (?, ?)",
+            [(name, told.get(name, 0) + count) for name in columns],
+        )
+        return max(told.get(name, 0) for name in columns)
 
     def cuts(self, column: str, values: Floats, min_rows: int) -> CutPoints:
         """The cuts of a column of numbers, with the values that it has now."""

@@ -47,7 +47,8 @@ def analyze(
 ) -> None:
     """Ask every peer about its own table. Rows stay there; each owner decides what leaves.
 
-    Statistics such as "mean(age) by sex", or a method: ttest, anova, chi2, corr, pca, hist, table1.
+    Statistics such as "mean(age) by sex", or a method: ttest, anova, chi2, corr, pca, hist,
+    table1, glm, km, cox.
 
     Its jobs: commonweight analyze list, analyze show JOB, analyze stop JOB.
     """

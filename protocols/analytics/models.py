@@ -38,6 +38,8 @@ LINKS: dict[Family, tuple[Link, ...]] = {
     "poisson": ("log",),
     "gamma": ("inverse", "log"),
 }
+#: Time bins end at multiples of a 64th of a power of 2.
+MAX_BINS = 64
 MAX_TERMS, MAX_PARAMETERS, MAX_EDGES, MAX_LEVELS = 32, 64, 64, 64
 
 
@@ -102,7 +104,8 @@ class Model(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 def check_complete(model: Model) -> None:
     """Raise UsageError unless peers can be asked for the sums of an iteration of this model."""
-    edges = [*model.edges, math.inf]
+    edges = [0.0, *model.edges, math.inf]
+    step = 2.0 ** math.frexp(edges[-2])[1] / MAX_BINS
     if (
         len(model.at) != len(model.names)
         or any(term.categories and len(set(term.levels)) < 2 for term in model.terms)
@@ -110,6 +113,7 @@ def check_complete(model: Model) -> None:
         or any(not 1e-100 <= term.scale <= 1e100 for term in model.terms)
         or (model.family is not None and model.link not in LINKS[model.family])
         or any(low >= high for low, high in itertools.pairwise(edges))
+        or any(edge % step for edge in model.edges)
     ):
         raise UsageError(
             "the question names no levels, coefficients, link or bins that fit the model",

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 import re
 from typing import NamedTuple
 
 import msgspec
+from msgspec import UNSET
 
-from protocols.analytics.models import read_model
+from protocols.analytics.models import check_complete, read_model
 from protocols.analytics.query import (
     MAX_CONDITIONS,
     MAX_GROUPING,
@@ -138,6 +140,9 @@ def check_text(query: Query) -> None:
 
     A program may send any operations and conditions, also some that no text has.
     """
+    for operation in query.operations:
+        if operation.model is not UNSET:
+            check_complete(operation.model)
     try:
         same = parse_query(str(query)).digest == query.digest
     except UsageError as err:
@@ -244,6 +249,8 @@ def _check(operation: Operation) -> None:
             raise UsageError(
                 "the range of a histogram must start below its end", SIGNATURES["histogram"].example
             )
+    if operation.kind == "survival" and (args[0] <= 0 or math.frexp(args[0])[0] != 0.5):
+        raise UsageError("the time of survival is a power of 2", SIGNATURES["survival"].example)
 
 
 def _unknown(name: str) -> UnknownName:

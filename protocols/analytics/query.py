@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import replace
 
 from protocols.analytics.models import MAX_TERMS, Model
 from protocols.analytics.syntax import Number, format_number, quote, quote_name
@@ -89,6 +90,17 @@ class Query(Struct, frozen=True, kw_only=True):
         ]
         text += f" bounds {' and '.join(ranges)}" if ranges else ""
         return text + (f" epsilon {format_number(self.epsilon)}" if self.epsilon else "")
+
+    @property
+    def for_any_coefficients(self) -> Query:
+        """The query without the coefficients of its models. Who allows it allows all steps."""
+        operations = (
+            op
+            if op.model is UNSET
+            else Operation(op.kind, op.columns, model=replace(op.model, at=()))
+            for op in self.operations
+        )
+        return replace(self, operations=tuple(operations))
 
     @property
     def digest(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from coordinator.jobs.analysis import Merged
-from coordinator.jobs.methods import counts, moments
+from coordinator.jobs.methods import counts, cox, glm, moments, survival
 from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import PeersLost, Plan, Statistics
 from protocols.analytics.query import Query
@@ -24,6 +24,9 @@ _PLANS: dict[str, Callable[[Method], Plan]] = {
     "chi2": counts.chi2,
     "hist": counts.hist,
     "table1": counts.table1,
+    "glm": glm.glm,
+    "km": survival.km,
+    "cox": cox.cox,
 }
 
 

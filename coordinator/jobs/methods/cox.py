@@ -1,0 +1,161 @@
+"""Cox's proportional hazards over the peers' sums by time bin, with Efron's ties. Pure.
+
+Efron, The efficiency of Cox's likelihood function for censored data, 1977. As `lifelines` with the
+number of the bin as the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from typing import NamedTuple
+
+import numpy as np
+from msgspec.structs import replace
+
+from coordinator.jobs.analysis import Merged
+from coordinator.jobs.methods.coding import (
+    Floats,
+    code_terms,
+    coefficient_table,
+    reference_notes,
+    solve,
+)
+from coordinator.jobs.methods.distributions import chi2_p
+from coordinator.jobs.methods.requests import Method
+from coordinator.jobs.methods.results import (
+    PeersLost,
+    Plan,
+    Statistics,
+    make_table,
+    pick_states,
+)
+from coordinator.jobs.methods.survival import last_time
+from protocols.analytics.model_states import RiskState, SurvivalState, from_upper, upper_size
+from protocols.analytics.models import Model
+from protocols.analytics.query import Operation, Query
+from protocols.errors import CannotBeMet
+
+MAX_STEPS = 20
+#: A peer answers fewer sums about a column than it has rows, in all steps together.
+_MAX_BINS, _USUAL_STEPS = 12, 5
+#: A step this small, in standard errors, is the last.
+_SMALL = 1e-9
+
+
+class Likelihood(NamedTuple):
+    """The partial log-likelihood, its gradient, float64[p], and the information, float64[p, p]."""
+
+    value: float
+    score: Floats
+    information: Floats
+
+
+def efron(state: RiskState, at: Floats) -> Likelihood:
+    """The partial likelihood with the times in one bin as ties."""
+    width, bins = len(at), len(state.events)
+    sums = np.array(state.sums).reshape(bins, 2, 1 + width + upper_size(width))
+    # Whoever is in a later bin is at risk too.
+    at_risk = sums.sum(1)[::-1].cumsum(0)[::-1]
+    value = float(np.array(state.covariates) @ at)
+    score: Floats = np.array(state.covariates)
+    information: Floats = np.zeros((width, width))
+    for events, risk, tied in zip(state.events, at_risk, sums[:, 0], strict=True):
+        shares = np.arange(events)[:, None] / max(events, 1)
+        parts = risk - shares * tied
+        weight, first = parts[:, 0], parts[:, 1 : 1 + width]
+        second = from_upper(parts[:, 1 + width :], width)
+        mean = first / weight[:, None]
+        value -= float(np.log(weight).sum())
+        score = score - mean.sum(0)
+        information = information + (second / weight[:, None, None]).sum(0) - mean.T @ mean
+    return Likelihood(value, score, information)
+
+
+def cox(method: Method) -> Plan:
+    """A Cox model in time bins."""
+    model, moments = yield from code_terms(method)
+    time, event = method.columns[:2]
+    counts = Operation("survival", (time, event), (last_time(moments[time]),))
+    merged = yield method.query(counts)
+    found = pick_states(merged, 0, SurvivalState).get(())
+    if found is None or len(found.edges) < 1:
+        raise CannotBeMet("there are fewer than two time bins with enough rows at each peer")
+    width = len(model.names)
+    rows = min(answer.rows for answer in merged.used.values())
+    bins = min(_MAX_BINS, len(found.edges) + 1, rows // (2 * (width + 1) * _USUAL_STEPS))
+    while True:
+        try:
+            model = replace(model, edges=choose_edges(found, bins))
+            state = yield from _ask(method, model, np.zeros(width))
+            break
+        except PeersLost:
+            if bins <= 2:
+                raise
+            bins -= 1  # a peer has too few rows for so many bins
+    edges = model.edges
+    null = efron(state, np.zeros(width))
+    at, now, steps = yield from _iterate(method, model, null)
+    covariance = np.linalg.inv(now.information)
+    ratio = 2 * (now.value - null.value)
+    total = sum(state.events) + sum(state.censored)
+    fit = (total, sum(state.events), len(edges) + 1, now.value, ratio, width, chi2_p(ratio, width))
+    columns = ("rows", "events", "time bins", "log-likelihood", "likelihood ratio", "df", "p")
+    return Statistics(
+        method=method.text,
+        tables=(
+            coefficient_table(model, at, covariance, "hazard ratio"),
+            make_table(columns, [fit], "fit"),
+            make_table(
+                ("from", "to", "events", "censored"),
+                zip((0.0, *edges), (*edges, None), state.events, state.censored, strict=True),
+                "time bins",
+            ),
+        ),
+        notes=(
+            f"{steps} steps. Times in one bin are ties (Efron).",
+            *reference_notes(model),
+        ),
+    )
+
+
+def choose_edges(state: SurvivalState, bins: int) -> tuple[float, ...]:
+    """Edges of at most so many bins, and of at least 2, with about equal numbers of events."""
+    before = np.cumsum(state.events)
+    wanted = before[-1] * np.arange(1, max(bins, 2)) / max(bins, 2)
+    places = np.abs(before[:-1, None] - wanted).argmin(0)
+    return tuple(state.edges[place] for place in np.unique(places))
+
+
+def _ask(method: Method, model: Model, at: Floats) -> Generator[Query, Merged, RiskState]:
+    asked = replace(model, at=tuple(at.tolist()))
+    merged = yield method.query(Operation("cox", method.columns, model=asked))
+    state = pick_states(merged, 0, RiskState).get(())
+    if state is None:
+        raise CannotBeMet("no peer has enough rows for this model")
+    return state
+
+
+def _iterate(
+    method: Method, model: Model, start: Likelihood
+) -> Generator[Query, Merged, tuple[Floats, Likelihood, int]]:
+    """Newton's method, with half a step where the likelihood falls."""
+    at: Floats = np.zeros(len(start.score))
+    before, now = -math.inf, start
+    step: Floats = np.zeros(len(at))
+    for number in range(1, MAX_STEPS + 1):
+        if now.value < before - 1e-9 * abs(before):
+            step = step / 2
+            at = at - step
+        else:
+            step = solve(now.information, now.score)
+            error = 1 / np.sqrt(now.information.diagonal())
+            if (np.abs(step) <= _SMALL * error).all():
+                return at + step, now, number
+            before, at = now.value, at + step
+        state = yield from _ask(method, model, at)
+        now = efron(state, at)
+    raise CannotBeMet(
+        f"the coefficients do not settle in {MAX_STEPS} steps",
+        "a category may say all of the outcome: leave a term out",
+    )

@@ -1,0 +1,223 @@
+"""Statistical models that are asked to learn one person's row.
+
+The victim is one of 300 persons, the only one of 99. The attacker writes the questions, with any
+coefficients, and knows everybody's age.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from protocols.analytics.mergeable_states import CountState, PeerAnswer, WithheldState
+from protocols.analytics.model_states import ColumnsState, FitState, LevelsState, SurvivalState
+from protocols.analytics.parser import parse_query
+from tests.support.table_peers import TablePeer
+
+pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
+pytestmark = pytest.mark.attack("24.3")
+
+MIN_COUNT = 5
+
+
+def persons(count: int = 300, seed: int = 6, oldest: float = 99.0) -> list[dict[str, Any]]:
+    chance = np.random.default_rng(seed)
+    rows = [
+        {
+            "age": float(chance.integers(20, 80)),
+            "visits": int(chance.poisson(4)) + 1,
+            "ill": int(chance.random() < 0.4),
+            "sex": str(chance.choice(["f", "m"])),
+            "months": int(chance.integers(1, 60)),
+            "died": int(chance.random() < 0.5),
+            "city": str(chance.choice(["Oslo", "Bergen"])),
+        }
+        for _ in range(count - 1)
+    ]
+    return [*rows, rows[0] | {"age": oldest, "visits": 9, "ill": 1}]
+
+
+def ask(peer: TablePeer, text: str, where: str = "") -> PeerAnswer:
+    return peer.answer(parse_query(text, where))
+
+
+def fit_of(told: PeerAnswer) -> FitState | None:
+    states = [state for cell in told.cells for state in cell.states]
+    return states[0] if states and isinstance(states[0], FitState) else None
+
+
+MODELS = {
+    "poisson": "glm(visits ~ age, family=poisson, link=log, at=({}, {}))",
+    "gamma": "glm(visits ~ age, family=gamma, link=log, at=({}, {}))",
+    "gaussian": "glm(visits ~ age, family=gaussian, link=log, at=({}, {}))",
+    "binomial": "glm(ill ~ age, family=binomial, link=logit, at=({}, {}))",
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_coefficients_give_no_row_most_of_the_weight(tmp_path: Path, family: str) -> None:
+    """Attack: choose coefficients for which the weights of all rows but the oldest vanish."""
+    peer = TablePeer(tmp_path, persons())
+    for slope in (0.2, 0.5, 2.0):
+        # In a gamma model, the outcomes count by exp(-x'b) in the score.
+        sign = -1 if family == "gamma" else 1
+        told = ask(peer, MODELS[family].format(-sign * slope * 99, sign * slope))
+        assert "most of the weight" in told.refused
+    assert fit_of(ask(peer, MODELS[family].format(0, 0.01))) is not None
+
+
+def test_a_steep_curve_counts_no_rows_above_a_threshold(tmp_path: Path) -> None:
+    """Attack: make a logistic curve a step, whose sums count those older than any threshold."""
+    peer = TablePeer(tmp_path, persons())
+    for threshold in (30.5, 50.5):
+        for slope in (2, 20):
+            told = ask(peer, MODELS["binomial"].format(-slope * threshold, slope))
+            assert "the coefficients of this question" in told.refused
+
+
+def test_one_person_dominates_no_sum(tmp_path: Path) -> None:
+    """Attack: ask for a model with a column in which one person has nearly all."""
+    rows = persons()
+    rows[-1] |= {"age": 1e9}
+    told = ask(TablePeer(tmp_path, rows), "glm(ill ~ age, family=binomial, link=logit, at=(0, 0))")
+    assert "outweighs" in told.refused
+
+
+@pytest.mark.parametrize("few", [0, 1, 4])
+def test_combinations_of_few_rows_are_refused_alike(tmp_path: Path, few: int) -> None:
+    """Attack: read from cross-products of categories how many women were ill."""
+    rows = [row | {"ill": 0} if row["sex"] == "f" else row for row in persons()]
+    women = [row for row in rows if row["sex"] == "f"]
+    for row in women[:few]:
+        row["ill"] = 1
+    rows = [*women, *(row for row in rows if row["sex"] == "m")]
+    told = ask(
+        TablePeer(tmp_path, rows), 'glm(age ~ ill + C(sex, "f", "m"), link=identity, at=(0, 0, 0))'
+    )
+    assert told.refused.endswith("some combination of 'sex' and 'ill'")
+    assert not told.cells
+
+
+def test_there_are_more_rows_than_coefficients(tmp_path: Path) -> None:
+    """Attack: ask for as many sums as a small group has rows."""
+    peer = TablePeer(tmp_path, persons(300))
+    model = "glm(age ~ visits + months + ill, link=identity, at=(0, 0, 0, 0))"
+    whole = fit_of(ask(peer, model))
+    assert whole is not None
+    assert whole.rows == 300
+    small = TablePeer(tmp_path / "small", persons(17))
+    assert "too many coefficients" in ask(small, model).refused
+
+
+def test_questions_with_other_coefficients_are_limited_in_number(tmp_path: Path) -> None:
+    """Attack: solve for a column from the sums at very many different coefficients."""
+    rows = persons(120)
+    peer = TablePeer(tmp_path, rows)
+    model = "glm(visits ~ age + months, family=poisson, link=log, at=({}, 0, 0))"
+    answered = [fit_of(ask(peer, model.format(number / 1000))) is not None for number in range(30)]
+    coefficients = 3
+    assert 3 < sum(answered) * (coefficients + 2) < len(rows)
+    assert not any(answered[-8:])
+    # What was answered is answered again, and other columns have a count of their own.
+    assert fit_of(ask(peer, model.format(0.0))) is not None
+    assert ask(peer, MODELS["binomial"].format(0, 0)).refused
+    fresh = 'glm(ill ~ C(sex, "f", "m"), family=binomial, link=logit, at=(0, 0))'
+    assert fit_of(ask(peer, fresh)) is not None
+
+
+def test_refusals_do_not_search_for_the_oldest(tmp_path: Path) -> None:
+    """Attack: find the greatest age by halving: coefficients are refused from it on."""
+    answers = []
+    for oldest in (90.0, 99.0):
+        peer = TablePeer(tmp_path / str(oldest), persons(100, oldest=oldest))
+        model = "glm(visits ~ age, family=gamma, link=inverse, at=({}, -1))"
+        asked = [ask(peer, model.format(80 + number / 2)).refused for number in range(30)]
+        told_apart = sum("too many coefficients" not in words for words in asked)
+        assert 0 < told_apart * 4 < 100, "each attempt counts, also a refused one"
+        answers.append(asked[told_apart:])
+    assert answers[0] == answers[1]
+    assert len({*answers[0]}) == 1
+
+
+def test_a_model_without_one_person_is_that_with_them(tmp_path: Path) -> None:
+    """Attack: subtract the sums of everybody but one person from those of everybody."""
+    peer = TablePeer(tmp_path, persons())
+    model = "glm(visits ~ months, family=poisson, link=log, at=(0, 0))"
+    everybody = fit_of(ask(peer, model))
+    others = ask(peer, model, "age < 99")
+    assert fit_of(others) == everybody
+    assert others.similar
+
+
+def test_time_bins_have_enough_rows_whatever_is_asked(tmp_path: Path) -> None:
+    """Attack: move the ends of time bins until a bin holds one person."""
+    peer = TablePeer(tmp_path, persons())
+    answered = 0
+    for by in ("", " by sex", " by city"):
+        for power in range(2, 9):
+            told = ask(peer, f"survival(months, died, {2**power}){by}")
+            for state in (state for cell in told.cells for state in cell.states):
+                if isinstance(state, SurvivalState):
+                    answered += 1
+                    counts = [*state.events, *state.censored]
+                    assert all(count == 0 or count >= MIN_COUNT for count in counts)
+    assert answered > 3
+
+
+@pytest.mark.parametrize("bins", ["(2,)", "(58, 59)", "(4, 8, 12, 16, 20, 24, 28, 32, 36, 40)"])
+def test_a_cox_model_has_no_bins_of_few_rows(tmp_path: Path, bins: str) -> None:
+    """Attack: ask for the sums of a Cox model over those who died in one month."""
+    peer = TablePeer(tmp_path, persons(120))
+    told = ask(peer, f'cox(months, died ~ C(sex, "f", "m"), bins={bins}, at=(0,))')
+    assert "in some time bin" in told.refused or "too many coefficients" in told.refused
+
+
+def test_categories_of_few_rows_have_no_name(tmp_path: Path) -> None:
+    """Attack: list the values of a column of names."""
+    rows = [row | {"name": f"person {number}"} for number, row in enumerate(persons())]
+    rows[7]["city"] = "Vardø"
+    peer = TablePeer(tmp_path, rows)
+    names, cities = (ask(peer, f"levels({column})") for column in ("name", "city"))
+    (state,) = names.cells[0].states
+    assert isinstance(state, LevelsState | WithheldState)
+    assert not isinstance(state, LevelsState) or state.counts == {}
+    (state,) = cities.cells[0].states
+    assert isinstance(state, LevelsState)
+    assert "Vardø" not in state.counts
+    assert min(state.counts.values()) >= MIN_COUNT
+    # Nor do the counts that are told leave a few.
+    assert 300 - sum(state.counts.values()) >= MIN_COUNT
+
+
+def test_columns_that_the_owner_holds_back_have_no_name(tmp_path: Path) -> None:
+    """Attack: learn the names of columns that nobody may ask for."""
+    peer = TablePeer(tmp_path, persons(), data_columns=("age", "se*"))
+    (state,) = ask(peer, "columns").cells[0].states
+    assert state == ColumnsState(("age", "sex"))
+
+
+def test_estimates_of_one_machine_need_their_owners_word(tmp_path: Path) -> None:
+    """Attack: show what single machines have answered, with the consent to sums over all."""
+    peer = TablePeer(tmp_path, persons())
+    assert "does not let estimates" in ask(peer, "estimates, var(age)").refused
+    peer.owner = msgspec.structs.replace(peer.owner, analyze_operations=("*", "estimates"))
+    told = ask(peer, "estimates, var(age)")
+    assert told.cells[0].states[0] == CountState(300)
+
+
+def test_the_owner_approves_a_model_and_no_other(tmp_path: Path) -> None:
+    """Attack: ask for another model than the one that the owner has read."""
+    peer = TablePeer(tmp_path, persons(), analyze="ask")
+    model = "glm(visits ~ {}, family=poisson, link=log, at=({}, 0))"
+    assert "must allow" in ask(peer, model.format("months", 0)).refused
+    ((digest, text, _),) = peer.log.approval_requests()
+    assert text == "glm(visits ~ months, family=poisson, link=log)"
+    assert peer.log.decide(digest, True)
+    for step in range(3):
+        assert fit_of(ask(peer, model.format("months", step / 10))) is not None
+    assert "must allow" in ask(peer, model.format("age", 0)).refused
+    assert "must allow" in ask(peer, model.format("months", 0), "age > 50").refused
