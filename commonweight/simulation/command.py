@@ -78,6 +78,8 @@ def simulate(
         made = Simulation.open(out.expanduser().absolute())
     else:
         given = typed_options(task, typed)
+        if not given["task"] and not given.get("flower"):
+            raise UsageError("name a task", "commonweight simulate mnist")
         made = create(
             given,
             peers,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from agent.data.settings import SPLIT, DataSettings
 from agent.policy import task_code
 from agent.tasks import data_checks, registry
+from agent.tasks.training.shared_data import MIN_ALPHA
 from protocols.errors import DataError, UsageError
 
 #: In a setting of the owners: the number of the peer.
@@ -47,6 +48,8 @@ def check_split(split: str) -> None:
         raise UsageError(
             f"--split is iid, shards or dirichlet:NUMBER, not {split!r}", "--split dirichlet:0.3"
         )
+    if split.startswith("dirichlet:") and float(split.partition(":")[2]) < MIN_ALPHA:
+        raise UsageError(f"--split {split} is too small", f"dirichlet:{MIN_ALPHA:g} or more")
 
 
 def is_shared(task: str, source: str, split: str, owner: Mapping[str, Any], peers: int) -> bool:

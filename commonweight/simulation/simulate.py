@@ -265,6 +265,8 @@ def create(
         raise UsageError(f"--dropout must be 0 or more and below 1, not {dropout:g}")
     if not 0 <= per_round <= peers:
         raise UsageError(f"--per-round must be from 1 to the {peers} peers, not {per_round}")
+    if typed.get("flower"):
+        raise UsageError("a Flower app is not simulated here", "in its folder: flwr run")
     chosen = dict(typed)
     first = chosen.pop("from", None)
     if per_round:

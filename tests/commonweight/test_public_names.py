@@ -33,7 +33,7 @@ NAMES = {
     "Fleet.runs": "(self) -> list[Run]",
     "Fleet.scatter": "(self, rows: Rows, out: str | Path, *, model: str = 'best', "
     "task: str = '', quorum: int = 1) -> int",
-    "Fleet.train": "(self, task: str, **options: Any) -> Run",
+    "Fleet.train": "(self, task: str | type, **options: Any) -> Run",
     "Fleet.role": None,
     "KerasTask": "() -> None",
     "KerasTask.Settings": None,
@@ -63,7 +63,8 @@ NAMES = {
     "Run.history": None,
     "Run.options": None,
     "Run.plot": "(self, *metrics: str, ax: Axes | None = None) -> Axes",
-    "Run.predict": "(self, rows: Rows, which: str = 'best') -> list[dict[str, Any]]",
+    "Run.predict": "(self, rows: Rows, which: str = 'best', *, task: str | type = '') "
+    "-> list[dict[str, Any]]",
     "Run.resume": "(self) -> None",
     "Run.rounds": "(self, *, every_s: float = 0.5) -> Iterator[Round]",
     "Run.state": None,
@@ -125,7 +126,7 @@ NAMES = {
     "join": "(ticket: str, *, name: str = '') -> Fleet",
     "pictures": "(source: DataSettings, classes: Sequence[str], *, size: int = 64, "
     "channels: int = 3) -> tuple[PictureSet, PictureSet]",
-    "simulate": "(task: str | type, peers: int = 10, *, per_round: int = 0, split: str = 'iid', "
+    "simulate": "(task: str | type, peers: int = 10, *, per_round: int = 0, split: str = '', "
     "dropout: float = 0.0, workers: int = 0, ray: str = '', owner: Mapping[str, Any] = {}, "
     "out: str | Path | None = None, **options: Any) -> Run",
 }

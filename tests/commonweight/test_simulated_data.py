@@ -191,6 +191,8 @@ def test_what_cannot_work_is_said_once_and_leaves_no_home(
         ("ping", {"split": "shards"}, "--split has no effect on the task ping"),
         (TASK, {"quorum": 99, "secure": True}, "quorum"),
         (TASK, {"data": "rows.csv"}, "data is a setting of the owners"),
+        (TASK, {"split": "dirichlet:0.001"}, "dirichlet:0.001 is too small"),
+        ("", {"flower": "app"}, "a Flower app is not simulated here"),
     ],
 )
 def test_a_refused_start_leaves_no_home(
