@@ -19,9 +19,11 @@ from tests.support.fleet_harness import ROOT
 #: The public names with their signatures, or None for modules and values. A change here is one for
 #: users: see docs/api.md on what stays.
 NAMES = {
-    "Analysis": "(rows: tuple[Mapping[str, Any], ...], label: str, left_out: Mapping[str, str]) "
-    "-> None",
-    "Analysis.frame": "(self) -> pd.DataFrame",
+    "Analysis": "(rows: tuple[Mapping[str, Any], ...], label: str, left_out: Mapping[str, str], "
+    "tables: Mapping[str, tuple[Mapping[str, Any], ...]] = <factory>, "
+    "notes: tuple[str, ...] = ()) -> None",
+    "Analysis.frame": "(self, table: str = '') -> pd.DataFrame",
+    "Analysis.notes": None,
     "Fleet": "(home: Path, timeout_s: float = 15.0) -> None",
     "Fleet.analyze": "(self, question: str, where: str = '', *, epsilon: float = 0.0, "
     "bounds: Mapping[str, tuple[float, float]] = {}, deadline: str = '10m') -> Analysis",
@@ -36,7 +38,6 @@ NAMES = {
     "Fleet.train": "(self, task: str | type, **options: Any) -> Run",
     "Fleet.role": None,
     "KerasTask": "() -> None",
-    "KerasTask.Settings": None,
     "KerasTask.answers": "(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]",
     "KerasTask.build": "(self, settings: RunSettings) -> Any",
     "KerasTask.data": "(self, source: DataSettings, settings: Any) -> tuple[Any, Any]",
@@ -93,7 +94,6 @@ NAMES = {
     "TrainOutcome",
     "SklearnTask.version": None,
     "TorchTask": "() -> None",
-    "TorchTask.Settings": None,
     "TorchTask.answers": "(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]",
     "TorchTask.count_examples": "(self, settings: RunSettings) -> tuple[int, int]",
     "TorchTask.data": "(self, source: DataSettings, settings: Any) -> tuple[Any, Any]",
