@@ -130,7 +130,7 @@ class Tabular(BuiltInTask):
             (settings["preprocessing"], trees.objective),
             lambda: trees.rows(rows, self._data.min_count),
         )
-        at, numbers = layout.read(weights, trees.shape)
+        at, numbers = trees.read(weights)
         # Hessians leave only in a secure sum.
         sums = growing.sums(weights, at, numbers, masked=bool(settings.get("masked")))
         on_step(1, 1, 0.0, len(rows.y))

@@ -13,7 +13,7 @@ from torch import Tensor
 from agent.data import rare_values
 from agent.data.features import EncodedRows
 from agent.tasks import Setting
-from protocols.errors import UsageError
+from protocols.errors import BadWeights, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights
 from protocols.tables.preprocessing import Feature, Preprocessing
 from protocols.tables.trees import layout, objectives, xgboost_json
@@ -25,7 +25,7 @@ from protocols.tables.trees.histograms import (
     bins_of,
     slots_of,
 )
-from protocols.tables.trees.layout import Numbers, Shape
+from protocols.tables.trees.layout import Numbers, Position, Shape
 from protocols.tables.trees.objectives import Floats, Objective
 
 #: Rows whose slots are computed at once.
@@ -69,14 +69,25 @@ class TreeModel(NamedTuple):
         """Raises BadWeights for sizes beyond the limits."""
         return {name: TensorSpec(*spec) for name, spec in self.shape.tensors().items()}
 
+    @property
+    def _kinds(self) -> npt.NDArray[np.bool_]:
+        return np.array([bool(feature.categories) for feature in self.features])
+
     def first(self) -> Weights:
         """The version before the cuts."""
-        kinds = np.array([bool(feature.categories) for feature in self.features])
-        return Weights(layout.first(self.shape, self.numbers, kinds))
+        return Weights(layout.first(self.shape, self.numbers, self._kinds))
+
+    def read(self, version: Weights) -> tuple[Position, Numbers]:
+        """Where a version stands, and its numbers. Raises BadWeights for those of another run: the
+        peer that made the first version may have lied."""
+        at, numbers = layout.read(version, self.shape)
+        if numbers != self.numbers or not np.array_equal(version["kinds"], self._kinds):
+            raise BadWeights("the trees of the version are of other settings than the run has")
+        return at, numbers
 
     def sums_schema(self, version: Weights) -> Schema:
         """The schema of the update that this version asks for. Raises BadWeights."""
-        at, _ = layout.read(version, self.shape)
+        at, _ = self.read(version)
         return {layout.SUMS: TensorSpec("I32", (int(np.prod(at.sums)),))}
 
     def slots(self, x: npt.NDArray[np.float32]) -> Slots:

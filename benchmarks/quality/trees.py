@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.tasks.tabular import Tabular
 from agent.tasks.tabular_trees import TreeModel
@@ -138,8 +139,8 @@ class Site(NamedTuple):
     """The peers' encoded rows and the test's, and the model that all agree on."""
 
     model: TreeModel
-    rows: list[Any]
-    test: Any
+    rows: list[EncodedRows]
+    test: EncodedRows
     min_count: int
 
 
@@ -157,10 +158,9 @@ def prepare(folder: Path, table: Table, places: Sequence[Array], options: Any, l
     settings["preprocessing"] = preprocessing.encode(made)
     chosen = {name: spec.default for name, spec in BY_TASK["tabular"].items()}
     model = TreeModel.of(made, {**chosen, **settings})
-    found = [task._rows(settings) for task in tasks]
-    test = found[-1]
-    both = (np.concatenate(pair) for pair in zip(test.trained_on, test.held_out, strict=True))
-    return Site(model, [one.trained_on for one in found[:-1]], type(test.trained_on)(*both), least)
+    found: list[tuple[EncodedRows, EncodedRows]] = [task._sets(settings) for task in tasks]
+    both = EncodedRows(*(np.concatenate(pair) for pair in zip(*found[-1], strict=True)))
+    return Site(model, [train for train, _ in found[:-1]], both, least)
 
 
 def federated(site: Site, *, masked: bool) -> dict[str, Array]:
@@ -185,7 +185,7 @@ def central(site: Site, version: Mapping[str, Array]) -> Array:
     model, numbers = site.model, site.model.numbers
     kinds = version["kinds"] == 1
 
-    def matrix(rows: Any, y: Array | None = None) -> Any:
+    def matrix(rows: EncodedRows, y: Array | None = None) -> Any:
         bins = bins_of(model.slots(rows.x), version["cuts"], version["kinds"]).astype(np.float32)
         bins[:, ~kinds] = np.where(bins[:, ~kinds] == 0, np.nan, bins[:, ~kinds])
         types = ["c" if kind else "float" for kind in kinds]
@@ -193,7 +193,7 @@ def central(site: Site, version: Mapping[str, Array]) -> Array:
 
     objective = {"logistic": "binary:logistic", "multiclass": "multi:softprob"}
     y = np.concatenate([rows.y for rows in site.rows])
-    rows = type(site.rows[0])(np.concatenate([rows.x for rows in site.rows]), y)
+    rows = EncodedRows(np.concatenate([rows.x for rows in site.rows]), y)
     params: dict[str, Any] = {
         "objective": objective.get(model.objective.name, "reg:squarederror"),
         "base_score": 0.5 if model.objective.name != "squared" else 0.0,

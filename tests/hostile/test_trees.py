@@ -209,6 +209,10 @@ def test_hessians_leave_in_secure_sums_alone(tmp_path: Path) -> None:
         )
         hessians = np.asarray(weights.load(out)["sums"]).reshape(-1, 2)[:, 1]
         assert bool((hessians % constant).any()) is masked
+    version["numbers"][0] = 0.9
+    weights.save(Weights(version), base)
+    with pytest.raises(TrainerFailed, match="other settings"):
+        trainer.run(Train(task="tabular", settings=given, base=str(base), out=str(out)))
     version["feature"][0, 0, 0] = 3
     weights.save(Weights(version), base)
     with pytest.raises(TrainerFailed, match="not a state"):
