@@ -35,8 +35,10 @@ class ToldSettings:
         try:
             setting_specs.check(spec.settings, known)
         except UsageError as err:
-            again = f"if the task has changed: commonweight run check {spec.task} --settings"
-            raise type(err)(err.message, f"{err.hint}; {again}") from err
+            more = f"if the task has changed: commonweight run check {spec.task} --settings"
+            if spec.task in built_in_settings.BY_TASK:
+                more = f"commonweight task show {spec.task}"
+            raise type(err)(err.message, f"{err.hint}; {more}") from err
 
 
 def check(spec: RunSpec) -> None:

@@ -50,7 +50,8 @@ class Windows(NamedTuple):
         def examples(starts: Tensor) -> FetchedExamples:
             def read(numbers: Tensor) -> Batch:
                 tokens = self.batch(starts[numbers])
-                return tokens[:, :-1], tokens[:, 1:]
+                # A copy to a card is only asynchronous if it is of one piece of memory.
+                return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
             return FetchedExamples(read, len(starts), device, part)
 

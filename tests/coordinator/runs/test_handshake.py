@@ -134,8 +134,9 @@ async def test_the_next_run_is_checked_by_the_settings_that_peers_told(tmp_path:
 def test_settings_of_built_in_tasks_are_known_before_any_handshake(
     task: str, given: dict[str, Value], words: str
 ) -> None:
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=words) as raised:
         ToldSettings().check(RunSpec(task=task, rounds=1, settings=given))
+    assert raised.value.hint.endswith(f"; commonweight task show {task}")
     ToldSettings().check(RunSpec(task=task, rounds=1, settings={"seed": 1}))
     # The peers of a fleet below another check for themselves.
     ToldSettings().check(RunSpec(task=task, rounds=1, settings=given, only="train"))

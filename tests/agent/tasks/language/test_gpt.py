@@ -90,6 +90,8 @@ def test_the_loss_is_that_of_each_next_token_worked_out_one_by_one(folder: Path)
     )
     starts = found.train[:3]
     ((x, y),) = found.sources(torch.device("cpu"))[0].batches(torch.arange(3), 3)
+    assert x.is_contiguous()
+    assert y.is_contiguous()
     mean = task.loss(call(x), y)
     sum_of = 0.0
     for start in starts.tolist():
