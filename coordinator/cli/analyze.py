@@ -48,7 +48,7 @@ def analyze(
     """Ask every peer about its own table. Rows stay there; each owner decides what leaves.
 
     Statistics such as "mean(age) by sex", or a method: ttest, anova, chi2, corr, pca, hist,
-    table1, glm, km, cox.
+    table1, glm, km, cox, meta.
 
     Its jobs: commonweight analyze list, analyze show JOB, analyze stop JOB.
     """

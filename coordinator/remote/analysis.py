@@ -45,8 +45,7 @@ def start(remote: Remote, query: Query, deadline_s: float, peers: Sequence[str] 
 
 def ask(remote: Remote, query: Query, deadline_s: float = 600.0) -> AnalysisResult:
     """The result, once all peers have answered or the deadline has passed."""
-    answers, asked = _wait(remote, start(remote, query, deadline_s))
-    return combine(query, answers, asked)
+    return combine(query, *answers_of(_wait(remote, start(remote, query, deadline_s))))
 
 
 def ask_method(remote: Remote, method: Method, deadline_s: float = 600.0) -> Statistics:
@@ -57,25 +56,24 @@ def ask_method(remote: Remote, method: Method, deadline_s: float = 600.0) -> Sta
     """
 
     def put(query: Query, peers: Sequence[str]) -> Merged:
-        return merge_answers(*_wait(remote, start(remote, query, deadline_s, peers)))
+        job = _wait(remote, start(remote, query, deadline_s, peers))
+        return merge_answers(*answers_of(job, may_be_none=bool(peers)))
 
-    return follow(method, put)
+    names = {peer["peer"]: peer["name"] for peer in remote.peers()}
+    return follow(method._replace(peer_names=names), put)
 
 
-def _wait(remote: Remote, job_id: str) -> tuple[dict[str, PeerAnswer], list[str]]:
-    """The answers of a job by peer, once it has ended, and the peers that were asked.
-
-    Raises CommonweightError if no peer has answered.
-    """
+def _wait(remote: Remote, job_id: str) -> Job:
+    """The job, once it has ended."""
     while (job := remote.job(job_id)).state is JobState.WORKING:
         time.sleep(_POLL_S)
-    return answers_of(job)
+    return job
 
 
-def answers_of(job: Job) -> tuple[dict[str, PeerAnswer], list[str]]:
+def answers_of(job: Job, *, may_be_none: bool = False) -> tuple[dict[str, PeerAnswer], list[str]]:
     """The answers of a job by peer, and the peers that were asked.
 
-    Raises CommonweightError if no peer has answered.
+    Raises CommonweightError if no peer has answered, unless that may be.
     """
     refused = {
         peer: PeerAnswer(refused=strip_controls(explain_refusal(why)))
@@ -83,7 +81,7 @@ def answers_of(job: Job) -> tuple[dict[str, PeerAnswer], list[str]]:
     }
     units = job.units.values()
     answers = refused | {unit.only: _read(unit.answer) for unit in units if unit.verified}
-    if all(answer.refused for answer in answers.values()):
+    if not may_be_none and all(answer.refused for answer in answers.values()):
         reasons = "; ".join({one.refused: None for one in answers.values()}) or job.ended_because
         raise CommonweightError(
             f"no peer has answered: {reasons or 'no answer in time'}",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import commonweight as cw
 from tests.support.fleet_harness import fleet
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
@@ -64,4 +65,54 @@ def test_a_question_goes_to_all_and_each_owner_decides(tmp_path: Path) -> None:
         jobs = site.data("job", "list")
         assert len(jobs) == 2
         for name in ("ann", "bob", "cyd"):
+            assert "unexpected error" not in site.programs[name].log
+
+
+@pytest.mark.long
+def test_methods_ask_three_agents(tmp_path: Path) -> None:
+    """Several questions of a method, through the command line and from Python."""
+    chance = np.random.default_rng(3)
+    rows = [
+        {
+            "age": int(chance.integers(40, 80)),
+            "sex": str(chance.choice(["f", "m"])),
+            "months": int(chance.integers(1, 60)),
+            "died": int(chance.random() < 0.5),
+        }
+        for _ in range(600)
+    ]
+    names = ("ann", "bob", "cyd")
+    with fleet(tmp_path) as site:
+        site.up()
+        site.join(*names)
+        for number, name in enumerate(names):
+            file = tmp_path / f"{name}.csv"
+            with file.open("w", newline="") as out:
+                writer = csv.DictWriter(out, ["age", "sex", "months", "died"])
+                writer.writeheader()
+                writer.writerows(rows[number::3])
+            for key, value in (("data", str(file)), ("analyze", "on")):
+                assert site.ask_agent(name, "policy", "set", key, value).returncode == 0
+        allowed = site.ask_agent("ann", "policy", "set", "analyze_operations", "*,estimates")
+        assert allowed.returncode == 0
+        site.start(*names)
+        fit = site.data("analyze", "glm(died ~ age + sex, family=binomial)")["answer"]
+        assert fit["label"] == "3 of 3 peers, 600 rows"
+        assert [row[0] for row in fit["tables"][0]["rows"]] == ["intercept", "age", "sex[m]"]
+        curves = site.ask("analyze", "km(months, died by sex)")
+        assert "log-rank" in curves.stdout + curves.stderr
+        assert "● f" in curves.stdout + curves.stderr
+        assert "survival" in curves.stdout
+        table = site.ask("analyze", "table1(by=sex)", "--latex").stdout
+        assert table.startswith("\\begin{tabular}")
+        assert "sex = f" in table
+        lines = site.ask("analyze", "ttest(age by sex)", "--csv").stdout.splitlines()
+        assert lines[0].startswith("test,difference,SE,t,df,p")
+        alone = site.ask("analyze", "meta(age by sex)")
+        assert alone.returncode == 2
+        assert "fewer than two peers" in alone.stderr
+        frame = cw.connect(site.home).analyze("cox(months, died ~ age + sex)").frame()
+        assert list(frame["term"]) == ["age", "sex[m]"]
+        assert (frame["SE"] > 0).all()
+        for name in names:
             assert "unexpected error" not in site.programs[name].log

@@ -27,7 +27,7 @@ class TablePeer:
     """A table on a disk, and what its owner allows."""
 
     def __init__(self, folder: Path, rows: Sequence[Row], **allowed: Any) -> None:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "table.csv"
         with self.file.open("w", newline="") as out:
             writer = csv.DictWriter(out, list(rows[0]))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from coordinator.jobs.analysis import Merged
-from coordinator.jobs.methods import counts, cox, glm, moments, survival
+from coordinator.jobs.methods import counts, cox, glm, meta, moments, survival
 from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import PeersLost, Plan, Statistics
 from protocols.analytics.query import Query
@@ -27,6 +27,7 @@ _PLANS: dict[str, Callable[[Method], Plan]] = {
     "glm": glm.glm,
     "km": survival.km,
     "cox": cox.cox,
+    "meta": meta.meta,
 }
 
 

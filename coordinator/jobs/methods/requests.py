@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from protocols.analytics.models import Model, read_model
@@ -52,7 +53,10 @@ _QUOTED_OR_PARENTHESIS = re.compile(r"""\"[^\"]*\"|'[^']*'|[()]""")
 
 
 class Method(NamedTuple):
-    """A method: its name, the columns, the column of the groups, the model, options, conditions."""
+    """A method: its name, the columns, the column of the groups, the model, options, conditions.
+
+    `peer_names`: by peer, for results that show single peers.
+    """
 
     name: str
     text: str
@@ -61,6 +65,7 @@ class Method(NamedTuple):
     model: Model | None
     options: dict[str, float | str]
     where: tuple[Condition, ...]
+    peer_names: Mapping[str, str] = {}
 
     def query(self, *operations: Operation, by: tuple[str, ...] = ()) -> Query:
         """A question about the rows of the method."""

@@ -129,6 +129,34 @@ def test_a_cox_model_has_the_greatest_likelihood(site: TableFleet) -> None:
         assert max(likelihood(at + step), likelihood(at - step)) < best
 
 
+def test_a_meta_analysis_needs_consent_and_pools_the_peers(
+    site: TableFleet, tmp_path: Path
+) -> None:
+    with pytest.raises(CannotBeMet, match="fewer than two"):
+        site.ask("meta(age)")
+    allowed = {"analyze_operations": ("*", "estimates")}
+    parts = [ROWS[:250], ROWS[250:550], ROWS[550:]]
+    site = TableFleet(tmp_path / "allowed", parts, **allowed)
+    found = site.ask("meta(age by drug)")
+    (row,), peers = (records(table) for table in found.tables)
+    estimates, variances = [], []
+    for part, peer in zip(parts, peers, strict=True):
+        no, yes = (
+            np.array([row["age"] for row in part if row["drug"] == drug]) for drug in ("no", "yes")
+        )
+        estimates.append(no.mean() - yes.mean())
+        variances.append(no.var(ddof=1) / len(no) + yes.var(ddof=1) / len(yes))
+        assert peer["estimate"] == pytest.approx(estimates[-1], rel=1e-9)
+        assert peer["SE"] == pytest.approx(math.sqrt(variances[-1]), rel=1e-9)
+    weights = 1 / (np.array(variances) + row["tau2"])
+    assert row["estimate"] == pytest.approx(np.average(estimates, weights=weights), rel=1e-9)
+    assert row["SE"] == pytest.approx(weights.sum() ** -0.5, rel=1e-9)
+    assert [peer["peer"] for peer in peers] == ["p0", "p1", "p2"]
+    assert len(found.plot) == 5
+    (odds,), _ = (records(table) for table in site.ask("meta(ill by drug, measure=odds)").tables)
+    assert odds["estimate"] > 0
+
+
 def test_what_has_no_answer_is_said(site: TableFleet) -> None:
     with pytest.raises(CannotBeMet, match="all alike"):
         site.ask("glm(ill ~ age, family=binomial)", "ill == 1")

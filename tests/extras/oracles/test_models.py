@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.jobs.methods.meta import pool
 from tests.support.table_peers import TableFleet, records
 
 pd = pytest.importorskip("pandas")
@@ -155,3 +156,16 @@ def test_a_cox_model(site: TableFleet) -> None:
     np.testing.assert_allclose([row["log-likelihood"], row["likelihood ratio"]], likelihood, 1e-8)
     binned = sm.PHReg(frame["time"], frame[["age", "m", "a", "b"]], frame["died"], ties="efron")
     np.testing.assert_allclose(got[:, 0], binned.fit().params, rtol=1e-5)
+
+
+def test_a_meta_analysis() -> None:
+    analysis = pytest.importorskip("statsmodels.stats.meta_analysis")
+    variances = [0.04, 0.02, 0.03, 0.09]
+    for estimates, model in (([0.3, 0.9, -0.2, 0.5], "re"), ([0.3, 0.31, 0.29, 0.3], "fe")):
+        mine = pool(estimates, variances)
+        theirs = analysis.combine_effects(np.array(estimates), np.array(variances), "dl")
+        # Peers that differ less than by chance have the fixed-effect estimate.
+        expected = [getattr(theirs, f"{name}_{model}") for name in ("mean_effect", "sd_eff_w")]
+        expected += [max(0, theirs.tau2), theirs.q, max(0, theirs.i2)]
+        found = [mine.estimate, mine.error, mine.tau2, mine.q, mine.i2]
+        np.testing.assert_allclose(found, expected, rtol=1e-8)
