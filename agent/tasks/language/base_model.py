@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from agent.data.settings import DataSettings
-from agent.tasks.language.lora_settings import LoraPlan
 from agent.tasks.language.tokens import Tokenizer
 from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.task_settings import TaskSettings
 from protocols.errors import DataError
 from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
@@ -98,8 +98,8 @@ def digest(found: Path, cache: str) -> str:
     return sha.hexdigest()
 
 
-def load_adapted(found: Path, plan: LoraPlan, seed: int = 0) -> AdaptedModel:
-    """Load the model and add new adapters, initialized from `seed`.
+def load_adapted(found: Path, plan: TaskSettings, seed: int = 0) -> AdaptedModel:
+    """Load the model and add new adapters, initialized from `seed`. `plan`: the settings of lora.
 
     Raises MissingPackage, DataError.
     """
@@ -155,7 +155,7 @@ def save_merged(of: AdaptedModel, out: Path, found: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(found, local_files_only=True).save_pretrained(out)
 
 
-def _adapters(peft: Any, plan: LoraPlan) -> Any:
+def _adapters(peft: Any, plan: TaskSettings) -> Any:
     targets = {"": None, "all-linear": "all-linear"}.get(plan.targets, plan.targets.split(","))
     return peft.LoraConfig(
         task_type={"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}[plan.kind],

@@ -4,7 +4,7 @@
     commonweight run start lora --set model=gpt2-small
 
 Only the adapters travel (and the head of a classification), under PEFT's own names. Before round 1
-the peers compare the digests of their base models. `lora_settings` lists the settings.
+the peers compare the digests of their base models.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
 from agent.tasks import OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
-from agent.tasks.language import base_model, lora_settings
+from agent.tasks.language import base_model
 from agent.tasks.language import tokens as text
 from agent.tasks.language.base_model import AdaptedModel
-from agent.tasks.language.lora_settings import LoraPlan
 from agent.tasks.language.next_token import NextTokenTask, split_windows
 from agent.tasks.language.tokens import Tokenizer
 from agent.tasks.training import class_folders, module_state
@@ -35,10 +34,13 @@ from agent.tasks.training.seeds import derive_seed
 from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import MakeStep, autograd_step
 from agent.tasks.training.torch_task import LastValue
+from protocols.errors import UsageError
 from protocols.model.built_in_settings import LoraSettings
 from protocols.model.weights import Weights
 
 Sources = tuple[FetchedExamples, FetchedExamples]
+#: The settings on which the model depends.
+_OF_MODEL = ("model", "kind", "classes", "rank", "alpha", "dropout", "targets", "checkpointing")
 
 
 class Lora(NextTokenTask):
@@ -62,27 +64,33 @@ class Lora(NextTokenTask):
         self._base = LastValue()
 
     def _read(self, settings: RunSettings) -> TaskSettings:
-        """All settings, with the classes as a tuple, and `plan`."""
-        plan = lora_settings.read_settings(settings)
-        return TaskSettings({**super()._read(settings), "classes": plan.classes, "plan": plan})
+        """All settings, with the classes as a tuple, which is empty for a causal model."""
+        read = super()._read(settings)
+        if not read.model:
+            raise UsageError(
+                "a run of lora names its base model", "the folder's name: --set model=NAME"
+            )
+        is_causal = read.kind == "causal"
+        classes = () if is_causal else class_folders.parse_classes(read.classes)
+        return TaskSettings({**read, "classes": classes})
 
     def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """The base model's digest and the classes. Reads the text, so that errors show early."""
         self._sets(settings)
-        plan = lora_settings.read_settings(settings)
-        return {"base model": (self._digest(plan),), "classes": plan.classes}
+        read = self._read(settings)
+        return {"base model": (self._digest(read),), "classes": read.classes}
 
-    def _folder(self, plan: LoraPlan) -> Path:
-        return base_model.find_folder(self._data, plan.model)
+    def _folder(self, read: TaskSettings) -> Path:
+        return base_model.find_folder(self._data, read.model)
 
-    def _digest(self, plan: LoraPlan) -> str:
-        return base_model.digest(self._folder(plan), self._data.cache)
+    def _digest(self, read: TaskSettings) -> str:
+        return base_model.digest(self._folder(read), self._data.cache)
 
-    def _adapted(self, plan: LoraPlan) -> AdaptedModel:
+    def _adapted(self, read: TaskSettings) -> AdaptedModel:
         def load() -> AdaptedModel:
-            return base_model.load_adapted(self._folder(plan), plan).to(self._device)
+            return base_model.load_adapted(self._folder(read), read).to(self._device)
 
-        return self._base.get(plan, load)
+        return self._base.get(tuple(read[name] for name in _OF_MODEL), load)
 
     def _build(self, settings: RunSettings, *words: object) -> nn.Module:
         """The loaded model, which stays; with words, one with new adapters.
@@ -90,10 +98,10 @@ class Lora(NextTokenTask):
         Checkpointing computes a part of it again when all else has ended, so adapters cannot be
         there for one call alone.
         """
-        plan = lora_settings.read_settings(settings)
+        read = self._read(settings)
         if words:
-            return base_model.load_adapted(self._folder(plan), plan, derive_seed(*words))
-        return self._adapted(plan).train()
+            return base_model.load_adapted(self._folder(read), read, derive_seed(*words))
+        return self._adapted(read).train()
 
     def _tensors(self, model: nn.Module) -> Tensors:
         assert isinstance(model, AdaptedModel)
@@ -102,10 +110,10 @@ class Lora(NextTokenTask):
     # --- data ---
 
     def data(self, source: DataSettings, settings: Any) -> Sources:
-        made, self._numbers = self._adapted(settings.plan), {}
+        made, self._numbers = self._adapted(settings), {}
         if settings.kind == "classification":
             return self._texts(source, settings, made)
-        tokens = made.tokens._replace(digest=self._digest(settings.plan))
+        tokens = made.tokens._replace(digest=self._digest(settings))
         windows = split_windows(text.tokenize(source, tokens), settings.context)
         return windows.sources(self._device)
 
@@ -157,7 +165,7 @@ class Lora(NextTokenTask):
         return trained._replace(weights=as_weights({n: t.clone() for n, t in tensors.items()}))
 
     def _tokenizer(self, settings: Any) -> Tokenizer:
-        return self._adapted(settings.plan).tokens
+        return self._adapted(settings).tokens
 
     def _answer(
         self, call: Callable[[Any], Any], x: Any, settings: Any
@@ -175,8 +183,8 @@ class Lora(NextTokenTask):
         self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
     ) -> None:
         """The base model with the adapters merged in: a folder for plain transformers."""
-        plan = lora_settings.read_settings(settings)
-        found = base_model.find_folder(data, plan.model)
-        made = base_model.load_adapted(found, plan)
+        read = self._read(settings)
+        found = base_model.find_folder(data, read.model)
+        made = base_model.load_adapted(found, read)
         module_state.load_tensors(made.tensors(), weights)
         base_model.save_merged(made, out, found)

@@ -37,8 +37,8 @@ from protocols.model.weights import Array, Schema, Weights
 EVALUATION_BATCH = 1024
 #: Settings of the training; those of the optimizer are the estimator's own.
 _LOOP = {
-    name: SettingSpec(default=default, ge=1)
-    for name, default in (("epochs", 5), ("batch_size", 32))
+    "epochs": SettingSpec(default=5, ge=1, help="passes over this peer's examples"),
+    "batch_size": SettingSpec(default=32, ge=1, help="examples in a step"),
 }
 #: A probability in the cross-entropy is at least this.
 _LEAST = 1e-15

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agent.data.settings import DataSettings
 from agent.tasks import Setting, registry
-from agent.tasks.language import base_model, lora_settings
+from agent.tasks.language import base_model
 from agent.tasks.language import tokens as text
 from agent.tasks.language.gpt import TextLM
 from agent.tasks.language.lora import Lora
@@ -139,7 +139,7 @@ def test_training_that_saves_memory_learns_the_same(
     task = loaded(hub, texts)
     base = task.init(1, settings)
     whole = task.train(base, settings, ignore_step)
-    plan = lora_settings.read_settings(settings | saving)
+    plan = task._read(settings | saving)
     modules = task._adapted(plan).model.modules()
     assert any(getattr(m, "gradient_checkpointing", False) for m in modules) == plan.checkpointing
     saved = task.train(base, settings | saving, ignore_step)

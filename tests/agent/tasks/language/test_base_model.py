@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from agent.data.settings import DataSettings
 from agent.tasks import registry
-from agent.tasks.language import base_model, lora_settings, tokens
+from agent.tasks.language import base_model, tokens
 from agent.tasks.language.base_model import AdaptedModel
 from agent.tasks.language.lora import Lora
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
@@ -99,7 +99,7 @@ def test_keras_where_it_is_not_says_what_to_install(monkeypatch: pytest.MonkeyPa
 )
 def test_settings_that_cannot_be(settings: dict[str, str | float], kind: type[UsageError]) -> None:
     with pytest.raises(kind):
-        lora_settings.read_settings(ASKED | settings)
+        Lora()._read(ASKED | settings)
 
 
 class Seen(Exception):

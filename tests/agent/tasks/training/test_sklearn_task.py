@@ -181,3 +181,9 @@ def test_it_needs_no_torch() -> None:
     code = "import sys, commonweight as cw; cw.SklearnTask; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_setting_is_told_with_its_bounds_and_help() -> None:
+    told = Made().setting_specs()
+    assert {"epochs", "batch_size"} <= told.keys()
+    assert all(told[name].ge == 1 and told[name].help for name in ("epochs", "batch_size"))
