@@ -1,6 +1,7 @@
 """Simulated rounds, beside those of Flower's own engine: python -m benchmarks.speed.simulation
 
-Both train the 2NN on the digits, one part a peer, with as many workers as there are cores.
+Both train the 2NN on the digits, one part a peer, with as many workers as there are cores. More
+than 1,000 peers train `tabular`, each on a table of its own.
 `--stock` needs Ray (the extra `simulate`) and runs Flower's engine after ours, in the same call.
 """
 
@@ -25,6 +26,8 @@ from benchmarks.speed.processes import cpu_s, family
 
 #: Of both.
 SETTINGS = {"lr": 0.05, "epochs": 1, "batch_size": 10}
+#: So many parts the digits have; more peers get a table each.
+MAX_PARTS, ROWS = 1000, 60
 _LOOK_S = 0.5
 
 
@@ -33,17 +36,32 @@ def ours(peers: int, per_round: int, rounds: int, ray: str) -> dict[str, Any]:
     from commonweight.simulation import simulate
     from coordinator.remote import run_options
 
-    began, at = time.time(), list[float]()
-    # The digits have a thousand parts at most.
-    task = {"task": "mnist", "set": SETTINGS} if peers <= 1000 else {"task": "ping"}
-    chosen = run_options.from_keywords({**task, "rounds": rounds})
+    at = list[float]()
+    task: dict[str, Any] = {"task": "mnist", "set": SETTINGS}
     with tempfile.TemporaryDirectory(prefix="commonweight-simulation-") as folder:
-        home = Path(folder) / "home"
-        made = simulate.create(chosen, peers, per_round=per_round, out=home)
+        owner = {}
+        if peers > MAX_PARTS:
+            task = {"task": "tabular", "set": {"target": "outcome"}}
+            owner = {"data": write_tables(Path(folder), peers)}
+        chosen = run_options.from_keywords({**task, "rounds": rounds})
+        began, home = time.time(), Path(folder) / "home"
+        made = simulate.create(chosen, peers, per_round=per_round, owner=owner, out=home)
         run = made.run(on_round=lambda run: at.append(time.time()), ray=ray)
     first = at[0] - run.history[0].seconds
     accuracy = run.history[-1].metrics.get("accuracy")
     return {"began": began, "at": [first, *at], "accuracy": accuracy}
+
+
+def write_tables(folder: Path, peers: int) -> str:
+    """One table of `ROWS` rows for each peer; returns the owners' setting `data`."""
+    draw = np.random.default_rng(1)
+    for part in range(peers):
+        age, dose = draw.integers(18, 90, ROWS), draw.normal(0, 1, ROWS)
+        outcome = (age / 50 + dose > 1.1).astype(int)
+        rows = zip(age, dose, outcome, strict=True)
+        lines = [f"{years},{amount:.3f},{found}" for years, amount, found in rows]
+        (folder / f"{part}.csv").write_text("\n".join(["age,dose,outcome", *lines]) + "\n")
+    return f"{folder}/{{part}}.csv"
 
 
 def memory(root: int) -> int:
