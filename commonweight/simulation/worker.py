@@ -39,14 +39,16 @@ def main() -> None:
     from commonweight.simulation.peer import Answer, Worker, decode_jobs, decode_plan, encode
 
     worker, said = Worker(decode_plan(_read(jobs))), set[str]()
+    is_frozen = False
     while frame := _read(jobs):
         answers = list[Answer]()
         for job in decode_jobs(frame):
             with _saying_once(said):
                 answers.append(worker.work(job))
         told = encode(answers)
-        if not gc.get_freeze_count():  # modules stay, so that no collection looks at them again
+        if not is_frozen:  # modules stay, so that no collection looks at them again
             gc.freeze()
+            is_frozen = True
         out.write(HEADER.pack(len(told)) + told)
         out.flush()
 
