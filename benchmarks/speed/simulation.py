@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import psutil
 
 from benchmarks.speed import report
 from benchmarks.speed.processes import cpu_s, family
+from coordinator.runs.state import Run
 
 #: Of both.
 SETTINGS = {"lr": 0.05, "epochs": 1, "batch_size": 10}
@@ -31,7 +34,13 @@ MAX_PARTS, ROWS = 1000, 60
 _LOOK_S = 0.5
 
 
-def ours(peers: int, per_round: int, rounds: int, ray: str) -> dict[str, Any]:
+def ours(
+    peers: int,
+    per_round: int,
+    rounds: int,
+    ray: str,
+    on_round: Callable[[Run], None] = lambda run: None,
+) -> dict[str, Any]:
     """When each round ended, and the start."""
     from commonweight.simulation import simulate
     from coordinator.remote import run_options
@@ -46,10 +55,35 @@ def ours(peers: int, per_round: int, rounds: int, ray: str) -> dict[str, Any]:
         chosen = run_options.from_keywords({**task, "rounds": rounds})
         began, home = time.time(), Path(folder) / "home"
         made = simulate.create(chosen, peers, per_round=per_round, owner=owner, out=home)
-        run = made.run(on_round=lambda run: at.append(time.time()), ray=ray)
+
+        def ended(run: Run) -> None:
+            at.append(time.time())
+            on_round(run)
+
+        run = made.run(on_round=ended, ray=ray)
     first = at[0] - run.history[0].seconds
     accuracy = run.history[-1].metrics.get("accuracy")
-    return {"began": began, "at": [first, *at], "accuracy": accuracy}
+    digest = run.history[-1].digest
+    return {"began": began, "at": [first, *at], "accuracy": accuracy, "digest": digest}
+
+
+def on_two_nodes(peers: int, per_round: int, rounds: int) -> dict[str, Any]:
+    """`ours` on two nodes of Ray on this machine, one core each; one is lost after half of the
+    rounds, and the other works on alone."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    first, _ = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    def lose_a_node(run: Run) -> None:
+        if len(run.history) == rounds // 2:
+            cluster.remove_node(first, allow_graceful=False)
+
+    try:
+        found = ours(peers, per_round, rounds, cluster.address, lose_a_node)
+    finally:
+        cluster.shutdown()
+    return {**found, "lost_after": rounds // 2}
 
 
 def write_tables(folder: Path, peers: int) -> str:
@@ -108,6 +142,23 @@ def measured(kind: str, words: list[str]) -> dict[str, Any]:
         "start_cpu_s": float(used[0]),
         "peak_bytes": max(nbytes),
         "accuracy": found.get("accuracy"),
+        "digest": found.get("digest", ""),
+        **_of_loss(seconds.tolist(), found.get("lost_after", 0)),
+    }
+
+
+def _of_loss(seconds: list[float], lost_after: int) -> dict[str, float]:
+    """The median round before a node was lost, the round in which it was, and the median after it.
+
+    `seconds`: of each round but the first.
+    """
+    if not lost_after:
+        return {}
+    before, (during, *after) = seconds[: lost_after - 1], seconds[lost_after - 1 :]
+    return {
+        "before_s": statistics.median(before),
+        "during_s": during,
+        "after_s": statistics.median(after),
     }
 
 
@@ -118,6 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--ray", action="store_true", help="ours on Ray, too")
+    parser.add_argument("--nodes", action="store_true", help="ours on two nodes of Ray, too")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -128,11 +180,13 @@ def main() -> None:
         run = {
             "ours": lambda: ours(*sizes, ""),
             "ours on Ray": lambda: ours(*sizes, "auto"),
+            "ours on two nodes": lambda: on_two_nodes(*sizes),
             "stock": lambda: stock_simulation.stock(*sizes),
         }
         print(json.dumps(run[asked.alone]()))
         return
-    names = ["ours", *["ours on Ray"] * asked.ray, *["stock"] * asked.stock]
+    wanted = {"ours on Ray": asked.ray, "ours on two nodes": asked.nodes, "stock": asked.stock}
+    names = ["ours", *(name for name, is_wanted in wanted.items() if is_wanted)]
     words = ["--peers", "--per-round", "--rounds"]
     pairs = [word for pair in zip(words, map(str, sizes), strict=True) for word in pair]
     found = {}

@@ -116,8 +116,10 @@ class Cluster:
         """How many actors work at a time."""
         return max(1, int(self.ray.cluster_resources().get("CPU", 1)))
 
-    def new_actor(self) -> Any:
-        return self._make.remote(encode(self.plan))
+    def new_actor(self, *, replaces: bool = False) -> Any:
+        """`replaces`: it shares a core, as the nodes that are left may have none free."""
+        options = {"num_cpus": 0} if replaces else {}
+        return self._make.options(**options).remote(encode(self.plan))
 
     def version(self, digest: str) -> Any:
         """The reference of a version's bytes; None if it is not here."""
@@ -167,7 +169,7 @@ class RayWorker:
             except self._cluster.ray.exceptions.RayError as err:
                 log.warning("a worker on Ray was lost: %s", err)
                 await self.close()
-                self._actor = self._cluster.new_actor()
+                self._actor = self._cluster.new_actor(replaces=True)
         raise WorkerKilled(f"its worker on Ray was lost {MAX_TRIES} times", "ray status")
 
     async def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ray.cluster_utils import Cluster
 
 import commonweight as cw
 from commonweight.simulation import ray_workers
+from commonweight.simulation.peer import Answer, Job
 from tests.support.fleet_harness import ROOT
 
 TASK = f"{ROOT}/tests/support/softmax_task.py:Softmax"
@@ -50,12 +51,11 @@ def test_on_two_nodes_a_run_has_the_digests_of_one_machine_also_if_a_node_is_los
 
     answer, answered = ray_workers.RayWorker.answer, list[int]()
 
-    async def lose_a_node(self: ray_workers.RayWorker, job: Any) -> Any:
-        answered.append(job.index)
-        if len(answered) == 30:
-            cluster.remove_node(nodes[0], allow_graceful=False)
-            cluster.add_node(num_cpus=1)
-        return await answer(self, job)
+    async def lose_a_node(self: ray_workers.RayWorker, jobs: Sequence[Job]) -> list[Answer]:
+        answered.extend(job.index for job in jobs)
+        if len(nodes) == 2 and len(answered) >= 30:  # the other one works on alone
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+        return await answer(self, jobs)
 
     monkeypatch.setattr(ray_workers.RayWorker, "answer", lose_a_node)
     lost = cw.simulate(TASK, 8, ray=cluster.address, out=tmp_path / "lost", **OPTIONS)
