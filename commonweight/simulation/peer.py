@@ -88,21 +88,23 @@ def _asked(work: Describe) -> bytes:
 
 
 class PeerTrainer(InProcessTrainer):
-    """The trainer of one peer."""
+    """The trainer of one peer, and later of another one, as the same task and model serve both."""
 
-    def __init__(
-        self, data: DataSettings, source: str, index: int, descriptions: Descriptions
-    ) -> None:
+    def __init__(self, data: DataSettings, source: str, descriptions: Descriptions) -> None:
         super().__init__(data, source=source)
-        self._index, self._descriptions = index, descriptions
+        self._descriptions = descriptions
+
+    def use(self, data: DataSettings) -> None:
+        """Work on the data of this peer from now on."""
+        self._data = data
 
     def run(self, work: TrainerWork) -> Done:
         if not isinstance(work, Describe):
             return super().run(work)
-        told = self._descriptions.find(self._index, work)
+        told = self._descriptions.find(self._data.index, work)
         if told is None:
             told = super().run(work)
-            self._descriptions.keep(self._index, work, told)
+            self._descriptions.keep(self._data.index, work, told)
         return told
 
 
@@ -126,7 +128,7 @@ class SimulatedPeer:
         index: int,
         owner: AgentSettings,
         peers: Mapping[str, str],
-        descriptions: Descriptions,
+        make_trainer: Callable[[DataSettings], PeerTrainer],
     ) -> None:
         key = plan.key(index)
         public = identity.public_bytes(key)
@@ -139,9 +141,10 @@ class SimulatedPeer:
             owner = replace(owner, trust={**peers, **owner.trust})
             owner.trust.pop(self.peer, None)
         data = replace(settings.data_settings(owner, plan.cache), is_shared=plan.is_shared)
+        self.trainer = make_trainer(data)
         self.client = Client(
             Identity(self.peer, key.sign, plan.coordinator_public, plan.fleet),
-            PeerTrainer(data, plan.source, index, descriptions),
+            self.trainer,
             self,
             home,
             settings=lambda: owner,
@@ -199,6 +202,7 @@ class Worker:
         self._plan = plan
         plan.cache.mkdir(parents=True, exist_ok=True)
         self._descriptions = Descriptions()
+        self._spare: list[PeerTrainer] = []
         self._kept: OrderedDict[int, tuple[int, SimulatedPeer]] = OrderedDict()
 
     @cached_property
@@ -213,7 +217,14 @@ class Worker:
 
     def _make(self, index: int) -> SimulatedPeer:
         owner = self._owner_of(index)
-        return SimulatedPeer(self._plan, index, owner, self._peers, self._descriptions)
+        return SimulatedPeer(self._plan, index, owner, self._peers, self._trainer_for)
+
+    def _trainer_for(self, data: DataSettings) -> PeerTrainer:
+        """The trainer of a peer that is kept no longer, or a new one."""
+        if not self._spare:
+            return PeerTrainer(data, self._plan.source, self._descriptions)
+        self._spare[-1].use(data)
+        return self._spare.pop()
 
     def keeps(self, job: Job) -> bool:
         """True if no other worker has answered for this peer since it did here."""
@@ -226,7 +237,7 @@ class Worker:
         answer = peer.answer(job.message)
         self._kept[job.index] = job.number + 1, peer
         if len(self._kept) > MAX_KEPT_PEERS:
-            self._kept.popitem(last=False)
+            self._spare.append(self._kept.popitem(last=False)[1][1].trainer)
         return answer
 
 
