@@ -106,14 +106,9 @@ def test_with_json_the_error_is_an_envelope(site: Fleet) -> None:
     assert "ping" in told["error"]["hint"]
 
 
-def test_a_setting_that_the_task_does_not_know_harms_only_its_run(site: Fleet) -> None:
-    run = site.start_run("ping", "--rounds", "1", "--set", "speed=9")
-    ended = site.ended_run(run)
-    assert (ended["state"], ended["history"]) == ("failed", [])
-    why = "the task has no setting 'speed' (its settings: "
-    assert why in ended["ended_because"]
-    assert [text for text in site.events() if text.startswith(f"refused ada: {why}")]
-    assert not [text for text in site.events() if text.startswith("ada: ")], "told once"
+def test_a_setting_that_the_task_does_not_know_starts_no_run(site: Fleet) -> None:
+    refused = site.ask("run", "start", "ping", "--rounds", "1", "--set", "speed=9")
+    fails(refused, 2, "the task has no setting 'speed'")
     again = site.ended_run(site.start_run("ping", "--rounds", "1"))
     assert again["state"] == "finished"
 
