@@ -14,6 +14,7 @@ pytest.importorskip("pyarrow")
 
 from agent.data import column_types, open_table
 from agent.data.arrow_reader import ArrowReader
+from agent.data.change_watch import READ_AGAIN_AFTER_S
 from agent.data.row_registry import RowRegistry
 from agent.data.settings import DataSettings
 from agent.data.table_spool import write_table
@@ -32,7 +33,7 @@ Make = Callable[..., SpooledTable]
 def make(tmp_path: Path) -> Iterator[Make]:
     watches = []
 
-    def made(table: Path, reader: str = "arrow", pid: int = os.getpid()) -> SpooledTable:
+    def made(table: Path | str, reader: str = "arrow", pid: int = os.getpid()) -> SpooledTable:
         chosen = AgentSettings(data=str(table), data_reader="spark")
         spool = tmp_path / "spool"
         spool.mkdir(exist_ok=True)
@@ -89,6 +90,24 @@ def test_it_is_read_once_and_again_after_a_change(tmp_path: Path, make: Make) ->
     assert not first.exists()
     table.delete()
     assert list((tmp_path / "spool").iterdir()) == []
+
+
+def test_a_table_of_a_server_may_take_longer_than_it_is_fresh(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("agent.data.change_watch.time.time", lambda: now[0])
+    table = make("postgresql://h/d?table=t", reader="arrow")
+    reads = []
+
+    def read(folder: Path) -> None:
+        reads.append(folder)
+        now[0] += 2 * READ_AGAIN_AFTER_S
+
+    monkeypatch.setattr(table, "_read", read)
+    first = table.folder()
+    assert table.folder() != first, "it is read again when it is asked for later"
+    assert len(reads) == 2
 
 
 def test_what_a_crash_left_is_deleted(tmp_path: Path, make: Make) -> None:
