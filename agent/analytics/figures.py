@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agent.analytics.compute import Column, CutsOf, Mask, Places, Table
+from agent.analytics.compute import CutsOf, Mask, Places, Table
 from agent.analytics.cut_points import CutPoints
 from protocols.analytics import mergeable_states as stats
 from protocols.analytics.mergeable_states import Floats, State, WithheldState
@@ -113,7 +113,7 @@ def _over_values(
         rare = (len(counts) - common) // min_rows * min_rows
         return Figure(stats.DistinctState(common + rare, common + rare))
     if operation.kind == "levels":
-        return _levels(table.columns[name], name, used, min_rows)
+        return _levels(table, name, used, min_rows)
     values = table.numbers(name)[used]
     match operation.kind:
         case "min" | "max":
@@ -194,12 +194,14 @@ def _large_enough(counts: Places, min_rows: int) -> list[int]:
     return told
 
 
-def _levels(column: Column, name: str, used: Places, min_rows: int) -> Figure:
+def _levels(table: Table, name: str, used: Places, min_rows: int) -> Figure:
     """The categories that enough rows have. A column of many numbers has none."""
+    column = table.columns[name]
     codes = column.codes[used]
     counts = np.bincount(codes, minlength=len(column.words))
     told = _large_enough(counts, min_rows)
-    if len(told) > (_MAX_NUMBER_LEVELS if column.values is not None else MAX_TOLD_LEVELS):
+    has_many = column.values is not None and table.num_values(name) > _MAX_NUMBER_LEVELS
+    if has_many or len(told) > MAX_TOLD_LEVELS:
         return Figure(LevelsState())
     sets = tuple(ToldRows(name, used[codes == code]) for code in told)
     return Figure(LevelsState({column.words[i]: int(counts[i]) for i in told}), sets)

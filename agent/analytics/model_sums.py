@@ -37,6 +37,8 @@ from protocols.errors import Refused
 Spend = Callable[[Sequence[str], int], int]
 
 
+#: Larger sums are not decoded.
+_MAX_SUM = 1e300
 #: The effective number of rows is at least this part of them.
 _MAX_CONCENTRATION = 20
 
@@ -50,12 +52,14 @@ _OUTSIDE = Refused("the coefficients of this question have no value for some row
 
 
 class _Used(NamedTuple):
-    """The rows of a model: its outcome, float64[n] each; its terms, float64[n, p]; and the columns
-    with few values, as codes, int64[n]."""
+    """The rows of a model: its outcome, float64[n] each; its terms, float64[n, p]; the columns with
+    few values, as codes, int64[n]; and the sizes of the other columns, float64[n] each, not scaled:
+    whoever asks chooses the scales."""
 
     rows: Places
     outcome: list[Floats]
     terms: Floats
+    sizes: list[Floats]
     categories: dict[str, Places]
 
 
@@ -89,7 +93,15 @@ def compute_model(
             if model.family
             else _sum_risks(model, used, parts, min_rows)
         )
+    if not (np.abs(_numbers_of(state)) <= _MAX_SUM).all():
+        raise _OUTSIDE
     return Figure(state, tuple(told))
+
+
+def _numbers_of(state: FitState | RiskState) -> Floats:
+    if isinstance(state, RiskState):
+        return np.array([*state.covariates, *state.sums])
+    return np.array([*state.score, *state.information, state.deviance, state.pearson, state.base])
 
 
 # --- rows and columns ------------------------------------------------------------------------
@@ -121,6 +133,11 @@ def _find_rows(
         used,
         [table.numbers(name)[used] for name in outcomes],
         _design(model, table, codes, used),
+        [
+            np.abs(table.numbers(term.column)[used])
+            for term in model.terms
+            if term.column not in {*codes, *few}
+        ],
         {name: code[used] for name, code in codes.items()}
         | {name: np.unique(table.numbers(name)[used], return_inverse=True)[1] for name in few},
     )
@@ -219,8 +236,9 @@ def _sum_fit(model: Model, used: _Used, min_rows: int) -> FitState:
     counted = np.abs(slope / variance)
     for part in (weights, counted):
         _check_spread(part, min_rows)
-    heavy = (weights * np.abs(x.T), counted * y * np.abs(x.T), deviances[None])
-    if any(is_dominated(row) for rows in heavy for row in rows):
+    heavy = [deviances, weights, counted * y]
+    heavy += [part * size for part in (weights, counted * y) for size in used.sizes]
+    if any(map(is_dominated, heavy)):
         raise _FEW
     base = 0.0
     if model.family == "poisson":
@@ -313,6 +331,8 @@ def _sum_risks(model: Model, used: _Used, parts: list[Places], min_rows: int) ->
         w, inside = weights[part], x[part]
         if len(part):
             _check_spread(w, min_rows)
+            if any(is_dominated(w * size[part]) for size in used.sizes):
+                raise _FEW
         sums += [float(w.sum()), *(w @ inside).tolist(), *to_upper((inside.T * w) @ inside)]
     counts = [len(part) for part in parts]
     return RiskState(

@@ -57,7 +57,7 @@ def ask_method(remote: Remote, method: Method, deadline_s: float = 600.0) -> Sta
 
     def put(query: Query, peers: Sequence[str]) -> Merged:
         job = _wait(remote, start(remote, query, deadline_s, peers))
-        return merge_answers(*answers_of(job, may_be_none=bool(peers)))
+        return merge_answers(*answers_of(job, method.name, may_be_none=bool(peers)))
 
     names = {peer["peer"]: peer["name"] for peer in remote.peers()}
     return follow(method._replace(peer_names=names), put)
@@ -70,13 +70,15 @@ def _wait(remote: Remote, job_id: str) -> Job:
     return job
 
 
-def answers_of(job: Job, *, may_be_none: bool = False) -> tuple[dict[str, PeerAnswer], list[str]]:
-    """The answers of a job by peer, and the peers that were asked.
+def answers_of(
+    job: Job, method: str = "", *, may_be_none: bool = False
+) -> tuple[dict[str, PeerAnswer], list[str]]:
+    """The answers of a job by peer, and the peers that were asked. `method`: what asks, if any.
 
     Raises CommonweightError if no peer has answered, unless that may be.
     """
     refused = {
-        peer: PeerAnswer(refused=strip_controls(explain_refusal(why)))
+        peer: PeerAnswer(refused=strip_controls(explain_refusal(why, method)))
         for peer, why in job.excused.items()
     }
     units = job.units.values()

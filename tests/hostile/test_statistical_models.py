@@ -87,6 +87,18 @@ def test_one_person_dominates_no_sum(tmp_path: Path) -> None:
     assert "outweighs" in told.refused
 
 
+def test_one_person_dominates_no_time_bin_whatever_the_scale(tmp_path: Path) -> None:
+    """Attack: shift a column so that no value outweighs others, and ask for a narrow time bin."""
+    chance = np.random.default_rng(2)
+    rows = [row | {"income": float(chance.integers(9_000, 11_000))} for row in persons()]
+    rows[-1] |= {"income": 3e6, "months": 3, "died": 1}
+    peer = TablePeer(tmp_path, rows)
+    assert ask(peer, "mean(income)").cells[0].states != (WithheldState(),)
+    for term in ("income", "scaled(income, 1e9, 1)", "scaled(income, 1e4, 1e-99)"):
+        told = ask(peer, f"cox(months, died ~ {term}, bins=(8,), at=(0,))")
+        assert "the coefficients of this question" in told.refused
+
+
 @pytest.mark.parametrize("few", [0, 1, 4])
 def test_combinations_of_few_rows_are_refused_alike(tmp_path: Path, few: int) -> None:
     """Attack: read from cross-products of categories how many women were ill."""

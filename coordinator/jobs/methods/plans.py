@@ -81,8 +81,8 @@ def _label(merged: Merged, peers: int, asked: int) -> str:
     return "; ".join(parts)
 
 
-def explain_refusal(why: str) -> str:
-    """Why a peer gave no answer, also if its agent is older than the question."""
+def explain_refusal(why: str, method: str = "") -> str:
+    """Why a peer gave no answer, also if its agent is older than the method or the operation."""
     if found := _UNKNOWN_OPERATION.search(why):
-        return f"this agent is too old for {found[1]}: its owner can update it"
+        return f"this agent is too old for {method or found[1]}: its owner can update it"
     return why

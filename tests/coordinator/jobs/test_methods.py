@@ -33,6 +33,7 @@ def patients(count: int = 600, seed: int = 4) -> list[dict[str, Any]]:
             "smoker": int(chance.random() < 0.4),
             "city": str(chance.choice(["Bergen", "Oslo", "Tromsø"])),
             "number": number,
+            "income": int(chance.choice([20_000, 30_000])) if number % 3 else number,
         }
         for number in range(count)
     ]
@@ -146,7 +147,8 @@ def test_table_1_has_all_columns_by_group(site: TableFleet) -> None:
     assert rows["age", ""]["p"] == pytest.approx(stats.f_oneway(women, men).pvalue, rel=1e-8)
     smokers = len(column("age", sex="m", smoker=1))
     assert rows["smoker", "1"]["sex = m"] == f"{smokers} ({100 * smokers / len(men):.1f} %)"
-    assert {key for key, _ in rows} == {"rows", "age", "bmi", "smoker", "city", "number"}
+    assert {key for key, _ in rows} == {"rows", "age", "bmi", "smoker", "city", "number", "income"}
+    assert "(" in rows["income", ""]["all"], "numbers are no categories because some are frequent"
     chosen = site.ask("table1(city, by=sex)", "age > 60")
     assert {row[0] for row in chosen.tables[0].rows} == {"rows", "city"}
 
@@ -164,6 +166,8 @@ def test_peers_that_refuse_a_later_question_are_left_out_of_all(tmp_path: Path) 
 def test_an_old_agent_is_named_as_such() -> None:
     words = "not a valid question: Invalid enum value 'glm' - at `$.operations[0].kind`"
     assert explain_refusal(words).startswith("this agent is too old for glm")
+    words = words.replace("glm", "levels")
+    assert explain_refusal(words, "table1").startswith("this agent is too old for table1")
     assert explain_refusal("the owner does not let glm be asked") == (
         "the owner does not let glm be asked"
     )
