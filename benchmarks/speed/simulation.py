@@ -196,7 +196,10 @@ def main() -> None:
     if asked.keep:
         asked_for = {"peers": asked.peers, "per_round": asked.per_round}
         rows = [{"engine": name} | asked_for | row for name, row in found.items()]
-        report.keep("simulation", {f"peers_{asked.peers}": rows})
+        nodes = [row for row in rows if "during_s" in row]
+        others = [row for row in rows if row not in nodes]
+        kept = {f"peers_{asked.peers}": others} | ({f"nodes_{asked.peers}": nodes} if nodes else {})
+        report.keep("simulation", kept)
 
 
 if __name__ == "__main__":

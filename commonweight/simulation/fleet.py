@@ -50,8 +50,8 @@ from protocols.messages.work import FlowerMessage, PollRequest
 HEARTBEAT_S = 5.0
 #: So often it is asked whether a round needs the peers that dropped out.
 _AWAY_S = 0.2
-#: A run looks at replies so often while others are on their way; and more for each peer.
-_WAKE_S, _WAKE_S_PER_PEER = 0.05, 2e-5
+#: A run looks at replies so often while others are on their way; and more for each of these.
+_WAKE_S, _WAKE_S_PER_MESSAGE = 0.05, 2e-4
 #: A worker gets as many messages at a time as take about so long.
 _BATCH_S = 0.1
 #: Flower's nodes stay online for so long (s).
@@ -265,12 +265,13 @@ class SimulatedFleet:
 
     def _wake_soon(self) -> None:
         """Let the run look at replies: now if no other will come, else at some of them together.
-        A look takes longer with more peers."""
-        if not self._working and not any(self._rung):
+        A look takes longer with more messages on their way."""
+        left = self._working + sum(map(len, self._rung))
+        if not left:
             self.runs.wake()
         elif not self._wakes:
             self._wakes = True
-            delay_s = _WAKE_S + _WAKE_S_PER_PEER * len(self._all)
+            delay_s = _WAKE_S + _WAKE_S_PER_MESSAGE * left
             asyncio.get_running_loop().call_later(delay_s, self._wake)
 
     def _wake(self) -> None:
