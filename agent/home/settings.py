@@ -195,7 +195,7 @@ def meanings() -> dict[str, str]:
     """The meaning of every setting, by its name."""
     hints = get_type_hints(AgentSettings, include_extras=True)
     return {
-        name: next((meta.description for meta in getattr(hint, "__metadata__", ())), None) or ""
+        name: next((m.description for m in getattr(hint, "__metadata__", ()) if m.description), "")
         for name, hint in hints.items()
     }
 

@@ -63,7 +63,7 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         tuple[str, ...], Meta(description="columns that runs may use; * matches any text")
     ] = ("*",)
     data_values: Annotated[
-        MappedValues, Meta(description="values read as others, by column; see: data map")
+        MappedValues, Meta(description="by column: values that are read as others (data map)")
     ] = msgspec.field(default_factory=dict)
     data_min_rows: Annotated[int, Meta(ge=0, description="minimum rows or pictures in a run")] = 20
     data_min_count: Annotated[
