@@ -601,7 +601,7 @@ def test_what_is_declared_has_a_bound() -> None:
 def test_the_limit_is_on_by_default() -> None:
     """Control: a run that sets nothing has the limit."""
     assert run_options.build_order({"task": "mnist"}).spec.outlier_limit == OUTLIER_LIMIT
-    assert demo._spec("mnist", 3, 1, 0).outlier_limit == OUTLIER_LIMIT
+    assert demo._spec(demo.TASKS["mnist"], 3, 1, 0).outlier_limit == OUTLIER_LIMIT
 
 
 async def test_a_modified_agent_does_not_make_the_model_seven(tmp_path: Path) -> None:

@@ -325,7 +325,9 @@ def test_a_huge_or_malformed_request_is_refused(room: Room) -> None:
     many = replace(plan, sizes=(2**40,) * 3, limits=(1.0,) * 3)
     with refused(room.first, SecureRefused, "of another model"):
         room.step(room.first, replace(request, plan=encode(many)))
-    unknown = msgspec.structs.asdict(plan) | {"limits": [0.0] * len(plan.limits)}
+    unknown = msgspec.to_builtins(plan, builtin_types=(bytes,)) | {
+        "limits": [0.0] * len(plan.limits)
+    }
     with refused(room.first, BadMessage, "not a valid plan"):
         room.step(room.first, replace(request, plan=encode(unknown)))
     nothing = room.work("share", request="ab" * 32)

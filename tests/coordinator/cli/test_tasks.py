@@ -92,6 +92,7 @@ def test_settings_are_listed_with_bounds_and_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those of a built-in task without a coordinator, others as peers told them in a run."""
+    monkeypatch.setenv("COLUMNS", "200")  # so that no help is wrapped
     tasks.show("mnist")
     listed = capsys.readouterr().out
     assert "one of 2nn, cnn, edges" in listed
