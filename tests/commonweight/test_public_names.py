@@ -41,6 +41,7 @@ NAMES = {
     "KerasTask.answers": "(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]",
     "KerasTask.build": "(self, settings: RunSettings) -> Any",
     "KerasTask.data": "(self, source: DataSettings, settings: Any) -> tuple[Any, Any]",
+    "KerasTask.defaults": None,
     "KerasTask.inputs": "(self, path: str, settings: Any) -> Any",
     "KerasTask.make_optimizer": "(self, model: Any, settings: RunSettings) -> Any",
     "KerasTask.model": "(self, settings: Any) -> Any",
