@@ -32,8 +32,8 @@ from protocols.analytics.models import Model, Term
 from protocols.analytics.query import Operation
 from protocols.errors import Refused
 
-#: Counts so many equations about each of these columns; returns those of the past about any of
-#: them.
+#: Adds a number of equations to the count of each of these columns. Returns the equations of the
+#: past about any of them.
 Spend = Callable[[Sequence[str], int], int]
 
 

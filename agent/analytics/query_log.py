@@ -159,7 +159,7 @@ class QueryLog:
         self._db.execute("INSERT OR IGNORE INTO known_cells VALUES (?)", (_cells_of(question),))
 
     def spend_equations(self, columns: Sequence[str], count: int) -> int:
-        """Count so many equations about each of the columns, which a model tells or is refused.
+        """Add equations, which a model tells or is refused, to the count of each of the columns.
 
         Returns the number of those before, the most about any of the columns.
         """

@@ -76,7 +76,7 @@ class Outbox:
             self._has_folder = True
 
     def check_room(self, nbytes: int) -> None:
-        """Raises DiskFull or Refused without room for so many bytes."""
+        """Raises DiskFull or Refused if there is no room for this number of bytes."""
         self._make_folder()
         check_room(self._folder, nbytes)
 

@@ -29,7 +29,7 @@ from coordinator.runs.state import Run
 
 #: Of both.
 SETTINGS = {"lr": 0.05, "epochs": 1, "batch_size": 10}
-#: So many parts the digits have; more peers get a table each.
+#: The digits have this number of parts. More peers get a table each.
 MAX_PARTS, ROWS = 1000, 60
 _LOOK_S = 0.5
 

@@ -318,7 +318,7 @@ class SimulatedFleet:
         asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_stuck)
 
     def _return_if_stuck(self) -> None:
-        """Let the peers return if a round needs them: nobody works, and nobody else can."""
+        """Let the peers return if a round needs them: no peer works, and no other peer can."""
         loop = self.runs.current
         waits = loop is not None and loop.run.state is RunState.TRAINING and not loop.run.pending
         if waits and not self._working and not any(self._rung):

@@ -302,7 +302,7 @@ def _cores() -> int:
 
 
 def _new_home() -> Path:
-    """A folder for a simulation whose place nobody has chosen; later it has the name of its run."""
+    """A folder for a simulation without `out`. Later it gets the name of its run."""
     usual = platformdirs.user_data_path("commonweight")
     chosen = os.environ.get("COMMONWEIGHT_HOME")
     folder = (homes.home_path("coordinator") if chosen else usual) / "simulations"

@@ -68,7 +68,7 @@ def grow(
     cohort: Callable[[int, int], bytes] = name_cohort,
     on_round: Callable[[Mapping[str, Array], list[Array]], None] = lambda version, sums: None,
 ) -> dict[str, Array]:
-    """The version after all rounds, or after so many."""
+    """The version after all rounds, or after this number of rounds."""
     version, state = forest.first(), dict[str, Array]()
     whole = 1 + forest.shape.trees * forest.shape.depth
     for number in range(whole if rounds is None else rounds):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -27,7 +27,6 @@ from agent.tasks.training import evaluation, task_settings
 from agent.tasks.training.batch_size import run_or_suggest_batch_size
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.hyperparameters import (
-    LOOP_DEFAULTS,
     Hyperparameters,
     read_hyperparameters,
     resolve_settings,
@@ -84,17 +83,10 @@ class _Position:
         self.total = float(snapshot.values["total"])
 
 
-class KerasLoop:
+class KerasLoop(task_settings.WithSettings):
     """A task whose subclass gives the model and the examples."""
 
-    Settings: ClassVar[type | None] = None
-    defaults: Mapping[str, Setting] = LOOP_DEFAULTS
     _known: Mapping[str, SettingSpec] = LOOP
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls._known = task_settings.merged_specs(cls)
-        cls.defaults = task_settings.defaults_of(cls._known)
 
     def __init__(self) -> None:
         self._data = DataSettings()

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.data.settings import DataSettings
-from agent.tasks import EvalOutcome, OnStep, Setting, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
 from agent.tasks.training import csv_rows, evaluation, rng_state, shared_data, task_settings
 from agent.tasks.training.evaluation import BatchResult
@@ -47,20 +47,14 @@ Numbers = npt.NDArray[Any]
 Part = tuple[Numbers, Numbers]
 
 
-class SklearnTask:
+class SklearnTask(task_settings.WithSettings):
     """A task of a user's own, of `model` and `data`, and of `classes` for a classifier."""
 
     version = ""
     #: The classes of a classifier, the same on all peers; empty for a regression.
     classes: ClassVar[Sequence[Any]] = ()
     Settings: ClassVar[type | None] = None
-    defaults: Mapping[str, Setting] = task_settings.defaults_of(_LOOP)
     _known: Mapping[str, SettingSpec] = _LOOP
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls._known = task_settings.merged_specs(cls)
-        cls.defaults = task_settings.defaults_of(cls._known)
 
     # --- for users ---
 

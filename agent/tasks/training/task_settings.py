@@ -14,7 +14,7 @@ import functools
 import typing
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -48,14 +48,25 @@ class TaskSettings(Mapping[str, Any]):
         return len(self._values)
 
 
-def merged_specs(task: type) -> dict[str, SettingSpec]:
-    """The settings of a task's class: those of its base class, of its `defaults`, and of its
-    dataclass `Settings`."""
-    own = vars(task)
-    plain = {name: SettingSpec(default=value) for name, value in own.get("defaults", {}).items()}
-    inherited = (vars(base)["_known"] for base in task.__mro__[1:] if "_known" in vars(base))
-    known: Mapping[str, SettingSpec] = next(inherited, {})
-    return with_defaults(with_defaults(known, plain), specs_of(own.get("Settings")))
+class WithSettings:
+    """A task whose subclasses add settings: by a dataclass `Settings`, or by plain `defaults`.
+
+    A base class says its own ones as `_known`.
+    """
+
+    #: A dataclass with the task's own settings, and other defaults for those of the base class.
+    Settings: ClassVar[type | None] = None
+    defaults: Mapping[str, Setting] = {}
+    _known: Mapping[str, SettingSpec] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "_known" not in own:
+            plain = {name: SettingSpec(default=v) for name, v in own.get("defaults", {}).items()}
+            known = with_defaults(cls._known, plain)
+            cls._known = with_defaults(known, specs_of(own.get("Settings")))
+        cls.defaults = defaults_of(cls._known)
 
 
 def defaults_of(known: Mapping[str, SettingSpec]) -> dict[str, Setting]:

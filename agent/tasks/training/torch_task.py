@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from agent.data.settings import DataSettings
-from agent.tasks import Setting
 from agent.tasks import Settings as RunSettings
 from agent.tasks.training import devices, precision, task_settings
 from agent.tasks.training.hyperparameters import (
-    LOOP_DEFAULTS,
     Hyperparameters,
     read_hyperparameters,
 )
@@ -37,22 +35,14 @@ class LastValue(Generic[T]):
         return self._entry[1]
 
 
-class LoopTask:
+class LoopTask(task_settings.WithSettings):
     """A task that trains in a `TrainingLoop`: it can resume and keep its optimizer state.
 
     On a CPU the same inputs and number of threads give the same bytes.
     """
 
     version = "1"
-    #: A dataclass with the task's own settings, and other defaults for those of the loop.
-    Settings: ClassVar[type | None] = None
-    defaults: Mapping[str, Setting] = LOOP_DEFAULTS
     _known: Mapping[str, SettingSpec] = LOOP
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls._known = task_settings.merged_specs(cls)
-        cls.defaults = task_settings.defaults_of(cls._known)
 
     def __init__(self) -> None:
         #: Until `load`, a prediction without data of the owner stays on the CPU.

@@ -11,7 +11,7 @@ import subprocess
 
 from coordinator.cli.demo.processes import DemoFleet
 
-#: What the model goes on from.
+#: The text that the model continues.
 PROMPT = "The "
 _SHOWN_CHARS = 120
 

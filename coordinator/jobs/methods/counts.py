@@ -27,7 +27,7 @@ from protocols.analytics.query import MAX_OPERATIONS, Operation, Query
 from protocols.errors import CannotBeMet, UsageError
 from protocols.tables.statistics import Moments
 
-#: A column of numbers with at most so many values has categories.
+#: A column of numbers has categories if it has at most this number of values.
 _MAX_NUMBER_CATEGORIES = 5
 
 

@@ -92,7 +92,7 @@ def cox(method: Method) -> Plan:
         except PeersLost:
             if bins <= 2:
                 raise
-            bins -= 1  # a peer has too few rows for so many bins
+            bins -= 1  # a peer has too few rows for this number of bins
     edges = model.edges
     null = efron(state, np.zeros(width))
     at, now, steps = yield from _iterate(method, model, null)
@@ -120,7 +120,7 @@ def cox(method: Method) -> Plan:
 
 
 def choose_edges(state: SurvivalState, bins: int) -> tuple[float, ...]:
-    """Edges of at most so many bins, and of at least 2, with about equal numbers of events."""
+    """Edges of bins, from 2 to a maximum, with about equal numbers of events."""
     before = np.cumsum(state.events)
     wanted = before[-1] * np.arange(1, max(bins, 2)) / max(bins, 2)
     places = np.abs(before[:-1, None] - wanted).argmin(0)

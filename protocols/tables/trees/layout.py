@@ -180,7 +180,7 @@ def read(version: Arrays, shape: Shape) -> tuple[Position, Numbers]:
 
 
 def grid_bits(rows: int, bound: float) -> int:
-    """The finest grid on which gradients of so many rows, each at most `bound`, add up to less
+    """The finest grid on which the gradients of these rows, each at most `bound`, add up to less
     than 2^30: multiples of 2^-bits."""
     return max(0, min(MAX_BITS, _SUM_BITS - math.ceil(math.log2(max(1.0, rows * bound)))))
 

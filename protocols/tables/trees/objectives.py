@@ -17,9 +17,9 @@ from protocols.errors import UsageError
 Floats = npt.NDArray[np.float64]
 
 NAMES = ("auto", "logistic", "multiclass", "squared", "poisson")
-#: A target that is a number, and a prediction of it, counts as at most so many standard deviations
-#: from the mean. Gradients themselves are not cut off: each is linear in the target of its row, so
-#: that no prediction makes a sum of gradients that of a few rows.
+#: A target that is a number, and a prediction of it, is cut off at this number of standard
+#: deviations from the mean. Gradients themselves are not cut off: each is linear in the target of
+#: its row, so that no prediction makes a sum of gradients that of a few rows.
 MAX_DEVIATIONS = 16.0
 #: XGBoost's max_delta_step of count:poisson, and what its hessians are multiplied by.
 POISSON_STEP = 0.7
@@ -77,7 +77,7 @@ class Objective(NamedTuple):
 
 
 def choose(name: str, classes: int, mean: float, scale: float) -> Objective:
-    """The objective for a target with so many classes (0: a number). Raises UsageError."""
+    """The objective for a target with this number of classes (0: a number). Raises UsageError."""
     wanted = name if name != "auto" else {0: "squared", 2: "logistic"}.get(classes, "multiclass")
     if (classes == 0) is not (wanted in ("squared", "poisson")) or (
         wanted == "logistic" and classes != 2
