@@ -58,7 +58,7 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
         "bench/stragglers-results.json",
         small_tables.stragglers,
     ),
-    ("docs/tabular.md", "trees"): ("quality/trees-results.json", quality.trees),
+    ("docs/tables.md", "trees"): ("quality/trees-results.json", quality.trees),
     ("docs/reliability.md", "make faults"): ("faults/fault-results.json", faults.page),
 }
 

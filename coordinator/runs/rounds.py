@@ -53,7 +53,7 @@ class Rounds:
                 self._recorder.report("warning", f"run {run.id}: {text}")
             if self._parts.adapter.feed == "sums" and not run.spec.secure:
                 text = "without --secure, peers send counts of rows in place of hessians"
-                self._recorder.report("info", f"run {run.id}: {text} (docs/tabular.md says why)")
+                self._recorder.report("info", f"run {run.id}: {text} (docs/tables.md says why)")
         self._timer.open_round()
         transfer = self._ctx.transfer
         self._bytes_at_open = (transfer.bytes_up, transfer.bytes_down)

@@ -29,7 +29,7 @@ from tests.support.waiting import wait_for
 
 #: In the order in which a reader comes to them.
 ORDER = (
-    *("tutorial", "machines", "howto", "training", "jobs", "tabular", "api", "simulation"),
+    *("tutorial", "machines", "howto", "training", "jobs", "tables", "api", "simulation"),
     *("flower-apps", "models", "analyze", "privacy", "sharing", "monitor", "tasks", "politeness"),
     *("what-leaves", "troubleshooting", "operations", "security", "index"),
 )

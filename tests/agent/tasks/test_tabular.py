@@ -237,7 +237,7 @@ def test_a_peer_for_each_carrier_learns_the_delay_as_the_union_does(tmp_path: Pa
     assert told["mse"] ** 0.5 <= 1.05 * central["mse"] ** 0.5
     spread = float(flights.arr_delay.std())
     assert told["mse"] ** 0.5 < 0.8 * spread, "it explains more than the mean"
-    # The figures in docs/tabular.md.
+    # The figures in docs/tables.md.
     sizes = flights.carrier.value_counts()
     sizes = sizes[sizes >= 30]
     assert (len(flights), len(sizes), sizes.min(), sizes.max()) == (30_000, 14, 54, 5202)
