@@ -325,6 +325,9 @@ class Client:
         done = self._trainer.run(trainer_work.of(work, base, out, personal))
         if work.kind == "train":
             owner_floors.check_examples(work.task, done.num_examples, self._floors)
+        if not work.scores and "scores" in done.tallies:
+            told = {name: tally for name, tally in done.tallies.items() if name != "scores"}
+            return replace(done, tallies=told)
         return done
 
     def _write_audit_entry(self, work: Work, finished: Finished) -> None:

@@ -16,15 +16,15 @@ from agent.data import Reader, column_types, profile
 from agent.data.profile import KindAggregation, StatisticsAggregation
 from agent.data.settings import DataSettings
 from protocols.errors import DataError
-from protocols.tables import statistics
+from protocols.tables import preprocessing, statistics
 from protocols.tables.preprocessing import TableSettings
 from protocols.tables.statistics import ColumnStatistics, TableStatistics
 
 #: Rows in which different values are counted.
 SAMPLE_ROWS = 100_000
 _SHOWN = 3
-#: Below this share of the rows, a class is rare; above, missing values are many.
-_RARE_CLASS, _MANY_MISSING = 0.05, 0.5
+#: Above this share of the rows, missing values are many.
+_MANY_MISSING = 0.5
 _NAME_OF_ID = re.compile(
     r"(?i)(^|[_ .-])(id|ids|nr|no|num|number|key|uuid|guid|mrn|ssn)$|^\w*[a-z]Id$"
 )
@@ -132,13 +132,12 @@ def _spellings(values: Iterable[str]) -> list[list[str]]:
 
 
 def _target_notes(column: ColumnStatistics, min_count: int) -> list[str]:
-    total = sum(column.categories.values())
     notes = [f"{column.missing:,} rows have no target and are not used"] if column.missing else []
     rare = [value for value, count in column.categories.items() if count < min_count]
     if rare:
         notes.append(f"classes of fewer than {min_count} rows are left out: {', '.join(rare[:8])}")
-    elif column.categories and (least := min(column.categories.values())) < _RARE_CLASS * total:
-        notes.append(f"the rarest class has {least / total:.1%} of the rows")
+    elif hint := preprocessing.rare_class_hint(column.categories):
+        notes.append(f"{hint}; the operator can start the run with {preprocessing.BALANCED}")
     return notes
 
 

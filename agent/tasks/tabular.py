@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from agent.data import Reader, features, open_table
 from agent.data import profile as survey
@@ -32,10 +34,12 @@ from agent.tasks import OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
 from agent.tasks.tabular_model import TableModel
 from agent.tasks.tabular_trees import TreeModel
+from agent.tasks.training import module_losses
 from agent.tasks.training.built_in import BuiltInTask
 from agent.tasks.training.classification import predict_classes
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.seeds import random_state
+from agent.tasks.training.torch_loop import LossOf, PrivateLoss
 from agent.tasks.training.torch_task import LastValue
 from protocols.errors import DataError, UsageError
 from protocols.model.built_in_settings import TabularSettings
@@ -209,16 +213,38 @@ class Tabular(BuiltInTask):
         self._numbers = {"train": parts[0], "held": parts[1]}
         return table.trained_on, table.held_out
 
+    # --- losses with weights of classes ---
+
+    def _loss_of(self, model: nn.Module) -> LossOf:
+        weights = cast(TableModel, model).class_weights
+        if weights is None:
+            return super()._loss_of(model)
+        loss = partial(_weighted_loss, weights)
+        return module_losses.mean_loss(loss, model, compiled=self._data.compile)
+
+    def _private_loss(self, model: nn.Module) -> PrivateLoss:
+        weights = cast(TableModel, model).class_weights
+        plain = super()._private_loss(model)
+        if weights is None:
+            return plain
+        return plain._replace(losses_of=lambda w, x, y: plain.losses_of(w, x, y) * weights[y])
+
     # --- evaluations and predictions ---
 
     def _evaluation_batch(self, settings: RunSettings) -> int:
         return EVALUATION_BATCH
 
     def _measure(self, output: Any, target: Any, count: int, settings: Any) -> BatchResult:
-        """Of numbers: "loss" (of the scaled target), "mse" and "mae" (in the target's units)."""
+        """Of numbers: "loss" (of the scaled target), "mse" and "mae" (in the target's units). With
+        weights of classes, the loss has them."""
         of = _preprocessing(settings).target
         if of.classes:
-            return super()._measure(output, target, count, settings)
+            found = super()._measure(output, target, count, settings)
+            if not of.weights:
+                return found
+            weights = torch.tensor(of.weights, device=output.device)
+            loss = float(_weighted_loss(weights, output, target)) * count
+            return found._replace(sums={**found.sums, "loss": loss})
         error = (output - target).double()
         # Without the mean, so that no sum reveals the location of the target.
         in_units = ((t.double().flatten() * of.scale).tolist() for t in (target, output))
@@ -249,6 +275,12 @@ class Tabular(BuiltInTask):
         found = predict_classes(output)
         classes = [target.classes[place] for place in found["class"]]
         return {target.name: classes, "probability": found["probability"]}
+
+
+def _weighted_loss(weights: Tensor, output: Tensor, target: Tensor) -> Tensor:
+    """The mean over rows of weight · cross-entropy. The divisor is the number of rows, so that the
+    mean over peers is that over all rows."""
+    return (F.cross_entropy(output, target, reduction="none") * weights[target]).mean()
 
 
 def _preprocessing(settings: RunSettings) -> Preprocessing:

@@ -16,8 +16,11 @@ class TableModel(nn.Module):
     """A model for tables of a preprocessing: float32[n, numbers + categories] -> [n, outputs].
 
     `hidden`: sizes of the layers, such as "64,32"; None for a linear model, in which an embedding
-    is a bias for each category, straight to the outputs. Raises UsageError for other sizes.
+    is a bias for each category, straight to the outputs. `class_weights`: float32[classes], or
+    None. Raises UsageError for other sizes.
     """
+
+    class_weights: Tensor | None
 
     def __init__(self, made: Preprocessing, hidden: str | None) -> None:
         super().__init__()
@@ -38,6 +41,8 @@ class TableModel(nn.Module):
             self.add_module(f"hidden{place}", self._hidden[-1])
             before = after
         self.output = Linear(before, outputs)
+        weights = torch.tensor(made.target.weights) if made.target.weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         numbers, indices = x[:, : self._numbers], x[:, self._numbers :].long()

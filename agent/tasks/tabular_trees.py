@@ -33,13 +33,15 @@ _BLOCK = 1 << 16
 
 
 class TreeModel(NamedTuple):
-    """The sizes and numbers of a run's trees, its objective, and its features: numbers first."""
+    """The sizes and numbers of a run's trees, its objective, its features (numbers first), and the
+    weights of the classes."""
 
     shape: Shape
     numbers: Numbers
     objective: Objective
     features: tuple[Feature, ...]
     gaps: tuple[bool, ...]
+    weights: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, made: Preprocessing, chosen: Mapping[str, Setting]) -> Self:
@@ -60,10 +62,14 @@ class TreeModel(NamedTuple):
         eta, l2, weight, gain = (
             float(chosen[name]) for name in ("eta", "l2", "min_weight", "min_gain")
         )
+        heaviest = max(target.weights, default=0.0)
+        bound = objective.bound * (heaviest or 1.0)
         numbers = Numbers(
-            eta, l2, weight, gain, objective.constant, objective.bound, objective.max_step
+            *(eta, l2, weight, gain),
+            *(objective.constant, bound, objective.max_step, heaviest, target.weight_sum),
         )
-        return cls(shape, numbers, objective, columns, tuple(f.missing for f in made.numeric))
+        gaps = tuple(f.missing for f in made.numeric)
+        return cls(shape, numbers, objective, columns, gaps, target.weights)
 
     def schema(self) -> Schema:
         """Raises BadWeights for sizes beyond the limits."""
@@ -110,7 +116,8 @@ class TreeModel(NamedTuple):
 
     def rows(self, rows: EncodedRows, min_count: int) -> GrowingRows:
         """A peer's rows for training."""
-        return GrowingRows(self.slots(rows.x), rows.y, self.objective, min_count)
+        weights = np.array(self.weights)[rows.y] if self.weights else None
+        return GrowingRows(self.slots(rows.x), rows.y, self.objective, min_count, weights)
 
     def forward(self, version: Weights) -> Callable[[Tensor], Tensor]:
         """Inputs float32[n, d] -> float32[n, classes] logits, or [n, 1] scaled numbers."""

@@ -16,20 +16,21 @@ DEFAULT_METRICS = ("accuracy", "loss")
 _LOWER_IS_BETTER = frozenset(
     {"loss", "error", "mae", "mse", "rmse", "ece", "perplexity", "distance"}
 )
+_TWO_CLASSES = frozenset({"auc", "average_precision"})
+_SHARES = frozenset({"accuracy", "balanced_accuracy", "ece", "macro_f1"}) | _TWO_CLASSES
 _CLASSIFICATION = frozenset({"accuracy", "balanced_accuracy", "ece", "loss", "macro_f1"})
 _REGRESSION = frozenset({"loss", "mae", "mse", "r2", "rmse"})
 #: The metrics of the built-in tasks. Those of custom tasks are known to their peers only.
 TASK_METRICS: Mapping[str, frozenset[str]] = {
-    "images": _CLASSIFICATION,
-    "lora": _CLASSIFICATION,
+    "images": _CLASSIFICATION | _TWO_CLASSES,
+    "lora": _CLASSIFICATION | _TWO_CLASSES,
     "mnist": _CLASSIFICATION,
     "motion": _CLASSIFICATION,
     "ping": frozenset(),
-    "tabular": _CLASSIFICATION | _REGRESSION,
+    "tabular": _CLASSIFICATION | _TWO_CLASSES | _REGRESSION,
     "text-lm": frozenset({"accuracy", "loss"}),
 }
-_KINDS = {"classification": _CLASSIFICATION, "regression": _REGRESSION}
-_SHARES = frozenset({"accuracy", "balanced_accuracy", "ece", "macro_f1"})
+_KINDS = {"classification": _CLASSIFICATION | _TWO_CLASSES, "regression": _REGRESSION}
 _NOT_NEGATIVE = frozenset({"loss", "mae", "mse", "rmse"})
 #: Prefix of the metrics of a model with the peer's own layers in it (FedBN).
 _PERSONAL = "personal_"

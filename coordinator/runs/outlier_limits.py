@@ -24,7 +24,7 @@ _MAX_ENLARGED = 1e6
 #: A mean that is further away from the middle than this part of it is reported.
 _TOLD_FROM = 0.05
 #: Metrics of all examples that need not lie between those of the peers.
-_POOLED = frozenset({"balanced_accuracy", "macro_f1", "ece"})
+_POOLED = frozenset({"balanced_accuracy", "macro_f1", "ece", "auc", "average_precision"})
 
 
 def usual_metrics(

@@ -20,6 +20,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import Request, RequestsInFlight
 from coordinator.runs.model import RunModel
 from coordinator.runs.state import Assignment, Run
+from coordinator.storage.run_events import RunSpec
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.transport.flower_records import REQUEST, VersionRecord, shared_config
@@ -125,6 +126,7 @@ class PendingRequests(RequestsInFlight):
             cohort=1 if run.buffered else spec.quorum,
             fleet=self._ctx.fleet,
             request=hashlib.sha256(request).hexdigest() if request else "",
+            scores=kind == "evaluate" and _takes_scores(spec),
         )
         payload, signature = SIGNED_WORK.seal(work, self._ctx.sign)
         log = self._ctx.log_head()
@@ -218,3 +220,9 @@ def _base_of_query(run: Run) -> str:
     if run.kind == "recall" and run.target_version:
         return run.target_version.digest
     return preprocessing.digest(run.preprocessing) if run.kind == "describe" else ""
+
+
+def _takes_scores(spec: RunSpec) -> bool:
+    """True unless agents of older versions, which send none, may be in one secure sum with others:
+    all peers of a sum have the same tallies."""
+    return not spec.secure or spec.settings.get("class_weights") == "balanced"

@@ -49,6 +49,12 @@ def check(spec: RunSpec) -> None:
             if text := spec.settings.get("preprocessing"):
                 made = preprocessing.decode(str(text))
                 preprocessing.check(made)
+                if chosen.balanced and not made.target.weights:
+                    raise UsageError(
+                        "class_weights=balanced needs the weights of classes, and the file of the "
+                        "preprocessing has none",
+                        '"target": {…, "weights": [1, 20]}, in the order of its classes',
+                    )
                 if made.target.name != chosen.target:
                     raise UsageError(
                         f"the preprocessing is for the target {made.target.name}, and the run for "

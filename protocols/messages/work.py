@@ -57,7 +57,8 @@ class Work(Struct, frozen=True, kw_only=True):
     this peer has trained this version before. `since`: when the run was started (Unix s). `cohort`:
     the fewest peers whose updates a version of this run has; 0 from older coordinators. `fleet`:
     the id of the fleet; empty from older ones. `request`: digest of the request of a step of secure
-    aggregation, which the message contains.
+    aggregation, which the message contains. `scores`: an evaluation may have the tally "scores",
+    which older coordinators refuse.
     """
 
     run: Id
@@ -78,6 +79,7 @@ class Work(Struct, frozen=True, kw_only=True):
     cohort: Count = 0
     fleet: MaybeId = ""
     request: MaybeDigest = ""
+    scores: bool = False
 
 
 class NamedModel(Struct, frozen=True, kw_only=True):

@@ -167,6 +167,10 @@ class TabularSettings:
         Meta(description="mean 0 and variance 1; or 0 to 1, where owners allow it"),
     ] = "standard"
     hashed: Annotated[bool, Meta(description="peers send hashes of categories")] = False
+    class_weights: Annotated[
+        Literal["none", "balanced"],
+        Meta(description="balanced: all classes count alike, however rare they are in the fleet"),
+    ] = "none"
     model: Annotated[
         Literal["linear", "mlp", "trees"],
         Meta(description="linear: logistic for classes; trees: gradient boosting"),

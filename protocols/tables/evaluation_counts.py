@@ -7,6 +7,8 @@ Tally        Numbers
 confusion    k² counts: true class by row, predicted class by column
 calibration  for each of 10 bins of confidence: examples, sum of confidences, correct predictions
 regression   examples; sums of (ŷ - y)², |ŷ - y|, y and y²
+scores       of two classes: for each of 64 bins of the log-odds of the second, from -8 to 8, the
+             examples of the first class and of the second
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 BINS = 10
+#: Of scores, and the log-odds of the last: those beyond are in the first and in the last.
+SCORE_BINS, _FARTHEST = 64, 8.0
 #: Most classes of a confusion matrix; a larger one is hard to read and takes many bytes.
 MAX_CLASSES = 32
-_SIZES = {"calibration": 3 * BINS, "regression": 5}
+_SIZES = {"calibration": 3 * BINS, "regression": 5, "scores": 2 * SCORE_BINS}
 
 Tally = Sequence[float]
 Tallies = Mapping[str, Tally]
@@ -52,8 +56,9 @@ def validate(tallies: Tallies, num_examples: int) -> str:
 def suppress_small(tallies: Tallies, min_count: int) -> dict[str, list[float]]:
     """The tallies in which each class and each bin has no row or at least `min_count`.
 
-    A confusion with a smaller class is left out. A smaller bin of confidence joins the next one, so
-    that the sums stay.
+    A confusion with a smaller class is left out, and so are scores. A smaller bin of confidence
+    joins the next one, so that the sums stay. Of scores, bins of a class join until they have
+    enough rows, which then count in their mean bin.
     """
     kept = {name: list(tally) for name, tally in tallies.items()}
     if confusion := kept.get("confusion"):
@@ -62,7 +67,33 @@ def suppress_small(tallies: Tallies, min_count: int) -> dict[str, list[float]]:
             del kept["confusion"]
     if calibration := kept.get("calibration"):
         kept["calibration"] = _join_small(np.reshape(calibration, (-1, 3)), min_count)
+    if scores := kept.get("scores"):
+        classes = np.reshape(scores, (-1, 2)).T
+        if any(0 < counts.sum() < min_count for counts in classes):
+            del kept["scores"]
+        else:
+            joined = np.stack([_join_at_mean(counts, min_count) for counts in classes], 1)
+            kept["scores"] = [float(n) for n in joined.reshape(-1)]
     return kept
+
+
+def _join_at_mean(counts: npt.NDArray[np.float64], min_count: int) -> npt.NDArray[np.float64]:
+    """Counts float64[n] of a class by bin, of which each is 0 or at least `min_count`. Joined bins
+    count in their mean, so that the class moves neither up nor down."""
+    groups: list[tuple[float, float]] = []  # examples, and the sum of their bins
+    rows = places = 0.0
+    for place, count in enumerate(counts):
+        rows, places = rows + count, places + count * place
+        if rows and rows >= min_count:
+            groups.append((rows, places))
+            rows = places = 0.0
+    if rows:
+        last = groups.pop()
+        groups.append((last[0] + rows, last[1] + places))
+    joined = np.zeros_like(counts)
+    for rows, places in groups:
+        joined[round(places / rows)] += rows
+    return joined
 
 
 def _join_small(bins: npt.NDArray[np.float64], min_count: int) -> list[float]:
@@ -98,6 +129,8 @@ def compute_metrics(tallies: Tallies) -> dict[str, float]:
     confusion: balanced_accuracy (the mean recall of the classes that occur), macro_f1.
     calibration: ece, the expected calibration error (Guo et al. 2017, arXiv 1706.04599).
     regression: rmse, mae, and r2 where y varies.
+    scores: auc, the area under the ROC curve, and average_precision of the second class, both as if
+    examples of one bin had the same score.
     """
     found: dict[str, float] = {}
     if "confusion" in tallies:
@@ -107,6 +140,8 @@ def compute_metrics(tallies: Tallies) -> dict[str, float]:
         found["ece"] = float(np.abs(right - confidence).sum() / max(count.sum(), 1e-12))
     if "regression" in tallies:
         found |= _regression_metrics(tallies["regression"])
+    if "scores" in tallies:
+        found |= _ranking_metrics(tallies["scores"])
     return found
 
 
@@ -131,6 +166,28 @@ def _regression_metrics(sums: Tally) -> dict[str, float]:
     if variation > 1e-12 * max(total_squares, 1e-300):
         found["r2"] = 1 - squares / variation
     return found
+
+
+def _ranking_metrics(scores: Tally) -> dict[str, float]:
+    """Of each cut between two bins, from the highest: the examples of both classes above it."""
+    negative, positive = np.reshape(scores, (-1, 2))[::-1].T
+    above, wrong = np.cumsum(positive), np.cumsum(negative)
+    if not (above[-1] > 0 and wrong[-1] > 0):
+        return {}
+    auc = (negative * (above - positive / 2)).sum() / (above[-1] * wrong[-1])
+    precision = above / np.maximum(above + wrong, 1e-12)
+    return {
+        "auc": float(auc),
+        "average_precision": float((positive * precision).sum() / above[-1]),
+    }
+
+
+def count_scores(truth: Sequence[int], log_odds: Sequence[float]) -> list[float]:
+    """A tally of scores from the classes, 0 or 1, and the log-odds of class 1 (not NaN)."""
+    place = (np.asarray(log_odds, np.float64) / _FARTHEST + 1) * SCORE_BINS / 2
+    bins = np.clip(place, 0, SCORE_BINS - 1).astype(np.int64)
+    pairs = bins * 2 + np.asarray(truth, np.int64)
+    return [float(n) for n in np.bincount(pairs, minlength=2 * SCORE_BINS)]
 
 
 def count_confusion(truth: Sequence[int], guess: Sequence[int], classes: int) -> list[float]:

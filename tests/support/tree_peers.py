@@ -26,6 +26,7 @@ class Forest(NamedTuple):
     numbers: Numbers
     objective: Objective
     kinds: Array
+    weights: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -41,17 +42,27 @@ class Forest(NamedTuple):
         min_weight: float = 1.0,
         mean: float = 0.0,
         scale: float = 1.0,
+        weights: Sequence[float] = (),
+        weight_sum: float = 0.0,
     ) -> Forest:
         chosen = choose(objective, classes, mean, scale)
         shape = Shape(trees, chosen.outputs, depth, features, bins)
-        numbers = Numbers(0.3, 1.0, min_weight, 0.0, chosen.constant, chosen.bound, chosen.max_step)
-        return cls(shape, numbers, chosen, np.array(kinds or [0] * features, np.uint8))
+        heaviest = max(weights, default=0.0)
+        numbers = Numbers(
+            *(0.3, 1.0, min_weight, 0.0),
+            *(chosen.constant, chosen.bound * (heaviest or 1), chosen.max_step),
+            *(heaviest, weight_sum),
+        )
+        kinds = kinds or [0] * features
+        return cls(shape, numbers, chosen, np.array(kinds, np.uint8), tuple(weights))
 
     def first(self) -> dict[str, Array]:
         return layout.first(self.shape, self.numbers, self.kinds)
 
     def rows(self, z: Array, y: Array, min_count: int = 1) -> GrowingRows:
-        return GrowingRows(slots_of(z.astype(np.float32)), y, self.objective, min_count)
+        weights = np.array(self.weights)[y] if self.weights else None
+        slots = slots_of(z.astype(np.float32))
+        return GrowingRows(slots, y, self.objective, min_count, weights)
 
 
 def name_cohort(number: int, peers: int) -> bytes:

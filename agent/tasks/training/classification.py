@@ -16,8 +16,8 @@ def predict_classes(logits: Tensor) -> dict[str, list[Any]]:
 
 
 def count_answers(logits: Tensor, y: Tensor) -> evaluation_counts.Tallies:
-    """Confusion and calibration of logits float32[n, classes] for the classes y int64[n]; empty
-    after diverged training, which gives no probabilities."""
+    """Confusion, calibration and, of two classes, scores of logits float32[n, classes] for the
+    classes y int64[n]; empty after diverged training, which gives no probabilities."""
     sure, guess = logits.float().softmax(1).max(1)
     if not bool(sure.isfinite().all()):
         return {}
@@ -27,4 +27,7 @@ def count_answers(logits: Tensor, y: Tensor) -> evaluation_counts.Tallies:
     classes = logits.shape[1]
     if classes <= evaluation_counts.MAX_CLASSES:
         told["confusion"] = evaluation_counts.count_confusion(y.tolist(), guess.tolist(), classes)
+    if classes == 2:
+        log_odds = (logits[:, 1] - logits[:, 0]).float()
+        told["scores"] = evaluation_counts.count_scores(y.tolist(), log_odds.tolist())
     return told

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from protocols.tables.trees.layout import SLOTS, Array, Arrays, Numbers, Position, grid_bits
+from protocols.tables.trees.layout import SLOTS, Array, Arrays, Numbers, Position
 
 #: No sum of hessians below this is divided by.
 _TINY = 1e-12
@@ -59,7 +59,7 @@ def grow(
     if level + 1 < shape.depth and level >= 0:
         new["at"][1] = level + 1
         return Grown(new, kept if (new["asked"] >= 0).any() else {})
-    new["at"][:] = (at.tree + (level >= 0), 0, grid_bits(rows, numbers.bound))
+    new["at"][:] = (at.tree + (level >= 0), 0, numbers.bits(rows))
     new["asked"][:, 0] = 0 if new["at"][0] < shape.trees else -1
     return Grown(new, {})
 

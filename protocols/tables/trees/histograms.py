@@ -96,7 +96,8 @@ def join_small(counts: Array, least: int) -> Array:
 
 
 class GrowingRows:
-    """A peer's rows while trees grow. `slots` int16[n, F], targets `y`.
+    """A peer's rows while trees grow. `slots` int16[n, F], targets `y`. `weights` float64[n]: of
+    the rows; None if all count alike.
 
     It keeps margins from round to round, and computes them anew if a version does not follow from
     the last one. `min_count`: the fewest rows of this peer in a node. If the sums are not masked,
@@ -104,9 +105,15 @@ class GrowingRows:
     """
 
     def __init__(
-        self, slots: Slots, y: npt.NDArray[np.generic], objective: Objective, min_count: int
+        self,
+        slots: Slots,
+        y: npt.NDArray[np.generic],
+        objective: Objective,
+        min_count: int,
+        weights: Floats | None = None,
     ) -> None:
         self._slots, self._y, self._objective = slots, y, objective
+        self._weights = weights
         self._min_count = max(1, min_count)
         self._known: dict[str, Array] = {}
         self._trees = 0
@@ -123,21 +130,31 @@ class GrowingRows:
             return self._slot_counts(at, 1 if masked else self._min_count)
         if not len(at.asked):
             return np.zeros(1, np.int32)
-        if len(self._slots) * self._objective.bound * 2.0**at.bits >= 2**31:
+        mass = len(self._slots) if self._weights is None else float(self._weights.sum())
+        if mass * self._objective.bound * 2.0**at.bits >= 2**31:
             raise BadWeights("sums of this peer's rows do not fit on the grid of the version")
         self._follow(version, at)
-        found = self._objective.gradients(self._margins, self._y)
+        found = self._gradients(masked)
         bins = self._bins if masked else self._joined_bins
         nodes = self._nodes(version, at, bins)
         made = np.zeros(at.sums, np.int64)
+        with_hessians = masked or self._weights is not None
         for output in range(at.shape.outputs):
             own = np.flatnonzero(at.asked[:, 0] == output)
             one = Gradients(found.gradient[:, output], found.hessian[:, output])
-            made[own] = self._histograms(bins, nodes[output], one, at, own, masked)
-        if not masked:
+            made[own] = self._histograms(bins, nodes[output], one, at, own, with_hessians)
+        if not with_hessians:
             constant = numbers._replace(constant=self._objective.constant)
             made[..., 1] *= hessian_unit(at, constant)
         return made.reshape(-1).astype(np.int32)
+
+    def _gradients(self, masked: bool) -> Gradients:
+        """Of all rows, times their weights. If not masked, hessians are constant."""
+        found = self._objective.gradients(self._margins, self._y)
+        if self._weights is None:
+            return found
+        hessian = found.hessian if masked else np.full_like(found.hessian, self._objective.constant)
+        return Gradients(found.gradient * self._weights[:, None], hessian * self._weights[:, None])
 
     def _slot_counts(self, at: Position, least: int) -> Array:
         counts = np.zeros(at.sums, np.int32)
@@ -147,10 +164,10 @@ class GrowingRows:
         return counts.reshape(-1)
 
     def _histograms(
-        self, bins: Bins, nodes: Array, of: Gradients, at: Position, asked: Array, masked: bool
+        self, bins: Bins, nodes: Array, of: Gradients, at: Position, asked: Array, hessians: bool
     ) -> Array:
-        """int64[m, F, B, 2]: the sums of the `asked` nodes of one output; counts in place of
-        hessians if not masked."""
+        """int64[m, F, B, 2]: the sums of the `asked` nodes of one output, with `hessians` or with
+        counts in their place."""
         shape, unit = (len(asked), *at.sums[1:3]), float(1 << at.bits)
         places = np.full(2 ** (at.level + 1), -1)
         places[2**at.level - 1 + at.asked[asked, 1]] = np.arange(len(asked))
@@ -160,7 +177,7 @@ class GrowingRows:
         for start in range(0, len(rows), _BLOCK):
             some = rows[start : start + _BLOCK]
             keys = places[nodes[some], None] * (shape[1] * shape[2]) + within + bins[some]
-            for place, values in enumerate((of.gradient, of.hessian if masked else None)):
+            for place, values in enumerate((of.gradient, of.hessian if hessians else None)):
                 told = None
                 if values is not None:  # sums of whole numbers are exact as float64
                     told = np.repeat(np.rint(values[some] * unit), shape[1])

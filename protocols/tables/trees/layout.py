@@ -3,7 +3,7 @@
 T trees of each of K outputs, depth D, F features, B bins:
 
     at       I32[3]               the tree that grows, its level (-1: the cuts are next), bits
-    numbers  F64[7]               see `Numbers`
+    numbers  F64[9]               see `Numbers`
     kinds    U8[F]                1 for a category
     cuts     I16[F, B - 2]        slots (`histograms`): the last of a bin, or categories with a bin
     asked    I16[K, 2^(D-2)]      nodes of the level whose histograms are asked for; -1: no more
@@ -43,7 +43,9 @@ class Numbers(NamedTuple):
 
     `eta`: shrinks each tree. `l2`: λ. `min_weight`: least sum of hessians of a node. `min_gain`: γ.
     `constant`: the hessian of each row where none is sent. `bound`: the largest gradient of a row.
-    `max_step`: the largest leaf before `eta` (0: any).
+    `max_step`: the largest leaf before `eta` (0: any). `heaviest`: the largest weight of a row, by
+    which its gradient and hessian are multiplied; 0 if rows have no weights. `weight_sum`: a bound
+    on the sum of all weights; 0 if it is not known.
     """
 
     eta: float
@@ -53,6 +55,14 @@ class Numbers(NamedTuple):
     constant: float
     bound: float
     max_step: float
+    heaviest: float = 0.0
+    weight_sum: float = 0.0
+
+    def bits(self, rows: int) -> int:
+        """Of the finest grid on which the gradients of these rows can be added up."""
+        if not (self.heaviest and self.weight_sum):
+            return grid_bits(rows, self.bound)
+        return grid_bits(max(rows, self.weight_sum), self.bound / self.heaviest)
 
 
 class Shape(NamedTuple):
@@ -165,6 +175,7 @@ def read(version: Arrays, shape: Shape) -> tuple[Position, Numbers]:
         and 0 < numbers.eta <= 1
         and 0 < numbers.constant <= 1e6
         and 0 < numbers.bound <= 1e9
+        and numbers.heaviest <= 1e9
         and (not len(pairs) or (not is_done and level >= 0 and int(nodes.max()) < 2**level))
         and len({(k, n >> 1) for k, n in pairs.tolist()}) == len(pairs)
         and int(features.min(initial=-1)) >= -1
@@ -179,7 +190,7 @@ def read(version: Arrays, shape: Shape) -> tuple[Position, Numbers]:
     return Position(shape, tree, level, bits, pairs), numbers
 
 
-def grid_bits(rows: int, bound: float) -> int:
+def grid_bits(rows: float, bound: float) -> int:
     """The finest grid on which the gradients of these rows, each at most `bound`, add up to less
     than 2^30: multiples of 2^-bits."""
     return max(0, min(MAX_BITS, _SUM_BITS - math.ceil(math.log2(max(1.0, rows * bound)))))
@@ -200,8 +211,10 @@ def check_sums(sums: Array, at: Position, numbers: Numbers, rows: int, *, masked
             return f"counts of {int(sums.sum(1).max())} rows, and there are {rows}"
         return ""
     gradients, hessians = sums[..., 0], sums[..., 1]
-    step = 1 if masked else hessian_unit(at, numbers)
     most = round(numbers.bound * (1 << at.bits))
+    if numbers.heaviest:
+        return _check_weighted(sums, at, numbers, rows, masked=masked)
+    step = 1 if masked else hessian_unit(at, numbers)
     totals = sums.sum(2)
     if int(hessians.min()) < 0:
         return "a negative count"
@@ -217,6 +230,27 @@ def check_sums(sums: Array, at: Position, numbers: Numbers, rows: int, *, masked
     return (
         "a sum of gradients that is too large" if (np.abs(gradients) > counts * most).any() else ""
     )
+
+
+def _check_weighted(sums: Array, at: Position, numbers: Numbers, rows: int, *, masked: bool) -> str:
+    """As `check_sums`, of rows with weights: a hessian is no count, also if it is constant."""
+    gradients, hessians = sums[..., 0], sums[..., 1]
+    unit = float(1 << at.bits)
+    natural, most = numbers.bound / numbers.heaviest, numbers.bound * unit
+    totals = sums.sum(2)
+    if int(hessians.min()) < 0:
+        return "a negative sum of weights"
+    if (totals != totals[:, :1]).any():
+        return "features that disagree about the sum of a node"
+    heaviest = most if masked else numbers.constant * numbers.heaviest * unit + 1
+    for output in range(at.shape.outputs):
+        total = int(totals[at.asked[:, 0] == output, 0, 1].sum())
+        if total > rows * heaviest:
+            return f"weights of more than the {rows} rows that there are"
+    limit = np.full(hessians.shape, rows * most)
+    if not masked:  # of each row, up to the rounding of both
+        limit = hessians * (natural / numbers.constant) + rows * (1 + natural / numbers.constant)
+    return "a sum of gradients that is too large" if (np.abs(gradients) > limit).any() else ""
 
 
 def hessian_unit(at: Position, numbers: Numbers) -> int:

@@ -86,6 +86,9 @@ def test_the_classes_of_the_target(tmp_path: Path) -> None:
     assert "7 rows have no target and are not used" in notes
     assert "classes of fewer than 5 rows are left out: dead" in notes
     few = column(tmp_path, ["0"] * 196 + ["1"] * 5, target="x").notes
-    assert few == ("the rarest class has 2.5% of the rows",)
+    assert few == (
+        "the class '1' has 2.5% of the rows; "
+        "the operator can start the run with --set class_weights=balanced",
+    )
     with pytest.raises(DataError, match="no column 'y'"):
         column(tmp_path, values, target="y")

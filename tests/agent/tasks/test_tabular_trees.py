@@ -65,7 +65,7 @@ def test_classes_are_learnt_predicted_and_exported(tmp_path: Path) -> None:
     count, metrics, tallies = task.evaluate(version, settings, ignore_step)
     assert count == 80
     assert metrics["accuracy"] > 0.93  # some ages are missing
-    assert tallies.keys() == {"confusion", "calibration"}
+    assert tallies.keys() == {"confusion", "calibration", "scores"}
     new = write_csv(
         tmp_path / "new.csv",
         [{"age": age, "ward": ward} for age, ward in ((30, "a"), (80, "b"), (30, "c"), (30, "z"))],

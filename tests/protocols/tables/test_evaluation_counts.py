@@ -60,6 +60,57 @@ def test_classification_is_that_of_scikit_learn(whole: list[tuple[int, int, floa
     assert found["ece"] == pytest.approx(sum(gaps), abs=1e-9)
 
 
+@given(
+    st.lists(st.tuples(st.booleans(), st.floats(-12, 12)), min_size=2, max_size=60),
+    st.integers(0, 60),
+)
+def test_ranks_are_those_of_scikit_learn_on_the_bins(
+    whole: list[tuple[bool, float]], cut: int
+) -> None:
+    parts = [part for part in (whole[:cut], whole[cut:]) if part]
+    told = [
+        {"scores": evaluation_counts.count_scores([int(t) for t, _ in part], [s for _, s in part])}
+        for part in parts
+    ]
+    found = evaluation_counts.merge(told, [1.0] * len(told))
+    assert evaluation_counts.validate(found, len(whole)) == ""
+    truth = np.array([t for t, _ in whole])
+    bins = np.clip(((np.array([s for _, s in whole]) / 8 + 1) * 32), 0, 63).astype(int)
+    if truth.all() or not truth.any():
+        assert evaluation_counts.compute_metrics(found) == {}
+        return
+    assert evaluation_counts.compute_metrics(found) == {
+        "auc": pytest.approx(sklearn.roc_auc_score(truth, bins)),
+        "average_precision": pytest.approx(sklearn.average_precision_score(truth, bins)),
+    }
+
+
+@given(st.lists(st.integers(0, 12), min_size=64, max_size=64), st.integers(1, 8))
+def test_scores_of_few_examples_join_where_their_mean_is(counts: list[int], least: int) -> None:
+    tally = [float(n) for count in counts for n in (20, count)]
+    kept = evaluation_counts.suppress_small({"scores": tally}, least)
+    if 0 < sum(counts) < least:
+        assert kept == {}
+        return
+    joined = kept["scores"][1::2]
+    assert all(count == 0 or count >= least for count in joined)
+    assert sum(joined) == sum(counts)
+    assert kept["scores"][::2] == [20.0] * 64
+    where = range(64)
+    assert np.dot(joined, where) == pytest.approx(np.dot(counts, where), abs=0.5 * sum(counts))
+
+
+def test_ranks_stay_about_the_same_if_few_examples_join() -> None:
+    rng = np.random.default_rng(1)
+    truth = (rng.random(2000) < 0.05).astype(int)
+    scores = rng.normal(size=2000) - 3 + 1.5 * truth
+    tally = {"scores": evaluation_counts.count_scores(truth.tolist(), scores.tolist())}
+    exact = sklearn.roc_auc_score(truth, scores)
+    for least in (1, 10, 20):
+        kept = evaluation_counts.suppress_small(tally, least)
+        assert abs(evaluation_counts.compute_metrics(kept)["auc"] - exact) < 0.02
+
+
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=30))
 def test_regression_is_that_of_scikit_learn(whole: list[tuple[float, float]]) -> None:
     truth, guess = (np.array(column) for column in zip(*whole, strict=True))

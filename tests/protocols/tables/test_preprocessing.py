@@ -264,3 +264,35 @@ def test_a_peers_many_columns_make_few_notes() -> None:
     assert len(notes) == 21
     assert notes[0] == "column own_0 is left out: 1 of 3 peers have it"
     assert notes[-1] == "80 more columns are left out: less than half of the peers have them"
+
+
+def test_weights_of_classes_come_from_all_peers_together() -> None:
+    """A peer with many cases and one with few get the same weights: n / (k · n_c)."""
+    few = ColumnStatistics(kind="text", categories={"no": 980, "yes": 20})
+    many = ColumnStatistics(kind="text", categories={"no": 20, "yes": 80})
+    tables = [
+        TableStatistics(rows=100, columns={"label": one, "x": number()}) for one in (few, many)
+    ]
+    target = derived(*tables, class_weights="balanced").preprocessing.target
+    assert target.weights == (0.55, 5.5)
+    assert 1100 <= target.weight_sum < 2200
+    assert derived(*tables).preprocessing.target.weights == ()
+
+
+def test_a_rare_class_is_told_with_the_setting_that_helps() -> None:
+    rare = ColumnStatistics(kind="text", categories={"no": 970, "yes": 30})
+    table = TableStatistics(rows=1000, columns={"label": rare, "x": number()})
+    notes = [text for _, text in derived(table, table).notes]
+    assert notes == [
+        "the class 'yes' has 3.0% of the rows: "
+        "--set class_weights=balanced gives all classes one weight"
+    ]
+    assert derived(table, table, class_weights="balanced").notes == []
+
+
+def test_weights_need_classes() -> None:
+    numeric = TableStatistics(rows=100, columns={"label": number(), "x": number()})
+    with pytest.raises(UsageError, match="is a number"):
+        derived(numeric, class_weights="balanced")
+    with pytest.raises(UsageError, match="none or balanced"):
+        derived(numeric, class_weights="even")

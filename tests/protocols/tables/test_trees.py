@@ -42,6 +42,8 @@ def parts(rows: int, ends: Sequence[int], seed: int) -> list[npt.NDArray[np.intp
         {"classes": 0, "objective": "squared"},
         {"classes": 0, "objective": "poisson", "mean": 1.3, "scale": 2.0},
         {"kinds": (0, 0, 0, 1)},
+        {"weights": (0.531, 2.62), "weight_sum": 1024.0},
+        {"classes": 3, "weights": (0.4, 3.1, 7.7)},
     ],
 )
 def test_many_peers_give_the_digest_of_one_with_all_rows(
@@ -69,6 +71,59 @@ def test_trees_learn() -> None:
         version = grow(forest, [forest.rows(z[:1500], y[:1500])], [1500], masked=masked)
         margins = margins_of(forest, version, z[1500:])
         assert ((margins[:, 0] > 0) == y[1500:]).mean() > 0.8
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_row_of_a_class_with_a_weight_counts_as_that_many_rows(masked: bool) -> None:
+    """Trees with weights 1 and 3 are those of a table in which each row of class 1 is there three
+    times."""
+    z, y = table()
+    thrice = np.repeat(np.arange(ROWS), np.where(y == 1, 3, 1))
+    options: dict[str, Any] = {"trees": 5, "weight_sum": 1024.0}
+    weighted = Forest.of(4, weights=(1.0, 3.0), **options)
+    plain = Forest.of(4, weights=(1.0, 1.0), **options)
+    # The cuts are quantiles of rows, so both have the same ones.
+    version = {**plain.first(), "numbers": weighted.first()["numbers"]}
+    cut = grow(weighted, [weighted.rows(z, y)], [ROWS], masked=masked, rounds=1)
+    for name in ("cuts", "at", "asked"):
+        version[name] = cut[name]
+    found = []
+    for forest, of_z, of_y in ((weighted, z, y), (plain, z[thrice], y[thrice])):
+        rows, state, now = forest.rows(of_z, of_y), dict[str, Array](), version
+        for _ in range(5 * 3):
+            at, numbers = layout.read(now, forest.shape)
+            sums = rows.sums(now, at, numbers, masked=masked)
+            assert layout.check_sums(sums, at, numbers, len(of_y), masked=masked) == ""
+            place = at, numbers
+            now, state = growth.grow(now, place, state, sums, len(of_y), bytes(32))
+        found.append(now)
+    assert (found[0]["feature"] == found[1]["feature"]).all()
+    np.testing.assert_allclose(found[0]["leaf"], found[1]["leaf"], atol=1e-3)
+
+
+@pytest.mark.attack("5")
+def test_crafted_sums_of_rows_with_weights_are_refused() -> None:
+    """Attack: send more weight, or steeper gradients, than the rows of a peer can have."""
+    z, y = table()
+    forest = Forest.of(4, weights=(0.5, 4.0), weight_sum=1024.0)
+    rows = forest.rows(z, y)
+    version = grow(forest, [rows], [ROWS], rounds=1)
+    at, numbers = layout.read(version, forest.shape)
+    for masked in (False, True):
+        sums = rows.sums(version, at, numbers, masked=masked).reshape(at.sums)
+        assert layout.check_sums(sums, at, numbers, ROWS, masked=masked) == ""
+        for place, factor, words in (
+            (1, -1, "negative"),
+            (1, 500, "weights of more"),
+            (0, 2000, ""),
+        ):
+            lie = sums.copy().astype(np.int64)
+            lie[..., place] *= factor
+            found = layout.check_sums(lie, at, numbers, ROWS, masked=masked)
+            assert (words or "too large") in found
+        lie = sums.copy()
+        lie[0, 1, 3, 1] += 5
+        assert "disagree" in layout.check_sums(lie, at, numbers, ROWS, masked=masked)
 
 
 def margins_of(forest: Forest, version: Mapping[str, Array], z: Array) -> Array:
