@@ -13,11 +13,8 @@ import sys
 import threading
 import time
 import traceback
-import uuid
-from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO
 
 from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
@@ -26,8 +23,6 @@ from commonweight.flower_apps import offline
 #: Set in the process that is in the sandbox already.
 _LIMITED = "COMMONWEIGHT_SERVER_APP_LIMITED"
 _POLL_S = 1.0
-#: Flower's code for an exception in a ClientApp.
-_FAILED = 2
 
 
 def _enter_sandbox(folder: Path, code: str, read: list[str], write: list[str]) -> None:
@@ -63,150 +58,34 @@ def run(folder: Path, code: str) -> int:
     """Run the ServerApp until it ends, if its code has this digest; the exit status."""
     answers, questions = _take_pipes()
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
-    from commonweight.flower_apps import app_code, flower_names, records
+    # Imported only in the sandbox: Flower reads files and the environment.
+    from commonweight.flower_apps import app_code, flower_names
+    from commonweight.flower_apps.pipe_grid import PipeGrid, Pipes
 
-    # After the names above, which switch telemetry off.
-    from flwr.app import Context, Error, Message, RecordDict  # isort: skip
-    from flwr.serverapp import Grid  # isort: skip
+    from flwr.app import Context, RecordDict  # isort: skip
 
     from coordinator.runs.apps import frames
-    from coordinator.runs.apps.frames import Content, End, Outgoing
     from protocols.local import flower_apps
 
-    def read_frame() -> Any:
-        head = answers.read(frames.LENGTH_BYTES)
-        if len(head) < frames.LENGTH_BYTES:  # the coordinator has gone
-            os._exit(1)
-        return frames.decode_answered(answers.read(frames.length_of(head)))
-
-    def write_frame(frame: Any) -> None:
-        questions.write(frames.encode(frame))
-        questions.flush()
-
-    hello = read_frame()
+    pipes = Pipes(answers, questions)
+    hello = pipes.read()
     assert isinstance(hello, frames.Hello)
     flower_names.become(hello.flower_run)
-    out, inbox = Path(frames.OUT).absolute(), Path(frames.IN).absolute()
-
-    class PipeGrid(Grid):
-        """A Grid whose nodes and messages are the coordinator's. Legacy apps use many threads."""
-
-        def __init__(self) -> None:
-            self._lock = threading.Lock()
-            self._asked: dict[int, Message] = {}
-
-        def _ask(self, frame: Any) -> Any:
-            with self._lock:
-                write_frame(frame)
-                return read_frame()
-
-        def set_run(self, run: Any) -> None:
-            raise NotImplementedError("the run is that of the coordinator")
-
-        @property
-        def run(self) -> Any:
-            return SimpleNamespace(run_id=hello.flower_run)
-
-        def create_message(
-            self,
-            content: RecordDict,
-            message_type: str,
-            dst_node_id: int,
-            group_id: str,
-            ttl: float | None = None,
-        ) -> Message:
-            return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-        def get_node_ids(self) -> Iterable[int]:
-            found = self._ask(frames.NodesAsked())
-            return list(found.nodes)
-
-        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            outgoing, numbers = list(messages), dict[int, int]()
-            contents: list[Content] = []
-            sent: list[Outgoing] = []
-            for message in outgoing:
-                if id(message.content) not in numbers:
-                    numbers[id(message.content)] = len(contents)
-                    contents.append(self._pack(message.content))
-                meta = message.metadata
-                sent.append(
-                    Outgoing(
-                        content=numbers[id(message.content)],
-                        node=meta.dst_node_id,
-                        message_type=meta.message_type,
-                        group=meta.group_id,
-                    )
-                )
-            pushed = self._ask(frames.Push(contents=tuple(contents), messages=tuple(sent)))
-            for number, message in zip(pushed.ids, outgoing, strict=True):
-                if number:
-                    flower_names.name_message(message, str(number))
-                    self._asked[number] = message
-            return [str(number) for number in pushed.ids if number]
-
-        def _pack(self, content: RecordDict) -> Content:
-            file = out / uuid.uuid4().hex
-            packed = records.pack(content, file)
-            if packed.digest:
-                file.rename(out / f"{packed.digest}{frames.SUFFIX}")
-            return Content(told=packed.told, digest=packed.digest)
-
-        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            return self._pull(message_ids, 0.0)
-
-        def _pull(
-            self, message_ids: Iterable[str], wait_s: float, forgotten: Iterable[str] = ()
-        ) -> list[Message]:
-            numbers = tuple(int(one) for one in message_ids if int(one) in self._asked)
-            gone = tuple(map(int, forgotten))
-            found = self._ask(frames.Pull(ids=numbers, wait_s=wait_s, forgotten=gone))
-            return [self._reply(one) for one in found.replies]
-
-        def _reply(self, found: Any) -> Message:
-            asked = self._asked.pop(found.id)
-            file = inbox / f"{found.id}{frames.SUFFIX}" if found.has_arrays else None
-            try:
-                if found.error:
-                    return flower_names.reply(asked, Error(_FAILED, found.error))
-                return flower_names.reply(asked, records.unpack(found.told, file))
-            except Exception as err:  # one peer's answer must not end the app
-                traceback.print_exc()
-                return flower_names.reply(asked, Error(_FAILED, f"it cannot be read: {err}"))
-            finally:
-                if file is not None:
-                    file.unlink(missing_ok=True)
-
-        def send_and_receive(
-            self, messages: Iterable[Message], *, timeout: float | None = None
-        ) -> Iterable[Message]:
-            pending = set(self.push_messages(messages))
-            end = None if timeout is None else time.monotonic() + timeout
-            replies: list[Message] = []
-            while pending and (end is None or time.monotonic() < end):
-                left = _POLL_S if end is None else max(0.0, min(_POLL_S, end - time.monotonic()))
-                found = self._pull(pending, left)
-                replies += found
-                pending -= {reply.metadata.reply_to_message_id for reply in found}
-            if pending:  # their replies would stay on the disk
-                self._pull((), 0.0, forgotten=pending)
-                for one in pending:
-                    self._asked.pop(int(one), None)
-            return replies
-
+    outgoing, incoming = Path(frames.OUT).absolute(), Path(frames.IN).absolute()
     error = ""
     try:
         card = app_code.read_approved(folder, code)
         config = flower_apps.fuse(card.config, hello.config)
         context = Context(hello.flower_run, flower_names.SERVER_NODE, {}, RecordDict(), config)
-        app_code.load(folder, card.server)(PipeGrid(), context)
+        grid = PipeGrid(pipes, hello.flower_run, outgoing, incoming)
+        app_code.load(folder, card.server)(grid, context)
     except SystemExit as err:
         error = "" if err.code in (None, 0) else f"the ServerApp exited with {err.code}"
     except BaseException as err:
         traceback.print_exc()
         error = sandbox.refusal(err) or f"{type(err).__name__}: {err}"
     shown = "".join(c if c.isprintable() else "·" for c in error[:400])
-    write_frame(End(error=shown))
+    pipes.write(frames.End(error=shown))
     return 1 if error else 0
 
 
