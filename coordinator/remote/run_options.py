@@ -26,7 +26,7 @@ from protocols.tables.preprocessing import Feature, Preprocessing, Target
 
 #: The upper bound of automatic deadlines.
 _MAX_AUTO_DEADLINE_S = 600.0
-_TABULAR = built_in_settings.BY_TASK["tabular"]
+_TABULAR, _LORA = (built_in_settings.BY_TASK[task] for task in ("tabular", "lora"))
 #: How often a run of trees is evaluated, about.
 _EVALUATIONS = 20
 _EXAMPLE = "docs/privacy.md has an example"
@@ -65,6 +65,9 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     if values["secure"]:
         fields |= _secure_fields(fields)
     settings = _settings(values["set"]) | {key: text for key, text in table.items() if text}
+    if values["task"] == "lora":
+        # Agents take runs without it for those of versions that averaged A and B.
+        settings = {"aggregation": _LORA["aggregation"].default} | settings
     if (values["task"], settings.get("model")) == ("tabular", trees.NAME):
         fields |= _tree_fields(fields, settings)
     fields |= {

@@ -168,7 +168,7 @@ OPTIONS = (
            is_plain=False, is_common=True),
     Option("codec", str, "fp32", "How updates are sent: fp32 (whole), or their change as bf16, "
            "int8, sign, ternary, topk (ternary:0.1 and topk:0.02 for shares other than 20 and "
-           "1 %)."),
+           "1 %), sparse2 (sparse2:128 for 128 of each 4,096 changes instead of 64)."),
     Option("seed", int, 0, "Seed of the first weights and of sampling."),
     Option("weighting", str, "examples", "examples: a peer counts by its examples; equal: all "
            "peers count the same.", choices=("examples", "equal")),

@@ -29,7 +29,11 @@ class ToldSettings:
     def check(self, spec: RunSpec) -> None:
         """Raise UnknownName or UsageError for a setting that the task does not take. A check of the
         peers passes, as it asks them again; so does a run for the fleet above."""
-        known = self._by_task.get(spec.task) or built_in_settings.BY_TASK.get(spec.task)
+        # A card may be older than this version, and lack settings of a built-in task.
+        known = {
+            **built_in_settings.BY_TASK.get(spec.task, {}),
+            **self._by_task.get(spec.task, {}),
+        }
         if not known or spec.only:
             return
         try:

@@ -1,8 +1,9 @@
 """The codecs by name, and how to encode and decode an update as a change of its base version.
 
 `fp32` sends the weights as they are. The others send the change of the floating-point tensors in
-an encoding of `dense` or `sparse`. Integer and boolean tensors keep the value of the base, as in
-averaging. With `sums` an update is integers that are added up (`tables.trees`), and not weights.
+an encoding of `dense`, `sparse` or `chunked`. Integer and boolean tensors keep the value of the
+base, as in averaging. With `sums` an update is integers that are added up (`tables.trees`), and not
+weights.
 The agent stores what an encoding left out (the residual) and adds it to its next change
 (error feedback: Seide et al. 2014; Karimireddy et al., arXiv 1901.09847).
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from protocols.codecs import chunked
 from protocols.codecs.delta import BLOCK_ELEMENTS, DeltaReader, FlatLayout, Floats, add
 from protocols.codecs.dense import Bf16, Encoding, Int8, Sign
 from protocols.codecs.sparse import Ternary, TopK
@@ -37,7 +40,7 @@ from protocols.tables.trees import layout
 UNCODED = "fp32"
 #: Not for `--codec`: a run of trees has it.
 SUMS = "sums"
-NAMES = ("fp32", "bf16", "int8", "sign", "ternary", "topk")
+NAMES = ("fp32", "bf16", "int8", "sign", "ternary", "topk", "sparse2")
 #: Codecs that send few elements: the default share of elements, and the encoding.
 SPARSE: dict[str, tuple[float, Callable[[float], Encoding]]] = {
     "ternary": (0.2, Ternary),
@@ -45,6 +48,9 @@ SPARSE: dict[str, tuple[float, Callable[[float], Encoding]]] = {
 }
 #: Above this, int8 or sign has fewer bytes.
 _MAX_SHARE = 0.25
+_CHUNKED = "sparse2"
+#: The default number of changes that `sparse2` sends of a chunk, and the largest.
+SPARSE2_COUNT, MAX_SPARSE2_COUNT = 64, chunked.CHUNK // 4
 
 
 class Codec(NamedTuple):
@@ -55,16 +61,22 @@ class Codec(NamedTuple):
 
 
 def parse(name: str) -> Codec:
-    """The codec of that name: one of `NAMES`, or a sparse one with a share, such as `topk:0.02`.
+    """The codec of that name: one of `NAMES`, or a sparse one with a share, such as `topk:0.02`,
+    or with the changes of a chunk, such as `sparse2:128`.
 
     Raises UnknownName, UsageError.
     """
     if name == SUMS:
         return Codec(SUMS, None)
     kind, colon, argument = name.partition(":")
-    if kind not in NAMES or (colon and kind not in SPARSE):
+    if kind not in NAMES or (colon and not is_sparse(kind)):
         shares = ", ".join(f"{sparse}:SHARE" for sparse in SPARSE)
-        raise UnknownName(f"unknown codec {name!r}; known: {', '.join(NAMES)}, {shares}")
+        raise UnknownName(
+            f"unknown codec {name!r}; known: {', '.join(NAMES)}, sparse2:COUNT, {shares}"
+        )
+    if kind == _CHUNKED:
+        count = _parse_count(argument) if colon else SPARSE2_COUNT
+        return Codec(f"{kind}:{count}", chunked.Sparse2(count))
     if kind in SPARSE:
         default, make_encoding = SPARSE[kind]
         share = _parse_share(kind, argument) if colon else default
@@ -75,7 +87,19 @@ def parse(name: str) -> Codec:
 
 def is_sparse(name: str) -> bool:
     """True if updates with this codec leave out most elements."""
-    return name.partition(":")[0] in SPARSE
+    return name.partition(":")[0] in (_CHUNKED, *SPARSE)
+
+
+def _parse_count(text: str) -> int:
+    count = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else 0
+    if not 0 < count <= MAX_SPARSE2_COUNT:
+        raise UsageError(
+            f"{_CHUNKED}:{text}: a whole number from 1 to {MAX_SPARSE2_COUNT}, of "
+            f"{chunked.CHUNK} changes",
+            f"{_CHUNKED}:{SPARSE2_COUNT} sends the {SPARSE2_COUNT} largest of each "
+            f"{chunked.CHUNK}; above a quarter, sign takes fewer bytes",
+        )
+    return count
 
 
 def _parse_share(kind: str, text: str) -> float:

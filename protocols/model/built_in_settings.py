@@ -100,6 +100,10 @@ class LoraSettings:
     targets: Annotated[
         str, Meta(description="layers with adapters: q_proj,v_proj or all-linear; empty: by PEFT")
     ] = ""
+    aggregation: Annotated[
+        Literal["ffa", "average"],
+        Meta(description="ffa: A is fixed and B averaged, which is exact; average: A and B apart"),
+    ] = "ffa"
     context: Annotated[int, Meta(ge=2, description="tokens of an example")] = 128
     micro_batch: Annotated[
         int, Meta(ge=0, description="examples at a time in a step, for less memory; 0: all")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from agent.data.settings import DataSettings
 from agent.tasks.language.tokens import Tokenizer
 from agent.tasks.training.loop_state import Tensors
+from agent.tasks.training.seeds import random_state
 from agent.tasks.training.task_settings import TaskSettings
-from protocols.errors import DataError
+from protocols.errors import DataError, UsageError
 from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
 
@@ -124,11 +126,13 @@ def load_adapted(found: Path, plan: TaskSettings, seed: int = 0) -> AdaptedModel
             found, local_files_only=True, trust_remote_code=False
         )
         model = peft.get_peft_model(base, _adapters(peft, plan))
+        if plan.aggregation == "ffa":
+            _fix_projections(peft, model)
         if plan.checkpointing and hasattr(base, "activation_checkpointing_enable"):
             base.activation_checkpointing_enable()
         elif plan.checkpointing:  # its name in older transformers
             base.gradient_checkpointing_enable({"use_reentrant": False})
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, UsageError):
         raise
     except Exception as err:  # a damaged folder raises nearly anything
         raise DataError(
@@ -164,6 +168,26 @@ def _adapters(peft: Any, plan: TaskSettings) -> Any:
         lora_dropout=plan.dropout,
         target_modules=targets,
     )
+
+
+def _fix_projections(peft: Any, model: Any) -> None:
+    """Give each A a value that follows from its name alone, and train it no more.
+
+    With one A on all peers and in all rounds, the mean of B times A is the product of the mean B
+    (FFA-LoRA: Sun et al. 2024, arXiv 2403.12313). The range is that of PEFT's own first values.
+    Raises UsageError for adapters of embeddings, whose A begins as 0.
+    """
+    parameters = dict(model.named_parameters())
+    for name, inner in list(_travelling(peft, model)):
+        if "lora_embedding" in name:
+            raise UsageError(
+                "aggregation=ffa cannot adapt an embedding", "--set aggregation=average"
+            )
+        if ".lora_A." in name:
+            fixed = parameters[inner]
+            bound = 1 / math.sqrt(math.prod(fixed.shape[1:]))
+            values = random_state("lora A", name).uniform(-bound, bound, tuple(fixed.shape))
+            fixed.requires_grad_(False).copy_(torch.from_numpy(values))
 
 
 def _travelling(peft: Any, model: Any) -> Iterator[tuple[str, str]]:

@@ -3,8 +3,10 @@
     commonweight-agent policy set models ~/models     # on each machine; ~/models/gpt2-small there
     commonweight run start lora --set model=gpt2-small
 
-Only the adapters travel (and the head of a classification), under PEFT's own names. Before round 1
-the peers compare the digests of their base models.
+Only the adapters travel (and the head of a classification), under PEFT's own names: of each the
+factor B, as A is the same on all peers. With `aggregation=average`, A is trained and sent too, and
+the mean of the products is not the product of the means. Before round 1 the peers compare the
+digests of their base models.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ from protocols.model.weights import Weights
 
 Sources = tuple[FetchedExamples, FetchedExamples]
 #: The settings on which the model depends.
-_OF_MODEL = ("model", "kind", "classes", "rank", "alpha", "dropout", "targets", "checkpointing")
+_OF_MODEL = (
+    *("model", "kind", "classes", "rank", "alpha", "dropout", "targets", "checkpointing"),
+    "aggregation",
+)
 
 
 class Lora(NextTokenTask):
@@ -64,8 +69,11 @@ class Lora(NextTokenTask):
         self._base = LastValue()
 
     def _read(self, settings: RunSettings) -> TaskSettings:
-        """All settings, with the classes as a tuple, which is empty for a causal model."""
-        read = super()._read(settings)
+        """All settings, with the classes as a tuple, which is empty for a causal model.
+
+        Runs and models without `aggregation` are from versions that averaged A and B.
+        """
+        read = super()._read({"aggregation": "average", **settings})
         if not read.model:
             raise UsageError(
                 "a run of lora names its base model", "the folder's name: --set model=NAME"

@@ -18,8 +18,12 @@ from coordinator.monitor.tui import run_form
 from coordinator.remote import run_options
 from coordinator.runs import options, spec_rules
 from coordinator.runs.options import OPTIONS, Bounds, Option
+from coordinator.runs.state import Run
+from coordinator.runs.task_settings import ToldSettings
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import NotRunning, UnknownName, UsageError
+from protocols.model.schema_card import SchemaCard
+from protocols.model.setting_specs import SettingSpec
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(RunSpec)}
 BOUNDED = [option for option in OPTIONS if option.bounds is not None]
@@ -186,3 +190,22 @@ def test_a_task_that_no_peer_has_is_refused_with_the_nearest(task: str, words: s
     with pytest.raises(UnknownName, match=words) as caught:
         spec_rules.check_known(RunSpec(task=task, rounds=1), known)
     assert "tasks of the online peers: mnist, pets.py:Pets;" in caught.value.hint
+
+
+def test_a_new_run_of_lora_says_how_adapters_are_averaged() -> None:
+    """Agents take a run that does not say so for an old one, which averaged both factors."""
+    for given, wanted in (([], "ffa"), (["aggregation=average"], "average")):
+        order = run_options.build_order({"task": "lora", "set": ["model=tiny", *given]})
+        assert order.spec.settings["aggregation"] == wanted
+    assert "aggregation" not in run_options.build_order({"task": "mnist"}).spec.settings
+
+
+def test_settings_that_peers_of_an_older_version_did_not_tell_are_known() -> None:
+    card = SchemaCard(
+        task="lora", version="1", tensors={}, settings={"rank": SettingSpec(default=8)}
+    )
+    told = ToldSettings()
+    told.note(Run(id="lora-1", spec=RunSpec(task="lora", rounds=1), card=card))
+    told.check(RunSpec(task="lora", rounds=1, settings={"aggregation": "ffa", "rank": 4}))
+    with pytest.raises(UnknownName, match="no setting 'agregation'"):
+        told.check(RunSpec(task="lora", rounds=1, settings={"agregation": "ffa"}))

@@ -17,8 +17,11 @@ from agent.tasks.language import base_model
 from agent.tasks.language import tokens as text
 from agent.tasks.language.gpt import TextLM
 from agent.tasks.language.lora import Lora
+from agent.tasks.training import module_state
 from benchmarks.quality.fleet import fleet_of
+from coordinator.remote.run_options import build_order
 from coordinator.storage.run_events import RunSpec
+from coordinator.strategies import averaging
 from protocols.errors import DataError, UsageError
 from protocols.messages.states import RunState
 from protocols.model import weights
@@ -26,7 +29,8 @@ from protocols.model.weights import Weights, file_digest
 from tests.extras.lora.conftest import write_model
 from tests.support.callbacks import ignore_step
 
-CAUSAL = {"model": "tiny", "context": 24, "rank": 16, "lr": 0.01}
+FFA: dict[str, Setting] = {"aggregation": "ffa"}
+CAUSAL: dict[str, Setting] = {"model": "tiny", "context": 24, "rank": 16, "lr": 0.01}
 
 
 def data_of(hub: Path, texts: Path, peer: str = "one") -> DataSettings:
@@ -45,9 +49,16 @@ def loaded(hub: Path, texts: Path) -> Lora:
     return task
 
 
-def test_only_adapters_travel_and_the_loss_falls(hub: Path, texts: Path) -> None:
-    settings = CAUSAL | {"max_steps": 8}
-    adapters = loaded(hub, texts).init(0, settings).nbytes
+@pytest.mark.parametrize(("aggregation", "below"), [("ffa", 0.8), ("average", 0.7)])
+def test_only_adapters_travel_and_the_loss_falls(
+    hub: Path, texts: Path, aggregation: str, below: float
+) -> None:
+    settings = CAUSAL | {"max_steps": 8, "aggregation": aggregation}
+    first = loaded(hub, texts).init(0, settings)
+    assert any(".lora_A." in name for name in first) == (aggregation == "average")
+    adapters = first.nbytes
+    # Queries and values of two layers, 256 by 256.
+    assert adapters == 2 * 2 * 16 * 256 * 4 * (1 if aggregation == "ffa" else 2)
     whole = (hub / "tiny" / "model.safetensors").stat().st_size
     with fleet_of([data_of(hub, texts, peer) for peer in ("one", "two")]) as fleet:
         run = fleet.run(RunSpec(task="lora", rounds=3, quorum=2, settings=settings))
@@ -58,7 +69,86 @@ def test_only_adapters_travel_and_the_loss_falls(hub: Path, texts: Path) -> None
     assert adapters < whole / 10
     losses = [closed.metrics["loss"] for closed in run.history]
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < 0.7 * np.log(320)
+    assert losses[-1] < below * np.log(320)
+
+
+def products(task: Lora, weights: Weights, settings: dict[str, Setting]) -> dict[str, np.ndarray]:
+    """What the adapters add to each layer, float64[out, in]."""
+    model = task._adapted(task._read(settings))
+    module_state.load_tensors(model.tensors(), weights)
+    return {
+        name: layer.scaling["default"]
+        * layer.lora_B["default"].weight.detach().double().numpy()
+        @ layer.lora_A["default"].weight.detach().double().numpy()
+        for name, layer in model.model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+
+
+def test_the_mean_of_ffa_is_the_mean_of_the_products(hub: Path, texts: Path) -> None:
+    """By rounding to float32; the mean of A and B apart is something else."""
+    off = {}
+    for aggregation in ("ffa", "average"):
+        settings = CAUSAL | {"max_steps": 8, "aggregation": aggregation}
+        task, updates, trained = loaded(hub, texts), [], []
+        base = task.init(1, settings)
+        for seed in (1, 2):
+            found = task.train(base, settings | {"seed": seed}, ignore_step).weights
+            updates.append(Weights(found))
+            trained.append(products(task, updates[-1], settings))
+        pieces = averaging.average(updates, [0.3, 0.7], [1.0, 1.0], base, lambda mean: mean)
+        mean = {part.name: array for piece in pieces for part, array in piece.items()}
+        shaped = {name: array.reshape(base[name].shape) for name, array in mean.items()}
+        merged = products(task, Weights(shaped), settings)
+        off[aggregation] = max(
+            np.abs(merged[name] - (0.3 * trained[0][name] + 0.7 * trained[1][name])).max()
+            for name in merged
+        )
+        assert max(np.abs(array).max() for array in merged.values()) > 1e-2
+    assert off["ffa"] < 1e-6
+    assert off["average"] > 1e-4
+
+
+def test_the_fixed_factor_is_that_of_every_peer_and_run(hub: Path, texts: Path) -> None:
+    """It follows from names alone: a run can go on from the version of another run."""
+    models = [
+        base_model.load_adapted(hub / "tiny", loaded(hub, texts)._read(CAUSAL | FFA), seed)
+        for seed in (1, 2)
+    ]
+    fixed = [
+        {name: p for name, p in model.model.named_parameters() if ".lora_A." in name}
+        for model in models
+    ]
+    assert len(fixed[0]) == 4
+    for name, one in fixed[0].items():
+        assert torch.equal(one, fixed[1][name])
+        assert not one.requires_grad
+        assert 0.9 / 16 < one.abs().max() <= 1 / 16  # 1 / sqrt(256), the range of PEFT
+    assert not torch.equal(*list(fixed[0].values())[:2])
+
+
+def test_a_run_without_the_setting_averages_both_factors_as_before(hub: Path, texts: Path) -> None:
+    task = loaded(hub, texts)
+    assert task.schema(CAUSAL) == task.schema(CAUSAL | {"aggregation": "average"})
+    spec = build_order({"task": "lora", "set": ["model=tiny"]}).spec
+    assert task.schema(spec.settings) == task.schema(CAUSAL | FFA | {"rank": 8})
+    assert len(task.schema(CAUSAL)) == 2 * len(task.schema(spec.settings))
+
+
+@pytest.mark.parametrize("private", [{}, {"dp-user": 8.0}])
+def test_ffa_learns_from_a_masked_sum(hub: Path, texts: Path, private: dict[str, float]) -> None:
+    asked = [f"{name}={value}" for name, value in (CAUSAL | {"max_steps": 8}).items()]
+    noise = {"weighting": "equal", "outlier-limit": 0.0, "clip-norm": 4.0, **private}
+    order = build_order(
+        {"task": "lora", "set": asked, "secure": True, "quorum": 3, "rounds": 2, **noise}
+    )
+    with fleet_of([data_of(hub, texts, p) for p in ("one", "two", "one")], secure=True) as fleet:
+        run = fleet.run(order.spec)
+        version = weights.load(fleet.lane.version_path(run.head))
+    assert run.state is RunState.FINISHED, run.ended_because
+    assert not any(".lora_A." in name for name in version)
+    if not private:
+        assert run.history[-1].metrics["loss"] < 0.9 * np.log(320)
 
 
 def test_first_weights_follow_from_the_seed_and_change_nothing_yet(hub: Path, texts: Path) -> None:
@@ -75,7 +165,7 @@ def test_first_weights_follow_from_the_seed_and_change_nothing_yet(hub: Path, te
 def test_a_merged_export_is_a_model_for_plain_transformers(
     hub: Path, texts: Path, tmp_path: Path
 ) -> None:
-    settings = CAUSAL | {"max_steps": 6}
+    settings = CAUSAL | FFA | {"max_steps": 6}
     task = loaded(hub, texts)
     trained = task.train(task.init(1, settings), settings, ignore_step).weights
     out = tmp_path / "merged"
@@ -113,8 +203,9 @@ def test_text_lm_on_byte_pairs_of_a_tokenizer_that_the_run_names(hub: Path, text
         text.load_tokenizer(file_digest(texts / "one" / "tokenizer.json"), texts / "one")
 
 
-def test_goes_on_where_it_was_cut_off(hub: Path, texts: Path) -> None:
-    settings = CAUSAL | {"max_steps": 6}
+@pytest.mark.parametrize("aggregation", ["ffa", "average"])
+def test_goes_on_where_it_was_cut_off(hub: Path, texts: Path, aggregation: str) -> None:
+    settings = CAUSAL | {"max_steps": 6, "aggregation": aggregation}
     task, kept = loaded(hub, texts), []
 
     def keep(step: int, *_: float) -> None:
@@ -135,7 +226,7 @@ def test_goes_on_where_it_was_cut_off(hub: Path, texts: Path) -> None:
 def test_training_that_saves_memory_learns_the_same(
     hub: Path, texts: Path, saving: dict[str, Setting]
 ) -> None:
-    settings = CAUSAL | {"max_steps": 4, "batch_size": 7, "optimiser": "sgd", "lr": 1.0}
+    settings = CAUSAL | FFA | {"max_steps": 4, "batch_size": 7, "optimiser": "sgd", "lr": 1.0}
     task = loaded(hub, texts)
     base = task.init(1, settings)
     whole = task.train(base, settings, ignore_step)

@@ -31,7 +31,7 @@ from protocols.model.weights import (
 from protocols.model.weights_file import WeightsFile
 
 #: Gaps between positions that fit into one byte, and some that do not.
-LOSSY = [registry.parse(name) for name in (*NAMES[1:], "ternary:0.02")]
+LOSSY = [registry.parse(name) for name in (*NAMES[1:], "ternary:0.02", "sparse2:1024")]
 NAMES = [codec.name for codec in LOSSY]
 
 #: The "2NN" of the FedAvg paper: 199,210 parameters.
@@ -156,6 +156,10 @@ def test_unknown_codecs_are_refused_with_the_known() -> None:
     for kind, share in itertools.product(registry.SPARSE, ("", "0", "nan", "-1", "0.5", "much")):
         with pytest.raises(UsageError, match=f"{kind}:{share}: the share"):
             registry.parse(f"{kind}:{share}")
+    for count in ("", "0", "-1", "1025", "1e2", "0x10", "much", "9" * 5000):
+        with pytest.raises(UsageError, match="a whole number from 1 to 1024"):
+            registry.parse(f"sparse2:{count}")
+    assert registry.parse("sparse2").name == registry.parse("sparse2:64").name == "sparse2:64"
     assert registry.parse("topk").name == registry.parse("topk:0.01").name == "topk:0.01"
     assert registry.parse("ternary").name == registry.parse("ternary:0.2").name == "ternary:0.2"
     assert registry.parse("fp32").encoding is None
@@ -214,6 +218,58 @@ def test_ternary_sends_the_largest_by_the_mean_of_their_row(share: float, tmp_pa
             assert np.array_equal(np.sign(here), np.sign(of))
             if len(here):
                 np.testing.assert_allclose(np.abs(here), np.abs(of).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 64, 128, 1024])
+def test_sparse2_sends_the_largest_of_each_chunk_by_one_of_two_levels(
+    count: int, tmp_path: Path
+) -> None:
+    base = model(TWO_NN, 3)
+    trained = moved(base, 4)
+    real, kind = truth(trained, base), registry.parse(f"sparse2:{count}")
+    files = encode(kind, trained, base, tmp_path)
+    sent = change(decode(kind, files.update, base), base.schema)
+    for field in FlatLayout(base.schema).fields.values():
+        for start in range(field.start, field.start + field.size, 4096):
+            chunk = slice(start, min(start + 4096, field.start + field.size))
+            here, of = sent[chunk], real[chunk]
+            chosen = here != 0
+            assert chosen.sum() == math.ceil(count * len(of) / 4096)
+            sizes = np.abs(of[chosen])
+            if not chosen.all():
+                assert sizes.min() >= np.abs(of[~chosen]).max()
+            assert np.array_equal(np.sign(here[chosen]), np.sign(of[chosen]))
+            above = sizes > sizes.mean(dtype=np.float64)
+            for group in (above, ~above):
+                if group.any():
+                    expected = np.sign(of[chosen][group]) * sizes[group].mean()
+                    np.testing.assert_allclose(here[chosen][group], expected, rtol=2**-8)
+
+
+def test_sparse2_leaves_what_does_not_change_as_it_is(tmp_path: Path) -> None:
+    """Embeddings of tokens that a peer does not have are an example."""
+    base = model({"w": (3, 4096)}, 5)
+    w = np.array(base["w"])
+    w[0, :70] += np.linspace(1, 2, 70, dtype=np.float32)
+    w[1, 7] += 1
+    files = encode(registry.parse("sparse2:128"), Weights({"w": w}), base, tmp_path)
+    sent = change(decode(registry.parse("sparse2:128"), files.update, base), base.schema)
+    assert np.flatnonzero(sent).tolist() == [*range(70), 4096 + 7]
+    assert np.ptp(sent[:70]) == 0  # the other level is that of no change
+
+
+def test_the_size_of_a_sparse2_update_follows_from_the_model(tmp_path: Path) -> None:
+    """Positions take 7 bits of 12, and the bytes of a chunk are whole."""
+    base = model({"w": (5, 4096), "x": (100,)}, 6)
+    for count, chunk, rest in ((64, 80, 3), (128, 144, 5), (256, 256, 7)):
+        kind = registry.parse(f"sparse2:{count}")
+        update = weights.load(encode(kind, moved(base, 7), base, tmp_path).update)
+        assert len(update["c"]) == 5 * chunk + rest
+        assert update.nbytes == 5 * chunk + rest + 4 * 6
+        whole = len(weights.header_bytes(base.schema)) + base.nbytes
+        assert registry.max_bytes(kind, base.schema, whole) == (
+            len(weights.header_bytes(update.schema)) + update.nbytes
+        )
 
 
 def test_integers_keep_the_base_and_floats_their_dtype(
@@ -322,6 +378,8 @@ def test_a_file_and_memory_read_the_same(codec: registry.Codec, tmp_path: Path) 
         ("topk", 45.0),
         ("ternary", 27.0),
         ("ternary:0.1", 42.0),
+        ("sparse2", 180.0),
+        ("sparse2:128", 105.0),
     ],
 )
 def test_sizes_with_headers(
@@ -391,9 +449,46 @@ def _bomb(nbytes: int) -> Weights:
     return _coded(**{**_ternary([0], 1), "g": g, "l": np.array([len(g)], np.int32)})
 
 
+def _chunk(
+    low: int = 0, marks: int = 0b11, rest: int = 0, levels: list[float] | None = None
+) -> Weights:
+    """Two of a thousand: 8 low bits of each, 2 + 3 marks, 2 signs, 2 levels, 7 bits of rest."""
+    bits = low << 16 | marks << 11 | rest
+    level = np.array([0.5, 1.0] if levels is None else levels, F)
+    return Weights(
+        {"c": np.frombuffer(bits.to_bytes(4, "big"), np.uint8), "s": float32_to_bf16(level)},
+        bf16=["s"],
+    )
+
+
+def test_two_positions_of_sparse2_by_hand() -> None:
+    coding = registry.parse("sparse2:8").encoding
+    assert coding is not None
+    for low, marks, places in (
+        (0x80_40, 0b11000, [1, 2]),  # low bits come first, marks of the same high bits together
+        (0x00_00, 0b10001, [0, 768]),
+        (0x00_E7, 0b01001, [256, 999]),
+    ):
+        found = DecodedUpdate(coding, _chunk(low, marks), Weights({"w": np.zeros(1000, F)}))
+        assert np.flatnonzero(found.read(Part("w", 0, 1000))).tolist() == places
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [
+        ("sparse2:8", _chunk(0x80_40, 0b10000)),  # one position
+        ("sparse2:8", _chunk(0x80_40, 0b11100)),  # three
+        ("sparse2:8", _chunk(0x80_80, 0b11000)),  # the same twice
+        ("sparse2:8", _chunk(0x40_80, 0b11000)),  # one that descends
+        ("sparse2:8", _chunk(0x00_17, 0b01001)),  # beyond the end
+        ("sparse2:8", _chunk(0x80_40, 0b11000, rest=1)),  # bits that mean nothing
+        ("sparse2:8", _chunk(0x80_40, 0b11000, levels=[1.0, 0.5])),
+        ("sparse2:8", _chunk(0x80_40, 0b11000, levels=[-1.0, 0.5])),
+        ("sparse2:8", _chunk(0x80_40, 0b11000, levels=[0.0, np.inf])),
+        ("sparse2:8", _chunk(0x80_40, 0b11000, levels=[0.0, np.nan])),
+        ("sparse2:8", _chunk(0x80_40, 0b11000, levels=[np.nan, 1.0])),
+        ("sparse2:8", _chunk(0x80_40, 0b11000, levels=[0.0])),
+        ("sparse2:16", _chunk(0x80_40, 0b11000)),  # another number of positions
         ("int8", _coded(q=np.zeros(1000, np.int8), s=np.full(1, np.nan, F))),
         ("int8", _coded(q=np.zeros(1000, np.int8), s=np.full(1, np.inf, F))),
         ("int8", _coded(q=np.zeros(1000, np.int8), s=np.full(1, -1, F))),
