@@ -125,10 +125,11 @@ def _check_columns(chosen: AgentSettings, run: str, task: str, columns: list[str
 
 
 def _named_columns(task: str, settings: Mapping[str, Setting]) -> tuple[list[str], list[str]]:
-    """The target and the features that a run names. Features that it does not name are known only
-    when the table is read."""
+    """The target with the column by which rows are held out, and the features that a run names.
+    Features that it does not name are known only when the table is read."""
     if task not in consent.USES_COLUMNS:
         return [], []
-    target, features = (str(settings.get(name, "")) for name in ("target", "features"))
+    names = ("target", "split_by", "features")
+    target, split_by, features = (str(settings.get(name, "")).strip() for name in names)
     named = [name for name in map(str.strip, features.split(",")) if name]
-    return [target] if target else [], named
+    return [name for name in (target, split_by) if name], named

@@ -77,15 +77,16 @@ class Admission:
         numbers: Numbers,
         usable: Mask,
         min_rows: int,
-        draw: Callable[[int, int], Mask],
+        draw: Callable[[Mask, int], Mask],
     ) -> Split:
         """The parts of these admitted rows, of which a task can use some (`usable`).
 
-        `draw(n, group)` divides a group of n new rows: True is held out. `name` tells divisions of
-        the same rows apart. Raises NotAllowed if a task can use only a few rows of a part.
+        `draw(new, group)` divides a group of new rows, a mask over all: it returns a mask over
+        these, True is held out. `name` tells divisions of the same rows apart. Raises NotAllowed if
+        a task can use only a few rows of a part.
         """
-        count, group = self._store.count_new(name, numbers, usable)
-        drawn = draw(count, group) if count else np.zeros(0, bool)
+        new, group = self._store.find_new(name, numbers, usable)
+        drawn = draw(new, group) if new.any() else np.zeros(0, bool)
         train, held = self._store.divide(name, numbers, usable, min_rows, drawn)
         used = [_part(part, numbers, usable, min_rows) for part in (train, held)]
         for part, of in zip(used, (train, held), strict=True):
@@ -142,19 +143,19 @@ class AdmissionStore:
         row = self._db.execute("SELECT counts FROM last_table").fetchone()
         return None if row is None else Counts(*json.loads(row[0]))
 
-    def count_new(self, name: str, numbers: Numbers, usable: Mask) -> tuple[int, int]:
-        """How many usable rows are in no part yet, and how many groups were divided before."""
+    def find_new(self, name: str, numbers: Numbers, usable: Mask) -> tuple[Mask, int]:
+        """The usable rows that are in no part yet, and how many groups were divided before."""
         train, held, groups = self._parts(name)
-        return int((usable & ~np.isin(numbers, train) & ~np.isin(numbers, held)).sum()), groups
+        return usable & ~np.isin(numbers, train) & ~np.isin(numbers, held), groups
 
     def divide(
         self, name: str, numbers: Numbers, usable: Mask, min_rows: int, drawn: Mask
     ) -> tuple[Mask, Mask]:
         """Masks of the rows to train on and of those held out. Divides new rows, if there are
-        enough, as `drawn` for those of `count_new` says. Raises DataError if these changed."""
+        enough, as `drawn` for those of `find_new` says. Raises DataError if these changed."""
         with writing(self._db):
-            train, held, groups = self._parts(name)
-            new = usable & ~np.isin(numbers, train) & ~np.isin(numbers, held)
+            train, held, _ = self._parts(name)
+            new, groups = self.find_new(name, numbers, usable)
             count = int(new.sum())
             if count and (not groups or count >= min_rows):
                 if len(drawn) != count:

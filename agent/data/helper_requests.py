@@ -52,8 +52,8 @@ class Admit(Struct, frozen=True, tag=True):
     whole: bool
 
 
-class CountNew(Struct, frozen=True, tag=True):
-    """How many rows are not divided, and how many groups were: `counts`."""
+class FindNew(Struct, frozen=True, tag=True):
+    """Which rows are not divided: bool[n], and how many groups were: `counts`."""
 
     name: str
     numbers: bytes
@@ -80,7 +80,7 @@ class ReadTable(Struct, frozen=True, tag=True):
     """Read the owner's table into a folder of Parquet files: its path (`texts`)."""
 
 
-Request = RegistryState | KnownTable | Register | Admit | CountNew | Divide | Tell | ReadTable
+Request = RegistryState | KnownTable | Register | Admit | FindNew | Divide | Tell | ReadTable
 
 
 class Reply(Struct, frozen=True, kw_only=True):
@@ -160,9 +160,9 @@ class RemoteAdmission:
     def admit(self, numbers: Numbers, min_rows: int, whole: bool) -> Mask:
         return _mask(self._ask(Admit(numbers.tobytes(), whole)).arrays[0])
 
-    def count_new(self, name: str, numbers: Numbers, usable: Mask) -> tuple[int, int]:
-        count, groups = self._ask(CountNew(name, numbers.tobytes(), usable.tobytes())).counts
-        return count, groups
+    def find_new(self, name: str, numbers: Numbers, usable: Mask) -> tuple[Mask, int]:
+        reply = self._ask(FindNew(name, numbers.tobytes(), usable.tobytes()))
+        return _mask(reply.arrays[0]), reply.counts[0]
 
     def divide(
         self, name: str, numbers: Numbers, usable: Mask, min_rows: int, drawn: Mask

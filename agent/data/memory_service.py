@@ -72,9 +72,10 @@ class MemoryService:
             case asked.Admit(numbers, whole):
                 rows = self._numbers(numbers)
                 return _arrays(self._admission.admit(rows, self._min_rows, whole))
-            case asked.CountNew(name, numbers, usable):
+            case asked.FindNew(name, numbers, usable):
                 rows = self._numbers(numbers)
-                return Reply(counts=self._admission.count_new(name, rows, _mask(usable, rows)))
+                new, groups = self._admission.find_new(name, rows, _mask(usable, rows))
+                return Reply(arrays=(new.tobytes(),), counts=(groups,))
             case asked.Divide(name, numbers, usable, drawn):
                 rows = self._numbers(numbers)
                 mask, out = _mask(usable, rows), np.frombuffer(drawn, np.bool_)

@@ -195,7 +195,7 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
     """The requested columns that may be used. Raises SchemaMismatch, which names all others."""
     allowed = [name for name in there if may_use(name, patterns)]
     misfits: list[SchemaMismatch] = []
-    for name in filter(None, (wanted.target, *wanted.features)):
+    for name in filter(None, (wanted.target, wanted.split_by, *wanted.features)):
         if name not in there:
             hint = f"there are {', '.join(there[:20])}"
             mismatches.add_absent(misfits, name, "a column of this name", allowed, hint)
@@ -204,6 +204,8 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
     if misfits:
         raise SchemaMismatch.of_all(misfits)
     asked = {wanted.target, *wanted.features} if wanted.features else set(allowed)
+    if wanted.split_by not in wanted.features:
+        asked.discard(wanted.split_by)
     return [name for name in allowed if name in asked]
 
 
@@ -212,10 +214,12 @@ def may_use(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def check_columns(there: Sequence[str], data: DataSettings, made: Preprocessing) -> None:
-    """Raise SchemaMismatch if a preprocessing, which comes from the coordinator, names a column of
-    the table that the owner keeps back."""
-    named = {made.target.name, *(feature.name for feature in made.features)}
+def check_columns(
+    there: Sequence[str], data: DataSettings, made: Preprocessing, split_by: str = ""
+) -> None:
+    """Raise SchemaMismatch if a preprocessing, which comes from the coordinator, or `split_by` name
+    a column of the table that the owner keeps back."""
+    named = {made.target.name, split_by, *(feature.name for feature in made.features)}
     withheld = [name for name in there if name in named and not may_use(name, data.columns)]
     if withheld:
         raise SchemaMismatch.of_all([_column_withheld(name) for name in withheld])

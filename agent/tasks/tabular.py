@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agent.data import Reader, features, open_table
+from agent.data import Reader, features, latest_rows, open_table
 from agent.data import profile as survey
 from agent.data.admission import HELD_OUT_OF, Mask, Split, split_classes
 from agent.data.disclosed_sets import Numbers, Use
@@ -62,6 +62,7 @@ class Tabular(BuiltInTask):
 
     forms = (XGBOOST,)
     Settings = TabularSettings
+    _reads = ("split_by",)
     #: Round 1 is the first to tell how many rows there are.
     count_examples = None  # type: ignore[assignment]
     #: The numbers of the rows behind each use, if this machine remembers them.
@@ -131,7 +132,7 @@ class Tabular(BuiltInTask):
         rows = self._sets(settings)[0]
         self._local.start_single_step(len(rows.y))
         growing = self._growing.get(
-            (settings["preprocessing"], trees.objective),
+            (self._data_key(settings), trees.objective),
             lambda: trees.rows(rows, self._data.min_count),
         )
         at, numbers = trees.read(weights)
@@ -179,30 +180,16 @@ class Tabular(BuiltInTask):
     def data(self, source: DataSettings, settings: Any) -> tuple[EncodedRows, EncodedRows]:
         """This peer's rows; read when the preprocessing is known."""
         made = _preprocessing(settings)
-        words = "held out", self._data.seed, self._data.index
         folder, least_count = Path(self._data.cache or "."), self._data.min_alike
-
-        def draw(count: int, group: int) -> Mask:
-            chance = random_state(*words, *([group] if group else []))
-            return features.draw_held_out(chance, count)
-
         with self._admitted() as (reader, numbers, memory):
-            survey.check_columns(reader.columns(), self._data, made)
-            split = None
+            survey.check_columns(reader.columns(), self._data, made, settings.split_by)
+            admitted = (memory, numbers) if memory is not None and numbers is not None else None
+            split = self._split(reader, made, settings.split_by, admitted)
             parts: tuple[Numbers | None, Numbers | None] = None, None
-            if memory is not None and numbers is not None:
-                name, known = " ".join(map(str, words)), numbers
-
-                def divide(usable: Mask) -> Split:
-                    least = self._data.min_count
-                    return memory.admission.split(name, known, usable, least, draw)
-
-                classes = features.read_classes(reader, made)
-                split = split_classes(classes, least_count, divide)
+            if numbers is not None and split is not None:
                 parts = numbers[split.train], numbers[split.held_out]
-            table = features.encode_table(
-                reader, made, random_state(*words), folder, split, least_count
-            )
+            chance = random_state(*self._split_words)
+            table = features.encode_table(reader, made, chance, folder, split, least_count)
         count = len(table.trained_on.y) + len(table.held_out.y)
         least = max(_MIN_ROWS, self._data.min_rows)
         if count < least:
@@ -212,6 +199,47 @@ class Tabular(BuiltInTask):
             )
         self._numbers = {"train": parts[0], "held": parts[1]}
         return table.trained_on, table.held_out
+
+    @property
+    def _split_words(self) -> tuple[object, ...]:
+        return "held out", self._data.seed, self._data.index
+
+    def _split(
+        self,
+        reader: Reader,
+        made: Preprocessing,
+        split_by: str,
+        admitted: tuple[TableMemory, Numbers] | None,
+    ) -> Split | None:
+        """Which rows are trained on and which are held out: the latest by the column `split_by`,
+        or random ones. None: random ones, which `encode_table` draws. Raises DataError."""
+        if admitted is None and not split_by:
+            return None
+        classes, words = features.read_classes(reader, made), self._split_words
+        times = np.zeros(0)
+        if split_by:  # a row without a time is in no part
+            times = latest_rows.read_times(reader, split_by)
+            classes = np.where(np.isnan(times), -1, classes)
+        least = self._data.min_count
+
+        def draw(new: Mask, group: int) -> Mask:
+            if not split_by:
+                chance = random_state(*words, *([group] if group else []))
+                return features.draw_held_out(chance, int(new.sum()))
+            if group:
+                return latest_rows.latest_of_more(times[new], split_by, least)
+            return latest_rows.latest(times[new], split_by)
+
+        def divide(usable: Mask) -> Split:
+            if admitted is not None:
+                memory, numbers = admitted
+                name = " ".join(map(str, (*words, *(["by", split_by] if split_by else []))))
+                return memory.admission.split(name, numbers, usable, least, draw)
+            held = np.zeros(len(usable), bool)
+            held[usable] = draw(usable, 0)
+            return Split(usable & ~held, held)
+
+        return split_classes(classes, self._data.min_alike, divide)
 
     # --- losses with weights of classes ---
 

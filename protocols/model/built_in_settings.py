@@ -171,6 +171,9 @@ class TabularSettings:
         Meta(description="mean 0 and variance 1; or 0 to 1, where owners allow it"),
     ] = "standard"
     hashed: Annotated[bool, Meta(description="peers send hashes of categories")] = False
+    split_by: Annotated[
+        str, Meta(description="hold out the latest rows by this column; empty: random ones")
+    ] = ""
     class_weights: Annotated[
         Literal["none", "balanced"],
         Meta(description="balanced: all classes count alike, however rare they are in the fleet"),

@@ -146,6 +146,7 @@ class TableSettings(NamedTuple):
     scaling: str
     hashed: bool
     balanced: bool = False
+    split_by: str = ""
 
 
 def parse_settings(settings: Mapping[str, Setting]) -> TableSettings:
@@ -167,7 +168,13 @@ def parse_settings(settings: Mapping[str, Setting]) -> TableSettings:
     hashed = str(settings.get("hashed", False)).lower() == "true"
     categorical = frozenset(_names(settings.get("categorical", "")))
     balanced = class_weights == "balanced"
-    return TableSettings(target, kind, features, categorical, scaling, hashed, balanced)
+    split_by = str(settings.get("split_by", "")).strip()
+    if split_by == target:
+        raise UsageError(
+            f"{target} is the target, so rows cannot be held out by it",
+            "--set split_by=COLUMN, a column of dates or numbers",
+        )
+    return TableSettings(target, kind, features, categorical, scaling, hashed, balanced, split_by)
 
 
 def _names(text: Setting) -> tuple[str, ...]:
@@ -258,7 +265,7 @@ def _choose_features(
     compatible = [table for peer, table in tables.items() if peer not in incompatible]
     total = len(compatible)
     counts = Counter(name for table in compatible for name in table.columns)
-    del counts[chosen.target]
+    del counts[chosen.target], counts[chosen.split_by]
     rare = sorted(name for name, count in counts.items() if 2 * count < total)
     notes += [
         ("", f"column {n} is left out: {counts[n]} of {total} peers have it")

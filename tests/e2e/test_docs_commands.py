@@ -237,11 +237,12 @@ def write_files(home: Path, seed: int) -> None:
     from PIL import Image
 
     random = np.random.default_rng(seed)
-    lines = ["age,sex,income,city,outcome"]
-    for _ in range(PEOPLE):
+    lines = ["age,sex,income,city,visit,outcome"]
+    for number in range(PEOPLE):
         age, sex = int(random.integers(18, 90)), random.choice(["female", "male"])
         city = random.choice(["Oslo", "Bergen", "Tromsø"])
-        lines.append(f"{age},{sex},{random.integers(10, 200) * 1000},{city},{int(age > 50)}")
+        income, visit = random.integers(10, 200) * 1000, f"2026-{1 + number // 20:02}-15"
+        lines.append(f"{age},{sex},{income},{city},{visit},{int(age > 50)}")
     (home / "patients.csv").write_text("\n".join(lines) + "\n")
     new = [line.rpartition(",")[0] for line in lines[:11]]
     named = [f"{number or 'patient'},{line}" for number, line in enumerate(new)]

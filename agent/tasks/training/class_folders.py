@@ -161,10 +161,11 @@ def split(
     if numbers is None:
         return first
 
-    def draw(count: int, group: int) -> npt.NDArray[np.bool_]:
+    def draw(new: npt.NDArray[np.bool_], group: int) -> npt.NDArray[np.bool_]:
         if not group:
             return np.isin(np.flatnonzero(usable), first[1])
         chance = random_state("held out", data.seed, data.index, group)
+        count = int(new.sum())
         return np.asarray(chance.permutation(count) < count // _HELD_OUT)
 
     with closing(Admission(Path(data.memory))) as admission:

@@ -20,8 +20,8 @@ def numbers(of: Iterable[int]) -> Numbers:
     return np.array(list(of), np.int64)
 
 
-def draw(count: int, group: int) -> npt.NDArray[np.bool_]:
-    return np.arange(count) % HELD_OUT_OF == 0
+def draw(new: npt.NDArray[np.bool_], group: int) -> npt.NDArray[np.bool_]:
+    return np.arange(int(new.sum())) % HELD_OUT_OF == 0
 
 
 def test_new_rows_wait_for_others_and_the_owner_sees_it(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_rows_stay_on_their_side(tmp_path: Path) -> None:
     admission = Admission(tmp_path / "told.db")
     every = numbers(range(40))
     first = admission.split("s", every, np.ones(40, bool), MIN, draw)
-    assert np.array_equal(first.held_out, draw(40, 0))
+    assert np.array_equal(first.held_out, draw(np.ones(40, bool), 0))
     mixed = every[::-1]
     again = admission.split("s", mixed, np.ones(40, bool), MIN, draw)
     assert np.array_equal(again.held_out, first.held_out[::-1])
@@ -51,7 +51,7 @@ def test_rows_stay_on_their_side(tmp_path: Path) -> None:
     assert np.array_equal(more.held_out[:40], first.held_out)
     assert more.train[40:].all(), "one held-out row alone would be told by its loss"
     large = admission.split("s", numbers(range(95)), np.ones(95, bool), MIN, draw)
-    assert np.array_equal(large.held_out[45:], draw(50, 2))
+    assert np.array_equal(large.held_out[45:], draw(np.ones(50, bool), 2))
     assert not (large.train & large.held_out).any()
 
 
