@@ -154,7 +154,7 @@ def status(
 
 
 def _format_status(home: Path, *, json: bool) -> str:
-    from agent.home import status_files
+    from agent.home import own_results, status_files
     from agent.setup import consents, own_data
 
     status = status_files.read_status(home)
@@ -178,6 +178,8 @@ def _format_status(home: Path, *, json: bool) -> str:
     for request in consents.requests(home, settings.read(home)):
         lines.append(f"? {request.line}")
     lines += _format_version(status)
+    if (found := own_results.newest(home)) is not None:
+        lines += own_results.lines_of(found)
     if status.shares_at:
         lines.append(f"other peers fetch shared versions at {status.shares_at}")
     lines += _format_trust(settings.read(home))

@@ -16,13 +16,14 @@ from agent.clientapp.flower_apps import FlowerApps
 from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
 from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
+from agent.clientapp.own_comparison import OwnComparisons
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.recovery import Recall
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import SendingStarted, SumChanged, WorkEnded, WorkStarted
-from agent.home import app_files, audit_log, privacy_ledger, settings
+from agent.home import app_files, audit_log, own_results, privacy_ledger, settings
 from agent.home.live_settings import LiveSettings
 from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
@@ -47,7 +48,7 @@ _JOB_TRIES = 2
 #: A paused agent polls for the steps of a secure sum for so long after its last answer.
 MAX_STEP_WAIT_S = 600.0
 #: The folders of the home that a trainer writes to, beside its own.
-_WRITTEN = ("outbox", "jobs", "predictions")
+_WRITTEN = ("outbox", "jobs", "predictions", own_results.FOLDER)
 
 Send = Callable[[str, Path], None]
 
@@ -74,12 +75,21 @@ class _Weights(NamedTuple):
 class _Events(Observer):
     """Passes the client's progress to the state machine; writes proofs and the audit log."""
 
-    def __init__(self, ctx: AgentContext, trainer: TrainerProcess, scores: ToldScores) -> None:
+    def __init__(
+        self,
+        ctx: AgentContext,
+        trainer: TrainerProcess,
+        scores: ToldScores,
+        on_training: Callable[[Work], None],
+    ) -> None:
         self._ctx, self._trainer, self._scores = ctx, trainer, scores
+        self._on_training = on_training
         self._sum_end: asyncio.TimerHandle | None = None
 
     def on_work(self, work: Work | None) -> None:
-        self._ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
+        if work is not None and work.kind == "train":
+            self._on_training(work)
+        _tell_work(self._ctx, work)
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
         version_proofs.save_proof(self._ctx.cache, work, payload, signature)
@@ -107,6 +117,21 @@ class _Events(Observer):
 
     def on_trained(self) -> None:
         self._trainer.delete_checkpoint()
+
+
+def _tell_work(ctx: AgentContext, work: Work | None) -> None:
+    ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
+
+
+def make_comparisons(
+    ctx: AgentContext,
+    trainer: TrainerProcess,
+    owner: LiveSettings,
+    link: Callable[[], CoordinatorClient],
+) -> OwnComparisons:
+    """What compares models after a run, for the owner."""
+    patient = RetryingTrainer(trainer, tries=_JOB_TRIES, retryable=RETRYABLE_IN_JOBS)
+    return OwnComparisons(ctx.home, patient, owner, link, partial(_tell_work, ctx))
 
 
 def make_trainer(
@@ -174,12 +199,14 @@ def make_client(
     link: Callable[[], CoordinatorClient],
     uploads: Uploads,
     check_log: CheckLog,
+    own: OwnComparisons,
 ) -> Client:
     """The ClientApp: training for runs through `retrying_trainer`, units of jobs, and Flower apps.
 
     `owner` says what a task may do now.
 
-    `versions` holds the versions of runs, `job_models` those that only jobs use.
+    `versions` holds the versions of runs, `job_models` those that only jobs use. `own` hears of
+    trainings.
     """
     home, outbox = ctx.home, ctx.home / "outbox"
     me = PeerIdentity(
@@ -189,7 +216,7 @@ def make_client(
         ctx.enrollment.fleet,
     )
     scores = ToldScores(settings.scores_file(home))
-    events = _Events(ctx, trainer, scores)
+    events = _Events(ctx, trainer, scores, own.note)
     budget = PrivacyBudget(privacy_ledger.ledger_file(home), owner, ctx.enrollment.fleet)
 
     def find_model(model: ModelRef) -> Path:

@@ -200,8 +200,7 @@ class SessionLoop:
                     message = await self._in_thread(work.answer, message)
                     self._last_work_at = time.monotonic()
             idle_s = time.monotonic() - self._last_work_at
-            interval_s = state_machine.poll_interval_s(self._runner.state, idle_s)
-            await wait_at_most(self._doorbell, interval_s)
+            await wait_at_most(self._doorbell, work.next_poll_s(idle_s))
 
     def _open(self) -> None:
         if self._link is None:

@@ -114,6 +114,7 @@ class WorkThread:
         self._retrying_trainer = RetryingTrainer(
             self.trainer, tries=ctx.settings.trainer_tries, on_given_up=self._on_given_up
         )
+        self._own = client_factory.make_comparisons(ctx, self.trainer, self._owner, link)
         self._client = client_factory.make_client(
             ctx,
             self.trainer,
@@ -125,6 +126,7 @@ class WorkThread:
             link,
             Uploads(self._upload_update, self._upload_answer),
             check_log,
+            self._own,
         )
 
     def pids(self) -> list[int]:
@@ -161,7 +163,15 @@ class WorkThread:
         message = link.pull(steps_only=steps_only, open_sum=open_sum)
         if open_sum is not None and link.sum_is_over:
             self._client.end_sum()
+        is_free = open_sum is None and not steps_only
+        while message is None and is_free and self._takes_more_work() and self._own.advance():
+            message = link.pull()
         return message
+
+    def next_poll_s(self, idle_s: float) -> float:
+        """How long to wait for a doorbell before the next `pull`."""
+        polls_s = state_machine.poll_interval_s(self._runner.state, idle_s)
+        return min(polls_s, max(1.0, self._own.due_s)) if self._takes_more_work() else polls_s
 
     def answer(self, message: Message) -> Message | None:
         """Handle a message, send the reply, and return the next message, if there is one.

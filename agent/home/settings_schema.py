@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from agent.data.settings import SPLIT, MappedValues
+from agent.home.own_results import Compare
 from agent.policy import consent, task_code
 from agent.policy.consent import Consent, Standing
 from agent.policy.rules import PolicySettings
@@ -70,8 +71,7 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
         int,
         Meta(
             ge=1,
-            description="minimum rows that share a value, or pictures of a class, before it may "
-            "leave",
+            description="minimum rows that share a value, or pictures of a class, before it leaves",
         ),
     ] = 5
     min_batch: Annotated[
@@ -246,7 +246,7 @@ class AgentSettings(PolicySettings, frozen=True, kw_only=True, forbid_unknown_fi
     share_log: Annotated[
         bool, Meta(description="the operator may see the last log lines, without paths or quotes")
     ] = True
-
+    compare: Compare = "on"
     fleet: Annotated[
         str,
         Meta(

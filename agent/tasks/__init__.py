@@ -255,6 +255,40 @@ class Predicting(Protocol):
         """
 
 
+class LocalRounds(NamedTuple):
+    """The most rounds of local training, and after how many without a better model it ends.
+
+    `can_go_on`: further local rounds can follow a shared model.
+    """
+
+    most: int
+    patience: int = 5
+    can_go_on: bool = True
+
+
+@runtime_checkable
+class ComparesModels(Protocol):
+    """Optional: train on this machine alone, and measure models row by row. Nothing leaves."""
+
+    def local_rounds(self, settings: Settings, rounds: int) -> LocalRounds:
+        """How far `train_locally` goes for a run of so many rounds."""
+
+    def set_aside(self, share: int) -> None:
+        """Leave one in `share` rows out of the next trainings, chosen by the settings; 0: none.
+
+        Raises UsageError if the task cannot.
+        """
+
+    def train_locally(self, weights: Weights, settings: Settings, on_step: OnStep) -> Weights:
+        """The weights after one more local round."""
+
+    def measure_rows(
+        self, weights: Weights, settings: Settings, on_step: OnStep, *, aside: bool
+    ) -> Mapping[str, npt.NDArray[np.float64]]:
+        """By name float64[n], one number for each held-out row, or for each that is set aside:
+        "loss", and perhaps "accuracy" (0 or 1) or "mse"."""
+
+
 @runtime_checkable
 class Exporting(Protocol):
     """Optional: write a model in a format for other programs."""

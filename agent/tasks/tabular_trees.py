@@ -16,7 +16,7 @@ from agent.tasks import Setting
 from protocols.errors import BadWeights, UsageError
 from protocols.model.weights import Schema, TensorSpec, Weights
 from protocols.tables.preprocessing import Feature, Preprocessing
-from protocols.tables.trees import layout, objectives, xgboost_json
+from protocols.tables.trees import growth, layout, objectives, xgboost_json
 from protocols.tables.trees.histograms import (
     MISSING,
     GrowingRows,
@@ -118,6 +118,16 @@ class TreeModel(NamedTuple):
         """A peer's rows for training."""
         weights = np.array(self.weights)[rows.y] if self.weights else None
         return GrowingRows(self.slots(rows.x), rows.y, self.objective, min_count, weights)
+
+    def grow_alone(self, version: Weights, growing: GrowingRows, rows: int) -> Weights:
+        """The version after one more tree of this peer's `rows` alone, with their hessians."""
+        at, numbers = self.read(version)
+        first, arrays, state = at.tree, dict(version), dict[str, npt.NDArray[Any]]()
+        while at.tree == first < self.shape.trees:
+            sums = growing.sums(arrays, at, numbers, masked=True)
+            arrays, state = growth.grow(arrays, (at, numbers), state, sums, rows, bytes(32))
+            at, _ = layout.read(arrays, self.shape)
+        return Weights(arrays)
 
     def forward(self, version: Weights) -> Callable[[Tensor], Tensor]:
         """Inputs float32[n, d] -> float32[n, classes] logits, or [n, 1] scaled numbers."""

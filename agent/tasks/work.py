@@ -87,6 +87,21 @@ class Export(_TaskWork, frozen=True, tag=True, kw_only=True):
     out: str
 
 
+class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
+    """Compare models on this peer's held-out rows (`agent.trainer.own_models`).
+
+    `base` is the run's best version, `folder` where the state and the models are, which later work
+    goes on from. At most `rounds` rounds of local training, of which this work does those of the
+    next `slice_s` s. The description in `Done` is the `Comparison` as JSON; empty until it is done.
+    """
+
+    run: str
+    base: str
+    folder: str
+    rounds: int
+    slice_s: float = 5.0
+
+
 class RunApp(_TaskWork, frozen=True, tag=True, kw_only=True):
     """Pass a message to the ClientApp of a Flower app, whose name is `task`.
 
@@ -130,7 +145,7 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     privacy: str = ""
 
 
-Work = Describe | Init | Train | Evaluate | Predict | Export
+Work = Describe | Init | Train | Evaluate | Predict | Export | Measure
 
 
 class Trainer(Protocol):

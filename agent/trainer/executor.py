@@ -39,8 +39,8 @@ from agent.tasks import (
 from agent.tasks.floors import StepFloors
 from agent.tasks.training import rng_state
 from agent.tasks.training.batch_size import is_out_of_memory
-from agent.tasks.work import Describe, Done, Evaluate, Export, Init, Predict, Train, Work
-from agent.trainer import private_work
+from agent.tasks.work import Describe, Done, Evaluate, Export, Init, Measure, Predict, Train, Work
+from agent.trainer import own_models, private_work
 from agent.trainer.checkpoint import CheckpointFile
 from agent.trainer.ipc import Answer, Failed
 from agent.trainer.personalization import Personalization
@@ -109,7 +109,7 @@ class WorkExecutor:
                 return self._predict(work, task, loaded)
             return _export(work, task, loaded)
         self._model = None
-        if isinstance(work, Describe | Train) and floors.reads_data(work):
+        if isinstance(work, Describe | Train | Measure) and floors.reads_data(work):
             floors.check_settings(work.settings, getattr(task, "defaults", None), work.data.floors)
         data = private_work.data_of(work)
         if not (work.source or isinstance(work, Init)) and self._data != data:
@@ -127,6 +127,11 @@ class WorkExecutor:
         if isinstance(work, Init):
             first = personalization.first_version(first_weights(work.seed), scheme)
             return self._save(work.id, first, work.out, 0, {})
+        if isinstance(work, Measure):
+            for use in own_models.USES:
+                self._told.tell(task, use, settings)
+            report = StepCallback(work.id, "evaluate", self._control, self._send)
+            return own_models.compare(work, task, (settings, model), first_weights, report)
         base = weights.load(Path(work.base))
         if isinstance(work, Evaluate):  # a job may evaluate the versions of any run
             base, scheme = personalization.without_controls(base), {**scheme, SCAFFOLD: 0}

@@ -96,7 +96,7 @@ class TrainerProcess(TrainerSupervisor):
                 added["data"], columns=terms.columns, has_budget=terms.has_budget
             )
             added["code"] = terms.code
-        for name in ("base", "out", "personal", "personal_out"):
+        for name in ("base", "out", "personal", "personal_out", "folder"):
             if path := getattr(work, name, ""):
                 added[name] = _absolute(path)
         if isinstance(work, Predict):

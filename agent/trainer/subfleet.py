@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from agent.tasks.work import Describe, Done, Evaluate, Export, Init, Predict, Train, Work
+from agent.tasks.work import Describe, Done, Evaluate, Export, Init, Measure, Predict, Train, Work
 from agent.trainer import main_loop
 from agent.trainer.ipc import Phase, Progress
 from agent.trainer.main_loop import Send
@@ -132,7 +132,7 @@ class FleetExecutor:
                     num_examples=_sum_declared(run, 0),
                     num_held_out=_sum_declared(run, 1),
                 )
-            case Predict() | Export():
+            case Predict() | Export() | Measure():
                 raise SubfleetFailed("a fleet answers for no rows", "ask its own coordinator")
             case Init():
                 run = self._run(work, {"only": "init", "seed": work.seed})

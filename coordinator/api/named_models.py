@@ -7,6 +7,7 @@ from coordinator.jobs import model_refs
 from coordinator.runs.export import resolve_version
 from coordinator.runs.recorded import named_run
 from protocols.errors import UnknownName
+from protocols.messages.states import ENDED
 from protocols.messages.work import NamedModel
 
 
@@ -33,4 +34,5 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
         digest=digest,
         nbytes=file.stat().st_size,
         settings=model_refs.settings_of(run),
+        ended_rounds=len(run.history) if run.state in ENDED else 0,
     )

@@ -86,6 +86,7 @@ class NamedModel(Struct, frozen=True, kw_only=True):
     """The best or newest version of a run: the answer to MODEL_PATH.
 
     `settings`: what the task needs to predict with it, such as the agreed preprocessing.
+    `ended_rounds`: how many rounds the run had, if it has ended; else 0, as of older coordinators.
     """
 
     run: Id
@@ -94,6 +95,7 @@ class NamedModel(Struct, frozen=True, kw_only=True):
     digest: Digest
     nbytes: Count
     settings: Settings = {}
+    ended_rounds: Count = 0
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -42,6 +43,19 @@ def write_csv(path: Path, rows: Rows, columns: Sequence[str] = (), separator: st
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def patients(path: Path, count: int, seed: int, turn: float = 1.0) -> Path:
+    """Who is ill follows from three numbers; `turn` -1 turns it around."""
+    chance = np.random.default_rng(seed)
+    x = chance.normal(size=(count, 3))
+    ill = turn * (x @ [2.0, -1.5, 1.0]) + 0.3 * chance.normal(size=count) > 0
+    cost = 50 + 10 * (x @ [1.0, 2.0, -1.0]) + chance.normal(size=count)
+    rows = [
+        {"a": a, "b": b, "c": c, "ill": "ny"[int(i)], "cost": f"{y:.3f}"}
+        for (a, b, c), i, y in zip(x, ill, cost, strict=True)
+    ]
+    return write_csv(path, rows)
 
 
 def write_parquet(path: Path, rows: Rows) -> Path:

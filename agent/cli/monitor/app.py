@@ -23,7 +23,7 @@ from protocols.local.terminal_text import ascii_only
 
 #: Panels stand in two columns from this width on.
 MIN_TWO_COLUMNS = 100
-_PANEL_IDS = ("asks", *COLUMNS[0], *COLUMNS[1], "left")
+_PANEL_IDS = ("asks", *COLUMNS[0], *COLUMNS[1], "own", "left")
 Look = Literal["dark", "light"]
 #: The colors of the coordinator's monitor.
 _COLORS: dict[Look, dict[Tone, str]] = {
@@ -128,6 +128,7 @@ class OwnerMonitor(App[None]):
                 for names in COLUMNS:
                     with Vertical():
                         yield from map(_panel, names)
+            yield _panel("own")
             yield _panel("left")
         yield Static(id="keys")
 
@@ -169,7 +170,11 @@ class OwnerMonitor(App[None]):
         # The last panel reaches the bottom of a large terminal.
         heights = {name: len(panel.lines) + BORDER for name, panel in shown.items()}
         columns = [sum(heights.get(name, 0) for name in column) for column in COLUMNS]
-        above = heights.get("asks", 0) + (max(columns) if wide else sum(columns))
+        above = (
+            heights.get("asks", 0)
+            + heights.get("own", 0)
+            + (max(columns) if wide else sum(columns))
+        )
         left = self.query_one("#left", Static)
         left.styles.min_height = max(self.query_one("#panels").size.height - above, BORDER)
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from agent.cli.monitor.readings import Machine
+from agent.home import own_results
 from agent.home.audit_log import NOTHING_LEFT, AuditEntry, format_entry
+from agent.home.own_results import OwnResult
 from agent.policy import rules, schedule
 from agent.policy.rules import Pause, Slow
 from protocols.local.cli_entry import printable
@@ -58,9 +60,16 @@ def panels(machine: Machine, width: int = 76, *, wide: bool = False) -> list[Pan
     cpu = f"CPU {machine.cpu[-1]:.0f} %" if machine.cpu else "CPU"
     plot = [Line(line, "busy") for line in bars(machine.cpu, width, height)]
     found.insert(2, Panel("cpu", cpu, plot))
+    if machine.own is not None and machine.own.comparison is not None:
+        found.insert(-1, Panel("own", "What the run brought", _own(machine.own)))
     if machine.consents:
         found.insert(0, Panel("asks", "Waits for your decision", _asks(machine)))
     return found
+
+
+def _own(found: OwnResult) -> list[Line]:
+    lines = [printable(line) for line in own_results.lines_of(found)]
+    return [Line(line, "good" if line.startswith("→") else "plain") for line in lines]
 
 
 def _asks(machine: Machine) -> list[Line]:

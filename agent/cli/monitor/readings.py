@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from agent.home import (
     audit_log,
     offer_log,
+    own_results,
     privacy_ledger,
     refusal_log,
     settings,
@@ -22,6 +23,7 @@ from agent.home import (
 )
 from agent.home.audit_log import AuditEntry
 from agent.home.consent_requests import Request
+from agent.home.own_results import OwnResult
 from agent.home.privacy_ledger import Limit, PrivacyLedger
 from agent.home.settings_schema import AgentSettings
 from agent.home.status_files import OwnerRequest, Status
@@ -40,7 +42,8 @@ class Machine(NamedTuple):
 
     `decision` is what the policy says to `sensed` here and now; the agent's own word is in
     `status`. `num_left` and `bytes_left` sum up the whole ledger, `entries` are its last ones.
-    `spent_epsilon` is what all answers with noise cost together, None without any.
+    `spent_epsilon` is what all answers with noise cost together, None without any. `own`: what the
+    newest run with a comparison brought.
     """
 
     now: float
@@ -57,6 +60,7 @@ class Machine(NamedTuple):
     spent_epsilon: float | None
     limit: Limit
     consents: tuple[Request, ...]
+    own: OwnResult | None = None
 
 
 class MachineReader:
@@ -97,6 +101,7 @@ class MachineReader:
             spent_epsilon=self._spent_epsilon(limit.delta),
             limit=limit,
             consents=tuple(consents.requests(home, chosen)),
+            own=own_results.newest(home),
         )
 
     def _spent_epsilon(self, delta: float) -> float | None:

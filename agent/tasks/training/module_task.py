@@ -52,6 +52,7 @@ from agent.tasks.training.examples import (
     count_examples,
 )
 from agent.tasks.training.hyperparameters import Hyperparameters, resolve_settings
+from agent.tasks.training.local_models import ComparesTorchModels
 from agent.tasks.training.loop_state import Tensors, as_weights
 from agent.tasks.training.prefetch import to_device
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
@@ -73,7 +74,7 @@ from protocols.privacy.private_training import PrivateTraining
 EVALUATION_BATCH = 256
 
 
-class TorchTask(LoopTask):
+class TorchTask(LoopTask, ComparesTorchModels):
     """A task of a user's own, of `model` and `data`. The other methods may be overridden.
 
     `Settings` may be a dataclass with the task's own settings, and other defaults for those of the
@@ -177,7 +178,7 @@ class TorchTask(LoopTask):
     def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """Train; the metric "loss" is the mean of the last epoch."""
         self._models = LastValue()  # two models may not fit in memory
-        examples, model = self._source(settings, 0), self._build(settings)
+        examples, model = self._trained_on(settings), self._build(settings)
         tensors = self._filled(model, weights)
         own = self.optimizer(model, self._read(settings))
         if self._private is not None and not (own is None and is_separate(examples)):

@@ -17,10 +17,12 @@ from agent.cli.monitor.readings import Machine, MachineReader
 from agent.home import audit_log, consent_requests, privacy_ledger, settings, status_files
 from agent.home.audit_log import AuditEntry
 from agent.home.consent_requests import Request
+from agent.home.own_results import OwnResult
 from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
 from agent.home.settings_schema import AgentSettings
 from agent.home.status_files import OwnerRequest, RuleOverride, Status
 from agent.policy.rules import Pause, Run, SensorReadings, Slow
+from protocols.messages.comparisons import Comparison, Estimate
 from protocols.privacy.events import DiscreteLaplace, Gaussian
 
 #: A Monday, 9:15 of local time.
@@ -65,6 +67,28 @@ def machine(**changes: object) -> Machine:
 def shown(seen: Machine) -> dict[str, str]:
     """The text of each panel by its id."""
     return {p.id: "\n".join([p.title, *(line.text for line in p.lines)]) for p in panels(seen)}
+
+
+OWN = OwnResult(
+    run="tabular-7dc222",
+    task="tabular",
+    at=NOW,
+    comparison=Comparison(
+        run="tabular-7dc222",
+        metric="accuracy",
+        rows=120,
+        models={"alone": Estimate(0.7, 0.6, 0.8), "shared": Estimate(0.8, 0.7, 0.9)},
+        gains={"alone": Estimate(-0.1, -0.2, -0.01)},
+    ),
+)
+
+
+def test_the_owner_sees_what_a_run_brought() -> None:
+    assert "own" not in shown(machine())
+    text = shown(machine(own=OWN))["own"]
+    assert "on 120 held-out rows of yours" in text
+    assert "→ shared    accuracy 0.8 (0.7 to 0.9)" in text
+    assert "  alone     accuracy 0.7 (0.6 to 0.8), against shared -0.1 (-0.2 to -0.01)" in text
 
 
 def test_the_panels_of_a_machine_at_work() -> None:
@@ -250,7 +274,12 @@ async def test_every_line_fits_and_ascii_is_ascii(size: tuple[int, int]) -> None
     hours = AgentSettings(hours="mon-fri 18:00-08:00")
     hot = SENSED._replace(hottest_c=61.0, battery_percent=80.0)
     seen = machine(
-        chosen=hours, consents=(asked,), sensed=hot, limit=Limit(2.0, 1e-6), spent_epsilon=1.0
+        chosen=hours,
+        consents=(asked,),
+        sensed=hot,
+        limit=Limit(2.0, 1e-6),
+        spent_epsilon=1.0,
+        own=OWN,
     )
     app = OwnerMonitor(lambda: seen, lambda want: None, in_ascii=True)
     async with app.run_test(size=size) as pilot:

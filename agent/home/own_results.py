@@ -1,0 +1,126 @@
+"""What runs brought to this machine: comparisons of models on its own held-out rows, in its home.
+
+A folder for each run that this machine trained in: the run, the result, and the weights of the
+models that were trained here alone. `agent.clientapp.own_comparison` writes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocols.messages import comparisons
+from protocols.messages.comparisons import Comparison, Model
+from protocols.messages.envelope import Settings
+
+FOLDER = "comparisons"
+#: Older ones are deleted, with their models.
+MAX_RUNS = 8
+_RUN, _RESULT = "run.json", "result.json"
+
+#: The owner's setting.
+Compare = Annotated[
+    Literal["on", "local", "off"],
+    Meta(
+        description="after a run, compare a model of your rows alone with the shared one: on, and "
+        "tell the coordinator the metrics of plain runs; local, tell nobody; off"
+    ),
+]
+
+
+class OwnRun(Struct, frozen=True, kw_only=True):
+    """A run that this machine trained in. `settings`: those of its last training.
+
+    `is_local`: the run was secure or had noise, so that no metric of this machine alone leaves.
+    """
+
+    run: str
+    task: str
+    settings: Settings
+    is_local: bool
+
+
+class OwnResult(Struct, frozen=True, kw_only=True):
+    """The comparison after a run, or why there is none.
+
+    `digest`: the run's best version, made in `round`. `at`: Unix s. `is_told`: the coordinator has
+    it; `to_tell`: it shall get it.
+    """
+
+    run: str
+    task: str
+    at: float
+    round: int = 0
+    digest: str = ""
+    comparison: Comparison | None = None
+    why: str = ""
+    is_told: bool = False
+    to_tell: bool = False
+
+
+def folder_of(home: Path, run: str) -> Path:
+    """The folder of a run. Its id came from the network, so no part of it enters a path."""
+    return home / FOLDER / hashlib.sha256(run.encode()).hexdigest()[:32]
+
+
+def folders(home: Path) -> list[Path]:
+    """The folders of runs, the newest first."""
+    try:
+        found = [home / FOLDER / name for name in os.listdir(home / FOLDER)]
+        return sorted(found, key=lambda path: -(path / _RUN).stat().st_mtime)
+    except OSError:
+        return []
+
+
+def run_file(folder: Path) -> Path:
+    return folder / _RUN
+
+
+def result_file(folder: Path) -> Path:
+    return folder / _RESULT
+
+
+def model_file(folder: Path, model: Model) -> Path:
+    """The weights of a model that was trained here."""
+    return folder / f"{model}.safetensors"
+
+
+def read_run(folder: Path) -> OwnRun | None:
+    """The run of a folder; None if it is incomplete."""
+    try:
+        return msgspec.json.decode(run_file(folder).read_bytes(), type=OwnRun)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def read_result(folder: Path) -> OwnResult | None:
+    """The result in a folder; None if there is none yet."""
+    try:
+        return msgspec.json.decode(result_file(folder).read_bytes(), type=OwnResult)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def results(home: Path) -> list[OwnResult]:
+    """All results, that of the newest run first."""
+    return [found for folder in folders(home) if (found := read_result(folder)) is not None]
+
+
+def newest(home: Path) -> OwnResult | None:
+    """The result of the newest run that has one."""
+    return next(iter(results(home)), None)
+
+
+def lines_of(found: OwnResult) -> list[str]:
+    """A result for its owner."""
+    if (of := found.comparison) is None:
+        return [f"run {found.run}: no comparison: {found.why}"]
+    return [
+        f"run {found.run} on {of.rows} held-out rows of yours, with intervals of 95 %:",
+        *comparisons.lines_of(of),
+    ]

@@ -1,0 +1,201 @@
+"""Compares models on one peer's own held-out rows: alone, shared, and personal.
+
+The model *alone* begins at the first weights of the run, *personal* at its best version; both train
+on this peer's rows. How many rounds they get is chosen on a part of the training rows that is set
+aside. Then they train again for that many rounds, on all training rows. Held-out rows choose
+nothing, so their metrics favor no model.
+
+The work is done in slices, and the files in its folder are where the next slice goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, SupportsFloat
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from agent.data.disclosed_sets import Use
+from agent.tasks import ComparesModels, LocalRounds, OnStep, Setting, Task, TrainsPrivately
+from agent.tasks.work import Done, Measure
+from agent.trainer import row_bootstrap
+from agent.trainer.row_bootstrap import RowMetrics
+from protocols.errors import DataError, UsageError
+from protocols.local.atomic_files import write_private
+from protocols.messages.comparisons import Comparison, Model
+from protocols.model import personalization, weights
+from protocols.model.weights import Schema, Weights
+
+#: One in so many training rows is set aside to choose the number of rounds by.
+SET_ASIDE = 5
+#: The uses of rows that a comparison depends on (`disclosed_sets`).
+USES: tuple[Use, ...] = ("train", "held")
+#: Of held-out rows, whatever the owner's `data_min_count` is.
+MIN_ROWS = 5
+_PROGRESS = "progress.json"
+_SUFFIX = ".safetensors"
+#: Settings of local training that tie it to a version of the run.
+_TIES = ("proximal_mu",)
+
+
+class Fit(Struct, frozen=True):
+    """How far a model is: it chooses the number of rounds, then trains for `best` rounds.
+
+    `round`: those done in this phase. `loss`: the lowest on the rows set aside, after `best`.
+    """
+
+    phase: Literal["choose", "train", "done"] = "choose"
+    round: int = 0
+    best: int = 0
+    loss: float | None = None
+
+
+def begin(loss: float) -> Fit:
+    """Before the first round. A loss that is not finite is worse than any other."""
+    return Fit(loss=loss if math.isfinite(loss) else None)
+
+
+def after_round(fit: Fit, loss: float, rounds: LocalRounds) -> Fit:
+    """After a round; `loss` counts in the phase "choose" alone."""
+    number = fit.round + 1
+    if fit.phase == "train":
+        return replace(fit, round=number, phase="done" if number >= fit.best else "train")
+    if math.isfinite(loss) and (fit.loss is None or loss < fit.loss):
+        fit = replace(fit, best=number, loss=loss)
+    fit = replace(fit, round=number)
+    if number < rounds.most and number - fit.best < rounds.patience:
+        return fit
+    return replace(fit, round=0, phase="train" if fit.best else "done")
+
+
+def compare(
+    work: Measure,
+    task: Task,
+    of: tuple[dict[str, Setting], Schema],
+    first: Callable[[int], Weights],
+    report: OnStep,
+) -> Done:
+    """The comparison, as the description in `Done`; none if more slices are to come.
+
+    `of`: the settings of the task, and the schema of its model. `first(seed)` makes first weights.
+    Raises UsageError for a task that cannot compare models, DataError for too few held-out rows.
+    """
+    settings, model = of
+    if not isinstance(task, ComparesModels):
+        raise UsageError(f"the task {work.task} cannot measure models row by row")
+    if isinstance(task, TrainsPrivately):
+        task.protect(None)  # nothing leaves, so there is no noise
+    shared = personalization.without_controls(weights.load(Path(work.base)))
+    weights.check_schema(shared.schema, model)
+
+    def on_step(step: int, steps: int, loss: SupportsFloat, examples_done: int) -> None:
+        report(step, steps, math.nan, examples_done)  # no loss leaves with the progress
+
+    chosen = {name: value for name, value in settings.items() if name not in _TIES}
+    if hasattr(task, "defaults"):
+        chosen["min_batch"] = work.data.floors.min_batch
+    seed = int(settings.get("seed", 0))
+    try:
+        found = _compare(work, task, chosen, (shared, lambda: first(seed)), on_step)
+    finally:
+        task.set_aside(0)
+    return Done(id=work.id, description=b"" if found is None else msgspec.json.encode(found))
+
+
+def _compare(
+    work: Measure,
+    task: ComparesModels,
+    settings: dict[str, Setting],
+    starts: tuple[Weights, Callable[[], Weights]],
+    on_step: OnStep,
+) -> Comparison | None:
+    shared, first = starts
+    least, until = max(MIN_ROWS, work.data.floors.min_count), time.monotonic() + work.slice_s
+    folder = Path(work.folder)
+    rows: dict[Model, RowMetrics] = {
+        "shared": task.measure_rows(shared, settings, on_step, aside=False)
+    }
+    if (count := len(rows["shared"].get("loss", ()))) < least:
+        raise DataError(f"a comparison needs {least} held-out rows, and there are {count}")
+    rounds = task.local_rounds(settings, work.rounds)
+    models: Sequence[Model] = ("alone", "personal") if rounds.can_go_on else ("alone",)
+    used: dict[Model, int] = {}
+    for model in models:
+        trained = _Training(task, settings, on_step, folder, model)
+        start = (lambda: shared) if model == "personal" else first
+        if not trained.advance(start, rounds, until):
+            return None
+        used[model] = trained.fit.best
+        rows[model] = task.measure_rows(trained.weights, settings, on_step, aside=False)
+    found = row_bootstrap.compare(work.run, rows, used)
+    if found is None:
+        raise DataError("a model gives numbers on the held-out rows that are not finite")
+    return found
+
+
+class _Training:
+    """The training of one model, whose state is in the folder between slices."""
+
+    def __init__(
+        self,
+        task: ComparesModels,
+        settings: dict[str, Setting],
+        on_step: OnStep,
+        folder: Path,
+        model: Model,
+    ) -> None:
+        self._task, self._settings, self._on_step = task, settings, on_step
+        self._folder, self._model = folder, model
+        self._progress = folder / f"{model}-{_PROGRESS}"
+        self.weights = Weights({})
+        self.fit = Fit()
+
+    def advance(self, start: Callable[[], Weights], rounds: LocalRounds, until: float) -> bool:
+        """Train until it is done (True), or for at least a round until `until` (monotonic s)."""
+        self._task.set_aside(SET_ASIDE)
+        if not self._read():
+            self.weights = start()
+            self.fit = begin(self._loss())
+        while self.fit.phase != "done":
+            choosing = self.fit.phase == "choose"
+            self._task.set_aside(SET_ASIDE if choosing else 0)
+            named: dict[str, Setting] = {**self._settings, "round": self.fit.round + 1}
+            self.weights = self._task.train_locally(self.weights, named, self._on_step)
+            self.fit = after_round(self.fit, self._loss() if choosing else 0.0, rounds)
+            if choosing and self.fit.phase != "choose":
+                self.weights = start()
+            if self.fit.phase != "done" and time.monotonic() >= until:
+                self._save()
+                return False
+        self._save()
+        return True
+
+    def _loss(self) -> float:
+        found = self._task.measure_rows(self.weights, self._settings, self._on_step, aside=True)
+        return float(found["loss"].mean())
+
+    def _file(self, fit: Fit) -> Path:
+        # A crash between the two files leaves the old pair.
+        at = "" if fit.phase == "done" else f"-{fit.phase}-{fit.round}"
+        return self._folder / f"{self._model}{at}{_SUFFIX}"
+
+    def _read(self) -> bool:
+        try:
+            self.fit = msgspec.json.decode(self._progress.read_bytes(), type=Fit)
+            self.weights = weights.load(self._file(self.fit))
+        except (OSError, msgspec.DecodeError):
+            return False
+        return True
+
+    def _save(self) -> None:
+        file = self._file(self.fit)
+        weights.save(self.weights, file)
+        write_private(self._progress, msgspec.json.encode(self.fit))
+        for old in self._folder.glob(f"{self._model}*{_SUFFIX}"):
+            if old != file:
+                old.unlink()

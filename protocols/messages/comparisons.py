@@ -1,0 +1,72 @@
+"""What a run brought to one peer: how good models are on its own held-out rows. Pure.
+
+*Alone* was trained on this peer's rows only, *shared* is the run's best version, and *personal* is
+the shared model after further training on this peer's rows.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from protocols.messages.envelope import Count, Id, Name
+
+COMPARISONS_PATH = "/cw/v1/comparisons"
+MAX_COMPARISON_BYTES = 4096
+
+Model = Literal["alone", "shared", "personal"]
+#: Infinity and NaN are none of them.
+_Number = Annotated[float, Meta(ge=-1e18, le=1e18)]
+_Lower = Literal["loss", "rmse", "mae"]
+
+
+class Estimate(Struct, frozen=True):
+    """A value, and the ends of its interval of 95 %."""
+
+    value: _Number
+    low: _Number
+    high: _Number
+
+
+class Comparison(Struct, frozen=True, kw_only=True):
+    """The models on the same `rows` held-out rows of one peer.
+
+    `models`: the metric of each. `gains`: by how much another model is better than the shared one,
+    so that a positive number is better for each metric. `rounds`: how many rounds of local training
+    a model had. `recommended`: the shared model, unless the interval of another one's gain is above
+    0; then the one with the largest gain.
+    """
+
+    run: Id
+    metric: Name
+    rows: Count
+    models: Annotated[dict[Model, Estimate], Meta(max_length=3)]
+    gains: Annotated[dict[Model, Estimate], Meta(max_length=2)] = {}
+    rounds: Annotated[dict[Model, Count], Meta(max_length=2)] = {}
+    recommended: Model = "shared"
+
+
+def recommend(gains: dict[Model, Estimate]) -> Model:
+    """The model for this peer, by the gains over the shared one."""
+    sure = {model: gain.value for model, gain in gains.items() if gain.low > 0}
+    return max(sure, key=lambda model: sure[model], default="shared")
+
+
+def lines_of(found: Comparison) -> list[str]:
+    """The comparison for people: a line for each model, and what is recommended."""
+    lines = []
+    for model in ("alone", "shared", "personal"):
+        if (of := found.models.get(model)) is None:
+            continue
+        mark = "→" if model == found.recommended else " "
+        text = f"{mark} {model:<8}  {found.metric} {_number(of.value)}"
+        text += f" ({_number(of.low)} to {_number(of.high)})"
+        if (gain := found.gains.get(model)) is not None:
+            text += f", against shared {gain.value:+.3g} ({gain.low:+.3g} to {gain.high:+.3g})"
+        lines.append(text)
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,160 @@
+"""A peer compares models on its own held-out rows: alone, shared, and personal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
+
+from agent.data.settings import DataSettings, Floors
+from agent.tasks import LocalRounds
+from agent.tasks.tabular import Tabular
+from agent.tasks.work import Measure
+from agent.trainer import own_models, row_bootstrap
+from agent.trainer.executor import WorkExecutor
+from agent.trainer.ipc import Answer, Progress
+from agent.trainer.own_models import Fit
+from agent.trainer.progress import WorkControl
+from protocols.errors import DataError
+from protocols.messages.comparisons import Comparison, Estimate, recommend
+from protocols.model import weights
+from protocols.tables import preprocessing
+from tests.support.callbacks import ignore_step
+from tests.support.tables import patients
+
+MLP = {"model": "mlp", "hidden": "16", "epochs": 2, "batch_size": 32, "lr": 0.2}
+TREES = {"model": "trees", "trees": 15, "depth": 3, "eta": 0.3}
+
+
+# --- pure parts ------------------------------------------------------------------------------
+
+
+def test_rounds_are_chosen_with_patience_and_then_trained_on_all_rows() -> None:
+    rounds, fit = LocalRounds(10, patience=2), own_models.begin(1.0)
+    for loss in (0.8, 0.7, float("nan"), 0.9):
+        assert fit.phase == "choose"
+        fit = own_models.after_round(fit, loss, rounds)
+    assert fit == Fit("train", 0, 2, 0.7)
+    fit = own_models.after_round(own_models.after_round(fit, 0, rounds), 0, rounds)
+    assert fit.phase == "done"
+    assert own_models.after_round(own_models.begin(1.0), 2.0, LocalRounds(1)).phase == "done", (
+        "a model that no round makes better stays as it was"
+    )
+
+
+def test_the_interval_covers_the_difference_that_rows_share() -> None:
+    chance = np.random.default_rng(1)
+    hard = chance.gamma(2.0, size=400)  # some rows are hard for every model
+    better, worse = hard + 0.1, hard + 0.2 + 0.01 * chance.normal(size=400)
+    found = row_bootstrap.compare(
+        "r", {"shared": {"loss": worse}, "alone": {"loss": better}}, {"alone": 3}
+    )
+    assert found is not None
+    gain, shared = found.gains["alone"], found.models["shared"]
+    assert gain.low < gain.value < gain.high
+    assert gain.high - gain.low < 0.01 < shared.high - shared.low
+    assert gain.value == pytest.approx(0.1, abs=0.005)
+    assert found.recommended == "alone"
+
+
+def test_the_root_of_squares_is_compared_and_a_loss_that_is_not_finite_is_not() -> None:
+    squares = {"loss": np.full(50, 4.0), "mse": np.full(50, 4.0)}
+    found = row_bootstrap.compare("r", {"shared": squares, "alone": squares}, {})
+    assert found is not None
+    assert (found.metric, found.models["alone"]) == ("rmse", Estimate(2.0, 2.0, 2.0))
+    assert found.recommended == "shared"
+    assert row_bootstrap.compare("r", {"shared": {"loss": np.array([np.inf] * 9)}}, {}) is None
+
+
+def test_only_a_gain_beyond_its_interval_is_recommended() -> None:
+    unsure, sure = Estimate(0.3, -0.01, 0.6), Estimate(0.1, 0.02, 0.2)
+    assert recommend({"alone": unsure}) == "shared"
+    assert recommend({"alone": unsure, "personal": sure}) == "personal"
+    assert recommend({"alone": Estimate(0.2, 0.1, 0.3), "personal": sure}) == "alone"
+
+
+# --- on tables -------------------------------------------------------------------------------
+
+
+class Site:
+    """A peer with `own` rows, and the model of a run over `fleet`."""
+
+    def __init__(self, folder: Path, fleet: Path, own: Path, rounds: int, **settings: Any) -> None:
+        task, settings = Tabular(), {"seed": 3, "round": 1, "features": "a,b,c", **settings}
+        task.load(DataSettings(path=str(fleet), device="cpu", min_count=1))
+        made = preprocessing.derive({"me": task.survey(settings)}, settings).preprocessing
+        settings["preprocessing"] = preprocessing.encode(made)
+        version = task.init(3, settings)
+        for number in range(1, rounds + 1):
+            named = {**settings, "round": number}
+            version = task.train_locally(version, named, ignore_step)
+        self.base = folder / "shared.safetensors"
+        weights.save(version, self.base)
+        self.settings, self.own, self.folder = settings, own, folder
+        self.said: list[Answer] = []
+
+    def measure(self, place: str, slice_s: float, **floors: int) -> Comparison | None:
+        (self.folder / place).mkdir(exist_ok=True)
+        data = DataSettings(path=str(self.own), device="cpu", floors=Floors(**floors))
+        work = Measure(
+            task="tabular",
+            settings=self.settings,
+            data=data,
+            run="tabular-1",
+            base=str(self.base),
+            folder=str(self.folder / place),
+            rounds=8,
+            slice_s=slice_s,
+        )
+        done = WorkExecutor(WorkControl(), self.said.append, 1).do(work)
+        told = done.description
+        return msgspec.json.decode(told, type=Comparison) if told else None
+
+
+@pytest.mark.parametrize(("model", "rounds"), [(MLP, 4), (TREES, 15)], ids=["mlp", "trees"])
+def test_a_peer_with_few_rows_gains_and_slices_change_nothing(
+    tmp_path: Path, model: dict[str, Any], rounds: int
+) -> None:
+    fleet, own = patients(tmp_path / "fleet.csv", 600, 1), patients(tmp_path / "own.csv", 150, 2)
+    site = Site(tmp_path, fleet, own, rounds, target="cost", **model)
+    found = site.measure("whole", 60.0)
+    assert found is not None
+    assert (found.metric, found.rows) == ("rmse", 30)
+    assert found.recommended != "alone"
+    assert found.models["shared"].value < found.models["alone"].value
+    assert ("personal" in found.models) == (model is MLP)
+    pieces = next(n for n in range(1, 200) if site.measure("slices", 0.0) is not None)
+    assert pieces > 5
+    assert site.measure("slices", 0.0) == found
+    files = {file.name for file in (tmp_path / "slices").iterdir()}
+    assert files == {
+        f"{name}{end}" for name in found.rounds for end in (".safetensors", "-progress.json")
+    }
+    # No loss leaves with the progress: the agent passes losses of trainings on.
+    progress = [one for one in site.said if isinstance(one, Progress)]
+    assert progress
+    assert {(one.phase, str(one.loss)) for one in progress} == {("evaluate", "nan")}
+
+
+def test_a_peer_that_differs_is_told_to_use_a_model_of_its_own(tmp_path: Path) -> None:
+    fleet = patients(tmp_path / "fleet.csv", 500, 1)
+    own = patients(tmp_path / "own.csv", 500, 2, turn=-1.0)
+    site = Site(tmp_path, fleet, own, 4, target="ill", **MLP)
+    found = site.measure("whole", 60.0)
+    assert found is not None
+    assert found.metric == "accuracy"
+    assert found.models["shared"].value < 0.2
+    assert found.recommended in ("alone", "personal")
+    assert found.models[found.recommended].value > 0.8
+
+
+def test_too_few_held_out_rows_are_said(tmp_path: Path) -> None:
+    own = patients(tmp_path / "own.csv", 100, 2)
+    site = Site(tmp_path, own, own, 1, target="ill", **MLP)
+    with pytest.raises(DataError, match="needs 21 held-out rows, and there are 20"):
+        site.measure("whole", 60.0, min_count=21)
