@@ -307,6 +307,9 @@ class Tabular(BuiltInTask):
 
     def _measure_each(self, output: Any, target: Any, settings: Any) -> RowMetrics:
         of = _preprocessing(settings).target
+        if of.classes and of.weights:  # an accuracy would not have them
+            losses = super()._measure_each(output, target, settings)["loss"]
+            return {"loss": losses * np.array(of.weights)[target.cpu().numpy()]}
         if of.classes:
             return super()._measure_each(output, target, settings)
         squares = (output - target).double().square().flatten().cpu().numpy()
