@@ -60,7 +60,7 @@ class ComparesTorchModels:
     ) -> RowMetrics:
         """The loss of each example, and its accuracy or "mse" where the task has one."""
         whole = self._source(settings, 0 if aside else 1)
-        examples = SomeExamples(whole, self._split(whole)[1]) if aside else whole
+        examples = SomeExamples(whole, self._divide(whole)[1]) if aside else whole
         call, read = self._ready(weights, settings), self._read(settings)
         batches = BatchesOf(examples, self._evaluation_batch(settings))
         found: list[Mapping[str, npt.NDArray[np.float64]]] = []
@@ -87,9 +87,9 @@ class ComparesTorchModels:
     def _trained_on(self, settings: RunSettings) -> Source:
         """The examples of the next training."""
         whole = self._source(settings, 0)
-        return SomeExamples(whole, self._split(whole)[0]) if self._aside else whole
+        return SomeExamples(whole, self._divide(whole)[0]) if self._aside else whole
 
-    def _split(self, whole: Source) -> tuple[Tensor, Tensor]:
+    def _divide(self, whole: Source) -> tuple[Tensor, Tensor]:
         """The places of those that are trained on, and of those that are set aside."""
         if whole.has_own_order:
             raise UsageError("the examples come in an order of their own, so none can be set aside")
