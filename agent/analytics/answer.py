@@ -115,7 +115,7 @@ def _compute_answer(
         differential_privacy.check_budget(question, chosen, log.spent_epsilon)
     reader = open_table(data_settings(chosen, cache))
     reader, numbers = memory.admit(reader, chosen.data_min_count)
-    reader = with_values(reader, chosen.data_values)
+    reader = with_values(reader, chosen.data_values, chosen.data_formats)
     table = read_table(question, reader, chosen.data_columns, chosen.data_min_count)
     _move_old_sets(log, memory, numbers)
     min_rows, used_cuts = chosen.data_min_count, dict[str, CutPoints]()
@@ -260,6 +260,8 @@ def _state_of(chosen: AgentSettings) -> str:
     """A hash of the table's content and of the owner's limits, on which an answer depends."""
     sha = hashlib.sha256(f"{_RULES}".encode())
     sha.update(msgspec.json.encode([getattr(chosen, name) for name in _LIMITS]))
+    if chosen.data_formats:
+        sha.update(msgspec.json.encode(chosen.data_formats))
     if sources.parse(chosen.data).kind != "files":
         sha.update(open_table(DataSettings(path=chosen.data)).fingerprint().encode())
         return sha.hexdigest()[:32]

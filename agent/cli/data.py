@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from agent.cli.common import Json, parse_pair, print_data, print_line
+from agent.data.settings import Format
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
@@ -47,7 +48,8 @@ def check(
     from agent.data import table_report
     from agent.data.value_map import with_values
 
-    found = table_report.report(with_values(open_table(known), known.values), known, target)
+    reader = with_values(open_table(known), known.values, known.formats)
+    found = table_report.report(reader, known, target)
     print_data(found, _lines(chosen.data, found), json=json)
 
 
@@ -74,6 +76,34 @@ def map_values(
         print_line(f"{column}: {old!r} is read as {used!r}")
     if not values[column]:
         print_line(f"{column}: all values are read as they are")
+
+
+@data.command("format")
+def format_column(
+    column: Annotated[str, typer.Argument(help="A column of the agent's data.")],
+    written: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"How it is written: {' or '.join(get_args(Format))}.", metavar="FORMAT"
+        ),
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Read its values as they are.")] = False,
+) -> None:
+    """Say how numbers or dates of a column are written. The table itself is not changed."""
+    home = homes.open_home("agent")
+    if not clear and written not in get_args(Format):
+        raise UsageError(
+            f"{written!r} is no format" if written else "FORMAT is missing",
+            f"one of {', '.join(get_args(Format))}, such as data format {column} 31.12.2024",
+        )
+    with settings.locked(home):
+        formats = dict(settings.read_own(home).data_formats)
+        formats.pop(column, None)
+        if not clear:
+            formats[column] = cast(Format, written)
+        settings.change(home, data_formats=formats)
+    how = "as it is" if clear else f"as written like {written}"
+    print_line(f"{column} is read {how}; see it: commonweight-agent data check")
 
 
 def _lines(path: str, found: TableReport) -> list[str]:

@@ -7,6 +7,7 @@ import csv
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,6 +27,8 @@ _BLOCK_BYTES = 4 << 20
 ROWS = 65_536
 _SEPARATORS = ",;\t|"
 _PARQUET = (".parquet", ".pq")
+#: What pyarrow says of a row with another number of columns.
+_OTHER_WIDTH = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 
 class FileTable:
@@ -101,19 +104,47 @@ def read_header(file: Path) -> list[str]:
         if is_parquet(file):
             names = list(pq.read_schema(file).names)
         else:
+            _check_start(file)
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 names = next(csv.reader(lines, delimiter=separator(file)), [])
     return check_names(names, file)
+
+
+def _check_start(file: Path) -> None:
+    """Raise DataError for a CSV file that begins as no table does."""
+    with file.open("rb") as data:
+        start = data.read(4096)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
+        raise DataError(
+            "a file is no UTF-8 text", f"{file} is UTF-16, or no text: {_convert('utf-16')}"
+        )
+    if start.lower().startswith(b"sep="):
+        raise DataError(
+            "the first line of a file is no header",
+            f"{file}: delete the line {start.splitlines()[0][:8].decode()!r}, which is for Excel",
+        )
+
+
+def _convert(encoding: str) -> str:
+    return f"save it as 'CSV UTF-8' in Excel, or iconv -f {encoding} -t utf-8 OLD > NEW"
 
 
 def check_names(names: list[str], file: object) -> list[str]:
     """The names of a table's columns. Raises DataError."""
     if not names:
         raise DataError("a table has no header", f"{file} is empty")
+    if names.count("") > 1:
+        raise DataError(
+            "several columns of a table have no name",
+            f"{file}: write a name above each column in the first row, also where header cells "
+            "were merged, and delete empty columns and a title above the header",
+        )
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         # In a file without a header, these names are values of its first row.
-        raise DataError("two columns of a table have the same name", f"{twice!r} in {file}")
+        raise DataError(
+            "two columns of a table have the same name", f"{twice!r} in {file}: rename one of them"
+        )
     return names
 
 
@@ -165,7 +196,15 @@ def map_errors(file: Path) -> Iterator[None]:
         if isinstance(err, UnicodeDecodeError) or "UTF8" in str(err).replace("-", ""):
             raise DataError(
                 "a file is no UTF-8 text",
-                f"{file}: iconv -f latin1 -t utf-8 OLD > NEW, if it is in that code",
+                f"{file}: {_convert('windows-1252')}, if it is from Windows in Western Europe",
+            ) from err
+        if found := _OTHER_WIDTH.search(str(err)):
+            row, header, here = found.groups()
+            raise DataError(
+                "a file cannot be read as a table",
+                f"{file}: row {row} has {here} columns, and the first row has {header}. Delete a "
+                "title above the header and comments below the table, and put values with "
+                f"{separator(file)!r} in them in quotes",
             ) from err
         raise DataError("a file cannot be read as a table", f"{file}: {err}") from err
     except OSError as err:

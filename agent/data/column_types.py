@@ -12,14 +12,17 @@ import pyarrow.compute as pc
 from protocols.tables.statistics import ColumnKind
 
 #: Texts for a missing value, in any case and with spaces around.
-MISSING = ("", "na", "n/a", "nan", "null", "none", "#n/a", "-", "?")
+MISSING = (
+    *("", "na", "n/a", "n.a.", "nan", "nat", "null", "none", "<na>", "-", "--", ".", "?"),
+    *("#n/a", "#na", "#div/0!", "#value!", "#ref!", "#name?", "#num!", "#null!"),
+)
 #: What `messages.Text` does not take, as RE2 writes it.
 _CONTROL_CHARACTERS = (
     r"[\x00-\x1f\x7f\x{80}-\x{9f}\x{200e}\x{200f}\x{202a}-\x{202e}\x{2066}-\x{2069}]"
 )
 _MAX_CHARACTERS = 400
 #: Numbers and dates that are not read as such, as RE2 writes them: 1.234,5 or 31.3.2024 14:05.
-_COMMA_NUMBER = r"^[+-]?(\d*|\d{1,3}([., ']\d{3})+)([.,]\d+)?$"
+_COMMA_NUMBER = r"^[+-]?(\d*|\d{1,3}([., '\x{a0}\x{2009}\x{202f}\x{2019}]\d{3})+)([.,]\d+)?$"
 _LOCAL_DATE = (
     r"^(\d{1,2}[./-]\d{1,2}[./-]\d{2,4}|\d{4}[./]\d{1,2}[./]\d{1,2})"
     r"([ T,]+\d{1,2}:\d{2}(:\d{2})?)?$"
@@ -94,6 +97,12 @@ def possible_kinds(column: pa.Array) -> PossibleKinds:
         comma=is_number or _all_match(column, _COMMA_NUMBER),
         local_date=is_date or _all_match(column, _LOCAL_DATE),
     )
+
+
+def is_text(column: pa.Array) -> bool:
+    """True if the values come as texts, as those of a CSV file do."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def num_values(column: pa.Array) -> int:

@@ -5,6 +5,7 @@ Both passes are aggregations that any reader computes (`agent.data.Aggregation`)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -27,6 +28,10 @@ from protocols.tables.statistics import (
     ColumnStatistics,
     Moments,
     TableStatistics,
+)
+
+_NAME_OF_ID = re.compile(
+    r"(?i)(^|[_ .-])(id|ids|nr|no|num|number|key|uuid|guid|mrn|ssn)$|^\w*[a-z]Id$"
 )
 
 
@@ -139,11 +144,13 @@ def survey(reader: Reader, data: DataSettings, wanted: TableSettings) -> TableSt
             f"there are {table.rows}: commonweight-agent policy set data.min_rows",
         )
     table = _without_sparse_numbers(reader, table, data.min_count)
+    ids = _identifiers(reader, table, {wanted.target, *wanted.features})
     hashed = [n for n, kind in found.items() if kind == "text" and n != wanted.target]
     columns = {
         name: replace(
             column,
             extremes=column.extremes if extremes else None,
+            unique=name in ids,
             written="" if name in wanted.categorical else kinds[name].written,
         )
         for name, column in table.columns.items()
@@ -186,6 +193,30 @@ def _without_sparse_numbers(
     return replace(table, columns=columns)
 
 
+def is_named_id(name: str) -> bool:
+    """True if the name of a column is that of an identifier."""
+    return bool(_NAME_OF_ID.search(name))
+
+
+def _identifiers(reader: Reader, table: TableStatistics, chosen: set[str]) -> set[str]:
+    """The columns of whole numbers with the name of an identifier, and another number in each row.
+    Not those that a run has chosen by name."""
+    names = [
+        name
+        for name, column in table.columns.items()
+        if column.kind == "number" and column.whole and is_named_id(name) and name not in chosen
+    ]
+    values: dict[str, list[Any]] = {name: [] for name in names}
+    for batch in reader.batches(names) if names else ():
+        for name in names:
+            found = column_types.numbers(batch.column(name), "number")
+            values[name].append(found[~np.isnan(found)])
+    counts = {name: np.concatenate(parts) for name, parts in values.items() if parts}
+    return {
+        name for name, one in counts.items() if len(one) > 1 and len(np.unique(one)) == len(one)
+    }
+
+
 def _may_be_sparse(moments: Moments, low: float, high: float, min_rows: int) -> bool:
     """False if too many rows differ: each of them adds at most the square of the range."""
     return low < high and moments.m2 < min_rows * (high - low) ** 2
@@ -193,7 +224,8 @@ def _may_be_sparse(moments: Moments, low: float, high: float, min_rows: int) -> 
 
 def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSettings) -> list[str]:
     """The requested columns that may be used. Raises SchemaMismatch, which names all others."""
-    allowed = [name for name in there if may_use(name, patterns)]
+    # A column without a name, such as the index of pandas, is in no list of columns.
+    allowed = [name for name in there if name and may_use(name, patterns)]
     misfits: list[SchemaMismatch] = []
     for name in filter(None, (wanted.target, wanted.split_by, *wanted.features)):
         if name not in there:
@@ -204,7 +236,7 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
     if misfits:
         raise SchemaMismatch.of_all(misfits)
     asked = {wanted.target, *wanted.features} if wanted.features else set(allowed)
-    if wanted.split_by not in wanted.features:
+    if wanted.split_by not in wanted.features:  # nothing of it is told
         asked.discard(wanted.split_by)
     return [name for name in allowed if name in asked]
 

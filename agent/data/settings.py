@@ -16,6 +16,9 @@ MappedValues = Annotated[
     dict[str, Annotated[dict[str, str], Meta(max_length=1000)]], Meta(max_length=1000)
 ]
 
+#: How numbers or dates of a column are written, by an example: see `value_formats`.
+Format = Literal["1.234,5", "1,234.5", "31.12.2024", "12/31/2024"]
+
 
 def uses_network(path: str, reader: str) -> bool:
     """True if reading the table needs connections: to a cluster, to Spark's own Java, or to a
@@ -54,7 +57,8 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     `reader`: what reads tables (see `agent.data`). Only `columns` (patterns) are used, and no table
     with fewer than `min_rows` rows. Values of fewer than `min_count` rows never leave the machine,
     and minimum and maximum of a column only with `extremes`.
-    `values`: by column, the values that are read as others (`value_map`).
+    `values`, `formats`: by column, the values that are read as others (`value_map`), and how its
+    numbers or dates are written (`value_formats`).
     `memory`: the owner's file that remembers which rows answers told about (`table_memory`); empty:
     none is kept. Rows come and go in groups of at least `min_count`.
     `cache`: a folder for files that a task makes from the data; empty: none.
@@ -74,6 +78,7 @@ class DataSettings(Struct, frozen=True, kw_only=True):
     reader: str = "arrow"
     columns: tuple[str, ...] = ("*",)
     values: MappedValues = {}
+    formats: Annotated[dict[str, Format], Meta(max_length=1000)] = {}
     min_rows: int = 0
     min_count: int = 5
     extremes: bool = False

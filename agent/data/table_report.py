@@ -5,29 +5,27 @@ It runs `profile.survey` as a run of the task `tabular` does, so the told part i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from msgspec import Struct
 
-from agent.data import Reader, column_types, profile
+from agent.data import Reader, column_types, odd_values, profile
 from agent.data.profile import KindAggregation, StatisticsAggregation
 from agent.data.settings import DataSettings
 from protocols.errors import DataError
-from protocols.tables import preprocessing, statistics
+from protocols.tables import class_weights
 from protocols.tables.preprocessing import TableSettings
 from protocols.tables.statistics import ColumnStatistics, TableStatistics
 
 #: Rows in which different values are counted.
 SAMPLE_ROWS = 100_000
 _SHOWN = 3
+#: Rows at the end of the table that are looked at one by one.
+_LAST_ROWS = 100
 #: Above this share of the rows, missing values are many.
 _MANY_MISSING = 0.5
-_NAME_OF_ID = re.compile(
-    r"(?i)(^|[_ .-])(id|ids|nr|no|num|number|key|uuid|guid|mrn|ssn)$|^\w*[a-z]Id$"
-)
 
 
 class ColumnReport(Struct, frozen=True):
@@ -61,17 +59,34 @@ def report(reader: Reader, data: DataSettings, target: str = "") -> TableReport:
     own = reader.aggregate(measure, names)
     assert own is not None
     told = _told(reader, data, target)
-    different = _different_values(reader, names)
+    sample, last = _sample(reader, names)
     columns = []
     for name, column in own.columns.items():
-        written = statistics.LOOKS_LIKE.get(kinds[name].written, "")
-        notes = [f"looks {written}"] if written else []
-        notes += _notes(name, column, own.rows, different[name])
+        values = [value for value in sample[name].to_pylist() if value is not None]
+        notes = list(_odd_values(name, column, kinds[name].written, values))
+        notes += _notes(name, column, own.rows, (len(values), len(set(values))), bool(notes))
         notes += _target_notes(column, data.min_count) if name == target else []
         rare = sum(count < data.min_count for count in column.categories.values())
         kind, text = column.kind, _describe_told(told.columns.get(name))
         columns.append(ColumnReport(name, kind, column.missing, text, rare, tuple(notes)))
-    return TableReport(own.rows, tuple(columns), tuple(_table_notes(own, told, data)))
+    odd = (*odd_values.header_notes(names), *odd_values.row_notes(last))
+    return TableReport(own.rows, tuple(columns), (*_table_notes(own, told, data), *odd))
+
+
+def _odd_values(
+    name: str, column: ColumnStatistics, written: str, values: Sequence[str]
+) -> Iterable[str]:
+    """What is odd about the values of a sample."""
+    match column.kind:
+        case "text" if written:
+            how = odd_values.number_format_note if written == "comma" else odd_values.date_note
+            like = "numbers like 1.234,5" if written == "comma" else "dates like 31.3.2024"
+            yield f"{like}: {how(name, values)}"
+        case "text":
+            yield from odd_values.text_notes(name, odd_values.sorted_counts(values))
+        case "number" if values:
+            numbers = column_types.numbers(pa.array(values, pa.string()), "number")
+            yield from odd_values.number_notes(name, numbers[~np.isnan(numbers)])
 
 
 def _told(reader: Reader, data: DataSettings, target: str) -> TableStatistics:
@@ -101,34 +116,29 @@ def _describe_told(column: ColumnStatistics | None) -> str:
     return f"mean {moments.mean:.4g}, sd {moments.variance**0.5:.4g} of {moments.count:,}"
 
 
-def _notes(name: str, column: ColumnStatistics, rows: int, different: tuple[int, int]) -> list[str]:
-    """`different`: the values of the sample, and how many of them are different."""
+def _notes(
+    name: str, column: ColumnStatistics, rows: int, different: tuple[int, int], is_odd: bool
+) -> list[str]:
+    """`different`: the values of the sample, and how many of them are different. `is_odd`: its
+    values are no texts as they should be."""
     notes = []
     values, distinct = different
     is_text = column.kind == "text"
-    if values > 1 and distinct == values and (is_text or (column.whole and _is_named_id(name))):
-        notes.append("each row has another value, as in an identifier: keep it back")
+    if is_odd and is_text:
+        pass
+    elif (
+        values > 1
+        and distinct == values
+        and (is_text or (column.whole and profile.is_named_id(name)))
+    ):
+        notes.append("each row has another value, as in an identifier: a run leaves it out")
     elif is_text and column.many:
         notes.append("too many values for categories: a run leaves it out")
     elif distinct == 1 and not column.missing:
         notes.append("one value only, which tells a model nothing")
     if column.kind != "empty" and column.missing > _MANY_MISSING * rows:
         notes.append(f"{column.missing / rows:.0%} are missing")
-    for spellings in _spellings(column.categories):
-        notes.append(f"spelled in several ways: {', '.join(spellings)}")
     return notes
-
-
-def _is_named_id(name: str) -> bool:
-    return bool(_NAME_OF_ID.search(name))
-
-
-def _spellings(values: Iterable[str]) -> list[list[str]]:
-    """Values that differ in case and spaces alone."""
-    alike: dict[str, list[str]] = {}
-    for value in sorted(values):
-        alike.setdefault(statistics.spelling_key(value), []).append(value)
-    return [found for found in alike.values() if len(found) > 1]
 
 
 def _target_notes(column: ColumnStatistics, min_count: int) -> list[str]:
@@ -136,8 +146,8 @@ def _target_notes(column: ColumnStatistics, min_count: int) -> list[str]:
     rare = [value for value, count in column.categories.items() if count < min_count]
     if rare:
         notes.append(f"classes of fewer than {min_count} rows are left out: {', '.join(rare[:8])}")
-    elif hint := preprocessing.rare_class_hint(column.categories):
-        notes.append(f"{hint}; the operator can start the run with {preprocessing.BALANCED}")
+    elif hint := class_weights.rare_class_hint(column.categories):
+        notes.append(f"{hint}; the operator can start the run with {class_weights.BALANCED}")
     return notes
 
 
@@ -151,16 +161,23 @@ def _table_notes(own: TableStatistics, told: TableStatistics, data: DataSettings
     return notes
 
 
-def _different_values(reader: Reader, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """For each column: values in the first rows, and how many different ones."""
+def _sample(
+    reader: Reader, names: Sequence[str]
+) -> tuple[dict[str, pa.ChunkedArray], list[list[str | None]]]:
+    """The texts of the first rows by column, and the last rows of the table."""
     batches: list[pa.RecordBatch] = []
+    rows, last = 0, None
     for batch in reader.batches(names):
-        batches.append(batch)
-        if sum(map(len, batches)) >= SAMPLE_ROWS:
-            break
-    found = {}
-    for name in names:
-        columns = [column_types.texts(batch.column(name)) for batch in batches]
-        whole = pa.chunked_array(columns, pa.string())
-        found[name] = len(whole) - whole.null_count, pc.count_distinct(whole).as_py()
-    return found
+        if rows < SAMPLE_ROWS:
+            batches.append(batch)
+            rows += len(batch)
+        last = batch if len(batch) else last
+    columns = {
+        name: pa.chunked_array([column_types.texts(b.column(name)) for b in batches], pa.string())
+        for name in names
+    }
+    if last is None:
+        return columns, []
+    end = last.slice(max(0, len(last) - _LAST_ROWS))
+    texts = [column_types.texts(end.column(name)).to_pylist() for name in names]
+    return columns, [list(row) for row in zip(*texts, strict=True)]

@@ -121,6 +121,7 @@ def data_settings(chosen: AgentSettings, cache: Path, memory: Path | None = None
         reader=chosen.data_reader,
         columns=chosen.data_columns,
         values=chosen.data_values,
+        formats=chosen.data_formats,
         min_rows=chosen.data_min_rows,
         min_count=chosen.data_min_count,
         extremes=chosen.data_extremes,
@@ -207,6 +208,10 @@ def parse_value(name: str, text: str) -> Any:
     if name == "data_values":
         raise UsageError(
             "values are mapped one column at a time", "commonweight-agent data map COLUMN OLD=NEW"
+        )
+    if name == "data_formats":
+        raise UsageError(
+            "formats are set one column at a time", "commonweight-agent data format COLUMN FORMAT"
         )
     if name == "consents":
         raise UsageError(

@@ -184,16 +184,20 @@ class Tabular(BuiltInTask):
 
     # --- data ---
 
+    def _as_said(self, reader: Reader) -> Reader:
+        """The reader, with values as the owner says that they are to be read."""
+        return with_values(reader, self._data.values, self._data.formats)
+
     @contextmanager
     def _admitted(self) -> Iterator[tuple[Reader, Numbers | None, TableMemory | None]]:
         """The rows that may be used, and their numbers if this machine remembers them."""
         reader = open_table(self._data)
         if not self._data.memory:
-            yield with_values(reader, self._data.values), None, None
+            yield self._as_said(reader), None, None
             return
         with closing(TableMemory(Path(self._data.memory))) as memory:
             admitted, numbers = memory.admit(reader, self._data.min_count)
-            yield with_values(admitted, self._data.values), numbers, memory
+            yield self._as_said(admitted), numbers, memory
 
     def rows_of(self, use: Use, settings: RunSettings) -> Numbers | None:
         if use == "table":
@@ -318,7 +322,7 @@ class Tabular(BuiltInTask):
     def inputs(self, path: str, settings: Any) -> Iterator[Tensor]:
         """The encoded rows of a table. Raises UsageError, DataError."""
         made = _preprocessing(settings)
-        reader = with_values(open_table(DataSettings(path=path)), self._data.values)
+        reader = self._as_said(open_table(DataSettings(path=path)))
         there = set(reader.columns())
         names = [feature.name for feature in made.features if feature.name in there]
         if not names:

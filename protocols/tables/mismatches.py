@@ -10,7 +10,7 @@ from itertools import chain, islice
 
 from protocols.errors import SchemaMismatch
 from protocols.tables import statistics
-from protocols.tables.statistics import ColumnKind, TableStatistics
+from protocols.tables.statistics import ColumnKind, ColumnStatistics, TableStatistics
 
 #: By peer: all that does not fit in its table.
 Mismatches = defaultdict[str, list[SchemaMismatch]]
@@ -50,8 +50,13 @@ def add_absent(
     """Add the error for a column that is not `there`. The first ones of a table name similar
     columns."""
     near = _near_names(name, there) if len(found) < _MAX_SHOWN else []
-    text = f"a similar one: {' or '.join(near)}" if near else "no such column"
+    text = f"a similar one: {' or '.join(map(_shown, near))}" if near else "no such column"
     found.append(SchemaMismatch(f"column {name}", expected, text, hint))
+
+
+def _shown(name: str) -> str:
+    """The name, in quotes if one would not see all of it."""
+    return name if name == name.strip() else repr(name)
 
 
 def no_common_feature(features: Iterable[str], there: Iterable[str]) -> SchemaMismatch:
@@ -108,7 +113,37 @@ def find_other_kinds(
         column = table.columns.get(name)
         if column is not None and not is_alike(column.kind, common):
             found = statistics.describe_kind(column)
-            incompatible[peer].append(SchemaMismatch(f"column {name}", common, found))
+            hint = _kind_hint(name, column, common, tables)
+            incompatible[peer].append(SchemaMismatch(f"column {name}", common, found, hint))
+
+
+def _kind_hint(
+    name: str, column: ColumnStatistics, common: ColumnKind, tables: Mapping[str, TableStatistics]
+) -> str:
+    """The command that reads a column as one of the kind that most peers have; empty if unknown."""
+    words = shlex.quote(name)
+    match column.written:
+        case "comma":
+            return f"commonweight-agent data format {words} 1.234,5"
+        case "local date":
+            return f"commonweight-agent data format {words} 31.12.2024, or 12/31/2024"
+    ours = ["false", "true"] if column.kind == "boolean" else sorted(column.categories)
+    new = {"yes": "1", "no": "0"}
+    if common == "text":
+        others = Counter[str]()
+        for table in tables.values():
+            others.update(_categories(table, name))
+        new = {key: value for value, key in statistics.alike_keys(reversed(_usual(others))).items()}
+    keys = statistics.alike_keys(ours)
+    if column.kind == "date" or not ours or any(keys[value] not in new for value in ours):
+        return ""
+    pairs = " ".join(shlex.quote(f"{value}={new[keys[value]]}") for value in ours)
+    return f"commonweight-agent data map {words} {pairs}"
+
+
+def _usual(counts: Mapping[str, int]) -> list[str]:
+    """Values from the most frequent."""
+    return sorted(counts, key=lambda value: (-counts[value], value))
 
 
 def common_kind(name: str, tables: Mapping[str, TableStatistics]) -> ColumnKind:
@@ -133,10 +168,12 @@ def is_alike(kind: ColumnKind, common: ColumnKind) -> bool:
 def other_spellings(name: str, tables: Mapping[str, TableStatistics]) -> Iterator[tuple[str, str]]:
     """A note for each peer that spells values otherwise than most rows, with the command that reads
     them alike. Only values that peers have shared are compared."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    total = Counter[str]()
     for table in tables.values():
-        for value, count in _categories(table, name).items():
-            counts[statistics.spelling_key(value)][value] += count
+        total.update(_categories(table, name))
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for value, key in statistics.alike_keys(total).items():
+        counts[key][value] = total[value]
     usual = {
         value: max(found, key=lambda value: (found[value], value))
         for found in counts.values()

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from protocols.errors import BadMessage, CommonweightError, SchemaMismatch, UsageError
 from protocols.messages.envelope import Text
-from protocols.tables import mismatches, statistics
+from protocols.tables import class_weights, mismatches, statistics
 from protocols.tables.mismatches import Mismatches
 from protocols.tables.statistics import NUMERIC, ColumnKind, ColumnStatistics, TableStatistics
 
@@ -32,12 +32,6 @@ MAX_BYTES = 128 * 1024
 
 #: Notes about columns of few peers. Each note is an event, and one peer may have thousands of them.
 _MAX_RARE_NOTES = 20
-#: The option that gives all classes one weight.
-BALANCED = "--set class_weights=balanced"
-#: A class is rare if it has less than this part of the rows that each class would have alike.
-_RARE_PART = 0.2
-#: The largest weight of a class.
-MAX_WEIGHT = 1e6
 
 Setting = str | int | float | bool
 _Texts = Annotated[tuple[Text, ...], Meta(max_length=65_536)]
@@ -120,8 +114,10 @@ def check(made: Preprocessing) -> None:
     weights = made.target.weights
     if weights and len(weights) != len(made.target.classes):
         raise UsageError("the target of the preprocessing has not one weight for each class")
-    if not all(0 < weight <= MAX_WEIGHT for weight in weights):
-        raise UsageError(f"weights of classes must be above 0, and {MAX_WEIGHT:g} at most")
+    if not all(0 < weight <= class_weights.MAX_WEIGHT for weight in weights):
+        raise UsageError(
+            f"weights of classes must be above 0, and {class_weights.MAX_WEIGHT:g} at most"
+        )
     columns: tuple[Feature | Target, ...] = (made.target, *made.features)
     for one in columns:
         kinds = one.classes if isinstance(one, Target) else one.categories
@@ -160,14 +156,14 @@ def parse_settings(settings: Mapping[str, Setting]) -> TableSettings:
     if scaling not in ("standard", "minmax"):
         raise UsageError(f"scaling must be standard or minmax, not {scaling!r}")
     features = _names(settings.get("features", ""))
-    class_weights = str(settings.get("class_weights", "none"))
-    if class_weights not in ("none", "balanced"):
-        raise UsageError(f"class_weights must be none or balanced, not {class_weights!r}")
+    weights = str(settings.get("class_weights", "none"))
+    if weights not in ("none", "balanced"):
+        raise UsageError(f"class_weights must be none or balanced, not {weights!r}")
     if target in features:
         raise UsageError(f"{target} is the target, so it cannot be a feature")
     hashed = str(settings.get("hashed", False)).lower() == "true"
     categorical = frozenset(_names(settings.get("categorical", "")))
-    balanced = class_weights == "balanced"
+    balanced = weights == "balanced"
     split_by = str(settings.get("split_by", "")).strip()
     if split_by == target:
         raise UsageError(
@@ -234,9 +230,15 @@ def derive(tables: Mapping[str, TableStatistics], settings: Mapping[str, Setting
     target = _make_target(chosen, merged.columns[chosen.target])
     counts = merged.columns[chosen.target].categories
     if chosen.balanced:
-        target = _balanced(target, counts)
-    elif target.classes and (hint := rare_class_hint(counts)):
-        notes.append(("", f"{hint}: {BALANCED} gives all classes one weight"))
+        if not target.classes:
+            raise UsageError(
+                f"class_weights=balanced needs classes, and the target {target.name} is a number",
+                "--kind classification, or without class_weights",
+            )
+        weights, total = class_weights.balanced(target.classes, counts)
+        target = replace(target, weights=weights, weight_sum=total)
+    elif target.classes and (hint := class_weights.rare_class_hint(counts)):
+        notes.append(("", f"{hint}: {class_weights.BALANCED} gives all classes one weight"))
     return Derived(
         Preprocessing(features=tuple(features), target=target, hashed=chosen.hashed),
         errors,
@@ -283,6 +285,11 @@ def _make_feature(
 ) -> Feature | None:
     if column.kind == "empty":
         notes.append(("", f"column {name} is left out: it has no values at any peer"))
+        return None
+    if column.unique and name not in chosen.features:
+        notes.append(
+            ("", f"column {name} is left out: each row has another number, as in an identifier")
+        )
         return None
     if column.kind in NUMERIC:
         mean, scale = _scaling(name, column, chosen)
@@ -337,31 +344,3 @@ def _make_target(chosen: TableSettings, column: ColumnStatistics) -> Target:
             f"the target {name} is {column.moments.mean:g} in every row: there is nothing to learn"
         )
     return Target(name=name, kind=column.kind, mean=column.moments.mean, scale=scale)
-
-
-def _balanced(target: Target, counts: Mapping[str, int]) -> Target:
-    """The target with weights by which all classes count alike: n / (k · n_c), as in scikit-learn.
-
-    Raises UsageError for a target that has no classes.
-    """
-    if not target.classes:
-        raise UsageError(
-            f"class_weights=balanced needs classes, and the target {target.name} is a number",
-            "--kind classification, or without class_weights",
-        )
-    total = sum(counts.values())
-    weights = [total / (len(counts) * counts[name]) for name in target.classes]
-    return replace(
-        target,
-        weights=tuple(float(f"{min(weight, MAX_WEIGHT):.6g}") for weight in weights),
-        weight_sum=2.0 ** math.ceil(math.log2(total + 1)),
-    )
-
-
-def rare_class_hint(counts: Mapping[str, int]) -> str:
-    """Which of these classes is rare; empty if none is."""
-    name, least = min(counts.items(), key=lambda pair: (pair[1], pair[0]), default=("", 0))
-    total = sum(counts.values())
-    if least * len(counts) >= _RARE_PART * total:
-        return ""
-    return f"the class {name!r} has {least / total:.1%} of the rows"

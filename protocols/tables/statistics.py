@@ -31,6 +31,9 @@ LOOKS_LIKE = {
     "comma": "like 1.234,5 (write 1234.5)",
     "local date": "like 31.3.2024 (write 2024-03-31)",
 }
+#: Words of a yes and of a no.
+_YES = frozenset({"yes", "y", "true", "t", "1", "ja", "j", "oui", "o", "si", "sí", "sì", "s"})
+_NO = frozenset({"no", "n", "false", "f", "0", "nein", "nee", "non", "nej"})
 #: A column with more different texts has no categories, but names, notes or keys.
 MAX_CATEGORIES = 1000
 #: Of a description, which has 256 KB at most.
@@ -76,7 +79,8 @@ class ColumnStatistics(Struct, frozen=True, kw_only=True):
     `whole`: all numbers are integers. `extremes`: minimum and maximum, only if the run needs them.
     `categories`: the count of each value; `others`: the count of values that are not listed.
     `many`: there are too many different values for categories. `written`: what all values of a text
-    look like, a key of `LOOKS_LIKE`.
+    look like, a key of `LOOKS_LIKE`. `unique`: each row has another number, and the name is that of
+    an identifier.
     """
 
     kind: ColumnKind
@@ -88,6 +92,7 @@ class ColumnStatistics(Struct, frozen=True, kw_only=True):
     others: Count = 0
     many: bool = False
     written: Annotated[str, Meta(max_length=32)] = ""
+    unique: bool = False
 
 
 class TableStatistics(Struct, frozen=True, kw_only=True, tag="table"):
@@ -152,6 +157,7 @@ def merge_columns(a: ColumnStatistics, b: ColumnStatistics) -> ColumnStatistics:
         others=a.others + b.others + (sum(counts.values()) if many else 0),
         many=many,
         written=a.written if a.written == b.written else "",
+        unique=a.unique or b.unique,
     )
 
 
@@ -209,6 +215,15 @@ def hash_category(column: str, value: str) -> str:
 def spelling_key(value: str) -> str:
     """The same for values that differ in case, spaces, hyphens and underscores alone."""
     return re.sub(r"[\s_-]+", "", value).casefold()
+
+
+def alike_keys(values: Iterable[str]) -> dict[str, str]:
+    """A key for each value, the same for those that may mean the same: that differ in case, spaces,
+    hyphens and underscores alone, or if all of them mean yes or no, such as yes and 1."""
+    words = {value: value.strip().casefold() for value in values}
+    if all(word in _YES or word in _NO for word in words.values()):
+        return {value: "yes" if word in _YES else "no" for value, word in words.items()}
+    return {value: spelling_key(value) for value in words}
 
 
 def sort_categories(counts: Mapping[str, int]) -> tuple[str, ...]:

@@ -38,8 +38,8 @@ def column(tmp_path: Path, values: list[str], name: str = "x", target: str = "")
         ("ward", ["A"] * 40, "one value only"),
         ("sex", ["f", "F", "m", "m "] * 10, "spelled in several ways: F, f"),
         ("answer", ["Not known", "not_known"] * 20, "several ways: Not known, not_known"),
-        ("dose", ["1,5", "2,25"] * 20, "looks like 1.234,5 (write 1234.5)"),
-        ("seen", ["31.3.2024", "1.4.2024"] * 20, "looks like 31.3.2024 (write 2024-03-31)"),
+        ("dose", ["1,5", "2,25"] * 20, "data format dose 1.234,5"),
+        ("seen", ["31.3.2024", "1.4.2024"] * 20, "data format seen 31.12.2024"),
         ("lactate", ["1.5", "", "", "2"] * 10 + [""], "51% are missing"),
     ],
 )
