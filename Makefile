@@ -2,6 +2,7 @@
 # make test   format, lint, types, import contracts, and the tests: below ten minutes
 # make test-long  the tests marked `long`: real fleets that are killed, cut off, filled up
 # make test-extras   tests of Keras, LoRA, Dask, Spark and a browser, each in an environment of its own
+# make test-cluster  tests of the ledger in PostgreSQL; make cluster-setup installs PostgreSQL first
 # make setup  only build .venv
 # make wheel  dist/: the wheel to install on other machines, and install.sh with its locks
 # make lock   deploy/locks: every package of an installation, pinned by hash
@@ -18,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-extras check setup wheel docs man month upgrade bench bench-quick \
+.PHONY: demo test test-long test-extras test-cluster cluster-setup check setup wheel docs man month upgrade bench bench-quick \
 	bench-gpu figures pictures quality faults faults-quick soak journeys attacks attacks-others \
 	lock sbom audit-packages clean
 
@@ -35,6 +36,15 @@ test-long: setup
 EXTRAS ?=
 test-extras: setup
 	$(BIN)/python -m tests.extras $(EXTRAS)
+
+# They are a part of test-extras. Without PostgreSQL they are skipped, with the reason.
+test-cluster: setup
+	$(BIN)/python -m tests.extras cluster
+
+# As root, on Debian. Only the programs are used: tests start servers of their own.
+cluster-setup:
+	apt-get update
+	apt-get install -y --no-install-recommends postgresql
 
 check: setup
 	$(BIN)/ruff format --check .

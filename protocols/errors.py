@@ -6,6 +6,7 @@ CommonweightError                     1  something failed
 │   ├── UnknownName                      no such task, run, peer or setting
 │   └── CannotBeMet                      the fleet cannot meet the quorum or deadline
 ├── Unreachable                       3  no answer from that address
+│   └── LedgerUnreachable                the database of the ledger does not answer
 ├── Refused                           4  the other side refused the request
 │   ├── NotEnrolled                      this machine has not joined a fleet
 │   ├── NotAllowed                       the owner does not allow the task or its settings
@@ -23,7 +24,8 @@ CommonweightError                     1  something failed
 ├── NotRunning                        5  the agent or coordinator is not running
 ├── HomeError                         1  the home folder cannot be used
 │   ├── HomeLocked                       another process uses it
-│   └── HomeTooNew                       a newer version wrote it
+│   ├── HomeTooNew                       a newer version wrote it
+│   └── LeadershipLost                   another coordinator leads the fleet now
 ├── DiskFull                          1  the disk is full
 ├── PortInUse                         1  another process listens on the address
 ├── BadMessage                        1  malformed bytes, or a wrong signature
@@ -111,6 +113,10 @@ class CannotBeMet(UsageError, code="cannot_be_met"):
 
 class Unreachable(CommonweightError, code="unreachable", exit_code=ExitCode.UNREACHABLE):
     """The address does not answer."""
+
+
+class LedgerUnreachable(Unreachable, code="ledger_unreachable"):
+    """The database of the ledger does not answer. Work continues as soon as it does."""
 
 
 class Refused(CommonweightError, code="refused", exit_code=ExitCode.REFUSED):
@@ -201,6 +207,10 @@ class HomeLocked(HomeError, code="home_locked"):
 
 class HomeTooNew(HomeError, code="home_too_new"):
     """A newer version wrote the home."""
+
+
+class LeadershipLost(HomeError, code="leadership_lost"):
+    """Another coordinator leads the fleet. This one must start again from the ledger."""
 
 
 class DiskFull(CommonweightError, code="disk_full"):

@@ -37,8 +37,8 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.state import Run
 from coordinator.storage import run_events
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
@@ -121,7 +121,7 @@ class InProcessFleet:
     ) -> None:
         self.lane = WeightStore(folder)
         self.transfer = WeightTransfer(self.lane)
-        self.ledger = Ledger(folder / "ledger.db")
+        self.ledger = SqliteLedger(folder / "ledger.db")
         self.superlink = Superlink()
         self.grid = ClaimCheckGrid(self.superlink, self.lane)
         self._sign_key = identity.new_signing_key()

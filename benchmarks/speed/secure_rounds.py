@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 from benchmarks.speed import ours, report
 from benchmarks.speed.cases import MB, Case
 from coordinator.storage import run_events
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunEvent
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from tests.support.fleet_harness import Fleet, fleet, two_free_ports
 
 #: An event of the ledger, and what a round has done since the event before it.
@@ -74,7 +74,7 @@ def _up(site: Fleet, ports: tuple[int, int]) -> None:
 
 
 def _steps(site: Fleet, run_id: str) -> dict[str, float]:
-    ledger = Ledger(site.home / "ledger.db", read_only=True)
+    ledger = SqliteLedger(site.home / "ledger.db", read_only=True)
     told = [(entry.at, run_events.decode(entry.body)) for entry in ledger.entries(run_id)]
     ledger.close()
     second = [at for at, event in told if _opens(event, 2)]

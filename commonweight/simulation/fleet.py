@@ -30,8 +30,8 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import AGENT_FAILED
 from coordinator.runs.manager import RunManager
 from coordinator.runs.state import Run
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import Keys
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
@@ -75,7 +75,7 @@ class SimulatedFleet:
     ) -> None:
         home = Path(plan.home)
         self._plan, self._dropout, self._on_round = plan, dropout, on_round
-        self._ledger = Ledger(home / "ledger.db", synced=False)
+        self._ledger = SqliteLedger(home / "ledger.db", synced=False)
         self.store = WeightStore(home)
         self._transfer = WeightTransfer(self.store)
         self._superlink = Superlink()

@@ -15,13 +15,11 @@ from msgspec import Struct
 from coordinator.fleet import fleet_events
 from coordinator.fleet.auth import OPERATOR
 from coordinator.fleet.fleet_events import FleetEvent
-from coordinator.storage import run_events
+from coordinator.storage import ledger_place, run_events
 from coordinator.storage.ledger import Ledger
-from protocols.errors import NotRunning, UnknownName
+from protocols.errors import UnknownName
 from protocols.privacy import accountant
 from protocols.privacy.events import Gaussian
-
-LEDGER_FILE = "ledger.db"
 
 #: The events of runs that the audit shows. Most others are skipped by their tag, without decoding.
 _RUN_TAGS = frozenset(
@@ -54,10 +52,8 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
 
 
 def open_ledger(home: Path) -> Ledger:
-    """The home's ledger, opened read-only. Raises NotRunning, HomeError."""
-    if not (home / LEDGER_FILE).exists():
-        raise NotRunning(f"there is no ledger in {home} yet", "start it: commonweight up")
-    return Ledger(home / LEDGER_FILE, read_only=True)
+    """The home's ledger, opened read-only. Raises NotRunning, HomeError, Unreachable."""
+    return ledger_place.open_ledger(home, read_only=True)
 
 
 def read_audit(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[AuditEntry]:

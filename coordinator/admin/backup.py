@@ -22,26 +22,27 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
+import tomli_w
 from msgspec import Struct
 
 from coordinator.fleet.fleet_events import SUBJECT
 from coordinator.fleet.registry import Registry
 from coordinator.runs import transitions
-from coordinator.storage import job_events, run_events, seen_heads, settings
+from coordinator.storage import job_events, ledger_place, run_events, seen_heads, settings
 from coordinator.storage.ca_files import CA_FILE, CA_KEY_FILE, CHAIN_FILE, ISSUER_FILE, PENDING_FILE
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.ledger_place import LEDGER_FILE
 from coordinator.storage.seen_heads import SeenHeads
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from protocols import VERSION
 from protocols.errors import CommonweightError, HomeError, HomeTooNew, UsageError
-from protocols.local import homes
-from protocols.local.atomic_files import fsync_folder
+from protocols.local import homes, settings_file
+from protocols.local.atomic_files import fsync_folder, write_private
 from protocols.local.settings_file import SETTINGS_FILE
 from protocols.messages.decoding import MALFORMED
 from protocols.messages.states import RunState
 
 FORMAT = 1
-LEDGER_FILE = "ledger.db"
 MANIFEST = "manifest.json"
 _KEYS = (CA_FILE, "coordinator.key", "operator.key")
 #: A home has one of these: the CA's key, or an issuer while the CA's key is offline.
@@ -89,6 +90,9 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
             if name in sources:
                 sources[name] = Path(folder) / name
                 _snapshot(home / name, sources[name])
+        if ledger_place.address_of(home):  # then the backup has a copy as a file
+            sources[LEDGER_FILE] = Path(folder) / LEDGER_FILE
+            ledger_place.copy_to_file(home, sources[LEDGER_FILE])
         entries, head = _newest(sources[LEDGER_FILE])
         if with_versions:
             for path in sorted([*home.glob("versions/*"), *home.glob("states/*")]):
@@ -131,7 +135,7 @@ def _snapshot(file: Path, to: Path) -> None:
 
 def _newest(path: Path, *, verify: bool = False) -> tuple[int, str]:
     """The number and the hash of a ledger's last entry. `verify`: check every entry."""
-    with contextlib.closing(Ledger(path, read_only=not verify)) as ledger:
+    with contextlib.closing(SqliteLedger(path, read_only=not verify)) as ledger:
         newest = ledger.newest()
     return (newest.seq, newest.hash.hex()) if newest else (0, "")
 
@@ -180,6 +184,7 @@ def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
         with file.open("rb") as source:
             manifest = _unpack(source, fresh)
         _check(fresh, manifest)
+        _use_own_ledger(fresh)
         _record_restore(fresh, manifest)
         _revoke_tickets(fresh)
         if from_peers:
@@ -270,9 +275,16 @@ def _check(folder: Path, manifest: Manifest) -> None:
         raise _damaged("its keys or its ledger do not match the manifest")
 
 
+def _use_own_ledger(home: Path) -> None:
+    """Leave the database of the ledger out of the settings: it may have newer entries."""
+    values = settings_file.read_file(home)
+    if values.pop(ledger_place.SETTING, ""):
+        write_private(home / SETTINGS_FILE, tomli_w.dumps(values).encode())
+
+
 def _revoke_tickets(home: Path) -> None:
     """Revoke all open tickets: the backup does not know which were used or revoked after it."""
-    with contextlib.closing(Ledger(home / LEDGER_FILE)) as ledger:
+    with contextlib.closing(SqliteLedger(home / LEDGER_FILE)) as ledger:
         registry = Registry(ledger)
         for ticket in [*registry.tickets.values()]:
             if ticket.uses_left > 0 and not ticket.revoked:
@@ -281,14 +293,14 @@ def _revoke_tickets(home: Path) -> None:
 
 def _record_restore(home: Path, manifest: Manifest) -> None:
     """Agents take the entry as the reason why versions that they know are gone."""
-    with contextlib.closing(Ledger(home / LEDGER_FILE)) as ledger:
+    with contextlib.closing(SqliteLedger(home / LEDGER_FILE)) as ledger:
         Registry(ledger).record_restore(manifest.entries, manifest.at)
 
 
 def _begin_recall(home: Path) -> None:
     """Record, for unfinished runs and the newest run, that peers are asked for its versions."""
     store = WeightStore(home)
-    with contextlib.closing(Ledger(home / LEDGER_FILE)) as ledger:
+    with contextlib.closing(SqliteLedger(home / LEDGER_FILE)) as ledger:
         runs = []
         for subject in ledger.subjects():
             if subject != SUBJECT and not subject.startswith(job_events.PREFIX):

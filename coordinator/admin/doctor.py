@@ -16,8 +16,7 @@ import msgspec
 
 from coordinator.fleet.readings import num_available, num_enrolled
 from coordinator.fleet.state import Fleet
-from coordinator.storage import settings
-from coordinator.storage.ledger import Ledger
+from coordinator.storage import ledger_place, settings
 from coordinator.storage.settings import UP_FILE, Settings
 from coordinator.transport.ports import listen_error, listenable
 from protocols import VERSION
@@ -104,9 +103,9 @@ class _Doctor:
         return said
 
     def ledger(self) -> str:
-        if not (self._home / "ledger.db").exists():
+        if not ledger_place.exists(self._home):
             return "no entries yet"
-        with contextlib.closing(Ledger(self._home / "ledger.db", read_only=True)) as ledger:
+        with contextlib.closing(ledger_place.open_ledger(self._home, read_only=True)) as ledger:
             changed, newest = ledger.verify(), ledger.newest()
         if changed is not None:
             raise HomeError(
@@ -163,7 +162,7 @@ class _Doctor:
     def running(self) -> str | Skipped:
         from coordinator.remote.api_client import Remote
 
-        if not any((self._home / file).exists() for file in (UP_FILE, "ledger.db")):
+        if not (self._home / UP_FILE).exists() and not ledger_place.exists(self._home):
             return Skipped("not started yet", "commonweight up")
         with contextlib.closing(Remote(self._home)) as remote:
             self._up = Status(remote.address, remote.fleet(), remote.watch().mqtt)

@@ -19,6 +19,7 @@ from coordinator.cli import (
     fleet,
     jobs,
     keys,
+    ledger,
     models,
     monitor,
     mqtt,
@@ -31,7 +32,7 @@ from protocols.errors import UsageError
 from protocols.local import cli_entry, crash_reports, homes
 from protocols.local.command_line import MORE, App
 
-_ADMIN = ("backup", "restore", "keys", "audit", "operators", "mosquitto")
+_ADMIN = ("backup", "restore", "keys", "audit", "operators", "ledger", "mosquitto")
 
 app = App(
     name="commonweight",
@@ -46,11 +47,12 @@ app = App(
     moved={
         "job": "commonweight infer list, infer show or infer stop",
         "mqtt": "commonweight admin mosquitto",
-        **{name: f"commonweight admin {name}" for name in _ADMIN[:-1]},
+        **{name: f"commonweight admin {name}" for name in _ADMIN[:-2]},
     },
 )
 upkeep = App(
-    help="Backup, restore, keys, audit, operators, Mosquitto.", sections={"Commands": _ADMIN}
+    help="Backup, restore, keys, audit, operators, ledger, Mosquitto.",
+    sections={"Commands": _ADMIN},
 )
 
 monitor.add_to(app)
@@ -67,6 +69,7 @@ for place in (upkeep, app):  # older versions had them at the top level
     fleet.add_operators_to(place)
     place.add_typer(keys.keys, name="keys")
 admin.add_doctor_to(app)
+upkeep.add_typer(ledger.ledger, name="ledger")
 upkeep.command("mosquitto")(mqtt.mosquitto)
 app.add_typer(upkeep, name="admin")
 app.add_typer(mqtt.mqtt, name="mqtt")

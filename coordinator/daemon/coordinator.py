@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.api.app import make_app
@@ -37,7 +38,7 @@ from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.runs.context import RunContext
 from coordinator.runs.manager import RunManager
 from coordinator.storage.fleet_cards import CardFile
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.ledger_place import open_ledger
 from coordinator.storage.seen_heads import SeenHeads
 from coordinator.storage.settings import UP_FILE, Keys, Settings
 from coordinator.storage.version_log import VersionLog
@@ -51,7 +52,7 @@ from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import ca_chain, identity
-from protocols.errors import Awaited
+from protocols.errors import Awaited, LedgerUnreachable
 from protocols.local import heap
 from protocols.messages.envelope import Command, EventLine, strip_controls
 from protocols.messages.fleet_names import FleetNames
@@ -60,6 +61,7 @@ from protocols.messages.mqtt import MqttAddress
 log = logging.getLogger("commonweight.hub")
 
 HEARTBEAT_S = 5.0
+_LEAD_POLL_S = 0.5
 
 
 class Coordinator:
@@ -77,7 +79,7 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._listener = Listener(home, keys, chosen)
         # On disk.
-        self._ledger = Ledger(home / "ledger.db")
+        self._ledger = open_ledger(home)
         self.registry = Registry(self._ledger, approve=chosen.approve)
         self.offers = TaskOffers(self._ledger, keys.fleet, keys.sign_key.sign)
         self.version_log = VersionLog(self._ledger, keys.fleet, keys.sign_key.sign)
@@ -197,6 +199,7 @@ class Coordinator:
             "feed": self._publisher.listen(self._broker.own_address(), self.registry.verify),
             "publisher": self._publisher.relay(),
             "heartbeat": self._send_heartbeats(),
+            "ledger": self._watch_lead(),
             "sessions": self._peers.watch(),
             "certificate": self._listener.renew_certificate(server),
             "runs": self.runs.work(resume),
@@ -226,7 +229,10 @@ class Coordinator:
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             inner = flower if scope["path"].startswith(FLEET_PREFIX) else ours
-            await inner(scope, receive, send)
+            try:
+                await inner(scope, receive, send)
+            except LedgerUnreachable as err:  # before anything was sent; the client tries again
+                await PlainTextResponse(err.message, 503)(scope, receive, send)
 
         return app
 
@@ -234,6 +240,12 @@ class Coordinator:
         while True:
             await asyncio.to_thread(self._superlink.heartbeat)
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _watch_lead(self) -> None:
+        """End this process if another one has taken over the ledger."""
+        while True:
+            self._ledger.check_leads()
+            await asyncio.sleep(_LEAD_POLL_S)
 
     async def _serve_metrics(self, port: int) -> None:
         from coordinator.fleet import prometheus  # imported here to save memory without metrics

@@ -25,7 +25,14 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
-from protocols.errors import AWAITED, UNDECIDED_CODES, Awaited, BadMessage, DiskFull
+from protocols.errors import (
+    AWAITED,
+    UNDECIDED_CODES,
+    Awaited,
+    BadMessage,
+    DiskFull,
+    LedgerUnreachable,
+)
 from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint
 from protocols.local.timed_wait import wait_at_most
@@ -108,8 +115,8 @@ class JobLoop:
                 await self._verify()
                 await self._dispatch()
                 await self._wait()
-            except (OSError, DiskFull) as err:
-                if not is_disk_full(err):
+            except (OSError, DiskFull, LedgerUnreachable) as err:
+                if not (isinstance(err, LedgerUnreachable) or is_disk_full(err)):
                     raise
                 await asyncio.sleep(_RETRY_S)  # nothing was decided, so the step is repeated
         self.requests.cancel_all()

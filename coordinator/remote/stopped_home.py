@@ -20,7 +20,7 @@ from coordinator.remote.api_client import Remote
 from coordinator.runs.messages import round_body, run_body
 from coordinator.runs.recorded import named_run, recorded_ids, recorded_run
 from coordinator.runs.state import Run, why_no_evaluations
-from coordinator.storage import ca_files
+from coordinator.storage import ca_files, ledger_place
 from coordinator.storage.ledger import Ledger
 from protocols.enrollment import ca_chain
 from protocols.errors import HomeLocked, NotRunning
@@ -29,15 +29,13 @@ from protocols.messages.envelope import CoordinatorBody, PeerChanged
 from protocols.messages.mqtt import SequencedSigner
 from protocols.messages.topics import COORDINATOR
 
-LEDGER = "ledger.db"
-
 
 def open_remote(home: Path, timeout_s: float = 15.0) -> Remote:
     """The coordinator of this home; its ledger, if it is not running. Raises NotRunning."""
     try:
         return Remote(home, timeout_s)
     except NotRunning:
-        if (home / ACCESS_FILE).exists() or not (home / LEDGER).exists():
+        if (home / ACCESS_FILE).exists() or not ledger_place.exists(home):
             raise
         return StoppedHome(home)
 
@@ -104,14 +102,14 @@ class StoppedHome(Remote):
         except HomeLocked as err:
             raise HomeLocked(err.message, "export when it has ended") from err
         try:
-            with contextlib.closing(Ledger(self.home / LEDGER)) as ledger:
+            with contextlib.closing(ledger_place.open_ledger(self.home)) as ledger:
                 Registry(ledger).record_read(OPERATOR, f"exported {digest} of run {run_id}")
         finally:
             held.release()
 
     @contextlib.contextmanager
     def _ledger(self) -> Iterator[Ledger]:
-        with contextlib.closing(Ledger(self.home / LEDGER, read_only=True)) as ledger:
+        with contextlib.closing(ledger_place.open_ledger(self.home, read_only=True)) as ledger:
             yield ledger
 
     def _request(

@@ -23,7 +23,14 @@ from coordinator.runs.secure.sums import SecureSums
 from coordinator.runs.state import TOO_STALE, Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import UNDECIDED_CODES, CommonweightError, DiskFull, HomeError, UpdateRefused
+from protocols.errors import (
+    UNDECIDED_CODES,
+    CommonweightError,
+    DiskFull,
+    HomeError,
+    LedgerUnreachable,
+    UpdateRefused,
+)
 from protocols.local.disk_space import is_disk_full
 from protocols.local.timed_wait import wait_at_most
 from protocols.messages.states import RunState
@@ -135,6 +142,8 @@ class RunLoop:
                 if not is_disk_full(err):
                     raise
                 await self._recorder.wait_for_space(err)  # nothing was recorded: do it again
+            except LedgerUnreachable as err:
+                await self._recorder.wait_for_ledger(err)
             except HomeError:  # the home is damaged, not the run: a restart continues it
                 raise
             except CommonweightError as err:

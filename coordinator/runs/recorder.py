@@ -15,7 +15,7 @@ from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import AWAITED, UNDECIDED_CODES, DiskFull
+from protocols.errors import AWAITED, UNDECIDED_CODES, DiskFull, LedgerUnreachable
 from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
@@ -26,6 +26,7 @@ log = logging.getLogger("commonweight.run")
 _SPACE_POLL_S = 1.0
 _MAX_SPACE_POLLS = 30
 _ANNOUNCE_EVERY_S = 0.1
+_LEDGER_RETRY_S = 1.0
 
 
 class RunRecorder:
@@ -41,13 +42,16 @@ class RunRecorder:
         self.incompatible: set[str] = set()
         self.waiting_for = ""
         self.memory_bytes = 0
-        self._disk_full = False
+        #: What to report when the work continues; empty unless it is interrupted.
+        self._interruption = ""
         self._bounded: set[str] = set()
         self._announced_at = -math.inf
         self._announcing: asyncio.TimerHandle | None = None
 
     async def record(self, *events: RunEvent) -> None:
-        """Write events to the ledger, then apply them. Waits while the disk is full."""
+        """Write events to the ledger, then apply them. Waits while the disk is full, or the
+        database of the ledger does not answer.
+        """
         if not events:
             return
         failpoint("run.recording", type(events[0]).__name__)
@@ -60,6 +64,8 @@ class RunRecorder:
                 break
             except DiskFull as err:
                 await self.wait_for_space(err)
+            except LedgerUnreachable as err:
+                await self.wait_for_ledger(err)
         failpoint("run.recorded", type(events[-1]).__name__)
         for event in events:
             self.run = transitions.apply(self.run, event)
@@ -67,9 +73,9 @@ class RunRecorder:
                 self._report_refusal(event)
             elif isinstance(event, run_events.UpdateAccepted) and event.update.claimed:
                 self._report_bound(event)
-        if self._disk_full:
-            self._disk_full, self.waiting_for = False, ""
-            self.report("info", f"the disk has space again: run {self.run.id} continues")
+        if self._interruption:
+            self.report("info", f"{self._interruption}: run {self.run.id} continues")
+            self._interruption = self.waiting_for = ""
         self.announce()
 
     def _report_refusal(self, event: run_events.UpdateRefused) -> None:
@@ -101,15 +107,25 @@ class RunRecorder:
         limits = self._ctx.transfer.limits
         free_mb = limits.free_bytes / 1e6
         self.set_waiting_for(f"space on the coordinator's disk ({free_mb:,.0f} MB free)")
-        if not self._disk_full:
-            self._disk_full = True
-            self.report("error", f"run {self.run.id} is interrupted: {err}")
+        self._report_interruption(err, "the disk has space again")
         with self._timer.stopped():  # no answer can be recorded, so none is late
             # Not at once, because a little space may not be enough. A quota shows no free space.
             for _ in range(_MAX_SPACE_POLLS):
                 await asyncio.sleep(_SPACE_POLL_S)
                 if limits.has_space():
                     break
+
+    async def wait_for_ledger(self, err: Exception) -> None:
+        """The database of the ledger does not answer: report it, and return for a retry."""
+        self.set_waiting_for("the database of the ledger")
+        self._report_interruption(err, "the database of the ledger answers again")
+        with self._timer.stopped():
+            await asyncio.sleep(_LEDGER_RETRY_S)
+
+    def _report_interruption(self, err: Exception, afterwards: str) -> None:
+        if not self._interruption:
+            self.report("error", f"run {self.run.id} is interrupted: {err}")
+        self._interruption = afterwards
 
     # --- for the monitors ---
 

@@ -1,27 +1,22 @@
-"""The ledger: an append-only, hash-chained SQLite log, and the authority on what happened.
+"""The ledger: an append-only, hash-chained log, and the authority on what happened.
 
-Each entry's hash covers the one before, so a changed or missing entry is detected. `synchronous`
-is FULL, but for simulations: when `append` returns, the entries survive a power cut. There is one
-writer.
+Each entry's hash covers the one before, so a changed or missing entry is detected. There is one
+writer. When `append` returns, the entries survive a power cut. `sqlite_ledger` keeps them in a file
+of the home, `postgres_ledger` in a database; `ledger_place` opens the one that a home uses. Pure.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import sqlite3
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
-from protocols.errors import DiskFull, HomeError, HomeTooNew
-from protocols.local.failpoints import failpoint
+from protocols.errors import HomeError
 
+#: The format of the table, in each engine.
 FORMAT = 1
-_START = bytes(32)
-_SELECT = "SELECT seq, at, subject, body, hash FROM log"
+#: The hash before the first entry.
+START = bytes(32)
 
 
 class Entry(NamedTuple):
@@ -34,158 +29,74 @@ class Entry(NamedTuple):
     hash: bytes
 
 
-class Ledger:
-    """Append and read entries. Thread-safe. Raises HomeError when the file cannot be used.
-
-    The writer verifies every entry before it changes anything. `read_only`: for readers beside the
-    one writer. Not `synced`: a power cut may take the newest entries.
-    """
-
-    def __init__(self, path: Path, *, read_only: bool = False, synced: bool = True) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        try:
-            if not read_only and path.exists() and path.stat().st_size:
-                _verify_file(path)
-            mode = "ro" if read_only else "rwc"
-            self._db = sqlite3.connect(
-                f"{path.absolute().as_uri()}?mode={mode}",
-                uri=True,
-                check_same_thread=False,
-                isolation_level=None,
-            )
-            if not read_only:
-                path.chmod(0o600)
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute(f"PRAGMA synchronous={'FULL' if synced else 'NORMAL'}")
-            self._check_format()
-            if not read_only:
-                self._prepare()
-            row = self._db.execute("SELECT hash FROM log ORDER BY seq DESC LIMIT 1").fetchone()
-        except (sqlite3.DatabaseError, OSError) as err:
-            raise HomeError(
-                f"the ledger {path} cannot be used: {err}",
-                "nothing was changed; restore the ledger from a backup, or check the disk",
-            ) from err
-        self._head: bytes = row[0] if row else _START
-
-    def _check_format(self) -> None:
-        found = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if found > FORMAT:
-            raise HomeTooNew(
-                f"the ledger has format {found}; this version writes {FORMAT}",
-                "update commonweight on this machine",
-            )
-
-    def _prepare(self) -> None:
-        self._db.executescript(
-            f"""
-            CREATE TABLE IF NOT EXISTS log (
-                seq INTEGER PRIMARY KEY, at REAL NOT NULL, subject TEXT NOT NULL,
-                body BLOB NOT NULL, hash BLOB NOT NULL);
-            CREATE INDEX IF NOT EXISTS log_subject ON log (subject, seq);
-            PRAGMA user_version = {FORMAT};
-            """
-        )
+class Ledger(Protocol):
+    """Append and read entries. Thread-safe. Numbers begin with 1 and have no gaps."""
 
     def append(self, subject: str, bodies: Sequence[bytes]) -> None:
-        """Add entries in one transaction. Raises DiskFull, HomeError (file gone)."""
-        with self._lock:
-            head, now = self._head, time.time()
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                for body in bodies:
-                    head = _chain(head, now, subject, body)
-                    self._db.execute(
-                        "INSERT INTO log (at, subject, body, hash) VALUES (?, ?, ?, ?)",
-                        (now, subject, body, head),
-                    )
-                failpoint("ledger.inserted")
-                self._db.execute("COMMIT")
-            except sqlite3.DatabaseError as err:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                if getattr(err, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
-                    raise DiskFull(
-                        f"the disk of the ledger {self._path} is full",
-                        "free some space; the coordinator continues from the last entry",
-                    ) from err
-                raise HomeError(
-                    f"the ledger {self._path} cannot be written: {err}",
-                    "free some space on the disk; the coordinator continues from the last entry",
-                ) from err
-            self._head = head
+        """Add entries, all or none. Raises DiskFull, HomeError, LedgerUnreachable.
+
+        After DiskFull none was added. After LedgerUnreachable the caller calls again with the same
+        arguments, or does not use the ledger any more: the entries may have been added.
+        """
+
+    def load(self, entries: Iterable[Entry]) -> int:
+        """Fill an empty ledger with the entries of another one, all or none; how many there are.
+
+        Raises HomeError if it is not empty, or an entry does not match the one before.
+        """
+
+    def check_leads(self) -> None:
+        """Raise LeadershipLost if another process has taken over the ledger."""
 
     def entries(self, subject: str | None = None, *, before: int = 0) -> Iterator[Entry]:
         """All entries, oldest first, or those of one subject, there with `before` only earlier."""
-        where: str = ""
-        arguments: tuple[str | int, ...] = ()
-        if subject:
-            where, arguments = "WHERE subject = ? AND seq < ?", (subject, before or 2**62)
-        with self._lock:
-            rows = self._db.execute(f"{_SELECT} {where} ORDER BY seq", arguments).fetchall()
-        return (Entry(*row) for row in rows)
 
     def entries_after(self, seq: int, limit: int) -> list[Entry]:
         """At most `limit` entries with a higher number than `seq`, oldest first."""
-        with self._lock:
-            rows = self._db.execute(f"{_SELECT} WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
-            return [Entry(*row) for row in rows]
 
     def entry(self, seq: int) -> Entry | None:
         """The entry of this number; None if there is none."""
-        with self._lock:
-            row = self._db.execute(f"{_SELECT} WHERE seq = ?", (seq,)).fetchone()
-        return Entry(*row) if row else None
 
     def subjects(self) -> list[str]:
         """All subjects, in order of their first entry."""
-        with self._lock:
-            rows = self._db.execute("SELECT subject FROM log GROUP BY subject ORDER BY MIN(seq)")
-            return [subject for (subject,) in rows]
 
     def newest(self) -> Entry | None:
         """The last entry; None if the ledger is empty."""
-        with self._lock:
-            row = self._db.execute(f"{_SELECT} ORDER BY seq DESC LIMIT 1").fetchone()
-        return Entry(*row) if row else None
 
     def verify(self) -> int | None:
         """The number of the first entry whose hash does not match; None if all match."""
-        head, expected = _START, 1
-        with self._lock:  # one by one: the log may be larger than memory
-            for row in self._db.execute(f"{_SELECT} ORDER BY seq"):
-                entry = Entry(*row)
-                if not isinstance(entry.body, bytes):  # SQLite does not enforce column types
-                    return expected
-                head = _chain(head, entry.at, entry.subject, entry.body)
-                if entry.seq != expected or head != entry.hash:
-                    return expected
-                expected += 1
-        return None
 
     def close(self) -> None:
-        with self._lock:
-            self._db.close()
+        """Close it. The ledger cannot be used any more."""
 
 
-def _verify_file(path: Path) -> None:
-    """Raise HomeError, or SQLite's error, unless every entry's hash matches."""
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-        begun = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'log'").fetchone()
-    if not begun:  # the first start was interrupted
-        return
-    with contextlib.closing(Ledger(path, read_only=True)) as ledger:
-        changed = ledger.verify()
-    if changed is not None:
-        raise HomeError(
-            f"the ledger {path} is damaged: entry {changed} does not match the one before",
-            "nothing was changed; restore the ledger from a backup, or check the disk",
-        )
-
-
-def _chain(head: bytes, at: float, subject: str, body: bytes) -> bytes:
+def chain(head: bytes, at: float, subject: str, body: bytes) -> bytes:
+    """The hash of an entry after the one with the hash `head`."""
     sha = hashlib.sha256(head)
     sha.update(f"{at!r}\n{subject}\n".encode())
     sha.update(body)
     return sha.digest()
+
+
+def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries of a whole ledger. Raises HomeError at one that does not match the one before."""
+    last, head = 0, START
+    for entry in entries:
+        head = chain(head, entry.at, entry.subject, entry.body)
+        if (entry.seq, entry.hash) != (last + 1, head):
+            raise HomeError(f"entry {entry.seq} of the ledger does not match the one before")
+        yield entry
+        last = entry.seq
+
+
+def first_mismatch(entries: Iterable[Entry]) -> int | None:
+    """The number of the first entry, of all, whose hash does not match; None if all match."""
+    head, expected = START, 1
+    for entry in entries:
+        if not isinstance(entry.body, bytes):  # SQLite does not enforce column types
+            return expected
+        head = chain(head, entry.at, entry.subject, entry.body)
+        if entry.seq != expected or head != entry.hash:
+            return expected
+        expected += 1
+    return None

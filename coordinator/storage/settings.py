@@ -51,7 +51,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     addresses by which agents reach this machine, instead of those detected. `public_addresses`:
     host:port or host:port/path of a proxy or router in front of this machine. `approve`: new peers
     wait for `peers approve`. `announce`: announce the coordinator in the local network.
-    `metrics_port`: serves /metrics for Prometheus on loopback; 0 is off.
+    `metrics_port`: serves /metrics for Prometheus on loopback; 0 is off. `ledger`: the PostgreSQL
+    database of the ledger, in place of a file of the home, without a password (`ledger_place`).
     """
 
     host: str = "0.0.0.0"
@@ -65,6 +66,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     approve: bool = False
     metrics_port: Port = 0
     announce: bool = False
+    ledger: str = ""
 
 
 def read(**flags: Any) -> Settings:

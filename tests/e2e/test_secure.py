@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.faults import failpoint_names
 from coordinator.storage import run_events
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.local import failpoints
 from tests.support.fleet_harness import (
     AGENT,
@@ -66,7 +66,7 @@ def test_a_secure_run_learns_and_no_update_or_metric_of_a_peer_is_seen(tmp_path:
 
 
 def facts(site: Fleet, run_id: str) -> list[run_events.RunEvent]:
-    ledger = Ledger(site.home / "ledger.db")
+    ledger = SqliteLedger(site.home / "ledger.db")
     found = [run_events.decode(entry.body) for entry in ledger.entries(run_id)]
     ledger.close()
     return found

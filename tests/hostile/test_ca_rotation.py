@@ -21,8 +21,8 @@ from coordinator.remote import access
 from coordinator.remote.api_client import Remote
 from coordinator.storage import ca_files, settings
 from coordinator.storage.fleet_cards import CardFile
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import Keys
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.enrollment import ca_chain, certificates, fleet_card, identity, tickets
 from protocols.enrollment.ca_chain import CaTrust, ChainResponse, Transition
 from protocols.enrollment.certificates import NodeCertificate
@@ -306,7 +306,7 @@ def test_a_crash_between_the_files_loses_no_ca(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_offline: bool
 ) -> None:
     """Attack: the power fails in the middle of a rotation, at any file."""
-    Ledger(home / "ledger.db").close()
+    SqliteLedger(home / "ledger.db").close()
     keep = keys.write_encrypted(tmp_path / "new.key", PASSPHRASE) if is_offline else None
     before, written = settings.open_keys(home), ca_files.write_private
     for number in range(1, 6):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coordinator.storage import run_events
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.messages import version_log as wire
 from tests.support.https_site import Site
 from tests.support.version_logs import RUN, Authority, Shown
@@ -35,15 +35,15 @@ def test_a_page_reads_no_more_of_the_ledger_than_its_entries(
         shown.ledger.append(RUN, [lost] * 400)
     whole = wire.decode_page(shown.log.page(0))
     rows = 0
-    original = Ledger.entries_after
+    original = SqliteLedger.entries_after
 
-    def counted(self: Ledger, *arguments: Any) -> Any:
+    def counted(self: SqliteLedger, *arguments: Any) -> Any:
         nonlocal rows
         found = original(self, *arguments)
         rows += len(found)
         return found
 
-    monkeypatch.setattr(Ledger, "entries_after", counted)
+    monkeypatch.setattr(SqliteLedger, "entries_after", counted)
     hashes = [wire.START, *wire.chain_all(wire.START, 0, whole.entries)]
     assert len(whole.entries) == 2 + 30 + 2 * 2
     for start in range(len(whole.entries) + 1):

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from coordinator.admin import backup, keys
 from coordinator.storage import settings
 from coordinator.storage.fleet_cards import CardFile
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.enrollment import certificates, fleet_card, identity
 from protocols.enrollment.certificates import NodeCertificate
 from protocols.enrollment.fleet_card import BrokerCard, FleetCard
@@ -148,7 +148,7 @@ def test_a_passphrase_has_a_length_and_no_file_is_overwritten(tmp_path: Path) ->
 
 def test_a_backup_has_the_issuer(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Control: a backup has the issuer."""
-    Ledger(home / "ledger.db").close()
+    SqliteLedger(home / "ledger.db").close()
     backup.write(home, tmp_path / "saved", with_versions=False)
     before = settings.open_keys(home)
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(tmp_path / "again"))

@@ -10,7 +10,7 @@ import pytest
 from coordinator.admin import backup
 from coordinator.fleet.registry import Registry
 from coordinator.storage import settings
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.enrollment import tickets
 from protocols.errors import Refused
 from tests.support.https_site import Machine
@@ -25,7 +25,7 @@ def test_a_ticket_that_was_used_is_worth_nothing_after_a_restore(
     is restored."""
     home, again = settings.init(["localhost"])[0], tmp_path / "again"
     ticket = tickets.new_ticket(("host:1",), bytes(32))
-    with contextlib.closing(Ledger(home / "ledger.db")) as ledger:
+    with contextlib.closing(SqliteLedger(home / "ledger.db")) as ledger:
         registry = Registry(ledger)
         registry.create_ticket(ticket, ttl_s=60.0, uses=1)
         member = registry.join(Machine("member").joining(_ticket(registry)))
@@ -35,7 +35,7 @@ def test_a_ticket_that_was_used_is_worth_nothing_after_a_restore(
         else:
             registry.revoke_ticket(ticket.id)
     backup.restore(tmp_path / "backup", again)
-    with contextlib.closing(Ledger(again / "ledger.db")) as ledger:
+    with contextlib.closing(SqliteLedger(again / "ledger.db")) as ledger:
         registry = Registry(ledger)
         with pytest.raises(Refused, match="revoked"):
             registry.join(Machine("thief").joining(ticket))

@@ -15,8 +15,8 @@ from agent.transport.charged_heads import ChargedHeads
 from coordinator.fleet.fleet_events import PeerJoined
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.witnesses import Witnesses
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.seen_heads import SeenHeads
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.version_log import VersionLog
 from protocols.enrollment import identity
 from protocols.errors import NotAllowed
@@ -37,7 +37,7 @@ class Scene:
         self.key = identity.new_signing_key()
         public = identity.public_bytes(self.key)
         self.peer = identity.peer_id(public)
-        ledger, sign_key = Ledger(folder / "ledger.db"), identity.new_signing_key()
+        ledger, sign_key = SqliteLedger(folder / "ledger.db"), identity.new_signing_key()
         registry = Registry(ledger)
         registry._record(
             PeerJoined(

@@ -17,8 +17,8 @@ from coordinator.fleet.fleet_events import PeerJoined
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.witnesses import Witnesses
 from coordinator.storage import ledger as ledgers
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.seen_heads import SeenHeads
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.version_log import VersionLog
 from protocols.enrollment import fork_proof, identity
 from protocols.errors import BadMessage
@@ -59,7 +59,7 @@ class Scene:
         """The coordinator starts again over its ledger."""
         shown = self.shown
         shown.ledger.close()
-        shown.ledger = Ledger(shown.folder / "ledger.db")
+        shown.ledger = SqliteLedger(shown.folder / "ledger.db")
         shown.log = VersionLog(shown.ledger, self.authority.fleet, self.authority.sign_key.sign)
         self.registry._ledger = shown.ledger
         self.witnesses = Witnesses(
@@ -73,9 +73,9 @@ class Scene:
         agent.log.news(self.witnesses.exchange(agent.machine.peer, agent.log.seen()))
 
     @contextlib.contextmanager
-    def ledger(self) -> Iterator[Ledger]:
+    def ledger(self) -> Iterator[SqliteLedger]:
         path = self.shown.folder / "ledger.db"
-        with contextlib.closing(Ledger(path, read_only=True)) as ledger:
+        with contextlib.closing(SqliteLedger(path, read_only=True)) as ledger:
             assert ledger.verify() is None, "its own chain is intact"
             yield ledger
 
@@ -123,7 +123,7 @@ def rewrite(path: Path, change: Callable[[bytes], bytes | None]) -> None:
         head, seq = bytes(32), 0
         for at, subject, body in rows:
             if (new := change(body)) is not None:
-                head, seq = ledgers._chain(head, at, subject, new), seq + 1
+                head, seq = ledgers.chain(head, at, subject, new), seq + 1
                 db.execute("INSERT INTO log VALUES (?, ?, ?, ?, ?)", (seq, at, subject, new, head))
         db.commit()
 

@@ -18,7 +18,7 @@ from agent.daemon.state_machine import SessionChanged
 from agent.tasks.demo.ping import Ping
 from coordinator.daemon.coordinator import Coordinator
 from coordinator.storage import run_events
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from protocols.enrollment import fork_proof
 from protocols.messages.work import SIGNED_WORK
@@ -183,7 +183,7 @@ def test_two_coordinators_of_one_fleet_are_found_out(tmp_path: Path) -> None:
 def give_first_weights(home: Path, run: str) -> None:
     """Let a run begin with other weights than its peers would make."""
     other = Ping().init(7, {})
-    with contextlib.closing(Ledger(home / "ledger.db")) as ledger:
+    with contextlib.closing(SqliteLedger(home / "ledger.db")) as ledger:
         event = run_events.WeightsInitialised(WeightStore(home).save(other), "file")
         ledger.append(run, [run_events.encode(event)])
 

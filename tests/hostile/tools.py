@@ -25,7 +25,7 @@ from flwr.supercore.primitives.asymmetric import sign_message
 
 from agent.home.credentials import Credentials
 from coordinator.daemon.coordinator import Coordinator
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.enrollment import certificates, identity, signed_requests, tickets
 from tests.support.https_site import HOST, Machine
 from tests.support.in_process_fleet import Fleet
@@ -51,7 +51,7 @@ class State(NamedTuple):
 
 def state_of(fleet: Fleet) -> State:
     hub = fleet.hub
-    ledger = Ledger(fleet.home / "ledger.db")
+    ledger = SqliteLedger(fleet.home / "ledger.db")
     entries = len(list(ledger.entries()))
     ledger.close()
     linkstate = hub._superlink.state

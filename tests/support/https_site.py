@@ -26,7 +26,7 @@ from coordinator.fleet.registry import Registry
 from coordinator.fleet.state import Fleet
 from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.storage.fleet_cards import CardFile
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
@@ -91,7 +91,7 @@ class Site:
         public = identity.public_bytes(self.sign_key)
         self.identity = Identity(self.fleet_id, self.ca_pem, public)
         self.cards = CardFile(folder, self.ca_pem)
-        self.ledger = Ledger(folder / "ledger.db")
+        self.ledger = SqliteLedger(folder / "ledger.db")
         self.registry = Registry(self.ledger, approve=approve)
         self.fleet = Fleet(fleet=self.fleet_id, name="test")
         self.lane, self.job_lane = WeightStore(folder), JobStore(folder / "jobs")

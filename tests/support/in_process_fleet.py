@@ -41,9 +41,9 @@ from coordinator.daemon.coordinator import Coordinator
 from coordinator.runs.state import Run
 from coordinator.storage import run_events as facts
 from coordinator.storage import settings
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunEvent, RunSpec
 from coordinator.storage.settings import Settings
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.enrollment import certificates, identity, tickets
 from protocols.errors import CommonweightError, Unreachable
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH, Private, Scatter
@@ -426,7 +426,7 @@ class Fleet:
 
     def facts(self, run_id: str, kind: type[Any] = object) -> list[Any]:
         """The events of a run in the ledger."""
-        ledger = Ledger(self.home / "ledger.db")
+        ledger = SqliteLedger(self.home / "ledger.db")
         found: list[RunEvent] = [facts.decode(entry.body) for entry in ledger.entries(run_id)]
         ledger.close()
         return [fact for fact in found if isinstance(fact, kind)]

@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+
+import psutil
 
 from tests.support.fleet_harness import free_port
 
@@ -20,14 +22,53 @@ _WITHIN_S = 60
 _ACCOUNT = "nobody" if hasattr(os, "geteuid") and os.geteuid() == 0 else None
 
 
-class Server(NamedTuple):
+class Server:
     """`url` is that of the user `owner`, without the password."""
 
-    port: int
+    def __init__(self, bin_folder: Path, folder: Path) -> None:
+        self._bin, self._folder = bin_folder, folder
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         return f"postgresql://owner@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        """Start the server, and wait until it is ready."""
+        data, port = str(self._folder / "data"), str(self.port)
+        words = ["-D", data, "-h", "127.0.0.1", "-p", port, "-k", str(self._folder), "-F"]
+        with (self._folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(self._bin / "postgres"), *words],
+                stdout=log,
+                stderr=log,
+                user=_ACCOUNT,
+                cwd=self._folder,
+            )
+        ready = [str(self._bin / "pg_isready"), "-h", "127.0.0.1", "-p", port, "-t", "1"]
+        for _ in range(_WITHIN_S * 5):
+            if subprocess.run(ready, capture_output=True).returncode == 0:
+                return
+            assert self.process.poll() is None, (self._folder / "log").read_text()
+            time.sleep(0.2)
+        raise AssertionError((self._folder / "log").read_text())
+
+    def crash(self) -> None:
+        """Kill the server and all its processes, which is like a power cut without lost writes."""
+        assert self.process is not None
+        family = [*psutil.Process(self.process.pid).children(), self.process]
+        for process in family:
+            process.kill()
+        self.process.wait(_WITHIN_S)
+        # A server that starts beside the memory of the old one would refuse.
+        psutil.wait_procs(family[:-1], _WITHIN_S)
+
+    def stop(self) -> None:
+        """End connections and the server."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(_WITHIN_S)
 
 
 def programs() -> Path | None:
@@ -48,8 +89,8 @@ def running(bin_folder: Path) -> Iterator[Server]:
         if _ACCOUNT:
             for path in (folder, password):
                 shutil.chown(path, _ACCOUNT)
-        data, port = folder / "data", free_port()
-        made = [str(bin_folder / "initdb"), "-D", str(data), "-U", "owner", "--auth=scram-sha-256"]
+        made = ["initdb", "-D", str(folder / "data"), "-U", "owner", "--auth=scram-sha-256"]
+        made[0] = str(bin_folder / made[0])
         subprocess.run(
             [*made, f"--pwfile={password}", "--no-sync"],
             check=True,
@@ -57,24 +98,11 @@ def running(bin_folder: Path) -> Iterator[Server]:
             user=_ACCOUNT,
             cwd=folder,
         )
-        words = ["-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-F"]
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [str(bin_folder / "postgres"), *words],
-                stdout=log,
-                stderr=log,
-                user=_ACCOUNT,
-                cwd=folder,
-            )
+        server = Server(bin_folder, folder)
         try:
-            ready = [str(bin_folder / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
-            for _ in range(_WITHIN_S):
-                if subprocess.run([*ready, "-t", "1"], capture_output=True).returncode == 0:
-                    break
-                assert server.poll() is None, (folder / "log").read_text()
-            yield Server(port)
+            server.start()
+            yield server
         finally:
-            server.send_signal(signal.SIGINT)  # ends connections
-            server.wait(_WITHIN_S)
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

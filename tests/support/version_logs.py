@@ -13,8 +13,8 @@ from agent.transport.followed_log import FollowedLog, Witnesses
 from coordinator.fleet.registry import Registry
 from coordinator.storage import run_events
 from coordinator.storage.fleet_cards import CardFile
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.version_log import VersionLog
 from protocols.enrollment import certificates, identity
 from protocols.enrollment.certificates import NodeCertificate
@@ -63,14 +63,14 @@ class Shown:
     def __init__(self, authority: Authority, folder: Path) -> None:
         self.authority, self.folder = authority, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger(folder / "ledger.db")
+        self.ledger = SqliteLedger(folder / "ledger.db")
         self.log = VersionLog(self.ledger, authority.fleet, authority.sign_key.sign)
 
     def copy(self, folder: Path) -> Shown:
         """The same history, which may go on otherwise: a home that was copied."""
         self.ledger.close()
         shutil.copytree(self.folder, folder)
-        self.ledger = Ledger(self.folder / "ledger.db")
+        self.ledger = SqliteLedger(self.folder / "ledger.db")
         self.log = VersionLog(self.ledger, self.authority.fleet, self.authority.sign_key.sign)
         return Shown(self.authority, folder)
 

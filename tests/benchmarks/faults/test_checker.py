@@ -14,8 +14,8 @@ import pytest
 from benchmarks.faults import checker
 from benchmarks.faults.checker import Truth
 from coordinator.storage import run_events
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunEvent, RunSpec, Update
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from protocols.messages.states import RunState
 from protocols.model.weights import Weights
@@ -68,7 +68,7 @@ class Home:
         ]
 
     def judged(self) -> list[str]:
-        ledger = Ledger(self.folder / "ledger.db")
+        ledger = SqliteLedger(self.folder / "ledger.db")
         ledger.append("r", [run_events.encode(fact) for fact in self.facts])
         ledger.close()
         return checker.violations(self.folder, [self.truth])

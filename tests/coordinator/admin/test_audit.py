@@ -15,8 +15,8 @@ from coordinator.admin import audit
 from coordinator.cli.admin import parse_time
 from coordinator.fleet import fleet_events, members
 from coordinator.storage import run_events
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.errors import NotRunning, UnknownName, UsageError
 from protocols.messages.states import RunState
 from tests.support.fleet_harness import Fleet, fleet
@@ -39,9 +39,9 @@ def joined(
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
+def ledger(tmp_path: Path) -> SqliteLedger:
     """A few days of a fleet."""
-    made = Ledger(tmp_path / audit.LEDGER_FILE)
+    made = SqliteLedger(tmp_path / "ledger.db")
     ticket = fleet_events.TicketCreated(
         id="t1", secret_hash="5ec2e7", expires_at=time.time() + 7200, uses=3, label="lab"
     )
@@ -66,7 +66,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_the_end_of_a_run_says_what_its_versions_and_all_before_cost_a_peer(
-    ledger: Ledger,
+    ledger: SqliteLedger,
 ) -> None:
     """Also those of a deleted run: what peers have seen stays seen."""
     spec = RunSpec(task="mnist", rounds=4, dp_user_epsilon=3.0, clip_norm=1.0)
@@ -84,7 +84,7 @@ def test_the_end_of_a_run_says_what_its_versions_and_all_before_cost_a_peer(
     assert 4.3 < allowed.epsilon_of(8) < 6.0
 
 
-def test_every_kind_of_event_has_an_entry(ledger: Ledger) -> None:
+def test_every_kind_of_event_has_an_entry(ledger: SqliteLedger) -> None:
     assert [(line.seq, line.event, line.text) for line in audit.read_audit(ledger)] == [
         (1, "ticket made", "ticket t1 for 3 machines, valid for 2 h, 'lab'"),
         (2, "asked to join", "ada (AAAA) asked to join with ticket t1"),
@@ -101,7 +101,7 @@ def test_every_kind_of_event_has_an_entry(ledger: Ledger) -> None:
     assert "5ec2e7" not in str(audit.read_audit(ledger)), "a ticket's hash is nobody's business"
 
 
-def test_entries_of_one_peer_by_name_or_id(ledger: Ledger) -> None:
+def test_entries_of_one_peer_by_name_or_id(ledger: SqliteLedger) -> None:
     by_id = audit.read_audit(ledger, peer=BOB)
     assert [line.event for line in by_id] == ["joined", "update refused", "removed"]
     assert [line.reason for line in by_id] == ["", "not finite", "removed by the operator"]
@@ -112,13 +112,13 @@ def test_entries_of_one_peer_by_name_or_id(ledger: Ledger) -> None:
         audit.read_audit(ledger, peer="eve")
 
 
-def test_an_unreadable_entry_is_shown_too(ledger: Ledger) -> None:
+def test_an_unreadable_entry_is_shown_too(ledger: SqliteLedger) -> None:
     ledger.append("fleet", [b"not json", b'{"type":"Novelty"}', b"\xff"])
     ledger.append("mnist-1", [b"[]", b'{"type":"SomethingNew"}'])
     assert [line.event for line in audit.read_audit(ledger)][11:] == ["unreadable"] * 4
 
 
-def test_reading_beside_the_writer_changes_nothing(ledger: Ledger, tmp_path: Path) -> None:
+def test_reading_beside_the_writer_changes_nothing(ledger: SqliteLedger, tmp_path: Path) -> None:
     reading = audit.open_ledger(tmp_path)
     assert len(audit.read_audit(reading)) == 11
     with pytest.raises(Exception, match="readonly"):
@@ -197,7 +197,7 @@ def test_verify_names_the_first_changed_entry(site: Fleet) -> None:
         site.ticket()
     done = site.ask("audit", "verify")
     assert (done.returncode, done.stdout[:30]) == (0, "3 entries, every hash fits; th")
-    with sqlite3.connect(site.home / audit.LEDGER_FILE) as other:
+    with sqlite3.connect(site.home / "ledger.db") as other:
         other.execute("UPDATE log SET at = at - 60 WHERE seq = 2")
     other.close()
     done = site.ask("audit", "verify", "--json")

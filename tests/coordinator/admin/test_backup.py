@@ -19,8 +19,8 @@ from coordinator.admin import backup
 from coordinator.admin.backup import Manifest
 from coordinator.runs import recovery
 from coordinator.storage import run_events, settings
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.seen_heads import SeenHeads, StoredStatement
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.errors import HomeError, HomeTooNew, UsageError
 from protocols.messages.states import RunState
 from protocols.messages.version_log import LogHead
@@ -84,7 +84,7 @@ async def test_the_disk_is_lost_in_the_middle_and_the_newest_version_comes_from_
 
 def test_a_backup_has_what_peers_have_signed(tmp_path: Path) -> None:
     home, _ = settings.init(["localhost"])
-    Ledger(home / "ledger.db").close()
+    SqliteLedger(home / "ledger.db").close()
     head = LogHead("f" * 16, 0, 1, bytes(32), 7, bytes(32), 1.0)
     with contextlib.closing(SeenHeads(home)) as seen:
         seen.add("ada", head, b"a statement")
@@ -172,7 +172,9 @@ async def test_a_restored_home_equals_the_original(tmp_path: Path) -> None:
         assert (again / name).stat().st_mode & 0o077 == 0
         if name not in (backup.LEDGER_FILE, "seen.db"):
             assert (again / name).read_bytes() == (home / name).read_bytes()
-    ledgers = [Ledger(folder / backup.LEDGER_FILE, read_only=True) for folder in (home, again)]
+    ledgers = [
+        SqliteLedger(folder / backup.LEDGER_FILE, read_only=True) for folder in (home, again)
+    ]
     first, second = (list(ledger.entries())[: made.entries] for ledger in ledgers)
     assert first == second
     assert any(b'"type":"Restored"' in entry.body for entry in ledgers[1].entries())

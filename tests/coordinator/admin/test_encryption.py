@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from coordinator.admin import encryption
 from coordinator.cli.main import app
 from coordinator.storage import settings
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.errors import HomeError, Refused, UsageError
 
 PIECE = encryption._PIECE_BYTES
@@ -94,7 +94,7 @@ def test_an_encrypted_backup_restores_a_home(
     words.write_text("correct horse\n")
     monkeypatch.setenv("COMMONWEIGHT_HOME", str(home))
     keys = settings.init([])[0] / "ca.key"
-    Ledger(home / "ledger.db").close()
+    SqliteLedger(home / "ledger.db").close()
     ask = CliRunner().invoke
     given = ["--passphrase-file", str(words)]
     assert ask(app, ["backup", str(file), *given]).exit_code == 0

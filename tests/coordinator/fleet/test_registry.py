@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.fleet.members import Peer
 from coordinator.fleet.registry import Registry
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.enrollment import identity, tickets
 from protocols.enrollment.tickets import Ticket
 from protocols.errors import BadMessage, ExitCode, Refused, UnknownName
@@ -20,7 +20,7 @@ from tests.support.https_site import Machine
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(Ledger(tmp_path / "ledger.db"))
+    return Registry(SqliteLedger(tmp_path / "ledger.db"))
 
 
 def issue(registry: Registry, *, ttl_s: float = 60.0, uses: int = 1) -> Ticket:
@@ -150,7 +150,7 @@ def test_an_id_comes_before_a_name(registry: Registry) -> None:
 
 @pytest.mark.parametrize("by", ["name", "id"])
 def test_a_waiting_peer_is_let_in(tmp_path: Path, by: str) -> None:
-    registry = Registry(Ledger(tmp_path / "ledger.db"), approve=True)
+    registry = Registry(SqliteLedger(tmp_path / "ledger.db"), approve=True)
     machine = Machine("laptop")
     assert join(registry, machine).standing == "awaiting"
     assert registry.enrolled() == []
@@ -163,7 +163,7 @@ def test_a_waiting_peer_is_let_in(tmp_path: Path, by: str) -> None:
 
 
 def test_it_is_all_in_the_ledger_but_the_secret(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db")
+    ledger = SqliteLedger(tmp_path / "ledger.db")
     registry = Registry(ledger, approve=True)
     ticket = issue(registry, uses=3)
     machines = [Machine(name) for name in "abc"]
@@ -174,7 +174,7 @@ def test_it_is_all_in_the_ledger_but_the_secret(tmp_path: Path) -> None:
     revoked = issue(registry)
     registry.revoke_ticket(revoked.id)
     ledger.close()
-    again = Registry(Ledger(tmp_path / "ledger.db"))
+    again = Registry(SqliteLedger(tmp_path / "ledger.db"))
     assert again.peers == registry.peers
     assert again.tickets == registry.tickets
     assert [peer.standing for peer in again.peers.values()] == ["enrolled", "removed", "awaiting"]

@@ -10,7 +10,7 @@ import pytest
 from coordinator.admin import audit
 from coordinator.fleet.registry import Registry
 from coordinator.fleet.task_offers import TaskOffers
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.enrollment import identity
 from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.messages.offers import MAX_OFFERS, SIGNED_OFFERS, OfferList, OfferRequest
@@ -19,7 +19,7 @@ KEY = identity.new_signing_key()
 
 
 def opened(folder: Path) -> TaskOffers:
-    return TaskOffers(Ledger(folder / "ledger.db"), "fleet", KEY.sign)
+    return TaskOffers(SqliteLedger(folder / "ledger.db"), "fleet", KEY.sign)
 
 
 def signed(offers: TaskOffers) -> OfferList:
@@ -46,7 +46,7 @@ def test_offers_are_signed_and_survive_a_restart(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match=r"'a.py:A' is offered"):
         again.withdraw("a.py:A", "p1", "bob")
 
-    ledger = Ledger(tmp_path / "ledger.db", read_only=True)
+    ledger = SqliteLedger(tmp_path / "ledger.db", read_only=True)
     lines = [f"{one.event}: {one.text}" for one in audit.read_audit(ledger)]
     assert (
         lines[0] == f"task offered: the operator of this home offered a.py:A, sha256 {first.digest}"

@@ -21,7 +21,7 @@ from coordinator.remote import inference
 from coordinator.remote.api_client import Remote
 from coordinator.storage import job_events
 from coordinator.storage.job_events import PREFIX, Block, JobSpec, JobState
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.errors import CannotBeMet, UnknownName, UploadUnneeded, UsageError
 from protocols.messages.jobs import ANSWER_PATH, INLINE_MAX_BYTES, ModelRef
@@ -76,7 +76,7 @@ async def ended(fleet: Fleet, job_id: str) -> Job:
 
 
 def facts_of(fleet: Fleet, job_id: str, kind: type[Any]) -> list[Any]:
-    ledger = Ledger(fleet.home / "ledger.db", read_only=True)
+    ledger = SqliteLedger(fleet.home / "ledger.db", read_only=True)
     found = [job_events.decode(entry.body) for entry in ledger.entries(PREFIX + job_id)]
     ledger.close()
     return [fact for fact in found if isinstance(fact, kind)]

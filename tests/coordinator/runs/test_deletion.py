@@ -13,8 +13,8 @@ import pytest
 from coordinator.runs.deletion import Deletion
 from coordinator.storage import run_events, versions
 from coordinator.storage.job_events import JobSpec
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.errors import CannotBeMet, UnknownName
 from protocols.messages.jobs import ModelRef
 from protocols.messages.states import RunState
@@ -79,7 +79,7 @@ async def test_a_deleted_run_leaves_its_record_and_nothing_else(tmp_path: Path) 
             assert on_disk(fleet) == before
             fleet.hub.runs.delete(other)
             assert on_disk(fleet) == set()
-        assert Ledger(fleet.home / "ledger.db", read_only=True).verify() is None
+        assert SqliteLedger(fleet.home / "ledger.db", read_only=True).verify() is None
     finally:
         await fleet.close()
 

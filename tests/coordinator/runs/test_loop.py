@@ -22,8 +22,8 @@ from agent.tasks.work import Done
 from coordinator.remote import run_options
 from coordinator.runs import state, timing, transitions
 from coordinator.storage import run_events, settings
-from coordinator.storage.ledger import Ledger
 from coordinator.storage.run_events import RunSpec
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_records import CLAIM, read_claim
 from protocols.enrollment import identity
@@ -448,14 +448,14 @@ async def test_work_that_fails_is_refused_and_the_others_go_on(tmp_path: Path) -
         assert "\x1b" not in refused.detail
 
 
-def limit(ledger: Ledger, more_pages: int) -> None:
+def limit(ledger: SqliteLedger, more_pages: int) -> None:
     """Let the ledger grow by `more_pages` pages at most, as on a full disk."""
     with ledger._lock:
         (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
         ledger._db.execute(f"PRAGMA max_page_count = {pages + more_pages}")
 
 
-def fill(ledger: Ledger) -> None:
+def fill(ledger: SqliteLedger) -> None:
     """Leave no room for another entry of a run."""
     limit(ledger, 0)
     with contextlib.suppress(DiskFull):
@@ -635,7 +635,7 @@ async def test_updates_that_came_during_an_evaluation_and_are_lost_are_repeated(
             await fleet.online(1)
             run_id = fleet.start(rounds=30, quorum=1, mode="buffered", buffer=1)
             await until(lambda: fleet.facts(run_id, run_events.VersionCommitted))
-        with contextlib.closing(Ledger(fleet.home / "ledger.db")) as ledger:
+        with contextlib.closing(SqliteLedger(fleet.home / "ledger.db")) as ledger:
             past = [run_events.decode(entry.body) for entry in ledger.entries(run_id)]
             last = max(n for n, e in enumerate(past) if isinstance(e, run_events.VersionCommitted))
             run = transitions.replay(run_id, past)

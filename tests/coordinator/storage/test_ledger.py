@@ -11,23 +11,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.storage.ledger import FORMAT, Ledger
+from coordinator.storage.ledger import FORMAT
+from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.errors import DiskFull, HomeError, HomeTooNew
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    made = Ledger(tmp_path / "ledger.db")
+def ledger(tmp_path: Path) -> SqliteLedger:
+    made = SqliteLedger(tmp_path / "ledger.db")
     for number in range(6):
         made.append("run" if number % 2 else "fleet", [f'{{"n":{number}}}'.encode()])
     return made
 
 
-def bodies(ledger: Ledger, subject: str | None = None) -> list[bytes]:
+def bodies(ledger: SqliteLedger, subject: str | None = None) -> list[bytes]:
     return [entry.body for entry in ledger.entries(subject)]
 
 
-def tamper(ledger: Ledger, *statements: str) -> None:
+def tamper(ledger: SqliteLedger, *statements: str) -> None:
     """Change the file as somebody else would, behind the ledger's back."""
     with sqlite3.connect(ledger._path) as other:
         for statement in statements:
@@ -35,7 +36,7 @@ def tamper(ledger: Ledger, *statements: str) -> None:
     other.close()
 
 
-def test_entries_come_back_in_order(ledger: Ledger) -> None:
+def test_entries_come_back_in_order(ledger: SqliteLedger) -> None:
     assert [entry.seq for entry in ledger.entries()] == [1, 2, 3, 4, 5, 6]
     assert bodies(ledger, "run") == [b'{"n":1}', b'{"n":3}', b'{"n":5}']
     assert ledger.subjects() == ["fleet", "run"]
@@ -44,7 +45,7 @@ def test_entries_come_back_in_order(ledger: Ledger) -> None:
 
 
 def test_a_new_ledger_is_empty_and_private(tmp_path: Path) -> None:
-    made = Ledger(tmp_path / "new.db")
+    made = SqliteLedger(tmp_path / "new.db")
     assert made.verify() is None
     assert made.subjects() == []
     made.append("run", [])
@@ -61,7 +62,7 @@ def test_it_survives_every_reopening(
     path = tmp_path_factory.mktemp("ledger") / "ledger.db"
     expected: list[bytes] = []
     for life in lives:
-        ledger = Ledger(path)
+        ledger = SqliteLedger(path)
         for group in life:
             ledger.append("run", group)
             expected += group
@@ -97,13 +98,15 @@ def test_it_survives_every_reopening(
         (("INSERT INTO log SELECT 7, at, subject, body, hash FROM log WHERE seq = 6",), 7),
     ],
 )
-def test_a_changed_line_is_found(ledger: Ledger, statements: tuple[str, ...], found: int) -> None:
+def test_a_changed_line_is_found(
+    ledger: SqliteLedger, statements: tuple[str, ...], found: int
+) -> None:
     tamper(ledger, *statements)
     assert ledger.verify() == found
 
 
 def test_a_damaged_ledger_is_refused_at_the_start_and_not_touched(
-    ledger: Ledger, tmp_path: Path
+    ledger: SqliteLedger, tmp_path: Path
 ) -> None:
     path = tmp_path / "ledger.db"
     ledger.append("run", [b'{"find":"me"}'])
@@ -112,20 +115,20 @@ def test_a_damaged_ledger_is_refused_at_the_start_and_not_touched(
     path.write_bytes(whole.replace(b'{"find":"me"}', b'{"find":"ne"}'))
     spoilt = path.read_bytes()
     with pytest.raises(HomeError, match=r"damaged: entry 7 .*"):
-        Ledger(path)
+        SqliteLedger(path)
     assert path.read_bytes() == spoilt
     path.write_bytes(whole)
-    assert Ledger(path).verify() is None
+    assert SqliteLedger(path).verify() is None
 
 
 def test_a_first_start_that_was_cut_short_is_begun_again(tmp_path: Path) -> None:
     path = tmp_path / "ledger.db"
     sqlite3.connect(path).execute("PRAGMA journal_mode=WAL")
     assert path.stat().st_size
-    assert bodies(Ledger(path)) == []
+    assert bodies(SqliteLedger(path)) == []
 
 
-def test_a_full_disk_is_said_and_the_ledger_goes_on(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_the_ledger_goes_on(ledger: SqliteLedger, tmp_path: Path) -> None:
     before = bodies(ledger)
     (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
     ledger._db.execute(f"PRAGMA max_page_count = {pages}")
@@ -138,12 +141,12 @@ def test_a_full_disk_is_said_and_the_ledger_goes_on(ledger: Ledger, tmp_path: Pa
     assert bodies(ledger)[len(before) :] == [b"small", b"x" * 100_000]
     assert ledger.verify() is None
     ledger.close()
-    again = Ledger(tmp_path / "ledger.db")
+    again = SqliteLedger(tmp_path / "ledger.db")
     assert again.verify() is None
     assert len(bodies(again)) == len(before) + 2
 
 
-def test_many_threads_make_one_chain(ledger: Ledger) -> None:
+def test_many_threads_make_one_chain(ledger: SqliteLedger) -> None:
     threads = [
         threading.Thread(
             target=lambda: [ledger.append("run", [b"a", b"b"]) for _ in range(10)]  # type: ignore[func-returns-value]
@@ -158,11 +161,11 @@ def test_many_threads_make_one_chain(ledger: Ledger) -> None:
     assert bodies(ledger)[6:] == [b"a", b"b"] * 40
 
 
-def test_a_newer_format_is_refused_and_kept(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_newer_format_is_refused_and_kept(ledger: SqliteLedger, tmp_path: Path) -> None:
     ledger.close()
     tamper(ledger, f"PRAGMA user_version = {FORMAT + 1}")
     with pytest.raises(HomeTooNew, match=f"format {FORMAT + 1}"):
-        Ledger(tmp_path / "ledger.db")
+        SqliteLedger(tmp_path / "ledger.db")
 
 
 def test_what_is_no_database_is_said(tmp_path: Path) -> None:
@@ -170,5 +173,5 @@ def test_what_is_no_database_is_said(tmp_path: Path) -> None:
     (tmp_path / "folder.db").mkdir()
     for name in ("junk.db", "folder.db", "missing/ledger.db"):
         with pytest.raises(HomeError, match="cannot be used"):
-            Ledger(tmp_path / name)
+            SqliteLedger(tmp_path / name)
     assert (tmp_path / "junk.db").read_bytes() == b"this is no database" * 100

@@ -1,0 +1,54 @@
+"""A fleet whose ledger is in PostgreSQL: a run goes on after the database was away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from coordinator.admin import backup
+from coordinator.runs.recorded import recorded_run
+from coordinator.storage import ledger_place, run_events
+from coordinator.storage.ledger_place import VARIABLE, open_ledger
+from coordinator.storage.run_events import VersionCommitted
+from protocols.errors import HomeError, HomeLocked
+from tests.support import postgres
+from tests.support.in_process_fleet import fleet_of, some_data
+from tests.support.waiting import until
+
+
+async def test_a_run_survives_the_loss_of_its_database(
+    tmp_path: Path, server: postgres.Server, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, address)
+    async with fleet_of(tmp_path, *(some_data(20, seed) for seed in range(3))) as fleet:
+        run = fleet.start(rounds=60, quorum=3)
+        await until(lambda: len(fleet.hub.runs.find(run).history) >= 1)
+        with pytest.raises(HomeLocked, match="another program writes"):
+            await asyncio.to_thread(open_ledger, fleet.home)
+        await asyncio.to_thread(server.crash)
+        await until(lambda: fleet.waits_for(run) == "the database of the ledger")
+        await asyncio.to_thread(server.start)
+        ended = await fleet.finished(run)
+        assert not (fleet.home / ledger_place.LEDGER_FILE).exists()
+        copy = tmp_path / "copy.backup"
+        made = await asyncio.to_thread(backup.write, fleet.home, copy, with_versions=True)
+    with contextlib.closing(open_ledger(fleet.home)) as ledger:
+        assert recorded_run(ledger, run) == ended
+    with contextlib.closing(open_ledger(fleet.home, read_only=True)) as ledger:
+        assert ledger.verify() is None
+        newest = ledger.newest()
+        events = [run_events.decode(entry.body) for entry in ledger.entries(run)]
+    rounds = [event.round for event in events if isinstance(event, VersionCommitted)]
+    assert rounds == list(range(1, 61)), "each round once"
+    assert newest is not None
+    assert (made.entries, made.head) == (newest.seq, newest.hash.hex())
+    restored = tmp_path / "restored"
+    backup.restore(copy, restored)
+    with pytest.raises(HomeError, match="two ledgers"):
+        open_ledger(restored)
+    monkeypatch.delenv(VARIABLE)
+    with contextlib.closing(open_ledger(restored)) as ledger:
+        assert [run_events.decode(entry.body) for entry in ledger.entries(run)] == events
