@@ -1,4 +1,4 @@
-"""`commonweight ledger`: where the ledger is, and how it moves to a database and back."""
+"""`commonweight admin ledger`: where the ledger is, and how it moves to a database and back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def schema(
         str, typer.Option(help="Also give this role the rights that a coordinator needs.")
     ] = "",
 ) -> None:
-    """Print the SQL of the ledger's tables, for the owner of the database.
+    """Print the SQL of the tables in the database.
 
     With --grant, the role of the coordinator can add entries, and neither change nor delete them.
     """

@@ -1,4 +1,4 @@
-"""`commonweight ledger move`: to PostgreSQL and back, also when it is killed at each step."""
+"""`commonweight admin ledger move`: to PostgreSQL and back, also when it is killed at each step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def move(home: Path, to: str, failpoint: str = "") -> subprocess.CompletedProcess[str]:
-    words = ["commonweight.cli", "ledger", "move", "--to", to, "--json"]
+    words = ["commonweight.cli", "admin", "ledger", "move", "--to", to, "--json"]
     code = f"import sys; sys.argv = {words!r}; from commonweight.cli import main; main()"
     environment = {
         **os.environ,
