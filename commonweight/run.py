@@ -20,6 +20,7 @@ from coordinator.runs import state as run_state
 from protocols.errors import CommonweightError, UnknownName
 from protocols.extras import needs_extra
 from protocols.local.cli_entry import printable
+from protocols.messages.comparisons import Comparison
 from protocols.messages.states import RunState
 from protocols.model import personalization
 
@@ -79,6 +80,12 @@ class Run:
         """The round with the best version so far; None before the first one is evaluated."""
         best = self._now().best
         return None if best is None else _round(best)
+
+    @property
+    def comparisons(self) -> Mapping[str, Comparison]:
+        """By id of a peer, what it told after the end: models on its own held-out rows, with
+        intervals, and the one that is recommended there."""
+        return self._now().comparisons
 
     def rounds(self, *, every_s: float = run_text.POLL_S) -> Iterator[Round]:
         """Each closed round, those of now at once and later ones as they close, until the run ends.

@@ -16,19 +16,22 @@ from typing import Protocol
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from agent.clientapp import secure_rules
-from agent.home import own_results
+from agent.home import audit_log, own_results
 from agent.home.logs import owner_log
 from agent.home.own_results import OwnResult, OwnRun
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Measure, Trainer
-from protocols.errors import DiskFull, TrainerFailed, UnknownName
+from agent.transport.weight_transfer import SessionLost
+from protocols.errors import DiskFull, Refused, TrainerFailed, UnknownName
 from protocols.local.atomic_files import write_private
 from protocols.local.disk_space import check_room
 from protocols.local.flower_apps import PREFIX
 from protocols.messages import comparisons
 from protocols.messages.comparisons import Comparison
+from protocols.messages.envelope import Settings
 from protocols.messages.work import NamedModel, Which, Work
 from protocols.privacy import private_training
 
@@ -52,21 +55,26 @@ class Link(Protocol):
 
     def download(self, digest: str, nbytes: int, target: Path) -> None: ...
 
+    def send_comparison(self, told: Comparison) -> None: ...
+
 
 class _Pending(Struct):
     """A run to compare. `due`: when to look again, monotonic s. `model`: its best version, once it
-    has ended."""
+    has ended. `result`: one that the coordinator does not have yet."""
 
     run: OwnRun
     due: float
     wait_s: float = _FIRST_WAIT_S
     model: NamedModel | None = None
+    result: OwnResult | None = None
 
 
 class OwnComparisons:
     """The comparisons in the home of one agent. Call all methods in the work thread.
 
-    `on_work` hears when work begins and ends (None), as it does of runs.
+    `on_work` hears when work begins and ends (None), as it does of runs. `was_told(task, settings,
+    digest)`: the evaluation of this version has left this machine in its run. So no metric leaves
+    of a model that somebody made to learn about a row.
     """
 
     def __init__(
@@ -76,14 +84,16 @@ class OwnComparisons:
         settings: Callable[[], AgentSettings],
         link: Callable[[], Link],
         on_work: Callable[[Work | None], None],
+        was_told: Callable[[str, Settings, str], bool],
     ) -> None:
         self._home, self._trainer, self._settings = home, trainer, settings
-        self._link, self._on_work = link, on_work
+        self._link, self._on_work, self._was_told = link, on_work, was_told
         self._pending: dict[str, _Pending] = {}
         for folder in reversed(own_results.folders(home)):
-            found = own_results.read_run(folder)
-            if found is not None and own_results.read_result(folder) is None:
-                self._pending[found.run] = _Pending(found, time.monotonic() + _FIRST_WAIT_S)
+            found, result = own_results.read_run(folder), own_results.read_result(folder)
+            if found is not None and (result is None or result.to_tell):
+                due = time.monotonic() + _FIRST_WAIT_S
+                self._pending[found.run] = _Pending(found, due, result=result)
 
     def note(self, work: Work) -> None:
         """A run has this machine train."""
@@ -91,9 +101,11 @@ class OwnComparisons:
         if chosen.compare == "off" or chosen.fleet or work.task.startswith(PREFIX):
             return
         known = self._pending.get(work.run)
-        hides = secure_rules.is_secure(work) or private_training.read(work.settings) is not None
+        before = own_results.read_run(own_results.folder_of(self._home, work.run))
+        hides = secure_rules.is_secure(work) or work.settings.keys() & private_training.SETTINGS
         due = time.monotonic() + _FIRST_WAIT_S
-        is_local = hides or (known is not None and known.run.is_local)
+        # A coordinator could send a plain training of the same run afterwards.
+        is_local = bool(hides) or (before is not None and before.is_local)
         settings = {**work.settings, "seed": work.seed}
         run = OwnRun(run=work.run, task=work.task, settings=settings, is_local=is_local)
         if known is None or known.run != run:
@@ -133,6 +145,9 @@ class OwnComparisons:
         if not due:
             return False
         one = due[0]
+        if one.result is not None:
+            self._tell(one, one.result)
+            return False
         if one.model is None and not self._has_ended(one):
             one.due, one.wait_s = time.monotonic() + one.wait_s, min(2 * one.wait_s, _MAX_WAIT_S)
             return False
@@ -197,13 +212,49 @@ class OwnComparisons:
             digest=model.digest if model else "",
             comparison=found,
             why=why,
+            to_tell=found is not None and self._may_tell(one.run, model.digest if model else ""),
         )
-        write_private(own_results.result_file(folder), msgspec.json.encode(result))
+        self._write_result(one, result)
         (folder / _SHARED).unlink(missing_ok=True)
-        self._pending.pop(one.run.run)
         if found is not None:
             log.info("run %s: compared on %d held-out rows", result.run, found.rows)
             for line in comparisons.lines_of(found):
                 owner_log.info("%s", line)
         else:
             owner_log.info("run %s: no comparison: %s", result.run, why)
+
+    def _write_result(self, one: _Pending, result: OwnResult) -> None:
+        file = own_results.result_file(self._folder(one))
+        write_private(file, msgspec.json.encode(result))
+        one.result = result
+        if not result.to_tell:
+            self._pending.pop(one.run.run)
+
+    # --- what leaves ---
+
+    def _may_tell(self, run: OwnRun, digest: str) -> bool:
+        """True if the coordinator knows the metrics of this machine in this run anyway, and the
+        owner lets it know these. No answer of the coordinator counts here."""
+        chosen = self._settings()
+        return (
+            chosen.compare == "on"
+            and not run.is_local
+            and not chosen.privacy_max_epsilon
+            and not chosen.secure_min
+            and self._was_told(run.task, run.settings, digest)
+        )
+
+    def _tell(self, one: _Pending, result: OwnResult) -> None:
+        """Tell the coordinator, once. Raises Unreachable: it is tried again in the next session."""
+        assert result.comparison is not None
+        is_told = False
+        if self._may_tell(one.run, result.digest):
+            audit_log.write_comparison(self._home, result.comparison, result.task, result.round)
+            try:
+                self._link().send_comparison(result.comparison)
+                is_told = True
+            except SessionLost:
+                raise
+            except Refused as err:
+                log.info("run %s: %s", result.run, err.message)
+        self._write_result(one, replace(result, is_told=is_told, to_tell=False))

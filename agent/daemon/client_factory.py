@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from agent.home.live_settings import LiveSettings
 from agent.home.secure_store import TurnStore
 from agent.home.settings_schema import AgentSettings
 from agent.policy import sandbox
+from agent.tasks import Setting
 from agent.trainer import sandbox_rules
 from agent.trainer.app_trainer import AppTrainer
 from agent.trainer.ipc import Progress
@@ -131,7 +132,12 @@ def make_comparisons(
 ) -> OwnComparisons:
     """What compares models after a run, for the owner."""
     patient = RetryingTrainer(trainer, tries=_JOB_TRIES, retryable=RETRYABLE_IN_JOBS)
-    return OwnComparisons(ctx.home, patient, owner, link, partial(_tell_work, ctx))
+    scores = ToldScores(settings.scores_file(ctx.home))
+
+    def was_told(task: str, chosen: Mapping[str, Setting], digest: str) -> bool:
+        return bool(digest) and scores.find(key_of(task, chosen, digest)) is not None
+
+    return OwnComparisons(ctx.home, patient, owner, link, partial(_tell_work, ctx), was_told)
 
 
 def make_trainer(

@@ -23,6 +23,7 @@ from agent.home.secure_audit import SecureKind
 from protocols.local.atomic_files import fsync_folder
 from protocols.messages import app_work
 from protocols.messages.app_work import AppAnswer, AppWork, Arrays, Values
+from protocols.messages.comparisons import Comparison
 from protocols.messages.envelope import Metrics
 from protocols.messages.jobs import Answer, Scatter, Unit
 from protocols.messages.work import UpdateClaim
@@ -47,6 +48,7 @@ EntryKind = Literal[
     "weights",
     "evaluation",
     "answer",
+    "comparison",
     "held version",
     "version",
     "refused",
@@ -131,6 +133,21 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
         nbytes=answer.nbytes,
         num_examples=answer.rows,
         told=body.decode(errors="replace") if about_own_rows else "",
+    )
+    _append(home, entry)
+
+
+def write_comparison(home: Path, told: Comparison, task: str, round_: int) -> None:
+    """Log what is told of an ended run; in full. Raises OSError, as `write_update` does."""
+    entry = AuditEntry(
+        at=time.time(),
+        run=told.run,
+        task=task,
+        round=round_,
+        what="comparison",
+        num_held_out=told.rows,
+        metrics={f"{model} {told.metric}": one.value for model, one in told.models.items()},
+        told=msgspec.json.encode(told).decode(),
     )
     _append(home, entry)
 

@@ -11,8 +11,9 @@ from agent.transport.http_client import MAX_RESPONSE_BYTES, Response
 from agent.transport.weight_transfer import WeightTransfer, map_parse_errors, raise_for_status
 from protocols.enrollment import joining
 from protocols.enrollment.joining import EnrollmentStatus, MqttResponse
-from protocols.errors import UnknownName
+from protocols.errors import Refused, UnknownName
 from protocols.messages import offers
+from protocols.messages.comparisons import COMPARISONS_PATH, Comparison
 from protocols.messages.envelope import LOGS_PATH, LogResponse, strip_controls
 from protocols.messages.version_log import LOG_PATH
 from protocols.messages.work import MODEL_PATH, NamedModel, Which
@@ -86,6 +87,16 @@ class CoordinatorRequests(WeightTransfer):
         raise_for_status(response.status, response.body)
         with map_parse_errors():
             return msgspec.json.decode(response.body, type=NamedModel)
+
+    def send_comparison(self, told: Comparison) -> None:
+        """Tells what an ended run brought to this machine. Needs no session.
+
+        Raises Refused if the coordinator does not take it, or is of a version that cannot.
+        """
+        response = self._send("POST", COMPARISONS_PATH, msgspec.json.encode(told))
+        if response.status in (400, 403, 404, 405, 409, 413, 422):
+            raise Refused(f"the coordinator does not take the comparison: {response.status}")
+        raise_for_status(response.status, response.body)
 
     def _request_json(
         self,

@@ -11,6 +11,7 @@ from coordinator.runs.state import Evaluation
 from coordinator.storage.run_events import RunSpec
 from protocols.enrollment.joining import Card
 from protocols.errors import ExitCode
+from protocols.messages.comparisons import Comparison
 from protocols.messages.envelope import (
     MAX_PEERS,
     Count,
@@ -55,9 +56,13 @@ class StartRunRequest(Struct, frozen=True, kw_only=True):
 
 
 class EvaluationsResponse(Struct, frozen=True, kw_only=True):
-    """The last evaluation of each peer in a run. `withheld`: why there is none for single peers."""
+    """The last evaluation of each peer in a run, and what it told after the end.
+
+    `withheld`: why there is no evaluation of single peers.
+    """
 
     evaluations: Annotated[dict[Name, Evaluation], Meta(max_length=MAX_PEERS)] = {}
+    comparisons: Annotated[dict[Name, Comparison], Meta(max_length=MAX_PEERS)] = {}
     withheld: Annotated[str, Meta(max_length=400)] = ""
 
 

@@ -24,6 +24,7 @@ _MAX_ABSENT = 20
 
 def describe(run: Run, fleet: Fleet) -> Iterator[str]:
     """Lines about a run: its state, what it waits for, its settings, refusals and rounds."""
+    from coordinator.runs import comparisons
     from coordinator.runs.decisions import phase_deadline_s
 
     spec, peers = run.spec, fleet.peers
@@ -75,6 +76,8 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         yield f"{round_line(run, closed)} {closed.digest[:12]}{star}"
     if run.best is not None:
         yield from fairness(run.best, peers)
+    for peer, told in sorted(run.comparisons.items()):
+        yield comparisons.line(_name(peer, peers), told)
 
 
 def secure_line(spec: RunSpec) -> str:

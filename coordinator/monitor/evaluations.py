@@ -10,6 +10,7 @@ from coordinator.monitor.round_table import metric_value
 from coordinator.remote import formatting as fmt
 from coordinator.runs.best_version import DEFAULT_METRICS, lower_is_better
 from coordinator.runs.state import Evaluation
+from protocols.messages.comparisons import Comparison
 
 #: Metrics that say how many rows there were, and nothing about the model.
 _COUNTS = frozenset({"num-examples"})
@@ -18,11 +19,13 @@ _COUNTS = frozenset({"num-examples"})
 class Evaluations(NamedTuple):
     """By peer, its last evaluation in `run`.
 
-    `withheld`: why the run has none of single peers; `error`: why they could not be read.
+    `compared`: by peer, what it told after the end. `withheld`: why the run has no evaluation of
+    single peers; `error`: why they could not be read.
     """
 
     run: str = ""
     by_peer: Mapping[str, Evaluation] = {}
+    compared: Mapping[str, Comparison] = {}
     withheld: str = ""
     error: str = ""
 
@@ -71,6 +74,14 @@ def describe(evaluation: Evaluation) -> str:
     metrics = "  ".join(f"{name} {format_metric(name, evaluation.metrics[name])}" for name in names)
     rows = f"{fmt.count(evaluation.num_examples)} rows"
     return " · ".join(filter(None, (metrics, rows, f"round {evaluation.round}")))
+
+
+def describe_comparison(told: Comparison) -> str:
+    """`shared recommended · accuracy: alone 70.1 %, shared 80.2 %`."""
+    models = ", ".join(
+        f"{model} {format_metric(told.metric, one.value)}" for model, one in told.models.items()
+    )
+    return f"{told.recommended} recommended · {told.metric}: {models}"
 
 
 def main_metric(found: Evaluations) -> str:

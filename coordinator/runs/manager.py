@@ -43,7 +43,7 @@ _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
     *("surveyed", "assignments", "last_assignments", "buffer", "cooling_down", "excluded"),
     *("refusal_kinds", "refusal_texts", "on_time", "declared", "limited", "limited_now"),
-    *("staleness", "evaluations"),
+    *("staleness", "evaluations", "comparisons"),
 )
 _DETAILS_OF_ROUNDS = (
     *("contributors", "on_time", "norms", "spread", "worst", "tallies", "spent", "staleness"),
@@ -299,6 +299,10 @@ class RunManager:
         self._ctx.publish(run_body(deleted, ""))
         self._ctx.publish(EventLine(level="info", text=text, subject=plan.run))
         return plan
+
+    def record_comparison(self, run_id: str, event: run_events.PeerCompared) -> None:
+        """Record what an ended run brought to a peer; `find` reads it."""
+        self._append(run_id, event)
 
     def _end(self, run_id: str, because: str, state: RunState = RunState.STOPPED) -> None:
         self._append(run_id, run_events.RunEnded(state, because))

@@ -108,7 +108,7 @@ def _unseen(version: events.Holding) -> Round:
 
 
 def run_resumed(run: Run, event: events.RunResumed) -> Run:
-    run = replace(run, ended_because="")
+    run = replace(run, ended_because="", comparisons={})
     if run.ended_in is RunState.EVALUATING:  # the version exists, only its evaluation is missing
         turn = secure.next_turn(run)
         return replace(run, state=RunState.EVALUATING, evaluating=False, turn=turn)

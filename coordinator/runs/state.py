@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 from msgspec import Meta, Struct
 
 from coordinator.storage.run_events import Holding, RunSpec, Update, UpdateAccepted
+from protocols.messages.comparisons import Comparison
 from protocols.messages.envelope import MAX_PEERS, Integer, Metrics, Tallies, Time
 from protocols.messages.states import ENDED, RunState
 from protocols.messages.work import WorkKind
@@ -138,7 +139,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `declared`: by peer, the examples that it trains on and that it holds out, at most: those that
     it declared before round 1, else those of its first claims (0: not known yet).
     `limited`: peers that counted less in a version; `limited_now`: in the newest one.
-    `evaluations`: by peer, its last evaluation in a closed round.
+    `evaluations`: by peer, its last evaluation in a closed round. `comparisons`: by peer, what it
+    told after the end.
     `num_asked`: peers that were asked when the round was opened. `num_spent`: the versions with
     noise for whole peers that the run has made, with those of rounds that were repeated.
     `deleted`: the files are deleted, and the run is not listed any more.
@@ -191,6 +193,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     limited: Annotated[frozenset[_Line], Meta(max_length=MAX_PEERS)] = frozenset()
     limited_now: _ByPeer[float] = {}
     evaluations: _ByPeer[Evaluation] = {}
+    comparisons: _ByPeer[Comparison] = {}
     num_asked: Integer = 0
     num_spent: Integer = 0
     ended_in: RunState = RunState.WAITING

@@ -235,6 +235,12 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
     events.RoundClosed: (_SUMMING, _round_closed),
     events.RunEnded: (_NOT_ENDED, _run_ended),
     events.RunResumed: (frozenset({RunState.STOPPED, RunState.FAILED}), rollback.run_resumed),
+    events.PeerCompared: (
+        ENDED,
+        lambda run, event: replace(
+            run, comparisons=run.comparisons | {event.peer: event.comparison}
+        ),
+    ),
     events.RunDeleted: (ENDED, lambda run, _: replace(run, deleted=True)),
 }
 

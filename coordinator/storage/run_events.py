@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from coordinator.storage.run_spec import RunSpec as RunSpec
+from protocols.messages.comparisons import Comparison
 from protocols.messages.envelope import Integer, Metrics, Tallies
 from protocols.messages.states import RunState
 from protocols.model.schema_card import Description, SchemaCard
@@ -300,6 +301,13 @@ class RunDeleted(RunEvent, frozen=True):
     versions: tuple[str, ...] = ()
     states: tuple[str, ...] = ()
     nbytes: int = 0
+
+
+class PeerCompared(RunEvent, frozen=True):
+    """After the end, a peer told how good models are on its own held-out rows."""
+
+    peer: str
+    comparison: Comparison
 
 
 #: The kind of each event in the ledger is its class's name: renaming a class needs a `tag`.

@@ -60,6 +60,7 @@ NAMES = {
     "digest: str, num_examples: int, seconds: float, bytes_up: int, bytes_down: int) -> None",
     "Run": "(remote: Remote, run_id: str) -> None",
     "Run.best": None,
+    "Run.comparisons": None,
     "Run.export": "(self, path: str | Path, which: str = 'best') -> str",
     "Run.frame": "(self) -> pd.DataFrame",
     "Run.history": None,

@@ -10,6 +10,7 @@ GET  /cw/v1/models/{name}/{which}  the best or latest version of a run (an enrol
 GET  /cw/v1/offers            the signed list of offered tasks    (an enrolled peer)
 GET  /cw/v1/offers/{digest}   an offered file                     (an enrolled peer)
 POST /cw/v1/renew             a new node certificate              (an enrolled peer)
+POST /cw/v1/comparisons       what an ended run brought a peer    (an enrolled peer)
 POST /cw/v1/logs              log lines that were requested       (an enrolled peer)
 GET  /cw/v1/standing          enrollment status                   (also while awaiting)
 POST /cw/v1/leave             refuse this peer's key from now on  (also while awaiting)
@@ -29,6 +30,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from coordinator.api import named_models
+from coordinator.api.comparisons import ComparisonInbox
 from coordinator.api.service import CoordinatorService, error_response, request_host
 from coordinator.fleet.auth import Auth, decode_body, json_response, read_body
 from coordinator.fleet.members import Peer
@@ -38,6 +40,7 @@ from protocols.enrollment import certificates, joining
 from protocols.enrollment.ca_chain import ChainResponse
 from protocols.errors import BadMessage, CommonweightError, Refused
 from protocols.messages import offers
+from protocols.messages.comparisons import COMPARISONS_PATH, MAX_COMPARISON_BYTES, Comparison
 from protocols.messages.envelope import LOGS_PATH, LogResponse
 from protocols.messages.version_log import LOG_PATH
 from protocols.messages.work import MODEL_PATH, POLL_PATH, PollRequest
@@ -58,6 +61,7 @@ class AgentRoutes:
     ) -> None:
         self._issuer = issuer
         self._service, self._auth, self._ca_key = service, auth, ca_key
+        self._comparisons = ComparisonInbox(service.runs)
 
     def routes(self) -> list[Route]:
         return [
@@ -73,6 +77,7 @@ class AgentRoutes:
             Route(joining.ENROLLMENT_STATUS_PATH, self._status),
             Route(joining.RENEW_PATH, self._renew, methods=["POST"]),
             Route(joining.LEAVE_PATH, self._leave, methods=["POST"]),
+            Route(COMPARISONS_PATH, self._compared, methods=["POST"]),
             Route(LOGS_PATH, self._logs, methods=["POST"]),
             Route(joining.OPERATOR_JOIN_PATH, self._join_operator, methods=["POST"]),
         ]
@@ -201,6 +206,14 @@ class AgentRoutes:
         peer, body = await self._auth.peer_and_struct(request, LogResponse, MAX_LOGS_BYTES)
         is_expected = self._service.log_requests.receive(peer.peer, body)
         return Response(status_code=204 if is_expected else 410)
+
+    async def _compared(self, request: Request) -> Response:
+        peer, told = await self._auth.peer_and_struct(request, Comparison, MAX_COMPARISON_BYTES)
+        try:
+            self._comparisons.take(peer.peer, told)
+        except CommonweightError as err:
+            return error_response(err, 409)
+        return Response(status_code=204)
 
     async def _join_operator(self, request: Request) -> Response:
         body = decode_body(await read_body(request, MAX_JOIN_BYTES), joining.OperatorJoinRequest)

@@ -21,7 +21,11 @@ def find_run(call: Call) -> Run:
 
 def list_evaluations(call: Call) -> EvaluationsResponse:
     run = find_run(call)
-    return EvaluationsResponse(evaluations=run.evaluations, withheld=why_no_evaluations(run))
+    return EvaluationsResponse(
+        evaluations=run.evaluations,
+        comparisons=run.comparisons,
+        withheld=why_no_evaluations(run),
+    )
 
 
 def version(call: Call) -> Response:

@@ -13,6 +13,7 @@ from coordinator.monitor.evaluations import Evaluations
 from coordinator.monitor.job_shares import Shares, job_key
 from coordinator.remote.source import Source
 from protocols.errors import CommonweightError, Refused
+from protocols.messages.states import ENDED
 
 if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
@@ -70,7 +71,7 @@ class OperatorDetails:
         """How each peer last evaluated the model, as far as it is known."""
         known = self._evaluations.answer or EvaluationsResponse()
         run, error = self._evaluations.name, self._evaluations.error
-        return Evaluations(run, known.evaluations, known.withheld, error)
+        return Evaluations(run, known.evaluations, known.comparisons, known.withheld, error)
 
     @property
     def shares(self) -> Shares:
@@ -78,12 +79,14 @@ class OperatorDetails:
         return Shares(self._shares.name, self._shares.answer or {}, self._shares.error)
 
     def of_run(self, fleet: Fleet, now: float) -> list[Request]:
-        """The request for the evaluations, if a round of the current run has closed since."""
+        """The request for the evaluations, if a round of the current run has closed since; after
+        the end also for what peers tell then."""
         if (run := current_run(fleet)) is None:
             return []
         name, newest = run.changed.run, run.rounds[-1].round if run.rounds else 0
+        minute = int(now // 60) if run.changed.state in ENDED else 0
         return self._evaluations.request(
-            name, (newest,), lambda remote: remote.evaluations(name), now
+            name, (newest, minute), lambda remote: remote.evaluations(name), now
         )
 
     def of_job(self, job: Job, now: float) -> list[Request]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from coordinator.fleet import remedies
 from coordinator.fleet.readings import current_run, shown_state
 from coordinator.fleet.state import Event, Fleet, Peer
-from coordinator.monitor.evaluations import Evaluations, describe, metric_rows
+from coordinator.monitor.evaluations import Evaluations, describe, describe_comparison, metric_rows
 from coordinator.monitor.fleet_layout import BORDER
 from coordinator.monitor.peer_table import (
     LEVELS,
@@ -143,6 +143,8 @@ def _facts(peer: Peer, fleet: Fleet, found: Evaluations, now: float) -> Table:
         rows.append(("took part", glyphs.append(count, colors().dim)))
     if (run := current_run(fleet)) and run.changed.run == found.run and peer.peer in found.by_peer:
         rows.append(("held out", describe(found.by_peer[peer.peer])))
+    if run and run.changed.run == found.run and peer.peer in found.compared:
+        rows.append(("brought", describe_comparison(found.compared[peer.peer])))
     rows += [
         (
             "disk left",

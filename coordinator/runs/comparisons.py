@@ -1,0 +1,59 @@
+"""What a peer tells of a run that has ended: how good models are on its own rows. Pure."""
+
+from __future__ import annotations
+
+from coordinator.runs import best_version
+from coordinator.runs.state import Run
+from protocols.messages.comparisons import Comparison, Estimate, recommend
+
+#: The metrics by which models are compared.
+_METRICS = frozenset({"accuracy", "rmse", "loss"})
+
+
+def peers_of(run: Run) -> frozenset[str]:
+    """The peers that the run has evaluations or updates of."""
+    trained = {peer for closed in run.history for peer in closed.contributors}
+    return frozenset(trained | run.evaluations.keys())
+
+
+def objection(run: Run, peer: str, told: Comparison) -> str:
+    """Why a comparison cannot be true, or is none of this run; empty if it counts."""
+    if not run.ended:
+        return f"the run {run.id} has not ended"
+    if run.spec.secure or not run.spec.measures:
+        return "in this run no metric of a single peer is told"
+    if peer not in peers_of(run):
+        return "this peer has no part in the run"
+    if told.metric not in _METRICS:
+        return "models are not compared by this metric"
+    _, held_out = run.declared.get(peer, (0, 0))
+    if told.rows < 1 or (held_out and told.rows > held_out):
+        return "the number of rows is not that of the peer"
+    if not {"alone", "shared"} <= told.models.keys():
+        return "a model is missing"
+    if told.gains.keys() != told.models.keys() - {"shared"}:
+        return "the gains are not those of the models"
+    if told.recommended != recommend(told.gains):
+        return "the recommended model does not follow from the gains"
+    low, high = best_version.bounds_of(run.spec.task, told.metric)
+    if not all(low <= one.low <= one.value <= one.high <= high for one in told.models.values()):
+        return "a metric is out of its bounds"
+    if not all(one.low <= one.value <= one.high for one in told.gains.values()):
+        return "a gain is not within its interval"
+    return ""
+
+
+def line(name: str, told: Comparison) -> str:
+    """A line about a peer for people."""
+    models = ", ".join(
+        f"{model} {_estimate(one)}" for model, one in sorted(told.models.items(), key=_order)
+    )
+    return f"{name}: {told.recommended} is recommended; {told.metric}: {models} ({told.rows} rows)"
+
+
+def _order(item: tuple[str, Estimate]) -> int:
+    return ("alone", "shared", "personal").index(item[0])
+
+
+def _estimate(one: Estimate) -> str:
+    return f"{one.value:.4g} [{one.low:.4g}, {one.high:.4g}]"

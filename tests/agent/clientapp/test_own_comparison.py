@@ -1,0 +1,237 @@
+"""When an agent compares models after a run, and what of it leaves the machine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
+
+from msgspec.structs import replace
+
+from agent.clientapp import own_comparison
+from agent.clientapp.own_comparison import OwnComparisons
+from agent.data.settings import DataSettings
+from agent.home import audit_log, own_results
+from agent.home.settings_schema import AgentSettings
+from agent.tasks import tabular
+from agent.tasks.tabular import Tabular
+from agent.tasks.work import Done
+from agent.tasks.work import Work as TrainerWork
+from agent.trainer.executor import WorkExecutor
+from agent.trainer.ipc import Failed
+from agent.trainer.progress import WorkControl
+from protocols.errors import CommonweightError, Refused, TrainerFailed, UnknownName, Unreachable
+from protocols.messages.comparisons import Comparison
+from protocols.messages.work import NamedModel, Which, Work
+from protocols.model import weights
+from protocols.privacy.private_training import EPSILON
+from protocols.tables import preprocessing
+from tests.support.tables import patients
+
+
+class Trainer:
+    """The real executor, in this process."""
+
+    def __init__(self, data: DataSettings) -> None:
+        self.data, self.done = data, 0
+        self._executor = WorkExecutor(WorkControl(), lambda answer: None, 1)
+
+    def run(self, work: TrainerWork) -> Done:
+        try:
+            found = self._executor.do(replace(work, data=self.data))
+        except CommonweightError as err:
+            raise TrainerFailed(err.code, err.message) from err
+        assert not isinstance(found, Failed)
+        self.done += 1
+        return found
+
+
+class Link:
+    """A coordinator, as an agent sees it. `told`: what it was sent."""
+
+    def __init__(self, model: NamedModel, file: Path) -> None:
+        self.model, self._file = model, file
+        self.told: list[Comparison] = []
+        self.asked = 0
+        self.error: CommonweightError | None = None
+
+    def named_model(self, name: str, which: Which) -> NamedModel:
+        self.asked += 1
+        if name != self.model.run:
+            raise UnknownName("no such run")
+        return self.model
+
+    def download(self, digest: str, nbytes: int, target: Path) -> None:
+        shutil.copy(self._file, target)
+
+    def send_comparison(self, told: Comparison) -> None:
+        if self.error is not None:
+            raise self.error
+        self.told.append(told)
+
+
+class Site:
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        self.home.mkdir()
+        table = patients(folder / "own.csv", 150, 1)
+        data = DataSettings(path=str(table), device="cpu", min_count=1)
+        settings: dict[str, Any] = {"target": "ill", "model": "linear", "epochs": 1}
+        task = Tabular()
+        task.load(data)
+        made = preprocessing.derive({"me": task.survey(settings)}, settings).preprocessing
+        settings["preprocessing"] = preprocessing.encode(made)
+        shared = folder / "shared.safetensors"
+        digest = weights.save(task.init(0, settings), shared)
+        self.work = Work(run="tabular-1", round=1, kind="train", task="tabular", settings=settings)
+        nbytes = shared.stat().st_size
+        model = NamedModel(
+            run="tabular-1",
+            round=3,
+            task="tabular",
+            digest=digest,
+            nbytes=nbytes,
+            ended_rounds=3,
+        )
+        self.link, self.trainer = Link(model, shared), Trainer(data)
+        self.owner = AgentSettings(tasks=("tabular",), data_columns=("*",))
+        self.was_told, self.states = True, list[bool]()
+
+    def own(self) -> OwnComparisons:
+        return OwnComparisons(
+            self.home,
+            self.trainer,
+            lambda: self.owner,
+            lambda: self.link,
+            lambda work: self.states.append(work is not None),
+            lambda task, settings, digest: self.was_told and digest == self.link.model.digest,
+        )
+
+    def result(self) -> own_results.OwnResult | None:
+        return own_results.newest(self.home)
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_comparison, "_FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(tabular, "MIN_LOCAL_ROUNDS", 3)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def finish(own: OwnComparisons) -> None:
+    for _ in range(100):
+        if not own.advance() and own.due_s == float("inf"):
+            return
+    raise AssertionError("it does not end")
+
+
+def test_it_waits_for_the_end_then_compares_and_tells_once(site: Site) -> None:
+    ended = site.link.model
+    site.link.model = replace(ended, ended_rounds=0)
+    own = site.own()
+    assert own.due_s == float("inf")
+    own.note(site.work)
+    assert not own.advance()
+    assert (site.link.asked, site.trainer.done) == (1, 0), "the run goes on"
+    own = site.own()  # a restart
+    site.link.model = ended
+    finish(own)
+    found = site.result()
+    assert found is not None
+    assert found.comparison is not None
+    assert (found.is_told, found.to_tell) == (True, False)
+    assert site.link.told == [found.comparison]
+    assert site.states == [True, False] * site.trainer.done
+    (left,) = audit_log.read(site.home)
+    assert (left.what, left.run, left.num_held_out) == ("comparison", "tabular-1", 30)
+    assert left.metrics.keys() == {"alone accuracy", "shared accuracy", "personal accuracy"}
+    assert site.own().due_s == float("inf"), "nothing is left to do"
+    assert not (own_results.folder_of(site.home, "tabular-1") / "shared.safetensors").exists()
+    own.note(replace(site.work, round=4))  # the run was resumed
+    assert site.result() is None
+
+
+def test_what_the_coordinator_could_not_take_is_told_later_and_what_it_refuses_is_not(
+    site: Site,
+) -> None:
+    own = site.own()
+    own.note(site.work)
+    site.link.error = Unreachable("away")
+    with pytest.raises(Unreachable):
+        finish(own)
+    site.link.error = None
+    own = site.own()
+    own.advance()
+    assert len(site.link.told) == 1
+    own.note(site.work)
+    site.link.error = Refused("not taken")
+    finish(own)
+    found = site.result()
+    assert found is not None
+    assert (found.is_told, found.to_tell) == (False, False)
+
+
+#: Why nothing may leave: of the run's work, and of the owner's settings.
+QUIET: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a secure run": ({"codec": "masked:32"}, {}),
+    "a run with noise": ({"settings": {EPSILON: 3.0}}, {}),
+    "local": ({}, {"compare": "local"}),
+    "a privacy budget": ({}, {"privacy_max_epsilon": 4.0}),
+    "secure runs alone": ({}, {"secure_min": 3}),
+}
+
+
+@pytest.mark.attack("3", by="coordinator")
+@pytest.mark.parametrize("why", [*QUIET, "off", "a version that was not evaluated here"])
+def test_no_coordinator_gets_a_comparison_that_the_owner_keeps(site: Site, why: str) -> None:
+    """Attack: a coordinator asks for the comparison of a run, or makes the run plain afterwards,
+    although its metrics stay on the machine."""
+    of_run, of_owner = QUIET.get(why, ({}, {}))
+    settings = {**site.work.settings, **of_run.get("settings", {})}
+    work = replace(site.work, **{**of_run, "settings": settings})
+    site.owner = replace(site.owner, **of_owner)
+    own = site.own()
+    own.note(work)
+    if why == "off":
+        site.owner = replace(site.owner, compare="off")
+    if why == "a version that was not evaluated here":
+        site.was_told = False
+    if of_run:  # the same run again, as if it had been a plain one
+        own.note(site.work)
+    finish(own)
+    assert site.link.told == []
+    assert audit_log.read(site.home) == []
+    found = site.result()
+    if why == "off":
+        assert (found, site.trainer.done) == (None, 0)
+        return
+    assert found is not None
+    assert found.comparison is not None, "its owner sees it"
+    assert not found.to_tell
+
+
+def test_a_task_that_the_owner_forbids_meanwhile_is_not_run(site: Site) -> None:
+    own = site.own()
+    own.note(site.work)
+    site.owner = replace(site.owner, forbidden_tasks=("tabular",))
+    finish(own)
+    found = site.result()
+    assert found is not None
+    assert "does not allow the task" in found.why
+    assert site.trainer.done == 0
+
+
+def test_old_comparisons_are_deleted(site: Site) -> None:
+    site.owner = replace(site.owner, compare="local")
+    own = site.own()
+    for number in range(own_results.MAX_RUNS + 3):
+        own.note(replace(site.work, run=f"tabular-{number}"))
+    assert len(list((site.home / own_results.FOLDER).iterdir())) == own_results.MAX_RUNS
