@@ -26,6 +26,7 @@ from coordinator.runs.state import Evaluation, Round, Run, why_no_evaluations
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from protocols.messages.envelope import Metrics
+from protocols.messages.comparisons import Comparison, Estimate
 from protocols.messages.states import ENDED, RunState
 from protocols.model import schema_card
 
@@ -517,6 +518,7 @@ _ONE = st.sampled_from(PEERS)
 _SOME = st.lists(_ONE, unique=True).map(tuple)
 CARD = schema_card.make_card("t", "1", {})
 _HELD = st.builds(run_events.Holding, st.integers(-1, 3), st.sampled_from(["x", "y"]))
+COMPARED = Comparison(run="r", metric="loss", rows=9, models={"shared": Estimate(1, 1, 1)})
 FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     run_events.PeerDescribed: lambda d: run_events.PeerDescribed("A", CARD),
     run_events.PreprocessingFixed: lambda d: run_events.PreprocessingFixed("{}", ("A",)),
@@ -546,6 +548,7 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     run_events.RoundClosed: lambda d: run_events.RoundClosed(1, {}, 1.0, 0, 0),
     run_events.RunEnded: lambda d: run_events.RunEnded(d(st.sampled_from(sorted(ENDED))), "x"),
     run_events.RunResumed: lambda d: run_events.RunResumed(),
+    run_events.PeerCompared: lambda d: run_events.PeerCompared(d(_ONE), COMPARED),
     run_events.RunDeleted: lambda d: run_events.RunDeleted(),
     run_events.RecallBegun: lambda d: run_events.RecallBegun(d(st.booleans())),
     run_events.HoldingTold: lambda d: run_events.HoldingTold(d(_ONE), d(st.none() | _HELD)),
@@ -562,7 +565,8 @@ def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
         before = run
         run = transitions.apply(run, FACTS[kind](data.draw))
         if before.ended and kind not in (run_events.RunResumed, run_events.RecallBegun):
-            assert run == replace(before, deleted=run.deleted)
+            known = {"deleted": run.deleted, "comparisons": run.comparisons}
+            assert run == replace(before, **known)
         decisions.decide(run, Observation(ALL, data.draw(st.booleans())))
         decisions.decide(run, Observation(frozenset(), data.draw(st.booleans())))
 
@@ -570,9 +574,14 @@ def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
 def test_every_fact_has_a_transition_and_only_two_leave_an_end() -> None:
     assert set(FACTS) == set(transitions.TRANSITIONS)
     after = {kind for kind, (states, _) in transitions.TRANSITIONS.items() if states & ENDED}
-    assert after == {run_events.RunResumed, run_events.RecallBegun, run_events.RunDeleted}
+    stays = {run_events.RunDeleted, run_events.PeerCompared}
+    assert after == {run_events.RunResumed, run_events.RecallBegun} | stays
     stopped = Run(id="r", spec=RunSpec(task="t", rounds=2), state=RunState.STOPPED)
     assert transitions.apply(stopped, run_events.RunDeleted()).ended
+    compared = transitions.apply(stopped, run_events.PeerCompared("p", COMPARED))
+    assert compared.ended
+    assert compared.comparisons == {"p": COMPARED}
+    assert transitions.apply(compared, run_events.RunResumed()).comparisons == {}
     assert RunState.FINISHED not in transitions.TRANSITIONS[run_events.RunResumed][0]
 
 
@@ -592,5 +601,5 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
         | {"deleted", "refusal_kinds", "refusal_texts", "on_time", "abandoned", "declared"}
         | {"limited", "limited_now", "surveyed", "evaluations", "num_asked", "num_spent"}
-        | {"cohort", "turn", "lost_cohorts"}
+        | {"cohort", "turn", "lost_cohorts", "comparisons"}
     )
