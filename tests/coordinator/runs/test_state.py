@@ -25,8 +25,8 @@ from coordinator.runs.decisions import Observation
 from coordinator.runs.state import Evaluation, Round, Run, why_no_evaluations
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, Update
-from protocols.messages.envelope import Metrics
 from protocols.messages.comparisons import Comparison, Estimate
+from protocols.messages.envelope import Metrics
 from protocols.messages.states import ENDED, RunState
 from protocols.model import schema_card
 
