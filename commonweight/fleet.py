@@ -122,14 +122,16 @@ class Fleet:
         epsilon: float = 0.0,
         bounds: Mapping[str, tuple[float, float]] = {},
         deadline: str = "10m",
+        secure: bool = False,
     ) -> Analysis:
         """Ask all peers about their tables, as `commonweight analyze`; wait for it.
 
         `question`: such as "count, mean(age) by sex", or a method such as "ttest(age by sex)"; the
         answer's `frame()` is a DataFrame. `where`: which rows count. `epsilon`: add noise with this
-        privacy cost, for which `bounds` gives the least and greatest value by column.
+        privacy cost, for which `bounds` gives the least and greatest value by column. `secure`: the
+        coordinator gets the sums over all peers alone.
         """
-        return jobs.analyze(self._remote, question, where, epsilon, bounds, deadline)
+        return jobs.analyze(self._remote, question, where, epsilon, bounds, deadline, secure)
 
     def close(self) -> None:
         """Close the connections."""

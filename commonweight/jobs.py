@@ -127,14 +127,16 @@ def analyze(
     epsilon: float,
     bounds: Mapping[str, tuple[float, float]],
     deadline: str,
+    secure: bool,
 ) -> Analysis:
     """See `Fleet.analyze`."""
     if method := parse_method(question, where):
         if epsilon or bounds:
             raise UsageError(f"{method.name} has no answer with noise", "leave epsilon out")
-        return _analysis_of(remote, analysis.ask_method(remote, method, parse_seconds(deadline)))
+        within_s = parse_seconds(deadline)
+        return _analysis_of(remote, analysis.ask_method(remote, method, within_s, secure=secure))
     query = parser.parse_query(question, where, epsilon=epsilon, bounds=dict(bounds))
-    result = analysis.ask(remote, query, parse_seconds(deadline))
+    result = analysis.ask(remote, query, parse_seconds(deadline), secure=secure)
     peers = {peer["peer"]: peer["name"] for peer in remote.peers()}
     rows = (
         {

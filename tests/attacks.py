@@ -78,6 +78,7 @@ NUMBERED = {
     "strangers": Numbered("get in without belonging to the fleet", "stranger"),
     "wire": Numbered("send malformed, oversized, slow or repeated messages", "stranger"),
     "secure": Numbered("learn one peer's update from a secure run", "coordinator"),
+    "questions": Numbered("learn one peer's answer to a secure question", "coordinator"),
     "secrets": Numbered("find secrets that lie about, or have data run as code", "thief"),
 }
 

@@ -1,5 +1,5 @@
-"""Answers one query in its own process: `python -m agent.analytics HOME JOB FLEET`, a `Query`
-on stdin.
+"""Answers one query in its own process: `python -m agent.analytics HOME JOB FLEET [secure]`, a
+`Query` on stdin.
 
 This keeps the agent small, because the table readers need more memory than the agent.
 """
@@ -26,7 +26,10 @@ def main() -> None:
     home, asked_by = Path(sys.argv[1]), (sys.argv[2], sys.argv[3])
     chosen = settings.read(home)
     log, memory = QueryLog(log_file(home)), TableMemory(settings.memory_file(home))
-    answers.write(answer_question(question, chosen, home / "analysis", log, memory, asked_by))
+    secure = sys.argv[4:] == ["secure"]
+    answers.write(
+        answer_question(question, chosen, home / "analysis", log, memory, asked_by, secure=secure)
+    )
     memory.close()
     log.close()
     answers.close()

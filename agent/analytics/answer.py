@@ -16,6 +16,7 @@ from agent.analytics.compute import CutsOf, Group, Places, Table, find_cells, re
 from agent.analytics.cut_points import CutPoints
 from agent.analytics.figures import Figure, compute_figure, min_product_rows
 from agent.analytics.model_sums import compute_model
+from agent.analytics.peer_sets import columns_of
 from agent.analytics.query_log import QueryLog, ToldColumn
 from agent.analytics.survival_counts import count_survival
 from agent.data import disclosed_sets, open_table, sources
@@ -53,11 +54,14 @@ def answer_question(
     log: QueryLog,
     memory: TableMemory,
     asked_by: tuple[str, str] = ("", ""),
+    *,
+    secure: bool = False,
 ) -> bytes:
     """The encoded answer, with results or the reason for a refusal. Records it first.
 
     `asked_by`: the job and the fleet, for the ledger of privacy. `chosen` names the table and what
     the owner allows; `memory` has the rows that training and earlier answers have told about.
+    `secure`: the answer leaves in a sum with those of other peers.
     Raises OSError when the answer cannot be recorded.
     """
     data = ""
@@ -65,18 +69,45 @@ def answer_question(
     with log.writing():
         try:
             _check(question, chosen, log)
+            _check_way(question, chosen, log, secure)
             data = _state_of(chosen)
             if (told := log.find_answer(question, data)) is not None:
+                _remember_way(question, log, secure)
                 return log.repeat(question, data, told)
             log.check_room()
             told, sets = _compute_answer(question, chosen, cache, log, memory)
             _charge(question, chosen, log, asked_by)
+            _remember_way(question, log, secure)
         except CommonweightError as err:
             # Others learn the kind of error, not the content of the table.
             words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
             _logger.info("a question was refused: %s. It was: %s", err.message, question)
             return log.record(question, data, PeerAnswer(refused=strip_controls(words)))
         return log.record(question, data, told, sets)
+
+
+def _check_way(question: Query, chosen: AgentSettings, log: QueryLog, secure: bool) -> None:
+    """Raise Refused if an answer of this machine alone, or one in a sum, would tell too much.
+
+    Noise covers an answer of this machine alone.
+    """
+    columns = columns_of(question)
+    if secure:
+        log.peer_sets.check_in_sums(columns)
+    elif columns and not question.epsilon:
+        if chosen.secure_min:
+            raise Refused(
+                "the owner answers secure questions alone; in this one the coordinator would see "
+                "the answer of each machine",
+                "commonweight analyze --secure",
+            )
+        log.peer_sets.check_alone(columns)
+
+
+def _remember_way(question: Query, log: QueryLog, secure: bool) -> None:
+    """Record an exact answer of this machine alone. One in a sum is recorded with its peers."""
+    if not secure and not question.epsilon:
+        log.peer_sets.tell_alone(columns_of(question))
 
 
 def _charge(

@@ -54,8 +54,10 @@ def read_question(text: str) -> Query:
     return decode(_query, text.encode(), "question")
 
 
-def answer(question: Query, home: Path, job: str = "", fleet: str = "") -> bytes:
-    """The encoded answer, after it was recorded for this job.
+def answer(
+    question: Query, home: Path, job: str = "", fleet: str = "", *, secure: bool = False
+) -> bytes:
+    """The encoded answer, after it was recorded for this job. `secure`: only sums of it leave.
 
     Raises CommonweightError. The message of one leaves the machine; why a process failed may quote
     a path, a setting or a value, so it is in the hint, which stays.
@@ -65,7 +67,7 @@ def answer(question: Query, home: Path, job: str = "", fleet: str = "") -> bytes
         query_log.move_log(home)
         program, env = child_program(home)
         return run_program(
-            [sys.executable, "-P", "-m", *program, str(home), job, fleet],
+            [sys.executable, "-P", "-m", *program, str(home), job, fleet, *["secure"] * secure],
             "its process failed",
             within_s=TIMEOUT_S,
             stdin=msgspec.json.encode(question),

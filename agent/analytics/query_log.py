@@ -21,6 +21,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent.analytics.cut_points import CutPoints
+from agent.analytics.peer_sets import PeerSets, file_beside
 from agent.data.disclosed_sets import Numbers, pack, unpack
 from agent.home import settings
 from agent.home.privacy_ledger import PrivacyLedger
@@ -117,8 +118,10 @@ class QueryLog:
         if "charged" not in {row[1] for row in self._db.execute("PRAGMA table_info(answers)")}:
             self._db.execute("ALTER TABLE answers ADD COLUMN charged INTEGER")
         self.ledger = PrivacyLedger(path.with_name("privacy.db"))
+        self.peer_sets = PeerSets(file_beside(path))
 
     def close(self) -> None:
+        self.peer_sets.close()
         self.ledger.close()
         self._db.close()
 

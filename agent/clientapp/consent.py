@@ -20,7 +20,7 @@ from protocols.errors import (
     Refused,
     UnknownName,
 )
-from protocols.messages.jobs import Analyze, Scatter, Unit
+from protocols.messages.jobs import Analyze, Scatter, SecureAnalyze, Unit
 
 _ON_THAT_MACHINE = "on that machine: commonweight-agent"
 _KINDS: dict[Standing, type[AwaitingConsent]] = {
@@ -96,7 +96,7 @@ def check_used(chosen: AgentSettings, task: str, used: Sequence[str]) -> None:
 def check_unit(chosen: AgentSettings, unit: Unit) -> None:
     """Raise an error as `check` does, or Refused, if the owner does not allow this unit now."""
     match unit.question:
-        case Analyze():
+        case Analyze() | SecureAnalyze():
             if chosen.analyze == "off":
                 raise Refused(
                     "the owner of this machine lets nobody ask",

@@ -34,17 +34,22 @@ def check(work: Work, chosen: AgentSettings) -> None:
         return
     _check_shared_noise(work, chosen)
     if is_secure(work):
-        if more := chosen.missing_trust:
-            raise AwaitingTrust(
-                f"this run is secure, and the owner trusts {len(chosen.trust)} other peers; a sum "
-                f"needs {more} more",
-                "on that machine: commonweight-agent trust add ID",
-            )
+        check_trust(chosen, "run")
     elif chosen.secure_min and work.task not in WITHOUT_DATA:
         raise NotAllowed(
             "the owner takes part in secure runs alone; in this one the coordinator would see the "
             "update of each peer",
             "run start --secure; or on that machine: commonweight-agent policy set secure_min 0",
+        )
+
+
+def check_trust(chosen: AgentSettings, what: str) -> None:
+    """Raise AwaitingTrust if the owner trusts too few peers for a secure run or question."""
+    if more := chosen.missing_trust:
+        raise AwaitingTrust(
+            f"this {what} is secure, and the owner trusts {len(chosen.trust)} other peers; a sum "
+            f"needs {more} more",
+            "on that machine: commonweight-agent trust add ID",
         )
 
 

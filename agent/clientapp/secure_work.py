@@ -88,6 +88,8 @@ class SecureWork:
         if turn is None or turn.told is not None:
             return None
         made = turn.ready
+        if made.kind == "question":  # those have a record of their own
+            return None
         return OpenSum(run=made.run, round=made.round, turn=made.turn, kind=made.kind)
 
     def end(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent.analytics import job_handler
+from agent.analytics.secure_questions import SecureQuestions
 from agent.clientapp import consent, secure_rules
 from agent.clientapp.app import Client
 from agent.clientapp.flower_apps import FlowerApps
@@ -38,7 +39,15 @@ from agent.transport import version_proofs
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.version_store import VersionStore
 from protocols.enrollment import identity
-from protocols.messages.jobs import INPUT_PATH, Analyze, ModelRef, Private, Scatter, Score
+from protocols.messages.jobs import (
+    INPUT_PATH,
+    Analyze,
+    ModelRef,
+    Private,
+    Scatter,
+    Score,
+    SecureAnalyze,
+)
 from protocols.messages.work import UpdateClaim, Work
 from protocols.privacy.secagg.turn import Me
 
@@ -244,6 +253,7 @@ def make_client(
         ),
         budget,
     )
+    secure_me = Me(me.peer, identity.public_bytes(ctx.credentials.sign_key), me.sign)
     jobs = Jobs(
         me,
         outbox / "answers",
@@ -252,6 +262,15 @@ def make_client(
             Scatter: inference.scatter,
             Private: inference.private,
             Analyze: job_handler.handler(home, ctx.enrollment.fleet),
+            SecureAnalyze: SecureQuestions(
+                secure_me,
+                home,
+                ctx.enrollment.fleet,
+                owner,
+                lambda query, job: job_handler.answer(
+                    query, home, job, ctx.enrollment.fleet, secure=True
+                ),
+            ).answer,
         },
         check=lambda unit: consent.check_unit(owner(), unit),
         on_work=events.on_work,
@@ -284,7 +303,7 @@ def make_client(
         check_log=check_log,
         budget=budget,
         secure_turns=lambda: SecureTurns(
-            Me(me.peer, identity.public_bytes(ctx.credentials.sign_key), me.sign),
+            secure_me,
             TurnStore(home),
             lambda: secure_rules.pins(owner()),
         ),

@@ -25,7 +25,7 @@ from protocols.messages import app_work
 from protocols.messages.app_work import AppAnswer, AppWork, Arrays, Values
 from protocols.messages.comparisons import Comparison
 from protocols.messages.envelope import Metrics
-from protocols.messages.jobs import Answer, Scatter, Unit
+from protocols.messages.jobs import Answer, Scatter, SecureAnalyze, Unit
 from protocols.messages.work import UpdateClaim
 
 FILE = "left.jsonl"
@@ -122,7 +122,12 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
 
     Raises OSError, as `write_update` does.
     """
-    about_own_rows = not isinstance(unit.question, Scatter)
+    told = "" if isinstance(unit.question, Scatter) else body.decode(errors="replace")
+    if isinstance(unit.question, SecureAnalyze) and unit.question.step != "shape":
+        # Keys, shares and masked numbers are random to all others.
+        told = msgspec.json.encode(
+            {"step": unit.question.step, "secure question": unit.question.session}
+        ).decode()
     entry = AuditEntry(
         at=time.time(),
         run=unit.job,
@@ -132,7 +137,7 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
         digest=answer.digest,
         nbytes=answer.nbytes,
         num_examples=answer.rows,
-        told=body.decode(errors="replace") if about_own_rows else "",
+        told=told,
     )
     _append(home, entry)
 

@@ -27,6 +27,8 @@ from protocols.local.failpoints import failpoint
 from protocols.privacy.secagg.turn import Turn
 
 FILE = "secure.db"
+#: The folder in the home with the turns of secure questions, which are asked while a run trains.
+QUESTIONS = "questions"
 _decode = msgspec.msgpack.Decoder(Turn).decode
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -189,6 +191,7 @@ class TurnStore:
 
 def forget_all(home: Path) -> None:
     """Delete all secrets of secure sums in a home that leaves its fleet; what was begun is kept."""
-    if (home / FILE).exists():
-        with closing(TurnStore(home)) as store:
-            store.end_others()
+    for folder in (home, home / QUESTIONS):
+        if (folder / FILE).exists():
+            with closing(TurnStore(folder)) as store:
+                store.end_others()

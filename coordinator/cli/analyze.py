@@ -38,6 +38,10 @@ def analyze(
         list[str] | None,
         typer.Option(help="COLUMN=LEAST..MOST, for noise; values outside are clipped."),
     ] = None,
+    secure: Annotated[
+        bool,
+        typer.Option("--secure", help="Get the sums over all peers alone, and no single answer."),
+    ] = False,
     deadline: Annotated[
         str, typer.Option(help="Continue then without peers that have not answered.")
     ] = "10m",
@@ -56,6 +60,7 @@ def analyze(
     from coordinator.jobs.methods.requests import parse_method
     from coordinator.remote import analysis
     from protocols.analytics import parser
+    from protocols.privacy import question_sums
 
     limits = dict(map(_parse_bounds, bounds or []))
     if json + csv + latex > 1:
@@ -65,13 +70,15 @@ def analyze(
         raise UsageError(f"{method.name} has no answer with noise", "leave --epsilon out")
     if method:
         remote = connect()
-        result = analysis.ask_method(remote, method, parse_seconds(deadline))
+        result = analysis.ask_method(remote, method, parse_seconds(deadline), secure=secure)
         tables, notes, plot = result.tables, result.notes, result.plot
         label, left_out, answer = result.label, result.left_out, msgspec.to_builtins(result)
     else:
         parsed = parser.parse_query(question, where, epsilon=epsilon, bounds=limits)
+        if secure:
+            question_sums.check(parsed)
         remote = connect()
-        found = analysis.ask(remote, parsed, parse_seconds(deadline))
+        found = analysis.ask(remote, parsed, parse_seconds(deadline), secure=secure)
         tables, notes, plot = (analysis_table.table_of(found),), (), ()
         label, left_out, answer = found.label, found.left_out, found
     if json:

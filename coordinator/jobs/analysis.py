@@ -65,7 +65,7 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
     `peers` of `asked` peers answered for `rows` rows. No peer tells how many rows it withholds.
     `withheld` figures of a peer's group are left out, because they describe too few rows.
     `similar` peers answered for the rows of an earlier question, which differ in a few rows or in
-    none. `left_out` gives the reason by peer.
+    none. `left_out` gives the reason by peer. `secure`: how exact secure sums are.
     """
 
     figures: tuple[str, ...]
@@ -78,6 +78,7 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
     withheld: int = 0
     similar: int = 0
     epsilon: float = 0.0
+    secure: str = ""
 
     @property
     def label(self) -> str:
@@ -89,18 +90,22 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
             parts.append(f"{self.similar} peers answered for the rows of a similar question")
         if self.epsilon:
             parts.append(f"with noise for ε = {self.epsilon:g}")
+        if self.secure:
+            parts.append(self.secure)
         return "; ".join(parts)
 
 
 class Merged(NamedTuple):
     """The answers of all peers together: by group, its rows and a state for each operation.
 
-    `used`: the answers by peer. `left_out` gives the reason by peer.
+    `used`: the answers by peer; without their numbers if `secure` says how exact the sums are.
+    `left_out` gives the reason by peer.
     """
 
     cells: dict[GroupValues, tuple[int, tuple[State, ...]]]
     used: dict[str, PeerAnswer]
     left_out: dict[str, str]
+    secure: str = ""
 
     @property
     def withheld(self) -> int:
@@ -113,6 +118,13 @@ class Merged(NamedTuple):
         return sum(rows for rows, _ in self.cells.values())
 
     @property
+    def least_rows(self) -> int:
+        """The rows of the peer with the fewest; of secure sums, the mean of all peers."""
+        if self.secure:
+            return self.rows // max(len(self.used), 1)
+        return min((answer.rows for answer in self.used.values()), default=0)
+
+    @property
     def similar(self) -> int:
         """The number of peers that answered for the rows of a similar question."""
         return sum(answer.similar for answer in self.used.values())
@@ -123,7 +135,7 @@ def merge_answers(answers: Mapping[str, PeerAnswer], asked: Sequence[str]) -> Me
     left_out = {peer: "no answer in time" for peer in asked if peer not in answers}
     left_out |= {peer: answer.refused for peer, answer in answers.items() if answer.refused}
     accepted = {peer: answer for peer, answer in answers.items() if not answer.refused}
-    left_out |= _kind_conflicts(accepted)
+    left_out |= kind_conflicts(accepted)
     used = {peer: answer for peer, answer in accepted.items() if peer not in left_out}
     rows: Counter[GroupValues] = Counter()
     states: dict[GroupValues, list[tuple[State, ...]]] = defaultdict(list)
@@ -141,7 +153,11 @@ def combine(
     query: Query, answers: Mapping[str, PeerAnswer], asked: Sequence[str]
 ) -> AnalysisResult:
     """The result of a query from the answers by peer. `asked` includes the silent peers."""
-    merged = merge_answers(answers, asked)
+    return result_of(query, merge_answers(answers, asked), len(asked))
+
+
+def result_of(query: Query, merged: Merged, asked: int) -> AnalysisResult:
+    """The result of a query from the merged answers of `asked` peers."""
     return AnalysisResult(
         figures=tuple(map(str, query.operations)),
         by=query.by,
@@ -150,12 +166,13 @@ def combine(
             for group, (rows, states) in merged.cells.items()
         ),
         peers=len(merged.used),
-        asked=len(asked),
+        asked=asked,
         rows=merged.rows,
         left_out=merged.left_out,
         withheld=merged.withheld,
         similar=merged.similar,
         epsilon=query.epsilon,
+        secure=merged.secure,
     )
 
 
@@ -268,7 +285,7 @@ def _moment(kind: str, moments: Moments) -> Figure:
     return variance if kind == "var" else math.sqrt(variance)
 
 
-def _kind_conflicts(answers: Mapping[str, PeerAnswer]) -> dict[str, str]:
+def kind_conflicts(answers: Mapping[str, PeerAnswer]) -> dict[str, str]:
     """The peers in which a column has another kind of values than in most, with the reason."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(name for answer in answers.values() for name in answer.kinds):

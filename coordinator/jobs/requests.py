@@ -17,6 +17,7 @@ from coordinator.jobs import scheduler
 from coordinator.jobs.state import Job, Unit
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
+from coordinator.storage.job_events import JobSpec
 from protocols.local.failpoints import failpoint
 from protocols.messages import jobs as wire
 
@@ -107,7 +108,7 @@ class PendingJobRequests:
             case "private":
                 question = wire.Private(min_group=spec.min_group)
             case "analyze":
-                question = wire.Analyze(spec.query)
+                question = _question(spec, unit)
         signed = wire.Unit(
             job=job.id,
             unit=unit.number,
@@ -184,3 +185,14 @@ class PendingJobRequests:
         """Delete the rows of a verified unit, unless another peer may still download them."""
         if not unit.leases and unit.number in self._inputs:
             self._store.drop(self._inputs.pop(unit.number))
+
+
+def _question(spec: JobSpec, unit: Unit) -> wire.UnitQuestion:
+    """The question to a peer about its own table."""
+    if (secure := spec.secure) is None:
+        return wire.Analyze(spec.query)
+    some = secure.requests
+    request = some[unit.number if len(some) > 1 else 0] if some else b""
+    return wire.SecureAnalyze(
+        query=spec.query, session=secure.session, step=secure.step, request=request
+    )

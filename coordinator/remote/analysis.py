@@ -7,29 +7,40 @@ peers that have answered are not asked again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from coordinator.jobs.analysis import AnalysisResult, Merged, combine, merge_answers
+from coordinator.jobs import secure_questions
+from coordinator.jobs.analysis import (
+    AnalysisResult,
+    Merged,
+    combine,
+    merge_answers,
+    result_of,
+)
 from coordinator.jobs.methods.plans import explain_refusal, follow
 from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import Statistics
+from coordinator.jobs.secure_questions import Answers
 from coordinator.jobs.store import JobStore
-from coordinator.storage.job_events import JobSpec, JobState
+from coordinator.storage.job_events import JobSpec, JobState, SecureStep
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
-from protocols.errors import CommonweightError
+from protocols.errors import CommonweightError, UsageError
 from protocols.local import homes
 from protocols.messages.envelope import strip_controls
+from protocols.messages.jobs import QuestionStep
 
 if TYPE_CHECKING:
     from coordinator.jobs.state import Job
     from coordinator.remote.api_client import Remote
     from coordinator.storage.job_events import AnswerInfo
 
-_POLL_S = 0.2
+_FIRST_POLL_S, _POLL_S = 0.03, 0.2
+#: Steps of a secure sum after the first take milliseconds.
+_STEP_S = 30.0
 
 
 def start(remote: Remote, query: Query, deadline_s: float, peers: Sequence[str] = ()) -> str:
@@ -43,19 +54,34 @@ def start(remote: Remote, query: Query, deadline_s: float, peers: Sequence[str] 
     )
 
 
-def ask(remote: Remote, query: Query, deadline_s: float = 600.0) -> AnalysisResult:
-    """The result, once all peers have answered or the deadline has passed."""
+def ask(
+    remote: Remote, query: Query, deadline_s: float = 600.0, *, secure: bool = False
+) -> AnalysisResult:
+    """The result, once all peers have answered or the deadline has passed.
+
+    `secure`: this machine and the coordinator get the sums over all peers alone.
+    """
+    if secure:
+        merged = _ask_securely(remote, query, (), deadline_s)
+        return result_of(query, merged, len(merged.used) + len(merged.left_out))
     return combine(query, *answers_of(_wait(remote, start(remote, query, deadline_s))))
 
 
-def ask_method(remote: Remote, method: Method, deadline_s: float = 600.0) -> Statistics:
+def ask_method(
+    remote: Remote, method: Method, deadline_s: float = 600.0, *, secure: bool = False
+) -> Statistics:
     """The result of a method, which asks several questions, each within `deadline_s`.
 
     All are answered by the same peers: without one that does not answer a later question, the
     method starts again. What peers have answered before costs nothing then.
     """
 
+    if secure and method.name == "meta":
+        raise UsageError("meta shows the estimate of each peer, and --secure hides them")
+
     def put(query: Query, peers: Sequence[str]) -> Merged:
+        if secure:
+            return _ask_securely(remote, query, peers, deadline_s)
         job = _wait(remote, start(remote, query, deadline_s, peers))
         return merge_answers(*answers_of(job, method.name, may_be_none=bool(peers)))
 
@@ -63,11 +89,40 @@ def ask_method(remote: Remote, method: Method, deadline_s: float = 600.0) -> Sta
     return follow(method._replace(peer_names=names), put)
 
 
+def _ask_securely(remote: Remote, query: Query, peers: Sequence[str], deadline_s: float) -> Merged:
+    """The sums over these peers, or all that are online. Each step is a job."""
+    encoded = msgspec.json.encode(query).decode()
+
+    def put(session: str, step: QuestionStep, of: Mapping[str, bytes] | Sequence[str]) -> Answers:
+        requests = tuple(of.values()) if isinstance(of, Mapping) else ()
+        if len(set(requests)) == 1:
+            requests = requests[:1]
+        spec = JobSpec(
+            kind="analyze",
+            query=encoded,
+            deadline_s=deadline_s if step == "shape" else min(deadline_s, _STEP_S),
+            peers=tuple(of),
+            secure=SecureStep(session=session, step=step, requests=requests),
+        )
+        if isinstance(of, Mapping) and not of:
+            return Answers({}, {})
+        job = _wait(remote, remote.start_job(spec))
+        left_out = {peer: strip_controls(explain_refusal(why)) for peer, why in job.excused.items()}
+        units = job.units.values()
+        found = {unit.only: _body(unit.answer) for unit in units if unit.verified}
+        silent = {unit.only: "no answer in time" for unit in units if unit.only not in found}
+        return Answers(found, silent | left_out)
+
+    return secure_questions.ask(query, peers, put)
+
+
 def _wait(remote: Remote, job_id: str) -> Job:
     """The job, once it has ended."""
-    while (job := remote.job(job_id)).state is JobState.WORKING:
-        time.sleep(_POLL_S)
-    return job
+    wait_s = _FIRST_POLL_S
+    while remote.job_status(job_id).state == JobState.WORKING:
+        time.sleep(wait_s)
+        wait_s = min(_POLL_S, 1.5 * wait_s)
+    return remote.job(job_id)
 
 
 def answers_of(
@@ -94,6 +149,11 @@ def answers_of(
 
 def _read(answer: AnswerInfo) -> PeerAnswer:
     """A peer's answer, which the coordinator has checked. Raises CommonweightError."""
+    return msgspec.json.decode(_body(answer), type=PeerAnswer)
+
+
+def _body(answer: AnswerInfo) -> bytes:
+    """The bytes of an answer. Raises CommonweightError."""
     body = answer.body
     if not body:  # a long answer is not in the ledger
         if not (homes.home_path("coordinator") / homes.STAMP).exists():
@@ -101,4 +161,4 @@ def _read(answer: AnswerInfo) -> PeerAnswer:
                 "an answer is too long for other machines", "ask on the coordinator's machine"
             )
         body = JobStore(homes.open_home("coordinator") / "jobs").read_answer(answer)
-    return msgspec.json.decode(body, type=PeerAnswer)
+    return body

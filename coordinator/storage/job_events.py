@@ -16,7 +16,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.messages.envelope import Count, Integer, MaybeDigest, Settings
-from protocols.messages.jobs import INLINE_MAX_BYTES, ModelRef
+from protocols.messages.jobs import INLINE_MAX_BYTES, MAX_STEP_BYTES, ModelRef, QuestionStep
+from protocols.privacy.secagg.messages import MAX_COHORT
 
 PREFIX = "job/"
 
@@ -40,13 +41,27 @@ class Block(Struct, frozen=True, array_like=True):
     nbytes: Count
 
 
+class SecureStep(Struct, frozen=True, kw_only=True):
+    """A step of a secure question. `session` names the sum.
+
+    `requests`: of the step, one for all peers or one for each, in the order of the job's peers.
+    """
+
+    session: _ShortText
+    step: QuestionStep
+    requests: Annotated[
+        tuple[Annotated[bytes, Meta(max_length=MAX_STEP_BYTES)], ...], Meta(max_length=MAX_COHORT)
+    ] = ()
+
+
 class JobSpec(Struct, frozen=True, kw_only=True):
     """The settings of a job. They never change.
 
     "scatter": the rows of the file `input`, split into `blocks`, are distributed over the peers,
     and each unit needs `quorum` equal answers. "private" and "analyze": each of `peers` (empty: all
     that are online) is asked about its own rows, and the job ends after `deadline_s` (0: never)
-    with the answers that have arrived. `names`: the requester's names for the models.
+    with the answers that have arrived. `names`: the requester's names for the models. `secure`: the
+    step that peers are asked for, if the question is secure.
     """
 
     kind: Kind
@@ -63,6 +78,7 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     min_group: Count = 10
     query: Annotated[str, Meta(max_length=256 * 1024)] = ""
     requester: _ShortText = ""
+    secure: SecureStep | None = None
 
 
 class AnswerInfo(Struct, frozen=True, kw_only=True):

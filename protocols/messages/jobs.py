@@ -20,6 +20,10 @@ from protocols.messages.signing import SignedJson
 
 #: The action of a Flower message of type `query`; Flower allows no types of our own.
 QueryAction = Literal["infer", "analyze"]
+#: The steps of a secure question, in their order.
+QuestionStep = Literal["shape", "ready", "share", "mask", "agree", "unmask"]
+#: The longest request of such a step, which leaves room for the unit around it.
+MAX_STEP_BYTES = 512 * 1024
 #: An answer up to this size is sent in the message, a longer one as an upload.
 INLINE_MAX_BYTES = 64 * 1024
 INPUT_PATH = "/cw/v1/inputs/{digest}"
@@ -65,12 +69,25 @@ class Analyze(Struct, frozen=True, tag=True):
     query: Annotated[str, Meta(max_length=256 * 1024)]
 
 
-UnitQuestion = Scatter | Private | Analyze
+class SecureAnalyze(Struct, frozen=True, tag=True, kw_only=True):
+    """A step of a question of which the coordinator gets the sums over all peers alone.
+
+    `session` names the sum. Step "shape" asks what the answer has, without its numbers; the other
+    steps are those of `secagg.messages`, each with its encoded `request`.
+    """
+
+    query: Annotated[str, Meta(max_length=256 * 1024)]
+    session: Id
+    step: QuestionStep
+    request: Annotated[bytes, Meta(max_length=MAX_STEP_BYTES)] = b""
+
+
+UnitQuestion = Scatter | Private | Analyze | SecureAnalyze
 
 
 def query_action(question: UnitQuestion) -> QueryAction:
     """The action of the Flower message that carries this question."""
-    return "analyze" if isinstance(question, Analyze) else "infer"
+    return "analyze" if isinstance(question, Analyze | SecureAnalyze) else "infer"
 
 
 class Score(Struct, frozen=True):

@@ -26,7 +26,8 @@ NAMES = {
     "Analysis.notes": None,
     "Fleet": "(home: Path, timeout_s: float = 15.0) -> None",
     "Fleet.analyze": "(self, question: str, where: str = '', *, epsilon: float = 0.0, "
-    "bounds: Mapping[str, tuple[float, float]] = {}, deadline: str = '10m') -> Analysis",
+    "bounds: Mapping[str, tuple[float, float]] = {}, deadline: str = '10m', "
+    "secure: bool = False) -> Analysis",
     "Fleet.close": "(self) -> None",
     "Fleet.measure": "(self, *models: str, task: str = '', min_group: int = 10, "
     "deadline: str = '10m') -> Measurement",

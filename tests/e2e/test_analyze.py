@@ -116,3 +116,46 @@ def test_methods_ask_three_agents(tmp_path: Path) -> None:
         assert (frame["SE"] > 0).all()
         for name in names:
             assert "unexpected error" not in site.programs[name].log
+
+
+@pytest.mark.long
+def test_secure_questions_to_three_agents(tmp_path: Path) -> None:
+    """The coordinator gets sums alone, and refuses in words what has none."""
+    names = ("ann", "bob", "cyd")
+    with fleet(tmp_path) as site:
+        site.up()
+        site.join(*names)
+        rows = []
+        ids = {}
+        for number, name in enumerate(names):
+            file = tmp_path / f"{name}.csv"
+            rows += table(file, 60 + 20 * number, number)
+            for key, value in (("data", str(file)), ("analyze", "on"), ("secure_min", "3")):
+                assert site.ask_agent(name, "policy", "set", key, value).returncode == 0
+            ids[name] = json.loads(site.ask_agent(name, "status", "id", "--json").stdout)["data"]
+        for owner in names:
+            for other in names:
+                if other != owner:
+                    done = site.ask_agent(owner, "trust", "add", ids[other]["peer"])
+                    assert done.returncode == 0, done.stderr
+        site.start(*names)
+        told = site.data("analyze", "count, mean(age) by sex", "--secure")["answer"]
+        for group in told["groups"]:
+            ages = [float(str(row["age"])) for row in rows if row["sex"] == group["group"][0]]
+            assert group["figures"] == [len(ages), pytest.approx(np.mean(ages), rel=1e-12)]
+        assert (told["peers"], told["asked"], told["rows"]) == (3, 3, 240)
+        fit = site.ask("analyze", "glm(age ~ sex)", "--secure")
+        said = fit.stdout + fit.stderr
+        assert "3 of 3 peers, 240 rows" in said
+        assert "secure sums of 3 peers, each off by at most 4e-39" in said
+        plain = site.ask("analyze", "mean(age)")
+        assert "secure questions alone" in plain.stderr
+        no_sums = site.ask("analyze", "meta(age)", "--secure")
+        assert "--secure hides them" in no_sums.stderr
+        frame = cw.connect(site.home).analyze("ttest(age by sex)", secure=True).frame()
+        assert len(frame) == 2
+        left = json.loads(site.ask_agent("ann", "ledger", "-n", "500", "--json").stdout)["data"]
+        steps = [json.loads(entry["told"])["step"] for entry in left if '"step"' in entry["told"]]
+        assert steps[:5] == ["ready", "share", "mask", "agree", "unmask"]
+        for name in names:
+            assert "unexpected error" not in site.programs[name].log

@@ -82,7 +82,7 @@ def cox(method: Method) -> Plan:
     if found is None or len(found.edges) < 1:
         raise CannotBeMet("there are fewer than two time bins with enough rows at each peer")
     width = len(model.names)
-    rows = min(answer.rows for answer in merged.used.values())
+    rows = merged.least_rows
     bins = min(_MAX_BINS, len(found.edges) + 1, rows // (2 * (width + 1) * _USUAL_STEPS))
     while True:
         try:

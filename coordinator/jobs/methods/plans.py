@@ -78,11 +78,15 @@ def _label(merged: Merged, peers: int, asked: int) -> str:
         parts.append(f"{merged.withheld} figures of too few rows left out")
     if merged.similar:
         parts.append(f"{merged.similar} peers answered for the rows of a similar question")
+    if merged.secure:
+        parts.append(merged.secure)
     return "; ".join(parts)
 
 
 def explain_refusal(why: str, method: str = "") -> str:
     """Why a peer gave no answer, also if its agent is older than the method or the operation."""
+    if "'SecureAnalyze'" in why:
+        return "this agent is too old for --secure: its owner can update it"
     if found := _UNKNOWN_OPERATION.search(why):
         return f"this agent is too old for {method or found[1]}: its owner can update it"
     return why

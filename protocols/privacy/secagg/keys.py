@@ -105,6 +105,11 @@ def tail_of(mask: bytes) -> bytes:
     return derive(mask, "tail")
 
 
+def words_of(mask: bytes) -> bytes:
+    """The seed for the numbers of a question, from the seed of a mask."""
+    return derive(mask, "question")
+
+
 def _seal_key(own: X25519PrivateKey, public: bytes, cohort: bytes, way: tuple[str, str]) -> bytes:
     return derive(exchange(own, public), "share", cohort, way[0].encode(), way[1].encode())
 

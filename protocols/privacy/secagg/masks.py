@@ -118,3 +118,34 @@ def add_masks(
     for first in range(0, max(len(plus), len(minus)), _MAX_STREAMS):
         some = slice(first, first + _MAX_STREAMS)
         Masks(plus[some], minus[some], array.itemsize, start).add_to(array)
+
+
+def add_words(
+    numbers: npt.NDArray[np.uint64], plus: Sequence[bytes], minus: Sequence[bytes]
+) -> None:
+    """Mask integers modulo 2^(64 w), uint64[n, w] with the low word first, in place.
+
+    Words carry into the next one, so the sum of masked numbers tells nothing of its parts.
+    """
+    if not numbers.size:
+        return
+    out, width = new_buffer(), numbers.shape[1]
+    step = BLOCK_BYTES // (8 * width)
+    for seed, is_added in [*((one, True) for one in plus), *((one, False) for one in minus)]:
+        stream = KeyStream(seed, out=out)
+        for first in range(0, len(numbers), step):
+            part = numbers[first : first + step]
+            mask = stream.read(part.nbytes).view("<u8").reshape(part.shape)
+            add_carrying(part, mask if is_added else ~mask, 0 if is_added else 1)
+
+
+def add_carrying(
+    total: npt.NDArray[np.uint64], other: npt.NDArray[np.uint64], one_more: int = 0
+) -> None:
+    """Add integers uint64[n, w], and 0 or 1 to each, in place and modulo 2^(64 w)."""
+    carry = np.full(len(total), one_more, np.uint64)
+    for word, added in zip(total.T, other.T, strict=True):
+        partial = word + added
+        overflows = partial < added
+        np.add(partial, carry, out=word)
+        carry = (overflows | (word < carry)).astype(np.uint64)

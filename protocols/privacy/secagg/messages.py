@@ -48,8 +48,9 @@ Share = Annotated[bytes, Meta(min_length=33, max_length=33)]
 Sealed = Annotated[bytes, Meta(min_length=SEALED_BYTES, max_length=SEALED_BYTES)]
 Peers = Annotated[tuple[Id, ...], Meta(max_length=MAX_COHORT)]
 Limit = Annotated[float, Meta(ge=1e-30, le=1e30)]
-#: What a sum is of: updates with the metrics of their training, or metrics of an evaluation alone.
-SumKind = Literal["train", "evaluate"]
+#: What a sum is of: updates with the metrics of their training, metrics of an evaluation alone, or
+#: answers to a question.
+SumKind = Literal["train", "evaluate", "question"]
 
 
 class TailNames(Struct, frozen=True, kw_only=True):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from protocols.errors import CohortLost
 from protocols.privacy.secagg import keys, shamir
 from protocols.privacy.secagg.aggregator import Aggregator
-from protocols.privacy.secagg.masks import RingArray, add_masks
+from protocols.privacy.secagg.masks import RingArray, add_masks, add_words
 
 
 class Recovery(NamedTuple):
@@ -31,6 +33,10 @@ class Recovery(NamedTuple):
     def unmask_tail(self, total: RingArray) -> None:
         """Unmask the sum of the survivors' metrics uint64[n], in place."""
         add_masks(total, [*map(keys.tail_of, self.plus)], [*map(keys.tail_of, self.minus)])
+
+    def unmask_words(self, total: npt.NDArray[np.uint64]) -> None:
+        """Unmask the sum of the survivors' numbers of a question, uint64[n, w], in place."""
+        add_words(total, [*map(keys.words_of, self.plus)], [*map(keys.words_of, self.minus)])
 
 
 def recover(state: Aggregator) -> Recovery:

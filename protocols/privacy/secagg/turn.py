@@ -13,7 +13,7 @@ from protocols.errors import BadWeights
 from protocols.messages.envelope import Count, Id, MaybeDigest
 from protocols.privacy.secagg import keys, ring, tails
 from protocols.privacy.secagg.cohort import Cohort
-from protocols.privacy.secagg.masks import Masks, RingArray, add_masks
+from protocols.privacy.secagg.masks import Masks, RingArray, add_masks, add_words
 from protocols.privacy.secagg.messages import (
     AgreeRequest,
     Bytes32,
@@ -80,6 +80,12 @@ class Masking(NamedTuple):
         tail = ring.encode_tail(metrics, len(self.cohort.peers))
         add_masks(tail, [*map(keys.tail_of, self.plus)], [*map(keys.tail_of, self.minus)])
         return tail
+
+    def words(self, numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """The masked numbers of an answer to a question, uint64[n, w]."""
+        masked = numbers.copy()
+        add_words(masked, [*map(keys.words_of, self.plus)], [*map(keys.words_of, self.minus)])
+        return masked
 
     def blocks(self, changes: Iterable[tuple[int, npt.NDArray[Any]]]) -> Iterator[RingArray]:
         """The masked update, block by block, from blocks of (tensor's number, float32[n]), or

@@ -1,0 +1,139 @@
+"""With which peers this agent has told sums about its columns. One SQLite file, fully synchronous.
+
+A sum over four peers less the same sum over three of them is what the fourth one told. So this
+agent answers about a column alone or in secure sums, never in both ways; and the sets of peers of
+its secure sums must not differ in a few peers that its owner trusts, nor their sums and differences
+(`linear_audit`, with peers in place of rows). Peers that the owner does not trust do not count: if
+one has left for good, the owners remove it from their trust.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from agent.analytics import linear_audit
+from protocols.analytics.query import Query
+from protocols.errors import Refused, SecureRefused
+from protocols.privacy import question_sums
+from protocols.privacy.secagg.cohort import Pins
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS alone (column TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS sums (column TEXT, peers TEXT, PRIMARY KEY (column, peers));
+"""
+#: Sets of peers for each column; afterwards no new set is told.
+MAX_SETS = 64
+_WAIT_S = 60.0
+
+
+def file_beside(log: Path) -> Path:
+    """The file, beside that of the log of answers."""
+    return log.with_name("peer_sets.db")
+
+
+def columns_of(question: Query) -> tuple[str, ...]:
+    """What a question tells of: its columns, or "" for the number of rows alone."""
+    if question_sums.names_only(question):
+        return ()
+    return question.columns or ("",)
+
+
+class PeerSets:
+    """One file; used by one thread at a time. `columns`: as from `columns_of`."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch(mode=0o600)
+        self._db = sqlite3.connect(
+            path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False
+        )
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def check_alone(self, columns: Iterable[str]) -> None:
+        """Raise Refused if something of a column was told in a secure sum."""
+        for name in columns:
+            if self._find("sums", name):
+                raise Refused(
+                    f"this machine tells of {_words(name)} in secure sums alone: with an answer of "
+                    "its own, the sum of the other peers would be known",
+                    "commonweight analyze --secure",
+                )
+
+    def tell_alone(self, columns: Iterable[str]) -> None:
+        """Record that an answer of this machine alone is about these columns."""
+        self._db.executemany("INSERT OR IGNORE INTO alone VALUES (?)", [(c,) for c in columns])
+
+    def check_in_sums(self, columns: Iterable[str]) -> None:
+        """Raise Refused if something of a column was told by this machine alone."""
+        for name in columns:
+            if self._find("alone", name):
+                raise Refused(
+                    f"this machine has answered a question without --secure about {_words(name)}: "
+                    "its part of a sum could be computed",
+                    "owners who want secure sums alone: commonweight-agent policy set secure_min 3",
+                )
+
+    def sets(self, columns: Iterable[str]) -> list[tuple[str, ...]]:
+        """The sets of peers of the sums that were told about these columns, each once."""
+        found: dict[tuple[str, ...], None] = {}
+        for name in columns:
+            rows = self._db.execute(
+                "SELECT peers FROM sums WHERE column = ? ORDER BY rowid", (name,)
+            )
+            found |= dict.fromkeys(tuple(json.loads(peers)) for (peers,) in rows)
+        return [*found]
+
+    def check(self, columns: Sequence[str], peers: Sequence[str], me: str, pins: Pins) -> None:
+        """Raise SecureRefused if a sum over these peers and earlier ones would isolate a few."""
+        trusted = pins.peers | {me}
+        for name in columns:
+            known = [trusted.intersection(found) for found in self.sets([name])]
+            new = trusted.intersection(peers)
+            if new in known:
+                continue
+            if len(known) >= MAX_SETS:
+                raise SecureRefused(
+                    "other peers", f"too many sets of peers have told of {_words(name)}"
+                )
+            number = {peer: i for i, peer in enumerate(sorted(trusted))}
+            before = [np.sort(np.array([number[p] for p in one], np.int64)) for one in known]
+            after = [*before, np.sort(np.array([number[p] for p in new], np.int64))]
+            if linear_audit.isolates_few(before, after, pins.minimum):
+                raise SecureRefused(
+                    "other peers",
+                    f"earlier sums about {_words(name)} were of other peers; together with this "
+                    f"one they would tell the sum of fewer than {pins.minimum} trusted peers",
+                    "ask when the same peers are online, or as many others; if one has left for "
+                    "good, each owner: commonweight-agent trust remove ID",
+                )
+
+    def tell(self, columns: Sequence[str], peers: Sequence[str], me: str, pins: Pins) -> None:
+        """Record a sum before it can be unmasked. Raises Refused, SecureRefused."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self.check_in_sums(columns)
+            self.check(columns, peers, me, pins)
+            text = json.dumps(sorted(peers))
+            self._db.executemany(
+                "INSERT OR IGNORE INTO sums VALUES (?, ?)", [(name, text) for name in columns]
+            )
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _find(self, table: str, column: str) -> bool:
+        found = self._db.execute(f"SELECT 1 FROM {table} WHERE column = ? LIMIT 1", (column,))
+        return found.fetchone() is not None
+
+
+def _words(column: str) -> str:
+    return f"column {column!r}" if column else "its number of rows"
