@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
@@ -15,6 +19,9 @@ from protocols.local.command_line import App
 
 if TYPE_CHECKING:
     from agent.data.table_report import TableReport
+
+#: How a command in a note begins.
+_COMMAND = "commonweight-agent "
 
 data = App(name="data", help="Look at your data: what a fleet would see, and what would stay.")
 
@@ -50,7 +57,7 @@ def check(
 
     reader = with_values(open_table(known), known.values, known.formats)
     found = table_report.report(reader, known, target)
-    print_data(found, _lines(chosen.data, found), json=json)
+    print_data(found, _lines(chosen.data, found, known.min_count), json=json)
 
 
 @data.command("map")
@@ -106,20 +113,56 @@ def format_column(
     print_line(f"{column} is read {how}; see it: commonweight-agent data check")
 
 
-def _lines(path: str, found: TableReport) -> list[str]:
-    """The report for a person."""
+def _lines(path: str, found: TableReport, min_count: int) -> list[str]:
+    """The report for a person, as wide as the terminal."""
+    width = max(40, shutil.get_terminal_size().columns - 1)
+    first = f"{path}: {found.rows:,} rows, {len(found.columns)} columns."
+    notes: list[tuple[str, Sequence[str]]] = [("the table", found.notes)]
+    notes += [(one.name or "(no name)", one.notes) for one in found.columns]
+    odd = [(name, each) for name, each in notes if each]
+    count = sum(len(each) for _, each in odd)
+    told = (
+        f"What a run would be told of it. No row leaves, nor a value of fewer than {min_count} "
+        "rows (rare: how many such values there are):"
+    )
+    return [
+        *textwrap.wrap(f"{first} Nothing has left this machine.", width),
+        "",
+        *textwrap.wrap(told, width),
+        *_table(found, width),
+        "",
+        f"What is odd ({count}):" if odd else "Nothing is odd.",
+        *(line for name, each in odd for line in _notes(name, each, width)),
+    ]
+
+
+def _table(found: TableReport, width: int) -> Iterator[str]:
+    """A row for each column; what is told of it takes what is left of the width."""
+    head = ("column", "kind", "missing", "rare", "told")
     rows = [
-        (one.name, one.kind, f"{one.missing:,}", one.told, f"{one.stays:,}" if one.stays else "")
+        (one.name or "(no name)", one.kind, f"{one.missing:,}", f"{one.stays:,}", one.told)
         for one in found.columns
     ]
-    head = ("column", "kind", "missing", "a run would be told", "rare values that stay")
     widths = [max(len(row[place]) for row in (head, *rows)) for place in range(4)]
-    lines = [
-        f"{path}: {found.rows:,} rows, {len(rows)} columns. Nothing has left this machine.",
-        "",
-    ]
-    for row in (head, *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        lines.append("  ".join([*cells, row[4]]).rstrip())
-    notes = [f"{one.name}: {note}" for one in found.columns for note in one.notes]
-    return [*lines, "", *found.notes, *notes] if found.notes or notes else lines
+    widths[0] = min(widths[0], max(12, width // 4))
+    indent = 2 + sum(widths) + 2 * len(widths)
+    for name, kind, missing, rare, told in (head, *rows):
+        names = textwrap.wrap(name, widths[0]) or [""]
+        texts = textwrap.wrap(told, max(16, width - indent)) or [""]
+        cells = (names[0].ljust(widths[0]), kind.ljust(widths[1]))
+        numbers = (missing.rjust(widths[2]), rare.rjust(widths[3]))
+        yield "  ".join(["", *cells, *numbers, texts[0]]).rstrip()
+        for more, text in zip_longest(names[1:], texts[1:], fillvalue=""):
+            yield f"  {more.ljust(widths[0])}{' ' * (indent - 2 - widths[0])}{text}".rstrip()
+
+
+def _notes(name: str, notes: Sequence[str], width: int) -> Iterator[str]:
+    """The notes about a column. A command has a line of its own, however long it is."""
+    yield f"  {name}"
+    for note in notes:
+        text, found, command = note.partition(_COMMAND)
+        yield from textwrap.wrap(
+            text, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        )
+        if found:
+            yield f"      {found}{command}"

@@ -142,7 +142,8 @@ def _notes(
 
 
 def _target_notes(column: ColumnStatistics, min_count: int) -> list[str]:
-    notes = [f"{column.missing:,} rows have no target and are not used"] if column.missing else []
+    missing = "1 row has" if column.missing == 1 else f"{column.missing:,} rows have"
+    notes = [f"{missing} no target: not used"] if column.missing else []
     rare = [value for value, count in column.categories.items() if count < min_count]
     if rare:
         notes.append(f"classes of fewer than {min_count} rows are left out: {', '.join(rare[:8])}")

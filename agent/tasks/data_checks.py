@@ -120,6 +120,8 @@ def _misfit(task: str, data: DataSettings) -> str:
         case "text-lm" | "lora":
             if is_folder and not _has_text(path):
                 return "the data are a folder without text files"
+            if not is_folder and path.suffix.lower() in _TABLES:
+                return "the data are a table"
         case "images":
             if not is_folder:
                 return "the data are a file"

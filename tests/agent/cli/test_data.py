@@ -19,8 +19,9 @@ def test_a_table_is_shown_and_nothing_is_changed(agent_home: Path, tmp_path: Pat
     code, said, errors = agent(agent_home, "data", "check", str(path), "--target", "label")
     assert code == 0, errors
     lines = said.splitlines()
-    assert f"{len(MIXED)} rows" in lines[0]
-    assert [line.split()[0] for line in lines[3 : 3 + len(MIXED[0])]] == list(MIXED[0])
+    assert f"{len(MIXED)} rows" in " ".join(lines[:3])
+    named = [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "]
+    assert named[: 1 + len(MIXED[0])] == ["column", *MIXED[0]]
     _, said, _ = agent(agent_home, "data", "check", str(path), "--json")
     assert json.loads(said)["data"]["rows"] == len(MIXED)
     assert sorted(agent_home.rglob("*")) == before

@@ -83,7 +83,7 @@ def test_columns_and_rows_that_the_owner_keeps_back_are_not_told(tmp_path: Path)
 def test_the_classes_of_the_target(tmp_path: Path) -> None:
     values = ["ok"] * 96 + ["ill"] * 5 + ["dead"] * 2 + [""] * 7
     notes = column(tmp_path, values, target="x").notes
-    assert "7 rows have no target and are not used" in notes
+    assert "7 rows have no target: not used" in notes
     assert "classes of fewer than 5 rows are left out: dead" in notes
     few = column(tmp_path, ["0"] * 196 + ["1"] * 5, target="x").notes
     assert few == (

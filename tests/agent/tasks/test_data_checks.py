@@ -60,6 +60,19 @@ MADE: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
+def test_a_file_of_a_table_fits_tabular_alone(tmp_path: Path) -> None:
+    for name, tasks in (
+        ("visits.csv", ["tabular"]),
+        ("visits.PARQUET", ["tabular"]),
+        ("notes.txt", ["lora", "tabular", "text-lm"]),
+    ):
+        (tmp_path / name).write_text("a\n1\n")
+        found = data_checks.fitting_tasks(DataSettings(path=str(tmp_path / name)))
+        assert found == tasks, "a text file may have columns"
+    with pytest.raises(DataError, match="the data are a table, and the task text-lm"):
+        data_checks.check("text-lm", DataSettings(path=str(tmp_path / "visits.csv")))
+
+
 @pytest.mark.parametrize(("task", "make", "why"), MADE)
 def test_a_misfit_is_told_without_its_path_and_with_it_to_the_owner(
     tmp_path: Path, task: str, make: Callable[[Path], None], why: str
