@@ -62,30 +62,56 @@ def test_readings_are_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert set(sensors.missing_sensors(sensed)) <= {"user", "metered", "hot"}
 
 
-def spin(seconds: float, nice: int = 0) -> subprocess.Popen[bytes]:
-    code = f"import os,time\nos.nice({nice})\nend=time.process_time()+{seconds}\n"
-    code += "while time.process_time() < end: sum(range(10_000))"  # few system calls
-    return subprocess.Popen([sys.executable, "-c", code])
+#: Computes for a while between two lines on its input, so that both readings find it alive.
+_SPIN = """
+import os, sys, time
+os.nice({nice})
+print(os.nice(0), flush=True)
+sys.stdin.readline()
+end = time.process_time() + {seconds}
+while time.process_time() < end: sum(range(10_000))
+print("done", flush=True)
+sys.stdin.readline()
+"""
 
 
-@pytest.mark.parametrize(("nice", "ours_s"), [(0, 0.5), (10, 0.0)])
-def test_our_own_processes_do_not_count_as_others(nice: int, ours_s: float) -> None:
+@pytest.mark.parametrize("nice", [0, 10])
+def test_our_own_processes_do_not_count_as_others(nice: int) -> None:
     """Two meters on one machine: for one of them the busy process is ours.
 
-    What is nice is in neither: it yields to everybody.
+    What is nice is in neither: it yields to everybody. So is all that this test starts, if it is
+    nice itself.
     """
     pids: list[int] = []
     knowing, ignorant = OtherProcesses(lambda: pids), OtherProcesses(lambda: ())
-    process = spin(0.5, nice)
-    pids.append(process.pid)
-    before = [look._read()[0] for look in (knowing, ignorant)]
-    while process.poll() is None:
-        told = [look._read()[0] for look in (knowing, ignorant)]  # read while the process lives
-        time.sleep(0.005)
-    process.wait()
-    known_s = (told[1] - before[1]) - (told[0] - before[0])
-    # The clock of the kernel ticks in hundredths, and the process starts and ends in the system.
-    assert known_s == pytest.approx(ours_s, abs=0.24)
+
+    def read() -> tuple[float, float]:
+        """Both meters at about the same time, as other processes work meanwhile."""
+        for _ in range(200):
+            begun = time.monotonic()
+            found = knowing._read()[0], ignorant._read()[0]
+            if time.monotonic() - begun < 0.02:
+                break
+        return found
+
+    code = _SPIN.format(nice=nice, seconds=0.5)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        is_nice = int(process.stdout.readline()) > 0
+        pids.append(process.pid)
+        before = read()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n"
+        after = read()
+        process.stdin.close()
+    known_s = (after[1] - before[1]) - (after[0] - before[0])
+    # The clock of the kernel ticks in hundredths.
+    assert known_s == pytest.approx(0.0 if is_nice else 0.5, abs=0.24)
 
 
 def test_use_by_others_is_a_percentage_of_all_cores() -> None:
