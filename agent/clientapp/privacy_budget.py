@@ -21,6 +21,7 @@ from protocols.model import schema_card
 from protocols.privacy import accountant, events, gaussian, private_training
 from protocols.privacy.events import Event, Exact, Gaussian, SampledGaussian, SharedGaussian
 from protocols.privacy.private_training import PrivateTraining
+from protocols.tables.model_scores import ModelScores
 
 #: What an answer of a run is for; others tell nothing of rows.
 _PURPOSES: dict[str, Purpose] = {
@@ -117,6 +118,8 @@ class PrivacyBudget:
             told = schema_card.decode(done.description)
             if isinstance(told, schema_card.SchemaCard):
                 return  # shapes, names and numbers of rows
+            if isinstance(told, ModelScores):
+                purpose = "evaluation"
         self.charge_exact(purpose, work.run, f"{work.task}, {_WHAT[purpose]}")
 
     def _charge_training(

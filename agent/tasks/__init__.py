@@ -24,6 +24,7 @@ from protocols.privacy.events import Event
 from protocols.privacy.private_training import PrivateTraining
 from protocols.tables.class_names import ClassCounts
 from protocols.tables.evaluation_counts import Tallies
+from protocols.tables.model_scores import ModelScores
 from protocols.tables.statistics import TableStatistics
 
 Setting = str | int | float | bool
@@ -133,6 +134,18 @@ class ProvidesStatistics(Protocol):
 
 
 @runtime_checkable
+class ScoresModels(Protocol):
+    """Optional: compare the models that a run chooses from before round 1."""
+
+    def score_models(self, settings: Settings, watch: Watch, on_step: OnStep) -> ModelScores | None:
+        """Metrics of each model over this peer's training examples; None if the run does not ask.
+
+        It calls `watch` with the places of the examples that the scores depend on, before it uses
+        them. Called after `load`. Raises CommonweightError.
+        """
+
+
+@runtime_checkable
 class KnowsRows(Protocol):
     """Optional: say which of the owner's rows an answer depends on.
 
@@ -200,7 +213,7 @@ class SupportsScaffold(Protocol):
 
 @runtime_checkable
 class SendsSums(Protocol):
-    """Optional: send something else than weights: integers or products that are added up."""
+    """Optional: send integers that the coordinator adds up, in place of weights."""
 
     def sums_schema(self, weights: Weights, settings: Settings) -> Schema | None:
         """The tensors that `train` returns for this version; None if it returns weights."""

@@ -30,7 +30,7 @@ from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.data.table_memory import TableMemory
 from agent.data.value_map import with_values
-from agent.tasks import LocalRounds, OnStep, TrainOutcome
+from agent.tasks import LocalRounds, OnStep, TrainOutcome, Watch, tabular_choice
 from agent.tasks import Settings as RunSettings
 from agent.tasks.tabular_model import TableModel
 from agent.tasks.tabular_trees import TreeModel
@@ -46,6 +46,7 @@ from protocols.errors import DataError, UsageError
 from protocols.model.built_in_settings import TabularSettings
 from protocols.model.weights import Schema, Weights
 from protocols.tables import evaluation_counts, preprocessing
+from protocols.tables.model_scores import AUTO, ModelScores
 from protocols.tables.preprocessing import Preprocessing
 from protocols.tables.statistics import TableStatistics
 from protocols.tables.trees import layout
@@ -85,6 +86,18 @@ class Tabular(BuiltInTask):
         with self._admitted() as (reader, numbers, _):
             self._surveyed = numbers
             return survey.survey(reader, self._data, wanted)
+
+    def score_models(
+        self, settings: RunSettings, watch: Watch, on_step: OnStep
+    ) -> ModelScores | None:
+        """The scores of the models by a cross-validation over rows that this peer trains on; None
+        unless the run asks which is the best. Raises DataError."""
+        read = self._read(settings)
+        if read.model != AUTO:
+            return None
+        rows, least = self._sets(settings)[0], self._data.min_count
+        make = partial(_Fold, self._data)
+        return tabular_choice.score(rows, {**settings, **read}, least, make, watch, on_step)
 
     def schema(self, settings: RunSettings) -> Schema:
         trees = self._trees(settings)
@@ -126,6 +139,8 @@ class Tabular(BuiltInTask):
     def _trees(self, settings: RunSettings) -> TreeModel | None:
         """The trees of a run; None for another model. Raises UsageError."""
         read = self._read(settings)
+        if read.model == AUTO:
+            raise UsageError("the run has not chosen its model yet", "--set model=linear")
         return TreeModel.of(_preprocessing(settings), read) if read.model == "trees" else None
 
     def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
@@ -347,6 +362,18 @@ def _weighted_loss(weights: Tensor, output: Tensor, target: Tensor) -> Tensor:
     """The mean over rows of weight · cross-entropy. The divisor is the number of rows, so that the
     mean over peers is that over all rows."""
     return (F.cross_entropy(output, target, reduction="none") * weights[target]).mean()
+
+
+class _Fold(Tabular):
+    """The task with some of a peer's rows."""
+
+    def __init__(self, data: DataSettings, *parts: EncodedRows) -> None:
+        super().__init__()
+        self.load(data)
+        self._parts = parts[0], parts[1]
+
+    def _sets(self, settings: RunSettings) -> tuple[EncodedRows, EncodedRows]:
+        return self._parts
 
 
 def _preprocessing(settings: RunSettings) -> Preprocessing:

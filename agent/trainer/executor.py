@@ -27,6 +27,7 @@ from agent.tasks import (
     KnowsRows,
     Predicting,
     ProvidesStatistics,
+    ScoresModels,
     SendsSums,
     Setting,
     Settings,
@@ -160,10 +161,16 @@ class WorkExecutor:
 
     def _describe(self, work: Describe, task: Task) -> Done | Failed:
         scheme, settings = _split_settings(work.settings)
-        told = None
+        told: schema_card.Told | None = None
         if isinstance(task, ProvidesStatistics) and not settings.get("preprocessing"):
             told = task.survey(settings)
             self._told.tell(task, "table", settings)
+        elif isinstance(task, ScoresModels):
+            told = task.score_models(
+                settings,
+                lambda places: self._told.tell_part(task, settings, places),
+                StepCallback(work.id, "evaluate", self._control, self._send),
+            )
         if told is not None:
             return Done(id=work.id, description=schema_card.encode(told))
         schema = personalization.shared_schema(_normalize_schema(task.schema(settings)), scheme)

@@ -41,15 +41,18 @@ class ToldRows:
             self.tell(task, "train", settings)
         if not isinstance(task, WatchesEpochs):
             return
+        task.watch_epochs(lambda places: self.tell_part(task, settings, places))
+
+    def tell_part(self, task: Task, settings: Settings, places: npt.NDArray[np.int64]) -> None:
+        """Record the rows for training at these places, which may be all or a part of them. Raises
+        NotAllowed as `tell` does."""
+        if not self._data.memory or not isinstance(task, KnowsRows):
+            return
         rows = task.rows_of("train", settings)
-
-        def watch(places: npt.NDArray[np.int64]) -> None:
-            if rows is not None and len(places) < len(rows):
-                self._record("steps", rows[places])
-            else:
-                self.tell(task, "train", settings)
-
-        task.watch_epochs(watch)
+        if rows is not None and len(places) < len(rows):
+            self._record("steps", rows[places])
+        else:
+            self.tell(task, "train", settings)
 
     def _record(self, use: Use, rows: Numbers) -> None:
         file = Path(self._data.memory)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from coordinator.fleet.state import Fleet, Peer
     from coordinator.remote.api_client import Remote
     from coordinator.runs.state import Round, Run
-    from coordinator.storage.run_events import RunSpec
+    from coordinator.storage.run_events import ModelChosen, RunSpec
 
 #: Between two looks at a run.
 POLL_S = 0.5
@@ -62,6 +62,8 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
             f"at δ {allowed.delta:g}; changes clipped to norm {spec.clip_norm:g}, "
             "versions not evaluated"
         )
+    if run.choice is not None:
+        yield choice_line(run.choice)
     if spec.secure:
         yield secure_line(spec)
     for peer, text in run.refusal_texts.items():
@@ -78,6 +80,13 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         yield from fairness(run.best, peers)
     for peer, told in sorted(run.comparisons.items()):
         yield comparisons.line(_name(peer, peers), told)
+
+
+def choice_line(chosen: ModelChosen) -> str:
+    """The model that a run of `model=auto` has chosen, and why."""
+    from coordinator.runs import model_choice
+
+    return model_choice.line(chosen)
 
 
 def secure_line(spec: RunSpec) -> str:
@@ -102,12 +111,14 @@ def round_line(run: Run, closed: Round) -> str:
 
 
 class Step(NamedTuple):
-    """What is new about a run: refusals as text, closed rounds, and what it waits for as text."""
+    """What is new about a run: refusals as text, closed rounds, what it waits for as text, and the
+    model that it has chosen."""
 
     run: Run
     refusals: tuple[str, ...]
     closed: tuple[Round, ...]
     waits: tuple[str, ...]
+    chosen: tuple[str, ...] = ()
 
 
 class Progress:
@@ -117,6 +128,7 @@ class Progress:
         self._rounds = self._refusals = self._num_waits = 0
         self._refused: set[tuple[str, str]] = set()
         self._waits: tuple[str, ...] = ()
+        self._has_chosen = False
 
     def step(self, run: Run, fleet: Callable[[], Fleet]) -> Step:
         """What is new since the last call. `fleet` is called only if it is needed."""
@@ -125,7 +137,10 @@ class Progress:
         self._rounds = len(run.history)
         self._num_waits = self._num_waits + 1 if waits_for_peers(run) else 0
         is_long = self._num_waits and self._num_waits % WAIT_POLLS == 0
-        return Step(run, refusals, closed, self._new_waits(run, fleet()) if is_long else ())
+        is_new, self._has_chosen = not self._has_chosen, run.choice is not None
+        chosen = (choice_line(run.choice),) if run.choice is not None and is_new else ()
+        waits = self._new_waits(run, fleet()) if is_long else ()
+        return Step(run, refusals, closed, waits, chosen)
 
     def _new_refusals(self, run: Run, fleet: Callable[[], Fleet]) -> Iterator[str]:
         if run.refusals > self._refusals:

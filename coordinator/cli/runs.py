@@ -115,7 +115,7 @@ def start(
     json: Json = False,
     **typed: Any,
 ) -> None:
-    """Start a training run. Without options: ten rounds of federated averaging."""
+    """Start a training run. Without options: federated averaging until no version is better."""
     from coordinator.remote.run_options import build_order, split_target
 
     given = typed_options(task, typed)
@@ -153,7 +153,7 @@ def _follow(remote: Remote, run_id: str, *, quiet: bool) -> Run:
         run = step.run
         rounds = (run_text.round_line(run, closed) for closed in step.closed)
         if not quiet:
-            for line in (*step.refusals, *rounds, *step.waits):
+            for line in (*step.refusals, *step.chosen, *rounds, *step.waits):
                 print_line(line)
     if not quiet and run.state is not RunState.FAILED:
         print_line(f"{run.id} {run.state}: {run.ended_because}")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.api.schema import StartRunRequest
-from coordinator.runs import options
+from coordinator.runs import options, run_length
 from coordinator.runs.options import Option
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies import svd, trees
-from protocols.codecs import factors, registry
+from coordinator.strategies import trees
+from protocols.codecs import registry
 from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.durations import parse_seconds
@@ -22,13 +22,12 @@ from protocols.local.os_errors import os_errors_as
 from protocols.model import built_in_settings
 from protocols.privacy.secagg.cohort import MIN_COHORT, threshold
 from protocols.tables import preprocessing
+from protocols.tables.model_scores import AUTO
 from protocols.tables.preprocessing import Feature, Preprocessing, Target
 
 #: The upper bound of automatic deadlines.
 _MAX_AUTO_DEADLINE_S = 600.0
-_TABULAR, _LORA = (built_in_settings.BY_TASK[task] for task in ("tabular", "lora"))
-#: How often a run of trees is evaluated, about.
-_EVALUATIONS = 20
+_LORA = built_in_settings.BY_TASK["lora"]
 _EXAMPLE = "docs/privacy.md has an example"
 
 
@@ -62,13 +61,15 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     is_auto = values["deadline"] == "auto"
     registry.parse(values["codec"])
     fields = {one.field: values[one.name] for one in options.OPTIONS if one.is_plain}
+    fields["rounds"] = values["rounds"]
     if values["secure"]:
         fields |= _secure_fields(fields)
     settings = _settings(values["set"]) | {key: text for key, text in table.items() if text}
     if values["task"] == "lora":
         # Agents take runs without it for those of versions that averaged A and B.
         settings = {"aggregation": _LORA["aggregation"].default} | settings
-        fields |= _adapter_fields(fields, settings)
+    if values["task"] == "tabular" and not values["from"]:
+        settings.setdefault("model", AUTO)
     if (values["task"], settings.get("model")) == ("tabular", trees.NAME):
         fields |= _tree_fields(fields, settings)
     fields |= {
@@ -81,7 +82,7 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
         "best_metric": values["best-metric"] or metric,
         "target": reached,
     }
-    spec = RunSpec(**fields, handshake=True)
+    spec = run_length.with_length(RunSpec(**fields, handshake=True))
     options.check(spec)
     return StartRunRequest(
         spec=spec, from_digest=_import_weights(values["from"]) if values["from"] else ""
@@ -158,61 +159,18 @@ def _tree_fields(
 
     Raises UsageError.
     """
-    given = {name: settings.get(name, _TABULAR[name].default) for name in ("trees", "depth")}
-    if not all(isinstance(number, int) and 0 < number < 10**6 for number in given.values()):
-        raise UsageError("trees and depth must be whole numbers above 0", "--set trees=100")
-    count, depth = (int(number) for number in given.values())
+    levels, every = run_length.tree_rounds(settings)
     defaults = {one.field: one.default for one in options.OPTIONS}
-    chosen: dict[str, Any] = {
-        "strategy": trees.NAME,
-        "codec": registry.SUMS,
-        "outlier_limit": 0.0,
-        "rounds": 1 + count * depth,
-    }
-    kept = {name for name in chosen if fields[name] not in (defaults[name], chosen[name])}
-    if kept - {"rounds"}:
-        name = min(kept - {"rounds"})
-        raise UsageError(
-            f"--{name.replace('_', '-')} cannot be used with trees, whose updates are sums",
-            "leave it out",
-        )
-    every = depth * max(1, count // _EVALUATIONS)
-    return {name: value for name, value in chosen.items() if name not in kept} | {
-        "evaluate_every": every
-    }
-
-
-def _adapter_fields(
-    fields: Mapping[str, Any], settings: Mapping[str, str | int | float | bool]
-) -> dict[str, str]:
-    """The codec and strategy of a run whose adapters are multiplied. Raises UsageError."""
-    way = settings["aggregation"]
-    if way not in ("stack", svd.NAME):
-        return {}
-    chosen = {"codec": f"{registry.FACTORS}:{_largest_rank(settings)}"}
-    if way == svd.NAME:
-        chosen["strategy"] = svd.NAME
-    defaults = {one.field: one.default for one in options.OPTIONS}
+    chosen = {"strategy": trees.NAME, "codec": registry.SUMS, "outlier_limit": 0.0}
     for name, value in chosen.items():
         if fields[name] not in (defaults[name], value):
-            raise UsageError(
-                f"--{name} cannot be used with aggregation={way}, whose updates are factors",
-                "leave it out, or --set aggregation=ffa",
-            )
-    return chosen
-
-
-def _largest_rank(settings: Mapping[str, str | int | float | bool]) -> int:
-    """Of a run's adapters; of `rank=auto` that of the largest machines. Raises UsageError."""
-    rank = settings.get("rank", _LORA["rank"].default)
-    if rank in ("auto", 0):
-        return factors.AUTO_RANK
-    if type(rank) is not int or not 0 < rank <= factors.MAX_RANK:
-        raise UsageError(
-            f"the rank must be a whole number from 1 to {factors.MAX_RANK}, not {rank!r}",
-            "--set rank=8, or rank=auto",
-        )
-    return rank
+            raise run_length.not_with_trees(name)
+    ends_by_itself = not (fields["rounds"] or fields["patience"])
+    return chosen | {
+        "rounds": fields["rounds"] or levels,
+        "patience": run_length.tree_patience(every) if ends_by_itself else fields["patience"],
+        "evaluate_every": every,
+    }
 
 
 def _settings(texts: Iterable[str]) -> dict[str, str | int | float | bool]:

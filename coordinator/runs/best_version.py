@@ -44,7 +44,7 @@ def check(spec: RunSpec) -> None:
     known = TASK_METRICS[spec.task]
     if spec.task == "tabular":
         known = _KINDS.get(str(spec.settings.get("kind", "")), known)
-    if spec.best_metric and spec.best_metric.removeprefix(_PERSONAL) in known:
+    if spec.best_metric and plain_name(spec.best_metric) in known:
         return
     if not spec.best_metric and (known or (spec.target is None and not spec.patience)):
         return
@@ -53,6 +53,11 @@ def check(spec: RunSpec) -> None:
     raise UnknownName(
         f"the task {spec.task} reports no metric {wanted!r}", f"its metrics: {known_names}"
     )
+
+
+def plain_name(metric: str) -> str:
+    """The name of a metric without the mark of a peer's own layers."""
+    return metric.removeprefix(_PERSONAL)
 
 
 def lower_is_better(name: str) -> bool:
@@ -65,7 +70,7 @@ def bounds_of(task: str, metric: str) -> tuple[float, float]:
     An accuracy is a share in every task. The other metrics are known of the built-in tasks only: a
     loss of a custom task may be negative.
     """
-    name = metric.removeprefix(_PERSONAL)
+    name = plain_name(metric)
     if name == "accuracy" or (task in TASK_METRICS and name in _SHARES):
         return 0.0, 1.0
     if task in TASK_METRICS and name in _NOT_NEGATIVE:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Set
 from typing import NamedTuple
 
-from coordinator.runs import best_version, buffered, recovery, steps
+from coordinator.runs import best_version, buffered, model_choice, recovery, steps
 from coordinator.runs.secure import decisions as secure
 from coordinator.runs.secure.decisions import Progress
 from coordinator.runs.state import PeerStatus, Run
@@ -56,6 +56,8 @@ def phase_deadline_s(run: Run) -> float:
         return min(run.spec.deadline_s, recovery.LISTEN_S)
     if run.cohort is not None:
         return secure.step_deadline_s(run)
+    if run.comparing:
+        return min(run.spec.deadline_s, model_choice.DEADLINE_S)
     longest = [max(run.training_seconds.get(peer, (math.inf,))) for peer in run.peers]
     slowest = max(longest, default=math.inf)
     if run.spec.deadline == "fixed" or math.isinf(slowest):  # the time of a new peer is unknown
@@ -199,7 +201,11 @@ def _decide_describing(run: Run, observed: Observation) -> Step:
     eligible, quorum, num_described = observed.eligible, run.spec.quorum, len(run.described)
     if not run.peers and len(eligible) < quorum:
         return _wait_for_quorum(run, observed, quorum - len(eligible))
-    to_ask = {p for p in eligible if run.peers.get(p, "lost") == "lost"} | _decided(run, eligible)
+    decided = _decided(run, eligible)
+    if run.comparing:
+        wait = _wait_for_quorum(run, observed, quorum) if _await_consent(run, observed) else None
+        return model_choice.decide(run, eligible, decided, observed.deadline_passed, wait)
+    to_ask = {p for p in eligible if run.peers.get(p, "lost") == "lost"} | decided
     if to_ask:
         return steps.AskPeers(tuple(sorted(to_ask)))
     if run.pending and not observed.deadline_passed:

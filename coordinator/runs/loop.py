@@ -13,7 +13,7 @@ from collections.abc import Callable, Set
 
 from flwr.app import Message
 
-from coordinator.runs import decisions, repairs, retention, schema_agreement, steps
+from coordinator.runs import decisions, model_choice, repairs, retention, schema_agreement, steps
 from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import Request
 from coordinator.runs.parts import RunParts
@@ -61,7 +61,7 @@ class RunLoop:
         parts = RunParts.create(run, ctx)
         self._ctx = ctx
         self._recorder, self._timer = parts.recorder, parts.timer
-        self.requests, self._model = parts.requests, parts.model
+        self.requests, self._parts = parts.requests, parts
         self._sums = SecureSums(parts)
         self._rounds = Rounds(parts, self._sums, protected_digests)
         self.changed = asyncio.Event()
@@ -168,7 +168,7 @@ class RunLoop:
     async def _prepare(self) -> None:
         await repairs.repair(self._recorder, self._ctx.store, self._sums)
         if self.run.head and not (self.run.ended or self.run.recalling):
-            self._model.set_version(self.run.head)
+            self._parts.model.set_version(self.run.head)
         self._recorder.announce()
         begins = f"continues in round {self.run.round}" if self.run.round else "started"
         self._recorder.report("info", f"run {self.run.id} {begins}")
@@ -218,12 +218,15 @@ class RunLoop:
                 await self._wait(step)
             case steps.AgreeSchema():
                 await self._agree()
+            case steps.ChooseModel():
+                await record(model_choice.choose(self.run))
+                self._parts.follow(self.run)
             case steps.FetchVersion(version):
                 self._timer.open_phase()
                 await record(run_events.VersionSought(version))
             case steps.KeepOwn():
                 own = run_events.Holding(self.run.round, self.run.head)
-                self._model.set_version(own.digest)
+                self._parts.model.set_version(own.digest)
                 state = retention.state_of(self.run, own, self._ctx.store)
                 await record(run_events.VersionRecalled(own, "backup", state))
             case steps.AskPeers(peers, opens_phase):
@@ -316,8 +319,10 @@ class RunLoop:
         try:
             if request.kind in STEPS:
                 return await self._sums.take(request, reply)
-            return await validate_reply(self.run, self._ctx, self._model, request, reply)
+            return await validate_reply(self.run, self._ctx, self._parts.model, request, reply)
         except UpdateRefused as err:
+            if model_choice.is_missing(self.run, request.kind, err.reason):
+                return run_events.ScoresMissing(request.peer, err.reason, err.message[:400])
             if not (reply.has_error() or err.reason in _OWNERS_NEED_NOT_KNOW):
                 self._tell_owner(request.peer, err.message)
             return run_events.UpdateRefused(
@@ -330,7 +335,7 @@ class RunLoop:
             )
 
     async def _agree(self) -> None:
-        agreement = schema_agreement.agree(self.run, self._model.schema)
+        agreement = schema_agreement.agree(self.run, self._parts.model.schema)
         await self._recorder.record(*agreement.events)
         for event in agreement.events:
             if isinstance(event, run_events.UpdateRefused):

@@ -147,7 +147,9 @@ OPTIONS = (
     Option("kind", str, "", "For a table: auto, classification or regression.", is_plain=False),
     Option("preprocessing", Path, None, "For a table: a file with the columns, their scales and "
            "categories. Peers then send no statistics of their tables.", is_plain=False),
-    Option("rounds", int, 10, "How many rounds.", _FROM_1, is_common=True),
+    Option("rounds", int, 0, "How many rounds. 0: until no version is better (--patience), at most "
+           "100; for trees all of them; with noise, and for tasks of your own, 10.", _FROM_0,
+           is_plain=False, is_common=True),
     Option("until", str, "", "End when a metric has reached a value: METRIC=NUMBER, such as "
            "accuracy=0.9.", _FINITE, is_plain=False, other_field="target", is_common=True),
     Option("quorum", int, 1, "How many updates a round needs.", _FROM_1, "updates",
@@ -209,8 +211,8 @@ OPTIONS = (
            "default accuracy, else loss."),
     Option("best-direction", str, "", "max or min; by default as the metric's name says.",
            choices=("", "max", "min")),
-    Option("patience", int, 0, "End after this many rounds without a better version (0: off).",
-           _FROM_0, "rounds"),
+    Option("patience", int, 0, "End after this many rounds without a better version. 0: off if "
+           "--rounds is given, else 10, and for trees a fifth of them.", _FROM_0, "rounds"),
     Option("from", Path, None, "First weights: a safetensors file.", is_plain=False),
     Option("flower", Path, None, "Run the Flower app in this folder instead of a task; --set then "
            "changes its run config.", is_plain=False),

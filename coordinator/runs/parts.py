@@ -18,9 +18,9 @@ from protocols.codecs import registry
 from protocols.privacy.secagg.messages import ring_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunParts:
-    """The parts of one run."""
+    """The parts of one run. `follow` changes those that depend on its settings."""
 
     ctx: RunContext
     adapter: StrategyAdapter
@@ -33,11 +33,20 @@ class RunParts:
     @classmethod
     def create(cls, run: Run, ctx: RunContext) -> RunParts:
         """Raises CommonweightError if the run's strategy cannot be made."""
-        adapter = strategies.find(run.spec.strategy)
-        strategy = adapter.make(run.spec.strategy_args)
-        ring_bits = ring_of(run.spec.work_codec) if run.spec.secure else 0
-        model = RunModel(ctx.transfer, registry.parse(run.spec.codec), ring_bits)
+        adapter, strategy, model = _made(run, ctx)
         timer = PhaseTimer()
         requests = PendingRequests(ctx, adapter, strategy, model)
         recorder = RunRecorder(run, ctx, timer)
         return cls(ctx, adapter, strategy, model, timer, recorder, requests)
+
+    def follow(self, run: Run) -> None:
+        """Go on with the settings of this run, before round 1. Raises CommonweightError."""
+        self.adapter, self.strategy, self.model = _made(run, self.ctx)
+        self.requests.use(self.adapter, self.strategy, self.model)
+
+
+def _made(run: Run, ctx: RunContext) -> tuple[StrategyAdapter, Strategy, RunModel]:
+    adapter = strategies.find(run.spec.strategy)
+    ring_bits = ring_of(run.spec.work_codec) if run.spec.secure else 0
+    model = RunModel(ctx.transfer, registry.parse(run.spec.codec), ring_bits)
+    return adapter, adapter.make(run.spec.strategy_args), model

@@ -8,7 +8,7 @@ import math
 import time
 from typing import Any
 
-from coordinator.runs import transitions
+from coordinator.runs import model_choice, transitions
 from coordinator.runs.context import RunContext
 from coordinator.runs.messages import run_body
 from coordinator.runs.state import Run
@@ -73,6 +73,11 @@ class RunRecorder:
                 self._report_refusal(event)
             elif isinstance(event, run_events.UpdateAccepted) and event.update.claimed:
                 self._report_bound(event)
+            elif isinstance(event, run_events.ScoresMissing):
+                name = self._ctx.name_of(event.peer)
+                self.report("info", f"{name} compares no models: {event.detail}", event.peer)
+            elif isinstance(event, run_events.ModelChosen):
+                self.report("info", f"run {self.run.id}: {model_choice.line(event)}")
         if self._interruption:
             self.report("info", f"{self._interruption}: run {self.run.id} continues")
             self._interruption = self.waiting_for = ""

@@ -28,6 +28,7 @@ from protocols.errors import BadMessage, BadWeights, UpdateRefused
 from protocols.messages import refusals
 from protocols.messages.work import UpdateClaim
 from protocols.model.weights_file import WeightsFile
+from protocols.tables.model_scores import ModelScores
 
 
 @contextlib.contextmanager
@@ -62,6 +63,11 @@ async def validate_reply(
     if expected.kind == "describe":
         with refused_as("bad description"):
             description = read_description(reply, claim)
+            if isinstance(description, ModelScores) is not run.comparing:
+                raise BadMessage("it answers another request than this one")
+        if isinstance(description, ModelScores):
+            validation.check_scores(run, description)
+            return run_events.ModelsCompared(peer, description)
         return run_events.PeerDescribed(
             peer, description, *validation.declared_examples(description, claim)
         )
@@ -150,12 +156,8 @@ def _measure(
         if model.codec.name == registry.SUMS:
             validation.check_sums(uploaded, base, rows)
             return 0.0
-        with refused_as("bad weights"):
-            seen = model.codec.base(base)
-        if seen is not base:
-            expected = expected._replace(schema=seen.schema)
         return validation.check_update(
-            expected, lambda: registry.open_update(model.codec, uploaded(), seen), seen
+            expected, lambda: registry.open_update(model.codec, uploaded(), base), base
         )
 
 

@@ -83,6 +83,24 @@ def peer_described(run: Run, event: events.PeerDescribed) -> Run:
     )
 
 
+def models_compared(run: Run, event: events.ModelsCompared) -> Run:
+    peer = event.peer
+    return replace(
+        _answered(run, peer),
+        peers=run.peers | {peer: "answered"},
+        scores=run.scores | {peer: event.scores},
+    )
+
+
+def scores_missing(run: Run, event: events.ScoresMissing) -> Run:
+    peer = event.peer
+    return replace(
+        run,
+        peers=run.peers | {peer: "refused"},
+        scores_missing=run.scores_missing | {peer: event.reason},
+    )
+
+
 def _training_seconds(run: Run, peer: str, seconds: float) -> dict[str, tuple[float, ...]]:
     if not seconds:
         return run.training_seconds

@@ -24,11 +24,12 @@ from coordinator.storage.run_events import RunSpec
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.transport.flower_records import REQUEST, VersionRecord, shared_config
+from protocols.messages.envelope import Settings
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import schema_card, weights
 from protocols.model.schema_card import SchemaCard
-from protocols.tables import preprocessing
+from protocols.tables.model_scores import AUTO
 
 #: Added to the seed for each further turn on a version. A prime, so that seeds of runs rarely meet.
 _SEED_STRIDE = 7919
@@ -41,6 +42,10 @@ class PendingRequests(RequestsInFlight):
         self, ctx: RunContext, adapter: StrategyAdapter, strategy: Strategy, model: RunModel
     ) -> None:
         super().__init__(ctx)
+        self.use(adapter, strategy, model)
+
+    def use(self, adapter: StrategyAdapter, strategy: Strategy, model: RunModel) -> None:
+        """Prepare requests by this strategy from now on."""
         self._adapter, self._strategy, self._model = adapter, strategy, model
         #: The open request of the round.
         self._content: RecordDict | None = None
@@ -117,7 +122,7 @@ class PendingRequests(RequestsInFlight):
             codec=spec.work_codec,
             turn=assignment.turn,
             seed=spec.seed + assignment.turn * _SEED_STRIDE,
-            settings={**spec.settings, **extra, **for_trainers, **shared, **noise},
+            settings={**_settings_of(run), **extra, **for_trainers, **shared, **noise},
             card=schema_card.encode(_for_peers(run.card)).decode()
             if run.card and not request
             else "",
@@ -215,11 +220,20 @@ def _for_peers(card: SchemaCard) -> SchemaCard:
     return replace(card, settings={})
 
 
+def _settings_of(run: Run) -> Settings:
+    """The run's settings as peers get them. Only the request that compares models names `auto`,
+    which older agents do not know."""
+    settings = run.spec.settings
+    if run.comparing or settings.get("model") != AUTO:
+        return settings
+    return {name: value for name, value in settings.items() if name != "model"}
+
+
 def _base_of_query(run: Run) -> str:
     """The version, or the digest of the preprocessing, that a query is about; else empty."""
     if run.kind == "recall" and run.target_version:
         return run.target_version.digest
-    return preprocessing.digest(run.preprocessing) if run.kind == "describe" else ""
+    return run.described_base if run.kind == "describe" else ""
 
 
 def _takes_scores(spec: RunSpec) -> bool:

@@ -9,12 +9,20 @@ from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta, Struct
 
-from coordinator.storage.run_events import Holding, RunSpec, Update, UpdateAccepted
+from coordinator.storage.run_events import (
+    Holding,
+    ModelChosen,
+    RunSpec,
+    Update,
+    UpdateAccepted,
+)
 from protocols.messages.comparisons import Comparison
 from protocols.messages.envelope import MAX_PEERS, Integer, Metrics, Tallies, Time
 from protocols.messages.states import ENDED, RunState
 from protocols.messages.work import WorkKind
 from protocols.model.schema_card import Description, SchemaCard
+from protocols.tables import preprocessing
+from protocols.tables.model_scores import AUTO, ModelScores
 
 T = TypeVar("T")
 #: Bounds for monitors, which decode runs. The ledger may have any text.
@@ -126,6 +134,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `described`, `card`, `preprocessing`: what each peer described before round 1, and the schema
     card and preprocessing that followed from it; `surveyed`: with `spec.check`, the first
     description of each peer's data.
+    `scores`, `scores_missing`: while the run compares models, what each peer told of them, or why
+    it could not; `choice`: the model that the run chose.
     `training_seconds`: by peer, the durations of its last trainings.
     `refused`: refused updates of this round, `refusals` of the whole run. `last_refusal` is a text
     for people; `refusal_kinds`: the kind of each peer's last refusal (`messages.refusals`);
@@ -160,6 +170,9 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     surveyed: _ByPeer[Description] = {}
     preprocessing: Annotated[str, Meta(max_length=256 * 1024)] = ""
     card: SchemaCard | None = None
+    scores: _ByPeer[ModelScores] = {}
+    scores_missing: _ByPeer[_Line] = {}
+    choice: ModelChosen | None = None
     num_eligible: Integer = 0
     peers: _ByPeer[PeerStatus] = {}
     updates: _ByPeer[Update] = {}
@@ -233,6 +246,21 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     def describing(self) -> bool:
         """True before the peers have agreed on a schema."""
         return self.spec.handshake and self.card is None and self.round < self.spec.first_round
+
+    @property
+    def comparing(self) -> bool:
+        """True while the run has to choose its model, and the tables are agreed on."""
+        spec = self.spec
+        is_known = bool(self.preprocessing or spec.settings.get("preprocessing"))
+        return self.describing and is_known and spec.settings.get("model") == AUTO and not spec.only
+
+    @property
+    def described_base(self) -> str:
+        """What the base of a request to describe is: it differs from one request to the next, so
+        that no late answer counts for another one."""
+        if self.comparing:
+            return preprocessing.digest(f"{AUTO} {self.preprocessing}")
+        return preprocessing.digest(self.preprocessing)
 
     @property
     def kind(self) -> WorkKind:

@@ -25,6 +25,10 @@ class AgreeSchema(NamedTuple):
     """Derive the common schema or preprocessing from what the peers described."""
 
 
+class ChooseModel(NamedTuple):
+    """Choose the model of the run by the scores that the peers told."""
+
+
 class FetchVersion(NamedTuple):
     """Fetch this version from the peers: nobody has a newer one."""
 
@@ -102,6 +106,7 @@ class Wait(NamedTuple):
 Step = (
     AskPeers
     | AgreeSchema
+    | ChooseModel
     | FetchVersion
     | KeepOwn
     | OpenRound

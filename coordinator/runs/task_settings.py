@@ -12,6 +12,7 @@ from protocols.errors import UsageError
 from protocols.model import built_in_settings, setting_specs
 from protocols.model.setting_specs import SettingSpecs
 from protocols.tables import preprocessing
+from protocols.tables.model_scores import AUTO
 
 
 class ToldSettings:
@@ -36,8 +37,11 @@ class ToldSettings:
         }
         if not known or spec.only:
             return
+        settings = dict(spec.settings)
+        if settings.get("model") == AUTO:  # the coordinator's part: older agents need not know it
+            del settings["model"]
         try:
-            setting_specs.check(spec.settings, known)
+            setting_specs.check(settings, known)
         except UsageError as err:
             more = f"if the task has changed: commonweight run check {spec.task} --settings"
             if spec.task in built_in_settings.BY_TASK:

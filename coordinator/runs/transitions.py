@@ -186,6 +186,14 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
         _WAITING,
         lambda run, event: replace(run, preprocessing=event.text, peers={}, described={}),
     ),
+    events.ModelsCompared: (_WAITING, replies.models_compared),
+    events.ScoresMissing: (_WAITING, replies.scores_missing),
+    events.ModelChosen: (
+        _WAITING,
+        lambda run, event: replace(
+            run, spec=event.spec, choice=event, peers={}, scores={}, scores_missing={}
+        ),
+    ),
     events.SchemaAgreed: (
         _WAITING,
         lambda run, event: replace(run, card=event.card, peers={}, described={}),

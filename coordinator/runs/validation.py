@@ -18,7 +18,7 @@ from coordinator.runs.state import TOO_FEW, TOO_STALE, Assignment, Run
 from protocols.codecs import sums
 from protocols.codecs.registry import DecodedUpdate
 from protocols.errors import BadWeights, UpdateRefused
-from protocols.messages.envelope import Verify
+from protocols.messages.envelope import Metrics, Verify
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import weights
@@ -26,8 +26,9 @@ from protocols.model.bfloat16 import difference
 from protocols.model.schema_card import Description
 from protocols.model.weights import Array, Schema, WeightReader
 from protocols.privacy.secagg.messages import STEPS
-from protocols.tables import evaluation_counts, preprocessing
+from protocols.tables import evaluation_counts
 from protocols.tables.class_names import ClassCounts
+from protocols.tables.model_scores import ModelScores
 from protocols.tables.statistics import TableStatistics
 
 R = TypeVar("R", bound=WeightReader)
@@ -94,10 +95,7 @@ def check_claim(
         )
     if claim.tallies and (fault := evaluation_counts.validate(claim.tallies, claim.num_examples)):
         raise UpdateRefused("bad metrics", fault)
-    for name, value in claim.metrics.items():  # they decide which version is the best
-        bounds = best_version.bounds_of(run.spec.task, name)
-        if value is not None and not bounds[0] <= value <= bounds[1]:
-            raise UpdateRefused("bad metrics", f"{_article(name)} {name} of {value:g}")
+    _check_metrics(run, claim.metrics)
     if claim.kind == "train":
         needed = strategies.find(run.spec.strategy).required_metric(run.spec.strategy_args)
         value = claim.metrics.get(needed)
@@ -112,6 +110,13 @@ def check_claim(
         raise UpdateRefused(TOO_FEW, detail)
     if claim.kind in ("train", "evaluate") and not 0 < claim.num_examples <= cap:
         raise UpdateRefused("bad example count", f"{claim.num_examples} is not in 1…{cap}")
+
+
+def _check_metrics(run: Run, metrics: Metrics) -> None:
+    for name, value in metrics.items():  # they decide which version is the best
+        bounds = best_version.bounds_of(run.spec.task, name)
+        if value is not None and not bounds[0] <= value <= bounds[1]:
+            raise UpdateRefused("bad metrics", f"{_article(name)} {name} of {value:g}")
 
 
 def declared_examples(description: Description, claim: UpdateClaim) -> tuple[int, int]:
@@ -129,6 +134,12 @@ def declared_examples(description: Description, claim: UpdateClaim) -> tuple[int
             return (sum(description.counts.values()) + description.others,) * 2
         case _:
             return declared
+
+
+def check_scores(run: Run, scores: ModelScores) -> None:
+    """Raise UpdateRefused for a score that no model can have."""
+    for metrics in scores.metrics.values():
+        _check_metrics(run, metrics)
 
 
 def bounded_examples(run: Run, claim: UpdateClaim) -> int:
@@ -202,7 +213,7 @@ def expected_reply(run: Run, schema: Schema, peer: str = "", kind: str = "") -> 
         return ExpectedReply(run.kind, run.target_version.digest if run.target_version else "", {})
     if run.state is RunState.WAITING:
         card = run.card.schema if run.card and run.kind == "init" else {}
-        base = preprocessing.digest(run.preprocessing) if run.kind == "describe" else ""
+        base = run.described_base if run.kind == "describe" else ""
         return ExpectedReply(run.kind, base, card)
     if run.state is RunState.TRAINING:
         return ExpectedReply("train", run.parent, schema)

@@ -18,6 +18,7 @@ from protocols.messages.comparisons import Comparison
 from protocols.messages.envelope import Integer, Metrics, Tallies
 from protocols.messages.states import RunState
 from protocols.model.schema_card import Description, SchemaCard
+from protocols.tables.model_scores import Model, ModelScores
 
 #: Without a pattern: ledgers of older versions have any text.
 _ShortText = Annotated[str, Meta(max_length=400)]
@@ -74,6 +75,39 @@ class PreprocessingFixed(RunEvent, frozen=True):
 
     text: str
     peers: tuple[str, ...]
+
+
+class ModelsCompared(RunEvent, frozen=True):
+    """With `model=auto`, a peer told how well each model predicts its own rows."""
+
+    peer: _ShortText
+    scores: ModelScores
+
+
+class ScoresMissing(RunEvent, frozen=True):
+    """A peer could not compare the models. It takes part in the run, not in the choice."""
+
+    peer: _ShortText
+    reason: _ShortText
+    detail: _ShortText
+
+
+class ModelChosen(RunEvent, frozen=True, kw_only=True):
+    """The run trains `model`, and goes on with the settings `spec`.
+
+    `scores`: of each candidate, the mean of `metric` over `rows` rows of these `peers`; empty if
+    the model was chosen without scores, for the reason `because`. `left_out`: models that were no
+    candidates, and why.
+    """
+
+    model: Model
+    spec: RunSpec
+    metric: _ShortText = ""
+    scores: dict[Model, float] = {}
+    rows: Integer = 0
+    peers: tuple[str, ...] = ()
+    left_out: dict[Model, _ShortText] = {}
+    because: _ShortText = ""
 
 
 class SchemaAgreed(RunEvent, frozen=True):

@@ -130,7 +130,7 @@ def average(
             unchanged: dict[Part, Array] = {}
             for part in piece:
                 if base.schema[part.name].dtype in FLOAT_DTYPES:
-                    mean[part] = mean_of(part, updates, weights, base, base_weight, noise)
+                    mean[part] = _mean(part, updates, weights, base, base_weight, noise)
                 else:
                     unchanged[part] = base.read(part)
             yield _Piece(piece, mean, unchanged)
@@ -142,7 +142,7 @@ def average(
         yield {
             part: unchanged[part]
             if part in unchanged
-            else as_stored(new[part], base.schema[part.name].dtype)
+            else _as_stored(new[part], base.schema[part.name].dtype)
             for part in piece
         }
 
@@ -155,13 +155,13 @@ class _Piece(NamedTuple):
     unchanged: dict[Part, Array]
 
 
-def mean_of(
+def _mean(
     part: Part,
     updates: Sequence[WeightReader],
     weights: Sequence[float],
     base: WeightReader,
     base_weight: float,
-    noise: Noise | None = None,
+    noise: Noise | None,
 ) -> Array:
     """The weighted mean of one part, as float32 for bf16, else in the tensor's dtype.
 
@@ -187,6 +187,5 @@ def mean_of(
     return mean
 
 
-def as_stored(array: Array, dtype: str) -> Array:
-    """A mean in the dtype of its tensor."""
+def _as_stored(array: Array, dtype: str) -> Array:
     return float32_to_bf16(array.astype(np.float32)) if dtype == "BF16" else array

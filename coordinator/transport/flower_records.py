@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from protocols.errors import BadMessage, CommonweightError
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import schema_card
-from protocols.model.schema_card import Description
+from protocols.model.schema_card import Told
 from protocols.model.weights import Part, Weights
 
 WEIGHTS = "cw.weights"
@@ -124,7 +124,7 @@ def read_claim(reply: Message) -> tuple[UpdateClaim, bytes, bytes]:
     return SIGNED_CLAIM.decode(payload), payload, signature
 
 
-def read_description(reply: Message, claim: UpdateClaim) -> Description:
+def read_description(reply: Message, claim: UpdateClaim) -> Told:
     """The description that a claim is for. Raises BadMessage, KeyError, TypeError."""
     return schema_card.decode(read_answer(reply, claim))
 

@@ -94,20 +94,15 @@ class LoraSettings:
     classes: Annotated[
         str, Meta(description="of a classification: names of the folders, by label")
     ] = ""
-    rank: Annotated[
-        int,
-        Meta(ge=0, le=1024, description="of the adapters; 0 or auto: by the device's memory"),
-    ] = 8
+    rank: Annotated[int, Meta(ge=1, description="of the adapters")] = 8
     alpha: Annotated[float, Meta(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
     dropout: Annotated[float, Meta(ge=0, lt=1, description="before the adapters")] = 0.0
     targets: Annotated[
         str, Meta(description="layers with adapters: q_proj,v_proj or all-linear; empty: by PEFT")
     ] = ""
     aggregation: Annotated[
-        Literal["ffa", "stack", "svd", "average"],
-        Meta(
-            description="of adapters B A: ffa fixes A; stack and svd multiply; average is inexact"
-        ),
+        Literal["ffa", "average"],
+        Meta(description="ffa: A is fixed and B averaged, which is exact; average: A and B apart"),
     ] = "ffa"
     context: Annotated[int, Meta(ge=2, description="tokens of an example")] = 128
     micro_batch: Annotated[
@@ -184,8 +179,11 @@ class TabularSettings:
         Meta(description="balanced: all classes count alike, however rare they are in the fleet"),
     ] = "none"
     model: Annotated[
-        Literal["linear", "mlp", "trees"],
-        Meta(description="linear: logistic for classes; trees: gradient boosting"),
+        Literal["auto", "linear", "mlp", "trees"],
+        Meta(
+            description="linear: logistic for classes; trees: gradient boosting; auto: the best by "
+            "a cross-validation inside the peers, which run start takes unless it names a model"
+        ),
     ] = "linear"
     hidden: Annotated[str, Meta(description="sizes of the layers of mlp")] = "64,32"
     trees: Annotated[int, Meta(ge=1, le=5000, description="how many trees")] = 100

@@ -23,6 +23,7 @@ from protocols.messages.envelope import Digest, Name, Text
 from protocols.model.setting_specs import SettingSpec, SettingSpecs
 from protocols.model.weights import Schema, TensorSpec
 from protocols.tables.class_names import ClassCounts
+from protocols.tables.model_scores import ModelScores
 from protocols.tables.statistics import TableStatistics
 
 #: Of a description as JSON.
@@ -82,9 +83,11 @@ def make_card(
 
 #: A card; or before the preprocessing is agreed on, the statistics for it.
 Description = SchemaCard | TableStatistics | ClassCounts
+#: What answers the request to describe: also the scores of models, if it asks for these.
+Told = Description | ModelScores
 
 
-def encode(description: Description) -> bytes:
+def encode(description: Told) -> bytes:
     """The description as JSON. Raises DataError if it is too long."""
     data = msgspec.json.encode(description)
     if len(data) > MAX_BYTES:
@@ -92,14 +95,14 @@ def encode(description: Description) -> bytes:
     return data
 
 
-_decoder: msgspec.json.Decoder[Description] = msgspec.json.Decoder(
-    SchemaCard | TableStatistics | ClassCounts
+_decoder: msgspec.json.Decoder[Told] = msgspec.json.Decoder(
+    SchemaCard | TableStatistics | ClassCounts | ModelScores
 )
 _card_decoder = msgspec.json.Decoder(SchemaCard)
 
 
 @functools.lru_cache(4)  # most peers tell the same
-def decode(data: bytes) -> Description:
+def decode(data: bytes) -> Told:
     """The description in `data`. Raises BadMessage."""
     return _decoded(data, _decoder)
 

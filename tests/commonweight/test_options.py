@@ -57,7 +57,7 @@ def test_values_of_python_are_those_of_the_command_line() -> None:
         ({"rounds": 2.5}, "--rounds must be a whole number, not 2.5"),
         ({"rounds": True}, "--rounds must be a whole number, not True"),
         ({"rounds": "many"}, "--rounds must be a whole number, not 'many'"),
-        ({"rounds": 0}, "--rounds must be 1 or more, not 0"),
+        ({"rounds": -1}, "--rounds must be 0 or more, not -1"),
         ({"clip_norm": None}, "--clip-norm must be a number, not None"),
         ({"secure": 1}, "--secure must be yes or no, not 1"),
         ({"codec": True}, "--codec must be text, not True"),

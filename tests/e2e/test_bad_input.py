@@ -81,7 +81,7 @@ def test_a_run_that_cannot_be_is_refused_before_its_start(site: Fleet) -> None:
         (["ping", "--quorum", "99"], ["a quorum of 99 cannot be met", "--quorum"]),
         (["ping", "--deadline", "0"], ["deadline"]),
         (["ping", "--deadline", "soon"], ["'soon'", "90s"]),
-        (["ping", "--rounds", "0"], ["--rounds"]),
+        (["ping", "--rounds", "-1"], ["--rounds"]),
         (["ping", "--strategy", "wish"], ["'wish'", "fedavg"]),
         (["ping", "--set", "kilobytes"], ["key=value"]),
         (["ping", "--weighting", "luck"], ["examples or equal"]),

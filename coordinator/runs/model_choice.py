@@ -1,0 +1,200 @@
+"""Chooses the model of a run of `model=auto`, by scores that its peers tell before round 1. Pure.
+
+Each peer compares the models by a cross-validation over its own rows, and the one with the best
+mean counts. In a run with noise, no score may show what noise hides. In a secure run, the score of
+a single peer would leave in clear, and there is no version yet whose evaluation could be summed. In
+both, a rule chooses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+
+from msgspec.structs import replace
+
+from coordinator.runs import best_version, spec_rules, steps
+from coordinator.runs.run_length import with_trees
+from coordinator.runs.state import Run
+from coordinator.runs.steps import count_peers
+from coordinator.storage.run_events import ModelChosen, RunSpec
+from protocols.errors import SETTINGS_CODES, UNDECIDED_CODES, CommonweightError
+from protocols.tables.model_scores import MODELS, Model, ModelScores
+
+#: At most this many peers are asked, those with the most rows.
+MAX_ASKED = 16
+#: How long the slowest of them may take. It then takes part in the run, not in the choice.
+DEADLINE_S = 90.0
+#: From so many rows of all peers together, trees are chosen without scores.
+TREE_ROWS = 2_000
+#: Why a peer has no scores that is not able to compare models, as it is older.
+_OLDER = SETTINGS_CODES | {"bad description"}
+#: Reasons to refuse an answer that is not the one to this request.
+_NOT_NOW = frozenset(
+    {"late", "replay", "not asked", "wrong base", "another run", "another fleet", "bad signature"}
+)
+_SHOWN = {"rmse": "RMSE", "mae": "MAE", "mse": "MSE"}
+
+
+def with_model(spec: RunSpec, model: Model) -> RunSpec:
+    """The settings of the run if it trains this model. Raises UsageError for trees that they do
+    not fit."""
+    spec = replace(spec, settings={**spec.settings, "model": model})
+    return with_trees(spec) if model == "trees" else spec
+
+
+def candidates(spec: RunSpec) -> tuple[tuple[Model, ...], dict[Model, str]]:
+    """The models that fit the run's options, and why the others do not."""
+    fitting: list[Model] = []
+    left_out: dict[Model, str] = {}
+    for model in MODELS:
+        try:
+            spec_rules.check(with_model(spec, model))
+            fitting.append(model)
+        except CommonweightError as err:
+            left_out[model] = err.message[:400]
+    return tuple(fitting), left_out
+
+
+def decide(
+    run: Run,
+    eligible: Set[str],
+    decided: Set[str],
+    deadline_passed: bool,
+    wait: steps.Wait | None = None,
+) -> steps.AskPeers | steps.Wait | steps.ChooseModel:
+    """The next step of a run that compares models. `decided`: peers whose owners have decided.
+    `wait`: for the owners who have not, if there are such."""
+    if _no_scores(run.spec) or len(candidates(run.spec)[0]) < 2:
+        return steps.ChooseModel()
+
+    def rows_first(peer: str) -> tuple[int, str]:
+        return -run.declared.get(peer, (0, 0))[0], peer
+
+    new = sorted(eligible - run.peers.keys(), key=rows_first)[: max(0, MAX_ASKED - len(run.peers))]
+    back = {peer for peer in eligible if run.peers.get(peer) == "lost"}
+    if not deadline_passed and (to_ask := back | decided | set(new)):
+        return steps.AskPeers(tuple(sorted(to_ask)), opens_phase=not run.peers)
+    if run.pending and not deadline_passed:
+        return steps.Wait(f"a comparison of models by {count_peers(len(run.pending))}", run.pending)
+    nobody_answered = not (run.scores or run.declared)
+    return wait if wait is not None and nobody_answered else steps.ChooseModel()
+
+
+def is_missing(run: Run, kind: str, reason: str) -> bool:
+    """True if a refused request was for scores, so that the peer lacks them and no more. Whether
+    its owner allows the task, and which answers are late, is the same for all requests."""
+    return run.comparing and kind == "describe" and reason not in UNDECIDED_CODES | _NOT_NOW
+
+
+def choose(run: Run) -> ModelChosen:
+    """The model, and the settings with which the run goes on."""
+    fitting, left_out = candidates(run.spec)
+    fitting = fitting or ("linear",)
+    if any(reason in _OLDER for reason in run.scores_missing.values()) and "trees" in fitting:
+        fitting = tuple(model for model in fitting if model != "trees")
+        left_out["trees"] = "an agent is too old for them"
+    told = {peer: one for peer, one in sorted(run.scores.items()) if one.rows}
+    because = _no_scores(run.spec)
+    if not because and len(fitting) == 1:
+        because = "the only model that fits"
+    if not because:
+        for model in fitting:
+            if lacks := [peer for peer, one in told.items() if model not in one.metrics]:
+                left_out[model] = f"{count_peers(len(lacks))} cannot train it"
+        compared = tuple(model for model in fitting if model not in left_out)
+        if (metric := _metric(run.spec, compared, told)) and compared:
+            return _best(run, metric, compared, told, left_out)
+        because = "no peer told scores"
+    model, rule = _by_rule(run, fitting)
+    why = "; ".join(filter(None, (because, rule)))
+    return ModelChosen(
+        model=model, spec=with_model(run.spec, model), left_out=left_out, because=why
+    )
+
+
+def _no_scores(spec: RunSpec) -> str:
+    """Why no peer is asked for scores; empty if they are."""
+    if not spec.measures:
+        return "with noise no score leaves a peer, and linear models need the least noise"
+    return "in a secure run no score of a single peer leaves" if spec.secure else ""
+
+
+def _by_rule(run: Run, fitting: tuple[Model, ...]) -> tuple[Model, str]:
+    """The model that is chosen without scores, and the rule."""
+    if not run.spec.measures or fitting == ("linear",):
+        return "linear", ""
+    rows = sum(train for train, _ in run.declared.values())
+    if not rows:
+        return "linear", "the number of rows is not known"
+    if "trees" in fitting and rows >= TREE_ROWS:
+        return "trees", f"{rows:,} rows, trees from {TREE_ROWS:,}"
+    return "linear", f"{rows:,} rows" + (
+        f", trees from {TREE_ROWS:,}" if "trees" in fitting else ""
+    )
+
+
+def _metric(spec: RunSpec, models: tuple[Model, ...], told: Mapping[str, ModelScores]) -> str:
+    """The metric that decides: that of the run, if every score has it, else the default; empty
+    without scores."""
+    found = [one.metrics[model] for one in told.values() for model in models]
+    names = {name for name in (found[0] if found else ()) if _all_have(found, name)}
+    wanted = best_version.plain_name(spec.best_metric)
+    chosen = next((n for n in (wanted, *best_version.DEFAULT_METRICS) if n in names), "")
+    # The root of the mean square tells the same as the loss, in the units of the target.
+    return "rmse" if chosen == "loss" and "rmse" in names else chosen
+
+
+def _all_have(found: list[dict[str, float | None]], name: str) -> bool:
+    return all((value := one.get(name)) is not None and math.isfinite(value) for one in found)
+
+
+def _best(
+    run: Run,
+    metric: str,
+    models: tuple[Model, ...],
+    told: Mapping[str, ModelScores],
+    left_out: dict[Model, str],
+) -> ModelChosen:
+    rows = sum(one.rows for one in told.values())
+    power = 2 if metric == "rmse" else 1
+    means: dict[Model, float] = {}
+    for model in models:
+        parts = (
+            one.rows * float(one.metrics[model][metric] or 0) ** power for one in told.values()
+        )
+        means[model] = (sum(parts) / rows) ** (1 / power)
+    spec = run.spec
+    judged = replace(spec, best_metric=metric, best_direction=_direction(spec, metric))
+    model = max(models, key=lambda one: best_version.score(judged, {metric: means[one]}))
+    return ModelChosen(
+        model=model,
+        spec=with_model(spec, model),
+        metric=metric,
+        scores=means,
+        rows=rows,
+        peers=tuple(told),
+        left_out=left_out,
+    )
+
+
+def _direction(spec: RunSpec, metric: str) -> str:
+    return spec.best_direction if best_version.plain_name(spec.best_metric) == metric else ""
+
+
+def line(chosen: ModelChosen) -> str:
+    """What people read: the model and its score, those of the others, and what was left out."""
+    if chosen.scores:
+        shown = _SHOWN.get(chosen.metric, chosen.metric)
+        others = [f"{name} {chosen.scores[name]:.4g}" for name in MODELS[::-1]
+                  if name in chosen.scores and name != chosen.model]  # fmt: skip
+        parts = [f"{shown} {chosen.scores[chosen.model]:.4g}", ", ".join(others)]
+        parts.append(f"{count_peers(len(chosen.peers))}, {chosen.rows:,} rows")
+    else:
+        parts = [chosen.because]
+    text = f"model: {chosen.model} ({'; '.join(filter(None, parts))})"
+    if chosen.model == "trees" and not chosen.spec.secure:
+        text += "; without --secure, peers send counts of rows in place of hessians"
+    for name, why in sorted(chosen.left_out.items()):
+        text += f"; {name} left out: {why}"
+    return text

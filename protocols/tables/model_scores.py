@@ -1,0 +1,30 @@
+"""What a peer tells of the models that a run of `model=auto` chooses from. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from protocols.messages.envelope import Name
+
+#: The setting `model` of a run that has not chosen yet.
+AUTO = "auto"
+Model = Literal["linear", "mlp", "trees"]
+#: From the simplest to the most complex one: of equal scores the first is chosen.
+MODELS: tuple[Model, ...] = ("linear", "mlp", "trees")
+#: A cross-validation uses at most this many rows of a peer.
+MAX_ROWS = 10_000
+
+#: By name; None for one that is not finite.
+Scores = Annotated[dict[Name, float | None], Meta(max_length=32)]
+
+
+class ModelScores(Struct, frozen=True, kw_only=True, tag="models"):
+    """The metrics of each model by a cross-validation over `rows` rows of one peer.
+
+    A peer with too few rows tells none, and 0 rows. A model that it cannot train is left out.
+    """
+
+    rows: Annotated[int, Meta(ge=0, le=MAX_ROWS)] = 0
+    metrics: Annotated[dict[Model, Scores], Meta(max_length=len(MODELS))] = {}
