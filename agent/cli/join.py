@@ -6,7 +6,7 @@ import contextlib
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -52,6 +52,10 @@ def join(
     ] = None,
     columns: Annotated[
         str | None, typer.Option(help="Columns that may be used, such as age,sex; or all.")
+    ] = None,
+    analyze: Annotated[
+        Literal["off", "ask", "on"] | None,
+        typer.Option(help="Answer questions to the table: on; ask, after your approval; off."),
     ] = None,
     purpose: Annotated[
         str | None,
@@ -111,6 +115,7 @@ def join(
         **parse_part(part),
         "split": split,
         "data_columns": patterns,
+        "analyze": analyze,
         **policy,
     }
     names = [name for text in allow or [] for name in consents.split_list(text) or []]

@@ -273,13 +273,20 @@ def demo(
             "--write-sample", help="Only write sample tables of three clinics into this folder."
         ),
     ] = None,
+    trial: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-trial", help="Only write tables of a trial at three clinics into this folder."
+        ),
+    ] = None,
 ) -> None:
     """Train on real data with several agents on this machine."""
-    if sample is not None:
-        from coordinator.cli.demo import sample_tables
+    if sample is not None or trial is not None:
+        from coordinator.cli.demo import sample_tables, trial_tables
 
-        for path in sample_tables.write(sample):
-            sys.stdout.write(f"{path}\n")
+        paths = sample_tables.write(sample) if sample is not None else []
+        paths += trial_tables.write(trial) if trial is not None else []
+        sys.stdout.writelines(f"{path}\n" for path in paths)
         return
     from coordinator.cli.demo.command import run_demo
 

@@ -293,5 +293,8 @@ def kind_conflicts(answers: Mapping[str, PeerAnswer]) -> dict[str, str]:
         common = Counter(kind for kind in kinds.values() if kind != "empty").most_common(1)
         for peer, kind in kinds.items():
             if common and kind not in ("empty", common[0][0]):
-                found[peer] = f"column {name!r} holds {kind} there, and {common[0][0]} elsewhere"
+                found[peer] = (
+                    f"column {name!r} holds {kind} there, and {common[0][0]} elsewhere; "
+                    "its owner sees more: commonweight-agent data check"
+                )
     return found

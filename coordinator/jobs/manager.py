@@ -177,7 +177,9 @@ class JobManager:
             return spec
         peers = spec.peers or tuple(sorted(self._ctx.eligible()))
         if not peers:
-            raise CannotBeMet("no peer is online", "commonweight peers list")
+            raise CannotBeMet(
+                "no peer can answer now: each is away or paused", "to see why: commonweight status"
+            )
         # Units are leased by id, and each peer has one unit, however often it is named.
         ids = dict.fromkeys(self._registry.find(peer).peer for peer in peers)
         return replace(spec, peers=tuple(ids))

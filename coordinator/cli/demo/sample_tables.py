@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from protocols.errors import UsageError
 from protocols.local.os_errors import os_errors_as
@@ -17,7 +19,8 @@ from protocols.local.os_errors import os_errors_as
 TARGET = "readmitted"
 #: Rows, mean age and separator of each clinic.
 CLINICS = {"north": (600, 58.0, ","), "south": (350, 44.0, ","), "west": (150, 66.0, ";")}
-NEW_PATIENTS = "new-patients.csv"
+_NEW = "new-patients"
+NEW_PATIENTS = f"{_NEW}.csv"
 _COLUMNS = ("patient", "age", "sex", "pressure", "smoker", "visits", TARGET)
 
 
@@ -26,33 +29,47 @@ def write(folder: Path) -> list[Path]:
 
     Raises UsageError if one of them exists already, or the folder cannot be written.
     """
-    tables = {f"{name}.csv": clinic for name, clinic in CLINICS.items()}
-    tables[NEW_PATIENTS] = (20, 55.0, ",")
-    for name in tables:
-        if (folder / name).exists():
-            raise UsageError(f"{folder / name} exists already", "name another folder")
+    random, tables = Random(20), list[Table]()
+    for name, (count, mean_age, separator) in (*CLINICS.items(), (_NEW, (20, 55.0, ","))):
+        columns = _COLUMNS[:-1] if name == _NEW else _COLUMNS
+        rows = [
+            {"patient": f"{name}-{number:04}"} | _row(random, mean_age)
+            for number in range(1, count + 1)
+        ]
+        tables.append(Table(f"{name}.csv", columns, rows, separator))
+    return write_tables(folder, tables)
+
+
+class Table(NamedTuple):
+    """A CSV file; `rows` may have more than its columns."""
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, str]]
+    separator: str = ","
+
+
+def write_tables(folder: Path, tables: Sequence[Table]) -> list[Path]:
+    """Write new files; raises UsageError as `write` does."""
+    for table in tables:
+        if (folder / table.name).exists():
+            raise UsageError(f"{folder / table.name} exists already", "name another folder")
     with os_errors_as(UsageError, f"cannot write into {folder}", "name another"):
         folder.mkdir(parents=True, exist_ok=True)
-        _write_all(folder, tables)
-    return [folder / name for name in tables]
-
-
-def _write_all(folder: Path, tables: dict[str, tuple[int, float, str]]) -> None:
-    random = Random(20)
-    for name, (count, mean_age, separator) in tables.items():
-        columns = _COLUMNS[:-1] if name == NEW_PATIENTS else _COLUMNS
-        with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, delimiter=separator, extrasaction="ignore")
-            writer.writeheader()
-            for number in range(1, count + 1):
-                row = _row(random, mean_age)
-                writer.writerow({"patient": f"{name.partition('.')[0]}-{number:04}"} | row)
+        for table in tables:
+            with (folder / table.name).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(
+                    file, table.columns, delimiter=table.separator, extrasaction="ignore"
+                )
+                writer.writeheader()
+                writer.writerows(table.rows)
+    return [folder / table.name for table in tables]
 
 
 def _row(random: Random, mean_age: float) -> dict[str, str]:
-    age = min(95.0, max(18.0, mean_age + 14 * _bell(random)))
+    age = min(95.0, max(18.0, mean_age + 14 * bell(random)))
     sex = random.choice(("female", "male"))
-    pressure = 95 + 0.6 * age + 9 * _bell(random)
+    pressure = 95 + 0.6 * age + 9 * bell(random)
     smoker = random.random() < 0.28
     visits = int(6 * random.random() ** 2)
     score = 0.11 * (age - 55) + 0.09 * (pressure - 128) + 2.2 * smoker + 0.7 * (visits - 2)
@@ -68,6 +85,6 @@ def _row(random: Random, mean_age: float) -> dict[str, str]:
     }
 
 
-def _bell(random: Random) -> float:
+def bell(random: Random) -> float:
     """An approximately normal number (mean 0, deviation 1), from four uniform ones."""
     return math.sqrt(3.0) * (sum(random.random() for _ in range(4)) - 2.0)

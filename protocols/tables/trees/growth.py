@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from protocols.tables.trees.histograms import slot_values
 from protocols.tables.trees.layout import SLOTS, Array, Arrays, Numbers, Position
 
 #: No sum of hessians below this is divided by.
@@ -65,8 +66,8 @@ def grow(
 
 
 def make_cuts(counts: Array, kinds: Array, bins: int) -> npt.NDArray[np.int16]:
-    """The cuts int16[F, B - 2] of counts int64[F, SLOTS]: quantiles of numbers, and the most
-    frequent categories."""
+    """The cuts int16[F, B - 2] of counts int64[F, SLOTS]: those of numbers, and the most frequent
+    categories."""
     cuts = np.full((len(counts), bins - 2), SLOTS, np.int16)
     for own, count, is_category in zip(cuts, counts, kinds, strict=True):
         there = np.flatnonzero(count)
@@ -75,16 +76,30 @@ def make_cuts(counts: Array, kinds: Array, bins: int) -> npt.NDArray[np.int16]:
             if len(there) > bins - 2:
                 there = np.sort(there[np.argsort(-count[there], kind="stable")[: bins - 2]])
             chosen = there
-        elif len(there) <= bins - 1:
-            chosen = (there[:-1] + there[1:]) // 2
         else:
-            ranks = np.cumsum(count[there])
-            wanted = ranks[-1] * np.arange(1, bins - 1) // (bins - 1)
-            before = np.unique(np.searchsorted(ranks, wanted))
-            before = before[before < len(there) - 1]
-            chosen = (there[before] + there[before + 1]) // 2
+            chosen = _number_cuts(there, count[there], bins)
         own[: len(chosen)] = chosen
     return cuts
+
+
+def _number_cuts(slots: Array, rows: Array, bins: int) -> Array:
+    """At most `bins` - 2 cuts between the `slots` that have `rows`.
+
+    Half of them are quantiles. The other half has a density of rows^(1/3) by value, with which the
+    values in a bin differ least (Panter and Dite 1951). Quantiles alone would put the whole tail of
+    a skewed column, such as incomes, into one bin.
+    """
+    between: Array = (slots[:-1] + slots[1:]) // 2
+    if len(slots) <= bins - 1:
+        return between
+    values = slot_values(slots)
+    ends = values[:1], (values[1:] + values[:-1]) / 2, values[-1:]
+    widths = np.diff(np.concatenate(ends))
+    spread = np.cbrt(rows * widths**2)
+    ranks = np.cumsum(rows / rows.sum() + spread / spread.sum())
+    before = np.unique(np.searchsorted(ranks, ranks[-1] * np.arange(1, bins - 1) / (bins - 1)))
+    chosen: Array = between[before[before < len(between)]]
+    return chosen
 
 
 def _with_siblings(

@@ -35,6 +35,12 @@ def slots_of(z: npt.NDArray[np.float32]) -> Slots:
     return np.where(np.isnan(z), MISSING, clipped).astype(np.int16)
 
 
+def slot_values(slots: Array) -> Floats:
+    """The scaled numbers in the middle of slots."""
+    found: Floats = np.sinh((slots - _HALF) / _HALF * _SPAN) / _STEEPNESS
+    return found
+
+
 def edge_of(slot: int) -> float:
     """The scaled number between a slot and the next one."""
     return float(np.sinh((slot + 0.5 - _HALF) / _HALF * _SPAN) / _STEEPNESS)

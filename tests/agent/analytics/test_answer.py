@@ -329,7 +329,10 @@ def test_a_peer_with_other_types_is_left_out_by_name(tmp_path: Path) -> None:
     good = split(people(200), tmp_path)
     odd = Peer(tmp_path / "odd", [{**row, "age": "old"} for row in people(50)])
     found = together([*good, odd], "count, missing(age)")
-    assert found.left_out == {"p3": "column 'age' holds text there, and number elsewhere"}
+    assert found.left_out == {
+        "p3": "column 'age' holds text there, and number elsewhere; its owner sees more: "
+        "commonweight-agent data check"
+    }
     assert found.peers == 3
     assert "3 of 4 peers" in found.label
 

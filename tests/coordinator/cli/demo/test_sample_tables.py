@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from coordinator.cli.demo import sample_tables
+from coordinator.cli.demo import sample_tables, trial_tables
 from coordinator.cli.main import app
 from protocols.errors import UsageError
 
@@ -46,3 +46,19 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write into"):
         sample_tables.write(tmp_path / "file" / "folder")
+
+
+def test_a_trial_is_written_as_each_clinic_writes(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["demo", "--write-trial", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    tables = {}
+    for name, (count, _) in trial_tables.CLINICS.items():
+        with (tmp_path / f"{name}.csv").open(encoding="utf-8") as file:
+            tables[name] = [*csv.DictReader(file, delimiter=";" if name == "turku" else ",")]
+        assert len(tables[name]) == count
+        assert {*tables[name][0]} == {"patient", *trial_tables.COLUMNS}
+    assert {row["smoker"] for row in tables["lund"]} == {"YES", "NO", ""}
+    assert {row["smoker"] for row in tables["bergen"]} == {"1", "0", ""}
+    assert all("," in row["time"] for row in tables["turku"])
+    with pytest.raises(UsageError, match="exists already"):
+        trial_tables.write(tmp_path)
