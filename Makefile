@@ -2,7 +2,7 @@
 # make test   format, lint, types, import contracts, and the tests: below ten minutes
 # make test-long  the tests marked `long`: real fleets that are killed, cut off, filled up
 # make test-extras   tests of Keras, LoRA, Dask, Spark and a browser, each in an environment of its own
-# make test-cluster  tests of the ledger in PostgreSQL; make cluster-setup installs PostgreSQL first
+# make test-cluster  tests of ledger and versions outside of the home; make cluster-setup installs PostgreSQL first
 # make setup  only build .venv
 # make wheel  dist/: the wheel to install on other machines, and install.sh with its locks
 # make lock   deploy/locks: every package of an installation, pinned by hash

@@ -6,7 +6,9 @@ CommonweightError                     1  something failed
 │   ├── UnknownName                      no such task, run, peer or setting
 │   └── CannotBeMet                      the fleet cannot meet the quorum or deadline
 ├── Unreachable                       3  no answer from that address
-│   └── LedgerUnreachable                the database of the ledger does not answer
+│   └── StorageUnreachable               what the coordinator stores is out of reach
+│       ├── LedgerUnreachable            … the database of the ledger
+│       └── StoreUnreachable             … the store of the versions
 ├── Refused                           4  the other side refused the request
 │   ├── NotEnrolled                      this machine has not joined a fleet
 │   ├── NotAllowed                       the owner does not allow the task or its settings
@@ -115,8 +117,22 @@ class Unreachable(CommonweightError, code="unreachable", exit_code=ExitCode.UNRE
     """The address does not answer."""
 
 
-class LedgerUnreachable(Unreachable, code="ledger_unreachable"):
-    """The database of the ledger does not answer. Work continues as soon as it does."""
+class StorageUnreachable(Unreachable, code="storage_unreachable"):
+    """A database or store of the coordinator is out of reach. Work continues when it answers."""
+
+    what = "its storage"
+
+
+class LedgerUnreachable(StorageUnreachable, code="ledger_unreachable"):
+    """The database of the ledger does not answer."""
+
+    what = "the database of the ledger"
+
+
+class StoreUnreachable(StorageUnreachable, code="store_unreachable"):
+    """The store of the versions does not answer."""
+
+    what = "the store of the versions"
 
 
 class Refused(CommonweightError, code="refused", exit_code=ExitCode.REFUSED):

@@ -42,6 +42,7 @@ from coordinator.storage.ledger_place import open_ledger
 from coordinator.storage.seen_heads import SeenHeads
 from coordinator.storage.settings import UP_FILE, Keys, Settings
 from coordinator.storage.version_log import VersionLog
+from coordinator.storage.version_store import open_store
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import ClaimCheckGrid
@@ -52,7 +53,7 @@ from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import ca_chain, identity
-from protocols.errors import Awaited, LedgerUnreachable
+from protocols.errors import Awaited, StorageUnreachable
 from protocols.local import heap
 from protocols.messages.envelope import Command, EventLine, strip_controls
 from protocols.messages.fleet_names import FleetNames
@@ -83,7 +84,9 @@ class Coordinator:
         self.registry = Registry(self._ledger, approve=chosen.approve)
         self.offers = TaskOffers(self._ledger, keys.fleet, keys.sign_key.sign)
         self.version_log = VersionLog(self._ledger, keys.fleet, keys.sign_key.sign)
-        self.weight_store, self.job_store = WeightStore(home), JobStore(home / "jobs")
+        self._mirror = open_store(chosen.versions, keys.fleet) if chosen.versions else None
+        self.weight_store = WeightStore(home, self._mirror)
+        self.job_store = JobStore(home / "jobs")
         self.transfer = WeightTransfer(self.weight_store)
         self.job_transfer = WeightTransfer(self.job_store, MAX_ANSWER_BYTES)
         self._seen_heads = SeenHeads(home)
@@ -187,6 +190,8 @@ class Coordinator:
             (self._home / UP_FILE).unlink(missing_ok=True)
             await self._broker.stop()
             self._ledger.close()
+            if self._mirror is not None:
+                self._mirror.close()
             self._seen_heads.close()
 
     def stop(self) -> None:
@@ -231,7 +236,7 @@ class Coordinator:
             inner = flower if scope["path"].startswith(FLEET_PREFIX) else ours
             try:
                 await inner(scope, receive, send)
-            except LedgerUnreachable as err:  # before anything was sent; the client tries again
+            except StorageUnreachable as err:  # before anything was sent; the client tries again
                 await PlainTextResponse(err.message, 503)(scope, receive, send)
 
         return app

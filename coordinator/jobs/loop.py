@@ -31,7 +31,7 @@ from protocols.errors import (
     Awaited,
     BadMessage,
     DiskFull,
-    LedgerUnreachable,
+    StorageUnreachable,
 )
 from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint
@@ -115,8 +115,8 @@ class JobLoop:
                 await self._verify()
                 await self._dispatch()
                 await self._wait()
-            except (OSError, DiskFull, LedgerUnreachable) as err:
-                if not (isinstance(err, LedgerUnreachable) or is_disk_full(err)):
+            except (OSError, DiskFull, StorageUnreachable) as err:
+                if not (isinstance(err, StorageUnreachable) or is_disk_full(err)):
                     raise
                 await asyncio.sleep(_RETRY_S)  # nothing was decided, so the step is repeated
         self.requests.cancel_all()

@@ -28,7 +28,7 @@ from protocols.errors import (
     CommonweightError,
     DiskFull,
     HomeError,
-    LedgerUnreachable,
+    StorageUnreachable,
     UpdateRefused,
 )
 from protocols.local.disk_space import is_disk_full
@@ -142,8 +142,8 @@ class RunLoop:
                 if not is_disk_full(err):
                     raise
                 await self._recorder.wait_for_space(err)  # nothing was recorded: do it again
-            except LedgerUnreachable as err:
-                await self._recorder.wait_for_ledger(err)
+            except StorageUnreachable as err:
+                await self._recorder.wait_for_storage(err)
             except HomeError:  # the home is damaged, not the run: a restart continues it
                 raise
             except CommonweightError as err:

@@ -15,7 +15,7 @@ from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import AWAITED, UNDECIDED_CODES, DiskFull, LedgerUnreachable
+from protocols.errors import AWAITED, UNDECIDED_CODES, DiskFull, StorageUnreachable
 from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
@@ -26,7 +26,7 @@ log = logging.getLogger("commonweight.run")
 _SPACE_POLL_S = 1.0
 _MAX_SPACE_POLLS = 30
 _ANNOUNCE_EVERY_S = 0.1
-_LEDGER_RETRY_S = 1.0
+_STORAGE_RETRY_S = 1.0
 
 
 class RunRecorder:
@@ -64,8 +64,8 @@ class RunRecorder:
                 break
             except DiskFull as err:
                 await self.wait_for_space(err)
-            except LedgerUnreachable as err:
-                await self.wait_for_ledger(err)
+            except StorageUnreachable as err:
+                await self.wait_for_storage(err)
         failpoint("run.recorded", type(events[-1]).__name__)
         for event in events:
             self.run = transitions.apply(self.run, event)
@@ -120,12 +120,12 @@ class RunRecorder:
                 if limits.has_space():
                     break
 
-    async def wait_for_ledger(self, err: Exception) -> None:
-        """The database of the ledger does not answer: report it, and return for a retry."""
-        self.set_waiting_for("the database of the ledger")
-        self._report_interruption(err, "the database of the ledger answers again")
+    async def wait_for_storage(self, err: StorageUnreachable) -> None:
+        """The database or the store does not answer: report it, and return for a retry."""
+        self.set_waiting_for(err.what)
+        self._report_interruption(err, f"{err.what} answers again")
         with self._timer.stopped():
-            await asyncio.sleep(_LEDGER_RETRY_S)
+            await asyncio.sleep(_STORAGE_RETRY_S)
 
     def _report_interruption(self, err: Exception, afterwards: str) -> None:
         if not self._interruption:

@@ -53,6 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     wait for `peers approve`. `announce`: announce the coordinator in the local network.
     `metrics_port`: serves /metrics for Prometheus on loopback; 0 is off. `ledger`: the PostgreSQL
     database of the ledger, in place of a file of the home, without a password (`ledger_place`).
+    `versions`: keeps the versions in this object store, too (`version_store`).
     """
 
     host: str = "0.0.0.0"
@@ -67,6 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     metrics_port: Port = 0
     announce: bool = False
     ledger: str = ""
+    versions: str = ""
 
 
 def read(**flags: Any) -> Settings:

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from coordinator.storage.version_store import VersionStore
 from protocols.codecs import patches
-from protocols.errors import BadWeights
+from protocols.errors import BadWeights, StoreUnreachable
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
 from protocols.local.failpoints import failpoint
@@ -29,20 +30,35 @@ _UNFINISHED_S = 3600.0
 
 
 class Versions:
-    """The versions in a folder. Jobs can pin versions, so that they are not deleted meanwhile."""
+    """The versions in a folder. Jobs can pin versions, so that they are not deleted meanwhile.
+
+    `mirror` has the same ones. A version is there before `write`, `adopt` or `promote_upload`
+    returns, so before the ledger names it. These raise StoreUnreachable; a retry continues.
+    """
 
     suffix = ".safetensors"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mirror: VersionStore | None = None) -> None:
+        self.folder, self.mirror = folder, mirror
         folder.mkdir(mode=0o700, exist_ok=True)
         self._delete_unfinished()
+        if mirror is not None:
+            self._compare(mirror)
         #: How many jobs use each version; pinned versions to delete once they are unpinned.
         self._pins: Counter[str] = Counter()
         self._dropped: set[str] = set()
         #: Versions that the ledger does not name yet.
         self.unrecorded: set[str] = set()
         self._naming = threading.Lock()
+
+    def _compare(self, mirror: VersionStore) -> None:
+        """Fetch what the folder lacks, and store what the mirror lacks. Raises StoreUnreachable."""
+        names = (path.name for path in self.folder.glob(f"*{self.suffix}"))
+        here, there = {name.removesuffix(self.suffix) for name in names}, mirror.digests()
+        for digest in sorted(here - there):
+            mirror.put(digest, self.version_path(digest))
+        for digest in sorted(there - here):
+            mirror.get(digest, self.version_path(digest))
 
     def version_path(self, digest: str) -> Path:
         """The file of the version with this digest, whether or not it exists."""
@@ -95,6 +111,8 @@ class Versions:
             if digest not in self.unrecorded:
                 unlink(self.version_path(digest))
                 self.patch_path(digest).unlink(missing_ok=True)
+                if self.mirror is not None:
+                    self.mirror.delete(digest)
 
     def mark_recorded(self, digest: str) -> None:
         """The ledger names this version now, so it can be dropped again."""
@@ -132,6 +150,8 @@ class Versions:
                 pass
             if weights.file_digest(checked) != digest:
                 raise BadWeights("its bytes are not those of the digest")
+            if self.mirror is not None:
+                self.mirror.put(digest, checked)
             with checked.open("r+b") as file:
                 os.fsync(file.fileno())
             with self._naming:
@@ -154,6 +174,12 @@ class Versions:
             for piece in pieces:
                 writer.write(piece)
         failpoint("version.written")
+        if self.mirror is not None:
+            try:
+                self.mirror.put(writer.digest, temporary)
+            except StoreUnreachable:
+                temporary.unlink()
+                raise
         with self._naming:
             self.unrecorded.add(writer.digest)
             temporary.replace(self.version_path(writer.digest))

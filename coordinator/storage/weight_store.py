@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from coordinator.storage.spool import Spool
+from coordinator.storage.version_store import VersionStore
 from coordinator.storage.versions import Versions
 from protocols.local import atomic_files
 from protocols.local.failpoints import failpoint
@@ -14,8 +15,8 @@ from protocols.local.failpoints import failpoint
 class WeightStore(Versions):
     """Versions, uploads (`uploads`) and the folder of strategy states (`states`)."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "versions")
+    def __init__(self, folder: Path, mirror: VersionStore | None = None) -> None:
+        super().__init__(folder / "versions", mirror)
         self.home = folder
         self.uploads = Spool(folder / "spool", self.suffix)
         #: For `strategies.state.StateStore`. States never leave the coordinator.
@@ -25,8 +26,10 @@ class WeightStore(Versions):
     def promote_upload(self, node: str, digest: str) -> None:
         """Make an upload a version: first weights of a run, or an answer of a job.
 
-        `drop` has no effect on it until `mark_recorded`. Raises OSError.
+        `drop` has no effect on it until `mark_recorded`. Raises OSError, StoreUnreachable.
         """
+        if self.mirror is not None and (upload := self.uploads.path(node, digest)).exists():
+            self.mirror.put(digest, upload)
         with self._naming:
             self.unrecorded.add(digest)
             try:
