@@ -129,7 +129,7 @@ class Agent:
         self._connect()
 
     def _connect(self) -> None:
-        self._sessions.on_key_changed = self._use_new_key
+        self._sessions.when_key_changes(self._use_new_key)
         self._owner_commands.on_restart = self._restart
         self._sessions.followed = self._log
         self._gossip.own_seen, self._gossip.on_seen = self._log.last_seen, self._log.offer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,21 +12,17 @@ from functools import partial
 from random import Random
 from typing import Any, TypeVar
 
-from msgspec import structs
-
 from agent.daemon import state_machine
 from agent.daemon.context import AgentContext
+from agent.daemon.current_enrollment import CurrentEnrollment
 from agent.daemon.state_machine import SessionChanged
 from agent.daemon.status_reporter import StatusReporter
 from agent.daemon.work_thread import WorkThread
-from agent.home import fleet_trust
-from agent.home.enrollment_file import write_enrollment
 from agent.transport.charged_heads import ChargedHeads
 from agent.transport.coordinator_client import HEARTBEAT_EVERY_S, CoordinatorClient
 from agent.transport.followed_log import FollowedLog
 from agent.transport.weight_transfer import SessionLost
-from protocols.enrollment import certificates, identity
-from protocols.errors import BadMessage, CommonweightError, Refused, Unreachable, VersionSkew
+from protocols.errors import CommonweightError, Refused, Unreachable, VersionSkew
 from protocols.local import crash_reports, join_client
 from protocols.local.timed_wait import wait_at_most
 from protocols.messages.mqtt import MqttAddress
@@ -38,8 +33,6 @@ log = logging.getLogger("commonweight.agent")
 
 T = TypeVar("T")
 
-#: Certificates are valid for a year and are renewed in its last two months.
-RENEW_BEFORE_S = 60 * 86400.0
 _HEARTBEAT_RETRY_S = 5.0
 #: Interrupted work may still encode or write an update.
 _MAX_WAIT_FOR_THREADS_S = 60.0
@@ -63,21 +56,17 @@ class SessionLoop:
         report: StatusReporter,
         on_broker_changed: Callable[[MqttAddress], None],
     ) -> None:
-        self._ctx, self._runner, self._enrollment = ctx, ctx.runner, ctx.enrollment
-        self._report, self._on_broker_changed = report, on_broker_changed
+        self._ctx, self._runner, self._report = ctx, ctx.runner, report
+        self._enrolled = CurrentEnrollment(ctx, on_broker_changed)
         self._link: CoordinatorClient | None = None
-        #: Called on the event loop when the coordinator has a new signing key or CA.
-        self.on_key_changed: Callable[[], None] = lambda: None
         #: Follows the coordinator's log of versions.
         self.followed: FollowedLog | None = None
         self.charged: ChargedHeads | None = None
         self.on_offers: Callable[[int], None] = lambda number: None
         self._closed = False
-        self._saving = threading.Lock()
         self._doorbell = asyncio.Event()
         self._last_work_at = 0.0
         self._last_refusal = ""
-        self._refused_broker: MqttAddress | None = None
         self._short_sessions = 0
         self._work_pool = ThreadPoolExecutor(1, "work")
         self._heartbeat_pool = ThreadPoolExecutor(1, "heartbeat")
@@ -92,7 +81,11 @@ class SessionLoop:
 
     def certificate(self) -> bytes:
         """The current node certificate, which changes when it is renewed."""
-        return self._enrollment.certificate
+        return self._enrolled.certificate
+
+    def when_key_changes(self, call: Callable[[], None]) -> None:
+        """Call this on the event loop when the coordinator has a new signing key or CA."""
+        self._enrolled.on_key_changed = call
 
     @property
     def endpoints(self) -> tuple[str, str]:
@@ -219,7 +212,7 @@ class SessionLoop:
             status = self._link.enrollment_status()
         except Unreachable as err:
             if join_client.is_other_ca(err):
-                self._follow_ca(err)
+                self._enrolled.follow_ca(err)
             raise
         version_check.check_compatible(status.version, "the coordinator")
         if status.enrollment == "awaiting":
@@ -228,76 +221,8 @@ class SessionLoop:
                 f"on the coordinator: commonweight peers approve {status.name}",
             )
         self._link.open()
-        self._save_broker(self._link)
-        self._renew_certificate(self._link)
-
-    def _follow_ca(self, err: Unreachable) -> None:
-        """Go on with the fleet's newest CA, if the one known here leads to it.
-
-        Raises Unreachable then, as all parts start again with it; Refused for another CA.
-        """
-        told = join_client.fetch_chain(self._ctx.credentials.address)
-        try:
-            changed = fleet_trust.with_new_ca(self._enrollment, told)
-        except BadMessage as wrong:
-            raise Refused(
-                f"the server has another CA than this fleet: {wrong.message}",
-                "ask the operator who answers at this address; nothing was sent",
-            ) from err
-        if changed == self._enrollment:
-            return
-        self._save_enrollment(**structs.asdict(changed))
-        self._runner.call_threadsafe(self.on_key_changed)
-        raise Unreachable("the fleet has a new CA, signed by the old one; starting again with it")
-
-    def _renew_certificate(self, link: CoordinatorClient) -> None:
-        """Renew the node certificate if it expires soon, or is not of the newest CA."""
-        known, keys = self._enrollment, self._ctx.credentials
-        ca_pem, ends_at = known.ca_pem.encode(), 0.0
-        with contextlib.suppress(BadMessage):  # of the CA before
-            ends_at = certificates.verify_certificate(ca_pem, known.certificate).not_after
-        if ends_at - time.time() < RENEW_BEFORE_S:
-            certificate = link.renew()
-            node = identity.node_public_pem(keys.node_key)
-            public = identity.public_bytes(keys.sign_key)
-            fleet_trust.check_certificate(ca_pem, known.fleet, certificate, public, node)
-            self._save_enrollment(certificate=certificate)
-
-    def _save_broker(self, link: CoordinatorClient) -> None:
-        """Save the broker and the fleet card. The login changes when a peer is removed.
-
-        Raises Refused if the fleet's CA did not sign them.
-        """
-        told = link.mqtt_address()
-        try:
-            known = fleet_trust.with_broker(self._enrollment, told)
-        except BadMessage as err:
-            if not told.card:  # an older coordinator: work goes on without the new broker
-                if told.address != self._refused_broker:
-                    log.warning("%s: %s", err.message, err.hint)
-                self._refused_broker = told.address
-                return
-            raise Refused(
-                f"the coordinator's answer is not what this fleet's CA signed: {err.message}",
-                "ask the operator who answers at this address; no work is taken from it",
-            ) from err
-        if known.card and not self._enrollment.card:  # the coordinator reads a named receiver
-            link.name_receiver(known.fleet)
-        moved = known.mqtt != self._enrollment.mqtt
-        if known != self._enrollment:
-            self._save_enrollment(
-                mqtt=known.mqtt, card=known.card, coordinator_public=known.coordinator_public
-            )
-        if known.coordinator_public != self._ctx.coordinator_public:
-            self._runner.call_threadsafe(self.on_key_changed)
-            raise Unreachable("the coordinator has a new signing key; starting again with it")
-        if moved:
-            self._runner.call_threadsafe(self._on_broker_changed, known.mqtt)
-
-    def _save_enrollment(self, **changes: Any) -> None:
-        with self._saving:  # both threads save
-            self._enrollment = structs.replace(self._enrollment, **changes)
-            write_enrollment(self._ctx.home, self._enrollment)
+        self._enrolled.save_broker(self._link)
+        self._enrolled.renew_certificate(self._link)
 
     # --- heartbeats ---
 
@@ -326,7 +251,7 @@ class SessionLoop:
 
     def _reopen(self, link: CoordinatorClient) -> None:
         """Open a lost session again: the coordinator has restarted, maybe with another login."""
-        self._save_broker(link)
+        self._enrolled.save_broker(link)
         link.open()
 
     async def reconnect(self) -> None:

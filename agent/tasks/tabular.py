@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -22,15 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agent.data import Reader, features, latest_rows, open_table
+from agent.data import features, open_table
 from agent.data import profile as survey
-from agent.data.admission import HELD_OUT_OF, Mask, Split, split_classes
 from agent.data.disclosed_sets import Numbers, Use
 from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
-from agent.data.table_memory import TableMemory
-from agent.data.value_map import with_values
-from agent.tasks import LocalRounds, OnStep, TrainOutcome, Watch, tabular_choice
+from agent.tasks import LocalRounds, OnStep, TrainOutcome, Watch, table_rows, tabular_choice
 from agent.tasks import Settings as RunSettings
 from agent.tasks.tabular_model import TableModel
 from agent.tasks.tabular_trees import TreeModel
@@ -57,8 +53,6 @@ EVALUATION_BATCH = 8192
 XGBOOST = "xgboost"
 #: A run over many peers learns in fewer rounds than one machine does.
 MIN_LOCAL_ROUNDS = 50
-#: Fewer rows cannot be split into training and held-out rows.
-_MIN_ROWS = HELD_OUT_OF
 
 
 class Tabular(BuiltInTask):
@@ -83,7 +77,7 @@ class Tabular(BuiltInTask):
         """Statistics of this peer's table that may leave the machine. Raises DataError."""
         self._read(settings)
         wanted = preprocessing.parse_settings(settings)
-        with self._admitted() as (reader, numbers, _):
+        with table_rows.admitted(self._data) as (reader, numbers, _):
             self._surveyed = numbers
             return survey.survey(reader, self._data, wanted)
 
@@ -107,7 +101,7 @@ class Tabular(BuiltInTask):
         """Reads the table, so that errors in it show early. Raises DataError."""
         made = _preprocessing(settings)
         wanted = preprocessing.parse_settings(settings)
-        with self._admitted() as (reader, _, _):
+        with table_rows.admitted(self._data) as (reader, _, _):
             survey.check_table(reader, self._data, made, wanted)
         self._sets(settings)
         return {
@@ -199,21 +193,6 @@ class Tabular(BuiltInTask):
 
     # --- data ---
 
-    def _as_said(self, reader: Reader) -> Reader:
-        """The reader, with values as the owner says that they are to be read."""
-        return with_values(reader, self._data.values, self._data.formats)
-
-    @contextmanager
-    def _admitted(self) -> Iterator[tuple[Reader, Numbers | None, TableMemory | None]]:
-        """The rows that may be used, and their numbers if this machine remembers them."""
-        reader = open_table(self._data)
-        if not self._data.memory:
-            yield self._as_said(reader), None, None
-            return
-        with closing(TableMemory(Path(self._data.memory))) as memory:
-            admitted, numbers = memory.admit(reader, self._data.min_count)
-            yield self._as_said(admitted), numbers, memory
-
     def rows_of(self, use: Use, settings: RunSettings) -> Numbers | None:
         if use == "table":
             return self._surveyed
@@ -223,66 +202,9 @@ class Tabular(BuiltInTask):
     def data(self, source: DataSettings, settings: Any) -> tuple[EncodedRows, EncodedRows]:
         """This peer's rows; read when the preprocessing is known."""
         made = _preprocessing(settings)
-        folder, least_count = Path(self._data.cache or "."), self._data.min_alike
-        with self._admitted() as (reader, numbers, memory):
-            survey.check_columns(reader.columns(), self._data, made, settings.split_by)
-            admitted = (memory, numbers) if memory is not None and numbers is not None else None
-            split = self._split(reader, made, settings.split_by, admitted)
-            parts: tuple[Numbers | None, Numbers | None] = None, None
-            if numbers is not None and split is not None:
-                parts = numbers[split.train], numbers[split.held_out]
-            chance = random_state(*self._split_words)
-            table = features.encode_table(reader, made, chance, folder, split, least_count)
-        count = len(table.trained_on.y) + len(table.held_out.y)
-        least = max(_MIN_ROWS, self._data.min_rows)
-        if count < least:
-            raise DataError(
-                f"fewer than {least} rows have a target that all peers know",
-                f"{count} rows have one, {table.dropped} do not",
-            )
-        self._numbers = {"train": parts[0], "held": parts[1]}
-        return table.trained_on, table.held_out
-
-    @property
-    def _split_words(self) -> tuple[object, ...]:
-        return "held out", self._data.seed, self._data.index
-
-    def _split(
-        self,
-        reader: Reader,
-        made: Preprocessing,
-        split_by: str,
-        admitted: tuple[TableMemory, Numbers] | None,
-    ) -> Split | None:
-        """Which rows are trained on and which are held out: the latest by the column `split_by`,
-        or random ones. None: random ones, which `encode_table` draws. Raises DataError."""
-        if admitted is None and not split_by:
-            return None
-        classes, words = features.read_classes(reader, made), self._split_words
-        times = np.zeros(0)
-        if split_by:  # a row without a time is in no part
-            times = latest_rows.read_times(reader, split_by)
-            classes = np.where(np.isnan(times), -1, classes)
-        least = self._data.min_count
-
-        def draw(new: Mask, group: int) -> Mask:
-            if not split_by:
-                chance = random_state(*words, *([group] if group else []))
-                return features.draw_held_out(chance, int(new.sum()))
-            if group:
-                return latest_rows.latest_of_more(times[new], split_by, least)
-            return latest_rows.latest(times[new], split_by)
-
-        def divide(usable: Mask) -> Split:
-            if admitted is not None:
-                memory, numbers = admitted
-                name = " ".join(map(str, (*words, *(["by", split_by] if split_by else []))))
-                return memory.admission.split(name, numbers, usable, least, draw)
-            held = np.zeros(len(usable), bool)
-            held[usable] = draw(usable, 0)
-            return Split(usable & ~held, held)
-
-        return split_classes(classes, self._data.min_alike, divide)
+        read = table_rows.read(self._data, made, settings.split_by)
+        self._numbers = {"train": read.numbers[0], "held": read.numbers[1]}
+        return read.trained_on, read.held_out
 
     # --- losses with weights of classes ---
 
@@ -337,7 +259,7 @@ class Tabular(BuiltInTask):
     def inputs(self, path: str, settings: Any) -> Iterator[Tensor]:
         """The encoded rows of a table. Raises UsageError, DataError."""
         made = _preprocessing(settings)
-        reader = self._as_said(open_table(DataSettings(path=path)))
+        reader = table_rows.as_said(open_table(DataSettings(path=path)), self._data)
         there = set(reader.columns())
         names = [feature.name for feature in made.features if feature.name in there]
         if not names:

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from flwr.app import Error, Message
 from agent.clientapp.outbox import UPDATE
 from agent.transport.coordinator_client import pack_message, unpack_message
 from commonweight.simulation.peer import Answer, Job
+from commonweight.simulation.peer_queues import PeerQueues
 from commonweight.simulation.plan import Plan
 from commonweight.simulation.pool import Worker
 from coordinator.fleet import fleet_events
@@ -92,9 +93,8 @@ class SimulatedFleet:
         self._registry = Registry(self._ledger)
         self._away: set[str] = set()
         self._all = self._online = frozenset(names)
-        #: Peers with a message, by worker; and how many messages each peer got.
-        self._rung: list[deque[str]] = []
-        self._has_rung = asyncio.Event()
+        self._queues = PeerQueues(self._index_of, 0)
+        #: How many messages each peer got.
         self._numbers: Counter[str] = Counter()
         #: The version that each peer has.
         self._bases: dict[str, str] = {}
@@ -153,7 +153,7 @@ class SimulatedFleet:
             node_of=self._node_of.get,
             peer_of=self._peer_of.__getitem__,
             name_of=lambda peer: self._registry.peers[peer].name,
-            ring=self._ring,
+            ring=lambda peers: self._queues.add(peers),
             publish=self._publish,
             refused=Counter(),
             enrolled=lambda: self._all,
@@ -174,7 +174,7 @@ class SimulatedFleet:
         self._recorder = Recorder(_free_name(self._plan.folder / "recording.cwrec"))
         self._recorder.snapshot(self._shown)
         driving = asyncio.create_task(self.runs.work(resume=True, until=run_id))
-        self._rung = [deque() for _ in workers]
+        self._queues = PeerQueues(self._index_of, len(workers))
         helping = [asyncio.create_task(self._work(*one)) for one in enumerate(workers)]
         helping.append(asyncio.create_task(self._send_heartbeats()))
         try:
@@ -196,23 +196,6 @@ class SimulatedFleet:
         while True:
             self._superlink.heartbeat()
             await asyncio.sleep(HEARTBEAT_S)
-
-    def _ring(self, peers: Sequence[str]) -> None:
-        for peer in peers:
-            self._rung[self._index_of[peer] % len(self._rung)].append(peer)
-        self._has_rung.set()
-
-    async def _next(self, place: int, count: int) -> list[str]:
-        """The next peers of the worker at this place, `count` or fewer: those whose data it may
-        have, if there are any. Else the last one of the longest queue."""
-        while not any(self._rung):
-            self._has_rung.clear()
-            await self._has_rung.wait()
-        if not (own := self._rung[place]):
-            return [max(self._rung, key=len).pop()]
-        # Not too many, so that all workers end at about the same time.
-        count = max(1, min(count, len(own) // 2))
-        return [own.popleft() for _ in range(count)]
 
     def _publish(self, body: CoordinatorBody) -> None:
         envelope = self._sequencer.next_envelope(body)
@@ -237,7 +220,7 @@ class SimulatedFleet:
         """Give this worker messages of any peers, as many at a time as take about `_BATCH_S`."""
         job_s = _BATCH_S
         while True:
-            rung = await self._next(place, int(_BATCH_S / job_s))
+            rung = await self._queues.next(place, int(_BATCH_S / job_s))
             given = [(peer, job) for peer in rung if (job := self._job_of(peer)) is not None]
             if not given:
                 continue
@@ -266,7 +249,7 @@ class SimulatedFleet:
     def _wake_soon(self) -> None:
         """Let the run look at replies: now if no other will come, else at some of them together.
         A look takes longer with more messages on their way."""
-        left = self._working + sum(map(len, self._rung))
+        left = self._working + len(self._queues)
         if not left:
             self.runs.wake()
         elif not self._wakes:
@@ -321,7 +304,7 @@ class SimulatedFleet:
         """Let the peers return if a round needs them: no peer works, and no other peer can."""
         loop = self.runs.current
         waits = loop is not None and loop.run.state is RunState.TRAINING and not loop.run.pending
-        if waits and not self._working and not any(self._rung):
+        if waits and not self._working and not self._queues:
             self._return_all()
         elif self._away:
             asyncio.get_running_loop().call_later(_AWAY_S, self._return_if_stuck)

@@ -216,7 +216,7 @@ async def test_a_heartbeat_that_opens_a_session_again_brings_the_new_login(
 ) -> None:
     """A coordinator that has removed a peer has another login for the broker after a restart."""
     agent, moved, poll = asked.agent, list[MqttAddress](), site.poll
-    agent._sessions._on_broker_changed = moved.append
+    agent._sessions._enrolled.on_broker_changed = moved.append
     login = replace(site.mqtt_for(HOST, ""), password="another")
 
     async def restarted(peer: str, request: PollRequest) -> PollResponse:

@@ -25,13 +25,13 @@ SETTINGS: dict[str, Any] = {"target": "ill", "split_by": "visit"}
 
 
 def visits(count: int = 100, first: int = 0) -> Rows:
-    """One visit a day in a mixed order; `number` says which. The last two have no date."""
+    """One visit a day in a mixed order; `place` says which. The last two have no date."""
     order = np.random.default_rng(0).permutation(count)
     days = np.datetime64("2024-01-01") + first + order
     return [
         {
             "visit": str(day) if place < count - 2 else "",
-            "number": str(first + number),
+            "place": str(first + number),
             "ill": "ny"[number % 2],
             "age": str(20 + number % 50),
         }
@@ -47,10 +47,10 @@ def loaded(path: Path, settings: dict[str, Any], **data: Any) -> tuple[Tabular, 
 
 
 def numbers_of(found: tuple[Tabular, dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """The column `number` of the rows to train on, and of those held out, sorted."""
+    """The column `place` of the rows to train on, and of those held out, sorted."""
     task, settings = found
     made = preprocessing.decode(settings["preprocessing"])
-    place = [feature.name for feature in made.numeric].index("number")
+    place = [feature.name for feature in made.numeric].index("place")
     feature = made.numeric[place]
     return tuple(  # type: ignore[return-value]
         sorted(np.rint(rows.x[:, place] * feature.scale + feature.mean).astype(int).tolist())
@@ -64,7 +64,7 @@ def test_the_latest_fifth_is_held_out_in_any_order(
     tmp_path: Path, write: Callable[[Path, Rows], Path], model: str
 ) -> None:
     rows = visits()
-    gone = {int(row["number"]) for row in rows if not row["visit"]}
+    gone = {int(row["place"]) for row in rows if not row["visit"]}
     path = write(tmp_path / ("a.csv" if write is write_csv else "a.parquet"), rows)
     train, held = numbers_of(loaded(path, SETTINGS | {"model": model}))
     dated = [number for number in range(100) if number not in gone]
@@ -73,20 +73,20 @@ def test_the_latest_fifth_is_held_out_in_any_order(
 
 
 def test_rows_of_one_day_are_on_one_side(tmp_path: Path) -> None:
-    rows = [row | {"visit": f"2024-{1 + int(row['number']) // 30:02}-01"} for row in visits()]
+    rows = [row | {"visit": f"2024-{1 + int(row['place']) // 30:02}-01"} for row in visits()]
     train, held = numbers_of(loaded(write_csv(tmp_path / "a.csv", rows), SETTINGS))
     assert (train, held) == (list(range(90)), list(range(90, 100)))
 
 
 def test_the_column_is_a_feature_only_if_the_run_names_it(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", visits())
-    for features_, expected in (("", ["age", "number"]), ("visit,age", ["age", "visit"])):
+    for features_, expected in (("", ["age", "place"]), ("visit,age", ["age", "visit"])):
         _, settings = loaded(path, SETTINGS | {"features": features_})
         made = preprocessing.decode(settings["preprocessing"])
         assert [feature.name for feature in made.features] == expected
     task = Tabular()
     task.load(DataSettings(path=str(path), min_count=1))
-    assert task.survey(SETTINGS).columns.keys() == {"age", "number", "ill"}, "nothing of it leaves"
+    assert task.survey(SETTINGS).columns.keys() == {"age", "place", "ill"}, "nothing of it leaves"
 
 
 def test_rows_beyond_memory_are_split_in_the_same_way(

@@ -236,7 +236,7 @@ def test_a_damaged_journal_costs_the_steps_and_no_more(calm: Site, site: Site) -
         done = site.train(epochs=1)
         assert done.resumed_at == 0
         assert done.digest == undisturbed.digest
-        assert (site.folder / "trainer.log").read_text().count("checkpoint is deleted") == times
+        site.wait_for_log("checkpoint is deleted", times)
         site.trainer.delete_checkpoint()
 
 

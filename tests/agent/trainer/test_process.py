@@ -38,6 +38,7 @@ from agent.trainer.progress import WorkControl
 from protocols.errors import TrainerFailed
 from protocols.model import weights
 from protocols.model.weights import Weights
+from tests.support.waiting import wait_for
 
 ROOT = Path(agent.__file__).parents[1]
 PATIENCE_S = 60.0
@@ -159,6 +160,13 @@ class Site:
 
     def train(self, task: str = "mnist", **settings: str | int | float) -> Done:
         return self.start(task, **settings).result(PATIENCE_S)
+
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        """Wait until the log has the text so often. A thread copies what the child prints, and may
+        be later than an answer."""
+        log = self.folder / "trainer.log"
+        wait_for(lambda: log.read_text().count(text) >= times, f"{text!r} in the log")
+        assert log.read_text().count(text) == times
 
     def close(self) -> None:
         self.trainer.stop()
@@ -483,7 +491,7 @@ def test_foreign_task_may_print_and_read(odd: Site) -> None:
     assert odd.trainer.run(Evaluate(task="odd", settings={}, base=str(odd.out))).metrics == {
         "mean": 8.0
     }
-    assert "a line that is no frame" in (odd.folder / "trainer.log").read_text()
+    odd.wait_for_log("a line that is no frame")
 
 
 def test_failures_are_told_by_kind(odd: Site) -> None:
