@@ -30,6 +30,9 @@ _TOTAL = frozenset(
 )
 #: Numbers that people write for a missing value.
 _CODES = frozenset({-999, -99, -9, 99, 999, 9999, 99999})
+#: The days of Excel for 1982 and 2064, and names of columns with dates.
+_EXCEL = (30_000, 60_000)
+_NAME_OF_DATE = re.compile(r"(?i)date|datum|day|tag|fecha|visit|birth|geb")
 _MAX_SHOWN = 4
 #: From this share of its values on, a column of text is one of numbers with a few other values.
 _MOSTLY = 0.5
@@ -119,6 +122,12 @@ def number_format_note(name: str, values: Sequence[str]) -> str:
 def number_notes(name: str, values: npt.NDArray[np.float64]) -> Iterator[str]:
     """About a column of numbers float64[n] without missing ones."""
     known = np.unique(values)
+    if (
+        len(known) > 1
+        and _NAME_OF_DATE.search(name)
+        and _EXCEL[0] < known[0] < known[-1] < _EXCEL[1]
+    ):
+        yield "numbers like the dates of Excel, where 45000 is 2023-03-15: format them as dates"
     for place, code in ((0, known[0]), (-1, known[-1])) if len(known) > 3 else ():
         rest = known[1:] if place == 0 else known[:-1]
         far = abs(code - rest[place]) > max(rest[-1] - rest[0], 1.0)

@@ -129,9 +129,22 @@ def _open_sheet(source: Source) -> Iterator[tuple[list[str], Iterator[Sequence[R
         while header and header[-1] is None:
             header.pop()
         names = [to_text(cell) or "" for cell in header]
-        yield names, _in_blocks(row for row in rows if any(cell is not None for cell in row))
+        yield names, _in_blocks(_rows_of_sheet(rows, len(names)))
     finally:
         book.close()
+
+
+def _rows_of_sheet(rows: Iterator[Row], width: int) -> Iterator[Row]:
+    """The rows that are not empty. Raises DataError for a value beyond the header."""
+    for number, row in enumerate(rows, 2):
+        if any(cell is not None for cell in row[width:]):
+            raise DataError(
+                "a sheet has values in a column without a name",
+                f"row {number}: write a name above each column in the first row, also where header "
+                "cells were merged, and delete a title above the header",
+            )
+        if any(cell is not None for cell in row):
+            yield row
 
 
 @contextmanager

@@ -113,7 +113,11 @@ def _describe_told(column: ColumnStatistics | None) -> str:
     moments = column.moments
     if not moments.count:
         return "that all values are missing"
-    return f"mean {moments.mean:.4g}, sd {moments.variance**0.5:.4g} of {moments.count:,}"
+    sd = f"{moments.variance**0.5:.4g}"
+    if column.kind == "date":
+        mean = np.datetime64("1970-01-01") + np.timedelta64(round(moments.mean), "D")
+        return f"mean {mean}, sd {sd} days of {moments.count:,}"
+    return f"mean {moments.mean:.4g}, sd {sd} of {moments.count:,}"
 
 
 def _notes(

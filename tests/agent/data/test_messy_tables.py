@@ -190,6 +190,11 @@ HANDLED = {
     ),
     "a total row": (table(one_of("1"), tail=",,Total\n"), "text", "looks like a total: delete it"),
     "a unit in each value": (table(lambda n: f"{50 + n} kg"), "", "numbers with the unit kg"),
+    "dates as Excel counts them": (
+        table(lambda n: str(45000 + n % 60), "visit date"),
+        "",
+        "visit date: numbers like the dates of Excel, where 45000 is 2023-03-15",
+    ),
     "a line break in a value": (table(one_of('"a\nb"', "c")), "text", ""),
     "spaces at the ends of a name": (table(one_of("1"), " z"), "", "' z' has spaces at its ends"),
 }

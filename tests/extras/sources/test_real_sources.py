@@ -80,6 +80,31 @@ def test_a_sheet_of_a_workbook(tmp_path: Path) -> None:
         own_data.check_setting(AgentSettings(data=str(tmp_path / "none.xlsx?sheet=A")))
 
 
+def test_sheets_as_people_have_them(tmp_path: Path) -> None:
+    """Dates and numbers in texts are read; a title or merged header cells are refused."""
+
+    def saved(name: str, *rows: list[object]) -> str:
+        book = openpyxl.Workbook()
+        for row in rows:
+            book.active.append(row)
+        book.save(tmp_path / name)
+        return str(tmp_path / name)
+
+    def batches(path: str) -> list[list[str | None]]:
+        reader = open_table(DataSettings(path=path))
+        return [c.to_pylist() for batch in reader.batches(reader.columns()) for c in batch.columns]
+
+    path = saved("good.xlsx", ["n", "d", "e"], ["12", datetime.date(2026, 3, 1), "#DIV/0!"])
+    assert batches(path) == [["12"], ["2026-03-01 00:00:00"], ["#DIV/0!"]]
+    for name, rows in (
+        ("title", [["Report of May"], [None, None], ["age", "ill"], [41, "no"]]),
+        ("merged", [["age", "lab", None], [None, "a", "b"], [41, 1.5, 2.5]]),
+    ):
+        with pytest.raises(DataError, match="values in a column without a name") as wrong:
+            batches(saved(f"{name}.xlsx", *rows))
+        assert "delete a title above the header" in wrong.value.hint
+
+
 def test_a_duckdb_file(tmp_path: Path) -> None:
     path = tmp_path / "clinic.duckdb"
     with duckdb.connect(str(path)) as made:
