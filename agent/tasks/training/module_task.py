@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,14 +42,7 @@ from agent.tasks.training import (
 )
 from agent.tasks.training.classification import count_answers, predict_classes
 from agent.tasks.training.evaluation import BatchResult
-from agent.tasks.training.examples import (
-    Batch,
-    BatchesOf,
-    DatasetExamples,
-    Source,
-    StreamExamples,
-    count_examples,
-)
+from agent.tasks.training.examples import Batch, BatchesOf, Source, count_examples
 from agent.tasks.training.hyperparameters import Hyperparameters, resolve_settings
 from agent.tasks.training.local_models import ComparesTorchModels
 from agent.tasks.training.loop_state import Tensors, as_weights
@@ -122,14 +114,7 @@ class TorchTask(LoopTask, ComparesTorchModels):
         By default of a file .npy, or of numbers in a CSV file, float32[n, columns]; with
         `cw.pictures` in `data`, of one picture or a folder.
         """
-        if path.endswith(".npy"):
-            return np.load(path, allow_pickle=False)
-        if not path.lower().endswith(".csv"):
-            from agent.tasks.images import pictures
-
-            if (found := pictures.inputs_of(self, path, settings)) is not None:
-                return found
-        return csv_rows.Table(path)
+        return user_data.read_inputs(self, path, settings)
 
     def answers(self, output: Any, settings: Any) -> Mapping[str, Sequence[Any]]:
         """Columns of predictions: of several numbers an example, the class with the largest and its
@@ -330,11 +315,7 @@ class TorchTask(LoopTask, ComparesTorchModels):
         last batch of one example, which has no variance, joins the one before."""
         plan = self._hyperparameters(settings)
         plan = plan._replace(min_batch=max(plan.min_batch, self._least_batch))
-        loader = examples.loader if isinstance(examples, DatasetExamples | StreamExamples) else None
-        size = loader.batch_size if loader is not None else None
-        if isinstance(examples, StreamExamples):  # its batches are what they are
-            return plan._replace(batch_size=size or plan.batch_size, min_batch=1)
-        return plan if "batch_size" in settings or not size else plan._replace(batch_size=size)
+        return user_data.plan_for(examples, plan, is_set="batch_size" in settings)
 
     def _loss_of(self, model: nn.Module) -> LossOf:
         return module_losses.mean_loss(self.loss, model, compiled=self._data.compile)

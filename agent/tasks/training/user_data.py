@@ -23,7 +23,7 @@ from torch.utils.data import (
 )
 
 from agent.data.settings import DataSettings
-from agent.tasks.training import devices, shared_data
+from agent.tasks.training import csv_rows, devices, shared_data
 from agent.tasks.training.examples import (
     DatasetExamples,
     Examples,
@@ -31,6 +31,7 @@ from agent.tasks.training.examples import (
     Source,
     StreamExamples,
 )
+from agent.tasks.training.hyperparameters import Hyperparameters
 from protocols.errors import DataError, UsageError
 
 
@@ -54,6 +55,28 @@ def as_source(found: Any, device: torch.device, part: int, batch_size: int) -> S
         f"data() gives a {type(found).__name__}, and no data set",
         "a Dataset, a DataLoader, or a tuple (x, y) of tensors",
     )
+
+
+def plan_for(examples: Source, plan: Hyperparameters, *, is_set: bool) -> Hyperparameters:
+    """The plan with the batch size of a loader, unless the run has set one (`is_set`). Batches of a
+    stream are what they are."""
+    loader = examples.loader if isinstance(examples, DatasetExamples | StreamExamples) else None
+    size = loader.batch_size if loader is not None else None
+    if isinstance(examples, StreamExamples):
+        return plan._replace(batch_size=size or plan.batch_size, min_batch=1)
+    return plan if is_set or not size else plan._replace(batch_size=size)
+
+
+def read_inputs(task: Any, path: str, settings: Any) -> Any:
+    """The inputs in a file .npy, a picture or a folder of them, or the numbers of a CSV file."""
+    if path.endswith(".npy"):
+        return np.load(path, allow_pickle=False)
+    if not path.lower().endswith(".csv"):
+        from agent.tasks.images import pictures
+
+        if (found := pictures.inputs_of(task, path, settings)) is not None:
+            return found
+    return csv_rows.Table(path)
 
 
 def take_part(found: Any, data: DataSettings, *, held_out: bool = False) -> Any:
