@@ -101,6 +101,8 @@ class Site:
         self.auth = Auth(self.registry, identity.public_bytes(self.operator_key), self.fleet_id)
         self.holders = PieceSources()
         self.sharing = SharingRoutes(self.lane, self.registry, self.holders, self.sign_key.sign)
+        #: There are none: no test over this site compares a run.
+        self.runs: Any = None
         self.requests: list[tuple[str, str]] = []
         self.heard: list[tuple[str, int]] = []
         self.nodes: dict[str, int] = {}
