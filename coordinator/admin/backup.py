@@ -165,12 +165,13 @@ def _member(name: str, nbytes: int) -> tarfile.TarInfo:
     return member
 
 
-def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
+def restore(file: Path, home: Path, *, from_peers: bool = False, replica: bool = False) -> Manifest:
     """Restore a home from a backup, without its open tickets. Nothing is changed unless the whole
     backup is good.
 
     `from_peers`: the newest versions of its runs are fetched from the peers, because the
-    coordinator's disk is lost and the backup is older.
+    coordinator's disk is lost and the backup is older. `replica`: only keys and settings are
+    restored, for `up --replica` beside the others; the ledger is the one in the database.
     Raises UsageError (the home is not empty), HomeTooNew, HomeError (not a backup, or damaged).
     """
     if home.exists() and (not home.is_dir() or any(home.iterdir())):
@@ -184,9 +185,12 @@ def restore(file: Path, home: Path, *, from_peers: bool = False) -> Manifest:
         with file.open("rb") as source:
             manifest = _unpack(source, fresh)
         _check(fresh, manifest)
-        _use_own_ledger(fresh)
-        _record_restore(fresh, manifest)
-        _revoke_tickets(fresh)
+        if replica:
+            _use_database(fresh)
+        else:
+            _use_own_ledger(fresh)
+            _record_restore(fresh, manifest)
+            _revoke_tickets(fresh)
         if from_peers:
             _begin_recall(fresh)
         os.replace(fresh, home)
@@ -280,6 +284,16 @@ def _use_own_ledger(home: Path) -> None:
     values = settings_file.read_file(home)
     if values.pop(ledger_place.SETTING, ""):
         write_private(home / SETTINGS_FILE, tomli_w.dumps(values).encode())
+
+
+def _use_database(home: Path) -> None:
+    """Leave out the copy of the ledger. Raises UsageError if the settings name no database."""
+    if not ledger_place.address_of(home):
+        raise UsageError(
+            "the settings in this backup name no database of the ledger",
+            "replicas share one: commonweight admin ledger move, then make a new backup",
+        )
+    (home / LEDGER_FILE).unlink()
 
 
 def _revoke_tickets(home: Path) -> None:

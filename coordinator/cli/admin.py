@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -116,6 +117,12 @@ def restore(
         bool,
         typer.Option("--from-peers", help="Get the newest versions from the agents' disks."),
     ] = False,
+    replica: Annotated[
+        bool,
+        typer.Option(
+            "--replica", help="Only keys and settings; the ledger is the one in the database."
+        ),
+    ] = False,
     passphrase_file: PassphraseFile = None,
     json: Json = False,
 ) -> None:
@@ -124,18 +131,25 @@ def restore(
     from coordinator.admin import encryption
 
     home = homes.home_path("coordinator")
+    if replica and from_peers:
+        raise UsageError("a replica asks no peers: others lead", "leave out --from-peers")
+    read = partial(backups.restore, home=home, from_peers=from_peers, replica=replica)
     if encryption.is_sealed(file):
         passphrase = read_passphrase(passphrase_file, new=False)
         home.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_file(home.parent) as plain:
             encryption.unseal(file, plain, passphrase)
-            manifest = backups.restore(plain, home, from_peers=from_peers)
+            manifest = read(plain)
     else:
-        manifest = backups.restore(file, home, from_peers=from_peers)
+        manifest = read(file)
     if json:
         entries = manifest.entries
         data = {"home": home, "fleet": manifest.fleet, "entries": entries, "made_at": manifest.at}
         print_json(data)
+        return
+    if replica:
+        print_line("restored the keys and settings; the ledger is the one in the database")
+        print_line("next, on this machine: commonweight up --replica")
         return
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.at))
     print_line(f"restored {home} as it was on {at}, without open tickets")

@@ -178,6 +178,14 @@ def up(
         bool | None,
         typer.Option("--announce", help="Let machines in this network find the coordinator."),
     ] = None,
+    replica: Annotated[
+        bool,
+        typer.Option(
+            "--replica",
+            help="Wait until no other coordinator of this fleet leads, then take over.",
+            rich_help_panel=MORE,
+        ),
+    ] = False,
     no_resume: Annotated[
         bool,
         typer.Option("--no-resume", help="Do not continue unfinished runs.", rich_help_panel=MORE),
@@ -216,14 +224,15 @@ def up(
         logging.getLogger(quiet).setLevel(logging.WARNING)
 
     from coordinator.daemon.coordinator import Coordinator
+    from coordinator.storage.ledger import Ledger
 
     if upstream is not None:
         from coordinator.daemon import upstream as above
 
         above.join(home, cli_entry.read_ticket(upstream))
 
-    async def run() -> None:
-        hub = Coordinator(home, settings.open_keys(home), chosen)
+    async def run(ledger: Ledger | None = None) -> None:
+        hub = Coordinator(home, settings.open_keys(home), chosen, ledger)
 
         def ready() -> None:
             print_line(f"coordinator {VERSION} is up: port {hub.port}, home {home}")
@@ -235,7 +244,12 @@ def up(
         await hub.serve(ready, resume=not no_resume)
 
     try:
-        asyncio.run(run())
+        if replica:
+            from coordinator.daemon.replica import lead_in_turn
+
+            lead_in_turn(home, lambda ledger: asyncio.run(run(ledger)))
+        else:
+            asyncio.run(run())
     except Exception as err:
         crash_reports.save(home, err)
         raise

@@ -38,6 +38,7 @@ from coordinator.jobs.store import MAX_ANSWER_BYTES, JobStore
 from coordinator.runs.context import RunContext
 from coordinator.runs.manager import RunManager
 from coordinator.storage.fleet_cards import CardFile
+from coordinator.storage.ledger import Ledger
 from coordinator.storage.ledger_place import open_ledger
 from coordinator.storage.seen_heads import SeenHeads
 from coordinator.storage.settings import UP_FILE, Keys, Settings
@@ -68,11 +69,13 @@ _LEAD_POLL_S = 0.5
 class Coordinator:
     """A coordinator on an open home. `serve` runs it until `stop`.
 
-    Each part gets only parts that were made before it. Calls in the other direction go through
-    hooks, which `_connect` sets.
+    `ledger`: the home's, if it is open already. Each part gets only parts that were made before it.
+    Calls in the other direction go through hooks, which `_connect` sets.
     """
 
-    def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
+    def __init__(
+        self, home: Path, keys: Keys, chosen: Settings, ledger: Ledger | None = None
+    ) -> None:
         self._home, self._keys, self._settings = home, keys, chosen
         heap.limit_arenas()
         public = identity.public_bytes(keys.sign_key)
@@ -80,7 +83,7 @@ class Coordinator:
         self._stopping = asyncio.Event()
         self._listener = Listener(home, keys, chosen)
         # On disk.
-        self._ledger = open_ledger(home)
+        self._ledger = ledger or open_ledger(home)
         self.registry = Registry(self._ledger, approve=chosen.approve)
         self.offers = TaskOffers(self._ledger, keys.fleet, keys.sign_key.sign)
         self.version_log = VersionLog(self._ledger, keys.fleet, keys.sign_key.sign)

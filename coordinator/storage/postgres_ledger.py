@@ -88,10 +88,13 @@ class PostgresLedger:
                 return
             postgres_session.prepare(self._db, address, fleet)
             self._verify_whole()
+            before = self._newest(self._db)
             self._lease.take(self._db, patient=patient)
             self._keeper = LeaseKeeper(address, self._lease, self._end_hanging)
             if newest := self._newest(self._db):
                 self._head = (newest.seq, newest.hash)
+            if newest != before:  # while it waited
+                self._verify_whole()
         except psycopg.Error as err:
             self.close()
             raise postgres_session.error_of(err, address) from err

@@ -240,4 +240,8 @@ def first_line(err: object) -> str:
 
 def error_of(err: Exception, address: str) -> CommonweightError:
     """The error of the database as ours, at the start."""
+    from psycopg import OperationalError
+
+    if isinstance(err, OperationalError):
+        return Unreachable(f"the ledger {shown(address)} does not answer: {first_line(err)}")
     return HomeError(f"the ledger {shown(address)} cannot be used: {first_line(err)}", _RESTORE)
