@@ -13,7 +13,15 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import Json, print_data, print_line, print_result
-from agent.cli.models import TaskFile, find_model, local_models, with_task
+from agent.cli.models import (
+    LATEST,
+    TaskFile,
+    Use,
+    UseOption,
+    find_model,
+    local_models,
+    with_task,
+)
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
@@ -47,6 +55,7 @@ def export(
             "--form", help="onnx, xgboost (for trees) or merged (for lora); default: as OUT ends."
         ),
     ] = "",
+    use: UseOption = Use.RECOMMENDED,
     task: TaskFile = "",
     json: Json = False,
 ) -> None:
@@ -56,6 +65,8 @@ def export(
 
     chosen = settings.read(homes.home_path("agent"))
     found = find_model(model)
+    if model == LATEST:
+        found = found.recommended(use)
     form = form or {".onnx": "onnx", ".json": "xgboost"}.get(out.suffix, "merged")
     if out.exists():
         raise UsageError(f"{out} exists already", "choose another name")
@@ -80,3 +91,5 @@ def export(
         )
         shutil.move(made, out)
     print_result({"form": form, "out": out}, f"wrote {out} ({form})", json=json)
+    if found.origin and not json:
+        print_line(f"that is {found.origin}")

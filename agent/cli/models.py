@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from msgspec.structs import replace
 
-from agent.home import enrollment_file
+from agent.home import enrollment_file, own_results
 from agent.home.settings_schema import AgentSettings
 from agent.tasks import registry
 from protocols.errors import UnknownName, UsageError
@@ -20,16 +21,54 @@ from protocols.messages.work import Which
 LATEST = "latest"
 
 
+class Use(StrEnum):
+    """Which model of a run: the one that is recommended here, or the shared one."""
+
+    RECOMMENDED = "recommended"
+    SHARED = "shared"
+
+
+#: An option of commands that use the model of a run.
+UseOption = Annotated[
+    Use,
+    typer.Option(
+        help="recommended: the shared model, or one of this machine's rows if the comparison after "
+        "the run found it better here; shared."
+    ),
+]
+
+
 class LocalModel(NamedTuple):
     """A version of a shared model: its file, the name of its task, and the run's settings.
 
-    `origin` says which version it is, if that is known.
+    `origin` says which version it is, if that is known, and `run` of which run.
     """
 
     path: Path
     task: str
     settings: dict[str, Any]
     origin: str = ""
+    run: str = ""
+
+    def recommended(self, use: Use) -> LocalModel:
+        """The model of the same run that is recommended on this machine; itself if that is the
+        shared one, or if the shared one is wanted."""
+        from protocols.model import personalization
+        from protocols.privacy import private_training
+
+        if use is Use.SHARED or not self.run:
+            return self
+        found = own_results.recommended(homes.home_path("agent"), self.run)
+        if found is None:
+            return self
+        name, path, of = found
+        kept = personalization.SETTINGS | private_training.SETTINGS
+        settings = {key: value for key, value in of.settings.items() if key not in kept}
+        origin = (
+            f"the {name} model of {self.run}, which is recommended on this machine; for the shared "
+            "one: --use shared"
+        )
+        return LocalModel(path, self.task, settings, origin, self.run)
 
     def check_whole(self) -> None:
         """Raise UsageError if a part of the model stays on each peer."""
@@ -89,6 +128,7 @@ def local_models() -> list[LocalModel]:
             version.work.task,
             version.work.settings,
             f"{version.work.run}, after round {version_number(version.work)}",
+            version.work.run,
         )
         for version in version_proofs.list_verified(home / "cache", public, fleet)
     ]
@@ -103,7 +143,7 @@ def find_named_model(name: str, which: Which) -> LocalModel:
 
     path, model = named_models.fetch(homes.open_home("agent"), name, which)
     origin = f"the {which} version of {model.run}, after round {model.round}"
-    return LocalModel(path, model.task, model.settings, origin)
+    return LocalModel(path, model.task, model.settings, origin, model.run)
 
 
 def find_model(model: str) -> LocalModel:

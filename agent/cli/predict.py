@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from agent.cli.common import print_line
-from agent.cli.models import LATEST, TaskFile, find_model, find_named_model, with_task
+from agent.cli.models import (
+    LATEST,
+    TaskFile,
+    Use,
+    UseOption,
+    find_model,
+    find_named_model,
+    with_task,
+)
 from agent.home import settings
 from protocols.errors import UsageError
 from protocols.local import homes
@@ -39,6 +47,7 @@ def predict(
     which: Annotated[
         _Which | None, typer.Option(help="With --run: the best version, or the latest.")
     ] = None,
+    use: UseOption = Use.RECOMMENDED,
     task: TaskFile = "",
     id_column: Annotated[
         str, typer.Option(help="Copy this column of the table to the answers.")
@@ -47,7 +56,7 @@ def predict(
         Path | None, typer.Option(help="The output file: .csv, .jsonl or .parquet; else stdout.")
     ] = None,
 ) -> None:
-    """Predict with the shared model, on this machine and offline."""
+    """Predict with the model that is recommended on this machine, offline."""
     from agent.cli.local_trainer import LocalTrainer, paths_of
     from agent.inference import id_columns, writers
 
@@ -62,6 +71,8 @@ def predict(
         found = find_named_model(run, (which or _Which.BEST).value)
     else:
         found = find_model(model or LATEST)
+    if not (model or which):  # who names a version gets that one
+        found = found.recommended(use)
     found.check_whole()
     chosen = with_task(chosen, found, task)
     read = [found.path, *paths_of(source)]

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from agent.cli.common import print_line
-from agent.cli.models import LATEST, TaskFile, find_model, with_task
-from agent.home import settings
+from agent.cli.models import LATEST, TaskFile, Use, UseOption, find_model, with_task
+from agent.home import own_results, settings
 from protocols.errors import PortInUse, UsageError
 from protocols.local import homes
+from protocols.model.weights import file_digest
 
 if TYPE_CHECKING:
     import uvicorn
@@ -35,9 +36,10 @@ def serve(
     model: Annotated[
         str, typer.Option(help="latest, which follows the runs; a digest; or an exported file.")
     ] = LATEST,
+    use: UseOption = Use.RECOMMENDED,
     task: TaskFile = "",
 ) -> None:
-    """Serve predictions of the shared model over HTTP, until Ctrl-C."""
+    """Serve predictions of the model that is recommended here over HTTP, until Ctrl-C."""
     if socket is not None and socket.exists():
         raise UsageError(f"{socket} exists already", "stop the service that uses it, or delete it")
     os.umask(0o077)
@@ -46,7 +48,7 @@ def serve(
             tempfile.TemporaryDirectory(prefix="commonweight-") as cache,
             contextlib.ExitStack() as stack,
         ):
-            loader = _Loader(model, task, Path(cache), stack)
+            loader = _Loader(model, use, task, Path(cache), stack)
             asyncio.run(_serve(loader, port, socket))
     finally:
         if socket is not None:
@@ -56,8 +58,13 @@ def serve(
 class _Loader:
     """Loads the model, and newer ones. Its task runs in the sandbox, where no socket is."""
 
-    def __init__(self, model: str, task: str, folder: Path, stack: contextlib.ExitStack) -> None:
-        self._model, self._task, self._folder, self._stack = model, task, folder, stack
+    def __init__(
+        self, model: str, use: Use, task: str, folder: Path, stack: contextlib.ExitStack
+    ) -> None:
+        self._model, self._use, self._task = model, use, task
+        self._folder, self._stack = folder, stack
+        #: The newest version that was looked at: an own model has another name.
+        self._seen = ""
         self.rows = folder / "rows"
         self.rows.mkdir()
 
@@ -69,20 +76,25 @@ class _Loader:
         from agent.cli.local_trainer import LocalTrainer, SandboxedTask
         from agent.inference.server import ServedModel
 
-        found = find_model(self._model)
+        shared = find_model(self._model)
+        self._seen = shared.path.stem
+        found = shared.recommended(self._use) if self._model == LATEST else shared
         found.check_whole()
         if old is not None and old.name == found.task and isinstance(old.task, SandboxedTask):
             trainer = old.task.trainer
         else:
             home = homes.home_path("agent")
             folder = Path(tempfile.mkdtemp(dir=self._folder))
-            read = [found.path, home / "cache", self.rows]
+            read = [found.path, home / "cache", home / own_results.FOLDER, self.rows]
             chosen = with_task(settings.read(home), found, self._task)
             trainer = LocalTrainer(chosen, folder, read)
             self._stack.enter_context(trainer)
         trainer.load(found)
         task = SandboxedTask(trainer, found)
-        return ServedModel(found.path.stem, found.task, task, None, {})
+        version = found.path.stem if found is shared else file_digest(found.path)
+        if found is not shared:
+            print_line(f"that is {found.origin}")
+        return ServedModel(version, found.task, task, None, {})
 
     def load_newer(self, old: ServedModel) -> ServedModel | None:
         """A newer version, if there is one and the model is `latest`."""
@@ -94,7 +106,7 @@ class _Loader:
             key=lambda path: path.stat().st_mtime,
             default=None,
         )
-        if newest is None or newest.stem == old.version:
+        if newest is None or newest.stem == self._seen:
             return None
         found = self.load(old)
         return found if found.version != old.version else None

@@ -28,6 +28,8 @@ from protocols.model.weights import file_digest
 
 #: The name of the file of an update.
 UPDATE = "update.safetensors"
+#: The folder of a peer's own parts of models, and how their files end.
+PERSONAL, KEPT = "personal", ".kept"
 
 
 class Finished(Struct, frozen=True, kw_only=True):
@@ -64,7 +66,7 @@ class Outbox:
         self.update = folder / UPDATE
         self.trained = folder / "trained.safetensors"
         self.error_feedback = ErrorFeedback(folder / "leftovers")
-        self.personal = RunStateFolder(folder / "personal", ".kept")
+        self.personal = RunStateFolder(folder / PERSONAL, KEPT)
         self.answer = folder / "finished.json"
         #: The digest of the verified update. A file from before a restart is verified first.
         self._verified = ""

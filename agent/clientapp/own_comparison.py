@@ -19,9 +19,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agent.clientapp import secure_rules
+from agent.clientapp.outbox import KEPT, PERSONAL
 from agent.home import audit_log, own_results
 from agent.home.logs import owner_log
 from agent.home.own_results import OwnResult, OwnRun
+from agent.home.run_state import RunStateFolder
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Measure, Trainer
 from agent.transport.weight_transfer import SessionLost
@@ -89,6 +91,7 @@ class OwnComparisons:
         self._home, self._trainer, self._settings = home, trainer, settings
         self._link, self._on_work, self._was_told = link, on_work, was_told
         self._pending: dict[str, _Pending] = {}
+        self._own_layers = RunStateFolder(home / "outbox" / PERSONAL, KEPT)
         for folder in reversed(own_results.folders(home)):
             found, result = own_results.read_run(folder), own_results.read_result(folder)
             if found is not None and (result is None or result.to_tell):
@@ -192,6 +195,8 @@ class OwnComparisons:
             base=str(shared),
             folder=str(folder),
             rounds=min(model.ended_rounds, _MAX_ROUNDS),
+            personal=str(self._own_layers.paths(one.run.run).file),
+            mu=model.personal_mu,
         )
         self._on_work(Work(run=one.run.run, round=model.round, kind="evaluate", task=one.run.task))
         try:

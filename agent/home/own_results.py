@@ -111,6 +111,17 @@ def results(home: Path) -> list[OwnResult]:
     return [found for folder in folders(home) if (found := read_result(folder)) is not None]
 
 
+def recommended(home: Path, run: str) -> tuple[Model, Path, OwnRun] | None:
+    """The model that is recommended here after a run, if that is one that was trained here."""
+    folder = folder_of(home, run)
+    result, of = read_result(folder), read_run(folder)
+    if result is None or of is None or result.comparison is None:
+        return None
+    model = result.comparison.recommended
+    file = model_file(folder, model)
+    return (model, file, of) if model != "shared" and file.exists() else None
+
+
 def newest(home: Path) -> OwnResult | None:
     """The result of the newest run that has one."""
     return next(iter(results(home)), None)

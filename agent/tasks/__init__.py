@@ -292,6 +292,10 @@ class ComparesModels(Protocol):
         Raises UsageError if the task cannot.
         """
 
+    def pull_to(self, version: Weights | None, mu: float) -> None:
+        """Make the next trainings stay near a version, by the gradient of mu/2 |w - version|²;
+        None: not any more."""
+
     def train_locally(self, weights: Weights, settings: Settings, on_step: OnStep) -> Weights:
         """The weights after one more local round."""
 

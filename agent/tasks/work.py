@@ -92,13 +92,17 @@ class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
 
     `base` is the run's best version, `folder` where the state and the models are, which later work
     goes on from. At most `rounds` rounds of local training, of which this work does those of the
-    next `slice_s` s. The description in `Done` is the `Comparison` as JSON; empty until it is done.
+    next `slice_s` s. `personal`: the file with this peer's own layers, as in Train. `mu`: the
+    weight of the term that keeps the personal model near the shared one. The description in `Done`
+    is the `Comparison` as JSON; empty until it is done.
     """
 
     run: str
     base: str
     folder: str
     rounds: int
+    personal: str = ""
+    mu: float = 0.0
     slice_s: float = 5.0
 
 

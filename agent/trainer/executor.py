@@ -128,13 +128,8 @@ class WorkExecutor:
         if isinstance(work, Init):
             first = personalization.first_version(first_weights(work.seed), scheme)
             return self._save(work.id, first, work.out, 0, {})
-        if isinstance(work, Measure):
-            for use in own_models.USES:
-                self._told.tell(task, use, settings)
-            report = StepCallback(work.id, "evaluate", self._control, self._send)
-            return own_models.compare(work, task, (settings, model), first_weights, report)
         base = weights.load(Path(work.base))
-        if isinstance(work, Evaluate):  # a job may evaluate the versions of any run
+        if isinstance(work, Evaluate | Measure):  # a job may evaluate the versions of any run
             base, scheme = personalization.without_controls(base), {**scheme, SCAFFOLD: 0}
         kept = Path(work.personal) if work.personal else None
         run_seed = int(settings.get("seed", 0))
@@ -147,6 +142,12 @@ class WorkExecutor:
         self._control.raise_if_cancelled(work.id)
         given = (work.settings.get(name, 0) for name in ("seed", "round"))
         rng_state.seed(type(work).__name__, *given, work.data.index)
+        if isinstance(work, Measure):
+            for use in own_models.USES:
+                self._told.tell(task, use, settings)
+            report = StepCallback(work.id, "evaluate", self._control, self._send)
+            both = personal.model(base, newcomer=True), personal.model(base)
+            return own_models.compare(work, task, settings, both, first_weights, report)
         if isinstance(work, Evaluate):
             return self._evaluate(work, task, settings, base, personal)
         return self._train(work, task, settings, base, personal)

@@ -28,8 +28,8 @@ from agent.trainer.row_bootstrap import RowMetrics
 from protocols.errors import DataError, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.messages.comparisons import Comparison, Model
-from protocols.model import personalization, weights
-from protocols.model.weights import Schema, Weights
+from protocols.model import weights
+from protocols.model.weights import Weights
 
 #: One in so many training rows is set aside to choose the number of rounds by.
 SET_ASIDE = 5
@@ -76,22 +76,21 @@ def after_round(fit: Fit, loss: float, rounds: LocalRounds) -> Fit:
 def compare(
     work: Measure,
     task: Task,
-    of: tuple[dict[str, Setting], Schema],
+    settings: dict[str, Setting],
+    shared: tuple[Weights, Weights],
     first: Callable[[int], Weights],
     report: OnStep,
 ) -> Done:
     """The comparison, as the description in `Done`; none if more slices are to come.
 
-    `of`: the settings of the task, and the schema of its model. `first(seed)` makes first weights.
-    Raises UsageError for a task that cannot compare models, DataError for too few held-out rows.
+    `shared`: the run's best version, with the layers of a newcomer, and with those that this peer
+    has kept, if some stay on each machine. `first(seed)` makes first weights. Raises UsageError for
+    a task that cannot compare models, DataError for too few held-out rows.
     """
-    settings, model = of
     if not isinstance(task, ComparesModels):
         raise UsageError(f"the task {work.task} cannot measure models row by row")
     if isinstance(task, TrainsPrivately):
         task.protect(None)  # nothing leaves, so there is no noise
-    shared = personalization.without_controls(weights.load(Path(work.base)))
-    weights.check_schema(shared.schema, model)
 
     def on_step(step: int, steps: int, loss: SupportsFloat, examples_done: int) -> None:
         report(step, steps, math.nan, examples_done)  # no loss leaves with the progress
@@ -101,9 +100,10 @@ def compare(
         chosen["min_batch"] = work.data.floors.min_batch
     seed = int(settings.get("seed", 0))
     try:
-        found = _compare(work, task, chosen, (shared, lambda: first(seed)), on_step)
+        found = _compare(work, task, chosen, (*shared, lambda: first(seed)), on_step)
     finally:
         task.set_aside(0)
+        task.pull_to(None, 0.0)
     return Done(id=work.id, description=b"" if found is None else msgspec.json.encode(found))
 
 
@@ -111,10 +111,10 @@ def _compare(
     work: Measure,
     task: ComparesModels,
     settings: dict[str, Setting],
-    starts: tuple[Weights, Callable[[], Weights]],
+    starts: tuple[Weights, Weights, Callable[[], Weights]],
     on_step: OnStep,
 ) -> Comparison | None:
-    shared, first = starts
+    shared, own, first = starts
     least, until = max(MIN_ROWS, work.data.floors.min_count), time.monotonic() + work.slice_s
     folder = Path(work.folder)
     rows: dict[Model, RowMetrics] = {
@@ -127,7 +127,8 @@ def _compare(
     used: dict[Model, int] = {}
     for model in models:
         trained = _Training(task, settings, on_step, folder, model)
-        start = (lambda: shared) if model == "personal" else first
+        start = (lambda: own) if model == "personal" else first
+        task.pull_to(own if model == "personal" and work.mu else None, work.mu)
         if not trained.advance(start, rounds, until):
             return None
         used[model] = trained.fit.best

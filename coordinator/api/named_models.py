@@ -6,13 +6,18 @@ from coordinator.api.service import CoordinatorService
 from coordinator.jobs import model_refs
 from coordinator.runs.export import resolve_version
 from coordinator.runs.recorded import named_run
+from coordinator.strategies import personal
 from protocols.errors import UnknownName
 from protocols.messages.states import ENDED
 from protocols.messages.work import NamedModel
+from protocols.model.personalization import PERSONAL_LAYERS
 
 
 def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
-    """The best or latest version. Raises UnknownName, and UsageError if no version is whole."""
+    """The best or latest version. Raises UnknownName, and UsageError for a Flower app.
+
+    Agents see in the settings which layers are in no version.
+    """
     if which not in ("best", "latest"):
         raise UnknownName(f"a version is best or latest, not {which!r}")
     try:
@@ -21,9 +26,10 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
         raise UnknownName(
             f"there is no run and no task {name!r} with a version", "commonweight run list"
         ) from err
-    model_refs.check_whole(run)
+    model_refs.check_task(run)
     digest = resolve_version(run, which)
     rounds = [one for one in (*run.history, run.best) if one and one.digest == digest]
+    layers = model_refs.local_layers(run)
     file = service.transfer.store.version_path(digest)
     if not file.exists():
         raise UnknownName(f"the {which} version of {run.id} is no longer on the coordinator's disk")
@@ -33,6 +39,7 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
         task=run.spec.task,
         digest=digest,
         nbytes=file.stat().st_size,
-        settings=model_refs.settings_of(run),
+        settings=model_refs.settings_of(run) | ({PERSONAL_LAYERS: layers} if layers else {}),
         ended_rounds=len(run.history) if run.state in ENDED else 0,
+        personal_mu=personal.mu_of(run.spec),
     )

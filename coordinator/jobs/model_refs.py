@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coordinator import strategies
 from coordinator.runs.export import resolve_version
 from coordinator.runs.recorded import named_run
 from coordinator.runs.state import Run
+from coordinator.strategies import personal
 from protocols.errors import UnknownName, UsageError
 from protocols.messages.envelope import Setting
 from protocols.messages.jobs import ModelRef
@@ -56,15 +56,24 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
     return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), names)
 
 
-def check_whole(run: Run) -> None:
-    """Raise UsageError if the run's versions are not whole models of a task."""
+def check_task(run: Run) -> None:
+    """Raise UsageError if the run is not of a task."""
     if run.spec.app:
         raise UsageError(
             f"run {run.id} is of a Flower app, and only the app can use its model",
             f"commonweight models export {run.id} model.safetensors",
         )
-    own = strategies.find(run.spec.strategy).trainer_settings(run.spec.strategy_args)
-    if layers := own.get(personalization.PERSONAL_LAYERS):
+
+
+def local_layers(run: Run) -> str:
+    """The layers that stay on each peer, as patterns; empty if a version is a whole model."""
+    return str(personal.trainer_settings(run.spec).get(personalization.PERSONAL_LAYERS, ""))
+
+
+def check_whole(run: Run) -> None:
+    """Raise UsageError if the run's versions are not whole models of a task."""
+    check_task(run)
+    if layers := local_layers(run):
         raise UsageError(
             f"the layers {layers} of run {run.id} stay on each peer: no version is a whole model",
             "choose the model of a run with another --strategy",

@@ -27,7 +27,7 @@ from coordinator.runs.state import Round, Run, accepted_uploads
 from coordinator.runs.task_settings import ToldSettings
 from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
-from coordinator.strategies import memory_estimate
+from coordinator.strategies import memory_estimate, personal
 from protocols.errors import AWAITED, Awaited, CannotBeMet, CommonweightError, UnknownName
 from protocols.local import flower_apps, heap
 from protocols.local.failpoints import failpoint
@@ -232,7 +232,7 @@ class RunManager:
         if not store.has(digest):
             raise UnknownName(f"no version {digest[:12]}")
         model = weights.load(store.version_path(digest))
-        first = personalization.first_version(model, adapter.trainer_settings(spec.strategy_args))
+        first = personalization.first_version(model, personal.trainer_settings(spec))
         memory_estimate.check_memory(adapter, spec, first.schema, spec.quorum)
         return digest if first.schema == model.schema else store.save(first)
 

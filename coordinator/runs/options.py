@@ -213,6 +213,10 @@ OPTIONS = (
            choices=("", "max", "min")),
     Option("patience", int, 0, "End after this many rounds without a better version. 0: off if "
            "--rounds is given, else 10, and for trees a fifth of them.", _FROM_0, "rounds"),
+    Option("personal", str, "", "How each peer makes a model of its own: finetune, after the run, "
+           "the default; ditto, the same near the shared model (ditto:0.1 for a weaker pull); "
+           "fedper, the last layers stay on each machine during the run (fedper:head.* names them)."
+           ),
     Option("from", Path, None, "First weights: a safetensors file.", is_plain=False),
     Option("flower", Path, None, "Run the Flower app in this folder instead of a task; --set then "
            "changes its run config.", is_plain=False),

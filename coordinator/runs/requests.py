@@ -21,6 +21,7 @@ from coordinator.runs.in_flight import Request, RequestsInFlight
 from coordinator.runs.model import RunModel
 from coordinator.runs.state import Assignment, Run
 from coordinator.storage.run_events import RunSpec
+from coordinator.strategies import personal
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.transport.flower_records import REQUEST, VersionRecord, shared_config
@@ -105,7 +106,7 @@ class PendingRequests(RequestsInFlight):
         Each further turn on a version has another seed, so it does not repeat the same training.
         """
         spec = run.spec
-        for_trainers = self._adapter.trainer_settings(spec.strategy_args)
+        for_trainers = personal.trainer_settings(spec)
         parent, patch_bytes = self._model.patch_to(assignment.base)
         shared = {"preprocessing": run.preprocessing} if run.preprocessing else {}
         noise = spec.private.settings() if spec.private else {}

@@ -11,7 +11,7 @@ from coordinator import strategies
 from coordinator.runs import best_version, options, task_settings
 from coordinator.runs.secure import plans
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies import trees
+from coordinator.strategies import personal, trees
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.custom import CustomStrategy
 from protocols.codecs import registry
@@ -241,6 +241,7 @@ def check(spec: RunSpec) -> None:
             text, hint = (t.format(spec=spec, reserved=reserved) for t in (rule.text, rule.hint))
             raise UsageError(text, hint)
     adapter.check(spec)
+    personal.check(spec)
     registry.parse(spec.codec)
     best_version.check(spec)
     task_settings.check(spec)

@@ -52,6 +52,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `only`: the single part that a parent fleet requests from this one (empty: all parts), in the
     parent's round `first_round`. `check`: a run of only the part `describe` that keeps what
     each peer described, for `commonweight run check`.
+    `personal`: how each peer makes a model of its own (`coordinator.strategies.personal`; empty: by
+    fine-tuning after the run, if its owner wants a comparison).
     `app`: the digest of the code of a Flower app, whose ServerApp then decides; `task` is
     "flower:" and its name, `settings` are changes of its run config (empty: no app).
     """
@@ -95,6 +97,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     dp_shared: Integer = 0
     dp_user_epsilon: float = 0.0
     secure: bool = False
+    personal: _ShortText = ""
     app: _ShortText = ""
 
     @property

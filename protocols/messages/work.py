@@ -87,6 +87,7 @@ class NamedModel(Struct, frozen=True, kw_only=True):
 
     `settings`: what the task needs to predict with it, such as the agreed preprocessing.
     `ended_rounds`: how many rounds the run had, if it has ended; else 0, as of older coordinators.
+    `personal_mu`: the weight of the proximal term of a personal model; 0: none.
     """
 
     run: Id
@@ -96,6 +97,7 @@ class NamedModel(Struct, frozen=True, kw_only=True):
     nbytes: Count
     settings: Settings = {}
     ended_rounds: Count = 0
+    personal_mu: Annotated[float, Meta(ge=0, le=1000)] = 0.0
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,26 @@ from tests.support.fleet_harness import ALLOW, Fleet, fleet
 from tests.support.tables import patients
 from tests.support.waiting import wait_for
 
-SIZES = {"bern": 600, "basel": 400, "uri": 60}
+SIZES = {"bern": 600, "uri": 60, "lugano": 120}
 RUN = ("--target", "ill", "--rounds", "6", "--quorum", "3", "--set", "model=linear")
 
 
 def joined(site: Fleet, folder: Path) -> None:
     for seed, (name, rows) in enumerate(SIZES.items()):
-        table = patients(folder / f"{name}.csv", rows, seed)
+        table = patients(folder / f"{name}.csv", rows, seed, turn=-1.0 if name == "lugano" else 1.0)
         words = ("join", "-", "--name", name, "--data", str(table), *ALLOW)
         done = site.ask_agent(name, *words, given=site.ticket())
         assert done.returncode == 0, done.stderr
 
 
+def right_of(answers: str, table: str) -> float:
+    """The share of rows of a table whose answer is right."""
+    rows = list(csv.DictReader(Path(table).read_text().splitlines()))
+    found = list(csv.DictReader(answers.splitlines()))
+    return sum(a["ill"] == b["ill"] for a, b in zip(found, rows, strict=True)) / len(rows)
+
+
+@pytest.mark.long
 def test_a_peer_with_few_rows_sees_that_it_gains(tmp_path: Path) -> None:
     with fleet(tmp_path) as site:
         assert site.ask("init").returncode == 0
@@ -44,3 +53,21 @@ def test_a_peer_with_few_rows_sees_that_it_gains(tmp_path: Path) -> None:
         wait_for(all_know, "each owner sees the comparison")
         assert f"run {run['id']} on 12 held-out rows of yours" in seen["uri"]
         assert "→ shared" in seen["uri"] or "→ personal" in seen["uri"]
+        assert "→ shared" not in seen["lugano"], "its patients are others"
+
+        def told() -> bool:
+            return len(site.data("run", "show", run["id"])["comparisons"]) == len(SIZES)
+
+        wait_for(told, "the coordinator is told")
+        shown = site.ask("run", "show", run["id"]).stdout
+        assert "uri: " in shown
+        assert " is recommended; accuracy: alone " in shown
+
+        table = str(tmp_path / "lugano.csv")
+        done = site.ask_agent("lugano", "predict", table, "--out", str(tmp_path / "own.csv"))
+        assert done.returncode == 0, done.stderr
+        assert f"model of {run['id']}, which is recommended on this machine" in done.stderr
+        shared = site.ask_agent("lugano", "predict", table, "--use", "shared")
+        assert "recommended" not in shared.stderr
+        own = right_of((tmp_path / "own.csv").read_text(), table)
+        assert own > 0.8 > 0.5 > right_of(shared.stdout, table)

@@ -18,6 +18,7 @@ from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.examples import Batch, BatchesOf, Source, count_examples, slice_examples
 from agent.tasks.training.loop_state import as_weights
 from agent.tasks.training.seeds import random_state
+from agent.tasks.training.torch_loop import TrainingLoop
 from protocols.errors import UsageError
 from protocols.model.weights import Weights
 
@@ -40,7 +41,8 @@ class SomeExamples:
 class ComparesTorchModels:
     """The methods of `ComparesModels`, for `TorchTask`."""
 
-    _aside = 0
+    _aside, _mu = 0, 0.0
+    _local: TrainingLoop
 
     def local_rounds(self, settings: RunSettings, rounds: int) -> LocalRounds:
         """As many as the run had."""
@@ -52,7 +54,13 @@ class ComparesTorchModels:
 
     def train_locally(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> Weights:
         """A round of training, as in the run."""
-        return as_own_weights(self.train(weights, settings, on_step).weights)
+        pulled = {**settings, "proximal_mu": self._mu} if self._mu else settings
+        return as_own_weights(self.train(weights, pulled, on_step).weights)
+
+    def pull_to(self, version: Weights | None, mu: float) -> None:
+        """Make the next local rounds stay near a version; None: not any more."""
+        self._mu = mu if version is not None else 0.0
+        self._local.pull_to(version or {})
 
     @torch.inference_mode()
     def measure_rows(

@@ -68,6 +68,14 @@ class LoopState:
         self.done = self.passed = self.seen = 0
         self.total: float | Tensor = 0.0  # float64[] on a graphics card
 
+    def pull_to(self, version: Mapping[str, Array]) -> None:
+        """Take these weights as `origin`, if there is a proximal term."""
+        if version and self.origin:
+            self.origin = {
+                name: torch.tensor(version[name], device=old.device)
+                for name, old in self.origin.items()
+            }
+
     def _zeros(self, slot: str) -> Tensors:
         if slot == "step":  # torch counts on the CPU, for each weight
             return {name: torch.zeros(()) for name in self.trained}

@@ -76,6 +76,7 @@ class TrainingLoop:
         self._recalled: Mapping[str, Array] = {}
         self._left: Mapping[str, Array] = {}
         self._watch: Watch = lambda places: None
+        self._anchor: Mapping[str, Array] = {}
         self._private: PrivateTraining | None = None
         self._spent: tuple[Event, ...] = ()
 
@@ -105,6 +106,7 @@ class TrainingLoop:
             raise examples_depend()
         fixed = buffers | frozen
         at = LoopState(weights, plan, device, examples.part, fixed, self._correction)
+        at.pull_to(self._anchor)
         at.load_optimizer_state(self._recalled)
         if self._restored is not None:
             at.restore(self._restored)
@@ -161,6 +163,11 @@ class TrainingLoop:
         """Make the next `train` add this to the gradient of each step: SCAFFOLD's c - c_i by weight
         (arXiv 1910.06378, equation 3)."""
         self._correction = correction
+
+    def pull_to(self, version: Mapping[str, Array]) -> None:
+        """Make the proximal term of later trainings that of this version; without tensors, that of
+        the weights with which a training begins."""
+        self._anchor = version
 
     def load_optimizer_state(self, state: Mapping[str, Array]) -> None:
         """Start the next `train` with the `optimizer_state` of an earlier one."""

@@ -4,17 +4,58 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from agent.cli.models import LocalModel, with_task
+from agent.cli.models import LocalModel, Use, with_task
+from agent.home import own_results
+from agent.home.own_results import OwnResult, OwnRun
 from agent.home.settings_schema import AgentSettings
 from protocols.errors import UnknownName, UsageError
+from protocols.messages.comparisons import Comparison, Estimate, Model
 
 
 def test_a_model_without_the_layers_of_each_peer_is_refused(tmp_path: Path) -> None:
     model = LocalModel(tmp_path / "version", "ping", {"at_home": "*norm*"})
     with pytest.raises(UsageError, match=r"the layers \*norm\* of this run stay on each peer"):
         model.check_whole()
+
+
+def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(tmp_path))
+    folder = own_results.folder_of(tmp_path, "tabular-1")
+    folder.mkdir(parents=True)
+    settings = {"model": "mlp", "at_home": "output.*", "dp_epsilon": 1.0}
+    of = OwnRun(run="tabular-1", task="tabular", settings=settings, is_local=True)
+    own_results.run_file(folder).write_bytes(msgspec.json.encode(of))
+    version = LocalModel(tmp_path / "v", "tabular", settings, "", "tabular-1")
+
+    def compared(recommended: Model) -> None:
+        one = Estimate(0.9, 0.8, 1.0)
+        found = Comparison(
+            run="tabular-1",
+            metric="accuracy",
+            rows=9,
+            models=dict.fromkeys(("alone", "shared", "personal"), one),
+            recommended=recommended,
+        )
+        result = OwnResult(run="tabular-1", task="tabular", at=0.0, comparison=found)
+        own_results.result_file(folder).write_bytes(msgspec.json.encode(result))
+
+    assert version.recommended(Use.RECOMMENDED) is version, "there is no comparison"
+    compared("personal")
+    assert version.recommended(Use.RECOMMENDED) is version, "its file is gone"
+    own_results.model_file(folder, "personal").write_bytes(b"")
+    found = version.recommended(Use.RECOMMENDED)
+    assert found.path == folder / "personal.safetensors"
+    assert found.settings == {"model": "mlp"}
+    assert "the personal model of tabular-1, which is recommended on this machine" in found.origin
+    found.check_whole()
+    assert version.recommended(Use.SHARED) is version
+    compared("shared")
+    assert version.recommended(Use.RECOMMENDED) is version
 
 
 def test_the_file_of_a_models_task_may_be_named(tmp_path: Path) -> None:

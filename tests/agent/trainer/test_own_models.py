@@ -23,6 +23,7 @@ from agent.trainer.progress import WorkControl
 from protocols.errors import DataError
 from protocols.messages.comparisons import Comparison, Estimate, recommend
 from protocols.model import weights
+from protocols.model.weights import Weights
 from protocols.tables import preprocessing
 from tests.support.callbacks import ignore_step
 from tests.support.tables import patients
@@ -98,7 +99,9 @@ class Site:
         self.settings, self.own, self.folder = settings, own, folder
         self.said: list[Answer] = []
 
-    def measure(self, place: str, slice_s: float, **floors: int) -> Comparison | None:
+    def measure(
+        self, place: str, slice_s: float, *, mu: float = 0.0, personal: str = "", **floors: int
+    ) -> Comparison | None:
         (self.folder / place).mkdir(exist_ok=True)
         data = DataSettings(path=str(self.own), device="cpu", floors=Floors(**floors))
         work = Measure(
@@ -110,6 +113,8 @@ class Site:
             folder=str(self.folder / place),
             rounds=8,
             slice_s=slice_s,
+            mu=mu,
+            personal=personal,
         )
         done = WorkExecutor(WorkControl(), self.said.append, 1).do(work)
         told = done.description
@@ -151,6 +156,36 @@ def test_a_peer_that_differs_is_told_to_use_a_model_of_its_own(tmp_path: Path) -
     assert found.models["shared"].value < 0.2
     assert found.recommended in ("alone", "personal")
     assert found.models[found.recommended].value > 0.8
+
+
+def test_ditto_keeps_the_personal_model_near_the_shared_one(tmp_path: Path) -> None:
+    fleet = patients(tmp_path / "fleet.csv", 200, 1)
+    own = patients(tmp_path / "own.csv", 200, 2, turn=-1.0)
+    site = Site(tmp_path, fleet, own, 2, target="ill", model="linear", optimiser="sgd", epochs=1)
+    shared = weights.load(site.base)
+
+    def distance(place: str, mu: float) -> float:
+        assert site.measure(place, 60.0, mu=mu) is not None
+        made = weights.load(tmp_path / place / "personal.safetensors")
+        return sum(float(np.square(made[name] - shared[name]).sum()) for name in shared)
+
+    free, near = distance("finetune", 0.0), distance("ditto", 2.0)
+    assert 0 < near < 0.6 * free
+
+
+def test_layers_that_stayed_here_are_in_the_personal_model_alone(tmp_path: Path) -> None:
+    own = patients(tmp_path / "own.csv", 200, 2)
+    site = Site(tmp_path, own, own, 3, target="cost", **MLP)
+    whole = weights.load(site.base)
+    head = {name: whole[name] for name in whole if name.startswith("output")}
+    weights.save(Weights(head), tmp_path / "mine.kept")
+    weights.save(Weights({n: whole[n] for n in whole if n not in head}), site.base)
+    site.settings["at_home"] = "output.*"
+    found = site.measure("whole", 60.0, personal=str(tmp_path / "mine.kept"))
+    assert found is not None
+    assert found.models["shared"].value > 1.5 * found.models["personal"].value
+    made = weights.load(tmp_path / "whole" / "personal.safetensors")
+    assert made.schema == whole.schema
 
 
 def test_too_few_held_out_rows_are_said(tmp_path: Path) -> None:

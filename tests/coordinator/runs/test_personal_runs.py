@@ -15,6 +15,7 @@ from agent.data.settings import DataSettings
 from agent.tasks import registry
 from agent.tasks.work import Done, Init, Train, Work
 from agent.trainer.in_process import InProcessTrainer
+from coordinator.runs import spec_rules
 from coordinator.storage.run_events import RunSpec
 from protocols.errors import CommonweightError, UsageError
 from protocols.messages.states import RunState
@@ -168,6 +169,46 @@ async def test_layers_that_stay_at_home_are_in_no_version(tmp_path: Path) -> Non
         assert last.metrics["personal_loss"] < last.metrics["loss"]
         told = [u.update.metrics for u in fleet.facts(run.id) if hasattr(u, "update")]
         assert any("personal_loss" in metrics for metrics in told)
+
+
+async def test_the_last_layers_stay_at_home_with_any_strategy(tmp_path: Path) -> None:
+    async with trainers(tmp_path) as fleet:
+        spec: dict[str, Any] = {"rounds": 4, "settings": {"steps": 3, "lr": 0.3}}
+        run = await finished(fleet, strategy="fedavgm", personal="fedper:b", **spec)
+        assert set(fleet.version(run.head)) == {"w"}
+        own = kept(fleet)
+        assert all(set(layers) == {"b"} for layers in own)
+        assert len({weights.digest(layers) for layers in own}) == 3
+        assert run.history[-1].metrics["personal_loss"] < run.history[-1].metrics["loss"]
+
+
+#: By what is wrong, a run.
+_NOT_PERSONAL: dict[str, dict[str, Any]] = {
+    "must be finetune, ditto": {"personal": "apfl"},
+    "fedbn, which keeps layers": {"personal": "finetune", "strategy": "fedbn"},
+    "must name the last layers of softmax": {"personal": "fedper"},
+    "a linear model has one": {"personal": "fedper", "task": "tabular"},
+    "used with trees": {
+        "personal": "ditto",
+        "task": "tabular",
+        "settings": {"model": "trees"},
+        "strategy": "trees",
+        "codec": "sums",
+    },
+    "above 0 and at most 1000": {"personal": "ditto:-1"},
+    "--secure cannot be used with --personal fedper": {
+        "personal": "fedper:b",
+        "secure": True,
+        "quorum": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("words", _NOT_PERSONAL)
+def test_what_cannot_be_personal_is_refused_in_words(words: str) -> None:
+    spec = RunSpec(**{"task": "softmax", "rounds": 1, **_NOT_PERSONAL[words]})
+    with pytest.raises(UsageError, match=words):
+        spec_rules.check(spec)
 
 
 async def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
