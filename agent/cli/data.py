@@ -39,7 +39,7 @@ def check(
     target: Annotated[str, typer.Option(help="The column that a model is to predict.")] = "",
     json: Json = False,
 ) -> None:
-    """Show what a run on a table would be told, and what is odd about it. Nothing is sent."""
+    """Show what a run would be told of a table, and what is odd. Nothing is sent."""
     from pathlib import Path
 
     from agent.data import open_table

@@ -56,7 +56,7 @@ def predict(
         Path | None, typer.Option(help="The output file: .csv, .jsonl or .parquet; else stdout.")
     ] = None,
 ) -> None:
-    """Predict with the model that is recommended on this machine, offline."""
+    """Predict with the model recommended here, offline."""
     from agent.cli.local_trainer import LocalTrainer, paths_of
     from agent.inference import id_columns, writers
 

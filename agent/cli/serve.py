@@ -39,7 +39,7 @@ def serve(
     use: UseOption = Use.RECOMMENDED,
     task: TaskFile = "",
 ) -> None:
-    """Serve predictions of the model that is recommended here over HTTP, until Ctrl-C."""
+    """Serve predictions over HTTP, until Ctrl-C."""
     if socket is not None and socket.exists():
         raise UsageError(f"{socket} exists already", "stop the service that uses it, or delete it")
     os.umask(0o077)

@@ -99,12 +99,18 @@ class OwnComparisons:
                 self._pending[found.run] = _Pending(found, due, result=result)
 
     def note(self, work: Work) -> None:
-        """A run has this machine train."""
+        """A run has this machine train. Nothing here may end its work."""
+        try:
+            self._note(work)
+        except OSError as err:
+            log.warning("no comparison after run %s: %s", work.run, err.strerror)
+
+    def _note(self, work: Work) -> None:
         chosen = self._settings()
         if chosen.compare == "off" or chosen.fleet or work.task.startswith(PREFIX):
             return
         known = self._pending.get(work.run)
-        before = own_results.read_run(own_results.folder_of(self._home, work.run))
+        before = known.run if known is not None else own_results.read_run(self._of(work.run))
         hides = secure_rules.is_secure(work) or work.settings.keys() & private_training.SETTINGS
         due = time.monotonic() + _FIRST_WAIT_S
         # A coordinator could send a plain training of the same run afterwards.
@@ -117,7 +123,7 @@ class OwnComparisons:
 
     def _write_run(self, run: OwnRun) -> None:
         """Remember a run. What an earlier comparison of it left is of an older version."""
-        folder = own_results.folder_of(self._home, run.run)
+        folder = self._of(run.run)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700, parents=True)
         write_private(own_results.run_file(folder), msgspec.json.encode(run), synced=False)
@@ -125,8 +131,11 @@ class OwnComparisons:
             shutil.rmtree(old, ignore_errors=True)
             self._pending = {n: p for n, p in self._pending.items() if self._folder(p) != old}
 
+    def _of(self, run: str) -> Path:
+        return own_results.folder_of(self._home, run)
+
     def _folder(self, of: _Pending) -> Path:
-        return own_results.folder_of(self._home, of.run.run)
+        return self._of(of.run.run)
 
     @property
     def due_s(self) -> float:
@@ -148,28 +157,32 @@ class OwnComparisons:
         if not due:
             return False
         one = due[0]
-        if one.result is not None:
-            self._tell(one, one.result)
-            return False
+        # Before anything that may raise: what fails each time is tried less and less often.
+        one.due, one.wait_s = time.monotonic() + one.wait_s, min(2 * one.wait_s, _MAX_WAIT_S)
+        try:
+            if one.result is not None:
+                self._tell(one, one.result)
+                return False
+            return self._go_on(one, chosen)
+        except TrainerFailed as err:
+            if err.kind not in _PASSING:
+                self._finish(one, None, err.message)
+        except (DiskFull, OSError) as err:
+            why = err.message if isinstance(err, DiskFull) else err.strerror
+            log.warning("the comparison after run %s waits: %s", one.run.run, why)
+        return False
+
+    def _go_on(self, one: _Pending, chosen: AgentSettings) -> bool:
         if one.model is None and not self._has_ended(one):
-            one.due, one.wait_s = time.monotonic() + one.wait_s, min(2 * one.wait_s, _MAX_WAIT_S)
             return False
         assert one.model is not None
         if not chosen.allows(one.run.task):
             self._finish(one, None, "the owner does not allow the task any more")
             return False
-        try:
-            found = self._measure(one, one.model)
-        except TrainerFailed as err:
-            if err.kind not in _PASSING:
-                self._finish(one, None, err.message)
-            one.due = time.monotonic() + _MAX_WAIT_S
-            return False
-        except DiskFull:
-            one.due = time.monotonic() + _MAX_WAIT_S
-            return False
+        found = self._measure(one, one.model)
         if found is not None:
             self._finish(one, found)
+        one.due, one.wait_s = time.monotonic(), _FIRST_WAIT_S
         return True
 
     def _has_ended(self, one: _Pending) -> bool:

@@ -103,7 +103,7 @@ class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
     rounds: int
     personal: str = ""
     mu: float = 0.0
-    slice_s: float = 5.0
+    slice_s: float = 2.0
 
 
 class RunApp(_TaskWork, frozen=True, tag=True, kw_only=True):
