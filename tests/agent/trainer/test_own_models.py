@@ -72,6 +72,18 @@ def test_the_root_of_squares_is_compared_and_a_loss_that_is_not_finite_is_not() 
     assert row_bootstrap.compare("r", {"shared": {"loss": np.array([np.inf] * 9)}}, {}) is None
 
 
+def test_an_accuracy_of_few_rows_is_not_certain() -> None:
+    right, wrong = np.ones(12), np.array([1.0] * 6 + [0.0] * 6)
+    rows = {"shared": {"accuracy": right}, "alone": {"accuracy": wrong}}
+    found = row_bootstrap.compare("r", rows, {})  # type: ignore[arg-type]
+    assert found is not None
+    # Of 12 of 12 and of 6 of 12, by R: prop.test(12, 12, correct = FALSE), prop.test(6, 12, …)
+    shared, alone = found.models["shared"], found.models["alone"]
+    assert (shared.value, shared.high) == (1.0, 1.0)
+    assert shared.low == pytest.approx(0.7575, abs=1e-4)
+    assert (alone.low, alone.high) == pytest.approx((0.2538, 0.7462), abs=1e-4)
+
+
 def test_only_a_gain_beyond_its_interval_is_recommended() -> None:
     unsure, sure = Estimate(0.3, -0.01, 0.6), Estimate(0.1, 0.02, 0.2)
     assert recommend({"alone": unsure}) == "shared"
