@@ -21,7 +21,7 @@ from protocols.model import schema_card
 from protocols.privacy import accountant, events, gaussian, private_training
 from protocols.privacy.events import Event, Exact, Gaussian, SampledGaussian, SharedGaussian
 from protocols.privacy.private_training import PrivateTraining
-from protocols.tables.model_scores import ModelScores
+from protocols.tables.model_scores import ModelScores, is_open
 
 #: What an answer of a run is for; others tell nothing of rows.
 _PURPOSES: dict[str, Purpose] = {
@@ -69,11 +69,14 @@ class PrivacyBudget:
         Raises UsageError for a run whose noise is not possible here.
         """
         private = private_training.read(work.settings)
-        if work.kind not in ("train", "evaluate") or work.task in WITHOUT_DATA:
+        is_measured = work.kind == "evaluate" or (
+            work.kind == "describe" and is_open(work.task, work.settings)
+        )
+        if not (work.kind == "train" or is_measured) or work.task in WITHOUT_DATA:
             return
         if private is None:
-            self._check_exact(_PURPOSES[work.kind])
-        elif work.kind == "evaluate":
+            self._check_exact("evaluation" if is_measured else "training")
+        elif is_measured:
             raise NotAllowed(f"{_WHAT['evaluation']} have no noise, and this run adds noise")
         else:
             self._check_private(work, private)

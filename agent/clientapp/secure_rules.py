@@ -9,6 +9,7 @@ from protocols.messages.work import Work
 from protocols.privacy import private_training
 from protocols.privacy.secagg.cohort import Pins
 from protocols.privacy.secagg.messages import STEPS, ring_of
+from protocols.tables.model_scores import is_open
 
 #: Work that tells something about the owner's rows.
 _ABOUT_ROWS = frozenset({"describe", "train", "evaluate"})
@@ -34,6 +35,12 @@ def check(work: Work, chosen: AgentSettings) -> None:
         return
     _check_shared_noise(work, chosen)
     if is_secure(work):
+        if work.kind == "describe" and is_open(work.task, work.settings):
+            raise NotAllowed(
+                "scores of models would tell the metrics of this machine alone, and the run is "
+                "secure",
+                "run start --secure with --set model=trees or model=linear",
+            )
         check_trust(chosen, "run")
     elif chosen.secure_min and work.task not in WITHOUT_DATA:
         raise NotAllowed(

@@ -166,7 +166,7 @@ def _join(outcomes: Sequence[EvalOutcome], min_count: int) -> dict[str, float | 
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
-def _badness(metrics: Mapping[str, float | None]) -> tuple[float, float]:
-    """By accuracy, else by loss, as a run compares its versions by default; lower is better."""
-    accuracy, loss = metrics.get("accuracy"), metrics.get("loss")
-    return -(accuracy or 0.0), math.inf if loss is None else loss
+def _badness(metrics: Mapping[str, float | None]) -> float:
+    """The loss, which tells more than the accuracy over few rows."""
+    loss = metrics.get("loss")
+    return math.inf if loss is None else loss

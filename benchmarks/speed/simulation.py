@@ -50,7 +50,7 @@ def ours(
     with tempfile.TemporaryDirectory(prefix="commonweight-simulation-") as folder:
         owner = {}
         if peers > MAX_PARTS:
-            task = {"task": "tabular", "set": {"target": "outcome"}}
+            task = {"task": "tabular", "set": {"target": "outcome", "model": "linear"}}
             owner = {"data": write_tables(Path(folder), peers)}
         chosen = run_options.from_keywords({**task, "rounds": rounds})
         began, home = time.time(), Path(folder) / "home"

@@ -98,11 +98,34 @@ def score(spec: RunSpec, metrics: Metrics) -> float:
 
 
 def best(spec: RunSpec, rounds: Sequence[Round]) -> Round | None:
-    """The round with the best version, the first among equals; without metrics, as in a run with
-    noise, the last."""
+    """The round with the best version; without metrics, as in a run with noise, the last.
+
+    Among equals it is the first, or with the accuracy by default, which is the same for many
+    versions where few rows are held out, that with the lowest loss.
+    """
     if not spec.measures:
         return rounds[-1] if rounds else None
-    return max(rounds, key=lambda closed: score(spec, decisive(closed)), default=None)
+
+    def rank(closed: Round) -> tuple[float, float]:
+        metrics = decisive(closed)
+        return score(spec, metrics), 0.0 if spec.best_metric else -_loss(metrics)
+
+    return max(rounds, key=rank, default=None)
+
+
+def last_gain(spec: RunSpec, rounds: Sequence[Round]) -> int:
+    """The number of the last round with a better version than all before; by default one with a
+    lower loss counts as well, as an accuracy over few rows stays the same while a model learns."""
+    found = best(spec, rounds)
+    if found is None or spec.best_metric:
+        return found.round if found else 0
+    return max(found.round, min(rounds, key=lambda closed: _loss(decisive(closed))).round)
+
+
+def _loss(metrics: Metrics) -> float:
+    """The loss; infinite without a finite one."""
+    value = metrics.get("loss")
+    return value if value is not None and math.isfinite(value) else math.inf
 
 
 def reaches_target(spec: RunSpec, metrics: Metrics) -> bool:

@@ -180,8 +180,9 @@ def _early_stop(run: Run) -> steps.EndRun | None:
     if best_version.reaches_target(spec, deciding):
         because = f"{name} is {deciding[name]:.4g} in round {best.round}"
         return steps.EndRun(RunState.FINISHED, because)
-    if spec.patience and run.round - best.round >= spec.patience:
-        because = f"no better {name} in {spec.patience} rounds; best is round {best.round}"
+    if spec.patience and run.round - best_version.last_gain(spec, run.history) >= spec.patience:
+        or_loss = " or loss" if not spec.best_metric and name != "loss" else ""
+        because = f"no better {name}{or_loss} in {spec.patience} rounds; best is round {best.round}"
         return steps.EndRun(RunState.FINISHED, because)
     return None
 

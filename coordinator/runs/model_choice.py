@@ -157,16 +157,16 @@ def _best(
     left_out: dict[Model, str],
 ) -> ModelChosen:
     rows = sum(one.rows for one in told.values())
-    power = 2 if metric == "rmse" else 1
-    means: dict[Model, float] = {}
-    for model in models:
-        parts = (
-            one.rows * float(one.metrics[model][metric] or 0) ** power for one in told.values()
-        )
-        means[model] = (sum(parts) / rows) ** (1 / power)
+    means = {model: _mean(metric, model, told) for model in models}
     spec = run.spec
     judged = replace(spec, best_metric=metric, best_direction=_direction(spec, metric))
     model = max(models, key=lambda one: best_version.score(judged, {metric: means[one]}))
+    found = [one.metrics[model] for one in told.values() for model in models]
+    if metric == "accuracy" and not spec.best_metric and _all_have(found, "loss"):
+        # Accuracies within a standard error are equal, and the loss tells them apart.
+        least = means[model] - math.sqrt(means[model] * (1 - means[model]) / rows)
+        near = [one for one in models if means[one] >= least]
+        model = min(near, key=lambda one: _mean("loss", one, told))
     return ModelChosen(
         model=model,
         spec=with_model(spec, model),
@@ -176,6 +176,13 @@ def _best(
         peers=tuple(told),
         left_out=left_out,
     )
+
+
+def _mean(metric: str, model: Model, told: Mapping[str, ModelScores]) -> float:
+    """The mean by rows; of `rmse` the root of the mean square."""
+    power = 2 if metric == "rmse" else 1
+    parts = (one.rows * float(one.metrics[model][metric] or 0) ** power for one in told.values())
+    return float((sum(parts) / sum(one.rows for one in told.values())) ** (1 / power))
 
 
 def _direction(spec: RunSpec, metric: str) -> str:

@@ -30,7 +30,7 @@ from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import schema_card, weights
 from protocols.model.schema_card import SchemaCard
-from protocols.tables.model_scores import AUTO
+from protocols.tables.model_scores import is_open
 
 #: Added to the seed for each further turn on a version. A prime, so that seeds of runs rarely meet.
 _SEED_STRIDE = 7919
@@ -225,7 +225,7 @@ def _settings_of(run: Run) -> Settings:
     """The run's settings as peers get them. Only the request that compares models names `auto`,
     which older agents do not know."""
     settings = run.spec.settings
-    if run.comparing or settings.get("model") != AUTO:
+    if run.comparing or not is_open(run.spec.task, settings):
         return settings
     return {name: value for name, value in settings.items() if name != "model"}
 

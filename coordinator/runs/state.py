@@ -22,7 +22,7 @@ from protocols.messages.states import ENDED, RunState
 from protocols.messages.work import WorkKind
 from protocols.model.schema_card import Description, SchemaCard
 from protocols.tables import preprocessing
-from protocols.tables.model_scores import AUTO, ModelScores
+from protocols.tables.model_scores import AUTO, ModelScores, is_open
 
 T = TypeVar("T")
 #: Bounds for monitors, which decode runs. The ledger may have any text.
@@ -252,7 +252,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
         """True while the run has to choose its model, and the tables are agreed on."""
         spec = self.spec
         is_known = bool(self.preprocessing or spec.settings.get("preprocessing"))
-        return self.describing and is_known and spec.settings.get("model") == AUTO and not spec.only
+        return self.describing and is_known and is_open(spec.task, spec.settings) and not spec.only
 
     @property
     def described_base(self) -> str:

@@ -12,7 +12,7 @@ from protocols.errors import UsageError
 from protocols.model import built_in_settings, setting_specs
 from protocols.model.setting_specs import SettingSpecs
 from protocols.tables import preprocessing
-from protocols.tables.model_scores import AUTO
+from protocols.tables.model_scores import is_open
 
 
 class ToldSettings:
@@ -38,7 +38,7 @@ class ToldSettings:
         if not known or spec.only:
             return
         settings = dict(spec.settings)
-        if settings.get("model") == AUTO:  # the coordinator's part: older agents need not know it
+        if is_open(spec.task, settings):  # the coordinator's part: older agents need not know it
             del settings["model"]
         try:
             setting_specs.check(settings, known)

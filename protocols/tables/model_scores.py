@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -18,6 +19,11 @@ MAX_ROWS = 10_000
 
 #: By name; None for one that is not finite.
 Scores = Annotated[dict[Name, float | None], Meta(max_length=32)]
+
+
+def is_open(task: str, settings: Mapping[str, object]) -> bool:
+    """True for a run of tables that has not chosen its model."""
+    return task == "tabular" and settings.get("model") == AUTO
 
 
 class ModelScores(Struct, frozen=True, kw_only=True, tag="models"):

@@ -25,6 +25,7 @@ from protocols.privacy.secagg import messages
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import open_card
 from protocols.privacy.secagg.messages import ShareRequest, encode
+from protocols.tables import preprocessing
 from protocols.tables.statistics import TableStatistics
 from tests.hostile.test_differences_in_training import VICTIM, Row, people
 from tests.support.extraction import Canaries, Wards
@@ -88,6 +89,26 @@ def test_statistics_of_a_peer_are_not_summed(tmp_path: Path) -> None:
     assert clinic.survey([*rows, *NEW[:1]]) == before
     after = clinic.survey([*rows, *NEW])
     assert pay_of(after) - pay_of(before) == pytest.approx(sum(row["pay"] for row in NEW))
+
+
+@pytest.mark.parametrize("more", [{}, PrivateTraining(3.0, 1e-5, 1.0, 5).settings()])
+def test_no_score_of_a_model_leaves_one_peer(tmp_path: Path, more: dict[str, float]) -> None:
+    """Attack: ask a peer of a secure run, with noise or without, which model is the best on its own
+    rows, as in a plain run."""
+    clinic, rows = Clinic(tmp_path), people(60)
+    made = preprocessing.derive({"me": clinic.survey(rows)}, {"target": "pay"}).preprocessing
+    settings = {"target": "pay", "model": "auto", "preprocessing": preprocessing.encode(made)}
+    work = clinic.room.work(
+        "describe", run="r9", round=0, task="tabular", base="", settings={**settings, **more}
+    )
+    with pytest.raises(NotAllowed, match="metrics of this machine alone"):
+        clinic.desk.ask(work)
+    work = clinic.room.work(
+        "describe", run="r9", round=0, task="tabular", base="", settings={**settings, **more},
+        codec="fp32",
+    )  # fmt: skip
+    with pytest.raises(NotAllowed, match="secure runs alone"):
+        clinic.desk.ask(work)
 
 
 def test_the_sum_is_nearly_the_update_of_a_peer_with_most_rows(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from agent.trainer.progress import WorkControl
 from protocols.errors import NotAllowed
 from protocols.model import schema_card, weights
 from protocols.tables import preprocessing
+from protocols.tables.model_scores import ModelScores
 from protocols.tables.statistics import TableStatistics
 
 Row = dict[str, Any]
@@ -180,6 +181,21 @@ def test_evaluation_before_and_after(tmp_path: Path, change: Change) -> None:
         trainer.write(change(rows[attempt * 7 :] + rows[: attempt * 7]))
         after = asked_again(trainer.evaluate)
         assert after in (None, before)
+
+
+@pytest.mark.attack("20.3")
+@pytest.mark.parametrize("change", [add_one, delete_one, edit_one])
+def test_scores_of_models_before_and_after(tmp_path: Path, change: Change) -> None:
+    """Attack: subtract the scores of models by a cross-validation, before and after a row came,
+    went or was edited."""
+    rows = people(60)
+    trainer = Trainer(tmp_path, rows)
+    auto = {**trainer.settings, "model": "auto", "trees": 5, "depth": 1, "epochs": 1}
+    before = trainer.do(Describe, auto).description
+    assert isinstance(schema_card.decode(before), ModelScores)
+    trainer.write(change(rows))
+    after = asked_again(lambda: trainer.do(Describe, auto).description)
+    assert after in (None, before)
 
 
 @pytest.mark.attack("20.3")

@@ -194,7 +194,21 @@ def test_patience_ends_a_run_that_gets_no_better() -> None:
     end = step(after(told, patience=2))
     assert isinstance(end, steps.EndRun)
     assert end.state is RunState.FINISHED
-    assert end.because == "no better accuracy in 2 rounds; best is round 2"
+    assert end.because == "no better accuracy or loss in 2 rounds; best is round 2"
+
+
+def test_a_model_that_still_learns_is_not_ended_by_an_accuracy_over_few_rows() -> None:
+    told: list[Metrics] = [{"accuracy": 0.9, "loss": loss} for loss in (0.5, 0.4, 0.3, 0.3, 0.4)]
+    run = after(told, patience=2)
+    assert run.best is not None
+    assert run.best.round == 3, "of the same accuracy, the lowest loss"
+    assert isinstance(step(after(told[:4], patience=2)), steps.OpenRound)
+    assert isinstance(step(run), steps.EndRun)
+    # A run that names its metric goes by that alone.
+    named = after(told, patience=2, best_metric="accuracy")
+    assert named.best is not None
+    assert named.best.round == 1
+    assert isinstance(step(after(told[:3], patience=2, best_metric="accuracy")), steps.EndRun)
 
 
 def test_a_target_ends_a_run_that_has_reached_it() -> None:

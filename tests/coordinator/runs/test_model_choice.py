@@ -96,6 +96,14 @@ def test_of_equal_scores_the_simplest_model_is_chosen_and_a_run_goes_on_with_it(
     assert (after.peers, after.scores, after.choice) == ({}, {}, chosen)
 
 
+def test_the_loss_decides_between_accuracies_that_few_rows_cannot_tell_apart() -> None:
+    told = {"linear": (0.965, 0.1), "mlp": (0.97, 0.3), "trees": (0.8, 0.05)}
+    for rows, model in ((300, "linear"), (9_000, "mlp")):
+        metrics = {name: {"accuracy": a, "loss": b} for name, (a, b) in told.items()}
+        some = ModelScores(rows=rows, metrics=metrics)  # type: ignore[arg-type]
+        assert model_choice.choose(compared(spec_of(), some)).model == model
+
+
 def test_the_metric_of_the_run_decides() -> None:
     told = ModelScores(
         rows=90,
