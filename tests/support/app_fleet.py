@@ -82,7 +82,7 @@ class AppFleet:
         made |= {"settings": settings or {}, "quorum": len(self.agents)}
         return self.fleet.hub.runs.start(RunSpec(**made | spec), "")
 
-    async def finished(self, run_id: str, within_s: float = 60) -> Run:
+    async def finished(self, run_id: str, within_s: float = 150) -> Run:
         return await self.fleet.finished(run_id, within_s=within_s)
 
     def files(self, run_id: str) -> Path:

@@ -414,7 +414,7 @@ class Fleet:
     def start(self, **spec: Any) -> str:
         return self.hub.runs.start(RunSpec(task="softmax", **spec), "")
 
-    async def finished(self, run_id: str, *, within_s: float = 60) -> Run:
+    async def finished(self, run_id: str, *, within_s: float = 150) -> Run:
         """Wait until the run has ended, and return it."""
         await until(lambda: self._is_ended(run_id), within_s)
         return self.hub.runs.find(run_id)
