@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from msgspec import UNSET
@@ -26,6 +25,17 @@ from agent.analytics.figures import (
     leave_out,
     min_product_rows,
 )
+from agent.analytics.model_rules import (
+    FEW,
+    OUTSIDE,
+    Used,
+    check_columns,
+    check_spread,
+    cross,
+    crossings,
+    find_parts,
+    groups_of,
+)
 from protocols.analytics.mergeable_states import Floats
 from protocols.analytics.model_states import FitState, RiskState, to_upper
 from protocols.analytics.models import Model, Term
@@ -39,28 +49,12 @@ Spend = Callable[[Sequence[str], int], int]
 
 #: Larger sums are not decoded.
 _MAX_SUM = 1e300
-#: The effective number of rows is at least this part of them.
-_MAX_CONCENTRATION = 20
 
 _TOO_FEW = Refused(
     "this model has too many coefficients or bins for the rows here, or its columns were in too "
     "many models",
     "leave terms out, or ask the question of before",
 )
-_FEW = Refused("the coefficients of this question give a few rows most of the weight")
-_OUTSIDE = Refused("the coefficients of this question have no value for some rows")
-
-
-class _Used(NamedTuple):
-    """The rows of a model: its outcome, float64[n] each; its terms, float64[n, p]; the columns with
-    few values, as codes, int64[n]; and the sizes of the other columns, float64[n] each, not scaled:
-    whoever asks chooses the scales."""
-
-    rows: Places
-    outcome: list[Floats]
-    terms: Floats
-    sizes: list[Floats]
-    categories: dict[str, Places]
 
 
 def compute_model(
@@ -69,13 +63,13 @@ def compute_model(
     """The sums of `glm` or `cox` over the rows at these places. Raises Refused."""
     model = operation.model
     assert model is not UNSET
-    width, bins = len(model.at), len(model.edges) + 1
-    equations = width + 2 if model.family else 2 * bins * (width + 1)
+    bins, about_one = len(model.edges) + 1, model.sums_about_one
+    equations = about_one + 2 if model.family else 2 * bins * (about_one + 1)
     used = _find_rows(operation, model, table, rows, min_rows)
     if len(used.rows) < min_product_rows(table, min_rows) + equations:
         raise _TOO_FEW
-    _check_columns(operation, model, table, used, min_rows)
-    parts = [] if model.family else _find_parts(operation, model, used, min_rows)
+    check_columns(operation, model, table, used, min_rows)
+    parts = [] if model.family else find_parts(operation, model, used, min_rows)
     past = spend(operation.columns, equations)
     if len(used.rows) < min_product_rows(table, min_rows) + past + equations:
         raise _TOO_FEW
@@ -85,16 +79,22 @@ def compute_model(
         for codes in used.categories.values()
         for code in np.unique(codes)
     ]
+    told += [
+        ToldRows("", used.rows[codes == code])
+        for columns in crossings(operation, model, used.categories)
+        for codes in [cross([used.categories[name] for name in columns])]
+        for code in np.unique(codes)
+    ]
     told.append(ToldRows(PRODUCTS, used.rows))
     told += [ToldRows("", used.rows[part]) for part in parts if len(part)]
     with np.errstate(all="ignore"):
         state: FitState | RiskState = (
             _sum_fit(model, used, min_rows)
             if model.family
-            else _sum_risks(model, used, parts, min_rows)
+            else _sum_risks(model, used, parts, groups_of(operation, model, used), min_rows)
         )
     if not (np.abs(_numbers_of(state)) <= _MAX_SUM).all():
-        raise _OUTSIDE
+        raise OUTSIDE
     return Figure(state, tuple(told))
 
 
@@ -109,7 +109,7 @@ def _numbers_of(state: FitState | RiskState) -> Floats:
 
 def _find_rows(
     operation: Operation, model: Model, table: Table, rows: Places, min_rows: int
-) -> _Used:
+) -> Used:
     """The rows that have all values. A value that the outcome cannot have counts as missing, and so
     does a category that few of these rows have."""
     outcomes = operation.columns[: len(operation.columns) - len(model.terms)]
@@ -129,14 +129,14 @@ def _find_rows(
             break
     used = leave_out(rows, here, some_gone or bool(before), min_rows)
     few = [name for name in operation.columns if name not in codes and _has_few(table, name)]
-    return _Used(
+    return Used(
         used,
         [table.numbers(name)[used] for name in outcomes],
         _design(model, table, codes, used),
         [
-            np.abs(table.numbers(term.column)[used])
-            for term in model.terms
-            if term.column not in {*codes, *few}
+            np.abs(np.prod([table.numbers(name)[used] for name in names], axis=0))
+            for names in (tuple(model.terms[place].column for place in b) for b in model.blocks)
+            if not {*codes, *few}.intersection(names)
         ],
         {name: code[used] for name, code in codes.items()}
         | {name: np.unique(table.numbers(name)[used], return_inverse=True)[1] for name in few},
@@ -171,75 +171,43 @@ def _is_possible(model: Model, outcomes: list[Floats]) -> Mask:
 
 def _design(model: Model, table: Table, codes: dict[str, Places], used: Places) -> Floats:
     """The matrix of the model, float64[n, p]."""
-    columns = [np.ones(len(used))] if model.family else []
+    terms = []
     for term in model.terms:
         if term.categories:
             code = codes[term.column][used]
-            columns += [(code == i).astype(np.float64) for i in range(1, len(term.levels))]
+            terms.append((code[:, None] == np.arange(1, len(term.levels))).astype(np.float64))
         else:
-            columns.append((table.numbers(term.column)[used] - term.center) / term.scale)
-    return np.stack(columns, 1)
-
-
-def _check_columns(
-    operation: Operation, model: Model, table: Table, used: _Used, min_rows: int
-) -> None:
-    """Raise Refused if the sums describe few rows: those of a category, or of two, or the largest.
-
-    The times of a Cox model are only in bins.
-    """
-    for name in operation.columns:
-        if name in used.categories or (model.family is None and name == operation.columns[0]):
-            continue
-        values = table.numbers(name)[used.rows]
-        most = np.unique(values, return_counts=True)[1].max()
-        if is_dominated(values) or len(values) - most < min_rows:
-            raise Refused(f"the values of {name!r} here are nearly all alike, or one outweighs all")
-    for name, codes in used.categories.items():
-        counts = np.bincount(codes)
-        if counts[counts > 0].min() < min_rows or np.count_nonzero(counts) < 2:
-            raise Refused(f"too few rows here have some value of {name!r}")
-    for (a, first), (b, second) in itertools.combinations(used.categories.items(), 2):
-        width = int(second.max()) + 1
-        table_of = np.bincount(first * width + second, minlength=(int(first.max()) + 1) * width)
-        pairs = table_of.reshape(-1, width)
-        if pairs[pairs.sum(1) > 0][:, pairs.sum(0) > 0].min() < min_rows:
-            raise Refused(f"too few rows here have some combination of {a!r} and {b!r}")
-
-
-def _check_spread(weights: Floats, min_rows: int) -> None:
-    """Raise Refused if few rows have most of the weight, by Kish's effective number of rows.
-
-    Many rows need many: else a curve could be so steep that a sum counts rows above a threshold.
-    """
-    total, squares = weights.sum(), (weights * weights).sum()
-    if not np.isfinite(total) or not np.isfinite(squares):
-        raise _OUTSIDE
-    if total * total < max(min_rows, len(weights) / _MAX_CONCENTRATION) * squares:
-        raise _FEW
+            terms.append(((table.numbers(term.column)[used] - term.center) / term.scale)[:, None])
+    products = [
+        (terms[i][:, :, None] * terms[j][:, None, :]).reshape(len(used), -1)
+        for i, j in model.products
+    ]
+    return np.concatenate(
+        [np.ones((len(used), int(model.family is not None))), *terms, *products], 1
+    )
 
 
 # --- sums ------------------------------------------------------------------------------------
 
 
-def _sum_fit(model: Model, used: _Used, min_rows: int) -> FitState:
+def _sum_fit(model: Model, used: Used, min_rows: int) -> FitState:
     """One step of Fisher scoring (McCullagh and Nelder, Generalized Linear Models, 1989, 2.5)."""
     y, x = used.outcome[0], used.terms
     eta = x @ np.array(model.at)
     mean, slope = _mean(model, eta)
     variance = _variance(model, mean)
     if not (np.isfinite(mean).all() and (variance > 0).all() and np.isfinite(slope).all()):
-        raise _OUTSIDE
+        raise OUTSIDE
     weights, residuals = slope * slope / variance, (y - mean) * slope / variance
     deviances = _deviances(model, y, mean, eta)
     # How much each outcome counts in the score; the other part of a residual has no secret.
     counted = np.abs(slope / variance)
     for part in (weights, counted):
-        _check_spread(part, min_rows)
+        check_spread(part, min_rows)
     heavy = [deviances, weights, counted * y]
     heavy += [part * size for part in (weights, counted * y) for size in used.sizes]
     if any(map(is_dominated, heavy)):
-        raise _FEW
+        raise FEW
     base = 0.0
     if model.family == "poisson":
         base = float(_x_log_y(y, y).sum() - y.sum()) - sum(math.lgamma(v + 1) for v in y.tolist())
@@ -266,7 +234,7 @@ def _mean(model: Model, eta: Floats) -> tuple[Floats, Floats]:
             return mean, mean
         case "inverse":
             if (eta <= 0).any():
-                raise _OUTSIDE
+                raise OUTSIDE
             return 1 / eta, -1 / (eta * eta)
         case _:
             return eta, np.ones(len(eta))
@@ -300,29 +268,9 @@ def _x_log_y(x: Floats, y: Floats) -> Floats:
     return np.where(x > 0, x * np.log(np.where(x > 0, y, 1.0)), 0.0)
 
 
-def _find_parts(operation: Operation, model: Model, used: _Used, min_rows: int) -> list[Places]:
-    """The places of the rows with the event and of those without, for each time bin.
-
-    Raises Refused if a part has few rows for the coefficients, or few of a category.
-    """
-    time, event = used.outcome
-    bin_of = np.searchsorted(model.edges, time, side="right")
-    parts = []
-    for place, happened in itertools.product(range(len(model.edges) + 1), (1, 0)):
-        part = np.flatnonzero((bin_of == place) & (event == happened))
-        sizes = [np.bincount(codes[part]) for codes in used.categories.values()]
-        if 0 < len(part) < min_rows + len(model.at) or any(
-            ((counts > 0) & (counts < min_rows)).any() for counts in sizes
-        ):
-            raise Refused(
-                "too few rows here of some category have, or do not have, "
-                f"{operation.columns[1]!r} in some time bin"
-            )
-        parts.append(part)
-    return parts
-
-
-def _sum_risks(model: Model, used: _Used, parts: list[Places], min_rows: int) -> RiskState:
+def _sum_risks(
+    model: Model, used: Used, parts: list[Places], groups: list[Places], min_rows: int
+) -> RiskState:
     """The sums of a Cox model over each part."""
     event, x = used.outcome[1], used.terms
     weights = np.exp(x @ np.array(model.at))
@@ -330,9 +278,13 @@ def _sum_risks(model: Model, used: _Used, parts: list[Places], min_rows: int) ->
     for part in parts:
         w, inside = weights[part], x[part]
         if len(part):
-            _check_spread(w, min_rows)
-            if any(is_dominated(w * size[part]) for size in used.sizes):
-                raise _FEW
+            check_spread(w, min_rows)
+            inside_of = [np.zeros(len(part), np.int64), *(codes[part] for codes in groups)]
+            for heavy, codes in itertools.product(
+                [w * size[part] for size in used.sizes], inside_of
+            ):
+                if any(is_dominated(heavy[codes == code]) for code in np.unique(codes)):
+                    raise FEW
         sums += [float(w.sum()), *(w @ inside).tolist(), *to_upper((inside.T * w) @ inside)]
     counts = [len(part) for part in parts]
     return RiskState(

@@ -102,8 +102,8 @@ class DataSchema(PolicySettings, frozen=True, kw_only=True):
         int,
         Meta(
             ge=0,
-            description="train and evaluate only in secure runs, whose sums have so many peers "
-            "that you trust, with this one; 0: also in other runs; a secure run then needs 3",
+            description="train, evaluate and answer questions only in secure sums, which have so "
+            "many peers that you trust, with this one; 0: also in others; a sum then needs 3",
         ),
     ] = 0
     told_folder: Annotated[

@@ -1,6 +1,7 @@
 """Regression models in a query, and their text. Pure.
 
     glm(died ~ scaled(age, 60, 12) + C(sex, "f", "m"), family=binomial, at=(0, 0.1, -0.2))
+    glm(died ~ age + sex + age:sex), or glm(died ~ age * sex)
     cox(months, died ~ age, bins=(6, 12), at=(0.1,))
 
 A model without `at` is what a person writes. One with all levels, and with the coefficients `at`
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+from collections import Counter
 from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
@@ -26,7 +28,7 @@ from protocols.analytics.syntax import (
     read_value,
 )
 from protocols.errors import UsageError
-from protocols.messages.envelope import Name, Text
+from protocols.messages.envelope import Count, Name, Text
 
 Family = Literal["gaussian", "binomial", "poisson", "gamma"]
 Link = Literal["identity", "logit", "log", "inverse"]
@@ -76,6 +78,7 @@ class Model(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     A generalized linear model has a family and a link, and an intercept as the first coefficient.
     A Cox model has the `edges` of time bins: bin i begins at edge i - 1; the first has no begin.
+    `products`: interactions of two terms, by their places in `terms`, the lower one first.
     """
 
     terms: Annotated[tuple[Term, ...], Meta(min_length=1, max_length=MAX_TERMS)]
@@ -83,17 +86,39 @@ class Model(Struct, frozen=True, omit_defaults=True, kw_only=True):
     link: Link | None = None
     at: Annotated[tuple[Number, ...], Meta(max_length=MAX_PARAMETERS)] = ()
     edges: Annotated[tuple[Number, ...], Meta(max_length=MAX_EDGES)] = ()
+    products: Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=MAX_TERMS)] = ()
+
+    def __post_init__(self) -> None:
+        if any(not i < j < len(self.terms) for i, j in self.products):
+            raise ValueError("an interaction is of two terms of the model")
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """The places of the terms whose values are multiplied, for each part of the model."""
+        return (*((place,) for place in range(len(self.terms))), *self.products)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the coefficients, in the order of `at`."""
-        names = tuple(name for term in self.terms for name in term.names)
+        names = tuple(
+            ":".join(parts)
+            for block in self.blocks
+            for parts in itertools.product(*(self.terms[place].names for place in block))
+        )
         return ("intercept", *names) if self.family else names
+
+    @property
+    def sums_about_one(self) -> int:
+        """The most sums about one column: one with each coefficient, and again for each interaction
+        of the column."""
+        return len(self.names) * max(Counter(itertools.chain(*self.blocks)).values())
 
     def text(self, kind: str, columns: tuple[str, ...]) -> str:
         """The model as `read_model` reads it. `columns`: those of the operation."""
         outcome = ", ".join(map(quote_name, columns[: len(columns) - len(self.terms)]))
-        text = f"{outcome} ~ {' + '.join(map(str, self.terms))}"
+        names = [quote_name(term.column) for term in self.terms]
+        terms = [*map(str, self.terms), *(f"{names[i]}:{names[j]}" for i, j in self.products)]
+        text = f"{outcome} ~ {' + '.join(terms)}"
         text += f", family={self.family}" if self.family else ""
         text += f", link={self.link}" if self.link else ""
         for name, numbers in (("bins", self.edges), ("at", self.at)):
@@ -110,6 +135,7 @@ def check_complete(model: Model) -> None:
         len(model.at) != len(model.names)
         or any(term.categories and len(set(term.levels)) < 2 for term in model.terms)
         or any(len(set(term.levels)) < len(term.levels) for term in model.terms)
+        or len(set(model.products)) < len(model.products)
         or any(not 1e-100 <= term.scale <= 1e100 for term in model.terms)
         or (model.family is not None and model.link not in LINKS[model.family])
         or any(low >= high for low, high in itertools.pairwise(edges))
@@ -134,7 +160,7 @@ def read_model(kind: str, call: ast.Call, example: str) -> tuple[tuple[str, ...]
         or not options.keys() <= known
     ):
         raise wrong
-    terms = tuple(map(_read_term, _summands(last.right)))
+    terms, products = _read_terms(_summands(last.right))
     outcome = (*map(read_column, before), read_column(last.left))
     columns = (*outcome, *(term.column for term in terms))
     if len(terms) > MAX_TERMS or len(set(columns)) < len(columns):
@@ -147,6 +173,7 @@ def read_model(kind: str, call: ast.Call, example: str) -> tuple[tuple[str, ...]
         link=link or None,  # type: ignore[arg-type]
         at=_numbers(options.get("at")),
         edges=_numbers(options.get("bins")),
+        products=products,
     )
     if model.family and model.link and model.link not in LINKS[model.family]:
         raise UsageError(
@@ -161,6 +188,33 @@ def _summands(node: ast.expr) -> list[ast.expr]:
         found.append(node.right)
         node = node.left
     return [node, *reversed(found)]
+
+
+def _read_terms(nodes: list[ast.expr]) -> tuple[tuple[Term, ...], tuple[tuple[int, int], ...]]:
+    """The terms, and their interactions: `a:b`, or `a * b` for `a + b + a:b`."""
+    terms: list[Term] = []
+    pairs: list[list[Term]] = []
+    for node in nodes:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.Pow):
+            pair = [_read_term(node.left), _read_term(node.right)]
+            pairs.append(pair)
+            if isinstance(node.op, ast.Mult):
+                terms += [term for term in pair if term not in terms]
+        else:
+            terms.append(_read_term(node))
+    products: dict[tuple[int, int], None] = {}
+    by_column = {term.column: place for place, term in enumerate(terms)}
+    for pair in pairs:
+        places = sorted({by_column[term.column] for term in pair if term.column in by_column})
+        if len(places) < 2 or any(
+            term not in (terms[by_column[term.column]], Term(term.column)) for term in pair
+        ):
+            raise UsageError(
+                "an interaction is of two different columns, which are terms of the model, too",
+                "glm(outcome ~ age * sex), which is age + sex + age:sex",
+            )
+        products[places[0], places[1]] = None
+    return tuple(terms), tuple(products)
 
 
 def _read_term(node: ast.expr) -> Term:

@@ -17,8 +17,9 @@ Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 CLAUSES = ("by", "where", "bounds", "epsilon")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _RESERVED = frozenset({*CLAUSES, *map(str.lower, keyword.kwlist)})
-#: Quoted text, or the sign between an outcome and what it depends on.
-_RELATION = re.compile(r"""("[^"]*"|'[^']*')|~""")
+#: Quoted text, or the signs between an outcome and what it depends on, and in an interaction.
+_RELATION = re.compile(r"""("[^"]*"|'[^']*')|~|:|\*\*""")
+_OPERATORS = {"~": "<<", ":": "**"}
 
 
 def quote(text: str) -> str:
@@ -56,11 +57,14 @@ def parse_items(text: str, example: str) -> list[ast.expr]:
 
 
 def parse_expression(text: str, example: str) -> ast.expr:
-    """One expression of Python, in which `a ~ b` is `a << b`. Raises UsageError."""
+    """One expression of Python, in which `a ~ b` is `a << b`, and `a:b` is `a ** b`.
+
+    Raises UsageError.
+    """
     try:
-        words = _RELATION.sub(lambda found: found[1] or "<<", text.strip())
+        words = _RELATION.sub(lambda found: found[1] or _OPERATORS[found[0]], text.strip())
         return ast.parse(words, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
+    except (KeyError, SyntaxError, ValueError, RecursionError, MemoryError) as err:
         raise UsageError(f"not a valid query: {text.strip()[:200]}", f"such as: {example}") from err
 
 

@@ -6,6 +6,7 @@ that sums of squares lose no digits. Coefficients are told for the columns as th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator
 from typing import NamedTuple
@@ -93,14 +94,30 @@ def solve(information: Floats, score: Floats) -> Floats:
 
 def unscale(model: Model, at: Floats, covariance: Floats) -> tuple[Floats, Floats]:
     """The coefficients and their covariance for the columns as they are, not scaled."""
-    back = np.eye(len(at))
-    place = int(model.family is not None)
-    for term in model.terms:
-        if not term.categories:
-            back[place, place] = 1 / term.scale
-            if model.family:
-                back[0, place] = -term.center / term.scale
-        place += len(term.names)
+    back: Floats = np.zeros((len(at), len(at)))
+    first = int(model.family is not None)
+    back[:first, :first] = 1
+    places: dict[tuple[int, ...], int] = {}
+    for block in model.blocks:
+        places[block], sizes = first, [len(model.terms[one].names) for one in block]
+        for number, part in enumerate(itertools.product(*map(range, sizes))):
+            # The product of (x - center) / scale, multiplied out: a part of it is that of fewer
+            # terms, which are in the model, too.
+            scale = math.prod(model.terms[one].scale for one in block)
+            for kept in itertools.product((True, False), repeat=len(block)):
+                some = tuple(one for one, keep in zip(block, kept, strict=True) if keep)
+                lost = [one for one, keep in zip(block, kept, strict=True) if not keep]
+                factor = math.prod(-model.terms[one].center for one in lost) / scale
+                if some:
+                    which = [place for place, keep in zip(part, kept, strict=True) if keep]
+                    widths = [len(model.terms[one].names) for one in some]
+                    row = places[some] + int(np.ravel_multi_index(which, widths))
+                elif model.family:
+                    row = 0
+                else:
+                    continue  # a Cox model has no intercept
+                back[row, first + number] += factor
+        first += math.prod(sizes)
     return back @ at, back @ covariance @ back.T
 
 

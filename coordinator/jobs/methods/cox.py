@@ -6,6 +6,7 @@ number of the bin as the time.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator
 from typing import NamedTuple
@@ -38,7 +39,9 @@ from protocols.errors import CannotBeMet
 
 MAX_STEPS = 20
 #: A peer answers fewer sums about a column than it has rows, in all steps together.
-_MAX_BINS, _USUAL_STEPS = 12, 5
+_MAX_BINS, _USUAL_STEPS = 32, 5
+#: Of each combination of categories in each bin: fewer would often be too few at some peer.
+_USUAL_ROWS = 12
 #: A step this small, in standard errors, is the last.
 _SMALL = 1e-9
 
@@ -83,7 +86,9 @@ def cox(method: Method) -> Plan:
         raise CannotBeMet("there are fewer than two time bins with enough rows at each peer")
     width = len(model.names)
     rows = merged.least_rows
-    bins = min(_MAX_BINS, len(found.edges) + 1, rows // (2 * (width + 1) * _USUAL_STEPS))
+    enough = _USUAL_ROWS * combinations(model) * merged.rows / max(rows, 1)
+    possible = len(_edges_with(found, math.ceil(enough))) + 1
+    bins = min(_MAX_BINS, possible, rows // (2 * (model.sums_about_one + 1) * _USUAL_STEPS))
     while True:
         try:
             model = replace(model, edges=choose_edges(found, bins))
@@ -92,7 +97,7 @@ def cox(method: Method) -> Plan:
         except PeersLost:
             if bins <= 2:
                 raise
-            bins -= 1  # a peer has too few rows for this number of bins
+            bins -= max(1, bins // 4)  # a peer has too few rows for this number of bins
     edges = model.edges
     null = efron(state, np.zeros(width))
     at, now, steps = yield from _iterate(method, model, null)
@@ -119,12 +124,45 @@ def cox(method: Method) -> Plan:
     )
 
 
+def combinations(model: Model) -> int:
+    """How many combinations of categories the sums of a model are told for, at most."""
+    sizes = [max(len(term.levels), 1) for term in model.terms]
+    return max(
+        math.prod(sizes[place] for place in {*one, *other})
+        for one, other in itertools.combinations_with_replacement(model.blocks, 2)
+    )
+
+
 def choose_edges(state: SurvivalState, bins: int) -> tuple[float, ...]:
-    """Edges of bins, from 2 to a maximum, with about equal numbers of events."""
-    before = np.cumsum(state.events)
-    wanted = before[-1] * np.arange(1, max(bins, 2)) / max(bins, 2)
-    places = np.abs(before[:-1, None] - wanted).argmin(0)
-    return tuple(state.edges[place] for place in np.unique(places))
+    """Edges of this number of bins, 2 or more, with many rows both with and without the event.
+
+    Of all ways that give so many, that in which the smallest count of a bin is greatest; a bin
+    without any row with the event, or without it, is fine.
+    """
+    counts = np.stack([state.events, state.censored])
+    most, least = int(counts.sum(1).max()), 1
+    found: tuple[float, ...] = ()
+    while least <= most:
+        wanted = (least + most) // 2
+        edges = _edges_with(state, wanted)
+        if len(edges) + 1 >= max(bins, 2):
+            found, least = edges, wanted + 1
+        else:
+            most = wanted - 1
+    return found[: max(bins, 2) - 1] or state.edges[:1]
+
+
+def _edges_with(state: SurvivalState, least: int) -> tuple[float, ...]:
+    """The edges of the bins that are full first, with 0 or at least so many rows of both kinds."""
+    edges: list[float] = []
+    left = np.array([sum(state.events), sum(state.censored)])
+    inside = np.zeros(2, np.int64)
+    for edge, *count in zip(state.edges, state.events, state.censored, strict=False):
+        inside, left = inside + count, left - count
+        if all(((part == 0) | (part >= least)).all() and part.any() for part in (inside, left)):
+            edges.append(edge)
+            inside = np.zeros(2, np.int64)
+    return tuple(edges)
 
 
 def _ask(method: Method, model: Model, at: Floats) -> Generator[Query, Merged, RiskState]:

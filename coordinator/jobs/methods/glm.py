@@ -41,11 +41,12 @@ _LEAST_DEVIANCE = 1e-9
 
 
 class Fit(NamedTuple):
-    """The coefficients, and the sums at them or one negligible step before."""
+    """The coefficients, the sums at them or one negligible step before, and the first sums."""
 
     at: Floats
     state: FitState
     steps: int
+    first: FitState
 
 
 def glm(method: Method) -> Plan:
@@ -55,7 +56,7 @@ def glm(method: Method) -> Plan:
     model = replace(model, link=model.link or LINKS[model.family][0])
     start = np.zeros(len(model.names))
     start[0] = _link(model, moments[method.columns[0]].mean)
-    at, state, steps = yield from _iterate(method, model, start)
+    at, state, steps, first = yield from _iterate(method, model, start)
     df = state.rows - len(at)
     if df < 1:
         raise CannotBeMet("there are as many coefficients as rows")
@@ -65,13 +66,18 @@ def glm(method: Method) -> Plan:
     likelihood = log_likelihood(model, state, scale)
     ratio = {"logit": "odds ratio", "log": "exp(coef)"}.get(model.link or "", "")
     fit = (state.rows, df, state.deviance, state.pearson, scale, likelihood)
+    null = null_deviance(model, first, float(start[0]))
+    squares = pseudo_r2(model, replace(state, deviance=null), state, scale)
     return Statistics(
         method=method.text,
         tables=(
             coefficient_table(model, at, covariance, ratio),
             make_table(
-                ("rows", "df", "deviance", "Pearson chi2", "scale", "log-likelihood", "AIC"),
-                [(*fit, 2 * len(at) - 2 * likelihood)],
+                (
+                    *("rows", "df", "deviance", "Pearson chi2", "scale", "log-likelihood", "AIC"),
+                    *("null deviance", "R²" if model.link == "identity" else "pseudo R²"),
+                ),
+                [(*fit, 2 * len(at) - 2 * likelihood, null, squares)],
                 "fit",
             ),
         ),
@@ -81,6 +87,7 @@ def glm(method: Method) -> Plan:
 
 def _iterate(method: Method, model: Model, start: Floats) -> Generator[Query, Merged, Fit]:
     at, before, halvings = start, math.inf, 0
+    first: FitState | None = None
     step: Floats = np.zeros(len(start))
     for number in range(1, MAX_STEPS + 1):
         asked = replace(model, at=tuple((at + step).tolist()))
@@ -94,6 +101,7 @@ def _iterate(method: Method, model: Model, start: Floats) -> Generator[Query, Me
         state = pick_states(merged, 0, FitState).get(())
         if state is None:
             raise CannotBeMet("no peer has enough rows for this model")
+        first = first or state
         if state.deviance > before * (1 + 1e-6) + _LEAST_DEVIANCE and halvings < _MAX_HALVINGS:
             step, halvings = step / 2, halvings + 1
             continue
@@ -102,7 +110,7 @@ def _iterate(method: Method, model: Model, start: Floats) -> Generator[Query, Me
         step = solve(information, np.array(state.score))
         error = np.sqrt(state.pearson / state.rows / information.diagonal())
         if (np.abs(step) <= _SMALL * error + _ROUNDING * np.abs(at)).all():
-            return Fit(at + step, state, number)
+            return Fit(at + step, state, number, first)
     raise CannotBeMet(
         f"the coefficients do not settle in {MAX_STEPS} steps",
         "a category may say all of the outcome: leave a term out",
@@ -145,3 +153,49 @@ def log_likelihood(model: Model, state: FitState, scale: float) -> float:
             return -n / 2 * (math.log(2 * math.pi * state.deviance / n) + 1)
         case _:
             return -(n * math.log(2 * math.pi * scale) + state.deviance / scale) / 2
+
+
+def null_deviance(model: Model, first: FitState, intercept: float) -> float:
+    """The deviance of a model with an intercept alone, from the sums at `intercept` alone.
+
+    Its mean is that of the outcomes, whatever family and link are.
+    """
+    n, mean = first.rows, _mean(model, intercept)
+    # The score of the intercept has the factor (dmean/deta) / variance.
+    slope = {"logit": mean * (1 - mean), "log": mean, "inverse": -mean * mean}
+    variance = {"binomial": mean * (1 - mean), "poisson": mean, "gamma": mean * mean}
+    factor = slope.get(model.link or "", 1.0) / variance.get(model.family or "", 1.0)
+    found = mean + first.score[0] / (n * factor)
+    match model.family:
+        case "binomial":
+            return -2 * n * (found * math.log(found) + (1 - found) * math.log(1 - found))
+        case "poisson":
+            change = found * math.log(mean / found) + found - mean
+        case "gamma":
+            change = 1 - found / mean + math.log(found / mean)
+        case _:
+            change = -((found - mean) ** 2) / 2
+    return first.deviance + 2 * n * change
+
+
+def _mean(model: Model, intercept: float) -> float:
+    match model.link:
+        case "logit":
+            return 1 / (1 + math.exp(-intercept))
+        case "log":
+            return math.exp(intercept)
+        case "inverse":
+            return 1 / intercept
+    return intercept
+
+
+def pseudo_r2(model: Model, null: FitState, state: FitState, scale: float) -> float | None:
+    """R² of a linear model; else McFadden's, 1 - log-likelihood / that of the intercept alone.
+
+    None for the families where it is not usual.
+    """
+    if model.link == "identity":
+        return 1 - state.deviance / null.deviance
+    if model.family not in ("binomial", "poisson"):
+        return None
+    return 1 - log_likelihood(model, state, scale) / log_likelihood(model, null, scale)

@@ -13,9 +13,11 @@ import pytest
 
 from coordinator.cli.analysis_formats import to_csv, to_latex
 from coordinator.jobs.methods import distributions
+from coordinator.jobs.methods.cox import choose_edges
 from coordinator.jobs.methods.plans import explain_refusal
 from coordinator.jobs.methods.requests import FORMS, parse_method
 from coordinator.jobs.methods.results import make_table
+from protocols.analytics.model_states import SurvivalState, coarsen
 from protocols.errors import CannotBeMet, UsageError
 from tests.support.table_peers import TableFleet, records
 
@@ -227,3 +229,16 @@ def test_tables_as_csv_and_latex() -> None:
     assert r"a\_1 & p \\" in lines
     assert r"x \& y & -- \\" in lines
     assert json.loads(json.dumps(msgspec.to_builtins(tables[0])))["rows"][1] == ["x & y", None]
+
+
+def test_time_bins_are_as_full_as_possible() -> None:
+    """More bins have fewer rows each; a bin may have no row without the event, but not few."""
+    events = (40, 30, 20, 20, 10, 10, 5, 5)
+    censored = (0, 0, 3, 10, 20, 20, 30, 40)
+    state = SurvivalState(tuple(map(float, range(1, 8))), events, censored)
+    assert choose_edges(state, 2) == (2.0,)
+    for bins in (2, 3, 4):
+        edges = choose_edges(state, bins)
+        coarse = coarsen(state, edges)
+        assert len(edges) + 1 >= bins
+        assert all(n == 0 or n >= 10 for n in (*coarse.events, *coarse.censored))

@@ -16,7 +16,7 @@ sm = pytest.importorskip("statsmodels.api")
 smf = pytest.importorskip("statsmodels.formula.api")
 
 
-def patients(count: int = 1200, seed: int = 8) -> list[dict[str, Any]]:
+def patients(count: int = 2400, seed: int = 8) -> list[dict[str, Any]]:
     chance = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
@@ -46,7 +46,7 @@ ROWS = patients()
 
 @pytest.fixture
 def site(tmp_path: Path) -> TableFleet:
-    return TableFleet(tmp_path, [ROWS[:300], ROWS[300:700], ROWS[700:]])
+    return TableFleet(tmp_path, [ROWS[:750], ROWS[750:1550], ROWS[1550:]])
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,66 @@ def test_a_generalized_linear_model(
         [expected.deviance, expected.pearson_chi2, expected.scale, expected.llf, expected.aic],
         rtol=1e-8,
     )
+    np.testing.assert_allclose(fit["null deviance"], expected.null_deviance, rtol=1e-8)
+    if family in ("binomial", "poisson"):
+        wanted = expected.pseudo_rsquared(kind="mcf")
+        np.testing.assert_allclose(fit["pseudo R²"], wanted, rtol=1e-8)
+    elif family == "gaussian" and not options:
+        wanted = 1 - expected.deviance / expected.null_deviance
+        np.testing.assert_allclose(fit["R²"], wanted, rtol=1e-8)
+    else:
+        assert fit["pseudo R²"] is None
     assert fit["rows"] == len(ROWS)
     assert len(site.questions) <= 12
+
+
+@pytest.mark.parametrize(
+    ("text", "formula"),
+    [
+        ("age * bmi + sex", "age * bmi + sex"),
+        ("age * sex", "age * sex"),
+        ("age + sex + treatment + sex:treatment", "age + sex + treatment + sex:treatment"),
+        ("age * sex + age:treatment + treatment", "age * sex + age:treatment + treatment"),
+    ],
+)
+@pytest.mark.parametrize("family", ["binomial", "gaussian"])
+def test_interactions(site: TableFleet, text: str, formula: str, family: str) -> None:
+    outcome = {"binomial": "outcome", "gaussian": "cost"}[family]
+    found = site.ask(f"glm({outcome} ~ {text}, family={family})")
+    kind = {"binomial": sm.families.Binomial(), "gaussian": sm.families.Gaussian()}[family]
+    expected = smf.glm(f"{outcome} ~ {formula}", pd.DataFrame(ROWS), family=kind)
+    expected = expected.fit(tol=1e-13, maxiter=200, tol_criterion="params")
+    assert found.left_out == {}
+    rows = records(found.tables[0])
+    assert len(rows) == len(expected.params)
+    for row in rows:
+        name = row["term"].replace("intercept", "Intercept").replace("[", "[T.")
+        np.testing.assert_allclose(
+            [row["coef"], row["SE"], row["p"]],
+            [expected.params[name], expected.bse[name], expected.pvalues[name]],
+            rtol=1e-8,
+            atol=1e-12,
+        )
+    (fit,) = records(found.tables[1])
+    np.testing.assert_allclose(fit["deviance"], expected.deviance, rtol=1e-8)
+
+
+def test_interactions_in_a_cox_model(site: TableFleet) -> None:
+    lifelines = pytest.importorskip("lifelines")
+    found = site.ask("cox(months, died ~ age * sex)")
+    edges = [row["from"] for row in records(found.tables[2])][1:]
+    frame = pd.DataFrame(ROWS)
+    male = (frame["sex"] == "m").astype(float)
+    design = pd.DataFrame({"age": frame["age"], "sex[m]": male, "age:sex[m]": frame["age"] * male})
+    design["time"] = np.searchsorted(edges, frame["months"], side="right") + 1
+    design["died"] = frame["died"]
+    fitter = lifelines.CoxPHFitter()
+    fitter.fit(design, "time", "died", fit_options={"precision": 1e-12})
+    for row in records(found.tables[0]):
+        np.testing.assert_allclose(row["coef"], fitter.params_[row["term"]], rtol=1e-7, atol=1e-10)
+        np.testing.assert_allclose(
+            row["SE"], fitter.standard_errors_[row["term"]], rtol=1e-7, atol=1e-10
+        )
 
 
 def bins_of(table: Any) -> np.ndarray[Any, Any]:

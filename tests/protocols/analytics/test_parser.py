@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import string
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import UNSET
 
+from protocols.analytics.models import Model
 from protocols.analytics.parser import SIGNATURES, check_text, parse_query
 from protocols.analytics.query import Condition, Operation, Query
 from protocols.errors import CommonweightError, UnknownName, UsageError
@@ -150,3 +153,20 @@ def test_the_text_is_all_of_the_question(query: Query) -> None:
     assert parse_query(str(query)).digest == query.digest
     assert str(query).isprintable()
     check_text(query)
+
+
+def test_interactions_are_of_terms_of_the_model() -> None:
+    """`a * b` is `a + b + a:b`; the text of a question says all of it."""
+    short = parse_query("glm(ill ~ age * C(sex) + city + city:age)")
+    long = parse_query("glm(ill ~ age + C(sex) + city + C(sex):age + age:city)")
+    assert short == long
+    model = short.operations[0].model
+    assert model is not UNSET
+    assert model.products == ((0, 1), (0, 2))
+    assert parse_query(str(short)) == short
+    for wrong in ("age + age:sex", "age * age", "age + sex + age ** sex", "age * sex * city"):
+        with pytest.raises(UsageError):
+            parse_query(f"glm(ill ~ {wrong})")
+    forged = b'{"terms": [{"column": "a"}], "products": [[0, 1]]}'
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(forged, type=Model)
