@@ -73,9 +73,13 @@ def _agreed(
 
 def _refusals(misfits: dict[str, SchemaMismatch]) -> list[RunEvent]:
     return [
-        events.UpdateRefused(0, peer, err.code, err.message[:400], "describe")
+        events.UpdateRefused(0, peer, err.code, _reason(err)[:400], "describe")
         for peer, err in sorted(misfits.items())
     ]
+
+
+def _reason(err: SchemaMismatch) -> str:
+    return f"{err.message}; there: {err.hint}" if err.hint else err.message
 
 
 def _of_another_kind(peers: Iterable[str], expected: str, found: str) -> dict[str, SchemaMismatch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from coordinator.jobs.methods.requests import parse_method
 from coordinator.jobs.methods.results import Statistics
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
+from tests.support.tables import write_csv
 
 Row = Mapping[str, Any]
 
@@ -26,13 +26,9 @@ Row = Mapping[str, Any]
 class TablePeer:
     """A table on a disk, and what its owner allows."""
 
-    def __init__(self, folder: Path, rows: Sequence[Row], **allowed: Any) -> None:
+    def __init__(self, folder: Path, rows: Path | Sequence[Row], **allowed: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "table.csv"
-        with self.file.open("w", newline="") as out:
-            writer = csv.DictWriter(out, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        self.file = rows if isinstance(rows, Path) else write_csv(folder / "table.csv", rows)
         self.owner = AgentSettings(**({"analyze": "on", "data": str(self.file)} | allowed))
         self.log = QueryLog(folder / "analysis.db")
         self.memory = TableMemory(folder / "told.db")

@@ -59,7 +59,7 @@ def _row(random: Random, mean_age: float) -> dict[str, str]:
     seen = min(_MONTHS, 10 + 40 * random.random())
     complication = random.random() < 1 / (1 + math.exp(0.4 + 0.8 * is_treated - 2 * risk))
     row = {
-        "age": f"{age:.1f}",
+        "age": f"{age:.0f}",
         "sex": "male" if is_male else "female",
         "bmi": f"{bmi:.1f}",
         "smoker": str(int(smokes)),

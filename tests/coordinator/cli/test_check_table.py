@@ -82,6 +82,7 @@ def test_every_peer_and_column_has_a_cell_and_every_misfit_its_reasons() -> None
     lines = check_table.explain(report)
     assert lines[0].startswith("C: column x: expected number, found text like 1.234,5")
     assert "column y: expected number, found text" in lines[0]
+    assert "there: commonweight-agent data format x 1.234,5; " in lines[0]
     assert lines[1].endswith("found a similar one: Label")
     assert lines[2] == (
         "E: ‖ paused: on battery; on that machine: commonweight-agent policy set battery always"
