@@ -57,7 +57,7 @@ def execute(deletion: Deletion, store: WeightStore) -> None:
     """Delete the files. Those that a job uses are deleted when it has ended."""
     for digest in (*deletion.versions, *deletion.in_use):
         store.drop(digest)
-    StateStore(store.states).drop(deletion.states)
+    StateStore(store.states, store.state_mirror).drop(deletion.states)
     shutil.rmtree(rules.folder_of(store.home, deletion.run), ignore_errors=True)
 
 

@@ -52,7 +52,8 @@ class Retention:
         store: WeightStore,
         protected_digests: Callable[[], Set[str]],
     ) -> None:
-        self._store, self._states = store, StateStore(store.states)
+        self._store = store
+        self._states = StateStore(store.states, store.state_mirror)
         self._protected_digests = protected_digests
         self.on_disk = all_versions(run) | leftovers.versions(rules.folder_of(store.home, run.id))
 

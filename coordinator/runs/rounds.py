@@ -28,7 +28,7 @@ class Rounds:
     ) -> None:
         self._parts, self._ctx, self._sums = parts, parts.ctx, sums
         self._recorder, self._requests, self._timer = parts.recorder, parts.requests, parts.timer
-        self._states = StateStore(parts.ctx.store.states)
+        self._states = StateStore(parts.ctx.store.states, parts.ctx.store.state_mirror)
         self._retention = Retention(parts.recorder.run, parts.ctx.store, protected_digests)
         self._bytes_at_open = (0, 0)
         self._memory_checked = False

@@ -1,12 +1,14 @@
 """Versions in an object store, through obstore (extra `cluster`): S3, GCS, Azure, a shared folder.
 
-PREFIX/fleet has the id of the fleet, and PREFIX/DIGEST.safetensors one version. Credentials come
-from the environment, the files, or the machine, as the library of each cloud reads them.
+PREFIX/fleet has the id of the fleet, PREFIX/DIGEST.safetensors is one version, and
+PREFIX/state-DIGEST.safetensors one state. Credentials come from the environment, the files, or the
+machine, as the library of each cloud reads them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import os
@@ -28,7 +30,7 @@ log = logging.getLogger("commonweight.versions")
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az", "file")
-_NAME = re.compile(r"([0-9a-f]{64})\.safetensors\Z")
+_NAME = re.compile(r"(.*)([0-9a-f]{64})\.safetensors")
 #: A larger file goes in parts, of which a few are in memory.
 _PART_BYTES = 8 * 1024 * 1024
 _MAX_PARTS = 4
@@ -54,7 +56,7 @@ class ObjectStore:
         with needs_extra("cluster", "a store of versions"):
             import obstore
             from obstore.store import from_url
-        self._obstore, self._url = obstore, url
+        self._obstore, self._url, self._prefix = obstore, url, ""
         if parts.scheme == "file" and not Path(parts.path).is_dir():
             raise HomeError(f"the folder of the versions, {parts.path}, is not there", "mount it")
         options: dict[str, Any] = {}
@@ -63,6 +65,8 @@ class ObjectStore:
             if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
                 client["allow_http"] = "true"  # such as a server on this machine
             options = {"retry_config": _RETRY, "client_options": client}
+        #: Names of deleted files that are still in the store.
+        self._doomed = set[str]()
         try:
             self._store: Any = from_url(url, **options)
         except (obstore.exceptions.BaseError, ValueError) as err:
@@ -134,9 +138,10 @@ class ObjectStore:
 
     def put(self, digest: str, path: Path) -> None:
         """Store a file durably, unless the store has it. Raises StoreUnreachable."""
-        self._in_order(lambda: self._put(_name(digest), path))
+        self._in_order(lambda: self._put(self._name(digest), path))
 
     def _put(self, name: str, path: Path) -> None:
+        self._doomed.discard(name)
         size = path.stat().st_size
         with self._errors("written"):
             try:
@@ -156,7 +161,7 @@ class ObjectStore:
         temporary, sha = path.with_name(f".new-{secrets.token_hex(8)}"), hashlib.sha256()
         try:
             with self._errors("read"), temporary.open("xb") as file:
-                stream = self._obstore.get(self._store, _name(digest)).stream(_PART_BYTES)
+                stream = self._obstore.get(self._store, self._name(digest)).stream(_PART_BYTES)
                 for piece in stream:
                     sha.update(piece)
                     file.write(piece)
@@ -174,34 +179,43 @@ class ObjectStore:
         return True
 
     def delete(self, digest: str) -> None:
-        """Delete a file soon. What cannot be deleted is named in the log."""
+        """Delete a file soon. What cannot be deleted is named in the log, and tried again later."""
+        self._thread.submit(self._delete, self._name(digest))
 
-        def remove() -> None:
+    def _delete(self, name: str) -> None:
+        self._doomed.add(name)
+        for one in sorted(self._doomed):
             try:
                 with self._errors("changed"), contextlib.suppress(FileNotFoundError):
-                    self._obstore.delete(self._store, _name(digest))
+                    self._obstore.delete(self._store, one)
             except StoreUnreachable as err:
-                log.warning("version %s was not deleted: %s", digest[:12], err)
-
-        self._thread.submit(remove)
+                log.warning("%s was not deleted: %s", one, err)
+                return
+            self._doomed.discard(one)
 
     def digests(self) -> set[str]:
         """Which files there are. Raises StoreUnreachable."""
         with self._errors("listed"):
             names = [one["path"] for page in self._obstore.list(self._store) for one in page]
-        return {found[1] for name in names if (found := _NAME.fullmatch(name))}
+        found = filter(None, map(_NAME.fullmatch, names))
+        return {name[2] for name in found if name[1] == self._prefix}
+
+    def _name(self, digest: str) -> str:
+        return f"{self._prefix}{digest}.safetensors"
 
     def _in_order(self, work: Callable[[], T]) -> T:
         """Do it after the deletions before it, one of which may be of the same file."""
         return self._thread.submit(work).result()
 
+    def for_states(self) -> ObjectStore:
+        """The files of strategies' states in the same store, apart from the versions."""
+        states = copy.copy(self)
+        states._prefix = "state-"
+        return states
+
     def close(self) -> None:
         """Finish the deletions."""
         self._thread.shutdown()
-
-
-def _name(digest: str) -> str:
-    return f"{digest}.safetensors"
 
 
 def _brief(err: BaseException) -> str:

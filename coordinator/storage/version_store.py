@@ -25,6 +25,9 @@ class VersionStore(Protocol):
     def digests(self) -> set[str]:
         """Which files there are."""
 
+    def for_states(self) -> VersionStore:
+        """The files of strategies' states in the same store, apart from the versions."""
+
     def close(self) -> None:
         """Finish the deletions."""
 

@@ -29,6 +29,18 @@ from protocols.model.weights_file import WeightsFile, WeightsWriter
 _UNFINISHED_S = 3600.0
 
 
+def compare(folder: Path, suffix: str, mirror: VersionStore | None) -> None:
+    """Fetch what the folder lacks, and store what the mirror lacks. Raises StoreUnreachable."""
+    if mirror is None:
+        return
+    names = [path.name for path in folder.glob(f"[!.]*{suffix}")]
+    here, there = {name.removesuffix(suffix) for name in names}, mirror.digests()
+    for digest in sorted(here - there):
+        mirror.put(digest, path_in(folder, digest, suffix))
+    for digest in sorted(there - here):
+        mirror.get(digest, path_in(folder, digest, suffix))
+
+
 class Versions:
     """The versions in a folder. Jobs can pin versions, so that they are not deleted meanwhile.
 
@@ -42,23 +54,13 @@ class Versions:
         self.folder, self.mirror = folder, mirror
         folder.mkdir(mode=0o700, exist_ok=True)
         self._delete_unfinished()
-        if mirror is not None:
-            self._compare(mirror)
+        compare(folder, self.suffix, mirror)
         #: How many jobs use each version; pinned versions to delete once they are unpinned.
         self._pins: Counter[str] = Counter()
         self._dropped: set[str] = set()
         #: Versions that the ledger does not name yet.
         self.unrecorded: set[str] = set()
         self._naming = threading.Lock()
-
-    def _compare(self, mirror: VersionStore) -> None:
-        """Fetch what the folder lacks, and store what the mirror lacks. Raises StoreUnreachable."""
-        names = (path.name for path in self.folder.glob(f"*{self.suffix}"))
-        here, there = {name.removesuffix(self.suffix) for name in names}, mirror.digests()
-        for digest in sorted(here - there):
-            mirror.put(digest, self.version_path(digest))
-        for digest in sorted(there - here):
-            mirror.get(digest, self.version_path(digest))
 
     def version_path(self, digest: str) -> Path:
         """The file of the version with this digest, whether or not it exists."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coordinator.storage.spool import Spool
 from coordinator.storage.version_store import VersionStore
-from coordinator.storage.versions import Versions
+from coordinator.storage.versions import Versions, compare
 from protocols.local import atomic_files
 from protocols.local.failpoints import failpoint
 
@@ -22,6 +22,8 @@ class WeightStore(Versions):
         #: For `strategies.state.StateStore`. States never leave the coordinator.
         self.states = folder / "states"
         self.states.mkdir(mode=0o700, exist_ok=True)
+        self.state_mirror = mirror.for_states() if mirror is not None else None
+        compare(self.states, self.suffix, self.state_mirror)
 
     def promote_upload(self, node: str, digest: str) -> None:
         """Make an upload a version: first weights of a run, or an answer of a job.

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from coordinator.storage.version_store import VersionStore
 from protocols.errors import BadWeights, CommonweightError
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
@@ -38,10 +39,13 @@ def state_schema(model: Schema) -> Schema:
 
 
 class StateStore:
-    """The states in a folder. `digests` are by slot, here and in the ledger."""
+    """The states in a folder, and in `mirror`. `digests` are by slot, here and in the ledger.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    A state is in the mirror before the ledger names it; writing raises StoreUnreachable.
+    """
+
+    def __init__(self, folder: Path, mirror: VersionStore | None = None) -> None:
+        self._folder, self._mirror = folder, mirror
         self._verified: set[str] = set()
 
     def path(self, digest: str) -> Path:
@@ -91,6 +95,8 @@ class StateStore:
 
     def promote(self, temporary: Path, digest: str) -> str:
         """Rename a complete, synced file to its digest."""
+        if self._mirror is not None:
+            self._mirror.put(digest, temporary)
         temporary.replace(self.path(digest))
         atomic_files.fsync_folder(self._folder)
         self._verified.add(digest)
@@ -100,6 +106,8 @@ class StateStore:
         """Delete states."""
         for digest in digests:
             unlink(self.path(digest))
+            if self._mirror is not None:
+                self._mirror.delete(digest)
 
     def _verify(self, slot: str, digest: str) -> None:
         """Verify a file once after each start: the disk may have lost or damaged it."""

@@ -72,18 +72,22 @@ def python_with(name: str) -> Path:
     return python
 
 
-def requirements(name: str) -> list[str]:
-    """What the extra adds, with that of the extras that it names; ONE_and_OTHER is both."""
+def requirements(name: str, *, of_group: bool = True) -> list[str]:
+    """What the extra adds, with that of the extras that it names; ONE_and_OTHER is both.
+
+    `of_group`: a dependency group of this name comes first. It may name the extra.
+    """
     if "_and_" in name:
         return [words for part in name.split("_and_") for words in requirements(part)]
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = settings["project"]["optional-dependencies"] | settings["dependency-groups"]
+    extras = settings["project"]["optional-dependencies"]
+    extras |= settings["dependency-groups"] if of_group else {}
     found: list[str] = []
     for requirement in extras[name]:
         if isinstance(requirement, dict):  # as PEP 735 has it
             found += requirements(requirement["include-group"])
         elif ours := re.fullmatch(r"commonweight\[(\w+)\]", requirement):
-            found += requirements(ours[1])
+            found += requirements(ours[1], of_group=False)
         else:
             found.append(requirement)
     return found

@@ -148,9 +148,10 @@ async def test_a_run_survives_the_loss_of_its_versions_and_of_the_store(
                 for seed in range(2):
                     fleet.join(f"agent{seed}", some_data(20, seed))
                 await fleet.online(2)
-                run = fleet.start(rounds=25, quorum=2)
+                run = fleet.start(rounds=25, quorum=2, strategy="fedadam")
                 await until(lambda: len(fleet.hub.runs.find(run).history) >= 2)
-            shutil.rmtree(fleet.home / "versions")
+            for folder in ("versions", "states"):
+                shutil.rmtree(fleet.home / folder)
             async with fleet.up():
                 if target:
                     proxy.fault = Fault(refuse=True)
@@ -160,11 +161,13 @@ async def test_a_run_survives_the_loss_of_its_versions_and_of_the_store(
                 ended = await fleet.finished(run)
                 assert len(ended.history) == 25
                 assert not fleet.facts(run, VersionLost)
-                versions = {p.stem for p in (fleet.home / "versions").glob("*.safetensors")}
+                folders = [fleet.home / folder for folder in ("versions", "states")]
+                versions, states = ({p.stem for p in one.glob("*.safetensors")} for one in folders)
                 await fleet.close()
         finally:
             await fleet.close()
         store = ObjectStore(url, fleet.keys.fleet)
         assert store.digests() == versions
+        assert store.for_states().digests() == states != set()
         assert ended.head in versions
         store.close()
