@@ -269,14 +269,10 @@ class Predicting(Protocol):
 
 
 class LocalRounds(NamedTuple):
-    """The most rounds of local training, and after how many without a better model it ends.
-
-    `can_go_on`: further local rounds can follow a shared model.
-    """
+    """The most rounds of local training, and after how many without a better model it ends."""
 
     most: int
     patience: int = 5
-    can_go_on: bool = True
 
 
 @runtime_checkable
@@ -291,6 +287,9 @@ class ComparesModels(Protocol):
 
         Raises UsageError if the task cannot.
         """
+
+    def continued(self, weights: Weights, settings: Settings) -> Weights:
+        """The shared model as further local rounds begin with it."""
 
     def pull_to(self, version: Weights | None, mu: float) -> None:
         """Make the next trainings stay near a version, by the gradient of mu/2 |w - version|²;

@@ -26,15 +26,14 @@ from agent.data import profile as survey
 from agent.data.disclosed_sets import Numbers, Use
 from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
-from agent.tasks import LocalRounds, OnStep, TrainOutcome, Watch, table_rows, tabular_choice
+from agent.tasks import OnStep, TrainOutcome, Watch, table_rows, tabular_choice
 from agent.tasks import Settings as RunSettings
+from agent.tasks.tabular_local import LocalTables
 from agent.tasks.tabular_model import TableModel
 from agent.tasks.tabular_trees import TreeModel
 from agent.tasks.training import module_losses
-from agent.tasks.training.built_in import BuiltInTask
 from agent.tasks.training.classification import predict_classes
 from agent.tasks.training.evaluation import BatchResult
-from agent.tasks.training.local_models import RowMetrics, split_aside
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.torch_loop import LossOf, PrivateLoss
 from agent.tasks.training.torch_task import LastValue
@@ -51,11 +50,9 @@ from protocols.tables.trees.histograms import GrowingRows
 EVALUATION_BATCH = 8192
 #: The format of exported trees.
 XGBOOST = "xgboost"
-#: A run over many peers learns in fewer rounds than one machine does.
-MIN_LOCAL_ROUNDS = 50
 
 
-class Tabular(BuiltInTask):
+class Tabular(LocalTables):
     """The task."""
 
     forms = (XGBOOST,)
@@ -160,28 +157,9 @@ class Tabular(BuiltInTask):
 
     def _ready(self, weights: Weights, settings: RunSettings) -> Callable[[Any], Any]:
         trees = self._trees(settings)
-        return super()._ready(weights, settings) if trees is None else trees.forward(weights)
-
-    def local_rounds(self, settings: RunSettings, rounds: int) -> LocalRounds:
-        """As many as the run had, or more, since few rows make few steps; of trees, a round is a
-        tree."""
-        if self._trees(settings) is None:
-            return super().local_rounds(settings, max(rounds, MIN_LOCAL_ROUNDS))
-        return LocalRounds(int(self._read(settings).trees), patience=10, can_go_on=False)
-
-    def train_locally(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> Weights:
-        """A round of training, or one more tree."""
-        if (trees := self._trees(settings)) is None:
-            return super().train_locally(weights, settings, on_step)
-        rows = self._sets(settings)[0]
-        if self._aside:
-            kept, _ = split_aside(len(rows.y), self._data.index, self._aside)
-            rows = EncodedRows(rows.x[kept], rows.y[kept])
-        key = settings["preprocessing"], trees.objective, self._aside
-        growing = self._alone.get(key, lambda: trees.rows(rows, 1))
-        grown = trees.grow_alone(weights, growing, len(rows.y))
-        on_step(1, 1, math.nan, len(rows.y))
-        return grown
+        if trees is None:
+            return super()._ready(weights, settings)
+        return trees.of_size(weights).forward(weights)
 
     def export(
         self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
@@ -189,7 +167,7 @@ class Tabular(BuiltInTask):
         """Trees as a model of XGBoost (JSON)."""
         if (trees := self._trees(settings)) is None:
             raise UsageError("only trees can be written for XGBoost", "--set model=trees")
-        out.write_bytes(trees.to_json(weights))
+        out.write_bytes(trees.of_size(weights).to_json(weights))
 
     # --- data ---
 
@@ -245,16 +223,6 @@ class Tabular(BuiltInTask):
         squares, sizes = float(error.square().sum()), float(error.abs().sum())
         sums = {"loss": squares, "mse": squares * of.scale**2, "mae": sizes * of.scale}
         return BatchResult(count, sums, told if math.isfinite(squares) else {})
-
-    def _measure_each(self, output: Any, target: Any, settings: Any) -> RowMetrics:
-        of = _preprocessing(settings).target
-        if of.classes and of.weights:  # an accuracy would not have them
-            losses = super()._measure_each(output, target, settings)["loss"]
-            return {"loss": losses * np.array(of.weights)[target.cpu().numpy()]}
-        if of.classes:
-            return super()._measure_each(output, target, settings)
-        squares = (output - target).double().square().flatten().cpu().numpy()
-        return {"loss": squares, "mse": squares * of.scale**2}
 
     def inputs(self, path: str, settings: Any) -> Iterator[Tensor]:
         """The encoded rows of a table. Raises UsageError, DataError."""

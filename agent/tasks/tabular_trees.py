@@ -119,6 +119,25 @@ class TreeModel(NamedTuple):
         weights = np.array(self.weights)[rows.y] if self.weights else None
         return GrowingRows(self.slots(rows.x), rows.y, self.objective, min_count, weights)
 
+    def of_size(self, version: Mapping[str, npt.NDArray[Any]]) -> Self:
+        """The same with as many trees as this version has room for."""
+        return self._replace(shape=self.shape._replace(trees=len(version["feature"])))
+
+    def continued(self, version: Weights, more: int) -> Weights:
+        """The trees of a version, and room for more. Raises BadWeights."""
+        at, numbers = self.read(version)
+        if at.is_cutting:
+            return version
+        done = min(at.tree + (at.level > 0), self.shape.trees)
+        room = self.shape._replace(trees=min(done + more, layout.MAX_TREES))
+        made = layout.first(room, numbers, self._kinds)
+        made["cuts"][:] = version["cuts"]
+        for name in ("feature", "left", "leaf"):
+            made[name][:done] = version[name][:done]
+        made["at"][:] = done, 0, at.bits
+        made["asked"][:, 0] = 0 if done < room.trees else -1
+        return Weights(made)
+
     def grow_alone(self, version: Weights, growing: GrowingRows, rows: int) -> Weights:
         """The version after one more tree of this peer's `rows` alone, with their hessians."""
         at, numbers = self.read(version)

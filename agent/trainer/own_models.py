@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, SupportsFloat
 
@@ -111,10 +111,10 @@ def _compare(
     work: Measure,
     task: ComparesModels,
     settings: dict[str, Setting],
-    starts: tuple[Weights, Weights, Callable[[], Weights]],
+    of: tuple[Weights, Weights, Callable[[], Weights]],
     on_step: OnStep,
 ) -> Comparison | None:
-    shared, own, first = starts
+    shared, own, first = of
     least, until = max(MIN_ROWS, work.data.floors.min_count), time.monotonic() + work.slice_s
     folder = Path(work.folder)
     rows: dict[Model, RowMetrics] = {
@@ -123,11 +123,13 @@ def _compare(
     if (count := len(rows["shared"].get("loss", ()))) < least:
         raise DataError(f"a comparison needs {least} held-out rows, and there are {count}")
     rounds = task.local_rounds(settings, work.rounds)
-    models: Sequence[Model] = ("alone", "personal") if rounds.can_go_on else ("alone",)
+    starts: dict[Model, Callable[[], Weights]] = {
+        "alone": first,
+        "personal": lambda: task.continued(own, settings),
+    }
     used: dict[Model, int] = {}
-    for model in models:
+    for model, start in starts.items():
         trained = _Training(task, settings, on_step, folder, model)
-        start = (lambda: own) if model == "personal" else first
         task.pull_to(own if model == "personal" and work.mu else None, work.mu)
         if not trained.advance(start, rounds, until):
             return None

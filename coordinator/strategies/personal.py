@@ -42,11 +42,16 @@ def check(spec: RunSpec) -> None:
             "itself",
             "leave --personal out, or --strategy fedavg",
         )
-    if spec.app or spec.settings.get("model") == trees.NAME:
-        what = "a Flower app" if spec.app else "trees"
+    if spec.app:
         raise UsageError(
-            f"--personal cannot be used with {what}: no local round can follow the shared model",
+            "--personal cannot be used with a Flower app, which trains as it wants",
             "leave --personal out",
+        )
+    if spec.settings.get("model") == trees.NAME and kind != FINETUNE:
+        raise UsageError(
+            f"--personal {kind} cannot be used with trees, which have no weights to keep near "
+            "others, and no layers",
+            "--personal finetune: further trees on each machine",
         )
     mu_of(spec)
     if kind == FEDPER:

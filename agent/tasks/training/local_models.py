@@ -57,6 +57,10 @@ class ComparesTorchModels:
         pulled = {**settings, "proximal_mu": self._mu} if self._mu else settings
         return as_own_weights(self.train(weights, pulled, on_step).weights)
 
+    def continued(self, weights: Weights, settings: RunSettings) -> Weights:
+        """The shared model as it is."""
+        return weights
+
     def pull_to(self, version: Weights | None, mu: float) -> None:
         """Make the next local rounds stay near a version; None: not any more."""
         self._mu = mu if version is not None else 0.0

@@ -17,7 +17,7 @@ from agent.clientapp.own_comparison import OwnComparisons
 from agent.data.settings import DataSettings
 from agent.home import audit_log, own_results
 from agent.home.settings_schema import AgentSettings
-from agent.tasks import tabular
+from agent.tasks import tabular_local
 from agent.tasks.tabular import Tabular
 from agent.tasks.work import Done
 from agent.tasks.work import Work as TrainerWork
@@ -118,7 +118,7 @@ class Site:
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_comparison, "_FIRST_WAIT_S", 0.0)
-    monkeypatch.setattr(tabular, "MIN_LOCAL_ROUNDS", 3)
+    monkeypatch.setattr(tabular_local, "MIN_LOCAL_ROUNDS", 3)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from coordinator.monitor.round_table import describe_run
 from coordinator.runs.state import Evaluation
 from coordinator.storage import job_events
 from coordinator.storage.job_events import AnswerInfo, Block, JobSpec
+from protocols.messages.comparisons import Comparison, Estimate
 from protocols.messages.states import RunState
 from tests.support.scene import IDS, NOW, SHARES, busy_fleet, held_up_fleet, rich_fleet
 
@@ -32,6 +33,17 @@ def test_the_metrics_of_a_peer_stand_beside_those_of_all_peers() -> None:
     assert [(row.mean, row.spread) for row in old] == [("–", "")] * 3, "the round is not known"
     text = "accuracy 50.0 %  loss ✕ diverged · 1,400 rows · round 11"
     assert evaluations.describe(ONE) == text
+
+
+def test_what_a_run_brought_to_a_peer_is_one_line() -> None:
+    told = Comparison(
+        run="r",
+        metric="accuracy",
+        rows=9,
+        models={"alone": Estimate(0.7, 0.6, 0.8), "shared": Estimate(0.8, 0.7, 0.9)},
+    )
+    text = "shared recommended · accuracy: alone 70.0 %, shared 80.0 %"
+    assert evaluations.describe_comparison(told) == text
 
 
 def test_peers_are_ranked_with_the_worst_first() -> None:

@@ -188,7 +188,7 @@ _NOT_PERSONAL: dict[str, dict[str, Any]] = {
     "fedbn, which keeps layers": {"personal": "finetune", "strategy": "fedbn"},
     "must name the last layers of softmax": {"personal": "fedper"},
     "a linear model has one": {"personal": "fedper", "task": "tabular"},
-    "used with trees": {
+    "--personal ditto cannot be used with trees": {
         "personal": "ditto",
         "task": "tabular",
         "settings": {"model": "trees"},
