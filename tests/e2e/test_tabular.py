@@ -106,7 +106,8 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         # Twice for the check before the run, and twice for the run itself.
         assert [one["what"] for one in left[:4]] == ["description"] * 4
         assert json.loads(left[0]["told"])["rows"] == 90
-        assert {one["what"] for one in left[4:]} <= {"first weights", "weights", "evaluation"}
+        known = {"first weights", "weights", "evaluation", "comparison"}
+        assert {one["what"] for one in left[4:]} <= known
         assert sum(one["what"] == "weights" for one in left) == 3
         out = tmp_path / "answers.csv"
         table = str(write_csv(tmp_path / "new.csv", [row | {"label": ""} for row in MIXED[:30]]))
