@@ -213,7 +213,7 @@ class SupportsScaffold(Protocol):
 
 @runtime_checkable
 class SendsSums(Protocol):
-    """Optional: send integers that the coordinator adds up, in place of weights."""
+    """Optional: send something else than weights: integers or products that are added up."""
 
     def sums_schema(self, weights: Weights, settings: Settings) -> Schema | None:
         """The tensors that `train` returns for this version; None if it returns weights."""

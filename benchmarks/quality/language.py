@@ -36,6 +36,7 @@ from agent.tasks.training import module_state
 from agent.tasks.training.hyperparameters import read_hyperparameters
 from agent.tasks.training.seeds import derive_seed
 from benchmarks.quality.fleet import fleet_of
+from coordinator.runs.state import Round
 from coordinator.storage.run_events import RunSpec
 from protocols.model.weights import Weights
 
@@ -66,6 +67,11 @@ class Way(NamedTuple):
     @property
     def rounds(self) -> int:
         return self.steps // self.inner
+
+    @property
+    def evaluate_every(self) -> int:
+        """Rounds: an evaluation takes as long as many steps."""
+        return max(1, self.rounds // 100) if self.inner >= 26 else self.rounds // 10
 
     def settings(self) -> dict[str, Setting]:
         """Those of a run."""
@@ -170,13 +176,17 @@ def by_rounds(data: list[DataSettings], first: Weights, way: Way) -> dict[str, A
         strategy=way.arm,
         strategy_args={name: float(value) for name, _, value in map(_parted, way.outer)},
         weighting="equal",
+        evaluate_every=way.evaluate_every,
         settings=way.settings(),
     )
     losses: list[float] = []
+
+    def note(closed: Round) -> None:
+        if (loss := closed.metrics.get("loss")) is not None and closed.num_evaluated:
+            losses.append(_told(closed.round, loss))
+
     with fleet_of(data) as fleet:
-        run = fleet.run(
-            spec, lambda closed: losses.append(_told(closed.round, closed.metrics["loss"])), first
-        )
+        run = fleet.run(spec, note, first)
         model = fleet.lane.version_path(run.head).stat().st_size
     assert not any(closed.refused for closed in run.history)
     up, down = sum(closed.bytes_up for closed in run.history), model * PEERS * way.rounds

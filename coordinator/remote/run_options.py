@@ -13,8 +13,8 @@ from coordinator.api.schema import StartRunRequest
 from coordinator.runs import options, run_length
 from coordinator.runs.options import Option
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies import trees
-from protocols.codecs import registry
+from coordinator.strategies import svd, trees
+from protocols.codecs import factors, registry
 from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.durations import parse_seconds
@@ -68,6 +68,7 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
     if values["task"] == "lora":
         # Agents take runs without it for those of versions that averaged A and B.
         settings = {"aggregation": _LORA["aggregation"].default} | settings
+        fields |= _adapter_fields(fields, settings)
     if values["task"] == "tabular" and not values["from"]:
         settings.setdefault("model", AUTO)
     if (values["task"], settings.get("model")) == ("tabular", trees.NAME):
@@ -171,6 +172,39 @@ def _tree_fields(
         "patience": run_length.tree_patience(every) if ends_by_itself else fields["patience"],
         "evaluate_every": every,
     }
+
+
+def _adapter_fields(
+    fields: Mapping[str, Any], settings: Mapping[str, str | int | float | bool]
+) -> dict[str, str]:
+    """The codec and strategy of a run whose adapters are multiplied. Raises UsageError."""
+    way = settings["aggregation"]
+    if way not in ("stack", svd.NAME):
+        return {}
+    chosen = {"codec": f"{registry.FACTORS}:{_largest_rank(settings)}"}
+    if way == svd.NAME:
+        chosen["strategy"] = svd.NAME
+    defaults = {one.field: one.default for one in options.OPTIONS}
+    for name, value in chosen.items():
+        if fields[name] not in (defaults[name], value):
+            raise UsageError(
+                f"--{name} cannot be used with aggregation={way}, whose updates are factors",
+                "leave it out, or --set aggregation=ffa",
+            )
+    return chosen
+
+
+def _largest_rank(settings: Mapping[str, str | int | float | bool]) -> int:
+    """Of a run's adapters; of `rank=auto` that of the largest machines. Raises UsageError."""
+    rank = settings.get("rank", _LORA["rank"].default)
+    if rank in ("auto", 0):
+        return factors.AUTO_RANK
+    if type(rank) is not int or not 0 < rank <= factors.MAX_RANK:
+        raise UsageError(
+            f"the rank must be a whole number from 1 to {factors.MAX_RANK}, not {rank!r}",
+            "--set rank=8, or rank=auto",
+        )
+    return rank
 
 
 def _settings(texts: Iterable[str]) -> dict[str, str | int | float | bool]:

@@ -85,8 +85,11 @@ def commit(
             stack.enter_context(WeightsFile(store.version_path(run.head))) for _ in range(2)
         )
 
+        #: As updates are compared with it.
+        seen = registry.parse(spec.codec).base(base)
+
         def weights_of(peer: str, update: Update) -> WeightReader:
-            reader = _open_on_head(run, store, peer, update, base, stack)
+            reader = _open_on_head(run, store, peer, update, seen, stack)
             return adapter.transform_update(spec.strategy_args, reader, base, update.metrics)
 
         readers = [weights_of(peer, update) for peer, update in accepted]
@@ -100,8 +103,8 @@ def commit(
                 _clip_factor(norm_as_folded(reader, base), event.clip) * len(readers) / event.peers
                 for reader in readers
             ]
-        if adapter.feed == "mean":
-            shares = limits.shares(shares, readers, scale, base, updates)
+        if adapter.feed in ("mean", "factors"):
+            shares = limits.shares(shares, readers, scale, seen, updates)
         else:  # the strategy itself weighs them, by these numbers
             examples = [int(number) for number in limits.at_most(examples)]
         # Only this metric: Flower's strategies raise if replies have different metrics.
@@ -189,13 +192,13 @@ def _open_on_head(
     store: WeightStore,
     peer: str,
     update: Update,
-    head: WeightsFile,
+    head: WeightReader,
     stack: contextlib.ExitStack,
 ) -> WeightReader:
     """An update's weights, rebased to the newest version if it was trained on an older one."""
     codec = registry.parse(run.spec.codec)
     file = stack.enter_context(WeightsFile(store.uploads.path(peer, update.digest)))
-    if codec.encoding is not None or update.base in ("", run.head):
+    if codec.encoding is not None or codec.rank or update.base in ("", run.head):
         return registry.open_update(codec, file, head)
     base = stack.enter_context(WeightsFile(store.version_path(update.base)))
     return averaging.RebasedUpdate(file, base, head)

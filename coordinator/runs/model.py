@@ -34,7 +34,7 @@ class RunModel:
         with WeightsFile(self._transfer.store.version_path(digest)) as model:
             self.schema, self.nbytes = model.schema, model.nbytes
         self._transfer.limits.version_bytes = self.nbytes
-        if self.codec.name == registry.SUMS:
+        if self.codec.name == registry.SUMS or self.codec.rank:
             most = registry.max_bytes(self.codec, self.schema, self.nbytes)
         elif self._ring_bits:
             most = sum(masked_file.layout(self.schema)) * self._ring_bits // 8

@@ -11,7 +11,7 @@ from coordinator import strategies
 from coordinator.runs import best_version, options, task_settings
 from coordinator.runs.secure import plans
 from coordinator.storage.run_events import RunSpec
-from coordinator.strategies import personal, trees
+from coordinator.strategies import personal, svd, trees
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.custom import CustomStrategy
 from protocols.codecs import registry
@@ -171,6 +171,31 @@ _TREE_RULES = (
          "--select and fraction_train cannot be used with trees: the levels of a tree come from "
          "the same peers", "leave them out"),
 )
+#: Rules for runs whose updates are factors of adapters.
+_FACTOR_RULES = (
+    Rule(lambda spec, adapter: spec.task != "lora"
+             or spec.settings.get("aggregation") != (
+                 svd.NAME if adapter.feed == "factors" else "stack"),
+         "the codec {spec.codec} is for adapters that are multiplied",
+         "commonweight run start lora --set aggregation=stack sets it"),
+    Rule(lambda spec, _: spec.secure,
+         "--secure cannot be used with aggregation={spec.settings[aggregation]}: the coordinator "
+         "multiplies the factors of each peer, and a masked sum has no single factors",
+         "--set aggregation=ffa, whose mean is exact too"),
+    Rule(lambda spec, _: bool(spec.dp_user_epsilon),
+         "--dp-user cannot be used with aggregation={spec.settings[aggregation]}: the noise would "
+         "be for products, which have many more numbers than factors",
+         "--set aggregation=ffa"),
+    Rule(lambda spec, adapter: adapter.needs_base or bool(
+             adapter.trainer_settings(spec.strategy_args).keys() & personalization.SETTINGS),
+         "{spec.strategy} cannot be used with aggregation={spec.settings[aggregation]}, with which "
+         "factors begin anew in each round", f"{_SERVER}, or --set aggregation=ffa"),
+    Rule(lambda spec, adapter: adapter.feed == "factors" and (
+            spec.mode != "synchronous" or spec.late == "fold"),
+         f"aggregation=svd cannot be used with {_BUFFERED} or --late fold: an update replaces the "
+         "factors of the version that it was trained on",
+         "--mode synchronous, --late drop; or --set aggregation=stack"),
+)
 #: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
     Rule(lambda spec, _: spec.rounds < 1, "a run needs 1 round or more", "--rounds 10"),
@@ -188,6 +213,11 @@ _RULES = (
                                             spec.settings.get("model") == trees.NAME)),
          "a run of trees has the strategy trees and the codec sums",
          "commonweight run start tabular --set model=trees sets both"),
+    Rule(lambda spec, adapter: not registry.parse(spec.codec).rank and (
+            adapter.feed == "factors" or (spec.task == "lora" and
+                                          spec.settings.get("aggregation") in ("stack", svd.NAME))),
+         "a run of lora whose adapters are multiplied has the codec factors",
+         "commonweight run start lora --set aggregation=stack sets it"),
     Rule(lambda spec, _: spec.min_examples > spec.max_examples,
          "--min-examples must be at most {spec.max_examples}"),
     Rule(lambda spec, _: bool(spec.best_direction) and not spec.best_metric,
@@ -230,7 +260,8 @@ def check(spec: RunSpec) -> None:
     reserved = min(personalization.SETTINGS & spec.settings.keys(), default="")
     of_mode = _BUFFERED_RULES if spec.mode == "buffered" else _SYNCHRONOUS_RULES
     of_sums = _SECURE_RULES if spec.secure else ()
-    of_model = _TREE_RULES if adapter.feed == "sums" else ()
+    of_factors = _FACTOR_RULES if registry.parse(spec.codec).rank else ()
+    of_model = (*of_factors, *(_TREE_RULES if adapter.feed == "sums" else ()))
     of_noise = (
         *(_PRIVATE_RULES if spec.private else ()),
         *(_SHARED_RULES if spec.dp_shared > 1 else ()),

@@ -19,6 +19,8 @@ from coordinator.strategies.krum import Krum, MultiKrum
 from coordinator.strategies.median import FedMedian, FedTrimmedAvg
 from coordinator.strategies.qfedavg import QFedAvg
 from coordinator.strategies.scaffold import Scaffold
+from coordinator.strategies.svd import NAME as SVD
+from coordinator.strategies.svd import Svd
 from coordinator.strategies.trees import NAME as TREES
 from coordinator.strategies.trees import Trees
 from protocols.errors import UnknownName
@@ -41,7 +43,7 @@ _ADAPTERS: dict[str, StrategyAdapter] = {
     "scaffold": Scaffold("Scaffold"),
 }
 #: Of a model and not for `--strategy`.
-_OF_MODELS: dict[str, StrategyAdapter] = {TREES: Trees("FedAvg")}
+_OF_MODELS: dict[str, StrategyAdapter] = {SVD: Svd("FedAvg"), TREES: Trees("FedAvg")}
 
 
 def names() -> list[str]:

@@ -31,8 +31,9 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 #:   parts   every reply, a piece of the model at a time: for coordinate-wise algorithms
 #:   models  every reply, whole: memory grows with the number of peers
 #:   sums    nothing: the updates are integers that are added up, and `trees` makes the version
+#:   factors nothing: the updates are factors, and `svd` makes those of the version
 #: Pieces of "mean" and "parts" are independent of each other. "models" is a single call.
-Feed = Literal["mean", "parts", "models", "sums"]
+Feed = Literal["mean", "parts", "models", "sums", "factors"]
 
 #: Not for `--strategy-arg`: decided by the run, or not a number.
 _RESERVED = frozenset(

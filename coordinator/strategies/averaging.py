@@ -130,7 +130,7 @@ def average(
             unchanged: dict[Part, Array] = {}
             for part in piece:
                 if base.schema[part.name].dtype in FLOAT_DTYPES:
-                    mean[part] = _mean(part, updates, weights, base, base_weight, noise)
+                    mean[part] = mean_of(part, updates, weights, base, base_weight, noise)
                 else:
                     unchanged[part] = base.read(part)
             yield _Piece(piece, mean, unchanged)
@@ -142,7 +142,7 @@ def average(
         yield {
             part: unchanged[part]
             if part in unchanged
-            else _as_stored(new[part], base.schema[part.name].dtype)
+            else as_stored(new[part], base.schema[part.name].dtype)
             for part in piece
         }
 
@@ -155,13 +155,13 @@ class _Piece(NamedTuple):
     unchanged: dict[Part, Array]
 
 
-def _mean(
+def mean_of(
     part: Part,
     updates: Sequence[WeightReader],
     weights: Sequence[float],
     base: WeightReader,
     base_weight: float,
-    noise: Noise | None,
+    noise: Noise | None = None,
 ) -> Array:
     """The weighted mean of one part, as float32 for bf16, else in the tensor's dtype.
 
@@ -187,5 +187,6 @@ def _mean(
     return mean
 
 
-def _as_stored(array: Array, dtype: str) -> Array:
+def as_stored(array: Array, dtype: str) -> Array:
+    """A mean in the dtype of its tensor."""
     return float32_to_bf16(array.astype(np.float32)) if dtype == "BF16" else array

@@ -20,11 +20,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from coordinator.storage.run_spec import Setting
-from coordinator.strategies import averaging, trees
+from coordinator.strategies import averaging, svd, trees
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.strategies.state import StateReader, StateStore, StateWriter
 from coordinator.transport.flower_records import InMemoryRecord, part_key
+from protocols.codecs.registry import FactoredUpdate
 from protocols.errors import CommonweightError
 from protocols.model import weights
 from protocols.model.bfloat16 import float32_to_bf16, widened
@@ -99,6 +100,7 @@ class Aggregation:
             "parts": self._by_parts,
             "models": self._by_models,
             "sums": self._by_sums,
+            "factors": self._by_factors,
         }
         with self.states.open(known, schema) as before, self.states.write(slots, schema) as after:
             for piece in ways[adapter.feed](before, after):
@@ -230,6 +232,15 @@ class Aggregation:
             yield {
                 part: grown.version[part.name].reshape(-1)[part.start : part.stop] for part in piece
             }
+
+    def _by_factors(self, before: StateReader, after: StateWriter) -> Iterator[Piece]:
+        """The products of all updates become factors again, a layer at a time."""
+        yield from svd.aggregate(
+            [one.weights for one in self.updates if isinstance(one.weights, FactoredUpdate)],
+            [one.share for one in self.updates],
+            [one.scale for one in self.updates],
+            self.base,
+        )
 
     # --- to and from Flower ------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 `fp32` sends the weights as they are. The others send the change of the floating-point tensors in
 an encoding of `dense`, `sparse` or `chunked`. Integer and boolean tensors keep the value of the
 base, as in averaging. With `sums` an update is integers that are added up (`tables.trees`), and not
-weights.
+weights; with `factors` it is adapters whose products count.
 The agent stores what an encoding left out (the residual) and adds it to its next change
 (error feedback: Seide et al. 2014; Karimireddy et al., arXiv 1901.09847).
 """
@@ -19,13 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from protocols.codecs import chunked
-from protocols.codecs.delta import BLOCK_ELEMENTS, DeltaReader, FlatLayout, Floats, add
+from protocols.codecs import chunked, factors
+from protocols.codecs.delta import BLOCK_ELEMENTS, DeltaReader, FlatLayout, Floats, add, subtract
 from protocols.codecs.dense import Bf16, Encoding, Int8, Sign
 from protocols.codecs.sparse import Ternary, TopK
 from protocols.errors import UnknownName, UsageError
 from protocols.local.atomic_files import replacing
 from protocols.model.weights import (
+    FLOAT_DTYPES,
     Array,
     Part,
     Schema,
@@ -38,8 +39,8 @@ from protocols.model.weights_file import WeightsWriter
 from protocols.tables.trees import layout
 
 UNCODED = "fp32"
-#: Not for `--codec`: a run of trees has it.
-SUMS = "sums"
+#: Not for `--codec`: a run of trees has it, and one of lora with products of adapters.
+SUMS, FACTORS = "sums", "factors"
 NAMES = ("fp32", "bf16", "int8", "sign", "ternary", "topk", "sparse2")
 #: Codecs that send few elements: the default share of elements, and the encoding.
 SPARSE: dict[str, tuple[float, Callable[[float], Encoding]]] = {
@@ -54,10 +55,18 @@ SPARSE2_COUNT, MAX_SPARSE2_COUNT = 64, chunked.CHUNK // 4
 
 
 class Codec(NamedTuple):
-    """A codec by its full name; `encoding` is None for `fp32`."""
+    """A codec by its full name; `encoding` is None for `fp32`, whose updates are sent as they are,
+    and for `sums` and `factors`. `rank`: of `factors`, the largest of an update."""
 
     name: str
     encoding: Encoding | None
+    rank: int = 0
+
+    def base(self, version: WeightReader) -> WeightReader:
+        """A version as updates are compared with it: factors as products. Raises BadWeights."""
+        if self.rank and factors.is_factored(version.schema):
+            return factors.Products(version)
+        return version
 
 
 def parse(name: str) -> Codec:
@@ -69,13 +78,17 @@ def parse(name: str) -> Codec:
     if name == SUMS:
         return Codec(SUMS, None)
     kind, colon, argument = name.partition(":")
+    if kind == FACTORS:
+        return Codec(name, None, _parse_number(FACTORS, argument, factors.MAX_RANK))
     if kind not in NAMES or (colon and not is_sparse(kind)):
         shares = ", ".join(f"{sparse}:SHARE" for sparse in SPARSE)
         raise UnknownName(
             f"unknown codec {name!r}; known: {', '.join(NAMES)}, sparse2:COUNT, {shares}"
         )
     if kind == _CHUNKED:
-        count = _parse_count(argument) if colon else SPARSE2_COUNT
+        count = SPARSE2_COUNT
+        if colon:
+            count = _parse_number(kind, argument, MAX_SPARSE2_COUNT)
         return Codec(f"{kind}:{count}", chunked.Sparse2(count))
     if kind in SPARSE:
         default, make_encoding = SPARSE[kind]
@@ -90,16 +103,15 @@ def is_sparse(name: str) -> bool:
     return name.partition(":")[0] in (_CHUNKED, *SPARSE)
 
 
-def _parse_count(text: str) -> int:
-    count = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else 0
-    if not 0 < count <= MAX_SPARSE2_COUNT:
+def _parse_number(kind: str, text: str, most: int) -> int:
+    number = int(text) if re.fullmatch(r"[1-9][0-9]{0,3}", text) else 0
+    if not 0 < number <= most:
         raise UsageError(
-            f"{_CHUNKED}:{text}: a whole number from 1 to {MAX_SPARSE2_COUNT}, of "
-            f"{chunked.CHUNK} changes",
+            f"{kind}:{text}: the number must be a whole one from 1 to {most}",
             f"{_CHUNKED}:{SPARSE2_COUNT} sends the {SPARSE2_COUNT} largest of each "
-            f"{chunked.CHUNK}; above a quarter, sign takes fewer bytes",
+            f"{chunked.CHUNK} changes; above a quarter, sign takes fewer bytes",
         )
-    return count
+    return number
 
 
 def _parse_share(kind: str, text: str) -> float:
@@ -121,6 +133,8 @@ def max_bytes(codec: Codec, schema: Schema, model_bytes: int) -> int:
     """The largest size of an update of such a model."""
     if codec.name == SUMS:
         return 4 * layout.Shape.of(schema).max_sums()
+    if codec.rank:
+        return factors.max_bytes(schema, codec.rank)
     if codec.encoding is None:
         return model_bytes
     largest = codec.encoding.schema(FlatLayout(schema))
@@ -218,6 +232,40 @@ class DecodedUpdate:
         return out
 
 
+class FactoredUpdate(DecodedUpdate):
+    """The products of an update's factors: what it adds to a base that holds products, or puts in
+    their place where `base` is made of factors (`Codec.base`). Raises BadWeights for another model.
+    """
+
+    def __init__(self, file: WeightReader, base: WeightReader, most: int) -> None:
+        self.schema, self._base = base.schema, base
+        self.adds = not isinstance(base, factors.Products)
+        factors.check_update(file.schema, base.schema, most)
+        self.products = factors.Products(file, base.schema)
+
+    def read(self, part: Part) -> Array:
+        """The elements of a part, flat, in the tensor's dtype (bf16 as uint16)."""
+        found = self.products.read(part)
+        if not self._is_added(part):
+            return found
+        return add(self._base.read(part), np.asarray(found, np.float32), "F32")
+
+    def change(self, part: Part) -> Floats:
+        """The change of a part of a floating-point tensor; zeros for others."""
+        found, out = self.products.read(part), np.zeros(part.stop - part.start, np.float32)
+        dtype = self.schema[part.name].dtype
+        if self._is_added(part):
+            return np.asarray(found, np.float32)
+        if dtype in FLOAT_DTYPES:
+            subtract(found, self._base.read(part), dtype, out)
+        return out
+
+    def _is_added(self, part: Part) -> bool:
+        return self.adds and part.name.endswith(factors.DELTA)
+
+
 def open_update(codec: Codec, file: WeightReader, base: WeightReader) -> WeightReader:
     """The weights of an uploaded file, which for `fp32` has the weights. Raises BadWeights."""
+    if codec.rank:
+        return FactoredUpdate(file, base, codec.rank)
     return file if codec.encoding is None else DecodedUpdate(codec.encoding, file, base)

@@ -94,15 +94,20 @@ class LoraSettings:
     classes: Annotated[
         str, Meta(description="of a classification: names of the folders, by label")
     ] = ""
-    rank: Annotated[int, Meta(ge=1, description="of the adapters")] = 8
+    rank: Annotated[
+        int,
+        Meta(ge=0, le=1024, description="of the adapters; 0 or auto: by the device's memory"),
+    ] = 8
     alpha: Annotated[float, Meta(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
     dropout: Annotated[float, Meta(ge=0, lt=1, description="before the adapters")] = 0.0
     targets: Annotated[
         str, Meta(description="layers with adapters: q_proj,v_proj or all-linear; empty: by PEFT")
     ] = ""
     aggregation: Annotated[
-        Literal["ffa", "average"],
-        Meta(description="ffa: A is fixed and B averaged, which is exact; average: A and B apart"),
+        Literal["ffa", "stack", "svd", "average"],
+        Meta(
+            description="of adapters B A: ffa fixes A; stack and svd multiply; average is inexact"
+        ),
     ] = "ffa"
     context: Annotated[int, Meta(ge=2, description="tokens of an example")] = 128
     micro_batch: Annotated[

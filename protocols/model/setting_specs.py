@@ -18,6 +18,8 @@ from protocols.messages.envelope import Integer, Name, Text
 Value = Text | Integer | float | bool
 #: Settings that every task takes; they are not its own.
 RESERVED = frozenset({"seed", "round", "preprocessing", "min_batch", "masked"})
+#: Words that stand for 0 in a setting that is a whole number.
+_WORDS = frozenset({("batch_size", "all"), ("rank", "auto")})
 MAX_CHOICES = 64
 
 
@@ -74,10 +76,15 @@ def of_type(name: str, value: Value, default: Value) -> Value:
     raise UsageError(f"the setting {name} cannot be {value!r}", f"such as {name}={default}")
 
 
+def means_zero(name: str, value: Value, default: Value) -> bool:
+    """True for a word in place of 0, such as `batch_size=all`."""
+    return (name, value) in _WORDS and type(default) is int
+
+
 def check(settings: Mapping[str, Value], known: Mapping[str, SettingSpec]) -> None:
     """Raise UnknownName or UsageError for the first setting that is not among the known ones."""
     for name, value in settings.items():
-        if name in RESERVED or (name, value) == ("batch_size", "all"):
+        if name in RESERVED or (name in known and means_zero(name, value, known[name].default)):
             continue
         if name not in known:
             raise UnknownName(

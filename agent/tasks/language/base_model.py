@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from agent.data.settings import DataSettings
+from agent.tasks.language import factored
+from agent.tasks.language.factored import Added
 from agent.tasks.language.tokens import Tokenizer
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.task_settings import TaskSettings
+from protocols.codecs.factors import AUTO_RANK
 from protocols.errors import DataError, UsageError
 from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
@@ -39,17 +42,34 @@ class AdaptedModel(nn.Module):
     """The base model with adapters: tokens int64[n, t] -> logits [n, t, vocabulary]; with a mask
     int64[n, t], as of a classification, logits float32[n, classes].
 
-    `names` maps the names with which adapters travel (those of PEFT) to those in `model`.
+    `names` maps the names with which adapters travel (those of PEFT) to those in `model`. `added`:
+    what versions add to layers, if they do not hold the adapters themselves (`factored`).
     """
 
-    def __init__(self, model: Any, tokens: Tokenizer, pad: int, names: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tokenizer,
+        pad: int,
+        names: Mapping[str, str],
+        added: nn.ModuleList,
+    ) -> None:
         super().__init__()
         self.model, self.tokens, self.pad, self._names = model, tokens, pad, names
+        self.added: Sequence[Added] = added  # type: ignore[assignment]
 
-    def tensors(self) -> Tensors:
-        """The parameters themselves, by the names with which they travel."""
+    def trained(self) -> Tensors:
+        """The parameters that are trained, by the names of an update."""
         named = dict(self.model.named_parameters())
         return {name: named[inner] for name, inner in self._names.items()}
+
+    def tensors(self) -> Tensors:
+        """The tensors of a version themselves, by the names with which they travel."""
+        if not self.added:
+            return self.trained()
+        own = {name for one in self.added for name in one.trained()}
+        rest = {name: tensor for name, tensor in self.trained().items() if name not in own}
+        return rest | {name: t for one in self.added for name, t in one.travelling().items()}
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
         if mask is None:
@@ -100,8 +120,11 @@ def digest(found: Path, cache: str) -> str:
     return sha.hexdigest()
 
 
-def load_adapted(found: Path, plan: TaskSettings, seed: int = 0) -> AdaptedModel:
+def load_adapted(
+    found: Path, plan: TaskSettings, seed: int = 0, memory_bytes: int = 0
+) -> AdaptedModel:
     """Load the model and add new adapters, initialized from `seed`. `plan`: the settings of lora.
+    `memory_bytes`: that of the device, by which a rank of 0 is chosen.
 
     Raises MissingPackage, DataError.
     """
@@ -125,9 +148,13 @@ def load_adapted(found: Path, plan: TaskSettings, seed: int = 0) -> AdaptedModel
         tokens = transformers.AutoTokenizer.from_pretrained(
             found, local_files_only=True, trust_remote_code=False
         )
-        model = peft.get_peft_model(base, _adapters(peft, plan))
+        model = _with_adapters(peft, base, plan, memory_bytes)
+        names = dict(_travelling(peft, model))
+        added = nn.ModuleList()
         if plan.aggregation == "ffa":
-            _fix_projections(peft, model)
+            names = _fix_projections(model, names)
+        elif plan.aggregation in factored.WAYS:
+            added = factored.add_to(model, names, plan.rank or AUTO_RANK, plan.aggregation)
         if plan.checkpointing and hasattr(base, "activation_checkpointing_enable"):
             base.activation_checkpointing_enable()
         elif plan.checkpointing:  # its name in older transformers
@@ -149,36 +176,50 @@ def load_adapted(found: Path, plan: TaskSettings, seed: int = 0) -> AdaptedModel
         return tokens(text, add_special_tokens=plan.kind == "classification").input_ids
 
     made = Tokenizer(encode, tokens.decode, len(tokens), end, "")
-    return AdaptedModel(model, made, pad, dict(_travelling(peft, model)))
+    return AdaptedModel(model, made, pad, names, added)
 
 
 def save_merged(of: AdaptedModel, out: Path, found: Path) -> None:
     """Write the base model with merged adapters, in the format of transformers."""
     _, transformers = _libraries()
+    for one in of.added:
+        one.merge()
     of.model.merge_and_unload().save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(found, local_files_only=True).save_pretrained(out)
 
 
-def _adapters(peft: Any, plan: TaskSettings) -> Any:
+def _with_adapters(peft: Any, base: Any, plan: TaskSettings, memory_bytes: int) -> Any:
+    """The base model with adapters of the rank of the settings, or of this device's memory."""
+    rank = plan.rank
+    if not rank:
+        one = peft.get_peft_model(base, _adapters(peft, plan, 1))
+        rank = factored.rank_for(
+            memory_bytes, sum(p.numel() for name, p in one.named_parameters() if ".lora_" in name)
+        )
+        base = one.unload()
+    return peft.get_peft_model(base, _adapters(peft, plan, rank))
+
+
+def _adapters(peft: Any, plan: TaskSettings, rank: int) -> Any:
     targets = {"": None, "all-linear": "all-linear"}.get(plan.targets, plan.targets.split(","))
     return peft.LoraConfig(
         task_type={"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}[plan.kind],
-        r=plan.rank,
+        r=rank,
         lora_alpha=plan.alpha,
         lora_dropout=plan.dropout,
         target_modules=targets,
     )
 
 
-def _fix_projections(peft: Any, model: Any) -> None:
-    """Give each A a value that follows from its name alone, and train it no more.
+def _fix_projections(model: Any, names: Mapping[str, str]) -> dict[str, str]:
+    """Give each A a value that follows from its name alone, and train it no more; the other names.
 
     With one A on all peers and in all rounds, the mean of B times A is the product of the mean B
     (FFA-LoRA: Sun et al. 2024, arXiv 2403.12313). The range is that of PEFT's own first values.
     Raises UsageError for adapters of embeddings, whose A begins as 0.
     """
     parameters = dict(model.named_parameters())
-    for name, inner in list(_travelling(peft, model)):
+    for name, inner in names.items():
         if "lora_embedding" in name:
             raise UsageError(
                 "aggregation=ffa cannot adapt an embedding", "--set aggregation=average"
@@ -188,6 +229,7 @@ def _fix_projections(peft: Any, model: Any) -> None:
             bound = 1 / math.sqrt(math.prod(fixed.shape[1:]))
             values = random_state("lora A", name).uniform(-bound, bound, tuple(fixed.shape))
             fixed.requires_grad_(False).copy_(torch.from_numpy(values))
+    return {name: inner for name, inner in names.items() if parameters[inner].requires_grad}
 
 
 def _travelling(peft: Any, model: Any) -> Iterator[tuple[str, str]]:

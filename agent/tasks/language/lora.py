@@ -23,7 +23,7 @@ from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
 from agent.tasks import OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
-from agent.tasks.language import base_model
+from agent.tasks.language import base_model, factored
 from agent.tasks.language import tokens as text
 from agent.tasks.language.base_model import AdaptedModel
 from agent.tasks.language.next_token import NextTokenTask, split_windows
@@ -38,9 +38,10 @@ from agent.tasks.training.torch_loop import MakeStep, autograd_step
 from agent.tasks.training.torch_task import LastValue
 from protocols.errors import UsageError
 from protocols.model.built_in_settings import LoraSettings
-from protocols.model.weights import Weights
+from protocols.model.weights import Schema, Weights
 
 Sources = tuple[FetchedExamples, FetchedExamples]
+_CPU = torch.device("cpu")
 #: The settings on which the model depends.
 _OF_MODEL = (
     *("model", "kind", "classes", "rank", "alpha", "dropout", "targets", "checkpointing"),
@@ -58,6 +59,8 @@ class Lora(NextTokenTask):
     def __init__(self) -> None:
         super().__init__()
         self._base = LastValue[AdaptedModel]()
+        #: What the first factors of a round depend on.
+        self._first: tuple[object, ...] = ()
         #: Of the texts of a classification; other text has no rows.
         self._numbers: Mapping[Use, Numbers | None] = {}
 
@@ -78,6 +81,11 @@ class Lora(NextTokenTask):
             raise UsageError(
                 "a run of lora names its base model", "the folder's name: --set model=NAME"
             )
+        if read.rank == 0 and read.aggregation not in factored.WAYS:
+            raise UsageError(
+                f"with aggregation={read.aggregation}, all peers have adapters of one rank",
+                "--set rank=8, or --set aggregation=stack with rank=auto",
+            )
         is_causal = read.kind == "causal"
         classes = () if is_causal else class_folders.parse_classes(read.classes)
         return TaskSettings({**read, "classes": classes})
@@ -96,7 +104,9 @@ class Lora(NextTokenTask):
 
     def _adapted(self, read: TaskSettings) -> AdaptedModel:
         def load() -> AdaptedModel:
-            return base_model.load_adapted(self._folder(read), read).to(self._device)
+            memory = factored.memory_bytes(self._device)
+            found = base_model.load_adapted(self._folder(read), read, 0, memory)
+            return found.to(self._device)
 
         return self._base.get(tuple(read[name] for name in _OF_MODEL), load)
 
@@ -108,12 +118,35 @@ class Lora(NextTokenTask):
         """
         read = self._read(settings)
         if words:
-            return base_model.load_adapted(self._folder(read), read, derive_seed(*words))
+            seed, memory = derive_seed(*words), factored.memory_bytes(self._device)
+            return base_model.load_adapted(self._folder(read), read, seed, memory)
         return self._adapted(read).train()
 
     def _tensors(self, model: nn.Module) -> Tensors:
         assert isinstance(model, AdaptedModel)
         return model.tensors()
+
+    def _idle_model(self, settings: RunSettings) -> nn.Module:
+        model = super()._idle_model(settings)
+        assert isinstance(model, AdaptedModel)
+        for one in model.added:
+            one.show()
+        return model
+
+    def _filled(self, model: nn.Module, weights: Weights) -> Tensors:
+        """What is trained, from this version."""
+        assert isinstance(model, AdaptedModel)
+        if not model.added:
+            return super()._filled(model, weights)
+        module_state.load_tensors(model.tensors(), weights)
+        for one in model.added:
+            one.begin(*self._first)
+        return dict(sorted(model.trained().items()))
+
+    def sums_schema(self, weights: Weights, settings: RunSettings) -> Schema | None:
+        """Of an update, if it is made of factors of this peer's rank."""
+        model = self._adapted(self._read(settings))
+        return module_state.schema_of(model.trained()) if model.added else None
 
     # --- data ---
 
@@ -168,9 +201,14 @@ class Lora(NextTokenTask):
 
     def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """Train with AdamW; the metric "loss" is the mean of the last epoch."""
+        self._first = settings.get("seed", 0), settings.get("round", 0), self._data.index
         trained = super().train(weights, settings, on_step)
-        tensors = self._tensors(self._build(settings))  # which the model goes on to change
-        return trained._replace(weights=as_weights({n: t.clone() for n, t in tensors.items()}))
+        model = self._adapted(self._read(settings))
+        # Clones: the model goes on to change its own.
+        update = dict(as_weights({n: t.clone() for n, t in model.trained().items()}))
+        for one in model.added:
+            update |= one.update(update)
+        return trained._replace(weights=Weights(update))
 
     def _tokenizer(self, settings: Any) -> Tokenizer:
         return self._adapted(settings).tokens
@@ -193,6 +231,6 @@ class Lora(NextTokenTask):
         """The base model with the adapters merged in: a folder for plain transformers."""
         read = self._read(settings)
         found = base_model.find_folder(data, read.model)
-        made = base_model.load_adapted(found, read)
+        made = base_model.load_adapted(found, read, memory_bytes=factored.memory_bytes(_CPU))
         module_state.load_tensors(made.tensors(), weights)
         base_model.save_merged(made, out, found)

@@ -52,9 +52,11 @@ def resolve_settings(settings: Settings, defaults: Settings) -> dict[str, Settin
 
     Raises UnknownName, UsageError.
     """
-    if settings.get("batch_size") == "all":
-        settings = {**settings, "batch_size": 0}
-    return merge_settings(settings, defaults)
+    plain = {
+        name: 0 if setting_specs.means_zero(name, value, defaults.get(name, "")) else value
+        for name, value in settings.items()
+    }
+    return merge_settings(plain, defaults)
 
 
 def read_hyperparameters(settings: Settings, defaults: Settings = LOOP_DEFAULTS) -> Hyperparameters:

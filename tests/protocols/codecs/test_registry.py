@@ -157,7 +157,7 @@ def test_unknown_codecs_are_refused_with_the_known() -> None:
         with pytest.raises(UsageError, match=f"{kind}:{share}: the share"):
             registry.parse(f"{kind}:{share}")
     for count in ("", "0", "-1", "1025", "1e2", "0x10", "much", "9" * 5000):
-        with pytest.raises(UsageError, match="a whole number from 1 to 1024"):
+        with pytest.raises(UsageError, match="a whole one from 1 to 1024"):
             registry.parse(f"sparse2:{count}")
     assert registry.parse("sparse2").name == registry.parse("sparse2:64").name == "sparse2:64"
     assert registry.parse("topk").name == registry.parse("topk:0.01").name == "topk:0.01"
