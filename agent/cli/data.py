@@ -18,6 +18,7 @@ from protocols.local import homes
 from protocols.local.command_line import App
 
 if TYPE_CHECKING:
+    from agent.data.conversations import Report
     from agent.data.table_report import TableReport
 
 #: How a command in a note begins.
@@ -34,15 +35,19 @@ def group() -> None:
 @data.command("check")
 def check(
     path: Annotated[
-        str | None, typer.Argument(help="A table; by default the agent's data.")
+        str | None,
+        typer.Argument(help="A table, or conversations (JSONL); by default the agent's data."),
     ] = None,
     target: Annotated[str, typer.Option(help="The column that a model is to predict.")] = "",
     json: Json = False,
 ) -> None:
-    """Show what a run would be told of a table, and what is odd. Nothing is sent."""
+    """Show what a run would be told of a table, and what is odd. Nothing is sent.
+
+    Of conversations, it shows how many there are and how long they are.
+    """
     from pathlib import Path
 
-    from agent.data import open_table
+    from agent.data import conversations, open_table
     from agent.setup import own_data
     from agent.tasks import data_checks
 
@@ -51,6 +56,10 @@ def check(
         raise UsageError("no data are set on this machine", "commonweight-agent data check FILE")
     known = settings.data_settings(chosen, Path())
     own_data.check_path(chosen)
+    if conversations.are_in(chosen.data):
+        counted = conversations.report(chosen.data)
+        print_data(counted, _conversation_lines(chosen.data, counted), json=json)
+        return
     data_checks.check("tabular", known)
     from agent.data import table_report
     from agent.data.value_map import with_values
@@ -111,6 +120,26 @@ def format_column(
         settings.change(home, data_formats=formats)
     how = "as it is" if clear else f"as written like {written}"
     print_line(f"{column} is read {how}; see it: commonweight-agent data check")
+
+
+def _conversation_lines(path: str, found: Report) -> list[str]:
+    """The report on conversations for a person."""
+    head = ("length", "least", "median", "95 %", "most")
+    rows = [
+        (name, *(f"{n:,}" for n in (of.least, of.median, of.p95, of.most)))
+        for name, of in (
+            ("turns", found.turns),
+            ("characters", found.whole),
+            ("characters of an answer", found.answers),
+        )
+    ]
+    widths = [max(len(row[place]) for row in (head, *rows)) for place in range(len(head))]
+    return [
+        f"{path}: {found.conversations:,} conversations, {found.held_out:,} of them held out, "
+        f"{found.repeated:,} repeated. Nothing has left this machine.",
+        "",
+        *("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in (head, *rows)),
+    ]
 
 
 def _lines(path: str, found: TableReport, min_count: int) -> list[str]:

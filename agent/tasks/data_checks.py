@@ -12,16 +12,17 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from agent.data import sources
+from agent.data import conversations, sources
 from agent.data.settings import DataSettings
 from protocols.errors import DataError
 
 _TABLES = frozenset({".csv", ".parquet", ".pq"})
 _TEXTS = frozenset({".md", ".text", ".txt"})
+_CONVERSATIONS = frozenset({".jsonl", ".parquet"})
 #: What the built-in tasks read. Those without an entry bring their own data.
 EXPECTED = {
     "images": "a folder with a folder of pictures for each class",
-    "lora": "a folder of text files, or a folder with one of them for each class",
+    "lora": "text files, conversations in JSONL or Parquet, or a folder of texts for each class",
     "tabular": "a CSV or Parquet file, or a folder of such files, or a table of a database",
     "text-lm": "a text file, or a folder of text files",
 }
@@ -118,9 +119,11 @@ def _misfit(task: str, data: DataSettings) -> str:
             if is_folder and not any(file.suffix.lower() in _TABLES for file in path.iterdir()):
                 return "the data are a folder without tables"
         case "text-lm" | "lora":
-            if is_folder and not _has_text(path):
+            kinds = _TEXTS | _CONVERSATIONS if task == "lora" else _TEXTS
+            if is_folder and not _has_files(path, kinds):
                 return "the data are a folder without text files"
-            if not is_folder and path.suffix.lower() in _TABLES:
+            is_table = not is_folder and path.suffix.lower() in _TABLES
+            if is_table and not (task == "lora" and conversations.are_in(data.path)):
                 return "the data are a table"
         case "images":
             if not is_folder:
@@ -130,9 +133,9 @@ def _misfit(task: str, data: DataSettings) -> str:
     return ""
 
 
-def _has_text(path: Path) -> bool:
+def _has_files(path: Path, kinds: frozenset[str]) -> bool:
     files = (Path(name) for _, _, names in os.walk(path) for name in names)
-    return any(file.suffix.lower() in _TEXTS for file in islice(files, _MAX_FILES))
+    return any(file.suffix.lower() in kinds for file in islice(files, _MAX_FILES))
 
 
 def _visible(path: Path) -> Iterator[Path]:

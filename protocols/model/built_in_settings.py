@@ -88,8 +88,8 @@ class LoraSettings:
         str, Meta(description="the folder of the base model, in every peer's folder of models")
     ] = ""
     kind: Annotated[
-        Literal["causal", "classification"],
-        Meta(description="the next token of text files, or texts in a folder for each class"),
+        Literal["causal", "chat", "classification"],
+        Meta(description="next tokens of text files, answers of conversations, or classes"),
     ] = "causal"
     classes: Annotated[
         str, Meta(description="of a classification: names of the folders, by label")
@@ -116,6 +116,20 @@ class LoraSettings:
     checkpointing: Annotated[
         bool, Meta(description="compute activations again for the gradients, for less memory")
     ] = False
+    packing: Annotated[
+        bool, Meta(description="of chat: several conversations in an example, if they fit")
+    ] = True
+    exact_match: Annotated[
+        int,
+        Meta(ge=0, le=256, description="of chat: held-out answers that an evaluation generates"),
+    ] = 0
+    digest: Annotated[
+        str, Meta(description="the SHA-256 that the base model must have; empty: any, but one")
+    ] = ""
+    quantized: Annotated[
+        Literal["no", "int8", "nf4"],
+        Meta(description="hold the base model in 8 or 4 bits, on a graphics card"),
+    ] = "no"
     epochs: int = 1
     batch_size: int = 8
     optimiser: str = "adamw"

@@ -7,6 +7,7 @@ folder.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 
 from agent.data.settings import DataSettings
 from agent.tasks.language import factored
+from agent.tasks.language.chat import ChatFormat
 from agent.tasks.language.factored import Added
 from agent.tasks.language.tokens import Tokenizer
 from agent.tasks.training.loop_state import Tensors
 from agent.tasks.training.seeds import random_state
 from agent.tasks.training.task_settings import TaskSettings
 from protocols.codecs.factors import AUTO_RANK
-from protocols.errors import DataError, UsageError
+from protocols.errors import DataError, SchemaMismatch, UsageError
 from protocols.extras import needs_extra
 from protocols.local.atomic_files import replacing
 
@@ -40,7 +42,8 @@ _MODELS = "commonweight-agent policy set models FOLDER"
 
 class AdaptedModel(nn.Module):
     """The base model with adapters: tokens int64[n, t] -> logits [n, t, vocabulary]; with a mask
-    int64[n, t], as of a classification, logits float32[n, classes].
+    int64[n, t], as of a classification, logits float32[n, classes]. `positions` int64[n, t] begin
+    anew with each conversation of a row, and attention stays within it.
 
     `names` maps the names with which adapters travel (those of PEFT) to those in `model`. `added`:
     what versions add to layers, if they do not hold the adapters themselves (`factored`).
@@ -53,9 +56,11 @@ class AdaptedModel(nn.Module):
         pad: int,
         names: Mapping[str, str],
         added: nn.ModuleList,
+        chat: ChatFormat,
     ) -> None:
         super().__init__()
         self.model, self.tokens, self.pad, self._names = model, tokens, pad, names
+        self.chat = chat
         self.added: Sequence[Added] = added  # type: ignore[assignment]
 
     def trained(self) -> Tensors:
@@ -71,9 +76,11 @@ class AdaptedModel(nn.Module):
         rest = {name: tensor for name, tensor in self.trained().items() if name not in own}
         return rest | {name: t for one in self.added for name, t in one.travelling().items()}
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Any:
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Any:
         if mask is None:
-            return self.model(input_ids=tokens, use_cache=False).logits
+            return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
         return self.model(input_ids=tokens, attention_mask=mask).logits.float()
 
 
@@ -120,6 +127,17 @@ def digest(found: Path, cache: str) -> str:
     return sha.hexdigest()
 
 
+def check_digest(plan: TaskSettings, found: str) -> None:
+    """Raise SchemaMismatch if the run names another base model by its digest."""
+    if plan.digest and plan.digest != found:
+        raise SchemaMismatch(
+            "base model",
+            plan.digest[:12],
+            found[:12],
+            f"the folder {plan.model} that the others have, or --set digest={found}",
+        )
+
+
 def load_adapted(
     found: Path, plan: TaskSettings, seed: int = 0, memory_bytes: int = 0
 ) -> AdaptedModel:
@@ -131,6 +149,7 @@ def load_adapted(
     peft, transformers = _libraries()
     kind = {
         "causal": transformers.AutoModelForCausalLM,
+        "chat": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
     }[plan.kind]
     extra = {"num_labels": len(plan.classes)} if plan.kind == "classification" else {}
@@ -144,10 +163,15 @@ def load_adapted(
             use_safetensors=True,
             dtype="auto",
             **extra,
+            **_quantized(transformers, plan.quantized),
         )
         tokens = transformers.AutoTokenizer.from_pretrained(
             found, local_files_only=True, trust_remote_code=False
         )
+        if plan.quantized != "no":
+            base = peft.prepare_model_for_kbit_training(
+                base, use_gradient_checkpointing=plan.checkpointing
+            )
         model = _with_adapters(peft, base, plan, memory_bytes)
         names = dict(_travelling(peft, model))
         added = nn.ModuleList()
@@ -159,7 +183,7 @@ def load_adapted(
             base.activation_checkpointing_enable()
         elif plan.checkpointing:  # its name in older transformers
             base.gradient_checkpointing_enable({"use_reentrant": False})
-    except (MemoryError, torch.OutOfMemoryError, UsageError):
+    except (MemoryError, torch.OutOfMemoryError, DataError, UsageError):
         raise
     except Exception as err:  # a damaged folder raises nearly anything
         raise DataError(
@@ -176,7 +200,7 @@ def load_adapted(
         return tokens(text, add_special_tokens=plan.kind == "classification").input_ids
 
     made = Tokenizer(encode, tokens.decode, len(tokens), end, "")
-    return AdaptedModel(model, made, pad, names, added)
+    return AdaptedModel(model, made, pad, names, added, ChatFormat(tokens, end))
 
 
 def save_merged(of: AdaptedModel, out: Path, found: Path) -> None:
@@ -186,6 +210,28 @@ def save_merged(of: AdaptedModel, out: Path, found: Path) -> None:
         one.merge()
     of.model.merge_and_unload().save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(found, local_files_only=True).save_pretrained(out)
+
+
+def _quantized(transformers: Any, how: str) -> dict[str, Any]:
+    """Arguments that load a base model in few bits. Raises DataError where that does not work."""
+    if how == "no":
+        return {}
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        lacks = "bitsandbytes" if torch.cuda.is_available() else "an NVIDIA graphics card"
+        raise DataError(
+            f"this machine cannot hold a base model as {how}: it lacks {lacks}",
+            "pip install bitsandbytes, on a machine with such a card; or --set quantized=no",
+        )
+    if how == "int8":
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _with_adapters(peft: Any, base: Any, plan: TaskSettings, memory_bytes: int) -> Any:
@@ -203,7 +249,9 @@ def _with_adapters(peft: Any, base: Any, plan: TaskSettings, memory_bytes: int) 
 def _adapters(peft: Any, plan: TaskSettings, rank: int) -> Any:
     targets = {"": None, "all-linear": "all-linear"}.get(plan.targets, plan.targets.split(","))
     return peft.LoraConfig(
-        task_type={"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}[plan.kind],
+        task_type={"causal": "CAUSAL_LM", "chat": "CAUSAL_LM", "classification": "SEQ_CLS"}[
+            plan.kind
+        ],
         r=rank,
         lora_alpha=plan.alpha,
         lora_dropout=plan.dropout,

@@ -11,21 +11,26 @@ digests of their base models.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from agent.data import conversations
+from agent.data.conversations import Message
 from agent.data.disclosed_sets import Numbers, Use
 from agent.data.settings import DataSettings
-from agent.tasks import OnStep, TrainOutcome
+from agent.tasks import EvalOutcome, OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
 from agent.tasks.language import base_model, factored
 from agent.tasks.language import tokens as text
 from agent.tasks.language.base_model import AdaptedModel
+from agent.tasks.language.chat import Question, fill_rows
 from agent.tasks.language.next_token import NextTokenTask, split_windows
 from agent.tasks.language.tokens import Tokenizer
 from agent.tasks.training import class_folders, module_state
@@ -36,7 +41,7 @@ from agent.tasks.training.seeds import derive_seed
 from agent.tasks.training.task_settings import TaskSettings
 from agent.tasks.training.torch_loop import MakeStep, autograd_step
 from agent.tasks.training.torch_task import LastValue
-from protocols.errors import UsageError
+from protocols.errors import DataError, UsageError
 from protocols.model.built_in_settings import LoraSettings
 from protocols.model.weights import Schema, Weights
 
@@ -45,8 +50,10 @@ _CPU = torch.device("cpu")
 #: The settings on which the model depends.
 _OF_MODEL = (
     *("model", "kind", "classes", "rank", "alpha", "dropout", "targets", "checkpointing"),
-    "aggregation",
+    *("aggregation", "digest", "quantized"),
 )
+#: Tokens that a generated answer may have beyond the right one.
+_MORE_TOKENS = 8
 
 
 class Lora(NextTokenTask):
@@ -54,13 +61,16 @@ class Lora(NextTokenTask):
 
     forms = ("merged",)
     Settings = LoraSettings
-    _reads = ("model", "kind", "classes", "context")
+    _reads = ("model", "kind", "classes", "context", "packing", "exact_match", "digest")
 
     def __init__(self) -> None:
         super().__init__()
         self._base = LastValue[AdaptedModel]()
         #: What the first factors of a round depend on.
         self._first: tuple[object, ...] = ()
+        #: Of conversations: held-out ones whose answers an evaluation generates.
+        self._questions: list[Question] = []
+        self._is_chat = False
         #: Of the texts of a classification; other text has no rows.
         self._numbers: Mapping[Use, Numbers | None] = {}
 
@@ -72,11 +82,12 @@ class Lora(NextTokenTask):
         self._base = LastValue()
 
     def _read(self, settings: RunSettings) -> TaskSettings:
-        """All settings, with the classes as a tuple, which is empty for a causal model.
+        """All settings, with the classes as a tuple, which is empty without a classification.
 
         Runs and models without `aggregation` are from versions that averaged A and B.
         """
         read = super()._read({"aggregation": "average", **settings})
+        self._is_chat = read.kind == "chat"
         if not read.model:
             raise UsageError(
                 "a run of lora names its base model", "the folder's name: --set model=NAME"
@@ -86,15 +97,21 @@ class Lora(NextTokenTask):
                 f"with aggregation={read.aggregation}, all peers have adapters of one rank",
                 "--set rank=8, or --set aggregation=stack with rank=auto",
             )
-        is_causal = read.kind == "causal"
-        classes = () if is_causal else class_folders.parse_classes(read.classes)
+        has_classes = read.kind == "classification"
+        classes = class_folders.parse_classes(read.classes) if has_classes else ()
         return TaskSettings({**read, "classes": classes})
 
     def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """The base model's digest and the classes. Reads the text, so that errors show early."""
         self._sets(settings)
         read = self._read(settings)
-        return {"base model": (self._digest(read),), "classes": read.classes}
+        digest = self._digest(read)
+        base_model.check_digest(read, digest)
+        told = {"base model": (digest,), "classes": read.classes}
+        if read.kind == "chat":
+            template = self._adapted(read).chat.template
+            told["chat template"] = (hashlib.sha256(template.encode()).hexdigest()[:16],)
+        return told
 
     def _folder(self, read: TaskSettings) -> Path:
         return base_model.find_folder(self._data, read.model)
@@ -105,8 +122,15 @@ class Lora(NextTokenTask):
     def _adapted(self, read: TaskSettings) -> AdaptedModel:
         def load() -> AdaptedModel:
             memory = factored.memory_bytes(self._device)
-            found = base_model.load_adapted(self._folder(read), read, 0, memory)
-            return found.to(self._device)
+            base_model.check_digest(read, self._digest(read))
+            # Tensors of an evaluation that is the first to need the model could not be trained.
+            with torch.inference_mode(False):
+                found = base_model.load_adapted(self._folder(read), read, 0, memory)
+            if read.quantized == "no":
+                return found.to(self._device)
+            for one in found.added:  # bitsandbytes has put the rest there, and for good
+                one.to(self._device)
+            return found
 
         return self._base.get(tuple(read[name] for name in _OF_MODEL), load)
 
@@ -151,12 +175,68 @@ class Lora(NextTokenTask):
     # --- data ---
 
     def data(self, source: DataSettings, settings: Any) -> Sources:
-        made, self._numbers = self._adapted(settings), {}
+        made, self._numbers, self._questions = self._adapted(settings), {}, []
         if settings.kind == "classification":
             return self._texts(source, settings, made)
+        if settings.kind == "chat":
+            return self._conversations(source, settings, made)
         tokens = made.tokens._replace(digest=self._digest(settings))
         windows = split_windows(text.tokenize(source, tokens), settings.context)
         return windows.sources(self._device)
+
+    def _conversations(
+        self, source: DataSettings, settings: TaskSettings, made: AdaptedModel
+    ) -> Sources:
+        """Rows of conversations. Raises DataError."""
+        parts: tuple[list[Any], list[Any]] = ([], [])
+        self._questions = []
+        for said in conversations.read(source.path):
+            is_held = conversations.is_held_out(said)
+            parts[is_held].append(made.chat.segments(said))
+            if is_held and len(self._questions) < settings.exact_match:
+                self._questions.append(made.chat.question(said))
+        rows = [
+            fill_rows(part, settings.context, made.pad, packing=settings.packing) for part in parts
+        ]
+        if not all(len(part.tokens) for part in rows):
+            raise DataError(
+                "there are too few conversations to train on some and hold out others, or their "
+                f"answers begin beyond {settings.context} tokens",
+                f"{source.path}: {sum(map(len, parts))} conversations, {rows[0].left_out} of them "
+                "too long; more of them, or a larger --set context",
+            )
+        train, held_out = (part.examples(self._device) for part in rows)
+        return train, held_out
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        """As of all texts; of conversations the mean over examples of that over their answers."""
+        if output.dim() == 2 or not self._is_chat:
+            return super().loss(output, target)
+        losses = F.cross_entropy(output.float().transpose(1, 2), target, reduction="none")
+        means: Tensor = losses.sum(1) / (target >= 0).sum(1).clamp(min=1)
+        return means.mean()
+
+    def metrics(self, output: Any, target: Any) -> Mapping[str, Any]:
+        """The "accuracy" of tokens or texts."""
+        if output.dim() == 2 or not self._is_chat:
+            return super().metrics(output, target)
+        right = (output.argmax(-1) == target).sum(1)
+        return {"accuracy": (right / (target >= 0).sum(1).clamp(min=1)).cpu().double().mean()}
+
+    def evaluate(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> EvalOutcome:
+        """As of all texts. With `exact_match`, the share of held-out answers that the model gives
+        word for word, each token the most probable one."""
+        found = super().evaluate(weights, settings, on_step)
+        if not self._questions:
+            return found
+        read, right = self._read(settings), 0
+        with torch.inference_mode():
+            call = self._ready(weights, settings)
+            for prompt, answer in self._questions:
+                most = len(self._tokenizer(read).encode(answer)) + _MORE_TOKENS
+                right += self._continuation(call, prompt, read, most).strip() == answer.strip()
+        matched = {"exact_match": right / len(self._questions)}
+        return found._replace(metrics={**found.metrics, **matched})
 
     def _texts(self, source: DataSettings, settings: Any, made: AdaptedModel) -> Sources:
         """The texts in a folder for each class: tokens int64[n, t] up to the longest text of a
@@ -219,6 +299,10 @@ class Lora(NextTokenTask):
         """A continuation or a class of the text x."""
         if settings.kind == "causal":
             return super()._answer(call, x, settings)
+        if settings.kind == "chat":
+            turns = (Message("user", x), Message("assistant", ""))
+            prompt = self._adapted(settings).chat.question(turns).prompt
+            return {"continuation": [self._continuation(call, prompt, settings)]}
         made = self._tokenizer(settings)
         tokens = (list(made.encode(x)) or [made.end])[: settings.context]
         row = torch.tensor(tokens, device=self._device)[None]
@@ -231,6 +315,7 @@ class Lora(NextTokenTask):
         """The base model with the adapters merged in: a folder for plain transformers."""
         read = self._read(settings)
         found = base_model.find_folder(data, read.model)
+        read = TaskSettings({**read, "quantized": "no"})
         made = base_model.load_adapted(found, read, memory_bytes=factored.memory_bytes(_CPU))
         module_state.load_tensors(made.tensors(), weights)
         base_model.save_merged(made, out, found)

@@ -115,11 +115,21 @@ class NextTokenTask(BuiltInTask):
         `MAX_NEW_TOKENS`."""
         tokenizer = self._tokenizer(settings)
         tokens = list(tokenizer.encode(x)) or [tokenizer.end]
-        given = len(tokens)
-        while len(tokens) < given + MAX_NEW_TOKENS:
-            seen = torch.tensor(tokens[-settings.context :], device=self._device)[None]
+        return {"continuation": [self._continuation(call, tokens, settings)]}
+
+    def _continuation(
+        self,
+        call: Callable[[Any], Any],
+        tokens: Sequence[int],
+        settings: Any,
+        most: int = MAX_NEW_TOKENS,
+    ) -> str:
+        """The text of at most `most` tokens, each the most probable one after those before."""
+        tokenizer, found = self._tokenizer(settings), list[int]()
+        while len(found) < most:
+            seen = torch.tensor([*tokens, *found][-settings.context :], device=self._device)[None]
             following = int(call(seen)[0, -1].argmax())
             if following == tokenizer.end:
                 break
-            tokens.append(following)
-        return {"continuation": [tokenizer.decode(tokens[given:])]}
+            found.append(following)
+        return tokenizer.decode(found)

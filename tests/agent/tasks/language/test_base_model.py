@@ -14,6 +14,7 @@ from agent.data.settings import DataSettings
 from agent.tasks import registry
 from agent.tasks.language import base_model, tokens
 from agent.tasks.language.base_model import AdaptedModel
+from agent.tasks.language.chat import ChatFormat
 from agent.tasks.language.lora import Lora
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
 from protocols.model.weights import Weights, save
@@ -126,7 +127,8 @@ def test_batches_lie_whole_on_the_device_that_trains(
     )
     monkeypatch.setattr(task._local, "train", loop)
     bytes_of = tokens.load_tokenizer(tokens.BYTES, Path())
-    adapted = AdaptedModel(torch.nn.Linear(1, 1), bytes_of, 0, {"adapter": "weight"})
+    nothing = torch.nn.ModuleList(), ChatFormat(None, 0)
+    adapted = AdaptedModel(torch.nn.Linear(1, 1), bytes_of, 0, {"adapter": "weight"}, *nothing)
     monkeypatch.setattr(base_model, "load_adapted", lambda *_: adapted)
     first = Weights({"adapter": np.zeros((1, 1), np.float32)})
     task.load(DataSettings(path=str(tmp_path / "texts"), models=str(models)))
