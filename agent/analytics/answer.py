@@ -17,7 +17,7 @@ from agent.analytics.cut_points import CutPoints
 from agent.analytics.figures import Figure, compute_figure, min_product_rows
 from agent.analytics.model_sums import compute_model
 from agent.analytics.peer_sets import columns_of
-from agent.analytics.query_log import QueryLog, ToldColumn
+from agent.analytics.query_log import Asked, QueryLog, ToldColumn
 from agent.analytics.survival_counts import count_survival
 from agent.data import disclosed_sets, open_table, sources
 from agent.data.arrow_reader import find_files, map_errors
@@ -53,15 +53,12 @@ def answer_question(
     cache: Path,
     log: QueryLog,
     memory: TableMemory,
-    asked_by: tuple[str, str] = ("", ""),
-    *,
-    secure: bool = False,
+    asked: Asked = Asked(),
 ) -> bytes:
     """The encoded answer, with results or the reason for a refusal. Records it first.
 
-    `asked_by`: the job and the fleet, for the ledger of privacy. `chosen` names the table and what
+    `asked`: by whom and how. `chosen` names the table and what
     the owner allows; `memory` has the rows that training and earlier answers have told about.
-    `secure`: the answer leaves in a sum with those of other peers.
     Raises OSError when the answer cannot be recorded.
     """
     data = ""
@@ -69,21 +66,23 @@ def answer_question(
     with log.writing():
         try:
             _check(question, chosen, log)
-            _check_way(question, chosen, log, secure)
+            _check_way(question, chosen, log, asked.secure)
             data = _state_of(chosen)
             if (told := log.find_answer(question, data)) is not None:
-                _remember_way(question, log, secure)
-                return log.repeat(question, data, told)
+                _remember_way(question, log, asked.secure)
+                return log.repeat(question, data, told, asked)
             log.check_room()
             told, sets = _compute_answer(question, chosen, cache, log, memory)
-            _charge(question, chosen, log, asked_by)
-            _remember_way(question, log, secure)
+            _charge(question, chosen, log, asked)
+            _remember_way(question, log, asked.secure)
         except CommonweightError as err:
             # Others learn the kind of error, not the content of the table.
             words = err.message if isinstance(err, Refused) else f"{err.code}: {err.message}"
             _logger.info("a question was refused: %s. It was: %s", err.message, question)
-            return log.record(question, data, PeerAnswer(refused=strip_controls(words)))
-        return log.record(question, data, told, sets)
+            return log.record(
+                question, data, PeerAnswer(refused=strip_controls(words)), asked=asked
+            )
+        return log.record(question, data, told, sets, asked)
 
 
 def _check_way(question: Query, chosen: AgentSettings, log: QueryLog, secure: bool) -> None:
@@ -110,11 +109,9 @@ def _remember_way(question: Query, log: QueryLog, secure: bool) -> None:
         log.peer_sets.tell_alone(columns_of(question))
 
 
-def _charge(
-    question: Query, chosen: AgentSettings, log: QueryLog, asked_by: tuple[str, str]
-) -> None:
+def _charge(question: Query, chosen: AgentSettings, log: QueryLog, asked: Asked) -> None:
     """Charge an answer to the owner's ledger. Raises NotAllowed if that exceeds the limit."""
-    job, fleet = asked_by
+    job, fleet = asked.job, asked.fleet
     if question.epsilon:
         cost = differential_privacy.cost(question)
         charge = Charge("question", job, cost, fleet, str(question), question.epsilon)

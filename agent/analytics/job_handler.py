@@ -11,6 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent.analytics import query_log
+from agent.analytics.query_log import Asked
 from agent.clientapp.jobs import Result
 from agent.data import check_installed, passwords
 from agent.data.settings import uses_network
@@ -43,7 +44,8 @@ def handler(home: Path, fleet: str = "") -> Callable[[Unit], Result]:
     def answer_unit(unit: Unit) -> Result:
         if not isinstance(unit.question, Analyze):
             raise BadMessage("a unit that is no question")
-        body = answer(read_question(unit.question.query), home, unit.job, fleet)
+        asked = Asked(unit.job, fleet, method=unit.question.method)
+        body = answer(read_question(unit.question.query), home, asked)
         return Result(body, msgspec.json.decode(body, type=PeerAnswer).rows)
 
     return answer_unit
@@ -54,10 +56,8 @@ def read_question(text: str) -> Query:
     return decode(_query, text.encode(), "question")
 
 
-def answer(
-    question: Query, home: Path, job: str = "", fleet: str = "", *, secure: bool = False
-) -> bytes:
-    """The encoded answer, after it was recorded for this job. `secure`: only sums of it leave.
+def answer(question: Query, home: Path, asked: Asked = Asked()) -> bytes:
+    """The encoded answer, after it was recorded.
 
     Raises CommonweightError. The message of one leaves the machine; why a process failed may quote
     a path, a setting or a value, so it is in the hint, which stays.
@@ -67,10 +67,10 @@ def answer(
         query_log.move_log(home)
         program, env = child_program(home)
         return run_program(
-            [sys.executable, "-P", "-m", *program, str(home), job, fleet, *["secure"] * secure],
+            [sys.executable, "-P", "-m", *program, str(home)],
             "its process failed",
             within_s=TIMEOUT_S,
-            stdin=msgspec.json.encode(question),
+            stdin=msgspec.json.encode((question, asked)),
             env=env,
         )
     except (TrainerFailed, HomeError, MissingPackage):

@@ -28,6 +28,7 @@ from agent.home.privacy_ledger import PrivacyLedger
 from protocols.analytics.mergeable_states import Floats, PeerAnswer
 from protocols.analytics.query import Query
 from protocols.errors import HomeError, Refused
+from protocols.messages.envelope import strip_controls
 
 if TYPE_CHECKING:
     from agent.analytics.compute import Mask  # it imports pyarrow, which an idle agent spares
@@ -94,8 +95,21 @@ class ToldColumn(NamedTuple):
     rows: Numbers
 
 
+class Asked(NamedTuple):
+    """How a question was asked: its job and fleet, whether its answer leaves in a sum alone, and
+    the text of the method that it is a part of, as the requester says."""
+
+    job: str = ""
+    fleet: str = ""
+    secure: bool = False
+    method: str = ""
+
+
 class Entry(NamedTuple):
-    """A line of the log: the query and the size of its answer (`bytes`), or why it was refused."""
+    """A line of the log: the query and the size of its answer (`bytes`), or why it was refused.
+
+    `secure`: only sums with the answers of other peers have left. `method`: see `Asked`.
+    """
 
     at: float
     question: str
@@ -103,6 +117,8 @@ class Entry(NamedTuple):
     bytes: int
     epsilon: float
     refused: str
+    secure: bool = False
+    method: str = ""
 
 
 class QueryLog:
@@ -115,8 +131,10 @@ class QueryLog:
         )
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.executescript(_SCHEMA)
-        if "charged" not in {row[1] for row in self._db.execute("PRAGMA table_info(answers)")}:
-            self._db.execute("ALTER TABLE answers ADD COLUMN charged INTEGER")
+        there = {row[1] for row in self._db.execute("PRAGMA table_info(answers)")}
+        for name in ("charged INTEGER", "secure INTEGER", "method TEXT"):
+            if name.split()[0] not in there:  # a log of an older version
+                self._db.execute(f"ALTER TABLE answers ADD COLUMN {name}")
         self.ledger = PrivacyLedger(path.with_name("privacy.db"))
         self.peer_sets = PeerSets(file_beside(path))
 
@@ -216,31 +234,42 @@ class QueryLog:
             )
 
     def record(
-        self, question: Query, data: str, told: PeerAnswer, sets: Sequence[ToldColumn] = ()
+        self,
+        question: Query,
+        data: str,
+        told: PeerAnswer,
+        sets: Sequence[ToldColumn] = (),
+        asked: Asked = Asked(),
     ) -> bytes:
         """Record an answer inside `writing`; returns its bytes, to release after the commit."""
         body = msgspec.json.encode(told)
-        self._insert(question, data, told, body, b"" if told.refused else body)
+        self._insert(question, data, told, body, b"" if told.refused else body, asked)
         self._db.executemany(
             "INSERT INTO told_rows VALUES (?, ?)", [(one.column, pack(one.rows)) for one in sets]
         )
         return body
 
-    def repeat(self, question: Query, data: str, told: PeerAnswer) -> bytes:
+    def repeat(self, question: Query, data: str, told: PeerAnswer, asked: Asked = Asked()) -> bytes:
         """As `record`, for an answer that `find_answer` has found; it costs no noise again."""
         body = msgspec.json.encode(told)
-        self._insert(replace(question, epsilon=0.0), data, told, body, b"")
+        self._insert(replace(question, epsilon=0.0), data, told, body, b"", asked)
         return body
 
     def _insert(
-        self, question: Query, data: str, told: PeerAnswer, body: bytes, stored: bytes
+        self,
+        question: Query,
+        data: str,
+        told: PeerAnswer,
+        body: bytes,
+        stored: bytes,
+        asked: Asked,
     ) -> None:
         text = str(question)
         if not stored and len(text) > _MAX_REPEAT_CHARS:
             text = f"{text[:_MAX_REPEAT_CHARS]}…"
         self._db.execute(
             "INSERT INTO answers (at, digest, data, question, told, cells, bytes, epsilon,"
-            " refused, charged) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)",
+            " refused, charged, secure, method) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
             (
                 time.time(),
                 question.digest,
@@ -251,6 +280,8 @@ class QueryLog:
                 len(body),
                 0.0 if told.refused else question.epsilon,
                 told.refused,
+                asked.secure,
+                strip_controls(asked.method),
             ),
         )
         if not stored:
@@ -262,9 +293,10 @@ class QueryLog:
     def entries(self) -> list[Entry]:
         """The log, oldest first."""
         rows = self._db.execute(
-            "SELECT at, question, cells, bytes, epsilon, refused FROM answers ORDER BY id"
+            "SELECT at, question, cells, bytes, epsilon, refused, COALESCE(secure, 0),"
+            " COALESCE(method, '') FROM answers ORDER BY id"
         )
-        return [Entry(*row) for row in rows]
+        return [Entry(*row)._replace(secure=bool(row[6])) for row in rows]
 
     # --- approval by the owner ---
 

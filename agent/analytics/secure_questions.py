@@ -18,7 +18,7 @@ import msgspec
 
 from agent.analytics import job_handler, peer_sets
 from agent.analytics.peer_sets import PeerSets
-from agent.analytics.query_log import log_file
+from agent.analytics.query_log import Asked, log_file
 from agent.clientapp import secure_rules
 from agent.clientapp.jobs import Result
 from agent.clientapp.secure_turns import SecureTurns
@@ -59,7 +59,7 @@ class _Open:
 class SecureQuestions:
     """This agent in secure questions of the fleet `fleet`; used by one thread at a time.
 
-    `compute(query, job)`: the encoded answer of this machine, after it was recorded for this job.
+    `compute(query, asked)`: the encoded answer of this machine, after it was recorded.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SecureQuestions:
         home: Path,
         fleet: str,
         owner: Callable[[], AgentSettings],
-        compute: Callable[[Query, str], bytes],
+        compute: Callable[[Query, Asked], bytes],
     ) -> None:
         self._me, self._home, self._fleet, self._owner = me, home, fleet, owner
         self._compute = compute
@@ -113,7 +113,8 @@ class SecureQuestions:
             secure_rules.check_trust(self._owner(), "question")
         except CommonweightError as err:  # asked once: it does not wait for the owner
             return Shape(answer=PeerAnswer(refused=err.message))
-        body = self._compute(query, unit.job)
+        how = Asked(unit.job, self._fleet, secure=True, method=asked.method)
+        body = self._compute(query, how)
         answer = msgspec.json.decode(body, type=PeerAnswer)
         if answer.refused:
             return Shape(answer=answer)

@@ -44,11 +44,17 @@ def list_questions(json: Json = False) -> None:
         }
         print_json(data)
         return
+    method = ""
     for entry in entries:
+        if entry.method != method and entry.method:
+            print_text(f"for {entry.method}, as the requester says:")
+        method, indent = entry.method, "  " if entry.method else ""
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.at))
         outcome = entry.refused or f"{entry.cells} cells, {entry.bytes:,} bytes"
         noise = f", ε {entry.epsilon:g}" if entry.epsilon else ""
-        print_text(f"{at}  {entry.question}: {outcome}{noise}")
+        if entry.secure and not entry.refused:
+            outcome += ", in sums with other machines alone"
+        print_text(f"{indent}{at}  {entry.question}: {outcome}{noise}")
     if query_log.spent_epsilon:
         print_text(f"privacy budget spent: ε {query_log.spent_epsilon:g}")
     for digest, question, allowed in requests:

@@ -267,9 +267,7 @@ def make_client(
                 home,
                 ctx.enrollment.fleet,
                 owner,
-                lambda query, job: job_handler.answer(
-                    query, home, job, ctx.enrollment.fleet, secure=True
-                ),
+                lambda query, asked: job_handler.answer(query, home, asked),
             ).answer,
         },
         check=lambda unit: consent.check_unit(owner(), unit),

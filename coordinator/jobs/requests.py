@@ -190,9 +190,13 @@ class PendingJobRequests:
 def _question(spec: JobSpec, unit: Unit) -> wire.UnitQuestion:
     """The question to a peer about its own table."""
     if (secure := spec.secure) is None:
-        return wire.Analyze(spec.query)
+        return wire.Analyze(spec.query, spec.method)
     some = secure.requests
     request = some[unit.number if len(some) > 1 else 0] if some else b""
     return wire.SecureAnalyze(
-        query=spec.query, session=secure.session, step=secure.step, request=request
+        query=spec.query,
+        session=secure.session,
+        step=secure.step,
+        request=request,
+        method=spec.method,
     )

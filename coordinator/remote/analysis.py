@@ -41,16 +41,26 @@ if TYPE_CHECKING:
 _FIRST_POLL_S, _POLL_S = 0.03, 0.2
 #: Steps of a secure sum after the first take milliseconds.
 _STEP_S = 30.0
+#: Of the text of a method, owners see so many characters.
+_MAX_METHOD = 400
 
 
-def start(remote: Remote, query: Query, deadline_s: float, peers: Sequence[str] = ()) -> str:
+def start(
+    remote: Remote, query: Query, deadline_s: float, peers: Sequence[str] = (), method: str = ""
+) -> str:
     """Start the query for these peers, or all that are online; return the job's id.
 
-    Raises CommonweightError.
+    `method`: the text of what asks it, if it is one of several questions. Raises CommonweightError.
     """
     encoded = msgspec.json.encode(query).decode()
     return remote.start_job(
-        JobSpec(kind="analyze", query=encoded, deadline_s=deadline_s, peers=tuple(peers))
+        JobSpec(
+            kind="analyze",
+            query=encoded,
+            deadline_s=deadline_s,
+            peers=tuple(peers),
+            method=method[:_MAX_METHOD],
+        )
     )
 
 
@@ -81,15 +91,17 @@ def ask_method(
 
     def put(query: Query, peers: Sequence[str]) -> Merged:
         if secure:
-            return _ask_securely(remote, query, peers, deadline_s)
-        job = _wait(remote, start(remote, query, deadline_s, peers))
+            return _ask_securely(remote, query, peers, deadline_s, method.text)
+        job = _wait(remote, start(remote, query, deadline_s, peers, method.text))
         return merge_answers(*answers_of(job, method.name, may_be_none=bool(peers)))
 
     names = {peer["peer"]: peer["name"] for peer in remote.peers()}
     return follow(method._replace(peer_names=names), put)
 
 
-def _ask_securely(remote: Remote, query: Query, peers: Sequence[str], deadline_s: float) -> Merged:
+def _ask_securely(
+    remote: Remote, query: Query, peers: Sequence[str], deadline_s: float, method: str = ""
+) -> Merged:
     """The sums over these peers, or all that are online. Each step is a job."""
     encoded = msgspec.json.encode(query).decode()
 
@@ -103,6 +115,7 @@ def _ask_securely(remote: Remote, query: Query, peers: Sequence[str], deadline_s
             deadline_s=deadline_s if step == "shape" else min(deadline_s, _STEP_S),
             peers=tuple(of),
             secure=SecureStep(session=session, step=step, requests=requests),
+            method=method[:_MAX_METHOD],
         )
         if isinstance(of, Mapping) and not of:
             return Answers({}, {})

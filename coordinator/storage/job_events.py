@@ -61,7 +61,8 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     and each unit needs `quorum` equal answers. "private" and "analyze": each of `peers` (empty: all
     that are online) is asked about its own rows, and the job ends after `deadline_s` (0: never)
     with the answers that have arrived. `names`: the requester's names for the models. `secure`: the
-    step that peers are asked for, if the question is secure.
+    step that peers are asked for, if the question is secure. `method`: what the requester computes
+    from several questions.
     """
 
     kind: Kind
@@ -79,6 +80,7 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     query: Annotated[str, Meta(max_length=256 * 1024)] = ""
     requester: _ShortText = ""
     secure: SecureStep | None = None
+    method: _ShortText = ""
 
 
 class AnswerInfo(Struct, frozen=True, kw_only=True):

@@ -15,7 +15,16 @@ from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage
 from protocols.messages.decoding import decode
-from protocols.messages.envelope import Count, Digest, Id, MaybeId, Metrics, Settings, TaskName
+from protocols.messages.envelope import (
+    Count,
+    Digest,
+    Id,
+    MaybeId,
+    Metrics,
+    Settings,
+    TaskName,
+    Text,
+)
 from protocols.messages.signing import SignedJson
 
 #: The action of a Flower message of type `query`; Flower allows no types of our own.
@@ -63,10 +72,14 @@ class Private(Struct, frozen=True, tag=True, kw_only=True):
     min_group: Count
 
 
-class Analyze(Struct, frozen=True, tag=True):
-    """Answer a query over the peer's own rows, with statistics that can be merged."""
+class Analyze(Struct, frozen=True, tag=True, omit_defaults=True):
+    """Answer a query over the peer's own rows, with statistics that can be merged.
+
+    `method`: what the requester computes from several such questions, for the owner's list.
+    """
 
     query: Annotated[str, Meta(max_length=256 * 1024)]
+    method: Text = ""
 
 
 class SecureAnalyze(Struct, frozen=True, tag=True, kw_only=True):
@@ -80,6 +93,7 @@ class SecureAnalyze(Struct, frozen=True, tag=True, kw_only=True):
     session: Id
     step: QuestionStep
     request: Annotated[bytes, Meta(max_length=MAX_STEP_BYTES)] = b""
+    method: Text = ""
 
 
 UnitQuestion = Scatter | Private | Analyze | SecureAnalyze

@@ -148,6 +148,9 @@ def test_secure_questions_to_three_agents(tmp_path: Path) -> None:
         said = fit.stdout + fit.stderr
         assert "3 of 3 peers, 240 rows" in said
         assert "secure sums of 3 peers, each off by at most 4e-39" in said
+        listed = site.ask_agent("ann", "questions", "list").stdout
+        assert "for glm(age ~ sex), as the requester says:\n  2" in listed
+        assert "in sums with other machines alone" in listed
         plain = site.ask("analyze", "mean(age)")
         assert "secure questions alone" in plain.stderr
         no_sums = site.ask("analyze", "meta(age)", "--secure")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from agent.analytics.query_log import Asked
 from agent.home.secure_store import QUESTIONS
 from protocols.analytics.parser import parse_query
 from protocols.errors import CohortLost, CommonweightError
@@ -60,7 +61,9 @@ def own_numbers(site: SecureTables, peer: str, text: str) -> list[bytes]:
         if step == "ready"
     )
     agent = site.peers[peer]
-    answer = msgspec.json.decode(agent._compute(query, ""), type=question_sums.PeerAnswer)
+    answer = msgspec.json.decode(
+        agent._compute(query, Asked(secure=True)), type=question_sums.PeerAnswer
+    )
     words = question_sums.encode(query, layout, peer, answer)
     return [word.tobytes() for word in words if word.any()]
 

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
 from agent.analytics.answer import answer_question
+from agent.analytics.query_log import Asked, QueryLog, log_file
 from agent.analytics.secure_questions import SecureQuestions
 from coordinator.jobs import secure_questions
 from coordinator.jobs.analysis import AnalysisResult, Merged, result_of
@@ -38,8 +39,6 @@ class SecurePeer(TablePeer):
         super().__init__(folder, rows, **allowed)
         (folder / "told").mkdir()
         self.log.close()
-        from agent.analytics.query_log import QueryLog, log_file
-
         self.home = folder
         self.log = QueryLog(log_file(folder))
         key = Ed25519PrivateKey.generate()
@@ -50,10 +49,8 @@ class SecurePeer(TablePeer):
     def restarted(self) -> SecureQuestions:
         return SecureQuestions(self.me, self.home, FLEET, lambda: self.owner, self._compute)
 
-    def _compute(self, query: Query, job: str) -> bytes:
-        return answer_question(
-            query, self.owner, self.home, self.log, self.memory, (job, FLEET), secure=True
-        )
+    def _compute(self, query: Query, asked: Asked) -> bytes:
+        return answer_question(query, self.owner, self.home, self.log, self.memory, asked)
 
     def step(self, asked: SecureAnalyze) -> bytes:
         """The answer to a step, which was encoded and decoded. Raises CommonweightError."""
