@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -57,12 +57,14 @@ class Server:
     def crash(self) -> None:
         """Kill the server and all its processes, which is like a power cut without lost writes."""
         assert self.process is not None
-        family = [*psutil.Process(self.process.pid).children(), self.process]
-        for process in family:
-            process.kill()
+        children = psutil.Process(self.process.pid).children()
+        self.process.kill()  # first, so that it starts no more of them
+        for process in children:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait(_WITHIN_S)
         # A server that starts beside the memory of the old one would refuse.
-        psutil.wait_procs(family[:-1], _WITHIN_S)
+        psutil.wait_procs(children, _WITHIN_S)
 
     def stop(self) -> None:
         """End connections and the server."""

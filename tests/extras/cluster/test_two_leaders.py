@@ -22,7 +22,7 @@ from coordinator.storage.postgres_lease import VALID_S
 from coordinator.storage.postgres_ledger import PostgresLedger
 from protocols.errors import CommonweightError, LedgerUnreachable
 
-SCHEDULES = int(os.environ.get("SCHEDULES", "5000"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "3000"))
 STEPS = 40
 _FATES = ("done", "lost", "unanswered", "late")
 
