@@ -48,6 +48,7 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
             ("blood tests", "flchain"),
         )
     },
+    ("docs/large-models.md", "adapters"): ("quality/adapters.json", quality.adapters),
     ("docs/quality.md", "codecs"): ("quality/quality-results.json", quality.codecs),
     ("docs/quality.md", "strategies"): ("quality/quality-results.json", quality.strategies),
     ("docs/quality.md", "cameras"): ("quality/quality-results.json", quality.cameras),

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md, from quality-results.json and language.json."""
+"""The tables of docs/quality.md and docs/large-models.md, from the results in docs/quality."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ _CODECS = (
     ("sign", "shards", "best .910–.921; 55–59"),
     ("topk", "shards", "best .909–.916; 53–61"),
 )
+_ADAPTERS_HEAD = (
+    "| `aggregation` | fall of the held-out loss, nats per token | kB up | kB down "
+    "| missing of a round's change |\n|---|---|---|---|---|\n"
+)
+#: Relative to a round's change: below this, a version is the mean but for rounding to float32.
+EXACT = 1e-5
 _SPLITS = {"iid": "at random", "shards": "two labels per peer"}
 _STRATEGIES_HEAD = (
     "| strategy | codec | seeds | best | rounds to 90 % | bytes up |\n|---|---|---|---|---|---|\n"
@@ -174,6 +180,21 @@ def language(results: dict[str, Any]) -> str:
         f"| {_losses(every)} | 1 | 1 |\n"
         f"| {name} | {rare[0]['lr']} | {_losses(rare)} | 1/{up:.0f} | 1/{both:.0f} |\n"
     )
+
+
+def adapters(results: dict[str, Any]) -> str:
+    """Ways to make one adapter of many: loss, bytes, and what a version misses."""
+    rows = results["rows"]
+    lines = [_ADAPTERS_HEAD]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [row for row in rows if row["way"] == way]
+        falls = [row["first_loss"] - row["losses"][-1] for row in mine]
+        off = max(row["off"] for row in mine)
+        kilobytes = (f"{mine[0][key] / 1000:,.1f}" for key in ("bytes_up", "bytes_down"))
+        missed = "nothing" if off < EXACT else f"{100 * off:.0f} %"
+        cells = [f"`{way}`", _range(falls), *kilobytes, missed]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
 
 
 def _of(results: dict[str, Any], course: str) -> list[Row]:

@@ -93,3 +93,22 @@ def test_shared_noise_costs_little_of_the_accuracy_of_digits() -> None:
 def test_shared_noise_costs_no_more_than_own_noise(data: str) -> None:
     for epsilon in (1.0, 3.0, 8.0):
         assert noisy(data, epsilon, shared=True) >= noisy(data, epsilon, shared=False) - 0.005
+
+
+def test_adapters_of_the_same_rounds_are_compared() -> None:
+    rows = json.loads((ROOT / "docs/quality/adapters.json").read_bytes())["rows"]
+    by_way = {
+        way: [r for r in rows if r["way"] == way] for way in ("ffa", "stack", "svd", "average")
+    }
+    assert len({tuple(row["seed"] for row in mine) for mine in by_way.values()}) == 1
+    assert len({(row["rounds"], row["lr"]) for row in rows}) == 1
+    for way in ("ffa", "stack"):
+        assert all(row["off"] < page.EXACT for row in by_way[way])
+    assert all(row["off"] > 0.01 for row in by_way["average"])
+    for row in by_way["svd"]:  # what is missing is what was cut
+        assert row["off"] == pytest.approx(row["cut"], rel=1e-3)
+    ffa, stack, svd, average = (by_way[way][0] for way in by_way)
+    assert 1.8 < average["bytes_up"] / ffa["bytes_up"] < 2.2
+    assert average["bytes_down"] == svd["bytes_down"] == 2 * ffa["bytes_down"]
+    assert stack["bytes_down"] > 4 * average["bytes_down"]
+    assert all(row["losses"][-1] < row["first_loss"] for row in rows)
