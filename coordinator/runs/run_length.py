@@ -22,7 +22,7 @@ MAX_ROUNDS, PATIENCE = 100, 10
 #: Of other runs.
 ROUNDS = 10
 #: How often a run of trees is evaluated, about, and how many of these may be no better.
-_EVALUATIONS, _TREE_PATIENCE = 20, 4
+_EVALUATIONS, _TREE_PATIENCE = 30, 4
 _TABULAR = built_in_settings.BY_TASK["tabular"]
 
 
@@ -74,7 +74,7 @@ def tree_rounds(settings: Mapping[str, str | int | float | bool]) -> tuple[int, 
     trees. Raises UsageError."""
     given = [settings.get(name, _TABULAR[name].default) for name in ("trees", "depth")]
     if not all(isinstance(number, int) and 0 < number < 10**6 for number in given):
-        raise UsageError("trees and depth must be whole numbers above 0", "--set trees=100")
+        raise UsageError("trees and depth must be whole numbers above 0", "--set trees=300")
     count, depth = (int(number) for number in given)
     return 1 + count * depth, depth * max(1, count // _EVALUATIONS)
 

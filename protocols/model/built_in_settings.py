@@ -205,7 +205,7 @@ class TabularSettings:
         ),
     ] = "linear"
     hidden: Annotated[str, Meta(description="sizes of the layers of mlp")] = "64,32"
-    trees: Annotated[int, Meta(ge=1, le=5000, description="how many trees")] = 100
+    trees: Annotated[int, Meta(ge=1, le=5000, description="how many trees, at most")] = 300
     depth: Annotated[int, Meta(ge=1, le=10, description="levels of a tree: a round each")] = 6
     bins: Annotated[
         int, Meta(ge=4, le=63, description="of trees: cells of a column, one for missing values")

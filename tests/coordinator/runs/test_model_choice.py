@@ -82,8 +82,8 @@ def test_the_mean_by_rows_decides_and_the_line_says_so() -> None:
         "peers send counts of rows in place of hessians"
     )
     spec_rules.check(chosen.spec)
-    assert (chosen.spec.strategy, chosen.spec.codec, chosen.spec.rounds) == ("trees", "sums", 601)
-    assert chosen.spec.patience == 4 * chosen.spec.evaluate_every == 120
+    assert (chosen.spec.strategy, chosen.spec.codec, chosen.spec.rounds) == ("trees", "sums", 1801)
+    assert chosen.spec.patience == 4 * chosen.spec.evaluate_every == 240
 
 
 def test_of_equal_scores_the_simplest_model_is_chosen_and_a_run_goes_on_with_it() -> None:
@@ -129,7 +129,7 @@ def test_the_metric_of_the_run_decides() -> None:
         ({"outlier-limit": 2.0}, "--outlier-limit"),
         ({"mode": "buffered", "buffer": 2}, "--mode buffered"),
         ({"clip-norm": 1.0}, "--clip-norm"),
-        ({"rounds": 20}, "601 rounds"),
+        ({"rounds": 20}, "1801 rounds"),
         ({"set": ("trees=x",)}, "whole numbers"),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_run_without_a_model_compares_them_and_ends_by_itself() -> None:
     own = build_order({"task": "mine.py:Mine"}).spec
     assert (own.rounds, own.patience) == (10, 0)
     trees = spec_of(set=("model=trees",))
-    assert (trees.rounds, trees.patience, trees.evaluate_every) == (601, 120, 30)
+    assert (trees.rounds, trees.patience, trees.evaluate_every) == (1801, 240, 60)
 
 
 # --- in a fleet ----------------------------------------------------------------------------------

@@ -130,8 +130,8 @@ def test_run_start_sets_what_trees_need() -> None:
     assert (spec.strategy, spec.codec, spec.rounds, spec.outlier_limit) == (
         *("trees", "sums", 161, 0.0),
     )
-    assert spec.evaluate_every == 8
-    assert build_order({**typed, "set": ("model=trees",)}).spec.rounds == 601
+    assert spec.evaluate_every == 4
+    assert build_order({**typed, "set": ("model=trees",)}).spec.rounds == 1801
     spec_rules.check(spec)
     spec_rules.check(build_order({**typed, "secure": True, "quorum": 3}).spec)
     assert build_order({**typed, "rounds": 5}).spec.rounds == 5
