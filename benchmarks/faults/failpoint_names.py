@@ -90,9 +90,18 @@ SECURE_FILES = ("agent.secure.kept", "agent.secure.masked")
 LOST_COHORTS = ("run.recording.CohortLost", "run.recorded.CohortLost", "secure.cleared")
 #: All of secure runs. tests/e2e/test_secure.py kills at each of them.
 OF_SECURE_RUNS = frozenset({*SECURE_SUMS, *LOST_COHORTS, *SECURE, *SECURE_FILES})
+#: Of the extra cluster: a ledger that moves, a version in an object store. tests/extras/cluster
+#: kills there.
+CLUSTER = (
+    "ledger.copied",
+    "ledger.loaded",
+    "ledger.chosen",
+    "ledger.renamed",
+    "version.uploaded",
+)
 TRAINER = ("trainer.begun", "trainer.step", "trainer.trained", "trainer.saved")
 NAMES = frozenset(COORDINATOR + HANDSHAKE + JOBS + AGENT + AGENT_JOBS + AGENT_APPS + TRAINER).union(
-    OF_SECURE_RUNS
+    CLUSTER, OF_SECURE_RUNS
 )
 
 

@@ -19,10 +19,8 @@ from coordinator.runs.state import Run
 from coordinator.runs.steps import count_peers
 from coordinator.storage.run_events import ModelChosen, RunSpec
 from protocols.errors import SETTINGS_CODES, UNDECIDED_CODES, CommonweightError
-from protocols.tables.model_scores import MODELS, Model, ModelScores
+from protocols.tables.model_scores import MAX_ASKED, MODELS, Model, ModelScores
 
-#: At most this many peers are asked, those with the most rows.
-MAX_ASKED = 16
 #: How long the slowest of them may take. It then takes part in the run, not in the choice.
 DEADLINE_S = 90.0
 #: From so many rows of all peers together, trees are chosen without scores.

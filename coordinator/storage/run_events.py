@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -18,10 +18,12 @@ from protocols.messages.comparisons import Comparison
 from protocols.messages.envelope import Integer, Metrics, Tallies
 from protocols.messages.states import RunState
 from protocols.model.schema_card import Description, SchemaCard
-from protocols.tables.model_scores import Model, ModelScores
+from protocols.tables.model_scores import MAX_ASKED, MODELS, Model, ModelScores
 
 #: Without a pattern: ledgers of older versions have any text.
 _ShortText = Annotated[str, Meta(max_length=400)]
+_T = TypeVar("_T")
+_ByModel = Annotated[dict[Model, _T], Meta(max_length=len(MODELS))]
 
 
 class RunEvent(Struct, frozen=True, tag=True):
@@ -103,10 +105,10 @@ class ModelChosen(RunEvent, frozen=True, kw_only=True):
     model: Model
     spec: RunSpec
     metric: _ShortText = ""
-    scores: dict[Model, float] = {}
+    scores: _ByModel[float] = {}
     rows: Integer = 0
-    peers: tuple[str, ...] = ()
-    left_out: dict[Model, _ShortText] = {}
+    peers: Annotated[tuple[_ShortText, ...], Meta(max_length=MAX_ASKED)] = ()
+    left_out: _ByModel[_ShortText] = {}
     because: _ShortText = ""
 
 

@@ -14,6 +14,8 @@ AUTO = "auto"
 Model = Literal["linear", "mlp", "trees"]
 #: From the simplest to the most complex one: of equal scores the first is chosen.
 MODELS: tuple[Model, ...] = ("linear", "mlp", "trees")
+#: At most this many peers of a run compare models, those with the most rows.
+MAX_ASKED = 16
 #: A cross-validation uses at most this many rows of a peer.
 MAX_ROWS = 10_000
 

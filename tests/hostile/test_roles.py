@@ -48,6 +48,7 @@ ROLES = {
     "GET /cw/v1/mqtt": PEER,
     "POST /cw/v1/renew": PEER,
     "POST /cw/v1/logs": PEER,
+    "POST /cw/v1/comparisons": PEER,
     "GET /cw/v1/weights/{digest}": PEER,
     "GET /cw/v1/patches/{digest}": PEER,
     "PUT /cw/v1/updates/{digest}": PEER,

@@ -50,7 +50,7 @@ class Watched:
         self.room = Room(folder, others, site=Where(site.fleet_id, site.sign_key))
         settings.change(home, trust=dict.fromkeys(self.room.desks, ""), log_level="debug")
         self.agent._work.close()
-        joined = self.agent._sessions._enrollment
+        joined = self.agent._sessions._enrolled._enrollment
         self.agent = Agent(home, joined, settings.read(home))
         self.agent._runner.start()
         self.peer, self.home = joined.peer, home
