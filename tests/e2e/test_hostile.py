@@ -193,6 +193,7 @@ def start_honest(site: Fleet) -> None:
     site.start("ada", "bob")
 
 
+@pytest.mark.long
 @pytest.mark.attack("20.5")
 def test_each_bad_update_is_refused_and_the_model_is_that_of_the_honest(tmp_path: Path) -> None:
     """Attack: an enrolled agent sends NaN, other shapes and false counts in a real fleet."""

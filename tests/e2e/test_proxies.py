@@ -71,6 +71,7 @@ def http_proxy() -> Iterator[tuple[str, list[str]]]:
         listener.close()
 
 
+@pytest.mark.long
 def test_an_agent_gets_out_through_a_proxy(tmp_path: Path) -> None:
     with http_proxy() as (url, asked), fleet(tmp_path) as site:
         site.up()

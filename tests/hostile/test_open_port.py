@@ -20,6 +20,7 @@ from tests.support.https_site import Site
 pytestmark = pytest.mark.attack("20.16", by="stranger")
 
 
+@pytest.mark.long
 def test_join_and_doctor_name_the_port_and_the_command_that_closes_it(
     site: Site, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_the_documented_example_is_forty_lines_and_finds_its_line(
     assert (told.metrics["loss"] or 0) < 1e-6
 
 
+@pytest.mark.long
 def test_a_registered_task_is_known_allowed_and_forgotten(agent_home: Path) -> None:
     settings.change(agent_home, tasks=("mnist",))
     code, _, said = agent(agent_home, "task", "add", LINE)

@@ -117,6 +117,7 @@ def test_a_course_is_measured_kept_and_shown(cache: str, tmp_path: Path) -> None
     assert "title" in (tmp_path / "curve.svg").read_text()
 
 
+@pytest.mark.long
 def test_cameras_show_the_same_digits_and_own_layers_are_told_apart(cache: str) -> None:
     course = courses.SHIFTED[-1]
     assert (course.strategy, course.metric) == ("fedbn", "personal_accuracy")
