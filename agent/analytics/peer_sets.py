@@ -19,7 +19,7 @@ import numpy as np
 from agent.analytics import linear_audit
 from protocols.analytics.query import Query
 from protocols.errors import Refused, SecureRefused
-from protocols.privacy import question_sums
+from protocols.privacy import question_layout
 from protocols.privacy.secagg.cohort import Pins
 
 _SCHEMA = """
@@ -38,7 +38,7 @@ def file_beside(log: Path) -> Path:
 
 def columns_of(question: Query) -> tuple[str, ...]:
     """What a question tells of: its columns, or "" for the number of rows alone."""
-    if question_sums.names_only(question):
+    if question_layout.names_only(question):
         return ()
     return question.columns or ("",)
 

@@ -29,8 +29,9 @@ from protocols.analytics.query import Query
 from protocols.errors import BadMessage, CommonweightError, SecureRefused
 from protocols.messages.decoding import decode
 from protocols.messages.jobs import SecureAnalyze, Unit
-from protocols.privacy import question_sums
-from protocols.privacy.question_sums import Layout, MaskedAnswer, Shape
+from protocols.privacy import question_layout, question_sums
+from protocols.privacy.question_layout import Layout, Shape
+from protocols.privacy.question_sums import MaskedAnswer
 from protocols.privacy.secagg import messages
 from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
@@ -109,7 +110,7 @@ class SecureQuestions:
         """Answer the question by the rules for every question, and tell what the answer has."""
         query = job_handler.read_question(asked.query)
         try:
-            question_sums.check(query)
+            question_layout.check(query)
             secure_rules.check_trust(self._owner(), "question")
         except CommonweightError as err:  # asked once: it does not wait for the owner
             return Shape(answer=PeerAnswer(refused=err.message))
@@ -118,13 +119,13 @@ class SecureQuestions:
         answer = msgspec.json.decode(body, type=PeerAnswer)
         if answer.refused:
             return Shape(answer=answer)
-        if not question_sums.names_only(query):
+        if not question_layout.names_only(query):
             self._open[asked.session] = _Open(query, answer)
             while len(self._open) > _MAX_OPEN:
                 self._store.end_run(self._open.popitem(last=False)[0])
         together = self._peer_sets.sets(peer_sets.columns_of(query))[-16:]
         return Shape(
-            answer=question_sums.shape_of(query, answer),
+            answer=question_layout.shape_of(query, answer),
             together=tuple(together),
             minimum=self._owner().secure_peers,
         )
@@ -165,7 +166,7 @@ class SecureQuestions:
             turn=0,
             kind="question",
             base=found.query.digest,
-            terms=question_sums.terms(found.query, asked.request),
+            terms=question_layout.terms(found.query, asked.request),
         )
         made = self._turns.card(request)
         if made is None:
@@ -194,7 +195,7 @@ class SecureQuestions:
             raise SecureRefused("order", "this peer has made no card for this question")
         rule = secure_rules.pins(self._owner())
         trusted = (rule.peers | {self._me.peer}).intersection(peers)
-        fewest = question_sums.fewest_together(found.query, found.layout, self._me.peer, trusted)
+        fewest = question_layout.fewest_together(found.query, found.layout, self._me.peer, trusted)
         if fewest < rule.minimum:
             raise SecureRefused(
                 "too few peers",

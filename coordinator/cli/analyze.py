@@ -60,7 +60,7 @@ def analyze(
     from coordinator.jobs.methods.requests import parse_method
     from coordinator.remote import analysis
     from protocols.analytics import parser
-    from protocols.privacy import question_sums
+    from protocols.privacy import question_layout
 
     limits = dict(map(_parse_bounds, bounds or []))
     if json + csv + latex > 1:
@@ -76,7 +76,7 @@ def analyze(
     else:
         parsed = parser.parse_query(question, where, epsilon=epsilon, bounds=limits)
         if secure:
-            question_sums.check(parsed)
+            question_layout.check(parsed)
         remote = connect()
         found = analysis.ask(remote, parsed, parse_seconds(deadline), secure=secure)
         tables, notes, plot = (analysis_table.table_of(found),), (), ()

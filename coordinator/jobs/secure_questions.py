@@ -20,8 +20,9 @@ from coordinator.jobs.analysis import Merged, kind_conflicts, merge_answers, val
 from protocols.analytics.query import Query
 from protocols.errors import BadMessage, CohortLost, CommonweightError
 from protocols.messages.jobs import QuestionStep
-from protocols.privacy import question_sums
-from protocols.privacy.question_sums import MaskedAnswer, Shape
+from protocols.privacy import question_layout, question_sums
+from protocols.privacy.question_layout import Shape
+from protocols.privacy.question_sums import MaskedAnswer
 from protocols.privacy.secagg import messages
 from protocols.privacy.secagg.aggregator import Aggregator, CohortFixed
 from protocols.privacy.secagg.cohort import MIN_COHORT, open_card
@@ -46,7 +47,7 @@ Put = Callable[[str, QuestionStep, Mapping[str, bytes] | Sequence[str]], Answers
 
 def ask(query: Query, peers: Sequence[str], put: Put) -> Merged:
     """The answers of these peers, or of all, together. Raises CommonweightError."""
-    question_sums.check(query)
+    question_layout.check(query)
     return _Sum(query, put).run(peers)
 
 
@@ -63,11 +64,11 @@ class _Sum:
         answers = {peer: shape.answer for peer, shape in shapes.items()}
         if not set(peers) <= shapes.keys():  # whoever asks decides what to ask the others
             return Merged({}, answers, self._left_out)
-        if question_sums.names_only(self._query):
+        if question_layout.names_only(self._query):
             merged = merge_answers(answers, [*answers])
             return merged._replace(left_out=merged.left_out | self._left_out)
         minimum = max(MIN_COHORT, *(shape.minimum for shape in shapes.values()))
-        layout = question_sums.agree_layout(self._query, answers, minimum)
+        layout = question_layout.agree_layout(self._query, answers, minimum)
         encoded = encode(layout)
         cards = self._cards(dict.fromkeys(layout.told, encoded))
         totals, survivors = self._sum(cards)
@@ -89,7 +90,7 @@ class _Sum:
         shapes: dict[str, Shape] = {}
         for peer, body in self._ask("shape", peers).items():
             try:
-                shape = question_sums.read_shape(body)
+                shape = question_layout.read_shape(body)
                 wrong = validate(self._query, shape.answer)
             except BadMessage as err:
                 wrong = err.message

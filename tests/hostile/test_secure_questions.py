@@ -14,11 +14,13 @@ from msgspec.structs import replace
 
 from agent.analytics.query_log import Asked
 from agent.home.secure_store import QUESTIONS
+from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.parser import parse_query
 from protocols.errors import CohortLost, CommonweightError
 from protocols.messages.jobs import QuestionStep, SecureAnalyze
-from protocols.privacy import question_sums
-from protocols.privacy.question_sums import Layout, MaskedAnswer
+from protocols.privacy import question_layout, question_sums
+from protocols.privacy.question_layout import Layout
+from protocols.privacy.question_sums import MaskedAnswer
 from protocols.privacy.secagg import messages
 from protocols.privacy.secagg.messages import AgreeRequest, ShareRequest, encode
 from protocols.privacy.secagg.turn import Masking
@@ -61,9 +63,7 @@ def own_numbers(site: SecureTables, peer: str, text: str) -> list[bytes]:
         if step == "ready"
     )
     agent = site.peers[peer]
-    answer = msgspec.json.decode(
-        agent._compute(query, Asked(secure=True)), type=question_sums.PeerAnswer
-    )
+    answer = msgspec.json.decode(agent._compute(query, Asked(secure=True)), type=PeerAnswer)
     words = question_sums.encode(query, layout, peer, answer)
     return [word.tobytes() for word in words if word.any()]
 
@@ -110,7 +110,7 @@ def test_shapes_have_no_number(tmp_path: Path) -> None:
     assert found.rows == 160
     for step, _, _, body in site.seen:
         if step == "shape":
-            shape = question_sums.read_shape(body)
+            shape = question_layout.read_shape(body)
             assert shape.answer.rows == 0
             numbers = [cell.rows for cell in shape.answer.cells]
             for cell in shape.answer.cells:
@@ -150,7 +150,7 @@ def test_fewer_peers_than_the_owner_wants_are_refused(tmp_path: Path) -> None:
 
 def _refusals(site: SecureTables) -> list[tuple[str, str, Any, str]]:
     return [
-        (step, peer, asked, question_sums.read_shape(body).answer.refused)
+        (step, peer, asked, question_layout.read_shape(body).answer.refused)
         for step, peer, asked, body in site.seen
         if step == "shape"
     ]
@@ -162,7 +162,7 @@ def lie_about_shapes(site: SecureTables) -> None:
     def reply(step: QuestionStep, peer: str, asked: SecureAnalyze) -> bytes | None:
         if step != "shape":
             return None
-        shape = question_sums.read_shape(site.peers[peer].step(asked))
+        shape = question_layout.read_shape(site.peers[peer].step(asked))
         return msgspec.json.encode(replace(shape, minimum=3, together=()))
 
     site.reply = reply

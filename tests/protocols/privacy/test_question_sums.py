@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from protocols.analytics.mergeable_states import Cell, MomentsState, PeerAnswer
 from protocols.analytics.parser import parse_query
 from protocols.errors import BadMessage, CohortLost, Refused
+from protocols.privacy import question_layout
 from protocols.privacy import question_sums as sums
 from protocols.privacy.secagg.masks import add_carrying, add_words
 from protocols.tables.statistics import compute_moments
@@ -26,9 +27,9 @@ def answer(values: list[float]) -> PeerAnswer:
     return PeerAnswer(rows=len(values), cells=(Cell((), len(values), (state,)),))
 
 
-def summed(answers: dict[str, PeerAnswer]) -> tuple[sums.Layout, sums.Words]:
-    shapes = {peer: sums.shape_of(QUERY, one) for peer, one in answers.items()}
-    layout = sums.agree_layout(QUERY, shapes, len(answers))
+def summed(answers: dict[str, PeerAnswer]) -> tuple[question_layout.Layout, sums.Words]:
+    shapes = {peer: question_layout.shape_of(QUERY, one) for peer, one in answers.items()}
+    layout = question_layout.agree_layout(QUERY, shapes, len(answers))
     total = np.zeros((4, sums.WORDS), np.uint64)
     for peer, one in answers.items():
         add_carrying(total, sums.encode(QUERY, layout, peer, one))
@@ -93,10 +94,14 @@ def test_a_sum_of_a_forged_number_is_lost() -> None:
 def test_too_many_numbers_are_refused() -> None:
     query = parse_query(", ".join(f"histogram(x, 1000, 0, {n})" for n in range(1, 31)))
     shape = PeerAnswer(
-        cells=(Cell((), 0, tuple(sums._empty(op, MomentsState()) for op in query.operations)),)
+        cells=(
+            Cell(
+                (), 0, tuple(question_layout._empty(op, MomentsState()) for op in query.operations)
+            ),
+        )
     )
     with pytest.raises(Refused, match="at most 16,384"):
-        sums.agree_layout(query, dict.fromkeys("abc", shape), 3)
+        question_layout.agree_layout(query, dict.fromkeys("abc", shape), 3)
 
 
 def test_a_layout_of_another_question_is_refused() -> None:
