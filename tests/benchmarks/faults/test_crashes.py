@@ -10,6 +10,7 @@ from benchmarks.faults import crashes, job_crashes
 from benchmarks.faults.failpoint_names import (
     AGENT_APPS,
     AGENT_JOBS,
+    CLUSTER,
     HANDSHAKE,
     JOBS,
     NAMES,
@@ -21,7 +22,9 @@ def test_every_step_of_a_round_is_a_case() -> None:
     for seed in (1, 2, 3):
         points = [*crashes.coordinator_points(seed), *crashes.agent_points(seed)]
         played = {point.partition(":")[0] for point in points} | {"runs.recalled"}
-        of_rounds = NAMES - set(JOBS + AGENT_JOBS + AGENT_APPS + HANDSHAKE) - OF_SECURE_RUNS
+        of_rounds = (
+            NAMES - set(JOBS + AGENT_JOBS + AGENT_APPS + CLUSTER + HANDSHAKE) - OF_SECURE_RUNS
+        )
         assert played == {name for name in of_rounds if not name.startswith("trainer.")}
 
 
