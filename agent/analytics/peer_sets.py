@@ -10,13 +10,13 @@ one has left for good, the owners remove it from their trust.
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from agent.analytics import linear_audit
+from agent.data.private_database import open_database
 from protocols.analytics.query import Query
 from protocols.errors import Refused, SecureRefused
 from protocols.privacy import question_layout
@@ -26,9 +26,8 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS alone (column TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS sums (column TEXT, peers TEXT, PRIMARY KEY (column, peers));
 """
-#: Sets of peers for each column; afterwards no new set is told.
+#: Sets of peers for each column; after that the agent refuses new ones.
 MAX_SETS = 64
-_WAIT_S = 60.0
 
 
 def file_beside(log: Path) -> Path:
@@ -47,12 +46,7 @@ class PeerSets:
     """One file; used by one thread at a time. `columns`: as from `columns_of`."""
 
     def __init__(self, path: Path) -> None:
-        path.touch(mode=0o600)
-        self._db = sqlite3.connect(
-            path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False
-        )
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.executescript(_SCHEMA)
+        self._db = open_database(path, _SCHEMA)
 
     def close(self) -> None:
         self._db.close()
