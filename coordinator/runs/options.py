@@ -212,7 +212,7 @@ OPTIONS = (
     Option("best-direction", str, "", "max or min; by default as the metric's name says.",
            choices=("", "max", "min")),
     Option("patience", int, 0, "End after this many rounds without a better version. 0: off if "
-           "--rounds is given, else 10, and for trees a fifth of them.", _FROM_0, "rounds"),
+           "--rounds is given, else 10; for trees, four evaluations.", _FROM_0, "rounds"),
     Option("personal", str, "", "How each peer makes a model of its own: finetune, after the run, "
            "the default; ditto, the same near the shared model (ditto:0.1 for a weaker pull); "
            "fedper, the last layers stay on each machine during the run (fedper:head.* names them)."
