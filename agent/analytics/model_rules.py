@@ -1,7 +1,7 @@
 """What a peer refuses in a model: sums that describe a few rows.
 
 Sums of a model are of products of two of its parts, or of one and the outcome. So each combination
-of their categories is a set of rows that is told about.
+of their categories is a set of rows that the sums describe.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUTSIDE = Refused("the coefficients of this question have no value for some rows
 class Used(NamedTuple):
     """The rows of a model: its outcome, float64[n] each; its terms, float64[n, p]; the columns with
     few values, as codes, int64[n]; and the sizes of the other columns, float64[n] each, not scaled:
-    whoever asks chooses the scales."""
+    the requester chooses the scales."""
 
     rows: Places
     outcome: list[Floats]

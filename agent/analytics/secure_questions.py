@@ -99,7 +99,7 @@ class SecureQuestions:
             raise SecureRefused(
                 "lost",
                 "this peer no longer has its answer to this question",
-                "ask again: the question goes on with the other peers, if these are enough",
+                "ask again: the other peers answer, if there are enough of them",
             )
         body = self._step(asked, found)
         if asked.step == "unmask":

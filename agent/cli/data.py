@@ -166,7 +166,7 @@ def _lines(path: str, found: TableReport, min_count: int) -> list[str]:
 
 
 def _table(found: TableReport, width: int) -> Iterator[str]:
-    """A row for each column; what is told of it takes what is left of the width."""
+    """A row for each column; the part that leaves has the rest of the width."""
     head = ("column", "kind", "missing", "rare", "told")
     rows = [
         (one.name or "(no name)", one.kind, f"{one.missing:,}", f"{one.stays:,}", one.told)

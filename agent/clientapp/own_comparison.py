@@ -46,7 +46,7 @@ _FIRST_WAIT_S, _MAX_WAIT_S = 2.0, 600.0
 _MAX_ROUNDS = 1000
 _SHARED = "shared.safetensors"
 _SPARE_BYTES = 4 * 1024 * 1024
-#: Failures that say nothing about the comparison: it goes on later.
+#: After these failures the comparison is tried again later.
 _PASSING = frozenset({"stopped", "cancelled", DiskFull.code})
 
 

@@ -87,7 +87,7 @@ class CurrentEnrollment:
         try:
             known = fleet_trust.with_broker(self._enrollment, told)
         except BadMessage as err:
-            if not told.card:  # an older coordinator: work goes on without the new broker
+            if not told.card:  # an older coordinator: the new broker is not used
                 if told.address != self._refused_broker:
                     log.warning("%s: %s", err.message, err.hint)
                 self._refused_broker = told.address

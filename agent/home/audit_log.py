@@ -143,7 +143,7 @@ def write_answer(home: Path, unit: Unit, answer: Answer, body: bytes) -> None:
 
 
 def write_comparison(home: Path, told: Comparison, task: str, round_: int) -> None:
-    """Log what is told of an ended run; in full. Raises OSError, as `write_update` does."""
+    """Log, in full, what leaves about an ended run. Raises OSError, as `write_update` does."""
     entry = AuditEntry(
         at=time.time(),
         run=told.run,

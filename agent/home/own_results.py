@@ -28,7 +28,7 @@ Compare = Annotated[
     Literal["on", "local", "off"],
     Meta(
         description="after a run, compare a model of your rows alone with the shared one: on, and "
-        "tell the coordinator the metrics of plain runs; local, tell nobody; off"
+        "tell the coordinator the metrics of plain runs; local, only show them here; off"
     ),
 ]
 

@@ -280,7 +280,7 @@ class ComparesModels(Protocol):
     """Optional: train on this machine alone, and measure models row by row. Nothing leaves."""
 
     def local_rounds(self, settings: Settings, rounds: int) -> LocalRounds:
-        """How far `train_locally` goes for a run of so many rounds."""
+        """How many local rounds `train_locally` does for a run with `rounds` rounds."""
 
     def set_aside(self, share: int) -> None:
         """Leave one in `share` rows out of the next trainings, chosen by the settings; 0: none.

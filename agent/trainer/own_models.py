@@ -5,7 +5,7 @@ on this peer's rows. How many rounds they get is chosen on a part of the trainin
 aside. Then they train again for that many rounds, on all training rows. Held-out rows choose
 nothing, so their metrics favor no model.
 
-The work is done in slices, and the files in its folder are where the next slice goes on.
+The work is done in slices, and the next slice continues from the files in its folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from protocols.messages.comparisons import Comparison, Model
 from protocols.model import weights
 from protocols.model.weights import Weights
 
-#: One in so many training rows is set aside to choose the number of rounds by.
+#: Every fifth training row is set aside to choose the number of rounds.
 SET_ASIDE = 5
 #: The uses of rows that a comparison depends on (`disclosed_sets`).
 USES: tuple[Use, ...] = ("train", "held")

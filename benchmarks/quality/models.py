@@ -40,9 +40,9 @@ from protocols.tables.trees import growth, layout
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "quality" / "tables-results.json"
 #: The shares of the rows that peers at random have; grouped ones have a third each.
 SHARES = (0.6, 0.3, 0.1)
-#: One row of so many is at no peer.
+#: Every fourth row is at no peer, and is used to test.
 TEST_OF = 4
-#: Trees are evaluated after so many.
+#: Trees between two evaluations.
 _EVERY = 5
 Settings = Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """Moves the ledger of a home between its own file and a database, while no coordinator runs.
 
 The copy is one transaction, and every hash is checked on both sides. Then the settings change, and
-only then the source is put aside. So after a crash at any step the same command goes on: it finds
+only then the source is put aside. So after a crash at any step the same command continues: it finds
 either no copy or a whole one.
 """
 
@@ -127,7 +127,7 @@ def _choose(home: Path, address: str) -> None:
 
 
 def _retire(source: Ledger, to: str) -> None:
-    """A database refuses to be opened from now on, so that nobody continues the old ledger."""
+    """Mark the database, which then refuses to be opened, so that its log gets no new entry."""
     from coordinator.storage.postgres_ledger import PostgresLedger
 
     if isinstance(source, PostgresLedger):

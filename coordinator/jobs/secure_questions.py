@@ -1,4 +1,4 @@
-"""The steps of a secure question, as whoever asks it drives them. Pure but for `put`.
+"""The steps of a secure question, driven by the program that asks. Pure but for `put`.
 
 The masks are removed from the sum of all answers alone, with the shares that peers tell in the last
 step; each peer checks every step by its owner's rules. If too few peers are left, or a peer refuses
@@ -62,7 +62,7 @@ class _Sum:
     def run(self, peers: Sequence[str]) -> Merged:
         shapes = self._shapes(peers)
         answers = {peer: shape.answer for peer, shape in shapes.items()}
-        if not set(peers) <= shapes.keys():  # whoever asks decides what to ask the others
+        if not set(peers) <= shapes.keys():  # the caller decides what to ask the others
             return Merged({}, answers, self._left_out)
         if question_layout.names_only(self._query):
             merged = merge_answers(answers, [*answers])

@@ -90,7 +90,7 @@ def check(job: Job, unit: Unit, answer: AnswerInfo, store: JobStore) -> None:
             if wire.decode_scores(store.read_answer(answer)).keys() != pinned:
                 raise BadMessage("it does not have the scores of the requested models")
         case "analyze" if job.spec.secure is not None:
-            pass  # whoever asks checks each step of the sum
+            pass  # the program that asks checks each step of the sum
         case "analyze":
             if wrong := analysis.validate_bytes(job.spec.query, store.read_answer(answer)):
                 raise BadMessage(wrong)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _FIRST_POLL_S, _POLL_S = 0.03, 0.2
 #: Steps of a secure sum after the first take milliseconds.
 _STEP_S = 30.0
-#: Of the text of a method, owners see so many characters.
+#: Characters of a method's text that owners see, at most.
 _MAX_METHOD = 400
 
 

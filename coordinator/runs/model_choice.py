@@ -23,7 +23,7 @@ from protocols.tables.model_scores import MAX_ASKED, MODELS, Model, ModelScores
 
 #: How long the slowest of them may take. It then takes part in the run, not in the choice.
 DEADLINE_S = 90.0
-#: From so many rows of all peers together, trees are chosen without scores.
+#: If all peers together have this many rows, a choice without scores is trees.
 TREE_ROWS = 2_000
 #: Why a peer has no scores that is not able to compare models, as it is older.
 _OLDER = SETTINGS_CODES | {"bad description"}
@@ -86,7 +86,7 @@ def is_missing(run: Run, kind: str, reason: str) -> bool:
 
 
 def choose(run: Run) -> ModelChosen:
-    """The model, and the settings with which the run goes on."""
+    """The model, and the settings of the run from then on."""
     fitting, left_out = candidates(run.spec)
     fitting = fitting or ("linear",)
     if any(reason in _OLDER for reason in run.scores_missing.values()) and "trees" in fitting:

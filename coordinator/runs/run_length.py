@@ -1,4 +1,4 @@
-"""How many rounds a run has, unless it is told otherwise. Pure.
+"""How many rounds a run has by default. Pure.
 
 A run whose peers evaluate each version ends when none has been better for a while. Its number of
 rounds is then only a limit.
@@ -30,7 +30,7 @@ def with_length(spec: RunSpec) -> RunSpec:
     """The settings with rounds and patience in place of 0 rounds; others are as they are."""
     if spec.rounds:
         return spec
-    # Which metrics a task of somebody's own has, only its peers know.
+    # Only peers know which metrics a user's own task has.
     measures = spec.measures and bool(best_version.TASK_METRICS.get(spec.task))
     if not (measures or spec.patience):
         return replace(spec, rounds=ROUNDS)

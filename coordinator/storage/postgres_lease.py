@@ -3,7 +3,7 @@
 The row of `commonweight_fleet` names the holder, an epoch and when the lease expires, by the clock
 of the database. A thread renews it every 2 s for 6 s. Each lease that is taken, also again by the
 same holder after a lost connection, has a higher epoch. `append` writes only if the row still has
-the epoch of the writer, so that whoever was overtaken writes nothing.
+the epoch of the writer, so that a former leader writes nothing.
 """
 
 from __future__ import annotations

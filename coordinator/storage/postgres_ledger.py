@@ -1,7 +1,7 @@
 """The ledger in PostgreSQL (extra `cluster`): a coordinator that is restarted elsewhere finds it.
 
 An append is one statement, so one transaction: it locks the row of the fleet, checks that this
-process still leads, and inserts. If the connection is lost in it, nobody knows whether it was
+process still leads, and inserts. If the connection is lost in it, it is unknown whether it was
 committed. So the next connection first takes the lease again with a higher epoch, after which the
 lost statement cannot commit any more, and then looks at the last entry.
 """

@@ -95,7 +95,7 @@ class ScoresMissing(RunEvent, frozen=True):
 
 
 class ModelChosen(RunEvent, frozen=True, kw_only=True):
-    """The run trains `model`, and goes on with the settings `spec`.
+    """The run trains `model`, with the settings `spec` from now on.
 
     `scores`: of each candidate, the mean of `metric` over `rows` rows of these `peers`; empty if
     the model was chosen without scores, for the reason `because`. `left_out`: models that were no

@@ -120,7 +120,7 @@ class SqliteLedger:
         return last.seq
 
     def check_leads(self) -> None:
-        """Nobody else writes to it: the home is locked."""
+        """There is no other writer: the home is locked."""
 
     def entries(self, subject: str | None = None, *, before: int = 0) -> Iterator[Entry]:
         """All entries, oldest first, or those of one subject, there with `before` only earlier."""

@@ -284,7 +284,7 @@ class Lora(NextTokenTask):
         self._first = settings.get("seed", 0), settings.get("round", 0), self._data.index
         trained = super().train(weights, settings, on_step)
         model = self._adapted(self._read(settings))
-        # Clones: the model goes on to change its own.
+        # Clones, because the model changes its own later.
         update = dict(as_weights({n: t.clone() for n, t in model.trained().items()}))
         for one in model.added:
             update |= one.update(update)

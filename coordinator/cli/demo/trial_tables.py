@@ -17,7 +17,7 @@ from coordinator.cli.demo.sample_tables import NEW_PATIENTS, Table, bell, write_
 CLINICS = {"bergen": (900, 61.0), "lund": (640, 57.0), "turku": (480, 66.0)}
 _KNOWN = ("age", "sex", "bmi", "smoker", "treatment")
 COLUMNS = (*_KNOWN, "time", "event", "outcome")
-#: Nobody is observed for longer.
+#: The longest observation.
 _MONTHS = 36.0
 _MISSING = 0.08
 

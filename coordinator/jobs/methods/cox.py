@@ -136,7 +136,7 @@ def combinations(model: Model) -> int:
 def choose_edges(state: SurvivalState, bins: int) -> tuple[float, ...]:
     """Edges of this number of bins, 2 or more, with many rows both with and without the event.
 
-    Of all ways that give so many, that in which the smallest count of a bin is greatest; a bin
+    Of all ways that give this number, the one whose smallest count in a bin is greatest. A bin
     without any row with the event, or without it, is fine.
     """
     counts = np.stack([state.events, state.censored])
@@ -153,7 +153,7 @@ def choose_edges(state: SurvivalState, bins: int) -> tuple[float, ...]:
 
 
 def _edges_with(state: SurvivalState, least: int) -> tuple[float, ...]:
-    """The edges of the bins that are full first, with 0 or at least so many rows of both kinds."""
+    """The edges of the bins that are full first, with 0 or `least` rows of both kinds."""
     edges: list[float] = []
     left = np.array([sum(state.events), sum(state.censored)])
     inside = np.zeros(2, np.int64)
