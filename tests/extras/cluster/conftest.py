@@ -26,7 +26,9 @@ def server() -> Iterator[postgres.Server]:
 
 @pytest.fixture
 def admin(server: postgres.Server) -> Iterator[psycopg.Connection[Any]]:
-    """A connection of the owner of the database."""
+    """A connection of the owner of the database, which an earlier test may have left dead."""
+    if server.process is None or server.process.poll() is not None:
+        server.start()
     with psycopg.connect(server.url, password=postgres.PASSWORD, autocommit=True) as db:
         yield db
 

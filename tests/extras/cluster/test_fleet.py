@@ -24,10 +24,11 @@ async def test_a_run_survives_the_loss_of_its_database(
 ) -> None:
     monkeypatch.setenv(VARIABLE, address)
     async with fleet_of(tmp_path, *(some_data(20, seed) for seed in range(3))) as fleet:
-        run = fleet.start(rounds=60, quorum=3)
-        await until(lambda: len(fleet.hub.runs.find(run).history) >= 1)
+        # Before the run: the second writer tries for seconds, and 60 rounds take less.
         with pytest.raises(HomeLocked, match="another program writes"):
             await asyncio.to_thread(open_ledger, fleet.home)
+        run = fleet.start(rounds=60, quorum=3)
+        await until(lambda: len(fleet.hub.runs.find(run).history) >= 1)
         await asyncio.to_thread(server.crash)
         await until(lambda: fleet.waits_for(run) == "the database of the ledger")
         await asyncio.to_thread(server.start)
