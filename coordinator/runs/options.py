@@ -49,7 +49,8 @@ class Option(NamedTuple):
 
     With `is_plain`, the value is that of the `RunSpec` field with the same name, or `other_field`.
     The field must be within `bounds`, or be one of `choices`. Those with `is_common` are in
-    `run start --help`, the others in `--help-all`.
+    `run start --help`, the others in `--help-all`. `unset`: what a default of 0 means, for a form
+    that shows an empty field in place of a 0.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Option(NamedTuple):
     is_plain: bool = True
     other_field: str = ""
     is_common: bool = False
+    unset: str = ""
 
     @property
     def repeatable(self) -> bool:
@@ -149,7 +151,7 @@ OPTIONS = (
            "categories. Peers then send no statistics of their tables.", is_plain=False),
     Option("rounds", int, 0, "How many rounds. 0: until no version is better (--patience), at most "
            "100; for trees all of them; with noise, and for tasks of your own, 10.", _FROM_0,
-           is_plain=False, is_common=True),
+           is_plain=False, is_common=True, unset="ends by itself"),
     Option("until", str, "", "End when a metric has reached a value: METRIC=NUMBER, such as "
            "accuracy=0.9.", _FINITE, is_plain=False, other_field="target", is_common=True),
     Option("quorum", int, 1, "How many updates a round needs.", _FROM_1, "updates",
@@ -177,7 +179,7 @@ OPTIONS = (
     Option("max-weight-share", float, 1.0, "No peer counts for more than this share of a round.",
            _SHARE),
     Option("clip-norm", float, 0.0, "No update moves the weights further than this (0: off).",
-           _FROM_0, "Euclidean norm"),
+           _FROM_0, "Euclidean norm", unset="off"),
     Option("outlier-limit", float, OUTLIER_LIMIT, "No peer pulls a version further than this many "
            "times the median peer, in rounds of three peers or more (0: off).", _OUTLIERS,
            "times"),
@@ -187,7 +189,7 @@ OPTIONS = (
            "one. Needs three peers or more, whose owners trust each other.", is_common=True),
     Option("dp", float, 0.0, "Peers add noise: each its own, or with --secure all together. All "
            "rounds together cost at most this ε for each row (0: no noise).", _EPSILON, "ε",
-           other_field="dp_epsilon"),
+           other_field="dp_epsilon", unset="no noise"),
     Option("delta", float, 1e-5, "With --dp: the δ, well below 1 / the rows of a peer. With "
            "--dp-user: well below 1 / the peers.",
            _DELTA, other_field="dp_delta"),
@@ -195,24 +197,26 @@ OPTIONS = (
            _CLIP, "Euclidean norm"),
     Option("dp-shared", int, 0, "With --secure --dp: the number of honest peers whose noise "
            "together is enough. 0: two thirds of the quorum; 1: each peer adds all of it.",
-           _SHARERS, "peers", other_field="dp_shared"),
+           _SHARERS, "peers", other_field="dp_shared", unset="two thirds of the quorum"),
     Option("dp-user", float, 0.0, "The coordinator adds noise to each version. All versions "
            "together cost at most this ε for each peer (0: no noise).", _EPSILON, "ε",
-           other_field="dp_user_epsilon"),
+           other_field="dp_user_epsilon", unset="no noise"),
     Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "
            "another (FedBuff).", choices=("synchronous", "buffered")),
-    Option("buffer", int, 0, "Buffered: this many updates make a version.", _FROM_0, "updates"),
+    Option("buffer", int, 0, "Buffered: this many updates make a version.", _FROM_0, "updates",
+           unset="only for buffered runs"),
     Option("max-staleness", int, 10, "Buffered: an update may be this many versions behind.",
            _FROM_0, "versions"),
     Option("concurrency", int, 0, "Buffered: this many peers train at a time (0: all).", _FROM_0,
-           "peers"),
+           "peers", unset="all"),
     Option("server-lr", float, 1.0, "Buffered: how far a version follows its updates.", _ABOVE_0),
     Option("best-metric", str, "", "The task's metric that decides which version is best; by "
            "default accuracy, else loss."),
     Option("best-direction", str, "", "max or min; by default as the metric's name says.",
            choices=("", "max", "min")),
     Option("patience", int, 0, "End after this many rounds without a better version. 0: off if "
-           "--rounds is given, else 10; for trees, four evaluations.", _FROM_0, "rounds"),
+           "--rounds is given, else 10; for trees, four evaluations.", _FROM_0, "rounds",
+           unset="10 rounds, or none where you say how many"),
     Option("personal", str, "", "How each peer makes a model of its own: finetune, after the run, "
            "the default; ditto, the same near the shared model (ditto:0.1 for a weaker pull); "
            "fedper, the last layers stay on each machine during the run (fedper:head.* names them)."

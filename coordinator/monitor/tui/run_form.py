@@ -60,7 +60,9 @@ class RunForm(ModalScreen[StartRunRequest | None]):
                 for field, one in self._options.items():
                     with Horizontal(classes="field" if _is_first(one) else "field more"):
                         yield Label(one.name.replace("-", " "))
-                        yield Input(one.default_text, placeholder=one.help, compact=True, id=field)
+                        default = "" if one.unset else one.default_text
+                        hint = one.unset or one.help
+                        yield Input(default, placeholder=hint, compact=True, id=field)
             yield Static(id="form-message")  # always visible, even when the fields are scrolled
 
     def on_mount(self) -> None:

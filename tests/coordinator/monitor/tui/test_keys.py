@@ -89,6 +89,7 @@ async def test_a_run_is_started_from_the_form_and_stopped() -> None:
         await until(pilot, lambda: "name one task" in screen_text(app))
         app.screen.query_one("#field-task", Input).value = "ping"
         rounds = app.screen.query_one("#field-rounds", Input)
+        assert (rounds.value, rounds.placeholder) == ("", "ends by itself")
         rounds.value = "-1"
         await pilot.press("enter")
         await until(pilot, lambda: "--rounds must be 0 or more, not -1" in screen_text(app))
