@@ -30,6 +30,7 @@ from protocols import VERSION
 from protocols.local import flower_apps
 from protocols.messages.envelope import Notice, Presence, Telemetry, strip_controls
 from protocols.messages.states import PeerState
+from protocols.messages.work import Work
 
 log = logging.getLogger("commonweight.agent")
 
@@ -70,6 +71,8 @@ class StatusReporter:
             state="idle",
             coordinator=enrollment.addresses[0],
         )
+        if (before := status_files.read_status(home)) is not None:
+            self._status.choice_run, self._status.choice = before.choice_run, before.choice
 
     def presence(self) -> Presence:
         """The presence that was announced last."""
@@ -107,7 +110,17 @@ class StatusReporter:
         status.state, status.reason, status.run, status.round = state.value, reason, run, round_
         status.share, status.free_at = agent.policy.share, free_at
         status.paused_by = agent.policy.rules
+        self._note_choice(agent.work)
         self._is_stale = True
+
+    def _note_choice(self, work: Work | None) -> None:
+        """Note which model the run of this work has chosen. The log has it once."""
+        status = self._status
+        if work is None or (work.run == status.choice_run and work.choice in ("", status.choice)):
+            return
+        status.choice_run, status.choice = work.run, work.choice
+        if work.choice:
+            log.info("run %s has chosen its model: %s", work.run, work.choice)
 
     def _note_tasks(self) -> None:
         """Note which tasks may run, and for which the owner would be asked."""

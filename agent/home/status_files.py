@@ -29,7 +29,8 @@ class Status(Struct, kw_only=True):
     `head` is the newest version here. While the coordinator is away, `heard` peers were heard from
     lately and `alike` of them hold the same version. `shares_at` is the address for other peers.
     `paused_by`: the rules of the policy that pause it. `error_until`: when the last error ended, as
-    the agent was connected again (Unix s); 0 if it may last.
+    the agent was connected again (Unix s); 0 if it may last. `choice`: the model that the run
+    `choice_run` has chosen by itself, and why; of the last run that this machine worked in.
     """
 
     pid: int
@@ -57,6 +58,8 @@ class Status(Struct, kw_only=True):
     heard: int = 0
     alike: int = 0
     paused_by: tuple[str, ...] = ()
+    choice_run: str = ""
+    choice: str = ""
 
     @property
     def error_text(self) -> str:

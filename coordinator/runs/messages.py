@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from coordinator.runs import state
+from coordinator.runs import model_choice, state
 from coordinator.runs.state import Run
 from protocols.messages import envelope
 from protocols.messages.envelope import RunChanged, strip_controls
@@ -42,7 +42,13 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
         refused=_first_refusals(run),
         memory_bytes=memory_bytes,
         deleted=run.deleted,
+        choice=choice_text(run),
     )
+
+
+def choice_text(run: Run) -> str:
+    """The model that a run has chosen, and why; empty if it has chosen none."""
+    return strip_controls(model_choice.text(run.choice)) if run.choice is not None else ""
 
 
 def _first_refusals(run: Run) -> dict[str, str]:

@@ -188,7 +188,12 @@ def _direction(spec: RunSpec, metric: str) -> str:
 
 
 def line(chosen: ModelChosen) -> str:
-    """What people read: the model and its score, those of the others, and what was left out."""
+    """What operators read: `text`, and that it is the model."""
+    return f"model: {text(chosen)}"
+
+
+def text(chosen: ModelChosen) -> str:
+    """The model and its score, those of the others, and what was left out."""
     if chosen.scores:
         shown = _SHOWN.get(chosen.metric, chosen.metric)
         others = [f"{name} {chosen.scores[name]:.4g}" for name in MODELS[::-1]
@@ -197,9 +202,9 @@ def line(chosen: ModelChosen) -> str:
         parts.append(f"{count_peers(len(chosen.peers))}, {chosen.rows:,} rows")
     else:
         parts = [chosen.because]
-    text = f"model: {chosen.model} ({'; '.join(filter(None, parts))})"
+    said = f"{chosen.model} ({'; '.join(filter(None, parts))})"
     if chosen.model == "trees" and not chosen.spec.secure:
-        text += "; without --secure, peers send counts of rows in place of hessians"
+        said += "; without --secure, peers send counts of rows in place of hessians"
     for name, why in sorted(chosen.left_out.items()):
-        text += f"; {name} left out: {why}"
-    return text
+        said += f"; {name} left out: {why}"
+    return said

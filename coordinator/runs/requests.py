@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 from msgspec.structs import replace
 
-from coordinator.runs import late_updates
+from coordinator.runs import late_updates, messages
 from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import Request, RequestsInFlight
 from coordinator.runs.model import RunModel
@@ -133,6 +133,7 @@ class PendingRequests(RequestsInFlight):
             fleet=self._ctx.fleet,
             request=hashlib.sha256(request).hexdigest() if request else "",
             scores=kind == "evaluate" and _takes_scores(spec),
+            choice=messages.choice_text(run) if not request else "",
         )
         payload, signature = SIGNED_WORK.seal(work, self._ctx.sign)
         log = self._ctx.log_head()

@@ -174,7 +174,7 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     `num_refused` peers take no part in it now; `refused` has the reasons of the first ones.
 
     `memory_bytes`: memory for closing a round, for a strategy that needs all updates at once.
-    `deleted`: the run is listed no longer.
+    `deleted`: the run is listed no longer. `choice`: the model that it has chosen, and why.
     """
 
     run: Id
@@ -193,6 +193,7 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     refused: Annotated[dict[Name, Text], Meta(max_length=32)] = {}
     memory_bytes: Count = 0
     deleted: bool = False
+    choice: Text = ""
 
 
 class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):

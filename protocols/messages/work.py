@@ -58,7 +58,8 @@ class Work(Struct, frozen=True, kw_only=True):
     the fewest peers whose updates a version of this run has; 0 from older coordinators. `fleet`:
     the id of the fleet; empty from older ones. `request`: digest of the request of a step of secure
     aggregation, which the message contains. `scores`: an evaluation may have the tally "scores",
-    which older coordinators refuse.
+    which older coordinators refuse. `choice`: the model that the run has chosen and why, as text
+    for the owner.
     """
 
     run: Id
@@ -80,6 +81,7 @@ class Work(Struct, frozen=True, kw_only=True):
     fleet: MaybeId = ""
     request: MaybeDigest = ""
     scores: bool = False
+    choice: Text = ""
 
 
 class NamedModel(Struct, frozen=True, kw_only=True):

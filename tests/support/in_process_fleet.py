@@ -177,10 +177,14 @@ class Trainer(ByKind):
 
 
 class Proving(Observer):
-    """Stores the coordinator's signature beside each version in the cache."""
+    """Stores the coordinator's signature beside each version in the cache, and keeps the works."""
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
+        self.works: list[Work] = []
+
+    def on_work(self, work: Work | None) -> None:
+        self.works += [work] if work is not None else []
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
         version_proofs.save_proof(self._cache, work, payload, signature)
@@ -203,6 +207,7 @@ class Agent:
         )
         self._folder, self._credentials = folder, credentials
         (folder / "cache").mkdir(parents=True, exist_ok=True)
+        self.seen = Proving(folder / "cache")
         self.versions = VersionStore(folder / "cache", self._open_link)
         self._stopping = threading.Event()
         self.link: CoordinatorClient | None = None
@@ -226,7 +231,7 @@ class Agent:
             self,
             self._folder,
             settings=lambda: self.owner,
-            observer=Proving(self._folder / "cache"),
+            observer=self.seen,
             queries=Queries(
                 Recall(me, self._folder / "cache", self.send, lambda *_: None).answer,
                 self.jobs(me).answer,

@@ -82,6 +82,8 @@ class RoundsPage(Page):
             text = Text("No run yet.  commonweight run start TASK  starts one.", colors().dim)
         else:
             text = self._run_text(run, trends=not plots.display)
+            if run.changed.choice:
+                text.append(f"\nmodel: {run.changed.choice}", colors().dim)
             room = self._trouble_lines
             found = troubles(run, fleet, frame.now, room + 1)
             for line in fit(found, self.size.width - 2, room):

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from agent.cli import main
 from agent.daemon import state_machine, work_thread
 from agent.daemon.agent import Agent
 from agent.daemon.owner_commands import OwnerCommands
-from agent.home import settings, status_files
+from agent.home import enrollment_file, settings, status_files
 from agent.home.status_files import OwnerRequest
 from agent.setup import enrollment
 from benchmarks.faults.disk import can_mount, fill, small_disk
@@ -55,6 +56,31 @@ async def test_hooks_connect_earlier_parts_with_later_ones(site: Site, tmp_path:
     status = status_files.read_status(tmp_path / "box")
     assert status is not None
     assert status.shares_at == "10.0.0.7:4000"
+
+
+async def test_the_model_that_a_run_chose_is_in_status_and_log(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="commonweight.agent")
+    home, chosen = tmp_path / "box", replace(WORK, choice="trees (AUC 0.91; linear 0.88)")
+    agent = an_agent(site, home)
+
+    def shown(*events: state_machine.Event) -> tuple[str, str]:
+        for event in events:
+            agent._runner.dispatch(event)
+        agent._report.write(agent._runner.state)
+        status = status_files.read_status(home)
+        assert status is not None
+        return status.choice_run, status.choice
+
+    begun, later = state_machine.WorkStarted(chosen), state_machine.WorkStarted(WORK)
+    known = ("r", "trees (AUC 0.91; linear 0.88)")
+    assert shown(begun, state_machine.WorkEnded(), begun, later) == known
+    assert caplog.text.count("run r has chosen its model: trees (AUC 0.91; linear 0.88)") == 1
+    agent = Agent(home, enrollment_file.read_enrollment(home), settings.read(home))
+    agent._runner.start()
+    assert shown() == known, "after a restart"
+    assert shown(state_machine.WorkStarted(replace(WORK, run="s")))[1] == "", "another run"
 
 
 async def test_the_timer_of_a_pause_does_not_end_a_later_pause(site: Site, tmp_path: Path) -> None:

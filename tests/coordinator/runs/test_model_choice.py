@@ -248,6 +248,9 @@ async def test_a_peer_without_scores_takes_part_in_the_run(tmp_path: Path) -> No
         assert all(models[0] == "auto" and set(models[1:]) == {"mlp"} for models in asked)
         said = [event.text for event in fleet.hub.fleet.events]
         assert f"run {run_id}: {model_choice.line(run.choice)}" in said
+        # The monitor shows it, and each owner hears it with the work.
+        assert fleet.hub.fleet.runs[run_id].changed.choice == model_choice.text(run.choice)
+        assert old.seen.works[-1].choice == model_choice.text(run.choice)
         (line,) = [text for text in said if "compares no models" in text]
         assert "cannot be 'auto'" in line
 

@@ -91,6 +91,13 @@ def test_the_owner_sees_what_a_run_brought() -> None:
     assert "  alone     accuracy 0.7 (0.6 to 0.8), against shared -0.1 (-0.2 to -0.01)" in text
 
 
+def test_the_owner_sees_which_model_a_run_has_chosen() -> None:
+    assert "model  " not in shown(machine())["machine"]
+    chosen = replace(STATUS, choice_run="tabular-7dc222", choice="trees (AUC 0.91; mlp 0.9)")
+    text = shown(machine(status=chosen))["machine"]
+    assert "model     trees (AUC 0.91; mlp 0.9) (run tabular-7dc222)" in text
+
+
 def test_the_panels_of_a_machine_at_work() -> None:
     text = shown(machine())
     assert "● training" in text["machine"]
