@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ ROUNDS = 25
 def test_a_replica_takes_over_and_the_run_goes_on(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(VARIABLE, address)
     (tmp_path / "shared").mkdir()
     settings = {
         VARIABLE: address,
@@ -51,6 +51,7 @@ def test_a_replica_takes_over_and_the_run_goes_on(
         wait_for(lambda: len(site.run(run)["history"]) >= 2, "two rounds")
         first.kill()
         killed = time.monotonic()
+        assert len(rounds_of(home, run)) < ROUNDS
         (site.home / "up.json").unlink()
         wait_for(lambda: (home / "up.json").exists(), "the second one leads")
         print(f"took over after {time.monotonic() - killed:.1f} s")
@@ -67,9 +68,12 @@ def test_a_replica_takes_over_and_the_run_goes_on(
         wait_for(lambda: again.log.count("is led by") == 1, "the first one waits")
         assert second.stop() == 0
         wait_for(lambda: (site.home / "up.json").exists(), "the first one leads again")
-    monkeypatch.setenv(VARIABLE, address)
+    assert rounds_of(home, run) == list(range(1, ROUNDS + 1)), "each round once"
+
+
+def rounds_of(home: Path, run: str) -> list[int]:
+    """The rounds that were committed, from a ledger whose hashes are right."""
     with contextlib.closing(open_ledger(home, read_only=True)) as ledger:
         assert ledger.verify() is None
         events = [run_events.decode(entry.body) for entry in ledger.entries(run)]
-    committed = Counter(one.round for one in events if isinstance(one, VersionCommitted))
-    assert committed == Counter(range(1, ROUNDS + 1)), "each round once"
+    return [one.round for one in events if isinstance(one, VersionCommitted)]

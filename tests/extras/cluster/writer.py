@@ -1,10 +1,13 @@
 """Appends numbered entries to the ledger ADDRESS and prints each number once it is acknowledged.
 
-python -m tests.extras.cluster.writer ADDRESS FIRST COUNT
+python -m tests.extras.cluster.writer ADDRESS
+It ends when its input is closed.
 """
 
 from __future__ import annotations
 
+import itertools
+import select
 import sys
 import time
 
@@ -13,10 +16,12 @@ from protocols.errors import LedgerUnreachable
 from tests.extras.cluster.conftest import FLEET
 
 
-def main(address: str, first: int, count: int) -> None:
+def main(address: str) -> None:
     ledger = PostgresLedger(address, FLEET)
     print("open", flush=True)
-    for number in range(first, first + count):
+    for number in itertools.count():
+        if select.select([sys.stdin], [], [], 0)[0]:
+            break
         while True:
             try:
                 ledger.append("run", [b"%d" % number, b"%d again" % number])
@@ -28,4 +33,4 @@ def main(address: str, first: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1])
