@@ -51,15 +51,19 @@ class CurrentEnrollment:
 
         Raises Unreachable then, as all parts start again with it; Refused for another CA.
         """
-        told = join_client.fetch_chain(self._ctx.credentials.address)
-        try:
-            changed = fleet_trust.with_new_ca(self._enrollment, told)
-        except BadMessage as wrong:
-            raise Refused(
-                f"the server has another CA than this fleet: {wrong.message}",
-                "ask the operator who answers at this address; nothing was sent",
-            ) from err
-        if changed == self._enrollment:
+        changed = self._enrollment
+        for address in self._enrollment.addresses:
+            try:
+                told = join_client.fetch_chain(address)
+                changed = fleet_trust.with_new_ca(self._enrollment, told)
+            except BadMessage as wrong:
+                raise Refused(
+                    f"the server has another CA than this fleet: {wrong.message}",
+                    f"ask the operator who answers at {address}; nothing was sent",
+                ) from err
+            if changed != self._enrollment:
+                break
+        else:
             return
         self._save(**structs.asdict(changed))
         self._runner.call_threadsafe(self.on_key_changed)
@@ -81,9 +85,12 @@ class CurrentEnrollment:
     def save_broker(self, link: CoordinatorClient) -> None:
         """Save the broker and the fleet card. The login changes when a peer is removed.
 
-        Raises Refused if the fleet's CA did not sign them.
+        The address that answered is the first one from now on. Raises Refused if the fleet's CA did
+        not sign them.
         """
         told = link.mqtt_address()
+        if link.places != self._enrollment.addresses:
+            self._save(addresses=link.places)
         try:
             known = fleet_trust.with_broker(self._enrollment, told)
         except BadMessage as err:
@@ -100,8 +107,12 @@ class CurrentEnrollment:
             link.name_receiver(known.fleet)
         moved = known.mqtt != self._enrollment.mqtt
         if known != self._enrollment:
+            link.use(known.addresses)
             self._save(
-                mqtt=known.mqtt, card=known.card, coordinator_public=known.coordinator_public
+                addresses=known.addresses,
+                mqtt=known.mqtt,
+                card=known.card,
+                coordinator_public=known.coordinator_public,
             )
         if known.coordinator_public != self._ctx.coordinator_public:
             self._runner.call_threadsafe(self.on_key_changed)

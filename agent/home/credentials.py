@@ -15,7 +15,8 @@ from protocols.p2p.peer_addresses import is_loopback
 class Credentials(NamedTuple):
     """The keys of this agent, and the coordinator's address and CA certificate.
 
-    `fleet`: named in requests as their receiver; empty for an older coordinator.
+    `fleet`: named in requests as their receiver; empty for an older coordinator. `others`: more
+    addresses of the coordinator, which are tried when `address` does not answer.
     """
 
     address: str
@@ -24,6 +25,7 @@ class Credentials(NamedTuple):
     node_key: NodeKey
     sign_key: SigningKey
     fleet: str = ""
+    others: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, home: Path, enrollment: Enrollment) -> Credentials:
@@ -36,6 +38,7 @@ class Credentials(NamedTuple):
             sign_key=identity.load_signing_key(home / "sign.key"),
             # A coordinator that sends a card reads requests that name a receiver.
             fleet=enrollment.fleet if enrollment.card else "",
+            others=enrollment.addresses[1:],
         )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec.structs import replace
 
 from agent.home.enrollment_file import Enrollment
@@ -68,8 +70,22 @@ def with_broker(enrollment: Enrollment, told: MqttResponse) -> Enrollment:
         ca_pem, told.card, fleet=enrollment.fleet, newer_than=enrollment.card
     )
     mqtt = fleet_card.checked_broker(card, told.address, host)
-    public = card.coordinator_public
-    return replace(enrollment, mqtt=mqtt, card=told.card, coordinator_public=public)
+    return replace(
+        enrollment,
+        addresses=known_addresses(enrollment.addresses, card),
+        mqtt=mqtt,
+        card=told.card,
+        coordinator_public=card.coordinator_public,
+    )
+
+
+def known_addresses(tried: Sequence[str], card: FleetCard) -> tuple[str, ...]:
+    """The coordinator's addresses: the first one, which works, then the others.
+
+    Those on a card replace the ones of the ticket.
+    """
+    works, *others = tried
+    return (works, *(one for one in card.addresses or others if one != works))
 
 
 def with_new_ca(enrollment: Enrollment, told: ChainResponse) -> Enrollment:

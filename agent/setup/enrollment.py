@@ -107,7 +107,7 @@ def _join(
         peer=answer.peer,
         name=answer.name,
         fleet=answer.fleet,
-        addresses=(address, *others),
+        addresses=fleet_trust.known_addresses((address, *others), card),
         ca_pem=ca_pem.decode(),
         certificate=answer.certificate,
         coordinator_public=answer.coordinator_public,

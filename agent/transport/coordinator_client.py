@@ -111,6 +111,15 @@ class CoordinatorClient(CoordinatorRequests):
         """Local and remote IP address of the last connection; empty before the first."""
         return self._http_client.peer_addresses
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The coordinator's addresses, the one that worked last first."""
+        return self._http_client.places
+
+    def use(self, places: tuple[str, ...]) -> None:
+        """Connects to these addresses from now on, in this order."""
+        self._http_client.places = places
+
     def open(self) -> None:
         """Opens a session, so that the coordinator can send work."""
         status, body = self._activate(HEARTBEAT_S)

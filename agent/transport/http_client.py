@@ -21,7 +21,7 @@ import time
 import urllib.parse
 import urllib.request
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from agent.transport.deadlines import Deadlines
@@ -47,20 +47,22 @@ class Response(NamedTuple):
 
 
 class HttpClient:
-    """Connections to one address, `host:port` or `host:port/path`. Errors raise Unreachable.
+    """Connections to a server, by `host:port` or `host:port/path`. Errors raise Unreachable.
 
+    A new connection goes to the address that worked last, else to the others, in their order.
     `max_idle_s`: how long an unused connection is kept. `timeout_s`: the limit for each step of
     a request.
     """
 
     def __init__(
-        self, address: str, tls: ssl.SSLContext, *, timeout_s: float, max_idle_s: float
+        self, places: Sequence[str], tls: ssl.SSLContext, *, timeout_s: float, max_idle_s: float
     ) -> None:
-        self._host, self._port, self._prefix = addresses.parse(address)
+        #: The one that worked last is the first.
+        self.places = tuple(places)
         self._tls, self._max_idle_s, self.timeout_s = tls, max_idle_s, timeout_s
         self._lock = threading.Lock()
-        self._idle: list[tuple[Connection, float]] = []
-        self._busy: set[Connection] = set()
+        self._idle: list[tuple[CoordinatorConnection, float]] = []
+        self._busy: set[CoordinatorConnection] = set()
         self._closed = False
         #: Local and remote IP address of the last connection; the remote one may be a proxy's.
         self.peer_addresses = ("", "")
@@ -114,7 +116,8 @@ class HttpClient:
                 if connection.sock is None:
                     connection.connect()
                     self.peer_addresses = connection.ends()
-                connection.putrequest(method, self._prefix + path, skip_accept_encoding=True)
+                    self._prefer(connection.place)
+                connection.putrequest(method, connection.prefix + path, skip_accept_encoding=True)
                 for name, value in headers.items():
                     connection.putheader(name, value)
                 if isinstance(body, bytes) and (body or method != "GET"):
@@ -157,7 +160,7 @@ class HttpClient:
             self._closed = True
         self.drop_connections()
 
-    def _acquire(self) -> Connection:
+    def _acquire(self) -> CoordinatorConnection:
         """Takes an idle connection, or makes a new one that is not connected yet."""
         while True:
             with self._lock:
@@ -175,13 +178,12 @@ class HttpClient:
                 self._busy.discard(connection)
             connection.close()
 
-    def _new(self) -> Connection:
-        proxy = proxy_for(self._host, self._port)
-        host, port = (proxy.host, proxy.port) if proxy else (self._host, self._port)
-        connection = Connection(host, port, self._tls, self.timeout_s)
-        if proxy:
-            connection.set_tunnel(self._host, self._port, proxy.headers)
-        return connection
+    def _new(self) -> CoordinatorConnection:
+        return CoordinatorConnection(self.places, self._tls, self.timeout_s)
+
+    def _prefer(self, place: str) -> None:
+        with self._lock:
+            self.places = (place, *(one for one in self.places if one != place))
 
 
 class Connection(http.client.HTTPSConnection):
@@ -197,7 +199,7 @@ class Connection(http.client.HTTPSConnection):
         self._create_connection = self._create_tracked
 
     def connect(self) -> None:
-        """Connects, through a proxy if one is set, and does the TLS handshake. Raises OSError."""
+        """Connects, through a tunnel if one is set, and does the TLS handshake. Raises OSError."""
         http.client.HTTPConnection.connect(self)
         server = self._tunnel_host or self.host  # type: ignore[attr-defined]
         self.sock = self._tls.wrap_socket(
@@ -236,6 +238,47 @@ class Connection(http.client.HTTPSConnection):
                 failure = err
                 self.sock.close()
         raise failure
+
+
+class CoordinatorConnection(Connection):
+    """A connection to the first of several addresses that answers, through a proxy if one is set.
+
+    `place`: the address that was tried last, and `prefix` the path that it begins with.
+    """
+
+    def __init__(self, places: Sequence[str], tls: ssl.SSLContext, timeout_s: float) -> None:
+        self._places, self.place, self.prefix = tuple(places), places[0], ""
+        host, port, _ = addresses.parse(self.place)
+        super().__init__(host, port, tls, timeout_s)
+
+    def connect(self) -> None:
+        """Connects. Raises the OSError of the first address.
+
+        A wrong certificate counts more, as the fleet may have a new CA.
+        """
+        failure: OSError | None = None
+        for place in self._places:
+            try:
+                self._connect_to(place)
+                return
+            except OSError as err:
+                is_wrong = isinstance(err, ssl.SSLCertVerificationError)
+                failure = err if failure is None or is_wrong else failure
+                self.close()
+                if self.ended:
+                    break
+        assert failure is not None
+        raise failure
+
+    def _connect_to(self, place: str) -> None:
+        self.place = place
+        host, port, self.prefix = addresses.parse(place)
+        proxy = proxy_for(host, port)
+        self.host, self.port = (proxy.host, proxy.port) if proxy else (host, port)
+        self._tunnel_host: str | None = None  # of the address before
+        if proxy:
+            self.set_tunnel(host, port, proxy.headers)
+        super().connect()
 
 
 class Proxy(NamedTuple):

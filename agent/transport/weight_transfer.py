@@ -52,7 +52,7 @@ class WeightTransfer:
         self._credentials, self._bandwidth = credentials, bandwidth
         self._signed = credentials.sign_request
         self._http_client = HttpClient(
-            credentials.address,
+            (credentials.address, *credentials.others),
             ssl.create_default_context(cadata=credentials.ca_pem.decode()),
             timeout_s=_TIMEOUT_S,
             max_idle_s=IDLE_CONNECTION_S,

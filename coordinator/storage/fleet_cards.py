@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -48,11 +49,12 @@ class CardFile:
         broker: MqttAddress,
         issuer: bytes = b"",
         old_ca_until: float = 0.0,
+        addresses: Sequence[str] = (),
     ) -> bytes:
         """The signed card for this signing key and broker.
 
         `issuer`: the certificate (PEM) of the issuer whose key `ca_key` is, or empty.
-        `old_ca_until`: as on the card.
+        `old_ca_until`, `addresses`: as on the card, which has the first addresses of a longer list.
         """
         card = FleetCard(
             fleet=self._fleet,
@@ -61,6 +63,7 @@ class CardFile:
             broker=fleet_card.broker_card(broker),
             issuer=issuer,
             old_ca_until=old_ca_until,
+            addresses=tuple(addresses[: fleet_card.MAX_ADDRESSES]),
         )
         if card != self._card:
             # The clock keeps the counter growing in a home that was restored from a backup.

@@ -25,6 +25,7 @@ from protocols.errors import BadMessage, HomeError, UnknownName, UsageError
 from protocols.local import homes, settings_file
 from protocols.local.atomic_files import write_private
 from protocols.local.settings_file import SETTINGS_FILE
+from protocols.network.addresses import CoordinatorAddress
 
 #: Has the address of the running coordinator.
 UP_FILE = "up.json"
@@ -49,7 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     external broker instead of the embedded one. `mqtt_mosquitto`: a folder of
     `commonweight admin mosquitto` instead, for a Mosquitto on this machine. `names`: host names and
     addresses by which agents reach this machine, instead of those detected. `public_addresses`:
-    host:port or host:port/path of a proxy or router in front of this machine. `approve`: new peers
+    host:port or host:port/path of a proxy or router in front of this machine, of its replicas, and
+    of the place where it will be next. Agents learn them, and try them all. `approve`: new peers
     wait for `peers approve`. `announce`: announce the coordinator in the local network.
     `metrics_port`: serves /metrics for Prometheus on loopback; 0 is off. `ledger`: the PostgreSQL
     database of the ledger, in place of a file of the home, without a password (`ledger_place`).
@@ -63,7 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mqtt_ca: str = ""
     mqtt_mosquitto: str = ""
     names: list[str] = []
-    public_addresses: list[Annotated[str, Meta(pattern=r"^[^/]+:\d{1,5}(/[\w./-]*)?\Z")]] = []
+    public_addresses: list[CoordinatorAddress] = []
     approve: bool = False
     metrics_port: Port = 0
     announce: bool = False

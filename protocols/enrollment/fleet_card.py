@@ -20,8 +20,10 @@ from protocols.errors import BadMessage
 from protocols.messages.envelope import Count, Id, PublicKey
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.signing import SignedJson
+from protocols.network.addresses import CoordinatorAddress
 
 FORMAT = 1
+MAX_ADDRESSES = 8
 MAX_CARD_BYTES = 16 * 1024
 
 
@@ -44,6 +46,7 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     grows with each change: an older card is refused. `issuer`: the certificate (PEM) of the issuer
     that signed it, or empty for the CA; after a newer issuer, an older one is refused.
     `old_ca_until`: node certificates of the CA before this one count until then (Unix s).
+    `addresses`: where the coordinator and its replicas can be reached, if the operator names them.
     """
 
     v: Count = FORMAT
@@ -53,6 +56,7 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     broker: BrokerCard
     issuer: Annotated[bytes, Meta(max_length=2048)] = b""
     old_ca_until: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
+    addresses: Annotated[tuple[CoordinatorAddress, ...], Meta(max_length=MAX_ADDRESSES)] = ()
 
 
 _SIGNED = SignedJson(FleetCard, "fleet card", "fleet card", "this fleet's CA")

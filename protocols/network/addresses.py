@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from msgspec import Meta
+
+_PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5])"
+CoordinatorAddress = Annotated[
+    str, Meta(max_length=300, pattern=rf"^[^/\s@]+:{_PORT}(/[\w./-]*)?\Z")
+]
 
 
 class Address(NamedTuple):

@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.fleet_harness import Fleet, alive, descendants, fleet, two_free_ports
+from agent.home.enrollment_file import read_enrollment
+from tests.support.fleet_harness import HOST, Fleet, alive, descendants, fleet, two_free_ports
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
@@ -105,3 +106,30 @@ def test_a_coordinator_stopped_in_a_run_goes_on_with_it(tmp_path: Path) -> None:
         again = site.ended_run(site.start_run("mnist", "--rounds", "3", "--quorum", "2", *SLOW))
         digests = [closed["digest"] for closed in ended["history"]]
         assert [closed["digest"] for closed in again["history"]] == digests
+
+
+def test_agents_find_a_coordinator_that_has_moved_as_it_told_before(tmp_path: Path) -> None:
+    old, new = two_free_ports()
+    told = tmp_path / "coordinator" / "settings.toml"
+    with fleet(tmp_path) as site:
+        site.up(port=old)
+        site.join("ada", "bob")
+        site.start("ada", "bob")
+        site.programs["up"].stop()
+        told.write_text(f'public_addresses = ["{HOST}:{new}"]\n')
+        site.up(port=old)
+        for name in ("ada", "bob"):
+            file = tmp_path / name / "enrolled.json"
+            wait_for(
+                lambda file=file: f"{HOST}:{new}" in read_enrollment(file.parent).addresses[1:],
+                f"{name} knows the next address",
+            )
+        run = site.start_run("mnist", "--rounds", "2", "--quorum", "2", *SLOW)
+        site.until_agent("ada", "trains", lambda told: (told["state"], told["round"]) == FIRST)
+        assert site.programs["up"].stop() == 0
+        (site.home / "up.json").unlink(missing_ok=True)
+        site.up(port=new)
+        assert rounds_of(site.ended_run(run)) == [1, 2]
+        for name in ("ada", "bob"):
+            site.until_agent(name, "has both its links", lambda told: told["mqtt"])
+            assert read_enrollment(tmp_path / name).addresses[0] == f"{HOST}:{new}"

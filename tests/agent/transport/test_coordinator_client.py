@@ -18,6 +18,7 @@ from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.weight_transfer import IDLE_CONNECTION_S, CoordinatorDiskFull, SessionLost
 from protocols.enrollment import certificates, identity
 from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused
+from protocols.local.join_client import is_other_ca
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from tests.support.https_site import HOST, Machine, Site
@@ -87,6 +88,32 @@ def closed_port() -> str:
 
 def elsewhere(site: Site, machine: Machine, address: str) -> CoordinatorClient:
     return CoordinatorClient(site.credentials(machine)._replace(address=address))
+
+
+def test_the_next_address_is_tried_and_stays_the_first(site: Site, machine: Machine) -> None:
+    """The first one refuses; the last one would never answer."""
+    known, refuses = site.credentials(machine), closed_port()
+    with socket.create_server((HOST, 0)) as silent:
+        last = f"{HOST}:{silent.getsockname()[1]}"
+        link = CoordinatorClient(known._replace(address=refuses, others=(known.address, last)))
+        link.open()
+        assert link.places == (known.address, refuses, last)
+        link.heartbeat()
+        link.close()
+
+
+def test_without_any_address_that_answers_the_first_one_tells_why(
+    site: Site, machine: Machine
+) -> None:
+    known = site.credentials(machine)
+    link = CoordinatorClient(known._replace(address=closed_port(), others=("no.invalid:1",)))
+    with pytest.raises(Unreachable, match="nothing listens"):
+        link.open()
+    _, other_ca = certificates.new_ca("other")
+    other = known._replace(address=closed_port(), ca_pem=other_ca, others=(known.address,))
+    with pytest.raises(Unreachable) as caught:
+        CoordinatorClient(other).open()
+    assert is_other_ca(caught.value), "so that the agent asks for the chain of the new CA"
 
 
 def check_unreachable(link: CoordinatorClient, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Asking:
     def __init__(self, silent: socket.socket) -> None:
         host, port = silent.getsockname()
         tls = ssl.create_default_context()
-        self.wire = HttpClient(f"{host}:{port}", tls, timeout_s=600.0, max_idle_s=60.0)
+        self.wire = HttpClient([f"{host}:{port}"], tls, timeout_s=600.0, max_idle_s=60.0)
         self.failure: Unreachable | None = None
         self.thread = threading.Thread(target=self._ask, daemon=True)
         self.thread.start()
@@ -114,7 +114,7 @@ def test_a_request_that_waits_for_a_connection_ends_when_the_link_closes(
 def test_a_closed_link_makes_no_connection(silent: socket.socket) -> None:
     host, port = silent.getsockname()
     wire = HttpClient(
-        f"{host}:{port}", ssl.create_default_context(), timeout_s=600.0, max_idle_s=60.0
+        [f"{host}:{port}"], ssl.create_default_context(), timeout_s=600.0, max_idle_s=60.0
     )
     wire.close()
     with pytest.raises(Unreachable, match="closed"):

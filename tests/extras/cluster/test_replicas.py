@@ -14,7 +14,7 @@ from coordinator.storage.ledger_place import VARIABLE, open_ledger
 from coordinator.storage.run_events import VersionCommitted
 from protocols.errors import ExitCode
 from tests.support import postgres
-from tests.support.fleet_harness import COORDINATOR, HOST, Program, fleet, free_port, run_program
+from tests.support.fleet_harness import COORDINATOR, HOST, Program, fleet, run_program, two_free_ports
 from tests.support.waiting import wait_for
 
 ROUNDS = 25
@@ -30,9 +30,10 @@ def test_a_replica_takes_over_and_the_run_goes_on(
         "COMMONWEIGHT_VERSIONS": (tmp_path / "shared").as_uri(),
         "PGPASSWORD": postgres.PASSWORD,
     }
-    port = str(free_port())
+    port, other = two_free_ports()
+    settings["COMMONWEIGHT_PUBLIC_ADDRESSES"] = json.dumps([f"{HOST}:{port}", f"{HOST}:{other}"])
     with fleet(tmp_path, **settings) as site:
-        first = site.up("--replica", port=int(port))
+        first = site.up("--replica", port=port)
         file, home = tmp_path / "keys.backup", tmp_path / "second"
         assert site.ask("admin", "backup", str(file)).returncode == 0
         environment = site._env() | {"COMMONWEIGHT_HOME": str(home)}
@@ -42,7 +43,7 @@ def test_a_replica_takes_over_and_the_run_goes_on(
         refused = run_program([COORDINATOR, "up", "--host", HOST], environment)
         assert refused.returncode == ExitCode.FAILED
         assert "another program writes to this ledger" in refused.stderr
-        words = [COORDINATOR, "up", "--replica", "--host", HOST, "--port", port]
+        words = [COORDINATOR, "up", "--replica", "--host", HOST, "--port", str(other)]
         second = site.programs["second"] = Program(words, environment, tmp_path / "second.log")
         wait_for(lambda: "is led by" in second.log, "the second one waits")
         site.join("ann", "bob")
@@ -64,7 +65,7 @@ def test_a_replica_takes_over_and_the_run_goes_on(
 
         wait_for(is_finished, "the run ended", within_s=120.0, every_s=0.5)
         # And back: the first one waits until the second one is stopped.
-        again = site.background("up", *words[1:])
+        again = site.background("up", *words[1:-1], str(port))
         wait_for(lambda: again.log.count("is led by") == 1, "the first one waits")
         assert second.stop() == 0
         wait_for(lambda: (site.home / "up.json").exists(), "the first one leads again")

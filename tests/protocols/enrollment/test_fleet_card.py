@@ -55,6 +55,20 @@ def test_a_changed_broker_or_key_is_taken_with_a_newer_card() -> None:
     assert (known.card, known.coordinator_public) == (new, bytes(32))
 
 
+def test_addresses_on_the_card_follow_the_one_that_works() -> None:
+    before = msgspec.structs.replace(enrolled(card()), addresses=("hub:1", "old:1"))
+    known = fleet_trust.with_broker(before, told(card(6, addresses=("new:443/fleet", "hub:1"))))
+    assert known.addresses == ("hub:1", "new:443/fleet")
+    none_told = fleet_trust.with_broker(before, told(card(6)))
+    assert none_told.addresses == before.addresses
+
+
+@pytest.mark.parametrize("wrong", ["hub", "hub:0", "hub:65536", "user@hub:1", "a b:1", "hub:1/ "])
+def test_a_card_with_an_address_that_is_none_is_refused(wrong: str) -> None:
+    with pytest.raises(BadMessage):
+        fleet_trust.with_broker(enrolled(card()), told(card(6, addresses=(wrong,))))
+
+
 @pytest.mark.parametrize(
     ("response", "words"),
     [
