@@ -22,11 +22,10 @@ from agent.clientapp.outbox import Finished, Outbox
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.secure_work import SecureWork
+from agent.clientapp.training import Training
 from agent.clientapp.work_reader import SignedRequest, WorkReader
 from agent.data.settings import Floors
-from agent.home.run_state import RunStatePaths
 from agent.home.settings_schema import AgentSettings
-from agent.tasks import floors as owner_floors
 from agent.tasks.work import Done, Trainer
 from protocols.codecs import registry
 from protocols.errors import CommonweightError, DiskFull, NotAllowed, SchemaMismatch, TrainerFailed
@@ -51,7 +50,8 @@ class Client:
     run can go below; `outbox` is the folder of the outbox. `check_log` raises LogConflict
     if the log of versions does not have the version of the work. `budget` is charged before
     anything leaves. `secure_turns` opens what this peer has answered in secure runs; without it,
-    the peer takes part in none. `is_durable`: see `Outbox`.
+    the peer takes part in none. `is_durable`: see `Outbox`. `trains_ahead`: with a thread that
+    trains for the next round while an update is sent; the results are the same without.
     """
 
     def __init__(
@@ -69,11 +69,14 @@ class Client:
         budget: PrivacyBudget | None = None,
         secure_turns: Callable[[], SecureTurns] | None = None,
         is_durable: bool = True,
+        trains_ahead: bool = False,
     ) -> None:
-        self._trainer, self._transport = trainer, transport
+        self._transport, self._queries = transport, queries
         self._outbox = Outbox(outbox, me, is_durable=is_durable)
-        self._floors, self._queries = floors, queries
         self._observer, self._budget = observer or Observer(), budget or PrivacyBudget()
+        self.training = Training(
+            trainer, self._outbox, floors, self._observer.on_ahead, in_background=trains_ahead
+        )
         self._reader = WorkReader(me, settings, floors, self._budget, check_log)
         self.secure = SecureWork(
             me,
@@ -166,6 +169,8 @@ class Client:
             return self._run_secure(work, base) if is_secure else self._run_work(work, base)
         finished = finished or self._describe(work)
         self._charge_update(work, finished)
+        if work.ahead:
+            self.training.begin_next(work, self._reader.columns(work))
         self._write_audit_entry(work, finished)
         self._send_update(finished)
         return finished
@@ -178,7 +183,8 @@ class Client:
         if work.kind == "init":
             return Path()
         # Space for the version and the update. Check it before an hour of training, not after.
-        self._outbox.check_room(2 * work.nbytes + _SPARE_BYTES)
+        models = 5 if work.ahead else 2
+        self._outbox.check_room(models * work.nbytes + _SPARE_BYTES)
         base = self._transport.fetch(work)
         failpoint("agent.version.fetched")
         return base
@@ -196,7 +202,7 @@ class Client:
         return self._outbox.keep(work, done, description, columns=columns)
 
     def _run_describe(self, work: Work) -> Done:
-        return self._trainer.run(trainer_work.describe(work))
+        return self.training.trainer.run(trainer_work.describe(work))
 
     def _check_card(self, work: Work) -> None:
         """Compares this peer's schema card with the run's, once per run, as it may load the data.
@@ -220,9 +226,9 @@ class Client:
             failpoint("agent.outbox.cleared")
         personal, columns = self._outbox.personal_paths(work), self._reader.columns(work)
         if work.kind == "train":
-            done = self._train(work, base, personal)
+            done = self.training.train(work, base, personal, columns)
         else:
-            done = self._do(work, base, self._outbox.update, personal)
+            done = self.training.do(work, base, self._outbox.update, personal)
         failpoint("agent.work.done")
         self._reader.check_consent(work, columns)  # the owner may have withdrawn it meanwhile
         if done.privacy:  # before the reply names it: a lost update is made and charged again
@@ -231,12 +237,13 @@ class Client:
             self._budget.charge(work, done)
         # Sync the reply at once if state that stays on this peer changes with the update.
         is_stateful = work.kind == "train" and bool(
-            personal or registry.parse(work.codec).encoding or done.privacy
+            personal or registry.parse(work.codec).encoding or done.privacy or work.ahead
         )
         finished = self._outbox.keep(work, done, synced=is_stateful, columns=columns)
         failpoint("agent.outbox.written")
         self._charge_update(work, finished)
         failpoint("agent.privacy.charged")
+        goes_on = work.ahead and self.training.begin_next(work, columns)
         if work.kind == "evaluate":
             self._observer.on_evaluated(work, Score(done.num_examples, done.metrics))
         try:
@@ -247,9 +254,8 @@ class Client:
             # checkpoint is obsolete once the whole reply is on disk. An evaluation gets no fsync:
             # repeating it costs less.
             if done.digest:
-                self._outbox.start_sync(
-                    self._observer.on_trained if work.kind == "train" else lambda: None
-                )
+                is_over = work.kind == "train" and not goes_on
+                self._outbox.start_sync(self._observer.on_trained if is_over else lambda: None)
         self._send_update(finished)
         return finished
 
@@ -285,7 +291,7 @@ class Client:
         self._begin_work()
         columns = self._reader.columns(work)
         trained, personal = self.secure.begin(work), self._outbox.personal_paths(work)
-        done = self._do(work, base, trained, personal)
+        done = self.training.do(work, base, trained, personal)
         if personal and work.kind == "train":
             self._stage_personal(work, trained, done)
         failpoint("agent.work.done")
@@ -300,35 +306,9 @@ class Client:
         """Discards state of an update that was never sent or promised."""
         self._outbox.commit_last(self.secure.promised())
 
-    def _train(self, work: Work, base: Path, personal: RunStatePaths | None) -> Done:
-        """Trains and writes the update in the run's codec."""
-        codec, update = registry.parse(work.codec), self._outbox.update
-        is_encoded = codec.encoding is not None
-        trained = self._outbox.trained if is_encoded else update
-        try:
-            done = self._do(work, base, trained, personal)
-            if is_encoded:
-                encoded = self._outbox.error_feedback.encode(codec, work.run, trained, base, update)
-                done = replace(done, digest=encoded.digest, nbytes=encoded.nbytes, tallies={})
-        finally:
-            if is_encoded:
-                trained.unlink(missing_ok=True)
-        if personal:
-            self._stage_personal(work, update, done)
-        return done
-
     def _stage_personal(self, work: Work, update: Path, done: Done) -> None:
         fsync_files(update)  # before the state that stays here changes
         self._outbox.personal.stage(work.run, done.digest)
-
-    def _do(self, work: Work, base: Path, out: Path, personal: RunStatePaths | None) -> Done:
-        done = self._trainer.run(trainer_work.of(work, base, out, personal))
-        if work.kind == "train":
-            owner_floors.check_examples(work.task, done.num_examples, self._floors)
-        if not work.scores and "scores" in done.tallies:
-            told = {name: tally for name, tally in done.tallies.items() if name != "scores"}
-            return replace(done, tallies=told)
-        return done
 
     def _write_audit_entry(self, work: Work, finished: Finished) -> None:
         claim = SIGNED_CLAIM.decode(finished.claim)

@@ -74,6 +74,10 @@ class Observer:
     def on_work(self, work: Work | None) -> None:
         """Work has begun, or ended (None)."""
 
+    def on_ahead(self, work: Work | None) -> None:
+        """Training for a round that nobody has asked for yet has begun in the background, or ended
+        (None). Not on the work thread."""
+
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
         """The version of this signed work is in the cache."""
 

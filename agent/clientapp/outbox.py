@@ -59,7 +59,7 @@ class Outbox:
     """
 
     def __init__(self, folder: Path, me: PeerIdentity, *, is_durable: bool = True) -> None:
-        self._folder, self._me, self._is_durable = folder, me, is_durable
+        self.folder, self._me, self._is_durable = folder, me, is_durable
         self._has_folder = False
         if is_durable:
             self._make_folder()
@@ -67,6 +67,8 @@ class Outbox:
         self.trained = folder / "trained.safetensors"
         self.error_feedback = ErrorFeedback(folder / "leftovers")
         self.personal = RunStateFolder(folder / PERSONAL, KEPT)
+        #: This peer's own weights after a round, from which the next one begins (`training_ahead`).
+        self.running = RunStateFolder(folder / "running", ".weights")
         self.answer = folder / "finished.json"
         #: The digest of the verified update. A file from before a restart is verified first.
         self._verified = ""
@@ -74,13 +76,13 @@ class Outbox:
 
     def _make_folder(self) -> None:
         if not self._has_folder:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._has_folder = True
 
     def check_room(self, nbytes: int) -> None:
         """Raises DiskFull or Refused if there is no room for this number of bytes."""
         self._make_folder()
-        check_room(self._folder, nbytes)
+        check_room(self.folder, nbytes)
 
     def clear(self) -> None:
         """Deletes the reply before its update is overwritten."""
@@ -183,6 +185,7 @@ class Outbox:
         """Makes state of the update with this digest permanent; empty for none."""
         self.error_feedback.commit(digest)
         self.personal.commit(digest)
+        self.running.commit(digest)
 
     def commit_last(self, promised: str = "") -> None:
         """Discards state of an update that was never sent. `promised`: the digest of one that is
@@ -192,9 +195,14 @@ class Outbox:
 
 
 def _key(work: Work, columns: Sequence[str]) -> str:
-    """Equal for work whose reply is the same. The owner's consent is to a task, its settings and
-    columns, so they are part of it: what is forbidden since answers no other work."""
+    """Equal for work whose reply is the same."""
     turn = f" {work.turn}" if work.turn else ""
-    asked = work.task, work.codec, work.seed, sorted(work.settings.items()), sorted(columns)
-    how = hashlib.sha256(msgspec.json.encode(asked)).hexdigest()[:32]
+    how = settings_key(work, columns)
     return f"{work.run} {work.round} {work.kind} {work.base}{turn} {how}"
+
+
+def settings_key(work: Work, columns: Sequence[str]) -> str:
+    """Equal for work with the same settings. The owner's consent is to a task, its settings and
+    columns, so they are part of it: what is forbidden since answers no other work."""
+    asked = work.task, work.codec, work.seed, sorted(work.settings.items()), sorted(columns)
+    return hashlib.sha256(msgspec.json.encode(asked)).hexdigest()[:32]

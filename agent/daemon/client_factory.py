@@ -23,7 +23,13 @@ from agent.clientapp.recovery import Recall
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
-from agent.daemon.state_machine import SendingStarted, SumChanged, WorkEnded, WorkStarted
+from agent.daemon.state_machine import (
+    AheadChanged,
+    SendingStarted,
+    SumChanged,
+    WorkEnded,
+    WorkStarted,
+)
 from agent.home import app_files, audit_log, own_results, privacy_ledger, settings
 from agent.home.live_settings import LiveSettings
 from agent.home.secure_store import TurnStore
@@ -100,6 +106,9 @@ class _Events(Observer):
         if work is not None and work.kind == "train":
             self._on_training(work)
         _tell_work(self._ctx, work)
+
+    def on_ahead(self, work: Work | None) -> None:
+        self._ctx.runner.dispatch_threadsafe(AheadChanged(work))
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:
         version_proofs.save_proof(self._ctx.cache, work, payload, signature)
@@ -305,4 +314,5 @@ def make_client(
             TurnStore(home),
             lambda: secure_rules.pins(owner()),
         ),
+        trains_ahead=True,
     )

@@ -75,7 +75,7 @@ class PolicyLoop:
         while True:
             self._reloaded.clear()
             await self.decide()
-            working = self._ctx.runner.state.work is not None
+            working = self._ctx.runner.state.shown_work is not None
             within_s = _WORKING_INTERVAL_S if working else _IDLE_INTERVAL_S
             await wait_at_most(self._reloaded, within_s)
 

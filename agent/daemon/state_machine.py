@@ -47,12 +47,14 @@ class AgentState(Struct, frozen=True, kw_only=True):
 
     `pauses` maps each active reason to its end (Unix s, 0 if unknown). `trainer_failure` is why
     the trainer is paused. `policy` is the policy's last decision. `in_sum`: a secure sum has this
-    peer's card, and its steps are to come.
+    peer's card, and its steps are to come. `ahead`: the training in the background, for a round
+    that nobody has asked for yet.
     """
 
     session: bool = False
     mqtt: bool = False
     work: Work | None = None
+    ahead: Work | None = None
     sending: bool = False
     in_sum: bool = False
     pauses: Mapping[PauseReason, float] = {}
@@ -60,6 +62,11 @@ class AgentState(Struct, frozen=True, kw_only=True):
     policy: PolicyDecided = PolicyDecided()
     finishing: bool = False
     finished: bool = False
+
+    @property
+    def shown_work(self) -> Work | None:
+        """What the trainer does, also if nobody waits for it yet."""
+        return self.work or self.ahead
 
 
 # --- events ---
@@ -83,6 +90,12 @@ class SendingStarted(NamedTuple):
 
 class WorkEnded(NamedTuple):
     pass
+
+
+class AheadChanged(NamedTuple):
+    """Training in the background has begun, or ended (None)."""
+
+    work: Work | None
 
 
 class SumChanged(NamedTuple):
@@ -119,6 +132,7 @@ Event = (
     | WorkStarted
     | SendingStarted
     | WorkEnded
+    | AheadChanged
     | SumChanged
     | PauseRequested
     | PauseLifted
@@ -172,6 +186,8 @@ def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instructio
             after = replace(state, sending=state.work is not None)
         case WorkEnded():
             after = replace(state, work=None, sending=False)
+        case AheadChanged(work):
+            after = replace(state, ahead=work)
         case SumChanged(is_open):
             after = replace(state, in_sum=is_open)
         case PauseRequested(reason, until):
@@ -238,7 +254,7 @@ def can_answer_steps(state: AgentState) -> bool:
 
 
 def _presence(state: AgentState) -> tuple[object, ...]:
-    return (*display_state(state), state.policy.rules, state.work, *availability(state))
+    return (*display_state(state), state.policy.rules, state.shown_work, *availability(state))
 
 
 def availability(state: AgentState) -> tuple[float, float]:
@@ -263,7 +279,7 @@ def display_state(state: AgentState) -> tuple[PeerState, str]:
         return PeerState.PAUSED, ", ".join([*reasons, *filter(None, [state.policy.reason])])
     if state.sending:
         return PeerState.SENDING, ""
-    if state.work is not None:
+    if state.shown_work is not None:
         return PeerState.TRAINING, "finishing" if state.finishing else ""
     return PeerState.IDLE, ""
 

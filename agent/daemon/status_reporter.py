@@ -88,13 +88,14 @@ class StatusReporter:
         """Publish the state over MQTT now, and to the status file within a tick."""
         state, reason = state_machine.display_state(agent)
         free_at, free_until = state_machine.availability(agent)
-        run, round_ = (agent.work.run, agent.work.round) if agent.work else ("", 0)
+        work = agent.shown_work
+        run, round_ = (work.run, work.round) if work else ("", 0)
         self._last_presence = Presence(
             state=state,
             reason=reason,
             name=self._status.name,
             version=VERSION,
-            task=agent.work.task if agent.work else "",
+            task=work.task if work else "",
             run=run,
             round=round_,
             tasks=self._tasks,
@@ -136,14 +137,14 @@ class StatusReporter:
 
     def progress(self, agent: AgentState, progress: Progress, trainer_bytes: int) -> None:
         """Publish how far the current work is."""
-        if agent.work is None:
+        if (work := agent.shown_work) is None:
             return
         up, down = self.traffic()
-        is_secure = secure_rules.is_secure(agent.work)  # then losses leave in the sum alone
+        is_secure = secure_rules.is_secure(work)  # then losses leave in the sum alone
         self._mqtt.telemetry(
             Telemetry(
-                run=agent.work.run,
-                round=agent.work.round,
+                run=work.run,
+                round=work.round,
                 phase=progress.phase if progress.phase in ("train", "evaluate") else "",
                 step=progress.step,
                 steps=progress.steps,

@@ -153,6 +153,7 @@ class WorkThread:
         """Stop the trainers for good. This also ends a wait for them or for the next try."""
         self._retrying_trainer.close()
         self._app_trainer.close()
+        self._client.training.close()
 
     def pull(self, *, steps_only: bool) -> Message | None:
         """The next message, or None. Deletes what is left of a secure sum that is over.

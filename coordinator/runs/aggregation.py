@@ -28,6 +28,7 @@ from coordinator.strategies.state import StateStore
 from coordinator.strategies.version_noise import VersionNoise, norm_as_folded
 from protocols.codecs import registry
 from protocols.messages.envelope import Metrics
+from protocols.model.rebased import RebasedUpdate
 from protocols.model.weights import PIECE_BYTES, WeightReader
 from protocols.model.weights_file import WeightsFile
 from protocols.tables import evaluation_counts
@@ -201,7 +202,7 @@ def _open_on_head(
     if codec.encoding is not None or codec.rank or update.base in ("", run.head):
         return registry.open_update(codec, file, head)
     base = stack.enter_context(WeightsFile(store.version_path(update.base)))
-    return averaging.RebasedUpdate(file, base, head)
+    return RebasedUpdate(file, base, head)
 
 
 class Evaluation(NamedTuple):

@@ -123,6 +123,7 @@ _ABOVE_0 = Bounds("above 0", 0, above_minimum=True)
 _SHARE = Bounds("above 0 and at most 1", 0, 1, above_minimum=True)
 _FACTOR = Bounds("from 1x to 10x", 1, 10, or_zero=True)
 _OUTLIERS = Bounds("0, or 1 or more", 1, or_zero=True)
+_OVERLAP = Bounds("0 or 1", 0, 1)
 _FINITE = Bounds("a finite number")
 _EPSILON = Bounds("0, or from 0.01 to 100", MIN_EPSILON, MAX_EPSILON, or_zero=True)
 _DELTA = Bounds("from 1e-12 to 0.01", MIN_DELTA, MAX_DELTA)
@@ -201,6 +202,9 @@ OPTIONS = (
     Option("dp-user", float, 0.0, "The coordinator adds noise to each version. All versions "
            "together cost at most this ε for each peer (0: no noise).", _EPSILON, "ε",
            other_field="dp_user_epsilon", unset="no noise"),
+    Option("overlap", int, 0, "1: peers train for the next round while they send an update and "
+           "await the version, so training is one round late. 0: they wait.", _OVERLAP, "rounds",
+           unset="they wait"),
     Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "
            "another (FedBuff).", choices=("synchronous", "buffered")),
     Option("buffer", int, 0, "Buffered: this many updates make a version.", _FROM_0, "updates",

@@ -196,6 +196,29 @@ _FACTOR_RULES = (
          "factors of the version that it was trained on",
          "--mode synchronous, --late drop; or --set aggregation=stack"),
 )
+#: Rules for runs that train while they exchange updates.
+_OVERLAP_RULES = (
+    Rule(lambda spec, _: spec.mode != "synchronous" or spec.late == "fold",
+         f"--overlap cannot be used with {_BUFFERED} or --late fold, in which an update may be for "
+         "an older version", "--mode synchronous, --late drop"),
+    Rule(lambda spec, _: spec.secure,
+         "--secure cannot be used with --overlap: a sum that is lost is begun again with other "
+         "peers, on the same version, and their training would be for the next one",
+         "leave one of them out"),
+    Rule(lambda spec, _: bool(spec.dp_epsilon),
+         "--dp cannot be used with --overlap: noise is counted for each round that a peer is asked "
+         "for, and it trains before it is asked", "leave one of them out"),
+    Rule(lambda _, adapter: adapter.feed in ("sums", "factors"),
+         "--overlap cannot be used with {spec.strategy}, whose updates are no change of weights",
+         _SERVER),
+    Rule(lambda spec, _: bool(registry.parse(spec.codec).rank),
+         "--overlap cannot be used with aggregation={spec.settings[aggregation]}, with which "
+         "factors begin anew in each round", "--set aggregation=ffa"),
+    Rule(lambda spec, adapter: personalization.SCAFFOLD in adapter.trainer_settings(
+             spec.strategy_args),
+         "--overlap cannot be used with {spec.strategy}, whose corrections belong to the newest "
+         "version", _SERVER),
+)
 #: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
     Rule(lambda spec, _: spec.rounds < 1, "a run needs 1 round or more", "--rounds 10"),
@@ -267,7 +290,8 @@ def check(spec: RunSpec) -> None:
         *(_SHARED_RULES if spec.dp_shared > 1 else ()),
         *(_VERSION_RULES if spec.private_versions else ()),
     )
-    for rule in (*_RULES, *of_model, *of_sums, *of_mode, *of_noise):
+    of_overlap = _OVERLAP_RULES if spec.overlap else ()
+    for rule in (*_RULES, *of_model, *of_overlap, *of_sums, *of_mode, *of_noise):
         if rule.is_broken(spec, adapter):
             text, hint = (t.format(spec=spec, reserved=reserved) for t in (rule.text, rule.hint))
             raise UsageError(text, hint)

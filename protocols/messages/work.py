@@ -59,7 +59,8 @@ class Work(Struct, frozen=True, kw_only=True):
     the id of the fleet; empty from older ones. `request`: digest of the request of a step of secure
     aggregation, which the message contains. `scores`: an evaluation may have the tally "scores",
     which older coordinators refuse. `choice`: the model that the run has chosen and why, as text
-    for the owner.
+    for the owner. `ahead`: another round follows, and training for it may begin before its version
+    is here, from this peer's own weights.
     """
 
     run: Id
@@ -82,6 +83,7 @@ class Work(Struct, frozen=True, kw_only=True):
     request: MaybeDigest = ""
     scores: bool = False
     choice: Text = ""
+    ahead: bool = False
 
 
 class NamedModel(Struct, frozen=True, kw_only=True):

@@ -59,7 +59,7 @@ async def deployed(
         for index, agent in enumerate(fleet.agents):
             data = DataSettings(index=index, parts=PEERS)
             assert agent.client is not None
-            agent.client._trainer = InProcessTrainer(data, source=TASK)
+            agent.client.training.trainer = InProcessTrainer(data, source=TASK)
             agent.owner = replace(agent.owner, trust=dict.fromkeys({*peers} - {agent.peer}, ""))
         runs = [await fleet.finished(fleet.start(**spec)) for spec in specs]
         return runs, tuple(agent.machine.sign_key.private_bytes_raw() for agent in fleet.agents)

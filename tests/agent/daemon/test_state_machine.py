@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from agent.daemon import state_machine
 from agent.daemon.state_machine import (
     AgentState,
+    AheadChanged,
     Announce,
     BrokerChanged,
     Event,
@@ -119,6 +120,14 @@ TABLE: list[tuple[str, AgentState, Event, list[Instruction]]] = [
         WorkEnded(),
         [Shutdown()],
     ),
+    ("training ahead begins", IDLE, AheadChanged(WORK), [Announce()]),
+    ("training ahead begins at work", BUSY_NOW, AheadChanged(WORK), []),
+    (
+        "finish while training ahead",
+        AgentState(ahead=WORK),
+        FinishRequested(),
+        [Announce(), Shutdown()],
+    ),
     ("finish again", AgentState(finishing=True, finished=True), FinishRequested(), []),
     ("a broker after leaving", AgentState(finishing=True, finished=True), BrokerChanged(True), []),
 ]
@@ -138,6 +147,8 @@ def test_transitions(before: AgentState, event: Event, expected: list[Instructio
     [
         (IDLE, (PeerState.IDLE, "")),
         (BUSY_NOW, (PeerState.TRAINING, "")),
+        (AgentState(ahead=WORK), (PeerState.TRAINING, "")),
+        (AgentState(work=WORK, ahead=WORK, sending=True), (PeerState.SENDING, "")),
         (AgentState(work=WORK, finishing=True), (PeerState.TRAINING, "finishing")),
         (AgentState(work=WORK, sending=True), (PeerState.SENDING, "")),
         (AgentState(work=WORK, pauses=on(USER)), (PeerState.PAUSED, "by its owner")),
@@ -206,7 +217,7 @@ def test_pauses_of_the_policy_and_the_owner_are_independent() -> None:
 
 def told(now: AgentState) -> object:
     shown = state_machine.display_state(now)
-    return shown, now.policy.rules, now.work, state_machine.availability(now)
+    return shown, now.policy.rules, now.shown_work, state_machine.availability(now)
 
 
 EVENTS: st.SearchStrategy[Event] = st.one_of(
@@ -216,6 +227,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.just(SendingStarted()),
     st.just(WorkEnded()),
     st.builds(SumChanged, st.booleans()),
+    st.sampled_from([AheadChanged(WORK), AheadChanged(None)]),
     st.builds(PolicyDecided, st.sampled_from(["", "on battery"]), st.sampled_from([0.5, 1.0])),
     st.builds(PauseRequested, st.sampled_from(PauseReason)),
     st.builds(TrainerGaveUp, st.text()),

@@ -38,7 +38,7 @@ def _task(coordinator_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 async def trainers(folder: Path) -> AsyncIterator[Fleet]:
     async with fleet_of(folder, *PARTS) as fleet:
         for index, agent in enumerate(fleet.agents):
-            agent.client._trainer = InProcessTrainer(DataSettings(index=index))  # type: ignore[union-attr]
+            agent.client.training.trainer = InProcessTrainer(DataSettings(index=index))  # type: ignore[union-attr]
         yield fleet
 
 
@@ -146,7 +146,7 @@ class Liar(InProcessTrainer):
 
 async def test_no_path_makes_infinite_controls(tmp_path: Path) -> None:
     async with trainers(tmp_path) as fleet:
-        fleet.agents[0].client._trainer = Liar(DataSettings(index=0))  # type: ignore[union-attr]
+        fleet.agents[0].client.training.trainer = Liar(DataSettings(index=0))  # type: ignore[union-attr]
         spec: dict[str, Any] = {"strategy": "scaffold", "strategy_args": {"option": 3}}
         run = await fleet.finished(fleet.start(quorum=2, rounds=2, deadline_s=5.0, **spec))
         assert run.state is RunState.FINISHED, run.ended_because

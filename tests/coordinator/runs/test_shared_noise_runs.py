@@ -92,7 +92,7 @@ async def test_digits_are_learned_with_the_real_trainer(tmp_path: Path) -> None:
         for index, agent in enumerate(fleet.agents):
             data = DataSettings(index=index, parts=3, cache=cache, device="cpu")
             assert agent.client is not None
-            agent.client._trainer = InProcessTrainer(data)
+            agent.client.training.trainer = InProcessTrainer(data)
             agent.owner = replace(agent.owner, tasks=("mnist",))
         spec = RunSpec(
             task="mnist",

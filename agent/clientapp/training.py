@@ -1,0 +1,82 @@
+"""The part of a client that trains: lets the trainer work, and encodes the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from agent.clientapp import trainer_work
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.training_ahead import TrainingAhead
+from agent.data.settings import Floors
+from agent.home.run_state import RunStatePaths
+from agent.tasks import floors as owner_floors
+from agent.tasks.work import Done, Trainer
+from protocols.codecs import registry
+from protocols.local.atomic_files import fsync_files
+from protocols.messages.work import Work
+
+
+class Training:
+    """Training and evaluations by `trainer`, with results in `outbox`. `floors`: as in `Client`.
+
+    `in_background`: train for the next round while an update is sent, if the run asks for it.
+    `on_ahead`: as in `Observer`.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        outbox: Outbox,
+        floors: Floors,
+        on_ahead: Callable[[Work | None], None] = lambda work: None,
+        *,
+        in_background: bool,
+    ) -> None:
+        self.trainer, self._outbox, self._floors = trainer, outbox, floors
+        self._ahead = TrainingAhead(outbox, self._run, on_ahead, in_background=in_background)
+        self.begin_next = self._ahead.begin
+        self.close = self._ahead.close
+
+    def do(self, work: Work, base: Path, out: Path, personal: RunStatePaths | None) -> Done:
+        """Do the work from the weights in `base`; new ones go to `out`. Raises TrainerFailed."""
+        return self._checked(work, self._run(work, base, out, personal))
+
+    def _run(self, work: Work, base: Path, out: Path, personal: RunStatePaths | None) -> Done:
+        return self.trainer.run(trainer_work.of(work, base, out, personal))
+
+    def _checked(self, work: Work, done: Done) -> Done:
+        if work.kind == "train":
+            owner_floors.check_examples(work.task, done.num_examples, self._floors)
+        if not work.scores and "scores" in done.tallies:
+            told = {name: tally for name, tally in done.tallies.items() if name != "scores"}
+            return replace(done, tallies=told)
+        return done
+
+    def train(
+        self, work: Work, base: Path, personal: RunStatePaths | None, columns: Sequence[str]
+    ) -> Done:
+        """Train, and write the update in the run's codec to the outbox."""
+        codec, update = registry.parse(work.codec), self._outbox.update
+        is_encoded = codec.encoding is not None
+        trained = self._outbox.trained if is_encoded else update
+        try:
+            if self._ahead.has_begun(work, columns, base):
+                done = self._checked(work, self._ahead.finish(work, columns, base, trained))
+            else:
+                done = self.do(work, base, trained, personal)
+            if is_encoded:
+                encoded = self._outbox.error_feedback.encode(codec, work.run, trained, base, update)
+                done = replace(done, digest=encoded.digest, nbytes=encoded.nbytes, tallies={})
+            if personal or work.ahead:
+                fsync_files(update)  # before the state that stays here changes
+            if work.ahead:
+                self._ahead.keep(work, columns, trained, done.digest)
+        finally:
+            if is_encoded:
+                trained.unlink(missing_ok=True)
+        if personal:
+            self._outbox.personal.stage(work.run, done.digest)
+        return done

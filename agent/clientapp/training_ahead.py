@@ -1,0 +1,153 @@
+"""Trains for the next round while the last update is on its way, and while a version is awaited.
+
+Round r ends with weights of this peer's own, x. It trains for round r + 1 from them at once, to y,
+and does not wait for version r. When that version v is here, the update is v + (y - x): the
+progress of this round alone, as that of earlier rounds has been sent. It is also where the training
+for round r + 2 begins. So training and the exchange of weights take place at the same time, and the
+training is one round late.
+
+Files say whether a round has such a beginning, never the time. So the update is the same whether
+the training ended before the version came, or began anew after a kill.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from agent.clientapp.outbox import Outbox, settings_key
+from agent.home.run_state import RunStatePaths
+from agent.tasks.work import Done
+from protocols.errors import BadWeights
+from protocols.local.atomic_files import fsync_files
+from protocols.messages.work import Work
+from protocols.model.rebased import RebasedUpdate
+from protocols.model.weights import check_schema, split_into_pieces
+from protocols.model.weights_file import WeightsFile, WeightsWriter
+
+log = logging.getLogger("commonweight.agent")
+
+#: Trains the work from the weights in a file, into a file, with the peer's own part of the model.
+Train = Callable[[Work, Path, Path, RunStatePaths | None], Done]
+
+
+class TrainingAhead:
+    """The rounds that begin before their version is here, of one run at a time.
+
+    Unless `in_background`, `begin` does nothing, and `finish` trains. The results are the same.
+    `on_ahead(work | None)`: as in `Observer`.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        train: Train,
+        on_ahead: Callable[[Work | None], None],
+        *,
+        in_background: bool,
+    ) -> None:
+        self._outbox, self._train, self._on_ahead = outbox, train, on_ahead
+        self._trained = outbox.folder / "ahead.safetensors"
+        self._kept = outbox.folder / "ahead.kept"
+        self._thread = ThreadPoolExecutor(1, "ahead") if in_background else None
+        #: The training in the background: the name of its beginning, and its result.
+        self._job: tuple[str, Future[Done]] | None = None
+
+    def has_begun(self, work: Work, columns: Sequence[str], base: Path) -> bool:
+        """True if the round of this work begins with weights of this peer's own."""
+        start = self._start_of(work, columns)
+        try:
+            with WeightsFile(start) as own, WeightsFile(base) as version:
+                check_schema(own.schema, version.schema)
+        except FileNotFoundError:
+            return False
+        except BadWeights as err:
+            log.warning("training begins with the version: own weights are damaged: %s", err)
+            start.unlink()
+            return False
+        return True
+
+    def finish(self, work: Work, columns: Sequence[str], base: Path, out: Path) -> Done:
+        """Wait for the training of this round, and write the weights that `base` and it make.
+
+        Raises TrainerFailed, BadWeights, OSError.
+        """
+        start = self._start_of(work, columns)
+        job, self._job = self._job, None
+        is_done = job is not None and job[0] == start.name
+        done = job[1].result() if job and is_done else self._do(work, start)
+        if (personal := self._outbox.personal_paths(work)) is not None:
+            os.replace(self._kept, personal.next)
+        with (
+            WeightsFile(self._trained) as new,
+            WeightsFile(start) as old,
+            WeightsFile(base) as version,
+            WeightsWriter(out, version.schema, synced=False) as file,
+        ):
+            moved = RebasedUpdate(new, old, version)
+            for piece in split_into_pieces(version.schema):
+                file.write({part: moved.read(part) for part in piece})
+        self._trained.unlink()
+        return replace(done, digest=file.digest, nbytes=file.nbytes)
+
+    def keep(self, work: Work, columns: Sequence[str], weights: Path, digest: str) -> None:
+        """Keep these weights for the next round, once the update with this digest is in the outbox.
+
+        Raises OSError.
+        """
+        name = _name(work, columns, work.round)
+        following = self._outbox.running.paths(name).next
+        following.unlink(missing_ok=True)
+        try:
+            os.link(weights, following)
+        except OSError:  # not on all file systems
+            shutil.copyfile(weights, following)
+        fsync_files(following)
+        self._outbox.running.stage(name, digest)
+
+    def begin(self, work: Work, columns: Sequence[str]) -> bool:
+        """Train for the round after this one in the background, if weights are kept for it.
+
+        The reply to `work` is in the outbox.
+        """
+        following = replace(work, round=work.round + 1)
+        start = self._start_of(following, columns)
+        if self._thread is None or not start.exists():
+            return False
+        if self._job is None or self._job[0] != start.name:
+            self._outbox.running.keep_only(_name(work, columns, work.round))
+            self._job = start.name, self._thread.submit(self._do_ahead, following, start)
+        return True
+
+    def close(self) -> None:
+        """Wait for the end of the thread, as the next agent uses its files. The trainer has been
+        stopped."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _do_ahead(self, work: Work, start: Path) -> Done:
+        self._on_ahead(work)
+        try:
+            return self._do(work, start)
+        finally:
+            self._on_ahead(None)
+
+    def _do(self, work: Work, start: Path) -> Done:
+        personal = self._outbox.personal_paths(work)
+        own = RunStatePaths(personal.file, self._kept) if personal else None
+        return self._train(work, start, self._trained, own)
+
+    def _start_of(self, work: Work, columns: Sequence[str]) -> Path:
+        """Where the weights are, if they exist, with which the round of this work begins."""
+        return self._outbox.running.paths(_name(work, columns, work.round - 1)).file
+
+
+def _name(work: Work, columns: Sequence[str], number: int) -> str:
+    """What this peer's weights after a round are kept by: other settings begin anew."""
+    return f"{work.run} {number} {work.turn} {settings_key(work, columns)}"

@@ -1,0 +1,250 @@
+"""Training for the next round before its version is here: nothing is sent twice or lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.clientapp import app
+from agent.clientapp.app import Client
+from agent.clientapp.interfaces import PeerIdentity
+from agent.home.settings_schema import AgentSettings
+from agent.tasks.work import Done
+from protocols.codecs import registry
+from protocols.enrollment import identity
+from protocols.errors import Unreachable
+from protocols.messages.work import Work
+from protocols.model import weights
+from protocols.model.rebased import RebasedUpdate
+from protocols.model.weights import Part, Weights
+from tests.agent.clientapp import test_app
+from tests.support.in_process_trainer import ByKind
+from tests.support.waiting import wait_for
+
+COUNT, ROUNDS, WAIT_S = 64, 4, 60.0
+VERSIONS = [np.linspace(0, n, COUNT, dtype=np.float32) for n in range(ROUNDS)]
+
+
+class Killed(BaseException):
+    """The agent's work ends here."""
+
+
+class Trainer(ByKind):
+    """Moves each weight w to w + sin(w + round). `begun`: the rounds and their first weights."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, list[float]]] = []
+
+    def train(self, task: str, settings: Any, base: Path, out: Path) -> Done:
+        start = np.asarray(weights.load(base)["w"])
+        self.begun.append((int(settings["round"]), start.tolist()))
+        digest = weights.save(Weights({"w": moved(start, settings["round"])}), out)
+        return Done(digest=digest, nbytes=out.stat().st_size, num_examples=5)
+
+
+def moved(start: Any, number: int) -> Any:
+    return (start + np.sin(start + np.float32(number))).astype(np.float32)
+
+
+class Desk:
+    """A client whose home stays when it dies. `sent`: the updates that arrived, by round."""
+
+    def __init__(self, folder: Path, *, in_background: bool = False, codec: str = "fp32") -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder, self.codec = folder, codec
+        self.trainer, self.in_background = Trainer(), in_background
+        self.sent: dict[int, bytes] = {}
+        self.before_send: Callable[[], None] = lambda: None
+        self._round = 0
+        self.restart()
+
+    def restart(self) -> None:
+        me = PeerIdentity("P", test_app.KEY.sign, identity.public_bytes(test_app.COORDINATOR), "f")
+        self.client = Client(
+            me,
+            self.trainer,
+            self,
+            self.folder / "outbox",
+            settings=lambda: AgentSettings(tasks=("mnist",)),
+            trains_ahead=self.in_background,
+        )
+
+    def ask(self, number: int, **changed: Any) -> None:
+        """Ask for a round of a run that goes on."""
+        self._round = number
+        work = Work(
+            run="r",
+            round=number,
+            kind="train",
+            task="mnist",
+            base=f"{number - 1:064}",
+            nbytes=4 * COUNT,
+            codec=self.codec,
+            ahead=number < ROUNDS,
+            **changed,
+        )
+        self.client.handle(test_app.question(work))
+
+    def fetch(self, work: Work) -> Path:
+        path = self.folder / f"{work.base}.safetensors"
+        weights.save(Weights({"w": VERSIONS[int(work.base)]}), path)
+        return path
+
+    def send(self, digest: str, path: Path) -> None:
+        self.before_send()
+        self.sent[self._round] = path.read_bytes()
+
+    def changes(self) -> list[Any]:
+        """What each update changes of its version, by round."""
+        codec, found = registry.parse(self.codec), []
+        for number, data in sorted(self.sent.items()):
+            base = Weights({"w": VERSIONS[number - 1]})
+            update = registry.open_update(codec, weights.from_bytes(data), base)
+            found.append(np.asarray(update.read(Part("w", 0, COUNT))) - VERSIONS[number - 1])
+        return found
+
+
+@pytest.fixture(autouse=True)
+def _flower_run() -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
+
+
+def expected() -> list[Any]:
+    """The progress of each round, by the rule: x ← version + (y - x), y = trained(x)."""
+    changes, own = [], VERSIONS[0]
+    for number in range(1, ROUNDS + 1):
+        change = moved(own, number) - own
+        changes.append(change)
+        own = (VERSIONS[number - 1] + change).astype(np.float32)
+    return changes
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_each_update_is_the_progress_of_its_own_round(tmp_path: Path, in_background: bool) -> None:
+    desk = Desk(tmp_path, in_background=in_background)
+    for number in range(1, ROUNDS + 1):
+        desk.ask(number)
+    for found, wanted in zip(desk.changes(), expected(), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert [number for number, _ in desk.trainer.begun] == [1, 2, 3, 4], "each was trained once"
+
+
+def test_the_next_training_begins_while_the_update_is_sent(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, in_background=True)
+
+    def upload() -> None:
+        wait_for(lambda: len(desk.trainer.begun) == 2, "round 2 is trained", within_s=WAIT_S)
+
+    desk.before_send = upload
+    desk.ask(1)
+    assert [number for number, _ in desk.trainer.begun] == [1, 2]
+    desk.client.training.close()
+
+
+POINTS = (
+    "agent.version.fetched",
+    "agent.outbox.cleared",
+    "agent.work.done",
+    "agent.outbox.written",
+    "agent.privacy.charged",
+    "agent.upload.done",
+)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "topk:0.1"])
+@pytest.mark.parametrize("point", POINTS)
+def test_an_agent_killed_at_any_step_sends_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, codec: str
+) -> None:
+    calm, killed = Desk(tmp_path / "calm", codec=codec), Desk(tmp_path / "killed", codec=codec)
+
+    def kill(name: str, detail: str = "") -> None:
+        if name == point:
+            monkeypatch.setattr(app, "failpoint", lambda *_: None)
+            raise Killed
+
+    for number in range(1, ROUNDS + 1):
+        calm.ask(number)
+        monkeypatch.setattr(app, "failpoint", kill)
+        with pytest.raises(Killed):
+            killed.ask(number)
+        killed.restart()
+        killed.ask(number)
+        assert killed.sent[number] == calm.sent[number]
+
+
+def test_an_agent_that_lost_its_thread_trains_again_from_the_same_weights(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, in_background=True)
+    desk.ask(1)
+    desk.client.training.close()
+    desk.restart()  # the result in the background is lost
+    desk.ask(2)
+    np.testing.assert_allclose(desk.changes()[1], expected()[1], atol=1e-5)
+    begun = [start for number, start in desk.trainer.begun if number == 2]
+    assert all(start == begun[0] for start in begun)
+
+
+def test_a_reply_that_was_lost_is_sent_again_and_the_next_training_begins(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, in_background=True)
+
+    def cut() -> None:
+        raise Unreachable("no line")
+
+    desk.before_send = cut
+    with pytest.raises(Unreachable):
+        desk.ask(1)
+    desk.client.training.close()
+    desk.restart()
+    desk.before_send = lambda: None
+    desk.ask(1)
+    desk.ask(2)
+    for found, wanted in zip(desk.changes(), expected()[:2], strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("why", ["a round without this peer", "other settings", "damage"])
+def test_otherwise_a_round_begins_with_its_version(tmp_path: Path, why: str) -> None:
+    desk = Desk(tmp_path)
+    desk.ask(1)
+    if why == "damage":
+        (own,) = (tmp_path / "outbox" / "running").glob("*.weights")
+        own.write_bytes(own.read_bytes()[:-3])
+    number = 3 if why == "a round without this peer" else 2
+    desk.ask(number, **({"settings": {"lr": 0.5}} if why == "other settings" else {}))
+    assert desk.trainer.begun[-1] == (number, VERSIONS[number - 1].tolist())
+
+
+def test_without_the_run_asking_no_round_begins_early(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, in_background=True)
+    desk.ask(ROUNDS)  # the last one
+    assert not list((tmp_path / "outbox" / "running").iterdir())
+    assert len(desk.trainer.begun) == 1
+
+
+floats = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9)
+
+
+@given(floats, st.floats(-10, 10, width=32), st.floats(-10, 10, width=32))
+def test_progress_is_added_to_the_version_and_integers_are_the_versions(
+    values: list[float], change: float, other: float
+) -> None:
+    old = np.array(values, np.float32)
+    new, head = old + np.float32(change), old + np.float32(other)
+    counts = [np.array([n], np.int64) for n in (1, 2, 3)]
+    given_by = [Weights({"w": w, "n": n}) for w, n in zip((new, old, head), counts, strict=True)]
+    found = RebasedUpdate(*given_by)
+    exact = head.astype(np.float64) + (new.astype(np.float64) - old.astype(np.float64))
+    assert np.array_equal(found.read(Part("w", 0, len(old))), exact.astype(np.float32))
+    assert found.read(Part("n", 0, 1)).tolist() == [3]
+    # Without progress it is the version, without a change of the version the training.
+    still = RebasedUpdate(given_by[1], given_by[1], given_by[2])
+    assert np.array_equal(still.read(Part("w", 0, len(old))), head)
+    alone = RebasedUpdate(given_by[0], given_by[1], given_by[1])
+    assert np.array_equal(alone.read(Part("w", 0, len(old))), new)
