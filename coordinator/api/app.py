@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
 
 from coordinator.api.routes import fleet, jobs, offers, runs, tickets
 from coordinator.api.routes.agents import AgentRoutes
-from coordinator.api.service import CoordinatorService
+from coordinator.api.service import CoordinatorService, error_response
 from coordinator.fleet.auth import Auth
+from protocols.errors import StorageUnreachable
 from protocols.messages.jobs import ANSWER_PATH, INPUT_PATH
 
 
@@ -31,5 +34,13 @@ def make_app(
             service.transfer.patch_route(auth),
             *service.job_transfer.routes(auth, INPUT_PATH, ANSWER_PATH),
             *service.sharing.routes(auth),
-        ]
+        ],
+        exception_handlers={StorageUnreachable: _is_away},
     )
+
+
+async def _is_away(request: Request, err: Exception) -> Response:
+    """For agents and strangers, who do not learn which database it is."""
+    assert isinstance(err, StorageUnreachable)
+    text = f"the coordinator does not reach {err.what}"
+    return error_response(StorageUnreachable(text, "try again in a few minutes"), 503)

@@ -111,7 +111,8 @@ def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, k
         if answer.is_success:
             return msgspec.json.decode(answer.content, type=kind)
         error = msgspec.json.decode(answer.content, type=dict[str, str])
-        raise Refused(error["message"], error.get("hint", ""))
+        kind_of_error = Unreachable if answer.status_code == 503 else Refused
+        raise kind_of_error(error["message"], error.get("hint", ""))
     except httpx.HTTPError as err:
         raise Unreachable(f"{address}: {describe_error(err)}", "try again") from err
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as err:

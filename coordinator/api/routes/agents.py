@@ -38,7 +38,7 @@ from coordinator.fleet.sessions import NoSession
 from protocols import VERSION
 from protocols.enrollment import certificates, joining
 from protocols.enrollment.ca_chain import ChainResponse
-from protocols.errors import BadMessage, CommonweightError, Refused
+from protocols.errors import BadMessage, CommonweightError, Refused, StorageUnreachable
 from protocols.messages import offers
 from protocols.messages.comparisons import COMPARISONS_PATH, MAX_COMPARISON_BYTES, Comparison
 from protocols.messages.envelope import LOGS_PATH, LogResponse
@@ -103,6 +103,8 @@ class AgentRoutes:
         try:
             self._check_follows(body)
             peer = self._service.registry.join(body)
+        except StorageUnreachable:
+            raise
         except CommonweightError as err:
             return error_response(err, 403)
         mqtt = self._service.mqtt_for(request_host(request), peer.peer)
@@ -220,6 +222,8 @@ class AgentRoutes:
         try:
             self._check_follows(body)
             operator = self._service.registry.join_operator(body)
+        except StorageUnreachable:
+            raise
         except CommonweightError as err:
             return error_response(err, 403)
         return json_response(

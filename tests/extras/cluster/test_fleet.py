@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from agent.setup.enrollment import join
 from coordinator.admin import backup
 from coordinator.runs.recorded import recorded_run
 from coordinator.storage import ledger_place, run_events
 from coordinator.storage.ledger_place import VARIABLE, open_ledger
 from coordinator.storage.run_events import VersionCommitted
-from protocols.errors import HomeError, HomeLocked
+from protocols.enrollment import tickets
+from protocols.enrollment.certificates import ca_fingerprint
+from protocols.errors import HomeError, HomeLocked, Unreachable
 from tests.support import postgres
 from tests.support.in_process_fleet import fleet_of, some_data
 from tests.support.waiting import until
@@ -27,11 +30,16 @@ async def test_a_run_survives_the_loss_of_its_database(
         # Before the run: the second writer tries for seconds, and 60 rounds take less.
         with pytest.raises(HomeLocked, match="another program writes"):
             await asyncio.to_thread(open_ledger, fleet.home)
+        ticket = tickets.new_ticket(fleet.hub.addresses(), ca_fingerprint(fleet.keys.ca_pem))
+        fleet.hub.registry.create_ticket(ticket, ttl_s=600, uses=1)
         run = fleet.start(rounds=60, quorum=3)
         await until(lambda: len(fleet.hub.runs.find(run).history) >= 1)
         await asyncio.to_thread(server.crash)
         await until(lambda: fleet.waits_for(run) == "the database of the ledger")
+        with pytest.raises(Unreachable, match="does not reach the database of the ledger"):
+            await asyncio.to_thread(join_new, tmp_path / "new", ticket)
         await asyncio.to_thread(server.start)
+        await asyncio.to_thread(join_new, tmp_path / "new", ticket)
         ended = await fleet.finished(run)
         assert not (fleet.home / ledger_place.LEDGER_FILE).exists()
         copy = tmp_path / "copy.backup"
@@ -53,3 +61,8 @@ async def test_a_run_survives_the_loss_of_its_database(
     monkeypatch.delenv(VARIABLE)
     with contextlib.closing(open_ledger(restored)) as ledger:
         assert [run_events.decode(entry.body) for entry in ledger.entries(run)] == events
+
+
+def join_new(home: Path, ticket: tickets.Ticket) -> None:
+    home.mkdir(exist_ok=True)
+    join(home, tickets.encode(ticket), name="new", labels={})

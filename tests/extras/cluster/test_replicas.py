@@ -14,7 +14,14 @@ from coordinator.storage.ledger_place import VARIABLE, open_ledger
 from coordinator.storage.run_events import VersionCommitted
 from protocols.errors import ExitCode
 from tests.support import postgres
-from tests.support.fleet_harness import COORDINATOR, HOST, Program, fleet, run_program, two_free_ports
+from tests.support.fleet_harness import (
+    COORDINATOR,
+    HOST,
+    Program,
+    fleet,
+    run_program,
+    two_free_ports,
+)
 from tests.support.waiting import wait_for
 
 ROUNDS = 25
