@@ -81,6 +81,7 @@ def build_order(typed: Mapping[str, Any]) -> StartRunRequest:
         "strategy_args": _settings(values["strategy-arg"]),
         "settings": settings,
         "best_metric": values["best-metric"] or metric,
+        "ties": "standard error" if values["task"] == "tabular" and reached is None else "exact",
         "target": reached,
     }
     spec = run_length.with_length(RunSpec(**fields, handshake=True))

@@ -101,11 +101,39 @@ def best(spec: RunSpec, rounds: Sequence[Round]) -> Round | None:
     """The round with the best version; without metrics, as in a run with noise, the last.
 
     Among equals it is the first, or with the accuracy by default, which is the same for many
-    versions where few rows are held out, that with the lowest loss.
+    versions where few rows are held out, that with the lowest loss (`RunSpec.ties`).
     """
-    if not spec.measures:
-        return rounds[-1] if rounds else None
+    found: Round | None = None
+    for place, closed in enumerate(rounds):
+        found = after(spec, found, rounds[:place], closed)
+    return found
 
+
+def after(spec: RunSpec, found: Round | None, rounds: Sequence[Round], closed: Round) -> Round:
+    """The best of `rounds` and `closed`, if `found` is that of `rounds`."""
+    if found is None or not spec.measures:
+        return closed
+    if _has_near_ties(spec, closed):
+        most = _best_exactly(spec, [one for one in (*rounds, closed) if one.metrics]) or closed
+        accuracy = score(spec, decisive(most))
+        variance = max(0.0, accuracy * (1 - accuracy)) / max(1, most.num_evaluated)
+        near = [
+            one
+            for one in (found, closed)
+            if score(spec, decisive(one)) >= accuracy - math.sqrt(variance)
+        ]
+        if near:
+            return min(near, key=lambda one: _loss(decisive(one)))
+    return _best_exactly(spec, (found, closed)) or closed
+
+
+def _has_near_ties(spec: RunSpec, closed: Round) -> bool:
+    metrics = decisive(closed)
+    is_usual = not spec.best_metric and metric_of(spec, metrics) == "accuracy"
+    return spec.ties != "exact" and is_usual and math.isfinite(_loss(metrics))
+
+
+def _best_exactly(spec: RunSpec, rounds: Sequence[Round]) -> Round | None:
     def rank(closed: Round) -> tuple[float, float]:
         metrics = decisive(closed)
         return score(spec, metrics), 0.0 if spec.best_metric else -_loss(metrics)
@@ -116,7 +144,7 @@ def best(spec: RunSpec, rounds: Sequence[Round]) -> Round | None:
 def last_gain(spec: RunSpec, rounds: Sequence[Round]) -> int:
     """The number of the last round with a better version than all before; by default one with a
     lower loss counts as well, as an accuracy over few rows stays the same while a model learns."""
-    found = best(spec, rounds)
+    found = _best_exactly(spec, rounds) if spec.measures else best(spec, rounds)
     if found is None or spec.best_metric:
         return found.round if found else 0
     return max(found.round, min(rounds, key=lambda closed: _loss(decisive(closed))).round)

@@ -3,7 +3,7 @@
 Each peer compares the models by a cross-validation over its own rows, and the one with the best
 mean counts. In a run with noise, no score may show what noise hides. In a secure run, the score of
 a single peer would leave in clear, and there is no version yet whose evaluation could be summed. In
-both, a rule chooses.
+both, a rule chooses, by what the statistics of the tables have told.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from coordinator.runs.state import Run
 from coordinator.runs.steps import count_peers
 from coordinator.storage.run_events import ModelChosen, RunSpec
 from protocols.errors import SETTINGS_CODES, UNDECIDED_CODES, CommonweightError
+from protocols.tables import preprocessing
 from protocols.tables.model_scores import MAX_ASKED, MODELS, Model, ModelScores
 
 #: How long the slowest of them may take. It then takes part in the run, not in the choice.
 DEADLINE_S = 90.0
-#: If all peers together have this many rows, a choice without scores is trees.
+#: If all peers together have this many rows, a secure run trains trees.
 TREE_ROWS = 2_000
 #: Why a peer has no scores that is not able to compare models, as it is older.
 _OLDER = SETTINGS_CODES | {"bad description"}
@@ -127,9 +128,18 @@ def _by_rule(run: Run, fitting: tuple[Model, ...]) -> tuple[Model, str]:
         return "linear", "the number of rows is not known"
     if "trees" in fitting and rows >= TREE_ROWS:
         return "trees", f"{rows:,} rows, trees from {TREE_ROWS:,}"
-    return "linear", f"{rows:,} rows" + (
-        f", trees from {TREE_ROWS:,}" if "trees" in fitting else ""
-    )
+    told = f"{rows:,} rows" + (f", trees from {TREE_ROWS:,}" if "trees" in fitting else "")
+    # On few rows, perceptrons overfit classes, and linear models are too simple for most numbers
+    # (docs/tables.md).
+    if run.spec.secure and "mlp" in fitting and not _target(run).classes:
+        return "mlp", f"{told}; mlp for numbers"
+    return "linear", told
+
+
+def _target(run: Run) -> preprocessing.Target:
+    """What the run predicts, as the peers' tables agree on it."""
+    made = run.preprocessing or str(run.spec.settings["preprocessing"])
+    return preprocessing.decode(made).target
 
 
 def _metric(spec: RunSpec, models: tuple[Model, ...], told: Mapping[str, ModelScores]) -> str:

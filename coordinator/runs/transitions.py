@@ -153,7 +153,7 @@ def _round_closed(run: Run, event: events.RoundClosed) -> Run:
         cohort=None,
         evaluations=run.evaluations | evaluations,
         history=(*run.history, closed),
-        best=best_version.best(run.spec, (run.best, closed) if run.best else (closed,)),
+        best=best_version.after(run.spec, run.best, run.history, closed),
     )
 
 

@@ -37,6 +37,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `best_metric`: the metric that decides which version is best (empty: accuracy, else loss);
     `best_direction`: whether higher is better (empty: decided by the metric's name). The run ends
     early when the metric reaches `target`, or has not improved for `patience` rounds (0: never).
+    `ties`: which accuracies count as equal, so that the loss decides between versions, if there is
+    no `best_metric`: "standard error" those that the held-out rows cannot tell apart.
     `mode` "buffered" (FedBuff, arXiv 2106.06639): peers do not wait for each other. Each has an
     assignment of its own, `concurrency` of them at a time (0: all), and `buffer` updates make a
     version. An update that is up to `max_staleness` versions behind counts 1/√(1 + staleness),
@@ -85,6 +87,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     handshake: bool = False
     best_metric: _ShortText = ""
     best_direction: Literal["", "max", "min"] = ""
+    ties: Literal["exact", "standard error"] = "exact"
     patience: Integer = 0
     target: float | None = None
     mode: Literal["synchronous", "buffered"] = "synchronous"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
 from agent.tasks import Task
@@ -258,3 +259,30 @@ def test_the_worst_peer_is_one_than_which_none_is_worse(told: dict[str, Metrics]
         if finite:
             extreme = max(finite.values()) if name == "loss" else min(finite.values())
             assert finite[found[name]] == extreme
+
+
+def test_of_accuracies_that_few_rows_cannot_tell_apart_the_lowest_loss_is_best() -> None:
+    """Trees that answer the frequent class alone have the highest accuracy, and tell nothing."""
+    told = [(0.94, 0.23), (0.935, 0.22), (0.93, 0.21), (0.90, 0.20), (0.935, 0.25)]
+    rounds = [
+        Round(round=n, digest="", metrics={"accuracy": a, "loss": b}, num_evaluated=500)
+        for n, (a, b) in enumerate(told, 1)
+    ]
+    near = spec(ties="standard error")
+    assert best_version.best(near, rounds) is rounds[2], "0.90 is below a standard error"
+    assert best_version.best(spec(), rounds) is rounds[0]
+    assert best_version.last_gain(near, rounds) == best_version.last_gain(spec(), rounds) == 4
+    many = [replace(one, num_evaluated=10**7) for one in rounds]
+    assert best_version.best(near, many) is many[0]
+    best = None
+    for place, closed in enumerate(rounds):
+        best = best_version.after(near, best, rounds[:place], closed)
+        assert best in (closed, best_version.best(near, rounds[:place])), "its file may be gone"
+
+
+def test_runs_of_tables_take_the_lowest_loss_unless_they_are_given_a_goal() -> None:
+    def ties(**typed: Any) -> str:
+        return run_options.build_order({"task": "tabular", "target": "y", **typed}).spec.ties
+
+    assert (ties(), ties(until="0.9")) == ("standard error", "exact")
+    assert run_options.build_order({"task": "mnist"}).spec.ties == "exact"

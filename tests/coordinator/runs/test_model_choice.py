@@ -173,6 +173,21 @@ def test_secure_runs_and_runs_with_noise_ask_for_no_score(
     spec_rules.check(chosen.spec)
 
 
+def test_a_secure_run_trains_a_perceptron_on_few_rows_with_numbers_to_predict() -> None:
+    numbers = preprocessing.encode(
+        Preprocessing(
+            features=(Feature(name="a", kind="number"),), target=Target(name="y", kind="number")
+        )
+    )
+    run = replace(compared(spec_of(secure=True, quorum=3), rows=500), preprocessing=numbers)
+    chosen = model_choice.choose(run)
+    assert chosen.model == "mlp"
+    assert "500 rows, trees from 2,000; mlp for numbers" in model_choice.line(chosen)
+    spec_rules.check(chosen.spec)
+    plain = model_choice.choose(replace(run, spec=spec_of()))
+    assert plain.model == "linear", "no peer had enough rows to compare models"
+
+
 def test_the_peers_with_the_most_rows_are_asked() -> None:
     run = replace(compared(spec_of()), declared={f"p{n:03}": (n, n) for n in range(100)})
     step = model_choice.decide(run, set(run.declared), frozenset(), False)
