@@ -154,6 +154,8 @@ def status(
 
 
 def _format_status(home: Path, *, json: bool) -> str:
+    import msgspec
+
     from agent.home import own_results, status_files
     from agent.setup import consents, own_data
 
@@ -161,7 +163,8 @@ def _format_status(home: Path, *, json: bool) -> str:
     if status is None or not is_running(home):
         raise NotRunning("the agent is not running", "start it: commonweight-agent up")
     if json:
-        return json_output.ok(status) + "\n"
+        data = msgspec.to_builtins(status) | {"compared": own_results.newest(home)}
+        return json_output.ok(data) + "\n"
     from protocols.messages.states import PeerState, label
 
     work = f"  run {status.run} round {status.round}" if status.run else ""

@@ -75,7 +75,12 @@ class Client:
         self._outbox = Outbox(outbox, me, is_durable=is_durable)
         self._observer, self._budget = observer or Observer(), budget or PrivacyBudget()
         self.training = Training(
-            trainer, self._outbox, floors, self._observer.on_ahead, in_background=trains_ahead
+            trainer,
+            self._outbox,
+            floors,
+            self._observer.on_ahead,
+            self._observer.on_time,
+            in_background=trains_ahead,
         )
         self._reader = WorkReader(me, settings, floors, self._budget, check_log)
         self.secure = SecureWork(

@@ -93,6 +93,9 @@ class Observer:
     def on_sum(self, is_open: bool) -> None:
         """A secure sum waits for this peer's steps, or (False) for none any more."""
 
+    def on_time(self, work: Work, seconds: float) -> None:
+        """The training of this work took so long."""
+
     def on_trained(self) -> None:
         """A trained update is on disk: the trainer's journal is no longer needed."""
 

@@ -8,6 +8,7 @@ the last slice alone.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -42,6 +43,10 @@ log = logging.getLogger("commonweight.agent")
 #: The coordinator is asked whether a run has ended so long after its last work here, then less and
 #: less often.
 _FIRST_WAIT_S, _MAX_WAIT_S = 2.0, 600.0
+#: No comparison for so long after work for another run, which may have more soon.
+_QUIET_S = 15.0
+#: The models are trained for at most as long as the run trained here, or for this long.
+_LEAST_S = 10.0
 #: Local rounds, whatever the coordinator says of the run.
 _MAX_ROUNDS = 1000
 _SHARED = "shared.safetensors"
@@ -74,9 +79,9 @@ class _Pending(Struct):
 class OwnComparisons:
     """The comparisons in the home of one agent. Call all methods in the work thread.
 
-    `on_work` hears when work begins and ends (None), as it does of runs. `was_told(task, settings,
-    digest)`: the evaluation of this version has left this machine in its run. So no metric leaves
-    of a model that somebody made to learn about a row.
+    `on_comparing` hears the run when a part of its comparison begins, and "" when it ends.
+    `was_told(task, settings, digest)`: the evaluation of this version has left this machine in its
+    run. So no metric leaves of a model that somebody made to learn about a row.
     """
 
     def __init__(
@@ -85,11 +90,13 @@ class OwnComparisons:
         trainer: Trainer,
         settings: Callable[[], AgentSettings],
         link: Callable[[], Link],
-        on_work: Callable[[Work | None], None],
+        on_comparing: Callable[[str], None],
         was_told: Callable[[str, Settings, str], bool],
     ) -> None:
         self._home, self._trainer, self._settings = home, trainer, settings
-        self._link, self._on_work, self._was_told = link, on_work, was_told
+        self._link, self._on_comparing, self._was_told = link, on_comparing, was_told
+        #: The run that this machine worked for last, and when (monotonic s).
+        self._last_work = ("", -math.inf)
         self._pending: dict[str, _Pending] = {}
         self._own_layers = RunStateFolder(home / "outbox" / PERSONAL, KEPT)
         for folder in reversed(own_results.folders(home)):
@@ -100,6 +107,7 @@ class OwnComparisons:
 
     def note(self, work: Work) -> None:
         """A run has this machine train. Nothing here may end its work."""
+        self._last_work = (work.run, time.monotonic())
         try:
             self._note(work)
         except OSError as err:
@@ -116,10 +124,29 @@ class OwnComparisons:
         # A coordinator could send a plain training of the same run afterwards.
         is_local = bool(hides) or (before is not None and before.is_local)
         settings = {**work.settings, "seed": work.seed}
-        run = OwnRun(run=work.run, task=work.task, settings=settings, is_local=is_local)
+        trained_s = before.trained_s if before is not None else 0.0
+        run = OwnRun(
+            run=work.run,
+            task=work.task,
+            settings=settings,
+            is_local=is_local,
+            trained_s=trained_s,
+        )
         if known is None or known.run != run:
             self._write_run(run)
         self._pending[work.run] = _Pending(run, due)
+
+    def add_time(self, run: str, seconds: float) -> None:
+        """A training of a run took so long. What is compared afterwards takes no longer."""
+        self._last_work = (run, time.monotonic())
+        if (one := self._pending.get(run)) is None:
+            return
+        one.run = replace(one.run, trained_s=one.run.trained_s + seconds)
+        try:
+            file = own_results.run_file(self._folder(one))
+            write_private(file, msgspec.json.encode(one.run), synced=False)
+        except OSError as err:
+            log.warning("run %s: its time is not noted: %s", run, err.strerror)
 
     def _write_run(self, run: OwnRun) -> None:
         """Remember a run. What an earlier comparison of it left is of an older version."""
@@ -153,7 +180,11 @@ class OwnComparisons:
         chosen = self._settings()
         if chosen.compare == "off":
             self._pending.clear()
-        due = [one for one in self._pending.values() if one.due <= time.monotonic()]
+        now, (last, at) = time.monotonic(), self._last_work
+        for other in self._pending.values() if now - at < _QUIET_S else ():
+            if other.run.run != last and other.result is None:
+                other.due = max(other.due, at + _QUIET_S)
+        due = [one for one in self._pending.values() if one.due <= now]
         if not due:
             return False
         one = due[0]
@@ -167,6 +198,8 @@ class OwnComparisons:
         except TrainerFailed as err:
             if err.kind not in _PASSING:
                 self._finish(one, None, err.message)
+            elif err.kind == "cancelled":  # for work, of which there may be none
+                one.due, one.wait_s = time.monotonic() + _FIRST_WAIT_S, _FIRST_WAIT_S
         except (DiskFull, OSError) as err:
             why = err.message if isinstance(err, DiskFull) else err.strerror
             log.warning("the comparison after run %s waits: %s", one.run.run, why)
@@ -210,12 +243,15 @@ class OwnComparisons:
             rounds=min(model.ended_rounds, _MAX_ROUNDS),
             personal=str(self._own_layers.paths(one.run.run).file),
             mu=model.personal_mu,
+            most_s=max(_LEAST_S, one.run.trained_s),
+            metric=model.metric,
+            lower_is_better=model.lower_is_better,
         )
-        self._on_work(Work(run=one.run.run, round=model.round, kind="evaluate", task=one.run.task))
+        self._on_comparing(one.run.run)
         try:
             done = self._trainer.run(work)
         finally:
-            self._on_work(None)
+            self._on_comparing("")
         if not done.description:
             return None
         return msgspec.json.decode(done.description, type=Comparison)

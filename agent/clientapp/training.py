@@ -23,7 +23,7 @@ class Training:
     """Training and evaluations by `trainer`, with results in `outbox`. `floors`: as in `Client`.
 
     `in_background`: train for the next round while an update is sent, if the run asks for it.
-    `on_ahead`: as in `Observer`.
+    `on_ahead` and `on_time`: as in `Observer`.
     """
 
     def __init__(
@@ -32,10 +32,12 @@ class Training:
         outbox: Outbox,
         floors: Floors,
         on_ahead: Callable[[Work | None], None] = lambda work: None,
+        on_time: Callable[[Work, float], None] = lambda work, seconds: None,
         *,
         in_background: bool,
     ) -> None:
         self.trainer, self._outbox, self._floors = trainer, outbox, floors
+        self._on_time = on_time
         self._ahead = TrainingAhead(outbox, self._run, on_ahead, in_background=in_background)
         self.begin_next = self._ahead.begin
         self.close = self._ahead.close
@@ -50,6 +52,7 @@ class Training:
     def _checked(self, work: Work, done: Done) -> Done:
         if work.kind == "train":
             owner_floors.check_examples(work.task, done.num_examples, self._floors)
+            self._on_time(work, done.seconds)
         if not work.scores and "scores" in done.tallies:
             told = {name: tally for name, tally in done.tallies.items() if name != "scores"}
             return replace(done, tallies=told)

@@ -228,6 +228,7 @@ class Agent:
     def _on_command(self, command: Doorbell | Command | LogRequest) -> None:
         match command:
             case Doorbell():
+                self._work.yield_to_runs()
                 self._sessions.wake()
             case LogRequest():
                 self._sessions.run_in_background(self._send_logs, command)

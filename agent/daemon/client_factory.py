@@ -25,6 +25,7 @@ from agent.clientapp.told_scores import ToldScores, key_of
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import (
     AheadChanged,
+    ComparingChanged,
     SendingStarted,
     SumChanged,
     WorkEnded,
@@ -96,15 +97,15 @@ class _Events(Observer):
         ctx: AgentContext,
         trainer: TrainerProcess,
         scores: ToldScores,
-        on_training: Callable[[Work], None],
+        own: OwnComparisons,
     ) -> None:
         self._ctx, self._trainer, self._scores = ctx, trainer, scores
-        self._on_training = on_training
+        self._own = own
         self._sum_end: asyncio.TimerHandle | None = None
 
     def on_work(self, work: Work | None) -> None:
         if work is not None and work.kind == "train":
-            self._on_training(work)
+            self._own.note(work)
         _tell_work(self._ctx, work)
 
     def on_ahead(self, work: Work | None) -> None:
@@ -134,12 +135,19 @@ class _Events(Observer):
     def on_sending(self) -> None:
         self._ctx.runner.dispatch_threadsafe(SendingStarted())
 
+    def on_time(self, work: Work, seconds: float) -> None:
+        self._own.add_time(work.run, seconds)
+
     def on_trained(self) -> None:
         self._trainer.delete_checkpoint()
 
 
 def _tell_work(ctx: AgentContext, work: Work | None) -> None:
     ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
+
+
+def _tell_comparing(ctx: AgentContext, run: str) -> None:
+    ctx.runner.dispatch_threadsafe(ComparingChanged(run))
 
 
 def make_comparisons(
@@ -155,7 +163,7 @@ def make_comparisons(
     def was_told(task: str, chosen: Mapping[str, Setting], digest: str) -> bool:
         return bool(digest) and scores.find(key_of(task, chosen, digest)) is not None
 
-    return OwnComparisons(ctx.home, patient, owner, link, partial(_tell_work, ctx), was_told)
+    return OwnComparisons(ctx.home, patient, owner, link, partial(_tell_comparing, ctx), was_told)
 
 
 def make_trainer(
@@ -240,7 +248,7 @@ def make_client(
         ctx.enrollment.fleet,
     )
     scores = ToldScores(settings.scores_file(home))
-    events = _Events(ctx, trainer, scores, own.note)
+    events = _Events(ctx, trainer, scores, own)
     budget = PrivacyBudget(privacy_ledger.ledger_file(home), owner, ctx.enrollment.fleet)
 
     def find_model(model: ModelRef) -> Path:

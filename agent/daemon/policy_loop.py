@@ -75,7 +75,8 @@ class PolicyLoop:
         while True:
             self._reloaded.clear()
             await self.decide()
-            working = self._ctx.runner.state.shown_work is not None
+            state = self._ctx.runner.state
+            working = state.shown_work is not None or bool(state.comparing)
             within_s = _WORKING_INTERVAL_S if working else _IDLE_INTERVAL_S
             await wait_at_most(self._reloaded, within_s)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from msgspec import Struct
 from msgspec.structs import replace
 
-from protocols.messages.states import PauseReason, PeerState
+from protocols.messages.states import COMPARING, PauseReason, PeerState
 from protocols.messages.work import Work
 
 #: The pauses that the operator's `resume` and `finish` lift.
@@ -48,7 +48,8 @@ class AgentState(Struct, frozen=True, kw_only=True):
     `pauses` maps each active reason to its end (Unix s, 0 if unknown). `trainer_failure` is why
     the trainer is paused. `policy` is the policy's last decision. `in_sum`: a secure sum has this
     peer's card, and its steps are to come. `ahead`: the training in the background, for a round
-    that nobody has asked for yet.
+    that nobody has asked for yet. `comparing`: the run whose models are compared, while there is no
+    work; empty for none.
     """
 
     session: bool = False
@@ -62,6 +63,7 @@ class AgentState(Struct, frozen=True, kw_only=True):
     policy: PolicyDecided = PolicyDecided()
     finishing: bool = False
     finished: bool = False
+    comparing: str = ""
 
     @property
     def shown_work(self) -> Work | None:
@@ -104,6 +106,12 @@ class SumChanged(NamedTuple):
     is_open: bool
 
 
+class ComparingChanged(NamedTuple):
+    """A part of the comparison after this run begins, or ends (empty)."""
+
+    run: str
+
+
 class PauseRequested(NamedTuple):
     """`until` (Unix s) is the end of the pause, 0 if unknown."""
 
@@ -134,6 +142,7 @@ Event = (
     | WorkEnded
     | AheadChanged
     | SumChanged
+    | ComparingChanged
     | PauseRequested
     | PauseLifted
     | TrainerGaveUp
@@ -190,6 +199,8 @@ def handle(state: AgentState, event: Event) -> tuple[AgentState, list[Instructio
             after = replace(state, ahead=work)
         case SumChanged(is_open):
             after = replace(state, in_sum=is_open)
+        case ComparingChanged(run):
+            after = replace(state, comparing=run)
         case PauseRequested(reason, until):
             after = replace(state, pauses={**state.pauses, reason: until})
         case PauseLifted(reasons):
@@ -281,7 +292,8 @@ def display_state(state: AgentState) -> tuple[PeerState, str]:
         return PeerState.SENDING, ""
     if state.shown_work is not None:
         return PeerState.TRAINING, "finishing" if state.finishing else ""
-    return PeerState.IDLE, ""
+    # It is there for work, as one that is idle.
+    return PeerState.IDLE, COMPARING if state.comparing else ""
 
 
 def poll_interval_s(state: AgentState, since_work_s: float) -> float:

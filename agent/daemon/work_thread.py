@@ -30,6 +30,7 @@ from agent.home.live_settings import LiveSettings
 from agent.home.logs import owner_log
 from agent.home.refusal_log import RefusalLog
 from agent.policy.consent import Standing
+from agent.tasks.work import Measure
 from agent.trainer.ipc import Progress
 from agent.trainer.retry import RetryingTrainer
 from agent.trainer.supervisor import TrainerSupervisor
@@ -145,6 +146,10 @@ class WorkThread:
         freed = self._job_models.shrink(nbytes, ())
         return freed + self.versions.shrink(nbytes - freed, {newest.digest} if newest else ())
 
+    def yield_to_runs(self) -> None:
+        """Cancel a part of a comparison, if one goes on. It is done again when there is no work."""
+        self.trainer.cancel(Measure)
+
     def resume_sum(self) -> None:
         """After a start: answer the steps of a secure sum that has this peer's card."""
         self._client.secure.resume()
@@ -164,7 +169,8 @@ class WorkThread:
         message = link.pull(steps_only=steps_only, open_sum=open_sum)
         if open_sum is not None and link.sum_is_over:
             self._client.end_sum()
-        is_free = open_sum is None and not steps_only
+        # Training ahead has the trainer, and a comparison would wait for its end.
+        is_free = open_sum is None and not steps_only and self._runner.state.ahead is None
         while message is None and is_free and self._takes_more_work() and self._own.advance():
             message = link.pull()
         return message

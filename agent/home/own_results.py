@@ -37,12 +37,14 @@ class OwnRun(Struct, frozen=True, kw_only=True):
     """A run that this machine trained in. `settings`: those of its last training.
 
     `is_local`: the run was secure or had noise, so that no metric of this machine alone leaves.
+    `trained_s`: how long its trainings took here, in seconds.
     """
 
     run: str
     task: str
     settings: Settings
     is_local: bool
+    trained_s: float = 0.0
 
 
 class OwnResult(Struct, frozen=True, kw_only=True):

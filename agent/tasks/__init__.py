@@ -302,7 +302,8 @@ class ComparesModels(Protocol):
         self, weights: Weights, settings: Settings, on_step: OnStep, *, aside: bool
     ) -> Mapping[str, npt.NDArray[np.float64]]:
         """By name float64[n], one number for each held-out row, or for each that is set aside:
-        "loss", and perhaps "accuracy" (0 or 1) or "mse"."""
+        "loss", and perhaps "accuracy" (0 or 1), "mse" and "mae", or "class" with "guess" (classes
+        from 0) and, of two classes, "log_odds" of the second."""
 
 
 @runtime_checkable

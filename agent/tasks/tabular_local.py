@@ -60,9 +60,11 @@ class LocalTables(BuiltInTask):
     def _measure_each(self, output: Any, target: Any, settings: Any) -> RowMetrics:
         of = decode(str(settings["preprocessing"])).target
         if of.classes and of.weights:  # an accuracy would not have them
-            losses = super()._measure_each(output, target, settings)["loss"]
-            return {"loss": losses * np.array(of.weights)[target.cpu().numpy()]}
+            found = super()._measure_each(output, target, settings)
+            weights = np.array(of.weights)[target.cpu().numpy()]
+            del found["accuracy"]
+            return {**found, "loss": found["loss"] * weights}
         if of.classes:
             return super()._measure_each(output, target, settings)
         squares = (output - target).double().square().flatten().cpu().numpy()
-        return {"loss": squares, "mse": squares * of.scale**2}
+        return {"loss": squares, "mse": squares * of.scale**2, "mae": np.sqrt(squares) * of.scale}

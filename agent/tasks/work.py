@@ -93,8 +93,10 @@ class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
     `base` is the run's best version, `folder` where the state and the models are, which later work
     goes on from. At most `rounds` rounds of local training, of which this work does those of the
     next `slice_s` s. `personal`: the file with this peer's own layers, as in Train. `mu`: the
-    weight of the term that keeps the personal model near the shared one. The description in `Done`
-    is the `Comparison` as JSON; empty until it is done.
+    weight of the term that keeps the personal model near the shared one. `most_s`: how long the
+    training of all models together takes at most, 0 for no limit. `metric`: by which they are
+    compared, empty for the default. The description in `Done` is the `Comparison` as JSON; empty
+    until it is done.
     """
 
     run: str
@@ -104,6 +106,9 @@ class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
     personal: str = ""
     mu: float = 0.0
     slice_s: float = 2.0
+    most_s: float = 0.0
+    metric: str = ""
+    lower_is_better: bool = False
 
 
 class RunApp(_TaskWork, frozen=True, tag=True, kw_only=True):
@@ -134,7 +139,8 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     `protocols.model.schema_card` encodes it; with it, `num_examples` and `num_held_out` are those
     that later work will use, 0 if the task does not count them. `resumed_at` is the step of the
     checkpoint from which training resumed; 0 if it did not. `privacy`: what training with noise
-    costs, events as JSON (`protocols.privacy.events`).
+    costs, events as JSON (`protocols.privacy.events`). `seconds`: how long the training took,
+    without pauses.
     """
 
     id: int = 0
@@ -147,6 +153,7 @@ class Done(Struct, frozen=True, tag=True, kw_only=True):
     description: bytes = b""
     resumed_at: int = 0
     privacy: str = ""
+    seconds: float = 0.0
 
 
 Work = Describe | Init | Train | Evaluate | Predict | Export | Measure

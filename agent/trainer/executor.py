@@ -147,7 +147,8 @@ class WorkExecutor:
                 self._told.tell(task, use, settings)
             report = StepCallback(work.id, "evaluate", self._control, self._send)
             both = personal.model(base, newcomer=True), personal.model(base)
-            return own_models.compare(work, task, settings, both, first_weights, report)
+            work_s = self._control.work_s
+            return own_models.compare(work, task, settings, both, first_weights, report, work_s)
         if isinstance(work, Evaluate):
             return self._evaluate(work, task, settings, base, personal)
         return self._train(work, task, settings, base, personal)
@@ -241,7 +242,9 @@ class WorkExecutor:
             on_step, resumed_at = metered(work, task, report, self._note_resumed)
             protected = private_work.protect(work, task)
             training = personal.before_train(task, settings, base)
+            begun = self._control.work_s()
             trained, count, metrics = task.train(training.model, settings, on_step)
+            seconds = self._control.work_s() - begun
         except Exception:
             # It may still have a snapshot or a correction, which were for this training alone.
             self._task = None
@@ -261,7 +264,9 @@ class WorkExecutor:
             update = personal.after_train(training, whole, kept_out)
         done = self._save(work.id, update, work.out, count, {**metrics, **training.metrics})
         spent = events.encode(protected.spent()) if protected else b""
-        return msgspec.structs.replace(done, resumed_at=resumed_at, privacy=spent.decode())
+        return msgspec.structs.replace(
+            done, resumed_at=resumed_at, privacy=spent.decode(), seconds=seconds
+        )
 
     def _note_resumed(self, checkpoint: CheckpointFile) -> None:
         self._resumed = checkpoint

@@ -37,6 +37,9 @@ SET_ASIDE = 5
 USES: tuple[Use, ...] = ("train", "held")
 #: Of held-out rows, whatever the owner's `data_min_count` is.
 MIN_ROWS = 5
+#: Each of two models is trained twice, the second time on all rows: the part of the time in which
+#: one may be chosen.
+_SHARES = 5
 _PROGRESS = "progress.json"
 _SUFFIX = ".safetensors"
 #: Settings of local training that tie it to a version of the run.
@@ -47,12 +50,15 @@ class Fit(Struct, frozen=True):
     """How far a model is: it chooses the number of rounds, then trains for `best` rounds.
 
     `round`: those done in this phase. `loss`: the lowest on the rows set aside, after `best`.
+    `spent_s`: seconds of training. `is_cut`: the choice ended because of them.
     """
 
     phase: Literal["choose", "train", "done"] = "choose"
     round: int = 0
     best: int = 0
     loss: float | None = None
+    spent_s: float = 0.0
+    is_cut: bool = False
 
 
 def begin(loss: float) -> Fit:
@@ -60,8 +66,12 @@ def begin(loss: float) -> Fit:
     return Fit(loss=loss if math.isfinite(loss) else None)
 
 
-def after_round(fit: Fit, loss: float, rounds: LocalRounds) -> Fit:
-    """After a round; `loss` counts in the phase "choose" alone."""
+def after_round(
+    fit: Fit, loss: float, rounds: LocalRounds, seconds: float = 0.0, most_s: float = math.inf
+) -> Fit:
+    """After a round of so many seconds; `loss` counts in the phase "choose" alone, which ends after
+    `most_s` at the latest."""
+    fit = replace(fit, spent_s=fit.spent_s + seconds)
     number = fit.round + 1
     if fit.phase == "train":
         return replace(fit, round=number, phase="done" if number >= fit.best else "train")
@@ -69,7 +79,9 @@ def after_round(fit: Fit, loss: float, rounds: LocalRounds) -> Fit:
         fit = replace(fit, best=number, loss=loss)
     fit = replace(fit, round=number)
     if number < rounds.most and number - fit.best < rounds.patience:
-        return fit
+        if fit.spent_s < most_s:
+            return fit
+        fit = replace(fit, is_cut=True)
     return replace(fit, round=0, phase="train" if fit.best else "done")
 
 
@@ -80,12 +92,14 @@ def compare(
     shared: tuple[Weights, Weights],
     first: Callable[[int], Weights],
     report: OnStep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Done:
     """The comparison, as the description in `Done`; none if more slices are to come.
 
     `shared`: the run's best version, with the layers of a newcomer, and with those that this peer
-    has kept, if some stay on each machine. `first(seed)` makes first weights. Raises UsageError for
-    a task that cannot compare models, DataError for too few held-out rows.
+    has kept, if some stay on each machine. `first(seed)` makes first weights. `clock` has the
+    seconds of work. Raises UsageError for a task that cannot compare models, DataError for too few
+    held-out rows.
     """
     if not isinstance(task, ComparesModels):
         raise UsageError(f"the task {work.task} cannot measure models row by row")
@@ -100,7 +114,7 @@ def compare(
         chosen["min_batch"] = work.data.floors.min_batch
     seed = int(settings.get("seed", 0))
     try:
-        found = _compare(work, task, chosen, (*shared, lambda: first(seed)), on_step)
+        found = _compare(work, task, chosen, (*shared, lambda: first(seed)), on_step, clock)
     finally:
         task.set_aside(0)
         task.pull_to(None, 0.0)
@@ -113,6 +127,7 @@ def _compare(
     settings: dict[str, Setting],
     of: tuple[Weights, Weights, Callable[[], Weights]],
     on_step: OnStep,
+    clock: Callable[[], float],
 ) -> Comparison | None:
     shared, own, first = of
     least, until = max(MIN_ROWS, work.data.floors.min_count), time.monotonic() + work.slice_s
@@ -128,17 +143,21 @@ def _compare(
         "personal": lambda: task.continued(own, settings),
     }
     used: dict[Model, int] = {}
+    cut: list[Model] = []
     for model, start in starts.items():
-        trained = _Training(task, settings, on_step, folder, model)
+        trained = _Training(task, settings, on_step, folder, model, work.most_s, clock)
         task.pull_to(own if model == "personal" and work.mu else None, work.mu)
         if not trained.advance(start, rounds, until):
             return None
         used[model] = trained.fit.best
+        cut += [model] if trained.fit.is_cut else []
         rows[model] = task.measure_rows(trained.weights, settings, on_step, aside=False)
-    found = row_bootstrap.compare(work.run, rows, used)
+    found = row_bootstrap.compare(
+        work.run, rows, used, work.metric, lower_is_better=work.lower_is_better
+    )
     if found is None:
         raise DataError("a model gives numbers on the held-out rows that are not finite")
-    return found
+    return replace(found, cut=tuple(cut))
 
 
 class _Training:
@@ -151,8 +170,11 @@ class _Training:
         on_step: OnStep,
         folder: Path,
         model: Model,
+        most_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self._task, self._settings, self._on_step = task, settings, on_step
+        self._most_s, self._clock = most_s / _SHARES if most_s else math.inf, clock
         self._folder, self._model = folder, model
         self._progress = folder / f"{model}-{_PROGRESS}"
         self.weights = Weights({})
@@ -168,8 +190,11 @@ class _Training:
             choosing = self.fit.phase == "choose"
             self._task.set_aside(SET_ASIDE if choosing else 0)
             named: dict[str, Setting] = {**self._settings, "round": self.fit.round + 1}
+            before = self._clock()
             self.weights = self._task.train_locally(self.weights, named, self._on_step)
-            self.fit = after_round(self.fit, self._loss() if choosing else 0.0, rounds)
+            seconds = self._clock() - before
+            loss = self._loss() if choosing else 0.0
+            self.fit = after_round(self.fit, loss, rounds, seconds, self._most_s)
             if choosing and self.fit.phase != "choose":
                 self.weights = start()
             if self.fit.phase != "done" and time.monotonic() >= until:

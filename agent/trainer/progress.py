@@ -31,6 +31,11 @@ class WorkControl:
         self.work_fraction = 1.0
         #: True while there may be a pause or a cancel; read after every batch without a lock.
         self.needs_attention = False
+        self._waited_s = 0.0
+
+    def work_s(self) -> float:
+        """Monotonic seconds without those of pauses and of waits for a slower pace."""
+        return time.monotonic() - self._waited_s
 
     def apply(self, request: Pause | Resume | Pace | Cancel) -> None:
         """Apply a command. Called by the reader thread."""
@@ -53,12 +58,14 @@ class WorkControl:
 
     def throttle(self, worked_s: float) -> None:
         """Sleep in proportion to the time worked; a command ends the sleep."""
+        before = time.monotonic()
         with self._changed:
             share = self.work_fraction
             self._changed.wait_for(
                 lambda: self.needs_attention or self.work_fraction != share,
                 min(worked_s * (1 / share - 1), 30.0),
             )
+        self._waited_s += time.monotonic() - before
 
     def wait_while_paused(self, work: int, on_pause: Callable[[int], None]) -> bool:
         """Wait while paused; True if there was a pause. Raises Cancelled.
@@ -72,11 +79,13 @@ class WorkControl:
                 return False
             number = self._pause
         on_pause(number)
+        before = time.monotonic()
         with self._changed:
             # Checked before each wait: a cancel may have come while `on_pause` ran.
             while self._paused:
                 self.raise_if_cancelled(work)
                 self._changed.wait()
+            self._waited_s += time.monotonic() - before
             self.raise_if_cancelled(work)
         return True
 

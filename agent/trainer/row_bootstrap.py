@@ -7,12 +7,13 @@ All models are drawn with the same rows, so that the difference of two of them i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from protocols.messages.comparisons import Comparison, Estimate, Model, recommend
+from protocols.tables import evaluation_counts
 
 Floats = npt.NDArray[np.float64]
 #: By name, one number for each row.
@@ -22,25 +23,49 @@ RowMetrics = Mapping[str, Floats]
 SAMPLES, _MIN_SAMPLES, _MAX_DRAWS = 1000, 200, 50_000_000
 _BLOCK = 4_000_000
 _SEED = 20_260_101
+#: Metrics that are no means over rows, by the numbers of each row that they are computed from
+#: beside its class: that of the prediction, or the log-odds of the second of two classes.
+_NO_MEANS = {
+    "guess": frozenset({"balanced_accuracy", "macro_f1"}),
+    "log_odds": frozenset({"auc", "average_precision"}),
+}
+#: Numbers of rows that are no metrics.
+_PARTS = frozenset({"class", *_NO_MEANS})
 
 
 def compare(
-    run: str, rows: Mapping[Model, RowMetrics], rounds: Mapping[Model, int]
+    run: str,
+    rows: Mapping[Model, RowMetrics],
+    rounds: Mapping[Model, int],
+    metric: str = "",
+    *,
+    lower_is_better: bool = False,
 ) -> Comparison | None:
     """The comparison; None if a metric is not finite on some row.
 
-    The metric is the accuracy, else the root of the mean of "mse", else the loss.
+    The metric is that of the run, if the rows have what it needs. By default it is the accuracy,
+    else the root of the mean of "mse", else the loss.
     """
     known = set.intersection(*(set(of) for of in rows.values()))
-    name = next(name for name in ("accuracy", "mse", "loss") if name in known)
-    values = np.stack([rows[model][name] for model in rows])
+    part = next((part for part, of in _NO_MEANS.items() if metric in of and part in known), "")
+    means = known - _PARTS | ({"rmse"} if "mse" in known else set())
+    name = metric
+    if not part and metric not in means:
+        name = next(name for name in ("accuracy", "mse", "loss") if name in known)
+        name, lower_is_better = "rmse" if name == "mse" else name, name != "accuracy"
+    column = part or ("mse" if name == "rmse" else name)
+    values = np.stack([rows[model][column] for model in rows])
     if not np.isfinite(values).all():
         return None
-    is_root = name == "mse"
-    exact, drawn = values.mean(1), _resampled_means(values)
-    if is_root:
+    if part:
+        exact, drawn = _resampled_counts(rows["shared"]["class"], values, part, name)
+    else:
+        exact, drawn = values.mean(1), _resampled_means(values)
+    if column == "mse" and name == "rmse":
         exact, drawn = np.sqrt(exact), np.sqrt(drawn)
-    sign = 1.0 if name == "accuracy" else -1.0
+    if not np.isfinite(exact).all():  # such as a class that no held-out row has
+        return compare(run, rows, rounds)
+    sign = -1.0 if lower_is_better else 1.0
     models = {model: _estimate(exact[at], drawn[:, at]) for at, model in enumerate(rows)}
     if name == "accuracy":
         models = {model: _of_share(one.value, values.shape[1]) for model, one in models.items()}
@@ -52,7 +77,7 @@ def compare(
     }
     return Comparison(
         run=run,
-        metric="rmse" if is_root else name,
+        metric=name,
         rows=values.shape[1],
         models=models,
         gains=gains,
@@ -61,16 +86,44 @@ def compare(
     )
 
 
+def _draws(count: int) -> Iterator[npt.NDArray[np.int64]]:
+    """How often each of `count` rows is in a sample: blocks of int64[samples, count]."""
+    samples = max(_MIN_SAMPLES, min(SAMPLES, _MAX_DRAWS // count))
+    chance, step = np.random.default_rng(_SEED), max(1, _BLOCK // count)
+    for first in range(0, samples, step):
+        yield chance.multinomial(count, np.full(count, 1 / count), min(step, samples - first))
+
+
 def _resampled_means(values: Floats) -> Floats:
     """float64[samples, models]: means of float64[models, n] over rows drawn with replacement."""
     count = values.shape[1]
-    samples = max(_MIN_SAMPLES, min(SAMPLES, _MAX_DRAWS // count))
-    chance, step = np.random.default_rng(_SEED), max(1, _BLOCK // count)
-    made = []
-    for first in range(0, samples, step):
-        drawn = chance.multinomial(count, np.full(count, 1 / count), min(step, samples - first))
-        made.append(drawn @ values.T / count)
-    return np.concatenate(made)
+    return np.concatenate([drawn @ values.T / count for drawn in _draws(count)])
+
+
+def _resampled_counts(
+    truth: Floats, values: Floats, part: str, metric: str
+) -> tuple[Floats, Floats]:
+    """float64[models] and float64[samples, models]: a metric of counts of rows by class float64[n]
+    and float64[models, n], of all rows and of samples. NaN where the metric does not exist."""
+    if part == "guess":
+        tally, classes = "confusion", int(max(truth.max(), values.max())) + 1
+        cells = evaluation_counts.confusion_cells(truth, values, classes)
+        size = classes**2
+    else:
+        tally, size = "scores", 2 * evaluation_counts.SCORE_BINS
+        cells = evaluation_counts.score_cells(truth, values)
+
+    def metric_of(row: npt.NDArray[np.int64], weights: Floats | None) -> float:
+        counts = np.bincount(row, weights, size).tolist()
+        return evaluation_counts.compute_metrics({tally: counts}).get(metric, math.nan)
+
+    exact = np.array([metric_of(row, None) for row in cells])
+    drawn = [
+        [metric_of(row, weights) for row in cells]
+        for block in _draws(values.shape[1])
+        for weights in block.astype(np.float64)
+    ]
+    return exact, np.array(drawn)
 
 
 def _of_share(share: float, count: int) -> Estimate:
@@ -85,6 +138,6 @@ def _of_share(share: float, count: int) -> Estimate:
 
 
 def _estimate(value: float, drawn: Floats) -> Estimate:
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
     # The same model twice differs by nothing, and a sum of floats may round.
     return Estimate(float(value), float(min(low, value)), float(max(high, value)))

@@ -54,6 +54,7 @@ class TrainerSupervisor:
         self._child: TrainerChild | None = None
         self._id = 0
         self._working = False
+        self._work: Work | RunApp | None = None  # the current or the last one
         self._result: Done | Failed | None = None
         self._paused = self._pause_confirmed = self._ready = False
         self._pause = 0  # the number of the latest pause
@@ -82,10 +83,12 @@ class TrainerSupervisor:
             if self._child:
                 self._child.send(Pace(share))
 
-    def cancel(self) -> None:
-        """Cancel the current work, if any: its caller gets TrainerFailed("cancelled")."""
+    def cancel(self, kind: type[Work | RunApp] | None = None) -> None:
+        """Cancel the current work, if there is any of this kind (None: any): its caller gets
+        TrainerFailed("cancelled")."""
         with self._changed:
-            if self._working and self._child and self._cancel_by is None:
+            is_meant = kind is None or isinstance(self._work, kind)
+            if is_meant and self._working and self._child and self._cancel_by is None:
                 self._cancel_by = time.monotonic() + self._grace_s
                 self._child.send(Cancel(self._id))
                 self._child.thaw()
@@ -181,6 +184,7 @@ class TrainerSupervisor:
             with self._changed:
                 child = self._ensure_child()
                 self._id += 1
+                self._work = work
                 self._working, self._pause_confirmed, self._result = True, False, None
                 self._cancel_by, self._stopping = None, False
                 self._alive_at = time.monotonic()

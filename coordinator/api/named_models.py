@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coordinator.api.service import CoordinatorService
 from coordinator.jobs import model_refs
+from coordinator.runs import best_version
 from coordinator.runs.export import resolve_version
 from coordinator.runs.recorded import named_run
 from coordinator.strategies import personal
@@ -42,4 +43,6 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
         settings=model_refs.settings_of(run) | ({PERSONAL_LAYERS: layers} if layers else {}),
         ended_rounds=len(run.history) if run.state in ENDED else 0,
         personal_mu=personal.mu_of(run.spec),
+        metric=best_version.plain_name(run.spec.best_metric),
+        lower_is_better=best_version.is_lower_better(run.spec, run.spec.best_metric),
     )

@@ -72,8 +72,10 @@ def peer_name(fleet: Fleet, peer_id: str) -> str:
 def state_cell(peer: Peer, now: float, width: int = 80) -> Cell:
     """Glyph, state and reason; the reason is truncated, or left out below 9 characters."""
     state, reason = shown_state(peer, now), shown_reason(peer, now)
+    if len(text := label(state, reason)) <= width:
+        return Cell(text, TONES[state])
     room = width - len(label(state)) - len(": ")
-    if state is PeerState.AWAITING and reason and len(label(state, reason)) > width:
+    if state is PeerState.AWAITING and reason:
         return Cell(fmt.truncate(label(state, peer.awaits), width), TONES[state])
     if len(reason) > room and state is not PeerState.AWAITING:
         reason = SHORT_REASONS.get(reason, reason)

@@ -163,9 +163,13 @@ def reaches_target(spec: RunSpec, metrics: Metrics) -> bool:
     return score(spec, metrics) >= _signed(spec, metric_of(spec, metrics), spec.target)
 
 
+def is_lower_better(spec: RunSpec, name: str) -> bool:
+    """True if versions of this run are better with a lower value of the metric."""
+    return lower_is_better(name) if not spec.best_direction else spec.best_direction == "min"
+
+
 def _signed(spec: RunSpec, name: str, value: float) -> float:
-    is_lower = lower_is_better(name) if not spec.best_direction else spec.best_direction == "min"
-    return -value if is_lower else value
+    return -value if is_lower_better(spec, name) else value
 
 
 def worst_peers(updates: Mapping[str, Update]) -> dict[str, str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from coordinator.runs import best_version
 from coordinator.runs.state import Run
-from protocols.messages.comparisons import Comparison, Estimate, recommend
+from protocols.messages.comparisons import Comparison, Estimate, cut_text, recommend
 
-#: The metrics by which models are compared.
+#: The metrics by which models are compared, beside that of the run.
 _METRICS = frozenset({"accuracy", "rmse", "loss"})
 
 
@@ -24,7 +24,7 @@ def objection(run: Run, peer: str, told: Comparison) -> str:
         return "in this run no metric of a single peer is told"
     if peer not in peers_of(run):
         return "this peer has no part in the run"
-    if told.metric not in _METRICS:
+    if told.metric not in _METRICS | {best_version.plain_name(run.spec.best_metric)}:
         return "models are not compared by this metric"
     _, held_out = run.declared.get(peer, (0, 0))
     if told.rows < 1 or (held_out and told.rows > held_out):
@@ -48,7 +48,9 @@ def line(name: str, told: Comparison) -> str:
     models = ", ".join(
         f"{model} {_estimate(one)}" for model, one in sorted(told.models.items(), key=_order)
     )
-    return f"{name}: {told.recommended} is recommended; {told.metric}: {models} ({told.rows} rows)"
+    cut = f"; {cut_text(told)}" if told.cut else ""
+    said = f"{name}: {told.recommended} is recommended; {told.metric}: {models}"
+    return f"{said} ({told.rows} rows){cut}"
 
 
 def _order(item: tuple[str, Estimate]) -> int:

@@ -18,7 +18,6 @@ MAX_COMPARISON_BYTES = 4096
 Model = Literal["alone", "shared", "personal"]
 #: Infinity and NaN are none of them.
 _Number = Annotated[float, Meta(ge=-1e18, le=1e18)]
-_Lower = Literal["loss", "rmse", "mae"]
 
 
 class Estimate(Struct, frozen=True):
@@ -35,7 +34,8 @@ class Comparison(Struct, frozen=True, kw_only=True):
     `models`: the metric of each. `gains`: by how much another model is better than the shared one,
     so that a positive number is better for each metric. `rounds`: how many rounds of local training
     a model had. `recommended`: the shared model, unless the interval of another one's gain is above
-    0; then the one with the largest gain.
+    0; then the one with the largest gain. `cut`: models whose training ended early, as it had taken
+    as long as it may.
     """
 
     run: Id
@@ -45,6 +45,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
     gains: Annotated[dict[Model, Estimate], Meta(max_length=2)] = {}
     rounds: Annotated[dict[Model, Count], Meta(max_length=2)] = {}
     recommended: Model = "shared"
+    cut: Annotated[tuple[Model, ...], Meta(max_length=2)] = ()
 
 
 def recommend(gains: dict[Model, Estimate]) -> Model:
@@ -65,7 +66,13 @@ def lines_of(found: Comparison) -> list[str]:
         if (gain := found.gains.get(model)) is not None:
             text += f", against shared {gain.value:+.3g} ({gain.low:+.3g} to {gain.high:+.3g})"
         lines.append(text)
-    return lines
+    return [*lines, f"  {cut_text(found)}"] if found.cut else lines
+
+
+def cut_text(found: Comparison) -> str:
+    """Says that models were trained for less time than they could use."""
+    models = " and ".join(found.cut)
+    return f"training of {models} was cut: it takes no longer here than that of the run"
 
 
 def _number(value: float) -> str:

@@ -33,6 +33,11 @@ GLYPHS: dict[PeerState, str] = {
 AVAILABLE = frozenset({PeerState.TRAINING, PeerState.SENDING, PeerState.IDLE})
 
 
+#: The reason of a peer that is idle for runs, as it compares the models of an ended one.
+COMPARING = "comparing"
+_COMPARING_GLYPH = "◔"
+
+
 class PauseReason(StrEnum):
     """Why an agent is paused, other than by its policy. The values are shown to people."""
 
@@ -63,8 +68,11 @@ ENDED = frozenset({RunState.FINISHED, RunState.STOPPED, RunState.FAILED})
 def label(state: PeerState, reason: str = "") -> str:
     """Glyph and word of a state, as shown everywhere: `‖ paused: battery`.
 
-    A peer awaits approval, or with a reason that: `? awaiting consent: tabular`.
+    A peer awaits approval, or with a reason that: `? awaiting consent: tabular`. One that compares
+    models says so: `◔ comparing`.
     """
+    if state is PeerState.IDLE and reason == COMPARING:
+        return f"{_COMPARING_GLYPH} {COMPARING}"
     word = state.value
     if state is PeerState.AWAITING:
         word, reason = f"{word} {reason or 'approval'}", ""

@@ -17,6 +17,7 @@ from protocols.messages.envelope import (
     MaybeDigest,
     MaybeId,
     Metrics,
+    Name,
     Settings,
     Tallies,
     TaskName,
@@ -91,7 +92,8 @@ class NamedModel(Struct, frozen=True, kw_only=True):
 
     `settings`: what the task needs to predict with it, such as the agreed preprocessing.
     `ended_rounds`: how many rounds the run had, if it has ended; else 0, as of older coordinators.
-    `personal_mu`: the weight of the proximal term of a personal model; 0: none.
+    `personal_mu`: the weight of the proximal term of a personal model; 0: none. `metric`: by which
+    models are compared after the run, empty for the default; `lower_is_better` says how.
     """
 
     run: Id
@@ -102,6 +104,8 @@ class NamedModel(Struct, frozen=True, kw_only=True):
     settings: Settings = {}
     ended_rounds: Count = 0
     personal_mu: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    metric: Name = ""
+    lower_is_better: bool = False
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):

@@ -184,16 +184,28 @@ def _ranking_metrics(scores: Tally) -> dict[str, float]:
 
 def count_scores(truth: Sequence[int], log_odds: Sequence[float]) -> list[float]:
     """A tally of scores from the classes, 0 or 1, and the log-odds of class 1 (not NaN)."""
+    cells = score_cells(truth, log_odds)
+    return [float(n) for n in np.bincount(cells, minlength=2 * SCORE_BINS)]
+
+
+def score_cells(truth: npt.ArrayLike, log_odds: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Of each example, its place in a tally of scores."""
     place = (np.asarray(log_odds, np.float64) / _FARTHEST + 1) * SCORE_BINS / 2
     bins = np.clip(place, 0, SCORE_BINS - 1).astype(np.int64)
-    pairs = bins * 2 + np.asarray(truth, np.int64)
-    return [float(n) for n in np.bincount(pairs, minlength=2 * SCORE_BINS)]
+    return bins * 2 + np.asarray(truth, np.int64)
 
 
 def count_confusion(truth: Sequence[int], guess: Sequence[int], classes: int) -> list[float]:
     """A confusion tally from class numbers (from 0)."""
-    pairs = np.asarray(truth, np.int64) * classes + np.asarray(guess, np.int64)
-    return [float(n) for n in np.bincount(pairs, minlength=classes * classes)]
+    cells = confusion_cells(truth, guess, classes)
+    return [float(n) for n in np.bincount(cells, minlength=classes * classes)]
+
+
+def confusion_cells(
+    truth: npt.ArrayLike, guess: npt.ArrayLike, classes: int
+) -> npt.NDArray[np.int64]:
+    """Of each example, its place in a confusion."""
+    return np.asarray(truth, np.int64) * classes + np.asarray(guess, np.int64)
 
 
 def count_calibration(confidence: Sequence[float], right: Sequence[bool]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,36 @@ def test_a_peer_with_few_rows_sees_that_it_gains(tmp_path: Path) -> None:
         assert "recommended" not in shared.stderr
         own = right_of((tmp_path / "own.csv").read_text(), table)
         assert own > 0.8 > 0.5 > right_of(shared.stdout, table)
+
+
+@pytest.mark.long
+def test_a_run_does_not_wait_for_a_comparison(tmp_path: Path) -> None:
+    words = ("--target", "ill", "--rounds", "2", "--quorum", "2", "--best-metric", "auc")
+    slow = ("--set", "model=mlp", "--set", "hidden=512,512", "--set", "epochs=2")
+    with fleet(tmp_path) as site:
+        assert site.ask("init").returncode == 0
+        site.up()
+        for seed, name in enumerate(("bern", "uri")):
+            table = patients(tmp_path / f"{name}.csv", 900, seed)
+            join = ("join", "-", "--name", name, "--data", str(table), *ALLOW)
+            assert site.ask_agent(name, *join, given=site.ticket()).returncode == 0
+        site.start("bern", "uri")
+        first = site.ended_run(site.start_run("tabular", *words, *slow))
+        site.until_agent("bern", "compares", lambda status: status["reason"] == "comparing")
+        peers = site.data("peers", "list")
+        assert {peer["state"] for peer in peers} <= {"idle"}, "they are there for work"
+        quick = site.ended_run(site.start_run("tabular", *words, "--set", "model=linear"))
+        assert quick["state"] == "finished", quick["ended_because"]
+        assert {len(closed["contributors"]) for closed in quick["history"]} == {2}
+        assert not site.data("run", "show", first["id"])["comparisons"], "it goes on"
+
+        def told(run: str) -> bool:
+            return len(site.data("run", "show", run)["comparisons"]) == 2
+
+        wait_for(lambda: told(first["id"]) and told(quick["id"]), "both are compared", 240)
+        found = site.data("run", "show", quick["id"])["comparisons"]
+        assert {one["metric"] for one in found.values()} == {"auc"}
+        status = json.loads(site.ask_agent("bern", "status", "--json").stdout)["data"]
+        own = status["compared"]["comparison"]
+        assert own in found.values()
+        assert own["models"].keys() == {"alone", "shared", "personal"}

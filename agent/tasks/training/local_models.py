@@ -88,8 +88,13 @@ class ComparesTorchModels:
         """The metrics of each example of a batch, as `_measure` has them for it alone."""
         if self._has_logits(output, target):
             losses = F.cross_entropy(output.double(), target, reduction="none")
-            right = (output.argmax(1) == target).double()
-            return {"loss": losses.cpu().numpy(), "accuracy": right.cpu().numpy()}
+            guess = output.argmax(1)
+            found = {"loss": losses, "accuracy": guess == target}
+            if output.ndim == 2:
+                found |= {"class": target, "guess": guess}
+            if output.ndim == 2 and output.shape[1] == 2:
+                found["log_odds"] = output[:, 1] - output[:, 0]
+            return {name: tensor.double().cpu().numpy() for name, tensor in found.items()}
         rows: list[Mapping[str, float]] = []
         for at in range(count_examples((output, target))):
             x, y = slice_examples((output, target), at, at + 1)

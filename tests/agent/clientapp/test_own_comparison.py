@@ -19,7 +19,7 @@ from agent.home import audit_log, own_results
 from agent.home.settings_schema import AgentSettings
 from agent.tasks import tabular_local
 from agent.tasks.tabular import Tabular
-from agent.tasks.work import Done
+from agent.tasks.work import Done, Measure
 from agent.tasks.work import Work as TrainerWork
 from agent.trainer.executor import WorkExecutor
 from agent.trainer.ipc import Failed
@@ -107,7 +107,7 @@ class Site:
             self.trainer,
             lambda: self.owner,
             lambda: self.link,
-            lambda work: self.states.append(work is not None),
+            lambda run: self.states.append(bool(run)),
             lambda task, settings, digest: self.was_told and digest == self.link.model.digest,
         )
 
@@ -227,6 +227,54 @@ def test_a_task_that_the_owner_forbids_meanwhile_is_not_run(site: Site) -> None:
     assert found is not None
     assert "does not allow the task" in found.why
     assert site.trainer.done == 0
+
+
+def test_it_waits_while_another_run_needs_the_machine_and_obeys_its_bounds(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.link.model = replace(site.link.model, metric="loss", lower_is_better=True)
+    works: list[Measure] = []
+    done = site.trainer.run
+
+    def run(work: TrainerWork) -> Done:
+        assert isinstance(work, Measure)
+        works.append(work)
+        return done(work)
+
+    site.trainer.run = run  # type: ignore[method-assign]
+    own = site.own()
+    own.note(site.work)
+    own.add_time("tabular-1", 40.0)
+    own = site.own()  # after a restart
+    own.note(site.work)
+    own.add_time("tabular-1", 2.5)
+    own.note(replace(site.work, run="tabular-2"))
+    for _ in range(5):
+        assert not own.advance()
+    assert works == [], "the newer run may soon have more work"
+    monkeypatch.setattr(own_comparison, "_QUIET_S", 0.0)
+    own = site.own()
+    while not works:
+        own.advance()
+    assert (works[0].run, works[0].most_s, works[0].metric) == ("tabular-1", 42.5, "loss")
+    while not site.link.told:
+        own.advance()
+    assert site.link.told[0].metric == "loss"
+
+
+def test_a_cancelled_part_is_done_again(site: Site) -> None:
+    own, run = site.own(), site.trainer.run
+    own.note(site.work)
+
+    def cancelled(work: TrainerWork) -> Done:
+        raise TrainerFailed("cancelled", "the work was cancelled")
+
+    site.trainer.run = cancelled  # type: ignore[method-assign]
+    assert not own.advance()
+    assert (site.result(), site.states) == (None, [True, False])
+    site.trainer.run = run  # type: ignore[method-assign]
+    finish(own)
+    assert site.link.told
 
 
 def test_old_comparisons_are_deleted(site: Site) -> None:

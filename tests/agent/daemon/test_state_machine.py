@@ -12,6 +12,7 @@ from agent.daemon.state_machine import (
     AheadChanged,
     Announce,
     BrokerChanged,
+    ComparingChanged,
     Event,
     FinishRequested,
     Instruction,
@@ -30,13 +31,20 @@ from agent.daemon.state_machine import (
     WorkEnded,
     WorkStarted,
 )
-from protocols.messages.states import PauseReason, PeerState
+from protocols.messages.states import AVAILABLE, PauseReason, PeerState, label
 from protocols.messages.work import Work
 
 WORK = Work(run="r", round=1, kind="train", task="t")
 USER, DISK = PauseReason.USER, PauseReason.DISK
 IDLE = AgentState(session=True, mqtt=True)
 BUSY_NOW = AgentState(session=True, mqtt=True, work=WORK)
+
+
+def test_an_agent_that_compares_is_there_for_work_and_says_what_it_does() -> None:
+    state, reason = state_machine.display_state(COMPARES)
+    assert label(state, reason) == "◔ comparing"
+    assert state in AVAILABLE
+    assert state_machine.can_take_work(COMPARES)
 
 
 def one(reason: PauseReason) -> frozenset[PauseReason]:
@@ -47,6 +55,7 @@ def on(*reasons: PauseReason, until: float = 0.0) -> dict[PauseReason, float]:
     return dict.fromkeys(reasons, until)
 
 
+COMPARES = AgentState(session=True, mqtt=True, comparing="r")
 HELD = AgentState(work=WORK, pauses=on(PauseReason.OPERATOR))
 
 TABLE: list[tuple[str, AgentState, Event, list[Instruction]]] = [
@@ -59,6 +68,10 @@ TABLE: list[tuple[str, AgentState, Event, list[Instruction]]] = [
     ("sending without work", IDLE, SendingStarted(), []),
     ("work ends", BUSY_NOW, WorkEnded(), [Announce(), PollForWork()]),
     ("work ended already", IDLE, WorkEnded(), []),
+    ("a comparison begins", IDLE, ComparingChanged("r"), [Announce()]),
+    ("a comparison at work", BUSY_NOW, ComparingChanged("r"), []),
+    ("work during a comparison", COMPARES, WorkStarted(WORK), [Announce()]),
+    ("finishing during a comparison", COMPARES, FinishRequested(), [Shutdown()]),
     ("a pause at work", BUSY_NOW, PauseRequested(USER), [PauseTrainer(), Announce()]),
     ("a pause when idle", IDLE, PauseRequested(USER), [PauseTrainer(), Announce()]),
     ("a trainer that failed", IDLE, TrainerGaveUp("hung"), [PauseTrainer(), Announce()]),

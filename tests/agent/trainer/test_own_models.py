@@ -21,7 +21,7 @@ from agent.trainer.ipc import Answer, Progress
 from agent.trainer.own_models import Fit
 from agent.trainer.progress import WorkControl
 from protocols.errors import DataError
-from protocols.messages.comparisons import Comparison, Estimate, recommend
+from protocols.messages.comparisons import Comparison, Estimate, lines_of, recommend
 from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.tables import preprocessing
@@ -84,6 +84,53 @@ def test_an_accuracy_of_few_rows_is_not_certain() -> None:
     assert (alone.low, alone.high) == pytest.approx((0.2538, 0.7462), abs=1e-4)
 
 
+def test_the_metric_of_the_run_decides_what_is_recommended() -> None:
+    truth = np.array([0.0] * 180 + [1.0] * 20)
+    never, often = np.zeros(200), np.array([0.0] * 160 + [1.0] * 40)  # 20 false alarms
+
+    def told(guess: Any) -> dict[str, Any]:
+        right = (guess == truth).astype(float)
+        return {"loss": 1 - right, "accuracy": right, "class": truth, "guess": guess}
+
+    rows: Any = {"shared": told(never), "alone": told(often)}
+    plain = row_bootstrap.compare("r", rows, {})
+    assert plain is not None
+    assert (plain.metric, plain.recommended) == ("accuracy", "shared")
+    found = row_bootstrap.compare("r", rows, {}, "balanced_accuracy")
+    assert found is not None
+    assert (found.metric, found.recommended) == ("balanced_accuracy", "alone")
+    # A recall of 160 / 180 and of all 20.
+    assert found.models["alone"].value == pytest.approx((160 / 180 + 1) / 2)
+    assert found.gains["alone"].low > 0
+    one_class: Any = {m: {n: v[:100] for n, v in of.items()} for m, of in rows.items()}
+    rare = row_bootstrap.compare("r", one_class, {}, "auc")
+    assert rare is not None
+    assert rare.metric == "accuracy", "rows of one class have no area under the curve"
+
+
+def test_an_area_under_the_curve_is_that_of_the_rows() -> None:
+    truth, odds = np.array([0.0, 1.0] * 100), np.linspace(-4, 4, 200)
+    both = {"loss": odds, "class": truth}
+    good = np.where(truth == 1, 3.0, -3.0)
+    rows: Any = {"shared": {**both, "log_odds": odds}, "alone": {**both, "log_odds": good}}
+    found = row_bootstrap.compare("r", rows, {}, "auc")
+    assert found is not None
+    assert found.models["alone"] == Estimate(1.0, 1.0, 1.0)
+    assert found.models["shared"].value == pytest.approx(0.505, abs=0.01)
+    lower = row_bootstrap.compare("r", rows, {}, "auc", lower_is_better=True)
+    assert lower is not None
+    assert (found.recommended, lower.recommended) == ("alone", "shared")
+
+
+def test_a_choice_of_rounds_ends_when_its_time_is_over() -> None:
+    fit, rounds = own_models.begin(1.0), LocalRounds(100)
+    fit = own_models.after_round(fit, 0.9, rounds, 3.0, 5.0)
+    assert (fit.phase, fit.is_cut) == ("choose", False)
+    fit = own_models.after_round(fit, 0.8, rounds, 3.0, 5.0)
+    assert fit == Fit("train", 0, 2, 0.8, 6.0, True)
+    assert own_models.after_round(fit, 0.0, rounds, 9.0, 5.0).phase == "train"
+
+
 def test_only_a_gain_beyond_its_interval_is_recommended() -> None:
     unsure, sure = Estimate(0.3, -0.01, 0.6), Estimate(0.1, 0.02, 0.2)
     assert recommend({"alone": unsure}) == "shared"
@@ -112,7 +159,15 @@ class Site:
         self.said: list[Answer] = []
 
     def measure(
-        self, place: str, slice_s: float, *, mu: float = 0.0, personal: str = "", **floors: int
+        self,
+        place: str,
+        slice_s: float,
+        *,
+        mu: float = 0.0,
+        personal: str = "",
+        most_s: float = 0.0,
+        metric: str = "",
+        **floors: int,
     ) -> Comparison | None:
         (self.folder / place).mkdir(exist_ok=True)
         data = DataSettings(path=str(self.own), device="cpu", floors=Floors(**floors))
@@ -127,6 +182,8 @@ class Site:
             slice_s=slice_s,
             mu=mu,
             personal=personal,
+            most_s=most_s,
+            metric=metric,
         )
         done = WorkExecutor(WorkControl(), self.said.append, 1).do(work)
         told = done.description
@@ -201,6 +258,20 @@ def test_layers_that_stayed_here_are_in_the_personal_model_alone(tmp_path: Path)
     assert found.models["shared"].value > 1.5 * found.models["personal"].value
     made = weights.load(tmp_path / "whole" / "personal.safetensors")
     assert made.schema == whole.schema
+
+
+@pytest.mark.parametrize("model", [MLP, TREES], ids=["mlp", "trees"])
+def test_training_that_takes_too_long_is_cut_and_rows_tell_each_metric(
+    tmp_path: Path, model: dict[str, Any]
+) -> None:
+    own = patients(tmp_path / "own.csv", 200, 2)
+    site = Site(tmp_path, own, own, 3, target="ill", **model)
+    found = site.measure("cut", 60.0, most_s=1e-9, metric="auc")
+    assert found is not None
+    assert (found.metric, found.cut) == ("auc", ("alone", "personal"))
+    assert set(found.rounds.values()) <= {0, 1}
+    assert all(0 <= one.low <= one.value <= one.high <= 1 for one in found.models.values())
+    assert "training of alone and personal was cut" in lines_of(found)[-1]
 
 
 def test_too_few_held_out_rows_are_said(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from agent.daemon import client_factory
 from agent.data.settings import DataSettings
 from agent.home.settings_schema import AgentSettings
 from agent.tasks import Cancelled, Settings
-from agent.tasks.work import Describe, Done, Evaluate, Init, Train
+from agent.tasks.work import Describe, Done, Evaluate, Init, Measure, Train
 from agent.trainer.ipc import (
     Answer,
     Cancel,
@@ -276,6 +276,7 @@ def test_pause_and_cancel_act_in_mid_work(site: Site, monkeypatch: pytest.Monkey
     assert site.trainer.idle_s == 0
     site.trainer.pause()
     stood = site.frames.wait(lambda p: p.paused)
+    site.trainer.cancel(Measure)  # there is none
     site.trainer.resume()
     site.frames.wait(lambda p: p.step > stood.step)
     site.trainer.pause()
