@@ -28,12 +28,12 @@ from agent.home.run_state import RunStateFolder
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Measure, Trainer
 from agent.transport.weight_transfer import SessionLost
-from protocols.errors import DiskFull, Refused, TrainerFailed, UnknownName
+from protocols.errors import DataError, DiskFull, Refused, TrainerFailed, UnknownName, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.local.disk_space import check_room
 from protocols.local.flower_apps import PREFIX
 from protocols.messages import comparisons
-from protocols.messages.comparisons import Comparison
+from protocols.messages.comparisons import Comparison, Missing
 from protocols.messages.envelope import Settings
 from protocols.messages.work import NamedModel, Which, Work
 from protocols.privacy import private_training
@@ -53,6 +53,8 @@ _SHARED = "shared.safetensors"
 _SPARE_BYTES = 4 * 1024 * 1024
 #: After these failures the comparison is tried again later.
 _PASSING = frozenset({"stopped", "cancelled", DiskFull.code})
+#: What the coordinator is told of other failures; of the rest, that it failed.
+_MISSING: dict[str, Missing] = {UsageError.code: "task", DataError.code: "rows"}
 
 
 class Link(Protocol):
@@ -197,7 +199,8 @@ class OwnComparisons:
             return self._go_on(one, chosen)
         except TrainerFailed as err:
             if err.kind not in _PASSING:
-                self._finish(one, None, err.message)
+                self._finish(one, None, err.message, _MISSING.get(err.kind, "failed"))
+                one.due = time.monotonic()
             elif err.kind == "cancelled":  # for work, of which there may be none
                 one.due, one.wait_s = time.monotonic() + _FIRST_WAIT_S, _FIRST_WAIT_S
         except (DiskFull, OSError) as err:
@@ -256,7 +259,13 @@ class OwnComparisons:
             return None
         return msgspec.json.decode(done.description, type=Comparison)
 
-    def _finish(self, one: _Pending, found: Comparison | None, why: str = "") -> None:
+    def _finish(
+        self,
+        one: _Pending,
+        found: Comparison | None,
+        why: str = "",
+        missing: Missing | None = None,
+    ) -> None:
         model, folder = one.model, self._folder(one)
         result = OwnResult(
             run=one.run.run,
@@ -266,8 +275,10 @@ class OwnComparisons:
             digest=model.digest if model else "",
             comparison=found,
             why=why,
-            to_tell=found is not None and self._may_tell(one.run, model.digest if model else ""),
+            missing=missing,
         )
+        is_news = found is not None or missing is not None
+        result = replace(result, to_tell=is_news and self._may_tell(one.run, result.digest))
         self._write_result(one, result)
         (folder / _SHARED).unlink(missing_ok=True)
         if found is not None:
@@ -300,12 +311,15 @@ class OwnComparisons:
 
     def _tell(self, one: _Pending, result: OwnResult) -> None:
         """Tell the coordinator, once. Raises Unreachable: it is tried again in the next session."""
-        assert result.comparison is not None
-        is_told = False
+        told, is_told = result.comparison, False
+        if told is None:
+            told = Comparison(
+                run=result.run, metric="", rows=0, models={}, missing=result.missing or "failed"
+            )
         if self._may_tell(one.run, result.digest):
-            audit_log.write_comparison(self._home, result.comparison, result.task, result.round)
+            audit_log.write_comparison(self._home, told, result.task, result.round)
             try:
-                self._link().send_comparison(result.comparison)
+                self._link().send_comparison(told)
                 is_told = True
             except SessionLost:
                 raise

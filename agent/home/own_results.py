@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.messages import comparisons
-from protocols.messages.comparisons import Comparison, Model
+from protocols.messages.comparisons import Comparison, Missing, Model
 from protocols.messages.envelope import Settings
 
 FOLDER = "comparisons"
@@ -50,8 +50,8 @@ class OwnRun(Struct, frozen=True, kw_only=True):
 class OwnResult(Struct, frozen=True, kw_only=True):
     """The comparison after a run, or why there is none.
 
-    `digest`: the run's best version, made in `round`. `at`: Unix s. `is_told`: the coordinator has
-    it; `to_tell`: it shall get it.
+    `digest`: the run's best version, made in `round`. `at`: Unix s. `why` in words, `missing` as it
+    is told. `is_told`: the coordinator has it; `to_tell`: it shall get it.
     """
 
     run: str
@@ -61,6 +61,7 @@ class OwnResult(Struct, frozen=True, kw_only=True):
     digest: str = ""
     comparison: Comparison | None = None
     why: str = ""
+    missing: Missing | None = None
     is_told: bool = False
     to_tell: bool = False
 

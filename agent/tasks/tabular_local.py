@@ -12,7 +12,8 @@ from agent.tasks import LocalRounds, OnStep
 from agent.tasks import Settings as RunSettings
 from agent.tasks.tabular_trees import TreeModel
 from agent.tasks.training.built_in import BuiltInTask
-from agent.tasks.training.local_models import RowMetrics, split_aside
+from agent.tasks.training.local_models import RowMetrics
+from agent.tasks.training.seeds import split_aside
 from agent.tasks.training.torch_task import LastValue
 from protocols.model.weights import Weights
 from protocols.tables.preprocessing import decode

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,16 +106,17 @@ def _resampled_counts(
 ) -> tuple[Floats, Floats]:
     """float64[models] and float64[samples, models]: a metric of counts of rows by class float64[n]
     and float64[models, n], of all rows and of samples. NaN where the metric does not exist."""
+    classes = truth.astype(np.int64)
     if part == "guess":
-        tally, classes = "confusion", int(max(truth.max(), values.max())) + 1
-        cells = evaluation_counts.confusion_cells(truth, values, classes)
-        size = classes**2
-    else:
-        tally, size = "scores", 2 * evaluation_counts.SCORE_BINS
-        cells = evaluation_counts.score_cells(truth, values)
+        tally, count = "confusion", int(max(truth.max(), values.max())) + 1
+        cells = evaluation_counts.confusion_cells(classes, values, count)
+        size = count**2
+    else:  # a bin for each number that occurs, as only their order counts
+        tally, size = "scores", 2 * values.shape[1]
+        cells = np.stack([2 * np.unique(row, return_inverse=True)[1] + classes for row in values])
 
     def metric_of(row: npt.NDArray[np.int64], weights: Floats | None) -> float:
-        counts = np.bincount(row, weights, size).tolist()
+        counts: Any = np.bincount(row, weights, size)
         return evaluation_counts.compute_metrics({tally: counts}).get(metric, math.nan)
 
     exact = np.array([metric_of(row, None) for row in cells])

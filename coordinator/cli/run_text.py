@@ -80,6 +80,8 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         yield from fairness(run.best, peers)
     for peer, told in sorted(run.comparisons.items()):
         yield comparisons.line(_name(peer, peers), told)
+    if run.ended and (why := comparisons.why_none(run)):
+        yield why
 
 
 def choice_line(chosen: ModelChosen) -> str:

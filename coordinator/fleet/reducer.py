@@ -208,7 +208,10 @@ def _run_changed(fleet: Fleet, body: wire.RunChanged, now: float) -> None:
         fleet.runs.pop(body.run, None)
         return
     if run := fleet.runs.get(body.run):
-        run.changed, run.changed_at = body, now
+        # What peers tell of an ended run does not make it the current one again.
+        if body.compared == run.changed.compared:
+            run.changed_at = now
+        run.changed = body
         return
     fleet.runs[body.run] = Run(changed=body, changed_at=now)
     _drop_oldest(fleet.runs, [id_ for id_, run in fleet.runs.items() if run.changed.state in ENDED])

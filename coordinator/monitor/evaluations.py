@@ -9,6 +9,7 @@ from coordinator.fleet.state import Run, finite
 from coordinator.monitor.round_table import metric_value
 from coordinator.remote import formatting as fmt
 from coordinator.runs.best_version import DEFAULT_METRICS, lower_is_better
+from coordinator.runs.comparisons import WHY_MISSING
 from coordinator.runs.state import Evaluation
 from protocols.messages.comparisons import Comparison
 
@@ -77,7 +78,9 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def describe_comparison(told: Comparison) -> str:
-    """`shared recommended · accuracy: alone 70.1 %, shared 80.2 %`."""
+    """`shared recommended · accuracy: alone 70.1 %, shared 80.2 %`; or why there is none."""
+    if told.missing is not None:
+        return f"no comparison: {WHY_MISSING[told.missing]}"
     models = ", ".join(
         f"{model} {format_metric(told.metric, one.value)}" for model, one in told.models.items()
     )

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from coordinator.runs import best_version
 from coordinator.runs.state import Run
-from protocols.messages.comparisons import Comparison, Estimate, cut_text, recommend
+from protocols.messages.comparisons import Comparison, Estimate, Missing, cut_text, recommend
 
 #: The metrics by which models are compared, beside that of the run.
 _METRICS = frozenset({"accuracy", "rmse", "loss"})
+
+WHY_MISSING: dict[Missing, str] = {
+    "task": "its task cannot measure models row by row, or not with --personal as it is",
+    "rows": "its held-out rows do not allow it",
+    "failed": "it failed there; its owner sees why in commonweight-agent status",
+}
+
+
+def why_none(run: Run) -> str:
+    """Why no peer has told a comparison of a run that has ended; empty if some have."""
+    if run.comparisons or not peers_of(run):
+        return ""
+    if run.spec.app:
+        return "no comparison: nobody but a Flower app can measure its models"
+    if run.spec.secure or not run.spec.measures:
+        how = "--secure" if run.spec.secure else "noise"
+        return f"no comparison here: after a run with {how}, each owner alone sees it"
+    return (
+        "no comparison: no peer has told one. It takes a while after the end; owners may keep it; "
+        "simulated peers make none"
+    )
 
 
 def peers_of(run: Run) -> frozenset[str]:
@@ -24,6 +45,10 @@ def objection(run: Run, peer: str, told: Comparison) -> str:
         return "in this run no metric of a single peer is told"
     if peer not in peers_of(run):
         return "this peer has no part in the run"
+    if told.missing is not None:
+        has_numbers = told != Comparison(run=told.run, metric="", rows=0, models={},
+                                         missing=told.missing)  # fmt: skip
+        return "a comparison that is missing has no numbers" if has_numbers else ""
     if told.metric not in _METRICS | {best_version.plain_name(run.spec.best_metric)}:
         return "models are not compared by this metric"
     _, held_out = run.declared.get(peer, (0, 0))
@@ -45,6 +70,8 @@ def objection(run: Run, peer: str, told: Comparison) -> str:
 
 def line(name: str, told: Comparison) -> str:
     """A line about a peer for people."""
+    if told.missing is not None:
+        return f"{name}: no comparison: {WHY_MISSING[told.missing]}"
     models = ", ".join(
         f"{model} {_estimate(one)}" for model, one in sorted(told.models.items(), key=_order)
     )

@@ -301,8 +301,12 @@ class RunManager:
         return plan
 
     def record_comparison(self, run_id: str, event: run_events.PeerCompared) -> None:
-        """Record what an ended run brought to a peer; `find` reads it."""
+        """Record what an ended run brought to a peer, and tell the monitors that there is news;
+        `find` reads it."""
         self._append(run_id, event)
+        run = self._runs[run_id]
+        self._runs[run_id] = replace(run, num_compared=run.num_compared + 1)
+        self._ctx.publish(run_body(self._runs[run_id], ""))
 
     def _end(self, run_id: str, because: str, state: RunState = RunState.STOPPED) -> None:
         self._append(run_id, run_events.RunEnded(state, because))

@@ -43,6 +43,7 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
         memory_bytes=memory_bytes,
         deleted=run.deleted,
         choice=choice_text(run),
+        compared=run.num_compared,
     )
 
 

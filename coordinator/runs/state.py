@@ -150,7 +150,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     it declared before round 1, else those of its first claims (0: not known yet).
     `limited`: peers that counted less in a version; `limited_now`: in the newest one.
     `evaluations`: by peer, its last evaluation in a closed round. `comparisons`: by peer, what it
-    told after the end.
+    told after the end; `num_compared`: how many have.
     `num_asked`: peers that were asked when the round was opened. `num_spent`: the versions with
     noise for whole peers that the run has made, with those of rounds that were repeated.
     `deleted`: the files are deleted, and the run is not listed any more.
@@ -207,6 +207,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     limited_now: _ByPeer[float] = {}
     evaluations: _ByPeer[Evaluation] = {}
     comparisons: _ByPeer[Comparison] = {}
+    num_compared: int = 0
     num_asked: Integer = 0
     num_spent: Integer = 0
     ended_in: RunState = RunState.WAITING

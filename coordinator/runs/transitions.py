@@ -246,7 +246,9 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
     events.PeerCompared: (
         ENDED,
         lambda run, event: replace(
-            run, comparisons=run.comparisons | {event.peer: event.comparison}
+            run,
+            comparisons=run.comparisons | {event.peer: event.comparison},
+            num_compared=run.num_compared + (event.peer not in run.comparisons),
         ),
     ),
     events.RunDeleted: (ENDED, lambda run, _: replace(run, deleted=True)),

@@ -16,6 +16,9 @@ COMPARISONS_PATH = "/cw/v1/comparisons"
 MAX_COMPARISON_BYTES = 4096
 
 Model = Literal["alone", "shared", "personal"]
+#: Why a peer has no comparison: its task cannot measure models row by row, it has too few rows, or
+#: the work failed. The owner knows more.
+Missing = Literal["task", "rows", "failed"]
 #: Infinity and NaN are none of them.
 _Number = Annotated[float, Meta(ge=-1e18, le=1e18)]
 
@@ -35,7 +38,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
     so that a positive number is better for each metric. `rounds`: how many rounds of local training
     a model had. `recommended`: the shared model, unless the interval of another one's gain is above
     0; then the one with the largest gain. `cut`: models whose training ended early, as it had taken
-    as long as it may.
+    as long as it may. `missing`: why there is none; then it has no numbers.
     """
 
     run: Id
@@ -46,6 +49,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
     rounds: Annotated[dict[Model, Count], Meta(max_length=2)] = {}
     recommended: Model = "shared"
     cut: Annotated[tuple[Model, ...], Meta(max_length=2)] = ()
+    missing: Missing | None = None
 
 
 def recommend(gains: dict[Model, Estimate]) -> Model:

@@ -175,6 +175,7 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
 
     `memory_bytes`: memory for closing a round, for a strategy that needs all updates at once.
     `deleted`: the run is listed no longer. `choice`: the model that it has chosen, and why.
+    `compared`: how many peers have told, after the end, what it brought them.
     """
 
     run: Id
@@ -194,6 +195,7 @@ class RunChanged(Struct, frozen=True, tag=True, kw_only=True):
     memory_bytes: Count = 0
     deleted: bool = False
     choice: Text = ""
+    compared: Count = 0
 
 
 class RoundClosed(Struct, frozen=True, tag=True, kw_only=True):

@@ -184,15 +184,10 @@ def _ranking_metrics(scores: Tally) -> dict[str, float]:
 
 def count_scores(truth: Sequence[int], log_odds: Sequence[float]) -> list[float]:
     """A tally of scores from the classes, 0 or 1, and the log-odds of class 1 (not NaN)."""
-    cells = score_cells(truth, log_odds)
-    return [float(n) for n in np.bincount(cells, minlength=2 * SCORE_BINS)]
-
-
-def score_cells(truth: npt.ArrayLike, log_odds: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Of each example, its place in a tally of scores."""
     place = (np.asarray(log_odds, np.float64) / _FARTHEST + 1) * SCORE_BINS / 2
     bins = np.clip(place, 0, SCORE_BINS - 1).astype(np.int64)
-    return bins * 2 + np.asarray(truth, np.int64)
+    pairs = bins * 2 + np.asarray(truth, np.int64)
+    return [float(n) for n in np.bincount(pairs, minlength=2 * SCORE_BINS)]
 
 
 def count_confusion(truth: Sequence[int], guess: Sequence[int], classes: int) -> list[float]:

@@ -17,7 +17,7 @@ from agent.tasks import Settings as RunSettings
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.examples import Batch, BatchesOf, Source, count_examples, slice_examples
 from agent.tasks.training.loop_state import as_weights
-from agent.tasks.training.seeds import random_state
+from agent.tasks.training.seeds import split_aside
 from agent.tasks.training.torch_loop import TrainingLoop
 from protocols.errors import UsageError
 from protocols.model.weights import Weights
@@ -135,15 +135,6 @@ class ComparesTorchModels:
 
     def _measure(self, output: Any, target: Any, count: int, settings: Any) -> BatchResult:
         raise NotImplementedError
-
-
-def split_aside(
-    count: int, part: int, share: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The places of a count of rows to train on, and one in `share` of them, to choose by."""
-    order = random_state("set aside", part).permutation(count).astype(np.int64)
-    aside = max(1, count // share)
-    return np.sort(order[aside:]), np.sort(order[:aside])
 
 
 def as_own_weights(tensors: Mapping[str, Any]) -> Weights:

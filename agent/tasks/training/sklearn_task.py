@@ -21,14 +21,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from agent.data.settings import DataSettings
 from agent.tasks import EvalOutcome, OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
-from agent.tasks.training import csv_rows, evaluation, rng_state, shared_data, task_settings
+from agent.tasks.training import (
+    csv_rows,
+    evaluation,
+    rng_state,
+    shared_data,
+    sklearn_local,
+    task_settings,
+)
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.seeds import random_state
+from agent.tasks.training.sklearn_local import Numbers, Part
 from agent.tasks.training.task_settings import TaskSettings
 from protocols.errors import DataError, TaskUnusable, UsageError
 from protocols.model.setting_specs import SettingSpec
@@ -40,14 +47,9 @@ _LOOP = {
     "epochs": SettingSpec(default=5, ge=1, help="passes over this peer's examples"),
     "batch_size": SettingSpec(default=32, ge=1, help="examples in a step"),
 }
-#: A probability in the cross-entropy is at least this.
-_LEAST = 1e-15
-
-Numbers = npt.NDArray[Any]
-Part = tuple[Numbers, Numbers]
 
 
-class SklearnTask(task_settings.WithSettings):
+class SklearnTask(sklearn_local.ComparesSklearnModels, task_settings.WithSettings):
     """A task of a user's own, of `model` and `data`, and of `classes` for a classifier."""
 
     version = ""
@@ -110,7 +112,7 @@ class SklearnTask(task_settings.WithSettings):
 
     def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """`epochs` passes over this peer's examples; the metric "loss" is that at the end."""
-        plan, (x, y) = self._read(settings), self._parts(settings)[0]
+        plan, (x, y) = self._read(settings), self._trained_on(settings)
         model = self._loaded(weights, settings)
         passed = max(plan.round - 1, 0) * plan.epochs * len(y)
         if hasattr(model, "t_"):  # what the estimator's schedule of its learning rate counts
@@ -212,12 +214,8 @@ class SklearnTask(task_settings.WithSettings):
 
     def _loss(self, model: Any, x: Numbers, y: Numbers) -> float:
         """Cross-entropy, or the share of wrong classes without probabilities; squared error."""
-        if not len(self.classes):
-            return float(np.square(model.predict(x) - y).mean())
-        if not hasattr(model, "predict_proba"):
-            return float((model.predict(x) != y).mean())
-        chances = model.predict_proba(x)[np.arange(len(y)), np.searchsorted(model.classes_, y)]
-        return float(-np.log(np.maximum(chances, _LEAST)).mean())
+        found = sklearn_local.measure(model, x, y, is_classifier=bool(len(self.classes)))
+        return float(found["loss"].mean())
 
 
 def _take(found: Any, data: DataSettings, *, held_out: bool = False) -> Any:

@@ -13,7 +13,6 @@ from coordinator.monitor.evaluations import Evaluations
 from coordinator.monitor.job_shares import Shares, job_key
 from coordinator.remote.source import Source
 from protocols.errors import CommonweightError, Refused
-from protocols.messages.states import ENDED
 
 if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
@@ -79,14 +78,14 @@ class OperatorDetails:
         return Shares(self._shares.name, self._shares.answer or {}, self._shares.error)
 
     def of_run(self, fleet: Fleet, now: float) -> list[Request]:
-        """The request for the evaluations, if a round of the current run has closed since; after
-        the end also for what peers tell then."""
+        """The request for the evaluations, if a round of the current run has closed since, or a
+        peer has told something after the end. Of an ended run, the coordinator reads the whole
+        ledger for it."""
         if (run := current_run(fleet)) is None:
             return []
         name, newest = run.changed.run, run.rounds[-1].round if run.rounds else 0
-        minute = int(now // 60) if run.changed.state in ENDED else 0
         return self._evaluations.request(
-            name, (newest, minute), lambda remote: remote.evaluations(name), now
+            name, (newest, run.changed.compared), lambda remote: remote.evaluations(name), now
         )
 
     def of_job(self, job: Job, now: float) -> list[Request]:

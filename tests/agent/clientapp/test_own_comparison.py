@@ -218,6 +218,37 @@ def test_no_coordinator_gets_a_comparison_that_the_owner_keeps(site: Site, why: 
     assert not found.to_tell
 
 
+@pytest.mark.parametrize(
+    ("error", "missing"),
+    [
+        (TrainerFailed("usage", "the task cannot measure models row by row"), "task"),
+        (TrainerFailed("data", "a comparison needs 21 held-out rows, and there are 20"), "rows"),
+        (TrainerFailed("died", "the trainer ended"), "failed"),
+    ],
+)
+def test_the_coordinator_hears_that_there_is_none_and_no_more(
+    site: Site, error: TrainerFailed, missing: str
+) -> None:
+    def fails(work: TrainerWork) -> Done:
+        raise error
+
+    site.trainer.run = fails  # type: ignore[method-assign]
+    own = site.own()
+    own.note(site.work)
+    finish(own)
+    found = site.result()
+    assert found is not None
+    assert (found.comparison, found.why, found.is_told) == (None, error.message, True)
+    (told,) = site.link.told
+    assert told == Comparison(run="tabular-1", metric="", rows=0, models={}, missing=missing)  # type: ignore[arg-type]
+    site.link.told.clear()
+    site.owner = replace(site.owner, compare="local")
+    own.note(replace(site.work, run="tabular-2"))
+    site.link.model = replace(site.link.model, run="tabular-2")
+    finish(own)
+    assert site.link.told == []
+
+
 def test_a_task_that_the_owner_forbids_meanwhile_is_not_run(site: Site) -> None:
     own = site.own()
     own.note(site.work)

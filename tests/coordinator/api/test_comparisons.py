@@ -34,6 +34,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "the gains are not those of the models": {"gains": {}},
     "the recommended model does not follow from the gains": {"recommended": "alone"},
     "a metric is out of its bounds": {"models": GOOD.models | {"shared": Estimate(1.2, 0.7, 1.3)}},
+    "a comparison that is missing has no numbers": {"missing": "task"},
     "a gain is not within its interval": {"gains": {"alone": Estimate(-0.2, -0.1, 0.0)}},
 }
 #: Bodies that no agent sends, as JSON.
@@ -86,6 +87,7 @@ async def test_the_endpoint_takes_no_wrong_number_and_one_comparison_of_a_peer(
         assert fleet.facts(run.id, PeerCompared) == [PeerCompared(first.peer, good)]
         (found,) = [one for one in fleet.hub.runs.all() if one.id == run.id]
         assert found.comparisons == {}, "no details of single peers stay in memory"
+        assert fleet.hub.fleet.runs[run.id].changed.compared == found.num_compared == 1
         found = fleet.hub.runs.find(run.id)
         assert found.comparisons == {first.peer: good}
         text = "\n".join(run_text.describe(found, fleet.hub.fleet))

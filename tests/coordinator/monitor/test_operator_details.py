@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from msgspec.structs import replace
 
+from coordinator.api.schema import EvaluationsResponse
+from coordinator.fleet import reducer
+from coordinator.fleet.readings import current_run
 from coordinator.jobs import state as jobs
 from coordinator.jobs.messages import JobShare, job_shares
 from coordinator.monitor import evaluations, run_troubles
@@ -13,10 +18,13 @@ from coordinator.monitor.evaluations import Evaluations, MetricRow
 from coordinator.monitor.job_shares import Shares, share_lines
 from coordinator.monitor.peer_table import Cell
 from coordinator.monitor.round_table import describe_run
+from coordinator.monitor.tui.operator_details import OperatorDetails
+from coordinator.remote.source import Source
 from coordinator.runs.state import Evaluation
 from coordinator.storage import job_events
 from coordinator.storage.job_events import AnswerInfo, Block, JobSpec
 from protocols.messages.comparisons import Comparison, Estimate
+from protocols.messages.envelope import RunChanged
 from protocols.messages.states import RunState
 from tests.support.scene import IDS, NOW, SHARES, busy_fleet, held_up_fleet, rich_fleet
 
@@ -44,6 +52,45 @@ def test_what_a_run_brought_to_a_peer_is_one_line() -> None:
     )
     text = "shared recommended · accuracy: alone 70.0 %, shared 80.0 %"
     assert evaluations.describe_comparison(told) == text
+    none = Comparison(run="r", metric="", rows=0, models={}, missing="rows")
+    text = "no comparison: its held-out rows do not allow it"
+    assert evaluations.describe_comparison(none) == text
+
+
+async def test_an_ended_run_is_read_once_and_again_when_a_peer_has_told_something() -> None:
+    asked = []
+
+    class Coordinator(Source):
+        async def ask(self, call: Callable[[Any], Any]) -> Any:
+            asked.append(call)
+            return EvaluationsResponse()
+
+    fleet, details = rich_fleet(), OperatorDetails(Coordinator())
+    run = fleet.runs["motion-7"]
+    run.changed = replace(run.changed, state=RunState.FINISHED)
+    for minute in range(5):
+        for request in details.of_run(fleet, NOW + 60.0 * minute):
+            await request
+    assert len(asked) == 1
+    run.changed = replace(run.changed, compared=1)
+    for request in details.of_run(fleet, NOW + 600.0):
+        await request
+    assert len(asked) == 2
+
+
+def test_news_of_an_ended_run_do_not_make_it_the_current_one() -> None:
+    fleet = rich_fleet()
+    ended = RunChanged(
+        run="motion-6", task="motion", state=RunState.FINISHED, round=9, rounds=9, quorum=1
+    )
+    later = replace(ended, run="motion-8")
+    for number, body in enumerate((ended, later, replace(ended, compared=1))):
+        fleet.runs.pop("motion-7", None)
+        reducer._run_changed(fleet, body, NOW + number)
+    found = current_run(fleet)
+    assert found is not None
+    assert found.changed.run == "motion-8"
+    assert fleet.runs["motion-6"].changed.compared == 1
 
 
 def test_peers_are_ranked_with_the_worst_first() -> None:

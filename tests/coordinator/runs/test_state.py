@@ -572,6 +572,7 @@ def test_any_facts_in_any_order_can_be_replayed(data: st.DataObject) -> None:
         run = transitions.apply(run, FACTS[kind](data.draw))
         if before.ended and kind not in (run_events.RunResumed, run_events.RecallBegun):
             known = {"deleted": run.deleted, "comparisons": run.comparisons}
+            known["num_compared"] = len(run.comparisons)
             assert run == replace(before, **known)
         decisions.decide(run, Observation(ALL, data.draw(st.booleans())))
         decisions.decide(run, Observation(frozenset(), data.draw(st.booleans())))
@@ -608,4 +609,5 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"deleted", "refusal_kinds", "refusal_texts", "on_time", "abandoned", "declared"}
         | {"limited", "limited_now", "surveyed", "evaluations", "num_asked", "num_spent"}
         | {"cohort", "turn", "lost_cohorts", "comparisons", "scores", "scores_missing", "choice"}
+        | {"num_compared"}
     )

@@ -7,18 +7,25 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import pytest
+from msgspec import structs
 
 import commonweight as cw
 from agent.data.settings import DataSettings
 from agent.tasks import Task
 from agent.tasks.training.seeds import random_state
+from agent.tasks.work import Measure
+from agent.trainer import own_models
 from protocols.errors import DataError, TaskUnusable, UnknownName, UsageError
+from protocols.messages.comparisons import Comparison
 from protocols.model import weights
 from protocols.model.weights import Weights
+from tests.support.callbacks import ignore_step
 from tests.support.fleet_harness import ROOT
 
+metrics = pytest.importorskip("sklearn.metrics")
 linear_model = pytest.importorskip("sklearn.linear_model")
 neural_network = pytest.importorskip("sklearn.neural_network")
 
@@ -187,3 +194,39 @@ def test_each_setting_is_told_with_its_bounds_and_help() -> None:
     told = Made().setting_specs()
     assert {"epochs", "batch_size"} <= told.keys()
     assert all(told[name].ge == 1 and told[name].help for name in ("epochs", "batch_size"))
+
+
+@pytest.mark.parametrize("kind", [Made, Classes, Two], ids=["numbers", "classes", "two"])
+def test_a_peer_compares_estimators_on_its_held_out_rows(kind: type[Made], tmp_path: Path) -> None:
+    task, settings = kind(), {"epochs": 2, "seed": 1, "round": 1}
+    first = task.init(1, settings)
+    shared = task.train(first, settings, ignore_step).weights
+    given = {"task": "made", "run": "made-1", "settings": {}, "base": "", "rounds": 6}
+    work = Measure(**given, folder=str(tmp_path), slice_s=60.0)
+    done = own_models.compare(
+        work, task, dict(settings), (shared, shared), lambda seed: first, ignore_step
+    )
+    found = msgspec.json.decode(done.description, type=Comparison)
+    x, y = task.data(DataSettings(), settings)[1]
+    evaluated = task.evaluate(shared, settings, ignore_step).metrics
+    expected = np.sqrt(evaluated["loss"]) if kind is Made else evaluated["accuracy"]
+    assert (found.rows, found.metric) == (len(y), "rmse" if kind is Made else "accuracy")
+    assert found.models["shared"].value == pytest.approx(expected)
+    assert found.rounds["alone"] > 0, "training on four fifths of its rows has helped"
+    assert task.train(first, settings, ignore_step).num_examples == 120, "nothing is left aside"
+    if kind is Two:
+        asked = structs.replace(work, metric="auc", folder=str(tmp_path / "auc"))
+        (tmp_path / "auc").mkdir()
+        done = own_models.compare(
+            asked, task, dict(settings), (shared, shared), lambda seed: first, ignore_step
+        )
+        auc = msgspec.json.decode(done.description, type=Comparison).models["shared"].value
+        odds = task._loaded(shared, settings).decision_function(x)
+        assert auc == pytest.approx(metrics.roc_auc_score(y, odds), abs=1e-6)
+
+
+def test_no_step_of_an_estimator_stays_near_a_version() -> None:
+    task = Classes()
+    task.pull_to(None, 0.0)
+    with pytest.raises(UsageError, match="cannot be kept near"):
+        task.pull_to(task.init(0, {}), 1.0)
