@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +56,6 @@ PEERS = ("A", "B", "C", "D", "E")
 @pytest.fixture(autouse=True)
 def _flower_run() -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _little_garbage() -> Iterator[None]:
-    """Flower's own records collect garbage for each update: let it not be the whole session's."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def spec_of(name: str, **other: Any) -> RunSpec:
