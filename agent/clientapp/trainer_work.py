@@ -27,7 +27,13 @@ def of(
     if work.kind == "init":
         return Init(task=work.task, settings=dict(work.settings), seed=work.seed, out=str(out))
     if work.kind == "evaluate":
-        return Evaluate(task=work.task, settings=settings, base=str(base), personal=state)
+        return Evaluate(
+            task=work.task,
+            settings=settings,
+            base=str(base),
+            personal=state,
+            masked=secure_rules.is_secure(work),
+        )
     return Train(
         task=work.task,
         settings=settings,

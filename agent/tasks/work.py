@@ -60,10 +60,12 @@ class Train(_TaskWork, frozen=True, tag=True, kw_only=True):
 
 
 class Evaluate(_TaskWork, frozen=True, tag=True, kw_only=True):
-    """Evaluate the weights in the file `base` on held-out data; `personal` is as in Train."""
+    """Evaluate the weights in the file `base` on held-out data; `personal` and `masked` are as in
+    Train."""
 
     base: str
     personal: str = ""
+    masked: bool = False
 
 
 class Predict(_TaskWork, frozen=True, tag=True, kw_only=True):

@@ -210,7 +210,7 @@ class WorkExecutor:
         min_count = work.data.floors.min_count
         if int(count) < min_count and floors.reads_data(work):
             metrics, told = {}, {}
-        told = evaluation_counts.suppress_small(told, min_count)
+        told = evaluation_counts.suppress_small(told, min_count, is_summed=work.masked)
         tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
         return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
 

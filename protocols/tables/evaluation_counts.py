@@ -53,28 +53,53 @@ def validate(tallies: Tallies, num_examples: int) -> str:
     return ""
 
 
-def suppress_small(tallies: Tallies, min_count: int) -> dict[str, list[float]]:
+def suppress_small(
+    tallies: Tallies, min_count: int, *, is_summed: bool = False
+) -> dict[str, list[float]]:
     """The tallies in which each class and each bin has no row or at least `min_count`.
 
     A confusion with a smaller class is left out, and so are scores. A smaller bin of confidence
     joins the next one, so that the sums stay. Of scores, bins of a class join until they have
     enough rows, which then count in their mean bin.
+
+    `is_summed`: all peers of a secure sum need the same tallies, so none is left out. The rows of a
+    smaller class count as those of the most frequent one instead: as right answers, or in its mean
+    bin.
     """
     kept = {name: list(tally) for name, tally in tallies.items()}
     if confusion := kept.get("confusion"):
-        totals = np.reshape(confusion, (math.isqrt(len(confusion)), -1)).sum(1)
-        if ((totals > 0) & (totals < min_count)).any():
+        table = np.reshape(confusion, (math.isqrt(len(confusion)), -1))
+        totals = table.sum(1)
+        few = (totals > 0) & (totals < min_count)
+        if few.any() and not is_summed:
             del kept["confusion"]
+        elif few.any():
+            table[few], most = 0.0, int(totals.argmax())
+            table[most, most] += totals[few].sum()
+            kept["confusion"] = [float(n) for n in table.reshape(-1)]
     if calibration := kept.get("calibration"):
         kept["calibration"] = _join_small(np.reshape(calibration, (-1, 3)), min_count)
     if scores := kept.get("scores"):
         classes = np.reshape(scores, (-1, 2)).T
-        if any(0 < counts.sum() < min_count for counts in classes):
+        if is_few := any(0 < counts.sum() < min_count for counts in classes):
+            classes = _as_one_class(classes)
+        if is_few and not is_summed:
             del kept["scores"]
         else:
             joined = np.stack([_join_at_mean(counts, min_count) for counts in classes], 1)
             kept["scores"] = [float(n) for n in joined.reshape(-1)]
     return kept
+
+
+def _as_one_class(classes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Counts float64[2, n] of two classes by bin, all as the larger one, without a bin of the
+    smaller one: its rows are where the larger one has its mean."""
+    most = int(classes.sum(1).argmax())
+    larger, rows = classes[most].copy(), float(classes[1 - most].sum())
+    larger[round(float(larger @ np.arange(len(larger)) / larger.sum()))] += rows
+    found = np.zeros_like(classes)
+    found[most] = larger
+    return found
 
 
 def _join_at_mean(counts: npt.NDArray[np.float64], min_count: int) -> npt.NDArray[np.float64]:

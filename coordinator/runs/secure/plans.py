@@ -75,7 +75,10 @@ def choose(run: Run, answers: Mapping[str, ReadyAnswer]) -> Choice:
     for peer, answer in answers.items():
         card = cards[peer]
         if encode(answer.names) != most:
-            left_out[peer] = ("other metrics", "it reports other metrics than most peers")
+            why = "it reports other metrics than most peers"
+            if not answer.names.metrics:
+                why = "it has no metrics, as of too few held-out rows (data.min_count there)"
+            left_out[peer] = ("other metrics", why)
         elif card.terms != most_terms:
             left_out[peer] = ("other settings", "its card is for other settings than most cards")
         elif card.mask_key == card.channel_key or any(

@@ -173,3 +173,35 @@ def test_a_class_of_few_examples_is_in_no_confusion() -> None:
     assert evaluation_counts.suppress_small({"confusion": few}, 5) == {}
     assert evaluation_counts.suppress_small({"confusion": few}, 4) == {"confusion": few}
     assert evaluation_counts.suppress_small({"confusion": enough}, 5) == {"confusion": enough}
+
+
+@given(st.lists(st.integers(0, 30), min_size=9, max_size=9), st.integers(1, 12))
+def test_of_a_secure_sum_rows_of_a_small_class_count_as_the_most_frequent_one(
+    cells: list[int], least: int
+) -> None:
+    tally = [float(n) for n in cells]
+    kept = evaluation_counts.suppress_small({"confusion": tally}, least, is_summed=True)
+    before, after = np.reshape(tally, (3, 3)), np.reshape(kept["confusion"], (3, 3))
+    assert after.sum() == before.sum(), "the number of rows says nothing of a small class"
+    for number, row in enumerate(after):
+        assert row.sum() == 0 or row.sum() >= min(least, before.sum())
+        if row.sum() and number != before.sum(1).argmax():
+            assert (row == before[number]).all()
+    # The predictions for rows of a small class change nothing.
+    for number in np.flatnonzero(before.sum(1) < least):
+        other = before.copy()
+        other[number] = np.roll(other[number], 1)
+        told = {"confusion": other.reshape(-1).tolist()}
+        assert evaluation_counts.suppress_small(told, least, is_summed=True) == kept
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(-12, 12)), min_size=5, max_size=60))
+def test_of_a_secure_sum_scores_of_a_small_class_count_as_the_other_one(
+    rows: list[tuple[bool, float]],
+) -> None:
+    tally = evaluation_counts.count_scores([int(c) for c, _ in rows], [odds for _, odds in rows])
+    kept = evaluation_counts.suppress_small({"scores": tally}, 5, is_summed=True)["scores"]
+    assert sum(kept) == len(rows)
+    classes = np.reshape(tally, (-1, 2)).sum(0)
+    if 0 < classes.min() < 5:
+        assert np.reshape(kept, (-1, 2)).sum(0)[classes.argmin()] == 0
