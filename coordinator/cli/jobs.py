@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 jobs = App(help="Jobs beside training: list, show, stop.")
 
+#: Characters of a question in a list.
+_MAX_QUESTION = 60
 #: By the word before `list`, the jobs that it lists; others list all.
 _KINDS = {"infer": ("private", "scatter"), "analyze": ("analyze",)}
 
@@ -229,8 +232,13 @@ def _print_matrix(matrix: Matrix, models: dict[str, str], names: dict[str, str])
 
 
 @jobs.command("list")
-def list_jobs(json: Json = False) -> None:
-    """List all jobs of this coordinator."""
+def list_jobs(
+    steps: Annotated[
+        bool, typer.Option("--steps", help="Of analyze: each step of a question as a job.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """List all jobs of this coordinator; after analyze, the questions."""
     from coordinator.jobs.messages import job_changed
 
     columns: Columns[JobChanged] = {
@@ -244,7 +252,26 @@ def list_jobs(json: Json = False) -> None:
     asked = click.get_current_context().parent
     kinds = _KINDS.get(asked.info_name or "" if asked else "", ())
     found = [job for job in connect().jobs() if not kinds or job.spec.kind in kinds]
+    if kinds == _KINDS["analyze"] and not steps:
+        _list_questions(found, json=json)
+        return
     print_list([job_changed(job) for job in found], columns, empty, json=json)
+
+
+def _list_questions(found: list[Job], *, json: bool) -> None:
+    from coordinator.jobs.questions import Question, questions
+    from coordinator.remote.formatting import truncate
+
+    columns: Columns[Question] = {
+        "Job": lambda one: one.job,
+        "Question": lambda one: truncate(one.text, _MAX_QUESTION),
+        "State": lambda one: one.state,
+        "Steps": lambda one: f"{one.done}/{len(one.steps)}",
+        "Peers": lambda one: f"{one.steps[-1].done:,}/{one.steps[-1].total:,}",
+        "Because": lambda one: one.because,
+    }
+    empty = 'no questions yet; ask one: commonweight analyze "count, mean(age)"'
+    print_list(questions(found, time.time()), columns, empty, json=json)
 
 
 @jobs.command("show")

@@ -6,6 +6,7 @@ peers that have answered are not asked again.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -46,11 +47,17 @@ _MAX_METHOD = 400
 
 
 def start(
-    remote: Remote, query: Query, deadline_s: float, peers: Sequence[str] = (), method: str = ""
+    remote: Remote,
+    query: Query,
+    deadline_s: float,
+    peers: Sequence[str] = (),
+    method: str = "",
+    question: str = "",
 ) -> str:
     """Start the query for these peers, or all that are online; return the job's id.
 
-    `method`: the text of what asks it, if it is one of several questions. Raises CommonweightError.
+    `method`: the text of what asks it, if it is one of several questions; `question`: the id that
+    these have in common. Raises CommonweightError.
     """
     encoded = msgspec.json.encode(query).decode()
     return remote.start_job(
@@ -60,6 +67,7 @@ def start(
             deadline_s=deadline_s,
             peers=tuple(peers),
             method=method[:_MAX_METHOD],
+            question=question,
         )
     )
 
@@ -89,10 +97,12 @@ def ask_method(
     if secure and method.name == "meta":
         raise UsageError("meta shows the estimate of each peer, and --secure hides them")
 
+    asked = secrets.token_hex(8)
+
     def put(query: Query, peers: Sequence[str]) -> Merged:
         if secure:
-            return _ask_securely(remote, query, peers, deadline_s, method.text)
-        job = _wait(remote, start(remote, query, deadline_s, peers, method.text))
+            return _ask_securely(remote, query, peers, deadline_s, method.text, asked)
+        job = _wait(remote, start(remote, query, deadline_s, peers, method.text, asked))
         return merge_answers(*answers_of(job, method.name, may_be_none=bool(peers)))
 
     names = {peer["peer"]: peer["name"] for peer in remote.peers()}
@@ -100,10 +110,15 @@ def ask_method(
 
 
 def _ask_securely(
-    remote: Remote, query: Query, peers: Sequence[str], deadline_s: float, method: str = ""
+    remote: Remote,
+    query: Query,
+    peers: Sequence[str],
+    deadline_s: float,
+    method: str = "",
+    question: str = "",
 ) -> Merged:
     """The sums over these peers, or all that are online. Each step is a job."""
-    encoded = msgspec.json.encode(query).decode()
+    encoded, asked = msgspec.json.encode(query).decode(), secrets.token_hex(8)
 
     def put(session: str, step: QuestionStep, of: Mapping[str, bytes] | Sequence[str]) -> Answers:
         requests = tuple(of.values()) if isinstance(of, Mapping) else ()
@@ -116,6 +131,7 @@ def _ask_securely(
             peers=tuple(of),
             secure=SecureStep(session=session, step=step, requests=requests),
             method=method[:_MAX_METHOD],
+            question=question or asked,
         )
         if isinstance(of, Mapping) and not of:
             return Answers({}, {})

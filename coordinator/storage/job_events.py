@@ -62,7 +62,7 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     that are online) is asked about its own rows, and the job ends after `deadline_s` (0: never)
     with the answers that have arrived. `names`: the requester's names for the models. `secure`: the
     step that peers are asked for, if the question is secure. `method`: what the requester computes
-    from several questions.
+    from several questions. `question`: the id that all jobs of one question have.
     """
 
     kind: Kind
@@ -81,6 +81,7 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     requester: _ShortText = ""
     secure: SecureStep | None = None
     method: _ShortText = ""
+    question: _ShortText = ""
 
 
 class AnswerInfo(Struct, frozen=True, kw_only=True):

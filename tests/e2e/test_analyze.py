@@ -157,6 +157,12 @@ def test_secure_questions_to_three_agents(tmp_path: Path) -> None:
         assert "--secure hides them" in no_sums.stderr
         frame = cw.connect(site.home).analyze("ttest(age by sex)", secure=True).frame()
         assert len(frame) == 2
+        asked = site.data("analyze", "list")
+        told = [(one["text"], one["state"], len(one["steps"])) for one in asked]
+        assert ("glm(age ~ sex)", "finished", 12) in told
+        assert ("ttest(age by sex)", "finished", 6) in told
+        jobs = site.data("analyze", "list", "--steps")
+        assert len(jobs) == sum(len(one["steps"]) for one in asked) > len(asked)
         left = json.loads(site.ask_agent("ann", "ledger", "-n", "500", "--json").stdout)["data"]
         steps = [json.loads(entry["told"])["step"] for entry in left if '"step"' in entry["told"]]
         assert steps[:5] == ["ready", "share", "mask", "agree", "unmask"]
