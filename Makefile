@@ -101,16 +101,18 @@ LOCK := $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --
 	--generate-hashes --no-header --no-annotate --constraint deploy/locks/constraints.in
 lock: $(TOOLS)/.ready
 	$(LOCK) pyproject.toml -o deploy/locks/coordinator.txt
+	$(LOCK) --constraint deploy/locks/coordinator.txt --extra cluster pyproject.toml \
+		-o deploy/locks/cluster.txt
 	$(LOCK) --extra tabular --extra analyze pyproject.toml -o deploy/locks/agent.txt
 	$(LOCK) deploy/locks/build.in -o deploy/locks/build.txt
 
 sbom: $(TOOLS)/.ready
 	mkdir -p build
-	for role in coordinator agent; do $(TOOLS)/bin/cyclonedx-py requirements --output-reproducible \
+	for role in coordinator cluster agent; do $(TOOLS)/bin/cyclonedx-py requirements --output-reproducible \
 		--pyproject pyproject.toml -o build/sbom-$$role.json deploy/locks/$$role.txt; done
 
 audit-packages: $(TOOLS)/.ready
-	for role in coordinator agent build; do $(TOOLS)/bin/pip-audit --disable-pip --require-hashes \
+	for role in coordinator cluster agent build; do $(TOOLS)/bin/pip-audit --disable-pip --require-hashes \
 		-r deploy/locks/$$role.txt || exit 1; done
 
 # Needs no .venv: pip fetches the build backend. The folder dist/ is all that a machine needs
@@ -118,7 +120,7 @@ wheel:
 	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	mkdir -p dist/locks
 	cp deploy/install.sh dist/
-	cp deploy/locks/coordinator.txt deploy/locks/agent.txt dist/locks/
+	cp deploy/locks/coordinator.txt deploy/locks/cluster.txt deploy/locks/agent.txt dist/locks/
 
 man: setup
 	$(BIN)/python deploy/manual.py build/man

@@ -17,6 +17,8 @@ else Python 3.11 or newer with pip (PYTHON=python3.12 chooses one).
                 another one). Its version is pinned, its hash is not
   --bin DIR     links both programs into DIR (default: ~/.local/bin); --bin '' links nothing
   --service     starts the program with this machine: a service of the user
+  --cluster     adds what a coordinator needs for a ledger in PostgreSQL and versions in an object
+                store
   --dry-run     prints the commands and changes nothing
 EOF
 }
@@ -26,7 +28,7 @@ fail() { # fail MESSAGE…
     exit 2
 }
 
-role='' folder='' wheel='' torch=cuda bin=$HOME/.local/bin service=false dry=false
+role='' folder='' wheel='' torch=cuda bin=$HOME/.local/bin service=false dry=false cluster=false
 while [ $# -gt 0 ]; do
     case $1 in
         --torch | --bin)
@@ -34,6 +36,7 @@ while [ $# -gt 0 ]; do
             case $1 in --torch) torch=$2 ;; --bin) bin=$2 ;; esac
             shift ;;
         --service) service=true ;;
+        --cluster) cluster=true ;;
         --dry-run) dry=true ;;
         -h | --help) usage; exit 0 ;;
         -*) fail "there is no option $1" "$(usage)" ;;
@@ -51,6 +54,10 @@ folder=${folder:-$HOME/commonweight}
 case $folder in /*) ;; *) folder=$PWD/$folder ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 lock=$here/locks/$role.txt
+if $cluster; then
+    [ "$role" = coordinator ] || fail "--cluster is for a coordinator"
+    lock=$here/locks/cluster.txt
+fi
 [ -f "$lock" ] || fail "there is no $lock: copy the whole folder dist/ that \`make wheel\` made"
 system=$(uname -s)
 

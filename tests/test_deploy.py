@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -23,6 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 DIRECT = {
     "coordinator": PROJECT["project"]["dependencies"],
+    "cluster": [*PROJECT["project"]["dependencies"], *EXTRAS["cluster"]],
     "agent": [*PROJECT["project"]["dependencies"], *EXTRAS["agent"], *EXTRAS["tabular"]],
     "build": PROJECT["build-system"]["requires"],
 }
@@ -66,6 +68,7 @@ def test_the_container_starts_from_a_digest_and_installs_by_hash() -> None:
     installs = [line for line in lines if "install" in line and line.startswith("RUN")]
     assert installs == [
         "RUN sh deploy/install.sh coordinator /opt/commonweight --bin ''",
+        "RUN sh deploy/install.sh coordinator /opt/commonweight --bin '' --cluster",
         "RUN sh deploy/install.sh agent /opt/commonweight --bin '' --torch \"$TORCH\"",
     ]
     assert "ARG TORCH=cuda" in lines  # PyTorch by hash too, unless the one who builds says cpu
@@ -98,6 +101,19 @@ def test_memory_is_estimated_where_the_service_hides_proc_meminfo(
     assert size_bytes > 1e8
 
 
+def test_the_compose_file_keeps_secrets_out_and_bounds_each_service() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    for name, service in compose["services"].items():
+        assert re.fullmatch(r"\d+g", service["mem_limit"]), name
+        for key, value in service["environment"].items():
+            assert "PASSWORD" not in key or value == "${DATABASE_PASSWORD:?}"
+    for name in ("one", "two"):
+        service, port = compose["services"][name], compose["services"][name]["environment"]
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert f":{port['COMMONWEIGHT_PORT']}" in port["COMMONWEIGHT_PUBLIC_ADDRESSES"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -105,6 +121,7 @@ def test_memory_is_estimated_where_the_service_hides_proc_meminfo(
         (["server"], "coordinator|agent"),
         (["agent", "--torch", "gpu"], "--torch is cpu or cuda, not gpu"),
         (["agent", "--torch"], "--torch needs a value"),
+        (["agent", "--cluster"], "--cluster is for a coordinator"),
         (["agent", "--root"], "there is no option --root"),
     ],
 )
@@ -156,6 +173,13 @@ def test_a_dry_run_of_the_install_script_says_what_it_would_do(tmp_path: Path, u
     assert f"write {home}/.config/systemd/user/commonweight.service" in steps
     assert "systemctl --user enable --now commonweight.service" in steps
     assert not any("sudo" in line for line in steps)
+
+
+def test_the_install_script_adds_the_packages_of_a_replica(tmp_path: Path) -> None:
+    steps = _dry_run(tmp_path, "coordinator", "--cluster", uv=False)
+    (packages,) = [line for line in steps if "cluster.txt" in line]
+    assert "--require-hashes --only-binary :all:" in packages
+    assert pins("coordinator").items() <= pins("cluster").items(), "and no other version"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has CUDA on Linux only")

@@ -93,6 +93,9 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
         if ledger_place.address_of(home):  # then the backup has a copy as a file
             sources[LEDGER_FILE] = Path(folder) / LEDGER_FILE
             ledger_place.copy_to_file(home, sources[LEDGER_FILE])
+        elif LEDGER_FILE not in sources:  # before the first start
+            sources[LEDGER_FILE] = Path(folder) / LEDGER_FILE
+            SqliteLedger(sources[LEDGER_FILE]).close()
         entries, head = _newest(sources[LEDGER_FILE])
         if with_versions:
             for path in sorted([*home.glob("versions/*"), *home.glob("states/*")]):

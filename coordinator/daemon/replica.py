@@ -12,6 +12,7 @@ from pathlib import Path
 
 from coordinator.storage import fleet_cards, ledger_place
 from coordinator.storage.ledger import Ledger
+from coordinator.storage.settings import UP_FILE
 from protocols.errors import LeadershipLost, Unreachable, UsageError
 
 log = logging.getLogger("commonweight.hub")
@@ -29,6 +30,7 @@ def lead_in_turn(home: Path, lead: Callable[[Ledger], None]) -> None:
             "a replica needs a ledger that others can reach, and this one is a file",
             "move it to PostgreSQL first: commonweight admin ledger move --to ADDRESS",
         )
+    (home / UP_FILE).unlink(missing_ok=True)  # of a process that was killed
     unreachable = False
     while True:
         try:

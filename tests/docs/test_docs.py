@@ -39,6 +39,8 @@ OTHERS = {
     ".",
     "uv",
     "pipx",
+    "helm",
+    "kubectl",
     "podman",
     "make",
     "pre-commit",
