@@ -226,9 +226,14 @@ def _memory(q: _Question) -> str | None:
 
 
 def _traffic(q: _Question) -> str | None:
+    return used_up(q.chosen, q.readings.up_today_bytes, q.readings.down_today_bytes)
+
+
+def used_up(chosen: PolicySettings, up_bytes: int, down_bytes: int) -> str:
+    """The daily limit that is reached, as text; empty if none is."""
     for cap_mb, used_bytes, verb in (
-        (q.chosen.up_mb_a_day, q.readings.up_today_bytes, "sent"),
-        (q.chosen.down_mb_a_day, q.readings.down_today_bytes, "received"),
+        (chosen.up_mb_a_day, up_bytes, "sent"),
+        (chosen.down_mb_a_day, down_bytes, "received"),
     ):
         if cap_mb and used_bytes >= cap_mb * _BYTES_PER_MB:
             return f"{cap_mb:g} MB {verb} today"

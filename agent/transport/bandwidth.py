@@ -62,6 +62,12 @@ class Bandwidth:
     def sent(self, nbytes: int) -> None:
         self._count(nbytes, 0)
 
+    def passed_on(self, nbytes: int) -> None:
+        """Counts bytes sent to another peer, which have a rate limit of their own."""
+        with self._lock:
+            day = self._today()
+            self._day = Day(day=day.day, up=day.up + nbytes, down=day.down)
+
     def received(self, nbytes: int) -> None:
         self._count(0, nbytes)
 

@@ -18,6 +18,7 @@ import logging
 import re
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -141,6 +142,8 @@ class PeerServer:
         self._connections: dict[asyncio.Task[None], str] = {}
         self._listener: socket.socket | None = None
         self.bytes_sent = 0
+        #: Asked before each piece of a version, with its bytes.
+        self.may_send: Callable[[int], bool] = lambda nbytes: True
 
     def listen(self, host: str, port: int) -> int:
         """Binds and returns the port. Raises OSError."""
@@ -269,6 +272,8 @@ class PeerServer:
                 return  # the client keeps what it has received
             first, last = piece * PIECE_BYTES, (piece + 1) * PIECE_BYTES
             data = version.read(max(start, first), min(stop, last))
+            if not self.may_send(len(data)):
+                return
             await asyncio.sleep(self._rate_limit.reserve(len(data), self._bytes_per_s))
             await client.write(data)
             self.bytes_sent += len(data)

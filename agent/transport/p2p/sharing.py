@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +60,8 @@ class Sharing:
         self._sent = 0
         self._warned_host = ""
         self._server: PeerServer | None = None
+        #: Asked before each piece for another peer, with its bytes; False: it gets no more today.
+        self.may_pass_on: Callable[[int], bool] = lambda nbytes: True
 
     @property
     def is_off(self) -> bool:
@@ -136,6 +139,7 @@ class Sharing:
             server = PeerServer(
                 self.pieces, self._authorizer, self._bytes_per_s, self._gossip, certificate, key
             )
+            server.may_send = lambda nbytes: self.may_pass_on(nbytes)
             port = self._listen(server, here.host)
         except OSError as err:
             log.warning("cannot share versions on %s port %d: %s", here.host, self._port, err)

@@ -58,6 +58,16 @@ async def test_hooks_connect_earlier_parts_with_later_ones(site: Site, tmp_path:
     assert status.shares_at == "10.0.0.7:4000"
 
 
+async def test_peers_get_no_more_than_the_owner_allows_a_day(site: Site, tmp_path: Path) -> None:
+    agent = an_agent(site, tmp_path / "box", up_mb_a_day=2.0, up_mbit=0.001)
+    pass_on = agent._sharing.may_pass_on
+    assert [pass_on(1_000_000), pass_on(1_000_000), pass_on(1)] == [True, True, False]
+    assert agent._bandwidth.today() == (2_000_000, 0)
+    settings.change(agent._home, traffic="always")
+    agent._policy.reload(OwnerRequest())
+    assert pass_on(1)
+
+
 async def test_the_model_that_a_run_chose_is_in_status_and_log(
     site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -147,6 +147,24 @@ def test_a_version_crosses_the_coordinators_line_once(
         assert site.sharing.fetched_from(cyd).keys() <= {ann, bob}
 
 
+def test_a_peer_passes_on_no_more_than_its_owner_allows_a_day(
+    site: Site, tmp_path: Path, digest: str
+) -> None:
+    with peers(site, tmp_path, "ann", "bob") as (ann, bob):
+        left = 3 * PIECE_BYTES
+
+        def may_pass_on(nbytes: int) -> bool:
+            nonlocal left
+            left -= nbytes
+            return left >= 0
+
+        ann.fetch(digest)
+        ann.sharing.may_pass_on = may_pass_on
+        assert weights.file_digest(bob.fetch(digest)) == digest
+        assert 0 < ann.sharing.bytes_sent <= 3 * PIECE_BYTES
+        assert bob.link.bytes_down == SIZE - ann.sharing.bytes_sent, "the rest is the coordinator's"
+
+
 def test_who_is_still_fetching_passes_on_what_has_come(
     site: Site, tmp_path: Path, digest: str
 ) -> None:
