@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from agent.data import Reader, features, latest_rows, open_table
 from agent.data import profile as survey
@@ -21,16 +22,19 @@ from agent.tasks.training.seeds import random_state
 from protocols.errors import DataError
 from protocols.tables.preprocessing import Preprocessing
 
+Times = npt.NDArray[np.float64]
 #: Fewer rows cannot be split into training and held-out rows.
 _MIN_ROWS = HELD_OUT_OF
 
 
 class TableRows(NamedTuple):
-    """Encoded rows, and the numbers of both parts if this machine remembers them."""
+    """Encoded rows, and the numbers of both parts if this machine remembers them. `times`: of the
+    rows to train on float64[n], if the latest rows are held out."""
 
     trained_on: EncodedRows
     held_out: EncodedRows
     numbers: tuple[Numbers | None, Numbers | None]
+    times: Times | None = None
 
 
 def as_said(reader: Reader, data: DataSettings) -> Reader:
@@ -56,7 +60,8 @@ def read(data: DataSettings, made: Preprocessing, split_by: str) -> TableRows:
     with admitted(data) as (reader, numbers, memory):
         survey.check_columns(reader.columns(), data, made, split_by)
         known = (memory, numbers) if memory is not None and numbers is not None else None
-        split = held_out(reader, data, made, split_by, known)
+        times = latest_rows.read_times(reader, split_by) if split_by else None
+        split = held_out(reader, data, made, times, known, split_by)
         parts: tuple[Numbers | None, Numbers | None] = None, None
         if numbers is not None and split is not None:
             parts = numbers[split.train], numbers[split.held_out]
@@ -69,32 +74,32 @@ def read(data: DataSettings, made: Preprocessing, split_by: str) -> TableRows:
             f"fewer than {least} rows have a target that all peers know",
             f"{count} rows have one, {table.dropped} do not",
         )
-    return TableRows(table.trained_on, table.held_out, parts)
+    trained = times[split.train] if times is not None and split is not None else None
+    return TableRows(table.trained_on, table.held_out, parts, trained)
 
 
 def held_out(
     reader: Reader,
     data: DataSettings,
     made: Preprocessing,
-    split_by: str,
+    times: Times | None,
     known: tuple[TableMemory, Numbers] | None,
+    split_by: str,
 ) -> Split | None:
-    """Which rows are trained on and which are held out: the latest by the column `split_by`, or
-    random ones. None: random ones, which `encode_table` draws. Raises DataError.
+    """Which rows are trained on and which are held out: the latest by their `times`, of the column
+    `split_by`, or random ones. None: random ones, which `encode_table` draws. Raises DataError.
 
     `known`: the memory of this machine, in which rows keep their side, and the rows' numbers.
     """
-    if known is None and not split_by:
+    if known is None and times is None:
         return None
     classes, words = features.read_classes(reader, made), _words(data)
-    times = np.zeros(0)
-    if split_by:  # a row without a time is in no part
-        times = latest_rows.read_times(reader, split_by)
+    if times is not None:  # a row without a time is in no part
         classes = np.where(np.isnan(times), -1, classes)
     least = data.min_count
 
     def draw(new: Mask, group: int) -> Mask:
-        if not split_by:
+        if times is None:
             chance = random_state(*words, *([group] if group else []))
             return features.draw_held_out(chance, int(new.sum()))
         if group:

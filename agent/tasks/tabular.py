@@ -63,6 +63,8 @@ class Tabular(LocalTables):
     #: The numbers of the rows behind each use, if this machine remembers them.
     _numbers: Mapping[Use, Numbers | None] = MappingProxyType({})
     _surveyed: Numbers | None = None
+    #: Of the rows to train on, if the latest rows are held out.
+    _times: table_rows.Times | None = None
 
     def load(self, data: DataSettings) -> None:
         super().load(data)
@@ -88,7 +90,8 @@ class Tabular(LocalTables):
             return None
         rows, least = self._sets(settings)[0], self._data.min_count
         make = partial(_Fold, self._data)
-        return tabular_choice.score(rows, {**settings, **read}, least, make, watch, on_step)
+        own = {**settings, **read}
+        return tabular_choice.score(rows, own, least, make, watch, on_step, self._times)
 
     def schema(self, settings: RunSettings) -> Schema:
         trees = self._trees(settings)
@@ -182,6 +185,7 @@ class Tabular(LocalTables):
         made = _preprocessing(settings)
         read = table_rows.read(self._data, made, settings.split_by)
         self._numbers = {"train": read.numbers[0], "held": read.numbers[1]}
+        self._times = read.times
         return read.trained_on, read.held_out
 
     # --- losses with weights of classes ---

@@ -38,6 +38,8 @@ _MEASURED = 8
 
 
 MakeFold = Callable[[EncodedRows, EncodedRows], Task]
+#: Which rows are trained on, and which are measured with: bool[n].
+Fold = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 
 
 def choose_rows(count: int, inputs: int, seed: int) -> npt.NDArray[np.int64]:
@@ -55,21 +57,27 @@ def score(
     make: MakeFold,
     watch: Watch,
     on_step: OnStep,
+    times: npt.NDArray[np.float64] | None = None,
 ) -> ModelScores:
     """The scores of all models by a cross-validation. `settings`: all of the run's, with types.
 
     `min_count`: the owner's least number of rows of an answer. `make`: makes a task with these rows
-    to train on and to measure with. `watch`: as in `ScoresModels`. Raises what training raises.
+    to train on and to measure with. `watch`: as in `ScoresModels`. `times`: of the rows, if models
+    are judged on later rows than those that they are trained on. Raises what training raises.
     """
     places = choose_rows(len(rows.y), rows.x.shape[1], int(settings.get("seed", 0)))
-    if len(places) < FOLDS * max(MIN_FOLD, min_count):
-        return ModelScores()
-    watch(places)
+    least = max(MIN_FOLD, min_count)
     rows = EncodedRows(rows.x[places], rows.y[places])
     seed = int(settings.get("seed", 0))
-    folds = list(_folds(rows, seed))
+    divided = _random_folds(rows, seed) if times is None else time_folds(times[places])
+    pairs = [(on, out) for on, out in divided if min(on.sum(), out.sum()) >= least]
+    if len(places) < FOLDS * least or not pairs:
+        return ModelScores()
+    watch(places)
+    folds = [(_some(rows, on), _some(rows, out)) for on, out in pairs]
+    measured = sum(int(out.sum()) for _, out in pairs)
     plans = [_plan(model, settings, rows) for model in MODELS]
-    total, done = FOLDS * sum(plan.rounds for plan in plans), 0
+    total, done = len(folds) * sum(plan.rounds for plan in plans), 0
 
     def stepped() -> None:
         nonlocal done
@@ -82,12 +90,29 @@ def score(
             runs = [list(_train(make(*fold), plan, seed, stepped)) for fold in folds]
         except UsageError:  # more classes than trees may have: this model is no candidate
             continue
-        times = [_join(outcomes, min_count) for outcomes in zip(*runs, strict=True)]
-        found[plan.model] = min(times, key=_badness)
-    return ModelScores(rows=len(rows.y), metrics=found)
+        joined = [_join(outcomes, min_count) for outcomes in zip(*runs, strict=True)]
+        found[plan.model] = min(joined, key=_badness)
+    return ModelScores(rows=measured, metrics=found)
 
 
-def _folds(rows: EncodedRows, seed: int) -> Iterator[tuple[EncodedRows, EncodedRows]]:
+def _some(rows: EncodedRows, which: npt.NDArray[np.bool_]) -> EncodedRows:
+    return EncodedRows(rows.x[which], rows.y[which])
+
+
+def time_folds(times: npt.NDArray[np.float64]) -> Iterator[Fold]:
+    """Of rows in time float64[n]: each fold measures with the part after those it is trained on.
+
+    Rows of one time are in one part, so parts differ in size, and one may be empty.
+    """
+    known, counts = np.unique(times, return_counts=True)
+    before = np.cumsum(counts) - counts  # rows that are earlier, by time
+    goals = len(times) * np.arange(1, FOLDS + 1) / (FOLDS + 1)
+    cuts = [known[np.abs(before - goal).argmin()] for goal in goals]
+    for cut, end in zip(cuts, [*cuts[1:], np.inf], strict=True):
+        yield times < cut, (times >= cut) & (times < end)
+
+
+def _random_folds(rows: EncodedRows, seed: int) -> Iterator[Fold]:
     """The rows of each fold to train on and to measure with; each has its part of every class."""
     order = random_state("folds", seed).permutation(len(rows.y))
     if rows.y.dtype == np.int64:
@@ -96,7 +121,7 @@ def _folds(rows: EncodedRows, seed: int) -> Iterator[tuple[EncodedRows, EncodedR
     fold_of[order] = np.arange(len(order)) % FOLDS
     for fold in range(FOLDS):
         out = fold_of == fold
-        yield EncodedRows(rows.x[~out], rows.y[~out]), EncodedRows(rows.x[out], rows.y[out])
+        yield ~out, out
 
 
 class _Plan(NamedTuple):

@@ -137,3 +137,32 @@ def test_tables_train_together_and_a_misfit_is_named_in_time(tmp_path: Path) -> 
         assert "column Labels: expected a column of this name" in done.stderr
         assert "found a similar one: label" in done.stderr
         assert "refused " in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("quorum", [2, 3])
+def test_a_run_chooses_its_model_although_an_agent_is_killed(tmp_path: Path, quorum: int) -> None:
+    """`kill -9` when it is asked to compare models: the others go on, or wait for the quorum."""
+    marker = tmp_path / "killed"
+    point = f"agent.message.taken:2=kill@{marker}"
+    with fleet(tmp_path, COMMONWEIGHT_FAILPOINT=point) as site:
+        assert site.ask("init").returncode == 0
+        site.up()
+        names = ("bern", "basel", "chur")
+        for number, name in enumerate(names):
+            rows = [MIXED[(7 * number + at) % len(MIXED)] for at in range(100)]
+            joined(site, name, write_csv(tmp_path / f"{name}.csv", rows))
+        site.start(*names)
+        words = ("--target", "label", "--rounds", "2", "--quorum", str(quorum))
+        run = site.start_run("tabular", *words)
+        wait_for(marker.exists, "one is killed")
+        (dead,) = wait_for(
+            lambda: [n for n in names if site.programs[n].process.poll() is not None], "it is gone"
+        )
+        if quorum == 3:
+            wait_for(lambda: site.data("run", "show", run)["choice"], "the others have chosen")
+            site.start(dead)
+        found = site.ended_run(run)
+        assert found["state"] == "finished", found["ended_because"]
+        assert len(found["choice"]["peers"]) == 2, "two have told scores"
+        assert {len(closed["contributors"]) for closed in found["history"]} == {quorum}

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 
@@ -122,3 +124,34 @@ def test_a_trainer_answers_with_scores_alone(tmp_path: Path) -> None:
     told = schema_card.decode(done.description)  # type: ignore[union-attr]
     assert isinstance(told, ModelScores)
     assert told.rows == 96
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=80))
+def test_folds_in_time_are_trained_on_earlier_rows(days: list[int]) -> None:
+    times, measured = np.array(days, float), np.zeros(len(days), int)
+    for on, out in tabular_choice.time_folds(times):
+        assert times[on].max(initial=-1) < times[out].min(initial=99)
+        measured += out
+    assert measured.max() <= 1, "no row counts twice"
+    if len(set(days)) == len(days) > 20:
+        assert len(days) / 2 < measured.sum() < len(days)
+
+
+def test_with_split_by_models_are_judged_on_later_rows(tmp_path: Path) -> None:
+    """A line goes on beyond the rows that it was trained on, and trees do not."""
+    rng = np.random.default_rng(3)
+    days = rng.permutation(400)
+    rows = [{"a": int(day), "cost": round(float(day + rng.normal()), 2)} for day in days]
+    data = DataSettings(path=str(write_csv(tmp_path / "table.csv", rows)), device="cpu")
+    by_time = settings_of(data, "cost", features="a", split_by="a", bins=32, depth=4, trees=40)
+    told, _ = compared(data, by_time)
+    assert told.rows == 240, "the first quarter of the 320 earliest rows is trained on alone"
+    assert (told.metrics["trees"]["rmse"] or 0) > 30 > 3 * (told.metrics["linear"]["rmse"] or 99)
+    at_random = {name: value for name, value in by_time.items() if name != "split_by"}
+    told, _ = compared(data, at_random)
+    assert told.rows == 320
+    assert (told.metrics["trees"]["rmse"] or 99) < 20
+    few = [{"a": n % 2, "cost": n} for n in range(100)]
+    data = DataSettings(path=str(write_csv(tmp_path / "few.csv", few)), device="cpu")
+    told, _ = compared(data, settings_of(data, "cost", features="a", split_by="a"))
+    assert told == ModelScores(), "all rows to train on are of one day"
