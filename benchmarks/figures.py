@@ -48,6 +48,7 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
             ("blood tests", "flchain"),
         )
     },
+    ("docs/large-models.md", "overlap"): ("bench/overlap-results.json", small_tables.overlap),
     ("docs/large-models.md", "adapters"): ("quality/adapters.json", quality.adapters),
     ("docs/quality.md", "codecs"): ("quality/quality-results.json", quality.codecs),
     ("docs/quality.md", "strategies"): ("quality/quality-results.json", quality.strategies),

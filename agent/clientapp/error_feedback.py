@@ -14,6 +14,7 @@ from agent.home.run_state import RunStateFolder
 from protocols.codecs import registry
 from protocols.codecs.registry import Codec, Encoded
 from protocols.errors import BadWeights
+from protocols.model.fragments import Fragment
 from protocols.model.weights import Schema, check_schema
 from protocols.model.weights_file import WeightsFile
 
@@ -27,18 +28,28 @@ class ErrorFeedback:
         self._files = RunStateFolder(folder, ".left")
         self.commit = self._files.commit
 
-    def encode(self, codec: Codec, run: str, trained: Path, base: Path, out: Path) -> Encoded:
+    def encode(
+        self,
+        codec: Codec,
+        run: str,
+        trained: Path,
+        base: Path,
+        out: Path,
+        fragment: Fragment = Fragment(),
+    ) -> Encoded:
         """Writes the update to `out`. `commit` makes the new error feedback permanent.
 
-        Raises BadWeights for NaN or infinity, OSError.
+        Each fragment has its own. Raises BadWeights for NaN or infinity, OSError.
         """
-        self._files.keep_only(run)
-        paths = self._files.paths(run)
-        with WeightsFile(base) as old, WeightsFile(trained) as new:
+        names = [fragment._replace(number=n).slot(run) for n in range(fragment.total)]
+        self._files.keep_only(*names)
+        paths = self._files.paths(names[fragment.number])
+        with WeightsFile(base) as version, WeightsFile(trained) as model:
+            old, new = fragment.of(version), fragment.of(model)
             residual = self._open(paths.file, old.schema)
             with residual or contextlib.nullcontext():
                 encoded = registry.encode(codec, new, old, residual, out, paths.next)
-        self._files.stage(run, encoded.digest)
+        self._files.stage(names[fragment.number], encoded.digest)
         return encoded
 
     def _open(self, path: Path, schema: Schema) -> WeightsFile | None:

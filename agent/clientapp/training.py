@@ -15,8 +15,12 @@ from agent.home.run_state import RunStatePaths
 from agent.tasks import floors as owner_floors
 from agent.tasks.work import Done, Trainer
 from protocols.codecs import registry
+from protocols.codecs.registry import Codec, Encoded
 from protocols.local.atomic_files import fsync_files
 from protocols.messages.work import Work
+from protocols.model.fragments import Fragment
+from protocols.model.weights import split_into_pieces
+from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 
 class Training:
@@ -63,7 +67,8 @@ class Training:
     ) -> Done:
         """Train, and write the update in the run's codec to the outbox."""
         codec, update = registry.parse(work.codec), self._outbox.update
-        is_encoded = codec.encoding is not None
+        fragment = Fragment.of_round(work.fragments, work.round)
+        is_encoded = codec.encoding is not None or not fragment.is_whole
         trained = self._outbox.trained if is_encoded else update
         try:
             if self._ahead.has_begun(work, columns, base):
@@ -71,7 +76,7 @@ class Training:
             else:
                 done = self.do(work, base, trained, personal)
             if is_encoded:
-                encoded = self._outbox.error_feedback.encode(codec, work.run, trained, base, update)
+                encoded = self._encode(codec, work, trained, base, fragment)
                 done = replace(done, digest=encoded.digest, nbytes=encoded.nbytes, tallies={})
             if personal or work.ahead:
                 fsync_files(update)  # before the state that stays here changes
@@ -83,3 +88,18 @@ class Training:
         if personal:
             self._outbox.personal.stage(work.run, done.digest)
         return done
+
+    def _encode(
+        self, codec: Codec, work: Work, trained: Path, base: Path, fragment: Fragment
+    ) -> Encoded:
+        """Write the update, of this fragment, to the outbox."""
+        update = self._outbox.update
+        if codec.encoding is not None:
+            feedback = self._outbox.error_feedback
+            return feedback.encode(codec, work.run, trained, base, update, fragment)
+        with WeightsFile(trained) as whole:
+            part = fragment.of(whole)
+            with WeightsWriter(update, part.schema, synced=False) as file:
+                for piece in split_into_pieces(part.schema):
+                    file.write({one: part.read(one) for one in piece})
+        return Encoded(file.digest, file.nbytes)

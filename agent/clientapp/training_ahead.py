@@ -1,10 +1,13 @@
 """Trains for the next round while the last update is on its way, and while a version is awaited.
 
 Round r ends with weights of this peer's own, x. It trains for round r + 1 from them at once, to y,
-and does not wait for version r. When that version v is here, the update is v + (y - x): the
-progress of this round alone, as that of earlier rounds has been sent. It is also where the training
-for round r + 2 begins. So training and the exchange of weights take place at the same time, and the
+and does not wait for version r. When that version is here, y is merged with it
+(`protocols.model.late_merge`). The result is the update of round r + 1, and the training for round
+r + 2 begins with it. So training and the exchange of weights take place at the same time, and the
 training is one round late.
+
+A run may exchange one fragment of the model in each round (`model.fragments`). Then version r has
+a new value for the fragment of round r alone, and this peer's own weights stay in the others.
 
 Files say whether a round has such a beginning, never the time. So the update is the same whether
 the training ended before the version came, or began anew after a kill.
@@ -27,8 +30,9 @@ from agent.tasks.work import Done
 from protocols.errors import BadWeights
 from protocols.local.atomic_files import fsync_files
 from protocols.messages.work import Work
-from protocols.model.rebased import RebasedUpdate
-from protocols.model.weights import check_schema, split_into_pieces
+from protocols.model.fragments import Fragment, Spliced
+from protocols.model.late_merge import LateMerge
+from protocols.model.weights import WeightReader, check_schema, split_into_pieces
 from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 log = logging.getLogger("commonweight.agent")
@@ -90,11 +94,18 @@ class TrainingAhead:
             WeightsFile(base) as version,
             WeightsWriter(out, version.schema, synced=False) as file,
         ):
-            moved = RebasedUpdate(new, old, version)
+            moved = self._merged(work, new, old, version)
             for piece in split_into_pieces(version.schema):
                 file.write({part: moved.read(part) for part in piece})
         self._trained.unlink()
         return replace(done, digest=file.digest, nbytes=file.nbytes)
+
+    def _merged(
+        self, work: Work, new: WeightReader, old: WeightReader, version: WeightReader
+    ) -> WeightReader:
+        """The trained weights, merged with what the last round has brought to the version."""
+        exchanged = Fragment.of_round(work.fragments, work.round - 1).names(version.schema)
+        return Spliced(exchanged, LateMerge(new, old, version), new)
 
     def keep(self, work: Work, columns: Sequence[str], weights: Path, digest: str) -> None:
         """Keep these weights for the next round, once the update with this digest is in the outbox.

@@ -64,9 +64,9 @@ class RunStateFolder:
         if staged:
             fsync_folder(self._folder)
 
-    def keep_only(self, run: str) -> None:
+    def keep_only(self, *runs: str) -> None:
         """Delete the files of all other runs."""
-        own = self.paths(run).file
+        own = {self.paths(run).file for run in runs}
         for path in self._files():
-            if path != own:
+            if path not in own:
                 path.unlink()

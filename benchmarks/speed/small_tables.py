@@ -117,3 +117,15 @@ def _mean(rows: list[dict[str, float]], key: str) -> float:
 
 def _beside(value: float, whole: float) -> str:
     return "" if value == whole else f" (1/{whole / value:.0f})"
+
+
+def overlap(results: dict[str, Any]) -> str:
+    """The share of the time in which peers train: overlap-results.json."""
+    lines = "".join(
+        f"| {row['up_mbit']:g}, {row['down_mbit']:g} | `{row['codec']}` | {row['bytes_up']:,} "
+        f"| {row['bytes_down']:,} | {row['steps']} | {row['waiting']:.0%} "
+        f"| {row['overlapped']:.0%} |\n"
+        for row in results["rows"]
+    )
+    head = "| Mbit/s up, down | codec | bytes up | bytes down | steps a round | without | with |\n"
+    return f"{head}|---|---|---|---|---|---|---|\n{lines}".replace("%", " %")

@@ -28,7 +28,8 @@ from coordinator.strategies.state import StateStore
 from coordinator.strategies.version_noise import VersionNoise, norm_as_folded
 from protocols.codecs import registry
 from protocols.messages.envelope import Metrics
-from protocols.model.rebased import RebasedUpdate
+from protocols.model import fragments
+from protocols.model.fragments import Fragment
 from protocols.model.weights import PIECE_BYTES, WeightReader
 from protocols.model.weights_file import WeightsFile
 from protocols.tables import evaluation_counts
@@ -81,10 +82,10 @@ def commit(
         * spec.server_lr
         for update, factor in zip(updates, limits.norm_factors(updates), strict=True)
     ]
+    fragment = Fragment.of_round(spec.fragments, run.round)
     with contextlib.ExitStack() as stack:
-        base, origin = (
-            stack.enter_context(WeightsFile(store.version_path(run.head))) for _ in range(2)
-        )
+        heads = [stack.enter_context(WeightsFile(store.version_path(run.head))) for _ in range(2)]
+        base, origin = (fragment.of(head) for head in heads)
 
         #: As updates are compared with it.
         seen = registry.parse(spec.codec).base(base)
@@ -133,12 +134,14 @@ def commit(
                 len(contributors),
             ),
             states,
-            run.strategy_state,
+            fragment.slots_of(run.strategy_state),
             noise.of if noise else None,
             contributors,
         )
-        digest = store_version(store, aggregation)
-    return CommittedVersion(digest, metrics, aggregation.new_state, limits.limited, spent)
+        digest = store_version(store, aggregation, heads[1])
+    new = {fragment.slot(name): state for name, state in aggregation.new_state.items()}
+    state = new if fragment.is_whole else {**run.strategy_state, **new}
+    return CommittedVersion(digest, metrics, state, limits.limited, spent)
 
 
 def noise_of(
@@ -167,14 +170,20 @@ def metrics_for_all(
     return {**_finite(metrics), "num-examples": num_examples, "participation": participation}
 
 
-def store_version(store: WeightStore, aggregation: Aggregation) -> str:
-    """Aggregate and store the version durably; its digest."""
+def store_version(
+    store: WeightStore, aggregation: Aggregation, head: WeightReader | None = None
+) -> str:
+    """Aggregate and store the version durably; its digest. `head`: the version before, which has
+    the tensors that are not aggregated."""
     pieces = aggregation.pieces()
     model_bytes = sum(spec.nbytes for spec in aggregation.base.schema.values())
     with contextlib.ExitStack() as stack:
         if model_bytes > PIECE_BYTES:  # for a smaller model, a thread costs more than it saves
             pieces = stack.enter_context(contextlib.closing(prefetch(pieces)))
-        return store.write(aggregation.base.schema, pieces)
+        schema = head.schema if head else aggregation.base.schema
+        if head and schema.keys() != aggregation.base.schema.keys():
+            return store.write(schema, fragments.fill(head, aggregation.base.schema, pieces))
+        return store.write(schema, pieces)
 
 
 def _shares(
@@ -202,7 +211,7 @@ def _open_on_head(
     if codec.encoding is not None or codec.rank or update.base in ("", run.head):
         return registry.open_update(codec, file, head)
     base = stack.enter_context(WeightsFile(store.version_path(update.base)))
-    return RebasedUpdate(file, base, head)
+    return averaging.RebasedUpdate(file, base, head)
 
 
 class Evaluation(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from protocols.errors import UsageError
+from protocols.messages.work import MAX_FRAGMENTS
 from protocols.privacy.events import MAX_SHARERS
 from protocols.privacy.private_training import (
     MAX_CLIP,
@@ -124,6 +125,7 @@ _SHARE = Bounds("above 0 and at most 1", 0, 1, above_minimum=True)
 _FACTOR = Bounds("from 1x to 10x", 1, 10, or_zero=True)
 _OUTLIERS = Bounds("0, or 1 or more", 1, or_zero=True)
 _OVERLAP = Bounds("0 or 1", 0, 1)
+_FRAGMENTS = Bounds(f"from 1 to {MAX_FRAGMENTS}", 1, MAX_FRAGMENTS)
 _FINITE = Bounds("a finite number")
 _EPSILON = Bounds("0, or from 0.01 to 100", MIN_EPSILON, MAX_EPSILON, or_zero=True)
 _DELTA = Bounds("from 1e-12 to 0.01", MIN_DELTA, MAX_DELTA)
@@ -205,6 +207,8 @@ OPTIONS = (
     Option("overlap", int, 0, "1: peers train for the next round while they send an update and "
            "await the version, so training is one round late. 0: they wait.", _OVERLAP, "rounds",
            unset="they wait"),
+    Option("fragments", int, 1, "With --overlap 1: exchange the model in so many fragments, one in "
+           "each round, so that no layer waits long for its version.", _FRAGMENTS, "fragments"),
     Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "
            "another (FedBuff).", choices=("synchronous", "buffered")),
     Option("buffer", int, 0, "Buffered: this many updates make a version.", _FROM_0, "updates",

@@ -27,6 +27,7 @@ from protocols.codecs import registry
 from protocols.errors import BadMessage, BadWeights, UpdateRefused
 from protocols.messages import refusals
 from protocols.messages.work import UpdateClaim
+from protocols.model.fragments import Fragment
 from protocols.model.weights_file import WeightsFile
 from protocols.tables.model_scores import ModelScores
 
@@ -85,7 +86,10 @@ async def validate_reply(
     norm = 0.0
     if expected.kind != "evaluate":
         rows = validation.bounded_examples(run, claim)
-        norm = await asyncio.to_thread(_measure, ctx, model, expected, peer, claim.digest, rows)
+        fragment = Fragment.of_round(run.spec.fragments, run.round)
+        norm = await asyncio.to_thread(
+            _measure, ctx, model, expected, peer, claim.digest, rows, fragment
+        )
         validation.check_norm(run, claim, norm)
         if expected.kind in ("init", "recall"):
             ctx.store.promote_upload(peer, claim.digest)
@@ -139,9 +143,10 @@ def _measure(
     peer: str,
     digest: str,
     rows: int,
+    fragment: Fragment,
 ) -> float:
     """The norm of an upload's change, if the upload of `rows` rows is valid; 0 for one of sums.
-    Raises UpdateRefused."""
+    An update of training has this fragment. Raises UpdateRefused."""
     with contextlib.ExitStack() as stack:
 
         def uploaded() -> WeightsFile:
@@ -157,7 +162,7 @@ def _measure(
             validation.check_sums(uploaded, base, rows)
             return 0.0
         with refused_as("bad weights"):
-            seen = model.codec.base(base)
+            seen = fragment.of(model.codec.base(base))
         if seen is not base:
             expected = expected._replace(schema=seen.schema)
         return validation.check_update(

@@ -134,6 +134,7 @@ class PendingRequests(RequestsInFlight):
             request=hashlib.sha256(request).hexdigest() if request else "",
             scores=kind == "evaluate" and _takes_scores(spec),
             choice=messages.choice_text(run) if not request else "",
+            fragments=spec.fragments if spec.fragments > 1 else 0,
             ahead=kind == "train" and spec.overlap > 0 and assignment.round < spec.rounds,
         )
         payload, signature = SIGNED_WORK.seal(work, self._ctx.sign)

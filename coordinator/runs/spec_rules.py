@@ -219,6 +219,17 @@ _OVERLAP_RULES = (
          "--overlap cannot be used with {spec.strategy}, whose corrections belong to the newest "
          "version", _SERVER),
 )
+#: Rules for runs that exchange one fragment of the model in each round.
+_FRAGMENT_RULES = (
+    Rule(lambda spec, _: not spec.overlap,
+         "--fragments needs --overlap 1: peers train all layers on, while a few are exchanged",
+         "--overlap 1 --fragments {spec.fragments}"),
+    Rule(lambda spec, adapter: adapter.feed != "mean" or isinstance(adapter, CustomStrategy),
+         "--fragments cannot be used with {spec.strategy}, which may need whole models", _SERVER),
+    Rule(lambda spec, _: bool(spec.dp_user_epsilon),
+         "--dp-user cannot be used with --fragments: a peer's progress of several rounds is in one "
+         "update, and the noise is planned for single ones", "leave --fragments out"),
+)
 #: Rules for all runs, then for synchronous and for buffered ones.
 _RULES = (
     Rule(lambda spec, _: spec.rounds < 1, "a run needs 1 round or more", "--rounds 10"),
@@ -290,7 +301,10 @@ def check(spec: RunSpec) -> None:
         *(_SHARED_RULES if spec.dp_shared > 1 else ()),
         *(_VERSION_RULES if spec.private_versions else ()),
     )
-    of_overlap = _OVERLAP_RULES if spec.overlap else ()
+    of_overlap = (
+        *(_OVERLAP_RULES if spec.overlap else ()),
+        *(_FRAGMENT_RULES if spec.fragments > 1 else ()),
+    )
     for rule in (*_RULES, *of_model, *of_overlap, *of_sums, *of_mode, *of_noise):
         if rule.is_broken(spec, adapter):
             text, hint = (t.format(spec=spec, reserved=reserved) for t in (rule.text, rule.hint))

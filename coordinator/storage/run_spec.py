@@ -53,6 +53,8 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `secure`: the coordinator sees no single update, only their sum (`coordinator.runs.secure`).
     `overlap`: rounds by which training is late, so that it goes on while updates are sent and
     versions are awaited (`agent.clientapp.training_ahead`; 0: each round begins with its version).
+    `fragments`: the model is exchanged in so many fragments, one in each round
+    (`protocols.model.fragments`).
     `only`: the single part that a parent fleet requests from this one (empty: all parts), in the
     parent's round `first_round`. `check`: a run of only the part `describe` that keeps what
     each peer described, for `commonweight run check`.
@@ -103,6 +105,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     dp_user_epsilon: float = 0.0
     secure: bool = False
     overlap: Integer = 0
+    fragments: Integer = 1
     personal: _ShortText = ""
     app: _ShortText = ""
 

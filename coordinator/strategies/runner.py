@@ -29,7 +29,6 @@ from protocols.codecs.registry import FactoredUpdate
 from protocols.errors import CommonweightError
 from protocols.model import weights
 from protocols.model.bfloat16 import float32_to_bf16, widened
-from protocols.model.rebased import RebasedUpdate
 from protocols.model.weights import Part, WeightReader
 
 Floats = npt.NDArray[Any]
@@ -119,7 +118,7 @@ class Aggregation:
         """True for the mean of updates that validation found to be finite: so is the mean then."""
         if self.noise is not None:
             return False
-        rebased = any(isinstance(one.weights, RebasedUpdate) for one in self.updates)
+        rebased = any(isinstance(one.weights, averaging.RebasedUpdate) for one in self.updates)
         as_sent = type(self.adapter).transform_update is StrategyAdapter.transform_update
         return as_sent and not rebased and all(one.scale <= 1 for one in self.updates)
 

@@ -31,6 +31,8 @@ POLL_PATH = "/cw/v1/exchange"
 MODEL_PATH = "/cw/v1/models/{name}/{which}"
 #: Weights up to this size are sent with the messages, which costs less than another request.
 INLINE_MAX_BYTES = 64 * 1024
+#: The most fragments of a model that take turns.
+MAX_FRAGMENTS = 64
 
 #: Of a Flower message. Weights have requests of their own.
 MAX_MESSAGE_BYTES = 1024 * 1024
@@ -60,8 +62,9 @@ class Work(Struct, frozen=True, kw_only=True):
     the id of the fleet; empty from older ones. `request`: digest of the request of a step of secure
     aggregation, which the message contains. `scores`: an evaluation may have the tally "scores",
     which older coordinators refuse. `choice`: the model that the run has chosen and why, as text
-    for the owner. `ahead`: another round follows, and training for it may begin before its version
-    is here, from this peer's own weights.
+    for the owner. `ahead`: another round follows, and training for it may begin before its
+    version is here, from this peer's own weights. `fragments`: an update has one of so many
+    fragments of the model (`model.fragments`), which take turns; 0 or 1: all of it.
     """
 
     run: Id
@@ -85,6 +88,7 @@ class Work(Struct, frozen=True, kw_only=True):
     scores: bool = False
     choice: Text = ""
     ahead: bool = False
+    fragments: Annotated[int, Meta(ge=0, le=MAX_FRAGMENTS)] = 0
 
 
 class NamedModel(Struct, frozen=True, kw_only=True):

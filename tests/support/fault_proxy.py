@@ -32,9 +32,10 @@ class Fault:
 
     `delay_s` (± `jitter_s`) delays each piece. `hold_up` and `hold_down` hold back the bytes of one
     direction and keep all connections open: both are a blackhole. `bytes_per_s` throttles each
-    direction of each connection, `line_bytes_per_s` each direction of all connections together.
-    `cut_after` bytes up a connection is closed (`truncate`). `refuse` takes no connection. `drop`
-    is the chance that a piece resets its connection: what loss beyond repair looks like to TCP.
+    direction of each connection, `line_bytes_per_s` each direction of all connections together
+    (down: `line_down_bytes_per_s`, unless it is 0). `cut_after` bytes up a connection is closed
+    (`truncate`). `refuse` takes no connection. `drop` is the chance that a piece resets its
+    connection: what loss beyond repair looks like to TCP.
     """
 
     delay_s: float = 0.0
@@ -43,6 +44,7 @@ class Fault:
     hold_down: bool = False
     bytes_per_s: float = 0.0
     line_bytes_per_s: float = 0.0
+    line_down_bytes_per_s: float = 0.0
     cut_after: int = 0
     refuse: bool = False
     drop: float = 0.0
@@ -162,11 +164,13 @@ class Proxy:
         wait_s = fault.delay_s + self._random.uniform(-fault.jitter_s, fault.jitter_s)
         if fault.bytes_per_s:
             wait_s += nbytes / fault.bytes_per_s
-        if fault.line_bytes_per_s:
+        line_bytes_per_s = fault.line_bytes_per_s
+        if not up and fault.line_down_bytes_per_s:
+            line_bytes_per_s = fault.line_down_bytes_per_s
+        if line_bytes_per_s:
             now = asyncio.get_running_loop().time()
-            self._line_free_at[up] = max(now, self._line_free_at[up]) + nbytes / (
-                fault.line_bytes_per_s
-            )
+            free_at = max(now, self._line_free_at[up]) + nbytes / line_bytes_per_s
+            self._line_free_at[up] = free_at
             wait_s += self._line_free_at[up] - now
         if wait_s > 0:
             await asyncio.sleep(wait_s)

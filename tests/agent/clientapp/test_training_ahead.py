@@ -1,4 +1,4 @@
-"""Training for the next round before its version is here: nothing is sent twice or lost."""
+"""Training for the next round before its version is here: the same bytes, whatever happens."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from protocols.codecs import registry
 from protocols.enrollment import identity
 from protocols.errors import Unreachable
 from protocols.messages.work import Work
-from protocols.model import weights
-from protocols.model.rebased import RebasedUpdate
+from protocols.model import late_merge, weights
+from protocols.model.late_merge import LateMerge
 from protocols.model.weights import Part, Weights
 from tests.agent.clientapp import test_app
 from tests.support.in_process_trainer import ByKind
@@ -116,18 +116,24 @@ def _flower_run() -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
 
 
+def merged(trained: Any, own: Any, version: Any) -> Any:
+    return (trained + (version - own) / 2).astype(np.float32)
+
+
 def expected() -> list[Any]:
-    """The progress of each round, by the rule: x ← version + (y - x), y = trained(x)."""
-    changes, own = [], VERSIONS[0]
-    for number in range(1, ROUNDS + 1):
-        change = moved(own, number) - own
-        changes.append(change)
-        own = (VERSIONS[number - 1] + change).astype(np.float32)
+    """What each update changes of its version, by the rule: x ← y + (v - x) / 2, y = trained(x)."""
+    own = moved(VERSIONS[0], 1)
+    changes = [own - VERSIONS[0]]
+    for number in range(2, ROUNDS + 1):
+        own = merged(moved(own, number), own, VERSIONS[number - 1])
+        changes.append(own - VERSIONS[number - 1])
     return changes
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_each_update_is_the_progress_of_its_own_round(tmp_path: Path, in_background: bool) -> None:
+def test_each_update_is_trained_from_own_weights_and_merged_late(
+    tmp_path: Path, in_background: bool
+) -> None:
     desk = Desk(tmp_path, in_background=in_background)
     for number in range(1, ROUNDS + 1):
         desk.ask(number)
@@ -163,7 +169,14 @@ POINTS = (
 def test_an_agent_killed_at_any_step_sends_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, codec: str
 ) -> None:
-    calm, killed = Desk(tmp_path / "calm", codec=codec), Desk(tmp_path / "killed", codec=codec)
+    run_and_kill(Desk, tmp_path, monkeypatch, point, codec)
+
+
+def run_and_kill(
+    make: type[Desk], folder: Path, monkeypatch: pytest.MonkeyPatch, point: str, codec: str
+) -> None:
+    """Compare what leaves an agent that is killed at this step of each round with another's."""
+    calm, killed = make(folder / "calm", codec=codec), make(folder / "killed", codec=codec)
 
     def kill(name: str, detail: str = "") -> None:
         if name == point:
@@ -228,23 +241,102 @@ def test_without_the_run_asking_no_round_begins_early(tmp_path: Path) -> None:
     assert len(desk.trainer.begun) == 1
 
 
+# --- fragments: the model has the layers a and b, which are exchanged in turn -------------------
+
+
+class InFragments(Desk):
+    """A run of two fragments: round 1 exchanges layer 0, round 2 layer 1, and so on."""
+
+    def ask(self, number: int, **changed: Any) -> None:
+        super().ask(number, fragments=2, **changed)
+
+
+def layered(values: Any) -> Weights:
+    half = COUNT // 2
+    return Weights({"layers.0.w": values[:half], "layers.1.w": values[half:]})
+
+
+@pytest.fixture
+def _layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights w of trainer and versions become two layers."""
+
+    def train(self: Trainer, task: str, settings: Any, base: Path, out: Path) -> Done:
+        model = weights.load(base)
+        start = np.concatenate([np.asarray(model[f"layers.{n}.w"]) for n in (0, 1)])
+        self.begun.append((int(settings["round"]), start.tolist()))
+        digest = weights.save(layered(moved(start, settings["round"])), out)
+        return Done(digest=digest, nbytes=out.stat().st_size, num_examples=5)
+
+    def fetch(self: Desk, work: Work) -> Path:
+        path = self.folder / f"{work.base}.safetensors"
+        weights.save(layered(VERSIONS[int(work.base)]), path)
+        return path
+
+    monkeypatch.setattr(Trainer, "train", train)
+    monkeypatch.setattr(Desk, "fetch", fetch)
+
+
+@pytest.mark.usefixtures("_layers")
+def test_a_fragment_is_merged_in_the_round_after_it_was_sent(tmp_path: Path) -> None:
+    desk = InFragments(tmp_path)
+    for number in range(1, ROUNDS + 1):
+        desk.ask(number)
+    half, own = COUNT // 2, VERSIONS[0]
+    for number in range(1, ROUNDS + 1):
+        version, trained = VERSIONS[number - 1], moved(own, number)
+        if number == 1:
+            own = trained
+        else:  # what the last round exchanged is merged
+            came = slice(0, half) if number % 2 == 0 else slice(half, COUNT)
+            following = trained.copy()
+            following[came] = merged(trained[came], own[came], version[came])
+            own = following
+        update = weights.from_bytes(desk.sent[number])
+        layer = (number - 1) % 2
+        assert list(update) == [f"layers.{layer}.w"], "no other layer is sent"
+        expected = own[layer * half :][:half]
+        np.testing.assert_allclose(update[f"layers.{layer}.w"], expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_layers")
+@pytest.mark.parametrize("codec", ["fp32", "topk:0.1"])
+@pytest.mark.parametrize("point", ["agent.work.done", "agent.outbox.written"])
+def test_a_killed_agent_sends_the_same_fragments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, codec: str
+) -> None:
+    run_and_kill(InFragments, tmp_path, monkeypatch, point, codec)
+
+
 floats = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9)
 
 
 @given(floats, st.floats(-10, 10, width=32), st.floats(-10, 10, width=32))
-def test_progress_is_added_to_the_version_and_integers_are_the_versions(
-    values: list[float], change: float, other: float
+def test_a_late_version_pulls_by_half_of_what_it_differs_from_what_was_sent(
+    values: list[float], progress: float, difference: float
 ) -> None:
-    old = np.array(values, np.float32)
-    new, head = old + np.float32(change), old + np.float32(other)
+    sent = np.array(values, np.float32)
+    trained, version = sent + np.float32(progress), sent + np.float32(difference)
     counts = [np.array([n], np.int64) for n in (1, 2, 3)]
-    given_by = [Weights({"w": w, "n": n}) for w, n in zip((new, old, head), counts, strict=True)]
-    found = RebasedUpdate(*given_by)
-    exact = head.astype(np.float64) + (new.astype(np.float64) - old.astype(np.float64))
-    assert np.array_equal(found.read(Part("w", 0, len(old))), exact.astype(np.float32))
-    assert found.read(Part("n", 0, 1)).tolist() == [3]
-    # Without progress it is the version, without a change of the version the training.
-    still = RebasedUpdate(given_by[1], given_by[1], given_by[2])
-    assert np.array_equal(still.read(Part("w", 0, len(old))), head)
-    alone = RebasedUpdate(given_by[0], given_by[1], given_by[1])
-    assert np.array_equal(alone.read(Part("w", 0, len(old))), new)
+    y, x, v = (
+        Weights({"w": w, "n": n}) for w, n in zip((trained, sent, version), counts, strict=True)
+    )
+    whole = Part("w", 0, len(sent))
+    exact = trained.astype(np.float64) + (version.astype(np.float64) - sent) / 2
+    assert np.array_equal(LateMerge(y, x, v).read(whole), exact.astype(np.float32))
+    assert LateMerge(y, x, v).read(Part("n", 0, 1)).tolist() == [3], "integers are the version's"
+    # A version that is what was sent changes nothing of the training.
+    assert np.array_equal(LateMerge(y, x, x).read(whole), trained)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=6), st.booleans())
+def test_what_peers_differ_by_halves_each_round(starts: list[float], converges: bool) -> None:
+    """Also if each training forgets where it began, and with what a round adds for all alike."""
+    own = np.array(starts)
+    spread = np.ptp(own)
+    for _ in range(5):
+        version = own.mean()
+        trained = np.full(len(own), 3.0) if converges else own + 0.25
+        own = trained + late_merge.PULL * (version - own)
+        spread /= 2
+        assert np.ptp(own) <= spread + 1e-9
+    assert abs(own.mean() - (3.0 if converges else np.mean(starts) + 1.25)) < 1e-9

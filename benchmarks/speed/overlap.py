@@ -1,0 +1,179 @@
+"""Which part of the time peers train for, with and without `--overlap 1`, on slow lines.
+
+    python -m benchmarks.speed.overlap [--keep] [--rounds 6]
+
+A coordinator and two agents as processes, each agent behind a line of its own (`fault_proxy`). A
+step takes 20 ms, as it sleeps: so two cores act as three machines. What is told is the time of the
+steps, divided by that from the first step of the run to the last one. Versions are evaluated each
+round, which takes no time here, and agents do not share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.faults.site import Site
+from benchmarks.speed import report
+from protocols.local.failpoints import TRUTH
+from tests.support.fault_proxy import Fault, Proxy
+from tests.support.fleet_harness import closing
+
+STEP_S, UP_MBIT, PARAMETERS = 0.02, 2.0, 1_000_000
+NAMES = ("ada", "bob")
+_BYTES_PER_MBIT = 125_000
+_MARK = "trained from"
+
+PACED = f'''"""A model of float32 weights that drift; a step takes {STEP_S * 1000:g} ms."""
+import sys
+import time
+
+import numpy as np
+
+LAYERS, WIDTH = 10, {PARAMETERS // 10}
+
+
+class Paced:
+    def schema(self, settings):
+        return {{f"layers.{{i}}.w": ("F32", (WIDTH // 500, 500)) for i in range(LAYERS)}}
+
+    def init(self, seed, settings):
+        rng = np.random.default_rng(seed)
+        shapes = self.schema(settings).items()
+        return {{name: rng.normal(0, 0.02, s).astype(np.float32) for name, (_, s) in shapes}}
+
+    def load(self, data):
+        self.seed = data.index
+
+    def train(self, weights, settings, on_step):
+        began, steps = time.monotonic(), int(settings["max_steps"])
+        rng = np.random.default_rng((self.seed, int(settings["round"])))
+        for step in range(steps):
+            time.sleep({STEP_S})
+            on_step(step + 1, steps, 1.0, 16 * (step + 1))
+        print("{_MARK}", began, time.monotonic(), steps, file=sys.stderr, flush=True)
+        moved = lambda w: w + rng.standard_normal(w.shape, np.float32) * np.float32(1e-3)
+        return {{name: moved(w) for name, w in weights.items()}}, 100, {{}}
+
+    def evaluate(self, weights, settings, on_step):
+        return 100, {{"loss": 1.0}}
+'''
+
+
+class Case(NamedTuple):
+    """A line down in Mbit/s, a codec, and the steps of a round."""
+
+    down_mbit: float
+    codec: str
+    steps: int
+
+
+CASES = (
+    Case(2, "sparse2:64", 200),
+    Case(16, "int8", 400),
+    Case(2, "int8", 1100),
+    Case(2, "int8", 400),
+)
+
+
+class Untold(Site):
+    """A fleet whose programs do not write down each step."""
+
+    def _env(self, name: str = "coordinator") -> dict[str, str]:
+        return {key: value for key, value in super()._env(name).items() if key != TRUTH}
+
+
+@contextlib.contextmanager
+def fleet(folder: Path, lines: list[Proxy]) -> Iterator[Untold]:
+    """Two agents that have the task, each to be behind one of the `lines`."""
+    settings = {"COMMONWEIGHT_AGENT_SHARE": "off", "COMMONWEIGHT_AGENT_SANDBOX": "off"}
+    made = Untold(folder, settings)
+    with closing(made), contextlib.ExitStack() as stack:
+        made.rise()
+        made.join(*NAMES)
+        task = folder / "paced.py"
+        task.write_text(PACED)
+        for name in NAMES:
+            done = made.ask_agent(name, "task", "add", f"{task}:Paced")
+            assert done.returncode == 0, done.stderr
+            lines.append(stack.enter_context(Proxy(made.port)))
+            made.redirect(name, lines[-1].port)
+        made.start(*NAMES)
+        yield made
+
+
+def utilisation(made: Untold, case: Case, rounds: int, overlap: int) -> dict[str, Any]:
+    """The share of the time in which the slower peer trains, and the bytes of a round."""
+    logs = [made.folder / name / "trainer" / "trainer.log" for name in NAMES]
+    before = [len(_intervals(log)) for log in logs]
+    plain = ("server_learning_rate=1", "server_momentum=0", "keep_optimiser=false")
+    words = [word for argument in plain for word in ("--strategy-arg", argument)]
+    run = made.start_run(
+        f"{made.folder / 'paced.py'}:Paced", "--strategy", "diloco", *words,
+        "--rounds", str(rounds), "--quorum", "2", "--codec", case.codec, "--set",
+        f"max_steps={case.steps}", "--overlap", str(overlap), "--deadline", "30m",
+    )  # fmt: skip
+    made.outcome(run, within_s=1500.0)
+    shown = made.run(run)
+    assert [len(closed["contributors"]) for closed in shown["history"]] == [2] * rounds
+    shares = []
+    for log, skip in zip(logs, before, strict=True):
+        trained = _intervals(log)[skip:]
+        assert len(trained) == rounds
+        worked = sum(end - begin for begin, end in trained)
+        shares.append(worked / (trained[-1][1] - trained[0][0]))
+    last = shown["history"][-1]
+    return {"share": round(min(shares), 3), "bytes_up": last["bytes_up"] // 2,
+            "bytes_down": last["bytes_down"] // 2}  # fmt: skip
+
+
+def _intervals(log: Path) -> list[tuple[float, float]]:
+    if not log.exists():
+        return []
+    lines = [line.partition(_MARK)[2].split() for line in log.read_text().splitlines()]
+    return [(float(line[0]), float(line[1])) for line in lines if line]
+
+
+def measured(rounds: int, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
+    """A row for each case."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="cw-overlap-") as text:
+        lines: list[Proxy] = []
+        with fleet(Path(text), lines) as made:
+            for case in cases:
+                for line in lines:
+                    line.fault = Fault(
+                        line_bytes_per_s=UP_MBIT * _BYTES_PER_MBIT,
+                        line_down_bytes_per_s=case.down_mbit * _BYTES_PER_MBIT,
+                    )
+                found = [utilisation(made, case, rounds, overlap) for overlap in (0, 1)]
+                row = {
+                    **case._asdict(),
+                    "up_mbit": UP_MBIT,
+                    "parameters": PARAMETERS,
+                    "waiting": found[0]["share"],
+                    "overlapped": found[1]["share"],
+                    "bytes_up": found[1]["bytes_up"],
+                    "bytes_down": found[1]["bytes_down"],
+                }
+                print(row, flush=True)
+                rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.overlap", description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="write the results to docs/bench")
+    parser.add_argument("--rounds", type=int, default=6)
+    asked = parser.parse_args()
+    rows = measured(asked.rounds)
+    if asked.keep:
+        report.keep("overlap", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
