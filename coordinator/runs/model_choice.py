@@ -32,6 +32,8 @@ _OLDER = SETTINGS_CODES | {"bad description"}
 _NOT_NOW = frozenset(
     {"late", "replay", "not asked", "wrong base", "another run", "another fleet", "bad signature"}
 )
+#: Errors in the units of the target, or their squares; and the least one that counts.
+_ERRORS, _TINY = frozenset({"rmse", "mae", "mse"}), 1e-12
 _SHOWN = {"rmse": "RMSE", "mae": "MAE", "mse": "MSE"}
 
 
@@ -187,10 +189,16 @@ def _best(
 
 
 def _mean(metric: str, model: Model, told: Mapping[str, ModelScores]) -> float:
-    """The mean by rows; of `rmse` the root of the mean square."""
-    power = 2 if metric == "rmse" else 1
-    parts = (one.rows * float(one.metrics[model][metric] or 0) ** power for one in told.values())
-    return float((sum(parts) / sum(one.rows for one in told.values())) ** (1 / power))
+    """The mean by rows; of errors in the target's units the geometric one.
+
+    By it, a model is better that has smaller errors at most peers, relative to the others. In a sum
+    of squares, the few rows with the largest errors of all peers would decide.
+    """
+    rows = sum(one.rows for one in told.values())
+    values = [(one.rows / rows, float(one.metrics[model][metric] or 0)) for one in told.values()]
+    if metric in _ERRORS:
+        return math.exp(sum(share * math.log(max(value, _TINY)) for share, value in values))
+    return sum(share * value for share, value in values)
 
 
 def _direction(spec: RunSpec, metric: str) -> str:
