@@ -82,6 +82,8 @@ attacks-others: setup
 
 quality: setup
 	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.quality.models
+	$(BIN)/python -m benchmarks.quality.models --held-out
 
 # The docs as a site in build/site, with a reference made from the code; no warning passes
 docs: setup
