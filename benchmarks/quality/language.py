@@ -164,9 +164,9 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
     return {"losses": losses}
 
 
-def by_rounds(data: list[DataSettings], first: Weights, way: Way) -> dict[str, Any]:
+def by_rounds(data: list[DataSettings], first: Weights, way: Way, **more: Any) -> dict[str, Any]:
     """Held-out losses by round; how many times fewer bytes went up, and up and down, than if a
-    model went up and one down for each peer at every step."""
+    model went up and one down for each peer at every step. `more`: further options of the run."""
     spec = RunSpec(
         task="text-lm",
         rounds=way.rounds,
@@ -178,6 +178,7 @@ def by_rounds(data: list[DataSettings], first: Weights, way: Way) -> dict[str, A
         weighting="equal",
         evaluate_every=way.evaluate_every,
         settings=way.settings(),
+        **more,
     )
     losses: list[float] = []
 

@@ -1,19 +1,21 @@
 """Which part of the time peers train for, with and without `--overlap 1`, on slow lines.
 
-    python -m benchmarks.speed.overlap [--keep] [--rounds 6]
+    python -m benchmarks.speed.overlap [--keep] [--rounds 6] [--case 0 1 2 3 4]
 
 A coordinator and two agents as processes, each agent behind a line of its own (`fault_proxy`). A
 step takes 20 ms, as it sleeps: so two cores act as three machines. What is told is the time of the
 steps, divided by that from the first step of the run to the last one. Versions are evaluated each
-round, which takes no time here, and agents do not share them.
+round, which takes no time here, and agents do not share them. Without overlap there are no
+fragments, but as many bytes: that run has rounds of the whole model and as many times the steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ STEP_S, UP_MBIT, PARAMETERS = 0.02, 2.0, 1_000_000
 NAMES = ("ada", "bob")
 _BYTES_PER_MBIT = 125_000
 _MARK = "trained from"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "bench" / "overlap-results.json"
 
 PACED = f'''"""A model of float32 weights that drift; a step takes {STEP_S * 1000:g} ms."""
 import sys
@@ -65,11 +68,12 @@ class Paced:
 
 
 class Case(NamedTuple):
-    """A line down in Mbit/s, a codec, and the steps of a round."""
+    """A line down in Mbit/s, a codec, the steps of a round, and the fragments of the model."""
 
     down_mbit: float
     codec: str
     steps: int
+    fragments: int = 1
 
 
 CASES = (
@@ -77,6 +81,7 @@ CASES = (
     Case(16, "int8", 400),
     Case(2, "int8", 1100),
     Case(2, "int8", 400),
+    Case(2, "int8", 300, 4),
 )
 
 
@@ -108,6 +113,8 @@ def fleet(folder: Path, lines: list[Proxy]) -> Iterator[Untold]:
 
 def utilisation(made: Untold, case: Case, rounds: int, overlap: int) -> dict[str, Any]:
     """The share of the time in which the slower peer trains, and the bytes of a round."""
+    fragments = case.fragments if overlap else 1
+    steps = case.steps * (case.fragments // fragments)
     logs = [made.folder / name / "trainer" / "trainer.log" for name in NAMES]
     before = [len(_intervals(log)) for log in logs]
     plain = ("server_learning_rate=1", "server_momentum=0", "keep_optimiser=false")
@@ -115,7 +122,8 @@ def utilisation(made: Untold, case: Case, rounds: int, overlap: int) -> dict[str
     run = made.start_run(
         f"{made.folder / 'paced.py'}:Paced", "--strategy", "diloco", *words,
         "--rounds", str(rounds), "--quorum", "2", "--codec", case.codec, "--set",
-        f"max_steps={case.steps}", "--overlap", str(overlap), "--deadline", "30m",
+        f"max_steps={steps}", "--overlap", str(overlap), "--fragments", str(fragments),
+        "--deadline", "30m",
     )  # fmt: skip
     made.outcome(run, within_s=1500.0)
     shown = made.run(run)
@@ -138,7 +146,7 @@ def _intervals(log: Path) -> list[tuple[float, float]]:
     return [(float(line[0]), float(line[1])) for line in lines if line]
 
 
-def measured(rounds: int, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
+def measured(rounds: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """A row for each case."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="cw-overlap-") as text:
@@ -150,7 +158,10 @@ def measured(rounds: int, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any
                         line_bytes_per_s=UP_MBIT * _BYTES_PER_MBIT,
                         line_down_bytes_per_s=case.down_mbit * _BYTES_PER_MBIT,
                     )
-                found = [utilisation(made, case, rounds, overlap) for overlap in (0, 1)]
+                found = [
+                    utilisation(made, case, rounds * (case.fragments if overlap else 1), overlap)
+                    for overlap in (0, 1)
+                ]
                 row = {
                     **case._asdict(),
                     "up_mbit": UP_MBIT,
@@ -169,10 +180,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed.overlap", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="write the results to docs/bench")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--case", type=int, nargs="+", default=[*range(len(CASES))])
     asked = parser.parse_args()
-    rows = measured(asked.rounds)
+    kept = json.loads(RESULTS.read_bytes())["rows"] if RESULTS.exists() else []
+    rows = {_case(row): row for row in kept}
+    rows |= {_case(row): row for row in measured(asked.rounds, [CASES[n] for n in asked.case])}
     if asked.keep:
-        report.keep("overlap", {"rows": rows})
+        report.keep("overlap", {"rows": [rows[case] for case in CASES if case in rows]})
+
+
+def _case(row: dict[str, Any]) -> Case:
+    return Case(row["down_mbit"], row["codec"], row["steps"], row.get("fragments", 1))
 
 
 if __name__ == "__main__":

@@ -123,9 +123,11 @@ def overlap(results: dict[str, Any]) -> str:
     """The share of the time in which peers train: overlap-results.json."""
     lines = "".join(
         f"| {row['up_mbit']:g}, {row['down_mbit']:g} | `{row['codec']}` | {row['bytes_up']:,} "
-        f"| {row['bytes_down']:,} | {row['steps']} | {row['waiting']:.0%} "
-        f"| {row['overlapped']:.0%} |\n"
+        f"| {row['bytes_down']:,} | {row.get('fragments', 1)} | {row['steps']} "
+        f"| {row['waiting']:.0%} | {row['overlapped']:.0%} |\n"
         for row in results["rows"]
     )
-    head = "| Mbit/s up, down | codec | bytes up | bytes down | steps a round | without | with |\n"
-    return f"{head}|---|---|---|---|---|---|---|\n{lines}".replace("%", " %")
+    head = (
+        "| Mbit/s up, down | codec | bytes up | bytes down | fragments | steps | without | with |"
+    )
+    return f"{head}\n|---|---|---|---|---|---|---|---|\n{lines}".replace("%", " %")
