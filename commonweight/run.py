@@ -84,7 +84,7 @@ class Run:
     @property
     def comparisons(self) -> Mapping[str, Comparison]:
         """By id of a peer, what it told after the end: models on its own held-out rows, with
-        intervals, and the one that is recommended there."""
+        intervals, and the one that is recommended there; or in `missing` why it has none."""
         return self._now().comparisons
 
     def rounds(self, *, every_s: float = run_text.POLL_S) -> Iterator[Round]:

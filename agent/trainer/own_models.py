@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, SupportsFloat
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -152,8 +153,14 @@ def _compare(
         used[model] = trained.fit.best
         cut += [model] if trained.fit.is_cut else []
         rows[model] = task.measure_rows(trained.weights, settings, on_step, aside=False)
+    # As in an evaluation, no figure tells of the few rows of a class.
+    counts = np.unique(rows["shared"].get("class", ()), return_counts=True)[1]
     found = row_bootstrap.compare(
-        work.run, rows, used, work.metric, lower_is_better=work.lower_is_better
+        work.run,
+        rows,
+        used,
+        "" if (counts < work.data.floors.min_count).any() else work.metric,
+        lower_is_better=work.lower_is_better,
     )
     if found is None:
         raise DataError("a model gives numbers on the held-out rows that are not finite")

@@ -274,6 +274,17 @@ def test_training_that_takes_too_long_is_cut_and_rows_tell_each_metric(
     assert "training of alone and personal was cut" in lines_of(found)[-1]
 
 
+@pytest.mark.attack("3", by="coordinator")
+def test_no_metric_tells_of_a_few_rows_of_a_class(tmp_path: Path) -> None:
+    """Attack: ask for a comparison by the mean recall of classes, of which one has few rows."""
+    own = patients(tmp_path / "own.csv", 200, 2)
+    site = Site(tmp_path, own, own, 1, target="ill", **MLP)
+    for place, least, metric in (("few", 15, "balanced_accuracy"), ("fewer", 25, "accuracy")):
+        found = site.measure(place, 60.0, metric="balanced_accuracy", min_count=least)
+        assert found is not None
+        assert found.metric == metric
+
+
 def test_too_few_held_out_rows_are_said(tmp_path: Path) -> None:
     own = patients(tmp_path / "own.csv", 100, 2)
     site = Site(tmp_path, own, own, 1, target="ill", **MLP)

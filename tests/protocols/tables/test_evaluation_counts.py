@@ -175,10 +175,13 @@ def test_a_class_of_few_examples_is_in_no_confusion() -> None:
     assert evaluation_counts.suppress_small({"confusion": enough}, 5) == {"confusion": enough}
 
 
+@pytest.mark.attack("3", by="coordinator")
 @given(st.lists(st.integers(0, 30), min_size=9, max_size=9), st.integers(1, 12))
 def test_of_a_secure_sum_rows_of_a_small_class_count_as_the_most_frequent_one(
     cells: list[int], least: int
 ) -> None:
+    """Attack: learn from the sums of an evaluation how many rows of a rare class there are, or
+    what a model says of them."""
     tally = [float(n) for n in cells]
     kept = evaluation_counts.suppress_small({"confusion": tally}, least, is_summed=True)
     before, after = np.reshape(tally, (3, 3)), np.reshape(kept["confusion"], (3, 3))
