@@ -18,7 +18,7 @@ from coordinator.monitor.tui.export import Row, round_rows
 from coordinator.monitor.tui.page import Frame, Page
 from coordinator.monitor.tui.round_plots import RoundPlots
 from coordinator.monitor.tui.theme import colors, styles
-from coordinator.remote.formatting import trend
+from coordinator.remote.formatting import trend, truncate
 from protocols.messages.envelope import RoundClosed
 
 #: Plots stand above the table from this height on.
@@ -83,7 +83,8 @@ class RoundsPage(Page):
         else:
             text = self._run_text(run, trends=not plots.display)
             if run.changed.choice:
-                text.append(f"\nmodel: {run.changed.choice}", colors().dim)
+                choice = truncate(f"model: {run.changed.choice}", self.size.width - 2)
+                text.append(f"\n{choice}", colors().dim)
             room = self._trouble_lines
             found = troubles(run, fleet, frame.now, room + 1)
             for line in fit(found, self.size.width - 2, room):
