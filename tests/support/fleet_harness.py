@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from coordinator.transport.ports import listenable
+from tests.support import forked_commands
 from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,8 @@ def run_program(
     words: list[str], env: dict[str, str], *, given: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run one of the two commands and wait until it ends."""
+    if "INSTALLED" not in env and forked_commands.can_fork(env):
+        return forked_commands.run(words, env, given, timeout_s=120.0)
     return subprocess.run(
         command(words, env),
         input=given,
