@@ -378,7 +378,7 @@ async def test_an_update_of_few_rows_is_refused_by_the_agent_itself(
     async with fleet_of(tmp_path, some_data(15, 0)) as site:
         (agent,) = site.agents
         assert agent.client is not None
-        agent.client._floors = Floors(min_examples=16)
+        agent.client.training._floors = Floors(min_examples=16)
         run = await site.finished(site.start(rounds=1))
         assert run.state is RunState.FAILED
         assert "min_examples" in run.ended_because

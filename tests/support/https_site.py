@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -101,8 +102,8 @@ class Site:
         self.auth = Auth(self.registry, identity.public_bytes(self.operator_key), self.fleet_id)
         self.holders = PieceSources()
         self.sharing = SharingRoutes(self.lane, self.registry, self.holders, self.sign_key.sign)
-        #: There are none: no test over this site compares a run.
-        self.runs: Any = None
+        #: There are none, also for an agent that asks for a run's version to compare.
+        self.runs: Any = SimpleNamespace(all=list)
         self.requests: list[tuple[str, str]] = []
         self.heard: list[tuple[str, int]] = []
         self.nodes: dict[str, int] = {}
