@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 import typer.main
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import agent.cli.main
 import commonweight.cli
@@ -27,7 +27,10 @@ from tests.docs import pages
 ROOT = Path(__file__).parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = sorted([*(ROOT / name for name in ROOT_PAGES), *(ROOT / "docs").rglob("*.md")])
-PROGRAMS = {"commonweight": commonweight.cli.app, "commonweight-agent": agent.cli.main.app}
+PROGRAMS: dict[str, click.Command] = {
+    "commonweight": typer.main.get_command(commonweight.cli.app),
+    "commonweight-agent": typer.main.get_command(agent.cli.main.app),
+}
 #: The pages that `make docs` makes from the code (deploy/reference.py).
 GENERATED = {"reference.md", "reference-api.md", "contributing.md"}
 #: Programs that are not ours; what they are asked is theirs.
@@ -72,7 +75,7 @@ def lines() -> list[tuple[str, str, bool]]:
 
 def check(words: list[str]) -> None:
     """Raise unless the program has this command and takes these options. Nothing is run."""
-    command: click.Command = typer.main.get_command(PROGRAMS[words[0]])
+    command = PROGRAMS[words[0]]
     context, rest = click.Context(command, info_name=words[0]), words[1:]
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         assert rest[0] in command.commands, f"there is no {rest[0]}"
@@ -154,7 +157,7 @@ def test_a_policy_that_the_docs_set_can_be_set(
     monkeypatch.chdir(tmp_path)
     homes.open_home("agent", create=True)
     line = line.replace("DIGEST", "d" * 64)
-    done = CliRunner().invoke(agent.cli.main.app, shlex.split(line)[1:])
+    done = CliRunner().invoke(PROGRAMS["commonweight-agent"], shlex.split(line)[1:])
     assert done.exception is None, done.exception
     _, _, key, value, *_ = shlex.split(line)[1:]
     assert f"{key.replace('.', '_')} is {value}" in done.output

@@ -97,7 +97,7 @@ def test_a_model_of_text_writes_after_its_rounds(tmp_path: Path) -> None:
     assert at_work_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.long)])
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, name: str, started: Program) -> None:
     family = descendants(started.process.pid)
     assert len(family) >= 6, "coordinator, broker, two agents and their trainers"
@@ -109,6 +109,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, name: str, started: 
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.long
 def test_a_coordinator_that_dies_is_an_error_with_its_last_words(
     tmp_path: Path, started: Program
 ) -> None:
@@ -200,8 +201,9 @@ def on_a_terminal(words: list[str], env: dict[str, str], answers: dict[str, byte
     return shown
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("monitor", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize("monitor", [False, True])
 def test_on_a_terminal_the_fleet_is_drawn_while_it_works(tmp_path: Path, monitor: bool) -> None:
     out = str(tmp_path / "model.safetensors")
     words = [COORDINATOR, "demo", "--agents", "1", "--rounds", "1", "--out", out]

@@ -18,6 +18,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheels.installed(wheels.wheel(ROOT, folder / "wheel"), folder / "env")
 
 
+@pytest.mark.long
 def test_init_up_join_run_and_two_rounds(installed: Path, tmp_path: Path) -> None:
     with fleet(tmp_path, INSTALLED=str(installed / SCRIPTS), PYTHONPATH="") as site:
         made = site.ask("init")
@@ -32,6 +33,17 @@ def test_init_up_join_run_and_two_rounds(installed: Path, tmp_path: Path) -> Non
         model = tmp_path / "model.safetensors"
         assert site.ask("models", "export", run["id"], str(model)).returncode == 0
         assert model.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("script", "words"), [("commonweight", ("init",)), ("commonweight-agent", ("--help",))]
+)
+def test_its_commands_run(
+    installed: Path, tmp_path: Path, script: str, words: tuple[str, ...]
+) -> None:
+    env = environment(tmp_path, PYTHONPATH="")
+    done = subprocess.run([str(installed / SCRIPTS / script), *words], env=env, cwd=tmp_path)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("package", ["agent", "commonweight", "coordinator", "protocols"])

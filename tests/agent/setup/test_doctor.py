@@ -268,6 +268,13 @@ def enroll(home: Path, ca_key: identity.SigningKey, ca_pem: bytes, port: int) ->
     enrollment_file.write_enrollment(home, enrollment)
 
 
+@pytest.fixture
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check of the device that does not load torch for seconds; other tests load it."""
+    monkeypatch.setattr(environment_checks, "_DEVICE_SCRIPT", "print('cpu')")
+
+
+@pytest.mark.usefixtures("no_torch")
 @pytest.mark.parametrize(
     ("ahead_s", "ok", "said"),
     [
@@ -285,6 +292,7 @@ def test_a_wrong_clock_is_a_fault(agent_home: Path, ahead_s: float, ok: bool, sa
     assert "NTP" in made["clock"].fix
 
 
+@pytest.mark.usefixtures("no_torch")
 @pytest.mark.parametrize(
     ("wrong", "said", "fix"),
     [
