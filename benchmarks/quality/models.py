@@ -106,7 +106,7 @@ def every_model(of: Split) -> dict[str, Any]:
 
 
 def by_default(of: Split) -> dict[str, Any]:
-    """What a run gives without any setting, and with `--secure`."""
+    """What a run gives without any setting, and with `--secure`; and trees with `--secure`."""
     peers = _agreed(of)
     chosen, secure = (choose(of.table, of.parts, peers.settings, secure=s) for s in (False, True))
     auto = together(of.table, of.parts, of.test, chosen)
@@ -117,6 +117,7 @@ def by_default(of: Split) -> dict[str, Any]:
         "personal": own(of.first, of.test, auto),
         "secure_chosen": secure,
         "secure": masked.test,
+        "secure_trees": together(of.table, of.parts, of.test, "trees", secure=True).test,
         "alone": best_alone(of, [of.first]),
         **_central(of),
     }

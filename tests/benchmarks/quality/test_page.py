@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import page
+from benchmarks.quality import page, table_page
 from benchmarks.quality.liars import LIES
 from benchmarks.quality.measured import RESULTS
 from tests.support.fleet_harness import ROOT
@@ -112,3 +112,28 @@ def test_adapters_of_the_same_rounds_are_compared() -> None:
     assert average["bytes_down"] == svd["bytes_down"] == 2 * ffa["bytes_down"]
     assert stack["bytes_down"] > 4 * average["bytes_down"]
     assert all(row["losses"][-1] < row["first_loss"] for row in rows)
+
+
+def test_the_page_of_tables_counts_where_a_peer_is_better_alone() -> None:
+    def row(
+        metric: str, auto: float, personal: float, alone: float, secure: float
+    ) -> table_page.Row:
+        return {
+            "table": "t", "rows": 1000, "metric": metric, "auto": auto, "personal": personal,
+            "alone": alone, "secure": secure, "secure_trees": secure, "central": 0.9,
+            "central_defaults": 0.9, "chosen": "mlp", "secure_chosen": "trees",
+        }  # fmt: skip
+
+    rows = [
+        row("AUC", 0.8, 0.9, 0.85, 0.86),
+        row("AUC", 0.84, 0.8, 0.85, 0.88),
+        row("RMSE", 1.2, 1.1, 1.0, 0.91),
+        row("RMSE", 1500.0, 9.0, 9.0, 1.0),
+    ]
+    shown = table_page.held_out_tables({"rows": rows})
+    assert "| MLP 1,500 | 9 | trees 1 |" in shown
+    assert (
+        "In 2 of 4 rows the shared or the personal model is at least as good as the best peer "
+        "alone. In the others, at most 0.0100 AUC or 10.0 % RMSE is missing. With `--secure`, 2 "
+        "of 4 rows are within 3 % of XGBoost."
+    ) in shown
