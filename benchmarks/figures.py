@@ -50,6 +50,10 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
         )
     },
     ("docs/large-models.md", "overlap"): ("bench/overlap-results.json", small_tables.overlap),
+    ("docs/large-models.md", "late training"): (
+        "bench/overlap-results.json",
+        small_tables.late_training,
+    ),
     ("docs/large-models.md", "adapters"): ("quality/adapters.json", quality.adapters),
     ("docs/quality.md", "codecs"): ("quality/quality-results.json", quality.codecs),
     ("docs/quality.md", "strategies"): ("quality/quality-results.json", quality.strategies),

@@ -32,7 +32,7 @@ from protocols.local.atomic_files import fsync_files
 from protocols.messages.work import Work
 from protocols.model.fragments import Fragment, Spliced
 from protocols.model.late_merge import LateMerge
-from protocols.model.weights import WeightReader, check_schema, split_into_pieces
+from protocols.model.weights import WeightReader, check_finite, check_schema, split_into_pieces
 from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 log = logging.getLogger("commonweight.agent")
@@ -110,8 +110,15 @@ class TrainingAhead:
     def keep(self, work: Work, columns: Sequence[str], weights: Path, digest: str) -> None:
         """Keep these weights for the next round, once the update with this digest is in the outbox.
 
-        Raises OSError.
+        A training that diverged is not kept, so the next one begins with the version. Raises
+        OSError.
         """
+        try:
+            with WeightsFile(weights) as own:
+                check_finite(own)
+        except BadWeights as err:
+            log.warning("the next round begins with its version: %s", err.message)
+            return
         name = _name(work, columns, work.round)
         following = self._outbox.running.paths(name).next
         following.unlink(missing_ok=True)

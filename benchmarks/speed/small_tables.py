@@ -131,3 +131,15 @@ def overlap(results: dict[str, Any]) -> str:
         "| Mbit/s up, down | codec | bytes up | bytes down | fragments | steps | without | with |"
     )
     return f"{head}\n|---|---|---|---|---|---|---|---|\n{lines}".replace("%", " %")
+
+
+def late_training(results: dict[str, Any]) -> str:
+    """The loss that a late version costs: overlap-results.json."""
+    rows = results["losses"]
+    lines = "".join(
+        f"| {row['overlap']} | {row['fragments']} | {row['inner']} | {row['steps']} "
+        f"| {row['loss']:.3f} | {row['loss'] / rows[0]['loss'] - 1:+.1%} |\n"
+        for row in rows
+    )
+    head = "| `--overlap` | `--fragments` | steps a round | steps | held-out loss | |\n"
+    return f"{head}|---|---|---|---|---|---|\n{lines}".replace("%", " %").replace("+0.0 %", "")

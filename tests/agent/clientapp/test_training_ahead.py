@@ -234,6 +234,17 @@ def test_otherwise_a_round_begins_with_its_version(tmp_path: Path, why: str) -> 
     assert desk.trainer.begun[-1] == (number, VERSIONS[number - 1].tolist())
 
 
+def test_a_peer_that_diverged_begins_again_with_the_version(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    desk.ask(1)
+    (own,) = (tmp_path / "outbox" / "running").glob("*.weights")
+    weights.save(Weights({"w": np.full(COUNT, np.nan, np.float32)}), own)
+    desk.ask(2)  # its update is not finite, and the coordinator refuses it
+    assert not np.isfinite(weights.from_bytes(desk.sent[2])["w"]).any()
+    desk.ask(3)
+    assert desk.trainer.begun[-1] == (3, VERSIONS[2].tolist())
+
+
 def test_without_the_run_asking_no_round_begins_early(tmp_path: Path) -> None:
     desk = Desk(tmp_path, in_background=True)
     desk.ask(ROUNDS)  # the last one
