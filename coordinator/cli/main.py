@@ -5,6 +5,7 @@ Flower and Textual are imported inside the commands that need them, so that `--h
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -226,6 +227,9 @@ def up(
     from coordinator.daemon.coordinator import Coordinator
     from coordinator.storage.ledger import Ledger
 
+    # Modules never become garbage. Frozen, they do not delay the collection after each run.
+    gc.collect()
+    gc.freeze()
     if upstream is not None:
         from coordinator.daemon import upstream as above
 
