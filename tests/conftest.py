@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,19 @@ def _no_settings_of_this_machine(
             monkeypatch.delenv(name)
     data = tmp_path_factory.getbasetemp() / f"data{next(_NUMBERS)}"
     monkeypatch.setenv("XDG_DATA_HOME", str(data))
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """A folder in memory, if this system has one, else on disk.
+
+    Tests that commit to databases thousands of times wait for a disk most of their time. Not for
+    tests of the sandbox, in which a task can use shared memory.
+    """
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="commonweight-", dir=place) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -37,6 +37,12 @@ SECRET = 51_234.0
 Row = dict[str, Any]
 
 
+@pytest.fixture
+def tmp_path(memory_path: Path) -> Path:
+    """In memory, because a peer commits what each answer told."""
+    return memory_path
+
+
 def persons(count: int = 200, seed: int = 11) -> list[Row]:
     chance = np.random.default_rng(seed)
     rows: list[Row] = [

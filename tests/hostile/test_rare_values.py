@@ -34,6 +34,12 @@ NAMES = tuple(f"p{number}" for number in range(COUNT))
 WANTED = {**SETTINGS, "target": "ill", "kind": "classification", "features": "age,name"}
 
 
+@pytest.fixture
+def tmp_path(memory_path: Path) -> Path:
+    """In memory, because a peer commits which rows each survey told of."""
+    return memory_path
+
+
 def patients() -> list[Row]:
     return [
         {

@@ -32,6 +32,12 @@ pytestmark = pytest.mark.attack("questions", by="coordinator")
 QUESTION = "sum(salary), mean(age) by sex"
 
 
+@pytest.fixture
+def tmp_path(memory_path: Path) -> Path:
+    """In memory, because a peer commits what each answer told."""
+    return memory_path
+
+
 def rows(seed: int, count: int = 40, **fixed: Any) -> list[dict[str, Any]]:
     chance = np.random.default_rng(seed)
     return [

@@ -24,6 +24,12 @@ pytestmark = pytest.mark.attack("24.3")
 MIN_COUNT = 5
 
 
+@pytest.fixture
+def tmp_path(memory_path: Path) -> Path:
+    """In memory, because a peer commits what each answer told."""
+    return memory_path
+
+
 def persons(count: int = 300, seed: int = 6, oldest: float = 99.0) -> list[dict[str, Any]]:
     chance = np.random.default_rng(seed)
     rows = [

@@ -17,6 +17,12 @@ pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
 pytestmark = pytest.mark.attack("20.2")
 
 
+@pytest.fixture
+def tmp_path(memory_path: Path) -> Path:
+    """In memory, because a peer commits what each answer told."""
+    return memory_path
+
+
 def halve(is_above: Callable[[float], bool], low: float = 0.0, high: float = 1e5) -> float:
     """Where the answer changes, to a whole number."""
     while high - low > 1:
