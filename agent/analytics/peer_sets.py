@@ -3,14 +3,15 @@
 A sum over four peers less the same sum over three of them is what the fourth one told. So this
 agent answers about a column alone or in secure sums, never in both ways; and the sets of peers of
 its secure sums must not differ in a few peers that its owner trusts, nor their sums and differences
-(`linear_audit`, with peers in place of rows). Peers that the owner does not trust do not count: if
-one has left for good, the owners remove it from their trust.
+(`linear_audit`, with peers in place of rows). A peer that tells nothing of a column adds 0 to its
+sums, so it is in no set there. Peers that the owner does not trust do not count: if one has left
+for good, the owners remove it from their trust.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from agent.data.private_database import open_database
 from protocols.analytics.query import Query
 from protocols.errors import Refused, SecureRefused
 from protocols.privacy import question_layout
+from protocols.privacy.question_layout import ToldBy
 from protocols.privacy.secagg.cohort import Pins
 
 _SCHEMA = """
@@ -85,39 +87,43 @@ class PeerSets:
             found |= dict.fromkeys(tuple(json.loads(peers)) for (peers,) in rows)
         return [*found]
 
-    def check(self, columns: Sequence[str], peers: Sequence[str], me: str, pins: Pins) -> None:
-        """Raise SecureRefused if a sum over these peers and earlier ones would isolate a few."""
+    def check(self, told: ToldBy, me: str, pins: Pins) -> None:
+        """Raise SecureRefused if these sums and earlier ones together would isolate a few peers."""
         trusted = pins.peers | {me}
-        for name in columns:
+        number = {peer: i for i, peer in enumerate(sorted(trusted))}
+        for name, sets in told.items():
             known = [trusted.intersection(found) for found in self.sets([name])]
-            new = trusted.intersection(peers)
-            if new in known:
+            new = [one for one in {trusted & peers for peers in sets} if one not in known]
+            if not new:
                 continue
-            if len(known) >= MAX_SETS:
+            if len(known) + len(new) > MAX_SETS:
                 raise SecureRefused(
                     "other peers", f"too many sets of peers have told of {_words(name)}"
                 )
-            number = {peer: i for i, peer in enumerate(sorted(trusted))}
-            before = [np.sort(np.array([number[p] for p in one], np.int64)) for one in known]
-            after = [*before, np.sort(np.array([number[p] for p in new], np.int64))]
-            if linear_audit.isolates_few(before, after, pins.minimum):
+            before, more = (
+                [np.sort(np.array([number[p] for p in one], np.int64)) for one in some]
+                for some in (known, new)
+            )
+            if linear_audit.isolates_few(before, [*before, *more], pins.minimum):
                 raise SecureRefused(
                     "other peers",
-                    f"earlier sums about {_words(name)} were of other peers; together with this "
-                    f"one they would tell the sum of fewer than {pins.minimum} trusted peers",
-                    "ask when the same peers are online, or as many others; if one has left for "
-                    "good, each owner: commonweight-agent trust remove ID",
+                    f"earlier sums about {_words(name)} were of other peers, or a peer has no rows "
+                    "that this question is about; together with this sum they would tell that of "
+                    f"fewer than {pins.minimum} trusted peers",
+                    "ask when the same peers are online, or as many others, and about rows that "
+                    "each has; if one has left for good, each owner: commonweight-agent trust "
+                    "remove ID",
                 )
 
-    def tell(self, columns: Sequence[str], peers: Sequence[str], me: str, pins: Pins) -> None:
-        """Record a sum before it can be unmasked. Raises Refused, SecureRefused."""
+    def tell(self, told: ToldBy, me: str, pins: Pins) -> None:
+        """Record sums before they can be unmasked. Raises Refused, SecureRefused."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self.check_in_sums(columns)
-            self.check(columns, peers, me, pins)
-            text = json.dumps(sorted(peers))
+            self.check_in_sums(told)
+            self.check(told, me, pins)
             self._db.executemany(
-                "INSERT OR IGNORE INTO sums VALUES (?, ?)", [(name, text) for name in columns]
+                "INSERT OR IGNORE INTO sums VALUES (?, ?)",
+                [(name, json.dumps(sorted(one))) for name, sets in told.items() for one in sets],
             )
         except BaseException:
             self._db.execute("ROLLBACK")

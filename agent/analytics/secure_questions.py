@@ -30,7 +30,7 @@ from protocols.errors import BadMessage, CommonweightError, SecureRefused
 from protocols.messages.decoding import decode
 from protocols.messages.jobs import SecureAnalyze, Unit
 from protocols.privacy import question_layout, question_sums
-from protocols.privacy.question_layout import Layout, Shape
+from protocols.privacy.question_layout import Layout, Shape, ToldBy
 from protocols.privacy.question_sums import MaskedAnswer
 from protocols.privacy.secagg import messages
 from protocols.privacy.secagg.messages import (
@@ -146,9 +146,9 @@ class SecureQuestions:
                 return self._mask(key, request, found)
             case AgreeRequest():
                 self._check(found, request.survivors)
-                columns = peer_sets.columns_of(found.query)
                 rule = secure_rules.pins(self._owner())
-                self._peer_sets.tell(columns, request.survivors, self._me.peer, rule)
+                told = self._told(found, request.survivors)
+                self._peer_sets.tell(told, self._me.peer, rule)
                 answer = self._turns.agree(key, request)
                 found.numbers = None
             case _:
@@ -203,7 +203,12 @@ class SecureQuestions:
                 f"requires {rule.minimum}",
                 "ask about groups and categories that more peers have",
             )
-        self._peer_sets.check(peer_sets.columns_of(found.query), list(peers), self._me.peer, rule)
+        self._peer_sets.check(self._told(found, peers), self._me.peer, rule)
+
+    def _told(self, found: _Open, peers: Sequence[str]) -> ToldBy:
+        """By column, of which of these peers its sums tell: one without a row adds 0 to them."""
+        assert found.layout is not None
+        return question_layout.told_about(found.query, found.layout, peers)
 
     @cached_property
     def _peer_sets(self) -> PeerSets:

@@ -16,6 +16,7 @@ from agent.home import fleet_trust
 from agent.home.enrollment_file import write_enrollment
 from agent.transport.coordinator_client import CoordinatorClient
 from protocols.enrollment import certificates, identity
+from protocols.enrollment.ca_chain import ChainResponse
 from protocols.errors import BadMessage, Refused, Unreachable
 from protocols.local import join_client
 from protocols.messages.mqtt import MqttAddress
@@ -47,23 +48,27 @@ class CurrentEnrollment:
         return self._enrollment.certificate
 
     def follow_ca(self, err: Unreachable) -> None:
-        """Go on with the fleet's newest CA, if the one known here leads to it.
+        """Go on with the fleet's newest CA, if the one known here leads to it at any address.
 
         Raises Unreachable then, as all parts start again with it; Refused for another CA.
         """
-        changed = self._enrollment
+        refused: Refused | None = None
         for address in self._enrollment.addresses:
+            if (told := join_client.fetch_chain(address)) == ChainResponse():
+                continue  # no answer
             try:
-                told = join_client.fetch_chain(address)
                 changed = fleet_trust.with_new_ca(self._enrollment, told)
-            except BadMessage as wrong:
-                raise Refused(
+            except BadMessage as wrong:  # whoever answers there, another address may be right
+                refused = refused or Refused(
                     f"the server has another CA than this fleet: {wrong.message}",
                     f"ask the operator who answers at {address}; nothing was sent",
-                ) from err
+                )
+                continue
             if changed != self._enrollment:
                 break
         else:
+            if refused is not None:
+                raise refused from err
             return
         self._save(**structs.asdict(changed))
         self._runner.call_threadsafe(self.on_key_changed)

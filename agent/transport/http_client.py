@@ -179,7 +179,8 @@ class HttpClient:
             connection.close()
 
     def _new(self) -> CoordinatorConnection:
-        return CoordinatorConnection(self.places, self._tls, self.timeout_s)
+        with map_errors():  # a place may be no name of a host
+            return CoordinatorConnection(self.places, self._tls, self.timeout_s)
 
     def _prefer(self, place: str) -> None:
         with self._lock:
@@ -252,16 +253,17 @@ class CoordinatorConnection(Connection):
         super().__init__(host, port, tls, timeout_s)
 
     def connect(self) -> None:
-        """Connects. Raises the OSError of the first address.
+        """Connects. Raises the error of the first address.
 
         A wrong certificate counts more, as the fleet may have a new CA.
         """
-        failure: OSError | None = None
+        failure: Exception | None = None
         for place in self._places:
             try:
                 self._connect_to(place)
                 return
-            except OSError as err:
+            except (OSError, UnicodeError, http.client.InvalidURL) as err:
+                # The latter two are of a text that is no name of a host.
                 is_wrong = isinstance(err, ssl.SSLCertVerificationError)
                 failure = err if failure is None or is_wrong else failure
                 self.close()
@@ -344,5 +346,5 @@ def map_errors(server: str = "the coordinator") -> Iterator[None]:
     """Maps network and HTTP errors to Unreachable, whose message names the server."""
     try:
         yield
-    except (OSError, http.client.HTTPException) as err:
+    except (OSError, UnicodeError, http.client.HTTPException) as err:
         raise Unreachable(f"{server} does not answer: {describe_error(err)}") from err

@@ -36,6 +36,8 @@ from protocols.tables.statistics import Finite
 
 Bits = npt.NDArray[np.bool_]
 Group = tuple[str | None, ...]
+#: By column ("": the rows alone), the sets of peers that sums about it are over.
+ToldBy = dict[str, set[frozenset[str]]]
 
 #: Numbers of an answer, at most.
 MAX_NUMBERS = 16_384
@@ -243,6 +245,22 @@ def fewest_together(query: Query, layout: Layout, me: str, among: Collection[str
     bits = [told_by(layout, peer, count) for peer in among if peer in layout.told]
     total = np.sum([np.zeros(count, bool), *bits], axis=0, dtype=np.int64).reshape(count)
     return int(total[mine].min(initial=MAX_COHORT))
+
+
+def told_about(query: Query, layout: Layout, peers: Collection[str]) -> ToldBy:
+    """The sets of these peers that the sums of each operation are over, in any group. An operation
+    of which no peer tells is left out. Raises BadMessage, Refused."""
+    items = items_of(query, layout)
+    places = np.array([item.place for item in items])
+    told = {peer: told_by(layout, peer, len(items)) for peer in peers}
+    of_all = (*query.by, *(condition.column for condition in query.where))
+    found: ToldBy = {}
+    for place in range(-1, len(query.operations)):
+        about = (() if place < 0 else query.operations[place].columns) + of_all
+        those = frozenset(peer for peer, bits in told.items() if bits[places == place].any())
+        for column in (about or ("",)) if those else ():
+            found.setdefault(column, set()).add(those)
+    return found
 
 
 def terms(query: Query, layout: bytes) -> str:

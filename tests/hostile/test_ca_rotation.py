@@ -13,9 +13,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.daemon.context import AgentContext
+from agent.daemon.current_enrollment import CurrentEnrollment
+from agent.daemon.state_runner import StateRunner
 from agent.home import enrollment_file, fleet_trust
+from agent.home.credentials import Credentials
 from agent.home.enrollment_file import Enrollment
+from agent.home.settings_schema import AgentSettings
 from agent.setup import enrollment as setup
+from agent.transport.bandwidth import Bandwidth
+from agent.transport.http_client import HttpClient
 from coordinator.admin import backup, keys
 from coordinator.remote import access
 from coordinator.remote.api_client import Remote
@@ -27,10 +34,12 @@ from protocols.enrollment import ca_chain, certificates, fleet_card, identity, t
 from protocols.enrollment.ca_chain import CaTrust, ChainResponse, Transition
 from protocols.enrollment.certificates import NodeCertificate
 from protocols.enrollment.identity import SigningKey
+from protocols.enrollment.joining import CA_CHAIN_PATH
 from protocols.errors import BadMessage, HomeError, Refused, Unreachable, UsageError
 from protocols.messages.envelope import Presence
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.states import PeerState
+from protocols.network.addresses import CoordinatorAddress
 from protocols.p2p import gossip
 from protocols.p2p.gossip import GossipStore
 from tests.support.fleet_harness import fleet, free_port
@@ -474,6 +483,62 @@ def test_a_monitor_follows_its_ca_and_no_other(
     known = msgspec.json.decode((watch / access.ACCESS_FILE).read_bytes(), type=access.Access)
     assert known.ca_pem.encode() == site.ca_pem
     assert HOST in known.addresses[0]
+
+
+@pytest.mark.parametrize("at_first", [True, False], ids=["first", "last"])
+def test_a_strangers_server_at_one_address_keeps_no_agent_from_the_new_ca(
+    tmp_path: Path, at_first: bool
+) -> None:
+    """Attack: take over one of the addresses of the coordinator, while the fleet has a new CA. The
+    server there shows a CA of its own."""
+    for name in ("site", "other", "agent"):
+        (tmp_path / name).mkdir()
+    site, other = Site(tmp_path / "site"), Site(tmp_path / "other")
+    other.replace_ca()
+    ticket = tickets.new_ticket(site.addresses(), certificates.ca_fingerprint(site.ca_pem))
+    site.registry.create_ticket(ticket, ttl_s=60, uses=1)
+    with site.up():
+        setup.join(tmp_path / "agent", tickets.encode(ticket), name="ada", labels={})
+    joined = enrollment_file.read_enrollment(tmp_path / "agent")
+    site = Site.again(site)
+    site.replace_ca()
+    nobody = f"{HOST}:{free_port()}"
+    places = (nobody, other.address, site.address) if at_first else (site.address, other.address)
+    known = msgspec.structs.replace(joined, addresses=places)
+    ctx = AgentContext(
+        home=tmp_path / "agent",
+        enrollment=known,
+        credentials=Credentials.load(tmp_path / "agent", known),
+        settings=AgentSettings(),
+        runner=StateRunner(lambda _: None),
+        bandwidth=Bandwidth(tmp_path / "agent"),
+    )
+    lost = Unreachable("its certificate is not valid")
+    with other.up():
+        with pytest.raises(Refused, match="another CA"):
+            CurrentEnrollment(ctx, lambda _: None).follow_ca(lost)
+        assert {path for _, path in other.requests} == {CA_CHAIN_PATH}
+        with site.up(), pytest.raises(Unreachable, match="the fleet has a new CA"):
+            CurrentEnrollment(ctx, lambda _: None).follow_ca(lost)
+    now = enrollment_file.read_enrollment(tmp_path / "agent")
+    assert (now.ca_pem.encode(), now.addresses) == (site.ca_pem, places)
+
+
+@pytest.mark.parametrize("wrong", ["a..b:9092", f"{'a' * 64}.org:9092", "a\x07b:9092", "xn--ä:1"])
+def test_an_address_that_is_none_keeps_no_agent_from_the_others(tmp_path: Path, wrong: str) -> None:
+    """Attack: name an address on the fleet card that is no name of a host, before a right one."""
+    assert msgspec.convert(wrong, CoordinatorAddress) == wrong, "a card may have it"
+    site, nobody = Site(tmp_path), f"{HOST}:{free_port()}"
+    tls = ssl.create_default_context(cadata=site.ca_pem.decode())
+    with site.up():
+        wire = HttpClient([nobody, wrong, site.address], tls, timeout_s=9.0, max_idle_s=9.0)
+        assert wire.request("GET", CA_CHAIN_PATH, {}).status == 200
+        assert wire.places[0] == site.address
+        wire.close()
+    for places in ([nobody, wrong], [wrong]):
+        wire = HttpClient(places, tls, timeout_s=9.0, max_idle_s=9.0)
+        with pytest.raises(Unreachable):
+            wire.request("GET", "/", {})
 
 
 @pytest.mark.long

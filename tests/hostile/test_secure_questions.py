@@ -203,6 +203,27 @@ def test_the_second_question_asks_the_same_peers(tmp_path: Path) -> None:
     assert again.left_out == {site.ids[4]: "earlier sums about these columns were without it"}
 
 
+@pytest.mark.parametrize("second", ["sum(salary)", "mean(salary), mean(age) by sex"])
+def test_a_condition_does_not_leave_a_peer_out_of_a_sum(tmp_path: Path, second: str) -> None:
+    """Attack: ask the same peers twice, the second time with a condition that no row of one of them
+    meets, such as the name of its site. It would add 0, and the difference would be its sum. In
+    either order."""
+    parts = [rows(seed, site="north" if seed == 3 else "south") for seed in range(4)]
+    questions = [(second, ""), ("sum(salary)", "site != 'north'")]
+    for folder, asked in (("one", questions), ("two", questions[::-1])):
+        (tmp_path / folder).mkdir()
+        site = SecureTables(tmp_path / folder, parts)
+        lie_about_shapes(site)
+        site.ask(*asked[0])
+        seen = len(site.seen)
+        with pytest.raises(CommonweightError):
+            site.ask(*asked[1])
+        assert len(site.errors) == 4
+        assert all("fewer than 3 trusted peers" in why for why in site.errors)
+        assert {step for step, *_ in site.seen[seen:]} == {"shape"}
+        assert site.ask(*asked[0]).rows == site.ask(*asked[0]).rows, "the first one is told again"
+
+
 def test_dropouts_of_a_second_sum_are_not_its_difference(tmp_path: Path) -> None:
     """Attack: begin the second sum with the same peers, and say that the upload of one of them has
     not come."""
