@@ -28,9 +28,11 @@ def pins(chosen: AgentSettings) -> Pins:
 def check(work: Work, chosen: AgentSettings) -> None:
     """Raise NotAllowed for work of a plain run if the owner wants secure runs alone or the peers
     share noise, AwaitingTrust for that of a secure run if the owner trusts too few peers,
-    BadMessage for a step of a plain run."""
+    BadMessage for a step of a plain run, or training ahead where it is not counted."""
     if work.kind in STEPS and not is_secure(work):
         raise BadMessage(f"a step {work.kind} of a run that is not secure")
+    if work.ahead and (is_secure(work) or private_training.read(work.settings) is not None):
+        raise BadMessage("no training ahead (--overlap) in a run that is secure or adds noise")
     if work.kind not in _ABOUT_ROWS:
         return
     _check_shared_noise(work, chosen)

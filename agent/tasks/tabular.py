@@ -217,7 +217,7 @@ class Tabular(LocalTables):
             found = super()._measure(output, target, count, settings)
             if not of.weights:
                 return found
-            weights = torch.tensor(of.weights, device=output.device)
+            weights = torch.tensor(self._told_weights(of, settings), device=output.device)
             loss = float(_weighted_loss(weights, output, target)) * count
             return found._replace(sums={**found.sums, "loss": loss})
         error = (output - target).double()

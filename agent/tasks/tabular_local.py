@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from agent.data.features import EncodedRows
 from agent.tasks import LocalRounds, OnStep
@@ -16,7 +17,8 @@ from agent.tasks.training.local_models import RowMetrics
 from agent.tasks.training.seeds import split_aside
 from agent.tasks.training.torch_task import LastValue
 from protocols.model.weights import Weights
-from protocols.tables.preprocessing import decode
+from protocols.tables import class_weights
+from protocols.tables.preprocessing import Target, decode
 from protocols.tables.trees.histograms import GrowingRows
 
 #: A run over many peers learns in fewer rounds than one machine does.
@@ -58,11 +60,16 @@ class LocalTables(BuiltInTask):
         on_step(1, 1, math.nan, len(rows.y))
         return grown
 
+    def _told_weights(self, of: Target, settings: RunSettings) -> npt.NDArray[np.float64]:
+        """The weights of the classes in a loss over the held-out rows."""
+        held_out = self._sets(settings)[1].y
+        return class_weights.of_told_rows(of.weights, held_out, self._data.min_count)
+
     def _measure_each(self, output: Any, target: Any, settings: Any) -> RowMetrics:
         of = decode(str(settings["preprocessing"])).target
         if of.classes and of.weights:  # an accuracy would not have them
             found = super()._measure_each(output, target, settings)
-            weights = np.array(of.weights)[target.cpu().numpy()]
+            weights = self._told_weights(of, settings)[target.cpu().numpy()]
             del found["accuracy"]
             return {**found, "loss": found["loss"] * weights}
         if of.classes:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 #: The option that gives all classes one weight.
 BALANCED = "--set class_weights=balanced"
 #: A class is rare if it has less than this part of the rows that each class would have alike.
@@ -20,6 +23,18 @@ def balanced(classes: Sequence[str], counts: Mapping[str, int]) -> tuple[tuple[f
     weights = [total / (len(counts) * counts[name]) for name in classes]
     rounded = tuple(float(f"{min(weight, MAX_WEIGHT):.6g}") for weight in weights)
     return rounded, 2.0 ** math.ceil(math.log2(total + 1))
+
+
+def of_told_rows(
+    weights: Sequence[float], classes: npt.NDArray[np.int64], min_rows: int
+) -> npt.NDArray[np.float64]:
+    """The weight of each class in a loss over rows of these classes that is told.
+
+    Losses with different weights can be solved for the loss of each class. So a class with fewer
+    rows has the weight of the most frequent one, and is told together with it alone.
+    """
+    counts, found = np.bincount(classes, minlength=len(weights)), np.array(weights)
+    return np.where(counts < min_rows, found[counts.argmax()], found)
 
 
 def rare_class_hint(counts: Mapping[str, int]) -> str:

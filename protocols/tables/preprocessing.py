@@ -35,6 +35,7 @@ _MAX_RARE_NOTES = 20
 
 Setting = str | int | float | bool
 _Texts = Annotated[tuple[Text, ...], Meta(max_length=65_536)]
+_Weight = Annotated[float, Meta(gt=0, le=class_weights.MAX_WEIGHT)]
 
 
 class Feature(Struct, frozen=True, kw_only=True):
@@ -60,8 +61,8 @@ class Target(Struct, frozen=True, kw_only=True):
     classes: _Texts = ()
     mean: float = 0.0
     scale: float = 1.0
-    weights: Annotated[tuple[float, ...], Meta(max_length=65_536)] = ()
-    weight_sum: float = 0.0
+    weights: Annotated[tuple[_Weight, ...], Meta(max_length=65_536)] = ()
+    weight_sum: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Preprocessing(Struct, frozen=True, kw_only=True):
@@ -95,9 +96,12 @@ def encode(preprocessing: Preprocessing) -> str:
 def decode(text: str) -> Preprocessing:
     """The preprocessing in `text`. Raises BadMessage."""
     try:
-        return msgspec.json.decode(text.encode(), type=Preprocessing)
+        made = msgspec.json.decode(text.encode(), type=Preprocessing)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as err:
         raise BadMessage(f"not a valid preprocessing: {err}") from err
+    if made.target.weights and len(made.target.weights) != len(made.target.classes):
+        raise BadMessage("not a valid preprocessing: it has not one weight for each class")
+    return made
 
 
 def check(made: Preprocessing) -> None:
@@ -111,13 +115,6 @@ def check(made: Preprocessing) -> None:
         raise UsageError(f"the column {commas[0]!r} has a comma in its name")
     if len(made.target.classes) == 1:
         raise UsageError("the target of the preprocessing has one class: two are the fewest")
-    weights = made.target.weights
-    if weights and len(weights) != len(made.target.classes):
-        raise UsageError("the target of the preprocessing has not one weight for each class")
-    if not all(0 < weight <= class_weights.MAX_WEIGHT for weight in weights):
-        raise UsageError(
-            f"weights of classes must be above 0, and {class_weights.MAX_WEIGHT:g} at most"
-        )
     columns: tuple[Feature | Target, ...] = (made.target, *made.features)
     for one in columns:
         kinds = one.classes if isinstance(one, Target) else one.categories

@@ -6,6 +6,7 @@ Each test asks the trainer as the agent does, in a new process each time as far 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from agent.tasks.work import Describe, Done, Evaluate, Init, Train
 from agent.trainer.executor import WorkExecutor
 from agent.trainer.ipc import Failed, Progress
 from agent.trainer.progress import WorkControl
-from protocols.errors import NotAllowed
+from protocols.errors import BadMessage, NotAllowed
 from protocols.model import schema_card, weights
 from protocols.tables import preprocessing
 from protocols.tables.model_scores import ModelScores
@@ -196,6 +197,46 @@ def test_scores_of_models_before_and_after(tmp_path: Path, change: Change) -> No
     trainer.write(change(rows))
     after = asked_again(lambda: trainer.do(Describe, auto).description)
     assert after in (None, before)
+
+
+def weighted(trainer: Trainer, *of_classes: float) -> float:
+    """The loss that is told of the same model, with these weights of the classes."""
+    made = preprocessing.decode(trainer.settings["preprocessing"])
+    made = replace(made, target=replace(made.target, weights=of_classes))
+    settings = {"seed": 1, "round": 1, **trainer.settings}
+    settings["preprocessing"] = preprocessing.encode(made)
+    return trainer.do(Evaluate, settings, base=trainer.base).metrics["loss"] or 0.0
+
+
+@pytest.mark.attack("20.3")
+@pytest.mark.parametrize("ill", [6, 40], ids=["few", "many"])
+def test_weights_of_classes_do_not_single_out_few_held_out_rows(tmp_path: Path, ill: int) -> None:
+    """Attack: evaluate one model with several weights of the classes, and solve the losses for that
+    of a class with one or two held-out rows. Of a class with many, it is told."""
+    rows = [{**row, "ill": "yes" if n < ill else "no"} for n, row in enumerate(people(120))]
+    trainer = Trainer(tmp_path, rows, SETTINGS | {"target": "ill", "kind": "classification"})
+    trainer.train()
+    trainer.base = str(tmp_path / "out.safetensors")
+    alike, heavy, light = (weighted(trainer, 1.0, weight) for weight in (1.0, 50.0, 1e-6))
+    if ill == 6:
+        assert alike == heavy == light
+        assert weighted(trainer, 8.0, 1e-6) == pytest.approx(8 * alike, rel=1e-5)
+    else:
+        assert light < alike < heavy
+
+
+@pytest.mark.attack("20.3")
+@pytest.mark.parametrize(
+    "weights_of_classes", [[0, 1], [-1, 1], [1, 1e7], [1], [1, 1, 1], [1, 1e999], [1, None], "11"]
+)
+def test_weights_of_classes_are_bounded(weights_of_classes: Any) -> None:
+    """Attack: send weights that leave a class out, turn its gradient around, or are no numbers."""
+    target = {"name": "ill", "kind": "text", "classes": ["no", "yes"]}
+    made: dict[str, Any] = {"features": [{"name": "age", "kind": "number"}], "target": target}
+    assert preprocessing.decode(json.dumps(made)).target.weights == ()
+    target["weights"] = weights_of_classes
+    with pytest.raises(BadMessage):
+        preprocessing.decode(json.dumps(made))
 
 
 @pytest.mark.attack("20.3")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from agent.clientapp import secure_rules
 from agent.home.settings_schema import AgentSettings
-from protocols.errors import AwaitingTrust, NotAllowed
+from protocols.errors import AwaitingTrust, BadMessage, NotAllowed
 from protocols.messages import refusals
 from protocols.messages.work import Work, WorkKind
+from protocols.privacy.private_training import PrivateTraining
 from protocols.privacy.secagg.messages import masked_codec
 from tests.support.secure_cohort import me
 
@@ -57,3 +59,17 @@ def test_first_weights_need_no_trust() -> None:
         secure_rules.check(work, AgentSettings(secure_min=3))
     with pytest.raises(NotAllowed):
         secure_rules.check(of(PLAIN, "train"), AgentSettings(secure_min=3))
+
+
+@pytest.mark.attack("secure", by="coordinator")
+@pytest.mark.parametrize("private", [False, True], ids=["secure", "noise"])
+def test_no_training_ahead_for_a_sum_or_with_noise(private: bool) -> None:
+    """Attack: sign work that the coordinator's own rules refuse, with training for the next round
+    from the peer's own weights in a secure run, or one with noise."""
+    noise = PrivateTraining(epsilon=3.0, delta=1e-6, clip=1.0, rounds=9)
+    work = replace(PLAIN, settings=noise.settings()) if private else SECURE
+    owner = AgentSettings(trust=TRUST)
+    secure_rules.check(work, owner)
+    with pytest.raises(BadMessage, match="no training ahead"):
+        secure_rules.check(replace(work, ahead=True), owner)
+    secure_rules.check(replace(PLAIN, ahead=True), owner)

@@ -42,13 +42,16 @@ def patients(path: Path, seed: int, rate: float, rows: int = 1000) -> Path:
     )
 
 
-def fleet(folder: Path, settings: dict[str, Any]) -> tuple[list[Tabular], dict[str, Any]]:
+def fleet(
+    folder: Path, settings: dict[str, Any], min_count: int = 3
+) -> tuple[list[Tabular], dict[str, Any]]:
     """Two clinics, of which one has most of the ill, with the preprocessing of both."""
     tasks = []
     for number, rate in enumerate((0.01, 0.08)):
         tasks.append(Tabular())
         path = patients(folder / f"{number}.csv", number, rate)
-        tasks[-1].load(DataSettings(path=str(path), index=number, device="cpu", min_count=3))
+        data = DataSettings(path=str(path), index=number, device="cpu", min_count=min_count)
+        tasks[-1].load(data)
     tables = {str(n): task.survey(settings) for n, task in enumerate(tasks)}
     made = preprocessing.derive(tables, settings).preprocessing
     return tasks, {**settings, "preprocessing": preprocessing.encode(made)}
@@ -82,7 +85,7 @@ def test_a_rare_class_is_found_with_weights_of_the_whole_fleet(tmp_path: Path, m
 
 def test_the_loss_and_its_gradient_are_those_of_all_rows_together(tmp_path: Path) -> None:
     """The mean over peers by rows is the weighted loss of the union, as the divisor is the rows."""
-    tasks, settings = fleet(tmp_path, {**LINEAR, "model": "linear"})
+    tasks, settings = fleet(tmp_path, {**LINEAR, "model": "linear"}, min_count=1)
     rng = np.random.default_rng(5)
     version = Weights(
         {
