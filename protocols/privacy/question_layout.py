@@ -177,20 +177,19 @@ def items_of(query: Query, layout: Layout) -> list[Item]:
         len(group) != len(query.by) for group in layout.groups
     ):
         raise BadMessage("the layout of the sums is of another question")
-    items = []
-    for group in layout.groups:
-        items.append(Item(group, -1, "", 1))
-        for place, operation in enumerate(query.operations):
-            if operation.kind == "levels":
-                items += [Item(group, place, level, 1) for level in layout.levels[place]]
-            else:
-                items.append(Item(group, place, "", _size(operation, len(layout.edges[place]))))
-    if (count := sum(item.size for item in items)) > MAX_NUMBERS:
+    figures: list[tuple[int, str, int]] = [(-1, "", 1)]
+    for place, operation in enumerate(query.operations):
+        if operation.kind == "levels":
+            figures += [(place, level, 1) for level in layout.levels[place]]
+        else:
+            figures.append((place, "", _size(operation, len(layout.edges[place]))))
+    # Before the list of all: a short layout can name millions.
+    if (count := len(layout.groups) * sum(size for *_, size in figures)) > MAX_NUMBERS:
         raise Refused(
             f"the answer has {count:,} numbers, and a secure sum has at most {MAX_NUMBERS:,}",
             "ask about fewer groups, columns or terms",
         )
-    return items
+    return [Item(group, *figure) for group in layout.groups for figure in figures]
 
 
 def _size(operation: Operation, edges: int) -> int:

@@ -3,6 +3,7 @@ steps."""
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,3 +422,27 @@ def test_a_sum_beyond_the_ring_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CommonweightError, match="too large to be masked"):
         site.ask("var(salary)")
     assert {step for step, *_ in site.seen} == {"shape"}
+
+
+@pytest.mark.attack("10", by="coordinator")
+def test_a_layout_of_millions_of_numbers_takes_no_memory(tmp_path: Path) -> None:
+    """Attack: name many groups and categories in a layout of 140 kB, so that an agent makes a list
+    of 65 million figures of it."""
+    site = fleet(tmp_path, 3)
+    levels = tuple(map(str, range(256)))
+    groups = tuple((f"g{number}",) for number in range(2000))
+
+    def change(peer: str, layout: Layout) -> Layout:
+        return replace(layout, groups=groups, levels=(levels,) * len(layout.levels))
+
+    sent(site, change)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CommonweightError):
+            site.ask("levels(ward), levels(sex) by sex")
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert all("1,026,000 numbers" in why for why in site.errors)
+    assert len(site.errors) == 3
+    assert most < 64 << 20
