@@ -117,6 +117,15 @@ LATER = (
         "nearly the same updates can be asked for in many ways; only noise (`--dp`) has a bound",
     ),
     (
+        *(
+            "questions",
+            "ask with and without a condition that leaves out some rows of one peer alone",
+            "requester",
+        ),
+        "no peer knows whether the rows of the others have changed, too; a condition that leaves "
+        "out all rows of one peer is refused",
+    ),
+    (
         *("5", "spoil the model by updates within all bounds", "peer"),
         "an update is not compared with the data behind it, which stays where it is",
     ),
