@@ -131,7 +131,7 @@ def killed_when(site: Site, failpoint: str, task: str, **settings: str | int | f
         ({"epochs": 3, "batch_size": 30}, 14),  # the end of an epoch; its last batch is small
         pytest.param({"epochs": 3, "batch_size": 30}, 15, marks=pytest.mark.long),
         pytest.param({"epochs": 2, "momentum": 0.9}, 55, marks=pytest.mark.long),
-        ({"model": "cnn", "max_steps": 12, "momentum": 0.9}, 7),
+        pytest.param({"model": "cnn", "max_steps": 12, "momentum": 0.9}, 7, marks=pytest.mark.long),
     ],
 )
 def test_a_killed_trainer_goes_on_bit_for_bit(
