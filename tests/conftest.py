@@ -45,6 +45,13 @@ def pytest_collection() -> Generator[None, object, object]:
     return result
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage() -> None:
+    """Do the same with what the tests of other files have left."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_of_this_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory

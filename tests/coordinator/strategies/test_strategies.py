@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 import types
@@ -57,13 +56,6 @@ PEERS = ("A", "B", "C", "D", "E")
 @pytest.fixture(autouse=True)
 def _flower_run() -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _little_garbage() -> None:
-    """Flower's own records collect garbage for each update: let it not be the whole session's."""
-    gc.collect()
-    gc.freeze()
 
 
 def spec_of(name: str, **other: Any) -> RunSpec:
