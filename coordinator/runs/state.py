@@ -207,7 +207,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     limited_now: _ByPeer[float] = {}
     evaluations: _ByPeer[Evaluation] = {}
     comparisons: _ByPeer[Comparison] = {}
-    num_compared: int = 0
+    num_compared: Integer = 0
     num_asked: Integer = 0
     num_spent: Integer = 0
     ended_in: RunState = RunState.WAITING
