@@ -75,7 +75,7 @@ class Observer:
         """Work has begun, or ended (None)."""
 
     def on_ahead(self, work: Work | None) -> None:
-        """Training for a round that nobody has asked for yet has begun in the background, or ended
+        """Training for a round that was not asked for yet has begun in the background, or ended
         (None). Not on the work thread."""
 
     def on_version(self, work: Work, payload: bytes, signature: bytes) -> None:

@@ -53,7 +53,7 @@ _SHARED = "shared.safetensors"
 _SPARE_BYTES = 4 * 1024 * 1024
 #: After these failures the comparison is tried again later.
 _PASSING = frozenset({"stopped", "cancelled", DiskFull.code})
-#: What the coordinator is told of other failures; of the rest, that it failed.
+#: The coordinator gets the reason of these failures; of others, only that the comparison failed.
 _MISSING: dict[str, Missing] = {UsageError.code: "task", DataError.code: "rows"}
 
 

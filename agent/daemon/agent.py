@@ -140,14 +140,7 @@ class Agent:
         self._report.gossip_status = self._gossip.summary
         self._gossip.address = self._sharing.address
         self._bandwidth.rates = self._policy.rates
-        self._sharing.may_pass_on = self._may_pass_on
-
-    def _may_pass_on(self, nbytes: int) -> bool:
-        """Whether another peer may get these bytes. They count for the owner's daily limit."""
-        if not self._policy.may_pass_on():
-            return False
-        self._bandwidth.passed_on(nbytes)
-        return True
+        self._sharing.may_pass_on = self._policy.may_pass_on
 
     # --- life cycle ---
 

@@ -58,7 +58,7 @@ class CurrentEnrollment:
                 continue  # no answer
             try:
                 changed = fleet_trust.with_new_ca(self._enrollment, told)
-            except BadMessage as wrong:  # whoever answers there, another address may be right
+            except BadMessage as wrong:  # another address may be right
                 refused = refused or Refused(
                     f"the server has another CA than this fleet: {wrong.message}",
                     f"ask the operator who answers at {address}; nothing was sent",

@@ -53,12 +53,14 @@ class PolicyLoop:
         """The limits for sending and receiving, in Mbit/s; 0 is no limit."""
         return self._settings.up_mbit, self._settings.down_mbit
 
-    def may_pass_on(self) -> bool:
-        """False once the owner's megabytes of this day are sent, so that peers get no more."""
-        chosen = self.settings
-        if "always" in (chosen.traffic, chosen.work):
-            return True
-        return not rules.used_up(chosen, self._ctx.bandwidth.today()[0], 0)
+    def may_pass_on(self, nbytes: int) -> bool:
+        """Count these bytes for another peer; False if the megabytes of this day are used up."""
+        chosen, bandwidth = self.settings, self._ctx.bandwidth
+        is_bound = "always" not in (chosen.traffic, chosen.work)
+        if is_bound and rules.used_up(chosen, bandwidth.today()[0], 0):
+            return False
+        bandwidth.passed_on(nbytes)
+        return True
 
     def reload(self, request: OwnerRequest) -> bool:
         """Take over what the owner has changed since the last call. True if something changed."""

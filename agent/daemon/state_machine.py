@@ -48,8 +48,8 @@ class AgentState(Struct, frozen=True, kw_only=True):
     `pauses` maps each active reason to its end (Unix s, 0 if unknown). `trainer_failure` is why
     the trainer is paused. `policy` is the policy's last decision. `in_sum`: a secure sum has this
     peer's card, and its steps are to come. `ahead`: the training in the background, for a round
-    that nobody has asked for yet. `comparing`: the run whose models are compared, while there is no
-    work; empty for none.
+    that the coordinator has not asked for yet. `comparing`: the run whose models are compared,
+    while there is no work; empty for none.
     """
 
     session: bool = False
@@ -67,7 +67,7 @@ class AgentState(Struct, frozen=True, kw_only=True):
 
     @property
     def shown_work(self) -> Work | None:
-        """What the trainer does, also if nobody waits for it yet."""
+        """The work of the trainer, including a round that was not asked for yet."""
         return self.work or self.ahead
 
 

@@ -147,7 +147,7 @@ class WorkThread:
         return freed + self.versions.shrink(nbytes - freed, {newest.digest} if newest else ())
 
     def yield_to_runs(self) -> None:
-        """Cancel a part of a comparison, if one goes on. It is done again when there is no work."""
+        """Cancel the running part of a comparison. It is done again when there is no work."""
         self.trainer.cancel(Measure)
 
     def resume_sum(self) -> None:

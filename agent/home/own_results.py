@@ -50,8 +50,9 @@ class OwnRun(Struct, frozen=True, kw_only=True):
 class OwnResult(Struct, frozen=True, kw_only=True):
     """The comparison after a run, or why there is none.
 
-    `digest`: the run's best version, made in `round`. `at`: Unix s. `why` in words, `missing` as it
-    is told. `is_told`: the coordinator has it; `to_tell`: it shall get it.
+    `digest`: the run's best version, made in `round`. `at`: Unix s. `why`: the reason as
+    text, `missing`: the word for it that the coordinator gets. `is_told`: the coordinator has it;
+    `to_tell`: it is to get it.
     """
 
     run: str

@@ -92,8 +92,8 @@ class Export(_TaskWork, frozen=True, tag=True, kw_only=True):
 class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
     """Compare models on this peer's held-out rows (`agent.trainer.own_models`).
 
-    `base` is the run's best version, `folder` where the state and the models are, which later work
-    goes on from. At most `rounds` rounds of local training, of which this work does those of the
+    `base` is the run's best version, `folder` where the state and the models are, with which later
+    work continues. At most `rounds` rounds of local training, of which this work does those of the
     next `slice_s` s. `personal`: the file with this peer's own layers, as in Train. `mu`: the
     weight of the term that keeps the personal model near the shared one. `most_s`: how long the
     training of all models together takes at most, 0 for no limit. `metric`: by which they are

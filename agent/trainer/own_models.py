@@ -70,8 +70,8 @@ def begin(loss: float) -> Fit:
 def after_round(
     fit: Fit, loss: float, rounds: LocalRounds, seconds: float = 0.0, most_s: float = math.inf
 ) -> Fit:
-    """After a round of so many seconds; `loss` counts in the phase "choose" alone, which ends after
-    `most_s` at the latest."""
+    """After a round that took `seconds`. `loss` counts in the phase "choose" alone, which ends
+    after `most_s` at the latest."""
     fit = replace(fit, spent_s=fit.spent_s + seconds)
     number = fit.round + 1
     if fit.phase == "train":

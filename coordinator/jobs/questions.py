@@ -16,7 +16,7 @@ from coordinator.storage.job_events import JobSpec, JobState
 from protocols.analytics.query import Query
 from protocols.messages.envelope import JobChanged, Text, strip_controls
 
-#: After its last step, no secure question goes on.
+#: A secure question ends with this step.
 _LAST_STEP = "unmask"
 #: Between two steps, the machine that asks computes for so long at most.
 _BETWEEN_S = 60.0

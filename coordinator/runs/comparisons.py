@@ -21,7 +21,7 @@ def why_none(run: Run) -> str:
     if run.comparisons or not peers_of(run):
         return ""
     if run.spec.app:
-        return "no comparison: nobody but a Flower app can measure its models"
+        return "no comparison: only the Flower app can measure its models"
     if run.spec.secure or not run.spec.measures:
         how = "--secure" if run.spec.secure else "noise"
         return f"no comparison here: after a run with {how}, each owner alone sees it"

@@ -207,8 +207,8 @@ OPTIONS = (
     Option("overlap", int, 0, "1: peers train for the next round while they send an update and "
            "await the version, so training is one round late. 0: they wait.", _OVERLAP, "rounds",
            unset="they wait"),
-    Option("fragments", int, 1, "With --overlap 1: exchange the model in so many fragments, one in "
-           "each round, so that no layer waits long for its version.", _FRAGMENTS, "fragments"),
+    Option("fragments", int, 1, "With --overlap 1: exchange the model in this many fragments, one "
+           "in each round, so that no layer waits long for its version.", _FRAGMENTS, "fragments"),
     Option("mode", str, "synchronous", "synchronous rounds, or buffered: no peer waits for "
            "another (FedBuff).", choices=("synchronous", "buffered")),
     Option("buffer", int, 0, "Buffered: this many updates make a version.", _FROM_0, "updates",

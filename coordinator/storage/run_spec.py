@@ -51,9 +51,9 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     `dp_user_epsilon`: the coordinator adds noise to each version, so that all versions together
     cost at most that, with `dp_delta`, for one peer (0: no noise).
     `secure`: the coordinator sees no single update, only their sum (`coordinator.runs.secure`).
-    `overlap`: rounds by which training is late, so that it goes on while updates are sent and
-    versions are awaited (`agent.clientapp.training_ahead`; 0: each round begins with its version).
-    `fragments`: the model is exchanged in so many fragments, one in each round
+    `overlap`: rounds by which training is late, so that peers train while they send updates and
+    await versions (`agent.clientapp.training_ahead`; 0: each round begins with its version).
+    `fragments`: the model is exchanged in this many fragments, one in each round
     (`protocols.model.fragments`).
     `only`: the single part that a parent fleet requests from this one (empty: all parts), in the
     parent's round `first_round`. `check`: a run of only the part `describe` that keeps what

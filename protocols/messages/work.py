@@ -63,8 +63,8 @@ class Work(Struct, frozen=True, kw_only=True):
     aggregation, which the message contains. `scores`: an evaluation may have the tally "scores",
     which older coordinators refuse. `choice`: the model that the run has chosen and why, as text
     for the owner. `ahead`: another round follows, and training for it may begin before its
-    version is here, from this peer's own weights. `fragments`: an update has one of so many
-    fragments of the model (`model.fragments`), which take turns; 0 or 1: all of it.
+    version is here, from this peer's own weights. `fragments`: the model has this many
+    fragments (`model.fragments`), of which an update has one, in turn; 0 or 1: all of it.
     """
 
     run: Id

@@ -1,7 +1,7 @@
 """How a peer takes in a version that comes a round late. Pure.
 
 A peer has sent its weights x for the version v, and has come from x to y when v is here. The
-version differs from what the peer sent by v - x, and y has moved on from x. It goes on from
+version differs from what the peer sent by v - x, and y has moved on from x. It continues from
 
     y + PULL (v - x)
 

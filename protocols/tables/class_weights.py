@@ -28,10 +28,10 @@ def balanced(classes: Sequence[str], counts: Mapping[str, int]) -> tuple[tuple[f
 def of_told_rows(
     weights: Sequence[float], classes: npt.NDArray[np.int64], min_rows: int
 ) -> npt.NDArray[np.float64]:
-    """The weight of each class in a loss over rows of these classes that is told.
+    """The weight of each class in a loss that leaves this machine, over rows of these classes.
 
-    Losses with different weights can be solved for the loss of each class. So a class with fewer
-    rows has the weight of the most frequent one, and is told together with it alone.
+    From losses with different weights, the loss of each class could be computed. So a class with
+    fewer than `min_rows` rows has the weight of the most frequent one: only their sum is known.
     """
     counts, found = np.bincount(classes, minlength=len(weights)), np.array(weights)
     return np.where(counts < min_rows, found[counts.argmax()], found)

@@ -77,7 +77,7 @@ class Desk:
         )
 
     def ask(self, number: int, **changed: Any) -> None:
-        """Ask for a round of a run that goes on."""
+        """Ask for a round that is not the last one."""
         self._round = number
         work = Work(
             run="r",

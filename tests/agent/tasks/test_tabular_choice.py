@@ -138,7 +138,7 @@ def test_folds_in_time_are_trained_on_earlier_rows(days: list[int]) -> None:
 
 
 def test_with_split_by_models_are_judged_on_later_rows(tmp_path: Path) -> None:
-    """A line goes on beyond the rows that it was trained on, and trees do not."""
+    """A line extends beyond the rows that it was trained on, and trees do not."""
     rng = np.random.default_rng(3)
     days = rng.permutation(400)
     rows = [{"a": int(day), "cost": round(float(day + rng.normal()), 2)} for day in days]
