@@ -83,7 +83,7 @@ class OwnComparisons:
 
     `on_comparing` hears the run when a part of its comparison begins, and "" when it ends.
     `was_told(task, settings, digest)`: the evaluation of this version has left this machine in its
-    run. So no metric leaves of a model that somebody made to learn about a row.
+    run. So no metric leaves of a model that was made to learn about a row.
     """
 
     def __init__(
@@ -313,9 +313,7 @@ class OwnComparisons:
         """Tell the coordinator, once. Raises Unreachable: it is tried again in the next session."""
         told, is_told = result.comparison, False
         if told is None:
-            told = Comparison(
-                run=result.run, metric="", rows=0, models={}, missing=result.missing or "failed"
-            )
+            told = comparisons.without_numbers(result.run, result.missing or "failed")
         if self._may_tell(one.run, result.digest):
             audit_log.write_comparison(self._home, told, result.task, result.round)
             try:

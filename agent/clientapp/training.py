@@ -19,7 +19,6 @@ from protocols.codecs.registry import Codec, Encoded
 from protocols.local.atomic_files import fsync_files
 from protocols.messages.work import Work
 from protocols.model.fragments import Fragment
-from protocols.model.weights import split_into_pieces
 from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 
@@ -100,6 +99,5 @@ class Training:
         with WeightsFile(trained) as whole:
             part = fragment.of(whole)
             with WeightsWriter(update, part.schema, synced=False) as file:
-                for piece in split_into_pieces(part.schema):
-                    file.write({one: part.read(one) for one in piece})
+                file.write_all(part)
         return Encoded(file.digest, file.nbytes)

@@ -10,7 +10,7 @@ A run may exchange one fragment of the model in each round (`model.fragments`). 
 a new value for the fragment of round r alone, and this peer's own weights stay in the others.
 
 Files say whether a round has such a beginning, never the time. So the update is the same whether
-the training ended before the version came, or began anew after a kill.
+the training ended before the version came, or began again after a kill.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from protocols.local.atomic_files import fsync_files
 from protocols.messages.work import Work
 from protocols.model.fragments import Fragment, Spliced
 from protocols.model.late_merge import LateMerge
-from protocols.model.weights import WeightReader, check_finite, check_schema, split_into_pieces
+from protocols.model.weights import WeightReader, check_finite, check_schema
 from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 log = logging.getLogger("commonweight.agent")
@@ -94,9 +94,7 @@ class TrainingAhead:
             WeightsFile(base) as version,
             WeightsWriter(out, version.schema, synced=False) as file,
         ):
-            moved = self._merged(work, new, old, version)
-            for piece in split_into_pieces(version.schema):
-                file.write({part: moved.read(part) for part in piece})
+            file.write_all(self._merged(work, new, old, version))
         self._trained.unlink()
         return replace(done, digest=file.digest, nbytes=file.nbytes)
 
@@ -167,5 +165,5 @@ class TrainingAhead:
 
 
 def _name(work: Work, columns: Sequence[str], number: int) -> str:
-    """What this peer's weights after a round are kept by: other settings begin anew."""
+    """The name of this peer's weights after a round. With other settings, it finds none."""
     return f"{work.run} {number} {work.turn} {settings_key(work, columns)}"

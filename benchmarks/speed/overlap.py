@@ -3,7 +3,7 @@
     python -m benchmarks.speed.overlap [--keep] [--rounds 6] [--case 0 1 2 3 4]
 
 A coordinator and two agents as processes, each agent behind a line of its own (`fault_proxy`). A
-step takes 20 ms, as it sleeps: so two cores act as three machines. What is told is the time of the
+step takes 20 ms, as it sleeps: so two cores act as three machines. The result is the time of the
 steps, divided by that from the first step of the run to the last one. Versions are evaluated each
 round, which takes no time here, and agents do not share them. Without overlap there are no
 fragments, but as many bytes: that run has rounds of the whole model and as many times the steps.

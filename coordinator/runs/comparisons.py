@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from coordinator.runs import best_version
 from coordinator.runs.state import Run
-from protocols.messages.comparisons import Comparison, Estimate, Missing, cut_text, recommend
+from protocols.messages.comparisons import (
+    Comparison,
+    Estimate,
+    Missing,
+    cut_text,
+    recommend,
+    without_numbers,
+)
 
 #: The metrics by which models are compared, beside that of the run.
 _METRICS = frozenset({"accuracy", "rmse", "loss"})
@@ -46,8 +53,7 @@ def objection(run: Run, peer: str, told: Comparison) -> str:
     if peer not in peers_of(run):
         return "this peer has no part in the run"
     if told.missing is not None:
-        has_numbers = told != Comparison(run=told.run, metric="", rows=0, models={},
-                                         missing=told.missing)  # fmt: skip
+        has_numbers = told != without_numbers(told.run, told.missing)
         return "a comparison that is missing has no numbers" if has_numbers else ""
     if told.metric not in _METRICS | {best_version.plain_name(run.spec.best_metric)}:
         return "models are not compared by this metric"

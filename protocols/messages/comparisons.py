@@ -52,6 +52,11 @@ class Comparison(Struct, frozen=True, kw_only=True):
     missing: Missing | None = None
 
 
+def without_numbers(run: str, missing: Missing) -> Comparison:
+    """What a peer sends that has no comparison."""
+    return Comparison(run=run, metric="", rows=0, models={}, missing=missing)
+
+
 def recommend(gains: dict[Model, Estimate]) -> Model:
     """The model for this peer, by the gains over the shared one."""
     sure = {model: gain.value for model, gain in gains.items() if gain.low > 0}

@@ -22,8 +22,10 @@ from protocols.model.weights import (
     Array,
     Part,
     Schema,
+    WeightReader,
     check_header,
     header_bytes,
+    split_into_pieces,
 )
 
 
@@ -100,6 +102,11 @@ class WeightsWriter:
             if len(flat) != part.stop - part.start:
                 raise BadWeights(f"tensor {part.name!r} has a wrong number of elements")
             self._put(flat.view(np.uint8).data)
+
+    def write_all(self, weights: WeightReader) -> None:
+        """Write all tensors of this file's schema, piece by piece."""
+        for piece in split_into_pieces(self._schema):
+            self.write({part: weights.read(part) for part in piece})
 
     def _put(self, data: bytes | memoryview) -> None:
         self._sha.update(data)
