@@ -6,9 +6,12 @@ that.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+
+import msgspec
 
 from agent.home import privacy_ledger
 from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger, Purpose
@@ -76,10 +79,33 @@ class PrivacyBudget:
             return
         if private is None:
             self._check_exact("evaluation" if is_measured else "training")
+            if work.kind == "describe":
+                self._check_scores(work)
         elif is_measured:
             raise NotAllowed(f"{_WHAT['evaluation']} have no noise, and this run adds noise")
         else:
             self._check_private(work, private)
+
+    def _check_scores(self, work: Work) -> None:
+        """Raise NotAllowed for another cross-validation than the owner lets be asked for in a day.
+
+        Each tells metrics of this machine alone, and whoever asks chooses the settings.
+        """
+        most = self._settings().model_choices_per_day
+        if self._file is not None and self._ledger.scores_of_day(_key_of(work)) >= most:
+            raise NotAllowed(
+                f"this machine has told the scores of models {most} times in the last 24 hours, "
+                "which is its owner's model_choices_per_day",
+                "run start with --set model=linear, mlp or trees; or on that machine: "
+                f"commonweight-agent policy set model_choices_per_day {max(1, 2 * most)}",
+            )
+
+    def _charge_scores(self, work: Work) -> None:
+        self._check_exact("evaluation")
+        if self._file is not None:
+            about = f"{work.task}, scores of models"
+            charge = Charge("evaluation", work.run, (Exact(),), self._fleet, about)
+            self._ledger.charge_scores(charge, _key_of(work))
 
     def _check_private(self, work: Work, private: PrivateTraining) -> None:
         chosen = self._settings()
@@ -122,7 +148,8 @@ class PrivacyBudget:
             if isinstance(told, schema_card.SchemaCard):
                 return  # shapes, names and numbers of rows
             if isinstance(told, ModelScores):
-                purpose = "evaluation"
+                self._charge_scores(work)
+                return
         self.charge_exact(purpose, work.run, f"{work.task}, {_WHAT[purpose]}")
 
     def _charge_training(
@@ -174,6 +201,12 @@ class PrivacyBudget:
                 "to remove the budget, on that machine: "
                 "commonweight-agent policy set privacy.max_epsilon 0",
             )
+
+
+def _key_of(work: Work) -> str:
+    """Equal for requests for the same scores."""
+    settings = sorted((name, value) for name, value in work.settings.items())
+    return hashlib.sha256(msgspec.json.encode([work.run, work.seed, settings])).hexdigest()
 
 
 def _is_of(event: Event, private: PrivateTraining) -> bool:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from msgspec import structs
@@ -16,7 +17,6 @@ from agent.home import fleet_trust
 from agent.home.enrollment_file import write_enrollment
 from agent.transport.coordinator_client import CoordinatorClient
 from protocols.enrollment import certificates, identity
-from protocols.enrollment.ca_chain import ChainResponse
 from protocols.errors import BadMessage, Refused, Unreachable
 from protocols.local import join_client
 from protocols.messages.mqtt import MqttAddress
@@ -52,23 +52,13 @@ class CurrentEnrollment:
 
         Raises Unreachable then, as all parts start again with it; Refused for another CA.
         """
-        refused: Refused | None = None
-        for address in self._enrollment.addresses:
-            if (told := join_client.fetch_chain(address)) == ChainResponse():
-                continue  # no answer
-            try:
-                changed = fleet_trust.with_new_ca(self._enrollment, told)
-            except BadMessage as wrong:  # another address may be right
-                refused = refused or Refused(
-                    f"the server has another CA than this fleet: {wrong.message}",
-                    f"ask the operator who answers at {address}; nothing was sent",
-                )
-                continue
-            if changed != self._enrollment:
-                break
-        else:
-            if refused is not None:
-                raise refused from err
+        known = self._enrollment
+        try:
+            follow = partial(fleet_trust.with_new_ca, known)
+            changed = join_client.find_new_ca(known.addresses, known, follow)
+        except Refused as refused:
+            raise refused from err
+        if changed == known:
             return
         self._save(**structs.asdict(changed))
         self._runner.call_threadsafe(self.on_key_changed)

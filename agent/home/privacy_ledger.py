@@ -33,6 +33,9 @@ CREATE TABLE IF NOT EXISTS charges (
 CREATE TABLE IF NOT EXISTS heads (id INTEGER PRIMARY KEY, told INTEGER, lost INTEGER);
 """
 _COLUMNS = "at, purpose, name, asked_by, about, events, epsilon"
+_DAY_S = 86_400.0
+#: How keys of charges for scores of models begin.
+_SCORES = "scores"
 #: Rounding of a noise that was chosen for exactly the limit.
 _SLACK = 1e-6
 
@@ -165,6 +168,19 @@ class PrivacyLedger:
         """Record that something of this purpose and name left without noise, once for both."""
         with writing(self._db):
             _insert(self._db, charge, f"exact {charge.purpose} {charge.name}")
+
+    def charge_scores(self, charge: Charge, key: str) -> None:
+        """Record that scores of models leave: once for this request, the digest `key`."""
+        with writing(self._db):
+            _insert(self._db, charge, f"{_SCORES} {key}")
+
+    def scores_of_day(self, key: str) -> int:
+        """How many requests for scores were answered in the last 24 hours, without this one."""
+        (count,) = self._db.execute(
+            "SELECT COUNT(*) FROM charges WHERE at > ? AND key GLOB ? AND key != ?",
+            (time.time() - _DAY_S, f"{_SCORES} *", f"{_SCORES} {key}"),
+        ).fetchone()
+        return int(count)
 
     def _last_id(self) -> int:
         """The number of the last entry: entries are only added. 0 without any."""

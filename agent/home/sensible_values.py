@@ -46,7 +46,10 @@ _LARGEST = {
     "data_seed": Largest(2**63 - 1, "a seed is a number of 63 bits"),
     "threads": Largest(4096, "no machine has so many cores; 0 uses half of them"),
     "trainer_tries": Largest(1000, "a trainer that failed so often fails again"),
-    "jobs_private_per_day": Largest(1e6, "that is more than one answer in 0.1 s"),
+    **dict.fromkeys(
+        ("jobs_private_per_day", "model_choices_per_day"),
+        Largest(1e6, "that is more than one answer in 0.1 s"),
+    ),
 }
 _LEAST = {
     "data_seed": (0, "a seed is not negative"),

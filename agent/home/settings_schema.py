@@ -135,6 +135,14 @@ class AgentSettings(DataSchema, frozen=True, kw_only=True, forbid_unknown_fields
             "told is repeated without a limit",
         ),
     ] = 8
+    model_choices_per_day: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="answers with the scores of a cross-validation, by which runs of tables "
+            "choose their model, in 24 hours",
+        ),
+    ] = 24
     share: Annotated[
         Literal["lan", "on", "off"],
         Meta(

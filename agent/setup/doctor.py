@@ -24,7 +24,7 @@ from agent.policy.sensors import Sensors
 from agent.setup import autostart, consents, environment, own_data, sharing_text
 from protocols import VERSION
 from protocols.enrollment import identity
-from protocols.errors import BadMessage, CommonweightError, NotEnrolled, Refused, Unreachable
+from protocols.errors import CommonweightError, NotEnrolled, Refused, Unreachable
 from protocols.local import homes, join_client
 from protocols.local.checks import Advice, Check, CheckStep, run_checks
 from protocols.local.home_checks import check_crashes, check_private, check_room
@@ -234,9 +234,10 @@ class _Doctor:
             return "on the coordinator, add this address to `names` in settings.toml and restart it"
         if "expired" in err.verify_message or "not yet valid" in err.verify_message:
             return "correct the clock; if it is right, restart the coordinator: it renews"
-        told = join_client.fetch_chain(self._enrollment.addresses[0])
-        with contextlib.suppress(BadMessage):
-            if fleet_trust.with_new_ca(self._enrollment, told) != self._enrollment:
+        known = self._enrollment
+        follow = partial(fleet_trust.with_new_ca, known)
+        with contextlib.suppress(Refused):
+            if join_client.find_new_ca(known.addresses, known, follow) != known:
                 return (
                     "the fleet has a new CA, signed by the one known here: the agent takes it at "
                     "its next session: commonweight-agent up"

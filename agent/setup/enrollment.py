@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from functools import partial
 from pathlib import Path
 
 from agent.home import fleet_trust, secure_store, status_files
@@ -160,9 +161,9 @@ def _tell_leaving(home: Path, enrollment: Enrollment) -> None:
     except Unreachable as err:
         newer = enrollment
         if join_client.is_other_ca(err):
-            with contextlib.suppress(BadMessage):  # of another fleet
-                told = join_client.fetch_chain(enrollment.addresses[0])
-                newer = fleet_trust.with_new_ca(enrollment, told)
+            follow = partial(fleet_trust.with_new_ca, enrollment)
+            with contextlib.suppress(Refused):  # of another fleet
+                newer = join_client.find_new_ca(enrollment.addresses, enrollment, follow)
         if newer == enrollment:
             raise
         _tell_leaving(home, newer)

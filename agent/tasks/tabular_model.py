@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import mul
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from agent.data import features
 from agent.tasks.training.built_in import Embedding, Linear
 from protocols.errors import UsageError
 from protocols.tables.preprocessing import Preprocessing
+
+#: Layers and weights of a perceptron, at most: a run names the layers, and an agent makes them.
+MAX_LAYERS, MAX_WEIGHTS = 8, 1 << 24
 
 
 class TableModel(nn.Module):
@@ -36,6 +41,11 @@ class TableModel(nn.Module):
             self.add_module(f"embedding{place}", embedding)
             self._embeddings.append(embedding)
             before += embedding.embedding_dim if sizes else 0
+        if sum(map(mul, [before, *sizes], [*sizes, outputs])) > MAX_WEIGHTS and sizes:
+            raise UsageError(
+                f"hidden={hidden} gives more than {MAX_WEIGHTS:,} weights with {before} inputs",
+                "fewer or smaller layers, such as hidden=64,32",
+            )
         for place, after in enumerate(sizes, 1):
             self._hidden.append(Linear(before, after))
             self.add_module(f"hidden{place}", self._hidden[-1])
@@ -58,9 +68,12 @@ class TableModel(nn.Module):
 
 def _sizes(hidden: str) -> list[int]:
     try:
-        sizes = [int(size) for size in hidden.split(",")]
-    except ValueError:
+        sizes = [int(size) for size in hidden.split(",", MAX_LAYERS - 1)]
+    except ValueError:  # also of more layers
         sizes = []
     if not sizes or min(sizes) < 1:
-        raise UsageError(f"hidden cannot be {hidden!r}", "such as hidden=64,32")
+        raise UsageError(
+            f"hidden cannot be {hidden[:64]!r}",
+            f"sizes of 1 to {MAX_LAYERS} layers, such as hidden=64,32",
+        )
     return sizes

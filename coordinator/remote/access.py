@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from coordinator.storage import ca_files
 from coordinator.storage.settings import UP_FILE
 from protocols import VERSION
 from protocols.enrollment import ca_chain, fleet_card, identity, joining, tickets
-from protocols.enrollment.ca_chain import CaTrust
+from protocols.enrollment.ca_chain import CaTrust, ChainResponse
 from protocols.enrollment.identity import SigningKey
 from protocols.errors import (
     BadMessage,
@@ -38,8 +39,8 @@ from protocols.errors import (
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
 from protocols.local.join_client import (
-    fetch_chain,
     find_coordinator,
+    find_new_ca,
     old_coordinator,
     post_join,
 )
@@ -183,30 +184,32 @@ def _check_trust(home: Path, access: Access) -> None:
         ) from err
 
 
-def follow_ca(home: Path, address: str) -> bool:
-    """Trust the newest CA of the fleet, if the one trusted here leads to it; False if not.
+def follow_ca(home: Path) -> bool:
+    """Trust the newest CA of the fleet, if the one trusted here leads to it at any address; False
+    if not.
 
-    Raises Refused if the server shows transitions that do not begin with this CA.
+    Raises Refused if servers show only transitions that do not begin with this CA.
     """
     if not (home / ACCESS_FILE).exists():  # the coordinator's own home
         return False
     access = _read_access(home)
-    told, old = fetch_chain(address), access.ca_pem.encode()
-    try:
-        ca_pem = ca_chain.follow(old, access.transitions, told.transitions)
-        if ca_pem == old:
-            return False
-        ca_chain.first_card(ca_pem, told.card, old, access.card, access.fleet)
-    except BadMessage as err:
-        raise Refused(
-            f"the server at {address} has another CA than this fleet: {err.message}",
-            "nothing was sent. Ask the operator who answers at this address",
-        ) from err
-    changed = msgspec.structs.replace(
-        access, ca_pem=ca_pem.decode(), card=told.card, transitions=told.transitions
-    )
+    changed = find_new_ca(access.addresses, access, partial(_with_new_ca, access))
+    if changed == access:
+        return False
     write_private(home / ACCESS_FILE, msgspec.json.encode(changed))
     return True
+
+
+def _with_new_ca(access: Access, told: ChainResponse) -> Access:
+    """The access with the newest CA; the same if there is no newer one. Raises BadMessage."""
+    old = access.ca_pem.encode()
+    ca_pem = ca_chain.follow(old, access.transitions, told.transitions)
+    if ca_pem == old:
+        return access
+    ca_chain.first_card(ca_pem, told.card, old, access.card, access.fleet)
+    return msgspec.structs.replace(
+        access, ca_pem=ca_pem.decode(), card=told.card, transitions=told.transitions
+    )
 
 
 def _read_access(home: Path) -> Access:

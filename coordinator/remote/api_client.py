@@ -54,11 +54,7 @@ MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 
 
 class _OtherCa(Unreachable):
-    """The server at this address has a certificate of a CA that is not trusted here."""
-
-    def __init__(self, message: str, hint: str, address: str) -> None:
-        super().__init__(message, hint)
-        self.address = address
+    """A server has a certificate of a CA that is not trusted here."""
 
 
 class Remote:
@@ -232,8 +228,8 @@ class Remote:
         """
         try:
             return self._send(method, path, body, into)
-        except _OtherCa as err:
-            if not access.follow_ca(self.home, err.address):
+        except _OtherCa:
+            if not access.follow_ca(self.home):
                 raise
         self.close()
         self._connect()
@@ -241,7 +237,7 @@ class Remote:
 
     def _send(self, method: str, path: str, body: bytes, into: Path | None) -> bytes:
         tried: list[str] = []
-        other = ""
+        is_other = False
         digest = hashlib.sha256(body).hexdigest()
         for address in dict.fromkeys((self.address, *self._connection.access.addresses)):
             sender, sign = self._connection.access.operator, self._connection.key.sign
@@ -260,7 +256,7 @@ class Remote:
                     into=into,
                 )
             except httpx.ConnectError as err:
-                other = other or (address if is_other_ca(err) else "")
+                is_other = is_other or is_other_ca(err)
                 tried.append(f"{address}: {describe_error(err)}")
                 continue
             except httpx.HTTPError as err:  # the request may have arrived: do not repeat it
@@ -271,8 +267,8 @@ class Remote:
                 return answer.content
             raise access.error_from(answer)
         message = f"the coordinator does not answer: {'; '.join(tried)}"
-        if other:
-            raise _OtherCa(message, "ask the operator who answers at this address", other)
+        if is_other:
+            raise _OtherCa(message, "ask the operator who answers at this address")
         raise Unreachable(message, "is it running? commonweight up")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import httpx
@@ -101,6 +101,30 @@ def fetch_chain(address: str) -> ChainResponse:
         return msgspec.json.decode(answer.raise_for_status().content, type=ChainResponse)
     except (httpx.HTTPError, httpx.InvalidURL, Unreachable, msgspec.DecodeError, ValueError):
         return ChainResponse()
+
+
+def find_new_ca(addresses: Iterable[str], known: T, follow: Callable[[ChainResponse], T]) -> T:
+    """What follows from the first transitions at these addresses that lead to a newer CA; `known`
+    if there are none.
+
+    `follow(told)`: `known`, or with a newer CA; BadMessage for transitions of another fleet. Raises
+    Refused if there are only those: another server may have taken over one of the addresses.
+    """
+    refused: Refused | None = None
+    for address in addresses:
+        if (told := fetch_chain(address)) == ChainResponse():
+            continue  # no answer
+        try:
+            if (found := follow(told)) != known:
+                return found
+        except BadMessage as err:  # another address may be right
+            refused = refused or Refused(
+                f"the server at {address} has another CA than this fleet: {err.message}",
+                "nothing was sent. Ask the operator who answers at this address",
+            )
+    if refused is not None:
+        raise refused
+    return known
 
 
 def post_join(address: str, ca_pem: bytes, path: str, request: msgspec.Struct, kind: type[T]) -> T:

@@ -204,7 +204,9 @@ class TabularSettings:
             "a cross-validation inside the peers, which run start takes unless it names a model"
         ),
     ] = "linear"
-    hidden: Annotated[str, Meta(description="sizes of the layers of mlp")] = "64,32"
+    hidden: Annotated[
+        str, Meta(description="sizes of the layers of mlp: at most 8, with 16 million weights")
+    ] = "64,32"
     trees: Annotated[int, Meta(ge=1, le=5000, description="how many trees, at most")] = 300
     depth: Annotated[int, Meta(ge=1, le=10, description="levels of a tree: a round each")] = 6
     bins: Annotated[

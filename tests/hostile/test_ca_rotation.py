@@ -21,6 +21,7 @@ from agent.home.credentials import Credentials
 from agent.home.enrollment_file import Enrollment
 from agent.home.settings_schema import AgentSettings
 from agent.setup import enrollment as setup
+from agent.setup.doctor import examine_agent
 from agent.transport.bandwidth import Bandwidth
 from agent.transport.http_client import HttpClient
 from coordinator.admin import backup, keys
@@ -36,6 +37,7 @@ from protocols.enrollment.certificates import NodeCertificate
 from protocols.enrollment.identity import SigningKey
 from protocols.enrollment.joining import CA_CHAIN_PATH
 from protocols.errors import BadMessage, HomeError, Refused, Unreachable, UsageError
+from protocols.local import homes
 from protocols.messages.envelope import Presence
 from protocols.messages.mqtt import MqttAddress
 from protocols.messages.states import PeerState
@@ -522,6 +524,44 @@ def test_a_strangers_server_at_one_address_keeps_no_agent_from_the_new_ca(
             CurrentEnrollment(ctx, lambda _: None).follow_ca(lost)
     now = enrollment_file.read_enrollment(tmp_path / "agent")
     assert (now.ca_pem.encode(), now.addresses) == (site.ca_pem, places)
+
+
+def test_a_strangers_server_at_one_address_stops_no_operator_no_doctor_and_no_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: the same, at the first address that an operator's machine and an agent's know: they
+    ask the others, too."""
+    watch, home = tmp_path / "watch", tmp_path / "agent"
+    monkeypatch.setenv("COMMONWEIGHT_OPERATOR_HOME", str(watch))
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(home))
+    for name in ("site", "other"):
+        (tmp_path / name).mkdir()
+    site, other = Site(tmp_path / "site"), Site(tmp_path / "other")
+    other.replace_ca()
+    known = certificates.ca_fingerprint(site.ca_pem)
+    tickets_of = [tickets.new_ticket(site.addresses(), known) for _ in range(2)]
+    site.registry.create_ticket(tickets_of[0], ttl_s=60, uses=1, role="operator")
+    site.registry.create_ticket(tickets_of[1], ttl_s=60, uses=1)
+    with site.up():
+        access.join(tickets.encode(tickets_of[0]), "laptop")
+        homes.open_home("agent", create=True)
+        setup.join(home, tickets.encode(tickets_of[1]), name="ada", labels={})
+    site = Site.again(site)
+    site.replace_ca()
+    places = (other.address, site.address)
+    joined = msgspec.structs.replace(enrollment_file.read_enrollment(home), addresses=places)
+    enrollment_file.write_enrollment(home, joined)
+    file = watch / access.ACCESS_FILE
+    seen = msgspec.json.decode(file.read_bytes(), type=access.Access)
+    file.write_bytes(msgspec.json.encode(msgspec.structs.replace(seen, addresses=places)))
+    with other.up(), site.up():
+        tls = next(check for check in examine_agent(home) if check.name == "tls")
+        assert "the fleet has a new CA" in tls.fix
+        assert [peer["name"] for peer in Remote(watch).peers()] == ["ada"]
+        setup.leave(home, joined)
+        assert [peer["standing"] for peer in Remote(watch).peers()] == ["removed"]
+    assert {path for _, path in other.requests} == {CA_CHAIN_PATH}
+    assert not (home / enrollment_file.ENROLLMENT_FILE).exists()
 
 
 @pytest.mark.parametrize("wrong", ["a..b:9092", f"{'a' * 64}.org:9092", "a\x07b:9092", "xn--ä:1"])

@@ -19,6 +19,7 @@ from protocols.privacy import events
 from protocols.privacy.events import DiscreteLaplace, Exact
 from protocols.privacy.private_training import PrivateTraining
 from protocols.tables.class_names import ClassCounts
+from protocols.tables.model_scores import ModelScores
 
 TRAIN = Work(run="r1", round=1, kind="train", task="mnist")
 CARD = schema_card.encode(schema_card.make_card("mnist", "1", {}, {}))
@@ -66,6 +67,32 @@ def test_with_a_limit_exact_statistics_stay_here(tmp_path: Path) -> None:
     with pytest.raises(NotAllowed, match=r"it would be 5\.2"):
         budget.charge_noisy("job", "j2", (DiscreteLaplace(5.0),), "mnist")
     assert len(PrivacyLedger(file).charges()) == 1
+
+
+@pytest.mark.attack("3", by="coordinator")
+def test_the_scores_of_models_are_told_a_limited_number_of_times_a_day(tmp_path: Path) -> None:
+    """Attack: ask for a cross-validation again and again, with other settings and for other runs:
+    each answer has exact metrics of one machine."""
+    owner = AgentSettings(model_choices_per_day=2)
+    auto = replace(of("describe"), task="tabular", settings={"model": "auto", "target": "y"})
+    other = replace(auto, settings={**auto.settings, "hidden": "3"})
+    asked = [auto, other, replace(auto, run="r2")]
+    scores = Done(description=schema_card.encode(ModelScores()))
+    for work in asked[:2]:
+        budget = PrivacyBudget(tmp_path / "privacy.db", lambda: owner)  # also after a restart
+        budget.check(work)
+        budget.charge(work, scores)
+    with pytest.raises(NotAllowed, match="told the scores of models 2 times") as refused:
+        budget.check(asked[2])
+    assert "policy set model_choices_per_day 4" in refused.value.hint
+    budget.check(asked[0])  # whose answer was lost
+    budget.check(replace(asked[2], settings={"model": "linear"}))
+    names = [one.about for one in PrivacyLedger(tmp_path / "privacy.db").charges()]
+    assert names == ["tabular, scores of models"] * 2
+    ledger = PrivacyLedger(tmp_path / "privacy.db")
+    ledger._db.execute("UPDATE charges SET at = at - 86500")
+    ledger.close()
+    budget.check(asked[2])  # on the next day
 
 
 def test_the_command_shows_what_was_spent_and_what_is_left(

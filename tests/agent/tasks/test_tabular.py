@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,22 @@ def test_a_table_that_came_later_is_compared(tmp_path: Path) -> None:
         traits([{"age": 3, "label": "no"}] * 20, columns=("label",))
     with pytest.raises(DataError, match="fewer than 50"):
         traits([{"age": 3, "label": "no"}] * 20, min_rows=50)
+
+
+@pytest.mark.attack("10", by="coordinator")
+@pytest.mark.parametrize("hidden", ["100000,100000", "9" * 4000, ",".join("1" * 9), "4000," * 8])
+def test_layers_that_would_fill_the_memory_are_not_made(tmp_path: Path, hidden: str) -> None:
+    """Attack: name layers of a perceptron that have more weights than the machine has memory."""
+    task, settings = loaded(write_csv(tmp_path / "a.csv", MIXED), {"target": "label"})
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match="hidden"):
+            task.schema({**settings, "model": "mlp", "hidden": hidden.strip(",")})
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20
+    assert task.schema({**settings, "model": "mlp", "hidden": "2000,2000"})
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:
