@@ -18,6 +18,7 @@ CommonweightError                     1  something failed
 │   │       ├── AwaitingColumns          … nor which columns of the data it may use
 │   │       └── AwaitingTrust            … nor which other peers it trusts
 │   ├── LogConflict                      the coordinator's log of versions contradicts itself
+│   ├── FormerLeader                     another coordinator leads the fleet by now
 │   ├── Unwitnessed                      too few pinned peers have shown what they see
 │   ├── SecureRefused                    a step of a secure sum would tell too much
 │   ├── UploadRefused                    the coordinator does not take an update
@@ -182,6 +183,10 @@ UNDECIDED_CODES = frozenset(AWAITED)
 
 class LogConflict(Refused, code="log_conflict"):
     """Work contradicts the log of versions that the coordinator has shown."""
+
+
+class FormerLeader(Refused, code="former_leader"):
+    """Work of a coordinator that another one has replaced."""
 
 
 class Unwitnessed(Refused, code="unwitnessed"):

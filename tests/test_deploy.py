@@ -106,12 +106,22 @@ def test_the_compose_file_keeps_secrets_out_and_bounds_each_service() -> None:
     for name, service in compose["services"].items():
         assert re.fullmatch(r"\d+g", service["mem_limit"]), name
         for key, value in service["environment"].items():
-            assert "PASSWORD" not in key or value == "${DATABASE_PASSWORD:?}"
+            assert "PASSWORD" not in key or re.fullmatch(r"\$\{[A-Z]+_PASSWORD:\?\}", value)
+    grafana = compose["services"]["grafana"]
+    assert grafana["ports"] == ["127.0.0.1:3000:3000"]
     for name in ("one", "two"):
         service, port = compose["services"][name], compose["services"][name]["environment"]
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert f":{port['COMMONWEIGHT_PORT']}" in port["COMMONWEIGHT_PUBLIC_ADDRESSES"]
+        metrics = port["COMMONWEIGHT_METRICS_PORT"]
+        assert f"{name}:{metrics}" in (DEPLOY / "monitoring" / "prometheus.yml").read_text()
+        assert not any(metrics in published for published in service["ports"])
+    mounted = (*compose["services"]["prometheus"]["volumes"], *grafana["volumes"])
+    files = [words.split(":")[0] for words in mounted if words.startswith(".")]
+    assert len(files) == 4
+    for file in files:
+        assert (DEPLOY / file).exists(), file
 
 
 @pytest.mark.parametrize(

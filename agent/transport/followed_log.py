@@ -109,7 +109,7 @@ class FollowedLog:
     def check_work(self, work: Work, head: bytes, page: bytes) -> None:
         """Raise LogConflict or Unwitnessed unless the log that was shown so far has this version.
 
-        Raises BadMessage, Unreachable.
+        Raises FormerLeader, BadMessage, Unreachable.
         """
         with self._lock:
             self.process()
@@ -175,7 +175,7 @@ class FollowedLog:
             self._peers.process()
 
     def _follow(self, signed: bytes, page: LogPage) -> LogHead:
-        """Accept a head that continues the log. Raises LogConflict, BadMessage, Unreachable."""
+        """Accept a head that continues the log. Raises as `LogReplica.follow`."""
         head = self._replica.follow(signed, page)
         newest = self._store.newest()
         if newest is not None and newest.head == signed:

@@ -36,6 +36,8 @@ Body = bytes | Iterable[bytes]
 MAX_RESPONSE_BYTES = 256 * 1024
 #: A whole request ends within this time, and weights come at this rate at least.
 REQUEST_WITHIN_S, MIN_BYTES_PER_S = 90.0, 1024.0
+#: A new connection is open within this time, if there are other addresses to try.
+_CONNECTED_WITHIN_S = 5.0
 _deadlines = Deadlines()
 
 
@@ -249,6 +251,7 @@ class CoordinatorConnection(Connection):
 
     def __init__(self, places: Sequence[str], tls: ssl.SSLContext, timeout_s: float) -> None:
         self._places, self.place, self.prefix = tuple(places), places[0], ""
+        self._timeout_s = timeout_s
         host, port, _ = addresses.parse(self.place)
         super().__init__(host, port, tls, timeout_s)
 
@@ -259,8 +262,12 @@ class CoordinatorConnection(Connection):
         """
         failure: Exception | None = None
         for place in self._places:
+            # A stopped process accepts connections, and never ends their handshake.
+            limit_s = _CONNECTED_WITHIN_S if place != self._places[-1] else self._timeout_s
+            self.timeout = min(limit_s, self._timeout_s)
             try:
                 self._connect_to(place)
+                self.sock.settimeout(self._timeout_s)
                 return
             except (OSError, UnicodeError, http.client.InvalidURL) as err:
                 # The latter two are of a text that is no name of a host.

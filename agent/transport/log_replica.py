@@ -16,7 +16,7 @@ from agent.home.enrollment_file import Enrollment
 from agent.home.log_store import Known, LogStore
 from protocols.enrollment import fork_proof, identity
 from protocols.enrollment.fork_proof import MAX_CLOCK_SKEW_S, ForkProof
-from protocols.errors import BadMessage, HomeError, LogConflict
+from protocols.errors import BadMessage, FormerLeader, HomeError, LogConflict
 from protocols.messages import version_log as wire
 from protocols.messages.version_log import LogEntry, LogHead, LogPage
 from protocols.p2p import seen_heads
@@ -110,7 +110,10 @@ class LogReplica:
         return False
 
     def follow(self, signed: bytes, page: LogPage) -> LogHead:
-        """Accept a head that continues the log. Raises LogConflict, BadMessage, Unreachable."""
+        """Accept a head that continues the log.
+
+        Raises LogConflict, FormerLeader, BadMessage, Unreachable.
+        """
         with self.store.transaction():
             return self._follow(signed, page)
 
@@ -118,6 +121,7 @@ class LogReplica:
         head = self.verified(signed)
         self.check_epoch(head, signed)
         known = self.store.newest()
+        self._check_term(head, signed, known)
         if known is None:
             self._begin(head, signed, page)
         elif head.epoch > self.epoch:
@@ -147,6 +151,30 @@ class LogReplica:
         if head.fleet != self._fleet:
             raise BadMessage(f"a head of fleet {head.fleet}")
         return head
+
+    def _check_term(self, head: LogHead, signed: bytes, known: Known | None) -> None:
+        """Raise FormerLeader if this agent or a peer has seen a head of a later leader.
+
+        Raises LogConflict if the log of the former leader is another one.
+        """
+        self.note_term(head)
+        if head.term and head.term < self._term:
+            if known and head.epoch == self.epoch and head.size <= known.size:
+                self.compare(head, signed, known)
+            raise FormerLeader(
+                f"another coordinator leads the fleet by now, of term {self._term}; this one is of "
+                f"term {head.term}",
+                "nothing to do: the agent continues with the new one",
+            )
+
+    def note_term(self, head: LogHead) -> None:
+        """Remember the newest leader."""
+        if head.term > self._term:
+            self.store.set_meta("term", str(head.term).encode())
+
+    @property
+    def _term(self) -> int:
+        return int(self.store.meta("term") or 0)
 
     @property
     def epoch(self) -> int:

@@ -102,6 +102,7 @@ class PeerHeads:
 
     def _compare_seen(self, peer: VerifiedSeen, head: LogHead) -> None:
         signed = peer.seen.head
+        self._replica.note_term(head)
         self._replica.check_epoch(head, signed)
         known = self._replica.store.newest()
         if known is None or head.epoch != self._replica.epoch or head.size > known.size:

@@ -45,6 +45,10 @@ class Site(Fleet):
             env[VARIABLE] = failpoint_names.check(spec)
         return env
 
+    def ledger_home(self) -> Path:
+        """The folder with the ledger and the versions, as the checker reads them."""
+        return self.home
+
     def truth_file(self, name: str) -> Path:
         return self.folder / f"{name}.truth"
 
@@ -130,7 +134,7 @@ class Site(Fleet):
         handshake: bool = False,
     ) -> str:
         """Start a run; return its id from the ledger, also if the coordinator dies meanwhile."""
-        known = checker.run_names(self.home)
+        known = checker.run_names(self.ledger_home())
         spec = RunSpec(
             task=task,
             rounds=rounds,
@@ -148,13 +152,13 @@ class Site(Fleet):
             said = err.message
         finally:
             remote.close()
-        new = sorted(checker.run_names(self.home) - known)
+        new = sorted(checker.run_names(self.ledger_home()) - known)
         assert len(new) == 1, f"the order has led to {new}: {said}"
         return new[0]
 
     def facts(self, run: str, kind: str = "") -> list[Fact]:
         """The events of a run in the ledger: all, or those of a kind."""
-        return checker.read_facts(self.home, run, kind)
+        return checker.read_facts(self.ledger_home(), run, kind)
 
     def ended(self, run: str) -> str:
         """How a run ended; empty if it has not."""
@@ -174,8 +178,9 @@ class Site(Fleet):
     def violations(self, names: Sequence[str]) -> list[str]:
         """The findings of the checker; each ledger must extend the last one."""
         truths = [checker.read_truth(self.truth_file(name)) for name in names]
-        found = checker.violations(self.home, truths, self._seen)
-        self._seen = checker.read_ledger(self.home)
+        home = self.ledger_home()
+        found = checker.violations(home, truths, self._seen)
+        self._seen = checker.read_ledger(home)
         return found
 
 

@@ -54,7 +54,7 @@ from coordinator.transport.publisher import EventPublisher
 from coordinator.transport.sharing import SharingRoutes
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import ca_chain, identity
-from protocols.errors import Awaited, StorageUnreachable
+from protocols.errors import Awaited, LeadershipLost, StorageUnreachable
 from protocols.local import heap
 from protocols.messages.envelope import Command, EventLine, strip_controls
 from protocols.messages.fleet_names import FleetNames
@@ -238,8 +238,10 @@ class Coordinator:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             inner = flower if scope["path"].startswith(FLEET_PREFIX) else ours
             try:
+                self._ledger.check_leads()
                 await inner(scope, receive, send)
-            except StorageUnreachable as err:  # before anything was sent; the client tries again
+            # Before anything was sent. The client tries again, here or at another address.
+            except (StorageUnreachable, LeadershipLost) as err:
                 await PlainTextResponse(err.message, 503)(scope, receive, send)
 
         return app
@@ -250,7 +252,7 @@ class Coordinator:
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _watch_lead(self) -> None:
-        """End this process if another one has taken over the ledger."""
+        """End this process if another one has taken over the ledger, or may have."""
         while True:
             self._ledger.check_leads()
             await asyncio.sleep(_LEAD_POLL_S)
@@ -263,7 +265,7 @@ class Coordinator:
             totals = prometheus.Totals(self._refused, transfer.bytes_up, transfer.bytes_down)
             return prometheus.exposition(self.fleet, time.time(), totals)
 
-        await prometheus.serve(port, text)
+        await prometheus.serve(port, text, self._settings.metrics_host)
 
     # --- for the HTTP routes (CoordinatorService) ---
 

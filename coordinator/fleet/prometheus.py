@@ -1,8 +1,8 @@
 """The fleet's metrics for Prometheus, and a small server for them.
 
-`exposition` is pure and reads the same state as the monitor. The server answers `GET /metrics` on
-loopback only, without TLS and without a key: the metrics contain numbers and names of runs, nothing
-else.
+`exposition` is pure and reads the same state as the monitor. The server answers `GET /metrics`
+without TLS and without a key, by default on loopback only: the metrics contain numbers and names of
+runs, nothing else.
 
 Only a coordinator that serves metrics imports this module, because `prometheus_client` takes
 memory.
@@ -25,6 +25,7 @@ from coordinator.fleet.state import Fleet, finite
 from protocols import VERSION
 from protocols.errors import PortInUse
 from protocols.messages.states import PeerState
+from protocols.p2p.peer_addresses import is_loopback
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HOST = "127.0.0.1"
@@ -134,21 +135,25 @@ def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -
     return family
 
 
-async def serve(port: int, text: Callable[[], bytes]) -> None:
+async def serve(port: int, text: Callable[[], bytes], host: str = HOST) -> None:
     """Serve `text()` until cancelled. Raises PortInUse."""
+    is_local = is_loopback(host)
 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(TimeoutError, OSError, asyncio.IncompleteReadError, ValueError):
             async with asyncio.timeout(_REQUEST_TIMEOUT_S):
-                writer.write(_response(await reader.readuntil(b"\r\n\r\n"), text))
+                head = await reader.readuntil(b"\r\n\r\n")
+                # Elsewhere every name may be right, and a web page gains nothing by its own.
+                is_wrong = is_local and not _names_this_machine(head)
+                writer.write(_FORBIDDEN if is_wrong else _response(head, text))
                 await writer.drain()
         writer.close()
 
     try:
-        server = await asyncio.start_server(respond, HOST, port, limit=_MAX_HEAD_BYTES)
+        server = await asyncio.start_server(respond, host, port, limit=_MAX_HEAD_BYTES)
     except OSError as err:
-        hint = "choose another: --metrics-port"
-        raise PortInUse(f"port {port} of {HOST} is in use", hint) from err
+        hint = "choose another: --metrics-port, or the setting metrics_host"
+        raise PortInUse(f"port {port} of {host} cannot be used", hint) from err
     async with server:
         await server.serve_forever()
 
@@ -166,11 +171,14 @@ def _names_this_machine(head: bytes) -> bool:
 
 def _response(head: bytes, text: Callable[[], bytes]) -> bytes:
     method, path, *_ = [*head.split(b" "), b"", b""]
-    if not _names_this_machine(head):
-        status, kind, body = "403 Forbidden", "text/plain", b"use 127.0.0.1 as the host\n"
-    elif method == b"GET" and path.split(b"?")[0] == b"/metrics":
-        status, kind, body = "200 OK", CONTENT_TYPE, text()
-    else:
-        status, kind, body = "404 Not Found", "text/plain", b"GET /metrics\n"
+    if method == b"GET" and path.split(b"?")[0] == b"/metrics":
+        return _answer("200 OK", CONTENT_TYPE, text())
+    return _answer("404 Not Found", "text/plain", b"GET /metrics\n")
+
+
+def _answer(status: str, kind: str, body: bytes) -> bytes:
     lines = f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}"
     return "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body
+
+
+_FORBIDDEN = _answer("403 Forbidden", "text/plain", b"use 127.0.0.1 as the host\n")

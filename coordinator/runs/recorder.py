@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from functools import partial
 from typing import Any
 
 from coordinator.runs import model_choice, transitions
@@ -58,13 +59,17 @@ class RunRecorder:
         for event in events:
             self._timer.mark(event)
         bodies = [run_events.encode(event) for event in events]
+        append = partial(self._ctx.ledger.append, self.run.id, bodies)
+        is_away = False
         while True:
             try:
-                self._ctx.ledger.append(self.run.id, bodies)
+                # A database that hangs may hang again, and other requests need the event loop.
+                await asyncio.to_thread(append) if is_away else append()
                 break
             except DiskFull as err:
                 await self.wait_for_space(err)
             except StorageUnreachable as err:
+                is_away = True
                 await self.wait_for_storage(err)
         failpoint("run.recorded", type(events[-1]).__name__)
         for event in events:

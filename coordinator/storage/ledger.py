@@ -32,6 +32,10 @@ class Entry(NamedTuple):
 class Ledger(Protocol):
     """Append and read entries. Thread-safe. Numbers begin with 1 and have no gaps."""
 
+    @property
+    def term(self) -> int:
+        """Higher than that of every process that has led before this one; 0 for a file."""
+
     def append(self, subject: str, bodies: Sequence[bytes]) -> None:
         """Add entries, all or none. Raises DiskFull, HomeError, LedgerUnreachable.
 
@@ -46,7 +50,7 @@ class Ledger(Protocol):
         """
 
     def check_leads(self) -> None:
-        """Raise LeadershipLost if another process has taken over the ledger."""
+        """Raise LeadershipLost if another process has taken over the ledger, or may have."""
 
     def entries(self, subject: str | None = None, *, before: int = 0) -> Iterator[Entry]:
         """All entries, oldest first, or those of one subject, there with `before` only earlier."""

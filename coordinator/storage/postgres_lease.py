@@ -4,18 +4,21 @@ The row of `commonweight_fleet` names the holder, an epoch and when the lease ex
 of the database. A thread renews it every 2 s for 6 s. Each lease that is taken, also again by the
 same holder after a lost connection, has a higher epoch. `append` writes only if the row still has
 the epoch of the writer, so that a former leader writes nothing.
+
+The epoch is at least the time (Unix s) when the lease was taken. So it grows too when the ledger
+moves to another schema, or its database is restored from a backup.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from coordinator.storage import postgres_session
@@ -31,25 +34,39 @@ VALID_S = 6.0
 _POLL_S = 0.5
 _UNTIL = f"clock_timestamp() + interval '{VALID_S} s'"
 _TAKE = (
-    f"UPDATE commonweight_fleet SET holder = %s, epoch = epoch + 1, expires = {_UNTIL} "
-    "WHERE expires <= clock_timestamp() AND moved_to = '' RETURNING epoch"
+    "UPDATE commonweight_fleet SET holder = %s, "
+    "epoch = greatest(epoch + 1, extract(epoch FROM clock_timestamp())::bigint), "
+    f"expires = {_UNTIL} WHERE expires <= clock_timestamp() AND moved_to = '' RETURNING epoch"
 )
 _RETAKE = (
     f"UPDATE commonweight_fleet SET epoch = epoch + 1, expires = {_UNTIL} "
     "WHERE holder = %s AND moved_to = '' RETURNING epoch"
 )
-_RENEW = f"UPDATE commonweight_fleet SET expires = {_UNTIL} WHERE holder = %s"
+_RENEW = f"UPDATE commonweight_fleet SET expires = {_UNTIL} WHERE holder = %s RETURNING epoch"
 _RELEASE = "UPDATE commonweight_fleet SET expires = clock_timestamp() WHERE holder = %s"
 
 
 class Lease:
-    """A lease of this process. `is_lost`: another one leads, for good."""
+    """A lease of this process. `is_lost`: another one leads, for good.
+
+    `term`: the epoch with which this process began to lead. `epoch` is higher after a lost
+    connection.
+    """
 
     def __init__(self) -> None:
         # Unique, so no other process renews it or takes it again.
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        self.epoch = 0
+        self.term = self.epoch = 0
         self.is_lost = False
+        self._renewed_at = -math.inf
+
+    @property
+    def is_expired(self) -> bool:
+        """True if another process may have taken it meanwhile.
+
+        It expires here before it does in the database. A machine that sleeps does not notice.
+        """
+        return time.monotonic() - self._renewed_at > VALID_S
 
     def take(self, db: Connection[Any], *, patient: bool = False) -> None:
         """Take the lease once it is free. Raises HomeLocked if another process keeps renewing it.
@@ -57,7 +74,7 @@ class Lease:
         `patient`: wait as long as it takes. Raises psycopg.Error.
         """
         give_up_at, told = time.monotonic() + VALID_S + RENEW_S, False
-        while not (row := db.execute(_TAKE, (self.holder,)).fetchone()):
+        while not (row := self._changed(db, _TAKE)):
             holder = (db.execute("SELECT holder FROM commonweight_fleet").fetchone() or ("?",))[0]
             if not told:
                 told = True
@@ -68,12 +85,12 @@ class Lease:
                     "stop it first; two coordinators cannot write to one ledger",
                 )
             time.sleep(_POLL_S)
-        self.epoch = row[0]
+        self.term = self.epoch = row[0]
 
     def retake(self, db: Connection[Any]) -> None:
         """Take the lease again after a lost connection, so that what the old one still executes
         comes too late. Raises LeadershipLost, psycopg.Error."""
-        row = db.execute(_RETAKE, (self.holder,)).fetchone()
+        row = self._changed(db, _RETAKE)
         if row is None:
             self.is_lost = True
             raise lost()
@@ -81,13 +98,23 @@ class Lease:
 
     def renew(self, db: Connection[Any]) -> None:
         """Raises LeadershipLost, psycopg.Error."""
-        if db.execute(_RENEW, (self.holder,)).rowcount == 0:
+        if self._changed(db, _RENEW) is None:
             self.is_lost = True
             raise lost()
 
     def release(self, db: Connection[Any]) -> None:
         """Let another process lead at once. Raises psycopg.Error."""
-        db.execute(_RELEASE, (self.holder,))
+        with postgres_session.answered_within(db, VALID_S):
+            db.execute(_RELEASE, (self.holder,))
+
+    def _changed(self, db: Connection[Any], statement: str) -> tuple[int] | None:
+        """The row after a statement that prolongs the lease; None if it changed nothing."""
+        began = time.monotonic()  # not later than the database prolongs it
+        with postgres_session.answered_within(db, VALID_S):
+            row: tuple[int] | None = db.execute(statement, (self.holder,)).fetchone()
+        if row is not None:
+            self._renewed_at = began
+        return row
 
 
 def lost() -> LeadershipLost:
@@ -98,10 +125,10 @@ def lost() -> LeadershipLost:
 
 
 class LeaseKeeper:
-    """A thread with a connection of its own that renews a lease. `each_time` is called before."""
+    """A thread with a connection of its own that renews a lease."""
 
-    def __init__(self, address: str, lease: Lease, each_time: Callable[[], None]) -> None:
-        self._address, self._lease, self._each_time = address, lease, each_time
+    def __init__(self, address: str, lease: Lease) -> None:
+        self._address, self._lease = address, lease
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ledger lease", daemon=True)
         self._thread.start()
@@ -111,7 +138,6 @@ class LeaseKeeper:
 
         db: Connection[Any] | None = None
         while not self._stopping.wait(RENEW_S):
-            self._each_time()
             try:
                 db = db or postgres_session.connect(self._address)
                 self._lease.renew(db)

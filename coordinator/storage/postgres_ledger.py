@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,17 +67,15 @@ class PostgresLedger:
     ) -> None:
         import psycopg
 
-        self._address, self._read_only = address, read_only
+        self._address, self._read_only, self._patient = address, read_only, patient
         self._lock = threading.Lock()
         self._lease, self._keeper = Lease(), None
         self._head: tuple[int, bytes] = (0, START)
-        self._recent: deque[Entry] = deque(maxlen=_RECENT)
+        self._recent: tuple[Entry, ...] = ()
         #: The group whose commit was not acknowledged; groups that were committed all the same,
         #: by subject, until their callers ask for them again.
         self._doubtful: _Group | None = None
         self._unclaimed: dict[str, tuple[bytes, ...]] = {}
-        #: Since when (monotonic s) a statement of the event loop waits for its answer.
-        self._waits_since = 0.0
         self._db: Connection[Any] | None = postgres_session.connect(address)
         try:
             if read_only:
@@ -90,7 +85,7 @@ class PostgresLedger:
             self._verify_whole()
             before = self._newest(self._db)
             self._lease.take(self._db, patient=patient)
-            self._keeper = LeaseKeeper(address, self._lease, self._end_hanging)
+            self._keeper = LeaseKeeper(address, self._lease)
             if newest := self._newest(self._db):
                 self._head = (newest.seq, newest.hash)
             if newest != before:  # while it waited
@@ -111,6 +106,11 @@ class PostgresLedger:
                 "nothing was changed; restore the database from a backup",
             )
 
+    @property
+    def term(self) -> int:
+        """Higher than that of every process that has led before this one."""
+        return self._lease.term
+
     # --- appending ---
 
     def append(self, subject: str, bodies: Sequence[bytes]) -> None:
@@ -125,11 +125,12 @@ class PostgresLedger:
                         "the database has added entries that were taken for lost",
                         "nothing was lost; a restart continues from the ledger",
                     )
+                began = time.monotonic()
                 try:
                     self._insert(subject, bodies)
                     return
                 except LedgerUnreachable:
-                    if is_last:
+                    if is_last or time.monotonic() - began > VALID_S / 2:  # it hangs
                         raise
 
     def _insert(self, subject: str, bodies: Sequence[bytes]) -> None:
@@ -142,9 +143,10 @@ class PostgresLedger:
             entries.append(Entry(seq, now, subject, body, head))
         failpoint("ledger.inserted")
         columns = [[getattr(e, name) for e in entries] for name in ("seq", "body", "hash")]
-        self._waits_since = time.monotonic()
+        db = self._connection()
         try:
-            added = self._connection().execute(_INSERT, (self._lease.epoch, now, subject, *columns))
+            with postgres_session.answered_within(db, VALID_S):
+                added = db.execute(_INSERT, (self._lease.epoch, now, subject, *columns))
         except psycopg.errors.UniqueViolation as err:
             raise lost() from err
         except psycopg.Error as err:
@@ -155,13 +157,14 @@ class PostgresLedger:
                 ) from err
             self._doubtful = _Group(subject, tuple(bodies), entries)
             raise self._disconnect(err) from err
-        finally:
-            self._waits_since = 0.0
         if added.rowcount != len(entries):
             self._lease.is_lost = True
             raise lost()
-        self._recent.extend(entries)
+        self._remember(entries)
         self._head = (seq, head)
+
+    def _remember(self, entries: list[Entry]) -> None:
+        self._recent = (*self._recent, *entries)[-_RECENT:]
 
     def load(self, entries: Iterable[Entry]) -> int:
         """Fill an empty ledger with the entries of another one, all or none; how many there are.
@@ -238,7 +241,7 @@ class PostgresLedger:
             self._lease.is_lost = True
             raise lost()
         self._head = found
-        self._recent.extend(doubtful.entries)
+        self._remember(doubtful.entries)
         self._unclaimed[doubtful.subject] = doubtful.bodies
 
     def _disconnect(self, err: BaseException) -> LedgerUnreachable:
@@ -248,15 +251,6 @@ class PostgresLedger:
         text = f"the ledger {shown(self._address)} does not answer: {first_line(err)}"
         log.warning("%s", text)
         return LedgerUnreachable(text, _WAITS)
-
-    def _end_hanging(self) -> None:
-        """End a connection whose server has not answered an append for as long as a lease."""
-        since, db = self._waits_since, self._db
-        if since and db is not None and time.monotonic() - since > VALID_S:
-            with contextlib.suppress(Exception):  # it may be closed meanwhile
-                hung = socket.socket(fileno=os.dup(db.fileno()))
-                hung.shutdown(socket.SHUT_RDWR)
-                hung.close()
 
     # --- reading ---
 
@@ -289,11 +283,10 @@ class PostgresLedger:
 
     def entries_after(self, seq: int, limit: int) -> list[Entry]:
         """At most `limit` entries with a higher number than `seq`, oldest first."""
-        with self._lock:
-            if not self._read_only and (
-                seq >= self._head[0] or (self._recent and self._recent[0].seq <= seq + 1)
-            ):
-                return [entry for entry in self._recent if entry.seq > seq][:limit]
+        if not self._read_only:  # without the lock, which a lost connection holds for seconds
+            (last, _), recent = self._head, self._recent
+            if seq >= last or (recent and recent[0].seq <= seq + 1):
+                return [entry for entry in recent if entry.seq > seq][:limit]
         if abs(seq) >= 2**62:
             return []
         query = f"{_SELECT} WHERE seq > %s ORDER BY seq LIMIT %s"
@@ -328,9 +321,15 @@ class PostgresLedger:
                 raise self._disconnect(err) from err
 
     def check_leads(self) -> None:
-        """Raises LeadershipLost if another process has taken over."""
+        """Raises LeadershipLost if another process has taken over, or may have (`patient`)."""
         if self._lease.is_lost:
             raise lost()
+        if self._patient and self._lease.is_expired:
+            raise LeadershipLost(
+                f"the lease on the ledger was not renewed for {VALID_S:g} s, so another "
+                "coordinator may lead",
+                "nothing was lost; look whether the database answers this machine",
+            )
 
     def close(self) -> None:
         """Close it, and let another process lead."""
@@ -341,7 +340,7 @@ class PostgresLedger:
         with self._lock:
             if self._db is not None:
                 with contextlib.suppress(psycopg.Error):  # then the lease expires
-                    if self._lease.epoch:
+                    if not self._lease.is_expired:
                         self._lease.release(self._db)
                 self._db.close()
                 self._db = None

@@ -6,7 +6,11 @@ postgresql://user@host/database?sslmode=verify-full&options=-csearch_path%3Dflee
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from coordinator.storage.ledger import FORMAT
@@ -61,6 +65,8 @@ _RIGHTS = {
 }
 #: Held while tables are created, so that two starts do not create them twice.
 _CREATION = 0x636F6D6D
+#: A new connection is usable within this time after it was opened.
+_SET_WITHIN_S = 3.0
 
 
 def check_address(address: str) -> str:
@@ -108,13 +114,36 @@ def connect(address: str) -> Connection[Any]:
             ) from err
         raise Unreachable(text, "start the database, or correct the address") from err
     try:
-        if db.execute("SHOW synchronous_commit").fetchone() == ("off",):
-            db.execute("SET synchronous_commit = on")
-        db.execute("SET lock_timeout = '5s'")
+        with answered_within(db, _SET_WITHIN_S):
+            if db.execute("SHOW synchronous_commit").fetchone() == ("off",):
+                db.execute("SET synchronous_commit = on")
+            db.execute("SET lock_timeout = '5s'")
     except psycopg.Error as err:
         db.close()
         raise Unreachable(f"the ledger {shown(address)} does not answer: {err}") from err
     return db
+
+
+@contextlib.contextmanager
+def answered_within(db: Connection[Any], limit_s: float) -> Iterator[None]:
+    """End the connection if the statement in the block takes longer, which raises psycopg.Error.
+
+    A server that hangs, or a proxy in between, keeps a connection alive without an answer.
+    """
+    timer = threading.Timer(limit_s, _hang_up, (db,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _hang_up(db: Connection[Any]) -> None:
+    with contextlib.suppress(Exception):  # it may be closed meanwhile
+        hung = socket.socket(fileno=os.dup(db.fileno()))
+        hung.shutdown(socket.SHUT_RDWR)
+        hung.close()
 
 
 def _keyring_password(address: str) -> str:

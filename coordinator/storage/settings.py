@@ -53,7 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     host:port or host:port/path of a proxy or router in front of this machine, of its replicas, and
     of the place where it will be next. Agents learn them, and try them all. `approve`: new peers
     wait for `peers approve`. `announce`: announce the coordinator in the local network.
-    `metrics_port`: serves /metrics for Prometheus on loopback; 0 is off. `ledger`: the PostgreSQL
+    `metrics_port`: serves /metrics for Prometheus; 0 is off. `metrics_host`: the address for it. It
+    has no TLS and no key, so all who reach the address can read it. `ledger`: the PostgreSQL
     database of the ledger, in place of a file of the home, without a password (`ledger_place`).
     `versions`: keeps the versions in this object store, too (`version_store`).
     """
@@ -68,6 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     public_addresses: list[CoordinatorAddress] = []
     approve: bool = False
     metrics_port: Port = 0
+    metrics_host: str = "127.0.0.1"
     announce: bool = False
     ledger: str = ""
     versions: str = ""

@@ -85,6 +85,7 @@ class VersionLog:
                 ledger=seq,
                 ledger_hash=ledger_hash,
                 at=time.time(),
+                term=self._ledger.term,
             )
             page = LogPage(
                 start=self._end.size - len(self._tail),

@@ -75,6 +75,7 @@ TRANSIENT = frozenset(
         *("file", "killed", "died", "hung", "start", "stopped", "cancelled"),
         *(errors.NotRunning.code, errors.Unreachable.code, errors.SubfleetStopped.code),
         errors.Unwitnessed.code,
+        errors.FormerLeader.code,
     }
 )
 #: Kinds whose hint has no path either.

@@ -54,7 +54,9 @@ class LogHead(Struct, frozen=True, array_like=True):
     """A log of `size` entries, whose chain ends with `hash`, as it was `at` a time (Unix s).
 
     `epoch`: that of the last restore from a backup, 0 without one. `ledger`, `ledger_hash`: the
-    number and the hash of the last entry of the coordinator's ledger.
+    number and the hash of the last entry of the coordinator's ledger. `term`: that of the leader
+    that signed it, higher than that of every leader before; 0 without replicas, or of an older
+    coordinator.
     """
 
     fleet: Id
@@ -64,6 +66,7 @@ class LogHead(Struct, frozen=True, array_like=True):
     ledger: Count
     ledger_hash: Hash
     at: Time
+    term: Count = 0
 
 
 class Restore(NamedTuple):

@@ -119,6 +119,15 @@ async def test_it_answers_on_loopback_alone() -> None:
         await serving
 
 
+async def test_it_answers_by_every_name_where_the_operator_opened_it() -> None:
+    port = free_port()
+    serving = asyncio.create_task(prometheus.serve(port, lambda: b"x 1\n", "0.0.0.0"))
+    assert (await scraped(port, host="one:9095"))[1] == b"x 1\n"
+    serving.cancel()
+    with suppress(asyncio.CancelledError):
+        await serving
+
+
 @pytest.mark.attack("20.strangers")
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:9095", "127.0.0.1.evil.example"])
 async def test_a_page_by_another_name_reads_no_metrics(host: str) -> None:

@@ -13,11 +13,13 @@ from coordinator.admin import backup
 from coordinator.runs.recorded import recorded_run
 from coordinator.storage import ledger_place, run_events
 from coordinator.storage.ledger_place import VARIABLE, open_ledger
+from coordinator.storage.postgres_ledger import PostgresLedger
 from coordinator.storage.run_events import VersionCommitted
 from protocols.enrollment import tickets
 from protocols.enrollment.certificates import ca_fingerprint
 from protocols.errors import HomeError, HomeLocked, Unreachable
 from tests.support import postgres
+from tests.support.fault_proxy import BLACKHOLE, CLEAR, Proxy
 from tests.support.in_process_fleet import fleet_of, some_data
 from tests.support.waiting import until
 
@@ -61,6 +63,26 @@ async def test_a_run_survives_the_loss_of_its_database(
     monkeypatch.delenv(VARIABLE)
     with contextlib.closing(open_ledger(restored)) as ledger:
         assert [run_events.decode(entry.body) for entry in ledger.entries(run)] == events
+
+
+async def test_a_database_that_hangs_does_not_stop_the_coordinator(
+    tmp_path: Path, server: postgres.Server, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy(server.port) as proxy:
+        monkeypatch.setenv(VARIABLE, address.replace(str(server.port), str(proxy.port)))
+        async with fleet_of(tmp_path, *(some_data(20, seed) for seed in range(2))) as fleet:
+            run = fleet.start(rounds=20, quorum=2)
+            await until(lambda: len(fleet.hub.runs.find(run).history) >= 1)
+            proxy.fault = BLACKHOLE
+            await until(lambda: fleet.waits_for(run) == "the database of the ledger")
+            # The loop of this test is that of the coordinator: it runs while the ledger is tried.
+            ledger = fleet.hub._ledger
+            assert isinstance(ledger, PostgresLedger)
+            await until(ledger._lock.locked)
+            proxy.fault = CLEAR
+            proxy.reset()
+            ended = await fleet.finished(run)
+    assert len(ended.history) == 20
 
 
 def join_new(home: Path, ticket: tickets.Ticket) -> None:

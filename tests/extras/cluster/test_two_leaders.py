@@ -11,6 +11,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import psycopg
@@ -117,6 +118,7 @@ def play(seed: int, *, fenced: bool = True) -> None:
         patch.setattr(postgres_session, "connect", lambda address: Connection(db))
         patch.setattr(postgres_session, "prepare", lambda *_: None)
         patch.setattr(postgres_ledger, "LeaseKeeper", lambda *_: None)
+        patch.setattr(postgres_session, "answered_within", lambda *_: nullcontext())
         patch.setattr(PostgresLedger, "verify", lambda self: first_mismatch(db.log))
         for _ in range(STEPS):
             alive = [one for one in made if not one.ended]
