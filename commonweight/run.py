@@ -15,7 +15,7 @@ from commonweight.prediction import Rows
 from coordinator.cli import run_text
 from coordinator.remote import version_files
 from coordinator.remote.api_client import Remote
-from coordinator.runs import export
+from coordinator.runs import candidates, export
 from coordinator.runs import state as run_state
 from protocols.errors import CommonweightError, UnknownName
 from protocols.extras import needs_extra
@@ -215,7 +215,7 @@ class Run:
         digest = export.resolve_version(run, which)
         file = version_files.find(self._remote, run.id, digest)
         export.check_on_disk(file, run, digest)
-        return run, file
+        return candidates.of_version(run, digest), file
 
 
 def _round(closed: run_state.Round) -> Round:

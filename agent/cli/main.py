@@ -182,7 +182,7 @@ def _format_status(home: Path, *, json: bool) -> str:
         lines.append(f"? {request.line}")
     lines += _format_version(status)
     if status.choice:
-        lines.append(f"run {status.choice_run} has chosen its model: {status.choice}")
+        lines.append(f"the model of run {status.choice_run}: {status.choice}")
     if (found := own_results.newest(home)) is not None:
         lines += own_results.lines_of(found)
     if status.shares_at:

@@ -23,7 +23,7 @@ from agent.clientapp import secure_rules
 from agent.clientapp.outbox import KEPT, PERSONAL
 from agent.home import audit_log, own_results
 from agent.home.logs import owner_log
-from agent.home.own_results import OwnResult, OwnRun
+from agent.home.own_results import OwnModel, OwnResult, OwnRun
 from agent.home.run_state import RunStateFolder
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Measure, Trainer
@@ -49,6 +49,8 @@ _QUIET_S = 15.0
 _LEAST_S = 10.0
 #: Local rounds, whatever the coordinator says of the run.
 _MAX_ROUNDS = 1000
+#: Models of a run whose settings are remembered.
+_MAX_MODELS = 8
 _SHARED = "shared.safetensors"
 _SPARE_BYTES = 4 * 1024 * 1024
 #: After these failures the comparison is tried again later.
@@ -133,6 +135,8 @@ class OwnComparisons:
             settings=settings,
             is_local=is_local,
             trained_s=trained_s,
+            begun=work.begun,
+            earlier=_earlier(before, work.begun),
         )
         if known is None or known.run != run:
             self._write_run(run)
@@ -240,7 +244,7 @@ class OwnComparisons:
         work = Measure(
             run=one.run.run,
             task=one.run.task,
-            settings=dict(one.run.settings),
+            settings=dict(one.run.settings_of(model.round)),
             base=str(shared),
             folder=str(folder),
             rounds=min(model.ended_rounds, _MAX_ROUNDS),
@@ -273,12 +277,13 @@ class OwnComparisons:
             at=time.time(),
             round=model.round if model else 0,
             digest=model.digest if model else "",
+            model=_kept(one.run, model) if model else "",
             comparison=found,
             why=why,
             missing=missing,
         )
         is_news = found is not None or missing is not None
-        result = replace(result, to_tell=is_news and self._may_tell(one.run, result.digest))
+        result = replace(result, to_tell=is_news and self._may_tell(one.run, result))
         self._write_result(one, result)
         (folder / _SHARED).unlink(missing_ok=True)
         if found is not None:
@@ -297,7 +302,7 @@ class OwnComparisons:
 
     # --- what leaves ---
 
-    def _may_tell(self, run: OwnRun, digest: str) -> bool:
+    def _may_tell(self, run: OwnRun, result: OwnResult) -> bool:
         """True if the coordinator knows the metrics of this machine in this run anyway, and the
         owner lets it know these. No answer of the coordinator counts here."""
         chosen = self._settings()
@@ -306,7 +311,7 @@ class OwnComparisons:
             and not run.is_local
             and not chosen.privacy_max_epsilon
             and not chosen.secure_min
-            and self._was_told(run.task, run.settings, digest)
+            and self._was_told(run.task, run.settings_of(result.round), result.digest)
         )
 
     def _tell(self, one: _Pending, result: OwnResult) -> None:
@@ -314,7 +319,7 @@ class OwnComparisons:
         told, is_told = result.comparison, False
         if told is None:
             told = comparisons.without_numbers(result.run, result.missing or "failed")
-        if self._may_tell(one.run, result.digest):
+        if self._may_tell(one.run, result):
             audit_log.write_comparison(self._home, told, result.task, result.round)
             try:
                 self._link().send_comparison(told)
@@ -324,3 +329,16 @@ class OwnComparisons:
             except Refused as err:
                 log.info("run %s: %s", result.run, err.message)
         self._write_result(one, replace(result, is_told=is_told, to_tell=False))
+
+
+def _earlier(before: OwnRun | None, begun: int) -> tuple[OwnModel, ...]:
+    """The models that a run has trained before the one with these first weights."""
+    if before is None:
+        return ()
+    models = (*before.earlier, OwnModel(before.begun, before.settings))
+    return tuple(one for one in models if one.begun < begun)[-_MAX_MODELS:]
+
+
+def _kept(run: OwnRun, model: NamedModel) -> str:
+    """The kind of the best version, if the run has trained several models."""
+    return str(run.settings_of(model.round).get("model", "")) if run.earlier else ""

@@ -46,5 +46,5 @@ def of(
 
 
 def _settings(work: Work) -> dict[str, Setting]:
-    """The run's settings with seed and round added."""
-    return {**work.settings, "seed": work.seed, "round": work.round}
+    """The run's settings with seed and round added. The model's rounds count from 1."""
+    return {**work.settings, "seed": work.seed, "round": max(0, work.round - work.begun)}

@@ -121,7 +121,7 @@ class StatusReporter:
             return
         status.choice_run, status.choice = work.run, work.choice
         if work.choice:
-            log.info("run %s has chosen its model: %s", work.run, work.choice)
+            log.info("the model of run %s: %s", work.run, work.choice)
 
     def _note_tasks(self) -> None:
         """Note which tasks may run, and for which the owner would be asked."""

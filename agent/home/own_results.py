@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from protocols.messages import comparisons
 from protocols.messages.comparisons import Comparison, Missing, Model
@@ -33,8 +34,17 @@ Compare = Annotated[
 ]
 
 
+class OwnModel(Struct, frozen=True):
+    """A model that a run has trained before its last one: the number of its first weights, and the
+    settings."""
+
+    begun: int
+    settings: Settings
+
+
 class OwnRun(Struct, frozen=True, kw_only=True):
-    """A run that this machine trained in. `settings`: those of its last training.
+    """A run that this machine trained in. `settings`: those of its last training, of a model whose
+    first weights have the number `begun`; `earlier`: the models before, in order.
 
     `is_local`: the run was secure or had noise, so that no metric of this machine alone leaves.
     `trained_s`: how long its trainings took here, in seconds.
@@ -45,12 +55,21 @@ class OwnRun(Struct, frozen=True, kw_only=True):
     settings: Settings
     is_local: bool
     trained_s: float = 0.0
+    begun: int = 0
+    earlier: tuple[OwnModel, ...] = ()
+
+    def settings_of(self, number: int) -> Settings:
+        """The settings with which the version of this number was trained."""
+        models = (*self.earlier, OwnModel(self.begun, self.settings))
+        found = [one.settings for one in models if one.begun <= number]
+        return found[-1] if found else models[0].settings
 
 
 class OwnResult(Struct, frozen=True, kw_only=True):
     """The comparison after a run, or why there is none.
 
-    `digest`: the run's best version, made in `round`. `at`: Unix s. `why`: the reason as
+    `digest`: the run's best version, made in `round`, and `model`: its kind, if the run trained
+    several. `at`: Unix s. `why`: the reason as
     text, `missing`: the word for it that the coordinator gets. `is_told`: the coordinator has it;
     `to_tell`: it is to get it.
     """
@@ -60,6 +79,7 @@ class OwnResult(Struct, frozen=True, kw_only=True):
     at: float
     round: int = 0
     digest: str = ""
+    model: str = ""
     comparison: Comparison | None = None
     why: str = ""
     missing: Missing | None = None
@@ -123,7 +143,9 @@ def recommended(home: Path, run: str) -> tuple[Model, Path, OwnRun] | None:
         return None
     model = result.comparison.recommended
     file = model_file(folder, model)
-    return (model, file, of) if model != "shared" and file.exists() else None
+    if model == "shared" or not file.exists():
+        return None
+    return model, file, replace(of, settings=of.settings_of(result.round))
 
 
 def newest(home: Path) -> OwnResult | None:
@@ -135,7 +157,8 @@ def lines_of(found: OwnResult) -> list[str]:
     """A result for its owner."""
     if (of := found.comparison) is None:
         return [f"run {found.run}: no comparison: {found.why}"]
+    kept = f", model {found.model}," if found.model else ""
     return [
-        f"run {found.run} on {of.rows} held-out rows of yours, with intervals of 95 %:",
+        f"run {found.run}{kept} on {of.rows} held-out rows of yours, with intervals of 95 %:",
         *comparisons.lines_of(of),
     ]

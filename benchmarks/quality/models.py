@@ -23,7 +23,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +36,16 @@ from benchmarks.quality.held_out_tables import HELD_OUT
 from benchmarks.quality.real_tables import TABLES, Array, Table
 from benchmarks.quality.table_models import (
     Peers,
+    Trained,
     alone,
     choose,
+    keep,
     order,
     own,
     prepare,
     together,
 )
-from protocols.tables.model_scores import MODELS
+from protocols.tables.model_scores import MODELS, Model
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "quality"
 RESULTS, HELD_OUT_RESULTS = FOLDER / "tables-results.json", FOLDER / "tables-held-out.json"
@@ -89,16 +91,17 @@ def split(table: Table, folder: Path, *, grouped: bool) -> Split:
 
 
 def every_model(of: Split) -> dict[str, Any]:
-    """What all peers learn together: each model, the one that a run chooses, and trees of a run
-    with `--secure`. `personal`: the chosen one after further training at the first peer."""
+    """What all peers learn together: each model, the one that a run keeps, and trees of a run with
+    `--secure`. `personal`: the kept one after further training at the first peer."""
     found = {model: together(of.table, of.parts, of.test, model) for model in MODELS}
-    peers = _agreed(of)
-    chosen = choose(of.table, of.parts, peers.settings)
+    tried = choose(of.table, of.parts, _agreed(of).settings)
+    chosen = keep(of.table, {model: found[model] for model in tried})
     return {
         **{model: one.test for model, one in found.items()},
         "secure": together(of.table, of.parts, of.test, "trees", secure=True).test,
         "chosen": chosen,
         "auto": found[chosen].test,
+        "tried": _told({model: found[model] for model in tried}),
         "personal": own(of.first, of.test, found[chosen]),
         "alone": best_alone(of, of.parts),
         **_central(of),
@@ -107,19 +110,42 @@ def every_model(of: Split) -> dict[str, Any]:
 
 def by_default(of: Split) -> dict[str, Any]:
     """What a run gives without any setting, and with `--secure`; and trees with `--secure`."""
-    peers = _agreed(of)
-    chosen, secure = (choose(of.table, of.parts, peers.settings, secure=s) for s in (False, True))
-    auto = together(of.table, of.parts, of.test, chosen)
-    masked = together(of.table, of.parts, of.test, secure, secure=True)
+    settings = _agreed(of).settings
+    plain, masked = (
+        {
+            model: together(of.table, of.parts, of.test, model, secure=secure)
+            for model in choose(of.table, of.parts, settings, secure=secure)
+        }
+        for secure in (False, True)
+    )
+    chosen, secure = keep(of.table, plain), keep(of.table, masked)
     return {
         "chosen": chosen,
-        "auto": auto.test,
-        "personal": own(of.first, of.test, auto),
+        "auto": plain[chosen].test,
+        "tried": _told(plain),
+        "personal": own(of.first, of.test, plain[chosen]),
         "secure_chosen": secure,
-        "secure": masked.test,
-        "secure_trees": together(of.table, of.parts, of.test, "trees", secure=True).test,
+        "secure": masked[secure].test,
+        "secure_tried": _told(masked),
+        "secure_trees": masked["trees"].test,
         "alone": best_alone(of, [of.first]),
         **_central(of),
+    }
+
+
+def _told(tried: Mapping[Model, Trained]) -> dict[str, dict[str, Any]]:
+    """Of each model, the metrics of its best version on the rows that peers hold out, and its score
+    on those of the test."""
+    best = {model: one.standing.best for model, one in tried.items()}
+    return {
+        model: {
+            **{name: round(v, 6) for name, v in closed.metrics.items() if v is not None},
+            "decisive": {n: round(v, 6) for n, v in closed.decisive.items() if v is not None},
+            "round": closed.round,
+            "test": tried[model].test,
+        }
+        for model, closed in best.items()
+        if closed is not None
     }
 
 

@@ -8,6 +8,7 @@ compares the digests).
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,9 +28,10 @@ from benchmarks.quality.fleet import fleet_of
 from benchmarks.quality.real_tables import Array, Table
 from coordinator.remote import run_options
 from coordinator.runs import best_version, model_choice, transitions
-from coordinator.runs.state import Round
+from coordinator.runs.state import Round, Standing
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, RunSpec
+from coordinator.strategies import outliers
 from protocols.model import weights
 from protocols.model.built_in_settings import BY_TASK
 from protocols.model.weights import Weights
@@ -41,12 +43,14 @@ Settings = Mapping[str, Any]
 
 
 class Peers(NamedTuple):
-    """Rows as a run encodes them: of each peer to train on and held out, and those of the test."""
+    """Rows as a run encodes them: of each peer to train on and held out, and those of the test.
+    `counts`: the rows that each peer holds out."""
 
     settings: Settings
     train: list[EncodedRows]
     held_out: EncodedRows
     test: EncodedRows
+    counts: tuple[int, ...] = ()
 
     @property
     def is_class(self) -> bool:
@@ -82,7 +86,10 @@ def prepare(parts: Sequence[DataSettings], test: Path, settings: Settings) -> Pe
     other.load(DataSettings(path=str(test), device="cpu", min_count=1))
     found = [task._sets(settings) for task in tasks]
     held_out = join([rows for _, rows in found])
-    return Peers(settings, [rows for rows, _ in found], held_out, join(other._sets(settings)))
+    counts = tuple(len(rows.y) for _, rows in found)
+    return Peers(
+        settings, [rows for rows, _ in found], held_out, join(other._sets(settings)), counts
+    )
 
 
 def join(parts: Sequence[EncodedRows]) -> EncodedRows:
@@ -91,13 +98,14 @@ def join(parts: Sequence[EncodedRows]) -> EncodedRows:
 
 class Trained(NamedTuple):
     """A model: its settings with the preprocessing, weights, the rounds of its run, and its scores
-    on the rows that the peers hold out and on the test."""
+    on the rows that the peers hold out and on the test. `standing`: of its versions."""
 
     settings: Settings
     version: Weights
     rounds: int
     held_out: float
     test: float
+    standing: Standing = Standing()
 
 
 def order(table: Table, model: str, peers: int, *, secure: bool = False) -> RunSpec:
@@ -111,8 +119,8 @@ def order(table: Table, model: str, peers: int, *, secure: bool = False) -> RunS
 
 def choose(
     table: Table, parts: Sequence[DataSettings], settings: Settings, *, secure: bool = False
-) -> Model:
-    """The model that a run of these peers chooses. `settings`: with the preprocessing."""
+) -> tuple[Model, ...]:
+    """The models that a run of these peers trains. `settings`: with the preprocessing."""
     log: list[RunEvent] = [
         run_events.RunStarted(order(table, AUTO, len(parts), secure=secure)),
         run_events.PreprocessingFixed(str(settings["preprocessing"]), ()),
@@ -128,7 +136,16 @@ def choose(
             assert scores is not None
             log.append(run_events.ModelsCompared(name, scores))
     run = replace(transitions.replay("run", log), declared=declared)
-    return model_choice.choose(run).model
+    chosen = model_choice.choose(run)
+    return chosen.model, *chosen.then
+
+
+def keep(table: Table, trained: Mapping[Model, Trained]) -> Model:
+    """The model with the version that a run keeps, of these in the order of their training."""
+    best = best_version.of_models(
+        order(table, AUTO, len(trained)), [one.standing for one in trained.values()]
+    )
+    return next(model for model, one in trained.items() if one.standing.best is best)
 
 
 def _ignore(*_: object) -> None:
@@ -148,7 +165,8 @@ def together(
         version = weights.load(fleet.lane.version_path(run.best.digest))
     agreed = {**run.spec.settings, "preprocessing": run.preprocessing}
     peers = prepare(parts, test, agreed)
-    return _scored(parts[0], peers, version, len(run.history))
+    scored = _scored(parts[0], peers, version, len(run.history))
+    return scored._replace(standing=run.standing)
 
 
 def _scored(part: DataSettings, peers: Peers, version: Weights, rounds: int) -> Trained:
@@ -223,6 +241,7 @@ class _Course:
     def __init__(self, spec: RunSpec, peers: Peers) -> None:
         self._spec, self._peers = spec, peers
         self._history, self._trained = list[Round](), dict[int, Trained]()
+        self._standing = Standing()
 
     def ends(self, number: int, version: Mapping[str, Array], outputs: Sequence[Array]) -> bool:
         """Take a version, and its outputs on the rows held out and on the test."""
@@ -231,14 +250,39 @@ class _Course:
         self._trained[number] = Trained(peers.settings, Weights(version), number, *scores)
         metrics = _metrics(outputs[0].astype(np.float64), both[0], is_class=peers.is_class)
         count = len(both[0].y)
-        self._history.append(Round(round=number, digest="", metrics=metrics, num_evaluated=count))
-        last = best_version.last_gain(self._spec, self._history)
+        decisive = self._decisive(outputs[0].astype(np.float64), is_class=peers.is_class)
+        self._history.append(
+            Round(
+                round=number,
+                digest="",
+                metrics=metrics,
+                num_evaluated=count,
+                decisive=decisive if os.environ.get("DECISIVE") else {},
+            )
+        )
+        self._standing = best_version.after(self._spec, self._standing, self._history[-1])
+        last = self._standing.gained
         return bool(self._spec.patience) and number - last >= self._spec.patience
 
+    def _decisive(self, outputs: Array, *, is_class: bool) -> dict[str, float | None]:
+        ends, rows = np.cumsum(self._peers.counts), self._peers.held_out
+        each = [
+            _metrics(outputs[at], EncodedRows(rows.x[at], rows.y[at]), is_class=is_class)
+            for at in np.split(np.arange(len(rows.y)), ends[:-1])
+        ]
+        names = [str(n) for n in range(len(each))]
+        found = {}
+        for name in each[0]:
+            middle = outliers.values_in_the_middle([float(one[name] or 0) for one in each], names)
+            if middle:
+                found[name] = sum(middle) / len(middle)
+        return found
+
     def best(self) -> Trained:
-        best = best_version.best(self._spec, self._history)
+        best = self._standing.best
         assert best is not None
-        return self._trained[best.round]._replace(rounds=self._history[-1].round)
+        found = self._trained[best.round]
+        return found._replace(rounds=self._history[-1].round, standing=self._standing)
 
 
 def _metrics(outputs: Array, rows: EncodedRows, *, is_class: bool) -> dict[str, float | None]:

@@ -326,7 +326,7 @@ def _begin_recall(home: Path) -> None:
         runs = [run for run in runs if not run.deleted]
         for run in runs:
             if not run.ended or (run.state is RunState.FINISHED and run is runs[-1]):
-                newest = run.history[-1].digest if run.history else run.first
+                newest = run.own_rounds[-1].digest if run.own_rounds else run.first
                 begun = run_events.RecallBegun(whole=bool(newest) and store.verify_digest(newest))
                 ledger.append(run.id, [run_events.encode(begun)])
 

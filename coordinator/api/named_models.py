@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator.api.service import CoordinatorService
 from coordinator.jobs import model_refs
-from coordinator.runs import best_version
+from coordinator.runs import best_version, candidates
 from coordinator.runs.export import resolve_version
 from coordinator.runs.recorded import named_run
 from coordinator.strategies import personal
@@ -22,13 +22,14 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
     if which not in ("best", "latest"):
         raise UnknownName(f"a version is best or latest, not {which!r}")
     try:
-        run = named_run((run for run in service.runs.all() if run.head), name)
+        run = named_run(filter(model_refs.has_version, service.runs.all()), name)
     except UnknownName as err:
         raise UnknownName(
             f"there is no run and no task {name!r} with a version", "commonweight run list"
         ) from err
     model_refs.check_task(run)
     digest = resolve_version(run, which)
+    run = candidates.of_version(run, digest)
     rounds = [one for one in (*run.history, run.best) if one and one.digest == digest]
     layers = model_refs.local_layers(run)
     file = service.transfer.store.version_path(digest)
@@ -41,7 +42,7 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
         digest=digest,
         nbytes=file.stat().st_size,
         settings=model_refs.settings_of(run) | ({PERSONAL_LAYERS: layers} if layers else {}),
-        ended_rounds=len(run.history) if run.state in ENDED else 0,
+        ended_rounds=run.round - run.begun if run.state in ENDED else 0,
         personal_mu=personal.mu_of(run.spec),
         metric=best_version.plain_name(run.spec.best_metric),
         lower_is_better=best_version.is_lower_better(run.spec, run.spec.best_metric),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from coordinator.fleet.state import Fleet, Peer
     from coordinator.remote.api_client import Remote
     from coordinator.runs.state import Round, Run
-    from coordinator.storage.run_events import ModelChosen, RunSpec
+    from coordinator.storage.run_events import RunSpec
 
 #: Between two looks at a run.
 POLL_S = 0.5
@@ -26,9 +26,10 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
     """Lines about a run: its state, what it waits for, its settings, refusals and rounds."""
     from coordinator.runs import comparisons
     from coordinator.runs.decisions import phase_deadline_s
+    from coordinator.runs.rollback import present
 
     spec, peers = run.spec, fleet.peers
-    yield f"{run.id}: {run.state}, round {run.round}/{spec.rounds}"
+    yield f"{run.id}: {run.state}, round {_of_all(run, run.round)}"
     if run.ended:
         is_told = run.last_refusal in run.refusal_texts.values()  # below
         yield f"because {run.ended_briefly if is_told else run.ended_because}"
@@ -62,8 +63,7 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
             f"at δ {allowed.delta:g}; changes clipped to norm {spec.clip_norm:g}, "
             "versions not evaluated"
         )
-    if run.choice is not None:
-        yield choice_line(run.choice)
+    yield from choice_lines(run)
     if spec.secure:
         yield secure_line(spec)
     for peer, text in run.refusal_texts.items():
@@ -73,7 +73,12 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         since = f", the last one of {last}; it has answered since" if not run.refusal_texts else ""
         yield f"{run.refusals} refusals so far{since}"
     yield from buffer_lines(run, peers)
+    begins = {one.spec.first_round: one.model for one in run.trained}
+    if run.trained:
+        begins[spec.first_round] = present(run).model
     for closed in run.history:
+        if (model := begins.get(closed.round)) is not None:
+            yield f"model {model}:"
         star = " ★" if run.best and closed.round == run.best.round else ""
         yield f"{round_line(run, closed)} {closed.digest[:12]}{star}"
     if run.best is not None:
@@ -84,11 +89,21 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
         yield why
 
 
-def choice_line(chosen: ModelChosen) -> str:
-    """The model that a run of `model=auto` has chosen, and why."""
-    from coordinator.runs import model_choice
+def choice_lines(run: Run) -> Iterator[str]:
+    """The models that a run of `model=auto` has chosen, and why; of several, which is trained now
+    and what the others have reached."""
+    from coordinator.runs import candidates, model_choice
 
-    return model_choice.line(chosen)
+    if run.choice is None:
+        return
+    yield model_choice.line(run.choice)
+    if run.ordered is not None and not run.ended:  # then it says why it has ended
+        yield f"model: {candidates.text(run)}"
+
+
+def _of_all(run: Run, number: int) -> str:
+    """A round of the run; and of how many, unless it trains several models."""
+    return f"{number}/{run.spec.rounds}" if run.ordered is None else str(number)
 
 
 def secure_line(spec: RunSpec) -> str:
@@ -106,7 +121,7 @@ def round_line(run: Run, closed: Round) -> str:
     )
     behind = f"staleness ≤ {max(closed.staleness.values())} " if closed.staleness else ""
     return (
-        f"round {closed.round}/{run.spec.rounds} {metrics} {behind}"
+        f"round {_of_all(run, closed.round)} {metrics} {behind}"
         f"peers {len(closed.contributors)} {closed.seconds:.2f} s "
         f"up {closed.bytes_up / 1e6:.2f} MB down {closed.bytes_down / 1e6:.2f} MB"
     )
@@ -114,7 +129,7 @@ def round_line(run: Run, closed: Round) -> str:
 
 class Step(NamedTuple):
     """What is new about a run: refusals as text, closed rounds, what it waits for as text, and the
-    model that it has chosen."""
+    models that it has chosen or trains now."""
 
     run: Run
     refusals: tuple[str, ...]
@@ -130,7 +145,7 @@ class Progress:
         self._rounds = self._refusals = self._num_waits = 0
         self._refused: set[tuple[str, str]] = set()
         self._waits: tuple[str, ...] = ()
-        self._has_chosen = False
+        self._chosen: tuple[str, ...] = ()
 
     def step(self, run: Run, fleet: Callable[[], Fleet]) -> Step:
         """What is new since the last call. `fleet` is called only if it is needed."""
@@ -139,8 +154,8 @@ class Progress:
         self._rounds = len(run.history)
         self._num_waits = self._num_waits + 1 if waits_for_peers(run) else 0
         is_long = self._num_waits and self._num_waits % WAIT_POLLS == 0
-        is_new, self._has_chosen = not self._has_chosen, run.choice is not None
-        chosen = (choice_line(run.choice),) if run.choice is not None and is_new else ()
+        chosen = tuple(line for line in choice_lines(run) if line not in self._chosen)
+        self._chosen += chosen
         waits = self._new_waits(run, fleet()) if is_long else ()
         return Step(run, refusals, closed, waits, chosen)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from coordinator.runs import candidates
 from coordinator.runs.export import resolve_version
 from coordinator.runs.recorded import named_run
 from coordinator.runs.state import Run
@@ -37,14 +38,16 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
     Raises UnknownName, and UsageError for models of several tasks or settings, and for those of a
     run whose peers keep some layers.
     """
-    candidates = [run for run in runs if run.head and task in ("", run.spec.task)]
-    if not candidates:
+    known = [run for run in runs if has_version(run) and task in ("", run.spec.task)]
+    if not known:
         of_task = f" of the task {task!r}" if task else ""
         raise UnknownName(f"no run{of_task} has a version", _HINT)
-    found = [_resolve(candidates, name) for name in dict.fromkeys(names)]
+    found = [_resolve(known, name) for name in dict.fromkeys(names)]
     for run, _, _ in found:
         check_whole(run)
-    (task, settings), *others = [(run.spec.task, settings_of(run)) for run, _, _ in found]
+    (task, settings), *others = [
+        (run.spec.task, settings_of(candidates.of_version(run, digest))) for run, digest, _ in found
+    ]
     if any(other != (task, settings) for other in others):
         raise UsageError(
             "these models have different tasks or settings", "start one job for each of them"
@@ -54,6 +57,11 @@ def resolve(runs: Sequence[Run], names: Sequence[str], task: str = "") -> Resolv
         raise UsageError("two of these models are the same version", "name each version once")
     names = tuple(name for _, _, name in found)
     return ResolvedModels(task, settings, tuple(ModelRef(d, 0) for d in digests), names)
+
+
+def has_version(run: Run) -> bool:
+    """True if the run has made a version, or has first weights."""
+    return bool(run.head or run.best)
 
 
 def check_task(run: Run) -> None:
@@ -102,6 +110,7 @@ def _resolve(runs: Sequence[Run], name: str) -> tuple[Run, str, str]:
 
 
 def settings_of(run: Run) -> dict[str, Setting]:
-    """What the task needs to know in order to use a model of this run."""
+    """What the task needs to know in order to use a model of this run, which is that of the
+    version (`candidates.of_version`)."""
     shared: dict[str, Setting] = {"preprocessing": run.preprocessing} if run.preprocessing else {}
     return {**run.spec.settings, "seed": run.spec.seed, **shared}

@@ -17,9 +17,10 @@ from coordinator.fleet.registry import Registry
 from coordinator.fleet.state import Fleet
 from coordinator.remote.access import ACCESS_FILE
 from coordinator.remote.api_client import Remote
+from coordinator.runs.comparisons import why_no_evaluations
 from coordinator.runs.messages import round_body, run_body
 from coordinator.runs.recorded import named_run, recorded_ids, recorded_run
-from coordinator.runs.state import Run, why_no_evaluations
+from coordinator.runs.state import Run
 from coordinator.storage import ca_files, ledger_place
 from coordinator.storage.ledger import Ledger
 from protocols.enrollment import ca_chain

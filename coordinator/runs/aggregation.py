@@ -123,7 +123,7 @@ def commit(
             adapter,
             strategy,
             spec.strategy_args,
-            run.round,
+            run.round - run.begun,
             base,
             origin,
             inputs,
@@ -236,7 +236,8 @@ def aggregate_evaluation(
     if not answers:
         return Evaluation({}, {}, {}, frozenset())
     counts = {peer: update.num_examples for peer, update in answers.items()}
-    total, limit = sum(counts.values()), run.spec.outlier_limit
+    # Of all models of a run the same, as their versions are compared; trees alone have no limit.
+    total, limit = sum(counts.values()), (run.ordered or run.spec).outlier_limit
     capped = outliers.cap_counts(counts, ticket_of, limit) if limit else counts
     share = averaging.shares_by_ticket(capped, ticket_of, cap=run.spec.max_weight_share)
     answered = {peer: update.metrics for peer, update in answers.items()}
@@ -258,7 +259,7 @@ def evaluated_by(run: Run, strategy: Strategy, mean: Metrics, total: int) -> Met
     """The metrics that the strategy makes of the mean over `total` examples."""
     reply = as_reply("evaluate", None, {**_finite(mean), "num-examples": total})
     with strategy_errors(run.spec.strategy):
-        result = strategy.aggregate_evaluate(run.round, [reply])
+        result = strategy.aggregate_evaluate(run.round - run.begun, [reply])
         return {
             name: float(value) if math.isfinite(value) else None
             for name, value in (result or {}).items()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from coordinator.runs.state import Round
+from coordinator.runs.state import Round, Standing
 from coordinator.storage.run_events import RunSpec, Update
 from protocols.errors import UnknownName
 from protocols.messages.envelope import Metrics
@@ -97,34 +98,57 @@ def score(spec: RunSpec, metrics: Metrics) -> float:
     return -math.inf if value is None else _signed(spec, name, value)
 
 
-def best(spec: RunSpec, rounds: Sequence[Round]) -> Round | None:
+def best(spec: RunSpec, rounds: Iterable[Round]) -> Round | None:
     """The round with the best version; without metrics, as in a run with noise, the last.
 
     Among equals it is the first, or with the accuracy by default, which is the same for many
     versions where few rows are held out, that with the lowest loss (`RunSpec.ties`).
     """
-    found: Round | None = None
-    for place, closed in enumerate(rounds):
-        found = after(spec, found, rounds[:place], closed)
-    return found
+    return standing(spec, rounds).best
 
 
-def after(spec: RunSpec, found: Round | None, rounds: Sequence[Round], closed: Round) -> Round:
-    """The best of `rounds` and `closed`, if `found` is that of `rounds`."""
-    if found is None or not spec.measures:
-        return closed
-    if _has_near_ties(spec, closed):
-        most = _best_exactly(spec, [one for one in (*rounds, closed) if one.metrics]) or closed
-        accuracy = score(spec, decisive(most))
-        variance = max(0.0, accuracy * (1 - accuracy)) / max(1, most.num_evaluated)
-        near = [
-            one
-            for one in (found, closed)
-            if score(spec, decisive(one)) >= accuracy - math.sqrt(variance)
-        ]
-        if near:
+def standing(spec: RunSpec, rounds: Iterable[Round]) -> Standing:
+    """How the versions of these rounds compare."""
+    return functools.reduce(functools.partial(after, spec), rounds, Standing())
+
+
+def after(spec: RunSpec, before: Standing, closed: Round) -> Standing:
+    """How the versions compare with one more.
+
+    A version is a gain if it is better than all before; by default one with a lower loss counts as
+    well, as an accuracy over few rows stays the same while a model learns.
+    """
+    if before.best is None or before.peak is None or not spec.measures:
+        loss = _loss(decisive(closed))
+        low = loss if math.isfinite(loss) else None
+        return Standing(best=closed, peak=closed, loss=low, gained=closed.round)
+    peak = _best_exactly(spec, (before.peak, closed))
+    lower, loss = before.loss, _loss(decisive(closed))
+    is_gain = peak is closed or (not spec.best_metric and loss < _or_infinite(lower))
+    return Standing(
+        best=_best(spec, (before.best, closed), peak),
+        peak=peak,
+        loss=min(loss, _or_infinite(lower)) if math.isfinite(loss) else lower,
+        gained=closed.round if is_gain else before.gained,
+    )
+
+
+def of_models(spec: RunSpec, models: Sequence[Standing]) -> Round | None:
+    """The best version of several models, in the order in which they were trained."""
+    bests = [one.best for one in models if one.best is not None]
+    peaks = [one.peak for one in models if one.peak is not None]
+    return _best(spec, bests, _best_exactly(spec, peaks)) if peaks else None
+
+
+def _best(spec: RunSpec, rounds: Sequence[Round], peak: Round) -> Round:
+    """The best of these rounds. `peak`: the one that is best by the metric alone, among more."""
+    if _has_near_ties(spec, peak):
+        accuracy = score(spec, decisive(peak))
+        variance = max(0.0, accuracy * (1 - accuracy)) / max(1, peak.num_evaluated)
+        least = accuracy - math.sqrt(variance)
+        if near := [one for one in rounds if score(spec, decisive(one)) >= least]:
             return min(near, key=lambda one: _loss(decisive(one)))
-    return _best_exactly(spec, (found, closed)) or closed
+    return _best_exactly(spec, rounds)
 
 
 def _has_near_ties(spec: RunSpec, closed: Round) -> bool:
@@ -133,21 +157,16 @@ def _has_near_ties(spec: RunSpec, closed: Round) -> bool:
     return spec.ties != "exact" and is_usual and math.isfinite(_loss(metrics))
 
 
-def _best_exactly(spec: RunSpec, rounds: Sequence[Round]) -> Round | None:
+def _best_exactly(spec: RunSpec, rounds: Sequence[Round]) -> Round:
     def rank(closed: Round) -> tuple[float, float]:
         metrics = decisive(closed)
         return score(spec, metrics), 0.0 if spec.best_metric else -_loss(metrics)
 
-    return max(rounds, key=rank, default=None)
+    return max(rounds, key=rank)
 
 
-def last_gain(spec: RunSpec, rounds: Sequence[Round]) -> int:
-    """The number of the last round with a better version than all before; by default one with a
-    lower loss counts as well, as an accuracy over few rows stays the same while a model learns."""
-    found = _best_exactly(spec, rounds) if spec.measures else best(spec, rounds)
-    if found is None or spec.best_metric:
-        return found.round if found else 0
-    return max(found.round, min(rounds, key=lambda closed: _loss(decisive(closed))).round)
+def _or_infinite(loss: float | None) -> float:
+    return math.inf if loss is None else loss
 
 
 def _loss(metrics: Metrics) -> float:

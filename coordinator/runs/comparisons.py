@@ -1,4 +1,7 @@
-"""What a peer tells of a run that has ended: how good models are on its own rows. Pure."""
+"""What a peer tells of a run: evaluations, and after the end how good models are on its own rows.
+
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,21 @@ def why_none(run: Run) -> str:
         "no comparison: no peer has told one. It takes a while after the end; owners may keep it; "
         "simulated peers make none"
     )
+
+
+def why_no_evaluations(run: Run) -> str:
+    """Why the evaluations of single peers are not known; empty if they are."""
+    if run.evaluations:
+        return ""
+    if run.spec.private:
+        return (
+            "this run adds noise to updates, so it asks no peer for an evaluation, which has none"
+        )
+    if run.spec.secure:
+        return "this run is secure: the coordinator sees only the evaluation of all peers together"
+    if any(closed.num_evaluated or closed.metrics for closed in run.history):
+        return "the evaluations of single peers are not known in this run"
+    return "no peer has evaluated a version of this run yet"
 
 
 def peers_of(run: Run) -> frozenset[str]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Set
 from typing import NamedTuple
 
-from coordinator.runs import best_version, buffered, model_choice, recovery, steps
+from coordinator.runs import buffered, candidates, ends, model_choice, recovery, steps
 from coordinator.runs.secure import decisions as secure
 from coordinator.runs.secure.decisions import Progress
 from coordinator.runs.state import PeerStatus, Run
@@ -104,22 +104,25 @@ def _decide_waiting(run: Run, observed: Observation) -> Step:
     spec = run.spec
     if run.recalling:
         return recovery.decide(run, observed.eligible, observed.deadline_passed)
-    if _only_part_is_done(run):
-        return steps.EndRun(RunState.FINISHED, f"its only part is done: {spec.only}")
-    if run.round >= spec.rounds and spec.only != "evaluate":
-        return steps.EndRun(RunState.FINISHED, f"all {spec.rounds} rounds are done")
-    if (end := _early_stop(run) or _budget_end(run)) is not None:
+    if (end := ends.of_run(run)) is not None:
         return end
+    if (end := ends.of_model(run)) is not None:
+        return candidates.after(run, end)
     if run.describing:
-        return _decide_describing(run, observed)
+        return _or_next_model(run, _decide_describing(run, observed))
     if not run.head:
-        return _decide_init(run, observed)
+        return _or_next_model(run, _decide_init(run, observed))
     eligible = tuple(sorted(observed.eligible))
     if len(eligible) < spec.quorum:
         return _wait_for_quorum(run, observed, spec.quorum - len(eligible))
     if spec.only == "evaluate":
         return steps.OpenEvaluation(eligible)
     return steps.OpenRound(run.round + 1, run.head, eligible)
+
+
+def _or_next_model(run: Run, step: Step) -> Step:
+    """The next model in place of the end of a run whose peers cannot train the present one."""
+    return candidates.after(run, step) if isinstance(step, steps.EndRun) else step
 
 
 def _wait_for_quorum(run: Run, observed: Observation, missing: int) -> steps.Wait:
@@ -158,45 +161,6 @@ def _decided(run: Run, eligible: Set[str]) -> set[str]:
     return {p for p in refused & eligible if kinds.get(p) in UNDECIDED_CODES}
 
 
-def _only_part_is_done(run: Run) -> bool:
-    """True if the run has the single part that was requested (`RunSpec.only`)."""
-    done = {"describe": run.card is not None, "init": bool(run.head)}
-    return bool(run.spec.only) and done.get(run.spec.only, bool(run.history))
-
-
-def _early_stop(run: Run) -> steps.EndRun | None:
-    """The end of a run that is good enough, has no patience left, or lacks its metric."""
-    spec, best = run.spec, run.best
-    last = run.history[-1] if run.history else None
-    if last is None or best is None or not last.metrics:
-        return None
-    name = best_version.metric_of(spec, last.metrics)
-    if not name and (spec.best_metric or spec.patience or spec.target is not None):
-        wanted = spec.best_metric or " or ".join(best_version.DEFAULT_METRICS)
-        reported = ", ".join(sorted(last.metrics))
-        because = f"no peer reports the metric {wanted}; they report: {reported}"
-        return steps.EndRun(RunState.FAILED, because)
-    deciding = best_version.decisive(best)
-    if best_version.reaches_target(spec, deciding):
-        because = f"{name} is {deciding[name]:.4g} in round {best.round}"
-        return steps.EndRun(RunState.FINISHED, because)
-    if spec.patience and run.round - best_version.last_gain(spec, run.history) >= spec.patience:
-        or_loss = " or loss" if not spec.best_metric and name != "loss" else ""
-        because = f"no better {name}{or_loss} in {spec.patience} rounds; best is round {best.round}"
-        return steps.EndRun(RunState.FINISHED, because)
-    return None
-
-
-def _budget_end(run: Run) -> steps.EndRun | None:
-    """The end of a run whose versions have cost their ε, as rounds were repeated."""
-    allowed = run.spec.private_versions
-    if allowed is None or run.num_spent < allowed.rounds:
-        return None
-    repeated = run.num_spent - len(run.history)
-    because = f"its ε of {allowed.epsilon:g} is spent: {repeated} of its rounds were repeated"
-    return steps.EndRun(RunState.FINISHED, because)
-
-
 def _decide_describing(run: Run, observed: Observation) -> Step:
     """All present peers are asked at once. Peers that come later compare the schema themselves."""
     eligible, quorum, num_described = observed.eligible, run.spec.quorum, len(run.described)
@@ -216,7 +180,10 @@ def _decide_describing(run: Run, observed: Observation) -> Step:
     if silent := eligible.intersection(run.pending):
         return steps.AskPeers(tuple(sorted(silent)))  # the request may have been lost
     may_change = bool(_worth_another_try(run)) or _may_be_decided(run, observed)
-    if run.last_refusal and not may_change and not (num_described and observed.absent):
+    # A further model is left out if some refuse it, and the others are not there in time.
+    refused = bool(_with_status(run, "refused") if run.trained else run.last_refusal)
+    waits = num_described and observed.absent and not (run.trained and observed.deadline_passed)
+    if refused and not may_change and not waits:
         who = f"only {count_peers(num_described)}" if num_described else "no peer"
         return steps.EndRun(RunState.FAILED, f"{who} can take part: {run.last_refusal}")
     if observed.deadline_passed and (others := eligible & _worth_another_try(run)):
@@ -278,15 +245,15 @@ def _decide_training(run: Run, observed: Observation) -> Step:
     return steps.Wait(f"updates of {count_peers(len(run.pending))}", run.pending)
 
 
-def _cannot_begin(run: Run, observed: Observation) -> steps.EndRun | None:
-    """The end of a run whose peers cannot train with its settings, in its first round only.
+def _cannot_begin(run: Run, observed: Observation) -> steps.EndRun | steps.BeginModel | None:
+    """The end of a model whose peers cannot train with its settings, in its first round only.
 
     Asking again would give the same answer. Without absent peers, it is also known that the others
     are too few for the quorum; in a buffered run each of these makes as many updates as needed.
     """
     refused = run.cooling_down if run.buffered else _with_status(run, "refused")
     answered = frozenset(run.updates)
-    is_new = not (run.history or run.buffer or run.pending or run.assignments)
+    is_new = not (run.own_rounds or run.buffer or run.pending or run.assignments)
     is_open = bool(answered) and (run.buffered or bool(observed.absent))
     if (
         is_new
@@ -297,7 +264,8 @@ def _cannot_begin(run: Run, observed: Observation) -> steps.EndRun | None:
         and all(run.refusal_kinds.get(peer) in _LASTING_KINDS for peer in refused)
     ):
         who = f"only {count_peers(len(answered))}" if answered else "no peer"
-        return steps.EndRun(RunState.FAILED, f"{who} could train: {run.last_refusal}")
+        end = steps.EndRun(RunState.FAILED, f"{who} could train: {run.last_refusal}")
+        return candidates.after(run, end)
     return None
 
 
@@ -336,7 +304,8 @@ def _decide_evaluating(run: Run, observed: Observation) -> Step:
         # With noise, no metric of held-out rows may show what the noise hides.
         if run.spec.only == "train" or not run.spec.measures or not observed.eligible:
             return steps.CloseRound()
-        if (run.round - 1) % max(1, run.spec.evaluate_every) and run.round < run.spec.rounds:
+        number = run.round - run.begun - 1
+        if number % max(1, run.spec.evaluate_every) and run.round < run.spec.rounds:
             return steps.CloseRound()
         return steps.OpenEvaluation(tuple(sorted(observed.eligible)))
     if run.cohort is not None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from coordinator.runs import candidates
 from coordinator.runs.state import Run
 from protocols import VERSION
 from protocols.errors import CommonweightError, UnknownName, UsageError
@@ -23,9 +24,11 @@ def resolve_version(run: Run, which: str) -> str:
     if which == "best":
         digests = [run.best.digest] if run.best else []
     elif which == "latest":
-        digests = [run.head] if run.head else []
+        newest = run.head or (run.history[-1].digest if run.history else "")
+        digests = [newest] if newest else []
     else:
-        known = {run.first, run.head, *(closed.digest for closed in run.history)}
+        first = (run.first, *(one.first for one in run.trained))
+        known = {*first, run.head, *(closed.digest for closed in run.history)} - {""}
         digests = [digest for digest in known if which and digest.startswith(which)]
     if len(digests) != 1:
         raise UnknownName(f"run {run.id} has no version {which!r}", "commonweight models list")
@@ -36,9 +39,11 @@ def build_card(
     run: Run, version: str, sha256: str, schema: Schema, names: Mapping[str, str]
 ) -> ModelCard:
     """The card of a version of this run. `names`: the peers' names by id."""
+    run = candidates.of_version(run, version)
     upto = next((n for n, closed in enumerate(run.history, 1) if closed.digest == version), 0)
     is_open = version == run.head and version != run.first and not upto  # its round is not closed
     rounds = run.history if is_open else run.history[:upto]
+    rounds = tuple(closed for closed in rounds if closed.round > run.begun)
     counted = Counter(peer for closed in rounds for peer in closed.contributors)
     counted.update(run.contributors if is_open else ())
     # Preprocessing is part of a model of tables.

@@ -16,9 +16,9 @@ def base_of(run: Run, number: int) -> str:
     """The version that round `number` trains on; empty if it is no longer known."""
     if number == run.round and run.state is not RunState.WAITING:
         return run.parent
-    if number == 1:
+    if number == run.begun + 1:
         return run.first
-    return next((c.digest for c in reversed(run.history) if c.round == number - 1), "")
+    return next((c.digest for c in reversed(run.own_rounds) if c.round == number - 1), "")
 
 
 def is_late(run: Run, number: int) -> bool:

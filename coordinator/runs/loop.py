@@ -13,7 +13,15 @@ from collections.abc import Callable, Set
 
 from flwr.app import Message
 
-from coordinator.runs import decisions, model_choice, repairs, retention, schema_agreement, steps
+from coordinator.runs import (
+    candidates,
+    decisions,
+    model_choice,
+    repairs,
+    retention,
+    schema_agreement,
+    steps,
+)
 from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import Request
 from coordinator.runs.parts import RunParts
@@ -149,7 +157,9 @@ class RunLoop:
             except CommonweightError as err:
                 because = f"{err.message} ({err.hint})" if err.hint else err.message
                 log.error("run %s failed: %s", self.run.id, because)
-                await self._end(RunState.FAILED, because)
+                await self._execute(
+                    candidates.after(self.run, steps.EndRun(RunState.FAILED, because))
+                )
         self.requests.cancel_all()
         await self._collect()
         self._rounds.prune()  # no peer trains on older versions any more
@@ -221,6 +231,8 @@ class RunLoop:
             case steps.ChooseModel():
                 await record(model_choice.choose(self.run))
                 self._parts.follow(self.run)
+            case steps.BeginModel():
+                await self._begin_model(step)
             case steps.FetchVersion(version):
                 self._timer.open_phase()
                 await record(run_events.VersionSought(version))
@@ -260,6 +272,16 @@ class RunLoop:
                 await self._rounds.close()
             case steps.EndRun(state, because):
                 await self._end(state, because)
+
+    async def _begin_model(self, step: steps.BeginModel) -> None:
+        """Begin the run's next model. What was asked and sent for the one before is obsolete."""
+        self.requests.cancel_all()
+        self.requests.clear_work()
+        await self._recorder.record(candidates.event(self.run, step))
+        self._ctx.store.uploads.clear()
+        self._recorder.incompatible.clear()  # of another model, peers decide anew
+        self._parts.follow(self.run)
+        self._timer.open_phase()
 
     def _open_phase_if(self, opens_phase: bool) -> None:
         """Restart the deadline if it has passed, but not whenever a peer reconnects.

@@ -17,13 +17,14 @@ from coordinator.runs import deletion, retention, spec_rules, transitions
 from coordinator.runs.apps import leftovers
 from coordinator.runs.apps import rules as app_rules
 from coordinator.runs.apps.loop import AppLoop
+from coordinator.runs.compact import compact
 from coordinator.runs.context import RunContext
 from coordinator.runs.deletion import Deletion
 from coordinator.runs.loop import RunLoop
 from coordinator.runs.messages import ITS_TURN, round_body, run_body
 from coordinator.runs.recorded import named_run, recorded_ids, recorded_run
 from coordinator.runs.secure.decisions import is_over_for
-from coordinator.runs.state import Round, Run, accepted_uploads
+from coordinator.runs.state import Run, accepted_uploads
 from coordinator.runs.task_settings import ToldSettings
 from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
@@ -38,17 +39,6 @@ from protocols.model import personalization, weights
 
 #: Runs whose rounds the monitor still shows after a restart.
 _SHOWN_RUNS = 5
-#: Fields that ended runs and their rounds do not keep in memory: details of single peers.
-_DETAILS_OF_RUNS = (
-    *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
-    *("surveyed", "assignments", "last_assignments", "buffer", "cooling_down", "excluded"),
-    *("refusal_kinds", "refusal_texts", "on_time", "declared", "limited", "limited_now"),
-    *("staleness", "evaluations", "comparisons"),
-)
-_DETAILS_OF_ROUNDS = (
-    *("contributors", "on_time", "norms", "spread", "worst", "tallies", "spent", "staleness"),
-    "limited",
-)
 #: Well within an agent's timeout. Without an acknowledgment, the agent keeps its reply.
 _ACK_TIMEOUT_S = 10.0
 
@@ -81,7 +71,7 @@ class RunManager:
             if run.deleted:
                 self._deleted.append(run)
                 continue
-            self._runs[run_id] = _compact(run)
+            self._runs[run_id] = compact(run)
             if run_id in shown:
                 self._ctx.publish(run_body(run, ""))
                 for closed in run.history:
@@ -125,7 +115,7 @@ class RunManager:
             try:
                 await self.current.drive()
             finally:
-                self._runs[run.id] = _compact(self.current.run)
+                self._runs[run.id] = compact(self.current.run)
                 self._settings.note(self.current.run)
                 self.current = None
             heap.trim()
@@ -312,7 +302,7 @@ class RunManager:
         self._append(run_id, run_events.RunEnded(state, because))
         run = self._replay(run_id)
         self._tidy(run)
-        self._runs[run_id] = _compact(run)
+        self._runs[run_id] = compact(run)
         self._ctx.publish(run_body(run, ""))
 
     def _tidy(self, run: Run) -> None:
@@ -332,21 +322,3 @@ class RunManager:
         if self.current is not None:
             self._runs[self.current.run.id] = self.current.run
         return list(self._runs.values())
-
-
-def _compact(run: Run) -> Run:
-    """An ended run without early rounds and details of single peers; any other run unchanged."""
-    if not run.ended:
-        return run
-    empty = Run(id=run.id, spec=run.spec)
-    return replace(
-        run,
-        history=tuple(map(_compact_round, run.history[-run.spec.keep_versions :])),
-        best=_compact_round(run.best) if run.best else None,
-        **{name: getattr(empty, name) for name in _DETAILS_OF_RUNS},
-    )
-
-
-def _compact_round(closed: Round) -> Round:
-    empty = Round(round=closed.round, digest=closed.digest)
-    return replace(closed, **{name: getattr(empty, name) for name in _DETAILS_OF_ROUNDS})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from coordinator.runs import model_choice, state
+from coordinator.runs import candidates, state
 from coordinator.runs.state import Run
 from protocols.messages import envelope
 from protocols.messages.envelope import RunChanged, strip_controls
@@ -48,8 +48,13 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
 
 
 def choice_text(run: Run) -> str:
-    """The model that a run has chosen, and why; empty if it has chosen none."""
-    return strip_controls(model_choice.text(run.choice)) if run.choice is not None else ""
+    """The model that a run has chosen, or trains now, and why; empty if it has chosen none."""
+    return strip_controls(candidates.text(run))
+
+
+def owners_text(run: Run) -> str:
+    """The same as owners may read it."""
+    return strip_controls(candidates.text_for_owners(run))
 
 
 def _first_refusals(run: Run) -> dict[str, str]:

@@ -1,15 +1,20 @@
-"""Chooses the model of a run of `model=auto`, by scores that its peers tell before round 1. Pure.
+"""Chooses the models of a run of `model=auto`, by scores that its peers tell before round 1. Pure.
 
-Each peer compares the models by a cross-validation over its own rows, and the one with the best
-mean counts. In a run with noise, no score may show what noise hides. In a secure run, the score of
-a single peer would leave in clear, and there is no version yet whose evaluation could be summed. In
-both, a rule chooses, by what the statistics of the tables have told.
+Each peer compares the models by a cross-validation over its own rows. A run that ends by itself
+trains all models that are not clearly worse, one after the other (`runs.candidates`), as the fleet
+has more rows than a peer. A run with a number of rounds trains the one with the best mean.
+
+In a run with noise, no score may show what noise hides. In a secure run, the score of a single peer
+would leave in clear, and there is no version yet whose evaluation could be summed. So both have no
+scores. Where one model has to be chosen, a rule does it, by what the statistics of the tables have
+told.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -18,6 +23,7 @@ from coordinator.runs.run_length import with_trees
 from coordinator.runs.state import Run
 from coordinator.runs.steps import count_peers
 from coordinator.storage.run_events import ModelChosen, RunSpec
+from coordinator.strategies import personal
 from protocols.errors import SETTINGS_CODES, UNDECIDED_CODES, CommonweightError
 from protocols.tables import preprocessing
 from protocols.tables.model_scores import MAX_ASKED, MODELS, Model, ModelScores
@@ -32,9 +38,11 @@ _OLDER = SETTINGS_CODES | {"bad description"}
 _NOT_NOW = frozenset(
     {"late", "replay", "not asked", "wrong base", "another run", "another fleet", "bad signature"}
 )
+#: A model whose loss is so many times the least one is not trained.
+MAX_LOSS = 1.5
 #: Errors in the units of the target, or their squares; and the least one that counts.
 _ERRORS, _TINY = frozenset({"rmse", "mae", "mse"}), 1e-12
-_SHOWN = {"rmse": "RMSE", "mae": "MAE", "mse": "MSE"}
+SHOWN = {"rmse": "RMSE", "mae": "MAE", "mse": "MSE"}
 
 
 def with_model(spec: RunSpec, model: Model) -> RunSpec:
@@ -44,7 +52,7 @@ def with_model(spec: RunSpec, model: Model) -> RunSpec:
     return with_trees(spec) if model == "trees" else spec
 
 
-def candidates(spec: RunSpec) -> tuple[tuple[Model, ...], dict[Model, str]]:
+def fitting_models(spec: RunSpec) -> tuple[tuple[Model, ...], dict[Model, str]]:
     """The models that fit the run's options, and why the others do not."""
     fitting: list[Model] = []
     left_out: dict[Model, str] = {}
@@ -66,7 +74,7 @@ def decide(
 ) -> steps.AskPeers | steps.Wait | steps.ChooseModel:
     """The next step of a run that compares models. `decided`: peers whose owners have decided.
     `wait`: for the owners who have not, if there are such."""
-    if _no_scores(run.spec) or len(candidates(run.spec)[0]) < 2:
+    if _no_scores(run.spec) or len(fitting_models(run.spec)[0]) < 2:
         return steps.ChooseModel()
 
     def rows_first(peer: str) -> tuple[int, str]:
@@ -89,8 +97,8 @@ def is_missing(run: Run, kind: str, reason: str) -> bool:
 
 
 def choose(run: Run) -> ModelChosen:
-    """The model, and the settings of the run from then on."""
-    fitting, left_out = candidates(run.spec)
+    """The model, or the first of several ones, and the settings of the run from then on."""
+    fitting, left_out = fitting_models(run.spec)
     fitting = fitting or ("linear",)
     if any(reason in _OLDER for reason in run.scores_missing.values()) and "trees" in fitting:
         fitting = tuple(model for model in fitting if model != "trees")
@@ -107,11 +115,22 @@ def choose(run: Run) -> ModelChosen:
         if (metric := _metric(run.spec, compared, told)) and compared:
             return _best(run, metric, compared, told, left_out)
         because = "no peer told scores"
+    if takes_turns(run.spec) or len(fitting) == 1:
+        return _chosen(run.spec, fitting, left_out=left_out, because=because)
     model, rule = _by_rule(run, fitting)
     why = "; ".join(filter(None, (because, rule)))
-    return ModelChosen(
-        model=model, spec=with_model(run.spec, model), left_out=left_out, because=why
-    )
+    return _chosen(run.spec, (model,), left_out=left_out, because=why)
+
+
+def takes_turns(spec: RunSpec) -> bool:
+    """True if the run trains several models: it ends by itself, evaluations say which one is best,
+    and its peers keep no part of one model that another one could meet."""
+    return bool(spec.patience) and spec.measures and not personal.trainer_settings(spec)
+
+
+def _chosen(spec: RunSpec, models: Sequence[Model], **more: Any) -> ModelChosen:
+    model, *then = models
+    return ModelChosen(model=model, spec=with_model(spec, model), then=tuple(then), **more)
 
 
 def _no_scores(spec: RunSpec) -> str:
@@ -123,7 +142,7 @@ def _no_scores(spec: RunSpec) -> str:
 
 def _by_rule(run: Run, fitting: tuple[Model, ...]) -> tuple[Model, str]:
     """The model that is chosen without scores, and the rule."""
-    if not run.spec.measures or fitting == ("linear",):
+    if not run.spec.measures:
         return "linear", ""
     rows = sum(train for train, _ in run.declared.values())
     if not rows:
@@ -177,15 +196,38 @@ def _best(
         least = means[model] - math.sqrt(means[model] * (1 - means[model]) / rows)
         near = [one for one in models if means[one] >= least]
         model = min(near, key=lambda one: _mean("loss", one, told))
-    return ModelChosen(
-        model=model,
-        spec=with_model(spec, model),
+    models = _in_contention(model, models, told, left_out) if takes_turns(spec) else (model,)
+    return _chosen(
+        spec,
+        models,
         metric=metric,
         scores=means,
         rows=rows,
         peers=tuple(told),
         left_out=left_out,
     )
+
+
+def _in_contention(
+    best: Model,
+    models: Sequence[Model],
+    told: Mapping[str, ModelScores],
+    left_out: dict[Model, str],
+) -> tuple[Model, ...]:
+    """The models that the fleet may train best. `left_out` gets the others."""
+    found = [one.metrics[model] for one in told.values() for model in models]
+    if _all_have(found, "rmse"):
+        losses = {model: _mean("rmse", model, told) ** 2 for model in models}
+    elif _all_have(found, "loss"):
+        losses = {model: _mean("loss", model, told) for model in models}
+    else:
+        return tuple(models)
+    least = max(min(losses.values()), _TINY)
+    for model in models:
+        if model != best and losses[model] > MAX_LOSS * least:
+            times = losses[model] / least
+            left_out[model] = f"its loss in the cross-validation is {times:.3g} times the least"
+    return tuple(model for model in models if model not in left_out)
 
 
 def _mean(metric: str, model: Model, told: Mapping[str, ModelScores]) -> float:
@@ -212,16 +254,19 @@ def line(chosen: ModelChosen) -> str:
 
 def text(chosen: ModelChosen) -> str:
     """The model and its score, those of the others, and what was left out."""
+    models = (chosen.model, *chosen.then)
     if chosen.scores:
-        shown = _SHOWN.get(chosen.metric, chosen.metric)
+        shown = SHOWN.get(chosen.metric, chosen.metric)
         others = [f"{name} {chosen.scores[name]:.4g}" for name in MODELS[::-1]
                   if name in chosen.scores and name != chosen.model]  # fmt: skip
         parts = [f"{shown} {chosen.scores[chosen.model]:.4g}", ", ".join(others)]
         parts.append(f"{count_peers(len(chosen.peers))}, {chosen.rows:,} rows")
     else:
         parts = [chosen.because]
-    said = f"{chosen.model} ({'; '.join(filter(None, parts))})"
-    if chosen.model == "trees" and not chosen.spec.secure:
+    if chosen.then:
+        parts[0] = f"each peer alone: {chosen.model} {parts[0]}" if chosen.scores else parts[0]
+    said = f"{', then '.join(models)} ({'; '.join(filter(None, parts))})"
+    if "trees" in models and not chosen.spec.secure:
         said += "; without --secure, peers send counts of rows in place of hessians"
     for name, why in sorted(chosen.left_out.items()):
         said += f"; {name} left out: {why}"

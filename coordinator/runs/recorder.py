@@ -9,7 +9,7 @@ import time
 from functools import partial
 from typing import Any
 
-from coordinator.runs import model_choice, transitions
+from coordinator.runs import candidates, model_choice, transitions
 from coordinator.runs.context import RunContext
 from coordinator.runs.messages import run_body
 from coordinator.runs.state import Run
@@ -81,6 +81,8 @@ class RunRecorder:
             elif isinstance(event, run_events.ScoresMissing):
                 name = self._ctx.name_of(event.peer)
                 self.report("info", f"{name} compares no models: {event.detail}", event.peer)
+            elif isinstance(event, run_events.ModelBegun):
+                self.report("info", f"run {self.run.id}: {candidates.text(self.run)}")
             elif isinstance(event, run_events.ModelChosen):
                 self.report("info", f"run {self.run.id}: {model_choice.line(event)}")
         if self._interruption:

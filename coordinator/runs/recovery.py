@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from coordinator.runs import steps
+from coordinator.runs.rollback import present
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import Holding
 from protocols.errors import BadMessage, UpdateRefused
@@ -39,6 +40,8 @@ def decide(run: Run, eligible: frozenset[str], deadline_passed: bool) -> steps.S
         return steps.KeepOwn()
     if newest is not None:
         return steps.FetchVersion(newest)
+    if run.ordered is not None and not run.ended_because:
+        return steps.BeginModel(present(run).model, "no peer has a version of it after a restore")
     if run.ended_because:
         return steps.EndRun(RunState.FINISHED, f"{run.ended_because}; its versions are lost")
     return steps.Wait("a peer that has a version of it")
@@ -73,4 +76,6 @@ def verify_proof(
         raise UpdateRefused("bad proof", f"it is of fleet {work.fleet}")
     if work.run != run.id or not work.base or work.kind not in ("train", "evaluate"):
         raise UpdateRefused("bad proof", "it proves no version of this run")
+    if run.ordered is not None and work.settings.get("model") != present(run).model:
+        return None  # of another model, whose beginning the backup lacks
     return Holding(version_number(work), work.base)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from coordinator.runs import retention
+from coordinator.runs import candidates, retention, steps
 from coordinator.runs.recorder import RunRecorder
+from coordinator.runs.rollback import present
 from coordinator.runs.secure.sums import SecureSums
 from coordinator.runs.state import accepted_uploads
 from coordinator.storage import run_events
@@ -29,6 +30,11 @@ async def _find_intact_version(recorder: RunRecorder, store: WeightStore) -> Non
     if intact == run.head:
         return
     damage = f"version {run.head[:12]} is damaged on disk"
+    if not intact and run.ordered is not None:
+        recorder.report("warning", f"{damage}: run {run.id} begins this model again")
+        again = steps.BeginModel(present(run).model, damage)
+        await recorder.record(candidates.event(run, again))
+        return
     if not intact:
         because = f"{damage}, and so are all earlier ones"
         await recorder.record(run_events.RunEnded(RunState.FAILED, because))
@@ -52,7 +58,7 @@ async def _repeat_round_without_updates(
     if is_evaluating and run.spec.secure:
         await sums.lose("files of the evaluation are not on disk")
         return
-    closed = run.history[-1].digest if run.history else run.first
+    closed = run.own_rounds[-1].digest if run.own_rounds else run.first
     await recorder.record(run_events.VersionLost(run.head, closed))
     text = f"updates of run {run.id} are not on disk: round {run.round} is repeated"
     recorder.report("warning", text)

@@ -62,12 +62,12 @@ class PendingRequests(RequestsInFlight):
         """
         kind = "train" if opening or run.state is RunState.TRAINING else "evaluate"
         work = Assignment(opening or run.round, run.head, run.turn)
-        nodes, extra = await self._ask_strategy(kind, work, eligible)
+        nodes, extra = await self._ask_strategy(run, kind, work, eligible)
         self._content = self._content_of(run, kind, work, extra) if nodes else None
         return tuple(sorted(map(self._ctx.peer_of, nodes)))
 
     async def _ask_strategy(
-        self, kind: str, work: Assignment, eligible: Sequence[str]
+        self, run: Run, kind: str, work: Assignment, eligible: Sequence[str]
     ) -> tuple[list[int], dict[str, int | float]]:
         """The nodes that the strategy chooses, and its settings for the task."""
         ctx = self._ctx
@@ -79,7 +79,7 @@ class PendingRequests(RequestsInFlight):
             model = weights.load(path) if self._adapter.reads_weights else None
             base = VersionRecord(work.base, model)
             with strategy_errors(self._adapter.flower):
-                return list(configure(work.round, base, ConfigRecord(), ctx.grid))
+                return list(configure(work.round - run.begun, base, ConfigRecord(), ctx.grid))
 
         messages = await asyncio.to_thread(call)
         with strategy_errors(self._adapter.flower):
@@ -133,9 +133,10 @@ class PendingRequests(RequestsInFlight):
             fleet=self._ctx.fleet,
             request=hashlib.sha256(request).hexdigest() if request else "",
             scores=kind == "evaluate" and _takes_scores(spec),
-            choice=messages.choice_text(run) if not request else "",
+            choice=messages.owners_text(run) if not request else "",
             fragments=spec.fragments if spec.fragments > 1 else 0,
             ahead=kind == "train" and spec.overlap > 0 and assignment.round < spec.rounds,
+            begun=run.begun,
         )
         payload, signature = SIGNED_WORK.seal(work, self._ctx.sign)
         log = self._ctx.log_head()
@@ -195,7 +196,7 @@ class PendingRequests(RequestsInFlight):
                 peers_of.setdefault(assignment, []).append(peer)
         for assignment, peers in peers_of.items():
             # The peers are chosen already: only the strategy's settings count.
-            _, extra = await self._ask_strategy("train", assignment, peers)
+            _, extra = await self._ask_strategy(run, "train", assignment, peers)
             content = self._content_of(run, "train", assignment, extra)
             await self._send(run, content, "train", peers, assignment.round)
 

@@ -16,6 +16,9 @@ from protocols.local.failpoints import failpoint
 def versions_to_keep(run: Run) -> set[str]:
     """Digests of the versions that a run keeps: the newest `keep_versions`, the best, and bases."""
     keep = {run.head, run.parent, run.best.digest if run.best else ""}
+    if not run.ended:  # the best model may change
+        standings = (*(one.standing for one in run.trained), run.standing)
+        keep |= {one.best.digest for one in standings if one.best is not None}
     keep |= {closed.digest for closed in run.history[-run.spec.keep_versions :]}
     keep |= {work.base for work in run.assignments.values() if not buffered.is_stale(run, work)}
     keep |= {accepted.update.base for accepted in run.buffer}
@@ -32,7 +35,8 @@ def states_to_keep(run: Run, versions: Set[str]) -> set[str]:
 def all_versions(run: Run) -> set[str]:
     """Digests of all versions of a run that its record names."""
     committed = {closed.digest for closed in (*run.history, *run.abandoned)}
-    return (committed | versions_to_keep(run) | {run.first}) - {""}
+    first = {run.first, *(one.first for one in run.trained)}
+    return (committed | versions_to_keep(run) | first) - {""}
 
 
 def all_states(run: Run) -> set[str]:
@@ -71,8 +75,9 @@ class Retention:
 
 
 def newest_intact(run: Run, is_intact: Callable[[str], bool]) -> str:
-    """The newest version of a run that is intact on disk; empty if there is none."""
-    versions = (run.head, *(closed.digest for closed in reversed(run.history)), run.first)
+    """The newest version of the run's present model that is intact on disk; empty if there is
+    none."""
+    versions = (run.head, *(closed.digest for closed in reversed(run.own_rounds)), run.first)
     return next(filter(is_intact, dict.fromkeys(versions)), "")
 
 

@@ -49,7 +49,7 @@ def with_trees(spec: RunSpec) -> RunSpec:
     if spec.outlier_limit not in (0, options.OUTLIER_LIMIT):
         raise not_with_trees("outlier_limit")
     levels, every = tree_rounds(spec.settings)
-    if spec.rounds < levels and (spec.rounds, spec.patience) != (MAX_ROUNDS, PATIENCE):
+    if spec.rounds < levels and not (spec.rounds == MAX_ROUNDS and spec.patience):
         raise UsageError(
             f"they need {levels} rounds, and --rounds is {spec.rounds}", "leave it out"
         )

@@ -5,6 +5,7 @@ Events change it (`runs.transitions`), and `runs.decisions` says what comes next
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta, Struct
@@ -22,7 +23,7 @@ from protocols.messages.states import ENDED, RunState
 from protocols.messages.work import WorkKind
 from protocols.model.schema_card import Description, SchemaCard
 from protocols.tables import preprocessing
-from protocols.tables.model_scores import AUTO, ModelScores, is_open
+from protocols.tables.model_scores import AUTO, MODELS, Model, ModelScores, is_open
 
 T = TypeVar("T")
 #: Bounds for monitors, which decode runs. The ledger may have any text.
@@ -81,6 +82,31 @@ class Evaluation(Struct, frozen=True):
 _Rounds = Annotated[tuple[Round, ...], Meta(max_length=1 << 20)]
 
 
+class Standing(Struct, frozen=True, kw_only=True):
+    """How the versions of a model compare (`best_version.after`).
+
+    `best`: the best of them; `peak`: the best by the metric alone; `loss`: the lowest one (None:
+    none yet); `gained`: the last round with a better version than all before.
+    """
+
+    best: Round | None = None
+    peak: Round | None = None
+    loss: float | None = None
+    gained: Integer = 0
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A model that the run has trained, in rounds from `spec.first_round` on, and its first weights
+    and card. `because`: why it has ended."""
+
+    model: Model
+    spec: RunSpec
+    first: _Line = ""
+    card: SchemaCard | None = None
+    standing: Standing = Standing()
+    because: _Line = ""
+
+
 class CohortState(Struct, frozen=True, kw_only=True):
     """The peers of one secure sum, and how far it is.
 
@@ -130,12 +156,14 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     """The state of a run.
 
     `since`: its start, Unix s. `first`: its first weights; `head`: its newest version; `parent`:
-    the base of the open round; `best`: the best closed round.
+    the base of the open round; `best`: the best closed round; `standing`: of the present model.
     `described`, `card`, `preprocessing`: what each peer described before round 1, and the schema
     card and preprocessing that followed from it; `surveyed`: with `spec.check`, the first
     description of each peer's data.
     `scores`, `scores_missing`: while the run compares models, what each peer told of them, or why
     it could not; `choice`: the model that the run chose.
+    With several models (`runs.candidates`): `trained`: those before the present one; `upcoming`:
+    those after it; `ordered`: the settings before a model was chosen.
     `training_seconds`: by peer, the durations of its last trainings.
     `refused`: refused updates of this round, `refusals` of the whole run. `last_refusal` is a text
     for people; `refusal_kinds`: the kind of each peer's last refusal (`messages.refusals`);
@@ -173,6 +201,9 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     scores: _ByPeer[ModelScores] = {}
     scores_missing: _ByPeer[_Line] = {}
     choice: ModelChosen | None = None
+    trained: Annotated[tuple[Candidate, ...], Meta(max_length=64)] = ()
+    upcoming: Annotated[tuple[Model, ...], Meta(max_length=len(MODELS))] = ()
+    ordered: RunSpec | None = None
     num_eligible: Integer = 0
     peers: _ByPeer[PeerStatus] = {}
     updates: _ByPeer[Update] = {}
@@ -187,6 +218,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     norms: _ByPeer[float] = {}
     history: _Rounds = ()
     best: Round | None = None
+    standing: Standing = Standing()
     abandoned: _Rounds = ()
     strategy_state: _ByName[_Line] = {}
     training_seconds: _ByPeer[Annotated[tuple[float, ...], Meta(max_length=1024)]] = {}
@@ -238,8 +270,23 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
         return self.spec.late == "fold"
 
     @property
+    def begun(self) -> int:
+        """The number of the first weights of a model that the run trains after another one; else
+        0."""
+        return self.spec.first_round - 1 if self.ordered is not None else 0
+
+    @property
+    def own_rounds(self) -> tuple[Round, ...]:
+        """The closed rounds of the present model."""
+        if not self.begun:
+            return self.history
+        at = bisect_left(self.history, self.spec.first_round, key=lambda closed: closed.round)
+        return self.history[at:]
+
+    @property
     def num_versions(self) -> int:
-        """How many versions the run has made, without the first weights."""
+        """The number of the newest version. It counts those that the run has made, and the first
+        weights of each model but the first."""
         is_made = self.state in (RunState.WAITING, RunState.EVALUATING)
         return self.round if is_made else self.round - 1
 
@@ -283,21 +330,6 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     def pending(self) -> tuple[str, ...]:
         """Peers whose reply is awaited, in order of their ids."""
         return tuple(sorted(p for p, status in self.peers.items() if status == "asked"))
-
-
-def why_no_evaluations(run: Run) -> str:
-    """Why the evaluations of single peers are not known; empty if they are."""
-    if run.evaluations:
-        return ""
-    if run.spec.private:
-        return (
-            "this run adds noise to updates, so it asks no peer for an evaluation, which has none"
-        )
-    if run.spec.secure:
-        return "this run is secure: the coordinator sees only the evaluation of all peers together"
-    if any(closed.num_evaluated or closed.metrics for closed in run.history):
-        return "the evaluations of single peers are not known in this run"
-    return "no peer has evaluated a version of this run yet"
 
 
 #: The owner of the files of a cohort in the spool. It is no peer's id.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from coordinator.storage.run_events import Holding, WorkGiven
 from protocols.messages.states import RunState
+from protocols.tables.model_scores import Model
 
 #: Peers that are awaited are named up to this number.
 _MAX_NAMED_PEERS = 4
@@ -27,6 +28,13 @@ class AgreeSchema(NamedTuple):
 
 class ChooseModel(NamedTuple):
     """Choose the model of the run by the scores that the peers told."""
+
+
+class BeginModel(NamedTuple):
+    """Begin another model, or the same one again. `because`: why the one before it has ended."""
+
+    model: Model
+    because: str
 
 
 class FetchVersion(NamedTuple):
@@ -107,6 +115,7 @@ Step = (
     AskPeers
     | AgreeSchema
     | ChooseModel
+    | BeginModel
     | FetchVersion
     | KeepOwn
     | OpenRound

@@ -11,6 +11,7 @@ Rule 3. What is observed (who is online, has the deadline passed) may change a d
        └───────────RoundClosed─────────── evaluating <─────────┘
     secure runs have more events while they aggregate and evaluate: `secure.transitions`
     rounds of Flower apps may close without a version: `apps.round_events`
+    any ──ModelBegun──> waiting, for the first weights of another model (`runs.candidates`)
     any ──RecallBegun──> waiting, until VersionRecalled
     any ──RunEnded──> finished | stopped | failed        stopped, failed ──RunResumed──> waiting
 """
@@ -144,6 +145,7 @@ def _round_closed(run: Run, event: events.RoundClosed) -> Run:
         for peer, update in evaluated.items()
         if not run.spec.secure  # the metrics of single peers are not known
     }
+    standing = best_version.after(run.spec, run.standing, closed)
     return replace(
         run,
         state=RunState.WAITING,
@@ -153,7 +155,8 @@ def _round_closed(run: Run, event: events.RoundClosed) -> Run:
         cohort=None,
         evaluations=run.evaluations | evaluations,
         history=(*run.history, closed),
-        best=best_version.after(run.spec, run.best, run.history, closed),
+        standing=standing,
+        best=rollback.best_of(run, standing),
     )
 
 
@@ -191,9 +194,17 @@ TRANSITIONS: dict[type[RunEvent], tuple[frozenset[RunState], Callable[..., Run]]
     events.ModelChosen: (
         _WAITING,
         lambda run, event: replace(
-            run, spec=event.spec, choice=event, peers={}, scores={}, scores_missing={}
+            run,
+            ordered=run.spec if event.then else None,
+            spec=event.spec,
+            choice=event,
+            upcoming=event.then,
+            peers={},
+            scores={},
+            scores_missing={},
         ),
     ),
+    events.ModelBegun: (_NOT_ENDED, rollback.model_begun),
     events.SchemaAgreed: (
         _WAITING,
         lambda run, event: replace(run, card=event.card, peers={}, described={}),

@@ -95,7 +95,8 @@ class ScoresMissing(RunEvent, frozen=True):
 
 
 class ModelChosen(RunEvent, frozen=True, kw_only=True):
-    """The run trains `model`, with the settings `spec` from now on.
+    """The run trains `model`, with the settings `spec` from now on, and the models of `then` after
+    it, each from first weights (`ModelBegun`).
 
     `scores`: of each candidate, the mean of `metric` over `rows` rows of these `peers`; empty if
     the model was chosen without scores, for the reason `because`. `left_out`: models that were no
@@ -109,6 +110,21 @@ class ModelChosen(RunEvent, frozen=True, kw_only=True):
     rows: Integer = 0
     peers: Annotated[tuple[_ShortText, ...], Meta(max_length=MAX_ASKED)] = ()
     left_out: _ByModel[_ShortText] = {}
+    because: _ShortText = ""
+    then: Annotated[tuple[Model, ...], Meta(max_length=len(MODELS))] = ()
+
+
+class ModelBegun(RunEvent, frozen=True):
+    """The run trains another model, with the settings `spec` from now on. The same model again: no
+    version of it is left.
+
+    `round`: the number of its first weights, after that of the last round. `because`: why the model
+    before it has ended.
+    """
+
+    model: Model
+    spec: RunSpec
+    round: Integer
     because: _ShortText = ""
 
 

@@ -170,8 +170,10 @@ class VersionLog:
         return [run_events.decode(entry.body) for entry in past]
 
     def _first_weights(self, row: Entry, digest: str) -> LogEntry | None:
-        """Two peers may have made first weights: the run starts from the last before round 1."""
+        """Two peers may have made first weights: a model starts from the last before its rounds."""
         past = self._past(row)
+        begun = [n for n, one in enumerate(past) if isinstance(one, run_events.ModelBegun)]
+        past = past[begun[-1] :] if begun else past
         if any(isinstance(event, run_events.RoundOpened) for event in past):
             return None
         is_first = not any(isinstance(event, run_events.WeightsInitialised) for event in past)
@@ -187,14 +189,19 @@ class VersionLog:
                     return number
                 case run_events.VersionRecalled(version=version) if version.digest == digest:
                     return version.round
+                case run_events.ModelBegun(round=number):  # the first weights of this model
+                    return number
                 case _:
                     continue
         return _first_number(past)
 
 
 def _first_number(past: list[run_events.RunEvent]) -> int:
-    """The number of a run's first weights. One that only evaluates opens no round."""
+    """The number of a run's first weights, or of those of a further model. A run that only
+    evaluates opens no round."""
     first = past[0] if past else None
+    if isinstance(first, run_events.ModelBegun):
+        return first.round
     if not isinstance(first, run_events.RunStarted):
         return 0
     return first.spec.first_round - (0 if first.spec.only == "evaluate" else 1)

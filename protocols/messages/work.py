@@ -64,7 +64,9 @@ class Work(Struct, frozen=True, kw_only=True):
     which older coordinators refuse. `choice`: the model that the run has chosen and why, as text
     for the owner. `ahead`: another round follows, and training for it may begin before its
     version is here, from this peer's own weights. `fragments`: the model has this many
-    fragments (`model.fragments`), of which an update has one, in turn; 0 or 1: all of it.
+    fragments (`model.fragments`), of which an update has one, in turn; 0 or 1: all of it. `begun`:
+    the number of the first weights of this model, if the run has trained another one before:
+    schedules count rounds from there.
     """
 
     run: Id
@@ -89,6 +91,7 @@ class Work(Struct, frozen=True, kw_only=True):
     choice: Text = ""
     ahead: bool = False
     fragments: Annotated[int, Meta(ge=0, le=MAX_FRAGMENTS)] = 0
+    begun: Count = 0
 
 
 class NamedModel(Struct, frozen=True, kw_only=True):

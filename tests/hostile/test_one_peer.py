@@ -321,13 +321,17 @@ def evaluated(
     counts: Mapping[str, int] = {},
     limit: float = OUTLIER_LIMIT,
     tallies: Mapping[str, dict[str, list[float]]] = {},
+    ordered: RunSpec | None = None,
     **spec: Any,
 ) -> Run:
     """A run whose only round these peers have evaluated."""
     from coordinator import strategies
 
     made = RunSpec(task="t", rounds=2, outlier_limit=limit, **spec)
-    run = Run(id="r", spec=made, state=RunState.EVALUATING, round=1, evaluating=True, head="ab")
+    run = Run(
+        id="r", spec=made, ordered=ordered, round=1, head="ab",
+        state=RunState.EVALUATING, evaluating=True,
+    )
     for peer, metrics in told.items():
         update = Update(
             num_examples=counts.get(peer, 100), metrics=metrics, tallies=tallies.get(peer, {})
@@ -381,6 +385,19 @@ def test_one_peers_metrics_do_not_choose_the_best_version(count: int) -> None:
     assert best_version.best(bad.spec, rounds) is rounds[1]
     plain = [msgspec.structs.replace(one, decisive={}) for one in rounds]
     assert best_version.best(bad.spec, plain) is plain[0]
+
+
+def test_one_peer_does_not_choose_the_model_of_a_run() -> None:
+    """Attack: one peer praises a bad model and blames the trees after it, whose updates, being
+    sums, have no limit."""
+    better = {p: {"accuracy": (m["accuracy"] or 0) + 0.2, "loss": 0.5} for p, m in OTHERS.items()}
+    counts, order = {"liar": 10_000_000}, RunSpec(task="t", rounds=2, outlier_limit=OUTLIER_LIMIT)
+    bad = evaluated({**OTHERS, "liar": {"accuracy": 1.0, "loss": 0.0}}, counts, ordered=order)
+    told = {**better, "liar": {"accuracy": 0.0, "loss": 1e9}}
+    for ordered in (order, None):
+        trees = evaluated(told, counts, 0.0, ordered=ordered)
+        found = best_version.of_models(order, [bad.standing, trees.standing])
+        assert found is (trees.best if ordered else bad.best)
 
 
 @pytest.mark.parametrize("metrics", [{}, {"accuracy": None, "loss": None}])

@@ -6,8 +6,9 @@ from starlette.responses import Response
 
 from coordinator.api.routes.endpoint import Call, get, post
 from coordinator.api.schema import EvaluationsResponse, StartRunRequest
+from coordinator.runs.comparisons import why_no_evaluations
 from coordinator.runs.export import check_on_disk, resolve_version
-from coordinator.runs.state import Run, why_no_evaluations
+from coordinator.runs.state import Run
 
 
 def start_run(call: Call) -> dict[str, str]:

@@ -178,7 +178,7 @@ def commit(
             strategies.find(spec.strategy),
             strategy,
             spec.strategy_args,
-            run.round,
+            run.round - run.begun,
             base,
             origin,
             [InputUpdate(checked, 1.0, scale, num_examples, {})],

@@ -195,9 +195,10 @@ class SecureSums:
         """Of each tensor, the largest change of the last mean; empty if it is not known."""
         if self._largest[0] == run.head:
             return self._largest[1]
-        if not run.history or self._parts.adapter.slots(self._parts.strategy):
+        own = run.own_rounds
+        if not own or self._parts.adapter.slots(self._parts.strategy):
             return []  # a server optimizer's step says nothing about the mean
-        before = run.history[-2].digest if len(run.history) > 1 else run.first
+        before = own[-2].digest if len(own) > 1 else run.first
         try:
             with (
                 WeightsFile(self._store.version_path(run.head)) as new,

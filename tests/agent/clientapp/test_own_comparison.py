@@ -159,6 +159,25 @@ def test_it_waits_for_the_end_then_compares_and_tells_once(site: Site) -> None:
     assert site.result() is None
 
 
+def test_the_model_that_the_run_has_kept_is_compared_not_the_one_it_trained_last(
+    site: Site,
+) -> None:
+    own = site.own()
+    own.note(site.work)
+    last = {**site.work.settings, "model": "mlp", "hidden": "4"}
+    own.note(replace(site.work, round=7, begun=5, settings=last))
+    own = site.own()  # a restart
+    finish(own)
+    found = site.result()
+    assert found is not None
+    assert found.comparison is not None, found.why
+    assert (found.model, found.is_told) == ("linear", True)
+    assert own_results.lines_of(found)[0].startswith("run tabular-1, model linear, on 30 held-out")
+    run = own_results.read_run(own_results.folder_of(site.home, "tabular-1"))
+    assert run is not None
+    assert run.settings_of(7)["model"] == "mlp"
+
+
 def test_what_the_coordinator_could_not_take_is_told_later_and_what_it_refuses_is_not(
     site: Site,
 ) -> None:

@@ -86,7 +86,7 @@ async def test_the_model_that_a_run_chose_is_in_status_and_log(
     begun, later = state_machine.WorkStarted(chosen), state_machine.WorkStarted(WORK)
     known = ("r", "trees (AUC 0.91; linear 0.88)")
     assert shown(begun, state_machine.WorkEnded(), begun, later) == known
-    assert caplog.text.count("run r has chosen its model: trees (AUC 0.91; linear 0.88)") == 1
+    assert caplog.text.count("the model of run r: trees (AUC 0.91; linear 0.88)") == 1
     agent = Agent(home, enrollment_file.read_enrollment(home), settings.read(home))
     agent._runner.start()
     assert shown() == known, "after a restart"

@@ -18,7 +18,7 @@ from agent.tasks.language.gpt import TextLM
 from coordinator.remote import run_options
 from coordinator.runs import best_version, decisions, steps, transitions
 from coordinator.runs.decisions import Observation
-from coordinator.runs.state import Round, Run
+from coordinator.runs.state import Round, Run, Standing
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunSpec, Update
 from protocols.errors import UnknownName, UsageError
@@ -271,13 +271,13 @@ def test_of_accuracies_that_few_rows_cannot_tell_apart_the_lowest_loss_is_best()
     near = spec(ties="standard error")
     assert best_version.best(near, rounds) is rounds[2], "0.90 is below a standard error"
     assert best_version.best(spec(), rounds) is rounds[0]
-    assert best_version.last_gain(near, rounds) == best_version.last_gain(spec(), rounds) == 4
+    assert {best_version.standing(one, rounds).gained for one in (near, spec())} == {4}
     many = [replace(one, num_evaluated=10**7) for one in rounds]
     assert best_version.best(near, many) is many[0]
-    best = None
-    for place, closed in enumerate(rounds):
-        best = best_version.after(near, best, rounds[:place], closed)
-        assert best in (closed, best_version.best(near, rounds[:place])), "its file may be gone"
+    found = Standing()
+    for closed in rounds:
+        before, found = found.best, best_version.after(near, found, closed)
+        assert found.best in (closed, before), "its file may be gone"
 
 
 def test_runs_of_tables_take_the_lowest_loss_unless_they_are_given_a_goal() -> None:

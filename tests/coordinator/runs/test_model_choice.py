@@ -40,6 +40,11 @@ def spec_of(**typed: Any) -> RunSpec:
     return build_order({"task": "tabular", "target": "y", **typed}).spec
 
 
+def one_of(**typed: Any) -> RunSpec:
+    """Those of a run that trains one model, as it has a number of rounds."""
+    return spec_of(**{"rounds": 2_000, **typed})
+
+
 def scores(rows: int, name: str = "accuracy", **by_model: float) -> ModelScores:
     return ModelScores(rows=rows, metrics={m: {name: v} for m, v in by_model.items()})  # type: ignore[misc]
 
@@ -55,7 +60,7 @@ def compared(spec: RunSpec, *told: ModelScores, rows: int = 0, missing: str = ""
 def test_the_mean_by_rows_decides_and_the_line_says_so() -> None:
     chosen = model_choice.choose(
         compared(
-            spec_of(),
+            one_of(),
             ModelScores(
                 rows=900,
                 metrics={
@@ -83,7 +88,7 @@ def test_the_mean_by_rows_decides_and_the_line_says_so() -> None:
     )
     spec_rules.check(chosen.spec)
     assert (chosen.spec.strategy, chosen.spec.codec, chosen.spec.rounds) == ("trees", "sums", 1801)
-    assert chosen.spec.patience == 4 * chosen.spec.evaluate_every == 240
+    assert (chosen.spec.patience, chosen.then) == (0, ())
 
 
 def test_the_errors_that_most_peers_have_decide_and_not_the_largest_ones() -> None:
@@ -96,13 +101,13 @@ def test_the_errors_that_most_peers_have_decide_and_not_the_largest_ones() -> No
     found = [(279, 1126.0, 965.7), (140, 1591.0, 1969.0), (48, 1793.0, 1391.0)]
     assert sum(rows * a * a for rows, a, _ in found) < sum(rows * b * b for rows, _, b in found)
     each = [told(rows, linear=a, mlp=b) for rows, a, b in found]
-    assert model_choice.choose(compared(spec_of(), *each)).model == "mlp"
+    assert model_choice.choose(compared(one_of(), *each)).model == "mlp"
     exact = told(90, linear=0.0, mlp=1e-3), told(10, linear=1.0, mlp=1e-3)
-    assert model_choice.choose(compared(spec_of(), *exact)).model == "linear"
+    assert model_choice.choose(compared(one_of(), *exact)).model == "linear"
 
 
 def test_of_equal_scores_the_simplest_model_is_chosen_and_a_run_goes_on_with_it() -> None:
-    run = compared(spec_of(), scores(50, linear=0.8, mlp=0.8, trees=0.8))
+    run = compared(one_of(), scores(50, linear=0.8, mlp=0.8, trees=0.8))
     assert run.comparing
     chosen = model_choice.choose(run)
     assert chosen.spec.settings["model"] == chosen.model == "linear"
@@ -116,7 +121,7 @@ def test_the_loss_decides_between_accuracies_that_few_rows_cannot_tell_apart() -
     for rows, model in ((300, "linear"), (9_000, "mlp")):
         metrics = {name: {"accuracy": a, "loss": b} for name, (a, b) in told.items()}
         some = ModelScores(rows=rows, metrics=metrics)  # type: ignore[arg-type]
-        assert model_choice.choose(compared(spec_of(), some)).model == model
+        assert model_choice.choose(compared(one_of(), some)).model == model
 
 
 def test_the_metric_of_the_run_decides() -> None:
@@ -127,8 +132,8 @@ def test_the_metric_of_the_run_decides() -> None:
             "mlp": {"accuracy": 0.8, "macro_f1": 0.7},
         },
     )
-    assert model_choice.choose(compared(spec_of(), told)).model == "linear"
-    chosen = model_choice.choose(compared(spec_of(**{"best-metric": "macro_f1"}), told))
+    assert model_choice.choose(compared(one_of(), told)).model == "linear"
+    chosen = model_choice.choose(compared(one_of(**{"best-metric": "macro_f1"}), told))
     assert (chosen.model, chosen.metric) == ("mlp", "macro_f1")
     assert chosen.left_out == {"trees": "1 peer cannot train it"}
 
@@ -152,7 +157,7 @@ def test_trees_are_named_where_the_options_do_not_fit_them(
     typed: dict[str, Any], word: str
 ) -> None:
     chosen = model_choice.choose(
-        compared(spec_of(**typed), scores(50, linear=0.7, mlp=0.8, trees=0.9))
+        compared(one_of(**typed), scores(50, linear=0.7, mlp=0.8, trees=0.9))
     )
     assert chosen.model == "mlp"
     assert word in chosen.left_out["trees"]
@@ -160,10 +165,10 @@ def test_trees_are_named_where_the_options_do_not_fit_them(
 
 
 def test_an_older_agent_takes_part_in_what_it_can_train() -> None:
-    run = compared(spec_of(), scores(50, linear=0.7, mlp=0.8, trees=0.9), missing=UsageError.code)
+    run = compared(one_of(), scores(50, linear=0.7, mlp=0.8, trees=0.9), missing=UsageError.code)
     chosen = model_choice.choose(run)
     assert (chosen.model, chosen.left_out["trees"]) == ("mlp", "an agent is too old for them")
-    silent = compared(spec_of(), scores(50, linear=0.7, mlp=0.8, trees=0.9), missing="died")
+    silent = compared(one_of(), scores(50, linear=0.7, mlp=0.8, trees=0.9), missing="died")
     assert model_choice.choose(silent).model == "trees"
 
 
@@ -179,7 +184,7 @@ def test_an_older_agent_takes_part_in_what_it_can_train() -> None:
 def test_secure_runs_and_runs_with_noise_ask_for_no_score(
     typed: dict[str, Any], rows: int, model: str
 ) -> None:
-    run = compared(spec_of(**typed), rows=rows)
+    run = compared(one_of(**typed), rows=rows)
     step = model_choice.decide(run, {"p0", "p1", "p2"}, frozenset(), False)
     assert isinstance(step, steps.ChooseModel)
     chosen = model_choice.choose(run)
@@ -194,24 +199,24 @@ def test_a_secure_run_trains_a_perceptron_on_few_rows_with_numbers_to_predict() 
             features=(Feature(name="a", kind="number"),), target=Target(name="y", kind="number")
         )
     )
-    run = replace(compared(spec_of(secure=True, quorum=3), rows=500), preprocessing=numbers)
+    run = replace(compared(one_of(secure=True, quorum=3), rows=500), preprocessing=numbers)
     chosen = model_choice.choose(run)
     assert chosen.model == "mlp"
     assert "500 rows, trees from 2,000; mlp for numbers" in model_choice.line(chosen)
     spec_rules.check(chosen.spec)
-    plain = model_choice.choose(replace(run, spec=spec_of()))
+    plain = model_choice.choose(replace(run, spec=one_of()))
     assert plain.model == "linear", "no peer had enough rows to compare models"
 
 
 def test_the_peers_with_the_most_rows_are_asked() -> None:
-    run = replace(compared(spec_of()), declared={f"p{n:03}": (n, n) for n in range(100)})
+    run = replace(compared(one_of()), declared={f"p{n:03}": (n, n) for n in range(100)})
     step = model_choice.decide(run, set(run.declared), frozenset(), False)
     assert isinstance(step, steps.AskPeers)
     assert step.peers == tuple(f"p{n:03}" for n in range(84, 100))
 
 
 def test_a_slow_peer_is_left_out_of_the_choice() -> None:
-    run = compared(spec_of(), scores(50, linear=0.7, mlp=0.8, trees=0.9))
+    run = compared(one_of(), scores(50, linear=0.7, mlp=0.8, trees=0.9))
     run = transitions.apply(run, run_events.PeersAsked(("p0", "p1")))
     run = transitions.apply(run, ModelsCompared("p0", scores(50, linear=0.7, mlp=0.8)))
     waiting = decisions.decide(run, Observation(frozenset({"p0", "p1"})))

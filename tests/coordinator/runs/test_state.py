@@ -21,15 +21,16 @@ from msgspec.structs import replace
 from coordinator.cli import run_text
 from coordinator.fleet.state import Fleet
 from coordinator.runs import decisions, steps, transitions
+from coordinator.runs.comparisons import why_no_evaluations
 from coordinator.runs.decisions import Observation
-from coordinator.runs.state import Evaluation, Round, Run, why_no_evaluations
+from coordinator.runs.state import Evaluation, Round, Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from protocols.messages.comparisons import Comparison, Estimate
 from protocols.messages.envelope import Metrics
 from protocols.messages.states import ENDED, RunState
 from protocols.model import schema_card
-from protocols.tables.model_scores import ModelScores
+from protocols.tables.model_scores import MODELS, ModelScores
 
 PEERS = ("A", "B", "C", "D")
 ALL = frozenset(PEERS)
@@ -526,7 +527,12 @@ FACTS: dict[type, Callable[[st.DrawFn], Any]] = {
     run_events.ModelsCompared: lambda d: run_events.ModelsCompared(d(_ONE), ModelScores(rows=9)),
     run_events.ScoresMissing: lambda d: run_events.ScoresMissing(d(_ONE), "x", "y"),
     run_events.ModelChosen: lambda d: run_events.ModelChosen(
-        model="linear", spec=RunSpec(task="t", rounds=2)
+        model="linear", spec=RunSpec(task="t", rounds=2), then=d(st.sampled_from([(), ("mlp",)]))
+    ),
+    run_events.ModelBegun: lambda d: run_events.ModelBegun(
+        d(st.sampled_from(MODELS)),
+        RunSpec(task="t", rounds=2, settings={"model": d(st.sampled_from(MODELS))}),
+        d(st.integers(-1, 3)),
     ),
     run_events.SchemaAgreed: lambda d: run_events.SchemaAgreed(CARD),
     run_events.WeightsInitialised: lambda d: run_events.WeightsInitialised("x", "A"),
@@ -609,5 +615,5 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"deleted", "refusal_kinds", "refusal_texts", "on_time", "abandoned", "declared"}
         | {"limited", "limited_now", "surveyed", "evaluations", "num_asked", "num_spent"}
         | {"cohort", "turn", "lost_cohorts", "comparisons", "scores", "scores_missing", "choice"}
-        | {"num_compared"}
+        | {"num_compared", "standing", "trained", "upcoming", "ordered"}
     )

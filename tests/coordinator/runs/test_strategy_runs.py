@@ -10,7 +10,7 @@ from flwr.serverapp import strategy as flower
 from msgspec.structs import replace
 
 from agent.tasks.work import Done
-from coordinator.runs import recorder, requests, retention, rounds
+from coordinator.runs import in_flight, recorder, retention, rounds
 from coordinator.storage import run_events, versions
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.run_spec import Setting
@@ -35,7 +35,7 @@ class Axe:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.at, self.left = "", 0
-        for module in (rounds, requests, recorder, retention, versions):
+        for module in (rounds, in_flight, recorder, retention, versions):
             patch.setattr(module, "failpoint", self.reached)
         promote = state.StateStore.promote
 
