@@ -10,11 +10,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from agent.analytics import differential_privacy, disclosure_control
 from agent.analytics.compute import CutsOf, Group, Places, Table, find_cells, read_table
 from agent.analytics.cut_points import CutPoints
-from agent.analytics.figures import Figure, compute_figure, min_product_rows
+from agent.analytics.figures import WITHHELD, Figure, compute_figure, min_product_rows
 from agent.analytics.model_sums import compute_model
 from agent.analytics.peer_sets import columns_of
 from agent.analytics.query_log import Asked, QueryLog, ToldColumn
@@ -30,8 +31,9 @@ from agent.home.settings import data_settings
 from agent.home.settings_schema import AgentSettings
 from protocols.analytics import parser
 from protocols.analytics.answer_size import max_answer_bytes
-from protocols.analytics.mergeable_states import Cell, PeerAnswer, State, WithheldState
+from protocols.analytics.mergeable_states import Cell, PeerAnswer, WithheldState
 from protocols.analytics.query import Operation, Query
+from protocols.analytics.row_sets import FigureRows
 from protocols.errors import CommonweightError, NotAllowed, Refused
 from protocols.messages.envelope import strip_controls
 from protocols.privacy.events import Exact
@@ -68,11 +70,13 @@ def answer_question(
             _check(question, chosen, log)
             _check_way(question, chosen, log, asked.secure)
             data = _state_of(chosen)
-            if (told := log.find_answer(question, data)) is not None:
+            told = log.find_answer(question, data)
+            tells_rows = asked.secure and bool(columns_of(question))
+            if told is not None and (told.rows_of or not (tells_rows and told.cells)):
                 _remember_way(question, log, asked.secure)
                 return log.repeat(question, data, told, asked)
             log.check_room()
-            told, sets = _compute_answer(question, chosen, cache, log, memory)
+            told, sets = _compute_answer(question, chosen, cache, log, memory, tells_rows)
             _charge(question, chosen, log, asked)
             _remember_way(question, log, asked.secure)
         except CommonweightError as err:
@@ -137,7 +141,12 @@ def _check(question: Query, chosen: AgentSettings, log: QueryLog) -> None:
 
 
 def _compute_answer(
-    question: Query, chosen: AgentSettings, cache: Path, log: QueryLog, memory: TableMemory
+    question: Query,
+    chosen: AgentSettings,
+    cache: Path,
+    log: QueryLog,
+    memory: TableMemory,
+    tells_rows: bool,
 ) -> tuple[PeerAnswer, list[ToldColumn]]:
     if question.epsilon:
         differential_privacy.check_budget(question, chosen, log.spent_epsilon)
@@ -177,8 +186,8 @@ def _compute_answer(
         )
         sets += more
         found = (
-            Cell(group, len(rows), states)
-            for (group, rows), states in zip(places.items(), figures, strict=True)
+            Cell(group, len(rows), tuple(figure.state for figure in of_cell))
+            for (group, rows), of_cell in zip(places.items(), figures, strict=True)
         )
         similar = moved or (disclosure.similar and not log.is_known_cells(question))
         told = _answer(table, found, similar)
@@ -187,7 +196,33 @@ def _compute_answer(
     if (size := len(msgspec.json.encode(told))) > (most := max_answer_bytes(question)):
         raise Refused(f"the answer has {size:,} bytes, and at most {most:,} are answered")
     _tell(memory, [one.rows for one in sets if not one.column], min_rows)
+    if tells_rows:
+        told = replace(told, rows_of=_number_rows(log, numbers, [*places.values()], figures))
     return told, [one for one in sets if one.column]
+
+
+def _number_rows(
+    log: QueryLog,
+    numbers: Numbers,
+    cells: Sequence[Places],
+    figures: Sequence[Sequence[Figure]],
+) -> tuple[tuple[FigureRows, ...], ...]:
+    """Over which rows each cell and figure is, as other peers may see it. Raises Refused."""
+    over = [
+        [
+            {"": rows},
+            *(
+                {} if isinstance(one.state, WithheldState) else one.over or {"": rows}
+                for one in of_cell
+            ),
+        ]
+        for rows, of_cell in zip(cells, figures, strict=True)
+    ]
+    told = [rows for of_cell in over for figure in of_cell for rows in figure.values()]
+    found = iter(log.peer_sets.number_rows([np.sort(numbers[rows]) for rows in told]))
+    return tuple(
+        tuple({label: next(found) for label in figure} for figure in of_cell) for of_cell in over
+    )
 
 
 def _told_cells(memory: TableMemory) -> list[ToldColumn]:
@@ -234,13 +269,13 @@ def _figures(
     cuts_of: CutsOf,
     min_rows: int,
     log: QueryLog,
-) -> tuple[list[tuple[State, ...]], list[ToldColumn]]:
-    """The states of each cell, and the sets that they tell of.
+) -> tuple[list[tuple[Figure, ...]], list[ToldColumn]]:
+    """The figures of each cell, and the sets that they tell of.
 
     An operation is withheld in all cells if its sets may not be told after those in `known`; a
     model is refused, with the reason. Raises Refused.
     """
-    columns: list[list[State]] = []
+    columns: list[list[Figure]] = []
     sets: list[ToldColumn] = []
     for operation in question.operations:
         try:
@@ -264,10 +299,10 @@ def _figures(
             _logger.info("%s is withheld: %s", operation, err.message)
             if operation.model is not UNSET:
                 raise
-            columns.append([WithheldState()] * len(places))
+            columns.append([WITHHELD] * len(places))
             continue
         sets += disclosure_control.find_new(about, [*known, *sets])
-        columns.append([figure.state for figure in found])
+        columns.append(found)
     return list(zip(*columns, strict=True)), sets
 
 

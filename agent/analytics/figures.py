@@ -20,6 +20,7 @@ from protocols.analytics import mergeable_states as stats
 from protocols.analytics.mergeable_states import Floats, State, WithheldState
 from protocols.analytics.model_states import MAX_TOLD_LEVELS, ColumnsState, LevelsState
 from protocols.analytics.query import Operation
+from protocols.analytics.row_sets import ones
 from protocols.tables.statistics import compute_moments
 
 #: The count, the sum and the sum of squares tell how many rows have each of so many values.
@@ -52,8 +53,15 @@ class ToldRows(NamedTuple):
 
 
 class Figure(NamedTuple):
+    """A figure and the sets of rows that it describes.
+
+    `over`: the rows that its numbers are sums over, by the labels of `FigureRows`; empty: the rows
+    of the cell.
+    """
+
     state: State
     told: tuple[ToldRows, ...] = ()
+    over: Mapping[str, Places] = {}
 
 
 WITHHELD = Figure(WithheldState())
@@ -88,7 +96,7 @@ def compute_figure(
     if isinstance(found.state, WithheldState):
         return found
     over = [ToldRows(name, used) for name in operation.columns]
-    return Figure(found.state, (*over, *found.told))
+    return Figure(found.state, (*over, *found.told), {"": used, **found.over})
 
 
 def leave_out(rows: Places, gone: Mask, some_gone: bool, min_rows: int) -> Places:
@@ -123,8 +131,11 @@ def _over_values(
         case "quantile" | "histogram":
             return _quantiles(operation, values, used, min_rows)
     told: list[ToldRows] = []
-    for column in operation.columns:
+    over: dict[str, Places] = {}
+    for place, column in enumerate(operation.columns):
         part = table.numbers(column)[used]
+        if np.isin(part, (0, 1)).all():
+            over[ones(place)] = used[part == 1]
         if is_dominated(part):
             return WITHHELD
         different, counts = np.unique(part, return_counts=True)
@@ -140,12 +151,12 @@ def _over_values(
             about = "" if len(operation.columns) > 1 else column
             told += [ToldRows(about, used[part == value]) for value in different]
     if operation.kind not in ("cov", "corr"):
-        return Figure(stats.MomentsState(compute_moments(values)), tuple(told))
+        return Figure(stats.MomentsState(compute_moments(values)), tuple(told), over)
     if len(used) < min_product_rows(table, min_rows):
         return WITHHELD
     told.append(ToldRows(PRODUCTS, used))
     other = table.numbers(operation.columns[1])[used]
-    return Figure(stats.compute_comoments(values, other), tuple(told))
+    return Figure(stats.compute_comoments(values, other), tuple(told), over)
 
 
 def min_product_rows(table: Table, min_rows: int) -> int:
@@ -203,8 +214,9 @@ def _levels(table: Table, name: str, used: Places, min_rows: int) -> Figure:
     has_many = column.values is not None and table.num_values(name) > _MAX_NUMBER_LEVELS
     if has_many or len(told) > MAX_TOLD_LEVELS:
         return Figure(LevelsState())
-    sets = tuple(ToldRows(name, used[codes == code]) for code in told)
-    return Figure(LevelsState({column.words[i]: int(counts[i]) for i in told}), sets)
+    rows = {column.words[code]: used[codes == code] for code in told}
+    sets = tuple(ToldRows(name, some) for some in rows.values())
+    return Figure(LevelsState({word: len(some) for word, some in rows.items()}), sets, rows)
 
 
 def _quantiles(operation: Operation, values: Floats, used: Places, min_rows: int) -> Figure:

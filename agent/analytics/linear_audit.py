@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.data.disclosed_sets import Numbers
+from protocols.analytics.row_sets import PRIME
 
-_Matrix = npt.NDArray[np.int64]
+#: Numbers modulo the prime.
+Matrix = npt.NDArray[np.int64]
 
-_PRIME = (1 << 31) - 1
 #: Exact in float64: below 2**22 atoms with coefficients below 2**31.
 _PIECE = 1 << 14
 #: The most work of one search, about 5 s, and its tries.
@@ -50,7 +51,7 @@ class Atoms:
                 place = np.minimum(np.searchsorted(rows, one_of_each), len(rows) - 1)
                 member[:] = rows[place] == one_of_each
 
-    def count(self, rows: Numbers) -> tuple[_Matrix, int]:
+    def count(self, rows: Numbers) -> tuple[Matrix, int]:
         """How many rows of a set each atom has, int64[a], and how many no atom has."""
         if not len(self._rows):
             return np.zeros(0, np.int64), len(rows)
@@ -90,13 +91,13 @@ def _has_small_combination(atoms: Atoms, min_rows: int) -> bool:
     for attempt in range(_TRIES):
         weight = np.minimum(atoms.sizes, min_rows) if attempt % 2 else np.ones(len(atoms.sizes))
         order = np.argsort(random.random(len(weight)) ** (1 / weight))[::-1]
-        reduced = _reduce(matrix[:, order])
+        reduced = reduce(matrix[:, order])
         if ((reduced != 0) @ atoms.sizes[order] < min_rows).any():
             return True
     return False
 
 
-def _reduce(matrix: _Matrix) -> _Matrix:
+def reduce(matrix: Matrix) -> Matrix:
     """The reduced row echelon form modulo the prime, without rows of zeros."""
     reduced, rank = matrix.copy(), 0
     for column in range(reduced.shape[1]):
@@ -104,10 +105,10 @@ def _reduce(matrix: _Matrix) -> _Matrix:
         if not len(pivots):
             continue
         reduced[[rank, rank + pivots[0]]] = reduced[[rank + pivots[0], rank]]
-        reduced[rank] = reduced[rank] * pow(int(reduced[rank, column]), -1, _PRIME) % _PRIME
+        reduced[rank] = reduced[rank] * pow(int(reduced[rank, column]), -1, PRIME) % PRIME
         others = np.flatnonzero(reduced[:, column])
         others = others[others != rank]
-        reduced[others] = (reduced[others] - reduced[others, column, None] * reduced[rank]) % _PRIME
+        reduced[others] = (reduced[others] - reduced[others, column, None] * reduced[rank]) % PRIME
         rank += 1
         if rank == len(reduced):
             break
@@ -141,7 +142,7 @@ def find_similar(atoms: Atoms, rows: Numbers, min_rows: int) -> Numbers | None:
 def _differing(
     atoms: Atoms,
     chosen: npt.NDArray[np.bool_],
-    counts: _Matrix,
+    counts: Matrix,
     among: npt.NDArray[np.bool_] | None = None,
 ) -> int:
     """In how many rows, of these atoms, a union of atoms differs from a set with these counts."""
@@ -157,11 +158,11 @@ def _extend(
     if not large.any() or len(atoms.member) ** 2 * len(large) > _MAX_SEARCH:
         return None
     order = np.argsort(~large, kind="stable")
-    reduced = _reduce(np.unique(atoms.member, axis=0).astype(np.int64)[:, order])
+    reduced = reduce(np.unique(atoms.member, axis=0).astype(np.int64)[:, order])
     wanted, count = chosen[order], int(large.sum())
     pivots = (reduced != 0).argmax(1)
     used = (pivots < count) & wanted[pivots]
-    total = reduced[used].sum(0) % _PRIME
+    total = reduced[used].sum(0) % PRIME
     if (total[:count] != wanted[:count]).any() or (total > 1).any():
         return None
     found = np.zeros(len(large), bool)
@@ -178,23 +179,27 @@ def in_span(atoms: Atoms, chosen: npt.NDArray[np.bool_]) -> bool:
 
 def _rank(matrix: npt.NDArray[np.bool_]) -> int:
     """The rank modulo a prime of 31 bits, which is that over the numbers but for a freak case."""
-    reduced = _project(np.unique(matrix, axis=0))
-    rank = 0
+    return rank_of(project(np.unique(matrix, axis=0)))
+
+
+def rank_of(matrix: Matrix) -> int:
+    """The rank modulo the prime."""
+    reduced, rank = matrix.copy(), 0
     for column in range(reduced.shape[1]):
         pivots = np.flatnonzero(reduced[rank:, column])
         if not len(pivots):
             continue
         reduced[[rank, rank + pivots[0]]] = reduced[[rank + pivots[0], rank]]
-        pivot = reduced[rank] * pow(int(reduced[rank, column]), -1, _PRIME) % _PRIME
+        pivot = reduced[rank] * pow(int(reduced[rank, column]), -1, PRIME) % PRIME
         below = rank + 1 + np.flatnonzero(reduced[rank + 1 :, column])
-        reduced[below] = (reduced[below] - reduced[below, column, None] * pivot) % _PRIME
+        reduced[below] = (reduced[below] - reduced[below, column, None] * pivot) % PRIME
         rank += 1
         if rank == len(reduced):
             break
     return rank
 
 
-def _project(matrix: npt.NDArray[np.bool_]) -> _Matrix:
+def project(matrix: npt.NDArray[np.bool_]) -> Matrix:
     """As many columns as rows are enough for the rank: random combinations of the columns."""
     sets, atoms = matrix.shape
     width = sets + 8
@@ -204,6 +209,6 @@ def _project(matrix: npt.NDArray[np.bool_]) -> _Matrix:
     found = np.zeros((sets, width), np.int64)
     for start in range(0, atoms, _PIECE):
         piece = matrix[:, start : start + _PIECE].astype(np.float64)
-        factors = random.integers(0, _PRIME, (piece.shape[1], width)).astype(np.float64)
-        found += (piece @ factors).astype(np.int64) % _PRIME
-    return found % _PRIME
+        factors = random.integers(0, PRIME, (piece.shape[1], width)).astype(np.float64)
+        found += (piece @ factors).astype(np.int64) % PRIME
+    return found % PRIME

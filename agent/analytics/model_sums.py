@@ -95,7 +95,7 @@ def compute_model(
         )
     if not (np.abs(_numbers_of(state)) <= _MAX_SUM).all():
         raise OUTSIDE
-    return Figure(state, tuple(told))
+    return Figure(state, tuple(told), {"": used.rows})
 
 
 def _numbers_of(state: FitState | RiskState) -> Floats:

@@ -6,30 +6,43 @@ its secure sums must not differ in a few peers that its owner trusts, nor their 
 (`linear_audit`, with peers in place of rows). A peer that tells nothing of a column adds 0 to its
 sums, so it is in no set there. Peers that the owner does not trust do not count: if one has left
 for good, the owners remove it from their trust.
+
+The same peers may tell sums over different rows, such as with and without a condition. They may
+differ in the rows of enough peers, or of none (`row_sets`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from agent.analytics import linear_audit
-from agent.data.private_database import open_database
+from agent.analytics import linear_audit, row_sets
+from agent.data.disclosed_sets import Numbers, pack, unpack
+from agent.data.private_database import open_database, writing
 from protocols.analytics.query import Query
+from protocols.analytics.row_sets import RowSet
 from protocols.errors import Refused, SecureRefused
 from protocols.privacy import question_layout
 from protocols.privacy.question_layout import ToldBy
+from protocols.privacy.question_rows import ROWS, About, SumRows, Sums
 from protocols.privacy.secagg.cohort import Pins
 
+_ROWS = msgspec.json.Decoder(SumRows)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS alone (column TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS sums (column TEXT, peers TEXT, PRIMARY KEY (column, peers));
+CREATE TABLE IF NOT EXISTS row_sets (number INTEGER PRIMARY KEY, rows BLOB);
+CREATE TABLE IF NOT EXISTS row_sums (
+  column TEXT, of TEXT, rows TEXT, PRIMARY KEY (column, of, rows)
+);
 """
-#: Sets of peers for each column; after that the agent refuses new ones.
-MAX_SETS = 64
+#: Sets of peers for each column, and sums over different rows about it or of numbers of rows; after
+#: that the agent refuses new ones.
+MAX_SETS, MAX_SUMS = 64, 256
 
 
 def file_beside(log: Path) -> Path:
@@ -87,8 +100,58 @@ class PeerSets:
             found |= dict.fromkeys(tuple(json.loads(peers)) for (peers,) in rows)
         return [*found]
 
-    def check(self, told: ToldBy, me: str, pins: Pins) -> None:
-        """Raise SecureRefused if these sums and earlier ones together would isolate a few peers."""
+    def number_rows(self, sets: Sequence[Numbers]) -> list[RowSet]:
+        """These sets of rows as others may see them. New ones are on disk when this returns.
+
+        Raises Refused if there are too many.
+        """
+        with writing(self._db):
+            stored = self._db.execute("SELECT rows FROM row_sets ORDER BY number").fetchall()
+            basis = [unpack(rows) for (rows,) in stored]
+            found = row_sets.number_sets(basis, sets)
+            self._db.executemany(
+                "INSERT INTO row_sets VALUES (?, ?)",
+                [(n, pack(basis[n])) for n in range(len(stored), len(basis))],
+            )
+        return found
+
+    def check(self, told: ToldBy, rows: Sums, me: str, pins: Pins) -> None:
+        """Raise SecureRefused if these sums and earlier ones together would isolate a few peers, or
+        rows of a few."""
+        self._check_peers(told, me, pins)
+        known = self._row_sums()
+        several = {about for about in known if about.is_count} if ROWS in rows else set()
+        for about in {*rows, *several}:
+            # A condition counts the rows of a category, too.
+            alike = (about, ROWS) if about.is_count else (about,)
+            before = {one for name in alike for one in known.get(name, ())}
+            new = {one for name in alike for one in rows.get(name, ())} - before
+            if not new:
+                continue
+            if len(before) + len(new) > MAX_SUMS:
+                raise SecureRefused(
+                    "other rows",
+                    f"sums over {MAX_SUMS} different sets of rows have told of "
+                    f"{_words(about.column)}",
+                    "ask questions again that were answered before",
+                )
+            if row_sets.isolates_few([*before], [*new], pins.peers | {me}, pins.minimum):
+                raise SecureRefused(
+                    "other rows",
+                    f"this sum about {_words(about.column)} and others differ in rows of fewer "
+                    f"than {pins.minimum} trusted peers, and would tell of these rows together",
+                    f"ask about rows that differ at {pins.minimum} peers or more, or at none: "
+                    "without conditions and groups that few peers have; if rows are new, ask when "
+                    "more peers have new ones",
+                )
+
+    def _row_sums(self) -> Sums:
+        found: Sums = {}
+        for column, of, rows in self._db.execute("SELECT column, of, rows FROM row_sums"):
+            found.setdefault(About(column, of), set()).add(_ROWS.decode(rows))
+        return found
+
+    def _check_peers(self, told: ToldBy, me: str, pins: Pins) -> None:
         trusted = pins.peers | {me}
         number = {peer: i for i, peer in enumerate(sorted(trusted))}
         for name, sets in told.items():
@@ -115,20 +178,23 @@ class PeerSets:
                     "remove ID",
                 )
 
-    def tell(self, told: ToldBy, me: str, pins: Pins) -> None:
+    def tell(self, told: ToldBy, rows: Sums, me: str, pins: Pins) -> None:
         """Record sums before they can be unmasked. Raises Refused, SecureRefused."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with writing(self._db):
             self.check_in_sums(told)
-            self.check(told, me, pins)
+            self.check(told, rows, me, pins)
             self._db.executemany(
                 "INSERT OR IGNORE INTO sums VALUES (?, ?)",
                 [(name, json.dumps(sorted(one))) for name, sets in told.items() for one in sets],
             )
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+            self._db.executemany(
+                "INSERT OR IGNORE INTO row_sums VALUES (?, ?, ?)",
+                [
+                    (*about, msgspec.json.encode(one).decode())
+                    for about, sums in rows.items()
+                    for one in sums
+                ],
+            )
 
     def _find(self, table: str, column: str) -> bool:
         found = self._db.execute(f"SELECT 1 FROM {table} WHERE column = ? LIMIT 1", (column,))

@@ -29,8 +29,9 @@ from protocols.analytics.query import Query
 from protocols.errors import BadMessage, CommonweightError, SecureRefused
 from protocols.messages.decoding import decode
 from protocols.messages.jobs import SecureAnalyze, Unit
-from protocols.privacy import question_layout, question_sums
+from protocols.privacy import question_layout, question_rows, question_sums
 from protocols.privacy.question_layout import Layout, Shape, ToldBy
+from protocols.privacy.question_rows import Sums
 from protocols.privacy.question_sums import MaskedAnswer
 from protocols.privacy.secagg import messages
 from protocols.privacy.secagg.messages import (
@@ -54,6 +55,8 @@ class _Open:
     def __init__(self, query: Query, answer: PeerAnswer) -> None:
         self.query, self.answer = query, answer
         self.layout: Layout | None = None
+        #: Over which rows the sums of some peers are, once that was asked.
+        self.rows: dict[frozenset[str], Sums] = {}
         self.numbers: question_sums.Words | None = None
 
 
@@ -147,8 +150,8 @@ class SecureQuestions:
             case AgreeRequest():
                 self._check(found, request.survivors)
                 rule = secure_rules.pins(self._owner())
-                told = self._told(found, request.survivors)
-                self._peer_sets.tell(told, self._me.peer, rule)
+                told, rows = self._told(found, request.survivors)
+                self._peer_sets.tell(told, rows, self._me.peer, rule)
                 answer = self._turns.agree(key, request)
                 found.numbers = None
             case _:
@@ -159,6 +162,7 @@ class SecureQuestions:
         """Promise the answer's numbers with a card that names question and layout."""
         layout = decode(_layout, asked.request, "layout of the sums")
         numbers = question_sums.encode(found.query, layout, self._me.peer, found.answer)
+        question_rows.check_own(found.query, layout, self._me.peer, found.answer)
         request = ReadyRequest(
             fleet=self._fleet,
             run=asked.session,
@@ -203,12 +207,18 @@ class SecureQuestions:
                 f"requires {rule.minimum}",
                 "ask about groups and categories that more peers have",
             )
-        self._peer_sets.check(self._told(found, peers), self._me.peer, rule)
+        self._peer_sets.check(*self._told(found, peers), self._me.peer, rule)
 
-    def _told(self, found: _Open, peers: Sequence[str]) -> ToldBy:
-        """By column, of which of these peers its sums tell: one without a row adds 0 to them."""
+    def _told(self, found: _Open, peers: Sequence[str]) -> tuple[ToldBy, Sums]:
+        """By column, of which of these peers its sums tell: one without a row adds 0 to them. And
+        over which rows of the trusted ones they are."""
         assert found.layout is not None
-        return question_layout.told_about(found.query, found.layout, peers)
+        told = question_layout.told_about(found.query, found.layout, peers)
+        trusted = secure_rules.pins(self._owner()).peers | {self._me.peer}
+        some = trusted.intersection(peers)
+        if some not in found.rows:
+            found.rows[some] = question_rows.told_rows(found.query, found.layout, some)
+        return told, found.rows[some]
 
     @cached_property
     def _peer_sets(self) -> PeerSets:

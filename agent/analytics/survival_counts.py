@@ -18,6 +18,7 @@ from protocols.analytics.mergeable_states import Floats
 from protocols.analytics.model_states import SurvivalState
 from protocols.analytics.models import MAX_BINS
 from protocols.analytics.query import Operation
+from protocols.analytics.row_sets import time_bin
 
 
 def count_survival(
@@ -58,12 +59,12 @@ def _count(unit: Places, event: Floats) -> Places:
 def _figure(
     rows: Places, counts: Places, edges: tuple[float, ...], bin_of: Places, event: Floats
 ) -> Figure:
-    parts = (
-        rows[(bin_of[rows] == place) & (event[rows] == e)]
-        for place, e in itertools.product(range(len(edges) + 1), (1, 0))
-    )
+    parts = {
+        time_bin(bool(e), start): rows[(bin_of[rows] == place) & (event[rows] == e)]
+        for (place, start), e in itertools.product(enumerate((0.0, *edges)), (1, 0))
+    }
     state = SurvivalState(edges, tuple(counts[0].tolist()), tuple(counts[1].tolist()))
-    return Figure(state, tuple(ToldRows("", part) for part in parts if len(part)))
+    return Figure(state, tuple(ToldRows("", part) for part in parts.values() if len(part)), parts)
 
 
 def _divide(counts: Places, min_rows: int, possible: Collection[int]) -> list[int]:

@@ -185,6 +185,10 @@ def validate(query: Query, answer: PeerAnswer) -> str:
         return ""
     if sum(cell.rows for cell in answer.cells) > answer.rows and not query.epsilon:
         return "more rows in the cells than in the table"
+    if len(answer.rows_of) not in (0, len(answer.cells)) or any(
+        len(rows) != 1 + len(query.operations) for rows in answer.rows_of
+    ):
+        return "the rows of another number of figures than the query has"
     for cell in answer.cells:
         if len(cell.group) != len(query.by) or len(cell.states) != len(query.operations):
             return "another number of groups or figures than the query has"

@@ -18,8 +18,8 @@ import numpy as np
 
 from coordinator.jobs.analysis import Merged, kind_conflicts, merge_answers, validate
 from protocols.analytics.query import Query
-from protocols.errors import BadMessage, CohortLost, CommonweightError
-from protocols.messages.jobs import QuestionStep
+from protocols.errors import BadMessage, CohortLost, CommonweightError, Refused
+from protocols.messages.jobs import MAX_STEP_BYTES, QuestionStep
 from protocols.privacy import question_layout, question_sums
 from protocols.privacy.question_layout import Shape
 from protocols.privacy.question_sums import MaskedAnswer
@@ -69,7 +69,12 @@ class _Sum:
             return merged._replace(left_out=merged.left_out | self._left_out)
         minimum = max(MIN_COHORT, *(shape.minimum for shape in shapes.values()))
         layout = question_layout.agree_layout(self._query, answers, minimum)
-        encoded = encode(layout)
+        if len(encoded := encode(layout)) > MAX_STEP_BYTES:
+            raise Refused(
+                f"the layout of the sums has {len(encoded):,} bytes, and at most "
+                f"{MAX_STEP_BYTES:,} can be sent",
+                "ask about fewer groups, columns or categories",
+            )
         cards = self._cards(dict.fromkeys(layout.told, encoded))
         totals, survivors = self._sum(cards)
         error = len(survivors) * question_sums.ROUNDING

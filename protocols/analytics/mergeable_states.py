@@ -27,6 +27,7 @@ from protocols.analytics.model_states import (
     add_risks,
     merge_survival,
 )
+from protocols.analytics.row_sets import FigureRows
 from protocols.messages.envelope import Count, Text
 from protocols.tables.statistics import Finite, Moments, merge_moments
 
@@ -138,6 +139,7 @@ class PeerAnswer(Struct, frozen=True, kw_only=True):
 
     `similar`: some cells are those of an earlier question, which differ in a few rows or in none.
     `kinds`: the kind of each column of the query. `refused`: why the peer refused the query.
+    `rows_of`: of a secure question, over which rows each cell is, and then each of its figures.
     """
 
     rows: Count = 0
@@ -145,6 +147,9 @@ class PeerAnswer(Struct, frozen=True, kw_only=True):
     kinds: Annotated[dict[Text, Text], Meta(max_length=128)] = {}
     cells: Annotated[tuple[Cell, ...], Meta(max_length=2000)] = ()
     refused: Text = ""
+    rows_of: Annotated[
+        tuple[Annotated[tuple[FigureRows, ...], Meta(max_length=33)], ...], Meta(max_length=2000)
+    ] = ()
 
 
 # --- computing -------------------------------------------------------------------------------

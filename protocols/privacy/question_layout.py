@@ -28,6 +28,7 @@ from protocols.analytics.model_states import (
 )
 from protocols.analytics.models import MAX_EDGES
 from protocols.analytics.query import Operation, Query
+from protocols.analytics.row_sets import FigureRows
 from protocols.errors import BadMessage, Refused, UsageError
 from protocols.messages.envelope import Id, Text
 from protocols.privacy.question_states import state_of
@@ -67,7 +68,8 @@ class Layout(Struct, frozen=True, kw_only=True):
     """The sums of a question, the same for all peers.
 
     `levels`, `edges`: by operation, the categories of `levels` and the time bins of `survival`.
-    `told`: by peer, the bits of the items that it is part of, eight to a byte.
+    `told`: by peer, the bits of the items that it is part of, eight to a byte. `rows`: by peer, by
+    group and figure, which rows of its own they are over (`question_rows`).
     """
 
     groups: Annotated[
@@ -83,6 +85,10 @@ class Layout(Struct, frozen=True, kw_only=True):
     told: Annotated[
         dict[Id, Annotated[bytes, Meta(max_length=MAX_NUMBERS)]], Meta(max_length=MAX_COHORT)
     ]
+    rows: Annotated[
+        dict[Id, Annotated[tuple[FigureRows, ...], Meta(max_length=MAX_NUMBERS)]],
+        Meta(max_length=MAX_COHORT),
+    ] = {}
 
 
 class Item(NamedTuple):
@@ -168,7 +174,16 @@ def agree_layout(query: Query, shapes: Mapping[str, PeerAnswer], minimum: int) -
     truth = {peer: truth_of(query, layout, answer) for peer, answer in shapes.items()}
     enough = np.stack([*truth.values()]).sum(axis=0) >= minimum
     told = {peer: np.packbits(bits & enough).tobytes() for peer, bits in truth.items()}
-    return replace(layout, told=told)
+    rows = {peer: rows_of(query, layout, answer) for peer, answer in shapes.items()}
+    return replace(layout, told=told, rows=rows)
+
+
+def rows_of(query: Query, layout: Layout, answer: PeerAnswer) -> tuple[FigureRows, ...]:
+    """The rows of each figure of the layout, by group; of those that the answer does not tell,
+    none."""
+    known = {cell.group: rows for cell, rows in zip(answer.cells, answer.rows_of, strict=False)}
+    none: tuple[FigureRows, ...] = ({},) * (1 + len(query.operations))
+    return tuple(figure for group in layout.groups for figure in known.get(group, none))
 
 
 def items_of(query: Query, layout: Layout) -> list[Item]:

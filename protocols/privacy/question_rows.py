@@ -1,0 +1,118 @@
+"""Over which rows of each peer the sums of a secure question are. Pure.
+
+All peers see this before they mask anything, so each can compare the sums with earlier ones: two
+sums that differ in the rows of one peer alone would tell the sum over these rows
+(`agent.analytics.peer_sets`). Sums of the same values are compared, and numbers of rows: of groups,
+under conditions, and of one category.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from protocols.analytics import row_sets
+from protocols.analytics.mergeable_states import PeerAnswer
+from protocols.analytics.query import Query
+from protocols.analytics.row_sets import FigureRows, RowSet
+from protocols.errors import BadMessage, SecureRefused
+from protocols.privacy.question_layout import Item, Layout, items_of, rows_of, told_by
+
+#: By peer, the rows of its own that a sum is over, as sorted pairs.
+SumRows = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+
+
+class About(NamedTuple):
+    """What is summed: the values of a column, or `of` it the number of rows of a category."""
+
+    column: str
+    of: str = ""
+
+    @property
+    def is_count(self) -> bool:
+        """True for numbers of rows with a value, which conditions and groups count too."""
+        return self.of.startswith("=")
+
+
+#: Numbers of rows.
+ROWS = About("")
+Sums = dict[About, set[SumRows]]
+
+
+def check_own(query: Query, layout: Layout, peer: str, answer: PeerAnswer) -> None:
+    """Raise BadMessage unless the layout says of this peer what its answer does."""
+    if layout.rows.get(peer) != rows_of(query, layout, answer):
+        raise BadMessage(
+            "the layout of the sums does not say which rows this peer's figures are over",
+            "the coordinator may be older than this agent: update it",
+        )
+
+
+def told_rows(query: Query, layout: Layout, peers: Collection[str]) -> Sums:
+    """The rows of these peers that each sum is over. Raises BadMessage, SecureRefused."""
+    items, width = items_of(query, layout), 1 + len(query.operations)
+    place_of = {group: place for place, group in enumerate(layout.groups)}
+    told = {peer: told_by(layout, peer, len(items)) for peer in peers}
+    for peer in peers:
+        if len(layout.rows.get(peer, ())) != width * len(place_of):
+            raise SecureRefused(
+                "older version",
+                f"the peer {peer} does not tell which of its rows a sum is over, as its agent is "
+                "older",
+                "its owner can update it",
+            )
+    found: Sums = {}
+    for number, item in enumerate(items):
+        at = place_of[item.group] * width + 1 + item.place
+        rows = {peer: layout.rows[peer][at] for peer, bits in told.items() if bits[number]}
+        for about, sums in _sums_of(query, layout, item, rows):
+            if sums:
+                found.setdefault(about, set()).add(sums)
+    return found
+
+
+def _sums_of(
+    query: Query, layout: Layout, item: Item, rows: Mapping[str, FigureRows]
+) -> Iterator[tuple[About, SumRows]]:
+    """What the numbers of an item are about, and over which rows."""
+    operation = None if item.place < 0 else query.operations[item.place]
+    if operation is None or operation.kind in ("count", "columns"):
+        yield ROWS, _pick(rows, "")
+        return
+    column = operation.columns[0]
+    if operation.kind == "missing":
+        yield About(column, "missing"), _pick(rows, "")
+    elif operation.kind == "levels":
+        yield About(column, f"={item.level}"), _pick(rows, item.level)
+    elif operation.kind == "survival":
+        starts = [0.0, *layout.edges[item.place]]
+        about = About(column, f"and {operation.columns[1]}")
+        for event in (True, False):
+            for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
+                found = {p: _in_bin(one, event, start, end) for p, one in rows.items()}
+                yield about, _sorted(found)
+    else:
+        for place, column in enumerate(operation.columns):
+            yield About(column), _pick(rows, "")
+            label = row_sets.ones(place)
+            if all(label in one for one in rows.values()):
+                yield About(column, "=1"), _pick(rows, label)
+                for other in {*operation.columns} - {column}:
+                    yield About(other), _pick(rows, label)
+
+
+def _in_bin(rows: FigureRows, event: bool, start: float, end: float) -> RowSet:
+    """The rows of a peer in a time bin, which is a union of its own bins."""
+    bins = ((row_sets.read_time_bin(label), some) for label, some in rows.items())
+    return row_sets.add(
+        some for known, some in bins if known and known[0] == event and start <= known[1] < end
+    )
+
+
+def _pick(rows: Mapping[str, FigureRows], label: str) -> SumRows:
+    return _sorted({peer: one.get(label, {}) for peer, one in rows.items()})
+
+
+def _sorted(rows: Mapping[str, RowSet]) -> SumRows:
+    return tuple((peer, tuple(sorted(rows[peer].items()))) for peer in sorted(rows) if rows[peer])

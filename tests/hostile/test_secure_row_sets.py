@@ -1,0 +1,224 @@
+"""A coordinator that asks secure questions over other rows of the same peers, against the agents'
+real steps: no difference of sums is the sum over rows of one peer."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from agent.analytics import peer_sets
+from coordinator.cli.demo import trial_tables
+from protocols.errors import CommonweightError
+from protocols.messages.jobs import QuestionStep, SecureAnalyze
+from protocols.privacy.question_layout import Layout
+from protocols.privacy.secagg.messages import encode
+from tests.support.secure_tables import SecureTables
+from tests.support.tables import write_csv
+
+pytest.importorskip("pyarrow", reason="tables are read by the extra analyze")
+pytestmark = pytest.mark.attack("questions", by="coordinator")
+
+Question = tuple[str, str]
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def tmp_path(memory_path: Path) -> Path:
+    """In memory, because a peer commits what each answer told."""
+    return memory_path
+
+
+def rows(seed: int, wards: str, count: int = 60) -> list[Row]:
+    chance = np.random.default_rng(seed)
+    return [
+        {
+            "salary": int(chance.integers(20_000, 90_000)),
+            "age": int(chance.integers(20, 70)),
+            "smoker": int(chance.random() < 0.4),
+            "ward": wards[place % len(wards)],
+        }
+        for place in range(count)
+    ]
+
+
+def fleet(folder: Path, *wards: str, **allowed: Any) -> SecureTables:
+    return SecureTables(folder, [rows(n, some) for n, some in enumerate(wards)], **allowed)
+
+
+def refused(site: SecureTables, question: Question) -> None:
+    """The peers refuse it before a card leaves that the sum would need."""
+    site.errors.clear()
+    with pytest.raises(CommonweightError):
+        site.ask(*question)
+    assert any("differ in rows of fewer than 3 trusted peers" in why for why in site.errors)
+
+
+#: The first peer has a ward X too.
+LEFT_OUT: list[list[Question]] = [
+    [("sum(salary)", ""), ("sum(salary)", "ward != 'X'")],
+    [("var(salary)", ""), ("cov(salary, age)", "ward != 'X'")],
+    [("sum(salary)", "age >= 30"), ("mean(salary)", "age >= 30 and ward in ('A', 'B')")],
+    [("count", ""), ("count by ward", "")],
+    [("sum(salary)", ""), ("sum(salary)", "ward == 'A'"), ("sum(salary)", "ward == 'B'")],
+    [("cov(smoker, salary)", ""), ("sum(salary)", "smoker == 1 and ward != 'X'")],
+    [("levels(smoker)", ""), ("count", "smoker == 1 and ward != 'X'")],
+    [("sum(smoker)", ""), ("count", "smoker == 1 and ward != 'X'")],
+    [("count", ""), ("missing(salary), levels(smoker)", "ward != 'X'")],
+]
+
+
+@pytest.mark.parametrize("questions", LEFT_OUT, ids=lambda some: "; ".join(map(" ".join, some)))
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_of_one_peer_are_not_the_difference_of_sums(
+    tmp_path: Path, questions: list[Question], turned: bool
+) -> None:
+    """Attack: ask the same peers with a condition, a group or categories that leave out rows of one
+    of them. The difference of the sums is the sum over these rows. In either order."""
+    site = fleet(tmp_path, "ABX", "AB", "AB", "AB")
+    *before, last = questions[::-1] if turned else questions
+    for question in before:
+        site.ask(*question)
+    refused(site, last)
+    for question in before:  # an answer of before is told again
+        site.ask(*question)
+
+
+def test_two_peers_are_too_few_also_with_others(tmp_path: Path) -> None:
+    """Attack: the same with two peers of four, and with a peer that nobody trusts."""
+    site = fleet(tmp_path, "ABX", "ABX", "AB", "AB")
+    site.ask("sum(salary)")
+    refused(site, ("sum(salary)", "ward != 'X'"))
+    (tmp_path / "other").mkdir()
+    site = fleet(tmp_path / "other", "ABX", "ABX", "ABX", "AB", "AB")
+    unknown = site.ids[0]
+    for peer in site.peers.values():
+        trust = {one: "" for one in peer.owner.trust if one != unknown}
+        peer.owner = replace(peer.owner, trust=trust)
+    site.online.discard(unknown)
+    site.ask("sum(salary)")
+    refused(site, ("sum(salary)", "ward != 'X'"))
+
+
+def test_a_condition_of_enough_peers_is_answered(tmp_path: Path) -> None:
+    """Control: three of four peers have rows that the condition leaves out; or all; or none."""
+    site = fleet(tmp_path, "ABX", "ABX", "ABX", "AB")
+    assert site.ask("sum(salary)").rows == 240
+    assert site.ask("mean(salary)", "ward != 'X'").rows == 180
+    assert site.ask("sum(salary)", "ward in ('A', 'B', 'X')").rows == 240
+    assert site.ask("mean(salary) by smoker").rows == 240
+    assert site.ask("var(salary)", "age >= 40").peers == 4
+    assert len(site.ask("count, var(age) by ward").groups) == 3
+
+
+def test_new_rows_of_one_peer_wait_for_those_of_others(tmp_path: Path) -> None:
+    """Attack: ask again after one peer has new rows: the difference would be these. When as many
+    peers have some as a sum needs, the question is answered, also after restarts."""
+    site = fleet(tmp_path, "AB", "AB", "AB", "AB")
+    assert site.ask("sum(salary)").rows == 240
+    for place, peer in enumerate(site.ids[:3]):
+        write_csv(site.peers[peer].file, [*rows(place, "AB"), *rows(10 + place, "AB", 20)])
+        for agent in site.peers.values():
+            agent.questions = agent.restarted()
+        if place < 2:
+            refused(site, ("sum(salary)", ""))
+    assert site.ask("sum(salary)").rows == 300
+
+
+def test_a_peer_says_itself_which_rows_its_sums_are_over(tmp_path: Path) -> None:
+    """Attack: tell the peers in the layout that a peer's rows are others than it has said, so that
+    the difference does not show; or leave them out."""
+
+    def rows_as(change: Callable[[Layout], Layout]) -> None:
+        def reply(step: QuestionStep, peer: str, asked: SecureAnalyze) -> bytes | None:
+            if step != "ready":
+                return None
+            layout = change(msgspec.msgpack.decode(asked.request, type=Layout))
+            lie = SecureAnalyze(
+                query=asked.query, session=asked.session, step=step, request=encode(layout)
+            )
+            return site.peers[peer].step(lie)
+
+        site.reply = reply
+
+    for name in ("other", "none"):
+        (tmp_path / name).mkdir()
+        site = fleet(tmp_path / name, "ABX", "AB", "AB", "AB")
+        site.ask("sum(salary)")
+        lie = {site.ids[0]: ({"": {0: 1}}, {"": {5: 1}})}
+        rows_as(
+            lambda layout, name=name, lie=lie: replace(
+                layout, rows=layout.rows | lie if name == "other" else {}
+            )
+        )
+        site.errors.clear()
+        with pytest.raises(CommonweightError):
+            site.ask("sum(salary)", "ward != 'X'")
+        assert any("which rows this peer's figures are over" in why for why in site.errors)
+
+
+def test_sums_over_many_sets_of_rows_come_to_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attack: ask about so many sets of rows that the record of them fills the disk, or that the
+    search for combinations takes all time."""
+    monkeypatch.setattr(peer_sets, "MAX_SUMS", 4)
+    site = fleet(tmp_path, "ABCD", "ABCD", "ABCD")
+    site.ask("sum(salary) by ward")
+    with pytest.raises(CommonweightError, match="over 4 different sets of rows"):
+        site.ask("sum(salary)", "age >= 40")
+    assert len(site.ask("sum(salary) by ward").groups) == 4
+
+
+STATISTICS = (
+    "table1(age, bmi, sex, by=treatment)",
+    "ttest(age by treatment)",
+    "chi2(sex, treatment)",
+    "corr(age, bmi, time)",
+)
+MODELS = (
+    "table1(age, sex, bmi, smoker, outcome, by=treatment)",
+    "cox(time, event ~ age + sex + treatment)",
+    "glm(outcome ~ age + smoker, family=binomial)",
+)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [STATISTICS, pytest.param(MODELS, marks=pytest.mark.long)],
+    ids=["statistics", "models"],
+)
+def test_the_questions_of_a_trial_are_answered(tmp_path: Path, methods: tuple[str, ...]) -> None:
+    """Control: the tables, tests and models of a trial at three clinics, whose tables have missing
+    values, in secure sums."""
+    trial_tables.write(tmp_path / "trial")
+    clinics = [_read(tmp_path / "trial" / f"{name}.csv") for name in trial_tables.CLINICS]
+    site = SecureTables(tmp_path, clinics)
+    for method in methods:
+        assert site.method(method).tables
+    assert site.ask("count, mean(age), var(bmi), levels(sex), missing(bmi)").rows == 2020
+    assert site.ask("mean(bmi), histogram(age, 6, 30, 90) by sex", "age >= 50").peers == 3
+
+
+def _read(file: Path) -> list[Row]:
+    text = file.read_text()
+    if ";" in text:
+        text = text.replace(",", ".").replace(";", ",")
+    return [
+        {name: _value(word) for name, word in row.items() if name != "patient"}
+        for row in csv.DictReader(text.splitlines())
+    ]
+
+
+def _value(word: str) -> Any:
+    word = {"YES": "1", "NO": "0"}.get(word, word)
+    try:
+        return float(word) if word else None
+    except ValueError:
+        return word
