@@ -27,6 +27,9 @@ _TIMEOUT_S = 30.0
 #: coordinator keeps idle connections for 75 s.
 IDLE_CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
+#: Above this size, the agent asks first how much of an update has arrived, as it does not know that
+#: after a restart. The question takes a moment, and the bytes may take an hour.
+_ASK_FIRST_BYTES = 1 << 20
 #: How much of a refusal's body is shown.
 _MAX_REASON_BYTES = 200
 VERSION_PATH = "/cw/v1/weights/{digest}"
@@ -153,9 +156,10 @@ class WeightTransfer:
             yield buffer[:size]
 
     def upload(self, digest: str, source: Path, at: str = UPDATE_PATH) -> None:
-        """Uploads a file; sends nothing if the coordinator has it already.
+        """Uploads a file; sends nothing that the coordinator has already.
 
-        Raises UploadRefused, UploadUnneeded or Refused if the coordinator does not take it.
+        A line that is cut is used again at once, as long as bytes arrive each time. Raises
+        UploadRefused, UploadUnneeded or Refused if the coordinator does not take the file.
         """
         path, unsigned = at.format(digest=digest), {}
         if at == UPDATE_PATH:
@@ -165,26 +169,36 @@ class WeightTransfer:
             else:  # an older coordinator reads it in a header, which the signature does not cover
                 unsigned["x-cw-run"] = run
         size = source.stat().st_size
-        # After an interruption, an offset at the end sends nothing and asks for the received size.
-        offset = size if digest == self._interrupted else 0
-        self._interrupted = digest
-        for _ in range(3):
+        # An offset at the end sends nothing and asks for the received size.
+        asks_first = size > _ASK_FIRST_BYTES or digest == self._interrupted
+        offset, began = size if asks_first else 0, 0
+        self._interrupted, cut, tries = digest, None, 3
+        while tries:
             headers = self._signed("PUT", path, digest) | unsigned
             headers["content-length"] = str(size - offset)
             headers["x-cw-offset"] = str(offset)
-            with map_parse_errors():
+            try:
                 status, body = self._http_client.request(
                     "PUT", path, headers, self._pieces(source, offset)
                 )
-                if status == 409:
+            except Unreachable as err:
+                if cut is not None or offset == size:
+                    raise
+                cut, began, offset = err, offset, size
+                continue
+            tries -= 1
+            if status == 409:
+                with map_parse_errors():
                     offset = min(int(msgspec.json.decode(body)["have"]), size)
-                elif status == 422 and offset:
-                    offset = 0  # the received bytes were not the start of this file
-                else:
-                    raise_for_upload(status, body)
-                    self.bytes_up += size - offset
-                    self._interrupted = ""
-                    return
+                if cut is not None and offset <= began:
+                    raise cut
+                cut, tries = None, 3 if cut is not None else tries
+            elif status == 422 and offset:
+                offset = 0  # the received bytes were not the start of this file
+            else:
+                raise_for_upload(status, body)
+                self._interrupted = ""
+                return
         raise Unreachable("the upload could not be resumed")
 
     def _pieces(self, source: Path, offset: int) -> Iterator[bytes]:
@@ -193,6 +207,7 @@ class WeightTransfer:
             while piece := file.read(_PIECE_BYTES):
                 if self._bandwidth is not None:
                     self._bandwidth.sent(len(piece))
+                self.bytes_up += len(piece)
                 yield piece
                 failpoint("agent.upload.piece")
 

@@ -12,59 +12,20 @@ fragments, but as many bytes: that run has rounds of the whole model and as many
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.faults.paced import BYTES_PER_MBIT, MARK, fleet, paced
 from benchmarks.faults.site import Site
 from benchmarks.speed import report
-from protocols.local.failpoints import TRUTH
-from tests.support.fault_proxy import Fault, Proxy
-from tests.support.fleet_harness import closing
+from tests.support.fault_proxy import Fault
 
 STEP_S, UP_MBIT, PARAMETERS = 0.02, 2.0, 1_000_000
 NAMES = ("ada", "bob")
-_BYTES_PER_MBIT = 125_000
-_MARK = "trained from"
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "bench" / "overlap-results.json"
-
-PACED = f'''"""A model of float32 weights that drift; a step takes {STEP_S * 1000:g} ms."""
-import sys
-import time
-
-import numpy as np
-
-LAYERS, WIDTH = 10, {PARAMETERS // 10}
-
-
-class Paced:
-    def schema(self, settings):
-        return {{f"layers.{{i}}.w": ("F32", (WIDTH // 500, 500)) for i in range(LAYERS)}}
-
-    def init(self, seed, settings):
-        rng = np.random.default_rng(seed)
-        shapes = self.schema(settings).items()
-        return {{name: rng.normal(0, 0.02, s).astype(np.float32) for name, (_, s) in shapes}}
-
-    def load(self, data):
-        self.seed = data.index
-
-    def train(self, weights, settings, on_step):
-        began, steps = time.monotonic(), int(settings["max_steps"])
-        rng = np.random.default_rng((self.seed, int(settings["round"])))
-        for step in range(steps):
-            time.sleep({STEP_S})
-            on_step(step + 1, steps, 1.0, 16 * (step + 1))
-        print("{_MARK}", began, time.monotonic(), steps, file=sys.stderr, flush=True)
-        moved = lambda w: w + rng.standard_normal(w.shape, np.float32) * np.float32(1e-3)
-        return {{name: moved(w) for name, w in weights.items()}}, 100, {{}}
-
-    def evaluate(self, weights, settings, on_step):
-        return 100, {{"loss": 1.0}}
-'''
 
 
 class Case(NamedTuple):
@@ -85,33 +46,7 @@ CASES = (
 )
 
 
-class Untold(Site):
-    """A fleet whose programs do not write down each step."""
-
-    def _env(self, name: str = "coordinator") -> dict[str, str]:
-        return {key: value for key, value in super()._env(name).items() if key != TRUTH}
-
-
-@contextlib.contextmanager
-def fleet(folder: Path, lines: list[Proxy]) -> Iterator[Untold]:
-    """Two agents that have the task, each to be behind one of the `lines`."""
-    settings = {"COMMONWEIGHT_AGENT_SHARE": "off", "COMMONWEIGHT_AGENT_SANDBOX": "off"}
-    made = Untold(folder, settings)
-    with closing(made), contextlib.ExitStack() as stack:
-        made.rise()
-        made.join(*NAMES)
-        task = folder / "paced.py"
-        task.write_text(PACED)
-        for name in NAMES:
-            done = made.ask_agent(name, "task", "add", f"{task}:Paced")
-            assert done.returncode == 0, done.stderr
-            lines.append(stack.enter_context(Proxy(made.port)))
-            made.redirect(name, lines[-1].port)
-        made.start(*NAMES)
-        yield made
-
-
-def utilisation(made: Untold, case: Case, rounds: int, overlap: int) -> dict[str, Any]:
+def utilisation(made: Site, case: Case, rounds: int, overlap: int) -> dict[str, Any]:
     """The share of the time in which the slower peer trains, and the bytes of a round."""
     fragments = case.fragments if overlap else 1
     steps = case.steps * (case.fragments // fragments)
@@ -120,7 +55,7 @@ def utilisation(made: Untold, case: Case, rounds: int, overlap: int) -> dict[str
     plain = ("server_learning_rate=1", "server_momentum=0", "keep_optimiser=false")
     words = [word for argument in plain for word in ("--strategy-arg", argument)]
     run = made.start_run(
-        f"{made.folder / 'paced.py'}:Paced", "--strategy", "diloco", *words,
+        made.paced, "--strategy", "diloco", *words,
         "--rounds", str(rounds), "--quorum", "2", "--codec", case.codec, "--set",
         f"max_steps={steps}", "--overlap", str(overlap), "--fragments", str(fragments),
         "--deadline", "30m",
@@ -142,7 +77,7 @@ def utilisation(made: Untold, case: Case, rounds: int, overlap: int) -> dict[str
 def _intervals(log: Path) -> list[tuple[float, float]]:
     if not log.exists():
         return []
-    lines = [line.partition(_MARK)[2].split() for line in log.read_text().splitlines()]
+    lines = [line.partition(MARK)[2].split() for line in log.read_text().splitlines()]
     return [(float(line[0]), float(line[1])) for line in lines if line]
 
 
@@ -150,13 +85,13 @@ def measured(rounds: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """A row for each case."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="cw-overlap-") as text:
-        lines: list[Proxy] = []
-        with fleet(Path(text), lines) as made:
+        source = paced(PARAMETERS, STEP_S)
+        with fleet(Path(text), NAMES, NAMES, source) as (made, lines):
             for case in cases:
-                for line in lines:
+                for line in lines.values():
                     line.fault = Fault(
-                        line_bytes_per_s=UP_MBIT * _BYTES_PER_MBIT,
-                        line_down_bytes_per_s=case.down_mbit * _BYTES_PER_MBIT,
+                        line_bytes_per_s=UP_MBIT * BYTES_PER_MBIT,
+                        line_down_bytes_per_s=case.down_mbit * BYTES_PER_MBIT,
                     )
                 found = [
                     utilisation(made, case, rounds * (case.fragments if overlap else 1), overlap)

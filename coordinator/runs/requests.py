@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from coordinator.runs import late_updates, messages
 from coordinator.runs.context import RunContext
-from coordinator.runs.in_flight import Request, RequestsInFlight
+from coordinator.runs.in_flight import AGENT_FAILED, Request, RequestsInFlight
 from coordinator.runs.model import RunModel
 from coordinator.runs.state import Assignment, Run
 from coordinator.storage.run_events import RunSpec
@@ -25,6 +25,7 @@ from coordinator.strategies import personal
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
 from coordinator.transport.flower_records import REQUEST, VersionRecord, shared_config
+from protocols.errors import UpdateRefused
 from protocols.messages.envelope import Settings
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
@@ -43,6 +44,10 @@ class PendingRequests(RequestsInFlight):
         self, ctx: RunContext, adapter: StrategyAdapter, strategy: Strategy, model: RunModel
     ) -> None:
         super().__init__(ctx)
+        #: By peer, the round of a training whose request was lost with a session; and the peers of
+        #: these that may have opened another one.
+        self._interrupted: dict[str, int] = {}
+        self._are_back: set[str] = set()
         self.use(adapter, strategy, model)
 
     def use(self, adapter: StrategyAdapter, strategy: Strategy, model: RunModel) -> None:
@@ -150,6 +155,8 @@ class PendingRequests(RequestsInFlight):
 
     async def send_pending(self, run: Run) -> None:
         """Send the open request to every pending peer that has not got it yet."""
+        if run.folds_late:
+            await self._send_late(run)
         if run.state is RunState.AGGREGATING:  # pending peers are late now: ask nothing more
             return
         reached = {request.peer for request in self._in_flight.values() if request.is_of(run)}
@@ -200,6 +207,39 @@ class PendingRequests(RequestsInFlight):
             content = self._content_of(run, "train", assignment, extra)
             await self._send(run, content, "train", peers, assignment.round)
 
+    async def take_replies(self) -> list[tuple[str, Request, Message]]:
+        taken = await super().take_replies()
+        for _, request, reply in taken:  # Flower's own errors say that the session has ended
+            if request.kind == "train" and reply.has_error() and reply.error.code != AGENT_FAILED:
+                self._interrupted[request.peer] = request.round
+        return taken
+
+    def cancel_from(self, peer: str) -> None:
+        before = self._in_training()
+        super().cancel_from(peer)
+        lost = before - self._in_training()
+        self._interrupted |= dict(sorted(lost, reverse=True))  # the older of two
+        self._are_back.add(peer)
+
+    async def _send_late(self, run: Run) -> None:
+        """Ask peers with another session again for the late updates that the last one was asked
+        for: a part of them may be here."""
+        at_work, eligible = dict(self._in_training()), self._ctx.eligible()
+        for peer, number in list(self._interrupted.items()):
+            if peer in at_work:  # it was asked for something else
+                del self._interrupted[peer]
+            elif late_updates.is_late(run, number):
+                try:
+                    assignment = late_updates.late_assignment(run, peer, number)
+                except UpdateRefused:  # it counts already, or is too late
+                    del self._interrupted[peer]
+                    continue
+                if peer in self._are_back & eligible:
+                    self._are_back.discard(peer)
+                    _, extra = await self._ask_strategy(run, "train", assignment, [peer])
+                    content = self._content_of(run, "train", assignment, extra)
+                    await self._send(run, content, "train", [peer], number)
+
     async def _send(
         self, run: Run, content: RecordDict, message_type: str, peers: Sequence[str], number: int
     ) -> None:
@@ -213,10 +253,11 @@ class PendingRequests(RequestsInFlight):
 
     def late_bases(self, run: Run) -> dict[str, str]:
         """The base of each peer that still trains for a closed round."""
+        rounds = self._interrupted | dict(self._in_training())
         return {
-            request.peer: late_updates.base_of(run, request.round)
-            for request in self._in_flight.values()
-            if request.kind == "train" and late_updates.is_late(run, request.round)
+            peer: late_updates.base_of(run, number)
+            for peer, number in rounds.items()
+            if late_updates.is_late(run, number)
         }
 
 

@@ -22,6 +22,8 @@ from types import TracebackType
 HOST = "127.0.0.1"
 _PIECE_BYTES = 64 * 1024
 _LOOK_S = 0.05
+#: What is on a limited line at a time, and lost when it is cut: the bytes of this time.
+_ON_LINE_S, _MIN_PIECE_BYTES = 0.05, 4 * 1024
 #: SO_LINGER on, 0 s: close() sends a reset.
 _RESET = struct.pack("ii", 1, 0)
 
@@ -35,7 +37,8 @@ class Fault:
     direction of each connection, `line_bytes_per_s` each direction of all connections together
     (down: `line_down_bytes_per_s`, unless it is 0). `cut_after` bytes up a connection is closed
     (`truncate`). `refuse` takes no connection. `drop` is the chance that a piece resets its
-    connection: what loss beyond repair looks like to TCP.
+    connection: what loss beyond repair looks like to TCP. `drop_up_per_mb` is that chance for each
+    MB up. A piece that is dropped counts as sent.
     """
 
     delay_s: float = 0.0
@@ -48,6 +51,7 @@ class Fault:
     cut_after: int = 0
     refuse: bool = False
     drop: float = 0.0
+    drop_up_per_mb: float = 0.0
 
 
 CLEAR = Fault()
@@ -61,7 +65,7 @@ class Proxy:
         self._target = target
         self._random = random.Random(seed)
         self.fault = CLEAR
-        self.connections = 0
+        self.connections = self.drops = 0
         self.bytes_up = self.bytes_down = 0
         self._line_free_at = {True: 0.0, False: 0.0}  # by direction: up, down
         self._open: set[asyncio.StreamWriter] = set()
@@ -139,10 +143,13 @@ class Proxy:
     ) -> None:
         passed = 0
         with suppress(OSError):
-            while piece := await reader.read(_PIECE_BYTES):
+            while piece := await reader.read(self._piece_bytes(up)):
                 await self._wait(len(piece), up)
                 fault = self.fault
-                if fault.drop and self._random.random() < fault.drop:
+                chance = fault.drop + up * fault.drop_up_per_mb * len(piece) / 1e6
+                if chance and self._random.random() < chance:
+                    self.drops += 1
+                    self.bytes_up += up * len(piece)
                     return
                 if up and fault.cut_after and passed + len(piece) >= fault.cut_after:
                     last = piece[: max(0, fault.cut_after - passed)]
@@ -158,16 +165,22 @@ class Proxy:
                 else:
                     self.bytes_down += len(piece)
 
+    def _line_bytes_per_s(self, up: bool) -> float:
+        down = self.fault.line_down_bytes_per_s
+        return down if down and not up else self.fault.line_bytes_per_s
+
+    def _piece_bytes(self, up: bool) -> int:
+        if not (rate := self._line_bytes_per_s(up)):
+            return _PIECE_BYTES
+        return min(_PIECE_BYTES, max(_MIN_PIECE_BYTES, int(rate * _ON_LINE_S)))
+
     async def _wait(self, nbytes: int, up: bool) -> None:
         """Wait as long as the fault delays this piece."""
         fault = self.fault
         wait_s = fault.delay_s + self._random.uniform(-fault.jitter_s, fault.jitter_s)
         if fault.bytes_per_s:
             wait_s += nbytes / fault.bytes_per_s
-        line_bytes_per_s = fault.line_bytes_per_s
-        if not up and fault.line_down_bytes_per_s:
-            line_bytes_per_s = fault.line_down_bytes_per_s
-        if line_bytes_per_s:
+        if line_bytes_per_s := self._line_bytes_per_s(up):
             now = asyncio.get_running_loop().time()
             free_at = max(now, self._line_free_at[up]) + nbytes / line_bytes_per_s
             self._line_free_at[up] = free_at

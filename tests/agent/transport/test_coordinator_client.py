@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused
 from protocols.local.join_client import is_other_ca
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
+from tests.support.fault_proxy import Fault, Proxy
 from tests.support.https_site import HOST, Machine, Site
 
 
@@ -221,6 +222,52 @@ def test_a_cut_upload_goes_on_where_it_was_cut(
     assert site.transfer.bytes_up - before == len(data) - 300_000 == link.bytes_up
     stored = site.folder / "spool" / f"{machine.peer}-{digest}.safetensors"
     assert stored.read_bytes() == data
+
+
+@pytest.fixture
+def _large(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site.transfer.limits, "max_bytes", 1 << 24)
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_restarted_agent_sends_the_rest_of_an_update(
+    site: Site, machine: Machine, link: CoordinatorClient, tmp_path: Path
+) -> None:
+    data = bytes(range(256)) * 8192
+    source = tmp_path / "update"
+    source.write_bytes(data)
+    digest = weights.file_digest(source)
+    part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
+    part.write_bytes(data[:1_500_000])
+    before = site.transfer.bytes_up
+    link.upload(digest, source)
+    assert site.transfer.bytes_up - before == len(data) - 1_500_000 == link.bytes_up
+    link.upload(digest, source)  # it is stored: nothing is sent
+    assert site.transfer.bytes_up - before == link.bytes_up == len(data) - 1_500_000
+
+
+@pytest.mark.usefixtures("_large")
+def test_an_upload_whose_line_is_cut_again_and_again_arrives(
+    site: Site, machine: Machine, tmp_path: Path
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(bytes(range(256)) * 8192)
+    digest, size = weights.file_digest(source), source.stat().st_size
+    with Proxy(int(site.address.rpartition(":")[2])) as proxy:
+        proxy.fault = Fault(cut_after=400_000, bytes_per_s=4_000_000)
+        link = elsewhere(site, machine, f"{HOST}:{proxy.port}")
+        tries = 0
+        while not site.lane.uploads.path(machine.peer, digest).exists():
+            tries += 1
+            with suppress(Unreachable):  # a whole connection may bring nothing on a busy machine
+                link.upload(digest, source)
+        assert site.lane.uploads.path(machine.peer, digest).read_bytes() == source.read_bytes()
+        assert proxy.connections >= 6 > tries
+        proxy.fault = Fault(cut_after=1000)  # less than the head of a request
+        source.write_bytes(bytes(size))
+        with pytest.raises(Unreachable):
+            link.upload(weights.file_digest(source), source)
+        link.close()
 
 
 def test_a_wrong_beginning_on_the_other_side_is_sent_anew(

@@ -105,3 +105,13 @@ def test_who_is_refused_gets_nothing(echo: int) -> None:
         # The reset may come before the connection is told to be there.
         with pytest.raises(ConnectionResetError), connected(proxy) as sock:
             sock.recv(5)
+
+
+def test_a_line_that_is_cut_loses_what_was_on_it(echo: int) -> None:
+    with Proxy(echo) as proxy:
+        proxy.fault = Fault(line_bytes_per_s=1e6, drop_up_per_mb=1e6)
+        with connected(proxy) as sock:
+            sock.sendall(b"x" * 1000)
+            with pytest.raises(ConnectionResetError):
+                sock.recv(1)
+        assert (proxy.drops, proxy.bytes_up, proxy.bytes_down) == (1, 1000, 0)

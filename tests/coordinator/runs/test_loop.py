@@ -368,6 +368,33 @@ async def test_a_late_update_is_folded_into_the_next_round_with_less_weight(
         np.testing.assert_allclose(v2, v1 + mean, atol=1e-6)
 
 
+async def test_a_late_update_that_was_cut_off_is_asked_for_again(tmp_path: Path) -> None:
+    """Its peer opens another session, such as after a restart in the middle of the upload."""
+    async with fleet_of(tmp_path, *THREE[:2]) as fleet:
+        straggler, other = fleet.agents
+        held, next_round = Door(straggler, 1), Door(other, 2)
+        send, cut = straggler.send, threading.Event()
+
+        def cut_once(digest: str, path: Path) -> None:
+            if held.reached.is_set() and not cut.is_set():
+                cut.set()
+                raise Unreachable("the line was cut")
+            send(digest, path)
+
+        straggler.send = cut_once  # type: ignore[method-assign]
+        run_id = fleet.start(rounds=3, quorum=1, deadline_s=0.5, late="fold")
+        await until(next_round.reached.is_set)
+        held.open()
+        await until(lambda: fleet.hub.runs.find(run_id).buffer)
+        next_round.open()
+        run = await fleet.finished(run_id)
+        assert (run.state, fleet.refusals(run_id)) == (RunState.FINISHED, [])
+        assert cut.is_set()
+        late = [f for f in fleet.facts(run_id, run_events.UpdateAccepted) if f.update.staleness]
+        assert [(one.round, one.peer) for one in late] == [(1, straggler.peer)]
+        assert straggler.trainer.worked.count(("train", 1)) == 1
+
+
 async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         held = Door(fleet.agents[0], 1)
