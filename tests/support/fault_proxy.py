@@ -69,6 +69,7 @@ class Proxy:
         self.bytes_up = self.bytes_down = 0
         self._line_free_at = {True: 0.0, False: 0.0}  # by direction: up, down
         self._open: set[asyncio.StreamWriter] = set()
+        self._unanswered: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._socket = socket.create_server((HOST, 0))
         self.port: int = self._socket.getsockname()[1]
@@ -87,6 +88,10 @@ class Proxy:
     def reset(self) -> None:
         """Reset every connection that is open now."""
         self._call(self._reset_all)
+
+    def hold_answers(self) -> None:
+        """Hold back all bytes down of the connections that are open now; later ones are free."""
+        self._call(lambda: self._unanswered.update(self._open))
 
     def _call(self, call: Callable[[], object]) -> None:
         self._loop.call_soon_threadsafe(call)
@@ -111,6 +116,7 @@ class Proxy:
 
     def _end(self, writer: asyncio.StreamWriter) -> None:
         self._open.discard(writer)
+        self._unanswered.discard(writer)
         sock = writer.get_extra_info("socket")
         if sock is not None:
             with suppress(OSError):
@@ -145,6 +151,8 @@ class Proxy:
         with suppress(OSError):
             while piece := await reader.read(self._piece_bytes(up)):
                 await self._wait(len(piece), up)
+                while not up and writer in self._unanswered:
+                    await asyncio.sleep(_LOOK_S)
                 fault = self.fault
                 chance = fault.drop + up * fault.drop_up_per_mb * len(piece) / 1e6
                 if chance and self._random.random() < chance:
