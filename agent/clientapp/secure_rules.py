@@ -33,6 +33,8 @@ def check(work: Work, chosen: AgentSettings) -> None:
         raise BadMessage(f"a step {work.kind} of a run that is not secure")
     if work.ahead and (is_secure(work) or private_training.read(work.settings) is not None):
         raise BadMessage("no training ahead (--overlap) in a run that is secure or adds noise")
+    if work.ahead and work.kind != "train":  # its result would count as that of training
+        raise BadMessage(f"training ahead (--overlap) after the work {work.kind}")
     if work.kind not in _ABOUT_ROWS:
         return
     _check_shared_noise(work, chosen)

@@ -12,8 +12,8 @@ from protocols.errors import CommonweightError
 
 #: Names of variables with a password, token or key, or an address that may contain one.
 _SECRETS = re.compile(
-    r"SECRET|PASSW|CREDENTIAL|(^|_)TOKENS?(_|$)|(^|_)(API|ACCESS|AUTH|PRIVATE)_?KEY|_PROXY$|_DSN$"
-    r"|DATABASE_URL$|^SSH_",
+    r"SECRET|PASSW|CREDENTIAL|CONNECTION_STRING|(^|_)(TOKENS?|SAS)(_|$)|_PROXY$|_DSN$"
+    r"|(^|_)(API|ACCESS|AUTH|PRIVATE)_?KEY|_KEY$|DATABASE_URL$|^SSH_",
     re.IGNORECASE,
 )
 

@@ -90,7 +90,10 @@ ATTACKS = {
     **(CALLS if os.uname().machine == "x86_64" else {}),
 }
 #: Variables that an owner's account may have.
-LOGINS = ("PATIENTS_PASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "https_proxy", "DATABASE_URL")
+LOGINS = (
+    *("PATIENTS_PASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "https_proxy", "DATABASE_URL"),
+    *("AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY", "AZURE_STORAGE_CONNECTION_STRING"),
+)
 #: Another error tells of these: EXDEV, or that of a child process.
 QUIET = {"python", "hard link to a key", "rename", "move out"}
 
