@@ -30,6 +30,8 @@ from protocols.privacy.secagg.masks import add_carrying
 from protocols.privacy.secagg.messages import Plan, ShareRequest, SignedCard, encode
 from protocols.privacy.secagg.recovery import recover
 
+#: What a peer may tell of which rows its figures are over: all of them share one layout.
+_MAX_ROWS_BYTES = 64 << 10
 _masked = msgspec.msgpack.Decoder(MaskedAnswer)
 _AGAIN = "ask again when these peers are online; nothing of any answer is known"
 
@@ -97,6 +99,8 @@ class _Sum:
             try:
                 shape = question_layout.read_shape(body)
                 wrong = validate(self._query, shape.answer)
+                if not wrong and len(encode(shape.answer.rows_of)) > _MAX_ROWS_BYTES:
+                    wrong = "it names more sets of its rows than a question needs"
             except BadMessage as err:
                 wrong = err.message
             if wrong := wrong or shape.answer.refused:

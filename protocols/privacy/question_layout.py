@@ -8,8 +8,9 @@ and which peer is part of each.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from msgspec import UNSET, Meta, Struct
 from msgspec.structs import replace
 
+from protocols.analytics import row_sets
 from protocols.analytics.mergeable_states import Cell, PeerAnswer, State, WithheldState
 from protocols.analytics.model_states import (
     MAX_TOLD_LEVELS,
@@ -28,7 +30,7 @@ from protocols.analytics.model_states import (
 )
 from protocols.analytics.models import MAX_EDGES
 from protocols.analytics.query import Operation, Query
-from protocols.analytics.row_sets import FigureRows
+from protocols.analytics.row_sets import FigureRows, RowSet
 from protocols.errors import BadMessage, Refused, UsageError
 from protocols.messages.envelope import Id, Text
 from protocols.privacy.question_states import state_of
@@ -180,10 +182,35 @@ def agree_layout(query: Query, shapes: Mapping[str, PeerAnswer], minimum: int) -
 
 def rows_of(query: Query, layout: Layout, answer: PeerAnswer) -> tuple[FigureRows, ...]:
     """The rows of each figure of the layout, by group; of those that the answer does not tell,
-    none."""
+    none. Categories and time bins are numbered, as in the layout."""
     known = {cell.group: rows for cell, rows in zip(answer.cells, answer.rows_of, strict=False)}
     none: tuple[FigureRows, ...] = ({},) * (1 + len(query.operations))
-    return tuple(figure for group in layout.groups for figure in known.get(group, none))
+
+    def of_group(group: Group) -> Iterator[FigureRows]:
+        of_cell, *figures = known.get(group, none)
+        yield of_cell
+        for place, (operation, rows) in enumerate(zip(query.operations, figures, strict=True)):
+            match operation.kind:
+                case "levels":
+                    names = enumerate(layout.levels[place])
+                    yield {str(n): rows[name] for n, name in names if name in rows}
+                case "survival":
+                    yield _by_bin(rows, layout.edges[place])
+                case _:
+                    yield rows
+
+    return tuple(figure for group in layout.groups for figure in of_group(group))
+
+
+def _by_bin(rows: FigureRows, edges: Sequence[float]) -> FigureRows:
+    """The rows with the event in each of these time bins, then those without. They are unions of
+    the rows in the peer's own bins."""
+    parts: list[list[RowSet]] = [[] for _ in range(2 * (len(edges) + 1))]
+    for label, some in rows.items():
+        if (told := row_sets.read_time_bin(label)) is not None:
+            is_event, start = told
+            parts[bisect_right(edges, start) + (0 if is_event else len(edges) + 1)].append(some)
+    return {str(n): row_sets.add(some) for n, some in enumerate(parts) if some}
 
 
 def items_of(query: Query, layout: Layout) -> list[Item]:

@@ -8,14 +8,13 @@ under conditions, and of one category.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from protocols.analytics import row_sets
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
-from protocols.analytics.row_sets import FigureRows, RowSet
+from protocols.analytics.row_sets import FigureRows
 from protocols.errors import BadMessage, SecureRefused
 from protocols.privacy.question_layout import Item, Layout, items_of, rows_of, told_by
 
@@ -84,14 +83,11 @@ def _sums_of(
     if operation.kind == "missing":
         yield About(column, "missing"), _pick(rows, "")
     elif operation.kind == "levels":
-        yield About(column, f"={item.level}"), _pick(rows, item.level)
+        label = str(layout.levels[item.place].index(item.level))
+        yield About(column, f"={item.level}"), _pick(rows, label)
     elif operation.kind == "survival":
-        starts = [0.0, *layout.edges[item.place]]
-        about = About(column, f"and {operation.columns[1]}")
-        for event in (True, False):
-            for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
-                found = {p: _in_bin(one, event, start, end) for p, one in rows.items()}
-                yield about, _sorted(found)
+        for number in range(item.size):
+            yield About(column, f"and {operation.columns[1]}"), _pick(rows, str(number))
     else:
         for place, column in enumerate(operation.columns):
             yield About(column), _pick(rows, "")
@@ -102,17 +98,6 @@ def _sums_of(
                     yield About(other), _pick(rows, label)
 
 
-def _in_bin(rows: FigureRows, event: bool, start: float, end: float) -> RowSet:
-    """The rows of a peer in a time bin, which is a union of its own bins."""
-    bins = ((row_sets.read_time_bin(label), some) for label, some in rows.items())
-    return row_sets.add(
-        some for known, some in bins if known and known[0] == event and start <= known[1] < end
-    )
-
-
 def _pick(rows: Mapping[str, FigureRows], label: str) -> SumRows:
-    return _sorted({peer: one.get(label, {}) for peer, one in rows.items()})
-
-
-def _sorted(rows: Mapping[str, RowSet]) -> SumRows:
-    return tuple((peer, tuple(sorted(rows[peer].items()))) for peer in sorted(rows) if rows[peer])
+    found = ((peer, rows[peer].get(label)) for peer in sorted(rows))
+    return tuple((peer, tuple(sorted(some.items()))) for peer, some in found if some)
