@@ -162,6 +162,7 @@ class Client:
         """Does the work, unless its reply is here, and sends what the reply names."""
         work = request.work
         self.secure.end_others(work.run)
+        self.training.end_others(work.run)
         if work.kind in STEPS:
             return self.secure.step(work, work.kind, message)
         is_secure = work.kind in ("train", "evaluate") and secure_rules.is_secure(work)

@@ -41,8 +41,10 @@ class Training:
     ) -> None:
         self.trainer, self._outbox, self._floors = trainer, outbox, floors
         self._on_time = on_time
-        self._ahead = TrainingAhead(outbox, self._run, on_ahead, in_background=in_background)
-        self.begin_next = self._ahead.begin
+        self._ahead = TrainingAhead(
+            outbox, self._run, trainer.cancel_training, on_ahead, in_background=in_background
+        )
+        self.begin_next, self.end_others = self._ahead.begin, self._ahead.end_others
         self.close = self._ahead.close
 
     def do(self, work: Work, base: Path, out: Path, personal: RunStatePaths | None) -> Done:

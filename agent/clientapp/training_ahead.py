@@ -19,15 +19,16 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from agent.clientapp.outbox import Outbox, settings_key
 from agent.home.run_state import RunStatePaths
 from agent.tasks.work import Done
-from protocols.errors import BadWeights
+from protocols.errors import BadWeights, TrainerFailed
 from protocols.local.atomic_files import fsync_files
 from protocols.messages.work import Work
 from protocols.model.fragments import Fragment, Spliced
@@ -39,29 +40,40 @@ log = logging.getLogger("commonweight.agent")
 
 #: Trains the work from the weights in a file, into a file, with the peer's own part of the model.
 Train = Callable[[Work, Path, Path, RunStatePaths | None], Done]
+#: How often training that has to end is cancelled: it may not have begun, or be about to try again.
+_CANCEL_EVERY_S = 0.2
+
+
+class _Job(NamedTuple):
+    """Training in the background: its run, the name of its beginning, and its result."""
+
+    run: str
+    start: str
+    result: Future[Done]
 
 
 class TrainingAhead:
     """The rounds that begin before their version is here, of one run at a time.
 
     Unless `in_background`, `begin` does nothing, and `finish` trains. The results are the same.
-    `on_ahead(work | None)`: as in `Observer`.
+    `cancel()` ends the training in progress. `on_ahead(work | None)`: as in `Observer`.
     """
 
     def __init__(
         self,
         outbox: Outbox,
         train: Train,
+        cancel: Callable[[], None],
         on_ahead: Callable[[Work | None], None],
         *,
         in_background: bool,
     ) -> None:
-        self._outbox, self._train, self._on_ahead = outbox, train, on_ahead
+        self._outbox, self._train = outbox, train
+        self._cancel, self._on_ahead = cancel, on_ahead
         self._trained = outbox.folder / "ahead.safetensors"
         self._kept = outbox.folder / "ahead.kept"
         self._thread = ThreadPoolExecutor(1, "ahead") if in_background else None
-        #: The training in the background: the name of its beginning, and its result.
-        self._job: tuple[str, Future[Done]] | None = None
+        self._job: _Job | None = None
 
     def has_begun(self, work: Work, columns: Sequence[str], base: Path) -> bool:
         """True if the round of this work begins with weights of this peer's own."""
@@ -83,9 +95,7 @@ class TrainingAhead:
         Raises TrainerFailed, BadWeights, OSError.
         """
         start = self._start_of(work, columns)
-        job, self._job = self._job, None
-        is_done = job is not None and job[0] == start.name
-        done = job[1].result() if job and is_done else self._do(work, start)
+        done = self._result_of(start) or self._do(work, start)
         if (personal := self._outbox.personal_paths(work)) is not None:
             os.replace(self._kept, personal.next)
         with (
@@ -97,6 +107,32 @@ class TrainingAhead:
             file.write_all(self._merged(work, new, old, version))
         self._trained.unlink()
         return replace(done, digest=file.digest, nbytes=file.nbytes)
+
+    def _result_of(self, start: Path) -> Done | None:
+        """What the background makes of these weights. None if it has others, or was cancelled."""
+        if self._job is None or self._job.start != start.name:
+            self.cancel()
+            return None
+        job, self._job = self._job, None
+        was_done = job.result.done()
+        try:
+            return job.result.result()
+        except TrainerFailed as err:
+            if err.kind == "cancelled" and was_done:
+                return None
+            raise
+
+    def end_others(self, run: str) -> None:
+        """Cancel training for another run than this one, which asks for work now."""
+        if self._job is not None and self._job.run != run:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Cancel the training in the background, and wait for its end."""
+        job, self._job = self._job, None
+        while job is not None and not job.result.done():
+            self._cancel()
+            wait([job.result], _CANCEL_EVERY_S)
 
     def _merged(
         self, work: Work, new: WeightReader, old: WeightReader, version: WeightReader
@@ -136,9 +172,10 @@ class TrainingAhead:
         start = self._start_of(following, columns)
         if self._thread is None or not start.exists():
             return False
-        if self._job is None or self._job[0] != start.name:
+        if self._job is None or self._job.start != start.name:
             self._outbox.running.keep_only(_name(work, columns, work.round))
-            self._job = start.name, self._thread.submit(self._do_ahead, following, start)
+            result = self._thread.submit(self._do_ahead, following, start)
+            self._job = _Job(work.run, start.name, result)
         return True
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from agent.daemon import state_machine
 from agent.daemon.context import AgentContext
+from agent.daemon.ended_runs import EndedRuns
 from agent.daemon.gossip_loop import GossipLoop
 from agent.daemon.offer_inbox import OfferInbox
 from agent.daemon.owner_commands import OwnerCommands
@@ -132,6 +133,7 @@ class Agent:
         self._sessions.when_key_changes(self._use_new_key)
         self._owner_commands.on_restart = self._restart
         self._sessions.followed = self._log
+        self._sessions.ended_runs = EndedRuns(self._runner, self._work.trainers)
         self._gossip.own_seen, self._gossip.on_seen = self._log.last_seen, self._log.offer
         self._log.on_fork = lambda text: self._runner.call_threadsafe(self._on_fork, text)
         self._log.on_note = lambda text: self._runner.call_threadsafe(self._on_log_note, text)

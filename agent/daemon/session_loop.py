@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from agent.daemon import state_machine
 from agent.daemon.context import AgentContext
 from agent.daemon.current_enrollment import CurrentEnrollment
+from agent.daemon.ended_runs import EndedRuns
 from agent.daemon.state_machine import SessionChanged
 from agent.daemon.status_reporter import StatusReporter
 from agent.daemon.work_thread import WorkThread
@@ -63,6 +64,7 @@ class SessionLoop:
         self.followed: FollowedLog | None = None
         self.charged: ChargedHeads | None = None
         self.on_offers: Callable[[int], None] = lambda number: None
+        self.ended_runs = EndedRuns(ctx.runner, ())
         self._closed = False
         self._doorbell = asyncio.Event()
         self._last_work_at = 0.0
@@ -204,6 +206,7 @@ class SessionLoop:
             if self.charged is not None:
                 self.charged.reset()
                 link.charged_statement, link.on_charged = self.charged.statement, self.charged.take
+            link.working_for, link.on_run_over = self.ended_runs.working_for, self.ended_runs.end
             link.on_notice, link.on_offers = self._report.coordinator_says, self.on_offers
             self._link = link
         if self._closed:  # `close` may have run before this link existed

@@ -167,3 +167,7 @@ class Trainer(Protocol):
     def run(self, work: Work) -> Done:
         """Do the work and return its result. Raises TrainerFailed."""
         ...
+
+    def cancel_training(self) -> None:
+        """End the training in progress, if there is any: it raises TrainerFailed("cancelled")."""
+        ...

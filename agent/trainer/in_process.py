@@ -31,3 +31,6 @@ class InProcessTrainer:
         if isinstance(answer, Failed):
             raise TrainerFailed(answer.kind, answer.message, answer.hint)
         return answer
+
+    def cancel_training(self) -> None:
+        """Nothing: the caller's thread trains, and nothing trains in the background."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from random import Random
 
 from agent.home.logs import owner_log
-from agent.tasks.work import Done, Work
+from agent.tasks.work import Done, Train, Work
 from agent.trainer.process import TrainerProcess
 from protocols.errors import TrainerFailed
 from protocols.messages.refusals import refusal_of
@@ -73,6 +73,10 @@ class RetryingTrainer:
                 if self._closed.wait(wait_s):
                     raise TrainerFailed("stopped", "the trainer was stopped") from err
         raise AssertionError("at least one try")
+
+    def cancel_training(self) -> None:
+        """End the training in progress, if there is any: it raises TrainerFailed("cancelled")."""
+        self._trainer.cancel(Train)
 
     def close(self) -> None:
         """Stop the trainer for good, and end a wait for the next try."""

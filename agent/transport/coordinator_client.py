@@ -97,6 +97,9 @@ class CoordinatorClient(CoordinatorRequests):
         #: What to tell of the owner's charges with a request; and what gets an earlier statement.
         self.charged_statement: Callable[[], bytes] = bytes
         self.on_charged: Callable[[bytes], None] = lambda data: None
+        #: The run that this machine works for, empty for none; and what hears that it has ended.
+        self.working_for: Callable[[], str] = str
+        self.on_run_over: Callable[[str], None] = lambda run: None
         #: Gets each line that the coordinator has for the owner.
         self.on_notice: Callable[[str], None] = lambda text: None
         #: Gets the number of the newest list of offered tasks, with each answer.
@@ -210,6 +213,7 @@ class CoordinatorClient(CoordinatorRequests):
             if attached is not None and not reply.has_error():
                 update = attached[1].read_bytes()
         decided, seen = self.owner_has_decided, self.log_statement()
+        run = self.working_for() if reply is None else ""
         request = PollRequest(
             reply=packed,
             wants_work=want,
@@ -219,6 +223,7 @@ class CoordinatorClient(CoordinatorRequests):
             seen=seen,
             charged=self.charged_statement(),
             open_sum=open_sum,
+            run=run,
         )
         body = msgspec.msgpack.encode(request)
         sent_at = time.monotonic()
@@ -241,6 +246,8 @@ class CoordinatorClient(CoordinatorRequests):
             self.sum_is_over = response.sum_is_over
         if response.log is not None:
             self.on_log_news(response.log)
+        if run and response.run_is_over:
+            self.on_run_over(run)
         if response.charged:
             self.on_charged(response.charged)
         for text in response.notices:

@@ -83,6 +83,8 @@ class PollHandler:
             if response.work is None and request.open_sum is not None:
                 is_over = self._runs.is_sum_over(peer, request.open_sum)
                 response = msgspec.structs.replace(response, sum_is_over=is_over)
+            if request.run and self._runs.is_over(request.run):
+                response = msgspec.structs.replace(response, run_is_over=True)
             return self._with_version(response)
         # Before the reply is stored, because the run may handle it at once.
         request_id = self._superlink.request_id_of(request.reply)

@@ -152,6 +152,13 @@ class RunManager:
             run = loop.run
         return run is None or is_over_for(run, peer, told)
 
+    def is_over(self, run_id: str) -> bool:
+        """True for a run that has ended. False for one that is not known."""
+        loop, run = self.current, self._runs.get(run_id)
+        if loop is not None and loop.run.id == run_id:
+            run = loop.run
+        return run is not None and run.ended
+
     def awaits_consent(self, peer: str) -> str:
         """The task for which the active run awaits the consent of this peer's owner, or ""."""
         loop = self.current

@@ -182,7 +182,7 @@ class PollRequest(Struct, frozen=True, kw_only=True):
     `steps_only`: it is paused, and wants only the steps of a secure sum that it takes part in.
     `seen`: what it has seen of the log of versions (`p2p.seen_heads`), to get the news of it; None
     if not now. `charged`: a signed `ChargedHead`, if it has changed. `open_sum`: a sum that it has
-    not taken the last step of.
+    not taken the last step of. `run`: the run that it works for, to hear if that has ended.
     """
 
     reply: FlowerMessage | None = None
@@ -193,6 +193,7 @@ class PollRequest(Struct, frozen=True, kw_only=True):
     seen: SeenBytes | None = None
     charged: _ChargedBytes = b""
     open_sum: OpenSum | None = field(default=None, name="sum")
+    run: MaybeId = ""
 
 
 class PollResponse(Struct, frozen=True, kw_only=True):
@@ -203,7 +204,8 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     may then ask again. `version`: the bytes of a small version to work on, if it is new. `log`:
     the news of the log of versions, for a request with `seen`. `notices`: lines for the owner: why
     a run does not use this machine. `charged`: the agent's own statement with more charges than it
-    states now. `sum_is_over`: no step of the `open_sum` will be asked for. `offers`: the number of
+    states now. `sum_is_over`: no step of the `open_sum` will be asked for. `run_is_over`: the `run`
+    of the request has ended. `offers`: the number of
     the newest list of offered tasks (`messages.offers`); 0 without any.
     """
 
@@ -214,6 +216,7 @@ class PollResponse(Struct, frozen=True, kw_only=True):
     notices: Annotated[tuple[Text, ...], Meta(max_length=MAX_NOTICES)] = ()
     charged: _ChargedBytes = b""
     sum_is_over: bool = field(default=False, name="over")
+    run_is_over: bool = field(default=False, name="ended")
     offers: Count = 0
 
 

@@ -329,8 +329,13 @@ def evaluated(
 
     made = RunSpec(task="t", rounds=2, outlier_limit=limit, **spec)
     run = Run(
-        id="r", spec=made, ordered=ordered, round=1, head="ab",
-        state=RunState.EVALUATING, evaluating=True,
+        id="r",
+        spec=made,
+        ordered=ordered,
+        round=1,
+        head="ab",
+        state=RunState.EVALUATING,
+        evaluating=True,
     )
     for peer, metrics in told.items():
         update = Update(

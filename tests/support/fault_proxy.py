@@ -151,7 +151,7 @@ class Proxy:
         with suppress(OSError):
             while piece := await reader.read(self._piece_bytes(up)):
                 await self._wait(len(piece), up)
-                while not up and writer in self._unanswered:
+                while not up and writer in self._unanswered:  # noqa: ASYNC110 - by the other way
                     await asyncio.sleep(_LOOK_S)
                 fault = self.fault
                 chance = fault.drop + up * fault.drop_up_per_mb * len(piece) / 1e6

@@ -17,6 +17,9 @@ class ByKind:
     evaluate: Any
     predict: Any
 
+    def cancel_training(self) -> None:
+        """Nothing: a test's training is short, unless the test says how it ends."""
+
     def run(self, work: Work) -> Done:
         task, settings = work.task, work.settings
         match work:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
 from protocols.codecs import registry
 from protocols.enrollment import identity
-from protocols.errors import Unreachable
+from protocols.errors import TrainerFailed, Unreachable
 from protocols.messages.work import Work
 from protocols.model import late_merge, weights
 from protocols.model.late_merge import LateMerge
@@ -62,6 +64,7 @@ class Desk:
         self.trainer, self.in_background = Trainer(), in_background
         self.sent: dict[int, bytes] = {}
         self.before_send: Callable[[], None] = lambda: None
+        self.fetched: Callable[[], None] = lambda: None
         self._round = 0
         self.restart()
 
@@ -80,7 +83,7 @@ class Desk:
         """Ask for a round that is not the last one."""
         self._round = number
         work = Work(
-            run="r",
+            run=changed.pop("run", "r"),
             round=number,
             kind="train",
             task="mnist",
@@ -95,6 +98,7 @@ class Desk:
     def fetch(self, work: Work) -> Path:
         path = self.folder / f"{work.base}.safetensors"
         weights.save(Weights({"w": VERSIONS[int(work.base)]}), path)
+        self.fetched()
         return path
 
     def send(self, digest: str, path: Path) -> None:
@@ -202,6 +206,66 @@ def test_an_agent_that_lost_its_thread_trains_again_from_the_same_weights(tmp_pa
     np.testing.assert_allclose(desk.changes()[1], expected()[1], atol=1e-5)
     begun = [start for number, start in desk.trainer.begun if number == 2]
     assert all(start == begun[0] for start in begun)
+
+
+class Patient(Trainer):
+    """Trains a round that begins in the background until it is cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends, self.cancelled = threading.Event(), threading.Event()
+
+    def train(self, task: str, settings: Any, base: Path, out: Path) -> Done:
+        if threading.current_thread().name.startswith("ahead"):
+            self.begun.append((int(settings["round"]), []))
+            assert self.ends.wait(WAIT_S)
+            raise TrainerFailed("cancelled", "the work was cancelled")
+        return super().train(task, settings, base, out)
+
+    def cancel_training(self) -> None:
+        self.cancelled.set()
+        self.ends.set()
+
+
+def begun_ahead(folder: Path) -> tuple[Desk, Patient]:
+    """A desk whose training for round 2 of the run r has begun."""
+    desk = Desk(folder, in_background=True)
+    desk.trainer = trainer = Patient()
+    desk.restart()
+    desk.ask(1)
+    wait_for(lambda: len(trainer.begun) == 2, "round 2 has begun", within_s=WAIT_S)
+    return desk, trainer
+
+
+def test_work_of_another_run_ends_the_training_that_nobody_waits_for(tmp_path: Path) -> None:
+    desk, trainer = begun_ahead(tmp_path)
+    desk.ask(2, run="another")
+    assert trainer.cancelled.is_set()
+    begun = [weights for number, weights in trainer.begun if number == 2 and weights]
+    np.testing.assert_allclose(begun, [VERSIONS[1]])
+    desk.client.training.close()
+
+
+def test_training_that_was_cancelled_is_done_again_if_its_round_comes(tmp_path: Path) -> None:
+    """Its run was stopped, and goes on."""
+    desk, trainer = begun_ahead(tmp_path)
+    trainer.cancel_training()
+    job = desk.client.training._ahead._job
+    assert job is not None
+    wait([job.result])
+    desk.ask(2)
+    np.testing.assert_allclose(desk.changes()[1], expected()[1], atol=1e-5)
+    desk.client.training.close()
+
+
+def test_a_round_whose_training_is_cancelled_has_no_update(tmp_path: Path) -> None:
+    desk, trainer = begun_ahead(tmp_path)
+    waiting = threading.Timer(0.1, trainer.cancel_training)
+    desk.fetched = waiting.start
+    with pytest.raises(TrainerFailed, match="cancelled"):
+        desk.ask(2)
+    assert list(desk.sent) == [1]
+    desk.client.training.close()
 
 
 def test_a_reply_that_was_lost_is_sent_again_and_the_next_training_begins(tmp_path: Path) -> None:

@@ -78,6 +78,16 @@ async def test_a_stopped_run_leaves_nothing_and_does_not_block_the_next_one(
         assert spool(fleet) == []
 
 
+async def hears_of_its_end(fleet: Fleet, run_id: str) -> bool:
+    """True if an agent that works for this run hears with a heartbeat that the run has ended."""
+    heard = set[str]()
+    link = fleet.agents[1].link
+    assert link is not None
+    link.working_for, link.on_run_over = lambda: run_id, heard.add
+    await asyncio.to_thread(link.heartbeat)
+    return heard == {run_id}
+
+
 async def test_an_update_for_a_stopped_run_is_not_taken(tmp_path: Path) -> None:
     """Neither without a run, nor in the next one, which it does not belong to."""
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
@@ -97,9 +107,11 @@ async def test_an_update_for_a_stopped_run_is_not_taken(tmp_path: Path) -> None:
             door = Door(slow, 1)
             stopped = fleet.start(rounds=1, quorum=2)
             await until(door.reached.is_set)
+            assert not await hears_of_its_end(fleet, stopped)
             fleet.hub.runs.stop(stopped)
             await fleet.finished(stopped)
             await is_idle(fleet)
+            assert await hears_of_its_end(fleet, stopped), "so its training can be cancelled"
             following = fleet.start(rounds=1, quorum=2) if waits_for_next else ""
             if following:
                 await until(lambda f=following: fleet.hub.weight_store.uploads.run == f)  # type: ignore[misc]
