@@ -40,6 +40,7 @@ from protocols.analytics.mergeable_states import Floats
 from protocols.analytics.model_states import FitState, RiskState, to_upper
 from protocols.analytics.models import Model, Term
 from protocols.analytics.query import Operation
+from protocols.analytics.row_sets import category, ones
 from protocols.errors import Refused
 
 #: Adds a number of equations to the count of each of these columns. Returns the equations of the
@@ -95,7 +96,23 @@ def compute_model(
         )
     if not (np.abs(_numbers_of(state)) <= _MAX_SUM).all():
         raise OUTSIDE
-    return Figure(state, tuple(told), {"": used.rows})
+    return Figure(state, tuple(told), _rows_of_parts(operation, model, table, used.rows))
+
+
+def _rows_of_parts(
+    operation: Operation, model: Model, table: Table, used: Places
+) -> dict[str, Places]:
+    """The rows that the numbers of a model are sums over: all, and those of each category. A column
+    of zeros and ones is a category, too."""
+    over = {"": used}
+    for place, name in enumerate(operation.columns):
+        values = table.columns[name].values
+        if values is not None and np.isin(values[used], (0, 1)).all():
+            over[ones(place)] = used[values[used] == 1]
+    for place, term in enumerate(model.terms):
+        codes = _codes(term, table)[used] if term.categories else np.zeros(0, np.int64)
+        over |= {category(place, code): used[codes == code] for code in np.unique(codes).tolist()}
+    return over
 
 
 def _numbers_of(state: FitState | RiskState) -> Floats:

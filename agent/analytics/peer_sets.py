@@ -138,8 +138,8 @@ class PeerSets:
             if row_sets.isolates_few([*before], [*new], pins.peers | {me}, pins.minimum):
                 raise SecureRefused(
                     "other rows",
-                    f"this sum about {_words(about.column)} and others differ in rows of fewer "
-                    f"than {pins.minimum} trusted peers, and would tell of these rows together",
+                    f"the sums of this question about {_words(about.column)}, or their differences "
+                    f"from earlier ones, are over rows of fewer than {pins.minimum} trusted peers",
                     f"ask about rows that differ at {pins.minimum} peers or more, or at none: "
                     "without conditions and groups that few peers have; if rows are new, ask when "
                     "more peers have new ones",

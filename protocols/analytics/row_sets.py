@@ -23,6 +23,7 @@ RowSet = Annotated[
     dict[Annotated[int, Meta(ge=0, lt=MAX_ROW_SETS)], Annotated[int, Meta(ge=1, lt=PRIME)]],
     Meta(max_length=MAX_ROW_SETS),
 ]
+_CATEGORY = "category "
 #: The rows of a figure, "": those that it sums over. Of counts by category or time, those of each.
 #: `ones`: of a column of zeros and ones, those with 1.
 FigureRows = Annotated[dict[Text, RowSet], Meta(max_length=1024)]
@@ -41,6 +42,15 @@ def ones(place: int) -> str:
     """The label of the rows with 1 in a column of zeros and ones, the column of a figure at this
     place: the sum of this column is their number, and a covariance has their sum of the other."""
     return f"ones {place}"
+
+
+def category(place: int, code: int) -> str:
+    """The label of the rows of a category of a model: level `code` of the term at this place."""
+    return f"{_CATEGORY}{place} {code}"
+
+
+def is_category(label: str) -> bool:
+    return label.startswith(_CATEGORY)
 
 
 def time_bin(event: bool, start: float) -> str:
