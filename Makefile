@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-long test-extras test-cluster cluster-setup check setup wheel docs man month upgrade bench bench-quick \
-	bench-gpu figures pictures quality faults faults-quick soak journeys attacks attacks-others \
+	bench-gpu figures pictures quality faults faults-quick faults-cluster soak journeys attacks attacks-others \
 	lock sbom audit-packages clean
 
 demo: setup
@@ -58,6 +58,10 @@ faults: setup
 
 faults-quick: setup
 	$(BIN)/python -m benchmarks.faults --quick
+
+# The loss of the leader of two replicas at every step of a round, two hours; after cluster-setup
+faults-cluster: setup
+	$(BIN)/python -m benchmarks.faults.leaders
 
 # make soak MINUTES=20: random faults on a real fleet
 MINUTES ?= 20

@@ -106,7 +106,7 @@ class Coordinator:
         self._sessions = Sessions(self.fleet)
         self._broker = make_broker(home, chosen, self.port, keys)
         self._steps = ca_chain.read_chain(keys.chain)
-        self._card = CardFile(home, keys.ca_pem, keys.chain)
+        self._card = CardFile(home, keys.ca_pem, keys.chain, self._ledger.term)
         self._publisher = EventPublisher(self.fleet, self._sessions, keys)
         self.log_requests = LogRequests(self._publisher.request_logs)
         sources = PieceSources(self._sessions.is_open)

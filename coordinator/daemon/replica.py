@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from coordinator.storage import fleet_cards, ledger_place
+from coordinator.storage import ledger_place
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE
 from protocols.errors import LeadershipLost, Unreachable, UsageError
@@ -42,8 +42,6 @@ def lead_in_turn(home: Path, lead: Callable[[Ledger], None]) -> None:
             time.sleep(_RETRY_S)
             continue
         unreachable = False
-        # Another replica may have signed a newer one: a new card has a higher number.
-        (home / fleet_cards.FILE).unlink(missing_ok=True)
         log.info("this coordinator leads")
         try:
             return lead(ledger)

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+from protocols.errors import CommonweightError
+
 log = logging.getLogger("commonweight.hub")
 
 
@@ -21,7 +23,8 @@ async def supervised(
 
     def ended(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (err := task.exception()) is not None:
-            log.error("%s failed", task.get_name(), exc_info=err)
+            is_known = isinstance(err, CommonweightError)
+            log.error("%s failed: %s", task.get_name(), err, exc_info=None if is_known else err)
             failure.append(err)
             stop()
 

@@ -21,10 +21,15 @@ FILE = "fleet.card"
 
 
 class CardFile:
-    """The card in a coordinator's home. It is signed again only when its content changes."""
+    """The card in a coordinator's home. It is signed again only when its content changes.
 
-    def __init__(self, home: Path, ca_pem: bytes, chain: Chain = ()) -> None:
-        self._path = home / FILE
+    `term`: that of the leader, 0 without replicas. Another replica may have signed a newer card
+    than that of this home, so the number of a card is the term at least. All replicas have their
+    terms from one clock.
+    """
+
+    def __init__(self, home: Path, ca_pem: bytes, chain: Chain = (), term: int = 0) -> None:
+        self._path, self._term = home / FILE, term
         self._fleet = ca_chain.fleet_of(ca_pem, chain)
         self._card: FleetCard | None = None
         self._signed, self._counter = b"", 0
@@ -65,9 +70,9 @@ class CardFile:
             old_ca_until=old_ca_until,
             addresses=tuple(addresses[: fleet_card.MAX_ADDRESSES]),
         )
-        if card != self._card:
-            # The clock keeps the counter growing in a home that was restored from a backup.
-            self._counter = max(self._counter + 1, int(time.time()))
+        if card != self._card or self._counter < self._term:
+            # Both keep the counter growing in a home that was restored from a backup.
+            self._counter = max(self._counter + 1, self._term or int(time.time()))
             self._card = msgspec.structs.replace(card, counter=self._counter)
             self._signed = fleet_card.issue_card(ca_key, self._card)
             write_private(self._path, self._signed)

@@ -19,6 +19,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from coordinator.storage import postgres_session
@@ -110,7 +111,7 @@ class Lease:
     def _changed(self, db: Connection[Any], statement: str) -> tuple[int] | None:
         """The row after a statement that prolongs the lease; None if it changed nothing."""
         began = time.monotonic()  # not later than the database prolongs it
-        with postgres_session.answered_within(db, VALID_S):
+        with postgres_session.answered_within(db, VALID_S - RENEW_S):
             row: tuple[int] | None = db.execute(statement, (self.holder,)).fetchone()
         if row is not None:
             self._renewed_at = began
@@ -125,10 +126,13 @@ def lost() -> LeadershipLost:
 
 
 class LeaseKeeper:
-    """A thread with a connection of its own that renews a lease."""
+    """A thread with a connection of its own that renews a lease.
 
-    def __init__(self, address: str, lease: Lease) -> None:
-        self._address, self._lease = address, lease
+    `on_expired` is called while it cannot, once the lease has expired: other statements hang too.
+    """
+
+    def __init__(self, address: str, lease: Lease, on_expired: Callable[[], None]) -> None:
+        self._address, self._lease, self._on_expired = address, lease, on_expired
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ledger lease", daemon=True)
         self._thread.start()
@@ -149,6 +153,8 @@ class LeaseKeeper:
                     log.warning("the lease cannot be renewed: %s", postgres_session.first_line(err))
                     db.close()
                 db = None
+                if self._lease.is_expired:
+                    self._on_expired()
         if db is not None:
             db.close()
 

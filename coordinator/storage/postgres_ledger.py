@@ -68,8 +68,7 @@ class PostgresLedger:
         import psycopg
 
         self._address, self._read_only, self._patient = address, read_only, patient
-        self._lock = threading.Lock()
-        self._lease, self._keeper = Lease(), None
+        self._lock, self._lease, self._keeper = threading.Lock(), Lease(), None
         self._head: tuple[int, bytes] = (0, START)
         self._recent: tuple[Entry, ...] = ()
         #: The group whose commit was not acknowledged; groups that were committed all the same,
@@ -85,7 +84,9 @@ class PostgresLedger:
             self._verify_whole()
             before = self._newest(self._db)
             self._lease.take(self._db, patient=patient)
-            self._keeper = LeaseKeeper(address, self._lease)
+            self._keeper = LeaseKeeper(
+                address, self._lease, lambda: postgres_session.hang_up(self._db)
+            )
             if newest := self._newest(self._db):
                 self._head = (newest.seq, newest.hash)
             if newest != before:  # while it waited

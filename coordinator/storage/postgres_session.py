@@ -130,7 +130,7 @@ def answered_within(db: Connection[Any], limit_s: float) -> Iterator[None]:
 
     A server that hangs, or a proxy in between, keeps a connection alive without an answer.
     """
-    timer = threading.Timer(limit_s, _hang_up, (db,))
+    timer = threading.Timer(limit_s, hang_up, (db,))
     timer.daemon = True
     timer.start()
     try:
@@ -139,7 +139,10 @@ def answered_within(db: Connection[Any], limit_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _hang_up(db: Connection[Any]) -> None:
+def hang_up(db: Connection[Any] | None) -> None:
+    """End a connection from another thread: its statement, if any, raises psycopg.Error."""
+    if db is None:
+        return
     with contextlib.suppress(Exception):  # it may be closed meanwhile
         hung = socket.socket(fileno=os.dup(db.fileno()))
         hung.shutdown(socket.SHUT_RDWR)

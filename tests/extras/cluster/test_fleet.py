@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from coordinator.storage.postgres_ledger import PostgresLedger
 from coordinator.storage.run_events import VersionCommitted
 from protocols.enrollment import tickets
 from protocols.enrollment.certificates import ca_fingerprint
-from protocols.errors import HomeError, HomeLocked, Unreachable
+from protocols.errors import HomeError, HomeLocked, LedgerUnreachable, Unreachable
+from tests.extras.cluster.conftest import FLEET
 from tests.support import postgres
 from tests.support.fault_proxy import BLACKHOLE, CLEAR, Proxy
 from tests.support.in_process_fleet import fleet_of, some_data
@@ -63,6 +65,29 @@ async def test_a_run_survives_the_loss_of_its_database(
     monkeypatch.delenv(VARIABLE)
     with contextlib.closing(open_ledger(restored)) as ledger:
         assert [run_events.decode(entry.body) for entry in ledger.entries(run)] == events
+
+
+def test_a_read_that_hangs_is_given_up(server: postgres.Server, address: str) -> None:
+    with Proxy(server.port) as proxy:
+        ledger = PostgresLedger(address.replace(str(server.port), str(proxy.port)), FLEET)
+        ledger.append("run", [b"0"])
+        proxy.fault = BLACKHOLE
+        told: list[str] = []
+
+        def read() -> None:
+            try:
+                list(ledger.entries("run"))
+            except LedgerUnreachable as err:
+                told.append(err.message)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        reader.join(60)
+        assert "does not answer" in told[0]
+        proxy.fault = CLEAR
+        proxy.reset()
+        assert [entry.body for entry in ledger.entries("run")] == [b"0"]
+        ledger.close()
 
 
 async def test_a_database_that_hangs_does_not_stop_the_coordinator(

@@ -12,7 +12,7 @@ from agent.home.enrollment_file import read_enrollment
 from agent.transport.log_replica import LogReplica
 from benchmarks.faults import checker, leaders
 from benchmarks.faults.crashes import PEERS
-from benchmarks.faults.leaders import Pair
+from benchmarks.faults.replicas import Pair, pair
 from protocols.errors import ExitCode, FormerLeader
 from protocols.messages import version_log as wire
 from tests.support import postgres
@@ -24,7 +24,7 @@ ROUNDS = 10
 
 @pytest.fixture(scope="module")
 def fleet(server: postgres.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    with leaders.pair(tmp_path_factory.mktemp("pair"), server) as made:
+    with pair(tmp_path_factory.mktemp("pair"), server) as made:
         made.found(*PEERS)
         yield made
 
@@ -32,13 +32,16 @@ def fleet(server: postgres.Server, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_home_of_a_replica_has_no_ledger_and_does_not_lead_beside_another(fleet: Pair) -> None:
     second = fleet.folder / fleet.follower
     assert not (second / "ledger.db").exists()
+    said = len(fleet.programs[fleet.follower].log)
     fleet.programs[fleet.follower].stop()
     refused = run_program([COORDINATOR, "up"], fleet._env(fleet.follower))
+    fleet.start_replica(fleet.follower)
+    fleet.until_waits(fleet.follower, said)
     assert refused.returncode == ExitCode.FAILED
     assert "another program writes to this ledger" in refused.stderr
 
 
-@pytest.mark.parametrize("way", leaders.WAYS)
+@pytest.mark.parametrize("way", ["kill", "stop", "cut"])
 def test_the_loss_of_the_leader_loses_and_doubles_nothing(fleet: Pair, way: str) -> None:
     assert not leaders.lose_leader(fleet, 1, way, "run.recorded.UpdateAccepted").found
 

@@ -116,5 +116,10 @@ def test_a_card_is_signed_again_only_when_its_content_changes(tmp_path: Path) ->
     second = file.current(CA_KEY, bytes(32), BROKER)
     numbers = [fleet_card.verify_card(CA, data).counter for data in (first, second)]
     assert numbers[1] > numbers[0]
+    next_term = numbers[1] + 60
+    third = CardFile(tmp_path, CA, term=next_term).current(CA_KEY, bytes(32), BROKER)
+    assert fleet_card.verify_card(CA, third).counter == next_term, "another replica led meanwhile"
+    again = CardFile(tmp_path, CA, term=next_term).current(CA_KEY, bytes(32), BROKER)
+    assert again == third
     other = CardFile(tmp_path, OTHER_CA).current(OTHER_KEY, PUBLIC, BROKER)
     assert fleet_card.verify_card(OTHER_CA, other).fleet == certificates.fleet_id(OTHER_CA)
