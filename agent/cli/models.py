@@ -16,6 +16,7 @@ from agent.tasks import registry
 from protocols.errors import UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.flower_apps import PREFIX
+from protocols.messages.comparisons import Model
 from protocols.messages.work import Which
 
 LATEST = "latest"
@@ -51,23 +52,25 @@ class LocalModel(NamedTuple):
     run: str = ""
 
     def recommended(self, use: Use) -> LocalModel:
-        """The model of the same run that is recommended on this machine; itself if that is the
-        shared one, or if the shared one is wanted."""
+        """The model of the same run that is recommended on this machine, or the shared one if that
+        is wanted; itself if this machine has no other file of it."""
         from protocols.model import personalization
         from protocols.privacy import private_training
 
-        if use is Use.SHARED or not self.run:
+        if not self.run:
             return self
-        found = own_results.recommended(homes.home_path("agent"), self.run)
+        wanted: Model | None = "shared" if use is Use.SHARED else None
+        found = own_results.recommended(homes.home_path("agent"), self.run, wanted)
         if found is None:
             return self
         name, path, of = found
         kept = personalization.SETTINGS | private_training.SETTINGS
         settings = {key: value for key, value in of.settings.items() if key not in kept}
-        origin = (
-            f"the {name} model of {self.run}, which is recommended on this machine; for the shared "
-            "one: --use shared"
-        )
+        origin = f"the {name} model of {self.run}"
+        if name == "shared":
+            origin = f"the best version of {self.run}, a model of the kind {settings.get('model')}"
+        elif use is Use.RECOMMENDED:
+            origin += ", which is recommended on this machine; for the shared one: --use shared"
         return LocalModel(path, self.task, settings, origin, self.run)
 
     def check_whole(self) -> None:

@@ -51,7 +51,6 @@ _LEAST_S = 10.0
 _MAX_ROUNDS = 1000
 #: Models of a run whose settings are remembered.
 _MAX_MODELS = 8
-_SHARED = "shared.safetensors"
 _SPARE_BYTES = 4 * 1024 * 1024
 #: After these failures the comparison is tried again later.
 _PASSING = frozenset({"stopped", "cancelled", DiskFull.code})
@@ -237,7 +236,8 @@ class OwnComparisons:
 
     def _measure(self, one: _Pending, model: NamedModel) -> Comparison | None:
         """A slice of the comparison; the result if it was the last one."""
-        folder, shared = self._folder(one), self._folder(one) / _SHARED
+        folder = self._folder(one)
+        shared = own_results.model_file(folder, "shared")
         if not shared.exists():
             check_room(folder, 4 * model.nbytes + _SPARE_BYTES)
             self._link().download(model.digest, model.nbytes, shared)
@@ -285,7 +285,9 @@ class OwnComparisons:
         is_news = found is not None or missing is not None
         result = replace(result, to_tell=is_news and self._may_tell(one.run, result))
         self._write_result(one, result)
-        (folder / _SHARED).unlink(missing_ok=True)
+        # Of a run that trained several models, the newest version may be of another model.
+        if found is None or not one.run.earlier:
+            own_results.model_file(folder, "shared").unlink(missing_ok=True)
         if found is not None:
             log.info("run %s: compared on %d held-out rows", result.run, found.rows)
             for line in comparisons.lines_of(found):

@@ -110,7 +110,7 @@ def result_file(folder: Path) -> Path:
 
 
 def model_file(folder: Path, model: Model) -> Path:
-    """The weights of a model that was trained here."""
+    """The weights of a model that was trained here, or of the shared one."""
     return folder / f"{model}.safetensors"
 
 
@@ -135,15 +135,18 @@ def results(home: Path) -> list[OwnResult]:
     return [found for folder in folders(home) if (found := read_result(folder)) is not None]
 
 
-def recommended(home: Path, run: str) -> tuple[Model, Path, OwnRun] | None:
-    """The model that is recommended here after a run, if that is one that was trained here."""
+def recommended(
+    home: Path, run: str, model: Model | None = None
+) -> tuple[Model, Path, OwnRun] | None:
+    """The model that is recommended here after a run, or this one, if it is in the home: one that
+    was trained here, or the best version of a run that trained several models."""
     folder = folder_of(home, run)
     result, of = read_result(folder), read_run(folder)
     if result is None or of is None or result.comparison is None:
         return None
-    model = result.comparison.recommended
+    model = model or result.comparison.recommended
     file = model_file(folder, model)
-    if model == "shared" or not file.exists():
+    if not file.exists():
         return None
     return model, file, replace(of, settings=of.settings_of(result.round))
 

@@ -8,7 +8,6 @@ compares the digests).
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -201,7 +200,7 @@ def trees(spec: RunSpec, peers: Peers, min_count: int, *, masked: bool) -> Train
     version: dict[str, Array] = dict(model.first())
     growing = [model.rows(rows, min_count) for rows in peers.train]
     count = sum(len(rows.y) for rows in peers.train)
-    course = _Course(spec, peers)
+    course = _Course(spec, peers, is_limited=not masked)
     slots = [model.slots(rows.x) for rows in (peers.held_out, peers.test)]
     for number in range(1, spec.rounds + 1):
         at, numbers = layout.read(version, model.shape)
@@ -236,10 +235,11 @@ def alone(table: Table, part: DataSettings, test: Path, model: str) -> Trained:
 
 
 class _Course:
-    """The versions of a training, until a run would end."""
+    """The versions of a training, until a run would end. `is_limited`: the peers in the middle
+    decide, as in runs that are not secure."""
 
-    def __init__(self, spec: RunSpec, peers: Peers) -> None:
-        self._spec, self._peers = spec, peers
+    def __init__(self, spec: RunSpec, peers: Peers, *, is_limited: bool = False) -> None:
+        self._spec, self._peers, self._is_limited = spec, peers, is_limited
         self._history, self._trained = list[Round](), dict[int, Trained]()
         self._standing = Standing()
 
@@ -250,33 +250,32 @@ class _Course:
         self._trained[number] = Trained(peers.settings, Weights(version), number, *scores)
         metrics = _metrics(outputs[0].astype(np.float64), both[0], is_class=peers.is_class)
         count = len(both[0].y)
-        decisive = self._decisive(outputs[0].astype(np.float64), is_class=peers.is_class)
+        decides = self._decisive(outputs[0]) if self._is_limited else {}
         self._history.append(
-            Round(
-                round=number,
-                digest="",
-                metrics=metrics,
-                num_evaluated=count,
-                decisive=decisive if os.environ.get("DECISIVE") else {},
-            )
+            Round(round=number, digest="", metrics=metrics, num_evaluated=count, decisive=decides)
         )
         self._standing = best_version.after(self._spec, self._standing, self._history[-1])
         last = self._standing.gained
         return bool(self._spec.patience) and number - last >= self._spec.patience
 
-    def _decisive(self, outputs: Array, *, is_class: bool) -> dict[str, float | None]:
-        ends, rows = np.cumsum(self._peers.counts), self._peers.held_out
+    def _decisive(self, outputs: Array) -> dict[str, float | None]:
+        """The metrics of the peers in the middle."""
+        peers, rows = self._peers, self._peers.held_out
+        places = np.split(np.arange(len(rows.y)), np.cumsum(peers.counts)[:-1])
         each = [
-            _metrics(outputs[at], EncodedRows(rows.x[at], rows.y[at]), is_class=is_class)
-            for at in np.split(np.arange(len(rows.y)), ends[:-1])
+            _metrics(
+                outputs[at].astype(np.float64),
+                EncodedRows(rows.x[at], rows.y[at]),
+                is_class=peers.is_class,
+            )
+            for at in places
         ]
-        names = [str(n) for n in range(len(each))]
-        found = {}
-        for name in each[0]:
-            middle = outliers.values_in_the_middle([float(one[name] or 0) for one in each], names)
-            if middle:
-                found[name] = sum(middle) / len(middle)
-        return found
+        names = [str(number) for number in range(len(each))]
+        return {
+            name: sum(middle) / len(middle)
+            for name in each[0]
+            if (middle := outliers.values_in_the_middle([one[name] or 0.0 for one in each], names))
+        }
 
     def best(self) -> Trained:
         best = self._standing.best

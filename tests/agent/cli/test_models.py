@@ -6,10 +6,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from agent.cli.models import LocalModel, Use, with_task
 from agent.home import own_results
-from agent.home.own_results import OwnResult, OwnRun
+from agent.home.own_results import OwnModel, OwnResult, OwnRun
 from agent.home.settings_schema import AgentSettings
 from protocols.errors import UnknownName, UsageError
 from protocols.messages.comparisons import Comparison, Estimate, Model
@@ -56,6 +57,16 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
     assert version.recommended(Use.SHARED) is version
     compared("shared")
     assert version.recommended(Use.RECOMMENDED) is version
+
+    # After a run of several models, the best version may be of another one than the newest.
+    own_results.model_file(folder, "shared").write_bytes(b"")
+    earlier = (OwnModel(0, {"model": "linear"}),)
+    several = replace(of, begun=5, earlier=earlier)
+    own_results.run_file(folder).write_bytes(msgspec.json.encode(several))
+    for use in Use:
+        best = version.recommended(use)
+        assert (best.path.name, best.settings) == ("shared.safetensors", {"model": "linear"})
+        assert "the best version of tabular-1, a model of the kind linear" in best.origin
 
 
 def test_the_file_of_a_models_task_may_be_named(tmp_path: Path) -> None:

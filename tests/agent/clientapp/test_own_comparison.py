@@ -176,6 +176,9 @@ def test_the_model_that_the_run_has_kept_is_compared_not_the_one_it_trained_last
     run = own_results.read_run(own_results.folder_of(site.home, "tabular-1"))
     assert run is not None
     assert run.settings_of(7)["model"] == "mlp"
+    kept = own_results.recommended(site.home, "tabular-1", "shared")
+    assert kept is not None
+    assert weights.file_digest(kept[1]) == site.link.model.digest, "it predicts offline"
 
 
 def test_what_the_coordinator_could_not_take_is_told_later_and_what_it_refuses_is_not(
