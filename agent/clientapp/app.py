@@ -299,7 +299,7 @@ class Client:
         trained, personal = self.secure.begin(work), self._outbox.personal_paths(work)
         done = self.training.do(work, base, trained, personal)
         if personal and work.kind == "train":
-            self._stage_personal(work, trained, done)
+            self.training.stage_personal(work, trained, done)
         failpoint("agent.work.done")
         self._reader.check_consent(work, columns)  # the owner may have withdrawn it meanwhile
         return self.secure.keep(work, done, columns)
@@ -311,10 +311,6 @@ class Client:
     def _commit_last(self) -> None:
         """Discards state of an update that was never sent or promised."""
         self._outbox.commit_last(self.secure.promised())
-
-    def _stage_personal(self, work: Work, update: Path, done: Done) -> None:
-        fsync_files(update)  # before the state that stays here changes
-        self._outbox.personal.stage(work.run, done.digest)
 
     def _write_audit_entry(self, work: Work, finished: Finished) -> None:
         claim = SIGNED_CLAIM.decode(finished.claim)

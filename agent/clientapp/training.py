@@ -79,16 +79,20 @@ class Training:
             if is_encoded:
                 encoded = self._encode(codec, work, trained, base, fragment)
                 done = replace(done, digest=encoded.digest, nbytes=encoded.nbytes, tallies={})
-            if personal or work.ahead:
-                fsync_files(update)  # before the state that stays here changes
             if work.ahead:
+                fsync_files(update)  # before the state that stays here changes
                 self._ahead.keep(work, columns, trained, done.digest)
         finally:
             if is_encoded:
                 trained.unlink(missing_ok=True)
         if personal:
-            self._outbox.personal.stage(work.run, done.digest)
+            self.stage_personal(work, update, done)
         return done
+
+    def stage_personal(self, work: Work, update: Path, done: Done) -> None:
+        """Keep the peer's own part of the model with this update, which is on disk before."""
+        fsync_files(update)
+        self._outbox.personal.stage(work.run, done.digest)
 
     def _encode(
         self, codec: Codec, work: Work, trained: Path, base: Path, fragment: Fragment

@@ -69,6 +69,7 @@ class Tabular(LocalTables):
     def load(self, data: DataSettings) -> None:
         super().load(data)
         self._growing, self._alone = LastValue[GrowingRows](), LastValue[GrowingRows]()
+        self._told = LastValue()
 
     # --- what all peers share ---
 

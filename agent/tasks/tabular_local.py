@@ -29,6 +29,7 @@ class LocalTables(BuiltInTask):
     """A task on tables, with linear models, perceptrons or trees."""
 
     _alone: LastValue[GrowingRows]
+    _told: LastValue[tuple[npt.NDArray[np.generic], npt.NDArray[np.float64]]]
 
     def _trees(self, settings: RunSettings) -> TreeModel | None:
         raise NotImplementedError
@@ -61,9 +62,15 @@ class LocalTables(BuiltInTask):
         return grown
 
     def _told_weights(self, of: Target, settings: RunSettings) -> npt.NDArray[np.float64]:
-        """The weights of the classes in a loss over the held-out rows."""
+        """The weights of the classes in a loss over the held-out rows. They are counted once, and
+        not for each batch."""
         held_out = self._sets(settings)[1].y
-        return class_weights.of_told_rows(of.weights, held_out, self._data.min_count)
+        told = class_weights.of_told_rows
+        key = of.weights, id(held_out)
+        # The rows are kept with the weights, so that no others get their id.
+        return self._told.get(
+            key, lambda: (held_out, told(of.weights, held_out, self._data.min_count))
+        )[1]
 
     def _measure_each(self, output: Any, target: Any, settings: Any) -> RowMetrics:
         of = decode(str(settings["preprocessing"])).target
