@@ -236,7 +236,7 @@ def aggregate_evaluation(
     if not answers:
         return Evaluation({}, {}, {}, frozenset())
     counts = {peer: update.num_examples for peer, update in answers.items()}
-    # Of all models of a run the same, as their versions are compared; trees alone have no limit.
+    # Of all models of a run the same, as they are compared; trees by themselves have none.
     total, limit = sum(counts.values()), (run.ordered or run.spec).outlier_limit
     capped = outliers.cap_counts(counts, ticket_of, limit) if limit else counts
     share = averaging.shares_by_ticket(capped, ticket_of, cap=run.spec.max_weight_share)

@@ -91,6 +91,12 @@ def decisive(closed: Round) -> Metrics:
     return {**closed.metrics, **closed.decisive}
 
 
+def _judged(spec: RunSpec, closed: Round) -> Metrics:
+    """The metrics by which the versions of a model are compared. Without a limit on outliers, as
+    trees have none, these are the means of all peers."""
+    return decisive(closed) if spec.outlier_limit else closed.metrics
+
+
 def score(spec: RunSpec, metrics: Metrics) -> float:
     """How good a version is: higher is better, -inf without a finite metric."""
     name = metric_of(spec, metrics)
@@ -119,11 +125,11 @@ def after(spec: RunSpec, before: Standing, closed: Round) -> Standing:
     well, as an accuracy over few rows stays the same while a model learns.
     """
     if before.best is None or before.peak is None or not spec.measures:
-        loss = _loss(decisive(closed))
+        loss = _loss(_judged(spec, closed))
         low = loss if math.isfinite(loss) else None
         return Standing(best=closed, peak=closed, loss=low, gained=closed.round)
     peak = _best_exactly(spec, (before.peak, closed))
-    lower, loss = before.loss, _loss(decisive(closed))
+    lower, loss = before.loss, _loss(_judged(spec, closed))
     is_gain = peak is closed or (not spec.best_metric and loss < _or_infinite(lower))
     return Standing(
         best=_best(spec, (before.best, closed), peak),
@@ -134,7 +140,8 @@ def after(spec: RunSpec, before: Standing, closed: Round) -> Standing:
 
 
 def of_models(spec: RunSpec, models: Sequence[Standing]) -> Round | None:
-    """The best version of several models, in the order in which they were trained."""
+    """The best version of several models, in the order in which they were trained. `spec`: the
+    settings that they have in common."""
     bests = [one.best for one in models if one.best is not None]
     peaks = [one.peak for one in models if one.peak is not None]
     return _best(spec, bests, _best_exactly(spec, peaks)) if peaks else None
@@ -143,23 +150,23 @@ def of_models(spec: RunSpec, models: Sequence[Standing]) -> Round | None:
 def _best(spec: RunSpec, rounds: Sequence[Round], peak: Round) -> Round:
     """The best of these rounds. `peak`: the one that is best by the metric alone, among more."""
     if _has_near_ties(spec, peak):
-        accuracy = score(spec, decisive(peak))
+        accuracy = score(spec, _judged(spec, peak))
         variance = max(0.0, accuracy * (1 - accuracy)) / max(1, peak.num_evaluated)
         least = accuracy - math.sqrt(variance)
-        if near := [one for one in rounds if score(spec, decisive(one)) >= least]:
-            return min(near, key=lambda one: _loss(decisive(one)))
+        if near := [one for one in rounds if score(spec, _judged(spec, one)) >= least]:
+            return min(near, key=lambda one: _loss(_judged(spec, one)))
     return _best_exactly(spec, rounds)
 
 
 def _has_near_ties(spec: RunSpec, closed: Round) -> bool:
-    metrics = decisive(closed)
+    metrics = _judged(spec, closed)
     is_usual = not spec.best_metric and metric_of(spec, metrics) == "accuracy"
     return spec.ties != "exact" and is_usual and math.isfinite(_loss(metrics))
 
 
 def _best_exactly(spec: RunSpec, rounds: Sequence[Round]) -> Round:
     def rank(closed: Round) -> tuple[float, float]:
-        metrics = decisive(closed)
+        metrics = _judged(spec, closed)
         return score(spec, metrics), 0.0 if spec.best_metric else -_loss(metrics)
 
     return max(rounds, key=rank)

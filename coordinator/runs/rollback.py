@@ -59,7 +59,8 @@ def back_to(run: Run, kept: tuple[Round, ...]) -> Run:
 
 def best_of(run: Run, standing: Standing) -> Round | None:
     """The best version of the run, if its present model has this standing."""
-    return best_version.of_models(run.spec, [*(one.standing for one in run.trained), standing])
+    common = run.ordered or run.spec
+    return best_version.of_models(common, [*(one.standing for one in run.trained), standing])
 
 
 def _undone(run: Run, kept: tuple[Round, ...]) -> list[Round]:

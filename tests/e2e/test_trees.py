@@ -63,3 +63,47 @@ def test_kills_change_no_byte_and_owners_predict(tmp_path: Path) -> None:
         new = write_csv(tmp_path / "new.csv", [{"age": 80, "ward": "a"}, {"age": 30, "ward": "a"}])
         told = site.ask_agent("west", "predict", str(new), "--run", "tabular")
         assert [line.split(",")[1] for line in told.stdout.splitlines()] == ["ill", "yes", "no"]
+
+
+@pytest.mark.long
+def test_a_run_of_all_models_survives_a_kill_and_owners_predict_with_the_one_that_is_kept(
+    tmp_path: Path,
+) -> None:
+    with fleet(tmp_path) as site:
+        assert site.ask("init").returncode == 0
+        site.up(port=(port := free_port()))
+        for seed, name in enumerate(NAMES):
+            table = clinic(tmp_path / f"{name}.csv", seed)
+            words = ("join", "-", "--name", name, "--data", str(table), *ALLOW)
+            assert site.ask_agent(name, *words, given=site.ticket()).returncode == 0
+        site.start(*NAMES)
+        words = ("tabular", "--target", "ill", "--quorum", "3", "--patience", "2")
+        small = ("trees=6", "depth=3", "hidden=8,4", "epochs=1")
+        run = site.start_run(*words, *(word for one in small for word in ("--set", one)))
+        wait_for(lambda: site.data("run", "show", run)["trained"], "another model has begun")
+        site.programs["up"].kill()  # kill -9
+        (site.home / "up.json").unlink()
+        site.up(port=port)
+
+        ended = site.ended_run(run)
+        assert ended["state"] == "finished", ended["ended_because"]
+        tried = [one["model"] for one in ended["trained"]] + [ended["spec"]["settings"]["model"]]
+        assert len(set(tried)) == len(tried) > 1
+        kept = ended["ended_because"].partition(" ")[0]
+        assert ended["ended_because"].startswith(f"{kept} is kept (")
+        shown = site.ask("run", "show", run).stdout
+        assert all(f"\nmodel {model}:\n" in shown for model in tried)
+
+        def comparisons() -> int:
+            return len(site.data("run", "show", run)["comparisons"])
+
+        wait_for(lambda: comparisons() == 3, "each owner has a comparison", 120)
+        status = site.ask_agent("west", "status").stdout
+        assert f"run {run}, model {kept}, on " in status
+
+        new = write_csv(tmp_path / "new.csv", [{"age": 80, "ward": "a"}, {"age": 30, "ward": "a"}])
+        for online in ("--run tabular --which best", "--run tabular", ""):
+            told = site.ask_agent("west", "predict", str(new), *online.split())
+            answers = [line.split(",")[1] for line in told.stdout.splitlines()]
+            assert answers == ["ill", "yes", "no"], told.stderr
+        assert f"of {run}" in told.stderr
