@@ -38,8 +38,9 @@ _OLDER = SETTINGS_CODES | {"bad description"}
 _NOT_NOW = frozenset(
     {"late", "replay", "not asked", "wrong base", "another run", "another fleet", "bad signature"}
 )
-#: A model whose loss is so many times the least one is not trained.
-MAX_LOSS = 1.5
+#: A model whose loss is so many times the least one is not trained, if its accuracy is lower by
+#: more than so many standard errors: losses of models that are hardly ever wrong differ much.
+MAX_LOSS, MAX_ERRORS = 1.5, 2
 #: Errors in the units of the target, or their squares; and the least one that counts.
 _ERRORS, _TINY = frozenset({"rmse", "mae", "mse"}), 1e-12
 SHOWN = {"rmse": "RMSE", "mae": "MAE", "mse": "MSE"}
@@ -223,8 +224,14 @@ def _in_contention(
     else:
         return tuple(models)
     least = max(min(losses.values()), _TINY)
+    worse = set(models) - {best}
+    if _all_have(found, "accuracy"):
+        accuracies = {model: _mean("accuracy", model, told) for model in models}
+        most, rows = max(accuracies.values()), sum(one.rows for one in told.values())
+        enough = most - MAX_ERRORS * math.sqrt(most * (1 - most) / rows)
+        worse = {model for model in worse if accuracies[model] < enough}
     for model in models:
-        if model != best and losses[model] > MAX_LOSS * least:
+        if model in worse and losses[model] > MAX_LOSS * least:
             times = losses[model] / least
             left_out[model] = f"its loss in the cross-validation is {times:.3g} times the least"
     return tuple(model for model in models if model not in left_out)

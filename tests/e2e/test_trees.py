@@ -18,12 +18,14 @@ WORDS = (
 )
 
 
-def clinic(path: Path, seed: int) -> Path:
+def clinic(path: Path, seed: int, noise: float = 0.0) -> Path:
+    """A table of 250 patients; a share of the targets is wrong."""
     rng = np.random.default_rng(seed)
     ages, wards = rng.integers(20, 90, 250), rng.integers(0, 3, 250)
+    ill = ((ages > 60) | (wards == 2)) ^ (rng.random(250) < noise)
     rows = [
-        {"age": int(age), "ward": "abc"[ward], "ill": "yes" if age > 60 or ward == 2 else "no"}
-        for age, ward in zip(ages, wards, strict=True)
+        {"age": int(age), "ward": "abc"[ward], "ill": "yes" if is_ill else "no"}
+        for age, ward, is_ill in zip(ages, wards, ill, strict=True)
     ]
     return write_csv(path, rows)
 
@@ -73,7 +75,7 @@ def test_a_run_of_all_models_survives_a_kill_and_owners_predict_with_the_one_tha
         assert site.ask("init").returncode == 0
         site.up(port=(port := free_port()))
         for seed, name in enumerate(NAMES):
-            table = clinic(tmp_path / f"{name}.csv", seed)
+            table = clinic(tmp_path / f"{name}.csv", seed, 0.2)
             words = ("join", "-", "--name", name, "--data", str(table), *ALLOW)
             assert site.ask_agent(name, *words, given=site.ticket()).returncode == 0
         site.start(*NAMES)

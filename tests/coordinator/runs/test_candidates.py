@@ -28,6 +28,7 @@ from protocols.errors import TrainerFailed, UsageError
 from protocols.messages.states import RunState
 from protocols.model import schema_card
 from protocols.model.weights import Weights
+from protocols.tables.model_scores import ModelScores
 from protocols.tables.trees import layout
 from tests.coordinator.runs.test_model_choice import RULES, compared, scores, spec_of
 from tests.coordinator.runs.test_strategy_runs import Axe, Killed
@@ -333,6 +334,12 @@ def test_models_that_are_clearly_worse_are_not_trained() -> None:
     assert (chosen.model, chosen.then) == ("mlp", ("trees",))
     assert chosen.left_out["linear"] == "its loss in the cross-validation is 1.8 times the least"
     assert model_choice.text(chosen).startswith("mlp, then trees (each peer alone: mlp loss 0.5;")
+    told = {"linear": (0.99, 0.1), "mlp": (0.995, 0.01), "trees": (0.96, 0.02)}
+    right = ModelScores(
+        rows=200, metrics={name: {"accuracy": a, "loss": b} for name, (a, b) in told.items()}  # type: ignore[misc]
+    )
+    almost = model_choice.choose(compared(spec_of(), right))
+    assert almost.left_out.keys() == {"trees"}, "the linear model is hardly ever wrong"
     every = model_choice.choose(
         compared(spec_of(), scores(90, "loss", linear=0.7, mlp=0.5, trees=0.6))
     )
