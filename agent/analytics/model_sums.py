@@ -40,7 +40,7 @@ from protocols.analytics.mergeable_states import Floats
 from protocols.analytics.model_states import FitState, RiskState, to_upper
 from protocols.analytics.models import Model, Term
 from protocols.analytics.query import Operation
-from protocols.analytics.row_sets import category, ones
+from protocols.analytics.row_sets import ones, part_of
 from protocols.errors import Refused
 
 #: Adds a number of equations to the count of each of these columns. Returns the equations of the
@@ -96,14 +96,14 @@ def compute_model(
         )
     if not (np.abs(_numbers_of(state)) <= _MAX_SUM).all():
         raise OUTSIDE
-    return Figure(state, tuple(told), _rows_of_parts(operation, model, table, used.rows))
+    return Figure(state, tuple(told), _rows_of_parts(operation, model, table, used.rows, parts))
 
 
 def _rows_of_parts(
-    operation: Operation, model: Model, table: Table, used: Places
+    operation: Operation, model: Model, table: Table, used: Places, parts: Sequence[Places]
 ) -> dict[str, Places]:
-    """The rows that the numbers of a model are sums over: all, and those of each category. A column
-    of zeros and ones is a category, too."""
+    """The rows that the numbers of a model are sums over: all, those of each category, and those of
+    each part by time. A column of zeros and ones is a category, too."""
     over = {"": used}
     for place, name in enumerate(operation.columns):
         values = table.columns[name].values
@@ -111,8 +111,8 @@ def _rows_of_parts(
             over[ones(place)] = used[values[used] == 1]
     for place, term in enumerate(model.terms):
         codes = _codes(term, table)[used] if term.categories else np.zeros(0, np.int64)
-        over |= {category(place, code): used[codes == code] for code in np.unique(codes).tolist()}
-    return over
+        over |= {part_of(place, code): used[codes == code] for code in np.unique(codes).tolist()}
+    return over | {part_of("time", number): used[places] for number, places in enumerate(parts)}
 
 
 def _numbers_of(state: FitState | RiskState) -> Floats:

@@ -8,7 +8,9 @@ no row and no number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 from msgspec import Meta
@@ -23,7 +25,7 @@ RowSet = Annotated[
     dict[Annotated[int, Meta(ge=0, lt=MAX_ROW_SETS)], Annotated[int, Meta(ge=1, lt=PRIME)]],
     Meta(max_length=MAX_ROW_SETS),
 ]
-_CATEGORY = "category "
+_PART = "part "
 #: The rows of a figure, "": those that it sums over. Of counts by category or time, those of each.
 #: `ones`: of a column of zeros and ones, those with 1.
 FigureRows = Annotated[dict[Text, RowSet], Meta(max_length=1024)]
@@ -44,13 +46,14 @@ def ones(place: int) -> str:
     return f"ones {place}"
 
 
-def category(place: int, code: int) -> str:
-    """The label of the rows of a category of a model: level `code` of the term at this place."""
-    return f"{_CATEGORY}{place} {code}"
+def part_of(of: int | str, number: int) -> str:
+    """The label of a part of a model's rows, over which it has sums: level `number` of the term at
+    the place `of`; or of a Cox model, the part `number` of those that its time bins give."""
+    return f"{_PART}{of} {number}"
 
 
-def is_category(label: str) -> bool:
-    return label.startswith(_CATEGORY)
+def is_part(label: str) -> bool:
+    return label.startswith(_PART)
 
 
 def time_bin(event: bool, start: float) -> str:
@@ -58,10 +61,33 @@ def time_bin(event: bool, start: float) -> str:
     return f"{int(event)} {start!r}"
 
 
-def read_time_bin(label: str) -> tuple[bool, float] | None:
-    """Whether it is of rows with the event, and the start; None for another label."""
-    event, _, start = label.partition(" ")
-    try:
-        return event == "1", float(start)
-    except ValueError:
-        return None
+def by_bin(rows: FigureRows, edges: Sequence[float]) -> FigureRows:
+    """The rows with the event in each of these time bins, then those without, by number. They are
+    unions of the rows in the peer's own bins."""
+    parts: list[list[RowSet]] = [[] for _ in range(2 * (len(edges) + 1))]
+    for label, some in rows.items():
+        event, _, start = label.partition(" ")
+        with contextlib.suppress(ValueError):  # of another figure
+            number = bisect_right(edges, float(start))
+            parts[number + (0 if event == "1" else len(edges) + 1)].append(some)
+    return {str(n): add(some) for n, some in enumerate(parts) if some}
+
+
+def join_bins(
+    edges: Sequence[float], groups: Sequence[Sequence[FigureRows]], minimum: int
+) -> list[float]:
+    """Those of the edges with which each bin of a group has rows with the event at `minimum` peers
+    or more, or at none, and such without. `groups`: by group, the rows of each peer."""
+    left = [*edges]
+    while left:
+        bins = len(left) + 1
+        few = [
+            number % bins
+            for told in ([by_bin(rows, left) for rows in peers] for peers in groups)
+            for number in range(2 * bins)
+            if 0 < sum(bool(one.get(str(number))) for one in told) < minimum
+        ]
+        if not few:
+            break
+        del left[min(few[0], len(left) - 1)]
+    return left

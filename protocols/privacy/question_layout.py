@@ -8,9 +8,8 @@ and which peer is part of each.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -30,7 +29,7 @@ from protocols.analytics.model_states import (
 )
 from protocols.analytics.models import MAX_EDGES
 from protocols.analytics.query import Operation, Query
-from protocols.analytics.row_sets import FigureRows, RowSet
+from protocols.analytics.row_sets import FigureRows
 from protocols.errors import BadMessage, Refused, UsageError
 from protocols.messages.envelope import Id, Text
 from protocols.privacy.question_states import state_of
@@ -171,7 +170,12 @@ def agree_layout(query: Query, shapes: Mapping[str, PeerAnswer], minimum: int) -
         names = {n: None for s in states if isinstance(s, LevelsState) for n in s.counts}
         levels.append(tuple(sorted(names)))
         bins = [set(s.edges) for s in states if isinstance(s, SurvivalState)]
-        edges.append(tuple(sorted(set.intersection(*bins))) if bins else ())
+        common = sorted(set.intersection(*bins)) if bins else []
+        figures = [
+            [of[1 + place] for answer in shapes.values() for of in _rows_of_group(answer, group)]
+            for group in groups
+        ]
+        edges.append(tuple(row_sets.join_bins(common, figures, minimum)))
     layout = Layout(groups=groups, levels=tuple(levels), edges=tuple(edges), told={})
     truth = {peer: truth_of(query, layout, answer) for peer, answer in shapes.items()}
     enough = np.stack([*truth.values()]).sum(axis=0) >= minimum
@@ -183,11 +187,10 @@ def agree_layout(query: Query, shapes: Mapping[str, PeerAnswer], minimum: int) -
 def rows_of(query: Query, layout: Layout, answer: PeerAnswer) -> tuple[FigureRows, ...]:
     """The rows of each figure of the layout, by group; of those that the answer does not tell,
     none. Categories and time bins are numbered, as in the layout."""
-    known = {cell.group: rows for cell, rows in zip(answer.cells, answer.rows_of, strict=False)}
     none: tuple[FigureRows, ...] = ({},) * (1 + len(query.operations))
 
     def of_group(group: Group) -> Iterator[FigureRows]:
-        of_cell, *figures = known.get(group, none)
+        of_cell, *figures = next(_rows_of_group(answer, group), none)
         yield of_cell
         for place, (operation, rows) in enumerate(zip(query.operations, figures, strict=True)):
             match operation.kind:
@@ -195,22 +198,20 @@ def rows_of(query: Query, layout: Layout, answer: PeerAnswer) -> tuple[FigureRow
                     names = enumerate(layout.levels[place])
                     yield {str(n): rows[name] for n, name in names if name in rows}
                 case "survival":
-                    yield _by_bin(rows, layout.edges[place])
+                    yield row_sets.by_bin(rows, layout.edges[place])
                 case _:
                     yield rows
 
     return tuple(figure for group in layout.groups for figure in of_group(group))
 
 
-def _by_bin(rows: FigureRows, edges: Sequence[float]) -> FigureRows:
-    """The rows with the event in each of these time bins, then those without. They are unions of
-    the rows in the peer's own bins."""
-    parts: list[list[RowSet]] = [[] for _ in range(2 * (len(edges) + 1))]
-    for label, some in rows.items():
-        if (told := row_sets.read_time_bin(label)) is not None:
-            is_event, start = told
-            parts[bisect_right(edges, start) + (0 if is_event else len(edges) + 1)].append(some)
-    return {str(n): row_sets.add(some) for n, some in enumerate(parts) if some}
+def _rows_of_group(answer: PeerAnswer, group: Group) -> Iterator[tuple[FigureRows, ...]]:
+    """The rows of the group's figures, if the answer has it."""
+    return (
+        rows
+        for cell, rows in zip(answer.cells, answer.rows_of, strict=False)
+        if cell.group == group
+    )
 
 
 def items_of(query: Query, layout: Layout) -> list[Item]:

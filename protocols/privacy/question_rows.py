@@ -14,7 +14,7 @@ from typing import NamedTuple
 from protocols.analytics import row_sets
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
-from protocols.analytics.row_sets import FigureRows, is_category
+from protocols.analytics.row_sets import FigureRows, is_part
 from protocols.errors import BadMessage, SecureRefused
 from protocols.privacy.question_layout import Item, Layout, items_of, rows_of, told_by
 
@@ -96,8 +96,8 @@ def _sums_of(
                 yield About(column, "=1"), _pick(rows, label)
                 for other in {*operation.columns} - {column}:
                     yield About(other), _pick(rows, label)
-        for label in {name for one in rows.values() for name in one if is_category(name)}:
-            for column in operation.columns:  # a model has the sums over each category
+        for label in {name for one in rows.values() for name in one if is_part(name)}:
+            for column in operation.columns:
                 yield About(column), _pick(rows, label)
 
 

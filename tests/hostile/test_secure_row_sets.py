@@ -102,6 +102,33 @@ def test_a_category_of_one_peer_is_in_no_sum(tmp_path: Path, asked: str) -> None
     assert site.ask(model.format('"A", "B"', "5e4, 0")).peers == 4
 
 
+def followed(seed: int, months: float, count: int = 200) -> list[Row]:
+    """Patients who are followed for so long."""
+    chance = np.random.default_rng(seed)
+    return [
+        {
+            "months": round(float(chance.uniform(0, months)), 1),
+            "died": int(chance.random() < 0.5),
+            "age": int(chance.integers(20, 70)),
+        }
+        for _ in range(count)
+    ]
+
+
+def test_a_time_in_which_one_peer_has_rows_has_no_sum(tmp_path: Path) -> None:
+    """Attack: ask for a Cox model with a time bin in which one peer alone has rows: its sums over
+    that bin are that peer's. An honest coordinator joins such bins with others."""
+    for name in ("lie", "honest"):
+        (tmp_path / name).mkdir()
+    parts = [followed(n, months) for n, months in enumerate((36.0, 20.0, 20.0, 20.0))]
+    site = SecureTables(tmp_path / "lie", parts)
+    refused(site, ("cox(months, died ~ age, bins=(10, 22), at=(0,))", ""))
+    assert site.ask("cox(months, died ~ age, bins=(10,), at=(0,))").peers == 4
+    site = SecureTables(tmp_path / "honest", parts)
+    assert max(row[1] for row in site.method("km(months, died)").tables[0].rows) < 20
+    assert site.method("cox(months, died ~ age)").tables
+
+
 def test_two_peers_are_too_few_also_with_others(tmp_path: Path) -> None:
     """Attack: the same with two peers of four, and with a peer that nobody trusts."""
     site = fleet(tmp_path, "ABX", "ABX", "AB", "AB")

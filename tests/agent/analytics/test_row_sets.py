@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.analytics import row_sets
-from protocols.analytics.row_sets import MAX_ROW_SETS, PRIME, add
+from protocols.analytics.row_sets import MAX_ROW_SETS, PRIME, add, by_bin, join_bins
 from protocols.errors import Refused
 
 some_rows = st.lists(st.integers(0, 7), unique=True, max_size=8).map(sorted)
@@ -47,6 +47,22 @@ def test_a_group_and_the_others_are_all_rows() -> None:
         row_sets.number_sets(
             [np.array([n]) for n in range(MAX_ROW_SETS)], [everybody + MAX_ROW_SETS]
         )
+
+
+def test_time_bins_of_few_peers_are_joined_with_the_next() -> None:
+    """A bin without rows with the event, or without it, is fine."""
+    every = {"1 0.0": {0: 1}, "0 0.0": {1: 1}, "1 2.0": {2: 1}, "0 2.0": {3: 1}, "1 5.0": {4: 1}}
+    assert join_bins([2.0, 5.0], [[every] * 3], 3) == [2.0, 5.0]
+    some = every | {"1 2.0": {}}
+    assert join_bins([2.0, 5.0], [[every] * 3, [every, every, some]], 3) == [2.0]
+    assert join_bins([2.0, 5.0], [[every, some, every | {"1 5.0": {}}]], 3) == [2.0]
+    assert join_bins([2.0, 5.0], [[every, every, every | {"1 0.0": {}}]], 3) == [5.0]
+    assert join_bins([2.0], [[every, {}, {}]], 3) == []
+    assert by_bin(every, [5.0]) == {
+        "0": {0: 1, 2: 1},
+        "1": {4: 1},
+        "2": {1: 1, 3: 1},
+    }
 
 
 Sum = dict[str, int]
