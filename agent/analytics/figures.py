@@ -191,9 +191,11 @@ def _histogram(
     counts = np.bincount(bin_of, minlength=bins + 2)
     told = _large_enough(counts, min_rows)
     counts[np.setdiff1d(np.arange(len(counts)), told)] = 0
-    sets = tuple(ToldRows(operation.columns[0], used[bin_of == i]) for i in told)
+    names = [bins, *range(bins), bins + 1]  # as sums have them: first the bins
+    rows = {str(names[i]): used[bin_of == i] for i in told}
+    sets = tuple(ToldRows(operation.columns[0], some) for some in rows.values())
     state = stats.HistogramState(tuple(counts[1:-1].tolist()), int(counts[0]), int(counts[-1]))
-    return Figure(state, sets)
+    return Figure(state, sets, rows)
 
 
 def _large_enough(counts: Places, min_rows: int) -> list[int]:

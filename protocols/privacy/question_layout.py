@@ -19,7 +19,13 @@ from msgspec import UNSET, Meta, Struct
 from msgspec.structs import replace
 
 from protocols.analytics import row_sets
-from protocols.analytics.mergeable_states import Cell, PeerAnswer, State, WithheldState
+from protocols.analytics.mergeable_states import (
+    Cell,
+    HistogramState,
+    PeerAnswer,
+    State,
+    WithheldState,
+)
 from protocols.analytics.model_states import (
     MAX_TOLD_LEVELS,
     ColumnsState,
@@ -93,7 +99,8 @@ class Layout(Struct, frozen=True, kw_only=True):
 
 
 class Item(NamedTuple):
-    """Numbers that are told or not: the rows of a group, a figure, or the rows of a category.
+    """Numbers that are told or not: the rows of a group, a figure, or the rows of a category, such
+    as a bin of a histogram.
 
     `place`: of the operation; -1 for the rows of the group. `size`: how many numbers.
     """
@@ -222,8 +229,9 @@ def items_of(query: Query, layout: Layout) -> list[Item]:
         raise BadMessage("the layout of the sums is of another question")
     figures: list[tuple[int, str, int]] = [(-1, "", 1)]
     for place, operation in enumerate(query.operations):
-        if operation.kind == "levels":
-            figures += [(place, level, 1) for level in layout.levels[place]]
+        if operation.kind in ("levels", "histogram"):
+            names = layout.levels[place] if operation.kind == "levels" else _bins(operation)
+            figures += [(place, name, 1) for name in names]
         else:
             figures.append((place, "", _size(operation, len(layout.edges[place]))))
     # Before the list of all: a short layout can name millions.
@@ -235,6 +243,11 @@ def items_of(query: Query, layout: Layout) -> list[Item]:
     return [Item(group, *figure) for group in layout.groups for figure in figures]
 
 
+def _bins(operation: Operation) -> tuple[str, ...]:
+    """The numbers of a histogram, by place: of its bins, and of the rows below and above."""
+    return tuple(map(str, range(int(operation.args[0]) + 2)))
+
+
 def _size(operation: Operation, edges: int) -> int:
     """The numbers of a figure."""
     width = 0 if operation.model is UNSET else len(operation.model.at)
@@ -244,8 +257,6 @@ def _size(operation: Operation, edges: int) -> int:
             return 1
         case "cov" | "corr":
             return 6
-        case "histogram":
-            return int(operation.args[0]) + 2
         case "survival":
             return 2 * (edges + 1)
         case "glm":
@@ -258,6 +269,7 @@ def _size(operation: Operation, edges: int) -> int:
 def truth_of(query: Query, layout: Layout, answer: PeerAnswer) -> Bits:
     """Which items this answer has, bool[items]. Raises BadMessage, Refused."""
     cells = {cell.group: cell for cell in answer.cells}
+    rows = {cell.group: some for cell, some in zip(answer.cells, answer.rows_of, strict=False)}
 
     def has(item: Item) -> bool:
         if (cell := cells.get(item.group)) is None:
@@ -267,6 +279,8 @@ def truth_of(query: Query, layout: Layout, answer: PeerAnswer) -> Bits:
         state = cell.states[item.place]
         if isinstance(state, LevelsState):
             return item.level in state.counts
+        if isinstance(state, HistogramState):  # in a shape, all bins are empty
+            return item.group in rows and item.level in rows[item.group][1 + item.place]
         return not isinstance(state, WithheldState)
 
     return np.array([has(item) for item in items_of(query, layout)], bool)

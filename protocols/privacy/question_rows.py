@@ -15,6 +15,7 @@ from protocols.analytics import row_sets
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
 from protocols.analytics.row_sets import FigureRows, is_part
+from protocols.analytics.syntax import format_number
 from protocols.errors import BadMessage, SecureRefused
 from protocols.privacy.question_layout import Item, Layout, items_of, rows_of, told_by
 
@@ -85,6 +86,9 @@ def _sums_of(
     elif operation.kind == "levels":
         label = str(layout.levels[item.place].index(item.level))
         yield About(column, f"={item.level}"), _pick(rows, label)
+    elif operation.kind == "histogram":
+        bins = ", ".join(map(format_number, operation.args))
+        yield About(column, f"={item.level} of {bins}"), _pick(rows, item.level)
     elif operation.kind == "survival":
         for number in range(item.size):
             yield About(column, f"and {operation.columns[1]}"), _pick(rows, str(number))

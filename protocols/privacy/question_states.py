@@ -34,7 +34,7 @@ def sums_of(state: State, level: str, edges: tuple[float, ...]) -> list[Fraction
             products = Fraction(c) + x.count * Fraction(x.mean) * Fraction(y.mean)
             found = [x.count, *_power_sums(x), *_power_sums(y), products]
         case stats.HistogramState(counts, below, above):
-            found = [*counts, below, above]
+            found = [(*counts, below, above)[int(level)]]
         case LevelsState(by_level):
             found = [by_level[level]]
         case SurvivalState():

@@ -96,12 +96,18 @@ def decode(
     numbers = iter(_to_fractions(totals))
     rows: dict[Group, int] = {}
     states: dict[Group, dict[int, State]] = {group: {} for group in layout.groups}
+    bins: dict[tuple[Group, int], list[Fraction]] = {}
+    shown: set[tuple[Group, int]] = set()
     try:
         for item, is_told in zip(items, told, strict=True):
             some = iter([next(numbers) for _ in range(item.size)])
             found = states[item.group]
             if item.place < 0:
                 rows[item.group] = count_of(some)
+            elif query.operations[item.place].kind == "histogram":
+                bins.setdefault((item.group, item.place), []).extend(some)
+                if is_told:
+                    shown.add((item.group, item.place))
             elif item.level:
                 old = found.get(item.place, LevelsState())
                 assert isinstance(old, LevelsState)
@@ -110,6 +116,9 @@ def decode(
             elif is_told:
                 operation, edges = query.operations[item.place], layout.edges[item.place]
                 found[item.place] = state_of(operation, edges, some, len(edges))
+        for group, place in shown:
+            in_order = iter(bins[group, place])
+            states[group][place] = state_of(query.operations[place], (), in_order, 0)
     except (ValueError, OverflowError) as err:
         raise CohortLost(
             f"the sum of the answers is none that honest peers can have sent: {err}",

@@ -90,6 +90,18 @@ def test_rows_of_one_peer_are_not_the_difference_of_sums(
         site.ask(*question)
 
 
+def test_a_bin_of_one_peer_is_empty(tmp_path: Path) -> None:
+    """Attack: ask for a histogram with a bin in which one peer alone has rows; and subtract numbers
+    of rows under a condition from its bins."""
+    parts = [rows(n, some) for n, some in enumerate(("ABX", "AB", "AB", "AB"))]
+    parts[0] += [row | {"age": 90} for row in rows(9, "AB", 12)]
+    site = SecureTables(tmp_path, parts)
+    (found,) = site.ask("histogram(age, 3, 10, 100)").groups
+    *_, oldest = found.figures[0]["counts"]
+    assert (found.rows, oldest, sum(found.figures[0]["counts"])) == (252, 0, 240)
+    refused(site, ("count", "age >= 40 and age < 70 and ward != 'X'"))
+
+
 @pytest.mark.parametrize("asked", ["model", "cov(salary, flag)", "sum(flag)"])
 def test_a_category_of_one_peer_is_in_no_sum(tmp_path: Path, asked: str) -> None:
     """Attack: ask for a model with a category that rows of one peer alone have, or for sums with a

@@ -336,7 +336,8 @@ def test_models_that_are_clearly_worse_are_not_trained() -> None:
     assert model_choice.text(chosen).startswith("mlp, then trees (each peer alone: mlp loss 0.5;")
     told = {"linear": (0.99, 0.1), "mlp": (0.995, 0.01), "trees": (0.96, 0.02)}
     right = ModelScores(
-        rows=200, metrics={name: {"accuracy": a, "loss": b} for name, (a, b) in told.items()}  # type: ignore[misc]
+        rows=200,
+        metrics={name: {"accuracy": a, "loss": b} for name, (a, b) in told.items()},  # type: ignore[misc]
     )
     almost = model_choice.choose(compared(spec_of(), right))
     assert almost.left_out.keys() == {"trees"}, "the linear model is hardly ever wrong"
