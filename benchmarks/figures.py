@@ -71,6 +71,8 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
         table_page.held_out_tables,
     ),
     ("docs/reliability.md", "make faults"): ("faults/fault-results.json", faults.page),
+    ("docs/cluster.md", "make faults-cluster"): ("faults/leader-results.json", faults.page),
+    ("docs/cluster.md", "many agents"): ("bench/bench-results.json", small_tables.load),
 }
 
 

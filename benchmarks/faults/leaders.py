@@ -48,11 +48,6 @@ WAYS = {
 }
 
 
-def points(seed: int) -> list[str]:
-    """Every step of a round on the coordinator; the seed selects the round."""
-    return [*crashes.coordinator_points(seed), "version.uploaded"]
-
-
 class Loss(NamedTuple):
     """What came of it: findings, and seconds until the other one led and the run went on."""
 
@@ -173,7 +168,7 @@ def main() -> int:
                 with pair(Path(folder), server) as fleet:
                     fleet.found(*crashes.PEERS)
                     fleet.rest_s = asked.rest
-                    for point in asked.points or points(seed):
+                    for point in asked.points or crashes.coordinator_points(seed):
                         play(fleet, rows, seed, way, point)
             except Exception as err:  # counts as a violation and ends this fleet
                 failed = f"{type(err).__name__}: {str(err)[:300]}"

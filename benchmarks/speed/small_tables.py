@@ -25,6 +25,18 @@ def training(results: dict[str, Any]) -> str:
     return f"| model, batch | through the agent | bare PyTorch loop |\n|---|---|---|\n{lines}"
 
 
+def load(results: dict[str, Any]) -> str:
+    """What many agents cost the coordinator: bench-results.json."""
+    lines = "".join(
+        f"| {row['present']:,} | {row['resting_coordinator_rss_bytes'] / 1e6:.0f} MB "
+        f"| {row['resting_coordinator_cpu_percent']:.0f} % | {row['working']:,} "
+        f"| {row['round_s']:.1f} s | {row['coordinator_cpu_s_per_round']:.1f} s |\n"
+        for row in results["load"]
+    )
+    head = "| agents present | memory | at rest, of a core | agents in a round | a round | CPU |\n"
+    return f"{head}|---|---|---|---|---|---|\n{lines}"
+
+
 def egress(results: dict[str, Any]) -> str:
     """Time until all peers have a version, and the copies that leave: egress-results.json."""
     lines = ""

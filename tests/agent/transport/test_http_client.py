@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from agent.transport import http_client
 from agent.transport.http_client import HttpClient, Proxy, proxy_for
 from protocols.errors import Unreachable
 from tests.support.waiting import wait_for
@@ -61,10 +62,10 @@ def silent() -> Iterator[socket.socket]:
 class Asking:
     """A request to `silent` in a thread."""
 
-    def __init__(self, silent: socket.socket) -> None:
-        host, port = silent.getsockname()
+    def __init__(self, *silent: socket.socket) -> None:
+        places = ["{}:{}".format(*one.getsockname()) for one in silent]
         tls = ssl.create_default_context()
-        self.wire = HttpClient([f"{host}:{port}"], tls, timeout_s=600.0, max_idle_s=60.0)
+        self.wire = HttpClient(places, tls, timeout_s=600.0, max_idle_s=60.0)
         self.failure: Unreachable | None = None
         self.thread = threading.Thread(target=self._ask, daemon=True)
         self.thread.start()
@@ -92,6 +93,20 @@ def test_a_request_that_waits_for_the_handshake_ends_when_the_link_closes(
         asking.wire.close()
         asking.thread.join(PATIENCE_S)
         assert asking.failure is not None
+
+
+def test_the_next_address_is_tried_when_one_accepts_and_never_answers(
+    silent: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "_CONNECTED_WITHIN_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(PATIENCE_S)
+        asking = Asking(silent, other)
+        accepted, _ = other.accept()
+        with accepted:
+            assert accepted.recv(1), "the handshake has begun"
+            asking.wire.close()
+            asking.thread.join(PATIENCE_S)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full queue refuses at once")
