@@ -109,10 +109,17 @@ def _rows_of_parts(
         values = table.columns[name].values
         if values is not None and np.isin(values[used], (0, 1)).all():
             over[ones(place)] = used[values[used] == 1]
-    for place, term in enumerate(model.terms):
-        codes = _codes(term, table)[used] if term.categories else np.zeros(0, np.int64)
-        over |= {part_of(place, code): used[codes == code] for code in np.unique(codes).tolist()}
-    return over | {part_of("time", number): used[places] for number, places in enumerate(parts)}
+    codes_of = {term.column: _codes(term, table)[used] for term in model.terms if term.categories}
+    places = {term.column: place for place, term in enumerate(model.terms)}
+    together: list[tuple[str, ...]] = [(name,) for name in codes_of]
+    if model.products:
+        together += crossings(operation, model, codes_of)
+    for names in together:
+        of, codes = "&".join(str(places[name]) for name in names), np.zeros(len(used), np.int64)
+        for name in names:
+            codes = codes * len(model.terms[places[name]].levels) + codes_of[name]
+        over |= {part_of(of, code): used[codes == code] for code in np.unique(codes).tolist()}
+    return over | {part_of("time", number): used[rows] for number, rows in enumerate(parts)}
 
 
 def _numbers_of(state: FitState | RiskState) -> Floats:

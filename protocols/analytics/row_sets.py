@@ -46,14 +46,16 @@ def ones(place: int) -> str:
     return f"ones {place}"
 
 
-def part_of(of: int | str, number: int) -> str:
+def part_of(of: str, number: int) -> str:
     """The label of a part of a model's rows, over which it has sums: level `number` of the term at
-    the place `of`; or of a Cox model, the part `number` of those that its time bins give."""
+    the place `of`; a combination of levels of several terms, "0&2"; or, of a Cox model, the part
+    `number` of those that its time bins give."""
     return f"{_PART}{of} {number}"
 
 
-def is_part(label: str) -> bool:
-    return label.startswith(_PART)
+def read_part(label: str) -> str | None:
+    """What the label is a part of; None for another label."""
+    return label[len(_PART) :].rpartition(" ")[0] if label.startswith(_PART) else None
 
 
 def time_bin(event: bool, start: float) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from protocols.analytics import row_sets
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
-from protocols.analytics.row_sets import FigureRows, is_part
+from protocols.analytics.row_sets import FigureRows, read_part
 from protocols.analytics.syntax import format_number
 from protocols.errors import BadMessage, SecureRefused
 from protocols.privacy.question_layout import Item, Layout, items_of, rows_of, told_by
@@ -100,9 +100,10 @@ def _sums_of(
                 yield About(column, "=1"), _pick(rows, label)
                 for other in {*operation.columns} - {column}:
                     yield About(other), _pick(rows, label)
-        for label in {name for one in rows.values() for name in one if is_part(name)}:
-            for column in operation.columns:
-                yield About(column), _pick(rows, label)
+        for label in {name for one in rows.values() for name in one}:
+            if (of := read_part(label)) is not None:
+                for column in operation.columns:  # combinations are many: they have their own
+                    yield About(column, f"of {of}" if "&" in of else ""), _pick(rows, label)
 
 
 def _pick(rows: Mapping[str, FigureRows], label: str) -> SumRows:

@@ -114,6 +114,27 @@ def test_a_category_of_one_peer_is_in_no_sum(tmp_path: Path, asked: str) -> None
     assert site.ask(model.format('"A", "B"', "5e4, 0")).peers == 4
 
 
+def test_a_combination_of_one_peer_is_in_no_model(tmp_path: Path) -> None:
+    """Attack: ask for an interaction of two categories, each of which enough peers have, and both
+    of which one peer alone has."""
+    parts = [
+        [row | {"shift": shifts[n // 3 % len(shifts)]} for n, row in enumerate(rows(3, wards, 400))]
+        for wards, shifts in (
+            ("ABX", "dn"),
+            ("ABX", "de"),
+            ("ABX", "de"),
+            ("AB", "dne"),
+            ("AB", "dne"),
+        )
+    ]
+    site = SecureTables(tmp_path, parts)
+    model = "glm(salary ~ {}, family=gaussian, link=identity, at=({}))"
+    ward, shift = 'C(ward, "A", "B", "X")', 'C(shift, "d", "e", "n")'
+    apart = model.format(f"{ward} + {shift}", "5e4, 0, 0, 0, 0")
+    refused(site, (model.format(f"{ward} * {shift}", "5e4" + ", 0" * 8), ""))
+    assert site.ask(apart).peers == 5
+
+
 def followed(seed: int, months: float, count: int = 200) -> list[Row]:
     """Patients who are followed for so long."""
     chance = np.random.default_rng(seed)
