@@ -243,7 +243,7 @@ class Client:
             self._budget.charge(work, done)
         # Sync the reply at once if state that stays on this peer changes with the update.
         is_stateful = work.kind == "train" and bool(
-            personal or registry.parse(work.codec).encoding or done.privacy or work.ahead
+            personal or registry.parse_in_work(work.codec).encoding or done.privacy or work.ahead
         )
         finished = self._outbox.keep(work, done, synced=is_stateful, columns=columns)
         failpoint("agent.outbox.written")

@@ -67,7 +67,7 @@ class Training:
         self, work: Work, base: Path, personal: RunStatePaths | None, columns: Sequence[str]
     ) -> Done:
         """Train, and write the update in the run's codec to the outbox."""
-        codec, update = registry.parse(work.codec), self._outbox.update
+        codec, update = registry.parse_in_work(work.codec), self._outbox.update
         fragment = Fragment.of_round(work.fragments, work.round)
         is_encoded = codec.encoding is not None or not fragment.is_whole
         trained = self._outbox.trained if is_encoded else update

@@ -59,7 +59,7 @@ class WorkReader:
             raise BadMessage("a message whose log of versions is not bytes")
         self._check_log(work, head, page)
         if work.kind == "train" and not secure_rules.is_secure(work):
-            registry.parse(work.codec)  # fail before an hour of training, not after
+            registry.parse_in_work(work.codec)  # fail before an hour of training, not after
         return SignedRequest(work, payload, signature)
 
     def columns(self, work: Work) -> tuple[str, ...]:

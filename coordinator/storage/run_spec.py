@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from protocols.codecs import registry
 from protocols.messages.envelope import Count, Integer, Settings
 from protocols.privacy.private_training import PrivateTraining
 from protocols.privacy.secagg.messages import masked_codec
@@ -133,4 +134,6 @@ class RunSpec(Struct, frozen=True, kw_only=True):
     @property
     def work_codec(self) -> str:
         """The codec that peers are told. Raises UsageError if a secure run cannot use it."""
-        return masked_codec(self.codec) if self.secure else self.codec
+        if self.secure:
+            return masked_codec(self.codec)
+        return registry.name_in_work(self.codec, self.fragments)

@@ -41,6 +41,9 @@ from protocols.tables.trees import layout
 UNCODED = "fp32"
 #: Not for `--codec`: a run of trees has it, and one of lora with products of adapters.
 SUMS, FACTORS = "sums", "factors"
+#: Before the name of the codec in the work of a run with fragments (`model.fragments`). Agents that
+#: know no fragments do not know such a codec, and refuse the work before they train.
+_OF_FRAGMENTS = "fragments"
 NAMES = ("fp32", "bf16", "int8", "sign", "ternary", "topk", "sparse2")
 #: Codecs that send few elements: the default share of elements, and the encoding.
 SPARSE: dict[str, tuple[float, Callable[[float], Encoding]]] = {
@@ -96,6 +99,16 @@ def parse(name: str) -> Codec:
         return Codec(f"{kind}:{share:g}", make_encoding(share))
     dense: dict[str, Encoding] = {"bf16": Bf16(), "int8": Int8(), "sign": Sign()}
     return Codec(kind, dense.get(kind))
+
+
+def name_in_work(name: str, fragments: int) -> str:
+    """What `Work.codec` says of this codec in a run with so many fragments."""
+    return f"{_OF_FRAGMENTS}{name}" if fragments > 1 else name
+
+
+def parse_in_work(name: str) -> Codec:
+    """The codec that `Work.codec` names. Raises UnknownName, UsageError."""
+    return parse(name.removeprefix(_OF_FRAGMENTS))
 
 
 def is_sparse(name: str) -> bool:

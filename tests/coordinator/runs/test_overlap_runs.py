@@ -19,7 +19,8 @@ from agent.tasks.work import Done, Trainer, Work
 from agent.trainer.in_process import InProcessTrainer
 from coordinator.runs import spec_rules
 from coordinator.storage.run_events import RunSpec
-from protocols.errors import UsageError
+from protocols.codecs import registry as codecs
+from protocols.errors import UnknownName, UsageError
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK
 from protocols.model import weights
@@ -161,8 +162,27 @@ class Locked:
             return self._trainer.run(work)
 
 
+async def test_an_agent_that_knows_no_fragments_refuses_before_it_trains(tmp_path: Path) -> None:
+    """It reads the codec as agents did before there were fragments. The run goes on without it."""
+    async with fleet_of(tmp_path, *DATA, some_data(20, 3)) as fleet:
+        older = fleet.agents[2]
+
+        def parse(message: Message) -> None:
+            work = SIGNED_WORK.decode(bytes(message.content.config_records["config"]["work"]))  # type: ignore[arg-type]
+            codecs.parse(work.codec)
+
+        older.before_answer = parse
+        for codec in ("int8", "ternary:0.125"):
+            run_id = fleet.start(rounds=2, quorum=2, overlap=1, fragments=2, codec=codec)
+            run = await fleet.finished(run_id)
+            assert run.state is RunState.FINISHED
+            refused = {(peer, reason) for _, peer, reason in fleet.refusals(run_id)}
+            assert refused == {(older.peer, UnknownName.code)}
+        assert "train" not in dict(older.trainer.worked)
+
+
 async def test_an_update_with_another_fragment_is_refused(tmp_path: Path) -> None:
-    """A peer whose agent is older sends all of the model."""
+    """A peer sends all of the model."""
     async with fleet_of(tmp_path, *DATA, some_data(20, 3)) as fleet:
         honest = fleet.agents[2].answer
 
