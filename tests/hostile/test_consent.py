@@ -66,6 +66,9 @@ class NeverTrains:
         self.used.append(work)
         raise AssertionError("the trainer was asked")
 
+    def cancel_training(self) -> None:
+        raise AssertionError("there is none")
+
     def fetch(self, work: Work) -> Path:
         raise AssertionError("a version was fetched")
 

@@ -156,6 +156,7 @@ class Locked:
 
     def __init__(self, trainer: InProcessTrainer) -> None:
         self._trainer, self._lock = trainer, threading.Lock()
+        self.cancel_training = trainer.cancel_training
 
     def run(self, work: Work) -> Done:
         with self._lock:
