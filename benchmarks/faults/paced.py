@@ -7,8 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.faults.site import Site
 from protocols.local.failpoints import TRUTH
+from protocols.model import weights
+from protocols.model.weights import Weights
 from tests.support.fault_proxy import Proxy
 from tests.support.fleet_harness import closing
 
@@ -67,6 +71,13 @@ def paced(parameters: int, step_s: float) -> str:
     """The source of the task."""
     named = {"PARAMETERS": str(parameters), "STEP_S": repr(step_s), "MARK": MARK}
     return re.sub("|".join(named), lambda found: named[found[0]], _SOURCE)
+
+
+def write_first(parameters: int, path: Path) -> None:
+    """The first weights of a model, for a run in which no peer is to upload them."""
+    width = parameters // 10
+    layer = np.zeros((width // 500, 500), np.float32)
+    weights.save(Weights({f"layers.{i}.w": layer for i in range(10)}), path)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.faults.paced import BYTES_PER_MBIT, Paced, fleet, paced
+from benchmarks.faults.paced import BYTES_PER_MBIT, Paced, fleet, paced, write_first
 from benchmarks.speed import report
 from tests.support.fault_proxy import Fault, Proxy
 from tests.support.fleet_harness import descendants
@@ -58,11 +58,13 @@ class Case(NamedTuple):
 
 def measured(case: Case) -> dict[str, Any]:
     """A row of the table. Raises AssertionError if an update is lost or counts twice."""
-    source = paced(int(case.megabytes * 1e6 / 4), _STEP_S)
+    parameters = int(case.megabytes * 1e6 / 4)
     with (
         tempfile.TemporaryDirectory(prefix="cw-slow-") as text,
-        fleet(Path(text), NAMES, SLOW, source) as (made, lines),
+        fleet(Path(text), NAMES, SLOW, paced(parameters, _STEP_S)) as (made, lines),
     ):
+        first = Path(text) / "first.safetensors"
+        write_first(parameters, first)
         for line in lines.values():
             line.fault = Fault(
                 line_bytes_per_s=case.mbit * BYTES_PER_MBIT,
@@ -70,8 +72,8 @@ def measured(case: Case) -> dict[str, Any]:
                 drop_up_per_mb=case.cut,
             )
         run = made.start_run(
-            made.paced, *MODES[case.mode], "--rounds", "1000", "--max-staleness", "1000",
-            "--set", f"max_steps={round(case.train_s / _STEP_S)}",
+            made.paced, "--from", str(first), *MODES[case.mode], "--rounds", "1000",
+            "--max-staleness", "1000", "--set", f"max_steps={round(case.train_s / _STEP_S)}",
             "--deadline", f"{1.5 * case.train_s + 5:.0f}s",
         )  # fmt: skip
         return _watched(made, run, lines, case)
@@ -100,6 +102,7 @@ def _watched(made: Paced, run: str, lines: dict[str, Proxy], case: Case) -> dict
         up = lines[REBOOTED].bytes_up - first_up[REBOOTED]
         if not is_rebooted and nbytes and up > nbytes // 3 and not carried[REBOOTED]:
             _kill(made, REBOOTED)
+            lines[REBOOTED].reset()  # also what its kernel has still to send
             is_rebooted, down_since = True, done
         if down_since >= 0 and done > down_since:
             made.background_agent(REBOOTED)

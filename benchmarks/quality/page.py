@@ -173,13 +173,18 @@ def language(results: dict[str, Any]) -> str:
     """DiLoCo beside an exchange at every step."""
     every = [row for row in results["rows"] if row["arm"] == "every-step"]
     rare = [row for row in results["rows"] if row["arm"] == "diloco"]
-    up, both = (statistics.mean(row[key] for row in rare) for key in ("fewer_up", "fewer"))
-    name = f"DiLoCo, every {rare[0]['inner']} steps, {rare[0]['codec']}"
-    return (
-        f"{_LANGUAGE_HEAD}| gradients exchanged at every step | {every[0]['lr']} "
-        f"| {_losses(every)} | 1 | 1 |\n"
-        f"| {name} | {rare[0]['lr']} | {_losses(rare)} | 1/{up:.0f} | 1/{both:.0f} |\n"
-    )
+    lines = [
+        _LANGUAGE_HEAD,
+        f"| gradients exchanged at every step | {every[0]['lr']} | {_losses(every)} | 1 | 1 |\n",
+    ]
+    for inner, codec in dict.fromkeys((row["inner"], row["codec"]) for row in rare):
+        mine = [row for row in rare if (row["inner"], row["codec"]) == (inner, codec)]
+        up, both = (statistics.mean(row[key] for row in mine) for key in ("fewer_up", "fewer"))
+        lines.append(
+            f"| DiLoCo, every {inner} steps, {codec} | {mine[0]['lr']} | {_losses(mine)} "
+            f"| 1/{up:.0f} | 1/{both:.0f} |\n"
+        )
+    return "".join(lines)
 
 
 def adapters(results: dict[str, Any]) -> str:

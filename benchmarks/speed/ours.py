@@ -26,7 +26,7 @@ _RUN_WITHIN_S = 1_800.0
 
 def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
     """A pass of `case`. `counted`: through a relay that counts, so its times mean nothing."""
-    with _site(case.agents, folder, relayed=counted) as (site, relay):
+    with started(case.agents, folder, relayed=counted) as (site, relay):
         start = relay.counted() if relay else (0, 0)
         ping(site, case, 1, seed=1)  # starts the trainers, with other versions
         spent, first = cpu(site), relay.counted() if relay else (0, 0)
@@ -51,7 +51,7 @@ def run(case: Case, folder: Path, *, counted: bool = False) -> Figures:
 def idle(folder: Path, agents: int, seconds: float) -> dict[str, float]:
     """Memory, and CPU in percent of a core, of a fleet that is idle after work."""
     settings = {"COMMONWEIGHT_AGENT_IDLE_TIMEOUT_S": "2"}
-    with _site(agents, folder, False, **settings) as (site, _):
+    with started(agents, folder, False, **settings) as (site, _):
         ping(site, Case("idle", agents, 10_240, 2, 0), 3)
         wait_for(lambda: not _members(site)["trainer"], "the trainers have ended")
         before, began = cpu(site), time.monotonic()
@@ -85,7 +85,7 @@ def ping(
 
 
 @contextmanager
-def _site(
+def started(
     agents: int, folder: Path, relayed: bool = False, **settings: str
 ) -> Iterator[tuple[Fleet, Relay | None]]:
     names = [f"agent{number}" for number in range(agents)]

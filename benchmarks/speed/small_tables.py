@@ -131,6 +131,9 @@ def _beside(value: float, whole: float) -> str:
     return "" if value == whole else f" (1/{whole / value:.0f})"
 
 
+_OPTIONS = {"fold": "`--late fold`", "buffered": "`--mode buffered`"}
+
+
 def overlap(results: dict[str, Any]) -> str:
     """The share of the time in which peers train: overlap-results.json."""
     lines = "".join(
@@ -155,3 +158,19 @@ def late_training(results: dict[str, Any]) -> str:
     )
     head = "| `--overlap` | `--fragments` | steps a round | steps | held-out loss | |\n"
     return f"{head}|---|---|---|---|---|---|\n{lines}".replace("%", " %").replace("+0.0 %", "")
+
+
+def slow_lines(results: dict[str, Any]) -> str:
+    """What became of the updates of peers behind slow lines: slow-lines-results.json."""
+    lines = "".join(
+        f"| {_OPTIONS[row['mode']]} | {'restarted' if peer['killed'] else ''} "
+        f"| {row['versions']} | {row['longest_s']:.0f} s | {peer['updates']} "
+        f"| {peer['versions_behind']} | {peer['cuts']} | {peer['sent_twice']:.1%} |\n"
+        for row in results["rows"]
+        for peer in row["peers"].values()
+    )
+    head = (
+        "| | agent | versions | longest wait for one | its updates that counted "
+        "| versions behind | cuts | sent in excess |\n"
+    )
+    return f"{head}|---|---|---|---|---|---|---|---|\n{lines}".replace("%", " %")

@@ -159,7 +159,7 @@ class WeightTransfer:
         self.limits.check_size(node, offset + length)
         part = self._begin(node, digest)
         have = part.nbytes
-        if offset not in (0, have):
+        if offset > have:
             return JSONResponse({"have": have}, status_code=409)
         self.limits.check_space(length)
         with part, self._mapping_errors(part):
@@ -182,7 +182,9 @@ class WeightTransfer:
     async def _stream(
         self, request: Request, auth: Auth, node: str, part: PartialUpload, offset: int, length: int
     ) -> str:
-        """Append the request's body to the partial upload and fsync it.
+        """Write the request's body to the partial upload from `offset`, and fsync it.
+
+        More may have arrived from the request before, after the agent had asked how much has.
 
         Returns the digest of the whole file, or "" if its length is wrong or a newer request has
         taken over.
@@ -191,6 +193,8 @@ class WeightTransfer:
         try:
             # Unbuffered, so that nothing is written after a newer request has taken over.
             with part.path.open("ab" if offset else "wb", buffering=0) as file:
+                file.truncate(offset)
+                file.seek(offset)
                 writer = UploadWriter(file, part.is_current)
                 if offset:
                     await asyncio.to_thread(writer.hash_existing, part.path)

@@ -247,6 +247,30 @@ def test_a_restarted_agent_sends_the_rest_of_an_update(
 
 
 @pytest.mark.usefixtures("_large")
+def test_what_came_after_the_question_is_sent_again(
+    site: Site, machine: Machine, link: CoordinatorClient, tmp_path: Path
+) -> None:
+    """The connection that was cut still brought some: all of the rest would be refused for it."""
+    data = bytes(range(256)) * 8192
+    source = tmp_path / "update"
+    source.write_bytes(data)
+    digest = weights.file_digest(source)
+    part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
+    part.write_bytes(data[:1_000_000])
+    pieces = link._pieces
+
+    def later(path: Path, offset: int) -> Iterator[bytes]:
+        if offset == 1_000_000:
+            part.write_bytes(data[:1_300_000])
+        return pieces(path, offset)
+
+    link._pieces = later  # type: ignore[method-assign]
+    link.upload(digest, source)
+    assert site.lane.uploads.path(machine.peer, digest).read_bytes() == data
+    assert link.bytes_up == len(data) - 1_000_000
+
+
+@pytest.mark.usefixtures("_large")
 def test_an_upload_whose_line_is_cut_again_and_again_arrives(
     site: Site, machine: Machine, tmp_path: Path
 ) -> None:
