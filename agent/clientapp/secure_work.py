@@ -238,7 +238,12 @@ class SecureWork:
             )
         most = max(card.examples for card in masking.cohort.cards.values())
         numbers = tails.values(
-            plan.names, result.metrics, result.tallies, result.num_examples, most
+            plan.names,
+            result.metrics,
+            result.tallies,
+            result.num_examples,
+            most,
+            len(masking.cohort.peers),
         )
         if not result.digest:
             return masked_file.write(masking, None, numbers, files.masked)

@@ -52,6 +52,8 @@ RESULTS, HELD_OUT_RESULTS = FOLDER / "tables-results.json", FOLDER / "tables-hel
 #: The shares of the rows that peers at random have; grouped ones have a third each.
 SHARES = (0.6, 0.3, 0.1)
 SPLITS = {False: "60, 30 and 10 %", True: "grouped"}
+#: Enough for trees.
+MANY_ROUNDS = 10_000
 #: Every fourth row is at no peer, and is used to test.
 TEST_OF = 4
 
@@ -91,17 +93,16 @@ def split(table: Table, folder: Path, *, grouped: bool) -> Split:
 
 
 def every_model(of: Split) -> dict[str, Any]:
-    """What all peers learn together: each model, the one that a run keeps, and trees of a run with
-    `--secure`. `personal`: the kept one after further training at the first peer."""
+    """What all peers learn together: each model, the one that a run with `--rounds` chooses, and
+    trees of a run with `--secure`. `personal`: the chosen one after further training at the first
+    peer."""
     found = {model: together(of.table, of.parts, of.test, model) for model in MODELS}
-    tried = choose(of.table, of.parts, _agreed(of).settings)
-    chosen = keep(of.table, {model: found[model] for model in tried})
+    (chosen,) = choose(of.table, of.parts, _agreed(of).settings, rounds=MANY_ROUNDS)
     return {
         **{model: one.test for model, one in found.items()},
         "secure": together(of.table, of.parts, of.test, "trees", secure=True).test,
         "chosen": chosen,
         "auto": found[chosen].test,
-        "tried": _told({model: found[model] for model in tried}),
         "personal": own(of.first, of.test, found[chosen]),
         "alone": best_alone(of, of.parts),
         **_central(of),

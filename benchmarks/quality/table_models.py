@@ -107,21 +107,32 @@ class Trained(NamedTuple):
     standing: Standing = Standing()
 
 
-def order(table: Table, model: str, peers: int, *, secure: bool = False) -> RunSpec:
+def order(
+    table: Table, model: str, peers: int, *, secure: bool = False, rounds: int = 0
+) -> RunSpec:
     """What `commonweight run start tabular --target …` starts."""
     typed = {
         "task": "tabular", "target": table.target, "kind": table.kind, "quorum": peers,
         "secure": secure, "set": {"model": model},
+        **({"rounds": rounds} if rounds else {}),
     }  # fmt: skip
     return run_options.build_order(run_options.from_keywords(typed)).spec
 
 
 def choose(
-    table: Table, parts: Sequence[DataSettings], settings: Settings, *, secure: bool = False
+    table: Table,
+    parts: Sequence[DataSettings],
+    settings: Settings,
+    *,
+    secure: bool = False,
+    rounds: int = 0,
 ) -> tuple[Model, ...]:
-    """The models that a run of these peers trains. `settings`: with the preprocessing."""
+    """The models that a run of these peers trains; one, if it has a number of rounds.
+
+    `settings`: with the preprocessing.
+    """
     log: list[RunEvent] = [
-        run_events.RunStarted(order(table, AUTO, len(parts), secure=secure)),
+        run_events.RunStarted(order(table, AUTO, len(parts), secure=secure, rounds=rounds)),
         run_events.PreprocessingFixed(str(settings["preprocessing"]), ()),
     ]
     declared = dict[str, tuple[int, int]]()

@@ -6,6 +6,8 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from msgspec.structs import replace
+
 from coordinator.runs.state import Round, Standing
 from coordinator.storage.run_events import RunSpec, Update
 from protocols.errors import UnknownName
@@ -17,6 +19,8 @@ DEFAULT_METRICS = ("accuracy", "loss")
 _LOWER_IS_BETTER = frozenset(
     {"loss", "error", "mae", "mse", "rmse", "ece", "perplexity", "distance"}
 )
+#: A model whose loss at the peers in the middle is so many times the least one is not kept.
+MAX_MIDDLE_LOSS = 1.25
 _TWO_CLASSES = frozenset({"auc", "average_precision"})
 _SHARES = frozenset({"accuracy", "balanced_accuracy", "ece", "macro_f1"}) | _TWO_CLASSES
 _CLASSIFICATION = frozenset({"accuracy", "balanced_accuracy", "ece", "loss", "macro_f1"})
@@ -141,10 +145,22 @@ def after(spec: RunSpec, before: Standing, closed: Round) -> Standing:
 
 def of_models(spec: RunSpec, models: Sequence[Standing]) -> Round | None:
     """The best version of several models, in the order in which they were trained. `spec`: the
-    settings that they have in common."""
+    settings that they have in common.
+
+    Only the best version of each counts, as the highest accuracy of many versions says little. By
+    default the mean over all held-out rows decides, since of three peers the one in the middle has
+    few rows; but no model counts that the peers in the middle find much worse.
+    """
     bests = [one.best for one in models if one.best is not None]
-    peaks = [one.peak for one in models if one.peak is not None]
-    return _best(spec, bests, _best_exactly(spec, peaks)) if peaks else None
+    if len(bests) < 2:
+        return bests[0] if bests else None
+    if not spec.best_metric:
+        losses = [_loss(decisive(one)) for one in bests]
+        if math.isfinite(min(losses)):
+            most = MAX_MIDDLE_LOSS * min(losses)
+            bests = [one for one, loss in zip(bests, losses, strict=True) if loss <= most]
+            spec = replace(spec, outlier_limit=0.0)
+    return _best(spec, bests, _best_exactly(spec, bests))
 
 
 def _best(spec: RunSpec, rounds: Sequence[Round], peak: Round) -> Round:

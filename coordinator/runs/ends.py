@@ -55,13 +55,14 @@ def _early_stop(run: Run) -> steps.EndRun | None:
 
 
 def _lost_patience(run: Run) -> steps.EndRun | None:
-    """The end of a model that gets no better."""
+    """The end of a model that gets no better; of one of several also if no evaluation succeeds."""
     spec, best = run.spec, run.standing.best
-    if not spec.patience or best is None or not run.own_rounds[-1].metrics:
+    if not spec.patience or best is None:
         return None
-    if run.round - run.standing.gained < spec.patience:
+    metrics = run.own_rounds[-1].metrics
+    if run.round - run.standing.gained < spec.patience or not (metrics or run.ordered):
         return None
-    name = best_version.metric_of(spec, run.own_rounds[-1].metrics)
+    name = best_version.metric_of(spec, metrics) or "metric"
     or_loss = " or loss" if not spec.best_metric and name != "loss" else ""
     because = f"no better {name}{or_loss} in {spec.patience} rounds; best is round {best.round}"
     return steps.EndRun(RunState.FINISHED, because)

@@ -224,7 +224,7 @@ def _metrics(run: Run, of: Aggregator, mean: SecureMean) -> tuple[Metrics, dict[
             metrics[name] = min(most, max(least, value)) if is_likely else None
     summed = {
         name: [max(0.0, n) if abs(n) < _SUM_SLACK else n for n in tally]
-        for name, tally in tallies.items()
+        for name, tally in tails.known(tallies, len(of.cohort.peers)).items()
     }
     num_examples = sum(update.num_examples for update in run.updates.values())
     return metrics, {} if evaluation_counts.validate(summed, num_examples) else summed

@@ -118,6 +118,11 @@ def dequantize(
     return mean
 
 
+def largest_in_tail(peers: int) -> float:
+    """The largest number of a peer, so that the sum over `peers` peers fits."""
+    return float(_TAIL_MAX / peers / 2.0**TAIL_FRACTION_BITS)
+
+
 def encode_tail(values: Sequence[float], peers: int) -> npt.NDArray[np.uint64]:
     """Metrics, losses and tallies as fixed-point integers uint64[n]. Raises BadWeights.
 
@@ -125,7 +130,7 @@ def encode_tail(values: Sequence[float], peers: int) -> npt.NDArray[np.uint64]:
     `peers` peers must fit into 63 bits.
     """
     scaled = np.asarray(values, np.float64) * 2.0**TAIL_FRACTION_BITS
-    if not (np.isfinite(scaled).all() and (np.abs(scaled) <= _TAIL_MAX / peers).all()):
+    if not (np.isfinite(scaled).all() and (np.abs(values) <= largest_in_tail(peers)).all()):
         raise BadWeights("a metric is not finite, or too large to be summed")
     return np.rint(scaled).astype("<i8").view("<u8")
 

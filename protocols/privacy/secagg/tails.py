@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 from protocols.messages.envelope import Metrics, Tallies
+from protocols.privacy.secagg import ring
 from protocols.privacy.secagg.messages import TailNames
 
 #: The sum of 1,024 peers with the largest weight then fits into 63 bits: see `ring.encode_tail`.
@@ -38,11 +39,13 @@ def count(of: TailNames) -> int:
 
 
 def values(
-    of: TailNames, metrics: Metrics, tallies: Tallies, examples: int, most: int
+    of: TailNames, metrics: Metrics, tallies: Tallies, examples: int, most: int, peers: int = 1
 ) -> list[float]:
-    """The numbers float[count] of a peer with `examples`, in a cohort where one has `most`.
+    """The numbers float[count] of a peer with `examples`, in a cohort of `peers`, where one has
+    `most`.
 
-    A metric that is too large counts as not finite.
+    A metric that is too large counts as not finite. A number of a tally that is too large counts as
+    the largest one, which shows in the sum (`known`).
     """
     numbers: list[float] = []
     bits = most.bit_length()
@@ -54,9 +57,16 @@ def values(
             numbers += [round(value * count / step) * step, count]
         else:
             numbers += [0.0, 0.0]
+    limit = ring.largest_in_tail(peers)
     for name in of.tallies:
-        numbers += tallies[name]
+        numbers += [min(limit, max(-limit, number)) for number in tallies[name]]
     return numbers
+
+
+def known(tallies: Tallies, peers: int) -> Tallies:
+    """The summed tallies in which no number of a peer can have been too large."""
+    limit = ring.largest_in_tail(peers) - 1
+    return {name: sums for name, sums in tallies.items() if all(abs(n) < limit for n in sums)}
 
 
 def means(of: TailNames, sums: Sequence[float]) -> tuple[Metrics, Tallies]:

@@ -280,6 +280,32 @@ def test_of_accuracies_that_few_rows_cannot_tell_apart_the_lowest_loss_is_best()
         assert found.best in (closed, before), "its file may be gone"
 
 
+def test_between_models_the_best_version_of_each_counts_by_the_mean_of_all_peers() -> None:
+    def model(number: int, *told: tuple[float, float, float]) -> Standing:
+        """Versions with an accuracy, a loss, and the loss of the peers in the middle."""
+        rounds = [
+            Round(
+                round=number + n,
+                digest="",
+                num_evaluated=150,
+                metrics={"accuracy": accuracy, "loss": loss},
+                decisive={"loss": middle},
+            )
+            for n, (accuracy, loss, middle) in enumerate(told)
+        ]
+        return best_version.standing(spec(ties="standard error", outlier_limit=3.0), rounds)
+
+    order = spec(ties="standard error", outlier_limit=3.0)
+    mlp = model(1, (0.76, 0.520, 0.53))
+    trees = model(9, (0.79, 0.523, 0.52), (0.82, 0.6, 0.6))
+    assert best_version.of_models(order, [mlp, trees]) is mlp.best, "one of many was right by luck"
+    praised = model(9, (0.79, 0.4, 0.7))
+    assert best_version.of_models(order, [mlp, praised]) is mlp.best, "not in the middle"
+    assert best_version.of_models(order, [mlp, model(9, (0.79, 0.4, 0.6))]) is not mlp.best
+    assert best_version.of_models(order, [mlp]) is mlp.best
+    assert best_version.of_models(order, [Standing()]) is None
+
+
 def test_runs_of_tables_take_the_lowest_loss_unless_they_are_given_a_goal() -> None:
     def ties(**typed: Any) -> str:
         return run_options.build_order({"task": "tabular", "target": "y", **typed}).spec.ties

@@ -31,6 +31,21 @@ def test_the_mean_is_over_the_peers_whose_metric_is_finite() -> None:
     assert tallies == {"hits": [5.0, 6.0]}
 
 
+def test_a_tally_of_house_prices_that_is_too_large_to_be_summed_is_not_known() -> None:
+    """The sum of squared errors of 300 prices exceeds what three peers can add up."""
+    names = TailNames(metrics=("loss",), tallies={"regression": 2, "hits": 1})
+    small, large = [300.0, 4e11], [300.0, 8e4**2 * 300]
+    for last, expected in ((small, {"regression", "hits"}), (large, {"hits"})):
+        told = [{"regression": one, "hits": [5.0]} for one in (small, small, last)]
+        total = sum(
+            ring.encode_tail(tails.values(names, {"loss": 0.1}, one, 300, 300, 3), 3)
+            for one in told
+        )
+        metrics, tallies = tails.means(names, ring.decode_tail(total))
+        assert metrics["loss"] == pytest.approx(0.1, abs=1e-3)
+        assert tails.known(tallies, 3).keys() == expected
+
+
 def test_a_metric_that_no_peer_has_is_none() -> None:
     names, total = sums(({"loss": None}, {}, 5), ({"loss": None}, {}, 1))
     assert tails.means(names, total) == ({"loss": None}, {})
