@@ -106,12 +106,12 @@ class PeerSets:
         Raises Refused if there are too many.
         """
         with writing(self._db):
-            stored = self._db.execute("SELECT rows FROM row_sets ORDER BY number").fetchall()
-            basis = [unpack(rows) for (rows,) in stored]
+            stored = dict(self._db.execute("SELECT number, rows FROM row_sets"))
+            basis = {number: unpack(rows) for number, rows in stored.items()}
             found = row_sets.number_sets(basis, sets)
             self._db.executemany(
                 "INSERT INTO row_sets VALUES (?, ?)",
-                [(n, pack(basis[n])) for n in range(len(stored), len(basis))],
+                [(number, pack(rows)) for number, rows in basis.items() if number not in stored],
             )
         return found
 

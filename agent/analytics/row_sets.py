@@ -8,6 +8,7 @@ must vanish at all peers, or be left at enough of them.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import combinations
@@ -18,7 +19,7 @@ import numpy as np
 from agent.analytics import linear_audit
 from agent.analytics.linear_audit import Matrix
 from agent.data.disclosed_sets import Numbers
-from protocols.analytics.row_sets import MAX_ROW_SETS, PRIME, RowSet
+from protocols.analytics.row_sets import MAX_NUMBER, MAX_ROW_SETS, PRIME, RowSet
 from protocols.errors import Refused
 from protocols.privacy.question_rows import SumRows
 
@@ -26,9 +27,9 @@ from protocols.privacy.question_rows import SumRows
 _MAX_TRIES = 2000
 
 
-def express(basis: Sequence[Numbers], rows: Numbers) -> RowSet | None:
-    """The set as a combination of independent ones, by their places; None if it is none."""
-    atoms = linear_audit.Atoms([*basis, rows])
+def express(basis: Mapping[int, Numbers], rows: Numbers) -> RowSet | None:
+    """The set as a combination of independent ones, by their numbers; None if it is none."""
+    atoms = linear_audit.Atoms([*basis.values(), rows])
     if not len(atoms.sizes):
         return {}
     columns = linear_audit.project(atoms.member).T % PRIME
@@ -36,15 +37,18 @@ def express(basis: Sequence[Numbers], rows: Numbers) -> RowSet | None:
     pivots = (reduced != 0).argmax(1)
     if (pivots == len(basis)).any():
         return None
-    factors = reduced[:, -1].tolist()
-    return {place: f for place, f in zip(pivots.tolist(), factors, strict=True) if f}
+    numbers, factors = [*basis], reduced[:, -1].tolist()
+    return {numbers[place]: f for place, f in zip(pivots.tolist(), factors, strict=True) if f}
 
 
-def number_sets(basis: list[Numbers], sets: Sequence[Numbers]) -> list[RowSet]:
-    """Each of the sets by those in `basis`, which gets the new ones. Raises Refused."""
-    places = {rows.tobytes(): {place: 1} for place, rows in enumerate(basis)}
+def number_sets(basis: dict[int, Numbers], sets: Sequence[Numbers]) -> list[RowSet]:
+    """Each of the sets by those in `basis`, which gets the new ones. Raises Refused.
+
+    Numbers are random: after a restore from a backup, none is given to another set than before.
+    """
+    known = {rows.tobytes(): {number: 1} for number, rows in basis.items()}
     for rows in sets:
-        if (key := rows.tobytes()) in places:
+        if (key := rows.tobytes()) in known:
             continue
         found = express(basis, rows)
         if found is None:
@@ -54,10 +58,11 @@ def number_sets(basis: list[Numbers], sets: Sequence[Numbers]) -> list[RowSet]:
                     "tells of no new ones",
                     "ask questions again that were answered before",
                 )
-            found = {len(basis): 1}
-            basis.append(rows)
-        places[key] = found
-    return [places[rows.tobytes()] for rows in sets]
+            while (number := secrets.randbelow(MAX_NUMBER)) in basis:
+                pass
+            basis[number], found = rows, {number: 1}
+        known[key] = found
+    return [known[rows.tobytes()] for rows in sets]
 
 
 def isolates_few(

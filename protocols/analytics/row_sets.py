@@ -19,10 +19,10 @@ from protocols.messages.envelope import Text
 
 #: Factors are numbers of the field of this size.
 PRIME = (1 << 31) - 1
-#: Sets that a peer numbers.
-MAX_ROW_SETS = 1024
+#: Sets that a peer numbers, and what their numbers are below.
+MAX_ROW_SETS, MAX_NUMBER = 1024, 1 << 31
 RowSet = Annotated[
-    dict[Annotated[int, Meta(ge=0, lt=MAX_ROW_SETS)], Annotated[int, Meta(ge=1, lt=PRIME)]],
+    dict[Annotated[int, Meta(ge=0, lt=MAX_NUMBER)], Annotated[int, Meta(ge=1, lt=PRIME)]],
     Meta(max_length=MAX_ROW_SETS),
 ]
 _PART = "part "

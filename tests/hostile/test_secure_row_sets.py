@@ -14,6 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent.analytics import peer_sets
+from agent.analytics.query_log import QueryLog, log_file
 from coordinator.cli.demo import trial_tables
 from protocols.errors import CommonweightError
 from protocols.messages.jobs import QuestionStep, SecureAnalyze
@@ -201,6 +202,21 @@ def test_new_rows_of_one_peer_wait_for_those_of_others(tmp_path: Path) -> None:
         if place < 2:
             refused(site, ("sum(salary)", ""))
     assert site.ask("sum(salary)").rows == 300
+
+
+def test_a_peer_that_has_lost_its_record_counts_as_one_with_other_rows(tmp_path: Path) -> None:
+    """Attack: have a machine restored from a backup, and ask about rows that would get the numbers
+    of those whose record was lost."""
+    site = fleet(tmp_path, "ABX", "AB", "AB", "AB")
+    victim = site.peers[site.ids[0]]
+    record = peer_sets.file_beside(victim.home / "told" / "analysis.db")
+    before = record.read_bytes()
+    site.ask("sum(salary)")
+    victim.log.close()
+    record.write_bytes(before)
+    victim.log = QueryLog(log_file(victim.home))
+    victim.questions = victim.restarted()
+    refused(site, ("sum(salary)", "ward != 'X'"))
 
 
 def test_a_peer_says_itself_which_rows_its_sums_are_over(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def as_numbers(rows: list[int]) -> row_sets.Numbers:
 
 @given(st.lists(some_rows, max_size=7))
 def test_a_set_is_told_by_others_exactly_if_it_follows_from_them(sets: list[list[int]]) -> None:
-    basis: list[row_sets.Numbers] = []
+    basis: dict[int, row_sets.Numbers] = {}
     found = row_sets.number_sets(basis, [as_numbers(rows) for rows in sets])
     vectors = np.array([[row in rows for row in range(8)] for rows in sets], np.float64)
     rank = np.linalg.matrix_rank(vectors) if len(vectors) else 0
@@ -38,15 +38,15 @@ def test_a_set_is_told_by_others_exactly_if_it_follows_from_them(sets: list[list
 
 
 def test_a_group_and_the_others_are_all_rows() -> None:
-    basis: list[row_sets.Numbers] = []
+    basis: dict[int, row_sets.Numbers] = {}
     everybody, women, men = (np.arange(60)[start::step] for start, step in ((0, 1), (0, 2), (1, 2)))
     whole, some, others = row_sets.number_sets(basis, [everybody, women, men])
-    assert (whole, some, add([some, others])) == ({0: 1}, {1: 1}, whole)
+    (one, two) = basis
+    assert (whole, some, add([some, others])) == ({one: 1}, {two: 1}, whole)
     assert row_sets.number_sets(basis, [women[:0]]) == [{}]
+    full = {n: np.array([n]) for n in range(MAX_ROW_SETS)}
     with pytest.raises(Refused, match="sets of rows in secure sums"):
-        row_sets.number_sets(
-            [np.array([n]) for n in range(MAX_ROW_SETS)], [everybody + MAX_ROW_SETS]
-        )
+        row_sets.number_sets(full, [everybody + MAX_ROW_SETS])
 
 
 def test_time_bins_of_few_peers_are_joined_with_the_next() -> None:
