@@ -54,6 +54,10 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
         "bench/overlap-results.json",
         small_tables.late_training,
     ),
+    ("docs/large-models.md", "slow lines"): (
+        "bench/slow-lines-results.json",
+        small_tables.slow_lines,
+    ),
     ("docs/large-models.md", "adapters"): ("quality/adapters.json", quality.adapters),
     ("docs/quality.md", "codecs"): ("quality/quality-results.json", quality.codecs),
     ("docs/quality.md", "strategies"): ("quality/quality-results.json", quality.strategies),

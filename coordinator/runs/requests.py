@@ -253,7 +253,8 @@ class PendingRequests(RequestsInFlight):
 
     def late_bases(self, run: Run) -> dict[str, str]:
         """The base of each peer that still trains for a closed round."""
-        rounds = self._interrupted | dict(self._in_training())
+        waiting = self._interrupted if run.folds_late else {}
+        rounds = waiting | dict(self._in_training())
         return {
             peer: late_updates.base_of(run, number)
             for peer, number in rounds.items()
