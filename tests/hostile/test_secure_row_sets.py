@@ -272,14 +272,13 @@ STATISTICS = (
 )
 MODELS = (
     "table1(age, sex, bmi, smoker, outcome, by=treatment)",
-    "cox(time, event ~ age + sex + treatment)",
     "glm(outcome ~ age + smoker, family=binomial)",
 )
 
 
 @pytest.mark.parametrize(
     "methods",
-    [STATISTICS, pytest.param(MODELS, marks=pytest.mark.long)],
+    [STATISTICS, MODELS],
     ids=["statistics", "models"],
 )
 def test_the_questions_of_a_trial_are_answered(tmp_path: Path, methods: tuple[str, ...]) -> None:
