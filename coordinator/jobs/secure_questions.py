@@ -33,6 +33,12 @@ from protocols.privacy.secagg.recovery import recover
 #: What a peer may tell of which rows its figures are over: all of them share one layout.
 _MAX_ROWS_BYTES = 64 << 10
 _masked = msgspec.msgpack.Decoder(MaskedAnswer)
+_MORE_PEERS = "each owner decides: commonweight-agent trust add ID, and policy set analyze on"
+_OTHER_ROWS = (
+    "ask about the same peers and rows as before, or about rows that differ at more peers: without "
+    "conditions, groups and categories that few peers have; if rows are new, when more peers have "
+    "new ones"
+)
 _AGAIN = "ask again when these peers are online; nothing of any answer is known"
 
 
@@ -114,15 +120,15 @@ class _Sum:
         for peer in shapes.keys() - chosen:
             self._left_out[peer] = "earlier sums about these columns were without it"
         if len(chosen) < MIN_COHORT and not peers:
-            raise self._too_few(len(chosen))
+            raise self._too_few(len(chosen), _MORE_PEERS)
         return {peer: shapes[peer] for peer in sorted(chosen)}
 
-    def _too_few(self, count: int) -> CommonweightError:
+    def _too_few(self, count: int, hint: str) -> CommonweightError:
         reasons = "; ".join(dict.fromkeys(self._left_out.values()))
         return CommonweightError(
             f"{count} {'peer takes' if count == 1 else 'peers take'} part, and a secure sum needs "
             f"{MIN_COHORT}{f': {reasons}' if reasons else ''}",
-            "each owner decides: commonweight-agent trust add ID, and policy set analyze on",
+            hint,
         )
 
     def _cards(self, layouts: Mapping[str, bytes]) -> dict[str, SignedCard]:
@@ -136,7 +142,7 @@ class _Sum:
             except BadMessage as err:
                 self._left_out[peer] = err.message
         if len(cards) < MIN_COHORT:
-            raise self._too_few(len(cards))
+            raise self._too_few(len(cards), _OTHER_ROWS)
         return cards
 
     def _sum(self, cards: Mapping[str, SignedCard]) -> tuple[question_sums.Words, Sequence[str]]:

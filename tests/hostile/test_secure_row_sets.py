@@ -56,8 +56,9 @@ def fleet(folder: Path, *wards: str, **allowed: Any) -> SecureTables:
 def refused(site: SecureTables, question: Question) -> None:
     """The peers refuse it before a card leaves that the sum would need."""
     site.errors.clear()
-    with pytest.raises(CommonweightError):
+    with pytest.raises(CommonweightError) as caught:
         site.ask(*question)
+    assert "rows that differ at more peers" in caught.value.hint
     assert any("rows of fewer than 3 trusted peers" in why for why in site.errors)
 
 

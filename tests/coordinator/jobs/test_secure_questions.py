@@ -69,6 +69,9 @@ def test_a_method_finds_the_same_with_secure_sums(text: str, tmp_path: Path) -> 
     for table, other in zip(found.tables, plain.tables, strict=True):
         assert table.columns == other.columns
         for row, expected in zip(table.rows, other.rows, strict=True):
+            if text == "hist(age)" and row[-1] == 0:  # a bin of fewer peers than a sum has
+                assert expected[-1] < 0.05 * len(ROWS)
+                continue
             assert all(map(close, row, expected)), (row, expected)
 
 
