@@ -177,11 +177,12 @@ def language(results: dict[str, Any]) -> str:
         _LANGUAGE_HEAD,
         f"| gradients exchanged at every step | {every[0]['lr']} | {_losses(every)} | 1 | 1 |\n",
     ]
-    for inner, codec in dict.fromkeys((row["inner"], row["codec"]) for row in rare):
-        mine = [row for row in rare if (row["inner"], row["codec"]) == (inner, codec)]
+    for way in dict.fromkeys((row["inner"], row["codec"], row["lr"]) for row in rare):
+        inner, codec, lr = way
+        mine = [row for row in rare if (row["inner"], row["codec"], row["lr"]) == way]
         up, both = (statistics.mean(row[key] for row in mine) for key in ("fewer_up", "fewer"))
         lines.append(
-            f"| DiLoCo, every {inner} steps, {codec} | {mine[0]['lr']} | {_losses(mine)} "
+            f"| DiLoCo, every {inner} steps, {codec} | {lr} | {_losses(mine)} "
             f"| 1/{up:.0f} | 1/{both:.0f} |\n"
         )
     return "".join(lines)
