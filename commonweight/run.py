@@ -67,7 +67,8 @@ class Run:
     @property
     def options(self) -> Mapping[str, Any]:
         """The settings of the run by name, as the coordinator has stored them."""
-        spec = self._now().spec
+        run = self._now()
+        spec = run.ordered or run.spec  # of several models, those they have in common
         return {name: getattr(spec, name) for name in spec.__struct_fields__}
 
     @property

@@ -95,7 +95,8 @@ class MLflow:
             known = self._client.get_experiment_by_name(name)
             found = known.experiment_id if known else self._client.create_experiment(name)
             self._id = self._client.create_run(found, run_name=run.id).info.run_id
-            settings = {**run.spec.settings, "strategy": run.spec.strategy, "codec": run.spec.codec}
+            spec = run.ordered or run.spec
+            settings = {**spec.settings, "strategy": spec.strategy, "codec": spec.codec}
             settings.pop("preprocessing", "")  # longer than a parameter may be
             params = [Param(key, str(value)) for key, value in settings.items()]
             self._client.log_batch(self._id, params=params)

@@ -68,6 +68,7 @@ def test_kills_change_no_byte_and_owners_predict(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_run_of_all_models_survives_a_kill_and_owners_predict_with_the_one_that_is_kept(
     tmp_path: Path,
 ) -> None:
