@@ -15,7 +15,7 @@ def tables(results: dict[str, Any]) -> str:
         "MLP": "mlp",
         "trees": "trees",
         "trees, `--secure`": "secure",
-        "`auto`": "auto",
+        "with `--rounds`": "auto",
         "personal": "personal",
         "best peer alone": "alone",
         "XGBoost": "central",

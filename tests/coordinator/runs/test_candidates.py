@@ -211,7 +211,8 @@ async def test_a_secure_run_trains_all_models_and_hears_sums_alone(tmp_path: Pat
         assert "mlp now, 2 of 3 (after linear)" in told, "no owner hears the metrics of the others"
 
 
-#: Where the coordinator is killed, and for the how manieth time.
+#: Where the coordinator is killed, and for the how manieth time. An evaluation that is interrupted
+#: closes its round without metrics, as in every run, so that the course may be another one.
 _POINTS = (
     ("run.recorded.ModelChosen", 1),
     ("run.recording.ModelBegun", 1),
@@ -219,11 +220,9 @@ _POINTS = (
     ("run.recorded.SchemaAgreed", 2),
     ("run.recorded.WeightsInitialised", 2),
     ("run.recorded.RoundOpened", 5),
-    ("run.recorded.VersionCommitted", 6),
     ("run.recording.RoundClosed", 8),
     ("run.recorded.RoundClosed", 8),
     ("run.recorded.ModelBegun", 2),
-    ("run.recorded.VersionCommitted", 12),
     ("run.recording.RunEnded", 1),
 )
 
