@@ -157,8 +157,9 @@ def of_models(spec: RunSpec, models: Sequence[Standing]) -> Round | None:
     if not spec.best_metric:
         losses = [_loss(decisive(one)) for one in bests]
         if math.isfinite(min(losses)):
-            most = MAX_MIDDLE_LOSS * min(losses)
-            bests = [one for one, loss in zip(bests, losses, strict=True) if loss <= most]
+            most, right = MAX_MIDDLE_LOSS * min(losses), max(map(_accuracy, bests))
+            both = zip(bests, losses, strict=True)
+            bests = [one for one, loss in both if loss <= most or _accuracy(one) >= right]
             spec = replace(spec, outlier_limit=0.0)
     return _best(spec, bests, _best_exactly(spec, bests))
 
@@ -186,6 +187,12 @@ def _best_exactly(spec: RunSpec, rounds: Sequence[Round]) -> Round:
         return score(spec, metrics), 0.0 if spec.best_metric else -_loss(metrics)
 
     return max(rounds, key=rank)
+
+
+def _accuracy(closed: Round) -> float:
+    """The accuracy at the peers in the middle; NaN without one, so that the loss alone counts."""
+    value = decisive(closed).get("accuracy")
+    return math.nan if value is None else value
 
 
 def _or_infinite(loss: float | None) -> float:

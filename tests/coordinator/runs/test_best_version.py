@@ -289,7 +289,7 @@ def test_between_models_the_best_version_of_each_counts_by_the_mean_of_all_peers
                 digest="",
                 num_evaluated=150,
                 metrics={"accuracy": accuracy, "loss": loss},
-                decisive={"loss": middle},
+                decisive={"loss": middle, "accuracy": 1 - middle / 2 if accuracy < 0.9 else 0.98},
             )
             for n, (accuracy, loss, middle) in enumerate(told)
         ]
@@ -299,6 +299,8 @@ def test_between_models_the_best_version_of_each_counts_by_the_mean_of_all_peers
     mlp = model(1, (0.76, 0.520, 0.53))
     trees = model(9, (0.79, 0.523, 0.52), (0.82, 0.6, 0.6))
     assert best_version.of_models(order, [mlp, trees]) is mlp.best, "one of many was right by luck"
+    right = model(9, (0.99, 0.9, 0.9))  # trees that are right, and not sure of it yet
+    assert best_version.of_models(order, [mlp, right]) is right.best
     praised = model(9, (0.79, 0.4, 0.7))
     assert best_version.of_models(order, [mlp, praised]) is mlp.best, "not in the middle"
     assert best_version.of_models(order, [mlp, model(9, (0.79, 0.4, 0.6))]) is not mlp.best
