@@ -129,7 +129,8 @@ def _check(question: Query, chosen: AgentSettings, log: QueryLog) -> None:
     """Raise Refused or UsageError if the owner does not allow the query."""
     if chosen.analyze == "off":
         raise Refused(
-            "the owner of this machine lets nobody ask", "commonweight-agent policy set analyze on"
+            "the owner of this machine allows no questions",
+            "commonweight-agent policy set analyze on",
         )
     parser.check_text(question)
     disclosure_control.check(question, chosen)

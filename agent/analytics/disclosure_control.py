@@ -46,7 +46,7 @@ def check(question: Query, chosen: AgentSettings) -> None:
     """Raise Refused if the owner does not allow the query."""
     for name in question.columns:
         if not may_use(name, chosen.data_columns):
-            raise Refused(f"the owner lets nobody ask for column {name!r}")
+            raise Refused(f"the owner allows no question about the column {name!r}")
     for operation in question.operations:
         allowed = {*chosen.analyze_operations}
         if operation.kind == "estimates" and "estimates" not in allowed:

@@ -181,9 +181,11 @@ def _format_status(home: Path, *, json: bool) -> str:
     for request in consents.requests(home, settings.read(home)):
         lines.append(f"? {request.line}")
     lines += _format_version(status)
-    if status.choice:
+    found = own_results.newest(home)
+    has_ended = bool(found and found.model and found.comparison and found.run == status.choice_run)
+    if status.choice and not has_ended:  # after the run, the result says which model is kept
         lines.append(f"the model of run {status.choice_run}: {status.choice}")
-    if (found := own_results.newest(home)) is not None:
+    if found is not None:
         lines += own_results.lines_of(found)
     if status.shares_at:
         lines.append(f"other peers fetch shared versions at {status.shares_at}")

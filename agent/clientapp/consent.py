@@ -99,7 +99,7 @@ def check_unit(chosen: AgentSettings, unit: Unit) -> None:
         case Analyze() | SecureAnalyze():
             if chosen.analyze == "off":
                 raise Refused(
-                    "the owner of this machine lets nobody ask",
+                    "the owner of this machine allows no questions",
                     "commonweight-agent policy set analyze on",
                 )
             return
@@ -120,7 +120,8 @@ def _check_columns(chosen: AgentSettings, run: str, task: str, columns: list[str
     raise NotAllowed(
         f"the owner does not let the task {task!r} use the column {first!r}, which run {run} asks "
         "for",
-        f"{_ON_THAT_MACHINE} task allow {task} --columns, and policy set data.columns",
+        f"check the name; {_ON_THAT_MACHINE} task allow {task} --columns, and policy set "
+        "data.columns",
     )
 
 

@@ -89,7 +89,7 @@ class PrivacyBudget:
     def _check_scores(self, work: Work) -> None:
         """Raise NotAllowed for another cross-validation than the owner lets be asked for in a day.
 
-        Each tells metrics of this machine alone, and whoever asks chooses the settings.
+        Each tells metrics of this machine alone, and the coordinator chooses the settings.
         """
         most = self._settings().model_choices_per_day
         if self._file is not None and self._ledger.scores_of_day(_key_of(work)) >= most:

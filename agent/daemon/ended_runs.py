@@ -10,7 +10,7 @@ from agent.trainer.supervisor import TrainerSupervisor
 
 
 class EndedRuns(NamedTuple):
-    """Requests say what `working_for` returns, and `end` is told when that run has ended."""
+    """Requests say what `working_for` returns, and `end` is called when that run has ended."""
 
     runner: StateRunner
     trainers: tuple[TrainerSupervisor, ...]

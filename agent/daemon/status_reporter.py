@@ -119,6 +119,8 @@ class StatusReporter:
         status = self._status
         if work is None or (work.run == status.choice_run and work.choice in ("", status.choice)):
             return
+        if work.kind == "evaluate" and not work.choice:
+            return  # it may be a question, which belongs to no run
         status.choice_run, status.choice = work.run, work.choice
         if work.choice:
             log.info("the model of run %s: %s", work.run, work.choice)

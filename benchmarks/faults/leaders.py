@@ -6,7 +6,7 @@ be lost or counted twice, and the weights must be the same as without the fault.
 back must change nothing.
 
 An agent that has lost its coordinator many times in a row waits longer, so the time until the run
-goes on counts only with --rest.
+continues counts only with --rest.
 
 Writes docs/faults/leader-results.json and the table in docs/cluster.md. Needs the extra `cluster`.
 """
@@ -77,7 +77,7 @@ def lose_leader(fleet: Pair, seed: int, way: str, point: str) -> Loss:
         process.send_signal(signal.SIGCONT)
     wait_for(
         lambda: fleet.ended(run) or len(checker.read_ledger(fleet.ledger_home())) > lines,
-        f"{point}: the run goes on",
+        f"{point}: the run continues",
         every_s=0.1,
     )
     went_on_s = time.monotonic() - lost_at
@@ -158,7 +158,7 @@ def main() -> int:
         rows = [Row(WAYS[way], "until the other one leads", figure="{worst:.1f} s")]
         if asked.rest:
             words = f"{WAYS[way]}, after {asked.rest:g} s without a fault"
-            rows.append(Row(words, "until the run goes on", figure="{worst:.1f} s"))
+            rows.append(Row(words, "until the run continues", figure="{worst:.1f} s"))
         point = "the start"
         with (
             tempfile.TemporaryDirectory(prefix="cwf", ignore_cleanup_errors=True) as folder,

@@ -1,4 +1,4 @@
-"""A large update over slow lines that are cut: the run goes on, and no byte is sent in vain.
+"""A large update over slow lines that are cut: the run continues, and no byte is sent in vain.
 
     python -m benchmarks.faults.slow_lines [--keep] [--megabytes 96] [--mbit 5] [--mode fold]
 
@@ -40,7 +40,7 @@ MODES = {
 
 
 class Case(NamedTuple):
-    """An update of so many MB over a line of `mbit` up; a round's training takes `train_s`."""
+    """An update of `megabytes` over a line of `mbit` up; a round's training takes `train_s`."""
 
     mode: str
     megabytes: float = 96.0

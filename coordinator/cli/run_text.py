@@ -91,14 +91,17 @@ def describe(run: Run, fleet: Fleet) -> Iterator[str]:
 
 def choice_lines(run: Run) -> Iterator[str]:
     """The models that a run of `model=auto` has chosen, and why; of several, which is trained now
-    and what the others have reached."""
+    or kept, and what the others have reached."""
     from coordinator.runs import candidates, model_choice
 
     if run.choice is None:
         return
     yield model_choice.line(run.choice)
-    if run.ordered is not None and not run.ended:  # then it says why it has ended
-        yield f"model: {candidates.text(run)}"
+    if run.ordered is None:
+        return
+    told = candidates.summary(run) if run.ended else candidates.text(run)
+    if told not in run.ended_because:  # a run that was stopped says only this
+        yield f"model: {told}"
 
 
 def _of_all(run: Run, number: int) -> str:
@@ -137,6 +140,15 @@ class Step(NamedTuple):
     waits: tuple[str, ...]
     chosen: tuple[str, ...] = ()
 
+    def lines(self) -> Iterator[str]:
+        """All of it as text. Rounds of earlier models come before the line of the present one."""
+        first = self.run.spec.first_round
+        yield from self.refusals
+        yield from (round_line(self.run, one) for one in self.closed if one.round < first)
+        yield from self.chosen
+        yield from (round_line(self.run, one) for one in self.closed if one.round >= first)
+        yield from self.waits
+
 
 class Progress:
     """Finds what is new about a run at each call of `step`."""
@@ -152,7 +164,8 @@ class Progress:
         refusals = tuple(self._new_refusals(run, fleet))
         closed = run.history[self._rounds :]
         self._rounds = len(run.history)
-        self._num_waits = self._num_waits + 1 if waits_for_peers(run) else 0
+        is_first = run.state is RunState.WAITING and not run.history
+        self._num_waits = self._num_waits + 1 if is_first or waits_for_peers(run) else 0
         is_long = self._num_waits and self._num_waits % WAIT_POLLS == 0
         chosen = tuple(line for line in choice_lines(run) if line not in self._chosen)
         self._chosen += chosen
@@ -239,7 +252,7 @@ def waiting_lines(run: Run, fleet: Fleet) -> Iterator[str]:
 
 
 def run_before(run_id: str, fleet: Fleet) -> str:
-    """The run that goes on while this one waits for its turn; empty if there is none."""
+    """The run that continues while this one waits for its turn; empty if there is none."""
     from coordinator.runs.messages import ITS_TURN
 
     active = [

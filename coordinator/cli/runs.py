@@ -26,7 +26,7 @@ from coordinator.cli.common import (
 )
 from coordinator.cli.names import OneRun, RunName, complete_tasks, find_run
 from coordinator.runs.options import OPTIONS, Option
-from protocols.errors import CommonweightError, UsageError
+from protocols.errors import CommonweightError, Unreachable, UsageError
 from protocols.local.command_line import MORE, App
 from protocols.messages.states import RunState
 
@@ -140,6 +140,9 @@ def start(
     except KeyboardInterrupt:
         print_line(f"{run_id} continues; watch it: commonweight run show {run_id}")
         raise
+    except Unreachable as err:
+        then = f"then {run_id} continues; watch it: commonweight run show {run_id}"
+        raise Unreachable(err.message, f"{err.hint}; {then}") from err
     if run.state is RunState.FAILED:
         because = run.ended_because if json else run.ended_briefly  # refusals were printed
         raise CommonweightError(f"{run.id} failed: {because}", f"commonweight run show {run.id}")
@@ -151,9 +154,8 @@ def _follow(remote: Remote, run_id: str, *, quiet: bool) -> Run:
     """Print new refusals and closed rounds until the run has ended; return the run."""
     for step in run_text.follow(remote, run_id):
         run = step.run
-        rounds = (run_text.round_line(run, closed) for closed in step.closed)
         if not quiet:
-            for line in (*step.refusals, *step.chosen, *rounds, *step.waits):
+            for line in step.lines():
                 print_line(line)
     if not quiet and run.state is not RunState.FAILED:
         print_line(f"{run.id} {run.state}: {run.ended_because}")

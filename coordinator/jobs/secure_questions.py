@@ -33,7 +33,10 @@ from protocols.privacy.secagg.recovery import recover
 #: What a peer may tell of which rows its figures are over: all of them share one layout.
 _MAX_ROWS_BYTES = 64 << 10
 _masked = msgspec.msgpack.Decoder(MaskedAnswer)
-_MORE_PEERS = "each owner decides: commonweight-agent trust add ID, and policy set analyze on"
+_MORE_PEERS = (
+    "each owner decides: commonweight-agent trust add ID, and policy set analyze on; the columns "
+    "that all owners allow: commonweight analyze columns"
+)
 _OTHER_ROWS = (
     "ask about the same peers and rows as before, or about rows that differ at more peers: without "
     "conditions, groups and categories that few peers have; if rows are new, when more peers have "

@@ -171,7 +171,8 @@ def answers_of(
         reasons = "; ".join({one.refused: None for one in answers.values()}) or job.ended_because
         raise CommonweightError(
             f"no peer has answered: {reasons or 'no answer in time'}",
-            "each owner decides: commonweight-agent policy set analyze on",
+            "each owner decides: commonweight-agent policy set analyze on; the columns that all "
+            "owners allow: commonweight analyze columns",
         )
     return answers, [unit.only for unit in units]
 

@@ -19,7 +19,7 @@ DEFAULT_METRICS = ("accuracy", "loss")
 _LOWER_IS_BETTER = frozenset(
     {"loss", "error", "mae", "mse", "rmse", "ece", "perplexity", "distance"}
 )
-#: A model whose loss at the peers in the middle is so many times the least one is not kept.
+#: A model whose loss at the peers in the middle is more than this times the least one is not kept.
 MAX_MIDDLE_LOSS = 1.25
 _TWO_CLASSES = frozenset({"auc", "average_precision"})
 _SHARES = frozenset({"accuracy", "balanced_accuracy", "ece", "macro_f1"}) | _TWO_CLASSES

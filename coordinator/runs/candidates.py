@@ -1,8 +1,9 @@
 """The models that a run of `model=auto` trains, one after the other. Pure.
 
-Each begins with first weights and ends by itself, as a run of this model alone would. The best
-version of the run is the best of all of them. Rounds are numbered through, and the first weights of
-each further model have a number of their own, so no two versions of a run have the same one.
+Each begins with first weights and ends when it gets no better, as a run of this model alone. The
+best version of the run is the best of all of them. Rounds are numbered through, and the first
+weights of each further model have a number of their own, so no two versions of a run have the same
+one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""When a run ends by itself, and when one of its models does. Pure."""
+"""When a run ends, and when one of its models does. Pure."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ class RunLoop:
         self.requests.clear_work()
         await self._recorder.record(candidates.event(self.run, step))
         self._ctx.store.uploads.clear()
-        self._recorder.incompatible.clear()  # of another model, peers decide anew
+        self._recorder.incompatible.clear()  # peers decide again for another model
         self._parts.follow(self.run)
         self._timer.open_phase()
 

@@ -1,8 +1,9 @@
 """Chooses the models of a run of `model=auto`, by scores that its peers tell before round 1. Pure.
 
-Each peer compares the models by a cross-validation over its own rows. A run that ends by itself
-trains all models that are not clearly worse, one after the other (`runs.candidates`), as the fleet
-has more rows than a peer. A run with a number of rounds trains the one with the best mean.
+Each peer compares the models by a cross-validation over its own rows. A run without a number
+of rounds trains all models that are not clearly worse, one after the other (`runs.candidates`), as
+the fleet has more rows than a peer. A run with a number of rounds trains the one with the best
+mean.
 
 In a run with noise, no score may show what noise hides. In a secure run, the score of a single peer
 would leave in clear, and there is no version yet whose evaluation could be summed. So both have no
@@ -38,8 +39,9 @@ _OLDER = SETTINGS_CODES | {"bad description"}
 _NOT_NOW = frozenset(
     {"late", "replay", "not asked", "wrong base", "another run", "another fleet", "bad signature"}
 )
-#: A model whose loss is so many times the least one is not trained, if its accuracy is lower by
-#: more than so many standard errors: losses of models that are hardly ever wrong differ much.
+#: A model whose loss is more than MAX_LOSS times the least one is not trained, if its accuracy is
+#: lower by more than MAX_ERRORS standard errors: losses of models that are hardly ever wrong differ
+#: much.
 MAX_LOSS, MAX_ERRORS = 1.5, 2
 #: Errors in the units of the target, or their squares; and the least one that counts.
 _ERRORS, _TINY = frozenset({"rmse", "mae", "mse"}), 1e-12
@@ -124,8 +126,8 @@ def choose(run: Run) -> ModelChosen:
 
 
 def takes_turns(spec: RunSpec) -> bool:
-    """True if the run trains several models: it ends by itself, evaluations say which one is best,
-    and its peers keep no part of one model that another one could meet."""
+    """True if the run trains several models: it ends without a better version, evaluations say
+    which one is best, and its peers keep no part of one model that another one could meet."""
     return bool(spec.patience) and spec.measures and not personal.trainer_settings(spec)
 
 

@@ -143,7 +143,7 @@ def hang_up(db: Connection[Any] | None) -> None:
     """End a connection from another thread: its statement, if any, raises psycopg.Error."""
     if db is None:
         return
-    with contextlib.suppress(Exception):  # it may be closed meanwhile
+    with contextlib.suppress(Exception):  # it may be closed by now
         hung = socket.socket(fileno=os.dup(db.fileno()))
         hung.shutdown(socket.SHUT_RDWR)
         hung.close()

@@ -51,7 +51,7 @@ def test_a_question_goes_to_all_and_each_owner_decides(tmp_path: Path) -> None:
             ]
             assert group["figures"] == [len(ages), pytest.approx(np.mean(ages), rel=1e-12)]
         assert (told["peers"], told["asked"]) == (2, 3)
-        assert "lets nobody ask" in next(iter(told["left_out"].values()))
+        assert "allows no questions" in next(iter(told["left_out"].values()))
         # What is wrong with a question is told before anybody is asked, or by the peers.
         wrong = site.ask("analyze", "maen(age)")
         assert wrong.returncode == 2

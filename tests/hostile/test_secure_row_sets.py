@@ -88,7 +88,7 @@ def test_rows_of_one_peer_are_not_the_difference_of_sums(
     for question in before:
         site.ask(*question)
     refused(site, last)
-    for question in before:  # an answer of before is told again
+    for question in before:  # an answer of before is repeated
         site.ask(*question)
 
 
@@ -165,7 +165,7 @@ def test_a_time_in_which_one_peer_has_rows_has_no_sum(tmp_path: Path) -> None:
 
 
 def test_two_peers_are_too_few_also_with_others(tmp_path: Path) -> None:
-    """Attack: the same with two peers of four, and with a peer that nobody trusts."""
+    """Attack: the same with two peers of four, and with a peer that no owner trusts."""
     site = fleet(tmp_path, "ABX", "ABX", "AB", "AB")
     site.ask("sum(salary)")
     refused(site, ("sum(salary)", "ward != 'X'"))
@@ -255,8 +255,8 @@ def test_a_peer_says_itself_which_rows_its_sums_are_over(tmp_path: Path) -> None
 def test_sums_over_many_sets_of_rows_come_to_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attack: ask about so many sets of rows that the record of them fills the disk, or that the
-    search for combinations takes all time."""
+    """Attack: ask about more and more sets of rows until the record of them fills the disk, or
+    until the search for combinations takes all time."""
     monkeypatch.setattr(peer_sets, "MAX_SUMS", 4)
     site = fleet(tmp_path, "ABCD", "ABCD", "ABCD")
     site.ask("sum(salary) by ward")

@@ -201,7 +201,7 @@ def test_least_and_most_are_not_told_unless_the_owner_says_so(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("allowed", "text", "words"),
     [
-        (AgentSettings(), "count", "lets nobody ask"),
+        (AgentSettings(), "count", "allows no questions"),
         (AgentSettings(analyze="on", data_columns=("age",)), "mean(income)", "column 'income'"),
         (AgentSettings(analyze="on", data_columns=("age",)), "count by city", "column 'city'"),
         (

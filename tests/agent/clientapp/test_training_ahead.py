@@ -247,7 +247,7 @@ def test_work_of_another_run_ends_the_training_that_nobody_waits_for(tmp_path: P
 
 
 def test_training_that_was_cancelled_is_done_again_if_its_round_comes(tmp_path: Path) -> None:
-    """Its run was stopped, and goes on."""
+    """Its run was stopped, and continues."""
     desk, trainer = begun_ahead(tmp_path)
     trainer.cancel_training()
     job = desk.client.training._ahead._job

@@ -85,7 +85,9 @@ async def test_the_model_that_a_run_chose_is_in_status_and_log(
 
     begun, later = state_machine.WorkStarted(chosen), state_machine.WorkStarted(WORK)
     known = ("r", "trees (AUC 0.91; linear 0.88)")
-    assert shown(begun, state_machine.WorkEnded(), begun, later) == known
+    question = state_machine.WorkStarted(Work(run="q", round=1, kind="evaluate", task="tabular"))
+    assert shown(begun, state_machine.WorkEnded(), question, state_machine.WorkEnded()) == known
+    assert shown(begun, later) == known
     assert caplog.text.count("the model of run r: trees (AUC 0.91; linear 0.88)") == 1
     agent = Agent(home, enrollment_file.read_enrollment(home), settings.read(home))
     agent._runner.start()

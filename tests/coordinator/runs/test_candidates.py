@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from agent.policy.consent import Consent
 from agent.tasks.work import Done
 from coordinator.api import named_models
+from coordinator.cli import run_text
 from coordinator.runs import (
     candidates,
     export,
@@ -324,6 +325,7 @@ async def test_the_target_ends_the_run_whatever_models_are_left(tmp_path: Path) 
         run = await fleet.finished(start(fleet, target=0.85, best_metric="loss"))
         assert (run.state, run.ended_because) == (RunState.FINISHED, "loss is 0.8 in round 2")
         assert (run.trained, run.upcoming) == ((), ("mlp", "trees"))
+        assert "model: linear is kept (linear: loss 0.8 in round 2)" in run_text.choice_lines(run)
 
 
 def test_models_that_are_clearly_worse_are_not_trained() -> None:

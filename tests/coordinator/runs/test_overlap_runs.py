@@ -164,7 +164,7 @@ class Locked:
 
 
 async def test_an_agent_that_knows_no_fragments_refuses_before_it_trains(tmp_path: Path) -> None:
-    """It reads the codec as agents did before there were fragments. The run goes on without it."""
+    """It reads the codec as agents did before there were fragments. The run leaves it out."""
     async with fleet_of(tmp_path, *DATA, some_data(20, 3)) as fleet:
         older = fleet.agents[2]
 

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from coordinator.cli import run_text
 from coordinator.fleet.state import Fleet
+from coordinator.fleet.state import Run as FleetRun
 from coordinator.runs import decisions, steps, transitions
 from coordinator.runs.comparisons import why_no_evaluations
 from coordinator.runs.decisions import Observation
@@ -27,7 +28,7 @@ from coordinator.runs.state import Evaluation, Round, Run
 from coordinator.storage import run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, Update
 from protocols.messages.comparisons import Comparison, Estimate
-from protocols.messages.envelope import Metrics
+from protocols.messages.envelope import Metrics, RunChanged
 from protocols.messages.states import ENDED, RunState
 from protocols.model import schema_card
 from protocols.tables.model_scores import MODELS, ModelScores
@@ -411,6 +412,32 @@ def test_who_follows_a_run_hears_of_the_refusals_of_every_round() -> None:
     assert [closed.round for closed in step().closed] == [1]
     loop.refuse("B", "too large")
     assert step().refusals == ("refused B: too large: x",)
+
+
+def test_rounds_of_the_model_before_come_before_the_line_of_the_next_one() -> None:
+    run = replace(training().run, spec=RunSpec(task="t", rounds=9, first_round=4))
+    closed = tuple(Round(round=n, digest=f"{n}", metrics={"loss": 1.0}) for n in (1, 2, 4))
+    step = run_text.Step(run, (), closed, ("waits",), ("model: mlp now, 2 of 3",))
+    told = [line.split(" loss")[0] for line in step.lines()]
+    assert told == ["round 1/9", "round 2/9", "model: mlp now, 2 of 3", "round 4/9", "waits"]
+
+
+def test_who_follows_a_run_reads_what_it_waits_for_before_round_1() -> None:
+    run, progress = training().run, run_text.Progress()
+    assert run.pending, "its peers have work"
+    changed = RunChanged(
+        run=run.id,
+        task="t",
+        state=RunState.WAITING,
+        round=0,
+        rounds=3,
+        quorum=2,
+        waiting_for="a comparison of models",
+    )
+    fleet = Fleet(fleet="f", runs={run.id: FleetRun(changed=changed, changed_at=0.0)})
+    steps = [progress.step(replace(run, state=RunState.WAITING), lambda: fleet) for _ in range(9)]
+    told = [step.waits for step in steps if step.waits]
+    assert told == [("waits for a comparison of models",)]
 
 
 def test_a_run_that_failed_shows_the_last_refusal_once() -> None:

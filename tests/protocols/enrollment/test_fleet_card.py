@@ -118,7 +118,7 @@ def test_a_card_is_signed_again_only_when_its_content_changes(tmp_path: Path) ->
     assert numbers[1] > numbers[0]
     next_term = numbers[1] + 60
     third = CardFile(tmp_path, CA, term=next_term).current(CA_KEY, bytes(32), BROKER)
-    assert fleet_card.verify_card(CA, third).counter == next_term, "another replica led meanwhile"
+    assert fleet_card.verify_card(CA, third).counter == next_term, "another replica led in between"
     again = CardFile(tmp_path, CA, term=next_term).current(CA_KEY, bytes(32), BROKER)
     assert again == third
     other = CardFile(tmp_path, OTHER_CA).current(OTHER_KEY, PUBLIC, BROKER)
