@@ -72,7 +72,7 @@ class PeerSets:
             if self._find("sums", name):
                 raise Refused(
                     f"this machine tells of {_words(name)} in secure sums alone: with an answer of "
-                    "its own, the sum of the other peers would be known",
+                    "its own, the sum of the other peers would be known; ask with --secure",
                     "commonweight analyze --secure",
                 )
 
@@ -121,7 +121,7 @@ class PeerSets:
         self._check_peers(told, me, pins)
         known = self._row_sums()
         several = {about for about in known if about.is_count} if ROWS in rows else set()
-        for about in {*rows, *several}:
+        for about in (*rows, *sorted(several - rows.keys())):  # first what this question is about
             # A condition counts the rows of a category, too.
             alike = (about, ROWS) if about.is_count else (about,)
             before = {one for name in alike for one in known.get(name, ())}
@@ -138,8 +138,8 @@ class PeerSets:
             if row_sets.isolates_few([*before], [*new], pins.peers | {me}, pins.minimum):
                 raise SecureRefused(
                     "other rows",
-                    f"the sums of this question about {_words(about.column)}, or their differences "
-                    f"from earlier ones, are over rows of fewer than {pins.minimum} trusted peers",
+                    f"{_sums(about.column, about in rows)} are over rows of fewer than "
+                    f"{pins.minimum} trusted peers",
                     f"ask about rows that differ at {pins.minimum} peers or more, or at none: "
                     "without conditions and groups that few peers have; if rows are new, ask when "
                     "more peers have new ones",
@@ -199,6 +199,15 @@ class PeerSets:
     def _find(self, table: str, column: str) -> bool:
         found = self._db.execute(f"SELECT 1 FROM {table} WHERE column = ? LIMIT 1", (column,))
         return found.fetchone() is not None
+
+
+def _sums(column: str, is_asked: bool) -> str:
+    """Which sums are compared: those of the question, or others with its number of rows."""
+    if is_asked and column:
+        about = _words(column)
+        return f"the sums of this question about {about}, or their differences from earlier ones,"
+    others = f"earlier sums about {_words(column)}" if column else "earlier ones"
+    return f"the sums of this question, or differences of its number of rows from {others},"
 
 
 def _words(column: str) -> str:

@@ -131,3 +131,13 @@ def test_a_sum_survives_a_peer_that_goes_away(tmp_path: Path) -> None:
         np.mean([row["age"] for row in ROWS]), rel=1e-13
     )
     assert found.left_out == {gone: "no answer in time"}
+
+
+def test_a_refusal_names_no_column_of_earlier_questions(tmp_path: Path) -> None:
+    alone = [row | {"city": "Vardø"} if n < 60 else row for n, row in enumerate(PARTS[0])]
+    fleet = SecureTables(tmp_path, [alone, *PARTS[1:]])
+    for text in ("levels(smoker)", "levels(sex)", "sum(bmi)"):
+        fleet.ask(text)
+    with pytest.raises(CommonweightError, match="its number of rows from earlier ones") as refused:
+        fleet.ask("sum(age)", "city != 'Vardø'")
+    assert "column" not in refused.value.message
