@@ -143,11 +143,18 @@ class Step(NamedTuple):
     def lines(self) -> Iterator[str]:
         """All of it as text. Rounds of earlier models come before the line of the present one."""
         first = self.run.spec.first_round
+        shown = [one for one in self.closed if _is_shown(self.run, one)]
         yield from self.refusals
-        yield from (round_line(self.run, one) for one in self.closed if one.round < first)
+        yield from (round_line(self.run, one) for one in shown if one.round < first)
         yield from self.chosen
-        yield from (round_line(self.run, one) for one in self.closed if one.round >= first)
+        yield from (round_line(self.run, one) for one in shown if one.round >= first)
         yield from self.waits
+
+
+def _is_shown(run: Run, closed: Round) -> bool:
+    """False between two evaluations, as trees have hundreds of rounds and few evaluations."""
+    is_evaluated = run.spec.evaluate_every > 1 and any(one.metrics for one in run.history)
+    return bool(closed.metrics) or not is_evaluated
 
 
 class Progress:

@@ -422,6 +422,17 @@ def test_rounds_of_the_model_before_come_before_the_line_of_the_next_one() -> No
     assert told == ["round 1/9", "round 2/9", "model: mlp now, 2 of 3", "round 4/9", "waits"]
 
 
+def test_rounds_between_two_evaluations_are_no_lines_of_their_own() -> None:
+    spec = RunSpec(task="t", rounds=9, evaluate_every=3)
+    evaluated = {1: {"loss": 2.0}, 4: {"loss": 1.0}}
+    rounds = tuple(Round(round=n, digest=f"{n}", metrics=evaluated.get(n, {})) for n in range(1, 6))
+    run = replace(training().run, spec=spec, history=rounds)
+    told = [line.split(" loss")[0] for line in run_text.Step(run, (), rounds, ()).lines()]
+    assert told == ["round 1/9", "round 4/9"]
+    never = replace(run, history=tuple(replace(one, metrics={}) for one in rounds))
+    assert len(list(run_text.Step(never, (), never.history, ()).lines())) == 5
+
+
 def test_who_follows_a_run_reads_what_it_waits_for_before_round_1() -> None:
     run, progress = training().run, run_text.Progress()
     assert run.pending, "its peers have work"
