@@ -22,6 +22,7 @@ from agent.home.credentials import Credentials
 from agent.home.enrollment_file import Enrollment
 from agent.home.settings_schema import AgentSettings
 from agent.trainer.process import TrainerProcess
+from agent.trainer.retry import RetryingTrainer
 from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.transport.upload_limits import MAX_UPLOADS
 from protocols.enrollment import signed_requests
@@ -80,7 +81,7 @@ class Target:
 
     def described(self, question: Message) -> Message:
         """An honest answer to the first question of a run."""
-        trainer = TrainerProcess(self.home, DataSettings())
+        trainer = RetryingTrainer(TrainerProcess(self.home, DataSettings()))
         coordinator_public, fleet = self.enrollment.coordinator_public, self.enrollment.fleet
         me = PeerIdentity(self.mine.peer, self.mine.sign_key.sign, coordinator_public, fleet)
         client = Client(

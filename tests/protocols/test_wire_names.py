@@ -67,6 +67,7 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
                 "seen": None,
                 "charged": b"",
                 "sum": None,
+                "run": "",
             },
         ),
         (
@@ -79,6 +80,7 @@ SOURCE = {"peer": "p", "address": "10.0.0.1:5", "node_public": b"k", "signs": 2}
                 "notices": [],
                 "charged": b"",
                 "over": False,
+                "ended": False,
                 "offers": 0,
             },
         ),
