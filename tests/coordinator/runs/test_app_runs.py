@@ -32,6 +32,12 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.usefixtures("coordinator_home")
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On disk, as an app in the sandbox can use shared memory."""
+    return tmp_path_factory.mktemp("apps")
+
+
 @pytest.mark.long
 async def test_an_app_of_the_message_api_trains(tmp_path: Path) -> None:
     async with app_fleet(tmp_path, "mean") as fleet:
