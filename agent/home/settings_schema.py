@@ -25,6 +25,7 @@ MIN_SECURE_PEERS = 3
 RESTART_KEYS = frozenset(
     {
         *("part", "parts", "split", "data_seed", "data", "data_values", "data_formats", "models"),
+        *("data_reader", "data_min_rows", "data_min_count", "data_extremes", "fleet"),
         *("threads", "device", "framework", "compile", "sandbox", "sandbox_read"),
         *("checkpoint_interval_s", "hang_timeout_s", "trainer_tries", "nice"),
         *("share", "share_port", "share_mbit_s", "apps", "task_files"),

@@ -17,8 +17,10 @@ from agent.daemon import state_machine, work_thread
 from agent.daemon.agent import Agent
 from agent.daemon.owner_commands import OwnerCommands
 from agent.home import enrollment_file, settings, status_files
+from agent.home.settings_schema import RESTART_KEYS, AgentSettings
 from agent.home.status_files import OwnerRequest
 from agent.setup import enrollment
+from agent.trainer import sandbox_rules
 from benchmarks.faults.disk import can_mount, fill, small_disk
 from protocols.enrollment import tickets
 from protocols.enrollment.ca_chain import CaTrust
@@ -204,6 +206,25 @@ async def test_changed_data_and_tasks_are_in_force_after_the_current_work(
     finally:
         ticking.cancel()
         agent._work.close()
+
+
+def test_what_the_trainer_reads_at_its_start_changes_by_a_restart(tmp_path: Path) -> None:
+    """Such as `data.min_count`: a limit that the owner has set must hold for the next work."""
+
+    class Recorded:
+        def __init__(self) -> None:
+            self.names: set[str] = set()
+
+        def __getattr__(self, name: str) -> object:
+            self.names.add(name)
+            return getattr(AgentSettings(), name)
+
+    read: Any = Recorded()
+    settings.data_settings(read, tmp_path, tmp_path / "told.db")
+    sandbox_rules.make_rules(read, write=(), memory=tmp_path / "told.db", spool=tmp_path)
+    assert {"data_min_count", "data_formats", "sandbox"} <= read.names
+    columns_come_with_each_work = {"data_columns"}
+    assert read.names - RESTART_KEYS == columns_come_with_each_work
 
 
 async def test_a_restart_request_ends_this_agent_once_and_keeps_the_owners_pause(
