@@ -69,9 +69,8 @@ class OwnResult(Struct, frozen=True, kw_only=True):
     """The comparison after a run, or why there is none.
 
     `digest`: the run's best version, made in `round`, and `model`: its kind, if the run trained
-    several. `at`: Unix s. `why`: the reason as
-    text, `missing`: the word for it that the coordinator gets. `is_told`: the coordinator has it;
-    `to_tell`: it is to get it.
+    several. `at`: Unix s. `why`: the reason as text, `missing`: the word for it that the
+    coordinator gets. `is_told`: the coordinator has it; `to_tell`: it is to get it.
     """
 
     run: str

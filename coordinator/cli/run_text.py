@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from protocols.messages.states import ENDED, RunState
@@ -143,7 +143,7 @@ class Step(NamedTuple):
     def lines(self) -> Iterator[str]:
         """All of it as text. Rounds of earlier models come before the line of the present one."""
         first = self.run.spec.first_round
-        shown = [one for one in self.closed if _is_shown(self.run, one)]
+        shown = _shown(self.run, self.closed)
         yield from self.refusals
         yield from (round_line(self.run, one) for one in shown if one.round < first)
         yield from self.chosen
@@ -151,10 +151,10 @@ class Step(NamedTuple):
         yield from self.waits
 
 
-def _is_shown(run: Run, closed: Round) -> bool:
-    """False between two evaluations, as trees have hundreds of rounds and few evaluations."""
+def _shown(run: Run, closed: Sequence[Round]) -> list[Round]:
+    """The rounds without those between two evaluations, as trees have hundreds of such rounds."""
     is_evaluated = run.spec.evaluate_every > 1 and any(one.metrics for one in run.history)
-    return bool(closed.metrics) or not is_evaluated
+    return [one for one in closed if one.metrics or not is_evaluated]
 
 
 class Progress:

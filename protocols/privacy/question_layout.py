@@ -99,8 +99,8 @@ class Layout(Struct, frozen=True, kw_only=True):
 
 
 class Item(NamedTuple):
-    """Numbers that are told or not: the rows of a group, a figure, or the rows of a category, such
-    as a bin of a histogram.
+    """Numbers that are in the sum or left out together: the rows of a group, a figure, or the rows
+    of a category, such as a bin of a histogram.
 
     `place`: of the operation; -1 for the rows of the group. `size`: how many numbers.
     """

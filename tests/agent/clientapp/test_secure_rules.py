@@ -79,6 +79,6 @@ def test_no_training_ahead_for_a_sum_or_with_noise(private: bool) -> None:
 @pytest.mark.parametrize("kind", ["describe", "evaluate"])
 def test_only_training_goes_on_in_the_background(kind: WorkKind) -> None:
     """Attack: ask for an evaluation with training ahead, so that metrics of this peer's own weights
-    are told as those of its next training."""
+    leave as those of its next training."""
     with pytest.raises(BadMessage, match="training ahead"):
         secure_rules.check(replace(of(PLAIN, kind), ahead=True), AgentSettings())

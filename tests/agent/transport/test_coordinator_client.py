@@ -207,15 +207,23 @@ def test_nonsense_is_an_error_of_ours(
         link.close()
 
 
+def _arrived(
+    site: Site, machine: Machine, folder: Path, data: bytes, nbytes: int
+) -> tuple[Path, str, Path]:
+    """An update whose first bytes have arrived: its file, its digest, and the part at the site."""
+    source = folder / "update"
+    source.write_bytes(data)
+    digest = weights.file_digest(source)
+    part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
+    part.write_bytes(data[:nbytes])
+    return source, digest, part
+
+
 def test_a_cut_upload_goes_on_where_it_was_cut(
     site: Site, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     data = bytes(range(256)) * 2000
-    source = tmp_path / "update"
-    source.write_bytes(data)
-    digest = weights.file_digest(source)
-    part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
-    part.write_bytes(data[:300_000])
+    source, digest, _ = _arrived(site, machine, tmp_path, data, 300_000)
     link._interrupted = digest
     before = site.transfer.bytes_up
     link.upload(digest, source)
@@ -234,11 +242,7 @@ def test_a_restarted_agent_sends_the_rest_of_an_update(
     site: Site, machine: Machine, link: CoordinatorClient, tmp_path: Path
 ) -> None:
     data = bytes(range(256)) * 8192
-    source = tmp_path / "update"
-    source.write_bytes(data)
-    digest = weights.file_digest(source)
-    part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
-    part.write_bytes(data[:1_500_000])
+    source, digest, _ = _arrived(site, machine, tmp_path, data, 1_500_000)
     before = site.transfer.bytes_up
     link.upload(digest, source)
     assert site.transfer.bytes_up - before == len(data) - 1_500_000 == link.bytes_up
@@ -252,11 +256,7 @@ def test_what_came_after_the_question_is_sent_again(
 ) -> None:
     """The connection that was cut still brought some: all of the rest would be refused for it."""
     data = bytes(range(256)) * 8192
-    source = tmp_path / "update"
-    source.write_bytes(data)
-    digest = weights.file_digest(source)
-    part = site.folder / "spool" / f"{machine.peer}-{digest}.part"
-    part.write_bytes(data[:1_000_000])
+    source, digest, part = _arrived(site, machine, tmp_path, data, 1_000_000)
     pieces = link._pieces
 
     def later(path: Path, offset: int) -> Iterator[bytes]:
