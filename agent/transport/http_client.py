@@ -125,12 +125,12 @@ class HttpClient:
                 if isinstance(body, bytes) and (body or method != "GET"):
                     connection.putheader("content-length", str(len(body)))
                 connection.endheaders(body if isinstance(body, bytes) and body else None)
-            if not isinstance(body, bytes):
-                _send(connection, body)
+            is_whole = isinstance(body, bytes) or _send(connection, body) == nbytes
             with map_errors():
                 response = connection.getresponse()
+            connection.has_answered = True
             yield response
-            reusable = response.isclosed() and not response.will_close
+            reusable = is_whole and response.isclosed() and not response.will_close
         except Unreachable as err:
             if deadline.is_over:
                 raise Unreachable(
@@ -173,7 +173,7 @@ class HttpClient:
             if connection.sock is None:
                 return connection
             idle_s = time.monotonic() - since
-            if idle_s < self._max_idle_s and not _is_closed_by_peer(connection.sock):
+            if idle_s < self._max_idle_s and not _is_readable(connection.sock):
                 connection.sock.settimeout(self.timeout_s)
                 return connection
             with self._lock:
@@ -199,6 +199,8 @@ class Connection(http.client.HTTPSConnection):
     def __init__(self, host: str, port: int, tls: ssl.SSLContext, timeout_s: float) -> None:
         super().__init__(host, port, timeout=timeout_s, context=tls)
         self._tls, self.ended = tls, False
+        #: True after the first response, with which all that a TLS handshake leaves behind was read.
+        self.has_answered = False
         self._create_connection = self._create_tracked
 
     def connect(self) -> None:
@@ -329,18 +331,24 @@ def _read(response: http.client.HTTPResponse, max_bytes: int) -> bytes | None:
     return None
 
 
-def _send(connection: http.client.HTTPSConnection, pieces: Iterable[bytes]) -> None:
-    """Sends a body. A server that stops reading has answered already: read that next."""
+def _send(connection: Connection, pieces: Iterable[bytes]) -> int:
+    """Sends a body; the number of bytes sent. It ends early if the server has answered already, or
+    reads no more."""
+    size = 0
     for piece in pieces:  # errors of the file go to the caller
         with map_errors():
             try:
                 connection.send(piece)
             except (ConnectionError, ssl.SSLError):
-                return
+                break
+        size += len(piece)
+        if connection.has_answered and _is_readable(connection.sock):
+            break
+    return size
 
 
-def _is_closed_by_peer(sock: socket.socket) -> bool:
-    """True if an idle connection is readable: only its end makes it readable."""
+def _is_readable(sock: socket.socket) -> bool:
+    """True if something has arrived. On an idle connection that is its end."""
     if not hasattr(select, "poll"):  # Windows
         return bool(select.select([sock], [], [], 0)[0])
     poll = select.poll()

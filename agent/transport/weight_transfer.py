@@ -27,8 +27,8 @@ _TIMEOUT_S = 30.0
 #: coordinator keeps idle connections for 75 s.
 IDLE_CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
-#: Above this size, the agent asks first how much of an update has arrived, as it does not know that
-#: after a restart. The question takes a moment, and the bytes may take an hour.
+#: After a start, the agent asks first how much of an update above this size has arrived. The question
+#: takes a moment, and the bytes may take an hour.
 _ASK_FIRST_BYTES = 1 << 20
 #: How much of a refusal's body is shown.
 _MAX_REASON_BYTES = 200
@@ -60,7 +60,9 @@ class WeightTransfer:
             timeout_s=_TIMEOUT_S,
             max_idle_s=IDLE_CONNECTION_S,
         )
-        self._interrupted = ""
+        #: The digest of the last upload. It is not sent again where its response was lost.
+        self._last_upload = ""
+        self._has_asked = False
         #: The run of the last work, to which updates belong.
         self._run = ""
         #: A small version that arrived with the last work.
@@ -170,9 +172,10 @@ class WeightTransfer:
                 unsigned["x-cw-run"] = run
         size = source.stat().st_size
         # An offset at the end sends nothing and asks for the received size.
-        asks_first = size > _ASK_FIRST_BYTES or digest == self._interrupted
-        offset, began = size if asks_first else 0, 0
-        self._interrupted, cut, tries = digest, None, 3
+        is_first = size > _ASK_FIRST_BYTES and not self._has_asked
+        offset, began = size if is_first or digest == self._last_upload else 0, 0
+        self._has_asked |= is_first
+        self._last_upload, cut, tries = digest, None, 3
         while tries:
             headers = self._signed("PUT", path, digest) | unsigned
             headers["content-length"] = str(size - offset)
@@ -197,7 +200,6 @@ class WeightTransfer:
                 offset = 0  # the received bytes were not the start of this file
             else:
                 raise_for_upload(status, body)
-                self._interrupted = ""
                 return
         raise Unreachable("the upload could not be resumed")
 

@@ -11,7 +11,7 @@ _DETAILS_OF_RUNS = (
     *("described", "peers", "updates", "contributors", "norms", "training_seconds", "holdings"),
     *("surveyed", "assignments", "last_assignments", "buffer", "cooling_down", "excluded"),
     *("refusal_kinds", "refusal_texts", "on_time", "declared", "limited", "limited_now"),
-    *("staleness", "evaluations", "comparisons"),
+    *("staleness", "evaluations", "comparisons", "late"),
 )
 _DETAILS_OF_ROUNDS = (
     *("contributors", "on_time", "norms", "spread", "worst", "tallies", "spent", "staleness"),

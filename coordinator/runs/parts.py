@@ -35,7 +35,7 @@ class RunParts:
         """Raises CommonweightError if the run's strategy cannot be made."""
         adapter, strategy, model = _made(run, ctx)
         timer = PhaseTimer()
-        requests = PendingRequests(ctx, adapter, strategy, model)
+        requests = PendingRequests(ctx, adapter, strategy, model, run.late)
         recorder = RunRecorder(run, ctx, timer)
         return cls(ctx, adapter, strategy, model, timer, recorder, requests)
 

@@ -50,6 +50,7 @@ def update_accepted(run: Run, event: events.UpdateAccepted) -> Run:
         return replace(
             run,
             assignments=_without(run.assignments, peer),
+            late=_without(run.late, peer),
             buffer=(*run.buffer, event),
             training_seconds=_training_seconds(run, peer, update.seconds),
         )
@@ -119,6 +120,8 @@ def update_refused(run: Run, event: events.UpdateRefused) -> Run:
         run = replace(run, excluded=run.excluded | {peer})
     if event.kind == "train":
         run = replace(run, training_seconds=_training_seconds(run, peer, event.seconds))
+        if event.round == run.late.get(peer):
+            run = replace(run, late=_without(run.late, peer))
         assignment = run.assignments.get(peer)
         if assignment is not None and event.round == assignment.round:
             # A peer is not to blame for a stale update: it gets new work at once.

@@ -38,15 +38,20 @@ _SEED_STRIDE = 7919
 
 
 class PendingRequests(RequestsInFlight):
-    """The requests in flight of one run, by message id."""
+    """The requests in flight of one run, by message id. `late`: see `Run`."""
 
     def __init__(
-        self, ctx: RunContext, adapter: StrategyAdapter, strategy: Strategy, model: RunModel
+        self,
+        ctx: RunContext,
+        adapter: StrategyAdapter,
+        strategy: Strategy,
+        model: RunModel,
+        late: Mapping[str, int],
     ) -> None:
         super().__init__(ctx)
-        #: By peer, the round of a training whose request was lost with a session; and the peers of
-        #: these that may have opened another one.
-        self._interrupted: dict[str, int] = {}
+        #: By peer, the round of a training whose request was lost with a session, or `late` at the
+        #: coordinator's last stop; and the peers of these that may have opened another session.
+        self._interrupted = dict(late)
         self._are_back: set[str] = set()
         self.use(adapter, strategy, model)
 

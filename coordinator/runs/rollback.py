@@ -41,6 +41,7 @@ def back_to(run: Run, kept: tuple[Round, ...]) -> Run:
         updates={},
         contributors=(),
         on_time=(),
+        late={},
         evaluating=False,
         norms={},
         refused=0,

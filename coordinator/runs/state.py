@@ -179,6 +179,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     `limited`: peers that counted less in a version; `limited_now`: in the newest one.
     `evaluations`: by peer, its last evaluation in a closed round. `comparisons`: by peer, what it
     told after the end; `num_compared`: how many have.
+    `late`: with `folds_late`, by peer, the closed round for which its update is still awaited.
     `num_asked`: peers that were asked when the round was opened. `num_spent`: the versions with
     noise for whole peers that the run has made, with those of rounds that were repeated.
     `deleted`: the files are deleted, and the run is not listed any more.
@@ -234,6 +235,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
     staleness: _ByPeer[Integer] = {}
     num_examples: Integer = 0
     on_time: _Peers = ()
+    late: _ByPeer[Integer] = {}
     declared: _ByPeer[tuple[Integer, Integer]] = {}
     limited: Annotated[frozenset[_Line], Meta(max_length=MAX_PEERS)] = frozenset()
     limited_now: _ByPeer[float] = {}

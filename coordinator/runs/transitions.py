@@ -48,6 +48,7 @@ def _round_opened(run: Run, event: events.RoundOpened) -> Run:
         updates={},
         contributors=(),
         on_time=(),
+        late={p: number for p, number in run.late.items() if p not in event.asked},
         norms={},
         refused=0,
         cohort=None,
@@ -88,7 +89,13 @@ def _training_closed(run: Run, event: events.TrainingClosed) -> Run:
         norms={accepted.peer: accepted.update.norm for accepted in run.buffer} | run.norms,
         staleness=staleness,
         on_time=tuple(sorted(run.updates)),
+        late=run.late | _unanswered(run) if run.folds_late else {},
     )
+
+
+def _unanswered(run: Run) -> dict[str, int]:
+    """The peers that have not answered in the open round, with its number."""
+    return {p: run.round for p, status in run.peers.items() if status in ("asked", "lost")}
 
 
 def _version_committed(run: Run, event: events.VersionCommitted) -> Run:

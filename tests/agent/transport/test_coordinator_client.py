@@ -15,14 +15,16 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.http_client import _is_readable
 from agent.transport.weight_transfer import IDLE_CONNECTION_S, CoordinatorDiskFull, SessionLost
 from protocols.enrollment import certificates, identity
-from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused
+from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused, UploadUnneeded
 from protocols.local.join_client import is_other_ca
 from protocols.messages.work import INLINE_MAX_BYTES
 from protocols.model import weights
 from tests.support.fault_proxy import Fault, Proxy
 from tests.support.https_site import HOST, Machine, Site
+from tests.support.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +226,7 @@ def test_a_cut_upload_goes_on_where_it_was_cut(
 ) -> None:
     data = bytes(range(256)) * 2000
     source, digest, _ = _arrived(site, machine, tmp_path, data, 300_000)
-    link._interrupted = digest
+    link._last_upload = digest
     before = site.transfer.bytes_up
     link.upload(digest, source)
     assert site.transfer.bytes_up - before == len(data) - 300_000 == link.bytes_up
@@ -271,6 +273,30 @@ def test_what_came_after_the_question_is_sent_again(
 
 
 @pytest.mark.usefixtures("_large")
+def test_an_upload_ends_with_its_run(
+    site: Site, link: CoordinatorClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "update"
+    source.write_bytes(bytes(8 << 20))
+    pieces = link._pieces
+
+    def sending(path: Path, offset: int) -> Iterator[bytes]:
+        for number, piece in enumerate(pieces(path, offset)):
+            if number == 1:
+                monkeypatch.setattr(site.transfer.limits, "is_expected", lambda: False)
+                site.lane.uploads.end_run()
+            if number == 2:  # the coordinator has got more, and answers
+                [connection] = link._http_client._busy
+                wait_for(lambda: _is_readable(connection.sock), "an early answer")
+            yield piece
+
+    link._pieces = sending  # type: ignore[method-assign]
+    with pytest.raises(UploadUnneeded):
+        link.upload(weights.file_digest(source), source)
+    assert link.bytes_up <= 3 << 20
+
+
+@pytest.mark.usefixtures("_large")
 def test_an_upload_whose_line_is_cut_again_and_again_arrives(
     site: Site, machine: Machine, tmp_path: Path
 ) -> None:
@@ -301,7 +327,7 @@ def test_a_wrong_beginning_on_the_other_side_is_sent_anew(
     source.write_bytes(b"right" * 1000)
     digest = weights.file_digest(source)
     (site.folder / "spool" / f"{machine.peer}-{digest}.part").write_bytes(b"wrong" * 100)
-    link._interrupted = digest
+    link._last_upload = digest
     link.upload(digest, source)
     stored = site.folder / "spool" / f"{machine.peer}-{digest}.safetensors"
     assert stored.read_bytes() == source.read_bytes()

@@ -730,6 +730,31 @@ async def test_a_restart_in_round_2_does_not_keep_the_first_version_for_ever(
         await fleet.close()
 
 
+async def test_a_late_update_counts_also_after_a_restart(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path)
+    try:
+        async with fleet.up():
+            for number, part in enumerate(THREE[:2]):
+                fleet.join(f"agent{number}", part)
+            await fleet.online(2)
+            straggler, other = fleet.agents
+            held, next_round = Door(straggler, 1), Door(other, 2)
+            run_id = fleet.start(rounds=3, quorum=1, deadline_s=0.5, late="fold")
+            await until(next_round.reached.is_set)
+        async with fleet.up():
+            held.open()
+            await until(lambda: fleet.hub.runs.find(run_id).buffer)
+            next_round.open()
+            run = await fleet.finished(run_id)
+            assert (run.state, fleet.refusals(run_id)) == (RunState.FINISHED, [])
+            late = [f for f in fleet.facts(run_id, run_events.UpdateAccepted) if f.update.staleness]
+            assert [(one.round, one.peer) for one in late] == [(1, straggler.peer)]
+            assert straggler.trainer.worked.count(("train", 1)) == 1
+            await fleet.close()
+    finally:
+        await fleet.close()
+
+
 @pytest.mark.parametrize(("lost", "number"), [(1, 1), (1, 2), (2, 2), (1, 3), (2, 3), (3, 3)])
 async def test_a_damaged_version_is_put_aside_and_made_again(
     tmp_path: Path, lost: int, number: int

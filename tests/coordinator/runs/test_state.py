@@ -651,7 +651,7 @@ def test_the_api_sends_runs_with_the_field_names_that_older_versions_know() -> N
         | {"strategy_state", "recalling", "whole", "holdings", "sought", "given", "last", "buffer"}
         | {"resting", "excluded", "staleness", "num_examples", "ended_in", "ended_because"}
         | {"deleted", "refusal_kinds", "refusal_texts", "on_time", "abandoned", "declared"}
-        | {"limited", "limited_now", "surveyed", "evaluations", "num_asked", "num_spent"}
+        | {"limited", "limited_now", "surveyed", "evaluations", "num_asked", "num_spent", "late"}
         | {"cohort", "turn", "lost_cohorts", "comparisons", "scores", "scores_missing", "choice"}
         | {"num_compared", "standing", "trained", "upcoming", "ordered"}
     )
