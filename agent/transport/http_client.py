@@ -199,7 +199,7 @@ class Connection(http.client.HTTPSConnection):
     def __init__(self, host: str, port: int, tls: ssl.SSLContext, timeout_s: float) -> None:
         super().__init__(host, port, timeout=timeout_s, context=tls)
         self._tls, self.ended = tls, False
-        #: True after the first response, with which all that a TLS handshake leaves behind was read.
+        #: True after a response: all that the TLS handshake leaves behind was read with it.
         self.has_answered = False
         self._create_connection = self._create_tracked
 

@@ -27,8 +27,8 @@ _TIMEOUT_S = 30.0
 #: coordinator keeps idle connections for 75 s.
 IDLE_CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
-#: After a start, the agent asks first how much of an update above this size has arrived. The question
-#: takes a moment, and the bytes may take an hour.
+#: After a start, the agent asks first how much of a larger update has arrived. The question takes a
+#: moment, and the bytes may take an hour.
 _ASK_FIRST_BYTES = 1 << 20
 #: How much of a refusal's body is shown.
 _MAX_REASON_BYTES = 200

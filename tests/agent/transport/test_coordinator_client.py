@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.home.credentials import Credentials
 from agent.transport.coordinator_client import CoordinatorClient
-from agent.transport.http_client import _is_readable
+from agent.transport.http_client import Connection, _is_readable
 from agent.transport.weight_transfer import IDLE_CONNECTION_S, CoordinatorDiskFull, SessionLost
 from protocols.enrollment import certificates, identity
 from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused, UploadUnneeded
@@ -272,6 +272,10 @@ def test_what_came_after_the_question_is_sent_again(
     assert link.bytes_up == len(data) - 1_000_000
 
 
+def _has_answer(connection: Connection) -> bool:
+    return _is_readable(connection.sock)
+
+
 @pytest.mark.usefixtures("_large")
 def test_an_upload_ends_with_its_run(
     site: Site, link: CoordinatorClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -286,8 +290,7 @@ def test_an_upload_ends_with_its_run(
                 monkeypatch.setattr(site.transfer.limits, "is_expected", lambda: False)
                 site.lane.uploads.end_run()
             if number == 2:  # the coordinator has got more, and answers
-                [connection] = link._http_client._busy
-                wait_for(lambda: _is_readable(connection.sock), "an early answer")
+                wait_for(lambda: all(map(_has_answer, link._http_client._busy)), "an early answer")
             yield piece
 
     link._pieces = sending  # type: ignore[method-assign]
