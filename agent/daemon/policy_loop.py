@@ -62,6 +62,10 @@ class PolicyLoop:
         bandwidth.passed_on(nbytes)
         return True
 
+    def restart_is_due(self) -> bool:
+        """True if the settings in the file need a restart. `must_restart` follows with `reload`."""
+        return _start_settings(self._owner()) != self._at_start
+
     def reload(self, request: OwnerRequest) -> bool:
         """Take over what the owner has changed since the last call. True if something changed."""
         now = time.time()
@@ -72,7 +76,7 @@ class PolicyLoop:
         self._overrides = overrides
         if (chosen := self._owner()) is not self._settings:
             self._settings, changed = chosen, True
-            self.must_restart = _start_settings(chosen) != self._at_start
+            self.must_restart = self.restart_is_due()
             when = "after the current work" if self.must_restart else "now"
             log.info("the changed settings apply %s", when)
         if changed:

@@ -35,6 +35,7 @@ log = logging.getLogger("commonweight.agent")
 T = TypeVar("T")
 
 _HEARTBEAT_RETRY_S = 5.0
+_RESTART_POLL_S = 0.1
 #: Interrupted work may still encode or write an update.
 _MAX_WAIT_FOR_THREADS_S = 60.0
 _MIN_RECONNECT_S, _MAX_RECONNECT_S = 0.3, 15.0
@@ -65,6 +66,8 @@ class SessionLoop:
         self.charged: ChargedHeads | None = None
         self.on_offers: Callable[[int], None] = lambda number: None
         self.ended_runs = EndedRuns(ctx.runner, ())
+        #: The owner has changed what the parts read at their start, and the agent will restart.
+        self.restart_is_due: Callable[[], bool] = lambda: False
         self._closed = False
         self._doorbell = asyncio.Event()
         self._last_work_at = 0.0
@@ -192,10 +195,16 @@ class SessionLoop:
                 pull = partial(work.pull, steps_only=not takes_work)
                 message = await self._in_thread(pull)
                 while message is not None:
+                    await self._wait_for_restart()
                     message = await self._in_thread(work.answer, message)
                     self._last_work_at = time.monotonic()
             idle_s = time.monotonic() - self._last_work_at
             await wait_at_most(self._doorbell, work.next_poll_s(idle_s))
+
+    async def _wait_for_restart(self) -> None:
+        """Keep a message unanswered: the agent with the changed settings gets it again."""
+        while self.restart_is_due():  # noqa: ASYNC110 (the settings are a file)
+            await asyncio.sleep(_RESTART_POLL_S)
 
     def _open(self) -> None:
         if self._link is None:

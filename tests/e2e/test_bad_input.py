@@ -121,7 +121,10 @@ def test_what_a_task_reads_is_told_once_to_a_peer_without_data(site: Fleet) -> N
     assert [text.partition(":")[0] for text in told] == ["refused ada"], "once"
     shown = site.ask("run", "show", ended["id"]).stdout
     assert shown.count(why) == 1
-    assert "policy set data" in site.ask_agent("ada", "status").stdout, "the owner's next step"
+    wait_for(
+        lambda: "policy set data" in site.ask_agent("ada", "status").stdout,
+        "the owner's next step is in the status file, which is written with the next tick",
+    )
 
 
 # --- homes and ports -------------------------------------------------------------------------

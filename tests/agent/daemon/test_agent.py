@@ -208,6 +208,46 @@ async def test_changed_data_and_tasks_are_in_force_after_the_current_work(
         agent._work.close()
 
 
+async def test_a_message_waits_for_the_agent_that_has_the_changed_settings(
+    site: Site, tmp_path: Path
+) -> None:
+    """An owner changes how a column is read, and a run asks a moment later."""
+    home = tmp_path / "box"
+    agent = an_agent(site, home)
+    answered: list[object] = []
+
+    class Work:
+        """Has one message, and notes what is answered."""
+
+        def __init__(self) -> None:
+            self.messages = ["ask"]
+
+        def pull(self, *, steps_only: bool) -> str | None:
+            settings.change(home, data_formats={"income": "1.234,5"})
+            return self.messages.pop() if self.messages else None
+
+        def answer(self, message: str) -> None:
+            answered.append(message)
+
+        def next_poll_s(self, idle_s: float) -> float:
+            return 60.0
+
+    agent._runner.dispatch(state_machine.SessionChanged(True))
+    work: Any = Work()
+    pulling = asyncio.create_task(agent._sessions._pull_and_answer(work))
+    ticking = asyncio.create_task(agent._tick())
+    try:
+        await until(lambda: agent.must_restart)
+        assert not work.messages
+        assert not answered, "the coordinator asks the next agent again"
+        settings.change(home, data_formats={})
+        await until(lambda: answered)
+    finally:
+        pulling.cancel()
+        ticking.cancel()
+        agent._work.close()
+
+
 def test_what_the_trainer_reads_at_its_start_changes_by_a_restart(tmp_path: Path) -> None:
     """Such as `data.min_count`: a limit that the owner has set must hold for the next work."""
 
