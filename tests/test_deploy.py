@@ -114,6 +114,9 @@ def test_the_compose_file_keeps_secrets_out_and_bounds_each_service() -> None:
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert f":{port['COMMONWEIGHT_PORT']}" in port["COMMONWEIGHT_PUBLIC_ADDRESSES"]
+        downloads = port["COMMONWEIGHT_DOWNLOAD_PORT"]
+        assert f":{downloads}" in port["COMMONWEIGHT_DOWNLOAD_ADDRESSES"]
+        assert f"{downloads}:{downloads}" in service["ports"]
         metrics = port["COMMONWEIGHT_METRICS_PORT"]
         assert f"{name}:{metrics}" in (DEPLOY / "monitoring" / "prometheus.yml").read_text()
         assert not any(metrics in published for published in service["ports"])

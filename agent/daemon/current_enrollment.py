@@ -100,6 +100,7 @@ class CurrentEnrollment:
             ) from err
         if known.card and not self._enrollment.card:  # the coordinator reads a named receiver
             link.name_receiver(known.fleet)
+        link.replicas.use(fleet_trust.download_addresses(known))
         moved = known.mqtt != self._enrollment.mqtt
         if known != self._enrollment:
             link.use(known.addresses)

@@ -88,6 +88,14 @@ def known_addresses(tried: Sequence[str], card: FleetCard) -> tuple[str, ...]:
     return (works, *(one for one in card.addresses or others if one != works))
 
 
+def download_addresses(enrollment: Enrollment) -> tuple[str, ...]:
+    """Where replicas of the coordinator send versions. Raises BadMessage."""
+    ca_pem, card = enrollment.ca_pem.encode(), enrollment.card
+    if not card:
+        return ()
+    return fleet_card.verify_card(ca_pem, card, fleet=enrollment.fleet).downloads
+
+
 def with_new_ca(enrollment: Enrollment, told: ChainResponse) -> Enrollment:
     """The enrollment with the newest CA, its card and its key; the same if there is no newer CA.
 

@@ -108,6 +108,7 @@ class CoordinatorClient(CoordinatorRequests):
     def reconnect(self) -> None:
         """Closes all connections. New ones open on demand."""
         self._http_client.drop_connections()
+        self.replicas.drop_connections()
 
     @property
     def peer_addresses(self) -> tuple[str, str]:
@@ -164,6 +165,7 @@ class CoordinatorClient(CoordinatorRequests):
 
     def close(self) -> None:
         """Ends the session if the coordinator answers in time, and closes the connections."""
+        self.replicas.close()
         if self._node is not None:
             self._http_client.timeout_s = _DEACTIVATE_TIMEOUT_S
             with suppress(Unreachable):  # Flower notices the missing heartbeats

@@ -15,11 +15,13 @@ from google.protobuf.message import DecodeError
 
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
+from agent.transport.download_replicas import MIN_SPEEDUP, DownloadReplica, DownloadReplicas
 from agent.transport.http_client import HttpClient, map_errors
 from protocols.errors import BadWeights, Refused, Unreachable, UploadRefused, UploadUnneeded
 from protocols.local.atomic_files import write_all
 from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import strip_controls
+from protocols.messages.work import DOWNLOAD_PATH
 from protocols.model.weights import file_digest
 
 _TIMEOUT_S = 30.0
@@ -54,12 +56,15 @@ class WeightTransfer:
     def __init__(self, credentials: Credentials, bandwidth: Bandwidth | None = None) -> None:
         self._credentials, self._bandwidth = credentials, bandwidth
         self._signed = credentials.sign_request
+        tls = ssl.create_default_context(cadata=credentials.ca_pem.decode())
         self._http_client = HttpClient(
             (credentials.address, *credentials.others),
-            ssl.create_default_context(cadata=credentials.ca_pem.decode()),
+            tls,
             timeout_s=_TIMEOUT_S,
             max_idle_s=IDLE_CONNECTION_S,
         )
+        #: They send large versions in place of the coordinator.
+        self.replicas = DownloadReplicas(credentials.peer, tls)
         #: The digest of the last upload. It is not sent again where its response was lost.
         self._last_upload = ""
         self._has_asked = False
@@ -87,17 +92,36 @@ class WeightTransfer:
             failpoint("agent.download.piece")
             part.replace(target)
             return
-        size = part.stat().st_size if part.exists() else 0
-        if size < nbytes:
-            size, actual = self._download_rest(at.format(digest=digest), nbytes, part, size)
-        else:  # interrupted after the last byte: nothing is left to request
-            actual = file_digest(part)
-        if size < nbytes:
-            raise Unreachable(f"the version arrived incomplete: {size} of {nbytes} bytes")
-        if actual != digest:
+        path = at.format(digest=digest)
+        if at == VERSION_PATH and self._download_from_replicas(digest, nbytes, part):
+            part.replace(target)
+            return
+        for had in (_size(part), 0):
+            size, actual = self._download_rest(path, nbytes, part, had)
+            if size < nbytes:
+                raise Unreachable(f"the version arrived incomplete: {size} of {nbytes} bytes")
+            if actual == digest:
+                part.replace(target)
+                return
             part.unlink()
-            raise BadWeights("the version's bytes do not match its digest")
-        part.replace(target)
+            if not had:  # else they may be those of a replica
+                break
+        raise BadWeights("the version's bytes do not match its digest")
+
+    def _download_from_replicas(self, digest: str, nbytes: int, part: Path) -> bool:
+        """True once `part` is the version. If not, the coordinator sends what is missing."""
+        path = DOWNLOAD_PATH.format(digest=digest)
+        while (replica := self.replicas.choose(nbytes)) is not None:
+            try:
+                size, actual = self._download_rest(path, nbytes, part, _size(part), replica.client)
+            except (Unreachable, Refused) as err:
+                replica.fail(err)
+                continue
+            if size == nbytes and actual == digest:
+                return True
+            replica.fail(BadWeights(f"{size} of {nbytes} bytes, which are not those of the digest"))
+            part.unlink()
+        return False
 
     def download_patch(self, digest: str, nbytes: int, target: Path) -> None:
         """Downloads the patch to a version. The caller verifies the result."""
@@ -105,22 +129,29 @@ class WeightTransfer:
         if size != nbytes:
             raise BadWeights(f"the patch does not have the announced size of {nbytes} bytes")
 
-    def stream(self, digest: str, start: int, stop: int) -> Iterator[bytes]:
-        """Yields the bytes `start` to `stop` of a version as they arrive."""
-        path, wanted = f"/cw/v1/weights/{digest}", f"{start}-{stop - 1}"
-        with self._get(path, wanted, stop - start) as response:
+    def stream(
+        self, digest: str, start: int, stop: int, replica: DownloadReplica | None = None
+    ) -> Iterator[bytes]:
+        """Yields the bytes `start` to `stop` of a version as they arrive, unverified."""
+        at, client = (DOWNLOAD_PATH, replica.client) if replica else (VERSION_PATH, None)
+        wanted = f"{start}-{stop - 1}"
+        with self._get(at.format(digest=digest), wanted, stop - start, client) as response:
             yield from map(bytes, self._read(response, stop - start))
 
-    def _download_rest(self, path: str, nbytes: int, part: Path, size: int) -> tuple[int, str]:
+    def _download_rest(
+        self, path: str, nbytes: int, part: Path, size: int, client: HttpClient | None = None
+    ) -> tuple[int, str]:
         """Appends the missing bytes to `part`; returns its size and digest.
 
         Reads at most one byte beyond `nbytes`.
         """
+        if size >= nbytes:  # interrupted after the last byte: nothing is left to request
+            return size, file_digest(part)
         sha = hashlib.sha256()
         if size:
             with part.open("rb") as file:
                 sha = hashlib.file_digest(file, "sha256")
-        with self._get(path, f"{size}-" if size else "", nbytes) as response:
+        with self._get(path, f"{size}-" if size else "", nbytes, client) as response:
             if response.status != 206:  # the whole file comes
                 size, sha = 0, hashlib.sha256()
             # Not synced: the digest is verified before use, also after a power cut.
@@ -135,11 +166,17 @@ class WeightTransfer:
         return size, sha.hexdigest()
 
     @contextmanager
-    def _get(self, path: str, byte_range: str, nbytes: int) -> Iterator[http.client.HTTPResponse]:
+    def _get(
+        self, path: str, byte_range: str, nbytes: int, client: HttpClient | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
         headers = self._signed("GET", path)
         if byte_range:
             headers["range"] = f"bytes={byte_range}"
-        with self._http_client.stream("GET", path, headers, nbytes=nbytes) as response:
+        if client is None:
+            client = self._http_client
+        else:
+            nbytes //= MIN_SPEEDUP  # a slow replica is given up sooner
+        with client.stream("GET", path, headers, nbytes=nbytes) as response:
             raise_for_status(response.status)
             yield response
 
@@ -221,6 +258,11 @@ def map_parse_errors() -> Iterator[None]:
         yield
     except (msgspec.DecodeError, DecodeError, ValueError, LookupError, TypeError) as err:
         raise Unreachable(f"cannot parse the coordinator's response: {err}") from err
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def raise_for_status(status: int, body: bytes = b"") -> None:

@@ -42,11 +42,15 @@ class Pair(Site):
         versions = folder / "mirror" / "versions"
         versions.mkdir(parents=True)
         self.ports = dict(zip(REPLICAS, two_free_ports(), strict=True))
+        #: Where the one that waits sends versions.
+        self.download_ports = dict(zip(REPLICAS, two_free_ports(), strict=True))
         self.proxies = dict(zip(REPLICAS, proxies, strict=True))
         addresses = [f"{HOST}:{port}" for port in self.ports.values()]
+        downloads = [f"{HOST}:{port}" for port in self.download_ports.values()]
         settings = {
             "COMMONWEIGHT_VERSIONS": versions.as_uri(),
             "COMMONWEIGHT_PUBLIC_ADDRESSES": json.dumps(addresses),
+            "COMMONWEIGHT_DOWNLOAD_ADDRESSES": json.dumps(downloads),
             "PGPASSWORD": postgres.PASSWORD,
             "COMMONWEIGHT_AGENT_COMPARE": "off",  # training after each run
         }
@@ -73,6 +77,7 @@ class Pair(Site):
         if name in REPLICAS:
             del env["COMMONWEIGHT_AGENT_HOME"]
             env["COMMONWEIGHT_HOME"] = str(self.folder / name)
+            env["COMMONWEIGHT_DOWNLOAD_PORT"] = str(self.download_ports[name])
             port = self.proxies[name].port
             env[VARIABLE] = self._server.url.replace(str(self._server.port), str(port))
         return env

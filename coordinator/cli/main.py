@@ -251,7 +251,7 @@ def up(
         if replica:
             from coordinator.daemon.replica import lead_in_turn
 
-            lead_in_turn(home, lambda ledger: asyncio.run(run(ledger)))
+            lead_in_turn(home, chosen, lambda ledger: asyncio.run(run(ledger)))
         else:
             asyncio.run(run())
     except Exception as err:

@@ -281,7 +281,7 @@ class Coordinator:
             broker,
             self._keys.issuer,
             self._old_ca_until(),
-            self._settings.public_addresses,
+            *(self._settings.public_addresses, self._settings.download_addresses),
         )
 
     def _old_ca_until(self) -> float:

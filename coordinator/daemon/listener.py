@@ -28,14 +28,14 @@ class Listener:
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
         self._home, self._keys, self._host = home, keys, chosen.host
         self.names = chosen.names or settings.reachable_names(chosen.host)
-        self._public = chosen.public_addresses
+        self._public, self._downloads = chosen.public_addresses, chosen.download_addresses
         self._certify()
         self._socket = listen(chosen.host, chosen.port)
         self.port: int = self._socket.getsockname()[1]
 
     def _certify(self) -> bool:
         """Issue or renew the certificate. Returns False if it is still valid."""
-        public = [addresses.parse(address).host for address in self._public]
+        public = [addresses.parse(one).host for one in (*self._public, *self._downloads)]
         keys = self._keys
         return settings.certify(
             self._home, keys.ca_key, keys.ca_pem, [*self.names, *public], keys.issuer

@@ -59,8 +59,18 @@ class Registry:
         self._read: set[tuple[int, str, str]] = set()
         self.on_change: Callable[[Peer], None] = lambda peer: None
         self.on_operator_change: Callable[[Operator], None] = lambda operator: None
-        for entry in ledger.entries(fleet_events.SUBJECT):
+        #: The last entry that `follow` has applied.
+        self._seq = 0
+        self.follow()
+
+    def follow(self) -> None:
+        """Apply what the ledger has since the last call, for a reader beside its writer.
+
+        Raises LedgerUnreachable.
+        """
+        for entry in self._ledger.entries(fleet_events.SUBJECT, after=self._seq):
             self._apply(fleet_events.decode(entry.body))
+            self._seq = entry.seq
 
     def create_ticket(
         self,

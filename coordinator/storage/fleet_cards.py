@@ -55,11 +55,13 @@ class CardFile:
         issuer: bytes = b"",
         old_ca_until: float = 0.0,
         addresses: Sequence[str] = (),
+        downloads: Sequence[str] = (),
     ) -> bytes:
         """The signed card for this signing key and broker.
 
         `issuer`: the certificate (PEM) of the issuer whose key `ca_key` is, or empty.
-        `old_ca_until`, `addresses`: as on the card, which has the first addresses of a longer list.
+        `old_ca_until`, `addresses`, `downloads`: as on the card, which has the first addresses of a
+        longer list.
         """
         card = FleetCard(
             fleet=self._fleet,
@@ -69,6 +71,7 @@ class CardFile:
             issuer=issuer,
             old_ca_until=old_ca_until,
             addresses=tuple(addresses[: fleet_card.MAX_ADDRESSES]),
+            downloads=tuple(downloads[: fleet_card.MAX_ADDRESSES]),
         )
         if card != self._card or self._counter < self._term:
             # Both keep the counter growing in a home that was restored from a backup.

@@ -52,8 +52,10 @@ class Ledger(Protocol):
     def check_leads(self) -> None:
         """Raise LeadershipLost if another process has taken over the ledger, or may have."""
 
-    def entries(self, subject: str | None = None, *, before: int = 0) -> Iterator[Entry]:
-        """All entries, oldest first, or those of one subject, there with `before` only earlier."""
+    def entries(
+        self, subject: str | None = None, *, before: int = 0, after: int = 0
+    ) -> Iterator[Entry]:
+        """All entries, oldest first, or those of one subject between two numbers (0: no limit)."""
 
     def entries_after(self, seq: int, limit: int) -> list[Entry]:
         """At most `limit` entries with a higher number than `seq`, oldest first."""

@@ -274,13 +274,13 @@ class PostgresLedger:
         row = db.execute(_NEWEST, binary=True).fetchone()
         return Entry(*row) if row else None
 
-    def entries(self, subject: str | None = None, *, before: int = 0) -> Iterator[Entry]:
-        """All entries, oldest first, or those of one subject, there with `before` only earlier."""
-        where: str = ""
-        arguments: tuple[str | int, ...] = ()
-        if subject:
-            where, arguments = "WHERE subject = %s AND seq < %s", (subject, before or 2**62)
-        return map(Entry._make, self._rows(f"{_SELECT} {where} ORDER BY seq", arguments))
+    def entries(
+        self, subject: str | None = None, *, before: int = 0, after: int = 0
+    ) -> Iterator[Entry]:
+        """All entries, oldest first, or those of one subject between two numbers (0: no limit)."""
+        limits = (subject, after, before or 2**62) if subject else ()
+        where = "WHERE subject = %s AND seq > %s AND seq < %s" if subject else ""
+        return map(Entry._make, self._rows(f"{_SELECT} {where} ORDER BY seq", limits))
 
     def entries_after(self, seq: int, limit: int) -> list[Entry]:
         """At most `limit` entries with a higher number than `seq`, oldest first."""

@@ -124,14 +124,14 @@ class SqliteLedger:
     def check_leads(self) -> None:
         """There is no other writer: the home is locked."""
 
-    def entries(self, subject: str | None = None, *, before: int = 0) -> Iterator[Entry]:
-        """All entries, oldest first, or those of one subject, there with `before` only earlier."""
-        where: str = ""
-        arguments: tuple[str | int, ...] = ()
-        if subject:
-            where, arguments = "WHERE subject = ? AND seq < ?", (subject, before or 2**62)
+    def entries(
+        self, subject: str | None = None, *, before: int = 0, after: int = 0
+    ) -> Iterator[Entry]:
+        """All entries, oldest first, or those of one subject between two numbers (0: no limit)."""
+        limits = (subject, after, before or 2**62) if subject else ()
+        where = "WHERE subject = ? AND seq > ? AND seq < ?" if subject else ""
         with self._lock:
-            rows = self._db.execute(f"{_SELECT} {where} ORDER BY seq", arguments).fetchall()
+            rows = self._db.execute(f"{_SELECT} {where} ORDER BY seq", limits).fetchall()
         return (Entry(*row) for row in rows)
 
     def entries_after(self, seq: int, limit: int) -> list[Entry]:

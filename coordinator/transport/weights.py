@@ -81,14 +81,9 @@ class WeightTransfer:
         return self._send(request, self.store.version_path(digest))
 
     def _send(self, request: Request, path: Path, *, ranges: bool = True) -> Response:
-        if not path.exists():
-            raise HTTPException(404)
-        size = path.stat().st_size
-        if ranges and "range" in request.headers:
-            self.bytes_down += _range_bytes(request, size)
-            return FileResponse(path, media_type="application/octet-stream")
+        response, size = file_response(request, path, ranges=ranges)
         self.bytes_down += size
-        return WholeFileResponse(path, size)
+        return response
 
     @contextmanager
     def receiving(self, run: str, counted: Callable[[str], Set[str]]) -> Iterator[None]:
@@ -237,6 +232,18 @@ class WeightTransfer:
             if not disk_space.is_disk_full(err):
                 raise
             raise self.limits.no_space() from err
+
+
+def file_response(request: Request, path: Path, *, ranges: bool = True) -> tuple[Response, int]:
+    """A file, or the range of it that is asked for, and the bytes. Raises HTTPException 404."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as err:
+        raise HTTPException(404) from err
+    if ranges and "range" in request.headers:
+        ranged = FileResponse(path, media_type="application/octet-stream")
+        return ranged, _range_bytes(request, size)
+    return WholeFileResponse(path, size), size
 
 
 def _check_enrolled(auth: Auth, node: str, part: PartialUpload) -> None:

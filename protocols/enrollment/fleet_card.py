@@ -47,6 +47,7 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     that signed it, or empty for the CA; after a newer issuer, an older one is refused.
     `old_ca_until`: node certificates of the CA before this one count until then (Unix s).
     `addresses`: where the coordinator and its replicas can be reached, if the operator names them.
+    `downloads`: where replicas that wait send versions.
     """
 
     v: Count = FORMAT
@@ -57,6 +58,7 @@ class FleetCard(Struct, frozen=True, kw_only=True):
     issuer: Annotated[bytes, Meta(max_length=2048)] = b""
     old_ca_until: Annotated[float, Meta(ge=0, le=2**40)] = 0.0
     addresses: Annotated[tuple[CoordinatorAddress, ...], Meta(max_length=MAX_ADDRESSES)] = ()
+    downloads: Annotated[tuple[CoordinatorAddress, ...], Meta(max_length=MAX_ADDRESSES)] = ()
 
 
 _SIGNED = SignedJson(FleetCard, "fleet card", "fleet card", "this fleet's CA")

@@ -29,6 +29,9 @@ from protocols.messages.version_log import LogNews, SeenBytes
 POLL_PATH = "/cw/v1/exchange"
 #: `name`: a run, or a task: then its newest run.
 MODEL_PATH = "/cw/v1/models/{name}/{which}"
+#: A version, from a replica that waits. Not the coordinator's path: the signature of a request
+#: covers the path, so the one cannot use a request to the other.
+DOWNLOAD_PATH = "/cw/v1/downloads/{digest}"
 #: Weights up to this size are sent with the messages, which costs less than another request.
 INLINE_MAX_BYTES = 64 * 1024
 #: The most fragments of a model that take turns.

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.download_replicas import DownloadReplica
 from agent.transport.p2p.peer_download import PieceDownloader
 from agent.transport.p2p.piece_store import PartialVersion
 from agent.transport.p2p.sharing import Sharing
-from protocols.errors import BadWeights
+from protocols.errors import BadWeights, Refused, Unreachable
 from protocols.p2p.swarm import DownloadReport, check_plan
 
 _POLL_S = 0.2
@@ -115,7 +116,19 @@ class SwarmDownload:
             self._start_downloaders()
 
     def _fetch_from_coordinator(self) -> None:
-        """Downloads consecutive pieces that no peer is sending, from the coordinator."""
+        """Downloads consecutive pieces that no peer is sending, from the coordinator or a replica.
+
+        If the replica fails, the next call asks another one, or the coordinator.
+        """
+        replica = self._link.replicas.choose(self._nbytes)
+        try:
+            self._fetch_pieces(replica)
+        except (BadWeights, Unreachable, Refused) as err:
+            if replica is None:
+                raise
+            replica.fail(err)
+
+    def _fetch_pieces(self, replica: DownloadReplica | None) -> None:
         pieces = self._version.take(self._pieces_per_request)
         if not pieces:
             self._version.changed.wait(_POLL_S)
@@ -123,15 +136,15 @@ class SwarmDownload:
         began, piece, waiting = time.monotonic(), pieces.start, bytearray()
         start, stop = self._version.span(pieces[0])[0], self._version.span(pieces[-1])[1]
         try:
-            for data in self._link.stream(self._digest, start, stop):
+            for data in self._link.stream(self._digest, start, stop, replica):
                 waiting += data
                 while piece in pieces and len(waiting) >= (size := self._version.size(piece)):
                     if not self._version.put(piece, bytes(waiting[:size])):
-                        raise BadWeights("the coordinator sent bytes that do not match its list")
+                        raise BadWeights("the bytes do not match the coordinator's list")
                     del waiting[:size]
                     piece += 1
             if piece in pieces:
-                raise ConnectionError("the coordinator closed the connection")
+                raise Unreachable("the connection was closed before the last byte")
         finally:
             self._version.give_back(pieces)
         took_s = max(time.monotonic() - began, 1e-3)

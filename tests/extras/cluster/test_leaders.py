@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from agent.home.credentials import Credentials
 from agent.home.enrollment_file import read_enrollment
 from agent.transport.log_replica import LogReplica
+from agent.transport.weight_transfer import WeightTransfer
 from benchmarks.faults import checker, leaders
 from benchmarks.faults.crashes import PEERS
 from benchmarks.faults.replicas import Pair, pair
+from coordinator.storage.weight_store import WeightStore
 from protocols.errors import ExitCode, FormerLeader
 from protocols.messages import version_log as wire
+from protocols.model.weights import Weights, file_digest
 from tests.support import postgres
-from tests.support.fleet_harness import COORDINATOR, run_program
+from tests.support.fault_proxy import Fault, Proxy
+from tests.support.fleet_harness import COORDINATOR, HOST, run_program
 from tests.support.waiting import wait_for
 
 ROUNDS = 10
@@ -44,6 +52,33 @@ def test_a_home_of_a_replica_has_no_ledger_and_does_not_lead_beside_another(flee
 @pytest.mark.parametrize("way", ["kill", "stop", "cut"])
 def test_the_loss_of_the_leader_loses_and_doubles_nothing(fleet: Pair, way: str) -> None:
     assert not leaders.lose_leader(fleet, 1, way, "run.recorded.UpdateAccepted").found
+
+
+def test_a_download_survives_the_replica_that_sends_it(fleet: Pair, tmp_path: Path) -> None:
+    model = Weights({"w": np.random.default_rng(7).standard_normal(2_000_000).astype(np.float32)})
+    digest = WeightStore(fleet.home).save(model)  # as a run does, beside the coordinator
+    version = fleet.home / "versions" / f"{digest}.safetensors"
+    size = version.stat().st_size
+    shutil.copy(version, fleet.folder / "mirror" / "versions")
+    link = WeightTransfer(
+        Credentials.load(fleet.folder / "ada", read_enrollment(fleet.folder / "ada"))
+    )
+    with Proxy(fleet.download_ports[fleet.follower]) as proxy:
+        proxy.fault = Fault(bytes_per_s=size / 20)
+        link.replicas.use([f"{HOST}:{proxy.port}"])
+        target, part = tmp_path / "version", tmp_path / "version.part"
+        download = threading.Thread(target=link.download, args=(digest, size, target))
+        download.start()
+        wait_for(lambda: part.exists() and part.stat().st_size > size / 20, "a part is here")
+        process = fleet.programs[fleet.follower].process
+        process.kill()
+        process.wait()
+        download.join(60)
+    assert file_digest(target) == digest
+    assert link.bytes_down == size, "the coordinator has sent only the rest"
+    said = len(fleet.programs[fleet.follower].log)
+    fleet.start_replica(fleet.follower)
+    fleet.until_waits(fleet.follower, said)
 
 
 def test_replicas_are_replaced_one_after_the_other_in_a_run(fleet: Pair) -> None:

@@ -20,6 +20,7 @@ VALUES = {
     "keysSecret": "commonweight-keys",
     "environmentSecret": "commonweight-environment",
     "publicAddresses": ["one.example.org:9092", "two.example.org:9092"],
+    "downloadAddresses": ["one.example.org:9094", "two.example.org:9094"],
     "environment": {"COMMONWEIGHT_APPROVE": True},
 }
 
@@ -55,6 +56,7 @@ def test_kubernetes_takes_what_it_makes(tmp_path: Path) -> None:
     pod = found["StatefulSet", "fleet"]["spec"]["template"]["spec"]
     environment = {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
     assert json.loads(environment["COMMONWEIGHT_PUBLIC_ADDRESSES"]) == VALUES["publicAddresses"]
+    assert json.loads(environment["COMMONWEIGHT_DOWNLOAD_ADDRESSES"]) == VALUES["downloadAddresses"]
     assert environment["COMMONWEIGHT_APPROVE"] == "true"
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["containers"][0]["securityContext"]["readOnlyRootFilesystem"]

@@ -172,8 +172,8 @@ def test_who_is_still_fetching_passes_on_what_has_come(
         halfway, go_on = threading.Event(), threading.Event()
         stream = ann.link.stream
 
-        def slowly(asked: str, start: int, stop: int) -> Iterator[bytes]:
-            for number, data in enumerate(stream(asked, start, stop)):
+        def slowly(asked: str, start: int, stop: int, replica: None) -> Iterator[bytes]:
+            for number, data in enumerate(stream(asked, start, stop, replica)):
                 if number == 2:
                     halfway.set()
                     assert go_on.wait(30)
