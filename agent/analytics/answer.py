@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from agent.analytics.figures import WITHHELD, Figure, compute_figure, min_produc
 from agent.analytics.model_sums import compute_model
 from agent.analytics.peer_sets import columns_of
 from agent.analytics.query_log import Asked, QueryLog, ToldColumn
-from agent.analytics.survival_counts import count_survival
+from agent.analytics.survival_counts import count_in_turn
 from agent.data import disclosed_sets, open_table, sources
 from agent.data.arrow_reader import find_files, map_errors
 from agent.data.disclosed_sets import Numbers
@@ -280,21 +280,12 @@ def _figures(
     sets: list[ToldColumn] = []
     for operation in question.operations:
         try:
-            if operation.kind == "survival":
-                found = count_survival(operation, table, [*places.values()], min_rows)
-            else:
-                found = [
-                    _figure(operation, table, rows, cuts_of, min_rows, log)
-                    for rows in places.values()
-                ]
-            about = [
-                ToldColumn(one.column, np.sort(numbers[one.rows]))
-                for figure in found
-                for one in figure.told
-                if len(one.rows)
-            ]
-            disclosure_control.check_sets(
-                about, [*known, *sets], min_rows, min_product_rows(table, min_rows)
+            found, about = disclosure_control.first_allowed(
+                _tries(operation, table, places, cuts_of, min_rows, log),
+                numbers,
+                [*known, *sets],
+                min_rows,
+                min_product_rows(table, min_rows),
             )
         except Refused as err:
             _logger.info("%s is withheld: %s", operation, err.message)
@@ -302,9 +293,27 @@ def _figures(
                 raise
             columns.append([WITHHELD] * len(places))
             continue
-        sets += disclosure_control.find_new(about, [*known, *sets])
+        log.time_bins.remember(operation, [figure.state for figure in found])
+        sets += about
         columns.append(found)
     return list(zip(*columns, strict=True)), sets
+
+
+def _tries(
+    operation: Operation,
+    table: Table,
+    places: Mapping[Group, Places],
+    cuts_of: CutsOf,
+    min_rows: int,
+    log: QueryLog,
+) -> Iterator[list[Figure]]:
+    """The figures of the cells. Those of survival may be in other bins, if these are refused."""
+    cells = [*places.values()]
+    if operation.kind == "survival":
+        earlier = log.time_bins.earlier(operation)
+        yield from count_in_turn(operation, table, cells, min_rows, earlier)
+    else:
+        yield [_figure(operation, table, rows, cuts_of, min_rows, log) for rows in cells]
 
 
 def _figure(

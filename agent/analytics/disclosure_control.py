@@ -16,14 +16,14 @@ Rule 5. Minimum and maximum are values of single rows, so they need the owner's 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from agent.analytics import linear_audit
 from agent.analytics.compute import Group
-from agent.analytics.figures import PRODUCTS
+from agent.analytics.figures import PRODUCTS, Figure
 from agent.analytics.query_log import ToldColumn
 from agent.data.disclosed_sets import Numbers
 from agent.data.profile import may_use
@@ -124,6 +124,32 @@ def check_sets(
         least = min_product_rows if is_product else min_rows
         if linear_audit.isolates_few(before, after, least, search=not is_product):
             raise few_rows(min_rows)
+
+
+def first_allowed(
+    tries: Iterable[list[Figure]],
+    numbers: Numbers,
+    known: Sequence[ToldColumn],
+    min_rows: int,
+    min_product_rows: int,
+) -> tuple[list[Figure], list[ToldColumn]]:
+    """The first figures whose sets may be told after those in `known`, and these sets. `numbers`:
+    of the rows of the table. Raises Refused."""
+    refusal: Refused | None = None
+    for found in tries:
+        about = [
+            ToldColumn(one.column, np.sort(numbers[one.rows]))
+            for figure in found
+            for one in figure.told
+            if len(one.rows)
+        ]
+        try:
+            check_sets(about, known, min_rows, min_product_rows)
+        except Refused as err:
+            refusal = refusal or err
+        else:
+            return found, find_new(about, known)
+    raise refusal or few_rows(min_rows)
 
 
 def few_rows(min_rows: int) -> Refused:

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 
 from agent.analytics.cut_points import CutPoints
 from agent.analytics.peer_sets import PeerSets, file_beside
+from agent.analytics.time_bins import TimeBins
 from agent.data.disclosed_sets import Numbers, pack, unpack
 from agent.home import settings
 from agent.home.privacy_ledger import PrivacyLedger
@@ -136,7 +137,7 @@ class QueryLog:
             if name.split()[0] not in there:  # a log of an older version
                 self._db.execute(f"ALTER TABLE answers ADD COLUMN {name}")
         self.ledger = PrivacyLedger(path.with_name("privacy.db"))
-        self.peer_sets = PeerSets(file_beside(path))
+        self.peer_sets, self.time_bins = PeerSets(file_beside(path)), TimeBins(self._db)
 
     def close(self) -> None:
         self.peer_sets.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -20,11 +20,37 @@ from protocols.analytics.models import MAX_BINS
 from protocols.analytics.query import Operation
 from protocols.analytics.row_sets import time_bin
 
+#: Coarser bins begin at multiples of these 64ths.
+_STEPS = (4, 8, 16)
 
-def count_survival(
-    operation: Operation, table: Table, cells: Sequence[Places], min_rows: int
+
+def count_in_turn(
+    operation: Operation,
+    table: Table,
+    cells: Sequence[Places],
+    min_rows: int,
+    earlier: Sequence[Sequence[float]],
+) -> Iterator[list[Figure]]:
+    """The counts of the cells: in as many bins as have enough rows, then in bins of earlier answers
+    alone, then in fewer and fewer of the newest."""
+    width = operation.args[0] / MAX_BINS
+    known = [{int(at / width) for at in edges if (at / width).is_integer()} for edges in earlier]
+    coarser = [
+        {start for start in one if start % step == 0} for one in known[:1] for step in _STEPS
+    ]
+    for among in [{*range(MAX_BINS)}, *known, *coarser]:
+        yield _count_survival(operation, table, cells, min_rows, among)
+
+
+def _count_survival(
+    operation: Operation,
+    table: Table,
+    cells: Sequence[Places],
+    min_rows: int,
+    among: Collection[int],
 ) -> list[Figure]:
-    """The events and the censored rows of each cell, in the same time bins.
+    """The events and the censored rows of each cell, in the same time bins, which start `among`
+    these 64ths.
 
     An event is 1 or 0; others count as missing.
     """
@@ -38,7 +64,7 @@ def count_survival(
     if not any(enough):
         return [WITHHELD] * len(cells)
     # Bins of groups are unions of those of the table, so several questions divide no bin further.
-    possible = _divide(_count(unit[~gone], event[~gone]), min_rows, range(MAX_BINS))
+    possible = _divide(_count(unit[~gone], event[~gone]), min_rows, among)
     told = np.concatenate([c for c, is_told in zip(counts, enough, strict=True) if is_told])
     starts = _divide(told, min_rows, possible)
     edges = tuple(start * width for start in starts[1:])

@@ -275,12 +275,18 @@ MODELS = (
     "table1(age, sex, bmi, smoker, outcome, by=treatment)",
     "glm(outcome ~ age + smoker, family=binomial)",
 )
+SURVIVAL = ("km(time, event by treatment)", "cox(time, event ~ age + sex + treatment)")
 
 
 @pytest.mark.parametrize(
     "methods",
-    [STATISTICS, MODELS],
-    ids=["statistics", "models"],
+    [
+        STATISTICS,
+        MODELS,
+        pytest.param(SURVIVAL, marks=pytest.mark.long),
+        pytest.param(SURVIVAL[::-1], marks=pytest.mark.long),
+    ],
+    ids=["statistics", "models", "survival", "cox first"],
 )
 def test_the_questions_of_a_trial_are_answered(tmp_path: Path, methods: tuple[str, ...]) -> None:
     """Control: the tables, tests and models of a trial at three clinics, whose tables have missing

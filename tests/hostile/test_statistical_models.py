@@ -186,6 +186,53 @@ def test_time_bins_have_enough_rows_whatever_is_asked(tmp_path: Path) -> None:
     assert answered > 3
 
 
+ORDERS = [
+    ("city", "", "sex"),
+    ("", "city", "sex"),
+    ("sex", "cox", ""),
+    ("cox", "city", ""),
+    ("cox", "sex", ""),
+]
+NAMES = {"sex": ("f", "m"), "city": ("Oslo", "Bergen")}
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=",".join)
+def test_bins_of_several_questions_describe_no_few_rows(
+    tmp_path: Path, order: tuple[str, ...]
+) -> None:
+    """Attack: subtract the time bins of groups, of all rows and of a Cox model from each other.
+    Each question is answered: in the bins of an earlier one, where its own would tell of few."""
+    rows, told = persons(260), list[Any]()
+    peer = TablePeer(tmp_path, rows)
+    months, died = (np.array([row[name] for row in rows]) for name in ("months", "died"))
+    of_all = np.ones(len(rows), bool)
+    for by in order:
+        groups, edges = [of_all], (16.0, 32.0)
+        if by == "cox":
+            asked = f'cox(months, died ~ C(sex, "f", "m"), bins={edges}, at=(0,))'
+            assert not ask(peer, asked).refused
+        else:
+            answer = ask(peer, f"survival(months, died, 64){f' by {by}' if by else ''}")
+            (edges,) = {state.edges for cell in answer.cells for state in cell.states}  # type: ignore[union-attr]
+            assert edges, "there are several bins"
+        if by:  # the sums of a Cox model count the rows of each category
+            column = "sex" if by == "cox" else by
+            groups = [np.array([row[column] == name for row in rows]) for name in NAMES[column]]
+        bin_of = np.searchsorted(edges, months, side="right")
+        told += [
+            group & (bin_of == place) & (died == event)
+            for group in groups
+            for place in range(len(edges) + 1)
+            for event in (0, 1)
+        ]
+    sums = np.unique([one for one in told if one.any()], axis=0).astype(np.int8)
+    for one in sums:  # each alone, less another one, and less two
+        left = one - sums
+        for both in [left, (left[:, None] - sums[None]).reshape(-1, len(rows))]:
+            counts = np.count_nonzero(both, axis=1)
+            assert counts[counts > 0].min(initial=len(rows)) >= MIN_COUNT
+
+
 @pytest.mark.parametrize("bins", ["(2,)", "(58, 59)", "(4, 8, 12, 16, 20, 24, 28, 32, 36, 40)"])
 def test_a_cox_model_has_no_bins_of_few_rows(tmp_path: Path, bins: str) -> None:
     """Attack: ask for the sums of a Cox model over those who died in one month."""

@@ -31,7 +31,7 @@ from coordinator.jobs.methods.results import (
     make_table,
     pick_states,
 )
-from coordinator.jobs.methods.survival import last_time
+from coordinator.jobs.methods.survival import FEWER, last_time
 from protocols.analytics.model_states import RiskState, SurvivalState, from_upper, upper_size
 from protocols.analytics.models import Model
 from protocols.analytics.query import Operation, Query
@@ -83,7 +83,7 @@ def cox(method: Method) -> Plan:
     merged = yield method.query(counts)
     found = pick_states(merged, 0, SurvivalState).get(())
     if found is None or len(found.edges) < 1:
-        raise CannotBeMet("there are fewer than two time bins with enough rows at each peer")
+        raise CannotBeMet("there are fewer than two time bins with enough rows at each peer", FEWER)
     width = len(model.names)
     rows = merged.least_rows
     enough = _USUAL_ROWS * combinations(model) * merged.rows / max(rows, 1)

@@ -32,6 +32,11 @@ from protocols.analytics.query import Operation, Query
 from protocols.errors import CannotBeMet
 from protocols.tables.statistics import Moments
 
+FEWER = (
+    "earlier questions about these columns limit the time bins, as all together describe enough "
+    "rows; ask for km before cox, and for few groups"
+)
+
 
 def last_time(moments: Moments) -> float:
     """The power of 2 above nearly all times."""
@@ -57,7 +62,7 @@ def ask_survival(method: Method) -> Generator[Query, Merged, dict[str, SurvivalS
         if group != (None,)
     }
     if not groups:
-        raise CannotBeMet("no peer has enough rows with and without the event")
+        raise CannotBeMet("no peer has enough rows with and without the event", FEWER)
     edges = next(iter(groups.values())).edges
     for state in groups.values():
         edges = tuple(edge for edge in edges if edge in state.edges)
