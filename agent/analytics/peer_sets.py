@@ -23,6 +23,7 @@ import numpy as np
 from agent.analytics import linear_audit, row_sets
 from agent.data.disclosed_sets import Numbers, pack, unpack
 from agent.data.private_database import open_database, writing
+from protocols.analytics.mergeable_states import IN_SUMS_ALONE
 from protocols.analytics.query import Query
 from protocols.analytics.row_sets import RowSet
 from protocols.errors import Refused, SecureRefused
@@ -71,9 +72,9 @@ class PeerSets:
         for name in columns:
             if self._find("sums", name):
                 raise Refused(
-                    f"this machine tells of {_words(name)} in secure sums alone: with an answer of "
-                    "its own, the sum of the other peers would be known; ask with --secure",
-                    "commonweight analyze --secure",
+                    f"this machine tells of {_words(name)} {IN_SUMS_ALONE}: with an answer of its "
+                    "own, the sum of the other peers would be known",
+                    "ask the same with --secure",
                 )
 
     def tell_alone(self, columns: Iterable[str]) -> None:

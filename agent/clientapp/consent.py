@@ -45,7 +45,7 @@ def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Set
     standing = chosen.standing_of(task)
     target, features = _named_columns(task, settings)
     if standing == "allowed":
-        _check_columns(chosen, run, task, [*target, *features])
+        _check_columns(chosen, task, [*target, *features])
         return
     if standing == "forbidden":
         raise NotAllowed(
@@ -111,15 +111,14 @@ def check_unit(chosen: AgentSettings, unit: Unit) -> None:
     check(chosen, unit.job, unit.task, unit.settings)
 
 
-def _check_columns(chosen: AgentSettings, run: str, task: str, columns: list[str]) -> None:
+def _check_columns(chosen: AgentSettings, task: str, columns: list[str]) -> None:
     allowed = chosen.columns_of(task)
     kept = [name for name in columns if not consent.matches(name, allowed)]
     if not kept or chosen.fleet:
         return
     (first, *_) = plain_columns(kept[:1]) or ("",)
     raise NotAllowed(
-        f"the owner does not let the task {task!r} use the column {first!r}, which run {run} asks "
-        "for",
+        f"the owner does not let the task {task!r} use the column {first!r}, which is asked for",
         f"check the name; {_ON_THAT_MACHINE} task allow {task} --columns, and policy set "
         "data.columns",
     )

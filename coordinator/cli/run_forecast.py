@@ -1,4 +1,5 @@
-"""What is said before a run starts: its secure sum, its noise, what a Flower app cannot have."""
+"""What is said before a run starts: its models and how long they may take, its secure sum, its
+noise, what a Flower app cannot have."""
 
 from __future__ import annotations
 
@@ -6,14 +7,18 @@ from collections.abc import Iterator
 
 from coordinator.cli import noise_forecast, secure_forecast
 from coordinator.remote.api_client import Remote
+from coordinator.runs import model_choice
 from coordinator.runs.apps import rules
 from coordinator.storage.run_events import RunSpec
+from protocols.tables.model_scores import is_open
 
 
 def lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
     """Lines about a run that this spec would start; nothing for most runs."""
     if rules.is_app(spec):
         yield from rules.notes(spec)
+    if is_open(spec.task, spec.settings) and model_choice.takes_turns(spec):
+        yield from _models(remote, spec)
     if not spec.secure and spec.measures:
         return
     enrolled = sum(peer.standing == "enrolled" for peer in remote.fleet().peers.values())
@@ -23,3 +28,21 @@ def lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
     earlier = [run.id for run in remote.runs() if run.spec.task == spec.task and run.head]
     known = noise_forecast.known_from(remote.run(earlier[-1]) if earlier else None)
     yield from noise_forecast.lines(spec, enrolled, known)
+
+
+def _models(remote: Remote, spec: RunSpec) -> Iterator[str]:
+    """The models of a run that trains several; and how long the last such run took, as the time of
+    a round depends on the peers."""
+    models, _ = model_choice.fitting_models(spec)
+    if len(models) < 2:
+        return
+    rounds = [f"{model_choice.with_model(spec, model).rounds:,}" for model in models]
+    yield (
+        f"models: {', then '.join(models)}; at most {', '.join(rounds)} rounds, and each ends when "
+        "it gets no better. For one model: --set model=NAME, or --rounds"
+    )
+    before = [run.id for run in remote.runs() if run.ordered is not None and run.ended]
+    if before:
+        run = remote.run(before[-1])
+        minutes = sum(closed.seconds for closed in run.history) / 60
+        yield f"the last run of several models, {run.id}, took {minutes:.0f} min of rounds"

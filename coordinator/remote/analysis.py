@@ -27,7 +27,7 @@ from coordinator.jobs.methods.results import Statistics
 from coordinator.jobs.secure_questions import Answers
 from coordinator.jobs.store import JobStore
 from coordinator.storage.job_events import JobSpec, JobState, SecureStep
-from protocols.analytics.mergeable_states import PeerAnswer
+from protocols.analytics.mergeable_states import IN_SUMS_ALONE, PeerAnswer
 from protocols.analytics.query import Query
 from protocols.errors import CommonweightError, UsageError
 from protocols.local import homes
@@ -44,6 +44,11 @@ _FIRST_POLL_S, _POLL_S = 0.03, 0.2
 _STEP_S = 30.0
 #: Characters of a method's text that owners see, at most.
 _MAX_METHOD = 400
+_OWNERS_DECIDE = (
+    "each owner decides: commonweight-agent policy set analyze on; the columns that all owners "
+    "allow: commonweight analyze columns"
+)
+_ASK_SECURELY = "ask the same with --secure: these columns were asked about so before"
 
 
 def start(
@@ -171,8 +176,7 @@ def answers_of(
         reasons = "; ".join({one.refused: None for one in answers.values()}) or job.ended_because
         raise CommonweightError(
             f"no peer has answered: {reasons or 'no answer in time'}",
-            "each owner decides: commonweight-agent policy set analyze on; the columns that all "
-            "owners allow: commonweight analyze columns",
+            _ASK_SECURELY if IN_SUMS_ALONE in reasons else _OWNERS_DECIDE,
         )
     return answers, [unit.only for unit in units]
 

@@ -93,6 +93,10 @@ def decide(
     return wait if wait is not None and nobody_answered else steps.ChooseModel()
 
 
+#: What operators read of trees whose sums are not secure.
+NO_HESSIANS = "without --secure, no hessians leave the peers, which costs trees some accuracy"
+
+
 def is_missing(run: Run, kind: str, reason: str) -> bool:
     """True if a refused request was for scores, so that the peer lacks them and no more. Whether
     its owner allows the task, and which answers are late, is the same for all requests."""
@@ -276,7 +280,7 @@ def text(chosen: ModelChosen) -> str:
         parts[0] = f"each peer alone: {chosen.model} {parts[0]}" if chosen.scores else parts[0]
     said = f"{', then '.join(models)} ({'; '.join(filter(None, parts))})"
     if "trees" in models and not chosen.spec.secure:
-        said += "; without --secure, peers send counts of rows in place of hessians"
+        said += f"; {NO_HESSIANS}"
     for name, why in sorted(chosen.left_out.items()):
         said += f"; {name} left out: {why}"
     return said

@@ -6,7 +6,14 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping, Set
 
-from coordinator.runs import aggregation, best_version, decisions, late_updates, steps
+from coordinator.runs import (
+    aggregation,
+    best_version,
+    decisions,
+    late_updates,
+    model_choice,
+    steps,
+)
 from coordinator.runs.messages import round_body
 from coordinator.runs.parts import RunParts
 from coordinator.runs.retention import Retention
@@ -52,8 +59,8 @@ class Rounds:
                 text = f"noise for whole peers usually hides the model below {FEW_PEERS} peers"
                 self._recorder.report("warning", f"run {run.id}: {text}")
             if self._parts.adapter.feed == "sums" and not run.spec.secure:
-                text = "without --secure, peers send counts of rows in place of hessians"
-                self._recorder.report("info", f"run {run.id}: {text} (docs/tables.md says why)")
+                text = f"{model_choice.NO_HESSIANS}: docs/tables.md says why"
+                self._recorder.report("info", f"run {run.id}: {text}")
         self._timer.open_round()
         transfer = self._ctx.transfer
         self._bytes_at_open = (transfer.bytes_up, transfer.bytes_down)

@@ -134,6 +134,10 @@ class Cell(Struct, frozen=True):
     states: Annotated[tuple[State, ...], Meta(max_length=32)]
 
 
+#: Why a peer answers no question without --secure, in its `refused`.
+IN_SUMS_ALONE = "in secure sums alone"
+
+
 class PeerAnswer(Struct, frozen=True, kw_only=True):
     """A peer's answer. `rows` are those of its cells: what is withheld has no size.
 

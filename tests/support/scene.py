@@ -68,7 +68,7 @@ SHARES = {
     IDS["north"]: JobShare(units=9, leased=1, rows=20_480, nbytes=230_000, rows_per_s=512.0),
     IDS["east"]: JobShare(units=5, leased=2, rows=11_264, nbytes=122_000, rows_per_s=300.0),
     IDS["south-attic"]: JobShare(leased=1),
-    IDS["west"]: JobShare(excused="its owner lets nobody ask: jobs.scatter is off"),
+    IDS["west"]: JobShare(excused="its owner does not allow predictions for rows of others"),
 }
 
 
@@ -203,7 +203,7 @@ def _jobs() -> list[JobChanged]:
             bytes_up=2_130,
             ended_because="4 of 5 peers answered",
             num_excused=1,
-            excused={IDS["west"]: "its owner lets nobody ask: jobs.private is off"},
+            excused={IDS["west"]: "its owner forbids the task 'watch-motion'"},
             began_at=NOW - 3_700,
             ended_at=NOW - 3_688,
             **asked,  # type: ignore[arg-type]

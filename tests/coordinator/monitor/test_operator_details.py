@@ -174,7 +174,7 @@ def test_the_shares_of_a_job_fit_and_say_why_there_are_none() -> None:
     text = ["".join(cell.text for cell in line) for line in share_lines(known, job, fleet, 134, 9)]
     assert [line.split()[0] for line in text] == ["Peer", "north", "east", "south-attic", "west"]
     assert "● working" in text[1]
-    assert "✕ takes no part: its owner lets nobody ask" in text[4]
+    assert "✕ takes no part: its owner does not allow predictions" in text[4]
     assert share_lines(known, job, fleet, 134, 3)[-1][0].text == "and 3 more peers"
     refused = Shares("scatter-c41e88", error="this access may only watch")
     assert share_lines(refused, job, fleet, 80, 9) == [[Cell(refused.error, "quiet")]]

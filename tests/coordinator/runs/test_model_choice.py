@@ -84,7 +84,7 @@ def test_the_mean_by_rows_decides_and_the_line_says_so() -> None:
     assert chosen.peers == ("p0", "p1"), "one without scores does not count"
     assert model_choice.line(chosen) == (
         "model: trees (RMSE 35.15; mlp 36, linear 106; 2 peers, 1,000 rows); without --secure, "
-        "peers send counts of rows in place of hessians"
+        "no hessians leave the peers, which costs trees some accuracy"
     )
     spec_rules.check(chosen.spec)
     assert (chosen.spec.strategy, chosen.spec.codec, chosen.spec.rounds) == ("trees", "sums", 1801)
