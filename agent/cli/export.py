@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,17 +22,29 @@ from agent.cli.models import (
     local_models,
     with_task,
 )
-from agent.home import settings
+from agent.home import own_results, settings
 from protocols.errors import UsageError
 from protocols.local import homes
 
 
 def list_models(json: Json = False) -> None:
     """List the versions on this machine, the newest first."""
-    rows = [
-        {"digest": one.path.stem, "task": one.task, "version": one.origin} for one in local_models()
+    kept = {found.result.digest for found in own_results.kept(homes.home_path("agent"))}
+    rows: list[dict[str, Any]] = [
+        {
+            "digest": one.digest,
+            "task": one.task,
+            "model": one.kind,
+            "version": one.origin,
+            "kept": one.digest in kept,
+        }
+        for one in local_models()
     ]
-    lines = (f"{row['digest'][:12]}  {row['task']:12} {row['version']}" for row in rows)
+    lines = (
+        f"{row['digest'][:12]}  {row['task']:12} {row['model']:6} {row['version']}"
+        f"{' ★' if row['kept'] else ''}"
+        for row in rows
+    )
     print_data(rows, lines, json=json)
     if not (rows or json):
         print_line("no model yet; the agent downloads one with its first work")
@@ -90,6 +102,7 @@ def export(
             )
         )
         shutil.move(made, out)
-    print_result({"form": form, "out": out}, f"wrote {out} ({form})", json=json)
+    made_of = {"form": form, "out": out, "model": found.kind, "version": found.origin}
+    print_result(made_of, f"wrote {out} ({form})", json=json)
     if found.origin and not json:
         print_line(f"that is {found.origin}")

@@ -182,9 +182,8 @@ def _format_status(home: Path, *, json: bool) -> str:
         lines.append(f"? {request.line}")
     lines += _format_version(status)
     found = own_results.newest(home)
-    has_ended = bool(found and found.model and found.comparison and found.run == status.choice_run)
-    if status.choice and not has_ended:  # after the run, the result says which model is kept
-        lines.append(f"the model of run {status.choice_run}: {status.choice}")
+    if told := own_results.text_of_model(status.choice_run, status.choice, found):
+        lines.append(f"the model of run {status.choice_run}: {told}")
     if found is not None:
         lines += own_results.lines_of(found)
     if status.shares_at:

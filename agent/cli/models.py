@@ -17,7 +17,9 @@ from protocols.errors import UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.flower_apps import PREFIX
 from protocols.messages.comparisons import Model
+from protocols.messages.envelope import Settings
 from protocols.messages.work import Which
+from protocols.tables.model_scores import kind_of
 
 LATEST = "latest"
 
@@ -42,7 +44,8 @@ UseOption = Annotated[
 class LocalModel(NamedTuple):
     """A version of a shared model: its file, the name of its task, and the run's settings.
 
-    `origin` says which version it is, if that is known, and `run` of which run.
+    `origin` says which version it is, if that is known, and `run` of which run. `digest`: of a
+    version; empty for a file, and for a model that was trained here alone.
     """
 
     path: Path
@@ -50,28 +53,36 @@ class LocalModel(NamedTuple):
     settings: dict[str, Any]
     origin: str = ""
     run: str = ""
+    digest: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The kind of model, such as trees; empty if it is not of a table."""
+        return kind_of(self.task, self.settings) or ""
+
+    @property
+    def title(self) -> str:
+        """Which model it is, for people."""
+        kind = f", model {self.kind}" if self.kind else ""
+        return f"{self.digest[:12] or self.path.stem[:12]} of the task {self.task}{kind}"
 
     def recommended(self, use: Use) -> LocalModel:
         """The model of the same run that is recommended on this machine, or the shared one if that
         is wanted; itself if this machine has no other file of it."""
-        from protocols.model import personalization
-        from protocols.privacy import private_training
-
         if not self.run:
             return self
         wanted: Model | None = "shared" if use is Use.SHARED else None
-        found = own_results.recommended(homes.home_path("agent"), self.run, wanted)
+        home = homes.home_path("agent")
+        found = own_results.recommended(home, self.run, wanted)
         if found is None:
-            return self
-        name, path, of = found
-        kept = personalization.SETTINGS | private_training.SETTINGS
-        settings = {key: value for key, value in of.settings.items() if key not in kept}
-        origin = f"the {name} model of {self.run}"
-        if name == "shared":
-            origin = f"the best version of {self.run}, a model of the kind {settings.get('model')}"
-        elif use is Use.RECOMMENDED:
+            better = own_results.text_of_better(home, self.run, self.digest)
+            return self._replace(origin=f"{self.origin}{better}") if better else self
+        if found.model == "shared":
+            return _best_version(found)
+        origin = f"the {found.model} model of {self.run}"
+        if use is Use.RECOMMENDED:
             origin += ", which is recommended on this machine; for the shared one: --use shared"
-        return LocalModel(path, self.task, settings, origin, self.run)
+        return LocalModel(found.path, self.task, _to_predict(found.settings), origin, self.run)
 
     def check_whole(self) -> None:
         """Raise UsageError if a part of the model stays on each peer."""
@@ -117,23 +128,49 @@ def with_task(chosen: AgentSettings, model: LocalModel, source: str) -> AgentSet
     return chosen
 
 
+def _to_predict(settings: Settings) -> Settings:
+    """The settings of a run without those of its training alone."""
+    from protocols.model import personalization
+    from protocols.privacy import private_training
+
+    of_training = personalization.SETTINGS | private_training.SETTINGS
+    return {key: value for key, value in settings.items() if key not in of_training}
+
+
+def _best_version(found: own_results.Found) -> LocalModel:
+    """The best version of a run that has ended."""
+    result = found.result
+    origin = f"the best version of {result.run}, after round {result.round}"
+    origin += f": {result.choice}" if result.choice else ""
+    settings = _to_predict(found.settings)
+    return LocalModel(found.path, result.task, settings, origin, result.run, result.digest)
+
+
 def local_models() -> list[LocalModel]:
-    """The verified versions on this machine, the newest first. Raises NotEnrolled."""
+    """The verified versions on this machine, the newest first, then the best versions of runs that
+    have ended. Raises NotEnrolled."""
     from agent.transport import version_proofs
+    from protocols.model.weights import file_digest
     from protocols.p2p.gossip import version_number
 
     home = homes.open_home("agent")
     enrollment = enrollment_file.read_enrollment(home)
     public, fleet = enrollment.coordinator_public, enrollment.fleet
-    return [
+    cached = [
         LocalModel(
             version.path,
             version.work.task,
             version.work.settings,
             f"{version.work.run}, after round {version_number(version.work)}",
             version.work.run,
+            version.work.base,
         )
         for version in version_proofs.list_verified(home / "cache", public, fleet)
+    ]
+    known = {one.digest for one in cached}
+    best = (_best_version(found) for found in own_results.kept(home))
+    return cached + [
+        one for one in best if one.digest not in known and file_digest(one.path) == one.digest
     ]
 
 
@@ -146,7 +183,8 @@ def find_named_model(name: str, which: Which) -> LocalModel:
 
     path, model = named_models.fetch(homes.open_home("agent"), name, which)
     origin = f"the {which} version of {model.run}, after round {model.round}"
-    return LocalModel(path, model.task, model.settings, origin, model.run)
+    origin += f": {model.choice}" if model.choice and which == "best" else ""
+    return LocalModel(path, model.task, model.settings, origin, model.run, model.digest)
 
 
 def find_model(model: str) -> LocalModel:
@@ -160,9 +198,9 @@ def find_model(model: str) -> LocalModel:
         return LocalModel(path, card.task, card.settings)
     cached = local_models()
     for version in cached:
-        if not is_digest or version.path.stem.startswith(model):
+        if not is_digest or version.digest.startswith(model):
             return version
     if cached:
-        digests = ", ".join(version.path.stem[:12] for version in cached)
+        digests = ", ".join(version.digest[:12] for version in cached)
         raise UnknownName(f"this agent has no version {model}", f"it has {digests}")
     raise UnknownName("this agent has no version yet", "it downloads one with its first work")

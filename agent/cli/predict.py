@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from agent.cli.common import print_line
+from agent.cli.common import Json, print_line, print_result
 from agent.cli.models import (
     LATEST,
     TaskFile,
@@ -55,11 +55,14 @@ def predict(
     out: Annotated[
         Path | None, typer.Option(help="The output file: .csv, .jsonl or .parquet; else stdout.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Predict with the model recommended here, offline."""
     from agent.cli.local_trainer import LocalTrainer, paths_of
     from agent.inference import id_columns, writers
 
+    if json and out is None:
+        raise UsageError("without a file, the answers go to stdout", "--out answers.csv --json")
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already", "choose another name")
     chosen = settings.read(homes.home_path("agent"))
@@ -88,6 +91,14 @@ def predict(
             print_line(line)
     where = f" in {out}" if out else ""
     answers_word = "answer" if count == 1 else "answers"
-    print_line(f"{count} {answers_word}{where}, by {found.path.stem[:12]} of the task {found.task}")
-    if found.origin:
+    data = {
+        "rows": count,
+        "out": out,
+        "task": found.task,
+        "model": found.kind,
+        "digest": found.digest,
+        "version": found.origin,
+    }
+    print_result(data, f"{count} {answers_word}{where}, by {found.title}", json=json)
+    if found.origin and not json:
         print_line(f"that is {found.origin}")

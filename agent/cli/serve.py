@@ -63,8 +63,8 @@ class _Loader:
     ) -> None:
         self._model, self._use, self._task = model, use, task
         self._folder, self._stack = folder, stack
-        #: The newest version that was looked at: an own model has another name.
-        self._seen = ""
+        #: The newest file that was looked at.
+        self._seen: Path | None = None
         self.rows = folder / "rows"
         self.rows.mkdir()
 
@@ -76,8 +76,8 @@ class _Loader:
         from agent.cli.local_trainer import LocalTrainer, SandboxedTask
         from agent.inference.server import ServedModel
 
+        self._seen = self._newest()
         shared = find_model(self._model)
-        self._seen = shared.path.stem
         found = shared.recommended(self._use) if self._model == LATEST else shared
         found.check_whole()
         if old is not None and old.name == found.task and isinstance(old.task, SandboxedTask):
@@ -91,8 +91,9 @@ class _Loader:
             self._stack.enter_context(trainer)
         trainer.load(found)
         task = SandboxedTask(trainer, found)
-        version = found.path.stem if found is shared else file_digest(found.path)
-        if found is not shared:
+        version = found.digest or found.path.stem
+        if found.path != shared.path:
+            version = file_digest(found.path)
             print_line(f"that is {found.origin}")
         return ServedModel(version, found.task, task, None, {})
 
@@ -100,16 +101,16 @@ class _Loader:
         """A newer version, if there is one and the model is `latest`."""
         if self._model != LATEST:
             return None
-        home = homes.open_home("agent")
-        newest = max(
-            (home / "cache").glob("*.safetensors"),
-            key=lambda path: path.stat().st_mtime,
-            default=None,
-        )
-        if newest is None or newest.stem == self._seen:
+        if self._newest() in (None, self._seen):
             return None
         found = self.load(old)
         return found if found.version != old.version else None
+
+    def _newest(self) -> Path | None:
+        """The newest version here, or the result of a run that has ended, if that is newer."""
+        home = homes.open_home("agent")
+        found = [*(home / "cache").glob("*.safetensors"), *own_results.result_files(home)]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 async def _serve(loader: _Loader, port: int, socket: Path | None) -> None:

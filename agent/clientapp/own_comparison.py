@@ -1,5 +1,8 @@
 """After a run has ended: compares its model with one of this machine's rows alone, for the owner.
 
+The best version of the run stays in the home, so that this machine predicts with it offline; it may
+be older than the newest version, and of another model.
+
 The work thread calls `advance` while it has nothing else to do. Each call does a few seconds of the
 work, so that the work of a new run waits no longer. All state is on disk, so that a restart loses
 the last slice alone.
@@ -37,6 +40,7 @@ from protocols.messages.comparisons import Comparison, Missing
 from protocols.messages.envelope import Settings
 from protocols.messages.work import NamedModel, Which, Work
 from protocols.privacy import private_training
+from protocols.tables.model_scores import kind_of
 
 log = logging.getLogger("commonweight.agent")
 
@@ -52,6 +56,8 @@ _MAX_ROUNDS = 1000
 #: Models of a run whose settings are remembered.
 _MAX_MODELS = 8
 _SPARE_BYTES = 4 * 1024 * 1024
+#: A best version up to this size stays.
+_KEPT_BYTES = 64 * 1024 * 1024
 #: After these failures the comparison is tried again later.
 _PASSING = frozenset({"stopped", "cancelled", DiskFull.code})
 #: The coordinator gets the reason of these failures; of others, only that the comparison failed.
@@ -118,7 +124,7 @@ class OwnComparisons:
 
     def _note(self, work: Work) -> None:
         chosen = self._settings()
-        if chosen.compare == "off" or chosen.fleet or work.task.startswith(PREFIX):
+        if chosen.fleet or work.task.startswith(PREFIX):
             return
         known = self._pending.get(work.run)
         before = known.run if known is not None else own_results.read_run(self._of(work.run))
@@ -183,8 +189,6 @@ class OwnComparisons:
         Raises Unreachable, SessionLost.
         """
         chosen = self._settings()
-        if chosen.compare == "off":
-            self._pending.clear()
         now, (last, at) = time.monotonic(), self._last_work
         for other in self._pending.values() if now - at < _QUIET_S else ():
             if other.run.run != last and other.result is None:
@@ -218,6 +222,11 @@ class OwnComparisons:
         if not chosen.allows(one.run.task):
             self._finish(one, None, "the owner does not allow the task any more")
             return False
+        if chosen.compare == "off":
+            if one.model.nbytes <= _KEPT_BYTES:
+                self._fetch(one, one.model)
+            self._finish(one, None, "it is off on this machine")
+            return False
         found = self._measure(one, one.model)
         if found is not None:
             self._finish(one, found)
@@ -236,17 +245,12 @@ class OwnComparisons:
 
     def _measure(self, one: _Pending, model: NamedModel) -> Comparison | None:
         """A slice of the comparison; the result if it was the last one."""
-        folder = self._folder(one)
-        shared = own_results.model_file(folder, "shared")
-        if not shared.exists():
-            check_room(folder, 4 * model.nbytes + _SPARE_BYTES)
-            self._link().download(model.digest, model.nbytes, shared)
         work = Measure(
             run=one.run.run,
             task=one.run.task,
-            settings=dict(one.run.settings_of(model.round)),
-            base=str(shared),
-            folder=str(folder),
+            settings=dict(one.run.settings_of(model.round, _kind(one.run, model))),
+            base=str(self._fetch(one, model)),
+            folder=str(self._folder(one)),
             rounds=min(model.ended_rounds, _MAX_ROUNDS),
             personal=str(self._own_layers.paths(one.run.run).file),
             mu=model.personal_mu,
@@ -263,6 +267,15 @@ class OwnComparisons:
             return None
         return msgspec.json.decode(done.description, type=Comparison)
 
+    def _fetch(self, one: _Pending, model: NamedModel) -> Path:
+        """The file of the best version, downloaded if it is not here."""
+        folder = self._folder(one)
+        shared = own_results.model_file(folder, "shared")
+        if not shared.exists():
+            check_room(folder, 4 * model.nbytes + _SPARE_BYTES)
+            self._link().download(model.digest, model.nbytes, shared)
+        return shared
+
     def _finish(
         self,
         one: _Pending,
@@ -277,7 +290,8 @@ class OwnComparisons:
             at=time.time(),
             round=model.round if model else 0,
             digest=model.digest if model else "",
-            model=_kept(one.run, model) if model else "",
+            model=_kind(one.run, model) if model else "",
+            choice=model.choice if model else "",
             comparison=found,
             why=why,
             missing=missing,
@@ -285,8 +299,7 @@ class OwnComparisons:
         is_news = found is not None or missing is not None
         result = replace(result, to_tell=is_news and self._may_tell(one.run, result))
         self._write_result(one, result)
-        # Of a run that trained several models, the newest version may be of another model.
-        if found is None or not one.run.earlier:
+        if model is not None and model.nbytes > _KEPT_BYTES:
             own_results.model_file(folder, "shared").unlink(missing_ok=True)
         if found is not None:
             log.info("run %s: compared on %d held-out rows", result.run, found.rows)
@@ -313,7 +326,7 @@ class OwnComparisons:
             and not run.is_local
             and not chosen.privacy_max_epsilon
             and not chosen.secure_min
-            and self._was_told(run.task, run.settings_of(result.round), result.digest)
+            and self._was_told(run.task, run.settings_of(result.round, result.model), result.digest)
         )
 
     def _tell(self, one: _Pending, result: OwnResult) -> None:
@@ -341,6 +354,7 @@ def _earlier(before: OwnRun | None, begun: int) -> tuple[OwnModel, ...]:
     return tuple(one for one in models if one.begun < begun)[-_MAX_MODELS:]
 
 
-def _kept(run: OwnRun, model: NamedModel) -> str:
-    """The kind of the best version, if the run has trained several models."""
-    return str(run.settings_of(model.round).get("model", "")) if run.earlier else ""
+def _kind(run: OwnRun, model: NamedModel) -> str:
+    """The kind of the best version, of a table; else empty."""
+    known = run.settings_of(model.round) | model.settings
+    return kind_of(run.task, known) or ""

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
-from msgspec.structs import replace
 
 from protocols.messages import comparisons
 from protocols.messages.comparisons import Comparison, Missing, Model
@@ -29,7 +28,8 @@ Compare = Annotated[
     Literal["on", "local", "off"],
     Meta(
         description="after a run, compare a model of your rows alone with the shared one: on, and "
-        "tell the coordinator the metrics of plain runs; local, only show them here; off"
+        "tell the coordinator the metrics of plain runs; local, only show them here; off, only "
+        "fetch its best version"
     ),
 ]
 
@@ -58,19 +58,22 @@ class OwnRun(Struct, frozen=True, kw_only=True):
     begun: int = 0
     earlier: tuple[OwnModel, ...] = ()
 
-    def settings_of(self, number: int) -> Settings:
-        """The settings with which the version of this number was trained."""
+    def settings_of(self, number: int, model: str = "") -> Settings:
+        """The settings with which the version of this number was trained. `model`: its kind, if it
+        is known: this machine may have had no part in the training of this one."""
         models = (*self.earlier, OwnModel(self.begun, self.settings))
         found = [one.settings for one in models if one.begun <= number]
-        return found[-1] if found else models[0].settings
+        settings = found[-1] if found else models[0].settings
+        return settings | {"model": model} if model else settings
 
 
 class OwnResult(Struct, frozen=True, kw_only=True):
     """The comparison after a run, or why there is none.
 
-    `digest`: the run's best version, made in `round`, and `model`: its kind, if the run trained
-    several. `at`: Unix s. `why`: the reason as text, `missing`: the word for it that the
-    coordinator gets. `is_told`: the coordinator has it; `to_tell`: it is to get it.
+    `digest`: the run's best version, made in `round`; `model`: its kind, for a table, and `choice`:
+    what the run says of it, for the owner. `at`: Unix s. `why`: the reason as text, `missing`: the
+    word for it that the coordinator gets. `is_told`: the coordinator has it; `to_tell`: it is to
+    get it.
     """
 
     run: str
@@ -79,6 +82,7 @@ class OwnResult(Struct, frozen=True, kw_only=True):
     round: int = 0
     digest: str = ""
     model: str = ""
+    choice: str = ""
     comparison: Comparison | None = None
     why: str = ""
     missing: Missing | None = None
@@ -108,6 +112,11 @@ def result_file(folder: Path) -> Path:
     return folder / _RESULT
 
 
+def result_files(home: Path) -> list[Path]:
+    """The results of ended runs."""
+    return [file for folder in folders(home) if (file := result_file(folder)).exists()]
+
+
 def model_file(folder: Path, model: Model) -> Path:
     """The weights of a model that was trained here, or of the shared one."""
     return folder / f"{model}.safetensors"
@@ -134,25 +143,60 @@ def results(home: Path) -> list[OwnResult]:
     return [found for folder in folders(home) if (found := read_result(folder)) is not None]
 
 
-def recommended(
-    home: Path, run: str, model: Model | None = None
-) -> tuple[Model, Path, OwnRun] | None:
+class Found(NamedTuple):
+    """A model in the home after a run: its file, the settings of its training, and the result."""
+
+    model: Model
+    path: Path
+    settings: Settings
+    result: OwnResult
+
+
+def recommended(home: Path, run: str, model: Model | None = None) -> Found | None:
     """The model that is recommended here after a run, or this one, if it is in the home: one that
-    was trained here, or the best version of a run that trained several models."""
+    was trained here, or the best version of the run."""
     folder = folder_of(home, run)
     result, of = read_result(folder), read_run(folder)
-    if result is None or of is None or result.comparison is None:
+    if result is None or of is None:
         return None
-    model = model or result.comparison.recommended
+    model = model or (result.comparison.recommended if result.comparison else "shared")
     file = model_file(folder, model)
     if not file.exists():
         return None
-    return model, file, replace(of, settings=of.settings_of(result.round))
+    return Found(model, file, of.settings_of(result.round, result.model), result)
+
+
+def kept(home: Path) -> list[Found]:
+    """The best versions of ended runs that are in the home, that of the newest run first."""
+    found = (recommended(home, result.run, "shared") for result in results(home))
+    return [one for one in found if one is not None]
 
 
 def newest(home: Path) -> OwnResult | None:
     """The result of the newest run that has one."""
     return next(iter(results(home)), None)
+
+
+def text_of_model(run: str, choice: str, found: OwnResult | None) -> str:
+    """What an owner reads of the model of a run: `choice`, which came with its work, or after the
+    end which model is kept."""
+    return found.choice if found is not None and found.run == run and found.choice else choice
+
+
+def text_of_better(home: Path, run: str, digest: str) -> str:
+    """Why another version than this one may be better, as the end of a sentence; empty if this is
+    the best version of an ended run, or if nothing is known of the run."""
+    folder = folder_of(home, run)
+    result = read_result(folder)
+    if result is None and read_run(folder) is None:
+        return ""
+    if result is None:
+        why = "this machine has not heard yet that this run has ended; it may keep a better version"
+    elif result.digest and result.digest != digest:
+        why = f"the run has kept another version, after round {result.round}"
+    else:
+        return ""
+    return f"; {why}. The coordinator has it: --run {run}"
 
 
 def lines_of(found: OwnResult) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator.api.service import CoordinatorService
 from coordinator.jobs import model_refs
-from coordinator.runs import best_version, candidates
+from coordinator.runs import best_version, candidates, messages
 from coordinator.runs.export import resolve_version
 from coordinator.runs.recorded import named_run
 from coordinator.strategies import personal
@@ -28,7 +28,7 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
             f"there is no run and no task {name!r} with a version", "commonweight run list"
         ) from err
     model_refs.check_task(run)
-    digest = resolve_version(run, which)
+    digest, choice = resolve_version(run, which), messages.owners_text(run)
     run = candidates.of_version(run, digest)
     rounds = [one for one in (*run.history, run.best) if one and one.digest == digest]
     layers = model_refs.local_layers(run)
@@ -46,4 +46,5 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
         personal_mu=personal.mu_of(run.spec),
         metric=best_version.plain_name(run.spec.best_metric),
         lower_is_better=best_version.is_lower_better(run.spec, run.spec.best_metric),
+        choice=choice,
     )

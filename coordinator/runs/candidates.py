@@ -116,4 +116,7 @@ def text_for_owners(run: Run) -> str:
     if not (run.spec.secure and run.trained):
         return text(run)
     said, _, _ = text(run).partition(" (")
-    return f"{said} (after {', '.join(one.model for one in run.trained)})"
+    before = [one.model for one in run.trained]
+    if run.ended:
+        return f"{said} (of {', '.join([*before, present(run).model])})"
+    return f"{said} (after {', '.join(before)})"

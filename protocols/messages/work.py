@@ -103,7 +103,8 @@ class NamedModel(Struct, frozen=True, kw_only=True):
     `settings`: what the task needs to predict with it, such as the agreed preprocessing.
     `ended_rounds`: how many rounds the run had, if it has ended; else 0, as of older coordinators.
     `personal_mu`: the weight of the proximal term of a personal model; 0: none. `metric`: by which
-    models are compared after the run, empty for the default; `lower_is_better` says how.
+    models are compared after the run, empty for the default; `lower_is_better` says how. `choice`:
+    which model the run has chosen, or kept of several, as text for the owner.
     """
 
     run: Id
@@ -116,6 +117,7 @@ class NamedModel(Struct, frozen=True, kw_only=True):
     personal_mu: Annotated[float, Meta(ge=0, le=1000)] = 0.0
     metric: Name = ""
     lower_is_better: bool = False
+    choice: Text = ""
 
 
 class UpdateClaim(Struct, frozen=True, kw_only=True):

@@ -28,6 +28,13 @@ def is_open(task: str, settings: Mapping[str, object]) -> bool:
     return task == "tabular" and settings.get("model") == AUTO
 
 
+def kind_of(task: str, settings: Mapping[str, object]) -> Model | None:
+    """The kind of model of a version that was trained with these settings; None if it is not of a
+    table."""
+    found = settings.get("model")
+    return next((one for one in MODELS if task == "tabular" and one == found), None)
+
+
 class ModelScores(Struct, frozen=True, kw_only=True, tag="models"):
     """The metrics of each model by a cross-validation over `rows` rows of one peer.
 

@@ -52,7 +52,7 @@ def test_a_peer_with_few_rows_sees_that_it_gains(tmp_path: Path) -> None:
             return len(seen) == len(SIZES)
 
         wait_for(all_know, "each owner sees the comparison")
-        assert f"run {run['id']} on 12 held-out rows of yours" in seen["uri"]
+        assert f"run {run['id']}, model linear, on 12 held-out rows of yours" in seen["uri"]
         assert "→ shared" in seen["uri"] or "→ personal" in seen["uri"]
         assert "→ shared" not in seen["lugano"], "its patients are others"
 

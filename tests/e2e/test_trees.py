@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,7 @@ def test_a_run_of_all_models_survives_a_kill_and_owners_predict_with_the_one_tha
         wait_for(lambda: comparisons() == 3, "each owner has a comparison", 120)
         status = site.ask_agent("west", "status").stdout
         assert f"run {run}, model {kept}, on " in status
+        assert f"the model of run {run}: {kept} is kept (" in status
 
         new = write_csv(tmp_path / "new.csv", [{"age": 80, "ward": "a"}, {"age": 30, "ward": "a"}])
         for online in ("--run tabular --which best", "--run tabular", ""):
@@ -110,3 +112,12 @@ def test_a_run_of_all_models_survives_a_kill_and_owners_predict_with_the_one_tha
             answers = [line.split(",")[1] for line in told.stdout.splitlines()]
             assert answers == ["ill", "yes", "no"], told.stderr
         assert f"of {run}" in told.stderr
+
+        # All of this offline, too.
+        assert site.programs.pop("up").stop() == 0
+        for use in ("recommended", "shared"):
+            out = ("--use", use, "--out", str(tmp_path / f"{use}.csv"), "--json")
+            said = site.ask_agent("west", "predict", str(new), *out)
+            assert json.loads(said.stdout)["data"]["model"] == kept, said.stderr
+        listed = json.loads(site.ask_agent("west", "models", "list", "--json").stdout)["data"]
+        assert [one["model"] for one in listed if one["kept"]] == [kept]

@@ -116,8 +116,8 @@ def _machine(machine: Machine) -> list[Line]:
         tone: Tone = "plain" if status.session and status.mqtt else "warn"
         lines.append(_fact("links", f"coordinator {coordinator}  mqtt {mqtt}", tone))
     lines.append(_fact("run", f"{status.run} round {status.round}" if status.run else "none"))
-    if status.choice:
-        lines.append(_fact("model", f"{status.choice} (run {status.choice_run})"))
+    if told := own_results.text_of_model(status.choice_run, status.choice, machine.own):
+        lines.append(_fact("model", f"{told} (run {status.choice_run})"))
     lines.append(_fact("rounds", f"{status.rounds_done} done since the start"))
     lines.append(_fact("sent", f"{_size(status.bytes_up)} up, {_size(status.bytes_down)} down"))
     if status.head is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -31,9 +32,15 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
     settings = {"model": "mlp", "at_home": "output.*", "dp_epsilon": 1.0}
     of = OwnRun(run="tabular-1", task="tabular", settings=settings, is_local=True)
     own_results.run_file(folder).write_bytes(msgspec.json.encode(of))
-    version = LocalModel(tmp_path / "v", "tabular", settings, "", "tabular-1")
+    version = LocalModel(
+        tmp_path / "v", "tabular", settings, "after round 9", "tabular-1", "d" * 64
+    )
+    found = version.recommended(Use.RECOMMENDED)
+    assert found.path == version.path
+    assert "has not heard yet that this run has ended" in found.origin
+    assert found.origin.endswith("--run tabular-1")
 
-    def compared(recommended: Model) -> None:
+    def compared(recommended: Model, **more: Any) -> None:
         one = Estimate(0.9, 0.8, 1.0)
         found = Comparison(
             run="tabular-1",
@@ -42,10 +49,9 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
             models=dict.fromkeys(("alone", "shared", "personal"), one),
             recommended=recommended,
         )
-        result = OwnResult(run="tabular-1", task="tabular", at=0.0, comparison=found)
+        result = OwnResult(run="tabular-1", task="tabular", at=0.0, comparison=found, **more)
         own_results.result_file(folder).write_bytes(msgspec.json.encode(result))
 
-    assert version.recommended(Use.RECOMMENDED) is version, "there is no comparison"
     compared("personal")
     assert version.recommended(Use.RECOMMENDED) is version, "its file is gone"
     own_results.model_file(folder, "personal").write_bytes(b"")
@@ -63,10 +69,13 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
     earlier = (OwnModel(0, {"model": "linear"}),)
     several = replace(of, begun=5, earlier=earlier)
     own_results.run_file(folder).write_bytes(msgspec.json.encode(several))
+    compared("shared", digest="e" * 64, round=3, model="linear", choice="linear is kept (…)")
     for use in Use:
         best = version.recommended(use)
         assert (best.path.name, best.settings) == ("shared.safetensors", {"model": "linear"})
-        assert "the best version of tabular-1, a model of the kind linear" in best.origin
+        assert best.title == "eeeeeeeeeeee of the task tabular, model linear"
+        assert best.origin == "the best version of tabular-1, after round 3: linear is kept (…)"
+    assert [found.result.digest for found in own_results.kept(tmp_path)] == ["e" * 64]
 
 
 def test_the_file_of_a_models_task_may_be_named(tmp_path: Path) -> None:

@@ -154,7 +154,9 @@ def test_it_waits_for_the_end_then_compares_and_tells_once(site: Site) -> None:
     assert (left.what, left.run, left.num_held_out) == ("comparison", "tabular-1", 30)
     assert left.metrics.keys() == {"alone accuracy", "shared accuracy", "personal accuracy"}
     assert site.own().due_s == float("inf"), "nothing is left to do"
-    assert not (own_results.folder_of(site.home, "tabular-1") / "shared.safetensors").exists()
+    kept = own_results.recommended(site.home, "tabular-1", "shared")
+    assert kept is not None
+    assert weights.file_digest(kept.path) == ended.digest, "it predicts with the best version"
     own.note(replace(site.work, round=4))  # the run was resumed
     assert site.result() is None
 
@@ -178,7 +180,37 @@ def test_the_model_that_the_run_has_kept_is_compared_not_the_one_it_trained_last
     assert run.settings_of(7)["model"] == "mlp"
     kept = own_results.recommended(site.home, "tabular-1", "shared")
     assert kept is not None
-    assert weights.file_digest(kept[1]) == site.link.model.digest, "it predicts offline"
+    assert weights.file_digest(kept.path) == site.link.model.digest, "it predicts offline"
+    assert kept.settings["model"] == "linear"
+
+
+def test_a_machine_that_trained_another_model_alone_is_told_which_one_is_kept(site: Site) -> None:
+    mlp = {**site.work.settings, "model": "mlp", "hidden": "4"}
+    site.link.model = replace(site.link.model, settings=dict(site.work.settings))
+    site.owner = replace(site.owner, compare="off")
+    own = site.own()
+    own.note(replace(site.work, round=7, begun=5, settings=mlp))
+    finish(own)
+    kept = own_results.recommended(site.home, "tabular-1")
+    assert kept is not None
+    assert (kept.model, kept.settings["model"], kept.result.model) == (
+        "shared", "linear", "linear",
+    )  # fmt: skip
+    assert (site.trainer.done, site.link.told) == (0, []), "the owner wants no comparison"
+
+
+def test_a_large_version_does_not_stay(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_comparison, "_KEPT_BYTES", site.link.model.nbytes - 1)
+    own = site.own()
+    own.note(site.work)
+    finish(own)
+    found = site.result()
+    assert found is not None
+    assert found.comparison is not None
+    assert own_results.recommended(site.home, "tabular-1", "shared") is None
+    better = own_results.text_of_better(site.home, "tabular-1", "0" * 64)
+    assert "the run has kept another version, after round 3" in better
+    assert own_results.text_of_better(site.home, "tabular-1", found.digest) == ""
 
 
 def test_what_the_coordinator_could_not_take_is_told_later_and_what_it_refuses_is_not(
@@ -232,10 +264,10 @@ def test_no_coordinator_gets_a_comparison_that_the_owner_keeps(site: Site, why: 
     assert site.link.told == []
     assert audit_log.read(site.home) == []
     found = site.result()
-    if why == "off":
-        assert (found, site.trainer.done) == (None, 0)
-        return
     assert found is not None
+    if why == "off":
+        assert (found.comparison, site.trainer.done) == (None, 0)
+        return
     assert found.comparison is not None, "its owner sees it"
     assert not found.to_tell
 

@@ -160,6 +160,7 @@ async def test_each_model_is_trained_as_alone_and_the_best_version_is_kept(
         assert run.best is not None
         named = named_models.find(fleet.hub, run_id, "best")
         assert (named.round, named.settings["model"], named.ended_rounds) == (7, "mlp", 4)
+        assert named.choice == candidates.text(run)
         whole = fleet.hub.runs.find(run_id)
         card = export.build_card(whole, run.best.digest, "", {}, {})
         assert (card.settings["model"], card.round, len(card.parents)) == ("mlp", 7, 2)
@@ -210,6 +211,8 @@ async def test_a_secure_run_trains_all_models_and_hears_sums_alone(tmp_path: Pat
         assert not fleet.facts(run_id, run_events.ModelsCompared)
         told = {work.choice for work in fleet.agents[0].seen.works}
         assert "mlp now, 2 of 3 (after linear)" in told, "no owner hears the metrics of the others"
+        named = named_models.find(fleet.hub, run_id, "best")
+        assert named.choice == "mlp is kept (of linear, mlp, trees)"
 
 
 #: Where the coordinator is killed, and for the how manieth time. An evaluation that is interrupted

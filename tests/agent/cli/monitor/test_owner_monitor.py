@@ -96,6 +96,12 @@ def test_the_owner_sees_which_model_a_run_has_chosen() -> None:
     chosen = replace(STATUS, choice_run="tabular-7dc222", choice="trees (AUC 0.91; mlp 0.9)")
     text = shown(machine(status=chosen))["machine"]
     assert "model     trees (AUC 0.91; mlp 0.9) (run tabular-7dc222)" in text
+    # After the end, the panel says which one is kept, also without a comparison.
+    ended = replace(OWN, comparison=None, choice="mlp is kept (mlp: AUC 0.9)")
+    text = shown(machine(status=chosen, own=ended))["machine"]
+    assert "model     mlp is kept (mlp: AUC 0.9) (run tabular-7dc222)" in text
+    other = replace(ended, run="tabular-2")
+    assert "trees (AUC" in shown(machine(status=chosen, own=other))["machine"]
 
 
 def test_the_panels_of_a_machine_at_work() -> None:
