@@ -3,12 +3,14 @@ noise, what a Flower app cannot have."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from coordinator.cli import noise_forecast, secure_forecast
 from coordinator.remote.api_client import Remote
 from coordinator.runs import model_choice
 from coordinator.runs.apps import rules
+from coordinator.runs.state import Run
 from coordinator.storage.run_events import RunSpec
 from protocols.tables.model_scores import is_open
 
@@ -18,7 +20,8 @@ def lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
     if rules.is_app(spec):
         yield from rules.notes(spec)
     if is_open(spec.task, spec.settings) and model_choice.takes_turns(spec):
-        yield from _models(remote, spec)
+        such = [run.id for run in remote.runs() if run.ordered is not None and run.ended]
+        yield from model_lines(spec, remote.run(such[-1]) if such else None)
     if not spec.secure and spec.measures:
         return
     enrolled = sum(peer.standing == "enrolled" for peer in remote.fleet().peers.values())
@@ -30,9 +33,9 @@ def lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
     yield from noise_forecast.lines(spec, enrolled, known)
 
 
-def _models(remote: Remote, spec: RunSpec) -> Iterator[str]:
-    """The models of a run that trains several; and how long the last such run took, as the time of
-    a round depends on the peers."""
+def model_lines(spec: RunSpec, before: Run | None) -> Iterator[str]:
+    """The models of a run that trains several; and how long such a run took `before`, as the time
+    of a round depends on the peers."""
     models, _ = model_choice.fitting_models(spec)
     if len(models) < 2:
         return
@@ -41,8 +44,6 @@ def _models(remote: Remote, spec: RunSpec) -> Iterator[str]:
         f"models: {', then '.join(models)}; at most {', '.join(rounds)} rounds, and each ends when "
         "it gets no better. For one model: --set model=NAME, or --rounds"
     )
-    before = [run.id for run in remote.runs() if run.ordered is not None and run.ended]
-    if before:
-        run = remote.run(before[-1])
-        minutes = sum(closed.seconds for closed in run.history) / 60
-        yield f"the last run of several models, {run.id}, took {minutes:.0f} min of rounds"
+    if before is not None:
+        minutes = math.ceil(sum(closed.seconds for closed in before.history) / 60)
+        yield f"the rounds of the last such run, {before.id}, took {minutes} min in all"
