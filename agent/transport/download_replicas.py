@@ -36,10 +36,13 @@ class DownloadReplica:
         self.rests_until = 0.0
 
     def fail(self, err: CommonweightError) -> None:
-        """Do not choose it for a while, and say why."""
+        """Do not choose it for a while. Wrong bytes are told to the owner.
+
+        An address that does not answer is usual: it is that of the replica that leads.
+        """
         is_wrong = isinstance(err, BadWeights)
         self.rests_until = time.monotonic() + (_LONG_REST_S if is_wrong else _REST_S)
-        level = logging.WARNING if is_wrong else logging.INFO
+        level = logging.WARNING if is_wrong else logging.DEBUG
         log.log(level, "no download from the replica %s: %s", self.address, err.message)
 
 

@@ -67,7 +67,10 @@ def _to_database(home: Path, to: str) -> Moved:
     elif file.exists():  # with a setting: the end of a move that was interrupted
         source = SqliteLedger(file)
     else:
-        raise NotRunning(f"there is no ledger in {home} yet", "set `ledger` in its settings")
+        raise NotRunning(
+            f"there is no ledger in {home} yet, so there is nothing to move",
+            f'write this line to {home / SETTINGS_FILE}: ledger = "{to}"',
+        )
     with (
         contextlib.closing(source),
         contextlib.closing(ledger_place.open_database(home, to)) as target,

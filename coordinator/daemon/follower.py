@@ -37,12 +37,12 @@ STALE_S = 15.0
 _READ_EVERY_S, _COMPARE_EVERY_S = 1.0, 30.0
 
 
-def check_downloads(chosen: Settings) -> None:
-    """Raise UsageError if a replica cannot send versions with these settings."""
-    if chosen.download_port and not chosen.versions:
+def check_settings(chosen: Settings) -> None:
+    """Raise UsageError if a replica cannot work with these settings."""
+    if not chosen.versions:
         raise UsageError(
-            "a replica sends versions from their store, and there is none",
-            "write versions = ADDRESS to the settings; without a store, remove download_port",
+            "a replica needs versions that others can reach, and these are in the home alone",
+            'write versions = "s3://bucket/prefix" to the settings of each replica',
         )
     if chosen.download_port and chosen.download_port == chosen.port:
         raise UsageError(

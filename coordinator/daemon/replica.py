@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from coordinator.daemon.follower import Follower, check_downloads
+from coordinator.daemon.follower import Follower, check_settings
 from coordinator.storage import ledger_place, settings
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.settings import UP_FILE, Settings
@@ -34,7 +34,7 @@ def lead_in_turn(home: Path, chosen: Settings, lead: Callable[[Ledger], None]) -
             "a replica needs a ledger that others can reach, and this one is a file",
             "move it to PostgreSQL first: commonweight admin ledger move --to ADDRESS",
         )
-    check_downloads(chosen)
+    check_settings(chosen)
     (home / UP_FILE).unlink(missing_ok=True)  # of a process that was killed
     sender: Follower | None = None
     while True:

@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from coordinator.api.schema import STATUS, ErrorResponse, WatchResponse
 from coordinator.fleet.auth import OPERATOR
-from coordinator.storage import ca_files
+from coordinator.storage import ca_files, ledger_place
 from coordinator.storage.settings import UP_FILE
 from protocols import VERSION
 from protocols.enrollment import ca_chain, fleet_card, identity, joining, tickets
@@ -107,9 +107,10 @@ def connection_info(home: Path, *, is_up: bool = True) -> ConnectionInfo:
         up = json.loads((home / UP_FILE).read_bytes()) if is_up else {}
         addresses = (str(up["address"]),) if is_up else ()
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise NotRunning(
-            f"no coordinator is running over {home}", "start it: commonweight up"
-        ) from err
+        hint = "start it: commonweight up"
+        if ledger_place.address_of(home):
+            hint += "; if a replica waits here, use the machine of the one that leads"
+        raise NotRunning(f"no coordinator is running over {home}", hint) from err
     key = identity.load_signing_key(home / "operator.key")
     ca_pem, chain = ca_files.read_public(home)
     access = Access(

@@ -126,10 +126,14 @@ class ObjectStore:
             raise
         except (known.BaseError, OSError) as err:
             refused = known.PermissionDeniedError, known.UnauthenticatedError, PermissionError
-            if not (at_start and isinstance(err, refused)):
+            # The library has no error of its own for a folder that cannot be written.
+            is_refused = isinstance(err, refused) or "Permission denied" in str(err)
+            if not (at_start and is_refused):
+                told = "start it again" if at_start else "the coordinator waits for it"
                 raise StoreUnreachable(
                     f"the store {self._url} cannot be {what}: {_brief(err)}",
-                    "the coordinator waits for it; check the network and the bucket",
+                    f"{told}; check the network, the bucket and the login (AWS_… in the "
+                    "environment)",
                 ) from err
             raise Refused(
                 f"the store {self._url} cannot be {what}: {_brief(err)}",

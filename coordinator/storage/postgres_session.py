@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from coordinator.storage.ledger import FORMAT
@@ -108,7 +108,7 @@ def connect(address: str) -> Connection[Any]:
         db = psycopg.connect(**words, autocommit=True)
     except psycopg.Error as err:
         text = f"the ledger {shown(address)} cannot be opened: {first_line(err)}"
-        if "FATAL" in str(err):
+        if "FATAL" in str(err) or "no password supplied" in str(err):
             raise Refused(
                 text, f"correct the address, or the password ({PASSWORD}, ~/.pgpass)"
             ) from err
@@ -178,11 +178,12 @@ def prepare(db: Connection[Any], address: str, fleet: str) -> None:
         )
     if schema is None:
         raise HomeError(
-            f"{shown(address)} has no schema for this user",
-            "CREATE SCHEMA, and name it: ?options=-csearch_path%3DNAME",
+            f"{shown(address)} has no schema that this user may use",
+            "let its owner run CREATE SCHEMA NAME and GRANT USAGE ON SCHEMA NAME TO USER, and name "
+            "it in the address: ?options=-csearch_path%3DNAME",
         )
     if _has_tables(db, address):
-        _check_rights(db, address)
+        _check_rights(db, address, _RIGHTS)
         _check_format(db, address)
         found = _fleet_of(db)
         if found is None and db.execute("SELECT 1 FROM commonweight_log LIMIT 1").fetchone():
@@ -217,8 +218,8 @@ def _has_tables(db: Connection[Any], address: str) -> bool:
     return found == {True}
 
 
-def _check_rights(db: Connection[Any], address: str) -> None:
-    for table, rights in _RIGHTS.items():
+def _check_rights(db: Connection[Any], address: str, needed: Mapping[str, Sequence[str]]) -> None:
+    for table, rights in needed.items():
         for right in rights:
             row = db.execute("SELECT has_table_privilege(%s, %s)", (table, right)).fetchone()
             if row != (True,):
@@ -261,6 +262,7 @@ def check_readable(db: Connection[Any], address: str, fleet: str) -> None:
     """Raise NotRunning (no ledger yet), HomeError or HomeTooNew unless it can be read."""
     if not _has_tables(db, address):
         raise NotRunning(f"there is no ledger in {shown(address)} yet", "start it: commonweight up")
+    _check_rights(db, address, dict.fromkeys(_RIGHTS, ("SELECT",)))
     _check_format(db, address)
     check_fleet(db, address, fleet)
 

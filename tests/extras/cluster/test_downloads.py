@@ -14,7 +14,7 @@ from agent.home.credentials import Credentials
 from agent.transport.download_replicas import MIN_BYTES
 from agent.transport.weight_transfer import WeightTransfer
 from coordinator.daemon import follower
-from coordinator.daemon.follower import Follower, check_downloads
+from coordinator.daemon.follower import Follower, check_settings
 from coordinator.fleet.registry import Registry
 from coordinator.storage import settings, version_cache
 from coordinator.storage.ledger_place import VARIABLE, open_ledger
@@ -160,14 +160,14 @@ def test_without_the_ledger_nothing_is_sent(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"versions": "", "download_port": 1}, "there is none"),
+        ({"versions": ""}, "versions that others can reach"),
         ({"download_port": 9092, "port": 9092}, "choose another"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changed: dict[str, int], message: str) -> None:
     chosen: Callable[..., Settings] = Settings
     with pytest.raises(UsageError) as caught:
-        check_downloads(chosen(**{"versions": "s3://bucket/a", **changed}))
+        check_settings(chosen(**{"versions": "s3://bucket/a", **changed}))
     assert message in caught.value.message + caught.value.hint
 
 

@@ -287,6 +287,9 @@ def test_a_server_that_is_away_or_refuses(
     with pytest.raises(Refused, match="password authentication failed") as told:
         PostgresLedger(address, FLEET)
     assert "not the secret" not in str(told.value)
+    monkeypatch.delenv("PGPASSWORD")
+    with pytest.raises(Refused, match="no password supplied"):
+        PostgresLedger(address, FLEET)
 
 
 def test_a_ledger_of_another_fleet_or_a_newer_version(
@@ -343,4 +346,7 @@ def test_a_role_that_can_neither_change_nor_delete_entries_is_enough(
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             ledger._db.execute(change)
     assert bodies(ledger) == [b"a"]
+    admin.execute(f"REVOKE SELECT ON commonweight_log FROM {role}")
+    with pytest.raises(HomeError, match="lacks the right SELECT on commonweight_log"):
+        PostgresLedger(theirs, FLEET, read_only=True)
     ledger.close()
