@@ -28,7 +28,8 @@ def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
             f"there is no run and no task {name!r} with a version", "commonweight run list"
         ) from err
     model_refs.check_task(run)
-    digest, choice = resolve_version(run, which), messages.owners_text(run)
+    digest = resolve_version(run, which)
+    choice = messages.owners_text(run) if run.ordered is not None else ""
     run = candidates.of_version(run, digest)
     rounds = [one for one in (*run.history, run.best) if one and one.digest == digest]
     layers = model_refs.local_layers(run)

@@ -104,7 +104,7 @@ class NamedModel(Struct, frozen=True, kw_only=True):
     `ended_rounds`: how many rounds the run had, if it has ended; else 0, as of older coordinators.
     `personal_mu`: the weight of the proximal term of a personal model; 0: none. `metric`: by which
     models are compared after the run, empty for the default; `lower_is_better` says how. `choice`:
-    which model the run has chosen, or kept of several, as text for the owner.
+    which of several models the run has kept, or trains now, as text for the owner; else empty.
     """
 
     run: Id
