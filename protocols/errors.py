@@ -18,7 +18,7 @@ CommonweightError                     1  something failed
 │   │       ├── AwaitingColumns          … nor which columns of the data it may use
 │   │       └── AwaitingTrust            … nor which other peers it trusts
 │   ├── LogConflict                      the coordinator's log of versions contradicts itself
-│   ├── FormerLeader                     another coordinator leads the fleet by now
+│   ├── FormerLeader                     work of a coordinator that another one has replaced
 │   ├── Unwitnessed                      too few pinned peers have shown what they see
 │   ├── SecureRefused                    a step of a secure sum would tell too much
 │   ├── UploadRefused                    the coordinator does not take an update
@@ -315,15 +315,6 @@ class SubfleetStopped(CommonweightError, code="fleet_below_stopped"):
 
 class CannotPredict(CommonweightError, code="no predict"):
     """The task can train but not predict."""
-
-
-def class_of(code: str) -> type[CommonweightError]:
-    """The class with this code; the base if there is none, or its errors take other arguments."""
-    kinds = [CommonweightError]
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-    found = (k for k in kinds if k.code == code and k.__init__ is CommonweightError.__init__)
-    return next(found, CommonweightError)
 
 
 #: Codes of errors whose messages may be sent to the other side.

@@ -20,11 +20,9 @@ from agent.data.change_watch import ChangeWatch
 from agent.data.settings import DataSettings
 from agent.inference import predictions
 from agent.tasks import (
-    CountsExamples,
     EvalOutcome,
     Exporting,
     HasMetadata,
-    KnowsRows,
     Predicting,
     ProvidesStatistics,
     ScoresModels,
@@ -46,14 +44,14 @@ from agent.trainer.checkpoint import CheckpointFile
 from agent.trainer.ipc import Answer, Failed
 from agent.trainer.personalization import Personalization
 from agent.trainer.progress import StepCallback, WorkControl
+from agent.trainer.task_results import check_tensors, count_examples, make_done, normalize_schema
 from agent.trainer.told_rows import ToldRows
 from agent.trainer.training_steps import metered
 from protocols.errors import BadWeights, CannotPredict, CommonweightError, TaskUnusable, UnknownName
 from protocols.local.failpoints import failpoint
-from protocols.messages.envelope import Metrics
 from protocols.model import personalization, schema_card, weights
 from protocols.model.personalization import SCAFFOLD
-from protocols.model.weights import Array, Schema, TensorSpec, Weights
+from protocols.model.weights import Weights
 from protocols.privacy import events, private_training
 from protocols.tables import evaluation_counts
 
@@ -119,11 +117,11 @@ class WorkExecutor:
         if isinstance(work, Describe):
             return self._describe(work, task)
         scheme, settings = _split_settings(work.settings)
-        model = _normalize_schema(task.schema(settings))
+        model = normalize_schema(task.schema(settings))
 
         def first_weights(seed: int) -> Weights:
             rng_state.seed("init", seed)
-            return _check_tensors(task.init(seed, settings), model)
+            return check_tensors(task.init(seed, settings), model)
 
         if isinstance(work, Init):
             first = personalization.first_version(first_weights(work.seed), scheme)
@@ -175,12 +173,12 @@ class WorkExecutor:
             )
         if told is not None:
             return Done(id=work.id, description=schema_card.encode(told))
-        schema = personalization.shared_schema(_normalize_schema(task.schema(settings)), scheme)
+        schema = personalization.shared_schema(normalize_schema(task.schema(settings)), scheme)
         traits = task.traits(settings) if isinstance(task, HasMetadata) else {}
         version = str(getattr(task, "version", ""))
         specs = task.setting_specs() if isinstance(task, TellsSettings) else {}
         card = schema_card.make_card(work.task, version, schema, traits, specs)
-        train, held_out = _count_examples(task, settings, work.data)
+        train, held_out = count_examples(task, settings, work.data)
         return Done(
             id=work.id,
             description=schema_card.encode(card),
@@ -212,7 +210,7 @@ class WorkExecutor:
             metrics, told = {}, {}
         told = evaluation_counts.suppress_small(told, min_count, is_summed=work.masked)
         tallies = {name: [float(n) for n in tally] for name, tally in told.items()}
-        return msgspec.structs.replace(_done(work.id, "", 0, count, metrics), tallies=tallies)
+        return msgspec.structs.replace(make_done(work.id, "", 0, count, metrics), tallies=tallies)
 
     def _load_model(self, base: Path) -> Weights:
         """The weights in a file, which are kept for the next request of a server."""
@@ -228,7 +226,7 @@ class WorkExecutor:
         on_step = StepCallback(work.id, "predict", self._control, self._send)
         out = Path(work.out)
         count = predictions.write(task, model, settings, work.sources, work.rows, out, on_step)
-        return _done(work.id, weights.file_digest(out), out.stat().st_size, count, {})
+        return make_done(work.id, weights.file_digest(out), out.stat().st_size, count, {})
 
     def _train(
         self, work: Train, task: Task, settings: Settings, base: Weights, personal: Personalization
@@ -257,9 +255,9 @@ class WorkExecutor:
         if isinstance(task, SendsSums):
             sums = task.sums_schema(training.model, settings)
         if sums is not None:
-            update = _check_tensors(trained, sums)
+            update = check_tensors(trained, sums)
         else:
-            whole = _check_tensors(trained, training.model.schema)
+            whole = check_tensors(trained, training.model.schema)
             kept_out = Path(work.personal_out) if work.personal_out else None
             update = personal.after_train(training, whole, kept_out)
         done = self._save(work.id, update, work.out, count, {**metrics, **training.metrics})
@@ -293,7 +291,7 @@ class WorkExecutor:
         path = Path(out)
         digest = weights.save(update, path, synced=False)  # the agent syncs it during the upload
         failpoint("trainer.saved")
-        return _done(work, digest, path.stat().st_size, num_examples, metrics)
+        return make_done(work, digest, path.stat().st_size, num_examples, metrics)
 
 
 def _export(work: Export, task: Task, model: Weights) -> Done:
@@ -303,21 +301,7 @@ def _export(work: Export, task: Task, model: Weights) -> Done:
         raise UnknownName(f"the task {work.task} has no form {work.form!r}", hint)
     _, settings = _split_settings(work.settings)
     task.export(model, settings, work.form, work.data, Path(work.out))
-    return _done(work.id, "", 0, 0, {})
-
-
-def _count_examples(task: Task, settings: Settings, data: DataSettings) -> tuple[int, int]:
-    """The examples that `task` trains on and holds out, if this peer may tell them now; else 0.
-
-    How many rows of a remembered table are left is told with the answers that depend on them, as
-    those are compared with earlier ones.
-    """
-    remembers = bool(data.memory) and isinstance(task, KnowsRows)
-    if remembers or not isinstance(task, CountsExamples):
-        return 0, 0
-    train, held_out = map(int, task.count_examples(settings))
-    least = data.floors.min_count
-    return train if train >= least else 0, held_out if held_out >= least else 0
+    return make_done(work.id, "", 0, 0, {})
 
 
 def _split_settings(
@@ -327,29 +311,3 @@ def _split_settings(
     scheme = {name: settings[name] for name in personalization.SETTINGS & settings.keys()}
     hidden = scheme.keys() | private_training.SETTINGS
     return scheme, {name: value for name, value in settings.items() if name not in hidden}
-
-
-def _check_tensors(tensors: Mapping[str, Array], schema: Schema) -> Weights:
-    """The tensors of a task as weights. Raises BadWeights."""
-    if not isinstance(tensors, Weights):
-        tensors = Weights(tensors, weights.bf16_names(schema))
-    weights.check_schema(tensors.schema, schema)
-    return tensors
-
-
-def _done(
-    work: int, digest: str, nbytes: int, num_examples: int, metrics: Mapping[str, float]
-) -> Done:
-    plain = {str(name): float(value) for name, value in metrics.items()}
-    return Done(
-        id=work,
-        digest=digest,
-        nbytes=nbytes,
-        num_examples=int(num_examples),
-        metrics=msgspec.convert(plain, Metrics),
-    )
-
-
-def _normalize_schema(schema: Schema) -> Schema:
-    """The schema with TensorSpec values, where a task may have used plain tuples."""
-    return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in schema.items()}

@@ -15,8 +15,9 @@ from google.protobuf.message import DecodeError
 
 from agent.home.credentials import Credentials
 from agent.transport.bandwidth import Bandwidth
+from agent.transport.connection import map_errors
 from agent.transport.download_replicas import MIN_SPEEDUP, DownloadReplica, DownloadReplicas
-from agent.transport.http_client import HttpClient, map_errors
+from agent.transport.http_client import HttpClient
 from protocols.errors import BadWeights, Refused, Unreachable, UploadRefused, UploadUnneeded
 from protocols.local.atomic_files import write_all
 from protocols.local.failpoints import failpoint
@@ -279,6 +280,8 @@ def raise_for_status(status: int, body: bytes = b"") -> None:
 
 def raise_for_upload(status: int, body: bytes) -> None:
     """Raises the error for the response to an upload or a reply; its body says the reason."""
+    if status < 300:
+        return
     because = _reason(body) or f"HTTP {status}"
     if status == 410:
         raise UploadUnneeded(f"the upload is not needed any more: {because}")

@@ -34,7 +34,6 @@ from protocols.errors import (
     NotRunning,
     Refused,
     Unreachable,
-    class_of,
 )
 from protocols.local import homes
 from protocols.local.atomic_files import write_private
@@ -234,7 +233,7 @@ def trusted_cas(access: Access) -> CaTrust:
 def check_watch(access: Access, address: str, watch: WatchResponse) -> WatchResponse:
     """The response with the broker to use, if the CA signed its key and broker. Raises Refused.
 
-    Older coordinators send no card. A monitor that joined one goes on without.
+    Older coordinators send no card. A monitor that joined one works without.
     """
     if not watch.card and not access.card:
         return watch
@@ -263,7 +262,7 @@ def error_from(response: httpx.Response) -> CommonweightError:
     status = response.status_code
     try:
         body = msgspec.json.decode(response.content, type=ErrorResponse)
-        kind = class_of(body.code)
+        kind = _class_of(body.code)
         error = (CommonweightError if issubclass(kind, Unreachable) else kind)(
             body.message, body.hint
         )
@@ -277,3 +276,12 @@ def error_from(response: httpx.Response) -> CommonweightError:
     codes = (exit_code for exit_code, known in STATUS.items() if known == status)
     error.exit_code = next(codes, ExitCode.FAILED)
     return error
+
+
+def _class_of(code: str) -> type[CommonweightError]:
+    """The class with this code; the base if there is none, or its errors take other arguments."""
+    kinds = [CommonweightError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    found = (k for k in kinds if k.code == code and k.__init__ is CommonweightError.__init__)
+    return next(found, CommonweightError)

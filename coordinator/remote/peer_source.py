@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import http.client
-import ssl
 import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Sequence
@@ -163,11 +162,7 @@ class PeerSource(ReadOnly):
 
 
 def _connection(address: str) -> http.client.HTTPSConnection:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    # The node key is checked instead of a name, before anything is sent.
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+    context = certificates.pinned_context()
     host, _, port = address.rpartition(":")
     return http.client.HTTPSConnection(
         host.strip("[]"), int(port), timeout=_TIMEOUT_S, context=context

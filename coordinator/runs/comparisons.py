@@ -36,7 +36,7 @@ def why_none(run: Run) -> str:
         how = "--secure" if run.spec.secure else "noise"
         return f"no comparison here: after a run with {how}, each owner alone sees it"
     return (
-        "no comparison: no peer has told one. It takes a while after the end; owners may keep it; "
+        "no comparison: no peer has sent one. It comes a while after the end; owners may keep it; "
         "simulated peers make none"
     )
 
@@ -67,7 +67,7 @@ def objection(run: Run, peer: str, told: Comparison) -> str:
     if not run.ended:
         return f"the run {run.id} has not ended"
     if run.spec.secure or not run.spec.measures:
-        return "in this run no metric of a single peer is told"
+        return "this run shows no metric of a single peer"
     if peer not in peers_of(run):
         return "this peer has no part in the run"
     if told.missing is not None:

@@ -30,7 +30,7 @@ from protocols.messages.states import RunState
 class Observation(NamedTuple):
     """What the run's state lacks: the peers that could work now, and whether time is up.
 
-    `unfit`: peers that are online but refuse this run until somebody changes something there.
+    `unfit`: peers that are online but refuse this run until their owners change something.
     `absent`: peers of the fleet that are not online or cannot work now. `sum`: how far the open
     cohort of a secure run is.
     """
@@ -126,7 +126,7 @@ def _or_next_model(run: Run, step: Step) -> Step:
 
 
 def _wait_for_quorum(run: Run, observed: Observation, missing: int) -> steps.Wait:
-    """The wait for so many more peers; for their owners' decisions, if that is what they lack."""
+    """The wait for this many more peers, or for the decisions of their owners."""
     more = f"{missing} more peer{'s' if missing != 1 else ''} for the quorum"
     if not (awaiting := _await_consent(run, observed)):
         return steps.Wait(more)

@@ -1,7 +1,7 @@
 """Updates that arrive after their round has closed: added to the next version, or refused. Pure.
 
-With `late` "fold", a request stays open for up to `max_staleness` versions, and its peer gets no
-other work meanwhile if there are enough other peers. Its update is the change of its own base and
+With `late` "fold", a request stays open for up to `max_staleness` versions. Until then its peer
+gets no other work if there are enough other peers. Its update is the change of its own base and
 counts 1/√(1 + staleness), as in buffered runs. With "drop", and in the last round, it is refused.
 """
 

@@ -1,4 +1,4 @@
-"""Drives one run: carries out what `decisions.decide` says and records the results.
+"""Drives one run: takes replies, sends requests, and does the step that `decisions.decide` returns.
 
 The loop waits for one event: replies that arrived, peers that came or went, a stop. Events are in
 the ledger before anything is sent because of them.
@@ -11,38 +11,25 @@ import logging
 import time
 from collections.abc import Callable, Set
 
-from flwr.app import Message
-
-from coordinator.runs import (
-    candidates,
-    decisions,
-    model_choice,
-    repairs,
-    retention,
-    schema_agreement,
-    steps,
-)
+from coordinator.runs import candidates, decisions, repairs, steps
 from coordinator.runs.context import RunContext
-from coordinator.runs.in_flight import Request
 from coordinator.runs.parts import RunParts
-from coordinator.runs.reply_events import validate_reply
+from coordinator.runs.replies import Replies
 from coordinator.runs.rounds import Rounds
 from coordinator.runs.secure.sums import SecureSums
-from coordinator.runs.state import TOO_STALE, Run
+from coordinator.runs.state import Run
+from coordinator.runs.step_executor import StepExecutor
 from coordinator.storage import run_events
-from coordinator.storage.run_events import RunEvent
 from protocols.errors import (
     UNDECIDED_CODES,
     CommonweightError,
     DiskFull,
     HomeError,
     StorageUnreachable,
-    UpdateRefused,
 )
 from protocols.local.disk_space import is_disk_full
 from protocols.local.timed_wait import wait_at_most
 from protocols.messages.states import RunState
-from protocols.privacy.secagg.messages import STEPS
 
 log = logging.getLogger("commonweight.run")
 
@@ -52,8 +39,6 @@ _SHORTAGE_RETRY_S = 5.0
 _ASK_AGAIN_S = 1.0
 #: How often a secure sum looks at the uploads in progress.
 _SUM_POLL_S = 2.0
-#: Reasons to refuse an answer that came too late or twice. Its owner need not act on them.
-_OWNERS_NEED_NOT_KNOW = frozenset({"late", "replay", "not asked", TOO_STALE})
 
 
 class RunLoop:
@@ -72,6 +57,8 @@ class RunLoop:
         self.requests, self._parts = parts.requests, parts
         self._sums = SecureSums(parts)
         self._rounds = Rounds(parts, self._sums, protected_digests)
+        self._steps = StepExecutor(parts, self._sums, self._rounds)
+        self._replies = Replies(parts, self._sums, self._rounds)
         self.changed = asyncio.Event()
         # After a restart no peer has reconnected yet: they are not lost for that.
         has_work = run.pending or run.assignments or run.cohort
@@ -157,11 +144,10 @@ class RunLoop:
             except CommonweightError as err:
                 because = f"{err.message} ({err.hint})" if err.hint else err.message
                 log.error("run %s failed: %s", self.run.id, because)
-                await self._execute(
-                    candidates.after(self.run, steps.EndRun(RunState.FAILED, because))
-                )
+                failed = steps.EndRun(RunState.FAILED, because)
+                await self._steps.execute(candidates.after(self.run, failed))
         self.requests.cancel_all()
-        await self._collect()
+        await self._replies.collect()
         self._rounds.prune()  # no peer trains on older versions any more
         text = f"run {self.run.id} {self.run.state}: {self.run.ended_briefly}"
         self._recorder.report("error" if self.run.state is RunState.FAILED else "info", text)
@@ -183,22 +169,24 @@ class RunLoop:
         begins = f"continues in round {self.run.round}" if self.run.round else "started"
         self._recorder.report("info", f"run {self.run.id} {begins}")
 
-    async def _end(self, state: RunState, because: str) -> None:
-        await self._recorder.record(run_events.RunEnded(state, because))
-
     async def _step(self) -> None:
         """Do what there is to do now. If the disk is full, all of it can be repeated."""
         fills_buffer = self.run.buffered or self.run.folds_late
         if not (fills_buffer and self.run.state is RunState.AGGREGATING):
-            await self._collect()  # else the replies belong to the next buffer
+            await self._replies.collect()  # else the replies belong to the next buffer
         if self.run.cohort is not None:
             await self._sums.ask()
         else:
             await self._send()
         if self._stop_reason:
-            await self._end(RunState.STOPPED, self._stop_reason)
+            stopped = run_events.RunEnded(RunState.STOPPED, self._stop_reason)
+            await self._recorder.record(stopped)
             return
-        await self._execute(decisions.decide(self.run, self._observe()))
+        step = decisions.decide(self.run, self._observe())
+        if isinstance(step, steps.Wait):
+            await self._wait(step)
+        else:
+            await self._steps.execute(step)
 
     async def _send(self) -> None:
         """Send the open request to the peers that have not got it yet."""
@@ -210,7 +198,6 @@ class RunLoop:
         await self.requests.send_pending(self.run)
 
     def _observe(self) -> decisions.Observation:
-        deadline_passed = self._timer.phase_s >= decisions.phase_deadline_s(self.run)
         online = self._ctx.eligible()
         eligible = online - self._recorder.incompatible
         if self.run.folds_late:  # peers that still work for an older round get nothing else
@@ -219,77 +206,7 @@ class RunLoop:
         unfit, absent = online & self._recorder.incompatible, self._ctx.enrolled() - online
         has_grace = time.monotonic() < self._grace_until
         sum_ = self._sums.progress(waits_for_absent=has_grace)
-        return decisions.Observation(eligible, deadline_passed, unfit, absent, sum_)
-
-    async def _execute(self, step: steps.Step) -> None:
-        record = self._recorder.record
-        match step:
-            case steps.Wait():
-                await self._wait(step)
-            case steps.AgreeSchema():
-                await self._agree()
-            case steps.ChooseModel():
-                await record(model_choice.choose(self.run))
-                self._parts.follow(self.run)
-            case steps.BeginModel():
-                await self._begin_model(step)
-            case steps.FetchVersion(version):
-                self._timer.open_phase()
-                await record(run_events.VersionSought(version))
-            case steps.KeepOwn():
-                own = run_events.Holding(self.run.round, self.run.head)
-                self._parts.model.set_version(own.digest)
-                state = retention.state_of(self.run, own, self._ctx.store)
-                await record(run_events.VersionRecalled(own, "backup", state))
-            case steps.AskPeers(peers, opens_phase):
-                self._open_phase_if(opens_phase)
-                run = self.run
-                self.requests.cancel(lambda r: r.peer in peers and r.is_of(run))
-                await record(run_events.PeersAsked(peers))
-            case steps.AssignWork(given):
-                self._open_phase_if(False)
-                await record(*given)
-            case steps.OpenRound():
-                await self._rounds.open(step)
-            case steps.CloseTraining(contributors):
-                await record(run_events.TrainingClosed(self.run.round, contributors))
-            case steps.FixCohort():
-                await self._sums.fix_cohort()
-            case steps.FixSharers():
-                await self._sums.fix_sharers()
-            case steps.FixSurvivors():
-                await self._sums.fix_survivors()
-            case steps.LoseCohort(because):
-                await self._sums.lose(because)
-            case steps.Aggregate(contributors):
-                await self._rounds.aggregate(contributors)
-            case steps.OpenEvaluation(eligible):
-                chosen = decisions.select_peers(self.run, self.run.round, eligible)
-                asked = await self.requests.configure(self.run, chosen)
-                self._timer.open_phase()
-                await record(run_events.EvaluationOpened(self.run.round, asked))
-            case steps.CloseRound():
-                await self._rounds.close()
-            case steps.EndRun(state, because):
-                await self._end(state, because)
-
-    async def _begin_model(self, step: steps.BeginModel) -> None:
-        """Begin the run's next model. What was asked and sent for the one before is obsolete."""
-        self.requests.cancel_all()
-        self.requests.clear_work()
-        await self._recorder.record(candidates.event(self.run, step))
-        self._ctx.store.uploads.clear()
-        self._recorder.incompatible.clear()  # peers decide again for another model
-        self._parts.follow(self.run)
-        self._timer.open_phase()
-
-    def _open_phase_if(self, opens_phase: bool) -> None:
-        """Restart the deadline if it has passed, but not whenever a peer reconnects.
-
-        A peer that comes and goes would delay the round for ever.
-        """
-        if opens_phase or self._observe().deadline_passed:
-            self._timer.open_phase()
+        return decisions.Observation(eligible, self._parts.deadline_passed, unfit, absent, sum_)
 
     async def _wait(self, step: steps.Wait) -> None:
         what = step.text(self._ctx.name_of)
@@ -323,50 +240,3 @@ class RunLoop:
             self._recorder.report("warning", f"{name} {steps.LEFT}", peer)
         losses = [run_events.PeerLost(peer, "went away") for peer in lost]
         await self._recorder.record(*losses)
-
-    async def _collect(self) -> None:
-        """Validate the replies that have arrived and record the result of each."""
-        replies = await self.requests.take_replies()
-        with self._ctx.transfer.limits.keeping({request.peer for _, request, _ in replies}):
-            # Concurrently: checking a large update takes as long as receiving it.
-            results = [self._validate(request, reply) for _, request, reply in replies]
-            events = await asyncio.gather(*results)
-            await self._recorder.record(*(event for event in events if event is not None))
-        self._ctx.store.mark_recorded(self.run.head)  # first weights, or a version from a peer
-        if self.run.buffered:
-            self._rounds.drop_unused_uploads({request.peer for _, request, _ in replies})
-        self.requests.acknowledge([mid for mid, _, _ in replies], True)
-
-    async def _validate(self, request: Request, reply: Message) -> RunEvent | None:
-        try:
-            if request.kind in STEPS:
-                return await self._sums.take(request, reply)
-            return await validate_reply(self.run, self._ctx, self._parts.model, request, reply)
-        except UpdateRefused as err:
-            if model_choice.is_missing(self.run, request.kind, err.reason):
-                return run_events.ScoresMissing(request.peer, err.reason, err.message[:400])
-            if not (reply.has_error() or err.reason in _OWNERS_NEED_NOT_KNOW):
-                self._tell_owner(request.peer, err.message)
-            return run_events.UpdateRefused(
-                request.round,
-                request.peer,
-                err.reason,
-                err.message[:400],
-                request.kind,
-                request.seconds,
-            )
-
-    async def _agree(self) -> None:
-        agreement = schema_agreement.agree(self.run, self._parts.model.schema)
-        await self._recorder.record(*agreement.events)
-        for event in agreement.events:
-            if isinstance(event, run_events.UpdateRefused):
-                self._tell_owner(event.peer, event.detail)
-        for peer, text in agreement.notes:
-            if peer:
-                self._tell_owner(peer, text)
-            name = f"{self._ctx.name_of(peer)}: " if peer else ""
-            self._recorder.report("warning", f"{name}{text}", peer)
-
-    def _tell_owner(self, peer: str, text: str) -> None:
-        self._ctx.tell_owner(peer, f"run {self.run.id}: {text}")

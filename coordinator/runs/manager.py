@@ -146,7 +146,7 @@ class RunManager:
             self.current.owner_has_decided(peer)
 
     def is_sum_over(self, peer: str, told: OpenSum) -> bool:
-        """True if nobody asks this peer for a step of this secure sum any more."""
+        """True if this peer is asked for no further step of this secure sum."""
         loop, run = self.current, self._runs.get(told.run)
         if loop is not None and loop.run.id == told.run:
             run = loop.run

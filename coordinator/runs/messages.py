@@ -10,7 +10,7 @@ from protocols.messages import envelope
 from protocols.messages.envelope import RunChanged, strip_controls
 from protocols.messages.states import RunState
 
-#: What a run waits for while another one goes on.
+#: What a run waits for while another one is active.
 ITS_TURN = "its turn"
 #: Peers whose reasons a message has.
 _MAX_REFUSED = 8

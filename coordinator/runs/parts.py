@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flwr.serverapp.strategy import Strategy
 
 from coordinator import strategies
+from coordinator.runs import decisions
 from coordinator.runs.context import RunContext
 from coordinator.runs.model import RunModel
 from coordinator.runs.recorder import RunRecorder
@@ -43,6 +44,15 @@ class RunParts:
         """Go on with the settings of this run, before round 1. Raises CommonweightError."""
         self.adapter, self.strategy, self.model = _made(run, self.ctx)
         self.requests.use(self.adapter, self.strategy, self.model)
+
+    @property
+    def deadline_passed(self) -> bool:
+        """True if the phase of the run is longer than its deadline."""
+        return self.timer.phase_s >= decisions.phase_deadline_s(self.recorder.run)
+
+    def tell_owner(self, peer: str, text: str) -> None:
+        """Tell the owner of a peer what concerns them of this run."""
+        self.ctx.tell_owner(peer, f"run {self.recorder.run.id}: {text}")
 
 
 def _made(run: Run, ctx: RunContext) -> tuple[StrategyAdapter, Strategy, RunModel]:

@@ -33,7 +33,7 @@ _STORAGE_RETRY_S = 1.0
 class RunRecorder:
     """`run` is the state of the run after all events so far.
 
-    `incompatible`: peers that cannot do the work until somebody changes something there.
+    `incompatible`: peers that cannot do the work until their owners change something.
     `waiting_for`: text for a person.
     `memory_bytes`: memory that aggregation takes on this machine.
     """

@@ -17,7 +17,7 @@ from protocols.codecs import registry
 from protocols.errors import UsageError
 from protocols.model import built_in_settings
 
-#: Of a run that ends by itself: its limit, and the rounds without a better version.
+#: Limits of a run without `--rounds`: all rounds, and rounds without a better version.
 MAX_ROUNDS, PATIENCE = 100, 10
 #: Of other runs.
 ROUNDS = 10

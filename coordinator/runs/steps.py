@@ -1,4 +1,4 @@
-"""The steps of a run: what `runs.decisions` decides and `runs.loop` carries out."""
+"""The steps of a run: what `runs.decisions` decides and `runs.step_executor` carries out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BeginModel(NamedTuple):
 
 
 class FetchVersion(NamedTuple):
-    """Fetch this version from the peers: nobody has a newer one."""
+    """Fetch this version, the newest that any peer has."""
 
     version: Holding
 

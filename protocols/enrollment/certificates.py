@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import ipaddress
+import ssl
 from collections.abc import Iterable
 from functools import partial
 from typing import Annotated
@@ -137,6 +138,18 @@ def new_node_tls(key: NodeKey, peer: str) -> bytes:
         .sign(key, hashes.SHA256())
     )
     return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def pinned_context() -> ssl.SSLContext:
+    """For connections to a server that a known key authenticates, not a CA.
+
+    It verifies nothing: call `certificate_matches_key` after the handshake, before a request.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def certificate_matches_key(certificate_der: bytes, node_public_pem: bytes) -> bool:

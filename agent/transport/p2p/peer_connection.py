@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import ssl
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from agent.home.credentials import Credentials
-from agent.transport.http_client import Connection, map_errors
+from agent.transport.connection import Connection, map_errors
 from protocols.enrollment import certificates
 from protocols.network import addresses
 from protocols.p2p import peer_addresses
@@ -37,13 +36,8 @@ class PeerConnection(Connection):
         *,
         stall_s: float,
     ) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        # The pinned key authenticates the peer, not a CA. It is checked before the first request.
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
         host, port, _ = addresses.parse(peer.address)
-        super().__init__(host, port, context, _CONNECT_S)
+        super().__init__(host, port, certificates.pinned_context(), _CONNECT_S)
         self._peer, self._credentials = peer, credentials
         self._name = peer.name if isinstance(peer, Neighbor) else peer.peer
         self._stall_s = stall_s

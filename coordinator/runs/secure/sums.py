@@ -293,5 +293,5 @@ class SecureSums:
             self._recorder.report(
                 "warning",
                 f"secure: a share of {name(owner)}'s secret from {name(holder)} is false: one of "
-                "the two has lied; further shares made up for it",
+                "the two has sent wrong data; other shares replaced it",
             )

@@ -14,8 +14,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from agent.home.credentials import Credentials
+from agent.transport.connection import Connection, is_readable
 from agent.transport.coordinator_client import CoordinatorClient
-from agent.transport.http_client import Connection, _is_readable
 from agent.transport.weight_transfer import IDLE_CONNECTION_S, CoordinatorDiskFull, SessionLost
 from protocols.enrollment import certificates, identity
 from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused, UploadUnneeded
@@ -273,7 +273,7 @@ def test_what_came_after_the_question_is_sent_again(
 
 
 def _has_answer(connection: Connection) -> bool:
-    return _is_readable(connection.sock)
+    return is_readable(connection.sock)
 
 
 @pytest.mark.usefixtures("_large")

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from agent.transport import http_client
-from agent.transport.http_client import HttpClient, Proxy, proxy_for
+from agent.transport import connection
+from agent.transport.connection import Proxy, proxy_for
+from agent.transport.http_client import HttpClient
 from protocols.errors import Unreachable
 from tests.support.waiting import wait_for
 
@@ -98,7 +99,7 @@ def test_a_request_that_waits_for_the_handshake_ends_when_the_link_closes(
 def test_the_next_address_is_tried_when_one_accepts_and_never_answers(
     silent: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_client, "_CONNECTED_WITHIN_S", 0.1)
+    monkeypatch.setattr(connection, "_CONNECTED_WITHIN_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as other:
         other.settimeout(PATIENCE_S)
         asking = Asking(silent, other)
