@@ -95,13 +95,14 @@ def agent_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     """A coordinator's HTTPS server. Test files with other needs have a `site` of their own."""
     from tests.support.https_site import Site
 
     folder = tmp_path / "coordinator"
     folder.mkdir()
-    with Site(folder).up() as running:
+    has_flower = request.node.get_closest_marker("flower") is not None
+    with Site(folder, flower=has_flower).up() as running:
         yield running
 
 

@@ -95,7 +95,7 @@ def pauses() -> dict[str, Any]:
             for _ in range(_TIMES):
                 times.append(stands_after_s(trainer, lambda: on_mains(folder / "sys", False)))
                 _say(f"stands still after {times[-1]:.2f} s")
-                assert site.agent("ada")["reason"] == "on battery"
+                site.until_agent("ada", "is paused", lambda told: told["reason"] == "on battery")
                 on_mains(folder / "sys", True)
                 site.until_agent("ada", "trains again", lambda told: told["state"] == "training")
                 time.sleep(1.0)

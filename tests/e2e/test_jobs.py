@@ -64,7 +64,7 @@ def test_rows_are_spread_and_wrong_ones_harm_nobody(tmp_path: Path) -> None:
         assert (again.returncode, "exists already" in again.stderr) == (2, True)
         for name in ("ann", "bob"):
             assert "unexpected error" not in site.programs[name].log
-            assert site.agent(name)["state"] == "idle"
+            site.until_agent(name, "is idle", lambda told: told["state"] == "idle")
 
 
 @pytest.mark.long

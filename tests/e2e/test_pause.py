@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.fleet_harness import Fleet, fleet
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -31,7 +32,7 @@ def test_rounds_go_on_without_a_paused_peer_and_with_it_again(tmp_path: Path) ->
         assert site.ask("peers", "pause", "bob").returncode == 0
         site.until_agent("bob", "is paused", lambda told: told["state"] == "paused")
         assert site.agent("bob")["reason"] == "by the operator"
-        assert "paused: by the operator" in site.ask("status").stdout
+        wait_for(lambda: "paused: by the operator" in site.ask("status").stdout, "it is shown")
         alone = site.ended_run(site.start_run(*run))
         assert who_took_part(site, alone) == [["ada"]] * 3
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.fleet_harness import fleet
 from tests.support.laptop import heeding, on_mains
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
@@ -34,7 +35,7 @@ def test_on_battery_it_stands_still_says_so_and_loses_nothing(tmp_path: Path) ->
         shown = site.ask_agent("ada", "status").stdout
         assert "paused: on battery" in shown
         assert "commonweight-agent policy set battery always" in shown
-        assert "paused: on battery" in site.ask("status").stdout
+        wait_for(lambda: "paused: on battery" in site.ask("status").stdout, "the operator sees it")
         assert site.run(run)["history"] == []
 
         # The owner lets it work all the same, for a while, without a new start.
@@ -64,7 +65,10 @@ def test_a_round_goes_on_without_a_peer_whose_machine_is_busy(tmp_path: Path) ->
             site.start("ada", "bob")
             why = "other programs use more than 5 % of the CPU"
             site.until_agent("bob", "is paused", lambda told: told["reason"] == why)
-            assert why in [peer["reason"] for peer in site.data("status")["peers"].values()]
+            wait_for(
+                lambda: why in [peer["reason"] for peer in site.data("status")["peers"].values()],
+                "the operator sees it",
+            )
             ended = site.ended_run(site.start_run("mnist", "--rounds", "1", "--quorum", "1"))
             assert ended["state"] == "finished"
             names = {peer["peer"]: peer["name"] for peer in site.data("peers", "list")}

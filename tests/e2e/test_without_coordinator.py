@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,11 @@ from tests.support.waiting import wait_for
 
 def _contains(file: Path, text: bytes) -> bool:
     return file.exists() and text in file.read_bytes()
+
+
+def _has_version(run: str, number: int, status: dict[str, Any]) -> bool:
+    head = status["head"] or {}
+    return (head.get("run"), head.get("version")) == (run, number)
 
 
 @pytest.mark.long
@@ -31,8 +37,8 @@ def test_agents_end_on_the_newest_version(tmp_path: Path) -> None:
         assert site.ended_run(run)["state"] == "finished"
         assert site.ask("monitor", "--once").returncode == 0
         site.programs["up"].kill()
+        site.until_agent("ada", "has the last version", partial(_has_version, run, 2))
         held = site.agent("ada")["head"]
-        assert (held["run"], held["version"]) == (run, 2)
 
         site._start("bob", ["agent.cli", "run"], site._env("bob"))
         site.until_agent("bob", "has the version", lambda told: told["head"] == held)

@@ -408,7 +408,7 @@ def test_both_sides_of_a_live_fleet_hear_of_a_refused_run(tmp_path: Path) -> Non
         told = [text for text in site.events() if "min_batch is 8" in text and "refused" in text]
         assert len(told) == 2
         for name in ("ann", "bob"):
-            assert "min_batch is 8" in site.agent(name)["last_error"]
+            site.until_agent(name, "says why", lambda told: "min_batch is 8" in told["last_error"])
             log = (site.folder / name / "agent.log").read_text()
             assert log.count("min_batch is 8") == 1
         assert site.ended_run(site.start_run(*words))["state"] == "finished"

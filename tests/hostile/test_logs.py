@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from tests.agent.daemon.test_agent import an_agent
 from tests.agent.daemon.test_refusals import Asked
 from tests.support.https_site import Site
 
-pytestmark = pytest.mark.attack("20.8", by="operator")
+pytestmark = [pytest.mark.flower, pytest.mark.attack("20.8", by="operator")]
 
 FAILURES = [
     TrainerFailed("task", "KeyError: Jane Doe, born 1951", "the trainer's log: /srv/jane"),
@@ -43,14 +42,6 @@ class Failing:
         pass
 
     close = stop
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "coordinator"
-    folder.mkdir()
-    with Site(folder, flower=True).up() as running:
-        yield running
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.message[:14])

@@ -140,8 +140,11 @@ def test_two_coordinators_of_one_fleet_are_found_out(tmp_path: Path) -> None:
         # They meet: here by the second coordinator itself, which passes on what ada has seen.
         site.start_agent("ada")
         wait_for(lambda: proofs(tmp_path / "ada"), "ada has the proof")
-        site.until_agent("ada", "is stopped", lambda told: told["reason"] == REFUSED)
-        assert "two" in site.agent("ada")["last_error"]
+        site.until_agent(
+            "ada",
+            "is stopped and says why",
+            lambda told: told["reason"] == REFUSED and "two" in told["last_error"],
+        )
         text = site.ask_agent("ada", "ledger", "audit", "show").stdout
         assert "audit acknowledge" in text
         proof = proofs(tmp_path / "ada")[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,7 @@ from tests.agent.daemon.test_agent import WORK, an_agent
 from tests.support.https_site import Site
 from tests.support.waiting import until
 
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "coordinator"
-    folder.mkdir()
-    with Site(folder, flower=True).up() as running:
-        yield running
+pytestmark = pytest.mark.flower
 
 
 @pytest.mark.parametrize("kind", ["ahead", "work"])

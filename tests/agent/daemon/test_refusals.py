@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,7 @@ from tests.support.https_site import HOST, Site
 from tests.support.secure_cohort import me
 from tests.support.waiting import until
 
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "coordinator"
-    folder.mkdir()
-    with Site(folder, flower=True).up() as running:
-        yield running
+pytestmark = pytest.mark.flower
 
 
 class Asked:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,15 +27,9 @@ from tests.support.https_site import Site
 from tests.support.secure_desks import RUN
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.flower
+
 BASE = "ab" * 32
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    folder = tmp_path / "coordinator"
-    folder.mkdir()
-    with Site(folder, flower=True).up() as running:
-        yield running
 
 
 def some_work(site: Site, kind: str, request: bytes = b"") -> Message:

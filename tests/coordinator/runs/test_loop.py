@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -80,6 +79,28 @@ class Door:
         self._open.set()
 
 
+class Clock:
+    """The clock that deadlines are measured with."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._ahead_s
+
+    def pass_deadline(self, fleet: Fleet) -> None:
+        """Let the deadline of the present phase pass. Later phases have theirs from now on."""
+        self._ahead_s += 3600.0
+        fleet.hub.runs.wake()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
 def contributors(run: state.Run) -> list[tuple[str, ...]]:
     return [closed.contributors for closed in run.history]
 
@@ -88,12 +109,17 @@ def named(agents: list[Agent]) -> tuple[str, ...]:
     return tuple(sorted(agent.peer for agent in agents))
 
 
-def accepted(fleet: Fleet, run_id: str, number: int, peer: str) -> bool:
-    """True if the ledger holds this peer's update of the round (not its evaluation)."""
-    return any(
-        fact.round == number and fact.peer == peer and fact.update.digest
-        for fact in fleet.facts(run_id, run_events.UpdateAccepted)
-    )
+def accepted(
+    fleet: Fleet, run_id: str, number: int, *agents: Agent, evaluations: bool = False
+) -> bool:
+    """True if the ledger has these agents' updates of the round, or their evaluations of it."""
+    facts = fleet.facts(run_id, run_events.UpdateAccepted)
+    found = {
+        fact.peer
+        for fact in facts
+        if fact.round == number and bool(fact.update.digest) is not evaluations
+    }
+    return found >= {agent.peer for agent in agents}
 
 
 # --- from start to end -----------------------------------------------------------------------
@@ -314,17 +340,23 @@ async def test_the_fleet_knows_whose_session_holds(tmp_path: Path) -> None:
         assert shown[there.peer].flower
 
 
-async def test_a_straggler_is_left_behind_refused_as_late_and_asked_again(tmp_path: Path) -> None:
+async def test_a_straggler_is_left_behind_refused_as_late_and_asked_again(
+    tmp_path: Path, clock: Clock
+) -> None:
     async with fleet_of(tmp_path, *THREE) as fleet:
         straggler, *prompt = fleet.agents
         held = Door(straggler, 1)
         second_round = [Door(agent, 2) for agent in prompt]
-        run_id = fleet.start(rounds=2, quorum=2, deadline_s=1.0)
+        run_id = fleet.start(rounds=2, quorum=2)
+        await until(lambda: accepted(fleet, run_id, 1, *prompt))
+        clock.pass_deadline(fleet)
+        await until(lambda: accepted(fleet, run_id, 1, *prompt, evaluations=True))
+        clock.pass_deadline(fleet)
         for door in second_round:
             await until(door.reached.is_set)
         assert contributors(fleet.hub.runs.find(run_id)) == [named(prompt)]
         held.open()
-        await until(lambda: accepted(fleet, run_id, 2, straggler.peer))
+        await until(lambda: accepted(fleet, run_id, 2, straggler))
         for door in second_round:
             door.open()
         run = await fleet.finished(run_id)
@@ -336,12 +368,14 @@ async def test_a_straggler_is_left_behind_refused_as_late_and_asked_again(tmp_pa
 
 
 async def test_a_late_update_is_folded_into_the_next_round_with_less_weight(
-    tmp_path: Path,
+    tmp_path: Path, clock: Clock
 ) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         straggler, other = fleet.agents
         held, next_round = Door(straggler, 1), Door(other, 2)
-        run_id = fleet.start(rounds=3, quorum=1, deadline_s=0.5, late="fold", keep_versions=3)
+        run_id = fleet.start(rounds=3, quorum=1, late="fold", keep_versions=3)
+        await until(lambda: held.reached.is_set() and accepted(fleet, run_id, 1, other))
+        clock.pass_deadline(fleet)
         await until(next_round.reached.is_set)
         held.open()
         await until(lambda: fleet.hub.runs.find(run_id).buffer)
@@ -368,7 +402,9 @@ async def test_a_late_update_is_folded_into_the_next_round_with_less_weight(
         np.testing.assert_allclose(v2, v1 + mean, atol=1e-6)
 
 
-async def test_a_late_update_that_was_cut_off_is_asked_for_again(tmp_path: Path) -> None:
+async def test_a_late_update_that_was_cut_off_is_asked_for_again(
+    tmp_path: Path, clock: Clock
+) -> None:
     """Its peer opens another session, such as after a restart in the middle of the upload."""
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         straggler, other = fleet.agents
@@ -382,7 +418,9 @@ async def test_a_late_update_that_was_cut_off_is_asked_for_again(tmp_path: Path)
             send(digest, path)
 
         straggler.send = cut_once  # type: ignore[method-assign]
-        run_id = fleet.start(rounds=3, quorum=1, deadline_s=0.5, late="fold")
+        run_id = fleet.start(rounds=3, quorum=1, late="fold")
+        await until(lambda: held.reached.is_set() and accepted(fleet, run_id, 1, other))
+        clock.pass_deadline(fleet)
         await until(next_round.reached.is_set)
         held.open()
         await until(lambda: fleet.hub.runs.find(run_id).buffer)
@@ -395,11 +433,14 @@ async def test_a_late_update_that_was_cut_off_is_asked_for_again(tmp_path: Path)
         assert straggler.trainer.worked.count(("train", 1)) == 1
 
 
-async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path) -> None:
+async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path, clock: Clock) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         held = Door(fleet.agents[0], 1)
-        run_id = fleet.start(rounds=1, quorum=2, deadline_s=0.3)
-        await until(lambda: fleet.facts(run_id, run_events.PeersAsked)[1:])
+        run_id = fleet.start(rounds=1, quorum=2)
+        await until(lambda: held.reached.is_set() and accepted(fleet, run_id, 1, fleet.agents[1]))
+        num_asked = len(fleet.facts(run_id, run_events.PeersAsked))
+        clock.pass_deadline(fleet)
+        await until(lambda: fleet.facts(run_id, run_events.PeersAsked)[num_asked:])
         assert fleet.facts(run_id, run_events.PeersAsked)[-1].peers == (fleet.agents[0].peer,)
         await until(lambda: fleet.waits_for(run_id) == "updates of 1 peer (agent0)")
         assert not fleet.hub.runs.find(run_id).ended
@@ -407,14 +448,23 @@ async def test_below_the_quorum_it_waits_and_says_for_whom(tmp_path: Path) -> No
         assert (await fleet.finished(run_id)).state is RunState.FINISHED
 
 
-async def test_a_newcomer_fills_the_quorum_when_the_deadline_has_passed(tmp_path: Path) -> None:
+async def test_a_newcomer_fills_the_quorum_when_the_deadline_has_passed(
+    tmp_path: Path, clock: Clock
+) -> None:
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
-        held = Door(fleet.agents[0], 1)
-        run_id = fleet.start(rounds=1, quorum=2, deadline_s=0.5)
-        await until(held.reached.is_set)
+        absent, present = fleet.agents
+        held = Door(absent, 1)
+        run_id = fleet.start(rounds=1, quorum=2)
+        await until(lambda: held.reached.is_set() and accepted(fleet, run_id, 1, present))
         newcomer = fleet.join("newcomer", THREE[2])
+        await fleet.online(3)
+        clock.pass_deadline(fleet)
+        await until(lambda: accepted(fleet, run_id, 1, present, newcomer))
+        clock.pass_deadline(fleet)
+        await until(lambda: accepted(fleet, run_id, 1, present, newcomer, evaluations=True))
+        clock.pass_deadline(fleet)
         run = await fleet.finished(run_id)
-        assert contributors(run) == [named([fleet.agents[1], newcomer])]
+        assert contributors(run) == [named([present, newcomer])]
 
 
 async def test_a_lost_answer_is_asked_for_again_and_costs_no_second_training(
@@ -520,12 +570,9 @@ async def test_a_full_disk_under_the_ledger_holds_up_the_run_and_loses_nothing(
 
 
 async def test_a_deadline_does_not_pass_while_the_disk_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: Clock
 ) -> None:
     """It is full for an hour while the first evaluation is recorded: the second one counts too."""
-    late_s = 0.0
-    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late_s)
-    monkeypatch.setattr(timing, "time", clock)
     async with fleet_of(tmp_path, *THREE[:2]) as fleet:
         held = Door(fleet.agents[1], 1, "evaluate")
 
@@ -537,7 +584,7 @@ async def test_a_deadline_does_not_pass_while_the_disk_is_full(
         fleet.agents[0].trainer.before = fill_up
         run_id = fleet.start(rounds=1, quorum=2)
         await until(lambda: waits_for_space(fleet))
-        late_s = 3600.0
+        clock.pass_deadline(fleet)
         held.open()
         limit(fleet.hub._ledger, 10_000)
         await fleet.finished(run_id)
