@@ -7,9 +7,13 @@ actor on another node does the work again.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +37,9 @@ from commonweight.simulation.plan import Plan
 from commonweight.simulation.pool import MAX_TRIES, WorkerKilled
 from commonweight.simulation.worker import prepare
 from protocols.enrollment import identity
-from protocols.errors import Unreachable
+from protocols.errors import HomeLocked, Unreachable
 from protocols.extras import needs_extra
+from protocols.local import homes
 from protocols.messages.work import SIGNED_WORK
 
 log = logging.getLogger("commonweight")
@@ -42,16 +47,26 @@ log = logging.getLogger("commonweight")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 #: Versions that stay in Ray's object store, and in the folder of an actor.
 MAX_VERSIONS = 2
+#: How the folders of actors begin. One that is not locked and this old is of an actor that is gone.
+FOLDER_PREFIX, _ABANDONED_AFTER_S = "commonweight-ray-", 60.0
+#: An actor that ends removes its folder within this time.
+_REMOVED_WITHIN_S = 5.0
 Files = dict[str, bytes]
 
 
 class Actor:
-    """What runs on a node, in a folder of its own."""
+    """What runs on a node, in a folder of its own.
+
+    Ray kills actors, so each removes the folders that killed ones have left on its node.
+    """
 
     def __init__(self, plan: bytes) -> None:
         prepare()
-        self._plan = replace(decode_plan(plan), home=tempfile.mkdtemp(prefix="commonweight-"))
-        self._versions = Path(self._plan.home) / "versions"
+        remove_abandoned(Path(tempfile.gettempdir()))
+        home = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        self._lock = homes.lock_home(home, "worker on Ray")
+        self._plan = replace(decode_plan(plan), home=str(home))
+        self._versions = home / "versions"
         for folder in (self._versions, self._plan.uploads):
             folder.mkdir(parents=True)
         self._worker = Worker(self._plan)
@@ -75,6 +90,10 @@ class Actor:
             updates.append(b"".join(map(_take_file, self._plan.uploads.iterdir())))
             kept_files.append(read_files(folder))
         return encode(answers), updates, kept_files
+
+    def close(self) -> None:
+        """Remove the folder. No work follows."""
+        shutil.rmtree(self._plan.home, ignore_errors=True)
 
     def _fetch(self, base: str, version: Any) -> None:
         """Write the version to the folder, unless it is there."""
@@ -173,6 +192,8 @@ class RayWorker:
         raise WorkerKilled(f"its worker on Ray was lost {MAX_TRIES} times", "ray status")
 
     async def close(self) -> None:
+        with contextlib.suppress(TimeoutError, self._cluster.ray.exceptions.RayError):
+            await asyncio.wait_for(self._actor.close.remote(), _REMOVED_WITHIN_S)
         self._cluster.ray.kill(self._actor)
 
 
@@ -180,6 +201,16 @@ def _base_of(job: Job) -> str:
     """The version that a message is about; empty if it is about none."""
     payload, _ = signed_payload(unpack_message(job.message), "config", "work")
     return SIGNED_WORK.decode(payload).base
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the folders of this user's actors that were killed."""
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError, HomeLocked):
+            found = folder.lstat()
+            if found.st_uid == os.getuid() and time.time() - found.st_mtime > _ABANDONED_AFTER_S:
+                homes.lock_home(folder, "worker on Ray")
+                shutil.rmtree(folder)
 
 
 def read_files(folder: Path) -> Files:

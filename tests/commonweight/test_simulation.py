@@ -6,6 +6,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import commonweight as cw
 from agent.data.settings import DataSettings
 from agent.trainer.in_process import InProcessTrainer
 from commonweight.cli import app
+from commonweight.simulation import ray_workers
 from commonweight.simulation.plan import Plan, make_keys
 from commonweight.simulation.pool import ProcessWorker, Worker
 from commonweight.simulation.simulate import Simulation
@@ -247,6 +250,31 @@ def test_a_worker_that_is_killed_is_replaced(
     assert results(run) == results(undisturbed)
     assert "a worker was killed" in caplog.text
     assert [worker.pid for worker in workers] == [0]
+
+
+def test_the_folder_of_a_killed_worker_on_ray_is_removed_and_that_of_a_running_one_is_not(
+    tmp_path: Path,
+) -> None:
+    old, young = (tmp_path / f"{ray_workers.FOLDER_PREFIX}{name}" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+    lock = "import sys; from pathlib import Path; from protocols.local import homes; "
+    lock += (
+        "held = homes.lock_home(Path(sys.argv[1]), 'worker'); print(flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", lock, str(old)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as actor:
+        assert actor.stdout is not None
+        assert actor.stdout.readline()
+        os.utime(old, (0.0, 0.0))
+        ray_workers.remove_abandoned(tmp_path)
+        assert old.exists()
+        actor.kill()
+        actor.wait(60)
+        os.utime(old, (0.0, 0.0))
+        ray_workers.remove_abandoned(tmp_path)
+    assert not old.exists()
+    assert young.exists()
 
 
 def test_a_secure_run_ends_although_peers_leave(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         made.shutdown()
 
 
+def actor_folders() -> Iterator[Path]:
+    return Path(tempfile.gettempdir()).glob(f"{ray_workers.FOLDER_PREFIX}*")
+
+
 def digests(run: cw.Run) -> list[str]:
     return [one.digest for one in run.history]
 
@@ -46,8 +51,10 @@ def test_on_two_nodes_a_run_has_the_digests_of_one_machine_also_if_a_node_is_los
 ) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     here = cw.simulate(TASK, 8, workers=2, out=tmp_path / "here", **OPTIONS)
+    folders = set(actor_folders())
     there = cw.simulate(TASK, 8, ray=cluster.address, out=tmp_path / "there", **OPTIONS)
     assert digests(there) == digests(here)
+    assert set(actor_folders()) <= folders
 
     answer, answered = ray_workers.RayWorker.answer, list[int]()
 
