@@ -1,12 +1,12 @@
 """Which rows can be computed from the sums over sets of rows that were told. Pure numpy.
 
-An answer tells sums over sets of rows. Whoever has several can add and subtract them, so pairs are
-not all: `age <= 50` and `age >= 50` less everybody is the one person of 50. So all linear
-combinations are looked at, after Chin and Özsoyoğlu (Auditing and inference control in statistical
-databases, 1982). The told sets divide the rows into atoms: rows that the same sets have. A
-combination is constant on each atom. It describes few people if it vanishes on every atom of
-`min_rows` rows or more, but not everywhere. There is none exactly if the sets keep their rank when
-only large atoms are counted.
+An answer tells sums over sets of rows. Several of them can be added and subtracted, so checking
+pairs is not enough: `age <= 50` plus `age >= 50` minus all rows is the one person of 50. This
+module checks all linear combinations, after Chin and Özsoyoğlu (Auditing and inference control in
+statistical databases, 1982). The told sets divide the rows into atoms: rows that the same sets
+have. A combination is constant on each atom. It describes few people if it vanishes on every atom
+of `min_rows` rows or more, but not everywhere. There is none exactly if the sets keep their rank
+when only large atoms are counted.
 """
 
 from __future__ import annotations
@@ -99,6 +99,17 @@ def _has_small_combination(atoms: Atoms, min_rows: int) -> bool:
 
 def reduce(matrix: Matrix) -> Matrix:
     """The reduced row echelon form modulo the prime, without rows of zeros."""
+    return _eliminate(matrix, above=True)
+
+
+def rank_of(matrix: Matrix) -> int:
+    """The rank modulo the prime."""
+    return len(_eliminate(matrix, above=False))
+
+
+def _eliminate(matrix: Matrix, *, above: bool) -> Matrix:
+    """A row echelon form modulo the prime, without rows of zeros. `above`: the reduced form, which
+    has zeros above each pivot too."""
     reduced, rank = matrix.copy(), 0
     for column in range(reduced.shape[1]):
         pivots = np.flatnonzero(reduced[rank:, column])
@@ -107,7 +118,7 @@ def reduce(matrix: Matrix) -> Matrix:
         reduced[[rank, rank + pivots[0]]] = reduced[[rank + pivots[0], rank]]
         reduced[rank] = reduced[rank] * pow(int(reduced[rank, column]), -1, PRIME) % PRIME
         others = np.flatnonzero(reduced[:, column])
-        others = others[others != rank]
+        others = others[others != rank] if above else others[others > rank]
         reduced[others] = (reduced[others] - reduced[others, column, None] * reduced[rank]) % PRIME
         rank += 1
         if rank == len(reduced):
@@ -180,23 +191,6 @@ def in_span(atoms: Atoms, chosen: npt.NDArray[np.bool_]) -> bool:
 def _rank(matrix: npt.NDArray[np.bool_]) -> int:
     """The rank modulo a prime of 31 bits, which is that over the numbers but for a freak case."""
     return rank_of(project(np.unique(matrix, axis=0)))
-
-
-def rank_of(matrix: Matrix) -> int:
-    """The rank modulo the prime."""
-    reduced, rank = matrix.copy(), 0
-    for column in range(reduced.shape[1]):
-        pivots = np.flatnonzero(reduced[rank:, column])
-        if not len(pivots):
-            continue
-        reduced[[rank, rank + pivots[0]]] = reduced[[rank + pivots[0], rank]]
-        pivot = reduced[rank] * pow(int(reduced[rank, column]), -1, PRIME) % PRIME
-        below = rank + 1 + np.flatnonzero(reduced[rank + 1 :, column])
-        reduced[below] = (reduced[below] - reduced[below, column, None] * pivot) % PRIME
-        rank += 1
-        if rank == len(reduced):
-            break
-    return rank
 
 
 def project(matrix: npt.NDArray[np.bool_]) -> Matrix:

@@ -36,6 +36,7 @@ from agent.trainer.ipc import (
 )
 from agent.trainer.progress import WorkControl
 from protocols.errors import CommonweightError, DiskFull, OutOfMemory
+from protocols.local import programs
 from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint
 
@@ -52,7 +53,7 @@ class Executor(Protocol):
 
 def run(make_executor: Callable[[WorkControl, Send], Executor]) -> NoReturn:
     """Serve the parent until it exits. `make_executor` gets the control and the progress sender."""
-    requests, answers = _take_pipes()
+    requests, answers = programs.take_pipes()
     _continue_when_parent_dies()
 
     def send(answer: Answer) -> None:
@@ -100,17 +101,6 @@ def _failed(work: Work | RunApp, err: Exception) -> Failed:
     if is_out_of_memory(err):  # this message leaves the machine, so it must not quote the task
         return Failed(id=work.id, kind=OutOfMemory.code, message="the task ran out of memory")
     return Failed(id=work.id, kind="task", message=f"{type(err).__name__}: {err}")
-
-
-def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Private copies of the two pipes. A task's print() then goes to the log and its input() reads
-    nothing, so neither breaks the protocol."""
-    requests, answers = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
 
 
 def _read(

@@ -14,11 +14,11 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import IO
 
 from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
 from commonweight.flower_apps import offline
+from protocols.local import programs
 
 #: Set in the process that is in the sandbox already.
 _LIMITED = "COMMONWEIGHT_SERVER_APP_LIMITED"
@@ -37,16 +37,6 @@ def _enter_sandbox(folder: Path, code: str, read: list[str], write: list[str]) -
     os.execv(sys.executable, [sys.executable, *words])
 
 
-def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Private copies of the two pipes: what the app prints goes to the log."""
-    answers, questions = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return os.fdopen(answers, "rb"), os.fdopen(questions, "wb")
-
-
 def _end_with(parent: int) -> None:
     """End this process once the coordinator has ended, also while the app works."""
     while os.getppid() == parent:
@@ -56,7 +46,7 @@ def _end_with(parent: int) -> None:
 
 def run(folder: Path, code: str) -> int:
     """Run the ServerApp until it ends, if its code has this digest; the exit status."""
-    answers, questions = _take_pipes()
+    answers, questions = programs.take_pipes()
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
     # Imported only in the sandbox: Flower reads files and the environment.
     from commonweight.flower_apps import app_code, flower_names

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import IO
 
+from protocols.local import programs
+
 HEADER = struct.Struct(">I")
 #: Set in workers, so that a task's file that simulates when it is imported does not begin again.
 VARIABLE = "COMMONWEIGHT_SIMULATION_WORKER"
@@ -32,8 +34,7 @@ def prepare() -> None:
 def main() -> None:
     """Answer jobs until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent closes stdin
-    jobs, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a task prints
+    jobs, out = programs.take_pipes()
     prepare()
 
     from commonweight.simulation.peer import Answer, Worker, decode_jobs, decode_plan, encode

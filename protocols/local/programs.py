@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from protocols.errors import CommonweightError
 
@@ -41,6 +42,19 @@ def forget_secrets(environment: MutableMapping[str, str]) -> bool:
     for name in found:
         del environment[name]
     return bool(found)
+
+
+def take_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Private copies of standard input and output, over which a child of ours is asked and answers.
+
+    What foreign code in this process prints then goes to standard error, and it reads nothing.
+    """
+    requests, answers = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
 
 
 def run_program(
