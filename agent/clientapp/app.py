@@ -33,7 +33,7 @@ from protocols.local.atomic_files import fsync_files
 from protocols.local.disk_space import is_disk_full
 from protocols.local.failpoints import failpoint, note
 from protocols.messages.jobs import Score
-from protocols.messages.work import SIGNED_CLAIM, Work
+from protocols.messages.work import INLINE_MAX_BYTES, SIGNED_CLAIM, Work
 from protocols.model import schema_card
 from protocols.privacy.secagg.messages import STEPS
 
@@ -104,7 +104,7 @@ class Client:
             )
 
     def end_sum(self) -> None:
-        """Deletes what is left of a secure sum whose steps nobody asks for any more."""
+        """Deletes what is left of a secure sum that is over."""
         self._commit_last()
         self.secure.end()
 
@@ -236,7 +236,7 @@ class Client:
         else:
             done = self.training.do(work, base, self._outbox.update, personal)
         failpoint("agent.work.done")
-        self._reader.check_consent(work, columns)  # the owner may have withdrawn it meanwhile
+        self._reader.check_consent(work, columns)  # the owner may have withdrawn it since
         if done.privacy:  # before the reply names it: a lost update is made and charged again
             fsync_files(self._outbox.update)
         else:
@@ -301,7 +301,7 @@ class Client:
         if personal and work.kind == "train":
             self.training.stage_personal(work, trained, done)
         failpoint("agent.work.done")
-        self._reader.check_consent(work, columns)  # the owner may have withdrawn it meanwhile
+        self._reader.check_consent(work, columns)  # the owner may have withdrawn it since
         return self.secure.keep(work, done, columns)
 
     def _begin_work(self) -> None:
@@ -319,7 +319,8 @@ class Client:
     def _send_update(self, finished: Finished) -> None:
         """Uploads the update in the outbox, if the reply has one."""
         if finished.digest:
-            self._observer.on_sending()
+            if self._outbox.update.stat().st_size > INLINE_MAX_BYTES:  # else its reply has it
+                self._observer.on_sending()
             self._transport.send(finished.digest, self._outbox.update)
             failpoint("agent.upload.done")
 

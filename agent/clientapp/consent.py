@@ -88,8 +88,8 @@ def check_used(chosen: AgentSettings, task: str, used: Sequence[str]) -> None:
     now = chosen.columns_of(task)
     if "*" not in now and not set(used) <= set(now):
         raise CommonweightError(
-            f"the owner has changed the columns of the task {task!r} meanwhile, so what it made "
-            "with the others stays here; the next try uses the new ones"
+            f"the owner changed the columns of the task {task!r} during the work, so its result "
+            "stays here; the next try uses the new columns"
         )
 
 

@@ -88,7 +88,7 @@ class Observer:
         """An answer is about to be sent. If this raises, nothing is sent."""
 
     def on_sending(self) -> None:
-        """The upload of an update begins."""
+        """The upload of an update begins. A small one travels with its reply instead."""
 
     def on_sum(self, is_open: bool) -> None:
         """A secure sum waits for this peer's steps, or (False) for none any more."""
@@ -102,7 +102,9 @@ class Observer:
 
 def signed_payload(message: Message, record: str, name: str) -> tuple[bytes, bytes]:
     """Returns signed bytes of a message and their signature. Raises BadMessage."""
-    config = message.content.config_records.get(record, ConfigRecord())
+    config = message.content.get(record)
+    if not isinstance(config, ConfigRecord):
+        raise BadMessage(f"a message without a {record}")
     payload, signature = config.get(name), config.get("signature")
     if not isinstance(payload, bytes) or not isinstance(signature, bytes):
         raise BadMessage(f"a message without a signed {name}")

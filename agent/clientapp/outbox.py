@@ -73,6 +73,7 @@ class Outbox:
         #: The digest of the verified update. A file from before a restart is verified first.
         self._verified = ""
         self._syncing: Future[None] | None = None
+        self._thread: ThreadPoolExecutor | None = None
 
     def _make_folder(self) -> None:
         if not self._has_folder:
@@ -165,9 +166,9 @@ class Outbox:
             fsync_files(self.update, self.answer)
             then()
 
-        thread = ThreadPoolExecutor(1, "sync")
-        self._syncing = thread.submit(sync)
-        thread.shutdown(wait=False)  # the thread ends after this
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "sync")
+        self._syncing = self._thread.submit(sync)
 
     def wait_for_sync(self) -> None:
         """Waits for the last fsync. Raises its OSError."""

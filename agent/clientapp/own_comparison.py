@@ -44,10 +44,10 @@ from protocols.tables.model_scores import kind_of
 
 log = logging.getLogger("commonweight.agent")
 
-#: The coordinator is asked whether a run has ended so long after its last work here, then less and
-#: less often.
+#: How long after the last work here the coordinator is first asked whether the run has ended. The
+#: waits grow.
 _FIRST_WAIT_S, _MAX_WAIT_S = 2.0, 600.0
-#: No comparison for so long after work for another run, which may have more soon.
+#: How long after work for another run no comparison begins, as that run may soon have more work.
 _QUIET_S = 15.0
 #: The models are trained for at most as long as the run trained here, or for this long.
 _LEAST_S = 10.0
@@ -76,19 +76,21 @@ class Link(Protocol):
 
 class _Pending(Struct):
     """A run to compare. `due`: when to look again, monotonic s. `model`: its best version, once it
-    has ended. `result`: one that the coordinator does not have yet."""
+    has ended. `result`: one that the coordinator does not have yet. `unwritten_s`: of the duration
+    of its training, what its file lacks."""
 
     run: OwnRun
     due: float
     wait_s: float = _FIRST_WAIT_S
     model: NamedModel | None = None
     result: OwnResult | None = None
+    unwritten_s: float = 0.0
 
 
 class OwnComparisons:
     """The comparisons in the home of one agent. Call all methods in the work thread.
 
-    `on_comparing` hears the run when a part of its comparison begins, and "" when it ends.
+    `on_comparing(run)` is called when a part of a comparison begins, and with "" when it ends.
     `was_told(task, settings, digest)`: the evaluation of this version has left this machine in its
     run. So no metric leaves of a model that was made to learn about a row.
     """
@@ -145,17 +147,22 @@ class OwnComparisons:
         )
         if known is None or known.run != run:
             self._write_run(run)
-        self._pending[work.run] = _Pending(run, due)
+        unwritten_s = known.unwritten_s if known is not None else 0.0
+        self._pending[work.run] = _Pending(run, due, unwritten_s=unwritten_s)
 
     def add_time(self, run: str, seconds: float) -> None:
-        """A training of a run took so long. What is compared afterwards takes no longer."""
+        """Add the duration of a training: the comparison afterwards takes no longer than all."""
         self._last_work = (run, time.monotonic())
         if (one := self._pending.get(run)) is None:
             return
         one.run = replace(one.run, trained_s=one.run.trained_s + seconds)
+        one.unwritten_s += seconds
+        if one.unwritten_s < _LEAST_S / 10:  # not for each of many short rounds
+            return
         try:
             file = own_results.run_file(self._folder(one))
             write_private(file, msgspec.json.encode(one.run), synced=False)
+            one.unwritten_s = 0.0
         except OSError as err:
             log.warning("run %s: its time is not noted: %s", run, err.strerror)
 
@@ -208,7 +215,7 @@ class OwnComparisons:
             if err.kind not in _PASSING:
                 self._finish(one, None, err.message, _MISSING.get(err.kind, "failed"))
                 one.due = time.monotonic()
-            elif err.kind == "cancelled":  # for work, of which there may be none
+            elif err.kind == "cancelled":  # for other work, which may not come
                 one.due, one.wait_s = time.monotonic() + _FIRST_WAIT_S, _FIRST_WAIT_S
         except (DiskFull, OSError) as err:
             why = err.message if isinstance(err, DiskFull) else err.strerror

@@ -234,7 +234,7 @@ class SecureWork:
             raise SecureRefused(
                 "lost",
                 "what this peer has trained in this turn is no longer on its disk",
-                "the run goes on without it; it takes part again from the next turn on",
+                "the run continues without this peer until the next turn",
             )
         most = max(card.examples for card in masking.cohort.cards.values())
         numbers = tails.values(

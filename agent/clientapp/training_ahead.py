@@ -77,6 +77,8 @@ class TrainingAhead:
 
     def has_begun(self, work: Work, columns: Sequence[str], base: Path) -> bool:
         """True if the round of this work begins with weights of this peer's own."""
+        if self._outbox.running.is_empty:
+            return False
         start = self._start_of(work, columns)
         try:
             with WeightsFile(start) as own, WeightsFile(base) as version:

@@ -4,9 +4,9 @@ allowed."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 
 from agent.clientapp import consent, secure_rules
 from agent.clientapp.interfaces import CheckLog, PeerIdentity, signed_payload
@@ -53,7 +53,7 @@ class WorkReader:
         self._budget.check(work)
         if work.kind in ("describe", "train"):
             owner_floors.check_cohort(work.cohort, self._floors)
-        config = message.content.config_records["config"]
+        config = cast(ConfigRecord, message.content["config"])  # `signed_payload` has read it
         head, page = config.get("head", b""), config.get("log", b"")
         if not isinstance(head, bytes) or not isinstance(page, bytes):
             raise BadMessage("a message whose log of versions is not bytes")

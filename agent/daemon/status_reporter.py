@@ -35,6 +35,8 @@ from protocols.messages.work import Work
 log = logging.getLogger("commonweight.agent")
 
 _MAX_AGE_S = 10.0
+#: How old the free space in a presence may be.
+_DISK_EVERY_S = 5.0
 #: In a presence.
 _MAX_TASKS = 64
 #: Lines of the coordinator that are logged once.
@@ -55,7 +57,8 @@ class StatusReporter:
         self.traffic: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.gossip_status: Callable[[], GossipSummary] = lambda: GossipSummary(None, 0, 0, "")
         self._installed = registry.names()
-        self._note_tasks()
+        self._note_settings()
+        self._disk_free_bytes, self._disk_due = 0, 0.0
         self._process = psutil.Process()
         self._last_presence = Presence(state=PeerState.IDLE)
         self._told: deque[str] = deque(maxlen=_MAX_REMEMBERED)
@@ -81,7 +84,7 @@ class StatusReporter:
     def apply_settings(self, chosen: AgentSettings, agent: AgentState) -> None:
         """Announce changed settings."""
         self._settings = chosen
-        self._note_tasks()
+        self._note_settings()
         self.announce(agent)
 
     def announce(self, agent: AgentState) -> None:
@@ -100,9 +103,9 @@ class StatusReporter:
             round=round_,
             tasks=self._tasks,
             askable=self._askable,
-            policy=self._settings.public_values(),
+            policy=self._public_values,
             paused_by=agent.policy.rules,
-            disk_free_bytes=_disk_free_bytes(self._home),
+            disk_free_bytes=self._measure_disk(),
             free_at=free_at,
             free_until=free_until,
         )
@@ -125,9 +128,20 @@ class StatusReporter:
         if work.choice:
             log.info("the model of run %s: %s", work.run, work.choice)
 
-    def _note_tasks(self) -> None:
-        """Note which tasks may run, and for which the owner would be asked."""
+    def _measure_disk(self) -> int:
+        """Bytes that are free on the disk of the home; 0 if unknown."""
+        if (now := time.monotonic()) >= self._disk_due:
+            self._disk_due = now + _DISK_EVERY_S
+            try:
+                self._disk_free_bytes = shutil.disk_usage(self._home).free
+            except OSError:
+                self._disk_free_bytes = 0
+        return self._disk_free_bytes
+
+    def _note_settings(self) -> None:
+        """Note which tasks may run, for which the owner would be asked, and what is announced."""
         chosen = self._settings
+        self._public_values = chosen.public_values()
         offered = (task for task, said in chosen.consents.items() if said.review)
         known = sorted({*self._installed, *chosen.task_files, *offered})
         standings = {task: chosen.standing_of(task) for task in known}
@@ -231,13 +245,6 @@ class StatusReporter:
             status_files.write_status(self._home, status)
         except OSError as err:  # a full disk must not end the agent
             log.warning("cannot write the status file: %s", err)
-
-
-def _disk_free_bytes(home: Path) -> int:
-    try:
-        return shutil.disk_usage(home).free
-    except OSError:
-        return 0
 
 
 def coarse_loss(progress: Progress) -> float | None:

@@ -39,7 +39,7 @@ def path_of(home: Path, proof: ForkProof) -> Path:
 def not_acknowledged(home: Path) -> list[Path]:
     """The files of proofs that the owner has not acknowledged."""
     try:
-        names = os.listdir(home / FOLDER)  # a third of the time of a glob: each work asks
+        names = os.listdir(os.path.join(home, FOLDER))  # each work asks: no glob, no new Path
     except FileNotFoundError:
         return []
     return sorted(home / FOLDER / name for name in names if name.endswith(_OPEN))

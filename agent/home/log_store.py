@@ -1,16 +1,19 @@
 """What this agent knows of the coordinator's log of versions: one SQLite file in its home.
 
 It holds the last entries with their hashes, the heads that were signed over them, and what other
-peers have seen. Used by several threads; the caller holds a lock.
+peers have seen. Used by several threads; the caller holds a lock. Only the agent writes, so what
+each work needs is kept in memory too: it costs a third of the statements.
 """
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +45,25 @@ class Confirmed(NamedTuple):
     at: float
 
 
+@dataclass
+class _Cache:
+    """What is in memory too; None if it is not read yet. `newest` has one item, the last head."""
+
+    meta: dict[str, bytes] | None = None
+    newest: tuple[Known | None] | None = None
+    #: When the last head for the audit was signed (Unix s).
+    audited_at: float | None = None
+    last_epoch: int | None = None
+    #: The last head that `note_epoch` has written.
+    noted: LogHead | None = None
+
+
 class LogStore:
     """The file of one fleet. Raises HomeError if it cannot be used, DiskFull."""
 
     def __init__(self, home: Path, fleet: str) -> None:
         self._path = home / FILE
+        self._cache = _Cache()
         try:
             self._db = sqlite3.connect(
                 self._path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False
@@ -83,11 +100,14 @@ class LogStore:
 
     def meta(self, name: str) -> bytes:
         """A value, or empty."""
-        row = self._execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return bytes(row[0]) if row else b""
+        if self._cache.meta is None:
+            rows = self._execute("SELECT name, value FROM meta")
+            self._cache.meta = {str(key): bytes(found) for key, found in rows}
+        return self._cache.meta.get(name, b"")
 
     def set_meta(self, name: str, value: bytes) -> None:
         self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+        self._cache.meta = None
 
     def number(self, name: str) -> float:
         return float(self.meta(name) or 0)
@@ -96,12 +116,15 @@ class LogStore:
         """Forget all but the heads of the audit. The log then starts again."""
         for table in ("entries", "heads", "confirmed", "epochs", "meta"):
             self._write(f"DELETE FROM {table}")
+        self._cache = _Cache()
 
     # --- the log ---
 
     def newest(self) -> Known | None:
         """The last accepted head."""
-        return self.head_until(sys.maxsize)
+        if self._cache.newest is None:
+            self._cache.newest = (self.head_until(sys.maxsize),)
+        return self._cache.newest[0]
 
     def first_size(self) -> int:
         """How many entries precede the first that is known here."""
@@ -178,6 +201,7 @@ class LogStore:
             "INSERT OR REPLACE INTO entries (size, hash, got) VALUES (?, ?, ?)",
             (size, hash_, time.time()),
         )
+        self._cache.newest = None
 
     def append(
         self, start: int, entries: Sequence[tuple[bytes, LogEntry]], hashes: Sequence[bytes]
@@ -193,6 +217,7 @@ class LogStore:
         if not rows:
             return
         self._write("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *rows)
+        self._cache.newest = None
         end = start + len(rows)
         if end // _PRUNE_EVERY != start // _PRUNE_EVERY:
             self._write("DELETE FROM entries WHERE size <= ?", (end - MAX_ENTRIES,))
@@ -204,9 +229,13 @@ class LogStore:
         self._write(
             "INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", (head.ledger, head.size, signed)
         )
-        row = self._execute("SELECT MAX(at) FROM audit").fetchone()
-        if row[0] is None or head.at > row[0] + _AUDIT_EVERY_S:
+        self._cache.newest = None
+        if self._cache.audited_at is None:
+            (last,) = self._execute("SELECT MAX(at) FROM audit").fetchone()
+            self._cache.audited_at = -math.inf if last is None else float(last)
+        if head.at > self._cache.audited_at + _AUDIT_EVERY_S:
             self._write("INSERT OR REPLACE INTO audit VALUES (?, ?)", (head.at, signed))
+            self._cache.audited_at = head.at
             self._write(
                 "DELETE FROM audit WHERE at <= (SELECT at FROM audit ORDER BY at DESC "
                 "LIMIT 1 OFFSET ?)",
@@ -228,20 +257,30 @@ class LogStore:
         self._write("DELETE FROM entries WHERE size > ?", (size,))
         self._write("DELETE FROM heads WHERE size > ?", (size,))
         self._write("DELETE FROM confirmed")
+        self._cache.newest = None
         return [LogEntry(*row) for row in rows if row[0]]
 
     # --- epochs ---
 
     def note_epoch(self, head: LogHead, signed: bytes) -> None:
         """Remember the earliest head of its epoch, shown to this agent or to another peer."""
+        noted = self._cache.noted
+        if noted and noted.epoch == head.epoch and noted.at <= head.at:
+            return
         self._write(
             "INSERT INTO epochs VALUES (?, ?, ?) ON CONFLICT (epoch) DO UPDATE SET "
             "at = excluded.at, head = excluded.head WHERE excluded.at < at",
             (head.epoch, head.at, signed),
         )
+        self._cache.noted, self._cache.last_epoch = head, None
 
     def newer_epoch(self, epoch: int, before: float) -> bytes:
         """A head of a newer epoch that was signed `before` a time (Unix s), or empty."""
+        if self._cache.last_epoch is None:
+            (last,) = self._execute("SELECT MAX(epoch) FROM epochs").fetchone()
+            self._cache.last_epoch = -1 if last is None else int(last)
+        if epoch >= self._cache.last_epoch:
+            return b""
         row = self._execute(
             "SELECT head FROM epochs WHERE epoch > ? AND at < ? ORDER BY at LIMIT 1",
             (epoch, before),
@@ -266,6 +305,8 @@ class LogStore:
         row = self._execute("SELECT MAX(size) FROM entries WHERE got <= ?", (at,)).fetchone()
         return int(row[0] or 0)
 
+    # --- the file ---
+
     def _execute(self, statement: str, arguments: Sequence[object] = ()) -> sqlite3.Cursor:
         try:
             return self._db.execute(statement, arguments)
@@ -279,8 +320,10 @@ class LogStore:
         try:
             yield
         finally:
-            if self._db.in_transaction:  # SQLite ends it if the disk is full
+            if self._db.in_transaction:
                 self._commit()
+            else:  # SQLite has ended it, as the disk is full
+                self._cache = _Cache()
 
     def _commit(self) -> None:
         try:
@@ -288,6 +331,7 @@ class LogStore:
         finally:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+                self._cache = _Cache()
 
     def _write(self, statement: str, *rows: tuple[object, ...]) -> None:
         try:

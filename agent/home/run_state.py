@@ -41,6 +41,11 @@ class RunStateFolder:
         except FileNotFoundError:
             return []
 
+    @property
+    def is_empty(self) -> bool:
+        """True without any state."""
+        return not self._files()
+
     def paths(self, run: str) -> RunStatePaths:
         """The files of a run. Its id came from the network, so no part of it enters a path."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ The agent stores what an encoding left out (the residual) and adds it to its nex
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -72,6 +73,7 @@ class Codec(NamedTuple):
         return version
 
 
+@functools.lru_cache(16)  # each work names one
 def parse(name: str) -> Codec:
     """The codec of that name: one of `NAMES`, or a sparse one with a share, such as `topk:0.02`,
     or with the changes of a chunk, such as `sparse2:128`.

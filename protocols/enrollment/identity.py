@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -62,10 +63,15 @@ def check_node_public(pem: bytes) -> None:
         raise BadMessage("the node key is not in canonical PEM form")
 
 
+@lru_cache(64)  # a peer verifies what one coordinator signs
+def _sign_public(public: bytes) -> ed25519.Ed25519PublicKey:
+    return ed25519.Ed25519PublicKey.from_public_bytes(public)
+
+
 def verify(public: bytes, signature: bytes, message: bytes) -> bool:
     """True if `signature` over `message` is valid for this Ed25519 public key."""
     try:
-        ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+        _sign_public(public).verify(signature, message)
     except (InvalidSignature, ValueError):
         return False
     return True

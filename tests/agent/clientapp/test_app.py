@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from msgspec.structs import replace
 
+from agent.clientapp import app
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client
 from agent.clientapp.interfaces import Observer, PeerIdentity
 from agent.clientapp.outbox import Outbox
@@ -224,6 +225,12 @@ def test_training_is_answered_with_a_signed_claim(desk: Desk) -> None:
     settings = {"lr": 0.1, "seed": 3, "round": 2}
     assert desk.trainer.did == [("train", "mnist", settings, "b" * 64 + "-7")]
     assert desk.sent == [(DIGEST, b"update")]
+    assert desk.hands == ["train", "nothing"], "a small update travels with its reply"
+
+
+def test_the_upload_of_a_large_update_is_told(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "INLINE_MAX_BYTES", 5)
+    desk.ask()
     assert desk.hands == ["train", "sending", "nothing"]
 
 

@@ -312,7 +312,7 @@ def test_a_peer_that_diverged_begins_again_with_the_version(tmp_path: Path) -> N
 def test_without_the_run_asking_no_round_begins_early(tmp_path: Path) -> None:
     desk = Desk(tmp_path, in_background=True)
     desk.ask(ROUNDS)  # the last one
-    assert not list((tmp_path / "outbox" / "running").iterdir())
+    assert not list((tmp_path / "outbox" / "running").glob("*"))
     assert len(desk.trainer.begun) == 1
 
 
