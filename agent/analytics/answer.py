@@ -227,7 +227,7 @@ def _number_rows(
 
 
 def _told_cells(memory: TableMemory) -> list[ToldColumn]:
-    """Sets of which sums of any column may have been told: by answers, and by surveys."""
+    """Sets whose sums, of any column, answers and surveys may have told."""
     return [ToldColumn("", rows) for rows in memory.sets.rows_of("cell", "table")]
 
 

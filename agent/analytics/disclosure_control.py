@@ -1,7 +1,7 @@
 """Disclosure rules: which cells of an answer may leave this peer, and over which rows. Pure.
 
 Rule 1. A cell with fewer than `data_min_count` rows is withheld; its size is not told.
-Rule 2. Withheld cells have at least so many rows together, or the next smallest cell is withheld
+Rule 2. Withheld cells have at least that many rows together, or the next smallest cell is withheld
         too. Otherwise the total, from another query, would reveal them.
 Rule 3. No sums that were ever told, added and subtracted, are about a few people (`linear_audit`).
         A cell that differs from what earlier answers tell in fewer rows, or in none, is answered
@@ -91,7 +91,8 @@ def choose_cells(
             rows, similar = near, True
             if not np.isin(rows, present, assume_unique=True).all():
                 raise Refused(
-                    "some rows of an earlier answer are gone, and the others alone would show them",
+                    "rows of an earlier answer are gone, and an answer about the rest would show "
+                    "them",
                     f"ask again when at least {min_rows} rows have changed",
                 )
         chosen[group] = rows
@@ -108,8 +109,9 @@ def check_sets(
         return
     if len(known) + len(new) > MAX_DISCLOSED_SETS:
         raise Refused(
-            f"this peer has told of {len(known)} sets of rows and tells of no new ones",
-            "ask questions again that were answered before",
+            f"this peer has answered about {len(known):,} sets of rows, and its limit is "
+            f"{MAX_DISCLOSED_SETS:,}",
+            "repeat questions that it has answered",
         )
     everything = [*known, *new]
     columns = {one.column for one in new}

@@ -23,7 +23,8 @@ from protocols.analytics.query import Operation
 from protocols.analytics.row_sets import ones
 from protocols.tables.statistics import compute_moments
 
-#: The count, the sum and the sum of squares tell how many rows have each of so many values.
+#: The count, the sum and the sum of squares of a column with at most this many values tell how many
+#: rows have each value.
 MAX_SOLVABLE_VALUES = 3
 #: A sum is withheld if all rows but the two largest are less than this part of the largest (the
 #: p % rule of statistical offices, with p = 10).
@@ -36,15 +37,15 @@ _MAX_BUCKETS = 32
 _MAX_BUCKET_KEYS = 64
 
 
-#: A covariance tells the sum of one column's values, each times another column's value. Whoever
-#: knows the other column has one more equation about the rows.
+#: A covariance tells the sum of one column's values, each times another column's value. With
+#: the other column known, it is one more equation about the rows.
 PRODUCTS = "\0products"
 
 
 class ToldRows(NamedTuple):
     """A set of rows that a figure describes.
 
-    `column`: the column of which something is told; empty for any column; `PRODUCTS` for products
+    `column`: the column that the figure is about; empty for any column; `PRODUCTS` for products
     of the values of two columns.
     """
 
@@ -142,7 +143,7 @@ def _over_values(
         if counts.max() >= min_rows > len(part) - counts.max() and table.num_values(column) > 1:
             return WITHHELD
         if len(different) <= MAX_SOLVABLE_VALUES and (everywhere := table.num_values(column)) > 1:
-            # Where the whole table has few values, a cell without one of them is told no more than
+            # Where the whole table has few values, a cell without one of them is withheld as
             # a cell where it is rare.
             lacks_one = len(different) < everywhere <= MAX_SOLVABLE_VALUES
             if counts.min() < min_rows or lacks_one:

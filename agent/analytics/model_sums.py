@@ -54,7 +54,7 @@ _MAX_SUM = 1e300
 _TOO_FEW = Refused(
     "this model has too many coefficients or bins for the rows here, or its columns were in too "
     "many models",
-    "leave terms out, or ask the question of before",
+    "leave out terms, or repeat an earlier question",
 )
 
 

@@ -134,7 +134,7 @@ class PeerSets:
                     "other rows",
                     f"sums over {MAX_SUMS} different sets of rows have told of "
                     f"{_words(about.column)}",
-                    "ask questions again that were answered before",
+                    "repeat questions that it has answered",
                 )
             if row_sets.isolates_few([*before], [*new], pins.peers | {me}, pins.minimum):
                 raise SecureRefused(

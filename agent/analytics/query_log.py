@@ -231,7 +231,7 @@ class QueryLog:
         if (pages - free) * size > MAX_LOG_BYTES:
             raise Refused(
                 "this peer has answered so many questions that its log is full",
-                "ask questions again that were answered before",
+                "repeat questions that it has answered",
             )
 
     def record(

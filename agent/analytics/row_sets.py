@@ -54,9 +54,9 @@ def number_sets(basis: dict[int, Numbers], sets: Sequence[Numbers]) -> list[RowS
         if found is None:
             if len(basis) == MAX_ROW_SETS:
                 raise Refused(
-                    f"this peer has told of {MAX_ROW_SETS:,} sets of rows in secure sums, and "
-                    "tells of no new ones",
-                    "ask questions again that were answered before",
+                    f"this peer has answered about {MAX_ROW_SETS:,} sets of rows in secure sums, "
+                    "which is its limit",
+                    "repeat questions that it has answered",
                 )
             while (number := secrets.randbelow(MAX_NUMBER)) in basis:
                 pass

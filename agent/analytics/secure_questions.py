@@ -210,8 +210,8 @@ class SecureQuestions:
         self._peer_sets.check(*self._told(found, peers), self._me.peer, rule)
 
     def _told(self, found: _Open, peers: Sequence[str]) -> tuple[ToldBy, Sums]:
-        """By column, of which of these peers its sums tell: one without a row adds 0 to them. And
-        over which rows of the trusted ones they are."""
+        """By column: the peers that its sums are about, as one without a row adds 0. And the rows
+        of the trusted ones among them."""
         assert found.layout is not None
         told = question_layout.told_about(found.query, found.layout, peers)
         trusted = secure_rules.pins(self._owner()).peers | {self._me.peer}

@@ -90,7 +90,7 @@ def run(part: Part = None, split: Split = None) -> None:
 
     os.umask(0o077)
     home = homes.open_home("agent")
-    # Lock first: without the lock, `join --replace` may change the enrollment meanwhile.
+    # Lock first: without the lock, `join --replace` may change the enrollment at the same time.
     lock = homes.lock_home(home, "agent")
     joined = enrollment_file.read_enrollment(home)
     chosen = settings.read(home, **parse_part(part), split=split)

@@ -44,8 +44,8 @@ UseOption = Annotated[
 class LocalModel(NamedTuple):
     """A version of a shared model: its file, the name of its task, and the run's settings.
 
-    `origin` says which version it is, if that is known, and `run` of which run. `digest`: of a
-    version; empty for a file, and for a model that was trained here alone.
+    `origin`: which version it is, if that is known; `run`: its run. `digest`: of a version; empty
+    for a file, and for a model that was trained here alone.
     """
 
     path: Path

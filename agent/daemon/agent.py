@@ -340,7 +340,7 @@ class Agent:
         self._report.notice(text)
 
     def _apply_settings(self, chosen: AgentSettings) -> None:
-        """Apply the changed settings that nothing reads again by itself."""
+        """Apply the changed settings that no other part reads again."""
         logs.set_level(chosen.log_level)
         self._report.apply_settings(chosen, self._runner.state)
 

@@ -103,7 +103,7 @@ class PrivacyLedger:
             self.check_complete()
         while not is_charged:
             last = self._last_id()
-            if limit.epsilon:  # many kinds of events take seconds, so others may write meanwhile
+            if limit.epsilon:  # takes seconds for many kinds of events; others may write
                 check(_noisy(self.charges()), charge.events, limit)
             with writing(self._db):
                 is_charged = not limit.epsilon or self._last_id() == last
@@ -117,8 +117,8 @@ class PrivacyLedger:
         return self._last_id() + self._heads()[1]
 
     def learn(self, told: int) -> str:
-        """Learn that this machine has stated so many entries; returns what the owner should know
-        if some are missing, else an empty text."""
+        """Note the number of entries that this machine has stated. Returns what the owner should
+        know if some are missing, else an empty text."""
         with writing(self._db):
             self._db.execute(
                 "INSERT INTO heads VALUES (1, ?, 0) "

@@ -95,13 +95,13 @@ class AgentSettings(DataSchema, frozen=True, kw_only=True, forbid_unknown_fields
         float, Meta(ge=0, description="seconds of training that a crash may lose")
     ] = 30.0
     hang_timeout_s: Annotated[
-        float, Meta(gt=0, description="stop the trainer after so many seconds without a batch")
+        float, Meta(gt=0, description="stop the trainer after this many seconds without a batch")
     ] = 600.0
     trainer_tries: Annotated[
         int, Meta(ge=1, description="trainer failures in one work before the agent pauses")
     ] = 4
     idle_timeout_s: Annotated[
-        float, Meta(gt=0, description="stop the trainer after so many seconds without work")
+        float, Meta(gt=0, description="stop the trainer after this many seconds without work")
     ] = 60.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="lowest level to log")
@@ -205,8 +205,8 @@ class AgentSettings(DataSchema, frozen=True, kw_only=True, forbid_unknown_fields
         if not (self.secure_min and self.missing_trust):
             return ""
         return (
-            f"no run has this machine yet: secure_min is {self.secure_min}, and {len(self.trust)} "
-            "other peers are trusted"
+            f"this machine can join no run yet: secure_min is {self.secure_min}, and "
+            f"{len(self.trust)} other peers are trusted"
         )
 
     def awaits_columns(self, task: str) -> bool:

@@ -92,13 +92,12 @@ class Export(_TaskWork, frozen=True, tag=True, kw_only=True):
 class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
     """Compare models on this peer's held-out rows (`agent.trainer.own_models`).
 
-    `base` is the run's best version, `folder` where the state and the models are, with which later
-    work continues. At most `rounds` rounds of local training, of which this work does those of the
-    next `slice_s` s. `personal`: the file with this peer's own layers, as in Train. `mu`: the
-    weight of the term that keeps the personal model near the shared one. `most_s`: how long the
-    training of all models together takes at most, 0 for no limit. `metric`: by which they are
-    compared, empty for the default. The description in `Done` is the `Comparison` as JSON; empty
-    until it is done.
+    `base` is the run's best version. `folder` has the state and the models, from which later work
+    continues. At most `rounds` rounds of local training; this work trains for `slice_s` s of them.
+    `personal`: the file with this peer's own layers, as in Train. `mu`: the weight of the term that
+    keeps the personal model near the shared one. `most_s`: how long the training of all models
+    together takes at most, 0 for no limit. `metric`: by which they are compared, empty for the
+    default. The description in `Done` is the `Comparison` as JSON; empty until it is done.
     """
 
     run: str

@@ -97,7 +97,7 @@ class CoordinatorClient(CoordinatorRequests):
         #: What to tell of the owner's charges with a request; and what gets an earlier statement.
         self.charged_statement: Callable[[], bytes] = bytes
         self.on_charged: Callable[[bytes], None] = lambda data: None
-        #: The run that this machine works for, empty for none; and what hears that it has ended.
+        #: The run that this machine works for, or empty; and what is called when it has ended.
         self.working_for: Callable[[], str] = str
         self.on_run_over: Callable[[str], None] = lambda run: None
         #: Gets each line that the coordinator has for the owner.

@@ -95,7 +95,7 @@ class FollowedLog:
         return self._replica.is_forked
 
     def refresh(self) -> bool:
-        """Begin anew if the owner has acknowledged the proofs. True while one is open."""
+        """Start again if the owner has acknowledged the proofs. True while one is open."""
         if self.is_forked:
             return True
         with self._lock:
@@ -143,8 +143,8 @@ class FollowedLog:
         if not self._warned:
             self._warned = True
             log.warning(
-                "this coordinator is older and keeps no log of versions: nobody notices if it "
-                "shows other versions to other peers"
+                "this coordinator is older and keeps no log of versions, so this agent cannot "
+                "notice that other peers are shown other versions"
             )
 
     def _check_version(self, work: Work, head: LogHead) -> None:

@@ -76,14 +76,14 @@ class LogReplica:
         return self._is_unsaved or bool(fork_proofs.not_acknowledged(self._home))
 
     def forget_fork(self) -> bool:
-        """Follow the log anew, if there was a proof. The owner has acknowledged it."""
+        """Start again at the newest head if there was a proof, which the owner has acknowledged."""
         if not self.store.meta("forked"):
             return False
         self.store.forget()
         self.store.set_meta("fleet", self._fleet.encode())
         self.proof = b""
         self.ignored_before = fork_proofs.acknowledged_at(self._home)
-        log.warning("the owner has acknowledged the proof; the log is followed anew")
+        log.warning("the owner has acknowledged the proof; the log is read again")
         return True
 
     def read_older(self, found: Callable[[], bool]) -> bool:
@@ -133,7 +133,7 @@ class LogReplica:
         elif head.size > known.size + MAX_GAP:
             self._on_note(
                 f"the coordinator's log has grown by {head.size - known.size} entries since this "
-                "agent saw it; it is followed anew"
+                "agent saw it; the agent starts again at its newest head"
             )
             self.store.cut(0)
             self._begin(head, signed, page)
@@ -162,8 +162,8 @@ class LogReplica:
             if known and head.epoch == self.epoch and head.size <= known.size:
                 self.compare(head, signed, known)
             raise FormerLeader(
-                f"another coordinator leads the fleet by now, of term {self._term}; this one is of "
-                f"term {head.term}",
+                f"another coordinator leads the fleet now, in term {self._term}; this one has term "
+                f"{head.term}",
                 "nothing to do: the agent continues with the new one",
             )
 
@@ -233,14 +233,14 @@ class LogReplica:
             self._forked(b"", signed, before, [*past, *entries])
         for one in [one for one in decoded if one.kind == "back"][-_MAX_NOTES:]:
             self._on_note(
-                f"run {one.run} goes on from version {one.number} ({one.digest[:12]}): the "
+                f"run {one.run} continues from version {one.number} ({one.digest[:12]}): the "
                 "coordinator took back what came after it"
             )
         hashes = wire.chain_all(before, start, entries)
         self.store.append(start, list(zip(entries, decoded, strict=True)), hashes)
 
     def _restored(self, head: LogHead, signed: bytes, page: LogPage, known: Known) -> None:
-        """Take over a log that goes on from a backup. Raises LogConflict, BadMessage."""
+        """Take over a log that continues from a backup. Raises LogConflict, BadMessage."""
         newer = [one for one in page.restores if one.epoch > self.epoch]
         if not newer or newer[-1].epoch != head.epoch:
             raise BadMessage("the signed head has a new epoch, and its log has no restore")
@@ -252,7 +252,7 @@ class LogReplica:
             text = "the coordinator was restored from a backup that is too old to compare"
             self.store.cut(0)
             self._begin(head, signed, page)
-            self._on_note(f"{text}; its log is followed anew")
+            self._on_note(f"{text}; the agent starts again at the newest head of its log")
             return
         entries, before = self._entries_between(start, head, page)
         if before != expected:
@@ -328,7 +328,7 @@ def _open_store(home: Path, fleet: str) -> LogStore:
     try:
         return LogStore(home, fleet)
     except HomeError as err:
-        log.warning("%s; it is moved to log.db.damaged, and the log is followed anew", err.message)
+        log.warning("%s; it is moved to log.db.damaged, and the log is read again", err.message)
         path = home / "log.db"
         path.replace(path.with_name("log.db.damaged"))
         return LogStore(home, fleet)

@@ -18,8 +18,8 @@ from protocols.p2p.seen_heads import SeenHead, VerifiedSeen
 
 log = logging.getLogger("commonweight.log")
 
-#: An agent is told of the log's growth within seconds. What a peer has seen for so long, and this
-#: agent is not shown, is kept from it.
+#: The coordinator shows each agent the log's growth within seconds. If a peer has seen an entry for
+#: this long and this agent has not, the coordinator hides it.
 MAX_BEHIND_S = 300.0
 #: Statements that wait, and peers whose last one is remembered.
 _MAX_WAITING, _MAX_PEERS = 256, 4096

@@ -104,7 +104,7 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
                     sources[name] = path
         try:
             with contextlib.ExitStack() as stack:
-                # Open files survive when a round that closes meanwhile deletes a version.
+                # Open files survive when a round closes and deletes a version.
                 files = {n: stack.enter_context(path.open("rb")) for n, path in sources.items()}
                 manifest = Manifest(
                     written_by=VERSION,

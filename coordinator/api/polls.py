@@ -88,7 +88,7 @@ class PollHandler:
             return self._with_version(response)
         # Before the reply is stored, because the run may handle it at once.
         request_id = self._superlink.request_id_of(request.reply)
-        if request.update and self._runs.is_awaited(request_id):  # otherwise nobody needs it
+        if request.update and self._runs.is_awaited(request_id):  # otherwise it is not needed
             await self._transfer.receive_inline(peer, request.update)
         future = self._jobs.ack_future(request_id) or self._runs.ack_future(request_id)
         await self._superlink.poll_async(node, PollRequest(reply=request.reply, wants_work=False))
@@ -105,7 +105,7 @@ class PollHandler:
         if response.work is None and (self._runs.current is not None or self._jobs.is_working):
             await self._long_polls.wait(peer, LONG_POLL_S)
             if self._sessions.session_number(peer) != session:
-                # The agent restarted meanwhile: the work belongs to its new session.
+                # The agent has restarted: the work belongs to its new session.
                 raise NoSession(f"{peer} has another session")
             response = await self._superlink.poll_async(node, following)
         self._note(peer, request, response)

@@ -30,7 +30,7 @@ from protocols.privacy.secagg.masks import add_carrying
 from protocols.privacy.secagg.messages import Plan, ShareRequest, SignedCard, encode
 from protocols.privacy.secagg.recovery import recover
 
-#: What a peer may tell of which rows its figures are over: all of them share one layout.
+#: The largest statement of a peer about which rows its figures are over, in all.
 _MAX_ROWS_BYTES = 64 << 10
 _masked = msgspec.msgpack.Decoder(MaskedAnswer)
 _MORE_PEERS = (
@@ -42,7 +42,7 @@ _OTHER_ROWS = (
     "conditions, groups and categories that few peers have; if rows are new, when more peers have "
     "new ones"
 )
-_AGAIN = "ask again when these peers are online; nothing of any answer is known"
+_AGAIN = "ask again when these peers are online; no answer was revealed"
 
 
 class Answers(NamedTuple):

@@ -63,7 +63,7 @@ class Lease:
 
     @property
     def is_expired(self) -> bool:
-        """True if another process may have taken it by now.
+        """True if another process may have taken it.
 
         It expires here before it does in the database. A machine that sleeps does not notice.
         """

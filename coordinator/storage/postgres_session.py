@@ -187,7 +187,7 @@ def prepare(db: Connection[Any], address: str, fleet: str) -> None:
         _check_format(db, address)
         found = _fleet_of(db)
         if found is None and db.execute("SELECT 1 FROM commonweight_log LIMIT 1").fetchone():
-            raise HomeError(f"the ledger {shown(address)} does not say whose it is", _RESTORE)
+            raise HomeError(f"the ledger {shown(address)} names no fleet", _RESTORE)
         if found is None:
             db.execute(_ENTER, (fleet,))
         check_fleet(db, address, fleet)

@@ -22,14 +22,14 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
     `deadline_s`: counts from the start of a round's training, and again from that of its
     evaluation. If it passes without the quorum, all peers that could help are asked again, and it
-    starts anew. Time with a full disk does not count. With `deadline` "auto" it is derived from
+    starts again. Time with a full disk does not count. With `deadline` "auto" it is derived from
     earlier rounds and `deadline_s` is its maximum (`decisions.phase_deadline_s`).
     `select`: how many peers are asked, as a multiple of the quorum (1.2: a fifth more than needed);
     the round then continues as soon as it has its quorum. 0: all are asked and awaited.
     `late`: what happens to an update whose round has closed (`coordinator.runs.late_updates`).
     `keep_versions`: how many of the newest versions stay on disk, in addition to the best one.
     `codec`: how updates are compressed, one of `protocols.codecs.registry`.
-    `evaluate_every`: the first version, each so many rounds later, and the last are evaluated.
+    `evaluate_every`: the first version, then one of this many, and the last are evaluated.
     `weighting`: updates count by their examples, or all the same.
     `clip_norm`: the maximum Euclidean norm of an update's change (0: none).
     `outlier_limit`: how many times as far as the median peer one may pull a version
@@ -133,7 +133,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
     @property
     def work_codec(self) -> str:
-        """The codec that peers are told. Raises UsageError if a secure run cannot use it."""
+        """The codec that work names. Raises UsageError if a secure run cannot use it."""
         if self.secure:
             return masked_codec(self.codec)
         return registry.name_in_work(self.codec, self.fragments)

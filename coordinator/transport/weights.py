@@ -166,7 +166,7 @@ class WeightTransfer:
             if not part.is_current():
                 self._check_run(node, _run_of(request))  # it may have ended meanwhile
                 return JSONResponse({"have": 0}, status_code=409)
-            if not self.limits.max_bytes_of(node):  # its unit or run has ended meanwhile
+            if not self.limits.max_bytes_of(node):  # its unit or run has ended
                 part.delete()
                 raise HTTPException(410, _UNEXPECTED)
             if received != digest:

@@ -596,7 +596,7 @@ def test_an_endless_log(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.shown.versions(4, 1099)
     ada.train(1099)
     assert ada.pages == 0
-    assert "is followed anew" in ada.notes[0]
+    assert "starts again at its newest head" in ada.notes[0]
 
 
 @pytest.mark.attack("20.11")

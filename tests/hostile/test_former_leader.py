@@ -59,7 +59,7 @@ def test_a_former_leader_gives_no_work(scene: Scene) -> None:
     """Attack: give work on a version of the past, as a coordinator that was replaced."""
     scene.ada.shown = scene.former
     for _ in range(2):
-        with pytest.raises(FormerLeader, match="another coordinator leads the fleet by now"):
+        with pytest.raises(FormerLeader, match="another coordinator leads the fleet now"):
             scene.ada.train(3)
         scene.ada.restart()
     assert not scene.ada.forks, "the log of the past is no lie"

@@ -249,7 +249,7 @@ def test_nobody_collects_sets_of_rows_without_end(tmp_path: Path) -> None:
     peer = Peer(tmp_path, rows)
     filler = [ToldSet("cell", np.arange(5 * n, 5 * n + 5)) for n in range(MAX_SETS["cell"])]
     peer.told_rows.sets.remember(filler)
-    assert "tells of no new ones" in peer.ask("count", "n >= 2800").refused
+    assert "and its limit is" in peer.ask("count", "n >= 2800").refused
 
 
 # --- noise -----------------------------------------------------------------------------------
