@@ -40,6 +40,8 @@ class PolicyLoop:
         #: A setting in the file that all parts read at their start has changed.
         self.must_restart = False
         self._at_start = _start_settings(self._settings)
+        #: The settings that were compared with these last, and whether they differ.
+        self._compared, self._differs = self._settings, False
         self._overrides: dict[str, rules.Mode] = {}
         self._reloaded = asyncio.Event()
         self._decision: Decision = Run()
@@ -64,7 +66,9 @@ class PolicyLoop:
 
     def restart_is_due(self) -> bool:
         """True if the settings in the file need a restart. `must_restart` follows with `reload`."""
-        return _start_settings(self._owner()) != self._at_start
+        if (chosen := self._owner()) is not self._compared:
+            self._compared, self._differs = chosen, _start_settings(chosen) != self._at_start
+        return self._differs
 
     def reload(self, request: OwnerRequest) -> bool:
         """Take over what the owner has changed since the last call. True if something changed."""

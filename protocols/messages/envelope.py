@@ -56,7 +56,10 @@ Metrics = Annotated[dict[Name, float | None], Meta(max_length=256)]
 
 def strip_controls(text: str) -> str:
     """`text` as a `Text`: at most 400 characters, each control character replaced by `·`."""
-    return "".join(letter if letter.isprintable() else "·" for letter in text[:400])
+    text = text[:400]
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else "·" for letter in text)
 
 
 class Presence(Struct, frozen=True, tag=True, kw_only=True):
