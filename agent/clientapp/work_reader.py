@@ -69,5 +69,6 @@ class WorkReader:
     def check_consent(self, work: Work, used: tuple[str, ...] = ()) -> None:
         """Raise what `consent.check` does, and `check_used` for work that was done with the columns
         `used`. The owner may withdraw a consent at any time."""
-        consent.check(self._settings(), work.run, work.task, work.settings)
-        consent.check_used(self._settings(), work.task, used)
+        chosen = self._settings()
+        consent.check(chosen, work.run, work.task, work.settings)
+        consent.check_used(chosen, work.task, used)

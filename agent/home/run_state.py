@@ -31,15 +31,18 @@ class RunStateFolder:
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self._folder, self._suffix = folder, suffix
+        #: Most runs have no state. No work looks into a folder that is not there.
+        self._is_there = folder.exists()
         for path in self._files():
             if time.time() - path.stat().st_mtime > MAX_AGE_S:
                 path.unlink()
 
     def _files(self) -> list[Path]:
         try:
-            return [self._folder / name for name in os.listdir(self._folder)]
+            names = os.listdir(self._folder) if self._is_there else []
         except FileNotFoundError:
-            return []
+            names = []
+        return [self._folder / name for name in names]
 
     @property
     def is_empty(self) -> bool:
@@ -49,6 +52,7 @@ class RunStateFolder:
     def paths(self, run: str) -> RunStatePaths:
         """The files of a run. Its id came from the network, so no part of it enters a path."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._is_there = True
         stem = hashlib.sha256(run.encode()).hexdigest()[:32]
         return RunStatePaths(self._folder / f"{stem}{self._suffix}", self._folder / f"{stem}.new")
 

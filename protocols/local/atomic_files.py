@@ -18,9 +18,7 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
     `synced`: fsync it before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # A new file: others may write to the folder, and put a link or a file of theirs there.
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = _create(temporary)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -29,11 +27,21 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
         with freeing_in_thread(path):
             os.replace(temporary, path)
-    finally:
-        # After a rename there is none; a full disk or an error leaves one behind.
+    except BaseException:  # also a full disk
         temporary.unlink(missing_ok=True)
+        raise
     if synced:
         fsync_folder(path.parent)
+
+
+def _create(path: Path) -> int:
+    """The descriptor of a new file in place of any that is there."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(path, flags, 0o600)
+    except FileExistsError:  # others may write to the folder: a link or a file of theirs
+        path.unlink(missing_ok=True)
+        return os.open(path, flags, 0o600)
 
 
 def write_private(path: Path, data: bytes, *, synced: bool = True) -> None:
