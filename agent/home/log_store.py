@@ -2,7 +2,7 @@
 
 It holds the last entries with their hashes, the heads that were signed over them, and what other
 peers have seen. Used by several threads; the caller holds a lock. Only the agent writes, so what
-each work needs is kept in memory too: it costs a third of the statements.
+each work needs is in memory too, which halves the statements of a work.
 """
 
 from __future__ import annotations
