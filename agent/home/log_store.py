@@ -308,10 +308,8 @@ class LogStore:
     # --- the file ---
 
     def _execute(self, statement: str, arguments: Sequence[object] = ()) -> sqlite3.Cursor:
-        try:
+        with self._errors():
             return self._db.execute(statement, arguments)
-        except sqlite3.DatabaseError as err:
-            raise _error(self._path, err) from err
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -331,15 +329,21 @@ class LogStore:
         finally:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-                self._cache = _Cache()
 
     def _write(self, statement: str, *rows: tuple[object, ...]) -> None:
-        try:
+        with self._errors():
             if len(rows) > 1:
                 self._db.executemany(statement, rows)
             else:
                 self._db.execute(statement, *rows)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raise errors of the file as ours. What is in memory may not have reached it then."""
+        try:
+            yield
         except sqlite3.DatabaseError as err:
+            self._cache = _Cache()
             raise _error(self._path, err) from err
 
 

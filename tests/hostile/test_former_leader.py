@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from protocols.errors import FormerLeader
+from protocols.errors import FormerLeader, HomeError
 from tests.support.version_logs import Authority, Follower, Shown
 
 
@@ -72,6 +74,31 @@ def test_a_peer_tells_of_the_new_leader(scene: Scene) -> None:
     scene.bob.hear(scene.ada)
     with pytest.raises(FormerLeader):
         scene.bob.train(3)
+
+
+@contextmanager
+def no_room(file: Path) -> Iterator[None]:
+    """No file of this process grows beyond the size of this one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.attack("11")
+def test_a_new_leader_is_remembered_also_after_a_full_disk(scene: Scene) -> None:
+    """Attack: the same, to an agent whose disk was full when it first met the successor."""
+    bob = scene.bob
+    bob.shown = scene.successor
+    with no_room(bob.home / "log.db-wal"), pytest.raises(HomeError):
+        bob.train(4)
+    bob.train(4)
+    bob.restart()
+    bob.shown = scene.former
+    with pytest.raises(FormerLeader):
+        bob.train(3)
 
 
 @pytest.mark.attack("11")
