@@ -113,15 +113,19 @@ class WeightTransfer:
         """True once `part` is the version. If not, the coordinator sends what is missing."""
         path = DOWNLOAD_PATH.format(digest=digest)
         while (replica := self.replicas.choose(nbytes)) is not None:
+            had = _size(part)
             try:
-                size, actual = self._download_rest(path, nbytes, part, _size(part), replica.client)
+                size, actual = self._download_rest(path, nbytes, part, had, replica.client)
+                if size < nbytes:  # such as that of a replica that stops
+                    raise Unreachable(f"the version arrived incomplete: {size} of {nbytes} bytes")
             except (Unreachable, Refused) as err:
                 replica.fail(err)
                 continue
-            if size == nbytes and actual == digest:
+            if actual == digest:
                 return True
-            replica.fail(BadWeights(f"{size} of {nbytes} bytes, which are not those of the digest"))
             part.unlink()
+            if not had:  # else the wrong bytes may be those of another replica
+                replica.fail(BadWeights("the bytes are not those of the digest"))
         return False
 
     def download_patch(self, digest: str, nbytes: int, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +138,55 @@ def test_a_lying_replica_costs_time_alone(
         path.unlink()
         assert weights.file_digest(store.fetch(DIGEST, SIZE)) == DIGEST
         assert len(heads) == 1
+        link.close()
+
+
+@pytest.mark.attack("10")
+def test_a_lying_replica_gives_no_other_one_a_bad_name(site: Site, tmp_path: Path) -> None:
+    """Attack: send wrong bytes and close the connection, so that the digest does not match what the
+    next replica has completed."""
+    data, asked = site.lane.version_path(DIGEST).read_bytes(), list[bool]()
+
+    def heard(head: bytes, send: Send) -> None:
+        start, stop = asked_for(head)
+        is_liar = not asked
+        asked.append(is_liar)
+        if is_liar:
+            a_wrong_beginning(head, send)
+        else:
+            reply(head, send, data[start:stop], stop - start)
+
+    with (
+        replica(site, tmp_path / "one", heard) as one,
+        replica(site, tmp_path / "two", heard) as two,
+    ):
+        store = agent(site, tmp_path, site.enroll("ann"), shares=False)
+        link = store._link()
+        link.replicas.use([one, two])
+        liar, other = link.replicas._replicas
+        assert weights.file_digest(store.fetch(DIGEST, SIZE)) == DIGEST
+        assert asked == [True, False, False], "the other one sends all of it again"
+        assert liar.rests_until
+        assert not other.rests_until
+        link.close()
+
+
+@pytest.mark.attack("10")
+def test_a_replica_that_stops_is_continued_and_asked_again_soon(site: Site, tmp_path: Path) -> None:
+    """Control: it closes the connection in the middle."""
+    data, half = site.lane.version_path(DIGEST).read_bytes(), SIZE // 2
+
+    def stops(head: bytes, send: Send) -> None:
+        reply(head, send, data[:half], SIZE)
+
+    with replica(site, tmp_path / "replica", stops) as address:
+        store = agent(site, tmp_path, site.enroll("ann"), shares=False)
+        link = store._link()
+        link.replicas.use([address])
+        assert weights.file_digest(store.fetch(DIGEST, SIZE)) == DIGEST
+        assert link.bytes_down == SIZE, "the coordinator has sent the rest alone"
+        (stopped,) = link.replicas._replicas
+        assert stopped.rests_until < time.monotonic() + 3600, "not as one that lies"
         link.close()
 
 
