@@ -199,6 +199,7 @@ def _compute_answer(
     _tell(memory, [one.rows for one in sets if not one.column], min_rows)
     if tells_rows:
         told = replace(told, rows_of=_number_rows(log, numbers, [*places.values()], figures))
+    log.time_bins.remember(question, told.cells)
     return told, [one for one in sets if one.column]
 
 
@@ -293,7 +294,6 @@ def _figures(
                 raise
             columns.append([WITHHELD] * len(places))
             continue
-        log.time_bins.remember(operation, [figure.state for figure in found])
         sets += about
         columns.append(found)
     return list(zip(*columns, strict=True)), sets

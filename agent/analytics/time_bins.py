@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 from msgspec import UNSET
 
-from protocols.analytics.mergeable_states import State
+from protocols.analytics.mergeable_states import Cell
 from protocols.analytics.model_states import SurvivalState
-from protocols.analytics.query import Operation
+from protocols.analytics.query import Operation, Query
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS time_bins (columns TEXT, edges TEXT, PRIMARY KEY (columns, edges))
@@ -38,15 +38,18 @@ class TimeBins:
         )
         return [tuple(json.loads(edges)) for (edges,) in rows]
 
-    def remember(self, operation: Operation, told: Iterable[State]) -> None:
-        """Note the bins of an answer about survival, or of a Cox model."""
-        bins = {state.edges for state in told if isinstance(state, SurvivalState)}
-        if operation.kind == "cox" and operation.model is not UNSET:
-            bins.add(operation.model.edges)
-        self._db.executemany(
-            "INSERT OR IGNORE INTO time_bins VALUES (?, ?)",
-            [(_key(operation), json.dumps(edges)) for edges in bins if edges],
-        )
+    def remember(self, question: Query, cells: Iterable[Cell]) -> None:
+        """Note the bins of what is told: of answers about survival, and of Cox models."""
+        told = [*cells]
+        for place, operation in enumerate(question.operations):
+            states = (cell.states[place] for cell in told)
+            bins = {state.edges for state in states if isinstance(state, SurvivalState)}
+            if told and operation.kind == "cox" and operation.model is not UNSET:
+                bins.add(operation.model.edges)
+            self._db.executemany(
+                "INSERT OR IGNORE INTO time_bins VALUES (?, ?)",
+                [(_key(operation), json.dumps(edges)) for edges in bins if edges],
+            )
 
 
 def _key(operation: Operation) -> str:

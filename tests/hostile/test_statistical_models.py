@@ -233,6 +233,17 @@ def test_bins_of_several_questions_describe_no_few_rows(
             assert counts[counts > 0].min(initial=len(rows)) >= MIN_COUNT
 
 
+def test_bins_of_a_question_that_was_refused_are_not_used(tmp_path: Path) -> None:
+    """Attack: choose the bins of later answers by questions that are refused."""
+    peer = TablePeer(tmp_path, persons(260))
+    survival = parse_query("survival(months, died, 64)", "").operations[0]
+    cox = 'cox(months, died ~ C(sex, "f", "m"), bins={}, at=(0,))'
+    assert ask(peer, f"{cox.format((16.0, 32.0))}, {cox.format((2.0, 3.0))}").refused
+    assert not peer.log.time_bins.earlier(survival)
+    assert not ask(peer, cox.format((16.0, 32.0))).refused
+    assert peer.log.time_bins.earlier(survival) == [(16.0, 32.0)]
+
+
 @pytest.mark.parametrize("bins", ["(2,)", "(58, 59)", "(4, 8, 12, 16, 20, 24, 28, 32, 36, 40)"])
 def test_a_cox_model_has_no_bins_of_few_rows(tmp_path: Path, bins: str) -> None:
     """Attack: ask for the sums of a Cox model over those who died in one month."""
