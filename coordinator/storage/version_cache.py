@@ -12,7 +12,7 @@ from protocols.local.safe_paths import path_in
 
 #: The least used of more versions is deleted.
 MAX_VERSIONS = 8
-#: Versions that are fetched at once.
+#: Versions that are fetched at once, one of them for each peer.
 _MAX_FETCHES = 4
 
 
@@ -26,22 +26,24 @@ class VersionCache:
         self._folder, self._store = folder, store
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
-        self._fetches: dict[str, asyncio.Future[bool]] = {}
+        #: With the peer that was the first to ask for it.
+        self._fetches: dict[str, tuple[str, asyncio.Future[bool]]] = {}
 
-    async def fetch(self, digest: str) -> Path | None:
-        """The file of a version; None if the store has none.
+    async def fetch(self, digest: str, peer: str) -> Path | None:
+        """The file of a version, for a peer; None if the store has none.
 
         Raises StoreUnreachable, OSError, and BlockingIOError while too many others are fetched.
         """
         path = path_in(self._folder, digest, ".safetensors")
         if not path.exists():
             if digest not in self._fetches:
-                if len(self._fetches) >= _MAX_FETCHES:
+                is_busy = any(peer == asked_first for asked_first, _ in self._fetches.values())
+                if is_busy or len(self._fetches) >= _MAX_FETCHES:
                     raise BlockingIOError("too many versions are fetched at once")
                 fetch = asyncio.ensure_future(asyncio.to_thread(self._store.get, digest, path))
                 fetch.add_done_callback(lambda _: self._fetches.pop(digest))
-                self._fetches[digest] = fetch
-            if not await asyncio.shield(self._fetches[digest]):
+                self._fetches[digest] = (peer, fetch)
+            if not await asyncio.shield(self._fetches[digest][1]):
                 return None
             self._drop_old()
         os.utime(path)

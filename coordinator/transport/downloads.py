@@ -26,11 +26,13 @@ def downloads_app(auth: Auth, cache: VersionCache) -> Starlette:
     """The app of the one route. 503: the version cannot be fetched now; ask the coordinator."""
 
     async def download(request: Request) -> Response:
-        await auth.peer(request)
+        peer = await auth.peer(request)
         try:
-            path = await cache.fetch(digest_of(request))
+            path = await cache.fetch(digest_of(request), peer.peer)
         except (StoreUnreachable, OSError) as err:
-            log.warning("a version was not sent: %s", err)
+            # A peer can ask for many at once, without end.
+            level = logging.DEBUG if isinstance(err, BlockingIOError) else logging.WARNING
+            log.log(level, "a version was not sent: %s", err)
             raise HTTPException(503) from err
         if path is None:
             raise HTTPException(404)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from agent.transport.coordinator_client import CoordinatorClient
 from agent.transport.p2p.sharing import Sharing
 from agent.transport.version_store import VersionStore
+from coordinator.storage.version_cache import VersionCache
 from protocols.enrollment import identity
 from protocols.errors import Unreachable
 from protocols.local.atomic_files import write_private
@@ -240,3 +243,37 @@ def test_a_request_to_a_replica_is_none_to_the_coordinator(site: Site, tmp_path:
         for path in (DOWNLOAD_PATH, "/cw/v1/weights/{digest}"):
             answer = client.get(path.format(digest=DIGEST), headers=signed)
             assert answer.status_code in (401, 404)
+
+
+class SlowStore:
+    """An object store that answers once it may, and has one version."""
+
+    def __init__(self, digest: str) -> None:
+        self.may_answer, self._digest, self.asked = threading.Event(), digest, list[str]()
+
+    def get(self, digest: str, path: Path) -> bool:
+        self.asked.append(digest)
+        assert self.may_answer.wait(60)
+        if digest == self._digest:
+            path.write_bytes(b"version")
+        return digest == self._digest
+
+
+@pytest.mark.attack("10", by="peer")
+async def test_one_peer_asks_a_replica_for_many_versions(tmp_path: Path) -> None:
+    """Attack: ask for many versions that are not there, so that others get theirs no more."""
+    store: Any = SlowStore("f" * 64)
+    cache = VersionCache(tmp_path / "downloads", store)
+    asked = [asyncio.create_task(cache.fetch(f"{number:064x}", "eve")) for number in range(20)]
+    own = asyncio.create_task(cache.fetch("f" * 64, "ann"))
+    joined = asyncio.create_task(cache.fetch("f" * 64, "eve"))
+    for refused in asked[1:]:
+        with pytest.raises(BlockingIOError):
+            await refused
+    store.may_answer.set()
+    assert await asked[0] is None, "there is none"
+    assert sorted(store.asked) == [f"{0:064x}", "f" * 64]
+    path = await own
+    assert path is not None
+    assert path.read_bytes() == b"version"
+    assert await joined == path, "a version that another peer has asked for costs nothing"
