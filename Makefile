@@ -88,6 +88,7 @@ quality: setup
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.quality.models
 	$(BIN)/python -m benchmarks.quality.models --held-out
+	$(BIN)/python -m benchmarks.quality.models --trees
 
 # The docs as a site in build/site, with a reference made from the code; no warning passes
 docs: setup

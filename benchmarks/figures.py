@@ -74,6 +74,7 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
         "quality/tables-held-out.json",
         table_page.held_out_tables,
     ),
+    ("docs/tables.md", "secure trees"): ("quality/secure-trees.json", table_page.secure_trees),
     ("docs/reliability.md", "make faults"): ("faults/fault-results.json", faults.page),
     ("docs/cluster.md", "make faults-cluster"): ("faults/leader-results.json", faults.page),
     ("docs/cluster.md", "many agents"): ("bench/bench-results.json", small_tables.load),

@@ -1,4 +1,4 @@
-"""python -m benchmarks.quality.models [--held-out] [--only WORD] [--again] [--out FILE]
+"""python -m benchmarks.quality.models [--held-out | --trees] [--only WORD] [--again] [--out FILE]
 
 Models of the task `tabular` on real tables that packages ship: what three peers learn together,
 what the best one learns alone, and what XGBoost learns from all rows. Writes
@@ -10,6 +10,9 @@ their best version counts. The personal model is trained by the agent's own comp
 
 `--held-out`: of tables that no default was chosen by, what a run gives without any setting. Writes
 `docs/quality/tables-held-out.json`.
+
+`--trees`: trees of secure sums beside XGBoost with the same cuts and the same rows to train on.
+Writes `docs/quality/secure-trees.json`.
 
 Needs `xgboost-cpu`, and the packages of `real_tables` or `held_out_tables`; a table whose package
 is absent is left out.
@@ -23,11 +26,12 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
 from benchmarks import figures
@@ -49,6 +53,7 @@ from protocols.tables.model_scores import MODELS, Model
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "quality"
 RESULTS, HELD_OUT_RESULTS = FOLDER / "tables-results.json", FOLDER / "tables-held-out.json"
+TREES_RESULTS = FOLDER / "secure-trees.json"
 #: The shares of the rows that peers at random have; grouped ones have a third each.
 SHARES = (0.6, 0.3, 0.1)
 SPLITS = {False: "60, 30 and 10 %", True: "grouped"}
@@ -70,6 +75,9 @@ class Split(NamedTuple):
     def first(self) -> DataSettings:
         """The peer with the most rows, if they are at random."""
         return self.parts[0]
+
+
+Scores = Callable[[Split], dict[str, Any]]
 
 
 def places_of(table: Table, *, grouped: bool, seed: int = 0) -> list[Array]:
@@ -134,6 +142,18 @@ def by_default(of: Split) -> dict[str, Any]:
     }
 
 
+def secure_trees(of: Split) -> dict[str, Any]:
+    """Trees of secure sums, also with `data.min_count` 1 at each peer, and XGBoost with the same
+    cuts: on the rows of all peers together, of which each peer holds out the same ones."""
+    ones = [replace(part, min_count=1) for part in of.parts]
+    peers = prepare(ones, of.test, order(of.table, "trees", len(of.parts)).settings)
+    return {
+        "secure": together(of.table, of.parts, of.test, "trees", secure=True).test,
+        "secure_one": together(of.table, ones, of.test, "trees", secure=True).test,
+        "central_cuts": Central(peers, cuts_of(peers)).score(),
+    }
+
+
 def _told(tried: Mapping[Model, Trained]) -> dict[str, dict[str, Any]]:
     """Of each model, the metrics of its best version on the rows that peers hold out, and its score
     on those of the test."""
@@ -177,13 +197,13 @@ def _central(of: Split) -> dict[str, float]:
     }
 
 
-def measure(name: str, *, held_out: bool, grouped: bool) -> dict[str, Any]:
+def measure(name: str, scores_of: Scores, *, grouped: bool) -> dict[str, Any]:
     """A row of the results. Raises ImportError for an absent package."""
     importlib.import_module("xgboost")
-    table, began = (HELD_OUT if held_out else TABLES)[name](), time.monotonic()
+    table, began = (HELD_OUT if scores_of is by_default else TABLES)[name](), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="commonweight-tables-") as folder:
         of = split(table, Path(folder), grouped=grouped)
-        scores = by_default(of) if held_out else every_model(of)
+        scores = scores_of(of)
     return {
         "table": name,
         "rows": len(table) - len(table) // TEST_OF,
@@ -198,17 +218,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality.models", description=__doc__
     )
-    parser.add_argument("--held-out", action="store_true", help="tables that chose no default")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--held-out", action="store_true", help="tables that chose no default")
+    kinds.add_argument("--trees", action="store_true", help="secure trees beside XGBoost")
     parser.add_argument("--only", default="", help="tables whose name contains this")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
     parser.add_argument("--out", type=Path, help="where the results go")
     options = parser.parse_args()
     names = list(HELD_OUT if options.held_out else TABLES)
-    out: Path = options.out or (HELD_OUT_RESULTS if options.held_out else RESULTS)
+    scores_of, usual = every_model, RESULTS
+    if options.held_out:
+        scores_of, usual = by_default, HELD_OUT_RESULTS
+    elif options.trees:
+        scores_of, usual = secure_trees, TREES_RESULTS
+    out: Path = options.out or usual
     rows = json.loads(out.read_bytes())["rows"] if out.exists() else []
     wanted = [
         (name, grouped)
-        for grouped in ((False,) if options.held_out else (False, True))
+        for grouped in ((False,) if options.held_out else (True, False))
         for name in names
         if options.only in name
     ]
@@ -217,7 +244,7 @@ def main() -> int:
         if of and not options.again:
             continue
         try:
-            made = measure(name, held_out=options.held_out, grouped=grouped)
+            made = measure(name, scores_of, grouped=grouped)
         except ImportError as err:
             print(f"{name}: left out, {err}", file=sys.stderr)
             continue

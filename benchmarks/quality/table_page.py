@@ -42,6 +42,41 @@ def held_out_tables(results: dict[str, Any]) -> str:
     )
 
 
+#: What peers have, by how the rows are split.
+_HAVE = {"grouped": "with groups", "60, 30 and 10 %": "with rows at random"}
+
+
+def secure_trees(results: dict[str, Any]) -> str:
+    """Trees of secure sums beside XGBoost with the same cuts and rows."""
+    lines = [
+        "| table | peers | trees, `--secure` | and `data.min_count` 1 | XGBoost, same cuts |\n",
+        "|---|---|---|---|---|\n",
+    ]
+    keys = ("secure", "secure_one", "central_cuts")
+    for row in results["rows"]:
+        shown = [_score(row["metric"], row[key]) for key in keys]
+        cells = [f"{row['table']}, {row['metric']}", row["split"], *shown]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    told = []
+    for split in dict.fromkeys(row["split"] for row in results["rows"]):
+        of = [row for row in results["rows"] if row["split"] == split]
+        good, good_one = (sum(_is_as_good(row, key) for row in of) for key in keys[:2])
+        told.append(
+            f"{good} of {len(of)} tables ({good_one} with `data.min_count` 1) of peers "
+            f"{_HAVE[split]}"
+        )
+    return "".join(lines) + (
+        f"\nTrees are at most 0.003 AUC or 1 % RMSE worse than XGBoost on {'; on '.join(told)}.\n"
+    )
+
+
+def _is_as_good(row: Row, key: str) -> bool:
+    """True if trees are at most 0.003 AUC or 1 % RMSE worse than XGBoost with the same cuts."""
+    if row["metric"] == "AUC":
+        return bool(row[key] >= row["central_cuts"] - 0.003)
+    return bool(row[key] <= 1.01 * row["central_cuts"])
+
+
 def _table_models(
     results: dict[str, Any], keys: dict[str, str], chosen: dict[str, str], *, with_split: bool
 ) -> str:

@@ -15,6 +15,9 @@ from msgspec.structs import replace
 
 from agent.analytics.query_log import Asked
 from agent.home.secure_store import QUESTIONS
+from coordinator.jobs.state import Job
+from coordinator.remote.analysis import answers_of
+from coordinator.storage.job_events import JobSpec
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.parser import parse_query
 from protocols.errors import CohortLost, CommonweightError
@@ -251,10 +254,15 @@ def test_an_answer_alone_and_one_in_a_sum_are_not_both_told(tmp_path: Path) -> N
     site = fleet(tmp_path)
     site.ask("sum(salary)")
     for peer in site.peers.values():
-        assert "in secure sums alone" in peer.answer(parse_query("mean(salary) by sex")).refused
+        refused = peer.answer(parse_query("mean(salary) by sex")).refused
+        assert "in secure sums alone" in refused
         assert not peer.answer(parse_query("mean(age)")).refused
     with pytest.raises(CommonweightError, match="without --secure about column 'age'"):
         site.ask("sum(age)")
+    job = Job(id="analyze-1", spec=JobSpec(kind="analyze"), excused={"p": refused})
+    with pytest.raises(CommonweightError, match="no peer has answered") as caught:
+        answers_of(job)
+    assert "ask the same with --secure" in caught.value.hint
 
 
 def test_an_owner_of_secure_sums_answers_nothing_alone(tmp_path: Path) -> None:

@@ -43,7 +43,12 @@ class PeersLost(CommonweightError, code="peers_lost"):
     """Peers that answered the first question do not answer a later one; `reasons` by peer."""
 
     def __init__(self, reasons: dict[str, str]) -> None:
-        super().__init__(f"peers did not answer all questions: {'; '.join(reasons.values())}")
+        why = "; ".join(dict.fromkeys(reasons.values()))
+        super().__init__(
+            f"peers did not answer all questions: {why}",
+            "ask again if a peer was away; if peers refuse, leave out terms with missing values or "
+            "rare categories: their rows have to fit those of earlier questions",
+        )
         self.reasons = reasons
 
 

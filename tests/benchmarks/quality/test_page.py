@@ -137,3 +137,26 @@ def test_the_page_of_tables_counts_where_a_peer_is_better_alone() -> None:
         "alone. In the others, at most 0.0100 AUC or 10.0 % RMSE is missing. With `--secure`, 2 "
         "of 4 rows are within 3 % of XGBoost."
     ) in shown
+
+
+def test_secure_trees_are_counted_by_how_peers_share_the_rows() -> None:
+    def row(split: str, metric: str, *scores: float) -> table_page.Row:
+        keys = ("secure", "secure_one", "central_cuts")
+        return {"table": "a", "split": split, "metric": metric} | dict(
+            zip(keys, scores, strict=True)
+        )
+
+    shown = table_page.secure_trees(
+        {
+            "rows": [
+                row("grouped", "AUC", 0.897, 0.9, 0.9),
+                row("grouped", "RMSE", 101.1, 101.0, 100.0),
+                row("60, 30 and 10 %", "AUC", 0.896, 0.896, 0.9),
+            ]
+        }
+    )
+    assert "| a, AUC | grouped | 0.8970 | 0.9000 | 0.9000 |" in shown
+    assert shown.endswith(
+        "on 1 of 2 tables (2 with `data.min_count` 1) of peers with groups; on 0 of 1 tables (0 "
+        "with `data.min_count` 1) of peers with rows at random.\n"
+    )
