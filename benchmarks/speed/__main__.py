@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--no-load", action="store_true", help="leave the load client out")
     parser.add_argument("--load", action="store_true", help="only the load client")
     parser.add_argument("--present", type=int, help="only the load client, with so many agents")
+    parser.add_argument("--working", type=int, default=1_000, help="of those, in the rounds")
+    parser.add_argument("--kilobytes", type=int, default=10, help="the size of their model")
     parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
     asked = parser.parse_args()
     # Handle SIGTERM like Ctrl-C, so that we end the processes that we have started.
@@ -64,7 +66,7 @@ def main() -> None:
         for present, working, rounds in _loads(asked):
             _say(f"{present} stand-ins, {working} of them in rounds")
             with _folder() as folder:
-                results["load"].append(load.run(present, working, rounds, folder))
+                results["load"].append(load.run(present, working, rounds, folder, asked.kilobytes))
             report.write(asked.out, results)
     report.write(asked.out, results)
     if len(results["cases"]) > 1:
@@ -76,7 +78,7 @@ def main() -> None:
 
 def _loads(asked: argparse.Namespace) -> tuple[tuple[int, int, int], ...]:
     if asked.present:
-        return ((asked.present, min(asked.present, 1_000), 3),)
+        return ((asked.present, min(asked.present, asked.working), 3),)
     return cases.TINY_LOADS if asked.tiny else cases.LOADS
 
 

@@ -28,18 +28,23 @@ _SEEN_WITHIN_S = 60.0
 _PROBES_PER_S = 20
 
 
-def run(present: int, working: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Results of a fleet of `present` simulated agents, of which `working` take part in rounds."""
+def run(
+    present: int, working: int, rounds: int, folder: Path, kilobytes: int = 10
+) -> dict[str, Any]:
+    """Results of a fleet of `present` simulated agents, of which `working` take part in rounds.
+
+    `kilobytes`: the size of the model.
+    """
     raise_open_file_limit()
     with fleet(folder) as site:
         site.up()
-        return asyncio.run(_Load(site, present, working).measured(rounds))
+        return asyncio.run(_Load(site, present, working, kilobytes).measured(rounds))
 
 
 class _Load:
     """A coordinator with its simulated agents."""
 
-    def __init__(self, site: Fleet, present: int, working: int) -> None:
+    def __init__(self, site: Fleet, present: int, working: int, kilobytes: int) -> None:
         self._site, self._remote = site, Remote(site.home)
         self._tally = Tally()
         context = ssl.create_default_context(cafile=str(site.home / "ca.pem"))
@@ -51,7 +56,11 @@ class _Load:
         self._working = self._peers[:working]
         self._coordinator = psutil.Process(site.programs["up"].process.pid)
         self._broker = self._coordinator.children()[0]
-        self._found: dict[str, Any] = {"present": present, "working": working}
+        self._found: dict[str, Any] = {
+            "present": present,
+            "working": working,
+            "kilobytes": kilobytes,
+        }
 
     async def measured(self, rounds: int) -> dict[str, Any]:
         ticket = tickets.decode(await asyncio.to_thread(self._site.ticket, len(self._peers)))
@@ -109,9 +118,9 @@ class _Load:
             if shown[p.peer].presence_seq == p.said[0]
         )
         self._found[f"presence_{name}"] = {
-            "p50_s": statistics.median(took),
-            "p99_s": took[min(len(took) - 1, int(len(took) * 0.99))],
-            "most_s": took[-1],
+            "p50_s": statistics.median(took) if took else None,
+            "p99_s": took[min(len(took) - 1, int(len(took) * 0.99))] if took else None,
+            "most_s": took[-1] if took else None,
             "count": len(took),
             "never_seen": len(late),
         }
@@ -127,7 +136,15 @@ class _Load:
 
     async def _rounds(self, rounds: int) -> None:
         before = self._cpu()
-        words = ("run", "start", "ping", "--set", "kilobytes=10", "--rounds", str(rounds + 1))
+        words = (
+            "run",
+            "start",
+            "ping",
+            "--set",
+            f"kilobytes={self._found['kilobytes']}",
+            "--rounds",
+            str(rounds + 1),
+        )
         quorum = ("--quorum", str(len(self._working)), "--follow", "--json")
         program = self._site.background("run", *words, *quorum)
         began = time.time()
@@ -139,7 +156,8 @@ class _Load:
         finally:
             probing.cancel()
             program.kill()
-        (told,) = await asyncio.to_thread(self._remote.runs)
+        (listed,) = await asyncio.to_thread(self._remote.runs)  # without contributors
+        told = await asyncio.to_thread(self._remote.run, listed.id)
         measured = told.history[1:]
         self._found |= {
             "finished": told.state == "finished",

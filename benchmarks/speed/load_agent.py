@@ -48,6 +48,7 @@ from protocols.messages.envelope import Presence
 from protocols.messages.mqtt import KEEPALIVE_S, SequencedSigner
 from protocols.messages.states import PeerState
 from protocols.messages.work import (
+    INLINE_MAX_BYTES,
     POLL_PATH,
     SIGNED_CLAIM,
     SIGNED_WORK,
@@ -59,6 +60,8 @@ from protocols.messages.work import (
 from protocols.model import schema_card, weights
 
 _POLL_S = 15.0
+#: Agents with one IP address. The coordinator limits the connections of each.
+_PER_ADDRESS = 2000
 
 
 class TurnedAway(Exception):
@@ -92,7 +95,11 @@ class StandIn:
         self.name = f"load{number:04}"
         self._tally = tally
         # Like the agent's pool, it opens the second only while the first is busy.
-        self._http, self._second = (Http(*where, expiry_s=IDLE_CONNECTION_S) for _ in range(2))
+        site = number // _PER_ADDRESS
+        self._source = f"127.0.0.{1 + site}" if site else ""
+        self._http, self._second = (
+            Http(*where, expiry_s=IDLE_CONNECTION_S, source=self._source) for _ in range(2)
+        )
         self._tls = where[2]
         self._sign_key, self._node_key = identity.new_signing_key(), identity.new_node_key()
         self._node_public = b64encode(public_key_to_bytes(self._node_key.public_key())).decode()
@@ -149,6 +156,7 @@ class StandIn:
             (self._topic, self._voice.seal(self._topic, gone)),
             KEEPALIVE_S,
             topics.command(fleet, self.peer),
+            self._source,
         )
         self.say()
         self._tasks.append(asyncio.create_task(self._keep_saying()))
@@ -246,7 +254,11 @@ class StandIn:
         if work.kind == "describe":
             claim = msgspec.structs.replace(claim, digest=digest, nbytes=len(data), num_examples=0)
         elif data:
-            self._attached = data  # small updates are sent with the answer
+            if len(data) <= INLINE_MAX_BYTES:
+                self._attached = data  # small updates are sent with the answer
+            else:
+                path = f"/cw/v1/updates/{digest}?run={work.run}"
+                await self._ask("PUT", path, data, {"x-cw-offset": "0"}, digest)
             claim = msgspec.structs.replace(claim, digest=digest, nbytes=len(data))
         payload, signature = SIGNED_CLAIM.seal(claim, self._sign_key.sign)
         self.say()
@@ -293,9 +305,14 @@ class StandIn:
     # --- requests ---
 
     async def _ask(
-        self, method: str, path: str, body: bytes, more: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        more: dict[str, str] | None = None,
+        digest: str = "",
     ) -> bytes:
-        digest = hashlib.sha256(body).hexdigest()
+        digest = digest or hashlib.sha256(body).hexdigest()
         sender = getattr(self, "peer", "")
         headers = {}
         if sender:

@@ -20,10 +20,16 @@ class Answer(NamedTuple):
 
 
 class Http:
-    """A keep-alive connection, reopened after `expiry_s` without use, like httpx."""
+    """A keep-alive connection, reopened after `expiry_s` without use, like httpx.
 
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext, expiry_s: float) -> None:
+    `source`: the IP address that it comes from; empty for the usual one.
+    """
+
+    def __init__(
+        self, host: str, port: int, tls: ssl.SSLContext, expiry_s: float, source: str = ""
+    ) -> None:
         self._host, self._port, self._tls, self._expiry_s = host, port, tls, expiry_s
+        self._source = (source, 0) if source else None
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._used = 0.0
         self._lock = asyncio.Lock()
@@ -48,7 +54,9 @@ class Http:
         if self._streams and time.monotonic() - self._used > self._expiry_s:
             self.close()
         if self._streams is None:
-            self._streams = await asyncio.open_connection(self._host, self._port, ssl=self._tls)
+            self._streams = await asyncio.open_connection(
+                self._host, self._port, ssl=self._tls, local_addr=self._source
+            )
         return self._streams
 
     @property
@@ -86,9 +94,13 @@ class Mqtt:
         will: tuple[str, bytes],
         keepalive_s: int,
         topic: str,
+        source: str = "",
     ) -> None:
         """Log in and subscribe to `topic`. Raises OSError, IncompleteReadError."""
-        self._reader, self._writer = await asyncio.open_connection(where[0], where[1], ssl=where[2])
+        host, port, tls = where
+        self._reader, self._writer = await asyncio.open_connection(
+            host, port, ssl=tls, local_addr=(source, 0) if source else None
+        )
         # User, password, retained will at QoS 1, clean session.
         body = _text("MQTT") + bytes((4, 0b11101110)) + struct.pack(">H", keepalive_s)
         body += _text(client_id) + _text(will[0]) + _bytes(will[1])

@@ -60,16 +60,14 @@ class RunRecorder:
             self._timer.mark(event)
         bodies = [run_events.encode(event) for event in events]
         append = partial(self._ctx.ledger.append, self.run.id, bodies)
-        is_away = False
         while True:
             try:
-                # A database that hangs may hang again, and other requests need the event loop.
-                await asyncio.to_thread(append) if is_away else append()
+                # A database may hang, and other requests need the event loop.
+                await asyncio.to_thread(append) if self._ctx.ledger.is_remote else append()
                 break
             except DiskFull as err:
                 await self.wait_for_space(err)
             except StorageUnreachable as err:
-                is_away = True
                 await self.wait_for_storage(err)
         failpoint("run.recorded", type(events[-1]).__name__)
         for event in events:

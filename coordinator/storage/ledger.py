@@ -32,6 +32,9 @@ class Entry(NamedTuple):
 class Ledger(Protocol):
     """Append and read entries. Thread-safe. Numbers begin with 1 and have no gaps."""
 
+    #: True if an append may take seconds: the event loop leaves it to a thread.
+    is_remote: bool
+
     @property
     def term(self) -> int:
         """Higher than that of every process that has led before this one; 0 for a file."""

@@ -151,12 +151,12 @@ class LeaseKeeper:
             except (psycopg.Error, CommonweightError) as err:
                 if db is not None:  # once; `append` says it, too
                     log.warning("the lease cannot be renewed: %s", postgres_session.first_line(err))
-                    db.close()
+                    postgres_session.close(db)
                 db = None
                 if self._lease.is_expired:
                     self._on_expired()
         if db is not None:
-            db.close()
+            postgres_session.close(db)
 
     def stop(self) -> None:
         """End the thread. It does not wait for a connection that hangs."""

@@ -62,6 +62,8 @@ class PostgresLedger:
     and takes the lease: HomeLocked if another process keeps it. `patient`: wait for the lease.
     """
 
+    is_remote = True
+
     def __init__(
         self, address: str, fleet: str, *, read_only: bool = False, patient: bool = False
     ) -> None:
@@ -71,8 +73,7 @@ class PostgresLedger:
         self._lock, self._lease, self._keeper = threading.Lock(), Lease(), None
         self._head: tuple[int, bytes] = (0, START)
         self._recent: tuple[Entry, ...] = ()
-        #: The group whose commit was not acknowledged; groups that were committed all the same,
-        #: by subject, until their callers ask for them again.
+        #: The group whose commit was not acknowledged; by subject, those found committed since.
         self._doubtful: _Group | None = None
         self._unclaimed: dict[str, tuple[bytes, ...]] = {}
         self._db: Connection[Any] | None = postgres_session.connect(address)
@@ -137,8 +138,7 @@ class PostgresLedger:
     def _insert(self, subject: str, bodies: Sequence[bytes]) -> None:
         import psycopg
 
-        (seq, head), now = self._head, time.time()
-        entries = []
+        (seq, head), now, entries = self._head, time.time(), list[Entry]()
         for body in bodies:
             seq, head = seq + 1, chain(head, now, subject, body)
             entries.append(Entry(seq, now, subject, body, head))
@@ -216,10 +216,10 @@ class PostgresLedger:
                 self._lease.retake(db)
                 self._settle(db)
         except psycopg.Error as err:
-            db.close()
+            postgres_session.close(db)
             raise self._disconnect(err) from err
         except BaseException:
-            db.close()
+            postgres_session.close(db)
             raise
         log.info("the ledger %s answers again", shown(self._address))
         self._db = db
@@ -247,7 +247,7 @@ class PostgresLedger:
 
     def _disconnect(self, err: BaseException) -> LedgerUnreachable:
         if self._db is not None:
-            self._db.close()
+            postgres_session.close(self._db)
             self._db = None
         text = f"the ledger {shown(self._address)} does not answer: {first_line(err)}"
         log.warning("%s", text)
@@ -343,7 +343,7 @@ class PostgresLedger:
                 with contextlib.suppress(psycopg.Error):  # then the lease expires
                     if not self._lease.is_expired:
                         self._lease.release(self._db)
-                self._db.close()
+                postgres_session.close(self._db)
                 self._db = None
 
 

@@ -65,6 +65,8 @@ _RIGHTS = {
 }
 #: Held while tables are created, so that two starts do not create them twice.
 _CREATION = 0x636F6D6D
+#: Otherwise `hang_up` could end another connection, which has got the number of a closed one.
+_ending = threading.Lock()
 #: A new connection is usable within this time after it was opened.
 _SET_WITHIN_S = 3.0
 
@@ -119,7 +121,7 @@ def connect(address: str) -> Connection[Any]:
                 db.execute("SET synchronous_commit = on")
             db.execute("SET lock_timeout = '5s'")
     except psycopg.Error as err:
-        db.close()
+        close(db)
         raise Unreachable(f"the ledger {shown(address)} does not answer: {err}") from err
     return db
 
@@ -143,10 +145,16 @@ def hang_up(db: Connection[Any] | None) -> None:
     """End a connection from another thread: its statement, if any, raises psycopg.Error."""
     if db is None:
         return
-    with contextlib.suppress(Exception):  # it may be closed by now
+    with _ending, contextlib.suppress(Exception):  # it may be closed by now
         hung = socket.socket(fileno=os.dup(db.fileno()))
         hung.shutdown(socket.SHUT_RDWR)
         hung.close()
+
+
+def close(db: Connection[Any]) -> None:
+    """Close a connection that another thread may be ending."""
+    with _ending:
+        db.close()
 
 
 def _keyring_password(address: str) -> str:

@@ -23,7 +23,7 @@ class SqliteLedger:
     one writer. Not `synced` (simulations): a power cut may take the newest entries.
     """
 
-    term = 0
+    is_remote, term = False, 0
 
     def __init__(self, path: Path, *, read_only: bool = False, synced: bool = True) -> None:
         self._path = path

@@ -11,6 +11,7 @@ from typing import IO
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from coordinator.transport.http_connection import LimitedHttpProtocol, connection_of
 from protocols.local.atomic_files import write_all
 from protocols.local.early_writeback import EarlyWriteback
 
@@ -18,9 +19,13 @@ from protocols.local.early_writeback import EarlyWriteback
 _SMALL_BYTES = 16 * 1024
 #: Pieces of at most 64 KB that may wait for the thread.
 _MAX_WAITING = 32
+#: Of all uploads together. A thousand at once would take gigabytes.
+_MAX_WAITING_BYTES = 64 * 1024 * 1024
 #: Read and encrypted at a time. Other connections are served after each piece. In pieces of
 #: 1 MB, a download of 40 MB took 10 to 16 % longer.
 _PIECE_BYTES = 256 * 1024
+#: While more files than this are sent at once, each takes less memory: asyncio buffers 512 KB.
+_FEW_FILES, _MANY_PIECE_BYTES = 32, 64 * 1024
 
 
 class UploadWriter:
@@ -28,6 +33,9 @@ class UploadWriter:
 
     A full queue slows the sender down. Nothing is written after `is_current` returns False.
     """
+
+    #: Bytes that wait for a thread, of all uploads.
+    _total_bytes = 0
 
     def __init__(self, file: IO[bytes], is_current: Callable[[], bool]) -> None:
         self._file, self._is_current = file, is_current
@@ -53,9 +61,11 @@ class UploadWriter:
             self._write([piece])
             return
         self._waiting.append(piece)
+        UploadWriter._total_bytes += len(piece)
+        is_full = UploadWriter._total_bytes > _MAX_WAITING_BYTES
         if self._writing is None:
             self._writing = asyncio.create_task(self._write_waiting())
-        elif self._writing.done() or len(self._waiting) >= _MAX_WAITING:
+        elif is_full or self._writing.done() or len(self._waiting) >= _MAX_WAITING:
             await self.flush()
 
     async def flush(self) -> None:
@@ -65,17 +75,21 @@ class UploadWriter:
             try:
                 await writing
             finally:
-                rest, self._waiting = self._waiting, []
+                rest = self._take_waiting()
             self._write(rest)
 
     def write_now(self, piece: memoryview) -> None:
         """Write the next bytes in this thread, after a `flush`. Raises OSError."""
         self._write([piece])
 
+    def _take_waiting(self) -> list[bytes]:
+        taken, self._waiting = self._waiting, []
+        UploadWriter._total_bytes -= sum(map(len, taken))
+        return taken
+
     async def _write_waiting(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting, []
-            await asyncio.to_thread(self._write, batch)
+            await asyncio.to_thread(self._write, self._take_waiting())
 
     def _write(self, batch: Sequence[bytes | memoryview]) -> None:
         for piece in batch:
@@ -89,18 +103,35 @@ class UploadWriter:
 class WholeFileResponse(Response):
     """Sends a whole file. Starlette's FileResponse uses a thread for each 64 KB."""
 
+    #: Files that are being sent.
+    _num_sending = 0
+
     def __init__(self, path: Path, size: int) -> None:
         super().__init__(media_type="application/octet-stream")
         self.headers["content-length"] = str(size)
         self._path, self._size = path, size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._path.open("rb", buffering=0) as file:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            left = self._size
-            while left > 0:
-                if not (piece := file.read(min(left, _PIECE_BYTES))):
-                    return  # the file is shorter than announced: uvicorn closes the connection
-                left -= len(piece)
-                await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
-                await asyncio.sleep(0)
+        WholeFileResponse._num_sending += 1
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                await send(head)
+                await self._send_body(file, connection_of(scope), send)
+        finally:
+            WholeFileResponse._num_sending -= 1
+
+    async def _send_body(
+        self, file: IO[bytes], connection: LimitedHttpProtocol | None, send: Send
+    ) -> None:
+        left, size = self._size, _PIECE_BYTES
+        while left > 0:
+            if size == _PIECE_BYTES and WholeFileResponse._num_sending > _FEW_FILES:
+                size = _MANY_PIECE_BYTES
+                if connection is not None:
+                    connection.transport.set_write_buffer_limits(size)
+            if not (piece := file.read(min(left, size))):
+                return  # the file is shorter than announced: uvicorn closes the connection
+            left -= len(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
+            await asyncio.sleep(0)

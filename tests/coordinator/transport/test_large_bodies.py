@@ -6,14 +6,16 @@ import hashlib
 import http.client
 import os
 import select
+import socket
 import ssl
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from coordinator.transport import tls_offload
+from coordinator.transport import streams, tls_offload
 from coordinator.transport.weights import OFFSET
 from tests.support.https_site import Machine, Site
 from tests.support.waiting import wait_for
@@ -149,3 +151,39 @@ def test_a_reader_that_pauses_receives_the_rest(
     wait_for(lambda: served.transfer.bytes_down >= len(body))  # counted when the response starts
     wait_for(lambda: select.select([wire.sock], [], [], 0)[0])
     assert wire.getresponse().read() == body
+
+
+def test_many_downloads_at_once_take_little_memory(
+    served: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of clients that do not read. Otherwise asyncio buffers 512 KB and a piece for each."""
+    monkeypatch.setattr(streams, "_FEW_FILES", 4)
+    version = os.urandom(16 * 1024 * 1024)
+    digest = hashlib.sha256(version).hexdigest()
+    served.lane.version_path(digest).write_bytes(version)
+    path, machine = f"/cw/v1/weights/{digest}", served.enroll()
+    tls = ssl.create_default_context(cadata=served.ca_pem.decode())
+    host, port = served.address.split(":")
+    clients = []
+    tracemalloc.start()
+    try:
+        for _ in range(48):
+            plain = socket.socket()
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+            plain.connect((host, int(port)))
+            client = tls.wrap_socket(plain, server_hostname=host)
+            clients.append(client)
+            head = [f"GET {path} HTTP/1.1", f"host: {host}"]
+            head += [f"{name}: {value}" for name, value in machine.headers("GET", path).items()]
+            client.sendall("\r\n".join((*head, "", "")).encode())
+        sending = streams.WholeFileResponse
+        wait_for(lambda: sending._num_sending == len(clients), "all are being sent")
+        before = -1
+        while before != (before := tracemalloc.get_traced_memory()[0] >> 20):  # it has come to rest
+            time.sleep(1)
+        assert tracemalloc.get_traced_memory()[1] < 48 * 300 * 1024
+    finally:
+        tracemalloc.stop()
+        for client in clients:
+            client.close()
+    wait_for(lambda: sending._num_sending == 0, "the connections are closed")
