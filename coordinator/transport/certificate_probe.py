@@ -12,15 +12,38 @@ async def served_certificate(ip: str, port: int, timeout_s: float) -> bytes | No
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the caller compares the certificate with ours
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)
     try:
         async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
+            _, writer = await asyncio.open_connection(_local(ip), port, ssl=context)
     except OSError:  # TimeoutError is one
         return None
     served: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.transport.abort()
     return served
+
+
+async def is_blocked(ip: str, port: int, timeout_s: float) -> bool:
+    """True if the server at a port neither does a handshake nor closes the connection in time.
+
+    One that closes it is at a limit of its connections, and works.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(_local(ip), port, ssl=context)
+    except (TimeoutError, ConnectionRefusedError):
+        return True
+    except OSError:  # an end of the connection in the handshake is one
+        return False
+    writer.transport.abort()
+    return False
+
+
+def _local(ip: str) -> str:
+    """Where this machine reaches a server that listens on this address."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)
 
 
 def first_certificate(path: Path) -> bytes:

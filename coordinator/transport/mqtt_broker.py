@@ -27,7 +27,11 @@ from typing import IO
 
 import tomli_w
 
-from coordinator.transport.certificate_probe import first_certificate, served_certificate
+from coordinator.transport.certificate_probe import (
+    first_certificate,
+    is_blocked,
+    served_certificate,
+)
 from coordinator.transport.mqtt_access import Login, OnRefused, Passwords, Role
 from coordinator.transport.ports import listen_error, listenable
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
@@ -300,7 +304,7 @@ class EmbeddedBroker:
     async def _wait_until_down(self) -> str:
         """Wait until the child has ended or does not accept connections. Returns the reason."""
         probe_s = self._stuck_after_s / 3
-        probe: asyncio.Task[bytes | None] | None = None
+        probe: asyncio.Task[bool] | None = None
         next_probe = time.monotonic() + probe_s
         try:
             while self._process is not None:
@@ -308,10 +312,10 @@ class EmbeddedBroker:
                     return f"the MQTT broker ended (status {status})"
                 if probe is None and time.monotonic() >= next_probe:
                     probe = asyncio.create_task(
-                        served_certificate(self._ip, self.port, self._stuck_after_s)
+                        is_blocked(self._ip, self.port, self._stuck_after_s)
                     )
                 elif probe is not None and probe.done():
-                    if probe.result() is None and self.running:
+                    if probe.result() and self.running:
                         await self.stop()
                         return f"the MQTT broker was blocked for {self._stuck_after_s:.0f} s"
                     probe, next_probe = None, time.monotonic() + probe_s

@@ -17,9 +17,11 @@ import pytest
 from coordinator.daemon.brokers import make_broker
 from coordinator.storage import settings
 from coordinator.storage.settings import PORT, Settings
+from coordinator.transport import certificate_probe, mqtt_broker
 from coordinator.transport.external_broker import ExternalBroker
 from coordinator.transport.mqtt_access import Passwords
 from coordinator.transport.mqtt_broker import EmbeddedBroker
+from coordinator.transport.mqtt_gate import MAX_WAITING
 from protocols.errors import CommonweightError, HomeError, PortInUse, UsageError
 from tests.support.mqtt_fleet import HOST, Site, rogue, running, started
 from tests.support.waiting import until
@@ -154,6 +156,33 @@ async def test_a_blocked_child_is_started_again(site: Site) -> None:
             assert "was blocked" in changes[1][1]
             assert await _logs_in(site, broker)
     finally:
+        await broker.stop()
+
+
+async def test_a_full_broker_is_not_taken_for_a_blocked_one(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closes connections over a limit, also those of the probe."""
+    broker = site.broker(stuck_after_s=3.0)
+    await broker.start()
+    changes: list[tuple[bool, str]] = []
+    probes: list[bool] = []
+
+    async def probe(ip: str, port: int, timeout_s: float) -> bool:
+        probes.append(await certificate_probe.is_blocked(ip, port, timeout_s))
+        return probes[-1]
+
+    monkeypatch.setattr(mqtt_broker, "is_blocked", probe)
+    waiting = [socket.create_connection((HOST, broker.port)) for _ in range(MAX_WAITING)]
+    try:
+        assert await certificate_probe.served_certificate(HOST, broker.port, 3.0) is None
+        async with running(lambda: broker.supervise(lambda up, why: changes.append((up, why)))):
+            await until(lambda: len(probes) >= 2)
+        assert not any(probes)
+        assert changes == [(True, "")]
+    finally:
+        for connection in waiting:
+            connection.close()
         await broker.stop()
 
 
