@@ -219,7 +219,7 @@ async def test_an_observer_reads_why_and_is_not_refused_again(
 async def test_the_jobs_page_shows_what_each_peer_does() -> None:
     async with running(busy(), size=(140, 40)) as (app, pilot):
         await pilot.press("4")
-        await until(pilot, lambda: "✕ takes no part: its owner lets" in screen_text(app))
+        await until(pilot, lambda: "✕ takes no part: its owner does not" in screen_text(app))
         assert "north                 ● working          9       1    20,480" in screen_text(app)
 
 
