@@ -19,6 +19,8 @@ from protocols.analytics.syntax import format_number
 from protocols.errors import BadMessage, SecureRefused
 from protocols.privacy.question_layout import Item, Layout, items_of, rows_of, told_by
 
+#: Before the column of events, in counts by time.
+_AND = "and "
 #: By peer, the rows of its own that a sum is over, as sorted pairs.
 SumRows = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 
@@ -32,7 +34,7 @@ class About(NamedTuple):
     @property
     def is_count(self) -> bool:
         """True for numbers of rows with a value, which conditions and groups count too."""
-        return self.of.startswith("=")
+        return self.of.startswith(("=", _AND))
 
 
 #: Numbers of rows.
@@ -91,7 +93,7 @@ def _sums_of(
         yield About(column, f"={item.level} of {bins}"), _pick(rows, item.level)
     elif operation.kind == "survival":
         for number in range(item.size):
-            yield About(column, f"and {operation.columns[1]}"), _pick(rows, str(number))
+            yield About(column, _AND + operation.columns[1]), _pick(rows, str(number))
     else:
         for place, column in enumerate(operation.columns):
             yield About(column), _pick(rows, "")

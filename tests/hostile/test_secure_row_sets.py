@@ -104,6 +104,23 @@ def test_a_bin_of_one_peer_is_empty(tmp_path: Path) -> None:
     refused(site, ("count", "age >= 40 and age < 70 and ward != 'X'"))
 
 
+@pytest.mark.parametrize(
+    "condition", ["died == 1 and months < 32", "months < 32", "died == 0 and months >= 16"]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_time_bins_less_a_condition_are_not_of_one_peer(
+    tmp_path: Path, condition: str, turned: bool
+) -> None:
+    """Attack: subtract numbers of rows under a condition from those of the time bins."""
+    parts = [rows(n, some, 120) for n, some in enumerate(("ABX", "AB", "AB", "AB"))]
+    for row in (row for part in parts for row in part):
+        row |= {"months": row["salary"] % 60, "died": row["salary"] // 60 % 2}
+    site = SecureTables(tmp_path, parts)
+    survival, count = ("survival(months, died, 64)", ""), ("count", f"{condition} and ward != 'X'")
+    site.ask(*(count if turned else survival))
+    refused(site, survival if turned else count)
+
+
 @pytest.mark.parametrize("asked", ["model", "cov(salary, flag)", "sum(flag)"])
 def test_a_category_of_one_peer_is_in_no_sum(tmp_path: Path, asked: str) -> None:
     """Attack: ask for a model with a category that rows of one peer alone have, or for sums with a
