@@ -41,7 +41,7 @@ CASES = (
     Case(2, "sparse2:64", 200),
     Case(16, "int8", 400),
     Case(2, "int8", 1100),
-    Case(2, "int8", 300, 4),
+    Case(2, "int8", 300, 5),
     Case(2, "int8", 400),
 )
 
