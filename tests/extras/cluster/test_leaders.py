@@ -119,7 +119,7 @@ def test_an_agent_refuses_the_past_of_a_former_leader(fleet: Pair) -> None:
         on_fork=said.append,
         on_note=said.append,
     )
-    with pytest.raises(FormerLeader, match=f"of term {term}"):
+    with pytest.raises(FormerLeader, match=f"has term {term}"):
         replica.follow(head, wire.LogPage(start=0, before=wire.START))
     replica.store.close()
     assert not said
