@@ -196,7 +196,7 @@ def test_an_update_of_columns_that_were_taken_back_is_not_masked(room: Room) -> 
     """Attack: have a peer mask what it trained before its owner took columns back."""
     state = shared(room)
     room.first.owner = replace(room.first.owner, data_columns=("age",))
-    with refused(room.first, CommonweightError, "has changed the columns"):
+    with refused(room.first, CommonweightError, "changed the columns"):
         room.step(room.first, asked(state, room.first))
 
 
