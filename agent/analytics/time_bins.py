@@ -1,6 +1,6 @@
 """The time bins of earlier answers about survival, which later answers about the same can use.
 
-Bins of a group by itself and bins of all rows can, subtracted, describe a few rows. Those that were
+Bins of a group alone and bins of all rows can, subtracted, describe a few rows. Those that were
 told before never do: the rows of a group in such a bin are a sum or a difference of what was told.
 """
 

@@ -17,7 +17,7 @@ _MAX_FETCHES = 4
 
 
 class VersionCache:
-    """Fetches a version from the store when it is asked for, once for all who ask meanwhile.
+    """Fetches a version from the store when it is asked for, once for all who wait for it.
 
     For one event loop. The folder is the cache's own: it is empty at the start.
     """

@@ -164,7 +164,7 @@ class WeightTransfer:
                 return Response(status_code=400)  # the upload can be resumed
             _check_enrolled(auth, node, part)
             if not part.is_current():
-                self._check_run(node, _run_of(request))  # it may have ended meanwhile
+                self._check_run(node, _run_of(request))  # it may have ended since
                 return JSONResponse({"have": 0}, status_code=409)
             if not self.limits.max_bytes_of(node):  # its unit or run has ended
                 part.delete()
