@@ -18,7 +18,7 @@ from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
-LONG = ("mnist", "--rounds", "2", "--quorum", "1", "--set", "epochs=400")
+LONG = ("mnist", "--rounds", "2", "--quorum", "1", "--set", "epochs=150")
 
 
 def test_on_battery_it_stands_still_says_so_and_loses_nothing(tmp_path: Path) -> None:
