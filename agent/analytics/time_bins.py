@@ -39,7 +39,7 @@ class TimeBins:
         return [tuple(json.loads(edges)) for (edges,) in rows]
 
     def remember(self, question: Query, cells: Iterable[Cell]) -> None:
-        """Note the bins of what is told: of answers about survival, and of Cox models."""
+        """Note the bins of an answer: of survival, and of Cox models."""
         told = [*cells]
         for place, operation in enumerate(question.operations):
             states = (cell.states[place] for cell in told)

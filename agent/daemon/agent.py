@@ -133,7 +133,7 @@ class Agent:
         self._sessions.when_key_changes(self._use_new_key)
         self._owner_commands.on_restart = self._restart
         self._sessions.followed = self._log
-        self._sessions.restart_is_due = self._policy.restart_is_due
+        self._sessions.restart_is_due = lambda: self._policy.must_restart
         self._sessions.ended_runs = EndedRuns(self._runner, self._work.trainers)
         self._gossip.own_seen, self._gossip.on_seen = self._log.last_seen, self._log.offer
         self._log.on_fork = lambda text: self._runner.call_threadsafe(self._on_fork, text)

@@ -37,8 +37,6 @@ class PolicyLoop:
         self._ctx, self._sensors, self._make_room = ctx, sensors, make_room
         self._owner = LiveSettings(ctx.home)
         self._settings = self._owner()
-        #: A setting in the file that all parts read at their start has changed.
-        self.must_restart = False
         self._at_start = _start_settings(self._settings)
         #: The settings that were compared with these last, and whether they differ.
         self._compared, self._differs = self._settings, False
@@ -64,8 +62,9 @@ class PolicyLoop:
         bandwidth.passed_on(nbytes)
         return True
 
-    def restart_is_due(self) -> bool:
-        """True if the settings in the file need a restart. `must_restart` follows with `reload`."""
+    @property
+    def must_restart(self) -> bool:
+        """A setting in the file that all parts read at their start has changed."""
         if (chosen := self._owner()) is not self._compared:
             self._compared, self._differs = chosen, _start_settings(chosen) != self._at_start
         return self._differs
@@ -80,7 +79,6 @@ class PolicyLoop:
         self._overrides = overrides
         if (chosen := self._owner()) is not self._settings:
             self._settings, changed = chosen, True
-            self.must_restart = self.restart_is_due()
             when = "after the current work" if self.must_restart else "now"
             log.info("the changed settings apply %s", when)
         if changed:

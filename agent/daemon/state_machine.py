@@ -278,7 +278,7 @@ def availability(state: AgentState) -> tuple[float, float]:
 
 def display_state(state: AgentState) -> tuple[PeerState, str]:
     """State and reason as presence and `status` show them."""
-    if state.pauses and PauseReason.FORK in state.pauses:
+    if PauseReason.FORK in state.pauses:
         return PeerState.ERROR, PauseReason.FORK
     if is_paused(state):
         reasons = [

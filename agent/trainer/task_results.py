@@ -30,8 +30,8 @@ def check_tensors(tensors: Mapping[str, Array], schema: Schema) -> Weights:
 def count_examples(task: Task, settings: Settings, data: DataSettings) -> tuple[int, int]:
     """The examples that `task` trains on and holds out, if this peer may tell them now; else 0.
 
-    How many rows of a remembered table are left is told with the answers that depend on them, as
-    those are compared with earlier ones.
+    The number of rows left in a remembered table leaves only with the answers that depend on them,
+    as those are compared with earlier ones.
     """
     remembers = bool(data.memory) and isinstance(task, KnowsRows)
     if remembers or not isinstance(task, CountsExamples):

@@ -36,7 +36,7 @@ class DownloadReplica:
         self.rests_until = 0.0
 
     def fail(self, err: CommonweightError) -> None:
-        """Do not choose it for a while. Wrong bytes are told to the owner.
+        """Do not choose it for a while. The owner reads of wrong bytes in the log.
 
         An address that does not answer is usual: it is that of the replica that leads.
         """

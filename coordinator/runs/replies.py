@@ -23,7 +23,7 @@ _OWNERS_NEED_NOT_KNOW = frozenset({"late", "replay", "not asked", TOO_STALE})
 
 
 class Replies:
-    """The replies to the requests of one run. The owner of a peer is told why one is refused."""
+    """The replies to the requests of one run. The owner of a peer reads why one is refused."""
 
     def __init__(self, parts: RunParts, sums: SecureSums, rounds: Rounds) -> None:
         self._parts, self._ctx, self._sums, self._rounds = parts, parts.ctx, sums, rounds

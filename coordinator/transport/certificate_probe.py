@@ -9,17 +9,10 @@ from pathlib import Path
 
 async def served_certificate(ip: str, port: int, timeout_s: float) -> bytes | None:
     """The certificate (DER) that a port here serves, or None without a handshake in time."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # the caller compares the certificate with ours
     try:
-        async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(_local(ip), port, ssl=context)
+        return await _shake_hands(ip, port, timeout_s)
     except OSError:  # TimeoutError is one
         return None
-    served: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    writer.transport.abort()
-    return served
 
 
 async def is_blocked(ip: str, port: int, timeout_s: float) -> bool:
@@ -27,23 +20,26 @@ async def is_blocked(ip: str, port: int, timeout_s: float) -> bool:
 
     One that closes it is at a limit of its connections, and works.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
     try:
-        async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(_local(ip), port, ssl=context)
+        await _shake_hands(ip, port, timeout_s)
     except (TimeoutError, ConnectionRefusedError):
         return True
     except OSError:  # an end of the connection in the handshake is one
         return False
-    writer.transport.abort()
     return False
 
 
-def _local(ip: str) -> str:
-    """Where this machine reaches a server that listens on this address."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)
+async def _shake_hands(ip: str, port: int, timeout_s: float) -> bytes | None:
+    """The certificate (DER), unverified: the caller compares it with ours. Raises OSError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)
+    async with asyncio.timeout(timeout_s):
+        _, writer = await asyncio.open_connection(host, port, ssl=context)
+    served: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.transport.abort()
+    return served
 
 
 def first_certificate(path: Path) -> bytes:

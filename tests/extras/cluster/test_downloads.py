@@ -1,4 +1,4 @@
-"""A replica that waits sends versions to the members of the ledger, and to nobody else."""
+"""A replica that waits sends versions to the members of the ledger alone."""
 
 from __future__ import annotations
 
