@@ -60,11 +60,11 @@ def answer_question(
     """The encoded answer, with results or the reason for a refusal. Records it first.
 
     `asked`: by whom and how. `chosen` names the table and what
-    the owner allows; `memory` has the rows that training and earlier answers have told about.
-    Raises OSError when the answer cannot be recorded.
+    the owner allows; `memory` has the rows that training and earlier answers disclosed something
+    about. Raises OSError when the answer cannot be recorded.
     """
     data = ""
-    # One answer at a time: no other process tells of rows between the check and the record.
+    # One answer at a time: no other process discloses rows between the check and the record.
     with log.writing():
         try:
             _check(question, chosen, log)
@@ -209,7 +209,7 @@ def _number_rows(
     cells: Sequence[Places],
     figures: Sequence[Sequence[Figure]],
 ) -> tuple[tuple[FigureRows, ...], ...]:
-    """Over which rows each cell and figure is, as other peers may see it. Raises Refused."""
+    """The rows behind each cell and figure, as other peers may see them. Raises Refused."""
     over = [
         [
             {"": rows},
@@ -228,7 +228,7 @@ def _number_rows(
 
 
 def _told_cells(memory: TableMemory) -> list[ToldColumn]:
-    """Sets whose sums, of any column, answers and surveys may have told."""
+    """Sets of rows whose sums, of any column, answers and surveys may have disclosed."""
     return [ToldColumn("", rows) for rows in memory.sets.rows_of("cell", "table")]
 
 
@@ -242,7 +242,7 @@ def _tell(memory: TableMemory, cells: Sequence[Numbers], min_rows: int) -> None:
 
 
 def _move_old_sets(log: QueryLog, memory: TableMemory, numbers: Numbers) -> None:
-    """Take over what an older version has told. It knew rows by their place in the file."""
+    """Import what an older version disclosed. It identified rows by their place in the file."""
     if old := log.old_sets():
         places = (np.flatnonzero(mask) for mask in old)
         memory.sets.remember(
@@ -272,10 +272,10 @@ def _figures(
     min_rows: int,
     log: QueryLog,
 ) -> tuple[list[tuple[Figure, ...]], list[ToldColumn]]:
-    """The figures of each cell, and the sets that they tell of.
+    """The figures of each cell, and the sets of rows that they describe.
 
-    An operation is withheld in all cells if its sets may not be told after those in `known`; a
-    model is refused, with the reason. Raises Refused.
+    An operation is withheld in all cells if its sets must not be disclosed after those in `known`;
+    a model is refused, with the reason. Raises Refused.
     """
     columns: list[list[Figure]] = []
     sets: list[ToldColumn] = []

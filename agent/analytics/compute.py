@@ -37,7 +37,7 @@ _OF_NUMBERS = frozenset(
     {"sum", "mean", "var", "std", "min", "max", "cov", "corr", "quantile", "histogram"}
     | {"survival", "glm", "cox"}
 )
-#: The most groups in one answer: a column of names or keys cannot be grouped by.
+#: The most groups in one answer. A query cannot group by a column of names or keys.
 MAX_GROUPS = 2000
 
 
@@ -60,7 +60,7 @@ class Column(NamedTuple):
 class Table(NamedTuple):
     """The columns of a query. `width`: the number of all columns of the table.
 
-    `askable`: the names of those that the owner lets be asked for.
+    `askable`: the names of the columns that the owner allows in questions.
     """
 
     rows: int
@@ -158,7 +158,7 @@ def _kinds(reader: Reader, columns: Sequence[str], min_rows: int) -> dict[str, C
 class Cells(NamedTuple):
     """The rows of each group for which all conditions hold.
 
-    `indivisible`: groups of which an answer could say whether all of a few rows meet a condition.
+    `indivisible`: groups whose answer could show whether all of a few rows meet a condition.
     """
 
     rows: dict[Group, Places]
@@ -217,7 +217,7 @@ def _group(by: Sequence[Column], rows: int) -> tuple[Places, Places]:
 def _holds(condition: Condition, column: Column, cuts_of: CutsOf, min_rows: int) -> Mask:
     """A mask of the rows for which a condition holds; a missing value meets none.
 
-    Values that fewer than `min_rows` rows have are equal to none.
+    A value that fewer than `min_rows` rows have equals no value.
     """
     values, comparison = condition.values, condition.comparison
     if column.values is not None and all(isinstance(value, float) for value in values):

@@ -1,9 +1,10 @@
 """The numbers that conditions and bins may compare with: never two with few rows between. Pure.
 
-Which answers are told depends on the sizes of cells. So whoever could move a threshold freely would
-find by halving where a cell loses a row, which is that row's value: `salary < x` for five persons
-is answered from the largest of their salaries on. The thresholds of all questions divide a table
-into parts of at least `min_rows` rows. One that would make a smaller part counts as another one.
+Whether an answer is released depends on the sizes of its cells. A requester who could choose any
+threshold would find by bisection where a cell loses a row, which is that row's value: `salary < x`
+for five persons is answered from the largest of their salaries on. The thresholds of all questions
+divide a table into parts of at least `min_rows` rows. A threshold that would make a smaller part is
+replaced by another one.
 """
 
 from __future__ import annotations

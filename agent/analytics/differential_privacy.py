@@ -1,11 +1,10 @@
 """Adds noise, so that no answer reveals whether one row is in the table (Dwork et al., 2006).
 
-Noise comes on top of the disclosure rules. The numbers of the cells that these release are
-(ε, δ)-differentially private when a row is added or removed; which cells they release is not.
-ε is divided equally among the parts of a cell. Cells have different rows, so their costs do not
-add up. A cell is released only if its noisy count passes a threshold (Korolova et al., 2009); hence
-`DELTA`.
-OpenDP draws the noise, which also protects the last bits of floats.
+Noise is added after the disclosure rules. The numbers in the released cells are (ε,
+δ)-differentially private when a row is added or removed; the choice of the cells is not. ε is
+divided equally among the parts of a cell. Cells have different rows, so their costs do not add up.
+A cell is released only if its noisy count passes a threshold (Korolova et al., 2009); hence
+`DELTA`. OpenDP draws the noise, which also protects the last bits of floats.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _MAX_NOISE_SCALE = 2**50
 
 
 def check(question: Query, chosen: AgentSettings) -> None:
-    """Raise Refused or UsageError if the owner allows no such noise, or none without."""
+    """Raise Refused or UsageError if the owner does not allow this noise, or requires noise."""
     if not question.epsilon:
         if question.bounds:
             raise Refused("bounds without noise would show single values: leave the bounds out")

@@ -3,9 +3,9 @@
 Rule 1. A cell with fewer than `data_min_count` rows is withheld; its size is not told.
 Rule 2. Withheld cells have at least that many rows together, or the next smallest cell is withheld
         too. Otherwise the total, from another query, would reveal them.
-Rule 3. No sums that were ever told, added and subtracted, are about a few people (`linear_audit`).
-        A cell that differs from what earlier answers tell in fewer rows, or in none, is answered
-        for the earlier rows. A refusal there would say whether such rows exist.
+Rule 3. No disclosed sums, added and subtracted, describe a few people (`linear_audit`).
+        A cell that differs from earlier answers in fewer rows, or in none, is answered for the
+        earlier rows. A refusal would show whether such rows exist.
 Rule 4. Fewer than twice `data_min_count` rows are not divided by a condition or a grouping: the
         answer would say whether all of them meet it (`compute.find_cells`). Values that few rows
         have meet no condition, and no two thresholds have few rows between (`cut_points`).
@@ -103,7 +103,7 @@ def choose_cells(
 def check_sets(
     sets: Sequence[ToldColumn], known: Sequence[ToldColumn], min_rows: int, min_product_rows: int
 ) -> None:
-    """Raise Refused unless these sets may be told after those in `known`."""
+    """Raise Refused unless these sets may be disclosed after those in `known`."""
     new = find_new(sets, known)
     if not new:
         return
@@ -135,8 +135,8 @@ def first_allowed(
     min_rows: int,
     min_product_rows: int,
 ) -> tuple[list[Figure], list[ToldColumn]]:
-    """The first figures whose sets may be told after those in `known`, and these sets. `numbers`:
-    of the rows of the table. Raises Refused."""
+    """The first figures whose sets may be disclosed after those in `known`, and these sets.
+    `numbers`: of the rows of the table. Raises Refused."""
     refusal: Refused | None = None
     for found in tries:
         about = [

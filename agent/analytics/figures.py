@@ -161,8 +161,8 @@ def _over_values(
 
 
 def min_product_rows(table: Table, min_rows: int) -> int:
-    """The least rows of a covariance: with each other column it is an equation about the values of
-    one, and there must be more unknown values than equations."""
+    """The fewest rows of a covariance. A covariance with another column is one equation about a
+    column's values, and there must be more unknown values than equations."""
     return min_rows + table.width
 
 
@@ -200,7 +200,7 @@ def _histogram(
 
 
 def _large_enough(counts: Places, min_rows: int) -> list[int]:
-    """The places of counts that may be told: not few, and not all but few of the others."""
+    """The places of counts that may be released: not few, and not all but few of the others."""
     hidden = set(np.flatnonzero((counts > 0) & (counts < min_rows)).tolist())
     told = sorted(set(np.flatnonzero(counts).tolist()) - hidden, key=lambda i: (counts[i], i))
     while told and hidden and sum(counts[i] for i in hidden) < min_rows:
@@ -225,8 +225,8 @@ def _levels(table: Table, name: str, used: Places, min_rows: int) -> Figure:
 def _quantiles(operation: Operation, values: Floats, used: Places, min_rows: int) -> Figure:
     """Rows in buckets of at least `min_rows`, each spread evenly over the bins of its bucket.
 
-    The buckets are halves of halves of the range of all numbers, so where they end tells no value.
-    A half with fewer than `min_rows` rows gets none: they count in the other half.
+    The buckets are halves of halves of the range of all numbers, so their edges reveal no value. A
+    half with fewer than `min_rows` rows gets none: they count in the other half.
     """
     keys = stats.quantile_keys(values)
     order = np.argsort(keys, kind="stable")

@@ -32,7 +32,7 @@ from protocols.messages.decoding import decode
 from protocols.messages.jobs import Analyze, Unit
 
 TIMEOUT_S = 1800.0
-#: The folder in the home for files that it makes from the data.
+#: The folder in the home for files made from the data.
 CACHE = "analysis"
 _query = msgspec.json.Decoder(Query)
 _FAILED = "the question could not be answered; its owner sees why: commonweight-agent status"
@@ -59,8 +59,8 @@ def read_question(text: str) -> Query:
 def answer(question: Query, home: Path, asked: Asked = Asked()) -> bytes:
     """The encoded answer, after it was recorded.
 
-    Raises CommonweightError. The message of one leaves the machine; why a process failed may quote
-    a path, a setting or a value, so it is in the hint, which stays.
+    Raises CommonweightError. The message of an error leaves the machine; its hint does not. The
+    reason why a process failed may quote a path, a setting or a value, so it is in the hint.
     """
     try:
         check_installed(settings.read(home).data_reader)
@@ -83,8 +83,8 @@ def answer(question: Query, home: Path, asked: Asked = Asked()) -> bytes:
 def child_program(home: Path) -> tuple[list[str], dict[str, str]]:
     """The module that answers, and its environment. Raises TrainerFailed.
 
-    It runs in the sandbox too: it reads the data and the settings, and writes what was told. Only a
-    cluster of the owner's is a reason for connections.
+    It runs in the sandbox too: it reads the data and the settings, and records what was disclosed.
+    It gets network access only for a cluster of the owner.
     """
     chosen = settings.read(home)
     folder = home / CACHE

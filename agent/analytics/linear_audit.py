@@ -189,7 +189,7 @@ def in_span(atoms: Atoms, chosen: npt.NDArray[np.bool_]) -> bool:
 
 
 def _rank(matrix: npt.NDArray[np.bool_]) -> int:
-    """The rank modulo a prime of 31 bits, which is that over the numbers but for a freak case."""
+    """The rank modulo a 31-bit prime: with overwhelming probability the rank over the rationals."""
     return rank_of(project(np.unique(matrix, axis=0)))
 
 

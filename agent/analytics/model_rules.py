@@ -121,7 +121,8 @@ def _check_groups(values: Floats, codes: Places, min_rows: int) -> None:
 def check_spread(weights: Floats, min_rows: int) -> None:
     """Raise Refused if few rows have most of the weight, by Kish's effective number of rows.
 
-    Many rows need many: else a curve could be so steep that a sum counts rows above a threshold.
+    The number grows with the rows; else a steep curve would make a sum that counts the rows above a
+    threshold.
     """
     total, squares = weights.sum(), (weights * weights).sum()
     if not np.isfinite(total) or not np.isfinite(squares):

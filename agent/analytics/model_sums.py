@@ -1,9 +1,9 @@
 """Sums for the iterations of regression models, and what this peer refuses to sum. Pure.
 
-A model is refused with too few rows for its coefficients, for a combination of categories that few
-rows have, and for coefficients that make a few rows outweigh the others. Each question with other
-coefficients is more equations about the same values; there are fewer than rows. A refused question
-counts too, because a refusal says something about the rows.
+A model is refused if it has too few rows for its coefficients, if few rows have a combination of
+categories, or if the coefficients make a few rows outweigh the others. Each question with other
+coefficients adds equations about the same values; there must be fewer equations than rows. A
+refused question counts too, because a refusal says something about the rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""With which peers this agent has told sums about its columns. One SQLite file, fully synchronous.
+"""The sets of peers whose sums about a column this agent took part in. One SQLite file, fully
+synchronous.
 
 A sum over four peers less the same sum over three of them is what the fourth one told. So this
 agent answers about a column alone or in secure sums, never in both ways; and the sets of peers of
@@ -52,7 +53,7 @@ def file_beside(log: Path) -> Path:
 
 
 def columns_of(question: Query) -> tuple[str, ...]:
-    """What a question tells of: its columns, or "" for the number of rows alone."""
+    """What a question is about: its columns, or "" for the number of rows alone."""
     if question_layout.names_only(question):
         return ()
     return question.columns or ("",)
@@ -68,7 +69,7 @@ class PeerSets:
         self._db.close()
 
     def check_alone(self, columns: Iterable[str]) -> None:
-        """Raise Refused if something of a column was told in a secure sum."""
+        """Raise Refused if a secure sum has disclosed something about a column."""
         for name in columns:
             if self._find("sums", name):
                 raise Refused(
@@ -82,7 +83,7 @@ class PeerSets:
         self._db.executemany("INSERT OR IGNORE INTO alone VALUES (?)", [(c,) for c in columns])
 
     def check_in_sums(self, columns: Iterable[str]) -> None:
-        """Raise Refused if something of a column was told by this machine alone."""
+        """Raise Refused if an answer of this machine alone was about a column."""
         for name in columns:
             if self._find("alone", name):
                 raise Refused(
@@ -92,7 +93,7 @@ class PeerSets:
                 )
 
     def sets(self, columns: Iterable[str]) -> list[tuple[str, ...]]:
-        """The sets of peers of the sums that were told about these columns, each once."""
+        """The sets of peers of earlier sums about these columns, each once."""
         found: dict[tuple[str, ...], None] = {}
         for name in columns:
             rows = self._db.execute(
@@ -102,7 +103,8 @@ class PeerSets:
         return [*found]
 
     def number_rows(self, sets: Sequence[Numbers]) -> list[RowSet]:
-        """These sets of rows as others may see them. New ones are on disk when this returns.
+        """These sets of rows in the form that others may see. New ones are on disk when this
+        returns.
 
         Raises Refused if there are too many.
         """

@@ -56,8 +56,8 @@ CREATE TABLE IF NOT EXISTS wishes (
 _WAIT_S = 1800.0
 #: Beyond this size no new answer is given. An answer has at most 2 MiB.
 MAX_LOG_BYTES = 1 << 28
-#: Refusals and repeated answers that are kept, and the characters of their questions: whoever asks
-#: can repeat them without end.
+#: Refusals and repeated answers that are kept, and the characters of their questions: a requester
+#: can repeat them without limit.
 MAX_KEPT_REPEATS, _MAX_REPEAT_CHARS = 1000, 2000
 #: Questions that wait for the owner's decision; a new one takes the place of the oldest.
 MAX_WISHES = 100
@@ -79,7 +79,7 @@ def move_log(home: Path) -> None:
     address = f"{old.absolute().as_uri()}?mode=rw"  # never a new file
     try:
         with closing(sqlite3.connect(address, uri=True, timeout=_WAIT_S)) as db:
-            db.execute("BEGIN EXCLUSIVE")  # nobody writes, and a crash of before is made good
+            db.execute("BEGIN EXCLUSIVE")  # waits for other writers; SQLite recovers from a crash
             if old.exists() and not new.exists():
                 old.rename(new)
     except sqlite3.DatabaseError as err:  # an answer without a memory could reveal a row
@@ -90,7 +90,7 @@ def move_log(home: Path) -> None:
 
 
 class ToldColumn(NamedTuple):
-    """Rows of which something was told about `column`; empty for all columns."""
+    """Rows about which something was disclosed in `column`; empty for all columns."""
 
     column: str
     rows: Numbers
@@ -146,7 +146,7 @@ class QueryLog:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """One transaction, which no other process can write between; an error undoes it."""
+        """One transaction; other processes wait to write, and an error rolls it back."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -156,8 +156,8 @@ class QueryLog:
         self._db.execute("COMMIT")
 
     def old_sets(self) -> list[Mask]:
-        """Masks over the rows of cells that older versions have told, with the file's order of
-        then; padded to whole bytes. Newer ones are in `agent.data.disclosed_sets`."""
+        """Masks over the rows of cells that older versions disclosed, in the file's order at that
+        time; padded to whole bytes. Newer ones are in `agent.data.disclosed_sets`."""
         rows = self._db.execute("SELECT bits FROM sets").fetchall()
         return [np.unpackbits(np.frombuffer(bits, np.uint8)).astype(bool) for (bits,) in rows]
 
@@ -166,7 +166,7 @@ class QueryLog:
         self._db.execute("DELETE FROM sets")
 
     def told_figures(self) -> list[ToldColumn]:
-        """The sets of rows that figures have told of. Those of cells are in `disclosed_sets`."""
+        """The sets of rows that released figures describe; `disclosed_sets` has those of cells."""
         rows = self._db.execute("SELECT column, rows FROM told_rows ORDER BY rowid").fetchall()
         return [ToldColumn(column, unpack(packed)) for column, packed in rows]
 
@@ -304,8 +304,7 @@ class QueryLog:
     def is_allowed(self, question: Query) -> bool:
         """True if the owner has allowed this query; otherwise stores it for the owner.
 
-        What was allowed by the words of an older version, which left out part of the query, has to
-        be allowed again.
+        Older versions left out part of the query, so what was allowed then must be allowed again.
         """
         text = str(question)
         self._db.execute(
@@ -330,7 +329,8 @@ class QueryLog:
     def decide(self, digest: str, allowed: bool) -> bool:
         """Store the decision on a query, by the start of its digest.
 
-        False unless exactly one query has it: others could be made to start alike.
+        False unless exactly one query has it, because a requester can construct queries with equal
+        starts.
         """
         wishes = self._db.execute("SELECT digest FROM wishes").fetchall()
         found = [known for (known,) in wishes if known.startswith(digest)]

@@ -1,9 +1,9 @@
 """Numbers the sets of rows of secure sums, and finds sums that tell of few peers together.
 
-Peers see each other's sets as `protocols.analytics.row_sets` says. Two sums that differ in the rows
-of one peer alone tell, by their difference, the sum over these rows. So do combinations: all rows,
-less each of the groups, are the rows of the peer that has another group. So a combination of sums
-must vanish at all peers, or be left at enough of them.
+Peers see each other's sets as `protocols.analytics.row_sets` says. If two sums differ in the rows
+of one peer alone, their difference is the sum over these rows. The same holds for combinations: all
+rows, less each of the groups, are the rows of the peer that has another group. So a combination of
+sums must vanish at all peers, or be left at enough of them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def isolates_few(
     before = _Sums(known, peers)
     if not before.isolate(minimum - 1):
         return True
-    # The owner has come to trust a peer that sums were with and without.
+    # The owner began to trust a peer that only some of the sums include.
     few = min(minimum - 1, len(after.peers))
     if comb(len(after.peers), few) > _MAX_TRIES:
         return True

@@ -55,7 +55,7 @@ class _Open:
     def __init__(self, query: Query, answer: PeerAnswer) -> None:
         self.query, self.answer = query, answer
         self.layout: Layout | None = None
-        #: Over which rows the sums of some peers are, once that was asked.
+        #: The rows behind the sums of some peers, once the coordinator has asked for them.
         self.rows: dict[frozenset[str], Sums] = {}
         self.numbers: question_sums.Words | None = None
 

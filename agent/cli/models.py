@@ -67,8 +67,8 @@ class LocalModel(NamedTuple):
         return f"{self.digest[:12] or self.path.stem[:12]} of the task {self.task}{kind}"
 
     def recommended(self, use: Use) -> LocalModel:
-        """The model of the same run that is recommended on this machine, or the shared one if that
-        is wanted; itself if this machine has no other file of it."""
+        """The model of the same run that is recommended on this machine, or the shared one, as
+        `use` says. Returns this object if the machine has no other file."""
         if not self.run:
             return self
         wanted: Model | None = "shared" if use is Use.SHARED else None

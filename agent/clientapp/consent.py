@@ -83,8 +83,8 @@ def check(chosen: AgentSettings, run: str, task: str, settings: Mapping[str, Set
 
 
 def check_used(chosen: AgentSettings, task: str, used: Sequence[str]) -> None:
-    """Raise CommonweightError if the owner has taken columns from a task since it used those that
-    the patterns `used` allow."""
+    """Raise CommonweightError if the owner has withdrawn columns since the task used them. `used`:
+    the patterns of that time."""
     now = chosen.columns_of(task)
     if "*" not in now and not set(used) <= set(now):
         raise CommonweightError(

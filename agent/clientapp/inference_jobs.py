@@ -34,8 +34,8 @@ log = logging.getLogger("commonweight.agent")
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 #: The maximum expansion of a block of pictures, which are compressed already.
 _MAX_EXPANSION = 4
-#: Files of predictions for this peer's own rows; the oldest are deleted. Whoever asks can repeat a
-#: question without end.
+#: Files of predictions for this peer's own rows; the oldest are deleted. A requester can repeat a
+#: question without limit.
 MAX_PREDICTIONS = 32
 #: Folders in a block, in addition to its files.
 _SPARE_MEMBERS = 256
@@ -92,11 +92,12 @@ class InferenceJobs:
     # --- rows of this peer ---
 
     def private(self, unit: Unit) -> Result:
-        """Tells the models' metrics on this peer's rows. Raises Refused, TrainerFailed.
+        """Returns the models' metrics on this peer's rows. Raises Refused, TrainerFailed.
 
-        A model may be made so that one row decides its metrics. So what the evaluation of a run
-        has told is repeated. Of another version of a run that this peer took part in, only the
-        accuracy is told, with noise; of a model that the owner allows, all.
+        A model can be constructed so that one row decides its metrics. So metrics that the
+        evaluation of a run has disclosed are repeated. For another version of a run that this peer
+        took part in, only the accuracy is returned, with noise. For a model that the owner allows,
+        all metrics are.
         """
         question = unit.question
         assert isinstance(question, Private)
@@ -117,7 +118,7 @@ class InferenceJobs:
         return Result(jobs.encode(scores), max(score.num_examples for score in scores.values()))
 
     def _check_models(self, unit: Unit) -> None:
-        """Raise Refused if the owner lets this machine not measure one of the models."""
+        """Raise Refused if the owner does not allow an evaluation of one of the models here."""
         new = [model for model in unit.models if self._told.find(_key(unit, model)) is None]
         for model in (one for one in new if not self._is_allowed(one)):
             if self._settings().secure_min:
@@ -227,7 +228,8 @@ def _unpack_input(folder: Path, question: Scatter) -> Iterator[Path]:
 
 
 def _unzip(block: Path, rows: int) -> Path:
-    """Unpacks a zip file into a folder. Raises BadMessage for one that we would not make."""
+    """Unpacks a zip file into a folder. Raises BadMessage for one that no coordinator of ours
+    writes."""
     # Resolve links, as for the members below: the home may be a link.
     folder = block.with_suffix("").resolve()
     try:

@@ -26,7 +26,7 @@ from protocols.privacy.events import Event, Exact, Gaussian, SampledGaussian, Sh
 from protocols.privacy.private_training import PrivateTraining
 from protocols.tables.model_scores import ModelScores, is_open
 
-#: What an answer of a run is for; others tell nothing of rows.
+#: The purpose of each answer of a run; other answers disclose nothing about rows.
 _PURPOSES: dict[str, Purpose] = {
     "describe": "survey",
     "train": "training",
@@ -87,9 +87,9 @@ class PrivacyBudget:
             self._check_private(work, private)
 
     def _check_scores(self, work: Work) -> None:
-        """Raise NotAllowed for another cross-validation than the owner lets be asked for in a day.
+        """Raise NotAllowed for more cross-validations in a day than the owner allows.
 
-        Each tells metrics of this machine alone, and the coordinator chooses the settings.
+        Each discloses metrics of this machine alone, and the coordinator chooses the settings.
         """
         most = self._settings().model_choices_per_day
         if self._file is not None and self._ledger.scores_of_day(_key_of(work)) >= most:

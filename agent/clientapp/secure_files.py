@@ -22,7 +22,7 @@ from protocols.messages.work import Work
 from protocols.model.weights import file_digest
 from protocols.privacy.secagg.messages import STEPS, ReadyRequest
 
-#: Of a training's metrics and tallies, so many are summed: see `TailNames`.
+#: How many metrics and tallies of a training are summed: see `TailNames`.
 _MAX_METRICS, _MAX_TALLIES = 32, 8
 
 
@@ -38,7 +38,7 @@ def key_of_turn(made: ReadyRequest) -> str:
 
 
 def terms_of(work: Work) -> str:
-    """The digest of what all peers of a sum are asked for alike, as in `ReadyRequest`."""
+    """The digest of the request that all peers of a sum get, as in `ReadyRequest`."""
     asked = (work.task, work.seed, sorted(work.settings.items()))
     return hashlib.sha256(msgspec.json.encode(asked)).hexdigest()
 

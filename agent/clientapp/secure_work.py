@@ -82,7 +82,7 @@ class SecureWork:
             self._observer.on_sum(True)
 
     def open_sum(self) -> OpenSum | None:
-        """The sum that this peer has given a card to, and has not taken the last step of."""
+        """The sum that has this peer's card and still awaits its last step."""
         result = self._files.result()
         turn = self._turns.newest(result.run) if result is not None else None
         if turn is None or turn.told is not None:
@@ -135,7 +135,7 @@ class SecureWork:
         )
 
     def keep(self, work: Work, done: Done, columns: tuple[str, ...]) -> Done:
-        """Keep what the work gave, durably. Returns what of it is summed."""
+        """Store the result of the work durably. Returns the part that is summed."""
         self._files.keep_result(work, done, columns)
         failpoint("agent.secure.kept")
         kept = self.kept(work, columns)
@@ -233,7 +233,7 @@ class SecureWork:
         if result is None or result.key != key_of_turn(turn.ready):
             raise SecureRefused(
                 "lost",
-                "what this peer has trained in this turn is no longer on its disk",
+                "the weights that this peer trained in this turn are no longer on its disk",
                 "the run continues without this peer until the next turn",
             )
         most = max(card.examples for card in masking.cohort.cards.values())
@@ -286,7 +286,7 @@ def _request_bytes(work: Work, message: Message) -> bytes:
 
 
 def _shared_noise(done: Done) -> SharedNoise | None:
-    """What an update has of the noise that peers share; None if it has none, or its own."""
+    """This update's part of the noise that peers share; None if it has no noise, or its own."""
     added = events.decode(done.privacy) if done.privacy else ()
     shared = [one for one in added if isinstance(one, SharedGaussian)]
     if len(shared) > 1:

@@ -1,8 +1,9 @@
-"""What this machine told about models on its own rows, so that no number is told twice differently.
+"""The scores of models on this machine's rows that have left it, so that each is always the same.
 
 A metric over all held-out rows is exact, and a model can be made so that one row decides it. So a
-job (`infer --private`) repeats what the evaluations of runs have told, and tells little else
-(`inference_jobs`). SQLite in the folder `told`, mode 0600; a score is recorded before it leaves.
+job (`infer --private`) repeats what the evaluations of runs have disclosed, and discloses little
+else (`inference_jobs`). SQLite in the folder `told`, mode 0600; a score is recorded before it
+leaves.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class ToldScores:
         return None if row is None else Score(row[0], msgspec.json.decode(row[1], type=Metrics))
 
     def remember(self, key: str, origin: Origin, score: Score) -> None:
-        """Record a score before it leaves. What a run tells replaces what a job told.
+        """Record a score before it leaves. The score of a run replaces that of a job.
 
         Raises DiskFull, HomeError.
         """
@@ -74,15 +75,15 @@ class ToldScores:
     def chance(self, task: str, digest: str, count: int, right: int) -> random.Random:
         """The noise for a result of a model: equal results get equal noise.
 
-        The noise is derived from a secret in this file. If a setting without an effect, or another
-        job, gave a new draw, the mean of many draws would have little noise.
+        The noise is derived from a secret in this file. If another job, or a setting without
+        effect, led to a new draw, the mean of many draws would have little noise.
         """
         (secret,) = self._db.execute("SELECT secret FROM noise").fetchone()
         about = msgspec.json.encode([task, digest, count, right])
         return random.Random(hmac.digest(secret, about, "sha512"))
 
     def count_of_day(self) -> int:
-        """How many scores jobs have been told in the last 24 hours, without repetitions."""
+        """How many scores jobs got in the last 24 hours, without repetitions."""
         (count,) = self._db.execute(
             "SELECT COUNT(*) FROM told_scores WHERE origin = 'job' AND at > ?",
             (time.time() - _DAY_S,),
@@ -105,9 +106,9 @@ def blur(
     """The accuracy with noise, so that no model shows by it whether one row is there.
 
     A row changes the number of correct rows by 1; discrete Laplace noise of the scale `min_count`
-    makes this (1 / `min_count`)-differentially private (Ghosh et al., 2009). A loss has no bound
-    for a row, and so no noise is enough. `chance_of(count, right)` is where it is drawn from.
-    Raises Refused for a task without accuracy.
+    makes this (1 / `min_count`)-differentially private (Ghosh et al., 2009). One row can change a
+    loss without bound, so no noise is enough for it. `chance_of(count, right)` returns the random
+    numbers. Raises Refused for a task without accuracy.
     """
     accuracy = done.metrics.get("accuracy")
     if accuracy is None or not math.isfinite(accuracy):

@@ -40,7 +40,8 @@ log = logging.getLogger("commonweight.agent")
 
 #: Trains the work from the weights in a file, into a file, with the peer's own part of the model.
 Train = Callable[[Work, Path, Path, RunStatePaths | None], Done]
-#: How often training that has to end is cancelled: it may not have begun, or be about to try again.
+#: How often the cancellation of a training is repeated: it may not have begun, or may be about to
+#: retry.
 _CANCEL_EVERY_S = 0.2
 
 
@@ -111,7 +112,8 @@ class TrainingAhead:
         return replace(done, digest=file.digest, nbytes=file.nbytes)
 
     def _result_of(self, start: Path) -> Done | None:
-        """What the background makes of these weights. None if it has others, or was cancelled."""
+        """The result of the background training from these weights. None if it began with others,
+        or was cancelled."""
         if self._job is None or self._job.start != start.name:
             self.cancel()
             return None

@@ -1,4 +1,4 @@
-"""What this machine knows of its fleet: certificate, CA, broker and keys, as they change."""
+"""The current certificate, CA, broker and keys of this machine's fleet."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class CurrentEnrollment:
         return self._enrollment.certificate
 
     def follow_ca(self, err: Unreachable) -> None:
-        """Go on with the fleet's newest CA, if the one known here leads to it at any address.
+        """Change to the fleet's newest CA, if any address has one that the CA known here has
+        signed.
 
         Raises Unreachable then, as all parts start again with it; Refused for another CA.
         """

@@ -1,4 +1,4 @@
-"""Ends the work for a run that has ended: no answer to it would be taken."""
+"""Ends the work for a run that has ended, as the coordinator would not accept the answer."""
 
 from __future__ import annotations
 

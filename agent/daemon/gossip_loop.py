@@ -1,9 +1,9 @@
 """Spreads the newest version between peers while the coordinator is away.
 
-During a session peers compare what they have seen of the coordinator's log of versions, without
-the coordinator between them. The agent asks it now and then which peers it could ask instead.
-Without a session it exchanges gossip with some peers at growing intervals. If a peer holds a newer
-version, the agent fetches it from there, with the coordinator's signature as proof.
+During a session, peers compare directly what they have seen of the coordinator's log of versions.
+From time to time the agent asks the coordinator for the addresses of such peers. Without a session
+it exchanges gossip with some peers at growing intervals. If a peer holds a newer version, the agent
+fetches it from there, with the coordinator's signature as proof.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _TICK_S = 1.0
 #: Between two rounds of gossip.
 MIN_INTERVAL_S, MAX_INTERVAL_S = 2.0, 60.0
 _PEERS_PER_ROUND = 2
-#: During a session, peers tell each other what they have seen of the coordinator's log so often.
+#: The interval at which peers, during a session, compare what they have seen of the coordinator's
+#: log.
 SEEN_INTERVAL_S = 30.0
 #: In one round, so that peers that lie or do not answer cannot block the others.
 _MAX_VERSIONS_TRIED, _MAX_HOLDERS_TRIED = 4, 3
@@ -95,7 +96,7 @@ class GossipLoop:
             await asyncio.sleep(_TICK_S)
 
     async def _refresh_neighbors(self) -> bool:
-        """Ask the coordinator which peers to ask without it. False if that failed."""
+        """Ask the coordinator for peers to use while it is away. False if that failed."""
         try:
             link, request = self._link(), self._sharing.plan_request()
             neighbors = await asyncio.to_thread(link.neighbors, request)

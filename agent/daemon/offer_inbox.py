@@ -23,7 +23,7 @@ from protocols.messages.offers import SIGNED_OFFERS, Offer, OfferList, check_tex
 
 log = logging.getLogger("commonweight.agent")
 
-#: A coordinator that changes its list faster is asked no more often.
+#: The shortest interval between two requests for the list.
 MIN_GAP_S = 5.0
 
 

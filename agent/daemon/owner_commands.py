@@ -62,7 +62,7 @@ class OwnerCommands:
         if request.want == "finish":
             done = request.asking("run")
             if self._save(done):
-                self._request = done  # else the next poll would take it for new, and lift pauses
+                self._request = done  # else the next poll would treat it as new, and lift pauses
             self._runner.dispatch(FinishRequested())
         return changed
 

@@ -2,13 +2,14 @@
 
 Rule 1. Presence is a function of the state alone.
 Rule 2. A pause stops the trainer between two batches and prevents new work. No work is lost.
-Rule 3. When the trainer has failed repeatedly, that is a pause too.
+Rule 3. A trainer that has failed repeatedly is a pause, too.
 Rule 4. The policy's decision is one more pause and a pace. It does not change other pauses.
-Rule 5. While a secure sum has this peer's card, its steps are answered, also in a pause: others
-        wait for them, and they take milliseconds. Not if the coordinator is not to be trusted.
+Rule 5. While a secure sum has this peer's card, its steps are answered, also in a pause: other
+        peers wait for them, and they take milliseconds. The exception is a pause because the
+        coordinator cannot be trusted.
 Rule 6. `finish` completes and sends the current work, then ends the agent. It lifts the operator's
-        pause. While another pause forbids the work, the agent ends at once. It takes the steps of
-        a secure sum to their end before.
+        pause. While another pause forbids the work, the agent ends at once. Before that, it
+        completes the steps of a secure sum.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ class StatusReporter:
         self._mqtt.notice(Notice(level="error", text=text[:400]))
 
     def notice(self, text: str) -> None:
-        """Tell the operators what is no failure."""
+        """Report something to the operators that is not a failure."""
         self._mqtt.notice(Notice(level="warning", text=text[:400]))
 
     def set_last_error(self, text: str) -> None:
@@ -197,7 +197,7 @@ class StatusReporter:
         self._is_session_error = True
 
     def session_opened(self) -> None:
-        """The agent is connected again: what prevented it is over."""
+        """Clear the report of a lost connection."""
         if self._is_session_error and not self._status.error_until:
             self._status.error_until = time.time()
             self._is_stale = True
@@ -219,7 +219,7 @@ class StatusReporter:
         self._status.rounds_done += 1
 
     def mark_stale(self) -> None:
-        """Have the status file written with the next tick."""
+        """Write the status file at the next tick."""
         self._is_stale = True
 
     def write_if_stale(self, agent: AgentState) -> None:
@@ -251,7 +251,8 @@ def coarse_loss(progress: Progress) -> float | None:
     """The loss that may leave during training: two digits of a batch's mean.
 
     Exact losses of two batches at the same weights, one with one row more, would reveal the loss of
-    that row. The memory of what was told knows whole answers only. An evaluation tells none.
+    that row. The record of disclosed rows covers whole answers only. An evaluation reports no such
+    loss.
     """
     if progress.loss is None or progress.phase != "train":
         return None

@@ -61,15 +61,16 @@ from protocols.network.backoff import delays
 
 log = logging.getLogger("commonweight.agent")
 
-#: The agent takes no work for so long after the trainer has failed repeatedly.
+#: The pause after the trainer has failed repeatedly.
 TRAINER_COOLDOWN_S = 600.0
 _POLL_EVERY_S = 0.5
 #: While the coordinator's disk is full, an upload is tried so often, with a wait after each try.
 #: The waits grow, and the coordinator expects a try within 20 s.
 _MAX_UPLOAD_TRIES, _MIN_UPLOAD_RETRY_S, _MAX_UPLOAD_RETRY_S = 12, 2.0, 15.0
-#: After a refused upload the agent takes no work for so long. The waits grow.
+#: The pause after a refused upload. The pauses grow.
 _MIN_REFUSAL_WAIT_S, _MAX_REFUSAL_WAIT_S = 1.0, 20.0
-#: While this machine's disk is full: work is tried again with so much more room, or after the wait.
+#: While this machine's disk is full: work is tried again once this much more is free, or after the
+#: wait.
 _MORE_ROOM_BYTES, _DISK_RETRY_S = 1024 * 1024, 20.0
 _CLIENT_APP_ERROR = 2  # Flower's code for an exception in a ClientApp; the text has the reason
 

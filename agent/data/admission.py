@@ -185,8 +185,8 @@ class AdmissionStore:
 def split_classes(classes: Numbers, min_rows: int, divide: Callable[[Mask], Split]) -> Split:
     """What `divide` makes of the rows with a class, without classes of few rows to train on.
 
-    The weights of a class change by the sum of its rows less what all rows add, so a class with
-    one row would tell that row.
+    The weights of a class change by the sum of its rows less what all rows add, so a class with one
+    row would reveal that row.
     """
     usable = classes >= 0
     while True:
@@ -199,7 +199,7 @@ def split_classes(classes: Numbers, min_rows: int, divide: Callable[[Mask], Spli
 
 
 def _part(part: Mask, numbers: Numbers, usable: Mask, min_rows: int) -> Mask:
-    """The usable rows of a part, without some more if only a few are not usable.
+    """The usable rows of a part. If only a few rows are not usable, some more are left out.
 
     A target may be missing in a few rows. A run for it and one for another target would then
     differ in these rows. Which more rows are left out depends on which are not usable.

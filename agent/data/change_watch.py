@@ -10,9 +10,9 @@ from pathlib import Path
 
 from agent.data import sources
 
-#: A look at the files takes at most this share of the time, and comes at most so often.
+#: The files are checked for at most this share of the time, and no more often than this.
 LOOK_EVERY_S = 30.0
-#: A database does not tell whether it has changed: its table is read again after this time.
+#: A database cannot be watched for changes: its table is read again after this time.
 READ_AGAIN_AFTER_S = 3600.0
 _COST_FACTOR = 20
 

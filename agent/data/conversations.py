@@ -177,5 +177,5 @@ def _turns(part: str | list[Message], role: Literal["user", "assistant"]) -> lis
 
 def _unreadable(file: Path, number: int, why: object) -> DataError:
     return DataError(
-        f"a line of the conversations is none: {_NEEDED}", f"{file}, number {number}: {why}"
+        f"a line of the file is no conversation: {_NEEDED}", f"{file}, number {number}: {why}"
     )

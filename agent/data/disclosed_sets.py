@@ -1,8 +1,8 @@
-"""The memory of what was told: the sets of rows behind every answer that left this machine.
+"""The record of what was disclosed: the sets of rows behind every answer that left this machine.
 
 Survey, training, evaluation, inference and analytics share it. Two sets that differ in one row, or
-in a few, would describe these rows by their difference. So a set is told only if it differs from
-every earlier one in no row, or in at least `min_rows`. The file is written, fully synchronous,
+in a few, would describe these rows by their difference. So a set is disclosed only if it differs
+from every earlier one in no row, or in at least `min_rows`. The file is written, fully synchronous,
 before the answer leaves; it has mode 0600 and never leaves the machine.
 
 Rows are numbers of `row_registry`, so the rule holds when a table grows, shrinks or is sorted.
@@ -29,7 +29,7 @@ Numbers = npt.NDArray[np.int64]
 Use = Literal["table", "train", "held", "steps", "cell"]
 _OF_TABLE = frozenset({"table", "train", "held"})
 
-#: The most sets of one requester's choice (`cell`, `steps`); afterwards no new set is told.
+#: The most sets that a requester can choose (`cell`, `steps`); afterwards no new set is disclosed.
 MAX_SETS = {"cell": 512, "steps": 50_000}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS told_sets (
@@ -45,7 +45,7 @@ Sketch = npt.NDArray[np.uint64]
 
 
 class ToldSet(NamedTuple):
-    """Rows that one answer tells something about: sorted numbers, int64[n]."""
+    """Rows that one answer discloses something about: sorted numbers, int64[n]."""
 
     use: Use
     rows: Numbers
@@ -84,12 +84,12 @@ class DisclosedSets:
             self._insert(new)
 
     def remember(self, sets: Sequence[ToldSet]) -> None:
-        """Record sets that an older version has told, unchecked."""
+        """Record sets that an older version disclosed, unchecked."""
         with writing(self._db):
             self._insert([(told, _sketch(told.rows)) for told in sets])
 
     def rows_of(self, *uses: Use) -> list[Numbers]:
-        """The sets that were told for these uses, in their order."""
+        """The sets that were disclosed for these uses, in their order."""
         marks = ", ".join("?" * len(uses))
         found = self._db.execute(
             f"SELECT bits FROM told_sets WHERE use IN ({marks}) ORDER BY id", uses
@@ -103,7 +103,7 @@ class DisclosedSets:
         )
 
     def _is_known(self, told: ToldSet, sketch: Sketch, min_rows: int) -> bool:
-        """True if the same set was told for this use. Raises NotAllowed if it may not be told."""
+        """True if the same set was disclosed for this use. Raises NotAllowed if it must not be."""
         if not self._ids:
             return False
         # Rows that differ are in at least as many pieces as buckets differ, so most sets need no

@@ -1,9 +1,8 @@
-"""What a trainer in the sandbox asks its helper for (`agent.trainer.helper`).
+"""The requests of a trainer in the sandbox to its helper (`agent.trainer.helper`).
 
-It asks for the memory of rows, and for a table that only a process with a connection can read.
-
-The helper does only what these requests say, so a task cannot remove or change what was recorded,
-and has no network. Processes outside the sandbox have no helper and open files and tables directly.
+The helper has the record of rows, and reads a table that needs a connection. It does only what
+these requests say, so a task cannot remove or change what was recorded, and has no network.
+Processes outside the sandbox have no helper and open files and tables directly.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ class _Helper:
             try:
                 self._pipe.send_bytes(encode(request))
                 reply = _decode_reply(self._pipe.recv_bytes())
-            except EOFError as err:  # this trainer is of no more use, and another one is started
+            except EOFError as err:  # this trainer cannot continue, and another one is started
                 raise OSError("the helper of the trainer has ended") from err
         if reply.error is not None:
             _raise(*reply.error)

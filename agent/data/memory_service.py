@@ -1,4 +1,4 @@
-"""Does what a trainer in the sandbox asks its helper for, and nothing else.
+"""Carries out the requests of a trainer in the sandbox to its helper, and nothing else.
 
 The trainer runs tasks, so its requests are not trusted: `min_rows` is the owner's, and only numbers
 of the registry count. What was recorded stays. A record is on disk before the reply is sent.

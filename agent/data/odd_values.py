@@ -1,4 +1,4 @@
-"""What is odd about the values of a table, with the command or the change that mends it.
+"""Finds odd values in a table, with the command or the change that corrects them.
 
 All functions look at a sample: the texts of some rows, without spaces around them.
 """

@@ -16,7 +16,7 @@ _WAIT_S = 60.0
 def open_database(path: Path, schema: str) -> sqlite3.Connection:
     """The database with these tables. Raises OSError, HomeError."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    if not path.exists():  # else it would look changed
+    if not path.exists():  # else the file would look changed
         path.touch(mode=0o600)
     db = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
     try:
@@ -34,7 +34,7 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
 
 @contextmanager
 def writing(db: sqlite3.Connection) -> Iterator[None]:
-    """One transaction, which no other process can write between; an error undoes it.
+    """One transaction; other processes wait to write, and an error rolls it back.
 
     Raises DiskFull, and HomeError if the file cannot be written.
     """

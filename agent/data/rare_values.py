@@ -1,10 +1,10 @@
 """Replaces values that few rows have, before a model sees them. Pure numpy.
 
-The weight of a category changes by the gradients of its rows alone, so with one row it tells that
+The weight of a category changes by the gradients of its rows alone, so with one row it reveals that
 row's target; and a coordinator may name any text as a category. In each part of a table (trained
 on, held out), values of a column that fewer than `min_rows` rows have count as one unseen value; if
-these rows are few too, as the column's most frequent value. What counts as what depends on the
-table and not on the categories of a run, so two runs with other categories differ by enough rows.
+these rows are few too, as the column's most frequent value. The replacement depends on the table
+and not on the categories of a run, so two runs with other categories differ by enough rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from protocols.tables.statistics import hash_category
 
 #: The index of a category in the inputs of a model.
 MISSING, UNSEEN, FIRST = 0, 1, 2
-#: The most different values of a column that are told apart; later ones count as rare.
+#: The most different values of a column that are distinguished; later ones count as rare.
 _MAX_VALUES = 1 << 16
 #: Rows in which a most frequent value is looked for, as a multiple of `min_rows`.
 _SAMPLE = 8
@@ -101,8 +101,8 @@ def replace_rare_numbers(column: Floats, min_rows: int) -> None:
 
 
 def replace_rare_gaps(column: Floats, gaps: Floats, min_rows: int) -> None:
-    """Tell no missing value of a number (1 in `gaps`) if few are missing, nor a value if few have
-    one."""
+    """Hide the missing values of a number (1 in `gaps`) if few are missing, and the values if few
+    rows have one."""
     sample = gaps[: _SAMPLE * min_rows]
     if min_rows <= np.count_nonzero(sample) <= len(sample) - min_rows:
         return

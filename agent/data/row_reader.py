@@ -151,7 +151,7 @@ def _rows_of_sheet(rows: Iterator[Row], width: int) -> Iterator[Row]:
 def _open_duckdb(source: Source) -> Iterator[tuple[list[str], Iterator[Sequence[Row]]]]:
     import duckdb
 
-    if not Path(source.address).exists():  # DuckDB would say that it cannot make it
+    if not Path(source.address).exists():  # DuckDB would report that it cannot create the file
         raise DataError("a file cannot be read", f"{source.address}: no such file")
     try:
         with duckdb.connect(source.address, read_only=True) as database:

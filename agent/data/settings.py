@@ -36,7 +36,7 @@ class Floors(Struct, frozen=True, kw_only=True):
 
     `min_batch`: rows of a training step. `min_examples`: rows that an update has seen.
     `min_cohort`: peers whose updates a version has. `max_lr`: the learning rate, 0 for any.
-    `min_count`: rows behind a number that an evaluation tells.
+    `min_count`: rows behind a number of an evaluation.
     """
 
     min_batch: int = 1

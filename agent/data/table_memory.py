@@ -1,4 +1,4 @@
-"""What this machine remembers of its owner's rows: which may be used, and what was told of them."""
+"""The record of the owner's rows: which may be used, and what was disclosed about them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a fleet would be told about a table, and what its owner should know, for the owner alone.
+"""A report for the owner alone: what would leave of a table, and what is odd about it.
 
-It runs `profile.survey` as a run of the task `tabular` does, so the told part is what leaves.
+It runs `profile.survey` as a run of the task `tabular` does, so it shows exactly what leaves.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MANY_MISSING = 0.5
 
 
 class ColumnReport(Struct, frozen=True):
-    """`told`: what a run would get of it. `stays`: how many rare values it would not get."""
+    """`told`: what a run would get. `stays`: how many rare values it would not get."""
 
     name: str
     kind: str
@@ -76,7 +76,7 @@ def report(reader: Reader, data: DataSettings, target: str = "") -> TableReport:
 def _odd_values(
     name: str, column: ColumnStatistics, written: str, values: Sequence[str]
 ) -> Iterable[str]:
-    """What is odd about the values of a sample."""
+    """Notes about odd values in a sample."""
     match column.kind:
         case "text" if written:
             how = odd_values.number_format_note if written == "comma" else odd_values.date_note
@@ -93,7 +93,7 @@ def _told(reader: Reader, data: DataSettings, target: str) -> TableStatistics:
     settings = TableSettings(target, "auto", (), frozenset(), "standard", False)
     try:
         return profile.survey(reader, data, settings)
-    except DataError:  # too few rows for the owner's limits: nothing is told
+    except DataError:  # too few rows for the owner's limits: nothing leaves
         return TableStatistics(rows=0, columns={})
 
 

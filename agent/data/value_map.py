@@ -1,7 +1,7 @@
 """Values that the owner writes as other peers do: `YES` as `yes`, or 1,5 as 1.5. The table itself
 is not changed.
 
-It comes after the memory of rows, which knows the table as it is.
+It is applied after the record of rows, which uses the table as it is.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from protocols.messages.work import UpdateClaim
 
 FILE = "left.jsonl"
 MAX_BYTES = 4 << 20
-#: Of what an app says; the rest is in the log by its digest.
+#: The logged part of an app's answer; the rest is in the log by its digest.
 MAX_APP_TOLD_CHARS = 4096
 
 #: What happened to an offered task: entries of `offer_log`.
@@ -162,7 +162,7 @@ def write_app_answer(home: Path, work: AppWork, answer: AppAnswer) -> None:
 
     Raises OSError, as `write_update` does, and BadMessage.
     """
-    if _last_told.has(home, answer.nonce):  # a coordinator can have it sent again and again
+    if _last_told.has(home, answer.nonce):  # a coordinator can request it again and again
         return
     told = app_work.decode_told(answer.told)
     entry = AuditEntry(
@@ -180,7 +180,7 @@ def write_app_answer(home: Path, work: AppWork, answer: AppAnswer) -> None:
 
 
 def _app_told(told: Sequence[Arrays | Values], sent: bytes) -> str:
-    """What an app says, as JSON; if that is long, its digest and beginning."""
+    """An app's answer as JSON; if that is long, its digest and beginning."""
     text = msgspec.json.encode(told).decode()
     if len(text) <= MAX_APP_TOLD_CHARS:
         return text
@@ -191,8 +191,8 @@ def _app_told(told: Sequence[Arrays | Values], sent: bytes) -> str:
 
 
 class _LastTold:
-    """Which statistics are in the files in full. A coordinator can have the same ones sent again
-    and again; in full each time, they would push out the entries of all other answers."""
+    """Which statistics are in the files in full. A coordinator can request the same ones again and
+    again; in full each time, they would push out the entries of all other answers."""
 
     def __init__(self) -> None:
         self._written_bytes = 0
@@ -219,7 +219,7 @@ _last_told = _LastTold()
 def _append(home: Path, entry: AuditEntry, key: str = "") -> None:
     """Append one entry and fsync it, so that a power cut after the sending cannot lose it.
 
-    What it tells is not written again soon. `key`: if its digest is not that of all it tells.
+    Its content is not written again soon. `key` identifies the content if the digest does not.
     """
     key = key or (entry.digest if entry.told else "")
     if key and _last_told.has(home, key):
@@ -231,7 +231,7 @@ def _append(home: Path, entry: AuditEntry, key: str = "") -> None:
 def append_entry(path: Path, entry: AuditEntry, max_bytes: int) -> int:
     """Append an entry to a file of the ledger, and fsync; its bytes. Raises OSError.
 
-    A file of more than `max_bytes` is kept beside the new one, in place of an earlier one.
+    A file of more than `max_bytes` is rotated; the one that was rotated before is deleted.
     """
     if path.exists() and path.stat().st_size > max_bytes:
         path.replace(_rotated_file(path))

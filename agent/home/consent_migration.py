@@ -1,4 +1,4 @@
-"""Takes an agent's home of format 1 along: until then every task was allowed.
+"""Migrates an agent's home of format 1, in which every task was allowed.
 
 The tasks that the home has trained stay allowed, and those that its owner registered with `task
 add`, as their files are now. A list of tasks that the owner wrote stays as it is.

@@ -1,4 +1,4 @@
-"""What this home believes about its fleet: only what the fleet's one CA signed. Pure."""
+"""Checks what the coordinator says about its fleet by the signature of the fleet's CA. Pure."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from protocols.local.safe_paths import path_in
 
 FOLDER = "proofs"
 _OPEN, _ACKNOWLEDGED = ".proof.json", ".acknowledged.json"
-#: A coordinator that lies all the time must not fill the disk.
+#: A coordinator must not be able to fill the disk with proofs.
 MAX_PROOFS = 64
 
 
@@ -39,7 +39,7 @@ def path_of(home: Path, proof: ForkProof) -> Path:
 def not_acknowledged(home: Path) -> list[Path]:
     """The files of proofs that the owner has not acknowledged."""
     try:
-        names = os.listdir(os.path.join(home, FOLDER))  # each work asks: no glob, no new Path
+        names = os.listdir(os.path.join(home, FOLDER))  # called for each work: no glob, no new Path
     except FileNotFoundError:
         return []
     return sorted(home / FOLDER / name for name in names if name.endswith(_OPEN))

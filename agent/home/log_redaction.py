@@ -1,4 +1,4 @@
-"""Removes from log lines what an operator must not see: traces, paths, secrets and data.
+"""Removes traces, paths, secrets and data from log lines, before an operator sees them.
 
 Only lines of commonweight's own loggers pass. Everything in them that could be a path, a key, a
 ticket or quoted text is replaced, as an error may quote the data that caused it.

@@ -1,4 +1,4 @@
-"""What this agent knows of the coordinator's log of versions: one SQLite file in its home.
+"""This agent's part of the coordinator's log of versions, in one SQLite file of its home.
 
 It holds the last entries with their hashes, the heads that were signed over them, and what other
 peers have seen. Used by several threads; the caller holds a lock. Only the agent writes, so what
@@ -30,7 +30,7 @@ _WAIT_S = 60.0
 
 
 class Known(NamedTuple):
-    """A head of the log as this agent accepted it, and its signed bytes."""
+    """An accepted head of the log, and its signed bytes."""
 
     size: int
     hash: bytes

@@ -70,7 +70,7 @@ class LogReader:
         for inode in left:
             offset = self._offset if inode == self._inode else 0
             data = _read(files[inode], inode, offset)
-            if data is None:  # rotated just now: the next read finds it under its new name
+            if data is None:  # rotated just now: the next read reads it under its new name
                 break
             end = data.rfind(b"\n") + 1
             lines += data[:end].decode(errors="replace").split("\n")[:-1]

@@ -1,7 +1,7 @@
 """What happened to offered tasks: entries of the ledger, in two files of their own.
 
-A coordinator can offer as often as it likes. In a file of their own its offers push out no entry of
-an answer that has left, no refusal, and nothing that the owner decided about an offer.
+A coordinator can offer without limit. In a file of their own, offers cannot push out entries of
+answers that left, refusals, or the owner's decisions about offers.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class OwnRun(Struct, frozen=True, kw_only=True):
 
     def settings_of(self, number: int, model: str = "") -> Settings:
         """The settings with which the version of this number was trained. `model`: its kind, if it
-        is known: this machine may have had no part in the training of this one."""
+        is known; this machine may not have trained it."""
         models = (*self.earlier, OwnModel(self.begun, self.settings))
         found = [one.settings for one in models if one.begun <= number]
         settings = found[-1] if found else models[0].settings
@@ -178,8 +178,8 @@ def newest(home: Path) -> OwnResult | None:
 
 
 def text_of_model(run: str, choice: str, found: OwnResult | None) -> str:
-    """What an owner reads of the model of a run: `choice`, which came with its work, or after the
-    end which model is kept."""
+    """The text for the owner about the model of a run: `choice`, which came with its work, or after
+    the end which model is kept."""
     return found.choice if found is not None and found.run == run and found.choice else choice
 
 
@@ -191,7 +191,7 @@ def text_of_better(home: Path, run: str, digest: str) -> str:
     if result is None and read_run(folder) is None:
         return ""
     if result is None:
-        why = "this machine has not heard yet that this run has ended; it may keep a better version"
+        why = "as far as this machine knows, the run has not ended; it may keep a better version"
     elif result.digest and result.digest != digest:
         why = f"the run has kept another version, after round {result.round}"
     else:

@@ -117,8 +117,8 @@ class PrivacyLedger:
         return self._last_id() + self._heads()[1]
 
     def learn(self, told: int) -> str:
-        """Note the number of entries that this machine has stated. Returns what the owner should
-        know if some are missing, else an empty text."""
+        """Note the number of entries that this machine has stated. Returns a text for the owner if
+        some are missing, else an empty text."""
         with writing(self._db):
             self._db.execute(
                 "INSERT INTO heads VALUES (1, ?, 0) "
@@ -141,7 +141,7 @@ class PrivacyLedger:
         return max(0, self._heads()[0] - self.head())
 
     def confirm_loss(self) -> int:
-        """The owner knows that entries are missing: continue. Returns how many."""
+        """Record that the owner accepts the missing entries. Returns how many."""
         with writing(self._db):
             missing = self.num_missing()
             self._db.execute("UPDATE heads SET lost = lost + ?", (missing,))

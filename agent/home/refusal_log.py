@@ -1,7 +1,7 @@
 """What this machine refused by its owner's rules: entries of the ledger, in a file of their own.
 
-A coordinator can ask as often as it likes. In this file its requests push out no entry of an answer
-that has left.
+A coordinator can ask without limit. In this file, its requests cannot push out entries of answers
+that left.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RefusalLog:
         entry = AuditEntry(at=time.time(), run=run, task=task, round=0, what="refused", told=text)
         try:
             audit_log.append_entry(self._path, entry, MAX_BYTES)
-        except OSError as err:  # nothing of the owner's leaves with a refusal
+        except OSError as err:  # a refusal contains nothing of the owner's data
             log.warning("cannot write the refusal to %s: %s", FILE, err.strerror)
         return True
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from protocols.local.atomic_files import fsync_folder
 
-#: A state that was not used for so long belongs to a run that has ended.
+#: A state that was not used for this long belongs to a run that has ended.
 MAX_AGE_S = 30 * 86400.0
 
 
@@ -31,7 +31,7 @@ class RunStateFolder:
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self._folder, self._suffix = folder, suffix
-        #: Most runs have no state. No work looks into a folder that is not there.
+        #: Most runs have no state: avoids a look into a folder that does not exist.
         self._is_there = folder.exists()
         for path in self._files():
             if time.time() - path.stat().st_mtime > MAX_AGE_S:

@@ -1,7 +1,7 @@
-"""What the owner's audit log says of an answer of a secure run. Pure.
+"""The entry of an answer of a secure run in the owner's audit log. Pure.
 
 Keys, sealed shares and signatures are random to all others; so their bytes are not logged, only
-for whom they are and what they depend on.
+their receivers and what they depend on.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 A turn is recorded step by step, and each step is on disk before its answer leaves. What was
 recorded is never changed: another value for a step is refused here too, beside the checks of
 `protocols.privacy.secagg.peer`. Secrets of a turn are overwritten with its last answer, or else
-once a newer turn of its run begins; that the turn was there is remembered, so its keys are never
-made again.
+once a newer turn of its run begins. The record of the turn stays, so its keys are never made again.
 
 A copy of the home, or a snapshot of the machine, that is put back undoes this: the agent then
 answers again as it did before. See docs/security.md.
@@ -34,7 +33,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class TurnKey(NamedTuple):
-    """Names a turn. `turn`: how often the round was begun before. `kind`: as in ReadyRequest."""
+    """Names a turn. `turn`: how many times the round began before. `kind`: as in ReadyRequest."""
 
     run: str
     round: int

@@ -1,4 +1,4 @@
-"""Values of settings that a type allows and that make no sense. Pure.
+"""Bounds for settings whose type allows values without sense. Pure.
 
 `policy set` refuses them, and `doctor` reports them in a home that has them already.
 """
@@ -45,7 +45,7 @@ _LARGEST = {
     "parts": Largest(1e6, "a data set is not shared by so many machines"),
     "data_seed": Largest(2**63 - 1, "a seed is a number of 63 bits"),
     "threads": Largest(4096, "no machine has so many cores; 0 uses half of them"),
-    "trainer_tries": Largest(1000, "a trainer that failed so often fails again"),
+    "trainer_tries": Largest(1000, "a trainer that failed this many times fails again"),
     **dict.fromkeys(
         ("jobs_private_per_day", "model_choices_per_day"),
         Largest(1e6, "that is more than one answer in 0.1 s"),

@@ -64,7 +64,7 @@ def change(home: Path, **values: Any) -> AgentSettings:
     """Change these settings in the file and keep the others. Raises UsageError, UnknownName,
     HomeLocked.
 
-    Who computes values from `read_own` holds `locked` from there on.
+    A caller that computes values from `read_own` holds `locked` from that call on.
     """
     if unknown := values.keys() - set(AgentSettings.__struct_fields__):
         raise UnknownName(
@@ -99,13 +99,13 @@ def told_folder(home: Path) -> Path:
 
 
 def memory_file(home: Path) -> Path:
-    """What this machine remembers of its owner's rows (`agent.data.table_memory`). It is in a
-    folder of its own, as SQLite writes files beside it."""
+    """The file with the record of the owner's rows (`agent.data.table_memory`). It is in a folder
+    of its own, as SQLite writes files beside it."""
     return told_folder(home) / MEMORY_FILE
 
 
 def scores_file(home: Path) -> Path:
-    """What this machine told about models on its own rows (`agent.clientapp.told_scores`)."""
+    """The file with the scores of models on this machine's rows (`agent.clientapp.told_scores`)."""
     return told_folder(home) / "scores.db"
 
 

@@ -1,4 +1,4 @@
-"""What an owner can set on an agent: names, types, limits, defaults and descriptions."""
+"""The settings of an agent: names, types, limits, defaults and descriptions."""
 
 from __future__ import annotations
 

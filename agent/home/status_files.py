@@ -30,7 +30,7 @@ class Status(Struct, kw_only=True):
     lately and `alike` of them hold the same version. `shares_at` is the address for other peers.
     `paused_by`: the rules of the policy that pause it. `error_until`: when the last error ended, as
     the agent was connected again (Unix s); 0 if it may last. `choice`: the model that the run
-    `choice_run` has chosen by itself, and why; of the last run that this machine worked in.
+    `choice_run` has chosen, and why; of the last run that this machine worked in.
     """
 
     pid: int

@@ -31,7 +31,7 @@ def read(home: Path) -> OfferList:
 
 
 def write(home: Path, offers: OfferList) -> None:
-    """Replace the list, and delete files that it does not name. Raises OSError."""
+    """Replace the list, and delete files that are not on it. Raises OSError."""
     write_private(home / FILE, msgspec.json.encode(offers))
     prune(home, offers)
 

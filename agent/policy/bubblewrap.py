@@ -21,7 +21,7 @@ _OPTIONS: dict[Access, str] = {
     "write": "--bind-try",
     "device": "--dev-bind-try",
 }
-#: These are made anew, as a process sees them in its namespaces.
+#: Mounted new for the namespaces of the process.
 _OWN = ("/proc", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/shm")
 _TRIAL_WITHIN_S = 10.0
 

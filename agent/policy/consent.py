@@ -1,4 +1,4 @@
-"""An owner's consent to a task: the columns that it may use, what for, and its code. Pure."""
+"""An owner's consent to a task: the columns that it may use, the purpose, and the code. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from msgspec import Meta, Struct
 
 MAX_PURPOSE_CHARS = 200
 
-#: What an owner has still to decide about a task that the operator offers. `offered`: the offered
+#: What an owner still has to decide about a task that the operator offers. `offered`: the offered
 #: file, which is new or replaces an approved one. `withdrawn`: whether the file that the owner
-#: approved goes on without the offer.
+#: approved stays in use without the offer.
 Review = Literal["", "offered", "withdrawn"]
 #: `changed`: the task's file is no longer the one that the owner allowed. `columns`: the owner
 #: allows it, and has not said which columns it may use.
@@ -28,7 +28,7 @@ USES_COLUMNS = frozenset({"tabular"})
 
 
 class Consent(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What an owner said when a task was allowed.
+    """The terms on which an owner allowed a task.
 
     `columns`: patterns of columns that the task may use, among those of `data_columns`; empty: all
     of these. `awaits_columns`: none before the owner names them, here or in `data_columns`; older

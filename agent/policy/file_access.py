@@ -65,7 +65,7 @@ def all_rules(rules: SandboxRules) -> Iterator[tuple[str, Access]]:
             yield path, "device"
     # Shared memory and semaphores of worker processes; the names of others' stay unknown.
     yield "/dev/shm", "shared memory"
-    if rules.network:  # a cluster's client starts other processes, such as Java
+    if rules.network:  # a client of a cluster starts other processes, such as Java
         yield "/proc", "read"
         # Names of hosts, and of accounts: Spark does not start without its user's.
         for name in ("hosts", "hostname", "resolv.conf", "gai.conf", "services", "passwd", "group"):
@@ -116,7 +116,7 @@ def _has_home(folder: str) -> bool:
 
 
 def modules(folder: Path) -> Iterator[str]:
-    """The modules and packages in a folder that may have much else in it."""
+    """The modules and packages in a folder that may have other files, too."""
     try:
         found = sorted(folder.iterdir())
     except OSError:

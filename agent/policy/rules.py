@@ -4,8 +4,8 @@ Rule 1. Each rule has a mode. `auto` pauses on its condition, and works while th
         `never` reads the condition strictly, and pauses while it is unknown. `always` skips the
         rule.
 Rule 2. `work` is the mode of all rules together: `always` skips them, `never` always pauses.
-Rule 3. Every rule that pauses gives its reason, in words that stay the same while it pauses.
-Rule 4. An active rule ends at a lower limit than it starts, so that it does not flap.
+Rule 3. Every rule that pauses gives a reason, whose text stays the same during the pause.
+Rule 4. An active rule ends at a lower limit than the one that starts it (hysteresis).
 
 The defaults follow BOINC's computing preferences.
 """
@@ -22,12 +22,12 @@ from agent.policy import schedule
 Mode = Literal["always", "auto", "never"]
 
 _BYTES_PER_MB, _BYTES_PER_GB = 1e6, 1e9
-#: How far below its limit an active rule ends.
+#: The distance below its limit at which an active rule ends.
 _HOT_HYSTERESIS_C, _HYSTERESIS_PERCENT = 10.0, 3.0
 
 
 class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an owner can set of the policy; `policy show` shows these descriptions."""
+    """The settings of the policy; `policy show` shows these descriptions."""
 
     work: Annotated[Mode, Meta(description="for all rules: always skips, never pauses")] = "auto"
     battery: Annotated[Mode, Meta(description="work on battery; never: at no charge")] = "auto"
@@ -151,7 +151,7 @@ def _reasons(
 
 
 class _Question(NamedTuple):
-    """What a rule is asked: `strict` in mode `never`, `active` if it pauses already."""
+    """The input of a rule: `strict` in mode `never`, `active` if it pauses already."""
 
     chosen: PolicySettings
     readings: SensorReadings
@@ -281,7 +281,7 @@ def _is_user_active(chosen: PolicySettings, readings: SensorReadings) -> bool:
 class Forecast(NamedTuple):
     """Seconds until the agent expects to be free, and for how long it is free; 0: unknown.
 
-    While it is free, `free_for_s` 0 means that no end is in sight.
+    While it is free, `free_for_s` 0 means that the end is unknown.
     """
 
     free_in_s: float = 0.0

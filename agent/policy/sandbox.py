@@ -56,7 +56,7 @@ class Support(NamedTuple):
         return found
 
     def limits(self) -> list[str]:
-        """What a trainer may not do here, in words."""
+        """A text about the limits of a trainer on this machine."""
         has_own_signals = self.bwrap or self.landlock >= landlock.SIGNALS_VERSION
         files = ["reads only its data, models and packages, writes only its work folder"]
         return [
@@ -76,7 +76,7 @@ def support() -> Support:
 
 
 def describe(mode: Mode, found: Support) -> tuple[str, str]:
-    """What the sandbox does here, and what to do about it ("" if nothing)."""
+    """A text about the sandbox on this machine, and a hint ("" for none)."""
     if mode == "off":
         return "off: tasks can use this account's files and network", (
             "commonweight-agent policy set sandbox auto"
@@ -110,7 +110,7 @@ def environment(rules: SandboxRules, work_dir: Path) -> dict[str, str]:
         )
     }
     user = os.environ.get("LOGNAME") or os.environ.get("USER") or "trainer"  # not from /etc/passwd
-    # Java does not know TMPDIR, and the account's home folder is not for it.
+    # Java ignores TMPDIR, and must not use the account's home folder.
     own = " ".join(f"-D{name}={folder / TEMPORARY}" for name in ("java.io.tmpdir", "user.home"))
     java = {"JAVA_TOOL_OPTIONS": own} if rules.network else {}
     return {
@@ -194,7 +194,7 @@ def refusal(err: BaseException) -> str | None:
 
 
 def _is_forbidden_anyway(err: PermissionError) -> bool:
-    """The mode of the file forbids it. `access` knows nothing of Landlock."""
+    """The mode of the file forbids it. `access` does not consider Landlock."""
     if not isinstance(err.filename, str | bytes | os.PathLike):
         return False
     name = os.fsdecode(err.filename)

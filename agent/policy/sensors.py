@@ -1,6 +1,6 @@
 """Sensors for the policy: battery, load, user activity, network, temperature, memory.
 
-A missing sensor reads None, which the policy takes for unknown; `doctor` lists it. Each sensor is
+A missing sensor reads None, which means unknown to the policy; `doctor` lists it. Each sensor is
 read only as often as its value may change, so that an idle agent costs nearly nothing. The folder
 in COMMONWEIGHT_AGENT_SYSFS replaces /sys.
 """
@@ -24,8 +24,8 @@ from protocols.errors import CommonweightError
 from protocols.local.programs import run_program
 
 SYSFS_VARIABLE = "COMMONWEIGHT_AGENT_SYSFS"
-#: The windows in which the CPU use of other programs is measured. The short one decides how soon
-#: they are noticed: one busy core of two reaches 25 % after half of the window.
+#: The windows in which the CPU use of other programs is measured. The short one limits the delay of
+#: a pause: one busy core of two reaches 25 % after half of the window.
 SHORT_WINDOW_S, LONG_WINDOW_S = 0.8, 30.0
 _COMMAND_TIMEOUT_S = 2.0
 

@@ -1,7 +1,7 @@
 """The code of a task file: its digest, and the modules beside it that it imports.
 
-A digest is what an owner's consent to a task of their own is about. It does not cover installed
-packages, or modules that are found only while the code runs.
+An owner's consent to their own task holds for one digest. It does not cover installed packages, or
+modules that are found only while the code runs.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from protocols.local.flower_apps import PREFIX
 from protocols.messages.envelope import strip_controls
 
 EVERY = "*"
-#: What stands for every column of the data.
+#: The word for every column of the data.
 ALL_COLUMNS = "all"
 
 
@@ -55,8 +55,8 @@ def allowing(
 ) -> dict[str, Any]:
     """The settings that change when the owner allows these tasks. Raises UnknownName, UsageError.
 
-    `known` are the tasks on this machine. What is not given stays as it was. A task that is new
-    here and reads the owner's table awaits the names of its columns. `offer`: the digest of the
+    `known` are the tasks on this machine. Arguments that are None change nothing. A task that is
+    new here and reads the owner's table awaits the names of its columns. `offer`: the digest of the
     offered file that is allowed; empty if it is the owner's own from now on.
     """
     for name in names:
@@ -98,7 +98,7 @@ def allowing(
 
 
 def _awaits_columns(chosen: AgentSettings, name: str) -> bool:
-    """True if a task that is allowed without columns needs them. Those of older homes do not."""
+    """True if a task that is allowed without columns needs them. Tasks of older homes do not."""
     if {name, EVERY} & {*chosen.tasks, *chosen.consents}:
         return chosen.consent_to(name).awaits_columns
     return name == EVERY or name in consent.USES_COLUMNS
@@ -133,9 +133,9 @@ def allow(
 
 
 def _offer_after(chosen: AgentSettings, name: str, keep: bool) -> str | None:
-    """The digest of the offer that a consent to `name` is about; None: as before.
+    """The digest of the offer to which a consent to `name` belongs; None: as before.
 
-    Raises UsageError if the operator's offer has to be decided about first.
+    Raises UsageError if the owner must decide about the operator's offer first.
     """
     said, source = chosen.consent_to(name), chosen.task_files.get(name, "")
     is_as_approved = bool(source) and said.offer == task_code.sha256(source)
@@ -197,7 +197,7 @@ def awaiting_columns(chosen: AgentSettings, task: str = EVERY) -> list[str]:
 
 
 def columns_command(task: str) -> str:
-    """What names the columns of a task."""
+    """The command that names the columns of a task."""
     return f"commonweight-agent task allow {task} --columns NAME,NAME (or all)"
 
 

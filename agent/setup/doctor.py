@@ -40,7 +40,7 @@ _TIMEOUT_S = 5.0
 _MAX_CA_BYTES = 64 * 1024
 #: Free space to warn below, and to fail below: a version of a large model, its update, the outbox.
 _ROOM_BYTES = 5_000_000_000, 500_000_000
-#: Flower refuses signatures whose time is further ahead or behind.
+#: Flower refuses signatures whose time differs by more.
 MAX_AHEAD_S, MAX_BEHIND_S = 5.0, 300.0
 _SKEW_WARNING_S = 3.0
 _CERTIFICATE_WARNING_DAYS = 30

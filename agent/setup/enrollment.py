@@ -1,7 +1,7 @@
 """Joins a fleet, and leaves it.
 
-Nothing is sent before the server's CA has the hash in the ticket. Only public keys leave the
-machine.
+Sends nothing before it has checked that the server's CA has the hash in the ticket. Only public
+keys leave the machine.
 """
 
 from __future__ import annotations

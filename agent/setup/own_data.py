@@ -101,7 +101,7 @@ def check_path(chosen: AgentSettings) -> None:
 
 
 def _as_usage(err: DataError, chosen: AgentSettings) -> UsageError:
-    """The error, of data that the owner has just named."""
+    """The error about a path that the owner has just named."""
     if isinstance(err.__cause__, FileNotFoundError):
         text = f"there are no data at {chosen.data}"
         return UsageError(text, "name a file or a folder on this machine")

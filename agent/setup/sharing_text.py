@@ -1,4 +1,4 @@
-"""Says which port an agent opens for other peers, and what closes it."""
+"""A text about the port that an agent opens for other peers, and how to close it."""
 
 from __future__ import annotations
 

@@ -147,9 +147,9 @@ class ScoresModels(Protocol):
 
 @runtime_checkable
 class KnowsRows(Protocol):
-    """Optional: say which of the owner's rows an answer depends on.
+    """Optional: name the rows of the owner that an answer depends on.
 
-    The trainer remembers them, and refuses an answer whose rows differ from those of an earlier one
+    The trainer records them, and refuses an answer whose rows differ from those of an earlier one
     in fewer than the owner's `data_min_count` (`agent.data.disclosed_sets`).
     """
 
@@ -213,7 +213,7 @@ class SupportsScaffold(Protocol):
 
 @runtime_checkable
 class SendsSums(Protocol):
-    """Optional: send something else than weights: integers or products that are added up."""
+    """Optional: send integers or products that are added up, in place of weights."""
 
     def sums_schema(self, weights: Weights, settings: Settings) -> Schema | None:
         """The tensors that `train` returns for this version; None if it returns weights."""
@@ -221,7 +221,7 @@ class SendsSums(Protocol):
 
 @runtime_checkable
 class TellsSettings(Protocol):
-    """Optional: say which settings there are, so that `run start` can check them."""
+    """Optional: list the settings, so that `run start` can check them."""
 
     def setting_specs(self) -> Mapping[str, SettingSpec]:
         """All settings of the task by name."""
@@ -246,12 +246,12 @@ class TrainsPrivately(Protocol):
     """
 
     def protect(self, private: PrivateTraining | None) -> None:
-        """Make the next `train` clip the gradient of each row and add noise. It then tells no
+        """Make the next `train` clip the gradient of each row and add noise. It then returns no
         metric, and raises UsageError for a model in which examples depend on each other. None:
         without noise."""
 
     def spent(self) -> tuple[Event, ...]:
-        """What the last `train` costs."""
+        """The cost of the last `train` in privacy."""
 
 
 @runtime_checkable

@@ -69,7 +69,7 @@ def fitting_tasks(data: DataSettings) -> list[str]:
 
 
 def as_data_error(err: OSError, data: DataSettings) -> DataError | None:
-    """What an error of the system says about the owner's data; None if it is about another file."""
+    """An error of the system as one of the owner's data; None if it is about another file."""
     if not data.path and isinstance(err, FileNotFoundError) and not err.filename:
         return DataError("the task reads data, and none are set on this machine", _SET)
     file = sources.parse(data.path).file

@@ -2,8 +2,8 @@
 
 The settings of a run come from the coordinator. With one row a step and one step, an update is the
 gradient of that row, and the row follows from it exactly (Zhu et al. 2019, arXiv 1906.08935).
-Floors refuse such settings. They do not stop a coordinator that puts a crafted model together with
-large batches (Fowl et al. 2022, arXiv 2110.13057): only noise does.
+Floors refuse such settings. They do not stop a coordinator that combines a crafted model with large
+batches (Fowl et al. 2022, arXiv 2110.13057): only noise does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SET = "on that machine: commonweight-agent policy set"
 
 
 def check_settings(settings: Settings, defaults: object, floors: Floors) -> None:
-    """Raise NotAllowed for settings that are known to train below a floor.
+    """Raise NotAllowed for settings with which training falls below a floor.
 
     `defaults` are those of the task, if it has a mapping of them.
     """
@@ -149,7 +149,7 @@ def _no_examples(floors: Floors) -> NotAllowed:
 
 
 def _number(value: object) -> float | None:
-    """The number that a setting is, or that its text says."""
+    """The value of a setting, a number or its text."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):

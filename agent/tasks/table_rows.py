@@ -38,7 +38,7 @@ class TableRows(NamedTuple):
 
 
 def as_said(reader: Reader, data: DataSettings) -> Reader:
-    """The reader, with values as the owner says that they are to be read."""
+    """The reader, with the owner's mappings and formats of values."""
     return with_values(reader, data.values, data.formats)
 
 

@@ -58,7 +58,7 @@ class Tabular(LocalTables):
     forms = (XGBOOST,)
     Settings = TabularSettings
     _reads = ("split_by",)
-    #: Round 1 is the first to tell how many rows there are.
+    #: The number of rows is known only in round 1.
     count_examples = None  # type: ignore[assignment]
     #: The numbers of the rows behind each use, if this machine remembers them.
     _numbers: Mapping[Use, Numbers | None] = MappingProxyType({})
@@ -222,7 +222,7 @@ class Tabular(LocalTables):
             loss = float(_weighted_loss(weights, output, target)) * count
             return found._replace(sums={**found.sums, "loss": loss})
         error = (output - target).double()
-        # Without the mean, so that no sum reveals the location of the target.
+        # The mean is subtracted, so that no sum reveals the location of the target.
         in_units = ((t.double().flatten() * of.scale).tolist() for t in (target, output))
         told = {"regression": evaluation_counts.sum_regression(*in_units)}
         squares, sizes = float(error.square().sum()), float(error.abs().sum())

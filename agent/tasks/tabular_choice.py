@@ -33,7 +33,7 @@ _EPOCH_STEPS, _MAX_STEPS, _MAX_EPOCHS, _MAX_TREES = 60, 1_200, 64, 60
 #: The least `eta` of fewer trees than the run has. Larger ones fit noise: with 0.3, linear models
 #: were chosen for health insurance, where trees are better.
 _ETA = 0.1
-#: How often a model is measured while it is trained, as a run is: the best time counts.
+#: How many times a model is measured during training, as in a run: the best measurement counts.
 _MEASURED = 8
 
 
@@ -156,7 +156,7 @@ def _plan(model: Model, settings: Settings, rows: EncodedRows) -> _Plan:
 def _train(
     task: Task, plan: _Plan, seed: int, stepped: Callable[[], None]
 ) -> Iterator[EvalOutcome]:
-    """What a fold measures while the model is trained."""
+    """The metrics of a fold during the training of its model."""
     weights, state = task.init(seed, plan.settings), dict[str, npt.NDArray[np.generic]]()
     for number in range(1, plan.rounds + 1):
         settings = plan.settings if plan.first else {**plan.settings, "round": number}
@@ -193,6 +193,6 @@ def _join(outcomes: Sequence[EvalOutcome], min_count: int) -> dict[str, float | 
 
 
 def _badness(metrics: Mapping[str, float | None]) -> float:
-    """The loss, which tells more than the accuracy over few rows."""
+    """The loss, which is more informative than the accuracy over few rows."""
     loss = metrics.get("loss")
     return math.inf if loss is None else loss

@@ -83,10 +83,10 @@ class WorkExecutor:
             raise
         except Exception as err:
             if self._resumed is not None:
-                self._resumed.delete()  # it may be the cause, so the next try starts without it
+                self._resumed.delete()  # it may be the cause: the next try starts without it
             if isinstance(work, Describe) and not is_out_of_memory(err):
                 traceback.print_exc()
-                # The same data and code would raise it again, so no other try follows.
+                # The same data and code would raise it again, so there is no retry.
                 why = f"{type(err).__name__}: {err}"
                 raise TaskUnusable(f"the task {work.task} fails on these data: {why}") from err
             raise

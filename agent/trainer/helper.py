@@ -1,8 +1,8 @@
 """The helper of a trainer in the sandbox: a process beside it, outside the sandbox, with our code.
 
 It keeps the memory of rows, which no task may change, and reads a table to which the trainer has no
-connection. It ends what the trainer leaves running, also when nobody else does because the agent
-was killed. It is forked before the sandbox starts and ends after the trainer. Linux only.
+connection. It ends processes that the trainer leaves running, also if the agent was killed. It is
+forked before the sandbox starts and ends after the trainer. Linux only.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _serve(pipe: Connection, watch: int, rules: SandboxRules) -> None:
                 memory = MemoryService(Path(rules.memory), rules.min_count, table.folder)
                 answer = memory.answer
             pipe.send_bytes(answer(frame))
-        except (EOFError, OSError):  # the trainer sent nonsense, or ended
+        except (EOFError, OSError):  # the trainer sent invalid data, or ended
             poll.unregister(pipe)
             pipe.close()
 

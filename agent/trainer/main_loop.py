@@ -2,7 +2,7 @@
 
 Both trainers use it: `agent.trainer`, which trains here, and `agent.trainer.subfleet`, which lets
 another fleet train. `agent.trainer.ipc` defines the frames. When standard input ends, the parent
-has gone and the process exits at once; the next trainer resumes from the checkpoint.
+has exited and the process exits at once; the next trainer resumes from the checkpoint.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from protocols.errors import TrainerFailed
 
 
 class Terms(NamedTuple):
-    """What an owner allows a task: patterns of columns, and its code (see `task_code.digest`).
+    """The terms of an owner for a task: patterns of columns, and its code (see `task_code.digest`).
 
     `has_budget`: as in `DataSettings`.
     """
@@ -49,8 +49,8 @@ class TrainerProcess(TrainerSupervisor):
     process, the same work resumes from it.
 
     `sources` are the tasks that the owner has registered: "/path/file.py:Class" by name.
-    `terms(task)` is what the owner allows a task now; without it, `data` says all.
-    `rules` are those of the sandbox. With `fleet` no task runs here, and so there is no sandbox.
+    `terms(task)` returns the owner's terms for a task now; without it, `data` has them. `rules` are
+    those of the sandbox. With `fleet` no task runs here, and so there is no sandbox.
     """
 
     def __init__(

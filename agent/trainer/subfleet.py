@@ -2,8 +2,8 @@
 
 It uses the main loop of `agent.trainer`. Each piece of work becomes a run of that one part
 (`RunSpec.only`) on the coordinator with this home. The result is the mean of the updates, with the
-number of all examples. So two levels give the same weights as one, and the upper fleet learns
-nothing about single peers.
+number of all examples. So two levels give the same weights as one, and the upper fleet gets nothing
+about single peers.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class FleetExecutor:
         run = self._fleet.request("POST", "/cw/v1/runs", order)["run"]
         try:
             told = self._wait_for_end(work, run)
-        except BaseException:  # also Cancelled: the run's result is not needed any more
+        except BaseException:  # also Cancelled: the run's result is no longer needed
             with contextlib.suppress(CommonweightError):
                 self._fleet.request("POST", f"/cw/v1/runs/{run}/stop")
             raise

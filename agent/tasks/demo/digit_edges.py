@@ -28,7 +28,7 @@ def edges_of(x: Tensor) -> Tensor:
     dx = F.pad(pictures[..., 2:] - pictures[..., :-2], (1, 1, 0, 0))
     dy = F.pad(pictures[..., 2:, :] - pictures[..., :-2, :], (0, 0, 1, 1))
     squares = dx.square() + dy.square()
-    # cos 2(θ - θᵢ): an edge has a direction, but no sense.
+    # cos 2(θ - θᵢ): an edge has an orientation, but no sign.
     angles = torch.arange(_DIRECTIONS, device=x.device) * (2 * math.pi / _DIRECTIONS)
     cosines = (dx.square() - dy.square()) * torch.cos(angles)[:, None, None]
     cosines = cosines + 2 * dx * dy * torch.sin(angles)[:, None, None]

@@ -39,7 +39,7 @@ from protocols.model.weights import Schema, TensorSpec, Weights, check_schema, l
 
 DIGITS = 5000
 TRAINED_ON = 4000
-#: Of the pixels of MNIST's 60,000 training digits, from 0 to 1.
+#: Mean and deviation of the pixels of MNIST's 60,000 training digits, from 0 to 1.
 _MEAN, _DEVIATION = 0.1307, 0.3081
 
 _CACHED: Schema = {

@@ -47,7 +47,7 @@ class Images(KerasLoop):
         return layer_spec.schema(_layers(settings))
 
     def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
-        """Classes and preprocessing; reads the pictures, so that what is wrong is told early."""
+        """Classes and preprocessing. Reads the pictures, so that errors in them show early."""
         self._found(settings)
         return dataset.traits(image_settings.read_settings(settings))
 
@@ -80,8 +80,9 @@ class Images(KerasLoop):
                     keras.layers.Dense(layer.units, use_bias=not layer.norm, name=layer.name)
                 )
             if layer.norm:
-                # As PyTorch has it, but for a last batch of few pictures: its variance is not made
-                # larger by n / (n - 1), and a single one is not left to the running statistics.
+                # As in PyTorch, except for a last batch of few pictures: its variance is not
+                # multiplied by n / (n - 1), and a single picture does not use the running
+                # statistics.
                 made.append(keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5))
             if layer.kind != "output":
                 made.append(keras.layers.ReLU())

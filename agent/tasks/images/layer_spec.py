@@ -7,8 +7,8 @@
 `dense N norm` normalise over the batch before the ReLU, and have no other bias than the norm's
 (Ioffe and Szegedy 2015, arXiv 1502.03167). A last dense layer with a unit for each class is always
 there. Tensors are named and laid out as PyTorch has them, `weight` as [out, in] or [out, in, K, K],
-pictures as [channel, row, column]: that is the form in which they travel. Another framework's
-layout is made of it, and back, by `to_keras`, `from_keras`.
+pictures as [channel, row, column]: that is the form in which they travel. `to_keras` and
+`from_keras` convert to the layout of Keras and back.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def init(layers: Sequence[Layer], draw: np.random.RandomState) -> Weights:
     """First weights: uniform with variance 2 / fan-in (He et al. 2015, arXiv 1502.01852), biases 0;
     norms that change nothing.
 
-    Less before the logits, so that no class is believed in yet. The same bytes whatever framework
-    trains them.
+    Smaller before the logits, so that all classes begin with nearly equal probabilities. The bytes
+    are the same for every framework.
     """
     tensors: dict[str, Array] = {}
     for layer in _with_weights(layers):

@@ -26,7 +26,7 @@ MIN_SIZE, MAX_SIZE = 8, 1024
 Pixels = npt.NDArray[np.uint8]
 #: Pictures of a prediction at a time.
 _BATCH = 256
-#: True while `pictures` is asked how it is called.
+#: True while a task's call of `pictures` is only recorded, and reads nothing.
 _is_asked: ContextVar[bool] = ContextVar("is_asked", default=False)
 
 
@@ -75,8 +75,8 @@ def pictures(
 class PictureInputs:
     """Pictures to predict for, a folder or one: batches float32[n, channels, size, size].
 
-    `names` are those of the pictures so far; what cannot be read is left out. `prepare` makes of
-    pixels uint8 what the model takes.
+    `names` are those of the pictures so far; what cannot be read is left out. `prepare` converts
+    pixels uint8 to the input of the model.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ def inputs_of(task: HasData, path: str, settings: Any) -> PictureInputs | None:
         task.data(DataSettings(), settings)
     except _Plan as found:
         return PictureInputs(path, found.plan)
-    except Exception:  # a user's code, without the data that it reads
+    except Exception:  # a user's code may fail without its data
         return None
     finally:
         _is_asked.reset(token)

@@ -17,7 +17,7 @@ CNN = "conv 32 3, pool, conv 64 3, pool, conv 128 3, pool, dense 128"
 
 
 class ImagePlan(NamedTuple):
-    """The settings, checked. `network` is what `layer_spec` can parse, or RESNET.
+    """The settings, checked. `network` is a text for `layer_spec`, or RESNET.
 
     `agreed`: the classes are those that the peers agreed on, not named by the run.
     """

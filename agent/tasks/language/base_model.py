@@ -42,8 +42,8 @@ _MODELS = "commonweight-agent policy set models FOLDER"
 
 class AdaptedModel(nn.Module):
     """The base model with adapters: tokens int64[n, t] -> logits [n, t, vocabulary]; with a mask
-    int64[n, t], as of a classification, logits float32[n, classes]. `positions` int64[n, t] begin
-    anew with each conversation of a row, and attention stays within it.
+    int64[n, t], as of a classification, logits float32[n, classes]. `positions` int64[n, t] start
+    at 0 with each conversation of a row, and attention stays within it.
 
     `names` maps the names with which adapters travel (those of PEFT) to those in `model`. `added`:
     what versions add to layers, if they do not hold the adapters themselves (`factored`).
@@ -185,7 +185,7 @@ def load_adapted(
             base.gradient_checkpointing_enable({"use_reentrant": False})
     except (MemoryError, torch.OutOfMemoryError, DataError, UsageError):
         raise
-    except Exception as err:  # a damaged folder raises nearly anything
+    except Exception as err:  # a damaged folder can raise any error
         raise DataError(
             f"the base model {found.name} cannot be used: {type(err).__name__}",
             f"{found}: {' '.join(str(err).split())[:400]}",
@@ -260,7 +260,7 @@ def _adapters(peft: Any, plan: TaskSettings, rank: int) -> Any:
 
 
 def _fix_projections(model: Any, names: Mapping[str, str]) -> dict[str, str]:
-    """Give each A a value that follows from its name alone, and train it no more; the other names.
+    """Set each A to a value derived from its name alone, and freeze it. Returns the other names.
 
     With one A on all peers and in all rounds, the mean of B times A is the product of the mean B
     (FFA-LoRA: Sun et al. 2024, arXiv 2403.12313). The range is that of PEFT's own first values.

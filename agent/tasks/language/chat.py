@@ -1,4 +1,4 @@
-"""Conversations as tokens, of which only the answers are learnt, in rows of one length.
+"""Conversations as tokens in rows of one length. Only the answers count in the loss.
 
 The text of a conversation is that of the tokenizer's chat template. Without a template, a turn is
 its role, a colon and a line break, then what was said, then a blank line; an answer ends with the
@@ -27,7 +27,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Segment(NamedTuple):
-    """Tokens of a conversation, which are all of an answer or all not."""
+    """Tokens of a conversation: either all of an answer, or none."""
 
     tokens: list[int]
     is_answer: bool
@@ -128,8 +128,8 @@ def fill_rows(
 ) -> Rows:
     """Rows of conversations in their order; with `packing`, as many in a row as fit whole.
 
-    Attention does not cross from one to another: positions begin anew, by which transformers
-    masks them. The padding at the end of a row is behind all that counts.
+    Attention does not cross from one to another: positions start at 0 again, by which transformers
+    masks them. The padding at the end of a row follows all tokens that count.
     """
     size, rows, room = context + 1, list[list[list[Segment]]](), 0
     cut = left_out = 0

@@ -31,7 +31,8 @@ BYTES_OF_PARAMETER = 16
 
 
 class Added(nn.Module):
-    """What a version adds to the output of one layer: by the product, or by its factors.
+    """The part of a version that is added to the output of one layer: as a product, or as its
+    factors.
 
     `layer`: of PEFT, with factors A and B that are trained. `scale`: that of their product. `name`:
     of the layer, as it travels.
@@ -97,7 +98,7 @@ class Added(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put what the version adds into the layer's weights, once and for good."""
+        """Merge the version's part into the layer's weights, permanently."""
         self.show()
         found = self.product if self._keeps_product else self.second @ self.first
         weight = self._layers[0].get_base_layer().weight
@@ -106,7 +107,7 @@ class Added(nn.Module):
         self._is_on = False
 
     def update(self, trained: Mapping[str, Array]) -> dict[str, Array]:
-        """The factors as they are sent: their product is what they add to the layer."""
+        """The factors as they are sent: their product is added to the layer."""
         root = math.sqrt(self.scale)
         return {name: np.multiply(trained[name], np.float32(root)) for name in self.trained()}
 

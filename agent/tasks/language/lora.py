@@ -66,7 +66,7 @@ class Lora(NextTokenTask):
     def __init__(self) -> None:
         super().__init__()
         self._base = LastValue[AdaptedModel]()
-        #: What the first factors of a round depend on.
+        #: The inputs of the first factors of a round.
         self._first: tuple[object, ...] = ()
         #: Of conversations: held-out ones whose answers an evaluation generates.
         self._questions: list[Question] = []
@@ -128,7 +128,7 @@ class Lora(NextTokenTask):
                 found = base_model.load_adapted(self._folder(read), read, 0, memory)
             if read.quantized == "no":
                 return found.to(self._device)
-            for one in found.added:  # bitsandbytes has put the rest there, and for good
+            for one in found.added:  # bitsandbytes has put the rest there, permanently
                 one.to(self._device)
             return found
 
@@ -137,8 +137,8 @@ class Lora(NextTokenTask):
     def _build(self, settings: RunSettings, *words: object) -> nn.Module:
         """The loaded model, which stays; with words, one with new adapters.
 
-        Checkpointing computes a part of it again when all else has ended, so adapters cannot be
-        there for one call alone.
+        Gradient checkpointing computes a part of it again later, so adapters cannot be added for
+        one call alone.
         """
         read = self._read(settings)
         if words:
@@ -158,7 +158,7 @@ class Lora(NextTokenTask):
         return model
 
     def _filled(self, model: nn.Module, weights: Weights) -> Tensors:
-        """What is trained, from this version."""
+        """The trained parameters, set to this version."""
         assert isinstance(model, AdaptedModel)
         if not model.added:
             return super()._filled(model, weights)

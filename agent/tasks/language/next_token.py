@@ -50,7 +50,7 @@ class Windows(NamedTuple):
         def examples(starts: Tensor) -> FetchedExamples:
             def read(numbers: Tensor) -> Batch:
                 tokens = self.batch(starts[numbers])
-                # A copy to a card is only asynchronous if it is of one piece of memory.
+                # Only a contiguous tensor is copied to a card asynchronously.
                 return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
             return FetchedExamples(read, len(starts), device, part)
@@ -76,7 +76,7 @@ class NextTokenTask(BuiltInTask):
     One with logits float32[n, classes] is a classifier.
     """
 
-    #: Round 1 is the first to tell how many there are.
+    #: The number of examples is known only in round 1.
     count_examples = None  # type: ignore[assignment]
 
     def loss(self, output: Any, target: Any) -> Tensor:

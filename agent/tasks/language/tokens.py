@@ -73,10 +73,10 @@ def load_tokenizer(kind: str, folder: Path) -> Tokenizer:
         from tokenizers import Tokenizer as Made
     try:
         made: Any = Made.from_str(data.decode())
-    except Exception as err:  # the library raises nearly anything for a damaged file
+    except Exception as err:  # the library can raise any error for a damaged file
         raise DataError(f"{TOKENIZER} cannot be read", f"{path}: {err}") from err
     size = made.get_vocab_size()
-    # One more than its entries, because none is sure to mean the end of a text.
+    # One more than its entries, as none of them certainly means the end of a text.
     return Tokenizer(lambda text: made.encode(text).ids, made.decode, size + 1, size, digest)
 
 

@@ -37,6 +37,6 @@ def run_or_suggest_batch_size(step: Callable[[int], Loss], batch_size: int) -> L
             if size == batch_size:
                 return loss
             break
-        # Outside of the handler, which keeps all memory of the failed step.
+        # Outside of the handler, whose traceback keeps the memory of the failed step.
         size //= 2
     raise OutOfMemory(batch_size, size)

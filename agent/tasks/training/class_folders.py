@@ -100,7 +100,7 @@ def find_files(
     """Every file that ends in one of `suffixes`. Raises DataError.
 
     A peer need not have all classes. Any other folder is an error, or left out if the peers have
-    `agreed` on the classes: then it may be one that its owner does not tell.
+    `agreed` on the classes: then it may be a class that its owner withholds.
     """
     root, folders = Path(path), _folders(path)
     if strange := [name for name in folders if name not in classes]:
@@ -186,7 +186,7 @@ def split_held_out(names: Sequence[str], usable: npt.NDArray[np.bool_]) -> tuple
     order = np.array(sorted(range(len(names)), key=hashes.__getitem__), np.int64)
     order = order[usable[order]]
     if len(order) < 2:
-        # Without a hint, the agent names the trainer's log, which lists the files.
+        # Without a hint, the agent's message names the trainer's log, which lists the files.
         raise DataError("fewer than two examples can be read")
     held_out = max(1, len(order) // _HELD_OUT)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

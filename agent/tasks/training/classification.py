@@ -1,4 +1,4 @@
-"""What logits say: classes with their probabilities, confusion and calibration."""
+"""Classes with their probabilities, confusion and calibration from logits."""
 
 from __future__ import annotations
 

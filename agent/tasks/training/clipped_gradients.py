@@ -168,7 +168,7 @@ class ClippedGradients:
         return {name: _scaled(g, factor).sum(0) for name, g in found.items()}
 
     def _factor(self, squares: Tensor) -> Tensor:
-        """What brings each gradient's norm to at most `clip`; 0 for one that is not finite."""
+        """The factor that limits each gradient's norm to `clip`; 0 for one that is not finite."""
         factor = (self._clip / (squares.sqrt() * _ROUNDING + _TINY)).clamp(max=1.0)
         return torch.where(squares.isfinite(), factor, torch.zeros_like(factor))
 

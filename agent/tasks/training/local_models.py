@@ -62,7 +62,7 @@ class ComparesTorchModels:
         return weights
 
     def pull_to(self, version: Weights | None, mu: float) -> None:
-        """Make the next local rounds stay near a version; None: not any more."""
+        """Make the next local rounds stay near a version; None removes this."""
         self._mu = mu if version is not None else 0.0
         self._local.pull_to(version or {})
 

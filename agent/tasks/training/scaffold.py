@@ -1,4 +1,5 @@
-"""What a torch task tells SCAFFOLD: how far its steps move the weights, and its whole gradient."""
+"""The inputs of SCAFFOLD from a torch task: how far its steps move the weights, and its whole
+gradient."""
 
 from __future__ import annotations
 

@@ -45,11 +45,11 @@ class Take(Protocol):
 def read(
     task: HasData, data: DataSettings, settings: Any, key: object, take: Take
 ) -> tuple[Any, Any]:
-    """What a task trains on, and what is held out: all that its `data` gives, or this peer's part
-    of it if all peers share it (`is_shared`).
+    """The training data and the held-out data of a task: all that its `data` gives, or this peer's
+    part of it if all peers share it (`is_shared`).
 
-    `key`: what `settings` are the same by. Of a shared data set the process keeps the last one.
-    Raises UsageError.
+    `key`: equal for equal `settings`. Of a shared data set the process keeps the last one. Raises
+    UsageError.
     """
     global _whole
     if not data.is_shared:

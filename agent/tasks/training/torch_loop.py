@@ -131,7 +131,7 @@ class TrainingLoop:
         self._private = private
 
     def spent(self) -> tuple[Event, ...]:
-        """What the last `train` costs in privacy; empty without noise."""
+        """The cost of the last `train` in privacy; empty without noise."""
         return self._spent
 
     def watch_epochs(self, watch: Watch) -> None:

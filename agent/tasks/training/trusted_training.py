@@ -15,7 +15,8 @@ def is_trained_by_us(task: object) -> bool:
     """True for a `TorchTask` that replaces nothing but the methods for users, so that our code
     clips gradients, adds noise and says what that costs.
 
-    It is no wall: a task is code in the process that adds the noise. Its owner has allowed it.
+    This is no security boundary: a task is code in the process that adds the noise. Its owner has
+    allowed it.
     """
     if not isinstance(task, TorchTask):
         return False

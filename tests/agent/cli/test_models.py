@@ -37,7 +37,7 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
     )
     found = version.recommended(Use.RECOMMENDED)
     assert found.path == version.path
-    assert "has not heard yet that this run has ended" in found.origin
+    assert "as far as this machine knows, the run has not ended" in found.origin
     assert found.origin.endswith("--run tabular-1")
 
     def compared(recommended: Model, **more: Any) -> None:
