@@ -2,7 +2,7 @@
 # make test   format, lint, types, import contracts, and the tests: below ten minutes
 # make test-long  the tests marked `long`: real fleets that are killed, cut off, filled up
 # make test-extras   tests of Keras, LoRA, Dask, Spark and a browser, each in an environment of its own
-# make test-cluster  tests of ledger and versions outside of the home; make cluster-setup installs PostgreSQL first
+# make test-cluster  tests of ledger and versions outside of the home; make cluster-setup installs PostgreSQL and Mosquitto first
 # make setup  only build .venv
 # make wheel  dist/: the wheel to install on other machines, and install.sh with its locks
 # make lock   deploy/locks: every package of an installation, pinned by hash
@@ -37,14 +37,14 @@ EXTRAS ?=
 test-extras: setup
 	$(BIN)/python -m tests.extras $(EXTRAS)
 
-# They are a part of test-extras. Without PostgreSQL they are skipped, with the reason.
+# They are a part of test-extras. Without PostgreSQL or Mosquitto they are skipped, with the reason.
 test-cluster: setup
 	$(BIN)/python -m tests.extras cluster
 
 # As root, on Debian. Only the programs are used: tests start servers of their own.
 cluster-setup:
 	apt-get update
-	apt-get install -y --no-install-recommends postgresql
+	apt-get install -y --no-install-recommends postgresql mosquitto
 
 check: setup
 	$(BIN)/ruff format --check .

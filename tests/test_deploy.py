@@ -75,7 +75,10 @@ def test_the_container_starts_from_a_digest_and_installs_by_hash() -> None:
     assert "--require-hashes" in (DEPLOY / "install.sh").read_text()
 
 
-@pytest.mark.parametrize("unit", ["commonweight.service", "commonweight-agent.service"])
+UNITS = ["commonweight.service", "commonweight-agent.service", "commonweight-mosquitto.service"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_a_service_has_a_bound_on_memory_and_on_processes(unit: str) -> None:
     settings = dict(
         line.split("=", 1)
@@ -85,7 +88,7 @@ def test_a_service_has_a_bound_on_memory_and_on_processes(unit: str) -> None:
     assert settings["MemoryMax"] == "75%"
     assert int(settings["TasksMax"]) > 0
     # The agent reads from /proc how busy the machine is; the coordinator needs none of it.
-    assert ("ProcSubset" in settings) == (unit == "commonweight.service")
+    assert ("ProcSubset" in settings) == (unit != "commonweight-agent.service")
 
 
 def test_memory_is_estimated_where_the_service_hides_proc_meminfo(

@@ -170,6 +170,8 @@ def _format_status(home: Path, *, json: bool) -> str:
     work = f"  run {status.run} round {status.round}" if status.run else ""
     marks = [f"{name} {'●' if up else '○'}" for name, up in _links(status).items()]
     lines = [label(PeerState(status.state), status.reason) + work, "  ".join(marks)]
+    if status.mqtt_why:
+        lines.append(f"MQTT: {status.mqtt_why} (training does not need it)")
     if status.free_at > time.time():
         at = time.strftime("%a %H:%M", time.localtime(status.free_at))
         lines.append(f"expects to work again {at}")

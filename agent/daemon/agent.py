@@ -227,7 +227,7 @@ class Agent:
         if up != self._runner.state.mqtt:
             log.info("MQTT is %s", "up" if up else f"down: {why}")
         self._runner.dispatch(state_machine.BrokerChanged(up))
-        self._report.mark_stale()
+        self._report.set_broker(why)
 
     def _on_command(self, command: Doorbell | Command | LogRequest) -> None:
         match command:

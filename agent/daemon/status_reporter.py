@@ -214,6 +214,11 @@ class StatusReporter:
             log.warning("%s", text)
         self.set_last_error(text)
 
+    def set_broker(self, why: str) -> None:
+        """Tell the owner what is wrong with the link to the broker, if anything."""
+        self._status.mqtt_why = strip_controls(why)
+        self._is_stale = True
+
     def count_answer(self) -> None:
         """Count one more answer."""
         self._status.rounds_done += 1

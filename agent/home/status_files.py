@@ -31,6 +31,7 @@ class Status(Struct, kw_only=True):
     `paused_by`: the rules of the policy that pause it. `error_until`: when the last error ended, as
     the agent was connected again (Unix s); 0 if it may last. `choice`: the model that the run
     `choice_run` has chosen, and why; of the last run that this machine worked in.
+    `mqtt_why`: what is wrong with the link to the MQTT broker, or empty.
     """
 
     pid: int
@@ -60,6 +61,7 @@ class Status(Struct, kw_only=True):
     paused_by: tuple[str, ...] = ()
     choice_run: str = ""
     choice: str = ""
+    mqtt_why: str = ""
 
     @property
     def error_text(self) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -18,6 +18,7 @@ from coordinator.fleet.readings import num_available, num_enrolled
 from coordinator.fleet.state import Fleet
 from coordinator.storage import ledger_place, settings
 from coordinator.storage.settings import UP_FILE, Settings
+from coordinator.transport.mosquitto import CONFIG, find_program
 from coordinator.transport.ports import listen_error, listenable
 from protocols import VERSION
 from protocols.enrollment import certificates
@@ -84,8 +85,17 @@ class _Doctor:
 
     @property
     def _is_external(self) -> bool:
-        """Whether the coordinator does not run the broker."""
-        return bool(self._settings.mqtt_url or self._settings.mqtt_mosquitto)
+        """Whether the coordinator does not run the broker. Options count for one that runs."""
+        chosen = bool(self._settings.mqtt_url or self._settings.mqtt_mosquitto)
+        told = self._told_at_start() if self._up is not None else {}
+        return bool(told.get("external_broker", chosen))
+
+    def _told_at_start(self) -> dict[str, Any]:
+        """What the coordinator wrote of itself at its start; empty after its end."""
+        try:
+            return dict(msgspec.json.decode((self._home / UP_FILE).read_bytes()))
+        except (OSError, msgspec.DecodeError, TypeError, ValueError):
+            return {}
 
     # --- the folder ---
 
@@ -137,11 +147,7 @@ class _Doctor:
         return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
 
     def certificate(self) -> str | Advice:
-        host = self._settings.host
-        try:
-            host = str(msgspec.json.decode((self._home / UP_FILE).read_bytes())["host"])
-        except (OSError, msgspec.DecodeError, KeyError, TypeError):
-            pass  # it is not running: use the address of its settings
+        host = str(self._told_at_start().get("host", self._settings.host))
         names = self._settings.names or settings.reachable_names(host)
         try:
             pem = (self._home / "server.pem").read_bytes()
@@ -188,6 +194,9 @@ class _Doctor:
         fix = "training continues without it, and it is restarted: commonweight monitor"
         if self._is_external:
             fix = "training continues without it; check that broker"
+        if folder := self._told_at_start().get("mosquitto"):
+            start = f"{find_program()} -c {folder}/{CONFIG}"
+            fix = f"training continues without it; start it again: {start}"
         try:
             check_tls_handshake(mqtt)
         except OSError as err:

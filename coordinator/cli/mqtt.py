@@ -30,7 +30,7 @@ def mosquitto(
     """Write the files of a Mosquitto broker, with logins for members."""
     from coordinator.daemon.brokers import mosquitto_port, mqtt_passwords
     from coordinator.storage import settings
-    from coordinator.transport.mosquitto import MosquittoFiles
+    from coordinator.transport.mosquitto import MosquittoFiles, find_program
     from protocols.local import homes
 
     home = homes.open_home("coordinator")
@@ -46,7 +46,7 @@ def mosquitto(
         config = files.write_config(chosen.host, port, certificate, key)
         files.write_empty()
     start, up = (
-        f"mosquitto -c {shlex.quote(str(config))}",
+        f"{find_program()} -c {shlex.quote(str(config))}",
         f"--mosquitto {shlex.quote(str(folder))}",
     )
     text = f"wrote {config}\nnext: {start}\nthen: commonweight up {up}"

@@ -28,6 +28,7 @@ class Listener:
     def __init__(self, home: Path, keys: Keys, chosen: Settings) -> None:
         self._home, self._keys, self._host = home, keys, chosen.host
         self.names = chosen.names or settings.reachable_names(chosen.host)
+        self._mosquitto, self._url = chosen.mqtt_mosquitto, chosen.mqtt_url
         self._public, self._downloads = chosen.public_addresses, chosen.download_addresses
         self._certify()
         self._socket = listen(chosen.host, chosen.port)
@@ -66,5 +67,8 @@ class Listener:
             "host": self._host,
             "since": time.time(),
             "fleet": self._keys.fleet,
+            # Without the URL, which may have a password.
+            "mosquitto": self._mosquitto,
+            "external_broker": bool(self._url or self._mosquitto),
         }
         write_private(self._home / UP_FILE, json.dumps(up).encode())

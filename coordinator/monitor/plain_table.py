@@ -46,6 +46,8 @@ def plain_table(fleet: Fleet, now: float, heading: str = "", *, width: int | Non
         summary += f" · {missing} without MQTT presence"
     left = seconds_left(run) if run else None
     summary += "" if left is None else f" · about {age(left)} left"
+    if fleet.links.why:
+        summary += f" · MQTT: {fleet.links.why}"
     parts = [heading, describe_run(run) if run else "", summary]
     title = Text(" · ".join(filter(None, parts)), style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

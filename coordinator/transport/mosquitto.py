@@ -11,6 +11,7 @@ import asyncio
 import getpass
 import hashlib
 import logging
+import shutil
 import signal
 from base64 import b64encode
 from collections.abc import Callable
@@ -35,6 +36,12 @@ USER = "coordinator"
 _ITERATIONS = 101
 #: Several changes at once are one reload.
 _RELOAD_EVERY_S = 0.5
+
+
+def find_program() -> str:
+    """The path of Mosquitto, or its name. Debian installs it where users have no search path."""
+    name = "mosquitto"
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin") or name
 
 
 class MosquittoFiles:

@@ -32,6 +32,7 @@ log = logging.getLogger("commonweight.hub")
 MAX_OUTGOING = 10_000
 #: How long a command waits for a peer that has to connect to the broker again.
 _POLL_S, _MAX_POLLS = 0.1, 50
+_MAX_REASON = 300
 
 
 class EventPublisher:
@@ -54,7 +55,9 @@ class EventPublisher:
         self._outgoing: asyncio.Queue[Envelope] = asyncio.Queue(MAX_OUTGOING)
         self._sending: set[asyncio.Task[bool]] = set()
         self._client: FleetMqttClient | None = None
-        self._up = False
+        self._up, self._why = False, ""
+        #: Reasons that were told since the link was up.
+        self._told: set[str] = set()
         #: The peers whose messages have arrived since the link is up.
         self._heard: set[str] = set()
         self._rejected = 0
@@ -174,7 +177,7 @@ class EventPublisher:
                 if was_eligible != self._sessions.is_eligible(peer.peer):
                     self.on_eligibility_change()
         online = self._sessions.any_online
-        links = wire.Links(mqtt=self._up, flower=online, rejected=self._rejected)
+        links = wire.Links(mqtt=self._up, flower=online, rejected=self._rejected, why=self._why)
         if links != self._fleet.links:
             self.publish(links)
 
@@ -220,14 +223,21 @@ class EventPublisher:
 
     def _on_link(self, up: bool, why: str) -> None:
         changed = up != self._up
-        self._up = up
+        self._up, self._why = up, strip_controls(why)[:_MAX_REASON]
         if not up:
             self._heard.clear()
         self.publish_links()
-        if changed:
-            text = "the MQTT broker is up" if up else f"no MQTT broker: {why}; training goes on"
-            self.publish(
-                wire.EventLine(level="info" if up else "warning", text=strip_controls(text))
-            )
         if up:
+            if self._told:
+                log.info("the MQTT broker is up")
+            if changed:
+                self.publish(wire.EventLine(level="info", text="the MQTT broker is up"))
+            self._told.clear()
             self.on_up()
+            return
+        # First "was lost", then what a new connection says; each once, however often it is tried.
+        if self._why not in self._told:
+            self._told.add(self._why)
+            text = f"no MQTT broker: {self._why}; training goes on"
+            log.warning("%s", text)
+            self.publish(wire.EventLine(level="warning", text=text))

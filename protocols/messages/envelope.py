@@ -271,12 +271,14 @@ class EventLine(Struct, frozen=True, tag="Happened", kw_only=True):
 class Links(Struct, frozen=True, tag=True, kw_only=True):
     """Whether the coordinator is connected to the broker and serves Flower.
 
-    `rejected` counts malformed or forged MQTT messages.
+    `rejected` counts malformed or forged MQTT messages. `why`: what is wrong with the link to the
+    broker, or empty.
     """
 
     mqtt: bool
     flower: bool
     rejected: Count = 0
+    why: Text = ""
 
 
 PeerBody = Presence | Telemetry | Notice

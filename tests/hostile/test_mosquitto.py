@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -26,16 +24,11 @@ from protocols.messages import topics
 from protocols.messages.mqtt import MqttAddress, tls_context
 from tests.support.fleet_harness import COORDINATOR, environment, run_program, two_free_ports
 from tests.support.https_site import HOST, Machine
+from tests.support.mosquitto import mosquitto, needs_mosquitto
 from tests.support.mqtt_fleet import rogue
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.attack("20.7")
-
-MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
-
-needs_mosquitto = pytest.mark.skipif(
-    MOSQUITTO is None, reason="mosquitto is not installed: apt install mosquitto"
-)
 
 
 def join(hub: Coordinator, name: str) -> Machine:
@@ -57,26 +50,19 @@ async def served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     files = MosquittoFiles(folder / "mosquitto", keys.fleet, mqtt_passwords(keys))
     config = files.write_config(HOST, port, home / "server.pem", home / "server.key")
     files.write_empty()
-    assert MOSQUITTO is not None
-    with (folder / "mosquitto.log").open("wb") as log:
-        process = subprocess.Popen(  # noqa: ASYNC220
-            [MOSQUITTO, "-c", str(config)], stdout=log, stderr=log
-        )
-    hub = Coordinator(home, keys, chosen)
-    ready = asyncio.Event()
-    serving = asyncio.create_task(hub.serve(ready.set))
-    waiting = asyncio.create_task(ready.wait())
-    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    try:
-        await until(lambda: hub.fleet.links.mqtt or process.poll() is not None)
-        assert process.poll() is None, (folder / "mosquitto.log").read_text()
-        yield hub
-    finally:
-        waiting.cancel()
-        hub.stop()
-        await serving
-        process.terminate()
-        process.wait(20)
+    with mosquitto(config):
+        hub = Coordinator(home, keys, chosen)
+        ready = asyncio.Event()
+        serving = asyncio.create_task(hub.serve(ready.set))
+        waiting = asyncio.create_task(ready.wait())
+        await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await until(lambda: hub.fleet.links.mqtt)
+            yield hub
+        finally:
+            waiting.cancel()
+            hub.stop()
+            await serving
 
 
 async def logs_in(address: MqttAddress) -> bool:

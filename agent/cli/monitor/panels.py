@@ -115,6 +115,8 @@ def _machine(machine: Machine) -> list[Line]:
         coordinator, mqtt = ("●" if up else "○" for up in (status.session, status.mqtt))
         tone: Tone = "plain" if status.session and status.mqtt else "warn"
         lines.append(_fact("links", f"coordinator {coordinator}  mqtt {mqtt}", tone))
+        if status.mqtt_why:
+            lines.append(_fact("", status.mqtt_why, tone))
     lines.append(_fact("run", f"{status.run} round {status.round}" if status.run else "none"))
     if told := own_results.text_of_model(status.choice_run, status.choice, machine.own):
         lines.append(_fact("model", f"{told} (run {status.choice_run})"))

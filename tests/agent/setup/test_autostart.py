@@ -95,8 +95,11 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path, odd: bool) -> None:
     assert done.returncode == 0, done.stderr
 
 
+_UNITS = [("commonweight", 1.1), ("commonweight-agent", 1.2), ("commonweight-mosquitto", 1.1)]
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-@pytest.mark.parametrize(("unit", "exposure"), [("commonweight", 1.1), ("commonweight-agent", 1.2)])
+@pytest.mark.parametrize(("unit", "exposure"), _UNITS)
 def test_the_system_units_expose_little(unit: str, exposure: float) -> None:
     file = ROOT / "deploy" / f"{unit}.service"
     words = ["systemd-analyze", "security", "--offline=true", str(file)]
