@@ -148,9 +148,8 @@ def _best_version(found: own_results.Found) -> LocalModel:
 
 def local_models() -> list[LocalModel]:
     """The verified versions on this machine, the newest first, then the best versions of runs that
-    have ended. Raises NotEnrolled."""
+    have ended, which are verified when they are used. Raises NotEnrolled."""
     from agent.transport import version_proofs
-    from protocols.model.weights import file_digest
     from protocols.p2p.gossip import version_number
 
     home = homes.open_home("agent")
@@ -169,9 +168,15 @@ def local_models() -> list[LocalModel]:
     ]
     known = {one.digest for one in cached}
     best = (_best_version(found) for found in own_results.kept(home))
-    return cached + [
-        one for one in best if one.digest not in known and file_digest(one.path) == one.digest
-    ]
+    return cached + [one for one in best if one.digest not in known]
+
+
+def _is_intact(version: LocalModel) -> bool:
+    """True for a version with the bytes of its digest. One whose file has the name of its digest is
+    from the cache, and `local_models` has verified it."""
+    from protocols.model.weights import file_digest
+
+    return version.path.stem == version.digest or file_digest(version.path) == version.digest
 
 
 def find_named_model(name: str, which: Which) -> LocalModel:
@@ -196,11 +201,17 @@ def find_model(model: str) -> LocalModel:
     if model != LATEST and not is_digest:
         card = model_card.read(path)
         return LocalModel(path, card.task, card.settings)
-    cached = local_models()
-    for version in cached:
-        if not is_digest or version.digest.startswith(model):
+    known = local_models()
+    wanted = [one for one in known if not is_digest or one.digest.startswith(model)]
+    for version in wanted:
+        if _is_intact(version):
             return version
-    if cached:
-        digests = ", ".join(version.digest[:12] for version in cached)
+    if wanted:
+        raise UnknownName(
+            f"the version {wanted[0].digest[:12]} is damaged on this disk",
+            f"use the coordinator's: --run {wanted[0].run}",
+        )
+    if known:
+        digests = ", ".join(version.digest[:12] for version in known)
         raise UnknownName(f"this agent has no version {model}", f"it has {digests}")
     raise UnknownName("this agent has no version yet", "it downloads one with its first work")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 
 from coordinator.cli import noise_forecast, secure_forecast
 from coordinator.remote.api_client import Remote
@@ -19,8 +20,9 @@ def lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
     """Lines about a run that this spec would start; nothing for most runs."""
     if rules.is_app(spec):
         yield from rules.notes(spec)
+    runs = cache(remote.runs)  # a request
     if is_open(spec.task, spec.settings) and model_choice.takes_turns(spec):
-        such = [run.id for run in remote.runs() if run.ordered is not None and run.ended]
+        such = [run.id for run in runs() if run.ordered is not None and run.ended]
         yield from model_lines(spec, remote.run(such[-1]) if such else None)
     if not spec.secure and spec.measures:
         return
@@ -28,7 +30,7 @@ def lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
     yield from secure_forecast.lines(spec, enrolled)
     if spec.measures:
         return
-    earlier = [run.id for run in remote.runs() if run.spec.task == spec.task and run.head]
+    earlier = [run.id for run in runs() if run.spec.task == spec.task and run.head]
     known = noise_forecast.known_from(remote.run(earlier[-1]) if earlier else None)
     yield from noise_forecast.lines(spec, enrolled, known)
 

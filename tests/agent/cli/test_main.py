@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.home import enrollment_file, logs, settings
+from agent.home import enrollment_file, logs, own_results, settings
+from agent.home.own_results import OwnResult, OwnRun
 from agent.home.settings_schema import AgentSettings
 from protocols.errors import UnknownName, UsageError
 from protocols.local.atomic_files import write_private
@@ -339,6 +340,23 @@ def test_an_agent_exits_at_once_while_a_connection_is_being_made(site: Fleet) ->
 
 
 # --- the small ones --------------------------------------------------------------------------
+
+
+def test_a_kept_version_is_verified_when_it_is_used(site: Fleet) -> None:
+    site.join("six")
+    folder = own_results.folder_of(site.folder / "six", "tabular-1")
+    folder.mkdir(parents=True)
+    run = OwnRun(run="tabular-1", task="tabular", settings={}, is_local=False)
+    result = OwnResult(run="tabular-1", task="tabular", at=0.0, round=3, digest="d" * 64)
+    own_results.run_file(folder).write_bytes(msgspec.json.encode(run))
+    own_results.result_file(folder).write_bytes(msgspec.json.encode(result))
+    own_results.model_file(folder, "shared").write_bytes(b"damaged")
+    listed = site.ask_agent("six", "models", "list", "--json")
+    assert [one["digest"] for one in json.loads(listed.stdout)["data"]] == ["d" * 64]
+    for words in (("export", "latest"), ("export", "d" * 12)):
+        done = site.ask_agent("six", "models", *words, str(site.folder / "six.onnx"))
+        assert "the version dddddddddddd is damaged on this disk" in done.stderr
+        assert "--run tabular-1" in done.stderr
 
 
 def test_id_and_paths(site: Fleet) -> None:
