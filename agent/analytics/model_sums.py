@@ -40,7 +40,7 @@ from protocols.analytics.mergeable_states import Floats
 from protocols.analytics.model_states import FitState, RiskState, to_upper
 from protocols.analytics.models import Model, Term
 from protocols.analytics.query import Operation
-from protocols.analytics.row_sets import ones, part_of
+from protocols.analytics.row_sets import TIME, ones, part_of
 from protocols.errors import Refused
 
 #: Adds a number of equations to the count of each of these columns. Returns the equations of the
@@ -119,7 +119,7 @@ def _rows_of_parts(
         for name in names:
             codes = codes * len(model.terms[places[name]].levels) + codes_of[name]
         over |= {part_of(of, code): used[codes == code] for code in np.unique(codes).tolist()}
-    return over | {part_of("time", number): used[rows] for number, rows in enumerate(parts)}
+    return over | {part_of(TIME, number): used[rows] for number, rows in enumerate(parts)}
 
 
 def _numbers_of(state: FitState | RiskState) -> Floats:

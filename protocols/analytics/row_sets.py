@@ -26,6 +26,8 @@ RowSet = Annotated[
     Meta(max_length=MAX_ROW_SETS),
 ]
 _PART = "part "
+#: What the parts by time of a Cox model's rows are parts of.
+TIME = "time"
 #: The rows of a figure, "": those that it sums over. Of counts by category or time, those of each.
 #: `ones`: of a column of zeros and ones, those with 1.
 FigureRows = Annotated[dict[Text, RowSet], Meta(max_length=1024)]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from protocols.analytics import row_sets
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
-from protocols.analytics.row_sets import FigureRows, read_part
+from protocols.analytics.row_sets import TIME, FigureRows, read_part
 from protocols.analytics.syntax import format_number
 from protocols.errors import BadMessage, SecureRefused
 from protocols.privacy.question_layout import Item, Layout, items_of, rows_of, told_by
@@ -106,6 +106,9 @@ def _sums_of(
             if (of := read_part(label)) is not None:
                 for column in operation.columns:  # combinations are many: they have their own
                     yield About(column, f"of {of}" if "&" in of else ""), _pick(rows, label)
+                if of == TIME:  # a Cox model counts these rows, as "survival" does
+                    time, event = operation.columns[:2]
+                    yield About(time, _AND + event), _pick(rows, label)
 
 
 def _pick(rows: Mapping[str, FigureRows], label: str) -> SumRows:

@@ -104,6 +104,17 @@ def test_a_bin_of_one_peer_is_empty(tmp_path: Path) -> None:
     refused(site, ("count", "age >= 40 and age < 70 and ward != 'X'"))
 
 
+def trial(*wards: str) -> list[list[Row]]:
+    """Rows with a time, and whether there was an event."""
+    parts = [rows(n, some, 120) for n, some in enumerate(wards)]
+    for row in (row for part in parts for row in part):
+        row |= {"months": row["salary"] % 60, "died": row["salary"] // 60 % 2}
+    return parts
+
+
+COX = 'cox(months, died ~ C(ward, "A", "B"), bins=(32,), at=(0,))'
+
+
 @pytest.mark.parametrize(
     "condition", ["died == 1 and months < 32", "months < 32", "died == 0 and months >= 16"]
 )
@@ -112,13 +123,30 @@ def test_time_bins_less_a_condition_are_not_of_one_peer(
     tmp_path: Path, condition: str, turned: bool
 ) -> None:
     """Attack: subtract numbers of rows under a condition from those of the time bins."""
-    parts = [rows(n, some, 120) for n, some in enumerate(("ABX", "AB", "AB", "AB"))]
-    for row in (row for part in parts for row in part):
-        row |= {"months": row["salary"] % 60, "died": row["salary"] // 60 % 2}
-    site = SecureTables(tmp_path, parts)
+    site = SecureTables(tmp_path, trial("ABX", "AB", "AB", "AB"))
     survival, count = ("survival(months, died, 64)", ""), ("count", f"{condition} and ward != 'X'")
     site.ask(*(count if turned else survival))
     refused(site, survival if turned else count)
+
+
+def test_time_bins_less_those_of_a_cox_model_are_not_of_one_peer(tmp_path: Path) -> None:
+    """Attack: subtract the numbers of rows in the time bins of a Cox model, which leaves out a
+    category that rows of one peer alone have, from those of all rows. Its answer has the number of
+    all rows, so it is refused also without an earlier question."""
+    site = SecureTables(tmp_path, trial("ABX", "AB", "AB", "AB"))
+    refused(site, (COX, ""))
+    site.ask("survival(months, died, 64)")
+    refused(site, (COX, ""))
+
+
+def test_a_cox_model_without_a_category_of_enough_peers(tmp_path: Path) -> None:
+    """Control: a Cox model is answered beside the counts of all rows, if it leaves out rows of
+    enough peers, or none."""
+    for number, wards in enumerate((("ABX", "ABX", "ABX", "AB"), ("AB",) * 4)):
+        (tmp_path / str(number)).mkdir()
+        site = SecureTables(tmp_path / str(number), trial(*wards))
+        for question in ("survival(months, died, 64)", COX):
+            assert site.ask(question).peers == 4
 
 
 @pytest.mark.parametrize("asked", ["model", "cov(salary, flag)", "sum(flag)"])
