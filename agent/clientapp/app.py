@@ -310,7 +310,8 @@ class Client:
 
     def _commit_last(self) -> None:
         """Discards state of an update that was never sent or promised."""
-        self._outbox.commit_last(self.secure.promised())
+        if self._outbox.has_state:
+            self._outbox.commit_last(self.secure.promised())
 
     def _write_audit_entry(self, work: Work, finished: Finished) -> None:
         claim = SIGNED_CLAIM.decode(finished.claim)

@@ -28,6 +28,11 @@ class ErrorFeedback:
         self._files = RunStateFolder(folder, ".left")
         self.commit = self._files.commit
 
+    @property
+    def is_empty(self) -> bool:
+        """True without error feedback."""
+        return self._files.is_empty
+
     def encode(
         self,
         codec: Codec,

@@ -188,6 +188,12 @@ class Outbox:
         self.personal.commit(digest)
         self.running.commit(digest)
 
+    @property
+    def has_state(self) -> bool:
+        """True if an update may have left state on this peer."""
+        folders = self.error_feedback, self.personal, self.running
+        return not all(folder.is_empty for folder in folders)
+
     def commit_last(self, promised: str = "") -> None:
         """Discards state of an update that was never sent. `promised`: the digest of one that is
         not in the outbox, and counts."""

@@ -48,8 +48,9 @@ class WorkReader:
         payload, signature = signed_payload(message, "config", "work")
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
         self._fleet_names.check("coordinator", work.fleet)
-        self.check_consent(work)
-        secure_rules.check(work, self._settings())
+        chosen = self._settings()
+        consent.check(chosen, work.run, work.task, work.settings)
+        secure_rules.check(work, chosen)
         self._budget.check(work)
         if work.kind in ("describe", "train"):
             owner_floors.check_cohort(work.cohort, self._floors)

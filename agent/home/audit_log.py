@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from agent.home import secure_audit
 from agent.home.secure_audit import SecureKind
 from protocols.local.atomic_files import fsync_folder
+from protocols.local.disk_space import file_bytes
 from protocols.messages import app_work
 from protocols.messages.app_work import AppAnswer, AppWork, Arrays, Values
 from protocols.messages.comparisons import Comparison
@@ -233,9 +234,10 @@ def append_entry(path: Path, entry: AuditEntry, max_bytes: int) -> int:
 
     A file of more than `max_bytes` is rotated; the one that was rotated before is deleted.
     """
-    if path.exists() and path.stat().st_size > max_bytes:
+    nbytes = file_bytes(path)
+    if nbytes > max_bytes:
         path.replace(_rotated_file(path))
-    is_new = not path.exists()
+        nbytes = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as file:
         # The first newline ends a line that a power cut may have left incomplete.
@@ -243,7 +245,7 @@ def append_entry(path: Path, entry: AuditEntry, max_bytes: int) -> int:
         file.write(line)
         file.flush()
         os.fsync(descriptor)
-    if is_new:
+    if not nbytes:  # the file is new
         fsync_folder(path.parent)
     return len(line)
 

@@ -33,7 +33,7 @@ class LiveSettings:
 
     def _file_stamp(self) -> tuple[int, ...]:
         """Changes with the two files, which are replaced as a whole."""
-        return tuple(number for path in self._files for number in _stamp(path))
+        return _stamp(self._files[0]) + _stamp(self._files[1])
 
 
 def _stamp(path: str) -> tuple[int, int, int]:

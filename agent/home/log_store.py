@@ -308,8 +308,10 @@ class LogStore:
     # --- the file ---
 
     def _execute(self, statement: str, arguments: Sequence[object] = ()) -> sqlite3.Cursor:
-        with self._errors():
+        try:
             return self._db.execute(statement, arguments)
+        except sqlite3.DatabaseError as err:
+            raise self._failed(err) from err
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -331,20 +333,18 @@ class LogStore:
                 self._db.execute("ROLLBACK")
 
     def _write(self, statement: str, *rows: tuple[object, ...]) -> None:
-        with self._errors():
+        try:
             if len(rows) > 1:
                 self._db.executemany(statement, rows)
             else:
                 self._db.execute(statement, *rows)
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Raise errors of the file as ours. What is in memory may not have reached it then."""
-        try:
-            yield
         except sqlite3.DatabaseError as err:
-            self._cache = _Cache()
-            raise _error(self._path, err) from err
+            raise self._failed(err) from err
+
+    def _failed(self, err: sqlite3.DatabaseError) -> DiskFull | HomeError:
+        """The error as ours. Clears the memory, which the file may not have reached."""
+        self._cache = _Cache()
+        return _error(self._path, err)
 
 
 def _error(path: Path, err: sqlite3.DatabaseError) -> DiskFull | HomeError:

@@ -20,6 +20,7 @@ from agent.transport.download_replicas import MIN_SPEEDUP, DownloadReplica, Down
 from agent.transport.http_client import HttpClient
 from protocols.errors import BadWeights, Refused, Unreachable, UploadRefused, UploadUnneeded
 from protocols.local.atomic_files import write_all
+from protocols.local.disk_space import file_bytes
 from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import strip_controls
 from protocols.messages.work import DOWNLOAD_PATH
@@ -30,7 +31,7 @@ _TIMEOUT_S = 30.0
 #: coordinator keeps idle connections for 75 s.
 IDLE_CONNECTION_S = 60.0
 _PIECE_BYTES = 1 << 20
-#: After a start, the agent asks first how much of a larger update has arrived. The question takes a
+#: After a start, the agent first asks how much of a larger update has arrived. The request takes a
 #: moment, and the bytes may take an hour.
 _ASK_FIRST_BYTES = 1 << 20
 #: How much of a refusal's body is shown.
@@ -97,7 +98,7 @@ class WeightTransfer:
         if at == VERSION_PATH and self._download_from_replicas(digest, nbytes, part):
             part.replace(target)
             return
-        for had in (_size(part), 0):
+        for had in (file_bytes(part), 0):
             size, actual = self._download_rest(path, nbytes, part, had)
             if size < nbytes:
                 raise Unreachable(f"the version arrived incomplete: {size} of {nbytes} bytes")
@@ -113,7 +114,7 @@ class WeightTransfer:
         """True once `part` is the version. If not, the coordinator sends what is missing."""
         path = DOWNLOAD_PATH.format(digest=digest)
         while (replica := self.replicas.choose(nbytes)) is not None:
-            had = _size(part)
+            had = file_bytes(part)
             try:
                 size, actual = self._download_rest(path, nbytes, part, had, replica.client)
                 if size < nbytes:  # such as that of a replica that stops
@@ -263,11 +264,6 @@ def map_parse_errors() -> Iterator[None]:
         yield
     except (msgspec.DecodeError, DecodeError, ValueError, LookupError, TypeError) as err:
         raise Unreachable(f"cannot parse the coordinator's response: {err}") from err
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
 
 
 def raise_for_status(status: int, body: bytes = b"") -> None:

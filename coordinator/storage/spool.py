@@ -19,6 +19,7 @@ from types import TracebackType
 from protocols.errors import BadWeights
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
+from protocols.local.disk_space import file_bytes
 from protocols.local.failpoints import failpoint
 from protocols.local.safe_paths import path_in
 from protocols.model.weights_file import WeightsFile
@@ -188,7 +189,7 @@ class Spool:
 def _files_by_age(folder: Path) -> list[Path]:
     """The files in a folder that may not exist, oldest first.
 
-    Commands open the folder beside the coordinator, which may delete a file meanwhile.
+    Commands open the folder beside the coordinator, which may delete a file at any time.
     """
     ages = dict[Path, float]()
     with contextlib.suppress(FileNotFoundError):
@@ -228,7 +229,7 @@ class PartialUpload:
     @property
     def nbytes(self) -> int:
         """Bytes that arrived in earlier requests."""
-        return self.path.stat().st_size if self.path.exists() else 0
+        return file_bytes(self.path)
 
     def is_current(self) -> bool:
         """False once a newer request has taken the file over: then it must not be touched."""

@@ -18,6 +18,7 @@ from protocols.codecs import patches
 from protocols.errors import BadWeights, StoreUnreachable
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
+from protocols.local.disk_space import file_bytes
 from protocols.local.failpoints import failpoint
 from protocols.local.safe_paths import path_in
 from protocols.messages.work import INLINE_MAX_BYTES
@@ -42,7 +43,8 @@ def compare(folder: Path, suffix: str, mirror: VersionStore | None) -> None:
 
 
 class Versions:
-    """The versions in a folder. Jobs can pin versions, so that they are not deleted meanwhile.
+    """The versions in a folder. Jobs can pin versions, so that they are not deleted before the job
+    ends.
 
     `mirror` has the same ones. A version is there before `write`, `adopt` or `promote_upload`
     returns, so before the ledger names it. These raise StoreUnreachable; a retry continues.
@@ -86,8 +88,7 @@ class Versions:
 
     def nbytes(self, digest: str) -> int:
         """Bytes on disk of a version and of the patch to it."""
-        paths = (self.version_path(digest), self.patch_path(digest))
-        return sum(path.stat().st_size for path in paths if path.exists())
+        return file_bytes(self.version_path(digest)) + file_bytes(self.patch_path(digest))
 
     def is_pinned(self, digest: str) -> bool:
         """True while a job uses this version."""

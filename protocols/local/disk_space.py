@@ -1,4 +1,4 @@
-"""Free disk space, and how to recognize a full disk."""
+"""Free disk space, sizes of files, and how to recognize a full disk."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ _FULL = frozenset(
 def is_disk_full(err: BaseException) -> bool:
     """True if the error means that a disk or a quota is full."""
     return isinstance(err, DiskFull) or (isinstance(err, OSError) and err.errno in _FULL)
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def free_bytes(folder: Path) -> int:
