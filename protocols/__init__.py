@@ -1,4 +1,5 @@
-"""What agent and coordinator share: messages, weights, codecs, keys. No sockets and no PyTorch."""
+"""Code that agent and coordinator share: messages, weights, codecs, keys. No sockets and no
+PyTorch."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -14,7 +14,7 @@ CommonweightError                     1  something failed
 │   ├── NotAllowed                       the owner does not allow the task or its settings
 │   │   └── AwaitingConsent              the owner has not decided about the task yet
 │   │       ├── AwaitingReview           … nor approved the file that the operator offers
-│   │       ├── AwaitingDecision         … whether it goes on after it was withdrawn
+│   │       ├── AwaitingDecision         … whether to keep it after it was withdrawn
 │   │       ├── AwaitingColumns          … nor which columns of the data it may use
 │   │       └── AwaitingTrust            … nor which other peers it trusts
 │   ├── LogConflict                      the coordinator's log of versions contradicts itself
@@ -157,7 +157,7 @@ class AwaitingReview(AwaitingConsent, code="awaiting_review"):
 
 
 class AwaitingDecision(AwaitingConsent, code="awaiting_decision"):
-    """The operator withdrew the task, and the owner has not said whether it goes on."""
+    """The operator withdrew the task, and the owner has not decided whether to keep it."""
 
 
 class AwaitingColumns(AwaitingConsent, code="awaiting_columns"):

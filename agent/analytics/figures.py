@@ -3,8 +3,8 @@
 A cell has enough rows; a figure may still describe few of them. So a figure is withheld if fewer
 than `min_rows` rows have a value; if all rows but fewer than that have the same one; if one of at
 most three values, such as yes and no, belongs to fewer rows; or if one row dominates a sum. A cell
-with no missing value and one with a few are told alike: where some of the table are missing,
-`min_rows` rows are left out, some of them with a value.
+with no missing value and a cell with a few give the same kind of answer: where some of the table
+are missing, `min_rows` rows are left out, some of them with a value.
 """
 
 from __future__ import annotations

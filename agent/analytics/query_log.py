@@ -52,7 +52,7 @@ CREATE TABLE IF NOT EXISTS wishes (
 """
 
 
-#: Another question may be computed meanwhile.
+#: Another question may hold the lock for this long.
 _WAIT_S = 1800.0
 #: Beyond this size no new answer is given. An answer has at most 2 MiB.
 MAX_LOG_BYTES = 1 << 28

@@ -41,7 +41,7 @@ def join(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="This machine's data; `data check FILE` shows first what is told."),
+        typer.Option(help="This machine's data; `data check FILE` shows what leaves of them."),
     ] = None,
     allow: Annotated[
         list[str] | None,
@@ -134,7 +134,7 @@ def join(
     joined, awaiting = enrollment.join(
         home, text, name=name or socket.gethostname(), labels=labels, replace=replace
     )
-    with settings.locked(home):  # other commands may have changed them meanwhile
+    with settings.locked(home):  # other commands may have changed them since
         settings.change(home, **chosen, **allowed())
     if json:
         print_json({"peer": joined.peer, "name": joined.name, "awaiting": awaiting})

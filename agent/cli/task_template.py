@@ -36,7 +36,7 @@ FEATURES, CLASSES = 4, 3
 
 
 class CLASS(cw.TorchTask):
-    version = "1"  # peers with another version are told so before round 1
+    version = "1"  # peers with another version get an error before round 1
 
     @dataclass
     class Settings:

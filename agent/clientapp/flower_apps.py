@@ -201,7 +201,7 @@ class FlowerApps:
         try:
             done = self._pass_on(work, app, request)
             failpoint("agent.app.done")
-            self._allowed(work)  # the owner may have removed it meanwhile
+            self._allowed(work)  # the owner may have removed it since
             app_work.decode_told(done.description)
             self._budget.charge_exact("training", work.run, f"{PREFIX}{work.app}, what it sends")
         except Exception:

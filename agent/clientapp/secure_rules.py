@@ -26,7 +26,7 @@ def pins(chosen: AgentSettings) -> Pins:
 
 
 def check(work: Work, chosen: AgentSettings) -> None:
-    """Raise NotAllowed for work of a plain run if the owner wants secure runs alone or the peers
+    """Raise NotAllowed for work of a plain run if the owner allows only secure runs or the peers
     share noise, AwaitingTrust for that of a secure run if the owner trusts too few peers,
     BadMessage for a step of a plain run, or training ahead where it is not counted."""
     if work.kind in STEPS and not is_secure(work):

@@ -59,7 +59,7 @@ class Agent:
 
     def __init__(self, home: Path, enrollment: Enrollment, chosen: AgentSettings) -> None:
         self._home = home
-        #: True if `serve` ended because another agent must go on, with what has changed.
+        #: True if `serve` ended so that a new agent starts with the changed settings or key.
         self.must_restart = False
         self._reconnecting: asyncio.Task[None] | None = None
         self._pause_end: asyncio.TimerHandle | None = None

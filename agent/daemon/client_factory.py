@@ -237,8 +237,8 @@ def make_client(
 
     `owner` says what a task may do now.
 
-    `versions` holds the versions of runs, `job_models` those that only jobs use. `own` hears of
-    trainings.
+    `versions` holds the versions of runs, `job_models` those that only jobs use. `own` is notified
+    of trainings.
     """
     home, outbox = ctx.home, ctx.home / "outbox"
     me = PeerIdentity(

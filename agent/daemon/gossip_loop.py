@@ -133,7 +133,7 @@ class GossipLoop:
         for cached in list_verified(
             self._ctx.cache, self._ctx.coordinator_public, self._ctx.enrollment.fleet
         ):
-            with contextlib.suppress(OSError):  # deleted meanwhile
+            with contextlib.suppress(OSError):  # deleted since
                 self._sharing.pieces.put(cached.work.base, cached.path)
 
     def _client(self, peer: Neighbor) -> PeerClient:

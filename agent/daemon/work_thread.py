@@ -64,8 +64,8 @@ log = logging.getLogger("commonweight.agent")
 #: The pause after the trainer has failed repeatedly.
 TRAINER_COOLDOWN_S = 600.0
 _POLL_EVERY_S = 0.5
-#: While the coordinator's disk is full, an upload is tried so often, with a wait after each try.
-#: The waits grow, and the coordinator expects a try within 20 s.
+#: Tries of an upload while the coordinator's disk is full, with a wait after each. The waits grow,
+#: and the coordinator expects a try within 20 s.
 _MAX_UPLOAD_TRIES, _MIN_UPLOAD_RETRY_S, _MAX_UPLOAD_RETRY_S = 12, 2.0, 15.0
 #: The pause after a refused upload. The pauses grow.
 _MIN_REFUSAL_WAIT_S, _MAX_REFUSAL_WAIT_S = 1.0, 20.0
@@ -278,7 +278,7 @@ class WorkThread:
         """True if the owner has decided something about a task that the coordinator asked for, or
         trusts the peers that a secure run needs."""
         chosen = self._owner()
-        asked = list(self._asked.items())  # the work thread may add one meanwhile
+        asked = list(self._asked.items())  # a copy, because the work thread may add one
         decided = [task for task, before in asked if chosen.standing_of(task) != before]
         for task in decided:
             self._asked.pop(task, None)

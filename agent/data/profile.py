@@ -236,7 +236,7 @@ def _allowed(there: Sequence[str], patterns: Sequence[str], wanted: TableSetting
     if misfits:
         raise SchemaMismatch.of_all(misfits)
     asked = {wanted.target, *wanted.features} if wanted.features else set(allowed)
-    if wanted.split_by not in wanted.features:  # nothing of it is told
+    if wanted.split_by not in wanted.features:  # nothing of the column leaves
         asked.discard(wanted.split_by)
     return [name for name in allowed if name in asked]
 

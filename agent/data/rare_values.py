@@ -76,7 +76,7 @@ def replace_rare_categories(
 def _merge_rare(
     indices: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], min_rows: int
 ) -> npt.NDArray[np.int64]:
-    """The index for each number, if so many rows have it."""
+    """The index for each number that at least this many rows have."""
     rare = counts < min_rows
     rare[UNSEEN] = True
     few = counts[rare].sum() < min_rows and not rare.all()

@@ -54,7 +54,8 @@ class TableMemory:
 
 
 class _AdmittedReader:
-    """A reader without the rows that wait. It raises DataError if the table changes meanwhile."""
+    """A reader without the rows that wait. It raises DataError if the table changes during the
+    reading."""
 
     def __init__(self, reader: Reader, admitted: Mask, fingerprint: str) -> None:
         self._reader, self._admitted, self._fingerprint = reader, admitted, fingerprint

@@ -162,7 +162,7 @@ def _table_notes(own: TableStatistics, told: TableStatistics, data: DataSettings
     withheld = [name for name in own.columns if name not in told.columns]
     notes = [f"not among data.columns: {', '.join(withheld)}"] if withheld else []
     if own.rows < 2 * data.min_count:
-        notes.append(f"very few rows; nothing of fewer than {data.min_count} rows is told")
+        notes.append(f"very few rows; nothing of fewer than {data.min_count} rows leaves")
     return notes
 
 

@@ -14,7 +14,7 @@ FOLDERS, ANSWERS = "apps", "app-answers"
 
 
 class _Answer(Struct):
-    """What this module knows of the file of an answer."""
+    """The fields of an answer's file that this module uses."""
 
     app: str
 

@@ -26,12 +26,12 @@ Want = Literal["run", "pause", "finish"]
 class Status(Struct, kw_only=True):
     """The agent's status. `at` and `since` are Unix s.
 
-    `head` is the newest version here. While the coordinator is away, `heard` peers were heard from
-    lately and `alike` of them hold the same version. `shares_at` is the address for other peers.
-    `paused_by`: the rules of the policy that pause it. `error_until`: when the last error ended, as
-    the agent was connected again (Unix s); 0 if it may last. `choice`: the model that the run
-    `choice_run` has chosen, and why; of the last run that this machine worked in.
-    `mqtt_why`: what is wrong with the link to the MQTT broker, or empty.
+    `head` is the newest version here. While the coordinator is away, `heard` is the number of peers
+    that sent gossip lately, and `alike` of them hold the same version. `shares_at` is the address
+    for other peers. `paused_by`: the rules of the policy that pause it. `error_until`: when the
+    last error ended, as the agent was connected again (Unix s); 0 if it may last. `choice`: the
+    model that the run `choice_run` has chosen, and why; of the last run that this machine worked
+    in. `mqtt_why`: what is wrong with the link to the MQTT broker, or empty.
     """
 
     pid: int

@@ -241,7 +241,7 @@ def home_bytes(home: Path) -> int | None:
     try:
         stats = (entry.stat() for entry in home.rglob("*") if not entry.is_symlink())
         return sum(s.st_blocks * 512 if hasattr(s, "st_blocks") else s.st_size for s in stats)
-    except OSError:  # a file was deleted meanwhile
+    except OSError:  # a file was deleted since
         return None
 
 

@@ -14,7 +14,8 @@ from agent.tasks import KnowsRows, Settings, Task, WatchesEpochs
 
 
 class ToldRows:
-    """The rows that the present data were used for. Rows that were told already cost no look-up.
+    """The rows that the present data were used for. Rows that were recorded already cost no
+    look-up.
 
     Without data, or without a memory, nothing is recorded.
     """

@@ -1,7 +1,7 @@
 """Lets worker processes of a task, as of a DataLoader, return tensors without Unix sockets.
 
 torch passes the memory of a tensor over such a socket, which the sandbox refuses: the worker would
-hang. In the sandbox tensors on the CPU travel as bytes through the pipe that is there anyway.
+hang. In the sandbox, tensors on the CPU travel as bytes through the existing pipe.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def copy_tensors() -> None:
-    """From now on, when torch tells `multiprocessing` how to pass tensors, bytes are passed."""
+    """Replaces torch's functions that pass tensors in `multiprocessing`: these pass bytes."""
     register: Any = reduction.register
 
     def register_ours(kind: type, reduce: Any) -> None:

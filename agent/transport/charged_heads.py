@@ -1,10 +1,10 @@
-"""Tells the coordinator how many entries the owner's ledger of privacy has, and hears it back.
+"""Sends the coordinator the number of entries in the owner's ledger of privacy, and gets it back.
 
 A home that was restored from a backup lacks the charges made since then. The coordinator keeps the
 highest number that this machine has signed, and returns it to a ledger with fewer entries. That
 ledger then charges no answer with noise until its owner has confirmed (`PrivacyLedger.learn`).
-Only this machine's own signature counts, so the coordinator cannot invent a number; it could keep
-one back.
+Only this machine's own signature counts, so the coordinator cannot invent a number; it could
+withhold one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ChargedHeads:
             try:
                 has_file = self._ledger is not None or self._file.exists()
                 count = self._open().head() if has_file else 0
-            except CommonweightError as err:  # nothing can be charged then either
+            except CommonweightError as err:  # then nothing can be charged either
                 log.warning("%s", err)
                 return b""
             if count == self._told:
@@ -67,7 +67,7 @@ class ChargedHeads:
             with self._lock:
                 loss = self._open().learn(head.count)
         except CommonweightError as err:
-            log.warning("what the coordinator says of this machine's charges: %s", err)
+            log.warning("the coordinator's statement about this machine's charges: %s", err)
             return
         if loss:
             self._on_note(loss)

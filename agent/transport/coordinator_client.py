@@ -87,14 +87,16 @@ class CoordinatorClient(CoordinatorRequests):
         self._attached: tuple[str, Path] | None = None
         #: True once the coordinator has written the result of the last reply to its ledger.
         self.acknowledged = False
-        #: True if the last `pull` was told that its open sum is over.
+        #: True if the answer to the last `pull` said that its open sum is over.
         self.sum_is_over = False
-        #: The next poll tells the coordinator that its refused work may be asked for again.
+        #: The next poll says that work which was refused before may be sent again.
         self.owner_has_decided = False
-        #: What to tell of the log of versions with a request, if anything; and what gets its news.
+        #: Returns the statement about the log of versions to send with a request; and gets its
+        #: news.
         self.log_statement: Callable[[], bytes | None] = lambda: None
         self.on_log_news: Callable[[LogNews], None] = lambda news: None
-        #: What to tell of the owner's charges with a request; and what gets an earlier statement.
+        #: Returns the statement about the owner's charges to send with a request; and gets an
+        #: earlier one.
         self.charged_statement: Callable[[], bytes] = bytes
         self.on_charged: Callable[[bytes], None] = lambda data: None
         #: The run that this machine works for, or empty; and what is called when it has ended.

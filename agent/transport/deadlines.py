@@ -27,7 +27,7 @@ class Deadlines:
         self._changed = threading.Condition()
         self._open: set[Deadline] = set()
         self._thread: threading.Thread | None = None
-        #: When the thread looks again by itself (monotonic s).
+        #: When the thread wakes without a signal (monotonic s).
         self._wakes_at = 0.0
 
     def add(self, within_s: float, expire: Callable[[], None]) -> Deadline:
@@ -42,7 +42,7 @@ class Deadlines:
         return deadline
 
     def remove(self, deadline: Deadline) -> None:
-        """The thread is not woken: it finds at its time that there is nothing to do."""
+        """The thread is not woken: at its time, it has nothing to do."""
         with self._changed:
             self._open.discard(deadline)
 

@@ -1,7 +1,7 @@
 """Replicas of the coordinator that wait, and send large versions in its place.
 
-The fleet's CA signs their addresses. Nothing else is asked of them, and what they send is checked
-by its digest. One that fails is not asked again for a while: the coordinator sends the rest.
+The fleet's CA signs their addresses. They get no other requests, and their bytes are checked by the
+digest. After a failure, a replica is not used for a while: the coordinator sends the rest.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from protocols.p2p.seen_heads import SeenHead
 
 log = logging.getLogger("commonweight.log")
 
-#: How often this agent tells the coordinator what it has seen: in a small and in a large fleet.
+#: The interval of this agent's statements to the coordinator: in a small and in a large fleet.
 TELL_EVERY_S, TELL_EVERY_IN_LARGE_FLEET_S, LARGE_FLEET = 2.0, 15.0, 16
 #: Versions older than this must have been seen by the owner's witnesses.
 WITNESS_LAG_S = 60.0
@@ -48,7 +48,7 @@ class Witnesses(NamedTuple):
 
 
 class FollowedLog:
-    """The log as this agent knows it. Call from threads; only marked methods never block.
+    """This agent's view of the log. Call from threads; only marked methods never block.
 
     `fetch(start)` requests a page of the log from the coordinator. `on_fork(text)` is called once
     for each new proof, `on_note(text)` for what the owner should know.
@@ -168,7 +168,7 @@ class FollowedLog:
                 if not self.refresh():
                     self._follow(news.head, wire.decode_page(news.page))
             except LogConflict:
-                pass  # told by `on_fork`
+                pass  # `on_fork` reports it
             except CommonweightError as err:
                 log.info("the coordinator's log of versions: %s", err.message)
             self._peers.offer(*news.seen)
@@ -199,7 +199,7 @@ class FollowedLog:
             self._peers.process()
 
     def statement(self) -> bytes | None:
-        """What to tell the coordinator now: our signed statement, empty before the first head.
+        """The statement for the coordinator: signed, and empty before the first head.
 
         None: nothing is due.
         """
@@ -223,7 +223,7 @@ class FollowedLog:
             return self._seen
 
     def to_publish(self) -> bytes:
-        """What to tell peers by MQTT: a small proof, or our statement. Empty before the first."""
+        """The MQTT message for peers: a small proof, or our statement. Empty before the first."""
         return self._replica.proof or self.seen()
 
     def last_seen(self) -> tuple[bytes, bytes]:

@@ -25,7 +25,7 @@ log = logging.getLogger("commonweight.log")
 PUBLISH_EVERY_S = 30.0
 #: Draws further groups of peers this often, until MIN_HEARD peers have sent a recent statement.
 DRAW_EVERY_S, MIN_HEARD, RECENT_S = 5.0, 4, 600.0
-#: What is read of one peer, and of all: a broker or peer that floods costs little.
+#: The messages that are read of one peer, and of all: a broker or peer that floods costs little.
 MIN_INTERVAL_S, MAX_IN_INTERVAL = 5.0, 32
 #: Filters of one request; the embedded broker accepts no more.
 _MAX_FILTERS = 16
@@ -88,8 +88,8 @@ class HeadExchange:
             await asyncio.sleep(DRAW_EVERY_S)
 
     def new_filters(self, now: float) -> list[str]:
-        """What to subscribe to at this time (monotonic s): new witnesses, and more peers by chance
-        while too few have told something."""
+        """What to subscribe to at this time (monotonic s): new witnesses, and more random peers
+        while too few have sent a statement."""
         wanted = {topics.head(self._fleet, peer) for peer in self._witnesses()}
         if now >= self._draw_at and self._step < topics.HEAD_STEPS and self._is_alone():
             wanted.update(topics.head_filters(self._fleet, self._step, self._chance))

@@ -78,7 +78,7 @@ class PeerHeads:
                 else:
                     self._take(data)
             except LogConflict:
-                continue  # told by `on_fork`
+                continue  # `on_fork` reports it
             except (BadMessage, DiskFull, HomeError) as err:
                 log.debug("a statement of a peer: %s", err.message)
 

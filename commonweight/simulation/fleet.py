@@ -49,9 +49,10 @@ from protocols.messages.topics import COORDINATOR
 from protocols.messages.work import FlowerMessage, PollRequest
 
 HEARTBEAT_S = 5.0
-#: So often it is asked whether a round needs the peers that dropped out.
+#: The interval of the checks whether a round needs the peers that dropped out.
 _AWAY_S = 0.2
-#: A run looks at replies so often while others are on their way; and more for each of these.
+#: The interval of a run's look at replies while others are on their way; and the addition for each
+#: of these.
 _WAKE_S, _WAKE_S_PER_MESSAGE = 0.05, 2e-4
 #: A worker gets as many messages at a time as take about so long.
 _BATCH_S = 0.1
@@ -211,7 +212,7 @@ class SimulatedFleet:
             self._on_round(run)
 
     def _delete_update(self, peer: str) -> None:
-        """Its version is on disk, so nobody asks the peer for its update again."""
+        """Its version is on disk, so the peer's update is not requested again."""
         unlink(self._plan.peer_folder(self._index_of[peer]) / UPDATE)
 
     # --- the peers ---

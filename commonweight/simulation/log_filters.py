@@ -9,7 +9,7 @@ from coordinator.runs.steps import LEFT
 
 
 def is_unexpected(record: logging.LogRecord) -> bool:
-    """False for a peer that drops out, as the simulation wants it."""
+    """False for a peer that drops out, which the simulation causes."""
     return not record.getMessage().endswith(LEFT)
 
 

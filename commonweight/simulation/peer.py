@@ -120,7 +120,7 @@ class Identity(PeerIdentity):
 
 
 class SimulatedPeer:
-    """A peer as after a restart of its agent: what it knows of earlier rounds is in its folder."""
+    """A peer as after a restart of its agent: its state of earlier rounds is in its folder."""
 
     def __init__(
         self,
@@ -189,14 +189,15 @@ def _refusal_of(err: CommonweightError) -> Refusal:
 
 
 def _budget(owner: AgentSettings, home: Path, fleet: str) -> PrivacyBudget | None:
-    """The owner's privacy ledger; None without a limit, as nobody reads it then."""
+    """The owner's privacy ledger; None without a limit, as it is not read then."""
     if not owner.privacy_max_epsilon:
         return None
     return PrivacyBudget(privacy_ledger.ledger_file(home), lambda: owner, fleet)
 
 
 class Worker:
-    """Answers for any peer of the plan. Keeps some peers, if no other worker answers meanwhile."""
+    """Answers for any peer of the plan. Keeps some peers between calls, if there is no other
+    worker."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

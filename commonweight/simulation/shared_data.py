@@ -38,7 +38,7 @@ class _Use(NamedTuple):
 
     @property
     def takes_part(self) -> bool:
-        """True if the method takes the peer's part by itself."""
+        """True if the method itself takes the peer's part."""
         return not self.read.isdisjoint(("index", "parts"))
 
 

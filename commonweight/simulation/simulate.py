@@ -207,7 +207,7 @@ def simulate(
 
     `task`: a name, "./my_task.py:MyTask", or a class in a file. Peer i of `peers` gets part i of
     the data: see `split` ("iid", which is the default, "shards" or "dirichlet:0.3") and `owner`,
-    the settings of every owner, in which `{part}` is the peer's number. `per_round`: ask so many
+    the settings of every owner, in which `{part}` is the peer's number. `per_round`: ask this many
     peers in each round; 0: all. `dropout`: the share of them that leaves in the work. `workers`:
     processes, by default one for each core. `ray`: the address of a Ray cluster that works in their
     place, or "auto". `out`: the home of the result, a new folder; by default one with the name of

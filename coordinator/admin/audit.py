@@ -59,7 +59,7 @@ def open_ledger(home: Path) -> Ledger:
 def read_audit(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[AuditEntry]:
     """The entries of one peer (id or name) or of all, since a Unix time, oldest first.
 
-    A name stands for every machine that ever had it. Raises UnknownName.
+    A name means every machine that ever had it. Raises UnknownName.
     """
     names: dict[str, str] = {}
     found = list(_read(ledger, names))

@@ -85,7 +85,7 @@ def write(home: Path, out: Path, *, with_versions: bool) -> Manifest:
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:
         sources = {name: home / name for name in (*_REQUIRED, *_OPTIONAL) if (home / name).exists()}
-        # What peers have signed first, so that none of it is about later entries of the ledger.
+        # The statements of peers come first, so that none is about later entries of the ledger.
         for name in (seen_heads.FILE, LEDGER_FILE):
             if name in sources:
                 sources[name] = Path(folder) / name
@@ -309,7 +309,7 @@ def _revoke_tickets(home: Path) -> None:
 
 
 def _record_restore(home: Path, manifest: Manifest) -> None:
-    """Agents take the entry as the reason why versions that they know are gone."""
+    """The entry explains to agents why versions that they know are gone."""
     with contextlib.closing(SqliteLedger(home / LEDGER_FILE)) as ledger:
         Registry(ledger).record_restore(manifest.entries, manifest.at)
 

@@ -1,7 +1,8 @@
 """Compares the ledger with what peers have signed that they saw of it.
 
-Whoever rewrites the ledger can make its hash chain anew, but not the heads that agents keep. The
-statements in `seen.db` are signed by the peers, the heads in a file of an agent by the coordinator.
+An attacker who rewrites the ledger can recompute its hash chain, but not the heads that agents
+keep. The statements in `seen.db` are signed by the peers, the heads in a file of an agent by the
+coordinator.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Comparison(NamedTuple):
 
 
 def stored(home: Path, ledger: Ledger) -> Iterator[SeenBy]:
-    """What peers have sent to this coordinator. A statement without a valid signature is skipped:
-    it proves nothing."""
+    """The statements of peers to this coordinator. One without a valid signature is skipped,
+    because it proves nothing."""
     if not (home / FILE).exists():
         return
     keys = {
@@ -55,7 +56,7 @@ def stored(home: Path, ledger: Ledger) -> Iterator[SeenBy]:
         statements = store.all()
     for one in statements:
         with contextlib.suppress(BadMessage):
-            # Certificates expire, and what was signed before stays true.
+            # Certificates expire, and earlier signatures stay valid.
             seen = seen_heads.read(one.data, one.peer, keys.get(one.peer, bytes(32)))
             yield SeenBy(one.peer, SIGNED_HEAD.decode(seen.head[64:]))
 

@@ -74,7 +74,7 @@ def examine_coordinator(home: Path) -> Iterator[Check]:
 
 
 class _Doctor:
-    """The checks, and what they find out for later ones: each runs after the checks it needs."""
+    """The checks, and the results that later ones use: each runs after the checks it needs."""
 
     _settings: Settings
     _up: Status | None = None
@@ -191,7 +191,7 @@ class _Doctor:
     def broker(self) -> str:
         assert self._up is not None
         mqtt, links = self._up.mqtt, self._up.fleet.links
-        fix = "training continues without it, and it is restarted: commonweight monitor"
+        fix = "training continues without it, and the coordinator restarts it: commonweight monitor"
         if self._is_external:
             fix = "training continues without it; check that broker"
         if folder := self._told_at_start().get("mosquitto"):

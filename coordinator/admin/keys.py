@@ -241,7 +241,7 @@ def write_encrypted(file: Path, passphrase: str) -> Callable[[SigningKey], None]
         raise UsageError(f"{file} exists already", "choose another name for the CA's key")
     if file.resolve().is_relative_to(homes.home_path("coordinator").resolve()):
         raise UsageError(
-            f"{file} is in the coordinator's home, where a thief finds it",
+            f"{file} is in the coordinator's home, which a thief would copy",
             "choose a file elsewhere, best on a disk that you put away",
         )
 

@@ -26,7 +26,7 @@ from protocols.local.settings_file import SETTINGS_FILE
 
 #: The target that is the file in the home.
 FILE = "file"
-#: What is left of a file after the move to a database; and the file that is being written.
+#: The name of a file after the move to a database; and the file that is being written.
 MOVED, _MOVING = "ledger.db.moved", "ledger.db.moving"
 
 

@@ -1,4 +1,4 @@
-"""Takes what peers tell of a run after its end, once for each peer."""
+"""Records the peers' comparisons after the end of a run, one for each peer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from coordinator.storage.run_events import PeerCompared
 from protocols.errors import Refused, UnknownName
 from protocols.messages.comparisons import Comparison
 
-#: Runs whose details are in memory. To read one again takes a look at its whole ledger.
+#: Runs whose details are in memory. Reading one again means reading its whole ledger.
 _MAX_RUNS = 4
 
 
 class _Known(NamedTuple):
-    """A run with all details, and what its peers have told."""
+    """A run with all details, and the comparisons of its peers."""
 
     run: Run
     told: dict[str, Comparison]

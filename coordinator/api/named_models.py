@@ -1,4 +1,4 @@
-"""Which version of a run an agent asks for, by the name of the run or of its task."""
+"""Finds the version that an agent requests by the name of a run or of its task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocols.model.personalization import PERSONAL_LAYERS
 def find(service: CoordinatorService, name: str, which: str) -> NamedModel:
     """The best or latest version. Raises UnknownName, and UsageError for a Flower app.
 
-    Agents see in the settings which layers are in no version.
+    The settings name the layers that are in no version.
     """
     if which not in ("best", "latest"):
         raise UnknownName(f"a version is best or latest, not {which!r}")

@@ -53,7 +53,7 @@ class PollHandler:
         node = self._sessions.node_of(peer)
         if node is None or not self._sessions.is_open(peer):
             raise NoSession(f"{peer} has no session")
-        # First, so that the charge of an answer is known before the answer counts.
+        # Taken first, so that the charge of an answer is recorded before the answer counts.
         charged = (
             self._witnesses.exchange_charged(peer, request.charged) if request.charged else b""
         )
@@ -160,7 +160,7 @@ class LongPolls:
                 del self._waiting[peer]
 
     def wake(self, peer: str) -> bool:
-        """Tell a waiting peer that there is work. Returns False if it does not wait."""
+        """End the wait of a peer, as there is work. Returns False if it does not wait."""
         woken = self._waiting.pop(peer, None)
         if woken is None or woken.done():
             return False

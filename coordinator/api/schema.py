@@ -32,7 +32,7 @@ STATUS = {ExitCode.USAGE: 422, ExitCode.REFUSED: 403, ExitCode.UNREACHABLE: 503}
 T = TypeVar("T")
 #: Of a list that has a row for each run, job, ticket or member since the fleet began.
 Rows = Annotated[list[T], Meta(max_length=1 << 20)]
-#: What a request has made, by name: its id, or a ticket.
+#: The result of a request, by name: its id, or a ticket.
 Made = Annotated[dict[Name, Annotated[str, Meta(max_length=16 * 1024)]], Meta(max_length=16)]
 
 

@@ -1,4 +1,5 @@
-"""The coordinator as its HTTP routes see it, and what their responses share."""
+"""The parts of the coordinator that its HTTP routes use, and the content that their responses
+share."""
 
 from __future__ import annotations
 

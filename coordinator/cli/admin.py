@@ -89,7 +89,7 @@ def backup(
 ) -> None:
     """Back up keys, peers, settings and the ledger. The coordinator may be running.
 
-    The file contains the coordinator's keys: without --encrypt, whoever has it has them.
+    The file contains the coordinator's keys: without --encrypt, anyone who can read it has them.
     """
     from coordinator.admin import backup as backups
     from coordinator.admin import encryption

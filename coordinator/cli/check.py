@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from coordinator.runs.state import Run
 
 _POLL_S = 0.5
-#: Without a peer that could be asked for so long, the check ends.
+#: After this time without a peer that could be asked, the check ends.
 _MAX_IDLE_S = 3.0
 _DEADLINE_S = 120.0
 _DELETE_TRIES = 20

@@ -53,7 +53,7 @@ def status(json: Json = False) -> None:
         f"fleet     {found.fleet}\n"
         f"CA        {found.ca}  {found.ca_days:.0f} days left{replaced}\n"
         + (f"issuer    {found.issuer_days:.0f} days left\n" if found.issuer_days else "")
-        + f"TLS       {found.tls_days:.0f} days left; renewed by itself\n"
+        + f"TLS       {found.tls_days:.0f} days left; renewed automatically\n"
         f"signing   {found.signing}  {card}\n"
         f"operator  {found.operator}"
     )

@@ -1,4 +1,4 @@
-"""What `run start` says about noise before a run with it: how much there is, and what less needs.
+"""Lines of `run start` before a run with noise: how much noise there is, and how to get less.
 
 The noise of a step is compared with the clip norm, the longest that a gradient or change can be. As
 a vector over all weights, noise of the same length costs little accuracy. Pure.
@@ -32,7 +32,7 @@ _FULL_BATCHES = "--set batch_size=all --set epochs=1"
 
 
 class Known(NamedTuple):
-    """What an earlier run of the task has shown: its id, the rows of each peer that it trained on,
+    """The sizes in an earlier run of the task: its id, the rows of each peer that it trained on,
     and the number of weights. Empty and 0 if there is none."""
 
     run: str = ""
@@ -41,7 +41,7 @@ class Known(NamedTuple):
 
 
 def known_from(run: Run | None) -> Known:
-    """What is known from this run."""
+    """The sizes of this run."""
     if run is None:
         return Known()
     rows = tuple(sorted(trained for trained, _ in run.declared.values() if trained))
@@ -133,7 +133,7 @@ def _of_statistics(spec: RunSpec) -> Iterator[str]:
     if spec.private is not None and what and not spec.settings.get(setting):
         yield (
             f"before round 1, peers send {what} without noise, which ε does not cover; peers with "
-            f"privacy.max_epsilon take no part. With {instead}, nobody sends them"
+            f"privacy.max_epsilon take no part. With {instead}, no peer sends them"
         )
 
 
@@ -171,7 +171,7 @@ def _sampling(rows: int, batch: int, epochs: int) -> tuple[float, int]:
 
 
 def _needs(spec: RunSpec, length: float, sigma: float, option: str, more: str) -> str:
-    """What would make the noise `MAX_LENGTH` clip norms long."""
+    """The changes that would make the noise `MAX_LENGTH` clip norms long."""
     less, rounds = MAX_LENGTH / length, spec.rounds - spec.first_round + 1
     ways = [more]
     mu = math.sqrt(rounds) / (sigma * less)

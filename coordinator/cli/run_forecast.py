@@ -1,5 +1,5 @@
-"""What is said before a run starts: its models and how long they may take, its secure sum, its
-noise, what a Flower app cannot have."""
+"""Lines before a run starts: its models and how long they may take, its secure sum, its noise, and
+the limits of a Flower app."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from coordinator.runs.state import Round, Run
     from coordinator.storage.run_events import RunSpec
 
-#: Between two looks at a run.
+#: The interval between two requests for a run.
 POLL_S = 0.5
-#: Says why a run waits for peers after this many looks, as most waits are shorter.
+#: After this many requests, the reason why a run waits is shown, as most waits are shorter.
 WAIT_POLLS = 4
 #: Peers that get no work are named up to this number.
 _MAX_ABSENT = 20
@@ -100,7 +100,7 @@ def choice_lines(run: Run) -> Iterator[str]:
     if run.ordered is None:
         return
     told = candidates.summary(run) if run.ended else candidates.text(run)
-    if told not in run.ended_because:  # a run that was stopped says only this
+    if told not in run.ended_because:  # a run that was stopped has only this
         yield f"model: {told}"
 
 
@@ -110,7 +110,7 @@ def _of_all(run: Run, number: int) -> str:
 
 
 def secure_line(spec: RunSpec) -> str:
-    """What the coordinator sees of a secure run, and what each peer does to its change."""
+    """A line about a secure run: the coordinator's view, and the scaling of each peer's change."""
     seen = f"secure: the coordinator sees only sums of {spec.quorum} updates or more"
     if not spec.clip_norm:  # peers that share noise clip each row instead
         return seen
@@ -131,7 +131,7 @@ def round_line(run: Run, closed: Round) -> str:
 
 
 class Step(NamedTuple):
-    """What is new about a run: refusals as text, closed rounds, what it waits for as text, and the
+    """The changes of a run: refusals as text, closed rounds, what it waits for as text, and the
     models that it has chosen or trains now."""
 
     run: Run
@@ -158,7 +158,7 @@ def _shown(run: Run, closed: Sequence[Round]) -> list[Round]:
 
 
 class Progress:
-    """Finds what is new about a run at each call of `step`."""
+    """Returns the changes of a run at each call of `step`."""
 
     def __init__(self) -> None:
         self._rounds = self._refusals = self._num_waits = 0
@@ -167,7 +167,7 @@ class Progress:
         self._chosen: tuple[str, ...] = ()
 
     def step(self, run: Run, fleet: Callable[[], Fleet]) -> Step:
-        """What is new since the last call. `fleet` is called only if it is needed."""
+        """The changes since the last call. `fleet` is called only if it is needed."""
         refusals = tuple(self._new_refusals(run, fleet))
         closed = run.history[self._rounds :]
         self._rounds = len(run.history)

@@ -1,4 +1,4 @@
-"""What `run start` says before a secure run: the sum, the peers it needs, its cost. Pure."""
+"""Lines of `run start` before a secure run: the sum, the peers it needs, its cost. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _MAX_CHEAP_PEERS = 256
 #: CPU time for one mask over 40 MB of weights (`python -m benchmarks.speed.secure --large`).
 _MASK_S = 89 / 13_664
-#: What a peer exchanges in a round, which has two sums: bytes for each peer of the cohort and for
+#: The traffic of a peer in a round, which has two sums: bytes for each peer of the cohort and for
 #: each neighbor (`python -m benchmarks.speed.secure_many --peer`).
 _PEER_BYTES, _NEIGHBOR_BYTES = 2 * 594, 2 * 330
 #: CPU seconds of one peer, and of the coordinator, for each peer in a round of 1,000.
@@ -48,10 +48,11 @@ def lines(spec: RunSpec, peers: int) -> Iterator[str]:
 
 
 def count_masks(peers: int, lost: int) -> int:
-    """The masks to remove from a sum, if `lost` of its peers go before their masked update."""
+    """The number of masks to remove from a sum if `lost` of its peers drop out before their masked
+    update."""
     return lost * cohort.neighbor_count(peers) + peers - lost
 
 
 def message_bytes(peers: int) -> int:
-    """What one peer exchanges with the coordinator in a round, besides weights."""
+    """The traffic of one peer with the coordinator in a round, besides weights."""
     return _PEER_BYTES * peers + _NEIGHBOR_BYTES * cohort.neighbor_count(peers)

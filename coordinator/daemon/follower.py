@@ -1,7 +1,7 @@
-"""What a replica does while it waits: it sends versions to members, at an address of its own.
+"""Sends versions to members, at an address of its own, while a replica waits.
 
-It reads the members from the ledger, and the versions from the store. All else stays with the
-coordinator that leads, so this port answers nothing else.
+It reads the members from the ledger, and the versions from the store. All other requests go to the
+coordinator that leads; this port refuses them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_settings(chosen: Settings) -> None:
     if chosen.download_port and chosen.download_port == chosen.port:
         raise UsageError(
             f"download_port is {chosen.port}, the port of the coordinator that leads",
-            "choose another: agents would take this replica for it",
+            "choose another: agents could not distinguish this replica from it",
         )
 
 
@@ -65,7 +65,7 @@ class Follower(threading.Thread):
         self._read_at = 0.0
 
     def end(self) -> None:
-        """Send no more, soon: what is being sent is cut, and agents continue at the coordinator."""
+        """Stop sending soon: downloads are cut, and agents continue at the coordinator."""
         self._ending.set()
 
     def run(self) -> None:

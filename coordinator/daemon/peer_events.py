@@ -57,7 +57,7 @@ class PeerEvents:
             queue.wake()
 
     def announce_work(self, peers: Sequence[str]) -> None:
-        """Tell these peers of work: in the response that they wait for, or by a doorbell."""
+        """Notify these peers of work: in the response that they wait for, or by a doorbell."""
         self._publisher.ring_doorbells([peer for peer in peers if not self._long_polls.wake(peer)])
 
     # --- the registry ---
@@ -137,7 +137,7 @@ class PeerEvents:
 
     def refresh_online(self) -> bool:
         """Update the online peers from Flower's heartbeats. Returns True if they changed."""
-        # Not in another thread, or a session that opens meanwhile could be missed.
+        # Not in another thread, or a session that opens at that time could be missed.
         return self._sessions.set_online(self._superlink.online_nodes())
 
     async def watch(self) -> None:

@@ -1,4 +1,4 @@
-"""Peers, operators and their tickets, as the registry knows them."""
+"""Peers, operators and their tickets, as the registry stores them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the state of the fleet says: the shown state of a peer, counts, the current run. Pure."""
+"""Readings of the fleet's state: the shown state of a peer, counts, the current run. Pure."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def _peer_known(fleet: Fleet, body: wire.PeerChanged, now: float) -> None:
     if body.state is not None:
         peer.state, peer.no_presence = body.state, body.state is not PeerState.OFFLINE
         peer.reason = NO_PRESENCE if peer.no_presence else SESSION_ENDED
-        # Requests do not tell what it works on, and how far it is.
+        # Requests do not contain what it works on, and how far it is.
         peer.run, peer.round, peer.telemetry = "", 0, None
         peer.seen_at = now if peer.no_presence else peer.seen_at
 
@@ -208,7 +208,7 @@ def _run_changed(fleet: Fleet, body: wire.RunChanged, now: float) -> None:
         fleet.runs.pop(body.run, None)
         return
     if run := fleet.runs.get(body.run):
-        # What peers tell of an ended run does not make it the current one again.
+        # A peer's comparison after the end of a run does not make it the current run again.
         if body.compared == run.changed.compared:
             run.changed_at = now
         run.changed = body

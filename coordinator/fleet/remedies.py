@@ -8,7 +8,7 @@ from protocols.errors import Awaited
 from protocols.messages.states import PauseReason, PeerState
 
 _THERE = "on that machine: commonweight-agent"
-#: How an owner gives what is awaited.
+#: The owner's command for each decision that is awaited.
 _ANSWERS: dict[Awaited, str] = {
     "consent": "task allow {task}",
     "review": "task review {task}",
@@ -16,7 +16,7 @@ _ANSWERS: dict[Awaited, str] = {
     "columns": "task allow {task} --columns NAMES (or all)",
     "trust": "trust add ID...",
 }
-#: What ends a pause that the policy did not decide.
+#: The end of a pause that the policy did not decide.
 _AFTER_PAUSE = {
     PauseReason.USER: f"{_THERE} resume",
     PauseReason.OPERATOR: "commonweight peers resume {name}",
@@ -27,7 +27,7 @@ _AFTER_PAUSE = {
 
 
 def why_absent(peer: Peer, now: float) -> str:
-    """Why this peer gets no work, with what to do; empty if it can get work.
+    """Why this peer gets no work, and the remedy; empty if it can get work.
 
     `now` is Unix s. `‖ paused: …; on that machine: commonweight-agent policy set busy always`.
     """
@@ -38,7 +38,7 @@ def why_absent(peer: Peer, now: float) -> str:
 
 
 def remedy(peer: Peer, now: float) -> str:
-    """What to do so that this peer gets work; empty if it can get work, or if nothing is known."""
+    """The remedy, so that this peer gets work; empty if it can get work, or if none is known."""
     match readings.shown_state(peer, now):
         case PeerState.AWAITING if peer.awaits_consent:
             return f"{_THERE} {_ANSWERS[peer.awaits].format(task=peer.awaits_consent)}"
@@ -57,7 +57,7 @@ def remedy(peer: Peer, now: float) -> str:
 
 
 def _after_pauses(peer: Peer) -> list[str]:
-    """What ends each pause that the policy did not decide."""
+    """The end of each pause that the policy did not decide."""
     name = readings.display_name(peer)
     return [
         advice.format(name=name) for pause, advice in _AFTER_PAUSE.items() if pause in peer.reason

@@ -1,7 +1,7 @@
 """Which peers are online and can get work now, from Flower sessions and presence.
 
-A peer that says until when it can work gets no work that would take longer, judging by the duration
-of its last training.
+If a peer's presence has the time until which it can work, it gets no work that would take longer,
+judging by the duration of its last training.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Activity:
     session_number: int = 0
     opened_at: float = -math.inf
     requested_at: float = -math.inf
-    #: When it last said, or the broker for it, that its connection ended.
+    #: When it, or the broker in its place, last published that its connection ended.
     offline_at: float = -math.inf
     #: Work that it got and has not answered; and when it last asked for work in this session.
     has_work: bool = False
@@ -106,7 +106,7 @@ class Sessions:
         return not was_eligible
 
     def on_poll(self, peer: str, *, answered: bool, wants_work: bool, got_work: bool) -> None:
-        """Note what a poll says of the peer's work. A heartbeat during work says nothing."""
+        """Note the peer's work by its poll. A heartbeat during work has no information about it."""
         activity = self._activity[peer]
         if wants_work:
             activity.wanted_work_at = time.monotonic()
@@ -116,7 +116,7 @@ class Sessions:
             activity.has_work = got_work
 
     def state_from_requests(self, peer: str) -> PeerState | None:
-        """What the peer's requests show: training, idle or paused. None if it sends none."""
+        """The peer's state by its requests: training, idle or paused. None if it sends none."""
         activity, now = self._activity[peer], time.monotonic()
         if peer not in self._online or activity.offline_at > activity.requested_at:
             return None

@@ -1,4 +1,4 @@
-"""Takes what peers have seen of our log of versions, keeps it, and passes it on to other peers.
+"""Stores the statements of peers about our log of versions, and passes them on to other peers.
 
 A peer that has seen a head that our ledger does not have was shown another log under our key: the
 home was copied back by hand, or another coordinator uses the same keys.
@@ -44,7 +44,7 @@ class Witnesses:
         self._public = public
         self.report: Callable[[str, str], None] = lambda text, peer: None
         self._newest: dict[str, bytes] = {}
-        #: Peers that were reported: for another log, and for what is no statement.
+        #: Peers that were reported: for another log, and for an invalid statement.
         self._contradicted: set[str] = set()
         self._unusable: set[str] = set()
 
@@ -56,7 +56,9 @@ class Witnesses:
             except BadMessage as err:
                 if peer not in self._unusable:
                     self._unusable.add(peer)
-                    log.warning("what %s says of our log cannot be used: %s", peer, err.message)
+                    log.warning(
+                        "the statement of %s about our log cannot be used: %s", peer, err.message
+                    )
         others = [seen for other, seen in self._newest.items() if other != peer]
         tail = self._log.head()
         return LogNews(
@@ -74,7 +76,9 @@ class Witnesses:
         try:
             head = SIGNED_CHARGED.unpack(data, partial(identity.verify, known.sign_public))
         except BadMessage as err:
-            log.warning("what %s says of its charges cannot be used: %s", peer, err.message)
+            log.warning(
+                "the statement of %s about its charges cannot be used: %s", peer, err.message
+            )
             return b""
         if head.peer != peer:
             return b""
@@ -82,14 +86,14 @@ class Witnesses:
         return most.data if most.ledger > head.count else b""
 
     def forget(self, peer: str) -> None:
-        """Pass on nothing more of a removed peer."""
+        """Delete the statements of a removed peer."""
         self._newest.pop(peer, None)
 
     def _take(self, peer: str, data: bytes) -> None:
         known = self._registry.peers.get(peer)
         if known is None:
             raise BadMessage("it is no peer")
-        # After a rotation of our key the older head is no news for anybody.
+        # After a rotation of our key, peers cannot use the older head.
         head = SIGNED_HEAD.unpack(
             seen_heads.read(data, peer, known.sign_public).head,
             partial(identity.verify, self._public),

@@ -177,7 +177,7 @@ def result_of(query: Query, merged: Merged, asked: int) -> AnalysisResult:
 
 
 def validate(query: Query, answer: PeerAnswer) -> str:
-    """What is wrong with the form of a peer's answer; empty if nothing is.
+    """The fault in the form of a peer's answer, as text; empty if there is none.
 
     A peer chooses every number in it: what passes here cannot break `combine`.
     """
@@ -228,7 +228,7 @@ def max_bytes(query: str) -> int:
 
 
 def validate_bytes(query: str, body: bytes) -> str:
-    """What is wrong with the bytes of a peer's answer; empty if nothing is."""
+    """The fault in the bytes of a peer's answer, as text; empty if there is none."""
     try:
         asked = msgspec.json.decode(query, type=Query)
         if len(body) > (most := max_answer_bytes(asked)):

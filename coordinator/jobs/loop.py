@@ -1,4 +1,4 @@
-"""Drives one job: carries out what `scheduler.decide` says and records what came of it.
+"""Drives one job: carries out the decisions of `scheduler.decide` and records the results.
 
 It runs beside training: units are Flower messages like those of a run, and a peer does its messages
 in their order. Events are in the ledger before anything is sent because of them. A peer that was
@@ -45,7 +45,7 @@ log = logging.getLogger("commonweight.job")
 #: How long peers with a lease may take to come back after a restart or a lost connection.
 RECONNECT_TIMEOUT_S = 20.0
 _RETRY_S = 1.0
-#: A peer is excused after this many refusals for want of consent; the reason of such a lease.
+#: A peer is excused after this many refusals without consent; the reason of such a lease.
 MAX_CONSENT_ASKS, _AWAITS = 16, "awaits consent"
 _UNKNOWN_PEER = "the fleet has no peer with this id; start the job again for the present peers"
 
@@ -91,7 +91,7 @@ class JobLoop:
         return peer in self._awaiting
 
     def awaited(self, peer: str) -> Awaited:
-        """What that owner has to give."""
+        """The decision that the job awaits from that owner."""
         return AWAITED[self._awaiting[peer].kind] if peer in self._awaiting else "consent"
 
     def owner_has_decided(self, peer: str) -> None:

@@ -142,12 +142,12 @@ class JobManager:
         return next((one.job.spec.task for one in loops if one.awaits_consent(peer)), "")
 
     def awaited(self, peer: str) -> Awaited:
-        """What that owner has to give."""
+        """The decision that a job awaits from that owner."""
         waiting = (one for one in self._loops.values() if one.awaits_consent(peer))
         return next((one.awaited(peer) for one in waiting), "consent")
 
     def ack_future(self, message_id: str) -> asyncio.Future[bool] | None:
-        """What `RunManager.acknowledged` waits for, if the request belongs to a job."""
+        """The future for `RunManager.acknowledged`, if the request belongs to a job."""
         found = (loop.requests.ack_future(message_id) for loop in self._loops.values())
         return next((future for future in found if future is not None), None)
 

@@ -18,15 +18,15 @@ from protocols.messages.envelope import JobChanged, Text, strip_controls
 
 #: A secure question ends with this step.
 _LAST_STEP = "unmask"
-#: Between two steps, the machine that asks computes for so long at most.
+#: The longest time between two steps, in which the machine that asks computes.
 _BETWEEN_S = 60.0
 
 
 class Question(Struct, frozen=True, kw_only=True):
     """A question: `text` as it was asked, and its steps, the oldest first.
 
-    `state`: "working" while a step is or more are to come, "unfinished" if none came, else that of
-    the last step.
+    `state`: "working" while a step runs or further ones are to come, "unfinished" if none came,
+    else that of the last step.
     """
 
     job: Text

@@ -6,7 +6,7 @@ Rule 2. Units that were given back come first, then newly cut ones. When all row
         peers repeat the last 5 % of the rows (backup tasks, Dean and Ghemawat 2004, section 3.6).
 Rule 3. A unit holds `UNIT_S` of work at the peer's measured speed, but at most half of the peer's
         share of the remaining rows (weighted factoring, Hummel et al. 1996), and at most half of
-        the last 5 %, so that nobody waits long at the end. It holds `MIN_UNIT_S` of work at least:
+        the last 5 %, so that the wait at the end is short. It holds `MIN_UNIT_S` of work at least:
         less is not worth the request.
 Rule 4. A unit that failed on `MAX_FAILURES` peers fails the job.
 """
@@ -32,7 +32,8 @@ _PROBES = 16
 
 
 class Availability(NamedTuple):
-    """What the ledger does not know: who can work now, and which leases (unit, peer) are over.
+    """Observations that are not in the ledger: who can work now, and which leases (unit, peer) are
+    over.
 
     `due`: the job's own deadline has passed. `deserted`: for some time no peer was available.
     `awaits_consent`: an owner has not decided about the task yet; such a peer is not eligible.
@@ -49,7 +50,7 @@ class Availability(NamedTuple):
 
 
 def decide(job: Job, available: Availability) -> list[JobEvent]:
-    """The next events. After leases for idle peers, it is of no use before something changes."""
+    """The next events. After leases for idle peers, call it again once something has changed."""
     if (end := _end(job, available)) is not None:
         return [JobEnded(*end, available.at)]
     gone = available.gone

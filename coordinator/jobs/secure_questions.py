@@ -222,7 +222,7 @@ class _Sum:
 
 
 def _requests(state: Aggregator) -> dict[str, bytes]:
-    """What each peer is asked next, encoded."""
+    """The next request to each peer, encoded."""
     found: dict[str, bytes] = {}
     whole = encode(state.cohort.request)
     for peer in state.cohort.peers:

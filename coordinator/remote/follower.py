@@ -148,7 +148,8 @@ class FleetFollower:
         now = self._clock()
         fleet.gap = False
         rebase_times(fleet, now)
-        # Messages that arrived meanwhile may be newer than the snapshot; older ones are ignored.
+        # Messages that arrived during the request may be newer than the snapshot; older ones are
+        # ignored.
         for envelope in self._since_fetch:
             reduce(fleet, envelope, now)
         self._since_fetch.clear()

@@ -88,7 +88,7 @@ def with_rows(spec: JobSpec, source: Path, store: JobStore) -> JobSpec:
 
 
 def start_or_continue(remote: Remote, spec: JobSpec, store: JobStore) -> str:
-    """Start the job, or go on with an earlier one with the same request; return its id."""
+    """Start the job, or continue an earlier one with the same request; return its id."""
     return find_earlier(remote, spec, store) or remote.start_job(spec)
 
 

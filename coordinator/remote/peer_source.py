@@ -1,4 +1,4 @@
-"""The fleet as one of its peers knows it, for times without the coordinator. Read only.
+"""The fleet in the view of one of its peers, while the coordinator is away. Read only.
 
 While the coordinator answers, it gives each monitor an access token and the addresses of peers;
 both are saved in the home. A peer is asked over TLS that is pinned to its node key. It answers if
@@ -87,7 +87,7 @@ def _find_partner(known: NeighborsResponse, text: str, *, allow_loopback: bool) 
 
 
 class PeerSource(ReadOnly):
-    """A `Source` over what one peer knows.
+    """A `Source` over the view of one peer.
 
     Raises UnknownName, NotRunning (no peers are known here).
     """

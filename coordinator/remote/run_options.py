@@ -136,7 +136,7 @@ def _as_text(value: Any) -> str:
 
 
 def _secure_fields(fields: Mapping[str, Any]) -> dict[str, float]:
-    """What a secure run does unless it is told otherwise.
+    """The defaults of a secure run.
 
     Its clipping norm is the range of its integers, and it cannot compare single updates. With
     noise, its peers share it, and clip nothing afterwards.
@@ -157,7 +157,7 @@ def _secure_fields(fields: Mapping[str, Any]) -> dict[str, float]:
 def _tree_fields(
     fields: Mapping[str, Any], settings: Mapping[str, str | int | float | bool]
 ) -> dict[str, Any]:
-    """What a run of trees does unless it is told otherwise. A round is a level of a tree.
+    """The defaults of a run of trees. A round is a level of a tree.
 
     Raises UsageError.
     """

@@ -1,4 +1,5 @@
-"""The mode "buffered": peers train independently, and so many updates make a version. Pure.
+"""The mode "buffered": peers train independently, and a fixed number of updates makes a version.
+Pure.
 
 FedBuff: Nguyen et al. 2022, arXiv 2106.06639. The events are those of rounds: round r is open while
 version r is made. Each peer has an assignment of its own (`state.Assignment`) on the version that

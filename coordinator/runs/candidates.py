@@ -22,7 +22,7 @@ _MAX_TEXT = 400
 
 
 def after(run: Run, end: steps.EndRun) -> steps.EndRun | steps.BeginModel:
-    """What follows when the present model has ended so: the next model, or the end of the run.
+    """The event after the end of the present model: the next model begins, or the run ends.
 
     A model that fails ends the run only if there is no version of another one.
     """
@@ -63,7 +63,7 @@ def of_version(run: Run, digest: str) -> Run:
 
 
 def summary(run: Run) -> str:
-    """Which model is kept, and what each reached; empty without a version."""
+    """A text about the kept model and the result of each; empty without a version."""
     if run.best is None:
         return ""
     return f"{_kept(run)} is kept ({_reached(run, [*run.trained, present(run)])})"
@@ -97,8 +97,8 @@ def shown_metrics(run: Run, closed: Round) -> str:
 
 
 def text(run: Run) -> str:
-    """What operators and owners read of the model: the choice, or which is trained now and what
-    those before it have reached. Empty before a choice."""
+    """The text about the model for operators and owners: the choice, or which is trained now and
+    the results of those before it. Empty before a choice."""
     if run.choice is None:
         return ""
     if not (run.trained or run.upcoming):

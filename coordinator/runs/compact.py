@@ -1,4 +1,4 @@
-"""What stays in memory of runs that have ended. Pure."""
+"""Reduces the memory of runs that have ended. Pure."""
 
 from __future__ import annotations
 

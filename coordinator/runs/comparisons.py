@@ -1,7 +1,4 @@
-"""What a peer tells of a run: evaluations, and after the end how good models are on its own rows.
-
-Pure.
-"""
+"""Checks and describes the peers' evaluations of a run, and comparisons after its end. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ WHY_MISSING: dict[Missing, str] = {
 
 
 def why_none(run: Run) -> str:
-    """Why no peer has told a comparison of a run that has ended; empty if some have."""
+    """Why no peer has sent a comparison of a run that has ended; empty if some have."""
     if run.comparisons or not peers_of(run):
         return ""
     if run.spec.app:

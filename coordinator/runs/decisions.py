@@ -28,7 +28,8 @@ from protocols.messages.states import RunState
 
 
 class Observation(NamedTuple):
-    """What the run's state lacks: the peers that could work now, and whether time is up.
+    """Observations that are not in the run's state: the peers that could work now, and whether time
+    is up.
 
     `unfit`: peers that are online but refuse this run until their owners change something.
     `absent`: peers of the fleet that are not online or cannot work now. `sum`: how far the open
@@ -42,8 +43,8 @@ class Observation(NamedTuple):
     sum: Progress | None = None
 
 
-#: Kinds of refusals that no peer mends: the run's settings do not fit, or its owner does not allow
-#: them.
+#: Kinds of refusals that a peer cannot resolve: the run's settings do not fit, or its owner does
+#: not allow them.
 _LASTING_KINDS = SETTINGS_CODES | {UploadRefused.code, NotAllowed.code}
 #: An automatic deadline is this multiple of the slowest peer's time, but at least the minimum.
 _SLOWEST_FACTOR = 2.0

@@ -84,12 +84,13 @@ class RequestsInFlight:
         if not self._in_flight:
             return []
         pulled = await asyncio.to_thread(self._ctx.grid.pull_messages, set(self._in_flight))
-        # `_arrived` wins: for a request that was canceled meanwhile, Flower replies with an error.
+        # `_arrived` wins: for a request that was canceled at the same time, Flower replies with an
+        # error.
         replies = {m.metadata.reply_to_message_id: m for m in (*pulled, *self._arrived)}
         self._arrived = []
         if replies:
             failpoint("reply.pulled")
-        # Without an await: a session that opens meanwhile must not cancel an answered request.
+        # Without an await: a session that opens at that time must not cancel an answered request.
         answered = {mid: request for mid in replies if (request := self._in_flight.pop(mid, None))}
         return [(mid, request, replies[mid]) for mid, request in answered.items()]
 

@@ -165,7 +165,7 @@ class RunManager:
         return loop.run.spec.task if loop is not None and loop.awaits_consent(peer) else ""
 
     def awaited(self, peer: str) -> Awaited:
-        """What that owner has to give."""
+        """The decision that the run awaits from that owner."""
         kinds = self.current.run.refusal_kinds if self.current is not None else {}
         return AWAITED.get(kinds.get(peer, ""), "consent")
 

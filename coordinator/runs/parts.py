@@ -41,7 +41,7 @@ class RunParts:
         return cls(ctx, adapter, strategy, model, timer, recorder, requests)
 
     def follow(self, run: Run) -> None:
-        """Go on with the settings of this run, before round 1. Raises CommonweightError."""
+        """Continue with the settings of this run, before round 1. Raises CommonweightError."""
         self.adapter, self.strategy, self.model = _made(run, self.ctx)
         self.requests.use(self.adapter, self.strategy, self.model)
 

@@ -146,7 +146,7 @@ def model_begun(run: Run, event: events.ModelBegun) -> Run:
         described={},
         training_seconds={},
     )
-    # Its rounds have numbers of their own, so the turns of secure sums go on as they are.
+    # Its rounds have numbers of their own, so the turns of secure sums continue unchanged.
     return replace(back_to(run, kept), abandoned=abandoned, turn=turn, recalling=False, holdings={})
 
 

@@ -21,7 +21,8 @@ from protocols.model import built_in_settings
 MAX_ROUNDS, PATIENCE = 100, 10
 #: Of other runs.
 ROUNDS = 10
-#: How often a run of trees is evaluated, about, and how many of these may be no better.
+#: The approximate number of evaluations of a run of trees, and how many may bring no better
+#: version.
 _EVALUATIONS, _TREE_PATIENCE = 30, 4
 _TABULAR = built_in_settings.BY_TASK["tabular"]
 

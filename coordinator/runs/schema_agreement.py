@@ -1,4 +1,4 @@
-"""Derives the common preprocessing and schema from what peers described before round 1. Pure.
+"""Derives the common preprocessing and schema from the peers' descriptions before round 1. Pure.
 
 For tables, the first result is a preprocessing that follows from all of them; for examples in
 folders, it is the list of their classes. Then the schema card

@@ -125,7 +125,7 @@ class CohortState(Struct, frozen=True, kw_only=True):
 
     @property
     def step(self) -> WorkKind:
-        """What its peers are asked next."""
+        """The next request to its peers."""
         if not self.sharers:
             return "share"
         return "agree" if self.survivors else "mask"
@@ -306,8 +306,8 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
 
     @property
     def described_base(self) -> str:
-        """What the base of a request to describe is: it differs from one request to the next, so
-        that no late answer counts for another one."""
+        """The base of a request to describe. It differs between requests, so that a late answer
+        cannot count for another one."""
         if self.comparing:
             return preprocessing.digest(f"{AUTO} {self.preprocessing}")
         return preprocessing.digest(self.preprocessing)

@@ -11,7 +11,7 @@ from protocols.tables.model_scores import Model
 
 #: Peers that are awaited are named up to this number.
 _MAX_NAMED_PEERS = 4
-#: What is reported of a peer that goes away, behind its name.
+#: The report about a peer that goes away, after its name.
 LEFT = "disconnected during its work"
 
 
@@ -23,11 +23,11 @@ class AskPeers(NamedTuple):
 
 
 class AgreeSchema(NamedTuple):
-    """Derive the common schema or preprocessing from what the peers described."""
+    """Derive the common schema or preprocessing from the peers' descriptions."""
 
 
 class ChooseModel(NamedTuple):
-    """Choose the model of the run by the scores that the peers told."""
+    """Choose the model of the run by the scores of the peers."""
 
 
 class BeginModel(NamedTuple):

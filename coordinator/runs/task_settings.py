@@ -23,7 +23,7 @@ class ToldSettings:
         self._by_task: dict[str, SettingSpecs] = {}
 
     def note(self, run: Run) -> None:
-        """Keep what the peers of this run have told."""
+        """Store the settings that the peers of this run have sent."""
         if run.card is not None:
             self._by_task[run.spec.task] = run.card.settings
 

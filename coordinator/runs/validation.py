@@ -51,7 +51,7 @@ _WITH_CODEC = frozenset({"train", *STEPS})
 
 
 class ExpectedReply(NamedTuple):
-    """What the run waits for: the claim's kind, its base version and the model's schema.
+    """The reply that the run waits for: the claim's kind, its base version and the model's schema.
 
     `assignment`: the peer's own work, for buffered and late updates.
     """
@@ -203,7 +203,7 @@ def _of_schema(expected: ExpectedReply, open_update: Callable[[], R]) -> R:
 
 
 def expected_reply(run: Run, schema: Schema, peer: str = "", kind: str = "") -> ExpectedReply:
-    """What a reply to the run's open request must be, or to this peer's own assignment.
+    """The expected reply to the run's open request, or to this peer's own assignment.
 
     Raises UpdateRefused if the peer has no such assignment, or if it is too old.
     """

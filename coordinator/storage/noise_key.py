@@ -2,7 +2,7 @@
 
 It is on disk before a version with its noise exists, so a round that is closed again after a crash
 gives the same version. It is in no backup, answer or log, and is deleted once the version is
-committed: whoever has it could subtract the noise.
+committed: anyone who has it could subtract the noise.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class ObjectStore:
             except FileNotFoundError:
                 pass
             # A part that was not completed is never seen. The bytes of a name are always the same,
-            # so a second writer replaces a file by itself.
+            # so a second writer replaces a file by an equal one.
             self._obstore.put(
                 self._store, name, path, chunk_size=_PART_BYTES, max_concurrency=_MAX_PARTS
             )

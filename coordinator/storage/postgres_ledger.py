@@ -347,4 +347,4 @@ class PostgresLedger:
                 self._db = None
 
 
-_WAITS = "the coordinator waits for it; start the database, or mend the network"
+_WAITS = "the coordinator waits for it; start the database, or repair the network"

@@ -112,7 +112,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
     @property
     def private(self) -> PrivateTraining | None:
-        """What the run asks of peers that add noise; None without noise."""
+        """The noise that the run's peers add; None without noise."""
         if not self.dp_epsilon:
             return None
         shared = max(1, self.dp_shared)
@@ -120,7 +120,7 @@ class RunSpec(Struct, frozen=True, kw_only=True):
 
     @property
     def private_versions(self) -> PrivateVersions | None:
-        """What the run's versions may cost for each peer; None without noise in them."""
+        """The privacy cost of the run's versions for each peer; None without noise in them."""
         if not self.dp_user_epsilon:
             return None
         rounds = self.rounds - self.first_round + 1

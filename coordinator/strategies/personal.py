@@ -1,4 +1,4 @@
-"""What `run start --personal` asks of peers: how each makes a model of its own. Pure.
+"""The option `run start --personal`: how each peer makes a model of its own. Pure.
 
 "finetune" and "ditto" work after the run, on the machine alone. "ditto" keeps the personal model
 near the shared one by a proximal term (Li et al. 2021, arXiv 2012.04221, objective h_k with the
@@ -44,7 +44,7 @@ def check(spec: RunSpec) -> None:
         )
     if spec.app:
         raise UsageError(
-            "--personal cannot be used with a Flower app, which trains as it wants",
+            "--personal cannot be used with a Flower app, which has its own training",
             "leave --personal out",
         )
     if spec.settings.get("model") == trees.NAME and kind != FINETUNE:

@@ -155,7 +155,7 @@ class FleetMqttClient(MqttLink):
 
     async def publish_event(self, envelope: Envelope) -> bool:
         """Send the monitors an event that the coordinator has numbered."""
-        if self._client is None:  # do not sign what nobody receives
+        if self._client is None:  # without a connection, do not sign
             return False
         body = envelope.body
         if isinstance(body, wire.RoundClosed) and len(body.norms) > 200:

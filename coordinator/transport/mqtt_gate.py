@@ -5,7 +5,7 @@ without a timeout. So the gate terminates TLS, checks each CONNECT, PUBLISH and 
 passes the bytes on. It is no broker: it keeps no message and no subscription.
 
 Rule 1: nothing reaches the broker before a login, and no packet that is not well-formed.
-Rule 2: a client id is changed to one under its user, so nobody takes over another's connection.
+Rule 2: a client id is changed to one under its user, so no client takes over another's connection.
 Rule 3: time, bytes and connections are bounded: the handshake and CONNECT together, the rate of
         each connection, connections of each user and of each address.
 Rule 4: the process ends when its stdin does, so also when the coordinator is killed.

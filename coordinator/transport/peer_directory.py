@@ -44,7 +44,7 @@ class Location(NamedTuple):
 
     @property
     def refusal(self) -> str:
-        """Why the reported address is passed on to nobody; empty if it is, or if there is none."""
+        """Why the reported address is not passed on; empty if it is, or if there is none."""
         if not self.reported.address or self.address_for(self.outside):
             return ""
         is_local = peer_addresses.is_loopback(self.outside)

@@ -23,7 +23,7 @@ MAX_AGE_S = 3600.0
 MAX_KNOWN_SOURCES, MAX_VERSIONS = 4096, 4
 #: Time until a network gets its second seed. Each further one takes twice as long.
 FIRST_SEED_WAIT_S = 5.0
-#: Complaints of so many peers exclude a source. One may be a lie or bad luck.
+#: Complaints of this many peers exclude a source. A single one may be false.
 _MAX_COMPLAINTS = 2
 #: Weight of the old rate of a source when a new one is measured.
 _OLD_RATE_WEIGHT = 0.7

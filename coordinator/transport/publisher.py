@@ -128,7 +128,7 @@ class EventPublisher:
         if self._client is None or not await self._client.send_to(peer, command):
             raise Unreachable(
                 "the MQTT broker is down, and commands travel over it",
-                "training goes on; try again when the monitor shows mqtt ●",
+                "training continues; try again when the monitor shows mqtt ●",
             )
 
     async def request_logs(self, peer: str, request: wire.LogRequest) -> bool:
@@ -238,6 +238,6 @@ class EventPublisher:
         # First "was lost", then what a new connection says; each once, however often it is tried.
         if self._why not in self._told:
             self._told.add(self._why)
-            text = f"no MQTT broker: {self._why}; training goes on"
+            text = f"no MQTT broker: {self._why}; training continues"
             log.warning("%s", text)
             self.publish(wire.EventLine(level="warning", text=text))

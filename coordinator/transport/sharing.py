@@ -149,7 +149,7 @@ class SharingRoutes:
         ]
 
     def _warn_of_address(self, peer: Peer, reported: DownloadPlanRequest, outside: str) -> None:
-        """Log once per peer and address that nobody is sent to what it reports."""
+        """Log once per peer and address that its reported address is not passed on."""
         reason = Location(reported, outside).refusal
         if reason and self._warned.get(peer.peer) != reported.address:
             self._warned[peer.peer] = reported.address
@@ -208,7 +208,7 @@ class SharingRoutes:
             self._lists[digest] = asyncio.ensure_future(asyncio.to_thread(_piece_digests, path))
         try:
             return await asyncio.shield(self._lists[digest])
-        except OSError as err:  # the version was dropped meanwhile
+        except OSError as err:  # the version was dropped since
             self._lists.pop(digest, None)
             raise HTTPException(404) from err
 

@@ -24,7 +24,8 @@ from typing import Any
 
 #: Below this size, asyncio is as fast.
 MIN_BYTES = 1024 * 1024
-#: Received in one turn of a thread. Then the event loop checks again whether the upload may go on.
+#: Received in one turn of a thread. Then the event loop checks again whether the upload may
+#: continue.
 MAX_BYTES = 64 * 1024 * 1024
 _MAX_THREADS = 4
 _PIECE_BYTES = 256 * 1024

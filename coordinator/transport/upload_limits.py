@@ -36,7 +36,7 @@ class UploadLimits:
         self.version_bytes = 0
         #: The digests of a peer's updates that the ledger names and no version contains yet.
         self.counted: Callable[[str], Set[str]] = _none
-        #: Peers whose replies are being validated. Their uploads must stay meanwhile.
+        #: Peers whose replies are being validated. Their uploads must stay until then.
         self.validating: set[str] = set()
         #: Bytes that current uploads have announced and not sent yet.
         self.promised_bytes = 0

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Line:
-    version = "1"  # peers with another one are told so before round 1
+    version = "1"  # peers with another one get an error before round 1
 
     def schema(self, settings):
         """Names, dtypes and shapes of what is averaged."""

@@ -13,14 +13,14 @@ MAX_ANSWER_BYTES = 2 << 20
 #: The most groups in an answer, and bytes for the names of a group and its row count.
 _MAX_GROUPS, _GROUP_BYTES = 2000, 2048
 _HEAD_BYTES = 64 << 10
-#: Bytes of the longest figure; a histogram has so many for each bin.
+#: Bytes of the longest figure; a histogram has this many for each bin.
 _FIGURE_BYTES, _BIN_BYTES, _QUANTILES_BYTES = 512, 24, 256 << 10
 #: Bytes of all names of columns, of all categories of one, and of a number of a model.
 _COLUMNS_BYTES, _LEVELS_BYTES, _SUM_BYTES = 1 << 20, 128 << 10, 32
 
 
 def max_answer_bytes(question: Query) -> int:
-    """What an honest answer can need at most, and never more than `MAX_ANSWER_BYTES`."""
+    """The most bytes of an honest answer; never more than `MAX_ANSWER_BYTES`."""
     cell = _GROUP_BYTES
     for operation in question.operations:
         cell += _FIGURE_BYTES

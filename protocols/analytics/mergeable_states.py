@@ -97,7 +97,7 @@ class QuantileState(Struct, frozen=True, tag="quantiles"):
 class DistinctState(Struct, frozen=True, tag="values"):
     """The number of different values: at least `least`, at most `most`.
 
-    Peers tell numbers and no sketch of their values, because a sketch answers for each text whether
+    Peers send numbers and no sketch of their values, because a sketch shows for each text whether
     it is among them. So peers with common values cannot be told from peers without.
     """
 
@@ -106,7 +106,7 @@ class DistinctState(Struct, frozen=True, tag="values"):
 
 
 class WithheldState(Struct, frozen=True, tag="withheld"):
-    """The peer does not tell this figure: it would describe too few rows."""
+    """A withheld figure, which would describe too few rows."""
 
 
 State = (

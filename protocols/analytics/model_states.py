@@ -12,7 +12,7 @@ from protocols.analytics.models import MAX_EDGES, MAX_PARAMETERS
 from protocols.messages.envelope import Count, Name, Text
 from protocols.tables.statistics import MAX_COLUMNS, Finite
 
-#: More categories of a column are not told.
+#: The most categories of a column in an answer.
 MAX_TOLD_LEVELS = 64
 _MAX_UPPER = MAX_PARAMETERS * (MAX_PARAMETERS + 1) // 2
 _Vector = Annotated[tuple[Finite, ...], Meta(max_length=MAX_PARAMETERS)]
@@ -22,7 +22,7 @@ _Floats = npt.NDArray[np.float64]
 
 
 class ColumnsState(Struct, frozen=True, tag="columns"):
-    """The columns that the owner lets be asked for."""
+    """The columns that the owner allows in questions."""
 
     names: Annotated[tuple[Name, ...], Meta(max_length=MAX_COLUMNS)] = ()
 

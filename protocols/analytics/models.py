@@ -4,8 +4,8 @@
     glm(died ~ age + sex + age:sex), or glm(died ~ age * sex)
     cox(months, died ~ age, bins=(6, 12), at=(0.1,))
 
-A model without `at` is what a person writes. One with all levels, and with the coefficients `at`
-which peers compute the sums of one iteration, is what peers are asked.
+People write a model without `at`. Peers get it with all levels, and with the coefficients `at`
+which they compute the sums of one iteration.
 """
 
 from __future__ import annotations

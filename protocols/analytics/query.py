@@ -1,8 +1,9 @@
 """A query over the tables of all peers, and its text. Pure.
 
 `count, mean(age), histogram(income, 20, 0, 1e5) by sex where age >= 18` has three operations, one
-grouping column and one condition. The text says all of a query: `parser.parse_text` reads it back,
-and two different queries have different texts. So an owner who approves a text approves the query.
+grouping column and one condition. The text contains all of a query: `parser.parse_text` reads it
+back, and two different queries have different texts. So an owner who approves a text approves the
+query.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class Query(Struct, frozen=True, kw_only=True):
 
     @property
     def for_any_coefficients(self) -> Query:
-        """The query without the coefficients of its models. Who allows it allows all steps."""
+        """The query without the coefficients of its models. An owner who allows it allows all
+        steps."""
         operations = (
             op
             if op.model is UNSET

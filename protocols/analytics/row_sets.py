@@ -1,9 +1,9 @@
 """Which sets of rows of a peer are alike, without the rows. Pure.
 
-A peer numbers sets of its rows that do not follow from each other. It tells each other set as a sum
-of these, each times a factor modulo `PRIME`: if women are set 1 and men are set 2, all rows are
-{1: 1, 2: 1}. So others see which of its sets are equal, or sums and differences of others. They see
-no row and no number of rows.
+A peer numbers sets of its rows that do not follow from each other. It sends each other set as a sum
+of these, each times a factor modulo `PRIME`: if women are set 1 and men are set 2, all rows are {1:
+1, 2: 1}. So others see which of its sets are equal, or sums and differences of others. They see no
+row and no number of rows.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def parse(name: str) -> Codec:
 
 
 def name_in_work(name: str, fragments: int) -> str:
-    """What `Work.codec` says of this codec in a run with this number of fragments."""
+    """The text of this codec in `Work.codec`, for a run with this number of fragments."""
     return f"{_OF_FRAGMENTS}{name}" if fragments > 1 else name
 
 

@@ -1,6 +1,6 @@
-"""Updates that are integers for a sum: what a version of trees asks for, and what came. Pure.
+"""Updates that are integers for a sum, as a version of trees asks for them. Pure.
 
-An update is a file with one tensor, "sums" I32[n]. Which n, the version says that it is made for
+An update is a file with one tensor, "sums" I32[n]. The version determines n
 (`protocols.tables.trees.layout`).
 """
 
@@ -39,6 +39,6 @@ def read(update: WeightReader) -> npt.NDArray[np.int64]:
 
 
 def objection(update: WeightReader, version: WeightReader, rows: int, *, masked: bool) -> str:
-    """What is wrong with the sums of `rows` rows; empty if nothing. Raises BadWeights."""
+    """The fault in the sums of `rows` rows, as text; empty if there is none. Raises BadWeights."""
     _, at, numbers = read_version(version)
     return layout.check_sums(read(update), at, numbers, rows, masked=masked)

@@ -115,7 +115,7 @@ def follow(ca_pem: bytes, known: Chain, told: Chain) -> bytes:
 def first_card(ca_pem: bytes, card: bytes, old_ca: bytes, known: bytes, fleet: str) -> FleetCard:
     """The first card by a new CA that a machine sees. Raises BadMessage.
 
-    `known`: the newest card of the CA that it trusted before, or empty; counters go on.
+    `known`: the newest card of the CA that it trusted before, or empty; counters continue from it.
     """
     found = fleet_card.verify_card(ca_pem, card, fleet=fleet)
     before = fleet_card.verify_card(old_ca, known, fleet=fleet).counter if known else 0

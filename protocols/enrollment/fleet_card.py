@@ -1,7 +1,8 @@
 """The fleet card: the coordinator's signing key and its broker, signed by the fleet's CA. Pure.
 
-A machine that joins, or asks for the broker later, believes only what is on the card. A server that
-has the TLS key, but not the CA's key, can thus not bring in a signing key or a broker of its own.
+A machine that joins, or asks for the broker later, trusts only the content of the card. A server
+that has the TLS key, but not the CA's key, can thus not bring in a signing key or a broker of its
+own.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class BrokerCard(Struct, frozen=True, kw_only=True):
 
 
 class FleetCard(Struct, frozen=True, kw_only=True):
-    """What the CA says about its coordinator.
+    """The CA's statement about its coordinator.
 
     `coordinator_public`: the Ed25519 key (raw, 32 bytes) of its commands and versions. `counter`
     grows with each change: an older card is refused. `issuer`: the certificate (PEM) of the issuer

@@ -125,7 +125,7 @@ def _signed_heads(
 
 
 def _trusted(ca_pem: bytes, transitions: Chain) -> tuple[str, list[bytes]]:
-    """The fleet of a CA, and the CAs that count for whoever trusts this one: it and later ones."""
+    """The fleet of a CA, and the CAs that are trusted with it: itself and later ones."""
     if not transitions:
         return certificates.fleet_id(ca_pem), [ca_pem]
     steps = ca_chain.read_chain(transitions)

@@ -5,8 +5,8 @@ request carries the sender's id, the receiver's id, a time, a nonce and an Ed255
 receiver, method, path, body digest, time and nonce. A signature is valid once and for `WINDOW_S`:
 the receiver remembers nonces that long. The receiver is a fleet, or the peer that is asked.
 
-The older format 1 names no receiver, so whoever gets such a request can pass it on. A sender uses
-it only for receivers that know no other, and it is refused from senders that use format 2.
+The older format 1 names no receiver, so any receiver of such a request can pass it on. A sender
+uses it only for receivers that know no other, and it is refused from senders that use format 2.
 """
 
 from __future__ import annotations

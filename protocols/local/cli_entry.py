@@ -13,7 +13,7 @@ from typing import Any
 from protocols.errors import CommonweightError, ExitCode, UsageError
 from protocols.local import checks, json_output
 
-#: What click calls a type, and what a person does.
+#: Click's names of types, and plain ones.
 _PLAIN_WORDS = {
     "a valid integer range": "a whole number",
     "a valid integer": "a whole number",

@@ -1,4 +1,5 @@
-"""What both programs add to Typer: help in sections, folded groups, old spellings, `--help-all`."""
+"""Additions of both programs to Typer: help in sections, folded groups, old spellings,
+`--help-all`."""
 
 from __future__ import annotations
 

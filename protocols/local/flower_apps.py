@@ -58,7 +58,7 @@ class InstalledApp(
 
 
 class AppCard(NamedTuple):
-    """What is known of an app without running it.
+    """The properties of an app that are known without running it.
 
     `server` and `client`: "module:attribute" of its ServerApp and ClientApp. `config`: its run
     config, nested keys joined by dots.

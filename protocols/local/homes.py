@@ -36,7 +36,8 @@ _STARTS: dict[Kind, str] = {
     "operator": "commonweight monitor --join file:TICKET",
 }
 STAMP = "home.json"
-#: The folder of a simulation. Everybody can know the keys of its peers, so nobody serves its home.
+#: The folder of a simulation. The keys of its peers are not secret, so no coordinator serves its
+#: home.
 SIMULATION = "simulation"
 
 

@@ -25,7 +25,7 @@ from protocols.messages.mqtt import (
 )
 from protocols.network.backoff import delays
 
-#: How long a cancelled attempt may take to end by itself.
+#: How long a cancelled attempt may take to end.
 CANCEL_TIMEOUT_S = 2.0
 _STABLE_S = 10.0  # a connection that lasted this long resets the backoff
 

@@ -107,7 +107,7 @@ def _error_text(error: str, values: Mapping[str, Any], kind: type[msgspec.Struct
 
 
 def _description(hint: Any) -> str:
-    """What a setting is for; empty if nothing is said."""
+    """The description of a setting; empty without one."""
     metas = getattr(hint, "__metadata__", ())
     return next((meta.description for meta in metas if meta.description), None) or ""
 

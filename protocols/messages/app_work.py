@@ -183,7 +183,7 @@ def metrics_of(told: tuple[Arrays | Values, ...]) -> tuple[int, Metrics]:
 
 
 def round_mark(told: tuple[Arrays | Values, ...], group: str) -> str:
-    """What the messages of one round have in common, as far as an app says it."""
+    """The mark that the messages of one round share, if the app sets one."""
     for record in told:
         if isinstance(record, Values) and not record.is_metrics and "server-round" in record.values:
             return str(record.values["server-round"])[:64]

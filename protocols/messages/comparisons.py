@@ -1,4 +1,4 @@
-"""What a run brought to one peer: how good models are on its own held-out rows. Pure.
+"""The result of a run for one peer: how good models are on its own held-out rows. Pure.
 
 *Alone* was trained on this peer's rows only, *shared* is the run's best version, and *personal* is
 the shared model after further training on this peer's rows.
@@ -53,7 +53,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
 
 
 def without_numbers(run: str, missing: Missing) -> Comparison:
-    """What a peer sends that has no comparison."""
+    """The message of a peer that has no comparison."""
     return Comparison(run=run, metric="", rows=0, models={}, missing=missing)
 
 

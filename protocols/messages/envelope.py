@@ -90,7 +90,7 @@ class Presence(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Telemetry(Struct, frozen=True, tag=True, kw_only=True):
-    """What a peer measures while it works. Bytes are counted since the agent started."""
+    """Measurements of a peer while it works. Bytes are counted since the agent started."""
 
     run: MaybeId = ""
     round: Count = 0
@@ -282,9 +282,9 @@ class Links(Struct, frozen=True, tag=True, kw_only=True):
 
 
 PeerBody = Presence | Telemetry | Notice
-#: What the coordinator sends to one peer.
+#: Messages of the coordinator to one peer.
 CommandBody = Doorbell | Command | LogRequest
-#: What the coordinator sends to the monitors.
+#: Messages of the coordinator to the monitors.
 EventBody = PeerChanged | RunChanged | RoundClosed | JobChanged | EventLine | Links
 CoordinatorBody = CommandBody | EventBody
 Body = PeerBody | CoordinatorBody

@@ -14,7 +14,7 @@ from protocols.errors import UsageError
 from protocols.messages.envelope import Body, Envelope, Sign, seal
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
-NO_TLS_HINT = "whoever is on the way reads presence, telemetry and the login: use mqtts://"
+NO_TLS_HINT = "others on the network path can read presence, telemetry and the login: use mqtts://"
 _EXAMPLE = "write it as mqtt://[user:password@]host:port, or mqtts:// for TLS"
 
 #: A command with a time further than this from the agent's clock is ignored.

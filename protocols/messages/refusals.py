@@ -69,7 +69,7 @@ PERMANENT = frozenset(
         "sandbox",
     }
 )
-#: Kinds that another try may mend.
+#: Kinds for which a retry may help.
 TRANSIENT = frozenset(
     {
         *("file", "killed", "died", "hung", "start", "stopped", "cancelled"),

@@ -6,7 +6,7 @@ of one round must sign two heads that no single log can have (`enrollment.fork_p
     kind       meaning                                      number             digest
     run        a run was started                            0                  of its settings
     version    a version was made, or given as the first    that of the round  of the version
-    back       the run goes on from this earlier version    that of the round  of the version
+    back       the run continues from this earlier version  that of the round  of the version
     restore    the coordinator was restored from a backup   the new epoch      empty
 """
 

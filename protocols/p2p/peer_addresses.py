@@ -75,7 +75,7 @@ def refusal(address: str, *, allow_loopback: bool) -> str:
 
 
 def refuse_host(host: str, *, allow_loopback: bool) -> str:
-    """Why nobody connects to an IP address that another machine names; empty if it is fine."""
+    """Why an IP address that another machine names is not used; empty if it may be."""
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:

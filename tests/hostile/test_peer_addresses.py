@@ -114,7 +114,7 @@ async def test_an_agent_connects_to_no_address_inside_a_machine(
     peer = Neighbor(peer="evil", name="evil", address=address, node_public=public)
     outside = site.credentials(ann)._replace(address="hub.example:9092")
     client = PeerClient(peer, b"", outside)
-    with pytest.raises(Unreachable, match="no peer is asked at"):
+    with pytest.raises(Unreachable, match="no request is sent to"):
         await asyncio.to_thread(client.exchange_gossip, GossipBatch())
     assert connected == []
 

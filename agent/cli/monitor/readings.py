@@ -140,8 +140,8 @@ def _times(paths: Iterable[Path]) -> tuple[float, ...]:
 
 
 def _is_running(status: Status | None, now: float) -> bool:
-    """True if the agent that wrote `status` still runs. The lock is not tried: an agent that starts
-    meanwhile would not get it."""
+    """True if the agent that wrote `status` still runs. The lock is not tried, because an agent
+    that starts at that moment would not get it."""
     if status is None or status.state == "stopped" or now - status.at > MAX_STATUS_AGE_S:
         return False
     return psutil.pid_exists(status.pid)

@@ -124,7 +124,7 @@ def _unit(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def _scaled(x: Tensor, settings: Any) -> Tensor:
-    """Pixels as the setting "pixels" wants them, or the features of the model "edges"."""
+    """Pixels in the form of the setting "pixels", or the features of the model "edges"."""
     if settings.model == "edges":
         return edges_of(x)
     return x if settings.pixels == "unit" else (x - _MEAN) / _DEVIATION

@@ -7,7 +7,8 @@
         def data(self, source, settings):
             return (x_train, y_train), (x_test, y_test)
 
-On a CPU the same inputs give the same bytes. Training goes on after a kill with the same result.
+On a CPU the same inputs give the same bytes. Training that continues after a kill has the same
+result.
 """
 
 from __future__ import annotations

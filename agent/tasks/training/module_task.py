@@ -146,7 +146,7 @@ class TorchTask(LoopTask, ComparesTorchModels):
 
     def traits(self, settings: RunSettings) -> Mapping[str, Sequence[str]]:
         """A digest of the names of the classes, if the data set has them (`classes`): peers with
-        other classes are told so, and no name leaves the machine. Reads the data."""
+        other classes get an error, and no name leaves the machine. Reads the data."""
         names = user_data.class_names(self._sets(settings)[0])
         if not names or self._data.has_budget:  # a digest has no noise
             return {}

@@ -224,7 +224,7 @@ def _train_privately(
     """DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1), in place; returns what it costs.
 
     Each step takes a Poisson sample, whose expected size is the batch. The divisor is that size,
-    which is public, and not the number of examples in the sample. No loss is told.
+    which is public, and not the number of examples in the sample. No loss is returned.
     """
     count = examples.size
     batch = min(plan.batch_size or count, count)

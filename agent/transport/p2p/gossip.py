@@ -1,4 +1,4 @@
-"""The state of the fleet as gossip tells it while the coordinator is away.
+"""The state of the fleet by gossip while the coordinator is away.
 
 Used on the event loop's thread. The coordinator names peers to contact in advance. The agent stores
 these names in its home, so it can use them after a restart, too.

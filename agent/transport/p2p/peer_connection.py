@@ -47,7 +47,7 @@ class PeerConnection(Connection):
         """Connects. Raises OSError, also if another key answers or no peer may be there."""
         address, is_local = self._peer.address, self._credentials.is_local_fleet
         if reason := peer_addresses.refusal(address, allow_loopback=is_local):
-            raise OSError(f"no peer is asked at {address}: {reason}")
+            raise OSError(f"no request is sent to {address}: {reason}")
         super().connect()
         certificate = self.sock.getpeercert(binary_form=True)
         if certificate is None or not certificates.certificate_matches_key(

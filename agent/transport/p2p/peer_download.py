@@ -17,7 +17,7 @@ log = logging.getLogger("commonweight.share")
 
 #: The time limit for one piece.
 PIECE_S = 8.0
-#: How often in a row a peer may answer that it does not have the piece yet.
+#: The number of successive answers in which a peer may not have the piece yet.
 _MAX_NOT_READY = 3
 _IDLE_S = 0.5
 

@@ -45,7 +45,8 @@ class SwarmDownload:
         self._replan_s = _PLAN_S
 
     def run(self, part: Path) -> DownloadReport:
-        """Downloads into `part`; pieces stay there if it fails. Serves them to peers meanwhile.
+        """Downloads into `part`; pieces stay there if it fails. Serves them to peers during the
+        download.
 
         Returns which peers sent and which failed. Raises BadMessage, BadWeights, OSError and what
         the coordinator's client raises.

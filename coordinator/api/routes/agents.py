@@ -1,4 +1,4 @@
-"""What agents ask: to join, their work, their certificate; and how an operator joins.
+"""The requests of agents: to join, for work, for a certificate; and how an operator joins.
 
 GET  /cw/v1/ca                the CA certificate (its hash is in every ticket)
 GET  /cw/v1/ca/transitions    how this CA took the place of earlier ones, and the fleet card

@@ -38,7 +38,7 @@ def version(call: Call) -> Response:
 
 
 def exported(call: Call) -> None:
-    """An operator exports a version, as the audit then says. Raises UnknownName."""
+    """The file of a version for an operator. The audit records the export. Raises UnknownName."""
     resolve_version(find_run(call), call.param("digest"))
 
 

@@ -1,4 +1,4 @@
-"""What the model of `commonweight demo --task text` writes, after each round.
+"""Text by the model of `commonweight demo --task text`, after each round.
 
 The first agent predicts with its newest version, as its owner would: `commonweight-agent predict`.
 """

@@ -53,7 +53,7 @@ class DemoView:
             self._live.start()
 
     def step(self, words: str) -> None:
-        """Show what the demo does now."""
+        """Show the present step of the demo."""
         self._step = words
         if self._live is None:
             self._console.print(words, highlight=False)

@@ -1,7 +1,7 @@
 """The coding of a model's terms, which all peers share, and its results. Pure.
 
 The first questions give the kinds and categories of the columns, and then means and deviations, so
-that sums of squares lose no digits. Coefficients are told for the columns as they are.
+that sums of squares lose no digits. Coefficients are given for the columns as they are.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def table1(method: Method) -> Plan:
 
 
 def _summary(name: str, kinds: dict[str, str], levels: dict[str, list[str]]) -> Operation | None:
-    """What is asked of a column; None for texts with too many values."""
+    """The question about a column; None for texts with too many values."""
     is_number = kinds.get(name) in ("number", "date")
     if levels[name] and not (is_number and len(levels[name]) > _MAX_NUMBER_CATEGORIES):
         return Operation("levels", (name,))

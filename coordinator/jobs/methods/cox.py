@@ -58,7 +58,7 @@ def efron(state: RiskState, at: Floats) -> Likelihood:
     """The partial likelihood with the times in one bin as ties."""
     width, bins = len(at), len(state.events)
     sums = np.array(state.sums).reshape(bins, 2, 1 + width + upper_size(width))
-    # Whoever is in a later bin is at risk too.
+    # A person in a later bin is at risk too.
     at_risk = sums.sum(1)[::-1].cumsum(0)[::-1]
     value = float(np.array(state.covariates) @ at)
     score: Floats = np.array(state.covariates)
@@ -125,7 +125,7 @@ def cox(method: Method) -> Plan:
 
 
 def combinations(model: Model) -> int:
-    """How many combinations of categories the sums of a model are told for, at most."""
+    """The most combinations of categories for which sums of a model are released."""
     sizes = [max(len(term.levels), 1) for term in model.terms]
     return max(
         math.prod(sizes[place] for place in {*one, *other})

@@ -13,7 +13,7 @@ from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import PeersLost, Plan, Statistics
 from protocols.analytics.query import Query
 
-#: What an agent says of an operation that its version does not know.
+#: The error of an agent whose version does not have an operation.
 _UNKNOWN_OPERATION = re.compile(r"Invalid enum value '(\w{1,32})' - at `?\$\.operations")
 
 _PLANS: dict[str, Callable[[Method], Plan]] = {

@@ -1,4 +1,4 @@
-"""Asks the coordinator for what only operators get, while a page shows it."""
+"""Requests the details that only operators get, while a page shows them."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class OperatorDetails:
 
     def of_run(self, fleet: Fleet, now: float) -> list[Request]:
         """The request for the evaluations, if a round of the current run has closed since, or a
-        peer has told something after the end. Of an ended run, the coordinator reads the whole
-        ledger for it."""
+        peer has told something after the end. For an ended run, the coordinator reads the whole
+        ledger."""
         if (run := current_run(fleet)) is None:
             return []
         name, newest = run.changed.run, run.rounds[-1].round if run.rounds else 0

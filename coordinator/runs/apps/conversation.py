@@ -24,7 +24,7 @@ from protocols.messages.app_work import RECORD, SIGNED_APP_ANSWER, SIGNED_APP_WO
 from protocols.messages.jobs import idempotency_key
 from protocols.messages.refusals import Refusal
 
-#: How often a message is sent to one peer, each time in a new session.
+#: How many times a message is sent to one peer, each time in a new session.
 MAX_TRIES = 4
 CHECK, LATE = "check", "late"
 
@@ -46,7 +46,7 @@ class Sent(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What came of a message: an update and the records, or a refusal."""
+    """The result of a message: an update and the records, or a refusal."""
 
     sent: Sent
     told: bytes = b""

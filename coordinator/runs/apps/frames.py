@@ -33,7 +33,7 @@ class Hello(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class NodesAsked(Struct, frozen=True, tag=True):
-    """Which nodes are there?"""
+    """Requests the nodes that can work."""
 
 
 class Content(Struct, frozen=True, kw_only=True):
@@ -60,7 +60,7 @@ class Push(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Pull(Struct, frozen=True, tag=True, kw_only=True):
-    """Which of these messages have replies? Wait for the first one for at most `wait_s`.
+    """Requests the replies to these messages. Waits for the first one for at most `wait_s`.
 
     `forgotten`: messages whose replies are never asked for again.
     """

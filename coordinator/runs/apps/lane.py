@@ -1,7 +1,7 @@
-"""The lane to a ServerApp: replies until it takes them, and the files of their arrays.
+"""Replies on their way to a ServerApp, and the files of their arrays.
 
-An app need not take a reply, so they have bounds. The folder of the files, `in`, is in that of the
-run, which the app may change.
+An app need not take a reply, so their number and size have bounds. The folder of the files, `in`,
+is in that of the run, which the app may change.
 """
 
 from __future__ import annotations

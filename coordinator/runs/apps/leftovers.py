@@ -1,4 +1,5 @@
-"""What a crash of the coordinator leaves of an app's run: files for the ServerApp, and versions.
+"""Finds what a crash of the coordinator left of an app's run: files for the ServerApp, and
+versions.
 
 A version is noted in a file beside the folder of the run before it exists, as the ledger names it
 later, or never. The next start deletes those that no run keeps.

@@ -1,4 +1,4 @@
-"""What a ServerApp sends: it has bounds, and its arrays become versions of the run."""
+"""Checks the bounds of a ServerApp's messages, and makes their arrays versions of the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_bounds(
     """Raise BadMessage if `going`, of this push, is too much beside what was `sent` before and the
     records of the replies that wait.
 
-    Each message is in memory by itself, also where many have the same content.
+    Each message is in memory separately, also where many have the same content.
     """
     told = [push.contents[message.content].told for message in going]
     held = [*told, *(one.work.told for one in sent)]

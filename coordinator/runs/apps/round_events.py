@@ -2,7 +2,7 @@
 
 An app does not say when a round begins. Messages of one kind with the same mark (`server-round`, or
 the group) are one phase: training, or the evaluation of the version that training gave. The version
-of a round is what the app sends next; what it never sends, the coordinator does not know.
+of a round is what the app sends next. The coordinator never gets other arrays.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def closed(run: Run, base: str, costs: Costs) -> list[RunEvent]:
 
 def ended(run: Run, state: RunState, because: str) -> run_events.RunEnded:
     """The end of the run, all of whose rounds are closed. It has failed if no machine took part in
-    any of them: most ServerApps go on without answers."""
+    any of them: most ServerApps continue without answers."""
     worked = any(one.contributors for one in run.history)
     if state is not RunState.FINISHED or not run.history or worked:
         return run_events.RunEnded(state, because)

@@ -59,7 +59,7 @@ class AppRounds:
         await self._record(round_events.closed(self._recorder.run, "", self._costs()))
 
     async def _record(self, events: list[RunEvent], in_use: Set[str] = frozenset()) -> None:
-        """Record, publish the rounds that were closed, and delete versions that nobody needs."""
+        """Record, publish the rounds that were closed, and delete versions that are not needed."""
         before = len(self._recorder.run.history)
         await self._recorder.record(*events)
         run = self._recorder.run

@@ -1,4 +1,4 @@
-"""What a run of a Flower app can have of a run's settings, and what is said about it. Pure."""
+"""Checks the settings of a run of a Flower app, and describes its limits. Pure."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def why_not(field: str) -> str:
 
 
 def notes(spec: RunSpec) -> Iterator[str]:
-    """What is said before such a run starts."""
+    """The note before such a run starts."""
     yield (
         "note: a ServerApp cannot be resumed: a restart of the coordinator ends this run; updates "
         "are sent whole and unmasked, and only the app checks them"

@@ -1,4 +1,4 @@
-"""Checks what peers answer in a secure run. Each refusal has a short fixed reason and a text."""
+"""Checks the answers of peers in a secure run. Each refusal has a short fixed reason and a text."""
 
 from __future__ import annotations
 

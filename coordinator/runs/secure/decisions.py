@@ -23,12 +23,12 @@ _WHAT = {"share": "peers have shared their keys", "mask": "masked updates", "agr
 
 
 class Progress(NamedTuple):
-    """What the sum has that the ledger lacks.
+    """The progress of a sum that is not in the ledger.
 
     `answered`: how many peers have answered this step, of `total`; it needs `needed`. `awaited`:
     online peers that have not. `absent`: peers that are offline and could still answer. `enough`:
     the step can end with what is here. `is_due`: it does not wait for online peers any more;
-    `is_over`: for nobody.
+    `is_over`: nor for any other peer.
     """
 
     answered: int

@@ -41,7 +41,7 @@ _AGAIN = "the coordinator asks all peers to train again, with new keys"
 
 
 class SecureVersion(NamedTuple):
-    """A new version, and what the sum says besides.
+    """A new version, and other results of the sum.
 
     `largest`: of each averaged tensor, the largest change. `false_shares`: owner and holder of
     each share that does not fit the others; one of the two has lied.

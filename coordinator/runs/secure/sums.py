@@ -1,8 +1,8 @@
 """Carries out secure sums: asks peers, takes their answers, records each decision.
 
 Answers to the steps share, agree and unmask are in memory. After a restart they are asked for
-again, and agents repeat the same bytes. What cannot be repeated is a file that is durable before
-its event: the cards, the sealed shares of all, the masked updates.
+again, and agents repeat the same bytes. Data that cannot be repeated are in a file that is durable
+before its event: the cards, the sealed shares of all, the masked updates.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class KeyStream:
         self._key, self._place = algorithms.AES256(seed), start - start % _AES_BLOCK_BYTES
         self._out = new_buffer() if out is None else out
         self._cipher = self._ctr()
-        #: Where another mode goes on with the same stream.
+        #: Where another mode continues with the same stream.
         self._stop = _GCM_START if start == 0 and _is_gcm_faster() else None
         self.read(start % _AES_BLOCK_BYTES)
 

@@ -1,4 +1,4 @@
-"""What a peer knows of one turn of secure aggregation, and how it masks its update in it."""
+"""A peer's state in one turn of secure aggregation, and how it masks its update in it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Me(NamedTuple):
 
 
 class Turn(Struct, frozen=True, kw_only=True):
-    """What a peer knows of one turn; each field is set once.
+    """A peer's state in one turn; each field is set once.
 
     `master`: 32 secret bytes that all secrets of the card come from. `names`: the metrics. `ready`,
     `cohort`, `mask`, `agree`: the requests that were answered. `upload`: digest of the masked

@@ -105,9 +105,9 @@ class GrowingRows:
     """A peer's rows while trees grow. `slots` int16[n, F], targets `y`. `weights` float64[n]: of
     the rows; None if all count alike.
 
-    It keeps margins from round to round, and computes them anew if a version does not follow from
-    the last one. `min_count`: the fewest rows of this peer in a node. If the sums are not masked,
-    also the fewest in a bin of the whole table, and in a slot.
+    It keeps margins from round to round, and recomputes them if a version does not follow from the
+    last one. `min_count`: the fewest rows of this peer in a node. If the sums are not masked, also
+    the fewest in a bin of the whole table, and in a slot.
     """
 
     def __init__(

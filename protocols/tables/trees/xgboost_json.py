@@ -113,7 +113,7 @@ def _category_split(
     left = [bool(mask >> int(b) & 1) for b in bins]
     if not unseen_left:
         children.reverse()
-    # XGBoost wants a category in the list: one that no row has.
+    # XGBoost requires a category in the list: one that no row has.
     right = [i for i, one in enumerate(left) if one is not unseen_left] or [len(left) + 1]
     return right, missing_left is unseen_left
 

@@ -50,7 +50,7 @@ def refused(*words: str) -> UsageError:
         (("--offline-ca", "ca.key", "--passphrase-file", "short"), "12 characters"),
         (("--offline-ca", "word", "--passphrase-file", "word"), "exists already"),
         (("--offline-ca", "none/ca.key", "--passphrase-file", "word"), "cannot write"),
-        (("--offline-ca", "home/ca.key", "--passphrase-file", "word"), "where a thief finds it"),
+        (("--offline-ca", "home/ca.key", "--passphrase-file", "word"), "which a thief would copy"),
         (("--offline-ca", "ca.key"), "no terminal"),
         (("--passphrase-file", "word"), "kept offline"),
     ],
