@@ -78,7 +78,7 @@ def test_a_killed_broker_stops_no_run_and_the_monitor_hears_of_it(tmp_path: Path
         up, *down, up_again = [text for text in site.events() if "MQTT broker" in text]
         assert up == up_again == "the MQTT broker is up"
         assert {text.startswith("no MQTT broker: ") for text in down} == {True}
-        assert {text.endswith("training goes on") for text in down} == {True}
+        assert {text.endswith("training continues") for text in down} == {True}
 
 
 def test_a_coordinator_stopped_in_a_run_goes_on_with_it(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from protocols.model.weights import Array
 from protocols.privacy.events import Event
 from protocols.privacy.private_training import PrivateTraining
 
-_RESTARTS = "training goes on; its data have an order of their own, so they begin again\n"
+_RESTARTS = "training continues; its data have an order of their own, so they begin again\n"
 
 #: What weights may be, so that no rounding makes a clipped gradient longer than the clip.
 _FINE = (torch.float32, torch.float64)

@@ -50,7 +50,7 @@ class Site(NamedTuple):
         checks = json.loads(self.fleet.ask("doctor", "--json").stdout)["data"]["checks"]
         (check,) = (one for one in checks if one["name"] == "broker")
         assert "mosquitto -c" in check["fix"]
-        assert f"no MQTT broker: {why}; training goes on" in self.fleet.events()
+        assert f"no MQTT broker: {why}; training continues" in self.fleet.events()
         refused = self.fleet.ask("peers", "pause", "ada")
         assert refused.returncode != 0
         assert "MQTT broker" in refused.stderr
