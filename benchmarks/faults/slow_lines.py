@@ -6,14 +6,15 @@ Replays what users of another system reported: an update of 758 MB over a hospit
 everybody for five hours. Two of five peers have such a line (`fault_proxy`), which is cut with a
 chance of 2 % in each MB up. One of the two is killed in the middle of its first upload, as by a
 reboot, and starts again when the others have made another version. Bytes are those on the line, all
-requests with their TLS included. `--megabytes 758 --train 300 --updates 1` is the whole case and
-takes most of an hour for each mode.
+requests with their TLS included. `--megabytes 758 --train 200 --updates 1` is the whole case. It
+takes half an hour for each mode, and 12 GB of memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import operator
 import os
 import signal
 import tempfile
@@ -55,6 +56,16 @@ class Case(NamedTuple):
     def upload_s(self) -> float:
         return self.megabytes * 8 / self.mbit
 
+    @property
+    def poll_s(self) -> float:
+        """Time between two looks at the ledger, in which a slow line sends 0.1 %."""
+        return max(0.2, self.upload_s / 1000)
+
+    @property
+    def limit_s(self) -> float:
+        """Only a failure takes longer, also on a machine with other work."""
+        return 600 + 8 * self.updates * (self.upload_s + self.train_s)
+
 
 def measured(case: Case) -> dict[str, Any]:
     """A row of the table. Raises AssertionError if an update is lost or counts twice."""
@@ -91,8 +102,8 @@ def _watched(made: Paced, run: str, lines: dict[str, Proxy], case: Case) -> dict
     began = time.monotonic()
     while min(map(len, carried.values())) < case.updates:
         assert not made.ended(run), made.facts(run, "RunEnded")
-        assert time.monotonic() - began < 60 + 4 * case.updates * (case.upload_s + case.train_s)
-        time.sleep(0.2)
+        assert time.monotonic() - began < case.limit_s, f"not in {case.limit_s:.0f} s: the updates"
+        time.sleep(case.poll_s)
         done = len(made.facts(run, "VersionCommitted"))
         versions += [time.monotonic()] * (done - len(versions))
         nbytes = max((f["update"]["nbytes"] for f in _updates(made, run)), default=0)
@@ -109,7 +120,12 @@ def _watched(made: Paced, run: str, lines: dict[str, Proxy], case: Case) -> dict
             down_since = -1
     assert is_rebooted
     # Updates of the slow peers are in a version before the run is stopped.
-    wait_for(lambda: _in_versions(made, run, peers) >= case.updates, "all of them are in a version")
+    wait_for(
+        lambda: _in_versions(made, run, peers) >= case.updates,
+        "all of them are in a version",
+        within_s=120 + 4 * case.train_s,
+        every_s=case.poll_s,
+    )
     assert made.ask("run", "stop", run).returncode == 0
     made.outcome(run)
     rows = {}
@@ -170,14 +186,19 @@ def main() -> None:
     parser.add_argument("--cut", type=float, default=0.02, help="chance of a cut in each MB up")
     parser.add_argument("--mode", nargs="+", default=[*MODES], choices=[*MODES])
     asked = parser.parse_args()
-    rows: Sequence[dict[str, Any]] = [
-        measured(Case(mode, asked.megabytes, asked.mbit, asked.train, asked.updates, asked.cut))
-        for mode in asked.mode
-    ]
-    for row in rows:
+    for mode in asked.mode:
+        case = Case(mode, asked.megabytes, asked.mbit, asked.train, asked.updates, asked.cut)
+        row = measured(case)
         print(row, flush=True)
-    if asked.keep:
-        report.keep("slow-lines", {"rows": rows})
+        if asked.keep:
+            report.keep("slow-lines", {"rows": with_row(report.kept("slow-lines")["rows"], row)})
+
+
+def with_row(rows: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results with this one, in place of an earlier one of the same mode and size."""
+    key = operator.itemgetter("megabytes", "mode")
+    others = (row for row in rows if key(row) != key(new))
+    return sorted([*others, new], key=lambda row: (row["megabytes"], [*MODES].index(row["mode"])))
 
 
 if __name__ == "__main__":

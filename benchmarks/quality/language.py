@@ -71,7 +71,7 @@ class Way(NamedTuple):
     @property
     def evaluate_every(self) -> int:
         """Rounds: an evaluation takes as long as many steps."""
-        return max(1, self.rounds // 100) if self.inner >= 26 else self.rounds // 10
+        return max(1, self.rounds // 10)
 
     def settings(self) -> dict[str, Setting]:
         """Those of a run."""
@@ -134,7 +134,7 @@ def _local(steps: int, lr: float) -> dict[str, Setting]:
 
 
 def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, Any]:
-    """Held-out losses, each after `inner` steps of AdamW on the mean of all peers' gradients."""
+    """Held-out losses during AdamW on the mean of all peers' gradients."""
     torch.set_num_threads(1)
     tasks = [TextLM() for _ in data]
     for task, mine in zip(tasks, data, strict=True):
@@ -159,6 +159,8 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
                 ((x, y),) = examples.batches(rows, BATCH)
                 (tasks[0].loss(model(x), y) / len(data)).backward()
             optimizer.step()
+        if number % way.evaluate_every and number < way.rounds:
+            continue
         arrays = {name: t.detach().numpy() for name, t in module_state.tensors_of(model).items()}
         losses.append(_told(number, loss_on_held_out(tasks, Weights(arrays))))
     return {"losses": losses}

@@ -103,10 +103,18 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 def keep(name: str, results: dict[str, Any]) -> None:
     """Write the results of a benchmark with a command of its own to docs/bench, for make figures;
     keys that are missing stay as they are."""
-    file = _DOCS / f"{name}-results.json"
-    known = json.loads(file.read_bytes()) if file.exists() else {}
-    kept = known | {"about": "as measured", "machine": machine()} | results
-    file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    whole = kept(name) | {"about": "as measured", "machine": machine()} | results
+    _file(name).write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+
+
+def kept(name: str) -> dict[str, Any]:
+    """The results of such a benchmark; empty if there are none."""
+    file = _file(name)
+    return json.loads(file.read_bytes()) if file.exists() else {}
+
+
+def _file(name: str) -> Path:
+    return _DOCS / f"{name}-results.json"
 
 
 def show(results: dict[str, Any]) -> None:

@@ -163,14 +163,15 @@ def late_training(results: dict[str, Any]) -> str:
 def slow_lines(results: dict[str, Any]) -> str:
     """What became of the updates of peers behind slow lines: slow-lines-results.json."""
     lines = "".join(
-        f"| {_OPTIONS[row['mode']]} | {'restarted' if peer['killed'] else ''} "
+        f"| {row['megabytes']:.0f} MB | {_OPTIONS[row['mode']]} "
+        f"| {'restarted' if peer['killed'] else ''} "
         f"| {row['versions']} | {row['longest_s']:.0f} s | {peer['updates']} "
         f"| {peer['versions_behind']} | {peer['cuts']} | {peer['sent_twice']:.1%} |\n"
         for row in results["rows"]
         for peer in row["peers"].values()
     )
     head = (
-        "| | agent | versions | longest wait for one | its updates that counted "
+        "| an update | | agent | versions | longest wait for one | its updates that counted "
         "| versions behind | cuts | sent in excess |\n"
     )
-    return f"{head}|---|---|---|---|---|---|---|---|\n{lines}".replace("%", " %")
+    return f"{head}|---|---|---|---|---|---|---|---|---|\n{lines}".replace("%", " %")
