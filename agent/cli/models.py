@@ -35,8 +35,8 @@ class Use(StrEnum):
 UseOption = Annotated[
     Use,
     typer.Option(
-        help="recommended: the shared model, or one of this machine's rows if the comparison after "
-        "the run found it better here; shared."
+        help="recommended: the shared model, or a blend or a model of this machine's rows if the "
+        "comparison after the run found it better here; shared."
     ),
 ]
 
@@ -45,7 +45,7 @@ class LocalModel(NamedTuple):
     """A version of a shared model: its file, the name of its task, and the run's settings.
 
     `origin`: which version it is, if that is known; `run`: its run. `digest`: of a version; empty
-    for a file, and for a model that was trained here alone.
+    for a file, and for a model that was trained here alone. `is_blend`: a mean of several models.
     """
 
     path: Path
@@ -54,11 +54,12 @@ class LocalModel(NamedTuple):
     origin: str = ""
     run: str = ""
     digest: str = ""
+    is_blend: bool = False
 
     @property
     def kind(self) -> str:
-        """The kind of model, such as trees; empty if it is not of a table."""
-        return kind_of(self.task, self.settings) or ""
+        """The kind of model, such as trees or blend; empty if it is not of a table."""
+        return "blend" if self.is_blend else kind_of(self.task, self.settings) or ""
 
     @property
     def title(self) -> str:
@@ -79,10 +80,18 @@ class LocalModel(NamedTuple):
             return self._replace(origin=f"{self.origin}{better}") if better else self
         if found.model == "shared":
             return _best_version(found)
-        origin = f"the {found.model} model of {self.run}"
+        is_blend = found.model == "blend"
+        origin = f"the {'blend' if is_blend else f'{found.model} model'} of {self.run}"
         if use is Use.RECOMMENDED:
             origin += ", which is recommended on this machine; for the shared one: --use shared"
-        return LocalModel(found.path, self.task, _to_predict(found.settings), origin, self.run)
+        return LocalModel(
+            found.path,
+            self.task,
+            _to_predict(found.settings),
+            origin,
+            self.run,
+            is_blend=is_blend,
+        )
 
     def check_whole(self) -> None:
         """Raise UsageError if a part of the model stays on each peer."""

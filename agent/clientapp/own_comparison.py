@@ -22,11 +22,11 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from agent.clientapp import secure_rules
+from agent.clientapp import other_models, secure_rules
 from agent.clientapp.outbox import KEPT, PERSONAL
 from agent.home import audit_log, own_results
 from agent.home.logs import owner_log
-from agent.home.own_results import OwnModel, OwnResult, OwnRun
+from agent.home.own_results import OwnResult, OwnRun
 from agent.home.run_state import RunStateFolder
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Measure, Trainer
@@ -53,8 +53,6 @@ _QUIET_S = 15.0
 _LEAST_S = 10.0
 #: Local rounds, whatever the coordinator says of the run.
 _MAX_ROUNDS = 1000
-#: Models of a run whose settings are remembered.
-_MAX_MODELS = 8
 _SPARE_BYTES = 4 * 1024 * 1024
 #: A best version up to this size stays.
 _KEPT_BYTES = 64 * 1024 * 1024
@@ -77,7 +75,7 @@ class Link(Protocol):
 class _Pending(Struct):
     """A run to compare. `due`: when to look again, monotonic s. `model`: its best version, once it
     has ended. `result`: one that the coordinator does not have yet. `unwritten_s`: of the duration
-    of its training, what its file lacks."""
+    of its training, what its file lacks. `base`: the version that it trained from last."""
 
     run: OwnRun
     due: float
@@ -85,6 +83,7 @@ class _Pending(Struct):
     model: NamedModel | None = None
     result: OwnResult | None = None
     unwritten_s: float = 0.0
+    base: str = ""
 
 
 class OwnComparisons:
@@ -143,12 +142,14 @@ class OwnComparisons:
             is_local=is_local,
             trained_s=trained_s,
             begun=work.begun,
-            earlier=_earlier(before, work.begun),
+            earlier=other_models.earlier(before, work.begun),
         )
+        if known is not None and known.run.begun != run.begun:
+            other_models.keep(self._home, known.run, known.base)
         if known is None or known.run != run:
             self._write_run(run)
         unwritten_s = known.unwritten_s if known is not None else 0.0
-        self._pending[work.run] = _Pending(run, due, unwritten_s=unwritten_s)
+        self._pending[work.run] = _Pending(run, due, unwritten_s=unwritten_s, base=work.base)
 
     def add_time(self, run: str, seconds: float) -> None:
         """Add the duration of a training: the comparison afterwards takes no longer than all."""
@@ -169,8 +170,11 @@ class OwnComparisons:
     def _write_run(self, run: OwnRun) -> None:
         """Remember a run. What an earlier comparison of it left is of an older version."""
         folder = self._of(run.run)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700, parents=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept = {own_results.other_file(folder, one.begun) for one in run.earlier}
+        for file in folder.iterdir():
+            if file not in kept:
+                file.unlink()
         write_private(own_results.run_file(folder), msgspec.json.encode(run), synced=False)
         for old in own_results.folders(self._home)[own_results.MAX_RUNS :]:
             shutil.rmtree(old, ignore_errors=True)
@@ -248,6 +252,7 @@ class OwnComparisons:
         if not model.ended_rounds or model.run != one.run.run:
             return False
         one.model = model
+        other_models.keep(self._home, one.run, one.base)
         return True
 
     def _measure(self, one: _Pending, model: NamedModel) -> Comparison | None:
@@ -264,6 +269,7 @@ class OwnComparisons:
             most_s=max(_LEAST_S, one.run.trained_s),
             metric=model.metric,
             lower_is_better=model.lower_is_better,
+            others=other_models.of_run(self._home, one.run, model.round),
         )
         self._on_comparing(one.run.run)
         try:
@@ -306,6 +312,7 @@ class OwnComparisons:
         is_news = found is not None or missing is not None
         result = replace(result, to_tell=is_news and self._may_tell(one.run, result))
         self._write_result(one, result)
+        other_models.drop(self._home, one.run)
         if model is not None and model.nbytes > _KEPT_BYTES:
             own_results.model_file(folder, "shared").unlink(missing_ok=True)
         if found is not None:
@@ -341,6 +348,7 @@ class OwnComparisons:
         told, is_told = result.comparison, False
         if told is None:
             told = comparisons.without_numbers(result.run, result.missing or "failed")
+        told = comparisons.without_blend(told)
         if self._may_tell(one.run, result):
             audit_log.write_comparison(self._home, told, result.task, result.round)
             try:
@@ -351,14 +359,6 @@ class OwnComparisons:
             except Refused as err:
                 log.info("run %s: %s", result.run, err.message)
         self._write_result(one, replace(result, is_told=is_told, to_tell=False))
-
-
-def _earlier(before: OwnRun | None, begun: int) -> tuple[OwnModel, ...]:
-    """The models that a run has trained before the one with these first weights."""
-    if before is None:
-        return ()
-    models = (*before.earlier, OwnModel(before.begun, before.settings))
-    return tuple(one for one in models if one.begun < begun)[-_MAX_MODELS:]
 
 
 def _kind(run: OwnRun, model: NamedModel) -> str:

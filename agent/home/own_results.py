@@ -58,12 +58,20 @@ class OwnRun(Struct, frozen=True, kw_only=True):
     begun: int = 0
     earlier: tuple[OwnModel, ...] = ()
 
+    @property
+    def models(self) -> tuple[OwnModel, ...]:
+        """All models that this machine trained, in order."""
+        return (*self.earlier, OwnModel(self.begun, self.settings))
+
+    def model_of(self, number: int) -> OwnModel:
+        """The model that the version of this number is of."""
+        found = [one for one in self.models if one.begun <= number]
+        return found[-1] if found else self.models[0]
+
     def settings_of(self, number: int, model: str = "") -> Settings:
         """The settings with which the version of this number was trained. `model`: its kind, if it
         is known; this machine may not have trained it."""
-        models = (*self.earlier, OwnModel(self.begun, self.settings))
-        found = [one.settings for one in models if one.begun <= number]
-        settings = found[-1] if found else models[0].settings
+        settings = self.model_of(number).settings
         return settings | {"model": model} if model else settings
 
 
@@ -120,6 +128,12 @@ def result_files(home: Path) -> list[Path]:
 def model_file(folder: Path, model: Model) -> Path:
     """The weights of a model that was trained here, or of the shared one."""
     return folder / f"{model}.safetensors"
+
+
+def other_file(folder: Path, begun: int) -> Path:
+    """The version that a model of the run was trained from last here, whose first weights have this
+    number (`agent.clientapp.other_models`)."""
+    return folder / f"other-{begun}.safetensors"
 
 
 def read_run(folder: Path) -> OwnRun | None:

@@ -306,6 +306,25 @@ class ComparesModels(Protocol):
         from 0) and, of two classes, "log_odds" of the second."""
 
 
+class Member(NamedTuple):
+    """A model of a blend: its kind, as the setting `model` names it, and its weights."""
+
+    kind: str
+    weights: Weights
+
+
+@runtime_checkable
+class BlendsModels(Protocol):
+    """Optional: make one model of several, by how good they are on this machine's held-out rows."""
+
+    def blend(
+        self, members: Sequence[Member], settings: Settings, on_step: OnStep
+    ) -> tuple[Weights, Mapping[str, npt.NDArray[np.float64]]] | None:
+        """The blend, and its numbers for each held-out row, as `measure_rows` has them. No row has
+        a part in the blend that its own numbers are of. None if there are too many rows, or no
+        two models whose outputs are finite."""
+
+
 @runtime_checkable
 class Exporting(Protocol):
     """Optional: write a model in a format for other programs."""

@@ -28,6 +28,7 @@ from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.tasks import OnStep, TrainOutcome, Watch, table_rows, tabular_choice
 from agent.tasks import Settings as RunSettings
+from agent.tasks.tabular_blend import Blend, mixed, with_kind
 from agent.tasks.tabular_local import LocalTables
 from agent.tasks.tabular_model import TableModel
 from agent.tasks.tabular_trees import TreeModel
@@ -160,6 +161,10 @@ class Tabular(LocalTables):
         return None if trees is None else trees.sums_schema(weights)
 
     def _ready(self, weights: Weights, settings: RunSettings) -> Callable[[Any], Any]:
+        if (blend := Blend.read(weights)) is not None:
+            calls = [self._ready(one.weights, with_kind(settings, one)) for one in blend.members]
+            is_class = bool(_preprocessing(settings).target.classes)
+            return mixed(calls, blend.shares, is_class=is_class)
         trees = self._trees(settings)
         if trees is None:
             return super()._ready(weights, settings)
@@ -169,6 +174,8 @@ class Tabular(LocalTables):
         self, weights: Weights, settings: RunSettings, form: str, data: DataSettings, out: Path
     ) -> None:
         """Trees as a model of XGBoost (JSON)."""
+        if Blend.read(weights) is not None:
+            raise UsageError("a blend of several models has no form for XGBoost", "--use shared")
         if (trees := self._trees(settings)) is None:
             raise UsageError("only trees can be written for XGBoost", "--set model=trees")
         out.write_bytes(trees.of_size(weights).to_json(weights))

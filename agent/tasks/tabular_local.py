@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from agent.data.features import EncodedRows
-from agent.tasks import LocalRounds, OnStep
+from agent.tasks import LocalRounds, Member, OnStep, tabular_blend
 from agent.tasks import Settings as RunSettings
+from agent.tasks.tabular_blend import Blend
 from agent.tasks.tabular_trees import TreeModel
 from agent.tasks.training.built_in import BuiltInTask
 from agent.tasks.training.local_models import RowMetrics
 from agent.tasks.training.seeds import split_aside
 from agent.tasks.training.torch_task import LastValue
-from protocols.model.weights import Weights
+from protocols.errors import BadWeights
+from protocols.model.weights import Weights, check_schema
 from protocols.tables import class_weights
 from protocols.tables.preprocessing import Target, decode
 from protocols.tables.trees.histograms import GrowingRows
 
 #: A run over many peers learns in fewer rounds than one machine does.
 MIN_LOCAL_ROUNDS = 50
+#: Rows whose outputs are computed at once.
+_BLOCK = 1 << 13
 
 
 class LocalTables(BuiltInTask):
@@ -60,6 +66,45 @@ class LocalTables(BuiltInTask):
         grown = trees.of_size(weights).grow_alone(weights, growing, len(rows.y))
         on_step(1, 1, math.nan, len(rows.y))
         return grown
+
+    @torch.inference_mode()
+    def blend(
+        self, members: Sequence[Member], settings: RunSettings, on_step: OnStep
+    ) -> tuple[Weights, RowMetrics] | None:
+        """See `tabular_blend`."""
+        rows, of = self._sets(settings)[1], decode(str(settings["preprocessing"])).target
+        if not tabular_blend.fits(len(rows.y), max(1, len(of.classes)), len(members)):
+            return None
+        used, found = list[Member](), list[torch.Tensor]()
+        for number, member in enumerate(members, 1):
+            outputs = self._outputs(member, settings, rows.x)
+            if outputs is not None and outputs.isfinite().all():
+                used.append(member)
+                found.append(outputs)
+            on_step(number, len(members), math.nan, 0)
+        if len(used) < 2:
+            return None
+        counted = self._told_weights(of, settings)[rows.y] if of.weights else None
+        truth = np.asarray(rows.y)
+        shares, mean = tabular_blend.weigh(found, truth, counted)
+        blend = Blend(tuple(used), shares).to_weights()
+        return blend, dict(self._measure_each(mean, torch.from_numpy(truth), settings))
+
+    def _outputs(
+        self, member: Member, settings: RunSettings, x: npt.NDArray[np.float32]
+    ) -> torch.Tensor | None:
+        """The outputs of a model; None if its weights are not those of such a model."""
+        of = tabular_blend.with_kind(settings, member)
+        try:
+            if self._trees(of) is None:
+                check_schema(member.weights.schema, self.schema(of))
+            call = self._ready(member.weights, of)
+            blocks = (
+                torch.from_numpy(np.array(x[at : at + _BLOCK])) for at in range(0, len(x), _BLOCK)
+            )
+            return torch.cat([call(block.to(self._device)).cpu() for block in blocks])
+        except BadWeights:
+            return None
 
     def _told_weights(self, of: Target, settings: RunSettings) -> npt.NDArray[np.float64]:
         """The weights of the classes in a loss over the held-out rows. They are counted once, and

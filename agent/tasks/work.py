@@ -97,7 +97,8 @@ class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
     `personal`: the file with this peer's own layers, as in Train. `mu`: the weight of the term that
     keeps the personal model near the shared one. `most_s`: how long the training of all models
     together takes at most, 0 for no limit. `metric`: by which they are compared, empty for the
-    default. The description in `Done` is the `Comparison` as JSON; empty until it is done.
+    default. `others`: further versions of the run, files with the kind of model, for a blend. The
+    description in `Done` is the `Comparison` as JSON; empty until it is done.
     """
 
     run: str
@@ -110,6 +111,7 @@ class Measure(_TaskWork, frozen=True, tag=True, kw_only=True):
     most_s: float = 0.0
     metric: str = ""
     lower_is_better: bool = False
+    others: list[tuple[str, str]] = []
 
 
 class RunApp(_TaskWork, frozen=True, tag=True, kw_only=True):

@@ -3,7 +3,8 @@
 The model *alone* begins at the first weights of the run, *personal* at its best version; both train
 on this peer's rows. How many rounds they get is chosen on a part of the training rows that is set
 aside. Then they train again for that many rounds, on all training rows. Held-out rows choose
-nothing, so their metrics favor no model.
+nothing, so their metrics favor no model. Of the *blend* they choose the weights; its metric on a
+row is that of a blend whose weights come from other rows.
 
 The work is done in slices, and the next slice continues from the files in its folder.
 """
@@ -22,14 +23,24 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agent.data.disclosed_sets import Use
-from agent.tasks import ComparesModels, LocalRounds, OnStep, Setting, Task, TrainsPrivately
+from agent.tasks import (
+    BlendsModels,
+    ComparesModels,
+    LocalRounds,
+    Member,
+    OnStep,
+    Setting,
+    Task,
+    TrainsPrivately,
+)
 from agent.tasks.work import Done, Measure
 from agent.trainer import row_bootstrap
 from agent.trainer.row_bootstrap import RowMetrics
-from protocols.errors import DataError, UsageError
+from protocols.errors import BadWeights, DataError, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.messages.comparisons import Comparison, Model
 from protocols.model import weights
+from protocols.model.personalization import PERSONAL_LAYERS
 from protocols.model.weights import Weights
 
 #: Every fifth training row is set aside to choose the number of rounds.
@@ -144,6 +155,7 @@ def _compare(
         "personal": lambda: task.continued(own, settings),
     }
     used: dict[Model, int] = {}
+    models: dict[Model, Weights] = {"shared": shared}
     cut: list[Model] = []
     for model, start in starts.items():
         trained = _Training(task, settings, on_step, folder, model, work.most_s, clock)
@@ -153,6 +165,11 @@ def _compare(
         used[model] = trained.fit.best
         cut += [model] if trained.fit.is_cut else []
         rows[model] = task.measure_rows(trained.weights, settings, on_step, aside=False)
+        models[model] = trained.weights
+    kind = str(settings.get("model", ""))
+    ours = [Member(kind, models[model]) for model in ("shared", "alone")]
+    if (blended := _blend(work, task, settings, ours, on_step)) is not None:
+        rows["blend"] = blended
     # As in an evaluation, no figure tells of the few rows of a class.
     counts = np.unique(rows["shared"].get("class", ()), return_counts=True)[1]
     found = row_bootstrap.compare(
@@ -165,6 +182,28 @@ def _compare(
     if found is None:
         raise DataError("a model gives numbers on the held-out rows that are not finite")
     return replace(found, cut=tuple(cut))
+
+
+def _blend(
+    work: Measure,
+    task: object,
+    settings: dict[str, Setting],
+    members: list[Member],
+    on_step: OnStep,
+) -> RowMetrics | None:
+    """Blend these models and the other ones of the run; None if the task cannot, or if each peer
+    has layers of its own. A version that is damaged on this disk is left out."""
+    if not isinstance(task, BlendsModels) or work.settings.get(PERSONAL_LAYERS):
+        return None
+    for path, kind in work.others:
+        try:
+            members.append(Member(kind, weights.load(Path(path))))
+        except (OSError, BadWeights):
+            continue
+    if (made := task.blend(members, settings, on_step)) is None:
+        return None
+    weights.save(made[0], Path(work.folder) / f"blend{_SUFFIX}")
+    return made[1]
 
 
 class _Training:

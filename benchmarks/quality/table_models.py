@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ from msgspec.structs import replace
 
 from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
+from agent.tasks import Member
 from agent.tasks.tabular import Tabular
+from agent.tasks.tabular_blend import Blend
 from agent.tasks.tabular_trees import TreeModel
 from agent.trainer import own_models
 from benchmarks.quality.fleet import fleet_of
@@ -97,7 +99,8 @@ def join(parts: Sequence[EncodedRows]) -> EncodedRows:
 
 class Trained(NamedTuple):
     """A model: its settings with the preprocessing, weights, the rounds of its run, and its scores
-    on the rows that the peers hold out and on the test. `standing`: of its versions."""
+    on the rows that the peers hold out and on the test. `standing`: of its versions. `last`: the
+    version from which peers trained last."""
 
     settings: Settings
     version: Weights
@@ -105,6 +108,7 @@ class Trained(NamedTuple):
     held_out: float
     test: float
     standing: Standing = Standing()
+    last: Weights = Weights({})
 
 
 def order(
@@ -172,11 +176,14 @@ def together(
     with fleet_of(parts, secure=secure) as fleet:
         run = fleet.run(spec)
         assert run.best is not None
-        version = weights.load(fleet.lane.version_path(run.best.digest))
+        version, last = (
+            weights.load(fleet.lane.version_path(digest))
+            for digest in (run.best.digest, run.history[-2].digest)
+        )
     agreed = {**run.spec.settings, "preprocessing": run.preprocessing}
     peers = prepare(parts, test, agreed)
     scored = _scored(parts[0], peers, version, len(run.history))
-    return scored._replace(standing=run.standing)
+    return scored._replace(standing=run.standing, last=last)
 
 
 def _scored(part: DataSettings, peers: Peers, version: Weights, rounds: int) -> Trained:
@@ -195,14 +202,43 @@ def own(part: DataSettings, test: Path, shared: Trained) -> float:
     rule of the agent's own comparison."""
     task = Tabular()
     task.load(part)
+    found = _trained_here(task, shared, lambda settings: task.continued(shared.version, settings))
+    return _scored(part, prepare([part], test, shared.settings), found, 0).test
+
+
+def _trained_here(task: Tabular, shared: Trained, start: Callable[[Settings], Weights]) -> Weights:
+    """A model after training on one peer's rows, by the rule of the agent's own comparison."""
     settings, rounds = dict(shared.settings), task.local_rounds(shared.settings, shared.rounds)
     with tempfile.TemporaryDirectory(prefix="commonweight-tables-") as folder:
         training = own_models._Training(
-            task, settings, _ignore, Path(folder), "personal", 0.0, time.monotonic
+            task, settings, _ignore, Path(folder), "alone", 0.0, time.monotonic
         )
-        training.advance(lambda: task.continued(shared.version, settings), rounds, math.inf)
+        training.advance(lambda: start(settings), rounds, math.inf)
     task.set_aside(0)
-    return _scored(part, prepare([part], test, settings), training.weights, 0).test
+    return training.weights
+
+
+def blend(
+    part: DataSettings, test: Path, trained: Mapping[Model, Trained], kept: Model
+) -> dict[str, Any]:
+    """The blend that a peer makes after a run that has trained these models: its score on the test,
+    and how much each model counts in it."""
+    task, shared = Tabular(), trained[kept]
+    task.load(part)
+    settings = dict(shared.settings)
+    alone = _trained_here(task, shared, lambda s: task.init(int(s.get("seed", 0)), s))
+    others = [Member(model, one.last) for model, one in trained.items() if model != kept]
+    made = task.blend(
+        [Member(kept, shared.version), Member(kept, alone), *others], settings, _ignore
+    )
+    assert made is not None
+    read = Blend.read(made[0])
+    assert read is not None
+    names = [kept, "alone", *(one.kind for one in others)]
+    return {
+        "blend": _scored(part, prepare([part], test, settings), made[0], 0).test,
+        "shares": dict(zip(names, np.round(read.shares, 3).tolist(), strict=True)),
+    }
 
 
 def trees(spec: RunSpec, peers: Peers, min_count: int, *, masked: bool) -> Trained:
@@ -292,7 +328,9 @@ class _Course:
         best = self._standing.best
         assert best is not None
         found = self._trained[best.round]
-        return found._replace(rounds=self._history[-1].round, standing=self._standing)
+        ended = self._history[-1].round
+        last = self._trained[ended].version
+        return found._replace(rounds=ended, standing=self._standing, last=last)
 
 
 def _metrics(outputs: Array, rows: EncodedRows, *, is_class: bool) -> dict[str, float | None]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from coordinator.runs import best_version
 from coordinator.runs.state import Run
 from protocols.messages.comparisons import (
+    MODELS,
     Comparison,
     Estimate,
     Missing,
+    Model,
     cut_text,
     recommend,
     without_numbers,
@@ -77,6 +79,8 @@ def objection(run: Run, peer: str, told: Comparison) -> str:
         return "the number of rows is not that of the peer"
     if not {"alone", "shared"} <= told.models.keys():
         return "a model is missing"
+    if "blend" in told.models:
+        return "a blend stays on its machine"
     if told.gains.keys() != told.models.keys() - {"shared"}:
         return "the gains are not those of the models"
     if told.recommended != recommend(told.gains):
@@ -101,8 +105,8 @@ def line(name: str, told: Comparison) -> str:
     return f"{said} ({told.rows} rows){cut}"
 
 
-def _order(item: tuple[str, Estimate]) -> int:
-    return ("alone", "shared", "personal").index(item[0])
+def _order(item: tuple[Model, Estimate]) -> int:
+    return MODELS.index(item[0])
 
 
 def _estimate(one: Estimate) -> str:

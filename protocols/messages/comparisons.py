@@ -1,7 +1,9 @@
 """The result of a run for one peer: how good models are on its own held-out rows. Pure.
 
 *Alone* was trained on this peer's rows only, *shared* is the run's best version, and *personal* is
-the shared model after further training on this peer's rows.
+the shared model after further training on this peer's rows. *Blend* is the weighted mean of the
+shared model, that of this peer alone, and the other models that the run has trained; it is for the
+owner, and no metric of it leaves.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from protocols.messages.envelope import Count, Id, Name
 
 COMPARISONS_PATH = "/cw/v1/comparisons"
 MAX_COMPARISON_BYTES = 4096
 
-Model = Literal["alone", "shared", "personal"]
+Model = Literal["alone", "shared", "personal", "blend"]
+#: In the order in which people read them.
+MODELS: tuple[Model, ...] = ("alone", "shared", "personal", "blend")
 #: Why a peer has no comparison: its task cannot measure models row by row, it has too few rows, or
 #: the work failed. The owner knows more.
 Missing = Literal["task", "rows", "failed"]
@@ -36,16 +41,15 @@ class Comparison(Struct, frozen=True, kw_only=True):
 
     `models`: the metric of each. `gains`: by how much another model is better than the shared one,
     so that a positive number is better for each metric. `rounds`: how many rounds of local training
-    a model had. `recommended`: the shared model, unless the interval of another one's gain is above
-    0; then the one with the largest gain. `cut`: models whose training ended early, as it had taken
-    as long as it may. `missing`: why there is none; then it has no numbers.
+    a model had. `recommended`: as `recommend` says. `cut`: models whose training ended early, as it
+    had taken as long as it may. `missing`: why there is none; then it has no numbers.
     """
 
     run: Id
     metric: Name
     rows: Count
-    models: Annotated[dict[Model, Estimate], Meta(max_length=3)]
-    gains: Annotated[dict[Model, Estimate], Meta(max_length=2)] = {}
+    models: Annotated[dict[Model, Estimate], Meta(max_length=4)]
+    gains: Annotated[dict[Model, Estimate], Meta(max_length=3)] = {}
     rounds: Annotated[dict[Model, Count], Meta(max_length=2)] = {}
     recommended: Model = "shared"
     cut: Annotated[tuple[Model, ...], Meta(max_length=2)] = ()
@@ -57,16 +61,30 @@ def without_numbers(run: str, missing: Missing) -> Comparison:
     return Comparison(run=run, metric="", rows=0, models={}, missing=missing)
 
 
+def without_blend(found: Comparison) -> Comparison:
+    """What leaves of a comparison: no metric of the blend, as its other models may be versions that
+    this machine has told no evaluation of."""
+    models: dict[Model, Estimate] = {m: one for m, one in found.models.items() if m != "blend"}
+    gains: dict[Model, Estimate] = {m: one for m, one in found.gains.items() if m != "blend"}
+    return replace(found, models=models, gains=gains, recommended=recommend(gains))
+
+
 def recommend(gains: dict[Model, Estimate]) -> Model:
-    """The model for this peer, by the gains over the shared one."""
-    sure = {model: gain.value for model, gain in gains.items() if gain.low > 0}
+    """The model for this peer, by the gains over the shared one: the one with the largest gain, of
+    those whose interval is above 0, and of a blend that has none below 0. A blend needs no
+    interval, as the shared model has its part in it. Else the shared model."""
+    sure = {
+        model: gain.value
+        for model, gain in gains.items()
+        if gain.low > 0 or (model == "blend" and gain.value >= 0)
+    }
     return max(sure, key=lambda model: sure[model], default="shared")
 
 
 def lines_of(found: Comparison) -> list[str]:
     """The comparison for people: a line for each model, and what is recommended."""
     lines = []
-    for model in ("alone", "shared", "personal"):
+    for model in MODELS:
         if (of := found.models.get(model)) is None:
             continue
         mark = "→" if model == found.recommended else " "

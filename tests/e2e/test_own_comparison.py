@@ -6,10 +6,12 @@ import csv
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 
+from protocols.messages.comparisons import Comparison, without_blend
 from tests.support.fleet_harness import ALLOW, Fleet, fleet
 from tests.support.tables import patients
 from tests.support.waiting import wait_for
@@ -53,7 +55,7 @@ def test_a_peer_with_few_rows_sees_that_it_gains(tmp_path: Path) -> None:
 
         wait_for(all_know, "each owner sees the comparison")
         assert f"run {run['id']}, model linear, on 12 held-out rows of yours" in seen["uri"]
-        assert "→ shared" in seen["uri"] or "→ personal" in seen["uri"]
+        assert "→ alone" not in seen["uri"], "it has few rows"
         assert "→ shared" not in seen["lugano"], "its patients are others"
 
         def told() -> bool:
@@ -67,7 +69,7 @@ def test_a_peer_with_few_rows_sees_that_it_gains(tmp_path: Path) -> None:
         table = str(tmp_path / "lugano.csv")
         done = site.ask_agent("lugano", "predict", table, "--out", str(tmp_path / "own.csv"))
         assert done.returncode == 0, done.stderr
-        assert f"model of {run['id']}, which is recommended on this machine" in done.stderr
+        assert f" of {run['id']}, which is recommended on this machine" in done.stderr
         shared = site.ask_agent("lugano", "predict", table, "--use", "shared")
         assert "recommended" not in shared.stderr
         own = right_of((tmp_path / "own.csv").read_text(), table)
@@ -108,5 +110,6 @@ def test_a_run_does_not_wait_for_a_comparison(tmp_path: Path) -> None:
         assert {one["metric"] for one in found.values()} == {"auc"}
         status = json.loads(site.ask_agent("bern", "status", "--json").stdout)["data"]
         own = status["compared"]["comparison"]
-        assert own in found.values()
-        assert own["models"].keys() == {"alone", "shared", "personal"}
+        assert own["models"].keys() == {"alone", "shared", "personal", "blend"}
+        sent = json.loads(msgspec.json.encode(without_blend(msgspec.convert(own, Comparison))))
+        assert sent in found.values(), "the blend stays on its machine"

@@ -63,6 +63,12 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
     assert version.recommended(Use.SHARED) is version
     compared("shared")
     assert version.recommended(Use.RECOMMENDED) is version
+    own_results.model_file(folder, "blend").write_bytes(b"")
+    compared("blend")
+    found = version.recommended(Use.RECOMMENDED)
+    assert (found.kind, found.settings) == ("blend", {"model": "mlp"})
+    assert found.title == "blend of the task tabular, model blend"
+    assert found.origin.startswith("the blend of tabular-1, which is recommended on this machine")
 
     # After a run of several models, the best version may be of another one than the newest.
     own_results.model_file(folder, "shared").write_bytes(b"")

@@ -19,13 +19,14 @@ from agent.home import audit_log, own_results
 from agent.home.settings_schema import AgentSettings
 from agent.tasks import tabular_local
 from agent.tasks.tabular import Tabular
+from agent.tasks.tabular_blend import Blend
 from agent.tasks.work import Done, Measure
 from agent.tasks.work import Work as TrainerWork
 from agent.trainer.executor import WorkExecutor
 from agent.trainer.ipc import Failed
 from agent.trainer.progress import WorkControl
 from protocols.errors import CommonweightError, Refused, TrainerFailed, UnknownName, Unreachable
-from protocols.messages.comparisons import Comparison
+from protocols.messages.comparisons import Comparison, without_blend
 from protocols.messages.work import NamedModel, Which, Work
 from protocols.model import weights
 from protocols.privacy.private_training import EPSILON
@@ -148,7 +149,9 @@ def test_it_waits_for_the_end_then_compares_and_tells_once(site: Site) -> None:
     assert found is not None
     assert found.comparison is not None
     assert (found.is_told, found.to_tell) == (True, False)
-    assert site.link.told == [found.comparison]
+    assert found.comparison.models.keys() == {"alone", "shared", "personal", "blend"}
+    assert site.link.told == [without_blend(found.comparison)]
+    assert "blend" not in site.link.told[0].models
     assert site.states == [True, False] * site.trainer.done
     (left,) = audit_log.read(site.home)
     assert (left.what, left.run, left.num_held_out) == ("comparison", "tabular-1", 30)
@@ -182,6 +185,43 @@ def test_the_model_that_the_run_has_kept_is_compared_not_the_one_it_trained_last
     assert kept is not None
     assert weights.file_digest(kept.path) == site.link.model.digest, "it predicts offline"
     assert kept.settings["model"] == "linear"
+
+
+def test_the_other_models_of_a_run_are_in_the_blend_without_a_download(site: Site) -> None:
+    (site.home / "cache").mkdir()
+    settings, bases = {**site.work.settings, "hidden": "4"}, dict[str, str]()
+    task = Tabular()
+    task.load(site.trainer.data)
+    kinds: tuple[dict[str, Any], ...] = (
+        {"model": "linear"}, {"model": "mlp"}, {"model": "trees", "trees": 3}
+    )  # fmt: skip
+    own = site.own()
+    for number, kind in enumerate(kinds):
+        of, file = {**settings, **kind}, site.home / "cache" / "new"
+        digest = weights.save(task.train_locally(task.init(0, of), of, lambda *_: None), file)
+        file.rename(file.with_name(f"{digest}.safetensors"))
+        bases[kind["model"]] = digest
+        begun = 10 * number
+        own.note(replace(site.work, round=begun + 1, begun=begun, settings=of, base=digest))
+        for old in (site.home / "cache").iterdir():  # the cache has room for the newest alone
+            if old.stem != digest:
+                old.unlink()
+    finish(own)
+    folder = own_results.folder_of(site.home, "tabular-1")
+    found = own_results.recommended(site.home, "tabular-1", "blend")
+    assert found is not None
+    blend = Blend.read(weights.load(found.path))
+    assert blend is not None
+    assert [one.kind for one in blend.members] == ["linear", "linear", "mlp", "trees"]
+    for member in blend.members[2:]:
+        file = site.home / "one"
+        assert weights.save(member.weights, file) == bases[member.kind]
+    assert {file.stem for file in folder.glob("*.safetensors")} == {
+        "shared", "alone", "personal", "blend"
+    }, "the others are deleted"  # fmt: skip
+    data = DataSettings(path=site.trainer.data.path, device="cpu")
+    rows = [*task.predict(weights.load(found.path), found.settings, data.path)]
+    assert sum(len(batch["ill"]) for batch in rows) == 150
 
 
 def test_a_machine_that_trained_another_model_alone_is_told_which_one_is_kept(site: Site) -> None:

@@ -1,4 +1,4 @@
-"""A peer compares models on its own held-out rows: alone, shared, and personal."""
+"""A peer compares models on its own held-out rows: alone, shared, personal, and a blend."""
 
 from __future__ import annotations
 
@@ -138,6 +138,13 @@ def test_only_a_gain_beyond_its_interval_is_recommended() -> None:
     assert recommend({"alone": Estimate(0.2, 0.1, 0.3), "personal": sure}) == "alone"
 
 
+def test_a_blend_needs_no_interval_but_no_loss_either() -> None:
+    better, worse = Estimate(0.05, -0.2, 0.3), Estimate(-0.01, -0.2, 0.3)
+    assert recommend({"alone": Estimate(0.3, -0.01, 0.6), "blend": better}) == "blend"
+    assert recommend({"blend": worse}) == "shared"
+    assert recommend({"alone": Estimate(0.2, 0.1, 0.3), "blend": better}) == "alone"
+
+
 # --- on tables -------------------------------------------------------------------------------
 
 
@@ -211,7 +218,7 @@ def test_a_peer_with_few_rows_gains_and_slices_change_nothing(
     files = {file.name for file in (tmp_path / "slices").iterdir()}
     assert files == {
         f"{name}{end}" for name in found.rounds for end in (".safetensors", "-progress.json")
-    }
+    } | {"blend.safetensors"}
     # No loss leaves with the progress: the agent passes losses of trainings on.
     progress = [one for one in site.said if isinstance(one, Progress)]
     assert progress
@@ -226,7 +233,8 @@ def test_a_peer_that_differs_is_told_to_use_a_model_of_its_own(tmp_path: Path) -
     assert found is not None
     assert found.metric == "accuracy"
     assert found.models["shared"].value < 0.2
-    assert found.recommended in ("alone", "personal")
+    assert found.recommended != "shared"
+    assert found.models["blend"].value > 0.8, "the shared model has no part in it"
     assert found.models[found.recommended].value > 0.8
 
 
@@ -256,6 +264,7 @@ def test_layers_that_stayed_here_are_in_the_personal_model_alone(tmp_path: Path)
     found = site.measure("whole", 60.0, personal=str(tmp_path / "mine.kept"))
     assert found is not None
     assert found.models["shared"].value > 1.5 * found.models["personal"].value
+    assert "blend" not in found.models, "no other model is whole"
     made = weights.load(tmp_path / "whole" / "personal.safetensors")
     assert made.schema == whole.schema
 

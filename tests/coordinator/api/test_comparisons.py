@@ -32,6 +32,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "the number of rows is not that of the peer": {"rows": 0},
     "a model is missing": {"models": {"shared": Estimate(0.8, 0.7, 0.9)}},
     "the gains are not those of the models": {"gains": {}},
+    "a blend stays on its machine": {"models": GOOD.models | {"blend": Estimate(0.8, 0.7, 0.9)}},
     "the recommended model does not follow from the gains": {"recommended": "alone"},
     "a metric is out of its bounds": {"models": GOOD.models | {"shared": Estimate(1.2, 0.7, 1.3)}},
     "a comparison that is missing has no numbers": {"missing": "task"},
