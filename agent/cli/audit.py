@@ -26,7 +26,8 @@ _File = Annotated[Path, typer.Argument(help="A proof, or a file of `ledger audit
 @audit.command("show")
 def show(json: Json = False) -> None:
     """Show the newest head seen here, who agrees, and the proofs."""
-    from agent.home.log_store import FILE, LogStore
+    from agent.home.log_file import FILE
+    from agent.home.log_store import LogStore
     from protocols.messages.version_log import SIGNED_HEAD
 
     home = homes.open_home("agent")

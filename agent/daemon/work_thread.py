@@ -69,8 +69,7 @@ _POLL_EVERY_S = 0.5
 _MAX_UPLOAD_TRIES, _MIN_UPLOAD_RETRY_S, _MAX_UPLOAD_RETRY_S = 12, 2.0, 15.0
 #: The pause after a refused upload. The pauses grow.
 _MIN_REFUSAL_WAIT_S, _MAX_REFUSAL_WAIT_S = 1.0, 20.0
-#: While this machine's disk is full: work is tried again once this much more is free, or after the
-#: wait.
+#: On a full disk of this machine: work is tried again with this much more room, or after the wait.
 _MORE_ROOM_BYTES, _DISK_RETRY_S = 1024 * 1024, 20.0
 _CLIENT_APP_ERROR = 2  # Flower's code for an exception in a ClientApp; the text has the reason
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from agent.home import enrollment_file, fork_proofs
 from agent.home.enrollment_file import Enrollment
-from agent.home.log_store import Known, LogStore
+from agent.home.log_file import Known
+from agent.home.log_store import LogStore
 from protocols.enrollment import fork_proof, identity
 from protocols.enrollment.fork_proof import MAX_CLOCK_SKEW_S, ForkProof
 from protocols.errors import BadMessage, FormerLeader, HomeError, LogConflict

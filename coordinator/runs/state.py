@@ -1,4 +1,4 @@
-"""The state of a run, and what it remembers of its closed rounds. Pure.
+"""The state of a run, with its closed rounds. Pure.
 
 Events change it (`runs.transitions`), and `runs.decisions` says what comes next.
 """
@@ -273,8 +273,7 @@ class Run(Struct, frozen=True, kw_only=True, rename=_WIRE_NAMES):
 
     @property
     def begun(self) -> int:
-        """The number of the first weights of a model that the run trains after another one; else
-        0."""
+        """The number of the first weights of a further model; 0 while the first one trains."""
         return self.spec.first_round - 1 if self.ordered is not None else 0
 
     @property
