@@ -1,5 +1,5 @@
 """Answers one query in its own process: `python -m agent.analytics HOME`, a `Query` and an
-`Asked` as JSON on stdin.
+`QuestionContext` as JSON on stdin.
 
 This keeps the agent small, because the table readers need more memory than the agent.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from agent.analytics.answer import answer_question
-from agent.analytics.query_log import Asked, QueryLog, log_file
+from agent.analytics.query_log import QueryLog, QuestionContext, log_file
 from agent.data.table_memory import TableMemory
 from agent.home import settings
 from protocols.analytics.query import Query
@@ -22,7 +22,9 @@ from protocols.analytics.query import Query
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # output of libraries must not mix with the answer
-    question, asked = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[Query, Asked])
+    question, asked = msgspec.json.decode(
+        sys.stdin.buffer.read(), type=tuple[Query, QuestionContext]
+    )
     home = Path(sys.argv[1])
     chosen = settings.read(home)
     log, memory = QueryLog(log_file(home)), TableMemory(settings.memory_file(home))

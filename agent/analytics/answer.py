@@ -18,7 +18,7 @@ from agent.analytics.cut_points import CutPoints
 from agent.analytics.figures import WITHHELD, Figure, compute_figure, min_product_rows
 from agent.analytics.model_sums import compute_model
 from agent.analytics.peer_sets import columns_of
-from agent.analytics.query_log import Asked, QueryLog, ToldColumn
+from agent.analytics.query_log import QueryLog, QuestionContext, ToldColumn
 from agent.analytics.survival_counts import count_in_turn
 from agent.data import disclosed_sets, open_table, sources
 from agent.data.arrow_reader import find_files, map_errors
@@ -55,7 +55,7 @@ def answer_question(
     cache: Path,
     log: QueryLog,
     memory: TableMemory,
-    asked: Asked = Asked(),
+    asked: QuestionContext = QuestionContext(),
 ) -> bytes:
     """The encoded answer, with results or the reason for a refusal. Records it first.
 
@@ -113,7 +113,7 @@ def _remember_way(question: Query, log: QueryLog, secure: bool) -> None:
         log.peer_sets.tell_alone(columns_of(question))
 
 
-def _charge(question: Query, chosen: AgentSettings, log: QueryLog, asked: Asked) -> None:
+def _charge(question: Query, chosen: AgentSettings, log: QueryLog, asked: QuestionContext) -> None:
     """Charge an answer to the owner's ledger. Raises NotAllowed if that exceeds the limit."""
     job, fleet = asked.job, asked.fleet
     if question.epsilon:

@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from agent.analytics import query_log
-from agent.analytics.query_log import Asked
+from agent.analytics.query_log import QuestionContext
 from agent.clientapp.jobs import Result
 from agent.data import check_installed, passwords
 from agent.data.settings import uses_network
@@ -44,7 +44,7 @@ def handler(home: Path, fleet: str = "") -> Callable[[Unit], Result]:
     def answer_unit(unit: Unit) -> Result:
         if not isinstance(unit.question, Analyze):
             raise BadMessage("a unit that is no question")
-        asked = Asked(unit.job, fleet, method=unit.question.method)
+        asked = QuestionContext(unit.job, fleet, method=unit.question.method)
         body = answer(read_question(unit.question.query), home, asked)
         return Result(body, msgspec.json.decode(body, type=PeerAnswer).rows)
 
@@ -56,7 +56,7 @@ def read_question(text: str) -> Query:
     return decode(_query, text.encode(), "question")
 
 
-def answer(question: Query, home: Path, asked: Asked = Asked()) -> bytes:
+def answer(question: Query, home: Path, asked: QuestionContext = QuestionContext()) -> bytes:
     """The encoded answer, after it was recorded.
 
     Raises CommonweightError. The message of an error leaves the machine; its hint does not. The

@@ -96,7 +96,7 @@ class ToldColumn(NamedTuple):
     rows: Numbers
 
 
-class Asked(NamedTuple):
+class QuestionContext(NamedTuple):
     """How a question was asked: its job and fleet, whether its answer leaves in a sum alone, and
     the text of the method that it is a part of, as the requester says."""
 
@@ -109,7 +109,7 @@ class Asked(NamedTuple):
 class Entry(NamedTuple):
     """A line of the log: the query and the size of its answer (`bytes`), or why it was refused.
 
-    `secure`: only sums with the answers of other peers have left. `method`: see `Asked`.
+    `secure`: only sums with the answers of other peers have left. `method`: see `QuestionContext`.
     """
 
     at: float
@@ -240,7 +240,7 @@ class QueryLog:
         data: str,
         told: PeerAnswer,
         sets: Sequence[ToldColumn] = (),
-        asked: Asked = Asked(),
+        asked: QuestionContext = QuestionContext(),
     ) -> bytes:
         """Record an answer inside `writing`; returns its bytes, to release after the commit."""
         body = msgspec.json.encode(told)
@@ -250,7 +250,13 @@ class QueryLog:
         )
         return body
 
-    def repeat(self, question: Query, data: str, told: PeerAnswer, asked: Asked = Asked()) -> bytes:
+    def repeat(
+        self,
+        question: Query,
+        data: str,
+        told: PeerAnswer,
+        asked: QuestionContext = QuestionContext(),
+    ) -> bytes:
         """As `record`, for an answer that `find_answer` has found; it costs no noise again."""
         body = msgspec.json.encode(told)
         self._insert(replace(question, epsilon=0.0), data, told, body, b"", asked)
@@ -263,7 +269,7 @@ class QueryLog:
         told: PeerAnswer,
         body: bytes,
         stored: bytes,
-        asked: Asked,
+        asked: QuestionContext,
     ) -> None:
         text = str(question)
         if not stored and len(text) > _MAX_REPEAT_CHARS:

@@ -18,7 +18,7 @@ import msgspec
 
 from agent.analytics import job_handler, peer_sets
 from agent.analytics.peer_sets import PeerSets
-from agent.analytics.query_log import Asked, log_file
+from agent.analytics.query_log import QuestionContext, log_file
 from agent.clientapp import secure_rules
 from agent.clientapp.jobs import Result
 from agent.clientapp.secure_turns import SecureTurns
@@ -72,7 +72,7 @@ class SecureQuestions:
         home: Path,
         fleet: str,
         owner: Callable[[], AgentSettings],
-        compute: Callable[[Query, Asked], bytes],
+        compute: Callable[[Query, QuestionContext], bytes],
     ) -> None:
         self._me, self._home, self._fleet, self._owner = me, home, fleet, owner
         self._compute = compute
@@ -117,7 +117,7 @@ class SecureQuestions:
             secure_rules.check_trust(self._owner(), "question")
         except CommonweightError as err:  # asked once: it does not wait for the owner
             return Shape(answer=PeerAnswer(refused=err.message))
-        how = Asked(unit.job, self._fleet, secure=True, method=asked.method)
+        how = QuestionContext(unit.job, self._fleet, secure=True, method=asked.method)
         body = self._compute(query, how)
         answer = msgspec.json.decode(body, type=PeerAnswer)
         if answer.refused:

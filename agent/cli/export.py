@@ -29,7 +29,7 @@ from protocols.local import homes
 
 def list_models(json: Json = False) -> None:
     """List the versions on this machine, the newest first."""
-    kept = {found.result.digest for found in own_results.kept(homes.home_path("agent"))}
+    kept = {found.result.digest for found in own_results.best_versions(homes.home_path("agent"))}
     rows: list[dict[str, Any]] = [
         {
             "digest": one.digest,

@@ -146,7 +146,7 @@ def _to_predict(settings: Settings) -> Settings:
     return {key: value for key, value in settings.items() if key not in of_training}
 
 
-def _best_version(found: own_results.Found) -> LocalModel:
+def _best_version(found: own_results.ModelFile) -> LocalModel:
     """The best version of a run that has ended."""
     result = found.result
     origin = f"the best version of {result.run}, after round {result.round}"
@@ -176,7 +176,7 @@ def local_models() -> list[LocalModel]:
         for version in version_proofs.list_verified(home / "cache", public, fleet)
     ]
     known = {one.digest for one in cached}
-    best = (_best_version(found) for found in own_results.kept(home))
+    best = (_best_version(found) for found in own_results.best_versions(home))
     return cached + [one for one in best if one.digest not in known]
 
 

@@ -280,7 +280,7 @@ class Client:
 
     def _run_secure(self, work: Work, base: Path) -> Finished:
         """Trains or evaluates for a secure sum. The result stays here; a card leaves."""
-        done = self.secure.kept(work, self._reader.columns(work))
+        done = self.secure.kept_result(work, self._reader.columns(work))
         if done is None:
             done = self._begin_secure(work, base)
         self._budget.charge(work, done)

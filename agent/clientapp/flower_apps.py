@@ -202,7 +202,7 @@ class FlowerApps:
             done = self._pass_on(work, app, request)
             failpoint("agent.app.done")
             self._allowed(work)  # the owner may have removed it since
-            app_work.decode_told(done.description)
+            app_work.decode_records(done.description)
             self._budget.charge_exact("training", work.run, f"{PREFIX}{work.app}, what it sends")
         except Exception:
             kept = state.name if state else "."

@@ -121,7 +121,7 @@ class SecureWork:
         self._files.clear()
         return self._files.trained
 
-    def kept(self, work: Work, columns: tuple[str, ...]) -> Done | None:
+    def kept_result(self, work: Work, columns: tuple[str, ...]) -> Done | None:
         """The result of this work with these columns, if it was kept and no card promises it."""
         result = self._files.whole_result()
         if result is None or (result.key, result.columns) != (key_of(work), columns):
@@ -138,7 +138,7 @@ class SecureWork:
         """Store the result of the work durably. Returns the part that is summed."""
         self._files.keep_result(work, done, columns)
         failpoint("agent.secure.kept")
-        kept = self.kept(work, columns)
+        kept = self.kept_result(work, columns)
         assert kept is not None, "it was written just now"
         return kept
 

@@ -165,7 +165,7 @@ def write_app_answer(home: Path, work: AppWork, answer: AppAnswer) -> None:
     """
     if _last_told.has(home, answer.nonce):  # a coordinator can request it again and again
         return
-    told = app_work.decode_told(answer.told)
+    told = app_work.decode_records(answer.told)
     entry = AuditEntry(
         at=time.time(),
         run=work.run,

@@ -157,7 +157,7 @@ def results(home: Path) -> list[OwnResult]:
     return [found for folder in folders(home) if (found := read_result(folder)) is not None]
 
 
-class Found(NamedTuple):
+class ModelFile(NamedTuple):
     """A model in the home after a run: its file, the settings of its training, and the result."""
 
     model: Model
@@ -166,7 +166,7 @@ class Found(NamedTuple):
     result: OwnResult
 
 
-def recommended(home: Path, run: str, model: Model | None = None) -> Found | None:
+def recommended(home: Path, run: str, model: Model | None = None) -> ModelFile | None:
     """The model that is recommended here after a run, or this one, if it is in the home: one that
     was trained here, or the best version of the run."""
     folder = folder_of(home, run)
@@ -177,10 +177,10 @@ def recommended(home: Path, run: str, model: Model | None = None) -> Found | Non
     file = model_file(folder, model)
     if not file.exists():
         return None
-    return Found(model, file, of.settings_of(result.round, result.model), result)
+    return ModelFile(model, file, of.settings_of(result.round, result.model), result)
 
 
-def kept(home: Path) -> list[Found]:
+def best_versions(home: Path) -> list[ModelFile]:
     """The best versions of ended runs that are in the home, that of the newest run first."""
     found = (recommended(home, result.run, "shared") for result in results(home))
     return [one for one in found if one is not None]

@@ -25,7 +25,7 @@ SecureKind = Literal[
 ]
 
 
-class Told(NamedTuple):
+class SecureEntry(NamedTuple):
     """The kind of the answer, the bytes that left as digest and size, and the rest as JSON."""
 
     what: SecureKind
@@ -34,27 +34,27 @@ class Told(NamedTuple):
     told: str
 
 
-def read(claim: UpdateClaim, answer: bytes) -> Told | None:
+def read(claim: UpdateClaim, answer: bytes) -> SecureEntry | None:
     """What an answer tells; None for one of a plain run. Raises BadMessage."""
     if not ring_of(claim.codec):
         return None
     if claim.kind not in STEPS:
         names = messages.decode_ready(answer).names
-        return _told(claim, "card", sums=claim.kind, metrics=names.metrics, tallies=names.tallies)
+        return _entry(claim, "card", sums=claim.kind, metrics=names.metrics, tallies=names.tallies)
     step = messages.decode_answer(claim.kind, answer)
     cohort = step.cohort.hex()[:12]
     match step:
         case ShareAnswer(shares=shares):
-            return _told(claim, "sealed shares", sum=cohort, sealed_for=sorted(shares))
+            return _entry(claim, "sealed shares", sum=cohort, sealed_for=sorted(shares))
         case MaskAnswer(digest=digest, nbytes=nbytes):
-            told = _told(claim, "masked update", sum=cohort)
+            told = _entry(claim, "masked update", sum=cohort)
             return told._replace(digest=digest, nbytes=nbytes)
         case AgreeAnswer():
-            return _told(claim, "signature for a sum", sum=cohort)
+            return _entry(claim, "signature for a sum", sum=cohort)
         case _:
             counted, lost = sorted(step.seeds), sorted(step.keys)
-            return _told(claim, "shares of masks", sum=cohort, counted=counted, lost=lost)
+            return _entry(claim, "shares of masks", sum=cohort, counted=counted, lost=lost)
 
 
-def _told(claim: UpdateClaim, what: SecureKind, **details: Any) -> Told:
-    return Told(what, claim.digest, claim.nbytes, msgspec.json.encode(details).decode())
+def _entry(claim: UpdateClaim, what: SecureKind, **details: Any) -> SecureEntry:
+    return SecureEntry(what, claim.digest, claim.nbytes, msgspec.json.encode(details).decode())

@@ -161,7 +161,7 @@ class WorkExecutor:
 
     def _describe(self, work: Describe, task: Task) -> Done | Failed:
         scheme, settings = _split_settings(work.settings)
-        told: schema_card.Told | None = None
+        told: schema_card.DescribeAnswer | None = None
         if isinstance(task, ProvidesStatistics) and not settings.get("preprocessing"):
             told = task.survey(settings)
             self._told.tell(task, "table", settings)

@@ -42,7 +42,7 @@ class Pipes(NamedTuple):
         head = self.answers.read(frames.LENGTH_BYTES)
         if len(head) < frames.LENGTH_BYTES:
             os._exit(1)
-        return frames.decode_answered(self.answers.read(frames.length_of(head)))
+        return frames.decode_coordinator_frame(self.answers.read(frames.length_of(head)))
 
     def write(self, frame: Any) -> None:
         self.questions.write(frames.encode(frame))

@@ -40,13 +40,13 @@ def pack(content: RecordDict, file: Path) -> Packed:
             values = {key: _sent(value) for key, value in record.items()}
             told.append(Values(name, isinstance(record, MetricRecord), values))
     data = app_work.encode_told(told)
-    if len(data) > app_work.MAX_TOLD_BYTES:
+    if len(data) > app_work.MAX_RECORD_BYTES:
         raise BadMessage(
             f"the configs and metrics of a message have {len(data):,} bytes, at most "
-            f"{app_work.MAX_TOLD_BYTES:,} are sent",
+            f"{app_work.MAX_RECORD_BYTES:,} are sent",
             "put large values into an ArrayRecord",
         )
-    records = app_work.decode_told(data)  # raises BadMessage where the other side would
+    records = app_work.decode_records(data)  # raises BadMessage where the other side would
     if not app_work.has_arrays(records):
         return Packed(data)
     tensors = {
@@ -86,7 +86,7 @@ def _received(value: Any) -> Any:
 def unpack(told: bytes, file: Path | None) -> RecordDict:
     """The records of a message. Raises BadMessage, BadWeights, OSError, and what Flower raises for
     values that a record cannot have."""
-    records = app_work.decode_told(told)
+    records = app_work.decode_records(told)
     model = weights.load(file) if file is not None else Weights({})
     names = {
         app_work.tensor_name(records, record, key)

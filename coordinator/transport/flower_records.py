@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from protocols.errors import BadMessage, CommonweightError
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import schema_card
-from protocols.model.schema_card import Told
+from protocols.model.schema_card import DescribeAnswer
 from protocols.model.weights import Part, Weights
 
 WEIGHTS = "cw.weights"
@@ -124,7 +124,7 @@ def read_claim(reply: Message) -> tuple[UpdateClaim, bytes, bytes]:
     return SIGNED_CLAIM.decode(payload), payload, signature
 
 
-def read_description(reply: Message, claim: UpdateClaim) -> Told:
+def read_description(reply: Message, claim: UpdateClaim) -> DescribeAnswer:
     """The description that a claim is for. Raises BadMessage, KeyError, TypeError."""
     return schema_card.decode(read_answer(reply, claim))
 

@@ -1,6 +1,6 @@
 """Signed messages of a Flower app's run, and the signed answers of peers. Pure.
 
-The records of a Flower message travel as `Told`, in MessagePack, and its arrays as a file of
+The records of a Flower message travel as `Records`, in MessagePack, and its arrays as a file of
 weights, by digest. No pickle and no code travels.
 """
 
@@ -32,7 +32,7 @@ from protocols.messages.signing import SignedJson
 #: of jobs: older agents refuse the work as no job. An action that they do not know would end them.
 ACTION, RECORD = "infer", "cw.app"
 #: Of the records of one message, without arrays. As base64 it fits into a Flower message.
-MAX_TOLD_BYTES = 512 * 1024
+MAX_RECORD_BYTES = 512 * 1024
 MAX_RECORDS, MAX_KEYS, MAX_VALUES = 64, 65_536, 16_384
 #: Metrics of one answer that are recorded, each a number.
 MAX_METRICS = 32
@@ -48,7 +48,7 @@ MessageType = Annotated[
         pattern=r"^((train|evaluate|query)(\.[A-Za-z_][A-Za-z0-9_]*)?|get_(properties|parameters))\Z",
     ),
 ]
-ToldBytes = Annotated[bytes, Meta(max_length=MAX_TOLD_BYTES)]
+RecordBytes = Annotated[bytes, Meta(max_length=MAX_RECORD_BYTES)]
 _Key = Annotated[str, Meta(max_length=512)]
 
 
@@ -71,10 +71,10 @@ class Arrays(Struct, frozen=True, tag="a", array_like=True):
 class Blob(Struct, frozen=True, tag="b"):
     """Bytes as a value of a record."""
 
-    data: ToldBytes
+    data: RecordBytes
 
 
-_Scalar = bool | Integer | float | Annotated[str, Meta(max_length=MAX_TOLD_BYTES)] | Blob
+_Scalar = bool | Integer | float | Annotated[str, Meta(max_length=MAX_RECORD_BYTES)] | Blob
 _Value = _Scalar | Annotated[list[_Scalar], Meta(max_length=MAX_VALUES)]
 
 
@@ -86,7 +86,7 @@ class Values(Struct, frozen=True, tag="v", array_like=True):
     values: Annotated[dict[_Key, _Value], Meta(max_length=MAX_VALUES)]
 
 
-Told = Annotated[tuple[Arrays | Values, ...], Meta(max_length=MAX_RECORDS)]
+Records = Annotated[tuple[Arrays | Values, ...], Meta(max_length=MAX_RECORDS)]
 
 
 class AppWork(Struct, frozen=True, kw_only=True):
@@ -105,7 +105,7 @@ class AppWork(Struct, frozen=True, kw_only=True):
     config: Settings = {}
     message_type: MessageType = "query"
     group: Text = ""
-    told: ToldBytes = b""
+    told: RecordBytes = b""
     base: MaybeDigest = ""
     nbytes: Count = 0
     flower_run: Count = 0
@@ -125,7 +125,7 @@ class AppAnswer(Struct, frozen=True, kw_only=True):
     number: Count
     key: Digest
     peer: Id
-    told: ToldBytes = b""
+    told: RecordBytes = b""
     digest: MaybeDigest = ""
     nbytes: Count = 0
     nonce: Id
@@ -135,12 +135,12 @@ class AppAnswer(Struct, frozen=True, kw_only=True):
 SIGNED_APP_WORK = SignedJson(AppWork, "app work", "message for an app")
 SIGNED_APP_ANSWER = SignedJson(AppAnswer, "app answer", "answer of an app", "the peer that sent it")
 encode_told = msgspec.msgpack.Encoder().encode
-_told = msgspec.msgpack.Decoder(Told)
+_told = msgspec.msgpack.Decoder(Records)
 
 
-def decode_told(data: bytes) -> tuple[Arrays | Values, ...]:
+def decode_records(data: bytes) -> tuple[Arrays | Values, ...]:
     """The records of a message. Raises BadMessage."""
-    if len(data) > MAX_TOLD_BYTES:
+    if len(data) > MAX_RECORD_BYTES:
         raise BadMessage(f"the records of a message have {len(data)} bytes")
     told: tuple[Arrays | Values, ...] = decode(_told, data, "list of records") if data else ()
     if len({record.name for record in told}) != len(told):

@@ -84,10 +84,10 @@ def make_card(
 #: A card; or before the preprocessing is agreed on, the statistics for it.
 Description = SchemaCard | TableStatistics | ClassCounts
 #: What answers the request to describe: also the scores of models, if it asks for these.
-Told = Description | ModelScores
+DescribeAnswer = Description | ModelScores
 
 
-def encode(description: Told) -> bytes:
+def encode(description: DescribeAnswer) -> bytes:
     """The description as JSON. Raises DataError if it is too long."""
     data = msgspec.json.encode(description)
     if len(data) > MAX_BYTES:
@@ -95,14 +95,14 @@ def encode(description: Told) -> bytes:
     return data
 
 
-_decoder: msgspec.json.Decoder[Told] = msgspec.json.Decoder(
+_decoder: msgspec.json.Decoder[DescribeAnswer] = msgspec.json.Decoder(
     SchemaCard | TableStatistics | ClassCounts | ModelScores
 )
 _card_decoder = msgspec.json.Decoder(SchemaCard)
 
 
 @functools.lru_cache(4)  # most peers tell the same
-def decode(data: bytes) -> Told:
+def decode(data: bytes) -> DescribeAnswer:
     """The description in `data`. Raises BadMessage."""
     return _decoded(data, _decoder)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent.analytics.query_log import Asked
+from agent.analytics.query_log import QuestionContext
 from agent.home.secure_store import QUESTIONS
 from coordinator.jobs.state import Job
 from coordinator.remote.analysis import answers_of
@@ -73,7 +73,9 @@ def own_numbers(site: SecureTables, peer: str, text: str) -> list[bytes]:
         if step == "ready"
     )
     agent = site.peers[peer]
-    answer = msgspec.json.decode(agent._compute(query, Asked(secure=True)), type=PeerAnswer)
+    answer = msgspec.json.decode(
+        agent._compute(query, QuestionContext(secure=True)), type=PeerAnswer
+    )
     words = question_sums.encode(query, layout, peer, answer)
     return [word.tobytes() for word in words if word.any()]
 

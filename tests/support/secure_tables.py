@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
 from agent.analytics.answer import answer_question
-from agent.analytics.query_log import Asked, QueryLog, log_file
+from agent.analytics.query_log import QueryLog, QuestionContext, log_file
 from agent.analytics.secure_questions import SecureQuestions
 from coordinator.jobs import secure_questions
 from coordinator.jobs.analysis import AnalysisResult, Merged, result_of
@@ -49,7 +49,7 @@ class SecurePeer(TablePeer):
     def restarted(self) -> SecureQuestions:
         return SecureQuestions(self.me, self.home, FLEET, lambda: self.owner, self._compute)
 
-    def _compute(self, query: Query, asked: Asked) -> bytes:
+    def _compute(self, query: Query, asked: QuestionContext) -> bytes:
         return answer_question(query, self.owner, self.home, self.log, self.memory, asked)
 
     def step(self, asked: SecureAnalyze) -> bytes:

@@ -144,7 +144,7 @@ class KerasLoop(task_settings.WithSettings):
 
     def setting_specs(self) -> Mapping[str, SettingSpec]:
         """All settings by name, with their types, bounds and help."""
-        return task_settings.told(self._known)
+        return task_settings.shareable(self._known)
 
     def schema(self, settings: RunSettings) -> Schema:
         return self._now(settings).schema

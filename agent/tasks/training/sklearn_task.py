@@ -91,7 +91,7 @@ class SklearnTask(sklearn_local.ComparesSklearnModels, task_settings.WithSetting
 
     def setting_specs(self) -> Mapping[str, SettingSpec]:
         """All settings by name, with their types, bounds and help."""
-        return task_settings.told(self._known)
+        return task_settings.shareable(self._known)
 
     def schema(self, settings: RunSettings) -> Schema:
         return self.init(0, settings).schema

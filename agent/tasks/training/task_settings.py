@@ -74,7 +74,7 @@ def defaults_of(known: Mapping[str, SettingSpec]) -> dict[str, Setting]:
     return {name: spec.default for name, spec in known.items()}
 
 
-def told(known: Mapping[str, SettingSpec]) -> dict[str, SettingSpec]:
+def shareable(known: Mapping[str, SettingSpec]) -> dict[str, SettingSpec]:
     """Those that a handshake can have."""
     return {name: spec for name, spec in known.items() if can_travel(spec.default)}
 

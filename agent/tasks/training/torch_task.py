@@ -59,7 +59,7 @@ class LoopTask(task_settings.WithSettings):
 
     def setting_specs(self) -> Mapping[str, SettingSpec]:
         """All settings by name, with their types, bounds and help."""
-        return task_settings.told(self._known)
+        return task_settings.shareable(self._known)
 
     def load(self, data: DataSettings) -> None:
         """Store the data settings. Subclasses read the data when the run's settings are known."""

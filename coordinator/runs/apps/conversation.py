@@ -185,7 +185,7 @@ class Conversation:
         self._ctx.check_fleet(sent.peer, answer.fleet)
         if (answer.peer, answer.key) != (sent.peer, idempotency_key(sent.payload)):
             raise BadMessage("it is the answer to another message")
-        told = app_work.decode_told(answer.told)
+        told = app_work.decode_records(answer.told)
         if app_work.has_arrays(told) != bool(answer.digest):
             raise BadMessage("its records and its arrays do not belong together")
         if answer.digest:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocols.errors import BadMessage
-from protocols.messages.app_work import MessageType, ToldBytes
+from protocols.messages.app_work import MessageType, RecordBytes
 from protocols.messages.decoding import decode
 from protocols.messages.envelope import MAX_PEERS, Count, MaybeDigest, Settings, Text
 
@@ -39,7 +39,7 @@ class NodesAsked(Struct, frozen=True, tag=True):
 class Content(Struct, frozen=True, kw_only=True):
     """The records of a message, and the digest of the file of its arrays; empty without any."""
 
-    told: ToldBytes
+    told: RecordBytes
     digest: MaybeDigest = ""
 
 
@@ -93,7 +93,7 @@ class Reply(Struct, frozen=True, kw_only=True):
     `error`."""
 
     id: Count
-    told: ToldBytes = b""
+    told: RecordBytes = b""
     has_arrays: bool = False
     error: Text = ""
 
@@ -104,14 +104,14 @@ class Replies(Struct, frozen=True, tag=True):
     replies: Annotated[tuple[Reply, ...], Meta(max_length=MAX_REPLIES)]
 
 
-Asked = NodesAsked | Push | Pull | End
-Answered = Hello | Nodes | Pushed | Replies
+AppFrame = NodesAsked | Push | Pull | End
+CoordinatorFrame = Hello | Nodes | Pushed | Replies
 
 _encode = msgspec.msgpack.Encoder().encode
-_asked, _answered = msgspec.msgpack.Decoder(Asked), msgspec.msgpack.Decoder(Answered)
+_asked, _answered = msgspec.msgpack.Decoder(AppFrame), msgspec.msgpack.Decoder(CoordinatorFrame)
 
 
-def encode(frame: Asked | Answered) -> bytes:
+def encode(frame: AppFrame | CoordinatorFrame) -> bytes:
     """A frame with its length. Raises BadMessage for one that is too long."""
     body = _encode(frame)
     if len(body) > MAX_FRAME_BYTES:
@@ -127,15 +127,15 @@ def length_of(head: bytes) -> int:
     return length
 
 
-def decode_asked(body: bytes) -> Asked:
+def decode_app_frame(body: bytes) -> AppFrame:
     """A frame of the process. Raises BadMessage."""
-    asked: Asked = decode(_asked, body, "frame of a ServerApp")
+    asked: AppFrame = decode(_asked, body, "frame of a ServerApp")
     if isinstance(asked, Push) and any(m.content >= len(asked.contents) for m in asked.messages):
         raise BadMessage("a message of a ServerApp has no content")
     return asked
 
 
-def decode_answered(body: bytes) -> Answered:
+def decode_coordinator_frame(body: bytes) -> CoordinatorFrame:
     """A frame of the coordinator. Raises BadMessage."""
-    answered: Answered = decode(_answered, body, "frame of the coordinator")
+    answered: CoordinatorFrame = decode(_answered, body, "frame of the coordinator")
     return answered

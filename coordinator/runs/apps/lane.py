@@ -17,7 +17,7 @@ from protocols.local import own_folders
 from protocols.messages.envelope import MAX_PEERS
 
 #: Replies that wait: their number, their records, which are in memory, and their files.
-MAX_WAITING, MAX_TOLD_BYTES, MAX_FILES_BYTES = MAX_PEERS, 256 * 1024 * 1024, 16 * 1024**3
+MAX_WAITING, MAX_WAITING_BYTES, MAX_FILES_BYTES = MAX_PEERS, 256 * 1024 * 1024, 16 * 1024**3
 DROPPED = "its answer was dropped: too many waited, and the ServerApp took none"
 
 
@@ -32,7 +32,7 @@ class Lane:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._waiting: dict[int, _Waiting] = {}  # oldest first
-        self.told_bytes = self._files_bytes = 0
+        self.waiting_bytes = self._files_bytes = 0
         self._dropped = deque[int](maxlen=MAX_WAITING)
         #: Messages whose replies the ServerApp awaits no more.
         self._unwanted = set[int]()
@@ -53,7 +53,7 @@ class Lane:
         self._count(reply, nbytes)
         while (
             len(self._waiting) > MAX_WAITING
-            or self.told_bytes > MAX_TOLD_BYTES
+            or self.waiting_bytes > MAX_WAITING_BYTES
             or self._files_bytes > MAX_FILES_BYTES
         ):
             oldest = next(iter(self._waiting))
@@ -86,7 +86,7 @@ class Lane:
         self._delete_file(reply)
 
     def _count(self, reply: Reply, nbytes: int, sign: int = 1) -> None:
-        self.told_bytes += sign * len(reply.told)
+        self.waiting_bytes += sign * len(reply.told)
         self._files_bytes += sign * nbytes
 
     def _delete_file(self, reply: Reply) -> None:

@@ -284,9 +284,13 @@ class AppLoop:
         """Record the round, and send the messages to the nodes that can work. Raises BadMessage."""
         nodes, limits = self._peers(), self._ctx.transfer.limits
         going = [message for message in push.messages if message.node in nodes]
-        pushes.check_bounds(push, going, self._talk.open.values(), self._lane.told_bytes)
+        pushes.check_bounds(push, going, self._talk.open.values(), self._lane.waiting_bytes)
         sizes = await asyncio.to_thread(
-            pushes.adopt, self._ctx.store, self._folder, push.contents, self._retention.on_disk
+            pushes.store_arrays,
+            self._ctx.store,
+            self._folder,
+            push.contents,
+            self._retention.on_disk,
         )
         peers = tuple(sorted({nodes[message.node] for message in going}))
         if going:

@@ -9,7 +9,7 @@ from pathlib import Path
 from coordinator.runs.apps import frames, leftovers
 from coordinator.runs.apps.conversation import Sent
 from coordinator.runs.apps.frames import Content, Outgoing, Push
-from coordinator.runs.apps.lane import MAX_TOLD_BYTES
+from coordinator.runs.apps.lane import MAX_WAITING_BYTES
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage, BadWeights
 from protocols.local import own_folders
@@ -32,10 +32,10 @@ def check_bounds(
     """
     told = [push.contents[message.content].told for message in going]
     held = [*told, *(one.work.told for one in sent)]
-    if (nbytes := sum(map(len, held)) + waiting_bytes) > MAX_TOLD_BYTES:
+    if (nbytes := sum(map(len, held)) + waiting_bytes) > MAX_WAITING_BYTES:
         raise BadMessage(
             f"the ServerApp has {nbytes:,} bytes of configs and metrics in messages and replies at "
-            f"one time, at most {MAX_TOLD_BYTES:,} are taken",
+            f"one time, at most {MAX_WAITING_BYTES:,} are taken",
             "put large values into an ArrayRecord",
         )
     nodes = Counter(message.node for message in going)
@@ -50,7 +50,7 @@ def check_bounds(
         )
 
 
-def adopt(
+def store_arrays(
     store: WeightStore, folder: Path, contents: Iterable[Content], on_disk: set[str]
 ) -> dict[str, int]:
     """Make the arrays of these contents versions; their bytes by digest, 0 for no arrays.
@@ -62,7 +62,7 @@ def adopt(
     sizes = {"": 0}
     for content in contents:
         digest = content.digest
-        if app_work.has_arrays(app_work.decode_told(content.told)) != bool(digest):
+        if app_work.has_arrays(app_work.decode_records(content.told)) != bool(digest):
             raise BadMessage("the records of a message and its arrays do not belong together")
         if digest in sizes:
             continue

@@ -41,7 +41,7 @@ class AppRounds:
         versions that they need."""
         if message.message_type in round_events.PREPARING:
             return
-        mark = app_work.round_mark(app_work.decode_told(content.told), message.group)
+        mark = app_work.round_mark(app_work.decode_records(content.told), message.group)
         if not mark and self._talk.open and self._phase is not None:
             mark = self._phase.mark
         phase = Phase.of(message.message_type, mark)

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from coordinator.runs.apps import frames
-from coordinator.runs.apps.frames import Answered, Asked, End
+from coordinator.runs.apps.frames import AppFrame, CoordinatorFrame, End
 from protocols.errors import CommonweightError
 from protocols.local.flower_apps import InstalledApp
 from protocols.local.programs import child_environment, forget_secrets
@@ -39,7 +39,7 @@ class ServerProcess:
         self._last: deque[str] = deque(maxlen=_LAST_LINES)
         self._copying = asyncio.create_task(self._copy_log(), name="ServerApp log")
 
-    async def read(self) -> Asked:
+    async def read(self) -> AppFrame:
         """The next frame. A process that has ended without one gives an End with the reason.
 
         Raises BadMessage.
@@ -55,9 +55,9 @@ class ServerProcess:
             last = f": {self._last[-1]}" if self._last else ""
             status = self._process.returncode
             return End(error=f"its process ended with status {status}{last}"[:400])
-        return frames.decode_asked(body)
+        return frames.decode_app_frame(body)
 
-    async def write(self, frame: Answered) -> None:
+    async def write(self, frame: CoordinatorFrame) -> None:
         """Answer it. If the process has ended, this does nothing; see `read`."""
         assert self._process.stdin is not None
         with contextlib.suppress(ConnectionError, RuntimeError):

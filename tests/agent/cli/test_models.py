@@ -81,7 +81,7 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
         assert (best.path.name, best.settings) == ("shared.safetensors", {"model": "linear"})
         assert best.title == "eeeeeeeeeeee of the task tabular, model linear"
         assert best.origin == "the best version of tabular-1, after round 3: linear is kept (…)"
-    assert [found.result.digest for found in own_results.kept(tmp_path)] == ["e" * 64]
+    assert [found.result.digest for found in own_results.best_versions(tmp_path)] == ["e" * 64]
 
 
 def test_the_file_of_a_models_task_may_be_named(tmp_path: Path) -> None:

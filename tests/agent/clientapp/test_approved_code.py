@@ -35,7 +35,7 @@ def machine(app: Path, tmp_path: Path) -> Iterator[Machine]:
 
 def loss(machine: Machine, run: str = "r1") -> float | None:
     work = machine.work(run=run, message_type="train", told=TOLD, **machine.version(MODEL))
-    return app_work.metrics_of(app_work.decode_told(machine.ask(work).told))[1]["train_loss"]
+    return app_work.metrics_of(app_work.decode_records(machine.ask(work).told))[1]["train_loss"]
 
 
 def change(app: Path) -> str:

@@ -119,7 +119,7 @@ def test_an_app_trains_and_keeps_its_context_with_its_answer(machine: Machine) -
     made = weights.load(machine.process.folder_of("mean") / "runs/r1" / f"{one.key}.safetensors")
     assert np.array_equal(made["w"], np.full((2, 2), 3, np.float32))
     assert made["b"].shape == ()
-    assert app_work.metrics_of(app_work.decode_told(one.told)) == (
+    assert app_work.metrics_of(app_work.decode_records(one.told)) == (
         10,
         {"rounds": 1.0, "train_loss": 1.0},
     )
@@ -130,10 +130,10 @@ def test_an_app_trains_and_keeps_its_context_with_its_answer(machine: Machine) -
     assert not machine.process.running
     # The next message finds the context that the last answer left, in a new process.
     two = machine.ask(replace(asked, number=2))
-    assert app_work.metrics_of(app_work.decode_told(two.told))[1]["rounds"] == 2
+    assert app_work.metrics_of(app_work.decode_records(two.told))[1]["rounds"] == 2
     # An answer that was lost with the process counts no round.
     (machine.folder / "answers" / "r1.json").write_bytes(b"{")
-    assert app_work.metrics_of(app_work.decode_told(machine.ask(asked).told))[1]["rounds"] == 1
+    assert app_work.metrics_of(app_work.decode_records(machine.ask(asked).told))[1]["rounds"] == 1
 
 
 def test_a_failed_message_leaves_no_arrays(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_killed_process_starts_again(machine: Machine) -> None:
     answer = machine.ask(
         machine.work(number=2, message_type="train", told=TOLD, **machine.version(MODEL))
     )
-    assert app_work.metrics_of(app_work.decode_told(answer.told))[1]["rounds"] == 2
+    assert app_work.metrics_of(app_work.decode_records(answer.told))[1]["rounds"] == 2
 
 
 def test_work_of_another_app_or_owner_is_refused(machine: Machine) -> None:
@@ -219,7 +219,7 @@ def test_an_app_whose_files_changed_is_refused(tmp_path: Path) -> None:
 def test_an_app_that_prints_without_end_fills_no_log(machine: Machine) -> None:
     """Attack: a ClientApp prints without end, also what looks like an answer."""
     answer = machine.ask(machine.work(config={"act": "print"}))
-    assert app_work.metrics_of(app_work.decode_told(answer.told))[1] == {"done": 1.0}
+    assert app_work.metrics_of(app_work.decode_records(answer.told))[1] == {"done": 1.0}
     machine.process.stop()
     log = machine.process.folder_of("hostile") / "trainer.log"
     assert log.stat().st_size < 3 << 20
@@ -261,7 +261,7 @@ def test_an_app_reads_no_file_that_its_owner_has_not_named(machine: Machine) -> 
     app = replace(machine.owner.apps["hostile"], read=(str(secret),))
     machine.owner = replace(machine.owner, apps={"hostile": app})
     answer = machine.ask(machine.work(config={"act": "read"}))
-    assert app_work.metrics_of(app_work.decode_told(answer.told))[1] == {"found": 6.0}
+    assert app_work.metrics_of(app_work.decode_records(answer.told))[1] == {"found": 6.0}
 
 
 @pytest.mark.long
@@ -273,7 +273,7 @@ def test_code_that_an_app_writes_has_no_other_rights(machine: Machine) -> None:
     secret.touch()
     _given(machine, secret)
     answer = machine.ask(machine.work(config={"act": "own"}))
-    found = app_work.metrics_of(app_work.decode_told(answer.told))[1]
+    found = app_work.metrics_of(app_work.decode_records(answer.told))[1]
     assert found == {"ran": 1.0, "read": 1.0, "program": -1.0}
 
 
@@ -367,10 +367,10 @@ def test_answers_of_apps_push_nothing_out_of_the_audit_log(tmp_path: Path) -> No
 def test_told_records_are_bounded() -> None:
     twice = app_work.encode_told((Values("a", True, {}), Values("a", True, {})))
     with pytest.raises(BadMessage, match="one name"):
-        app_work.decode_told(twice)
+        app_work.decode_records(twice)
     with pytest.raises(BadMessage):
-        app_work.decode_told(b"\x00" * (app_work.MAX_TOLD_BYTES + 1))
+        app_work.decode_records(b"\x00" * (app_work.MAX_RECORD_BYTES + 1))
     with pytest.raises(BadMessage):
-        app_work.decode_told(msgspec.msgpack.encode([["a", "n", ["k"] * 70_000]]))
+        app_work.decode_records(msgspec.msgpack.encode([["a", "n", ["k"] * 70_000]]))
     values = Values("m", True, {"num-examples": -80, "x": float("nan"), "y": 2, "z": [1]})
     assert app_work.metrics_of((values,)) == (1, {"y": 2.0})

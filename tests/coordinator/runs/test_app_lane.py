@@ -50,13 +50,13 @@ def test_a_reply_is_taken_once(inbox: Path) -> None:
     assert [reply.id for reply in made.take([2, 3])] == [2]
     assert made.take([2, 3]) == []
     assert [reply.id for reply in made.take([1])] == [1]
-    assert made.told_bytes == 0
+    assert made.waiting_bytes == 0
     assert _files(inbox) == [1, 2], "the ServerApp deletes what it has read"
 
 
 @pytest.mark.attack("23.4")
 @pytest.mark.parametrize(
-    ("limit", "value"), [("MAX_WAITING", 3), ("MAX_TOLD_BYTES", 12), ("MAX_FILES_BYTES", 30)]
+    ("limit", "value"), [("MAX_WAITING", 3), ("MAX_WAITING_BYTES", 12), ("MAX_FILES_BYTES", 30)]
 )
 def test_replies_that_are_never_taken_have_bounds(
     limit: str, value: int, inbox: Path, monkeypatch: pytest.MonkeyPatch
@@ -67,7 +67,7 @@ def test_replies_that_are_never_taken_have_bounds(
     made = Lane(inbox.parent)
     _put(made, inbox, *range(1, 10))
     assert _files(inbox) == [7, 8, 9]
-    assert made.told_bytes == 12
+    assert made.waiting_bytes == 12
     told = made.take(range(1, 10))
     assert [reply.id for reply in told if not reply.error] == [7, 8, 9]
     assert {reply.error for reply in told if reply.id < 7} == {DROPPED}
@@ -104,7 +104,7 @@ def test_a_link_in_place_of_the_inbox_is_not_followed(inbox: Path, tmp_path: Pat
     (inbox.parent / frames.OUT).symlink_to(store.folder)
     content = Content(told=app_work.encode_told((Arrays("a", ("w",)),)), digest=digest)
     with pytest.raises(Exception, match="arrays cannot be sent"):
-        pushes.adopt(store, inbox.parent, [content], set())
+        pushes.store_arrays(store, inbox.parent, [content], set())
     assert {path.stem for path in store.folder.iterdir()} == {digest, "1"}
 
 
@@ -119,7 +119,7 @@ def test_a_file_larger_than_the_disk_is_not_copied(tmp_path: Path) -> None:
         file.truncate(shutil.disk_usage(tmp_path).total + 1)
     content = Content(told=app_work.encode_told((Arrays("a", ("w",)),)), digest="a" * 64)
     with pytest.raises(Refused, match="more than the whole disk"):
-        pushes.adopt(store, out.parent, [content], set())
+        pushes.store_arrays(store, out.parent, [content], set())
 
 
 def test_versions_of_a_run_that_broke_off_are_deleted(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_versions_of_a_run_that_broke_off_are_deleted(tmp_path: Path) -> None:
         told = app_work.encode_told((Arrays("a", ("w",)),))
         contents.append(Content(told=told, digest=digest))
     kept, *lost = (content.digest for content in contents)
-    pushes.adopt(store, folder, contents, set())
+    pushes.store_arrays(store, folder, contents, set())
     # The coordinator is killed: the ledger has one of them, and another process starts.
     run = transitions.replay("r1", [facts.RunStarted(SPEC), facts.WeightsInitialised(kept, "x")])
     assert {path.stem for path in store.folder.iterdir()} == {kept, *lost}

@@ -60,7 +60,7 @@ def _push(told: bytes, nodes: list[int]) -> Push:
     """As the coordinator takes it from the pipe: one content for all messages."""
     messages = tuple(Outgoing(content=0, node=node, message_type="query") for node in nodes)
     push = Push(contents=(Content(told=told),), messages=messages)
-    made = frames.decode_asked(frames.encode(push)[frames.LENGTH_BYTES :])
+    made = frames.decode_app_frame(frames.encode(push)[frames.LENGTH_BYTES :])
     assert isinstance(made, Push)
     return made
 
@@ -74,7 +74,7 @@ def _sent(node: int, told: bytes = b"") -> Sent:
 def test_one_frame_of_a_server_app_is_not_many_messages_in_memory() -> None:
     """Attack: a ServerApp sends one large content to the same node tens of thousands of times in
     one small frame, or messages without an end."""
-    check, large = pushes.check_bounds, b"x" * app_work.MAX_TOLD_BYTES
+    check, large = pushes.check_bounds, b"x" * app_work.MAX_RECORD_BYTES
     push = _push(large, [5] * MAX_PEERS)
     with pytest.raises(BadMessage, match="bytes of configs and metrics"):
         check(push, push.messages, [], 0)
@@ -87,7 +87,7 @@ def test_one_frame_of_a_server_app_is_not_many_messages_in_memory() -> None:
     with pytest.raises(BadMessage, match="65,537 messages without a reply"):
         check(push, push.messages, [_sent(1)], 0)
     push = _push(large, [1])
-    fits = lane.MAX_TOLD_BYTES // len(large) - 1
+    fits = lane.MAX_WAITING_BYTES // len(large) - 1
     check(push, push.messages, [_sent(2, large)] * fits, 0)
     for sent, waiting_bytes in ((fits + 1, 0), (fits, 1)):
         with pytest.raises(BadMessage, match="bytes of"):

@@ -147,7 +147,7 @@ async def test_a_restart_ends_the_run_and_says_so(tmp_path: Path) -> None:
     digest = weights.save(Weights({"w": np.ones(3)}), out / "made")
     (out / "made").rename(out / f"{digest}{frames.SUFFIX}")
     content = frames.Content(told=app_work.encode_told((Arrays("a", ("w",)),)), digest=digest)
-    pushes.adopt(WeightStore(fleet.fleet.home), fleet.files(run_id), [content], set())
+    pushes.store_arrays(WeightStore(fleet.fleet.home), fleet.files(run_id), [content], set())
     async with fleet.fleet.up() as hub:
         await until(lambda: hub.runs.find(run_id).ended)
         await until(lambda: hub.runs.current is None)
@@ -286,7 +286,7 @@ def test_frames_have_types_and_bounds() -> None:
     import msgspec
 
     def asked(**fields: Any) -> Any:
-        return frames.decode_asked(msgspec.msgpack.encode(push | fields))
+        return frames.decode_app_frame(msgspec.msgpack.encode(push | fields))
 
     assert asked() == frames.Push(contents=(), messages=())
     out = {"content": 0, "node": 1, "message_type": "train"}
