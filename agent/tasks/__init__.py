@@ -317,7 +317,7 @@ class Member(NamedTuple):
 class BlendsModels(Protocol):
     """Optional: make one model of several, by how good they are on this machine's held-out rows."""
 
-    def blend(
+    def blend_models(
         self, members: Sequence[Member], settings: Settings, on_step: OnStep
     ) -> tuple[Weights, Mapping[str, npt.NDArray[np.float64]]] | None:
         """The blend, and its numbers for each held-out row, as `measure_rows` has them. No row has

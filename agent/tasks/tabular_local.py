@@ -68,7 +68,7 @@ class LocalTables(BuiltInTask):
         return grown
 
     @torch.inference_mode()
-    def blend(
+    def blend_models(
         self, members: Sequence[Member], settings: RunSettings, on_step: OnStep
     ) -> tuple[Weights, RowMetrics] | None:
         """See `tabular_blend`."""

@@ -200,7 +200,7 @@ def _blend(
             members.append(Member(kind, weights.load(Path(path))))
         except (OSError, BadWeights):
             continue
-    if (made := task.blend(members, settings, on_step)) is None:
+    if (made := task.blend_models(members, settings, on_step)) is None:
         return None
     weights.save(made[0], Path(work.folder) / f"blend{_SUFFIX}")
     return made[1]

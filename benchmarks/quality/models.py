@@ -9,7 +9,8 @@ All runs have the options that `commonweight run start` gives them, so they end 
 their best version counts. The personal model is trained by the agent's own comparison.
 
 `--held-out`: of tables that no default was chosen by, what a run gives without any setting. Writes
-`docs/quality/tables-held-out.json`.
+`docs/quality/tables-held-out.json`. Of a table whose results have no blend, only this is measured,
+if the run gives the same shared model again.
 
 `--trees`: trees of secure sums beside XGBoost with the same cuts and the same rows to train on.
 Writes `docs/quality/secure-trees.json`.
@@ -120,14 +121,7 @@ def every_model(of: Split) -> dict[str, Any]:
 
 def by_default(of: Split) -> dict[str, Any]:
     """What a run gives without any setting, and with `--secure`; and trees with `--secure`."""
-    settings = _agreed(of).settings
-    plain, masked = (
-        {
-            model: together(of.table, of.parts, of.test, model, secure=secure)
-            for model in choose(of.table, of.parts, settings, secure=secure)
-        }
-        for secure in (False, True)
-    )
+    plain, masked = (_models(of, secure=secure) for secure in (False, True))
     chosen, secure = keep(of.table, plain), keep(of.table, masked)
     return {
         "chosen": chosen,
@@ -142,6 +136,24 @@ def by_default(of: Split) -> dict[str, Any]:
         "alone": best_alone(of, [of.first]),
         **_central(of),
     }
+
+
+def _models(of: Split, *, secure: bool) -> dict[Model, Trained]:
+    """All models that a run without any setting trains."""
+    chosen = choose(of.table, of.parts, _agreed(of).settings, secure=secure)
+    return {m: together(of.table, of.parts, of.test, m, secure=secure) for m in chosen}
+
+
+def add_blend(row: dict[str, Any]) -> dict[str, Any] | None:
+    """An older row of `by_default` with the blend; None if the run gives another model now."""
+    table = HELD_OUT[row["table"]]()
+    with tempfile.TemporaryDirectory(prefix="commonweight-tables-") as folder:
+        of = split(table, Path(folder), grouped=False)
+        plain = _models(of, secure=False)
+        kept = keep(of.table, plain)
+        if (kept, plain[kept].test) != (row["chosen"], row["auto"]):
+            return None
+        return {**row, **blend(of.first, of.test, plain, kept)}
 
 
 def secure_trees(of: Split) -> dict[str, Any]:
@@ -243,10 +255,12 @@ def main() -> int:
     ]
     for name, grouped in wanted:
         of = [row for row in rows if (row["table"], row["split"]) == (name, SPLITS[grouped])]
-        if of and not options.again:
+        is_old = options.held_out and of and "blend" not in of[0]
+        if of and not options.again and not is_old:
             continue
         try:
-            made = measure(name, scores_of, grouped=grouped)
+            made = add_blend(of[0]) if is_old and not options.again else None
+            made = made or measure(name, scores_of, grouped=grouped)
         except ImportError as err:
             print(f"{name}: left out, {err}", file=sys.stderr)
             continue

@@ -228,7 +228,7 @@ def blend(
     settings = dict(shared.settings)
     alone = _trained_here(task, shared, lambda s: task.init(int(s.get("seed", 0)), s))
     others = [Member(model, one.last) for model, one in trained.items() if model != kept]
-    made = task.blend(
+    made = task.blend_models(
         [Member(kept, shared.version), Member(kept, alone), *others], settings, _ignore
     )
     assert made is not None

@@ -29,16 +29,33 @@ def held_out_tables(results: dict[str, Any]) -> str:
     keys = {
         "`auto`": "auto",
         "personal": "personal",
+        "blend": "blend",
         "`--secure`": "secure",
         "trees, `--secure`": "secure_trees",
         "best peer alone": "alone",
         "XGBoost": "central",
         "its defaults": "central_defaults",
     }
+    if not any("blend" in row for row in results["rows"]):
+        del keys["blend"]
     chosen = {"auto": "chosen", "secure": "secure_chosen"}
     near = sum(_is_near(row, "secure", "central") for row in results["rows"])
-    return _table_models(results, keys, chosen, with_split=False).rstrip("\n") + (
-        f" With `--secure`, {near} of {len(results['rows'])} rows are within 3 % of XGBoost.\n"
+    text = _table_models(results, keys, chosen, with_split=False).rstrip("\n")
+    text += f" With `--secure`, {near} of {len(results['rows'])} rows are within 3 % of XGBoost."
+    return text + _of_blends([row for row in results["rows"] if "blend" in row]) + "\n"
+
+
+def _of_blends(rows: Sequence[Row]) -> str:
+    """How often a blend is at least as good as other models."""
+    if not rows:
+        return ""
+    over = {
+        key: sum(_loss_of(row, "blend") <= _loss_of(row, key) for row in rows)
+        for key in ("alone", "auto")
+    }
+    return (
+        f" The blend is at least as good as the best peer alone in {over['alone']} of {len(rows)} "
+        f"rows, and as the shared model in {over['auto']}."
     )
 
 
@@ -84,7 +101,9 @@ def _table_models(
     names = ["table", "rows", *(["peers"] if with_split else []), *keys]
     lines = ["| " + " | ".join(names) + " |\n", "|" + "---|" * len(names) + "\n"]
     for row in results["rows"]:
-        shown = {key: _score(row["metric"], row[key]) for key in keys.values()}
+        shown = {
+            key: _score(row["metric"], row[key]) if key in row else "–" for key in keys.values()
+        }
         for key, by in chosen.items():
             shown[key] = f"{_MODELS[row[by]]} {shown[key]}"
         cells = [f"{row['table']}, {row['metric']}", f"{row['rows']:,}"]

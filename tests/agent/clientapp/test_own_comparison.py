@@ -312,6 +312,32 @@ def test_no_coordinator_gets_a_comparison_that_the_owner_keeps(site: Site, why: 
     assert not found.to_tell
 
 
+@pytest.mark.attack("3", by="coordinator")
+def test_no_coordinator_gets_a_metric_of_a_blend(site: Site) -> None:
+    """Attack: a coordinator has a machine train from a version that it has made to learn about a
+    row, as another model of the run. It is in the blend, so that a metric of that tells the row,
+    although this machine has told no evaluation of the version."""
+    (site.home / "cache").mkdir()
+    own = site.own()
+    own.note(site.work)
+    settings = {**site.work.settings, "model": "mlp", "hidden": "4"}
+    task = Tabular()
+    task.load(site.trainer.data)
+    made = site.home / "cache" / "made"
+    digest = weights.save(task.init(1, settings), made)
+    made.rename(made.with_name(f"{digest}.safetensors"))
+    own.note(replace(site.work, round=7, begun=5, settings=settings, base=digest))
+    finish(own)
+    found = site.result()
+    assert found is not None
+    assert found.comparison is not None
+    assert "blend" in found.comparison.models, "its owner sees it"
+    (told,) = site.link.told
+    assert {*told.models, *told.gains, told.recommended} <= {"alone", "shared", "personal"}
+    (left,) = audit_log.read(site.home)
+    assert left.metrics.keys() == {"alone accuracy", "shared accuracy", "personal accuracy"}
+
+
 @pytest.mark.parametrize(
     ("error", "missing"),
     [

@@ -91,7 +91,7 @@ def site(folder: Path, target: str) -> tuple[Tabular, dict[str, Any], list[Membe
 @pytest.mark.parametrize("target", ["ill", "cost"])
 def test_a_blend_predicts_the_mean_of_its_models(tmp_path: Path, target: str) -> None:
     task, settings, members = site(tmp_path, target)
-    made = task.blend(members, settings, _ignore)
+    made = task.blend_models(members, settings, _ignore)
     assert made is not None
     file = tmp_path / "blend.safetensors"
     weights.save(made[0], file)
@@ -122,12 +122,12 @@ def test_a_model_that_diverged_is_in_no_blend(tmp_path: Path) -> None:
         {name: np.full_like(members[0].weights[name], np.nan) for name in members[0].weights}
     )
     other = Member("mlp", members[0].weights)  # of another kind than it says
-    made = task.blend([*members, Member("linear", broken), other], settings, _ignore)
+    made = task.blend_models([*members, Member("linear", broken), other], settings, _ignore)
     assert made is not None
     found = Blend.read(made[0])
     assert found is not None
     assert len(found.members) == 3
-    assert task.blend([members[0], Member("linear", broken)], settings, _ignore) is None
+    assert task.blend_models([members[0], Member("linear", broken)], settings, _ignore) is None
 
 
 def test_no_row_has_a_part_in_the_weights_of_its_own_output() -> None:
