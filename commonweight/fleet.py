@@ -1,4 +1,4 @@
-"""A fleet as Python sees it: its peers and runs, and new runs."""
+"""A fleet for Python programs: its peers, its runs, and new runs."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class Fleet:
         """Measure models on each peer's own rows, as `commonweight infer --private`; wait for it.
 
         `models`: such as "best", "latest", a run, RUN:latest or a digest; by default "best".
-        `min_group`: no metric over fewer rows leaves a peer. `deadline`: when to go on without the
-        missing peers.
+        `min_group`: no metric over fewer rows leaves a peer. `deadline`: when to continue without
+        the missing peers.
         """
         return jobs.measure(self._remote, models or ("best",), task, min_group, deadline)
 

@@ -1,4 +1,4 @@
-"""Jobs of a fleet as Python sees them: measurements, spread rows, questions to tables."""
+"""Jobs of a fleet for Python programs: measurements, spread rows, questions to tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as Python sees it: its rounds as they close, its metrics, its model."""
+"""A run for Python programs: its rounds as they close, its metrics, its model."""
 
 from __future__ import annotations
 

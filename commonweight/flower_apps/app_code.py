@@ -1,6 +1,6 @@
 """Imports the code of an app: its source files and extensions, and no bytecode beside them.
 
-Python prefers bytecode in `__pycache__` to the source. A digest of the source says nothing of it.
+Python prefers bytecode in `__pycache__` to the source. A digest of the source does not cover it.
 """
 
 from __future__ import annotations

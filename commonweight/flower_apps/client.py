@@ -64,7 +64,7 @@ class AppExecutor:
 
 
 def _read_state(file: str) -> RecordDict:
-    """What the app kept in its context; empty at first."""
+    """The saved context of the app; empty at first."""
     if not file:
         return RecordDict()
     arrays = Path(file + ARRAYS)
@@ -72,7 +72,7 @@ def _read_state(file: str) -> RecordDict:
 
 
 def _write_state(file: str, state: RecordDict) -> None:
-    """Write what the app keeps; no file if that is nothing."""
+    """Write the context of the app; no file if it is empty."""
     if not len(state):
         return
     packed = records.pack(state, Path(file + ARRAYS))

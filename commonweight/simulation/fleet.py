@@ -54,9 +54,9 @@ _AWAY_S = 0.2
 #: The interval of a run's look at replies while others are on their way; and the addition for each
 #: of these.
 _WAKE_S, _WAKE_S_PER_MESSAGE = 0.05, 2e-4
-#: A worker gets as many messages at a time as take about so long.
+#: A worker gets as many messages at a time as take about this long.
 _BATCH_S = 0.1
-#: Flower's nodes stay online for so long (s).
+#: Flower's nodes stay online for this long (s).
 _FOREVER_S = 1e9
 
 

@@ -1,4 +1,4 @@
-"""What a simulation logs of its run: many peers say the same."""
+"""Filters for the log of a simulation, in which many peers write the same lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_unexpected(record: logging.LogRecord) -> bool:
 
 
 class NewRefusals(logging.Filter):
-    """Drops the refusal of a peer that says the same as one before; `run show` has them all."""
+    """Drops a refusal that equals an earlier one; `run show` has them all."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -62,7 +62,7 @@ class Answer(Struct, frozen=True, kw_only=True):
 
 
 class Descriptions:
-    """What peers told of their data and model; a peer tells the same whenever it is asked again.
+    """The peers' descriptions of their data and models; a peer gives the same at each request.
 
     Their data do not change during a simulation, so a peer need not load them to compare its
     schema card with that of a run.
@@ -70,7 +70,7 @@ class Descriptions:
 
     def __init__(self) -> None:
         self._by_peer: dict[int, tuple[bytes, Done]] = {}
-        #: Most peers tell the same, which is kept once.
+        #: Most descriptions are equal, and stored once.
         self._alike: dict[bytes, Done] = {}
 
     def find(self, index: int, work: Describe) -> Done | None:
@@ -182,7 +182,7 @@ class SimulatedPeer:
 
 
 def _refusal_of(err: CommonweightError) -> Refusal:
-    """The whole error: who simulates is the owner too, and has no agent to ask."""
+    """The whole error: the user of a simulation is the owner, too, and has no log of an agent."""
     kind = err.kind if isinstance(err, TrainerFailed) else err.code
     text = f"{err.message} ({err.hint})" if err.hint else err.message
     return Refusal(kind, strip_controls(_POLICY.sub(r"--owner \1=\2", text)))

@@ -1,4 +1,4 @@
-"""What the workers know of a simulation: its peers and their owners' settings. Pure."""
+"""The plan of a simulation for its workers: the peers and their owners' settings. Pure."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
     @property
     def cache(self) -> Path:
-        """What tasks make from shared data."""
+        """Files that tasks make from shared data."""
         return self.folder / "cache"
 
     def peer_folder(self, index: int) -> Path:

@@ -17,7 +17,7 @@ from protocols.errors import CommonweightError
 
 log = logging.getLogger("commonweight")
 
-#: How often a job is tried whose worker is killed.
+#: Tries of a job whose worker is killed.
 MAX_TRIES = 3
 
 

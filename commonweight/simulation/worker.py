@@ -18,7 +18,7 @@ from typing import IO
 from protocols.local import programs
 
 HEADER = struct.Struct(">I")
-#: Set in workers, so that a task's file that simulates when it is imported does not begin again.
+#: Set in workers, so that the import of a task's file that simulates starts no simulation.
 VARIABLE = "COMMONWEIGHT_SIMULATION_WORKER"
 #: Different texts of peers that a worker prints.
 MAX_SAID = 20

@@ -1,4 +1,4 @@
-"""What agents and coordinator share for MQTT: broker address, sequence numbers, replays. Pure."""
+"""MQTT code of agents and coordinator: broker address, sequence numbers, replays. Pure."""
 
 from __future__ import annotations
 

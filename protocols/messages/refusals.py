@@ -1,4 +1,4 @@
-"""Why an agent did not do its work, as it tells the coordinator. Pure.
+"""The reason why an agent did not do its work, for the coordinator. Pure.
 
 The text has no path, secret or data of the owner: the message of an error is used only if its kind
 is known to be free of them, other kinds have a fixed sentence. A refusal travels as the reason of a

@@ -183,11 +183,11 @@ class PollRequest(Struct, frozen=True, kw_only=True):
     """An agent's request: the reply to its last work, if any, and whether it can take new work.
 
     `update`: the bytes of a small update; a large one is uploaded before. `owner_has_decided`: the
-    owner has allowed or forbidden a task since the agent refused work for want of consent.
+    owner has allowed or forbidden a task since the agent refused work without consent.
     `steps_only`: it is paused, and takes only the steps of a secure sum that it takes part in.
     `seen`: what it has seen of the log of versions (`p2p.seen_heads`), to get the news of it; None
     if not now. `charged`: a signed `ChargedHead`, if it has changed. `open_sum`: a sum that it has
-    not taken the last step of. `run`: the run that it works for, to hear if that has ended.
+    not taken the last step of. `run`: the run that it works for; the answer says if that has ended.
     """
 
     reply: FlowerMessage | None = None

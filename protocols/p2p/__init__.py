@@ -1,1 +1,1 @@
-"""What agents tell each other about versions, signed. Pure."""
+"""Signed messages between agents about versions. Pure."""

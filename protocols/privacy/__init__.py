@@ -1,1 +1,1 @@
-"""What answers with noise cost. In `secagg`: sums that show no single update. Pure."""
+"""The privacy cost of answers with noise. In `secagg`: sums that show no single update. Pure."""

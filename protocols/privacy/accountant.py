@@ -1,4 +1,4 @@
-"""What events cost together: one (ε, δ) for all of them.
+"""The cost of events together: one (ε, δ) for all of them.
 
 Gaussian noise over all rows composes exactly (`gaussian`). Everything else is composed by its
 privacy loss distribution, by FFT (Koskela et al. 2020, arXiv 1906.03049; Gopi et al. 2021, arXiv

@@ -1,6 +1,6 @@
-"""What costs privacy: each event is one answer, or several alike, about the same rows. Pure.
+"""Events that cost privacy: each is one answer, or several alike, about the same rows. Pure.
 
-A ledger stores events, not ε: what they cost together is less than the sum of what each costs.
+A ledger stores events, not ε, because their cost together is less than the sum of their costs.
 Neighbours are two tables of which one has one row more, or one row replaced by zeros.
 """
 

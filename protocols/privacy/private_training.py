@@ -1,4 +1,4 @@
-"""Training with noise for single rows: what a run asks for, and the noise that it takes.
+"""Training with noise for single rows: the settings of a run, and the noise that they require.
 
 A peer adds the noise to its own gradients (DP-SGD, Abadi et al. 2016, arXiv 1607.00133), so its
 owner need not trust any other machine. The settings of a run say what the whole run may cost; each

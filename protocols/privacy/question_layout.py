@@ -1,4 +1,5 @@
-"""What a secure question sums (`analyze --secure`): the shapes of answers, and their layout. Pure.
+"""The sums of a secure question (`analyze --secure`): the shapes of answers, and their layout.
+Pure.
 
 Peers first tell the shape of their answers: which groups, categories and time bins they have, and
 which figures they do not tell; no number. The shapes agree on a layout: the sums that are computed,
@@ -60,7 +61,7 @@ _NO_SUMS = {
 
 
 class Shape(Struct, frozen=True, kw_only=True):
-    """What a peer tells before a secure question: its answer with 0 in place of all numbers.
+    """The message of a peer before a secure question: its answer with 0 in place of all numbers.
 
     `together`: the sets of peers with which it has answered questions about the same columns.
     `minimum`: the fewest trusted peers of a sum, with this one.

@@ -1,4 +1,4 @@
-"""Over which rows of each peer the sums of a secure question are. Pure.
+"""The rows of each peer behind the sums of a secure question. Pure.
 
 All peers see this before they mask anything, so each can compare the sums with earlier ones: two
 sums that differ in the rows of one peer alone would tell the sum over these rows

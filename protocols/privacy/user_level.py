@@ -1,4 +1,4 @@
-"""Noise in the versions of a run, for whole peers: what a run asks for, and what it has cost.
+"""Noise in the versions of a run, for whole peers: the settings of a run, and its cost so far.
 
 The coordinator clips the change of each peer, adds them up, adds Gaussian noise and divides by a
 number of peers that was fixed before (McMahan et al. 2018, arXiv 1710.06963, with every peer in

@@ -1,4 +1,4 @@
-"""The classes of examples in folders: what each peer tells, and what a run agrees on. Pure.
+"""The classes of examples in folders: those that each peer sends, and the list of a run. Pure.
 
 Like the categories of a table: a class leaves a peer only if enough examples have it there, and a
 run has the classes of all peers together, sorted.
@@ -45,7 +45,8 @@ class Agreement(NamedTuple):
 
 
 def share_counts(counts: Mapping[str, int], min_count: int) -> ClassCounts:
-    """What may leave a peer: no class with fewer than `min_count` examples. Raises DataError.
+    """The counts that may leave a peer: no class with fewer than `min_count` examples. Raises
+    DataError.
 
     If fewer than that are in such classes together, they count as examples of the largest class.
     """

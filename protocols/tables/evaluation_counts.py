@@ -32,7 +32,7 @@ Tallies = Mapping[str, Tally]
 
 
 def validate(tallies: Tallies, num_examples: int) -> str:
-    """What is wrong with a peer's tallies of `num_examples` examples; empty if nothing."""
+    """The fault in a peer's tallies of `num_examples` examples, as text; empty if there is none."""
     for name, tally in tallies.items():
         size = len(tally)
         if name == "confusion":

@@ -64,7 +64,7 @@ class TailNames(Struct, frozen=True, kw_only=True):
 
 
 class Card(Struct, frozen=True, kw_only=True):
-    """What a peer promises for one turn, signed by its node key. It serves one cohort.
+    """A peer's promise for one turn, signed by its node key. It serves one cohort.
 
     `public`: the key of the peer's id. `mask_key`, `channel_key`: X25519. `examples`: those that
     its update is a mean over. `commitment`: the hash of its self-mask seed. `terms`: as in
@@ -95,7 +95,7 @@ class SignedCard(Struct, frozen=True, array_like=True):
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """What all peers of a cohort compute alike. It is part of the cohort's id.
+    """The parameters that all peers of a cohort share. They are part of the cohort's id.
 
     `ring`: bits. `sizes`, `limits`: elements and clipping limit of each tensor; empty for an
     evaluation. `clip`: the maximum Euclidean norm of a peer's change. `names`: the metrics beside
@@ -124,7 +124,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class ReadyRequest(Struct, frozen=True, kw_only=True):
-    """What a peer makes a card for. `turn`: how often this round was begun before.
+    """The request for a peer's card. `turn`: how often this round was begun before.
 
     `task`, and `terms`: the digest of task, settings and seed. All cards of a cohort have the same
     terms; else a coordinator could have all peers but one train with a tiny learning rate.
@@ -228,7 +228,7 @@ _READY = msgspec.msgpack.Decoder(ReadyAnswer)
 
 
 def masked_codec(codec: str) -> str:
-    """What `Work.codec` says in a secure run with this codec. Raises UsageError."""
+    """The text of `Work.codec` in a secure run with this codec. Raises UsageError."""
     if codec not in _MASKED:
         raise UsageError(
             f"secure aggregation sends integers, and cannot send the codec {codec}",
