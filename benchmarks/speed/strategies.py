@@ -24,7 +24,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "multikrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
     "krum": {"num_malicious_nodes": 1},
 }
-_TENSOR = 1 << 20
+TENSOR_BYTES = 1 << 20
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
         strategy=name,
         strategy_args=ARGUMENTS.get(name, {}),
     )
-    schema = {f"t{i:04}": TensorSpec("F32", (_TENSOR // 4,)) for i in range(megabytes)}
+    schema = {f"t{i:04}": TensorSpec("F32", (TENSOR_BYTES // 4,)) for i in range(megabytes)}
     names = [f"P{number}" for number in range(peers)]
     with tempfile.TemporaryDirectory() as folder:
         lane = WeightStore(Path(folder))
@@ -82,7 +82,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
         recipe = strategies.find(name)
         strategy = recipe.make(spec.strategy_args)
         run = transitions.replay("r", [run_events.RunStarted(spec)])
-        first = lane.write(schema, _noise(schema, 0))
+        first = lane.write(schema, noise(schema, 0))
         run = transitions.apply(run, run_events.WeightsInitialised(first, "file"))
         before_bytes = cpu_s = 0.0
         for number in (1, 2):
@@ -90,7 +90,7 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
                 run_events.RoundOpened(number, run.head, tuple(names))
             ]
             for seed, peer in enumerate(names, 1):
-                digest = lane.write(schema, _noise(schema, 1000 * number + seed))
+                digest = lane.write(schema, noise(schema, 1000 * number + seed))
                 lane.version_path(digest).replace(lane.uploads.path(peer, digest))
                 update = Update(digest=digest, num_examples=10, metrics={"loss": 1.0})
                 news.append(run_events.UpdateAccepted(number, peer, update))
@@ -110,16 +110,17 @@ def one(name: str, megabytes: int, peers: int) -> dict[str, float]:
         state_bytes = sum(states.path(d).stat().st_size for d in run.strategy_state.values())
     return {
         "cpu_s": cpu_s,
-        "peak_mb": (peak_bytes - before_bytes) / _TENSOR,
-        "state_mb": state_bytes / _TENSOR,
+        "peak_mb": (peak_bytes - before_bytes) / TENSOR_BYTES,
+        "state_mb": state_bytes / TENSOR_BYTES,
     }
 
 
-def _noise(schema: Any, seed: int) -> Any:
+def noise(schema: Any, seed: int) -> Any:
+    """Pieces of weights of this schema, from a normal distribution."""
     from protocols.model.weights import split_into_pieces
 
     rng = np.random.default_rng(seed)
-    for piece in split_into_pieces(schema, _TENSOR):
+    for piece in split_into_pieces(schema, TENSOR_BYTES):
         yield {part: rng.standard_normal(part.stop - part.start, np.float32) for part in piece}
 
 

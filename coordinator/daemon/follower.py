@@ -23,11 +23,12 @@ from coordinator.daemon.tasks import supervised
 from coordinator.fleet.auth import Auth
 from coordinator.fleet.registry import Registry
 from coordinator.storage import ledger_place
+from coordinator.storage.ledger import Entry, Ledger
 from coordinator.storage.settings import Keys, Settings
 from coordinator.storage.version_cache import VersionCache
 from coordinator.storage.version_store import open_store
 from coordinator.transport.downloads import downloads_app
-from protocols.errors import CommonweightError, UsageError
+from protocols.errors import CommonweightError, HomeError, UsageError
 
 log = logging.getLogger("commonweight.hub")
 
@@ -59,10 +60,13 @@ class Follower(threading.Thread):
         self._home, self._keys, self._settings = home, keys, chosen
         self._listener = Listener(home, keys, replace(chosen, port=chosen.download_port))
         self._ending = threading.Event()
+        self._ledger: Ledger
         self._registry: Registry | None = None
         self._cache: VersionCache | None = None
         self._app: ASGIApp | None = None
         self._read_at = 0.0
+        #: The newest entry of the ledger at the last reading.
+        self._newest: Entry | None = None
 
     def end(self) -> None:
         """Stop sending soon: downloads are cut, and agents continue at the coordinator."""
@@ -107,12 +111,13 @@ class Follower(threading.Thread):
                 self._read_at, is_told = began, False
             except CommonweightError as err:
                 if not is_told:
-                    log.warning("this replica sends no versions for now: %s", err)
+                    log.warning("this replica sends no versions for now: %s; %s", err, err.hint)
                 is_told = True
             await asyncio.sleep(_READ_EVERY_S)
 
     def _read_members(self) -> None:
         if self._registry is not None:
+            self._check_continues()
             self._registry.follow()
             return
         fleet = self._keys.fleet
@@ -120,10 +125,25 @@ class Follower(threading.Thread):
             self._cache = VersionCache(
                 self._home / FOLDER, open_store(self._settings.versions, fleet)
             )
-        registry = Registry(ledger_place.open_ledger(self._home, read_only=True))
+        self._ledger = ledger_place.open_ledger(self._home, read_only=True)
+        self._newest = self._ledger.newest()
+        registry = Registry(self._ledger)
         # No operator may ask anything here.
         self._app = downloads_app(Auth(registry, b"", fleet), self._cache)
         self._registry = registry
+
+    def _check_continues(self) -> None:
+        """Raise HomeError if the ledger was set back: what follows there, `follow` could miss."""
+        last = self._newest
+        if last is not None and self._ledger.entry(last.seq) != last:
+            self._app = None
+            raise HomeError(
+                f"the ledger has lost entries: it has no more the entry {last.seq} that was read, "
+                "so a member may have been removed",
+                "it was replaced by an older copy; continue with the right one, and restart this "
+                "replica",
+            )
+        self._newest = self._ledger.newest()
 
     async def _drop_deleted(self) -> None:
         while True:

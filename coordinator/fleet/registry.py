@@ -29,7 +29,7 @@ from coordinator.fleet.fleet_events import (
     TicketRevoked,
 )
 from coordinator.fleet.members import Operator, Peer, TicketRole, TicketState
-from coordinator.storage.ledger import Ledger
+from coordinator.storage.ledger import Ledger, until_answers
 from protocols.enrollment import identity, names
 from protocols.enrollment.joining import (
     JoinRequest,
@@ -71,6 +71,10 @@ class Registry:
         for entry in self._ledger.entries(fleet_events.SUBJECT, after=self._seq):
             self._apply(fleet_events.decode(entry.body))
             self._seq = entry.seq
+
+    async def until_writable(self) -> None:
+        """Wait until the ledger answers, before a change. Raises LedgerUnreachable."""
+        await until_answers(self._ledger)
 
     def create_ticket(
         self,
@@ -225,6 +229,10 @@ class Registry:
         """Record that a member trusts the new CA: it got a certificate, or came over its TLS."""
         if member in self.behind:
             self._record(CaFollowed(member))
+
+    def has_read(self, operator: str, what: str) -> bool:
+        """Whether `record_read` has nothing to record."""
+        return (int(time.time() // 86400), operator, what) in self._read
 
     def record_read(self, operator: str, what: str) -> None:
         """Record who read an answer, once a day."""

@@ -25,6 +25,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
+from coordinator.storage.ledger import until_answers
 from protocols.errors import (
     AWAITED,
     UNDECIDED_CODES,
@@ -111,6 +112,7 @@ class JobLoop:
         while not self.job.ended:
             self.changed.clear()
             try:
+                await until_answers(self._ctx.ledger)
                 await self._collect()
                 await self._verify()
                 await self._dispatch()

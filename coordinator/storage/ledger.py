@@ -2,11 +2,12 @@
 
 Each entry's hash covers the one before, so a changed or missing entry is detected. There is one
 writer. When `append` returns, the entries survive a power cut. `sqlite_ledger` keeps them in a file
-of the home, `postgres_ledger` in a database; `ledger_place` opens the one that a home uses. Pure.
+of the home, `postgres_ledger` in a database; `ledger_place` opens the one that a home uses.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -52,6 +53,9 @@ class Ledger(Protocol):
         Raises HomeError if it is not empty, or an entry does not match the one before.
         """
 
+    def check_answers(self) -> None:
+        """Raise LedgerUnreachable if it does not answer now, which may take seconds."""
+
     def check_leads(self) -> None:
         """Raise LeadershipLost if another process has taken over the ledger, or may have."""
 
@@ -77,6 +81,15 @@ class Ledger(Protocol):
 
     def close(self) -> None:
         """Close it. The ledger cannot be used any more."""
+
+
+async def until_answers(ledger: Ledger) -> None:
+    """Wait in a thread until a remote ledger answers, before the event loop appends to it.
+
+    Raises LedgerUnreachable. A database that hangs would otherwise stop the event loop for seconds.
+    """
+    if ledger.is_remote:
+        await asyncio.to_thread(ledger.check_answers)
 
 
 def chain(head: bytes, at: float, subject: str, body: bytes) -> bytes:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coordinator.storage import postgres_session
 from coordinator.storage.ledger import START, Entry, chain, checked, first_mismatch
 from coordinator.storage.postgres_lease import VALID_S, Lease, LeaseKeeper, lost
-from coordinator.storage.postgres_session import first_line, shown
+from coordinator.storage.postgres_session import first_line, hang_up, shown
 from protocols.errors import (
     CommonweightError,
     DiskFull,
@@ -42,7 +42,6 @@ SELECT new.seq, %s::float8, %s, new.body, new.hash
 FROM leader, unnest(%s::bigint[], %b::bytea[], %b::bytea[]) AS new (seq, body, hash)
 """
 _COPY = "COPY commonweight_log (seq, at, subject, body, hash) FROM STDIN (FORMAT BINARY)"
-_DISK_FULL = "53100"
 #: Entries that this process has added last, which it does not read again.
 _RECENT = 64
 
@@ -83,14 +82,11 @@ class PostgresLedger:
                 return
             postgres_session.prepare(self._db, address, fleet)
             self._verify_whole()
-            before = self._newest(self._db)
+            before = self._last(self._db)
             self._lease.take(self._db, patient=patient)
-            self._keeper = LeaseKeeper(
-                address, self._lease, lambda: postgres_session.hang_up(self._db)
-            )
-            if newest := self._newest(self._db):
-                self._head = (newest.seq, newest.hash)
-            if newest != before:  # while it waited
+            self._keeper = LeaseKeeper(address, self._lease, lambda: hang_up(self._db))
+            self._head = self._last(self._db)
+            if self._head != before:  # while it waited
                 self._verify_whole()
         except psycopg.Error as err:
             self.close()
@@ -151,7 +147,7 @@ class PostgresLedger:
         except psycopg.errors.UniqueViolation as err:
             raise lost() from err
         except psycopg.Error as err:
-            if err.sqlstate == _DISK_FULL:
+            if isinstance(err, psycopg.errors.DiskFull):
                 raise DiskFull(
                     f"the disk of the ledger {shown(self._address)} is full",
                     "free some space; the coordinator continues from the last entry",
@@ -227,8 +223,7 @@ class PostgresLedger:
 
     def _settle(self, db: Connection[Any]) -> None:
         """Find out whether the doubtful group was committed. Raises LeadershipLost, HomeError."""
-        newest = self._newest(db)
-        found = (newest.seq, newest.hash) if newest else (0, START)
+        found = self._last(db)
         doubtful, self._doubtful = self._doubtful, None
         if found == self._head:
             return
@@ -255,24 +250,25 @@ class PostgresLedger:
 
     # --- reading ---
 
-    def _rows(self, query: str, arguments: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def _rows(self, query: str, given: Sequence[Any] = (), within_s: float = 1e6) -> list[Any]:
         """Raises LedgerUnreachable."""
         import psycopg
 
         with self._lock:
             for is_last in (False, True):
                 try:
-                    found = self._connection().execute(query, arguments, binary=True)
-                    return list(found.fetchall())
+                    db = self._connection()
+                    with postgres_session.answered_within(db, within_s):
+                        return list(db.execute(query, given, binary=True).fetchall())
                 except psycopg.OperationalError as err:
                     told = self._disconnect(err)
                     if is_last:
                         raise told from err
         raise AssertionError
 
-    def _newest(self, db: Connection[Any]) -> Entry | None:
+    def _last(self, db: Connection[Any]) -> tuple[int, bytes]:
         row = db.execute(_NEWEST, binary=True).fetchone()
-        return Entry(*row) if row else None
+        return (row[0], row[4]) if row else (0, START)
 
     def entries(
         self, subject: str | None = None, *, before: int = 0, after: int = 0
@@ -320,6 +316,10 @@ class PostgresLedger:
                     return first_mismatch(map(Entry._make, cursor))
             except psycopg.OperationalError as err:
                 raise self._disconnect(err) from err
+
+    def check_answers(self) -> None:
+        """Raises LedgerUnreachable, LeadershipLost."""
+        self._rows("SELECT 1", within_s=VALID_S / 2)
 
     def check_leads(self) -> None:
         """Raises LeadershipLost if another process has taken over, or may have (`patient`)."""

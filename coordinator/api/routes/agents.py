@@ -102,6 +102,7 @@ class AgentRoutes:
         body = decode_body(await read_body(request, MAX_JOIN_BYTES), joining.JoinRequest)
         try:
             self._check_follows(body)
+            await self._service.registry.until_writable()
             peer = self._service.registry.join(body)
         except StorageUnreachable:
             raise
@@ -139,6 +140,7 @@ class AgentRoutes:
     async def _renew(self, request: Request) -> Response:
         peer = await self._auth.peer(request)
         certificate = self._certificate(peer)
+        await self._service.registry.until_writable()
         self._service.registry.note_ca(peer.peer)
         return Response(certificate, media_type="application/octet-stream")
 
@@ -201,6 +203,7 @@ class AgentRoutes:
 
     async def _leave(self, request: Request) -> Response:
         peer = await self._auth.peer(request, or_awaiting=True)
+        await self._service.registry.until_writable()
         self._service.registry.remove(peer.peer, "left by itself")
         return json_response({})
 
@@ -212,7 +215,10 @@ class AgentRoutes:
     async def _compared(self, request: Request) -> Response:
         peer, told = await self._auth.peer_and_struct(request, Comparison, MAX_COMPARISON_BYTES)
         try:
+            await self._service.registry.until_writable()
             self._comparisons.take(peer.peer, told)
+        except StorageUnreachable:
+            raise
         except CommonweightError as err:
             return error_response(err, 409)
         return Response(status_code=204)
@@ -221,6 +227,7 @@ class AgentRoutes:
         body = decode_body(await read_body(request, MAX_JOIN_BYTES), joining.OperatorJoinRequest)
         try:
             self._check_follows(body)
+            await self._service.registry.until_writable()
             operator = self._service.registry.join_operator(body)
         except StorageUnreachable:
             raise

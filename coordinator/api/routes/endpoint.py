@@ -49,7 +49,8 @@ class Endpoint(NamedTuple):
     """`handler` returns a value for JSON (None: an empty object), a response, or an awaitable.
 
     It may raise CommonweightError. Observers are refused unless `or_observer`. `reads`: what the
-    audit says that its caller has read, with the parts of the path in braces.
+    audit says that its caller has read, with the parts of the path in braces. `records`: the
+    handler appends to the ledger.
     """
 
     method: str
@@ -57,17 +58,22 @@ class Endpoint(NamedTuple):
     handler: Callable[[Call], Any]
     or_observer: bool = False
     reads: str = ""
+    records: bool = False
 
     def route(self, service: CoordinatorService, auth: Auth) -> Route:
         async def answer(request: Request) -> Response:
             try:
                 body = await auth.operator(request, or_observer=self.or_observer)
+                if self.records:
+                    await service.registry.until_writable()
                 value = self.handler(Call(service, request, body))
                 if inspect.isawaitable(value):
                     value = await value
                 if self.reads:
-                    what = self.reads.format(**request.path_params)
-                    service.registry.record_read(request.headers[SENDER], what)
+                    read = request.headers[SENDER], self.reads.format(**request.path_params)
+                    if not service.registry.has_read(*read):
+                        await service.registry.until_writable()
+                    service.registry.record_read(*read)
             except CommonweightError as err:
                 return error_response(err, STATUS.get(err.exit_code, 400))
             if isinstance(value, Response):
@@ -79,5 +85,6 @@ class Endpoint(NamedTuple):
 
 #: For operators.
 get, post = partial(Endpoint, "GET"), partial(Endpoint, "POST")
+record = partial(post, records=True)
 #: For operators and observers: the state of the fleet, and nothing that a single peer answered.
 watch = partial(Endpoint, "GET", or_observer=True)

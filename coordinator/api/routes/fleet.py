@@ -6,7 +6,7 @@ import time
 
 import msgspec
 
-from coordinator.api.routes.endpoint import Call, get, post, watch
+from coordinator.api.routes.endpoint import Call, get, post, record, watch
 from coordinator.api.schema import PeerRow, WatchResponse
 from coordinator.api.service import request_host
 from coordinator.fleet import state
@@ -65,8 +65,8 @@ ROUTES = (
     watch("/cw/v1/fleet", snapshot),
     watch("/cw/v1/watch", watch_address),
     watch("/cw/v1/peers", list_peers),
-    post("/cw/v1/peers/{peer}/approve", approve),
-    post("/cw/v1/peers/{peer}/remove", remove),
+    record("/cw/v1/peers/{peer}/approve", approve),
+    record("/cw/v1/peers/{peer}/remove", remove),
     post("/cw/v1/peers/{peer}/command", command),
     get(
         "/cw/v1/peers/{peer}/logs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.api.routes.endpoint import Call, get, post, watch
+from coordinator.api.routes.endpoint import Call, get, post, record, watch
 from coordinator.jobs.messages import job_changed, job_shares
 from coordinator.jobs.state import Job
 from coordinator.storage.job_events import JobSpec
@@ -14,7 +14,7 @@ def find_job(call: Call) -> Job:
 
 ROUTES = (
     get("/cw/v1/jobs", lambda call: call.service.jobs.all(), reads="the answers of all jobs"),
-    post("/cw/v1/jobs", lambda call: {"job": call.service.jobs.start(call.read(JobSpec))}),
+    record("/cw/v1/jobs", lambda call: {"job": call.service.jobs.start(call.read(JobSpec))}),
     get("/cw/v1/jobs/{job}", find_job, reads="the answers of job {job}"),
     get(
         "/cw/v1/jobs/{job}/shares",
@@ -23,6 +23,6 @@ ROUTES = (
     ),
     watch("/cw/v1/jobs/{job}/stands", lambda call: job_changed(find_job(call))),
     post("/cw/v1/jobs/{job}/stop", lambda call: call.service.jobs.stop(find_job(call).id)),
-    post("/cw/v1/jobs/{job}/taken", lambda call: call.service.jobs.mark_taken(call.param("job"))),
-    post("/cw/v1/jobs/{job}/resume", lambda call: call.service.jobs.resume(call.param("job"))),
+    record("/cw/v1/jobs/{job}/taken", lambda call: call.service.jobs.mark_taken(call.param("job"))),
+    record("/cw/v1/jobs/{job}/resume", lambda call: call.service.jobs.resume(call.param("job"))),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.api.routes.endpoint import Call, get, post
+from coordinator.api.routes.endpoint import Call, get, record
 from coordinator.fleet.auth import OPERATOR
 from protocols.enrollment.signed_requests import SENDER
 from protocols.messages.offers import (
@@ -32,6 +32,6 @@ def _operator(call: Call) -> tuple[str, str]:
 
 ROUTES = (
     get(TASKS_PATH, lambda call: call.service.offers.offers()),
-    post(TASKS_PATH, offer),
-    post(WITHDRAW_PATH, withdraw),
+    record(TASKS_PATH, offer),
+    record(WITHDRAW_PATH, withdraw),
 )

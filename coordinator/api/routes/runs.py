@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from coordinator.api.routes.endpoint import Call, get, post
+from coordinator.api.routes.endpoint import Call, get, post, record
 from coordinator.api.schema import EvaluationsResponse, StartRunRequest
 from coordinator.runs.comparisons import why_no_evaluations
 from coordinator.runs.export import check_on_disk, resolve_version
@@ -46,7 +46,7 @@ ROUTES = (
     get(
         "/cw/v1/runs", lambda call: call.service.runs.all(), reads="the peers' answers in all runs"
     ),
-    post("/cw/v1/runs", start_run),
+    record("/cw/v1/runs", start_run),
     get("/cw/v1/runs/{run}", find_run, reads="the peers' answers in run {run}"),
     get(
         "/cw/v1/runs/{run}/evaluations",
@@ -54,9 +54,9 @@ ROUTES = (
         reads="the peers' evaluations in run {run}",
     ),
     get("/cw/v1/runs/{run}/versions/{digest}", version, reads="version {digest} of run {run}"),
-    post("/cw/v1/runs/{run}/exported/{digest}", exported, reads="exported {digest} of run {run}"),
+    record("/cw/v1/runs/{run}/exported/{digest}", exported, reads="exported {digest} of run {run}"),
     post("/cw/v1/runs/{run}/stop", lambda call: call.service.runs.stop(find_run(call).id)),
-    post("/cw/v1/runs/{run}/resume", lambda call: call.service.runs.resume(call.param("run"))),
+    record("/cw/v1/runs/{run}/resume", lambda call: call.service.runs.resume(call.param("run"))),
     get("/cw/v1/runs/{run}/deletion", lambda call: call.service.runs.deletion(call.param("run"))),
-    post("/cw/v1/runs/{run}/delete", lambda call: call.service.runs.delete(call.param("run"))),
+    record("/cw/v1/runs/{run}/delete", lambda call: call.service.runs.delete(call.param("run"))),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from coordinator.api.routes.endpoint import Call, get, post
+from coordinator.api.routes.endpoint import Call, get, record
 from coordinator.api.schema import OperatorRow, TicketRequest, TicketRow
 from protocols.enrollment import fleet_card, tickets
 from protocols.errors import UsageError
@@ -47,13 +47,13 @@ def list_operators(call: Call) -> list[OperatorRow]:
 
 ROUTES = (
     get("/cw/v1/tickets", list_tickets),
-    post("/cw/v1/tickets", make_ticket),
-    post(
+    record("/cw/v1/tickets", make_ticket),
+    record(
         "/cw/v1/tickets/{ticket}/revoke",
         lambda call: call.service.registry.revoke_ticket(call.param("ticket")),
     ),
     get("/cw/v1/operators", list_operators),
-    post(
+    record(
         "/cw/v1/operators/{operator}/remove",
         lambda call: call.service.registry.remove_operator(call.param("operator")),
     ),

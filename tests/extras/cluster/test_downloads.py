@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
+import psycopg
 import pytest
 
 from agent.home.credentials import Credentials
@@ -39,6 +40,7 @@ class Scene(NamedTuple):
     chosen: Settings
     home: Path
     folder: Path
+    schema: str
 
     @property
     def place(self) -> str:
@@ -85,7 +87,9 @@ def scene(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> Iter
     store = open_store(chosen.versions, keys.fleet)
     sender = Follower(home, keys, chosen)
     sender.start()
-    made = Scene(Registry(ledger), store, keys, chosen, home, tmp_path)
+    made = Scene(
+        Registry(ledger), store, keys, chosen, home, tmp_path, address.rpartition("%3D")[2]
+    )
     member = made.enroll("member")
     wait_for(lambda: made.status(member, "0" * 64) == 404, "the replica knows the member")
     yield made
@@ -155,6 +159,25 @@ def test_without_the_ledger_nothing_is_sent(
     finally:
         server.start()
     wait_for(lambda: scene.status(machine, digest) == 200, "the ledger answers again")
+
+
+def test_a_replica_stops_sending_once_the_ledger_was_set_back(
+    scene: Scene, admin: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    digest, machine = scene.put(b"version"), scene.enroll("ann")
+    wait_for(lambda: scene.status(machine, digest) == 200, "a new member is known")
+    schema = scene.schema
+    (newest,) = admin.execute(f"SELECT max(seq) FROM {schema}.commonweight_log").fetchone() or (0,)
+    admin.execute(f"DELETE FROM {schema}.commonweight_log WHERE seq = {newest}")
+    # Another entry has its number: the older copy goes on, perhaps with a removal.
+    row = "at, 'fleet', body, hash"
+    admin.execute(
+        f"INSERT INTO {schema}.commonweight_log (seq, at, subject, body, hash) "
+        f"SELECT seq + 1, {row} FROM {schema}.commonweight_log ORDER BY seq DESC LIMIT 1"
+    )
+    wait_for(lambda: scene.status(machine, digest) == 503, "it sends nothing")
+    assert "the ledger has lost entries" in caplog.text
+    assert "restart this replica" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from agent.setup.enrollment import join
 from coordinator.admin import backup
+from coordinator.api.schema import TicketRequest
+from coordinator.remote.api_client import Remote
 from coordinator.runs.recorded import recorded_run
 from coordinator.storage import ledger_place, run_events
+from coordinator.storage.job_events import JobSpec
 from coordinator.storage.ledger_place import VARIABLE, open_ledger
 from coordinator.storage.postgres_ledger import PostgresLedger
 from coordinator.storage.run_events import VersionCommitted
 from protocols.enrollment import tickets
 from protocols.enrollment.certificates import ca_fingerprint
-from protocols.errors import HomeError, HomeLocked, LedgerUnreachable, Unreachable
+from protocols.errors import (
+    CommonweightError,
+    HomeError,
+    HomeLocked,
+    LedgerUnreachable,
+    Unreachable,
+)
 from tests.extras.cluster.conftest import FLEET
 from tests.support import postgres
 from tests.support.fault_proxy import BLACKHOLE, CLEAR, Proxy
@@ -108,6 +118,40 @@ async def test_a_database_that_hangs_does_not_stop_the_coordinator(
             proxy.reset()
             ended = await fleet.finished(run)
     assert len(ended.history) == 20
+
+
+async def test_a_change_waits_for_a_database_that_hangs_and_others_do_not(
+    tmp_path: Path, server: postgres.Server, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy(server.port) as proxy:
+        monkeypatch.setenv(VARIABLE, address.replace(str(server.port), str(proxy.port)))
+        async with fleet_of(tmp_path, some_data(20, 1)) as fleet:
+            operator, reader = Remote(fleet.home), Remote(fleet.home)
+            order = TicketRequest(ttl_s=600, uses=1)
+            made = await asyncio.to_thread(operator.make_ticket, order)
+            ticket = tickets.decode(made["ticket"])
+            proxy.fault = BLACKHOLE
+            for change in (
+                partial(operator.make_ticket, order),
+                partial(operator.start_job, JobSpec(kind="analyze")),
+                partial(join_new, tmp_path / "new", ticket),
+            ):
+                changing = asyncio.create_task(asyncio.to_thread(change))
+                answers = 0
+                while not changing.done():
+                    await asyncio.to_thread(reader.fleet)
+                    answers += not changing.done()
+                with pytest.raises(
+                    CommonweightError, match=r"does not (answer|reach the database)"
+                ):
+                    await changing
+                # One could arrive before the change. Without a thread for it, the others wait.
+                assert answers > 2
+            proxy.fault = CLEAR
+            proxy.reset()
+            await asyncio.to_thread(join_new, tmp_path / "new", ticket)
+            operator.close()
+            reader.close()
 
 
 def join_new(home: Path, ticket: tickets.Ticket) -> None:
