@@ -6,11 +6,15 @@ All tests have one fleet, and leave it connected.
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from tests.support.fleet_harness import HOST, Fleet, fleet, two_free_ports
 from tests.support.mosquitto import Mosquitto, mosquitto, needs_mosquitto
@@ -18,6 +22,7 @@ from tests.support.waiting import wait_for
 
 pytestmark = needs_mosquitto
 
+DEPLOY = Path(__file__).parents[3] / "deploy"
 PEERS = ("ada", "bob")
 
 
@@ -144,3 +149,46 @@ def test_coordinator_and_members_change_while_mosquitto_is_away(site: Site) -> N
     site.fleet.until_agent("eve", "lost its login", lambda told: not told["mqtt"])
     site.fleet.programs.pop("eve").stop()
     site.until_back()
+
+
+def test_the_broker_of_the_compose_file_serves_a_fleet(tmp_path: Path) -> None:
+    port, mqtt_port = two_free_ports()
+    password = "a long pass-word"
+    url = f"mqtts://fleet:{password.replace(' ', '%20')}@{HOST}:{mqtt_port}"
+    home = tmp_path / "coordinator"
+    paths = {
+        "/tmp/passwords": str(tmp_path / "passwords"),
+        "/mosquitto/config/mosquitto.conf": str(tmp_path / "mosquitto.conf"),
+        "/var/lib/commonweight/coordinator": str(home),
+        "8883": str(mqtt_port),
+        "$$": "$",
+    }
+
+    def here(text: str) -> str:
+        for theirs, ours in paths.items():
+            text = text.replace(theirs, ours)
+        return text
+
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["broker"]
+    config = here((DEPLOY / "mosquitto.conf").read_text())
+    if os.geteuid() == 0:  # in the container it never is
+        config += "user root\n"
+    (tmp_path / "mosquitto.conf").write_text(config)
+    env = {"PATH": f"{os.environ['PATH']}:/usr/sbin", "MQTT_PASSWORD": password}
+    settings = {"COMMONWEIGHT_HOST": HOST, "COMMONWEIGHT_MQTT_CA": str(home / "ca.pem")}
+    with (
+        fleet(tmp_path, COMMONWEIGHT_MQTT_URL=url, **settings) as made,
+        (tmp_path / "mosquitto.log").open("wb") as log,
+    ):
+        assert made.ask("init").returncode == 0
+        words = [here(word) for word in service["entrypoint"]]
+        broker = subprocess.Popen(words, env=env, stdout=log, stderr=log)
+        try:
+            made.up(port=port)
+            made.join("ada")
+            made.start("ada")
+            wait_for(lambda: made.data("status")["links"]["mqtt"], "the coordinator is on MQTT")
+        finally:
+            broker.terminate()
+            broker.wait(20)
+    assert password not in (tmp_path / "passwords").read_text()
