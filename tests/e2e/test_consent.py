@@ -14,7 +14,7 @@ from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.long
 
-TRAINING = ("tabular", "--target", "label", "--rounds", "1")
+TRAINING = ("tabular", "--target", "label", "--rounds", "1", "--set", "model=linear")
 
 
 def join(site: Fleet, name: str, *options: str) -> str:
