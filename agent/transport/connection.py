@@ -21,7 +21,7 @@ from protocols.network import addresses
 from protocols.network.error_text import describe_error
 
 #: A new connection is open within this time, if there are other addresses to try.
-_CONNECTED_WITHIN_S = 5.0
+CONNECTED_WITHIN_S = 5.0
 
 
 class Connection(http.client.HTTPSConnection):
@@ -100,7 +100,7 @@ class CoordinatorConnection(Connection):
         failure: Exception | None = None
         for place in self._places:
             # A stopped process accepts connections, and never ends their handshake.
-            limit_s = _CONNECTED_WITHIN_S if place != self._places[-1] else self._timeout_s
+            limit_s = CONNECTED_WITHIN_S if place != self._places[-1] else self._timeout_s
             self.timeout = min(limit_s, self._timeout_s)
             try:
                 self._connect_to(place)

@@ -41,10 +41,11 @@ class Deadlines:
                 self._changed.notify()
         return deadline
 
-    def remove(self, deadline: Deadline) -> None:
+    def remove(self, deadline: Deadline | None) -> None:
         """The thread is not woken: at its time, it has nothing to do."""
-        with self._changed:
-            self._open.discard(deadline)
+        if deadline is not None:
+            with self._changed:
+                self._open.discard(deadline)
 
     def _watch(self) -> None:
         while True:

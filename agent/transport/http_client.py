@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from agent.transport.connection import (
+    CONNECTED_WITHIN_S,
     Connection,
     CoordinatorConnection,
     is_readable,
@@ -33,6 +34,9 @@ Body = bytes | Iterable[bytes]
 MAX_RESPONSE_BYTES = 256 * 1024
 #: A whole request ends within this time, and weights come at this rate at least.
 REQUEST_WITHIN_S, MIN_BYTES_PER_S = 90.0, 1024.0
+#: After this time without an answer, and if there are other addresses, it is tried whether the
+#: server takes a new connection. One that hangs does not. Usual answers take 11 s at most.
+QUIET_S = 12.0
 _deadlines = Deadlines()
 
 
@@ -108,6 +112,9 @@ class HttpClient:
         within_s = REQUEST_WITHIN_S + nbytes / MIN_BYTES_PER_S
         # A socket's timeout alone never ends a server that sends a byte now and then.
         deadline = _deadlines.add(within_s, connection.end)
+        probe = None
+        if not nbytes and len(self.places) > 1:
+            probe = _deadlines.add(QUIET_S, lambda: self._probe(connection.place))
         try:
             with map_errors():
                 if connection.sock is None:
@@ -123,6 +130,7 @@ class HttpClient:
             is_whole = isinstance(body, bytes) or _send(connection, body) == nbytes
             with map_errors():
                 response = connection.getresponse()
+            _deadlines.remove(probe)
             connection.has_answered = True
             yield response
             reusable = is_whole and response.isclosed() and not response.will_close
@@ -134,6 +142,7 @@ class HttpClient:
             raise
         finally:
             _deadlines.remove(deadline)
+            _deadlines.remove(probe)
             with self._lock:
                 self._busy.discard(connection)
                 reusable = reusable and not connection.ended
@@ -141,6 +150,20 @@ class HttpClient:
                     self._idle.append((connection, time.monotonic()))
             if not reusable:
                 connection.close()
+
+    def _probe(self, place: str) -> None:
+        """Drop all connections if the server takes no new one, so that others are tried."""
+
+        def connect() -> None:
+            try:
+                with map_errors():
+                    tried = CoordinatorConnection((place,), self._tls, CONNECTED_WITHIN_S)
+                    with contextlib.closing(tried):
+                        tried.connect()
+            except Unreachable:
+                self.drop_connections()
+
+        threading.Thread(target=connect, name="probe", daemon=True).start()
 
     def drop_connections(self) -> None:
         """Closes all connections, also those still connecting. New ones open on demand."""

@@ -8,13 +8,15 @@ import ssl
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
-from agent.transport import connection
+from agent.transport import connection, http_client
 from agent.transport.connection import Proxy, proxy_for
 from agent.transport.http_client import HttpClient
+from protocols.enrollment import certificates, identity
 from protocols.errors import Unreachable
 from tests.support.waiting import wait_for
 
@@ -99,7 +101,7 @@ def test_a_request_that_waits_for_the_handshake_ends_when_the_link_closes(
 def test_the_next_address_is_tried_when_one_accepts_and_never_answers(
     silent: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "_CONNECTED_WITHIN_S", 0.1)
+    monkeypatch.setattr(connection, "CONNECTED_WITHIN_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as other:
         other.settimeout(PATIENCE_S)
         asking = Asking(silent, other)
@@ -108,6 +110,42 @@ def test_the_next_address_is_tried_when_one_accepts_and_never_answers(
             assert accepted.recv(1), "the handshake has begun"
             asking.wire.close()
             asking.thread.join(PATIENCE_S)
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_server_that_hangs_is_told_from_one_that_takes_long(
+    silent: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr(http_client, "QUIET_S", 0.1)
+    # A busy machine needs a while for a handshake.
+    monkeypatch.setattr(http_client, "CONNECTED_WITHIN_S", 0.5 if hangs else PATIENCE_S)
+    key, ca_pem = certificates.new_ca("test")
+    server_key, pem = certificates.new_server_certificate(key, ca_pem, ["127.0.0.1"])
+    (tmp_path / "pem").write_bytes(pem + identity.private_pem(server_key))
+    tls = ssl.create_default_context(cadata=ca_pem.decode())
+    server_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_tls.load_cert_chain(tmp_path / "pem")
+    answers: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        places = ["{}:{}".format(*one.getsockname()) for one in (server, silent)]
+        client = HttpClient(places, tls, timeout_s=600.0, max_idle_s=60.0)
+
+        def ask() -> None:
+            with contextlib.suppress(Unreachable):
+                answers.append(client.request("GET", "/", {}).body)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        server.settimeout(PATIENCE_S)
+        with server_tls.wrap_socket(server.accept()[0], server_side=True) as first:
+            assert first.recv(1000).startswith(b"GET / ")
+            if not hangs:  # the probe arrives
+                server_tls.wrap_socket(server.accept()[0], server_side=True).close()
+                first.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nlate")
+            asking.join(PATIENCE_S)
+        client.close()
+    assert not asking.is_alive()
+    assert answers == ([] if hangs else [b"late"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full queue refuses at once")
