@@ -69,7 +69,9 @@ class LocalModel(NamedTuple):
 
     def recommended(self, use: Use) -> LocalModel:
         """The model of the same run that is recommended on this machine, or the shared one, as
-        `use` says. Returns this object if the machine has no other file."""
+        `use` says. Returns this object if the machine has no other file.
+
+        Raises UnknownName if the shared one is damaged on this disk."""
         if not self.run:
             return self
         wanted: Model | None = "shared" if use is Use.SHARED else None
@@ -79,7 +81,12 @@ class LocalModel(NamedTuple):
             better = own_results.text_of_better(home, self.run, self.digest)
             return self._replace(origin=f"{self.origin}{better}") if better else self
         if found.model == "shared":
-            return _best_version(found)
+            best = _best_version(found)
+            if _is_intact(best):
+                return best
+            if best.digest == self.digest:
+                return self
+            raise _damaged(best)
         is_blend = found.model == "blend"
         origin = f"the {'blend' if is_blend else f'{found.model} model'} of {self.run}"
         if use is Use.RECOMMENDED:
@@ -188,6 +195,13 @@ def _is_intact(version: LocalModel) -> bool:
     return version.path.stem == version.digest or file_digest(version.path) == version.digest
 
 
+def _damaged(version: LocalModel) -> UnknownName:
+    return UnknownName(
+        f"the version {version.digest[:12]} is damaged on this disk",
+        f"use the coordinator's: --run {version.run}",
+    )
+
+
 def find_named_model(name: str, which: Which) -> LocalModel:
     """The best or latest version of a run or task, from the coordinator.
 
@@ -216,10 +230,7 @@ def find_model(model: str) -> LocalModel:
         if _is_intact(version):
             return version
     if wanted:
-        raise UnknownName(
-            f"the version {wanted[0].digest[:12]} is damaged on this disk",
-            f"use the coordinator's: --run {wanted[0].run}",
-        )
+        raise _damaged(wanted[0])
     if known:
         digests = ", ".join(version.digest[:12] for version in known)
         raise UnknownName(f"this agent has no version {model}", f"it has {digests}")

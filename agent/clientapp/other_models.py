@@ -11,7 +11,9 @@ from pathlib import Path
 
 from agent.home import own_results
 from agent.home.own_results import OwnModel, OwnRun
+from protocols.errors import DiskFull, Refused
 from protocols.local.atomic_files import write_private
+from protocols.local.disk_space import check_room
 from protocols.local.safe_paths import path_in
 from protocols.tables.model_scores import kind_of
 
@@ -21,6 +23,8 @@ log = logging.getLogger("commonweight.agent")
 _MAX_MODELS = 8
 #: A larger version is not kept.
 MAX_BYTES = 64 * 1024 * 1024
+#: What is left of the disk for the work of the run, which goes before a blend.
+_SPARE_BYTES = MAX_BYTES
 
 
 def earlier(before: OwnRun | None, begun: int) -> tuple[OwnModel, ...]:
@@ -39,11 +43,13 @@ def keep(home: Path, run: OwnRun, base: str) -> None:
         return
     try:
         version = path_in(home / "cache", base, ".safetensors")
-        if version.stat().st_size <= MAX_BYTES:
+        if (nbytes := version.stat().st_size) <= MAX_BYTES:
+            check_room(home, nbytes + _SPARE_BYTES)
             target = own_results.other_file(own_results.folder_of(home, run.run), run.begun)
             write_private(target, version.read_bytes(), synced=False)
-    except OSError as err:
-        log.info("run %s: a blend will be without a model: %s", run.run, err.strerror)
+    except (OSError, DiskFull, Refused) as err:
+        why = err.strerror if isinstance(err, OSError) else err.message
+        log.info("run %s: a blend will be without a model: %s", run.run, why)
 
 
 def drop(home: Path, run: OwnRun) -> None:

@@ -39,6 +39,7 @@ from protocols.messages import comparisons
 from protocols.messages.comparisons import Comparison, Missing
 from protocols.messages.envelope import Settings
 from protocols.messages.work import NamedModel, Which, Work
+from protocols.model.weights import file_digest
 from protocols.privacy import private_training
 from protocols.tables.model_scores import kind_of
 
@@ -252,6 +253,9 @@ class OwnComparisons:
         if not model.ended_rounds or model.run != one.run.run:
             return False
         one.model = model
+        shared = own_results.model_file(self._folder(one), "shared")
+        if shared.exists() and file_digest(shared) != model.digest:
+            self._write_run(one.run)  # of an older version, or damaged on this disk
         other_models.keep(self._home, one.run, one.base)
         return True
 

@@ -19,7 +19,7 @@ from agent.tasks.training.built_in import BuiltInTask
 from agent.tasks.training.local_models import RowMetrics
 from agent.tasks.training.seeds import split_aside
 from agent.tasks.training.torch_task import LastValue
-from protocols.errors import BadWeights
+from protocols.errors import BadWeights, UsageError
 from protocols.model.weights import Weights, check_schema
 from protocols.tables import class_weights
 from protocols.tables.preprocessing import Target, decode
@@ -93,17 +93,20 @@ class LocalTables(BuiltInTask):
     def _outputs(
         self, member: Member, settings: RunSettings, x: npt.NDArray[np.float32]
     ) -> torch.Tensor | None:
-        """The outputs of a model; None if its weights are not those of such a model."""
+        """The outputs of a model; None if its weights are not those of such a model, or if no such
+        model can be for this target."""
         of = tabular_blend.with_kind(settings, member)
         try:
-            if self._trees(of) is None:
+            if (trees := self._trees(of)) is None:
                 check_schema(member.weights.schema, self.schema(of))
+            else:
+                trees.check_tensors(member.weights)
             call = self._ready(member.weights, of)
             blocks = (
                 torch.from_numpy(np.array(x[at : at + _BLOCK])) for at in range(0, len(x), _BLOCK)
             )
             return torch.cat([call(block.to(self._device)).cpu() for block in blocks])
-        except BadWeights:
+        except (BadWeights, UsageError):
             return None
 
     def _told_weights(self, of: Target, settings: RunSettings) -> npt.NDArray[np.float64]:

@@ -14,7 +14,7 @@ from agent.data import rare_values
 from agent.data.features import EncodedRows
 from agent.tasks import Setting
 from protocols.errors import BadWeights, UsageError
-from protocols.model.weights import Schema, TensorSpec, Weights
+from protocols.model.weights import Schema, TensorSpec, Weights, check_schema
 from protocols.tables.preprocessing import Feature, Preprocessing
 from protocols.tables.trees import growth, layout, objectives, xgboost_json
 from protocols.tables.trees.histograms import (
@@ -122,6 +122,12 @@ class TreeModel(NamedTuple):
     def of_size(self, version: Mapping[str, npt.NDArray[Any]]) -> Self:
         """The same with as many trees as this version has room for."""
         return self._replace(shape=self.shape._replace(trees=len(version["feature"])))
+
+    def check_tensors(self, version: Weights) -> None:
+        """Raise BadWeights for tensors other than those of such trees, of any number."""
+        found = version.schema
+        count = next(iter(found["feature"].shape), 0) if "feature" in found else 0
+        check_schema(found, self._replace(shape=self.shape._replace(trees=count)).schema())
 
     def continued(self, version: Weights, more: int) -> Weights:
         """The trees of a version, and room for more. Raises BadWeights."""

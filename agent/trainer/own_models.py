@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, SupportsFloat
 
@@ -38,6 +38,7 @@ from agent.trainer import row_bootstrap
 from agent.trainer.row_bootstrap import RowMetrics
 from protocols.errors import BadWeights, DataError, UsageError
 from protocols.local.atomic_files import write_private
+from protocols.messages import comparisons
 from protocols.messages.comparisons import Comparison, Model
 from protocols.model import weights
 from protocols.model.personalization import PERSONAL_LAYERS
@@ -166,22 +167,29 @@ def _compare(
         cut += [model] if trained.fit.is_cut else []
         rows[model] = task.measure_rows(trained.weights, settings, on_step, aside=False)
         models[model] = trained.weights
-    kind = str(settings.get("model", ""))
-    ours = [Member(kind, models[model]) for model in ("shared", "alone")]
-    if (blended := _blend(work, task, settings, ours, on_step)) is not None:
-        rows["blend"] = blended
     # As in an evaluation, no figure tells of the few rows of a class.
     counts = np.unique(rows["shared"].get("class", ()), return_counts=True)[1]
-    found = row_bootstrap.compare(
-        work.run,
-        rows,
-        used,
-        "" if (counts < work.data.floors.min_count).any() else work.metric,
-        lower_is_better=work.lower_is_better,
-    )
-    if found is None:
-        raise DataError("a model gives numbers on the held-out rows that are not finite")
-    return replace(found, cut=tuple(cut))
+    metric = "" if (counts < work.data.floors.min_count).any() else work.metric
+
+    def measured(rows: Mapping[Model, RowMetrics]) -> Comparison | None:
+        better = work.lower_is_better
+        return row_bootstrap.compare(work.run, rows, used, metric, lower_is_better=better)
+
+    if (found := measured(rows)) is None:
+        raise DataError(
+            "a model gives numbers on the held-out rows that are too large or no numbers"
+        )
+    found = replace(found, cut=tuple(cut))
+    kind = str(settings.get("model", ""))
+    ours = [Member(kind, models[model]) for model in ("shared", "alone")]
+    if (made := _blend(work, task, settings, ours, on_step)) is None:
+        return found
+    # Of the blend's other models no evaluation was told, so what leaves does not depend on them.
+    blended = measured({"shared": rows["shared"], "blend": made[1]})
+    if blended is None or blended.metric != found.metric:
+        return found
+    weights.save(made[0], folder / f"blend{_SUFFIX}")
+    return comparisons.with_blend(found, blended)
 
 
 def _blend(
@@ -190,7 +198,7 @@ def _blend(
     settings: dict[str, Setting],
     members: list[Member],
     on_step: OnStep,
-) -> RowMetrics | None:
+) -> tuple[Weights, RowMetrics] | None:
     """Blend these models and the other ones of the run; None if the task cannot, or if each peer
     has layers of its own. A version that is damaged on this disk is left out."""
     if not isinstance(task, BlendsModels) or work.settings.get(PERSONAL_LAYERS):
@@ -200,10 +208,7 @@ def _blend(
             members.append(Member(kind, weights.load(Path(path))))
         except (OSError, BadWeights):
             continue
-    if (made := task.blend_models(members, settings, on_step)) is None:
-        return None
-    weights.save(made[0], Path(work.folder) / f"blend{_SUFFIX}")
-    return made[1]
+    return task.blend_models(members, settings, on_step)
 
 
 class _Training:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protocols.messages.comparisons import Comparison, Estimate, Model, recommend
+from protocols.messages.comparisons import Comparison, Estimate, Model, has_bounds, recommend
 from protocols.tables import evaluation_counts
 
 Floats = npt.NDArray[np.float64]
@@ -42,7 +42,7 @@ def compare(
     *,
     lower_is_better: bool = False,
 ) -> Comparison | None:
-    """The comparison; None if a metric is not finite on some row.
+    """The comparison; None if a metric is not finite on some row, or too large for a message.
 
     The metric is that of the run, if the rows have what it needs. By default it is the accuracy,
     else the root of the mean of "mse", else the loss.
@@ -76,7 +76,7 @@ def compare(
         for at, model in enumerate(rows)
         if at != base
     }
-    return Comparison(
+    found = Comparison(
         run=run,
         metric=name,
         rows=values.shape[1],
@@ -85,6 +85,7 @@ def compare(
         rounds=dict(rounds),
         recommended=recommend(gains),
     )
+    return found if has_bounds(found) else None
 
 
 def _draws(count: int) -> Iterator[npt.NDArray[np.int64]]:

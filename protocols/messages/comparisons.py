@@ -24,8 +24,9 @@ MODELS: tuple[Model, ...] = ("alone", "shared", "personal", "blend")
 #: Why a peer has no comparison: its task cannot measure models row by row, it has too few rows, or
 #: the work failed. The owner knows more.
 Missing = Literal["task", "rows", "failed"]
+MAX_NUMBER = 1e18
 #: Infinity and NaN are none of them.
-_Number = Annotated[float, Meta(ge=-1e18, le=1e18)]
+_Number = Annotated[float, Meta(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 
 
 class Estimate(Struct, frozen=True):
@@ -59,6 +60,19 @@ class Comparison(Struct, frozen=True, kw_only=True):
 def without_numbers(run: str, missing: Missing) -> Comparison:
     """The message of a peer that has no comparison."""
     return Comparison(run=run, metric="", rows=0, models={}, missing=missing)
+
+
+def has_bounds(found: Comparison) -> bool:
+    """True if all numbers are within the bounds of a message: models that diverge exceed them."""
+    every = (*found.models.values(), *found.gains.values())
+    return all(abs(n) <= MAX_NUMBER for one in every for n in (one.value, one.low, one.high))
+
+
+def with_blend(found: Comparison, of_blend: Comparison) -> Comparison:
+    """A comparison with the blend of another one by the same metric. The other models stay as they
+    are."""
+    models, gains = found.models | of_blend.models, found.gains | of_blend.gains
+    return replace(found, models=models | found.models, gains=gains, recommended=recommend(gains))
 
 
 def without_blend(found: Comparison) -> Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,25 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
     assert found.origin.startswith("the blend of tabular-1, which is recommended on this machine")
 
     # After a run of several models, the best version may be of another one than the newest.
+    digest = hashlib.sha256(b"").hexdigest()
     own_results.model_file(folder, "shared").write_bytes(b"")
     earlier = (OwnModel(0, {"model": "linear"}),)
     several = replace(of, begun=5, earlier=earlier)
     own_results.run_file(folder).write_bytes(msgspec.json.encode(several))
-    compared("shared", digest="e" * 64, round=3, model="linear", choice="linear is kept (…)")
+    compared("shared", digest=digest, round=3, model="linear", choice="linear is kept (…)")
     for use in Use:
         best = version.recommended(use)
         assert (best.path.name, best.settings) == ("shared.safetensors", {"model": "linear"})
-        assert best.title == "eeeeeeeeeeee of the task tabular, model linear"
+        assert best.title == f"{digest[:12]} of the task tabular, model linear"
         assert best.origin == "the best version of tabular-1, after round 3: linear is kept (…)"
-    assert [found.result.digest for found in own_results.best_versions(tmp_path)] == ["e" * 64]
+    assert [found.result.digest for found in own_results.best_versions(tmp_path)] == [digest]
+    own_results.model_file(folder, "shared").write_bytes(b"other")
+    for use in Use:
+        with pytest.raises(UnknownName, match="is damaged on this disk") as caught:
+            version.recommended(use)
+        assert caught.value.hint == "use the coordinator's: --run tabular-1"
+        same = version._replace(digest=digest)  # a copy in the cache
+        assert same.recommended(use) is same
 
 
 def test_the_file_of_a_models_task_may_be_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from protocols.errors import CommonweightError, Refused, TrainerFailed, UnknownN
 from protocols.messages.comparisons import Comparison, without_blend
 from protocols.messages.work import NamedModel, Which, Work
 from protocols.model import weights
+from protocols.model.weights import Weights
 from protocols.privacy.private_training import EPSILON
 from protocols.tables import preprocessing
 from tests.support.tables import patients
@@ -222,6 +223,33 @@ def test_the_other_models_of_a_run_are_in_the_blend_without_a_download(site: Sit
     data = DataSettings(path=site.trainer.data.path, device="cpu")
     rows = [*task.predict(weights.load(found.path), found.settings, data.path)]
     assert sum(len(batch["ill"]) for batch in rows) == 150
+
+
+def test_a_version_that_is_not_the_best_one_any_more_is_not_compared(site: Site) -> None:
+    """The run is resumed while its comparison waits, and keeps another version then."""
+
+    def stops(work: TrainerWork) -> Done:
+        raise TrainerFailed("stopped", "the agent ends")
+
+    own, run = site.own(), site.trainer.run
+    own.note(site.work)
+    site.trainer.run = stops  # type: ignore[method-assign]
+    own.advance()
+    site.trainer.run = run  # type: ignore[method-assign]
+    shared = own_results.model_file(own_results.folder_of(site.home, "tabular-1"), "shared")
+    assert weights.file_digest(shared) == site.link.model.digest
+    own.note(replace(site.work, round=4))
+    version = weights.load(shared)
+    changed = Weights({name: version[name] + 1 for name in version})
+    digest = weights.save(changed, site.home / "changed")
+    site.link = Link(
+        replace(site.link.model, round=6, digest=digest),
+        site.home / "changed",
+    )
+    finish(own)
+    found = site.result()
+    assert found is not None
+    assert (found.digest, weights.file_digest(shared)) == (digest, digest)
 
 
 def test_a_machine_that_trained_another_model_alone_is_told_which_one_is_kept(site: Site) -> None:

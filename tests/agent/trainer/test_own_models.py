@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from agent.trainer.ipc import Answer, Progress
 from agent.trainer.own_models import Fit
 from agent.trainer.progress import WorkControl
 from protocols.errors import DataError
-from protocols.messages.comparisons import Comparison, Estimate, lines_of, recommend
+from protocols.messages.comparisons import Comparison, Estimate, lines_of, recommend, without_blend
 from protocols.model import weights
 from protocols.model.weights import Weights
 from protocols.tables import preprocessing
@@ -174,6 +175,7 @@ class Site:
         personal: str = "",
         most_s: float = 0.0,
         metric: str = "",
+        others: Sequence[tuple[str, str]] = (),
         **floors: int,
     ) -> Comparison | None:
         (self.folder / place).mkdir(exist_ok=True)
@@ -191,6 +193,7 @@ class Site:
             personal=personal,
             most_s=most_s,
             metric=metric,
+            others=[*others],
         )
         done = WorkExecutor(WorkControl(), self.said.append, 1).do(work)
         told = done.description
@@ -236,6 +239,45 @@ def test_a_peer_that_differs_is_told_to_use_a_model_of_its_own(tmp_path: Path) -
     assert found.recommended != "shared"
     assert found.models["blend"].value > 0.8, "the shared model has no part in it"
     assert found.models[found.recommended].value > 0.8
+
+
+@pytest.mark.attack("3", by="coordinator")
+def test_nothing_that_leaves_depends_on_the_other_models_of_a_blend(tmp_path: Path) -> None:
+    """Attack: have a machine train from a version that ends its comparison, or makes its numbers
+    too large, if a row is held out there: whether a comparison leaves would tell the row, although
+    no evaluation of the version was told."""
+    own = patients(tmp_path / "own.csv", 150, 2)
+    site = Site(tmp_path, own, own, 2, target="cost", **{**TREES, "model": "linear"})
+    plain = site.measure("plain", 60.0)
+    assert plain is not None
+    assert "blend" in plain.models
+    linear, task = weights.load(site.base), Tabular()
+    task.load(DataSettings(path=str(own), device="cpu", min_count=1))
+    trees = task.init(0, {**site.settings, **TREES})
+    wrong: dict[str, tuple[str, dict[str, Any]]] = {
+        "huge": ("linear", {n: np.full_like(linear[n], 1e37) for n in linear}),
+        "not a number": ("linear", {n: np.full_like(linear[n], np.nan) for n in linear}),
+        "of another model": ("trees", dict(linear)),
+        "of other sizes": ("trees", {**trees, "leaf": trees["leaf"][:, :, :1]}),
+        "a blend of its own": ("trees", {"blend": np.ones(1), "0.trees.blend": np.ones(1)}),
+        "no model": ("auto", dict(linear)),
+    }
+    for name, (kind, tensors) in wrong.items():
+        file = tmp_path / "other.safetensors"
+        weights.save(Weights(tensors), file)
+        found = site.measure("plain", 60.0, others=[(str(file), kind)])
+        assert found is not None, name
+        assert without_blend(found) == without_blend(plain), name
+
+
+def test_a_model_that_diverges_gives_no_comparison(tmp_path: Path) -> None:
+    """Its numbers are larger than those of a message."""
+    own = patients(tmp_path / "own.csv", 150, 2)
+    site = Site(tmp_path, own, own, 1, target="cost", model="linear")
+    linear = weights.load(site.base)
+    weights.save(Weights({n: np.full_like(linear[n], 1e30) for n in linear}), site.base)
+    with pytest.raises(DataError, match="too large or no numbers"):
+        site.measure("whole", 60.0)
 
 
 def test_ditto_keeps_the_personal_model_near_the_shared_one(tmp_path: Path) -> None:
