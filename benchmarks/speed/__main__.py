@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--present", type=int, help="only the load client, with so many agents")
     parser.add_argument("--working", type=int, default=1_000, help="of those, in the rounds")
     parser.add_argument("--kilobytes", type=int, default=10, help="the size of their model")
+    parser.add_argument("--rounds", type=int, default=3, help="after the first one")
+    parser.add_argument("--within", type=float, default=load.RUN_WITHIN_S, help="s for all rounds")
     parser.add_argument("--out", type=Path, default=_OUT, help="where the results go")
     asked = parser.parse_args()
     # Handle SIGTERM like Ctrl-C, so that we end the processes that we have started.
@@ -66,7 +68,8 @@ def main() -> None:
         for present, working, rounds in _loads(asked):
             _say(f"{present} stand-ins, {working} of them in rounds")
             with _folder() as folder:
-                results["load"].append(load.run(present, working, rounds, folder, asked.kilobytes))
+                found = load.run(present, working, rounds, folder, asked.kilobytes, asked.within)
+                results["load"].append(found)
             report.write(asked.out, results)
     report.write(asked.out, results)
     if len(results["cases"]) > 1:
@@ -78,7 +81,7 @@ def main() -> None:
 
 def _loads(asked: argparse.Namespace) -> tuple[tuple[int, int, int], ...]:
     if asked.present:
-        return ((asked.present, min(asked.present, asked.working), 3),)
+        return ((asked.present, min(asked.present, asked.working), asked.rounds),)
     return cases.TINY_LOADS if asked.tiny else cases.LOADS
 
 
