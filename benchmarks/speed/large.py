@@ -35,19 +35,25 @@ def measured(gigabytes: float) -> dict[str, Any]:
         made.join(_FIRST, _SECOND)
         made.start(_FIRST)
         trained = _round_of(made, case)
+        sent = _sent(made)
         assert made.ask("peers", "pause", _FIRST).returncode == 0
         made.start(_SECOND)
         version = made.home / "versions" / f"{trained['digest']}.safetensors"
         shared = _round_of(made, case, "--from", str(version))
-        status = json.loads(made.ask_agent(_SECOND, "status", "--json").stdout)["data"]
+        wait_for(lambda: _sent(made) - sent >= case.model_bytes, "it came from the first agent")
         peaks = ours.peaks(made)
         return {
             "version_bytes": case.model_bytes,
             "coordinator_peak_bytes": peaks["coordinator"],
             "agent_peak_bytes": peaks["agent"],
-            "bytes_from_coordinator": shared["bytes_down"],
-            "bytes_from_peer": status["bytes_down"] - shared["bytes_down"],
+            "bytes_down": shared["bytes_down"],
+            "bytes_from_peer": _sent(made) - sent,
         }
+
+
+def _sent(made: Fleet) -> int:
+    """What the first agent has sent so far, to the coordinator and to peers."""
+    return int(json.loads((made.folder / _FIRST / "traffic.json").read_bytes())["up"])
 
 
 def _round_of(made: Fleet, case: Case, *words: str) -> dict[str, Any]:
