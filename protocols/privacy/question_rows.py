@@ -65,17 +65,18 @@ def told_rows(query: Query, layout: Layout, peers: Collection[str]) -> Sums:
                 "its owner can update it",
             )
     found: Sums = {}
+    tellers: dict[tuple[int, int], set[str]] = {}
     for number, item in enumerate(items):
         at = place_of[item.group] * width + 1 + item.place
         rows = {peer: layout.rows[peer][at] for peer, bits in told.items() if bits[number]}
-        if query.by and item.place >= 0 and not item.level:
-            # Its number of rows, less that of the group, is of the peers that leave it out.
-            group = {peer: layout.rows[peer][at - 1 - item.place] for peer in rows}
-            if sums := _pick(group, ""):
-                found.setdefault(ROWS, set()).add(sums)
+        tellers.setdefault((place_of[item.group], item.place), set()).update(rows)
         for about, sums in _sums_of(query, layout, item, rows):
             if sums:
                 found.setdefault(about, set()).add(sums)
+    # The number of rows of a figure, less that of its group, is of the peers that leave it out.
+    for (place, _), those in tellers.items() if query.by else ():
+        if sums := _pick({peer: layout.rows[peer][place * width] for peer in those}, ""):
+            found.setdefault(ROWS, set()).add(sums)
     return found
 
 
