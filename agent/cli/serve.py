@@ -16,7 +16,7 @@ import typer
 from agent.cli.common import print_line
 from agent.cli.models import LATEST, TaskFile, Use, UseOption, find_model, with_task
 from agent.home import own_results, settings
-from protocols.errors import PortInUse, UsageError
+from protocols.errors import CommonweightError, PortInUse, UsageError
 from protocols.local import homes
 from protocols.model.weights import file_digest
 
@@ -103,7 +103,11 @@ class _Loader:
             return None
         if self._newest() in (None, self._seen):
             return None
-        found = self.load(old)
+        try:
+            found = self.load(old)
+        except CommonweightError as err:  # such as a file that is damaged on this disk
+            print_line(f"the newest version is not loaded: {err.message}; {err.hint}")
+            return None
         return found if found.version != old.version else None
 
     def _newest(self) -> Path | None:

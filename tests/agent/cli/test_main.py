@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,9 +16,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.cli import serve
+from agent.cli.models import LATEST, Use
 from agent.home import enrollment_file, logs, own_results, settings
 from agent.home.own_results import OwnResult, OwnRun
 from agent.home.settings_schema import AgentSettings
+from agent.inference.server import ServedModel
 from protocols.errors import UnknownName, UsageError
 from protocols.local.atomic_files import write_private
 from tests.support.fleet_harness import (
@@ -342,7 +346,9 @@ def test_an_agent_exits_at_once_while_a_connection_is_being_made(site: Fleet) ->
 # --- the small ones --------------------------------------------------------------------------
 
 
-def test_a_kept_version_is_verified_when_it_is_used(site: Fleet) -> None:
+def test_a_kept_version_is_verified_when_it_is_used(
+    site: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     site.join("six")
     folder = own_results.folder_of(site.folder / "six", "tabular-1")
     folder.mkdir(parents=True)
@@ -357,6 +363,13 @@ def test_a_kept_version_is_verified_when_it_is_used(site: Fleet) -> None:
         done = site.ask_agent("six", "models", *words, str(site.folder / "six.onnx"))
         assert "the version dddddddddddd is damaged on this disk" in done.stderr
         assert "--run tabular-1" in done.stderr
+    # A server goes on with what it has.
+    monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(site.folder / "six"))
+    served = ServedModel("e" * 64, "tabular", object(), None, {})
+    with contextlib.ExitStack() as stack:
+        loader = serve._Loader(LATEST, Use.RECOMMENDED, "", site.folder, stack)
+        assert loader.load_newer(served) is None
+    assert "the version dddddddddddd is damaged on this disk" in capsys.readouterr().err
 
 
 def test_id_and_paths(site: Fleet) -> None:
