@@ -30,7 +30,7 @@ from protocols.analytics.row_sets import RowSet
 from protocols.errors import Refused, SecureRefused
 from protocols.privacy import question_layout
 from protocols.privacy.question_layout import ToldBy
-from protocols.privacy.question_rows import ROWS, About, SumRows, Sums
+from protocols.privacy.question_rows import REST, ROWS, About, SumRows, Sums
 from protocols.privacy.secagg.cohort import Pins
 
 _ROWS = msgspec.json.Decoder(SumRows)
@@ -42,9 +42,9 @@ CREATE TABLE IF NOT EXISTS row_sums (
   column TEXT, of TEXT, rows TEXT, PRIMARY KEY (column, of, rows)
 );
 """
-#: Sets of peers for each column, and sums over different rows about it or of numbers of rows; after
-#: that the agent refuses new ones.
-MAX_SETS, MAX_SUMS = 64, 256
+#: Sets of peers for each column, sums over different rows about it, and numbers of rows of all
+#: columns; after that the agent refuses new ones.
+MAX_SETS, MAX_SUMS, MAX_COUNTS = 64, 256, 512
 
 
 def file_beside(log: Path) -> Path:
@@ -123,30 +123,36 @@ class PeerSets:
         rows of a few."""
         self._check_peers(told, me, pins)
         known = self._row_sums()
-        several = {about for about in known if about.is_count} if ROWS in rows else set()
-        for about in (*rows, *sorted(several - rows.keys())):  # first what this question is about
+        for about in (one for one in rows if one != REST):  # those of one column first, to name it
             # A condition counts the rows of a category, too.
             alike = (about, ROWS) if about.is_count else (about,)
-            before = {one for name in alike for one in known.get(name, ())}
-            new = {one for name in alike for one in rows.get(name, ())} - before
-            if not new:
-                continue
-            if len(before) + len(new) > MAX_SUMS:
-                raise SecureRefused(
-                    "other rows",
-                    f"sums over {MAX_SUMS} different sets of rows have told of "
-                    f"{_words(about.column)}",
-                    "repeat questions that it has answered",
-                )
-            if row_sets.isolates_few([*before], [*new], pins.peers | {me}, pins.minimum):
-                raise SecureRefused(
-                    "other rows",
-                    f"{_sums(about.column, about in rows)} are over rows of fewer than "
-                    f"{pins.minimum} trusted peers",
-                    f"ask about rows that differ at {pins.minimum} peers or more, or at none: "
-                    "without conditions and groups that few peers have; if rows are new, ask when "
-                    "more peers have new ones",
-                )
+            self._check_rows(about.column, _pick(known, alike), _pick(rows, alike), me, pins)
+        counts = [about for about in {**known, **rows} if about.is_count or about == ROWS]
+        rest = _pick(known, (REST,)) | _pick(rows, (REST,))
+        self._check_rows(None, _pick(known, counts) | rest, _pick(rows, counts), me, pins)
+
+    def _check_rows(
+        self, column: str | None, before: set[SumRows], asked: set[SumRows], me: str, pins: Pins
+    ) -> None:
+        """Raise SecureRefused if these sums would isolate rows of a few. `column`: what they are
+        about; None for numbers of rows, of all columns."""
+        if not (new := asked - before):
+            return
+        most = MAX_COUNTS if column is None else MAX_SUMS
+        if len(before) + len(new) > most:
+            raise SecureRefused(
+                "other rows",
+                f"sums over {most} different sets of rows have told of {_words(column or '')}",
+                "repeat questions that it has answered",
+            )
+        if row_sets.isolates_few([*before], [*new], pins.peers | {me}, pins.minimum):
+            raise SecureRefused(
+                "other rows",
+                f"{_sums(column)} are over rows of fewer than {pins.minimum} trusted peers",
+                f"ask about rows that differ at {pins.minimum} peers or more, or at none: "
+                "without conditions and groups that few peers have; if rows are new, ask when "
+                "more peers have new ones",
+            )
 
     def _row_sums(self) -> Sums:
         found: Sums = {}
@@ -204,13 +210,16 @@ class PeerSets:
         return found.fetchone() is not None
 
 
-def _sums(column: str, is_asked: bool) -> str:
-    """Which sums are compared: those of the question, or others with its number of rows."""
-    if is_asked and column:
+def _pick(sums: Sums, some: Iterable[About]) -> set[SumRows]:
+    return {one for about in some for one in sums.get(about, ())}
+
+
+def _sums(column: str | None) -> str:
+    """Which sums are compared: those about a column, or numbers of rows of all."""
+    if column:
         about = _words(column)
         return f"the sums of this question about {about}, or their differences from earlier ones,"
-    others = f"earlier sums about {_words(column)}" if column else "earlier ones"
-    return f"the sums of this question, or differences of its number of rows from {others},"
+    return "the sums of this question, or differences of its numbers of rows from earlier ones,"
 
 
 def _words(column: str) -> str:

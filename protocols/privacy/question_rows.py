@@ -8,13 +8,13 @@ under conditions, and of one category.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from protocols.analytics import row_sets
 from protocols.analytics.mergeable_states import PeerAnswer
 from protocols.analytics.query import Query
-from protocols.analytics.row_sets import TIME, FigureRows, read_part
+from protocols.analytics.row_sets import PRIME, TIME, FigureRows, read_part
 from protocols.analytics.syntax import format_number
 from protocols.errors import BadMessage, SecureRefused
 from protocols.privacy.question_layout import Item, Layout, items_of, rows_of, told_by
@@ -39,6 +39,9 @@ class About(NamedTuple):
 
 #: Numbers of rows.
 ROWS = About("")
+#: Numbers of rows less those of all categories or bins that one figure tells. What is left are rows
+#: without a value, and those of categories that few peers have: this number can be computed.
+REST = About("", "rest")
 Sums = dict[About, set[SumRows]]
 
 
@@ -66,16 +69,27 @@ def told_rows(query: Query, layout: Layout, peers: Collection[str]) -> Sums:
             )
     found: Sums = {}
     tellers: dict[tuple[int, int], set[str]] = {}
+    categories: dict[tuple[int, int], list[SumRows]] = {}
     for number, item in enumerate(items):
-        at = place_of[item.group] * width + 1 + item.place
+        figure = group, _ = place_of[item.group], item.place
+        at = group * width + 1 + item.place
         rows = {peer: layout.rows[peer][at] for peer, bits in told.items() if bits[number]}
-        tellers.setdefault((place_of[item.group], item.place), set()).update(rows)
+        tellers.setdefault(figure, set()).update(rows)
         for about, sums in _sums_of(query, layout, item, rows):
             if sums:
                 found.setdefault(about, set()).add(sums)
+                if item.level:
+                    categories.setdefault(figure, []).append(sums)
+
+    def rows_of_group(group: int, peers: Collection[str]) -> SumRows:
+        return _pick({peer: layout.rows[peer][group * width] for peer in peers}, "")
+
+    for (group, _), parts in categories.items():
+        if rest := _less(rows_of_group(group, tellers[group, -1]), parts):
+            found.setdefault(REST, set()).add(rest)
     # The number of rows of a figure, less that of its group, is of the peers that leave it out.
-    for (place, _), those in tellers.items() if query.by else ():
-        if sums := _pick({peer: layout.rows[peer][place * width] for peer in those}, ""):
+    for (group, _), those in tellers.items() if query.by else ():
+        if sums := rows_of_group(group, those):
             found.setdefault(ROWS, set()).add(sums)
     return found
 
@@ -115,6 +129,15 @@ def _sums_of(
                 if of == TIME:  # a Cox model counts these rows, as "survival" does
                     time, event = operation.columns[:2]
                     yield About(time, _AND + event), _pick(rows, label)
+
+
+def _less(total: SumRows, parts: Sequence[SumRows]) -> SumRows:
+    """The rows of `total` that none of the parts has. These have no row in common."""
+    left: dict[str, list[dict[int, int]]] = {peer: [dict(rows)] for peer, rows in total}
+    for part in parts:
+        for peer, rows in part:
+            left.setdefault(peer, []).append({n: PRIME - factor for n, factor in rows})
+    return _pick({peer: {"": row_sets.add(rows)} for peer, rows in left.items()}, "")
 
 
 def _pick(rows: Mapping[str, FigureRows], label: str) -> SumRows:

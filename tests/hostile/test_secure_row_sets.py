@@ -143,6 +143,25 @@ def test_time_bins_less_a_condition_are_not_of_one_peer(
     refused(site, survival if turned else count)
 
 
+@pytest.mark.parametrize("last", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["sum", "levels"])
+def test_numbers_of_rows_of_several_columns_are_not_of_one_peer(
+    tmp_path: Path, kind: str, last: int
+) -> None:
+    """Attack: from time bins under two conditions, subtract numbers of rows of other columns. What
+    is left are the rows of one peer that a condition leaves out. In any order."""
+    site = SecureTables(tmp_path, trial("ABX", "AB", "AB", "AB"))
+    questions = [
+        ("survival(months, died, 64)", "ward != 'X' and smoker == 0"),
+        (f"{kind}(died)", "smoker == 1"),
+        ("count", "died == 0"),
+    ]
+    refusing = questions.pop(last)
+    for question in questions:
+        site.ask(*question)
+    refused(site, refusing)
+
+
 def test_time_bins_less_those_of_a_cox_model_are_not_of_one_peer(tmp_path: Path) -> None:
     """Attack: subtract the numbers of rows in the time bins of a Cox model, which leaves out a
     category that rows of one peer alone have, from those of all rows. Its answer has the number of
@@ -322,6 +341,12 @@ def test_sums_over_many_sets_of_rows_come_to_an_end(
     with pytest.raises(CommonweightError, match="over 4 different sets of rows"):
         site.ask("sum(salary)", "age >= 40")
     assert len(site.ask("sum(salary) by ward").groups) == 4
+    monkeypatch.setattr(peer_sets, "MAX_SUMS", 256)
+    monkeypatch.setattr(peer_sets, "MAX_COUNTS", 7)
+    site.ask("levels(smoker)")
+    with pytest.raises(CommonweightError, match="over 7 different sets of rows"):
+        site.ask("count", "age >= 40")
+    site.ask("levels(smoker)")
 
 
 STATISTICS = (

@@ -138,6 +138,6 @@ def test_a_refusal_names_no_column_of_earlier_questions(tmp_path: Path) -> None:
     fleet = SecureTables(tmp_path, [alone, *PARTS[1:]])
     for text in ("levels(smoker)", "levels(sex)", "sum(bmi)"):
         fleet.ask(text)
-    with pytest.raises(CommonweightError, match="its number of rows from earlier ones") as refused:
+    with pytest.raises(CommonweightError, match="its numbers of rows from earlier ones") as refused:
         fleet.ask("sum(age)", "city != 'Vardø'")
     assert "column" not in refused.value.message
