@@ -138,7 +138,7 @@ class Follower(threading.Thread):
         if last is not None and self._ledger.entry(last.seq) != last:
             self._app = None
             raise HomeError(
-                f"the ledger has lost entries: it has no more the entry {last.seq} that was read, "
+                f"the ledger has lost entries: it no longer has entry {last.seq}, which was read, "
                 "so a member may have been removed",
                 "it was replaced by an older copy; continue with the right one, and restart this "
                 "replica",

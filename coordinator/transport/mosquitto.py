@@ -39,7 +39,7 @@ _RELOAD_EVERY_S = 0.5
 
 
 def find_program() -> str:
-    """The path of Mosquitto, or its name. Debian installs it where users have no search path."""
+    """The path of Mosquitto, or its name. Debian installs it outside of the users' search path."""
     name = "mosquitto"
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin") or name
 
