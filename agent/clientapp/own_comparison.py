@@ -23,21 +23,20 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agent.clientapp import other_models, secure_rules
+from agent.clientapp.comparison_sender import ComparisonSender, WasTold
 from agent.clientapp.outbox import KEPT, PERSONAL
-from agent.home import audit_log, own_results
+from agent.home import own_results
 from agent.home.logs import owner_log
 from agent.home.own_results import OwnResult, OwnRun
 from agent.home.run_state import RunStateFolder
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Measure, Trainer
-from agent.transport.weight_transfer import SessionLost
-from protocols.errors import DataError, DiskFull, Refused, TrainerFailed, UnknownName, UsageError
+from protocols.errors import DataError, DiskFull, TrainerFailed, UnknownName, UsageError
 from protocols.local.atomic_files import write_private
 from protocols.local.disk_space import check_room
 from protocols.local.flower_apps import PREFIX
 from protocols.messages import comparisons
 from protocols.messages.comparisons import Comparison, Missing
-from protocols.messages.envelope import Settings
 from protocols.messages.work import NamedModel, Which, Work
 from protocols.model.weights import file_digest
 from protocols.privacy import private_training
@@ -91,8 +90,7 @@ class OwnComparisons:
     """The comparisons in the home of one agent. Call all methods in the work thread.
 
     `on_comparing(run)` is called when a part of a comparison begins, and with "" when it ends.
-    `was_told(task, settings, digest)`: the evaluation of this version has left this machine in its
-    run. So no metric leaves of a model that was made to learn about a row.
+    `was_told`: see `ComparisonSender`.
     """
 
     def __init__(
@@ -102,16 +100,21 @@ class OwnComparisons:
         settings: Callable[[], AgentSettings],
         link: Callable[[], Link],
         on_comparing: Callable[[str], None],
-        was_told: Callable[[str, Settings, str], bool],
+        was_told: WasTold,
     ) -> None:
         self._home, self._trainer, self._settings = home, trainer, settings
-        self._link, self._on_comparing, self._was_told = link, on_comparing, was_told
+        self._link, self._on_comparing = link, on_comparing
+        self._sender = ComparisonSender(
+            home, settings, lambda told: link().send_comparison(told), was_told
+        )
         #: The run that this machine worked for last, and when (monotonic s).
         self._last_work = ("", -math.inf)
         self._pending: dict[str, _Pending] = {}
         self._own_layers = RunStateFolder(home / "outbox" / PERSONAL, KEPT)
         for folder in reversed(own_results.folders(home)):
             found, result = own_results.read_run(folder), own_results.read_result(folder)
+            if found is not None and result is not None:  # a stop may have come before this
+                other_models.drop(home, found)
             if found is not None and (result is None or result.to_tell):
                 due = time.monotonic() + _FIRST_WAIT_S
                 self._pending[found.run] = _Pending(found, due, result=result)
@@ -146,11 +149,16 @@ class OwnComparisons:
             earlier=other_models.earlier(before, work.begun),
         )
         if known is not None and known.run.begun != run.begun:
-            other_models.keep(self._home, known.run, known.base)
+            self._keep(known)
         if known is None or known.run != run:
             self._write_run(run)
         unwritten_s = known.unwritten_s if known is not None else 0.0
         self._pending[work.run] = _Pending(run, due, unwritten_s=unwritten_s, base=work.base)
+
+    def _keep(self, one: _Pending) -> None:
+        """Keep the version of the present model for a blend, unless the owner wants none."""
+        if self._settings().compare != "off":
+            other_models.keep(self._home, one.run, one.base)
 
     def add_time(self, run: str, seconds: float) -> None:
         """Add the duration of a training: the comparison afterwards takes no longer than all."""
@@ -256,7 +264,7 @@ class OwnComparisons:
         shared = own_results.model_file(self._folder(one), "shared")
         if shared.exists() and file_digest(shared) != model.digest:
             self._write_run(one.run)  # of an older version, or damaged on this disk
-        other_models.keep(self._home, one.run, one.base)
+        self._keep(one)
         return True
 
     def _measure(self, one: _Pending, model: NamedModel) -> Comparison | None:
@@ -294,11 +302,7 @@ class OwnComparisons:
         return shared
 
     def _finish(
-        self,
-        one: _Pending,
-        found: Comparison | None,
-        why: str = "",
-        missing: Missing | None = None,
+        self, one: _Pending, found: Comparison | None, why: str = "", missing: Missing | None = None
     ) -> None:
         model, folder = one.model, self._folder(one)
         result = OwnResult(
@@ -314,7 +318,7 @@ class OwnComparisons:
             missing=missing,
         )
         is_news = found is not None or missing is not None
-        result = replace(result, to_tell=is_news and self._may_tell(one.run, result))
+        result = replace(result, to_tell=is_news and self._sender.may_send(one.run, result))
         self._write_result(one, result)
         other_models.drop(self._home, one.run)
         if model is not None and model.nbytes > _KEPT_BYTES:
@@ -333,35 +337,9 @@ class OwnComparisons:
         if not result.to_tell:
             self._pending.pop(one.run.run)
 
-    # --- what leaves ---
-
-    def _may_tell(self, run: OwnRun, result: OwnResult) -> bool:
-        """True if the coordinator knows the metrics of this machine in this run anyway, and the
-        owner lets it know these. No answer of the coordinator counts here."""
-        chosen = self._settings()
-        return (
-            chosen.compare == "on"
-            and not run.is_local
-            and not chosen.privacy_max_epsilon
-            and not chosen.secure_min
-            and self._was_told(run.task, run.settings_of(result.round, result.model), result.digest)
-        )
-
     def _tell(self, one: _Pending, result: OwnResult) -> None:
         """Tell the coordinator, once. Raises Unreachable: it is tried again in the next session."""
-        told, is_told = result.comparison, False
-        if told is None:
-            told = comparisons.without_numbers(result.run, result.missing or "failed")
-        told = comparisons.without_blend(told)
-        if self._may_tell(one.run, result):
-            audit_log.write_comparison(self._home, told, result.task, result.round)
-            try:
-                self._link().send_comparison(told)
-                is_told = True
-            except SessionLost:
-                raise
-            except Refused as err:
-                log.info("run %s: %s", result.run, err.message)
+        is_told = self._sender.send(one.run, result)
         self._write_result(one, replace(result, is_told=is_told, to_tell=False))
 
 

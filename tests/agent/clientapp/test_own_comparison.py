@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -56,7 +56,7 @@ class Link:
     """A coordinator, as an agent sees it. `told`: what it was sent."""
 
     def __init__(self, model: NamedModel, file: Path) -> None:
-        self.model, self._file = model, file
+        self.model, self.file = model, file
         self.told: list[Comparison] = []
         self.asked = 0
         self.error: CommonweightError | None = None
@@ -68,7 +68,7 @@ class Link:
         return self.model
 
     def download(self, digest: str, nbytes: int, target: Path) -> None:
-        shutil.copy(self._file, target)
+        shutil.copy(self.file, target)
 
     def send_comparison(self, told: Comparison) -> None:
         if self.error is not None:
@@ -223,6 +223,27 @@ def test_the_other_models_of_a_run_are_in_the_blend_without_a_download(site: Sit
     data = DataSettings(path=site.trainer.data.path, device="cpu")
     rows = [*task.predict(weights.load(found.path), found.settings, data.path)]
     assert sum(len(batch["ill"]) for batch in rows) == 150
+
+
+@pytest.mark.parametrize("compare", ["on", "off"])
+def test_versions_for_a_blend_stay_only_until_its_end(
+    site: Site, compare: Literal["on", "off"]
+) -> None:
+    site.owner = replace(site.owner, compare=compare)
+    (site.home / "cache").mkdir()
+    digest = weights.save(weights.load(site.link.file), site.home / "cache" / "new")
+    (site.home / "cache" / "new").rename(site.home / "cache" / f"{digest}.safetensors")
+    own = site.own()
+    own.note(replace(site.work, base=digest))
+    own.note(replace(site.work, round=7, begun=5))
+    folder = own_results.folder_of(site.home, "tabular-1")
+    other = own_results.other_file(folder, 0)
+    assert other.exists() == (compare == "on")
+    finish(own)
+    assert not other.exists()
+    other.write_bytes(b"left by a stop before it was deleted")
+    site.own()
+    assert not other.exists()
 
 
 def test_a_version_that_is_not_the_best_one_any_more_is_not_compared(site: Site) -> None:
