@@ -78,7 +78,7 @@ def export(
     chosen = settings.read(homes.home_path("agent"))
     found = find_model(model)
     if model == LATEST:
-        found = found.recommended(use)
+        found = found.exportable(use)
     form = form or {".onnx": "onnx", ".json": "xgboost"}.get(out.suffix, "merged")
     if out.exists():
         raise UsageError(f"{out} exists already", "choose another name")

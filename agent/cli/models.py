@@ -64,6 +64,8 @@ class LocalModel(NamedTuple):
     @property
     def title(self) -> str:
         """Which model it is, for people."""
+        if self.is_blend:
+            return f"a blend of models of the task {self.task}"
         kind = f", model {self.kind}" if self.kind else ""
         return f"{self.digest[:12] or self.path.stem[:12]} of the task {self.task}{kind}"
 
@@ -99,6 +101,15 @@ class LocalModel(NamedTuple):
             self.run,
             is_blend=is_blend,
         )
+
+    def exportable(self, use: Use) -> LocalModel:
+        """As `recommended`, with the shared model in place of a blend, which has no other form."""
+        found = self.recommended(use)
+        if not found.is_blend:
+            return found
+        shared = self.recommended(Use.SHARED)
+        origin = shared.origin or f"the newest version of {shared.run} here"
+        return shared._replace(origin=f"{origin}; a blend, which predicts here, cannot be written")
 
     def check_whole(self) -> None:
         """Raise UsageError if a part of the model stays on each peer."""

@@ -68,8 +68,11 @@ def test_a_model_of_a_run_is_the_one_that_is_recommended_here(
     compared("blend")
     found = version.recommended(Use.RECOMMENDED)
     assert (found.kind, found.settings) == ("blend", {"model": "mlp"})
-    assert found.title == "blend of the task tabular, model blend"
+    assert found.title == "a blend of models of the task tabular"
     assert found.origin.startswith("the blend of tabular-1, which is recommended on this machine")
+    written = version.exportable(Use.RECOMMENDED)
+    assert (written.path, written.kind) == (version.path, "mlp")
+    assert written.origin.endswith("a blend, which predicts here, cannot be written")
 
     # After a run of several models, the best version may be of another one than the newest.
     digest = hashlib.sha256(b"").hexdigest()
