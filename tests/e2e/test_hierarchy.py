@@ -137,7 +137,8 @@ def test_why_a_fleet_inside_a_fleet_refuses_is_told_in_words(tmp_path: Path) -> 
         words = "categories and classes are not agreed on over two levels of fleets"
         wait_for(lambda: words in top.programs["up"].log, "the upper fleet's log says why")
         # The reason of a peer two levels below, once, and the run ends.
-        ended = top.ended_run(top.start_run("ping", "--set", "speed=9", "--quorum", "1"))
-        why = "the fleet below cannot do it: no peer can take part: the task has no setting 'speed'"
+        wrong = ("tabular", "--target", "nothing", "--rounds", "1", "--quorum", "1")
+        ended = top.ended_run(top.start_run(*wrong))
+        why = "the fleet below cannot do it: no peer can take part: column nothing: expected"
         assert why in ended["ended_because"]
         assert top.programs["up"].log.count("refused") == 2
