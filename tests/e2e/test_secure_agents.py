@@ -107,7 +107,8 @@ def test_a_killed_and_a_paused_agent_finish_the_sum_that_they_began(tmp_path: Pa
         for name in NAMES:
             told = ledger(site, name, run)
             cards = [entry["digest"] for entry in told if entry["what"] == "card"]
-            assert len(cards) >= 6
+            # Three rounds have two sums each; an evaluation that meets ada's pause is left out.
+            assert len(cards) >= 5
             assert cards == list(dict.fromkeys(cards)) or name == "bob"
             masked = {entry["digest"] for entry in told if entry["what"] == "masked update"}
             assert len(masked) <= len(set(cards)), "a card is for one masked update"
