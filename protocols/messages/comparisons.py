@@ -71,8 +71,8 @@ def has_bounds(found: Comparison) -> bool:
 def with_blend(found: Comparison, of_blend: Comparison) -> Comparison:
     """A comparison with the blend of another one by the same metric. The other models stay as they
     are."""
-    models, gains = found.models | of_blend.models, found.gains | of_blend.gains
-    return replace(found, models=models | found.models, gains=gains, recommended=recommend(gains))
+    models, gains = of_blend.models | found.models, of_blend.gains | found.gains
+    return replace(found, models=models, gains=gains, recommended=recommend(gains))
 
 
 def without_blend(found: Comparison) -> Comparison:

@@ -363,7 +363,7 @@ def test_a_kept_version_is_verified_when_it_is_used(
         done = site.ask_agent("six", "models", *words, str(site.folder / "six.onnx"))
         assert "the version dddddddddddd is damaged on this disk" in done.stderr
         assert "--run tabular-1" in done.stderr
-    # A server goes on with what it has.
+    # A server keeps the version that it has.
     monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(site.folder / "six"))
     served = ServedModel("e" * 64, "tabular", object(), None, {})
     with contextlib.ExitStack() as stack:

@@ -169,7 +169,7 @@ def test_a_replica_stops_sending_once_the_ledger_was_set_back(
     schema = scene.schema
     (newest,) = admin.execute(f"SELECT max(seq) FROM {schema}.commonweight_log").fetchone() or (0,)
     admin.execute(f"DELETE FROM {schema}.commonweight_log WHERE seq = {newest}")
-    # Another entry has its number: the older copy goes on, perhaps with a removal.
+    # Another entry has its number: the older copy has continued, perhaps with a removal.
     row = "at, 'fleet', body, hash"
     admin.execute(
         f"INSERT INTO {schema}.commonweight_log (seq, at, subject, body, hash) "

@@ -43,9 +43,9 @@ class Site(NamedTuple):
         return {(peer["name"], peer["state"], peer["reason"]) for peer in peers}
 
     def until_told(self, why: str) -> None:
-        """Wait until operator and owners are told that the broker is away, and why."""
+        """Wait until operator and owners can read that the broker is away, and why."""
         for name in PEERS:
-            self.fleet.until_agent(name, f"is told {why!r}", lambda told: why in told["mqtt_why"])
+            self.fleet.until_agent(name, f"says {why!r}", lambda told: why in told["mqtt_why"])
             said = self.fleet.ask_agent(name, "status").stdout
             assert "mqtt ○" in said
             assert why in said
