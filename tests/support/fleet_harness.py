@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,17 +30,27 @@ WITHIN_S = 120.0
 LOOK_EVERY_S = 0.05
 
 
-def two_free_ports() -> tuple[int, int]:
-    """Two free ports."""
-    with socket.socket() as first, socket.socket() as second:
-        first.bind((HOST, 0))
-        second.bind((HOST, 0))
-        return first.getsockname()[1], second.getsockname()[1]
+#: Linux, macOS and Windows give higher ports to outgoing connections and to servers on port 0.
+_PORTS = range(10_240, 32_000, 2)
+_untried = iter(random.Random().sample(_PORTS, len(_PORTS)))
 
 
 def free_port() -> int:
-    """A free port."""
-    return listenable(HOST)
+    """A free port, whose next one is free as well: a coordinator puts its broker there.
+
+    Both stay free while a test stops the coordinator and starts it again. The system would give
+    a port of its own range to any connection meanwhile, and keep it for a minute after its end.
+    """
+    for port in _untried:
+        with contextlib.suppress(OSError):
+            listenable(HOST, port + 1)
+            return listenable(HOST, port)
+    raise OSError(errno.EADDRINUSE, "every port for tests was used")
+
+
+def two_free_ports() -> tuple[int, int]:
+    """Two free ports."""
+    return free_port(), free_port()
 
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
