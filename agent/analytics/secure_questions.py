@@ -34,6 +34,7 @@ from protocols.privacy.question_layout import Layout, Shape, ToldBy
 from protocols.privacy.question_rows import Sums
 from protocols.privacy.question_sums import MaskedAnswer
 from protocols.privacy.secagg import messages
+from protocols.privacy.secagg.cohort import Pins
 from protocols.privacy.secagg.messages import (
     SIGNED_CARD,
     AgreeRequest,
@@ -148,8 +149,7 @@ class SecureQuestions:
                 self._check(found, request.sharers)
                 return self._mask(key, request, found)
             case AgreeRequest():
-                self._check(found, request.survivors)
-                rule = secure_rules.pins(self._owner())
+                rule = self._check_fewest(found, request.survivors)
                 told, rows = self._told(found, request.survivors)
                 self._peer_sets.tell(told, rows, self._me.peer, rule)
                 answer = self._turns.agree(key, request)
@@ -194,7 +194,18 @@ class SecureQuestions:
         return messages.encode(MaskedAnswer(answer=answer, numbers=masked))
 
     def _check(self, found: _Open, peers: Sequence[str]) -> None:
-        """Raise SecureRefused if sums over these peers would tell of fewer trusted ones."""
+        """Raise SecureRefused if sums over these peers would tell of fewer trusted ones, alone or
+        with earlier sums.
+
+        Each step names its peers, and later ones may name fewer. The last one, `agree`, leaves the
+        comparison with earlier sums to `PeerSets.tell`, which records these in one transaction.
+        """
+        rule = self._check_fewest(found, peers)
+        self._peer_sets.check(*self._told(found, peers), self._me.peer, rule)
+
+    def _check_fewest(self, found: _Open, peers: Sequence[str]) -> Pins:
+        """The owner's rule. Raises SecureRefused if a number would tell of fewer peers than it
+        requires."""
         if found.layout is None:
             raise SecureRefused("order", "this peer has made no card for this question")
         rule = secure_rules.pins(self._owner())
@@ -207,7 +218,7 @@ class SecureQuestions:
                 f"requires {rule.minimum}",
                 "ask about groups and categories that more peers have",
             )
-        self._peer_sets.check(*self._told(found, peers), self._me.peer, rule)
+        return rule
 
     def _told(self, found: _Open, peers: Sequence[str]) -> tuple[ToldBy, Sums]:
         """By column: the peers that its sums are about, as one without a row adds 0. And the rows
