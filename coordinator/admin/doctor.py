@@ -8,6 +8,7 @@ import sqlite3
 import ssl
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,11 +88,12 @@ class _Doctor:
     def _is_external(self) -> bool:
         """Whether the coordinator does not run the broker. Options count for one that runs."""
         chosen = bool(self._settings.mqtt_url or self._settings.mqtt_mosquitto)
-        told = self._told_at_start() if self._up is not None else {}
+        told = self._told_at_start if self._up is not None else {}
         return bool(told.get("external_broker", chosen))
 
+    @cached_property
     def _told_at_start(self) -> dict[str, Any]:
-        """What the coordinator wrote of itself at its start; empty after its end."""
+        """What the coordinator wrote of itself at its start; empty after its end. Read once."""
         try:
             return dict(msgspec.json.decode((self._home / UP_FILE).read_bytes()))
         except (OSError, msgspec.DecodeError, TypeError, ValueError):
@@ -147,7 +149,7 @@ class _Doctor:
         return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
 
     def certificate(self) -> str | Advice:
-        host = str(self._told_at_start().get("host", self._settings.host))
+        host = str(self._told_at_start.get("host", self._settings.host))
         names = self._settings.names or settings.reachable_names(host)
         try:
             pem = (self._home / "server.pem").read_bytes()
@@ -194,7 +196,7 @@ class _Doctor:
         fix = "training continues without it, and the coordinator restarts it: commonweight monitor"
         if self._is_external:
             fix = "training continues without it; check that broker"
-        if folder := self._told_at_start().get("mosquitto"):
+        if folder := self._told_at_start.get("mosquitto"):
             start = f"{find_program()} -c {folder}/{CONFIG}"
             fix = f"training continues without it; start it again: {start}"
         try:

@@ -33,6 +33,8 @@ MAX_OUTGOING = 10_000
 #: How long a command waits for a peer that has to connect to the broker again.
 _POLL_S, _MAX_POLLS = 0.1, 50
 _MAX_REASON = 300
+#: Reasons that are told while the link is down. The monitor shows the last one all the time.
+_MAX_TOLD = 32
 
 
 class EventPublisher:
@@ -56,7 +58,7 @@ class EventPublisher:
         self._sending: set[asyncio.Task[bool]] = set()
         self._client: FleetMqttClient | None = None
         self._up, self._why = False, ""
-        #: Reasons that were told since the link was up.
+        #: Reasons that were told since the link was up. Some are words of the broker.
         self._told: set[str] = set()
         #: The peers whose messages have arrived since the link is up.
         self._heard: set[str] = set()
@@ -236,7 +238,7 @@ class EventPublisher:
             self.on_up()
             return
         # First "was lost", then what a new connection says; each once, however often it is tried.
-        if self._why not in self._told:
+        if self._why not in self._told and len(self._told) < _MAX_TOLD:
             self._told.add(self._why)
             text = f"no MQTT broker: {self._why}; training continues"
             log.warning("%s", text)

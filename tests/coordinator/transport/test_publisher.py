@@ -158,3 +158,17 @@ async def test_a_command_waits_for_a_peer_after_the_broker_was_restarted(site: S
     site.hear(PeerState.IDLE)
     await command
     assert sent == [Command(action="pause")]
+
+
+def test_a_broker_that_always_gives_another_reason_fills_neither_memory_nor_the_log(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(1000):
+        site.publisher._on_link(False, f"refused with {number}")
+    assert 1 < len(caplog.records) < 100
+    assert site.fleet.links.why == "refused with 999"
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        site.publisher._on_link(True, "")
+        site.publisher._on_link(False, "refused with 999")
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
