@@ -14,7 +14,7 @@ from agent.home.settings_schema import AgentSettings
 from agent.inference import predictions
 from agent.tasks.work import Done, Predict, Work
 from agent.trainer import sandbox_rules
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import TrainerProcess, trainer_program
 from protocols.errors import DataError, TrainerFailed, UnknownName, UsageError
 
 #: Of a task's own words that a command prints.
@@ -31,14 +31,13 @@ class LocalTrainer:
     def __init__(self, chosen: AgentSettings, folder: Path, read: Collection[Path]) -> None:
         self.work = folder / "work"
         self.work.mkdir(mode=0o700)
+        rules = sandbox_rules.make_rules(
+            chosen, read=read, write=(self.work,), spool=folder / "spool"
+        )
         self._trainer = TrainerProcess(
-            self.work,
+            trainer_program(self.work, threads=chosen.threads, rules=rules),
             settings.data_settings(chosen, self.work),
-            threads=chosen.threads,
             sources=chosen.task_files,
-            rules=sandbox_rules.make_rules(
-                chosen, read=read, write=(self.work,), spool=folder / "spool"
-            ),
         )
 
     def __enter__(self) -> LocalTrainer:

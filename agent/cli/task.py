@@ -196,7 +196,7 @@ def check(
 ) -> None:
     """Train one step here; show the schema, the memory and the time. Nothing is sent."""
     from agent.trainer import sandbox_rules
-    from agent.trainer.process import TrainerProcess
+    from agent.trainer.process import TrainerProcess, trainer_program
 
     with contextlib.ExitStack() as stack:
         chosen = settings.read(homes.home_path("agent"), data=settings.data_path(data))
@@ -212,15 +212,14 @@ def check(
         folder = root / "work"
         folder.mkdir()
         trial = TrialRun()
+        rules = sandbox_rules.make_rules(
+            chosen, write=(folder,), sources=[source], spool=root / "spool"
+        )
         trainer = TrainerProcess(
-            folder,
+            trainer_program(folder, threads=chosen.threads, rules=rules),
             settings.data_settings(chosen, folder),
-            threads=chosen.threads,
             on_progress=trial.on_progress,
             sources={name: source} if source else {},
-            rules=sandbox_rules.make_rules(
-                chosen, write=(folder,), sources=[source], spool=root / "spool"
-            ),
         )
         stack.callback(trainer.stop)
         # A task parses the text by the types of its own defaults.

@@ -17,15 +17,13 @@ from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
 from agent.clientapp import secure_rules, trainer_work
-from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries, Transport
+from agent.clientapp.interfaces import Observer, PeerIdentity, Queries, Transport
 from agent.clientapp.outbox import Finished, Outbox
-from agent.clientapp.privacy_budget import PrivacyBudget
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.secure_work import SecureWork
 from agent.clientapp.training import Training
 from agent.clientapp.work_reader import SignedRequest, WorkReader
-from agent.data.settings import Floors
-from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done, Trainer
 from protocols.codecs import registry
 from protocols.errors import CommonweightError, DiskFull, NotAllowed, SchemaMismatch, TrainerFailed
@@ -46,12 +44,8 @@ _MAKE_ROOM = "free some space; the agent then continues"
 class Client:
     """Answers the coordinator's messages: trains, evaluates, describes, and passes queries on.
 
-    `settings()` are the owner's settings now, which say what a task may do; `floors` is what no
-    run can go below; `outbox` is the folder of the outbox. `check_log` raises LogConflict
-    if the log of versions does not have the version of the work. `budget` is charged before
-    anything leaves. `secure_turns` opens what this peer has answered in secure runs; without it,
-    the peer takes part in none. `is_durable`: see `Outbox`. `trains_ahead`: with a thread that
-    trains for the next round while an update is sent; the results are the same without.
+    `outbox` is this peer's own, as its replies are signed. `secure_turns` opens what this peer has
+    answered in secure runs; without it, the peer takes part in none.
     """
 
     def __init__(
@@ -59,33 +53,20 @@ class Client:
         me: PeerIdentity,
         trainer: Trainer,
         transport: Transport,
-        outbox: Path,
+        outbox: Outbox,
+        owner: OwnerRules,
         *,
-        settings: Callable[[], AgentSettings],
-        floors: Floors = Floors(),
-        observer: Observer | None = None,
+        observer: Observer = Observer(),
         queries: Queries = Queries(),
-        check_log: CheckLog = lambda work, head, page: None,
-        budget: PrivacyBudget | None = None,
         secure_turns: Callable[[], SecureTurns] | None = None,
-        is_durable: bool = True,
-        trains_ahead: bool = False,
     ) -> None:
-        self._transport, self._queries = transport, queries
-        self._outbox = Outbox(outbox, me, is_durable=is_durable)
-        self._observer, self._budget = observer or Observer(), budget or PrivacyBudget()
-        self.training = Training(
-            trainer,
-            self._outbox,
-            floors,
-            self._observer.on_ahead,
-            self._observer.on_time,
-            in_background=trains_ahead,
-        )
-        self._reader = WorkReader(me, settings, floors, self._budget, check_log)
+        self._transport, self._queries, self._outbox = transport, queries, outbox
+        self._observer, self._budget = observer, owner.budget
+        self.training = Training(trainer, outbox, owner.floors, observer)
+        self._reader = WorkReader(me, owner, transport.check_log)
         self.secure = SecureWork(
             me,
-            outbox / "secure",
+            outbox.folder / "secure",
             secure_turns,
             transport,
             self._observer,

@@ -21,7 +21,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from msgspec import Struct
 
 from agent.clientapp.interfaces import PeerIdentity, signed_payload
-from agent.clientapp.privacy_budget import PrivacyBudget
+from agent.clientapp.owner_rules import OwnerRules
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done, RunApp
 from protocols.errors import BadMessage, NotAllowed, TrainerFailed, UsageError
@@ -80,7 +80,7 @@ class _Stored(Struct, frozen=True, kw_only=True):
 class FlowerApps:
     """Answers messages for apps.
 
-    `settings()` are the owner's now. `fetch(digest, nbytes)` gives the file of a version,
+    `fetch(digest, nbytes)` gives the file of a version,
     `send(digest, path)` uploads one. `on_work(work | None)` is called when work begins and ends,
     `on_leaving(work, answer)` before an answer with content is sent; if it raises, none is sent.
     """
@@ -90,17 +90,16 @@ class FlowerApps:
         me: PeerIdentity,
         folder: Path,
         process: AppProcess,
+        owner: OwnerRules,
         *,
-        settings: Callable[[], AgentSettings],
         fetch: Callable[[str, int], Path],
         send: Callable[[str, Path], None],
-        budget: PrivacyBudget | None = None,
         on_work: Callable[[Work | None], None] = lambda work: None,
         on_leaving: Callable[[AppWork, AppAnswer], None] = lambda work, answer: None,
     ) -> None:
         self._me, self._folder, self._process = me, folder, process
-        self._settings, self._fetch, self._send = settings, fetch, send
-        self._budget = budget or PrivacyBudget()
+        self._settings, self._budget = owner.settings, owner.budget
+        self._fetch, self._send = fetch, send
         self._on_work, self._on_leaving = on_work, on_leaving
         self._fleet_names = FleetNames(me.fleet)
         #: The key of the last answer whose file was written, or verified, by this process.

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from agent.clientapp import consent
 from agent.clientapp.jobs import Result
-from agent.clientapp.privacy_budget import PrivacyBudget
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.told_scores import ToldScores, blur, blur_cost, key_of
 from agent.home import audit_log
-from agent.home.settings_schema import AgentSettings
 from agent.tasks import Setting
 from agent.tasks.work import Done, Evaluate, Predict, Trainer
 from agent.transport import version_proofs
@@ -44,28 +43,26 @@ _SPARE_MEMBERS = 256
 class InferenceJobs:
     """The handlers of `Scatter` and `Private`.
 
-    `settings()` returns the owner's current settings. `version(model)` returns a version's file,
-    downloaded if needed. `fetch(digest, nbytes, target)` downloads rows. Predictions for this
-    peer's own rows are written to the folder `predictions` and never sent. `told` has the metrics
-    that were told; `took_part(digest)` says whether a version is of a run that this peer worked in.
-    `budget` is charged with new answers before they leave.
+    `version(model)` returns a version's file, downloaded if needed. `fetch(digest, nbytes, target)`
+    downloads rows. Predictions for this peer's own rows are written to the folder `predictions` and
+    never sent. `told` has the metrics that were told; `took_part(digest)` says whether a version is
+    of a run that this peer worked in.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        settings: Callable[[], AgentSettings],
+        owner: OwnerRules,
         version: Callable[[ModelRef], Path],
         fetch: Callable[[str, int, Path], None],
         folder: Path,
         predictions: Path,
         told: ToldScores,
         took_part: Callable[[str], bool],
-        budget: PrivacyBudget | None = None,
     ) -> None:
-        self._budget = budget or PrivacyBudget()
+        self._settings, self._budget = owner.settings, owner.budget
         self._told, self._took_part = told, took_part
-        self._trainer, self._settings = trainer, settings
+        self._trainer = trainer
         self._version, self._fetch = version, fetch
         self._folder, self._predictions = folder, predictions
 

@@ -53,19 +53,29 @@ class PeerIdentity(NamedTuple):
         return SIGNED_CLAIM.seal(claim, self.sign)
 
 
-#: Gets the work, the signed head of the log of versions and the entries before it; both empty from
-#: older coordinators.
+#: See `Transport.check_log`.
 CheckLog = Callable[[Work, bytes, bytes], None]
 
 
 class Transport(Protocol):
-    """Moves weights by digest; blocking. Both methods raise Unreachable."""
+    """Moves weights by digest, and knows the log of versions. Blocking."""
 
     def fetch(self, work: Work) -> Path:
-        """The file of the version `work.base`, downloaded or patched if it is not here."""
+        """The file of the version `work.base`, downloaded or patched if it is not here. Raises
+        Unreachable."""
+        ...
 
     def send(self, digest: str, path: Path) -> None:
-        """Upload the bytes of an update."""
+        """Upload the bytes of an update. Raises Unreachable."""
+        ...
+
+    def check_log(self, work: Work, head: bytes, page: bytes) -> None:
+        """Raise LogConflict if the log of versions does not have the version of the work.
+
+        `head`: the signed head of the log; `page`: the entries before it. Both are empty from older
+        coordinators. A transport without a log checks nothing.
+        """
+        return
 
 
 class Observer:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from agent.clientapp import trainer_work
+from agent.clientapp.interfaces import Observer
 from agent.clientapp.outbox import Outbox
 from agent.clientapp.training_ahead import TrainingAhead
 from agent.data.settings import Floors
@@ -23,26 +24,26 @@ from protocols.model.weights_file import WeightsFile, WeightsWriter
 
 
 class Training:
-    """Training and evaluations by `trainer`, with results in `outbox`. `floors`: as in `Client`.
+    """Training and evaluations by `trainer`, with results in `outbox`.
 
-    `in_background`: train for the next round while an update is sent, if the run asks for it.
-    `on_ahead` and `on_time`: as in `Observer`.
+    `floors`: as in `OwnerRules`. `observer` is told of training ahead, and how long each took.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         outbox: Outbox,
-        floors: Floors,
-        on_ahead: Callable[[Work | None], None] = lambda work: None,
-        on_time: Callable[[Work, float], None] = lambda work, seconds: None,
-        *,
-        in_background: bool,
+        floors: Floors = Floors(),
+        observer: Observer = Observer(),
     ) -> None:
         self.trainer, self._outbox, self._floors = trainer, outbox, floors
-        self._on_time = on_time
+        self._on_time = observer.on_time
         self._ahead = TrainingAhead(
-            outbox, self._run, trainer.cancel_training, on_ahead, in_background=in_background
+            outbox,
+            self._run,
+            trainer.cancel_training,
+            observer.on_ahead,
+            in_background=trainer.trains_ahead,
         )
         self.begin_next, self.end_others = self._ahead.begin, self._ahead.end_others
         self.close = self._ahead.close

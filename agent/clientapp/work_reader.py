@@ -3,16 +3,13 @@ allowed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 from flwr.app import ConfigRecord, Message
 
 from agent.clientapp import consent, secure_rules
 from agent.clientapp.interfaces import CheckLog, PeerIdentity, signed_payload
-from agent.clientapp.privacy_budget import PrivacyBudget
-from agent.data.settings import Floors
-from agent.home.settings_schema import AgentSettings
+from agent.clientapp.owner_rules import OwnerRules
 from agent.tasks import floors as owner_floors
 from protocols.codecs import registry
 from protocols.errors import BadMessage
@@ -29,18 +26,11 @@ class SignedRequest(NamedTuple):
 
 
 class WorkReader:
-    """`settings()` are the owner's settings now; `floors` is what no run can go below."""
+    """Reads work that the coordinator has signed and `owner` allows. `check_log`: as in
+    `Transport`."""
 
-    def __init__(
-        self,
-        me: PeerIdentity,
-        settings: Callable[[], AgentSettings],
-        floors: Floors,
-        budget: PrivacyBudget,
-        check_log: CheckLog,
-    ) -> None:
-        self._me, self._settings, self._floors = me, settings, floors
-        self._budget, self._check_log = budget, check_log
+    def __init__(self, me: PeerIdentity, owner: OwnerRules, check_log: CheckLog) -> None:
+        self._me, self._owner, self._check_log = me, owner, check_log
         self._fleet_names = FleetNames(me.fleet)
 
     def read(self, message: Message) -> SignedRequest:
@@ -48,12 +38,12 @@ class WorkReader:
         payload, signature = signed_payload(message, "config", "work")
         work = SIGNED_WORK.open(payload, signature, self._me.is_coordinators)
         self._fleet_names.check("coordinator", work.fleet)
-        chosen = self._settings()
+        chosen = self._owner.settings()
         consent.check(chosen, work.run, work.task, work.settings)
         secure_rules.check(work, chosen)
-        self._budget.check(work)
+        self._owner.budget.check(work)
         if work.kind in ("describe", "train"):
-            owner_floors.check_cohort(work.cohort, self._floors)
+            owner_floors.check_cohort(work.cohort, self._owner.floors)
         config = cast(ConfigRecord, message.content["config"])  # `signed_payload` has read it
         head, page = config.get("head", b""), config.get("log", b"")
         if not isinstance(head, bytes) or not isinstance(page, bytes):
@@ -65,11 +55,11 @@ class WorkReader:
 
     def columns(self, work: Work) -> tuple[str, ...]:
         """Patterns of the columns that its owner lets the task use now."""
-        return self._settings().columns_of(work.task)
+        return self._owner.settings().columns_of(work.task)
 
     def check_consent(self, work: Work, used: tuple[str, ...] = ()) -> None:
         """Raise what `consent.check` does, and `check_used` for work that was done with the columns
         `used`. The owner may withdraw a consent at any time."""
-        chosen = self._settings()
+        chosen = self._owner.settings()
         consent.check(chosen, work.run, work.task, work.settings)
         consent.check_used(chosen, work.task, used)

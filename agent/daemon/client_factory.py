@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,11 @@ from agent.clientapp import consent, secure_rules
 from agent.clientapp.app import Client
 from agent.clientapp.flower_apps import FlowerApps
 from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
-from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries
+from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries, Transport
 from agent.clientapp.jobs import Jobs
+from agent.clientapp.outbox import Outbox
 from agent.clientapp.own_comparison import OwnComparisons
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.recovery import Recall
 from agent.clientapp.secure_turns import SecureTurns
@@ -40,7 +43,7 @@ from agent.tasks import Setting
 from agent.trainer import sandbox_rules
 from agent.trainer.app_trainer import AppTrainer
 from agent.trainer.ipc import Progress
-from agent.trainer.process import Terms, TrainerProcess
+from agent.trainer.process import Terms, TrainerProcess, subfleet_program, trainer_program
 from agent.trainer.retry import RETRYABLE_IN_JOBS, RetryingTrainer
 from agent.transport import version_proofs
 from agent.transport.coordinator_client import CoordinatorClient
@@ -77,16 +80,45 @@ class Uploads(NamedTuple):
     answer: Send
 
 
-class _Weights(NamedTuple):
-    """The client's transport: versions from the cache or the network, updates to the link."""
+@dataclass(frozen=True)
+class Network(Transport):
+    """How work reaches other machines; the client's transport.
 
+    `link()` is the session with the coordinator. `versions` holds the versions of runs,
+    `job_models` those that only jobs use. `log_check`: as `check_log` of `Transport`.
+    """
+
+    link: Callable[[], CoordinatorClient]
     versions: VersionStore
-    send: Send
+    job_models: VersionStore
+    uploads: Uploads
+    log_check: CheckLog
 
     def fetch(self, work: Work) -> Path:
         if work.patch_bytes:
             self.versions.rebuild(work)
         return self.versions.fetch(work.base, work.nbytes)
+
+    def send(self, digest: str, path: Path) -> None:
+        self.uploads.update(digest, path)
+
+    def check_log(self, work: Work, head: bytes, page: bytes) -> None:
+        self.log_check(work, head, page)
+
+    def fetch_input(self, digest: str, nbytes: int, target: Path) -> None:
+        """Download rows of a job."""
+        self.link().download(digest, nbytes, target, INPUT_PATH)
+
+
+class Trainers(NamedTuple):
+    """The trainers of an agent, of which one works at a time.
+
+    `retrying` is `process` with retries; `apps` runs the Flower apps.
+    """
+
+    process: TrainerProcess
+    retrying: RetryingTrainer
+    apps: AppTrainer
 
 
 class _Events(Observer):
@@ -157,13 +189,18 @@ def make_comparisons(
     link: Callable[[], CoordinatorClient],
 ) -> OwnComparisons:
     """What compares models after a run, for the owner."""
-    patient = RetryingTrainer(trainer, tries=_JOB_TRIES, retryable=RETRYABLE_IN_JOBS)
     scores = ToldScores(settings.scores_file(ctx.home))
 
     def was_told(task: str, chosen: Mapping[str, Setting], digest: str) -> bool:
         return bool(digest) and scores.find(key_of(task, chosen, digest)) is not None
 
-    return OwnComparisons(ctx.home, patient, owner, link, partial(_tell_comparing, ctx), was_told)
+    return OwnComparisons(
+        ctx.home, _for_jobs(trainer), owner, link, partial(_tell_comparing, ctx), was_told
+    )
+
+
+def _for_jobs(trainer: TrainerProcess) -> RetryingTrainer:
+    return RetryingTrainer(trainer, tries=_JOB_TRIES, retryable=RETRYABLE_IN_JOBS)
 
 
 def make_trainer(
@@ -173,24 +210,23 @@ def make_trainer(
     folder, chosen = ctx.home / "trainer", ctx.settings
     memory = settings.memory_file(ctx.home)
     _log_sandbox(chosen)
+    rules = sandbox_rules.make_rules(
+        chosen,
+        read=(ctx.cache,),
+        write=(folder, *(ctx.home / name for name in _WRITTEN)),
+        memory=memory,
+        spool=ctx.home / "spool",
+    )
     return TrainerProcess(
-        folder,
+        subfleet_program(folder, chosen.fleet)
+        if chosen.fleet
+        else trainer_program(folder, threads=chosen.threads, nice=chosen.nice, rules=rules),
         settings.data_settings(chosen, folder, memory),
-        threads=chosen.threads,
-        nice=chosen.nice,
-        fleet=chosen.fleet,
         on_progress=on_progress,
         hang_s=chosen.hang_timeout_s,
         checkpoint_every_s=chosen.checkpoint_interval_s,
         sources=chosen.task_files,
         terms=lambda task: terms_of(owner(), task),
-        rules=sandbox_rules.make_rules(
-            chosen,
-            read=(ctx.cache,),
-            write=(folder, *(ctx.home / name for name in _WRITTEN)),
-            memory=memory,
-            spool=ctx.home / "spool",
-        ),
     )
 
 
@@ -222,23 +258,14 @@ def _log_sandbox(chosen: AgentSettings) -> None:
 
 def make_client(
     ctx: AgentContext,
-    trainer: TrainerProcess,
-    retrying_trainer: RetryingTrainer,
-    app_trainer: AppTrainer,
-    owner: LiveSettings,
-    versions: VersionStore,
-    job_models: VersionStore,
-    link: Callable[[], CoordinatorClient],
-    uploads: Uploads,
-    check_log: CheckLog,
+    trainers: Trainers,
+    settings_now: LiveSettings,
+    network: Network,
     own: OwnComparisons,
 ) -> Client:
-    """The ClientApp: training for runs through `retrying_trainer`, units of jobs, and Flower apps.
+    """The ClientApp: training for runs with retries, units of jobs, and Flower apps.
 
-    `owner` says what a task may do now.
-
-    `versions` holds the versions of runs, `job_models` those that only jobs use. `own` is notified
-    of trainings.
+    `settings_now` says what a task may do now. `own` is notified of trainings.
     """
     home, outbox = ctx.home, ctx.home / "outbox"
     me = PeerIdentity(
@@ -248,33 +275,33 @@ def make_client(
         ctx.enrollment.fleet,
     )
     scores = ToldScores(settings.scores_file(home))
-    events = _Events(ctx, trainer, scores, own)
-    budget = PrivacyBudget(privacy_ledger.ledger_file(home), owner, ctx.enrollment.fleet)
+    events = _Events(ctx, trainers.process, scores, own)
+    owner = OwnerRules(
+        settings_now,
+        settings.floors(ctx.settings),
+        PrivacyBudget(privacy_ledger.ledger_file(home), settings_now, ctx.enrollment.fleet),
+    )
 
     def find_model(model: ModelRef) -> Path:
-        return find_version(ctx.cache, model, job_models.fetch)
-
-    def fetch_input(digest: str, nbytes: int, target: Path) -> None:
-        link().download(digest, nbytes, target, INPUT_PATH)
+        return find_version(ctx.cache, model, network.job_models.fetch)
 
     inference = InferenceJobs(
-        RetryingTrainer(trainer, tries=_JOB_TRIES, retryable=RETRYABLE_IN_JOBS),
+        _for_jobs(trainers.process),
         owner,
         find_model,
-        fetch_input,
+        network.fetch_input,
         home / "jobs",
         home / "predictions",
         scores,
         partial(
             took_part, home, ctx.cache, ctx.enrollment.coordinator_public, ctx.enrollment.fleet
         ),
-        budget,
     )
     secure_me = Me(me.peer, identity.public_bytes(ctx.credentials.sign_key), me.sign)
     jobs = Jobs(
         me,
         outbox / "answers",
-        send=uploads.answer,
+        send=network.uploads.answer,
         handlers={
             Scatter: inference.scatter,
             Private: inference.private,
@@ -283,44 +310,39 @@ def make_client(
                 secure_me,
                 home,
                 ctx.enrollment.fleet,
-                owner,
+                settings_now,
                 lambda query, asked: job_handler.answer(query, home, asked),
             ).answer,
         },
-        check=lambda unit: consent.check_unit(owner(), unit),
+        check=lambda unit: consent.check_unit(settings_now(), unit),
         on_work=events.on_work,
         on_leaving=partial(audit_log.write_answer, home),
     )
     apps = FlowerApps(
         me,
         home / app_files.ANSWERS,
-        app_trainer,
-        settings=owner,
-        fetch=versions.fetch,
-        send=uploads.update,
-        budget=budget,
+        trainers.apps,
+        owner,
+        fetch=network.versions.fetch,
+        send=network.send,
         on_work=events.on_work,
         on_leaving=partial(audit_log.write_app_answer, home),
     )
     return Client(
         me,
-        retrying_trainer,
-        _Weights(versions, uploads.update),
-        outbox,
-        settings=owner,
-        floors=settings.floors(ctx.settings),
+        trainers.retrying,
+        network,
+        Outbox(outbox, me),
+        owner,
         observer=events,
         queries=Queries(
-            Recall(me, ctx.cache, uploads.update, events.on_leaving).answer,
+            Recall(me, ctx.cache, network.send, events.on_leaving).answer,
             jobs.answer,
             apps.answer,
         ),
-        check_log=check_log,
-        budget=budget,
         secure_turns=lambda: SecureTurns(
             secure_me,
             TurnStore(home),
-            lambda: secure_rules.pins(owner()),
+            lambda: secure_rules.pins(settings_now()),
         ),
-        trains_ahead=True,
     )

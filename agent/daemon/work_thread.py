@@ -20,7 +20,7 @@ from agent.clientapp.app import claim_text
 from agent.clientapp.consent import ConsentNeeded
 from agent.clientapp.interfaces import CheckLog
 from agent.daemon import client_factory, state_machine
-from agent.daemon.client_factory import Uploads
+from agent.daemon.client_factory import Network, Trainers, Uploads
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import PauseLifted, PauseRequested, TrainerGaveUp
 from agent.daemon.status_reporter import StatusReporter
@@ -98,7 +98,13 @@ class WorkThread:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._heads = VersionIndex(ctx.cache, ctx.coordinator_public, ctx.enrollment.fleet)
         self.versions = VersionStore(ctx.cache, link, sharing, ctx.bandwidth.received)
-        self._job_models = VersionStore(job_folder, link)
+        self._network = Network(
+            link,
+            self.versions,
+            VersionStore(job_folder, link),
+            Uploads(self._upload_update, self._upload_answer),
+            check_log,
+        )
         self._owner, self._refusals = LiveSettings(ctx.home), RefusalLog(ctx.home)
         #: Tasks that the coordinator asked for and that wait for the owner's consent.
         self._asked: dict[str, Standing] = {}
@@ -109,25 +115,16 @@ class WorkThread:
             ctx.runner.call_threadsafe(self._on_progress, progress)
 
         self.trainer = client_factory.make_trainer(ctx, self._owner, on_progress)
-        self._app_trainer = client_factory.make_app_trainer(ctx, self._owner, on_progress)
-        #: One of them works at a time.
-        self.trainers: tuple[TrainerSupervisor, ...] = (self.trainer, self._app_trainer)
-        self._retrying_trainer = RetryingTrainer(
+        retrying = RetryingTrainer(
             self.trainer, tries=ctx.settings.trainer_tries, on_given_up=self._on_given_up
         )
+        apps = client_factory.make_app_trainer(ctx, self._owner, on_progress)
+        #: One of them works at a time.
+        self.trainers: tuple[TrainerSupervisor, ...] = (self.trainer, apps)
+        self._retrying_trainer, self._app_trainer = retrying, apps
         self._own = client_factory.make_comparisons(ctx, self.trainer, self._owner, link)
         self._client = client_factory.make_client(
-            ctx,
-            self.trainer,
-            self._retrying_trainer,
-            self._app_trainer,
-            self._owner,
-            self.versions,
-            self._job_models,
-            link,
-            Uploads(self._upload_update, self._upload_answer),
-            check_log,
-            self._own,
+            ctx, Trainers(self.trainer, retrying, apps), self._owner, self._network, self._own
         )
 
     def pids(self) -> list[int]:
@@ -143,7 +140,7 @@ class WorkThread:
         if self._runner.state.work is not None:
             return 0
         newest = self._heads.newest()
-        freed = self._job_models.shrink(nbytes, ())
+        freed = self._network.job_models.shrink(nbytes, ())
         return freed + self.versions.shrink(nbytes - freed, {newest.digest} if newest else ())
 
     def yield_to_runs(self) -> None:

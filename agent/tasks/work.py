@@ -163,7 +163,13 @@ Work = Describe | Init | Train | Evaluate | Predict | Export | Measure
 
 
 class Trainer(Protocol):
-    """Does the agent's work. `agent.trainer.process` has the implementation."""
+    """Does the agent's work. `agent.trainer.process` has the implementation.
+
+    `trains_ahead`: it may train for the next round in a thread while an update is sent. The results
+    are the same without.
+    """
+
+    trains_ahead: bool
 
     def run(self, work: Work) -> Done:
         """Do the work and return its result. Raises TrainerFailed."""

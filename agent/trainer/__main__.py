@@ -38,7 +38,7 @@ def lower_priority(nice: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m agent.trainer", description=__doc__)
-    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
     lower_priority(options.nice)

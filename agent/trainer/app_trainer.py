@@ -6,14 +6,13 @@ app is installed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from agent.home.settings_schema import AgentSettings
 from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, RunApp
-from agent.trainer.child_process import Program
+from agent.trainer.child_process import Program, half_of_cores
 from agent.trainer.ipc import Progress
 from agent.trainer.supervisor import TrainerSupervisor
 from protocols.errors import TrainerFailed
@@ -44,7 +43,6 @@ class AppTrainer(TrainerSupervisor):
             on_progress=on_progress,
             hang_s=settings().hang_timeout_s,
             grace_s=grace_s,
-            sources={},
         )
         self._folder, self._settings, self._read = folder, settings, read
 
@@ -72,7 +70,7 @@ class AppTrainer(TrainerSupervisor):
 
     def _program_of(self, name: str, app: InstalledApp, chosen: AgentSettings) -> Program:
         work_dir = self.folder_of(name)
-        threads = chosen.threads or max(1, (os.cpu_count() or 2) // 2)
+        threads = chosen.threads or half_of_cores()
         rules = SandboxRules(
             mode=chosen.sandbox,
             read=(app.folder, *app.read, *(_absolute(path) for path in self._read)),

@@ -45,6 +45,11 @@ class Program(NamedTuple):
     python: str = ""
 
 
+def half_of_cores() -> int:
+    """The threads of a trainer unless the owner says how many."""
+    return max(1, (os.cpu_count() or 2) // 2)
+
+
 class TrainerChild:
     """One child process, and two threads: one reads its answers, one waits for its end."""
 

@@ -19,6 +19,8 @@ class InProcessTrainer:
     `source` is the file and class of the task ("/path/file.py:Class"); empty: an installed one.
     """
 
+    trains_ahead = False
+
     def __init__(self, data: DataSettings, threads: int = 1, source: str = "") -> None:
         self._data, self._source = data, source
         self._control = WorkControl()

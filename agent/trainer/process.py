@@ -17,7 +17,7 @@ import msgspec
 from agent.data.settings import DataSettings
 from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, Predict, Train, Work
-from agent.trainer.child_process import Program
+from agent.trainer.child_process import Program, half_of_cores
 from agent.trainer.ipc import Progress
 from agent.trainer.supervisor import TrainerSupervisor
 from protocols.errors import TrainerFailed
@@ -38,58 +38,66 @@ def ignore(_: Progress) -> None:
     """Discard a progress report."""
 
 
+def trainer_program(
+    work_dir: Path, *, threads: int = 0, nice: int = 0, rules: SandboxRules | None = None
+) -> Program:
+    """The program that runs tasks, in the folder `work_dir`.
+
+    `threads` = 0 uses half of the cores. `rules` are those of the sandbox; None: there is none.
+    """
+    threads = threads or half_of_cores()
+    arguments = ["agent.trainer", "--threads", str(threads), "--nice", str(nice)]
+    return Program(work_dir, arguments, threads, rules)
+
+
+def subfleet_program(work_dir: Path, fleet: str) -> Program:
+    """The program that passes the work on to the coordinator whose home is `fleet`.
+
+    No task runs in it, and so there is no sandbox.
+    """
+    return Program(work_dir, ["agent.trainer.subfleet", fleet], half_of_cores())
+
+
 class TrainerProcess(TrainerSupervisor):
     """A trainer process that is started when needed, also after it died or was stopped.
 
-    `data` is what the next work trains on. `threads` = 0 uses half of the cores. The process is
-    killed if it sends nothing for `hang_s` while not paused ("hung"), or does not obey a cancel
-    within `grace_s`. `on_progress` runs in the reader thread and must not block.
+    `program`: see `trainer_program` and `subfleet_program`. `data` is what the next work trains on.
+    The process is killed if it sends nothing for `hang_s` while not paused ("hung"), or does not
+    obey a cancel within `grace_s`. `on_progress` runs in the reader thread and must not block.
 
     A checkpoint is written at most every `checkpoint_every_s`. After a kill of the child or of this
     process, the same work resumes from it.
 
     `sources` are the tasks that the owner has registered: "/path/file.py:Class" by name.
-    `terms(task)` returns the owner's terms for a task now; without it, `data` has them. `rules` are
-    those of the sandbox. With `fleet` no task runs here, and so there is no sandbox.
+    `terms(task)` returns the owner's terms for a task now; without it, `data` has them.
     """
 
     def __init__(
         self,
-        work_dir: Path,
+        program: Program,
         data: DataSettings,
         *,
-        threads: int = 0,
-        nice: int = 0,
-        fleet: str = "",
         on_progress: Callable[[Progress], None] = ignore,
         hang_s: float = 600.0,
         grace_s: float = 10.0,
         checkpoint_every_s: float = 30.0,
         sources: Mapping[str, str] = MappingProxyType({}),
         terms: Callable[[str], Terms] | None = None,
-        rules: SandboxRules | None = None,
     ) -> None:
-        threads = threads or max(1, (os.cpu_count() or 2) // 2)
-        options = ["--threads", str(threads), "--nice", str(nice)]
-        arguments = ["agent.trainer.subfleet", fleet] if fleet else ["agent.trainer", *options]
-        super().__init__(
-            Program(work_dir, arguments, threads, None if fleet else rules),
-            on_progress=on_progress,
-            hang_s=hang_s,
-            grace_s=grace_s,
-            sources=sources,
-        )
-        self.data, self._terms = data, terms
-        self._checkpoint, self._checkpoint_every_s = work_dir / "journal", checkpoint_every_s
+        super().__init__(program, on_progress=on_progress, hang_s=hang_s, grace_s=grace_s)
+        self.data, self._sources, self._terms = data, sources, terms
+        self._checkpoint = program.work_dir / "journal"
+        self._checkpoint_every_s = checkpoint_every_s
 
     def run(self, work: Work) -> Done:
         """Do the work on this machine's data and return its result. Raises TrainerFailed."""
         return self.do(self._with_local_data(work))
 
     def _with_local_data(self, work: Work) -> Work:
-        """The work with this machine's data and checkpoint. Paths become absolute, because the
-        child runs in another folder."""
-        added: dict[str, Any] = {"data": self._data()}
+        """The work with this machine's data and checkpoint, and the file of its task. Paths become
+        absolute, because the child runs in another folder."""
+        source = self._sources.get(work.task, "")
+        added: dict[str, Any] = {"data": self._data(), "source": source}
         if self._terms is not None:
             terms = self._terms(work.task)
             added["data"] = msgspec.structs.replace(

@@ -33,6 +33,8 @@ class RetryingTrainer:
     Failures of a kind that is not in `retryable` are raised at once.
     """
 
+    trains_ahead = True
+
     def __init__(
         self,
         trainer: TrainerProcess,

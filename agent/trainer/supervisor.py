@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -32,7 +32,10 @@ FREEZE_AFTER_S = 0.25
 
 
 class TrainerSupervisor:
-    """A child process that is started when needed, also after it died or was stopped."""
+    """A child process that is started when needed, also after it died or was stopped.
+
+    `hang_s`, `grace_s` and `on_progress`: as in `TrainerProcess`.
+    """
 
     def __init__(
         self,
@@ -41,11 +44,9 @@ class TrainerSupervisor:
         on_progress: Callable[[Progress], None],
         hang_s: float,
         grace_s: float,
-        sources: Mapping[str, str],
     ) -> None:
         self._program = program
         self._stamp: object = None  # of the files that the child's rules are about
-        self._sources = sources
         self._on_progress = on_progress
         self._hang_s, self._grace_s = hang_s, grace_s
         self._work_lock = threading.Lock()
@@ -188,8 +189,7 @@ class TrainerSupervisor:
                 self._working, self._pause_confirmed, self._result = True, False, None
                 self._cancel_by, self._stopping = None, False
                 self._alive_at = time.monotonic()
-                source = self._sources.get(work.task, "")
-                child.send(msgspec.structs.replace(work, id=self._id, source=source))
+                child.send(msgspec.structs.replace(work, id=self._id))
                 if self._paused:  # the timer of that pause found no work
                     self._freeze_soon()
             try:

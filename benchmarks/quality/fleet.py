@@ -23,7 +23,9 @@ from msgspec.structs import replace
 
 from agent.clientapp import secure_rules
 from agent.clientapp.app import Client
-from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.interfaces import PeerIdentity, Transport
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
 from agent.data.settings import DataSettings
@@ -56,7 +58,7 @@ MEMORY = Path("/dev/shm")
 FLEET = "quality"
 
 
-class Peer:
+class Peer(Transport):
     """An agent as an object: keys, client, trainer."""
 
     def __init__(
@@ -80,9 +82,8 @@ class Peer:
             me,
             trainer,
             self,
-            folder,
-            settings=lambda: self.owner,
-            budget=PrivacyBudget(self.ledger, lambda: self.owner),
+            Outbox(folder, me),
+            OwnerRules(lambda: self.owner, budget=PrivacyBudget(self.ledger, lambda: self.owner)),
             secure_turns=lambda: self._secure_turns(folder),
         )
 

@@ -24,7 +24,7 @@ import psutil
 
 from agent.data.settings import DataSettings
 from agent.tasks.work import Init, Train
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import TrainerProcess, trainer_program
 
 THREADS = 1
 PASSES = 3
@@ -55,7 +55,7 @@ def measure(
     courses: tuple[Course, ...], folder: Path, passes: int = PASSES
 ) -> list[dict[str, Any]]:
     """One row per course: medians of alternating passes of ours and of the plain loop."""
-    trainer = TrainerProcess(folder / "trainer", DataSettings(), threads=THREADS)
+    trainer = TrainerProcess(trainer_program(folder / "trainer", threads=THREADS), DataSettings())
     rows = []
     try:
         for course in courses:

@@ -17,7 +17,9 @@ from msgspec.structs import replace
 
 from agent.clientapp import secure_rules
 from agent.clientapp.app import Client
-from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.interfaces import PeerIdentity, Transport
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
 from agent.data.settings import DataSettings
@@ -119,7 +121,7 @@ class Identity(PeerIdentity):
         return _verify(self.coordinator_public, signature, signed)
 
 
-class SimulatedPeer:
+class SimulatedPeer(Transport):
     """A peer as after a restart of its agent: its state of earlier rounds is in its folder."""
 
     def __init__(
@@ -142,18 +144,16 @@ class SimulatedPeer:
             owner.trust.pop(self.peer, None)
         data = replace(settings.data_settings(owner, plan.cache), is_shared=plan.is_shared)
         self.trainer = make_trainer(data)
+        me = Identity(self.peer, key.sign, plan.coordinator_public, plan.fleet)
         self.client = Client(
-            Identity(self.peer, key.sign, plan.coordinator_public, plan.fleet),
+            me,
             self.trainer,
             self,
-            home,
-            settings=lambda: owner,
-            floors=settings.floors(owner),
-            budget=_budget(owner, home, plan.fleet),
+            Outbox(home, me, is_durable=False),
+            OwnerRules(lambda: owner, settings.floors(owner), _budget(owner, home, plan.fleet)),
             secure_turns=lambda: SecureTurns(
                 Me(self.peer, public, key.sign), TurnStore(home), lambda: secure_rules.pins(owner)
             ),
-            is_durable=False,
         )
 
     def answer(self, given: FlowerMessage) -> Answer:
@@ -188,10 +188,10 @@ def _refusal_of(err: CommonweightError) -> Refusal:
     return Refusal(kind, strip_controls(_POLICY.sub(r"--owner \1=\2", text)))
 
 
-def _budget(owner: AgentSettings, home: Path, fleet: str) -> PrivacyBudget | None:
-    """The owner's privacy ledger; None without a limit, as it is not read then."""
+def _budget(owner: AgentSettings, home: Path, fleet: str) -> PrivacyBudget:
+    """The owner's privacy ledger. Without a limit nothing is recorded, as it is not read then."""
     if not owner.privacy_max_epsilon:
-        return None
+        return PrivacyBudget()
     return PrivacyBudget(privacy_ledger.ledger_file(home), lambda: owner, fleet)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from flwr.app import Error, Message
 
 from agent.clientapp.app import Client
-from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.interfaces import PeerIdentity, Transport
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.data.settings import Floors
 from agent.home import enrollment_file
 from agent.home.credentials import Credentials
@@ -116,7 +118,8 @@ class RogueTrainer(ByKind):
         return Done(num_examples=10**12, metrics={"accuracy": 1.0, "loss": 0.0})
 
 
-class OverLink(NamedTuple):
+@dataclass(frozen=True)
+class OverLink(Transport):
     """Moves weights over a link."""
 
     home: Path
@@ -148,9 +151,9 @@ def rogue_agent(home: Path) -> Iterator[None]:
         me,
         RogueTrainer(),
         OverLink(home, link),
-        outbox,
-        settings=lambda: AgentSettings(tasks=("*",)),
-        floors=Floors(min_examples=-(10**6)),  # its own agent stops none of its faults
+        Outbox(outbox, me),
+        # Its own agent stops none of its faults.
+        OwnerRules(lambda: AgentSettings(tasks=("*",)), Floors(min_examples=-(10**6))),
     )
     over, opened = threading.Event(), threading.Event()
     failed: list[BaseException] = []

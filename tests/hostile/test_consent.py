@@ -17,8 +17,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from agent.clientapp.app import Client
 from agent.clientapp.consent import ConsentNeeded, check_unit
 from agent.clientapp.inference_jobs import InferenceJobs
-from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.interfaces import PeerIdentity, Transport
 from agent.clientapp.jobs import Jobs, Result
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.told_scores import ToldScores
 from agent.data.settings import DataSettings
 from agent.home import consent_requests, refusal_log, settings
@@ -29,7 +31,7 @@ from agent.policy import consent
 from agent.setup import consents
 from agent.tasks.tabular import Tabular
 from agent.tasks.work import Describe, Done, Init
-from agent.trainer.process import Terms, TrainerProcess
+from agent.trainer.process import Terms, TrainerProcess, trainer_program
 from protocols.enrollment import identity
 from protocols.errors import (
     AwaitingColumns,
@@ -56,8 +58,10 @@ COORDINATOR = identity.new_signing_key()
 LINE = f"{ROOT}/docs/examples/line.py:Line"
 
 
-class NeverTrains:
+class NeverTrains(Transport):
     """A trainer and lane that notice every use."""
+
+    trains_ahead = False
 
     def __init__(self) -> None:
         self.used: list[Any] = []
@@ -83,10 +87,11 @@ class Machine:
         self.home, self.trainer = home, NeverTrains()
         self.owner = LiveSettings(home)
         me = PeerIdentity("P", identity.new_signing_key().sign, identity.public_bytes(COORDINATOR))
-        self.client = Client(me, self.trainer, self.trainer, home / "outbox", settings=self.owner)
+        owner = OwnerRules(self.owner)
+        self.client = Client(me, self.trainer, self.trainer, Outbox(home / "outbox", me), owner)
         told = ToldScores(settings.scores_file(home))
         self.jobs = InferenceJobs(
-            *(self.trainer, self.owner, lambda model: home, lambda *_: None, home, home, told),
+            *(self.trainer, owner, lambda model: home, lambda *_: None, home, home, told),
             took_part=lambda digest: True,
         )
 
@@ -357,7 +362,7 @@ def test_the_columns_of_a_task_reach_its_trainer_and_never_pass_those_of_the_mac
     assert owner.columns_of("tabular") == ("age", "lab_a"), "no pattern allows more than both"
     assert owner.columns_of("mnist") == ("age", "lab_*")
     trainer = TrainerProcess(
-        tmp_path,
+        trainer_program(tmp_path),
         DataSettings(columns=("*",)),
         terms=lambda task: Terms(owner.columns_of(task)),
     )
@@ -430,9 +435,8 @@ def test_code_is_compared_again_where_it_is_loaded(machine: Machine, own_task: P
     np_points = own_task / "points.txt"
     np_points.write_text("".join(f"{n / 40} {n / 20}\n" for n in range(40)))
     trainer = TrainerProcess(
-        own_task / "work",
+        trainer_program(own_task / "work", threads=1),
         DataSettings(path=str(np_points)),
-        threads=1,
         sources={name: source},
         terms=lambda task: Terms(("*",), machine.owner().consent_to(task).code),
     )

@@ -331,7 +331,8 @@ async def test_a_round_with_fewer_peers_than_the_owner_wants_fails(
     async with fleet_of(tmp_path, some_data(30, 0), some_data(40, 1)) as site:
         for agent in site.agents:
             assert agent.client is not None
-            agent.client._reader._floors = Floors(min_cohort=2)
+            reader = agent.client._reader
+            reader._owner = reader._owner._replace(floors=Floors(min_cohort=2))
         run = await site.finished(site.start(rounds=1, **spec))
         assert run.state is RunState.FAILED
         assert "min_cohort is 2" in run.ended_because

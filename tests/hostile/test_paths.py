@@ -16,8 +16,10 @@ from msgspec.structs import replace
 
 from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs, _unzip, find_version
-from agent.clientapp.interfaces import PeerIdentity, Queries
+from agent.clientapp.interfaces import PeerIdentity, Queries, Transport
 from agent.clientapp.jobs import Jobs
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.told_scores import ToldScores
 from agent.home.settings_schema import AgentSettings
 from agent.transport.coordinator_client import CoordinatorClient
@@ -60,7 +62,7 @@ WAYS_OUT = [
 ]
 
 
-class Victim:
+class Victim(Transport):
     """An agent's client with a real version store, linked to a coordinator that lies."""
 
     def __init__(self, folder: Path) -> None:
@@ -78,8 +80,10 @@ class Victim:
         (self.home / "data.csv").write_text("a,b,c,d,e\n1,2,3,4,5\n")
         inferring = InferenceJobs(
             self.trainer,
-            lambda: AgentSettings(
-                jobs_scatter="on", tasks=("softmax",), data=str(self.home / "data.csv")
+            OwnerRules(
+                lambda: AgentSettings(
+                    jobs_scatter="on", tasks=("softmax",), data=str(self.home / "data.csv")
+                )
             ),
             lambda model: find_version(
                 self.home / "cache",
@@ -102,8 +106,8 @@ class Victim:
             me,
             self.trainer,
             self,
-            self.home / "outbox",
-            settings=lambda: AgentSettings(tasks=("softmax",)),
+            Outbox(self.home / "outbox", me),
+            OwnerRules(lambda: AgentSettings(tasks=("softmax",))),
             queries=Queries(lambda work: RecordDict(), jobs.answer),
         )
 

@@ -15,13 +15,15 @@ import pytest
 from flwr.app import Message
 
 from agent.clientapp.app import Client
-from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.interfaces import PeerIdentity, Transport
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.data.settings import DataSettings
 from agent.home import enrollment_file
 from agent.home.credentials import Credentials
 from agent.home.enrollment_file import Enrollment
 from agent.home.settings_schema import AgentSettings
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import TrainerProcess, trainer_program
 from agent.trainer.retry import RetryingTrainer
 from agent.transport.coordinator_client import CoordinatorClient
 from coordinator.transport.upload_limits import MAX_UPLOADS
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.attack("20.wire", by="stranger")
 MOST_GROWTH_MB = 64
 
 
-class NoWeights:
+class NoWeights(Transport):
     """The transport of a client that only describes: no version comes, no update goes."""
 
     def fetch(self, work: Work) -> Path:
@@ -81,11 +83,15 @@ class Target:
 
     def described(self, question: Message) -> Message:
         """An honest answer to the first question of a run."""
-        trainer = RetryingTrainer(TrainerProcess(self.home, DataSettings()))
+        trainer = RetryingTrainer(TrainerProcess(trainer_program(self.home), DataSettings()))
         coordinator_public, fleet = self.enrollment.coordinator_public, self.enrollment.fleet
         me = PeerIdentity(self.mine.peer, self.mine.sign_key.sign, coordinator_public, fleet)
         client = Client(
-            me, trainer, NoWeights(), self.home, settings=lambda: AgentSettings(tasks=("*",))
+            me,
+            trainer,
+            NoWeights(),
+            Outbox(self.home, me),
+            OwnerRules(lambda: AgentSettings(tasks=("*",))),
         )
         try:
             return client.handle(question)

@@ -10,6 +10,7 @@ from typing import Any
 
 from agent.clientapp.flower_apps import FlowerApps
 from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.owner_rules import OwnerRules
 from agent.home.settings_schema import AgentSettings
 from agent.trainer.app_trainer import AppTrainer
 from coordinator.runs.state import Run
@@ -68,7 +69,7 @@ class AppFleet:
             me,
             home / "app-answers",
             made.process,
-            settings=lambda: made.owner,
+            OwnerRules(lambda: made.owner),
             fetch=agent.versions.fetch,
             send=agent.send,
         )

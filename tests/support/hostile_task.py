@@ -10,7 +10,7 @@ from agent.home.settings_schema import AgentSettings
 from agent.policy.file_access import Mode
 from agent.tasks.work import Describe
 from agent.trainer import sandbox_rules
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import TrainerProcess, trainer_program
 
 #: It does what the setting "do" says, as Python code.
 TASK = """
@@ -78,14 +78,11 @@ def own(folder: Path, mode: Mode, prelude: str = "", *, rows: int = 1, **chosen:
         **chosen,  # type: ignore[arg-type]
     )
     work, memory = folder / "work", folder / "agent" / "told" / "told.db"
+    rules = sandbox_rules.make_rules(settings, write=(work,), memory=memory, spool=folder / "spool")
     trainer = TrainerProcess(
-        work,
+        trainer_program(work, threads=2, rules=rules),
         data_settings(settings, work, memory),
-        threads=2,
         sources=settings.task_files,
-        rules=sandbox_rules.make_rules(
-            settings, write=(work,), memory=memory, spool=folder / "spool"
-        ),
     )
     helpers = f"""
 HOME = pathlib.Path({str(folder)!r})

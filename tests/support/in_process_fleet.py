@@ -22,8 +22,10 @@ from msgspec.structs import replace
 from agent.clientapp import secure_rules
 from agent.clientapp.app import Client
 from agent.clientapp.inference_jobs import InferenceJobs
-from agent.clientapp.interfaces import Observer, PeerIdentity, Queries
+from agent.clientapp.interfaces import Observer, PeerIdentity, Queries, Transport
 from agent.clientapp.jobs import Jobs
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.recovery import Recall
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.told_scores import ToldScores
@@ -190,7 +192,7 @@ class Proving(Observer):
         version_proofs.save_proof(self._cache, work, payload, signature)
 
 
-class Agent:
+class Agent(Transport):
     """An agent's coordinator client in a thread: it works until `stop`, and reconnects."""
 
     def __init__(
@@ -229,14 +231,13 @@ class Agent:
             me,
             self.trainer,
             self,
-            self._folder,
-            settings=lambda: self.owner,
+            Outbox(self._folder, me),
+            OwnerRules(lambda: self.owner),
             observer=self.seen,
             queries=Queries(
                 Recall(me, self._folder / "cache", self.send, lambda *_: None).answer,
                 self.jobs(me).answer,
             ),
-            check_log=self.log.check_work,
             secure_turns=self._secure_turns,
         )
         self._thread.start()
@@ -254,10 +255,13 @@ class Agent:
     def send(self, digest: str, path: Path) -> None:
         self._open_link().upload(digest, path)
 
+    def check_log(self, work: Work, head: bytes, page: bytes) -> None:
+        self.log.check_work(work, head, page)
+
     def jobs(self, me: PeerIdentity) -> Jobs:
         inferring = InferenceJobs(
             self.trainer,
-            lambda: self.owner,
+            OwnerRules(lambda: self.owner),
             lambda model: self.versions.fetch(model.digest, model.nbytes),
             lambda digest, nbytes, to: self._open_link().download(digest, nbytes, to, INPUT_PATH),
             self._folder / "jobs",

@@ -11,6 +11,7 @@ from agent.tasks.work import Describe, Done, Evaluate, Init, Predict, Train, Wor
 class ByKind:
     """A trainer of a test: `run` calls the method for the kind of work."""
 
+    trains_ahead = False
     describe: Any
     init: Any
     train: Any

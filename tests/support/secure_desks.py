@@ -18,7 +18,9 @@ from msgspec.structs import replace
 
 from agent.clientapp import secure_rules
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client
-from agent.clientapp.interfaces import Observer, PeerIdentity
+from agent.clientapp.interfaces import Observer, PeerIdentity, Transport
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.clientapp.secure_turns import SecureTurns
 from agent.clientapp.secure_work import REQUEST
@@ -112,7 +114,7 @@ class Where(NamedTuple):
     key: identity.SigningKey = COORDINATOR
 
 
-class Desk(Observer):
+class Desk(Observer, Transport):
     """One agent: its home, its ClientApp, and what it has sent."""
 
     def __init__(self, folder: Path, number: int, versions: Path, site: Where) -> None:
@@ -122,7 +124,7 @@ class Desk(Observer):
         self.peer, self.trainer = me(number).peer, Trainer(number)
         self.owner = AgentSettings(tasks=(TASK,))
         #: The owner's privacy ledger; None: nothing is charged.
-        self.budget: PrivacyBudget | None = None
+        self.budget = PrivacyBudget()
         #: Everything that has left this agent, as bytes.
         self.left: list[bytes] = []
         #: Called with each answer before it is sent.
@@ -133,19 +135,19 @@ class Desk(Observer):
 
     def made_again(self) -> Client:
         """A ClientApp over the same home, as after a restart."""
+        own = PeerIdentity(
+            self.peer,
+            me(self.number).sign,
+            identity.public_bytes(self.site.key),
+            self.site.fleet,
+        )
         self.client = Client(
-            PeerIdentity(
-                self.peer,
-                me(self.number).sign,
-                identity.public_bytes(self.site.key),
-                self.site.fleet,
-            ),
+            own,
             self.trainer,
             self,
-            self.home / "outbox",
-            settings=lambda: self.owner,
+            Outbox(self.home / "outbox", own),
+            OwnerRules(lambda: self.owner, budget=self.budget),
             observer=self,
-            budget=self.budget,
             secure_turns=self.turns,
         )
         return self.client

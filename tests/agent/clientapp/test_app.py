@@ -17,8 +17,9 @@ from msgspec.structs import replace
 
 from agent.clientapp import app
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client
-from agent.clientapp.interfaces import Observer, PeerIdentity
+from agent.clientapp.interfaces import Observer, PeerIdentity, Transport
 from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.home import audit_log
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
@@ -94,7 +95,7 @@ class Trainer(ByKind):
         return replace(DONE, digest="", nbytes=0)
 
 
-class Desk(Observer):
+class Desk(Observer, Transport):
     """A client with a lane that is a list."""
 
     def __init__(self, folder: Path) -> None:
@@ -113,8 +114,8 @@ class Desk(Observer):
             me,
             self.trainer,
             self,
-            self.folder,
-            settings=lambda: AgentSettings(tasks=("mnist",)),
+            Outbox(self.folder, me),
+            OwnerRules(lambda: AgentSettings(tasks=("mnist",))),
             observer=self,
         )
 

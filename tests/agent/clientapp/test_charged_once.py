@@ -16,7 +16,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from agent.clientapp import app
 from agent.clientapp.app import Client
-from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.interfaces import PeerIdentity, Transport
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.home.privacy_ledger import PrivacyLedger
 from agent.home.settings_schema import AgentSettings
@@ -51,7 +53,7 @@ class Trainer(ByKind):
         return Done(digest=digest, nbytes=6, num_examples=5, privacy=COST)
 
 
-class Desk:
+class Desk(Transport):
     """A client whose home stays when it dies. `sent`: the updates that have left, as bytes."""
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +66,11 @@ class Desk:
         me = PeerIdentity("P", test_app.KEY.sign, identity.public_bytes(test_app.COORDINATOR), "f")
         budget = PrivacyBudget(self.folder / "privacy.db", lambda: self.owner)
         client = Client(
-            me, Trainer(), self, self.folder, settings=lambda: self.owner, budget=budget
+            me,
+            Trainer(),
+            self,
+            Outbox(self.folder, me),
+            OwnerRules(lambda: self.owner, budget=budget),
         )
         work = Work(
             run="r",

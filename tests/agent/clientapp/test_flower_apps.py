@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from agent.clientapp.flower_apps import FlowerApps
 from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.privacy_budget import PrivacyBudget
 from agent.home.settings_schema import AgentSettings
 from agent.trainer.app_trainer import AppTrainer
@@ -69,10 +70,9 @@ class Machine:
             me,
             self.folder / "answers",
             self.process,
-            settings=lambda: self.owner,
+            OwnerRules(lambda: self.owner, budget=PrivacyBudget(settings=lambda: self.owner)),
             fetch=lambda digest, nbytes: self.versions[digest],
             send=lambda digest, path: self.sent.append(weights.file_digest(path)),
-            budget=PrivacyBudget(settings=lambda: self.owner),
             on_leaving=lambda work, answer: self.left.append(answer),
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from agent.clientapp.inference_jobs import InferenceJobs
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.told_scores import ToldScores
 from agent.data.settings import DataSettings
 from agent.home.settings_schema import AgentSettings
@@ -59,7 +60,7 @@ def answers(home: Path, blocks: Path, data: DataSettings = DataSettings()) -> li
 
     inferring = InferenceJobs(
         InProcessTrainer(data, source=f"{home}/task.py:Names"),
-        lambda: AgentSettings(jobs_scatter="on", tasks=("names",)),
+        OwnerRules(lambda: AgentSettings(jobs_scatter="on", tasks=("names",))),
         lambda model: base,
         fetch,
         home / "jobs",

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from agent.clientapp import app
 from agent.clientapp.app import Client
-from agent.clientapp.interfaces import PeerIdentity
+from agent.clientapp.interfaces import PeerIdentity, Transport
+from agent.clientapp.outbox import Outbox
+from agent.clientapp.owner_rules import OwnerRules
 from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done
 from protocols.codecs import registry
@@ -55,7 +57,7 @@ def moved(start: Any, number: int) -> Any:
     return (start + np.sin(start + np.float32(number))).astype(np.float32)
 
 
-class Desk:
+class Desk(Transport):
     """A client whose home stays when it dies. `sent`: the updates that arrived, by round."""
 
     def __init__(self, folder: Path, *, in_background: bool = False, codec: str = "fp32") -> None:
@@ -70,13 +72,13 @@ class Desk:
 
     def restart(self) -> None:
         me = PeerIdentity("P", test_app.KEY.sign, identity.public_bytes(test_app.COORDINATOR), "f")
+        self.trainer.trains_ahead = self.in_background
         self.client = Client(
             me,
             self.trainer,
             self,
-            self.folder / "outbox",
-            settings=lambda: AgentSettings(tasks=("mnist",)),
-            trains_ahead=self.in_background,
+            Outbox(self.folder / "outbox", me),
+            OwnerRules(lambda: AgentSettings(tasks=("mnist",))),
         )
 
     def ask(self, number: int, **changed: Any) -> None:

@@ -14,7 +14,7 @@ from agent.home.settings_schema import AgentSettings
 from agent.setup import own_data
 from agent.tasks import data_checks
 from agent.tasks.work import Describe
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import TrainerProcess, trainer_program
 from agent.trainer.retry import RetryingTrainer
 from protocols.errors import DataError, TrainerFailed, UsageError
 from protocols.messages.refusals import refusal_of
@@ -120,9 +120,8 @@ def test_a_file_that_the_agent_may_not_read_is_told(tmp_path: Path) -> None:
 def test_a_task_of_ones_own_is_not_tried_again_over_a_folder(tmp_path: Path) -> None:
     """Its own error, "Is a directory", said neither what is wrong nor that a retry is useless."""
     trainer = TrainerProcess(
-        tmp_path / "work",
+        trainer_program(tmp_path / "work", threads=1),
         DataSettings(path=str(tmp_path)),
-        threads=1,
         sources={"line": f"{ROOT}/docs/examples/line.py:Line"},
     )
     given_up: list[str] = []

@@ -13,7 +13,7 @@ from agent.data.settings import DataSettings
 from agent.home import settings
 from agent.tasks import KeepsOptimizerState, SupportsScaffold, registry
 from agent.tasks.work import Describe, Evaluate, Init, Train
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import TrainerProcess, trainer_program
 from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageError
 from protocols.messages.refusals import refusal_of
 from protocols.model import weights
@@ -34,7 +34,9 @@ def test_the_documented_example_is_forty_lines_and_finds_its_line(
 ) -> None:
     assert len(Path(LINE.rpartition(":")[0]).read_text().splitlines()) <= 41
     trainer = TrainerProcess(
-        tmp_path / "work", DataSettings(path=str(points)), threads=1, sources={"my-line": LINE}
+        trainer_program(tmp_path / "work", threads=1),
+        DataSettings(path=str(points)),
+        sources={"my-line": LINE},
     )
     base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
     try:
@@ -103,7 +105,9 @@ def test_check_shows_schema_memory_and_time_and_the_trace_of_a_broken_file(
 def test_a_file_that_cannot_be_loaded_tells_others_nothing_of_itself(tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     trainer = TrainerProcess(
-        tmp_path / "work", DataSettings(), threads=1, sources={"b": f"{file}:Task"}
+        trainer_program(tmp_path / "work", threads=1),
+        DataSettings(),
+        sources={"b": f"{file}:Task"},
     )
     try:
         for text in ("raise SystemError('secret')", "import nothing_such", "Task = 1", "x = (", ""):
@@ -137,7 +141,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     for name in ("config.json", "model.safetensors"):
         (model / name).touch()
     data = DataSettings(path=str(pictures), models=str(model.parent))
-    trainer = TrainerProcess(tmp_path / "work", data, threads=1)
+    trainer = TrainerProcess(trainer_program(tmp_path / "work", threads=1), data)
     try:
         for task, settings, package, extra in (
             ("tabular", {"target": "price"}, "pyarrow", "tabular"),
@@ -179,7 +183,7 @@ def test_the_list_of_tasks_says_what_is_missing_and_imports_nothing(
 def test_a_path_from_the_wire_is_never_loaded(tmp_path: Path) -> None:
     evil, proof = tmp_path / "evil.py", tmp_path / "proof"
     evil.write_text(f"open({str(proof)!r}, 'w')\nclass Task: pass")
-    trainer = TrainerProcess(tmp_path / "work", DataSettings(), threads=1)
+    trainer = TrainerProcess(trainer_program(tmp_path / "work", threads=1), DataSettings())
     try:
         with pytest.raises(TrainerFailed) as caught:
             trainer.run(Describe(task=f"{evil}:Task", settings={}))

@@ -33,7 +33,7 @@ from agent.trainer.ipc import (
     decode_answer,
     encode,
 )
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import TrainerProcess, trainer_program
 from agent.trainer.progress import WorkControl
 from protocols.errors import TrainerFailed
 from protocols.model import weights
@@ -140,9 +140,8 @@ class Site:
         self.frames = Frames()
         self.data = DataSettings(index=1, parts=10, cache=cache)
         self.trainer = TrainerProcess(
-            folder,
+            trainer_program(folder, threads=1),
             self.data,
-            threads=1,
             on_progress=self.frames,
             **options,  # type: ignore[arg-type]
         )
@@ -458,13 +457,14 @@ def test_child_leaves_when_its_parent_dies(tmp_path: Path, first: str) -> None:
         "import os, pathlib, sys\n"
         "from agent.data.settings import DataSettings\n"
         "from agent.tasks.work import Init, Train\n"
-        "from agent.trainer.process import TrainerProcess\n"
+        "from agent.trainer.process import TrainerProcess, trainer_program\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "def told(p):\n"
         "    print(trainer.pid, flush=True)\n"
         f"    {first}\n"
         "    os._exit(9)\n"
-        "trainer = TrainerProcess(folder, DataSettings(parts=10), on_progress=told)\n"
+        "trainer = TrainerProcess(\n"
+        "    trainer_program(folder), DataSettings(parts=10), on_progress=told)\n"
         "base, out = str(folder / 'base'), str(folder / 'out')\n"
         "trainer.run(Init(task='mnist', settings={}, seed=1, out=base))\n"
         "settings = {'epochs': 1000000}\n"
@@ -587,7 +587,9 @@ def test_frame_that_is_no_answer_is_refused() -> None:
 def test_the_owners_budget_counts_as_it_is_now(tmp_path: Path) -> None:
     owner = AgentSettings(privacy_max_epsilon=5.0)
     trainer = TrainerProcess(
-        tmp_path, DataSettings(), terms=lambda task: client_factory.terms_of(owner, task)
+        trainer_program(tmp_path),
+        DataSettings(),
+        terms=lambda task: client_factory.terms_of(owner, task),
     )
     work = Describe(task="mnist", settings={})
     assert trainer._with_local_data(work).data.has_budget

@@ -27,11 +27,11 @@ DYING_PARENT = """
 import os, pathlib, signal, sys
 from agent.data.settings import DataSettings
 from agent.tasks.work import Describe
-from agent.trainer.process import TrainerProcess
+from agent.trainer.process import TrainerProcess, subfleet_program
 from protocols.errors import TrainerFailed
 
 folder = pathlib.Path(sys.argv[1])
-trainer = TrainerProcess(folder, DataSettings(), fleet=sys.argv[1])
+trainer = TrainerProcess(subfleet_program(folder, sys.argv[1]), DataSettings())
 try:
     trainer.run(Describe(task="mnist", settings={}))
 except TrainerFailed as err:

@@ -13,7 +13,7 @@ from flwr.app import Message
 from msgspec.structs import replace
 
 from agent.clientapp.training import Training
-from agent.data.settings import DataSettings, Floors
+from agent.data.settings import DataSettings
 from agent.tasks import registry
 from agent.tasks.work import Done, Trainer, Work
 from agent.trainer.in_process import InProcessTrainer
@@ -76,7 +76,8 @@ def in_background(agent: Agent, trainer: Trainer | None = None) -> None:
     """From now on the agent trains ahead in a thread, as outside of tests."""
     client, trainer = agent.client, trainer or agent.trainer
     assert client is not None
-    client.training = Training(trainer, client._outbox, Floors(), in_background=True)
+    trainer.trains_ahead = True
+    client.training = Training(trainer, client._outbox)
 
 
 async def test_versions_follow_the_rule(tmp_path: Path) -> None:
@@ -153,6 +154,8 @@ def _age(path: Path) -> float:
 
 class Locked:
     """A trainer that does one work at a time, as a process does."""
+
+    trains_ahead = True
 
     def __init__(self, trainer: InProcessTrainer) -> None:
         self._trainer, self._lock = trainer, threading.Lock()
