@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -48,7 +49,12 @@ class Finished(Struct, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         """The digest of the update; empty without one."""
-        return "" if self.description else SIGNED_CLAIM.decode(self.claim).digest
+        return "" if self.description else _digest_in(self.claim)
+
+
+@lru_cache(4)  # asked several times for each reply
+def _digest_in(claim: bytes) -> str:
+    return SIGNED_CLAIM.decode(claim).digest
 
 
 class Outbox:
@@ -72,6 +78,8 @@ class Outbox:
         self.answer = folder / "finished.json"
         #: The digest of the verified update. A file from before a restart is verified first.
         self._verified = ""
+        #: The key of the reply in `answer`; empty for none, None if that file must be read.
+        self._key: str | None = None
         self._syncing: Future[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -88,14 +96,19 @@ class Outbox:
     def clear(self) -> None:
         """Deletes the reply before its update is overwritten."""
         self._make_folder()
+        self._key = None
         self.answer.unlink(missing_ok=True)
+        self._key = ""
         # Some file systems write a file at once when it replaces another.
         unlink(self.update)
 
     def finished(self, work: Work, columns: Sequence[str] = ()) -> Finished | None:
         """Returns the reply to this work, done with these columns, if it is in the outbox."""
+        key = _key(work, columns)
+        if self._key is not None and self._key != key:
+            return None
         last = self._last()
-        return last if last is not None and last.key == _key(work, columns) else None
+        return last if last is not None and last.key == key else None
 
     def _last(self) -> Finished | None:
         """Returns the reply in the outbox, or None."""
@@ -146,8 +159,10 @@ class Outbox:
             description=description,
             privacy=done.privacy,
         )
+        self._key = None
         if self._is_durable or (synced and not description):
             write_private(self.answer, msgspec.json.encode(finished), synced=synced)
+            self._key = finished.key
         self.commit(done.digest)
         self._verified = done.digest
         return finished

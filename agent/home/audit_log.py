@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from agent.home import secure_audit
 from agent.home.secure_audit import SecureKind
-from protocols.local.atomic_files import fsync_folder
+from protocols.local.atomic_files import fsync_folder, write_all
 from protocols.local.disk_space import file_bytes
 from protocols.messages import app_work
 from protocols.messages.app_work import AppAnswer, AppWork, Arrays, Values
@@ -239,11 +239,10 @@ def append_entry(path: Path, entry: AuditEntry, max_bytes: int) -> int:
         path.replace(_rotated_file(path))
         nbytes = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "ab") as file:
+    with os.fdopen(descriptor, "ab", buffering=0) as file:
         # The first newline ends a line that a power cut may have left incomplete.
         line = b"\n" + msgspec.json.encode(entry) + b"\n"
-        file.write(line)
-        file.flush()
+        write_all(file, memoryview(line))
         os.fsync(descriptor)
     if not nbytes:  # the file is new
         fsync_folder(path.parent)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from agent.data.private_database import database_error
 from protocols.errors import DiskFull, HomeError
-from protocols.messages.version_log import LogHead
+from protocols.messages.version_log import LogEntry, LogHead
 
 FILE = "log.db"
 #: Another program waits this long: pages of the log may be fetched within a transaction.
@@ -30,12 +30,22 @@ class Known(NamedTuple):
     head: bytes
 
 
+class Appended(NamedTuple):
+    """The end of the log: its size and hash, and the last entry of a run, with the log's size then.
+    No other entry of that run comes after it."""
+
+    size: int
+    hash: bytes
+    of_run: tuple[int, LogEntry] | None
+
+
 @dataclass
 class _Cache:
     """What is in memory too; None if it is not read yet. `newest` has one item, the last head."""
 
     meta: dict[str, bytes] | None = None
     newest: tuple[Known | None] | None = None
+    appended: Appended | None = None
     #: When the last head for the audit was signed (Unix s).
     audited_at: float | None = None
     last_epoch: int | None = None
@@ -119,16 +129,9 @@ class LogFile:
             yield
         finally:
             if self._db.in_transaction:
-                self._commit()
-            else:  # SQLite has ended it, as the disk is full
+                self._execute("COMMIT")
+            else:  # it was dropped, as the disk is full
                 self._cache = _Cache()
-
-    def _commit(self) -> None:
-        try:
-            self._execute("COMMIT")
-        finally:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
 
     def _write(self, statement: str, *rows: tuple[object, ...]) -> None:
         try:
@@ -140,8 +143,12 @@ class LogFile:
             raise self._failed(err) from err
 
     def _failed(self, err: sqlite3.DatabaseError) -> DiskFull | HomeError:
-        """The error as ours. Clears the memory, which the file may not have reached."""
+        """The error as ours. Clears the memory, which the file may not have reached, and drops what
+        the transaction has written: a part of it may be missing."""
         self._cache = _Cache()
+        if self._db.in_transaction:
+            with suppress(sqlite3.DatabaseError):
+                self._db.execute("ROLLBACK")
         return _error(self._path, err)
 
 

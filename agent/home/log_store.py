@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from agent.home.log_file import Known, LogFile
+from agent.home.log_file import Appended, Known, LogFile
 from protocols.messages.version_log import LogEntry, LogHead
 
 #: Entries and heads that are kept. Heads for the audit are kept once an hour.
@@ -61,6 +61,8 @@ class LogStore(LogFile):
 
     def hash_at(self, size: int) -> bytes | None:
         """The hash of the log's first `size` entries; None if it is not known here."""
+        if (end := self._cache.appended) is not None and end.size == size:
+            return end.hash
         row = self._execute("SELECT hash FROM entries WHERE size = ?", (size,)).fetchone()
         return bytes(row[0]) if row else None
 
@@ -76,6 +78,9 @@ class LogStore(LogFile):
         out."""
         found = {}
         for run in runs:
+            if (entry := self._last_entry(run, sys.maxsize)) is not None:
+                found[run] = (-1, "") if entry.kind == "run" else (entry.number, entry.digest)
+                continue
             row = self._execute(
                 "SELECT kind, number, digest FROM entries WHERE run = ? ORDER BY size DESC LIMIT 1",
                 (run,),
@@ -83,6 +88,13 @@ class LogStore(LogFile):
             if row:
                 found[run] = (-1, "") if row[0] == "run" else (int(row[1]), str(row[2]))
         return found
+
+    def _last_entry(self, run: str, until: int) -> LogEntry | None:
+        """The last entry of a run, if it is in memory and among the first `until`."""
+        if (end := self._cache.appended) is None or end.of_run is None:
+            return None
+        size, entry = end.of_run
+        return entry if entry.run == run and size <= until else None
 
     def last_entry_of(self, run: str, number: int) -> int:
         """The place of the entry of this run that version `number` repeats; 0 if unknown."""
@@ -94,6 +106,10 @@ class LogStore(LogFile):
 
     def has_version(self, run: str, number: int, digest: str, until: int) -> bool:
         """Whether the first `until` entries have this version, and none takes it back."""
+        last = self._last_entry(run, until)
+        is_version = last is not None and last.kind in ("version", "back")
+        if last and is_version and (last.number, last.digest) == (number, digest):
+            return True
         row = self._execute(
             "SELECT size, digest FROM entries WHERE run = ? AND number = ? AND size <= ? "
             "AND kind IN ('version', 'back') ORDER BY size DESC LIMIT 1",
@@ -114,12 +130,20 @@ class LogStore(LogFile):
             "INSERT OR REPLACE INTO entries (size, hash, got) VALUES (?, ?, ?)",
             (size, hash_, time.time()),
         )
-        self._cache.newest = None
+        self._cache.newest = self._cache.appended = None
 
     def append(
-        self, start: int, entries: Sequence[tuple[bytes, LogEntry]], hashes: Sequence[bytes]
+        self,
+        start: int,
+        entries: Sequence[tuple[bytes, LogEntry]],
+        hashes: Sequence[bytes],
+        *,
+        at_end: bool = True,
     ) -> None:
-        """Add the entries that follow the first `start`, with the hash after each."""
+        """Add the entries that follow the first `start`, with the hash after each.
+
+        Not `at_end`: later entries are known.
+        """
         now = time.time()
         rows = [
             (size, data, hash_, now, entry.kind, entry.run, entry.number, entry.digest)
@@ -129,20 +153,29 @@ class LogStore(LogFile):
         ]
         if not rows:
             return
+        of_run = self._cache.appended.of_run if self._cache.appended is not None else None
         self._write("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *rows)
-        self._cache.newest = None
+        self._cache.newest = self._cache.appended = None
         end = start + len(rows)
         if end // _PRUNE_EVERY != start // _PRUNE_EVERY:
             self._write("DELETE FROM entries WHERE size <= ?", (end - MAX_ENTRIES,))
             self._write("DELETE FROM heads WHERE size <= ?", (end - MAX_ENTRIES,))
+        elif at_end:
+            with_run = [
+                (row[0], entry) for row, (_, entry) in zip(rows, entries, strict=True) if entry.run
+            ]
+            self._cache.appended = Appended(end, hashes[-1], with_run[-1] if with_run else of_run)
 
     def add_head(self, head: LogHead, signed: bytes) -> None:
         """Remember an accepted head. One of each size is enough, beside the newest."""
+        newest = self.newest()
+        self._cache.newest = None
         self._write("DELETE FROM heads WHERE size = ?", (head.size,))
         self._write(
             "INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", (head.ledger, head.size, signed)
         )
-        self._cache.newest = None
+        if newest is None or head.size >= newest.size:
+            self._cache.newest = (Known(head.size, head.hash, signed),)
         if self._cache.audited_at is None:
             (last,) = self._execute("SELECT MAX(at) FROM audit").fetchone()
             self._cache.audited_at = -math.inf if last is None else float(last)
@@ -170,7 +203,7 @@ class LogStore(LogFile):
         self._write("DELETE FROM entries WHERE size > ?", (size,))
         self._write("DELETE FROM heads WHERE size > ?", (size,))
         self._write("DELETE FROM confirmed")
-        self._cache.newest = None
+        self._cache.newest = self._cache.appended = None
         return [LogEntry(*row) for row in rows if row[0]]
 
     # --- epochs ---

@@ -10,6 +10,7 @@ withhold one.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +48,7 @@ class ChargedHeads:
         """Our signed statement for the next request; empty if there is nothing new."""
         with self._lock:
             try:
-                has_file = self._ledger is not None or self._file.exists()
+                has_file = self._ledger is not None or os.path.exists(self._file)
                 count = self._open().head() if has_file else 0
             except CommonweightError as err:  # then nothing can be charged either
                 log.warning("%s", err)

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
@@ -25,16 +25,18 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
 import msgspec
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
 from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, DeactivateNodeRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.inflatable import inflatable_object
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.primitives.asymmetric import sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
@@ -280,14 +282,36 @@ class CoordinatorClient(CoordinatorRequests):
 
 def pack_message(reply: Message) -> FlowerMessage:
     """Serializes a reply with all its objects."""
+    objects: dict[str, bytes] = {}
     with inflatable_object.no_object_id_recompute():
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        objects = inflatable_object.get_all_nested_objects(reply)
-        return FlowerMessage(
-            message=message_to_proto(remove_content_from_message(reply)).SerializeToString(),
-            tree=inflatable_object.get_object_tree(reply).SerializeToString(),
-            objects={object_id: part.deflate() for object_id, part in objects.items()},
-        )
+        tree = _deflate(reply, objects)
+    reply.metadata.__dict__["_message_id"] = tree.object_id
+    return FlowerMessage(
+        message=message_to_proto(remove_content_from_message(reply)).SerializeToString(),
+        tree=tree.SerializeToString(),
+        objects=objects,
+    )
+
+
+def _deflate(part: InflatableObject, objects: dict[str, bytes]) -> ObjectTree:
+    """Adds an object of a message and those in it to `objects`, by id; the tree of their ids.
+
+    Flower's functions serialize each object twice, once only for its id.
+    """
+    if isinstance(part, Message):
+        inner: Iterable[InflatableObject] = [part.content] if part.has_content() else []
+    elif isinstance(part, RecordDict):
+        inner = part.values()
+    else:
+        inner = (part.children or {}).values()
+    trees = {tree.object_id: tree for tree in [_deflate(one, objects) for one in inner]}
+    content = part.deflate()
+    object_id = inflatable_object.get_object_id(content)
+    # `deflate` of the object around this one asks for its id.
+    part.__dict__["_object_id"] = object_id
+    inflatable_object._get_computed_object_ids().add(object_id)
+    objects[object_id] = content
+    return ObjectTree(object_id=object_id, children=trees.values())
 
 
 def unpack_message(work: FlowerMessage) -> Message:

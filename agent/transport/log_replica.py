@@ -105,7 +105,8 @@ class LogReplica:
             decoded = [wire.decode_entry(entry) for entry in entries]
             with self.store.transaction():
                 self.store.start(start, page.before)
-                self.store.append(start, list(zip(entries, decoded, strict=True)), hashes)
+                older = list(zip(entries, decoded, strict=True))
+                self.store.append(start, older, hashes, at_end=False)
             if found():
                 return True
         return False

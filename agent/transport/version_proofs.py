@@ -7,6 +7,7 @@ coordinator's public key.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -56,9 +57,10 @@ def save_proof(folder: Path, work: Work, payload: bytes, signature: bytes) -> No
     # Not synced: after a power cut the next work brings a new proof.
     content = msgspec.json.encode(_Proof(work=payload, signature=signature))
     write_private(proof, content, synced=False)
-    for other in folder.glob(f"*{SUFFIX}"):
-        if not _version(other).exists():
-            other.unlink(missing_ok=True)
+    names = set(os.listdir(folder))
+    for name in names:
+        if name.endswith(SUFFIX) and _version_name(name) not in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def read_proof(proof: bytes, coordinator_public: bytes, fleet: str) -> tuple[Work, bytes, bytes]:
@@ -131,4 +133,8 @@ class VersionIndex:
 
 
 def _version(proof: Path) -> Path:
-    return proof.with_name(proof.name.removesuffix(SUFFIX) + ".safetensors")
+    return proof.with_name(_version_name(proof.name))
+
+
+def _version_name(proof: str) -> str:
+    return proof.removesuffix(SUFFIX) + ".safetensors"

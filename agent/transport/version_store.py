@@ -49,10 +49,12 @@ class VersionStore:
     def fetch(self, digest: str, nbytes: int) -> Path:
         """Returns a version's file, downloaded if it is not in the folder."""
         path = self._path(digest)
-        if digest not in self._verified and path.exists() and file_digest(path) != digest:
+        is_here = path.exists()
+        if is_here and digest not in self._verified and file_digest(path) != digest:
             log.warning("version %s is damaged on this disk: downloading it again", digest[:12])
             path.unlink()
-        if not path.exists():
+            is_here = False
+        if not is_here:
             check_room(self._folder, nbytes)
             if self._sharing is not None and self._sharing.is_large_enough(nbytes):
                 self._fetch_shared(self._sharing, digest, nbytes, path)
@@ -137,7 +139,10 @@ class VersionStore:
         return freed
 
     def _by_age(self) -> list[Path]:
-        return sorted(self._folder.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)
+        with os.scandir(self._folder) as files:
+            versions = [file for file in files if file.name.endswith(".safetensors")]
+            versions.sort(key=lambda file: file.stat().st_mtime)
+        return [self._folder / version.name for version in versions]
 
     def _drop_old(self) -> None:
         for old in self._by_age()[:-MAX_VERSIONS]:

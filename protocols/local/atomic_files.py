@@ -17,7 +17,8 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
 
     `synced`: fsync it before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     descriptor = _create(temporary)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -28,19 +29,21 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
         with freeing_in_thread(path):
             os.replace(temporary, path)
     except BaseException:  # also a full disk
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
     if synced:
         fsync_folder(path.parent)
 
 
-def _create(path: Path) -> int:
+def _create(path: str) -> int:
     """The descriptor of a new file in place of any that is there."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         return os.open(path, flags, 0o600)
     except FileExistsError:  # others may write to the folder: a link or a file of theirs
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         return os.open(path, flags, 0o600)
 
 

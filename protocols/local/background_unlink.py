@@ -36,7 +36,7 @@ def _open_if_large(path: Path) -> int | None:
     if os.name == "nt":  # cannot remove a file that is open
         return None
     try:
-        if path.stat().st_size < _LARGE_BYTES:
+        if os.stat(path).st_size < _LARGE_BYTES:
             return None
         return os.open(path, os.O_RDONLY)
     except OSError:

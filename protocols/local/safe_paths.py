@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from protocols.errors import BadMessage
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 
+@functools.lru_cache(64)  # a work names few files, and each of them several times
 def path_in(folder: Path, name: str, suffix: str = "") -> Path:
     """The path of the file `name` + `suffix` in `folder`. Raises BadMessage for other names.
 

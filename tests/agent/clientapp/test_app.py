@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from msgspec.structs import replace
 
-from agent.clientapp import app
+from agent.clientapp import app, outbox
 from agent.clientapp.app import CLAIM, DESCRIPTION, Client
 from agent.clientapp.interfaces import Observer, PeerIdentity, Transport
 from agent.clientapp.outbox import Outbox
@@ -254,6 +255,35 @@ def test_the_same_question_is_answered_from_the_outbox(desk: Desk) -> None:
     assert desk.ask() == first
     assert len(desk.trainer.did) == 1
     assert len(desk.sent) == 2  # the coordinator may have been the one that lost it
+
+
+def test_a_reply_that_is_gone_from_the_disk_is_made_again(desk: Desk) -> None:
+    """The outbox knows in memory which reply its file has, and reads the file nevertheless."""
+    first = desk.ask()
+    (desk.folder / "finished.json").unlink()
+    assert msgspec.structs.replace(desk.ask(), nonce=first.nonce) == first
+    assert len(desk.trainer.did) == 2
+    desk.ask(some_work(round=3))
+    desk.ask()
+    assert len(desk.trainer.did) == 4, "the outbox has one reply"
+
+
+def test_a_reply_that_could_not_be_written_is_not_in_the_outbox(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.ask(some_work(kind="evaluate"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(outbox, "write_private", full)
+        with pytest.raises(DiskFull):
+            desk.ask(some_work(kind="evaluate", round=3))
+    desk.ask(some_work(kind="evaluate"))
+    assert len(desk.trainer.did) == 2, "the earlier reply is still there"
+    desk.ask(some_work(kind="evaluate", round=3))
+    assert len(desk.trainer.did) == 3
 
 
 def test_an_answer_that_could_not_be_sent_waits_in_the_outbox(desk: Desk) -> None:

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable import inflatable_object
+from flwr.supercore.task_identity import TaskIdentity
 
 from agent.home.credentials import Credentials
 from agent.transport.connection import Connection, is_readable
-from agent.transport.coordinator_client import CoordinatorClient
+from agent.transport.coordinator_client import CoordinatorClient, pack_message, unpack_message
 from agent.transport.weight_transfer import IDLE_CONNECTION_S, CoordinatorDiskFull, SessionLost
 from protocols.enrollment import certificates, identity
 from protocols.errors import ExitCode, Refused, Unreachable, UploadRefused, UploadUnneeded
@@ -445,3 +449,24 @@ def test_a_small_update_that_is_refused_with_its_answer_is_refused_as_others_are
     with pytest.raises(CoordinatorDiskFull):
         link.push(answered(link, question))
     assert not site.lane.uploads.path(machine.peer, weights.file_digest(source)).exists()
+
+
+@pytest.mark.parametrize("kind", ["answer", "equal records", "arrays", "error"])
+def test_a_reply_is_packed_as_flower_packs_it(kind: str) -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 2, 3
+    asked = Message(RecordDict(), dst_node_id=7, message_type="train")
+    content = {
+        "answer": RecordDict({"c": ConfigRecord({"x": b"1", "n": 2}), "m": MetricRecord()}),
+        "equal records": RecordDict({"a": ConfigRecord({"x": 1}), "b": ConfigRecord({"x": 1})}),
+        "arrays": RecordDict({"w": ArrayRecord([np.ones(3), np.ones(3), np.zeros(2)])}),
+        "error": None,
+    }[kind]
+    reply = Message(content or Error(2, "no"), reply_to=asked)
+    packed = pack_message(reply)
+    objects = inflatable_object.get_all_nested_objects(reply)
+    assert packed.objects == {one: part.deflate() for one, part in objects.items()}
+    tree = ObjectTree.FromString(packed.tree)
+    assert tree == inflatable_object.get_object_tree(reply)
+    assert reply.metadata.message_id == reply.object_id == tree.object_id
+    again = pack_message(unpack_message(packed))
+    assert (again.objects, again.tree) == (packed.objects, packed.tree)
