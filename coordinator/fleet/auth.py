@@ -94,7 +94,7 @@ class Auth:
         if known is None or known.removed:
             raise self._refuse(request, 401, f"{signed.sender} is no operator")
         self._check(request, signed, known.sign_public)
-        self._registry.note_ca(known.operator)
+        await self._registry.note_ca(known.operator)
         if not or_observer and known.role != "operator":
             self._refuse(request, 403, f"{known.name} is an observer")
             raise Refused(

@@ -225,9 +225,14 @@ class Registry:
         """Record that a key of the coordinator is replaced."""
         self._record(KeyRotated(key, sha256))
 
-    def note_ca(self, member: str) -> None:
-        """Record that a member trusts the new CA: it got a certificate, or came over its TLS."""
+    async def note_ca(self, member: str) -> None:
+        """Record that a member trusts the new CA: it got a certificate, or came over its TLS.
+
+        Raises LedgerUnreachable.
+        """
         if member in self.behind:
+            await self.until_writable()
+        if member in self.behind:  # else another request of this member has recorded it meanwhile
             self._record(CaFollowed(member))
 
     def has_read(self, operator: str, what: str) -> bool:

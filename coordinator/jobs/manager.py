@@ -194,6 +194,10 @@ class JobManager:
     def _with_size(self, model: ModelRef) -> ModelRef:
         return ModelRef(model.digest, self._ctx.store.version_path(model.digest).stat().st_size)
 
+    def is_driven(self, job_id: str) -> bool:
+        """Whether a loop drives the job. It records its end; `stop` that of another job."""
+        return job_id in self._loops
+
     def stop(self, job_id: str) -> None:
         """Stop a job. Verified answers stay."""
         if loop := self._loops.get(job_id):

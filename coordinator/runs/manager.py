@@ -244,6 +244,11 @@ class RunManager:
         self._registry.check_quorum(spec.quorum)
         spec_rules.check_known(spec, self._known_tasks())
 
+    def is_driven(self, run_id: str) -> bool:
+        """Whether a loop drives the run. It records its end; the end of another run is recorded
+        by `stop`."""
+        return self.current is not None and self.current.run.id == run_id
+
     def stop(self, run_id: str) -> None:
         """End a run at its next step, or at once if it is not active."""
         if self.current is not None and self.current.run.id == run_id:
@@ -270,8 +275,7 @@ class RunManager:
     def deletion(self, run_id: str) -> Deletion:
         """What `delete` would delete. Raises UnknownName, CannotBeMet if the run has not ended."""
         run = self.find(run_id, newest=False)
-        is_active = self.current is not None and self.current.run.id == run.id
-        if is_active or not run.ended:
+        if self.is_driven(run.id) or not run.ended:
             raise CannotBeMet(
                 f"run {run.id} has not ended: {run.state}", f"commonweight run stop {run.id}"
             )

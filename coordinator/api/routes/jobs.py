@@ -12,6 +12,13 @@ def find_job(call: Call) -> Job:
     return call.service.jobs.find(call.param("job"))
 
 
+async def stop_job(call: Call) -> None:
+    jobs, job = call.service.jobs, find_job(call).id
+    if not jobs.is_driven(job):
+        await call.service.registry.until_writable()
+    jobs.stop(job)
+
+
 ROUTES = (
     get("/cw/v1/jobs", lambda call: call.service.jobs.all(), reads="the answers of all jobs"),
     record("/cw/v1/jobs", lambda call: {"job": call.service.jobs.start(call.read(JobSpec))}),
@@ -22,7 +29,7 @@ ROUTES = (
         reads="each peer's part in job {job}",
     ),
     watch("/cw/v1/jobs/{job}/stands", lambda call: job_changed(find_job(call))),
-    post("/cw/v1/jobs/{job}/stop", lambda call: call.service.jobs.stop(find_job(call).id)),
+    post("/cw/v1/jobs/{job}/stop", stop_job),
     record("/cw/v1/jobs/{job}/taken", lambda call: call.service.jobs.mark_taken(call.param("job"))),
     record("/cw/v1/jobs/{job}/resume", lambda call: call.service.jobs.resume(call.param("job"))),
 )

@@ -20,6 +20,13 @@ def find_run(call: Call) -> Run:
     return call.service.runs.find(call.param("run"))
 
 
+async def stop_run(call: Call) -> None:
+    runs, run = call.service.runs, find_run(call).id
+    if not runs.is_driven(run):
+        await call.service.registry.until_writable()
+    runs.stop(run)
+
+
 def list_evaluations(call: Call) -> EvaluationsResponse:
     run = find_run(call)
     return EvaluationsResponse(
@@ -55,7 +62,7 @@ ROUTES = (
     ),
     get("/cw/v1/runs/{run}/versions/{digest}", version, reads="version {digest} of run {run}"),
     record("/cw/v1/runs/{run}/exported/{digest}", exported, reads="exported {digest} of run {run}"),
-    post("/cw/v1/runs/{run}/stop", lambda call: call.service.runs.stop(find_run(call).id)),
+    post("/cw/v1/runs/{run}/stop", stop_run),
     record("/cw/v1/runs/{run}/resume", lambda call: call.service.runs.resume(call.param("run"))),
     get("/cw/v1/runs/{run}/deletion", lambda call: call.service.runs.deletion(call.param("run"))),
     record("/cw/v1/runs/{run}/delete", lambda call: call.service.runs.delete(call.param("run"))),

@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from agent.setup.enrollment import join
 from coordinator.admin import backup
 from coordinator.api.schema import TicketRequest
+from coordinator.remote import access
 from coordinator.remote.api_client import Remote
 from coordinator.runs.recorded import recorded_run
 from coordinator.storage import ledger_place, run_events
@@ -29,6 +31,7 @@ from protocols.errors import (
     LedgerUnreachable,
     Unreachable,
 )
+from protocols.messages.states import RunState
 from tests.extras.cluster.conftest import FLEET
 from tests.support import postgres
 from tests.support.fault_proxy import BLACKHOLE, CLEAR, Proxy
@@ -125,16 +128,28 @@ async def test_a_change_waits_for_a_database_that_hangs_and_others_do_not(
 ) -> None:
     with Proxy(server.port) as proxy:
         monkeypatch.setenv(VARIABLE, address.replace(str(server.port), str(proxy.port)))
+        monkeypatch.setenv("COMMONWEIGHT_OPERATOR_HOME", str(tmp_path / "laptop"))
         async with fleet_of(tmp_path, some_data(20, 1)) as fleet:
             operator, reader = Remote(fleet.home), Remote(fleet.home)
             order = TicketRequest(ttl_s=600, uses=1)
             made = await asyncio.to_thread(operator.make_ticket, order)
             ticket = tickets.decode(made["ticket"])
+            order = replace(order, role="operator")
+            made = await asyncio.to_thread(operator.make_ticket, order)
+            await asyncio.to_thread(access.join, made["ticket"], "laptop")
+            laptop = Remote(tmp_path / "laptop")
+            fleet.hub.registry.behind.update(fleet.hub.registry.operators)  # as after a new CA
+            trains, may_end = threading.Event(), threading.Event()
+            fleet.agents[0].trainer.before = lambda kind, number: hold(kind, trains, may_end)
+            first, queued = (fleet.start(rounds=1, quorum=1) for _ in range(2))
+            await until(trains.is_set)
             proxy.fault = BLACKHOLE
             for change in (
                 partial(operator.make_ticket, order),
                 partial(operator.start_job, JobSpec(kind="analyze")),
                 partial(join_new, tmp_path / "new", ticket),
+                partial(operator.stop_run, queued),
+                laptop.peers,
             ):
                 changing = asyncio.create_task(asyncio.to_thread(change))
                 answers = 0
@@ -150,8 +165,20 @@ async def test_a_change_waits_for_a_database_that_hangs_and_others_do_not(
             proxy.fault = CLEAR
             proxy.reset()
             await asyncio.to_thread(join_new, tmp_path / "new", ticket)
-            operator.close()
-            reader.close()
+            await asyncio.to_thread(laptop.peers)
+            assert fleet.hub.registry.behind == set()
+            await asyncio.to_thread(operator.stop_run, queued)
+            may_end.set()
+            assert (await fleet.finished(first)).state is RunState.FINISHED
+            assert (await fleet.finished(queued)).state is RunState.STOPPED
+            for remote in (operator, reader, laptop):
+                remote.close()
+
+
+def hold(kind: str, trains: threading.Event, may_end: threading.Event) -> None:
+    if kind == "train":
+        trains.set()
+        may_end.wait(60)
 
 
 def join_new(home: Path, ticket: tickets.Ticket) -> None:
