@@ -58,6 +58,11 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
         "bench/slow-lines-results.json",
         small_tables.slow_lines,
     ),
+    ("docs/large-models.md", "limits"): ("bench/floors-results.json", small_tables.limits),
+    ("docs/large-models.md", "processor time"): (
+        "bench/floors-results.json",
+        small_tables.processor_time,
+    ),
     ("docs/large-models.md", "adapters"): ("quality/adapters.json", quality.adapters),
     ("docs/quality.md", "codecs"): ("quality/quality-results.json", quality.codecs),
     ("docs/quality.md", "strategies"): ("quality/quality-results.json", quality.strategies),

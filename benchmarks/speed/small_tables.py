@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from benchmarks.speed import floors
+
 _TRAINING = {("2nn", 10): "2NN, 10", ("2nn", 100): "2NN, 100", ("cnn", 10): "CNN, 10"}
 _JOBS = {
     "four peers": "four peers, one of them 10 × slower",
@@ -146,6 +148,27 @@ def overlap(results: dict[str, Any]) -> str:
         "| Mbit/s up, down | codec | bytes up | bytes down | fragments | steps | without | with |"
     )
     return f"{head}\n|---|---|---|---|---|---|---|---|\n{lines}".replace("%", " %")
+
+
+def limits(results: dict[str, Any]) -> str:
+    """Rounds beside the physical limit: floors-results.json."""
+    lines = "".join(
+        f"| {row['name']} | {row['round_s']:.2f} s | {row['cpu_s']:.2f} s "
+        f"| {' to '.join(f'{limit:.2f}' for limit in row['limits_s'])} s "
+        f"| {floors.ratios(row)} | {floors.GOALS[row['name']]} |\n"
+        for row in results["rows"]
+    )
+    head = "| model × agents | a round | its processor time | physical limit | times the limit "
+    return f"{head}| goal |\n|---|---|---|---|---|---|\n{lines}"
+
+
+def processor_time(results: dict[str, Any]) -> str:
+    """What the processor time of a round is spent on: floors-results.json."""
+    lines = "".join(
+        f"| {part['what']} | {part['cpu_s']:.2f} s | {part['limit']} |\n"
+        for part in results["processor_time"]
+    )
+    return f"| work | processor time | the physical limit has |\n|---|---|---|\n{lines}"
 
 
 def late_training(results: dict[str, Any]) -> str:
