@@ -1,16 +1,16 @@
 """DiLoCo beside an exchange at every step, at equal tokens: a small GPT on Python's own words.
 
 `python -m benchmarks.quality.language [--arm every-step|diloco] [--seed N…] [--inner H] [--codec C]
-…`
+[--optimiser adamw|muon] …`
 
 The text is the documentation that ships with Python: the topics of its manual in `pydoc_data`, and
 the docstrings of its library. Both are dealt to the peers, a topic or module at a time, and of each
 peer's windows every tenth is held out. "every-step" is what exchanging gradients at
-every step computes: one AdamW on the mean gradient of all peers' batches; each step would send one
-model up and one down for each peer. Both see the same number of tokens with the same learning
-rate, which rises over the first rounds and falls to 0 over the run as half a cosine, and both
-begin where one peer alone came to in `--warm` steps (the paper, too, begins with a model that was
-trained before). What was measured is in `docs/quality/language.json`, and is not measured again.
+every step computes: one optimizer on the mean gradient of all peers' batches; each step would send
+one model up and one down for each peer. Both see the same number of tokens. The learning rate rises
+over the first rounds and falls to 0 over the run as half a cosine. Both begin where one peer alone
+came to in `--warm` steps of AdamW (the paper, too, begins with a model that was trained before).
+What was measured is in `docs/quality/language.json`, and is not measured again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from agent.tasks import Setting
 from agent.tasks.language.gpt import TextLM
 from agent.tasks.training import module_state
 from agent.tasks.training.hyperparameters import read_hyperparameters
+from agent.tasks.training.muon import muon_with_adamw
 from agent.tasks.training.seeds import derive_seed
 from benchmarks.quality.fleet import fleet_of
 from coordinator.runs.state import Round
@@ -63,6 +64,7 @@ class Way(NamedTuple):
     warmup: int
     codec: str
     outer: tuple[str, ...]
+    optimiser: str = "adamw"
 
     @property
     def rounds(self) -> int:
@@ -80,7 +82,7 @@ class Way(NamedTuple):
             "lr_rounds": self.rounds,
             "warmup_rounds": self.warmup,
         }
-        return {**_local(self.inner, self.lr), **whole}
+        return {**_local(self.inner, self.lr), **whole, "optimiser": self.optimiser}
 
 
 def texts() -> list[str]:
@@ -134,7 +136,7 @@ def _local(steps: int, lr: float) -> dict[str, Setting]:
 
 
 def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, Any]:
-    """Held-out losses during AdamW on the mean of all peers' gradients."""
+    """Held-out losses during training on the mean of all peers' gradients."""
     torch.set_num_threads(1)
     tasks = [TextLM() for _ in data]
     for task, mine in zip(tasks, data, strict=True):
@@ -142,13 +144,14 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
     found = [task._source(MODEL, 0) for task in tasks]
     model = tasks[0]._build(MODEL)
     module_state.load_tensors(module_state.tensors_of(model), first)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=way.lr, weight_decay=0.0)
+    optimizer = _optimizer(model, way)
     orders: list[Tensor] = [torch.empty(0, dtype=torch.int64) for _ in data]
     chance = torch.Generator().manual_seed(derive_seed("every step", way.seed))
     losses: list[float] = []
     for number in range(1, way.rounds + 1):
         plan = read_hyperparameters({**way.settings(), "round": number}, TextLM.defaults)
-        optimizer.param_groups[0]["lr"] = plan.lr
+        for group in optimizer.param_groups:
+            group["lr"] = plan.lr
         for _ in range(way.inner):
             optimizer.zero_grad()
             for peer, examples in enumerate(found):
@@ -164,6 +167,13 @@ def every_step(data: list[DataSettings], first: Weights, way: Way) -> dict[str, 
         arrays = {name: t.detach().numpy() for name, t in module_state.tensors_of(model).items()}
         losses.append(_told(number, loss_on_held_out(tasks, Weights(arrays))))
     return {"losses": losses}
+
+
+def _optimizer(model: torch.nn.Module, way: Way) -> torch.optim.Optimizer:
+    if way.optimiser == "muon":
+        plan = read_hyperparameters({**way.settings(), "round": 1}, TextLM.defaults)
+        return muon_with_adamw(model, plan)
+    return torch.optim.AdamW(model.parameters(), lr=way.lr, weight_decay=0.0)
 
 
 def by_rounds(data: list[DataSettings], first: Weights, way: Way, **more: Any) -> dict[str, Any]:
@@ -225,7 +235,7 @@ def measured(way: Way) -> dict[str, Any]:
 def read() -> dict[Way, dict[str, Any]]:
     """The earlier results; empty if there is no file."""
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    return {_way(**{name: row[name] for name in Way._fields}): row for row in rows}
+    return {_way(**{name: row[name] for name in Way._fields if name in row}): row for row in rows}
 
 
 def _way(**of: Any) -> Way:
@@ -246,6 +256,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="instead of the arm's own")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--codec", default="int8")
+    parser.add_argument("--optimiser", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--outer", nargs="*", default=OUTER, metavar="NAME=NUMBER")
     asked = vars(parser.parse_args())
     have = read()

@@ -175,17 +175,35 @@ def language(results: dict[str, Any]) -> str:
     rare = [row for row in results["rows"] if row["arm"] == "diloco"]
     lines = [
         _LANGUAGE_HEAD,
-        f"| gradients exchanged at every step | {every[0]['lr']} | {_losses(every)} | 1 | 1 |\n",
     ]
-    for way in dict.fromkeys((row["inner"], row["codec"], row["lr"]) for row in rare):
-        inner, codec, lr = way
-        mine = [row for row in rare if (row["inner"], row["codec"], row["lr"]) == way]
+    for optimiser, lr in dict.fromkeys((_optimiser(row), row["lr"]) for row in every):
+        mine = [row for row in every if (_optimiser(row), row["lr"]) == (optimiser, lr)]
+        lines.append(
+            f"| gradients exchanged at every step{_named(optimiser)} | {lr} | {_losses(mine)} "
+            "| 1 | 1 |\n"
+        )
+
+    def way_of(row: Row) -> tuple[Any, ...]:
+        return _optimiser(row), row["inner"], row["codec"], row["lr"]
+
+    for way in dict.fromkeys(way_of(row) for row in rare):
+        optimiser, inner, codec, lr = way
+        mine = [row for row in rare if way_of(row) == way]
         up, both = (statistics.mean(row[key] for row in mine) for key in ("fewer_up", "fewer"))
         lines.append(
-            f"| DiLoCo, every {inner} steps, {codec} | {lr} | {_losses(mine)} "
+            f"| DiLoCo, every {inner} steps, {codec}{_named(optimiser)} | {lr} | {_losses(mine)} "
             f"| 1/{up:.0f} | 1/{both:.0f} |\n"
         )
     return "".join(lines)
+
+
+def _optimiser(row: Row) -> str:
+    return str(row.get("optimiser", "adamw"))
+
+
+def _named(optimiser: str) -> str:
+    """Behind a method: its optimizer, unless that is AdamW."""
+    return "" if optimiser == "adamw" else f", `{optimiser}`"
 
 
 def adapters(results: dict[str, Any]) -> str:

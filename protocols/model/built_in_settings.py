@@ -26,7 +26,11 @@ class LoopSettings:
     ] = 10
     max_steps: Annotated[int, Meta(ge=0, description="stop after these steps; 0: no limit")] = 0
     optimiser: Annotated[
-        Literal["sgd", "adamw"], Meta(description="plain SGD, or AdamW with its usual betas")
+        Literal["sgd", "adamw", "muon"],
+        Meta(
+            description="plain SGD, or AdamW with its usual betas; muon: Muon for matrices, AdamW "
+            "for the rest"
+        ),
     ] = "sgd"
     lr: Annotated[float, Meta(ge=0, description="learning rate")] = 0.1
     lr_schedule: Annotated[
@@ -43,7 +47,10 @@ class LoopSettings:
     momentum: Annotated[float, Meta(ge=0, lt=1, description="of sgd")] = 0.0
     weight_decay: Annotated[
         float,
-        Meta(ge=0, description="sgd: added to the gradient, times the weights; adamw: decoupled"),
+        Meta(
+            ge=0,
+            description="sgd: added to the gradient, times the weights; adamw and muon: decoupled",
+        ),
     ] = 0.0
     clip_norm: Annotated[
         float, Meta(ge=0, description="the largest norm of a step's gradient; 0: no limit")

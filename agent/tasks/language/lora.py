@@ -277,7 +277,8 @@ class Lora(NextTokenTask):
     def _make_step(
         self, model: nn.Module, settings: RunSettings, own: torch.optim.Optimizer | None
     ) -> MakeStep:
-        return autograd_step(self._loss_of(model), micro_batch=self._read(settings).micro_batch)
+        mine = None if own is None else lambda: own
+        return autograd_step(self._loss_of(model), mine, self._read(settings).micro_batch)
 
     def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
         """Train with AdamW; the metric "loss" is the mean of the last epoch."""

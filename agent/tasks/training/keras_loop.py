@@ -126,6 +126,8 @@ class KerasLoop(task_settings.WithSettings):
         plan = self._plan(settings)
         if plan.optimiser == "adamw":
             return keras.optimizers.AdamW(plan.lr, weight_decay=plan.weight_decay, epsilon=1e-8)
+        if plan.optimiser == "muon":
+            raise UsageError("a Keras task has no optimiser=muon", "optimiser=adamw")
         return keras.optimizers.SGD(plan.lr, momentum=plan.momentum)
 
     def prepared(self, x: Any, settings: RunSettings, training: bool) -> Any:

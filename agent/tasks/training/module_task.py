@@ -46,6 +46,7 @@ from agent.tasks.training.examples import Batch, BatchesOf, Source, count_exampl
 from agent.tasks.training.hyperparameters import Hyperparameters, resolve_settings
 from agent.tasks.training.local_models import ComparesTorchModels
 from agent.tasks.training.loop_state import Tensors, as_weights
+from agent.tasks.training.muon import muon_with_adamw
 from agent.tasks.training.prefetch import to_device
 from agent.tasks.training.scaffold import lr_times_steps, mean_gradient
 from agent.tasks.training.torch_loop import LossOf, MakeStep, PrivateLoss, autograd_step
@@ -165,16 +166,20 @@ class TorchTask(LoopTask, ComparesTorchModels):
         self._models = LastValue()  # two models may not fit in memory
         examples, model = self._trained_on(settings), self._build(settings)
         tensors = self._filled(model, weights)
+        plan = self._plan(settings, examples)
         own = self.optimizer(model, self._read(settings))
+        if own is None and plan.optimiser == "muon":
+            own = muon_with_adamw(model, plan)
         if self._private is not None and not (own is None and is_separate(examples)):
             raise UsageError(
-                "--dp needs the optimizer of the settings and batches of the loop's own, and this "
+                "--dp needs SGD or AdamW of the settings and batches of the loop's own, and this "
                 "task has another",
-                "no optimizer method, and a data set with a length, without sampler and collate_fn",
+                "optimiser=sgd or adamw, no optimizer method, and a data set with a length, "
+                "without sampler and collate_fn",
             )
         return self._local.train(
             tensors,
-            self._plan(settings, examples),
+            plan,
             examples,
             self._make_step(model, settings, own),
             on_step,

@@ -133,6 +133,13 @@ def test_the_same_bytes_again_and_after_a_cut(
     assert len(made) == 1
 
 
+def test_muon_is_refused(both: tuple[torch_task.Images, keras_task.Images]) -> None:
+    asked: dict[str, Any] = DIGITS | {"optimiser": "muon"}
+    _, task = both
+    with pytest.raises(UsageError, match="no optimiser=muon"):
+        task.train(task.init(2, asked), asked, ignore_step)
+
+
 def accuracy(folders: Path, frameworks: tuple[str, ...]) -> float:
     """Of the last round of a run with a peer for each framework. They agree on the classes."""
     data = [data_of(folders, part, framework) for part, framework in enumerate(frameworks)]

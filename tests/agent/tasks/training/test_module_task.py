@@ -659,7 +659,7 @@ def mixing() -> DataLoader[Any]:
         (Made(Counting), "each example independently"),
         (Made(plain_batch_norm), "each example independently"),
         (Made(Recurrent), "each example independently"),
-        (OwnOptimizer(), "the optimizer of the settings"),
+        (OwnOptimizer(), "SGD or AdamW of the settings"),
         (Made(data=DataLoader(Stream())), "batches of the loop's own"),
         (Made(data=mixing()), "without sampler and collate_fn"),
         (Made(half), "weights in float32"),
