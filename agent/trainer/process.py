@@ -111,9 +111,9 @@ class TrainerProcess(TrainerSupervisor):
             added["sources"] = [_located(source) for source in work.sources]
         if isinstance(work, Train):
             # Equal files, task, settings and data give the same result, whatever the run.
-            files = [work.base, *([work.personal] if Path(work.personal).is_file() else [])]
+            files = [work.base, *([work.personal] if os.path.isfile(work.personal) else [])]
             try:
-                added["key"] = " ".join(_file_stamp(Path(file)) for file in files)
+                added["key"] = " ".join(map(_file_stamp, files))
             except OSError as err:
                 raise TrainerFailed("file", f"a file cannot be used: {err}") from err
             added["checkpoint"] = _absolute(self._checkpoint)
@@ -130,10 +130,10 @@ class TrainerProcess(TrainerSupervisor):
         return msgspec.structs.replace(self.data, cache=_absolute(self._program.work_dir))
 
 
-def _file_stamp(file: Path) -> str:
+def _file_stamp(file: str) -> str:
     """A text that changes when the file does. Raises OSError."""
-    found = file.stat()
-    return f"{file.name} {found.st_size} {found.st_mtime_ns}"
+    found = os.stat(file)
+    return f"{os.path.basename(file)} {found.st_size} {found.st_mtime_ns}"
 
 
 def _located(source: str) -> str:
@@ -142,4 +142,4 @@ def _located(source: str) -> str:
 
 
 def _absolute(path: str | Path) -> str:
-    return str(Path(path).absolute())
+    return os.fspath(path) if os.path.isabs(path) else str(Path(path).absolute())

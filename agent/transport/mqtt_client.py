@@ -96,13 +96,18 @@ class MqttClient(MqttLink):
         self._began_at = time.time()
         self._wake = asyncio.Event()
         self._presence: Presence | None = None
+        #: The one that this connection published last, when the next one of work is due, and when
+        #: `_publish` goes on by itself; monotonic s.
+        self._published: Presence | None = None
+        self._presence_from, self._wakes_at = 0.0, math.inf
         self._telemetry: Telemetry | None = None
         self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
 
     def set_presence(self, presence: Presence) -> None:
         """Publishes this now, at every reconnect, and periodically until the next one."""
         self._presence = replace(presence, reason=strip_controls(presence.reason))
-        self._wake.set()
+        if self._due(self._presence) < self._wakes_at:
+            self._wake.set()
 
     def telemetry(self, telemetry: Telemetry) -> None:
         """Publishes the latest, at most four times a second. Dropped while disconnected."""
@@ -162,22 +167,30 @@ class MqttClient(MqttLink):
 
     # --- publish -----------------------------------------------------------------------------
 
+    def _due(self, presence: Presence) -> float:
+        """When to publish this presence, monotonic s; infinite if it is published."""
+        last = self._published
+        if presence == last:
+            return math.inf
+        at_work = last is not None and {presence.state, last.state} <= _AT_WORK
+        return self._presence_from if at_work else 0.0
+
     async def _publish(self, client: aiomqtt.Client, signer: SequencedSigner) -> None:
         async def send(topic: str, body: Body, qos: int, retain: bool = False) -> None:
             await client.publish(topic, signer.seal(topic, body), qos=qos, retain=retain)
 
-        published: Presence | None = None
-        presence_due, telemetry_from, presence_from = math.inf, 0.0, 0.0
+        self._published = None
+        presence_due, telemetry_from = math.inf, 0.0
         while True:
             self._wake.clear()
+            self._wakes_at = math.inf  # what comes in between is not seen here
             presence = self._presence
-            if published is not None and presence is not None and presence != published:
-                at_work = {presence.state, published.state} <= _AT_WORK
-                presence_due = presence_from if at_work else 0.0
-            if presence is not None and (published is None or time.monotonic() >= presence_due):
+            if presence is not None:
+                presence_due = min(presence_due, self._due(presence))
+            if presence is not None and time.monotonic() >= presence_due:
                 await send(self._presence_topic, presence, qos=1, retain=True)
-                published = presence
-                presence_from = time.monotonic() + PRESENCE_EVERY_S
+                self._published = presence
+                self._presence_from = time.monotonic() + PRESENCE_EVERY_S
                 presence_due = time.monotonic() + PRESENCE_REFRESH_S * self._rng.uniform(0.8, 1.0)
             while self._notices:
                 await send(self._notice_topic, self._notices.popleft(), qos=1)
@@ -187,6 +200,7 @@ class MqttClient(MqttLink):
                 telemetry_from = time.monotonic() + TELEMETRY_EVERY_S
             due = presence_due if self._telemetry is None else min(presence_due, telemetry_from)
             wait_s = None if due == math.inf else max(0, due - time.monotonic())
+            self._wakes_at = due
             await wait_at_most(self._wake, wait_s)
 
     def _offline(self, reason: str, will: bool = False) -> Presence:

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from agent.transport import mqtt_heads
-from agent.transport.mqtt_client import MAX_NOTICES, TELEMETRY_EVERY_S
+from agent.transport.mqtt_client import MAX_NOTICES, PRESENCE_EVERY_S, TELEMETRY_EVERY_S
 from agent.transport.mqtt_heads import HeadExchange
 from protocols.enrollment import identity
 from protocols.errors import HomeError
@@ -29,6 +29,7 @@ from protocols.messages.envelope import (
     seal,
 )
 from protocols.messages.mqtt import SequencedSigner
+from protocols.messages.states import PeerState
 from protocols.p2p import seen_heads
 from protocols.p2p.seen_heads import SeenHead
 from tests.support.mqtt_fleet import IDLE, Agent, Site, Watch, rogue, running, started
@@ -170,6 +171,27 @@ async def test_a_flood_of_telemetry_sends_few_and_the_last(site: Site) -> None:
             await until(lambda: last in watch.bodies(Telemetry))
             took = time.monotonic() - began
         assert len(watch.heard) <= 2 + took / TELEMETRY_EVERY_S
+
+
+async def test_a_flood_of_work_sends_few_presences_and_the_last(site: Site) -> None:
+    async with started(site) as broker:
+        watch, agent = Watch(site, site.address(broker)), Agent(site, site.login(broker))
+        async with running(watch.feed.run, agent.link.run):
+            await until(lambda: watch.feed.connected and agent.link.connected)
+            began = time.monotonic()
+            for number in range(1000):
+                state = PeerState.TRAINING if number % 2 else PeerState.IDLE
+                agent.link.set_presence(replace(IDLE, state=state, round=number))
+                if number % 50 == 0:
+                    await until(lambda: True)
+            last = replace(IDLE, round=1000)
+            agent.link.set_presence(last)
+            await until(lambda: last in watch.bodies(Presence))
+            paused = replace(IDLE, state=PeerState.PAUSED)
+            agent.link.set_presence(paused)  # in the same quarter of a second
+            await until(lambda: paused in watch.bodies(Presence))
+            took = time.monotonic() - began
+        assert len(watch.bodies(Presence)) <= 4 + took / PRESENCE_EVERY_S
 
 
 async def test_little_is_kept_while_the_link_is_down(site: Site) -> None:
