@@ -21,7 +21,7 @@ from agent.cli.common import (
 from agent.home import app_files, settings
 from protocols.errors import UnknownName, UsageError
 from protocols.local import flower_apps, homes
-from protocols.local.command_line import App
+from protocols.local.command_line import App, AppFolder, AppPython, AppWrite
 from protocols.local.flower_apps import InstalledApp
 
 apps = App(name="app", help="Install, list and remove Flower apps.")
@@ -29,10 +29,8 @@ apps = App(name="app", help="Install, list and remove Flower apps.")
 
 @apps.command("add")
 def add(
-    folder: Annotated[Path, typer.Argument(help="The app's folder, with its pyproject.toml.")],
-    python: Annotated[
-        str, typer.Option(help="The Python that has the app's packages, and commonweight.")
-    ] = "",
+    folder: AppFolder,
+    python: AppPython = "",
     part: Annotated[
         str | None,
         typer.Option(help="i/n: the partition-id and num-partitions that it finds, from 0/n."),
@@ -45,10 +43,7 @@ def add(
         list[str] | None,
         typer.Option(help="A file or folder, such as its data, that it may read."),
     ] = None,
-    write: Annotated[
-        list[str] | None,
-        typer.Option(help="A folder, such as a cache of data sets, that it may change."),
-    ] = None,
+    write: AppWrite = None,
     json: Json = False,
 ) -> None:
     """Allow a Flower app to run here, as its files are now. Runs send no code."""

@@ -38,10 +38,9 @@ from agent.cli.common import Json, Part, Split, is_running, parse_part, print_li
 from agent.cli.monitor.command import monitor
 from agent.home import enrollment_file, logs, settings
 from agent.setup import sharing_text
-from protocols import VERSION
 from protocols.errors import NotRunning
 from protocols.local import cli_entry, crash_reports, exits, homes, json_output
-from protocols.local.command_line import App
+from protocols.local.command_line import App, add_version
 
 if TYPE_CHECKING:
     from agent.home.settings_schema import AgentSettings
@@ -75,13 +74,7 @@ app = App(
 )
 
 
-@app.callback(invoke_without_command=True)
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        sys.stdout.write(VERSION + "\n")
-        raise typer.Exit
+add_version(app)
 
 
 def run(part: Part = None, split: Split = None) -> None:

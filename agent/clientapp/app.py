@@ -277,7 +277,7 @@ class Client:
         """Does the work of a turn, and keeps what it gives on this disk."""
         self._begin_work()
         columns = self._reader.columns(work)
-        trained, personal = self.secure.begin(work), self._outbox.personal_paths(work)
+        trained, personal = self.secure.begin(), self._outbox.personal_paths(work)
         done = self.training.do(work, base, trained, personal)
         if personal and work.kind == "train":
             self.training.stage_personal(work, trained, done)

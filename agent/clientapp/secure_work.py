@@ -115,7 +115,7 @@ class SecureWork:
             self._turns.end_others(run)
             self._files.clear()
 
-    def begin(self, work: Work) -> Path:
+    def begin(self) -> Path:
         """Delete what is left of earlier turns; returns the file for the trained weights."""
         self._turns.end_others()
         self._files.clear()

@@ -138,7 +138,7 @@ class _Events(Observer):
     def on_work(self, work: Work | None) -> None:
         if work is not None and work.kind == "train":
             self._own.note(work)
-        _tell_work(self._ctx, work)
+        self._ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
 
     def on_ahead(self, work: Work | None) -> None:
         self._ctx.runner.dispatch_threadsafe(AheadChanged(work))
@@ -174,14 +174,6 @@ class _Events(Observer):
         self._trainer.delete_checkpoint()
 
 
-def _tell_work(ctx: AgentContext, work: Work | None) -> None:
-    ctx.runner.dispatch_threadsafe(WorkStarted(work) if work else WorkEnded())
-
-
-def _tell_comparing(ctx: AgentContext, run: str) -> None:
-    ctx.runner.dispatch_threadsafe(ComparingChanged(run))
-
-
 def make_comparisons(
     ctx: AgentContext,
     trainer: TrainerProcess,
@@ -194,9 +186,10 @@ def make_comparisons(
     def was_told(task: str, chosen: Mapping[str, Setting], digest: str) -> bool:
         return bool(digest) and scores.find(key_of(task, chosen, digest)) is not None
 
-    return OwnComparisons(
-        ctx.home, _for_jobs(trainer), owner, link, partial(_tell_comparing, ctx), was_told
-    )
+    def on_comparing(run: str) -> None:
+        ctx.runner.dispatch_threadsafe(ComparingChanged(run))
+
+    return OwnComparisons(ctx.home, _for_jobs(trainer), owner, link, on_comparing, was_told)
 
 
 def _for_jobs(trainer: TrainerProcess) -> RetryingTrainer:

@@ -36,14 +36,9 @@ class AppTrainer(TrainerSupervisor):
         *,
         read: Collection[Path] = (),
         on_progress: Callable[[Progress], None],
-        grace_s: float = 10.0,
     ) -> None:
-        super().__init__(
-            Program(folder, (), 1),
-            on_progress=on_progress,
-            hang_s=settings().hang_timeout_s,
-            grace_s=grace_s,
-        )
+        program, hang_s = Program(folder, (), 1), settings().hang_timeout_s
+        super().__init__(program, on_progress=on_progress, hang_s=hang_s)
         self._folder, self._settings, self._read = folder, settings, read
 
     def folder_of(self, name: str) -> Path:

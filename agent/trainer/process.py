@@ -19,7 +19,7 @@ from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, Predict, Train, Work
 from agent.trainer.child_process import Program, half_of_cores
 from agent.trainer.ipc import Progress
-from agent.trainer.supervisor import TrainerSupervisor
+from agent.trainer.supervisor import GRACE_S, TrainerSupervisor
 from protocols.errors import TrainerFailed
 
 
@@ -79,7 +79,7 @@ class TrainerProcess(TrainerSupervisor):
         *,
         on_progress: Callable[[Progress], None] = ignore,
         hang_s: float = 600.0,
-        grace_s: float = 10.0,
+        grace_s: float = GRACE_S,
         checkpoint_every_s: float = 30.0,
         sources: Mapping[str, str] = MappingProxyType({}),
         terms: Callable[[str], Terms] | None = None,

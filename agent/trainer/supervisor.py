@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 #: A batch that runs for longer than this after a pause is stopped in its middle.
 FREEZE_AFTER_S = 0.25
+#: The time in which a child must obey a cancel, unless a test says another.
+GRACE_S = 10.0
 
 
 class TrainerSupervisor:
@@ -43,7 +45,7 @@ class TrainerSupervisor:
         *,
         on_progress: Callable[[Progress], None],
         hang_s: float,
-        grace_s: float,
+        grace_s: float = GRACE_S,
     ) -> None:
         self._program = program
         self._stamp: object = None  # of the files that the child's rules are about

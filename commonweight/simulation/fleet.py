@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from flwr.app import Error, Message
+from msgspec.structs import replace
 
 from agent.clientapp.outbox import UPDATE
 from agent.transport.coordinator_client import pack_message, unpack_message
@@ -40,7 +41,7 @@ from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError
 from protocols.local.background_unlink import unlink
-from protocols.messages.envelope import CoordinatorBody, PeerChanged, RoundClosed
+from protocols.messages.envelope import CoordinatorBody, RoundClosed
 from protocols.messages.fleet_names import FleetNames
 from protocols.messages.mqtt import SequencedSigner
 from protocols.messages.refusals import refusal_of
@@ -128,17 +129,7 @@ class SimulatedFleet:
 
     def _publish_peers(self) -> None:
         for peer in self._registry.enrolled():
-            self._publish(
-                PeerChanged(
-                    peer=peer.peer,
-                    name=peer.name,
-                    labels=peer.labels,
-                    enrollment=peer.standing,
-                    public_key=peer.sign_public,
-                    has_session=True,
-                    state=PeerState.IDLE,
-                )
-            )
+            self._publish(replace(peer.changed(has_session=True), state=PeerState.IDLE))
 
     def _context(self, keys: Keys) -> RunContext:
         public = identity.public_bytes(keys.sign_key)

@@ -11,25 +11,20 @@ import typer
 from coordinator.cli.common import Columns, Json, print_line, print_list, print_result
 from protocols.errors import UsageError
 from protocols.local import flower_apps, homes
-from protocols.local.command_line import App
+from protocols.local.command_line import App, AppFolder, AppPython, AppWrite
 
 apps = App(help="Install, list and remove Flower apps.")
 
 
 @apps.command("add")
 def add(
-    folder: Annotated[Path, typer.Argument(help="The app's folder, with its pyproject.toml.")],
-    python: Annotated[
-        str, typer.Option(help="The Python that has the app's packages, and commonweight.")
-    ] = "",
+    folder: AppFolder,
+    python: AppPython = "",
     read: Annotated[
         list[str] | None,
         typer.Option(help="A file or folder, such as a test set, that its ServerApp may read."),
     ] = None,
-    write: Annotated[
-        list[str] | None,
-        typer.Option(help="A folder, such as a cache of data sets, that it may change."),
-    ] = None,
+    write: AppWrite = None,
     no_sandbox: Annotated[
         bool, typer.Option("--no-sandbox", help="Let its ServerApp use your files and the network.")
     ] = False,

@@ -31,7 +31,7 @@ from coordinator.cli.common import Json, print_line, print_result
 from protocols import VERSION
 from protocols.errors import UsageError
 from protocols.local import cli_entry, crash_reports, homes
-from protocols.local.command_line import MORE, App
+from protocols.local.command_line import MORE, App, add_version
 
 _ADMIN = ("backup", "restore", "keys", "audit", "operators", "ledger", "mosquitto")
 
@@ -76,13 +76,7 @@ app.add_typer(upkeep, name="admin")
 app.add_typer(mqtt.mqtt, name="mqtt")
 
 
-@app.callback(invoke_without_command=True)
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        sys.stdout.write(VERSION + "\n")
-        raise typer.Exit
+add_version(app)
 
 
 @app.command()

@@ -19,7 +19,7 @@ from protocols.tables.model_scores import is_open
 def lines(remote: Remote, spec: RunSpec) -> Iterator[str]:
     """Lines about a run that this spec would start; nothing for most runs."""
     if rules.is_app(spec):
-        yield from rules.notes(spec)
+        yield rules.NOTE
     runs = cache(remote.runs)  # a request
     if is_open(spec.task, spec.settings) and model_choice.takes_turns(spec):
         such = [run.id for run in runs() if run.ordered is not None and run.ended]

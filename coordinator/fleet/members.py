@@ -6,6 +6,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from protocols.messages.envelope import PeerChanged
+
 Role = Literal["observer", "operator"]
 TicketRole = Literal["agent", "observer", "operator"]
 EnrollmentStatus = Literal["awaiting", "enrolled", "removed"]
@@ -22,6 +24,17 @@ class Peer(Struct, frozen=True, kw_only=True):
     standing: EnrollmentStatus
     #: The id of the ticket that it joined with.
     ticket: str = ""
+
+    def changed(self, *, has_session: bool) -> PeerChanged:
+        """What monitors get of it: its identity, and whether it has a session."""
+        return PeerChanged(
+            peer=self.peer,
+            name=self.name,
+            labels=self.labels,
+            enrollment=self.standing,
+            public_key=self.sign_public,
+            has_session=has_session,
+        )
 
 
 class TicketState(Struct, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ from coordinator.storage.ledger import Ledger
 from protocols.enrollment import ca_chain
 from protocols.errors import HomeLocked, NotRunning
 from protocols.local import homes
-from protocols.messages.envelope import CoordinatorBody, PeerChanged
+from protocols.messages.envelope import CoordinatorBody
 from protocols.messages.mqtt import SequencedSigner
 from protocols.messages.topics import COORDINATOR
 
@@ -77,14 +77,7 @@ class StoppedHome(Remote):
             peers = list(Registry(ledger).peers.values())
         for peer in peers:
             if peer.standing != "removed":
-                yield PeerChanged(
-                    peer=peer.peer,
-                    name=peer.name,
-                    labels=peer.labels,
-                    enrollment=peer.standing,
-                    public_key=peer.sign_public,
-                    has_session=False,
-                )
+                yield peer.changed(has_session=False)
         for run in self.runs():
             yield run_body(run, "")
             yield from (round_body(run.id, closed) for closed in run.history)

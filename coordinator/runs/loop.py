@@ -49,7 +49,7 @@ class RunLoop:
     """
 
     def __init__(
-        self, run: Run, ctx: RunContext, protected_digests: Callable[[], Set[str]] = frozenset
+        self, run: Run, ctx: RunContext, protected_digests: Callable[[], Set[str]]
     ) -> None:
         parts = RunParts.create(run, ctx)
         self._ctx = ctx

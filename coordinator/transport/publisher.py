@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from coordinator.fleet.members import Peer
 from coordinator.fleet.readings import has_presence
 from coordinator.fleet.reducer import reduce
@@ -140,13 +142,8 @@ class EventPublisher:
     def publish_peer(self, peer: Peer, state: PeerState | None = None) -> None:
         """Publish a peer's identity, whether its session is open, and a state from its requests."""
         self.publish(
-            wire.PeerChanged(
-                peer=peer.peer,
-                name=peer.name,
-                labels=peer.labels,
-                enrollment=peer.standing,
-                public_key=peer.sign_public,
-                has_session=self._sessions.is_open(peer.peer),
+            replace(
+                peer.changed(has_session=self._sessions.is_open(peer.peer)),
                 state=state,
                 awaits_consent=self.awaits_consent(peer.peer),
                 awaits=self.awaited(peer.peer),

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import click
 import typer
@@ -13,8 +14,18 @@ import typer.core
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from protocols.local.cli_entry import print_line
+from protocols import VERSION
+from protocols.local.cli_entry import print_line, print_text
 
+#: Arguments of `app add` of both programs.
+AppFolder = Annotated[Path, typer.Argument(help="The app's folder, with its pyproject.toml.")]
+AppPython = Annotated[
+    str, typer.Option(help="The Python that has the app's packages, and commonweight.")
+]
+AppWrite = Annotated[
+    list[str] | None,
+    typer.Option(help="A folder, such as a cache of data sets, that it may change."),
+]
 #: The panel of options that only `--help-all` shows.
 MORE = "More options"
 _RANGE = re.compile(r"(?:(-?[\d.e-]+)<=?)?x(?:([<>])=(-?[\d.e-]+))?(?=\])")
@@ -141,6 +152,18 @@ class App(typer.Typer):
         self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **given: Any
     ) -> Callable[[Any], Any]:
         return super().command(name, cls=cls or Command, **given)
+
+
+def add_version(app: App) -> None:
+    """Add --version, for a program that is called without a command."""
+
+    @app.callback(invoke_without_command=True)
+    def root(
+        version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    ) -> None:
+        if version:
+            print_text(VERSION)
+            raise typer.Exit
 
 
 def _is_rare(param: click.Parameter) -> bool:

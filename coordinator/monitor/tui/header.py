@@ -24,8 +24,8 @@ class Header(Widget):
 
     DEFAULT_CSS = "Header { height: 1; padding: 0 1; background: $panel; }"
 
-    def __init__(self, following: FleetFollower, *, id: str | None = None) -> None:  # noqa: A002
-        super().__init__(id=id)
+    def __init__(self, following: FleetFollower) -> None:
+        super().__init__()
         self._following = following
         self.now = 0.0
 

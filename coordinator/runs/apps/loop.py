@@ -50,7 +50,7 @@ class AppLoop:
     """
 
     def __init__(
-        self, run: Run, ctx: RunContext, protected_digests: Callable[[], Set[str]] = frozenset
+        self, run: Run, ctx: RunContext, protected_digests: Callable[[], Set[str]]
     ) -> None:
         timer = PhaseTimer()
         self._ctx, self._recorder = ctx, RunRecorder(run, ctx, timer)

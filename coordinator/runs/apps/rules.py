@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +33,13 @@ _WHY = {
 }
 HINT = "leave it out; --set changes the app's own run config"
 _DEFAULTS = RunSpec(task="", rounds=1)
+
+
+#: What an operator reads before such a run starts.
+NOTE = (
+    "note: a ServerApp cannot be resumed: a restart of the coordinator ends this run; updates are "
+    "sent whole and unmasked, and only the app checks them"
+)
 
 
 def is_app(spec: RunSpec) -> bool:
@@ -70,11 +76,3 @@ def why_not(field: str) -> str:
     """Why an option, by its field, has no place in a run of an app."""
     option = f"--{field.replace('_', '-')}"
     return _WHY.get(field, f"the ServerApp decides, and {option} does not reach it")
-
-
-def notes(spec: RunSpec) -> Iterator[str]:
-    """The note before such a run starts."""
-    yield (
-        "note: a ServerApp cannot be resumed: a restart of the coordinator ends this run; updates "
-        "are sent whole and unmasked, and only the app checks them"
-    )
