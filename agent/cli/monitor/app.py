@@ -150,6 +150,8 @@ class OwnerMonitor(App[None]):
 
     def draw(self) -> None:
         """Read the machine and draw it; an error is shown until it is gone."""
+        if not self.query("#header"):  # a resize may come before the widgets
+            return
         header, colors = self.query_one("#header", Static), _COLORS[self._look]
         try:
             machine = self._read()

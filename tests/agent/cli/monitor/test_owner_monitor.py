@@ -318,3 +318,12 @@ async def test_the_light_theme_and_the_key_between_them() -> None:
         await pilot.press("t")
         await pilot.pause()
         assert app.theme == "commonweight-dark"
+
+
+async def test_a_resize_before_the_widgets_draws_nothing() -> None:
+    app = OwnerMonitor(machine, lambda want: None)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+        await app.query_one("#header").remove()
+        app.draw()
+        assert not app.query("#header")
