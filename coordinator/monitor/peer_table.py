@@ -93,7 +93,7 @@ def refusal(fleet: Fleet, peer: Peer) -> str:
 
 
 def fleet_state_cell(fleet: Fleet, peer: Peer, now: float, width: int = 80) -> Cell:
-    """Like `state_cell`; an idle peer that the current run has refused says so, and why."""
+    """Like `state_cell`, but shows that the current run has refused an idle peer, and why."""
     if shown_state(peer, now) is PeerState.IDLE and (reason := refusal(fleet, peer)):
         return Cell(fmt.truncate(f"{GLYPHS[PeerState.OFFLINE]} refused: {reason}", width), "bad")
     return state_cell(peer, now, width)

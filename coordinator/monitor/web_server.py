@@ -1,7 +1,7 @@
 """The server of the monitor's page: a token, a WebSocket, and a monitor process for each tab.
 
-textual-serve brings the terminal in JavaScript, the messages between browser, server and process,
-and downloads. The page is ours: its own loads a font from another host.
+textual-serve provides the terminal in JavaScript, the protocol between browser, server and process,
+and downloads. The page is our own, because that of textual-serve loads a font from another host.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_TABS = 16
 MAX_COLUMNS, MAX_ROWS = 1_000, 500
 MAX_MESSAGE_BYTES = 1 << 20
 HEARTBEAT_S = 15.0
-#: How long a monitor has to end after each of: the request, SIGTERM, SIGKILL.
+#: How long a monitor may take to end after each step: the request, SIGTERM, SIGKILL.
 END_WITHIN_S = 2.0
 #: The fonts that textual.js names, and those of the system that replace them.
 BUNDLED_FONTS = "'Roboto Mono', Monaco, 'Courier New', monospace"
@@ -96,7 +96,7 @@ class Tab(AppService):
                     end()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), END_WITHIN_S)
-        # A browser that takes no more frames would hold it for ever.
+        # A browser that reads no more frames would block the relay for ever.
         await asyncio.wait({relay}, timeout=END_WITHIN_S)
         relay.cancel()
 

@@ -87,7 +87,7 @@ def commit(
         heads = [stack.enter_context(WeightsFile(store.version_path(run.head))) for _ in range(2)]
         base, origin = (fragment.of(head) for head in heads)
 
-        #: As updates are compared with it.
+        #: The base in the form that updates are compared with.
         seen = registry.parse(spec.codec).base(base)
 
         def weights_of(peer: str, update: Update) -> WeightReader:
@@ -100,7 +100,7 @@ def commit(
         if spec.private_versions is not None:
             noise, event = noise_of(run, store, accepted, spec.clip_norm)
             spent, metrics = (event,), {}  # the noise does not cover the metrics
-            # As shares add up to 1: the sum of the clipped changes, divided by the fixed number.
+            # Shares add up to 1, so this divides the sum of the clipped changes by a fixed number.
             scale = [
                 _clip_factor(norm_as_folded(reader, base), event.clip) * len(readers) / event.peers
                 for reader in readers
@@ -236,7 +236,7 @@ def aggregate_evaluation(
     if not answers:
         return Evaluation({}, {}, {}, frozenset())
     counts = {peer: update.num_examples for peer, update in answers.items()}
-    # Of all models of a run the same, as they are compared; trees by themselves have none.
+    # The same for all models of a run, which are compared; a run of trees alone has none.
     total, limit = sum(counts.values()), (run.ordered or run.spec).outlier_limit
     capped = outliers.cap_counts(counts, ticket_of, limit) if limit else counts
     share = averaging.shares_by_ticket(capped, ticket_of, cap=run.spec.max_weight_share)

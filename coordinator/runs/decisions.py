@@ -149,8 +149,8 @@ def _await_consent(run: Run, observed: Observation) -> tuple[str, ...]:
 
 
 def _may_be_decided(run: Run, observed: Observation) -> bool:
-    """True if the owner of a peer that refused, online or not, has not decided yet, or has decided
-    and the peer is away, such as to restart."""
+    """True if the owner of a peer that refused has not decided yet, or has decided while the peer
+    is away, for example to restart."""
     refused = _with_status(run, "refused") | _with_status(run, "lost") | observed.unfit
     return any(run.refusal_kinds.get(peer) in UNDECIDED_CODES for peer in refused)
 

@@ -7,8 +7,7 @@ mean.
 
 In a run with noise, no score may show what noise hides. In a secure run, the score of a single peer
 would leave in clear, and there is no version yet whose evaluation could be summed. So both have no
-scores. Where one model has to be chosen, a rule does it, by what the statistics of the tables have
-told.
+scores. If one model must be chosen, a rule chooses it from the statistics of the tables.
 """
 
 from __future__ import annotations
@@ -29,28 +28,27 @@ from protocols.errors import SETTINGS_CODES, UNDECIDED_CODES, CommonweightError
 from protocols.tables import preprocessing
 from protocols.tables.model_scores import MAX_ASKED, MODELS, Model, ModelScores
 
-#: How long the slowest of them may take. It then takes part in the run, not in the choice.
+#: How long a comparison may take. A slower peer takes part in the run, but not in the choice.
 DEADLINE_S = 90.0
 #: If all peers together have this many rows, a secure run trains trees.
 TREE_ROWS = 2_000
-#: Why a peer has no scores that is not able to compare models, as it is older.
+#: Refusals of peers whose version of the agent is too old to compare models.
 _OLDER = SETTINGS_CODES | {"bad description"}
-#: Reasons to refuse an answer that is not the one to this request.
+#: Reasons to refuse an answer that does not belong to this request.
 _NOT_NOW = frozenset(
     {"late", "replay", "not asked", "wrong base", "another run", "another fleet", "bad signature"}
 )
-#: A model whose loss is more than MAX_LOSS times the least one is not trained, if its accuracy is
-#: lower by more than MAX_ERRORS standard errors: losses of models that are hardly ever wrong differ
-#: much.
+#: A model is not trained if its loss is over MAX_LOSS times the least one and its accuracy is
+#: lower by more than MAX_ERRORS standard errors. The loss alone does not decide: losses of models
+#: that are hardly ever wrong differ widely.
 MAX_LOSS, MAX_ERRORS = 1.5, 2
-#: Errors in the units of the target, or their squares; and the least one that counts.
+#: Metrics that are errors in the units of the target, or their squares; and the least error.
 _ERRORS, _TINY = frozenset({"rmse", "mae", "mse"}), 1e-12
 SHOWN = {"rmse": "RMSE", "mae": "MAE", "mse": "MSE"}
 
 
 def with_model(spec: RunSpec, model: Model) -> RunSpec:
-    """The settings of the run if it trains this model. Raises UsageError for trees that they do
-    not fit."""
+    """The settings of the run with this model. Raises UsageError if trees do not fit them."""
     spec = replace(spec, settings={**spec.settings, "model": model})
     return with_trees(spec) if model == "trees" else spec
 
@@ -76,7 +74,7 @@ def decide(
     wait: steps.Wait | None = None,
 ) -> steps.AskPeers | steps.Wait | steps.ChooseModel:
     """The next step of a run that compares models. `decided`: peers whose owners have decided.
-    `wait`: for the owners who have not, if there are such."""
+    `wait`: the wait for owners who have not; None if all have decided."""
     if _no_scores(run.spec) or len(fitting_models(run.spec)[0]) < 2:
         return steps.ChooseModel()
 
@@ -93,13 +91,16 @@ def decide(
     return wait if wait is not None and nobody_answered else steps.ChooseModel()
 
 
-#: What operators read of trees whose sums are not secure.
+#: What operators read about trees in a run without secure sums.
 NO_HESSIANS = "without --secure, no hessians leave the peers, which costs trees some accuracy"
 
 
 def is_missing(run: Run, kind: str, reason: str) -> bool:
-    """True if a refused request was for scores, so that the peer lacks them and no more. Whether
-    its owner allows the task, and which answers are late, is the same for all requests."""
+    """True if a refused request asked for scores, so that the peer lacks nothing but scores.
+
+    Reasons that apply to every request do not count: an owner's consent is missing, or the answer
+    belongs to another request.
+    """
     return run.comparing and kind == "describe" and reason not in UNDECIDED_CODES | _NOT_NOW
 
 
@@ -130,8 +131,11 @@ def choose(run: Run) -> ModelChosen:
 
 
 def takes_turns(spec: RunSpec) -> bool:
-    """True if the run trains several models: it ends without a better version, evaluations say
-    which one is best, and its peers keep no part of one model that another one could meet."""
+    """True if the run trains several models.
+
+    Such a run ends when no version is better, its evaluations say which model is best, and its
+    peers keep no part of a model, which the next model would get.
+    """
     return bool(spec.patience) and spec.measures and not personal.trainer_settings(spec)
 
 
@@ -244,10 +248,10 @@ def _in_contention(
 
 
 def _mean(metric: str, model: Model, told: Mapping[str, ModelScores]) -> float:
-    """The mean by rows; of errors in the target's units the geometric one.
+    """The mean, weighted by rows; the geometric mean for errors in the units of the target.
 
-    By it, a model is better that has smaller errors at most peers, relative to the others. In a sum
-    of squares, the few rows with the largest errors of all peers would decide.
+    With a geometric mean, a model with relatively smaller errors at most peers is better. In a sum
+    of squares, the few rows with the largest errors would decide.
     """
     rows = sum(one.rows for one in told.values())
     values = [(one.rows / rows, float(one.metrics[model][metric] or 0)) for one in told.values()]

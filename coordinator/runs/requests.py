@@ -49,8 +49,8 @@ class PendingRequests(RequestsInFlight):
         late: Mapping[str, int],
     ) -> None:
         super().__init__(ctx)
-        #: By peer, the round of a training whose request was lost with a session, or `late` at the
-        #: coordinator's last stop; and the peers of these that may have opened another session.
+        #: By peer, the round of a training whose request was lost with its session or was `late`
+        #: when the coordinator last stopped; and those of these peers that may have a new session.
         self._interrupted = dict(late)
         self._are_back: set[str] = set()
         self.use(adapter, strategy, model)
@@ -227,8 +227,8 @@ class PendingRequests(RequestsInFlight):
         self._are_back.add(peer)
 
     async def _send_late(self, run: Run) -> None:
-        """Ask peers with another session again for the late updates that the last one was asked
-        for: a part of them may be here."""
+        """Repeat requests for late updates to peers with a new session. A part of such an update
+        may be here already."""
         at_work, eligible = dict(self._in_training()), self._ctx.eligible()
         for peer, number in list(self._interrupted.items()):
             if peer in at_work:  # it was asked for something else
@@ -289,6 +289,6 @@ def _base_of_query(run: Run) -> str:
 
 
 def _takes_scores(spec: RunSpec) -> bool:
-    """True unless agents of older versions, which send none, may be in one secure sum with others:
-    all peers of a sum have the same tallies."""
+    """False for a secure sum that may include agents of older versions, which send no scores: all
+    peers of a sum have the same tallies."""
     return not spec.secure or spec.settings.get("class_weights") == "balanced"

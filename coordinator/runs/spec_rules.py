@@ -202,12 +202,12 @@ _OVERLAP_RULES = (
          f"--overlap cannot be used with {_BUFFERED} or --late fold, in which an update may be for "
          "an older version", "--mode synchronous, --late drop"),
     Rule(lambda spec, _: spec.secure,
-         "--secure cannot be used with --overlap: a sum that is lost is begun again with other "
-         "peers, on the same version, and their training would be for the next one",
+         "--secure cannot be used with --overlap: a lost sum starts again with other peers on the "
+         "same version, and these peers have trained for the next one",
          "leave one of them out"),
     Rule(lambda spec, _: bool(spec.dp_epsilon),
-         "--dp cannot be used with --overlap: noise is counted for each round that a peer is asked "
-         "for, and it trains before it is asked", "leave one of them out"),
+         "--dp cannot be used with --overlap: noise is counted when a peer is asked for a round, "
+         "and with --overlap the peer trains before that", "leave one of them out"),
     Rule(lambda _, adapter: adapter.feed in ("sums", "factors"),
          "--overlap cannot be used with {spec.strategy}, whose updates are no change of weights",
          _SERVER),

@@ -40,9 +40,9 @@ _ROW_ELEMENTS = 512
 #: Below this sum, float32 has lost digits of the squares.
 _MIN_FLOAT32_SQUARES = 1e-25
 
-#: The most examples of a fleet that a peer can stand for.
+#: The most examples that a peer may declare; a peer may stand for a whole fleet.
 _MAX_DECLARED = 10**12
-#: Each metric of an update is in the ledger and on every monitor.
+#: The most metrics of an update. Each is in the ledger and on every monitor.
 MAX_METRICS = 32
 
 
@@ -168,7 +168,7 @@ def check_update(
 ) -> float:
     """The norm of an update's change. Raises UpdateRefused as `check_weights` does.
 
-    It checks and measures in one pass where the change is enough to check the update.
+    It checks and measures in one pass if the change alone shows that the update is finite.
     """
     update = _of_schema(expected, open_update)
     if isinstance(update, DecodedUpdate):  # it must also be finite in the base's dtype
@@ -177,8 +177,8 @@ def check_update(
 
 
 def check_sums(open_update: Callable[[], WeightReader], base: WeightReader, rows: int) -> None:
-    """Raise UpdateRefused unless the update has the sums that `base` asks for, as honest peers can
-    have them from `rows` rows."""
+    """Raise UpdateRefused unless the update has the sums that `base` asks for, and an honest peer
+    with `rows` rows can have such sums."""
     update = _of_schema(ExpectedReply("train", "", sums.schema_of(base)), open_update)
     if why := sums.objection(update, base, rows, masked=False):
         raise UpdateRefused("bad sums", why)

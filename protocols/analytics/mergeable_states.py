@@ -97,8 +97,8 @@ class QuantileState(Struct, frozen=True, tag="quantiles"):
 class DistinctState(Struct, frozen=True, tag="values"):
     """The number of different values: at least `least`, at most `most`.
 
-    Peers send numbers and no sketch of their values, because a sketch shows for each text whether
-    it is among them. So peers with common values cannot be told from peers without.
+    Peers send these two numbers instead of a sketch of their values, because a sketch shows for
+    each text whether a peer has it. The numbers do not show whether two peers share values.
     """
 
     least: Count = 0
@@ -139,11 +139,11 @@ IN_SUMS_ALONE = "in secure sums alone"
 
 
 class PeerAnswer(Struct, frozen=True, kw_only=True):
-    """A peer's answer. `rows` are those of its cells: what is withheld has no size.
+    """A peer's answer. `rows` counts the rows of its cells; withheld cells do not count.
 
-    `similar`: some cells are those of an earlier question, which differ in a few rows or in none.
+    `similar`: some cells equal those of an earlier question, or differ from them in a few rows.
     `kinds`: the kind of each column of the query. `refused`: why the peer refused the query.
-    `rows_of`: of a secure question, over which rows each cell is, and then each of its figures.
+    `rows_of`: in a secure question, the rows behind each cell, and then behind each of its figures.
     """
 
     rows: Count = 0

@@ -60,8 +60,8 @@ class RiskState(Struct, frozen=True, tag="risk"):
     """Sums for an iteration of a Cox model with p coefficients.
 
     `covariates`: the sum of x over the rows with the event. `sums`: for each time bin, of the rows
-    with the event and then of those without, the sums of w, wx and the upper triangle of wxx',
-    where w = exp(x'b).
+    with the event and then of the others, the sums of w, wx and the upper triangle of wxx', where
+    w = exp(x'b).
     """
 
     events: _Counts
@@ -98,7 +98,7 @@ def coarsen(state: SurvivalState, edges: tuple[float, ...]) -> SurvivalState:
 
 
 def merge_survival(a: SurvivalState, b: SurvivalState) -> SurvivalState:
-    """The counts of both in the bins that both have."""
+    """The counts of both states together, in the bins that both have."""
     edges = tuple(edge for edge in a.edges if edge in b.edges)
     a, b = coarsen(a, edges), coarsen(b, edges)
     return SurvivalState(edges, _add(a.events, b.events), _add(a.censored, b.censored))
@@ -117,7 +117,7 @@ def add_fits(a: FitState, b: FitState) -> FitState:
 
 
 def add_risks(a: RiskState, b: RiskState) -> RiskState:
-    """Raises ValueError for other bins or numbers of coefficients."""
+    """Raises ValueError if bins or numbers of coefficients differ."""
     return RiskState(
         _add(a.events, b.events),
         _add(a.censored, b.censored),

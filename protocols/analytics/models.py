@@ -46,9 +46,9 @@ MAX_TERMS, MAX_PARAMETERS, MAX_EDGES, MAX_LEVELS = 32, 64, 64, 64
 
 
 class Term(Struct, frozen=True, omit_defaults=True):
-    """A column of numbers, less `center` and divided by `scale`; or one of categories.
+    """A column of numbers, minus `center` and divided by `scale`; or one of categories.
 
-    `levels`: the categories; the first has no coefficient. Rows with others do not count.
+    `levels`: the categories; the first has no coefficient. Rows with other categories are left out.
     """
 
     column: Name
@@ -77,7 +77,7 @@ class Model(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The terms of a model, and the coefficients `at` which its sums are computed.
 
     A generalized linear model has a family and a link, and an intercept as the first coefficient.
-    A Cox model has the `edges` of time bins: bin i begins at edge i - 1; the first has no begin.
+    A Cox model has the `edges` of time bins: bin i begins at edge i - 1; the first bin is open.
     `products`: interactions of two terms, by their places in `terms`, the lower one first.
     """
 
@@ -109,7 +109,7 @@ class Model(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     @property
     def sums_about_one(self) -> int:
-        """The most sums about one column: one with each coefficient, and again for each interaction
+        """The most sums about one column: one for each coefficient, and again for each interaction
         of the column."""
         return len(self.names) * max(Counter(itertools.chain(*self.blocks)).values())
 

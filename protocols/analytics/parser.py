@@ -152,7 +152,7 @@ def check_text(query: Query) -> None:
 
 
 def _split_clauses(text: str) -> tuple[str, dict[str, str]]:
-    """The operations, and the text of each clause, by the word that starts it."""
+    """The operations, and the text of each clause by its first word."""
     parts, words, at = [], [], 0
     for found in _CLAUSE.finditer(text := f" {text.strip()} "):
         if word := found[1]:

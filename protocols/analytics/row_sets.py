@@ -19,17 +19,17 @@ from protocols.messages.envelope import Text
 
 #: Factors are numbers of the field of this size.
 PRIME = (1 << 31) - 1
-#: Sets that a peer numbers, and what their numbers are below.
+#: The most sets in one row set, and the bound of their numbers.
 MAX_ROW_SETS, MAX_NUMBER = 1024, 1 << 31
 RowSet = Annotated[
     dict[Annotated[int, Meta(ge=0, lt=MAX_NUMBER)], Annotated[int, Meta(ge=1, lt=PRIME)]],
     Meta(max_length=MAX_ROW_SETS),
 ]
 _PART = "part "
-#: What the parts by time of a Cox model's rows are parts of.
+#: In the label of a part: the parts of a Cox model's rows by time.
 TIME = "time"
-#: The rows of a figure, "": those that it sums over. Of counts by category or time, those of each.
-#: `ones`: of a column of zeros and ones, those with 1.
+#: The row sets of a figure, by label: "" for the rows that it sums over, and one label for each
+#: category or time bin that it counts. `ones`: the rows with 1 in a column of zeros and ones.
 FigureRows = Annotated[dict[Text, RowSet], Meta(max_length=1024)]
 
 
@@ -43,15 +43,20 @@ def add(sets: Iterable[Mapping[int, int]]) -> dict[int, int]:
 
 
 def ones(place: int) -> str:
-    """The label of the rows with 1 in a column of zeros and ones, the column of a figure at this
-    place: the sum of this column is their number, and a covariance has their sum of the other."""
+    """The label of the rows with 1 in a column of zeros and ones, at this place in a figure.
+
+    The sum of the column tells the number of these rows, and a covariance tells their sum of the
+    other column.
+    """
     return f"ones {place}"
 
 
 def part_of(of: str, number: int) -> str:
-    """The label of a part of a model's rows, over which it has sums: level `number` of the term at
-    the place `of`; a combination of levels of several terms, "0&2"; or, of a Cox model, the part
-    `number` of those that its time bins give."""
+    """The label of a part of a model's rows over which it has sums.
+
+    The part is level `number` of the term at the place `of`, a combination of levels of several
+    terms ("0&2"), or time part `number` of a Cox model.
+    """
     return f"{_PART}{of} {number}"
 
 
@@ -80,8 +85,11 @@ def by_bin(rows: FigureRows, edges: Sequence[float]) -> FigureRows:
 def join_bins(
     edges: Sequence[float], groups: Sequence[Sequence[FigureRows]], minimum: int
 ) -> list[float]:
-    """Those of the edges with which each bin of a group has rows with the event at `minimum` peers
-    or more, or at none, and such without. `groups`: by group, the rows of each peer."""
+    """The edges that remain when bins of too few peers are joined.
+
+    In each group, a bin then has rows with the event at `minimum` peers or more, or at none. The
+    same holds for rows without the event. `groups`: by group, the rows of each peer.
+    """
     left = [*edges]
     while left:
         bins = len(left) + 1

@@ -17,7 +17,8 @@ Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
 CLAUSES = ("by", "where", "bounds", "epsilon")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _RESERVED = frozenset({*CLAUSES, *map(str.lower, keyword.kwlist)})
-#: Quoted text, or the signs between an outcome and what it depends on, and in an interaction.
+#: Quoted text, or a sign of a formula: `~` after the outcome, `:` in an interaction. Python's own
+#: `**`, which `:` becomes, has no operator and is refused.
 _RELATION = re.compile(r"""("[^"]*"|'[^']*')|~|:|\*\*""")
 _OPERATORS = {"~": "<<", ":": "**"}
 
@@ -43,7 +44,7 @@ def _letter(letter: str) -> str:
 
 
 def format_number(value: float) -> str:
-    """All digits of a number, without a decimal point if it is a whole one of usual size."""
+    """A number with all its digits; without a decimal point if it is whole and not too large."""
     text = repr(float(value))
     return text.removesuffix(".0")
 

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 BINS = 10
-#: Of scores, and the log-odds of the last: those beyond are in the first and in the last.
+#: The number of bins of scores, and the log-odds at which they end. Scores beyond that count in the
+#: outer bins.
 SCORE_BINS, _FARTHEST = 64, 8.0
 #: Most classes of a confusion matrix; a larger one is hard to read and takes many bytes.
 MAX_CLASSES = 32
@@ -58,12 +59,12 @@ def suppress_small(
 ) -> dict[str, list[float]]:
     """The tallies in which each class and each bin has no row or at least `min_count`.
 
-    A confusion with a smaller class is left out, and so are scores. A smaller bin of confidence
-    joins the next one, so that the sums stay. Of scores, bins of a class join until they have
-    enough rows, which then count in their mean bin.
+    If a class has fewer rows, the confusion and the scores are left out. A bin of confidence with
+    fewer rows joins the next one, so that the sums stay. In scores, bins of a class join until they
+    have enough rows, which then all count in their mean bin.
 
-    `is_summed`: all peers of a secure sum need the same tallies, so none is left out. The rows of a
-    smaller class count as those of the most frequent one instead: as right answers, or in its mean
+    `is_summed`: all peers of a secure sum need the same tallies, so none is left out. Instead, the
+    rows of a smaller class count as rows of the most frequent one: as right answers, or in its mean
     bin.
     """
     kept = {name: list(tally) for name, tally in tallies.items()}
@@ -92,8 +93,8 @@ def suppress_small(
 
 
 def _as_one_class(classes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Counts float64[2, n] of two classes by bin, all as the larger one, without a bin of the
-    smaller one: its rows are where the larger one has its mean."""
+    """Counts float64[2, n] of two classes by bin, with all rows in the larger class. The rows of
+    the smaller one are in the mean bin of the larger one."""
     most = int(classes.sum(1).argmax())
     larger, rows = classes[most].copy(), float(classes[1 - most].sum())
     larger[round(float(larger @ np.arange(len(larger)) / larger.sum()))] += rows
@@ -103,8 +104,8 @@ def _as_one_class(classes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _join_at_mean(counts: npt.NDArray[np.float64], min_count: int) -> npt.NDArray[np.float64]:
-    """Counts float64[n] of a class by bin, of which each is 0 or at least `min_count`. Joined bins
-    count in their mean, so that the class moves neither up nor down."""
+    """Counts float64[n] of a class by bin, each 0 or at least `min_count`. Joined bins count in
+    their mean bin, so that the mean of the class stays."""
     groups: list[tuple[float, float]] = []  # examples, and the sum of their bins
     rows = places = 0.0
     for place, count in enumerate(counts):
@@ -122,7 +123,7 @@ def _join_at_mean(counts: npt.NDArray[np.float64], min_count: int) -> npt.NDArra
 
 
 def _join_small(bins: npt.NDArray[np.float64], min_count: int) -> list[float]:
-    """Bins of confidence float64[n, 3], of which each has no row or at least `min_count`."""
+    """Bins of confidence float64[n, 3], each without rows or with at least `min_count`."""
     joined, carried, last = np.zeros_like(bins), np.zeros(3), len(bins) - 1
     for place, counts in enumerate(bins):
         carried = carried + counts
@@ -194,7 +195,7 @@ def _regression_metrics(sums: Tally) -> dict[str, float]:
 
 
 def _ranking_metrics(scores: Tally) -> dict[str, float]:
-    """Of each cut between two bins, from the highest: the examples of both classes above it."""
+    """The examples of both classes above each cut between two bins, from the highest cut."""
     negative, positive = np.reshape(scores, (-1, 2))[::-1].T
     above, wrong = np.cumsum(positive), np.cumsum(negative)
     if not (above[-1] > 0 and wrong[-1] > 0):

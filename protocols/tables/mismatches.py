@@ -12,13 +12,13 @@ from protocols.errors import SchemaMismatch
 from protocols.tables import statistics
 from protocols.tables.statistics import ColumnKind, ColumnStatistics, TableStatistics
 
-#: By peer: all that does not fit in its table.
+#: By peer: everything in its table that does not fit.
 Mismatches = defaultdict[str, list[SchemaMismatch]]
 
 #: Names in a message.
 _MAX_SHOWN = 6
-#: Columns in which similar names are searched, and letters of such a name. A peer chooses both, and
-#: 400 columns compared with 400 others take 10 s.
+#: Similar names are searched among this many columns, and among names up to this length. A peer
+#: chooses its names, and comparing 400 columns with 400 others takes 10 s.
 _MAX_COMPARED, _MAX_COMPARED_CHARS = 500, 64
 
 
@@ -166,8 +166,8 @@ def is_alike(kind: ColumnKind, common: ColumnKind) -> bool:
 
 
 def other_spellings(name: str, tables: Mapping[str, TableStatistics]) -> Iterator[tuple[str, str]]:
-    """A note for each peer that spells values otherwise than most rows, with the command that reads
-    them alike. Only values that peers have shared are compared."""
+    """A note for each peer that spells values differently from most rows, with the command that
+    maps its spelling to theirs. Only values that peers have shared are compared."""
     total = Counter[str]()
     for table in tables.values():
         total.update(_categories(table, name))

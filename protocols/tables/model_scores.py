@@ -1,4 +1,4 @@
-"""What a peer tells of the models that a run of `model=auto` chooses from. Pure."""
+"""The scores that a peer sends for the models that a run of `model=auto` chooses from. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from protocols.messages.envelope import Name
 #: The setting `model` of a run that has not chosen yet.
 AUTO = "auto"
 Model = Literal["linear", "mlp", "trees"]
-#: From the simplest to the most complex one: of equal scores the first is chosen.
+#: From the simplest to the most complex. If scores are equal, the simplest is chosen.
 MODELS: tuple[Model, ...] = ("linear", "mlp", "trees")
-#: At most this many peers of a run compare models, those with the most rows.
+#: At most this many peers of a run compare models: those with the most rows.
 MAX_ASKED = 16
 #: A cross-validation uses at most this many rows of a peer.
 MAX_ROWS = 10_000
@@ -38,7 +38,7 @@ def kind_of(task: str, settings: Mapping[str, object]) -> Model | None:
 class ModelScores(Struct, frozen=True, kw_only=True, tag="models"):
     """The metrics of each model by a cross-validation over `rows` rows of one peer.
 
-    A peer with too few rows tells none, and 0 rows. A model that it cannot train is left out.
+    A peer with too few rows sends no metrics and 0 rows. Models that it cannot train are left out.
     """
 
     rows: Annotated[int, Meta(ge=0, le=MAX_ROWS)] = 0

@@ -129,7 +129,7 @@ class MonitorApp(MonitorBase):
             page.reset_view()
 
     def action_compare(self) -> None:
-        """Compare the run with the next earlier one; after the oldest with none."""
+        """Compare the run with the one before it; after the oldest, with none."""
         if not self._part(RoundsPage).compare_next():
             self.show_message("info", "there is no other run to compare with")
         self.action_page("rounds")

@@ -101,7 +101,8 @@ class MonitorBase(App[None]):
         self.set_keymap(self.config.keys)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Ours last, so that no control character of any widget reaches the terminal."""
+        """Our filter comes last, so that no control character of any widget reaches the
+        terminal."""
         return [*super().get_line_filters(), self._sanitizer]
 
     # --- structure ---
@@ -275,7 +276,7 @@ class MonitorBase(App[None]):
             self.announce(*notice)
 
     def _show_alerts(self, now: float) -> None:
-        """Add new alerts to the events; those of the first look get no message."""
+        """Add new alerts to the events. Those of the first snapshot get no message."""
         if self.fleet is None or not self.following.connected:
             return  # old data cannot raise new alerts
         first, self._alerts_shown = not self._alerts_shown, True

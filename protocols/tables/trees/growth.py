@@ -15,7 +15,7 @@ import numpy.typing as npt
 from protocols.tables.trees.histograms import slot_values
 from protocols.tables.trees.layout import SLOTS, Array, Arrays, Numbers, Position
 
-#: No sum of hessians below this is divided by.
+#: A sum of hessians is taken as at least this before something is divided by it.
 _TINY = 1e-12
 
 
@@ -23,7 +23,7 @@ class Grown(NamedTuple):
     """The next version, and the state for the round after it.
 
     `state`: "parents" I64[K, 2^level, F, B, 2], the histograms of the nodes that were split, and
-    "cohort" U8[32], whose sums they are; empty where the next level needs none.
+    "cohort" U8[32], the peers whose sums they are; empty if the next level needs none.
     """
 
     version: dict[str, Array]
@@ -38,10 +38,10 @@ def grow(
     rows: int,
     cohort: bytes,
 ) -> Grown:
-    """The version after `version`, which stands at `place` (`layout.read`).
+    """The version after `version`, whose tree and level are `place` (`layout.read`).
 
-    `sums`: int[n], those of all peers. `rows`: how many these have. `cohort`: 32 bytes that name
-    the set of peers. If it is another one than that of `state`, the tree gets no further level.
+    `sums`: int[n], those of all peers. `rows`: how many rows these have. `cohort`: 32 bytes that
+    name the set of peers. If it differs from that of `state`, the tree gets no further level.
     """
     (at, numbers), new = place, {name: np.array(array) for name, array in version.items()}
     shape, kept = at.shape, dict[str, Array]()
@@ -105,8 +105,8 @@ def _number_cuts(slots: Array, rows: Array, bins: int) -> Array:
 def _with_siblings(
     at: Position, state: Mapping[str, Array], totals: Array, cohort: bytes
 ) -> tuple[Array, Array] | None:
-    """Pairs of output and node int64[m, 2], and their histograms int64[m, F, B, 2]: of the nodes
-    that were asked, and of their siblings. None if the sums are not of the parents' peers."""
+    """Pairs of output and node int64[m, 2], and their histograms int64[m, F, B, 2], for the nodes
+    that were asked for and their siblings. None if other peers made the parents' sums."""
     if at.level == 0:
         return at.asked, totals
     parents = state.get("parents")
@@ -126,8 +126,8 @@ def _with_siblings(
 def _split_level(
     new: dict[str, Array], at: Position, numbers: Numbers, pairs: Array, sums: Array
 ) -> dict[str, Array]:
-    """Split the nodes `pairs` of `new` where that gains, and ask for the smaller children. Returns
-    the histograms of those that were split."""
+    """Split those of the nodes `pairs` whose split gains enough, and ask for the smaller children.
+    Returns the histograms of the nodes that were split."""
     shape, first = at.shape, 2**at.level - 1
     best = best_splits(sums, new["kinds"], numbers, at.bits)
     parents = np.zeros((shape.outputs, 2**at.level, *sums.shape[1:]), np.int64)

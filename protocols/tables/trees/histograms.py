@@ -106,8 +106,8 @@ class GrowingRows:
     the rows; None if all count alike.
 
     It keeps margins from round to round, and recomputes them if a version does not follow from the
-    last one. `min_count`: the fewest rows of this peer in a node. If the sums are not masked, also
-    the fewest in a bin of the whole table, and in a slot.
+    last one. `min_count`: the minimum rows of this peer in a node and, if the sums are not masked,
+    in a bin of the whole table and in a slot.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class GrowingRows:
         return made.reshape(-1).astype(np.int32)
 
     def _gradients(self, masked: bool) -> Gradients:
-        """Of all rows, times their weights. If not masked, hessians are constant."""
+        """The gradients of all rows, times the weights. Unless `masked`, hessians are constant."""
         found = self._objective.gradients(self._margins, self._y)
         if self._weights is None:
             return found
@@ -172,8 +172,8 @@ class GrowingRows:
     def _histograms(
         self, bins: Bins, nodes: Array, of: Gradients, at: Position, asked: Array, hessians: bool
     ) -> Array:
-        """int64[m, F, B, 2]: the sums of the `asked` nodes of one output, with `hessians` or with
-        counts in their place."""
+        """int64[m, F, B, 2]: the sums of the `asked` nodes of one output; counts of rows in place
+        of hessians unless `hessians`."""
         shape, unit = (len(asked), *at.sums[1:3]), float(1 << at.bits)
         places = np.full(2 ** (at.level + 1), -1)
         places[2**at.level - 1 + at.asked[asked, 1]] = np.arange(len(asked))

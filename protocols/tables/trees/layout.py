@@ -146,7 +146,7 @@ class Position(NamedTuple):
 
     @property
     def sums(self) -> tuple[int, ...]:
-        """The shape of the next update; one number if it has nothing to tell."""
+        """The shape of the next update; one number if nothing is asked for."""
         if self.is_cutting:
             return (self.shape.features, SLOTS)
         nodes = len(self.asked)
@@ -233,7 +233,7 @@ def check_sums(sums: Array, at: Position, numbers: Numbers, rows: int, *, masked
 
 
 def _check_weighted(sums: Array, at: Position, numbers: Numbers, rows: int, *, masked: bool) -> str:
-    """As `check_sums`, of rows with weights: a hessian is no count, also if it is constant."""
+    """As `check_sums`, for rows with weights, whose hessians are not counts even if constant."""
     gradients, hessians = sums[..., 0], sums[..., 1]
     unit = float(1 << at.bits)
     natural, most = numbers.bound / numbers.heaviest, numbers.bound * unit

@@ -17,9 +17,9 @@ from protocols.errors import UsageError
 Floats = npt.NDArray[np.float64]
 
 NAMES = ("auto", "logistic", "multiclass", "squared", "poisson")
-#: A target that is a number, and a prediction of it, is cut off at this number of standard
-#: deviations from the mean. Gradients themselves are not cut off: each is linear in the target of
-#: its row, so that no prediction makes a sum of gradients that of a few rows.
+#: Numbers to predict, and predictions of them, are clipped to this many standard deviations from
+#: the mean. Gradients are not clipped: each is linear in the target of its row, so no prediction
+#: can make a sum of gradients depend on a few rows alone.
 MAX_DEVIATIONS = 16.0
 #: XGBoost's max_delta_step of count:poisson, and what its hessians are multiplied by.
 POISSON_STEP = 0.7
@@ -33,8 +33,8 @@ class Gradients(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """A loss. `constant`, `bound`, `max_step`: see `layout.Numbers`. `mean`, `scale`: of a target
-    that is a number, whose rows are scaled by them."""
+    """A loss. `constant`, `bound`, `max_step`: see `layout.Numbers`. `mean` and `scale` scale a
+    target that is a number."""
 
     name: str
     outputs: int
