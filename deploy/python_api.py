@@ -14,6 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import agent.tasks  # noqa: E402
 import commonweight as cw  # noqa: E402
+from agent.tasks import capabilities  # noqa: E402
 from coordinator.api.routes import fleet, jobs, runs, tickets  # noqa: E402
 from coordinator.strategies import custom  # noqa: E402
 from protocols import errors  # noqa: E402
@@ -42,10 +43,10 @@ SECTIONS = (
         "classes: they say which methods it may have.",
         (
             *(agent.tasks.Task, agent.tasks.TrainOutcome, agent.tasks.EvalOutcome),
-            *(agent.tasks.Resumable, agent.tasks.HasMetadata, agent.tasks.CountsExamples),
-            *(agent.tasks.Predicting, agent.tasks.Exporting, agent.tasks.ProvidesStatistics),
-            *(agent.tasks.KnowsRows, agent.tasks.WatchesEpochs, agent.tasks.SupportsScaffold),
-            agent.tasks.KeepsOptimizerState,
+            *(capabilities.Resumable, capabilities.HasMetadata, capabilities.CountsExamples),
+            *(capabilities.Predicting, capabilities.Exporting, capabilities.ProvidesStatistics),
+            *(capabilities.KnowsRows, capabilities.WatchesEpochs, capabilities.SupportsScaffold),
+            capabilities.KeepsOptimizerState,
         ),
     ),
     Section("Strategies of your own", (custom.__doc__ or "").partition("\n\n")[2], ()),

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 
 from agent.inference import writers
-from agent.tasks import OnStep, Predicting, Settings
+from agent.tasks import OnStep, Settings
+from agent.tasks.capabilities import Predicting
 from protocols.errors import CannotPredict, DataError
 from protocols.model.weights import Weights
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from agent.tasks import Member, Setting, Settings, blend_weights
+from agent.tasks import Setting, Settings, blend_weights
 from agent.tasks.blend_weights import Floats
+from agent.tasks.capabilities import Member
 from agent.tasks.training.seeds import random_state
 from protocols.errors import BadWeights
 from protocols.model.weights import Array, Weights

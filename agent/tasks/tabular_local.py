@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 
 from agent.data.features import EncodedRows
-from agent.tasks import LocalRounds, Member, OnStep, tabular_blend
+from agent.tasks import OnStep, tabular_blend
 from agent.tasks import Settings as RunSettings
+from agent.tasks.capabilities import LocalRounds, Member
 from agent.tasks.tabular_blend import Blend
 from agent.tasks.tabular_trees import TreeModel
 from agent.tasks.training.built_in import BuiltInTask

@@ -19,21 +19,15 @@ import msgspec
 from agent.data.change_watch import ChangeWatch
 from agent.data.settings import DataSettings
 from agent.inference import predictions
-from agent.tasks import (
-    EvalOutcome,
+from agent.tasks import EvalOutcome, Setting, Settings, Task, data_checks, floors, registry
+from agent.tasks.capabilities import (
     Exporting,
     HasMetadata,
     Predicting,
     ProvidesStatistics,
     ScoresModels,
     SendsSums,
-    Setting,
-    Settings,
-    Task,
     TellsSettings,
-    data_checks,
-    floors,
-    registry,
 )
 from agent.tasks.floors import StepFloors
 from agent.tasks.training import rng_state

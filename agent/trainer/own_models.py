@@ -23,14 +23,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agent.data.disclosed_sets import Use
-from agent.tasks import (
+from agent.tasks import OnStep, Setting, Task
+from agent.tasks.capabilities import (
     BlendsModels,
     ComparesModels,
     LocalRounds,
     Member,
-    OnStep,
-    Setting,
-    Task,
     TrainsPrivately,
 )
 from agent.tasks.work import Done, Measure

@@ -15,7 +15,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from agent.tasks import KeepsOptimizerState, Settings, SupportsScaffold, Task
+from agent.tasks import Settings, Task
+from agent.tasks.capabilities import KeepsOptimizerState, SupportsScaffold
 from protocols.errors import BadWeights, UsageError
 from protocols.model import personalization, weights
 from protocols.model.bfloat16 import difference

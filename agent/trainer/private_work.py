@@ -7,7 +7,8 @@ import sys
 from msgspec.structs import replace
 
 from agent.data.settings import DataSettings
-from agent.tasks import Task, TrainsPrivately
+from agent.tasks import Task
+from agent.tasks.capabilities import TrainsPrivately
 from agent.tasks.work import Train, Work
 from protocols.errors import UsageError
 from protocols.model.personalization import SCAFFOLD

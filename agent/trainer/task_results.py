@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import msgspec
 
 from agent.data.settings import DataSettings
-from agent.tasks import CountsExamples, KnowsRows, Settings, Task
+from agent.tasks import Settings, Task
+from agent.tasks.capabilities import CountsExamples, KnowsRows
 from agent.tasks.work import Done
 from protocols.messages.envelope import Metrics
 from protocols.model import weights

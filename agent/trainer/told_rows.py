@@ -10,7 +10,8 @@ import numpy.typing as npt
 from agent.data import helper_requests
 from agent.data.disclosed_sets import DisclosedSets, Numbers, ToldSet, Use
 from agent.data.settings import DataSettings
-from agent.tasks import KnowsRows, Settings, Task, WatchesEpochs
+from agent.tasks import Settings, Task
+from agent.tasks.capabilities import KnowsRows, WatchesEpochs
 
 
 class ToldRows:

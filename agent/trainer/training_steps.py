@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from agent.tasks import OnStep, Resumable, Snapshot, Task, floors
+from agent.tasks import OnStep, Snapshot, Task, floors
+from agent.tasks.capabilities import Resumable
 from agent.tasks.floors import StepFloors
 from agent.tasks.training import rng_state
 from agent.tasks.work import Train

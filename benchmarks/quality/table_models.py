@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
-from agent.tasks import Member
+from agent.tasks.capabilities import Member
 from agent.tasks.tabular import Tabular
 from agent.tasks.tabular_blend import Blend
 from agent.tasks.tabular_trees import TreeModel

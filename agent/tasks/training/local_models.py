@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agent.tasks import LocalRounds, OnStep, TrainOutcome
+from agent.tasks import OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
+from agent.tasks.capabilities import LocalRounds
 from agent.tasks.training.evaluation import BatchResult
 from agent.tasks.training.examples import Batch, BatchesOf, Source, count_examples, slice_examples
 from agent.tasks.training.loop_state import as_weights

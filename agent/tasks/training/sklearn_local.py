@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from agent.tasks import LocalRounds, OnStep, TrainOutcome
+from agent.tasks import OnStep, TrainOutcome
 from agent.tasks import Settings as RunSettings
+from agent.tasks.capabilities import LocalRounds
 from agent.tasks.training.seeds import split_aside
 from protocols.errors import UsageError
 from protocols.model.weights import Weights

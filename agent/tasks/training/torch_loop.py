@@ -66,8 +66,8 @@ class PrivateLoss(NamedTuple):
 
 
 class TrainingLoop:
-    """The loop, and methods of `Resumable`, `Steerable` and `Continuing` for the task that it
-    works for."""
+    """The loop, with the methods of `Resumable`, `SupportsScaffold` and `KeepsOptimizerState` for a
+    task."""
 
     def __init__(self) -> None:
         self._at: LoopState | None = None

@@ -11,7 +11,8 @@ import pytest
 from agent.cli import task as commands
 from agent.data.settings import DataSettings
 from agent.home import settings
-from agent.tasks import KeepsOptimizerState, SupportsScaffold, registry
+from agent.tasks import registry
+from agent.tasks.capabilities import KeepsOptimizerState, SupportsScaffold
 from agent.tasks.work import Describe, Evaluate, Init, Train
 from agent.trainer.process import TrainerProcess, trainer_program
 from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageError

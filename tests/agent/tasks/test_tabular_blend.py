@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 
 from agent.data.settings import DataSettings
-from agent.tasks import Member, blend_weights
+from agent.tasks import blend_weights
+from agent.tasks.capabilities import Member
 from agent.tasks.tabular import Tabular
 from agent.tasks.tabular_blend import Blend, weigh
 from protocols.errors import BadWeights, UsageError

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("pyarrow", reason="tables are read by the extra tabular")
 
 from agent.data.settings import DataSettings, Floors
-from agent.tasks import LocalRounds
+from agent.tasks.capabilities import LocalRounds
 from agent.tasks.tabular import Tabular
 from agent.tasks.work import Measure
 from agent.trainer import own_models, row_bootstrap

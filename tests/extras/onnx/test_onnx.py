@@ -19,7 +19,8 @@ from torch import nn
 
 import commonweight as cw
 from agent.data.settings import DataSettings
-from agent.tasks import Exporting, registry
+from agent.tasks import registry
+from agent.tasks.capabilities import Exporting
 from protocols.model import model_card
 from protocols.model.model_card import ModelCard
 from protocols.model.weights import Weights, save

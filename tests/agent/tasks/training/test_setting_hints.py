@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from msgspec import Meta
 
-from agent.tasks import TellsSettings, registry
+from agent.tasks import registry
+from agent.tasks.capabilities import TellsSettings
 from protocols.errors import TaskUnusable
 from protocols.model import built_in_settings, schema_card, setting_hints, setting_specs
 from protocols.model.built_in_settings import LOOP
