@@ -1,6 +1,6 @@
 """The models that a run of `model=auto` trains, one after the other. Pure.
 
-Each begins with first weights and ends when it gets no better, as a run of this model alone. The
+Each begins with first weights and ends when it gets no better, like a run of one model. The
 best version of the run is the best of all of them. Rounds are numbered through, and the first
 weights of each further model have a number of their own, so no two versions of a run have the same
 one.
@@ -17,7 +17,7 @@ from coordinator.storage.run_events import ModelBegun
 from protocols.messages.states import RunState
 from protocols.tables.model_scores import Model
 
-#: Of a text for the ledger.
+#: The longest text for the ledger, in characters.
 _MAX_TEXT = 400
 
 
@@ -46,8 +46,7 @@ def event(run: Run, step: steps.BeginModel) -> ModelBegun:
 
 
 def of_version(run: Run, digest: str) -> Run:
-    """The run with settings, first weights, card and last round of the model that the version is
-    of."""
+    """The run with the settings, first weights, card and last round of this version's model."""
     number = next((one.round for one in reversed(run.history) if one.digest == digest), 0)
     if run.best is not None and run.best.digest == digest:
         number = run.best.round
@@ -111,8 +110,8 @@ def text(run: Run) -> str:
 
 
 def text_for_owners(run: Run) -> str:
-    """The same for owners. In a secure run, it has no metrics: with its own, a peer could compute
-    those of the others together."""
+    """The same for owners. In a secure run it has no metrics, because a peer could subtract its own
+    and so learn those of all others together."""
     if not (run.spec.secure and run.trained):
         return text(run)
     said, _, _ = text(run).partition(" (")

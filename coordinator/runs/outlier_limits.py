@@ -17,11 +17,12 @@ from protocols.tables import evaluation_counts
 
 #: How many closed rounds a round of few updates is compared with.
 _MAX_EARLIER_ROUNDS = 5
-#: Above the limit on norms.
+#: An update that the limit on norms has shrunk is judged by its own norm, up to this many times
+#: the limit.
 _MAX_ENLARGED = 1e6
 
 
-#: A mean that is further away from the middle than this part of it is reported.
+#: A mean is reported if it differs from the middle by more than this share of it.
 _TOLD_FROM = 0.05
 #: Metrics of all examples that need not lie between those of the peers.
 _POOLED = frozenset({"balanced_accuracy", "macro_f1", "ece", "auc", "average_precision"})
@@ -53,8 +54,8 @@ def decisive_metrics(
 ) -> tuple[Metrics, frozenset[str]]:
     """The values that decide instead of those in `metrics`: means of the voters in the middle.
 
-    One peer of three or more hardly moves them. Also the metrics that are far from all voters in
-    the middle: a few peers make them what they are.
+    One peer of three or more hardly moves them. The second result names the metrics that are far
+    from all voters in the middle, so that a few peers have made them what they are.
     """
     decisive: Metrics = {}
     doubtful = set()

@@ -139,7 +139,7 @@ class Rounds:
         self._recorder.report("warning", text)
 
     def drop_unused_uploads(self, peers: set[str]) -> None:
-        """Delete uploads that do not count, of those of `peers` that are not training."""
+        """Delete uploads that do not count. Peers that are training keep theirs."""
         run = self._recorder.run
         for peer in peers - run.assignments.keys():
             counted = {a.update.digest for a in run.buffer if a.peer == peer}

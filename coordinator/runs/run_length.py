@@ -19,7 +19,7 @@ from protocols.model import built_in_settings
 
 #: Limits of a run without `--rounds`: all rounds, and rounds without a better version.
 MAX_ROUNDS, PATIENCE = 100, 10
-#: Of other runs.
+#: The rounds of runs that do not end by themselves.
 ROUNDS = 10
 #: The approximate number of evaluations of a run of trees, and how many may bring no better
 #: version.

@@ -28,8 +28,11 @@ class ToldSettings:
             self._by_task[run.spec.task] = run.card.settings
 
     def check(self, spec: RunSpec) -> None:
-        """Raise UnknownName or UsageError for a setting that the task does not take. A check of the
-        peers passes, as it asks them again; so does a run for the fleet above."""
+        """Raise UnknownName or UsageError for a setting that the task does not take.
+
+        A check of the peers passes, as it asks them for the settings; so does a run for the fleet
+        above.
+        """
         # A card may be older than this version, and lack settings of a built-in task.
         known = {
             **built_in_settings.BY_TASK.get(spec.task, {}),

@@ -19,7 +19,7 @@ from protocols.messages.envelope import MAX_PEERS, Count, MaybeDigest, Settings,
 
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-#: Of the folder of a run: files from the app, and to it.
+#: In the folder of a run: the folders of files from the app, and to it.
 OUT, IN, SUFFIX = "out", "in", ".safetensors"
 #: Replies in one frame, which is at most half as long as one may be.
 MAX_REPLIES = 48

@@ -1,8 +1,8 @@
 """Finds what a crash of the coordinator left of an app's run: files for the ServerApp, and
 versions.
 
-A version is noted in a file beside the folder of the run before it exists, as the ledger names it
-later, or never. The next start deletes those that no run keeps.
+A version is noted in a file beside the folder of the run before the version exists, because the
+ledger names it only later, or never. The next start deletes those that no run keeps.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ MAX_OPEN_OF_NODE, MAX_OPEN = 64, MAX_PEERS
 def check_bounds(
     push: Push, going: Collection[Outgoing], sent: Collection[Sent], waiting_bytes: int
 ) -> None:
-    """Raise BadMessage if `going`, of this push, is too much beside what was `sent` before and the
-    records of the replies that wait.
+    """Raise BadMessage if the messages `going` out in this push are too many or too large.
 
-    Each message is in memory separately, also where many have the same content.
+    Messages that were `sent` before and the records of waiting replies count as well. Each message
+    is in memory separately, even if many have the same content.
     """
     told = [push.contents[message.content].told for message in going]
     held = [*told, *(one.work.told for one in sent)]
@@ -56,8 +56,8 @@ def store_arrays(
     """Make the arrays of these contents versions; their bytes by digest, 0 for no arrays.
 
     `folder`: of the run. `on_disk`: its versions, which other runs leave alone; new ones are added.
-    So they are not `unrecorded`: the run deletes those that the ledger never names as well, also
-    after a crash. Raises BadMessage for arrays that are not what the ServerApp says.
+    They are marked as recorded, because the run itself deletes those that the ledger never names,
+    also after a crash. Raises BadMessage for arrays that are not what the ServerApp says.
     """
     sizes = {"": 0}
     for content in contents:

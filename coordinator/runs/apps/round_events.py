@@ -35,7 +35,7 @@ class Phase(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What the round that closes took."""
+    """The time and the bytes of the round that closes. `spent`: seconds by phase."""
 
     seconds: float = 0.0
     bytes_up: int = 0
@@ -105,7 +105,7 @@ def _training_closed(run: Run, version: str) -> list[RunEvent]:
 def mean(updates: Mapping[str, Update]) -> Metrics:
     """The means, by examples, of the metrics that half of the peers or more have told.
 
-    So the ledger takes twice the metrics of one answer at most, whatever names peers invent.
+    So the ledger gets at most twice as many metrics as one answer has, whatever names peers invent.
     """
     sums: dict[str, tuple[int, float, int]] = {}
     for update in updates.values():

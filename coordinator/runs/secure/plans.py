@@ -32,11 +32,11 @@ from protocols.privacy.secagg.messages import (
 )
 from protocols.privacy.shared_noise import SharedNoise
 
-#: How much larger than the mean's largest element one of a peer may be, at least.
+#: A limit allows a peer at least this many times the largest element of the mean.
 _MIN_HEADROOM = 8.0
 #: The smallest limit of a tensor, as a part of the clipping norm.
 _MIN_LIMIT = 2.0**-20
-#: How much wider the limits of a plan with shared noise are than they must be.
+#: Limits of a plan with shared noise are wider than needed by this factor.
 _ROOM = 1.01
 #: By ring: the most that all weights together should be, so that a value keeps 18 bits or 10; and
 #: the smallest and largest weight of the peer with the most examples.
@@ -154,7 +154,7 @@ def _max_weight(run: Run, ring_bits: int, peers: int) -> int:
 
 
 def _max_examples(examples: Sequence[int], cap: float) -> int:
-    """The number of examples that more count as, so that no share exceeds `cap`; 0 for none."""
+    """The most examples that count of a peer, so that no share exceeds `cap`; 0 for no limit."""
     cap = max(cap, 1.0 / len(examples))
     ascending, below = sorted(examples), 0
     for rank, number in enumerate(ascending):
@@ -178,10 +178,10 @@ def tensor_limits(run: Run, schema: Schema, largest: Sequence[float]) -> list[fl
 
 
 def headroom(peers: int) -> float:
-    """How much larger than the largest element of a mean of `peers` one of a peer may be.
+    """By which factor an element of one peer may exceed the largest element of a mean of `peers`.
 
-    Where peers' changes differ at random, the mean is smaller by the square root of their number,
-    and so is its rounding error: this costs no accuracy.
+    If peers' changes differ at random, the mean is smaller by the square root of their number, and
+    so is its rounding error. So this headroom costs no accuracy.
     """
     return max(_MIN_HEADROOM, 2.0 * math.sqrt(peers))
 

@@ -19,8 +19,9 @@ def measure(
     step_s: float,
     is_receiving: Callable[[str], bool],
 ) -> Progress | None:
-    """How far the open cohort is. `state`: what is known of it. Peers that can get too few
-    signatures to tell their shares are not awaited.
+    """How far the open cohort is. `state`: what is known of it.
+
+    Peers that cannot get enough signatures to reveal their shares are not awaited.
 
     `online`: peers with a session (None: all, as after a restart). `step_s`: seconds since the step
     began. `is_receiving(peer)`: an upload of that peer is in progress.
