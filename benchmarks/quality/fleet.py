@@ -190,7 +190,7 @@ class InProcessFleet:
                 told += 1
                 on_round(closed)
 
-        loop = RunLoop(run, self._fleetwork(publish))
+        loop = RunLoop(run, self._fleetwork(publish), frozenset)
         working = asyncio.create_task(self._work(loop))
         driving = asyncio.create_task(loop.drive())
         done, _ = await asyncio.wait({working, driving}, return_when=asyncio.FIRST_COMPLETED)
