@@ -45,6 +45,16 @@ def pytest_collection() -> Generator[None, object, object]:
     return result
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give long tests ten minutes: they wait for several conditions, each with a bound of its own.
+
+    On a machine with other work, three minutes ended a test of a fleet that was as it should be.
+    """
+    for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _little_garbage() -> None:
     """Do the same with what the tests of other files have left."""
@@ -75,6 +85,13 @@ def memory_path() -> Iterator[Path]:
     place = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="commonweight-", dir=place) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator in this process publishes what peers wait for, and answers polls, at once."""
+    monkeypatch.setattr("coordinator.daemon.peer_events.ONLINE_EVERY_S", 0.05)
+    monkeypatch.setattr("coordinator.api.polls.LONG_POLL_S", 0.1)
 
 
 @pytest.fixture

@@ -304,7 +304,7 @@ async def test_an_agent_that_starts_again_waits_for_the_end_of_its_work(
     try:
         await until(lambda: status_files.read_status(tmp_path / "box") is not None)
         agent._restart()
-        await asyncio.wait({serving}, timeout=3.0)
+        await asyncio.wait({serving}, timeout=1.0)
         assert not serving.done()
     finally:
         may_end.set()

@@ -19,7 +19,7 @@ from tests.coordinator.runs.test_consent import FORBIDDEN, UNDECIDED, decide
 from tests.support.in_process_fleet import first_weights, fleet_of, some_data
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.usefixtures("coordinator_home")
+pytestmark = pytest.mark.usefixtures("coordinator_home", "no_long_waits")
 
 
 async def test_a_job_continues_when_the_owner_decides(

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
+import pytest
+
 from coordinator.fleet.reducer import reduce
 from coordinator.remote.follower import FleetFollower, jittered
 from protocols.errors import Unreachable
@@ -13,6 +15,11 @@ from protocols.messages.envelope import Envelope, Presence
 from protocols.messages.states import PeerState
 from protocols.messages.topics import COORDINATOR
 from tests.support.scene import IDS, NOW, Replay, busy_fleet, empty_fleet, known, links
+
+
+@pytest.fixture(autouse=True)
+def _short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.remote.follower.POLL_S", 0.1)
 
 
 @asynccontextmanager

@@ -14,6 +14,8 @@ from protocols.messages.states import RunState
 from tests.support.in_process_fleet import Agent, Fleet, fleet_of, some_data
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.usefixtures("no_long_waits")
+
 ALLOWED = AgentSettings(tasks=("softmax",))
 #: The task is on the machine, and its owner has not decided.
 UNDECIDED = AgentSettings(task_files={"softmax": "/nowhere/softmax.py:Softmax"})

@@ -144,7 +144,10 @@ async def test_a_killed_child_is_started_again_on_its_port(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
-async def test_a_blocked_child_is_started_again(site: Site) -> None:
+async def test_a_blocked_child_is_started_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_broker, "_STOP_TIMEOUT_S", 1.0)  # it does not hear SIGTERM
     broker = site.broker(stuck_after_s=1.0)
     await broker.start()
     changes: list[tuple[bool, str]] = []

@@ -233,7 +233,7 @@ async def test_the_screens_survive_and_send_no_escape_code(
             ["4"],
         ):
             await pilot.press(*keys)
-            await pilot.pause(0.1)
+            await pilot.pause(0.05)  # five drawing intervals
             assert not ESCAPES.search(written(app))
         assert app.is_running
 
