@@ -12,6 +12,8 @@ from functools import partial
 from random import Random
 from typing import Any, TypeVar
 
+from flwr.app import Message
+
 from agent.daemon import state_machine
 from agent.daemon.context import AgentContext
 from agent.daemon.current_enrollment import CurrentEnrollment
@@ -196,10 +198,23 @@ class SessionLoop:
                 message = await self._in_thread(pull)
                 while message is not None:
                     await self._wait_for_restart()
-                    message = await self._in_thread(work.answer, message)
-                    self._last_work_at = time.monotonic()
+                    message = await self._in_thread(self._answer, work, message)
             idle_s = time.monotonic() - self._last_work_at
             await wait_at_most(self._doorbell, work.next_poll_s(idle_s))
+
+    def _answer(self, work: WorkThread, message: Message) -> Message | None:
+        """In the work thread: answer a message and those that follow. Small rounds wake the event
+        loop less often so.
+
+        Returns one that must wait, because the agent will restart or is ending.
+        """
+        while (following := work.answer(message)) is not None:
+            self._last_work_at = time.monotonic()
+            if self._closed or self._runner.stopping.is_set() or self.restart_is_due():
+                return following
+            message = following
+        self._last_work_at = time.monotonic()
+        return None
 
     async def _wait_for_restart(self) -> None:
         """Keep a message unanswered: the agent with the changed settings gets it again."""

@@ -56,8 +56,12 @@ def write_private(path: Path, data: bytes, *, synced: bool = True) -> None:
 def fsync_files(*paths: Path) -> None:
     """Fsync files of one folder that were written before, if they still exist. Raises OSError."""
     for path in paths:
-        with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
-            os.fsync(file.fileno())  # opened for writing, as Windows requires
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDWR)  # opened for writing, as Windows requires
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     fsync_folder(paths[0].parent)
 
 

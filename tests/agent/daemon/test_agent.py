@@ -208,26 +208,33 @@ async def test_changed_data_and_tasks_are_in_force_after_the_current_work(
         agent._work.close()
 
 
+@pytest.mark.parametrize("changed_in", ["first", "second"])
 async def test_a_message_waits_for_the_agent_that_has_the_changed_settings(
-    site: Site, tmp_path: Path
+    site: Site, tmp_path: Path, changed_in: str
 ) -> None:
-    """An owner changes how a column is read, and a run asks a moment later."""
+    """An owner changes how a column is read, and a run asks a moment later: for the first time, or
+    again with the response to an answer."""
     home = tmp_path / "box"
     agent = an_agent(site, home)
     answered: list[object] = []
 
     class Work:
-        """Has one message, and notes what is answered."""
+        """Has two messages, and notes what is answered."""
 
         def __init__(self) -> None:
-            self.messages = ["ask"]
+            self.messages = ["second", "first"]
 
         def pull(self, *, steps_only: bool) -> str | None:
-            settings.change(home, data_formats={"income": "1.234,5"})
-            return self.messages.pop() if self.messages else None
+            return self._next() if len(self.messages) == 2 else None
 
-        def answer(self, message: str) -> None:
+        def _next(self) -> str:
+            if self.messages[-1] == changed_in:
+                settings.change(home, data_formats={"income": "1.234,5"})
+            return self.messages.pop()
+
+        def answer(self, message: str) -> str | None:
             answered.append(message)
+            return self._next() if self.messages else None
 
         def next_poll_s(self, idle_s: float) -> float:
             return 60.0
@@ -238,10 +245,10 @@ async def test_a_message_waits_for_the_agent_that_has_the_changed_settings(
     ticking = asyncio.create_task(agent._tick())
     try:
         await until(lambda: agent.must_restart)
-        assert not work.messages
-        assert not answered, "the coordinator asks the next agent again"
+        before = [] if changed_in == "first" else ["first"]
+        assert answered == before, "the coordinator asks the next agent again"
         settings.change(home, data_formats={})
-        await until(lambda: answered)
+        await until(lambda: answered == ["first", "second"])
     finally:
         pulling.cancel()
         ticking.cancel()
