@@ -23,6 +23,12 @@ from tests.support.lone_peers import Peer, without_coordinator
 from tests.support.waiting import until
 
 
+@pytest.fixture(autouse=True)
+def _quick_gossip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.daemon.gossip_loop._TICK_S", 0.02)
+    monkeypatch.setattr("agent.daemon.gossip_loop.MIN_INTERVAL_S", 0.05)
+
+
 def home_of(site: Site, folder: Path) -> Path:
     """An operator's home, as `init` makes it."""
     home = folder / "home"
