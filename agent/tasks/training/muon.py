@@ -24,7 +24,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(
         self, matrices: list[Tensor], others: list[Tensor], lr: float, weight_decay: float
     ) -> None:
-        super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:
             self._parts.append(
@@ -32,10 +31,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
             )
         if others:
             self._parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay))
+        super().__init__([part.param_groups[0] for part in self._parts], {})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for part in self._parts:
-            part.state = self.state  # another object after `load_state_dict`
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            part.state, part.param_groups = self.state, [group]  # `load_state_dict` makes new ones
             part.step()
 
 

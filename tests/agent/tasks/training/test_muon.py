@@ -14,6 +14,8 @@ from torch.utils.data import TensorDataset
 import commonweight as cw
 from agent.data.settings import DataSettings
 from agent.tasks import Cancelled, Setting
+from agent.tasks.training.hyperparameters import read_hyperparameters
+from agent.tasks.training.muon import muon_with_adamw
 from protocols.errors import UsageError
 from protocols.model import weights
 from protocols.model.weights import Weights
@@ -114,6 +116,19 @@ def test_its_state_carries_over_to_the_next_round() -> None:
     assert "exp_avg words.weight" in state
     task.load_optimizer_state(state)
     assert weights.digest(trained(task)) != weights.digest(once)
+
+
+def test_a_learning_rate_that_is_set_later_holds() -> None:
+    model = Reader()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = muon_with_adamw(model, read_hyperparameters({"lr": 0.05}))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    model(torch.ones(2, 4, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 def test_an_older_pytorch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
