@@ -14,6 +14,7 @@ from agent.analytics import query_log
 from agent.analytics.answer import answer_question
 from agent.clientapp import inference_jobs
 from agent.clientapp.inference_jobs import InferenceJobs
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.told_scores import ToldScores
 from agent.home import audit_log
 from agent.home.settings_schema import AgentSettings
@@ -122,7 +123,7 @@ def test_predictions_for_own_rows_do_not_fill_the_disk(
     owner = AgentSettings(data=str(file), tasks=("ping",))
     jobs = InferenceJobs(
         _Predicts(),  # type: ignore[arg-type]
-        lambda: owner,
+        OwnerRules(lambda: owner),
         lambda model: file,
         lambda *_: None,
         tmp_path / "jobs",

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from agent.clientapp import told_scores
 from agent.clientapp.inference_jobs import InferenceJobs, took_part
+from agent.clientapp.owner_rules import OwnerRules
 from agent.clientapp.told_scores import ToldScores, blur, key_of
 from agent.home import audit_log
 from agent.home.settings_schema import AgentSettings
@@ -68,7 +69,7 @@ class Peer:
     def restart(self) -> None:
         self.jobs = InferenceJobs(
             self.trainer,
-            lambda: self.owner,
+            OwnerRules(lambda: self.owner),
             lambda model: self.files[model.digest],
             lambda digest, nbytes, target: None,
             self.folder / "jobs",
