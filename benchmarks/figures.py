@@ -70,6 +70,7 @@ TABLES: dict[tuple[str, str], tuple[str, Table]] = {
     ("docs/quality.md", "lying peers"): ("quality/quality-results.json", quality.lying),
     ("docs/quality.md", "one liar"): ("quality/quality-results.json", quality.one_liar),
     ("docs/quality.md", "few exchanges"): ("quality/language.json", quality.language),
+    ("docs/large-models.md", "few bytes"): ("quality/language.json", quality.few_bytes),
     ("docs/quality.md", "slow peers"): (
         "bench/stragglers-results.json",
         small_tables.stragglers,

@@ -235,7 +235,7 @@ def measured(way: Way) -> dict[str, Any]:
 def read() -> dict[Way, dict[str, Any]]:
     """The earlier results; empty if there is no file."""
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    return {_way(**{name: row[name] for name in Way._fields if name in row}): row for row in rows}
+    return {_way(**{name: row[name] for name in Way._fields}): row for row in rows}
 
 
 def _way(**of: Any) -> Way:

@@ -78,6 +78,11 @@ _ONE = {
     "at the limit": "turns the mean of the others, as far as the limit just allows",
     "false metrics": "praises the first version and blames the others: the version chosen as best",
 }
+_FEW_BYTES_HEAD = (
+    "| exchange | optimizer | learning rate | held-out loss, by seed | bytes up | beside AdamW at "
+    "every step | beside Muon at every step |\n|---|---|---|---|---|---|---|\n"
+)
+
 _LANGUAGE_HEAD = (
     "| method | learning rate | held-out loss, nats per token | bytes up | bytes both ways |\n"
     "|---|---|---|---|---|\n"
@@ -176,15 +181,15 @@ def language(results: dict[str, Any]) -> str:
     lines = [
         _LANGUAGE_HEAD,
     ]
-    for optimiser, lr in dict.fromkeys((_optimiser(row), row["lr"]) for row in every):
-        mine = [row for row in every if (_optimiser(row), row["lr"]) == (optimiser, lr)]
+    for optimiser, lr in dict.fromkeys((row["optimiser"], row["lr"]) for row in every):
+        mine = [row for row in every if (row["optimiser"], row["lr"]) == (optimiser, lr)]
         lines.append(
             f"| gradients exchanged at every step{_named(optimiser)} | {lr} | {_losses(mine)} "
             "| 1 | 1 |\n"
         )
 
     def way_of(row: Row) -> tuple[Any, ...]:
-        return _optimiser(row), row["inner"], row["codec"], row["lr"]
+        return row["optimiser"], row["inner"], row["codec"], row["lr"]
 
     for way in dict.fromkeys(way_of(row) for row in rare):
         optimiser, inner, codec, lr = way
@@ -197,8 +202,53 @@ def language(results: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-def _optimiser(row: Row) -> str:
-    return str(row.get("optimiser", "adamw"))
+def few_bytes(results: dict[str, Any]) -> str:
+    """Rare exchanges beside those at every step, each at its best learning rate, over the seeds
+    that both have."""
+    best: dict[tuple[Any, ...], list[Row]] = {}
+    for row in results["rows"]:
+        if row["arm"] in ("every-step", "diloco"):
+            way = row["arm"], row["inner"], row["codec"], row["optimiser"]
+            best.setdefault(way, []).append(row)
+    lines = [_FEW_BYTES_HEAD]
+    every = {way[3]: _at_best_rate(rows) for way, rows in best.items() if way[0] == "every-step"}
+    for (arm, inner, codec, optimiser), rows in sorted(best.items(), key=_every_step_first):
+        mine = _at_best_rate(rows)
+        exchange = "at every step" if arm == "every-step" else f"every {inner} steps, `{codec}`"
+        fewer = "1" if arm == "every-step" else f"1/{mine[0]['fewer_up']:.0f}"
+        beside = [_difference(mine, every[name]) for name in ("adamw", "muon")]
+        cells = [exchange, f"`{optimiser}`", str(mine[0]["lr"]), _losses(mine), fewer, *beside]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
+
+
+def _every_step_first(of: tuple[tuple[Any, ...], list[Row]]) -> tuple[Any, ...]:
+    arm, inner, _, optimiser = of[0]
+    return arm != "every-step", optimiser, inner
+
+
+def _at_best_rate(rows: Sequence[Row]) -> list[Row]:
+    """Those with the most seeds, and of these with the lowest mean loss, by seed."""
+    by_rate: dict[float, list[Row]] = {}
+    for row in rows:
+        by_rate.setdefault(row["lr"], []).append(row)
+
+    def rank(mine: list[Row]) -> tuple[int, float]:
+        return -len(mine), statistics.mean(row["losses"][-1] for row in mine)
+
+    return sorted(min(by_rate.values(), key=rank), key=lambda row: row["seed"])
+
+
+def _difference(rows: Sequence[Row], others: Sequence[Row]) -> str:
+    """Of mean losses over the seeds of both, in percent; empty for the same rows."""
+    if rows == others:
+        return ""
+    seeds = {row["seed"] for row in rows} & {row["seed"] for row in others}
+    mine, theirs = (
+        statistics.mean(row["losses"][-1] for row in side if row["seed"] in seeds)
+        for side in (rows, others)
+    )
+    return f"{100 * (mine / theirs - 1):+.1f} %".replace("-", "−")
 
 
 def _named(optimiser: str) -> str:
