@@ -90,6 +90,8 @@ def test_ten_lines_are_a_task(tmp_path: Path) -> None:
         assert trained(site, *slow, "--rounds", "3", "--strategy", "scaffold")["accuracy"] > 0.5
         keeping = ("--strategy", "diloco", "--set", "optimiser=adamw")
         trained(site, "digits.py:Digits", "--rounds", "2", *keeping)
+        rarely = ("--strategy", "diloco", "--codec", "sign", "--set", "optimiser=muon")
+        trained(site, "digits.py:Digits", "--rounds", "2", *rarely)
         found = trained(site, *slow, "--rounds", "6", "--set", "epochs=2")
         assert found["accuracy"] > 0.85
         _check_predictions(site, tmp_path, parts["ann"])
