@@ -48,6 +48,8 @@ _PRIVATE_RULES = (
     Rule(lambda spec, _: spec.task in private_training.OTHER_TASKS,
          "--dp needs a task that can train with noise for single rows, and {spec.task} cannot",
          f"one of {', '.join(private_training.TASKS)}, or a cw.TorchTask of your own"),
+    Rule(lambda spec, _: spec.settings.get("optimiser") == "muon",
+         "--dp cannot be used with optimiser=muon", "--set optimiser=adamw, or sgd"),
     Rule(lambda spec, _: spec.mode != "synchronous",
          f"--dp cannot be used with {_BUFFERED}: the noise depends on how often a peer trains, "
          "which is not known in this mode", "--mode synchronous"),

@@ -137,6 +137,7 @@ def test_the_options_of_a_run_with_noise() -> None:
         ),
         ({"dp_epsilon": 0.0, "dp_clip": 2.0}, "--delta and --dp-clip have no effect without --dp"),
         ({"mode": "buffered", "buffer": 2, "quorum": 1}, "--mode buffered"),
+        ({"settings": {"optimiser": "muon"}}, "optimiser=muon"),
         ({"strategy": "scaffold"}, "figures of each peer without noise"),
         ({"strategy": "qfedavg"}, "figures of each peer without noise"),
         ({"dp_epsilon": 1000.0}, "--dp must be"),
