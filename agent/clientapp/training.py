@@ -26,7 +26,7 @@ from protocols.model.weights_file import WeightsFile, WeightsWriter
 class Training:
     """Training and evaluations by `trainer`, with results in `outbox`.
 
-    `floors`: as in `OwnerRules`. `observer` is told of training ahead, and how long each took.
+    `floors`: as in `OwnerRules`. `observer` gets training ahead, and the time of each training.
     """
 
     def __init__(

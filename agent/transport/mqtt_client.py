@@ -96,8 +96,8 @@ class MqttClient(MqttLink):
         self._began_at = time.time()
         self._wake = asyncio.Event()
         self._presence: Presence | None = None
-        #: The one that this connection published last, when the next one of work is due, and when
-        #: `_publish` goes on by itself; monotonic s.
+        #: The presence that this connection published last, when the next one of work is due, and
+        #: until when `_publish` sleeps; monotonic s.
         self._published: Presence | None = None
         self._presence_from, self._wakes_at = 0.0, math.inf
         self._telemetry: Telemetry | None = None

@@ -181,19 +181,13 @@ def language(results: dict[str, Any]) -> str:
     lines = [
         _LANGUAGE_HEAD,
     ]
-    for optimiser, lr in dict.fromkeys((row["optimiser"], row["lr"]) for row in every):
-        mine = [row for row in every if (row["optimiser"], row["lr"]) == (optimiser, lr)]
+    for (optimiser, lr), mine in _grouped(every, "optimiser", "lr").items():
         lines.append(
             f"| gradients exchanged at every step{_named(optimiser)} | {lr} | {_losses(mine)} "
             "| 1 | 1 |\n"
         )
-
-    def way_of(row: Row) -> tuple[Any, ...]:
-        return row["optimiser"], row["inner"], row["codec"], row["lr"]
-
-    for way in dict.fromkeys(way_of(row) for row in rare):
+    for way, mine in _grouped(rare, "optimiser", "inner", "codec", "lr").items():
         optimiser, inner, codec, lr = way
-        mine = [row for row in rare if way_of(row) == way]
         up, both = (statistics.mean(row[key] for row in mine) for key in ("fewer_up", "fewer"))
         lines.append(
             f"| DiLoCo, every {inner} steps, {codec}{_named(optimiser)} | {lr} | {_losses(mine)} "
@@ -205,15 +199,12 @@ def language(results: dict[str, Any]) -> str:
 def few_bytes(results: dict[str, Any]) -> str:
     """Rare exchanges beside those at every step, each at its best learning rate, over the seeds
     that both have."""
-    best: dict[tuple[Any, ...], list[Row]] = {}
-    for row in results["rows"]:
-        if row["arm"] in ("every-step", "diloco"):
-            way = row["arm"], row["inner"], row["codec"], row["optimiser"]
-            best.setdefault(way, []).append(row)
+    rows = [row for row in results["rows"] if row["arm"] in ("every-step", "diloco")]
+    groups = _grouped(rows, "arm", "inner", "codec", "optimiser")
+    best = {way: _at_best_rate(mine) for way, mine in groups.items()}
+    every = {way[3]: mine for way, mine in best.items() if way[0] == "every-step"}
     lines = [_FEW_BYTES_HEAD]
-    every = {way[3]: _at_best_rate(rows) for way, rows in best.items() if way[0] == "every-step"}
-    for (arm, inner, codec, optimiser), rows in sorted(best.items(), key=_every_step_first):
-        mine = _at_best_rate(rows)
+    for (arm, inner, codec, optimiser), mine in sorted(best.items(), key=_every_step_first):
         exchange = "at every step" if arm == "every-step" else f"every {inner} steps, `{codec}`"
         fewer = "1" if arm == "every-step" else f"1/{mine[0]['fewer_up']:.0f}"
         beside = [_difference(mine, every[name]) for name in ("adamw", "muon")]
@@ -227,16 +218,21 @@ def _every_step_first(of: tuple[tuple[Any, ...], list[Row]]) -> tuple[Any, ...]:
     return arm != "every-step", optimiser, inner
 
 
+def _grouped(rows: Sequence[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows by what they have under these keys."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
 def _at_best_rate(rows: Sequence[Row]) -> list[Row]:
     """Those with the most seeds, and of these with the lowest mean loss, by seed."""
-    by_rate: dict[float, list[Row]] = {}
-    for row in rows:
-        by_rate.setdefault(row["lr"], []).append(row)
 
     def rank(mine: list[Row]) -> tuple[int, float]:
         return -len(mine), statistics.mean(row["losses"][-1] for row in mine)
 
-    return sorted(min(by_rate.values(), key=rank), key=lambda row: row["seed"])
+    return sorted(min(_grouped(rows, "lr").values(), key=rank), key=lambda row: row["seed"])
 
 
 def _difference(rows: Sequence[Row], others: Sequence[Row]) -> str:

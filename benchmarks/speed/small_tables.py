@@ -154,7 +154,7 @@ def limits(results: dict[str, Any]) -> str:
     """Rounds beside the physical limit: floors-results.json."""
     lines = "".join(
         f"| {row['name']} | {row['round_s']:.2f} s | {row['cpu_s']:.2f} s "
-        f"| {' to '.join(f'{limit:.2f}' for limit in row['limits_s'])} s "
+        f"| {' to '.join(dict.fromkeys(f'{limit:.2f}' for limit in sorted(row['limits_s'])))} s "
         f"| {floors.ratios(row)} | {floors.GOALS[row['name']]} |\n"
         for row in results["rows"]
     )

@@ -93,7 +93,7 @@ class _Doctor:
 
     @cached_property
     def _told_at_start(self) -> dict[str, Any]:
-        """What the coordinator wrote of itself at its start; empty after its end. Read once."""
+        """What the coordinator wrote to `up.json` at its start; empty after its end. Read once."""
         try:
             return dict(msgspec.json.decode((self._home / UP_FILE).read_bytes()))
         except (OSError, msgspec.DecodeError, TypeError, ValueError):

@@ -232,7 +232,7 @@ class Registry:
         """
         if member in self.behind:
             await self.until_writable()
-        if member in self.behind:  # else another request of this member has recorded it meanwhile
+        if member in self.behind:  # another request may have recorded it during the wait
             self._record(CaFollowed(member))
 
     def has_read(self, operator: str, what: str) -> bool:

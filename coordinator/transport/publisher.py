@@ -35,7 +35,7 @@ MAX_OUTGOING = 10_000
 #: How long a command waits for a peer that has to connect to the broker again.
 _POLL_S, _MAX_POLLS = 0.1, 50
 _MAX_REASON = 300
-#: Reasons that are told while the link is down. The monitor shows the last one all the time.
+#: The most reasons that are logged while the link is down. The monitor always shows the last one.
 _MAX_TOLD = 32
 
 

@@ -29,8 +29,7 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[IO[bytes]]:
         with freeing_in_thread(path):
             os.replace(temporary, path)
     except BaseException:  # also a full disk
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
     if synced:
         fsync_folder(path.parent)
@@ -42,8 +41,7 @@ def _create(path: str) -> int:
     try:
         return os.open(path, flags, 0o600)
     except FileExistsError:  # others may write to the folder: a link or a file of theirs
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        Path(path).unlink(missing_ok=True)
         return os.open(path, flags, 0o600)
 
 

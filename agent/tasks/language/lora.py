@@ -39,7 +39,6 @@ from agent.tasks.training.examples import Batch, FetchedExamples
 from agent.tasks.training.loop_state import Tensors, as_weights
 from agent.tasks.training.seeds import derive_seed
 from agent.tasks.training.task_settings import TaskSettings
-from agent.tasks.training.torch_loop import MakeStep, autograd_step
 from agent.tasks.training.torch_task import LastValue
 from protocols.errors import DataError, UsageError
 from protocols.model.built_in_settings import LoraSettings
@@ -274,14 +273,11 @@ class Lora(NextTokenTask):
 
     # --- training and predictions ---
 
-    def _make_step(
-        self, model: nn.Module, settings: RunSettings, own: torch.optim.Optimizer | None
-    ) -> MakeStep:
-        mine = None if own is None else lambda: own
-        return autograd_step(self._loss_of(model), mine, self._read(settings).micro_batch)
+    def _micro_batch(self, settings: RunSettings) -> int:
+        return int(self._read(settings).micro_batch)
 
     def train(self, weights: Weights, settings: RunSettings, on_step: OnStep) -> TrainOutcome:
-        """Train with AdamW; the metric "loss" is the mean of the last epoch."""
+        """Train the adapters; the metric "loss" is the mean of the last epoch."""
         self._first = settings.get("seed", 0), settings.get("round", 0), self._data.index
         trained = super().train(weights, settings, on_step)
         model = self._adapted(self._read(settings))

@@ -251,7 +251,11 @@ class TorchTask(LoopTask, ComparesTorchModels):
     def _make_step(
         self, model: nn.Module, settings: RunSettings, own: torch.optim.Optimizer | None
     ) -> MakeStep:
-        return autograd_step(self._loss_of(model), None if own is None else lambda: own)
+        return autograd_step(self._loss_of(model), own, self._micro_batch(settings))
+
+    def _micro_batch(self, settings: RunSettings) -> int:
+        """The examples of a step that are in memory at once; 0: all of them."""
+        return 0
 
     def _private_loss(self, model: nn.Module) -> PrivateLoss:
         return PrivateLoss(module_losses.single_losses(self.loss, model), is_separate=True)

@@ -51,7 +51,6 @@ MakeStep = Callable[[LoopState, Hyperparameters], Step]
 #: The mean loss of a batch: `loss_of(weights, x, y) -> float32[]`.
 LossOf = Callable[[Tensors, Any, Any], Tensor]
 #: Makes the optimizer of a task's own.
-MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
 
 class PrivateLoss(NamedTuple):
@@ -260,9 +259,9 @@ def _step_of(step: Step, batch: Batch, count: int, size: int) -> float | Tensor:
 
 
 def autograd_step(
-    loss_of: LossOf, make_optimizer: MakeOptimizer | None = None, micro_batch: int = 0
+    loss_of: LossOf, own: torch.optim.Optimizer | None = None, micro_batch: int = 0
 ) -> MakeStep:
-    """Steps on the loss of a task, of the optimizer of the plan or of the task's own.
+    """Steps on the loss of a task, of its `own` optimizer or of that of the plan.
 
     With a `micro_batch`, a step has the activations of at most that many examples in memory.
     """
@@ -270,8 +269,8 @@ def autograd_step(
     def make(at: LoopState, plan: Hyperparameters) -> Step:
         w = at.weights
         trained = [w[name].requires_grad_() for name in at.trained]
-        if make_optimizer is not None:
-            at.use_optimizer(make_optimizer())
+        if own is not None:
+            at.use_optimizer(own)
         optimiser = at.optimizer or _optimiser(at, plan)
         forward = precision.use(plan.precision, trained[0].device)
 
