@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from msgspec.structs import replace
 
@@ -132,7 +132,6 @@ class Client:
         content = RecordDict(
             {
                 CLAIM: ConfigRecord({"claim": finished.claim, "signature": finished.signature}),
-                "metrics": MetricRecord(),
             }
         )
         if finished.description:

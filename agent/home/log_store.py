@@ -170,7 +170,8 @@ class LogStore(LogFile):
         """Remember an accepted head. One of each size is enough, beside the newest."""
         newest = self.newest()
         self._cache.newest = None
-        self._write("DELETE FROM heads WHERE size = ?", (head.size,))
+        if newest is not None and head.size <= newest.size:
+            self._write("DELETE FROM heads WHERE size = ?", (head.size,))
         self._write(
             "INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", (head.ledger, head.size, signed)
         )

@@ -43,7 +43,7 @@ from coordinator.storage.run_events import RunSpec
 from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
-from coordinator.transport.flower_grid import ClaimCheckGrid
+from coordinator.transport.flower_grid import InProcessGrid
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.enrollment.identity import SigningKey
@@ -124,7 +124,7 @@ class InProcessFleet:
         self.transfer = WeightTransfer(self.lane)
         self.ledger = SqliteLedger(folder / "ledger.db")
         self.superlink = Superlink()
-        self.grid = ClaimCheckGrid(self.superlink, self.lane)
+        self.grid = InProcessGrid(self.superlink)
         self._sign_key = identity.new_signing_key()
         # Flower draws random node ids; they are sorted, so that a seed selects the same peers.
         nodes = sorted(

@@ -36,7 +36,7 @@ from coordinator.storage.settings import Keys
 from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
-from coordinator.transport.flower_grid import ClaimCheckGrid
+from coordinator.transport.flower_grid import InProcessGrid
 from coordinator.transport.weights import WeightTransfer
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError
@@ -137,7 +137,7 @@ class SimulatedFleet:
             ledger=self._ledger,
             store=self.store,
             transfer=self._transfer,
-            grid=ClaimCheckGrid(self._superlink, self.store),
+            grid=InProcessGrid(self._superlink),
             sign=keys.sign_key.sign,
             verify=self._registry.verify,
             is_own_signature=partial(identity.verify, public),

@@ -46,7 +46,7 @@ from coordinator.storage.version_log import VersionLog
 from coordinator.storage.version_store import open_store
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
-from coordinator.transport.flower_grid import ClaimCheckGrid
+from coordinator.transport.flower_grid import InProcessGrid
 from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from coordinator.transport.http_server import Server
 from coordinator.transport.piece_sources import PieceSources
@@ -123,7 +123,7 @@ class Coordinator:
         )
         self._peers.admit_all()
         # Runs and jobs.
-        self._grid = ClaimCheckGrid(self._superlink, self.weight_store)
+        self._grid = InProcessGrid(self._superlink)
         self._refused: Counter[str] = Counter()
         self._notices = OwnerNotices()
         context = self._run_context()

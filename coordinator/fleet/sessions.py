@@ -165,12 +165,12 @@ class Sessions:
         return peer in self._online and self._can_work(peer)
 
     def _can_work(self, peer: str) -> bool:
-        shown, activity = self._fleet.peers.get(peer), self._activity[peer]
+        shown = self._fleet.peers.get(peer)
         if shown is None or shown.state in (PeerState.PAUSED, PeerState.ERROR):
             return False
         if shown.state is PeerState.IDLE and shown.free_until:
             left_s = shown.free_until - time.time() - shown.skew_s
-            if left_s < activity.last_duration_s:
+            if left_s < self._activity[peer].last_duration_s:
                 return False
         return self._can_answer(peer)
 

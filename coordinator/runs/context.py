@@ -9,7 +9,7 @@ from typing import NamedTuple
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.version_log import SignedTail
 from coordinator.storage.weight_store import WeightStore
-from coordinator.transport.flower_grid import ClaimCheckGrid
+from coordinator.transport.flower_grid import InProcessGrid
 from coordinator.transport.weights import WeightTransfer
 from protocols.messages.envelope import CoordinatorBody, Sign, Verify
 
@@ -21,7 +21,7 @@ class RunContext(NamedTuple):
     store: WeightStore
     #: Sends and receives weights of the store.
     transfer: WeightTransfer
-    grid: ClaimCheckGrid
+    grid: InProcessGrid
     sign: Sign
     verify: Verify
     #: True for a signature by this coordinator, before or after its restarts.

@@ -24,7 +24,7 @@ from coordinator.storage.run_events import RunSpec
 from coordinator.strategies import personal
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.failures import strategy_errors
-from coordinator.transport.flower_records import REQUEST, VersionRecord, shared_config
+from coordinator.transport.flower_records import REQUEST, InMemoryRecord, shared_config
 from protocols.errors import UpdateRefused
 from protocols.messages.envelope import Settings
 from protocols.messages.states import RunState
@@ -85,9 +85,9 @@ class PendingRequests(RequestsInFlight):
         configure = getattr(self._strategy, f"configure_{kind}")
 
         def call() -> list[Message]:
-            path = ctx.store.version_path(work.base)
-            model = weights.load(path) if self._adapter.reads_weights else None
-            base = VersionRecord(work.base, model)
+            path, reads_weights = ctx.store.version_path(work.base), self._adapter.reads_weights
+            # FedAvg passes the record on without reading it.
+            base = InMemoryRecord(weights.load(path) if reads_weights else {})
             with strategy_errors(self._adapter.flower):
                 return list(configure(work.round - run.begun, base, ConfigRecord(), ctx.grid))
 
@@ -99,8 +99,7 @@ class PendingRequests(RequestsInFlight):
     def _content_of(
         self, run: Run, kind: str, work: Assignment, extra: Mapping[str, int | float]
     ) -> RecordDict:
-        config = self._work_record(run, kind, work, extra)
-        return RecordDict({"arrays": VersionRecord(work.base), "config": config})
+        return RecordDict({"config": self._work_record(run, kind, work, extra)})
 
     def _work_record(
         self,

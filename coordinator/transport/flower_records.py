@@ -1,7 +1,7 @@
 """Weights and claims as Flower records.
 
-A strategy passes ordinary ArrayRecords to the Grid. On the wire, a message has a ConfigRecord with
-the digest of the weights, which are transferred over HTTP.
+A strategy gets ordinary ArrayRecords. Messages have none: signed work and claims name weights by
+their digests, and HTTP transfers them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from protocols.errors import BadMessage, CommonweightError
 from protocols.messages.work import SIGNED_CLAIM, UpdateClaim
 from protocols.model import schema_card
 from protocols.model.schema_card import DescribeAnswer
-from protocols.model.weights import Part, Weights
+from protocols.model.weights import Part
 
-WEIGHTS = "cw.weights"
 CLAIM, DESCRIPTION, PROOF = "cw.claim", "cw.description", "cw.proof"
 #: The request of a step of secure aggregation.
 REQUEST = "cw.request"
@@ -70,24 +69,9 @@ class InMemoryRecord(ArrayRecord):
         return arrays
 
 
-class VersionRecord(InMemoryRecord):
-    """A stored version, named by its digest.
-
-    It has arrays only if `model` is given: FedAvg passes the record on without reading it.
-    """
-
-    def __init__(self, digest: str, model: Weights | None = None) -> None:
-        super().__init__({name: np.asarray(array) for name, array in (model or {}).items()})
-        self.digest = digest
-
-
 def part_key(part: Part) -> str:
     """A name for a part of a tensor: a Flower record has only whole arrays."""
     return f"{part.name}[{part.start}:{part.stop}]"
-
-
-def as_weights(record: ArrayRecord) -> Weights:
-    return Weights({name: array.numpy() for name, array in record.items()})
 
 
 def shared_config(messages: Sequence[Message]) -> dict[str, int | float]:
@@ -111,11 +95,6 @@ def _numbers(message: Message) -> dict[str, int | float]:
         for name, value in config.items()
         if isinstance(value, int | float) and name != "server-round"
     }
-
-
-def weights_record(digest: str, nbytes: int) -> ConfigRecord:
-    """The record that replaces the arrays in a message."""
-    return ConfigRecord({"digest": digest, "nbytes": nbytes})
 
 
 def read_claim(reply: Message) -> tuple[UpdateClaim, bytes, bytes]:

@@ -6,6 +6,7 @@ So you can upgrade a fleet machine by machine, the coordinator first or last.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from protocols import VERSION
 from protocols.errors import VersionSkew
@@ -13,6 +14,7 @@ from protocols.errors import VersionSkew
 _NUMBERS = re.compile(r"(\d+)\.(\d+)(?:\.|\Z|[a-z])")
 
 
+@lru_cache(64)  # asked several times for each peer in a round
 def are_compatible(one: str, other: str) -> bool:
     """True if these versions work together, or if one of them is unknown."""
     a, b = _NUMBERS.match(one), _NUMBERS.match(other)

@@ -30,7 +30,7 @@ from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.sqlite_ledger import SqliteLedger
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
-from coordinator.transport.flower_grid import ClaimCheckGrid
+from coordinator.transport.flower_grid import InProcessGrid
 from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from coordinator.transport.http_server import Server, listen
 from coordinator.transport.piece_sources import PieceSources
@@ -112,7 +112,7 @@ class Site:
         if flower:
             self.superlink = Superlink()
             self.superlink.on_request = lambda action, node: self.heard.append((action, node))
-            self.grid = ClaimCheckGrid(self.superlink, self.lane)
+            self.grid = InProcessGrid(self.superlink)
             self.registry.on_change = self._admit
 
     def _certify(self) -> None:
