@@ -166,10 +166,6 @@ def min_product_rows(table: Table, min_rows: int) -> int:
     return min_rows + table.width
 
 
-def _is_few(count: int, min_rows: int) -> bool:
-    return 0 < count < min_rows
-
-
 def is_dominated(values: Floats) -> bool:
     """True if the largest of float64[n] follows from the sum to within the p % rule."""
     size = np.abs(values)

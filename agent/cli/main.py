@@ -161,7 +161,8 @@ def _format_status(home: Path, *, json: bool) -> str:
     from protocols.messages.states import PeerState, label
 
     work = f"  run {status.run} round {status.round}" if status.run else ""
-    marks = [f"{name} {'●' if up else '○'}" for name, up in _links(status).items()]
+    links = {"coordinator": status.session, "mqtt": status.mqtt}
+    marks = [f"{name} {'●' if up else '○'}" for name, up in links.items()]
     lines = [label(PeerState(status.state), status.reason) + work, "  ".join(marks)]
     if status.mqtt_why:
         lines.append(f"MQTT: {status.mqtt_why} (training does not need it)")
@@ -192,10 +193,6 @@ def _format_status(home: Path, *, json: bool) -> str:
         word = "before" if status.error_until else "last error"
         lines.append(f"{word}: {status.error_text}")
     return cli_entry.printable("".join(f"{line}\n" for line in lines))
-
-
-def _links(status: Status) -> dict[str, bool]:
-    return {"coordinator": status.session, "mqtt": status.mqtt}
 
 
 def _format_version(status: Status) -> list[str]:

@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS told_sets (
 """
 #: Buckets of a sketch. Each has the XOR of the mixed numbers of its rows.
 _BUCKETS = 128
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 Sketch = npt.NDArray[np.uint64]
 
@@ -170,7 +170,7 @@ def _compare(told: ToldSet, other_use: str, other: Numbers, min_rows: int) -> No
 
 
 def pack(rows: Numbers) -> bytes:
-    """Sorted row numbers, compressed."""
+    """Row numbers, compressed; small if they are sorted."""
     return zlib.compress(np.diff(rows, prepend=0).astype(np.int64).tobytes(), 1)
 
 
@@ -196,7 +196,7 @@ def _sketch(rows: Numbers) -> Sketch:
 def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64 (Steele et al., 2014): a bijection whose outputs look random."""
     with np.errstate(over="ignore"):
-        z = (values + np.uint64(1)) * _GOLDEN
+        z = (values + np.uint64(1)) * GOLDEN
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import secrets
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agent.data import helper_requests
-from agent.data.disclosed_sets import Numbers
+from agent.data.disclosed_sets import GOLDEN, Numbers, pack, unpack
 from agent.data.private_database import open_database, writing
 from agent.data.reader import Reader
 from protocols.errors import DataError
@@ -35,7 +34,6 @@ CREATE TABLE IF NOT EXISTS read_tables (
 """
 #: The tables whose numbers are kept, so that an unchanged file is not hashed row by row again.
 _KEPT_TABLES = 4
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class RowRegistry:
@@ -116,9 +114,7 @@ class RowStore:
         row = self._db.execute(
             "SELECT numbers FROM read_tables WHERE fingerprint = ?", (fingerprint,)
         ).fetchone()
-        if row is None:
-            return None
-        return np.cumsum(np.frombuffer(zlib.decompress(row[0]), np.int64), dtype=np.int64)
+        return None if row is None else unpack(row[0])
 
     def count(self) -> int:
         """How many numbers there are."""
@@ -158,7 +154,7 @@ class RowStore:
             self._db.execute(
                 "INSERT OR REPLACE INTO read_tables VALUES"
                 " (?, (SELECT COALESCE(MAX(at), 0) + 1 FROM read_tables), ?)",
-                (fingerprint, zlib.compress(np.diff(found, prepend=0).tobytes(), 1)),
+                (fingerprint, pack(found)),
             )
             self._db.execute(
                 "DELETE FROM read_tables WHERE at <= (SELECT MAX(at) FROM read_tables) - ?",
@@ -198,7 +194,7 @@ def _tell_apart(hashes: Hashes) -> Hashes:
         np.uint64
     )
     with np.errstate(over="ignore"):
-        return hashes ^ (occurrence * _GOLDEN)
+        return hashes ^ (occurrence * GOLDEN)
 
 
 def _look_up(hashes: Hashes, numbers: Numbers, wanted: Hashes) -> Numbers:

@@ -14,6 +14,7 @@ from agent.policy.file_access import SandboxRules
 from agent.tasks.work import Done, RunApp
 from agent.trainer.child_process import Program, half_of_cores
 from agent.trainer.ipc import Progress
+from agent.trainer.sandbox_rules import absolute
 from agent.trainer.supervisor import TrainerSupervisor
 from protocols.errors import TrainerFailed
 from protocols.local import failpoints
@@ -68,19 +69,15 @@ class AppTrainer(TrainerSupervisor):
         threads = chosen.threads or half_of_cores()
         rules = SandboxRules(
             mode=chosen.sandbox,
-            read=(app.folder, *app.read, *(_absolute(path) for path in self._read)),
-            allowed=tuple(map(_absolute, chosen.sandbox_read)),
+            read=(app.folder, *app.read, *(absolute(path) for path in self._read)),
+            allowed=tuple(map(absolute, chosen.sandbox_read)),
             write=(
-                _absolute(work_dir),
+                absolute(work_dir),
                 *app.write,
-                *(_absolute(path) for path in failpoints.folders()),
+                *(absolute(path) for path in failpoints.folders()),
             ),
             compile=chosen.compile,
             tasks=False,  # no helper: apps know no table of the owner
         )
         arguments = (MODULE, app.folder, "--code", app.code, "--nice", str(chosen.nice))
         return Program(work_dir, arguments, threads, rules, app.python)
-
-
-def _absolute(path: str | Path) -> str:
-    return str(Path(path).expanduser().absolute())

@@ -21,7 +21,7 @@ from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
 from agent.trainer.ipc import Answer, Request, decode_answer, encode
 from protocols.local import failpoints
-from protocols.local.programs import child_environment, forget_secrets
+from protocols.local.programs import child_environment, forget_secrets, signal_group
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +111,7 @@ class TrainerChild:
     def kill(self) -> None:
         """Kill it. On POSIX systems, also kill the processes that it started."""
         if os.name == "posix":
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # it has ended; macOS raises the latter
-                pass
+            signal_group(self.pid, signal.SIGKILL)
         else:
             self._process.kill()
 
@@ -128,10 +125,7 @@ class TrainerChild:
 
     def _signal(self, name: str) -> None:
         if FREEZABLE and self.exit_code is None:
-            try:
-                os.killpg(self.pid, signal.Signals[name])
-            except (ProcessLookupError, PermissionError):  # it has just ended
-                pass
+            signal_group(self.pid, signal.Signals[name])
 
     def _read(self) -> None:
         assert self._process.stdout is not None

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from agent.policy.file_access import SandboxRules
 from agent.trainer.spooled_table import SpooledTable
+from protocols.local.programs import signal_group
 
 #: Of a request and of a reply: 16 bytes for each of 64 million rows.
 MAX_FRAME_BYTES = 1 << 30
@@ -43,7 +44,7 @@ def start(rules: SandboxRules) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        _end_group(trainer)
+        signal_group(trainer, signal.SIGKILL)  # still its id while one of it lives
         os._exit(0)
 
 
@@ -79,11 +80,3 @@ def _serve(pipe: Connection, watch: int, rules: SandboxRules) -> None:
         except (EOFError, OSError):  # the trainer sent invalid data, or ended
             poll.unregister(pipe)
             pipe.close()
-
-
-def _end_group(trainer: int) -> None:
-    """Kill what the trainer started. Its group id is still its own while one of them lives."""
-    try:
-        os.killpg(trainer, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass

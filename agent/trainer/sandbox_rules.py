@@ -40,18 +40,19 @@ def make_rules(
     data += [spooled] if spooled else []
     return SandboxRules(
         mode=chosen.sandbox,
-        read=(*map(_absolute, (*data, *read)), *beside),
-        allowed=tuple(map(_absolute, chosen.sandbox_read)),
+        read=(*map(absolute, (*data, *read)), *beside),
+        allowed=tuple(map(absolute, chosen.sandbox_read)),
         listed=tuple(map(str, sorted(folders))),
-        write=tuple(map(_absolute, (*write, *failpoints.folders()))),
+        write=tuple(map(absolute, (*write, *failpoints.folders()))),
         compile=chosen.compile,
-        memory=_absolute(memory) if memory else "",
+        memory=absolute(memory) if memory else "",
         min_count=chosen.data_min_count,
         table=chosen.data if spooled else "",
         reader=chosen.data_reader if spooled else "",
-        spool=_absolute(spooled) if spooled else "",
+        spool=absolute(spooled) if spooled else "",
     )
 
 
-def _absolute(path: str | Path) -> str:
+def absolute(path: str | Path) -> str:
+    """The path as rules have it, with the home folder in place of ~."""
     return str(Path(path).expanduser().absolute())

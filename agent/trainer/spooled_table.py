@@ -18,6 +18,7 @@ from agent.data.change_watch import file_stamps
 from agent.policy import sandbox
 from agent.policy.file_access import SandboxRules
 from protocols.errors import CommonweightError, DataError
+from protocols.local.programs import signal_group
 
 _Error = tuple[str, str, str]
 
@@ -89,10 +90,7 @@ class SpooledTable:
         try:
             said = self._wait(process)
         finally:
-            try:  # Java and workers of a cluster's client too
-                os.killpg(process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
+            signal_group(process.pid, signal.SIGKILL)  # Java and workers of a cluster's client too
             process.wait()
         if process.returncode:
             try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -55,6 +57,12 @@ def take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     os.close(nothing)
     os.dup2(2, 1)
     return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
+
+
+def signal_group(leader: int, sent: signal.Signals) -> None:
+    """Send it to a process that began a session, and to all that it started. POSIX only."""
+    with suppress(ProcessLookupError, PermissionError):  # ended; macOS raises the latter
+        os.killpg(leader, sent)
 
 
 def run_program(

@@ -270,10 +270,10 @@ def _budget(machine: Machine) -> list[Line]:
 # --- small texts -----------------------------------------------------------------------------
 
 
-def bars(values: Sequence[float], width: int, height: int, most: float = 100.0) -> list[str]:
-    """Bars from 0 to `most`, one a value, the newest at the right: `height` lines."""
+def bars(values: Sequence[float], width: int, height: int) -> list[str]:
+    """Bars of percentages, one a value, the newest at the right: `height` lines."""
     shown = list(values)[-width:] if width > 0 else []
-    eighths = [round(min(max(value, 0.0), most) / most * 8 * height) for value in shown]
+    eighths = [round(min(max(value, 0.0), 100.0) / 100 * 8 * height) for value in shown]
     lines = []
     for line in range(height):
         base = 8 * (height - 1 - line)

@@ -102,7 +102,7 @@ class Mnist(BuiltInTask):
 
     def inputs(self, path: str, settings: Any) -> Iterator[Tensor]:
         """Of a CSV file with 784 columns: the pixels of a digit, 0 to 255. Raises DataError."""
-        rows = csv_rows.read_batches(path, 784, np.uint8, "a whole number from 0 to 255")
+        rows = csv_rows.Table(path, np.uint8, "a whole number from 0 to 255", 784)
         return (_scaled(_unit(pixels), settings) for pixels in rows)
 
     def export(

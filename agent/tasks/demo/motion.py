@@ -128,7 +128,7 @@ class Motion(TorchTask):
     def inputs(self, path: str, settings: Any) -> Iterator[npt.NDArray[np.float32]]:
         """Of a CSV file with two seconds a line: 600 columns, the 100 values of each of the six
         sensors one after the other. Raises DataError."""
-        rows = csv_rows.read_batches(path, 6 * WINDOW, np.float32, "a number")
+        rows = csv_rows.Table(path, columns=6 * WINDOW)
         return (values.reshape(-1, 6, WINDOW) for values in rows)
 
     def example(self, settings: Any) -> Tensor:

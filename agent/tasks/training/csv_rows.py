@@ -29,16 +29,6 @@ _TARGETS = frozenset({"class", "label", "target", "y"})
 _MAX_SHOWN = 20
 
 
-def read_batches(
-    source: str, columns: int, dtype: npt.DTypeLike, what: str
-) -> Iterator[npt.NDArray[Any]]:
-    """The rows of a CSV file, `dtype[n, columns]` for n up to 1024; `what` describes a valid value.
-
-    Raises DataError.
-    """
-    return iter(Table(source, dtype, what, columns))
-
-
 class Table:
     """The rows of a CSV file in batches `dtype[n, columns]`, n up to 1024.
 

@@ -20,7 +20,7 @@ from coordinator.runs.apps import frames
 from coordinator.runs.apps.frames import AppFrame, CoordinatorFrame, End
 from protocols.errors import CommonweightError
 from protocols.local.flower_apps import InstalledApp
-from protocols.local.programs import child_environment, forget_secrets
+from protocols.local.programs import child_environment, forget_secrets, signal_group
 
 MODULE = "commonweight.flower_apps.server"
 LOG = "server.log"
@@ -99,10 +99,10 @@ class ServerProcess:
             await self._copying
 
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.name == "posix":
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
+        if os.name == "posix":
+            signal_group(self._process.pid, signal.SIGKILL)
+        else:
+            with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
 

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 
 def read(source: Path, columns: int = 2) -> list[list[int]]:
-    found = csv_rows.read_batches(str(source), columns, np.uint8, "a whole number from 0 to 255")
+    found = csv_rows.Table(str(source), np.uint8, "a whole number from 0 to 255", columns)
     return [row for batch in found for row in batch.tolist()]
 
 
@@ -77,7 +77,7 @@ def test_other_files(tmp_path: Path) -> None:
     floats = tmp_path / "floats.csv"
     floats.write_text("a,b\n1,nan\n")
     with pytest.raises(DataError, match="is missing or is not a number"):
-        list(csv_rows.read_batches(str(floats), 2, np.float32, "a number"))
+        list(csv_rows.Table(str(floats), columns=2))
 
 
 def test_digits_are_told(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
