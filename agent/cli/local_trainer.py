@@ -78,18 +78,6 @@ class LocalTrainer:
         return predictions.read(out)
 
 
-class SandboxedTask:
-    """The task of one model, whose `predict` runs in the sandbox."""
-
-    def __init__(self, trainer: LocalTrainer, model: LocalModel) -> None:
-        self.trainer, self._model = trainer, model
-
-    def predict(
-        self, weights: object, settings: object, source: str
-    ) -> Iterator[dict[str, list[Any]]]:
-        return self.trainer.predict(self._model, source)
-
-
 def _predict(model: LocalModel, sources: list[str], out: Path) -> Predict:
     return Predict(
         task=model.task,

@@ -8,6 +8,7 @@ import os
 import signal
 import socket as net
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from protocols.model.weights import file_digest
 if TYPE_CHECKING:
     import uvicorn
 
+    from agent.cli.local_trainer import LocalTrainer
     from agent.inference.server import ServedModel
 
 HOST = "127.0.0.1"
@@ -65,37 +67,37 @@ class _Loader:
         self._folder, self._stack = folder, stack
         #: The newest file that was looked at.
         self._seen: Path | None = None
+        #: The trainer of the model, and the name of its task.
+        self._trainer: LocalTrainer | None = None
+        self._name = ""
         self.rows = folder / "rows"
         self.rows.mkdir()
 
-    def load(self, old: ServedModel | None = None) -> ServedModel:
+    def load(self) -> ServedModel:
         """Load the model and its task. A trainer that has loaded the task already is used again.
 
         Raises UnknownName, UsageError, NotEnrolled, and what the task raises.
         """
-        from agent.cli.local_trainer import LocalTrainer, SandboxedTask
+        from agent.cli.local_trainer import LocalTrainer
         from agent.inference.server import ServedModel
 
         self._seen = self._newest()
         shared = find_model(self._model)
         found = shared.recommended(self._use) if self._model == LATEST else shared
         found.check_whole()
-        if old is not None and old.name == found.task and isinstance(old.task, SandboxedTask):
-            trainer = old.task.trainer
-        else:
+        if self._trainer is None or self._name != found.task:
             home = homes.home_path("agent")
             folder = Path(tempfile.mkdtemp(dir=self._folder))
             read = [found.path, home / "cache", home / own_results.FOLDER, self.rows]
             chosen = with_task(settings.read(home), found, self._task)
-            trainer = LocalTrainer(chosen, folder, read)
-            self._stack.enter_context(trainer)
-        trainer.load(found)
-        task = SandboxedTask(trainer, found)
+            trainer = self._stack.enter_context(LocalTrainer(chosen, folder, read))
+            self._trainer, self._name = trainer, found.task
+        self._trainer.load(found)
         version = found.digest or found.path.stem
         if found.path != shared.path:
             version = file_digest(found.path)
             print_line(f"that is {found.origin}")
-        return ServedModel(version, found.task, task, None, {})
+        return ServedModel(version, found.task, partial(self._trainer.predict, found))
 
     def load_newer(self, old: ServedModel) -> ServedModel | None:
         """A newer version, if there is one and the model is `latest`."""
@@ -104,7 +106,7 @@ class _Loader:
         if self._newest() in (None, self._seen):
             return None
         try:
-            found = self.load(old)
+            found = self.load()
         except CommonweightError as err:  # such as a file that is damaged on this disk
             print_line(f"the newest version is not loaded: {err.message}; {err.hint}")
             return None

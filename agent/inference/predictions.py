@@ -13,7 +13,7 @@ import numpy as np
 from agent.inference import writers
 from agent.tasks import OnStep, Settings
 from agent.tasks.capabilities import Predicting
-from protocols.errors import CannotPredict, DataError
+from protocols.errors import DataError
 from protocols.model.weights import Weights
 
 _encoder = msgspec.json.Encoder()
@@ -22,15 +22,13 @@ _BATCH_ROWS = 4096
 Columns = Mapping[str, Sequence[Any]]
 
 
-def batches(
-    task: object, model: Weights, settings: Settings, source: str
+def _batches(
+    task: Predicting, model: Weights, settings: Settings, source: str
 ) -> Iterator[dict[str, list[Any]]]:
     """Yields the predictions for `source`: columns of plain values, batch by batch.
 
-    Raises CannotPredict, DataError (columns of several lengths), and what the task raises.
+    Raises DataError (columns of several lengths), and what the task raises.
     """
-    if not isinstance(task, Predicting):
-        raise CannotPredict("the task cannot predict", "it needs a method predict: docs/tasks.md")
     for batch in task.predict(model, settings, source):
         columns = {
             str(name): column.tolist() if isinstance(column, np.ndarray) else list(column)
@@ -56,7 +54,7 @@ def read(file: Path) -> Iterator[dict[str, list[Any]]]:
 
 
 def write(
-    task: object,
+    task: Predicting,
     model: Weights,
     settings: Settings,
     sources: Sequence[str],
@@ -66,7 +64,8 @@ def write(
 ) -> int:
     """Writes the predictions for all sources to `out`, as lines or Parquet; returns the row count.
 
-    `rows[i]` is the expected number of rows of source i; empty for any. Raises as `batches` does.
+    `rows[i]` is the expected number of rows of source i; empty for any. Raises
+    DataError (other columns or rows), and what the task raises.
     """
     done = 0
 
@@ -75,7 +74,7 @@ def write(
         names: list[str] = []
         for number, source in enumerate(sources):
             before = done
-            for batch in batches(task, model, settings, source):
+            for batch in _batches(task, model, settings, source):
                 if list(batch) != (names := names or list(batch)):
                     raise DataError("the task returned other columns than in its first batch")
                 done += len(next(iter(batch.values()), ()))

@@ -15,7 +15,7 @@ import io
 import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from agent.inference import predictions
-from agent.tasks import Settings
 from protocols.errors import CommonweightError, UsageError
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -40,13 +38,11 @@ _HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", ""})
 
 
 class ServedModel(NamedTuple):
-    """A loaded model. `version` names it; `model` is what `task` takes as weights."""
+    """A loaded model of the task `name`. `predict` yields columns of answers for a CSV file."""
 
     version: str
     name: str
-    task: object
-    model: Any
-    settings: Settings
+    predict: Callable[[str], Iterable[Mapping[str, Sequence[Any]]]]
 
 
 class _PendingRequest(NamedTuple):
@@ -181,8 +177,7 @@ def _predict(
         source = Path(folder) / "rows.csv"
         source.write_bytes(batch[0].head + b"".join(row for one in batch for row in one.rows))
         columns: dict[str, list[Any]] = {}
-        parts = predictions.batches(served.task, served.model, served.settings, str(source))
-        for part in parts:
+        for part in served.predict(str(source)):
             for name, values in part.items():
                 columns.setdefault(name, []).extend(values)
     if any(len(values) != sum(counts) for values in columns.values()):
@@ -209,7 +204,7 @@ def _rows_of(kind: str, body: bytes) -> tuple[bytes, list[bytes]]:
         else:
             table = [row for row in csv.reader(io.StringIO(body.decode(), newline="")) if row]
     except (msgspec.DecodeError, UnicodeDecodeError, csv.Error) as err:
-        raise UsageError(f"cannot read the rows: {err}", "CSV, or JSON: {{rows: [...]}}") from err
+        raise UsageError(f"cannot read the rows: {err}", "CSV, or JSON: {rows: [...]}") from err
     if len(table) < 2:
         raise UsageError("there are no rows", "send a header line, then one line per row")
     if any(len(row) != len(table[0]) for row in table):

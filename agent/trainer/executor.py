@@ -219,6 +219,7 @@ class WorkExecutor:
         _, settings = _split_settings(work.settings)
         on_step = StepCallback(work.id, "predict", self._control, self._send)
         out = Path(work.out)
+        assert isinstance(task, Predicting), "checked before its data were loaded"
         count = predictions.write(task, model, settings, work.sources, work.rows, out, on_step)
         return make_done(work.id, weights.file_digest(out), out.stat().st_size, count, {})
 

@@ -365,7 +365,7 @@ def test_a_kept_version_is_verified_when_it_is_used(
         assert "--run tabular-1" in done.stderr
     # A server keeps the version that it has.
     monkeypatch.setenv("COMMONWEIGHT_AGENT_HOME", str(site.folder / "six"))
-    served = ServedModel("e" * 64, "tabular", object(), None, {})
+    served = ServedModel("e" * 64, "tabular", lambda source: ())
     with contextlib.ExitStack() as stack:
         loader = serve._Loader(LATEST, Use.RECOMMENDED, "", site.folder, stack)
         assert loader.load_newer(served) is None

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,18 @@ class Doubling:
         self.door, self.sizes = threading.Event(), list[int]()
         self.door.set()
 
-    def predict(self, model: Weights, settings: Any, source: str) -> Iterator[dict[str, Any]]:
+    def predict(self, factor: float, source: str) -> Iterator[dict[str, Any]]:
         assert self.door.wait(30)
         with open(source) as file:
             names, *rows = file.read().splitlines()
         if names != "x":
             raise DataError("there is no column x")
         self.sizes.append(len(rows))
-        factor = float(np.asarray(model["factor"])[0])
         yield {"row": range(len(rows)), "y": [float(row) * factor for row in rows]}
 
 
 def served(version: str, task: Doubling, factor: float) -> ServedModel:
-    return ServedModel(version, "doubling", task, Weights({"factor": np.float32([factor])}), {})
+    return ServedModel(version, "doubling", partial(task.predict, factor))
 
 
 @asynccontextmanager
