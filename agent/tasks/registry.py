@@ -53,12 +53,6 @@ _PACKAGES = {
     "text-lm": ("torch",),
 }
 REQUIRED_METHODS = ("schema", "init", "load", "train", "evaluate")
-#: Optional methods by their present names, and the names that older task files use.
-_FORMER_NAMES = {
-    "lr_times_steps": "path",
-    "load_optimizer_state": "recall",
-    "optimizer_state": "remembered",
-}
 #: Valid names of registered tasks; they become part of run names and messages.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 
@@ -91,9 +85,6 @@ def create(name: str, source: str = "", framework: str = "auto", code: str = "")
         method for method in REQUIRED_METHODS if not callable(getattr(made, method, None))
     ]:
         raise TaskUnusable(f"{type(made).__name__} is no task: it lacks {', '.join(missing)}")
-    for present, former in _FORMER_NAMES.items():
-        if hasattr(made, former) and not hasattr(made, present):
-            setattr(made, present, getattr(made, former))
     return made  # type: ignore[no-any-return]
 
 

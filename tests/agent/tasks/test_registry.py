@@ -12,7 +12,6 @@ from agent.cli import task as commands
 from agent.data.settings import DataSettings
 from agent.home import settings
 from agent.tasks import registry
-from agent.tasks.capabilities import KeepsOptimizerState, SupportsScaffold
 from agent.tasks.work import Describe, Evaluate, Init, Train
 from agent.trainer.process import TrainerProcess, trainer_program
 from protocols.errors import TaskUnusable, TrainerFailed, UnknownName, UsageError
@@ -206,25 +205,6 @@ def test_what_names_no_class_in_a_file_is_refused(source: str) -> None:
 def test_what_a_task_cannot_be_called(name: str) -> None:
     with pytest.raises(UsageError):
         registry.check_name(name)
-
-
-def test_the_former_names_of_optional_methods_still_work(tmp_path: Path) -> None:
-    file = tmp_path / "older.py"
-    required = "".join(f"  def {name}(self, *a): ...\n" for name in registry.REQUIRED_METHODS)
-    file.write_text(
-        f"class Task:\n{required}"
-        "  def steer(self, correction): ...\n"
-        "  def gradient(self, weights, settings): ...\n"
-        "  def path(self, settings): return settings['lr'] * 3\n"
-        "  def recall(self, optimiser): self.state = optimiser\n"
-        "  def remembered(self): return self.state\n"
-    )
-    task = registry.create("older", f"{file}:Task")
-    assert isinstance(task, SupportsScaffold)
-    assert task.lr_times_steps({"lr": 0.5}) == 1.5
-    assert isinstance(task, KeepsOptimizerState)
-    task.load_optimizer_state({"step": np.ones(1)})
-    assert set(task.optimizer_state()) == {"step"}
 
 
 def test_a_misspelled_class_is_told_with_the_nearest_and_without_a_trace(
