@@ -25,7 +25,7 @@ from coordinator.runs.context import RunContext
 from coordinator.runs.in_flight import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
-from coordinator.storage.ledger import until_answers
+from coordinator.storage.ledger import append_beside, until_answers
 from protocols.errors import (
     AWAITED,
     UNDECIDED_CODES,
@@ -128,12 +128,12 @@ class JobLoop:
 
     async def _dispatch(self) -> None:
         """Decide until the job must wait or has ended, then send the open requests."""
-        self._record(*self._excuse_removed(), *self._excuse_undecided())
+        await self._record(*self._excuse_removed(), *self._excuse_undecided())
         while not self.job.ended:
             events = scheduler.decide(self.job, self._availability())
             if self._stop_reason:
                 events = [job_events.JobEnded(JobState.STOPPED, self._stop_reason, time.time())]
-            self._record(*events)
+            await self._record(*events)
             if not events or any(isinstance(one, job_events.UnitLeased) for one in events):
                 break  # each idle peer has its unit now
         if self.job.ended:
@@ -141,7 +141,7 @@ class JobLoop:
         try:
             await self.requests.send_open(self.job)
         except BadMessage as err:  # the input that the requester wrote is gone
-            self._record(job_events.JobEnded(JobState.FAILED, err.message, time.time()))
+            await self._record(job_events.JobEnded(JobState.FAILED, err.message, time.time()))
 
     def _excuse_removed(self) -> list[job_events.PeerExcused]:
         """Peers whose answer can never arrive, because the fleet does not have them.
@@ -225,7 +225,7 @@ class JobLoop:
                 events += await asyncio.to_thread(self._events_of, reply)
             except (BadMessage, KeyError, TypeError, ValueError) as err:
                 events.append(_bad_answer(reply.request.unit, reply.request.peer, err))
-        self._record(*events)
+        await self._record(*events)
         self.requests.acknowledge(replies, True)
 
     def _events_of(self, answered: JobReply) -> list[JobEvent]:
@@ -273,7 +273,7 @@ class JobLoop:
                 await asyncio.to_thread(validation.check, self.job, unit, answer, self._store)
             except (BadMessage, OSError) as err:
                 bad.append(_bad_answer(unit.number, peer, err))
-        self._record(*bad)
+        await self._record(*bad)
         unit = self.job.units[unit.number]
         if unit.agreed < (self.job.spec.quorum if self.job.is_scattered else 1):
             return
@@ -284,18 +284,23 @@ class JobLoop:
             for peer, answer in unit.answers.items()
             if answer.digest != chosen
         ]
-        self._record(*others, job_events.UnitVerified(unit.number, chosen))
+        await self._record(*others, job_events.UnitVerified(unit.number, chosen))
         self.requests.release_input(self.job.units[unit.number])
 
     # --- recording and telling ---
 
-    def _record(self, *events: JobEvent) -> None:
-        """Write events to the ledger, then apply and publish them. Raises DiskFull."""
+    async def _record(self, *events: JobEvent) -> None:
+        """Write events to the ledger, then apply and publish them.
+
+        Raises DiskFull, StorageUnreachable.
+        """
         if not events:
             return
         failpoint("job.recording", type(events[0]).__name__)
         subject = job_events.PREFIX + self.job.id
-        self._ctx.ledger.append(subject, [job_events.encode(event) for event in events])
+        await append_beside(
+            self._ctx.ledger, subject, [job_events.encode(event) for event in events]
+        )
         failpoint("job.recorded", type(events[-1]).__name__)
         for event in events:
             self.job = jobs.apply(self.job, event)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import time
-from functools import partial
 from typing import Any
 
 from coordinator.runs import candidates, model_choice, transitions
@@ -15,6 +14,7 @@ from coordinator.runs.messages import run_body
 from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import run_events
+from coordinator.storage.ledger import append_beside
 from coordinator.storage.run_events import RunEvent
 from protocols.errors import AWAITED, UNDECIDED_CODES, DiskFull, StorageUnreachable
 from protocols.local.failpoints import failpoint
@@ -59,11 +59,9 @@ class RunRecorder:
         for event in events:
             self._timer.mark(event)
         bodies = [run_events.encode(event) for event in events]
-        append = partial(self._ctx.ledger.append, self.run.id, bodies)
         while True:
             try:
-                # A database may hang, and other requests need the event loop.
-                await asyncio.to_thread(append) if self._ctx.ledger.is_remote else append()
+                await append_beside(self._ctx.ledger, self.run.id, bodies)
                 break
             except DiskFull as err:
                 await self.wait_for_space(err)

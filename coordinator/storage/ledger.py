@@ -92,6 +92,18 @@ async def until_answers(ledger: Ledger) -> None:
         await asyncio.to_thread(ledger.check_answers)
 
 
+async def append_beside(ledger: Ledger, subject: str, bodies: Sequence[bytes]) -> None:
+    """`append`, to a remote ledger in a thread: if it hangs, the event loop goes on.
+
+    The caller alone appends to this subject meanwhile. Raises DiskFull, LedgerUnreachable,
+    LeadershipLost.
+    """
+    if ledger.is_remote:
+        await asyncio.to_thread(ledger.append, subject, bodies)
+    else:
+        ledger.append(subject, bodies)
+
+
 def chain(head: bytes, at: float, subject: str, body: bytes) -> bytes:
     """The hash of an entry after the one with the hash `head`."""
     sha = hashlib.sha256(head)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,26 @@ async def test_rows_are_scattered_and_merged_while_a_run_trains(tmp_path: Path) 
         fleet.hub.jobs.mark_taken(job.id)
         assert list((folder / "versions").iterdir()) == []
         assert fleet.hub.jobs.find(job.id).taken
+
+
+async def test_an_append_that_hangs_does_not_stop_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet_of(tmp_path, *THREE) as fleet:
+        spec, scores = scattered(fleet, features())
+        job_id = fleet.hub.jobs.start(spec)
+        ledger, hangs, may_end = fleet.hub._ledger, threading.Event(), threading.Event()
+
+        def append(subject: str, bodies: Sequence[bytes]) -> None:
+            hangs.set()
+            assert may_end.wait(10)
+            SqliteLedger.append(ledger, subject, bodies)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(ledger, "is_remote", True)  # as one in PostgreSQL
+        monkeypatch.setattr(ledger, "append", append)
+        await until(hangs.is_set)
+        may_end.set()
+        check(fleet, await ended(fleet, job_id), scores)
 
 
 async def test_only_the_newest_untaken_jobs_keep_their_files(
