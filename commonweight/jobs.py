@@ -97,7 +97,7 @@ def measure(
     )
     job = inference.wait(remote, remote.start_job(spec))
     found = output.scores_of(job)
-    peers = {peer["peer"]: peer["name"] for peer in remote.peers()}
+    peers = remote.peer_names()
     if not found:
         reasons = "; ".join(f"{peers.get(p, p)}: {why}" for p, why in job.excused.items())
         raise CommonweightError(
@@ -137,7 +137,7 @@ def analyze(
         return _analysis_of(remote, analysis.ask_method(remote, method, within_s, secure=secure))
     query = parser.parse_query(question, where, epsilon=epsilon, bounds=dict(bounds))
     result = analysis.ask(remote, query, parse_seconds(deadline), secure=secure)
-    peers = {peer["peer"]: peer["name"] for peer in remote.peers()}
+    peers = remote.peer_names()
     rows = (
         {
             **dict(zip(result.by, group.group, strict=True)),
@@ -151,7 +151,7 @@ def analyze(
 
 
 def _analysis_of(remote: Remote, found: Statistics) -> Analysis:
-    peers = {peer["peer"]: peer["name"] for peer in remote.peers()}
+    peers = remote.peer_names()
     first, *others = (
         tuple(dict(zip(table.columns, row, strict=True)) for row in table.rows)
         for table in found.tables

@@ -10,7 +10,6 @@ import typer
 from coordinator.cli.common import (
     Json,
     connect,
-    peer_names,
     print_json,
     print_line,
     print_table,
@@ -98,7 +97,7 @@ def analyze(
             print_line("no group is large enough to be shown")
     for line in (*plot, *notes, label):
         print_line(line)
-    names = peer_names(remote)
+    names = remote.peer_names()
     for peer, reason in left_out.items():
         print_line(f"{names.get(peer, peer)}: {reason}")
 

@@ -48,11 +48,6 @@ def confirm(question: str, undone: str, command: str) -> None:
     typer.confirm(question, abort=True, err=True)
 
 
-def peer_names(remote: Remote) -> dict[str, str]:
-    """The name of each peer, by its id."""
-    return {peer["peer"]: peer["name"] for peer in remote.peers()}
-
-
 def print_table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table, to stdout. Names and values of peers are neither markup nor more lines."""
     from rich.console import Console

@@ -16,7 +16,6 @@ from coordinator.cli.common import (
     Json,
     Yes,
     connect,
-    peer_names,
     print_json,
     print_line,
     print_list,
@@ -180,7 +179,7 @@ def _evaluate(remote: Remote, spec: JobSpec, *, json: bool) -> None:
     job = _wait_until_ended(remote, remote.start_job(spec), quiet=json)
     scores = output.scores_of(job)
     matrices = output.matrices(scores)
-    names = peer_names(remote)
+    names = remote.peer_names()
     titles = dict(zip((m.digest for m in spec.models), spec.names, strict=True))
     missing = {names.get(peer, peer): reason for peer, reason in job.excused.items()}
     if json:
@@ -284,7 +283,7 @@ def show(job: JobName, json: Json = False) -> None:
     if json:
         print_json(found)
         return
-    names = peer_names(remote)
+    names = remote.peer_names()
     status = job_changed(found)
     lines = [f"{found.id}: {found.state}, {status.done:,} of {status.total:,}"]
     if found.ended_because:

@@ -110,7 +110,7 @@ def ask_method(
         job = _wait(remote, start(remote, query, deadline_s, peers, method.text, asked))
         return merge_answers(*answers_of(job, method.name, may_be_none=bool(peers)))
 
-    names = {peer["peer"]: peer["name"] for peer in remote.peers()}
+    names = remote.peer_names()
     return follow(method._replace(peer_names=names), put)
 
 

@@ -130,10 +130,7 @@ class Remote:
 
     def delete_run(self, run_id: str) -> Deletion:
         """Delete an ended run; return what was deleted."""
-        deleted: Deletion = _decoded(
-            self._request("POST", f"/cw/v1/runs/{run_id}/delete"), Deletion
-        )
-        return deleted
+        return _decoded(self._request("POST", f"/cw/v1/runs/{run_id}/delete"), Deletion)
 
     def start_job(self, spec: JobSpec) -> str:
         return self._post("/cw/v1/jobs", spec)["job"]
@@ -173,6 +170,10 @@ class Remote:
     def peers(self) -> list[dict[str, Any]]:
         return _as_dicts(self._rows("/cw/v1/peers", PeerRow))
 
+    def peer_names(self) -> dict[str, str]:
+        """The name of each peer, by its id."""
+        return {peer["peer"]: peer["name"] for peer in self.peers()}
+
     def approve(self, peer: str) -> None:
         self._request("POST", f"/cw/v1/peers/{peer}/approve")
 
@@ -192,8 +193,7 @@ class Remote:
     def offer_task(self, request: OfferRequest) -> Offer:
         """Offer a task file to the owners."""
         body = msgspec.json.encode(request)
-        made: Offer = _decoded(self._request("POST", offers.TASKS_PATH, body), Offer)
-        return made
+        return _decoded(self._request("POST", offers.TASKS_PATH, body), Offer)
 
     def withdraw_task(self, name: str) -> None:
         body = msgspec.json.encode(WithdrawRequest(name=name))
@@ -206,18 +206,13 @@ class Remote:
         self._request("POST", f"/cw/v1/operators/{operator}/remove")
 
     def _get(self, path: str, kind: type[T]) -> T:
-        found: T = _decoded(self._request("GET", path), kind)
-        return found
+        return _decoded(self._request("GET", path), kind)
 
     def _rows(self, path: str, kind: type[T]) -> list[T]:
-        rows: list[T] = _decoded(self._request("GET", path), Rows[kind])  # type: ignore[valid-type]
-        return rows
+        return _decoded(self._request("GET", path), Rows[kind])  # type: ignore[valid-type]
 
     def _post(self, path: str, body: Any) -> dict[str, str]:
-        made: dict[str, str] = _decoded(
-            self._request("POST", path, msgspec.json.encode(body)), Made
-        )
-        return made
+        return _decoded(self._request("POST", path, msgspec.json.encode(body)), Made)
 
     def _request(
         self, method: str, path: str, body: bytes = b"", *, into: Path | None = None
@@ -276,7 +271,7 @@ def _as_dicts(rows: Iterable[msgspec.Struct]) -> list[dict[str, Any]]:
     return [msgspec.structs.asdict(row) for row in rows]
 
 
-def _decoded(answer: bytes, kind: Any) -> Any:
+def _decoded(answer: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(answer, type=kind)
     except MALFORMED as err:
