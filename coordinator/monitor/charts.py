@@ -10,37 +10,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from coordinator.remote.formatting import downsample
+from coordinator.remote.formatting import EIGHTHS, Scale, downsample
 
 Values = Sequence[float | None]
 
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # by column, from the top down
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _MIN_SPACED_WIDTH = 3  # bars at least this wide have a blank between them
-
-
-class Scale(NamedTuple):
-    """The values at the bottom and at the top of a pane."""
-
-    low: float
-    high: float
-
-    def step(self, value: float, steps: int) -> int:
-        """The index, from the bottom, of `value` among `steps`. Halved, so nothing overflows."""
-        size = self.high / 2 - self.low / 2
-        if size <= 0:
-            return (steps - 1) // 2
-        return min(max(round((value / 2 - self.low / 2) / size * (steps - 1)), 0), steps - 1)
-
-    @property
-    def middle(self) -> float:
-        return self.low / 2 + self.high / 2
-
-
-def fit_scale(values: Values) -> Scale | None:
-    """The range of the known values; None if no value is known."""
-    known = [value for value in values if value is not None]
-    return Scale(min(known), max(known)) if known else None
 
 
 def resample(values: Values, points: int) -> list[float | None]:
@@ -162,4 +137,4 @@ def _block(ends: Sequence[int], bottom: int) -> Block:
     filled = min(ends[part] - bottom, 8)
     above = next((n for n, end in enumerate(ends) if end > bottom + filled), -1)
     is_top = bottom < ends[-1] <= bottom + 8
-    return Block(_EIGHTHS[filled], part, above if filled < 8 else -1, is_top)
+    return Block(EIGHTHS[filled], part, above if filled < 8 else -1, is_top)

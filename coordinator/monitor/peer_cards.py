@@ -118,7 +118,7 @@ def _plot(peer: Peer, width: int, height: int) -> list[Line]:
     mean = Cell("" if smoothed is None else f"smoothed {fmt.decimal(smoothed)}", "busy")
     lines = [_pad(Cell(f"loss {last.text}", last.tone), mean, width)]
     averages = fmt.smooth(peer.losses)
-    scale = charts.fit_scale(averages)
+    scale = fmt.fit_scale(averages)
     drawn = (
         charts.curve(averages, width, height - 1, scale) if scale else [" " * width] * (height - 1)
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from coordinator.fleet.state import finite
 
 DIVERGED = "✕ diverged"
 NOTHING = "–"
-_EIGHTHS = " ▁▂▃▄▅▆▇█"
+EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 # --- amounts ---------------------------------------------------------------------------------
 
@@ -117,19 +118,28 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(value / len(known) for value in known) if len(known) == len(values) else None
 
 
-def _heights(points: Sequence[float | None], most: int) -> list[int | None]:
-    """For each point a height of 1 to `most`; None stays None."""
-    known = [point for point in points if point is not None]
-    if not known:
-        return [None] * len(points)
-    low, high = min(known), max(known)
-    half = high / 2 - low / 2  # of the range: the range itself may not fit a float
-    if half <= 0:
-        return [None if point is None else (most + 1) // 2 for point in points]
-    return [
-        None if point is None else 1 + round((point / 2 - low / 2) / half * (most - 1))
-        for point in points
-    ]
+class Scale(NamedTuple):
+    """The values at the bottom and at the top of a pane or a line."""
+
+    low: float
+    high: float
+
+    def step(self, value: float, steps: int) -> int:
+        """The index, from the bottom, of `value` among `steps`. Halved, so nothing overflows."""
+        size = self.high / 2 - self.low / 2
+        if size <= 0:
+            return (steps - 1) // 2
+        return min(max(round((value / 2 - self.low / 2) / size * (steps - 1)), 0), steps - 1)
+
+    @property
+    def middle(self) -> float:
+        return self.low / 2 + self.high / 2
+
+
+def fit_scale(values: Sequence[float | None]) -> Scale | None:
+    """The range of the known values; None if no value is known."""
+    known = [value for value in values if value is not None]
+    return Scale(min(known), max(known)) if known else None
 
 
 def smooth(values: Sequence[float | None], weight: float = 0.8) -> list[float | None]:
@@ -152,8 +162,12 @@ def smooth(values: Sequence[float | None], weight: float = 0.8) -> list[float | 
 
 def trend(values: Sequence[float | None], width: int) -> str:
     """One line, `▁▂▃▄▅▆▇█`; `✕` where a value is not finite. At most `width` characters."""
-    heights = _heights(downsample(values, width), 8)
-    return "".join("✕" if height is None else _EIGHTHS[height] for height in heights)
+    points = downsample(values, width)
+    scale = fit_scale(points)
+    return "".join(
+        "✕" if point is None or scale is None else EIGHTHS[1 + scale.step(point, 8)]
+        for point in points
+    )
 
 
 def truncate(text: str, width: int) -> str:

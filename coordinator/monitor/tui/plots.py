@@ -13,9 +13,9 @@ from textual.color import Color
 
 from coordinator.fleet.state import finite
 from coordinator.monitor import charts
-from coordinator.monitor.charts import Scale, Values
+from coordinator.monitor.charts import Values
 from coordinator.monitor.tui.theme import colors
-from coordinator.remote.formatting import DIVERGED, brief, truncate
+from coordinator.remote.formatting import DIVERGED, Scale, brief, fit_scale, truncate
 
 MIN_WIDTH_AXIS = 22  # narrower plots have no axis
 Segment = tuple[str, Style | str]
@@ -101,7 +101,7 @@ def curve_plot(
     """A curve over `share` of the width; the range of all peers, `spread`, is shaded."""
     values = [finite(value) for value in values]
     others = [finite(value) for value in behind.values] if behind else []
-    scale = charts.fit_scale(
+    scale = fit_scale(
         [*values, *others, *(spread[0] if spread else ()), *(spread[1] if spread else ())]
     )
     last = values[-1] if values else None

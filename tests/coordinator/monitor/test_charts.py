@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.monitor.charts import Scale, band, bar_width, curve, fit_scale, resample, stack
+from coordinator.monitor.charts import band, bar_width, curve, resample, stack
+from coordinator.remote.formatting import Scale, fit_scale
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 counts = st.floats(0, 1e300)
