@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 from msgspec import Struct
@@ -15,7 +14,7 @@ from msgspec import Struct
 from coordinator.fleet import fleet_events
 from coordinator.fleet.auth import OPERATOR
 from coordinator.fleet.fleet_events import FleetEvent
-from coordinator.storage import ledger_place, run_events
+from coordinator.storage import run_events
 from coordinator.storage.ledger import Ledger
 from protocols.errors import UnknownName
 from protocols.privacy import accountant
@@ -49,11 +48,6 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
     ticket: str = ""
     run: str = ""
     reason: str = ""
-
-
-def open_ledger(home: Path) -> Ledger:
-    """The home's ledger, opened read-only. Raises NotRunning, HomeError, Unreachable."""
-    return ledger_place.open_ledger(home, read_only=True)
 
 
 def read_audit(ledger: Ledger, *, peer: str = "", since: float = 0.0) -> list[AuditEntry]:

@@ -117,7 +117,7 @@ class _Doctor:
     def ledger(self) -> str:
         if not ledger_place.exists(self._home):
             return "no entries yet"
-        with contextlib.closing(ledger_place.open_ledger(self._home, read_only=True)) as ledger:
+        with ledger_place.reading(self._home) as ledger:
             changed, newest = ledger.verify(), ledger.newest()
         if changed is not None:
             raise HomeError(

@@ -21,10 +21,9 @@ from cryptography.hazmat.primitives import serialization
 from msgspec import Struct
 
 from coordinator.fleet.registry import Registry
-from coordinator.storage import ca_files, settings
+from coordinator.storage import ca_files, ledger_place, settings
 from coordinator.storage.ca_files import ISSUER_FILE, CaFiles
 from coordinator.storage.fleet_cards import CardFile
-from coordinator.storage.ledger_place import open_ledger
 from coordinator.storage.settings import Keys
 from protocols.enrollment import ca_chain, certificates, identity
 from protocols.enrollment.identity import SigningKey
@@ -97,7 +96,7 @@ def read_status(home: Path) -> KeyStatus:
 
 def _read_behind(home: Path) -> tuple[list[str], bool]:
     """The names of members that are behind, and whether a peer is among them."""
-    with contextlib.closing(open_ledger(home, read_only=True)) as ledger:
+    with ledger_place.reading(home) as ledger:
         known = Registry(ledger)
     peers = [known.peers[one].name for one in known.behind if one in known.peers]
     others = [known.operators[one].name for one in known.behind if one in known.operators]
@@ -278,5 +277,5 @@ def _record(home: Path, name: str, digest: str) -> None:
 
     The ledger comes first: a crash in between costs an entry, and is never a silent change.
     """
-    with contextlib.closing(open_ledger(home)) as ledger:
+    with contextlib.closing(ledger_place.open_ledger(home)) as ledger:
         Registry(ledger).record_key(name, digest)

@@ -174,11 +174,12 @@ def show(
     """Show who joined, was approved, removed or refused, and which runs started and ended."""
     if context.invoked_subcommand is not None:
         return
-    from coordinator.admin.audit import open_ledger, read_audit
+    from coordinator.admin.audit import read_audit
+    from coordinator.storage import ledger_place
     from protocols.messages.envelope import strip_controls
 
     after = parse_time(since, time.time()) if since else 0.0
-    with contextlib.closing(open_ledger(homes.open_home("coordinator"))) as ledger:
+    with ledger_place.reading(homes.open_home("coordinator")) as ledger:
         entries = read_audit(ledger, peer=peer, since=after)
     if json:
         print_json(entries)
@@ -220,12 +221,11 @@ def verify(
     A ledger that was rewritten or cut off contradicts their heads, and the first entry is named.
     """
     from coordinator.admin import countersignatures
-    from coordinator.admin.audit import open_ledger
-    from coordinator.storage import settings
+    from coordinator.storage import ledger_place, settings
 
     home = homes.open_home("coordinator")
     keys = settings.open_keys(home)
-    with contextlib.closing(open_ledger(home)) as ledger:
+    with ledger_place.reading(home) as ledger:
         changed, newest = ledger.verify(), ledger.newest()
         if changed is not None:
             raise CommonweightError(

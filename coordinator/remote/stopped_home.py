@@ -22,7 +22,6 @@ from coordinator.runs.messages import round_body, run_body
 from coordinator.runs.recorded import named_run, recorded_ids, recorded_run
 from coordinator.runs.state import Run
 from coordinator.storage import ca_files, ledger_place
-from coordinator.storage.ledger import Ledger
 from protocols.enrollment import ca_chain
 from protocols.errors import HomeLocked, NotRunning
 from protocols.local import homes
@@ -53,7 +52,7 @@ class StoppedHome(Remote):
         """Nothing is open between two reads."""
 
     def runs(self) -> list[Run]:
-        with self._ledger() as ledger:
+        with ledger_place.reading(self.home) as ledger:
             found = [recorded_run(ledger, run_id) for run_id in recorded_ids(ledger)]
         return [run for run in found if not run.deleted]
 
@@ -73,7 +72,7 @@ class StoppedHome(Remote):
         return fleet
 
     def _bodies(self) -> Iterator[CoordinatorBody]:
-        with self._ledger() as ledger:
+        with ledger_place.reading(self.home) as ledger:
             peers = list(Registry(ledger).peers.values())
         for peer in peers:
             if peer.standing != "removed":
@@ -83,7 +82,7 @@ class StoppedHome(Remote):
             yield from (round_body(run.id, closed) for closed in run.history)
 
     def peers(self) -> list[dict[str, Any]]:
-        with self._ledger() as ledger:
+        with ledger_place.reading(self.home) as ledger:
             peers = list(Registry(ledger).peers.values())
         return [
             msgspec.structs.asdict(msgspec.convert(p, PeerRow, from_attributes=True)) for p in peers
@@ -100,11 +99,6 @@ class StoppedHome(Remote):
                 Registry(ledger).record_read(OPERATOR, f"exported {digest} of run {run_id}")
         finally:
             held.release()
-
-    @contextlib.contextmanager
-    def _ledger(self) -> Iterator[Ledger]:
-        with contextlib.closing(ledger_place.open_ledger(self.home, read_only=True)) as ledger:
-            yield ledger
 
     def _request(
         self, method: str, path: str, body: bytes = b"", *, into: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from coordinator.storage import ca_files
@@ -71,6 +72,13 @@ def open_ledger(home: Path, *, read_only: bool = False, patient: bool = False) -
     return open_database(home, address, read_only=read_only, patient=patient)
 
 
+@contextlib.contextmanager
+def reading(home: Path) -> Iterator[Ledger]:
+    """The ledger of this home for a reader beside the writer. Raises as `open_ledger`."""
+    with contextlib.closing(open_ledger(home, read_only=True)) as ledger:
+        yield ledger
+
+
 def open_database(
     home: Path, address: str, *, read_only: bool = False, patient: bool = False
 ) -> Ledger:
@@ -83,7 +91,7 @@ def open_database(
 def copy_to_file(home: Path, file: Path) -> None:
     """Copy the ledger in the database as it is at one moment to a new file."""
     with (
-        contextlib.closing(open_ledger(home, read_only=True)) as ledger,
+        reading(home) as ledger,
         contextlib.closing(SqliteLedger(file)) as copy,
     ):
         copy.load(ledger.entries())

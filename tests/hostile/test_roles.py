@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from coordinator.api.app import make_app
 from coordinator.api.schema import EvaluationsResponse
 from coordinator.daemon.coordinator import Coordinator
 from coordinator.fleet.auth import Auth
-from coordinator.storage import run_events
+from coordinator.storage import ledger_place, run_events
 from coordinator.transport.flower_sessions import FLEET_PREFIX, sessions_app
 from protocols.enrollment import identity, joining, signed_requests, tickets
 from protocols.enrollment.identity import SigningKey
@@ -257,7 +256,7 @@ def a_run_with_an_evaluation(fleet: Fleet) -> str:
 
 def audited(fleet: Fleet) -> str:
     """The lines of the audit."""
-    with closing(audit.open_ledger(fleet.home)) as ledger:
+    with ledger_place.reading(fleet.home) as ledger:
         return "\n".join(f"{line.event} {line.text}" for line in audit.read_audit(ledger))
 
 

@@ -15,6 +15,7 @@ from coordinator.admin import audit
 from coordinator.cli.admin import parse_time
 from coordinator.fleet import fleet_events, members
 from coordinator.storage import run_events
+from coordinator.storage.ledger_place import open_ledger
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.errors import NotRunning, UnknownName, UsageError
@@ -119,7 +120,7 @@ def test_an_unreadable_entry_is_shown_too(ledger: SqliteLedger) -> None:
 
 
 def test_reading_beside_the_writer_changes_nothing(ledger: SqliteLedger, tmp_path: Path) -> None:
-    reading = audit.open_ledger(tmp_path)
+    reading = open_ledger(tmp_path, read_only=True)
     assert len(audit.read_audit(reading)) == 11
     with pytest.raises(Exception, match="readonly"):
         reading.append("fleet", [b"{}"])
@@ -127,14 +128,14 @@ def test_reading_beside_the_writer_changes_nothing(ledger: SqliteLedger, tmp_pat
     assert audit.read_audit(reading)[-1].name == "dan"
     reading.close()
     ledger.close()
-    alone = audit.open_ledger(tmp_path)
+    alone = open_ledger(tmp_path, read_only=True)
     assert audit.read_audit(alone)[-1].name == "dan"
     newest = alone.newest()
     assert newest is not None
     assert newest.seq == 14
     alone.close()
     with pytest.raises(NotRunning, match="there is no ledger"):
-        audit.open_ledger(tmp_path / "nowhere")
+        open_ledger(tmp_path / "nowhere", read_only=True)
 
 
 def test_a_time_is_a_date_or_a_duration_ago() -> None:

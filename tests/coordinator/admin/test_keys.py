@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.admin import audit, keys
-from coordinator.storage import settings
+from coordinator.storage import ledger_place, settings
 from coordinator.storage.fleet_cards import CardFile
 from protocols.enrollment import fleet_card, identity
 from protocols.errors import HomeLocked
@@ -54,11 +54,8 @@ def test_a_rotated_signing_key_gets_a_newer_card(home: Path) -> None:
 def test_a_rotation_is_in_the_audit(home: Path) -> None:
     digest = keys.rotate(home, "operator")
     assert keys.read_status(home).operator == digest
-    ledger = audit.open_ledger(home)
-    try:
+    with ledger_place.reading(home) as ledger:
         entries = audit.read_audit(ledger)
-    finally:
-        ledger.close()
     assert [entry.text for entry in entries] == [f"the operator key was replaced by {digest}"]
     assert (home / "operator.key").stat().st_mode & 0o077 == 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from coordinator.fleet.members import Role
 from coordinator.remote import access, version_files
 from coordinator.remote.api_client import Remote
 from coordinator.runs.state import Run
+from coordinator.storage import ledger_place
 from protocols.enrollment import certificates, tickets
 from protocols.errors import BadWeights, Refused, UnknownName
 from protocols.local import homes
@@ -48,7 +48,7 @@ async def test_an_operator_gets_a_version_on_another_machine(fleet: Fleet, tmp_p
     assert file_digest(found) == run.head
     fleet.hub.weight_store.version_path(run.head).unlink()  # it is not asked for again
     assert await asyncio.to_thread(version_files.find, remote, run.id, run.head) == found
-    with closing(audit.open_ledger(fleet.home)) as ledger:
+    with ledger_place.reading(fleet.home) as ledger:
         read = [line.text for line in audit.read_audit(ledger) if line.event == "answers read"]
     assert any("the-operator" in line and run.head in line for line in read), read
 
