@@ -16,10 +16,9 @@ def make_broker(
 ) -> EmbeddedBroker | ExternalBroker | MosquittoBroker:
     """The external broker of the settings, or an embedded one on the port after `port`."""
     if chosen.mqtt_mosquitto:
-        passwords = mqtt_passwords(keys)
-        files = MosquittoFiles(Path(chosen.mqtt_mosquitto), keys.fleet, passwords)
+        files = MosquittoFiles(Path(chosen.mqtt_mosquitto), keys.fleet, mqtt_passwords(keys))
         ca_pem, mqtt_port = keys.ca_pem.decode(), mosquitto_port(chosen)
-        return MosquittoBroker(files, passwords, chosen.host, mqtt_port, ca_pem)
+        return MosquittoBroker(files, chosen.host, mqtt_port, ca_pem)
     if chosen.mqtt_url:
         return ExternalBroker(chosen.mqtt_url, Path(chosen.mqtt_ca) if chosen.mqtt_ca else None)
     return EmbeddedBroker(

@@ -7,7 +7,6 @@ peers that have answered are not asked again.
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,8 @@ from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import Statistics
 from coordinator.jobs.secure_questions import Answers
 from coordinator.jobs.store import JobStore
-from coordinator.storage.job_events import JobSpec, JobState, SecureStep
+from coordinator.remote import inference
+from coordinator.storage.job_events import JobSpec, SecureStep
 from protocols.analytics.mergeable_states import IN_SUMS_ALONE, PeerAnswer
 from protocols.analytics.query import Query
 from protocols.errors import CommonweightError, UsageError
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from coordinator.remote.api_client import Remote
     from coordinator.storage.job_events import AnswerInfo
 
-_FIRST_POLL_S, _POLL_S = 0.03, 0.2
 #: Steps of a secure sum after the first take milliseconds.
 _STEP_S = 30.0
 #: Characters of a method's text that owners see, at most.
@@ -87,7 +86,7 @@ def ask(
     if secure:
         merged = _ask_securely(remote, query, (), deadline_s)
         return result_of(query, merged, len(merged.used) + len(merged.left_out))
-    return combine(query, *answers_of(_wait(remote, start(remote, query, deadline_s))))
+    return combine(query, *answers_of(inference.wait(remote, start(remote, query, deadline_s))))
 
 
 def ask_method(
@@ -107,7 +106,7 @@ def ask_method(
     def put(query: Query, peers: Sequence[str]) -> Merged:
         if secure:
             return _ask_securely(remote, query, peers, deadline_s, method.text, asked)
-        job = _wait(remote, start(remote, query, deadline_s, peers, method.text, asked))
+        job = inference.wait(remote, start(remote, query, deadline_s, peers, method.text, asked))
         return merge_answers(*answers_of(job, method.name, may_be_none=bool(peers)))
 
     names = remote.peer_names()
@@ -140,7 +139,7 @@ def _ask_securely(
         )
         if isinstance(of, Mapping) and not of:
             return Answers({}, {})
-        job = _wait(remote, remote.start_job(spec))
+        job = inference.wait(remote, remote.start_job(spec))
         left_out = {peer: strip_controls(explain_refusal(why)) for peer, why in job.excused.items()}
         units = job.units.values()
         found = {unit.only: _body(unit.answer) for unit in units if unit.verified}
@@ -148,15 +147,6 @@ def _ask_securely(
         return Answers(found, silent | left_out)
 
     return secure_questions.ask(query, peers, put)
-
-
-def _wait(remote: Remote, job_id: str) -> Job:
-    """The job, once it has ended."""
-    wait_s = _FIRST_POLL_S
-    while remote.job_status(job_id).state == JobState.WORKING:
-        time.sleep(wait_s)
-        wait_s = min(_POLL_S, 1.5 * wait_s)
-    return remote.job(job_id)
 
 
 def answers_of(

@@ -16,12 +16,12 @@ from coordinator.jobs.state import Job
 from coordinator.jobs.store import JobStore
 from coordinator.remote.access import ACCESS_FILE
 from coordinator.remote.api_client import Remote
-from coordinator.storage.job_events import JobSpec
+from coordinator.storage.job_events import JobSpec, JobState
 from protocols.errors import CommonweightError, UsageError
 from protocols.local.durations import parse_seconds
 from protocols.messages.envelope import JobChanged
 
-_POLL_S = 0.2
+_FIRST_POLL_S, _POLL_S = 0.03, 0.2
 
 
 def make_spec(
@@ -53,12 +53,14 @@ def make_spec(
 
 def statuses(remote: Remote, job_id: str) -> Iterator[JobChanged]:
     """The status of a job until it has ended; the last one is that of the ended job."""
+    wait_s = _FIRST_POLL_S
     while True:
         status = remote.job_status(job_id)
         yield status
-        if status.state != "working":
+        if status.state != JobState.WORKING:
             return
-        time.sleep(_POLL_S)
+        time.sleep(wait_s)
+        wait_s = min(_POLL_S, 1.5 * wait_s)
 
 
 def wait(remote: Remote, job_id: str) -> Job:

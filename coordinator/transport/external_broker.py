@@ -20,8 +20,6 @@ class ExternalBroker:
     Raises UsageError for a wrong URL or an unreadable CA file.
     """
 
-    running = True
-    pid = None
     on_refused: OnRefused
 
     def __init__(self, url: str, ca_file: Path | None = None) -> None:
@@ -30,7 +28,6 @@ class ExternalBroker:
         except (OSError, UnicodeDecodeError) as err:
             raise UsageError(f"cannot read the CA file {ca_file}", "it must be PEM") from err
         self._address = parse_url(url, ca_pem)
-        self.host, self.port = self._address.host, self._address.port
         if self._address.is_readable_on_the_way:
             log.warning("the MQTT broker %s has no TLS; %s", self._address, NO_TLS_HINT)
 

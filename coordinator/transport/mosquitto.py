@@ -49,7 +49,7 @@ class MosquittoFiles:
 
     def __init__(self, folder: Path, fleet: str, passwords: Passwords) -> None:
         self.folder = folder.absolute()
-        self._fleet, self._passwords = fleet, passwords
+        self._fleet, self.passwords = fleet, passwords
         self._roles: dict[str, Role] = {}
         self._lines: dict[str, str] = {}
 
@@ -104,7 +104,7 @@ class MosquittoFiles:
     def _line(self, user: str) -> str:
         """A line of the password file: `$7$` is PBKDF2-SHA512."""
         if user not in self._lines:
-            password = self._passwords.of(user).encode()
+            password = self.passwords.of(user).encode()
             salt = hashlib.sha256(b"mosquitto salt\n" + password).digest()[:12]
             digest = hashlib.pbkdf2_hmac("sha512", password, salt, _ITERATIONS)
             encoded = f"{b64encode(salt).decode()}${b64encode(digest).decode()}"
@@ -131,20 +131,16 @@ class MosquittoFiles:
 class MosquittoBroker:
     """Mosquitto over `files`. It has the methods of `EmbeddedBroker`, and does not start it."""
 
-    running = True
-    pid = None
     on_refused: OnRefused
 
-    def __init__(
-        self, files: MosquittoFiles, passwords: Passwords, host: str, port: int, ca_pem: str
-    ) -> None:
+    def __init__(self, files: MosquittoFiles, host: str, port: int, ca_pem: str) -> None:
         self.host, self.port = host, port
-        self._files, self._passwords, self._ca_pem = files, passwords, ca_pem
+        self._files, self._ca_pem = files, ca_pem
         self._changed = asyncio.Event()
 
     def address(self, host: str, ca_pem: str, user: str = "") -> MqttAddress:
         """The address for a client that knows this machine as `host`, with this user's login."""
-        return self._passwords.address(host, self.port, ca_pem, user)
+        return self._files.passwords.address(host, self.port, ca_pem, user)
 
     def own_address(self) -> MqttAddress:
         """The address for this process."""

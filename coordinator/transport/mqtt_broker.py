@@ -236,10 +236,7 @@ class EmbeddedBroker:
             for line in pipe:
                 user, why = json.loads(line)
                 with contextlib.suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(self._refused, user, why)
-
-    def _refused(self, user: str, why: str) -> None:
-        self.on_refused(user, why)
+                    loop.call_soon_threadsafe(self.on_refused, user, why)
 
     def _gate_config(self, broker_config: Path) -> dict[str, str | int]:
         """A `mqtt_gate.GateConfig`."""

@@ -1,10 +1,10 @@
 """MQTT for the coordinator and the monitor: receives peers' messages, sends commands and events.
 
 Rule 1: a message counts if the peer of its topic signed it and its kind belongs on that topic. All
-        others are counted and passed to `on_rejected`.
+        others are passed to `on_rejected`.
 Rule 2: nothing depends on the broker. The client reconnects forever. While the link is down, each
         method that sends returns False at once.
-Rule 3: memory is bounded. `_IncomingQueue` drops (and counts) the oldest waiting messages: a peer
+Rule 3: memory is bounded. `_IncomingQueue` drops the oldest waiting messages: a peer
         repeats its presence, and newer telemetry replaces older.
 """
 
@@ -65,10 +65,6 @@ class FleetMqttClient(MqttLink):
         listen_to_coordinator: bool = False,
     ) -> None:
         super().__init__(address, on_change)
-        #: Messages that were malformed, forged or on the wrong topic.
-        self.rejected = 0
-        #: Messages that arrived faster than they could be read.
-        self.dropped = 0
         self._fleet = fleet
         self._verify, self._on_envelope = verify, on_envelope
         self._on_rejected = on_rejected
@@ -84,7 +80,7 @@ class FleetMqttClient(MqttLink):
         self._pending = 0
 
     async def _session(self, tls: ssl.SSLContext | None) -> None:
-        queue = _IncomingQueue(self._drop)
+        queue = _IncomingQueue()
         queue_type = cast("type[asyncio.Queue[aiomqtt.Message]]", lambda maxsize: queue)
         async with connect(self._address, tls, queue_type=queue_type) as client:
             client.pending_calls_threshold = _MAX_PENDING  # above it, aiomqtt logs each call
@@ -117,7 +113,6 @@ class FleetMqttClient(MqttLink):
         try:
             verified = self._verified(topic, payload)
         except BadMessage as err:
-            self.rejected += 1
             self._on_rejected(topic, err)
         else:
             if verified is not None:
@@ -136,9 +131,6 @@ class FleetMqttClient(MqttLink):
         if not isinstance(envelope.body, _ALLOWED.get(parsed.kind, ())):
             raise BadMessage(f"a {type(envelope.body).__name__} on a topic for {parsed.kind}")
         return parsed.kind, envelope
-
-    def _drop(self) -> None:
-        self.dropped += 1
 
     # --- outgoing: True once the broker has the message, False if the link is down or stuck ---
 
@@ -194,17 +186,15 @@ class _IncomingQueue(asyncio.Queue[aiomqtt.Message]):
 
     MAX_MESSAGES, MAX_BYTES = 20_000, 32 * 1024 * 1024
 
-    def __init__(self, drop: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._drop, self._bytes = drop, 0
-        self.num_put = 0
+        self._bytes = self.num_put = 0
 
     def put_nowait(self, item: aiomqtt.Message) -> None:
         self.num_put += 1
         self._bytes += _size(item)
         while self.qsize() and (self.qsize() >= self.MAX_MESSAGES or self._bytes > self.MAX_BYTES):
             self.get_nowait()
-            self._drop()
         super().put_nowait(item)
 
     def get_nowait(self) -> aiomqtt.Message:

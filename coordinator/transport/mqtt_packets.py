@@ -51,12 +51,10 @@ class Connect(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """A message's head and the size of its payload; `packet_id` is 0 at QoS 0."""
+    """Whether the broker keeps a message, and the size of its payload."""
 
     topic: str
-    qos: int
     retain: bool
-    packet_id: int
     nbytes: int
 
 
@@ -162,10 +160,9 @@ def parse_publish(packet: Packet) -> Publish:
     topic, qos = _topic(fields), packet.flags >> 1 & 3
     if packet.flags & 8 and not qos:
         raise BadPacket("a repeated message of QoS 0")
-    packet_id = fields.number() if qos else 0
-    if qos and not packet_id:
+    if qos and not fields.number():
         raise BadPacket("a message with the number 0")
-    return Publish(topic, qos, bool(packet.flags & 1), packet_id, fields.left)
+    return Publish(topic, bool(packet.flags & 1), fields.left)
 
 
 def parse_subscribe(packet: Packet) -> Subscribe:

@@ -41,15 +41,8 @@ def new_ca(fleet_name: str, *, with_issuers: bool = False) -> tuple[SigningKey, 
     """A CA key and its self-signed certificate (PEM). `with_issuers`: it may have issuers."""
     key = new_signing_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"commonweight {fleet_name}")])
-    certificate = (
-        _builder(subject, subject, CA_DAYS)
-        .public_key(key.public_key())
-        .add_extension(
-            x509.BasicConstraints(ca=True, path_length=1 if with_issuers else 0), critical=True
-        )
-        .add_extension(_usage(sign_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, None)
+    certificate = _ca_builder(subject, subject, key, path_length=1 if with_issuers else 0).sign(
+        key, None
     )
     return key, certificate.public_bytes(serialization.Encoding.PEM)
 
@@ -59,11 +52,7 @@ def new_issuer(ca_key: SigningKey, ca_pem: bytes) -> tuple[SigningKey, bytes]:
     key, ca = new_signing_key(), load_ca(ca_pem)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "commonweight issuer")])
     certificate = (
-        _builder(subject, ca.subject, CA_DAYS)
-        .public_key(key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(sign_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        _ca_builder(subject, ca.subject, key, path_length=0)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
         )
@@ -229,17 +218,26 @@ def _builder(subject: x509.Name, issuer: x509.Name, days: int) -> x509.Certifica
     )
 
 
-def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
+def _ca_builder(
+    subject: x509.Name, issuer: x509.Name, key: SigningKey, path_length: int
+) -> x509.CertificateBuilder:
+    usage = x509.KeyUsage(
         digital_signature=True,
-        key_cert_sign=sign_certificates,
-        crl_sign=sign_certificates,
+        key_cert_sign=True,
+        crl_sign=True,
         content_commitment=False,
         key_encipherment=False,
         data_encipherment=False,
         key_agreement=False,
         encipher_only=False,
         decipher_only=False,
+    )
+    return (
+        _builder(subject, issuer, CA_DAYS)
+        .public_key(key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 
 

@@ -65,7 +65,6 @@ class MonitorBase(App[None]):
 
     CSS_PATH = Path(__file__).with_name("app.tcss")
     TITLE = "commonweight"
-    ENABLE_COMMAND_PALETTE = True
     #: True for a recording.
     replaying: ClassVar[bool] = False
 
