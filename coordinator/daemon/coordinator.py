@@ -40,10 +40,10 @@ from coordinator.runs.manager import RunManager
 from coordinator.storage.fleet_cards import CardFile
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.ledger_place import open_ledger
+from coordinator.storage.object_store import ObjectStore
 from coordinator.storage.seen_heads import SeenHeads
 from coordinator.storage.settings import UP_FILE, Keys, Settings
 from coordinator.storage.version_log import VersionLog
-from coordinator.storage.version_store import open_store
 from coordinator.storage.weight_store import WeightStore
 from coordinator.transport.flower import Superlink
 from coordinator.transport.flower_grid import InProcessGrid
@@ -87,7 +87,7 @@ class Coordinator:
         self.registry = Registry(self._ledger, approve=chosen.approve)
         self.offers = TaskOffers(self._ledger, keys.fleet, keys.sign_key.sign)
         self.version_log = VersionLog(self._ledger, keys.fleet, keys.sign_key.sign)
-        self._mirror = open_store(chosen.versions, keys.fleet) if chosen.versions else None
+        self._mirror = ObjectStore(chosen.versions, keys.fleet) if chosen.versions else None
         self.weight_store = WeightStore(home, self._mirror)
         self.job_store = JobStore(home / "jobs")
         self.transfer = WeightTransfer(self.weight_store)

@@ -24,9 +24,9 @@ from coordinator.fleet.auth import Auth
 from coordinator.fleet.registry import Registry
 from coordinator.storage import ledger_place
 from coordinator.storage.ledger import Entry, Ledger
+from coordinator.storage.object_store import ObjectStore
 from coordinator.storage.settings import Keys, Settings
 from coordinator.storage.version_cache import VersionCache
-from coordinator.storage.version_store import open_store
 from coordinator.transport.downloads import downloads_app
 from protocols.errors import CommonweightError, HomeError, UsageError
 
@@ -123,7 +123,7 @@ class Follower(threading.Thread):
         fleet = self._keys.fleet
         if self._cache is None:
             self._cache = VersionCache(
-                self._home / FOLDER, open_store(self._settings.versions, fleet)
+                self._home / FOLDER, ObjectStore(self._settings.versions, fleet)
             )
         self._ledger = ledger_place.open_ledger(self._home, read_only=True)
         self._newest = self._ledger.newest()

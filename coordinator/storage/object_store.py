@@ -1,5 +1,9 @@
 """Versions in an object store, through obstore (extra `cluster`): S3, GCS, Azure, a shared folder.
 
+`versions = "s3://bucket/prefix"` keeps versions there, beside the folder of the home. A version is
+in the store before the ledger names it, and a start fetches what the folder lacks. So a coordinator
+on another machine has them all.
+
 PREFIX/fleet has the id of the fleet, PREFIX/DIGEST.safetensors is one version, and
 PREFIX/state-DIGEST.safetensors one state. Credentials come from the environment, the files, or the
 machine, as the library of each cloud reads them.
@@ -39,7 +43,11 @@ _CLIENT = {"connect_timeout": "5s", "timeout": "60s"}
 
 
 class ObjectStore:
-    """A `VersionStore` under a URL. Changes happen one after another, in a thread."""
+    """Files by their SHA-256 under a URL. Changes happen one after another, in a thread.
+
+    It belongs to `fleet` and can be written: else it raises UsageError, Refused, HomeError,
+    StoreUnreachable or MissingPackage. Each call may take as long as the file.
+    """
 
     def __init__(self, url: str, fleet: str) -> None:
         parts = urlsplit(url)

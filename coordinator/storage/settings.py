@@ -56,7 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `metrics_port`: serves /metrics for Prometheus; 0 is off. `metrics_host`: the address for it. It
     has no TLS and no key, so all who reach the address can read it. `ledger`: the PostgreSQL
     database of the ledger, in place of a file of the home, without a password (`ledger_place`).
-    `versions`: keeps the versions in this object store, too (`version_store`). `download_port`: a
+    `versions`: keeps the versions in this object store, too (`object_store`). `download_port`: a
     replica that waits sends versions on this port; 0 is off. `download_addresses`: host:port of all
     replicas for that. Agents learn them.
     """

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from coordinator.storage.version_store import VersionStore
+from coordinator.storage.object_store import ObjectStore
 from protocols.local.safe_paths import path_in
 
 #: The least used of more versions is deleted.
@@ -22,7 +22,7 @@ class VersionCache:
     For one event loop. The folder is the cache's own: it is empty at the start.
     """
 
-    def __init__(self, folder: Path, store: VersionStore) -> None:
+    def __init__(self, folder: Path, store: ObjectStore) -> None:
         self._folder, self._store = folder, store
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from coordinator.storage.version_store import VersionStore
+from coordinator.storage.object_store import ObjectStore
 from protocols.codecs import patches
 from protocols.errors import BadWeights, StoreUnreachable
 from protocols.local import atomic_files
@@ -30,7 +30,7 @@ from protocols.model.weights_file import WeightsFile, WeightsWriter
 _UNFINISHED_S = 3600.0
 
 
-def compare(folder: Path, suffix: str, mirror: VersionStore | None) -> None:
+def compare(folder: Path, suffix: str, mirror: ObjectStore | None) -> None:
     """Fetch what the folder lacks, and store what the mirror lacks. Raises StoreUnreachable."""
     if mirror is None:
         return
@@ -52,7 +52,7 @@ class Versions:
 
     suffix = ".safetensors"
 
-    def __init__(self, folder: Path, mirror: VersionStore | None = None) -> None:
+    def __init__(self, folder: Path, mirror: ObjectStore | None = None) -> None:
         self.folder, self.mirror = folder, mirror
         folder.mkdir(mode=0o700, exist_ok=True)
         self._delete_unfinished()

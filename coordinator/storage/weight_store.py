@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from coordinator.storage.object_store import ObjectStore
 from coordinator.storage.spool import Spool
-from coordinator.storage.version_store import VersionStore
 from coordinator.storage.versions import Versions, compare
 from protocols.local import atomic_files
 from protocols.local.failpoints import failpoint
@@ -15,7 +15,7 @@ from protocols.local.failpoints import failpoint
 class WeightStore(Versions):
     """Versions, uploads (`uploads`) and the folder of strategy states (`states`)."""
 
-    def __init__(self, folder: Path, mirror: VersionStore | None = None) -> None:
+    def __init__(self, folder: Path, mirror: ObjectStore | None = None) -> None:
         super().__init__(folder / "versions", mirror)
         self.home = folder
         self.uploads = Spool(folder / "spool", self.suffix)

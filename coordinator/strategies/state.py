@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from coordinator.storage.version_store import VersionStore
+from coordinator.storage.object_store import ObjectStore
 from protocols.errors import BadWeights, CommonweightError
 from protocols.local import atomic_files
 from protocols.local.background_unlink import unlink
@@ -44,7 +44,7 @@ class StateStore:
     A state is in the mirror before the ledger names it; writing raises StoreUnreachable.
     """
 
-    def __init__(self, folder: Path, mirror: VersionStore | None = None) -> None:
+    def __init__(self, folder: Path, mirror: ObjectStore | None = None) -> None:
         self._folder, self._mirror = folder, mirror
         self._verified: set[str] = set()
 

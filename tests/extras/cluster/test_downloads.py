@@ -19,8 +19,8 @@ from coordinator.daemon.follower import Follower, check_settings
 from coordinator.fleet.registry import Registry
 from coordinator.storage import settings, version_cache
 from coordinator.storage.ledger_place import VARIABLE, open_ledger
+from coordinator.storage.object_store import ObjectStore
 from coordinator.storage.settings import Settings
-from coordinator.storage.version_store import VersionStore, open_store
 from protocols.enrollment import certificates, tickets
 from protocols.errors import PortInUse, Unreachable, UsageError
 from protocols.messages.work import DOWNLOAD_PATH
@@ -35,7 +35,7 @@ class Scene(NamedTuple):
     """The coordinator that leads, without a server, and a replica that waits, over one ledger."""
 
     registry: Registry
-    store: VersionStore
+    store: ObjectStore
     keys: settings.Keys
     chosen: Settings
     home: Path
@@ -84,7 +84,7 @@ def scene(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> Iter
         host=HOST, names=[HOST], versions=versions.as_uri(), download_port=free_port()
     )
     keys, ledger = settings.open_keys(home), open_ledger(home)
-    store = open_store(chosen.versions, keys.fleet)
+    store = ObjectStore(chosen.versions, keys.fleet)
     sender = Follower(home, keys, chosen)
     sender.start()
     made = Scene(
