@@ -17,6 +17,7 @@ from coordinator.jobs import scheduler
 from coordinator.jobs.state import Job, Unit
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
+from coordinator.runs.in_flight import InFlight
 from coordinator.storage.job_events import JobSpec
 from protocols.local.failpoints import failpoint
 from protocols.messages import jobs as wire
@@ -39,13 +40,12 @@ class JobReply(NamedTuple):
     seconds: float
 
 
-class PendingJobRequests:
+class PendingJobRequests(InFlight[JobRequest]):
     """The pending requests of one job, by message id. Runs in the event loop's thread."""
 
     def __init__(self, ctx: RunContext, store: JobStore) -> None:
+        super().__init__()
         self._ctx, self._store = ctx, store
-        self._in_flight: dict[str, JobRequest] = {}
-        self._ack_futures: dict[str, asyncio.Future[bool]] = {}
         #: By peer: when it started with the first of its requests (monotonic s).
         self._started_at: dict[str, float] = {}
         #: By lease: when it is overdue (monotonic s). A restart resets it.
@@ -150,18 +150,6 @@ class PendingJobRequests:
             self._started_at[request.peer] = now
             self._set_deadlines(request.peer)
         return now - started_at
-
-    def ack_future(self, message_id: str) -> asyncio.Future[bool] | None:
-        """Resolves when the ledger has the answer to a request of this job, or never will."""
-        if message_id not in self._in_flight:
-            return None
-        return self._ack_futures.setdefault(message_id, asyncio.get_running_loop().create_future())
-
-    def acknowledge(self, message_ids: Iterable[str], recorded: bool) -> None:
-        for message_id in message_ids:
-            future = self._ack_futures.pop(message_id, None)
-            if future is not None and not future.done():
-                future.set_result(recorded)
 
     # --- cancelling ---
 

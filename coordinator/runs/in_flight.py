@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from flwr.app import Message
 
 from coordinator.runs.context import RunContext
 from coordinator.runs.state import Run
 from protocols.local.failpoints import failpoint
+
+R = TypeVar("R")
 
 #: Flower's code for an exception in a ClientApp. Agents use it for all of their failures.
 AGENT_FAILED = 2
@@ -38,16 +40,36 @@ class Request(NamedTuple):
         return time.monotonic() - self.at
 
 
-class RequestsInFlight:
+class InFlight(Generic[R]):
+    """Requests by the ids of their messages, and who waits until their replies are recorded."""
+
+    def __init__(self) -> None:
+        self._in_flight: dict[str, R] = {}
+        self._ack_futures: dict[str, asyncio.Future[bool]] = {}
+
+    def ack_future(self, mid: str) -> asyncio.Future[bool] | None:
+        """Done when the reply to a request is in the ledger (True) or never will be (False); None
+        if it is not in flight."""
+        if mid not in self._in_flight:
+            return None
+        return self._ack_futures.setdefault(mid, asyncio.get_running_loop().create_future())
+
+    def acknowledge(self, mids: Iterable[str], recorded: bool) -> None:
+        for mid in mids:
+            future = self._ack_futures.pop(mid, None)
+            if future is not None and not future.done():
+                future.set_result(recorded)
+
+
+class RequestsInFlight(InFlight[Request]):
     """The requests in flight of one run."""
 
     def __init__(self, ctx: RunContext) -> None:
+        super().__init__()
         self._ctx = ctx
-        self._in_flight: dict[str, Request] = {}
         self._is_sending = False
         #: Replies that were found when their requests were to be canceled.
         self._arrived: list[Message] = []
-        self._ack_futures: dict[str, asyncio.Future[bool]] = {}
 
     async def push(self, outgoing: Sequence[tuple[Request, Message]]) -> list[Request]:
         """Send these messages. Returns the requests that are in flight: their nodes exist."""
@@ -97,20 +119,6 @@ class RequestsInFlight:
     def is_awaited(self, mid: str) -> bool:
         """True if the reply to this message may count. A peer can reply while messages are sent."""
         return mid in self._in_flight or self._is_sending
-
-    def ack_future(self, mid: str) -> asyncio.Future[bool]:
-        """Done when the reply to a request is in the ledger (True) or never will be (False)."""
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if mid in self._in_flight:
-            return self._ack_futures.setdefault(mid, future)
-        future.set_result(False)
-        return future
-
-    def acknowledge(self, mids: Iterable[str], recorded: bool) -> None:
-        for mid in mids:
-            future = self._ack_futures.pop(mid, None)
-            if future is not None and not future.done():
-                future.set_result(recorded)
 
     # --- canceling ---
 
