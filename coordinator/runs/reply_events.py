@@ -76,19 +76,16 @@ async def validate_reply(
         with refused_as("bad proof"):
             holding = recovery.verify_proof(run, read_proof(reply), ctx.is_own_signature, ctx.fleet)
             return run_events.HoldingTold(peer, holding)
+    norm, num_examples = 0.0, validation.bounded_examples(run, claim)
     if run.spec.secure and expected.kind in ("train", "evaluate"):
         with refused_as("bad card"):
             card = read_answer(reply, claim)
         answers.check_card(run, ctx.fleet, claim, card)
         await asyncio.to_thread(ctx.store.uploads.write, peer, claim.digest, card)
-        update = answers.card_update(claim, request.seconds)
-        return run_events.UpdateAccepted(run.round, peer, update)
-    norm = 0.0
-    if expected.kind != "evaluate":
-        rows = validation.bounded_examples(run, claim)
+    elif expected.kind != "evaluate":
         fragment = Fragment.of_round(run.spec.fragments, run.round)
         norm = await asyncio.to_thread(
-            _measure, ctx, model, expected, peer, claim.digest, rows, fragment
+            _measure, ctx, model, expected, peer, claim.digest, num_examples, fragment
         )
         validation.check_norm(run, claim, norm)
         if expected.kind in ("init", "recall"):
@@ -98,7 +95,6 @@ async def validate_reply(
                 state = retention.state_of(run, run.target_version, ctx.store)
                 return run_events.VersionRecalled(run.target_version, peer, state)
             return run_events.WeightsInitialised(claim.digest, peer)
-    num_examples = validation.bounded_examples(run, claim)
     is_bounded = num_examples < claim.num_examples
     factor = num_examples / claim.num_examples
     update = Update(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from coordinator.runs import validation
 from coordinator.runs.state import Run
-from coordinator.storage.run_events import Update
 from coordinator.storage.weight_store import WeightStore
 from protocols.errors import BadMessage, BadWeights, UpdateRefused
 from protocols.messages.work import UpdateClaim
@@ -35,16 +34,6 @@ def check_card(run: Run, fleet: str, claim: UpdateClaim, answer: bytes) -> None:
             f"it claims {claim.num_examples}, and has declared {limit} for this run; a new run "
             "counts new data",
         )
-
-
-def card_update(claim: UpdateClaim, seconds: float) -> Update:
-    """The ledger's record of a card."""
-    return Update(
-        digest=claim.digest,
-        nbytes=claim.nbytes,
-        num_examples=claim.num_examples,
-        seconds=seconds,
-    )
 
 
 def check_masked(store: WeightStore, cohort: Cohort, peer: str, answer: MaskAnswer) -> None:

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Strategy
 
 from coordinator import strategies
 from coordinator.runs import aggregation, best_version
-from coordinator.runs.aggregation import Evaluation
+from coordinator.runs.aggregation import CommittedVersion, Evaluation
 from coordinator.runs.state import Run
 from coordinator.storage.run_events import PrivacySpent
 from coordinator.storage.weight_store import WeightStore
@@ -47,12 +47,9 @@ class SecureVersion(NamedTuple):
     each share that does not fit the others; one of the two has lied.
     """
 
-    digest: str
-    metrics: Metrics
-    state: dict[str, str]
+    version: CommittedVersion
     largest: list[float]
     false_shares: frozenset[tuple[str, str]]
-    spent: tuple[PrivacySpent, ...] = ()
 
 
 class CheckedMean:
@@ -189,8 +186,8 @@ def commit(
             tuple(of.survivors),
         )
         digest = aggregation.store_version(store, aggregation_)
-    state, largest = aggregation_.new_state, list(checked.largest)
-    return SecureVersion(digest, metrics, state, largest, recovery.false_shares, spent)
+    version = CommittedVersion(digest, metrics, aggregation_.new_state, {}, spent)
+    return SecureVersion(version, list(checked.largest), recovery.false_shares)
 
 
 def evaluate(run: Run, store: WeightStore, strategy: Strategy, of: Aggregator) -> Evaluation:

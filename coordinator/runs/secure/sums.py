@@ -8,7 +8,8 @@ before its event: the cards, the sealed shares of all, the masked updates.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from flwr.app import Message
 
@@ -30,6 +31,7 @@ from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
 from protocols.messages.work import MAX_MESSAGE_BYTES, SecureStep
 from protocols.model.weights_file import WeightsFile
+from protocols.privacy.secagg.aggregator import Aggregator
 from protocols.privacy.secagg.messages import (
     STEPS,
     AgreeRequest,
@@ -42,6 +44,8 @@ from protocols.privacy.secagg.messages import (
     decode_ready,
     encode,
 )
+
+T = TypeVar("T")
 
 #: A request without an answer is sent again after this time, as it may be lost.
 _ASK_AGAIN_S = 30.0
@@ -67,6 +71,11 @@ class SecureSums:
     @property
     def _run(self) -> Run:
         return self._recorder.run
+
+    def _open_sum(self) -> Aggregator:
+        """The state of the open cohort."""
+        assert self._run.cohort is not None, "steps of a sum have a cohort"
+        return self._files.open(self._run.cohort)
 
     # --- what is missing ---
 
@@ -113,19 +122,19 @@ class SecureSums:
 
     async def take(self, request: Request, reply: Message) -> RunEvent | None:
         """Take the answer to a step; the event to record, if it has one. Raises UpdateRefused."""
-        run, cohort = self._run, self._run.cohort
+        run = self._run
         if reply.has_error():
             if reply.error.code != AGENT_FAILED:
                 return None  # the peer is gone; it is asked again when it is back
             refusal = refusals.decode(reply.error.reason or "")
             raise UpdateRefused(refusal.kind, refusal.text)
-        if cohort is None or request.kind not in run.open_kinds:
+        if run.cohort is None or request.kind not in run.open_kinds:
             if request.kind == "mask":
                 raise UpdateRefused("late", "the sum has begun without this masked update")
             return None
         expected = validation.ExpectedReply(request.kind, run.head, {})
         claim = reply_events.checked_claim(run, self._ctx, request.peer, reply, expected)
-        state = self._files.open(cohort)
+        state = self._open_sum()
         with reply_events.refused_as("bad answer"):
             answer = decode_answer(request.kind, read_answer(reply, claim))  # type: ignore[arg-type]
             if not isinstance(answer, MaskAnswer):
@@ -210,10 +219,7 @@ class SecureSums:
 
     async def fix_sharers(self) -> None:
         """Keep the sealed shares of all on disk, and continue with those peers."""
-        run = self._run
-        if run.cohort is None:
-            return
-        state = self._files.open(run.cohort)
+        run, state = self._run, self._open_sum()
         sharers = state.fix_sharers().sharers
         data = encode({peer: state.shares[peer] for peer in sharers})
         event = run_events.SharersFixed(run.round, sharers, await self._files.write("shares", data))
@@ -221,10 +227,8 @@ class SecureSums:
 
     async def fix_survivors(self) -> None:
         """Continue with the peers whose masked updates are here."""
-        run = self._run
-        if run.cohort is not None:
-            survivors = self._files.open(run.cohort).fix_survivors().survivors
-            await self._next_step(run_events.SurvivorsFixed(run.round, survivors))
+        survivors = self._open_sum().fix_survivors().survivors
+        await self._next_step(run_events.SurvivorsFixed(self._run.round, survivors))
 
     async def _next_step(self, event: RunEvent) -> None:
         await self._recorder.record(event)
@@ -251,31 +255,21 @@ class SecureSums:
 
     async def commit(self, states: StateStore) -> CommittedVersion | None:
         """Make the version. None if the cohort was lost: that is recorded."""
-        run = self._run
-        if run.cohort is None:
+        made = await self._unless_lost(fold.commit, self._run, self._store, states)
+        if made is None:
             return None
-        state = self._files.open(run.cohort)
-        try:
-            version = await asyncio.to_thread(
-                fold.commit, run, self._store, states, self._parts.strategy, state
-            )
-        except CohortLost as err:
-            await self._give_up(err.message)
-            return None
-        self._largest = version.digest, version.largest
-        self._report_false(version.false_shares)
-        return CommittedVersion(version.digest, version.metrics, version.state, {}, version.spent)
+        self._largest = made.version.digest, made.largest
+        self._report_false(made.false_shares)
+        return made.version
 
     async def evaluate(self) -> Evaluation | None:
         """The metrics of the open evaluation. None if the cohort was lost: that is recorded."""
-        run = self._run
-        if run.cohort is None:
-            return None
-        state = self._files.open(run.cohort)
+        return await self._unless_lost(fold.evaluate, self._run, self._store)
+
+    async def _unless_lost(self, make: Callable[..., T], *given: object) -> T | None:
+        """What `make` makes of the sum in a thread. None if the cohort was lost."""
         try:
-            return await asyncio.to_thread(
-                fold.evaluate, run, self._store, self._parts.strategy, state
-            )
+            return await asyncio.to_thread(make, *given, self._parts.strategy, self._open_sum())
         except CohortLost as err:
             await self._give_up(err.message)
             return None
