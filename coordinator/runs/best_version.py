@@ -108,17 +108,13 @@ def score(spec: RunSpec, metrics: Metrics) -> float:
     return -math.inf if value is None else _signed(spec, name, value)
 
 
-def best(spec: RunSpec, rounds: Iterable[Round]) -> Round | None:
-    """The round with the best version; without metrics, as in a run with noise, the last.
-
-    Among equals it is the first, or with the accuracy by default, which is the same for many
-    versions where few rows are held out, that with the lowest loss (`RunSpec.ties`).
-    """
-    return standing(spec, rounds).best
-
-
 def standing(spec: RunSpec, rounds: Iterable[Round]) -> Standing:
-    """How the versions of these rounds compare."""
+    """How the versions of these rounds compare.
+
+    Without metrics, as in a run with noise, the last is the best. Among equals it is the first, or
+    with the accuracy by default, which is the same for many versions where few rows are held out,
+    that with the lowest loss (`RunSpec.ties`).
+    """
     return functools.reduce(functools.partial(after, spec), rounds, Standing())
 
 

@@ -111,10 +111,6 @@ class RunLoop:
         """Digests of its versions, including older ones that peers still train on."""
         return self._rounds.on_disk
 
-    @property
-    def waiting_for(self) -> str:
-        return self._recorder.waiting_for
-
     # --- the loop ---
 
     async def drive(self) -> Run:

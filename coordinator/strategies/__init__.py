@@ -6,7 +6,6 @@ offers. `runner` passes a round's updates to its `aggregate_train`.
 
 from __future__ import annotations
 
-from coordinator.storage.run_events import RunSpec
 from coordinator.strategies.adapter import StrategyAdapter
 from coordinator.strategies.bulyan import Bulyan
 from coordinator.strategies.custom import CustomStrategy
@@ -62,8 +61,3 @@ def find(name: str) -> StrategyAdapter:
             known += "; fedxgb merges trees, which are not tensors of one schema"
         raise UnknownName(f"no strategy {name!r}", known)
     return _ADAPTERS[name]
-
-
-def check(spec: RunSpec) -> None:
-    """Raise UnknownName, UsageError or CannotBeMet unless the run's strategy can work."""
-    find(spec.strategy).check(spec)

@@ -387,9 +387,9 @@ def test_one_peers_metrics_do_not_choose_the_best_version(count: int) -> None:
     bad = evaluated({**OTHERS, "liar": {"accuracy": 1.0, "loss": 0.0}}, {"liar": count})
     good = evaluated({**better, "liar": {"accuracy": 0.0, "loss": 1e9}}, {"liar": count})
     rounds = [bad.history[0], good.history[0]]
-    assert best_version.best(bad.spec, rounds) is rounds[1]
+    assert best_version.standing(bad.spec, rounds).best is rounds[1]
     plain = [msgspec.structs.replace(one, decisive={}) for one in rounds]
-    assert best_version.best(bad.spec, plain) is plain[0]
+    assert best_version.standing(bad.spec, plain).best is plain[0]
 
 
 def test_one_peer_does_not_choose_the_model_of_a_run() -> None:
@@ -445,7 +445,7 @@ def test_the_praise_of_a_version_is_worth_no_round_of_training() -> None:
         return evaluated({**values, "liar": {"accuracy": lie}}, {"liar": 1000})
 
     rounds = [told(0.0, 1.0).history[0], told(0.02, 0.0).history[0]]
-    assert best_version.best(told(0.0, 1.0).spec, rounds) is rounds[1]
+    assert best_version.standing(told(0.0, 1.0).spec, rounds).best is rounds[1]
 
 
 def test_a_mean_that_few_peers_make_is_told() -> None:

@@ -79,10 +79,6 @@ class AppLoop:
     def on_disk(self) -> Set[str]:
         return self._retention.on_disk
 
-    @property
-    def waiting_for(self) -> str:
-        return self._recorder.waiting_for
-
     def stop(self, because: str) -> None:
         self._stop_reason = because
         self.changed.set()
@@ -262,7 +258,7 @@ class AppLoop:
             await asyncio.sleep(0)  # frames that have come must not keep other tasks waiting
             match await server.read():
                 case NodesAsked():
-                    await server.write(Nodes(self._nodes()))
+                    await server.write(Nodes(tuple(sorted(self._peers()))))
                 case Push() as push:
                     await server.write(await self._push(push))
                 case Pull() as pull:
@@ -272,9 +268,6 @@ class AppLoop:
                         log_file = self._folder / server_process.LOG
                         return RunState.FAILED, f"the ServerApp failed: {error} ({log_file})"
                     return RunState.FINISHED, "its ServerApp has ended"
-
-    def _nodes(self) -> tuple[int, ...]:
-        return tuple(sorted(self._peers()))
 
     def _peers(self) -> dict[int, str]:
         """The peers that can work now, by the ids that the ServerApp knows."""

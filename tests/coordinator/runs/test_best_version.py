@@ -33,8 +33,8 @@ def spec(**changed: Any) -> RunSpec:
 
 def test_a_run_with_noise_has_no_metrics_and_its_newest_version_counts_as_the_best() -> None:
     rounds = [Round(round=n, digest=f"d{n}") for n in (1, 2)]
-    assert best_version.best(spec(dp_epsilon=3.0), rounds) is rounds[1]
-    assert best_version.best(spec(), rounds) is rounds[0]
+    assert best_version.standing(spec(dp_epsilon=3.0), rounds).best is rounds[1]
+    assert best_version.standing(spec(), rounds).best is rounds[0]
 
 
 def test_the_usual_metric_is_accuracy_else_loss() -> None:
@@ -269,11 +269,11 @@ def test_of_accuracies_that_few_rows_cannot_tell_apart_the_lowest_loss_is_best()
         for n, (a, b) in enumerate(told, 1)
     ]
     near = spec(ties="standard error")
-    assert best_version.best(near, rounds) is rounds[2], "0.90 is below a standard error"
-    assert best_version.best(spec(), rounds) is rounds[0]
+    assert best_version.standing(near, rounds).best is rounds[2], "0.90 is below a standard error"
+    assert best_version.standing(spec(), rounds).best is rounds[0]
     assert {best_version.standing(one, rounds).gained for one in (near, spec())} == {4}
     many = [replace(one, num_evaluated=10**7) for one in rounds]
-    assert best_version.best(near, many) is many[0]
+    assert best_version.standing(near, many).best is many[0]
     found = Standing()
     for closed in rounds:
         before, found = found.best, best_version.after(near, found, closed)

@@ -540,9 +540,8 @@ def fill(ledger: SqliteLedger) -> None:
             ledger.append("filler", [b"{}"])
 
 
-def waits_for_space(fleet: Fleet) -> bool:
-    current = fleet.hub.runs.current
-    return current is not None and "space on the coordinator's disk" in current.waiting_for
+def waits_for_space(fleet: Fleet, run_id: str) -> bool:
+    return "space on the coordinator's disk" in fleet.waits_for(run_id)
 
 
 async def test_a_full_disk_under_the_ledger_holds_up_the_run_and_loses_nothing(
@@ -557,7 +556,7 @@ async def test_a_full_disk_under_the_ledger_holds_up_the_run_and_loses_nothing(
 
         fleet.agents[0].trainer.before = fill_up
         run_id = fleet.start(rounds=40, quorum=2)
-        await until(lambda: waits_for_space(fleet))
+        await until(lambda: waits_for_space(fleet, run_id))
         said = [event.text for event in fleet.hub.fleet.events]
         assert any(text.startswith(f"run {run_id} is interrupted") for text in said)
         limit(ledger, 10_000)
@@ -583,7 +582,7 @@ async def test_a_deadline_does_not_pass_while_the_disk_is_full(
 
         fleet.agents[0].trainer.before = fill_up
         run_id = fleet.start(rounds=1, quorum=2)
-        await until(lambda: waits_for_space(fleet))
+        await until(lambda: waits_for_space(fleet, run_id))
         clock.pass_deadline(fleet)
         held.open()
         limit(fleet.hub._ledger, 10_000)

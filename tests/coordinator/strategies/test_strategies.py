@@ -65,6 +65,10 @@ def spec_of(name: str, **other: Any) -> RunSpec:
     )
 
 
+def check(spec: RunSpec) -> None:
+    strategies.find(spec.strategy).check(spec)
+
+
 class Table:
     """A run at the point where its updates are closed into versions, on a real disk."""
 
@@ -161,25 +165,25 @@ def test_every_strategy_of_flower_that_joins_weights_is_there() -> None:
     )
     for name in strategies.names():
         recipe = strategies.find(name)
-        strategies.check(spec_of(name))
+        check(spec_of(name))
         if recipe.flower not in ours:
             assert type(recipe.make(ARGUMENTS.get(name, {}))) is getattr(flower, recipe.flower)
 
 
 def test_an_unknown_strategy_is_told_with_the_known_ones() -> None:
     with pytest.raises(UnknownName, match="'fedmagic'") as caught:
-        strategies.check(spec_of("fedmagic"))
+        check(spec_of("fedmagic"))
     assert caught.value.exit_code is ExitCode.USAGE
     for name in strategies.names():
         assert name in caught.value.hint
     with pytest.raises(UnknownName) as caught:
-        strategies.check(spec_of("fedxgbbagging"))
+        check(spec_of("fedxgbbagging"))
     assert "trees" in caught.value.hint
 
 
 def test_an_unknown_argument_is_told_with_the_known_ones_and_their_defaults() -> None:
     with pytest.raises(UnknownName, match="FedAdam has no argument 'lr'") as caught:
-        strategies.check(spec_of("fedadam", strategy_args={"lr": 1.0}))
+        check(spec_of("fedadam", strategy_args={"lr": 1.0}))
     for word in ("beta_1=0.9", "beta_2=0.99", "eta=0.1", "tau=0.001", "fraction_train=1.0"):
         assert word in caught.value.hint
     assert "min_train_nodes" not in caught.value.hint
@@ -206,7 +210,7 @@ def test_an_unknown_argument_is_told_with_the_known_ones_and_their_defaults() ->
 )
 def test_a_wrong_value_is_refused(name: str, given: dict[str, Setting], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        strategies.check(spec_of(name, strategy_args=given))
+        check(spec_of(name, strategy_args=given))
 
 
 def test_text_that_is_a_number_is_one() -> None:
@@ -229,24 +233,24 @@ def test_text_that_is_a_number_is_one() -> None:
 def test_a_quorum_that_is_too_small_for_it_is_refused(
     name: str, given: dict[str, Setting], enough: int
 ) -> None:
-    strategies.check(spec_of(name, strategy_args=given, quorum=enough))
+    check(spec_of(name, strategy_args=given, quorum=enough))
     with pytest.raises(CannotBeMet, match=f"needs {enough} updates") as caught:
-        strategies.check(spec_of(name, strategy_args=given, quorum=enough - 1))
+        check(spec_of(name, strategy_args=given, quorum=enough - 1))
     assert f"--quorum {enough}" in caught.value.hint
 
 
 def test_what_cannot_go_together_is_said() -> None:
     with pytest.raises(CannotBeMet, match="takes in malicious ones"):
-        strategies.check(
+        check(
             spec_of("multikrum", strategy_args={"num_malicious_nodes": 1, "num_nodes_to_select": 5})
         )
     for name in ("fedmedian", "krum", "multikrum", "bulyan", "qfedavg", "fedtrimmedavg"):
         with pytest.raises(UsageError, match="max-weight-share"):
-            strategies.check(spec_of(name, max_weight_share=0.5))
+            check(spec_of(name, max_weight_share=0.5))
     with pytest.raises(UsageError, match="--weighting"):
-        strategies.check(spec_of("qfedavg", weighting="equal"))
+        check(spec_of("qfedavg", weighting="equal"))
     for name in ("fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedavgm"):
-        strategies.check(spec_of(name, max_weight_share=0.5, weighting="equal", clip_norm=1.0))
+        check(spec_of(name, max_weight_share=0.5, weighting="equal", clip_norm=1.0))
 
 
 def test_naming_strategies_does_not_load_flower() -> None:
@@ -660,7 +664,7 @@ def test_ones_own_class_is_run_and_remembered(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("installed")
 def test_ones_own_state_survives(tmp_path: Path) -> None:
     spec = spec_of("acme_strategies:Counting", strategy_args={"step": 1})
-    strategies.check(spec)
+    check(spec)
     table = Table(tmp_path, spec, first_model())
     for number in range(1, 4):
         before = table.model()
@@ -685,9 +689,9 @@ def test_what_is_no_strategy_is_refused(tmp_path: Path) -> None:
         ("acme_strategies:Counting", UsageError, "needs the argument step"),
     ):
         with pytest.raises(error, match=words):
-            strategies.check(spec_of(name))
+            check(spec_of(name))
     with pytest.raises(UnknownName, match="has no argument 'hook'") as caught:
-        strategies.check(spec_of("acme_strategies:Counting", strategy_args={"hook": "x"}))
+        check(spec_of("acme_strategies:Counting", strategy_args={"hook": "x"}))
     assert "label=x" in caught.value.hint
     table = Table(tmp_path, spec_of("acme_strategies:Lossy"), first_model())
     table.open_round(dict.fromkeys(PEERS, first_model()))
