@@ -110,10 +110,6 @@ class Spool:
         """The peers with an upload, whole or not."""
         return [node for node, files in self._files.items() if files]
 
-    def complete(self, node: str) -> set[Path]:
-        """The files of this peer's whole uploads."""
-        return {path for path in tuple(self._files[node]) if path.suffix != _PART}
-
     def uncounted(self, node: str, counted: Set[str]) -> list[Path]:
         """The files of this peer's whole uploads, oldest first, except those that count."""
         kept = {self.path(node, digest) for digest in counted}
@@ -131,7 +127,7 @@ class Spool:
         if not self.folder.exists():
             self._make_folder(self.run)
         part = PartialUpload(self, node, digest)
-        for other in self._files[node].keys() - self.complete(node) - {part.path}:
+        for other in self._files[node].keys() - {*self.uncounted(node, frozenset()), part.path}:
             self.writers.pop(other, None)
             self.delete([other])
         self._files[node][part.path] = None
@@ -169,7 +165,7 @@ class Spool:
 
     def keep_only(self, node: str, digests: Set[str]) -> None:
         """Delete this peer's whole uploads except these."""
-        self.delete(self.complete(node) - {self.path(node, digest) for digest in digests})
+        self.delete(self.uncounted(node, digests))
 
     def forget(self, node: str, counted: Set[str]) -> None:
         """Delete this peer's uploads, also those in progress, except those that count."""

@@ -44,7 +44,7 @@ def test_the_end_of_a_run_deletes_its_uploads_and_stops_those_in_progress(spool:
         spool.begin_run("second")
         assert not part.is_current()
     assert files(spool) == []
-    assert spool.complete("A-1") == set()
+    assert spool.uncounted("A-1", frozenset()) == []
 
 
 def test_a_run_continues_with_its_uploads_after_a_restart(spool: Spool) -> None:
@@ -53,9 +53,9 @@ def test_a_run_continues_with_its_uploads_after_a_restart(spool: Spool) -> None:
     upload(spool, "B-2", 5, whole=False)
     again = Spool(spool._root, ".bytes")
     again.keep_runs({"first": []})
-    assert again.complete("A-1") == set(), "they are not those of another run"
+    assert again.uncounted("A-1", frozenset()) == [], "they are not those of another run"
     again.begin_run("first")
-    assert again.complete("A-1") == {path}
+    assert again.uncounted("A-1", frozenset()) == [path]
     assert again.begin("B-2", digest(5)).nbytes == 5
 
 
