@@ -206,10 +206,13 @@ class PendingRequests(RequestsInFlight):
             if is_new and not assignment.lost and peer in eligible:
                 peers_of.setdefault(assignment, []).append(peer)
         for assignment, peers in peers_of.items():
-            # The peers are chosen already: only the strategy's settings count.
-            _, extra = await self._ask_strategy(run, "train", assignment, peers)
-            content = self._content_of(run, "train", assignment, extra)
-            await self._send(run, content, "train", peers, assignment.round)
+            await self._send_training(run, assignment, peers)
+
+    async def _send_training(self, run: Run, work: Assignment, peers: Sequence[str]) -> None:
+        # The peers are chosen already: only the strategy's settings count.
+        _, extra = await self._ask_strategy(run, "train", work, peers)
+        content = self._content_of(run, "train", work, extra)
+        await self._send(run, content, "train", peers, work.round)
 
     async def take_replies(self) -> list[tuple[str, Request, Message]]:
         taken = await super().take_replies()
@@ -240,9 +243,7 @@ class PendingRequests(RequestsInFlight):
                     continue
                 if peer in self._are_back & eligible:
                     self._are_back.discard(peer)
-                    _, extra = await self._ask_strategy(run, "train", assignment, [peer])
-                    content = self._content_of(run, "train", assignment, extra)
-                    await self._send(run, content, "train", [peer], number)
+                    await self._send_training(run, assignment, [peer])
 
     async def _send(
         self, run: Run, content: RecordDict, message_type: str, peers: Sequence[str], number: int
