@@ -29,18 +29,14 @@ class TaskOffers:
 
     def __init__(self, ledger: Ledger, fleet: str, sign: Sign) -> None:
         self._ledger, self._fleet, self._sign = ledger, fleet, sign
-        self._number = 0
+        #: The number of the list; 0 if nothing was ever offered.
+        self.number = 0
         #: By name: each offer, and its file.
         self._present: dict[str, tuple[Offer, bytes]] = {}
         self._signed = b""
         self.on_change: Callable[[str], None] = lambda text: None
         for entry in ledger.entries(fleet_events.SUBJECT):
             self._apply(fleet_events.decode(entry.body))
-
-    @property
-    def number(self) -> int:
-        """The number of the list; 0 if nothing was ever offered."""
-        return self._number
 
     def offers(self) -> list[Offer]:
         """The present offers, by name."""
@@ -85,7 +81,7 @@ class TaskOffers:
     def signed_list(self) -> bytes:
         """The signed list of all present offers."""
         if not self._signed:
-            made = OfferList(fleet=self._fleet, number=self._number, offers=tuple(self.offers()))
+            made = OfferList(fleet=self._fleet, number=self.number, offers=tuple(self.offers()))
             self._signed = SIGNED_OFFERS.pack(made, self._sign)
         return self._signed
 
@@ -95,7 +91,7 @@ class TaskOffers:
 
     def _next_number(self) -> int:
         # The clock keeps it growing when the coordinator is restored from a backup.
-        return max(self._number + 1, int(time.time()))
+        return max(self.number + 1, int(time.time()))
 
     def _record(self, event: TaskOffered | TaskWithdrawn, text: str) -> None:
         self._ledger.append(fleet_events.SUBJECT, [fleet_events.encode(event)])
@@ -110,4 +106,4 @@ class TaskOffers:
                 self._present.pop(name, None)
             case _:
                 return
-        self._number, self._signed = number, b""
+        self.number, self._signed = number, b""

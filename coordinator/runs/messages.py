@@ -42,18 +42,13 @@ def run_body(run: Run, waiting_for: str, memory_bytes: int = 0) -> RunChanged:
         refused=_first_refusals(run),
         memory_bytes=memory_bytes,
         deleted=run.deleted,
-        choice=choice_text(run),
+        choice=strip_controls(candidates.text(run)),
         compared=run.num_compared,
     )
 
 
-def choice_text(run: Run) -> str:
-    """The model that a run has chosen, or trains now, and why; empty if it has chosen none."""
-    return strip_controls(candidates.text(run))
-
-
 def owners_text(run: Run) -> str:
-    """The same as owners may read it."""
+    """The model that a run has chosen, or trains now, and why, as owners may read it."""
     return strip_controls(candidates.text_for_owners(run))
 
 

@@ -313,7 +313,6 @@ def check(spec: RunSpec) -> None:
             raise UsageError(text, hint)
     adapter.check(spec)
     personal.check(spec)
-    registry.parse(spec.codec)
     best_version.check(spec)
     task_settings.check(spec)
 

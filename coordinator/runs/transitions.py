@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 from msgspec.structs import replace
 
@@ -32,8 +31,6 @@ from coordinator.runs.state import Assignment, Evaluation, Round, Run
 from coordinator.storage import run_events as events
 from coordinator.storage.run_events import RunEvent, Update
 from protocols.messages.states import ENDED, RunState
-
-T = TypeVar("T")
 
 
 def _round_opened(run: Run, event: events.RoundOpened) -> Run:

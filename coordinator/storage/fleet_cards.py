@@ -31,7 +31,8 @@ class CardFile:
     def __init__(self, home: Path, ca_pem: bytes, chain: Chain = (), term: int = 0) -> None:
         self._path, self._term = home / FILE, term
         self._fleet = ca_chain.fleet_of(ca_pem, chain)
-        self._card: FleetCard | None = None
+        #: The card in the file, if there is one of this CA.
+        self.card: FleetCard | None = None
         self._signed, self._counter = b"", 0
         with contextlib.suppress(OSError):  # none yet
             signed = self._path.read_bytes()
@@ -40,12 +41,7 @@ class CardFile:
                     card = fleet_card.verify_card(one, signed, fleet=self._fleet)
                     self._counter = card.counter  # of an earlier CA, too
                     if one == ca_pem:
-                        self._card, self._signed = card, signed
-
-    @property
-    def card(self) -> FleetCard | None:
-        """The card in the file, if there is one of this CA."""
-        return self._card
+                        self.card, self._signed = card, signed
 
     def current(
         self,
@@ -73,10 +69,10 @@ class CardFile:
             addresses=tuple(addresses[: fleet_card.MAX_ADDRESSES]),
             downloads=tuple(downloads[: fleet_card.MAX_ADDRESSES]),
         )
-        if card != self._card or self._counter < self._term:
+        if card != self.card or self._counter < self._term:
             # Both keep the counter growing in a home that was restored from a backup.
             self._counter = max(self._counter + 1, self._term or int(time.time()))
-            self._card = msgspec.structs.replace(card, counter=self._counter)
-            self._signed = fleet_card.issue_card(ca_key, self._card)
+            self.card = msgspec.structs.replace(card, counter=self._counter)
+            self._signed = fleet_card.issue_card(ca_key, self.card)
             write_private(self._path, self._signed)
         return self._signed

@@ -78,7 +78,6 @@ class JobSpec(Struct, frozen=True, kw_only=True):
     deadline_s: float = 0.0
     min_group: Count = 10
     query: Annotated[str, Meta(max_length=256 * 1024)] = ""
-    requester: _ShortText = ""
     secure: SecureStep | None = None
     method: _ShortText = ""
     question: _ShortText = ""
