@@ -18,6 +18,7 @@ from protocols.codecs import factors, registry
 from protocols.errors import BadMessage, UnknownName, UsageError
 from protocols.local import homes
 from protocols.local.durations import parse_seconds
+from protocols.local.flower_apps import parse_value
 from protocols.local.os_errors import os_errors_as
 from protocols.model import built_in_settings
 from protocols.privacy.secagg.cohort import MIN_COHORT, threshold
@@ -217,14 +218,7 @@ def parse_setting(text: str) -> tuple[str, str | int | float | bool]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"{text!r} is not key=value", "for example lr=0.1")
-    if value in ("true", "false"):
-        return key, value == "true"
-    for kind in (int, float):
-        try:
-            return key, kind(value)
-        except ValueError:
-            continue
-    return key, value
+    return key, parse_value(value)
 
 
 def split_target(texts: str | Iterable[str]) -> tuple[str, str]:

@@ -31,6 +31,7 @@ from coordinator.fleet.readings import num_available
 from coordinator.fleet.state import Fleet
 from coordinator.fleet.state import Run as ShownRun
 from coordinator.remote.api_client import Remote
+from coordinator.remote.formatting import plural
 from coordinator.runs import options
 from coordinator.storage.run_events import RunSpec
 from coordinator.storage.weight_store import WeightStore
@@ -187,7 +188,7 @@ class _Demo:
             view.step("starting a coordinator …")
             with contextlib.closing(self._fleet.start_coordinator()) as remote:
                 allow = f"commonweight-agent join --allow {spec.task}"
-                view.step(f"starting {_count(agents, 'agent')}, each with {allow} …")
+                view.step(f"starting {plural(agents, 'agent')}, each with {allow} …")
                 threads = max(1, (os.cpu_count() or 1) // agents)
                 self._fleet.start_agents(remote, agents, spec.task, split, threads, tables)
                 timeout_s = processes.START_TIMEOUT_S + agents * processes.START_TIMEOUT_PER_AGENT_S
@@ -196,7 +197,7 @@ class _Demo:
                     return num_available(fleet, time.time()) >= agents
 
                 self._wait_until(remote, all_available, agents, timeout_s)
-                view.step(f"training {spec.task} for {_count(spec.rounds, 'round')} …")
+                view.step(f"training {spec.task} for {plural(spec.rounds, 'round')} …")
                 run_id = remote.start_run(StartRunRequest(spec=spec))
                 if spec.task == TASKS[TEXT].name:
                     self._samples = Samples(self._fleet, next(iter(self._fleet.agents)), spec.task)
@@ -275,7 +276,3 @@ def _save_model(home: Path, digest: str, out: Path | None, run: str) -> Path:
         with source.open("rb") as model, target.open("xb") as copy:
             shutil.copyfileobj(model, copy)
     return target
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

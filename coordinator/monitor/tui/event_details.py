@@ -67,10 +67,11 @@ class EventDetails(Vertical):
         pane = self.query_one("#event-counts", Static)
         pane.border_title = "Counts"
         width, height = pane.content_size
-        drawn = (len(events), events[0] if events else None, events[-1] if events else None)
-        if (*drawn, width, height, colors()) == self._counted or width < 1:
+        ends = (events[0], events[-1]) if events else ()
+        drawn = (len(events), *ends, width, height, colors())
+        if drawn == self._counted or width < 1:
             return
-        self._counted = (*drawn, width, height, colors())
+        self._counted = drawn
         levels, own = Text(no_wrap=True), styles()
         for level, number in count_levels(events).items():
             glyph, tone = LEVELS[level]

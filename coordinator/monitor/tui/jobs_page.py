@@ -64,7 +64,7 @@ class JobsPage(Page):
         table.display, placeholder.display = bool(row_ids), not row_ids
         self.query_one(CellLines).display = bool(row_ids)
         if not row_ids:
-            self.query_one("#no-jobs", Static).update(self._placeholder_text(fleet))
+            placeholder.update(self._placeholder_text(fleet))
         lines = min(len(row_ids) + 1 + (self.border or 1), height // 2)
         room = height - max(MIN_TABLE_LINES, lines)
         table.border_title = f"Jobs {len(row_ids)}"
