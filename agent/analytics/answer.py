@@ -155,7 +155,6 @@ def _compute_answer(
     reader, numbers = memory.admit(reader, chosen.data_min_count)
     reader = with_values(reader, chosen.data_values, chosen.data_formats)
     table = read_table(question, reader, chosen.data_columns, chosen.data_min_count)
-    _move_old_sets(log, memory, numbers)
     min_rows, used_cuts = chosen.data_min_count, dict[str, CutPoints]()
 
     def cuts_of(column: str) -> CutPoints:
@@ -239,19 +238,6 @@ def _tell(memory: TableMemory, cells: Sequence[Numbers], min_rows: int) -> None:
     except NotAllowed as err:
         _logger.info("a question was refused: %s", err.message)
         raise disclosure_control.few_rows(min_rows) from err
-
-
-def _move_old_sets(log: QueryLog, memory: TableMemory, numbers: Numbers) -> None:
-    """Import what an older version disclosed. It identified rows by their place in the file."""
-    if old := log.old_sets():
-        places = (np.flatnonzero(mask) for mask in old)
-        memory.sets.remember(
-            [
-                disclosed_sets.ToldSet("cell", np.sort(numbers[place[place < len(numbers)]]))
-                for place in places
-            ]
-        )
-        log.forget_old_sets()
 
 
 def _answer(table: Table, cells: Iterable[Cell], similar: bool) -> PeerAnswer:

@@ -14,10 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-import numpy as np
 from msgspec.structs import replace
 
 from agent.analytics.cut_points import CutPoints
@@ -31,15 +30,11 @@ from protocols.analytics.query import Query
 from protocols.errors import HomeError, Refused
 from protocols.messages.envelope import strip_controls
 
-if TYPE_CHECKING:
-    from agent.analytics.compute import Mask  # it imports pyarrow, which an idle agent spares
-
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
   id INTEGER PRIMARY KEY, at REAL, digest TEXT, data TEXT, question TEXT, told BLOB,
   cells INTEGER, bytes INTEGER, epsilon REAL, refused TEXT, charged INTEGER
 );
-CREATE TABLE IF NOT EXISTS sets (bits BLOB);
 CREATE TABLE IF NOT EXISTS told_rows (column TEXT, rows BLOB);
 CREATE TABLE IF NOT EXISTS known_cells (digest TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS thresholds (
@@ -154,16 +149,6 @@ class QueryLog:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
-
-    def old_sets(self) -> list[Mask]:
-        """Masks over the rows of cells that older versions disclosed, in the file's order at that
-        time; padded to whole bytes. Newer ones are in `agent.data.disclosed_sets`."""
-        rows = self._db.execute("SELECT bits FROM sets").fetchall()
-        return [np.unpackbits(np.frombuffer(bits, np.uint8)).astype(bool) for (bits,) in rows]
-
-    def forget_old_sets(self) -> None:
-        """Delete them: they have moved."""
-        self._db.execute("DELETE FROM sets")
 
     def told_figures(self) -> list[ToldColumn]:
         """The sets of rows that released figures describe; `disclosed_sets` has those of cells."""

@@ -83,11 +83,6 @@ class DisclosedSets:
             self._check_count([told.use for told, _ in new])
             self._insert(new)
 
-    def remember(self, sets: Sequence[ToldSet]) -> None:
-        """Record sets that an older version disclosed, unchecked."""
-        with writing(self._db):
-            self._insert([(told, _sketch(told.rows)) for told in sets])
-
     def rows_of(self, *uses: Use) -> list[Numbers]:
         """The sets that were disclosed for these uses, in their order."""
         marks = ", ".join("?" * len(uses))

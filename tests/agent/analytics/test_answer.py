@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import shutil
-import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -230,25 +229,11 @@ def test_an_owner_who_is_asked_first(tmp_path: Path) -> None:
     assert "must allow this question first" in peer.ask("mean(age)").refused
 
 
-def test_the_sets_of_an_older_version_still_count(tmp_path: Path) -> None:
-    rows = people(203)
-    peer = Peer(tmp_path, rows)
-    youngest = np.array([row["age"] for row in rows]) < 60
-    with sqlite3.connect(tmp_path / "analysis.db") as db:
-        db.execute("INSERT INTO sets VALUES (?)", (np.packbits(youngest).tobytes(),))
-    assert not peer.ask("count").refused
-    assert not peer.ask("mean(income)", "age < 60").refused, "the same set again"
-    ages = sorted(row["age"] for row in rows)
-    near = next(n for n in range(59, 0, -1) if 0 < sum(n <= age < 60 for age in ages) < 5)
-    assert peer.ask("count", f"age < {near}").rows == sum(youngest)
-    assert peer.memory.old_sets() == []
-
-
 def test_nobody_collects_sets_of_rows_without_end(tmp_path: Path) -> None:
     rows = [{"n": number, "m": 1} for number in range(3000)]
     peer = Peer(tmp_path, rows)
-    filler = [ToldSet("cell", np.arange(5 * n, 5 * n + 5)) for n in range(MAX_SETS["cell"])]
-    peer.told_rows.sets.remember(filler)
+    for n in range(MAX_SETS["cell"]):
+        peer.told_rows.sets.tell([ToldSet("cell", np.arange(5 * n, 5 * n + 5))], 5)
     assert "and its limit is" in peer.ask("count", "n >= 2800").refused
 
 
