@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from agent.analytics import query_log
 from agent.analytics.query_log import QuestionContext
 from agent.clientapp.jobs import Result
 from agent.data import check_installed, passwords
@@ -64,7 +63,6 @@ def answer(question: Query, home: Path, asked: QuestionContext = QuestionContext
     """
     try:
         check_installed(settings.read(home).data_reader)
-        query_log.move_log(home)
         program, env = child_program(home)
         return run_program(
             [sys.executable, "-P", "-m", *program, str(home)],

@@ -9,10 +9,9 @@ it. The file belongs to the owner (0600) and never leaves the machine.
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,17 +22,18 @@ from agent.analytics.cut_points import CutPoints
 from agent.analytics.peer_sets import PeerSets, file_beside
 from agent.analytics.time_bins import TimeBins
 from agent.data.disclosed_sets import Numbers, pack, unpack
+from agent.data.private_database import open_database
 from agent.home import settings
 from agent.home.privacy_ledger import PrivacyLedger
 from protocols.analytics.mergeable_states import Floats, PeerAnswer
 from protocols.analytics.query import Query
-from protocols.errors import HomeError, Refused
+from protocols.errors import Refused
 from protocols.messages.envelope import strip_controls
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
   id INTEGER PRIMARY KEY, at REAL, digest TEXT, data TEXT, question TEXT, told BLOB,
-  cells INTEGER, bytes INTEGER, epsilon REAL, refused TEXT, charged INTEGER
+  cells INTEGER, bytes INTEGER, epsilon REAL, refused TEXT
 );
 CREATE TABLE IF NOT EXISTS told_rows (column TEXT, rows BLOB);
 CREATE TABLE IF NOT EXISTS known_cells (digest TEXT PRIMARY KEY);
@@ -63,25 +63,6 @@ _REPEATS = "(refused != '' OR LENGTH(told) = 0)"
 def log_file(home: Path) -> Path:
     """The file of the log in a home, in the folder of what was told."""
     return settings.memory_file(home).with_name("analysis.db")
-
-
-def move_log(home: Path) -> None:
-    """Move the file from where older versions had it. Raises OSError, HomeError."""
-    old, new = home / "analysis.db", log_file(home)
-    new.parent.mkdir(mode=0o700, exist_ok=True)
-    if not old.exists() or new.exists():
-        return
-    address = f"{old.absolute().as_uri()}?mode=rw"  # never a new file
-    try:
-        with closing(sqlite3.connect(address, uri=True, timeout=_WAIT_S)) as db:
-            db.execute("BEGIN EXCLUSIVE")  # waits for other writers; SQLite recovers from a crash
-            if old.exists() and not new.exists():
-                old.rename(new)
-    except sqlite3.DatabaseError as err:  # an answer without a memory could reveal a row
-        if old.exists():
-            raise HomeError(
-                f"the log of answers cannot be read: {err}", f"restore {old} from a backup"
-            ) from err
 
 
 class ToldColumn(NamedTuple):
@@ -121,14 +102,9 @@ class QueryLog:
     """One file; used by one thread at a time."""
 
     def __init__(self, path: Path) -> None:
-        path.touch(mode=0o600)
-        self._db = sqlite3.connect(
-            path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False
-        )
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.executescript(_SCHEMA)
+        self._db = open_database(path, _SCHEMA, _WAIT_S)
         there = {row[1] for row in self._db.execute("PRAGMA table_info(answers)")}
-        for name in ("charged INTEGER", "secure INTEGER", "method TEXT"):
+        for name in ("secure INTEGER", "method TEXT"):
             if name.split()[0] not in there:  # a log of an older version
                 self._db.execute(f"ALTER TABLE answers ADD COLUMN {name}")
         self.ledger = PrivacyLedger(path.with_name("privacy.db"))
@@ -261,7 +237,7 @@ class QueryLog:
             text = f"{text[:_MAX_REPEAT_CHARS]}…"
         self._db.execute(
             "INSERT INTO answers (at, digest, data, question, told, cells, bytes, epsilon,"
-            " refused, charged, secure, method) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, ?)",
+            " refused, secure, method) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 time.time(),
                 question.digest,

@@ -22,13 +22,9 @@ Digest = Annotated[str, typer.Argument(help="The start of its digest, see `quest
 
 
 def _query_log() -> QueryLog:
-    from agent.analytics.query_log import QueryLog, log_file, move_log
+    from agent.analytics.query_log import QueryLog, log_file
 
-    home = homes.open_home("agent")
-    move_log(home)
-    file = log_file(home)
-    file.parent.mkdir(mode=0o700, exist_ok=True)
-    return QueryLog(file)
+    return QueryLog(log_file(homes.open_home("agent")))
 
 
 @questions.command("list")

@@ -13,12 +13,15 @@ from protocols.errors import DiskFull, HomeError
 _WAIT_S = 60.0
 
 
-def open_database(path: Path, schema: str) -> sqlite3.Connection:
-    """The database with these tables. Raises OSError, HomeError."""
+def open_database(path: Path, schema: str, wait_s: float = _WAIT_S) -> sqlite3.Connection:
+    """The database with these tables; others may hold its lock for `wait_s`.
+
+    Raises OSError, HomeError.
+    """
     path.parent.mkdir(mode=0o700, exist_ok=True)
     if not path.exists():  # else the file would look changed
         path.touch(mode=0o600)
-    db = sqlite3.connect(path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA synchronous = FULL")
         db.executescript(schema)

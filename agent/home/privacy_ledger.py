@@ -10,16 +10,15 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from agent.data.private_database import mapped_errors, open_database, writing
+from agent.data.private_database import open_database, writing
 from agent.home import settings
 from agent.home.settings_schema import AgentSettings
 from protocols.errors import NotAllowed
 from protocols.privacy import accountant, events
-from protocols.privacy.events import DiscreteLaplace, Event, Exact
+from protocols.privacy.events import Event, Exact
 
 #: What an event was for: a run's training, its evaluation or its survey before round 1, a question
 #: (`analyze`), an inference job, or what the owner has added by hand.
@@ -79,15 +78,11 @@ class Limit(NamedTuple):
 class PrivacyLedger:
     """The ledger in the file `path`. Several processes may use it; each object one thread.
 
-    Raises HomeError if it cannot be read, or the log of answers beside it; DiskFull.
+    Raises HomeError if it cannot be read; DiskFull.
     """
 
     def __init__(self, path: Path) -> None:
         self._db = open_database(path, _SCHEMA)
-        # The log of answers is beside it, or where older versions had it until the next question.
-        with mapped_errors():
-            for folder in (path.parent, path.parent.parent):
-                _take_over_answers(self._db, folder / "analysis.db")
 
     def close(self) -> None:
         self._db.close()
@@ -257,30 +252,3 @@ def _insert(db: sqlite3.Connection, charge: Charge, key: str | None = None) -> N
         f"INSERT OR IGNORE INTO charges ({_COLUMNS}, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (*values, told, charge.epsilon, key),
     )
-
-
-def _take_over_answers(db: sqlite3.Connection, answers: Path) -> None:
-    """Charge the answers with noise that a version without this ledger has recorded in its log.
-
-    Its answers lack the mark `charged`. An answer counts once, also if this is interrupted.
-    """
-    if not answers.exists():
-        return
-    with closing(sqlite3.connect(answers, timeout=60.0, isolation_level=None)) as old:
-        columns = {row[1] for row in old.execute("PRAGMA table_info(answers)")}
-        if "epsilon" not in columns:
-            return
-        mark = "AND charged IS NULL" if "charged" in columns else ""
-        found = old.execute(
-            f"SELECT id, at, question, epsilon FROM answers WHERE epsilon > 0 {mark}"
-        ).fetchall()
-        if not found:
-            return
-        with writing(db):
-            for number, at, question, epsilon in found:
-                told = (DiscreteLaplace(min(epsilon, 1e6)),)
-                charge = Charge("question", "", told, "", question, epsilon, at)
-                _insert(db, charge, f"answer {number}")
-        if mark:
-            numbers = [(row[0],) for row in found]
-            old.executemany("UPDATE answers SET charged = 1 WHERE id = ?", numbers)

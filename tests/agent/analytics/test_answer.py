@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import agent.data
-from agent.analytics import job_handler, query_log
+from agent.analytics import job_handler
 from agent.analytics.answer import answer_question
 from agent.analytics.query_log import QueryLog
 from agent.data.disclosed_sets import MAX_SETS, ToldSet
@@ -350,28 +349,6 @@ def test_a_process_of_its_own_answers_and_remembers(tmp_path: Path) -> None:
     assert file_of_log.stat().st_mode & 0o077 == 0
     with pytest.raises(BadMessage):
         job_handler.read_question('{"operations":[]}')
-
-
-def test_the_log_of_an_older_version_is_moved(tmp_path: Path) -> None:
-    """Also if that version was killed while it wrote, and if two processes move it."""
-    file = Peer(tmp_path / "table", people()).file
-    home = tmp_path / "home"
-    home.mkdir()
-    change(home, analyze="ask", data=str(file))
-    log = QueryLog(home / "analysis.db")
-    assert not log.is_allowed(parse_query("count"))
-    log.decide(parse_query("count").digest, True)
-    log._db.execute("BEGIN IMMEDIATE")
-    log._db.execute("DELETE FROM wishes")  # not committed
-    shutil.copytree(home, tmp_path / "copy")
-    log._db.execute("ROLLBACK")
-    log.close()
-    for one in (home, tmp_path / "copy"):
-        told = msgspec.json.decode(job_handler.answer(parse_query("count"), one), type=PeerAnswer)
-        assert told.refused == ""
-        assert not (one / "analysis.db").exists()
-        query_log.move_log(one)
-        assert len(QueryLog(query_log.log_file(one)).entries()) == 1
 
 
 def test_the_limit_on_everything_holds_for_questions_too(tmp_path: Path) -> None:

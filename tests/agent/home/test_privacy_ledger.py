@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from agent.analytics import query_log
 from agent.home import privacy_ledger
 from agent.home.privacy_ledger import Charge, Limit, PrivacyLedger
 from protocols.errors import DiskFull, HomeError, NotAllowed
@@ -121,48 +120,6 @@ def test_what_has_no_noise_is_named_once_and_costs_no_epsilon(tmp_path: Path) ->
     assert math.isinf(accountant.epsilon_of([Exact()], 1e-5))
 
 
-def write_old_log(path: Path) -> None:
-    with sqlite3.connect(path) as old:
-        old.execute(
-            "CREATE TABLE answers (id INTEGER PRIMARY KEY, at REAL, digest TEXT, data TEXT,"
-            " question TEXT, told BLOB, cells INTEGER, bytes INTEGER, epsilon REAL, refused TEXT)"
-        )
-        rows = [(1, 5.0, "count by sex", 0.5), (2, 6.0, "count", 0.0), (3, 7.0, "mean(age)", 0.25)]
-        old.executemany("INSERT INTO answers (id, at, question, epsilon) VALUES (?, ?, ?, ?)", rows)
-
-
-def test_the_log_of_an_older_home_is_found_before_and_after_it_moves(tmp_path: Path) -> None:
-    write_old_log(tmp_path / "analysis.db")
-    file = privacy_ledger.ledger_file(tmp_path)
-    for _ in range(2):
-        ledger = PrivacyLedger(file)
-        assert ledger.asked_epsilon() == 0.75
-        ledger.close()
-    query_log.move_log(tmp_path)
-    assert query_log.log_file(tmp_path).exists()
-    log = query_log.QueryLog(query_log.log_file(tmp_path))
-    assert log.spent_epsilon == 0.75
-    log.close()
-
-
-def test_answers_of_an_older_version_are_charged_once(tmp_path: Path) -> None:
-    """Also those that an older version gives after a downgrade."""
-    write_old_log(tmp_path / "analysis.db")
-    for _ in range(2):  # the second finds nothing new
-        ledger = PrivacyLedger(tmp_path / "privacy.db")
-        assert ledger.asked_epsilon() == 0.75
-        ledger.close()
-    log = query_log.QueryLog(tmp_path / "analysis.db")  # adds the mark
-    assert log.spent_epsilon == 0.75
-    log.close()
-    with sqlite3.connect(tmp_path / "analysis.db") as old:
-        old.execute("INSERT INTO answers (at, question, epsilon) VALUES (8.0, 'sum(age)', 0.125)")
-    ledger = PrivacyLedger(tmp_path / "privacy.db")
-    assert ledger.asked_epsilon() == 0.875
-    first = ledger.charges()[0]
-    assert (first.purpose, first.about, first.at) == ("question", "count by sex", 5.0)
-
-
 def test_the_ledger_reports_a_full_disk_and_works_again_afterwards(tmp_path: Path) -> None:
     ledger = PrivacyLedger(tmp_path / "privacy.db")
     (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
@@ -191,7 +148,7 @@ def test_a_charge_that_could_not_be_written_does_not_block_the_next(tmp_path: Pa
     assert [one.about for one in ledger.charges()] == ["mnist, round 1", "mnist, round 3"]
 
 
-def test_a_log_of_answers_that_cannot_be_read_is_said(tmp_path: Path) -> None:
-    (tmp_path / "analysis.db").write_bytes(b"no database" * 1000)
+def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "privacy.db").write_bytes(b"no database" * 1000)
     with pytest.raises(HomeError, match="not a database"):
         PrivacyLedger(tmp_path / "privacy.db")
