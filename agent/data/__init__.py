@@ -37,10 +37,10 @@ def open_table(data: DataSettings) -> Reader:
         raise DataError("this peer has no data", "commonweight-agent policy set data FILE")
     engine, _, address = data.reader.partition(":")
     if is_spooled(data.path, data.reader):
-        from agent.data.helper_requests import spooled_table
+        from agent.data import helper_requests
 
-        if (folder := spooled_table()) is not None:
-            return open_table(DataSettings(path=folder))
+        if (helper := helper_requests.stores()) is not None:
+            return open_table(DataSettings(path=helper.spooled_table()))
     source = sources.parse(data.path)
     if source.kind != "files":
         if engine != "arrow":

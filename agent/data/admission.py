@@ -58,7 +58,7 @@ class Admission:
     """The groups of rows that were admitted, in the file of `table_memory`."""
 
     def __init__(self, path: Path) -> None:
-        self._store = helper_requests.open_admission(path) or AdmissionStore(path)
+        self._store = helper_requests.stores() or AdmissionStore(path)
 
     def close(self) -> None:
         self._store.close()

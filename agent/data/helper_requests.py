@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import NoReturn
 
 import msgspec
@@ -97,11 +96,14 @@ _decode_reply = msgspec.msgpack.Decoder(Reply).decode
 _ERRORS = {kind.code: kind for kind in (NotAllowed, DataError, HomeError)}
 
 
-class _Helper:
+class HelperStores:
+    """What the helper keeps, as a `RowStore`, an `AdmissionStore` and a `DisclosedSets`. It knows
+    the owner's `min_rows` itself."""
+
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._lock = pipe, threading.Lock()
 
-    def ask(self, request: Request) -> Reply:
+    def _ask(self, request: Request) -> Reply:
         with self._lock:
             try:
                 self._pipe.send_bytes(encode(request))
@@ -112,23 +114,8 @@ class _Helper:
             _raise(*reply.error)
         return reply
 
-
-_helper: _Helper | None = None
-
-
-def connect(pipe: Connection) -> None:
-    """From now on this process asks its helper at the other end of the pipe."""
-    global _helper
-    _helper = _Helper(pipe)
-
-
-class RemoteRows:
-    """A `RowStore` of the helper."""
-
-    def __init__(self, helper: _Helper) -> None:
-        self._ask = helper.ask
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The helper closes its files when this process ends."""
 
     def secret(self) -> bytes:
         return self._ask(RegistryState()).arrays[0]
@@ -147,15 +134,6 @@ class RemoteRows:
         reply = self._ask(Register(fingerprint, full.tobytes(), older, tuple(names)))
         return np.frombuffer(reply.arrays[0], np.int64)
 
-
-class RemoteAdmission:
-    """An `AdmissionStore` of the helper, which knows the owner's `min_rows` itself."""
-
-    def __init__(self, helper: _Helper) -> None:
-        self._ask = helper.ask
-
-    def close(self) -> None: ...
-
     def admit(self, numbers: Numbers, min_rows: int, whole: bool) -> Mask:
         return _mask(self._ask(Admit(numbers.tobytes(), whole)).arrays[0])
 
@@ -170,38 +148,27 @@ class RemoteAdmission:
         train, held = map(_mask, self._ask(Divide(name, *asked)).arrays)
         return train, held
 
-
-class RemoteSets:
-    """A `DisclosedSets` of the helper, which knows the owner's `min_rows` itself."""
-
-    def __init__(self, helper: _Helper) -> None:
-        self._ask = helper.ask
-
-    def close(self) -> None: ...
-
     def tell(self, sets: Sequence[ToldSet], min_rows: int) -> None:
         for told in sets:
             self._ask(Tell(told.use, told.rows.tobytes()))
 
-
-def open_rows(path: Path) -> RemoteRows | None:
-    """The helper's rows; None in a process that opens the file itself."""
-    return RemoteRows(_helper) if _helper else None
-
-
-def open_admission(path: Path) -> RemoteAdmission | None:
-    """The helper's admitted rows; None in a process that opens the file itself."""
-    return RemoteAdmission(_helper) if _helper else None
+    def spooled_table(self) -> str:
+        """The folder into which the helper has read the owner's table."""
+        return self._ask(ReadTable()).texts[0]
 
 
-def open_sets(path: Path) -> RemoteSets | None:
-    """The helper's sets; None in a process that opens the file itself."""
-    return RemoteSets(_helper) if _helper else None
+_stores: HelperStores | None = None
 
 
-def spooled_table() -> str | None:
-    """The folder into which the helper has read the owner's table; None outside the sandbox."""
-    return _helper.ask(ReadTable()).texts[0] if _helper else None
+def connect(pipe: Connection) -> None:
+    """From now on this process asks its helper at the other end of the pipe."""
+    global _stores
+    _stores = HelperStores(pipe)
+
+
+def stores() -> HelperStores | None:
+    """What the helper keeps; None in a process that opens the files itself."""
+    return _stores
 
 
 def _mask(found: bytes) -> Mask:

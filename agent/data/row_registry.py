@@ -43,7 +43,7 @@ class RowRegistry:
     """
 
     def __init__(self, path: Path) -> None:
-        self._store = helper_requests.open_rows(path) or RowStore(path)
+        self._store = helper_requests.stores() or RowStore(path)
         self._secret = self._store.secret()
 
     def close(self) -> None:

@@ -57,8 +57,7 @@ class ToldRows:
             self.tell(task, "train", settings)
 
     def _record(self, use: Use, rows: Numbers) -> None:
-        file = Path(self._data.memory)
-        memory = helper_requests.open_sets(file) or DisclosedSets(file)
+        memory = helper_requests.stores() or DisclosedSets(Path(self._data.memory))
         try:
             memory.tell([ToldSet(use, np.sort(rows))], self._data.min_count)
         finally:

@@ -98,7 +98,7 @@ def test_a_row_less_is_refused_whatever_the_task_says(tmp_path: Path) -> None:
             made.run(
                 "import numpy, agent.data.helper_requests as m\n"
                 "from agent.data.disclosed_sets import ToldSet\n"
-                "m.open_sets('').tell([ToldSet('held', numpy.arange(29))], 0)"
+                "m.stores().tell([ToldSet('held', numpy.arange(29))], 0)"
             )
     finally:
         made.trainer.stop()
@@ -109,7 +109,7 @@ def test_nonsense_ends_the_helper_of_this_trainer_only(tmp_path: Path) -> None:
     """Attack: a task sends the helper frames that are none, or of 2 GB. Nothing is recorded, and
     the next trainer has a helper again."""
     made = own(tmp_path, "require", rows=ROWS)
-    send = "import agent.data.helper_requests as m, struct\npipe = m._helper._pipe\n"
+    send = "import agent.data.helper_requests as m, struct\npipe = m.stores()._pipe\n"
     try:
         made.run(f"{send}pipe.send_bytes(b'nonsense'); assert b'not a valid' in pipe.recv_bytes()")
         evaluate(made)
@@ -118,7 +118,7 @@ def test_nonsense_ends_the_helper_of_this_trainer_only(tmp_path: Path) -> None:
         with pytest.raises(TrainerFailed):
             evaluate(
                 made._replace(folder=tmp_path),
-                "import agent.data.helper_requests as m\nm.open_rows('').secret()",
+                "import agent.data.helper_requests as m\nm.stores().secret()",
             )
         made.trainer.stop()
         evaluate(made)
