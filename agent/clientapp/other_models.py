@@ -32,8 +32,7 @@ def earlier(before: OwnRun | None, begun: int) -> tuple[OwnModel, ...]:
     number."""
     if before is None:
         return ()
-    models = (*before.earlier, OwnModel(before.begun, before.settings))
-    return tuple(one for one in models if one.begun < begun)[-_MAX_MODELS:]
+    return tuple(one for one in before.models if one.begun < begun)[-_MAX_MODELS:]
 
 
 def keep(home: Path, run: OwnRun, base: str) -> None:

@@ -16,7 +16,7 @@ from agent.clientapp import consent, secure_rules
 from agent.clientapp.app import Client
 from agent.clientapp.flower_apps import FlowerApps
 from agent.clientapp.inference_jobs import InferenceJobs, find_version, took_part
-from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries, Transport
+from agent.clientapp.interfaces import CheckLog, Observer, PeerIdentity, Queries
 from agent.clientapp.jobs import Jobs
 from agent.clientapp.outbox import Outbox
 from agent.clientapp.own_comparison import OwnComparisons
@@ -73,37 +73,25 @@ _WRITTEN = ("outbox", "jobs", "predictions", own_results.FOLDER)
 Send = Callable[[str, Path], None]
 
 
-class Uploads(NamedTuple):
-    """How results reach the coordinator: each takes a SHA-256 and a file. Raises Unreachable."""
-
-    update: Send
-    answer: Send
-
-
 @dataclass(frozen=True)
-class Network(Transport):
-    """How work reaches other machines; the client's transport.
+class Network:
+    """How work reaches other machines; the client's `Transport`.
 
     `link()` is the session with the coordinator. `versions` holds the versions of runs,
-    `job_models` those that only jobs use. `log_check`: as `check_log` of `Transport`.
+    `job_models` those that only jobs use. `send_answer`: as `send`, for the answer of a job.
     """
 
     link: Callable[[], CoordinatorClient]
     versions: VersionStore
     job_models: VersionStore
-    uploads: Uploads
-    log_check: CheckLog
+    send: Send
+    send_answer: Send
+    check_log: CheckLog
 
     def fetch(self, work: Work) -> Path:
         if work.patch_bytes:
             self.versions.rebuild(work)
         return self.versions.fetch(work.base, work.nbytes)
-
-    def send(self, digest: str, path: Path) -> None:
-        self.uploads.update(digest, path)
-
-    def check_log(self, work: Work, head: bytes, page: bytes) -> None:
-        self.log_check(work, head, page)
 
     def fetch_input(self, digest: str, nbytes: int, target: Path) -> None:
         """Download rows of a job."""
@@ -233,14 +221,9 @@ def make_app_trainer(
 
 
 def terms_of(chosen: AgentSettings, task: str) -> Terms:
-    """What the owner allows a task now."""
-    has_budget = chosen.privacy_max_epsilon > 0
-    return Terms(chosen.columns_of(task), _code_of(chosen, task), has_budget)
-
-
-def _code_of(chosen: AgentSettings, task: str) -> str:
-    """The digest of a task file that the owner allowed; empty for installed tasks."""
-    return chosen.consent_to(task).code if task in chosen.task_files else ""
+    """What the owner allows a task now; only the file of a task has a digest that was allowed."""
+    code = chosen.consent_to(task).code if task in chosen.task_files else ""
+    return Terms(chosen.columns_of(task), code, chosen.privacy_max_epsilon > 0)
 
 
 def _log_sandbox(chosen: AgentSettings) -> None:
@@ -294,7 +277,7 @@ def make_client(
     jobs = Jobs(
         me,
         outbox / "answers",
-        send=network.uploads.answer,
+        send=network.send_answer,
         handlers={
             Scatter: inference.scatter,
             Private: inference.private,

@@ -20,7 +20,7 @@ from agent.clientapp.app import claim_text
 from agent.clientapp.consent import ConsentNeeded
 from agent.clientapp.interfaces import CheckLog
 from agent.daemon import client_factory, state_machine
-from agent.daemon.client_factory import Network, Trainers, Uploads
+from agent.daemon.client_factory import Network, Trainers
 from agent.daemon.context import AgentContext
 from agent.daemon.state_machine import PauseLifted, PauseRequested, TrainerGaveUp
 from agent.daemon.status_reporter import StatusReporter
@@ -102,7 +102,8 @@ class WorkThread:
             link,
             self.versions,
             VersionStore(job_folder, link),
-            Uploads(self._upload_update, self._upload_answer),
+            self._upload_update,
+            self._upload_answer,
             check_log,
         )
         self._owner, self._refusals = LiveSettings(ctx.home), RefusalLog(ctx.home)

@@ -28,7 +28,7 @@ from agent.data.features import EncodedRows
 from agent.data.settings import DataSettings
 from agent.tasks import OnStep, TrainOutcome, Watch, table_rows, tabular_choice
 from agent.tasks import Settings as RunSettings
-from agent.tasks.tabular_blend import Blend, mixed, with_kind
+from agent.tasks.tabular_blend import Blend, mix, with_kind
 from agent.tasks.tabular_local import LocalTables
 from agent.tasks.tabular_model import TableModel
 from agent.tasks.tabular_trees import TreeModel
@@ -164,7 +164,8 @@ class Tabular(LocalTables):
         if (blend := Blend.read(weights)) is not None:
             calls = [self._ready(one.weights, with_kind(settings, one)) for one in blend.members]
             is_class = bool(_preprocessing(settings).target.classes)
-            return mixed(calls, blend.shares, is_class=is_class)
+            shares = blend.shares.tolist()
+            return lambda x: mix([call(x) for call in calls], shares, is_class=is_class)
         trees = self._trees(settings)
         if trees is None:
             return super()._ready(weights, settings)

@@ -6,7 +6,7 @@ rows (`blend_weights`). A blend is made on one machine, for its owner, and never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -29,7 +29,6 @@ MAX_MEMBERS = 8
 _MAX_NUMBERS = 1 << 25
 _FOLDS = 5
 _LEAST = 1e-12
-Call = Callable[[Tensor], Tensor]
 
 
 class Blend(NamedTuple):
@@ -81,11 +80,6 @@ def mix(outputs: Sequence[Tensor], shares: Sequence[float], *, is_class: bool) -
         return torch.stack([share * one for share, one in zip(shares, outputs, strict=True)]).sum(0)
     found = [share * one.softmax(1) for share, one in zip(shares, outputs, strict=True)]
     return torch.stack(found).sum(0).clamp_min(_LEAST).log()
-
-
-def mixed(calls: Sequence[Call], shares: Floats, *, is_class: bool) -> Call:
-    """The outputs of a blend, from those of its members."""
-    return lambda x: mix([call(x) for call in calls], shares.tolist(), is_class=is_class)
 
 
 def fits(rows: int, outputs: int, members: int) -> bool:

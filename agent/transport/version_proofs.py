@@ -81,7 +81,7 @@ def list_verified(folder: Path, coordinator_public: bytes, fleet: str) -> list[P
     verified = []
     for proof in folder.glob(f"*{SUFFIX}"):
         try:
-            path = _version(proof)
+            path = proof.with_name(_version_name(proof.name))
             parts = read_proof(proof.read_bytes(), coordinator_public, fleet)
             version = ProvenVersion(path, *parts)
             base = version.work.base
@@ -130,10 +130,6 @@ class VersionIndex:
         except (OSError, BadMessage):
             return None
         return head if proof.name == f"{head.digest}{SUFFIX}" else None
-
-
-def _version(proof: Path) -> Path:
-    return proof.with_name(_version_name(proof.name))
 
 
 def _version_name(proof: str) -> str:
