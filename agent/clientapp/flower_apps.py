@@ -26,7 +26,7 @@ from agent.home.settings_schema import AgentSettings
 from agent.tasks.work import Done, RunApp
 from protocols.errors import BadMessage, NotAllowed, TrainerFailed, UsageError
 from protocols.local import flower_apps, own_folders
-from protocols.local.atomic_files import fsync_files, write_private
+from protocols.local.atomic_files import fsync_files, read_json, write_private
 from protocols.local.disk_space import check_room
 from protocols.local.failpoints import failpoint, note
 from protocols.local.flower_apps import PREFIX, InstalledApp
@@ -272,10 +272,7 @@ class FlowerApps:
 
     def _last(self, run: str) -> _Stored | None:
         """The last answer of a run, or None."""
-        try:
-            return msgspec.json.decode(self._file(run).read_bytes(), type=_Stored)
-        except (OSError, msgspec.DecodeError):
-            return None
+        return read_json(self._file(run), _Stored)
 
     def _load(self, work: AppWork, key: str) -> _Stored | None:
         """The answer to this message, if it is the last one of its run and its file is there."""

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from agent.clientapp.outbox import Finished
 from agent.tasks.work import Done
-from protocols.local.atomic_files import fsync_files, write_private
+from protocols.local.atomic_files import fsync_files, read_json, write_private
 from protocols.local.background_unlink import unlink
 from protocols.messages.envelope import Metrics, Tallies
 from protocols.messages.work import Work
@@ -144,10 +144,7 @@ class SecureFiles:
         return last if last is not None and last.key == key else None
 
     def _last(self) -> Finished | None:
-        try:
-            return msgspec.json.decode(self._reply.read_bytes(), type=Finished)
-        except (OSError, msgspec.DecodeError):
-            return None
+        return read_json(self._reply, Finished)
 
     def keep_reply(self, reply: Finished) -> None:
         """Keep a reply. It needs no fsync: the turn on disk gives the same answer again."""

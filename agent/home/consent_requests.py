@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from agent.policy.consent import Review
 from protocols.local import settings_file
-from protocols.local.atomic_files import write_private
+from protocols.local.atomic_files import read_json, write_private
 from protocols.messages.envelope import strip_controls
 
 FILE = "asked.json"
@@ -97,10 +97,7 @@ def plain_columns(names: list[str]) -> tuple[str, ...]:
 
 def read(home: Path) -> dict[str, Request]:
     """The requests by task; none if the file is missing or damaged."""
-    try:
-        found = msgspec.json.decode((home / FILE).read_bytes(), type=list[Request])
-    except (OSError, msgspec.DecodeError):
-        return {}
+    found = read_json(home / FILE, list[Request]) or ()
     return {request.task: request for request in found}
 
 

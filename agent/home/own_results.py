@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import msgspec
 from msgspec import Meta, Struct
 
+from protocols.local.atomic_files import read_json
 from protocols.messages import comparisons
 from protocols.messages.comparisons import Comparison, Missing, Model
 from protocols.messages.envelope import Settings
@@ -138,18 +138,12 @@ def other_file(folder: Path, begun: int) -> Path:
 
 def read_run(folder: Path) -> OwnRun | None:
     """The run of a folder; None if it is incomplete."""
-    try:
-        return msgspec.json.decode(run_file(folder).read_bytes(), type=OwnRun)
-    except (OSError, msgspec.DecodeError):
-        return None
+    return read_json(run_file(folder), OwnRun)
 
 
 def read_result(folder: Path) -> OwnResult | None:
     """The result in a folder; None if there is none yet."""
-    try:
-        return msgspec.json.decode(result_file(folder).read_bytes(), type=OwnResult)
-    except (OSError, msgspec.DecodeError):
-        return None
+    return read_json(result_file(folder), OwnResult)
 
 
 def results(home: Path) -> list[OwnResult]:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from protocols.local.atomic_files import write_private
+from protocols.local.atomic_files import read_json, write_private
 from protocols.local.disk_space import is_disk_full
 from protocols.p2p.gossip import Head
 
@@ -114,10 +114,7 @@ def write_status(home: Path, status: Status) -> None:
 
 def read_status(home: Path) -> Status | None:
     """The last status, or None if the agent never ran."""
-    try:
-        return msgspec.json.decode((home / STATUS_FILE).read_bytes(), type=Status)
-    except (OSError, msgspec.DecodeError):
-        return None
+    return read_json(home / STATUS_FILE, Status)
 
 
 def write_request(home: Path, request: OwnerRequest) -> None:
@@ -132,7 +129,4 @@ def ask(home: Path, want: Want, at: float, until: float = 0.0) -> None:
 
 def read_request(home: Path) -> OwnerRequest:
     """The owner's request. Without a file: to run."""
-    try:
-        return msgspec.json.decode((home / REQUEST_FILE).read_bytes(), type=OwnerRequest)
-    except (OSError, msgspec.DecodeError):
-        return OwnerRequest()
+    return read_json(home / REQUEST_FILE, OwnerRequest) or OwnerRequest()

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from agent.home.settings_schema import AgentSettings
 from agent.policy.consent import Consent, Review
 from protocols.errors import HomeError
-from protocols.local.atomic_files import write_private
+from protocols.local.atomic_files import read_json, write_private
 from protocols.local.safe_paths import path_in
 from protocols.messages.offers import Offer, OfferList
 
@@ -24,10 +24,7 @@ FILE, FOLDER = "offers.json", "offers"
 
 def read(home: Path) -> OfferList:
     """The last list; an empty one if the file is missing or damaged."""
-    try:
-        return msgspec.json.decode((home / FILE).read_bytes(), type=OfferList)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return OfferList(fleet="none", number=0)
+    return read_json(home / FILE, OfferList) or OfferList(fleet="none", number=0)
 
 
 def write(home: Path, offers: OfferList) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from protocols.local.atomic_files import write_private
+from protocols.local.atomic_files import read_json, write_private
 
 FILE = "traffic.json"
 _SAVE_EVERY_S = 10.0
@@ -54,10 +54,7 @@ class Bandwidth:
         self._lock = threading.Lock()
         self._limits = RateLimit(), RateLimit()
         self._saved_at = time.monotonic()
-        try:
-            self._day = msgspec.json.decode(self._file.read_bytes(), type=Day)
-        except (OSError, msgspec.DecodeError):
-            self._day = Day()
+        self._day = read_json(self._file, Day) or Day()
 
     def sent(self, nbytes: int) -> None:
         self._count(nbytes, 0)

@@ -1,4 +1,4 @@
-"""Atomic file writes: a file is complete or absent, even after a power cut."""
+"""Reads files, and writes them atomically: a file is complete or absent, even after a power cut."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
+
+import msgspec
 
 from protocols.local.background_unlink import freeing_in_thread
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -49,6 +53,14 @@ def write_private(path: Path, data: bytes, *, synced: bool = True) -> None:
     """Write a file atomically that only its owner can read. Raises OSError."""
     with replacing(path, synced=synced) as file:
         file.write(data)
+
+
+def read_json(path: Path, kind: type[T]) -> T | None:
+    """What is in a file of JSON; None if it is missing, damaged, or cannot be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def fsync_files(*paths: Path) -> None:

@@ -21,7 +21,7 @@ from agent.home.enrollment_file import Enrollment
 from agent.transport.version_proofs import VersionIndex
 from protocols.enrollment import identity, signed_requests
 from protocols.errors import BadMessage
-from protocols.local.atomic_files import write_private
+from protocols.local.atomic_files import read_json, write_private
 from protocols.messages.envelope import Presence
 from protocols.network.addresses import parse
 from protocols.p2p import gossip
@@ -75,13 +75,7 @@ class GossipState:
         self._store = gossip.GossipStore(fleet_trust.trusted_cas(enrollment), enrollment.fleet)
         #: By peer: the IP address from which it last connected.
         self._seen_at: dict[str, str] = {}
-        self.assigned = self._read()
-
-    def _read(self) -> NeighborsResponse | None:
-        try:
-            return msgspec.json.decode(self._file.read_bytes(), type=NeighborsResponse)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-            return None
+        self.assigned = read_json(self._file, NeighborsResponse)
 
     def learn(self, assigned: NeighborsResponse) -> None:
         """Uses a new list of peers from the coordinator. `save` stores it."""
