@@ -102,10 +102,7 @@ class RebasedUpdate:
             as_float64(array, dtype)
             for array in (self._weights.read(part), self._base.read(part), to)
         )
-        moved = to + (new - old)
-        if dtype == "BF16":
-            return float32_to_bf16(moved.astype(np.float32))
-        return moved.astype(DTYPES[dtype])
+        return as_stored(to + (new - old), dtype)
 
 
 def average(
@@ -188,5 +185,8 @@ def mean_of(
 
 
 def as_stored(array: Array, dtype: str) -> Array:
-    """A mean in the dtype of its tensor."""
-    return float32_to_bf16(array.astype(np.float32)) if dtype == "BF16" else array
+    """Values in the dtype of their tensor: infinite where it is too narrow for them."""
+    with np.errstate(over="ignore"):
+        if dtype == "BF16":
+            return float32_to_bf16(array.astype(np.float32, copy=False))
+        return array.astype(DTYPES[dtype], copy=False)

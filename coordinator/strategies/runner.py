@@ -28,7 +28,7 @@ from coordinator.transport.flower_records import InMemoryRecord, part_key
 from protocols.codecs.registry import FactoredUpdate
 from protocols.errors import CommonweightError
 from protocols.model import weights
-from protocols.model.bfloat16 import float32_to_bf16, widened
+from protocols.model.bfloat16 import widened
 from protocols.model.weights import Part, WeightReader
 
 Floats = npt.NDArray[Any]
@@ -175,7 +175,7 @@ class Aggregation:
                 ]
                 new = self._aggregate(self.strategy, replies)
             yield {
-                part: _stored(new[part_key(part)], schema[part.name].dtype)
+                part: averaging.as_stored(new[part_key(part)], schema[part.name].dtype)
                 if part in floats
                 else self.base.read(part)
                 for part in piece
@@ -206,7 +206,7 @@ class Aggregation:
             after.put(self._dump(self.strategy, whole))
         for piece in weights.split_into_pieces(schema):
             yield {
-                part: _stored(
+                part: averaging.as_stored(
                     new[part.name].reshape(-1)[part.start : part.stop], schema[part.name].dtype
                 )
                 if part.name in whole
@@ -316,13 +316,6 @@ def _to_float32(array: npt.NDArray[Any]) -> Floats:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def _stored(array: Floats, dtype: str) -> npt.NDArray[np.generic]:
-    if dtype == "BF16":
-        return float32_to_bf16(array.astype(np.float32))
-    with np.errstate(over="ignore"):
-        return array.astype(weights.DTYPES[dtype])
-
-
 def _keyed(parts: Mapping[Part, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     return {part_key(part): array for part, array in parts.items()}
 
@@ -331,7 +324,7 @@ def _check_finite(piece: Piece, schema: weights.Schema) -> None:
     for part, array in piece.items():
         dtype = schema[part.name].dtype
         if dtype in weights.FLOAT_DTYPES and not weights.is_finite(
-            array if dtype == "BF16" else _stored(array, dtype), dtype
+            array if dtype == "BF16" else averaging.as_stored(array, dtype), dtype
         ):
             raise CommonweightError(
                 f"the strategy's new weights are not finite ({part.name})",
