@@ -116,7 +116,8 @@ def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
     """The entries of a whole ledger. Raises HomeError at one that does not match the one before."""
     last, head = 0, START
     for entry in entries:
-        head = chain(head, entry.at, entry.subject, entry.body)
+        is_bytes = isinstance(entry.body, bytes)  # SQLite does not enforce column types
+        head = chain(head, entry.at, entry.subject, entry.body) if is_bytes else b""
         if (entry.seq, entry.hash) != (last + 1, head):
             raise HomeError(f"entry {entry.seq} of the ledger does not match the one before")
         yield entry
@@ -125,12 +126,10 @@ def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
 
 def first_mismatch(entries: Iterable[Entry]) -> int | None:
     """The number of the first entry, of all, whose hash does not match; None if all match."""
-    head, expected = START, 1
-    for entry in entries:
-        if not isinstance(entry.body, bytes):  # SQLite does not enforce column types
-            return expected
-        head = chain(head, entry.at, entry.subject, entry.body)
-        if entry.seq != expected or head != entry.hash:
-            return expected
-        expected += 1
+    sound = 0
+    try:
+        for entry in checked(entries):
+            sound = entry.seq
+    except HomeError:
+        return sound + 1
     return None
