@@ -1,12 +1,12 @@
 """The state of the fleet from its messages: `reduce(fleet, envelope, now)`. No I/O, no clock.
 
 Rule 1: only messages that `protocols.messages.envelope.unseal` accepted come here. Rule 2: a peer
-reports about itself only. A coordinator's message from a peer is counted and ignored. Rule 3: an
+reports about itself only. A coordinator's message from a peer is ignored. Rule 3: an
 epoch is one session of a sender. Within it, a message that is not newer than the last of
         its kind is ignored. A new epoch replaces the old one, whose messages are ignored from then
         on. An epoch that is older than the last message, by its sender's dates, is ignored too.
 Rule 4: a last will counts only in the peer's current epoch, and each will (by its number) once.
-Rule 5: messages of a peer that the coordinator has not announced are only counted.
+Rule 5: messages of a peer that the coordinator has not announced are ignored.
 Rule 6: a missing number of the coordinator, or its new epoch, sets `gap`: fetch a new snapshot.
 Rule 7: no NaN and no infinity is stored: `finite` filters every number.
 
@@ -17,7 +17,6 @@ no copies. It is deterministic: a recording gives an equal fleet each time.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -47,17 +46,15 @@ def reduce(fleet: Fleet, envelope: Envelope, now: float) -> Fleet:
     if isinstance(body, wire.Presence | wire.Telemetry | wire.Notice):
         peer = fleet.peers.get(envelope.sender)
         if peer is None:
-            fleet.unknown += 1
-        elif isinstance(body, wire.Presence):
+            return fleet
+        if isinstance(body, wire.Presence):
             _presence(fleet, peer, envelope, body, now)
         elif isinstance(body, wire.Telemetry):
             _telemetry(fleet, peer, envelope, body, now)
         elif _accept(peer, envelope, peer.notice_seq, now):
             peer.notice_seq, peer.seen_at = envelope.seq, now
             _event(fleet, now, body.level, f"{display_name(peer)}: {body.text}", peer.peer)
-    elif envelope.sender != COORDINATOR:
-        fleet.ignored += 1
-    elif isinstance(body, EventBody):
+    elif envelope.sender == COORDINATOR and isinstance(body, EventBody):
         _from_coordinator(fleet, envelope, body, now)
     return fleet
 
@@ -159,11 +156,9 @@ def _telemetry(
 def _from_coordinator(fleet: Fleet, envelope: Envelope, body: EventBody, now: float) -> None:
     if envelope.epoch == fleet.epoch:
         if envelope.seq <= fleet.seq:
-            fleet.ignored += 1
             return
         fleet.gap = fleet.gap or envelope.seq > fleet.seq + 1
     elif envelope.epoch in fleet.past_epochs:
-        fleet.ignored += 1
         return
     elif fleet.epoch:
         fleet.past_epochs = [*fleet.past_epochs, fleet.epoch][-MAX_PAST_EPOCHS:]
@@ -302,13 +297,11 @@ def _finite_round(body: wire.RoundClosed) -> wire.RoundClosed:
         diverged=body.diverged or not is_finite,
         metrics={name: finite(value) for name, value in body.metrics.items()},
         norms={peer: norm for peer, norm in body.norms.items() if finite(norm) is not None},
-        spread={name: three for name, three in body.spread.items() if _all_finite(three)},
+        spread={
+            name: three for name, three in body.spread.items() if None not in map(finite, three)
+        },
         spent={name: spent for name, spent in body.spent.items() if finite(spent) is not None},
     )
-
-
-def _all_finite(values: Iterable[float]) -> bool:
-    return all(finite(value) is not None for value in values)
 
 
 def _event(fleet: Fleet, now: float, level: Level, text: str, subject: str) -> None:

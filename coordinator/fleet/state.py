@@ -135,8 +135,6 @@ class Fleet(Struct, kw_only=True):
     past_epochs: _Epochs = []
     seq: Integer = -1
     gap: bool = False
-    unknown: Integer = 0
-    ignored: Integer = 0
 
 
 def finite(value: float | None) -> float | None:
