@@ -83,16 +83,7 @@ class AnalysisResult(Struct, frozen=True, kw_only=True):
     @property
     def label(self) -> str:
         """A line that says what the result covers."""
-        parts = [f"{self.peers} of {self.asked} peers, {self.rows:,} rows"]
-        if self.withheld:
-            parts.append(f"{self.withheld} figures of too few rows left out")
-        if self.similar:
-            parts.append(f"{self.similar} peers answered for the rows of a similar question")
-        if self.epsilon:
-            parts.append(f"with noise for ε = {self.epsilon:g}")
-        if self.secure:
-            parts.append(self.secure)
-        return "; ".join(parts)
+        return coverage(self, self.peers, self.asked, self.epsilon)
 
 
 class Merged(NamedTuple):
@@ -128,6 +119,20 @@ class Merged(NamedTuple):
     def similar(self) -> int:
         """The number of peers that answered for the rows of a similar question."""
         return sum(answer.similar for answer in self.used.values())
+
+
+def coverage(of: AnalysisResult | Merged, peers: int, asked: int, epsilon: float = 0.0) -> str:
+    """A line that says what figures of `peers` of `asked` peers cover."""
+    parts = [f"{peers} of {asked} peers, {of.rows:,} rows"]
+    if of.withheld:
+        parts.append(f"{of.withheld} figures of too few rows left out")
+    if of.similar:
+        parts.append(f"{of.similar} peers answered for the rows of a similar question")
+    if epsilon:
+        parts.append(f"with noise for ε = {epsilon:g}")
+    if of.secure:
+        parts.append(of.secure)
+    return "; ".join(parts)
 
 
 def merge_answers(answers: Mapping[str, PeerAnswer], asked: Sequence[str]) -> Merged:

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from coordinator.jobs.analysis import Merged
 from coordinator.jobs.methods.counts import ask_levels
-from coordinator.jobs.methods.distributions import normal_p, normal_quantile
+from coordinator.jobs.methods.distributions import REACH_95, normal_p
 from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import ResultTable, Value, make_table, pick_states
 from protocols.analytics.mergeable_states import MomentsState
@@ -127,10 +127,9 @@ def coefficient_table(
     """Coefficients with standard errors, z, p and 95 % intervals; also exp(coef) if it is named."""
     at, covariance = unscale(model, at, covariance)
     rows: list[list[Value]] = []
-    reach = normal_quantile(0.975)
     for name, value, variance in zip(model.names, at, covariance.diagonal(), strict=True):
         error = math.sqrt(variance)
-        ends = (value - reach * error, value + reach * error)
+        ends = (value - REACH_95 * error, value + REACH_95 * error)
         row: list[Value] = [name, value, error, value / error, normal_p(value / error), *ends]
         if exponential:
             row.append(math.exp(value) if abs(value) < 700 else None)

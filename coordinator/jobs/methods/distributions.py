@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+#: Half the width of a 95 % interval, in standard errors.
+REACH_95 = NormalDist().inv_cdf(0.975)
 _TINY, _EPSILON, _MAX_TERMS = 1e-300, 1e-16, 100_000
 
 
 def normal_p(z: float) -> float:
     """The probability of a standard normal value further from 0 than z."""
     return math.erfc(abs(z) / math.sqrt(2))
-
-
-def normal_quantile(q: float) -> float:
-    """The q-quantile of the standard normal distribution."""
-    return NormalDist().inv_cdf(q)
 
 
 def t_p(t: float, df: float) -> float:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from coordinator.jobs.methods.counts import sort_levels
-from coordinator.jobs.methods.distributions import chi2_p, normal_p, normal_quantile
+from coordinator.jobs.methods.distributions import REACH_95, chi2_p, normal_p
 from coordinator.jobs.methods.plots import draw_forest
 from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import Plan, Statistics, Value, make_table
@@ -63,17 +63,16 @@ def meta(method: Method) -> Plan:
         raise CannotBeMet("fewer than two peers have enough rows in each group")
     _, estimates, variances = map(list, zip(*found.values(), strict=True))
     pooled = pool(estimates, variances)
-    reach = normal_quantile(0.975)
     rows: list[list[Value]] = []
     plot: list[tuple[str, float, float, float]] = []
     weights = 1 / (np.array(variances) + pooled.tau2)
     for (name, (count, value, variance)), share in zip(
         found.items(), (weights / weights.sum()).tolist(), strict=True
     ):
-        half = reach * math.sqrt(variance)
+        half = REACH_95 * math.sqrt(variance)
         rows.append([name, count, value, math.sqrt(variance), value - half, value + half, share])
         plot.append((name, value, value - half, value + half))
-    half, z = reach * pooled.error, pooled.estimate / pooled.error
+    half, z = REACH_95 * pooled.error, pooled.estimate / pooled.error
     ends = (pooled.estimate - half, pooled.estimate + half)
     df = len(found) - 1
     total = [pooled.estimate, pooled.error, z, normal_p(z), *ends]

@@ -12,7 +12,7 @@ from collections.abc import Generator
 import numpy as np
 
 from coordinator.jobs.analysis import Merged
-from coordinator.jobs.methods.distributions import f_p, normal_quantile, t_p, t_quantile
+from coordinator.jobs.methods.distributions import REACH_95, f_p, t_p, t_quantile
 from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import Plan, ResultTable, Statistics, make_table, pick_states
 from protocols.analytics.mergeable_states import ComomentsState, MomentsState
@@ -146,7 +146,7 @@ def corr(method: Method) -> Plan:
         t = value * math.sqrt((count - 2) / rest) if rest else math.inf
         ends = (value, value)
         if rest and count > 3:
-            reach = normal_quantile(0.975) / math.sqrt(count - 3)
+            reach = REACH_95 / math.sqrt(count - 3)
             ends = (math.tanh(math.atanh(value) - reach), math.tanh(math.atanh(value) + reach))
         rows.append((a, b, count, value, t_p(t, count - 2), *ends))
     return Statistics(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
-from coordinator.jobs.analysis import Merged
+from coordinator.jobs.analysis import Merged, coverage
 from coordinator.jobs.methods import counts, cox, glm, meta, moments, survival
 from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import PeersLost, Plan, Statistics
@@ -67,20 +67,8 @@ def _follow(
             query = plan.throw(PeersLost(lost)) if lost else plan.send(merged)
         except StopIteration as done:
             found: Statistics = done.value
-            label = _label(merged, len(peers), len({*peers, *left_out}))
+            label = coverage(merged, len(peers), len({*peers, *left_out}))
             return replace(found, label=label, left_out=dict(left_out))
-
-
-def _label(merged: Merged, peers: int, asked: int) -> str:
-    """A line that says what the result covers."""
-    parts = [f"{peers} of {asked} peers, {merged.rows:,} rows"]
-    if merged.withheld:
-        parts.append(f"{merged.withheld} figures of too few rows left out")
-    if merged.similar:
-        parts.append(f"{merged.similar} peers answered for the rows of a similar question")
-    if merged.secure:
-        parts.append(merged.secure)
-    return "; ".join(parts)
 
 
 def explain_refusal(why: str, method: str = "") -> str:

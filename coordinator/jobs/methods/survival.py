@@ -15,7 +15,7 @@ import numpy as np
 from coordinator.jobs.analysis import Merged
 from coordinator.jobs.methods.coding import Floats
 from coordinator.jobs.methods.counts import sort_levels
-from coordinator.jobs.methods.distributions import chi2_p, normal_quantile
+from coordinator.jobs.methods.distributions import REACH_95, chi2_p
 from coordinator.jobs.methods.plots import draw_curves
 from coordinator.jobs.methods.requests import Method
 from coordinator.jobs.methods.results import (
@@ -88,7 +88,7 @@ def kaplan_meier(state: SurvivalState) -> Curve:
         survival: Floats = np.where(at_risk > 0, 1 - events / at_risk, 1.0).cumprod()
         greenwood = np.cumsum(events / (at_risk * (at_risk - events)))
         logs = np.log(survival)
-        reach = normal_quantile(0.975) * np.sqrt(greenwood) / logs
+        reach = REACH_95 * np.sqrt(greenwood) / logs
         inside = (survival > 0) & (survival < 1)
         low = np.where(inside, np.exp(-np.exp(np.log(-logs) - reach)), survival)
         high = np.where(inside, np.exp(-np.exp(np.log(-logs) + reach)), survival)
