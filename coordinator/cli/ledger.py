@@ -54,4 +54,4 @@ def schema(
         raise UsageError(f"{grant!r} is not the name of a role", "such as commonweight")
     sys.stdout.write(postgres_session.TABLES.lstrip())
     if grant:
-        sys.stdout.write(postgres_session.GRANTS.format(role=grant).lstrip())
+        sys.stdout.write(postgres_session.GRANTS.format(role=grant))

@@ -55,14 +55,11 @@ CREATE TABLE commonweight_log (
 CREATE INDEX commonweight_log_subject ON commonweight_log (subject, seq);
 """
 #: What a role needs that did not create the tables: it can neither change nor delete entries.
-GRANTS = """
-GRANT SELECT, INSERT, UPDATE ON commonweight_fleet TO {role};
-GRANT SELECT, INSERT ON commonweight_log TO {role};
-"""
 _RIGHTS = {
     "commonweight_fleet": ("SELECT", "INSERT", "UPDATE"),
     "commonweight_log": ("SELECT", "INSERT"),
 }
+GRANTS = "".join(f"GRANT {', '.join(r)} ON {t} TO {{role}};\n" for t, r in _RIGHTS.items())
 #: Held while tables are created, so that two starts do not create them twice.
 _CREATION = 0x636F6D6D
 #: Otherwise `hang_up` could end another connection, which has got the number of a closed one.
