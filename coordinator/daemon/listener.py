@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import time
 from pathlib import Path
 
 from starlette.types import ASGIApp
@@ -65,7 +64,6 @@ class Listener:
             "pid": os.getpid(),
             "address": f"{local}:{self.port}",
             "host": self._host,
-            "since": time.time(),
             "fleet": self._keys.fleet,
             # Without the URL, which may have a password.
             "mosquitto": self._mosquitto,

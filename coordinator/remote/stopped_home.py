@@ -23,7 +23,7 @@ from coordinator.runs.recorded import named_run, recorded_ids, recorded_run
 from coordinator.runs.state import Run
 from coordinator.storage import ca_files, ledger_place
 from protocols.enrollment import ca_chain
-from protocols.errors import HomeLocked, NotRunning
+from protocols.errors import NotRunning
 from protocols.local import homes
 from protocols.messages.envelope import CoordinatorBody
 from protocols.messages.mqtt import SequencedSigner
@@ -90,15 +90,12 @@ class StoppedHome(Remote):
 
     def mark_exported(self, run_id: str, digest: str) -> None:
         """Record the export in the ledger. Raises HomeLocked while a program uses the home."""
-        try:
-            held = homes.lock_home(self.home, "program")
-        except HomeLocked as err:
-            raise HomeLocked(err.message, "export when it has ended") from err
-        try:
-            with contextlib.closing(ledger_place.open_ledger(self.home)) as ledger:
-                Registry(ledger).record_read(OPERATOR, f"exported {digest} of run {run_id}")
-        finally:
-            held.release()
+        message, hint = f"another program uses {self.home}", "export when it has ended"
+        with (
+            homes.hold(self.home, message, hint),
+            contextlib.closing(ledger_place.open_ledger(self.home)) as ledger,
+        ):
+            Registry(ledger).record_read(OPERATOR, f"exported {digest} of run {run_id}")
 
     def _request(
         self, method: str, path: str, body: bytes = b"", *, into: Path | None = None

@@ -131,7 +131,7 @@ class Connection(_Link):
 
     def cut(self) -> None:
         """End it at once, without its will."""
-        self._forward(mqtt.encode_disconnect())
+        self._forward(mqtt.DISCONNECT_BYTES)
         if self._login is not None:
             self._gate.forget(self, self._login)
         if self.transport is not None:

@@ -19,7 +19,8 @@ MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 4096
 MAX_FILTERS = 16
 #: The first byte of a packet, without the flags of PUBLISH.
 _FIRST_BYTES = {0x10, 0x40, 0x82, 0xA2, 0xC0, 0xE0}
-_DISCONNECT_BYTES = b"\xe0\x00"
+#: DISCONNECT: the broker does not send the client's will.
+DISCONNECT_BYTES = b"\xe0\x00"
 
 
 class BadPacket(Exception):
@@ -213,11 +214,6 @@ def encode_subscribe_refusal(subscribe: Subscribe) -> bytes:
     """SUBACK that refuses each filter."""
     body = subscribe.packet_id.to_bytes(2) + b"\x80" * len(subscribe.filters)
     return bytes([0x90]) + _length(len(body)) + body
-
-
-def encode_disconnect() -> bytes:
-    """DISCONNECT: the broker does not send the client's will."""
-    return _DISCONNECT_BYTES
 
 
 def _binary(data: bytes) -> bytes:

@@ -59,7 +59,7 @@ def _talk(address: MqttAddress, data: bytes, will: Will | None = None) -> bool |
                 received += piece
         except (ConnectionError, ssl.SSLError):
             return False
-        sock.sendall(mqtt_packets.encode_disconnect())
+        sock.sendall(mqtt_packets.DISCONNECT_BYTES)
         return True
 
 
