@@ -6,13 +6,11 @@ progress goes to `send`.
 
 from __future__ import annotations
 
-import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import SupportsFloat
 
 import msgspec
 
@@ -189,11 +187,7 @@ class WorkExecutor:
         personal: Personalization,
     ) -> Done | Failed:
         self._told.tell(task, "held", settings)
-        report = StepCallback(work.id, "evaluate", self._control, self._send)
-
-        def on_step(step: int, steps: int, loss: SupportsFloat, examples_done: int) -> None:
-            report(step, steps, math.nan, examples_done)  # the loss of a few rows stays here
-
+        on_step = StepCallback(work.id, "evaluate", self._control, self._send)
         found = task.evaluate(personal.model(base, newcomer=True), settings, on_step)
         count, metrics, told = EvalOutcome(*found)
         if personal.has_local_layers:

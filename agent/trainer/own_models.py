@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, SupportsFloat
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -102,7 +102,7 @@ def compare(
     settings: dict[str, Setting],
     shared: tuple[Weights, Weights],
     first: Callable[[int], Weights],
-    report: OnStep,
+    on_step: OnStep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Done:
     """The comparison, as the description in `Done`; none if more slices are to come.
@@ -116,10 +116,6 @@ def compare(
         raise UsageError(f"the task {work.task} cannot measure models row by row")
     if isinstance(task, TrainsPrivately):
         task.protect(None)  # nothing leaves, so there is no noise
-
-    def on_step(step: int, steps: int, loss: SupportsFloat, examples_done: int) -> None:
-        report(step, steps, math.nan, examples_done)  # no loss leaves with the progress
-
     chosen = {name: value for name, value in settings.items() if name not in _TIES}
     if hasattr(task, "defaults"):
         chosen["min_batch"] = work.data.floors.min_batch

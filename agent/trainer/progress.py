@@ -120,7 +120,8 @@ class StepCallback:
         window = self._window = self._window or (time.monotonic(), examples_done)
 
         def report(*, paused: bool = False, number: int = 0) -> None:
-            told = float(loss)  # on a graphics card this waits for the step
+            # On a graphics card a loss waits for the step. One of a few held-out rows stays here.
+            told = float(loss) if self._phase == "train" else math.nan
             self._sent_at = at = time.monotonic()
             since, examples = window
             elapsed = max(at - since, 1e-6)  # clocks may be coarse
