@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from agent.home.settings_schema import AgentSettings
 from agent.inference import predictions
 from agent.tasks.work import Done, Predict, Work
 from agent.trainer import sandbox_rules
-from agent.trainer.process import TrainerProcess, trainer_program
+from agent.trainer.ipc import Progress
+from agent.trainer.process import TrainerProcess, ignore, trainer_program
 from protocols.errors import DataError, TrainerFailed, UnknownName, UsageError
 
 #: Of a task's own words that a command prints.
@@ -28,15 +29,22 @@ class LocalTrainer:
     `folder` is a private one of the command; what the trainer writes is in `work`, a folder in it.
     """
 
-    def __init__(self, chosen: AgentSettings, folder: Path, read: Collection[Path]) -> None:
+    def __init__(
+        self,
+        chosen: AgentSettings,
+        folder: Path,
+        read: Collection[Path],
+        on_progress: Callable[[Progress], None] = ignore,
+    ) -> None:
         self.work = folder / "work"
         self.work.mkdir(mode=0o700)
         rules = sandbox_rules.make_rules(
             chosen, read=read, write=(self.work,), spool=folder / "spool"
         )
-        self._trainer = TrainerProcess(
+        self.process = TrainerProcess(
             trainer_program(self.work, threads=chosen.threads, rules=rules),
             settings.data_settings(chosen, self.work),
+            on_progress=on_progress,
             sources=chosen.task_files,
         )
 
@@ -44,14 +52,14 @@ class LocalTrainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._trainer.stop()
+        self.process.stop()
 
     def run(self, work: Work) -> Done:
         """Do the work. Raises CommonweightError without the trainer's log, which is deleted."""
         try:
-            return self._trainer.run(work)
+            return self.process.run(work)
         except TrainerFailed as err:
-            hint = "" if err.hint.startswith("the trainer's log") else err.hint
+            hint = without_log(err.hint)
             kind = _ERRORS.get(err.kind)
             if kind is not None:
                 raise kind(err.message, hint) from err
@@ -60,7 +68,7 @@ class LocalTrainer:
     def said(self) -> list[str]:
         """The first lines that the task wrote to stderr, such as files that cannot be read;
         without warnings of Python. Ends the trainer, so that its log is complete."""
-        self._trainer.stop()
+        self.process.stop()
         log = self.work / "trainer.log"
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         return [line for line in lines if "Warning: " not in line and not line.startswith("  ")][
@@ -86,6 +94,11 @@ def _predict(model: LocalModel, sources: list[str], out: Path) -> Predict:
         sources=sources,
         out=str(out),
     )
+
+
+def without_log(hint: str) -> str:
+    """Drop the hint that names the trainer's log, which is deleted."""
+    return "" if hint.startswith("the trainer's log") else hint
 
 
 def paths_of(source: str) -> list[Path]:

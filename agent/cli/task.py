@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec.structs import replace
 
 from agent.cli import prompts, task_template
 from agent.cli.common import Json, is_running, parse_pair, print_data, print_json, print_line
@@ -195,50 +195,33 @@ def check(
     json: Json = False,
 ) -> None:
     """Train one step here; show the schema, the memory and the time. Nothing is sent."""
-    from agent.trainer import sandbox_rules
-    from agent.trainer.process import TrainerProcess, trainer_program
+    from agent.cli.local_trainer import LocalTrainer, without_log
 
-    with contextlib.ExitStack() as stack:
-        chosen = settings.read(homes.home_path("agent"), data=settings.data_path(data))
-        if "/" not in name:  # else it is that file
-            name = whole_task_name(name)
-        if data:
-            own_data.check_path(chosen)
-        source = chosen.task_files.get(name, "")
-        if not source and name.partition(":")[0].endswith(".py"):
-            path, attribute = registry.split_source(name)
-            name, source = registry.name_of_source(name), f"{path}:{attribute}"
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="commonweight-")))
-        folder = root / "work"
-        folder.mkdir()
-        trial = TrialRun()
-        rules = sandbox_rules.make_rules(
-            chosen, write=(folder,), sources=[source], spool=root / "spool"
-        )
-        trainer = TrainerProcess(
-            trainer_program(folder, threads=chosen.threads, rules=rules),
-            settings.data_settings(chosen, folder),
-            on_progress=trial.on_progress,
-            sources={name: source} if source else {},
-        )
-        stack.callback(trainer.stop)
-        # A task parses the text by the types of its own defaults.
-        task_settings = dict(parse_pair(text) for text in set_ or [])
+    chosen = settings.read(homes.home_path("agent"), data=settings.data_path(data))
+    if "/" not in name:  # else it is that file
+        name = whole_task_name(name)
+    if data:
+        own_data.check_path(chosen)
+    if name not in chosen.task_files and name.partition(":")[0].endswith(".py"):
+        path, attribute = registry.split_source(name)
+        name = registry.name_of_source(name)
+        chosen = replace(chosen, task_files={**chosen.task_files, name: f"{path}:{attribute}"})
+    # A task parses the text by the types of its own defaults.
+    trial, task_settings = TrialRun(), dict(parse_pair(text) for text in set_ or [])
+    with (
+        tempfile.TemporaryDirectory(prefix="commonweight-") as folder,
+        LocalTrainer(chosen, Path(folder), (), trial.on_progress) as trainer,
+    ):
         try:
-            report = trial.run(trainer, name, task_settings, folder)
+            report = trial.run(trainer.process, name, task_settings, trainer.work)
         except TrainerFailed as err:
             if err.kind == DataError.code and not chosen.data:
                 raise UsageError(err.message, f"--data PATH, or once: {err.hint}") from err
-            log = folder / "trainer.log"
+            log = trainer.work / "trainer.log"
             if log.exists() and (trace := log.read_text(errors="replace").strip()):
                 print_line(trace)
-            raise TrainerFailed(err.kind, err.message, _without_log(err.hint)) from err
+            raise TrainerFailed(err.kind, err.message, without_log(err.hint)) from err
     if json:
         print_json(report)
     else:
         write_report(report)
-
-
-def _without_log(hint: str) -> str:
-    """Drop the hint that names the trainer's log, which was printed and is deleted."""
-    return "" if hint.startswith("the trainer's log") else hint

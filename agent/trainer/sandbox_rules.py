@@ -19,15 +19,14 @@ def make_rules(
     *,
     read: Collection[Path] = (),
     write: Collection[Path],
-    sources: Collection[str] = (),
     memory: Path | None = None,
     spool: Path | None = None,
 ) -> SandboxRules:
-    """The rules for a trainer on the owner's data. `read` and `write` are further folders;
-    `sources` are task files beside the registered ones. `memory` remembers rows, and
-    `spool` is the folder for a table that the trainer has no connection to."""
-    files = [*chosen.task_files.values(), *filter(None, sources)]
-    folders = {registry.split_source(source)[0].resolve().parent for source in files}
+    """The rules for a trainer on the owner's data. `read` and `write` are further folders.
+    `memory` remembers rows, and `spool` is the folder for a table that the trainer has no
+    connection to."""
+    files = (registry.split_source(source)[0] for source in chosen.task_files.values())
+    folders = {file.resolve().parent for file in files}
     # Task files and what they can import beside them. Not the folder: it may be the owner's home.
     beside = [module for folder in sorted(folders) for module in modules(folder)]
     # A sheet or a table is in a file, which the process that reads it opens.
