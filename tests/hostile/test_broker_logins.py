@@ -283,6 +283,7 @@ async def test_a_client_id_takes_over_no_other_users_connection(site: Site) -> N
                 identifier="the-same",
             )
 
+        await are_known(victim, eve)
         async with client(victim) as first, client(eve):
             await first.publish(topics.notice(site.fleet, site.peer), b"still here", qos=1)
 
