@@ -193,7 +193,6 @@ def restore(file: Path, home: Path, *, from_peers: bool = False, replica: bool =
         else:
             _use_own_ledger(fresh)
             _record_restore(fresh, manifest)
-            _revoke_tickets(fresh)
         if from_peers:
             _begin_recall(fresh)
         os.replace(fresh, home)
@@ -299,19 +298,17 @@ def _use_database(home: Path) -> None:
     (home / LEDGER_FILE).unlink()
 
 
-def _revoke_tickets(home: Path) -> None:
-    """Revoke all open tickets: the backup does not know which were used or revoked after it."""
+def _record_restore(home: Path, manifest: Manifest) -> None:
+    """Record the restore, so that agents learn why versions that they know are gone.
+
+    Open tickets are revoked: the backup does not know which were used or revoked after it.
+    """
     with contextlib.closing(SqliteLedger(home / LEDGER_FILE)) as ledger:
         registry = Registry(ledger)
+        registry.record_restore(manifest.entries, manifest.at)
         for ticket in [*registry.tickets.values()]:
             if ticket.uses_left > 0 and not ticket.revoked:
                 registry.revoke_ticket(ticket.id)
-
-
-def _record_restore(home: Path, manifest: Manifest) -> None:
-    """The entry explains to agents why versions that they know are gone."""
-    with contextlib.closing(SqliteLedger(home / LEDGER_FILE)) as ledger:
-        Registry(ledger).record_restore(manifest.entries, manifest.at)
 
 
 def _begin_recall(home: Path) -> None:
