@@ -56,6 +56,7 @@ from protocols.local.disk_space import free_bytes
 from protocols.local.failpoints import failpoint, note
 from protocols.messages import refusals
 from protocols.messages.jobs import ANSWER_PATH
+from protocols.messages.refusals import AGENT_FAILED
 from protocols.messages.states import PauseReason
 from protocols.network.backoff import delays
 
@@ -71,7 +72,6 @@ _MAX_UPLOAD_TRIES, _MIN_UPLOAD_RETRY_S, _MAX_UPLOAD_RETRY_S = 12, 2.0, 15.0
 _MIN_REFUSAL_WAIT_S, _MAX_REFUSAL_WAIT_S = 1.0, 20.0
 #: On a full disk of this machine: work is tried again with this much more room, or after the wait.
 _MORE_ROOM_BYTES, _DISK_RETRY_S = 1024 * 1024, 20.0
-_CLIENT_APP_ERROR = 2  # Flower's code for an exception in a ClientApp; the text has the reason
 
 
 class WorkThread:
@@ -253,7 +253,7 @@ class WorkThread:
             if not (err.message in refusal.text and err.hint in refusal.text):
                 owner_log.error("%s", text)
             self._report.set_last_error(text)
-        return Message(Error(_CLIENT_APP_ERROR, refusal.encode()), reply_to=message)
+        return Message(Error(AGENT_FAILED, refusal.encode()), reply_to=message)
 
     def _ask_owner(self, request: Request) -> None:
         """Tell the owner once which run waits for their consent, and what gives it."""

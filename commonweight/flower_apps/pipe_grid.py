@@ -24,11 +24,10 @@ from flwr.serverapp import Grid  # isort: skip
 
 from coordinator.runs.apps import frames
 from coordinator.runs.apps.frames import Content, Outgoing
+from protocols.messages.refusals import AGENT_FAILED
 
 #: How long the coordinator waits for replies before it answers that there are none, in seconds.
 _POLL_S = 1.0
-#: Flower's code for an exception in a ClientApp.
-_FAILED = 2
 
 
 class Pipes(NamedTuple):
@@ -131,11 +130,11 @@ class PipeGrid(Grid):
         file = self._in / f"{found.id}{frames.SUFFIX}" if found.has_arrays else None
         try:
             if found.error:
-                return flower_names.reply(asked, Error(_FAILED, found.error))
+                return flower_names.reply(asked, Error(AGENT_FAILED, found.error))
             return flower_names.reply(asked, records.unpack(found.told, file))
         except Exception as err:  # one peer's answer must not end the app
             traceback.print_exc()
-            return flower_names.reply(asked, Error(_FAILED, f"it cannot be read: {err}"))
+            return flower_names.reply(asked, Error(AGENT_FAILED, f"it cannot be read: {err}"))
         finally:
             if file is not None:
                 file.unlink(missing_ok=True)

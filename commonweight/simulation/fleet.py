@@ -29,7 +29,6 @@ from coordinator.fleet.registry import Registry
 from coordinator.fleet.state import Fleet
 from coordinator.remote.recording import Recorder
 from coordinator.runs.context import RunContext
-from coordinator.runs.in_flight import AGENT_FAILED
 from coordinator.runs.manager import RunManager
 from coordinator.runs.state import Run
 from coordinator.storage.settings import Keys
@@ -44,7 +43,7 @@ from protocols.local.background_unlink import unlink
 from protocols.messages.envelope import CoordinatorBody, RoundClosed
 from protocols.messages.fleet_names import FleetNames
 from protocols.messages.mqtt import SequencedSigner
-from protocols.messages.refusals import refusal_of
+from protocols.messages.refusals import AGENT_FAILED, refusal_of
 from protocols.messages.states import PeerState, RunState
 from protocols.messages.topics import COORDINATOR
 from protocols.messages.work import FlowerMessage, PollRequest

@@ -34,14 +34,12 @@ from commonweight.simulation.plan import Plan
 from protocols.enrollment import identity
 from protocols.errors import CommonweightError, TrainerFailed
 from protocols.messages.envelope import strip_controls
-from protocols.messages.refusals import Refusal
+from protocols.messages.refusals import AGENT_FAILED, Refusal
 from protocols.messages.work import FlowerMessage, Work
 from protocols.privacy.secagg.turn import Me
 
 #: A hint for owners; in a simulation it is an option.
 _POLICY = re.compile(r"commonweight-agent policy set (\S+) (\S+)")
-#: Flower's code for an exception in a ClientApp.
-_CLIENT_APP_ERROR = 2
 #: Peers whose data a worker keeps in memory for their next message.
 MAX_KEPT_PEERS = 32
 
@@ -163,7 +161,7 @@ class SimulatedPeer(Transport):
             reply = self.client.handle(message)
         except CommonweightError as err:
             refusal = _refusal_of(err).encode()
-            reply, self._upload = Message(Error(_CLIENT_APP_ERROR, refusal), reply_to=message), ""
+            reply, self._upload = Message(Error(AGENT_FAILED, refusal), reply_to=message), ""
         return Answer(reply=pack_message(reply), base=self._base, upload=self._upload)
 
     # --- the client's transport ---

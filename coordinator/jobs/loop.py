@@ -22,7 +22,6 @@ from coordinator.jobs.scheduler import Availability
 from coordinator.jobs.state import FAILED, Job, Unit
 from coordinator.jobs.store import JobStore
 from coordinator.runs.context import RunContext
-from coordinator.runs.in_flight import AGENT_FAILED
 from coordinator.storage import job_events
 from coordinator.storage.job_events import JobEvent, JobState
 from coordinator.storage.ledger import append_beside, until_answers
@@ -39,7 +38,7 @@ from protocols.local.failpoints import failpoint
 from protocols.local.timed_wait import wait_at_most
 from protocols.messages import refusals
 from protocols.messages.envelope import EventLine, strip_controls
-from protocols.messages.refusals import Refusal
+from protocols.messages.refusals import AGENT_FAILED, Refusal
 
 log = logging.getLogger("commonweight.job")
 

@@ -15,11 +15,9 @@ from flwr.app import Message
 from coordinator.runs.context import RunContext
 from coordinator.runs.state import Run
 from protocols.local.failpoints import failpoint
+from protocols.messages.refusals import AGENT_FAILED
 
 R = TypeVar("R")
-
-#: Flower's code for an exception in a ClientApp. Agents use it for all of their failures.
-AGENT_FAILED = 2
 
 
 class Request(NamedTuple):

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from coordinator.runs import buffered, late_updates, recovery, retention, validation
 from coordinator.runs.context import RunContext
-from coordinator.runs.in_flight import AGENT_FAILED, Request
+from coordinator.runs.in_flight import Request
 from coordinator.runs.model import RunModel
 from coordinator.runs.secure import answers
 from coordinator.runs.state import Run
@@ -26,6 +26,7 @@ from coordinator.transport.flower_records import (
 from protocols.codecs import registry
 from protocols.errors import BadMessage, BadWeights, UpdateRefused
 from protocols.messages import refusals
+from protocols.messages.refusals import AGENT_FAILED
 from protocols.messages.work import UpdateClaim
 from protocols.model.fragments import Fragment
 from protocols.model.weights_file import WeightsFile

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from coordinator.runs import late_updates, messages
 from coordinator.runs.context import RunContext
-from coordinator.runs.in_flight import AGENT_FAILED, Request, RequestsInFlight
+from coordinator.runs.in_flight import Request, RequestsInFlight
 from coordinator.runs.model import RunModel
 from coordinator.runs.state import Assignment, Run
 from coordinator.storage.run_events import RunSpec
@@ -27,6 +27,7 @@ from coordinator.strategies.failures import strategy_errors
 from coordinator.transport.flower_records import REQUEST, InMemoryRecord, shared_config
 from protocols.errors import UpdateRefused
 from protocols.messages.envelope import Settings
+from protocols.messages.refusals import AGENT_FAILED
 from protocols.messages.states import RunState
 from protocols.messages.work import SIGNED_WORK, Work
 from protocols.model import schema_card, weights

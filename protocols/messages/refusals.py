@@ -35,6 +35,8 @@ _SENTENCES = _TRAINER | {
     errors.Unreachable.code: "the coordinator of its fleet below does not answer",
     errors.BadWeights.code: "the task's weights do not have the shapes that it declares",
 }
+#: Flower's code for an exception in a ClientApp. Agents use it for all of their failures.
+AGENT_FAILED = 2
 #: Older coordinators do not know the kinds of `errors.AWAITED`: they travel as NotAllowed, with
 #: words before the text. Older agents write the last ones.
 _AWAITS = "awaits consent: "

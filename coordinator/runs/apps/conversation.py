@@ -16,13 +16,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from coordinator.runs.apps.lane import Lane
 from coordinator.runs.context import RunContext
-from coordinator.runs.in_flight import AGENT_FAILED, Request, RequestsInFlight
+from coordinator.runs.in_flight import Request, RequestsInFlight
 from coordinator.storage.run_events import Update
 from protocols.errors import BadMessage, BadWeights
 from protocols.messages import app_work, refusals
 from protocols.messages.app_work import RECORD, SIGNED_APP_ANSWER, SIGNED_APP_WORK, AppWork
 from protocols.messages.jobs import idempotency_key
-from protocols.messages.refusals import Refusal
+from protocols.messages.refusals import AGENT_FAILED, Refusal
 
 #: How many times a message is sent to one peer, each time in a new session.
 MAX_TRIES = 4

@@ -15,7 +15,7 @@ from flwr.app import Message
 
 from coordinator.runs import reply_events, steps, validation
 from coordinator.runs.aggregation import CommittedVersion, Evaluation
-from coordinator.runs.in_flight import AGENT_FAILED, Request
+from coordinator.runs.in_flight import Request
 from coordinator.runs.parts import RunParts
 from coordinator.runs.secure import answers, decisions, fold, plans, progress
 from coordinator.runs.secure.decisions import Progress
@@ -29,6 +29,7 @@ from protocols.codecs import registry, sums
 from protocols.errors import BadMessage, BadWeights, CohortLost, CommonweightError, UpdateRefused
 from protocols.local.failpoints import failpoint
 from protocols.messages import refusals
+from protocols.messages.refusals import AGENT_FAILED
 from protocols.messages.work import MAX_MESSAGE_BYTES, SecureStep
 from protocols.model.weights_file import WeightsFile
 from protocols.privacy.secagg.aggregator import Aggregator
