@@ -1,4 +1,4 @@
-"""A trainer in the sandbox for a command of the owner: `predict`, `serve` or `export`."""
+"""A trainer in the sandbox for a command: `predict`, `serve`, `export` or `task check`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ERRORS = {kind.code: kind for kind in (UsageError, UnknownName, DataError)}
 
 
 class LocalTrainer:
-    """Runs the task of a model in a process that reads only `read` and what every trainer may.
+    """Runs a task in a process that reads only `read` and what every trainer may.
 
     `folder` is a private one of the command; what the trainer writes is in `work`, a folder in it.
     """

@@ -151,10 +151,9 @@ def _validate(values: dict[str, Any], hint: str) -> AgentSettings:
     if chosen.part >= chosen.parts:
         raise UsageError(f"part {chosen.part} of {chosen.parts}: parts count from 0", hint)
     schedule.parse(chosen.hours)
-    if unknown := [one for one in chosen.witnesses if not identity.is_peer_id(one)]:
-        raise UsageError(f"witnesses: {unknown[0]!r} is no id of a peer", hint)
-    if unknown := [one for one in chosen.trust if not identity.is_peer_id(one)]:
-        raise UsageError(f"trust: {unknown[0]!r} is no id of a peer", hint)
+    for name, peers in (("witnesses", chosen.witnesses), ("trust", chosen.trust)):
+        if unknown := [one for one in peers if not identity.is_peer_id(one)]:
+            raise UsageError(f"{name}: {unknown[0]!r} is no id of a peer", hint)
     if 0 < chosen.secure_min < MIN_SECURE_PEERS:
         raise UsageError(
             f"secure_min is {chosen.secure_min}; a sum of fewer than {MIN_SECURE_PEERS} peers "
