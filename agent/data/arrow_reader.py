@@ -12,16 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from agent.data import Aggregation, merge_states
+from agent.data.reader import Reader
 from protocols.errors import DataError
-
-S = TypeVar("S")
 
 _BLOCK_BYTES = 4 << 20
 ROWS = 65_536
@@ -65,7 +62,7 @@ class FileTable:
         return [name for name in self._headers[file] if name in set(columns)]
 
 
-class ArrowReader(FileTable):
+class ArrowReader(FileTable, Reader):
     """Reads the files one after the other."""
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -73,9 +70,6 @@ class ArrowReader(FileTable):
             with map_errors(file):
                 for batch in _batches(file, self._columns_in(file, columns)):
                     yield align_columns(batch, columns)
-
-    def aggregate(self, aggregation: Aggregation[S], columns: Sequence[str]) -> S | None:
-        return merge_states(aggregation, map(aggregation.from_batch, self.batches(columns)))
 
 
 def find_files(path: str) -> list[Path]:

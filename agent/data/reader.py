@@ -32,6 +32,13 @@ class Aggregation(Protocol[S]):
         ...
 
 
+def merge_states(aggregation: Aggregation[S], states: Iterable[S]) -> S | None:
+    """All states merged; None without any."""
+    states = iter(states)
+    first = next(states, None)
+    return first if first is None else reduce(aggregation.merge, states, first)
+
+
 class Reader(Protocol):
     """A table on this machine, or on its owner's cluster."""
 
@@ -47,13 +54,6 @@ class Reader(Protocol):
         """All rows of these columns, some ten thousand at a time. Raises DataError."""
         ...
 
-    def aggregate(self, operation: Aggregation[S], columns: Sequence[str]) -> S | None:
+    def aggregate(self, aggregation: Aggregation[S], columns: Sequence[str]) -> S | None:
         """The state over all rows; None for no rows. Raises DataError."""
-        ...
-
-
-def merge_states(aggregation: Aggregation[S], states: Iterable[S]) -> S | None:
-    """All states merged; None without any."""
-    states = iter(states)
-    first = next(states, None)
-    return first if first is None else reduce(aggregation.merge, states, first)
+        return merge_states(aggregation, map(aggregation.from_batch, self.batches(columns)))

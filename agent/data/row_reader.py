@@ -16,25 +16,24 @@ from contextlib import contextmanager
 from decimal import Decimal
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import pyarrow as pa
 
 from agent.data import sources
 from agent.data.arrow_reader import align_columns, check_names
-from agent.data.reader import Aggregation, merge_states
+from agent.data.reader import Reader
 from agent.data.sources import Source
 from protocols.errors import DataError
 from protocols.extras import needs_extra
 
-S = TypeVar("S")
 Row = Sequence[Any]
 
 _ROWS = 16_384
 
 
-class RowReader:
+class RowReader(Reader):
     """One pass over the rows for each call; the table may be larger than memory."""
 
     def __init__(self, source: Source) -> None:
@@ -71,9 +70,6 @@ class RowReader:
                 ]
                 batch = pa.RecordBatch.from_arrays(texts, names=[name for _, name in places])
                 yield align_columns(batch, columns) if columns else batch
-
-    def aggregate(self, aggregation: Aggregation[S], columns: Sequence[str]) -> S | None:
-        return merge_states(aggregation, map(aggregation.from_batch, self.batches(columns)))
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[list[str], Iterator[Sequence[Row]]]]:
