@@ -17,12 +17,6 @@ _MAX_OVERCOMMIT = 1.5
 _MB = 1_000_000
 
 
-def needed_bytes(adapter: StrategyAdapter, schema: Schema, peers: int) -> int:
-    """Memory for closing a round with this number of updates; 0 if it does not depend on it."""
-    model_bytes = sum(spec.nbytes for spec in state_schema(schema).values())
-    return adapter.memory_bytes(peers, model_bytes)
-
-
 def check_memory(
     adapter: StrategyAdapter, spec: RunSpec, schema: Schema, peers: int
 ) -> tuple[int, str]:
@@ -30,7 +24,8 @@ def check_memory(
 
     Raises CannotBeMet if even the quorum needs far more than the free memory.
     """
-    needed, least = (needed_bytes(adapter, schema, n) for n in (peers, spec.quorum))
+    model_bytes = sum(tensor.nbytes for tensor in state_schema(schema).values())
+    needed, least = (adapter.memory_bytes(number, model_bytes) for number in (peers, spec.quorum))
     if not needed:
         return 0, ""
     free, kind = _memory_bytes()
