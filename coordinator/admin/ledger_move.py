@@ -14,7 +14,7 @@ from pathlib import Path
 import tomli_w
 from msgspec import Struct
 
-from coordinator.storage import ledger_place
+from coordinator.storage import ledger_place, postgres_session
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.ledger_place import LEDGER_FILE
 from coordinator.storage.sqlite_ledger import SqliteLedger
@@ -75,7 +75,7 @@ def _to_database(home: Path, to: str) -> Moved:
         contextlib.closing(source),
         contextlib.closing(ledger_place.open_database(home, to)) as target,
     ):
-        moved = _copy(source, target, ledger_place.shown_address(to))
+        moved = _copy(source, target, postgres_session.shown(to))
         _choose(home, to)
         if present and present != to:
             _retire(source, moved.place)

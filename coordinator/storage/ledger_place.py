@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from coordinator.storage import ca_files
+from coordinator.storage import ca_files, postgres_session
 from coordinator.storage.ledger import Ledger
 from coordinator.storage.sqlite_ledger import SqliteLedger
 from protocols.enrollment import ca_chain
@@ -29,8 +29,6 @@ def address_of(home: Path) -> str:
 
 def check_address(address: object) -> str:
     """The address, if it is one of a database. Raises UsageError, MissingPackage."""
-    from coordinator.storage import postgres_session
-
     if not isinstance(address, str) or not address.startswith(postgres_session.SCHEMES):
         raise UsageError(
             f"{SETTING} cannot be {address!r}",
@@ -38,13 +36,6 @@ def check_address(address: object) -> str:
             f"{LEDGER_FILE} in the home",
         )
     return postgres_session.check_address(address)
-
-
-def shown_address(address: str) -> str:
-    """The address of a database for a person, without parameters."""
-    from coordinator.storage import postgres_session
-
-    return postgres_session.shown(address)
 
 
 def exists(home: Path) -> bool:
