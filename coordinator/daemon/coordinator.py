@@ -151,8 +151,7 @@ class Coordinator:
         self._polls.on_request = self._peers.on_request
         self._publisher.on_eligibility_change = self._peers.wake_queues
         self._publisher.on_up = self.runs.resend_doorbells
-        self._publisher.awaits_consent = self._awaits_consent
-        self._publisher.awaited = self._awaited
+        self._publisher.awaits = self._awaits
         self._publisher.fetched_from = self.sharing.fetched_from
         self.sharing.on_fetched = self._peers.publish
         self.transfer.limits.on_shortage = self.runs.wake
@@ -324,12 +323,8 @@ class Coordinator:
         self._notices.put(peer, text)
         self._peers.announce_work([peer])
 
-    def _awaits_consent(self, peer: str) -> str:
-        return self.runs.awaits_consent(peer) or self.jobs.awaits_consent(peer)
-
-    def _awaited(self, peer: str) -> Awaited:
-        # The same run or job as in `_awaits_consent`.
-        return (self.runs if self.runs.awaits_consent(peer) else self.jobs).awaited(peer)
+    def _awaits(self, peer: str) -> tuple[str, Awaited]:
+        return self.runs.awaits(peer) or self.jobs.awaits(peer) or ("", "consent")
 
     def _forget_peer(self, peer: str) -> None:
         self.transfer.forget(peer)

@@ -86,13 +86,10 @@ class JobLoop:
         self._lost_until.pop(peer, None)
         self._ask_again(peer)
 
-    def awaits_consent(self, peer: str) -> bool:
-        """True if the peer refused a unit because its owner has not allowed the task yet."""
-        return peer in self._awaiting
-
-    def awaited(self, peer: str) -> Awaited:
-        """The decision that the job awaits from that owner."""
-        return AWAITED[self._awaiting[peer].kind] if peer in self._awaiting else "consent"
+    def awaits(self, peer: str) -> Awaited | None:
+        """The decision of its owner without which the peer refused a unit; None if there is
+        none."""
+        return AWAITED[self._awaiting[peer].kind] if peer in self._awaiting else None
 
     def owner_has_decided(self, peer: str) -> None:
         """The peer's owner has allowed or forbidden a task: ask again soon."""
@@ -311,7 +308,7 @@ class JobLoop:
             case job_events.LeaseEnded(_, peer, reason) if reason == _AWAITS:
                 if self._num_asked[peer] > 1:
                     return
-                awaited = self.awaited(peer)
+                awaited = self.awaits(peer) or "consent"
                 why = self._awaiting[peer].text if peer in self._awaiting else ""
                 text = f"{self._ctx.name_of(peer)} awaits {awaited}: {why}"
             case job_events.PeerExcused(peer, reason):

@@ -136,15 +136,11 @@ class JobManager:
         for loop in self._loops.values():
             loop.owner_has_decided(peer)
 
-    def awaits_consent(self, peer: str) -> str:
-        """The task for which a job awaits the consent of this peer's owner, or ""."""
-        loops = self._loops.values()
-        return next((one.job.spec.task for one in loops if one.awaits_consent(peer)), "")
-
-    def awaited(self, peer: str) -> Awaited:
-        """The decision that a job awaits from that owner."""
-        waiting = (one for one in self._loops.values() if one.awaits_consent(peer))
-        return next((one.awaited(peer) for one in waiting), "consent")
+    def awaits(self, peer: str) -> tuple[str, Awaited] | None:
+        """The task of a job, and the decision that it awaits from this peer's owner; None if no job
+        awaits one."""
+        decisions = ((one.job.spec.task, one.awaits(peer)) for one in self._loops.values())
+        return next(((task, decision) for task, decision in decisions if decision), None)
 
     def ack_future(self, message_id: str) -> asyncio.Future[bool] | None:
         """The future for `RunManager.acknowledged`, if the request belongs to a job."""

@@ -21,7 +21,8 @@ from coordinator.runs.state import Run
 from coordinator.runs.step_executor import StepExecutor
 from coordinator.storage import run_events
 from protocols.errors import (
-    UNDECIDED_CODES,
+    AWAITED,
+    Awaited,
     CommonweightError,
     DiskFull,
     HomeError,
@@ -84,7 +85,7 @@ class RunLoop:
     def owner_has_decided(self, peer: str) -> None:
         """The peer's owner has allowed or forbidden a task: ask again, not more than once a
         second."""
-        if self.awaits_consent(peer):
+        if self.awaits(peer):
             asyncio.get_running_loop().call_later(
                 max(0.0, self._asked_again_at.get(peer, 0.0) + _ASK_AGAIN_S - time.monotonic()),
                 self._ask_again,
@@ -96,10 +97,10 @@ class RunLoop:
         self._recorder.incompatible.discard(peer)
         self.changed.set()
 
-    def awaits_consent(self, peer: str) -> bool:
-        """True if the peer refused work because its owner has not allowed the task yet."""
+    def awaits(self, peer: str) -> Awaited | None:
+        """The decision of its owner without which the peer refused work; None if there is none."""
         is_refused = peer in self._recorder.incompatible
-        return is_refused and self.run.refusal_kinds.get(peer) in UNDECIDED_CODES
+        return AWAITED.get(self.run.refusal_kinds.get(peer, "")) if is_refused else None
 
     @property
     def run(self) -> Run:

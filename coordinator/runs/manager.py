@@ -29,7 +29,7 @@ from coordinator.runs.task_settings import ToldSettings
 from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent, RunSpec, RunStarted
 from coordinator.strategies import memory_estimate, personal
-from protocols.errors import AWAITED, Awaited, CannotBeMet, CommonweightError, UnknownName
+from protocols.errors import Awaited, CannotBeMet, CommonweightError, UnknownName
 from protocols.local import flower_apps, heap
 from protocols.local.failpoints import failpoint
 from protocols.messages.envelope import EventLine
@@ -159,15 +159,12 @@ class RunManager:
             run = loop.run
         return run is not None and run.ended
 
-    def awaits_consent(self, peer: str) -> str:
-        """The task for which the active run awaits the consent of this peer's owner, or ""."""
+    def awaits(self, peer: str) -> tuple[str, Awaited] | None:
+        """The task of the active run, and its decision that the run awaits from this peer's owner;
+        None if it awaits none."""
         loop = self.current
-        return loop.run.spec.task if loop is not None and loop.awaits_consent(peer) else ""
-
-    def awaited(self, peer: str) -> Awaited:
-        """The decision that the run awaits from that owner."""
-        kinds = self.current.run.refusal_kinds if self.current is not None else {}
-        return AWAITED.get(kinds.get(peer, ""), "consent")
+        decision = loop.awaits(peer) if loop is not None else None
+        return (loop.run.spec.task, decision) if loop is not None and decision else None
 
     def resend_doorbells(self) -> None:
         """The broker is back, and earlier doorbells may be lost: ring again."""

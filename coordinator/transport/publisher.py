@@ -50,9 +50,8 @@ class EventPublisher:
         self._fleet, self._sessions, self._keys = fleet, sessions, keys
         self.on_eligibility_change: Callable[[], None] = lambda: None
         self.on_up: Callable[[], None] = lambda: None
-        #: The task for which a run awaits the consent of this peer's owner, or "".
-        self.awaits_consent: Callable[[str], str] = lambda peer: ""
-        self.awaited: Callable[[str], Awaited] = lambda peer: "consent"
+        #: The task for which a run or job awaits a decision of this peer's owner, or "", and it.
+        self.awaits: Callable[[str], tuple[str, Awaited]] = lambda peer: ("", "consent")
         #: The peers from which this peer fetched its last version, with bytes/s.
         self.fetched_from: Callable[[str], dict[str, float]] = lambda peer: {}
         self._sequencer = SequencedSigner(COORDINATOR, keys.sign_key.sign)
@@ -141,12 +140,13 @@ class EventPublisher:
 
     def publish_peer(self, peer: Peer, state: PeerState | None = None) -> None:
         """Publish a peer's identity, whether its session is open, and a state from its requests."""
+        task, decision = self.awaits(peer.peer)
         self.publish(
             replace(
                 peer.changed(has_session=self._sessions.is_open(peer.peer)),
                 state=state,
-                awaits_consent=self.awaits_consent(peer.peer),
-                awaits=self.awaited(peer.peer),
+                awaits_consent=task,
+                awaits=decision,
                 fetched_from=self.fetched_from(peer.peer),
             )
         )
@@ -167,8 +167,7 @@ class EventPublisher:
             state = self._state_without_presence(shown, now)
             if (
                 shown.flower is not self._sessions.is_open(peer.peer)
-                or shown.awaits_consent != self.awaits_consent(peer.peer)
-                or shown.awaits != self.awaited(peer.peer)
+                or (shown.awaits_consent, shown.awaits) != self.awaits(peer.peer)
                 or state is not None
             ):
                 was_eligible = self._sessions.is_eligible(peer.peer)

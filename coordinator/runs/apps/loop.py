@@ -29,7 +29,7 @@ from coordinator.runs.state import Run
 from coordinator.runs.timing import PhaseTimer
 from coordinator.storage import installed_apps, run_events
 from coordinator.storage.run_events import RunEvent
-from protocols.errors import CommonweightError, HomeError
+from protocols.errors import Awaited, CommonweightError, HomeError
 from protocols.local.timed_wait import wait_at_most
 from protocols.messages.app_work import AppWork
 from protocols.messages.envelope import strip_controls
@@ -97,8 +97,8 @@ class AppLoop:
     def owner_has_decided(self, peer: str) -> None:
         """An owner of an app installs it, which opens a new session."""
 
-    def awaits_consent(self, peer: str) -> bool:
-        return False
+    def awaits(self, peer: str) -> Awaited | None:
+        return None
 
     # --- the run ---
 

@@ -49,7 +49,7 @@ async def test_a_job_continues_when_the_owner_decides(
         # An owner who says no, and a job that ends while another has not decided.
         first.owner = second.owner = UNDECIDED
         job_id = site.hub.jobs.start(spec)
-        await until(lambda: all(site.hub.jobs.awaits_consent(one.peer) for one in site.agents))
+        await until(lambda: all(site.hub.jobs.awaits(one.peer) for one in site.agents))
         decide(first, FORBIDDEN)
         await until(lambda: first.peer in site.hub.jobs.find(job_id).excused)
         working = site.hub.jobs._loops[job_id]
@@ -70,7 +70,7 @@ async def test_rows_do_not_wait_for_a_removed_peer_whose_owner_has_not_decided(
         second.owner = replace(UNDECIDED, jobs_scatter="on")
         spec, _ = scattered(site, features())
         job_id = site.hub.jobs.start(spec)
-        await until(lambda: site.hub.jobs.awaits_consent(second.peer))
+        await until(lambda: site.hub.jobs.awaits(second.peer))
         await until(lambda: first.peer in site.hub.jobs.find(job_id).excused)
         site.hub.registry.remove(second.peer, "test")
         job = await ended(site, job_id)
@@ -88,7 +88,7 @@ async def test_rows_do_not_wait_for_a_peer_that_went_away_without_a_decision(
         second.owner = replace(UNDECIDED, jobs_scatter="on")
         spec, _ = scattered(site, features())
         job_id = site.hub.jobs.start(spec)
-        await until(lambda: site.hub.jobs.awaits_consent(second.peer))
+        await until(lambda: site.hub.jobs.awaits(second.peer))
         await until(lambda: first.peer in site.hub.jobs.find(job_id).excused)
         await asyncio.sleep(0.4)
         assert not site.hub.jobs.find(job_id).ended, "a peer that is online is waited for"

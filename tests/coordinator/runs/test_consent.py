@@ -91,7 +91,7 @@ async def test_a_run_goes_on_with_those_who_consent_and_takes_the_others_later(
         run_id = site.start(rounds=4, quorum=1, handshake=True)
         await until(reached.is_set)
         decide(second, ALLOWED)
-        await until(lambda: not site.hub.runs.awaits_consent(second.peer))
+        await until(lambda: not site.hub.runs.awaits(second.peer))
         released.set()
         run = await site.finished(run_id)
         assert len(run.history[0].contributors) == 1
