@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from agent.data.private_database import open_database, writing
 from agent.home import settings
 from agent.home.settings_schema import AgentSettings
-from protocols.errors import NotAllowed
+from protocols.errors import HomeError, NotAllowed
 from protocols.privacy import accountant, events
 from protocols.privacy.events import Event, Exact
 
@@ -78,10 +78,16 @@ class Limit(NamedTuple):
 class PrivacyLedger:
     """The ledger in the file `path`. Several processes may use it; each object one thread.
 
-    Raises HomeError if it cannot be read; DiskFull.
+    Raises HomeError if it cannot be read, or if the home has answers that it does not count;
+    DiskFull.
     """
 
     def __init__(self, path: Path) -> None:
+        if (old := path.parent.parent / "analysis.db").exists():
+            raise HomeError(
+                f"{old} has answers of a version before 0.1, which this version does not count",
+                "delete the file if what it has told need not count any more",
+            )
         self._db = open_database(path, _SCHEMA)
 
     def close(self) -> None:

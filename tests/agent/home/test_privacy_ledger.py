@@ -152,3 +152,12 @@ def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "privacy.db").write_bytes(b"no database" * 1000)
     with pytest.raises(HomeError, match="not a database"):
         PrivacyLedger(tmp_path / "privacy.db")
+
+
+def test_answers_that_it_does_not_count_are_said(tmp_path: Path) -> None:
+    """Versions before 0.1 had them in the home itself, some with noise that no ledger had."""
+    (tmp_path / "analysis.db").touch()
+    with pytest.raises(HomeError, match="does not count"):
+        PrivacyLedger(tmp_path / "told" / "privacy.db")
+    (tmp_path / "analysis.db").unlink()
+    PrivacyLedger(tmp_path / "told" / "privacy.db").close()
