@@ -26,6 +26,16 @@ def asked(site: Fleet, name: str, *words: str) -> str:
     return done.stdout + done.stderr
 
 
+def started(site: Fleet) -> str:
+    """The run; empty while the coordinator has not heard yet of any peer with the task."""
+    done = site.ask("run", "start", TASK, "--rounds", "1", "--quorum", "1", "--json")
+    told = json.loads(done.stdout)
+    if done.returncode:
+        assert told["error"]["code"] == "unknown_name", told
+        return ""
+    return str(told["data"]["run"])
+
+
 def test_a_file_is_delivered_and_runs_once_its_owners_approve_it(tmp_path: Path) -> None:
     file = tmp_path / "line.py"
     file.write_bytes((ROOT / "docs" / "examples" / "line.py").read_bytes())
@@ -53,7 +63,7 @@ def test_a_file_is_delivered_and_runs_once_its_owners_approve_it(tmp_path: Path)
         assert ": a line" in review
 
         # Although both allow every task, nobody runs it; the run says what is missing.
-        run = site.start_run(TASK, "--rounds", "1", "--quorum", "1")
+        run = wait_for(lambda: started(site), "the coordinator knows that the peers have it")
         text = f"the consent of 2 peers to the task {TASK}"
         wait_for(lambda: text in waits_for(site, run), "the run says for whom it waits")
         assert f"task review {TASK}" in site.ask("run", "show", run).stdout

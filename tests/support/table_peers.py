@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from agent.analytics.answer import answer_question
-from agent.analytics.query_log import QueryLog
+from agent.analytics.query_log import QueryLog, log_file
 from agent.data.table_memory import TableMemory
 from agent.home.settings_schema import AgentSettings
 from coordinator.jobs.analysis import Merged, merge_answers, validate_bytes
@@ -30,7 +30,7 @@ class TablePeer:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = rows if isinstance(rows, Path) else write_csv(folder / "table.csv", rows)
         self.owner = AgentSettings(**({"analyze": "on", "data": str(self.file)} | allowed))
-        self.log = QueryLog(folder / "analysis.db")
+        self.log = QueryLog(log_file(folder))
         self.memory = TableMemory(folder / "told.db")
 
     def answer(self, query: Query) -> PeerAnswer:
