@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
 from agent.analytics.answer import answer_question
-from agent.analytics.query_log import QueryLog, QuestionContext, log_file
+from agent.analytics.query_log import QuestionContext
 from agent.analytics.secure_questions import SecureQuestions
 from coordinator.jobs import secure_questions
 from coordinator.jobs.analysis import AnalysisResult, Merged, result_of
@@ -37,10 +37,7 @@ class SecurePeer(TablePeer):
 
     def __init__(self, folder: Path, rows: Sequence[Row], **allowed: Any) -> None:
         super().__init__(folder, rows, **allowed)
-        (folder / "told").mkdir()
-        self.log.close()
         self.home = folder
-        self.log = QueryLog(log_file(folder))
         key = Ed25519PrivateKey.generate()
         public = identity.public_bytes(key)
         self.me = Me(identity.peer_id(public), public, key.sign)
