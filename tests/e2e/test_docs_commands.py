@@ -214,7 +214,7 @@ class Site:
             for run in self._runs():
                 if run["state"] not in ("finished", "stopped", "failed"):
                     self.coordinator.ask(f"commonweight run stop {run['id']}")
-        wait_for(settled, "the runs have ended", within_s=300.0, every_s=1.0)
+        wait_for(settled, "the runs have ended", within_s=600.0, every_s=1.0)
 
     def _runs(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.data("run list")
@@ -269,8 +269,8 @@ def write_files(home: Path, seed: int) -> None:
     rows = [",".join(str(int(value)) for value in row) for row in pixels[:20]]
     head = ",".join(f"x{number}" for number in range(784))
     (home / "rows.csv").write_text("\n".join([head, *rows]) + "\n")
-    (home / "letters").mkdir()
-    (home / "letters" / "a.txt").write_text("Dear reader, all is well here. " * 400)
+    (home / "letters").mkdir()  # few, but more than 16 windows to train on
+    (home / "letters" / "a.txt").write_text("Dear reader, all is well here. " * 160)
     for kind in ("cat", "dog"):
         (home / "pictures" / kind).mkdir(parents=True)
         for number in range(12):
