@@ -93,7 +93,7 @@ async def until_answers(ledger: Ledger) -> None:
 
 
 async def append_beside(ledger: Ledger, subject: str, bodies: Sequence[bytes]) -> None:
-    """`append`, to a remote ledger in a thread: if it hangs, the event loop goes on.
+    """`append`, to a remote ledger in a thread: if it hangs, the event loop continues.
 
     The caller alone appends to this subject meanwhile. Raises DiskFull, LedgerUnreachable,
     LeadershipLost.
