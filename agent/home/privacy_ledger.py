@@ -86,7 +86,7 @@ class PrivacyLedger:
         if (old := path.parent.parent / "analysis.db").exists():
             raise HomeError(
                 f"{old} has answers of a version before 0.1, which this version does not count",
-                "delete the file if what it has told need not count any more",
+                "move the file to another folder to continue; its answers then count no more",
             )
         self._db = open_database(path, _SCHEMA)
 

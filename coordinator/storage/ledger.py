@@ -95,7 +95,7 @@ async def until_answers(ledger: Ledger) -> None:
 async def append_beside(ledger: Ledger, subject: str, bodies: Sequence[bytes]) -> None:
     """`append`, to a remote ledger in a thread: if it hangs, the event loop continues.
 
-    The caller alone appends to this subject meanwhile. Raises DiskFull, LedgerUnreachable,
+    Nobody else may append to this subject until it returns. Raises DiskFull, LedgerUnreachable,
     LeadershipLost.
     """
     if ledger.is_remote:
